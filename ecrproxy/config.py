@@ -1,0 +1,311 @@
+"""
+Everything an operator may set: one table gives flag, variable, default, parser and help.
+
+A L{Config} is frozen and complete before anything listens. Pure, but that it is handed the environment
+and looks into no file: what only the machine can tell (a key that can't be read, a port in use) is
+found by C{tap}.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+from ecrproxy.cache_key import CacheKey
+
+_UNITS: Final = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+_SIZE = re.compile(r"(\d{1,18})\s*([kmgt]?)(?:i?b)?", re.IGNORECASE)
+_HOST = re.compile(r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?(?:\.[a-z0-9](?:[a-z0-9-]*[a-z0-9])?)*", re.IGNORECASE)
+_REGION = re.compile(r"[a-z]{2,}(?:-[a-z]+)+-\d+")
+# 123456789012.dkr.ecr.REGION.amazonaws.com, -fips, .cn, .eu, dual-stack dkr-ecr.REGION.on.aws: field notes C11.
+_ECR_HOST = re.compile(r"\d{12}\.dkr[.-]ecr(?:-fips)?\.([a-z0-9-]+)\..+")
+_PORTS = 65535
+_DNS_PORT = 53
+
+Server = tuple[str, int]
+"""An address and a port."""
+
+
+class ConfigError(Exception):
+    """
+    A setting is wrong: which, its value, and what would be right, in one line.
+    """
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """
+    One row of the table.
+
+    @ivar name: the flag without its dashes; C{Config}'s attribute with underscores.
+    @ivar parse: reads the text; raises C{ValueError} with what would be right.
+    @ivar default: for people to read.
+    """
+
+    name: str
+    variable: str
+    parse: Callable[[str], Any]
+    default: str
+    help: str
+
+    @property
+    def attribute(self) -> str:
+        """
+        The attribute of L{Config} that holds it.
+        """
+        return self.name.replace("-", "_")
+
+    def read(self, text: str, source: str) -> Any:  # noqa: ANN401
+        """
+        Parse C{text}, which C{source} gave.
+
+        @raise ConfigError: if it is wrong.
+        """
+        try:
+            return self.parse(text)
+        except ValueError as problem:
+            raise ConfigError(f"{source}={text[:200]!r}: {problem}") from None
+
+
+def parse_endpoint(text: str) -> str:
+    """
+    Read a registry's URL; a bare host means https.
+    """
+    url = text.strip() if "://" in text else f"https://{text.strip()}"
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        parts, port = urlsplit(""), None
+    host = parts.hostname or ""
+    good = parts.scheme in ("http", "https") and (_HOST.fullmatch(host) or _is_address(host)) and port != 0
+    if not good or parts.path not in ("", "/") or parts.query or parts.fragment or "@" in parts.netloc:
+        raise ValueError(
+            "not the URL of a registry; give one such as https://123456789012.dkr.ecr.eu-west-1.amazonaws.com"
+        )
+    bracketed = f"[{host}]" if ":" in host else host
+    return f"{parts.scheme}://{bracketed}" + (f":{port}" if port else "")
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def parse_region(text: str) -> str:
+    """
+    Read the name of an AWS region.
+    """
+    if not _REGION.fullmatch(text):
+        raise ValueError("not the name of an AWS region; give one such as eu-west-1")
+    return text
+
+
+def region_of(endpoint: str) -> str | None:
+    """
+    Read the region from the host name of an ECR endpoint, if it is one.
+    """
+    found = _ECR_HOST.fullmatch(urlsplit(endpoint).hostname or "")
+    return found[1] if found else None
+
+
+def parse_flag(text: str) -> bool:
+    """
+    Read yes or no.
+    """
+    if text.lower() in ("true", "yes", "on", "1"):
+        return True
+    if text.lower() in ("false", "no", "off", "0"):
+        return False
+    raise ValueError("neither true nor false")
+
+
+def parse_size(text: str) -> int:
+    """
+    Read a size as nginx has it, in powers of 1024: 64g, 64gb, 64GiB, 512m, 100k or bytes.
+    """
+    found = _SIZE.fullmatch(text.strip())
+    if not found or not int(found[1]):
+        raise ValueError("not a size; give one such as 64g, 512m, 100k or a number of bytes")
+    return int(found[1]) * _UNITS[found[2].lower()]
+
+
+def parse_pattern(text: str) -> re.Pattern[str]:
+    """
+    Read a regular expression that a repository's whole name must match.
+    """
+    if not text:
+        raise ValueError("empty, so that no repository would match; give .* for all")
+    try:
+        re.compile(text)  # by itself: a parenthesis too many must not close the group around it
+        return re.compile(f"(?:{text})")
+    except re.error as problem:
+        raise ValueError(f"not a regular expression: {problem}") from None
+
+
+def parse_resolver(text: str) -> tuple[Server, ...] | None:
+    """
+    Read name servers, address with optional port; none for the host's own resolver.
+    """
+    words = text.replace(",", " ").split()
+    if words == ["system"]:
+        return None
+    if not words:
+        raise ValueError("empty; give the addresses of name servers, or system for the host's own resolver")
+    return tuple(_server(word) for word in words)
+
+
+def _server(word: str) -> Server:
+    found = re.fullmatch(r"\[([^]]+)\](?::(\d{1,5}))?|([^:]+)(?::(\d{1,5}))?", word)
+    address, port = ((found[1] or found[3], found[2] or found[4]) if found else (word, None))
+    number = int(port) if port else _DNS_PORT
+    if not _is_address(address) or not 0 < number <= _PORTS:
+        raise ValueError(f"{word!r} is not the address of a name server; give 8.8.8.8, 8.8.8.8:53, [::1]:53 or system")
+    return address, number
+
+
+def parse_port(text: str) -> int:
+    """
+    Read a TCP port.
+    """
+    if not re.fullmatch(r"\d{1,5}", text) or not 0 < int(text) <= _PORTS:
+        raise ValueError("not a port; give a number from 1 to 65535")
+    return int(text)
+
+
+def parse_seconds(text: str) -> float:
+    """
+    Read a time that is not negative.
+    """
+    if not re.fullmatch(r"\d{1,9}(\.\d+)?", text):
+        raise ValueError("not a number of seconds; give 0 or more")
+    return float(text)
+
+
+def parse_path(text: str) -> str:
+    """
+    Read a path: any but an empty one.
+    """
+    if not text or "\0" in text:
+        raise ValueError("not a path")
+    return text
+
+
+SETTINGS: Final[Sequence[Setting]] = (
+    Setting("ecr-endpoint", "PROXY_ECR_ENDPOINT", parse_endpoint, "required", "URL of the ECR registry; a bare host means https"),
+    Setting("region", "AWS_REGION", parse_region, "AWS_DEFAULT_REGION, else the endpoint's", "AWS region of the registry"),
+    Setting("instance-auth", "AWS_INSTANCE_AUTH", parse_flag, "false", "use the role of the instance, container or pod only"),
+    Setting("cache-key", "PROXY_CACHE_KEY", CacheKey.parse, "$uri", "template of nginx variables that names a cache entry"),
+    Setting("cache-limit", "PROXY_CACHE_LIMIT", parse_size, "64gb", "the most that the cache directory may hold"),
+    Setting("cache-dir", "PROXY_CACHE_DIR", parse_path, "$CACHE_DIRECTORY, else ecr-proxy in the user's cache", "the cache directory"),
+    Setting(
+        "dns-resolver",
+        "PROXY_DNS_RESOLVER",
+        parse_resolver,
+        "8.8.8.8",
+        "name servers asked for the registry's and buckets' names, or: system",
+    ),
+    Setting(
+        "namespace-pattern",
+        "PROXY_NAMESPACE_PATTERN",
+        parse_pattern,
+        ".*",
+        "regular expression that a repository's whole name must match",
+    ),
+    Setting("port", "PROXY_PORT", parse_port, "5000", "TCP port to listen on"),
+    Setting("ssl-key", "PROXY_SSL_KEY", parse_path, "none", "file of the TLS private key"),
+    Setting("ssl-certificate", "PROXY_SSL_CERTIFICATE", parse_path, "none", "file of the TLS certificate and its chain"),
+    Setting("listen", "PROXY_LISTEN", str.split, "made from the three above", "Twisted endpoint strings to listen on"),
+    Setting("tag-ttl", "PROXY_TAG_TTL", parse_seconds, "0", "seconds for which a tag's digest is taken on trust; 0 asks ECR each time"),
+)
+
+_WITHOUT_TEXT: Final = ("required", "none")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """
+    All settings, checked.
+
+    @ivar dns_resolver: name servers; none for the host's own resolver.
+    @ivar cache_limit: in bytes.
+    @ivar tag_ttl: in seconds.
+    @ivar listen: Twisted endpoint strings; empty to listen on C{port}, with TLS if there is a key.
+    """
+
+    ecr_endpoint: str
+    region: str
+    instance_auth: bool
+    cache_key: CacheKey
+    cache_limit: int
+    cache_dir: str
+    dns_resolver: tuple[Server, ...] | None
+    namespace_pattern: re.Pattern[str]
+    port: int
+    ssl_key: str | None
+    ssl_certificate: str | None
+    listen: Sequence[str]
+    tag_ttl: float
+
+    @classmethod
+    def load(cls, flags: Mapping[str, str], environ: Mapping[str, str]) -> Config:
+        """
+        Read the settings; a flag wins over its variable, an empty variable is none.
+
+        @param flags: by setting name.
+        @raise ConfigError: for the first that is wrong.
+        """
+        texts = {**_defaults(environ), **_from_environment(environ)}
+        texts.update({setting.name: (text, f"--{setting.name}") for setting in SETTINGS if (text := flags.get(setting.name)) is not None})
+        values = {
+            setting.attribute: setting.read(*texts[setting.name]) if setting.name in texts else None for setting in SETTINGS
+        }
+        if values["ecr_endpoint"] is None:
+            raise ConfigError("PROXY_ECR_ENDPOINT is not set: give the URL of your ECR registry")
+        values["region"] = _region(values, texts)
+        if (values["ssl_key"] is None) != (values["ssl_certificate"] is None):
+            missing, given = ("PROXY_SSL_CERTIFICATE", "PROXY_SSL_KEY")
+            if values["ssl_key"] is None:
+                missing, given = given, missing
+            raise ConfigError(f"{missing} is not set, but {given} is: TLS needs both, plain HTTP neither")
+        return cls(**values)
+
+
+def _defaults(environ: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """
+    Give the defaults as if they had been set.
+    """
+    texts = {each.name: (each.default, each.variable) for each in SETTINGS if each.default not in _WITHOUT_TEXT}
+    del texts["region"]
+    texts["listen"] = ("", "PROXY_LISTEN")
+    home = environ.get("XDG_CACHE_HOME") or os.path.join(environ.get("HOME") or "/", ".cache")  # noqa: PTH118 (text, not a file)
+    # systemd may give several directories, colon-separated: systemd.exec(5), CacheDirectory.
+    ours = environ.get("CACHE_DIRECTORY", "").split(":")[0]
+    texts["cache-dir"] = (ours or os.path.join(home, "ecr-proxy"), "PROXY_CACHE_DIR")  # noqa: PTH118
+    return texts
+
+
+def _from_environment(environ: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    texts = {each.name: (environ[each.variable], each.variable) for each in SETTINGS if environ.get(each.variable)}
+    if environ.get("AWS_DEFAULT_REGION"):
+        texts.setdefault("region", (environ["AWS_DEFAULT_REGION"], "AWS_DEFAULT_REGION"))
+    return texts
+
+
+def _region(values: Mapping[str, Any], texts: Mapping[str, tuple[str, str]]) -> str:
+    own, given = region_of(values["ecr_endpoint"]), values["region"]
+    if given is None and own is None:
+        raise ConfigError("AWS_REGION is not set, and PROXY_ECR_ENDPOINT does not tell it: give the registry's region")
+    if given is not None and own is not None and given != own:
+        raise ConfigError(
+            f"{texts['region'][1]}={given!r}: PROXY_ECR_ENDPOINT is in {own}, and tokens are good in one region: give {own}"
+        )
+    return str(given or own)

@@ -1,0 +1,398 @@
+"""
+The Resource tree: what clients see, and how an answer becomes a response.
+
+Nothing here trusts Twisted's idea of the path, which is decoded: below /v2/ the raw target is parsed,
+once, by L{oci.parse_route}.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, Any, Final, cast
+
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.logger import Logger
+from twisted.web.http import NOT_MODIFIED, OK, PARTIAL_CONTENT, REQUESTED_RANGE_NOT_SATISFIABLE
+from twisted.web.resource import Resource
+from twisted.web.server import NOT_DONE_YET, Request, Site
+
+from ecrproxy.cache_key import Asker, CacheKey
+from ecrproxy.download import Download, InThread, Shelved
+from ecrproxy.oci import Kind, RegistryError, Route, accepted_types, parse_route, query_values
+from ecrproxy.proxy import Answer, Asked, PullThrough
+from ecrproxy.sending import Held, Sending, Source
+from ecrproxy.store import Content
+from ecrproxy.upstream import Page
+
+if TYPE_CHECKING:
+    from twisted.python.failure import Failure
+
+log = Logger()
+
+HSTS: Final = "max-age=31536000"
+# The nginx proxy adds its headers where nginx's add_header does without C{always}.
+_DECORATED: Final = frozenset({200, 201, 204, 206, 301, 302, 303, 304, 307, 308})
+_RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
+
+
+def parse_range(header: str | None, size: int) -> tuple[int, int] | None:
+    """
+    Read a Range header: RFC 9110, 14.2.
+
+    @return: first byte and the one behind the last; none where all is to be sent: without a header, for several
+        ranges, and for what isn't understood.
+    @raise LookupError: if no byte of C{size} is in it.
+    """
+    found = _RANGE.fullmatch(header.strip()) if header else None
+    if found is None or not (found[1] or found[2]):
+        return None
+    if not found[1]:
+        start, stop = max(0, size - int(found[2])), size
+    else:
+        start, stop = int(found[1]), min(size, int(found[2]) + 1) if found[2] else size
+        if found[2] and int(found[2]) < start:
+            return None
+    if start >= stop:
+        raise LookupError(header)
+    return start, stop
+
+
+def matches(header: str | None, etag: str) -> bool:
+    """
+    Tell whether an If-None-Match header names C{etag}: RFC 9110, 13.1.2.
+    """
+    tags = [tag.strip().removeprefix("W/") for tag in (header or "").split(",")]
+    return "*" in tags or etag in tags
+
+
+class Answering(Resource):
+    """
+    A leaf that answers each request with the coroutine C{respond}, cancelled when the client leaves.
+    """
+
+    isLeaf = True
+
+    def render(self, request: Request) -> int:
+        """
+        Begin the answer.
+        """
+        answer = Deferred.fromCoroutine(self._respond(request))
+        request.notifyFinish().addErrback(lambda _: answer.cancel())
+        answer.addErrback(self._failed, request)
+        return NOT_DONE_YET
+
+    async def _respond(self, request: Request) -> None:
+        try:
+            if request.method not in (b"GET", b"HEAD"):
+                raise RegistryError(405, "UNSUPPORTED", "this proxy only reads", {"Allow": "GET, HEAD"})
+            await self.respond(request)
+        except RegistryError as problem:
+            if request.startedWriting:
+                raise
+            for name, value in problem.headers.items():
+                request.setHeader(name, value)
+            send_small(request, problem.status, "application/json", problem.body())
+
+    async def respond(self, request: Request) -> None:
+        """
+        Answer a GET or HEAD, and finish it.
+
+        @raise RegistryError: for another answer than it asked for.
+        """
+        raise NotImplementedError
+
+    def _failed(self, failure: Failure, request: Request) -> None:
+        if request.channel is None:  # the client has gone: nobody is left to answer
+            return
+        if not failure.check(RegistryError, CancelledError):
+            log.failure("Answering {path}", failure, path=_path(request))
+        if request.startedWriting:
+            request.channel.forceAbortClient()  # a short body must never look whole
+        else:
+            body = RegistryError(500, "UNKNOWN", "the proxy failed; its log says why").body()
+            send_small(request, 500, "application/json", body)
+
+
+class Missing(Answering):
+    """
+    A path that is not there.
+    """
+
+    async def respond(self, request: Request) -> None:
+        """
+        Say so.
+        """
+        raise RegistryError(404, "UNSUPPORTED", "no such path: a registry is at /v2/")
+
+
+class Health(Answering):
+    """
+    Says that the daemon serves.
+    """
+
+    async def respond(self, request: Request) -> None:
+        """
+        Answer 200.
+        """
+        send_small(request, OK, "text/plain", b"")
+
+
+class Ready(Answering):
+    """
+    Says whether the daemon can do its work, and why not.
+
+    @param reasons: asks for what stands in the way.
+    """
+
+    def __init__(self, reasons: Callable[[], Awaitable[Sequence[str]]]) -> None:
+        super().__init__()
+        self._reasons = reasons
+
+    async def respond(self, request: Request) -> None:
+        """
+        Answer 200, or 503 with the reasons.
+        """
+        reasons = await self._reasons()
+        body = json.dumps({"ready": not reasons, "reasons": list(reasons)}).encode() + b"\n"
+        send_small(request, 503 if reasons else OK, "application/json", body)
+
+
+class Registry(Answering):
+    """
+    The pull side of the distribution protocol, for the repositories that C{namespaces} matches.
+
+    @param namespaces: what a repository's whole name must match.
+    """
+
+    def __init__(
+        self, pull_through: PullThrough, namespaces: re.Pattern[str], cache_key: CacheKey, in_thread: InThread
+    ) -> None:
+        super().__init__()
+        self._pull_through, self._namespaces = pull_through, namespaces
+        self._cache_key, self._in_thread = cache_key, in_thread
+
+    def render(self, request: Request) -> int:  # noqa: D102
+        request.setHeader("Docker-Distribution-Api-Version", "registry/2.0")
+        return super().render(request)
+
+    async def respond(self, request: Request) -> None:
+        """
+        Answer by the route.
+        """
+        target = request.uri.decode("ascii", "replace")
+        if target.partition("?")[0] in ("/v2", "/v2/"):
+            send_small(request, OK, "application/json", b"{}\n")
+            return
+        route = parse_route(target)
+        if not self._namespaces.fullmatch(route.repository):
+            raise RegistryError(403, "DENIED", f"this proxy does not serve {route.repository}")
+        if route.kind in (Kind.TAGS, Kind.REFERRERS):
+            self._send_page(request, route, await self._pull_through.page(route))
+            return
+        asked = self._asked(request, route, target)
+        if route.kind is Kind.MANIFEST:
+            answer = await self._pull_through.manifest(asked)
+        else:
+            answer = await self._pull_through.blob(asked, _first_byte(request))
+        await self._send(request, route, answer)
+
+    def _asked(self, request: Request, route: Route, target: str) -> Asked:
+        peer = request.getClientAddress()
+        asker = Asker(
+            method=request.method.decode("ascii"),
+            target=target,
+            scheme="https" if request.isSecure() else "http",
+            host=request.getRequestHostname().decode("ascii", "replace"),
+            address=getattr(peer, "host", ""),
+            headers={
+                name.decode("ascii").lower(): b", ".join(values).decode("utf-8", "replace")
+                for name, values in request.requestHeaders.getAllRawHeaders()
+            },
+        )
+        accept = accepted_types(cast(list[str], request.requestHeaders.getRawHeaders("Accept", [])))
+        return Asked(route, self._cache_key.expand(route, asker), accept, head=request.method == b"HEAD")
+
+    def _send_page(self, request: Request, route: Route, page: Page) -> None:
+        if page.next is not None:
+            # Relative: it leads to the address that the client used, whatever stands between.
+            request.setHeader("Link", f'<{route.path}?{_own_query(route, page.next)}>; rel="next"')
+        if page.filters is not None:
+            request.setHeader("OCI-Filters-Applied", page.filters)
+        # ECR calls tags text/plain.
+        content_type = "application/json" if route.kind is Kind.TAGS else page.content_type
+        request.setHeader("X-Cache-Status", "BYPASS")
+        send_small(request, OK, content_type, page.body)
+
+    async def _send(self, request: Request, route: Route, answer: Answer) -> None:
+        etag = f'"{answer.digest}"'
+        request.setHeader("Docker-Content-Digest", str(answer.digest))
+        request.setHeader("ETag", etag)
+        request.setHeader("X-Cache-Status", answer.status.value)
+        if matches(request.getHeader("If-None-Match"), etag):
+            _let_go(answer)
+            _begin(request, NOT_MODIFIED)
+            request.finish()
+            return
+        request.setHeader("Content-Type", answer.media_type)
+        start, stop = self._choose_range(request, route, answer, etag)
+        if stop is not None:
+            request.setHeader("Content-Length", str(stop - start))
+        _begin(request, request.code)
+        if answer.body is not None:
+            if stop != start:  # of nothing, the headers would be the whole answer: they wait for the digest
+                request.write(b"")
+            await Sending(request, _source(answer, start, stop), self._in_thread).start()
+        request.finish()
+
+    @staticmethod
+    def _choose_range(request: Request, route: Route, answer: Answer, etag: str) -> tuple[int, int | None]:
+        """
+        Choose what of the answer to send, and set the headers that tell.
+        """
+        if route.kind is Kind.MANIFEST or answer.size is None:
+            return 0, answer.size
+        request.setHeader("Accept-Ranges", "bytes")
+        wanted = request.getHeader("Range") if request.method == b"GET" else None
+        if request.getHeader("If-Range") not in (None, etag):
+            wanted = None
+        try:
+            chosen = parse_range(wanted, answer.size)
+        except LookupError:
+            _let_go(answer)
+            request.setHeader("Content-Range", f"bytes */{answer.size}")
+            raise RegistryError(
+                REQUESTED_RANGE_NOT_SATISFIABLE, "RANGE_INVALID", f"the blob has {answer.size} bytes"
+            ) from None
+        if chosen is None:
+            return 0, answer.size
+        request.setResponseCode(PARTIAL_CONTENT)
+        request.setHeader("Content-Range", f"bytes {chosen[0]}-{chosen[1] - 1}/{answer.size}")
+        return chosen
+
+
+def _source(answer: Answer, start: int, stop: int | None) -> Source:
+    match answer.body:
+        case Download():
+            return answer.body.follow(start, stop)
+        case Content():
+            return Shelved(answer.body, start, answer.body.size if stop is None else stop)
+        case bytes():
+            return Held(answer.body)
+    raise TypeError(answer.body)
+
+
+def _let_go(answer: Answer) -> None:
+    if isinstance(answer.body, Content):
+        answer.body.close()
+
+
+def _first_byte(request: Request) -> int:
+    found = _RANGE.fullmatch(request.getHeader("Range") or "")
+    return int(found[1]) if found and found[1] else 0
+
+
+def _own_query(route: Route, query: str) -> str:
+    """
+    Keep of a next page's query what this proxy understands, escaped as it came.
+    """
+    values = query_values(query)
+    names = [name for name in values if name in ("n", "last")] if route.kind is Kind.TAGS else list(values)
+    return "&".join(f"{name}={values[name]}" for name in names)
+
+
+def _begin(request: Request, status: int) -> None:
+    request.setResponseCode(status)
+    if status in _DECORATED:
+        request.setHeader("Access-Control-Allow-Origin", "*")
+        if request.isSecure():
+            request.setHeader("Strict-Transport-Security", HSTS)
+    else:
+        request.responseHeaders.removeHeader("X-Cache-Status")
+
+
+def send_small(request: Request, status: int, content_type: str, body: bytes) -> None:
+    """
+    Send a whole small answer.
+    """
+    _begin(request, status)
+    request.setHeader("Content-Type", content_type)
+    request.setHeader("Content-Length", str(len(body)))
+    if body:
+        request.write(body)
+    request.finish()
+
+
+class Root(Resource):
+    """
+    The top of the tree.
+    """
+
+    def getChild(self, path: bytes, request: Request) -> Resource:  # noqa: ARG002
+        """
+        Whatever else is asked for is not there.
+        """
+        return Missing()
+
+
+def make_site(
+    registry: Registry, reasons: Callable[[], Awaitable[Sequence[str]]], reactor: Any = None  # noqa: ANN401
+) -> RegistrySite:
+    """
+    Build the Resource tree and what serves it.
+    """
+    root = Root()
+    root.putChild(b"v2", registry)
+    root.putChild(b"_health", Health())
+    root.putChild(b"healthz", Health())
+    root.putChild(b"readyz", Ready(reasons))
+    return RegistrySite(root, reactor=reactor, parsePOSTFormSubmission=False)
+
+
+class RegistryRequest(Request):
+    """
+    A request that does not name the software that answers it.
+    """
+
+    def process(self) -> None:  # noqa: D102
+        self.started = self.channel.factory.reactor.seconds()
+        super().process()
+
+    def write(self, data: bytes) -> None:  # noqa: D102
+        if not self.startedWriting:
+            self.responseHeaders.setRawHeaders(b"Server", [b"ecrproxy"])
+        super().write(data)
+
+
+class RegistrySite(Site):
+    """
+    HTTP/1.1 alone, with an access log of its own that has no query strings.
+    """
+
+    requestFactory = RegistryRequest
+
+    def acceptableProtocols(self) -> list[bytes]:  # noqa: N802
+        """
+        Offer HTTP/1.1: over Twisted's HTTP/2, blobs leave at a fifth of its speed.
+        """
+        return [b"http/1.1"]
+
+    def log(self, request: Request) -> None:
+        """
+        Write a line for a request.
+        """
+        log.info(
+            "{client} {method} {path} {status} {bytes} bytes {seconds:.3f} s {cache}",
+            client=getattr(request.getClientAddress(), "host", "-"),
+            method=request.method.decode("ascii", "replace"),
+            path=_path(request),
+            status=request.code,
+            bytes=request.sentLength,
+            seconds=self.reactor.seconds() - getattr(request, "started", self.reactor.seconds()),
+            cache=(request.responseHeaders.getRawHeaders("X-Cache-Status") or ["-"])[0],
+        )
+
+
+def _path(request: Request) -> str:
+    return request.uri.partition(b"?")[0].decode("ascii", "backslashreplace")[:1000]
