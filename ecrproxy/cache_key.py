@@ -83,7 +83,7 @@ class CacheKey:
         return "".join(values)
 
 
-def _value(name: str, route: Route, asker: Asker) -> str:  # noqa: PLR0911 (a table)
+def _value(name: str, route: Route, asker: Asker) -> str:  # noqa: C901, PLR0911 (a table)
     match name:
         case "uri":
             return route.path

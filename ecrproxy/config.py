@@ -165,7 +165,7 @@ def parse_resolver(text: str) -> tuple[Server, ...] | None:
 
 def _server(word: str) -> Server:
     found = re.fullmatch(r"\[([^]]+)\](?::(\d{1,5}))?|([^:]+)(?::(\d{1,5}))?", word)
-    address, port = ((found[1] or found[3], found[2] or found[4]) if found else (word, None))
+    address, port = (found[1] or found[3], found[2] or found[4]) if found else (word, None)
     number = int(port) if port else _DNS_PORT
     if not _is_address(address) or not 0 < number <= _PORTS:
         raise ValueError(f"{word!r} is not the address of a name server; give 8.8.8.8, 8.8.8.8:53, [::1]:53 or system")
@@ -200,12 +200,30 @@ def parse_path(text: str) -> str:
 
 
 SETTINGS: Final[Sequence[Setting]] = (
-    Setting("ecr-endpoint", "PROXY_ECR_ENDPOINT", parse_endpoint, "required", "URL of the ECR registry; a bare host means https"),
-    Setting("region", "AWS_REGION", parse_region, "AWS_DEFAULT_REGION, else the endpoint's", "AWS region of the registry"),
-    Setting("instance-auth", "AWS_INSTANCE_AUTH", parse_flag, "false", "use the role of the instance, container or pod only"),
-    Setting("cache-key", "PROXY_CACHE_KEY", CacheKey.parse, "$uri", "template of nginx variables that names a cache entry"),
+    Setting(
+        "ecr-endpoint",
+        "PROXY_ECR_ENDPOINT",
+        parse_endpoint,
+        "required",
+        "URL of the ECR registry; a bare host means https",
+    ),
+    Setting(
+        "region", "AWS_REGION", parse_region, "AWS_DEFAULT_REGION, else the endpoint's", "AWS region of the registry"
+    ),
+    Setting(
+        "instance-auth", "AWS_INSTANCE_AUTH", parse_flag, "false", "use the role of the instance, container or pod only"
+    ),
+    Setting(
+        "cache-key", "PROXY_CACHE_KEY", CacheKey.parse, "$uri", "template of nginx variables that names a cache entry"
+    ),
     Setting("cache-limit", "PROXY_CACHE_LIMIT", parse_size, "64gb", "the most that the cache directory may hold"),
-    Setting("cache-dir", "PROXY_CACHE_DIR", parse_path, "$CACHE_DIRECTORY, else ecr-proxy in the user's cache", "the cache directory"),
+    Setting(
+        "cache-dir",
+        "PROXY_CACHE_DIR",
+        parse_path,
+        "$CACHE_DIRECTORY, else ecr-proxy in the user's cache",
+        "the cache directory",
+    ),
     Setting(
         "dns-resolver",
         "PROXY_DNS_RESOLVER",
@@ -222,9 +240,17 @@ SETTINGS: Final[Sequence[Setting]] = (
     ),
     Setting("port", "PROXY_PORT", parse_port, "5000", "TCP port to listen on"),
     Setting("ssl-key", "PROXY_SSL_KEY", parse_path, "none", "file of the TLS private key"),
-    Setting("ssl-certificate", "PROXY_SSL_CERTIFICATE", parse_path, "none", "file of the TLS certificate and its chain"),
+    Setting(
+        "ssl-certificate", "PROXY_SSL_CERTIFICATE", parse_path, "none", "file of the TLS certificate and its chain"
+    ),
     Setting("listen", "PROXY_LISTEN", str.split, "made from the three above", "Twisted endpoint strings to listen on"),
-    Setting("tag-ttl", "PROXY_TAG_TTL", parse_seconds, "0", "seconds for which a tag's digest is taken on trust; 0 asks ECR each time"),
+    Setting(
+        "tag-ttl",
+        "PROXY_TAG_TTL",
+        parse_seconds,
+        "0",
+        "seconds for which a tag's digest is taken on trust; 0 asks ECR each time",
+    ),
 )
 
 _WITHOUT_TEXT: Final = ("required", "none")
@@ -264,9 +290,16 @@ class Config:
         @raise ConfigError: for the first that is wrong.
         """
         texts = {**_defaults(environ), **_from_environment(environ)}
-        texts.update({setting.name: (text, f"--{setting.name}") for setting in SETTINGS if (text := flags.get(setting.name)) is not None})
-        values = {
-            setting.attribute: setting.read(*texts[setting.name]) if setting.name in texts else None for setting in SETTINGS
+        texts.update(
+            {
+                setting.name: (text, f"--{setting.name}")
+                for setting in SETTINGS
+                if (text := flags.get(setting.name)) is not None
+            }
+        )
+        values: dict[str, Any] = {
+            setting.attribute: setting.read(*texts[setting.name]) if setting.name in texts else None
+            for setting in SETTINGS
         }
         if values["ecr_endpoint"] is None:
             raise ConfigError("PROXY_ECR_ENDPOINT is not set: give the URL of your ECR registry")
@@ -306,6 +339,6 @@ def _region(values: Mapping[str, Any], texts: Mapping[str, tuple[str, str]]) -> 
         raise ConfigError("AWS_REGION is not set, and PROXY_ECR_ENDPOINT does not tell it: give the registry's region")
     if given is not None and own is not None and given != own:
         raise ConfigError(
-            f"{texts['region'][1]}={given!r}: PROXY_ECR_ENDPOINT is in {own}, and tokens are good in one region: give {own}"
+            f"{texts['region'][1]}={given!r}: PROXY_ECR_ENDPOINT is in {own}, a token is good in one region; give {own}"
         )
     return str(given or own)

@@ -49,7 +49,7 @@ class InThread(Protocol):
     Call a blocking function in a thread.
     """
 
-    def __call__(self, blocking: Callable[..., T], *args: Any) -> Deferred[T]:
+    def __call__(self, blocking: Callable[..., T], *args: Any) -> Deferred[T]:  # noqa: ANN401
         """
         Call C{blocking(*args)}; fires with its result.
         """
@@ -225,11 +225,12 @@ class Download:
             writer = self._writer
             try:
                 await self._in_thread(writer.write, batch)
-                self.received = self._filed = writer.written
-                return
             except OSError as problem:
                 log.error("Can't write to the cache, going on without it: {problem}", problem=problem)
                 batch = self._spill(writer, batch)
+            else:
+                self.received = self._filed = writer.written
+                return
         await self._in_thread(_hash_all, self._hash, batch)
         self._window.extend(batch)
         self.received += sum(map(len, batch))

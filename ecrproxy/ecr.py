@@ -102,7 +102,7 @@ def fetch_token(region: str, *, instance_auth: bool) -> Token:
             _only_instance_roles(session)
         if session.get_credentials() is None:
             raise CredentialsError(_none_found(instance_auth=instance_auth))
-        client = session.create_client("ecr", region_name=region, config=settings)
+        client: Any = session.create_client("ecr", region_name=region, config=settings)
         data = client.get_authorization_token()["authorizationData"][0]
     except exceptions.ClientError as problem:
         raise _judged(problem) from problem
@@ -167,7 +167,7 @@ def next_retry(failures: int, chance: float) -> float:
 
     @param chance: a random number from 0 to 1.
     """
-    return FIRST_RETRY + chance * min(LONGEST_RETRY, FIRST_RETRY * 2 ** min(failures, 10))
+    return FIRST_RETRY + chance * min(LONGEST_RETRY, FIRST_RETRY * 2.0 ** min(failures, 10))
 
 
 class TokenService(Service):
@@ -184,7 +184,7 @@ class TokenService(Service):
         self,
         fetch: Callable[[], Deferred[Token]],
         clock: IReactorTime,
-        refused: Callable[[CredentialsError], None] = lambda problem: None,
+        refused: Callable[[CredentialsError], None] = lambda _: None,
         chance: Callable[[], float] = random.random,
     ) -> None:
         self._fetch, self._clock, self._refused, self._chance = fetch, clock, refused, chance

@@ -180,7 +180,9 @@ def parse_route(target: str) -> Route:
         raise _no_such_path()
     kind = Kind(word)
     if len(name) > _NAME_LENGTH or not _NAME.fullmatch(name):
-        raise RegistryError(400, "NAME_INVALID", "the repository's name is outside the grammar of the distribution spec")
+        raise RegistryError(
+            400, "NAME_INVALID", "the repository's name is outside the grammar of the distribution spec"
+        )
     if not _QUERY.fullmatch(query):
         raise RegistryError(400, "UNSUPPORTED", "the query string has characters that belong in no URL")
     if kind is Kind.TAGS:
@@ -201,7 +203,9 @@ def _with_reference(route: Route) -> Route:
 
 
 def _no_such_path() -> RegistryError:
-    return RegistryError(404, "UNSUPPORTED", "no such path: this proxy answers GET and HEAD of manifests, blobs, tags/list and referrers")
+    return RegistryError(
+        404, "UNSUPPORTED", "no such path: this proxy answers GET and HEAD of manifests, blobs, tags/list and referrers"
+    )
 
 
 def query_values(query: str) -> dict[str, str]:

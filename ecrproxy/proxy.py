@@ -335,12 +335,12 @@ class PullThrough:
             descriptor, body = await self._manifests.join(asked.route, lambda: self._fetch(asked.route, _ANY))
             self._own(self._remember(asked, descriptor))
             return _manifest_answer(status, asked, descriptor, body)
-        descriptor = await self._head(asked.route, _ANY) or known
-        if descriptor is None:
+        head = await self._head(asked.route, _ANY)
+        if head is None:
             raise UnavailableError(502, "UNAVAILABLE", "ECR does not say which manifest it has")
         if body is None:
-            return _manifest_answer(CacheStatus.MISS, asked, descriptor)
-        descriptor = Descriptor(_checked_type(descriptor.media_type, body), asked.digest, len(body))
+            return _manifest_answer(CacheStatus.MISS, asked, head)
+        descriptor = Descriptor(_checked_type(head.media_type, body), asked.digest, len(body))
         self._own(self._confirm(asked, descriptor, body))
         return _manifest_answer(CacheStatus.REVALIDATED, asked, descriptor, body)
 

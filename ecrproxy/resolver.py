@@ -15,12 +15,12 @@ from twisted.internet.address import IPv4Address, IPv6Address
 from twisted.internet.defer import Deferred, gatherResults
 from twisted.internet.interfaces import IHostnameResolver, IHostResolution, IResolutionReceiver
 from twisted.logger import Logger
+from twisted.names.dns import AAAA, A
 from twisted.names.error import DNSNameError
 from zope.interface import implementer
 
 if TYPE_CHECKING:
     from twisted.internet.interfaces import IAddress, IReactorTime, IResolver
-    from twisted.names.dns import RRHeader
     from twisted.python.failure import Failure
 
 log = Logger()
@@ -31,8 +31,6 @@ FRESH_SECONDS: Final = 30.0
 """How long an answer is used again, as the nginx proxy does (C{valid=30s})."""
 SILENT_SECONDS: Final = 60.0
 """How long servers that did not answer are left alone."""
-
-Answers = tuple[RRHeader, ...] if TYPE_CHECKING else tuple
 
 
 @implementer(IHostResolution)
@@ -59,14 +57,16 @@ class ChosenServers:
     @param local: the names of the hosts file.
     """
 
-    def __init__(self, servers: IResolver, system: IHostnameResolver, local: Sequence[str], clock: IReactorTime) -> None:
+    def __init__(
+        self, servers: IResolver, system: IHostnameResolver, local: Sequence[str], clock: IReactorTime
+    ) -> None:
         self._servers, self._system, self._clock = servers, system, clock
         self._local = frozenset(name.lower() for name in local)
         self._fresh: dict[str, tuple[float, Sequence[str]]] = {}
         self._silent_until = float("-inf")
         self._warned = False
 
-    def resolveHostName(  # noqa: D102, PLR0913 (the interface)
+    def resolveHostName(  # noqa: D102 (the interface)
         self,
         resolutionReceiver: IResolutionReceiver,
         hostName: str,
@@ -92,7 +92,10 @@ class ChosenServers:
     async def _resolve(self, name: str, receiver: IResolutionReceiver, port: int) -> None:
         try:
             answers = await gatherResults(
-                [_records(self._servers.lookupAddress(name, TIMEOUTS)), _records(self._servers.lookupIPV6Address(name, TIMEOUTS))],
+                [
+                    _records(self._servers.lookupAddress(name, TIMEOUTS)),
+                    _records(self._servers.lookupIPV6Address(name, TIMEOUTS)),
+                ],
                 consumeErrors=True,
             )
         except Exception as problem:  # noqa: BLE001 (a server has many ways of not answering)
@@ -134,18 +137,16 @@ def _records(asked: Deferred[Any]) -> Deferred[list[str]]:
     Read the addresses of an answer; a name that does not exist has none.
     """
 
-    def read(result: tuple[Answers, Answers, Answers]) -> list[str]:
-        return [record.payload.dottedQuad() if record.type == 1 else _text6(record) for record in result[0] if record.type in (1, 28)]
+    def read(result: Sequence[Sequence[Any]]) -> list[str]:
+        # The answers come first; a CNAME on the way has no address.
+        found = (record for record in result[0] if record.type in (A, AAAA))
+        return [str(ipaddress.ip_address(record.payload.address)) for record in found]
 
     def absent(failure: Failure) -> list[str]:
         failure.trap(DNSNameError)
         return []
 
     return asked.addCallbacks(read, absent)
-
-
-def _text6(record: Any) -> str:  # noqa: ANN401 (payloads are told apart by the record's type)
-    return str(ipaddress.IPv6Address(record.payload.address))
 
 
 def _deliver(addresses: Sequence[str], receiver: IResolutionReceiver, port: int) -> None:

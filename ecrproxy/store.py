@@ -103,7 +103,12 @@ class Entry:
             }
             for accept, known in self.answers.items()
         ]
-        document = {"kind": self.kind.value, "repository": self.repository, "reference": self.reference, "answers": answers}
+        document = {
+            "kind": self.kind.value,
+            "repository": self.repository,
+            "reference": self.reference,
+            "answers": answers,
+        }
         return json.dumps(document).encode() + b"\n"
 
     @classmethod
@@ -133,8 +138,8 @@ def entry_name(cache_key: str, route: Route) -> str:
     What was asked for is part of the name whatever the key says: a key that different requests share
     can cost hits, but can never hand one the other's content.
     """
-    parts = "\0".join((cache_key, route.kind.value, route.repository, route.reference))
-    return hashlib.sha256(parts.encode("utf-8", "surrogateescape")).hexdigest()
+    parts = (cache_key, route.kind.value, route.repository, route.reference)
+    return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 class Ledger:

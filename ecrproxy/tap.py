@@ -59,8 +59,8 @@ class Options(usage.Options):
     synopsis = "[options]"
     longdesc = (
         "A caching pull-through proxy for Amazon ECR. Each flag has a variable; the flag wins. AWS credentials are"
-        " found as by AWS's own tools (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_PROFILE, roles);"
-        " they are no flags, for every process could read those."
+        " found as AWS's own tools find them (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_PROFILE,"
+        " roles); they are no flags, for every process could read those."
     )
     optParameters = [  # noqa: RUF012 (Twisted's way)
         [each.name, None, None, f"{each.help} [{each.variable}, default: {each.default}]"]
@@ -68,7 +68,11 @@ class Options(usage.Options):
         if each.name not in ("instance-auth", "listen")
     ]
     optFlags = [  # noqa: RUF012
-        ["instance-auth", None, "use the role of the instance, container or pod only [AWS_INSTANCE_AUTH, default: false]"],
+        [
+            "instance-auth",
+            None,
+            "use the role of the instance, container or pod only [AWS_INSTANCE_AUTH, default: false]",
+        ],
         ["no-instance-auth", None, "look for AWS credentials everywhere, whatever AWS_INSTANCE_AUTH says"],
     ]
 
@@ -78,7 +82,7 @@ class Options(usage.Options):
 
     def opt_listen(self, endpoint: str) -> None:
         """
-        Twisted endpoint string to listen on, instead of the port; repeatable [PROXY_LISTEN, whitespace-separated]
+        Twisted endpoint string to listen on, instead of the port; repeatable [PROXY_LISTEN, whitespace-separated].
         """
         self.listen.append(endpoint)
 
@@ -89,7 +93,7 @@ class Options(usage.Options):
         print(f"ecrproxy {__version__}")  # noqa: T201
         sys.exit(0)
 
-    def parseOptions(self, options: Sequence[str] | None = None) -> None:  # noqa: N802
+    def parseOptions(self, options: Sequence[str] | None = None) -> None:
         """
         Read the command line; what is wrong with it is one line.
         """
@@ -113,7 +117,7 @@ class Options(usage.Options):
         return given
 
 
-def makeService(options: Options) -> MultiService:  # noqa: N802
+def makeService(options: Options) -> MultiService:
     """
     Build the daemon.
     """
@@ -175,11 +179,11 @@ class Threads(Service):
         """
         return deferToThreadPool(self._reactor, self._pool, blocking, *args)
 
-    def startService(self) -> None:  # noqa: D102, N802
+    def startService(self) -> None:  # noqa: D102
         super().startService()
         self._pool.start()
 
-    def stopService(self) -> None:  # noqa: D102, N802
+    def stopService(self) -> None:  # noqa: D102
         super().stopService()
         self._pool.stop()
 
@@ -197,7 +201,7 @@ class Listening(StreamServerEndpointService):
         super().__init__(endpoint, site)
         self._name = name
 
-    def privilegedStartService(self) -> None:  # noqa: D102, N802
+    def privilegedStartService(self) -> None:  # noqa: D102
         try:
             super().privilegedStartService()
         except CannotListenError as problem:
@@ -242,7 +246,7 @@ def _endpoints(config: Config, reactor: Any) -> list[tuple[str, Any]]:  # noqa: 
         return [(f"PROXY_LISTEN={text!r}", _described(text, reactor)) for text in config.listen]
     every = "::" if socket.has_dualstack_ipv6() else "0.0.0.0"  # noqa: S104 (a proxy for other machines)
     kind = TCP6ServerEndpoint if every == "::" else TCP4ServerEndpoint
-    endpoint = kind(reactor, config.port, backlog=BACKLOG, interface=every)
+    endpoint: Any = kind(reactor, config.port, backlog=BACKLOG, interface=every)
     if config.ssl_key is not None and config.ssl_certificate is not None:
         endpoint = SecureEndpoint(endpoint, _certificate(config.ssl_key, config.ssl_certificate))
     return [(f"PROXY_PORT={config.port}", endpoint)]
@@ -252,7 +256,9 @@ def _described(text: str, reactor: Any) -> Any:  # noqa: ANN401
     try:
         return serverFromString(reactor, text)
     except Exception as problem:  # noqa: BLE001 (each kind of endpoint has errors of its own)
-        _die(f"PROXY_LISTEN={text!r}: {str(problem) or type(problem).__name__}; give an endpoint string such as tcp:5000")
+        _die(
+            f"PROXY_LISTEN={text!r}: {str(problem) or type(problem).__name__}; give an endpoint string such as tcp:5000"
+        )
 
 
 def _certificate(key: str, certificate: str) -> Certificate:
@@ -272,7 +278,7 @@ class SecureEndpoint:
     def __init__(self, endpoint: Any, certificate: Certificate) -> None:  # noqa: ANN401
         self._endpoint, self._certificate = endpoint, certificate
 
-    def listen(self, protocolFactory: Any) -> Deferred[IListeningPort]:  # noqa: ANN401, N803
+    def listen(self, protocolFactory: Any) -> Deferred[IListeningPort]:  # noqa: ANN401
         """
         Listen, and speak TLS.
         """
@@ -292,7 +298,7 @@ def _abandon(problem: CredentialsError) -> None:
     _say(str(problem))
     # twistd ends with status 0 once its reactor has stopped, whyever it did.
     atexit.register(os._exit, 1)
-    reactor.stop()  # type: ignore[attr-defined]
+    reactor.stop()
 
 
 def _say(line: str) -> None:

@@ -43,7 +43,7 @@ class Certificate:
     def __init__(self, key_path: str, certificate_path: str) -> None:
         self._context = _context(key_path, certificate_path)
 
-    def serverConnectionForTLS(self, tlsProtocol: TLSMemoryBIOProtocol) -> SSL.Connection:  # noqa: N803
+    def serverConnectionForTLS(self, tlsProtocol: TLSMemoryBIOProtocol) -> SSL.Connection:  # noqa: ARG002
         """
         Begin a connection.
         """
@@ -54,8 +54,8 @@ def _context(key_path: str, certificate_path: str) -> SSL.Context:
     context = SSL.Context(SSL.TLS_METHOD)
     context.set_min_proto_version(SSL.TLS1_2_VERSION)
     context.set_cipher_list(_CIPHERS)
-    context.set_options(SSL.OP_NO_COMPRESSION | SSL.OP_NO_RENEGOTIATION)
-    # Readers keep their place while a piece is refused for now: what Twisted's own contexts set too.
+    context.set_options(SSL.OP_NO_COMPRESSION)
+    # Idle connections hold no buffers.
     context.set_mode(SSL.MODE_RELEASE_BUFFERS)
     for what, path, load in (
         ("certificate", certificate_path, context.use_certificate_chain_file),

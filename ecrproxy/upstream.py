@@ -15,15 +15,18 @@ import json
 import re
 from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, NoReturn, Protocol
+from typing import TYPE_CHECKING, Final, NoReturn, Protocol, cast
 from urllib.parse import SplitResult, urljoin, urlsplit
 
 from treq.client import HTTPClient
 from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IPushProducer
 from twisted.internet.protocol import Protocol as TwistedProtocol
+from twisted.internet.protocol import connectionDone
 from twisted.logger import Logger
 from twisted.python.failure import Failure
-from twisted.web.client import PotentialDataLoss, ResponseDone, ResponseFailed
+from twisted.web.client import ResponseDone, ResponseFailed
+from twisted.web.http import PotentialDataLoss
 from twisted.web.http_headers import Headers
 from twisted.web.iweb import UNKNOWN_LENGTH, IAgent, IBodyProducer, IResponse
 from zope.interface import implementer
@@ -300,7 +303,9 @@ class Upstream:
         except Exception as problem:
             host = urlsplit(url).hostname
             if not limit.active():
-                raise UnavailableError(504, "UNAVAILABLE", f"{host} has not answered for {HEADER_SECONDS:.0f} s") from None
+                raise UnavailableError(
+                    504, "UNAVAILABLE", f"{host} has not answered for {HEADER_SECONDS:.0f} s"
+                ) from None
             raise UnavailableError(502, "UNAVAILABLE", f"{host} can't be reached: {describe(problem)}") from problem
         finally:
             if limit.active():
@@ -332,7 +337,13 @@ class Upstream:
         target = urljoin(url, location or "")
         parts = urlsplit(target)
         steps_down = urlsplit(url).scheme == "https" and parts.scheme != "https"
-        if not location or parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or steps_down:
+        if (
+            not location
+            or parts.scheme not in ("http", "https")
+            or not parts.hostname
+            or "@" in parts.netloc
+            or steps_down
+        ):
             raise UnavailableError(502, "UNAVAILABLE", "ECR redirects to where the proxy does not go")
         return target
 
@@ -368,8 +379,10 @@ class _Problem:
     @property
     def is_about_token(self) -> bool:
         """
-        Tell whether another token may help. Field notes C3: expired tokens are a 403 whose message says so,
-        unreadable ones a 400 without challenge; a 403 of IAM is about permission, which no token changes.
+        Tell whether another token may help.
+
+        Expired tokens are a 403 whose message says so, unreadable ones a 400 without challenge; a 403
+        of IAM is about permission, which no token changes (field notes C3).
         """
         match self.status:
             case 401:
@@ -390,10 +403,14 @@ class _Problem:
             raise UnavailableError(502, "UNAVAILABLE", "ECR does not accept the proxy's token")
         match self.status:
             case 404:
-                raise RegistryError(404, self.code or _NOT_FOUND_CODES[route.kind], self.message or "ECR does not have it")
+                raise RegistryError(
+                    404, self.code or _NOT_FOUND_CODES[route.kind], self.message or "ECR does not have it"
+                )
             case 403:
                 log.error("ECR denies {path}: {message}", path=route.path, message=self.message)
-                raise RegistryError(403, "DENIED", f"ECR denies the proxy access to {route.repository}; its log says why")
+                raise RegistryError(
+                    403, "DENIED", f"ECR denies the proxy access to {route.repository}; its log says why"
+                )
             case 429:
                 wait = self.retry_after if self.retry_after and self.retry_after.isdecimal() else "1"
                 raise UnavailableError(429, "TOOMANYREQUESTS", "ECR throttles the proxy", {"Retry-After": wait})
@@ -442,7 +459,7 @@ class BlobTransfer(TwistedProtocol):
             self._timer.reset(STALL_SECONDS)
         self._sink.arrived(data)
 
-    def connectionLost(self, reason: Failure) -> None:  # noqa: D102
+    def connectionLost(self, reason: Failure = connectionDone) -> None:  # noqa: D102
         self._unwatch()
         if self._stalled:
             what = f"{self._host} has sent nothing for {STALL_SECONDS:.0f} s"
@@ -460,16 +477,14 @@ class BlobTransfer(TwistedProtocol):
         Send nothing for now.
         """
         self._unwatch()
-        if self.transport is not None:
-            self.transport.pauseProducing()
+        cast(IPushProducer, self.transport).pauseProducing()
 
     def resume(self) -> None:
         """
         Go on.
         """
         self._watch()
-        if self.transport is not None:
-            self.transport.resumeProducing()
+        cast(IPushProducer, self.transport).resumeProducing()
 
     def abort(self) -> None:
         """
@@ -503,14 +518,14 @@ class _Collect(TwistedProtocol):
         self.whole: Deferred[bytes] = Deferred(lambda _: self._give_up())
         self._timer = clock.callLater(HEADER_SECONDS, self._late)
 
-    def dataReceived(self, data: bytes) -> None:  # noqa: D102
+    def dataReceived(self, data: bytes) -> None:
         self._size += len(data)
         if self._size > self._limit:
             self._fail(502, f"an answer of ECR has more than the {self._limit} bytes that it may have")
         else:
             self._parts.append(data)
 
-    def connectionLost(self, reason: Failure) -> None:  # noqa: D102
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
         if reason.check(ResponseDone, PotentialDataLoss):
             self._end(b"".join(self._parts))
         else:
@@ -527,7 +542,7 @@ class _Collect(TwistedProtocol):
         if self._timer.active():
             self._timer.cancel()
         if not self.whole.called:
-            self.whole.callback(result)  # type: ignore[arg-type]  # a Failure starts the errbacks
+            self.whole.callback(result)
 
     def _give_up(self) -> None:
         if self._timer.active():
@@ -543,7 +558,7 @@ class _Drop(TwistedProtocol):
 
     _left = ERROR_LIMIT
 
-    def dataReceived(self, data: bytes) -> None:  # noqa: D102
+    def dataReceived(self, data: bytes) -> None:
         self._left -= len(data)
         if self._left < 0 and self.transport is not None:
             self.transport.loseConnection()
@@ -567,7 +582,7 @@ def upstream_query(route: Route) -> str:
     return "&".join(f"{name}={value}" for name, value in kept.items())
 
 
-def describe(problem: BaseException) -> str:
+def describe(problem: BaseException | None) -> str:
     """
     Name a network's trouble in a line, by its first cause.
     """

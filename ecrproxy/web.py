@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.logger import Logger
+from twisted.web import http
 from twisted.web.http import NOT_MODIFIED, OK, PARTIAL_CONTENT, REQUESTED_RANGE_NOT_SATISFIABLE
 from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET, Request, Site
@@ -85,8 +86,7 @@ class Answering(Resource):
 
     async def _respond(self, request: Request) -> None:
         try:
-            if request.method not in (b"GET", b"HEAD"):
-                raise RegistryError(405, "UNSUPPORTED", "this proxy only reads", {"Allow": "GET, HEAD"})
+            _only_reads(request)
             await self.respond(request)
         except RegistryError as problem:
             if request.startedWriting:
@@ -115,12 +115,17 @@ class Answering(Resource):
             send_small(request, 500, "application/json", body)
 
 
+def _only_reads(request: Request) -> None:
+    if request.method not in (b"GET", b"HEAD"):
+        raise RegistryError(405, "UNSUPPORTED", "this proxy only reads", {"Allow": "GET, HEAD"})
+
+
 class Missing(Answering):
     """
     A path that is not there.
     """
 
-    async def respond(self, request: Request) -> None:
+    async def respond(self, request: Request) -> None:  # noqa: ARG002
         """
         Say so.
         """
@@ -199,13 +204,12 @@ class Registry(Answering):
         await self._send(request, route, answer)
 
     def _asked(self, request: Request, route: Route, target: str) -> Asked:
-        peer = request.getClientAddress()
         asker = Asker(
             method=request.method.decode("ascii"),
             target=target,
             scheme="https" if request.isSecure() else "http",
             host=request.getRequestHostname().decode("ascii", "replace"),
-            address=getattr(peer, "host", ""),
+            address=_address(request),
             headers={
                 name.decode("ascii").lower(): b", ".join(values).decode("utf-8", "replace")
                 for name, values in request.requestHeaders.getAllRawHeaders()
@@ -337,7 +341,9 @@ class Root(Resource):
 
 
 def make_site(
-    registry: Registry, reasons: Callable[[], Awaitable[Sequence[str]]], reactor: Any = None  # noqa: ANN401
+    registry: Registry,
+    reasons: Callable[[], Awaitable[Sequence[str]]],
+    reactor: Any = None,  # noqa: ANN401
 ) -> RegistrySite:
     """
     Build the Resource tree and what serves it.
@@ -372,19 +378,19 @@ class RegistrySite(Site):
 
     requestFactory = RegistryRequest
 
-    def acceptableProtocols(self) -> list[bytes]:  # noqa: N802
+    def acceptableProtocols(self) -> list[bytes]:
         """
         Offer HTTP/1.1: over Twisted's HTTP/2, blobs leave at a fifth of its speed.
         """
         return [b"http/1.1"]
 
-    def log(self, request: Request) -> None:
+    def log(self, request: http.Request) -> None:
         """
         Write a line for a request.
         """
         log.info(
             "{client} {method} {path} {status} {bytes} bytes {seconds:.3f} s {cache}",
-            client=getattr(request.getClientAddress(), "host", "-"),
+            client=_address(request),
             method=request.method.decode("ascii", "replace"),
             path=_path(request),
             status=request.code,
@@ -394,5 +400,12 @@ class RegistrySite(Site):
         )
 
 
-def _path(request: Request) -> str:
+def _address(request: http.Request) -> str:
+    """
+    Name the client; one that came by IPv4 to a socket for both is named by its own address.
+    """
+    return str(getattr(request.getClientAddress(), "host", "")).removeprefix("::ffff:")
+
+
+def _path(request: http.Request) -> str:
     return request.uri.partition(b"?")[0].decode("ascii", "backslashreplace")[:1000]

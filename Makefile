@@ -1,0 +1,50 @@
+# Everything below works on a fresh clone with Python and make alone, but for `make e2e`, which installs
+# Debian packages. PYTHON chooses the interpreter.
+PYTHON ?= python3
+VENV ?= .venv
+STAMP := $(VENV)/.installed
+
+.PHONY: help run demo test lint types e2e dist clean
+help:
+	@echo "make demo    pull a sample image through the proxy twice, from a stand-in for ECR"
+	@echo "make run     start the daemon with the variables of the environment"
+	@echo "make test    run the tests that need no server"
+	@echo "make lint    check style and types"
+	@echo "make e2e     run the tests with real clients and servers (Debian, root)"
+	@echo "make dist    build the sdist and the wheel"
+
+$(STAMP): setup.cfg pyproject.toml twisted/plugins/ecrproxy_plugin.py
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)/bin/python -m pip install --quiet --config-settings editable_mode=compat --editable '.[test,lint]'
+	touch $@
+
+run: $(STAMP)
+	exec $(VENV)/bin/twistd -n --pidfile= ecr-proxy
+
+demo: $(STAMP)
+	$(VENV)/bin/python -m tests.demo
+
+test: $(STAMP)
+	$(VENV)/bin/python -m pytest --quiet
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+dist: $(STAMP)
+	rm -rf dist
+	$(VENV)/bin/python -m build --outdir dist .
+
+# The daemon under test is the wheel's, installed outside the checkout.
+e2e: dist
+	tests/e2e/install-packages.sh
+	$(VENV)/bin/python -m pip install --quiet --config-settings editable_mode=compat --editable '.[e2e]'
+	rm -rf $(VENV)-e2e && $(PYTHON) -m venv $(VENV)-e2e
+	$(VENV)-e2e/bin/python -m pip install --quiet dist/*.whl
+	cd $(VENV)-e2e && ECRPROXY_E2E_TWISTD=$(abspath $(VENV)-e2e)/bin/twistd \
+		$(abspath $(VENV))/bin/python -m pytest --quiet --rootdir $(CURDIR) -c $(CURDIR)/pyproject.toml $(CURDIR)/tests/e2e
+
+clean:
+	rm -rf $(VENV) $(VENV)-e2e build dist *.egg-info
