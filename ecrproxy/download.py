@@ -105,7 +105,8 @@ class Flights(Generic[T]):
         if not waiting and isinstance(result, Failure):
             log.debug("Nobody waited any more for {key}: {problem}", key=key, problem=result.value)
         for waiter in list(waiting):
-            waiter.callback(result)
+            if not waiter.called:  # one who came before may have cancelled it just now
+                waiter.callback(result)
 
 
 class Download:

@@ -295,4 +295,5 @@ class TokenService(Service):
     def _wake(self) -> None:
         waiting, self._waiting = self._waiting, []
         for waiter in waiting:
-            waiter.callback(None)
+            if not waiter.called:
+                waiter.callback(None)

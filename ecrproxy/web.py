@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.error import ConnectionDone
 from twisted.logger import Logger
 from twisted.web import http
 from twisted.web.http import NOT_MODIFIED, OK, PARTIAL_CONTENT, REQUESTED_RANGE_NOT_SATISFIABLE
@@ -20,11 +21,11 @@ from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET, Request, Site
 
 from ecrproxy.cache_key import Asker, CacheKey
-from ecrproxy.download import Download, InThread, Shelved
+from ecrproxy.download import Download, InThread, Shelved, ShortBodyError
 from ecrproxy.oci import Kind, RegistryError, Route, accepted_types, parse_route, query_values
 from ecrproxy.proxy import Answer, Asked, PullThrough
-from ecrproxy.sending import Held, Sending, Source
-from ecrproxy.store import Content
+from ecrproxy.sending import Held, Source, send
+from ecrproxy.store import Content, DigestMismatchError
 from ecrproxy.upstream import Page
 
 if TYPE_CHECKING:
@@ -68,6 +69,17 @@ def matches(header: str | None, etag: str) -> bool:
     return "*" in tags or etag in tags
 
 
+# What ends an answer and was logged where it happened, or is no news: a client leaves.
+_KNOWN: Final = (
+    RegistryError,
+    CancelledError,
+    ConnectionDone,
+    ConnectionError,
+    DigestMismatchError,
+    ShortBodyError,
+)
+
+
 class Answering(Resource):
     """
     A leaf that answers each request with the coroutine C{respond}, cancelled when the client leaves.
@@ -106,7 +118,7 @@ class Answering(Resource):
     def _failed(self, failure: Failure, request: Request) -> None:
         if request.channel is None:  # the client has gone: nobody is left to answer
             return
-        if not failure.check(RegistryError, CancelledError):
+        if not failure.check(*_KNOWN):
             log.failure("Answering {path}", failure, path=_path(request))
         if request.startedWriting:
             request.channel.forceAbortClient()  # a short body must never look whole
@@ -247,7 +259,7 @@ class Registry(Answering):
         if answer.body is not None:
             if stop != start:  # of nothing, the headers would be the whole answer: they wait for the digest
                 request.write(b"")
-            await Sending(request, _source(answer, start, stop), self._in_thread).start()
+            await send(request, _source(answer, start, stop), self._in_thread)
         request.finish()
 
     @staticmethod
