@@ -1,0 +1,60 @@
+"""
+The daemon, installed as its users install it: from a wheel, away from the checkout.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+READY = "ECRPROXY_E2E_TWISTD"
+# Hidden directories hold environments and histories, the others old builds.
+LEFT_OUT = shutil.ignore_patterns(".*", "_trial_temp", "build", "dist", "*.egg-info", "__pycache__")
+
+
+def installed_twistd(home: Path) -> Path:
+    """
+    Give the twistd that was named, or install the daemon and give that one.
+    """
+    named = os.environ.get(READY)
+    if named:
+        # Not resolved: a link into an environment is what makes it that environment's.
+        twistd = Path(named).absolute()
+        if not os.access(twistd, os.X_OK):
+            raise RuntimeError(f"{READY}={named}: no such program")
+        return twistd
+    return install(home)
+
+
+def install(home: Path) -> Path:
+    """
+    Build the wheel from a copy of the checkout, and install it into a new environment.
+    """
+    source, wheels, environment = home / "source", home / "wheels", home / "venv"
+    shutil.copytree(CHECKOUT, source, ignore=LEFT_OUT)
+    run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", wheels, source)
+    run(sys.executable, "-m", "venv", environment)
+    (wheel,) = wheels.glob("ecrproxy-*.whl")
+    run(environment / "bin/pip", "install", "--quiet", wheel)
+    return environment / "bin/twistd"
+
+
+def run(*argv: str | Path) -> None:
+    """
+    Run one step, away from the checkout so that nothing is imported from it.
+    """
+    done = subprocess.run(
+        [str(each) for each in argv],
+        cwd="/",
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"{argv} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
