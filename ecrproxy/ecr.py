@@ -28,7 +28,7 @@ SHORTEST_REFRESH: Final = 60.0
 FIRST_RETRY: Final = 1.0
 LONGEST_RETRY: Final = 60.0
 PATIENCE: Final = 10.0
-"""Seconds for which a request waits for the first token."""
+"""Seconds for which a request waits for the first token; nobody waits any more once there was none for so long."""
 
 INSTANCE_PROVIDERS: Final = frozenset({"assume-role-with-web-identity", "container-role", "iam-role"})
 """botocore's names for what gives an instance, a container or a pod its role."""
@@ -190,7 +190,7 @@ class TokenService(Service):
         self._fetch, self._clock, self._refused, self._chance = fetch, clock, refused, chance
         self._token: Token | None = None
         self._problem = "AWS has not answered yet"
-        self._failures, self._due = 0, 0.0
+        self._failures, self._due, self._started = 0, 0.0, 0.0
         self._refreshing = False
         self._waiting: list[Deferred[None]] = []
         self._loop = LoopingCall(self._turn)
@@ -198,7 +198,7 @@ class TokenService(Service):
 
     def startService(self) -> None:  # noqa: D102
         super().startService()
-        self._due = self._clock.seconds()
+        self._due = self._started = self._clock.seconds()
         # Once a second it looks whether a refresh is due: a plain rhythm that no refresh has to rearrange.
         self._loop.start(1.0).addErrback(lambda failure: log.failure("The token's loop ended", failure))
 
@@ -223,7 +223,7 @@ class TokenService(Service):
 
         @raise TokenUnavailableError: if there is none.
         """
-        if self._token is None:
+        if self._token is None and self._clock.seconds() < self._started + PATIENCE:
             await self._wait()
         if self._token is None:
             raise TokenUnavailableError(self._problem)

@@ -98,9 +98,11 @@ class Janitor(Service):
             if chosen is None:
                 return False
             for path in chosen:
-                with contextlib.suppress(OSError):  # what can't be unlinked goes on being counted
-                    self._store.remove(path)
+                ledger.gone(path)  # the lock is not held while the disk works: the reactor may want it
             ledger.reserve(size)
+        for path in chosen:
+            with contextlib.suppress(OSError):  # a disk that can't be written takes nothing more, either
+                self._store.remove(path)
         if chosen:
             log.info("Evicted {count} files, the least recently used", count=len(chosen))
         return True

@@ -33,6 +33,9 @@ from ecrproxy.oci import Descriptor, Digest, Kind, Route
 
 log = Logger()
 
+_DRAFTS: Final = ("entry.", "probe.")
+_YOUNG_SECONDS: Final = 60
+
 ANSWERS_LIMIT: Final = 16
 """The most Accept sets whose answers one tag's entry keeps: clients in the field send two or three."""
 
@@ -192,6 +195,17 @@ class Ledger:
         """
         with self.lock:
             self.reserved += size
+
+    def load(self, files: Iterable[tuple[str, int]]) -> None:
+        """
+        Take in path and bytes of all files, the least recently used first; what was used meanwhile is more recent.
+        """
+        sizes = OrderedDict(files)
+        with self.lock:
+            for path, size in self._sizes.items():
+                sizes[path] = size
+                sizes.move_to_end(path)
+            self._sizes, self.total = sizes, sum(sizes.values())
 
     def oldest(self) -> Iterator[tuple[str, int, bool]]:
         """
@@ -367,8 +381,13 @@ class Store:
     def sweep(self) -> None:
         """
         Unlink what arrived for writers that are no more.
+
+        Drafts of entries have no lock; another daemon on this directory may be about to rename a young one.
         """
         for path in self._names(self.ingest):
+            with contextlib.suppress(OSError):
+                if path.name.startswith(_DRAFTS) and self._now() - path.stat().st_mtime < _YOUNG_SECONDS:
+                    continue
             with contextlib.suppress(OSError), path.open("rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path.unlink()
@@ -385,14 +404,7 @@ class Store:
                         path = os.path.join(folder, name)  # noqa: PTH118 (a Path each would cost seconds at 200,000)
                         status = os.lstat(path)
                         found.append((status.st_mtime_ns, os.path.relpath(path, self.root), status.st_size))
-        with self.ledger.lock:
-            recent = [(path, size) for path, size, _ in self.ledger.oldest()]
-            known = {path for path, _ in recent}
-            for _, path, size in sorted(found):
-                if path not in known:
-                    self.ledger.used(path, size)
-            for path, size in recent:  # used since the daemon started: more recent than all others
-                self.ledger.used(path, size)
+        self.ledger.load((path, size) for _, path, size in sorted(found))
 
     def has(self, digest: Digest) -> bool:
         """

@@ -8,6 +8,7 @@ import atexit
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 
 from twisted.application.internet import StreamServerEndpointService
 from twisted.application.service import MultiService, Service
+from twisted.internet.defer import Deferred
 from twisted.internet.endpoints import TCP4ServerEndpoint, TCP6ServerEndpoint, serverFromString
 from twisted.internet.error import CannotListenError
 from twisted.internet.threads import deferToThreadPool
@@ -22,8 +24,9 @@ from twisted.logger import Logger
 from twisted.names.client import Resolver
 from twisted.protocols.tls import TLSMemoryBIOFactory
 from twisted.python import usage
+from twisted.python.failure import Failure
 from twisted.python.threadpool import ThreadPool
-from twisted.web.client import Agent, HTTPConnectionPool
+from twisted.web.client import Agent, HTTPConnectionPool, _HTTP11ClientFactory
 
 from ecrproxy import __version__
 from ecrproxy.config import SETTINGS, Config, ConfigError
@@ -37,7 +40,6 @@ from ecrproxy.upstream import Upstream
 from ecrproxy.web import Registry, make_site
 
 if TYPE_CHECKING:
-    from twisted.internet.defer import Deferred
     from twisted.internet.interfaces import IListeningPort, IStreamServerEndpoint
 
 log = Logger()
@@ -137,12 +139,13 @@ def build(config: Config, reactor: Any, refused: Callable[[CredentialsError], No
     @param refused: told of credentials that AWS refuses for good.
     """
     service = MultiService()
-    disk = Threads("disk", DISK_THREADS, reactor)
-    aws = Threads("aws", 1, reactor)
+    disk = Threads(DISK_THREADS, reactor)
     store = _prepared(Store(Path(config.cache_dir), time.time))
     janitor = Janitor(store, config.cache_limit, disk.call)
     tokens = TokenService(
-        lambda: aws.call(lambda: fetch_token(config.region, instance_auth=config.instance_auth)), reactor, refused
+        lambda: call_unowned(reactor, lambda: fetch_token(config.region, instance_auth=config.instance_auth)),
+        reactor,
+        refused,
     )
     upstream = Upstream(config.ecr_endpoint, _agent(reactor), tokens, reactor)
     pull_through = PullThrough(upstream, store, janitor, disk.call, time.time, config.tag_ttl)
@@ -158,7 +161,7 @@ def build(config: Config, reactor: Any, refused: Callable[[CredentialsError], No
 
     site = make_site(registry, reasons, reactor)
     _install_resolver(config, reactor)
-    for part in (disk, aws, janitor, tokens):
+    for part in (disk, janitor, tokens):
         part.setServiceParent(service)
     for name, endpoint in _endpoints(config, reactor):
         Listening(name, endpoint, site).setServiceParent(service)
@@ -167,11 +170,11 @@ def build(config: Config, reactor: Any, refused: Callable[[CredentialsError], No
 
 class Threads(Service):
     """
-    A pool of threads of its own, so that one kind of waiting never holds up another.
+    A pool of threads for the disk, whose waiting never holds up the pool that resolves names.
     """
 
-    def __init__(self, name: str, size: int, reactor: Any) -> None:  # noqa: ANN401
-        self._pool, self._reactor = ThreadPool(0, size, f"ecrproxy-{name}"), reactor
+    def __init__(self, size: int, reactor: Any) -> None:  # noqa: ANN401
+        self._pool, self._reactor = ThreadPool(0, size, "ecrproxy-disk"), reactor
 
     def call(self, blocking: Callable[..., T], *args: Any) -> Deferred[T]:  # noqa: ANN401
         """
@@ -186,6 +189,23 @@ class Threads(Service):
     def stopService(self) -> None:  # noqa: D102
         super().stopService()
         self._pool.stop()
+
+
+def call_unowned(reactor: Any, blocking: Callable[[], T]) -> Deferred[T]:  # noqa: ANN401
+    """
+    Call C{blocking()} in a thread that the end of the daemon does not wait for: AWS may keep it for long.
+    """
+    result: Deferred[T] = Deferred()
+
+    def call() -> None:
+        try:
+            outcome: T | Failure = blocking()
+        except Exception:  # noqa: BLE001 (told to who waits)
+            outcome = Failure()
+        reactor.callFromThread(result.callback, outcome)
+
+    threading.Thread(target=call, name="ecrproxy-aws", daemon=True).start()
+    return result
 
 
 class Listening(StreamServerEndpointService):
@@ -226,8 +246,17 @@ def _prepared(store: Store) -> Store:
 
 def _agent(reactor: Any) -> Agent:  # noqa: ANN401
     pool = HTTPConnectionPool(reactor)
+    pool._factory = _QuietFactory  # noqa: SLF001 (there is no public way, and two lines a connection drown all others)
     pool.maxPersistentPerHost, pool.cachedConnectionTimeout = IDLE_CONNECTIONS, IDLE_SECONDS
     return Agent(reactor, connectTimeout=CONNECT_SECONDS, pool=pool)
+
+
+class _QuietFactory(_HTTP11ClientFactory):
+    """
+    Connections that are not announced in the log.
+    """
+
+    noisy = False
 
 
 def _install_resolver(config: Config, reactor: Any) -> None:  # noqa: ANN401

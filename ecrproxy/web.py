@@ -21,6 +21,7 @@ from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET, Request, Site
 
 from ecrproxy.cache_key import Asker, CacheKey
+from ecrproxy.channel import StrictChannel
 from ecrproxy.download import Download, InThread, Shelved, ShortBodyError
 from ecrproxy.oci import Kind, RegistryError, Route, accepted_types, parse_route, query_values
 from ecrproxy.proxy import Answer, Asked, PullThrough
@@ -389,6 +390,7 @@ class RegistrySite(Site):
     """
 
     requestFactory = RegistryRequest
+    protocol = StrictChannel  # type: ignore[assignment]  # HTTP/1.1 alone needs no choice of protocols
 
     def acceptableProtocols(self) -> list[bytes]:
         """
