@@ -145,9 +145,8 @@ def parse_pattern(text: str) -> re.Pattern[str]:
     if not text:
         raise ValueError("empty, so that no repository would match; give .* for all")
     try:
-        re.compile(text)  # by itself: a parenthesis too many must not close the group around it
-        return re.compile(f"(?:{text})")
-    except re.error as problem:
+        return re.compile(text)  # fullmatch() takes it as one group
+    except (re.error, OverflowError, RecursionError) as problem:
         raise ValueError(f"not a regular expression: {problem}") from None
 
 
@@ -243,7 +242,7 @@ SETTINGS: Final[Sequence[Setting]] = (
     Setting(
         "ssl-certificate", "PROXY_SSL_CERTIFICATE", parse_path, "none", "file of the TLS certificate and its chain"
     ),
-    Setting("listen", "PROXY_LISTEN", str.split, "made from the three above", "Twisted endpoint strings to listen on"),
+    Setting("listen", "PROXY_LISTEN", str.split, "made from port and TLS files", "Twisted endpoint strings"),
     Setting(
         "tag-ttl",
         "PROXY_TAG_TTL",

@@ -4,7 +4,6 @@ Keep the cache directory within its limit: the least recently used goes first, w
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -101,8 +100,7 @@ class Janitor(Service):
                 ledger.gone(path)  # the lock is not held while the disk works: the reactor may want it
             ledger.reserve(size)
         for path in chosen:
-            with contextlib.suppress(OSError):  # a disk that can't be written takes nothing more, either
-                self._store.remove(path)
+            self._store.remove(path)
         if chosen:
             log.info("Evicted {count} files, the least recently used", count=len(chosen))
         return True

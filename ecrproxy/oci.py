@@ -274,7 +274,7 @@ def _own_descriptor(item: object) -> Descriptor | None:
     if not isinstance(item, dict) or item.get("urls"):
         return None
     media_type, digest, size = item.get("mediaType"), item.get("digest"), item.get("size")
-    if not isinstance(media_type, str) or not isinstance(digest, str) or not isinstance(size, int):
+    if not isinstance(media_type, str) or not isinstance(digest, str) or type(size) is not int or size < 0:
         return None
     if "foreign" in media_type or "nondistributable" in media_type:
         return None

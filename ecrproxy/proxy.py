@@ -262,7 +262,9 @@ class PullThrough:
         Open the shared transfer of C{digest}; none if it turns out to be in the cache.
         """
         try:
-            if await self._in_thread(self._store.has, digest):
+            content = await self._in_thread(self._store.open, digest)
+            if content is not None:
+                content.close()
                 del self._carriers[digest]
                 return None
             download = await self._transfer(route, digest, keep=True)
@@ -425,7 +427,10 @@ class PullThrough:
 
         async def ask() -> Descriptor | None:
             head = await self._upstream.head_manifest(route, _accept_header(accept))
-            digest = head.digest or route.digest
+            asked, told = route.digest, head.digest
+            if asked is not None and told is not None and asked != told and asked.algorithm == told.algorithm:
+                raise UnavailableError(502, "UNAVAILABLE", f"ECR speaks of {told} when asked for {asked}")
+            digest = asked or told
             return Descriptor(head.media_type.partition(";")[0].strip(), digest, head.size) if digest else None
 
         return await self._heads.join((route, accept), ask)

@@ -17,6 +17,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import math
 import os
 import secrets
 import stat
@@ -125,13 +126,16 @@ class Entry:
             document = json.loads(data)
             answers = {frozenset(item["accept"]): _confirmed(item) for item in document["answers"]}
             return cls(Kind(document["kind"]), str(document["repository"]), str(document["reference"]), answers)
-        except (KeyError, TypeError, AttributeError, RecursionError) as problem:
+        except (KeyError, TypeError, AttributeError, OverflowError, RecursionError) as problem:
             raise ValueError(f"no entry: {problem!r}") from None
 
 
 def _confirmed(item: Mapping[str, Any]) -> Confirmed:
     descriptor = Descriptor(str(item["mediaType"]), Digest.parse(item["digest"]), int(item["size"]))
-    return Confirmed(descriptor, float(item["confirmed"]))
+    when = float(item["confirmed"])
+    if not math.isfinite(when):
+        raise ValueError("no time")
+    return Confirmed(descriptor, when)
 
 
 def entry_name(cache_key: str, route: Route) -> str:
@@ -261,6 +265,7 @@ class Writer:
         self._store, self._digest, self.size = store, digest, size
         self._hash = digest.hasher()
         self.written = 0
+        self._committed: str | None = None
         self._path = store.ingest / f"{digest.algorithm}-{digest.hex}.{secrets.token_hex(4)}"
         self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
@@ -324,6 +329,8 @@ class Writer:
         target.parent.mkdir(parents=True, exist_ok=True)
         self._path.rename(target)
         self._store.ledger.used(path, self.written)
+        self._store.ledger.reading(path, 1)  # by those who follow, until it is closed
+        self._committed = path
 
     def close(self) -> None:
         """
@@ -332,6 +339,8 @@ class Writer:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+            if self._committed is not None:
+                self._store.ledger.reading(self._committed, -1)
 
     def discard(self) -> None:
         """
@@ -408,9 +417,12 @@ class Store:
 
     def has(self, digest: Digest) -> bool:
         """
-        Tell whether there is verified content of this name.
+        Tell whether there is a file of this name, without opening it or noting a use.
         """
-        return (self.root / self.content_path(digest)).is_file()
+        try:
+            return stat.S_ISREG(os.lstat(self.root / self.content_path(digest)).st_mode)
+        except OSError:
+            return False
 
     def writer(self, digest: Digest, size: int) -> Writer:
         """
@@ -436,7 +448,7 @@ class Store:
         """
         path = self.content_path(digest)
         try:
-            fd = os.open(self.root / path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            fd = os.open(self.root / path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError as problem:
             if not isinstance(problem, FileNotFoundError):
                 log.warn("Can't read {path} from the cache: {problem}", path=path, problem=problem)
@@ -494,8 +506,13 @@ class Store:
         """
         Unlink one file of content or entries; those who have it open go on reading it.
         """
-        with contextlib.suppress(FileNotFoundError):
+        try:
             (self.root / path).unlink()
+        except FileNotFoundError:
+            pass
+        except OSError as problem:  # it goes on being counted
+            log.warn("Can't remove {path} from the cache: {problem}", path=path, problem=problem)
+            return
         self.ledger.gone(path)
 
     def _touch(self, fd: int, path: str, size: int) -> None:
@@ -516,7 +533,10 @@ class Store:
 
 def _is_whole(fd: int, digest: Digest) -> bool:
     state, offset = digest.hasher(), 0
-    while data := os.pread(fd, 2**20, offset):
-        state.update(data)
-        offset += len(data)
+    try:
+        while data := os.pread(fd, 2**20, offset):
+            state.update(data)
+            offset += len(data)
+    except OSError:
+        return False
     return state.hexdigest() == digest.hex

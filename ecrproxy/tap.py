@@ -84,7 +84,7 @@ class Options(usage.Options):
 
     def opt_listen(self, endpoint: str) -> None:
         """
-        Twisted endpoint string to listen on, instead of the port; repeatable [PROXY_LISTEN, whitespace-separated].
+        Twisted endpoint string, repeatable [PROXY_LISTEN, default: made from port and TLS files].
         """
         self.listen.append(endpoint)
 

@@ -61,7 +61,7 @@ _NOT_FOUND_CODES: Final = {
     Kind.REFERRERS: "NAME_UNKNOWN",
 }
 _NEXT = re.compile(r'<([^>]*)>\s*;\s*rel="?next"?')
-_TOTAL = re.compile(r"bytes \d+-\d+/(\d+)")
+_TOTAL = re.compile(r"bytes (?:\d+-\d+|\*)/(\d{1,18})")
 
 
 class UnavailableError(RegistryError):
@@ -211,20 +211,14 @@ class Upstream:
         @raise RegistryError: if it doesn't, or ECR can't say.
         """
         response = await self._ask("HEAD", route)
-        size: str | None
         if response.code in _REDIRECTS:
             # A presigned URL is signed for GET: only the first byte is asked for.
             _, response = await self._follow("GET", route, response, {"Range": "bytes=0-0"})
-            total = _TOTAL.fullmatch(_header(response, "Content-Range") or "")
-            size = total[1] if total else None
-            if size is None and response.length is not UNKNOWN_LENGTH:
-                size = str(response.length)
-        else:
-            size = _header(response, "Content-Length")
         response.deliverBody(_Drop())
-        if size is None or not size.isdecimal():
+        size = _whole_size(response)
+        if size is None:
             raise UnavailableError(502, "UNAVAILABLE", f"ECR does not say how large {route.reference} is")
-        return int(size)
+        return size
 
     async def blob(self, route: Route) -> Blob:
         """
@@ -294,7 +288,10 @@ class Upstream:
         return await self._request(method, url, headers)
 
     async def _request(self, method: str, url: str, headers: Headers) -> IResponse:
-        asked = self._client.request(method, url, headers=headers, allow_redirects=False, unbuffered=True)
+        try:
+            asked = self._client.request(method, url, headers=headers, allow_redirects=False, unbuffered=True)
+        except ValueError:
+            raise UnavailableError(502, "UNAVAILABLE", "ECR redirects to what is no URL") from None
         limit = self._clock.callLater(HEADER_SECONDS, asked.cancel)
         try:
             return (await asked).original
@@ -334,11 +331,15 @@ class Upstream:
         """
         Resolve a redirect, if it is one to follow.
         """
-        target = urljoin(url, location or "")
-        parts = urlsplit(target)
+        try:
+            target = urljoin(url, location or "")
+            parts = urlsplit(target)
+        except ValueError:
+            target, parts = "", urlsplit("")
         steps_down = urlsplit(url).scheme == "https" and parts.scheme != "https"
         if (
             not location
+            or not location.isascii()
             or parts.scheme not in ("http", "https")
             or not parts.hostname
             or "@" in parts.netloc
@@ -399,7 +400,7 @@ class _Problem:
         Raise what the client is told.
         """
         if self.is_about_token:
-            log.error("ECR refuses a fresh token: {status} {message}", status=self.status, message=self.message)
+            log.error("ECR refuses a fresh token: {status} {said}", status=self.status, said=self.message)
             raise UnavailableError(502, "UNAVAILABLE", "ECR does not accept the proxy's token")
         match self.status:
             case 404:
@@ -407,7 +408,7 @@ class _Problem:
                     404, self.code or _NOT_FOUND_CODES[route.kind], self.message or "ECR does not have it"
                 )
             case 403:
-                log.error("ECR denies {path}: {message}", path=route.path, message=self.message)
+                log.error("ECR denies {path}: {said}", path=route.path, said=self.message)
                 raise RegistryError(
                     403, "DENIED", f"ECR denies the proxy access to {route.repository}; its log says why"
                 )
@@ -595,9 +596,24 @@ def describe(problem: BaseException | None) -> str:
 _REDIRECTS: Final = (301, 302, 303, 307, 308)
 
 
+def _whole_size(response: IResponse) -> int | None:
+    """
+    Tell how large the whole is of which C{response} is an answer: RFC 9110, 14.4 and 15.5.17.
+    """
+    if response.code in (206, 416):
+        total = _TOTAL.fullmatch(_header(response, "Content-Range") or "")
+        return int(total[1]) if total else None
+    if response.code != 200:  # noqa: PLR2004
+        return None
+    if response.request.method == b"HEAD":
+        length = _header(response, "Content-Length") or ""
+        return int(length) if length.isdecimal() else None
+    return None if response.length is UNKNOWN_LENGTH else int(response.length)
+
+
 def _header(response: IResponse, name: str) -> str | None:
-    values = response.headers.getRawHeaders(name)
-    return values[-1] if values else None
+    values = response.headers.getRawHeaders(name.encode("ascii"))
+    return values[-1].decode("latin-1") if values else None
 
 
 def _origin(url: str) -> tuple[str, str | None, int | None]:

@@ -37,6 +37,7 @@ log = Logger()
 HSTS: Final = "max-age=31536000"
 # The nginx proxy adds its headers where nginx's add_header does without C{always}.
 _DECORATED: Final = frozenset({200, 201, 204, 206, 301, 302, 303, 304, 307, 308})
+_ENDLESS: Final = 2**62
 _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 
 
@@ -124,8 +125,19 @@ class Answering(Resource):
         if request.startedWriting:
             request.channel.forceAbortClient()  # a short body must never look whole
         else:
-            body = RegistryError(500, "UNKNOWN", "the proxy failed; its log says why").body()
-            send_small(request, 500, "application/json", body)
+            problem = _answer_to(failure)
+            send_small(request, problem.status, "application/json", problem.body())
+
+
+def _answer_to(failure: Failure) -> RegistryError:
+    """
+    Tell a client what an answer that came to nothing failed of.
+    """
+    if isinstance(failure.value, RegistryError):
+        return failure.value
+    if failure.check(DigestMismatchError, ShortBodyError):
+        return RegistryError(502, "UNAVAILABLE", f"upstream sent wrong bytes: {failure.value}")
+    return RegistryError(500, "UNKNOWN", "the proxy failed; its log says why")
 
 
 def _only_reads(request: Request) -> None:
@@ -213,7 +225,7 @@ class Registry(Answering):
         if route.kind is Kind.MANIFEST:
             answer = await self._pull_through.manifest(asked)
         else:
-            answer = await self._pull_through.blob(asked, _first_byte(request))
+            answer = await self._pull_through.blob(asked, _first_byte(request, f'"{route.digest}"'))
         await self._send(request, route, answer)
 
     def _asked(self, request: Request, route: Route, target: str) -> Asked:
@@ -271,11 +283,8 @@ class Registry(Answering):
         if route.kind is Kind.MANIFEST or answer.size is None:
             return 0, answer.size
         request.setHeader("Accept-Ranges", "bytes")
-        wanted = request.getHeader("Range") if request.method == b"GET" else None
-        if request.getHeader("If-Range") not in (None, etag):
-            wanted = None
         try:
-            chosen = parse_range(wanted, answer.size)
+            chosen = parse_range(_wanted(request, etag), answer.size)
         except LookupError:
             _let_go(answer)
             request.setHeader("Content-Range", f"bytes */{answer.size}")
@@ -305,9 +314,25 @@ def _let_go(answer: Answer) -> None:
         answer.body.close()
 
 
-def _first_byte(request: Request) -> int:
-    found = _RANGE.fullmatch(request.getHeader("Range") or "")
-    return int(found[1]) if found and found[1] else 0
+def _wanted(request: Request, etag: str) -> str | None:
+    """
+    Give the Range header, if it counts: RFC 9110, 13.1.5 and 14.2.
+    """
+    if request.method != b"GET" or request.getHeader("If-Range") not in (None, etag):
+        return None
+    wanted: str | None = request.getHeader("Range")
+    return wanted
+
+
+def _first_byte(request: Request, etag: str) -> int:
+    """
+    Tell the first byte that will be sent, before the size is known; 0 if it depends on that.
+    """
+    wanted = _wanted(request, etag)
+    if wanted is None or wanted.startswith("bytes=-"):
+        return 0
+    found = parse_range(wanted, _ENDLESS)
+    return found[0] if found else 0
 
 
 def _own_query(route: Route, query: str) -> str:
