@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from ecrproxy.cache_key import CacheKey
 
 _UNITS: Final = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
-_SIZE = re.compile(r"(\d{1,18})\s*([kmgt]?)(?:i?b)?", re.IGNORECASE)
+_SIZE = re.compile(r"(\d{1,18})\s*(?:([kmgt])(?:i?b)?|b)?", re.IGNORECASE)
 _HOST = re.compile(r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?(?:\.[a-z0-9](?:[a-z0-9-]*[a-z0-9])?)*", re.IGNORECASE)
 _REGION = re.compile(r"[a-z]{2,}(?:-[a-z]+)+-\d+")
 # 123456789012.dkr.ecr.REGION.amazonaws.com, -fips, .cn, .eu, dual-stack dkr-ecr.REGION.on.aws: field notes C11.
@@ -135,7 +135,7 @@ def parse_size(text: str) -> int:
     found = _SIZE.fullmatch(text.strip())
     if not found or not int(found[1]):
         raise ValueError("not a size; give one such as 64g, 512m, 100k or a number of bytes")
-    return int(found[1]) * _UNITS[found[2].lower()]
+    return int(found[1]) * _UNITS[(found[2] or "").lower()]
 
 
 def parse_pattern(text: str) -> re.Pattern[str]:

@@ -235,7 +235,8 @@ class TokenService(Service):
 
         @raise TokenUnavailableError: if there is none.
         """
-        if self._token is not None and self._token.secret == refused:
+        failing = self._failures and self._clock.seconds() < self._due  # AWS is asked again soon enough
+        if self._token is not None and self._token.secret == refused and not failing:
             log.info("ECR takes the token no more: refreshing it")
             self._refresh()
             await self._wait()

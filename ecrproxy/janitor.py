@@ -96,11 +96,11 @@ class Janitor(Service):
             chosen = victims(ledger.oldest(), ledger.total + ledger.reserved + size - self._limit)
             if chosen is None:
                 return False
-            for path in chosen:
-                ledger.gone(path)  # the lock is not held while the disk works: the reactor may want it
+            sizes = {path: ledger.gone(path) for path in chosen}
             ledger.reserve(size)
-        for path in chosen:
-            self._store.remove(path)
+        for path, freed in sizes.items():  # the lock is not held while the disk works: the reactor may want it
+            if not self._store.remove(path):
+                ledger.used(path, freed)
         if chosen:
             log.info("Evicted {count} files, the least recently used", count=len(chosen))
         return True

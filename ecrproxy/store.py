@@ -177,12 +177,16 @@ class Ledger:
             self.total += size - self._sizes.pop(path, 0)
             self._sizes[path] = size
 
-    def gone(self, path: str) -> None:
+    def gone(self, path: str) -> int:
         """
         Note that C{path} is there no more.
+
+        @return: the bytes that it had.
         """
         with self.lock:
-            self.total -= self._sizes.pop(path, 0)
+            size = self._sizes.pop(path, 0)
+            self.total -= size
+            return size
 
     def reading(self, path: str, readers: int) -> None:
         """
@@ -397,7 +401,7 @@ class Store:
             with contextlib.suppress(OSError):
                 if path.name.startswith(_DRAFTS) and self._now() - path.stat().st_mtime < _YOUNG_SECONDS:
                     continue
-            with contextlib.suppress(OSError), path.open("rb") as file:
+            with contextlib.suppress(OSError), open(path, "rb", opener=_without_waiting) as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path.unlink()
 
@@ -470,7 +474,7 @@ class Store:
         """
         path = self._entry_path(name)
         try:
-            with (self.root / path).open("rb") as file:
+            with open(self.root / path, "rb", opener=_without_waiting) as file:
                 data = file.read()
                 entry = Entry.from_json(data)
                 self._touch(file.fileno(), path, len(data))
@@ -502,9 +506,11 @@ class Store:
         """
         self.remove(self._entry_path(name))
 
-    def remove(self, path: str) -> None:
+    def remove(self, path: str) -> bool:
         """
         Unlink one file of content or entries; those who have it open go on reading it.
+
+        @return: whether it is gone.
         """
         try:
             (self.root / path).unlink()
@@ -512,8 +518,9 @@ class Store:
             pass
         except OSError as problem:  # it goes on being counted
             log.warn("Can't remove {path} from the cache: {problem}", path=path, problem=problem)
-            return
+            return False
         self.ledger.gone(path)
+        return True
 
     def _touch(self, fd: int, path: str, size: int) -> None:
         now = self._now()
@@ -540,3 +547,10 @@ def _is_whole(fd: int, digest: Digest) -> bool:
     except OSError:
         return False
     return state.hexdigest() == digest.hex
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """
+    Open a file that somebody may have replaced by something else.
+    """
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)

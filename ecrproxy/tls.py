@@ -57,6 +57,7 @@ def _context(key_path: str, certificate_path: str) -> SSL.Context:
     context.set_options(SSL.OP_NO_COMPRESSION)
     # Idle connections hold no buffers.
     context.set_mode(SSL.MODE_RELEASE_BUFFERS)
+    context.set_passwd_cb(lambda *_: b"")  # a key behind a passphrase is refused, and nobody asked for it
     for what, path, load in (
         ("certificate", certificate_path, context.use_certificate_chain_file),
         ("key", key_path, context.use_privatekey_file),
