@@ -4,6 +4,7 @@ The registry token is fetched through botocore and kept fresh, whatever AWS does
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from botocore.awsrequest import AWSResponse
-from botocore.exceptions import ConnectTimeoutError
+from botocore.exceptions import BotoCoreError, ConnectTimeoutError
 from botocore.httpsession import URLLib3Session
 from twisted.internet.defer import CancelledError, Deferred, succeed
 from twisted.internet.task import Clock
@@ -110,7 +111,8 @@ class FakeAws:
             self.asked.append(request)
         status, body = self.answers[request.method, request.url]
         data = body if isinstance(body, str) else json.dumps(body)
-        return AWSResponse(request.url, status, {"Content-Type": "application/x-amz-json-1.1"}, Raw(data.encode()))
+        headers: Any = {"Content-Type": "application/x-amz-json-1.1"}
+        return AWSResponse(request.url, status, headers, Raw(data.encode()))
 
 
 def credentials(key: str) -> dict[str, str]:
@@ -224,7 +226,7 @@ class FetchTests(SynchronousTestCase):
         A network that is down says nothing about the credentials.
         """
         FakeAws(self)
-        problem = self.assertRaises(Exception, fetch)
+        problem = self.assertRaises(BotoCoreError, fetch)
         self.assertNotIsInstance(problem, CredentialsError)
         self.assertIn("api.ecr.eu-west-1.amazonaws.com", str(problem))
 
@@ -421,7 +423,7 @@ class TokenServiceTests(SynchronousTestCase):
         The longer AWS fails the longer the pauses, up to about a minute.
         """
         times = self.failing_for(600, 1.0)
-        pauses = [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+        pauses = [later - earlier for earlier, later in itertools.pairwise(times)]
         self.assertEqual(sorted(pauses), pauses)
         self.assertLess(pauses[0], 5)
         self.assertLess(max(pauses), 65)

@@ -1,0 +1,212 @@
+"""
+The modules know of each other what docs/architecture.rst says, and stay small enough to be read.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+
+from twisted.trial.unittest import SynchronousTestCase
+
+import ecrproxy
+
+PACKAGE = Path(ecrproxy.__file__).parent
+OURS = "ecrproxy."
+
+# module: what of ours it may import; what is not here may import nothing of ours.
+ARROWS: dict[str, set[str]] = {
+    "cache_key": {"oci"},
+    "config": {"cache_key"},
+    "store": {"oci"},
+    "download": {"store", "oci"},
+    "upstream": {"oci", "ecr"},
+    "sending": {"download"},
+    "proxy": {"store", "download", "upstream", "oci"},
+    "web": {"proxy", "sending", "oci", "cache_key", "download", "store", "upstream", "channel"},
+    "janitor": {"store", "download"},
+}
+TYPES_ONLY = {("sending", "download"), ("janitor", "download")}
+# what is the business of one module alone
+RESERVED = {
+    "treq": "upstream",
+    "botocore": "ecr",
+    "twisted.web.resource": "web",
+    "twisted.internet.reactor": "tap",
+}
+LONGEST = 45
+
+
+@functools.cache
+def modules() -> dict[str, ast.Module]:
+    """
+    Parse the package.
+    """
+    return {path.stem: ast.parse(path.read_text("utf-8")) for path in sorted(PACKAGE.glob("*.py"))}
+
+
+def for_types_only(tree: ast.Module) -> set[ast.AST]:
+    """
+    Find what is imported for the type checker alone.
+    """
+    return {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+        for part in node.body
+        for inner in ast.walk(part)
+    }
+
+
+def imported(tree: ast.Module, *, at_run_time: bool = False) -> Iterator[str]:
+    """
+    Name all that a module imports, wherever in it, both as the module and as the name in it.
+    """
+    left_out = for_types_only(tree) if at_run_time else set()
+    for node in ast.walk(tree):
+        if node in left_out:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (each.name for each in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            yield module
+            yield from (f"{module}.{each.name}" for each in node.names)
+
+
+def ours(tree: ast.Module, *, at_run_time: bool = False) -> set[str]:
+    """
+    Name the modules of ours that a module imports.
+    """
+    found = imported(tree, at_run_time=at_run_time)
+    names = {name.removeprefix(OURS).partition(".")[0] for name in found if name.startswith(OURS)}
+    return names & {path.stem for path in PACKAGE.glob("*.py")}
+
+
+def definitions(tree: ast.Module) -> Iterator[ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
+    """
+    Find all classes and functions.
+    """
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+
+
+def described(node: ast.Module | ast.ClassDef) -> bool:
+    """
+    Tell whether something has a docstring with words in it.
+    """
+    return bool((ast.get_docstring(node) or "").strip())
+
+
+def lines_of_code(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """
+    Count a function's lines without its docstring.
+    """
+    first = function.body[0]
+    described = ast.get_docstring(function) is not None
+    docstring = (first.end_lineno or 0) - first.lineno + 1 if described else 0
+    return (function.end_lineno or 0) - function.lineno + 1 - docstring
+
+
+class ArchitectureTests(SynchronousTestCase):
+    """
+    What is written down about the package is true.
+    """
+
+    def setUp(self) -> None:
+        """
+        Read the package.
+        """
+        self.modules = modules()
+
+    def test_the_modules_are_all_there(self) -> None:
+        """
+        The rules speak of modules that exist.
+        """
+        self.assertEqual(set(), {*ARROWS, *RESERVED.values()} - self.modules.keys())
+
+    def test_imports_follow_the_arrows(self) -> None:
+        """
+        Inner modules know nothing of outer ones; tap alone knows all, and nobody knows tap.
+        """
+        wrong = {
+            f"{name} -> {other}"
+            for name, tree in self.modules.items()
+            if name != "tap"
+            for other in ours(tree) - ARROWS.get(name, set())
+        }
+        self.assertEqual(set(), wrong)
+
+    def test_what_is_known_for_its_types_is_not_imported_at_run_time(self) -> None:
+        """
+        Such modules can be read, and tested, without the other.
+        """
+        wrong = {(name, other) for name, other in TYPES_ONLY if other in ours(self.modules[name], at_run_time=True)}
+        self.assertEqual(set(), wrong)
+
+    def test_imports_are_absolute(self) -> None:
+        """
+        A module is called the same everywhere.
+        """
+        wrong = {name for name, tree in self.modules.items() if any(each.startswith(".") for each in imported(tree))}
+        self.assertEqual(set(), wrong)
+
+    def test_each_large_dependency_is_met_in_one_module(self) -> None:
+        """
+        Only upstream speaks treq, only ecr botocore, only web resources, only tap the global reactor.
+        """
+        wrong = {
+            f"{name} imports {each}"
+            for name, tree in self.modules.items()
+            for each in imported(tree)
+            for prefix, owner in RESERVED.items()
+            if name != owner and (each == prefix or each.startswith(f"{prefix}."))
+        }
+        self.assertEqual(set(), wrong)
+
+    def test_the_environment_is_read_in_one_place(self) -> None:
+        """
+        Only tap looks at os.environ, and the health check, which is a program of its own.
+        """
+        readers = {
+            name
+            for name, tree in self.modules.items()
+            for node in ast.walk(tree)
+            if (isinstance(node, ast.Attribute) and node.attr in ("environ", "environb", "getenv"))
+            or (isinstance(node, ast.ImportFrom) and node.module == "os")
+        }
+        self.assertEqual(set(), readers - {"tap", "healthcheck"})
+
+    def test_all_that_is_public_is_described(self) -> None:
+        """
+        Modules and public classes have a docstring.
+        """
+        wrong = [name for name, tree in self.modules.items() if not described(tree)]
+        wrong += [
+            f"{name}.{node.name}"
+            for name, tree in self.modules.items()
+            for node in definitions(tree)
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_") and not described(node)
+        ]
+        self.assertEqual([], wrong)
+
+    def test_functions_are_short(self) -> None:
+        """
+        None has more lines than fit a screen.
+        """
+        wrong = {
+            f"{name}.{node.name}": lines_of_code(node)
+            for name, tree in self.modules.items()
+            for node in definitions(tree)
+            if not isinstance(node, ast.ClassDef) and lines_of_code(node) > LONGEST
+        }
+        self.assertEqual({}, wrong)
+
+    def test_modules_are_called_by_what_they_are(self) -> None:
+        """
+        There is no drawer for odds and ends.
+        """
+        self.assertEqual(set(), self.modules.keys() & {"utils", "util", "helpers", "common", "errors", "interfaces"})

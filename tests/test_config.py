@@ -1,0 +1,501 @@
+"""
+Settings are read from flags and variables, and what is wrong with one is said in one line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from twisted.trial.unittest import SynchronousTestCase
+
+from ecrproxy.cache_key import CacheKey
+from ecrproxy.config import (
+    SETTINGS,
+    Config,
+    ConfigError,
+    parse_endpoint,
+    parse_flag,
+    parse_path,
+    parse_pattern,
+    parse_port,
+    parse_region,
+    parse_resolver,
+    parse_seconds,
+    parse_size,
+    region_of,
+)
+
+ECR = "https://123456789012.dkr.ecr.eu-west-1.amazonaws.com"
+MINIMUM = {"PROXY_ECR_ENDPOINT": ECR, "HOME": "/home/me"}
+
+# flag: its variable, a text for the variable, what it comes to, another text for the flag, what that comes to
+EXAMPLES: dict[str, tuple[str, str, Any, str, Any]] = {
+    "ecr-endpoint": ("PROXY_ECR_ENDPOINT", "http://moto:5000", "http://moto:5000", "ecr.test", "https://ecr.test"),
+    "region": ("AWS_REGION", "us-east-2", "us-east-2", "us-gov-west-1", "us-gov-west-1"),
+    "instance-auth": ("AWS_INSTANCE_AUTH", "true", True, "false", False),
+    "cache-key": ("PROXY_CACHE_KEY", "$host", CacheKey(("", "host", "")), "a$uri", CacheKey(("a", "uri", ""))),
+    "cache-limit": ("PROXY_CACHE_LIMIT", "512m", 536_870_912, "1000", 1000),
+    "cache-dir": ("PROXY_CACHE_DIR", "/srv/one", "/srv/one", "two", "two"),
+    "dns-resolver": ("PROXY_DNS_RESOLVER", "1.1.1.1:5353", (("1.1.1.1", 5353),), "system", None),
+    "namespace-pattern": ("PROXY_NAMESPACE_PATTERN", "one/.*", "one/x", "two/.*", "two/x"),
+    "port": ("PROXY_PORT", "5001", 5001, "80", 80),
+    "ssl-key": ("PROXY_SSL_KEY", "/key.pem", "/key.pem", "/other.pem", "/other.pem"),
+    "ssl-certificate": ("PROXY_SSL_CERTIFICATE", "/cert.pem", "/cert.pem", "/other.pem", "/other.pem"),
+    "listen": ("PROXY_LISTEN", "tcp:1 \n unix:/x", ["tcp:1", "unix:/x"], "tcp:2", ["tcp:2"]),
+    "tag-ttl": ("PROXY_TAG_TTL", "30", 30.0, "0.5", 0.5),
+}
+# flag: texts that are wrong, and words of what would be right
+WRONG: dict[str, tuple[tuple[str, ...], str]] = {
+    "ecr-endpoint": (("ftp://x", "https://", "https://h/v2", "two words"), "give one such as https://"),
+    "region": (("eu west", "EU-WEST-1", "europe", "eu-west-1\nx"), "give one such as eu-west-1"),
+    "instance-auth": (("maybe", "2"), "true nor false"),
+    "cache-key": (("$nonsense", "fixed", "$"), "$"),
+    "cache-limit": (("64 parsecs", "-1", "0", "1.5g"), "give one such as 64g"),
+    "dns-resolver": (("dns.example", "8.8.8.8:0", ","), "system"),
+    "namespace-pattern": (("(a", "a)|(b", "*"), "not a regular expression"),
+    "port": (("0", "65536", "http", "-1"), "from 1 to 65535"),
+    "tag-ttl": (("soon", "-1", "inf"), "give 0 or more"),
+}
+
+
+def loaded(flags: dict[str, str] | None = None, /, **environ: str) -> Config:
+    """
+    Read settings on top of the least that is needed.
+    """
+    return Config.load(flags or {}, {**MINIMUM, **environ})
+
+
+def pair_for(name: str, environ: dict[str, str]) -> dict[str, str]:
+    """
+    Add the other half where a setting needs one.
+    """
+    other = {"ssl-key": "PROXY_SSL_CERTIFICATE", "ssl-certificate": "PROXY_SSL_KEY"}.get(name)
+    region = {"AWS_REGION": "eu-west-1"} if name == "ecr-endpoint" else {}
+    plain = {"PROXY_ECR_ENDPOINT": "http://moto:5000"} if name == "region" else {}
+    return {**MINIMUM, **({other: "/x"} if other else {}), **region, **plain, **environ}
+
+
+def value_of(config: Config, name: str) -> Any:
+    """
+    Read a setting by its flag; of a pattern, an example of what it lets in.
+    """
+    value = getattr(config, name.replace("-", "_"))
+    if name == "namespace-pattern":
+        return next((text for text in ("one/x", "two/x") if value.fullmatch(text)), None)
+    return value
+
+
+class SettingsTests(SynchronousTestCase):
+    """
+    Every setting is a variable and a flag.
+    """
+
+    def problem(self, flags: dict[str, str], environ: dict[str, str]) -> str:
+        """
+        Give the one line that tells what is wrong.
+        """
+        text = str(self.assertRaises(ConfigError, Config.load, flags, environ))
+        self.assertEqual(1, len(text.splitlines()), text)
+        return text
+
+    def test_an_endpoint_is_all_that_is_needed(self) -> None:
+        """
+        With the registry's address alone, everything else has its documented default.
+        """
+        config = loaded()
+        self.assertEqual(
+            (ECR, "eu-west-1", False, 68_719_476_736, "/home/me/.cache/ecr-proxy", (("8.8.8.8", 53),), 5000, 0.0),
+            (
+                config.ecr_endpoint,
+                config.region,
+                config.instance_auth,
+                config.cache_limit,
+                config.cache_dir,
+                config.dns_resolver,
+                config.port,
+                config.tag_ttl,
+            ),
+        )
+        self.assertEqual((None, None, []), (config.ssl_key, config.ssl_certificate, config.listen))
+        self.assertEqual(CacheKey(("", "uri", "")), config.cache_key)
+        self.assertTrue(config.namespace_pattern.fullmatch("any/name-at_all"))
+
+    def test_the_table_has_the_documented_flags_and_variables(self) -> None:
+        """
+        No setting is called otherwise than the documentation says.
+        """
+        self.assertEqual(
+            {name: variable for name, (variable, *_) in EXAMPLES.items()},
+            {setting.name: setting.variable for setting in SETTINGS},
+        )
+
+    def test_each_variable_is_read(self) -> None:
+        """
+        Every setting takes its value from its variable.
+        """
+        for name, (variable, text, value, _, _) in EXAMPLES.items():
+            self.assertEqual(value, value_of(Config.load({}, pair_for(name, {variable: text})), name), name)
+
+    def test_a_flag_wins_over_its_variable(self) -> None:
+        """
+        What is given on the command line counts.
+        """
+        for name, (variable, text, _, flag, value) in EXAMPLES.items():
+            config = Config.load({name: flag}, pair_for(name, {variable: text}))
+            self.assertEqual(value, value_of(config, name), name)
+
+    def test_a_flag_hides_a_wrong_variable(self) -> None:
+        """
+        A variable that does not count can't be wrong.
+        """
+        self.assertEqual(80, loaded({"port": "80"}, PROXY_PORT="http").port)
+
+    def test_an_empty_variable_is_none(self) -> None:
+        """
+        Compose files and units that pass on an unset variable change nothing.
+        """
+        names = [setting.variable for setting in SETTINGS if setting.name != "ecr-endpoint"]
+        names += ["AWS_DEFAULT_REGION", "CACHE_DIRECTORY", "XDG_CACHE_HOME"]
+        empty, plain = loaded(**dict.fromkeys(names, "")), loaded()
+        self.assertEqual(
+            {setting.name: value_of(plain, setting.name) for setting in SETTINGS},
+            {setting.name: value_of(empty, setting.name) for setting in SETTINGS},
+        )
+        self.assertIn("PROXY_ECR_ENDPOINT is not set", self.problem({}, {"PROXY_ECR_ENDPOINT": ""}))
+
+    def test_a_wrong_value_is_told_with_its_variable_and_what_would_be_right(self) -> None:
+        """
+        The line names the variable and the value, and says what to give instead.
+        """
+        for name, (texts, right) in WRONG.items():
+            variable = EXAMPLES[name][0]
+            for text in texts:
+                line = self.problem({}, {**MINIMUM, variable: text})
+                self.assertTrue(line.startswith(f"{variable}={text!r}: "), line)
+                self.assertIn(right, line)
+
+    def test_a_wrong_value_of_a_flag_is_told_with_the_flag(self) -> None:
+        """
+        Who gave a flag is told of the flag, not of a variable.
+        """
+        for name, (texts, right) in WRONG.items():
+            for text in (*texts, ""):
+                line = self.problem({name: text}, MINIMUM)
+                self.assertTrue(line.startswith(f"--{name}={text!r}: "), line)
+                self.assertIn(right if text else ":", line)
+
+    def test_an_empty_flag_for_a_file_is_wrong(self) -> None:
+        """
+        An empty path is nowhere.
+        """
+        for name in ("cache-dir", "ssl-key", "ssl-certificate"):
+            self.assertIn(f"--{name}='': ", self.problem({name: ""}, MINIMUM))
+
+    def test_a_long_wrong_value_is_shortened(self) -> None:
+        """
+        A whole file pasted into a variable does not fill the screen.
+        """
+        self.assertLess(len(self.problem({}, {**MINIMUM, "PROXY_PORT": "x" * 100_000})), 400)
+
+    def test_the_endpoint_is_required(self) -> None:
+        """
+        Without a registry there is nothing to do.
+        """
+        self.assertIn("PROXY_ECR_ENDPOINT is not set", self.problem({}, {}))
+
+    def test_a_key_without_certificate_is_refused(self) -> None:
+        """
+        TLS needs both halves; one alone is not taken for plain HTTP.
+        """
+        line = self.problem({"ssl-key": "/k.pem"}, MINIMUM)
+        self.assertIn("PROXY_SSL_CERTIFICATE is not set", line)
+        line = self.problem({}, {**MINIMUM, "PROXY_SSL_CERTIFICATE": "/c.pem"})
+        self.assertIn("PROXY_SSL_KEY is not set", line)
+
+    def test_a_configuration_does_not_change(self) -> None:
+        """
+        What was checked at the start holds until the end.
+        """
+        self.assertRaises(AttributeError, setattr, loaded(), "port", 1)
+
+
+class RegionTests(SynchronousTestCase):
+    """
+    The region comes from its variables, or from the registry's host name.
+    """
+
+    def test_the_region_has_three_sources_in_order(self) -> None:
+        """
+        AWS_REGION counts before AWS_DEFAULT_REGION, and that before the host name; the flag counts most.
+        """
+        plain = "http://moto:5000"
+        both = {"AWS_REGION": "eu-west-2", "AWS_DEFAULT_REGION": "eu-west-3", "PROXY_ECR_ENDPOINT": plain}
+        self.assertEqual("eu-west-1", loaded().region)
+        self.assertEqual("eu-west-2", loaded(**both).region)
+        self.assertEqual("eu-west-3", loaded(**{**both, "AWS_REGION": ""}).region)
+        self.assertEqual("us-east-1", loaded({"region": "us-east-1"}, **both).region)
+
+    def test_no_region_at_all_is_an_error(self) -> None:
+        """
+        Where nothing tells the region, AWS_REGION is asked for.
+        """
+        problem = self.assertRaises(ConfigError, loaded, None, PROXY_ECR_ENDPOINT="ecr.internal")
+        self.assertIn("AWS_REGION is not set", str(problem))
+
+    def test_a_region_other_than_the_registrys_is_an_error(self) -> None:
+        """
+        A token of one region opens no registry of another, so that this is told at once, with both.
+        """
+        for variable in ("AWS_REGION", "AWS_DEFAULT_REGION"):
+            problem = str(self.assertRaises(ConfigError, loaded, None, **{variable: "us-east-1"}))
+            self.assertTrue(problem.startswith(f"{variable}='us-east-1'"), problem)
+            self.assertIn("give eu-west-1", problem)
+        self.assertIn("--region=", str(self.assertRaises(ConfigError, loaded, {"region": "us-east-1"})))
+
+    def test_a_wrong_default_region_is_told_by_its_own_name(self) -> None:
+        """
+        The variable that is named is the one that was set.
+        """
+        problem = self.assertRaises(ConfigError, loaded, None, AWS_DEFAULT_REGION="Dublin")
+        self.assertTrue(str(problem).startswith("AWS_DEFAULT_REGION='Dublin': "))
+
+    def test_ecr_host_names_tell_their_region(self) -> None:
+        """
+        In every partition, with FIPS and dual-stack names too; other hosts tell none.
+        """
+        account = "https://123456789012"
+        expected = {
+            f"{account}.dkr.ecr.eu-west-1.amazonaws.com": "eu-west-1",
+            f"{account}.dkr.ecr-fips.us-gov-west-1.amazonaws.com": "us-gov-west-1",
+            f"{account}.dkr.ecr.cn-north-1.amazonaws.com.cn": "cn-north-1",
+            f"{account}.dkr.ecr.eusc-de-east-1.amazonaws.eu": "eusc-de-east-1",
+            f"{account}.dkr-ecr.ap-southeast-2.on.aws": "ap-southeast-2",
+            f"{account}.dkr-ecr-fips.us-east-1.on.aws": "us-east-1",
+            f"{account}.dkr.ecr.eu-west-1.amazonaws.com:8443": "eu-west-1",
+            "https://public.ecr.aws": None,
+            "https://12.dkr.ecr.eu-west-1.amazonaws.com": None,
+            "https://localhost": None,
+        }
+        self.assertEqual(expected, {endpoint: region_of(endpoint) for endpoint in expected})
+
+    def test_regions_of_all_partitions_are_taken(self) -> None:
+        """
+        Names of regions have words and a number at the end.
+        """
+        for name in ("eu-west-1", "us-gov-east-1", "us-isob-east-1", "eusc-de-east-1", "ap-southeast-12"):
+            self.assertEqual(name, parse_region(name))
+        for name in ("", "eu", "eu-west", "eu-west-1a", "eu_west_1", "eu-west-1 ", "-west-1", "e-west-1"):
+            self.assertRaises(ValueError, parse_region, name)
+
+
+class ParserTests(SynchronousTestCase):
+    """
+    Each kind of value has its grammar.
+    """
+
+    def assert_refused(self, parse: Callable[[str], object], *texts: str) -> None:
+        """
+        Hold that none of C{texts} is taken.
+        """
+        for text in texts:
+            try:
+                value = parse(text)
+            except ValueError:
+                continue
+            self.fail(f"{text!r} was taken for {value!r}")
+
+    def test_endpoints_are_urls_or_bare_hosts(self) -> None:
+        """
+        A bare host means https; the scheme, the host and the port are all that counts.
+        """
+        expected = {
+            "ecr.test": "https://ecr.test",
+            "ecr.test:8443": "https://ecr.test:8443",
+            " https://ECR.test/ ": "https://ecr.test",
+            "HTTP://localhost:5000/": "http://localhost:5000",
+            "http://127.0.0.1:5000": "http://127.0.0.1:5000",
+            "http://[::1]:5000": "http://[::1]:5000",
+            "[::1]": "https://[::1]",
+            "a-b.c-d": "https://a-b.c-d",
+        }
+        self.assertEqual(expected, {text: parse_endpoint(text) for text in expected})
+
+    def test_what_is_no_registrys_url_is_refused(self) -> None:
+        """
+        Paths, queries, user names, other schemes and impossible hosts and ports are mistakes.
+        """
+        self.assert_refused(
+            parse_endpoint,
+            "",
+            " ",
+            "https://",
+            "ftp://ecr.test",
+            "://ecr.test",
+            "https//ecr.test",
+            "https://ecr.test/v2/",
+            "ecr.test/team",
+            "https://ecr.test?x=1",
+            "https://ecr.test#x",
+            "https://user:secret@ecr.test",
+            "user@ecr.test",
+            "https://ecr.test:0",
+            "https://ecr.test:65536",
+            "https://ecr.test:port",
+            "https://ecr..test",
+            "https://-ecr.test",
+            "https://ecr_.test!",
+            "https://ecr test",
+            "https://[::1",
+            "https://[nonsense]",
+            "https://é.test",
+        )
+
+    def test_sizes_are_in_powers_of_1024(self) -> None:
+        """
+        However the unit is spelled, and with none, sizes are as nginx has them.
+        """
+        expected = {
+            **dict.fromkeys(("64g", "64gb", "64GiB", "64G", "64 GB", " 64gib "), 68_719_476_736),
+            **dict.fromkeys(("512m", "512MB"), 536_870_912),
+            **dict.fromkeys(("100k", "100KiB"), 102_400),
+            "2t": 2_199_023_255_552,
+            "1": 1,
+            "1000b": 1000,
+        }
+        self.assertEqual(expected, {text: parse_size(text) for text in expected})
+
+    def test_what_is_no_size_is_refused(self) -> None:
+        """
+        Nothing at all, fractions, signs and unknown units are no sizes.
+        """
+        self.assert_refused(
+            parse_size, "", "0", "0g", "g", "1.5g", "-1", "+1", "1e9", "64p", "64gg", "64 parsecs", "6 4", "1" * 30
+        )
+
+    def test_flags_are_yes_or_no(self) -> None:
+        """
+        The usual words are understood, no others.
+        """
+        for text in ("true", "True", "yes", "on", "1"):
+            self.assertIs(True, parse_flag(text))
+        for text in ("false", "FALSE", "no", "off", "0"):
+            self.assertIs(False, parse_flag(text))
+        self.assert_refused(parse_flag, "", "2", "t", "nein", "true ")
+
+    def test_a_pattern_must_match_the_whole_name(self) -> None:
+        """
+        `image1|image3` lets in exactly these two.
+        """
+        pattern = parse_pattern("image1|image3")
+        names = ("image1", "image3", "image2", "image11", "image13", "aimage1", "aimage3", "image3/x", "team/image1")
+        self.assertEqual(["image1", "image3"], [name for name in names if pattern.fullmatch(name)])
+
+    def test_patterns_may_look_ahead(self) -> None:
+        """
+        Namespaces can be left out by what they begin with.
+        """
+        pattern = parse_pattern("(?!secret/).*")
+        self.assertTrue(pattern.fullmatch("open/image"))
+        self.assertFalse(pattern.fullmatch("secret/image"))
+        both = parse_pattern("(?=.*prod)(?!.*test).+|base")
+        self.assertEqual(
+            ["my-prod", "base"], [name for name in ("my-prod", "prod-test", "base", "x") if both.fullmatch(name)]
+        )
+
+    def test_a_pattern_may_begin_with_flags(self) -> None:
+        """
+        What Python and nginx take at the beginning of a pattern is no mistake here.
+        """
+        self.assertTrue(parse_pattern("(?i)IMAGE1|image3").fullmatch("image1"))
+
+    def test_what_is_no_pattern_is_refused(self) -> None:
+        """
+        Unbalanced parentheses are told even where they would balance within a group, and so is all that re refuses.
+        """
+        self.assert_refused(parse_pattern, "", "(a", "a)", "a)|(b", ")(", "[a", "*", "(?P<x", "a\\")
+
+    def test_a_pattern_too_large_to_compile_is_refused(self) -> None:
+        """
+        A repetition beyond what re can count, or brackets beyond what it can nest, is a wrong value and no crash.
+        """
+        self.assert_refused(parse_pattern, "a{99999999999999999999}", "(" * 20_000 + ")" * 20_000)
+
+    def test_name_servers_are_addresses_with_ports(self) -> None:
+        """
+        One or more servers, of both families, separated by blanks or commas; `system` means the host's own.
+        """
+        expected = {
+            "system": None,
+            "8.8.8.8": (("8.8.8.8", 53),),
+            "8.8.8.8:5353": (("8.8.8.8", 5353),),
+            "1.1.1.1 8.8.8.8:54": (("1.1.1.1", 53), ("8.8.8.8", 54)),
+            "1.1.1.1,8.8.8.8, 9.9.9.9": (("1.1.1.1", 53), ("8.8.8.8", 53), ("9.9.9.9", 53)),
+            "::1": (("::1", 53),),
+            "[::1]": (("::1", 53),),
+            "[2001:db8::5]:5353": (("2001:db8::5", 5353),),
+        }
+        self.assertEqual(expected, {text: parse_resolver(text) for text in expected})
+
+    def test_what_is_no_name_server_is_refused(self) -> None:
+        """
+        A server's name can't be looked up without a server, and ports have their range.
+        """
+        self.assert_refused(
+            parse_resolver,
+            "",
+            " ",
+            ",",
+            "dns.test",
+            "8.8.8",
+            "8.8.8.8:",
+            "8.8.8.8:0",
+            "8.8.8.8:65536",
+            "8.8.8.8:x",
+            "[::1",
+            "[::1]:x",
+            "system 8.8.8.8",
+            "System",
+        )
+
+    def test_ports_are_from_1_to_65535(self) -> None:
+        """
+        Both ends are in, all else is out.
+        """
+        self.assertEqual((1, 65535), (parse_port("1"), parse_port("65535")))
+        self.assert_refused(parse_port, "", "0", "65536", "-1", "+80", "5000 ", "0x50", "5000/tcp", "five")
+
+    def test_times_are_not_negative(self) -> None:
+        """
+        Seconds and fractions of them are times.
+        """
+        self.assertEqual((0.0, 30.0, 0.5), (parse_seconds("0"), parse_seconds("30"), parse_seconds("0.5")))
+        self.assert_refused(parse_seconds, "", "-1", "inf", "nan", "1e3", "30s", " 1", ".5", "9" * 10)
+
+    def test_paths_are_not_empty(self) -> None:
+        """
+        Any text but none, and none with a NUL, is a path.
+        """
+        self.assertEqual("/a b", parse_path("/a b"))
+        self.assert_refused(parse_path, "", "a\0b")
+
+
+class CacheDirectoryTests(SynchronousTestCase):
+    """
+    The cache is where the operator, the service's unit or the user's home put it.
+    """
+
+    def test_the_unit_comes_before_the_home(self) -> None:
+        """
+        systemd's CACHE_DIRECTORY counts where nothing is set, and the first of several.
+        """
+        self.assertEqual("/var/cache/e", loaded(CACHE_DIRECTORY="/var/cache/e").cache_dir)
+        self.assertEqual("/var/cache/e", loaded(CACHE_DIRECTORY="/var/cache/e:/var/cache/f").cache_dir)
+        self.assertEqual("/own", loaded(CACHE_DIRECTORY="/var/cache/e", PROXY_CACHE_DIR="/own").cache_dir)
+
+    def test_the_users_cache_is_the_last_resort(self) -> None:
+        """
+        XDG_CACHE_HOME counts before the home directory; without either there still is a place.
+        """
+        self.assertEqual("/xdg/ecr-proxy", loaded(XDG_CACHE_HOME="/xdg").cache_dir)
+        self.assertEqual("/.cache/ecr-proxy", Config.load({}, {"PROXY_ECR_ENDPOINT": ECR}).cache_dir)

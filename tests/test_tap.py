@@ -1,0 +1,506 @@
+"""
+The daemon is put together from its settings, or ends with one line that says what is wrong.
+"""
+
+from __future__ import annotations
+
+import atexit
+import io
+import os
+import sys
+import threading
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import twisted.internet
+from twisted.application.service import MultiService
+from twisted.internet.address import IPv4Address
+from twisted.internet.error import CannotListenError
+from twisted.internet.interfaces import IHostnameResolver
+from twisted.internet.testing import MemoryReactorClock
+from twisted.logger import LogLevel, capturedLogs
+from twisted.python.failure import Failure
+from twisted.python.threadpool import ThreadPool
+from twisted.trial.unittest import SynchronousTestCase
+
+from ecrproxy import __version__
+from ecrproxy.config import SETTINGS, Config
+from ecrproxy.ecr import CredentialsError
+from ecrproxy.resolver import ChosenServers
+from ecrproxy.tap import Options, build, makeService
+from tests.store_contract import scratch
+from tests.test_ecr import KEYS, FakeAws
+from tests.test_tls import Files, Tcp, client, shake_with, subject_of
+
+ECR = "https://123456789012.dkr.ecr.eu-west-1.amazonaws.com"
+
+
+class Reactor(MemoryReactorClock):
+    """
+    A reactor in memory, with what the daemon needs beside.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        first: Any = object()
+        self.nameResolver = self.first = first
+        self.stopped = 0
+
+    def installNameResolver(self, resolver: IHostnameResolver) -> IHostnameResolver:
+        """
+        Take another resolver.
+        """
+        before, self.nameResolver = self.nameResolver, resolver
+        return before
+
+    def callFromThread(self, function: Callable[..., Any], *args: Any) -> None:
+        """
+        Call, for there are no threads.
+        """
+        function(*args)
+
+    def stop(self) -> None:
+        """
+        Be stopped.
+        """
+        self.stopped += 1
+
+
+class Taken(Reactor):
+    """
+    A reactor on a machine where every port is in use.
+    """
+
+    def listenTCP(self, port: int, factory: Any, backlog: int = 50, interface: str = "") -> Any:
+        """
+        Fail as the real one does.
+        """
+        raise CannotListenError(interface, port, OSError(98, "Address already in use"))
+
+
+class AtOnce:
+    """
+    What is a thread elsewhere.
+    """
+
+    def __init__(self, target: Callable[[], object], **kwargs: object) -> None:
+        self.start = target
+
+
+def call_at_once(
+    pool: ThreadPool, done: Callable[[bool, object], None], blocking: Callable[..., Any], *args: Any, **kwargs: Any
+) -> None:
+    """
+    Do at once what a pool's thread is to do.
+    """
+    try:
+        outcome = True, blocking(*args, **kwargs)
+    except Exception:  # noqa: BLE001 (told to who waits, as a thread's is)
+        outcome = False, Failure()
+    done(*outcome)
+
+
+def install(case: SynchronousTestCase, reactor: Reactor) -> None:
+    """
+    Have C{reactor} be the global one for a while.
+    """
+    package: Any = twisted.internet
+    before = vars(package).get("reactor")
+    package.reactor = reactor
+    if before is None:
+        case.addCleanup(vars(package).pop, "reactor", None)
+    else:
+        case.addCleanup(setattr, package, "reactor", before)
+
+
+class TapCase(SynchronousTestCase):
+    """
+    A machine in memory.
+    """
+
+    def setUp(self) -> None:
+        """
+        Nothing set but an endpoint, and all that is printed caught.
+        """
+        self.stderr = io.StringIO()
+        self.patch(sys, "__stderr__", self.stderr)
+        self.folder = scratch(self)
+        self.folder.mkdir()
+        self.environ = {"PROXY_ECR_ENDPOINT": ECR, "PROXY_CACHE_DIR": str(self.folder / "cache")}
+        self.reactor = Reactor()
+
+    def run_with(self, *flags: str, **environ: str) -> MultiService:
+        """
+        Put the daemon together as twistd does.
+        """
+        self.patch(os, "environ", {**self.environ, **environ})
+        install(self, self.reactor)
+        options = Options()
+        options.parseOptions(list(flags))
+        return makeService(options)
+
+    def dies(self, action: Callable[[], object]) -> str:
+        """
+        Give the one line with which the daemon ends.
+        """
+        self.stderr.truncate(0)
+        self.stderr.seek(0)
+        ending = self.assertRaises(SystemExit, action)
+        self.assertEqual(1, ending.code)
+        text = self.stderr.getvalue()
+        self.assertTrue(text.startswith("ecr-proxy: "), text)
+        self.assertEqual((1, "\n"), (text.count("\n"), text[-1:]))
+        return text.removeprefix("ecr-proxy: ").rstrip()
+
+
+class OptionsTests(TapCase):
+    """
+    The flags are the settings' own.
+    """
+
+    def test_help_lists_each_flag_with_its_variable_and_default(self) -> None:
+        """
+        Nobody needs another document to set the daemon up.
+        """
+        text = " ".join(str(Options()).replace("-\n", "-").split()).replace("whitespace- separated", "")
+        missing = [
+            words
+            for setting in SETTINGS
+            for words in (f"--{setting.name}", setting.variable, f"default: {setting.default}")
+            if " ".join(words.split()) not in text
+        ]
+        self.assertEqual([], missing)
+
+    def test_secrets_are_no_flags(self) -> None:
+        """
+        Every process of the machine could read them.
+        """
+        text = str(Options()).lower()
+        for word in ("--aws", "--secret", "--token", "--access"):
+            self.assertNotIn(word, text)
+
+    def test_only_what_was_given_is_a_flag(self) -> None:
+        """
+        What was not leaves its variable in force.
+        """
+        options = Options()
+        options.parseOptions([])
+        self.assertEqual({}, options.flags())
+        options = Options()
+        options.parseOptions(
+            ["--port", "80", "--instance-auth", "--listen=tcp:1", "--listen", "unix:/x", "--tag-ttl=5"]
+        )
+        self.assertEqual(
+            {"port": "80", "instance-auth": "true", "listen": "tcp:1 unix:/x", "tag-ttl": "5"}, options.flags()
+        )
+        options = Options()
+        options.parseOptions(["--no-instance-auth"])
+        self.assertEqual({"instance-auth": "false"}, options.flags())
+
+    def test_each_run_has_its_own_endpoints(self) -> None:
+        """
+        What one command line listens on, another does not.
+        """
+        one = Options()
+        one.parseOptions(["--listen=tcp:1"])
+        other = Options()
+        other.parseOptions([])
+        self.assertNotIn("listen", other.flags())
+
+    def test_a_wrong_command_line_is_one_line(self) -> None:
+        """
+        It says what is wrong, and where to find what would be right.
+        """
+        for flags, words in (
+            (["--nonsense"], "nonsense"),
+            (["--port"], "port"),
+            (["surplus"], ""),
+        ):
+            self.assertIn("--help", self.dies(partial(Options().parseOptions, flags)))
+            self.assertIn(words, self.stderr.getvalue())
+
+    def test_the_version_is_told(self) -> None:
+        """
+        With success, and nothing else.
+        """
+        out = io.StringIO()
+        self.patch(sys, "stdout", out)
+        ending = self.assertRaises(SystemExit, Options().parseOptions, ["--version"])
+        self.assertEqual((0, f"ecrproxy {__version__}\n"), (ending.code, out.getvalue()))
+
+
+class WrongSettingTests(TapCase):
+    """
+    What is wrong with a setting is one line, and nothing listens.
+    """
+
+    def assert_dies(self, expected: str, *flags: str, **environ: str) -> None:
+        """
+        Hold that the daemon ends with a line that begins so, before it listens.
+        """
+        line = self.dies(lambda: self.run_with(*flags, **environ))
+        self.assertTrue(line.startswith(expected), line)
+        self.assertEqual(([], [], []), (self.reactor.tcpServers, self.reactor.sslServers, self.reactor.unixServers))
+
+    def test_wrong_texts_are_told_with_their_variables(self) -> None:
+        """
+        Of every setting that has a grammar.
+        """
+        for variable, text in {
+            "PROXY_ECR_ENDPOINT": "ftp://x",
+            "AWS_REGION": "eu west",
+            "AWS_INSTANCE_AUTH": "maybe",
+            "PROXY_CACHE_KEY": "$nonsense",
+            "PROXY_CACHE_LIMIT": "64 parsecs",
+            "PROXY_DNS_RESOLVER": "dns.example",
+            "PROXY_NAMESPACE_PATTERN": "(a",
+            "PROXY_PORT": "70000",
+            "PROXY_TAG_TTL": "soon",
+        }.items():
+            self.assert_dies(f"{variable}={text!r}: ", **{variable: text})
+
+    def test_wrong_texts_are_told_with_their_flags(self) -> None:
+        """
+        Of the flags that were given.
+        """
+        self.assert_dies("--port='70000': ", "--port", "70000", PROXY_PORT="80")
+        self.assert_dies("--namespace-pattern='a)': ", "--namespace-pattern=a)")
+
+    def test_a_value_of_many_lines_is_told_in_one(self) -> None:
+        """
+        Whatever was pasted into it.
+        """
+        self.assert_dies(r"PROXY_PORT='1\n2\n3': ", PROXY_PORT="1\n2\n3")
+
+    def test_what_is_missing_is_told(self) -> None:
+        """
+        The endpoint, the region, and the other half of key and certificate.
+        """
+        self.assert_dies("PROXY_ECR_ENDPOINT is not set", PROXY_ECR_ENDPOINT="")
+        self.assert_dies("AWS_REGION is not set", PROXY_ECR_ENDPOINT="http://moto:5000")
+        self.assert_dies("PROXY_SSL_CERTIFICATE is not set", PROXY_SSL_KEY="/key.pem")
+        self.assert_dies("PROXY_SSL_KEY is not set", PROXY_SSL_CERTIFICATE="/certificate.pem")
+
+    def test_a_cache_directory_that_cannot_be_written_is_told(self) -> None:
+        """
+        With the reason, and what to give.
+        """
+        blocked = self.folder / "file"
+        blocked.write_text("no directory")
+        for path in (str(blocked), str(blocked / "cache")):
+            self.assert_dies(f"PROXY_CACHE_DIR={path!r}: can't be written: ", PROXY_CACHE_DIR=path)
+
+    def test_files_of_tls_that_cannot_be_used_are_told(self) -> None:
+        """
+        The key, the certificate, or both.
+        """
+        files, others = Files(self.folder / "tls"), Files(self.folder / "others")
+        key, certificate = files.key, files.certificate
+        for key_path, certificate_path, expected in (
+            ("/nowhere", certificate, "PROXY_SSL_KEY='/nowhere': can't be read: No such file"),
+            (key, "/nowhere", "PROXY_SSL_CERTIFICATE='/nowhere': can't be read: No such file"),
+            (certificate, certificate, f"PROXY_SSL_KEY={certificate!r}: holds no PEM key"),
+            (key, key, f"PROXY_SSL_CERTIFICATE={key!r}: holds no PEM certificate"),
+            (key, others.certificate, f"PROXY_SSL_KEY={key!r}, PROXY_SSL_CERTIFICATE={others.certificate!r}: the key"),
+        ):
+            self.assert_dies(expected, PROXY_SSL_KEY=key_path, PROXY_SSL_CERTIFICATE=certificate_path)
+
+    def test_endpoints_that_twisted_refuses_are_told(self) -> None:
+        """
+        Each as it was written, and what would be right.
+        """
+        for text in ("carrier:pigeon", "tcp:port", "tcp:", "tcp:1:2:3:4:5", "ssl:443:privateKey=/nowhere", "nonsense"):
+            self.assert_dies(f"PROXY_LISTEN={text!r}: ", PROXY_LISTEN=f"tcp:5000 {text}")
+            self.assertIn("give an endpoint string", self.stderr.getvalue())
+
+    def test_a_port_in_use_is_told(self) -> None:
+        """
+        When the daemon begins to listen, and in the log as well.
+        """
+        self.reactor = Taken()
+        for environ, expected in (
+            ({}, "PROXY_PORT=5000: can't listen there: Address already in use"),
+            ({"PROXY_LISTEN": "tcp:80"}, "PROXY_LISTEN='tcp:80': can't listen there: Address already in use"),
+        ):
+            service = self.run_with(**environ)
+            with capturedLogs() as events:
+                line = self.dies(service.privilegedStartService)
+            self.assertTrue(line.startswith(expected), line)
+            self.assertIn(LogLevel.critical, [event["log_level"] for event in events])
+
+
+class CredentialsTests(TapCase):
+    """
+    Without credentials there is nothing to do; with AWS down there is.
+    """
+
+    def setUp(self) -> None:
+        """
+        Threads that do at once what they are told.
+        """
+        super().setUp()
+        self.registered: list[tuple[object, ...]] = []
+        self.patch(atexit, "register", lambda *args: self.registered.append(args))
+        self.patch(threading, "Thread", AtOnce)
+        self.patch(ThreadPool, "callInThreadWithCallback", call_at_once)
+
+    def start(self, aws: FakeAws) -> MultiService:
+        """
+        Start the daemon.
+        """
+        service = self.run_with(**os.environ)
+        service.privilegedStartService()
+        service.startService()
+        self.addCleanup(service.stopService)
+        return service
+
+    def test_no_credentials_end_the_daemon(self) -> None:
+        """
+        With one line, and a status that is not 0 although its reactor ends in order.
+        """
+        self.start(FakeAws(self, {}))
+        lines = self.stderr.getvalue().splitlines()
+        self.assertEqual(1, len(lines))
+        self.assertTrue(lines[0].startswith("ecr-proxy: AWS_ACCESS_KEY_ID: no AWS credentials found"), lines)
+        self.assertEqual(1, self.reactor.stopped)
+        self.assertEqual([(os._exit, 1)], self.registered)
+
+    def test_credentials_that_aws_refuses_end_the_daemon(self) -> None:
+        """
+        With AWS's own words, in one line however many they were.
+        """
+        aws = FakeAws(self, KEYS)
+        aws.refuses("UnrecognizedClientException", "The security token\nis invalid")
+        self.start(aws)
+        self.assertIn("The security token is invalid", self.stderr.getvalue())
+        self.assertEqual(1, self.stderr.getvalue().count("\n"))
+        self.assertEqual(1, self.reactor.stopped)
+
+    def test_aws_being_down_does_not_end_the_daemon(self) -> None:
+        """
+        It serves, says that it is not ready and why, and goes on trying until it is.
+        """
+        aws = FakeAws(self, KEYS)
+        self.start(aws)
+        self.assertEqual(("", 0), (self.stderr.getvalue(), self.reactor.stopped))
+        self.assertIn(b"200 OK", answer(self.reactor, b"/healthz"))
+        self.assertIn(b"503 Service", not_ready := answer(self.reactor, b"/readyz"))
+        self.assertIn(b"no token: ", not_ready)
+        aws.grants()
+        self.reactor.pump([1.0] * 5)
+        self.assertIn(b"200 OK", answer(self.reactor, b"/readyz"))
+
+    def test_a_cache_that_cannot_be_written_any_more_is_not_ready(self) -> None:
+        """
+        Orchestrators are told, and why.
+        """
+        aws = FakeAws(self, KEYS)
+        aws.grants()
+        self.start(aws)
+        self.assertIn(b"200 OK", answer(self.reactor, b"/readyz"))
+        (self.folder / "cache" / "ingest").rmdir()
+        not_ready = answer(self.reactor, b"/readyz")
+        self.assertIn(b"503 Service", not_ready)
+        self.assertIn(b"the cache directory can't be written: No such file", not_ready)
+
+
+def answer(reactor: Reactor, path: bytes, number: int = 0) -> bytes:
+    """
+    Ask what listens, and give all that it says.
+    """
+    factory: Any = reactor.tcpServers[number][1]
+    protocol, transport = factory.buildProtocol(IPv4Address("TCP", "192.0.2.1", 40000)), Tcp()
+    protocol.makeConnection(transport)
+    protocol.dataReceived(b"GET " + path + b" HTTP/1.1\r\nHost: cache.test\r\n\r\n")
+    reactor.advance(0)
+    return bytes(transport.value())
+
+
+class BuildTests(TapCase):
+    """
+    The parts come together as the settings say.
+    """
+
+    def build(self, **environ: str) -> MultiService:
+        """
+        Build the daemon, and let it listen.
+        """
+        config = Config.load({}, {**self.environ, **environ})
+        service = build(config, self.reactor, self.refused)
+        service.privilegedStartService()
+        return service
+
+    def refused(self, problem: CredentialsError) -> None:
+        """
+        Expect no refusal.
+        """
+        raise AssertionError(problem)
+
+    def test_it_listens_on_its_port_and_answers(self) -> None:
+        """
+        For all addresses of the machine, with a queue that a burst of pulls fits in.
+        """
+        self.build()
+        ((port, _, backlog, interface),) = self.reactor.tcpServers
+        self.assertEqual(5000, port)
+        self.assertIn(interface, ("::", "0.0.0.0"))
+        self.assertGreaterEqual(backlog, 1000)
+        self.assertIn(b"200 OK", answer(self.reactor, b"/v2/"))
+        self.assertIn(b"404 Not Found", answer(self.reactor, b"/elsewhere"))
+
+    def test_namespaces_are_kept_to(self) -> None:
+        """
+        The pattern reaches the registry: what it excludes is denied without a question to anybody.
+        """
+        self.build(PROXY_NAMESPACE_PATTERN="image1|image3")
+        self.assertIn(b"403 Forbidden", answer(self.reactor, b"/v2/image2/manifests/latest"))
+        self.assertEqual(b"", answer(self.reactor, b"/v2/image3/tags/list"), "this one waits for the token")
+
+    def test_tls_is_spoken_where_there_is_a_key(self) -> None:
+        """
+        On the port that is set, with the certificate of the file, and never over HTTP/2.
+        """
+        files = Files(self.folder / "tls")
+        self.build(PROXY_SSL_KEY=files.key, PROXY_SSL_CERTIFICATE=files.certificate, PROXY_PORT="5443")
+        server: Any
+        (server,) = self.reactor.tcpServers
+        port, factory, _, _ = server
+        self.assertEqual(5443, port)
+        protocol, transport = factory.buildProtocol(IPv4Address("TCP", "192.0.2.1", 40000)), Tcp()
+        asker = client(trusted=files.root, offer=(b"h2", b"http/1.1"))
+        shake_with(protocol, transport, asker)
+        self.assertNotEqual(b"h2", asker.get_alpn_proto_negotiated())
+        self.assertEqual("CN=cache.test", subject_of(asker))
+
+    def test_endpoints_of_ones_own_replace_the_port(self) -> None:
+        """
+        All of them are listened on, and the port is not.
+        """
+        path = str(self.folder / "socket")
+        self.build(PROXY_LISTEN=f"tcp:81 tcp:82:interface=127.0.0.1 unix:{path}", PROXY_PORT="5001")
+        self.assertEqual(
+            [(81, ""), (82, "127.0.0.1")], [(port, interface) for port, _, _, interface in self.reactor.tcpServers]
+        )
+        self.assertEqual([path], [server[0] for server in self.reactor.unixServers])
+        self.assertIn(b"200 OK", answer(self.reactor, b"/healthz", 1))
+
+    def test_the_chosen_name_servers_are_installed(self) -> None:
+        """
+        And are not where the host's own resolver is chosen.
+        """
+        self.build(PROXY_DNS_RESOLVER="system")
+        self.assertIs(self.reactor.first, self.reactor.nameResolver)
+        self.build()
+        self.assertIsInstance(self.reactor.nameResolver, ChosenServers)
+
+    def test_what_a_dead_daemon_left_is_swept(self) -> None:
+        """
+        Before anybody is served.
+        """
+        left = Path(self.environ["PROXY_CACHE_DIR"]) / "ingest" / "sha256-abc.1234"
+        left.parent.mkdir(parents=True)
+        left.write_text("half")
+        self.build()
+        self.assertFalse(left.exists())
