@@ -180,6 +180,26 @@ def parse_port(text: str) -> int:
     return int(text)
 
 
+def parse_connections(text: str) -> int:
+    """
+    Read how many connections there may be.
+    """
+    if not re.fullmatch(r"\d{1,4}", text) or not int(text):
+        raise ValueError("not a number of connections; give 1 or more")
+    return int(text)
+
+
+def parse_workers(text: str) -> int:
+    """
+    Read how many processes serve clients.
+    """
+    if text == "auto":
+        return len(os.sched_getaffinity(0))
+    if not re.fullmatch(r"\d{1,3}", text) or not int(text):
+        raise ValueError("not a number of processes; give 1 or more, or auto")
+    return int(text)
+
+
 def parse_seconds(text: str) -> float:
     """
     Read a time that is not negative.
@@ -250,6 +270,34 @@ SETTINGS: Final[Sequence[Setting]] = (
         "0",
         "seconds for which a tag's digest is taken on trust; 0 asks ECR each time",
     ),
+    Setting(
+        "worker-processes",
+        "PROXY_WORKER_PROCESSES",
+        parse_workers,
+        "1",
+        "processes that serve clients; auto for one a core",
+    ),
+    Setting(
+        "read-ahead",
+        "PROXY_READ_AHEAD",
+        parse_flag,
+        "false",
+        "fetch a manifest's config and layers once it is asked for",
+    ),
+    Setting(
+        "blob-connections",
+        "PROXY_BLOB_CONNECTIONS",
+        parse_connections,
+        "4",
+        "connections over which a large blob comes from its bucket",
+    ),
+    Setting(
+        "bucket-connections",
+        "PROXY_BUCKET_CONNECTIONS",
+        parse_connections,
+        "64",
+        "connections over which all blobs together may come so",
+    ),
 )
 
 _WITHOUT_TEXT: Final = ("required", "none")
@@ -279,6 +327,10 @@ class Config:
     ssl_certificate: str | None
     listen: Sequence[str]
     tag_ttl: float
+    worker_processes: int
+    read_ahead: bool
+    blob_connections: int
+    bucket_connections: int
 
     @classmethod
     def load(cls, flags: Mapping[str, str], environ: Mapping[str, str]) -> Config:

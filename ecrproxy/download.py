@@ -1,112 +1,59 @@
 """
-One upstream transfer, any number of readers following it.
+One blob on its way into the cache, any number of readers following it.
 
 Rules:
 
 - A L{Download} runs on its own. No reader starts it, and none that leaves ends it.
-- Bytes become visible to readers once they are written and hashed, in order. So long as the digest
-  isn't proved, every reader is kept from the last byte of its range: no answer can look complete
-  before its bytes are known to be right.
+- With a file, the bytes come over several connections at once, each a lane that takes part after part of the
+  blob and writes it in place. A lane whose connection breaks goes on from its last good byte.
+- The hash follows in order. Bytes become visible to a reader once they and all between its own start and
+  them are written; so long as the digest isn't proved, every reader is kept from the last byte of its
+  range: no answer can look complete before its bytes are known to be right.
 - On disk, the file is the buffer: any reader may be at any place of it, and a slow one slows nobody.
 - Off disk (the blob is larger than the cache, the disk is full or fails midway), a window of
-  C{WINDOW} bytes is the buffer: the transfer waits for the slowest reader, and ends with the last.
+  C{WINDOW} bytes is the buffer: the bytes come in order, wait for the slowest reader, and end with the last.
   What had reached the file before the disk failed is still read from there.
-- Memory: the bytes on their way into the file (C{HIGH_WATER}) or the window, whatever the blob's size
-  and however many follow it.
+- Memory: the bytes on their way into the file (C{HIGH_WATER} a lane) or the window, whatever the blob's
+  size and however many follow it.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Coroutine, Hashable, Sequence
-from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeVar
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.defer import CancelledError, Deferred, DeferredList
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from ecrproxy.inflow import Blob, Inflow, Stretch, part_size
+from ecrproxy.sources import FilePiece
 from ecrproxy.store import DigestMismatchError, Writer
+from ecrproxy.threads import InThread
 
 if TYPE_CHECKING:
     from ecrproxy.oci import Digest
-    from ecrproxy.store import Content
 
 log = Logger()
 T = TypeVar("T")
 
-HIGH_WATER: Final = 4 * 2**20
-"""Bytes that may wait for the disk before the transfer is paused: some 20 ms of a fast network."""
-LOW_WATER: Final = 2**20
 WINDOW: Final = 2**20
 """Bytes held for readers of a transfer that has no file."""
-
-FilePiece = tuple[int, int, int]
-"""File descriptor, offset, count."""
-
-
-class InThread(Protocol):
-    """
-    Call a blocking function in a thread.
-    """
-
-    def __call__(self, blocking: Callable[..., T], *args: Any) -> Deferred[T]:  # noqa: ANN401
-        """
-        Call C{blocking(*args)}; fires with its result.
-        """
-
-
-class Transfer(Protocol):
-    """
-    The upstream's side of a transfer: what a L{Download} may ask of it.
-    """
-
-    def pause(self) -> None:
-        """Send nothing for now."""
-
-    def resume(self) -> None:
-        """Go on."""
-
-    def abort(self) -> None:
-        """Send nothing more, ever."""
+TRIES: Final = 3
+"""How often in a row a lane may break off without having brought a byte."""
 
 
 class ShortBodyError(Exception):
     """
-    The transfer ended with more or fewer bytes than it had announced.
+    A transfer ended with more or fewer bytes than it had announced.
     """
 
 
-class Flights(Generic[T]):
+class _DiskError(Exception):
     """
-    At most one fetch in the air for a key; whoever asks meanwhile waits for it.
+    The cache could not be written.
     """
-
-    def __init__(self) -> None:
-        self._waiting: dict[Hashable, list[Deferred[T]]] = {}
-
-    def __contains__(self, key: Hashable) -> bool:
-        return key in self._waiting
-
-    def join(self, key: Hashable, fetch: Callable[[], Coroutine[Any, Any, T]]) -> Deferred[T]:
-        """
-        Wait for the flight of C{key}, begun with C{fetch} if none is in the air.
-
-        Cancelling what this returns ends that waiting alone.
-        """
-        flying, waiting = key in self._waiting, self._waiting.setdefault(key, [])
-        waiter: Deferred[T] = Deferred(waiting.remove)
-        waiting.append(waiter)
-        if not flying:  # nothing is awaited between looking and registering
-            Deferred.fromCoroutine(fetch()).addBoth(self._land, key)
-        return waiter
-
-    def _land(self, result: T | Failure, key: Hashable) -> None:
-        waiting = self._waiting.pop(key)
-        if not waiting and isinstance(result, Failure):
-            log.debug("Nobody waited any more for {key}: {problem}", key=key, problem=result.value)
-        for waiter in list(waiting):
-            if not waiter.called:  # one who came before may have cancelled it just now
-                waiter.callback(result)
 
 
 class Download:
@@ -115,24 +62,27 @@ class Download:
 
     @param size: its length in bytes as announced, if it was.
     @param writer: where it is kept; none to keep a window alone.
+    @param lanes: over how many connections it comes.
     @ivar received: how many bytes are readable, from the first on.
     @ivar verified: whether all of them are there and are what the digest names.
     @ivar failure: why there will be no more of them.
     """
 
-    def __init__(self, digest: Digest, size: int | None, writer: Writer | None, in_thread: InThread) -> None:
+    def __init__(
+        self, digest: Digest, size: int | None, writer: Writer | None, in_thread: InThread, lanes: int = 1
+    ) -> None:
         self.digest, self.size = digest, size
         self.received, self.verified = 0, False
         self.failure: Failure | None = None
-        self._in_thread = in_thread
+        self._in_thread, self._lanes = in_thread, lanes
         self._file, self._writer = writer, writer
         self._filed = 0
-        self._hash = writer.hash() if writer else digest.hasher()
+        self._hash = digest.hasher()
+        self._next, self._lanes_end = 0, False
+        self._inflows: set[Inflow] = set()
+        self._openings: set[Deferred[Stretch]] = set()
         self._window: deque[bytes] = deque()
         self._window_start = 0
-        self._pending: list[bytes] = []
-        self._pending_size, self._paused, self._ended = 0, False, False
-        self._transfer: Transfer | None = None
         self._wake: Deferred[None] | None = None
         self._followers: set[Follower] = set()
         self._abandoned = False
@@ -165,15 +115,21 @@ class Download:
         self._followers.add(follower)
         return follower
 
-    async def run(self, transfer: Transfer) -> None:
+    async def run(self, blob: Blob) -> None:
         """
         Take the transfer to its end, good or bad. Never raises: those who follow are told.
         """
-        self._transfer = transfer
         try:
-            while batch := await self._next_batch():
-                await self._keep(batch)
-                self._news()
+            if self._writer is None:
+                await self._stream(blob, blob.first)
+            else:
+                try:
+                    await self._fill(blob)
+                except _DiskError as problem:
+                    log.error("Can't write to the cache, going on without it: {problem}", problem=problem)
+                    self._spill()
+                    if self.received != self.size:
+                        await self._stream(blob, await blob.open(self.received, self.size))
             await self._finish()
         except Exception as problem:  # noqa: BLE001 (whatever it is, those who follow must be told)
             self._fail(Failure(problem))
@@ -181,83 +137,180 @@ class Download:
             self._running = False
             self._close_if_idle()
 
-    # What the upstream says; see upstream.Sink.
+    # Into the file.
 
-    def arrived(self, data: bytes) -> None:
+    async def _fill(self, blob: Blob) -> None:
         """
-        Take bytes from the transfer.
-        """
-        self._pending.append(data)
-        self._pending_size += len(data)
-        if self._pending_size > HIGH_WATER and not self._paused and self._transfer:
-            self._paused = True
-            self._transfer.pause()
-        self._stir()
+        Bring the blob into the file, over all lanes at once.
 
-    def ended(self, problem: Failure | None) -> None:
+        @raise _DiskError: if the file can't be written.
         """
-        Note the transfer's end, C{problem} if it is not a good one.
+        self._next = blob.first.stop if blob.first.stop is not None else self.size or 0
+        problems: list[Failure] = []
+
+        def broke(problem: Failure) -> None:
+            problems.append(problem)
+            self._lanes_end = True
+            self._next = self.size or 0  # no lane takes another part
+            for inflow in list(self._inflows):
+                inflow.abort(problem)
+            for opening in list(self._openings):
+                opening.cancel()
+
+        firsts = [blob.first, *[None] * (self._lanes - 1)]
+        lanes = [Deferred.fromCoroutine(self._lane(blob, first)).addErrback(broke) for first in firsts]
+        await DeferredList(lanes)  # a write that a thread is at is waited for
+        if problems:
+            problems[0].raiseException()
+
+    async def _lane(self, blob: Blob, first: Stretch | None) -> None:
         """
-        self._ended = True
-        self.failure = self.failure or problem
-        self._stir()
+        Bring part after part, until there is none left to take.
+        """
+        if first is not None:
+            await self._part(blob, first, first.start, first.stop)
+        while self.size is not None and self._next < self.size:
+            start = self._next
+            self._next = stop = start + part_size(self.size - start, self._lanes)
+            await self._part(blob, None, start, stop)
 
-    # Inside.
+    async def _part(self, blob: Blob, stretch: Stretch | None, start: int, stop: int | None) -> None:
+        """
+        Bring the bytes from C{start} to C{stop}, going on after each break from where it was.
+        """
+        barren = 0
+        while True:
+            if stretch is None:
+                stretch = await self._open(blob, start, stop)
+            inflow = Inflow()
+            self._inflows.add(inflow)
+            reached = start
+            try:
+                inflow.begin(stretch)
+                while (stop is None or reached < stop) and (batch := await inflow.batch()):
+                    reached = await self._write(reached, stop, batch)
+                problem: Exception = ShortBodyError(f"the connection ended at byte {reached} of {self.digest}")
+            except _DiskError:
+                inflow.abort()
+                raise
+            except Exception as broken:  # noqa: BLE001 (whatever broke it, the next may hold)
+                problem = broken
+            finally:
+                self._inflows.discard(inflow)
+            inflow.abort()  # a bucket may send more than it was asked for
+            if (stop is None and isinstance(problem, ShortBodyError)) or (stop is not None and reached >= stop):
+                return
+            barren = 0 if reached > start else barren + 1
+            if self._lanes_end or barren >= TRIES or stop is None or isinstance(problem, CancelledError):
+                raise problem
+            log.info("Going on with {digest} at byte {at}: {problem}", digest=self.digest, at=reached, problem=problem)
+            start, stretch = reached, None
 
-    async def _next_batch(self) -> list[bytes]:
-        while self._window_full() or not (self._pending or self._ended):
-            if self._abandoned or (self._window_full() and not self._followers):
-                raise CancelledError("nobody follows, and there is no file to go on for")
+    async def _open(self, blob: Blob, start: int, stop: int | None) -> Stretch:
+        opening = Deferred.fromCoroutine(blob.open(start, stop))
+        self._openings.add(opening)
+        try:
+            return await opening
+        finally:
+            self._openings.discard(opening)
+
+    async def _write(self, offset: int, stop: int | None, batch: Sequence[bytes]) -> int:
+        """
+        Write what came, and show it.
+
+        @return: the offset behind it.
+        """
+        size = sum(map(len, batch))
+        if stop is not None and offset + size > stop:
+            batch, size = [b"".join(batch)[: stop - offset]], stop - offset
+        writer = self._writer
+        if writer is None:  # another lane has met a disk that fails
+            raise CancelledError
+        try:
+            await self._in_thread(writer.write, offset, batch)
+        except OSError as problem:
+            raise _DiskError(problem) from problem
+        self.received = self._filed = writer.hashed
+        self._news()
+        return offset + size
+
+    def _spill(self) -> None:
+        """
+        Go on in the window from what the file took and the hash saw.
+        """
+        if self._writer is not None:
+            self._hash = self._writer.hash()
+            self.received = self._filed = self._window_start = self._writer.hashed
+            self._writer = None
+
+    # Through the window.
+
+    async def _stream(self, blob: Blob, stretch: Stretch) -> None:
+        """
+        Bring the bytes in order, at the pace of those who follow.
+        """
+        while True:
+            inflow = Inflow()
+            self._inflows.add(inflow)
+            try:
+                inflow.begin(stretch)
+                while batch := await inflow.batch():
+                    await self._in_thread(_hash_all, self._hash, batch)
+                    self._window.extend(batch)
+                    self.received += sum(map(len, batch))
+                    self._news()
+                    await self._room()
+            finally:
+                self._inflows.discard(inflow)
+                inflow.abort()
+            if self.size is None or self.received >= self.size or stretch.stop in (None, self.size):
+                return
+            stretch = await blob.open(self.received, self.size)
+
+    async def _room(self) -> None:
+        """
+        Wait for the slowest reader.
+
+        @raise CancelledError: when there is none any more.
+        """
+        while self.received - self._window_start > WINDOW and not self._abandoned:
+            if not self._followers:
+                break
             self._wake = Deferred()
             await self._wake
-        batch, self._pending, self._pending_size = self._pending, [], 0
-        if self._paused and self._transfer:
-            self._paused = False
-            self._transfer.resume()
-        return batch
+        if self._abandoned or (not self._followers and self.received - self._window_start > WINDOW):
+            raise CancelledError("nobody follows, and there is no file to go on for")
 
     def _stir(self) -> None:
         wake, self._wake = self._wake, None
         if wake is not None:
             wake.callback(None)
 
-    async def _keep(self, batch: Sequence[bytes]) -> None:
+    def _trim(self) -> None:
+        """
+        Drop of the window what every reader has passed.
+        """
         if self._writer is not None:
-            writer = self._writer
-            try:
-                await self._in_thread(writer.write, batch)
-            except OSError as problem:
-                log.error("Can't write to the cache, going on without it: {problem}", problem=problem)
-                batch = self._spill(writer, batch)
-            else:
-                self.received = self._filed = writer.written
-                return
-        await self._in_thread(_hash_all, self._hash, batch)
-        self._window.extend(batch)
-        self.received += sum(map(len, batch))
+            return
+        needed = [follower.lay_aside(self._window_start, self.received) for follower in self._followers]
+        still = [position for position in needed if position is not None]
+        passed = min(still, default=self.received if self._followers else self._window_start)
+        trimmed = False
+        while self._window and self._window_start + len(self._window[0]) <= passed:
+            self._window_start += len(self._window.popleft())
+            trimmed = True
+        if trimmed:
+            self._stir()
 
-    def _spill(self, writer: Writer, batch: Sequence[bytes]) -> Sequence[bytes]:
-        """
-        Go on in the window from what the file took; returns what it didn't of C{batch}.
-        """
-        done = writer.written - self._filed
-        self.received = self._filed = self._window_start = writer.written
-        self._hash, self._writer = writer.hash(), None
-        return [b"".join(batch)[done:]]
-
-    def _window_full(self) -> bool:
-        return self._writer is None and self.received - self._window_start > WINDOW
+    # To the end.
 
     async def _finish(self) -> None:
-        if self.failure is not None:
-            self.failure.raiseException()
         if self.size is not None and self.received != self.size:
             raise ShortBodyError(f"{self.received} bytes of {self.digest} came, {self.size} were announced")
-        if self._writer is None:
-            if self._hash.hexdigest() != self.digest.hex:
-                raise DigestMismatchError(f"what arrived is not {self.digest}")
-        else:
+        if self._writer is not None:
             self._writer.verify()
+        elif self._hash.hexdigest() != self.digest.hex:
+            raise DigestMismatchError(f"what arrived is not {self.digest}")
         self.verified = True
         self._news()  # before the disk has it for good: readers need not wait for that
         if self._writer is not None:
@@ -270,38 +323,32 @@ class Download:
     def _fail(self, failure: Failure) -> None:
         self.failure, self._writer = failure, None
         log.warn("The transfer of {digest} failed: {problem}", digest=self.digest, problem=failure.value)
-        if self._transfer is not None and not self._ended:
-            self._transfer.abort()
         self._news()
+
+    # To those who follow.
 
     def _news(self) -> None:
         for follower in list(self._followers):
             follower.news()
         self._trim()
 
-    def _trim(self) -> None:
+    def reach(self, offset: int) -> int:
         """
-        Drop of the window what every reader has passed.
+        Tell up to where the bytes from C{offset} on are there.
         """
-        if self._writer is not None:
-            return
-        passed = min((follower.position for follower in self._followers), default=self._window_start)
-        trimmed = False
-        while self._window and self._window_start + len(self._window[0]) <= passed:
-            self._window_start += len(self._window.popleft())
-            trimmed = True
-        if trimmed:
-            self._stir()
+        if self._writer is None or offset <= self.received:
+            return self.received
+        return self._writer.reach(offset)
 
     def piece(self, offset: int, count: int) -> FilePiece | bytes:
         """
-        Point at up to C{count} received bytes from C{offset} on.
+        Point at up to C{count} bytes from C{offset} on, which are there.
         """
-        if self._file is not None and offset < self._filed:
-            return self._file.fileno(), offset, min(count, self._filed - offset)
+        if self._file is not None and (self._writer is not None or offset < self._filed):
+            return self._file.fileno(), offset, count if self._writer is not None else min(count, self._filed - offset)
         at = self._window_start
         for part in self._window:
-            if offset < at + len(part):
+            if at <= offset < at + len(part):
                 return part[offset - at : offset - at + count]
             at += len(part)
         raise LookupError(f"byte {offset} of {self.digest} has passed")
@@ -318,11 +365,21 @@ class Download:
         Note that a reader is done or gone.
         """
         self._followers.discard(follower)
-        if self._writer is None:
+        if self._writer is None and not self.verified:
             self._trim()
-            self._abandoned = not self._followers
+            if not self._followers:
+                self._abandon()
             self._stir()
         self._close_if_idle()
+
+    def _abandon(self) -> None:
+        """
+        End a transfer that has no file to go on for, and nobody to go on for.
+        """
+        self._abandoned = True
+        problem = Failure(CancelledError("nobody follows, and there is no file to go on for"))
+        for inflow in list(self._inflows):
+            inflow.abort(problem)
 
     def _close_if_idle(self) -> None:
         """
@@ -350,6 +407,7 @@ class Follower:
 
     def __init__(self, download: Download, start: int, stop: int | None) -> None:
         self._download, self.position, self._stop = download, start, stop
+        self._last: bytes | None = None
         self._on_news: Callable[[], None] = lambda: None
 
     @property
@@ -371,17 +429,35 @@ class Follower:
         """
         Point at up to C{limit} bytes that may be sent now; none if more must arrive, or be proved, first.
         """
-        reach = self._download.received
+        if self._last is not None:
+            return self._last if self._download.verified else None
+        reach = self._download.reach(self.position)
         if self._stop is not None:
             reach = min(reach, self._stop if self._download.verified else self._stop - 1)
         count = min(limit, reach - self.position)
         return self._download.piece(self.position, count) if count > 0 else None
+
+    def lay_aside(self, start: int, received: int) -> int | None:
+        """
+        Take the last byte out of a window that others need: it may be sent only at the end of all.
+
+        @param start: where the window starts; what comes before it is in a file.
+        @param received: how many bytes were received.
+        @return: from where on this reader still needs the window, if it does.
+        """
+        if self._stop is not None and self._stop <= start:
+            return None
+        if self._last is None and self._stop is not None and self.position == self._stop - 1 < received:
+            piece = self._download.piece(self.position, 1)
+            self._last = piece if isinstance(piece, bytes) else None
+        return self.position if self._last is None else None
 
     def sent(self, count: int) -> None:
         """
         Note that C{count} bytes more were read.
         """
         self.position += count
+        self._last = None
         self._download.progressed()
 
     def listen(self, news: Callable[[], None]) -> None:
@@ -402,44 +478,3 @@ class Follower:
         """
         self._on_news = lambda: None
         self._download.left(self)
-
-
-class Shelved:
-    """
-    A range of a finished file: a source of bytes for C{sending}.
-    """
-
-    failure: Failure | None = None
-
-    def __init__(self, content: Content, start: int, stop: int) -> None:
-        self._content, self.position, self._stop = content, start, stop
-
-    @property
-    def done(self) -> bool:
-        """
-        Tell whether all was read.
-        """
-        return self.position >= self._stop
-
-    def piece(self, limit: int) -> FilePiece | bytes | None:
-        """
-        Point at up to C{limit} bytes.
-        """
-        return self._content.fileno(), self.position, min(limit, self._stop - self.position)
-
-    def sent(self, count: int) -> None:
-        """
-        Note that C{count} bytes more were read.
-        """
-        self.position += count
-
-    def listen(self, news: Callable[[], None]) -> None:
-        """
-        There will be no news of a finished file.
-        """
-
-    def close(self) -> None:
-        """
-        Let go of the file.
-        """
-        self._content.close()

@@ -12,8 +12,8 @@ from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 
 if TYPE_CHECKING:
-    from ecrproxy.download import InThread
     from ecrproxy.store import Store
+    from ecrproxy.threads import InThread
 
 log = Logger()
 

@@ -8,6 +8,7 @@ further in ever sees a raw path. The grammar is that of the OCI distribution spe
 from __future__ import annotations
 
 import enum
+import functools
 import hashlib
 import json
 import re
@@ -161,6 +162,7 @@ class Route:
         return replace(self, reference=str(digest), digest=digest)
 
 
+@functools.lru_cache(maxsize=4096)
 def parse_route(target: str) -> Route:
     """
     Understand a raw origin-form request target under /v2/.

@@ -14,15 +14,17 @@ Rules:
 
 from __future__ import annotations
 
-import enum
-from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable
+from functools import partial
 
-from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 
-from ecrproxy.download import Download, Flights, InThread
+from ecrproxy.bucket import UnavailableError
+from ecrproxy.cached import ANY, Answer, Asked, Cache, CacheStatus, manifest_answer
+from ecrproxy.download import Download
+from ecrproxy.entries import Confirmed, Entry
+from ecrproxy.flights import Flights
+from ecrproxy.inflow import Blob, Lanes
 from ecrproxy.oci import (
     BLOB_TYPE,
     MANIFEST_TYPES,
@@ -34,98 +36,10 @@ from ecrproxy.oci import (
     listed,
     manifest_type,
 )
-from ecrproxy.store import Confirmed, Content, Entry, Store, Writer, entry_name
-from ecrproxy.upstream import Page, UnavailableError, Upstream
+from ecrproxy.threads import InThread, on_its_own
+from ecrproxy.upstream import Page, Upstream
 
 log = Logger()
-
-_ANY: frozenset[str] = frozenset()
-_ENTRY_BYTES = 1024
-"""What an entry is reckoned at before it is written; most have 300 bytes."""
-_UNWRITTEN_SECONDS = 60
-"""How long an unchanged tag's confirmation stays unwritten when no time to live needs it."""
-
-
-class CacheStatus(enum.Enum):
-    """
-    How the cache took part in an answer: the words of X-Cache-Status.
-    """
-
-    HIT = "HIT"
-    MISS = "MISS"
-    JOINED = "JOINED"
-    """Follows a transfer that another request began."""
-    REVALIDATED = "REVALIDATED"
-    """ECR confirmed it just now; the bytes are from the cache."""
-    STALE = "STALE"
-    """ECR could not be asked; this was its last answer."""
-    BYPASS = "BYPASS"
-    """Handed through without being kept."""
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """
-    One request for content.
-
-    @ivar key: its expanded cache key.
-    @ivar accept: the manifest types that the client takes; empty for any.
-    @ivar head: whether only the headers are wanted.
-    """
-
-    route: Route
-    key: str
-    accept: frozenset[str] = _ANY
-    head: bool = False
-
-    @property
-    def digest(self) -> Digest:
-        """
-        The digest that was asked for, where one was.
-        """
-        if self.route.digest is None:
-            raise ValueError(f"{self.route.path} has no digest")
-        return self.route.digest
-
-    @property
-    def entry(self) -> str:
-        """
-        The name of this request's entry.
-        """
-        return entry_name(self.key, self.route)
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """
-    What a client gets.
-
-    @ivar size: in bytes; none while upstream hasn't said.
-    @ivar body: open content, to be closed by who takes it; a transfer under way; small content whole;
-        none where only headers were asked for.
-    """
-
-    status: CacheStatus
-    media_type: str
-    digest: Digest
-    size: int | None
-    body: Content | Download | bytes | None = None
-
-
-class Room(Protocol):
-    """
-    Who keeps the cache within its limit: see C{janitor.Janitor}.
-    """
-
-    async def reserve(self, size: int) -> bool:
-        """
-        Make room for C{size} bytes, if it can be had; release it when they are files, or won't be.
-        """
-
-    def release(self, size: int) -> None:
-        """
-        Give back what was reserved.
-        """
 
 
 class PullThrough:
@@ -134,19 +48,23 @@ class PullThrough:
 
     @param now: seconds since the epoch.
     @param tag_ttl: seconds for which a tag's digest is taken on trust.
+    @param lanes: the connections that blobs may come over.
+    @param read_ahead: fetch what a manifest lists as soon as it is asked for.
     """
 
     def __init__(
         self,
         upstream: Upstream,
-        store: Store,
-        room: Room,
+        cache: Cache,
         in_thread: InThread,
         now: Callable[[], float],
+        *,
         tag_ttl: float = 0,
+        lanes: Lanes | None = None,
+        read_ahead: bool = False,
     ) -> None:
-        self._upstream, self._store, self._room = upstream, store, room
-        self._in_thread, self._now, self._tag_ttl = in_thread, now, tag_ttl
+        self._upstream, self._cache, self._in_thread, self._now = upstream, cache, in_thread, now
+        self._tag_ttl, self._lanes, self._reads_ahead = tag_ttl, lanes or Lanes(), read_ahead
         self._openings: Flights[Download | None] = Flights()
         self._arriving: dict[Digest, Download] = {}
         self._carriers: dict[Digest, str] = {}
@@ -171,31 +89,33 @@ class PullThrough:
         @param start: the first byte wanted.
         @raise RegistryError: if the repository doesn't hold it, or ECR can't give it.
         """
+        if (answer := self._cache.at_hand(asked)) is not None:
+            return answer
         if asked.head:
             return await self._blob_head(asked)
         confirmed = False
         while True:
-            known, content = await self._in_thread(self._look_up, asked)
-            known = known or confirmed
+            known, content = await self._in_thread(self._cache.look_up, asked)
             carrier = self._carriers.get(asked.digest)
             if content is None and carrier is None:
-                return await self._carry(asked)
-            if not known and (content is not None or carrier != asked.route.repository):
+                return await self._carry(asked, known.size if known else None)
+            if known is None and not confirmed and (content is not None or carrier != asked.route.repository):
                 if content is not None:
                     content.close()
                 await self._blob_size(asked)
                 confirmed = True
             elif content is not None:
                 status = CacheStatus.REVALIDATED if confirmed else CacheStatus.HIT
-                return Answer(status, BLOB_TYPE, asked.digest, content.size, content)
+                if (answer := await self._cache.shelved(asked, status, known, content)) is not None:
+                    return answer
             elif (answer := await self._join(asked, start, carrier)) is not None:
                 return answer
 
     async def _blob_head(self, asked: Asked) -> Answer:
-        known, content = await self._in_thread(self._look_up, asked)
+        known, content = await self._in_thread(self._cache.look_up, asked)
         if content is not None:
             content.close()
-            if known:
+            if known is not None:
                 return Answer(CacheStatus.HIT, BLOB_TYPE, asked.digest, content.size)
         size = await self._blob_size(asked)
         status = CacheStatus.MISS if content is None else CacheStatus.REVALIDATED
@@ -206,34 +126,21 @@ class PullThrough:
         Have ECR confirm that the repository holds the blob.
         """
         size = await self._sizes.join(asked.route, lambda: self._upstream.blob_size(asked.route))
-        self._held(asked, size)
+        self._cache.holds(asked, size)
         return size
 
-    def _look_up(self, asked: Asked) -> tuple[bool, Content | None]:
-        """
-        See whether the repository may have the content, and open it. Called in a thread.
-        """
-        known = self._known(asked)
-        return known is not None, self._store.open(asked.digest, known.size if known else None)
-
-    def _known(self, asked: Asked) -> Descriptor | None:
-        for name in (asked.entry, _fact_name(asked.route)):
-            entry = self._store.entry(name, asked.route)
-            confirmed = entry.answers.get(_ANY) if entry else None
-            if confirmed is not None and confirmed.descriptor.digest == asked.digest:
-                return confirmed.descriptor
-        return None
-
-    async def _carry(self, asked: Asked) -> Answer:
+    async def _carry(self, asked: Asked, expected: int | None) -> Answer:
         """
         Begin the transfer that all who ask for this digest meanwhile will follow.
+
+        @param expected: how many bytes it has by what is known.
         """
         route, digest = asked.route, asked.digest
         self._carriers[digest] = route.repository
-        download = await self._openings.join(digest, lambda: self._open(route, digest))
+        download = await self._openings.join(digest, lambda: self._open(route, digest, expected))
         if download is None:  # it has landed since we looked
             return await self.blob(asked)
-        self._held(asked, download.size)
+        self._cache.holds(asked, download.size)
         status = CacheStatus.MISS if download.kept else CacheStatus.BYPASS
         return Answer(status, BLOB_TYPE, digest, download.size, download)
 
@@ -245,7 +152,7 @@ class PullThrough:
         download = self._arriving.get(digest)
         if download is None and digest in self._openings:
             try:
-                download = await self._openings.join(digest, lambda: self._open(asked.route, digest))
+                download = await self._openings.join(digest, lambda: self._open(asked.route, digest, None))
             except RegistryError:
                 if carrier == asked.route.repository:
                     raise
@@ -254,67 +161,52 @@ class PullThrough:
             return None
         if not download.offers(start):
             return await self._alone(asked)
-        self._held(asked, download.size)
+        self._cache.holds(asked, download.size)
         return Answer(CacheStatus.JOINED, BLOB_TYPE, digest, download.size, download)
 
-    async def _open(self, route: Route, digest: Digest) -> Download | None:
+    async def _open(self, route: Route, digest: Digest, expected: int | None) -> Download | None:
         """
         Open the shared transfer of C{digest}; none if it turns out to be in the cache.
         """
         try:
-            content = await self._in_thread(self._store.open, digest)
+            content = await self._in_thread(self._cache.store.open, digest)
             if content is not None:
                 content.close()
                 del self._carriers[digest]
                 return None
-            download = await self._transfer(route, digest, keep=True)
+            download = await self._transfer(route, digest, self._lanes.first_part(expected), keep=True)
         except BaseException:
             self._carriers.pop(digest, None)
             raise
         return download
 
-    def _held(self, asked: Asked, size: int | None) -> None:
-        if size is not None:
-            self._own(self._remember(asked, Descriptor(BLOB_TYPE, asked.digest, size)))
-
     async def _alone(self, asked: Asked) -> Answer:
         """
         Hand the blob through to one client: the shared transfer keeps no file and has passed its start.
         """
-        download = await self._transfer(asked.route, asked.digest, keep=False)
+        download = await self._transfer(asked.route, asked.digest, None, keep=False)
         return Answer(CacheStatus.BYPASS, BLOB_TYPE, asked.digest, download.size, download)
 
-    async def _transfer(self, route: Route, digest: Digest, *, keep: bool) -> Download:
-        blob = await self._upstream.blob(route)
-        writer = await self._writer(digest, blob.size) if keep else None
-        download = Download(digest, blob.size, writer, self._in_thread)
+    async def _transfer(self, route: Route, digest: Digest, part: int | None, *, keep: bool) -> Download:
+        blob = await self._upstream.blob(route, part)
+        writer = await self._cache.writer(digest, blob.size) if keep else None
+        lanes = self._lanes.take(blob.size if writer and blob.size and blob.ranged else 0)
+        download = Download(digest, blob.size, writer, self._in_thread, lanes)
         if keep:
             self._arriving[digest] = download
-        transfer = blob.deliver(download)
-        self._own(self._run(download, transfer, blob.size if writer else 0, shared=keep))
+        on_its_own(self._run(download, blob, lanes, shared=keep))
         return download
 
-    async def _run(self, download: Download, transfer: Any, reserved: int | None, *, shared: bool) -> None:  # noqa: ANN401
+    async def _run(self, download: Download, blob: Blob, lanes: int, *, shared: bool) -> None:
+        reserved = download.size if download.kept else None
         try:
-            await download.run(transfer)
+            await download.run(blob)
         finally:
-            self._room.release(reserved or 0)
+            self._lanes.give_back(lanes)
+            self._cache.release(reserved or 0)
             if shared:
                 del self._arriving[download.digest]
                 del self._carriers[download.digest]
-
-    async def _writer(self, digest: Digest, size: int | None) -> Writer | None:
-        """
-        Begin the file of a transfer, if the cache can have it.
-        """
-        if size is None or not await self._room.reserve(size):
-            return None
-        try:
-            return await self._in_thread(self._store.writer, digest, size)
-        except OSError as problem:
-            log.error("Can't write to the cache, going on without it: {problem}", problem=problem)
-            self._room.release(size)
-            return None
 
     # Manifests.
 
@@ -324,81 +216,70 @@ class PullThrough:
 
         @raise RegistryError: if the repository doesn't hold it, or ECR can't give it.
         """
-        if asked.route.digest is not None:
-            return await self._manifest_by_digest(asked)
-        return await self._manifest_by_tag(asked)
+        by_digest = asked.route.digest is not None
+        answer = await (self._manifest_by_digest(asked) if by_digest else self._manifest_by_tag(asked))
+        if self._reads_ahead and isinstance(answer.body, bytes):
+            on_its_own(self._read_ahead(asked.route.repository, answer.body))
+        return answer
+
+    async def _read_ahead(self, repository: str, manifest: bytes) -> None:
+        """
+        Begin the transfers of the config and the layers that C{manifest} lists.
+        """
+        try:
+            blobs = [each for kind, each in listed(manifest) if kind is Kind.BLOB]
+        except ValueError:
+            return
+        for blob in blobs:
+            route = Route(Kind.BLOB, repository, str(blob.digest), blob.digest)
+            here = await self._in_thread(self._cache.store.has, blob.digest)
+            if not here and blob.digest not in self._carriers:
+                self._carriers[blob.digest] = repository
+                opened = self._openings.join(blob.digest, partial(self._open, route, blob.digest, blob.size))
+                opened.addErrback(lambda problem: log.info("Not read ahead: {problem}", problem=problem.value))
 
     async def _manifest_by_digest(self, asked: Asked) -> Answer:
-        known, body = await self._in_thread(self._look_up_manifest, asked)
+        if (answer := self._cache.at_hand(asked)) is not None:
+            return answer
+        known, body = await self._in_thread(self._cache.look_up_manifest, asked)
         if known is not None and body is not None:
-            return _manifest_answer(CacheStatus.HIT, asked, known, body)
+            self._cache.hold(asked.digest, body)
+            self._cache.note(asked, known)
+            return manifest_answer(CacheStatus.HIT, asked, known, body)
         if body is None and not asked.head:
             status = CacheStatus.JOINED if asked.route in self._manifests else CacheStatus.MISS
-            descriptor, body = await self._manifests.join(asked.route, lambda: self._fetch(asked.route, _ANY))
-            self._own(self._remember(asked, descriptor))
-            return _manifest_answer(status, asked, descriptor, body)
-        head = await self._head(asked.route, _ANY)
+            descriptor, body = await self._manifests.join(asked.route, lambda: self._fetch(asked.route, ANY))
+            self._cache.remember(asked, descriptor)
+            return manifest_answer(status, asked, descriptor, body)
+        head = await self._head(asked.route, ANY)
         if head is None:
             raise UnavailableError(502, "UNAVAILABLE", "ECR does not say which manifest it has")
         if body is None:
-            return _manifest_answer(CacheStatus.MISS, asked, head)
+            return manifest_answer(CacheStatus.MISS, asked, head)
         descriptor = Descriptor(_checked_type(head.media_type, body), asked.digest, len(body))
-        self._own(self._confirm(asked, descriptor, body))
-        return _manifest_answer(CacheStatus.REVALIDATED, asked, descriptor, body)
-
-    def _look_up_manifest(self, asked: Asked) -> tuple[Descriptor | None, bytes | None]:
-        """
-        See what is known of a manifest, and read it. Called in a thread.
-        """
-        return self._known(asked), self._read(asked.digest)
-
-    def _read(self, digest: Digest) -> bytes | None:
-        """
-        Read a manifest, which is small enough to be verified each time. Called in a thread.
-        """
-        content = self._store.open(digest)
-        if content is None:
-            return None
-        try:
-            body = content.read()
-        except OSError as problem:
-            log.error("Can't read {digest} from the cache: {problem}", digest=digest, problem=problem)
-            return None
-        finally:
-            content.close()
-        if Digest.of(body, digest.algorithm) == digest:
-            return body
-        log.error("{digest} in the cache is not what it was: dropped", digest=digest)
-        self._store.remove(self._store.content_path(digest))
-        return None
+        on_its_own(self._cache.confirm(asked, descriptor, body))
+        return manifest_answer(CacheStatus.REVALIDATED, asked, descriptor, body)
 
     async def _manifest_by_tag(self, asked: Asked) -> Answer:
-        entry = await self._in_thread(self._store.entry, asked.entry, asked.route)
-        entry = entry or Entry(asked.route.kind, asked.route.repository, asked.route.reference)
+        entry = await self._cache.entry(asked)
         known = entry.answers.get(asked.accept)
         if known is not None and 0 <= self._now() - known.when < self._tag_ttl:
-            body = await self._in_thread(self._read, known.descriptor.digest)
+            body = await self._cache.body(known.descriptor.digest)
             if body is not None:
-                return _manifest_answer(CacheStatus.HIT, asked, known.descriptor, body)
+                return manifest_answer(CacheStatus.HIT, asked, known.descriptor, body)
         try:
             return await self._ask_for_tag(asked, entry, known)
         except UnavailableError as problem:
             last = entry.latest(asked.accept)
-            body = await self._in_thread(self._read, last.descriptor.digest) if last else None
+            body = await self._cache.body(last.descriptor.digest) if last else None
             if last is None or body is None:
                 raise
             log.warn("Serving {path} as last known: {problem}", path=asked.route.path, problem=problem.message)
-            return _manifest_answer(CacheStatus.STALE, asked, last.descriptor, body)
+            return manifest_answer(CacheStatus.STALE, asked, last.descriptor, body)
         except RegistryError as problem:
             if problem.status == 404:  # noqa: PLR2004
-                await self.forget(asked)
+                await self._cache.forget(asked)
             raise
-
-    async def forget(self, asked: Asked) -> None:
-        """
-        Forget what C{asked} led to; the content stays for whoever else it serves.
-        """
-        await self._in_thread(self._store.forget, asked.entry)
 
     async def _ask_for_tag(self, asked: Asked, entry: Entry, known: Confirmed | None) -> Answer:
         """
@@ -409,16 +290,18 @@ class PullThrough:
         """
         descriptor = None if known is None and not asked.head else await self._head(asked.route, asked.accept)
         if descriptor is not None:
-            body = await self._in_thread(self._read, descriptor.digest)
+            body = await self._cache.body(descriptor.digest)
+            if body is not None:
+                descriptor = Descriptor(_checked_type(descriptor.media_type, body), descriptor.digest, len(body))
             if body is not None or asked.head:
-                self._own(self._record(asked, entry, descriptor, body))
+                on_its_own(self._cache.record(asked, entry, descriptor, body))
                 status = CacheStatus.MISS if body is None else CacheStatus.REVALIDATED
-                return _manifest_answer(status, asked, descriptor, body)
+                return manifest_answer(status, asked, descriptor, body)
         key = (asked.route, asked.accept)
         status = CacheStatus.JOINED if key in self._manifests else CacheStatus.MISS
         descriptor, body = await self._manifests.join(key, lambda: self._fetch(asked.route, asked.accept))
-        self._own(self._record(asked, entry, descriptor, None))
-        return _manifest_answer(status, asked, descriptor, body)
+        on_its_own(self._cache.record(asked, entry, descriptor, None))
+        return manifest_answer(status, asked, descriptor, body)
 
     async def _head(self, route: Route, accept: frozenset[str]) -> Descriptor | None:
         """
@@ -445,83 +328,8 @@ class PullThrough:
             raise UnavailableError(502, "UNAVAILABLE", f"ECR gave something else than {route.digest}")
         media_type = _checked_type(manifest.content_type, manifest.body)
         descriptor = Descriptor(media_type, digest, len(manifest.body))
-        await self._keep(route, descriptor, manifest.body)
+        await self._cache.keep(route, descriptor, manifest.body)
         return descriptor, manifest.body
-
-    async def _keep(self, route: Route, descriptor: Descriptor, body: bytes) -> None:
-        writer = await self._writer(descriptor.digest, descriptor.size)
-        if writer is None:
-            return
-        try:
-            await self._in_thread(_write, writer, body)
-        except OSError as problem:
-            log.error("Can't keep {digest}: {problem}", digest=descriptor.digest, problem=problem)
-        else:
-            await self._learn(route.repository, descriptor, body)
-        finally:
-            self._room.release(descriptor.size)
-
-    # What is remembered.
-
-    async def _record(self, asked: Asked, entry: Entry, descriptor: Descriptor, body: bytes | None) -> None:
-        """
-        Note what ECR said that a tag leads to.
-
-        @param body: the manifest, where the cache had it already: what it lists is the repository's too.
-        """
-        known, now = entry.answers.get(asked.accept), self._now()
-        changed = known is None or known.descriptor != descriptor
-        if changed and body is not None:
-            await self._learn(asked.route.repository, descriptor, body)
-        if changed or known is None or self._tag_ttl or now - known.when > _UNWRITTEN_SECONDS:
-            await self._save(asked.entry, entry.with_answer(asked.accept, Confirmed(descriptor, now)))
-
-    async def _confirm(self, asked: Asked, descriptor: Descriptor, body: bytes) -> None:
-        await self._remember(asked, descriptor)
-        await self._learn(asked.route.repository, descriptor, body)
-
-    async def _remember(self, asked: Asked, descriptor: Descriptor) -> None:
-        """
-        Note that ECR said that the repository holds what was asked for by its digest.
-        """
-        await self._save(asked.entry, _entry_of(asked.route, Confirmed(descriptor, self._now())))
-
-    async def _learn(self, repository: str, descriptor: Descriptor, body: bytes) -> None:
-        """
-        Note as facts that the repository holds a manifest, and all that it lists.
-        """
-        try:
-            holds = [(Kind.MANIFEST, descriptor), *listed(body)]
-        except ValueError:  # a signed manifest of old lists nothing that we read
-            holds = [(Kind.MANIFEST, descriptor)]
-        now = self._now()
-        for kind, each in holds:
-            route = Route(kind, repository, str(each.digest), each.digest)
-            await self._save(_fact_name(route), _entry_of(route, Confirmed(each, now)))
-
-    async def _save(self, name: str, entry: Entry) -> None:
-        if not await self._room.reserve(_ENTRY_BYTES):
-            return
-        try:
-            await self._in_thread(self._store.save, name, entry)
-        except OSError as problem:
-            log.error("Can't write an entry to the cache: {problem}", problem=problem)
-        finally:
-            self._room.release(_ENTRY_BYTES)
-
-    def _own(self, work: Coroutine[Any, Any, None]) -> None:
-        """
-        Let work go on by itself, whose failure is nobody's answer.
-        """
-        Deferred.fromCoroutine(work).addErrback(lambda failure: log.failure("The cache", failure))
-
-
-def _fact_name(route: Route) -> str:
-    return entry_name("\0fact", route)
-
-
-def _entry_of(route: Route, confirmed: Confirmed) -> Entry:
-    return Entry(route.kind, route.repository, route.reference, {_ANY: confirmed})
 
 
 def _accept_header(accept: frozenset[str]) -> str:
@@ -536,21 +344,3 @@ def _checked_type(content_type: str, body: bytes) -> str:
         return manifest_type(content_type, body)
     except ValueError as problem:
         raise UnavailableError(502, "UNAVAILABLE", f"what ECR gave is no manifest: {problem}") from None
-
-
-def _manifest_answer(status: CacheStatus, asked: Asked, descriptor: Descriptor, body: bytes | None = None) -> Answer:
-    size = descriptor.size if body is None else len(body)
-    return Answer(status, descriptor.media_type, descriptor.digest, size, None if asked.head else body)
-
-
-def _write(writer: Writer, body: bytes) -> None:
-    """
-    Write small content in one go. Called in a thread.
-    """
-    try:
-        writer.write([body])
-        writer.commit()
-    except BaseException:
-        writer.discard()
-        raise
-    writer.close()

@@ -14,213 +14,34 @@ Rules:
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
-import hashlib
-import json
-import math
+import heapq
 import os
 import secrets
 import stat
 import threading
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from twisted.logger import Logger
 
-from ecrproxy.oci import Descriptor, Digest, Kind, Route
+from ecrproxy.entries import Entry
+from ecrproxy.ledger import Ledger, Settled, packed
+from ecrproxy.oci import Digest, Route
 
 log = Logger()
 
 _DRAFTS: Final = ("entry.", "probe.")
 _YOUNG_SECONDS: Final = 60
 
-ANSWERS_LIMIT: Final = 16
-"""The most Accept sets whose answers one tag's entry keeps: clients in the field send two or three."""
-
 
 class DigestMismatchError(Exception):
     """
     The bytes that arrived are not those that the digest names.
     """
-
-
-@dataclass(frozen=True, slots=True)
-class Confirmed:
-    """
-    That ECR gave C{descriptor} as its answer, and when, in seconds since the epoch.
-    """
-
-    descriptor: Descriptor
-    when: float
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """
-    What one repository's reference led to.
-
-    @ivar answers: by the Accept set that it was an answer to, for ECR converts manifests to what the
-        client takes; by the empty set alone for what is named by its digest, which is never converted.
-    """
-
-    kind: Kind
-    repository: str
-    reference: str
-    answers: Mapping[frozenset[str], Confirmed] = field(default_factory=dict)
-
-    def is_of(self, route: Route) -> bool:
-        """
-        Tell whether this entry speaks of what C{route} asks for.
-        """
-        return (self.kind, self.repository, self.reference) == (route.kind, route.repository, route.reference)
-
-    def latest(self, accept: frozenset[str]) -> Confirmed | None:
-        """
-        Choose the last known answer for a client that takes C{accept} when ECR can't be asked.
-        """
-        if accept in self.answers:
-            return self.answers[accept]
-        fitting = [known for known in self.answers.values() if not accept or known.descriptor.media_type in accept]
-        return max(fitting, key=lambda known: known.when, default=None)
-
-    def with_answer(self, accept: frozenset[str], confirmed: Confirmed) -> Entry:
-        """
-        Add an answer; the longest unconfirmed ones make room for it.
-        """
-        answers = sorted({**self.answers, accept: confirmed}.items(), key=lambda item: -item[1].when)
-        return Entry(self.kind, self.repository, self.reference, dict(answers[:ANSWERS_LIMIT]))
-
-    def to_json(self) -> bytes:
-        """
-        Write the entry as its file has it.
-        """
-        answers = [
-            {
-                "accept": sorted(accept),
-                "mediaType": known.descriptor.media_type,
-                "digest": str(known.descriptor.digest),
-                "size": known.descriptor.size,
-                "confirmed": known.when,
-            }
-            for accept, known in self.answers.items()
-        ]
-        document = {
-            "kind": self.kind.value,
-            "repository": self.repository,
-            "reference": self.reference,
-            "answers": answers,
-        }
-        return json.dumps(document).encode() + b"\n"
-
-    @classmethod
-    def from_json(cls, data: bytes) -> Entry:
-        """
-        Read an entry's file.
-
-        @raise ValueError: if it is none.
-        """
-        try:
-            document = json.loads(data)
-            answers = {frozenset(item["accept"]): _confirmed(item) for item in document["answers"]}
-            return cls(Kind(document["kind"]), str(document["repository"]), str(document["reference"]), answers)
-        except (KeyError, TypeError, AttributeError, OverflowError, RecursionError) as problem:
-            raise ValueError(f"no entry: {problem!r}") from None
-
-
-def _confirmed(item: Mapping[str, Any]) -> Confirmed:
-    descriptor = Descriptor(str(item["mediaType"]), Digest.parse(item["digest"]), int(item["size"]))
-    when = float(item["confirmed"])
-    if not math.isfinite(when):
-        raise ValueError("no time")
-    return Confirmed(descriptor, when)
-
-
-def entry_name(cache_key: str, route: Route) -> str:
-    """
-    Name the entry that C{cache_key} and C{route} lead to, as its file is called.
-
-    What was asked for is part of the name whatever the key says: a key that different requests share
-    can cost hits, but can never hand one the other's content.
-    """
-    parts = (cache_key, route.kind.value, route.repository, route.reference)
-    return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogateescape")).hexdigest()
-
-
-class Ledger:
-    """
-    How many bytes the directory holds, which file was used least recently, and which are being read.
-
-    Shared by threads. A path is relative to the cache directory.
-
-    @ivar total: the bytes of the files known.
-    @ivar reserved: the bytes promised to what is arriving.
-    """
-
-    def __init__(self) -> None:
-        self.lock = threading.RLock()
-        self.total = 0
-        self.reserved = 0
-        self._sizes: OrderedDict[str, int] = OrderedDict()
-        self._readers: Counter[str] = Counter()
-
-    def __len__(self) -> int:
-        return len(self._sizes)
-
-    def used(self, path: str, size: int) -> None:
-        """
-        Note that C{path}, of C{size} bytes, is there and was used just now.
-        """
-        with self.lock:
-            self.total += size - self._sizes.pop(path, 0)
-            self._sizes[path] = size
-
-    def gone(self, path: str) -> int:
-        """
-        Note that C{path} is there no more.
-
-        @return: the bytes that it had.
-        """
-        with self.lock:
-            size = self._sizes.pop(path, 0)
-            self.total -= size
-            return size
-
-    def reading(self, path: str, readers: int) -> None:
-        """
-        Note that C{path} has so many readers more, or fewer.
-        """
-        with self.lock:
-            self._readers[path] += readers
-            if not self._readers[path]:
-                del self._readers[path]
-
-    def reserve(self, size: int) -> None:
-        """
-        Promise bytes to something arriving, or, negative, take the promise back.
-        """
-        with self.lock:
-            self.reserved += size
-
-    def load(self, files: Iterable[tuple[str, int]]) -> None:
-        """
-        Take in path and bytes of all files, the least recently used first; what was used meanwhile is more recent.
-        """
-        sizes = OrderedDict(files)
-        with self.lock:
-            for path, size in self._sizes.items():
-                sizes[path] = size
-                sizes.move_to_end(path)
-            self._sizes, self.total = sizes, sum(sizes.values())
-
-    def oldest(self) -> Iterator[tuple[str, int, bool]]:
-        """
-        Yield path, bytes and whether it is being read, the least recently used first. Hold C{lock} meanwhile.
-        """
-        for path, size in self._sizes.items():
-            yield path, size, path in self._readers
 
 
 class Content:
@@ -258,17 +79,46 @@ class Content:
     __del__ = close
 
 
+class Stretches:
+    """
+    Which bytes of a file are there, where they come in several places at once.
+    """
+
+    def __init__(self) -> None:
+        self._stretches: list[tuple[int, int]] = []
+
+    def add(self, start: int, stop: int) -> None:
+        """
+        Note that the bytes from C{start} to C{stop} are there.
+        """
+        joined = [(start, stop)]
+        for first, last in self._stretches:
+            if last < joined[0][0] or joined[0][1] < first:
+                joined.append((first, last))
+            else:
+                joined[0] = (min(first, joined[0][0]), max(last, joined[0][1]))
+        self._stretches = sorted(joined)
+
+    def end_of(self, offset: int) -> int:
+        """
+        Tell up to where all bytes from C{offset} on are there.
+        """
+        return next((stop for start, stop in self._stretches if start <= offset <= stop), offset)
+
+
 class Writer:
     """
-    A file that arrives: hashed as it grows, content once its digest is right.
+    A file that arrives, in several places at once; hashed in order; content once its digest is right.
 
-    @ivar written: the bytes written and hashed so far.
+    @ivar hashed: the bytes that are there and hashed, from the first on.
     """
 
     def __init__(self, store: Store, digest: Digest, size: int) -> None:
         self._store, self._digest, self.size = store, digest, size
         self._hash = digest.hasher()
-        self.written = 0
+        self.hashed = 0
+        self._there = Stretches()
+        self._lock = threading.Lock()
         self._committed: str | None = None
         self._path = store.ingest / f"{digest.algorithm}-{digest.hex}.{secrets.token_hex(4)}"
         self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -287,24 +137,46 @@ class Writer:
         """
         return self._fd
 
-    def write(self, pieces: Sequence[bytes]) -> None:
+    def write(self, offset: int, pieces: Sequence[bytes]) -> None:
         """
-        Append C{pieces}.
+        Write C{pieces} from C{offset} on. Threads may do so at the same time, in different places.
 
         @raise OSError: if the disk fails; what was written before stays readable.
         """
+        end = offset
         for piece in pieces:
             view = memoryview(piece)
-            offset = self.written
             while view:
-                count = os.pwrite(self._fd, view, offset)
-                view, offset = view[count:], offset + count
-            self._hash.update(piece)
-            self.written = offset
+                count = os.pwrite(self._fd, view, end)
+                view, end = view[count:], end + count
+        with self._lock:
+            self._there.add(offset, end)
+            if offset == self.hashed:  # as it comes, from memory
+                for piece in pieces:
+                    self._hash.update(piece)
+                self.hashed = end
+            self._catch_up(self._there.end_of(self.hashed))
+
+    def _catch_up(self, end: int) -> None:
+        """
+        Hash what came before its turn.
+        """
+        while self.hashed < end:
+            data = os.pread(self._fd, min(2**20, end - self.hashed), self.hashed)
+            if not data:
+                raise OSError(errno.EIO, "what was written can't be read")
+            self._hash.update(data)
+            self.hashed += len(data)
+
+    def reach(self, offset: int) -> int:
+        """
+        Tell up to where all bytes from C{offset} on are there.
+        """
+        return self._there.end_of(offset)
 
     def hash(self) -> Any:  # noqa: ANN401 (hashlib's objects have no public type)
         """
-        Copy the state of the hash over what was written.
+        Copy the state of the hash over the first C{hashed} bytes.
         """
         return self._hash.copy()
 
@@ -325,14 +197,14 @@ class Writer:
         @raise OSError: if the disk fails; the file is not content then.
         """
         self.verify()
-        if self.written < self.size:
-            os.ftruncate(self._fd, self.written)
+        if self.hashed < self.size:
+            os.ftruncate(self._fd, self.hashed)
         os.fsync(self._fd)
         path = self._store.content_path(self._digest)
         target = self._store.root / path
         target.parent.mkdir(parents=True, exist_ok=True)
         self._path.rename(target)
-        self._store.ledger.used(path, self.written)
+        self._store.ledger.used(path, self.hashed)
         self._store.ledger.reading(path, 1)  # by those who follow, until it is closed
         self._committed = path
 
@@ -361,12 +233,13 @@ class Store:
 
     @param root: where it is; made if it is missing.
     @param now: seconds since the epoch.
+    @param ledger: where it is counted.
     """
 
-    def __init__(self, root: Path, now: Callable[[], float]) -> None:
+    def __init__(self, root: Path, now: Callable[[], float], ledger: Ledger | None = None) -> None:
         self.root, self._now = root, now
         self.ingest = root / "ingest"
-        self.ledger = Ledger()
+        self.ledger = Ledger() if ledger is None else ledger
 
     def prepare(self) -> None:
         """
@@ -408,16 +281,36 @@ class Store:
     def count(self) -> None:
         """
         Fill the ledger from the directory: its files by their last use, which is their mtime.
+
+        Folder by folder, and in small steps: sorting it all at once would keep every other thread waiting.
         """
-        found = []
-        for top in ("content", "entries"):
-            for folder, _, names in os.walk(self.root / top):
-                for name in names:
-                    with contextlib.suppress(OSError):
-                        path = os.path.join(folder, name)  # noqa: PTH118 (a Path each would cost seconds at 200,000)
-                        status = os.lstat(path)
-                        found.append((status.st_mtime_ns, os.path.relpath(path, self.root), status.st_size))
-        self.ledger.load((path, size) for _, path, size in sorted(found))
+        names, sizes, total = bytearray(), array("Q"), 0
+        by_use: list[list[tuple[int, int]]] = []
+        others: list[tuple[int, str, int]] = []
+        for folder in self._folders():
+            files = sorted(_files(folder))
+            uses = []
+            for name, used, size in files:
+                path = f"{folder}/{name}"[len(str(self.root)) + 1 :]
+                short = packed(path)
+                if short is None:
+                    others.append((used, path, size))
+                else:
+                    uses.append((used, len(sizes)))
+                    names += short
+                    sizes.append(size)
+                    total += size
+            by_use.append(sorted(uses))
+        order = array("I", (place for _, place in heapq.merge(*by_use)))
+        self.ledger.load(Settled(bytes(names), sizes, order), total, [(path, size) for _, path, size in sorted(others)])
+
+    def _folders(self) -> Iterator[str]:
+        """
+        Yield the folders that may hold files, in the order of their names as the ledger packs them.
+        """
+        for top in ("content/sha256", "content/sha512", "entries"):
+            parent = self.root / top
+            yield from (str(folder) for folder in sorted(self._names(parent)))
 
     def has(self, digest: Digest) -> bool:
         """
@@ -554,3 +447,14 @@ def _without_waiting(path: str, flags: int) -> int:
     Open a file that somebody may have replaced by something else.
     """
     return os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+
+def _files(folder: str) -> Iterator[tuple[str, int, int]]:
+    """
+    Yield name, last use in nanoseconds and bytes of a folder's files.
+    """
+    with contextlib.suppress(OSError), os.scandir(folder) as found:
+        for file in found:
+            with contextlib.suppress(OSError):
+                status = file.stat(follow_symlinks=False)
+                yield file.name, status.st_mtime_ns, status.st_size

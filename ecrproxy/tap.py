@@ -8,36 +8,42 @@ import atexit
 import os
 import socket
 import sys
-import threading
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar, cast
 
 from twisted.application.internet import StreamServerEndpointService
-from twisted.application.service import MultiService, Service
+from twisted.application.service import MultiService
 from twisted.internet.defer import Deferred
-from twisted.internet.endpoints import TCP4ServerEndpoint, TCP6ServerEndpoint, serverFromString
+from twisted.internet.endpoints import TCP4ServerEndpoint, TCP6ServerEndpoint, UNIXServerEndpoint, serverFromString
 from twisted.internet.error import CannotListenError
-from twisted.internet.threads import deferToThreadPool
 from twisted.logger import Logger
 from twisted.names.client import Resolver
 from twisted.protocols.tls import TLSMemoryBIOFactory
 from twisted.python import usage
-from twisted.python.failure import Failure
-from twisted.python.threadpool import ThreadPool
 from twisted.web.client import Agent, HTTPConnectionPool, _HTTP11ClientFactory
 
 from ecrproxy import __version__
-from ecrproxy.config import SETTINGS, Config, ConfigError
+from ecrproxy.cached import Cache
+from ecrproxy.config import SETTINGS, Config, ConfigError, Setting, parse_flag
 from ecrproxy.ecr import CredentialsError, TokenService, fetch_token
+from ecrproxy.inflow import Lanes
 from ecrproxy.janitor import Janitor
+from ecrproxy.ledger import Notes
+from ecrproxy.metrics import LoopStall
 from ecrproxy.proxy import PullThrough
+from ecrproxy.relay import USED, FirstProcess, InnerRegistry, NoRoom, Relay, Teller, Used, WorkerRegistry
 from ecrproxy.resolver import ChosenServers, hosts_names
+from ecrproxy.site import make_site
 from ecrproxy.store import Store
+from ecrproxy.threads import InThread, Threads, call_unowned
 from ecrproxy.tls import Certificate, CertificateError
 from ecrproxy.upstream import Upstream
-from ecrproxy.web import Registry, make_site
+from ecrproxy.web import Ready, Registry
+from ecrproxy.workers import HandedDown, Post, StandardInput, Workers
 
 if TYPE_CHECKING:
     from twisted.internet.interfaces import IListeningPort, IStreamServerEndpoint
@@ -53,6 +59,10 @@ CONNECT_SECONDS: Final = 10
 BACKLOG: Final = 1024
 
 
+def _described_setting(setting: Setting) -> str:
+    return f"{setting.help} [{setting.variable}, default: {setting.default}]"
+
+
 class Options(usage.Options):
     """
     The flags, made from the table of settings.
@@ -65,18 +75,21 @@ class Options(usage.Options):
         " roles); they are no flags, for every process could read those."
     )
     optParameters = [  # noqa: RUF012 (Twisted's way)
-        [each.name, None, None, f"{each.help} [{each.variable}, default: {each.default}]"]
+        [each.name, None, None, _described_setting(each)]
         for each in SETTINGS
-        if each.name not in ("instance-auth", "listen")
+        if each.parse is not parse_flag and each.name != "listen"
     ]
     optFlags = [  # noqa: RUF012
-        [
-            "instance-auth",
-            None,
-            "use the role of the instance, container or pod only [AWS_INSTANCE_AUTH, default: false]",
-        ],
-        ["no-instance-auth", None, "look for AWS credentials everywhere, whatever AWS_INSTANCE_AUTH says"],
+        flag
+        for each in SETTINGS
+        if each.parse is parse_flag
+        for flag in (
+            [each.name, None, _described_setting(each)],
+            [f"no-{each.name}", None, f"the contrary, whatever {each.variable} says"],
+        )
     ]
+
+    flagNames = frozenset(flag[0] for flag in optFlags)
 
     def __init__(self) -> None:
         super().__init__()
@@ -104,16 +117,31 @@ class Options(usage.Options):
         except usage.UsageError as problem:
             _die(f"{problem}; see twistd ecr-proxy --help")
 
+    def arguments(self) -> list[str]:
+        """
+        Write the flags that were given, as another process is to be given them.
+        """
+        written = []
+        for name, value in self.flags().items():
+            if name == "listen":
+                written += [f"--listen={endpoint}" for endpoint in self.listen]
+            elif name in self.flagNames:
+                written.append(f"--{name}" if value == "true" else f"--no-{name}")
+            else:
+                written.append(f"--{name}={value}")
+        return written
+
     def flags(self) -> dict[str, str]:
         """
         Give the flags that were given, by setting name.
         """
-        given = {each.name: self[each.name] for each in SETTINGS if self.get(each.name) is not None}
-        for flag, value in (("instance-auth", "true"), ("no-instance-auth", "false")):
-            if self[flag]:
-                given["instance-auth"] = value
-        if not self["instance-auth"] and not self["no-instance-auth"]:
-            del given["instance-auth"]
+        given = {}
+        for each in SETTINGS:
+            if each.parse is parse_flag:
+                if self[each.name] or self[f"no-{each.name}"]:
+                    given[each.name] = "true" if self[each.name] else "false"
+            elif self.get(each.name) is not None:
+                given[each.name] = self[each.name]
         if self.listen:
             given["listen"] = " ".join(self.listen)
         return given
@@ -129,14 +157,23 @@ def makeService(options: Options) -> MultiService:
         _die(str(problem))
     from twisted.internet import reactor  # noqa: PLC0415 (twistd may have chosen another before)
 
-    return build(config, reactor, _abandon)
+    post = Post.from_environ(os.environ)
+    if post is not None:
+        return build_worker(config, post, reactor)
+    return build(config, reactor, _abandon, options.arguments())
 
 
-def build(config: Config, reactor: Any, refused: Callable[[CredentialsError], None]) -> MultiService:  # noqa: ANN401
+def build(
+    config: Config,
+    reactor: Any,  # noqa: ANN401
+    refused: Callable[[CredentialsError], None],
+    arguments: Sequence[str] = (),
+) -> MultiService:
     """
     Wire the parts; each line makes one object from earlier ones.
 
     @param refused: told of credentials that AWS refuses for good.
+    @param arguments: the flags that workers are to be started with.
     """
     service = MultiService()
     disk = Threads(DISK_THREADS, reactor)
@@ -148,64 +185,61 @@ def build(config: Config, reactor: Any, refused: Callable[[CredentialsError], No
         refused,
     )
     upstream = Upstream(config.ecr_endpoint, _agent(reactor), tokens, reactor)
-    pull_through = PullThrough(upstream, store, janitor, disk.call, time.time, config.tag_ttl)
-    registry = Registry(pull_through, config.namespace_pattern, config.cache_key, disk.call)
-
-    async def reasons() -> list[str]:
-        found = [f"no token: {problem}"] if (problem := tokens.problem()) else []
-        try:
-            await disk.call(store.check)
-        except OSError as problem:
-            found.append(f"the cache directory can't be written: {problem.strerror}")
-        return found
-
-    site = make_site(registry, reasons, reactor)
+    lanes = Lanes(config.blob_connections, config.bucket_connections)
+    cache = Cache(store, janitor, disk.call, time.time)
+    pull_through = PullThrough(
+        upstream, cache, disk.call, time.time, tag_ttl=config.tag_ttl, lanes=lanes, read_ahead=config.read_ahead
+    )
+    ready = Ready(partial(_reasons, tokens, store, disk.call))
+    shape = (config.namespace_pattern, config.cache_key, disk.call)
+    site = make_site(Registry(pull_through, *shape), ready, reactor)
     _install_resolver(config, reactor)
-    for part in (disk, janitor, tokens):
+    for part in (disk, janitor, tokens, LoopStall(reactor, time.monotonic)):
         part.setServiceParent(service)
-    for name, endpoint in _endpoints(config, reactor):
-        Listening(name, endpoint, site).setServiceParent(service)
+    several = config.worker_processes > 1
+    listening = [Listening(name, endpoint, site, accepts=not several) for name, endpoint in _endpoints(config, reactor)]
+    for each in listening:
+        each.setServiceParent(service)
+    if several:
+        path = str(Path(tempfile.mkdtemp(prefix="ecrproxy-")) / "first")
+        inner = make_site(
+            InnerRegistry(pull_through, *shape), ready, reactor, logged=False, others={USED: Used(store.ledger)}
+        )
+        Listening(path, UNIXServerEndpoint(reactor, path, mode=0o600), inner).setServiceParent(service)
+        Workers(config.worker_processes, listening, path, arguments, reactor).setServiceParent(service)
     return service
 
 
-class Threads(Service):
+def build_worker(config: Config, post: Post, reactor: Any) -> MultiService:  # noqa: ANN401
     """
-    A pool of threads for the disk, whose waiting never holds up the pool that resolves names.
+    Wire a worker's parts.
     """
-
-    def __init__(self, size: int, reactor: Any) -> None:  # noqa: ANN401
-        self._pool, self._reactor = ThreadPool(0, size, "ecrproxy-disk"), reactor
-
-    def call(self, blocking: Callable[..., T], *args: Any) -> Deferred[T]:  # noqa: ANN401
-        """
-        Call C{blocking(*args)} in one of them.
-        """
-        return deferToThreadPool(self._reactor, self._pool, blocking, *args)
-
-    def startService(self) -> None:  # noqa: D102
-        super().startService()
-        self._pool.start()
-
-    def stopService(self) -> None:  # noqa: D102
-        super().stopService()
-        self._pool.stop()
+    service = MultiService()
+    disk = Threads(DISK_THREADS, reactor)
+    notes = Notes()
+    cache = Cache(Store(Path(config.cache_dir), time.time, notes), NoRoom(), disk.call, time.time)
+    first = Agent.usingEndpointFactory(reactor, FirstProcess(reactor, post.path), _pool(reactor))
+    relay = Relay(first)
+    registry = WorkerRegistry(cache, config.tag_ttl, relay, config.namespace_pattern, config.cache_key, disk.call)
+    site = make_site(registry, relay, reactor)
+    for part in (disk, Teller(first, notes.take, reactor)):
+        part.setServiceParent(service)
+    for name, endpoint in _endpoints(config, HandedDown(reactor, post.sockets)):
+        Listening(name, endpoint, site).setServiceParent(service)
+    reactor.addReader(StandardInput(reactor.stop))
+    return service
 
 
-def call_unowned(reactor: Any, blocking: Callable[[], T]) -> Deferred[T]:  # noqa: ANN401
+async def _reasons(tokens: TokenService, store: Store, in_thread: InThread) -> list[str]:
     """
-    Call C{blocking()} in a thread that the end of the daemon does not wait for: AWS may keep it for long.
+    Say what keeps the daemon from its work.
     """
-    result: Deferred[T] = Deferred()
-
-    def call() -> None:
-        try:
-            outcome: T | Failure = blocking()
-        except Exception:  # noqa: BLE001 (told to who waits)
-            outcome = Failure()
-        reactor.callFromThread(result.callback, outcome)
-
-    threading.Thread(target=call, name="ecrproxy-aws", daemon=True).start()
-    return result
+    found = [f"no token: {problem}"] if (problem := tokens.problem()) else []
+    try:
+        await in_thread(store.check)
+    except OSError as problem:
+        found.append(f"the cache directory can't be written: {problem.strerror}")
+    return found
 
 
 class Listening(StreamServerEndpointService):
@@ -213,17 +247,40 @@ class Listening(StreamServerEndpointService):
     Listens from the start, or there is no start.
 
     @param name: what the operator knows the endpoint by.
+    @param accepts: whether this process accepts connections; if not, its workers do.
     """
 
     _raiseSynchronously = True
 
-    def __init__(self, name: str, endpoint: IStreamServerEndpoint, site: Any) -> None:  # noqa: ANN401
+    def __init__(
+        self,
+        name: str,
+        endpoint: IStreamServerEndpoint,
+        site: Any,  # noqa: ANN401
+        *,
+        accepts: bool = True,
+    ) -> None:
         super().__init__(endpoint, site)
-        self._name = name
+        self._name, self._accepts = name, accepts
+        self._port: Any = None
+
+    def fileno(self) -> int:
+        """
+        Hand out the socket.
+        """
+        number: int = self._port.fileno()
+        return number
+
+    def _bound(self, port: Any) -> Any:  # noqa: ANN401
+        self._port = port
+        if not self._accepts:
+            port.stopReading()
+        return port
 
     def privilegedStartService(self) -> None:  # noqa: D102
         try:
             super().privilegedStartService()
+            cast("Deferred[Any]", self._waitingForPort).addCallback(self._bound)
         except CannotListenError as problem:
             why = getattr(problem.socketError, "strerror", None) or problem.socketError
             self._give_up(f"can't listen there: {why}; give another, or end what uses it")
@@ -245,10 +302,14 @@ def _prepared(store: Store) -> Store:
 
 
 def _agent(reactor: Any) -> Agent:  # noqa: ANN401
+    return Agent(reactor, connectTimeout=CONNECT_SECONDS, pool=_pool(reactor))
+
+
+def _pool(reactor: Any) -> HTTPConnectionPool:  # noqa: ANN401
     pool = HTTPConnectionPool(reactor)
     pool._factory = _QuietFactory  # noqa: SLF001 (there is no public way, and two lines a connection drown all others)
     pool.maxPersistentPerHost, pool.cachedConnectionTimeout = IDLE_CONNECTIONS, IDLE_SECONDS
-    return Agent(reactor, connectTimeout=CONNECT_SECONDS, pool=pool)
+    return pool
 
 
 class _QuietFactory(_HTTP11ClientFactory):
@@ -282,6 +343,8 @@ def _endpoints(config: Config, reactor: Any) -> list[tuple[str, Any]]:  # noqa: 
 
 
 def _described(text: str, reactor: Any) -> Any:  # noqa: ANN401
+    if isinstance(reactor, HandedDown) and text.startswith("systemd:"):
+        return reactor  # systemd handed its sockets to the first process alone
     try:
         return serverFromString(reactor, text)
     except Exception as problem:  # noqa: BLE001 (each kind of endpoint has errors of its own)

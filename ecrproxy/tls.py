@@ -4,8 +4,11 @@ The server's side of TLS: one certificate with its chain, TLS 1.2 and 1.3.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from OpenSSL import SSL
 from twisted.internet.interfaces import IOpenSSLServerConnectionCreator
 from zope.interface import implementer
@@ -57,27 +60,27 @@ def _context(key_path: str, certificate_path: str) -> SSL.Context:
     context.set_options(SSL.OP_NO_COMPRESSION)
     # Idle connections hold no buffers.
     context.set_mode(SSL.MODE_RELEASE_BUFFERS)
-    context.set_passwd_cb(lambda *_: b"")  # a key behind a passphrase is refused, and nobody asked for it
-    for what, path, load in (
-        ("certificate", certificate_path, context.use_certificate_chain_file),
-        ("key", key_path, context.use_privatekey_file),
-    ):
-        try:
-            with open(path, "rb"):  # noqa: PTH123 (OpenSSL's own message does not say what is wrong with a file)
-                pass
-            load(path)
-        except OSError as problem:
-            raise CertificateError(what, f"can't be read: {problem.strerror}") from None
-        except SSL.Error as problem:
-            if _is_mismatch(problem):
-                raise CertificateError("pair", "the key is not the certificate's") from None
-            raise CertificateError(what, f"holds no PEM {what}") from None
     try:
+        Path(certificate_path).read_bytes()  # OpenSSL's own message does not say what is wrong with a file
+        context.use_certificate_chain_file(certificate_path)
+    except OSError as problem:
+        raise CertificateError("certificate", f"can't be read: {problem.strerror}") from None
+    except SSL.Error:
+        raise CertificateError("certificate", "holds no PEM certificate") from None
+    try:
+        context.use_privatekey(_key(key_path))
         context.check_privatekey()
     except SSL.Error:
         raise CertificateError("pair", "the key is not the certificate's") from None
     return context
 
 
-def _is_mismatch(problem: SSL.Error) -> bool:
-    return "mismatch" in str(problem.args)
+def _key(path: str) -> Any:  # noqa: ANN401 (one of several kinds)
+    try:
+        return load_pem_private_key(Path(path).read_bytes(), None)
+    except OSError as problem:
+        raise CertificateError("key", f"can't be read: {problem.strerror}") from None
+    except TypeError:
+        raise CertificateError("key", "is behind a passphrase; give it without one") from None
+    except (ValueError, UnsupportedAlgorithm):
+        raise CertificateError("key", "holds no PEM key") from None

@@ -13,40 +13,37 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, NoReturn, Protocol, cast
+from typing import TYPE_CHECKING, Final, NoReturn, Protocol
 from urllib.parse import SplitResult, urljoin, urlsplit
 
 from treq.client import HTTPClient
 from twisted.internet.defer import Deferred
-from twisted.internet.interfaces import IPushProducer
 from twisted.internet.protocol import Protocol as TwistedProtocol
 from twisted.internet.protocol import connectionDone
 from twisted.logger import Logger
 from twisted.python.failure import Failure
-from twisted.web.client import ResponseDone, ResponseFailed
+from twisted.web.client import ResponseDone
 from twisted.web.http import PotentialDataLoss
 from twisted.web.http_headers import Headers
-from twisted.web.iweb import UNKNOWN_LENGTH, IAgent, IBodyProducer, IResponse
+from twisted.web.iweb import IAgent, IBodyProducer, IResponse
 from zope.interface import implementer
 
+from ecrproxy.bucket import ERROR_LIMIT, REDIRECT_STATUSES, Blob, Drop, UnavailableError, describe, header, whole_size
 from ecrproxy.ecr import TokenUnavailableError
 from ecrproxy.oci import MANIFEST_LIMIT, Digest, Kind, RegistryError, Route, query_values
 
 if TYPE_CHECKING:
-    from twisted.internet.interfaces import IDelayedCall, IReactorTime
+    from twisted.internet.interfaces import IReactorTime
 
 log = Logger()
 
 HEADER_SECONDS: Final = 30.0
 """How long an upstream may take for its answer's headers, connecting included."""
-STALL_SECONDS: Final = 30.0
-"""How long a body may send nothing."""
 REDIRECTS: Final = 5
 LIST_LIMIT: Final = 4 * 2**20
 """The most bytes a page of tags or referrers may have: a thousand of the longest tags are 130 KiB."""
-ERROR_LIMIT: Final = 64 * 2**10
 TAGS_LIMIT: Final = 1000
 """The most tags ECR lists a page; it refuses to be asked for more (field notes C8)."""
 
@@ -61,25 +58,6 @@ _NOT_FOUND_CODES: Final = {
     Kind.REFERRERS: "NAME_UNKNOWN",
 }
 _NEXT = re.compile(r'<([^>]*)>\s*;\s*rel="?next"?')
-_TOTAL = re.compile(r"bytes (?:\d+-\d+|\*)/(\d{1,18})")
-
-
-class UnavailableError(RegistryError):
-    """
-    ECR, or a bucket, is silent or failing: another time it may answer.
-    """
-
-
-class Sink(Protocol):
-    """
-    Where a blob's bytes go.
-    """
-
-    def arrived(self, data: bytes) -> None:
-        """Take bytes."""
-
-    def ended(self, problem: Failure | None) -> None:
-        """Note the end, C{problem} if it is not a good one."""
 
 
 class Tokens(Protocol):
@@ -157,9 +135,9 @@ class PlainAgent:
 
 
 def _refuse_encoded(response: IResponse) -> IResponse:
-    encoding = _header(response, "Content-Encoding")
+    encoding = header(response, "Content-Encoding")
     if encoding not in (None, "identity"):
-        response.deliverBody(_Drop())
+        response.deliverBody(Drop())
         raise UnavailableError(502, "UNAVAILABLE", f"upstream sends {encoding!r} where plain bytes were asked for")
     return response
 
@@ -175,7 +153,7 @@ class Upstream:
     def __init__(self, endpoint: str, agent: IAgent, tokens: Tokens, clock: IReactorTime) -> None:
         self._endpoint, self._origin = endpoint, _origin(endpoint)
         self._client = HTTPClient(PlainAgent(agent))
-        self._tokens, self._clock = tokens, clock
+        self._tokens, self.clock = tokens, clock
 
     async def head_manifest(self, route: Route, accept: str) -> Head:
         """
@@ -184,14 +162,14 @@ class Upstream:
         @raise RegistryError: if none, or ECR can't say.
         """
         response = await self._ask("HEAD", route, accept)
-        media_type = _header(response, "Content-Type") or ""
+        media_type = header(response, "Content-Type") or ""
         if response.request.method != b"HEAD":  # ECR refused the HEAD and answered a GET
             body = await self._read(response, MANIFEST_LIMIT)
             return Head(media_type, Digest.of(body), len(body))
-        named = _header(response, "Docker-Content-Digest")
+        named = header(response, "Docker-Content-Digest")
         try:
             digest = Digest.parse(named) if named else None
-            return Head(media_type, digest, int(_header(response, "Content-Length") or "0"))
+            return Head(media_type, digest, int(header(response, "Content-Length") or "0"))
         except ValueError as problem:
             raise UnavailableError(502, "UNAVAILABLE", f"ECR's answer makes no sense: {problem}") from None
 
@@ -202,7 +180,7 @@ class Upstream:
         @raise RegistryError: if there is none, or ECR can't give it.
         """
         response = await self._ask("GET", route, accept)
-        return Manifest(_header(response, "Content-Type") or "", await self._read(response, MANIFEST_LIMIT))
+        return Manifest(header(response, "Content-Type") or "", await self._read(response, MANIFEST_LIMIT))
 
     async def blob_size(self, route: Route) -> int:
         """
@@ -211,29 +189,59 @@ class Upstream:
         @raise RegistryError: if it doesn't, or ECR can't say.
         """
         response = await self._ask("HEAD", route)
-        if response.code in _REDIRECTS:
+        if response.code in REDIRECT_STATUSES:
             # A presigned URL is signed for GET: only the first byte is asked for.
-            _, response = await self._follow("GET", route, response, {"Range": "bytes=0-0"})
-        response.deliverBody(_Drop())
-        size = _whole_size(response)
+            response.deliverBody(Drop())
+            url = self._target(self._endpoint + route.path, header(response, "Location"))
+            _, response = await self.fetch(url, route, "bytes=0-0")
+        response.deliverBody(Drop())
+        size = whole_size(response)
         if size is None:
             raise UnavailableError(502, "UNAVAILABLE", f"ECR does not say how large {route.reference} is")
         return size
 
-    async def blob(self, route: Route) -> Blob:
+    async def blob(self, route: Route, part: int | None = None) -> Blob:
         """
         Begin to fetch a blob.
 
+        @param part: how many bytes to ask for at first; none for all.
         @raise RegistryError: if there is none, or ECR can't give it.
         """
+        blob = Blob(self, route)
+        await blob.begin(part)
+        return blob
+
+    async def locate(self, route: Route) -> tuple[str, IResponse | None]:
+        """
+        Ask where a blob lies.
+
+        @return: the URL to ask, or, where ECR itself sends it, that answer.
+        @raise RegistryError: if there is none, or ECR can't say.
+        """
         response = await self._ask("GET", route)
-        where = "ECR"
-        if response.code in _REDIRECTS:
-            where, response = await self._follow("GET", route, response, {})
-        if response.code != 200:  # noqa: PLR2004
-            response.deliverBody(_Drop())
-            raise UnavailableError(502, "UNAVAILABLE", f"{where} answers {response.code} instead of {route.reference}")
-        return Blob(response, where, self._clock)
+        url = self._endpoint + route.path
+        if response.code not in REDIRECT_STATUSES:
+            return url, response
+        response.deliverBody(Drop())
+        return self._target(url, header(response, "Location")), None
+
+    async def fetch(self, url: str, route: Route, span: str) -> tuple[str, IResponse]:
+        """
+        Ask for the bytes at C{url}, following redirects. The token stays behind.
+
+        @param span: a Range header, or nothing for all.
+        @return: the URL that answered, and its answer.
+        """
+        headers = Headers({"User-Agent": ["ecrproxy"]})
+        if span:
+            headers.setRawHeaders("Range", [span])
+        for _ in range(REDIRECTS):
+            response = await self._request("GET", url, headers)
+            if response.code not in REDIRECT_STATUSES:
+                return url, response
+            response.deliverBody(Drop())
+            url = self._target(url, header(response, "Location"))
+        raise UnavailableError(502, "UNAVAILABLE", f"ECR redirects more than {REDIRECTS} times for {route.reference}")
 
     async def page(self, route: Route) -> Page:
         """
@@ -245,8 +253,8 @@ class Upstream:
         body = await self._read(response, LIST_LIMIT)
         link = _NEXT.search(", ".join(response.headers.getRawHeaders("Link", [])))
         following = urlsplit(link[1]).query if link else None
-        content_type = _header(response, "Content-Type") or "application/json"
-        return Page(content_type, body, following, _header(response, "OCI-Filters-Applied"))
+        content_type = header(response, "Content-Type") or "application/json"
+        return Page(content_type, body, following, header(response, "OCI-Filters-Applied"))
 
     async def _ask(self, method: str, route: Route, accept: str = "", query: str = "") -> IResponse:
         """
@@ -260,7 +268,7 @@ class Upstream:
         for last in (False, True):
             response = await self._send(method, url, accept, secret)
             if method == "HEAD" and (response.code in (403, 404, 405) or (last and response.code == 401)):  # noqa: PLR2004
-                response.deliverBody(_Drop())
+                response.deliverBody(Drop())
                 method = "GET"
                 response = await self._send(method, url, accept, secret)
             if response.code < 400:  # noqa: PLR2004
@@ -292,7 +300,7 @@ class Upstream:
             asked = self._client.request(method, url, headers=headers, allow_redirects=False, unbuffered=True)
         except ValueError:
             raise UnavailableError(502, "UNAVAILABLE", "ECR redirects to what is no URL") from None
-        limit = self._clock.callLater(HEADER_SECONDS, asked.cancel)
+        limit = self.clock.callLater(HEADER_SECONDS, asked.cancel)
         try:
             return (await asked).original
         except RegistryError:
@@ -308,25 +316,6 @@ class Upstream:
             if limit.active():
                 limit.cancel()
 
-    async def _follow(
-        self, method: str, route: Route, response: IResponse, more: Mapping[str, str]
-    ) -> tuple[str, IResponse]:
-        """
-        Follow redirects to where a blob lies; the token stays behind.
-
-        @return: the host that answered, and its answer.
-        """
-        url = self._endpoint + route.path
-        for _ in range(REDIRECTS):
-            response.deliverBody(_Drop())
-            url = self._target(url, _header(response, "Location"))
-            headers = Headers({"User-Agent": ["ecrproxy"], **{name: [value] for name, value in more.items()}})
-            response = await self._request(method, url, headers)
-            if response.code not in _REDIRECTS:
-                return urlsplit(url).hostname or "", response
-        response.deliverBody(_Drop())
-        raise UnavailableError(502, "UNAVAILABLE", f"ECR redirects more than {REDIRECTS} times for {route.reference}")
-
     def _target(self, url: str, location: str | None) -> str:
         """
         Resolve a redirect, if it is one to follow.
@@ -334,6 +323,7 @@ class Upstream:
         try:
             target = urljoin(url, location or "")
             parts = urlsplit(target)
+            _ = parts.port  # which may be none that there is
         except ValueError:
             target, parts = "", urlsplit("")
         steps_down = urlsplit(url).scheme == "https" and parts.scheme != "https"
@@ -357,10 +347,10 @@ class Upstream:
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             pass  # a plain text, as ECR sends some: the text is the message then
         challenge = response.headers.hasHeader("WWW-Authenticate")
-        return _Problem(response.code, code, message, _header(response, "Retry-After"), challenged=challenge)
+        return _Problem(response.code, code, message, header(response, "Retry-After"), challenged=challenge)
 
     async def _read(self, response: IResponse, limit: int) -> bytes:
-        collected = _Collect(limit, self._clock)
+        collected = _Collect(limit, self.clock)
         response.deliverBody(collected)
         return await collected.whole
 
@@ -422,93 +412,6 @@ class _Problem:
         raise UnavailableError(502, "UNAVAILABLE", f"ECR answers {self.status}")
 
 
-class Blob:
-    """
-    A blob whose answer has begun.
-
-    @ivar size: in bytes, if upstream said.
-    """
-
-    def __init__(self, response: IResponse, host: str, clock: IReactorTime) -> None:
-        self._response, self._host, self._clock = response, host, clock
-        self.size = None if response.length is UNKNOWN_LENGTH else int(response.length)
-
-    def deliver(self, sink: Sink) -> BlobTransfer:
-        """
-        Let the bytes come.
-        """
-        transfer = BlobTransfer(sink, self._host, self._clock)
-        self._response.deliverBody(transfer)
-        return transfer
-
-
-class BlobTransfer(TwistedProtocol):
-    """
-    A body on its way into a L{Sink}; given up when nothing came for C{STALL_SECONDS}.
-    """
-
-    def __init__(self, sink: Sink, host: str, clock: IReactorTime) -> None:
-        self._sink, self._host, self._clock = sink, host, clock
-        self._timer: IDelayedCall | None = None
-        self._stalled = False
-
-    def connectionMade(self) -> None:  # noqa: D102
-        self._watch()
-
-    def dataReceived(self, data: bytes) -> None:  # noqa: D102
-        if self._timer is not None:
-            self._timer.reset(STALL_SECONDS)
-        self._sink.arrived(data)
-
-    def connectionLost(self, reason: Failure = connectionDone) -> None:  # noqa: D102
-        self._unwatch()
-        if self._stalled:
-            what = f"{self._host} has sent nothing for {STALL_SECONDS:.0f} s"
-            reason = Failure(UnavailableError(504, "UNAVAILABLE", what))
-        elif reason.check(ResponseDone, PotentialDataLoss):
-            self._sink.ended(None)  # that it is whole is for the digest to say
-            return
-        else:
-            what = f"{self._host} broke off: {describe(reason.value)}"
-            reason = Failure(UnavailableError(502, "UNAVAILABLE", what))
-        self._sink.ended(reason)
-
-    def pause(self) -> None:
-        """
-        Send nothing for now.
-        """
-        self._unwatch()
-        cast(IPushProducer, self.transport).pauseProducing()
-
-    def resume(self) -> None:
-        """
-        Go on.
-        """
-        self._watch()
-        cast(IPushProducer, self.transport).resumeProducing()
-
-    def abort(self) -> None:
-        """
-        Send nothing more, ever.
-        """
-        self._unwatch()
-        if self.transport is not None:
-            self.transport.loseConnection()
-
-    def _watch(self) -> None:
-        if self._timer is None:
-            self._timer = self._clock.callLater(STALL_SECONDS, self._stall)
-
-    def _unwatch(self) -> None:
-        if self._timer is not None and self._timer.active():
-            self._timer.cancel()
-        self._timer = None
-
-    def _stall(self) -> None:
-        self._timer, self._stalled = None, True
-        self.abort()
-
-
 class _Collect(TwistedProtocol):
     """
     Collect a small body: at most so many bytes, in no more than the time of headers.
@@ -552,19 +455,6 @@ class _Collect(TwistedProtocol):
             self.transport.loseConnection()
 
 
-class _Drop(TwistedProtocol):
-    """
-    Let a body that nobody wants go by, if it is short; close the connection if not.
-    """
-
-    _left = ERROR_LIMIT
-
-    def dataReceived(self, data: bytes) -> None:
-        self._left -= len(data)
-        if self._left < 0 and self.transport is not None:
-            self.transport.loseConnection()
-
-
 def upstream_query(route: Route) -> str:
     """
     Choose what of a client's query goes to ECR, escaped as it came: C{last} is opaque.
@@ -581,39 +471,6 @@ def upstream_query(route: Route) -> str:
             raise RegistryError(400, "PAGINATION_NUMBER_INVALID", "n is not a number of tags")
         kept["n"] = str(min(int(kept["n"]), TAGS_LIMIT))
     return "&".join(f"{name}={value}" for name, value in kept.items())
-
-
-def describe(problem: BaseException | None) -> str:
-    """
-    Name a network's trouble in a line, by its first cause.
-    """
-    while isinstance(problem, ResponseFailed) and problem.reasons:
-        problem = problem.reasons[0].value
-    text = str(problem).strip().rstrip(".") or type(problem).__name__
-    return text.splitlines()[0][:200]
-
-
-_REDIRECTS: Final = (301, 302, 303, 307, 308)
-
-
-def _whole_size(response: IResponse) -> int | None:
-    """
-    Tell how large the whole is of which C{response} is an answer: RFC 9110, 14.4 and 15.5.17.
-    """
-    if response.code in (206, 416):
-        total = _TOTAL.fullmatch(_header(response, "Content-Range") or "")
-        return int(total[1]) if total else None
-    if response.code != 200:  # noqa: PLR2004
-        return None
-    if response.request.method == b"HEAD":
-        length = _header(response, "Content-Length") or ""
-        return int(length) if length.isdecimal() else None
-    return None if response.length is UNKNOWN_LENGTH else int(response.length)
-
-
-def _header(response: IResponse, name: str) -> str | None:
-    values = response.headers.getRawHeaders(name.encode("ascii"))
-    return values[-1].decode("latin-1") if values else None
 
 
 def _origin(url: str) -> tuple[str, str | None, int | None]:

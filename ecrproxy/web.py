@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Final, cast
 
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.error import ConnectionDone
@@ -18,15 +18,17 @@ from twisted.logger import Logger
 from twisted.web import http
 from twisted.web.http import NOT_MODIFIED, OK, PARTIAL_CONTENT, REQUESTED_RANGE_NOT_SATISFIABLE
 from twisted.web.resource import Resource
-from twisted.web.server import NOT_DONE_YET, Request, Site
+from twisted.web.server import NOT_DONE_YET, Request
 
 from ecrproxy.cache_key import Asker, CacheKey
-from ecrproxy.channel import StrictChannel
-from ecrproxy.download import Download, InThread, Shelved, ShortBodyError
+from ecrproxy.cached import SMALL_BLOB, Answer, Asked
+from ecrproxy.download import Download, ShortBodyError
 from ecrproxy.oci import Kind, RegistryError, Route, accepted_types, parse_route, query_values
-from ecrproxy.proxy import Answer, Asked, PullThrough
-from ecrproxy.sending import Held, Source, send
+from ecrproxy.proxy import PullThrough
+from ecrproxy.sending import send
+from ecrproxy.sources import Held, Shelved, Source
 from ecrproxy.store import Content, DigestMismatchError
+from ecrproxy.threads import InThread
 from ecrproxy.upstream import Page
 
 if TYPE_CHECKING:
@@ -121,7 +123,7 @@ class Answering(Resource):
         if request.channel is None:  # the client has gone: nobody is left to answer
             return
         if not failure.check(*_KNOWN):
-            log.failure("Answering {path}", failure, path=_path(request))
+            log.failure("Answering {path}", failure, path=path(request))
         if request.startedWriting:
             request.channel.forceAbortClient()  # a short body must never look whole
         else:
@@ -189,19 +191,16 @@ class Ready(Answering):
         send_small(request, 503 if reasons else OK, "application/json", body)
 
 
-class Registry(Answering):
+class Door(Answering):
     """
-    The pull side of the distribution protocol, for the repositories that C{namespaces} matches.
+    /v2/, for the repositories that C{namespaces} matches.
 
     @param namespaces: what a repository's whole name must match.
     """
 
-    def __init__(
-        self, pull_through: PullThrough, namespaces: re.Pattern[str], cache_key: CacheKey, in_thread: InThread
-    ) -> None:
+    def __init__(self, namespaces: re.Pattern[str], cache_key: CacheKey, in_thread: InThread) -> None:
         super().__init__()
-        self._pull_through, self._namespaces = pull_through, namespaces
-        self._cache_key, self._in_thread = cache_key, in_thread
+        self._namespaces, self._cache_key, self._in_thread = namespaces, cache_key, in_thread
 
     def render(self, request: Request) -> int:  # noqa: D102
         request.setHeader("Docker-Distribution-Api-Version", "registry/2.0")
@@ -209,7 +208,7 @@ class Registry(Answering):
 
     async def respond(self, request: Request) -> None:
         """
-        Answer by the route.
+        Let a request in, if it is understood and may.
         """
         target = request.uri.decode("ascii", "replace")
         if target.partition("?")[0] in ("/v2", "/v2/"):
@@ -218,58 +217,49 @@ class Registry(Answering):
         route = parse_route(target)
         if not self._namespaces.fullmatch(route.repository):
             raise RegistryError(403, "DENIED", f"this proxy does not serve {route.repository}")
-        if route.kind in (Kind.TAGS, Kind.REFERRERS):
-            self._send_page(request, route, await self._pull_through.page(route))
-            return
-        asked = self._asked(request, route, target)
-        if route.kind is Kind.MANIFEST:
-            answer = await self._pull_through.manifest(asked)
-        else:
-            answer = await self._pull_through.blob(asked, _first_byte(request, f'"{route.digest}"'))
-        await self._send(request, route, answer)
+        await self.serve(request, route)
 
-    def _asked(self, request: Request, route: Route, target: str) -> Asked:
-        asker = Asker(
-            method=request.method.decode("ascii"),
-            target=target,
-            scheme="https" if request.isSecure() else "http",
-            host=request.getRequestHostname().decode("ascii", "replace"),
-            address=_address(request),
-            headers={
-                name.decode("ascii").lower(): b", ".join(values).decode("utf-8", "replace")
-                for name, values in request.requestHeaders.getAllRawHeaders()
-            },
-        )
+    async def serve(self, request: Request, route: Route) -> None:
+        """
+        Answer by the route, and finish the request.
+        """
+        raise NotImplementedError
+
+    def asked(self, request: Request, route: Route) -> Asked:
+        """
+        Understand a request for content.
+        """
         accept = accepted_types(cast(list[str], request.requestHeaders.getRawHeaders("Accept", [])))
-        return Asked(route, self._cache_key.expand(route, asker), accept, head=request.method == b"HEAD")
+        key = self._cache_key.expand(route, self.asker(request))
+        return Asked(route, key, accept, head=request.method == b"HEAD")
 
-    def _send_page(self, request: Request, route: Route, page: Page) -> None:
-        if page.next is not None:
-            # Relative: it leads to the address that the client used, whatever stands between.
-            request.setHeader("Link", f'<{route.path}?{_own_query(route, page.next)}>; rel="next"')
-        if page.filters is not None:
-            request.setHeader("OCI-Filters-Applied", page.filters)
-        # ECR calls tags text/plain.
-        content_type = "application/json" if route.kind is Kind.TAGS else page.content_type
-        request.setHeader("X-Cache-Status", "BYPASS")
-        send_small(request, OK, content_type, page.body)
+    def asker(self, request: Request) -> Asker:
+        """
+        Tell who asks.
+        """
+        return asker_of(request)
 
-    async def _send(self, request: Request, route: Route, answer: Answer) -> None:
+    async def answer(self, request: Request, route: Route, answer: Answer) -> None:
+        """
+        Make a response of an answer.
+        """
         etag = f'"{answer.digest}"'
         request.setHeader("Docker-Content-Digest", str(answer.digest))
         request.setHeader("ETag", etag)
         request.setHeader("X-Cache-Status", answer.status.value)
         if matches(request.getHeader("If-None-Match"), etag):
             _let_go(answer)
-            _begin(request, NOT_MODIFIED)
+            begin(request, NOT_MODIFIED)
             request.finish()
             return
         request.setHeader("Content-Type", answer.media_type)
         start, stop = self._choose_range(request, route, answer, etag)
         if stop is not None:
             request.setHeader("Content-Length", str(stop - start))
-        _begin(request, request.code)
-        if answer.body is not None:
+        begin(request, request.code)
+        if isinstance(answer.body, bytes) and len(answer.body) <= SMALL_BLOB:
+            request.write(answer.body if stop is None else answer.body[start:stop])
+        elif answer.body is not None:
             if stop != start:  # of nothing, the headers would be the whole answer: they wait for the digest
                 request.write(b"")
             await send(request, _source(answer, start, stop), self._in_thread)
@@ -296,6 +286,43 @@ class Registry(Answering):
         request.setResponseCode(PARTIAL_CONTENT)
         request.setHeader("Content-Range", f"bytes {chosen[0]}-{chosen[1] - 1}/{answer.size}")
         return chosen
+
+
+class Registry(Door):
+    """
+    The pull side of the distribution protocol.
+    """
+
+    def __init__(
+        self, pull_through: PullThrough, namespaces: re.Pattern[str], cache_key: CacheKey, in_thread: InThread
+    ) -> None:
+        super().__init__(namespaces, cache_key, in_thread)
+        self._pull_through = pull_through
+
+    async def serve(self, request: Request, route: Route) -> None:
+        """
+        Answer from the cache, or through it.
+        """
+        if route.kind in (Kind.TAGS, Kind.REFERRERS):
+            self._send_page(request, route, await self._pull_through.page(route))
+            return
+        asked = self.asked(request, route)
+        if route.kind is Kind.MANIFEST:
+            answer = await self._pull_through.manifest(asked)
+        else:
+            answer = await self._pull_through.blob(asked, _first_byte(request, f'"{route.digest}"'))
+        await self.answer(request, route, answer)
+
+    def _send_page(self, request: Request, route: Route, page: Page) -> None:
+        if page.next is not None:
+            # Relative: it leads to the address that the client used, whatever stands between.
+            request.setHeader("Link", f'<{route.path}?{_own_query(route, page.next)}>; rel="next"')
+        if page.filters is not None:
+            request.setHeader("OCI-Filters-Applied", page.filters)
+        # ECR calls tags text/plain.
+        content_type = "application/json" if route.kind is Kind.TAGS else page.content_type
+        request.setHeader("X-Cache-Status", "BYPASS")
+        send_small(request, OK, content_type, page.body)
 
 
 def _source(answer: Answer, start: int, stop: int | None) -> Source:
@@ -344,7 +371,27 @@ def _own_query(route: Route, query: str) -> str:
     return "&".join(f"{name}={values[name]}" for name in names)
 
 
-def _begin(request: Request, status: int) -> None:
+def asker_of(request: Request) -> Asker:
+    """
+    Tell what a request says beside its route.
+    """
+    return Asker(
+        method=request.method.decode("ascii"),
+        target=request.uri.decode("ascii", "replace"),
+        scheme="https" if request.isSecure() else "http",
+        host=request.getRequestHostname().decode("ascii", "replace"),
+        address=address(request),
+        headers={
+            name.decode("ascii").lower(): b", ".join(values).decode("utf-8", "replace")
+            for name, values in request.requestHeaders.getAllRawHeaders()
+        },
+    )
+
+
+def begin(request: Request, status: int) -> None:
+    """
+    Set the status, and the headers that go with it on every answer.
+    """
     request.setResponseCode(status)
     if status in _DECORATED:
         request.setHeader("Access-Control-Allow-Origin", "*")
@@ -358,7 +405,7 @@ def send_small(request: Request, status: int, content_type: str, body: bytes) ->
     """
     Send a whole small answer.
     """
-    _begin(request, status)
+    begin(request, status)
     request.setHeader("Content-Type", content_type)
     request.setHeader("Content-Length", str(len(body)))
     if body:
@@ -366,85 +413,15 @@ def send_small(request: Request, status: int, content_type: str, body: bytes) ->
     request.finish()
 
 
-class Root(Resource):
-    """
-    The top of the tree.
-    """
-
-    def getChild(self, path: bytes, request: Request) -> Resource:  # noqa: ARG002
-        """
-        Whatever else is asked for is not there.
-        """
-        return Missing()
-
-
-def make_site(
-    registry: Registry,
-    reasons: Callable[[], Awaitable[Sequence[str]]],
-    reactor: Any = None,  # noqa: ANN401
-) -> RegistrySite:
-    """
-    Build the Resource tree and what serves it.
-    """
-    root = Root()
-    root.putChild(b"v2", registry)
-    root.putChild(b"_health", Health())
-    root.putChild(b"healthz", Health())
-    root.putChild(b"readyz", Ready(reasons))
-    return RegistrySite(root, reactor=reactor, parsePOSTFormSubmission=False)
-
-
-class RegistryRequest(Request):
-    """
-    A request that does not name the software that answers it.
-    """
-
-    def process(self) -> None:  # noqa: D102
-        self.started = self.channel.factory.reactor.seconds()
-        super().process()
-
-    def write(self, data: bytes) -> None:  # noqa: D102
-        if not self.startedWriting:
-            self.responseHeaders.setRawHeaders(b"Server", [b"ecrproxy"])
-        super().write(data)
-
-
-class RegistrySite(Site):
-    """
-    HTTP/1.1 alone, with an access log of its own that has no query strings.
-    """
-
-    requestFactory = RegistryRequest
-    protocol = StrictChannel  # type: ignore[assignment]  # HTTP/1.1 alone needs no choice of protocols
-
-    def acceptableProtocols(self) -> list[bytes]:
-        """
-        Offer HTTP/1.1: over Twisted's HTTP/2, blobs leave at a fifth of its speed.
-        """
-        return [b"http/1.1"]
-
-    def log(self, request: http.Request) -> None:
-        """
-        Write a line for a request.
-        """
-        log.info(
-            "{client} {method} {path} {status} {bytes} bytes {seconds:.3f} s {cache}",
-            client=_address(request),
-            method=request.method.decode("ascii", "replace"),
-            path=_path(request),
-            status=request.code,
-            bytes=request.sentLength,
-            seconds=self.reactor.seconds() - getattr(request, "started", self.reactor.seconds()),
-            cache=(request.responseHeaders.getRawHeaders("X-Cache-Status") or ["-"])[0],
-        )
-
-
-def _address(request: http.Request) -> str:
+def address(request: http.Request) -> str:
     """
     Name the client; one that came by IPv4 to a socket for both is named by its own address.
     """
     return str(getattr(request.getClientAddress(), "host", "")).removeprefix("::ffff:")
 
 
-def _path(request: http.Request) -> str:
+def path(request: http.Request) -> str:
+    """
+    Name what was asked for, without the query: it may hold secrets.
+    """
     return request.uri.partition(b"?")[0].decode("ascii", "backslashreplace")[:1000]

@@ -1,0 +1,445 @@
+"""
+What the cache can answer by itself, and what it is told.
+
+Rules:
+
+- What is named by its digest is good for as long as it is there. A repository may have it when ECR said so: to a
+  request with the same cache key (its I{entry}), or by a manifest of the repository that lists it (a I{fact}).
+- Small content is verified each time it is read from the disk, and held in memory then.
+- The memory is a copy: what the disk lost, it may still give; what it has dropped is read again.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from twisted.logger import Logger
+
+from ecrproxy.download import Download
+from ecrproxy.entries import Confirmed, Entry, entry_name
+from ecrproxy.memory import Memory
+from ecrproxy.oci import BLOB_TYPE, Descriptor, Digest, Kind, Route, listed
+from ecrproxy.store import Content, Store, Writer
+from ecrproxy.threads import InThread, on_its_own
+
+log = Logger()
+
+ANY: frozenset[str] = frozenset()
+_ENTRY_BYTES = 1024
+"""What an entry is reckoned at before it is written; most have 300 bytes."""
+_UNWRITTEN_SECONDS = 60
+"""How long an unchanged tag's confirmation, or a use, is in memory alone."""
+_BODIES_BYTES = 64 * 2**20
+_ENTRIES_BYTES = 8 * 2**20
+"""What of manifests and small blobs, and of entries, is held in memory."""
+SMALL_BLOB = 64 * 2**10
+"""Blobs up to so many bytes, as image configs are, are held in memory too."""
+
+
+class CacheStatus(enum.Enum):
+    """
+    How the cache took part in an answer: the words of X-Cache-Status.
+    """
+
+    HIT = "HIT"
+    MISS = "MISS"
+    JOINED = "JOINED"
+    """Follows a transfer that another request began."""
+    REVALIDATED = "REVALIDATED"
+    """ECR confirmed it just now; the bytes are from the cache."""
+    STALE = "STALE"
+    """ECR could not be asked; this was its last answer."""
+    BYPASS = "BYPASS"
+    """Handed through without being kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """
+    One request for content.
+
+    @ivar key: its expanded cache key.
+    @ivar accept: the manifest types that the client takes; empty for any.
+    @ivar head: whether only the headers are wanted.
+    """
+
+    route: Route
+    key: str
+    accept: frozenset[str] = ANY
+    head: bool = False
+
+    @property
+    def digest(self) -> Digest:
+        """
+        The digest that was asked for, where one was.
+        """
+        if self.route.digest is None:
+            raise ValueError(f"{self.route.path} has no digest")
+        return self.route.digest
+
+    @property
+    def entry(self) -> str:
+        """
+        The name of this request's entry.
+        """
+        return entry_name(self.key, self.route)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """
+    What a client gets.
+
+    @ivar size: in bytes; none while upstream hasn't said.
+    @ivar body: open content, to be closed by who takes it; a transfer under way; small content whole;
+        none where only headers were asked for.
+    """
+
+    status: CacheStatus
+    media_type: str
+    digest: Digest
+    size: int | None
+    body: Content | Download | bytes | None = None
+
+
+class Room(Protocol):
+    """
+    Who keeps the cache within its limit: see C{janitor.Janitor}.
+    """
+
+    async def reserve(self, size: int) -> bool:
+        """
+        Make room for C{size} bytes, if it can be had; release it when they are files, or won't be.
+        """
+
+    def release(self, size: int) -> None:
+        """
+        Give back what was reserved.
+        """
+
+
+class Cache:
+    """
+    What the cache directory and the memory in front of it know of one registry, and what they are told.
+
+    Only a disk's trouble can go wrong here, and that is logged, never raised.
+
+    @param now: seconds since the epoch.
+    """
+
+    def __init__(self, store: Store, room: Room, in_thread: InThread, now: Callable[[], float]) -> None:
+        self.store, self._room, self._in_thread, self._now = store, room, in_thread, now
+        self._bodies: Memory[Digest, bytes] = Memory(_BODIES_BYTES)
+        self._entries: Memory[str, Entry] = Memory(_ENTRIES_BYTES)
+        self._touched: Memory[str, float] = Memory(_ENTRIES_BYTES)
+
+    def at_hand(self, asked: Asked) -> Answer | None:
+        """
+        Answer from memory, if what was asked for by its digest is held there.
+        """
+        body = self._bodies.get(asked.digest)
+        known = self._known(asked, self._entry_at_hand) if body is not None else None
+        if body is None or known is None:
+            return None
+        self._used(asked.entry, self.look_up_manifest, asked)
+        media_type = BLOB_TYPE if asked.route.kind is Kind.BLOB else known.media_type
+        return Answer(CacheStatus.HIT, media_type, asked.digest, len(body), None if asked.head else body)
+
+    def _entry_at_hand(self, name: str, route: Route) -> Entry | None:  # noqa: ARG002 (as Store.entry)
+        return self._entries.get(name)
+
+    def _used(self, name: str, look: Callable[..., object], *args: object) -> None:
+        """
+        Have C{look} note on the disk, now and then, what is used from memory, so that it isn't evicted first.
+        """
+        now, last = self._now(), self._touched.get(name)
+        if last is None or not 0 <= now - last < _UNWRITTEN_SECONDS:
+            self._touched.put(name, now, 200)
+            if last is not None:  # it was read just now
+                looked = self._in_thread(look, *args)
+                looked.addErrback(lambda problem: log.warn("Can't note a use: {problem}", problem=problem.value))
+
+    def look_up(self, asked: Asked) -> tuple[Descriptor | None, Content | None]:
+        """
+        See whether the repository may have the content, and open it. Called in a thread.
+        """
+        known = self._known(asked, self.store.entry)
+        return known, self.store.open(asked.digest, known.size if known else None)
+
+    def _known(self, asked: Asked, look: Callable[[str, Route], Entry | None]) -> Descriptor | None:
+        for name in (asked.entry, _fact_name(asked.route)):
+            entry = look(name, asked.route)
+            confirmed = entry.answers.get(ANY) if entry else None
+            if confirmed is not None and confirmed.descriptor.digest == asked.digest:
+                return confirmed.descriptor
+        return None
+
+    def look_up_manifest(self, asked: Asked) -> tuple[Descriptor | None, bytes | None]:
+        """
+        See what is known of a manifest, and read it. Called in a thread.
+        """
+        return self._known(asked, self.store.entry), self._read(asked.digest)
+
+    async def body(self, digest: Digest) -> bytes | None:
+        """
+        Recall or read small content.
+        """
+        body = self._bodies.get(digest)
+        if body is not None:
+            self._used(str(digest), self._read, digest)
+            return body
+        body = await self._in_thread(self._read, digest)
+        if body is not None:
+            self.hold(digest, body)
+        return body
+
+    def _read(self, digest: Digest) -> bytes | None:
+        """
+        Read small content, small enough to be verified each time. Called in a thread.
+        """
+        content = self.store.open(digest)
+        if content is None:
+            return None
+        try:
+            body = content.read()
+        except OSError as problem:
+            log.error("Can't read {digest} from the cache: {problem}", digest=digest, problem=problem)
+            return None
+        finally:
+            content.close()
+        if Digest.of(body, digest.algorithm) == digest:
+            return body
+        log.error("{digest} in the cache is not what it was: dropped", digest=digest)
+        self.store.remove(self.store.content_path(digest))
+        return None
+
+    async def entry(self, asked: Asked) -> Entry:
+        """
+        Recall or read what is known of a tag; an empty entry if nothing is.
+        """
+        entry = self._entries.get(asked.entry)
+        if entry is not None:
+            self._used(asked.entry, self.store.entry, asked.entry, asked.route)
+            return entry
+        entry = await self._in_thread(self.store.entry, asked.entry, asked.route)
+        return entry or Entry(asked.route.kind, asked.route.repository, asked.route.reference)
+
+    def note(self, asked: Asked, known: Descriptor) -> None:
+        """
+        Hold in memory what an entry or a fact on the disk said.
+        """
+        self.hold_entry(asked.entry, _entry_of(asked.route, Confirmed(known, self._now())))
+
+    def release(self, size: int) -> None:
+        """
+        Give back room that a writer had.
+        """
+        self._room.release(size)
+
+    def remember(self, asked: Asked, descriptor: Descriptor) -> None:
+        """
+        Note that ECR said that the repository holds what was asked for by its digest.
+        """
+        on_its_own(self._remember(asked, descriptor))
+
+    def hold(self, digest: Digest, body: bytes) -> None:
+        """
+        Hold small verified content in memory.
+        """
+        self._bodies.put(digest, body, len(body) + 200)
+
+    def hold_entry(self, name: str, entry: Entry) -> None:
+        """
+        Hold an entry in memory.
+        """
+        self._entries.put(name, entry, _ENTRY_BYTES)
+
+    async def hit(self, asked: Asked, tag_ttl: float) -> Answer | None:
+        """
+        Answer without ECR, if that is possible.
+
+        @param tag_ttl: seconds for which a tag's digest is taken on trust.
+        """
+        if asked.route.digest is None:
+            return await self._fresh_tag(asked, tag_ttl) if tag_ttl else None
+        answer = self.at_hand(asked)
+        if answer is not None:
+            return answer
+        return await (self._blob_hit(asked) if asked.route.kind is Kind.BLOB else self._manifest_hit(asked))
+
+    async def _blob_hit(self, asked: Asked) -> Answer | None:
+        known, content = await self._in_thread(self.look_up, asked)
+        if content is None or known is None:
+            return None  # what was opened closes itself
+        if not asked.head:
+            return await self.shelved(asked, CacheStatus.HIT, known, content)
+        return Answer(CacheStatus.HIT, BLOB_TYPE, asked.digest, content.size)
+
+    async def _manifest_hit(self, asked: Asked) -> Answer | None:
+        known, body = await self._in_thread(self.look_up_manifest, asked)
+        if known is None or body is None:
+            return None
+        self.hold(asked.digest, body)
+        self.note(asked, known)
+        return manifest_answer(CacheStatus.HIT, asked, known, body)
+
+    async def _fresh_tag(self, asked: Asked, tag_ttl: float) -> Answer | None:
+        entry = await self._in_thread(self.store.entry, asked.entry, asked.route)
+        known = entry.answers.get(asked.accept) if entry else None
+        if known is None or not 0 <= self._now() - known.when < tag_ttl:
+            return None
+        body = await self.body(known.descriptor.digest)
+        return manifest_answer(CacheStatus.HIT, asked, known.descriptor, body) if body is not None else None
+
+    async def shelved(
+        self, asked: Asked, status: CacheStatus, known: Descriptor | None, content: Content
+    ) -> Answer | None:
+        """
+        Answer from the cache; none if what is there turns out to be bad.
+        """
+        if content.size > SMALL_BLOB:
+            return Answer(status, BLOB_TYPE, asked.digest, content.size, content)
+        content.close()
+        body = await self.body(asked.digest)
+        if body is None:
+            return None
+        if known is not None:
+            self.note(asked, known)
+        return Answer(status, BLOB_TYPE, asked.digest, len(body), body)
+
+    async def writer(self, digest: Digest, size: int | None) -> Writer | None:
+        """
+        Begin the file of a transfer, if the cache can have it.
+        """
+        if size is None or not await self._has_room(size):
+            return None
+        try:
+            return await self._in_thread(self.store.writer, digest, size)
+        except OSError as problem:
+            log.error("Can't write to the cache, going on without it: {problem}", problem=problem)
+            self._room.release(size)
+            return None
+
+    async def _has_room(self, size: int) -> bool:
+        try:
+            return await self._room.reserve(size)
+        except Exception:  # noqa: BLE001 (whatever the janitor's trouble, a pull goes on without it)
+            log.failure("Making room in the cache")
+            return False
+
+    async def keep(self, route: Route, descriptor: Descriptor, body: bytes) -> None:
+        """
+        Keep a manifest that ECR gave, and learn what it lists.
+        """
+        writer = await self.writer(descriptor.digest, descriptor.size)
+        if writer is None:
+            return
+        try:
+            await self._in_thread(_write, writer, body)
+        except OSError as problem:
+            log.error("Can't keep {digest}: {problem}", digest=descriptor.digest, problem=problem)
+        else:
+            self.hold(descriptor.digest, body)
+            await self._learn(route.repository, descriptor, body)
+        finally:
+            self._room.release(descriptor.size)
+
+    async def _remember(self, asked: Asked, descriptor: Descriptor) -> None:
+        """
+        Note that ECR said that the repository holds what was asked for by its digest.
+        """
+        await self._save(asked.entry, _entry_of(asked.route, Confirmed(descriptor, self._now())))
+
+    def holds(self, asked: Asked, size: int | None) -> None:
+        """
+        Note that ECR said that the repository holds a blob.
+
+        @param size: in bytes; nothing is noted while that isn't known.
+        """
+        if size is not None:
+            self.remember(asked, Descriptor(BLOB_TYPE, asked.digest, size))
+
+    async def confirm(self, asked: Asked, descriptor: Descriptor, body: bytes) -> None:
+        """
+        Note that ECR said that the repository holds a manifest, which another brought in.
+        """
+        await self._remember(asked, descriptor)
+        await self._learn(asked.route.repository, descriptor, body)
+
+    async def record(self, asked: Asked, entry: Entry, descriptor: Descriptor, body: bytes | None) -> None:
+        """
+        Note what ECR said that a tag leads to.
+
+        @param body: the manifest, where the cache had it already: what it lists is the repository's too.
+        """
+        known, now = entry.answers.get(asked.accept), self._now()
+        changed = known is None or known.descriptor != descriptor
+        if changed and body is not None:
+            await self._learn(asked.route.repository, descriptor, body)
+        entry = entry.with_answer(asked.accept, Confirmed(descriptor, now))
+        self.hold_entry(asked.entry, entry)
+        if changed or known is None or not 0 <= now - known.when < _UNWRITTEN_SECONDS:
+            await self._save(asked.entry, entry)
+
+    async def _learn(self, repository: str, descriptor: Descriptor, body: bytes) -> None:
+        """
+        Note as facts that the repository holds a manifest, and all that it lists.
+        """
+        try:
+            holds = [(Kind.MANIFEST, descriptor), *listed(body)]
+        except ValueError:  # a signed manifest of old lists nothing that we read
+            holds = [(Kind.MANIFEST, descriptor)]
+        now = self._now()
+        for kind, each in holds:
+            route = Route(kind, repository, str(each.digest), each.digest)
+            await self._save(_fact_name(route), _entry_of(route, Confirmed(each, now)))
+
+    async def forget(self, asked: Asked) -> None:
+        """
+        Forget what C{asked} led to; the content stays for whoever else it serves.
+        """
+        self._entries.drop(asked.entry)
+        await self._in_thread(self.store.forget, asked.entry)
+
+    async def _save(self, name: str, entry: Entry) -> None:
+        if not await self._has_room(_ENTRY_BYTES):
+            return
+        try:
+            await self._in_thread(self.store.save, name, entry)
+            self.hold_entry(name, entry)
+        except OSError as problem:
+            log.error("Can't write an entry to the cache: {problem}", problem=problem)
+        finally:
+            self._room.release(_ENTRY_BYTES)
+
+
+def _fact_name(route: Route) -> str:
+    return entry_name("\0fact", route)
+
+
+def _entry_of(route: Route, confirmed: Confirmed) -> Entry:
+    return Entry(route.kind, route.repository, route.reference, {ANY: confirmed})
+
+
+def _write(writer: Writer, body: bytes) -> None:
+    """
+    Write small content in one go. Called in a thread.
+    """
+    try:
+        writer.write(0, [body])
+        writer.commit()
+    except BaseException:
+        writer.discard()
+        raise
+    writer.close()
+
+
+def manifest_answer(status: CacheStatus, asked: Asked, descriptor: Descriptor, body: bytes | None = None) -> Answer:
+    """
+    Answer with a manifest.
+    """
+    size = descriptor.size if body is None else len(body)
+    return Answer(status, descriptor.media_type, descriptor.digest, size, None if asked.head else body)

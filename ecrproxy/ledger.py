@@ -1,0 +1,200 @@
+"""
+How many bytes the cache directory holds, and in which order they were used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from array import array
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Final
+
+
+class Settled:
+    """
+    What was in the directory when it was counted: hundreds of thousands of files, in 46 bytes each.
+
+    @param names: the files' names as L{packed} makes them, one behind the other, in order.
+    @param sizes: their bytes, in the same order.
+    @param order: their places in that order, the least recently used first.
+    """
+
+    def __init__(self, names: bytes = b"", sizes: Sequence[int] = (), order: Sequence[int] = ()) -> None:
+        self._names, self._sizes, self._order = names, array("Q", sizes), array("I", order)
+        self._there = bytearray(b"\1" * len(self._sizes))
+        self._passed = 0
+        self.count = len(self._sizes)
+
+    def find(self, name: bytes) -> int | None:
+        """
+        Look a file up; none if it isn't there, or is there no more.
+        """
+        low, high = 0, len(self._sizes)
+        while low < high:
+            middle = (low + high) // 2
+            if self._names[middle * PACKED : (middle + 1) * PACKED] < name:
+                low = middle + 1
+            else:
+                high = middle
+        found = self._names[low * PACKED : (low + 1) * PACKED] == name and self._there[low]
+        return low if found else None
+
+    def take(self, place: int) -> int:
+        """
+        Take a file out.
+
+        @return: its bytes.
+        """
+        self._there[place] = 0
+        self.count -= 1
+        return self._sizes[place]
+
+    def oldest(self) -> Iterator[tuple[bytes, int]]:
+        """
+        Yield name and bytes, the least recently used first.
+        """
+        while self._passed < len(self._order) and not self._there[self._order[self._passed]]:
+            self._passed += 1
+        for at in range(self._passed, len(self._order)):
+            place = self._order[at]
+            if self._there[place]:
+                yield self._names[place * PACKED : (place + 1) * PACKED], self._sizes[place]
+
+
+PACKED: Final = 33
+
+
+def packed(path: str) -> bytes | None:
+    """
+    Write the path of an entry or of sha256 content in C{PACKED} bytes; none for others, which are few.
+    """
+    for mark, folder in _FOLDERS.items():
+        if path.startswith(folder):
+            prefix, _, digits = path[len(folder) :].partition("/")
+            if len(digits) == 2 * (PACKED - 1) and digits.startswith(prefix) and len(prefix) == 2:  # noqa: PLR2004
+                with contextlib.suppress(ValueError):
+                    return mark + bytes.fromhex(digits)
+    return None
+
+
+def unpacked(name: bytes) -> str:
+    """
+    Give the path back.
+    """
+    digits = name[1:].hex()
+    return f"{_FOLDERS[name[:1]]}{digits[:2]}/{digits}"
+
+
+_FOLDERS: Final = {b"\0": "content/sha256/", b"\1": "entries/"}
+
+
+class Ledger:
+    """
+    How many bytes the directory holds, which file was used least recently, and which are being read.
+
+    Shared by threads. A path is relative to the cache directory.
+
+    @ivar total: the bytes of the files known.
+    @ivar reserved: the bytes promised to what is arriving.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.total = 0
+        self.reserved = 0
+        self._settled = Settled()
+        self._used: OrderedDict[str, int] = OrderedDict()
+        self._readers: Counter[str] = Counter()
+
+    def __len__(self) -> int:
+        return self._settled.count + len(self._used)
+
+    def used(self, path: str, size: int) -> None:
+        """
+        Note that C{path}, of C{size} bytes, is there and was used just now.
+        """
+        with self.lock:
+            self.gone(path)
+            self._used[path] = size
+            self.total += size
+
+    def gone(self, path: str) -> int:
+        """
+        Note that C{path} is there no more.
+
+        @return: the bytes that it had.
+        """
+        with self.lock:
+            size = self._used.pop(path, None)
+            if size is None:
+                name = packed(path)
+                place = self._settled.find(name) if name is not None else None
+                size = self._settled.take(place) if place is not None else 0
+            self.total -= size
+            return size
+
+    def reading(self, path: str, readers: int) -> None:
+        """
+        Note that C{path} has so many readers more, or fewer.
+        """
+        with self.lock:
+            self._readers[path] += readers
+            if not self._readers[path]:
+                del self._readers[path]
+
+    def reserve(self, size: int) -> None:
+        """
+        Promise bytes to something arriving, or, negative, take the promise back.
+        """
+        with self.lock:
+            self.reserved += size
+
+    def load(self, settled: Settled, total: int, others: Iterable[tuple[str, int]] = ()) -> None:
+        """
+        Take in what was counted; what was used meanwhile is more recent.
+
+        @param total: the bytes of C{settled}.
+        @param others: path and bytes of files whose names can't be packed, the least recently used first.
+        """
+        with self.lock:
+            meanwhile, self._used = self._used, OrderedDict()
+            self._settled, self.total = settled, total
+            for path, size in [*others, *meanwhile.items()]:
+                self.used(path, size)
+
+    def oldest(self) -> Iterator[tuple[str, int, bool]]:
+        """
+        Yield path, bytes and whether it is being read, the least recently used first. Hold C{lock} meanwhile.
+        """
+        for name, size in self._settled.oldest():
+            path = unpacked(name)
+            yield path, size, path in self._readers
+        for path, size in self._used.items():
+            yield path, size, path in self._readers
+
+
+class Notes(Ledger):
+    """
+    A worker's ledger: it keeps no count, and notes what was used for who does.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._noted: dict[str, int] = {}
+
+    def used(self, path: str, size: int) -> None:
+        """
+        Note it.
+        """
+        with self.lock:
+            self._noted[path] = size
+
+    def take(self) -> list[tuple[str, int]]:
+        """
+        Give what was noted, once.
+        """
+        with self.lock:
+            used, self._noted = self._noted, {}
+        return list(used.items())

@@ -1,0 +1,239 @@
+"""
+Worker processes: started, replaced when they die, and ended with the daemon.
+
+The first process binds the sockets and hands them down; it accepts nothing itself. A worker is C{twistd ecr-proxy} once
+more, told by one variable what it is. It ends when its standard input does, which is when the first process does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from twisted.application.service import Service
+from twisted.internet.defer import Deferred, DeferredList, succeed
+from twisted.internet.error import ConnectionDone
+from twisted.internet.interfaces import IReadDescriptor
+from twisted.internet.protocol import ProcessProtocol
+from twisted.logger import Logger
+from twisted.protocols.tls import TLSMemoryBIOFactory
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+if TYPE_CHECKING:
+    from twisted.internet.interfaces import IDelayedCall
+
+log = Logger()
+
+VARIABLE: Final = "ECRPROXY_WORKER"
+FIRST_FD: Final = 3
+"""Where the listening sockets begin in a worker."""
+RESTART_SECONDS: Final = 1.0
+END_SECONDS: Final = 10.0
+_TWISTD: Final = "from twisted.scripts.twistd import run; run()"
+_SECRETS: Final = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+
+
+@dataclass(frozen=True, slots=True)
+class Post:
+    """
+    What a worker is told.
+
+    @ivar path: the socket of the first process.
+    @ivar sockets: how many listening sockets it was handed.
+    """
+
+    path: str
+    sockets: int
+
+    def to_json(self) -> str:
+        """
+        Write it as the variable has it.
+        """
+        return json.dumps({"path": self.path, "sockets": self.sockets})
+
+    @classmethod
+    def from_environ(cls, environ: Mapping[str, str]) -> Post | None:
+        """
+        Read it; none in the first process.
+        """
+        text = environ.get(VARIABLE)
+        return cls(**json.loads(text)) if text else None
+
+
+class Workers(Service):
+    """
+    So many workers, as long as the daemon runs.
+
+    @param listening: tells the file descriptors to hand down, once they are bound.
+    @param arguments: the daemon's own flags.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        listening: Sequence[Any],
+        path: str,
+        arguments: Sequence[str],
+        reactor: Any,  # noqa: ANN401
+    ) -> None:
+        self._count, self._listening, self._path = count, listening, path
+        self._arguments, self._reactor = list(arguments), reactor
+        self._workers: set[_Worker] = set()
+        self._restarts: set[IDelayedCall] = set()
+
+    def startService(self) -> None:  # noqa: D102
+        super().startService()
+        for _ in range(self._count):
+            self._start()
+
+    def stopService(self) -> Deferred[Any]:
+        """
+        End the workers.
+
+        @return: fires when they have.
+        """
+        super().stopService()
+        for restart in self._restarts:
+            if restart.active():
+                restart.cancel()
+        return DeferredList([worker.end() for worker in self._workers])
+
+    def _start(self) -> None:
+        sockets = [each.fileno() for each in self._listening]
+        environ = {name: value for name, value in os.environ.items() if name not in _SECRETS}
+        environ[VARIABLE] = Post(self._path, len(sockets)).to_json()
+        worker = _Worker(self._ended, self._reactor)
+        self._workers.add(worker)
+        self._reactor.spawnProcess(
+            worker,
+            sys.executable,
+            [sys.executable, "-c", _TWISTD, "-n", "--pidfile=", "ecr-proxy", *self._arguments],
+            environ,
+            childFDs={0: "w", 1: 1, 2: 2, **{FIRST_FD + at: fd for at, fd in enumerate(sockets)}},
+        )
+
+    def _ended(self, worker: _Worker, reason: Failure) -> None:
+        self._workers.discard(worker)
+        if self.running:
+            log.error("A worker has ended, another takes its place: {reason}", reason=reason.value)
+            self._restarts = {restart for restart in self._restarts if restart.active()}
+            self._restarts.add(self._reactor.callLater(RESTART_SECONDS, self._start))
+
+
+class _Worker(ProcessProtocol):
+    """
+    One worker, as the first process sees it.
+    """
+
+    def __init__(self, ended: Any, reactor: Any) -> None:  # noqa: ANN401
+        self._on_end, self._reactor = ended, reactor
+        self._gone: Deferred[None] = Deferred()
+        self._limit: IDelayedCall | None = None
+
+    def end(self) -> Deferred[None]:
+        """
+        End it; by force if it takes too long.
+        """
+        if self.transport is not None and self.transport.pid is not None:
+            self.transport.signalProcess("TERM")
+            self._limit = self._reactor.callLater(END_SECONDS, self.transport.signalProcess, "KILL")
+        return self._gone
+
+    def processEnded(self, reason: Failure) -> None:
+        """
+        Note its end.
+        """
+        if self._limit is not None and self._limit.active():
+            self._limit.cancel()
+        self._gone.callback(None)
+        self._on_end(self, reason)
+
+
+class HandedDown:
+    """
+    A reactor for a worker's endpoints: where they would bind, they take the next socket that was handed down.
+    """
+
+    def __init__(self, reactor: Any, count: int) -> None:  # noqa: ANN401
+        self._reactor, self._left = reactor, list(range(FIRST_FD, FIRST_FD + count))
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        return getattr(self._reactor, name)
+
+    def listen(self, factory: Any) -> Deferred[Any]:  # noqa: ANN401
+        """
+        Be an endpoint: take a socket.
+        """
+        return succeed(self._adopt(factory))
+
+    def _adopt(self, factory: Any) -> Any:  # noqa: ANN401
+        fd = self._left.pop(0)
+        with socket.socket(fileno=os.dup(fd)) as handed:
+            family = handed.family
+        return self._reactor.adoptStreamPort(fd, family, factory)
+
+    def listenTCP(self, port: int, factory: Any, *_: Any, **__: Any) -> Any:  # noqa: ANN401
+        """
+        Take a socket.
+        """
+        return self._adopt(factory)
+
+    def listenSSL(self, port: int, factory: Any, context: Any, *_: Any, **__: Any) -> Any:  # noqa: ANN401
+        """
+        Take a socket, and speak TLS over it.
+        """
+        return self._adopt(TLSMemoryBIOFactory(context, False, factory))  # noqa: FBT003
+
+    def listenUNIX(self, address: str, factory: Any, *_: Any, **__: Any) -> Any:  # noqa: ANN401
+        """
+        Take a socket.
+        """
+        return self._adopt(factory)
+
+    def adoptStreamPort(self, fd: int, family: int, factory: Any) -> Any:  # noqa: ANN401
+        """
+        Take a socket: systemd's were handed on.
+        """
+        return self._adopt(factory)
+
+
+@implementer(IReadDescriptor)
+class StandardInput:
+    """
+    A worker's standard input: its end is the first process's end.
+    """
+
+    def __init__(self, ended: Callable[[], None]) -> None:
+        self._ended = ended
+
+    def fileno(self) -> int:
+        """
+        Give its number.
+        """
+        return 0
+
+    def logPrefix(self) -> str:
+        """
+        Name it.
+        """
+        return "first process"
+
+    def doRead(self) -> Failure | None:
+        """
+        Take note of its end.
+        """
+        if os.read(0, 1):
+            return None
+        self._ended()
+        return Failure(ConnectionDone())
+
+    def connectionLost(self, reason: Failure) -> None:
+        """
+        There is nothing to close.
+        """
