@@ -98,9 +98,7 @@ class StandIn(Shelves, Faults):
         """
         return [asked for asked in self.asked if asked.matches(service, method, path_contains)]
 
-    def count(
-        self, service: Service | None = None, method: str | None = None, path_contains: str = ""
-    ) -> int:
+    def count(self, service: Service | None = None, method: str | None = None, path_contains: str = "") -> int:
         """
         How many such requests there were.
         """
@@ -278,8 +276,7 @@ class _Door:
         What was asked so far, for whoever runs the stand-in as a program.
         """
         seen = [
-            {"service": asked.service, "method": asked.method, "target": asked.target}
-            for asked in self._standin.asked
+            {"service": asked.service, "method": asked.method, "target": asked.target} for asked in self._standin.asked
         ]
         body = json.dumps({"bytes_sent": self._standin.bytes_sent, "asked": seen}).encode()
         return Reply(200, {"Content-Type": "application/json"}, body)

@@ -246,9 +246,7 @@ class Shelves:
         self._repository(repository).blobs[digest] = data
         return digest
 
-    def push_manifest(
-        self, repository: str, manifest: bytes | Mapping[str, Any], media_type: str, *tags: str
-    ) -> str:
+    def push_manifest(self, repository: str, manifest: bytes | Mapping[str, Any], media_type: str, *tags: str) -> str:
         """
         Put a manifest into a repository under any number of tags, and say its digest.
         """
@@ -282,9 +280,7 @@ class Shelves:
             platform=platform,
         )
 
-    def push_index(
-        self, repository: str, tag: str, images: Sequence[Image], media_type: str = OCI_INDEX
-    ) -> str:
+    def push_index(self, repository: str, tag: str, images: Sequence[Image], media_type: str = OCI_INDEX) -> str:
         """
         Put one name over images for several platforms, and say its digest.
         """

@@ -23,9 +23,7 @@ from tests.registry_http import Asked, Quirks, Reply, account_of
 
 TARGET: Final = "AmazonEC2ContainerRegistry_V20150921.GetAuthorizationToken"
 EXPIRED: Final = "Your authorization token has expired. Reauthenticate and try again."
-_ROUTE: Final = re.compile(
-    r"/v2/(?P<name>.+)/(?:(?P<kind>manifests|blobs|referrers)/(?P<reference>[^/]+)|tags/list)"
-)
+_ROUTE: Final = re.compile(r"/v2/(?P<name>.+)/(?:(?P<kind>manifests|blobs|referrers)/(?P<reference>[^/]+)|tags/list)")
 
 
 def registry_error(status: int, code: str, message: str) -> Reply:

@@ -13,8 +13,9 @@ from typing import Any
 
 from twisted.trial.unittest import SynchronousTestCase
 
+from ecrproxy.entries import Confirmed, Entry, entry_name
 from ecrproxy.oci import Descriptor, Digest, Route, parse_route
-from ecrproxy.store import Confirmed, DigestMismatchError, Entry, Store, entry_name
+from ecrproxy.store import DigestMismatchError, Store
 
 START = 1_767_225_600.0
 """A moment in January 2026: dates before 1970 or at 1970 hide mistakes."""
@@ -68,7 +69,7 @@ def put(store: Store, data: bytes, algorithm: str = "sha256") -> Digest:
     """
     digest = Digest.of(data, algorithm)
     writer = store.writer(digest, len(data))
-    writer.write([data])
+    writer.write(0, [data])
     writer.commit()
     writer.close()
     return digest
@@ -151,10 +152,10 @@ class StoreContract(SynchronousTestCase):
         """
         data = bytes(range(256)) * 300
         writer = self.store.writer(Digest.of(data), len(data))
-        writer.write([data[:1], b"", data[1:1000]])
-        self.assertEqual(1000, writer.written)
-        writer.write([data[1000:]])
-        self.assertEqual(len(data), writer.written)
+        writer.write(0, [data[:1], b"", data[1:1000]])
+        self.assertEqual(1000, writer.hashed)
+        writer.write(1000, [data[1000:]])
+        self.assertEqual(len(data), writer.hashed)
         writer.commit()
         writer.close()
         self.assertEqual(data, read(self.store, Digest.of(data)))
@@ -165,9 +166,9 @@ class StoreContract(SynchronousTestCase):
         """
         writer = self.store.writer(Digest.of(b"first second"), 12)
         self.addCleanup(writer.discard)
-        writer.write([b"first "])
+        writer.write(0, [b"first "])
         with open(writer.fileno(), "rb", closefd=False) as file:
-            self.assertEqual(b"first ", file.read(writer.written))
+            self.assertEqual(b"first ", file.read(writer.hashed))
 
     def test_a_transfers_hash_can_be_carried_on_elsewhere(self) -> None:
         """
@@ -176,7 +177,7 @@ class StoreContract(SynchronousTestCase):
         digest = Digest.of(b"first second")
         writer = self.store.writer(digest, 12)
         self.addCleanup(writer.discard)
-        writer.write([b"first "])
+        writer.write(0, [b"first "])
         state = writer.hash()
         state.update(b"second")
         self.assertEqual(digest.hex, state.hexdigest())
@@ -189,7 +190,7 @@ class StoreContract(SynchronousTestCase):
         digest = Digest.of(b"whole")
         writer = self.store.writer(digest, 5)
         self.addCleanup(writer.discard)
-        writer.write([b"whole"])
+        writer.write(0, [b"whole"])
         self.assertFalse(self.store.has(digest))
         self.assertIsNone(self.store.open(digest))
         writer.commit()
@@ -202,7 +203,7 @@ class StoreContract(SynchronousTestCase):
         digest = Digest.of(b"right")
         for wrong in ([b"wrong"], [b"righ"], [b"right", b"!"], []):
             writer = self.store.writer(digest, 5)
-            writer.write(wrong)
+            writer.write(0, wrong)
             self.assertRaises(DigestMismatchError, writer.verify)
             self.assertRaises(DigestMismatchError, writer.commit)
             writer.discard()
@@ -215,7 +216,7 @@ class StoreContract(SynchronousTestCase):
         """
         digest = Digest.of(b"short")
         writer = self.store.writer(digest, 5000)
-        writer.write([b"short"])
+        writer.write(0, [b"short"])
         writer.commit()
         writer.close()
         self.assertEqual(b"short", read(self.store, digest, 5))
@@ -226,7 +227,7 @@ class StoreContract(SynchronousTestCase):
         """
         digest = Digest.of(b"longer")
         writer = self.store.writer(digest, 2)
-        writer.write([b"longer"])
+        writer.write(0, [b"longer"])
         writer.commit()
         writer.close()
         self.assertEqual(b"longer", read(self.store, digest))
@@ -237,8 +238,8 @@ class StoreContract(SynchronousTestCase):
         """
         digest = Digest.of(b"same")
         one, other = self.store.writer(digest, 4), self.store.writer(digest, 4)
-        one.write([b"sa"])
-        other.write([b"same"])
+        one.write(0, [b"sa"])
+        other.write(0, [b"same"])
         other.commit()
         other.close()
         one.discard()
@@ -262,7 +263,7 @@ class StoreContract(SynchronousTestCase):
         """
         digest = Digest.of(b"kept")
         writer = self.store.writer(digest, 4)
-        writer.write([b"kept"])
+        writer.write(0, [b"kept"])
         writer.commit()
         writer.discard()
         writer.discard()

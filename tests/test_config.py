@@ -4,6 +4,7 @@ Settings are read from flags and variables, and what is wrong with one is said i
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -44,6 +45,10 @@ EXAMPLES: dict[str, tuple[str, str, Any, str, Any]] = {
     "ssl-certificate": ("PROXY_SSL_CERTIFICATE", "/cert.pem", "/cert.pem", "/other.pem", "/other.pem"),
     "listen": ("PROXY_LISTEN", "tcp:1 \n unix:/x", ["tcp:1", "unix:/x"], "tcp:2", ["tcp:2"]),
     "tag-ttl": ("PROXY_TAG_TTL", "30", 30.0, "0.5", 0.5),
+    "worker-processes": ("PROXY_WORKER_PROCESSES", "2", 2, "16", 16),
+    "read-ahead": ("PROXY_READ_AHEAD", "true", True, "false", False),
+    "blob-connections": ("PROXY_BLOB_CONNECTIONS", "8", 8, "1", 1),
+    "bucket-connections": ("PROXY_BUCKET_CONNECTIONS", "100", 100, "9999", 9999),
 }
 # flag: texts that are wrong, and words of what would be right
 WRONG: dict[str, tuple[tuple[str, ...], str]] = {
@@ -56,6 +61,10 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "namespace-pattern": (("(a", "a)|(b", "*"), "not a regular expression"),
     "port": (("0", "65536", "http", "-1"), "from 1 to 65535"),
     "tag-ttl": (("soon", "-1", "inf"), "give 0 or more"),
+    "worker-processes": (("0", "-1", "many", "1.5", "1000"), "give 1 or more, or auto"),
+    "read-ahead": (("maybe", "2"), "true nor false"),
+    "blob-connections": (("0", "-1", "four", "10000"), "give 1 or more"),
+    "bucket-connections": (("0", "-1", "auto"), "give 1 or more"),
 }
 
 
@@ -117,6 +126,10 @@ class SettingsTests(SynchronousTestCase):
                 config.tag_ttl,
             ),
         )
+        self.assertEqual(
+            (1, False, 4, 64),
+            (config.worker_processes, config.read_ahead, config.blob_connections, config.bucket_connections),
+        )
         self.assertEqual((None, None, []), (config.ssl_key, config.ssl_certificate, config.listen))
         self.assertEqual(CacheKey(("", "uri", "")), config.cache_key)
         self.assertTrue(config.namespace_pattern.fullmatch("any/name-at_all"))
@@ -129,6 +142,13 @@ class SettingsTests(SynchronousTestCase):
             {name: variable for name, (variable, *_) in EXAMPLES.items()},
             {setting.name: setting.variable for setting in SETTINGS},
         )
+
+    def test_automatic_workers_are_one_a_core(self) -> None:
+        """
+        With auto there are as many workers as processors that this process may use.
+        """
+        self.patch(os, "sched_getaffinity", lambda _: {0, 2, 5})
+        self.assertEqual(3, loaded(PROXY_WORKER_PROCESSES="auto").worker_processes)
 
     def test_each_variable_is_read(self) -> None:
         """

@@ -55,9 +55,7 @@ class StandInTests(SynchronousTestCase):
         self.agent = TRAVERSAL(self.standin.resource)
         self.token = self.standin.issue_token()
 
-    def ask(
-        self, url: str, method: str = "GET", body: bytes | None = None, **headers: str
-    ) -> Deferred[IResponse]:
+    def ask(self, url: str, method: str = "GET", body: bytes | None = None, **headers: str) -> Deferred[IResponse]:
         """
         Send one request; underscores in header names stand for hyphens.
         """

@@ -14,8 +14,10 @@ from typing import Any
 from twisted.logger import capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
+from ecrproxy.entries import ANSWERS_LIMIT, entry_name
+from ecrproxy.ledger import Ledger
 from ecrproxy.oci import Digest, Kind, Route, parse_route
-from ecrproxy.store import ANSWERS_LIMIT, DigestMismatchError, Ledger, Store, entry_name
+from ecrproxy.store import DigestMismatchError, Store
 from tests import store_contract
 from tests.store_contract import ANY, INDEX_TYPE, MANIFEST_TYPE, START, confirmed, entry_of, failing, put, read, scratch
 
@@ -126,7 +128,7 @@ class StartTests(StoreTests):
         Files that nobody lives behind are removed, and were never content.
         """
         writer = self.store.writer(Digest.of(b"whole"), 5)
-        writer.write([b"whole"])
+        writer.write(0, [b"whole"])
         writer.close()  # as a killed process does
         self.assertEqual(1, len(files_in(self.store.ingest)))
         self.store = self.reopened(self.store.root)
@@ -139,7 +141,7 @@ class StartTests(StoreTests):
         """
         writer = self.store.writer(Digest.of(b"whole"), 5)
         self.reopened(self.store.root)
-        writer.write([b"whole"])
+        writer.write(0, [b"whole"])
         writer.commit()
         writer.close()
         self.assertEqual(b"whole", read(self.store, Digest.of(b"whole")))
@@ -238,10 +240,10 @@ class WriterTests(StoreTests):
         """
         digest = Digest.of(b"whole")
         writer = self.store.writer(digest, 5)
-        writer.write([b"who"])
+        writer.write(0, [b"who"])
         self.assertEqual([], files_in(self.store.root / "content"))
         self.assertEqual(1, len(files_in(self.store.ingest)))
-        writer.write([b"le"])
+        writer.write(3, [b"le"])
         writer.commit()
         writer.close()
         self.assertEqual([str(self.path_of(digest).relative_to(self.store.root))], files_in(self.store.root))
@@ -251,7 +253,7 @@ class WriterTests(StoreTests):
         What upstream corrupted costs no disk.
         """
         writer = self.store.writer(Digest.of(b"right"), 5)
-        writer.write([b"wrong"])
+        writer.write(0, [b"wrong"])
         self.assertRaises(DigestMismatchError, writer.commit)
         self.assertEqual([], files_in(self.store.root / "content"))
         writer.discard()
@@ -283,11 +285,11 @@ class WriterTests(StoreTests):
         """
         writer = self.store.writer(Digest.of(b"first second"), 12)
         self.addCleanup(writer.discard)
-        writer.write([b"first "])
+        writer.write(0, [b"first "])
         self.patch(os, "pwrite", failing(errno.EIO))
-        self.assertRaises(OSError, writer.write, [b"second"])
-        self.assertEqual(6, writer.written)
-        self.assertEqual(b"first ", os.pread(writer.fileno(), writer.written, 0))
+        self.assertRaises(OSError, writer.write, 6, [b"second"])
+        self.assertEqual(6, writer.hashed)
+        self.assertEqual(b"first ", os.pread(writer.fileno(), writer.hashed, 0))
 
     def test_a_disk_that_writes_little_at_a_time_loses_nothing(self) -> None:
         """
@@ -303,7 +305,7 @@ class WriterTests(StoreTests):
         Content that might not outlive a power cut is none.
         """
         writer = self.store.writer(Digest.of(b"x"), 1)
-        writer.write([b"x"])
+        writer.write(0, [b"x"])
         self.patch(os, "fsync", failing(errno.EIO))
         self.assertRaises(OSError, writer.commit)
         writer.discard()
@@ -336,7 +338,7 @@ class WriterTests(StoreTests):
         Those who followed its arrival still read its file: it is not evicted before they are through.
         """
         writer = self.store.writer(Digest.of(b"x"), 1)
-        writer.write([b"x"])
+        writer.write(0, [b"x"])
         writer.commit()
         self.assertEqual([True], [being_read for _, _, being_read in self.store.ledger.oldest()])
         writer.close()

@@ -31,8 +31,8 @@ from twisted.web import http
 from twisted.web.resource import Resource
 from zope.interface.verify import verifyObject
 
+from ecrproxy.site import RegistrySite
 from ecrproxy.tls import Certificate, CertificateError
-from ecrproxy.web import RegistrySite
 from tests.store_contract import scratch
 
 Key = Any

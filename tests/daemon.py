@@ -1,0 +1,630 @@
+"""
+The whole daemon in memory: real parts over the stand-in ECR, asked from the front over HTTP.
+
+Rules of the kit:
+
+- All that is ours is real: cache directory, janitor, token service, treq, Resource tree.
+- The two networks, before and behind the daemon, are L{Network}s: wires between real twisted.web
+  clients and servers, with the back-pressure of sockets. Nothing moves but in C{flush}.
+- Time is a C{Clock}. What the daemon does in threads is done at once, or by hand with L{Hands}.
+- After each test the rules that always hold are held against what is left of it, see L{DaemonTestCase}.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Final, TypeVar, cast
+
+from twisted.internet.address import IPv4Address
+from twisted.internet.defer import Deferred, execute, succeed
+from twisted.internet.error import ConnectionAborted, ConnectionDone, ConnectionLost
+from twisted.internet.interfaces import IConsumer, IPushProducer, ISSLTransport, ITransport
+from twisted.internet.protocol import Protocol
+from twisted.internet.task import Clock, deferLater
+from twisted.logger import ILogObserver, LogEvent, formatEvent, globalLogPublisher
+from twisted.python.failure import Failure
+from twisted.trial.unittest import SynchronousTestCase
+from twisted.web.client import URI, Agent, HTTPConnectionPool, ResponseDone
+from twisted.web.http import PotentialDataLoss
+from twisted.web.http_headers import Headers
+from twisted.web.iweb import IAgentEndpointFactory, IResponse
+from twisted.web.server import Site
+from zope.interface import alsoProvides, implementer
+
+from ecrproxy.cache_key import CacheKey
+from ecrproxy.cached import Cache
+from ecrproxy.config import parse_pattern
+from ecrproxy.ecr import Token, TokenService
+from ecrproxy.inflow import Lanes
+from ecrproxy.janitor import Janitor
+from ecrproxy.oci import Digest
+from ecrproxy.proxy import PullThrough
+from ecrproxy.site import make_site
+from ecrproxy.store import Store
+from ecrproxy.threads import InThread
+from ecrproxy.upstream import Upstream
+from ecrproxy.web import Ready, Registry
+from tests.registry import StandIn
+from tests.registry_server import QuietSite, noise
+
+__all__ = ["Daemon", "DaemonTestCase", "Hands", "Network", "Reply", "at_once", "noise"]
+
+T = TypeVar("T")
+START: Final = 4_000_000_000.0
+"""A moment of 2096: what the daemon notes as used by this clock is more recent than files made by the machine's."""
+MIB: Final = 2**20
+BUFFER: Final = 2**16
+"""Bytes that a writer may leave waiting before it is told to wait, and the most that arrive at once: Twisted's own."""
+CLIENT: Final = "192.0.2.7"
+
+
+def at_once(blocking: Callable[..., T], *args: Any) -> Deferred[T]:
+    """
+    Do what the daemon does in threads here and now.
+    """
+    return execute(blocking, *args)
+
+
+class Hands:
+    """
+    Threads that work when told to: C{in_thread} for a slow disk.
+    """
+
+    def __init__(self) -> None:
+        self.waiting: deque[tuple[Deferred[Any], Callable[..., Any], tuple[Any, ...]]] = deque()
+        self.idle = True
+        """Whether calls are done at once."""
+
+    def __call__(self, blocking: Callable[..., T], *args: Any) -> Deferred[T]:
+        if self.idle:
+            return at_once(blocking, *args)
+        done: Deferred[T] = Deferred()
+        self.waiting.append((done, blocking, args))
+        return done
+
+    def work(self, count: int = 1) -> None:
+        """
+        Do the next calls.
+        """
+        for _ in range(count):
+            done, blocking, args = self.waiting.popleft()
+            execute(blocking, *args).addBoth(done.callback)
+
+    def work_off(self) -> None:
+        """
+        Do all calls, and what they lead to.
+        """
+        while self.waiting:
+            self.work()
+
+
+@implementer(ITransport, IConsumer, IPushProducer)
+class End:
+    """
+    One end of a wire: what a protocol sees as its transport.
+
+    As on a socket, whoever writes faster than the other end reads is told to wait; who is told to wait and stops
+    reading sees no end of the connection either; and what was written before an abort may all have arrived.
+    """
+
+    peer: End
+
+    def __init__(self, protocol: Protocol, host: IPv4Address, peer_address: IPv4Address) -> None:
+        self.protocol, self._host, self._peer_address = protocol, host, peer_address
+        self.disconnecting, self.connected, self.reading = False, True, True
+        self._out: deque[bytes] = deque()
+        self._producer: Any = None
+        self._producer_paused = False
+        self._aborted, self._fin, self._reset = False, False, False
+        self.written = 0
+
+    @property
+    def waiting(self) -> int:
+        """
+        How many bytes wait to be read at the other end.
+        """
+        return sum(map(len, self._out))
+
+    def write(self, data: bytes) -> None:
+        if not self.connected or not data:
+            return
+        self._out.append(data)
+        self.written += len(data)
+        if self._producer is not None and not self._producer_paused and self.waiting > BUFFER:
+            self._producer_paused = True
+            self._producer.pauseProducing()
+
+    def writeSequence(self, data: Iterable[bytes]) -> None:
+        self.write(b"".join(data))
+
+    def registerProducer(self, producer: Any, streaming: bool) -> None:
+        if self._producer is not None:
+            raise RuntimeError("there is a producer already")
+        assert streaming, "this wire has no use for pull producers"
+        self._producer, self._producer_paused = producer, False
+        if not self.connected:
+            producer.stopProducing()
+
+    def unregisterProducer(self) -> None:
+        self._producer, self._producer_paused = None, False
+
+    def pauseProducing(self) -> None:
+        self.reading = False
+
+    def resumeProducing(self) -> None:
+        self.reading = not self.disconnecting
+
+    def stopProducing(self) -> None:
+        self.loseConnection()
+
+    def loseConnection(self) -> None:
+        self.disconnecting, self.reading = True, False
+
+    def abortConnection(self) -> None:
+        self.disconnecting = self._aborted = True
+
+    def getHost(self) -> IPv4Address:
+        return self._host
+
+    def getPeer(self) -> IPv4Address:
+        return self._peer_address
+
+    def setTcpNoDelay(self, enabled: bool) -> None:
+        pass
+
+    def setTcpKeepAlive(self, enabled: bool) -> None:
+        pass
+
+    def move(self) -> bool:
+        """
+        Do one thing that a reactor would; tell whether there was any.
+        """
+        if not self.connected:
+            return False
+        if self._aborted:
+            self._over(ConnectionAborted())
+            self.peer._reset = True  # noqa: SLF001
+            return True
+        if self.reading and self.peer._out:  # noqa: SLF001
+            self.protocol.dataReceived(self.peer._take())  # noqa: SLF001
+            return True
+        if self._reset or (self._fin and self.reading):
+            self._over(ConnectionLost() if self._reset else ConnectionDone())
+            self.peer._fin = True  # noqa: SLF001
+            return True
+        if self.disconnecting and not self._out and not self._producer_paused:
+            self._over(ConnectionDone())
+            self.peer._fin = True  # noqa: SLF001
+            return True
+        return self._wake_producer()
+
+    def _take(self) -> bytes:
+        data = self._out.popleft()
+        if len(data) > BUFFER:
+            self._out.appendleft(data[BUFFER:])
+        return data[:BUFFER]
+
+    def _wake_producer(self) -> bool:
+        if self._producer is None or not self._producer_paused or self._out:
+            return False
+        self._producer_paused = False
+        self._producer.resumeProducing()
+        return True
+
+    def _over(self, reason: Exception) -> None:
+        self.connected = False
+        producer, self._producer = self._producer, None
+        if producer is not None:  # as abstract.FileDescriptor.connectionLost has it, in this order
+            producer.stopProducing()
+        self.protocol.connectionLost(Failure(reason))
+
+
+@implementer(IAgentEndpointFactory)
+class Network:
+    """
+    Wires from any client to one server.
+    """
+
+    def __init__(self, site: Site, clock: Clock) -> None:
+        self._site, self._clock = site, clock
+        self.ends: list[tuple[End, End]] = []
+        """Client and server of each wire."""
+        self.down: Exception | None = None
+        """Why no connection can be made, if so."""
+
+    def agent(self, *, persistent: bool) -> Agent:
+        """
+        A twisted.web client whose connections all end here.
+        """
+        pool = HTTPConnectionPool(self._clock, persistent)
+        agent: Agent = Agent.usingEndpointFactory(self._clock, self, pool)
+        return agent
+
+    def endpointForURI(self, uri: URI) -> _Endpoint:
+        return _Endpoint(self, uri.host.decode(), uri.port, secure=uri.scheme == b"https")
+
+    def connect(self, protocol: Protocol, host: str, port: int, *, secure: bool) -> End:
+        """
+        Lay a wire.
+        """
+        there, here = IPv4Address("TCP", host, port), IPv4Address("TCP", CLIENT, 31337)
+        server = End(self._site.buildProtocol(here), there, here)
+        client = End(protocol, here, there)
+        server.peer, client.peer = client, server
+        if secure:
+            for end in (server, client):
+                alsoProvides(end, ISSLTransport)
+        self.ends.append((client, server))
+        server.protocol.makeConnection(server)
+        client.protocol.makeConnection(client)
+        return client
+
+    def move(self) -> bool:
+        """
+        Do one thing on each wire; tell whether there was any.
+        """
+        self.ends = [wire for wire in self.ends if any(end.connected for end in wire)]
+        moved = [end.move() for wire in self.ends for end in wire]  # each of them, not only the first
+        return any(moved)
+
+
+class _Endpoint:
+    def __init__(self, network: Network, host: str, port: int, *, secure: bool) -> None:
+        self._network, self._host, self._port, self._secure = network, host, port, secure
+
+    def connect(self, factory: Any) -> Deferred[Any]:
+        if self._network.down is not None:
+            from twisted.internet.defer import fail
+
+            return fail(self._network.down)
+        protocol = factory.buildProtocol(None)
+        self._network.connect(protocol, self._host, self._port, secure=self._secure)
+        return succeed(protocol)
+
+
+class Reply(Protocol):
+    """
+    What a client has got so far.
+
+    @ivar code: the status; 0 before the headers came.
+    @ivar ended: how it ended: "whole", "broken", or not yet.
+    """
+
+    def __init__(self) -> None:
+        self.code = 0
+        self.headers = Headers()
+        self.length: int | None = None
+        self.body = bytearray()
+        self.ended = ""
+        self.wire: End
+
+    def begin(self, response: IResponse) -> None:
+        self.code, self.headers = response.code, response.headers
+        told = self.header("Content-Length")  # Twisted leaves it among the headers of an answer to HEAD alone
+        self.length = int(told) if told else response.length if isinstance(response.length, int) else None
+        response.deliverBody(self)
+
+    def fail(self, failure: Failure) -> None:
+        self.ended = "broken"
+
+    def dataReceived(self, data: bytes) -> None:
+        self.body += data
+
+    def connectionLost(self, reason: Failure = Failure(ConnectionDone())) -> None:  # noqa: B008
+        # A body that only the connection's end delimits looks whole if that end is a clean one.
+        self.ended = "whole" if reason.check(ResponseDone, PotentialDataLoss) else "broken"
+
+    def header(self, name: str) -> str | None:
+        """
+        The one value of a header.
+        """
+        values = self.headers.getRawHeaders(name, [])
+        assert len(values) < 2, f"{name} came {len(values)} times"
+        return values[0] if values else None
+
+    @property
+    def cache(self) -> str | None:
+        """
+        The word of X-Cache-Status.
+        """
+        return self.header("X-Cache-Status")
+
+    @property
+    def error(self) -> tuple[int, str, str]:
+        """
+        Status, code and message of a registry's refusal.
+        """
+        (error,) = json.loads(self.body)["errors"]
+        return self.code, error["code"], error["message"]
+
+    def stop_reading(self) -> None:
+        self.wire.reading = False
+
+    def read_on(self) -> None:
+        self.wire.reading = True
+
+    def leave(self) -> None:
+        """
+        Close the connection without waiting for the rest.
+        """
+        self.wire.abortConnection()
+
+
+class Raw(Protocol):
+    """
+    A client that writes what it is told and keeps every byte that comes back.
+    """
+
+    def __init__(self) -> None:
+        self.got = bytearray()
+        self.closed = False
+
+    def dataReceived(self, data: bytes) -> None:
+        self.got += data
+
+    def connectionLost(self, reason: Failure = Failure(ConnectionDone())) -> None:  # noqa: B008
+        self.closed = True
+
+
+class Daemon:
+    """
+    The daemon over a stand-in ECR.
+
+    @ivar back: the network to ECR and its buckets.
+    @ivar front: the network to the clients.
+    @ivar scheme: http or https: how clients ask.
+    """
+
+    def __init__(  # noqa: PLR0913 (what a test may want otherwise)
+        self,
+        standin: StandIn,
+        clock: Clock,
+        root: Path,
+        *,
+        limit: int = 2**30,
+        pattern: str = ".*",
+        cache_key: str = "$uri",
+        tag_ttl: float = 0,
+        in_thread: InThread = at_once,
+        fetch: Callable[[], Deferred[Token]] | None = None,
+        lanes: Lanes | None = None,
+        read_ahead: bool = False,
+    ) -> None:
+        self.standin, self.clock, self.limit, self.scheme = standin, clock, limit, "http"
+        self.back = Network(QuietSite(standin.resource, reactor=clock), clock)
+        self.store = Store(root, clock.seconds)
+        self.store.prepare()
+        self.store.sweep()
+        self.janitor = Janitor(self.store, limit, in_thread)
+        self.tokens = TokenService(fetch or self._issue, clock, chance=lambda: 0.5)
+        self.upstream = Upstream(standin.registry, self.back.agent(persistent=True), self.tokens, clock)
+        self.lanes = lanes or Lanes()
+        self.cache = Cache(self.store, self.janitor, in_thread, clock.seconds)
+        self.pull_through = PullThrough(
+            self.upstream,
+            self.cache,
+            in_thread,
+            clock.seconds,
+            tag_ttl=tag_ttl,
+            lanes=self.lanes,
+            read_ahead=read_ahead,
+        )
+        registry = Registry(self.pull_through, parse_pattern(pattern), CacheKey.parse(cache_key), in_thread)
+        self.site = make_site(registry, Ready(self.reasons), clock)
+        self.front = Network(self.site, clock)
+        self._asking = self.front.agent(persistent=False)
+        self.janitor.startService()
+        self.tokens.startService()
+
+    def _issue(self) -> Deferred[Token]:
+        # Not at once: AWS is asked in a thread.
+        return deferLater(self.clock, 0, lambda: Token(self.standin.issue_token(), self.clock.seconds() + 12 * 3600))
+
+    async def reasons(self) -> list[str]:
+        """
+        Why the daemon is not ready, told as tap tells it.
+        """
+        problem = self.tokens.problem()
+        return [f"no token: {problem}"] if problem else []
+
+    def flush(self) -> None:
+        """
+        Let everything happen that can happen now.
+        """
+        for _ in range(100_000):
+            self.clock.advance(0)
+            if not (self.back.move() | self.front.move()):
+                return
+        raise AssertionError("it never comes to rest")
+
+    def ask(self, method: str, path: str, **headers: str) -> Reply:
+        """
+        Send a request, and let happen what can. Underscores in header names stand for hyphens.
+        """
+        reply = self.send(method, path, **headers)
+        self.flush()
+        return reply
+
+    def send(self, method: str, path: str, **headers: str) -> Reply:
+        """
+        Send a request; it moves with the next flush.
+        """
+        reply = Reply()
+        fields = Headers({name.replace("_", "-"): [value] for name, value in headers.items()})
+        url = f"{self.scheme}://proxy.example{path}"
+        asked: Deferred[IResponse] = self._asking.request(method.encode(), url.encode(), fields)
+        asked.addCallbacks(reply.begin, reply.fail)
+        reply.wire = self.front.ends[-1][0]
+        return reply
+
+    def raw(self, data: bytes) -> bytes:
+        """
+        Send bytes on a connection of their own, and say what came back.
+        """
+        client = Raw()
+        self.front.connect(client, "proxy.example", 80, secure=False).write(data)
+        self.flush()
+        return bytes(client.got)
+
+
+class DaemonTestCase(SynchronousTestCase):
+    """
+    A daemon, a stand-in ECR, a clock, and the rules that hold whatever a test does:
+
+    - what is content is what its name says;
+    - the files of the cache are within the limit;
+    - the token went to the registry alone, and no header of a client went anywhere;
+    - no token and no presigned URL is in any log event.
+    """
+
+    def setUp(self) -> None:
+        self.clock = Clock()
+        self.clock.advance(START)
+        self.standin = StandIn(self.clock)
+        self.root = Path(tempfile.mkdtemp(prefix="ecrproxy-test-"))
+        self.addCleanup(shutil.rmtree, self.root)
+        self.events: list[LogEvent] = []
+        observer = cast(ILogObserver, self.note)
+        globalLogPublisher.addObserver(observer)
+        self.addCleanup(globalLogPublisher.removeObserver, observer)
+        self.daemons: list[Daemon] = []
+        self.daemon = self.start()
+
+    def note(self, event: LogEvent) -> None:
+        """
+        Keep what is logged.
+        """
+        self.events.append(event)
+
+    def start(self, **options: Any) -> Daemon:
+        """
+        Start a daemon over the test's cache directory; the test's other helpers ask this one from now on.
+        """
+        self.daemon = Daemon(self.standin, self.clock, self.root, **options)
+        self.daemons.append(self.daemon)
+        self.daemon.flush()
+        return self.daemon
+
+    def get(self, path: str, **headers: str) -> Reply:
+        return self.daemon.ask("GET", path, **headers)
+
+    def head(self, path: str, **headers: str) -> Reply:
+        return self.daemon.ask("HEAD", path, **headers)
+
+    def flush(self) -> None:
+        self.daemon.flush()
+
+    def pass_time(self, seconds: float) -> None:
+        """
+        Let time go by, a second at a time, and all that is due happen.
+        """
+        whole = int(seconds)
+        for step in [1.0] * whole + [seconds - whole]:
+            self.clock.advance(step)
+            self.flush()
+
+    def answer_with(self, data: bytes, *, close: bool = True) -> None:
+        """
+        Have ECR write C{data}, whatever it is, as its answer to the next request; then let happen what can.
+        """
+        self.standin.hang("registry", times=1)
+        self.flush()
+        _, server = self.daemon.back.ends[-1]
+        server.write(data)
+        if close:
+            server.loseConnection()
+        self.flush()
+
+    # What holds of an answer.
+
+    def assertWhole(self, reply: Reply, body: bytes, cache: str | None = None, code: int = 200) -> None:
+        """
+        The client has got C{body}, and knows that this is all.
+        """
+        self.assertEqual((code, "whole", len(body)), (reply.code, reply.ended, len(reply.body)))
+        self.assertTrue(body == reply.body, "other bytes came")
+        if cache is not None:
+            self.assertEqual(cache, reply.cache)
+
+    def assertRefused(self, reply: Reply, status: int, code: str, saying: str = "") -> None:
+        """
+        The client was refused in the distribution spec's JSON.
+        """
+        self.assertEqual("whole", reply.ended)
+        found = reply.error
+        self.assertEqual((status, code), found[:2], found[2])
+        self.assertIn(saying, found[2])
+        self.assertEqual("application/json", reply.header("Content-Type"))
+
+    def assertBroken(self, reply: Reply, body: bytes) -> None:
+        """
+        The client has got a part of C{body} at most, and can't take it for the whole.
+        """
+        self.assertEqual("broken", reply.ended)
+        self.assertLess(len(reply.body), max(1, len(body)))
+        self.assertTrue(body.startswith(bytes(reply.body)), "other bytes came")
+
+    # What holds of the cache.
+
+    def files(self, top: str = "content") -> list[Path]:
+        return [path for path in sorted((self.root / top).rglob("*")) if path.is_file()]
+
+    def has(self, digest: str) -> bool:
+        """
+        Tell whether C{digest} is in the cache.
+        """
+        return self.file_of(digest).is_file()
+
+    def file_of(self, digest: str) -> Path:
+        """
+        The file that keeps C{digest}.
+        """
+        return self.root / self.daemon.store.content_path(Digest.parse(digest))
+
+    def used(self) -> int:
+        """
+        The bytes of all files of the cache, those that arrive included.
+        """
+        return sum(path.stat().st_size for path in self.files("."))
+
+    def logged(self) -> str:
+        return "\n".join(f"{formatEvent(event)} {event.get('log_failure', '')}" for event in self.events)
+
+    # What holds after every test.
+
+    def tearDown(self) -> None:
+        self.check_content()
+        self.assertLessEqual(self.used(), max(daemon.limit for daemon in self.daemons))
+        self.check_credentials()
+        self.check_logs()
+
+    def check_content(self) -> None:
+        for path in self.files():
+            if not path.is_symlink():
+                found = hashlib.new(path.parent.parent.name, path.read_bytes()).hexdigest()
+                self.assertEqual(path.name, found, "content that is not what its name says")
+
+    def check_credentials(self) -> None:
+        for asked in self.standin.asked:
+            shown = asked.headers.get("authorization", "")
+            if asked.service != "registry":
+                self.assertEqual("", shown, f"{asked.path} was shown a credential")
+            self.assertNotIn("client", shown)
+            sent = set(asked.headers)
+            known = {"host", "user-agent", "accept", "accept-encoding", "authorization", "range", "connection"}
+            self.assertEqual(set(), sent - known, "headers that nobody listed")
+
+    def check_logs(self) -> None:
+        secrets = ["X-Amz-Signature", "X-Amz-Security-Token", "QVdTOg", *self.standin.tokens._until]  # noqa: SLF001
+        for event in self.events:
+            text = f"{formatEvent(event)} {event!r} {event.get('log_failure', '')!r}"
+            if (failure := event.get("log_failure")) is not None:
+                text += failure.getTraceback()
+            for secret in secrets:
+                self.assertNotIn(secret, text)
