@@ -4,13 +4,14 @@ PYTHON ?= python3
 VENV ?= .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: help run demo test lint types e2e dist clean
+.PHONY: help run demo test lint e2e bench bench-growth dist clean
 help:
 	@echo "make demo    pull a sample image through the proxy twice, from a stand-in for ECR"
 	@echo "make run     start the daemon with the variables of the environment"
 	@echo "make test    run the tests that need no server"
 	@echo "make lint    check style and types"
 	@echo "make e2e     run the tests with real clients and servers (Debian, root)"
+	@echo "make bench   measure side by side with nginx and distribution (Debian, root); make bench-growth: a large cache"
 	@echo "make dist    build the sdist and the wheel"
 
 $(STAMP): setup.cfg pyproject.toml twisted/plugins/ecrproxy_plugin.py
@@ -45,6 +46,14 @@ e2e: dist
 	$(VENV)-e2e/bin/python -m pip install --quiet dist/*.whl
 	cd $(VENV)-e2e && ECRPROXY_E2E_TWISTD=$(abspath $(VENV)-e2e)/bin/twistd \
 		$(abspath $(VENV))/bin/python -m pytest --quiet --rootdir $(CURDIR) -c $(CURDIR)/pyproject.toml $(CURDIR)/tests/e2e
+
+bench: $(STAMP)
+	bench/install-packages.sh
+	PATH=$(abspath $(VENV))/bin:$$PATH $(VENV)/bin/python -m bench $(BENCH)
+
+bench-growth: $(STAMP)
+	bench/install-packages.sh
+	PATH=$(abspath $(VENV))/bin:$$PATH $(VENV)/bin/python -m bench.growth $(BENCH)
 
 clean:
 	rm -rf $(VENV) $(VENV)-e2e build dist *.egg-info

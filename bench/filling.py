@@ -10,8 +10,9 @@ import time
 from pathlib import Path
 
 from bench.ground import Ground, say
+from ecrproxy.entries import Confirmed, Entry, entry_name
 from ecrproxy.oci import BLOB_TYPE, Descriptor, Digest, parse_route
-from ecrproxy.store import Confirmed, Entry, Store, entry_name
+from ecrproxy.store import Store
 
 AGE = 30 * 24 * 3600
 """How long ago the made entries were used last, in seconds: they go first."""
