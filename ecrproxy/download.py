@@ -180,13 +180,11 @@ class Download:
         """
         barren = 0
         while True:
-            if stretch is None:
-                stretch = await self._open(blob, start, stop)
             inflow = Inflow()
             self._inflows.add(inflow)
             reached = start
             try:
-                inflow.begin(stretch)
+                inflow.begin(stretch or await self._open(blob, start, stop))
                 while (stop is None or reached < stop) and (batch := await inflow.batch()):
                     reached = await self._write(reached, stop, batch)
                 problem: Exception = ShortBodyError(f"the connection ended at byte {reached} of {self.digest}")

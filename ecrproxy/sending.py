@@ -32,9 +32,6 @@ from ecrproxy.threads import InThread
 if TYPE_CHECKING:
     from twisted.web.server import Request
 
-    from ecrproxy.sources import FilePiece
-    from ecrproxy.threads import InThread
-
 PIECE: Final = 2**20
 """Bytes moved at once: larger gains nothing, smaller costs processor time."""
 SEAL: Final = (PIECE // 2**14 + 1) * 64

@@ -140,7 +140,9 @@ class _Worker(ProcessProtocol):
         """
         End it; by force if it takes too long.
         """
-        if self.transport is not None and self.transport.pid is not None:
+        if self.transport is None:  # it never began
+            self._gone.callback(None)
+        elif self.transport.pid is not None:
             self.transport.signalProcess("TERM")
             self._limit = self._reactor.callLater(END_SECONDS, self.transport.signalProcess, "KILL")
         return self._gone

@@ -725,9 +725,10 @@ class LanesTests(DownloadTestCase):
         self.blob.late = []
         running = Deferred.fromCoroutine(download.run(self.blob))
         self.assertEqual(3, len(self.blob.late))
-        self.blob.late[0].errback(KeyError())
+        for tried in (0, 3, 4):
+            self.blob.late[tried].errback(KeyError())
         self.successResultOf(running)
-        self.assertEqual([True] * 3, [late.called for late in self.blob.late])
+        self.assertEqual([True] * 5, [late.called for late in self.blob.late])
         self.assertTrue(self.blob.first.aborted)
         self.assertFailed(download, KeyError)
 

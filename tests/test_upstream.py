@@ -133,7 +133,6 @@ class RequestTests(UpstreamTestCase):
             "/x?a=1&a=2&empty=&flag&=nameless",
             "/x?sub=a:b@c/d?e;f,g!h$i'j(k)*l",
             "/%7Euser/./../x?a=%2e%2E",
-            "//x?y=z",
             "/x?",
         ):
             self.standin.fail("registry", status=307, headers={"Location": f"https://other.example{target}"}, times=1)
@@ -249,6 +248,15 @@ class RedirectTests(UpstreamTestCase):
             self.start()
             self.digest = self.standin.push_blob("team/app", self.data)
             self.assertEqual(self.data, self.fetched())
+
+    def test_to_a_port_that_can_not_be_are_refused(self) -> None:
+        """
+        A redirect to a port above 65535 ends in 502 without an attempt to go there.
+        """
+        self.redirect("https://other.example:99999999/x")
+        answer = self.asking(self.daemon.upstream.blob(self.blob))
+        self.assertEqual(1, len(self.standin.asked))
+        self.assertEqual(502, self.failureResultOf(answer, UnavailableError).value.status)
 
     def test_to_nowhere_are_refused(self) -> None:
         """
