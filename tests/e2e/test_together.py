@@ -55,7 +55,7 @@ def blob_path(images: Images) -> str:
 
 def test_twenty_clients_cost_one_transfer(chain: Chain, images: Images, figures: Figures) -> None:
     """
-    All get the right bytes while they arrive; the registry is asked once.
+    All get the right bytes while they arrive; the bucket sends each byte once.
     """
     url = chain.daemon.url + blob_path(images)
     started, transfers = download_together(url, CLIENTS)
@@ -69,8 +69,7 @@ def test_twenty_clients_cost_one_transfer(chain: Chain, images: Images, figures:
     )
     assert {each.status for each in transfers} == {200}
     assert {each.digest for each in transfers} == {images.big.layers[0]}
-    assert bucket["requests"] == 1
-    assert bucket["bytes"] == transfers[0].size
+    assert bucket["bytes"] == transfers[0].size  # over several connections, but each byte once
     assert sorted(each.cache for each in transfers) == ["JOINED"] * (CLIENTS - 1) + ["MISS"]
     assert last_first < first_end / 2
 
@@ -87,11 +86,11 @@ def test_a_range_joins_a_transfer_under_way(chain: Chain, images: Images) -> Non
         part = pool.submit(download, url, {"Range": "bytes=1000000-1999999"})
         whole_seen, part_seen = whole.result(timeout=90), part.result(timeout=90)
     assert (part_seen.status, part_seen.size) == (206, 1_000_000)
-    assert part_seen.half < whole_seen.end - 1.0
+    assert part_seen.half < (whole_seen.first + whole_seen.end) / 2
     assert whole_seen.digest == images.big.layers[0]
     chain.daemon.settle()
     again = chain.daemon.ask(blob_path(images))
     assert again.headers["x-cache-status"] == "HIT"
     wanted = hashlib.sha256(again.body[1_000_000:2_000_000]).hexdigest()
     assert part_seen.digest == f"sha256:{wanted}"
-    assert chain.counters()["bucket"]["requests"] == 1
+    assert chain.counters()["bucket"]["bytes"] == len(again.body)
