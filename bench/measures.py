@@ -140,6 +140,8 @@ def storm(ground: Ground, sizes: Sizes, peer: str, figures: Figures) -> None:
         figures.add("warm", peer, pull(ground, one.url, clients=sizes.clients))
         figures.add("warm asked", peer, _asked(upstream, before, "manifests", "blobs", "blob heads", "pings"))
         figures.add("warm connections", peer, _asked(upstream, before, "connections"))
+    for stall in one.stalls:
+        figures.add("storm stall", peer, stall * 1000)
 
 
 def memory(ground: Ground, sizes: Sizes, peer: str, figures: Figures) -> None:

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench.ground import Ground, Upstream
@@ -29,12 +29,16 @@ from bench.upstream import SECRET
 NGINX, DISTRIBUTION, OURS, DIRECT = "nginx", "distribution", "ecrproxy", "ECR direct"
 
 
+_STALL = re.compile(r"stood still for ([\d.]+) s")
+
+
 @dataclass(frozen=True)
 class Served:
     """
     One that is compared, running.
 
     @ivar health: a path that it answers by itself.
+    @ivar stalls: how long its event loop stood still at the most, in seconds: known when it has ended, if it tells.
     """
 
     peer: str
@@ -42,6 +46,7 @@ class Served:
     port: int
     secure: bool
     health: str
+    stalls: list[float] = field(default_factory=list)
 
     @property
     def url(self) -> str:
@@ -200,6 +205,7 @@ def ours(
         one = Served(OURS, process.pid, port, secure, "/_health")
         wait_until(lambda: _has_token(ground, one), process, output)
         yield one
+    one.stalls.extend(float(found[1]) for found in _STALL.finditer(output.read_text()))
 
 
 def listens(port: int) -> bool:
