@@ -8,7 +8,7 @@ import contextlib
 import threading
 from array import array
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Final
 
 
@@ -21,8 +21,12 @@ class Settled:
     @param order: their places in that order, the least recently used first.
     """
 
-    def __init__(self, names: bytes = b"", sizes: Sequence[int] = (), order: Sequence[int] = ()) -> None:
-        self._names, self._sizes, self._order = names, array("Q", sizes), array("I", order)
+    def __init__(
+        self, names: bytearray | bytes = b"", sizes: array[int] | None = None, order: array[int] | None = None
+    ) -> None:
+        self._names = names
+        self._sizes = array("Q") if sizes is None else sizes
+        self._order = array("I") if order is None else order
         self._there = bytearray(b"\1" * len(self._sizes))
         self._passed = 0
         self.count = len(self._sizes)
@@ -60,7 +64,7 @@ class Settled:
         for at in range(self._passed, len(self._order)):
             place = self._order[at]
             if self._there[place]:
-                yield self._names[place * PACKED : (place + 1) * PACKED], self._sizes[place]
+                yield bytes(self._names[place * PACKED : (place + 1) * PACKED]), self._sizes[place]
 
 
 PACKED: Final = 33

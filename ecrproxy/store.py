@@ -285,7 +285,7 @@ class Store:
         Folder by folder, and in small steps: sorting it all at once would keep every other thread waiting.
         """
         names, sizes, total = bytearray(), array("Q"), 0
-        by_use: list[list[tuple[int, int]]] = []
+        by_use: list[tuple[array[int], array[int]]] = []  # a list of so many pairs would never be given back
         others: list[tuple[int, str, int]] = []
         for folder in self._folders():
             files = sorted(_files(folder))
@@ -300,9 +300,10 @@ class Store:
                     names += short
                     sizes.append(size)
                     total += size
-            by_use.append(sorted(uses))
-        order = array("I", (place for _, place in heapq.merge(*by_use)))
-        self.ledger.load(Settled(bytes(names), sizes, order), total, [(path, size) for _, path, size in sorted(others)])
+            uses.sort()
+            by_use.append((array("Q", (used for used, _ in uses)), array("I", (place for _, place in uses))))
+        order = array("I", (place for _, place in heapq.merge(*(zip(*each, strict=True) for each in by_use))))
+        self.ledger.load(Settled(names, sizes, order), total, [(path, size) for _, path, size in sorted(others)])
 
     def _folders(self) -> Iterator[str]:
         """
