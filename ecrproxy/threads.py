@@ -4,6 +4,8 @@ Call what blocks somewhere else than in the reactor's thread.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol, TypeVar
@@ -16,6 +18,7 @@ from twisted.python.failure import Failure
 from twisted.python.threadpool import ThreadPool
 
 log = Logger()
+_NICE = 5
 T = TypeVar("T")
 
 
@@ -37,6 +40,7 @@ class Threads(Service):
 
     def __init__(self, size: int, reactor: Any) -> None:  # noqa: ANN401
         self._pool, self._reactor = ThreadPool(0, size, "ecrproxy-disk"), reactor
+        self._pool.threadFactory = _Yielding
 
     def call(self, blocking: Callable[..., T], *args: Any) -> Deferred[T]:  # noqa: ANN401
         """
@@ -51,6 +55,17 @@ class Threads(Service):
     def stopService(self) -> None:  # noqa: D102
         super().stopService()
         self._pool.stop()
+
+
+class _Yielding(threading.Thread):
+    """
+    A thread that leaves the processor to the event loop: hashing must not stall it.
+    """
+
+    def run(self) -> None:
+        with contextlib.suppress(OSError):  # some sandboxes forbid even this
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+        super().run()
 
 
 def call_unowned(reactor: Any, blocking: Callable[[], T]) -> Deferred[T]:  # noqa: ANN401
