@@ -5,6 +5,7 @@ The composition root: C{twistd ecr-proxy}. Alone meets the environment, the glob
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import socket
 import sys
@@ -29,7 +30,7 @@ from twisted.web.client import Agent, HTTPConnectionPool, _HTTP11ClientFactory
 from ecrproxy import __version__
 from ecrproxy.cached import Cache
 from ecrproxy.config import SETTINGS, Config, ConfigError, Setting, parse_flag
-from ecrproxy.ecr import CredentialsError, TokenService, fetch_token
+from ecrproxy.ecr import CredentialsError, Token, TokenService, fetch_token
 from ecrproxy.inflow import Lanes
 from ecrproxy.janitor import Janitor
 from ecrproxy.ledger import Notes
@@ -179,11 +180,7 @@ def build(
     disk = Threads(DISK_THREADS, reactor)
     store = _prepared(Store(Path(config.cache_dir), time.time))
     janitor = Janitor(store, config.cache_limit, disk.call)
-    tokens = TokenService(
-        lambda: call_unowned(reactor, lambda: fetch_token(config.region, instance_auth=config.instance_auth)),
-        reactor,
-        refused,
-    )
+    tokens = TokenService(lambda: call_unowned(reactor, lambda: _fetch(config)), reactor, refused)
     upstream = Upstream(config.ecr_endpoint, _agent(reactor), tokens, reactor)
     lanes = Lanes(config.blob_connections, config.bucket_connections)
     cache = Cache(store, janitor, disk.call, time.time)
@@ -208,6 +205,16 @@ def build(
         Listening(path, UNIXServerEndpoint(reactor, path, mode=0o600), inner).setServiceParent(service)
         Workers(config.worker_processes, listening, path, arguments, reactor).setServiceParent(service)
     return service
+
+
+def _fetch(config: Config) -> Token:
+    """
+    Fetch a token, in a thread.
+    """
+    token = fetch_token(config.region, instance_auth=config.instance_auth)
+    # botocore brings a hundred thousand objects that stay: looking for garbage among them stalls the loop for 50 ms.
+    gc.freeze()
+    return token
 
 
 def build_worker(config: Config, post: Post, reactor: Any) -> MultiService:  # noqa: ANN401
