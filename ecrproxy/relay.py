@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from twisted.application.service import Service
@@ -30,12 +31,12 @@ from twisted.web.server import Request
 from zope.interface import implementer
 
 from ecrproxy.bucket import UnavailableError
-from ecrproxy.cache_key import Asker, CacheKey
-from ecrproxy.cached import Cache
+from ecrproxy.cache_key import CacheKey
+from ecrproxy.cached import Asked, Cache
 from ecrproxy.ledger import Ledger
 from ecrproxy.oci import Kind, Route
 from ecrproxy.threads import InThread
-from ecrproxy.web import Answering, Door, Registry, asker_of, begin
+from ecrproxy.web import Answering, Door, Registry, begin
 
 if TYPE_CHECKING:
     from twisted.internet.interfaces import IReactorTime
@@ -44,8 +45,8 @@ log = Logger()
 
 FIRST: Final = b"http://first"
 """What the first process is called in URLs; the socket leads to it."""
-CLIENT: Final = "X-Ecrproxy-Client"
-"""Tells the first process whom a worker asks for, as JSON: address, scheme and host."""
+KEY: Final = "X-Ecrproxy-Key"
+"""Tells the first process the cache key, as JSON: only the worker knows the client that it may depend on."""
 USED: Final = b"used"
 TELL_SECONDS: Final = 1.0
 
@@ -103,12 +104,17 @@ class Relay(Answering):
 
         @raise RegistryError: if it can't be asked.
         """
+        await self.ask(request, "")
+
+    async def ask(self, request: Request, key: str) -> None:
+        """
+        Ask the first process for what C{key} is the cache key of.
+        """
         headers = Headers()
         for name, values in request.requestHeaders.getAllRawHeaders():
             if name.lower() not in _NOT_PASSED:
                 headers.setRawHeaders(name, values)
-        asker = asker_of(request)
-        headers.setRawHeaders(CLIENT, [json.dumps([asker.address, asker.scheme, asker.host])])
+        headers.setRawHeaders(KEY, [json.dumps(key)])
         try:
             response = await self._agent.request(request.method, FIRST + request.uri, headers)
         except Exception as problem:
@@ -196,26 +202,28 @@ class WorkerRegistry(Door):
         """
         Answer from the cache alone, or hand the request on.
         """
+        key = ""
         if route.kind in (Kind.MANIFEST, Kind.BLOB):
-            answer = await self._cache.hit(self.asked(request, route), self._tag_ttl)
+            asked = self.asked(request, route)
+            key = asked.key
+            answer = await self._cache.hit(asked, self._tag_ttl)
             if answer is not None:
                 await self.answer(request, route, answer)
                 return
-        await self._relay.respond(request)
+        await self._relay.ask(request, key)
 
 
 class InnerRegistry(Registry):
     """
-    The first process's /v2/ for its workers, who tell whom they ask for.
+    The first process's /v2/ for its workers, who have met the client and tell the cache key.
     """
 
-    def asker(self, request: Request) -> Asker:
+    def asked(self, request: Request, route: Route) -> Asked:
         """
-        Tell who asks, from what the worker says.
+        Understand a request for content, as a worker understood it.
         """
-        address, scheme, host = json.loads(request.getHeader(CLIENT) or '["", "", ""]')
-        own = asker_of(request)
-        return Asker(own.method, own.target, scheme, host, address, own.headers)
+        key = json.loads(request.getHeader(KEY) or '""')
+        return replace(super().asked(request, route), key=key)
 
 
 class Used(Resource):

@@ -44,7 +44,7 @@ from ecrproxy.threads import InThread, Threads, call_unowned
 from ecrproxy.tls import Certificate, CertificateError
 from ecrproxy.upstream import Upstream
 from ecrproxy.web import Ready, Registry
-from ecrproxy.workers import HandedDown, Post, StandardInput, Workers
+from ecrproxy.workers import BACKLOG, HandedDown, Post, StandardInput, Workers
 
 if TYPE_CHECKING:
     from twisted.internet.interfaces import IListeningPort, IStreamServerEndpoint
@@ -57,7 +57,6 @@ IDLE_CONNECTIONS: Final = 32
 """Idle upstream connections kept for each host."""
 IDLE_SECONDS: Final = 90
 CONNECT_SECONDS: Final = 10
-BACKLOG: Final = 1024
 
 
 def _described_setting(setting: Setting) -> str:

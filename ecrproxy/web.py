@@ -230,14 +230,8 @@ class Door(Answering):
         Understand a request for content.
         """
         accept = accepted_types(cast(list[str], request.requestHeaders.getRawHeaders("Accept", [])))
-        key = self._cache_key.expand(route, self.asker(request))
+        key = self._cache_key.expand(route, asker_of(request))
         return Asked(route, key, accept, head=request.method == b"HEAD")
-
-    def asker(self, request: Request) -> Asker:
-        """
-        Tell who asks.
-        """
-        return asker_of(request)
 
     async def answer(self, request: Request, route: Route, answer: Answer) -> None:
         """

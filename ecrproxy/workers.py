@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,7 @@ from twisted.internet.defer import Deferred, DeferredList, succeed
 from twisted.internet.error import ConnectionDone
 from twisted.internet.interfaces import IReadDescriptor
 from twisted.internet.protocol import ProcessProtocol
+from twisted.internet.unix import Port as UNIXPort
 from twisted.logger import Logger
 from twisted.protocols.tls import TLSMemoryBIOFactory
 from twisted.python.failure import Failure
@@ -33,10 +35,12 @@ log = Logger()
 VARIABLE: Final = "ECRPROXY_WORKER"
 FIRST_FD: Final = 3
 """Where the listening sockets begin in a worker."""
+BACKLOG: Final = 1024
+"""Connections that the kernel may keep waiting for a listening socket."""
 RESTART_SECONDS: Final = 1.0
 END_SECONDS: Final = 10.0
 _TWISTD: Final = "from twisted.scripts.twistd import run; run()"
-_SECRETS: Final = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+_SECRET: Final = re.compile(r"AWS_.*(KEY|TOKEN|SECRET)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,24 +110,32 @@ class Workers(Service):
 
     def _start(self) -> None:
         sockets = [each.fileno() for each in self._listening]
-        environ = {name: value for name, value in os.environ.items() if name not in _SECRETS}
+        environ = {name: value for name, value in os.environ.items() if not _SECRET.match(name)}
         environ[VARIABLE] = Post(self._path, len(sockets)).to_json()
         worker = _Worker(self._ended, self._reactor)
-        self._workers.add(worker)
-        self._reactor.spawnProcess(
-            worker,
-            sys.executable,
-            [sys.executable, "-c", _TWISTD, "-n", "--pidfile=", "ecr-proxy", *self._arguments],
-            environ,
-            childFDs={0: "w", 1: 1, 2: 2, **{FIRST_FD + at: fd for at, fd in enumerate(sockets)}},
-        )
+        try:
+            self._reactor.spawnProcess(
+                worker,
+                sys.executable,
+                [sys.executable, "-c", _TWISTD, "-n", "--pidfile=", "ecr-proxy", *self._arguments],
+                environ,
+                childFDs={0: "w", 1: 1, 2: 2, **{FIRST_FD + at: fd for at, fd in enumerate(sockets)}},
+            )
+        except OSError as problem:
+            log.error("A worker can't be started: {problem}", problem=problem)
+            self._start_later()
+        else:
+            self._workers.add(worker)
 
     def _ended(self, worker: _Worker, reason: Failure) -> None:
         self._workers.discard(worker)
         if self.running:
             log.error("A worker has ended, another takes its place: {reason}", reason=reason.value)
-            self._restarts = {restart for restart in self._restarts if restart.active()}
-            self._restarts.add(self._reactor.callLater(RESTART_SECONDS, self._start))
+            self._start_later()
+
+    def _start_later(self) -> None:
+        self._restarts = {restart for restart in self._restarts if restart.active()}
+        self._restarts.add(self._reactor.callLater(RESTART_SECONDS, self._start))
 
 
 class _Worker(ProcessProtocol):
@@ -178,7 +190,21 @@ class HandedDown:
         fd = self._left.pop(0)
         with socket.socket(fileno=os.dup(fd)) as handed:
             family = handed.family
+        if family == socket.AF_UNIX:
+            return self._adopt_path(fd, factory)
         return self._reactor.adoptStreamPort(fd, family, factory)
+
+    def _adopt_path(self, fd: int, factory: Any) -> Any:  # noqa: ANN401
+        """
+        Take a socket that has a path.
+
+        The path is the first process's: Twisted would change its mode now, and unlink it later.
+        """
+        port: Any = UNIXPort._fromListeningDescriptor(self._reactor, fd, factory)  # noqa: SLF001 (as the reactor does)
+        port._bindPath = b"\0" + port._bindPath  # noqa: SLF001 (no path, as far as Twisted can see)
+        port.backlog = BACKLOG
+        port.startListening()
+        return port
 
     def listenTCP(self, port: int, factory: Any, *_: Any, **__: Any) -> Any:  # noqa: ANN401
         """
@@ -186,11 +212,11 @@ class HandedDown:
         """
         return self._adopt(factory)
 
-    def listenSSL(self, port: int, factory: Any, context: Any, *_: Any, **__: Any) -> Any:  # noqa: ANN401
+    def listenSSL(self, port: int, factory: Any, contextFactory: Any, *_: Any, **__: Any) -> Any:  # noqa: ANN401
         """
         Take a socket, and speak TLS over it.
         """
-        return self._adopt(TLSMemoryBIOFactory(context, False, factory))  # noqa: FBT003
+        return self._adopt(TLSMemoryBIOFactory(contextFactory, False, factory))  # noqa: FBT003
 
     def listenUNIX(self, address: str, factory: Any, *_: Any, **__: Any) -> Any:  # noqa: ANN401
         """
@@ -230,12 +256,10 @@ class StandardInput:
         """
         Take note of its end.
         """
-        if os.read(0, 1):
-            return None
-        self._ended()
-        return Failure(ConnectionDone())
+        return None if os.read(0, 1) else Failure(ConnectionDone())
 
     def connectionLost(self, reason: Failure) -> None:
         """
-        There is nothing to close.
+        End the worker: a reactor comes here for what C{doRead} returns, and when it sees the end by itself.
         """
+        self._ended()

@@ -17,6 +17,10 @@ done
 if [ ! -x /usr/bin/docker ]; then
     missing="$missing docker-cli"
 fi
+# systemd's own program that starts a daemon with a socket, as systemd does.
+if [ ! -x /usr/bin/systemd-socket-activate ]; then
+    missing="$missing systemd"
+fi
 [ -n "$missing" ] || exit 0
 
 if [ "$(id -u)" -ne 0 ]; then
