@@ -5,6 +5,7 @@ The composition root: C{twistd ecr-proxy}. Alone meets the environment, the glob
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
 import os
 import socket
@@ -20,7 +21,7 @@ from twisted.application.internet import StreamServerEndpointService
 from twisted.application.service import MultiService
 from twisted.internet.defer import Deferred
 from twisted.internet.endpoints import TCP4ServerEndpoint, TCP6ServerEndpoint, UNIXServerEndpoint, serverFromString
-from twisted.internet.error import CannotListenError
+from twisted.internet.error import CannotListenError, ReactorNotRunning
 from twisted.logger import Logger
 from twisted.names.client import Resolver
 from twisted.protocols.tls import TLSMemoryBIOFactory
@@ -232,8 +233,13 @@ def build_worker(config: Config, post: Post, reactor: Any) -> MultiService:  # n
         part.setServiceParent(service)
     for name, endpoint in _endpoints(config, HandedDown(reactor, post.sockets)):
         Listening(name, endpoint, site).setServiceParent(service)
-    reactor.addReader(StandardInput(reactor.stop))
+    reactor.addReader(StandardInput(partial(_stop, reactor)))
     return service
+
+
+def _stop(reactor: Any) -> None:  # noqa: ANN401
+    with contextlib.suppress(ReactorNotRunning):  # it may be about to end anyway
+        reactor.stop()
 
 
 async def _reasons(tokens: TokenService, store: Store, in_thread: InThread) -> list[str]:
