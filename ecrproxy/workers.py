@@ -202,6 +202,7 @@ class HandedDown:
         """
         port: Any = UNIXPort._fromListeningDescriptor(self._reactor, fd, factory)  # noqa: SLF001 (as the reactor does)
         port._bindPath = b"\0" + port._bindPath  # noqa: SLF001 (no path, as far as Twisted can see)
+        port._shouldShutdown = False  # noqa: SLF001 (the others go on listening, as with adopted TCP ports)
         port.backlog = BACKLOG
         port.startListening()
         return port
