@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
 PIECE: Final = 2**20
 """Bytes moved at once: larger gains nothing, smaller costs processor time."""
-PIECES: Final = 4
-"""Pieces that a client may be sent before the others have their turn."""
 SEAL: Final = (PIECE // 2**14 + 1) * 64
 """Bytes by which sealing lengthens a piece at the most: a record has up to 16 KiB, its frame under 64 bytes."""
 READ_AHEAD: Final = 8 * 2**20
@@ -209,63 +207,43 @@ class SlotSending(Sending):
 
     def resumeProducing(self) -> None:
         """
-        Send what the socket takes.
+        Send what the socket takes, a piece at the most: then others have their turn.
         """
-        self._try(PIECES)
-
-    def _more(self) -> None:
-        if self._over:
-            return
-        if self._caught_up:  # nothing is buffered: what came can go at once, a piece of it to each who follows
-            self._caught_up = False
-            self._try(1)
-        else:
-            self._transport.startWriting()
-
-    def _try(self, pieces: int) -> None:
         if self._over or self._warming or not self._begun:
             return
         try:
-            self._turn(pieces)
+            self._turn()
         except BlockingIOError:
             self._transport.startWriting()
         except (OSError, CutShortError, SSLError):
             self._end(Failure())
 
-    def _turn(self, pieces: int) -> None:
-        for _ in range(pieces):
-            if self._over:
-                return
-            if self._source.failure is not None:
-                self._end(self._source.failure)
-                return
-            if self._source.done:
-                self._end(None)
-                return
-            piece = self._source.piece(PIECE)
-            if piece is None:
-                self._caught_up = True
-                return
-            if not isinstance(piece, bytes) and not self._is_warm(*piece):
-                return
-            if not self._hand_over(piece):
-                break
-        if not self._over:
+    def _more(self) -> None:
+        if self._over:
+            return
+        if self._caught_up:  # nothing is buffered: what came can go at once
+            self._caught_up = False
+            self.resumeProducing()
+        else:
             self._transport.startWriting()
 
-    def _hand_over(self, piece: FilePiece | bytes) -> bool:
-        """
-        Hand a piece to the socket.
+    def _turn(self) -> None:
+        if self._source.failure is not None:
+            self._end(self._source.failure)
+        elif self._source.done:
+            self._end(None)
+        elif (piece := self._source.piece(PIECE)) is None:
+            self._caught_up = True
+        elif isinstance(piece, bytes):
+            self._handed_over(self._send_bytes(piece))
+        elif self._is_warm(*piece):
+            self._handed_over(self._send_file(*piece))
 
-        @return: whether it took all.
-        """
-        if isinstance(piece, bytes):
-            wanted, (count, room) = len(piece), self._send_bytes(piece)
-        else:
-            wanted, (count, room) = piece[2], self._send_file(*piece)
+    def _handed_over(self, count: int) -> None:
         self._request.sentLength += count
         self._source.sent(count)
-        return room and count == wanted
+        if not self._over:
+            self._transport.startWriting()
 
     def _is_warm(self, fd: int, offset: int, count: int) -> bool:
         """
@@ -307,15 +285,15 @@ class SlotSending(Sending):
     def _give_slot_back(self) -> None:
         self._transport.registerProducer(self._channel, True)  # noqa: FBT003
 
-    def _send_bytes(self, data: bytes) -> tuple[int, bool]:
+    def _send_bytes(self, data: bytes) -> int:
         """
-        Send bytes; tells how many, and whether the socket may take more.
+        Send bytes; tells how many.
         """
         raise NotImplementedError
 
-    def _send_file(self, fd: int, offset: int, count: int) -> tuple[int, bool]:
+    def _send_file(self, fd: int, offset: int, count: int) -> int:
         """
-        Send bytes of a file; tells how many, and whether the socket may take more.
+        Send bytes of a file; tells how many.
         """
         raise NotImplementedError
 
@@ -325,15 +303,15 @@ class KernelSending(SlotSending):
     Have the kernel move the bytes from file to socket: sendfile(2).
     """
 
-    def _send_bytes(self, data: bytes) -> tuple[int, bool]:
+    def _send_bytes(self, data: bytes) -> int:
         self._transport.write(data)
-        return len(data), False
+        return len(data)
 
-    def _send_file(self, fd: int, offset: int, count: int) -> tuple[int, bool]:
+    def _send_file(self, fd: int, offset: int, count: int) -> int:
         sent = os.sendfile(self._transport.fileno(), fd, offset, count)
         if not sent:
             raise CutShortError(_CUT)
-        return sent, True
+        return sent
 
 
 class SealedSending(SlotSending):
@@ -357,16 +335,16 @@ class SealedSending(SlotSending):
     def _give_slot_back(self) -> None:
         self._tls.registerProducer(self._channel, True)  # noqa: FBT003
 
-    def _send_bytes(self, data: bytes) -> tuple[int, bool]:
+    def _send_bytes(self, data: bytes) -> int:
         return self._seal(memoryview(data))
 
-    def _send_file(self, fd: int, offset: int, count: int) -> tuple[int, bool]:
+    def _send_file(self, fd: int, offset: int, count: int) -> int:
         read = os.preadv(fd, [memoryview(self._scratch)[:count]], offset)
         if not read:
             raise CutShortError(_CUT)
         return self._seal(memoryview(self._scratch)[:read])
 
-    def _seal(self, data: memoryview) -> tuple[int, bool]:
+    def _seal(self, data: memoryview) -> int:
         connection = self._tls._tlsConnection  # noqa: SLF001
         size, left = len(data), data
         while left:  # OpenSSL takes a record at a time
@@ -378,4 +356,4 @@ class SealedSending(SlotSending):
             sent = 0
         if sent < len(sealed):
             self._transport.write(sealed[sent:])
-        return size, sent == len(sealed)
+        return size

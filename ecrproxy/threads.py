@@ -18,7 +18,7 @@ from twisted.python.failure import Failure
 from twisted.python.threadpool import ThreadPool
 
 log = Logger()
-_NICE = 5
+_NICE = 10
 T = TypeVar("T")
 
 
