@@ -8,6 +8,7 @@ import atexit
 import contextlib
 import gc
 import os
+import shutil
 import socket
 import sys
 import tempfile
@@ -198,7 +199,9 @@ def build(
     for each in listening:
         each.setServiceParent(service)
     if several:
-        path = str(Path(tempfile.mkdtemp(prefix="ecrproxy-")) / "first")
+        folder = tempfile.mkdtemp(prefix="ecrproxy-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        path = str(Path(folder) / "first")
         inner = make_site(
             InnerRegistry(pull_through, *shape), ready, reactor, logged=False, others={USED: Used(store.ledger)}
         )
