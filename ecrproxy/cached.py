@@ -170,12 +170,8 @@ class Cache:
         return known, self.store.open(asked.digest, known.size if known else None)
 
     def _known(self, asked: Asked, look: Callable[[str, Route], Entry | None]) -> Descriptor | None:
-        for name in (asked.entry, _fact_name(asked.route)):
-            entry = look(name, asked.route)
-            confirmed = entry.answers.get(ANY) if entry else None
-            if confirmed is not None and confirmed.descriptor.digest == asked.digest:
-                return confirmed.descriptor
-        return None
+        # The fact is named only when the entry says nothing: naming is a hash, and hits from memory are many.
+        return _said(asked, look(asked.entry, asked.route)) or _said(asked, look(_fact_name(asked.route), asked.route))
 
     def look_up_manifest(self, asked: Asked) -> tuple[Descriptor | None, bytes | None]:
         """
@@ -414,6 +410,14 @@ class Cache:
             log.error("Can't write an entry to the cache: {problem}", problem=problem)
         finally:
             self._room.release(_ENTRY_BYTES)
+
+
+def _said(asked: Asked, entry: Entry | None) -> Descriptor | None:
+    """
+    Tell what an entry says of the digest that was asked for.
+    """
+    confirmed = entry.answers.get(ANY) if entry else None
+    return confirmed.descriptor if confirmed is not None and confirmed.descriptor.digest == asked.digest else None
 
 
 def _fact_name(route: Route) -> str:

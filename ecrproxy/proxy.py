@@ -5,7 +5,7 @@ Rules:
 
 - What is named by its digest is asked of ECR once for each repository, and never again while it is in the cache.
 - Content is shared, permission is not. A repository gets what another brought in only after ECR has said
-  that this one holds it too, or a cached manifest of this one lists it (a I{fact}, see C{_learn}).
+  that this one holds it too, or a cached manifest of this one lists it (a I{fact}, see L{cached}).
 - A tag is asked for each time, or once its time to live is over: one question for all who ask at once.
   When ECR can't be asked, the last answer holds.
 - Look, then register the flight, with no await between: between two awaits nobody else runs.
