@@ -1,5 +1,5 @@
 """
-The composition root: C{twistd ecr-proxy}. Alone meets the environment, the global reactor and sockets.
+The composition root: C{twistd ecr-proxy}. Alone meets the environment and the global reactor.
 """
 
 from __future__ import annotations
@@ -9,23 +9,19 @@ import contextlib
 import gc
 import os
 import shutil
-import socket
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar, cast
+from typing import Any, Final, NoReturn, TypeVar
 
-from twisted.application.internet import StreamServerEndpointService
 from twisted.application.service import MultiService
-from twisted.internet.defer import Deferred
-from twisted.internet.endpoints import TCP4ServerEndpoint, TCP6ServerEndpoint, UNIXServerEndpoint, serverFromString
-from twisted.internet.error import CannotListenError, ReactorNotRunning
+from twisted.internet.endpoints import UNIXServerEndpoint
+from twisted.internet.error import ReactorNotRunning
 from twisted.logger import Logger
 from twisted.names.client import Resolver
-from twisted.protocols.tls import TLSMemoryBIOFactory
 from twisted.python import usage
 from twisted.web.client import Agent, HTTPConnectionPool, _HTTP11ClientFactory
 
@@ -36,6 +32,7 @@ from ecrproxy.ecr import CredentialsError, Token, TokenService, fetch_token
 from ecrproxy.inflow import Lanes
 from ecrproxy.janitor import Janitor
 from ecrproxy.ledger import Notes
+from ecrproxy.listening import Listening, endpoints
 from ecrproxy.metrics import LoopStall
 from ecrproxy.proxy import PullThrough
 from ecrproxy.relay import USED, FirstProcess, InnerRegistry, NoRoom, Relay, Teller, Used, WorkerRegistry
@@ -43,13 +40,9 @@ from ecrproxy.resolver import ChosenServers, hosts_names
 from ecrproxy.site import make_site
 from ecrproxy.store import Store
 from ecrproxy.threads import InThread, Threads, call_unowned
-from ecrproxy.tls import Certificate, CertificateError
 from ecrproxy.upstream import Upstream
 from ecrproxy.web import Ready, Registry
-from ecrproxy.workers import BACKLOG, HandedDown, Post, StandardInput, Workers
-
-if TYPE_CHECKING:
-    from twisted.internet.interfaces import IListeningPort, IStreamServerEndpoint
+from ecrproxy.workers import HandedDown, Post, StandardInput, Workers
 
 log = Logger()
 T = TypeVar("T")
@@ -153,16 +146,29 @@ def makeService(options: Options) -> MultiService:
     """
     Build the daemon.
     """
-    try:
-        config = Config.load(options.flags(), os.environ)
-    except ConfigError as problem:
-        _die(str(problem))
     from twisted.internet import reactor  # noqa: PLC0415 (twistd may have chosen another before)
 
-    post = Post.from_environ(os.environ)
-    if post is not None:
-        return build_worker(config, post, reactor)
-    return build(config, reactor, _abandon, options.arguments())
+    try:
+        config = Config.load(options.flags(), os.environ)
+        post = Post.from_environ(os.environ)
+        if post is not None:
+            return build_worker(config, post, reactor)
+        return build(config, reactor, _abandon, options.arguments())
+    except ConfigError as problem:
+        _die(str(problem))
+
+
+class Daemon(MultiService):
+    """
+    All parts of the daemon. What keeps it from listening is one line.
+    """
+
+    def privilegedStartService(self) -> None:  # noqa: D102
+        try:
+            super().privilegedStartService()
+        except ConfigError as problem:
+            log.critical("{problem}", problem=problem)
+            _die(str(problem))
 
 
 def build(
@@ -177,7 +183,7 @@ def build(
     @param refused: told of credentials that AWS refuses for good.
     @param arguments: the flags that workers are to be started with.
     """
-    service = MultiService()
+    service = Daemon()
     disk = Threads(DISK_THREADS, reactor)
     store = _prepared(Store(Path(config.cache_dir), time.time))
     janitor = Janitor(store, config.cache_limit, disk.call)
@@ -195,7 +201,7 @@ def build(
     for part in (disk, janitor, tokens, LoopStall(reactor, time.monotonic)):
         part.setServiceParent(service)
     several = config.worker_processes > 1
-    listening = [Listening(name, endpoint, site, accepts=not several) for name, endpoint in _endpoints(config, reactor)]
+    listening = [Listening(name, endpoint, site, accepts=not several) for name, endpoint in endpoints(config, reactor)]
     for each in listening:
         each.setServiceParent(service)
     if several:
@@ -224,7 +230,7 @@ def build_worker(config: Config, post: Post, reactor: Any) -> MultiService:  # n
     """
     Wire a worker's parts.
     """
-    service = MultiService()
+    service = Daemon()
     disk = Threads(DISK_THREADS, reactor)
     notes = Notes()
     cache = Cache(Store(Path(config.cache_dir), time.time, notes), NoRoom(), disk.call, time.time)
@@ -234,7 +240,7 @@ def build_worker(config: Config, post: Post, reactor: Any) -> MultiService:  # n
     site = make_site(registry, relay, reactor)
     for part in (disk, Teller(first, notes.take, reactor)):
         part.setServiceParent(service)
-    for name, endpoint in _endpoints(config, HandedDown(reactor, post.sockets)):
+    for name, endpoint in endpoints(config, HandedDown(reactor, post.sockets)):
         Listening(name, endpoint, site).setServiceParent(service)
     reactor.addReader(StandardInput(partial(_stop, reactor)))
     return service
@@ -257,62 +263,14 @@ async def _reasons(tokens: TokenService, store: Store, in_thread: InThread) -> l
     return found
 
 
-class Listening(StreamServerEndpointService):
-    """
-    Listens from the start, or there is no start.
-
-    @param name: what the operator knows the endpoint by.
-    @param accepts: whether this process accepts connections; if not, its workers do.
-    """
-
-    _raiseSynchronously = True
-
-    def __init__(
-        self,
-        name: str,
-        endpoint: IStreamServerEndpoint,
-        site: Any,  # noqa: ANN401
-        *,
-        accepts: bool = True,
-    ) -> None:
-        super().__init__(endpoint, site)
-        self._name, self._accepts = name, accepts
-        self._port: Any = None
-
-    def fileno(self) -> int:
-        """
-        Hand out the socket.
-        """
-        number: int = self._port.fileno()
-        return number
-
-    def _bound(self, port: Any) -> Any:  # noqa: ANN401
-        self._port = port
-        if not self._accepts:
-            port.stopReading()
-        return port
-
-    def privilegedStartService(self) -> None:  # noqa: D102
-        try:
-            super().privilegedStartService()
-            cast("Deferred[Any]", self._waitingForPort).addCallback(self._bound)
-        except CannotListenError as problem:
-            why = getattr(problem.socketError, "strerror", None) or problem.socketError
-            self._give_up(f"can't listen there: {why}; give another, or end what uses it")
-        except (OSError, ValueError, LookupError) as problem:
-            self._give_up(f"can't listen there: {problem}")
-
-    def _give_up(self, why: str) -> NoReturn:
-        log.critical("{name}: {why}", name=self._name, why=why)
-        _die(f"{self._name}: {why}")
-
-
 def _prepared(store: Store) -> Store:
     try:
         store.prepare()
         store.sweep()
     except OSError as problem:
-        _die(f"PROXY_CACHE_DIR={str(store.root)!r}: can't be written: {problem.strerror}; give a directory that can")
+        raise ConfigError(
+            f"PROXY_CACHE_DIR={str(store.root)!r}: can't be written: {problem.strerror}; give a directory that can"
+        ) from problem
     return store
 
 
@@ -344,55 +302,6 @@ def _install_resolver(config: Config, reactor: Any) -> None:  # noqa: ANN401
         local = []
     servers = Resolver(servers=list(config.dns_resolver), reactor=reactor)
     reactor.installNameResolver(ChosenServers(servers, reactor.nameResolver, local, reactor))
-
-
-def _endpoints(config: Config, reactor: Any) -> list[tuple[str, Any]]:  # noqa: ANN401
-    if config.listen:
-        return [(f"PROXY_LISTEN={text!r}", _described(text, reactor)) for text in config.listen]
-    every = "::" if socket.has_dualstack_ipv6() else "0.0.0.0"  # noqa: S104 (a proxy for other machines)
-    kind = TCP6ServerEndpoint if every == "::" else TCP4ServerEndpoint
-    endpoint: Any = kind(reactor, config.port, backlog=BACKLOG, interface=every)
-    if config.ssl_key is not None and config.ssl_certificate is not None:
-        endpoint = SecureEndpoint(endpoint, _certificate(config.ssl_key, config.ssl_certificate))
-    return [(f"PROXY_PORT={config.port}", endpoint)]
-
-
-def _described(text: str, reactor: Any) -> Any:  # noqa: ANN401
-    if isinstance(reactor, HandedDown) and text.startswith("systemd:"):
-        return reactor  # systemd handed its sockets to the first process alone
-    try:
-        return serverFromString(reactor, text)
-    except Exception as problem:  # noqa: BLE001 (each kind of endpoint has errors of its own)
-        _die(
-            f"PROXY_LISTEN={text!r}: {str(problem) or type(problem).__name__}; give an endpoint string such as tcp:5000"
-        )
-
-
-def _certificate(key: str, certificate: str) -> Certificate:
-    try:
-        return Certificate(key, certificate)
-    except CertificateError as problem:
-        blamed = {"key": f"PROXY_SSL_KEY={key!r}", "certificate": f"PROXY_SSL_CERTIFICATE={certificate!r}"}
-        both = f"PROXY_SSL_KEY={key!r}, PROXY_SSL_CERTIFICATE={certificate!r}"
-        _die(f"{blamed.get(problem.what, both)}: {problem.why}; give PEM files that belong together")
-
-
-class SecureEndpoint:
-    """
-    TLS on top of another endpoint.
-    """
-
-    def __init__(self, endpoint: Any, certificate: Certificate) -> None:  # noqa: ANN401
-        self._endpoint, self._certificate = endpoint, certificate
-
-    def listen(self, protocolFactory: Any) -> Deferred[IListeningPort]:  # noqa: ANN401
-        """
-        Listen, and speak TLS.
-        """
-        listening: Deferred[IListeningPort] = self._endpoint.listen(
-            TLSMemoryBIOFactory(self._certificate, isClient=False, wrappedFactory=protocolFactory)
-        )
-        return listening
 
 
 def _abandon(problem: CredentialsError) -> None:

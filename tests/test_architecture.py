@@ -33,6 +33,7 @@ ARROWS: dict[str, set[str]] = {
     "site": {"access_log", "channel", "web"},
     "relay": {"bucket", "cache_key", "cached", "ledger", "oci", "threads", "web"},
     "janitor": {"store", "threads"},
+    "listening": {"config", "tls", "workers"},
 }
 TYPES_ONLY = {("download", "oci"), ("sources", "store"), ("janitor", "store"), ("janitor", "threads")}
 # what is the business of some modules alone

@@ -1,0 +1,124 @@
+"""
+What the daemon listens on: made from the settings, and bound before anything else begins.
+"""
+
+from __future__ import annotations
+
+import socket
+from typing import TYPE_CHECKING, Any, cast
+
+from twisted.application.internet import StreamServerEndpointService
+from twisted.internet.defer import Deferred
+from twisted.internet.endpoints import TCP4ServerEndpoint, TCP6ServerEndpoint, serverFromString
+from twisted.internet.error import CannotListenError
+from twisted.protocols.tls import TLSMemoryBIOFactory
+
+from ecrproxy.config import Config, ConfigError
+from ecrproxy.tls import Certificate, CertificateError
+from ecrproxy.workers import BACKLOG, HandedDown
+
+if TYPE_CHECKING:
+    from twisted.internet.interfaces import IListeningPort, IStreamServerEndpoint
+
+
+class Listening(StreamServerEndpointService):
+    """
+    Listens from the start, or there is no start.
+
+    @param name: what the operator knows the endpoint by.
+    @param accepts: whether this process accepts connections; if not, its workers do.
+    """
+
+    _raiseSynchronously = True
+
+    def __init__(
+        self,
+        name: str,
+        endpoint: IStreamServerEndpoint,
+        site: Any,  # noqa: ANN401
+        *,
+        accepts: bool = True,
+    ) -> None:
+        super().__init__(endpoint, site)
+        self._name, self._accepts = name, accepts
+        self._port: Any = None
+
+    def fileno(self) -> int:
+        """
+        Hand out the socket.
+        """
+        number: int = self._port.fileno()
+        return number
+
+    def _bound(self, port: Any) -> Any:  # noqa: ANN401
+        self._port = port
+        if not self._accepts:
+            port.stopReading()
+        return port
+
+    def privilegedStartService(self) -> None:  # noqa: D102
+        try:
+            super().privilegedStartService()
+            cast("Deferred[Any]", self._waitingForPort).addCallback(self._bound)
+        except CannotListenError as problem:
+            why = getattr(problem.socketError, "strerror", None) or problem.socketError
+            raise ConfigError(
+                f"{self._name}: can't listen there: {why}; give another, or end what uses it"
+            ) from problem
+        except (OSError, ValueError, LookupError) as problem:
+            raise ConfigError(f"{self._name}: can't listen there: {problem}") from problem
+
+
+class SecureEndpoint:
+    """
+    TLS on top of another endpoint.
+    """
+
+    def __init__(self, endpoint: Any, certificate: Certificate) -> None:  # noqa: ANN401
+        self._endpoint, self._certificate = endpoint, certificate
+
+    def listen(self, protocolFactory: Any) -> Deferred[IListeningPort]:  # noqa: ANN401
+        """
+        Listen, and speak TLS.
+        """
+        listening: Deferred[IListeningPort] = self._endpoint.listen(
+            TLSMemoryBIOFactory(self._certificate, isClient=False, wrappedFactory=protocolFactory)
+        )
+        return listening
+
+
+def endpoints(config: Config, reactor: Any) -> list[tuple[str, Any]]:  # noqa: ANN401
+    """
+    Make what the settings say to listen on, each with the name that the operator knows it by.
+
+    @raise ConfigError: if one can't be.
+    """
+    if config.listen:
+        return [(f"PROXY_LISTEN={text!r}", _described(text, reactor)) for text in config.listen]
+    every = "::" if socket.has_dualstack_ipv6() else "0.0.0.0"  # noqa: S104 (a proxy for other machines)
+    kind = TCP6ServerEndpoint if every == "::" else TCP4ServerEndpoint
+    endpoint: Any = kind(reactor, config.port, backlog=BACKLOG, interface=every)
+    if config.ssl_key is not None and config.ssl_certificate is not None:
+        endpoint = SecureEndpoint(endpoint, _certificate(config.ssl_key, config.ssl_certificate))
+    return [(f"PROXY_PORT={config.port}", endpoint)]
+
+
+def _described(text: str, reactor: Any) -> Any:  # noqa: ANN401
+    if isinstance(reactor, HandedDown) and text.startswith("systemd:"):
+        return reactor  # systemd handed its sockets to the first process alone
+    try:
+        return serverFromString(reactor, text)
+    except Exception as problem:
+        why = str(problem) or type(problem).__name__
+        raise ConfigError(f"PROXY_LISTEN={text!r}: {why}; give an endpoint string such as tcp:5000") from problem
+
+
+def _certificate(key: str, certificate: str) -> Certificate:
+    try:
+        return Certificate(key, certificate)
+    except CertificateError as problem:
+        blamed = {"key": f"PROXY_SSL_KEY={key!r}", "certificate": f"PROXY_SSL_CERTIFICATE={certificate!r}"}
+        both = f"PROXY_SSL_KEY={key!r}, PROXY_SSL_CERTIFICATE={certificate!r}"
+        raise ConfigError(
+            f"{blamed.get(problem.what, both)}: {problem.why}; give PEM files that belong together"
+        ) from problem
