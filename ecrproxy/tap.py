@@ -27,7 +27,7 @@ from twisted.web.client import Agent, HTTPConnectionPool, _HTTP11ClientFactory
 
 from ecrproxy import __version__
 from ecrproxy.cached import Cache
-from ecrproxy.config import SETTINGS, Config, ConfigError, Setting, parse_flag
+from ecrproxy.config import SETTINGS, Config, ConfigError, Setting
 from ecrproxy.ecr import CredentialsError, Token, TokenService, fetch_token
 from ecrproxy.inflow import Lanes
 from ecrproxy.janitor import Janitor
@@ -41,6 +41,7 @@ from ecrproxy.site import make_site
 from ecrproxy.store import Store
 from ecrproxy.threads import InThread, Threads, call_unowned
 from ecrproxy.upstream import Upstream
+from ecrproxy.values import parse_flag
 from ecrproxy.web import Ready, Registry
 from ecrproxy.workers import HandedDown, Post, StandardInput, Workers
 

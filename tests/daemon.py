@@ -39,7 +39,6 @@ from zope.interface import alsoProvides, implementer
 
 from ecrproxy.cache_key import CacheKey
 from ecrproxy.cached import Cache
-from ecrproxy.config import parse_pattern
 from ecrproxy.ecr import Token, TokenService
 from ecrproxy.inflow import Lanes
 from ecrproxy.janitor import Janitor
@@ -49,6 +48,7 @@ from ecrproxy.site import make_site
 from ecrproxy.store import Store
 from ecrproxy.threads import InThread
 from ecrproxy.upstream import Upstream
+from ecrproxy.values import parse_pattern
 from ecrproxy.web import Ready, Registry
 from tests.registry import StandIn
 from tests.registry_server import QuietSite, noise

@@ -19,7 +19,7 @@ OURS = "ecrproxy."
 # module: what of ours it may import; what is not here may import nothing of ours.
 ARROWS: dict[str, set[str]] = {
     "cache_key": {"oci"},
-    "config": {"cache_key"},
+    "config": {"cache_key", "values"},
     "entries": {"oci"},
     "store": {"entries", "ledger", "oci"},
     "sources": {"store"},

@@ -14,13 +14,13 @@ from twisted.web.server import Request
 
 from ecrproxy.cache_key import CacheKey
 from ecrproxy.cached import Cache
-from ecrproxy.config import parse_pattern
 from ecrproxy.entries import entry_name
 from ecrproxy.ledger import Notes
 from ecrproxy.oci import parse_route
 from ecrproxy.relay import KEY, TELL_SECONDS, USED, InnerRegistry, NoRoom, Relay, Teller, Used, WorkerRegistry
 from ecrproxy.site import make_site
 from ecrproxy.store import Store
+from ecrproxy.values import parse_pattern
 from ecrproxy.web import Ready
 from tests.daemon import BUFFER, MIB, Daemon, DaemonTestCase, End, Network, Reply, at_once, noise
 
