@@ -29,6 +29,7 @@ from ecrproxy import __version__
 from ecrproxy.cached import Cache
 from ecrproxy.config import SETTINGS, Config, ConfigError, Setting
 from ecrproxy.ecr import CredentialsError, Token, TokenService, fetch_token
+from ecrproxy.endpoint import Endpoint
 from ecrproxy.inflow import Lanes
 from ecrproxy.janitor import Janitor
 from ecrproxy.ledger import Notes
@@ -43,6 +44,7 @@ from ecrproxy.threads import InThread, Threads, call_unowned
 from ecrproxy.upstream import Upstream
 from ecrproxy.values import parse_flag
 from ecrproxy.web import Ready, Registry
+from ecrproxy.wire import Wire
 from ecrproxy.workers import HandedDown, Post, StandardInput, Workers
 
 log = Logger()
@@ -189,7 +191,8 @@ def build(
     store = _prepared(Store(Path(config.cache_dir), time.time))
     janitor = Janitor(store, config.cache_limit, disk.call)
     tokens = TokenService(lambda: call_unowned(reactor, lambda: _fetch(config)), reactor, refused)
-    upstream = Upstream(config.ecr_endpoint, _agent(reactor), tokens, reactor)
+    wire = Wire(_agent(reactor), reactor)
+    upstream = Upstream(Endpoint(config.ecr_endpoint, wire, tokens), wire)
     lanes = Lanes(config.blob_connections, config.bucket_connections)
     cache = Cache(store, janitor, disk.call, time.time)
     pull_through = PullThrough(

@@ -40,6 +40,7 @@ from zope.interface import alsoProvides, implementer
 from ecrproxy.cache_key import CacheKey
 from ecrproxy.cached import Cache
 from ecrproxy.ecr import Token, TokenService
+from ecrproxy.endpoint import Endpoint
 from ecrproxy.inflow import Lanes
 from ecrproxy.janitor import Janitor
 from ecrproxy.oci import Digest
@@ -50,6 +51,7 @@ from ecrproxy.threads import InThread
 from ecrproxy.upstream import Upstream
 from ecrproxy.values import parse_pattern
 from ecrproxy.web import Ready, Registry
+from ecrproxy.wire import Wire
 from tests.registry import StandIn
 from tests.registry_server import QuietSite, noise
 
@@ -403,7 +405,8 @@ class Daemon:
         self.store.sweep()
         self.janitor = Janitor(self.store, limit, in_thread)
         self.tokens = TokenService(fetch or self._issue, clock, chance=lambda: 0.5)
-        self.upstream = Upstream(standin.registry, self.back.agent(persistent=True), self.tokens, clock)
+        wire = Wire(self.back.agent(persistent=True), clock)
+        self.upstream = Upstream(Endpoint(standin.registry, wire, self.tokens), wire)
         self.lanes = lanes or Lanes()
         self.cache = Cache(self.store, self.janitor, in_thread, clock.seconds)
         self.pull_through = PullThrough(

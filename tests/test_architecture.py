@@ -25,7 +25,10 @@ ARROWS: dict[str, set[str]] = {
     "sources": {"store"},
     "download": {"inflow", "sources", "store", "threads", "oci"},
     "bucket": {"oci"},
-    "upstream": {"bucket", "ecr", "oci"},
+    "wire": {"bucket", "oci"},
+    "refusals": {"bucket", "oci"},
+    "endpoint": {"bucket", "ecr", "oci", "refusals", "wire"},
+    "upstream": {"bucket", "endpoint", "oci", "wire"},
     "sending": {"sources", "threads"},
     "cached": {"download", "entries", "memory", "oci", "store", "threads"},
     "proxy": {"bucket", "cached", "download", "entries", "flights", "inflow", "oci", "threads", "upstream"},
@@ -38,7 +41,7 @@ ARROWS: dict[str, set[str]] = {
 TYPES_ONLY = {("download", "oci"), ("sources", "store"), ("janitor", "store"), ("janitor", "threads")}
 # what is the business of some modules alone
 RESERVED = {
-    "treq": {"upstream"},
+    "treq": {"wire"},
     "botocore": {"ecr"},
     "twisted.web.resource": {"web", "site", "relay"},
     "twisted.internet.reactor": {"tap"},
@@ -163,7 +166,7 @@ class ArchitectureTests(SynchronousTestCase):
 
     def test_each_large_dependency_is_met_in_one_place(self) -> None:
         """
-        Only upstream speaks treq, only ecr botocore, only web, site and relay resources, only tap the global reactor.
+        Only wire speaks treq, only ecr botocore, only web, site and relay resources, only tap the global reactor.
         """
         wrong = {
             f"{name} imports {each}"

@@ -16,7 +16,8 @@ from twisted.web.client import ResponseFailed
 
 from ecrproxy.bucket import UnavailableError, describe
 from ecrproxy.oci import Digest, RegistryError, Route, parse_route
-from ecrproxy.upstream import PlainAgent, upstream_query
+from ecrproxy.upstream import upstream_query
+from ecrproxy.wire import PlainAgent
 from tests.daemon import MIB, Daemon, DaemonTestCase, noise
 from tests.registry import StandIn, digest_of
 from tests.registry_content import OCI_MANIFEST
