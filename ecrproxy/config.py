@@ -70,7 +70,8 @@ class Setting:
         try:
             return self.parse(text)
         except ValueError as problem:
-            raise ConfigError(f"{source}={text[:200]!r}: {problem}") from None
+            line = " ".join(str(problem).split())  # re's own words hold what was given, line ends included
+            raise ConfigError(f"{source}={text[:200]!r}: {line}") from None
 
 
 SETTINGS: Final[Sequence[Setting]] = (

@@ -4,7 +4,7 @@ How many bytes the cache directory holds, and in which order they were used.
 
 from __future__ import annotations
 
-import contextlib
+import re
 import threading
 from array import array
 from collections import Counter, OrderedDict
@@ -76,10 +76,8 @@ def packed(path: str) -> bytes | None:
     """
     for mark, folder in _FOLDERS.items():
         if path.startswith(folder):
-            prefix, _, digits = path[len(folder) :].partition("/")
-            if len(digits) == 2 * (PACKED - 1) and digits.startswith(prefix) and len(prefix) == 2:  # noqa: PLR2004
-                with contextlib.suppress(ValueError):
-                    return mark + bytes.fromhex(digits)
+            found = _FILE.fullmatch(path, len(folder))
+            return mark + bytes.fromhex(found[2]) if found else None
     return None
 
 
@@ -91,6 +89,8 @@ def unpacked(name: bytes) -> str:
     return f"{_FOLDERS[name[:1]]}{digits[:2]}/{digits}"
 
 
+# fromhex() by itself would take capitals and blanks, and give another name or a shorter one.
+_FILE: Final = re.compile(r"([0-9a-f]{2})/(\1[0-9a-f]{62})")
 _FOLDERS: Final = {b"\0": "content/sha256/", b"\1": "entries/"}
 
 

@@ -11,11 +11,11 @@ from typing import Final
 from urllib.parse import urlsplit
 
 _UNITS: Final = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
-_SIZE = re.compile(r"(\d{1,18})\s*(?:([kmgt])(?:i?b)?|b)?", re.IGNORECASE)
+_SIZE = re.compile(r"([0-9]{1,18})\s*(?:([kmgt])(?:i?b)?|b)?", re.IGNORECASE | re.ASCII)
 _HOST = re.compile(r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?(?:\.[a-z0-9](?:[a-z0-9-]*[a-z0-9])?)*", re.IGNORECASE)
-_REGION = re.compile(r"[a-z]{2,}(?:-[a-z]+)+-\d+")
+_REGION = re.compile(r"[a-z]{2,}(?:-[a-z]+)+-[0-9]+")
 # 123456789012.dkr.ecr.REGION.amazonaws.com, -fips, .cn, .eu, dual-stack dkr-ecr.REGION.on.aws: field notes C11.
-_ECR_HOST = re.compile(r"\d{12}\.dkr[.-]ecr(?:-fips)?\.([a-z0-9-]+)\..+")
+_ECR_HOST = re.compile(r"[0-9]{12}\.dkr[.-]ecr(?:-fips)?\.([a-z0-9-]+)\..+")
 _PORTS = 65535
 _DNS_PORT = 53
 
@@ -114,7 +114,7 @@ def parse_resolver(text: str) -> tuple[Server, ...] | None:
 
 
 def _server(word: str) -> Server:
-    found = re.fullmatch(r"\[([^]]+)\](?::(\d{1,5}))?|([^:]+)(?::(\d{1,5}))?", word)
+    found = re.fullmatch(r"\[([^]]+)\](?::([0-9]{1,5}))?|([^:]+)(?::([0-9]{1,5}))?", word)
     address, port = (found[1] or found[3], found[2] or found[4]) if found else (word, None)
     number = int(port) if port else _DNS_PORT
     if not _is_address(address) or not 0 < number <= _PORTS:
@@ -126,7 +126,7 @@ def parse_port(text: str) -> int:
     """
     Read a TCP port.
     """
-    if not re.fullmatch(r"\d{1,5}", text) or not 0 < int(text) <= _PORTS:
+    if not re.fullmatch(r"[0-9]{1,5}", text) or not 0 < int(text) <= _PORTS:
         raise ValueError("not a port; give a number from 1 to 65535")
     return int(text)
 
@@ -135,7 +135,7 @@ def parse_connections(text: str) -> int:
     """
     Read how many connections there may be.
     """
-    if not re.fullmatch(r"\d{1,4}", text) or not int(text):
+    if not re.fullmatch(r"[0-9]{1,4}", text) or not int(text):
         raise ValueError("not a number of connections; give 1 or more")
     return int(text)
 
@@ -146,7 +146,7 @@ def parse_workers(text: str) -> int:
     """
     if text == "auto":
         return len(os.sched_getaffinity(0))
-    if not re.fullmatch(r"\d{1,3}", text) or not int(text):
+    if not re.fullmatch(r"[0-9]{1,3}", text) or not int(text):
         raise ValueError("not a number of processes; give 1 or more, or auto")
     return int(text)
 
@@ -155,7 +155,7 @@ def parse_seconds(text: str) -> float:
     """
     Read a time that is not negative.
     """
-    if not re.fullmatch(r"\d{1,9}(\.\d+)?", text):
+    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]+)?", text):
         raise ValueError("not a number of seconds; give 0 or more")
     return float(text)
 

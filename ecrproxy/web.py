@@ -40,7 +40,7 @@ HSTS: Final = "max-age=31536000"
 # The nginx proxy adds its headers where nginx's add_header does without C{always}.
 _DECORATED: Final = frozenset({200, 201, 204, 206, 301, 302, 303, 304, 307, 308})
 _ENDLESS: Final = 2**62
-_RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
+_RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
 
 
 def parse_range(header: str | None, size: int) -> tuple[int, int] | None:
