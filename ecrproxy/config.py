@@ -9,10 +9,11 @@ found by C{tap}.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
+
+import regex
 
 from ecrproxy.cache_key import CacheKey
 from ecrproxy.values import (
@@ -177,7 +178,7 @@ class Config:
     cache_limit: int
     cache_dir: str
     dns_resolver: tuple[Server, ...] | None
-    namespace_pattern: re.Pattern[str]
+    namespace_pattern: regex.Pattern[str]
     port: int
     ssl_key: str | None
     ssl_certificate: str | None

@@ -10,7 +10,6 @@ that one client waits for is brought once, whichever workers the others came to.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
@@ -34,6 +33,7 @@ from ecrproxy.bucket import UnavailableError
 from ecrproxy.cache_key import CacheKey
 from ecrproxy.cached import Asked, Cache
 from ecrproxy.ledger import Ledger
+from ecrproxy.namespaces import Namespaces
 from ecrproxy.oci import Kind, Route
 from ecrproxy.threads import InThread
 from ecrproxy.web import Answering, Door, Registry, begin
@@ -191,7 +191,7 @@ class WorkerRegistry(Door):
         cache: Cache,
         tag_ttl: float,
         relay: Relay,
-        namespaces: re.Pattern[str],
+        namespaces: Namespaces,
         cache_key: CacheKey,
         in_thread: InThread,
     ) -> None:

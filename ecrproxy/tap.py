@@ -35,6 +35,7 @@ from ecrproxy.janitor import Janitor
 from ecrproxy.ledger import Notes
 from ecrproxy.listening import Listening, endpoints
 from ecrproxy.metrics import LoopStall
+from ecrproxy.namespaces import Namespaces
 from ecrproxy.proxy import PullThrough
 from ecrproxy.relay import USED, FirstProcess, InnerRegistry, NoRoom, Relay, Teller, Used, WorkerRegistry
 from ecrproxy.resolver import ChosenServers, hosts_names
@@ -199,10 +200,11 @@ def build(
         upstream, cache, disk.call, time.time, tag_ttl=config.tag_ttl, lanes=lanes, read_ahead=config.read_ahead
     )
     ready = Ready(partial(_reasons, tokens, store, disk.call))
-    shape = (config.namespace_pattern, config.cache_key, disk.call)
+    judging = Threads(1, reactor)
+    shape = (Namespaces(config.namespace_pattern, judging.call), config.cache_key, disk.call)
     site = make_site(Registry(pull_through, *shape), ready, reactor)
     _install_resolver(config, reactor)
-    for part in (disk, janitor, tokens, LoopStall(reactor, time.monotonic)):
+    for part in (disk, judging, janitor, tokens, LoopStall(reactor, time.monotonic)):
         part.setServiceParent(service)
     several = config.worker_processes > 1
     listening = [Listening(name, endpoint, site, accepts=not several) for name, endpoint in endpoints(config, reactor)]
@@ -240,9 +242,11 @@ def build_worker(config: Config, post: Post, reactor: Any) -> MultiService:  # n
     cache = Cache(Store(Path(config.cache_dir), time.time, notes), NoRoom(), disk.call, time.time)
     first = Agent.usingEndpointFactory(reactor, FirstProcess(reactor, post.path), _pool(reactor))
     relay = Relay(first)
-    registry = WorkerRegistry(cache, config.tag_ttl, relay, config.namespace_pattern, config.cache_key, disk.call)
+    judging = Threads(1, reactor)
+    namespaces = Namespaces(config.namespace_pattern, judging.call)
+    registry = WorkerRegistry(cache, config.tag_ttl, relay, namespaces, config.cache_key, disk.call)
     site = make_site(registry, relay, reactor)
-    for part in (disk, Teller(first, notes.take, reactor)):
+    for part in (disk, judging, Teller(first, notes.take, reactor)):
         part.setServiceParent(service)
     for name, endpoint in endpoints(config, HandedDown(reactor, post.sockets)):
         Listening(name, endpoint, site).setServiceParent(service)

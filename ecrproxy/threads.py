@@ -35,11 +35,11 @@ class InThread(Protocol):
 
 class Threads(Service):
     """
-    A pool of threads for the disk, whose waiting never holds up the pool that resolves names.
+    A pool of threads of its own, whose waiting never holds up the pool that resolves names.
     """
 
     def __init__(self, size: int, reactor: Any) -> None:  # noqa: ANN401
-        self._pool, self._reactor = ThreadPool(0, size, "ecrproxy-disk"), reactor
+        self._pool, self._reactor = ThreadPool(0, size, "ecrproxy"), reactor
         self._pool.threadFactory = _Yielding
 
     def call(self, blocking: Callable[..., T], *args: Any) -> Deferred[T]:  # noqa: ANN401

@@ -10,6 +10,8 @@ import re
 from typing import Final
 from urllib.parse import urlsplit
 
+import regex
+
 _UNITS: Final = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 _SIZE = re.compile(r"([0-9]{1,18})\s*(?:([kmgt])(?:i?b)?|b)?", re.IGNORECASE | re.ASCII)
 _HOST = re.compile(r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?(?:\.[a-z0-9](?:[a-z0-9-]*[a-z0-9])?)*", re.IGNORECASE)
@@ -89,15 +91,15 @@ def parse_size(text: str) -> int:
     return int(found[1]) * _UNITS[(found[2] or "").lower()]
 
 
-def parse_pattern(text: str) -> re.Pattern[str]:
+def parse_pattern(text: str) -> regex.Pattern[str]:
     """
     Read a regular expression that a repository's whole name must match.
     """
     if not text:
         raise ValueError("empty, so that no repository would match; give .* for all")
     try:
-        return re.compile(text)  # fullmatch() takes it as one group
-    except (re.error, OverflowError, RecursionError) as problem:
+        return regex.compile(text)  # fullmatch() takes it as one group
+    except (regex.error, OverflowError, RecursionError, MemoryError) as problem:
         raise ValueError(f"not a regular expression: {problem}") from None
 
 

@@ -23,6 +23,7 @@ from twisted.web.server import NOT_DONE_YET, Request
 from ecrproxy.cache_key import Asker, CacheKey
 from ecrproxy.cached import SMALL_BLOB, Answer, Asked
 from ecrproxy.download import Download, ShortBodyError
+from ecrproxy.namespaces import Namespaces
 from ecrproxy.oci import Kind, RegistryError, Route, accepted_types, parse_route, query_values
 from ecrproxy.proxy import PullThrough
 from ecrproxy.sending import send
@@ -193,12 +194,10 @@ class Ready(Answering):
 
 class Door(Answering):
     """
-    /v2/, for the repositories that C{namespaces} matches.
-
-    @param namespaces: what a repository's whole name must match.
+    /v2/, for the repositories that C{namespaces} lets in.
     """
 
-    def __init__(self, namespaces: re.Pattern[str], cache_key: CacheKey, in_thread: InThread) -> None:
+    def __init__(self, namespaces: Namespaces, cache_key: CacheKey, in_thread: InThread) -> None:
         super().__init__()
         self._namespaces, self._cache_key, self._in_thread = namespaces, cache_key, in_thread
 
@@ -215,8 +214,7 @@ class Door(Answering):
             send_small(request, OK, "application/json", b"{}\n")
             return
         route = parse_route(target)
-        if not self._namespaces.fullmatch(route.repository):
-            raise RegistryError(403, "DENIED", f"this proxy does not serve {route.repository}")
+        await self._namespaces.admit(route.repository)
         await self.serve(request, route)
 
     async def serve(self, request: Request, route: Route) -> None:
@@ -288,7 +286,7 @@ class Registry(Door):
     """
 
     def __init__(
-        self, pull_through: PullThrough, namespaces: re.Pattern[str], cache_key: CacheKey, in_thread: InThread
+        self, pull_through: PullThrough, namespaces: Namespaces, cache_key: CacheKey, in_thread: InThread
     ) -> None:
         super().__init__(namespaces, cache_key, in_thread)
         self._pull_through = pull_through

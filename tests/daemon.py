@@ -43,6 +43,7 @@ from ecrproxy.ecr import Token, TokenService
 from ecrproxy.endpoint import Endpoint
 from ecrproxy.inflow import Lanes
 from ecrproxy.janitor import Janitor
+from ecrproxy.namespaces import Namespaces
 from ecrproxy.oci import Digest
 from ecrproxy.proxy import PullThrough
 from ecrproxy.site import make_site
@@ -418,7 +419,8 @@ class Daemon:
             lanes=self.lanes,
             read_ahead=read_ahead,
         )
-        registry = Registry(self.pull_through, parse_pattern(pattern), CacheKey.parse(cache_key), in_thread)
+        namespaces = Namespaces(parse_pattern(pattern), at_once)
+        registry = Registry(self.pull_through, namespaces, CacheKey.parse(cache_key), in_thread)
         self.site = make_site(registry, Ready(self.reasons), clock)
         self.front = Network(self.site, clock)
         self._asking = self.front.agent(persistent=False)

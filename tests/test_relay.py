@@ -16,6 +16,7 @@ from ecrproxy.cache_key import CacheKey
 from ecrproxy.cached import Cache
 from ecrproxy.entries import entry_name
 from ecrproxy.ledger import Notes
+from ecrproxy.namespaces import Namespaces
 from ecrproxy.oci import parse_route
 from ecrproxy.relay import KEY, TELL_SECONDS, USED, InnerRegistry, NoRoom, Relay, Teller, Used, WorkerRegistry
 from ecrproxy.site import make_site
@@ -71,7 +72,7 @@ class Together(Daemon):
     ) -> None:
         self.between: Between | None = None
         super().__init__(*args, pattern=pattern, cache_key=cache_key, tag_ttl=tag_ttl, **options)
-        shape = parse_pattern(pattern), CacheKey.parse(cache_key), at_once
+        shape = Namespaces(parse_pattern(pattern), at_once), CacheKey.parse(cache_key), at_once
         inner, self.seen = Seen(self.pull_through, *shape), list[Request]()
         inner.seen, ready = self.seen, Ready(self.reasons)
         others = {USED: Used(self.store.ledger)}

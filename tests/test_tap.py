@@ -454,6 +454,7 @@ class BuildTests(TapCase):
         """
         The pattern reaches the registry: what it excludes is denied without a question to anybody.
         """
+        self.patch(ThreadPool, "callInThreadWithCallback", call_at_once)
         self.build(PROXY_NAMESPACE_PATTERN="image1|image3")
         self.assertIn(b"403 Forbidden", answer(self.reactor, b"/v2/image2/manifests/latest"))
         self.assertEqual(b"", answer(self.reactor, b"/v2/image3/tags/list"), "this one waits for the token")
