@@ -5,6 +5,7 @@ The bytes of a blob, part by part, from where ECR says that they lie.
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol, cast
 from urllib.parse import urlsplit
 
@@ -26,10 +27,6 @@ class UnavailableError(RegistryError):
     """
     ECR, or a bucket, is silent or failing: another time it may answer.
     """
-
-
-STALL_SECONDS: Final = 30.0
-"""How long a body may send nothing."""
 
 
 ERROR_LIMIT: Final = 64 * 2**10
@@ -62,6 +59,8 @@ class Locator(Protocol):
     """
 
     clock: IReactorTime
+    stall_seconds: float
+    """How long a body may send nothing."""
 
     async def locate(self, route: Route) -> tuple[str, IResponse | None]:
         """Ask where."""
@@ -126,15 +125,29 @@ class Blob:
         """
         host = urlsplit(self._url).hostname or ""
         span = _SPAN.fullmatch(header(response, "Content-Range") or "")
-        clock = self._upstream.clock
+        watch = Watch(self._upstream.clock, self._upstream.stall_seconds, host)
         if response.code == 206 and span and int(span[1]) == start:  # noqa: PLR2004
-            return int(span[3]), Stretch(response, host, clock, start, int(span[2]) + 1)
+            return int(span[3]), Stretch(response, watch, start, int(span[2]) + 1)
         if response.code == 200:  # noqa: PLR2004
             size = None if response.length is UNKNOWN_LENGTH else int(response.length)
-            return size, Stretch(response, host, clock, start, size, skip=start)
+            return size, Stretch(response, watch, start, size, skip=start)
         response.deliverBody(Drop())
         what = f"{host} answers {response.code} instead of {self._route.reference}"
         raise UnavailableError(502, "UNAVAILABLE", what)
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """
+    What ends a body that sends nothing.
+
+    @ivar seconds: for so long.
+    @ivar host: who sends it.
+    """
+
+    clock: IReactorTime
+    seconds: float
+    host: str
 
 
 class Stretch:
@@ -146,17 +159,15 @@ class Stretch:
     @ivar skip: how many bytes come before them that nobody asked for.
     """
 
-    def __init__(
-        self, response: IResponse, host: str, clock: IReactorTime, start: int, stop: int | None, *, skip: int = 0
-    ) -> None:
-        self._response, self._host, self._clock = response, host, clock
+    def __init__(self, response: IResponse, watch: Watch, start: int, stop: int | None, *, skip: int = 0) -> None:
+        self._response, self._watch = response, watch
         self.start, self.stop, self.skip = start, stop, skip
 
     def deliver(self, sink: Sink) -> BlobTransfer:
         """
         Let the bytes come.
         """
-        transfer = BlobTransfer(sink, self._host, self._clock, self.skip)
+        transfer = BlobTransfer(sink, self._watch, self.skip)
         self._response.deliverBody(transfer)
         return transfer
 
@@ -169,35 +180,35 @@ class Stretch:
 
 class BlobTransfer(TwistedProtocol):
     """
-    A body on its way into a L{Sink}; given up when nothing came for C{STALL_SECONDS}.
+    A body on its way into a L{Sink}; given up when nothing came for too long.
     """
 
-    def __init__(self, sink: Sink, host: str, clock: IReactorTime, skip: int = 0) -> None:
-        self._sink, self._host, self._clock, self._skip = sink, host, clock, skip
+    def __init__(self, sink: Sink, watch: Watch, skip: int = 0) -> None:
+        self._sink, self._watch, self._skip = sink, watch, skip
         self._timer: IDelayedCall | None = None
         self._stalled = False
 
     def connectionMade(self) -> None:  # noqa: D102
-        self._watch()
+        self._wait()
 
     def dataReceived(self, data: bytes) -> None:  # noqa: D102
         if self._timer is not None:
-            self._timer.reset(STALL_SECONDS)
+            self._timer.reset(self._watch.seconds)
         if self._skip:
             data, self._skip = data[self._skip :], max(0, self._skip - len(data))
         if data:
             self._sink.arrived(data)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:  # noqa: D102
-        self._unwatch()
+        self._wait_no_more()
         if self._stalled:
-            what = f"{self._host} has sent nothing for {STALL_SECONDS:.0f} s"
+            what = f"{self._watch.host} has sent nothing for {self._watch.seconds:g} s"
             reason = Failure(UnavailableError(504, "UNAVAILABLE", what))
         elif reason.check(ResponseDone, PotentialDataLoss):
             self._sink.ended(None)  # that it is whole is for the digest to say
             return
         else:
-            what = f"{self._host} broke off: {describe(reason.value)}"
+            what = f"{self._watch.host} broke off: {describe(reason.value)}"
             reason = Failure(UnavailableError(502, "UNAVAILABLE", what))
         self._sink.ended(reason)
 
@@ -205,29 +216,29 @@ class BlobTransfer(TwistedProtocol):
         """
         Send nothing for now.
         """
-        self._unwatch()
+        self._wait_no_more()
         cast(IPushProducer, self.transport).pauseProducing()
 
     def resume(self) -> None:
         """
         Go on.
         """
-        self._watch()
+        self._wait()
         cast(IPushProducer, self.transport).resumeProducing()
 
     def abort(self) -> None:
         """
         Send nothing more, ever.
         """
-        self._unwatch()
+        self._wait_no_more()
         if self.transport is not None:
             self.transport.loseConnection()
 
-    def _watch(self) -> None:
+    def _wait(self) -> None:
         if self._timer is None:
-            self._timer = self._clock.callLater(STALL_SECONDS, self._stall)
+            self._timer = self._watch.clock.callLater(self._watch.seconds, self._stall)
 
-    def _unwatch(self) -> None:
+    def _wait_no_more(self) -> None:
         if self._timer is not None and self._timer.active():
             self._timer.cancel()
         self._timer = None

@@ -22,6 +22,7 @@ from ecrproxy.values import (
     parse_endpoint,
     parse_flag,
     parse_path,
+    parse_patience,
     parse_pattern,
     parse_port,
     parse_region,
@@ -155,6 +156,13 @@ SETTINGS: Final[Sequence[Setting]] = (
         "64",
         "connections over which all blobs together may come so",
     ),
+    Setting(
+        "stall-seconds",
+        "PROXY_STALL_SECONDS",
+        parse_patience,
+        "30",
+        "seconds for which a bucket may send nothing before it is asked again",
+    ),
 )
 
 _WITHOUT_TEXT: Final = ("required", "none")
@@ -188,6 +196,7 @@ class Config:
     read_ahead: bool
     blob_connections: int
     bucket_connections: int
+    stall_seconds: float
 
     @classmethod
     def load(cls, flags: Mapping[str, str], environ: Mapping[str, str]) -> Config:

@@ -193,7 +193,7 @@ def build(
     janitor = Janitor(store, config.cache_limit, disk.call)
     tokens = TokenService(lambda: call_unowned(reactor, lambda: _fetch(config)), reactor, refused)
     wire = Wire(_agent(reactor), reactor)
-    upstream = Upstream(Endpoint(config.ecr_endpoint, wire, tokens), wire)
+    upstream = Upstream(Endpoint(config.ecr_endpoint, wire, tokens), wire, stall_seconds=config.stall_seconds)
     lanes = Lanes(config.blob_connections, config.bucket_connections)
     cache = Cache(store, janitor, disk.call, time.time)
     pull_through = PullThrough(

@@ -76,10 +76,11 @@ class Upstream:
     One ECR registry and the buckets that it points to.
 
     @param wire: over which the buckets are asked.
+    @param stall_seconds: how long a blob's body may send nothing.
     """
 
-    def __init__(self, endpoint: Endpoint, wire: Wire) -> None:
-        self._endpoint, self._wire, self.clock = endpoint, wire, wire.clock
+    def __init__(self, endpoint: Endpoint, wire: Wire, *, stall_seconds: float = 30) -> None:
+        self._endpoint, self._wire, self.clock, self.stall_seconds = endpoint, wire, wire.clock, stall_seconds
 
     async def head_manifest(self, route: Route, accept: str) -> Head:
         """

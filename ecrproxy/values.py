@@ -162,6 +162,15 @@ def parse_seconds(text: str) -> float:
     return float(text)
 
 
+def parse_patience(text: str) -> float:
+    """
+    Read a time that somebody may take for something: more than none.
+    """
+    if not re.fullmatch(r"\d{1,9}(\.\d+)?", text) or not float(text):
+        raise ValueError("not a time to wait; give a number of seconds above 0")
+    return float(text)
+
+
 def parse_path(text: str) -> str:
     """
     Read a path: any but an empty one.

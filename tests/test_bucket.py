@@ -10,11 +10,12 @@ from twisted.internet.testing import StringTransport
 from twisted.python.failure import Failure
 from twisted.web.client import ResponseDone
 
-from ecrproxy.bucket import ERROR_LIMIT, STALL_SECONDS, Blob, BlobTransfer, Drop, Stretch, UnavailableError
+from ecrproxy.bucket import ERROR_LIMIT, Blob, BlobTransfer, Drop, Stretch, UnavailableError, Watch
 from tests.daemon import MIB, End
 from tests.test_upstream import Sink, UpstreamTestCase
 
 PART = 400
+STALL_SECONDS = 30
 
 
 def reason(sink: Sink) -> UnavailableError:
@@ -178,7 +179,7 @@ class LaterPartTests(BlobTestCase):
         """
         for ends in ([1000], [400, 1000], [100, 400, 401, 1000], [399, 999, 1000], list(range(1, 1001))):
             sink = Sink()
-            transfer = BlobTransfer(sink, "bucket", self.clock, skip=400)
+            transfer = BlobTransfer(sink, Watch(self.clock, STALL_SECONDS, "bucket"), skip=400)
             for start, stop in zip([0, *ends], ends, strict=False):
                 transfer.dataReceived(self.data[start:stop])
             self.assertEqual(self.data[400:], bytes(sink.got))
@@ -342,6 +343,18 @@ class SilenceTests(BlobTestCase):
         self.assertStalled()
         self.assertFalse(wire.connected)
 
+    def test_is_as_long_as_the_operator_says(self) -> None:
+        """
+        PROXY_STALL_SECONDS is how long a bucket may be silent.
+        """
+        self.daemon.upstream.stall_seconds = 5
+        sink = Sink()
+        self.begun(None).first.deliver(sink)
+        self.pass_time(4)
+        self.assertEqual([], sink.ends)
+        self.pass_time(1)
+        self.assertIn("nothing for 5 s", reason(sink).message)
+
     def test_ends_with_each_byte(self) -> None:
         """
         As long as a byte comes now and then, it goes on.
@@ -403,7 +416,7 @@ class SilenceTests(BlobTestCase):
         Of a body that has ended no timer is left.
         """
         clock = Clock()
-        transfer = BlobTransfer(self.sink, "bucket", clock)
+        transfer = BlobTransfer(self.sink, Watch(clock, STALL_SECONDS, "bucket"))
         transfer.makeConnection(StringTransport())
         self.assertEqual(1, len(clock.getDelayedCalls()))
         transfer.connectionLost(Failure(ResponseDone()))

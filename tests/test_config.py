@@ -34,6 +34,7 @@ EXAMPLES: dict[str, tuple[str, str, Any, str, Any]] = {
     "read-ahead": ("PROXY_READ_AHEAD", "true", True, "false", False),
     "blob-connections": ("PROXY_BLOB_CONNECTIONS", "8", 8, "1", 1),
     "bucket-connections": ("PROXY_BUCKET_CONNECTIONS", "100", 100, "9999", 9999),
+    "stall-seconds": ("PROXY_STALL_SECONDS", "10", 10.0, "0.5", 0.5),
 }
 # flag: texts that are wrong, and words of what would be right
 WRONG: dict[str, tuple[tuple[str, ...], str]] = {
@@ -50,6 +51,7 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "read-ahead": (("maybe", "2"), "true nor false"),
     "blob-connections": (("0", "-1", "four", "10000"), "give 1 or more"),
     "bucket-connections": (("0", "-1", "auto"), "give 1 or more"),
+    "stall-seconds": (("0", "0.0", "-1", "never"), "above 0"),
 }
 
 
