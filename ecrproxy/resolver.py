@@ -89,6 +89,12 @@ class ChosenServers:
             asked.addErrback(lambda failure: log.failure("Resolving {name}", failure, name=hostName))
         return resolution
 
+    def forget(self, name: str) -> None:
+        """
+        Ask the servers at the next question for C{name}: it couldn't be connected to where it was.
+        """
+        self._fresh.pop(name, None)
+
     async def _resolve(self, name: str, receiver: IResolutionReceiver, port: int) -> None:
         try:
             answers = await gatherResults(

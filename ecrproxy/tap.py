@@ -23,11 +23,12 @@ from twisted.internet.error import ReactorNotRunning
 from twisted.logger import Logger
 from twisted.names.client import Resolver
 from twisted.python import usage
-from twisted.web.client import Agent, HTTPConnectionPool, _HTTP11ClientFactory
+from twisted.web.client import Agent
 
 from ecrproxy import __version__
 from ecrproxy.cached import Cache
 from ecrproxy.config import SETTINGS, Config, ConfigError, Setting
+from ecrproxy.connections import UpstreamAgent, connection_pool
 from ecrproxy.ecr import CredentialsError, Token, TokenService, fetch_token
 from ecrproxy.endpoint import Endpoint
 from ecrproxy.inflow import Lanes
@@ -52,10 +53,6 @@ log = Logger()
 T = TypeVar("T")
 
 DISK_THREADS: Final = 8
-IDLE_CONNECTIONS: Final = 32
-"""Idle upstream connections kept for each host."""
-IDLE_SECONDS: Final = 90
-CONNECT_SECONDS: Final = 10
 
 
 def _described_setting(setting: Setting) -> str:
@@ -192,7 +189,7 @@ def build(
     store = _prepared(Store(Path(config.cache_dir), time.time))
     janitor = Janitor(store, config.cache_limit, disk.call)
     tokens = TokenService(lambda: call_unowned(reactor, lambda: _fetch(config)), reactor, refused)
-    wire = Wire(_agent(reactor), reactor)
+    wire = Wire(UpstreamAgent(reactor, config.ecr_endpoint, _install_resolver(config, reactor)), reactor)
     upstream = Upstream(Endpoint(config.ecr_endpoint, wire, tokens), wire, stall_seconds=config.stall_seconds)
     lanes = Lanes(config.blob_connections, config.bucket_connections)
     cache = Cache(store, janitor, disk.call, time.time)
@@ -203,7 +200,6 @@ def build(
     judging = Threads(1, reactor)
     shape = (Namespaces(config.namespace_pattern, judging.call), config.cache_key, disk.call)
     site = make_site(Registry(pull_through, *shape), ready, reactor)
-    _install_resolver(config, reactor)
     for part in (disk, judging, janitor, tokens, LoopStall(reactor, time.monotonic)):
         part.setServiceParent(service)
     several = config.worker_processes > 1
@@ -240,7 +236,7 @@ def build_worker(config: Config, post: Post, reactor: Any) -> MultiService:  # n
     disk = Threads(DISK_THREADS, reactor)
     notes = Notes()
     cache = Cache(Store(Path(config.cache_dir), time.time, notes), NoRoom(), disk.call, time.time)
-    first = Agent.usingEndpointFactory(reactor, FirstProcess(reactor, post.path), _pool(reactor))
+    first = Agent.usingEndpointFactory(reactor, FirstProcess(reactor, post.path), connection_pool(reactor))
     relay = Relay(first)
     judging = Threads(1, reactor)
     namespaces = Namespaces(config.namespace_pattern, judging.call)
@@ -282,34 +278,22 @@ def _prepared(store: Store) -> Store:
     return store
 
 
-def _agent(reactor: Any) -> Agent:  # noqa: ANN401
-    return Agent(reactor, connectTimeout=CONNECT_SECONDS, pool=_pool(reactor))
-
-
-def _pool(reactor: Any) -> HTTPConnectionPool:  # noqa: ANN401
-    pool = HTTPConnectionPool(reactor)
-    pool._factory = _QuietFactory  # noqa: SLF001 (there is no public way, and two lines a connection drown all others)
-    pool.maxPersistentPerHost, pool.cachedConnectionTimeout = IDLE_CONNECTIONS, IDLE_SECONDS
-    return pool
-
-
-class _QuietFactory(_HTTP11ClientFactory):
+def _install_resolver(config: Config, reactor: Any) -> Callable[[str], None]:  # noqa: ANN401
     """
-    Connections that are not announced in the log.
+    Have the chosen servers asked.
+
+    @return: makes them forget a name.
     """
-
-    noisy = False
-
-
-def _install_resolver(config: Config, reactor: Any) -> None:  # noqa: ANN401
     if config.dns_resolver is None:
-        return
+        return lambda _: None  # the host's own resolver keeps nothing here
     try:
         local = hosts_names(Path("/etc/hosts").read_text("utf-8", "replace"))
     except OSError:
         local = []
     servers = Resolver(servers=list(config.dns_resolver), reactor=reactor)
-    reactor.installNameResolver(ChosenServers(servers, reactor.nameResolver, local, reactor))
+    chosen = ChosenServers(servers, reactor.nameResolver, local, reactor)
+    reactor.installNameResolver(chosen)
+    return chosen.forget
 
 
 def _abandon(problem: CredentialsError) -> None:

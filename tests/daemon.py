@@ -30,15 +30,16 @@ from twisted.internet.task import Clock, deferLater
 from twisted.logger import ILogObserver, LogEvent, formatEvent, globalLogPublisher
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
-from twisted.web.client import URI, Agent, HTTPConnectionPool, ResponseDone
+from twisted.web.client import URI, Agent, ResponseDone
 from twisted.web.http import PotentialDataLoss
 from twisted.web.http_headers import Headers
-from twisted.web.iweb import IAgentEndpointFactory, IResponse
+from twisted.web.iweb import IAgent, IAgentEndpointFactory, IResponse
 from twisted.web.server import Site
 from zope.interface import alsoProvides, implementer
 
 from ecrproxy.cache_key import CacheKey
 from ecrproxy.cached import Cache
+from ecrproxy.connections import connection_pool
 from ecrproxy.ecr import Token, TokenService
 from ecrproxy.endpoint import Endpoint
 from ecrproxy.inflow import Lanes
@@ -243,9 +244,9 @@ class Network:
 
     def agent(self, *, persistent: bool) -> Agent:
         """
-        A twisted.web client whose connections all end here.
+        The daemon's own kind of client, whose connections all end here.
         """
-        pool = HTTPConnectionPool(self._clock, persistent)
+        pool = connection_pool(self._clock, persistent=persistent)
         agent: Agent = Agent.usingEndpointFactory(self._clock, self, pool)
         return agent
 
@@ -398,6 +399,7 @@ class Daemon:
         fetch: Callable[[], Deferred[Token]] | None = None,
         lanes: Lanes | None = None,
         read_ahead: bool = False,
+        agent: Callable[[Network], IAgent] = lambda back: back.agent(persistent=True),
     ) -> None:
         self.standin, self.clock, self.limit, self.scheme = standin, clock, limit, "http"
         self.back = Network(QuietSite(standin.resource, reactor=clock), clock)
@@ -406,7 +408,7 @@ class Daemon:
         self.store.sweep()
         self.janitor = Janitor(self.store, limit, in_thread)
         self.tokens = TokenService(fetch or self._issue, clock, chance=lambda: 0.5)
-        wire = Wire(self.back.agent(persistent=True), clock)
+        wire = Wire(agent(self.back), clock)
         self.upstream = Upstream(Endpoint(standin.registry, wire, self.tokens), wire)
         self.lanes = lanes or Lanes()
         self.cache = Cache(self.store, self.janitor, in_thread, clock.seconds)

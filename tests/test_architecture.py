@@ -29,6 +29,8 @@ ARROWS: dict[str, set[str]] = {
     "refusals": {"bucket", "oci"},
     "endpoint": {"bucket", "ecr", "oci", "refusals", "wire"},
     "upstream": {"bucket", "endpoint", "oci", "wire"},
+    "guard": {"bucket"},
+    "connections": {"guard"},
     "sending": {"sources", "threads"},
     "cached": {"download", "entries", "memory", "oci", "store", "threads"},
     "proxy": {"bucket", "cached", "download", "entries", "flights", "inflow", "oci", "threads", "upstream"},

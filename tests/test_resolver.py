@@ -259,6 +259,20 @@ class ChosenServersTests(SynchronousTestCase):
         self.servers.answer(["192.0.2.9"])
         self.assertEqual([IPv4Address("TCP", "192.0.2.9", 443)], again.found)
 
+    def test_a_name_that_is_forgotten_is_asked_for_again(self) -> None:
+        """
+        Where a host isn't to be found any more, the servers may know better; other names keep their answers.
+        """
+        for name in (NAME, "bucket.test"):
+            self.resolve(name)
+            self.servers.answer(["192.0.2.1"])
+        self.resolver.forget(NAME)
+        self.resolver.forget("unknown.test")
+        moved = self.resolve()
+        self.servers.answer(["192.0.2.9"])
+        self.assertEqual([IPv4Address("TCP", "192.0.2.9", 443)], moved.found)
+        self.assertEqual([IPv4Address("TCP", "192.0.2.1", 443)], self.resolve("bucket.test").found)
+
     def test_one_names_answer_is_not_anothers(self) -> None:
         """
         Each name is asked for by itself.
