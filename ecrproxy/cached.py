@@ -5,7 +5,8 @@ Rules:
 
 - What is named by its digest is good for as long as it is there. A repository may have it when ECR said so: to a
   request with the same cache key (its I{entry}), or by a manifest of the repository that lists it (a I{fact}).
-- Small content is verified each time it is read from the disk, and held in memory then.
+- Small content is verified each time it is read from the disk, and held in memory then. Larger content is verified
+  the first time it is used, and again when somebody has changed its file: see L{verification}.
 - The memory is a copy: what the disk lost, it may still give; what it has dropped is read again.
 """
 
@@ -16,14 +17,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from twisted.internet.defer import DeferredSemaphore
 from twisted.logger import Logger
 
 from ecrproxy.download import Download
 from ecrproxy.entries import Confirmed, Entry, entry_name
 from ecrproxy.memory import Memory
 from ecrproxy.oci import BLOB_TYPE, Descriptor, Digest, Kind, Route, listed
-from ecrproxy.store import Content, Store, Writer
+from ecrproxy.store import Content, DigestMismatchError, Store, Writer
 from ecrproxy.threads import InThread, on_its_own
+from ecrproxy.verification import Verification
 
 log = Logger()
 
@@ -37,6 +40,8 @@ _ENTRIES_BYTES = 8 * 2**20
 """What of manifests and small blobs, and of entries, is held in memory."""
 SMALL_BLOB = 64 * 2**10
 """Blobs up to so many bytes, as image configs are, are held in memory too."""
+VERIFICATIONS = 4
+"""How many files are hashed at the same time."""
 
 
 class CacheStatus(enum.Enum):
@@ -96,6 +101,7 @@ class Answer:
     @ivar size: in bytes; none while upstream hasn't said.
     @ivar body: open content, to be closed by who takes it; a transfer under way; small content whole;
         none where only headers were asked for.
+    @ivar verification: what the end of C{body} has to wait for, if it is content that isn't proved yet.
     """
 
     status: CacheStatus
@@ -103,6 +109,7 @@ class Answer:
     digest: Digest
     size: int | None
     body: Content | Download | bytes | None = None
+    verification: Verification | None = None
 
 
 class Room(Protocol):
@@ -135,6 +142,8 @@ class Cache:
         self._bodies: Memory[Digest, bytes] = Memory(_BODIES_BYTES)
         self._entries: Memory[str, Entry] = Memory(_ENTRIES_BYTES)
         self._touched: Memory[str, float] = Memory(_ENTRIES_BYTES)
+        self._verifications: dict[tuple[Digest, int], Verification] = {}
+        self._hashing = DeferredSemaphore(VERIFICATIONS)
 
     def at_hand(self, asked: Asked) -> Answer | None:
         """
@@ -197,20 +206,24 @@ class Cache:
         Read small content, small enough to be verified each time. Called in a thread.
         """
         content = self.store.open(digest)
-        if content is None:
-            return None
+        return None if content is None else self._verified(content)
+
+    @staticmethod
+    def _verified(content: Content) -> bytes | None:
+        """
+        Read open small content to its end, and let go of it; none if it is bad. Called in a thread.
+        """
         try:
             body = content.read()
-        except OSError as problem:
-            log.error("Can't read {digest} from the cache: {problem}", digest=digest, problem=problem)
+            state = content.digest.hasher()
+            state.update(body)
+            content.settle(state)
+        except (OSError, DigestMismatchError) as problem:
+            content.drop(problem)
             return None
         finally:
             content.close()
-        if Digest.of(body, digest.algorithm) == digest:
-            return body
-        log.error("{digest} in the cache is not what it was: dropped", digest=digest)
-        self.store.remove(self.store.content_path(digest))
-        return None
+        return body
 
     async def entry(self, asked: Asked) -> Entry:
         """
@@ -297,14 +310,34 @@ class Cache:
         Answer from the cache; none if what is there turns out to be bad.
         """
         if content.size > SMALL_BLOB:
-            return Answer(status, BLOB_TYPE, asked.digest, content.size, content)
-        content.close()
-        body = await self.body(asked.digest)
+            verification = None if content.proved else self._verification(content)
+            return Answer(status, BLOB_TYPE, asked.digest, content.size, content, verification)
+        body = await self._in_thread(self._verified, content)
         if body is None:
             return None
+        self.hold(asked.digest, body)
         if known is not None:
             self.note(asked, known)
         return Answer(status, BLOB_TYPE, asked.digest, len(body), body)
+
+    def _verification(self, content: Content) -> Verification:
+        """
+        Give the one verification of a file, begun if it isn't under way.
+        """
+        file = (content.digest, content.status.st_ino)
+        verification = self._verifications.get(file)
+        if verification is None:
+            verification = self._verifications[file] = Verification(content.share(), self._in_thread)
+            on_its_own(self._verify(file, verification))
+        return verification
+
+    async def _verify(self, file: tuple[Digest, int], verification: Verification) -> None:
+        await self._hashing.acquire()
+        try:
+            await verification.run()
+        finally:
+            self._hashing.release()
+            del self._verifications[file]
 
     async def writer(self, digest: Digest, size: int | None) -> Writer | None:
         """

@@ -195,6 +195,13 @@ class Notes(Ledger):
         with self.lock:
             self._noted[path] = size
 
+    def gone(self, path: str) -> int:
+        """
+        Forget that it was used.
+        """
+        with self.lock:
+            return self._noted.pop(path, 0)
+
     def take(self) -> list[tuple[str, int]]:
         """
         Give what was noted, once.

@@ -11,6 +11,7 @@ from twisted.python.failure import Failure
 
 if TYPE_CHECKING:
     from ecrproxy.store import Content
+    from ecrproxy.verification import Verification
 
 
 FilePiece = tuple[int, int, int]
@@ -86,12 +87,14 @@ class Held:
 class Shelved:
     """
     A range of a finished file: a source of bytes for C{sending}.
+
+    @param verification: what its last byte waits for, if the file isn't proved.
     """
 
-    failure: Failure | None = None
-
-    def __init__(self, content: Content, start: int, stop: int) -> None:
+    def __init__(self, content: Content, start: int, stop: int, verification: Verification | None = None) -> None:
         self._content, self.position, self._stop = content, start, stop
+        self._verification = verification
+        self._on_news: Callable[[], None] = lambda: None
 
     @property
     def done(self) -> bool:
@@ -100,11 +103,20 @@ class Shelved:
         """
         return self.position >= self._stop
 
+    @property
+    def failure(self) -> Failure | None:
+        """
+        Tell why it can't go on, if the file turned out to be bad.
+        """
+        return self._verification.failure if self._verification is not None else None
+
     def piece(self, limit: int) -> FilePiece | bytes | None:
         """
-        Point at up to C{limit} bytes.
+        Point at up to C{limit} bytes; none if the file must be proved first.
         """
-        return self._content.fileno(), self.position, min(limit, self._stop - self.position)
+        proved = self._verification is None or self._verification.proved
+        count = min(limit, (self._stop if proved else self._stop - 1) - self.position)
+        return (self._content.fileno(), self.position, count) if count else None
 
     def sent(self, count: int) -> None:
         """
@@ -114,11 +126,16 @@ class Shelved:
 
     def listen(self, news: Callable[[], None]) -> None:
         """
-        There will be no news of a finished file.
+        Call C{news} when there is a verdict about a file that isn't proved.
         """
+        self._on_news = news
+        if self._verification is not None:
+            self._verification.follow(news)
 
     def close(self) -> None:
         """
         Let go of the file.
         """
+        if self._verification is not None:
+            self._verification.leave(self._on_news)
         self._content.close()

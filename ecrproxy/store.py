@@ -31,6 +31,7 @@ from twisted.logger import Logger
 from ecrproxy.entries import Entry
 from ecrproxy.ledger import Ledger, Settled, packed
 from ecrproxy.oci import Digest, Route
+from ecrproxy.proofs import Proofs, is_marked, mark
 
 log = Logger()
 
@@ -46,37 +47,109 @@ class DigestMismatchError(Exception):
 
 class Content:
     """
-    One open verified file. While it is open it stays readable and is not evicted.
+    One open file of content. While it is open it stays readable and is not evicted.
 
+    @param status: what the file was when it was opened.
     @ivar size: in bytes.
     """
 
-    def __init__(self, fd: int, size: int, closed: Callable[[], None]) -> None:
-        self._fd, self.size, self._closed = fd, size, closed
+    def __init__(self, store: Store, digest: Digest, file: OpenFile, status: os.stat_result) -> None:
+        self._store, self.digest, self._file, self.status = store, digest, file, status
+        self.size = status.st_size
+        self._open = True
+        store.ledger.reading(store.content_path(digest), 1)
+
+    @property
+    def proved(self) -> bool:
+        """
+        Tell whether it is known to be what its digest names.
+        """
+        return self._store.proofs.verdict(self.digest, self.status) is True
 
     def fileno(self) -> int:
         """
         Hand out the file descriptor, for reading at offsets.
         """
-        return self._fd
+        return self._file.fd
 
     def read(self) -> bytes:
         """
         Read all of it: for small content.
         """
-        return os.pread(self._fd, self.size, 0)
+        return os.pread(self._file.fd, self.size, 0)
+
+    def share(self) -> Content:
+        """
+        Hand out the file once more, to be closed by itself.
+        """
+        return Content(self._store, self.digest, self._file.share(), self.status)
+
+    def hash(self, state: Any, offset: int, limit: int) -> int:  # noqa: ANN401 (hashlib's objects have no public type)
+        """
+        Hash the bytes from C{offset} on, up to C{limit}.
+
+        @return: how many there were.
+        """
+        return _hash(self._file.fd, state, offset, limit)
+
+    def settle(self, state: Any) -> bool:  # noqa: ANN401
+        """
+        Hold the hash of all its bytes against the digest, and note that it was found right.
+
+        @return: false if the file was changed meanwhile: then nothing is said.
+        @raise DigestMismatchError: if it is not what its digest names.
+        """
+        if state.hexdigest() != self.digest.hex:
+            raise DigestMismatchError("it is not what it was")
+        before, self.status = self.status, os.fstat(self._file.fd)
+        changed = self.status.st_mtime_ns != before.st_mtime_ns and not is_marked(self.status)
+        if not changed:
+            self._store.proofs.note(self.digest, self.status, good=True)
+            self._store.mark(self._file.fd)
+        return not changed
+
+    def drop(self, why: Exception) -> None:
+        """
+        Take the file out of the cache: it is bad. If it can't be, it is not opened again.
+        """
+        self._store.drop(self.digest, self.status, why)
 
     def close(self) -> None:
         """
         Let go of the file.
         """
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-            self._closed()
+        if self._open:
+            self._open = False
+            self._file.let_go()
+            self._store.ledger.reading(self._store.content_path(self.digest), -1)
 
     # A thread may open a file for a client who has gone meanwhile: nobody is left to close it then.
     __del__ = close
+
+
+class OpenFile:
+    """
+    A file descriptor that several may hold: closed with the last of them.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self.fd, self._holders = fd, 1
+
+    def share(self) -> OpenFile:
+        """
+        Hold it once more.
+        """
+        self._holders += 1
+        return self
+
+    def let_go(self) -> None:
+        """
+        Hold it once less.
+        """
+        self._holders -= 1
+        if not self._holders:
+            os.close(self.fd)
+            self.fd = -1
 
 
 class Stretches:
@@ -199,11 +272,13 @@ class Writer:
         self.verify()
         if self.hashed < self.size:
             os.ftruncate(self._fd, self.hashed)
+        self._store.mark(self._fd)
         os.fsync(self._fd)
         path = self._store.content_path(self._digest)
         target = self._store.root / path
         target.parent.mkdir(parents=True, exist_ok=True)
         self._path.rename(target)
+        self._store.proofs.note(self._digest, os.fstat(self._fd), good=True)
         self._store.ledger.used(path, self.hashed)
         self._store.ledger.reading(path, 1)  # by those who follow, until it is closed
         self._committed = path
@@ -240,6 +315,7 @@ class Store:
         self.root, self._now = root, now
         self.ingest = root / "ingest"
         self.ledger = Ledger() if ledger is None else ledger
+        self.proofs = Proofs()
 
     def prepare(self) -> None:
         """
@@ -339,7 +415,7 @@ class Store:
 
     def open(self, digest: Digest, size: int | None = None) -> Content | None:
         """
-        Open verified content and note its use.
+        Open content and note its use. Whether it is right still, L{Content.proved} tells.
 
         @param size: what its descriptor says that it has, if there is one. If the file has another, it is
             hashed: it may have been cut behind our back, or the descriptor may be wrong.
@@ -353,14 +429,39 @@ class Store:
             self.ledger.gone(path)
             return None
         status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode) or (size not in (None, status.st_size) and not _is_whole(fd, digest)):
+        verdict = self._verdict(fd, digest, status, size)
+        if verdict is False:
             os.close(fd)
-            log.warn("{path} in the cache is not what it was: dropped", path=path)
-            self.remove(path)
             return None
-        self._touch(fd, path, status.st_size)
-        self.ledger.reading(path, 1)
-        return Content(fd, status.st_size, lambda: self.ledger.reading(path, -1))
+        if verdict or is_marked(status):  # else the mark would hide that somebody has changed it
+            self.mark(fd)
+        self.ledger.used(path, status.st_size)
+        return Content(self, digest, OpenFile(fd), status)
+
+    def _verdict(self, fd: int, digest: Digest, status: os.stat_result, size: int | None) -> bool | None:
+        """
+        Tell whether an open file is what its digest names, so far as that is known or seen at a glance.
+        """
+        verdict = self.proofs.verdict(digest, status)
+        regular = stat.S_ISREG(status.st_mode)
+        if verdict is None and (not regular or size not in (None, status.st_size)):
+            verdict = regular and _is_whole(fd, digest)
+            self.proofs.note(digest, status, good=verdict)
+            if not verdict:
+                self.drop(digest, status, DigestMismatchError("it is not what it was"))
+        return verdict
+
+    def drop(self, digest: Digest, status: os.stat_result, why: Exception) -> None:
+        """
+        Take a bad file of content out of the cache, unless another has taken its place already.
+        """
+        path = self.content_path(digest)
+        self.proofs.note(digest, status, good=False)
+        with contextlib.suppress(OSError):
+            if os.lstat(self.root / path).st_ino != status.st_ino:
+                return
+        log.warn("{path} in the cache is dropped: {why}", path=path, why=why)
+        self.remove(path)
 
     def entry(self, name: str, route: Route) -> Entry | None:
         """
@@ -371,7 +472,8 @@ class Store:
             with open(self.root / path, "rb", opener=_without_waiting) as file:
                 data = file.read()
                 entry = Entry.from_json(data)
-                self._touch(file.fileno(), path, len(data))
+                self.mark(file.fileno())
+                self.ledger.used(path, len(data))
         except (OSError, ValueError):
             return None
         return entry if entry.is_of(route) else None
@@ -416,11 +518,12 @@ class Store:
         self.ledger.gone(path)
         return True
 
-    def _touch(self, fd: int, path: str, size: int) -> None:
-        now = self._now()
+    def mark(self, fd: int) -> None:
+        """
+        Note in a file that it is used, if that can be.
+        """
         with contextlib.suppress(OSError):  # a read-only disk still serves what it has
-            os.utime(fd, (now, now))
-        self.ledger.used(path, size)
+            mark(fd, self._now())
 
     @staticmethod
     def _entry_path(name: str) -> str:
@@ -435,12 +538,20 @@ class Store:
 def _is_whole(fd: int, digest: Digest) -> bool:
     state, offset = digest.hasher(), 0
     try:
-        while data := os.pread(fd, 2**20, offset):
-            state.update(data)
-            offset += len(data)
+        while count := _hash(fd, state, offset, 2**20):
+            offset += count
     except OSError:
         return False
     return state.hexdigest() == digest.hex
+
+
+def _hash(fd: int, state: Any, offset: int, limit: int) -> int:  # noqa: ANN401
+    end = offset + limit
+    at = offset
+    while at < end and (data := os.pread(fd, min(2**20, end - at), at)):
+        state.update(data)
+        at += len(data)
+    return at - offset
 
 
 def _without_waiting(path: str, flags: int) -> int:

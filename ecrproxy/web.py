@@ -7,6 +7,7 @@ once, by L{oci.parse_route}.
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 from collections.abc import Awaitable, Callable, Sequence
@@ -26,7 +27,7 @@ from ecrproxy.download import Download, ShortBodyError
 from ecrproxy.namespaces import Namespaces
 from ecrproxy.oci import Kind, RegistryError, Route, accepted_types, parse_route, query_values
 from ecrproxy.proxy import PullThrough
-from ecrproxy.sending import send
+from ecrproxy.sending import CutShortError, send
 from ecrproxy.sources import Held, Shelved, Source
 from ecrproxy.store import Content, DigestMismatchError
 from ecrproxy.threads import InThread
@@ -41,6 +42,8 @@ HSTS: Final = "max-age=31536000"
 # The nginx proxy adds its headers where nginx's add_header does without C{always}.
 _DECORATED: Final = frozenset({200, 201, 204, 206, 301, 302, 303, 304, 307, 308})
 _ENDLESS: Final = 2**62
+# What a disk says of a file that it can't give, and no socket says.
+_UNREADABLE: Final = frozenset({errno.EIO, errno.EBADMSG, errno.ENODATA, errno.ESTALE, errno.EUCLEAN})
 _RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
 
 
@@ -254,8 +257,21 @@ class Door(Answering):
         elif answer.body is not None:
             if stop != start:  # of nothing, the headers would be the whole answer: they wait for the digest
                 request.write(b"")
-            await send(request, _source(answer, start, stop), self._in_thread)
+            await self._send(request, answer, start, stop)
         request.finish()
+
+    async def _send(self, request: Request, answer: Answer, start: int, stop: int | None) -> None:
+        """
+        Send the body, and drop a cached file that can't be read: who asks again gets it anew.
+        """
+        try:
+            await send(request, _source(answer, start, stop), self._in_thread)
+        except (CutShortError, OSError) as problem:
+            unreadable = isinstance(problem, CutShortError) or problem.errno in _UNREADABLE
+            if not unreadable or not isinstance(answer.body, Content):
+                raise
+            await self._in_thread(answer.body.drop, problem)
+            raise ShortBodyError(f"{answer.digest} can't be read to its end") from problem
 
     @staticmethod
     def _choose_range(request: Request, route: Route, answer: Answer, etag: str) -> tuple[int, int | None]:
@@ -322,7 +338,7 @@ def _source(answer: Answer, start: int, stop: int | None) -> Source:
         case Download():
             return answer.body.follow(start, stop)
         case Content():
-            return Shelved(answer.body, start, answer.body.size if stop is None else stop)
+            return Shelved(answer.body, start, answer.body.size if stop is None else stop, answer.verification)
         case bytes():
             return Held(answer.body)
     raise TypeError(answer.body)

@@ -21,8 +21,10 @@ ARROWS: dict[str, set[str]] = {
     "cache_key": {"oci"},
     "config": {"cache_key", "values"},
     "entries": {"oci"},
-    "store": {"entries", "ledger", "oci"},
-    "sources": {"store"},
+    "proofs": {"memory", "oci"},
+    "store": {"entries", "ledger", "oci", "proofs"},
+    "verification": {"store", "threads"},
+    "sources": {"store", "verification"},
     "download": {"inflow", "sources", "store", "threads", "oci"},
     "bucket": {"oci"},
     "wire": {"bucket", "oci"},
@@ -32,7 +34,7 @@ ARROWS: dict[str, set[str]] = {
     "guard": {"bucket"},
     "connections": {"guard"},
     "sending": {"sources", "threads"},
-    "cached": {"download", "entries", "memory", "oci", "store", "threads"},
+    "cached": {"download", "entries", "memory", "oci", "store", "threads", "verification"},
     "proxy": {"bucket", "cached", "download", "entries", "flights", "inflow", "oci", "threads", "upstream"},
     "namespaces": {"flights", "oci", "threads"},
     "web": {
@@ -53,7 +55,15 @@ ARROWS: dict[str, set[str]] = {
     "janitor": {"store", "threads"},
     "listening": {"config", "tls", "workers"},
 }
-TYPES_ONLY = {("download", "oci"), ("sources", "store"), ("janitor", "store"), ("janitor", "threads")}
+TYPES_ONLY = {
+    ("download", "oci"),
+    ("proofs", "oci"),
+    ("sources", "store"),
+    ("sources", "verification"),
+    ("janitor", "store"),
+    ("janitor", "threads"),
+    ("verification", "threads"),
+}
 # what is the business of some modules alone
 RESERVED = {
     "treq": {"wire"},

@@ -145,6 +145,22 @@ class RelayTestCase(DaemonTestCase):
         return f"/v2/team/app/blobs/{self.standin.push_blob('team/app', data)}", data
 
 
+class AlteredTests(RelayTestCase):
+    def test_a_worker_drops_what_was_altered(self) -> None:
+        """
+        A worker proves a file at its first use, as the first process does, and asks it for what it had to drop.
+        """
+        self.get(self.blob)
+        path = self.file_of(self.digest)
+        path.write_bytes(self.data[::-1])
+        self.assertBroken(self.get(self.blob), b"")
+        self.assertFalse(path.exists())
+        self.assertWhole(self.get(self.blob), self.data, "MISS")
+        self.assertWhole(self.get(self.blob), self.data, "HIT")
+        self.pass_time(TELL_SECONDS)
+        self.assertEqual(self.used(), self.daemon.store.ledger.total)
+
+
 class HitTests(RelayTestCase):
     """
     What a worker answers by itself.

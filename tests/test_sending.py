@@ -111,8 +111,7 @@ class PieceTests(DaemonTestCase):
         self.flush()
         self.assertTrue(client.closed)
         self.assertLess(len(client.got), 3 * MIB)
-        self.flushLoggedErrors()
-        self.file_of(self.digest).unlink()
+        self.assertFalse(self.has(self.digest))
 
     def test_a_disk_that_fails_meanwhile_aborts(self) -> None:
         """
@@ -726,8 +725,7 @@ class KernelTests(DaemonTestCase):
         self.read()
         self.assertEqual(1, self.aborts)
         self.aborted()
-        self.flushLoggedErrors()
-        self.file_of(self.digest).unlink()
+        self.assertFalse(self.has(self.digest))
 
     def test_a_disk_that_fails_meanwhile_aborts(self) -> None:
         """

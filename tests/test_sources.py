@@ -4,12 +4,11 @@ Where the bytes of a response come from: memory, or a finished file.
 
 from __future__ import annotations
 
-import os
-
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.sources import Held, Shelved
-from ecrproxy.store import Content
+from ecrproxy.store import Store
+from tests.store_contract import START, put, scratch
 
 
 class HeldTests(SynchronousTestCase):
@@ -33,8 +32,11 @@ class ShelvedTests(SynchronousTestCase):
         """
         A finished file's range is read to its end, and the file closed with it.
         """
-        closed: list[int] = []
-        content = Content(os.open(__file__, os.O_RDONLY), 100, lambda: closed.append(1))
+        store = Store(scratch(self), lambda: START)
+        store.prepare()
+        digest = put(store, bytes(100))
+        content = store.open(digest)
+        assert content is not None
         shelved = Shelved(content, 10, 30)
         shelved.listen(lambda: self.fail("there is no news of a finished file"))
         self.assertEqual((content.fileno(), 10, 20), shelved.piece(1000))
@@ -45,4 +47,4 @@ class ShelvedTests(SynchronousTestCase):
         self.assertTrue(shelved.done)
         self.assertIsNone(shelved.failure)
         shelved.close()
-        self.assertEqual([1], closed)
+        self.assertEqual(-1, content.fileno())

@@ -448,6 +448,7 @@ class ContentTests(StoreTests):
         A bad block found while hashing is no failure of the request, and leaves no file open.
         """
         digest = put(self.store, b"0123456789")
+        self.store = self.reopened(self.store.root)
         before = open_files()
         self.patch(os, "pread", failing(errno.EIO))
         self.assertIsNone(self.store.open(digest, 5))

@@ -300,7 +300,7 @@ def close(holder: Any) -> None:
     """
     with contextlib.suppress(OSError):
         os.close(holder.fileno())
-    holder._fd = -1  # noqa: SLF001 (so that nobody closes another's file of that number)
+    holder._fd, holder._open = -1, False  # noqa: SLF001 (so that nobody closes another's file of that number)
 
 
 class StoreTests(SynchronousTestCase):
