@@ -26,6 +26,8 @@ _NAMES = frozenset(
     }
 )
 _PREFIXES = ("arg_", "http_")
+# They hold secrets, and whoever reads the names of the cache's files could try guesses on a hash of them.
+_SECRET = frozenset({"http_authorization", "http_proxy_authorization", "http_cookie"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,7 @@ class CacheKey:
         """
         Read a template as nginx's C{proxy_cache_key} has it, C{$name} or C{${name}}.
 
-        @raise ValueError: for a variable that does not exist, a lone C{$}, or no variable at all.
+        @raise ValueError: for a variable that does not exist, or is a secret, a lone C{$}, or no variable at all.
         """
         parts, end = [], 0
         for found in _VARIABLE.finditer(template):
@@ -66,6 +68,8 @@ class CacheKey:
             if name not in _NAMES and not any(name.startswith(prefix) and name != prefix for prefix in _PREFIXES):
                 known = ", ".join(f"${each}" for each in sorted(_NAMES))
                 raise ValueError(f"${name} is unknown; there are {known}, $arg_NAME and $http_NAME")
+            if name.lower() in _SECRET:
+                raise ValueError(f"${name} is a client's secret, which goes nowhere; give $remote_addr, say")
             parts += [template[end : found.start()], name]
             end = found.end()
         parts.append(template[end:])

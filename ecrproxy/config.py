@@ -17,10 +17,12 @@ import regex
 
 from ecrproxy.cache_key import CacheKey
 from ecrproxy.values import (
+    Network,
     Server,
     parse_connections,
     parse_endpoint,
     parse_flag,
+    parse_networks,
     parse_path,
     parse_patience,
     parse_pattern,
@@ -120,6 +122,23 @@ SETTINGS: Final[Sequence[Setting]] = (
     Setting(
         "ssl-certificate", "PROXY_SSL_CERTIFICATE", parse_path, "none", "file of the TLS certificate and its chain"
     ),
+    Setting(
+        "client-ca", "PROXY_CLIENT_CA", parse_path, "none", "file of the CAs of which clients must have a certificate"
+    ),
+    Setting(
+        "htpasswd",
+        "PROXY_HTPASSWD",
+        parse_path,
+        "none",
+        "file of names and passwords, made with htpasswd -B, one of which clients must give",
+    ),
+    Setting(
+        "allow-from",
+        "PROXY_ALLOW_FROM",
+        parse_networks,
+        "none",
+        "networks that clients must be in; all others are refused",
+    ),
     Setting("listen", "PROXY_LISTEN", str.split, "made from port and TLS files", "Twisted endpoint strings"),
     Setting(
         "tag-ttl",
@@ -190,6 +209,9 @@ class Config:
     port: int
     ssl_key: str | None
     ssl_certificate: str | None
+    client_ca: str | None
+    htpasswd: str | None
+    allow_from: tuple[Network, ...] | None
     listen: Sequence[str]
     tag_ttl: float
     worker_processes: int
@@ -221,11 +243,7 @@ class Config:
         if values["ecr_endpoint"] is None:
             raise ConfigError("PROXY_ECR_ENDPOINT is not set: give the URL of your ECR registry")
         values["region"] = _region(values, texts)
-        if (values["ssl_key"] is None) != (values["ssl_certificate"] is None):
-            missing, given = ("PROXY_SSL_CERTIFICATE", "PROXY_SSL_KEY")
-            if values["ssl_key"] is None:
-                missing, given = given, missing
-            raise ConfigError(f"{missing} is not set, but {given} is: TLS needs both, plain HTTP neither")
+        _check_tls(values)
         return cls(**values)
 
 
@@ -248,6 +266,19 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, tuple[str, str]]:
     if environ.get("AWS_DEFAULT_REGION"):
         texts.setdefault("region", (environ["AWS_DEFAULT_REGION"], "AWS_DEFAULT_REGION"))
     return texts
+
+
+def _check_tls(values: Mapping[str, Any]) -> None:
+    if (values["ssl_key"] is None) != (values["ssl_certificate"] is None):
+        missing, given = ("PROXY_SSL_CERTIFICATE", "PROXY_SSL_KEY")
+        if values["ssl_key"] is None:
+            missing, given = given, missing
+        raise ConfigError(f"{missing} is not set, but {given} is: TLS needs both, plain HTTP neither")
+    if values["client_ca"] is not None and (values["ssl_key"] is None or values["listen"]):
+        raise ConfigError(
+            f"PROXY_CLIENT_CA={values['client_ca']!r}: certificates are asked for where PROXY_SSL_KEY and"
+            " PROXY_SSL_CERTIFICATE make TLS, without PROXY_LISTEN; set these two, or unset it"
+        )
 
 
 def _region(values: Mapping[str, Any], texts: Mapping[str, tuple[str, str]]) -> str:

@@ -99,7 +99,7 @@ def endpoints(config: Config, reactor: Any) -> list[tuple[str, Any]]:  # noqa: A
     kind = TCP6ServerEndpoint if every == "::" else TCP4ServerEndpoint
     endpoint: Any = kind(reactor, config.port, backlog=BACKLOG, interface=every)
     if config.ssl_key is not None and config.ssl_certificate is not None:
-        endpoint = SecureEndpoint(endpoint, _certificate(config.ssl_key, config.ssl_certificate))
+        endpoint = SecureEndpoint(endpoint, _certificate(config.ssl_key, config.ssl_certificate, config.client_ca))
     return [(f"PROXY_PORT={config.port}", endpoint)]
 
 
@@ -113,10 +113,13 @@ def _described(text: str, reactor: Any) -> Any:  # noqa: ANN401
         raise ConfigError(f"PROXY_LISTEN={text!r}: {why}; give an endpoint string such as tcp:5000") from problem
 
 
-def _certificate(key: str, certificate: str) -> Certificate:
+def _certificate(key: str, certificate: str, authorities: str | None) -> Certificate:
     try:
-        return Certificate(key, certificate)
+        return Certificate(key, certificate, authorities)
     except CertificateError as problem:
+        if problem.what == "authorities":
+            what = f"PROXY_CLIENT_CA={authorities!r}"
+            raise ConfigError(f"{what}: {problem.why}; give a PEM file of your clients' CAs") from problem
         blamed = {"key": f"PROXY_SSL_KEY={key!r}", "certificate": f"PROXY_SSL_CERTIFICATE={certificate!r}"}
         both = f"PROXY_SSL_KEY={key!r}, PROXY_SSL_CERTIFICATE={certificate!r}"
         raise ConfigError(

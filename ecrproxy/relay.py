@@ -32,6 +32,7 @@ from zope.interface import implementer
 from ecrproxy.bucket import UnavailableError
 from ecrproxy.cache_key import CacheKey
 from ecrproxy.cached import Asked, Cache
+from ecrproxy.clients import Admission
 from ecrproxy.ledger import Ledger
 from ecrproxy.namespaces import Namespaces
 from ecrproxy.oci import Kind, Route
@@ -53,7 +54,18 @@ TELL_SECONDS: Final = 1.0
 _HOP_BY_HOP: Final = frozenset(
     {b"connection", b"transfer-encoding", b"content-length", b"server", b"date", b"keep-alive"}
 )
-_NOT_PASSED: Final = frozenset({b"connection", b"authorization", b"te", b"upgrade", b"expect", b"content-length"})
+_NOT_PASSED: Final = frozenset(
+    {
+        b"connection",
+        b"authorization",
+        b"proxy-authorization",
+        b"cookie",
+        b"te",
+        b"upgrade",
+        b"expect",
+        b"content-length",
+    }
+)
 
 
 @implementer(IAgentEndpointFactory)
@@ -194,8 +206,9 @@ class WorkerRegistry(Door):
         namespaces: Namespaces,
         cache_key: CacheKey,
         in_thread: InThread,
+        admission: Admission | None = None,
     ) -> None:
-        super().__init__(namespaces, cache_key, in_thread)
+        super().__init__(namespaces, cache_key, in_thread, admission)
         self._cache, self._tag_ttl, self._relay = cache, tag_ttl, relay
 
     async def serve(self, request: Request, route: Route) -> None:

@@ -8,6 +8,7 @@ import atexit
 import contextlib
 import gc
 import os
+import secrets
 import shutil
 import sys
 import tempfile
@@ -27,10 +28,12 @@ from twisted.web.client import Agent
 
 from ecrproxy import __version__
 from ecrproxy.cached import Cache
+from ecrproxy.clients import Admission
 from ecrproxy.config import SETTINGS, Config, ConfigError, Setting
 from ecrproxy.connections import UpstreamAgent, connection_pool
 from ecrproxy.ecr import CredentialsError, Token, TokenService, fetch_token
 from ecrproxy.endpoint import Endpoint
+from ecrproxy.htpasswd import AT_ONCE, HtpasswdError, Passwords
 from ecrproxy.inflow import Lanes
 from ecrproxy.janitor import Janitor
 from ecrproxy.ledger import Notes
@@ -199,7 +202,7 @@ def build(
     ready = Ready(partial(_reasons, tokens, store, disk.call))
     judging = Threads(1, reactor)
     shape = (Namespaces(config.namespace_pattern, judging.call), config.cache_key, disk.call)
-    site = make_site(Registry(pull_through, *shape), ready, reactor)
+    site = make_site(Registry(pull_through, *shape, _admission(config, reactor, service)), ready, reactor)
     for part in (disk, judging, janitor, tokens, LoopStall(reactor, time.monotonic)):
         part.setServiceParent(service)
     several = config.worker_processes > 1
@@ -239,8 +242,8 @@ def build_worker(config: Config, post: Post, reactor: Any) -> MultiService:  # n
     first = Agent.usingEndpointFactory(reactor, FirstProcess(reactor, post.path), connection_pool(reactor))
     relay = Relay(first)
     judging = Threads(1, reactor)
-    namespaces = Namespaces(config.namespace_pattern, judging.call)
-    registry = WorkerRegistry(cache, config.tag_ttl, relay, namespaces, config.cache_key, disk.call)
+    shape = (Namespaces(config.namespace_pattern, judging.call), config.cache_key, disk.call)
+    registry = WorkerRegistry(cache, config.tag_ttl, relay, *shape, _admission(config, reactor, service))
     site = make_site(registry, relay, reactor)
     for part in (disk, judging, Teller(first, notes.take, reactor)):
         part.setServiceParent(service)
@@ -276,6 +279,24 @@ def _prepared(store: Store) -> Store:
             f"PROXY_CACHE_DIR={str(store.root)!r}: can't be written: {problem.strerror}; give a directory that can"
         ) from problem
     return store
+
+
+def _admission(config: Config, reactor: Any, service: MultiService) -> Admission:  # noqa: ANN401
+    """
+    Make what lets clients in; C{service} runs what of it runs by itself.
+
+    @raise ConfigError: if the passwords can't be used.
+    """
+    passwords = None
+    if config.htpasswd is not None:
+        checking = Threads(AT_ONCE, reactor)
+        try:
+            passwords = Passwords(config.htpasswd, checking.call, reactor, secrets.token_bytes(32))
+        except HtpasswdError as problem:
+            raise ConfigError(f"PROXY_HTPASSWD={config.htpasswd!r}: {problem}") from problem
+        for part in (checking, passwords):
+            part.setServiceParent(service)
+    return Admission(config.allow_from, certificates=config.client_ca is not None, passwords=passwords)
 
 
 def _install_resolver(config: Config, reactor: Any) -> Callable[[str], None]:  # noqa: ANN401

@@ -4,6 +4,7 @@ The server's side of TLS: one certificate with its chain, TLS 1.2 and 1.3.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ class CertificateError(Exception):
     """
     A key and a certificate that can't be used: which file, and why.
 
-    @ivar what: C{key}, C{certificate} or C{pair}.
+    @ivar what: C{key}, C{certificate}, C{pair} or C{authorities}.
     """
 
     def __init__(self, what: str, why: str) -> None:
@@ -40,11 +41,15 @@ class Certificate:
     """
     Serve with the key and certificate of two PEM files.
 
+    @param authorities_path: PEM file of the CAs that a client's certificate must be of, if it shows one. It need not:
+        who answers requests may ask.
     @raise CertificateError: if they can't be read, or don't belong together.
     """
 
-    def __init__(self, key_path: str, certificate_path: str) -> None:
+    def __init__(self, key_path: str, certificate_path: str, authorities_path: str | None = None) -> None:
         self._context = _context(key_path, certificate_path)
+        if authorities_path is not None:
+            _ask_for_certificates(self._context, authorities_path)
 
     def serverConnectionForTLS(self, tlsProtocol: TLSMemoryBIOProtocol) -> SSL.Connection:  # noqa: ARG002
         """
@@ -73,6 +78,21 @@ def _context(key_path: str, certificate_path: str) -> SSL.Context:
     except SSL.Error:
         raise CertificateError("pair", "the key is not the certificate's") from None
     return context
+
+
+def _ask_for_certificates(context: SSL.Context, path: str) -> None:
+    try:
+        Path(path).read_bytes()
+        context.load_verify_locations(path)
+        context.load_client_ca(os.fsencode(path))
+    except OSError as problem:
+        raise CertificateError("authorities", f"can't be read: {problem.strerror}") from None
+    except SSL.Error:
+        raise CertificateError("authorities", "holds no PEM certificate") from None
+    context.set_verify(SSL.VERIFY_PEER)
+    # A session that is taken up again would be believed without a look at the certificate's dates.
+    context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
+    context.set_options(SSL.OP_NO_TICKET)
 
 
 def _key(path: str) -> Any:  # noqa: ANN401 (one of several kinds)

@@ -23,6 +23,7 @@ _DNS_PORT = 53
 
 Server = tuple[str, int]
 """An address and a port."""
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 def parse_endpoint(text: str) -> str:
@@ -122,6 +123,28 @@ def _server(word: str) -> Server:
     if not _is_address(address) or not 0 < number <= _PORTS:
         raise ValueError(f"{word!r} is not the address of a name server; give 8.8.8.8, 8.8.8.8:53, [::1]:53 or system")
     return address, number
+
+
+def parse_networks(text: str) -> tuple[Network, ...]:
+    """
+    Read networks or addresses, separated by space or commas.
+    """
+    words = text.replace(",", " ").split()
+    if not words:
+        raise ValueError("empty, so that nobody could ask; give networks such as 10.0.0.0/8 fd00::/8")
+    return tuple(_network(word) for word in words)
+
+
+def _network(word: str) -> Network:
+    try:
+        return ipaddress.ip_network(word)
+    except ValueError:
+        pass
+    try:
+        meant = f"{ipaddress.ip_network(word, strict=False)}, if that is meant"
+    except ValueError:
+        meant = "one such as 10.0.0.0/8 or fd00::/8"
+    raise ValueError(f"{word!r} is not a network; give {meant}")
 
 
 def parse_port(text: str) -> int:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final, cast
 
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.error import ConnectionDone
+from twisted.internet.interfaces import ISSLTransport
 from twisted.logger import Logger
 from twisted.web import http
 from twisted.web.http import NOT_MODIFIED, OK, PARTIAL_CONTENT, REQUESTED_RANGE_NOT_SATISFIABLE
@@ -23,6 +24,7 @@ from twisted.web.server import NOT_DONE_YET, Request
 
 from ecrproxy.cache_key import Asker, CacheKey
 from ecrproxy.cached import SMALL_BLOB, Answer, Asked
+from ecrproxy.clients import Admission, Caller
 from ecrproxy.download import Download, ShortBodyError
 from ecrproxy.namespaces import Namespaces
 from ecrproxy.oci import Kind, RegistryError, Route, accepted_types, parse_route, query_values
@@ -44,6 +46,7 @@ _DECORATED: Final = frozenset({200, 201, 204, 206, 301, 302, 303, 304, 307, 308}
 _ENDLESS: Final = 2**62
 # What a disk says of a file that it can't give, and no socket says.
 _UNREADABLE: Final = frozenset({errno.EIO, errno.EBADMSG, errno.ENODATA, errno.ESTALE, errno.EUCLEAN})
+_SECRET: Final = frozenset({b"authorization", b"proxy-authorization", b"cookie"})
 _RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
 
 
@@ -198,11 +201,16 @@ class Ready(Answering):
 class Door(Answering):
     """
     /v2/, for the repositories that C{namespaces} lets in.
+
+    @param admission: lets in clients; none for all.
     """
 
-    def __init__(self, namespaces: Namespaces, cache_key: CacheKey, in_thread: InThread) -> None:
+    def __init__(
+        self, namespaces: Namespaces, cache_key: CacheKey, in_thread: InThread, admission: Admission | None = None
+    ) -> None:
         super().__init__()
         self._namespaces, self._cache_key, self._in_thread = namespaces, cache_key, in_thread
+        self._admission = admission
 
     def render(self, request: Request) -> int:  # noqa: D102
         request.setHeader("Docker-Distribution-Api-Version", "registry/2.0")
@@ -212,6 +220,8 @@ class Door(Answering):
         """
         Let a request in, if it is understood and may.
         """
+        if self._admission is not None:
+            await self._admission.admit(caller_of(request))
         target = request.uri.decode("ascii", "replace")
         if target.partition("?")[0] in ("/v2", "/v2/"):
             send_small(request, OK, "application/json", b"{}\n")
@@ -302,9 +312,14 @@ class Registry(Door):
     """
 
     def __init__(
-        self, pull_through: PullThrough, namespaces: Namespaces, cache_key: CacheKey, in_thread: InThread
+        self,
+        pull_through: PullThrough,
+        namespaces: Namespaces,
+        cache_key: CacheKey,
+        in_thread: InThread,
+        admission: Admission | None = None,
     ) -> None:
-        super().__init__(namespaces, cache_key, in_thread)
+        super().__init__(namespaces, cache_key, in_thread, admission)
         self._pull_through = pull_through
 
     async def serve(self, request: Request, route: Route) -> None:
@@ -379,9 +394,20 @@ def _own_query(route: Route, query: str) -> str:
     return "&".join(f"{name}={values[name]}" for name in names)
 
 
+def caller_of(request: Request) -> Caller:
+    """
+    Tell what is known of who asks.
+    """
+    transport = request.channel.transport
+    # OpenSSL has refused a certificate that is not good, and so the connection, before there was a request.
+    certified = ISSLTransport.providedBy(transport) and transport.getPeerCertificate() is not None
+    shown = request.requestHeaders.getRawHeaders("Authorization", [])
+    return Caller(address(request), certified, shown[0] if len(shown) == 1 else None)
+
+
 def asker_of(request: Request) -> Asker:
     """
-    Tell what a request says beside its route.
+    Tell what a request says beside its route, but for what is secret in it.
     """
     return Asker(
         method=request.method.decode("ascii"),
@@ -392,6 +418,7 @@ def asker_of(request: Request) -> Asker:
         headers={
             name.decode("ascii").lower(): b", ".join(values).decode("utf-8", "replace")
             for name, values in request.requestHeaders.getAllRawHeaders()
+            if name.lower() not in _SECRET
         },
     )
 

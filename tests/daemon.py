@@ -39,6 +39,7 @@ from zope.interface import alsoProvides, implementer
 
 from ecrproxy.cache_key import CacheKey
 from ecrproxy.cached import Cache
+from ecrproxy.clients import Admission
 from ecrproxy.connections import connection_pool
 from ecrproxy.ecr import Token, TokenService
 from ecrproxy.endpoint import Endpoint
@@ -118,6 +119,7 @@ class End:
     """
 
     peer: End
+    certificate: object = None
 
     def __init__(self, protocol: Protocol, host: IPv4Address, peer_address: IPv4Address) -> None:
         self.protocol, self._host, self._peer_address = protocol, host, peer_address
@@ -178,6 +180,9 @@ class End:
 
     def getPeer(self) -> IPv4Address:
         return self._peer_address
+
+    def getPeerCertificate(self) -> object:
+        return self.certificate
 
     def setTcpNoDelay(self, enabled: bool) -> None:
         pass
@@ -241,6 +246,10 @@ class Network:
         """Client and server of each wire."""
         self.down: Exception | None = None
         """Why no connection can be made, if so."""
+        self.client = CLIENT
+        """Where clients come from."""
+        self.certificate: object = None
+        """What they show to TLS."""
 
     def agent(self, *, persistent: bool) -> Agent:
         """
@@ -257,10 +266,11 @@ class Network:
         """
         Lay a wire.
         """
-        there, here = IPv4Address("TCP", host, port), IPv4Address("TCP", CLIENT, 31337)
+        there, here = IPv4Address("TCP", host, port), IPv4Address("TCP", self.client, 31337)
         server = End(self._site.buildProtocol(here), there, here)
         client = End(protocol, here, there)
         server.peer, client.peer = client, server
+        server.certificate = self.certificate
         if secure:
             for end in (server, client):
                 alsoProvides(end, ISSLTransport)
@@ -400,6 +410,7 @@ class Daemon:
         lanes: Lanes | None = None,
         read_ahead: bool = False,
         agent: Callable[[Network], IAgent] = lambda back: back.agent(persistent=True),
+        admission: Admission | None = None,
     ) -> None:
         self.standin, self.clock, self.limit, self.scheme = standin, clock, limit, "http"
         self.back = Network(QuietSite(standin.resource, reactor=clock), clock)
@@ -422,7 +433,7 @@ class Daemon:
             read_ahead=read_ahead,
         )
         namespaces = Namespaces(parse_pattern(pattern), at_once)
-        registry = Registry(self.pull_through, namespaces, CacheKey.parse(cache_key), in_thread)
+        registry = Registry(self.pull_through, namespaces, CacheKey.parse(cache_key), in_thread, admission)
         self.site = make_site(registry, Ready(self.reasons), clock)
         self.front = Network(self.site, clock)
         self._asking = self.front.agent(persistent=False)

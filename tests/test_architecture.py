@@ -20,6 +20,8 @@ OURS = "ecrproxy."
 ARROWS: dict[str, set[str]] = {
     "cache_key": {"oci"},
     "config": {"cache_key", "values"},
+    "htpasswd": {"flights", "oci", "threads"},
+    "clients": {"htpasswd", "oci"},
     "entries": {"oci"},
     "proofs": {"memory", "oci"},
     "store": {"entries", "ledger", "oci", "proofs"},
@@ -40,6 +42,7 @@ ARROWS: dict[str, set[str]] = {
     "web": {
         "cache_key",
         "cached",
+        "clients",
         "download",
         "namespaces",
         "oci",
@@ -51,11 +54,12 @@ ARROWS: dict[str, set[str]] = {
         "upstream",
     },
     "site": {"access_log", "channel", "web"},
-    "relay": {"bucket", "cache_key", "cached", "ledger", "namespaces", "oci", "threads", "web"},
+    "relay": {"bucket", "cache_key", "cached", "clients", "ledger", "namespaces", "oci", "threads", "web"},
     "janitor": {"store", "threads"},
     "listening": {"config", "tls", "workers"},
 }
 TYPES_ONLY = {
+    ("clients", "htpasswd"),
     ("download", "oci"),
     ("proofs", "oci"),
     ("sources", "store"),
@@ -68,6 +72,7 @@ TYPES_ONLY = {
 RESERVED = {
     "treq": {"wire"},
     "botocore": {"ecr"},
+    "bcrypt": {"htpasswd"},
     "twisted.web.resource": {"web", "site", "relay"},
     "twisted.internet.reactor": {"tap"},
 }

@@ -73,6 +73,14 @@ class CacheKeyTests(SynchronousTestCase):
             expanded("$digest $reference $uri", target),
         )
 
+    def test_secrets_name_no_entry(self) -> None:
+        """
+        A hash of a password among the names of files would be one to try guesses on.
+        """
+        for name in ("http_authorization", "http_Authorization", "http_proxy_authorization", "http_cookie"):
+            problem = self.assertRaises(ValueError, CacheKey.parse, f"${name}$uri")
+            self.assertIn("goes nowhere", str(problem))
+
     def test_a_list_of_tags_has_no_reference(self) -> None:
         """
         The word at the end of a tag list's path is no tag.

@@ -5,6 +5,7 @@ Settings are read from flags and variables, and what is wrong with one is said i
 from __future__ import annotations
 
 import os
+from ipaddress import ip_network
 from typing import Any
 
 from twisted.trial.unittest import SynchronousTestCase
@@ -28,6 +29,15 @@ EXAMPLES: dict[str, tuple[str, str, Any, str, Any]] = {
     "port": ("PROXY_PORT", "5001", 5001, "80", 80),
     "ssl-key": ("PROXY_SSL_KEY", "/key.pem", "/key.pem", "/other.pem", "/other.pem"),
     "ssl-certificate": ("PROXY_SSL_CERTIFICATE", "/cert.pem", "/cert.pem", "/other.pem", "/other.pem"),
+    "client-ca": ("PROXY_CLIENT_CA", "/ca.pem", "/ca.pem", "/other.pem", "/other.pem"),
+    "htpasswd": ("PROXY_HTPASSWD", "/users", "/users", "/others", "/others"),
+    "allow-from": (
+        "PROXY_ALLOW_FROM",
+        "10.0.0.0/8, fd00::/8",
+        (ip_network("10.0.0.0/8"), ip_network("fd00::/8")),
+        "192.0.2.7",
+        (ip_network("192.0.2.7/32"),),
+    ),
     "listen": ("PROXY_LISTEN", "tcp:1 \n unix:/x", ["tcp:1", "unix:/x"], "tcp:2", ["tcp:2"]),
     "tag-ttl": ("PROXY_TAG_TTL", "30", 30.0, "0.5", 0.5),
     "worker-processes": ("PROXY_WORKER_PROCESSES", "2", 2, "16", 16),
@@ -46,6 +56,7 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "dns-resolver": (("dns.example", "8.8.8.8:0", ","), "system"),
     "namespace-pattern": (("(a", "a)|(b", "*"), "not a regular expression"),
     "port": (("0", "65536", "http", "-1"), "from 1 to 65535"),
+    "allow-from": (("everywhere", "10.0.0.0/33", ","), "10.0.0.0/8"),
     "tag-ttl": (("soon", "-1", "inf"), "give 0 or more"),
     "worker-processes": (("0", "-1", "many", "1.5", "1000"), "give 1 or more, or auto"),
     "read-ahead": (("maybe", "2"), "true nor false"),
@@ -68,8 +79,9 @@ def pair_for(name: str, environ: dict[str, str]) -> dict[str, str]:
     """
     other = {"ssl-key": "PROXY_SSL_CERTIFICATE", "ssl-certificate": "PROXY_SSL_KEY"}.get(name)
     region = {"AWS_REGION": "eu-west-1"} if name == "ecr-endpoint" else {}
+    tls = {"PROXY_SSL_KEY": "/k", "PROXY_SSL_CERTIFICATE": "/c"} if name == "client-ca" else {}
     plain = {"PROXY_ECR_ENDPOINT": "http://moto:5000"} if name == "region" else {}
-    return {**MINIMUM, **({other: "/x"} if other else {}), **region, **plain, **environ}
+    return {**MINIMUM, **({other: "/x"} if other else {}), **region, **plain, **tls, **environ}
 
 
 def value_of(config: Config, name: str) -> Any:
@@ -118,6 +130,7 @@ class SettingsTests(SynchronousTestCase):
             (config.worker_processes, config.read_ahead, config.blob_connections, config.bucket_connections),
         )
         self.assertEqual((None, None, []), (config.ssl_key, config.ssl_certificate, config.listen))
+        self.assertEqual((None, None, None), (config.client_ca, config.htpasswd, config.allow_from))
         self.assertEqual(CacheKey(("", "uri", "")), config.cache_key)
         self.assertTrue(config.namespace_pattern.fullmatch("any/name-at_all"))
 
@@ -219,6 +232,17 @@ class SettingsTests(SynchronousTestCase):
         self.assertIn("PROXY_SSL_CERTIFICATE is not set", line)
         line = self.problem({}, {**MINIMUM, "PROXY_SSL_CERTIFICATE": "/c.pem"})
         self.assertIn("PROXY_SSL_KEY is not set", line)
+
+    def test_client_certificates_need_our_own_tls(self) -> None:
+        """
+        A CA of clients that nobody would be asked for a certificate of is no protection.
+        """
+        line = self.problem({}, {**MINIMUM, "PROXY_CLIENT_CA": "/ca.pem"})
+        self.assertIn("PROXY_CLIENT_CA='/ca.pem'", line)
+        self.assertIn("PROXY_SSL_KEY", line)
+        tls = {"PROXY_SSL_KEY": "/k", "PROXY_SSL_CERTIFICATE": "/c", "PROXY_CLIENT_CA": "/ca.pem"}
+        self.assertEqual("/ca.pem", loaded(**tls).client_ca)
+        self.assertIn("without PROXY_LISTEN", self.problem({}, {**MINIMUM, **tls, "PROXY_LISTEN": "tcp:5000"}))
 
     def test_a_configuration_does_not_change(self) -> None:
         """

@@ -14,6 +14,7 @@ from twisted.web.server import Request
 
 from ecrproxy.cache_key import CacheKey
 from ecrproxy.cached import Cache
+from ecrproxy.clients import Admission
 from ecrproxy.entries import entry_name
 from ecrproxy.ledger import Notes
 from ecrproxy.namespaces import Namespaces
@@ -68,7 +69,13 @@ class Together(Daemon):
     """
 
     def __init__(
-        self, *args: Any, pattern: str = ".*", cache_key: str = "$uri", tag_ttl: float = 0, **options: Any
+        self,
+        *args: Any,
+        pattern: str = ".*",
+        cache_key: str = "$uri",
+        tag_ttl: float = 0,
+        admission: Admission | None = None,
+        **options: Any,
     ) -> None:
         self.between: Between | None = None
         super().__init__(*args, pattern=pattern, cache_key=cache_key, tag_ttl=tag_ttl, **options)
@@ -85,7 +92,7 @@ class Together(Daemon):
         )
         self.teller = Teller(agent, self.notes.take, self.clock)
         self.teller.startService()
-        registry = WorkerRegistry(self.worker_cache, tag_ttl, relay, *shape)
+        registry = WorkerRegistry(self.worker_cache, tag_ttl, relay, *shape, admission)
         self.front = Network(make_site(registry, relay, self.clock), self.clock)
         self._asking = self.front.agent(persistent=False)
 
@@ -453,15 +460,12 @@ class RequestTests(RelayTestCase):
 
     def test_keeps_apart_whom_the_cache_key_keeps_apart(self) -> None:
         """
-        A cache key made of the client's credentials keeps clients apart with workers as without.
+        A cache key made of a header keeps clients apart with workers as without.
         """
         for kind in (Daemon, Together):
-            daemon = kind(self.standin, self.clock, self.root / kind.__name__, cache_key="$http_authorization$uri")
+            daemon = kind(self.standin, self.clock, self.root / kind.__name__, cache_key="$http_x_team$uri")
             daemon.flush()
-            found = [
-                daemon.ask("GET", self.blob, Authorization=who).cache
-                for who in ("client one", "client one", "client two", "client two")
-            ]
+            found = [daemon.ask("GET", self.blob, X_Team=team).cache for team in ("one", "one", "two", "two")]
             self.assertEqual(["MISS", "HIT", "REVALIDATED", "HIT"], found, kind.__name__)
 
     def test_that_is_denied_is_not_passed(self) -> None:

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import twisted.internet
+from cryptography.hazmat.primitives.serialization import Encoding
+from OpenSSL import SSL
 from twisted.application.service import MultiService
 from twisted.internet.address import IPv4Address
 from twisted.internet.error import CannotListenError
@@ -32,6 +34,7 @@ from ecrproxy.resolver import ChosenServers
 from ecrproxy.tap import Options, build, makeService
 from tests.store_contract import scratch
 from tests.test_ecr import KEYS, FakeAws
+from tests.test_htpasswd import line
 from tests.test_tls import Files, Tcp, client, shake_with, subject_of
 
 ECR = "https://123456789012.dkr.ecr.eu-west-1.amazonaws.com"
@@ -258,6 +261,7 @@ class WrongSettingTests(TapCase):
             "PROXY_NAMESPACE_PATTERN": "(a",
             "PROXY_PORT": "70000",
             "PROXY_TAG_TTL": "soon",
+            "PROXY_ALLOW_FROM": "everywhere",
         }.items():
             self.assert_dies(f"{variable}={text!r}: ", **{variable: text})
 
@@ -306,6 +310,20 @@ class WrongSettingTests(TapCase):
             (key, others.certificate, f"PROXY_SSL_KEY={key!r}, PROXY_SSL_CERTIFICATE={others.certificate!r}: the key"),
         ):
             self.assert_dies(expected, PROXY_SSL_KEY=key_path, PROXY_SSL_CERTIFICATE=certificate_path)
+        pair = {"PROXY_SSL_KEY": key, "PROXY_SSL_CERTIFICATE": certificate}
+        self.assert_dies("PROXY_CLIENT_CA='/nowhere': can't be read: No such file", PROXY_CLIENT_CA="/nowhere", **pair)
+        self.assert_dies(f"PROXY_CLIENT_CA={key!r}: holds no PEM certificate", PROXY_CLIENT_CA=key, **pair)
+
+    def test_a_file_of_passwords_that_cannot_be_used_is_told(self) -> None:
+        """
+        By its line, which is not repeated, and with how to make one.
+        """
+        self.assert_dies("PROXY_HTPASSWD='/nowhere': can't be read: No such file", PROXY_HTPASSWD="/nowhere")
+        path = self.folder / "htpasswd"
+        path.write_text("ann:plainly\n")
+        self.assert_dies(f"PROXY_HTPASSWD={str(path)!r}: line 1 is not a name and", PROXY_HTPASSWD=str(path))
+        self.assertIn("htpasswd -B", self.stderr.getvalue())
+        self.assertNotIn("plainly", self.stderr.getvalue())
 
     def test_endpoints_that_twisted_refuses_are_told(self) -> None:
         """
@@ -474,6 +492,43 @@ class BuildTests(TapCase):
         shake_with(protocol, transport, asker)
         self.assertNotEqual(b"h2", asker.get_alpn_proto_negotiated())
         self.assertEqual("CN=cache.test", subject_of(asker))
+
+    def test_clients_are_asked_for_what_is_set(self) -> None:
+        """
+        A password, a network, a certificate: each setting reaches the registry, and leaves health alone.
+        """
+        path, files = self.folder / "htpasswd", Files(self.folder / "tls")
+        path.write_bytes(line("ann", "client canary"))
+        self.build(PROXY_HTPASSWD=str(path), PROXY_LISTEN="tcp:80")
+        self.assertIn(b"401 Unauthorized", answer(self.reactor, b"/v2/"))
+        self.assertIn(b"200 OK", answer(self.reactor, b"/healthz"))
+        self.reactor = Reactor()
+        self.build(PROXY_ALLOW_FROM="10.0.0.0/8")
+        self.assertIn(b"403 Forbidden", answer(self.reactor, b"/v2/"))
+        self.assertIn(b"200 OK", answer(self.reactor, b"/healthz"))
+        self.reactor = Reactor()
+        install(self, self.reactor)  # where Twisted's TLS gathers what is written
+        chain = b"".join(each.public_bytes(Encoding.PEM) for each in (files.root, files.middle))
+        authorities = files.write("ca.pem", chain)
+        self.build(PROXY_SSL_KEY=files.key, PROXY_SSL_CERTIFICATE=files.certificate, PROXY_CLIENT_CA=authorities)
+        asked = self.secure_answer(client(), b"/v2/")
+        self.assertIn(b"403 Forbidden", asked)
+        self.assertIn(b"client certificate", asked)
+        self.assertIn(b"200 OK", self.secure_answer(client(), b"/healthz"))
+        self.assertIn(b"200 OK", self.secure_answer(client(shows=(files.private, files.leaf)), b"/v2/"))
+
+    def secure_answer(self, asker: SSL.Connection, path: bytes) -> bytes:
+        """
+        Ask over TLS.
+        """
+        server: Any = self.reactor.tcpServers[0]
+        protocol, transport = server[1].buildProtocol(IPv4Address("TCP", "192.0.2.1", 40000)), Tcp()
+        shake_with(protocol, transport, asker)
+        asker.send(b"GET %b HTTP/1.1\r\nHost: x\r\n\r\n" % path)
+        protocol.dataReceived(asker.bio_read(65536))
+        self.reactor.advance(1)
+        asker.bio_write(transport.value())
+        return asker.recv(65536)
 
     def test_endpoints_of_ones_own_replace_the_port(self) -> None:
         """

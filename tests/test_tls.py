@@ -46,11 +46,13 @@ def key_pem(key: Key, encryption: KeySerializationEncryption | None = None) -> b
     return data
 
 
-def signed(name: str, key: Key, issuer: str, issuer_key: Key, *, authority: bool = False) -> x509.Certificate:
+def signed(
+    name: str, key: Key, issuer: str, issuer_key: Key, *, authority: bool = False, days: int = 1
+) -> x509.Certificate:
     """
-    Sign a certificate.
+    Sign a certificate, good for some days from yesterday on, or one that ended yesterday.
     """
-    now = dt.datetime.now(dt.UTC)
+    now = dt.datetime.now(dt.UTC) - dt.timedelta(days=1 if days < 0 else 0)
     return (
         x509.CertificateBuilder()
         .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]))
@@ -58,7 +60,7 @@ def signed(name: str, key: Key, issuer: str, issuer_key: Key, *, authority: bool
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - dt.timedelta(days=1))
-        .not_valid_after(now + dt.timedelta(days=1))
+        .not_valid_after(now + dt.timedelta(days=max(days, 0)))
         .add_extension(x509.BasicConstraints(ca=authority, path_length=None), critical=True)
         .add_extension(x509.SubjectAlternativeName([x509.DNSName("cache.test")]), critical=False)
         .sign(issuer_key, hashes.SHA256())
@@ -98,9 +100,12 @@ def client(
     ciphers: bytes = b"ALL",
     offer: tuple[bytes, ...] = (),
     trusted: x509.Certificate | None = None,
+    shows: tuple[Key, x509.Certificate] | None = None,
 ) -> SSL.Connection:
     """
     Make a client that speaks these versions and ciphers, however weak, and trusts this root alone, if there is one.
+
+    It shows a certificate, if it has one and is asked.
     """
     context = SSL.Context(SSL.TLS_METHOD)
     context.set_cipher_list(ciphers + b":@SECLEVEL=0")
@@ -109,6 +114,9 @@ def client(
         assert store is not None
         store.add_cert(X509.from_cryptography(trusted))
         context.set_verify(SSL.VERIFY_PEER, lambda *args: bool(args[-1]))
+    if shows:
+        context.use_privatekey(shows[0])
+        context.use_certificate(shows[1])
     if minimum:
         context.set_min_proto_version(minimum)
     if maximum:
@@ -265,6 +273,99 @@ class CertificateTests(SynchronousTestCase):
         one, other = (certificate.serverConnectionForTLS(protocol) for _ in range(2))
         self.assertRaises(SSL.Error, shake, one, client(SSL.TLS1_VERSION, SSL.TLS1_VERSION))
         shake(other, client())
+
+
+class ClientCertificateTests(SynchronousTestCase):
+    """
+    Clients may be asked for a certificate of theirs.
+    """
+
+    def setUp(self) -> None:
+        """
+        A server's files, and a CA of clients with one that it has signed.
+        """
+        self.files = Files(scratch(self))
+        self.authority_key, self.key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
+        authority = signed("clients", self.authority_key, "clients", self.authority_key, authority=True)
+        self.authorities = self.files.write("ca.pem", authority.public_bytes(Encoding.PEM))
+        self.own = signed("node-1", self.key, "clients", self.authority_key)
+        self.certificate = Certificate(self.files.key, self.files.certificate, self.authorities)
+
+    def serve(self) -> SSL.Connection:
+        """
+        Begin a connection on the server's side.
+        """
+        protocol: Any = None
+        return self.certificate.serverConnectionForTLS(protocol)
+
+    def shown(self, asker: SSL.Connection) -> str:
+        """
+        Shake hands with a client; tell whose certificate the server has seen.
+        """
+        server = self.serve()
+        shake(server, asker)
+        return subject_of(server)
+
+    def test_a_certificate_of_the_ca_is_seen(self) -> None:
+        """
+        With both versions of TLS.
+        """
+        for version in (SSL.TLS1_2_VERSION, SSL.TLS1_3_VERSION):
+            self.assertEqual("CN=node-1", self.shown(client(version, version, shows=(self.key, self.own))))
+
+    def test_a_client_without_one_is_spoken_to(self) -> None:
+        """
+        It may ask for the daemon's health.
+        """
+        self.assertEqual("", self.shown(client()))
+
+    def test_foreign_and_expired_certificates_are_refused(self) -> None:
+        """
+        Those of another CA, even of the same name, of the server's own CA, self-signed ones, and those that have ended.
+        """
+        other = ec.generate_private_key(ec.SECP256R1())
+        for certificate, why in (
+            (signed("node-1", self.key, "clients", other), "verify failed"),
+            (signed("node-1", self.key, "others", other), "verify failed"),
+            (signed("node-1", self.key, "node-1", self.key), "verify failed"),
+            (signed("node-1", self.key, "clients", self.authority_key, days=-1), "verify failed"),
+        ):
+            problem = self.assertRaises(SSL.Error, shake, self.serve(), client(shows=(self.key, certificate)))
+            self.assertIn(why, str(problem.args))
+        self.assertRaises(SSL.Error, shake, self.serve(), client(shows=(self.files.private, self.files.leaf)))
+
+    def test_sessions_are_not_taken_up_again(self) -> None:
+        """
+        Each connection shows its certificate anew: one that has ended opens no longer.
+        """
+        ended = signed("node-1", self.key, "clients", self.authority_key, days=-1)
+        for version in (SSL.TLS1_2_VERSION, SSL.TLS1_3_VERSION):
+            asker = client(version, version, shows=(self.key, self.own))
+            shake(self.serve(), asker)
+            self.assertRaises(SSL.WantReadError, asker.recv, 1)  # TLS 1.3 tells of the session late
+            session = asker.get_session()
+            assert session is not None
+            for certificate in (self.own, ended):
+                again = SSL.Connection(asker.get_context(), None)
+                again.use_certificate(certificate)
+                again.set_connect_state()
+                again.set_session(session)
+                if certificate is self.own:
+                    self.assertEqual("CN=node-1", self.shown(again))
+                else:
+                    self.assertRaises(SSL.Error, shake, self.serve(), again)
+
+    def test_files_of_cas_that_cannot_be_used_are_named(self) -> None:
+        """
+        As those of the server's own pair are.
+        """
+        for path, why in (
+            ("/nowhere", "can't be read: No such file or directory"),
+            (self.files.write("wrong.pem", b"garbage"), "holds no PEM certificate"),
+            (self.files.write("empty.pem", b""), "holds no PEM certificate"),
+        ):
+            problem = self.assertRaises(CertificateError, Certificate, self.files.key, self.files.certificate, path)
+            self.assertEqual(("authorities", why), (problem.what, problem.why))
 
 
 class WrongFilesTests(SynchronousTestCase):

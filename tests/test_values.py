@@ -11,6 +11,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from ecrproxy.values import (
     parse_endpoint,
     parse_flag,
+    parse_networks,
     parse_path,
     parse_pattern,
     parse_port,
@@ -190,6 +191,20 @@ class ParserTests(SynchronousTestCase):
             "system 8.8.8.8",
             "System",
         )
+
+    def test_networks_are_separated_by_space_or_commas(self) -> None:
+        """
+        An address is a network of its own.
+        """
+        found = parse_networks(" 10.0.0.0/8,192.0.2.7\n fd00::/8 ")
+        self.assertEqual(["10.0.0.0/8", "192.0.2.7/32", "fd00::/8"], [str(each) for each in found])
+
+    def test_a_network_with_bits_of_a_host_is_told_what_it_may_mean(self) -> None:
+        """
+        Who writes 10.1.2.3/8 may mean one machine or sixteen million.
+        """
+        problem = self.assertRaises(ValueError, parse_networks, "10.1.2.3/8")
+        self.assertEqual("'10.1.2.3/8' is not a network; give 10.0.0.0/8, if that is meant", str(problem))
 
     def test_ports_are_from_1_to_65535(self) -> None:
         """
