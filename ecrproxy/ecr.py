@@ -25,6 +25,8 @@ log = Logger()
 
 SHORTEST_REFRESH: Final = 60.0
 """Seconds between two refreshes that the daemon makes by itself, whatever a token says of its own life."""
+LONGEST_REFRESH: Final = 6 * 3600.0
+"""Half of the life that ECR gives to each token: this machine's clock may make it longer."""
 FIRST_RETRY: Final = 1.0
 LONGEST_RETRY: Final = 60.0
 PATIENCE: Final = 10.0
@@ -158,7 +160,7 @@ def next_refresh(expires: float, now: float) -> float:
     """
     Tell in how many seconds to refresh a token: at half of its remaining life.
     """
-    return max(SHORTEST_REFRESH, (expires - now) / 2)
+    return min(LONGEST_REFRESH, max(SHORTEST_REFRESH, (expires - now) / 2))
 
 
 def next_retry(failures: int, chance: float) -> float:
@@ -174,8 +176,11 @@ class TokenService(Service):
     """
     Keep the registry token fresh while the daemon runs.
 
+    When to ask again is counted on a clock that nobody sets; the time of the day says only whether a token has expired.
+
     @param fetch: asks AWS; fires with a L{Token}.
-    @param clock: tells the time and calls back.
+    @param clock: counts seconds and calls back.
+    @param now: seconds since the epoch.
     @param refused: told of credentials that AWS refuses for good before there ever was a token.
     @param chance: gives random numbers from 0 to 1.
     """
@@ -184,13 +189,14 @@ class TokenService(Service):
         self,
         fetch: Callable[[], Deferred[Token]],
         clock: IReactorTime,
+        now: Callable[[], float],
         refused: Callable[[CredentialsError], None] = lambda _: None,
         chance: Callable[[], float] = random.random,
     ) -> None:
-        self._fetch, self._clock, self._refused, self._chance = fetch, clock, refused, chance
+        self._fetch, self._clock, self._now, self._refused, self._chance = fetch, clock, now, refused, chance
         self._token: Token | None = None
         self._problem = "AWS has not answered yet"
-        self._failures, self._due, self._started = 0, 0.0, 0.0
+        self._failures, self._due, self._started, self._received = 0, 0.0, 0.0, 0.0
         self._refreshing = False
         self._waiting: list[Deferred[None]] = []
         self._loop = LoopingCall(self._turn)
@@ -213,7 +219,7 @@ class TokenService(Service):
         """
         if self._token is None:
             return self._problem
-        if self._token.expires <= self._clock.seconds() and self._failures:
+        if self._token.expires <= self._now() and self._failures:
             return f"the token has expired: {self._problem}"
         return None
 
@@ -261,8 +267,16 @@ class TokenService(Service):
                 limit.cancel()
 
     def _turn(self) -> None:
-        if self._clock.seconds() >= self._due:
+        if self._clock.seconds() >= self._due or self._has_been_overtaken():
             self._refresh()
+
+    def _has_been_overtaken(self) -> bool:
+        """
+        Tell whether the token has expired before its refresh is due: a machine that slept counted no seconds.
+        """
+        if self._token is None or self._failures or self._token.expires > self._now():
+            return False
+        return self._clock.seconds() >= self._received + SHORTEST_REFRESH
 
     def _refresh(self) -> None:
         if not self._refreshing:
@@ -275,9 +289,10 @@ class TokenService(Service):
         except Exception as problem:  # noqa: BLE001 (any failure of any provider: the old token stays in use)
             self._failed(problem)
         else:
-            now = self._clock.seconds()
-            self._failures, self._due = 0, now + next_refresh(self._token.expires, now)
-            log.info("Token received; the next is due in {seconds:.0f} s", seconds=self._due - now)
+            wait = next_refresh(self._token.expires, self._now())
+            self._received = self._clock.seconds()
+            self._failures, self._due = 0, self._received + wait
+            log.info("Token received; the next is due in {seconds:.0f} s", seconds=wait)
             self._wake()
         finally:
             self._refreshing = False

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Final, NoReturn, TypeVar
 
 from twisted.application.service import MultiService
+from twisted.internet.base import ReactorBase
 from twisted.internet.endpoints import UNIXServerEndpoint
 from twisted.internet.error import ReactorNotRunning
 from twisted.logger import Logger
@@ -152,6 +153,7 @@ def makeService(options: Options) -> MultiService:
     """
     from twisted.internet import reactor  # noqa: PLC0415 (twistd may have chosen another before)
 
+    _count_steadily(reactor)
     try:
         config = Config.load(options.flags(), os.environ)
         post = Post.from_environ(os.environ)
@@ -191,7 +193,7 @@ def build(
     disk = Threads(DISK_THREADS, reactor)
     store = _prepared(Store(Path(config.cache_dir), time.time))
     janitor = Janitor(store, config.cache_limit, disk.call)
-    tokens = TokenService(lambda: call_unowned(reactor, lambda: _fetch(config)), reactor, refused)
+    tokens = TokenService(lambda: call_unowned(reactor, lambda: _fetch(config)), reactor, time.time, refused)
     wire = Wire(UpstreamAgent(reactor, config.ecr_endpoint, _install_resolver(config, reactor)), reactor)
     upstream = Upstream(Endpoint(config.ecr_endpoint, wire, tokens), wire, stall_seconds=config.stall_seconds)
     lanes = Lanes(config.blob_connections, config.bucket_connections)
@@ -219,6 +221,18 @@ def build(
         Listening(path, UNIXServerEndpoint(reactor, path, mode=0o600), inner).setServiceParent(service)
         Workers(config.worker_processes, listening, path, arguments, reactor).setServiceParent(service)
     return service
+
+
+def _count_steadily(reactor: Any) -> None:  # noqa: ANN401
+    """
+    Have a reactor's timers go by a clock that nobody sets.
+
+    Twisted's reactors count by the time of the day: set forward, it would fire each timer at once; set back, it would
+    freeze all of them, limits of time and the token's refresh among them. No timer has been made yet. A reactor in
+    memory has a clock of its own.
+    """
+    if isinstance(reactor, ReactorBase):
+        reactor.seconds = time.monotonic  # (timers ask the instance, in each reactor)
 
 
 def _fetch(config: Config) -> Token:

@@ -393,6 +393,7 @@ class Daemon:
     @ivar back: the network to ECR and its buckets.
     @ivar front: the network to the clients.
     @ivar scheme: http or https: how clients ask.
+    @ivar set_by: by how many seconds the time of the day was set; the clock that timers go by is never set.
     """
 
     def __init__(  # noqa: PLR0913 (what a test may want otherwise)
@@ -413,21 +414,22 @@ class Daemon:
         admission: Admission | None = None,
     ) -> None:
         self.standin, self.clock, self.limit, self.scheme = standin, clock, limit, "http"
+        self.set_by = 0.0
         self.back = Network(QuietSite(standin.resource, reactor=clock), clock)
-        self.store = Store(root, clock.seconds)
+        self.store = Store(root, self.now)
         self.store.prepare()
         self.store.sweep()
         self.janitor = Janitor(self.store, limit, in_thread)
-        self.tokens = TokenService(fetch or self._issue, clock, chance=lambda: 0.5)
+        self.tokens = TokenService(fetch or self._issue, clock, self.now, chance=lambda: 0.5)
         wire = Wire(agent(self.back), clock)
         self.upstream = Upstream(Endpoint(standin.registry, wire, self.tokens), wire)
         self.lanes = lanes or Lanes()
-        self.cache = Cache(self.store, self.janitor, in_thread, clock.seconds)
+        self.cache = Cache(self.store, self.janitor, in_thread, self.now)
         self.pull_through = PullThrough(
             self.upstream,
             self.cache,
             in_thread,
-            clock.seconds,
+            self.now,
             tag_ttl=tag_ttl,
             lanes=self.lanes,
             read_ahead=read_ahead,
@@ -439,6 +441,12 @@ class Daemon:
         self._asking = self.front.agent(persistent=False)
         self.janitor.startService()
         self.tokens.startService()
+
+    def now(self) -> float:
+        """
+        Tell the time of the day.
+        """
+        return self.clock.seconds() + self.set_by
 
     def _issue(self) -> Deferred[Token]:
         # Not at once: AWS is asked in a thread.

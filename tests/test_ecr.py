@@ -306,9 +306,15 @@ class TokenServiceTests(SynchronousTestCase):
         self.clock.advance(START)
         self.fetches: list[Deferred[Token]] = []
         self.refusals: list[CredentialsError] = []
-        self.chance = 0.0
-        self.service = TokenService(self.fetch, self.clock, self.refusals.append, lambda: self.chance)
+        self.chance = self.set_by = 0.0
+        self.service = TokenService(self.fetch, self.clock, self.now, self.refusals.append, lambda: self.chance)
         self.addCleanup(self.service.stopService)
+
+    def now(self) -> float:
+        """
+        Tell the time of the day, which somebody may set.
+        """
+        return self.clock.seconds() + self.set_by
 
     def fetch(self) -> Deferred[Token]:
         """
@@ -321,7 +327,7 @@ class TokenServiceTests(SynchronousTestCase):
         """
         Have AWS answer the last question with a token.
         """
-        self.fetches[-1].callback(Token(secret, self.clock.seconds() + life))
+        self.fetches[-1].callback(Token(secret, self.now() + life))
 
     def refuse(self, problem: Exception | None = None) -> None:
         """
@@ -394,6 +400,60 @@ class TokenServiceTests(SynchronousTestCase):
         self.assertIsNone(self.service.problem())
         self.assertEqual(60.0, next_refresh(MOTOS_EXPIRY, START))
         self.assertEqual(60.0, next_refresh(START + 10, START))
+
+    def test_a_clock_set_forward_refreshes_once(self) -> None:
+        """
+        A token that has expired by this machine's clock is replaced at once, and AWS is not asked in a loop.
+        """
+        self.start("first")
+        self.pass_time(60)
+        self.set_by = 10 * 365 * 86400.0
+        self.pass_time(1)
+        self.assertEqual(2, len(self.fetches))
+        self.assertEqual("first", self.successResultOf(self.get()))
+        self.fetches[-1].callback(Token("second", self.clock.seconds() + LIFE))  # AWS's clock is right
+        self.pass_time(59)
+        self.assertEqual(2, len(self.fetches))
+        self.assertEqual(("second", None), (self.successResultOf(self.get()), self.service.problem()))
+
+    def test_a_clock_set_forward_a_little_refreshes_nothing(self) -> None:
+        """
+        While the token is good, the refresh comes when it was to come.
+        """
+        self.start("first")
+        self.set_by = 3600.0
+        self.clock.advance(21_599)
+        self.assertEqual(1, len(self.fetches))
+        self.clock.advance(1)
+        self.assertEqual(2, len(self.fetches))
+
+    def test_a_clock_set_back_delays_no_refresh(self) -> None:
+        """
+        A token is replaced after the time that it had, whatever the day is said to be; the next one too.
+        """
+        self.start("first")
+        self.set_by = -10 * 365 * 86400.0
+        self.clock.advance(21_600)
+        self.assertEqual(2, len(self.fetches))
+        self.fetches[-1].callback(Token("second", self.clock.seconds() + LIFE))
+        self.clock.advance(21_600)
+        self.assertEqual(3, len(self.fetches))
+
+    def test_a_clock_set_while_aws_fails_changes_no_retry(self) -> None:
+        """
+        After a failure the next try comes when it was to come.
+        """
+        for jump in (10 * 365 * 86400.0, -10 * 365 * 86400.0):
+            self.setUp()
+            self.start("first", life=120)
+            self.clock.advance(60)
+            self.chance = 1.0
+            self.refuse()
+            self.set_by = jump
+            self.pass_time(2)
+            self.assertEqual(2, len(self.fetches))
+            self.pass_time(1)
+            self.assertEqual(3, len(self.fetches))
 
     def test_aws_is_not_asked_twice_at_once(self) -> None:
         """
@@ -622,7 +682,7 @@ class TokenServiceTests(SynchronousTestCase):
         self.clock.advance(LIFE)
         self.assertEqual(1, len(self.fetches))
         self.assertEqual([], self.clock.getDelayedCalls())
-        TokenService(self.fetch, self.clock).stopService()
+        TokenService(self.fetch, self.clock, self.now).stopService()
 
     def test_a_fetch_that_fails_before_it_begins_is_a_failure_like_others(self) -> None:
         """
@@ -636,7 +696,7 @@ class TokenServiceTests(SynchronousTestCase):
                 raise RuntimeError("no thread")
             return succeed(Token("first", self.clock.seconds() + LIFE))
 
-        service = TokenService(refuse_work, self.clock, chance=lambda: 0.0)
+        service = TokenService(refuse_work, self.clock, self.now, chance=lambda: 0.0)
         service.startService()
         self.addCleanup(service.stopService)
         self.assertEqual("no thread", service.problem())

@@ -292,6 +292,23 @@ class TogetherTests(BlobTestCase):
         self.flush()
         self.assertWhole(slow, self.data)
 
+    def test_a_clock_that_is_set_disturbs_no_transfer(self) -> None:
+        """
+        A clock set by years, either way, ends no transfer and evicts nothing.
+        """
+        self.standin.hold(self.digest)
+        client = self.daemon.send("GET", self.path)
+        self.flush()
+        for jump in (10 * 365 * 86400, -10 * 365 * 86400):
+            self.daemon.set_by = jump
+            self.standin.deliver(self.digest, 1000)
+            self.pass_time(1)
+            self.assertEqual("", client.ended)
+        self.standin.release(self.digest)
+        self.flush()
+        self.assertWhole(client, self.data, "MISS")
+        self.assertWhole(self.get(self.path), self.data, "HIT")
+
     def test_errors_are_shared(self) -> None:
         """
         All who wait for the same blob of a repository get the one answer that ECR gave.
@@ -1395,8 +1412,24 @@ class TagTests(DaemonTestCase):
         self.start(tag_ttl=60)
         self.get(self.path)
         manifest = self.moved()
-        self.clock.rightNow -= 3600
+        self.daemon.set_by = -3600
         self.assertWhole(self.get(self.path), manifest, "MISS")
+
+    def test_after_a_clock_was_set_is_trusted_for_its_time(self) -> None:
+        """
+        Whichever way the clock was set, ECR is asked once, and the tag is trusted from then on as before.
+        """
+        for jump in (10 * 365 * 86400, -10 * 365 * 86400):
+            self.start(tag_ttl=60)
+            self.get(self.path)
+            self.daemon.set_by = jump
+            self.standin.forget_asked()
+            self.assertWhole(self.get(self.path), self.image.manifest, "REVALIDATED")
+            self.pass_time(59)
+            self.assertWhole(self.get(self.path), self.image.manifest, "HIT")
+            self.assertEqual(1, len(self.standin.asked))
+            self.pass_time(1)
+            self.assertWhole(self.get(self.path), self.image.manifest, "REVALIDATED")
 
     def test_head(self) -> None:
         """

@@ -9,6 +9,7 @@ import io
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from OpenSSL import SSL
 from twisted.application.service import MultiService
 from twisted.internet.address import IPv4Address
+from twisted.internet.base import ReactorBase
 from twisted.internet.error import CannotListenError
 from twisted.internet.interfaces import IHostnameResolver
 from twisted.internet.testing import MemoryReactorClock
@@ -31,7 +33,7 @@ from ecrproxy import __version__
 from ecrproxy.config import SETTINGS, Config
 from ecrproxy.ecr import CredentialsError
 from ecrproxy.resolver import ChosenServers
-from ecrproxy.tap import Options, build, makeService
+from ecrproxy.tap import Options, _count_steadily, build, makeService
 from tests.store_contract import scratch
 from tests.test_ecr import KEYS, FakeAws
 from tests.test_htpasswd import line
@@ -434,6 +436,52 @@ def answer(reactor: Reactor, path: bytes, number: int = 0) -> bytes:
     protocol.dataReceived(b"GET " + path + b" HTTP/1.1\r\nHost: cache.test\r\n\r\n")
     reactor.advance(0)
     return bytes(transport.value())
+
+
+class Counting(ReactorBase):
+    """
+    As much of a real reactor as has timers.
+    """
+
+    def installWaker(self) -> None:
+        """
+        There are no threads to be woken by.
+        """
+
+
+class ClockTests(TapCase):
+    """
+    The machine's time of the day may be set.
+    """
+
+    def test_a_reactors_timers_go_by_a_clock_that_nobody_sets(self) -> None:
+        """
+        Each timer is made, moved and found due by seconds that only count up.
+        """
+        reactor = Counting()
+        seconds = [100.0]
+        self.patch(time, "monotonic", lambda: seconds[0])
+        _count_steadily(reactor)
+        fired: list[str] = []
+        timer = reactor.callLater(5, fired.append, "moved")
+        reactor.callLater(10, fired.append, "second")
+        self.assertEqual(5, reactor.timeout())
+        timer.reset(7)
+        seconds[0] = 106.9
+        reactor.runUntilCurrent()
+        self.assertEqual([], fired)
+        seconds[0] = 110.0
+        reactor.runUntilCurrent()
+        self.assertEqual(["moved", "second"], fired)
+
+    def test_a_real_reactor_is_told_before_it_has_timers(self) -> None:
+        """
+        The daemon's reactor, and a worker's, count so from the start.
+        """
+        reactor: Any = Counting()
+        self.reactor = reactor
+        self.assertRaises(SystemExit, self.run_with, PROXY_ECR_ENDPOINT="nothing")
+        self.assertIs(time.monotonic, reactor.seconds)
 
 
 class BuildTests(TapCase):
