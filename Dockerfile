@@ -3,21 +3,26 @@ ARG BASE=python:3.13-slim
 
 FROM ${BASE} AS build
 WORKDIR /source
+# What runs has no pip of its own: the build's installs into it. Others' code is what its hashes say.
+RUN python3 -m venv /opt/build && python3 -m venv --without-pip /opt/ecrproxy
+COPY requirements.lock ./
+RUN /opt/build/bin/pip --python /opt/ecrproxy/bin/python install --no-cache-dir --no-deps --require-hashes -r requirements.lock
 COPY setup.cfg pyproject.toml README.rst LICENSE ./
 COPY ecrproxy ecrproxy
 COPY twisted twisted
-RUN python3 -m venv /opt/build \
-    && /opt/build/bin/pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
-# What runs has no pip of its own: the build's installs into it.
-RUN python3 -m venv --without-pip /opt/ecrproxy \
-    && /opt/build/bin/pip --python /opt/ecrproxy/bin/python install --no-cache-dir /wheels/*.whl
+RUN /opt/build/bin/pip wheel --no-cache-dir --no-deps --wheel-dir /wheels . \
+    && /opt/build/bin/pip --python /opt/ecrproxy/bin/python install --no-cache-dir --no-deps /wheels/*.whl \
+    && /opt/build/bin/pip --python /opt/ecrproxy/bin/python check \
+    # twistd caches its list of plugins beside them, where the daemon's own user may not write.
+    && /opt/ecrproxy/bin/twistd --help > /dev/null \
+    && install -d -m 0700 -o 65532 -g 65532 /opt/image/cache
 
 FROM ${BASE}
+LABEL org.opencontainers.image.title="ecrproxy" \
+      org.opencontainers.image.description="Caching pull-through proxy for Amazon ECR" \
+      org.opencontainers.image.licenses="MIT"
 COPY --from=build /opt/ecrproxy /opt/ecrproxy
-# twistd caches its list of plugins beside them, where the daemon's own user may not write.
-RUN /opt/ecrproxy/bin/twistd --help > /dev/null \
-    && mkdir -m 0700 /cache \
-    && chown 65532:65532 /cache
+COPY --from=build --chown=65532:65532 /opt/image/ /
 
 ENV PROXY_CACHE_DIR=/cache PYTHONSAFEPATH=1
 VOLUME /cache

@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: help run demo test lint e2e bench bench-growth dist clean
+.PHONY: help run demo test lint e2e bench bench-growth dist lock clean
 help:
 	@echo "make demo    pull a sample image through the proxy twice, from a stand-in for ECR"
 	@echo "make run     start the daemon with the variables of the environment"
@@ -13,6 +13,7 @@ help:
 	@echo "make e2e     run the tests with real clients and servers (Debian, root)"
 	@echo "make bench   measure side by side with nginx and distribution (Debian, root); make bench-growth: a large cache"
 	@echo "make dist    build the sdist and the wheel"
+	@echo "make lock    choose what the container is made of, by hash"
 
 $(STAMP): setup.cfg pyproject.toml twisted/plugins/ecrproxy_plugin.py
 	$(PYTHON) -m venv $(VENV)
@@ -33,6 +34,12 @@ lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+# What the container is made of, by hash. Made on the oldest Python, so that it serves them all.
+lock: $(STAMP)
+	$(VENV)/bin/python -m pip install --quiet pip-tools
+	CUSTOM_COMPILE_COMMAND="make lock" $(VENV)/bin/pip-compile --quiet --generate-hashes --strip-extras --upgrade \
+		--no-emit-index-url --no-emit-trusted-host --no-emit-find-links --output-file requirements.lock setup.cfg
 
 dist: $(STAMP)
 	rm -rf dist

@@ -31,14 +31,17 @@ class CommandError(Exception):
     """
 
 
-@dataclass(frozen=True)
+@dataclass
 class Client:
     """
     A program with a home of its own.
+
+    @ivar seconds: how long a command may take.
     """
 
     home: Path
     extra: dict[str, str] = field(default_factory=dict)
+    seconds: float = PULL
 
     def attempt(self, *argv: str | Path) -> Done:
         """
@@ -51,7 +54,7 @@ class Client:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=PULL,
+            timeout=self.seconds,
             check=False,
         )
         return Done(done.returncode, done.stdout, done.stderr)
