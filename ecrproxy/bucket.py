@@ -261,12 +261,20 @@ class Drop(TwistedProtocol):
             self.transport.loseConnection()
 
 
+def first_cause(problem: BaseException | None) -> BaseException | None:
+    """
+    Tell what led to a network's trouble.
+    """
+    while isinstance(problem, ResponseFailed) and problem.reasons:
+        problem = problem.reasons[0].value
+    return problem
+
+
 def describe(problem: BaseException | None) -> str:
     """
     Name a network's trouble in a line, by its first cause.
     """
-    while isinstance(problem, ResponseFailed) and problem.reasons:
-        problem = problem.reasons[0].value
+    problem = first_cause(problem)
     text = str(problem).strip().rstrip(".") or type(problem).__name__
     return text.splitlines()[0][:200]
 

@@ -31,6 +31,7 @@ from ecrproxy.values import (
     parse_resolver,
     parse_seconds,
     parse_size,
+    parse_tries,
     parse_workers,
     region_of,
 )
@@ -169,6 +170,20 @@ SETTINGS: Final[Sequence[Setting]] = (
         "connections over which a large blob comes from its bucket",
     ),
     Setting(
+        "upstream-tries",
+        "PROXY_UPSTREAM_TRIES",
+        parse_tries,
+        "3",
+        "how often ECR or a bucket is asked the same where it fails in a way that may pass",
+    ),
+    Setting(
+        "upstream-seconds",
+        "PROXY_UPSTREAM_SECONDS",
+        parse_seconds,
+        "10",
+        "seconds after the first try in which the others begin",
+    ),
+    Setting(
         "bucket-connections",
         "PROXY_BUCKET_CONNECTIONS",
         parse_connections,
@@ -219,6 +234,8 @@ class Config:
     blob_connections: int
     bucket_connections: int
     stall_seconds: float
+    upstream_tries: int
+    upstream_seconds: float
 
     @classmethod
     def load(cls, flags: Mapping[str, str], environ: Mapping[str, str]) -> Config:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Coroutine
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 from twisted.web.http_headers import Headers
@@ -71,7 +72,7 @@ class Endpoint:
 
     async def ask(self, question: Question) -> Reply:
         """
-        Ask, with one more try after a refresh if ECR takes the token no more.
+        Ask, again after failures that may pass, and once more after a refresh if ECR takes the token no more.
 
         A HEAD that is refused is asked again as GET, for only a body says which refusal it is, and
         some registries know no HEAD (field notes C5).
@@ -79,12 +80,13 @@ class Endpoint:
         @raise RegistryError: if the answer is a refusal, or there is none.
         """
         secret = await self._secret(self._tokens.get())
+        tries = self._wire.tries()
         for last in (False, True):
-            reply = await self._send(question, secret)
+            reply = await self._wire.persist(tries, partial(self._send, question, secret))
             code = reply.response.code
             if question.method == "HEAD" and (code in (403, 404, 405) or (last and code == 401)):  # noqa: PLR2004
                 question = replace(question, method="GET")
-                reply = await self._send(question, secret)
+                reply = await self._wire.persist(tries, partial(self._send, question, secret))
             if reply.response.code < 400:  # noqa: PLR2004
                 return reply
             refusal = Refusal.of(reply.response, reply.body)

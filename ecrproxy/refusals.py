@@ -12,7 +12,7 @@ from typing import Final, NoReturn
 from twisted.logger import Logger
 from twisted.web.iweb import IResponse
 
-from ecrproxy.bucket import UnavailableError, header
+from ecrproxy.bucket import UnavailableError
 from ecrproxy.oci import Kind, RegistryError, Route
 
 log = Logger()
@@ -38,7 +38,6 @@ class Refusal:
     status: int
     code: str
     message: str
-    retry_after: str | None
     challenged: bool
 
     @classmethod
@@ -53,7 +52,7 @@ class Refusal:
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             pass  # a plain text, as ECR sends some: the text is the message then
         challenge = response.headers.hasHeader("WWW-Authenticate")
-        return cls(response.code, code, message, header(response, "Retry-After"), challenged=challenge)
+        return cls(response.code, code, message, challenged=challenge)
 
     @property
     def is_about_token(self) -> bool:
@@ -90,11 +89,6 @@ class Refusal:
                 raise RegistryError(
                     403, "DENIED", f"ECR denies the proxy access to {route.repository}; its log says why"
                 )
-            case 429:
-                wait = self.retry_after if self.retry_after and self.retry_after.isdecimal() else "1"
-                raise UnavailableError(429, "TOOMANYREQUESTS", "ECR throttles the proxy", {"Retry-After": wait})
             case 400:
                 raise RegistryError(400, self.code or "UNSUPPORTED", self.message or "ECR refuses the request")
-            case 503 | 504:
-                raise UnavailableError(self.status, "UNAVAILABLE", f"ECR answers {self.status}", {"Retry-After": "5"})
         raise UnavailableError(502, "UNAVAILABLE", f"ECR answers {self.status}")

@@ -44,6 +44,7 @@ from ecrproxy.namespaces import Namespaces
 from ecrproxy.proxy import PullThrough
 from ecrproxy.relay import USED, FirstProcess, InnerRegistry, NoRoom, Relay, Teller, Used, WorkerRegistry
 from ecrproxy.resolver import ChosenServers, hosts_names
+from ecrproxy.retries import Budget
 from ecrproxy.site import make_site
 from ecrproxy.store import Store
 from ecrproxy.threads import InThread, Threads, call_unowned
@@ -194,7 +195,8 @@ def build(
     store = _prepared(Store(Path(config.cache_dir), time.time))
     janitor = Janitor(store, config.cache_limit, disk.call)
     tokens = TokenService(lambda: call_unowned(reactor, lambda: _fetch(config)), reactor, time.time, refused)
-    wire = Wire(UpstreamAgent(reactor, config.ecr_endpoint, _install_resolver(config, reactor)), reactor)
+    agent = UpstreamAgent(reactor, config.ecr_endpoint, _install_resolver(config, reactor))
+    wire = Wire(agent, reactor, Budget(config.upstream_tries, config.upstream_seconds))
     upstream = Upstream(Endpoint(config.ecr_endpoint, wire, tokens), wire, stall_seconds=config.stall_seconds)
     lanes = Lanes(config.blob_connections, config.bucket_connections)
     cache = Cache(store, janitor, disk.call, time.time)

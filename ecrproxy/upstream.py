@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 from urllib.parse import urljoin, urlsplit
 
@@ -162,8 +163,9 @@ class Upstream:
         headers = Headers({"User-Agent": ["ecrproxy"]})
         if span:
             headers.setRawHeaders("Range", [span])
+        tries = self._wire.tries()
         for _ in range(REDIRECTS):
-            response = await self._wire.request("GET", url, headers)
+            response = await self._wire.persist(tries, partial(self._wire.request, "GET", url, headers))
             if response.code not in REDIRECT_STATUSES:
                 return url, response
             response.deliverBody(Drop())

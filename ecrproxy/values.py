@@ -176,6 +176,15 @@ def parse_workers(text: str) -> int:
     return int(text)
 
 
+def parse_tries(text: str) -> int:
+    """
+    Read how often something is tried.
+    """
+    if not re.fullmatch(r"\d{1,2}", text) or not int(text):
+        raise ValueError("not a number of tries; give 1 to try once, up to 99")
+    return int(text)
+
+
 def parse_seconds(text: str) -> float:
     """
     Read a time that is not negative.

@@ -48,6 +48,7 @@ from ecrproxy.janitor import Janitor
 from ecrproxy.namespaces import Namespaces
 from ecrproxy.oci import Digest
 from ecrproxy.proxy import PullThrough
+from ecrproxy.retries import Budget
 from ecrproxy.site import make_site
 from ecrproxy.store import Store
 from ecrproxy.threads import InThread
@@ -412,6 +413,8 @@ class Daemon:
         read_ahead: bool = False,
         agent: Callable[[Network], IAgent] = lambda back: back.agent(persistent=True),
         admission: Admission | None = None,
+        budget: Budget = Budget(),  # noqa: B008 (it is frozen)
+        chance: float = 0.0,
     ) -> None:
         self.standin, self.clock, self.limit, self.scheme = standin, clock, limit, "http"
         self.set_by = 0.0
@@ -421,7 +424,8 @@ class Daemon:
         self.store.sweep()
         self.janitor = Janitor(self.store, limit, in_thread)
         self.tokens = TokenService(fetch or self._issue, clock, self.now, chance=lambda: 0.5)
-        wire = Wire(agent(self.back), clock)
+        # Without chance the next try comes at once, unless upstream asks for more time.
+        wire = Wire(agent(self.back), clock, budget, chance=lambda: chance)
         self.upstream = Upstream(Endpoint(standin.registry, wire, self.tokens), wire)
         self.lanes = lanes or Lanes()
         self.cache = Cache(self.store, self.janitor, in_thread, self.now)

@@ -45,6 +45,8 @@ EXAMPLES: dict[str, tuple[str, str, Any, str, Any]] = {
     "blob-connections": ("PROXY_BLOB_CONNECTIONS", "8", 8, "1", 1),
     "bucket-connections": ("PROXY_BUCKET_CONNECTIONS", "100", 100, "9999", 9999),
     "stall-seconds": ("PROXY_STALL_SECONDS", "10", 10.0, "0.5", 0.5),
+    "upstream-tries": ("PROXY_UPSTREAM_TRIES", "1", 1, "5", 5),
+    "upstream-seconds": ("PROXY_UPSTREAM_SECONDS", "0", 0.0, "2.5", 2.5),
 }
 # flag: texts that are wrong, and words of what would be right
 WRONG: dict[str, tuple[tuple[str, ...], str]] = {
@@ -63,6 +65,8 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "blob-connections": (("0", "-1", "four", "10000"), "give 1 or more"),
     "bucket-connections": (("0", "-1", "auto"), "give 1 or more"),
     "stall-seconds": (("0", "0.0", "-1", "never"), "above 0"),
+    "upstream-tries": (("0", "-1", "100", "twice"), "up to 99"),
+    "upstream-seconds": (("-1", "ten"), "give 0 or more"),
 }
 
 
@@ -129,6 +133,7 @@ class SettingsTests(SynchronousTestCase):
             (1, False, 4, 64),
             (config.worker_processes, config.read_ahead, config.blob_connections, config.bucket_connections),
         )
+        self.assertEqual((3, 10.0), (config.upstream_tries, config.upstream_seconds))
         self.assertEqual((None, None, []), (config.ssl_key, config.ssl_certificate, config.listen))
         self.assertEqual((None, None, None), (config.client_ca, config.htpasswd, config.allow_from))
         self.assertEqual(CacheKey(("", "uri", "")), config.cache_key)

@@ -18,6 +18,7 @@ from zope.interface import implementer
 
 from ecrproxy.connections import UpstreamAgent
 from ecrproxy.resolver import Resolution
+from ecrproxy.retries import Budget
 from tests.daemon import DaemonTestCase, Network, Reply, noise
 from tests.registry import StandIn, layer
 
@@ -101,7 +102,7 @@ class AgentTests(DaemonTestCase):
         """
         reply = self.daemon.send("GET", path or self.path)
         self.flush()
-        self.pass_time(1)
+        self.pass_time(3)
         return reply
 
     def assertUnreached(self, reply: Reply, addresses: Sequence[str]) -> None:
@@ -305,6 +306,7 @@ class OddAnswerTests(DaemonTestCase):
         """
         Chunks without the last one are a part, whatever their bytes.
         """
+        self.start(budget=Budget(tries=1))
         self.begin()
         body = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n"
         self.assertRefused(

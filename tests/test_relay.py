@@ -341,9 +341,9 @@ class AnswerTests(RelayTestCase):
         What ECR refuses passes with its status, its words and Retry-After; so does a method that is none.
         """
         for fault, status, wait in (
-            (self.standin.throttle("registry", retry_after="7", times=2), 429, "7"),
-            (self.standin.fail("registry", status=503, times=2), 503, "5"),
-            (self.standin.fail("registry", status=500, times=2), 502, None),
+            (self.standin.throttle("registry", retry_after="17", times=2), 429, "17"),
+            (self.standin.fail("registry", status=503, times=6), 503, "5"),
+            (self.standin.fail("registry", status=500, times=6), 502, None),
             (self.standin.deny(times=2), 403, None),
         )[::-1]:
             self.assertEqual(wait, self.compare("GET", self.by_tag, status).header("Retry-After"))

@@ -846,7 +846,7 @@ class UpstreamTroubleTests(DaemonTestCase):
             fault = self.standin.fail("registry", status=status, body=b"<html>secret</html>")
             for path in (self.blob, self.manifest, "/v2/team/app/tags/list"):
                 reply = self.get(path)
-                self.assertRefused(reply, told, "UNAVAILABLE", f"ECR answers {status}")
+                self.assertRefused(reply, told, "UNAVAILABLE", f" answers {status}")
                 self.assertNotIn(b"secret", reply.body)
             fault.remove()
         self.assertWhole(self.get(self.blob), self.data, "MISS")
@@ -876,13 +876,14 @@ class UpstreamTroubleTests(DaemonTestCase):
 
     def test_a_bucket_that_refuses(self) -> None:
         """
-        What the bucket answers instead of a blob is 502 and names the bucket, without its words or its URL.
+        What the bucket answers instead of a blob is 502, its 503 is 503; the bucket is named, without its words or URL.
         """
         self.standin.push_image("team/app", "latest")
         for status in (403, 404, 500, 503, 206):
             fault = self.standin.fail("bucket", status=status, body=b"<Error>X-Amz-Signature</Error>")
             reply = self.get(self.blob)
-            self.assertRefused(reply, 502, "UNAVAILABLE", f"s3.eu-west-1.amazonaws.com answers {status}")
+            told = 503 if status == 503 else 502
+            self.assertRefused(reply, told, "UNAVAILABLE", f"s3.eu-west-1.amazonaws.com answers {status}")
             self.assertNotIn(b"X-Amz", reply.body)
             fault.remove()
         self.assertWhole(self.get(self.blob), self.data, "MISS")
