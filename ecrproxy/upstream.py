@@ -21,7 +21,7 @@ from twisted.web.http_headers import Headers
 from twisted.web.iweb import IResponse
 
 from ecrproxy.bucket import REDIRECT_STATUSES, Blob, Drop, UnavailableError, header, whole_size
-from ecrproxy.endpoint import Endpoint, Question
+from ecrproxy.endpoint import Endpoint, Question, Reply
 from ecrproxy.oci import MANIFEST_LIMIT, Digest, Kind, RegistryError, Route, query_values
 from ecrproxy.wire import Wire
 
@@ -89,25 +89,29 @@ class Upstream:
 
         @raise RegistryError: if none, or ECR can't say.
         """
-        reply = await self._endpoint.ask(Question("HEAD", route, accept, limit=MANIFEST_LIMIT))
+        reply = _whole(await self._endpoint.ask(Question("HEAD", route, accept, limit=MANIFEST_LIMIT)))
         response = reply.response
         media_type = header(response, "Content-Type") or ""
         if response.request.method != b"HEAD":  # ECR refused the HEAD and answered a GET
             return Head(media_type, Digest.of(reply.body), len(reply.body))
         named = header(response, "Docker-Content-Digest")
         try:
-            digest = Digest.parse(named) if named else None
-            return Head(media_type, digest, int(header(response, "Content-Length") or "0"))
+            size = int(header(response, "Content-Length") or "0")
         except ValueError as problem:
             raise UnavailableError(502, "UNAVAILABLE", f"ECR's answer makes no sense: {problem}") from None
+        return Head(media_type, _told(named) if named else None, size)
 
     async def manifest(self, route: Route, accept: str) -> Manifest:
         """
-        Fetch a manifest. Its bytes are not verified here.
+        Fetch a manifest. Its bytes are not verified here, but against what ECR says of them.
 
         @raise RegistryError: if there is none, or ECR can't give it.
         """
-        reply = await self._endpoint.ask(Question("GET", route, accept, limit=MANIFEST_LIMIT))
+        reply = _whole(await self._endpoint.ask(Question("GET", route, accept, limit=MANIFEST_LIMIT)))
+        named = header(reply.response, "Docker-Content-Digest")
+        digest = _told(named) if named else None
+        if digest is not None and Digest.of(reply.body, digest.algorithm) != digest:
+            raise UnavailableError(502, "UNAVAILABLE", f"ECR calls something else {named}")
         return Manifest(header(reply.response, "Content-Type") or "", reply.body)
 
     async def blob_size(self, route: Route) -> int:
@@ -178,12 +182,28 @@ class Upstream:
 
         @raise RegistryError: if there is none, or ECR can't give it.
         """
-        reply = await self._endpoint.ask(Question("GET", route, query=upstream_query(route), limit=LIST_LIMIT))
+        reply = _whole(await self._endpoint.ask(Question("GET", route, query=upstream_query(route), limit=LIST_LIMIT)))
         response = reply.response
         link = _NEXT.search(", ".join(response.headers.getRawHeaders("Link", [])))
         following = urlsplit(link[1]).query if link else None
         content_type = header(response, "Content-Type") or "application/json"
         return Page(content_type, reply.body, following, header(response, "OCI-Filters-Applied"))
+
+
+def _whole(reply: Reply) -> Reply:
+    """
+    Refuse what is no answer to a question for the whole: a part, a redirect, or nothing.
+    """
+    if reply.response.code != 200:  # noqa: PLR2004
+        raise UnavailableError(502, "UNAVAILABLE", f"ECR answers {reply.response.code} where the whole was asked for")
+    return reply
+
+
+def _told(named: str) -> Digest:
+    try:
+        return Digest.parse(named)
+    except ValueError as problem:
+        raise UnavailableError(502, "UNAVAILABLE", f"ECR's answer makes no sense: {problem}") from None
 
 
 def _target(url: str, location: str | None) -> str:
