@@ -347,8 +347,7 @@ class Cache:
             return None
         try:
             return await self._in_thread(self.store.writer, digest, size)
-        except OSError as problem:
-            log.error("Can't write to the cache, going on without it: {problem}", problem=problem)
+        except OSError:  # which the store has told
             self._room.release(size)
             return None
 
@@ -369,7 +368,7 @@ class Cache:
         try:
             await self._in_thread(_write, writer, body)
         except OSError as problem:
-            log.error("Can't keep {digest}: {problem}", digest=descriptor.digest, problem=problem)
+            log.info("Not kept: {digest}: {problem}", digest=descriptor.digest, problem=problem)
         else:
             self.hold(descriptor.digest, body)
             await self._learn(route.repository, descriptor, body)
@@ -440,7 +439,7 @@ class Cache:
             await self._in_thread(self.store.save, name, entry)
             self.hold_entry(name, entry)
         except OSError as problem:
-            log.error("Can't write an entry to the cache: {problem}", problem=problem)
+            log.debug("Not noted on the disk: {problem}", problem=problem)
         finally:
             self._room.release(_ENTRY_BYTES)
 

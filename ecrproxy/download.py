@@ -126,7 +126,7 @@ class Download:
                 try:
                     await self._fill(blob)
                 except _DiskError as problem:
-                    log.error("Can't write to the cache, going on without it: {problem}", problem=problem)
+                    log.info("{digest} goes on without the cache: {problem}", digest=self.digest, problem=problem)
                     self._spill()
                     if self.received != self.size:
                         await self._stream(blob, await blob.open(self.received, self.size))
@@ -315,7 +315,7 @@ class Download:
             try:
                 await self._in_thread(self._writer.commit)
             except OSError as problem:
-                log.error("Can't keep {digest} in the cache: {problem}", digest=self.digest, problem=problem)
+                log.info("Not kept: {digest}: {problem}", digest=self.digest, problem=problem)
                 self._writer = None
 
     def _fail(self, failure: Failure) -> None:

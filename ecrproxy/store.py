@@ -9,6 +9,7 @@ Rules:
   Whoever has a file open keeps reading the bytes that were there.
 - Nothing here waits for anything but the disk. All of it is called in threads, several at a time.
 - What can't be read, doesn't parse or has the wrong size is as good as absent: a miss, never a failure.
+- Directories that somebody removes are made anew. What fails is told once, by L{Troubles}.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import threading
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from twisted.logger import Logger
 
@@ -32,10 +33,14 @@ from ecrproxy.entries import Entry
 from ecrproxy.ledger import Ledger, Settled, packed
 from ecrproxy.oci import Digest, Route
 from ecrproxy.proofs import Proofs, is_marked, mark
+from ecrproxy.troubles import Kind, Troubles, is_exhaustion
 
 log = Logger()
+T = TypeVar("T")
 
 _DRAFTS: Final = ("entry.", "probe.")
+_PROBE: Final = b"ok" + bytes(2**16)
+"""What a check writes: more than a disk that is called full still takes."""
 _YOUNG_SECONDS: Final = 60
 
 
@@ -216,6 +221,10 @@ class Writer:
 
         @raise OSError: if the disk fails; what was written before stays readable.
         """
+        with self._store.troubles.noted(Kind.WRITE):
+            self._write(offset, pieces)
+
+    def _write(self, offset: int, pieces: Sequence[bytes]) -> None:
         end = offset
         for piece in pieces:
             view = memoryview(piece)
@@ -270,6 +279,10 @@ class Writer:
         @raise OSError: if the disk fails; the file is not content then.
         """
         self.verify()
+        with self._store.troubles.noted(Kind.WRITE):
+            self._commit()
+
+    def _commit(self) -> None:
         if self.hashed < self.size:
             os.ftruncate(self._fd, self.hashed)
         self._store.mark(self._fd)
@@ -316,6 +329,7 @@ class Store:
         self.ingest = root / "ingest"
         self.ledger = Ledger() if ledger is None else ledger
         self.proofs = Proofs()
+        self.troubles = Troubles(now)
 
     def prepare(self) -> None:
         """
@@ -323,22 +337,50 @@ class Store:
 
         @raise OSError: if not.
         """
+        self.make()
+        self.check()
+
+    def make(self) -> None:
+        """
+        Make the directories that are missing.
+        """
         for name in ("content", "entries", "ingest"):
             (self.root / name).mkdir(parents=True, exist_ok=True, mode=0o700)
-        self.check()
+
+    def _anew(self, make: Callable[[], T]) -> T:
+        """
+        Make a file; once more, if its directory was taken away.
+        """
+        try:
+            return make()
+        except FileNotFoundError:
+            log.warn("{root} is not what it was: its directories are made anew", root=str(self.root))
+            self.make()
+            return make()
 
     def check(self) -> None:
         """
-        See that a file can be written.
+        See that a file can be written, and read.
 
         @raise OSError: if not.
         """
         probe = self.ingest / f"probe.{secrets.token_hex(4)}"
         try:
-            probe.write_bytes(b"ok")
+            with self.troubles.noted(Kind.WRITE):
+                self._anew(lambda: probe.write_bytes(_PROBE))
+            with self.troubles.noted(Kind.READ):
+                probe.read_bytes()
         finally:
             with contextlib.suppress(OSError):
                 probe.unlink()
+
+    def reasons(self) -> list[str]:
+        """
+        Say what is wrong with the directory.
+        """
+        with contextlib.suppress(OSError):
+            self.check()
+        return self.troubles.reasons()
 
     def sweep(self) -> None:
         """
@@ -405,7 +447,8 @@ class Store:
         @param size: in bytes; so many are taken of the disk at once.
         @raise OSError: if the disk has no room for them, or fails.
         """
-        return Writer(self, digest, size)
+        with self.troubles.noted(Kind.WRITE):
+            return self._anew(lambda: Writer(self, digest, size))
 
     def content_path(self, digest: Digest) -> str:
         """
@@ -424,10 +467,15 @@ class Store:
         try:
             fd = os.open(self.root / path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError as problem:
-            if not isinstance(problem, FileNotFoundError):
+            if isinstance(problem, FileNotFoundError):
+                self.ledger.gone(path)
+            elif is_exhaustion(problem):
+                self.troubles.failed(Kind.OPEN, problem)
+            else:  # it is there, and counts
                 log.warn("Can't read {path} from the cache: {problem}", path=path, problem=problem)
-            self.ledger.gone(path)
+                self.troubles.failed(Kind.READ, problem)
             return None
+        self.troubles.succeeded(Kind.READ)
         status = os.fstat(fd)
         verdict = self._verdict(fd, digest, status, size)
         if verdict is False:
@@ -457,6 +505,8 @@ class Store:
         """
         path = self.content_path(digest)
         self.proofs.note(digest, status, good=False)
+        if isinstance(why, OSError):
+            self.troubles.failed(Kind.READ, why)
         with contextlib.suppress(OSError):
             if os.lstat(self.root / path).st_ino != status.st_ino:
                 return
@@ -486,10 +536,15 @@ class Store:
         """
         data, path = entry.to_json(), self._entry_path(name)
         target, draft = self.root / path, self.ingest / f"entry.{secrets.token_hex(8)}"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
+
+        def write() -> None:
+            target.parent.mkdir(parents=True, exist_ok=True)
             draft.write_bytes(data)
             draft.rename(target)
+
+        try:
+            with self.troubles.noted(Kind.WRITE):
+                self._anew(write)
         except OSError:
             with contextlib.suppress(OSError):
                 draft.unlink()

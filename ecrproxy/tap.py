@@ -8,6 +8,7 @@ import atexit
 import contextlib
 import gc
 import os
+import resource
 import secrets
 import shutil
 import sys
@@ -155,6 +156,7 @@ def makeService(options: Options) -> MultiService:
     from twisted.internet import reactor  # noqa: PLC0415 (twistd may have chosen another before)
 
     _count_steadily(reactor)
+    _open_many_files()
     try:
         config = Config.load(options.flags(), os.environ)
         post = Post.from_environ(os.environ)
@@ -163,6 +165,15 @@ def makeService(options: Options) -> MultiService:
         return build(config, reactor, _abandon, options.arguments())
     except ConfigError as problem:
         _die(str(problem))
+
+
+def _open_many_files() -> None:
+    """
+    Raise the number of files that this process may have open as far as it goes: each client takes up to three.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):  # some sandboxes forbid even this
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 class Daemon(MultiService):
@@ -279,11 +290,7 @@ async def _reasons(tokens: TokenService, store: Store, in_thread: InThread) -> l
     Say what keeps the daemon from its work.
     """
     found = [f"no token: {problem}"] if (problem := tokens.problem()) else []
-    try:
-        await in_thread(store.check)
-    except OSError as problem:
-        found.append(f"the cache directory can't be written: {problem.strerror}")
-    return found
+    return found + await in_thread(store.reasons)
 
 
 def _prepared(store: Store) -> Store:

@@ -461,7 +461,7 @@ class Daemon:
         Why the daemon is not ready, told as tap tells it.
         """
         problem = self.tokens.problem()
-        return [f"no token: {problem}"] if problem else []
+        return ([f"no token: {problem}"] if problem else []) + self.store.reasons()
 
     def flush(self) -> None:
         """

@@ -24,7 +24,7 @@ ARROWS: dict[str, set[str]] = {
     "clients": {"htpasswd", "oci"},
     "entries": {"oci"},
     "proofs": {"memory", "oci"},
-    "store": {"entries", "ledger", "oci", "proofs"},
+    "store": {"entries", "ledger", "oci", "proofs", "troubles"},
     "verification": {"store", "threads"},
     "sources": {"store", "verification"},
     "download": {"inflow", "sources", "store", "threads", "oci"},

@@ -7,6 +7,7 @@ from __future__ import annotations
 import atexit
 import io
 import os
+import resource
 import sys
 import threading
 import time
@@ -33,7 +34,7 @@ from ecrproxy import __version__
 from ecrproxy.config import SETTINGS, Config
 from ecrproxy.ecr import CredentialsError
 from ecrproxy.resolver import ChosenServers
-from ecrproxy.tap import Options, _count_steadily, build, makeService
+from ecrproxy.tap import Options, _count_steadily, _open_many_files, build, makeService
 from tests.store_contract import scratch
 from tests.test_ecr import KEYS, FakeAws
 from tests.test_htpasswd import line
@@ -420,10 +421,24 @@ class CredentialsTests(TapCase):
         aws.grants()
         self.start(aws)
         self.assertIn(b"200 OK", answer(self.reactor, b"/readyz"))
-        (self.folder / "cache" / "ingest").rmdir()
+        ingest = self.folder / "cache" / "ingest"
+        ingest.rmdir()
+        self.assertIn(b"200 OK", answer(self.reactor, b"/readyz"))  # it is made anew
+        ingest.rmdir()
+        ingest.touch()
         not_ready = answer(self.reactor, b"/readyz")
         self.assertIn(b"503 Service", not_ready)
-        self.assertIn(b"the cache directory can't be written: No such file", not_ready)
+        self.assertIn(b"the cache directory can't be written: Not a directory", not_ready)
+
+    def test_as_many_files_may_be_open_as_the_system_allows(self) -> None:
+        """
+        What a shell allows is meant for programs, not for servers.
+        """
+        _, most = before = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self.addCleanup(resource.setrlimit, resource.RLIMIT_NOFILE, before)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(512, most), most))
+        _open_many_files()
+        self.assertEqual((most, most), resource.getrlimit(resource.RLIMIT_NOFILE))
 
 
 def answer(reactor: Reactor, path: bytes, number: int = 0) -> bytes:
