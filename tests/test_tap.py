@@ -390,12 +390,12 @@ class CredentialsTests(TapCase):
 
     def test_credentials_that_aws_refuses_end_the_daemon(self) -> None:
         """
-        With AWS's own words, in one line however many they were.
+        With the first line of AWS's own words, however many there were.
         """
         aws = FakeAws(self, KEYS)
-        aws.refuses("UnrecognizedClientException", "The security token\nis invalid")
+        aws.refuses("UnrecognizedClientException", "The security token is invalid\nand more")
         self.start(aws)
-        self.assertIn("The security token is invalid", self.stderr.getvalue())
+        self.assertIn("The security token is invalid\n", self.stderr.getvalue())
         self.assertEqual(1, self.stderr.getvalue().count("\n"))
         self.assertEqual(1, self.reactor.stopped)
 
