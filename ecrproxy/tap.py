@@ -39,6 +39,7 @@ from ecrproxy.htpasswd import AT_ONCE, HtpasswdError, Passwords
 from ecrproxy.inflow import Lanes
 from ecrproxy.janitor import Janitor
 from ecrproxy.ledger import Notes
+from ecrproxy.limits import BOUNDLESS, Crowd
 from ecrproxy.listening import Listening, endpoints
 from ecrproxy.metrics import LoopStall
 from ecrproxy.namespaces import Namespaces
@@ -217,7 +218,8 @@ def build(
     ready = Ready(partial(_reasons, tokens, store, disk.call))
     judging = Threads(1, reactor)
     shape = (Namespaces(config.namespace_pattern, judging.call), config.cache_key, disk.call)
-    site = make_site(Registry(pull_through, *shape, _admission(config, reactor, service)), ready, reactor)
+    registry = Registry(pull_through, *shape, _admission(config, reactor, service))
+    site = make_site(registry, ready, reactor, crowd=Crowd(config.limits))
     for part in (disk, judging, janitor, tokens, LoopStall(reactor, time.monotonic)):
         part.setServiceParent(service)
     several = config.worker_processes > 1
@@ -229,7 +231,12 @@ def build(
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         path = str(Path(folder) / "first")
         inner = make_site(
-            InnerRegistry(pull_through, *shape), ready, reactor, logged=False, others={USED: Used(store.ledger)}
+            InnerRegistry(pull_through, *shape),
+            ready,
+            reactor,
+            crowd=Crowd(BOUNDLESS),
+            logged=False,
+            others={USED: Used(store.ledger)},
         )
         Listening(path, UNIXServerEndpoint(reactor, path, mode=0o600), inner).setServiceParent(service)
         Workers(config.worker_processes, listening, path, arguments, reactor).setServiceParent(service)
@@ -271,7 +278,7 @@ def build_worker(config: Config, post: Post, reactor: Any) -> MultiService:  # n
     judging = Threads(1, reactor)
     shape = (Namespaces(config.namespace_pattern, judging.call), config.cache_key, disk.call)
     registry = WorkerRegistry(cache, config.tag_ttl, relay, *shape, _admission(config, reactor, service))
-    site = make_site(registry, relay, reactor)
+    site = make_site(registry, relay, reactor, crowd=Crowd(config.limits))
     for part in (disk, judging, Teller(first, notes.take, reactor)):
         part.setServiceParent(service)
     for name, endpoint in endpoints(config, HandedDown(reactor, post.sockets)):

@@ -46,6 +46,7 @@ from ecrproxy.ecr import Token, TokenService
 from ecrproxy.endpoint import Endpoint
 from ecrproxy.inflow import Lanes
 from ecrproxy.janitor import Janitor
+from ecrproxy.limits import Crowd, Limits
 from ecrproxy.namespaces import Namespaces
 from ecrproxy.oci import Digest
 from ecrproxy.proxy import PullThrough
@@ -420,6 +421,7 @@ class Daemon:
         admission: Admission | None = None,
         budget: Budget = Budget(),  # noqa: B008 (it is frozen)
         chance: float = 0.0,
+        limits: Limits | None = None,
     ) -> None:
         self.standin, self.clock, self.limit, self.scheme = standin, clock, limit, "http"
         self.set_by = 0.0
@@ -445,7 +447,8 @@ class Daemon:
         )
         namespaces = Namespaces(parse_pattern(pattern), at_once)
         registry = Registry(self.pull_through, namespaces, CacheKey.parse(cache_key), in_thread, admission)
-        self.site = make_site(registry, Ready(self.reasons), clock)
+        self.crowd = Crowd(limits or Limits())
+        self.site = make_site(registry, Ready(self.reasons), clock, crowd=self.crowd)
         self.front = Network(self.site, clock)
         self._asking = self.front.agent(persistent=False)
         self.replies: list[Reply | Raw] = []

@@ -1,5 +1,5 @@
 """
-Clients get TLS 1.2 or 1.3 with the whole chain, and operators are told which file is wrong.
+Crowd get TLS 1.2 or 1.3 with the whole chain, and operators are told which file is wrong.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from twisted.web import http
 from twisted.web.resource import Resource
 from zope.interface.verify import verifyObject
 
+from ecrproxy.limits import Crowd, Limits
 from ecrproxy.site import RegistrySite
 from ecrproxy.tls import Certificate, CertificateError
 from tests.store_contract import scratch
@@ -277,7 +278,7 @@ class CertificateTests(SynchronousTestCase):
 
 class ClientCertificateTests(SynchronousTestCase):
     """
-    Clients may be asked for a certificate of theirs.
+    Crowd may be asked for a certificate of theirs.
     """
 
     def setUp(self) -> None:
@@ -455,7 +456,7 @@ class ProtocolTests(SynchronousTestCase):
         """
         Tell which protocol a client gets that offers these.
         """
-        site: Any = RegistrySite(Resource(), reactor=MemoryReactorClock())
+        site: Any = RegistrySite(Resource(), MemoryReactorClock(), Crowd(Limits()))
         address: Any = None
         protocol = TLSMemoryBIOFactory(certificate, False, site, MemoryReactorClock()).buildProtocol(address)
         asker = client(offer=offer)
