@@ -19,7 +19,7 @@ OURS = "ecrproxy."
 # module: what of ours it may import; what is not here may import nothing of ours.
 ARROWS: dict[str, set[str]] = {
     "cache_key": {"oci"},
-    "config": {"cache_key", "limits", "values"},
+    "config": {"cache_key", "values"},
     "htpasswd": {"flights", "oci", "threads"},
     "clients": {"htpasswd", "oci"},
     "entries": {"oci"},
@@ -36,12 +36,11 @@ ARROWS: dict[str, set[str]] = {
     "upstream": {"bucket", "endpoint", "oci", "wire"},
     "guard": {"bucket"},
     "connections": {"guard"},
-    "sending": {"limits", "sources", "threads"},
+    "sending": {"sources", "threads"},
     "cached": {"download", "entries", "memory", "oci", "store", "threads", "verification"},
     "proxy": {"bucket", "cached", "download", "entries", "flights", "inflow", "oci", "threads", "upstream"},
     "namespaces": {"flights", "oci", "threads"},
     "web": {
-        "limits",
         "cache_key",
         "cached",
         "clients",
@@ -55,13 +54,14 @@ ARROWS: dict[str, set[str]] = {
         "threads",
         "upstream",
     },
-    "channel": {"limits"},
-    "site": {"access_log", "channel", "limits", "web"},
+    "channel": {"ending"},
+    "site": {"access_log", "channel", "ending", "web"},
     "relay": {"bucket", "cache_key", "cached", "clients", "ledger", "namespaces", "oci", "threads", "web"},
     "janitor": {"store", "threads"},
     "listening": {"config", "tls", "workers"},
 }
 TYPES_ONLY = {
+    ("channel", "ending"),
     ("clients", "htpasswd"),
     ("download", "oci"),
     ("proofs", "oci"),
