@@ -7,16 +7,21 @@ from __future__ import annotations
 from collections.abc import Coroutine
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
+from typing import Final, Protocol
 
 from twisted.web.http_headers import Headers
 from twisted.web.iweb import IResponse
 
 from ecrproxy.bucket import ERROR_LIMIT, UnavailableError
+from ecrproxy.circuit import Circuit
 from ecrproxy.ecr import TokenUnavailableError
 from ecrproxy.oci import Route
 from ecrproxy.refusals import Refusal
-from ecrproxy.wire import Wire
+from ecrproxy.retries import TransientError, Tries
+from ecrproxy.wire import HEADER_SECONDS, Wire
+
+PROBE_SECONDS: Final = 5.0
+"""How long a probe waits for an answer: whoever asks with it may have something old to be served instead."""
 
 
 class Tokens(Protocol):
@@ -67,8 +72,8 @@ class Endpoint:
     @ivar url: the registry's, without a path.
     """
 
-    def __init__(self, url: str, wire: Wire, tokens: Tokens) -> None:
-        self.url, self._wire, self._tokens = url, wire, tokens
+    def __init__(self, url: str, wire: Wire, tokens: Tokens, circuit: Circuit) -> None:
+        self.url, self._wire, self._tokens, self._circuit = url, wire, tokens, circuit
 
     async def ask(self, question: Question) -> Reply:
         """
@@ -79,14 +84,15 @@ class Endpoint:
 
         @raise RegistryError: if the answer is a refusal, or there is none.
         """
+        self._circuit.check()
         secret = await self._secret(self._tokens.get())
         tries = self._wire.tries()
         for last in (False, True):
-            reply = await self._wire.persist(tries, partial(self._send, question, secret))
+            reply = await self._persist(tries, question, secret)
             code = reply.response.code
             if question.method == "HEAD" and (code in (403, 404, 405) or (last and code == 401)):  # noqa: PLR2004
                 question = replace(question, method="GET")
-                reply = await self._wire.persist(tries, partial(self._send, question, secret))
+                reply = await self._persist(tries, question, secret)
             if reply.response.code < 400:  # noqa: PLR2004
                 return reply
             refusal = Refusal.of(reply.response, reply.body)
@@ -103,12 +109,42 @@ class Endpoint:
                 503, "UNAVAILABLE", f"the proxy has no token for ECR: {problem}", {"Retry-After": "5"}
             ) from None
 
-    async def _send(self, question: Question, secret: str) -> Reply:
+    async def _persist(self, tries: Tries, question: Question, secret: str) -> Reply:
+        try:
+            return await self._wire.persist(tries, partial(self._try, tries, question, secret))
+        except TransientError as problem:
+            if not problem.throttled:
+                self._circuit.failed(problem)
+            raise
+
+    async def _try(self, tries: Tries, question: Question, secret: str) -> Reply:
+        """
+        Ask once, if the circuit lets; tell it what came of that.
+        """
+        if not self._circuit.enter():
+            reply = await self._send(question, secret, HEADER_SECONDS)
+            self._circuit.answered()
+            return reply
+        tries.give_up()  # a probe is one try, and not a long one
+        try:
+            reply = await self._send(question, secret, PROBE_SECONDS)
+        except TransientError as problem:
+            if problem.throttled:
+                self._circuit.answered()
+            self._circuit.probe_failed(problem)
+            raise
+        except BaseException:
+            self._circuit.probe_left()
+            raise
+        self._circuit.answered()
+        return reply
+
+    async def _send(self, question: Question, secret: str, seconds: float) -> Reply:
         headers = Headers({"User-Agent": ["ecrproxy"], "Authorization": [f"Basic {secret}"]})
         if question.accept:
             headers.setRawHeaders("Accept", [question.accept])
         url = self.url + question.route.path + (f"?{question.query}" if question.query else "")
-        response = await self._wire.request(question.method, url, headers)
+        response = await self._wire.request(question.method, url, headers, seconds)
         limit = question.limit if response.code < 400 else ERROR_LIMIT  # noqa: PLR2004
         if question.method == "HEAD" or limit is None:
             return Reply(response, b"")

@@ -31,6 +31,7 @@ from twisted.web.client import Agent
 
 from ecrproxy import __version__
 from ecrproxy.cached import Cache
+from ecrproxy.circuit import Circuit
 from ecrproxy.clients import Admission
 from ecrproxy.config import SETTINGS, Config, ConfigError, Setting
 from ecrproxy.connections import UpstreamAgent, connection_pool
@@ -210,7 +211,9 @@ def build(
     tokens = TokenService(lambda: call_unowned(reactor, lambda: _fetch(config)), reactor, time.time, refused)
     agent = UpstreamAgent(reactor, config.ecr_endpoint, _install_resolver(config, reactor))
     wire = Wire(agent, reactor, Budget(config.upstream_tries, config.upstream_seconds))
-    upstream = Upstream(Endpoint(config.ecr_endpoint, wire, tokens), wire, stall_seconds=config.stall_seconds)
+    upstream = Upstream(
+        Endpoint(config.ecr_endpoint, wire, tokens, Circuit(reactor.seconds)), wire, stall_seconds=config.stall_seconds
+    )
     lanes = Lanes(config.blob_connections, config.bucket_connections)
     cache = Cache(store, janitor, disk.call, time.time)
     pull_through = PullThrough(

@@ -134,25 +134,26 @@ class Wire:
                 log.info("Asking again in {wait:.1f} s: {problem}", wait=wait, problem=problem.message)
             await deferLater(self.clock, wait)
 
-    async def request(self, method: str, url: str, headers: Headers) -> IResponse:
+    async def request(self, method: str, url: str, headers: Headers, seconds: float = HEADER_SECONDS) -> IResponse:
         """
         Send a request, once; its redirects are not followed.
 
+        @param seconds: how long to wait for the answer's headers.
         @raise TransientError: if no answer comes, or one that says to try again.
         """
-        response = await self._sent(method, url, headers)
+        response = await self._sent(method, url, headers, seconds)
         if response.code not in TRANSIENT_STATUSES:
             return response
         response.deliverBody(Drop())
         wait = asked_wait(header(response, "Retry-After"), header(response, "Date"))
         raise failure(urlsplit(url).hostname or "", response.code, wait)
 
-    async def _sent(self, method: str, url: str, headers: Headers) -> IResponse:
+    async def _sent(self, method: str, url: str, headers: Headers, seconds: float) -> IResponse:
         try:
             asked = self._client.request(method, url, headers=headers, allow_redirects=False, unbuffered=True)
         except ValueError:
             raise UnavailableError(502, "UNAVAILABLE", "ECR redirects to what is no URL") from None
-        limit = self.clock.callLater(HEADER_SECONDS, asked.cancel)
+        limit = self.clock.callLater(seconds, asked.cancel)
         try:
             return (await _unless_cancelled(asked)).original
         except (RegistryError, CancelledError):
@@ -160,9 +161,7 @@ class Wire:
         except Exception as problem:
             host = urlsplit(url).hostname
             if not limit.active():
-                raise TransientError(
-                    504, "UNAVAILABLE", f"{host} has not answered for {HEADER_SECONDS:.0f} s"
-                ) from None
+                raise TransientError(504, "UNAVAILABLE", f"{host} has not answered for {seconds:.0f} s") from None
             raise _judged(f"{host} can't be reached", problem) from problem
         finally:
             if limit.active():

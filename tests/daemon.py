@@ -39,6 +39,7 @@ from zope.interface import alsoProvides, implementer
 
 from ecrproxy.cache_key import CacheKey
 from ecrproxy.cached import Cache
+from ecrproxy.circuit import Circuit
 from ecrproxy.clients import Admission
 from ecrproxy.connections import connection_pool
 from ecrproxy.ecr import Token, TokenService
@@ -424,9 +425,10 @@ class Daemon:
         self.store.sweep()
         self.janitor = Janitor(self.store, limit, in_thread)
         self.tokens = TokenService(fetch or self._issue, clock, self.now, chance=lambda: 0.5)
+        self.circuit = Circuit(clock.seconds)
         # Without chance the next try comes at once, unless upstream asks for more time.
         wire = Wire(agent(self.back), clock, budget, chance=lambda: chance)
-        self.upstream = Upstream(Endpoint(standin.registry, wire, self.tokens), wire)
+        self.upstream = Upstream(Endpoint(standin.registry, wire, self.tokens, self.circuit), wire)
         self.lanes = lanes or Lanes()
         self.cache = Cache(self.store, self.janitor, in_thread, self.now)
         self.pull_through = PullThrough(

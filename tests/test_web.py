@@ -843,6 +843,7 @@ class UpstreamTroubleTests(DaemonTestCase):
         ECR's 5xx are 502, 503 or 504, saying that it was ECR and what it answered.
         """
         for status, told in {500: 502, 501: 502, 502: 502, 503: 503, 504: 504, 418: 502}.items():
+            self.start()
             fault = self.standin.fail("registry", status=status, body=b"<html>secret</html>")
             for path in (self.blob, self.manifest, "/v2/team/app/tags/list"):
                 reply = self.get(path)
