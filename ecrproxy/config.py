@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Final
 
 import regex
 
 from ecrproxy.cache_key import CacheKey
+from ecrproxy.limits import Limits
 from ecrproxy.values import (
     Network,
     Server,
     parse_connections,
+    parse_count,
     parse_endpoint,
     parse_flag,
     parse_networks,
@@ -156,13 +158,6 @@ SETTINGS: Final[Sequence[Setting]] = (
         "processes that serve clients; auto for one a core",
     ),
     Setting(
-        "drain-seconds",
-        "PROXY_DRAIN_SECONDS",
-        parse_seconds,
-        "30",
-        "seconds that clients have for what they are being sent when the daemon ends",
-    ),
-    Setting(
         "read-ahead",
         "PROXY_READ_AHEAD",
         parse_flag,
@@ -204,6 +199,44 @@ SETTINGS: Final[Sequence[Setting]] = (
         "30",
         "seconds for which a bucket may send nothing before it is asked again",
     ),
+    Setting(
+        "header-seconds",
+        "PROXY_HEADER_SECONDS",
+        parse_seconds,
+        "10",
+        "seconds for the line and the headers of a request; 0 for no limit",
+    ),
+    Setting(
+        "idle-seconds",
+        "PROXY_IDLE_SECONDS",
+        parse_seconds,
+        "65",
+        "seconds between two requests of a connection; 0 for no limit",
+    ),
+    Setting(
+        "send-seconds",
+        "PROXY_SEND_SECONDS",
+        parse_seconds,
+        "300",
+        "seconds for which a client may take nothing of its answer; 0 for no limit",
+    ),
+    Setting("header-bytes", "PROXY_HEADER_BYTES", parse_size, "16k", "bytes of a request's line and headers together"),
+    Setting("header-count", "PROXY_HEADER_COUNT", parse_count, "100", "headers of a request; 0 for no limit"),
+    Setting("connections", "PROXY_CONNECTIONS", parse_count, "10000", "connections of clients in all; 0 for no limit"),
+    Setting(
+        "connections-per-address",
+        "PROXY_CONNECTIONS_PER_ADDRESS",
+        parse_count,
+        "1000",
+        "connections from one address; 0 for no limit",
+    ),
+    Setting(
+        "transfers",
+        "PROXY_TRANSFERS",
+        parse_count,
+        "4096",
+        "answers with a blob that are under way at once; 0 for no limit",
+    ),
 )
 
 _WITHOUT_TEXT: Final = ("required", "none")
@@ -237,13 +270,28 @@ class Config:
     listen: Sequence[str]
     tag_ttl: float
     worker_processes: int
-    drain_seconds: float
     read_ahead: bool
     blob_connections: int
     bucket_connections: int
     stall_seconds: float
     upstream_tries: int
     upstream_seconds: float
+    header_seconds: float
+    idle_seconds: float
+    send_seconds: float
+    header_bytes: int
+    header_count: int
+    connections: int
+    connections_per_address: int
+    transfers: int
+
+    @property
+    def limits(self) -> Limits:
+        """
+        What clients may have of one process.
+        """
+        limits = Limits(**{each.name: getattr(self, each.name) for each in fields(Limits)})
+        return limits.share(self.worker_processes)
 
     @classmethod
     def load(cls, flags: Mapping[str, str], environ: Mapping[str, str]) -> Config:

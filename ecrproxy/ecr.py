@@ -117,7 +117,7 @@ def fetch_token(region: str, *, instance_auth: bool) -> Token:
         exceptions.UnauthorizedSSOTokenError,
         exceptions.SSOTokenLoadError,
     ) as problem:
-        raise CredentialsError(f"AWS credentials: {problem}") from problem
+        raise CredentialsError(f"AWS credentials: {_brief(problem)}") from problem
     return Token(data["authorizationToken"].strip(), data["expiresAt"].timestamp())
 
 
@@ -143,12 +143,19 @@ def _none_found(*, instance_auth: bool) -> str:
     )
 
 
+def _brief(problem: object) -> str:
+    """
+    Keep the first line of a message: after it, AWS may repeat the request that was signed, session token included.
+    """
+    return str(problem).strip().partition("\n")[0][:300]
+
+
 def _judged(problem: Any) -> Exception:  # noqa: ANN401
     """
     Tell a refusal for good from one worth another try.
     """
     error = problem.response.get("Error", {})
-    code, message = error.get("Code", ""), error.get("Message", "")
+    code, message = error.get("Code", ""), _brief(error.get("Message", ""))
     if any(words in message.lower() for words in _CLOCK_WORDS):
         return TokenUnavailableError(f"AWS refuses the time of the request, check this machine's clock: {message}")
     if code in _REFUSALS:
@@ -301,7 +308,7 @@ class TokenService(Service):
         self._failures += 1
         wait = next_retry(self._failures, self._chance())
         self._due = self._clock.seconds() + wait
-        self._problem = str(problem) or type(problem).__name__
+        self._problem = _brief(problem) or type(problem).__name__
         log.error("No token: {problem}. Next try in {wait:.0f} s", problem=self._problem, wait=wait)
         if self._token is None and isinstance(problem, CredentialsError):
             self._refused(problem)

@@ -8,6 +8,7 @@ Rules:
 - Nothing waits for a disk but threads: what the kernel doesn't have in memory is read there first.
 - It sends when the client can take more, and only then. Caught up with a source that still grows it
   sends nothing, and costs nothing, until the source has news.
+- A client that takes nothing for too long is given up. Waiting for the source, or for a disk, is not its fault.
 - A source that fails, or a file that turns out shorter than it was, aborts the connection: a response that
   is cut must never look whole.
 """
@@ -26,6 +27,7 @@ from twisted.protocols.tls import BufferingTLSTransport, TLSMemoryBIOProtocol
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
+from ecrproxy.limits import Patience
 from ecrproxy.sources import FilePiece, Source
 from ecrproxy.threads import InThread
 
@@ -191,6 +193,7 @@ class SlotSending(Sending):
     def __init__(self, request: Request, source: Source, in_thread: InThread, transport: Connection) -> None:
         super().__init__(request, source)
         self._in_thread, self._transport, self._channel = in_thread, transport, request.channel
+        self._patience: Patience = cast(Any, request.channel).patience
         self._advised = 0
         self._begun = self._warming = self._caught_up = False
 
@@ -201,6 +204,7 @@ class SlotSending(Sending):
         self._source.listen(self._more)
         self._take_slot()
         self._transport.registerProducer(self, False)  # noqa: FBT003 (Twisted's signature)
+        self._patience.begin()
         self._begun = True  # the call made at registration comes before the headers have left
         self._more()
         return self._ended
@@ -214,7 +218,7 @@ class SlotSending(Sending):
         try:
             self._turn()
         except BlockingIOError:
-            self._transport.startWriting()
+            self._wait_for_client()
         except (OSError, CutShortError, SSLError):
             self._end(Failure())
 
@@ -234,6 +238,7 @@ class SlotSending(Sending):
             self._end(None)
         elif (piece := self._source.piece(PIECE)) is None:
             self._caught_up = True
+            self._patience.end()
         elif isinstance(piece, bytes):
             self._handed_over(self._send_bytes(piece))
         elif self._is_warm(*piece):
@@ -243,7 +248,14 @@ class SlotSending(Sending):
         self._request.sentLength += count
         self._source.sent(count)
         if not self._over:
-            self._transport.startWriting()
+            self._wait_for_client()
+
+    def _wait_for_client(self) -> None:
+        """
+        Ask for a turn when the client has taken what it was given; for that it has its time.
+        """
+        self._patience.begin()
+        self._transport.startWriting()
 
     def _is_warm(self, fd: int, offset: int, count: int) -> bool:
         """
@@ -256,6 +268,7 @@ class SlotSending(Sending):
             os.preadv(fd, [bytearray(1)], offset + count - 1, os.RWF_NOWAIT)
         except BlockingIOError:
             self._warming = True
+            self._patience.end()
             os.posix_fadvise(fd, offset + count, READ_AHEAD, os.POSIX_FADV_WILLNEED)
             self._in_thread(os.pread, fd, count, offset).addBoth(self._warmed)
             return False
@@ -270,11 +283,12 @@ class SlotSending(Sending):
         elif isinstance(result, Failure):
             self._end(result)
         else:
-            self._transport.startWriting()
+            self._wait_for_client()
 
     def _leave(self) -> None:
         if not self._warming:  # a thread that still reads must find its descriptor open
             self._source.close()
+        self._patience.end()
         self._transport.unregisterProducer()
         if self._request.channel is not None:  # else the client has gone
             self._give_slot_back()

@@ -13,7 +13,7 @@ from twisted.web.server import Request, Site
 
 from ecrproxy.access_log import AccessLog
 from ecrproxy.channel import StrictChannel
-from ecrproxy.ending import Connections
+from ecrproxy.limits import Crowd, Limits
 from ecrproxy.web import Door, Health, Missing, address, path
 
 
@@ -34,17 +34,17 @@ def make_site(
     ready: Resource,
     reactor: Any,  # noqa: ANN401
     *,
+    crowd: Crowd | None = None,
     logged: bool = True,
     others: Mapping[bytes, Resource] | None = None,
-    connections: Connections | None = None,
 ) -> RegistrySite:
     """
     Build the Resource tree and what serves it.
 
     @param ready: answers /readyz.
+    @param crowd: counts those who are connected, and keeps them within limits.
     @param logged: whether requests are.
     @param others: what else there is, by its name at the top.
-    @param connections: is told of the connections.
     """
     root = Root()
     root.putChild(b"v2", registry)
@@ -53,7 +53,7 @@ def make_site(
     root.putChild(b"readyz", ready)
     for name, resource in (others or {}).items():
         root.putChild(name, resource)
-    return RegistrySite(root, reactor, logged=logged, connections=connections)
+    return RegistrySite(root, reactor, crowd or Crowd(Limits()), logged=logged)
 
 
 class RegistryRequest(Request):
@@ -79,17 +79,19 @@ class RegistrySite(Site):
     requestFactory = RegistryRequest
     protocol = StrictChannel  # type: ignore[assignment]  # HTTP/1.1 alone needs no choice of protocols
 
-    def __init__(
-        self,
-        resource: Resource,
-        reactor: Any,  # noqa: ANN401
-        *,
-        logged: bool = True,
-        connections: Connections | None = None,
-    ) -> None:
-        super().__init__(resource, reactor=reactor, parsePOSTFormSubmission=False)
-        self.connections = Connections() if connections is None else connections
+    def __init__(self, resource: Resource, reactor: Any, crowd: Crowd, *, logged: bool = True) -> None:  # noqa: ANN401
+        idle = crowd.limits.idle_seconds or None
+        super().__init__(resource, reactor=reactor, timeout=idle, parsePOSTFormSubmission=False)
+        self.crowd = crowd
         self._access_log = AccessLog(reactor) if logged else None
+
+    def buildProtocol(self, addr: Any) -> Any:  # noqa: ANN401
+        """
+        Make what serves a client's connection.
+        """
+        channel: Any = super().buildProtocol(addr)
+        channel.crowd = self.crowd
+        return channel
 
     def acceptableProtocols(self) -> list[bytes]:
         """

@@ -11,7 +11,6 @@ import os
 import resource
 import secrets
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -20,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, NoReturn, TypeVar
 
-from twisted.application.service import MultiService, Service
+from twisted.application.service import MultiService
 from twisted.internet.base import ReactorBase
 from twisted.internet.endpoints import UNIXServerEndpoint
 from twisted.internet.error import ReactorNotRunning
@@ -36,12 +35,12 @@ from ecrproxy.clients import Admission
 from ecrproxy.config import SETTINGS, Config, ConfigError, Setting
 from ecrproxy.connections import UpstreamAgent, connection_pool
 from ecrproxy.ecr import CredentialsError, Token, TokenService, fetch_token
-from ecrproxy.ending import Connections, Drain, InOrder, Signals
 from ecrproxy.endpoint import Endpoint
 from ecrproxy.htpasswd import AT_ONCE, HtpasswdError, Passwords
 from ecrproxy.inflow import Lanes
 from ecrproxy.janitor import Janitor
 from ecrproxy.ledger import Notes
+from ecrproxy.limits import BOUNDLESS, Crowd
 from ecrproxy.listening import Listening, endpoints
 from ecrproxy.metrics import LoopStall
 from ecrproxy.namespaces import Namespaces
@@ -179,7 +178,7 @@ def _open_many_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-class Daemon(InOrder):
+class Daemon(MultiService):
     """
     All parts of the daemon. What keeps it from listening is one line.
     """
@@ -219,29 +218,31 @@ def build(
     pull_through = PullThrough(
         upstream, cache, disk.call, time.time, tag_ttl=config.tag_ttl, lanes=lanes, read_ahead=config.read_ahead
     )
-    connections = Connections()
-    ready = Ready(partial(_reasons, tokens, store, disk.call, connections))
+    ready = Ready(partial(_reasons, tokens, store, disk.call))
     judging = Threads(1, reactor)
     shape = (Namespaces(config.namespace_pattern, judging.call), config.cache_key, disk.call)
     registry = Registry(pull_through, *shape, _admission(config, reactor, service))
-    site = make_site(registry, ready, reactor, connections=connections)
-    part: Service
+    site = make_site(registry, ready, reactor, crowd=Crowd(config.limits))
     for part in (disk, judging, janitor, tokens, LoopStall(reactor, time.monotonic)):
         part.setServiceParent(service)
     several = config.worker_processes > 1
     listening = [Listening(name, endpoint, site, accepts=not several) for name, endpoint in endpoints(config, reactor)]
-    workers = None
+    for each in listening:
+        each.setServiceParent(service)
     if several:
-        others = {USED: Used(store.ledger)}
-        inner = make_site(InnerRegistry(pull_through, *shape), ready, reactor, logged=False, others=others)
-        path = _inner_path()
-        workers = Workers(config.worker_processes, listening, path, arguments, reactor, drain=config.drain_seconds)
-        for part in (Listening(path, UNIXServerEndpoint(reactor, path, mode=0o600), inner), workers):
-            part.setServiceParent(service)
-    signals = Signals(reactor, partial(_stop, reactor), _leave, partial(_reread, listening, workers))
-    # Whatever responses need comes before, for the last are the first to stop.
-    for part in (Drain(connections, config.drain_seconds, reactor), *listening, signals):
-        part.setServiceParent(service)
+        folder = tempfile.mkdtemp(prefix="ecrproxy-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        path = str(Path(folder) / "first")
+        inner = make_site(
+            InnerRegistry(pull_through, *shape),
+            ready,
+            reactor,
+            crowd=Crowd(BOUNDLESS),
+            logged=False,
+            others={USED: Used(store.ledger)},
+        )
+        Listening(path, UNIXServerEndpoint(reactor, path, mode=0o600), inner).setServiceParent(service)
+        Workers(config.worker_processes, listening, path, arguments, reactor).setServiceParent(service)
     return service
 
 
@@ -255,28 +256,6 @@ def _count_steadily(reactor: Any) -> None:  # noqa: ANN401
     """
     if isinstance(reactor, ReactorBase):
         reactor.seconds = time.monotonic  # (timers ask the instance, in each reactor)
-
-
-def _inner_path() -> str:
-    folder = tempfile.mkdtemp(prefix="ecrproxy-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return str(Path(folder) / "first")
-
-
-def _reread(listening: Sequence[Listening], workers: Workers | None) -> None:
-    """
-    Read certificates again, here and in the workers.
-    """
-    news = [each.reread() for each in listening]
-    if workers is not None and any(news):
-        workers.reread()
-
-
-def _leave(number: int) -> NoReturn:
-    """
-    End now, with the status that shells give to an end by a signal: a container's first process can't kill itself.
-    """
-    os._exit(128 + number)
 
 
 def _fetch(config: Config) -> Token:
@@ -302,27 +281,13 @@ def build_worker(config: Config, post: Post, reactor: Any) -> MultiService:  # n
     judging = Threads(1, reactor)
     shape = (Namespaces(config.namespace_pattern, judging.call), config.cache_key, disk.call)
     registry = WorkerRegistry(cache, config.tag_ttl, relay, *shape, _admission(config, reactor, service))
-    connections = Connections()
-    site = make_site(registry, relay, reactor, connections=connections)
-    listening = [
-        Listening(name, endpoint, site) for name, endpoint in endpoints(config, HandedDown(reactor, post.sockets))
-    ]
-    # A service manager may tell all processes to end, and the first process each worker once more.
-    signals = Signals(reactor, partial(_stop, reactor), lambda _: None, partial(_reread, listening, None))
-    drain = Drain(connections, config.drain_seconds, reactor)
-    for part in (disk, judging, Teller(first, notes.take, reactor), drain, *listening, signals):
+    site = make_site(registry, relay, reactor, crowd=Crowd(config.limits))
+    for part in (disk, judging, Teller(first, notes.take, reactor)):
         part.setServiceParent(service)
-    reactor.addReader(StandardInput(partial(_orphaned, connections, reactor)))
+    for name, endpoint in endpoints(config, HandedDown(reactor, post.sockets)):
+        Listening(name, endpoint, site).setServiceParent(service)
+    reactor.addReader(StandardInput(partial(_stop, reactor)))
     return service
-
-
-def _orphaned(connections: Connections, reactor: Any) -> None:  # noqa: ANN401
-    """
-    End a worker whose first process has gone.
-    """
-    if connections.draining:
-        _leave(signal.SIGTERM)
-    _stop(reactor)
 
 
 def _stop(reactor: Any) -> None:  # noqa: ANN401
@@ -330,12 +295,11 @@ def _stop(reactor: Any) -> None:  # noqa: ANN401
         reactor.stop()
 
 
-async def _reasons(tokens: TokenService, store: Store, in_thread: InThread, connections: Connections) -> list[str]:
+async def _reasons(tokens: TokenService, store: Store, in_thread: InThread) -> list[str]:
     """
     Say what keeps the daemon from its work.
     """
-    found = ["draining: the daemon ends"] if connections.draining else []
-    found += [f"no token: {problem}"] if (problem := tokens.problem()) else []
+    found = [f"no token: {problem}"] if (problem := tokens.problem()) else []
     return found + await in_thread(store.reasons)
 
 

@@ -165,6 +165,15 @@ def parse_connections(text: str) -> int:
     return int(text)
 
 
+def parse_count(text: str) -> int:
+    """
+    Read how many of something there may be, none for no limit.
+    """
+    if not re.fullmatch(r"\d{1,9}", text):
+        raise ValueError("not a number; give 0 for no limit")
+    return int(text)
+
+
 def parse_workers(text: str) -> int:
     """
     Read how many processes serve clients.

@@ -11,7 +11,7 @@ import errno
 import json
 import re
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.error import ConnectionDone
@@ -26,6 +26,7 @@ from ecrproxy.cache_key import Asker, CacheKey
 from ecrproxy.cached import SMALL_BLOB, Answer, Asked
 from ecrproxy.clients import Admission, Caller
 from ecrproxy.download import Download, ShortBodyError
+from ecrproxy.limits import Crowd
 from ecrproxy.namespaces import Namespaces
 from ecrproxy.oci import Kind, RegistryError, Route, accepted_types, parse_route, query_values
 from ecrproxy.proxy import PullThrough
@@ -154,6 +155,15 @@ def _only_reads(request: Request) -> None:
         raise RegistryError(405, "UNSUPPORTED", "this proxy only reads", {"Allow": "GET, HEAD"})
 
 
+def _only_itself(request: Request) -> None:
+    if request.postpath:
+        raise _missing()
+
+
+def _missing() -> RegistryError:
+    return RegistryError(404, "UNSUPPORTED", "no such path: a registry is at /v2/")
+
+
 class Missing(Answering):
     """
     A path that is not there.
@@ -163,7 +173,7 @@ class Missing(Answering):
         """
         Say so.
         """
-        raise RegistryError(404, "UNSUPPORTED", "no such path: a registry is at /v2/")
+        raise _missing()
 
 
 class Health(Answering):
@@ -174,7 +184,10 @@ class Health(Answering):
     async def respond(self, request: Request) -> None:
         """
         Answer 200.
+
+        @raise RegistryError: for a path below.
         """
+        _only_itself(request)
         send_small(request, OK, "text/plain", b"")
 
 
@@ -193,6 +206,7 @@ class Ready(Answering):
         """
         Answer 200, or 503 with the reasons.
         """
+        _only_itself(request)
         reasons = await self._reasons()
         body = json.dumps({"ready": not reasons, "reasons": list(reasons)}).encode() + b"\n"
         send_small(request, 503 if reasons else OK, "application/json", body)
@@ -228,7 +242,21 @@ class Door(Answering):
             return
         route = parse_route(target)
         await self._namespaces.admit(route.repository)
-        await self.serve(request, route)
+        if route.kind is Kind.BLOB and request.method == b"GET":
+            await self._transfer(request, route)
+        else:
+            await self.serve(request, route)
+
+    async def _transfer(self, request: Request, route: Route) -> None:
+        crowd: Crowd = cast(Any, request.channel).crowd
+        if not crowd.begin_transfer():
+            raise RegistryError(
+                503, "UNAVAILABLE", "as many blobs are being sent as may be; ask again", {"Retry-After": "5"}
+            )
+        try:
+            await self.serve(request, route)
+        finally:
+            crowd.end_transfer()
 
     async def serve(self, request: Request, route: Route) -> None:
         """

@@ -72,6 +72,12 @@ class Urls:
         self._until[signature] = now + self.quirks.url_lifetime
         return f"{self.bucket}{path}?{query}&X-Amz-Signature={signature}"
 
+    def signatures(self) -> list[str]:
+        """
+        The signatures of every URL signed so far.
+        """
+        return list(self._until)
+
     def expire(self) -> None:
         """
         End every URL signed so far.

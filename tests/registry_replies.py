@@ -76,6 +76,12 @@ class Tokens:
         self._until[token] = until
         return token, until
 
+    def issued(self) -> list[str]:
+        """
+        All that were given out and are remembered.
+        """
+        return list(self._until)
+
     def expire(self) -> None:
         """
         End all of them now.

@@ -19,7 +19,7 @@ OURS = "ecrproxy."
 # module: what of ours it may import; what is not here may import nothing of ours.
 ARROWS: dict[str, set[str]] = {
     "cache_key": {"oci"},
-    "config": {"cache_key", "values"},
+    "config": {"cache_key", "limits", "values"},
     "htpasswd": {"flights", "oci", "threads"},
     "clients": {"htpasswd", "oci"},
     "entries": {"oci"},
@@ -37,11 +37,12 @@ ARROWS: dict[str, set[str]] = {
     "upstream": {"bucket", "endpoint", "oci", "wire"},
     "guard": {"bucket"},
     "connections": {"guard"},
-    "sending": {"sources", "threads"},
+    "sending": {"limits", "sources", "threads"},
     "cached": {"download", "entries", "memory", "oci", "store", "threads", "verification"},
     "proxy": {"bucket", "cached", "download", "entries", "flights", "inflow", "oci", "threads", "upstream"},
     "namespaces": {"flights", "oci", "threads"},
     "web": {
+        "limits",
         "cache_key",
         "cached",
         "clients",
@@ -55,14 +56,13 @@ ARROWS: dict[str, set[str]] = {
         "threads",
         "upstream",
     },
-    "channel": {"ending"},
-    "site": {"access_log", "channel", "ending", "web"},
+    "channel": {"limits"},
+    "site": {"access_log", "channel", "limits", "web"},
     "relay": {"bucket", "cache_key", "cached", "clients", "ledger", "namespaces", "oci", "threads", "web"},
     "janitor": {"store", "threads"},
     "listening": {"config", "tls", "workers"},
 }
 TYPES_ONLY = {
-    ("channel", "ending"),
     ("clients", "htpasswd"),
     ("download", "oci"),
     ("proofs", "oci"),

@@ -6,9 +6,10 @@ from __future__ import annotations
 
 from twisted.logger import LogLevel
 
-from ecrproxy.channel import HEADER_SECONDS, LENGTH_DIGITS
+from ecrproxy.channel import LENGTH_DIGITS
 from tests.daemon import DaemonTestCase, End, Raw
 
+HEADER_SECONDS = 10
 GOOD = b"GET /v2/ HTTP/1.1\r\nHost: x\r\n\r\n"
 
 

@@ -76,7 +76,7 @@ class AdmissionTests(DaemonTestCase):
             path.write_bytes(line("ann", "client canary"))
             self.addCleanup(path.unlink)
             asking = Passwords(str(path), at_once, self.clock, b"key")
-        self.start(admission=Admission(networks, certificates=certificates, passwords=asking))
+        self.start(admission=Admission(networks, certificates=certificates, passwords=asking)).shown = ""
 
     def test_a_password_is_asked_for_everywhere_under_v2(self) -> None:
         """
@@ -202,7 +202,7 @@ class WorkerAdmissionTests(RelayTestCase):
         path = Path(self.root.parent, f"{self.root.name}.htpasswd")
         path.write_bytes(line("ann", "client canary"))
         self.addCleanup(path.unlink)
-        self.start(admission=Admission(passwords=Passwords(str(path), at_once, self.clock, b"key")))
+        self.start(admission=Admission(passwords=Passwords(str(path), at_once, self.clock, b"key"))).shown = ""
         by_tag = "/v2/team/app/manifests/latest"
         self.assertRefused(self.get(by_tag), 401, "UNAUTHORIZED")
         self.assertEqual([], self.daemon.seen)

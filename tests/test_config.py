@@ -41,13 +41,20 @@ EXAMPLES: dict[str, tuple[str, str, Any, str, Any]] = {
     "listen": ("PROXY_LISTEN", "tcp:1 \n unix:/x", ["tcp:1", "unix:/x"], "tcp:2", ["tcp:2"]),
     "tag-ttl": ("PROXY_TAG_TTL", "30", 30.0, "0.5", 0.5),
     "worker-processes": ("PROXY_WORKER_PROCESSES", "2", 2, "16", 16),
-    "drain-seconds": ("PROXY_DRAIN_SECONDS", "60", 60.0, "0", 0.0),
     "read-ahead": ("PROXY_READ_AHEAD", "true", True, "false", False),
     "blob-connections": ("PROXY_BLOB_CONNECTIONS", "8", 8, "1", 1),
     "bucket-connections": ("PROXY_BUCKET_CONNECTIONS", "100", 100, "9999", 9999),
     "stall-seconds": ("PROXY_STALL_SECONDS", "10", 10.0, "0.5", 0.5),
     "upstream-tries": ("PROXY_UPSTREAM_TRIES", "1", 1, "5", 5),
     "upstream-seconds": ("PROXY_UPSTREAM_SECONDS", "0", 0.0, "2.5", 2.5),
+    "header-seconds": ("PROXY_HEADER_SECONDS", "30", 30.0, "0", 0.0),
+    "idle-seconds": ("PROXY_IDLE_SECONDS", "70", 70.0, "0.5", 0.5),
+    "send-seconds": ("PROXY_SEND_SECONDS", "60", 60.0, "0", 0.0),
+    "header-bytes": ("PROXY_HEADER_BYTES", "8k", 8192, "100", 100),
+    "header-count": ("PROXY_HEADER_COUNT", "50", 50, "0", 0),
+    "connections": ("PROXY_CONNECTIONS", "500", 500, "0", 0),
+    "connections-per-address": ("PROXY_CONNECTIONS_PER_ADDRESS", "10", 10, "0", 0),
+    "transfers": ("PROXY_TRANSFERS", "5", 5, "0", 0),
 }
 # flag: texts that are wrong, and words of what would be right
 WRONG: dict[str, tuple[tuple[str, ...], str]] = {
@@ -61,7 +68,6 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "port": (("0", "65536", "http", "-1"), "from 1 to 65535"),
     "allow-from": (("everywhere", "10.0.0.0/33", ","), "10.0.0.0/8"),
     "tag-ttl": (("soon", "-1", "inf"), "give 0 or more"),
-    "drain-seconds": (("soon", "-1", "1m"), "give 0 or more"),
     "worker-processes": (("0", "-1", "many", "1.5", "1000"), "give 1 or more, or auto"),
     "read-ahead": (("maybe", "2"), "true nor false"),
     "blob-connections": (("0", "-1", "four", "10000"), "give 1 or more"),
@@ -69,6 +75,14 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "stall-seconds": (("0", "0.0", "-1", "never"), "above 0"),
     "upstream-tries": (("0", "-1", "100", "twice"), "up to 99"),
     "upstream-seconds": (("-1", "ten"), "give 0 or more"),
+    "header-seconds": (("soon", "-1"), "give 0 or more"),
+    "idle-seconds": (("soon", "-1"), "give 0 or more"),
+    "send-seconds": (("soon", "-1"), "give 0 or more"),
+    "header-bytes": (("0", "-1", "1.5k"), "give one such as 64g"),
+    "header-count": (("-1", "many", "1.5", "1" * 10), "give 0 for no limit"),
+    "connections": (("-1", "many", "1.5", "1" * 10), "give 0 for no limit"),
+    "connections-per-address": (("-1", "many", "1.5", "1" * 10), "give 0 for no limit"),
+    "transfers": (("-1", "many", "1.5", "1" * 10), "give 0 for no limit"),
 }
 
 
@@ -156,6 +170,15 @@ class SettingsTests(SynchronousTestCase):
         """
         self.patch(os, "sched_getaffinity", lambda _: {0, 2, 5})
         self.assertEqual(3, loaded(PROXY_WORKER_PROCESSES="auto").worker_processes)
+
+    def test_limits_are_shared_among_workers(self) -> None:
+        """
+        Each worker may give away its part of what there is; times and the size of a request are the same for all.
+        """
+        limits = loaded(PROXY_WORKER_PROCESSES="3", PROXY_CONNECTIONS="100", PROXY_TRANSFERS="0").limits
+        self.assertEqual((34, 334, 0), (limits.connections, limits.connections_per_address, limits.transfers))
+        self.assertEqual((10.0, 65.0, 300.0), (limits.header_seconds, limits.idle_seconds, limits.send_seconds))
+        self.assertEqual((16384, 100), (limits.header_bytes, limits.header_count))
 
     def test_each_variable_is_read(self) -> None:
         """

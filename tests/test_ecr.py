@@ -9,14 +9,14 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from botocore.awsrequest import AWSResponse
 from botocore.exceptions import BotoCoreError, ConnectTimeoutError
 from botocore.httpsession import URLLib3Session
-from twisted.internet.defer import CancelledError, Deferred, succeed
+from twisted.internet.defer import CancelledError, Deferred, fail, succeed
 from twisted.internet.task import Clock
-from twisted.logger import capturedLogs, formatEvent
+from twisted.logger import ILogObserver, capturedLogs, formatEvent, globalLogPublisher
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.ecr import CredentialsError, Token, TokenService, TokenUnavailableError, fetch_token, next_refresh
@@ -28,7 +28,9 @@ LIFE = 43_200.0
 MOTOS_EXPIRY = 1_420_070_400.0
 """2015: what moto says of every token."""
 GRANTED = {"authorizationData": [{"authorizationToken": "QVdTOnRva2Vu", "expiresAt": START + LIFE}]}
-KEYS = {"AWS_ACCESS_KEY_ID": "AKIDENVIRONMENT", "AWS_SECRET_ACCESS_KEY": "secret"}
+SECRET = "canary-of-an-aws-secret"
+SESSION = "canary-of-a-session"
+KEYS = {"AWS_ACCESS_KEY_ID": "AKIDENVIRONMENT", "AWS_SECRET_ACCESS_KEY": SECRET}
 
 
 class Raw:
@@ -49,6 +51,8 @@ class Raw:
 class FakeAws:
     """
     All that botocore may reach: the HTTP layer beneath the real one's signing, parsing and looking for credentials.
+
+    When the test is over, no secret of AWS's may be in the log.
 
     @ivar answers: status and body by method and URL; what is not there can't be reached.
     @ivar asked: the requests for tokens.
@@ -71,7 +75,16 @@ class FakeAws:
                 **environ,
             },
         )
+        self._told: list[str] = []
+        observer = cast(ILogObserver, lambda event: self._told.append(f"{formatEvent(event)} {event!r}"))
+        globalLogPublisher.addObserver(observer)
+        case.addCleanup(globalLogPublisher.removeObserver, observer)
+        case.addCleanup(self._check, case)
         case.patch(URLLib3Session, "send", lambda _, request: self._send(request))
+
+    def _check(self, case: SynchronousTestCase) -> None:
+        for secret in (SECRET, SESSION):
+            case.assertNotIn(secret, "".join(self._told))
 
     def grants(self, answer: object = GRANTED, status: int = 200) -> None:
         """
@@ -123,7 +136,7 @@ def credentials(key: str) -> dict[str, str]:
         "Code": "Success",
         "Type": "AWS-HMAC",
         "AccessKeyId": key,
-        "SecretAccessKey": "secret",
+        "SecretAccessKey": SECRET,
         "Token": "session",
         "Expiration": "2099-01-01T00:00:00Z",
         "LastUpdated": "2026-01-01T00:00:00Z",
@@ -211,6 +224,26 @@ class FetchTests(SynchronousTestCase):
         ):
             aws.refuses("InvalidSignatureException", message)
             self.assertIn("clock", str(self.assertRaises(TokenUnavailableError, fetch)))
+
+    def test_a_refusal_that_repeats_the_request_tells_no_secret(self) -> None:
+        """
+        AWS shows what it would have signed, the session token included: no log and no /readyz does.
+        """
+        aws = FakeAws(self, {**KEYS, "AWS_SESSION_TOKEN": SESSION})
+        message = (
+            "The request signature we calculated does not match the signature you provided.\n\n"
+            f"The Canonical String for this request should have been\n'POST\n/\n\nx-amz-security-token:{SESSION}\n'"
+        )
+        for code in ("InvalidSignatureException", "SignatureDoesNotMatch", "Whatever"):
+            aws.refuses(code, message)
+            problem = str(self.assertRaises((CredentialsError, TokenUnavailableError), fetch))
+            self.assertIn("does not match", problem)
+            self.assertNotIn(SESSION, problem)
+        tokens = TokenService(lambda: fail(ValueError(message)), Clock(), lambda: START)
+        tokens.startService()
+        self.addCleanup(tokens.stopService)
+        self.assertNotIn(SESSION, str(tokens.problem()))
+        self.assertNotIn(SESSION, f"{tokens!r}{vars(tokens)!r}")
 
     def test_an_answer_is_asked_for_once(self) -> None:
         """

@@ -17,6 +17,7 @@ from ecrproxy.cached import Cache
 from ecrproxy.clients import Admission
 from ecrproxy.entries import entry_name
 from ecrproxy.ledger import Notes
+from ecrproxy.limits import BOUNDLESS, Crowd
 from ecrproxy.namespaces import Namespaces
 from ecrproxy.oci import parse_route
 from ecrproxy.relay import KEY, TELL_SECONDS, USED, InnerRegistry, NoRoom, Relay, Teller, Used, WorkerRegistry
@@ -83,7 +84,7 @@ class Together(Daemon):
         inner, self.seen = Seen(self.pull_through, *shape), list[Request]()
         inner.seen, ready = self.seen, Ready(self.reasons)
         others = {USED: Used(self.store.ledger)}
-        site = make_site(inner, ready, self.clock, logged=False, others=others)
+        site = make_site(inner, ready, self.clock, crowd=Crowd(BOUNDLESS), logged=False, others=others)
         self.between = Between(site, self.clock)
         agent = self.between.agent(persistent=True)
         self.notes, relay = Notes(), Relay(agent)
@@ -93,7 +94,7 @@ class Together(Daemon):
         self.teller = Teller(agent, self.notes.take, self.clock)
         self.teller.startService()
         registry = WorkerRegistry(self.worker_cache, tag_ttl, relay, *shape, admission)
-        self.front = Network(make_site(registry, relay, self.clock), self.clock)
+        self.front = Network(make_site(registry, relay, self.clock, crowd=self.crowd), self.clock)
         self._asking = self.front.agent(persistent=False)
 
     def flush(self) -> None:
@@ -107,7 +108,7 @@ class Together(Daemon):
 
 class RelayTestCase(DaemonTestCase):
     """
-    Clients of a worker.
+    Crowd of a worker.
     """
 
     daemon: Together

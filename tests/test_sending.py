@@ -12,12 +12,14 @@ from typing import Any, cast
 from twisted.internet.address import IPv4Address
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.error import ConnectionDone, ConnectionLost
+from twisted.internet.task import Clock
 from twisted.internet.tcp import Connection
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 from twisted.web.http import HTTPChannel
 
 from ecrproxy.download import Download
+from ecrproxy.limits import Limits, Patience
 from ecrproxy.oci import Digest
 from ecrproxy.sending import PIECE, KernelSending, PieceSending, send
 from ecrproxy.sources import FilePiece, Held
@@ -177,19 +179,46 @@ class PieceTests(DaemonTestCase):
 
     def test_a_slow_client_is_not_timed_out(self) -> None:
         """
-        A client that takes an hour for its last piece gets it: the connection's idle time is not the answer's.
+        A client that takes minutes for its last piece gets it: the connection's idle time is not the answer's.
         """
         self.get(self.path)
         client, wire = self.kept_connection()
         while len(client.got) < 4.5 * MIB:  # the last piece is under way
             self.daemon.front.move()
         wire.reading = False
-        for _ in range(60):
-            self.pass_time(60)
+        self.pass_time(299)
         self.assertEqual((True, False), (wire.connected, client.closed))
         wire.reading = True
         self.flush()
         self.assertTrue(client.got.endswith(self.data))
+
+    def test_a_client_that_takes_nothing_is_given_up(self) -> None:
+        """
+        After 300 seconds in which a client took nothing its connection is closed, and what it was sent is let go.
+        """
+        self.get(self.path)
+        client, wire = self.kept_connection()
+        while len(client.got) < 3 * MIB:
+            self.daemon.front.move()
+        wire.reading = False
+        self.pass_time(301)
+        wire.reading = True
+        self.flush()
+        self.assertEqual((True, 1), (client.closed, self.daemon.crowd.slow_readers))
+        self.assertLess(len(client.got), len(self.data))
+        self.assertEqual((0, 0), (self.daemon.crowd.transferring, self.daemon.crowd.connected))
+
+    def test_a_client_that_waits_for_ecr_is_not_slow(self) -> None:
+        """
+        Who has taken all that has come waits as long as it takes: it is not the client that is slow.
+        """
+        self.start(limits=Limits(send_seconds=5))
+        self.standin.quirks.latency = 20
+        digest = self.standin.push_blob("team/app", b"late")
+        reply = self.daemon.send("GET", f"/v2/team/app/blobs/{digest}")
+        self.pass_time(61)
+        self.assertWhole(reply, b"late")
+        self.assertEqual(0, self.daemon.crowd.slow_readers)
 
 
 class Request:
@@ -221,7 +250,7 @@ class Channel:
     """
 
     def __init__(self, transport: Any) -> None:
-        self.transport = transport
+        self.transport, self.patience = transport, Patience(Clock().callLater, 0, lambda: None)
 
 
 class Slow:
@@ -469,6 +498,9 @@ class PipeConnection(Connection):
                 return True
         return False
 
+    def abortConnection(self) -> None:
+        self.shut()
+
     def shut(self, reason: Exception | None = None) -> None:
         """
         End the connection.
@@ -637,6 +669,28 @@ class KernelTests(DaemonTestCase):
         self.assertEqual((b"", []), (self.connection.dataBuffer, self.connection._tempDataBuffer))  # noqa: SLF001
         self.read()
         self.assertEqual([self.data], self.bodies)
+
+    def test_a_client_that_takes_nothing_is_given_up(self) -> None:
+        """
+        Its time begins anew with each piece that it takes, and with what it has all taken it does not run.
+        """
+        self.standin.hold(self.digest)
+        self.ask()
+        self.standin.deliver(self.digest, MIB)
+        self.flush()
+        self.read()
+        self.pass_time(29)  # a bucket may be silent for so long
+        self.daemon.standin.release(self.digest)
+        self.flush()
+        for _ in range(3):
+            self.connection.turn()
+            self.pass_time(299)
+            self.assertFalse(self.connection.over)
+            self.connection.read()
+        self.connection.turn()
+        self.pass_time(301)
+        self.assertTrue(self.connection.over)
+        self.assertEqual((1, 0), (self.daemon.crowd.slow_readers, self.daemon.crowd.transferring))
 
     def test_an_uncached_blob_is_sent_too(self) -> None:
         """

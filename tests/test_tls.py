@@ -1,5 +1,5 @@
 """
-Clients get TLS 1.2 or 1.3 with the whole chain, and operators are told which file is wrong.
+Crowd get TLS 1.2 or 1.3 with the whole chain, and operators are told which file is wrong.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from twisted.web import http
 from twisted.web.resource import Resource
 from zope.interface.verify import verifyObject
 
+from ecrproxy.limits import Crowd, Limits
 from ecrproxy.site import RegistrySite
 from ecrproxy.tls import Certificate, CertificateError
 from tests.store_contract import scratch
@@ -264,23 +265,6 @@ class CertificateTests(SynchronousTestCase):
         names = [each.to_cryptography().subject.rfc4514_string() for each in asker.get_peer_cert_chain() or []]
         self.assertEqual(["CN=cache.test", "CN=middle"], names)
 
-    def test_files_are_read_again(self) -> None:
-        """
-        When they are told to be, for connections that begin then; what can't be used changes nothing.
-        """
-        certificate = Certificate(self.files.key, self.files.certificate)
-        protocol: Any = None
-        before = certificate.serverConnectionForTLS(protocol)
-        others = Files(self.files.folder / "others")
-        for path, other in ((self.files.key, others.key), (self.files.certificate, others.certificate)):
-            Path(path).write_bytes(Path(other).read_bytes())
-        certificate.reload()
-        shake(before, client(trusted=self.files.root))
-        shake(certificate.serverConnectionForTLS(protocol), client(trusted=others.root))
-        Path(self.files.key).write_bytes(b"nonsense")
-        self.assertRaises(CertificateError, certificate.reload)
-        shake(certificate.serverConnectionForTLS(protocol), client(trusted=others.root))
-
     def test_many_connections_share_one_certificate(self) -> None:
         """
         One that fails leaves the others alone.
@@ -294,7 +278,7 @@ class CertificateTests(SynchronousTestCase):
 
 class ClientCertificateTests(SynchronousTestCase):
     """
-    Clients may be asked for a certificate of theirs.
+    Crowd may be asked for a certificate of theirs.
     """
 
     def setUp(self) -> None:
@@ -472,7 +456,7 @@ class ProtocolTests(SynchronousTestCase):
         """
         Tell which protocol a client gets that offers these.
         """
-        site: Any = RegistrySite(Resource(), reactor=MemoryReactorClock())
+        site: Any = RegistrySite(Resource(), MemoryReactorClock(), Crowd(Limits()))
         address: Any = None
         protocol = TLSMemoryBIOFactory(certificate, False, site, MemoryReactorClock()).buildProtocol(address)
         asker = client(offer=offer)

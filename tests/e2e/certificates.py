@@ -65,6 +65,24 @@ def build(
     return builder.sign(signer, SHA256())
 
 
+def make_client(directory: Path, server: Certificates, authority: str) -> Path:
+    """
+    Make a CA of clients and a client's certificate of it, in a directory as docker and skopeo want it.
+
+    @return: the directory; the CA of the clients is in its C{clients.pem}.
+    """
+    directory.mkdir(parents=True)
+    ours, theirs = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
+    root = build(authority, authority, ours.public_key(), ours)
+    leaf = build("client", authority, theirs.public_key(), ours)
+    (directory / "ca.crt").write_bytes(server.ca.read_bytes())
+    (directory / "clients.pem").write_bytes(root.public_bytes(Encoding.PEM))
+    (directory / "client.cert").write_bytes(leaf.public_bytes(Encoding.PEM))
+    key = theirs.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    (directory / "client.key").write_bytes(key)
+    return directory
+
+
 def make_certificates(directory: Path) -> Certificates:
     """
     Make an authority, and a server's certificate for the loopback address.

@@ -81,6 +81,18 @@ class Docker(Client):
         self.run("docker", "pull", "--quiet", reference)
         return self.run("docker", "image", "inspect", "--format", "{{.Id}}", reference)
 
+    def log_in(self, registry: str, name: str, password: str) -> Done:
+        """
+        Try to log in to a registry.
+        """
+        return self.attempt("docker", "login", "--username", name, "--password", password, registry)
+
+    def log_out(self, registry: str) -> None:
+        """
+        Forget the password for a registry.
+        """
+        self.run("docker", "logout", registry)
+
     def complaint(self, reference: str) -> str:
         """
         Pull what can't be pulled, and give what docker says of it.
