@@ -208,11 +208,7 @@ def build(
     store = _prepared(Store(Path(config.cache_dir), time.time))
     janitor = Janitor(store, config.cache_limit, disk.call)
     tokens = TokenService(lambda: call_unowned(reactor, lambda: _fetch(config)), reactor, time.time, refused)
-    agent = UpstreamAgent(reactor, config.ecr_endpoint, _install_resolver(config, reactor))
-    wire = Wire(agent, reactor, Budget(config.upstream_tries, config.upstream_seconds))
-    upstream = Upstream(
-        Endpoint(config.ecr_endpoint, wire, tokens, Circuit(reactor.seconds)), wire, stall_seconds=config.stall_seconds
-    )
+    upstream = _upstream(config, reactor, tokens)
     lanes = Lanes(config.blob_connections, config.bucket_connections)
     cache = Cache(store, janitor, disk.call, time.time)
     pull_through = PullThrough(
@@ -244,6 +240,16 @@ def build(
         Listening(path, UNIXServerEndpoint(reactor, path, mode=0o600), inner).setServiceParent(service)
         Workers(config.worker_processes, listening, path, arguments, reactor).setServiceParent(service)
     return service
+
+
+def _upstream(config: Config, reactor: Any, tokens: TokenService) -> Upstream:  # noqa: ANN401
+    """
+    Wire what asks ECR and its buckets.
+    """
+    agent = UpstreamAgent(reactor, config.ecr_endpoint, _install_resolver(config, reactor))
+    wire = Wire(agent, reactor, Budget(config.upstream_tries, config.upstream_seconds))
+    endpoint = Endpoint(config.ecr_endpoint, wire, tokens, Circuit(reactor.seconds))
+    return Upstream(endpoint, wire, stall_seconds=config.stall_seconds)
 
 
 def _count_steadily(reactor: Any) -> None:  # noqa: ANN401
