@@ -90,6 +90,7 @@ def fetch_token(region: str, *, instance_auth: bool) -> Token:
 
     @param instance_auth: use the role of the instance, container or pod alone.
     @raise CredentialsError: if there are no credentials, or AWS refuses them for good.
+    @raise TokenUnavailableError: if there is no role now, or AWS gives no token now.
     @raise Exception: whatever else botocore raises: worth another try.
     """
     from botocore import exceptions  # noqa: PLC0415 (imported where it delays nothing)
@@ -103,7 +104,7 @@ def fetch_token(region: str, *, instance_auth: bool) -> Token:
         if instance_auth:
             _only_instance_roles(session)
         if session.get_credentials() is None:
-            raise CredentialsError(_none_found(instance_auth=instance_auth))
+            raise _none_found(instance_auth=instance_auth)
         client: Any = session.create_client("ecr", region_name=region, config=settings)
         data = client.get_authorization_token()["authorizationData"][0]
     except exceptions.ClientError as problem:
@@ -131,13 +132,18 @@ def _only_instance_roles(session: Any) -> None:  # noqa: ANN401 (botocore's stub
     session.register_component("credential_provider", CredentialResolver(kept))
 
 
-def _none_found(*, instance_auth: bool) -> str:
+def _none_found(*, instance_auth: bool) -> Exception:
+    """
+    Say what it means that there are no credentials.
+
+    That an instance has no role looks like a metadata service that is down, throttling or not up yet: it is waited for.
+    """
     if instance_auth:
-        return (
+        return TokenUnavailableError(
             "AWS_INSTANCE_AUTH=true: no role found for this instance, container or pod; attach one"
             " (behind a container's bridge the metadata hop limit must be 2), or unset AWS_INSTANCE_AUTH"
         )
-    return (
+    return CredentialsError(
         "AWS_ACCESS_KEY_ID: no AWS credentials found; set it with AWS_SECRET_ACCESS_KEY, or AWS_PROFILE,"
         " or run where a role is attached"
     )

@@ -246,10 +246,14 @@ class End:
 class Network:
     """
     Wires from any client to one server.
+
+    @ivar site: makes the server's side of each.
     """
 
+    site: Any
+
     def __init__(self, site: Site, clock: Clock) -> None:
-        self._site, self._clock = site, clock
+        self.site, self._clock = site, clock
         self.ends: list[tuple[End, End]] = []
         """Client and server of each wire."""
         self.down: Exception | None = None
@@ -275,7 +279,7 @@ class Network:
         Lay a wire.
         """
         there, here = IPv4Address("TCP", host, port), IPv4Address("TCP", self.client, 31337)
-        server = End(self._site.buildProtocol(here), there, here)
+        server = End(self.site.buildProtocol(here), there, here)
         client = End(protocol, here, there)
         server.peer, client.peer = client, server
         server.certificate = self.certificate

@@ -7,20 +7,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding
+from twisted.internet import ssl
 from twisted.internet.address import IPv4Address, IPv6Address
 from twisted.internet.error import ConnectionRefusedError as RefusedError
 from twisted.internet.interfaces import IAddress, IHostnameResolver, IHostResolution, IResolutionReceiver
+from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.task import Clock
 from twisted.internet.testing import MemoryReactorClock
+from twisted.protocols import tls
 from twisted.python.failure import Failure
+from twisted.web.client import BrowserLikePolicyForHTTPS
 from twisted.web.iweb import IAgent
 from zope.interface import implementer
 
 from ecrproxy.connections import UpstreamAgent
 from ecrproxy.resolver import Resolution
 from ecrproxy.retries import Budget
+from ecrproxy.tls import Certificate
 from tests.daemon import DaemonTestCase, Network, Reply, noise
 from tests.registry import StandIn, layer
+from tests.store_contract import scratch
+from tests.test_tls import Files, key_pem, signed
 
 METADATA = "169.254.169.254"
 
@@ -33,6 +42,7 @@ class Names:
 
     def __init__(self) -> None:
         self.known: dict[str, list[str]] = {}
+        self.silent: set[str] = set()
 
     def resolveHostName(
         self,
@@ -44,6 +54,8 @@ class Names:
     ) -> IHostResolution:
         resolution = Resolution(hostName)
         resolutionReceiver.resolutionBegan(resolution)
+        if hostName in self.silent:
+            return resolution
         for address in self.known.get(hostName, [hostName]):
             kind = IPv6Address if ":" in address else IPv4Address
             resolutionReceiver.addressResolved(kind("TCP", address, portNumber))
@@ -193,6 +205,134 @@ class AgentTests(DaemonTestCase):
         self.assertEqual({"bucket.example"}, set(self.forgotten))
         self.names["bucket.example"] = ["10.0.0.3"]
         self.assertWhole(self.pull(), self.data)
+
+    def test_a_name_that_resolves_to_nothing(self) -> None:
+        """
+        A name that the name servers don't know is 502, until they do.
+        """
+        for name, path in (("ecr.example", self.path), ("bucket.example", self.path)):
+            known, self.names[name] = self.names[name], []
+            self.assertRefused(self.pull(path), 502, "UNAVAILABLE", f"{name} can't be reached")
+            self.names[name] = known
+        self.assertWhole(self.pull(), self.data)
+
+    def test_a_name_that_does_not_resolve(self) -> None:
+        """
+        Name servers that say nothing at all are 504 after half a minute.
+        """
+        self.reactor.names.silent.add("bucket.example")
+        reply = self.daemon.send("GET", self.path)
+        self.pass_time(29)
+        self.assertEqual(0, reply.code)
+        self.pass_time(60)
+        self.assertRefused(reply, 504, "UNAVAILABLE", "bucket.example has not answered")
+        self.reactor.names.silent.clear()
+        self.assertWhole(self.pull(), self.data)
+
+
+class TlsTests(DaemonTestCase):
+    """
+    A registry and a bucket that speak TLS, or should.
+    """
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.patch(tls, "_get_default_clock", lambda: self.clock)
+        self.files_of = Files(scratch(self))
+        self.standin = StandIn(self.clock, registry="https://cache.test", bucket="https://cache.test:8443")
+        self.start(agent=self.agent)
+        self.data = noise("blob", 1000)
+        self.path = f"/v2/team/app/blobs/{self.standin.push_blob('team/app', self.data)}"
+
+    def agent(self, back: Network) -> IAgent:
+        """
+        Make the daemon's own agent, which trusts the test's root, and have the registry show its certificate.
+        """
+        self.reactor = Wired(self.clock, back)
+        self.reactor.names.known.update({"cache.test": ["10.0.0.1"], "other.test": ["10.0.0.1"]})
+        self.plain, back.site = back.site, back.site
+        self.show(self.files_of.key, self.files_of.certificate, back)
+        root = ssl.Certificate.loadPEM(self.files_of.root.public_bytes(Encoding.PEM))
+        policy = BrowserLikePolicyForHTTPS(ssl.trustRootFromCertificates([root]))
+        return UpstreamAgent(self.reactor, self.standin.registry, policy=policy)
+
+    def show(self, key: str, certificate: str, back: Network) -> None:
+        """
+        Have the registry, and its bucket, show a certificate.
+        """
+        back.site = tls.TLSMemoryBIOFactory(Certificate(key, certificate), False, self.plain, clock=self.clock)
+
+    def pull(self) -> Reply:
+        """
+        Ask for the blob, and let what is tried again be tried.
+        """
+        reply = self.daemon.send("GET", self.path)
+        self.flush()
+        self.pass_time(20)
+        return reply
+
+    def assertNeverPlain(self) -> None:
+        """
+        The client has 502, and nobody was told anything but to speak TLS.
+        """
+        self.standin.forget_asked()
+        self.assertRefused(self.pull(), 502, "UNAVAILABLE", "cache.test can't be reached")
+        self.assertEqual([], self.standin.asked)
+
+    def wrong(self, name: str, *, root: bool = True, days: int = 1) -> tuple[str, str]:
+        """
+        Make a certificate.
+        """
+        key, own = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
+        issuer = "middle" if root else "nobody"
+        made = signed(name, key, issuer, self.files_of.middle_key if root else own, days=days, host=name)
+        chain = made.public_bytes(Encoding.PEM) + self.files_of.middle.public_bytes(Encoding.PEM)
+        return self.files_of.write("wrong.key", key_pem(key)), self.files_of.write("wrong.pem", chain)
+
+    def test_a_certificate_that_is_right(self) -> None:
+        """
+        A certificate that names the host, and that a trusted authority signed, is believed.
+        """
+        self.assertWhole(self.pull(), self.data)
+
+    def test_certificates_that_are_not(self) -> None:
+        """
+        Of another host, of nobody's, of the past: 502 and no word of the request, until the right one is shown.
+        """
+        for wrong in (
+            self.wrong("other.test"),
+            self.wrong("cache.test", root=False),
+            self.wrong("cache.test", days=-1),
+        ):
+            self.show(*wrong, self.daemon.back)
+            self.assertNeverPlain()
+        self.show(self.files_of.key, self.files_of.certificate, self.daemon.back)
+        self.assertWhole(self.pull(), self.data)
+
+    def test_a_server_that_does_not_speak_tls(self) -> None:
+        """
+        Plain HTTP where there should be TLS is 502: the daemon does not step down.
+        """
+        heard: list[bytes] = []
+
+        class Plain(Protocol):
+            def dataReceived(self, data: bytes) -> None:
+                heard.append(data)
+                assert self.transport is not None
+                self.transport.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+
+        self.daemon.back.site = Factory.forProtocol(Plain)
+        self.assertNeverPlain()
+        self.assertTrue(heard)
+        self.assertNotIn(b"HTTP", b"".join(heard))
+
+    def test_a_bucket_with_a_wrong_certificate(self) -> None:
+        """
+        What holds of the registry holds of where it redirects to.
+        """
+        self.standin.fail("registry", status=307, headers={"Location": "https://other.test/x"})
+        self.assertRefused(self.pull(), 502, "UNAVAILABLE", "other.test can't be reached")
+        self.assertEqual({"registry"}, {asked.service for asked in self.standin.asked})
 
 
 class OddAnswerTests(DaemonTestCase):

@@ -7,6 +7,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -14,6 +15,7 @@ from typing import Any, cast
 from botocore.awsrequest import AWSResponse
 from botocore.exceptions import BotoCoreError, ConnectTimeoutError
 from botocore.httpsession import URLLib3Session
+from botocore.utils import ContainerMetadataFetcher
 from twisted.internet.defer import CancelledError, Deferred, fail, succeed
 from twisted.internet.task import Clock
 from twisted.logger import ILogObserver, capturedLogs, formatEvent, globalLogPublisher
@@ -320,10 +322,74 @@ class InstanceAuthTests(SynchronousTestCase):
         Keys that happen to be set don't stand in for the missing role.
         """
         aws = FakeAws(self)
-        problem = self.assertRaises(CredentialsError, fetch, instance_auth=True)
+        problem = self.assertRaises(TokenUnavailableError, fetch, instance_auth=True)
         self.assertTrue(str(problem).startswith("AWS_INSTANCE_AUTH=true: no role found"), problem)
         self.assertIn("unset AWS_INSTANCE_AUTH", str(problem))
         self.assertEqual([], aws.asked)
+
+    def trouble(self) -> Exception:
+        """
+        Ask for a token, and say what went wrong.
+        """
+        try:
+            fetch(instance_auth=True)
+        except Exception as problem:  # noqa: BLE001 (each provider has errors of its own)
+            return problem
+        return self.fail("there is a token")
+
+    def test_a_metadata_service_in_trouble_is_waited_for(self) -> None:
+        """
+        Down, throttling, failing or talking nonsense, it is no reason to end; once it is well there is a token.
+        """
+        aws = FakeAws(self, {"AWS_EC2_METADATA_DISABLED": "false"})
+        aws.grants()
+        self.assertRaises(TokenUnavailableError, fetch, instance_auth=True)
+        for status, body in ((429, "Too Many Requests"), (503, ""), (500, ""), (200, "<html>"), (200, "{}")):
+            aws.gives_the_instance_a_role()
+            well = dict(aws.answers)
+            for question in well:
+                if question[0] == "GET":
+                    aws.answers[question] = (status, body)
+            self.assertRaises(TokenUnavailableError, fetch, instance_auth=True)
+        aws.gives_the_instance_a_role()
+        self.assertEqual("QVdTOnRva2Vu", fetch(instance_auth=True).secret)
+
+    def test_a_containers_agent_in_trouble_is_waited_for(self) -> None:
+        """
+        So it is with what gives a task its role.
+        """
+        self.patch(ContainerMetadataFetcher, "SLEEP_TIME", 0)
+        aws = FakeAws(self, {"AWS_CONTAINER_CREDENTIALS_RELATIVE_URI": "/v2/credentials/x"})
+        for answer in (None, (429, "Too Many Requests"), (503, ""), (200, "<html>")):
+            if answer is not None:
+                aws.answers["GET", "http://169.254.170.2/v2/credentials/x"] = answer
+            self.assertNotIsInstance(self.trouble(), CredentialsError)
+
+    def test_sts_in_trouble_is_waited_for(self) -> None:
+        """
+        A pod's role comes from STS: when that throttles, fails or can't be reached, the daemon goes on trying.
+        """
+        self.patch(time, "sleep", lambda _: None)  # botocore waits between its tries
+        folder = scratch(self)
+        folder.mkdir()
+        (folder / "jwt").write_text("a.web.token")
+        aws = FakeAws(
+            self,
+            {
+                "AWS_WEB_IDENTITY_TOKEN_FILE": str(folder.absolute() / "jwt"),
+                "AWS_ROLE_ARN": "arn:aws:iam::123456789012:role/pull",
+                "AWS_DEFAULT_REGION": "eu-west-1",
+            },
+        )
+        sts = "POST", "https://sts.eu-west-1.amazonaws.com/"
+        error = "<ErrorResponse><Error><Code>{}</Code><Message>no</Message></Error></ErrorResponse>"
+        for answer in (None, (400, error.format("Throttling")), (503, error.format("ServiceUnavailable")), (500, "")):
+            if answer is not None:
+                aws.answers[sts] = answer
+            self.assertNotIsInstance(self.trouble(), CredentialsError)
+        aws.answers[sts] = (403, error.format("AccessDenied"))
+        self.assertRaises(CredentialsError, fetch, instance_auth=True)
+        self.assertIn(sts[1], aws.urls)
 
 
 class TokenServiceTests(SynchronousTestCase):

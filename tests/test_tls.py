@@ -48,7 +48,14 @@ def key_pem(key: Key, encryption: KeySerializationEncryption | None = None) -> b
 
 
 def signed(
-    name: str, key: Key, issuer: str, issuer_key: Key, *, authority: bool = False, days: int = 1
+    name: str,
+    key: Key,
+    issuer: str,
+    issuer_key: Key,
+    *,
+    authority: bool = False,
+    days: int = 1,
+    host: str = "cache.test",
 ) -> x509.Certificate:
     """
     Sign a certificate, good for some days from yesterday on, or one that ended yesterday.
@@ -63,7 +70,7 @@ def signed(
         .not_valid_before(now - dt.timedelta(days=1))
         .not_valid_after(now + dt.timedelta(days=max(days, 0)))
         .add_extension(x509.BasicConstraints(ca=authority, path_length=None), critical=True)
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName("cache.test")]), critical=False)
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName(host)]), critical=False)
         .sign(issuer_key, hashes.SHA256())
     )
 
@@ -80,7 +87,7 @@ class Files:
         self.root = signed("root", root_key, "root", root_key, authority=True)
         self.middle = signed("middle", middle_key, "root", root_key, authority=True)
         self.leaf = signed("cache.test", key, "middle", middle_key)
-        self.private = key
+        self.private, self.middle_key = key, middle_key
         self.key = self.write("key.pem", key_pem(key))
         chain = self.leaf.public_bytes(Encoding.PEM) + self.middle.public_bytes(Encoding.PEM)
         self.certificate = self.write("certificate.pem", chain)

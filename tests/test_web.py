@@ -124,7 +124,7 @@ class PathTests(DaemonTestCase):
             return ["no token: AWS is away", 'the "disk" is full']
 
         registry = self.daemon.site.resource.children[b"v2"]
-        self.daemon.front._site = make_site(registry, Ready(reasons), self.clock)  # noqa: SLF001
+        self.daemon.front.site = make_site(registry, Ready(reasons), self.clock)
         reply = self.get("/readyz")
         self.assertEqual(
             {"ready": False, "reasons": ["no token: AWS is away", 'the "disk" is full']}, json.loads(reply.body)
