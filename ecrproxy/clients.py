@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from ecrproxy.oci import RegistryError
 
 if TYPE_CHECKING:
-    from ecrproxy.htpasswd import Passwords
+    from ecrproxy.passwords import Passwords
 
 Network = IPv4Network | IPv6Network
 

@@ -36,7 +36,7 @@ from ecrproxy.config import SETTINGS, Config, ConfigError, Setting
 from ecrproxy.connections import UpstreamAgent, connection_pool
 from ecrproxy.ecr import CredentialsError, Token, TokenService, fetch_token
 from ecrproxy.endpoint import Endpoint
-from ecrproxy.htpasswd import AT_ONCE, HtpasswdError, Passwords
+from ecrproxy.htpasswd import HtpasswdError
 from ecrproxy.inflow import Lanes
 from ecrproxy.janitor import Janitor
 from ecrproxy.ledger import Notes
@@ -44,6 +44,7 @@ from ecrproxy.limits import BOUNDLESS, Crowd
 from ecrproxy.listening import Listening, endpoints
 from ecrproxy.metrics import LoopStall
 from ecrproxy.namespaces import Namespaces
+from ecrproxy.passwords import AT_ONCE, Passwords
 from ecrproxy.proxy import PullThrough
 from ecrproxy.relay import USED, FirstProcess, InnerRegistry, NoRoom, Relay, Teller, Used, WorkerRegistry
 from ecrproxy.resolver import ChosenServers, hosts_names

@@ -20,8 +20,8 @@ OURS = "ecrproxy."
 ARROWS: dict[str, set[str]] = {
     "cache_key": {"oci"},
     "config": {"cache_key", "limits", "values"},
-    "htpasswd": {"flights", "oci", "threads"},
-    "clients": {"htpasswd", "oci"},
+    "passwords": {"flights", "htpasswd", "limits", "oci", "threads"},
+    "clients": {"oci", "passwords"},
     "entries": {"oci"},
     "proofs": {"memory", "oci"},
     "store": {"entries", "ledger", "oci", "proofs", "troubles"},
@@ -63,7 +63,7 @@ ARROWS: dict[str, set[str]] = {
     "listening": {"config", "tls", "workers"},
 }
 TYPES_ONLY = {
-    ("clients", "htpasswd"),
+    ("clients", "passwords"),
     ("download", "oci"),
     ("proofs", "oci"),
     ("sources", "store"),

@@ -11,9 +11,10 @@ from typing import Any
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.clients import Admission, Caller, is_in
-from ecrproxy.htpasswd import FAILURES, Passwords
+from ecrproxy.passwords import FAILURES, Passwords
 from tests.daemon import DaemonTestCase, at_once
-from tests.test_htpasswd import basic, line
+from tests.test_htpasswd import line
+from tests.test_passwords import basic
 from tests.test_relay import RelayTestCase
 
 NETWORKS = [ip_network("10.0.0.0/8"), ip_network("fd00::/8"), ip_network("192.0.2.7/32")]
