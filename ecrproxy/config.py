@@ -20,6 +20,7 @@ from ecrproxy.limits import Limits
 from ecrproxy.values import (
     Network,
     Server,
+    parse_admin,
     parse_connections,
     parse_count,
     parse_endpoint,
@@ -80,6 +81,9 @@ class Setting:
             line = " ".join(str(problem).split())  # re's own words hold what was given, line ends included
             raise ConfigError(f"{source}={text[:200]!r}: {line}") from None
 
+
+ADMIN_LISTEN: Final = "tcp:5001:interface=127.0.0.1"
+"""Where the operator's pages are if nobody says otherwise: to be reached from this machine alone."""
 
 SETTINGS: Final[Sequence[Setting]] = (
     Setting(
@@ -143,6 +147,13 @@ SETTINGS: Final[Sequence[Setting]] = (
         "networks that clients must be in; all others are refused",
     ),
     Setting("listen", "PROXY_LISTEN", str.split, "made from port and TLS files", "Twisted endpoint strings"),
+    Setting(
+        "admin-listen",
+        "PROXY_ADMIN_LISTEN",
+        parse_admin,
+        ADMIN_LISTEN,
+        "Twisted endpoint string for /metrics and the operator's other pages; off for none",
+    ),
     Setting(
         "tag-ttl",
         "PROXY_TAG_TTL",
@@ -251,6 +262,7 @@ class Config:
     @ivar cache_limit: in bytes.
     @ivar tag_ttl: in seconds.
     @ivar listen: Twisted endpoint strings; empty to listen on C{port}, with TLS if there is a key.
+    @ivar admin_listen: a Twisted endpoint string; none to have no such port.
     """
 
     ecr_endpoint: str
@@ -268,6 +280,7 @@ class Config:
     htpasswd: str | None
     allow_from: tuple[Network, ...] | None
     listen: Sequence[str]
+    admin_listen: str | None
     tag_ttl: float
     worker_processes: int
     read_ahead: bool

@@ -210,6 +210,7 @@ class TokenService(Service):
         self._token: Token | None = None
         self._problem = "AWS has not answered yet"
         self._failures, self._due, self._started, self._received = 0, 0.0, 0.0, 0.0
+        self.failed = 0
         self._refreshing = False
         self._waiting: list[Deferred[None]] = []
         self._loop = LoopingCall(self._turn)
@@ -235,6 +236,13 @@ class TokenService(Service):
         if self._token.expires <= self._now() and self._failures:
             return f"the token has expired: {self._problem}"
         return None
+
+    @property
+    def expires(self) -> float | None:
+        """
+        Tell when the token expires, in seconds since the epoch.
+        """
+        return self._token.expires if self._token is not None else None
 
     async def get(self) -> str:
         """
@@ -312,6 +320,7 @@ class TokenService(Service):
 
     def _failed(self, problem: Exception) -> None:
         self._failures += 1
+        self.failed += 1
         wait = next_retry(self._failures, self._chance())
         self._due = self._clock.seconds() + wait
         self._problem = _brief(problem) or type(problem).__name__

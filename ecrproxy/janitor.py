@@ -41,11 +41,13 @@ class Janitor(Service):
     Counts the cache directory at start, and makes room in it from then on.
 
     @param limit: the most bytes that the files of the cache may have, those that arrive included.
+    @ivar evicted: how many files went for others.
     """
 
     def __init__(self, store: Store, limit: int, in_thread: InThread) -> None:
-        self._store, self._limit, self._in_thread = store, limit, in_thread
+        self._store, self.limit, self._in_thread = store, limit, in_thread
         self._counted = False
+        self.evicted = 0
         self._waiting: list[Deferred[None]] = []
 
     def startService(self) -> None:  # noqa: D102
@@ -68,7 +70,7 @@ class Janitor(Service):
         """
         Make room for C{size} bytes that will arrive; false if it can't be had.
         """
-        if size > self._limit:
+        if size > self.limit:
             return False
         if not self._counted:
             waiter: Deferred[None] = Deferred(self._waiting.remove)
@@ -76,7 +78,7 @@ class Janitor(Service):
             await waiter
         ledger = self._store.ledger
         with ledger.lock:
-            if ledger.total + ledger.reserved + size <= self._limit:
+            if ledger.total + ledger.reserved + size <= self.limit:
                 ledger.reserve(size)
                 return True
         return await self._in_thread(self.make_room, size)
@@ -93,7 +95,7 @@ class Janitor(Service):
         """
         ledger = self._store.ledger
         with ledger.lock:
-            chosen = victims(ledger.oldest(), ledger.total + ledger.reserved + size - self._limit)
+            chosen = victims(ledger.oldest(), ledger.total + ledger.reserved + size - self.limit)
             if chosen is None:
                 return False
             sizes = {path: ledger.gone(path) for path in chosen}
@@ -102,5 +104,6 @@ class Janitor(Service):
             if not self._store.remove(path):
                 ledger.used(path, freed)
         if chosen:
+            self.evicted += len(chosen)
             log.info("Evicted {count} files, the least recently used", count=len(chosen))
         return True

@@ -11,6 +11,7 @@ from twisted.application.internet import StreamServerEndpointService
 from twisted.internet.defer import Deferred
 from twisted.internet.endpoints import TCP4ServerEndpoint, TCP6ServerEndpoint, serverFromString
 from twisted.internet.error import CannotListenError
+from twisted.logger import Logger
 from twisted.protocols.tls import TLSMemoryBIOFactory
 
 from ecrproxy.config import Config, ConfigError
@@ -20,6 +21,8 @@ from ecrproxy.workers import BACKLOG, HandedDown
 if TYPE_CHECKING:
     from twisted.internet.interfaces import IListeningPort, IStreamServerEndpoint
 
+log = Logger()
+
 
 class Listening(StreamServerEndpointService):
     """
@@ -27,6 +30,7 @@ class Listening(StreamServerEndpointService):
 
     @param name: what the operator knows the endpoint by.
     @param accepts: whether this process accepts connections; if not, its workers do.
+    @param needed: whether the daemon can't do without it.
     """
 
     _raiseSynchronously = True
@@ -38,9 +42,10 @@ class Listening(StreamServerEndpointService):
         site: Any,  # noqa: ANN401
         *,
         accepts: bool = True,
+        needed: bool = True,
     ) -> None:
         super().__init__(endpoint, site)
-        self._name, self._accepts = name, accepts
+        self._name, self._accepts, self._needed = name, accepts, needed
         self._port: Any = None
 
     def fileno(self) -> int:
@@ -62,9 +67,10 @@ class Listening(StreamServerEndpointService):
             cast("Deferred[Any]", self._waitingForPort).addCallback(self._bound)
         except CannotListenError as problem:
             why = getattr(problem.socketError, "strerror", None) or problem.socketError
-            raise ConfigError(
-                f"{self._name}: can't listen there: {why}; give another, or end what uses it"
-            ) from problem
+            said = f"{self._name}: can't listen there: {why}; give another, or end what uses it"
+            if self._needed:
+                raise ConfigError(said) from problem
+            log.warn("{said}", said=said)
         except (OSError, ValueError, LookupError) as problem:
             raise ConfigError(f"{self._name}: can't listen there: {problem}") from problem
 
@@ -103,14 +109,24 @@ def endpoints(config: Config, reactor: Any) -> list[tuple[str, Any]]:  # noqa: A
     return [(f"PROXY_PORT={config.port}", endpoint)]
 
 
-def _described(text: str, reactor: Any) -> Any:  # noqa: ANN401
+def admin_endpoint(config: Config, reactor: Any) -> tuple[str, Any] | None:  # noqa: ANN401
+    """
+    Make what the operator's pages are on, if they are to be had.
+
+    @raise ConfigError: if it can't be.
+    """
+    text = config.admin_listen
+    return (f"PROXY_ADMIN_LISTEN={text!r}", _described(text, reactor, "PROXY_ADMIN_LISTEN")) if text else None
+
+
+def _described(text: str, reactor: Any, variable: str = "PROXY_LISTEN") -> Any:  # noqa: ANN401
     if isinstance(reactor, HandedDown) and text.startswith("systemd:"):
         return reactor  # systemd handed its sockets to the first process alone
     try:
         return serverFromString(reactor, text)
     except Exception as problem:
         why = str(problem) or type(problem).__name__
-        raise ConfigError(f"PROXY_LISTEN={text!r}: {why}; give an endpoint string such as tcp:5000") from problem
+        raise ConfigError(f"{variable}={text!r}: {why}; give an endpoint string such as tcp:5000") from problem
 
 
 def _certificate(key: str, certificate: str, authorities: str | None) -> Certificate:

@@ -80,6 +80,12 @@ class PullThrough:
         """
         return await self._upstream.page(route)
 
+    def transfers(self) -> list[Download]:
+        """
+        List what is on its way from upstream.
+        """
+        return list(self._arriving.values())
+
     # Blobs.
 
     async def blob(self, asked: Asked, start: int = 0) -> Answer:

@@ -34,6 +34,7 @@ from ecrproxy.cache_key import CacheKey
 from ecrproxy.cached import Asked, Cache
 from ecrproxy.clients import Admission
 from ecrproxy.ledger import Ledger
+from ecrproxy.metrics import Tally
 from ecrproxy.namespaces import Namespaces
 from ecrproxy.oci import Kind, Route
 from ecrproxy.threads import InThread
@@ -241,33 +242,38 @@ class InnerRegistry(Registry):
 
 class Used(Resource):
     """
-    Where workers tell which files they used, so that the janitor knows.
+    Where workers tell which files they used, so that the janitor knows, and which requests they answered.
     """
 
     isLeaf = True
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Ledger, requests: Tally) -> None:
         super().__init__()
-        self._ledger = ledger
+        self._ledger, self._requests = ledger, requests
 
     def render(self, request: Request) -> bytes:
         """
         Take note.
         """
-        for path, size in json.loads(request.requestHeaders.getRawHeaders(b"X-Ecrproxy-Used", [b"[]"])[0]):
+        told = request.requestHeaders
+        for path, size in json.loads(told.getRawHeaders(b"X-Ecrproxy-Used", [b"[]"])[0]):
             self._ledger.used(path, size)
+        self._requests.add(json.loads(told.getRawHeaders(b"X-Ecrproxy-Requests", [b"[]"])[0]))
         return b""
 
 
 class Teller(Service):
     """
-    Tells the first process now and then which files this worker used.
+    Tells the first process now and then which files this worker used, and which requests it answered.
 
     @param used: gives path and bytes of those since it was last asked.
+    @param requests: where they are counted until they are told.
     """
 
-    def __init__(self, agent: Agent, used: Callable[[], list[tuple[str, int]]], clock: IReactorTime) -> None:
-        self._agent, self._used = agent, used
+    def __init__(
+        self, agent: Agent, used: Callable[[], list[tuple[str, int]]], requests: Tally, clock: IReactorTime
+    ) -> None:
+        self._agent, self._used, self._requests = agent, used, requests
         self._loop = LoopingCall(self._tell)
         self._loop.clock = clock
 
@@ -281,8 +287,8 @@ class Teller(Service):
             self._loop.stop()
 
     def _tell(self) -> None:
-        used = self._used()
-        for at in range(0, len(used), 50):
-            headers = Headers({"X-Ecrproxy-Used": [json.dumps(used[at : at + 50])]})
-            told = self._agent.request(b"GET", FIRST + b"/" + USED, headers)
-            told.addErrback(lambda problem: log.debug("Not told: {problem}", problem=problem.value))
+        for name, notes in (("X-Ecrproxy-Used", self._used()), ("X-Ecrproxy-Requests", self._requests.take())):
+            for at in range(0, len(notes), 50):
+                headers = Headers({name: [json.dumps(notes[at : at + 50])]})
+                told = self._agent.request(b"GET", FIRST + b"/" + USED, headers)
+                told.addErrback(lambda problem: log.debug("Not told: {problem}", problem=problem.value))

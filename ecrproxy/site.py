@@ -5,7 +5,7 @@ The tree of resources and what serves it: HTTP/1.1, an access log of its own.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from twisted.web import http
 from twisted.web.resource import Resource
@@ -14,7 +14,25 @@ from twisted.web.server import Request, Site
 from ecrproxy.access_log import AccessLog
 from ecrproxy.channel import StrictChannel
 from ecrproxy.limits import Crowd, Limits
+from ecrproxy.metrics import Tally
 from ecrproxy.web import Door, Health, Missing, address, path
+
+_METHODS: Final = frozenset({"GET", "HEAD"})
+_ROUTES: Final = {b"blobs": "blob", b"manifests": "manifest", b"tags": "tags", b"referrers": "referrers"}
+_HEALTH: Final = frozenset({b"/_health", b"/healthz", b"/readyz"})
+
+
+def route_of(target: bytes) -> str:
+    """
+    Tell of what kind a request is, in a few fixed words.
+    """
+    path = target.partition(b"?")[0]
+    if path in _HEALTH:
+        return "health"
+    if path in (b"/v2", b"/v2/"):
+        return "api"
+    parts = path.rsplit(b"/", 2) if path.startswith(b"/v2/") else []
+    return _ROUTES.get(parts[1], "other") if len(parts) == 3 else "other"  # noqa: PLR2004
 
 
 class Root(Resource):
@@ -37,6 +55,7 @@ def make_site(
     crowd: Crowd | None = None,
     logged: bool = True,
     others: Mapping[bytes, Resource] | None = None,
+    requests: Tally | None = None,
 ) -> RegistrySite:
     """
     Build the Resource tree and what serves it.
@@ -45,6 +64,7 @@ def make_site(
     @param crowd: counts those who are connected, and keeps them within limits.
     @param logged: whether requests are.
     @param others: what else there is, by its name at the top.
+    @param requests: where they are counted, if they are.
     """
     root = Root()
     root.putChild(b"v2", registry)
@@ -53,7 +73,7 @@ def make_site(
     root.putChild(b"readyz", ready)
     for name, resource in (others or {}).items():
         root.putChild(name, resource)
-    return RegistrySite(root, reactor, crowd or Crowd(Limits()), logged=logged)
+    return RegistrySite(root, reactor, crowd or Crowd(Limits()), logged=logged, requests=requests)
 
 
 class RegistryRequest(Request):
@@ -79,11 +99,20 @@ class RegistrySite(Site):
     requestFactory = RegistryRequest
     protocol = StrictChannel  # type: ignore[assignment]  # HTTP/1.1 alone needs no choice of protocols
 
-    def __init__(self, resource: Resource, reactor: Any, crowd: Crowd, *, logged: bool = True) -> None:  # noqa: ANN401
+    def __init__(
+        self,
+        resource: Resource,
+        reactor: Any,  # noqa: ANN401
+        crowd: Crowd,
+        *,
+        logged: bool = True,
+        requests: Tally | None = None,
+    ) -> None:
         idle = crowd.limits.idle_seconds or None
         super().__init__(resource, reactor=reactor, timeout=idle, parsePOSTFormSubmission=False)
         self.crowd = crowd
         self._access_log = AccessLog(reactor) if logged else None
+        self._requests = requests
 
     def buildProtocol(self, addr: Any) -> Any:  # noqa: ANN401
         """
@@ -101,13 +130,16 @@ class RegistrySite(Site):
 
     def log(self, request: http.Request) -> None:
         """
-        Write a line for a request.
+        Count a request, and write a line for it.
         """
-        if self._access_log is None:
-            return
         now = self.reactor.seconds()
         seconds = now - getattr(request, "started", now)
         method = request.method.decode("ascii", "replace")
         cache = (request.responseHeaders.getRawHeaders(b"X-Cache-Status") or [b"-"])[0].decode("ascii")
+        if self._requests is not None:
+            told = method if method in _METHODS else "other"
+            self._requests.note((route_of(request.uri), told, str(request.code), cache), seconds, request.sentLength)
+        if self._access_log is None:
+            return
         sent = f"{request.code} {request.sentLength} bytes {seconds:.3f} s {cache}"
         self._access_log.write(f"{address(request)} {method} {path(request)} {sent}")

@@ -29,10 +29,11 @@ from twisted.python import usage
 from twisted.web.client import Agent
 
 from ecrproxy import __version__
+from ecrproxy.admin import make_admin_site
 from ecrproxy.cached import Cache
 from ecrproxy.circuit import Circuit
 from ecrproxy.clients import Admission
-from ecrproxy.config import SETTINGS, Config, ConfigError, Setting
+from ecrproxy.config import ADMIN_LISTEN, SETTINGS, Config, ConfigError, Setting
 from ecrproxy.connections import UpstreamAgent, connection_pool
 from ecrproxy.ecr import CredentialsError, Token, TokenService, fetch_token
 from ecrproxy.endpoint import Endpoint
@@ -41,15 +42,17 @@ from ecrproxy.inflow import Lanes
 from ecrproxy.janitor import Janitor
 from ecrproxy.ledger import Notes
 from ecrproxy.limits import BOUNDLESS, Crowd
-from ecrproxy.listening import Listening, endpoints
-from ecrproxy.metrics import LoopStall
+from ecrproxy.listening import Listening, admin_endpoint, endpoints
+from ecrproxy.metering import MeteredAgent
+from ecrproxy.metrics import Figures, LoopStall, Tally
 from ecrproxy.namespaces import Namespaces
 from ecrproxy.passwords import AT_ONCE, Passwords
 from ecrproxy.proxy import PullThrough
+from ecrproxy.readings import of_cache, of_clients, of_loop, of_token, of_transfers
 from ecrproxy.relay import USED, FirstProcess, InnerRegistry, NoRoom, Relay, Teller, Used, WorkerRegistry
 from ecrproxy.resolver import ChosenServers, hosts_names
 from ecrproxy.retries import Budget
-from ecrproxy.site import make_site
+from ecrproxy.site import RegistrySite, make_site
 from ecrproxy.store import Store
 from ecrproxy.threads import InThread, Threads, call_unowned
 from ecrproxy.upstream import Upstream
@@ -209,7 +212,8 @@ def build(
     store = _prepared(Store(Path(config.cache_dir), time.time))
     janitor = Janitor(store, config.cache_limit, disk.call)
     tokens = TokenService(lambda: call_unowned(reactor, lambda: _fetch(config)), reactor, time.time, refused)
-    upstream = _upstream(config, reactor, tokens)
+    figures, stall = Figures(__version__), LoopStall(reactor, time.monotonic)
+    upstream = _upstream(config, tokens, figures, reactor)
     lanes = Lanes(config.blob_connections, config.bucket_connections)
     cache = Cache(store, janitor, disk.call, time.time)
     pull_through = PullThrough(
@@ -219,38 +223,62 @@ def build(
     judging = Threads(1, reactor)
     shape = (Namespaces(config.namespace_pattern, judging.call), config.cache_key, disk.call)
     registry = Registry(pull_through, *shape, _admission(config, reactor, service))
-    site = make_site(registry, ready, reactor, crowd=Crowd(config.limits))
-    for part in (disk, judging, janitor, tokens, LoopStall(reactor, time.monotonic)):
+    crowd = Crowd(config.limits)
+    site = make_site(registry, ready, reactor, crowd=crowd, requests=figures.requests)
+    figures.watch(*of_cache(store, janitor), *of_token(tokens), *of_transfers(pull_through), *of_loop(stall))
+    figures.watch(*of_clients(crowd))
+    for part in (disk, judging, janitor, tokens, stall):
         part.setServiceParent(service)
     several = config.worker_processes > 1
     listening = [Listening(name, endpoint, site, accepts=not several) for name, endpoint in endpoints(config, reactor)]
     for each in listening:
         each.setServiceParent(service)
     if several:
-        folder = tempfile.mkdtemp(prefix="ecrproxy-")
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        path = str(Path(folder) / "first")
-        inner = make_site(
-            InnerRegistry(pull_through, *shape),
-            ready,
-            reactor,
-            crowd=Crowd(BOUNDLESS),
-            logged=False,
-            others={USED: Used(store.ledger)},
+        inner = partial(
+            make_site, InnerRegistry(pull_through, *shape), ready, others={USED: Used(store.ledger, figures.requests)}
         )
-        Listening(path, UNIXServerEndpoint(reactor, path, mode=0o600), inner).setServiceParent(service)
-        Workers(config.worker_processes, listening, path, arguments, reactor).setServiceParent(service)
+        _share_work(config.worker_processes, inner, listening, arguments, service, reactor)
+    _serve_admin(config, make_admin_site(figures, ready, reactor), service, reactor)
     return service
 
 
-def _upstream(config: Config, reactor: Any, tokens: TokenService) -> Upstream:  # noqa: ANN401
+def _upstream(config: Config, tokens: TokenService, figures: Figures, reactor: Any) -> Upstream:  # noqa: ANN401
     """
     Wire what asks ECR and its buckets.
     """
     agent = UpstreamAgent(reactor, config.ecr_endpoint, _install_resolver(config, reactor))
-    wire = Wire(agent, reactor, Budget(config.upstream_tries, config.upstream_seconds))
+    metered = MeteredAgent(agent, config.ecr_endpoint, figures.upstream, reactor)
+    wire = Wire(metered, reactor, Budget(config.upstream_tries, config.upstream_seconds))
     endpoint = Endpoint(config.ecr_endpoint, wire, tokens, Circuit(reactor.seconds))
     return Upstream(endpoint, wire, stall_seconds=config.stall_seconds)
+
+
+def _share_work(
+    processes: int,
+    make_inner: Callable[..., RegistrySite],
+    listening: Sequence[Listening],
+    arguments: Sequence[str],
+    service: MultiService,
+    reactor: Any,  # noqa: ANN401
+) -> None:
+    """
+    Have workers serve the clients, and this process the workers.
+    """
+    folder = tempfile.mkdtemp(prefix="ecrproxy-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    path = str(Path(folder) / "first")
+    inner = make_inner(reactor=reactor, crowd=Crowd(BOUNDLESS), logged=False)
+    Listening(path, UNIXServerEndpoint(reactor, path, mode=0o600), inner).setServiceParent(service)
+    Workers(processes, listening, path, arguments, reactor).setServiceParent(service)
+
+
+def _serve_admin(config: Config, site: RegistrySite, service: MultiService, reactor: Any) -> None:  # noqa: ANN401
+    """
+    Listen for the operator too. Where nobody chose that port, its being taken keeps the daemon from nothing.
+    """
+    named = admin_endpoint(config, reactor)
+    if named is not None:
+        Listening(*named, site, needed=config.admin_listen != ADMIN_LISTEN).setServiceParent(service)
 
 
 def _count_steadily(reactor: Any) -> None:  # noqa: ANN401
@@ -288,8 +316,9 @@ def build_worker(config: Config, post: Post, reactor: Any) -> MultiService:  # n
     judging = Threads(1, reactor)
     shape = (Namespaces(config.namespace_pattern, judging.call), config.cache_key, disk.call)
     registry = WorkerRegistry(cache, config.tag_ttl, relay, *shape, _admission(config, reactor, service))
-    site = make_site(registry, relay, reactor, crowd=Crowd(config.limits))
-    for part in (disk, judging, Teller(first, notes.take, reactor)):
+    requests = Tally()
+    site = make_site(registry, relay, reactor, crowd=Crowd(config.limits), requests=requests)
+    for part in (disk, judging, Teller(first, notes.take, requests, reactor)):
         part.setServiceParent(service)
     for name, endpoint in endpoints(config, HandedDown(reactor, post.sockets)):
         Listening(name, endpoint, site).setServiceParent(service)

@@ -174,6 +174,13 @@ def parse_count(text: str) -> int:
     return int(text)
 
 
+def parse_admin(text: str) -> str | None:
+    """
+    Read an endpoint string; none for C{off}.
+    """
+    return None if text == "off" else text
+
+
 def parse_workers(text: str) -> int:
     """
     Read how many processes serve clients.

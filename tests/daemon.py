@@ -38,6 +38,7 @@ from twisted.web.iweb import IAgent, IAgentEndpointFactory, IResponse
 from twisted.web.server import Site
 from zope.interface import alsoProvides, implementer
 
+from ecrproxy.admin import make_admin_site
 from ecrproxy.cache_key import CacheKey
 from ecrproxy.cached import Cache
 from ecrproxy.circuit import Circuit
@@ -48,9 +49,12 @@ from ecrproxy.endpoint import Endpoint
 from ecrproxy.inflow import Lanes
 from ecrproxy.janitor import Janitor
 from ecrproxy.limits import Crowd, Limits
+from ecrproxy.metering import MeteredAgent
+from ecrproxy.metrics import Figures
 from ecrproxy.namespaces import Namespaces
 from ecrproxy.oci import Digest
 from ecrproxy.proxy import PullThrough
+from ecrproxy.readings import of_cache, of_clients, of_token, of_transfers
 from ecrproxy.retries import Budget
 from ecrproxy.site import make_site
 from ecrproxy.store import Store
@@ -438,7 +442,9 @@ class Daemon:
         self.tokens = TokenService(fetch or self._issue, clock, self.now, chance=lambda: 0.5)
         self.circuit = Circuit(clock.seconds)
         # Without chance the next try comes at once, unless upstream asks for more time.
-        wire = Wire(agent(self.back), clock, budget, chance=lambda: chance)
+        self.figures = Figures("0")
+        metered = MeteredAgent(agent(self.back), standin.registry, self.figures.upstream, clock)
+        wire = Wire(metered, clock, budget, chance=lambda: chance)
         self.upstream = Upstream(Endpoint(standin.registry, wire, self.tokens, self.circuit), wire)
         self.lanes = lanes or Lanes()
         self.cache = Cache(self.store, self.janitor, in_thread, self.now)
@@ -453,8 +459,13 @@ class Daemon:
         )
         namespaces = Namespaces(parse_pattern(pattern), at_once)
         registry = Registry(self.pull_through, namespaces, CacheKey.parse(cache_key), in_thread, admission)
-        self.crowd = Crowd(limits or Limits())
-        self.site = make_site(registry, Ready(self.reasons), clock, crowd=self.crowd)
+        ready, self.crowd = Ready(self.reasons), Crowd(limits or Limits())
+        self.site = make_site(registry, ready, clock, crowd=self.crowd, requests=self.figures.requests)
+        self.figures.watch(
+            *of_cache(self.store, self.janitor), *of_token(self.tokens), *of_transfers(self.pull_through)
+        )
+        self.figures.watch(*of_clients(self.crowd))
+        self.admin = Network(make_admin_site(self.figures, ready, clock), clock)
         self.front = Network(self.site, clock)
         self._asking = self.front.agent(persistent=False)
         self.replies: list[Reply | Raw] = []
@@ -487,7 +498,7 @@ class Daemon:
         """
         for _ in range(100_000):
             self.clock.advance(0)
-            if not (self.back.move() | self.front.move()):
+            if not (self.back.move() | self.front.move() | self.admin.move()):
                 return
         raise AssertionError("it never comes to rest")
 
@@ -512,6 +523,24 @@ class Daemon:
         asked.addCallbacks(reply.begin, reply.fail)
         reply.wire = self.front.ends[-1][0]
         return reply
+
+    def ask_admin(self, path: str) -> Reply:
+        """
+        Ask on the operator's port.
+        """
+        reply, url = Reply(), f"http://admin.example{path}"
+        asked: Deferred[IResponse] = self.admin.agent(persistent=False).request(b"GET", url.encode())
+        asked.addCallbacks(reply.begin, reply.fail)
+        self.flush()
+        return reply
+
+    def figure(self, line: str) -> float:
+        """
+        Read a figure, named with its labels as /metrics has it.
+        """
+        page = self.ask_admin("/metrics").body.decode()
+        (value,) = [each.rpartition(" ")[2] for each in page.splitlines() if each.rpartition(" ")[0] == line]
+        return float(value)
 
     def raw(self, data: bytes) -> bytes:
         """

@@ -57,8 +57,11 @@ ARROWS: dict[str, set[str]] = {
         "upstream",
     },
     "channel": {"limits"},
-    "site": {"access_log", "channel", "limits", "web"},
-    "relay": {"bucket", "cache_key", "cached", "clients", "ledger", "namespaces", "oci", "threads", "web"},
+    "admin": {"limits", "metrics", "site", "web"},
+    "metering": {"metrics"},
+    "readings": {"ecr", "janitor", "limits", "metrics", "proxy", "store"},
+    "site": {"access_log", "channel", "limits", "metrics", "web"},
+    "relay": {"bucket", "cache_key", "cached", "clients", "ledger", "metrics", "namespaces", "oci", "threads", "web"},
     "janitor": {"store", "threads"},
     "listening": {"config", "tls", "workers"},
 }
@@ -77,7 +80,8 @@ RESERVED = {
     "treq": {"wire"},
     "botocore": {"ecr"},
     "bcrypt": {"htpasswd"},
-    "twisted.web.resource": {"web", "site", "relay"},
+    "prometheus_client": {"metrics"},
+    "twisted.web.resource": {"admin", "web", "site", "relay"},
     "twisted.internet.reactor": {"tap"},
 }
 LONGEST = 45

@@ -39,6 +39,7 @@ EXAMPLES: dict[str, tuple[str, str, Any, str, Any]] = {
         (ip_network("192.0.2.7/32"),),
     ),
     "listen": ("PROXY_LISTEN", "tcp:1 \n unix:/x", ["tcp:1", "unix:/x"], "tcp:2", ["tcp:2"]),
+    "admin-listen": ("PROXY_ADMIN_LISTEN", "tcp:9", "tcp:9", "off", None),
     "tag-ttl": ("PROXY_TAG_TTL", "30", 30.0, "0.5", 0.5),
     "worker-processes": ("PROXY_WORKER_PROCESSES", "2", 2, "16", 16),
     "read-ahead": ("PROXY_READ_AHEAD", "true", True, "false", False),

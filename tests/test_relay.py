@@ -18,6 +18,7 @@ from ecrproxy.clients import Admission
 from ecrproxy.entries import entry_name
 from ecrproxy.ledger import Notes
 from ecrproxy.limits import BOUNDLESS, Crowd
+from ecrproxy.metrics import Tally
 from ecrproxy.namespaces import Namespaces
 from ecrproxy.oci import parse_route
 from ecrproxy.relay import KEY, TELL_SECONDS, USED, InnerRegistry, NoRoom, Relay, Teller, Used, WorkerRegistry
@@ -83,7 +84,7 @@ class Together(Daemon):
         shape = Namespaces(parse_pattern(pattern), at_once), CacheKey.parse(cache_key), at_once
         inner, self.seen = Seen(self.pull_through, *shape), list[Request]()
         inner.seen, ready = self.seen, Ready(self.reasons)
-        others = {USED: Used(self.store.ledger)}
+        others = {USED: Used(self.store.ledger, self.figures.requests)}
         site = make_site(inner, ready, self.clock, crowd=Crowd(BOUNDLESS), logged=False, others=others)
         self.between = Between(site, self.clock)
         agent = self.between.agent(persistent=True)
@@ -91,10 +92,12 @@ class Together(Daemon):
         self.worker_cache = Cache(
             Store(self.store.root, self.clock.seconds, self.notes), NoRoom(), at_once, self.clock.seconds
         )
-        self.teller = Teller(agent, self.notes.take, self.clock)
+        self.counted = Tally()
+        self.teller = Teller(agent, self.notes.take, self.counted, self.clock)
         self.teller.startService()
         registry = WorkerRegistry(self.worker_cache, tag_ttl, relay, *shape, admission)
-        self.front = Network(make_site(registry, relay, self.clock, crowd=self.crowd), self.clock)
+        site = make_site(registry, relay, self.clock, crowd=self.crowd, requests=self.counted)
+        self.front = Network(site, self.clock)
         self._asking = self.front.agent(persistent=False)
 
     def flush(self) -> None:

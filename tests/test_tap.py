@@ -25,7 +25,7 @@ from twisted.internet.base import ReactorBase
 from twisted.internet.error import CannotListenError
 from twisted.internet.interfaces import IHostnameResolver
 from twisted.internet.testing import MemoryReactorClock
-from twisted.logger import LogLevel, capturedLogs
+from twisted.logger import LogLevel, capturedLogs, formatEvent
 from twisted.python.failure import Failure
 from twisted.python.threadpool import ThreadPool
 from twisted.trial.unittest import SynchronousTestCase
@@ -86,6 +86,20 @@ class Taken(Reactor):
         raise CannotListenError(interface, port, OSError(98, "Address already in use"))
 
 
+class TakenForAdmin(Reactor):
+    """
+    A reactor on a machine where somebody has the operator's port.
+    """
+
+    def listenTCP(self, port: int, factory: Any, backlog: int = 50, interface: str = "") -> Any:
+        """
+        Fail for that port.
+        """
+        if port == 5001:
+            raise CannotListenError(interface, port, OSError(98, "Address already in use"))
+        return super().listenTCP(port, factory, backlog, interface)
+
+
 class AtOnce:
     """
     What is a thread elsewhere.
@@ -135,6 +149,7 @@ class TapCase(SynchronousTestCase):
         self.folder = scratch(self)
         self.folder.mkdir()
         self.environ = {"PROXY_ECR_ENDPOINT": ECR, "PROXY_CACHE_DIR": str(self.folder / "cache")}
+        self.environ["PROXY_ADMIN_LISTEN"] = "off"
         self.reactor = Reactor()
 
     def run_with(self, *flags: str, **environ: str) -> MultiService:
@@ -604,6 +619,28 @@ class BuildTests(TapCase):
         )
         self.assertEqual([path], [server[0] for server in self.reactor.unixServers])
         self.assertIn(b"200 OK", answer(self.reactor, b"/healthz", 1))
+
+    def test_the_operators_port_is_of_this_machine_alone(self) -> None:
+        """
+        Figures are not for everybody, unless the operator says so.
+        """
+        self.environ.pop("PROXY_ADMIN_LISTEN")
+        self.build(PROXY_LISTEN="tcp:80")
+        self.assertEqual((5001, "127.0.0.1"), (self.reactor.tcpServers[1][0], self.reactor.tcpServers[1][3]))
+        self.assertIn(b"ecr_proxy_build_info", answer(self.reactor, b"/metrics", 1))
+
+    def test_a_taken_port_is_no_hindrance_where_nobody_chose_it(self) -> None:
+        """
+        The daemon serves its clients, and says what is missing; where the operator chose the port, it does not start.
+        """
+        self.environ.pop("PROXY_ADMIN_LISTEN")
+        self.reactor = TakenForAdmin()
+        with capturedLogs() as events:
+            self.build(PROXY_LISTEN="tcp:80")
+        self.assertIn(b"200 OK", answer(self.reactor, b"/healthz"))
+        self.assertIn("PROXY_ADMIN_LISTEN='tcp:5001", " ".join(filter(None, map(formatEvent, events))))
+        said = self.dies(lambda: self.build(PROXY_LISTEN="tcp:80", PROXY_ADMIN_LISTEN="tcp:5001"))
+        self.assertIn("PROXY_ADMIN_LISTEN='tcp:5001'", said)
 
     def test_the_chosen_name_servers_are_installed(self) -> None:
         """

@@ -244,6 +244,8 @@ def standard_settings(front: str) -> dict[str, str | None]:
         "AWS_ACCESS_KEY_ID": "AKIASTANDIN",
         "AWS_SECRET_ACCESS_KEY": "not-a-secret",
         "AWS_ENDPOINT_URL": front,
+        # One machine runs several of them here.
+        "PROXY_ADMIN_LISTEN": "off",
         # Nothing answers there, and asking takes its time.
         "AWS_EC2_METADATA_DISABLED": "true",
     }

@@ -23,7 +23,7 @@ from .images import Images, push_all
 from .installing import installed_twistd
 from .processes import PATH
 
-PROGRAMS = ("dockerd", "docker", "docker-registry", "skopeo", "podman", "haproxy", "debootstrap")
+PROGRAMS = ("dockerd", "docker", "docker-registry", "skopeo", "podman", "haproxy", "debootstrap", "promtool")
 
 MakeChain = Callable[..., Chain]
 Figures = list[str]
