@@ -83,6 +83,8 @@ class RegistryRequest(Request):
 
     def process(self) -> None:  # noqa: D102
         self.started = self.channel.factory.reactor.seconds()
+        if self.path == b"*":  # Twisted would answer it by itself, as if everything were allowed
+            self.path = b"/*"
         super().process()
 
     def write(self, data: bytes) -> None:  # noqa: D102

@@ -4,6 +4,8 @@ What a connection refuses before a request is made of it, and what it takes.
 
 from __future__ import annotations
 
+import tempfile
+
 from twisted.logger import LogLevel
 
 from ecrproxy.channel import LENGTH_DIGITS
@@ -185,6 +187,84 @@ class RefusalTests(ChannelTestCase):
         self.assertIn(b" 200 OK\r\n", self.say(b"GET /v2/ HTTP/1.1\r\nHost: x\r\n" + several + b"\r\n"))
         self.assertRefused400(b"GET /v2/ HTTP/1.1\r\nHost: x\r\n" + several + b"B: x\r\nC: x\r\n\r\n")
 
+    def test_blanks_before_a_colon(self) -> None:
+        """
+        A header's name ends at its colon, and has neither blanks nor odd bytes; a line without a colon is no header.
+        """
+        for field in (b"Content-Length : 5", b" : x", b": x", b"A b: x", b"A", b"A\x00: x", b"A: x\x00", b"\xe4: x"):
+            self.assertRefused400(b"GET /v2/ HTTP/1.1\r\nHost: x\r\n" + field + b"\r\n\r\n")
+
+    def test_other_versions(self) -> None:
+        """
+        HTTP/0.9, HTTP/2 in the clear, and versions that there are not are refused.
+        """
+        for line in (
+            b"GET /v2/\r\n\r\n",
+            b"GET /v2/ HTTP/0.9\r\n\r\n",
+            b"GET /v2/ HTTP/2.0\r\nHost: x\r\n\r\n",
+            b"GET /v2/ HTTP/1.2\r\nHost: x\r\n\r\n",
+            b"GET /v2/ HTTP/1.10\r\nHost: x\r\n\r\n",
+            b"GET /v2/ http/1.1\r\nHost: x\r\n\r\n",
+            b"GET  /v2/ HTTP/1.1\r\nHost: x\r\n\r\n",
+            b"GET /v2/  HTTP/1.1\r\nHost: x\r\n\r\n",
+            b"GET\t/v2/\tHTTP/1.1\r\nHost: x\r\n\r\n",
+            b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        ):
+            self.assertRefused400(line)
+
+    def test_chunks_are_never_parsed(self) -> None:
+        """
+        Extensions, odd sizes and trailers of a chunked body lead nowhere: the request is refused at its head.
+        """
+        for chunks in (
+            b"5;x=y\r\nhello\r\n0\r\n\r\n",
+            b"0x5\r\nhello\r\n",
+            b"-1\r\n",
+            b"5\nhello\n0\n\n",
+            b"0\r\nA: b\r\n\r\n",
+        ):
+            head = b" /v2/ HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+            self.assertRefused400(b"GET" + head + chunks)
+            got = self.say(b"POST" + head + chunks + GOOD)
+            self.assertEqual((True, 1), (got.startswith(b"HTTP/1.1 405 "), got.count(b"HTTP/1.")))
+
+    def test_a_body_that_was_announced(self) -> None:
+        """
+        Who waits for leave to send a body gets none: no 100 precedes the refusal.
+        """
+        expects = b" /v2/ HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 5\r\n\r\n"
+        self.assertRefused400(b"GET" + expects)
+        got = self.say(b"PUT" + expects)
+        self.assertEqual((True, True), (got.startswith(b"HTTP/1.1 405 "), self.client.closed))
+
+    def test_bodies_are_read_nowhere(self) -> None:
+        """
+        However much of a body comes, and whatever the method, none of it is kept in memory or in a file.
+        """
+        self.patch(tempfile, "TemporaryFile", lambda *_: self.fail("a body went to a file"))
+        for method in (b"GET", b"HEAD", b"PUT", b"POST", b"PATCH", b"DELETE"):
+            for length in (b"Content-Length: 100000000", b"Transfer-Encoding: chunked"):
+                wire = self.connect()
+                wire.write(
+                    method + b" /v2/ HTTP/1.1\r\nHost: x\r\n" + length + b"\r\n\r\n" + b"f0000\r\n" + b"x" * 2**20
+                )
+                channel = wire.peer.protocol
+                self.flush()
+                self.assertTrue(self.client.closed)
+                self.assertLess(len(channel._buffer), 2**17)  # type: ignore[attr-defined]  # noqa: SLF001
+                self.assertEqual([], channel._dataBuffer)  # type: ignore[attr-defined]  # noqa: SLF001
+
+    def test_a_refusal_ends_a_pipeline(self) -> None:
+        """
+        Whatever follows a refused request on its connection is not looked at, in the same piece or later.
+        """
+        wire = self.connect()
+        wire.write(GOOD + b"GET /v2/ HTTP/1.1\r\nHost: x\r\nContent-Length: 44\r\n\r\n" + GOOD * 3)
+        self.flush()
+        wire.write(GOOD)
+        self.flush()
+        self.assertEqual((2, 1), (self.client.got.count(b"HTTP/1.1 "), self.client.got.count(b"HTTP/1.1 200 ")))
+
     def test_nonsense(self) -> None:
         """
         What is no request is refused.
@@ -304,6 +384,25 @@ class GoodTests(ChannelTestCase):
             got = self.say(line, GOOD)
             self.assertEqual(1, got.count(b" 200 OK\r\n"))
             self.assertTrue(self.client.closed)
+
+    def test_offers_to_upgrade_are_passed_over(self) -> None:
+        """
+        Another protocol that a client offers is not taken up, and its settings are read by nobody.
+        """
+        for fields in (
+            b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA\r\n",
+            b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: eA==\r\nSec-WebSocket-Version: 13\r\n",
+        ):
+            got = self.say(GOOD[:-2] + fields + b"\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+            self.assertEqual([b"200", b"400"], [part[:3] for part in got.split(b"HTTP/1.1 ")[1:]])
+            self.assertNotIn(b"101", got[:20])
+
+    def test_a_length_of_nothing(self) -> None:
+        """
+        A body of nothing is none, whether a GET says so or asks for leave to send it.
+        """
+        self.assertIn(b" 200 OK\r\n", self.say(GOOD[:-2] + b"Content-Length: 0\r\n\r\n"))
+        self.assertTrue(self.say(GOOD[:-2] + b"Expect: 100-continue\r\n\r\n").endswith(b"{}\n"))
 
     def test_blank_lines_before_a_request(self) -> None:
         """
