@@ -86,24 +86,25 @@ class Blob:
         self.size: int | None = None
         self.ranged = False
 
-    async def begin(self, part: int | None) -> None:
+    async def begin(self, start: int, stop: int | None) -> None:
         """
-        Ask for the first C{part} bytes, or all.
+        Ask for the bytes from C{start} to C{stop}, or for all from there on.
         """
         self._url, response = await self._upstream.locate(self._route)
         if response is None:
-            response = await self._ask(f"bytes=0-{part - 1}" if part else "")
-            if response.code == 416:  # noqa: PLR2004 (an empty blob has no first byte)
+            response = await self._ask(_span(start, stop) if start or stop is not None else "")
+            if response.code == 416:  # noqa: PLR2004 (an empty blob has no first byte, another may have become shorter)
                 response.deliverBody(Drop())
+                start = 0
                 response = await self._ask("")
-        self.size, self.first = self._understand(response, 0)
+        self.size, self.first = self._understand(response, start)
         self.ranged = response.code == 206  # noqa: PLR2004
 
     async def open(self, start: int, stop: int | None) -> Stretch:
         """
         Ask for the bytes from C{start} to C{stop}; an URL that is refused, as expired ones are, is asked for again.
         """
-        span = f"bytes={start}-{'' if stop is None else stop - 1}"
+        span = _span(start, stop)
         response = await self._ask(span)
         if response.code in (400, 401, 403, 404, 410):
             response.deliverBody(Drop())
@@ -259,6 +260,10 @@ class Drop(TwistedProtocol):
         self._left -= len(data)
         if self._left < 0 and self.transport is not None:
             self.transport.loseConnection()
+
+
+def _span(start: int, stop: int | None) -> str:
+    return f"bytes={start}-{'' if stop is None else stop - 1}"
 
 
 def first_cause(problem: BaseException | None) -> BaseException | None:

@@ -22,9 +22,10 @@ from twisted.logger import Logger
 
 from ecrproxy.download import Download
 from ecrproxy.entries import Confirmed, Entry, entry_name
+from ecrproxy.ingest import WORTH_RESUMING, DigestMismatchError, Left, Writer, room_for
 from ecrproxy.memory import Memory
 from ecrproxy.oci import BLOB_TYPE, Descriptor, Digest, Kind, Route, listed
-from ecrproxy.store import Content, DigestMismatchError, Store, Writer
+from ecrproxy.store import Content, Store
 from ecrproxy.threads import InThread, on_its_own
 from ecrproxy.verification import Verification
 
@@ -339,16 +340,32 @@ class Cache:
             self._hashing.release()
             del self._verifications[file]
 
+    async def left(self, digest: Digest, expected: int | None) -> Left | None:
+        """
+        See what an earlier transfer has left to go on with.
+
+        @param expected: how many bytes it has by what is known.
+        """
+        if expected is not None and expected < WORTH_RESUMING:
+            return None
+        return await self._in_thread(self.store.arriving.left, digest)
+
     async def writer(self, digest: Digest, size: int | None) -> Writer | None:
         """
-        Begin the file of a transfer, if the cache can have it.
+        Begin the file of a transfer, or go on with one, if the cache can have it.
         """
-        if size is None or not await self._has_room(size):
+        if size is None:
+            return None
+        if size >= WORTH_RESUMING:
+            writer = await self._in_thread(self.store.arriving.resume, digest, size)
+            if writer is not None:
+                return writer
+        if not await self._has_room(room_for(size)):
             return None
         try:
             return await self._in_thread(self.store.writer, digest, size)
         except OSError:  # which the store has told
-            self._room.release(size)
+            self._room.release(room_for(size))
             return None
 
     async def _has_room(self, size: int) -> bool:
@@ -373,7 +390,7 @@ class Cache:
             self.hold(descriptor.digest, body)
             await self._learn(route.repository, descriptor, body)
         finally:
-            self._room.release(descriptor.size)
+            self._room.release(writer.room)
 
     async def _remember(self, asked: Asked, descriptor: Descriptor) -> None:
         """

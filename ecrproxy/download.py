@@ -6,6 +6,8 @@ Rules:
 - A L{Download} runs on its own. No reader starts it, and none that leaves ends it.
 - With a file, the bytes come over several connections at once, each a lane that takes part after part of the
   blob and writes it in place. A lane whose connection breaks goes on from its last good byte.
+- A file may have bytes from an earlier transfer. They are hashed while the lanes bring what is missing, and shown
+  when they are hashed. A transfer that upstream ends before its time leaves its file to the next.
 - The hash follows in order. Bytes become visible to a reader once they and all between its own start and
   them are written; so long as the digest isn't proved, every reader is kept from the last byte of its
   range: no answer can look complete before its bytes are known to be right.
@@ -27,9 +29,10 @@ from twisted.internet.defer import CancelledError, Deferred, DeferredList
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from ecrproxy.inflow import Blob, Inflow, Stretch, part_size
+from ecrproxy.inflow import Blob, Gaps, Inflow, Stretch
+from ecrproxy.ingest import DigestMismatchError, Writer
+from ecrproxy.oci import RegistryError
 from ecrproxy.sources import FilePiece
-from ecrproxy.store import DigestMismatchError, Writer
 from ecrproxy.threads import InThread
 
 if TYPE_CHECKING:
@@ -78,14 +81,14 @@ class Download:
         self._file, self._writer = writer, writer
         self._filed = 0
         self._hash = digest.hasher()
-        self._next, self._lanes_end = 0, False
+        self._gaps, self._lanes_end = Gaps(writer.gaps if writer is not None else ()), False
         self._inflows: set[Inflow] = set()
         self._openings: set[Deferred[Stretch]] = set()
         self._window: deque[bytes] = deque()
         self._window_start = 0
         self._wake: Deferred[None] | None = None
         self._followers: set[Follower] = set()
-        self._abandoned = False
+        self._abandoned, self._leaves = False, False
         self._running = True
 
     @property
@@ -121,7 +124,7 @@ class Download:
         """
         try:
             if self._writer is None:
-                await self._stream(blob, blob.first)
+                await self._stream(blob, await self._from_the_start(blob))
             else:
                 try:
                     await self._fill(blob)
@@ -141,38 +144,58 @@ class Download:
 
     async def _fill(self, blob: Blob) -> None:
         """
-        Bring the blob into the file, over all lanes at once.
+        Bring what is missing of the blob into the file, over all lanes at once, while what was there is hashed.
 
         @raise _DiskError: if the file can't be written.
         """
-        self._next = blob.first.stop if blob.first.stop is not None else self.size or 0
         problems: list[Failure] = []
 
         def broke(problem: Failure) -> None:
             problems.append(problem)
             self._lanes_end = True
-            self._next = self.size or 0  # no lane takes another part
+            self._gaps.give_up()
             for inflow in list(self._inflows):
                 inflow.abort(problem)
             for opening in list(self._openings):
                 opening.cancel()
 
         firsts = [blob.first, *[None] * (self._lanes - 1)]
-        lanes = [Deferred.fromCoroutine(self._lane(blob, first)).addErrback(broke) for first in firsts]
-        await DeferredList(lanes)  # a write that a thread is at is waited for
+        works = [self._catch_up(), *(self._lane(blob, first) for first in firsts)]
+        # A write that a thread is at is waited for.
+        await DeferredList([Deferred.fromCoroutine(work).addErrback(broke) for work in works])
         if problems:
             problems[0].raiseException()
+        await self._catch_up()
 
     async def _lane(self, blob: Blob, first: Stretch | None) -> None:
         """
         Bring part after part, until there is none left to take.
+
+        @param first: what has been asked for already. What of it is there is not taken: it may be hashed by now.
         """
         if first is not None:
-            await self._part(blob, first, first.start, first.stop)
-        while self.size is not None and self._next < self.size:
-            start = self._next
-            self._next = stop = start + part_size(self.size - start, self._lanes)
-            await self._part(blob, None, start, stop)
+            part = self._gaps.take_from(first.start, self.size or 0 if first.stop is None else first.stop)
+            if part is None:
+                _drop(first)
+            else:
+                await self._part(blob, first, *part)
+        while (part := self._gaps.take(self._lanes)) is not None:
+            await self._part(blob, None, *part)
+
+    async def _catch_up(self) -> None:
+        """
+        Hash what is there and could not be hashed as it came, and show it.
+        """
+        more = True
+        while more and not self._lanes_end and (writer := self._writer) is not None:
+            if writer.front <= writer.hashed:
+                return
+            try:
+                more = await self._in_thread(writer.catch_up)
+            except OSError as problem:
+                raise _DiskError(problem) from problem
+            self.received = self._filed = writer.hashed
+            self._news()
 
     async def _part(self, blob: Blob, stretch: Stretch | None, start: int, stop: int | None) -> None:
         """
@@ -242,6 +265,15 @@ class Download:
             self._writer = None
 
     # Through the window.
+
+    async def _from_the_start(self, blob: Blob) -> Stretch:
+        """
+        Give the blob's first bytes: it was asked for from elsewhere for a file that can't be gone on with.
+        """
+        if blob.first.start == 0:
+            return blob.first
+        _drop(blob.first)
+        return await blob.open(0, self.size)
 
     async def _stream(self, blob: Blob, stretch: Stretch) -> None:
         """
@@ -319,6 +351,8 @@ class Download:
                 self._writer = None
 
     def _fail(self, failure: Failure) -> None:
+        # What came is worth something still, unless the disk or the bytes are to blame, or nobody knows what.
+        self._leaves = self._writer is not None and failure.check(RegistryError, ShortBodyError) is not None
         self.failure, self._writer = failure, None
         log.warn("The transfer of {digest} failed: {problem}", digest=self.digest, problem=failure.value)
         self._news()
@@ -385,10 +419,21 @@ class Download:
         """
         if self._running or self._followers or self._file is None:
             return
-        if self._writer is None:
+        if self._leaves:
+            self._file.leave()
+        elif self._writer is None:
             self._file.discard()
         self._file.close()
         self._file = None
+
+
+def _drop(stretch: Stretch) -> None:
+    """
+    Do without bytes that were asked for.
+    """
+    inflow = Inflow()
+    inflow.begin(stretch)
+    inflow.abort()
 
 
 def _hash_all(state: Any, batch: Sequence[bytes]) -> None:  # noqa: ANN401 (hashlib's objects have no public type)

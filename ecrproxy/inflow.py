@@ -4,6 +4,7 @@ The connections over which a blob comes in: what they promise, how many there ar
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final, Protocol
 
 from twisted.internet.defer import Deferred
@@ -105,6 +106,45 @@ class Lanes:
         Give lanes back.
         """
         self._free += lanes
+
+
+class Gaps:
+    """
+    What of a blob nobody has taken on yet, in order: lanes take part after part of it.
+    """
+
+    def __init__(self, gaps: Iterable[tuple[int, int]]) -> None:
+        self._gaps = list(gaps)
+
+    def take(self, lanes: int) -> tuple[int, int] | None:
+        """
+        Take the next part, of which one of C{lanes} is to bring all; none if there is nothing left.
+        """
+        if not self._gaps:
+            return None
+        start, stop = self._gaps.pop(0)
+        remaining = stop - start + sum(last - first for first, last in self._gaps)
+        end = min(stop, start + part_size(remaining, lanes))
+        if end < stop:
+            self._gaps.insert(0, (end, stop))
+        return start, end
+
+    def take_from(self, start: int, stop: int) -> tuple[int, int] | None:
+        """
+        Take what is missing from C{start} on, up to C{stop} at most; none if that byte is not missing.
+        """
+        for at, (first, last) in enumerate(self._gaps):
+            if first <= start < last:
+                end = min(stop, last)
+                self._gaps[at : at + 1] = [each for each in ((first, start), (end, last)) if each[0] < each[1]]
+                return start, end
+        return None
+
+    def give_up(self) -> None:
+        """
+        Let nobody take another part.
+        """
+        self._gaps = []
 
 
 def part_size(remaining: int, lanes: int) -> int:

@@ -25,6 +25,7 @@ from ecrproxy.download import Download
 from ecrproxy.entries import Confirmed, Entry
 from ecrproxy.flights import Flights
 from ecrproxy.inflow import Blob, Lanes
+from ecrproxy.ingest import Writer
 from ecrproxy.oci import (
     BLOB_TYPE,
     MANIFEST_TYPES,
@@ -180,7 +181,7 @@ class PullThrough:
                 content.close()
                 del self._carriers[digest]
                 return None
-            download = await self._transfer(route, digest, self._lanes.first_part(expected), keep=True)
+            download = await self._transfer(route, digest, expected)
         except BaseException:
             self._carriers.pop(digest, None)
             raise
@@ -190,26 +191,38 @@ class PullThrough:
         """
         Hand the blob through to one client: the shared transfer keeps no file and has passed its start.
         """
-        download = await self._transfer(asked.route, asked.digest, None, keep=False)
+        blob = await self._upstream.blob(asked.route)
+        download = self._begin(blob, asked.digest, None)
         return Answer(CacheStatus.BYPASS, BLOB_TYPE, asked.digest, download.size, download)
 
-    async def _transfer(self, route: Route, digest: Digest, part: int | None, *, keep: bool) -> Download:
-        blob = await self._upstream.blob(route, part)
-        writer = await self._cache.writer(digest, blob.size) if keep else None
-        lanes = self._lanes.take(blob.size if writer and blob.size and blob.ranged else 0)
+    async def _transfer(self, route: Route, digest: Digest, expected: int | None) -> Download:
+        """
+        Begin the shared transfer of C{digest}: from where an earlier one ended, if it left something.
+        """
+        left = await self._cache.left(digest, expected)
+        part = self._lanes.first_part(left.size if left else expected)
+        if left is None:
+            blob = await self._upstream.blob(route, part)
+        else:
+            log.info("Going on with {digest} at byte {at} of {size}", digest=digest, at=left.start, size=left.size)
+            stop = left.stop if part is None else min(left.stop, left.start + part)
+            blob = await self._upstream.blob(route, stop, left.start)
+        return self._begin(blob, digest, await self._cache.writer(digest, blob.size), shared=True)
+
+    def _begin(self, blob: Blob, digest: Digest, writer: Writer | None, *, shared: bool = False) -> Download:
+        lanes = self._lanes.take(writer.missing if writer is not None and blob.ranged else 0)
         download = Download(digest, blob.size, writer, self._in_thread, lanes)
-        if keep:
+        if shared:
             self._arriving[digest] = download
-        on_its_own(self._run(download, blob, lanes, shared=keep))
+        on_its_own(self._run(download, blob, lanes, writer.room if writer is not None else 0, shared=shared))
         return download
 
-    async def _run(self, download: Download, blob: Blob, lanes: int, *, shared: bool) -> None:
-        reserved = download.size if download.kept else None
+    async def _run(self, download: Download, blob: Blob, lanes: int, room: int, *, shared: bool) -> None:
         try:
             await download.run(blob)
         finally:
             self._lanes.give_back(lanes)
-            self._cache.release(reserved or 0)
+            self._cache.release(room)
             if shared:
                 del self._arriving[download.digest]
                 del self._carriers[download.digest]

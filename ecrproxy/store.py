@@ -4,7 +4,7 @@ The cache directory: verified content by digest, entries by cache key, and what 
 Rules:
 
 - The directory is the whole truth. The L{Ledger} only counts it, and is made anew at each start.
-- A file gets into C{content/} by one road alone: L{Writer.commit}, which has hashed every byte of it.
+- A file gets into C{content/} by one road alone: C{ingest.Writer.commit}, which has hashed every byte of it.
 - What is in C{content/} and C{entries/} is never changed in place: it is replaced by rename, or unlinked.
   Whoever has a file open keeps reading the bytes that were there.
 - Nothing here waits for anything but the disk. All of it is called in threads, several at a time.
@@ -15,21 +15,19 @@ Rules:
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import heapq
 import os
 import secrets
 import stat
-import threading
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from twisted.logger import Logger
 
 from ecrproxy.entries import Entry
+from ecrproxy.ingest import DigestMismatchError, Ingest, Writer, content_path
 from ecrproxy.ledger import Ledger, Settled, packed
 from ecrproxy.oci import Digest, Route
 from ecrproxy.proofs import Proofs, is_marked, mark
@@ -38,16 +36,8 @@ from ecrproxy.troubles import Kind, Troubles, is_exhaustion
 log = Logger()
 T = TypeVar("T")
 
-_DRAFTS: Final = ("entry.", "probe.")
 _PROBE: Final = b"ok" + bytes(2**16)
 """What a check writes: more than a disk that is called full still takes."""
-_YOUNG_SECONDS: Final = 60
-
-
-class DigestMismatchError(Exception):
-    """
-    The bytes that arrived are not those that the digest names.
-    """
 
 
 class Content:
@@ -157,164 +147,6 @@ class OpenFile:
             self.fd = -1
 
 
-class Stretches:
-    """
-    Which bytes of a file are there, where they come in several places at once.
-    """
-
-    def __init__(self) -> None:
-        self._stretches: list[tuple[int, int]] = []
-
-    def add(self, start: int, stop: int) -> None:
-        """
-        Note that the bytes from C{start} to C{stop} are there.
-        """
-        joined = [(start, stop)]
-        for first, last in self._stretches:
-            if last < joined[0][0] or joined[0][1] < first:
-                joined.append((first, last))
-            else:
-                joined[0] = (min(first, joined[0][0]), max(last, joined[0][1]))
-        self._stretches = sorted(joined)
-
-    def end_of(self, offset: int) -> int:
-        """
-        Tell up to where all bytes from C{offset} on are there.
-        """
-        return next((stop for start, stop in self._stretches if start <= offset <= stop), offset)
-
-
-class Writer:
-    """
-    A file that arrives, in several places at once; hashed in order; content once its digest is right.
-
-    @ivar hashed: the bytes that are there and hashed, from the first on.
-    """
-
-    def __init__(self, store: Store, digest: Digest, size: int) -> None:
-        self._store, self._digest, self.size = store, digest, size
-        self._hash = digest.hasher()
-        self.hashed = 0
-        self._there = Stretches()
-        self._lock = threading.Lock()
-        self._committed: str | None = None
-        self._path = store.ingest / f"{digest.algorithm}-{digest.hex}.{secrets.token_hex(4)}"
-        self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        try:
-            # The lock says that somebody lives behind this file; the kernel drops it with the process.
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if size:
-                os.posix_fallocate(self._fd, 0, size)  # a disk too full says so now, not in the middle
-        except OSError:
-            self.discard()
-            raise
-
-    def fileno(self) -> int:
-        """
-        Hand out the file descriptor, for reading what was written.
-        """
-        return self._fd
-
-    def write(self, offset: int, pieces: Sequence[bytes]) -> None:
-        """
-        Write C{pieces} from C{offset} on. Threads may do so at the same time, in different places.
-
-        @raise OSError: if the disk fails; what was written before stays readable.
-        """
-        with self._store.troubles.noted(Kind.WRITE):
-            self._write(offset, pieces)
-
-    def _write(self, offset: int, pieces: Sequence[bytes]) -> None:
-        end = offset
-        for piece in pieces:
-            view = memoryview(piece)
-            while view:
-                count = os.pwrite(self._fd, view, end)
-                view, end = view[count:], end + count
-        with self._lock:
-            self._there.add(offset, end)
-            if offset == self.hashed:  # as it comes, from memory
-                for piece in pieces:
-                    self._hash.update(piece)
-                self.hashed = end
-            self._catch_up(self._there.end_of(self.hashed))
-
-    def _catch_up(self, end: int) -> None:
-        """
-        Hash what came before its turn.
-        """
-        while self.hashed < end:
-            data = os.pread(self._fd, min(2**20, end - self.hashed), self.hashed)
-            if not data:
-                raise OSError(errno.EIO, "what was written can't be read")
-            self._hash.update(data)
-            self.hashed += len(data)
-
-    def reach(self, offset: int) -> int:
-        """
-        Tell up to where all bytes from C{offset} on are there.
-        """
-        return self._there.end_of(offset)
-
-    def hash(self) -> Any:  # noqa: ANN401 (hashlib's objects have no public type)
-        """
-        Copy the state of the hash over the first C{hashed} bytes.
-        """
-        return self._hash.copy()
-
-    def verify(self) -> None:
-        """
-        Hold the hash against the digest.
-
-        @raise DigestMismatchError: if they differ.
-        """
-        if self._hash.hexdigest() != self._digest.hex:
-            raise DigestMismatchError(f"what arrived is not {self._digest}")
-
-    def commit(self) -> None:
-        """
-        Make the file content, for good. The file descriptor stays open until L{close}.
-
-        @raise DigestMismatchError: if it is not what its digest names.
-        @raise OSError: if the disk fails; the file is not content then.
-        """
-        self.verify()
-        with self._store.troubles.noted(Kind.WRITE):
-            self._commit()
-
-    def _commit(self) -> None:
-        if self.hashed < self.size:
-            os.ftruncate(self._fd, self.hashed)
-        self._store.mark(self._fd)
-        os.fsync(self._fd)
-        path = self._store.content_path(self._digest)
-        target = self._store.root / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        self._path.rename(target)
-        self._store.proofs.note(self._digest, os.fstat(self._fd), good=True)
-        self._store.ledger.used(path, self.hashed)
-        self._store.ledger.reading(path, 1)  # by those who follow, until it is closed
-        self._committed = path
-
-    def close(self) -> None:
-        """
-        Let go of the file, committed or discarded before.
-        """
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-            if self._committed is not None:
-                self._store.ledger.reading(self._committed, -1)
-
-    def discard(self) -> None:
-        """
-        Unlink the file and let go of it.
-        """
-        with contextlib.suppress(OSError):
-            self._path.unlink()
-        self.close()
-
-
 class Store:
     """
     The cache directory.
@@ -322,6 +154,7 @@ class Store:
     @param root: where it is; made if it is missing.
     @param now: seconds since the epoch.
     @param ledger: where it is counted.
+    @ivar arriving: the files that arrive.
     """
 
     def __init__(self, root: Path, now: Callable[[], float], ledger: Ledger | None = None) -> None:
@@ -330,6 +163,7 @@ class Store:
         self.ledger = Ledger() if ledger is None else ledger
         self.proofs = Proofs()
         self.troubles = Troubles(now)
+        self.arriving = Ingest(root, now, self.ledger, self.proofs, self.troubles)
 
     def prepare(self) -> None:
         """
@@ -384,17 +218,9 @@ class Store:
 
     def sweep(self) -> None:
         """
-        Unlink what arrived for writers that are no more.
-
-        Drafts of entries have no lock; another daemon on this directory may be about to rename a young one.
+        Unlink what arrived for writers that are no more, but for what is worth going on with.
         """
-        for path in self._names(self.ingest):
-            with contextlib.suppress(OSError):
-                if path.name.startswith(_DRAFTS) and self._now() - path.stat().st_mtime < _YOUNG_SECONDS:
-                    continue
-            with contextlib.suppress(OSError), open(path, "rb", opener=_without_waiting) as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                path.unlink()
+        self.arriving.sweep()
 
     def count(self) -> None:
         """
@@ -420,6 +246,8 @@ class Store:
                     total += size
             uses.sort()
             by_use.append((array("Q", (used for used, _ in uses)), array("I", (place for _, place in uses))))
+        # What is left over was written until a while ago: as a use, that is more recent than most.
+        others += ((int(when * 1e9), path, size) for when, path, size in self.arriving.count())
         order = array("I", (place for _, place in heapq.merge(*(zip(*each, strict=True) for each in by_use))))
         self.ledger.load(Settled(names, sizes, order), total, [(path, size) for _, path, size in sorted(others)])
 
@@ -448,13 +276,13 @@ class Store:
         @raise OSError: if the disk has no room for them, or fails.
         """
         with self.troubles.noted(Kind.WRITE):
-            return self._anew(lambda: Writer(self, digest, size))
+            return self._anew(lambda: self.arriving.begin(digest, size))
 
     def content_path(self, digest: Digest) -> str:
         """
         Name the file of C{digest}, relative to the cache directory.
         """
-        return f"content/{digest.algorithm}/{digest.hex[:2]}/{digest.hex}"
+        return content_path(digest)
 
     def open(self, digest: Digest, size: int | None = None) -> Content | None:
         """
@@ -559,12 +387,15 @@ class Store:
 
     def remove(self, path: str) -> bool:
         """
-        Unlink one file of content or entries; those who have it open go on reading it.
+        Unlink one file; those who have it open go on reading it.
 
         @return: whether it is gone.
         """
         try:
-            (self.root / path).unlink()
+            if path.startswith("ingest/"):
+                self.arriving.remove(path.removeprefix("ingest/"))
+            else:
+                (self.root / path).unlink()
         except FileNotFoundError:
             pass
         except OSError as problem:  # it goes on being counted

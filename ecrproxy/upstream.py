@@ -132,15 +132,16 @@ class Upstream:
             raise UnavailableError(502, "UNAVAILABLE", f"ECR does not say how large {route.reference} is")
         return size
 
-    async def blob(self, route: Route, part: int | None = None) -> Blob:
+    async def blob(self, route: Route, stop: int | None = None, start: int = 0) -> Blob:
         """
         Begin to fetch a blob.
 
-        @param part: how many bytes to ask for at first; none for all.
+        @param stop: up to where to ask for it at first; none for all.
+        @param start: from where on.
         @raise RegistryError: if there is none, or ECR can't give it.
         """
         blob = Blob(self, route)
-        await blob.begin(part)
+        await blob.begin(start, stop)
         return blob
 
     async def locate(self, route: Route) -> tuple[str, IResponse | None]:

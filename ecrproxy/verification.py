@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from twisted.python.failure import Failure
 
-from ecrproxy.store import DigestMismatchError
+from ecrproxy.ingest import DigestMismatchError
 
 if TYPE_CHECKING:
     from ecrproxy.store import Content

@@ -26,13 +26,14 @@ from ecrproxy.cache_key import Asker, CacheKey
 from ecrproxy.cached import SMALL_BLOB, Answer, Asked
 from ecrproxy.clients import Admission, Caller
 from ecrproxy.download import Download, ShortBodyError
+from ecrproxy.ingest import DigestMismatchError
 from ecrproxy.limits import Crowd
 from ecrproxy.namespaces import Namespaces
 from ecrproxy.oci import Kind, RegistryError, Route, accepted_types, parse_route, query_values
 from ecrproxy.proxy import PullThrough
 from ecrproxy.sending import CutShortError, send
 from ecrproxy.sources import Held, Shelved, Source
-from ecrproxy.store import Content, DigestMismatchError
+from ecrproxy.store import Content
 from ecrproxy.threads import InThread
 from ecrproxy.upstream import Page
 

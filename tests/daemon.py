@@ -492,6 +492,17 @@ class Daemon:
         problem = self.tokens.problem()
         return ([f"no token: {problem}"] if problem else []) + self.store.reasons()
 
+    def kill(self) -> None:
+        """
+        End as by SIGKILL: the kernel closes files and connections, and nothing is tidied up.
+        """
+        for download in self.pull_through._arriving.values():  # noqa: SLF001
+            if download._file is not None:  # noqa: SLF001
+                download._file.close()  # noqa: SLF001
+        for _, server in self.back.ends:
+            if server.connected:
+                server._over(ConnectionLost())  # noqa: SLF001
+
     def flush(self) -> None:
         """
         Let everything happen that can happen now.

@@ -69,6 +69,8 @@ class Quirks:
     """What HEAD of a blob gives: 200, 307 (to a URL signed for GET), or 401 as public.ecr.aws does."""
     ignore_range: bool = False
     """The bucket sends everything, whatever range was asked for."""
+    etag: str = ""
+    """What the bucket calls every blob's state; empty for a name of each one's own."""
     page_size: int = 100
     """Names on a page of tags when the client does not say."""
     token_lifetime: float = 12 * 60 * 60

@@ -19,8 +19,9 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.download import TRIES, WINDOW, Download, Follower, ShortBodyError
 from ecrproxy.inflow import HIGH_WATER, LARGEST_PART, SMALLEST_PART, Inflow
+from ecrproxy.ingest import DigestMismatchError, Writer
 from ecrproxy.oci import Digest
-from ecrproxy.store import DigestMismatchError, Store, Writer
+from ecrproxy.store import Store
 from tests.daemon import Hands, noise
 
 T = TypeVar("T")

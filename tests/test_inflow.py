@@ -4,11 +4,13 @@ How many connections a blob comes over, in which parts, and how much may wait fo
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.inflow import HIGH_WATER, LARGEST_PART, SMALLEST_PART, SPLIT, Inflow, Lanes, part_size
+from ecrproxy.inflow import HIGH_WATER, LARGEST_PART, SMALLEST_PART, SPLIT, Gaps, Inflow, Lanes, part_size
 from tests.test_download import Tap
 
 PIECE = 2**16
@@ -53,6 +55,43 @@ class LanesTests(SynchronousTestCase):
         self.assertEqual([SMALLEST_PART] * 2, [lanes.first_part(size) for size in (None, SPLIT)])
         self.assertEqual([None] * 2, [lanes.first_part(size) for size in (0, SPLIT - 1)])
         self.assertIsNone(Lanes(1, 64).first_part(2**40))
+
+
+class GapsTests(SynchronousTestCase):
+    def test_are_taken_in_order(self) -> None:
+        """
+        Part after part, none across two gaps, until nothing is left.
+        """
+        gaps = Gaps([(10, 20), (30, 30 + 3 * SMALLEST_PART)])
+        parts = [gaps.take(4) for _ in range(5)]
+        ends = [30 + count * SMALLEST_PART for count in range(4)]
+        self.assertEqual([(10, 20), *pairwise(ends), None], parts)
+
+    def test_of_one_lane_are_taken_whole(self) -> None:
+        """
+        Where there is one connection, there is one part a gap.
+        """
+        gaps = Gaps([(10, 20), (30, 2**40)])
+        self.assertEqual([(10, 20), (30, 2**40), None], [gaps.take(1) for _ in range(3)])
+
+    def test_may_be_taken_from_anywhere(self) -> None:
+        """
+        What has been asked for already is taken as far as it is missing, and the rest stays.
+        """
+        gaps = Gaps([(10, 20), (30, 40)])
+        self.assertEqual((12, 15), gaps.take_from(12, 15))
+        self.assertEqual((32, 40), gaps.take_from(32, 99))
+        for there in (9, 12, 20, 25, 40):
+            self.assertIsNone(gaps.take_from(there, 99))
+        self.assertEqual([(10, 12), (15, 20), (30, 32), None], [gaps.take(1) for _ in range(4)])
+
+    def test_are_given_up(self) -> None:
+        """
+        When one lane has failed, no other takes a part.
+        """
+        gaps = Gaps([(10, 20)])
+        gaps.give_up()
+        self.assertIsNone(gaps.take(4))
 
 
 class PartTests(SynchronousTestCase):

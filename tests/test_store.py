@@ -15,9 +15,10 @@ from twisted.logger import capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.entries import ANSWERS_LIMIT, entry_name
+from ecrproxy.ingest import DigestMismatchError
 from ecrproxy.ledger import Ledger
 from ecrproxy.oci import Digest, Kind, Route, parse_route
-from ecrproxy.store import DigestMismatchError, Store
+from ecrproxy.store import Store
 from tests import store_contract
 from tests.store_contract import ANY, INDEX_TYPE, MANIFEST_TYPE, START, confirmed, entry_of, failing, put, read, scratch
 
@@ -131,7 +132,7 @@ class StartTests(StoreTests):
         writer = self.store.writer(Digest.of(b"whole"), 5)
         writer.write(0, [b"whole"])
         writer.close()  # as a killed process does
-        self.assertEqual(1, len(files_in(self.store.ingest)))
+        self.assertEqual(1, len(files_in(self.store.arriving.folder)))
         self.store = self.reopened(self.store.root)
         self.assertEqual([], files_in(self.store.root))
         self.assertIsNone(self.store.open(Digest.of(b"whole")))
@@ -153,11 +154,11 @@ class StartTests(StoreTests):
         """
         outside = scratch(self)
         outside.write_text("not the cache's")
-        (self.store.ingest / "directory").mkdir()
-        (self.store.ingest / "link").symlink_to(outside.absolute())
-        (self.store.ingest / "left").write_text("x")
+        (self.store.arriving.folder / "directory").mkdir()
+        (self.store.arriving.folder / "link").symlink_to(outside.absolute())
+        (self.store.arriving.folder / "left").write_text("x")
         self.store.sweep()
-        self.assertFalse((self.store.ingest / "left").exists())
+        self.assertFalse((self.store.arriving.folder / "left").exists())
         self.assertTrue(outside.exists())
 
     def test_drafts_of_entries_are_swept_when_they_are_old(self) -> None:
@@ -165,10 +166,10 @@ class StartTests(StoreTests):
         Another daemon on the same directory may be about to finish a young one.
         """
         for name, age in (("entry.young", 10), ("entry.old", 1000), ("probe.old", 1000)):
-            (self.store.ingest / name).write_text("draft")
-            os.utime(self.store.ingest / name, (START - age, START - age))
+            (self.store.arriving.folder / name).write_text("draft")
+            os.utime(self.store.arriving.folder / name, (START - age, START - age))
         self.store.sweep()
-        self.assertEqual(["entry.young"], files_in(self.store.ingest))
+        self.assertEqual(["entry.young"], files_in(self.store.arriving.folder))
 
     def test_the_count_is_what_the_directory_holds(self) -> None:
         """
@@ -243,7 +244,7 @@ class WriterTests(StoreTests):
         writer = self.store.writer(digest, 5)
         writer.write(0, [b"who"])
         self.assertEqual([], files_in(self.store.root / "content"))
-        self.assertEqual(1, len(files_in(self.store.ingest)))
+        self.assertEqual(1, len(files_in(self.store.arriving.folder)))
         writer.write(3, [b"le"])
         writer.commit()
         writer.close()
@@ -329,7 +330,7 @@ class WriterTests(StoreTests):
         """
         writer = self.store.writer(Digest.of(b"x"), 1)
         self.addCleanup(writer.discard)
-        path = next(self.store.ingest.iterdir())
+        path = next(self.store.arriving.folder.iterdir())
         self.assertEqual(0o600, stat.S_IMODE(path.stat().st_mode))
         with path.open("rb") as file:
             self.assertRaises(BlockingIOError, fcntl.flock, file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -16,9 +16,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.entries import Entry, entry_name
+from ecrproxy.ingest import DigestMismatchError, Writer
 from ecrproxy.janitor import Janitor
 from ecrproxy.oci import Digest, parse_route
-from ecrproxy.store import Content, DigestMismatchError, Store, Writer
+from ecrproxy.store import Content, Store
 from tests.daemon import at_once
 from tests.store_contract import START, confirmed, entry_of, put
 

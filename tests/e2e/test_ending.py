@@ -43,13 +43,33 @@ def test_a_kill_in_the_middle_of_a_transfer_leaves_nothing_wrong(make_chain: Mak
     assert chain.daemon.wrong_content() == []
 
     chain.daemon.restart()
-    chain.daemon.settle()
     assert chain.daemon.wrong_content() == []
     pulled = download(chain.daemon.url + blob_path(images))
     assert (pulled.status, pulled.digest) == (200, images.big.layers[0])
     chain.daemon.settle()
     assert chain.daemon.holds(images.big.layers[0])
     assert chain.daemon.wrong_content() == []
+
+
+def test_a_transfer_goes_on_after_a_kill(make_chain: MakeChain, images: Images) -> None:
+    """
+    What is on the disk is not fetched again: the bucket sends the rest alone.
+    """
+    chain = make_chain(front=("--rate", str(SLOW)))
+    connection = read_some(chain, blob_path(images), ENOUGH)
+    chain.daemon.process.kill()
+    connection.close()
+    (left,) = chain.daemon.arriving()
+
+    chain.daemon.restart()
+    assert chain.daemon.arriving() == [left]
+    before = chain.counters()["bucket"]["bytes"]
+    pulled = download(chain.daemon.url + blob_path(images))
+    assert (pulled.status, pulled.digest) == (200, images.big.layers[0])
+    fetched = chain.counters()["bucket"]["bytes"] - before
+    assert 0 < fetched <= pulled.size - ENOUGH
+    chain.daemon.settle()
+    assert chain.daemon.holds(images.big.layers[0])
 
 
 def test_what_was_whole_before_a_kill_is_served_after_it(make_chain: MakeChain, images: Images) -> None:
