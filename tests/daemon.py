@@ -572,7 +572,7 @@ class DaemonTestCase(SynchronousTestCase):
     - the files of the cache are within the limit;
     - the token went to the registry alone, and no header of a client went anywhere;
     - no token, no presigned query and no client's password is in any log event, in any answer to a client,
-      in anything else that was asked of upstream, or in what the daemon's own objects say of themselves.
+      in the figures, in what else upstream was asked, or in what the daemon's own objects say of themselves.
     """
 
     def setUp(self) -> None:
@@ -725,6 +725,7 @@ class DaemonTestCase(SynchronousTestCase):
         """
         told = [*map(all_of, self.events), *(all_of_reply(each) for each in self.replies())]
         told += [repr(each) for daemon in self.daemons for each in ours(daemon)]
+        told += [daemon.figures.page().decode() for daemon in self.daemons]
         told += [f"{asked.path} {asked.query}" for asked in self.standin.asked if asked.service == "registry"]
         for asked in self.standin.asked:
             told.append(repr({name: value for name, value in asked.headers.items() if name != "authorization"}))

@@ -12,6 +12,7 @@ from pathlib import Path
 import bcrypt
 import pytest
 
+from .asking import ask
 from .certificates import make_client
 from .chain import Chain, Equipment
 from .clients import CommandError, Docker, Skopeo
@@ -153,9 +154,11 @@ def test_no_secret_is_written_anywhere(
     """
     After pulls, refusals and failures no log, no file of the cache, and no process tells a password, a token or a key.
     """
+    admin = free_port()
     chain = make_chain(
         settings={
             "PROXY_HTPASSWD": str(htpasswd),
+            "PROXY_ADMIN_LISTEN": f"tcp:{admin}:interface=127.0.0.1",
             "PROXY_WORKER_PROCESSES": workers,
             "PROXY_CACHE_KEY": "$http_user_agent$uri",
             "PROXY_LOG_LEVEL": "debug",
@@ -176,6 +179,7 @@ def test_no_secret_is_written_anywhere(
         wait_for_workers(chain)
     chain.cut()
     replies += [chain.daemon.ask(f"/v2/{images.many}/tags/list?last={PASSWORD}", headers=shown)]
+    replies += [ask(f"http://127.0.0.1:{admin}/{path}") for path in ("metrics", "readyz")]
     texts = [chain.daemon.process.output.read_bytes(), *map(seen_by_others, pids)]
     texts += [each.body + repr(each.headers).encode() for each in replies]
     texts += [bytes(each) for each in chain.daemon.cache.rglob("*")]
