@@ -6,15 +6,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ecrproxy.circuit import CircuitState
 from ecrproxy.metrics import Reading
 
 if TYPE_CHECKING:
+    from ecrproxy.circuit import Circuit
     from ecrproxy.ecr import TokenService
     from ecrproxy.janitor import Janitor
     from ecrproxy.limits import Crowd
     from ecrproxy.metrics import LoopStall
     from ecrproxy.proxy import PullThrough
     from ecrproxy.store import Store
+    from ecrproxy.wire import Wire
 
 
 def of_cache(store: Store, janitor: Janitor) -> list[Reading]:
@@ -52,6 +55,20 @@ def of_token(tokens: TokenService) -> list[Reading]:
     return [
         Reading("token_expiry_timestamp_seconds", "When the token for ECR expires", lambda: tokens.expires),
         Reading("token_refresh_failures_total", "Refreshes of the token that failed", lambda: tokens.failed),
+    ]
+
+
+def of_upstream(wire: Wire, circuit: Circuit) -> list[Reading]:
+    """
+    Tell how well ECR answers.
+    """
+
+    def states() -> dict[str, float]:
+        return {each.value: float(each is circuit.state) for each in CircuitState}
+
+    return [
+        Reading("upstream_retries_total", "Questions asked again after a failure", lambda: wire.retried),
+        Reading("circuit_state", "1 for the state in which questions to ECR are", states, "state"),
     ]
 
 

@@ -48,7 +48,7 @@ from ecrproxy.metrics import Figures, LoopStall, Tally
 from ecrproxy.namespaces import Namespaces
 from ecrproxy.passwords import AT_ONCE, Passwords
 from ecrproxy.proxy import PullThrough
-from ecrproxy.readings import of_cache, of_clients, of_loop, of_token, of_transfers
+from ecrproxy.readings import of_cache, of_clients, of_loop, of_token, of_transfers, of_upstream
 from ecrproxy.relay import USED, FirstProcess, InnerRegistry, NoRoom, Relay, Teller, Used, WorkerRegistry
 from ecrproxy.resolver import ChosenServers, hosts_names
 from ecrproxy.retries import Budget
@@ -249,8 +249,9 @@ def _upstream(config: Config, tokens: TokenService, figures: Figures, reactor: A
     agent = UpstreamAgent(reactor, config.ecr_endpoint, _install_resolver(config, reactor))
     metered = MeteredAgent(agent, config.ecr_endpoint, figures.upstream, reactor)
     wire = Wire(metered, reactor, Budget(config.upstream_tries, config.upstream_seconds))
-    endpoint = Endpoint(config.ecr_endpoint, wire, tokens, Circuit(reactor.seconds))
-    return Upstream(endpoint, wire, stall_seconds=config.stall_seconds)
+    circuit = Circuit(reactor.seconds)
+    figures.watch(*of_upstream(wire, circuit))
+    return Upstream(Endpoint(config.ecr_endpoint, wire, tokens, circuit), wire, stall_seconds=config.stall_seconds)
 
 
 def _share_work(

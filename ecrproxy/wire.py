@@ -100,6 +100,7 @@ class Wire:
     @param agent: sends them.
     @param budget: how often each question may be tried.
     @param chance: gives random numbers from 0 to 1.
+    @ivar retried: how many tries there were beyond the first ones.
     """
 
     def __init__(
@@ -111,6 +112,7 @@ class Wire:
     ) -> None:
         self._client, self.clock = HTTPClient(PlainAgent(agent)), clock
         self._budget, self._chance = budget, chance
+        self.retried = 0
 
     def tries(self) -> Tries:
         """
@@ -131,6 +133,7 @@ class Wire:
                 wait = tries.failed(problem, self.clock.seconds(), self._chance())
                 if wait is None:
                     raise
+                self.retried += 1
                 log.info("Asking again in {wait:.1f} s: {problem}", wait=wait, problem=problem.message)
             await deferLater(self.clock, wait)
 

@@ -54,7 +54,7 @@ from ecrproxy.metrics import Figures
 from ecrproxy.namespaces import Namespaces
 from ecrproxy.oci import Digest
 from ecrproxy.proxy import PullThrough
-from ecrproxy.readings import of_cache, of_clients, of_token, of_transfers
+from ecrproxy.readings import of_cache, of_clients, of_token, of_transfers, of_upstream
 from ecrproxy.retries import Budget
 from ecrproxy.site import make_site
 from ecrproxy.store import Store
@@ -464,7 +464,7 @@ class Daemon:
         self.figures.watch(
             *of_cache(self.store, self.janitor), *of_token(self.tokens), *of_transfers(self.pull_through)
         )
-        self.figures.watch(*of_clients(self.crowd))
+        self.figures.watch(*of_clients(self.crowd), *of_upstream(wire, self.circuit))
         self.admin = Network(make_admin_site(self.figures, ready, clock), clock)
         self.front = Network(self.site, clock)
         self._asking = self.front.agent(persistent=False)

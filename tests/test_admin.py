@@ -87,6 +87,19 @@ class MetricsTests(DaemonTestCase):
         self.assertGreater(self.daemon.figure("ecr_proxy_token_expiry_timestamp_seconds"), self.daemon.now())
         self.assertEqual(0, self.daemon.figure("ecr_proxy_token_refresh_failures_total"))
 
+    def test_an_ecr_that_fails_is_told_by_tries_and_circuit(self) -> None:
+        """
+        What was asked again is counted, and which questions go to ECR is one of three states.
+        """
+        self.assertEqual(1, self.daemon.figure('ecr_proxy_circuit_state{state="closed"}'))
+        self.standin.fail("registry", status=503)
+        for name in range(5):
+            self.daemon.send("GET", f"/v2/team/app/manifests/v{name}")
+        self.pass_time(30)
+        self.assertGreaterEqual(self.daemon.figure("ecr_proxy_upstream_retries_total"), 5)
+        self.assertEqual(1, self.daemon.figure('ecr_proxy_circuit_state{state="open"}'))
+        self.assertEqual(0, self.daemon.figure('ecr_proxy_circuit_state{state="closed"}'))
+
     def test_no_label_grows_with_what_clients_ask_for(self) -> None:
         """
         Whatever is asked, in whatever way, there are as many series as before.

@@ -61,7 +61,7 @@ ARROWS: dict[str, set[str]] = {
     "channel": {"limits"},
     "admin": {"limits", "metrics", "site", "web"},
     "metering": {"metrics"},
-    "readings": {"ecr", "janitor", "limits", "metrics", "proxy", "store"},
+    "readings": {"circuit", "ecr", "janitor", "limits", "metrics", "proxy", "store", "wire"},
     "site": {"access_log", "channel", "limits", "metrics", "web"},
     "relay": {"bucket", "cache_key", "cached", "clients", "ledger", "metrics", "namespaces", "oci", "threads", "web"},
     "janitor": {"store", "threads"},
