@@ -64,14 +64,16 @@ class Circuit:
 
         @raise CircuitOpenError: if not.
         """
-        left = self._until - self._now()
-        if self.state is CircuitState.PROBING or (self.state is CircuitState.OPEN and left > 0):
-            raise CircuitOpenError(
-                503,
-                "UNAVAILABLE",
-                "ECR keeps failing, and is left alone",
-                {"Retry-After": str(max(1, math.ceil(left)))},
-            )
+        paused = self.state is CircuitState.OPEN and self._now() < self._until
+        if paused or self.state is CircuitState.PROBING:
+            raise self.refusal()
+
+    def refusal(self) -> CircuitOpenError:
+        """
+        Say that ECR is not asked, and when it may be.
+        """
+        wait = str(max(1, math.ceil(self._until - self._now())))
+        return CircuitOpenError(503, "UNAVAILABLE", "ECR keeps failing, and is left alone", {"Retry-After": wait})
 
     def enter(self) -> bool:
         """

@@ -17,6 +17,7 @@ import regex
 
 from ecrproxy.cache_key import CacheKey
 from ecrproxy.limits import Limits
+from ecrproxy.quotas import Quotas
 from ecrproxy.values import (
     Network,
     Server,
@@ -183,6 +184,20 @@ SETTINGS: Final[Sequence[Setting]] = (
         "connections over which a large blob comes from its bucket",
     ),
     Setting(
+        "ecr-connections",
+        "PROXY_ECR_CONNECTIONS",
+        parse_connections,
+        "128",
+        "questions to ECR that may be under way at once",
+    ),
+    Setting(
+        "ecr-quotas",
+        "PROXY_ECR_QUOTAS",
+        Quotas.parse,
+        "manifests=2000 blobs=3000 checks=1000 lists=100",
+        "calls a second that ECR allows the account, by kind; more wait here",
+    ),
+    Setting(
         "upstream-tries",
         "PROXY_UPSTREAM_TRIES",
         parse_tries,
@@ -287,6 +302,8 @@ class Config:
     blob_connections: int
     bucket_connections: int
     stall_seconds: float
+    ecr_connections: int
+    ecr_quotas: Quotas
     upstream_tries: int
     upstream_seconds: float
     header_seconds: float

@@ -13,9 +13,11 @@ from twisted.web.http_headers import Headers
 from twisted.web.iweb import IResponse
 
 from ecrproxy.bucket import ERROR_LIMIT, UnavailableError
-from ecrproxy.circuit import Circuit
+from ecrproxy.circuit import Circuit, CircuitState
 from ecrproxy.ecr import TokenUnavailableError
+from ecrproxy.governor import Governor
 from ecrproxy.oci import Route
+from ecrproxy.quotas import call_of
 from ecrproxy.refusals import Refusal
 from ecrproxy.retries import TransientError, Tries
 from ecrproxy.wire import HEADER_SECONDS, Wire
@@ -72,8 +74,9 @@ class Endpoint:
     @ivar url: the registry's, without a path.
     """
 
-    def __init__(self, url: str, wire: Wire, tokens: Tokens, circuit: Circuit) -> None:
-        self.url, self._wire, self._tokens, self._circuit = url, wire, tokens, circuit
+    def __init__(self, url: str, wire: Wire, tokens: Tokens, governor: Governor, circuit: Circuit) -> None:
+        self.url, self._wire, self._tokens = url, wire, tokens
+        self._governor, self._circuit = governor, circuit
 
     async def ask(self, question: Question) -> Reply:
         """
@@ -115,11 +118,26 @@ class Endpoint:
         except TransientError as problem:
             if not problem.throttled:
                 self._circuit.failed(problem)
+            if self._circuit.state is CircuitState.OPEN:
+                self._governor.send_away(self._circuit.refusal)
             raise
 
     async def _try(self, tries: Tries, question: Question, secret: str) -> Reply:
         """
-        Ask once, if the circuit lets; tell it what came of that.
+        Ask once, when there is a place for it.
+        """
+        call = call_of(question.method, question.route.kind)
+        async with self._governor.place(call):
+            try:
+                return await self._through_circuit(tries, question, secret)
+            except TransientError as problem:
+                if problem.throttled and problem.wait:
+                    self._governor.rest(call, problem.wait)
+                raise
+
+    async def _through_circuit(self, tries: Tries, question: Question, secret: str) -> Reply:
+        """
+        Ask, if the circuit lets; tell it what came of that.
         """
         if not self._circuit.enter():
             reply = await self._send(question, secret, HEADER_SECONDS)

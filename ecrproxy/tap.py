@@ -37,6 +37,7 @@ from ecrproxy.config import ADMIN_LISTEN, SETTINGS, Config, ConfigError, Setting
 from ecrproxy.connections import UpstreamAgent, connection_pool
 from ecrproxy.ecr import CredentialsError, Token, TokenService, fetch_token
 from ecrproxy.endpoint import Endpoint
+from ecrproxy.governor import Governor
 from ecrproxy.htpasswd import HtpasswdError
 from ecrproxy.inflow import Lanes
 from ecrproxy.janitor import Janitor
@@ -249,9 +250,11 @@ def _upstream(config: Config, tokens: TokenService, figures: Figures, reactor: A
     agent = UpstreamAgent(reactor, config.ecr_endpoint, _install_resolver(config, reactor))
     metered = MeteredAgent(agent, config.ecr_endpoint, figures.upstream, reactor)
     wire = Wire(metered, reactor, Budget(config.upstream_tries, config.upstream_seconds))
+    governor = Governor(config.ecr_quotas, config.ecr_connections, reactor)
     circuit = Circuit(reactor.seconds)
     figures.watch(*of_upstream(wire, circuit))
-    return Upstream(Endpoint(config.ecr_endpoint, wire, tokens, circuit), wire, stall_seconds=config.stall_seconds)
+    endpoint = Endpoint(config.ecr_endpoint, wire, tokens, governor, circuit)
+    return Upstream(endpoint, wire, stall_seconds=config.stall_seconds)
 
 
 def _share_work(

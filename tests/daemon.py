@@ -46,6 +46,7 @@ from ecrproxy.clients import Admission
 from ecrproxy.connections import connection_pool
 from ecrproxy.ecr import Token, TokenService
 from ecrproxy.endpoint import Endpoint
+from ecrproxy.governor import Governor
 from ecrproxy.inflow import Lanes
 from ecrproxy.janitor import Janitor
 from ecrproxy.limits import Crowd, Limits
@@ -54,6 +55,7 @@ from ecrproxy.metrics import Figures
 from ecrproxy.namespaces import Namespaces
 from ecrproxy.oci import Digest
 from ecrproxy.proxy import PullThrough
+from ecrproxy.quotas import Quotas
 from ecrproxy.readings import of_cache, of_clients, of_token, of_transfers, of_upstream
 from ecrproxy.retries import Budget
 from ecrproxy.site import make_site
@@ -430,6 +432,8 @@ class Daemon:
         admission: Admission | None = None,
         budget: Budget = Budget(),  # noqa: B008 (it is frozen)
         chance: float = 0.0,
+        quotas: Quotas = Quotas(),  # noqa: B008
+        together: int = 128,
         limits: Limits | None = None,
     ) -> None:
         self.standin, self.clock, self.limit, self.scheme = standin, clock, limit, "http"
@@ -440,12 +444,13 @@ class Daemon:
         self.store.sweep()
         self.janitor = Janitor(self.store, limit, in_thread)
         self.tokens = TokenService(fetch or self._issue, clock, self.now, chance=lambda: 0.5)
+        self.governor = Governor(quotas, together, clock)
         self.circuit = Circuit(clock.seconds)
         # Without chance the next try comes at once, unless upstream asks for more time.
         self.figures = Figures("0")
         metered = MeteredAgent(agent(self.back), standin.registry, self.figures.upstream, clock)
         wire = Wire(metered, clock, budget, chance=lambda: chance)
-        self.upstream = Upstream(Endpoint(standin.registry, wire, self.tokens, self.circuit), wire)
+        self.upstream = Upstream(Endpoint(standin.registry, wire, self.tokens, self.governor, self.circuit), wire)
         self.lanes = lanes or Lanes()
         self.cache = Cache(self.store, self.janitor, in_thread, self.now)
         self.pull_through = PullThrough(

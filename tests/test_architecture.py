@@ -19,7 +19,7 @@ OURS = "ecrproxy."
 # module: what of ours it may import; what is not here may import nothing of ours.
 ARROWS: dict[str, set[str]] = {
     "cache_key": {"oci"},
-    "config": {"cache_key", "limits", "values"},
+    "config": {"cache_key", "limits", "quotas", "values"},
     "passwords": {"flights", "htpasswd", "limits", "oci", "threads"},
     "clients": {"oci", "passwords"},
     "entries": {"oci"},
@@ -34,7 +34,9 @@ ARROWS: dict[str, set[str]] = {
     "wire": {"bucket", "oci", "retries"},
     "refusals": {"bucket", "oci"},
     "circuit": {"bucket"},
-    "endpoint": {"bucket", "circuit", "ecr", "oci", "refusals", "retries", "wire"},
+    "quotas": {"oci"},
+    "governor": {"bucket", "quotas"},
+    "endpoint": {"bucket", "circuit", "ecr", "governor", "quotas", "oci", "refusals", "retries", "wire"},
     "upstream": {"bucket", "endpoint", "oci", "wire"},
     "guard": {"bucket"},
     "connections": {"guard"},

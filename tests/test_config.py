@@ -12,6 +12,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.cache_key import CacheKey
 from ecrproxy.config import SETTINGS, Config, ConfigError
+from ecrproxy.quotas import Quotas
 
 ECR = "https://123456789012.dkr.ecr.eu-west-1.amazonaws.com"
 MINIMUM = {"PROXY_ECR_ENDPOINT": ECR, "HOME": "/home/me"}
@@ -46,6 +47,8 @@ EXAMPLES: dict[str, tuple[str, str, Any, str, Any]] = {
     "blob-connections": ("PROXY_BLOB_CONNECTIONS", "8", 8, "1", 1),
     "bucket-connections": ("PROXY_BUCKET_CONNECTIONS", "100", 100, "9999", 9999),
     "stall-seconds": ("PROXY_STALL_SECONDS", "10", 10.0, "0.5", 0.5),
+    "ecr-connections": ("PROXY_ECR_CONNECTIONS", "10", 10, "1", 1),
+    "ecr-quotas": ("PROXY_ECR_QUOTAS", "lists=5", Quotas(lists=5), "blobs=1,lists=2", Quotas(blobs=1, lists=2)),
     "upstream-tries": ("PROXY_UPSTREAM_TRIES", "1", 1, "5", 5),
     "upstream-seconds": ("PROXY_UPSTREAM_SECONDS", "0", 0.0, "2.5", 2.5),
     "header-seconds": ("PROXY_HEADER_SECONDS", "30", 30.0, "0", 0.0),
@@ -74,6 +77,11 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "blob-connections": (("0", "-1", "four", "10000"), "give 1 or more"),
     "bucket-connections": (("0", "-1", "auto"), "give 1 or more"),
     "stall-seconds": (("0", "0.0", "-1", "never"), "above 0"),
+    "ecr-connections": (("0", "-1", "many"), "give 1 or more"),
+    "ecr-quotas": (
+        ("2000", "blobs=0", "blobs=-1", "lists=1 lists=1", "pushes=5", "lists=1.5"),
+        "manifests=2000",
+    ),
     "upstream-tries": (("0", "-1", "100", "twice"), "up to 99"),
     "upstream-seconds": (("-1", "ten"), "give 0 or more"),
     "header-seconds": (("soon", "-1"), "give 0 or more"),
@@ -150,6 +158,7 @@ class SettingsTests(SynchronousTestCase):
             (1, False, 4, 64),
             (config.worker_processes, config.read_ahead, config.blob_connections, config.bucket_connections),
         )
+        self.assertEqual((128, Quotas(2000, 1000, 3000, 100)), (config.ecr_connections, config.ecr_quotas))
         self.assertEqual((3, 10.0), (config.upstream_tries, config.upstream_seconds))
         self.assertEqual((None, None, []), (config.ssl_key, config.ssl_certificate, config.listen))
         self.assertEqual((None, None, None), (config.client_ca, config.htpasswd, config.allow_from))

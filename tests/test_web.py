@@ -831,6 +831,7 @@ class UpstreamTroubleTests(DaemonTestCase):
             ("soon\r\nX-Evil: 1", "1"),
             ("Wed, 21 Oct 2026 07:28:00 GMT", "1"),
         ):
+            self.start()
             fault = self.standin.throttle("registry", retry_after=given)
             for path in (self.blob, self.manifest, "/v2/team/app/tags/list"):
                 reply = self.get(path)
