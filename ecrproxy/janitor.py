@@ -1,21 +1,34 @@
 """
 Keep the cache directory within its limit: the least recently used goes first, what is being read never.
+
+Rules:
+
+- The directory is counted at start, and again and again: others may delete files of it, or bring some. Several daemons
+  on one directory keep it within the limit together, but for what each has brought since the others last counted.
+- Counting takes a twentieth of the time at the most, however large and slow the directory is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from twisted.application.service import Service
 from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 
 if TYPE_CHECKING:
+    from twisted.internet.interfaces import IDelayedCall, IReactorTime
+
     from ecrproxy.store import Store
     from ecrproxy.threads import InThread
 
 log = Logger()
+
+PAUSE_SECONDS: Final = 60.0
+"""How long after a count the next one begins, unless counting takes long."""
+SHARE: Final = 20
+"""A pause is at least so many times as long as the count before it."""
 
 
 def victims(files: Iterable[tuple[str, int, bool]], excess: int) -> list[str] | None:
@@ -38,32 +51,55 @@ def victims(files: Iterable[tuple[str, int, bool]], excess: int) -> list[str] | 
 
 class Janitor(Service):
     """
-    Counts the cache directory at start, and makes room in it from then on.
+    Counts the cache directory, at start and now and then, and makes room in it.
 
     @param limit: the most bytes that the files of the cache may have, those that arrive included.
     @ivar evicted: how many files went for others.
     """
 
-    def __init__(self, store: Store, limit: int, in_thread: InThread) -> None:
-        self._store, self.limit, self._in_thread = store, limit, in_thread
-        self._counted = False
+    def __init__(self, store: Store, limit: int, in_thread: InThread, clock: IReactorTime) -> None:
+        self._store, self.limit, self._in_thread, self._clock = store, limit, in_thread, clock
+        self._counted = self._shared = False
         self.evicted = 0
         self._waiting: list[Deferred[None]] = []
+        self._next: IDelayedCall | None = None
 
     def startService(self) -> None:  # noqa: D102
         super().startService()
-        Deferred.fromCoroutine(self._count()).addErrback(lambda failure: log.failure("Counting the cache", failure))
+        self._begin()
+
+    def stopService(self) -> None:  # noqa: D102
+        super().stopService()
+        if self._next is not None:
+            self._next.cancel()
+            self._next = None
+
+    def _begin(self) -> None:
+        self._next = None
+        began = self._clock.seconds()
+        counting = Deferred.fromCoroutine(self._count())
+        counting.addErrback(lambda failure: log.failure("Counting the cache", failure))
+        counting.addCallback(lambda _: self._go_on(self._clock.seconds() - began))
+
+    def _go_on(self, took: float) -> None:
+        if self.running:
+            self._next = self._clock.callLater(max(PAUSE_SECONDS, SHARE * took), self._begin)
 
     async def _count(self) -> None:
+        first = not self._counted
         try:
-            await self._in_thread(self._store.count)
+            unknown = await self._in_thread(self._store.count)
         finally:
             self._counted = True
             waiting, self._waiting = self._waiting, []
             for waiter in waiting:
                 waiter.callback(None)
         ledger = self._store.ledger
-        log.info("The cache holds {total} bytes in {count} files", total=ledger.total, count=len(ledger))
+        if first:
+            log.info("The cache holds {total} bytes in {count} files", total=ledger.total, count=len(ledger))
+        elif unknown > 0 and not self._shared:
+            self._shared = True
+            log.info("Somebody else brought {count} bytes into the cache: another daemon uses it too?", count=unknown)
         await self._in_thread(self.make_room, 0)  # the limit may be lower than it was
 
     async def reserve(self, size: int) -> bool:

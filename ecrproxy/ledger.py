@@ -8,7 +8,7 @@ import re
 import threading
 from array import array
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 
@@ -111,6 +111,7 @@ class Ledger:
         self._settled = Settled()
         self._used: OrderedDict[str, int] = OrderedDict()
         self._readers: Counter[str] = Counter()
+        self._meanwhile: OrderedDict[str, int | None] | None = OrderedDict()
 
     def __len__(self) -> int:
         return self._settled.count + len(self._used)
@@ -123,6 +124,7 @@ class Ledger:
             self.gone(path)
             self._used[path] = size
             self.total += size
+            self._note(path, size)
 
     def gone(self, path: str) -> int:
         """
@@ -137,7 +139,13 @@ class Ledger:
                 place = self._settled.find(name) if name is not None else None
                 size = self._settled.take(place) if place is not None else 0
             self.total -= size
+            self._note(path, None)
             return size
+
+    def _note(self, path: str, size: int | None) -> None:
+        if self._meanwhile is not None:
+            self._meanwhile[path] = size
+            self._meanwhile.move_to_end(path)
 
     def reading(self, path: str, readers: int) -> None:
         """
@@ -155,18 +163,36 @@ class Ledger:
         with self.lock:
             self.reserved += size
 
-    def load(self, settled: Settled, total: int, others: Iterable[tuple[str, int]] = ()) -> None:
+    def begin(self) -> None:
         """
-        Take in what was counted; what was used meanwhile is more recent.
+        Note what changes from now on: the directory is about to be counted.
+        """
+        with self.lock:
+            if self._meanwhile is None:  # else nothing was counted yet, or not to the end
+                self._meanwhile = OrderedDict()
+
+    def load(self, settled: Settled, total: int, others: Sequence[tuple[str, int]] = ()) -> int:
+        """
+        Take in what was counted, in place of what was known; what has changed since L{begin} is more recent.
 
         @param total: the bytes of C{settled}.
         @param others: path and bytes of files whose names can't be packed, the least recently used first.
+        @return: the bytes that were found and not known, less those that were known and not found.
         """
         with self.lock:
-            meanwhile, self._used = self._used, OrderedDict()
-            self._settled, self.total = settled, total
-            for path, size in [*others, *meanwhile.items()]:
-                self.used(path, size)
+            known = self.total
+            meanwhile, self._meanwhile = self._meanwhile, None
+            self._used, self._settled, self.total = (
+                OrderedDict(others),
+                settled,
+                total + sum(size for _, size in others),
+            )
+            for path, size in (meanwhile or {}).items():
+                if size is None:
+                    self.gone(path)
+                else:
+                    self.used(path, size)
+            return self.total - known
 
     def oldest(self) -> Iterator[tuple[str, int, bool]]:
         """

@@ -222,12 +222,16 @@ class Store:
         """
         self.arriving.sweep()
 
-    def count(self) -> None:
+    def count(self) -> int:
         """
         Fill the ledger from the directory: its files by their last use, which is their mtime.
 
         Folder by folder, and in small steps: sorting it all at once would keep every other thread waiting.
+
+        @return: by how many bytes the ledger was wrong: negative if it had too many.
+        @raise OSError: if too many files are open, and the ledger is as it was.
         """
+        self.ledger.begin()
         names, sizes, total = bytearray(), array("Q"), 0
         by_use: list[tuple[array[int], array[int]]] = []  # a list of so many pairs would never be given back
         others: list[tuple[int, str, int]] = []
@@ -249,7 +253,7 @@ class Store:
         # What is left over was written until a while ago: as a use, that is more recent than most.
         others += ((int(when * 1e9), path, size) for when, path, size in self.arriving.count())
         order = array("I", (place for _, place in heapq.merge(*(zip(*each, strict=True) for each in by_use))))
-        self.ledger.load(Settled(names, sizes, order), total, [(path, size) for _, path, size in sorted(others)])
+        return self.ledger.load(Settled(names, sizes, order), total, [(path, size) for _, path, size in sorted(others)])
 
     def _folders(self) -> Iterator[str]:
         """
@@ -417,7 +421,7 @@ class Store:
 
     @staticmethod
     def _names(folder: Path) -> Iterable[Path]:
-        with contextlib.suppress(OSError):
+        with _all_but_exhaustion():
             yield from folder.iterdir()
 
 
@@ -451,8 +455,20 @@ def _files(folder: str) -> Iterator[tuple[str, int, int]]:
     """
     Yield name, last use in nanoseconds and bytes of a folder's files.
     """
-    with contextlib.suppress(OSError), os.scandir(folder) as found:
+    with _all_but_exhaustion(), os.scandir(folder) as found:
         for file in found:
             with contextlib.suppress(OSError):
                 status = file.stat(follow_symlinks=False)
                 yield file.name, status.st_mtime_ns, status.st_size
+
+
+@contextlib.contextmanager
+def _all_but_exhaustion() -> Iterator[None]:
+    """
+    Pass over what a disk can't give; not over what could be had if fewer files were open.
+    """
+    try:
+        yield
+    except OSError as problem:
+        if is_exhaustion(problem):
+            raise

@@ -211,7 +211,7 @@ def build(
     service = Daemon()
     disk = Threads(DISK_THREADS, reactor)
     store = _prepared(Store(Path(config.cache_dir), time.time))
-    janitor = Janitor(store, config.cache_limit, disk.call)
+    janitor = Janitor(store, config.cache_limit, disk.call, reactor)
     tokens = TokenService(lambda: call_unowned(reactor, lambda: _fetch(config)), reactor, time.time, refused)
     figures, stall = Figures(__version__), LoopStall(reactor, time.monotonic)
     upstream = _upstream(config, tokens, figures, reactor)

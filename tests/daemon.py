@@ -442,7 +442,7 @@ class Daemon:
         self.store = Store(root, self.now)
         self.store.prepare()
         self.store.sweep()
-        self.janitor = Janitor(self.store, limit, in_thread)
+        self.janitor = Janitor(self.store, limit, in_thread, clock)
         self.tokens = TokenService(fetch or self._issue, clock, self.now, chance=lambda: 0.5)
         self.governor = Governor(quotas, together, clock)
         self.circuit = Circuit(clock.seconds)

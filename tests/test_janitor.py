@@ -6,14 +6,19 @@ from __future__ import annotations
 
 import errno
 import os
+import random
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
 from twisted.internet.defer import CancelledError, Deferred, execute
+from twisted.internet.task import Clock
+from twisted.logger import capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.janitor import Janitor, victims
+from ecrproxy.janitor import PAUSE_SECONDS, SHARE, Janitor, victims
 from ecrproxy.oci import Digest
 from ecrproxy.store import Store
 from tests.store_contract import START, failing, put, read, scratch
@@ -78,7 +83,7 @@ class SmallCache(SynchronousTestCase):
         """
         An empty cache, counted.
         """
-        self.now = START
+        self.now, self.clock = START, Clock()
         self.root = scratch(self)
         self.store = self.make_store()
         self.janitor = self.start(self.store)
@@ -101,7 +106,7 @@ class SmallCache(SynchronousTestCase):
         """
         Start a janitor.
         """
-        janitor = Janitor(store, limit or self.limit, self.in_thread)
+        janitor = Janitor(store, limit or self.limit, self.in_thread, self.clock)
         janitor.startService()
         return janitor
 
@@ -283,7 +288,7 @@ class CountingTests(SmallCache):
         self.old = self.keep(b"1" * 80)
         self.store = self.make_store()
         self.threads: list[tuple[Callable[[], Any], Deferred[Any]]] = []
-        self.janitor = Janitor(self.store, self.limit, self.later)
+        self.janitor = Janitor(self.store, self.limit, self.later, self.clock)
         self.janitor.startService()
 
     def later(self, blocking: Callable[..., T], *args: Any) -> Deferred[T]:
@@ -364,3 +369,165 @@ class CountingTests(SmallCache):
         self.assertEqual(1, len(self.flushLoggedErrors(OSError)))
         self.work()
         self.assertTrue(self.successResultOf(waiting))
+
+    def test_a_count_without_file_descriptors_is_no_count(self) -> None:
+        """
+        What can't be looked at for now is not taken for empty; the next count makes good for it.
+        """
+        self.patch(os, "scandir", failing(errno.EMFILE))
+        self.patch(Path, "iterdir", failing(errno.EMFILE))
+        self.work()
+        self.assertEqual(1, len(self.flushLoggedErrors(OSError)))
+        self.flushLoggedErrors()
+
+
+class RecountTests(SmallCache):
+    """
+    The directory is counted again and again: it may be somebody else's too.
+    """
+
+    def wait(self) -> None:
+        """
+        Let the janitor count once more.
+        """
+        self.clock.advance(PAUSE_SECONDS)
+
+    def test_what_somebody_deleted_is_room_again(self) -> None:
+        """
+        Nobody needs to ask for what is gone.
+        """
+        gone = self.keep(b"1" * 60)
+        kept = self.keep(b"2" * 40)
+        (self.store.root / self.store.content_path(gone)).unlink()
+        self.wait()
+        self.assertEqual(40, self.store.ledger.total)
+        self.assertTrue(self.reserve(60))
+        self.assertEqual([True], self.has(kept))
+
+    def test_what_somebody_brought_counts(self) -> None:
+        """
+        The least recently used goes, whoever brought it.
+        """
+        old = self.keep(b"1" * 60)
+        other = self.make_store()
+        self.now += 1
+        put(other, b"2" * 60)
+        self.wait()
+        self.assertEqual([False, True], self.has(old, Digest.of(b"2" * 60)))
+        self.assertEqual((60, 60), (self.store.ledger.total, self.bytes_on_disk()))
+
+    def test_two_daemons_keep_the_limit_together(self) -> None:
+        """
+        Whatever both bring in, after the next count of either the directory is within the limit, and all is right.
+        """
+        stores = [self.store, self.make_store()]
+        janitors = [self.janitor, self.start(stores[1])]
+        for number in range(40):
+            self.now += 1
+            store, janitor = stores[number % 2], janitors[number % 2]
+            data = bytes([number]) * (10 + number % 30)
+            self.assertTrue(self.successResultOf(Deferred.fromCoroutine(janitor.reserve(len(data)))))
+            put(store, data)
+            janitor.release(len(data))
+            self.assertEqual(data, read(stores[1 - number % 2], Digest.of(data)))
+            if number % 5 == 4:
+                self.wait()
+                self.assertLessEqual(self.bytes_on_disk(), self.limit)
+
+    def test_another_daemon_is_told_once(self) -> None:
+        """
+        Who did not mean to have two on one directory reads it in the log.
+        """
+        other = self.make_store()
+        with capturedLogs() as events:
+            self.wait()
+            for data in (b"1", b"2"):
+                put(other, data)
+                self.wait()
+        self.assertEqual(1, sum("another daemon" in event["log_format"] for event in events))
+
+    def test_a_count_that_fails_is_not_the_last(self) -> None:
+        """
+        The next one has it.
+        """
+        self.keep(b"1" * 60)
+        patch = self.patch(Store, "count", failing(errno.EMFILE))
+        self.wait()
+        patch.restore()
+        self.assertEqual(1, len(self.flushLoggedErrors(OSError)))
+        self.assertEqual(60, self.store.ledger.total)
+        (self.store.root / self.store.content_path(Digest.of(b"1" * 60))).unlink()
+        self.wait()
+        self.assertEqual(0, self.store.ledger.total)
+
+    def test_counting_takes_a_small_part_of_the_time(self) -> None:
+        """
+        Where it takes long it happens seldom.
+        """
+        counts: list[float] = []
+
+        def counting(store: Store) -> int:
+            counts.append(self.clock.seconds())
+            self.clock.advance(10)
+            return 0
+
+        self.patch(Store, "count", counting)
+        self.wait()
+        for _ in range(2 * 10 * SHARE + 30):
+            self.clock.advance(1)
+        self.assertEqual([60, 60 + 10 * (SHARE + 1), 60 + 20 * (SHARE + 1)], counts)
+
+    def test_nothing_is_counted_after_the_end(self) -> None:
+        """
+        A daemon that has ended looks at nothing any more.
+        """
+        self.janitor.stopService()
+        self.assertEqual([], self.clock.getDelayedCalls())
+
+
+class RaceTests(SmallCache):
+    """
+    Real threads at the same time.
+    """
+
+    limit = 200_000
+
+    def test_a_janitor_racing_readers_and_writers(self) -> None:
+        """
+        Threads that bring in, read and evict, with counts in between: what is read is right, and all is counted.
+        """
+        blobs = [random.Random(number).randbytes(20_000 + number) for number in range(20)]
+        start = threading.Barrier(6, timeout=60)
+
+        def use(seed: int) -> bool:
+            chance = random.Random(seed)
+            start.wait()
+            return all(self.pull(chance.choice(blobs)) for _ in range(150))
+
+        def count() -> bool:
+            start.wait()
+            for _ in range(40):
+                self.store.count()
+                self.janitor.make_room(0)
+            return True
+
+        with ThreadPoolExecutor(6) as pool:
+            working = [*(pool.submit(use, seed) for seed in range(5)), pool.submit(count)]
+            self.assertEqual([True] * 6, [each.result(timeout=120) for each in working])
+        self.store.count()
+        self.janitor.make_room(0)
+        self.assertEqual((0, self.bytes_on_disk()), (self.store.ledger.reserved, self.store.ledger.total))
+        self.assertLessEqual(self.bytes_on_disk(), self.limit)
+        for path in (self.root / "content").rglob("*"):
+            if path.is_file():
+                self.assertEqual(path.name, Digest.of(path.read_bytes()).hex)
+
+    def pull(self, data: bytes) -> bool:
+        """
+        Read a blob, or bring it in if there is room for it; tells whether what was read is right.
+        """
+        found = read(self.store, Digest.of(data), len(data))
+        if found is None and self.janitor.make_room(len(data)):
+            put(self.store, data)
+            self.janitor.release(len(data))
+        return found in (None, data)

@@ -89,19 +89,24 @@ class LedgerTests(SynchronousTestCase):
         self, counted: list[tuple[str, int]], others: list[tuple[str, int]], data: st.DataObject
     ) -> None:
         """
-        Whatever is used, dropped and read, before the count is in and after, the ledger knows each file's bytes,
-        their sum, their order and who is being read.
+        Whatever is used, dropped and read, before a count is in and after, the ledger knows each file's bytes,
+        their sum, their order and who is being read; what has changed since a count began holds against it.
         """
         paths = [path for path, _ in counted + others] + data.draw(st.lists(usual_paths | sha512_paths, max_size=3))
         ledger, model, read = Ledger(), dict[str, int](), dict[str, int]()
         steps = st.tuples(st.sampled_from(["used", "gone", "reading", "left"]), st.sampled_from(paths or ["x"]), sizes)
-        for turn in range(2):
+        changed: dict[str, int | None] = {}
+        for turn in range(3):
             for what, path, size in data.draw(st.lists(steps, max_size=10)):
                 if what == "used":
                     model.pop(path, None)
                     model[path] = size
+                    changed.pop(path, None)
+                    changed[path] = size
                     ledger.used(path, size)
                 elif what == "gone":
+                    changed.pop(path, None)
+                    changed[path] = None
                     self.assertEqual(model.pop(path, 0), ledger.gone(path))
                 elif what == "reading":
                     read[path] = read.get(path, 0) + 1
@@ -110,13 +115,18 @@ class LedgerTests(SynchronousTestCase):
                     read[path] -= 1
                     ledger.reading(path, -1)
                 self.hold(ledger, model, read)
-            if turn == 0:
-                ledger.load(settled(counted), sum(size for _, size in counted), others)
-                meanwhile, model = model, dict(counted + others)
-                for path, size in meanwhile.items():
+            if turn < 2:
+                unknown = -sum(model.values())
+                model = dict(counted + others)
+                for path, new in changed.items():
                     model.pop(path, None)
-                    model[path] = size
+                    if new is not None:
+                        model[path] = new
+                unknown += sum(model.values())
+                self.assertEqual(unknown, ledger.load(settled(counted), sum(size for _, size in counted), others))
                 self.hold(ledger, model, read)
+                ledger.begin()
+                changed.clear()
 
     def hold(self, ledger: Ledger, model: dict[str, int], read: dict[str, int]) -> None:
         """

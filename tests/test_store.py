@@ -8,6 +8,8 @@ import errno
 import fcntl
 import os
 import stat
+from array import array
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.entries import ANSWERS_LIMIT, entry_name
 from ecrproxy.ingest import DigestMismatchError
-from ecrproxy.ledger import Ledger
+from ecrproxy.ledger import Ledger, Settled
 from ecrproxy.oci import Digest, Kind, Route, parse_route
 from ecrproxy.store import Store
 from tests import store_contract
@@ -665,6 +667,26 @@ class LedgerTests(SynchronousTestCase):
         self.assertEqual([("b", 1, False), ("c", 1, True), ("a", 1, False)], list(ledger.oldest()))
         ledger.reading("c", -1)
         self.assertEqual([("b", 1, False), ("c", 1, False), ("a", 1, False)], list(ledger.oldest()))
+
+    def test_two_hundred_thousand_files_are_few_bytes_each(self) -> None:
+        """
+        A large directory is counted compactly, and looked up and evicted from as a small one is.
+        """
+        count = 200_000
+        names = b"".join(b"\1" + number.to_bytes(32, "big") for number in range(count))
+        sizes, order = array("Q", range(count)), array("I", reversed(range(count)))
+        ledger = Ledger()
+        ledger.load(Settled(names, sizes, order), sum(sizes))
+        self.assertLess(len(names) + sizes.itemsize * count + order.itemsize * count + count, 50 * count)
+        path = f"entries/00/{123_456:064x}"
+        ledger.used(path, 1)
+        self.assertEqual((count, sum(sizes) - 123_455), (len(ledger), ledger.total))
+        oldest = [path for path, _, _ in islice(ledger.oldest(), 3)]
+        self.assertEqual([f"entries/00/{count - number:064x}" for number in (1, 2, 3)], oldest)
+        for each in oldest:
+            ledger.gone(each)
+        self.assertEqual(f"entries/00/{count - 4:064x}", next(ledger.oldest())[0])
+        self.assertEqual(path, list(ledger.oldest())[-1][0])
 
     def test_promises_are_taken_back(self) -> None:
         """

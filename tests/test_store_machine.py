@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.entries import Entry, entry_name
@@ -66,7 +67,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.store = Store(self.root, lambda: self.now)
         self.store.prepare()
         self.store.sweep()
-        self.janitor = Janitor(self.store, LIMIT, at_once)
+        self.janitor = Janitor(self.store, LIMIT, at_once, Clock())
         self.store.count()
         assert self.store.ledger.total == self.used(), "the count is not what the disk has"
         self.spoiled.clear()
