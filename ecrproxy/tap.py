@@ -48,6 +48,7 @@ from ecrproxy.metering import MeteredAgent
 from ecrproxy.metrics import Figures, LoopStall, Tally
 from ecrproxy.namespaces import Namespaces
 from ecrproxy.passwords import AT_ONCE, Passwords
+from ecrproxy.predecessors import notices
 from ecrproxy.proxy import PullThrough
 from ecrproxy.readings import of_cache, of_clients, of_loop, of_token, of_transfers, of_upstream
 from ecrproxy.relay import USED, FirstProcess, InnerRegistry, NoRoom, Relay, Teller, Used, WorkerRegistry
@@ -169,9 +170,11 @@ def makeService(options: Options) -> MultiService:
         post = Post.from_environ(os.environ)
         if post is not None:
             return build_worker(config, post, reactor)
+        for notice in notices(os.environ):
+            log.warn("{notice}", notice=notice)
         return build(config, reactor, _abandon, options.arguments())
     except ConfigError as problem:
-        _die(str(problem))
+        _die("; ".join([str(problem), *notices(os.environ)]))
 
 
 def _open_many_files() -> None:

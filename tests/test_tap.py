@@ -620,6 +620,16 @@ class BuildTests(TapCase):
         self.assertEqual([path], [server[0] for server in self.reactor.unixServers])
         self.assertIn(b"200 OK", answer(self.reactor, b"/healthz", 1))
 
+    def test_variables_of_another_proxy_are_noticed(self) -> None:
+        """
+        In the log, or in the line with which the daemon ends without what they were to say.
+        """
+        with capturedLogs() as events:
+            self.run_with(CACHE_KEY="$uri")
+        self.assertIn("PROXY_CACHE_KEY", " ".join(filter(None, map(formatEvent, events))))
+        del self.environ["PROXY_ECR_ENDPOINT"]
+        self.assertIn("UPSTREAM is set", self.dies(lambda: self.run_with(UPSTREAM="https://ecr.example")))
+
     def test_the_operators_port_is_of_this_machine_alone(self) -> None:
         """
         Figures are not for everybody, unless the operator says so.
