@@ -4,15 +4,20 @@ What the daemon listens on: made from the settings, and bound before anything el
 
 from __future__ import annotations
 
+import contextlib
 import socket
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from twisted.application.internet import StreamServerEndpointService
 from twisted.internet.defer import Deferred
-from twisted.internet.endpoints import TCP4ServerEndpoint, TCP6ServerEndpoint, serverFromString
+from twisted.internet.endpoints import SSL4ServerEndpoint, TCP4ServerEndpoint, TCP6ServerEndpoint, serverFromString
 from twisted.internet.error import CannotListenError
+from twisted.internet.interfaces import IOpenSSLContextFactory
 from twisted.logger import Logger
 from twisted.protocols.tls import TLSMemoryBIOFactory
+from zope.interface import implementer
 
 from ecrproxy.config import Config, ConfigError
 from ecrproxy.tls import Certificate, CertificateError
@@ -55,6 +60,22 @@ class Listening(StreamServerEndpointService):
         number: int = self._port.fileno()
         return number
 
+    def reread(self) -> bool:
+        """
+        Read key and certificate again, for new connections; what can't be used changes nothing.
+
+        @return: whether there is something new.
+        """
+        if not isinstance(self.endpoint, SecureEndpoint | DescribedSecureEndpoint):
+            return False
+        try:
+            self.endpoint.reread()
+        except ConfigError as problem:
+            log.error("{problem}; what was read before stays in use", problem=problem)
+            return False
+        log.info("{name}: key and certificate were read again", name=self._name)
+        return True
+
     def _bound(self, port: Any) -> Any:  # noqa: ANN401
         self._port = port
         if not self._accepts:
@@ -80,8 +101,19 @@ class SecureEndpoint:
     TLS on top of another endpoint.
     """
 
-    def __init__(self, endpoint: Any, certificate: Certificate) -> None:  # noqa: ANN401
-        self._endpoint, self._certificate = endpoint, certificate
+    def __init__(self, endpoint: Any, key: str, certificate: str, authorities: str | None) -> None:  # noqa: ANN401
+        self._endpoint, self._paths = endpoint, (key, certificate, authorities)
+        with _as_settings(*self._paths):
+            self._certificate = Certificate(*self._paths)
+
+    def reread(self) -> None:
+        """
+        Read the files again.
+
+        @raise ConfigError: if they can't be used.
+        """
+        with _as_settings(*self._paths):
+            self._certificate.reload()
 
     def listen(self, protocolFactory: Any) -> Deferred[IListeningPort]:  # noqa: ANN401
         """
@@ -91,6 +123,40 @@ class SecureEndpoint:
             TLSMemoryBIOFactory(self._certificate, isClient=False, wrappedFactory=protocolFactory)
         )
         return listening
+
+
+@implementer(IOpenSSLContextFactory)
+class DescribedSecureEndpoint:
+    """
+    The endpoint of an C{ssl:} string. Twisted reads its files once; they are read again by describing it once more.
+    """
+
+    def __init__(self, describe: Callable[[], Any]) -> None:
+        self._describe = describe
+        self._endpoint = describe()
+        self._contexts = self._endpoint._sslContextFactory  # noqa: SLF001 (there is no public way)
+        self._endpoint._sslContextFactory = self  # noqa: SLF001
+
+    def getContext(self) -> Any:  # noqa: ANN401
+        """
+        Give what a new connection is to be made with.
+        """
+        return self._contexts.getContext()
+
+    def listen(self, protocolFactory: Any) -> Deferred[IListeningPort]:  # noqa: ANN401
+        """
+        Listen, and speak TLS.
+        """
+        listening: Deferred[IListeningPort] = self._endpoint.listen(protocolFactory)
+        return listening
+
+    def reread(self) -> None:
+        """
+        Read the files again.
+
+        @raise ConfigError: if they can't be used.
+        """
+        self._contexts = self._describe()._sslContextFactory  # noqa: SLF001
 
 
 def endpoints(config: Config, reactor: Any) -> list[tuple[str, Any]]:  # noqa: ANN401
@@ -105,7 +171,7 @@ def endpoints(config: Config, reactor: Any) -> list[tuple[str, Any]]:  # noqa: A
     kind = TCP6ServerEndpoint if every == "::" else TCP4ServerEndpoint
     endpoint: Any = kind(reactor, config.port, backlog=BACKLOG, interface=every)
     if config.ssl_key is not None and config.ssl_certificate is not None:
-        endpoint = SecureEndpoint(endpoint, _certificate(config.ssl_key, config.ssl_certificate, config.client_ca))
+        endpoint = SecureEndpoint(endpoint, config.ssl_key, config.ssl_certificate, config.client_ca)
     return [(f"PROXY_PORT={config.port}", endpoint)]
 
 
@@ -122,16 +188,28 @@ def admin_endpoint(config: Config, reactor: Any) -> tuple[str, Any] | None:  # n
 def _described(text: str, reactor: Any, variable: str = "PROXY_LISTEN") -> Any:  # noqa: ANN401
     if isinstance(reactor, HandedDown) and text.startswith("systemd:"):
         return reactor  # systemd handed its sockets to the first process alone
+    describe = partial(_from_string, text, reactor, variable)
+    return DescribedSecureEndpoint(describe) if text.startswith("ssl:") else describe()
+
+
+def _from_string(text: str, reactor: Any, variable: str) -> Any:  # noqa: ANN401
     try:
-        return serverFromString(reactor, text)
+        endpoint: Any = serverFromString(reactor, text)
+        if isinstance(endpoint, SSL4ServerEndpoint):
+            endpoint._sslContextFactory.getContext()  # noqa: SLF001 (a pair that can't be used shows only here)
     except Exception as problem:
         why = str(problem) or type(problem).__name__
         raise ConfigError(f"{variable}={text!r}: {why}; give an endpoint string such as tcp:5000") from problem
+    return endpoint
 
 
-def _certificate(key: str, certificate: str, authorities: str | None) -> Certificate:
+@contextlib.contextmanager
+def _as_settings(key: str, certificate: str, authorities: str | None) -> Iterator[None]:
+    """
+    Tell of a certificate that can't be used as of the settings that named it.
+    """
     try:
-        return Certificate(key, certificate, authorities)
+        yield
     except CertificateError as problem:
         if problem.what == "authorities":
             what = f"PROXY_CLIENT_CA={authorities!r}"

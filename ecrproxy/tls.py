@@ -47,9 +47,20 @@ class Certificate:
     """
 
     def __init__(self, key_path: str, certificate_path: str, authorities_path: str | None = None) -> None:
-        self._context = _context(key_path, certificate_path)
+        self._paths = key_path, certificate_path, authorities_path
+        self.reload()
+
+    def reload(self) -> None:
+        """
+        Read the files again, for the connections that begin from now on.
+
+        @raise CertificateError: as at the start; then all is as it was.
+        """
+        key_path, certificate_path, authorities_path = self._paths
+        context = _context(key_path, certificate_path)
         if authorities_path is not None:
-            _ask_for_certificates(self._context, authorities_path)
+            _ask_for_certificates(context, authorities_path)
+        self._context = context
 
     def serverConnectionForTLS(self, tlsProtocol: TLSMemoryBIOProtocol) -> SSL.Connection:  # noqa: ARG002
         """

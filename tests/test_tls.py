@@ -272,6 +272,23 @@ class CertificateTests(SynchronousTestCase):
         names = [each.to_cryptography().subject.rfc4514_string() for each in asker.get_peer_cert_chain() or []]
         self.assertEqual(["CN=cache.test", "CN=middle"], names)
 
+    def test_files_are_read_again(self) -> None:
+        """
+        When they are told to be, for connections that begin then; what can't be used changes nothing.
+        """
+        certificate = Certificate(self.files.key, self.files.certificate)
+        protocol: Any = None
+        before = certificate.serverConnectionForTLS(protocol)
+        others = Files(self.files.folder / "others")
+        for path, other in ((self.files.key, others.key), (self.files.certificate, others.certificate)):
+            Path(path).write_bytes(Path(other).read_bytes())
+        certificate.reload()
+        shake(before, client(trusted=self.files.root))
+        shake(certificate.serverConnectionForTLS(protocol), client(trusted=others.root))
+        Path(self.files.key).write_bytes(b"nonsense")
+        self.assertRaises(CertificateError, certificate.reload)
+        shake(certificate.serverConnectionForTLS(protocol), client(trusted=others.root))
+
     def test_many_connections_share_one_certificate(self) -> None:
         """
         One that fails leaves the others alone.
