@@ -10,6 +10,8 @@ wait ten seconds for an answer to it.
 
 And it keeps the client within its L{Limits}: there is a time for a request's head, one between requests, and one for
 which a client may take nothing of its answer. Who runs out of one, or is a connection too many, is closed.
+
+When the daemon ends, the response that a client waits for is the last of its connection.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from twisted.internet.interfaces import ITCPTransport
 from twisted.internet.protocol import connectionDone
+from twisted.protocols.tls import TLSMemoryBIOProtocol
 from twisted.web.http import HTTPChannel
 
 from ecrproxy.limits import Crowd, Patience, counted
@@ -27,8 +30,12 @@ if TYPE_CHECKING:
     from twisted.python.failure import Failure
     from twisted.web.http import Request
 
+    from ecrproxy.ending import Connections
+
 LENGTH_DIGITS: Final = 18
 """More digits in a Content-Length are no length, but an attempt on C{int}."""
+FRESH_SECONDS: Final = 1
+"""How long a client that has just connected has for its one request when the daemon ends."""
 
 _TLS_HANDSHAKE = b"\x16"
 _HOST = re.compile(rb"[A-Za-z0-9._~!$&'()*+,;=%:\[\]-]*")
@@ -40,10 +47,12 @@ class StrictChannel(HTTPChannel):
     One client connection.
 
     @ivar crowd: all clients that are connected; the site sets it.
+    @ivar connections: all connections, which end with the daemon; the site sets it.
     @ivar patience: waits for the client to take what it is sent. Whoever sends past this channel begins and ends it.
     """
 
     crowd: Crowd
+    connections: Connections
     transport: Any
     _line = b""
     _fresh = True
@@ -57,6 +66,7 @@ class StrictChannel(HTTPChannel):
         self.patience = Patience(self.callLater, limits.send_seconds, self._slow_reader)
         if ITCPTransport.providedBy(self.transport):
             self.transport.setTcpKeepAlive(True)
+        self.connections.opened(self)
         super().connectionMade()
         self._enter()
 
@@ -83,6 +93,41 @@ class StrictChannel(HTTPChannel):
             self._address = None
         super().connectionLost(reason)
         self.patience.end()  # what is told of the end may have begun it again
+        self.connections.closed(self)
+
+    def end(self) -> None:
+        """
+        Close once the client has the response that it waits for, at once if it waits for none.
+        """
+        if self._fresh:
+            self.callLater(FRESH_SECONDS, self._end_unused)
+        elif not self.requests:
+            if not self._buffer:  # else a request has begun to come
+                self.loseConnection()
+        else:
+            self.persistent = False
+            for request in self.requests:
+                if not request.startedWriting:
+                    _say_last(request)
+
+    def _end_unused(self) -> None:
+        if self._fresh:
+            self.loseConnection()
+
+    def cut(self) -> None:
+        """
+        Close at once.
+        """
+        self.transport.abortConnection()
+
+    def checkPersistence(self, request: Request, version: bytes) -> bool:
+        """
+        Tell whether the connection goes on after this request.
+        """
+        if not self.connections.draining:
+            return bool(super().checkPersistence(request, version))
+        _say_last(request)
+        return False
 
     def dataReceived(self, data: bytes) -> None:
         """
@@ -140,12 +185,16 @@ class StrictChannel(HTTPChannel):
         self.patience.end()
         super().resumeProducing()
 
-    def loseConnection(self) -> Any:  # noqa: ANN401
+    def loseConnection(self) -> None:
         """
         Close, when the client has taken what was written.
         """
         self.patience.begin()
-        return super().loseConnection()
+        super().loseConnection()
+        if self.connections.draining and isinstance(self.transport, TLSMemoryBIOProtocol):
+            # Not every client answers TLS's goodbye while it has nothing to ask: that is not waited for.
+            below: Any = self.transport.transport
+            below.loseConnection()
 
     def lineReceived(self, line: bytes) -> None:
         """
@@ -218,3 +267,7 @@ class StrictChannel(HTTPChannel):
         length = b"Connection: close\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
         self.writeSequence([head, length, body])
         self.loseConnection()
+
+
+def _say_last(request: Request) -> None:
+    request.responseHeaders.setRawHeaders(b"Connection", [b"close"])

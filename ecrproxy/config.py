@@ -170,6 +170,13 @@ SETTINGS: Final[Sequence[Setting]] = (
         "processes that serve clients; auto for one a core",
     ),
     Setting(
+        "drain-seconds",
+        "PROXY_DRAIN_SECONDS",
+        parse_seconds,
+        "30",
+        "seconds that clients have for what they are being sent when the daemon ends",
+    ),
+    Setting(
         "read-ahead",
         "PROXY_READ_AHEAD",
         parse_flag,
@@ -298,6 +305,7 @@ class Config:
     admin_listen: str | None
     tag_ttl: float
     worker_processes: int
+    drain_seconds: float
     read_ahead: bool
     blob_connections: int
     bucket_connections: int

@@ -13,6 +13,7 @@ from twisted.web.server import Request, Site
 
 from ecrproxy.access_log import AccessLog
 from ecrproxy.channel import StrictChannel
+from ecrproxy.ending import Connections
 from ecrproxy.limits import Crowd, Limits
 from ecrproxy.metrics import Tally
 from ecrproxy.web import Door, Health, Missing, address, path
@@ -56,6 +57,7 @@ def make_site(
     logged: bool = True,
     others: Mapping[bytes, Resource] | None = None,
     requests: Tally | None = None,
+    connections: Connections | None = None,
 ) -> RegistrySite:
     """
     Build the Resource tree and what serves it.
@@ -65,6 +67,7 @@ def make_site(
     @param logged: whether requests are.
     @param others: what else there is, by its name at the top.
     @param requests: where they are counted, if they are.
+    @param connections: is told of the connections.
     """
     root = Root()
     root.putChild(b"v2", registry)
@@ -73,7 +76,9 @@ def make_site(
     root.putChild(b"readyz", ready)
     for name, resource in (others or {}).items():
         root.putChild(name, resource)
-    return RegistrySite(root, reactor, crowd or Crowd(Limits()), logged=logged, requests=requests)
+    return RegistrySite(
+        root, reactor, crowd or Crowd(Limits()), logged=logged, requests=requests, connections=connections
+    )
 
 
 class RegistryRequest(Request):
@@ -109,10 +114,11 @@ class RegistrySite(Site):
         *,
         logged: bool = True,
         requests: Tally | None = None,
+        connections: Connections | None = None,
     ) -> None:
         idle = crowd.limits.idle_seconds or None
         super().__init__(resource, reactor=reactor, timeout=idle, parsePOSTFormSubmission=False)
-        self.crowd = crowd
+        self.crowd, self.connections = crowd, Connections() if connections is None else connections
         self._access_log = AccessLog(reactor) if logged else None
         self._requests = requests
 
@@ -121,7 +127,7 @@ class RegistrySite(Site):
         Make what serves a client's connection.
         """
         channel: Any = super().buildProtocol(addr)
-        channel.crowd = self.crowd
+        channel.crowd, channel.connections = self.crowd, self.connections
         return channel
 
     def acceptableProtocols(self) -> list[bytes]:

@@ -11,6 +11,7 @@ import os
 import resource
 import secrets
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -36,6 +37,7 @@ from ecrproxy.clients import Admission
 from ecrproxy.config import ADMIN_LISTEN, SETTINGS, Config, ConfigError, Setting
 from ecrproxy.connections import UpstreamAgent, connection_pool
 from ecrproxy.ecr import CredentialsError, Token, TokenService, fetch_token
+from ecrproxy.ending import Connections, Drain, InOrder, Signals
 from ecrproxy.endpoint import Endpoint
 from ecrproxy.governor import Governor
 from ecrproxy.htpasswd import HtpasswdError
@@ -186,7 +188,7 @@ def _open_many_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-class Daemon(MultiService):
+class Daemon(InOrder):
     """
     All parts of the daemon. What keeps it from listening is one line.
     """
@@ -223,25 +225,27 @@ def build(
     pull_through = PullThrough(
         upstream, cache, disk.call, time.time, tag_ttl=config.tag_ttl, lanes=lanes, read_ahead=config.read_ahead
     )
-    ready = Ready(partial(_reasons, tokens, store, disk.call))
+    connections = Connections()
+    ready = Ready(partial(_reasons, tokens, store, disk.call, connections))
     judging = Threads(1, reactor)
     shape = (Namespaces(config.namespace_pattern, judging.call), config.cache_key, disk.call)
     registry = Registry(pull_through, *shape, _admission(config, reactor, service))
     crowd = Crowd(config.limits)
-    site = make_site(registry, ready, reactor, crowd=crowd, requests=figures.requests)
+    site = make_site(registry, ready, reactor, crowd=crowd, requests=figures.requests, connections=connections)
     figures.watch(*of_cache(store, janitor), *of_token(tokens), *of_transfers(pull_through), *of_loop(stall))
     figures.watch(*of_clients(crowd))
     for part in (disk, judging, janitor, tokens, stall):
         part.setServiceParent(service)
     several = config.worker_processes > 1
     listening = [Listening(name, endpoint, site, accepts=not several) for name, endpoint in endpoints(config, reactor)]
-    for each in listening:
-        each.setServiceParent(service)
+    workers = None
     if several:
         inner = partial(
             make_site, InnerRegistry(pull_through, *shape), ready, others={USED: Used(store.ledger, figures.requests)}
         )
-        _share_work(config.worker_processes, inner, listening, arguments, service, reactor)
+        workers = _share_work(config, inner, listening, arguments, service, reactor)
+    drain = Drain(connections, config.drain_seconds, reactor)
+    _face_clients(drain, listening, partial(_reread, listening, workers), _leave, service, reactor)
     _serve_admin(config, make_admin_site(figures, ready, reactor), service, reactor)
     return service
 
@@ -261,13 +265,13 @@ def _upstream(config: Config, tokens: TokenService, figures: Figures, reactor: A
 
 
 def _share_work(
-    processes: int,
+    config: Config,
     make_inner: Callable[..., RegistrySite],
     listening: Sequence[Listening],
     arguments: Sequence[str],
     service: MultiService,
     reactor: Any,  # noqa: ANN401
-) -> None:
+) -> Workers:
     """
     Have workers serve the clients, and this process the workers.
     """
@@ -276,7 +280,24 @@ def _share_work(
     path = str(Path(folder) / "first")
     inner = make_inner(reactor=reactor, crowd=Crowd(BOUNDLESS), logged=False)
     Listening(path, UNIXServerEndpoint(reactor, path, mode=0o600), inner).setServiceParent(service)
-    Workers(processes, listening, path, arguments, reactor).setServiceParent(service)
+    workers = Workers(config.worker_processes, listening, path, arguments, reactor, drain=config.drain_seconds)
+    workers.setServiceParent(service)
+    return workers
+
+
+def _face_clients(
+    drain: Drain,
+    listening: Sequence[Listening],
+    reread: Callable[[], None],
+    at_once: Callable[[int], object],
+    service: MultiService,
+    reactor: Any,  # noqa: ANN401
+) -> None:
+    """
+    Let clients in, and signals. Whatever responses need comes before this, for the last are the first to stop.
+    """
+    for part in (drain, *listening, Signals(reactor, partial(_stop, reactor), at_once, reread)):
+        part.setServiceParent(service)
 
 
 def _serve_admin(config: Config, site: RegistrySite, service: MultiService, reactor: Any) -> None:  # noqa: ANN401
@@ -298,6 +319,22 @@ def _count_steadily(reactor: Any) -> None:  # noqa: ANN401
     """
     if isinstance(reactor, ReactorBase):
         reactor.seconds = time.monotonic  # (timers ask the instance, in each reactor)
+
+
+def _reread(listening: Sequence[Listening], workers: Workers | None) -> None:
+    """
+    Read certificates again, here and in the workers.
+    """
+    news = [each.reread() for each in listening]
+    if workers is not None and any(news):
+        workers.reread()
+
+
+def _leave(number: int) -> NoReturn:
+    """
+    End now, with the status that shells give to an end by a signal: a container's first process can't kill itself.
+    """
+    os._exit(128 + number)
 
 
 def _fetch(config: Config) -> Token:
@@ -323,14 +360,28 @@ def build_worker(config: Config, post: Post, reactor: Any) -> MultiService:  # n
     judging = Threads(1, reactor)
     shape = (Namespaces(config.namespace_pattern, judging.call), config.cache_key, disk.call)
     registry = WorkerRegistry(cache, config.tag_ttl, relay, *shape, _admission(config, reactor, service))
-    requests = Tally()
-    site = make_site(registry, relay, reactor, crowd=Crowd(config.limits), requests=requests)
+    requests, connections = Tally(), Connections()
+    crowd = Crowd(config.limits)
+    site = make_site(registry, relay, reactor, crowd=crowd, requests=requests, connections=connections)
     for part in (disk, judging, Teller(first, notes.take, requests, reactor)):
         part.setServiceParent(service)
-    for name, endpoint in endpoints(config, HandedDown(reactor, post.sockets)):
-        Listening(name, endpoint, site).setServiceParent(service)
-    reactor.addReader(StandardInput(partial(_stop, reactor)))
+    listening = [
+        Listening(name, endpoint, site) for name, endpoint in endpoints(config, HandedDown(reactor, post.sockets))
+    ]
+    drain = Drain(connections, config.drain_seconds, reactor)
+    # A service manager may tell all processes to end, and the first process each worker once more.
+    _face_clients(drain, listening, partial(_reread, listening, None), lambda _: None, service, reactor)
+    reactor.addReader(StandardInput(partial(_orphaned, connections, reactor)))
     return service
+
+
+def _orphaned(connections: Connections, reactor: Any) -> None:  # noqa: ANN401
+    """
+    End a worker whose first process has gone.
+    """
+    if connections.draining:
+        _leave(signal.SIGTERM)
+    _stop(reactor)
 
 
 def _stop(reactor: Any) -> None:  # noqa: ANN401
@@ -338,11 +389,12 @@ def _stop(reactor: Any) -> None:  # noqa: ANN401
         reactor.stop()
 
 
-async def _reasons(tokens: TokenService, store: Store, in_thread: InThread) -> list[str]:
+async def _reasons(tokens: TokenService, store: Store, in_thread: InThread, connections: Connections) -> list[str]:
     """
     Say what keeps the daemon from its work.
     """
-    found = [f"no token: {problem}"] if (problem := tokens.problem()) else []
+    found = ["draining: the daemon ends"] if connections.draining else []
+    found += [f"no token: {problem}"] if (problem := tokens.problem()) else []
     return found + await in_thread(store.reasons)
 
 

@@ -38,7 +38,8 @@ FIRST_FD: Final = 3
 BACKLOG: Final = 1024
 """Connections that the kernel may keep waiting for a listening socket."""
 RESTART_SECONDS: Final = 1.0
-END_SECONDS: Final = 10.0
+END_SECONDS: Final = 3.0
+"""How long a worker may take to end once its clients had their time."""
 _TWISTD: Final = "from twisted.scripts.twistd import run; run()"
 _SECRET: Final = re.compile(r"AWS_.*(KEY|TOKEN|SECRET)")
 
@@ -76,6 +77,7 @@ class Workers(Service):
 
     @param listening: tells the file descriptors to hand down, once they are bound.
     @param arguments: the daemon's own flags.
+    @param drain: how long workers leave their clients when they end.
     """
 
     def __init__(
@@ -85,8 +87,10 @@ class Workers(Service):
         path: str,
         arguments: Sequence[str],
         reactor: Any,  # noqa: ANN401
+        *,
+        drain: float,
     ) -> None:
-        self._count, self._listening, self._path = count, listening, path
+        self._count, self._listening, self._path, self._drain = count, listening, path, drain
         self._arguments, self._reactor = list(arguments), reactor
         self._workers: set[_Worker] = set()
         self._restarts: set[IDelayedCall] = set()
@@ -106,7 +110,14 @@ class Workers(Service):
         for restart in self._restarts:
             if restart.active():
                 restart.cancel()
-        return DeferredList([worker.end() for worker in self._workers])
+        return DeferredList([worker.end(self._drain + END_SECONDS) for worker in self._workers])
+
+    def reread(self) -> None:
+        """
+        Have them read again what they serve with.
+        """
+        for worker in self._workers:
+            worker.signal("HUP")
 
     def _start(self) -> None:
         sockets = [each.fileno() for each in self._listening]
@@ -148,15 +159,22 @@ class _Worker(ProcessProtocol):
         self._gone: Deferred[None] = Deferred()
         self._limit: IDelayedCall | None = None
 
-    def end(self) -> Deferred[None]:
+    def signal(self, name: str) -> None:
         """
-        End it; by force if it takes too long.
+        Send it a signal, if it is there.
+        """
+        if self.transport is not None and self.transport.pid is not None:
+            self.transport.signalProcess(name)
+
+    def end(self, seconds: float) -> Deferred[None]:
+        """
+        End it; by force if it takes longer.
         """
         if self.transport is None:  # it never began
             self._gone.callback(None)
         elif self.transport.pid is not None:
-            self.transport.signalProcess("TERM")
-            self._limit = self._reactor.callLater(END_SECONDS, self.transport.signalProcess, "KILL")
+            self.signal("TERM")
+            self._limit = self._reactor.callLater(seconds, self.signal, "KILL")
         return self._gone
 
     def processEnded(self, reason: Failure) -> None:

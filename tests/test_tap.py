@@ -40,6 +40,7 @@ from tests.test_ecr import KEYS, FakeAws
 from tests.test_htpasswd import line
 from tests.test_tls import Files, Tcp, client, shake_with, subject_of
 
+ADDRESS = IPv4Address("TCP", "192.0.2.1", 40000)
 ECR = "https://123456789012.dkr.ecr.eu-west-1.amazonaws.com"
 
 
@@ -427,6 +428,22 @@ class CredentialsTests(TapCase):
         aws.grants()
         self.reactor.pump([1.0] * 5)
         self.assertIn(b"200 OK", answer(self.reactor, b"/readyz"))
+
+    def test_a_daemon_that_ends_is_not_ready(self) -> None:
+        """
+        Whoever still has a connection is told so.
+        """
+        FakeAws(self, KEYS).grants()
+        service = self.run_with(**os.environ)
+        service.privilegedStartService()
+        service.startService()
+        factory: Any = self.reactor.tcpServers[0][1]
+        factory.buildProtocol(ADDRESS).makeConnection(Tcp())
+        ending = service.stopService()
+        not_ready = answer(self.reactor, b"/readyz")
+        self.assertIn(b"503 Service", not_ready)
+        self.assertIn(b"draining", not_ready)
+        self.assertNoResult(ending)
 
     def test_a_cache_that_cannot_be_written_any_more_is_not_ready(self) -> None:
         """

@@ -37,6 +37,7 @@ from ecrproxy.workers import (
 from tests.store_contract import scratch
 from tests.test_tls import Files
 
+DRAIN = 20.0
 HANDED = 700
 """Where the sockets that were handed down begin in these tests: nothing else has such numbers here."""
 
@@ -131,7 +132,7 @@ class WorkersTestCase(SynchronousTestCase):
         """
         Make workers that were not started.
         """
-        return Workers(count, [Bound(11), Bound(7)], "/run/x/first", arguments, self.reactor)
+        return Workers(count, [Bound(11), Bound(7)], "/run/x/first", arguments, self.reactor, drain=DRAIN)
 
 
 class StartTests(WorkersTestCase):
@@ -279,11 +280,11 @@ class EndTests(WorkersTestCase):
 
     def test_is_forced_after_a_while(self) -> None:
         """
-        A worker that is still there ten seconds later is killed; those that have ended are left alone.
+        A worker that is still there after its clients had their time is killed; those that have ended are left alone.
         """
         stopping = self.workers.stopService()
         self.reactor.spawned[0].end(ProcessDone(0))
-        self.reactor.advance(END_SECONDS - 0.1)
+        self.reactor.advance(DRAIN + END_SECONDS - 0.1)
         self.assertEqual([["TERM"]] * 3, [process.signals for process in self.reactor.spawned])
         self.reactor.advance(0.1)
         self.assertEqual(
@@ -293,7 +294,15 @@ class EndTests(WorkersTestCase):
         for process in self.reactor.running:
             process.end(ProcessTerminated(None, 9))
         self.successResultOf(stopping)
-        self.assertEqual(10.0, END_SECONDS)
+        self.assertEqual(3.0, END_SECONDS)
+
+    def test_is_not_what_sighup_asks_for(self) -> None:
+        """
+        It is handed on to the workers that are there, who read their certificates again.
+        """
+        self.reactor.spawned[0].end()
+        self.workers.reread()
+        self.assertEqual([[], ["HUP"], ["HUP"]], [process.signals for process in self.reactor.spawned])
 
     def test_starts_no_others(self) -> None:
         """

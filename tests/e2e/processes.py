@@ -55,12 +55,37 @@ def eventually(holds: Callable[[], bool], what: str, seconds: float = 30.0) -> N
         time.sleep(0.02)
 
 
+def children(pid: int) -> list[int]:
+    """
+    List the processes that a process has started.
+    """
+    return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def alive(pid: int) -> bool:
+    """
+    Say whether a process is there, and not only its remains.
+    """
+    try:
+        return " Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+
+
 class Process:
     """
     One running program, whose output goes to a file.
     """
 
-    def __init__(self, argv: Sequence[str | Path], env: Mapping[str, str], output: Path, cwd: Path) -> None:
+    def __init__(
+        self,
+        argv: Sequence[str | Path],
+        env: Mapping[str, str],
+        output: Path,
+        cwd: Path,
+        *,
+        inherits: Sequence[int] = (),
+    ) -> None:
         self.name, self.output = output.stem, output
         with output.open("ab") as sink:
             self._popen = subprocess.Popen(
@@ -72,6 +97,7 @@ class Process:
                 stderr=subprocess.STDOUT,
                 # A signal that is meant for pytest is not meant for these.
                 start_new_session=True,
+                pass_fds=inherits,
             )
 
     @property
@@ -113,8 +139,20 @@ class Process:
         """
         Ask the program to end, and give its exit status.
         """
+        self.send(signal.SIGTERM)
+        return self.wait(seconds)
+
+    def send(self, number: signal.Signals) -> None:
+        """
+        Send a signal, unless the program has ended.
+        """
         if self.status is None:
-            os.kill(self.pid, signal.SIGTERM)
+            os.kill(self.pid, number)
+
+    def wait(self, seconds: float) -> int:
+        """
+        Wait for its end, and give its exit status.
+        """
         return self._popen.wait(seconds)
 
     def kill(self) -> None:

@@ -18,9 +18,9 @@ from .chain import Chain, Equipment
 from .clients import CommandError, Docker, Skopeo
 from .conftest import MakeChain
 from .images import Images
-from .processes import free_port
+from .processes import children, free_port
 from .test_pull import reference
-from .test_workers import children, wait_for_workers
+from .test_workers import wait_for_workers
 
 PASSWORD = "canary-of-a-password"
 AWS_SECRET = "canary-of-an-aws-secret"
