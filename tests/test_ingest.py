@@ -7,11 +7,13 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 import struct
+import tempfile
 import zlib
 from pathlib import Path
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
@@ -237,10 +239,11 @@ class ResumeTests(IngestTests):
         A file that got its name in the moment before it was locked is nobody's to write to.
         """
         path = self.left_over((0, 1000))
-        moved, flock = scratch(self), fcntl.flock
+        moved, flock, locks = scratch(self), fcntl.flock, []
 
         def late(fd: int, operation: int) -> None:
-            if path.exists():
+            locks.append(fd)
+            if len(locks) == 2:  # it has been looked at, and is about to be taken
                 path.rename(moved)
             flock(fd, operation)
 
@@ -307,6 +310,46 @@ class ResumeTests(IngestTests):
         self.assertEqual(1000, writer.hashed)
         writer.leave()
         self.assertEqual([], self.names())
+
+
+class CrashTests(SynchronousTestCase):
+    """
+    Transfers that are interrupted again and again.
+    """
+
+    @settings(max_examples=25, deadline=None)
+    @given(st.lists(st.tuples(st.integers(0, SIZE - 1), st.integers(1, SIZE), st.booleans()), max_size=12))
+    def test_come_to_the_whole_in_the_end(self, writes: list[tuple[int, int, bool]]) -> None:
+        """
+        Whatever was written, in whatever order, before each crash: what is missing is all that has to come.
+        """
+        folder = tempfile.mkdtemp(prefix="ecrproxy-")
+        try:
+            store = Store(Path(folder), lambda: START)
+            store.prepare()
+            ingest, came = store.arriving, 0
+            writer = ingest.begin(DIGEST, SIZE)
+            for near, length, crashes in writes:
+                start, stop = next((gap for gap in writer.gaps if gap[1] > near), writer.gaps[-1])
+                start = max(start, min(near, stop - 1))
+                stop = min(stop, start + length)
+                if crashes or stop - start == writer.missing:
+                    writer.close()
+                    writer = ingest.resume(DIGEST, SIZE) or ingest.begin(DIGEST, SIZE)
+                    continue
+                writer.write(start, [DATA[start:stop]])
+                came += stop - start
+                self.assertEqual(SIZE - came, writer.missing)
+            for start, stop in writer.gaps:
+                writer.write(start, [DATA[start:stop]])
+            while writer.catch_up():
+                pass
+            writer.commit()
+            writer.close()
+            self.assertEqual(DATA, read(store, DIGEST, SIZE))
+            self.assertEqual([], list(ingest.folder.iterdir()))
+        finally:
+            shutil.rmtree(folder)
 
 
 class LeftOverTests(IngestTests):
