@@ -68,6 +68,9 @@ class Locator(Protocol):
     async def fetch(self, url: str, route: Route, span: str) -> tuple[str, IResponse]:
         """Ask for bytes there."""
 
+    async def pause(self, breaks: int) -> None:
+        """Wait before asking again for bytes that did not come."""
+
 
 class Blob:
     """
@@ -100,10 +103,14 @@ class Blob:
         self.size, self.first = self._understand(response, start)
         self.ranged = response.code == 206  # noqa: PLR2004
 
-    async def open(self, start: int, stop: int | None) -> Stretch:
+    async def open(self, start: int, stop: int | None, breaks: int = 0) -> Stretch:
         """
         Ask for the bytes from C{start} to C{stop}; an URL that is refused, as expired ones are, is asked for again.
+
+        @param breaks: how often in a row they were asked for, and none came: then the next time can wait.
         """
+        if breaks:
+            await self._upstream.pause(breaks)
         span = _span(start, stop)
         response = await self._ask(span)
         if response.code in (400, 401, 403, 404, 410):

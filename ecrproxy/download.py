@@ -207,7 +207,7 @@ class Download:
             self._inflows.add(inflow)
             reached = start
             try:
-                inflow.begin(stretch or await self._open(blob, start, stop))
+                inflow.begin(stretch or await self._open(blob, start, stop, barren))
                 while (stop is None or reached < stop) and (batch := await inflow.batch()):
                     reached = await self._write(reached, stop, batch)
                 problem: Exception = ShortBodyError(f"the connection ended at byte {reached} of {self.digest}")
@@ -227,8 +227,8 @@ class Download:
             log.info("Going on with {digest} at byte {at}: {problem}", digest=self.digest, at=reached, problem=problem)
             start, stretch = reached, None
 
-    async def _open(self, blob: Blob, start: int, stop: int | None) -> Stretch:
-        opening = Deferred.fromCoroutine(blob.open(start, stop))
+    async def _open(self, blob: Blob, start: int, stop: int | None, breaks: int) -> Stretch:
+        opening = Deferred.fromCoroutine(blob.open(start, stop, breaks))
         self._openings.add(opening)
         try:
             return await opening

@@ -73,8 +73,8 @@ class Blob(Protocol):
     def ranged(self) -> bool:
         """Tell whether parts of it can be had."""
 
-    async def open(self, start: int, stop: int | None) -> Stretch:
-        """Ask for more of it."""
+    async def open(self, start: int, stop: int | None, breaks: int = 0) -> Stretch:
+        """Ask for more of it, which was asked for in vain C{breaks} times in a row."""
 
 
 class Lanes:

@@ -177,6 +177,12 @@ class Upstream:
             url = _target(url, header(response, "Location"))
         raise UnavailableError(502, "UNAVAILABLE", f"ECR redirects more than {REDIRECTS} times for {route.reference}")
 
+    async def pause(self, breaks: int) -> None:
+        """
+        Wait before asking again for bytes that did not come C{breaks} times in a row.
+        """
+        await self._wire.pause(breaks)
+
     async def page(self, route: Route) -> Page:
         """
         Fetch a page of tags or referrers.

@@ -25,7 +25,7 @@ from zope.interface import implementer
 
 from ecrproxy.bucket import Drop, UnavailableError, describe, first_cause, header
 from ecrproxy.oci import RegistryError
-from ecrproxy.retries import TRANSIENT_STATUSES, Budget, TransientError, Tries, asked_wait, failure
+from ecrproxy.retries import FIRST_WAIT, TRANSIENT_STATUSES, Budget, TransientError, Tries, asked_wait, failure
 
 if TYPE_CHECKING:
     from twisted.internet.interfaces import IReactorTime
@@ -136,6 +136,12 @@ class Wire:
                 self.retried += 1
                 log.info("Asking again in {wait:.1f} s: {problem}", wait=wait, problem=problem.message)
             await deferLater(self.clock, wait)
+
+    async def pause(self, breaks: int) -> None:
+        """
+        Wait before asking for more of a body that broke off C{breaks} times in a row without bringing anything.
+        """
+        await deferLater(self.clock, self._chance() * FIRST_WAIT * 2.0 ** (breaks - 1))
 
     async def request(self, method: str, url: str, headers: Headers, seconds: float = HEADER_SECONDS) -> IResponse:
         """

@@ -93,7 +93,7 @@ class Source:
         self.refuses: Exception | None = None
         self.late: list[Deferred[None]] | None = None
 
-    async def open(self, start: int, stop: int | None) -> Tap:
+    async def open(self, start: int, stop: int | None, breaks: int = 0) -> Tap:
         if self.late is not None:
             self.late.append(Deferred())
             await self.late[-1]

@@ -229,6 +229,29 @@ class BrokenLaneTests(RangesTestCase):
         self.assertWhole(self.get(self.path), DATA, "MISS")
         self.assertEqual((SIZE, []), (self.standin.bytes_sent, self.files("ingest")))
 
+    def test_that_brings_nothing_is_not_asked_for_at_once(self) -> None:
+        """
+        A connection that breaks without a byte is made again after a second, and then two, at most; one that brought
+        something at once.
+        """
+        self.start(lanes=Lanes(1), chance=1)
+        self.standin.hold(self.digest)
+        reply = self.get(self.path)
+        self.standin.deliver(self.digest, 1000)
+        self.flush()
+        for wait in (0, 1, 2):
+            asked = self.standin.count("bucket")
+            self.standin.cut(self.digest)
+            self.flush()
+            if wait:
+                self.pass_time(wait - 0.5)
+                self.assertEqual(asked, self.standin.count("bucket"))
+                self.pass_time(0.5)
+            self.assertEqual(asked + 1, self.standin.count("bucket"))
+        self.standin.release(self.digest)
+        self.flush()
+        self.assertWhole(reply, DATA)
+
     def test_that_is_silent_is_replaced(self) -> None:
         """
         A lane that brings nothing for 30 seconds is closed and its part asked for again.
