@@ -82,3 +82,13 @@ class Admission:
             )
         if self._passwords is not None:
             await self._passwords.admit(caller.address, caller.authorization)
+
+    def reread(self) -> bool:
+        """
+        Read the passwords again, whether or not their file seems to have changed.
+
+        @return: whether there are any.
+        """
+        if self._passwords is not None:
+            self._passwords.reread()
+        return self._passwords is not None

@@ -30,7 +30,7 @@ from ecrproxy.flights import Flights
 from ecrproxy.htpasswd import HtpasswdError, read_users, signature
 from ecrproxy.limits import counted
 from ecrproxy.oci import RegistryError
-from ecrproxy.threads import InThread
+from ecrproxy.threads import InThread, on_its_own
 
 if TYPE_CHECKING:
     from twisted.internet.interfaces import IReactorTime
@@ -187,11 +187,11 @@ class Passwords(Service):
                 429, "TOOMANYREQUESTS", "too many wrong passwords from your address", {"Retry-After": str(seconds)}
             )
 
-    def reread(self) -> Deferred[None]:
+    def reread(self) -> None:
         """
         Read the file again; one that can't be used is told in the log, and what was read before stays.
         """
-        return Deferred.fromCoroutine(self._reread())
+        on_its_own(self._reread())
 
     def _look(self) -> Deferred[None]:
         return Deferred.fromCoroutine(self._look_at_file())

@@ -229,7 +229,8 @@ def build(
     ready = Ready(partial(_reasons, tokens, store, disk.call, connections))
     judging = Threads(1, reactor)
     shape = (Namespaces(config.namespace_pattern, judging.call), config.cache_key, disk.call)
-    registry = Registry(pull_through, *shape, _admission(config, reactor, service))
+    admission = _admission(config, reactor, service)
+    registry = Registry(pull_through, *shape, admission)
     crowd = Crowd(config.limits)
     site = make_site(registry, ready, reactor, crowd=crowd, requests=figures.requests, connections=connections)
     figures.watch(*of_cache(store, janitor), *of_token(tokens), *of_transfers(pull_through), *of_loop(stall))
@@ -245,7 +246,7 @@ def build(
         )
         workers = _share_work(config, inner, listening, arguments, service, reactor)
     drain = Drain(connections, config.drain_seconds, reactor)
-    _face_clients(drain, listening, partial(_reread, listening, workers), _leave, service, reactor)
+    _face_clients(drain, listening, partial(_reread, [*listening, admission], workers), _leave, service, reactor)
     _serve_admin(config, make_admin_site(figures, ready, reactor), service, reactor)
     return service
 
@@ -321,11 +322,11 @@ def _count_steadily(reactor: Any) -> None:  # noqa: ANN401
         reactor.seconds = time.monotonic  # (timers ask the instance, in each reactor)
 
 
-def _reread(listening: Sequence[Listening], workers: Workers | None) -> None:
+def _reread(parts: Sequence[Listening | Admission], workers: Workers | None) -> None:
     """
-    Read certificates again, here and in the workers.
+    Read certificates and passwords again, here and in the workers.
     """
-    news = [each.reread() for each in listening]
+    news = [each.reread() for each in parts]
     if workers is not None and any(news):
         workers.reread()
 
@@ -359,7 +360,8 @@ def build_worker(config: Config, post: Post, reactor: Any) -> MultiService:  # n
     relay = Relay(first)
     judging = Threads(1, reactor)
     shape = (Namespaces(config.namespace_pattern, judging.call), config.cache_key, disk.call)
-    registry = WorkerRegistry(cache, config.tag_ttl, relay, *shape, _admission(config, reactor, service))
+    admission = _admission(config, reactor, service)
+    registry = WorkerRegistry(cache, config.tag_ttl, relay, *shape, admission)
     requests, connections = Tally(), Connections()
     crowd = Crowd(config.limits)
     site = make_site(registry, relay, reactor, crowd=crowd, requests=requests, connections=connections)
@@ -370,7 +372,7 @@ def build_worker(config: Config, post: Post, reactor: Any) -> MultiService:  # n
     ]
     drain = Drain(connections, config.drain_seconds, reactor)
     # A service manager may tell all processes to end, and the first process each worker once more.
-    _face_clients(drain, listening, partial(_reread, listening, None), lambda _: None, service, reactor)
+    _face_clients(drain, listening, partial(_reread, [*listening, admission], None), lambda _: None, service, reactor)
     reactor.addReader(StandardInput(partial(_orphaned, connections, reactor)))
     return service
 

@@ -77,7 +77,8 @@ class AdmissionTests(DaemonTestCase):
             path.write_bytes(line("ann", "client canary"))
             self.addCleanup(path.unlink)
             asking = Passwords(str(path), at_once, self.clock, b"key")
-        self.start(admission=Admission(networks, certificates=certificates, passwords=asking)).shown = ""
+        self.admission = Admission(networks, certificates=certificates, passwords=asking)
+        self.start(admission=self.admission).shown = ""
 
     def test_a_password_is_asked_for_everywhere_under_v2(self) -> None:
         """
@@ -188,6 +189,17 @@ class AdmissionTests(DaemonTestCase):
         self.daemon.front.certificate = object()
         self.assertEqual(401, self.get(self.by_tag).code)
         self.assertEqual(200, self.get(self.by_tag, Authorization=ANN).code)
+
+    def test_passwords_are_read_again_when_told(self) -> None:
+        """
+        At once, as SIGHUP has it; where there are none, there is nothing to read.
+        """
+        self.protect(passwords=True)
+        self.assertEqual(200, self.get("/v2/", Authorization=ANN).code)
+        Path(self.root.parent, f"{self.root.name}.htpasswd").write_bytes(line("bob", "client canary"))
+        self.assertTrue(self.admission.reread())
+        self.assertEqual(401, self.get("/v2/", Authorization=ANN).code)
+        self.assertFalse(Admission().reread())
 
 
 class WorkerAdmissionTests(RelayTestCase):
