@@ -191,7 +191,8 @@ class Upstream:
         """
         reply = _whole(await self._endpoint.ask(Question("GET", route, query=upstream_query(route), limit=LIST_LIMIT)))
         response = reply.response
-        link = _NEXT.search(", ".join(response.headers.getRawHeaders("Link", [])))
+        links = b", ".join(response.headers.getRawHeaders(b"Link", []))
+        link = _NEXT.search(links.decode("latin-1"))
         following = urlsplit(link[1]).query if link else None
         content_type = header(response, "Content-Type") or "application/json"
         return Page(content_type, reply.body, following, header(response, "OCI-Filters-Applied"))

@@ -269,7 +269,7 @@ class Door(Answering):
         """
         Understand a request for content.
         """
-        accept = accepted_types(cast(list[str], request.requestHeaders.getRawHeaders("Accept", [])))
+        accept = accepted_types(fields(request, b"Accept"))
         key = self._cache_key.expand(route, asker_of(request))
         return Asked(route, key, accept, head=request.method == b"HEAD")
 
@@ -281,7 +281,7 @@ class Door(Answering):
         request.setHeader("Docker-Content-Digest", str(answer.digest))
         request.setHeader("ETag", etag)
         request.setHeader("X-Cache-Status", answer.status.value)
-        if matches(request.getHeader("If-None-Match"), etag):
+        if matches(field(request, b"If-None-Match"), etag):
             _let_go(answer)
             begin(request, NOT_MODIFIED)
             request.finish()
@@ -397,10 +397,9 @@ def _wanted(request: Request, etag: str) -> str | None:
     """
     Give the Range header, if it counts: RFC 9110, 13.1.5 and 14.2.
     """
-    if request.method != b"GET" or request.getHeader("If-Range") not in (None, etag):
+    if request.method != b"GET" or field(request, b"If-Range") not in (None, etag):
         return None
-    wanted: str | None = request.getHeader("Range")
-    return wanted
+    return field(request, b"Range")
 
 
 def _first_byte(request: Request, etag: str) -> int:
@@ -423,6 +422,21 @@ def _own_query(route: Route, query: str) -> str:
     return "&".join(f"{name}={values[name]}" for name in names)
 
 
+def fields(request: Request, name: bytes) -> list[str]:
+    """
+    Give the values of a header, which may be any bytes: RFC 9110, 5.5. Asked for by text, Twisted takes them for UTF-8.
+    """
+    return [value.decode("latin-1") for value in request.requestHeaders.getRawHeaders(name, [])]
+
+
+def field(request: Request, name: bytes) -> str | None:
+    """
+    Give the last value of a header.
+    """
+    values = fields(request, name)
+    return values[-1] if values else None
+
+
 def caller_of(request: Request) -> Caller:
     """
     Tell what is known of who asks.
@@ -430,7 +444,7 @@ def caller_of(request: Request) -> Caller:
     transport = request.channel.transport
     # OpenSSL has refused a certificate that is not good, and so the connection, before there was a request.
     certified = ISSLTransport.providedBy(transport) and transport.getPeerCertificate() is not None
-    shown = request.requestHeaders.getRawHeaders("Authorization", [])
+    shown = fields(request, b"Authorization")
     return Caller(address(request), certified, shown[0] if len(shown) == 1 else None)
 
 

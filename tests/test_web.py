@@ -318,6 +318,17 @@ class HeaderTests(DaemonTestCase):
         self.digest = self.standin.push_blob("team/app", self.data)
         self.blob = f"/v2/team/app/blobs/{self.digest}"
 
+    def test_may_be_any_bytes(self) -> None:
+        """
+        Headers that are no UTF-8 are read as what they are, and are no error of ours.
+        """
+        for name in (b"Accept", b"If-None-Match", b"If-Range", b"Range", b"Authorization", b"User-Agent"):
+            for path in (self.manifest, self.blob):
+                line = b"GET %b HTTP/1.1\r\nHost: x\r\n%b: \xff\x99\r\n\r\n" % (path.encode(), name)
+                got = self.daemon.raw(line)
+                self.assertTrue(got.startswith(b"HTTP/1.1 200 "), (name, got[:300]))
+        self.assertFalse([event for event in self.events if "log_failure" in event])
+
     def test_version_is_on_every_answer_once(self) -> None:
         """
         Docker-Distribution-Api-Version is on each answer under /v2/ exactly once, errors and refusals too.
@@ -991,6 +1002,16 @@ class TagListTests(DaemonTestCase):
         assert ecr is not None
         self.assertIn("%2B", ecr[1])  # what would break if it were decoded on its way
         self.assertIn(f"last={ecr[1]}", asked[1])
+
+    def test_a_link_may_be_any_bytes(self) -> None:
+        """
+        A Link of ECR's that is no UTF-8 leads on if it can, and costs nobody the page.
+        """
+        on = f'<{self.path}?last=a>; rel="next"'
+        for link, expected in ((b"<\xff\x99", None), (b'</v2/x?last=a>; rel="next", \xff', on)):
+            reply = self.daemon.send("GET", self.path)
+            self.answer_with(b"HTTP/1.1 200 OK\r\nLink: %b\r\nContent-Length: 2\r\n\r\n{}" % link)
+            self.assertEqual((200, expected), (reply.code, reply.header("Link")))
 
     def test_without_n_leads_on_too(self) -> None:
         """
