@@ -4,13 +4,15 @@ PYTHON ?= python3
 VENV ?= .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: help run demo test lint e2e bench bench-growth dist lock clean
+.PHONY: help run demo test lint e2e fuzz soak bench bench-growth dist lock clean
 help:
 	@echo "make demo    pull a sample image through the proxy twice, from a stand-in for ECR"
 	@echo "make run     start the daemon with the variables of the environment"
 	@echo "make test    run the tests that need no server"
 	@echo "make lint    check style and types"
 	@echo "make e2e     run the tests with real clients and servers (Debian, root)"
+	@echo "make fuzz    feed odd bytes to whatever reads bytes, FUZZ_SECONDS=60 for each of three targets"
+	@echo "make soak    run the daemon over a stand-in that misbehaves, SOAK_SECONDS=600"
 	@echo "make bench   measure side by side with nginx and distribution (Debian, root); make bench-growth: a large cache"
 	@echo "make dist    build the sdist and the wheel"
 	@echo "make lock    choose what the container is made of, by hash"
@@ -53,6 +55,22 @@ e2e: dist
 	$(VENV)-e2e/bin/python -m pip install --quiet dist/*.whl
 	cd $(VENV)-e2e && ECRPROXY_E2E_TWISTD=$(abspath $(VENV)-e2e)/bin/twistd \
 		$(abspath $(VENV))/bin/python -m pytest --quiet --rootdir $(CURDIR) -c $(CURDIR)/pyproject.toml $(CURDIR)/tests/e2e
+
+# Started from what was found before, if there is such a folder; what it finds new is kept there.
+FUZZ_SECONDS ?= 60
+FUZZ_CORPUS ?= .fuzz
+fuzz: $(STAMP)
+	$(VENV)/bin/python -m pip install --quiet --config-settings editable_mode=compat --editable '.[fuzz]'
+	for target in front back parsers; do \
+		mkdir -p $(FUZZ_CORPUS)/$$target && \
+		$(VENV)/bin/python -m fuzz $$target $(FUZZ_CORPUS)/$$target fuzz/corpus/$$target -dict=fuzz/words.dict \
+			-max_total_time=$(FUZZ_SECONDS) -max_len=4096 -timeout=30 -artifact_prefix=$(FUZZ_CORPUS)/$$target- \
+			-print_final_stats=1 -verbosity=0 || exit 1; \
+	done
+
+SOAK_SECONDS ?= 600
+soak: $(STAMP)
+	$(VENV)/bin/python -m soak --seconds $(SOAK_SECONDS) $(SOAK)
 
 bench: $(STAMP)
 	bench/install-packages.sh
