@@ -28,7 +28,6 @@ from ecrproxy.limits import Crowd, Patience, counted
 
 if TYPE_CHECKING:
     from twisted.python.failure import Failure
-    from twisted.web.http import Request
 
     from ecrproxy.ending import Connections
 
@@ -143,14 +142,6 @@ class StrictChannel(HTTPChannel):
             return
         self._await_head()
         super().dataReceived(data)
-
-    def requestDone(self, request: Request) -> None:
-        """
-        Go on with what the client has sent meanwhile.
-        """
-        if self._dataBuffer and self.persistent:
-            self._head.begin()
-        super().requestDone(request)
 
     def _await_head(self) -> None:
         if not self._handlingRequest and not self._head.waiting:

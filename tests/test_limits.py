@@ -203,6 +203,21 @@ class LimitTests(DaemonTestCase):
             self.assertEqual((expected, 0), (daemon.crowd.slow_readers, daemon.crowd.transferring))
             self.assertWhole(self.get(path), data)
 
+    def test_who_never_takes_the_end_is_given_up(self) -> None:
+        """
+        A connection that is to be closed waits for its client to take the answer, but not for ever.
+        """
+        for request in (GOOD[:-2] + b"Connection: close\r\n\r\n", b"nonsense\r\n\r\n"):
+            client, wire = self.connect()
+            wire.reading = False
+            wire.write(request)
+            self.pass_time(310)
+            wire.reading = True
+            self.flush()
+            self.assertTrue(client.closed)
+            self.assertEqual(0, self.daemon.crowd.connected)
+        self.assertGreaterEqual(self.daemon.crowd.slow_readers, 1)
+
     def test_headers_have_the_size_that_is_set(self) -> None:
         """
         Bytes and number of headers are the operator's to choose.

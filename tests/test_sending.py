@@ -692,6 +692,23 @@ class KernelTests(DaemonTestCase):
         self.assertTrue(self.connection.over)
         self.assertEqual((1, 0), (self.daemon.crowd.slow_readers, self.daemon.crowd.transferring))
 
+    def test_a_client_that_has_taken_all_is_not_slow(self) -> None:
+        """
+        While a bucket sends nothing there is nothing to take: the client's time does not run.
+        """
+        self.connection = self.connect(self.start(limits=Limits(send_seconds=10)))
+        self.standin.hold(self.digest)
+        self.ask()
+        self.standin.deliver(self.digest, MIB)
+        self.flush()
+        self.read()
+        self.pass_time(20)
+        self.assertFalse(self.connection.over)
+        self.standin.release(self.digest)
+        self.flush()
+        self.read()
+        self.assertEqual([self.data], self.bodies)
+
     def test_an_uncached_blob_is_sent_too(self) -> None:
         """
         What is in no file is sent from memory in the same place, in order.
