@@ -28,6 +28,7 @@ from ecrproxy.limits import Crowd, Patience, counted
 
 if TYPE_CHECKING:
     from twisted.python.failure import Failure
+    from twisted.web.http import Request
 
     from ecrproxy.ending import Connections
 
