@@ -163,8 +163,9 @@ class AlteredTests(CachedBlob):
 
     def test_all_readers_of_a_bad_file_fail(self) -> None:
         """
-        And it is dropped once.
+        And it is dropped once. That the first has used it does not make it one that nobody has changed.
         """
+        self.get(self.path)
         self.alter()
         replies = [self.send() for _ in range(3)]
         self.come_to_a_verdict()
