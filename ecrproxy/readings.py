@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 
 from ecrproxy.circuit import CircuitState
 from ecrproxy.metrics import Reading
+from ecrproxy.quotas import Call
 
 if TYPE_CHECKING:
     from ecrproxy.circuit import Circuit
     from ecrproxy.ecr import TokenService
+    from ecrproxy.governor import Governor
     from ecrproxy.janitor import Janitor
     from ecrproxy.limits import Crowd
     from ecrproxy.metrics import LoopStall
@@ -58,7 +60,7 @@ def of_token(tokens: TokenService) -> list[Reading]:
     ]
 
 
-def of_upstream(wire: Wire, circuit: Circuit) -> list[Reading]:
+def of_upstream(wire: Wire, circuit: Circuit, governor: Governor) -> list[Reading]:
     """
     Tell how well ECR answers.
     """
@@ -66,7 +68,11 @@ def of_upstream(wire: Wire, circuit: Circuit) -> list[Reading]:
     def states() -> dict[str, float]:
         return {each.value: float(each is circuit.state) for each in CircuitState}
 
+    def waiting() -> dict[str, float]:
+        return {each.value: governor.waiting(each) for each in Call}
+
     return [
+        Reading("upstream_waiting", "Questions that wait for their turn within ECR's quotas", waiting, "call"),
         Reading("upstream_retries_total", "Questions asked again after a failure", lambda: wire.retried),
         Reading("circuit_state", "1 for the state in which questions to ECR are", states, "state"),
     ]

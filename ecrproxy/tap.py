@@ -12,7 +12,6 @@ import resource
 import secrets
 import shutil
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -26,7 +25,6 @@ from twisted.internet.endpoints import UNIXServerEndpoint
 from twisted.internet.error import ReactorNotRunning
 from twisted.logger import Logger
 from twisted.names.client import Resolver
-from twisted.python import usage
 from twisted.web.client import Agent
 
 from ecrproxy import __version__
@@ -34,7 +32,8 @@ from ecrproxy.admin import make_admin_site
 from ecrproxy.cached import Cache
 from ecrproxy.circuit import Circuit
 from ecrproxy.clients import Admission
-from ecrproxy.config import ADMIN_LISTEN, SETTINGS, Config, ConfigError, Setting
+from ecrproxy.complaints import die, say
+from ecrproxy.config import ADMIN_LISTEN, Config, ConfigError
 from ecrproxy.connections import UpstreamAgent, connection_pool
 from ecrproxy.ecr import CredentialsError, Token, TokenService, fetch_token
 from ecrproxy.ending import Connections, Drain, InOrder, Signals
@@ -49,6 +48,7 @@ from ecrproxy.listening import Listening, admin_endpoint, endpoints
 from ecrproxy.metering import MeteredAgent
 from ecrproxy.metrics import Figures, LoopStall, Tally
 from ecrproxy.namespaces import Namespaces
+from ecrproxy.options import Options
 from ecrproxy.passwords import AT_ONCE, Passwords
 from ecrproxy.predecessors import notices
 from ecrproxy.proxy import PullThrough
@@ -60,7 +60,6 @@ from ecrproxy.site import RegistrySite, make_site
 from ecrproxy.store import Store
 from ecrproxy.threads import InThread, Threads, call_unowned
 from ecrproxy.upstream import Upstream
-from ecrproxy.values import parse_flag
 from ecrproxy.web import Ready, Registry
 from ecrproxy.wire import Wire
 from ecrproxy.workers import HandedDown, Post, StandardInput, Workers
@@ -69,94 +68,6 @@ log = Logger()
 T = TypeVar("T")
 
 DISK_THREADS: Final = 8
-
-
-def _described_setting(setting: Setting) -> str:
-    return f"{setting.help} [{setting.variable}, default: {setting.default}]"
-
-
-class Options(usage.Options):
-    """
-    The flags, made from the table of settings.
-    """
-
-    synopsis = "[options]"
-    longdesc = (
-        "A caching pull-through proxy for Amazon ECR. Each flag has a variable; the flag wins. AWS credentials are"
-        " found as AWS's own tools find them (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_PROFILE,"
-        " roles); they are no flags, for every process could read those."
-    )
-    optParameters = [  # noqa: RUF012 (Twisted's way)
-        [each.name, None, None, _described_setting(each)]
-        for each in SETTINGS
-        if each.parse is not parse_flag and each.name != "listen"
-    ]
-    optFlags = [  # noqa: RUF012
-        flag
-        for each in SETTINGS
-        if each.parse is parse_flag
-        for flag in (
-            [each.name, None, _described_setting(each)],
-            [f"no-{each.name}", None, f"the contrary, whatever {each.variable} says"],
-        )
-    ]
-
-    flagNames = frozenset(flag[0] for flag in optFlags)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.listen: list[str] = []
-
-    def opt_listen(self, endpoint: str) -> None:
-        """
-        Twisted endpoint string, repeatable [PROXY_LISTEN, default: made from port and TLS files].
-        """
-        self.listen.append(endpoint)
-
-    def opt_version(self) -> None:
-        """
-        Show the version and exit.
-        """
-        print(f"ecrproxy {__version__}")  # noqa: T201
-        sys.exit(0)
-
-    def parseOptions(self, options: Sequence[str] | None = None) -> None:
-        """
-        Read the command line; what is wrong with it is one line.
-        """
-        try:
-            super().parseOptions(options)
-        except usage.UsageError as problem:
-            _die(f"{problem}; see twistd ecr-proxy --help")
-
-    def arguments(self) -> list[str]:
-        """
-        Write the flags that were given, as another process is to be given them.
-        """
-        written = []
-        for name, value in self.flags().items():
-            if name == "listen":
-                written += [f"--listen={endpoint}" for endpoint in self.listen]
-            elif name in self.flagNames:
-                written.append(f"--{name}" if value == "true" else f"--no-{name}")
-            else:
-                written.append(f"--{name}={value}")
-        return written
-
-    def flags(self) -> dict[str, str]:
-        """
-        Give the flags that were given, by setting name.
-        """
-        given = {}
-        for each in SETTINGS:
-            if each.parse is parse_flag:
-                if self[each.name] or self[f"no-{each.name}"]:
-                    given[each.name] = "true" if self[each.name] else "false"
-            elif self.get(each.name) is not None:
-                given[each.name] = self[each.name]
-        if self.listen:
-            given["listen"] = " ".join(self.listen)
-        return given
 
 
 def makeService(options: Options) -> MultiService:
@@ -176,7 +87,7 @@ def makeService(options: Options) -> MultiService:
             log.warn("{notice}", notice=notice)
         return build(config, reactor, _abandon, options.arguments())
     except ConfigError as problem:
-        _die("; ".join([str(problem), *notices(os.environ)]))
+        die("; ".join([str(problem), *notices(os.environ)]))
 
 
 def _open_many_files() -> None:
@@ -198,7 +109,7 @@ class Daemon(InOrder):
             super().privilegedStartService()
         except ConfigError as problem:
             log.critical("{problem}", problem=problem)
-            _die(str(problem))
+            die(str(problem))
 
 
 def build(
@@ -260,7 +171,7 @@ def _upstream(config: Config, tokens: TokenService, figures: Figures, reactor: A
     wire = Wire(metered, reactor, Budget(config.upstream_tries, config.upstream_seconds))
     governor = Governor(config.ecr_quotas, config.ecr_connections, reactor)
     circuit = Circuit(reactor.seconds)
-    figures.watch(*of_upstream(wire, circuit))
+    figures.watch(*of_upstream(wire, circuit, governor))
     endpoint = Endpoint(config.ecr_endpoint, wire, tokens, governor, circuit)
     return Upstream(endpoint, wire, stall_seconds=config.stall_seconds)
 
@@ -454,19 +365,7 @@ def _abandon(problem: CredentialsError) -> None:
     from twisted.internet import reactor  # noqa: PLC0415
 
     log.critical("{problem}", problem=problem)
-    _say(str(problem))
+    say(str(problem))
     # twistd ends with status 0 once its reactor has stopped, whyever it did.
     atexit.register(os._exit, 1)
     reactor.stop()
-
-
-def _say(line: str) -> None:
-    stderr = sys.__stderr__  # twistd makes a log of sys.stderr
-    if stderr is not None:
-        stderr.write(f"ecr-proxy: {' '.join(line.split())}\n")
-        stderr.flush()
-
-
-def _die(line: str) -> NoReturn:
-    _say(line)
-    sys.exit(1)

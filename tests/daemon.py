@@ -469,7 +469,7 @@ class Daemon:
         self.figures.watch(
             *of_cache(self.store, self.janitor), *of_token(self.tokens), *of_transfers(self.pull_through)
         )
-        self.figures.watch(*of_clients(self.crowd), *of_upstream(wire, self.circuit))
+        self.figures.watch(*of_clients(self.crowd), *of_upstream(wire, self.circuit, self.governor))
         self.admin = Network(make_admin_site(self.figures, ready, clock), clock)
         self.front = Network(self.site, clock)
         self._asking = self.front.agent(persistent=False)

@@ -18,6 +18,7 @@ OURS = "ecrproxy."
 
 # module: what of ours it may import; what is not here may import nothing of ours.
 ARROWS: dict[str, set[str]] = {
+    "options": {"complaints", "config", "values"},
     "cache_key": {"oci"},
     "config": {"cache_key", "limits", "quotas", "values"},
     "passwords": {"flights", "htpasswd", "limits", "oci", "threads"},
@@ -63,7 +64,7 @@ ARROWS: dict[str, set[str]] = {
     "channel": {"ending", "limits"},
     "admin": {"limits", "metrics", "site", "web"},
     "metering": {"metrics"},
-    "readings": {"circuit", "ecr", "janitor", "limits", "metrics", "proxy", "store", "wire"},
+    "readings": {"circuit", "ecr", "governor", "janitor", "limits", "metrics", "proxy", "quotas", "store", "wire"},
     "site": {"access_log", "channel", "ending", "limits", "metrics", "web"},
     "relay": {"bucket", "cache_key", "cached", "clients", "ledger", "metrics", "namespaces", "oci", "threads", "web"},
     "janitor": {"store", "threads"},

@@ -33,8 +33,9 @@ from twisted.trial.unittest import SynchronousTestCase
 from ecrproxy import __version__
 from ecrproxy.config import SETTINGS, Config
 from ecrproxy.ecr import CredentialsError
+from ecrproxy.options import Options
 from ecrproxy.resolver import ChosenServers
-from ecrproxy.tap import Options, _count_steadily, _open_many_files, build, makeService
+from ecrproxy.tap import _count_steadily, _open_many_files, build, makeService
 from tests.store_contract import scratch
 from tests.test_ecr import KEYS, FakeAws
 from tests.test_htpasswd import line

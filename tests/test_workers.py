@@ -23,7 +23,7 @@ from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy import workers
-from ecrproxy.tap import Options
+from ecrproxy.options import Options
 from ecrproxy.workers import (
     END_SECONDS,
     FIRST_FD,

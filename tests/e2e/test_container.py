@@ -129,7 +129,7 @@ def test_docker_pulls_through_the_container(
     container.wait_until_healthy()
     pulled = docker.pull(f"127.0.0.1:{container.port}/{images.single.repository}:{images.single.tag}")
     assert pulled == images.single.image_id
-    assert container.stop() in (0, 143)
+    assert container.stop() == 0
 
 
 def test_the_health_check_speaks_tls(builder: Docker, image: str, make_chain: MakeChain, tmp_path: Path) -> None:
@@ -147,4 +147,4 @@ def test_the_health_check_speaks_tls(builder: Docker, image: str, make_chain: Ma
     container = Container(builder, image, standard_settings(chain.front_url) | files, f"{shown}:/tls:ro")
     container.wait_until_healthy()
     assert ask(f"https://127.0.0.1:{container.port}/healthz", ca=made.ca).status == 200
-    assert container.stop() in (0, 143)
+    assert container.stop() == 0
