@@ -101,7 +101,7 @@ def test_a_port_in_use_is_named(make_chain: MakeChain, equipment: Equipment, tmp
     """
     chain = make_chain()
     settings = standard_settings(chain.front_url)
-    with socket.create_server(("0.0.0.0", 0)) as taken:  # noqa: S104 (the daemon's own default)
+    with socket.create_server(("0.0.0.0", 0)) as taken:
         port = str(taken.getsockname()[1])
         complaint = start_wrong(equipment, tmp_path, settings | {"PROXY_PORT": port})
     assert "PROXY_PORT" in complaint
