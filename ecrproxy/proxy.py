@@ -332,8 +332,10 @@ class PullThrough:
             asked, told = route.digest, head.digest
             if asked is not None and told is not None and asked != told and asked.algorithm == told.algorithm:
                 raise UnavailableError(502, "UNAVAILABLE", f"ECR speaks of {told} when asked for {asked}")
-            digest = asked or told
-            return Descriptor(head.media_type.partition(";")[0].strip(), digest, head.size) if digest else None
+            digest, media_type = asked or told, head.media_type.partition(";")[0].strip().lower()
+            if digest is not None and media_type not in MANIFEST_TYPES:
+                raise UnavailableError(502, "UNAVAILABLE", f"what ECR speaks of is no manifest: {media_type[:80]!r}")
+            return Descriptor(media_type, digest, head.size) if digest else None
 
         return await self._heads.join((route, accept), ask)
 

@@ -127,7 +127,9 @@ class Upstream:
             url = _target(self._endpoint.url + route.path, header(response, "Location"))
             _, response = await self.fetch(url, route, "bytes=0-0")
         response.deliverBody(Drop())
-        size = whole_size(response)
+        # No bytes will tell whether this speaks of the blob: a page in its place must not pass.
+        page = (header(response, "Content-Type") or "").lower().startswith("text/")
+        size = None if page else whole_size(response)
         if size is None:
             raise UnavailableError(502, "UNAVAILABLE", f"ECR does not say how large {route.reference} is")
         return size

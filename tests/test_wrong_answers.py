@@ -82,6 +82,30 @@ class WrongAnswerTestCase(DaemonTestCase):
             self.assertLess(len(reply.body), reply.length or len(right), name)
 
 
+class HeadTests(DaemonTestCase):
+    """
+    A HEAD, whose answer no bytes will prove.
+    """
+
+    def test_a_page_in_place_of_a_blob_or_a_manifest_does_not_pass(self) -> None:
+        """
+        Its size and type are those of something else; once upstream is well, the right ones are told.
+        """
+        image = self.standin.push_image("team/app", "latest")
+        blob = noise("blob", 2000)
+        digest = self.standin.push_blob("team/app", blob)
+        for path, size in (
+            (f"/v2/team/app/blobs/{digest}", len(blob)),
+            (f"/v2/team/app/manifests/{image.digest}", len(image.manifest)),
+            ("/v2/team/app/manifests/latest", len(image.manifest)),
+        ):
+            self.standin.fail("registry", status=200, headers=HTML, body=PAGE)
+            self.assertEqual(502, self.head(path).code, path)
+            self.standin.heal()
+            well = self.head(path)
+            self.assertEqual((200, size), (well.code, well.length), path)
+
+
 class BlobTests(WrongAnswerTestCase):
     def push(self) -> tuple[str, bytes]:
         """
