@@ -7,6 +7,7 @@ more, told by one variable what it is. It ends when its standard input does, whi
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from twisted.application.service import Service
 from twisted.internet.defer import Deferred, DeferredList, succeed
 from twisted.internet.error import ConnectionDone
 from twisted.internet.interfaces import IReadDescriptor
+from twisted.internet.main import CONNECTION_DONE
 from twisted.internet.protocol import ProcessProtocol
 from twisted.internet.unix import Port as UNIXPort
 from twisted.logger import Logger
@@ -210,7 +212,7 @@ class HandedDown:
             family = handed.family
         if family == socket.AF_UNIX:
             return self._adopt_path(fd, factory)
-        return self._reactor.adoptStreamPort(fd, family, factory)
+        return _until_shut_down(self._reactor.adoptStreamPort(fd, family, factory))
 
     def _adopt_path(self, fd: int, factory: Any) -> Any:  # noqa: ANN401
         """
@@ -223,7 +225,7 @@ class HandedDown:
         port._shouldShutdown = False  # noqa: SLF001 (the others go on listening, as with adopted TCP ports)
         port.backlog = BACKLOG
         port.startListening()
-        return port
+        return _until_shut_down(port)
 
     def listenTCP(self, port: int, factory: Any, *_: Any, **__: Any) -> Any:  # noqa: ANN401
         """
@@ -248,6 +250,43 @@ class HandedDown:
         Take a socket: systemd's were handed on.
         """
         return self._adopt(factory)
+
+
+class _Shared(socket.socket):
+    """
+    A listening socket that another process may shut down: nobody comes any more then, and that is no error.
+    """
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        """
+        Accept a connection.
+        """
+        try:
+            return super().accept()
+        except OSError as problem:
+            if problem.errno == errno.EINVAL:
+                raise BlockingIOError(errno.EAGAIN, "it was shut down") from None
+            raise
+
+
+def _until_shut_down(port: Any) -> Any:  # noqa: ANN401
+    """
+    Have a port take the shutdown of its socket for its end: the first process may do that before this one has stopped.
+
+    Twisted would go on accepting there, and log each failure with a traceback.
+    """
+    accept, port.socket = port.doRead, _Shared(fileno=port.socket.detach())
+    port.socket.settimeout(0)
+    port.fileno = port.socket.fileno
+
+    def accept_or_end() -> object:
+        if not port.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            return CONNECTION_DONE
+        accept()
+        return None
+
+    port.doRead = accept_or_end
+    return port
 
 
 @implementer(IReadDescriptor)

@@ -15,6 +15,7 @@ from typing import Any
 from twisted.internet.address import IPv4Address
 from twisted.internet.endpoints import serverFromString
 from twisted.internet.error import ConnectionDone, ProcessDone, ProcessTerminated
+from twisted.internet.main import CONNECTION_DONE
 from twisted.internet.protocol import Factory, ProcessProtocol, Protocol, ServerFactory
 from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransport
@@ -373,12 +374,21 @@ class AdoptingReactor:
     adopted: list[tuple[int, int, Any]] = field(default_factory=list)
     answer: int = 42
 
-    def adoptStreamPort(self, fd: int, family: int, factory: Any) -> tuple[int, int]:
+    accepted: int = 0
+    socket: socket.socket = field(default_factory=socket.socket)
+
+    def adoptStreamPort(self, fd: int, family: int, factory: Any) -> AdoptingReactor:
         """
-        Adopt a socket.
+        Adopt a socket, and be the port of it.
         """
         self.adopted.append((fd, family, factory))
-        return fd, family
+        return self
+
+    def doRead(self) -> None:
+        """
+        Accept.
+        """
+        self.accepted += 1
 
     def listenTCP(self, *args: Any, **kwargs: Any) -> None:
         """
@@ -429,6 +439,21 @@ class HandedDownTests(SynchronousTestCase):
         expected = [(HANDED + at, families[at], factories[at]) for at in range(3)]
         self.assertEqual(expected, self.reactor.adopted)
         self.assertEqual(before, self.open_files())
+
+    def test_end_when_the_first_process_shuts_them_down(self) -> None:
+        """
+        That is the end of the port, and no error: nothing more is accepted there.
+        """
+        port = self.hand_down(socket.AF_INET).adoptStreamPort(99, socket.AF_INET, ServerFactory())
+        with port.socket as listening:
+            listening.bind(("127.0.0.1", 0))
+            listening.listen()
+            self.assertIsNone(port.doRead())
+            self.assertEqual(1, port.accepted)
+            listening.shutdown(socket.SHUT_RDWR)
+            self.assertIs(CONNECTION_DONE, port.doRead())
+            self.assertEqual(1, port.accepted)
+            self.assertRaises(BlockingIOError, port.socket.accept)
 
     def test_are_systemds_as_well(self) -> None:
         """

@@ -170,6 +170,8 @@ def refuses(chain: Chain) -> bool:
         socket.create_connection(("127.0.0.1", chain.daemon.port), 5).close()
     except ConnectionRefusedError:
         return True
+    except ConnectionResetError:  # it was about to be accepted when the socket was shut down
+        return False
     return False
 
 
