@@ -87,13 +87,18 @@ class Listening(StreamServerEndpointService):
             super().privilegedStartService()
             cast("Deferred[Any]", self._waitingForPort).addCallback(self._bound)
         except CannotListenError as problem:
-            why = getattr(problem.socketError, "strerror", None) or problem.socketError
-            said = f"{self._name}: can't listen there: {why}; give another, or end what uses it"
-            if self._needed:
-                raise ConfigError(said) from problem
-            log.warn("{said}", said=said)
-        except (OSError, ValueError, LookupError) as problem:
+            self._refused(problem.socketError)
+        except OSError as problem:  # two that bind at the same moment learn of each other when they listen
+            self._refused(problem)
+        except (ValueError, LookupError) as problem:
             raise ConfigError(f"{self._name}: can't listen there: {problem}") from problem
+
+    def _refused(self, problem: object) -> None:
+        why = getattr(problem, "strerror", None) or problem
+        said = f"{self._name}: can't listen there: {why}; give another, or end what uses it"
+        if self._needed:
+            raise ConfigError(said)
+        log.warn("{said}", said=said)
 
 
 class SecureEndpoint:

@@ -91,14 +91,18 @@ class Taken(Reactor):
 class TakenForAdmin(Reactor):
     """
     A reactor on a machine where somebody has the operator's port.
+
+    @ivar problem: how that is told; by the second of these, if both began to listen at the same moment.
     """
+
+    problem: Exception = CannotListenError("", 5001, OSError(98, "Address already in use"))
 
     def listenTCP(self, port: int, factory: Any, backlog: int = 50, interface: str = "") -> Any:
         """
         Fail for that port.
         """
         if port == 5001:
-            raise CannotListenError(interface, port, OSError(98, "Address already in use"))
+            raise self.problem
         return super().listenTCP(port, factory, backlog, interface)
 
 
@@ -667,6 +671,10 @@ class BuildTests(TapCase):
             self.build(PROXY_LISTEN="tcp:80")
         self.assertIn(b"200 OK", answer(self.reactor, b"/healthz"))
         self.assertIn("PROXY_ADMIN_LISTEN='tcp:5001", " ".join(filter(None, map(formatEvent, events))))
+        self.reactor = TakenForAdmin()
+        self.reactor.problem = OSError(98, "Address already in use")
+        self.build(PROXY_LISTEN="tcp:80")
+        self.assertIn(b"200 OK", answer(self.reactor, b"/healthz"))
         said = self.dies(lambda: self.build(PROXY_LISTEN="tcp:80", PROXY_ADMIN_LISTEN="tcp:5001"))
         self.assertIn("PROXY_ADMIN_LISTEN='tcp:5001'", said)
 
