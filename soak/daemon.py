@@ -152,6 +152,7 @@ def settings(registry: str, cache: Path, port: int, limit: int) -> dict[str, str
         "PROXY_CACHE_LIMIT": str(limit),
         "PROXY_STALL_SECONDS": str(STALL_SECONDS),
         "PROXY_DRAIN_SECONDS": str(DRAIN_SECONDS),
+        "PROXY_ADMIN_LISTEN": "off",
     }
 
 

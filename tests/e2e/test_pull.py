@@ -94,7 +94,8 @@ def test_the_second_pull_brings_no_blob_from_the_bucket(chain: Chain, docker: Do
     docker.pull(reference(chain, images.single))
     second = chain.counters()
     assert second["bucket"] == first["bucket"]
-    assert second["requests"].get("GET manifests") == first["requests"].get("GET manifests")
+    # Docker may have kept the manifest of an earlier test, and ask for it in the second pull alone.
+    assert second["requests"].get("GET manifests", 0) <= 1
 
 
 def test_docker_pulls_its_own_platform_of_an_index(chain: Chain, docker: Docker, images: Images) -> None:
