@@ -42,6 +42,8 @@ LEFT_SECONDS: Final = 24 * 3600
 """How long a file that is left over is of use: clients that want it come back sooner."""
 _DRAFTS: Final = ("entry.", "probe.")
 _YOUNG_SECONDS: Final = 60
+_TRIES: Final = 10
+"""New files that are made, if others are quicker to lock them: each time that is less than likely."""
 _CATCH_UP: Final = 16 * 2**20
 """Bytes that are hashed in one go: a lane that has bytes to write waits for no more."""
 
@@ -379,12 +381,9 @@ class Ingest:
         @param size: in bytes; so many are taken of the disk at once.
         @raise OSError: if the disk has no room for them, or fails.
         """
-        path = self.folder / f"{digest.algorithm}-{digest.hex}.{secrets.token_hex(4)}"
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        path, fd = self._new(digest)
         writer = Writer(self, digest, size, path, fd)
         try:
-            # The lock says that somebody lives behind this file.
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if size:
                 os.posix_fallocate(fd, 0, writer.room)  # a disk too full says so now, not in the middle
         except OSError:
@@ -484,6 +483,24 @@ class Ingest:
             if path.name.startswith(prefix):
                 yield path, self._trailer(path)
 
+    def _new(self, digest: Digest) -> tuple[Path, int]:
+        """
+        Make a file, and lock it: that says that somebody lives behind it.
+
+        Who counts or sweeps may meet the file before it is locked, and take it for left over: then another is made.
+        """
+        for _ in range(_TRIES):
+            path = self.folder / f"{digest.algorithm}-{digest.hex}.{secrets.token_hex(4)}"
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            try:
+                if _claimed(fd, path):
+                    return path, fd
+            except OSError:
+                _drop(fd, path)
+                raise
+            _drop(fd, path)
+        raise BlockingIOError(errno.EWOULDBLOCK, "somebody locks each new file", str(self.folder))
+
     def _trailer(self, path: Path) -> Trailer | None:
         """
         Read what a file says of itself, if nobody lives behind it.
@@ -505,12 +522,9 @@ class Ingest:
             fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError:
             return None
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(fd), os.lstat(path)):  # else its writer had just made it content
+        with contextlib.suppress(OSError):
+            if _claimed(fd, path):
                 return fd
-        except OSError:
-            pass
         os.close(fd)
         return None
 
@@ -531,6 +545,25 @@ def room_for(size: int) -> int:
     Tell how many bytes of the disk a blob of C{size} bytes takes while it arrives.
     """
     return size + TRAILER if size >= WORTH_RESUMING else size
+
+
+def _claimed(fd: int, path: Path) -> bool:
+    """
+    Lock a file; tells whether that was to be had, and the file is still the one at C{path}.
+
+    It is not, if its writer had just made it content, or somebody swept it.
+    """
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(fd), os.lstat(path))
+    except (BlockingIOError, FileNotFoundError):
+        return False
+
+
+def _drop(fd: int, path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink()
+    os.close(fd)
 
 
 def _worth(trailer: Trailer | None) -> int:

@@ -11,6 +11,7 @@ import shutil
 import struct
 import tempfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 from hypothesis import given, settings
@@ -350,6 +351,75 @@ class CrashTests(SynchronousTestCase):
             self.assertEqual([], list(ingest.folder.iterdir()))
         finally:
             shutil.rmtree(folder)
+
+
+class BeginTests(IngestTests):
+    """
+    A new file is found by those who count and sweep before it is locked.
+    """
+
+    def met(self, times: int, meet: Callable[[Path], object]) -> None:
+        """
+        Have somebody do something to the next new files in the moment before they are locked.
+        """
+        flock, met = fcntl.flock, list[int]()
+
+        def late(fd: int, operation: int) -> None:
+            if len(met) < times:
+                met.append(fd)
+                meet(Path(f"/proc/self/fd/{fd}").readlink())
+            flock(fd, operation)
+
+        self.patch(fcntl, "flock", late)
+
+    def lock(self, path: Path) -> None:
+        """
+        Lock a file, as who reads its trailer does.
+        """
+        fd = os.open(path, os.O_RDWR)
+        self.addCleanup(os.close, fd)
+        self.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    flock = staticmethod(fcntl.flock)
+
+    def test_makes_another_for_one_that_somebody_locked(self) -> None:
+        """
+        The transfer is not failed by a count, and the first file is not left.
+        """
+        self.met(2, self.lock)
+        writer = self.ingest.begin(DIGEST, SIZE)
+        self.addCleanup(writer.close)
+        self.assertEqual(1, len(self.names()))
+        writer.write(0, [DATA])
+        writer.commit()
+        self.assertEqual(DATA, read(self.store, DIGEST, SIZE))
+
+    def test_makes_another_for_one_that_was_swept(self) -> None:
+        """
+        A file without a name would never become content.
+        """
+        self.met(1, Path.unlink)
+        writer = self.ingest.begin(DIGEST, SIZE)
+        self.addCleanup(writer.close)
+        writer.write(0, [DATA])
+        writer.commit()
+        self.assertEqual(DATA, read(self.store, DIGEST, SIZE))
+
+    def test_gives_up_where_each_is_locked(self) -> None:
+        """
+        A disk that says so always, as some of the network do, is one that fails; nothing is left on it.
+        """
+        self.met(1000, self.lock)
+        self.assertRaises(BlockingIOError, self.ingest.begin, DIGEST, SIZE)
+        self.assertEqual([], self.names())
+
+    def test_leaves_nothing_where_no_lock_is_to_be_had(self) -> None:
+        """
+        A disk without locks fails the transfer at once.
+        """
+        self.patch(fcntl, "flock", failing(errno.ENOLCK))
+        self.assertRaises(OSError, self.ingest.begin, DIGEST, SIZE)
+        self.assertEqual([], self.names())
 
 
 class LeftOverTests(IngestTests):
