@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 
 from bench.ground import Ground, say
-from ecrproxy.entries import Confirmed, Entry, entry_name
+from ecrproxy.cache.entries import Confirmed, Entry, entry_name
+from ecrproxy.cache.store import Store
 from ecrproxy.oci import BLOB_TYPE, Descriptor, Digest, parse_route
-from ecrproxy.store import Store
 
 AGE = 30 * 24 * 3600
 """How long ago the made entries were used last, in seconds: they go first."""

@@ -20,14 +20,14 @@ from typing import Protocol
 from twisted.internet.defer import DeferredSemaphore
 from twisted.logger import Logger
 
-from ecrproxy.download import Download
-from ecrproxy.entries import Confirmed, Entry, entry_name
-from ecrproxy.ingest import WORTH_RESUMING, DigestMismatchError, Left, Writer, room_for
-from ecrproxy.memory import Memory
+from ecrproxy.cache.entries import Confirmed, Entry, entry_name
+from ecrproxy.cache.ingest import WORTH_RESUMING, DigestMismatchError, Left, Writer, room_for
+from ecrproxy.cache.memory import Memory
+from ecrproxy.cache.store import Content, Store
+from ecrproxy.cache.verification import Verification
 from ecrproxy.oci import BLOB_TYPE, Descriptor, Digest, Kind, Route, listed
-from ecrproxy.store import Content, Store
 from ecrproxy.threads import InThread, on_its_own
-from ecrproxy.verification import Verification
+from ecrproxy.transfer.download import Download
 
 log = Logger()
 

@@ -19,13 +19,10 @@ from functools import partial
 
 from twisted.logger import Logger
 
-from ecrproxy.bucket import UnavailableError
+from ecrproxy.cache.entries import Confirmed, Entry
+from ecrproxy.cache.ingest import Writer
 from ecrproxy.cached import ANY, Answer, Asked, Cache, CacheStatus, manifest_answer
-from ecrproxy.download import Download
-from ecrproxy.entries import Confirmed, Entry
 from ecrproxy.flights import Flights
-from ecrproxy.inflow import Blob, Lanes
-from ecrproxy.ingest import Writer
 from ecrproxy.oci import (
     BLOB_TYPE,
     MANIFEST_TYPES,
@@ -37,8 +34,11 @@ from ecrproxy.oci import (
     listed,
     manifest_type,
 )
+from ecrproxy.registry.bucket import UnavailableError
+from ecrproxy.registry.upstream import Page, Upstream
 from ecrproxy.threads import InThread, on_its_own
-from ecrproxy.upstream import Page, Upstream
+from ecrproxy.transfer.download import Download
+from ecrproxy.transfer.inflow import Blob, Lanes
 
 log = Logger()
 

@@ -29,41 +29,41 @@ from twisted.names.client import Resolver
 from twisted.web.client import Agent
 
 from ecrproxy import __version__
-from ecrproxy.admin import make_admin_site
+from ecrproxy.access.clients import Admission
+from ecrproxy.access.htpasswd import HtpasswdError
+from ecrproxy.access.limits import BOUNDLESS, Crowd
+from ecrproxy.access.namespaces import Namespaces
+from ecrproxy.access.passwords import AT_ONCE, Passwords
+from ecrproxy.admin.port import make_admin_site
+from ecrproxy.admin.readings import of_cache, of_clients, of_loop, of_token, of_transfers, of_upstream
+from ecrproxy.cache.janitor import Janitor
+from ecrproxy.cache.ledger import Notes
+from ecrproxy.cache.store import Store
 from ecrproxy.cached import Cache
-from ecrproxy.circuit import Circuit
-from ecrproxy.clients import Admission
-from ecrproxy.complaints import die, say
-from ecrproxy.config import ADMIN_LISTEN, Config, ConfigError
-from ecrproxy.connections import UpstreamAgent, connection_pool
-from ecrproxy.ecr import CredentialsError, Token, TokenService, fetch_token
-from ecrproxy.ending import Connections, Drain, InOrder, Signals
-from ecrproxy.endpoint import Endpoint
-from ecrproxy.governor import Governor
-from ecrproxy.htpasswd import HtpasswdError
-from ecrproxy.inflow import Lanes
-from ecrproxy.janitor import Janitor
-from ecrproxy.ledger import Notes
-from ecrproxy.limits import BOUNDLESS, Crowd
-from ecrproxy.listening import Listening, admin_endpoint, endpoints
-from ecrproxy.metering import MeteredAgent
+from ecrproxy.daemon.ending import Connections, Drain, InOrder, Signals
+from ecrproxy.daemon.listening import Listening, admin_endpoint, endpoints
+from ecrproxy.daemon.workers import HandedDown, Post, StandardInput, Workers
+from ecrproxy.http.relay import USED, FirstProcess, InnerRegistry, NoRoom, Relay, Teller, Used, WorkerRegistry
+from ecrproxy.http.site import RegistrySite, make_site
+from ecrproxy.http.web import Ready, Registry
 from ecrproxy.metrics import Figures, LoopStall, Tally
-from ecrproxy.namespaces import Namespaces
-from ecrproxy.options import Options
-from ecrproxy.passwords import AT_ONCE, Passwords
-from ecrproxy.predecessors import notices
 from ecrproxy.proxy import PullThrough
-from ecrproxy.readings import of_cache, of_clients, of_loop, of_token, of_transfers, of_upstream
-from ecrproxy.relay import USED, FirstProcess, InnerRegistry, NoRoom, Relay, Teller, Used, WorkerRegistry
-from ecrproxy.resolver import ChosenServers, hosts_names
-from ecrproxy.retries import Budget
-from ecrproxy.site import RegistrySite, make_site
-from ecrproxy.store import Store
+from ecrproxy.registry.circuit import Circuit
+from ecrproxy.registry.connections import UpstreamAgent, connection_pool
+from ecrproxy.registry.ecr import CredentialsError, Token, TokenService, fetch_token
+from ecrproxy.registry.endpoint import Endpoint
+from ecrproxy.registry.governor import Governor
+from ecrproxy.registry.metering import MeteredAgent
+from ecrproxy.registry.resolver import ChosenServers, hosts_names
+from ecrproxy.registry.retries import Budget
+from ecrproxy.registry.upstream import Upstream
+from ecrproxy.registry.wire import Wire
+from ecrproxy.settings.complaints import die, say
+from ecrproxy.settings.config import ADMIN_LISTEN, Config, ConfigError
+from ecrproxy.settings.options import Options
+from ecrproxy.settings.predecessors import notices
 from ecrproxy.threads import InThread, Threads, call_unowned
-from ecrproxy.upstream import Upstream
-from ecrproxy.web import Ready, Registry
-from ecrproxy.wire import Wire
-from ecrproxy.workers import HandedDown, Post, StandardInput, Workers
+from ecrproxy.transfer.inflow import Lanes
 
 log = Logger()
 T = TypeVar("T")

@@ -8,12 +8,12 @@ import contextlib
 from collections.abc import Callable
 from typing import Final
 
-from ecrproxy.cache_key import Asker, CacheKey
-from ecrproxy.config import SETTINGS, ConfigError
-from ecrproxy.entries import Entry
-from ecrproxy.ledger import packed, unpacked
+from ecrproxy.cache.cache_key import Asker, CacheKey
+from ecrproxy.cache.entries import Entry
+from ecrproxy.cache.ledger import packed, unpacked
+from ecrproxy.http.web import matches, parse_range
 from ecrproxy.oci import Digest, RegistryError, accepted_types, listed, manifest_type, parse_route, query_values
-from ecrproxy.web import matches, parse_range
+from ecrproxy.settings.config import SETTINGS, ConfigError
 
 
 def route(data: bytes) -> None:

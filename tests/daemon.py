@@ -38,33 +38,33 @@ from twisted.web.iweb import IAgent, IAgentEndpointFactory, IResponse
 from twisted.web.server import Site
 from zope.interface import alsoProvides, implementer
 
-from ecrproxy.admin import make_admin_site
-from ecrproxy.cache_key import CacheKey
+from ecrproxy.access.clients import Admission
+from ecrproxy.access.limits import Crowd, Limits
+from ecrproxy.access.namespaces import Namespaces
+from ecrproxy.admin.port import make_admin_site
+from ecrproxy.admin.readings import of_cache, of_clients, of_token, of_transfers, of_upstream
+from ecrproxy.cache.cache_key import CacheKey
+from ecrproxy.cache.janitor import Janitor
+from ecrproxy.cache.store import Store
 from ecrproxy.cached import Cache
-from ecrproxy.circuit import Circuit
-from ecrproxy.clients import Admission
-from ecrproxy.connections import connection_pool
-from ecrproxy.ecr import Token, TokenService
-from ecrproxy.endpoint import Endpoint
-from ecrproxy.governor import Governor
-from ecrproxy.inflow import Lanes
-from ecrproxy.janitor import Janitor
-from ecrproxy.limits import Crowd, Limits
-from ecrproxy.metering import MeteredAgent
+from ecrproxy.http.site import make_site
+from ecrproxy.http.web import Ready, Registry
 from ecrproxy.metrics import Figures
-from ecrproxy.namespaces import Namespaces
 from ecrproxy.oci import Digest
 from ecrproxy.proxy import PullThrough
-from ecrproxy.quotas import Quotas
-from ecrproxy.readings import of_cache, of_clients, of_token, of_transfers, of_upstream
-from ecrproxy.retries import Budget
-from ecrproxy.site import make_site
-from ecrproxy.store import Store
+from ecrproxy.registry.circuit import Circuit
+from ecrproxy.registry.connections import connection_pool
+from ecrproxy.registry.ecr import Token, TokenService
+from ecrproxy.registry.endpoint import Endpoint
+from ecrproxy.registry.governor import Governor
+from ecrproxy.registry.metering import MeteredAgent
+from ecrproxy.registry.quotas import Quotas
+from ecrproxy.registry.retries import Budget
+from ecrproxy.registry.upstream import Upstream
+from ecrproxy.registry.wire import Wire
+from ecrproxy.settings.values import parse_pattern
 from ecrproxy.threads import InThread
-from ecrproxy.upstream import Upstream
-from ecrproxy.values import parse_pattern
-from ecrproxy.web import Ready, Registry
-from ecrproxy.wire import Wire
+from ecrproxy.transfer.inflow import Lanes
 from tests.registry import StandIn
 from tests.registry_server import QuietSite, noise
 

@@ -13,10 +13,10 @@ from typing import Any
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.entries import Confirmed, Entry, entry_name
-from ecrproxy.ingest import DigestMismatchError
+from ecrproxy.cache.entries import Confirmed, Entry, entry_name
+from ecrproxy.cache.ingest import DigestMismatchError
+from ecrproxy.cache.store import Store
 from ecrproxy.oci import Descriptor, Digest, Route, parse_route
-from ecrproxy.store import Store
 
 START = 1_767_225_600.0
 """A moment in January 2026: dates before 1970 or at 1970 hide mistakes."""

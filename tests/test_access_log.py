@@ -8,7 +8,7 @@ from twisted.internet.task import Clock
 from twisted.logger import capturedLogs, formatEvent
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.access_log import GATHER_SECONDS, AccessLog
+from ecrproxy.http.access_log import GATHER_SECONDS, AccessLog
 
 
 class AccessLogTests(SynchronousTestCase):

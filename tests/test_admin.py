@@ -6,8 +6,8 @@ from __future__ import annotations
 
 from twisted.trial.unittest import SynchronousTestCase
 
+from ecrproxy.http.site import route_of
 from ecrproxy.metrics import Figures, Reading, Tally
-from ecrproxy.site import route_of
 from tests.daemon import DaemonTestCase, noise
 
 

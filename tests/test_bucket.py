@@ -10,7 +10,7 @@ from twisted.internet.testing import StringTransport
 from twisted.python.failure import Failure
 from twisted.web.client import ResponseDone
 
-from ecrproxy.bucket import ERROR_LIMIT, Blob, BlobTransfer, Drop, Stretch, UnavailableError, Watch
+from ecrproxy.registry.bucket import ERROR_LIMIT, Blob, BlobTransfer, Drop, Stretch, UnavailableError, Watch
 from tests.daemon import MIB, End
 from tests.test_upstream import Sink, UpstreamTestCase
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.cache_key import Asker, CacheKey
+from ecrproxy.cache.cache_key import Asker, CacheKey
 from ecrproxy.oci import parse_route
 
 DIGEST = "sha256:" + "ab" * 32

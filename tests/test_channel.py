@@ -8,7 +8,7 @@ import tempfile
 
 from twisted.logger import LogLevel
 
-from ecrproxy.channel import LENGTH_DIGITS
+from ecrproxy.http.channel import LENGTH_DIGITS
 from tests.daemon import DaemonTestCase, End, Raw
 
 HEADER_SECONDS = 10

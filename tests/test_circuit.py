@@ -10,8 +10,8 @@ from twisted.internet.task import Clock
 from twisted.logger import formatEvent
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.bucket import UnavailableError
-from ecrproxy.circuit import FAILURES, LONGEST_PAUSE, PAUSE, Circuit, CircuitOpenError, CircuitState
+from ecrproxy.registry.bucket import UnavailableError
+from ecrproxy.registry.circuit import FAILURES, LONGEST_PAUSE, PAUSE, Circuit, CircuitOpenError, CircuitState
 from tests.daemon import Reply
 from tests.test_upstream import UpstreamTestCase
 
@@ -168,7 +168,7 @@ class FailingRegistryTests(UpstreamTestCase):
         """
         Give the log's lines about the circuit.
         """
-        lines = [formatEvent(event) for event in self.events if event["log_namespace"] == "ecrproxy.circuit"]
+        lines = [formatEvent(event) for event in self.events if event["log_namespace"] == "ecrproxy.registry.circuit"]
         return [line.partition(":")[0] for line in lines]
 
     def test_are_served_stale_content_at_once(self) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.clients import Admission, Caller, is_in
-from ecrproxy.passwords import FAILURES, Passwords
+from ecrproxy.access.clients import Admission, Caller, is_in
+from ecrproxy.access.passwords import FAILURES, Passwords
 from tests.daemon import DaemonTestCase, at_once
 from tests.test_htpasswd import line
 from tests.test_passwords import basic

@@ -10,9 +10,9 @@ from typing import Any
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.cache_key import CacheKey
-from ecrproxy.config import SETTINGS, Config, ConfigError
-from ecrproxy.quotas import Quotas
+from ecrproxy.cache.cache_key import CacheKey
+from ecrproxy.registry.quotas import Quotas
+from ecrproxy.settings.config import SETTINGS, Config, ConfigError
 
 ECR = "https://123456789012.dkr.ecr.eu-west-1.amazonaws.com"
 MINIMUM = {"PROXY_ECR_ENDPOINT": ECR, "HOME": "/home/me"}

@@ -22,10 +22,10 @@ from twisted.web.client import BrowserLikePolicyForHTTPS
 from twisted.web.iweb import IAgent
 from zope.interface import implementer
 
-from ecrproxy.connections import UpstreamAgent
-from ecrproxy.resolver import Resolution
-from ecrproxy.retries import Budget
-from ecrproxy.tls import Certificate
+from ecrproxy.daemon.tls import Certificate
+from ecrproxy.registry.connections import UpstreamAgent
+from ecrproxy.registry.resolver import Resolution
+from ecrproxy.registry.retries import Budget
 from tests.daemon import DaemonTestCase, Network, Reply, noise
 from tests.registry import StandIn, layer
 from tests.store_contract import scratch

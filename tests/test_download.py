@@ -17,11 +17,11 @@ from twisted.internet.defer import CancelledError, Deferred, fail, succeed
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.download import TRIES, WINDOW, Download, Follower, ShortBodyError
-from ecrproxy.inflow import HIGH_WATER, LARGEST_PART, SMALLEST_PART, Inflow
-from ecrproxy.ingest import DigestMismatchError, Writer
+from ecrproxy.cache.ingest import DigestMismatchError, Writer
+from ecrproxy.cache.store import Store
 from ecrproxy.oci import Digest
-from ecrproxy.store import Store
+from ecrproxy.transfer.download import TRIES, WINDOW, Download, Follower, ShortBodyError
+from ecrproxy.transfer.inflow import HIGH_WATER, LARGEST_PART, SMALLEST_PART, Inflow
 from tests.daemon import Hands, noise
 
 T = TypeVar("T")

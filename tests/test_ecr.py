@@ -21,7 +21,14 @@ from twisted.internet.task import Clock
 from twisted.logger import ILogObserver, capturedLogs, formatEvent, globalLogPublisher
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.ecr import CredentialsError, Token, TokenService, TokenUnavailableError, fetch_token, next_refresh
+from ecrproxy.registry.ecr import (
+    CredentialsError,
+    Token,
+    TokenService,
+    TokenUnavailableError,
+    fetch_token,
+    next_refresh,
+)
 from tests.store_contract import scratch
 
 START = 1_767_225_600.0

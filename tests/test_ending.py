@@ -13,8 +13,8 @@ from twisted.internet.defer import Deferred
 from twisted.internet.testing import MemoryReactorClock
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.channel import FRESH_SECONDS
-from ecrproxy.ending import Drain, InOrder, Signals
+from ecrproxy.daemon.ending import Drain, InOrder, Signals
+from ecrproxy.http.channel import FRESH_SECONDS
 from tests.daemon import DaemonTestCase, End, Raw, Reply
 
 LIMIT = 30.0

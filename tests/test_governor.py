@@ -11,10 +11,10 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.circuit import FAILURES, CircuitOpenError
-from ecrproxy.governor import LONGEST_WAIT, TICK, Governor, QueueFullError
 from ecrproxy.oci import parse_route
-from ecrproxy.quotas import Call, Quotas
+from ecrproxy.registry.circuit import FAILURES, CircuitOpenError
+from ecrproxy.registry.governor import LONGEST_WAIT, TICK, Governor, QueueFullError
+from ecrproxy.registry.quotas import Call, Quotas
 from tests.registry import digest_of
 from tests.test_upstream import UpstreamTestCase
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.guard import ForbiddenAddressError, Guard, is_forbidden
+from ecrproxy.registry.guard import ForbiddenAddressError, Guard, is_forbidden
 
 FORBIDDEN = (
     "127.0.0.1",

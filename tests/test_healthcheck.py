@@ -11,8 +11,8 @@ from typing import cast
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.config import SETTINGS
 from ecrproxy.healthcheck import PORT, Place, main, place_from
+from ecrproxy.settings.config import SETTINGS
 
 
 class PlaceTests(SynchronousTestCase):

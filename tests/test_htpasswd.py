@@ -7,7 +7,7 @@ from __future__ import annotations
 import bcrypt
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.htpasswd import HtpasswdError, Users, read_users
+from ecrproxy.access.htpasswd import HtpasswdError, Users, read_users
 
 
 def line(name: str, password: str, prefix: bytes = b"2y", cost: int = 4) -> bytes:

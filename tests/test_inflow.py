@@ -10,7 +10,7 @@ from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.inflow import HIGH_WATER, LARGEST_PART, SMALLEST_PART, SPLIT, Gaps, Inflow, Lanes, part_size
+from ecrproxy.transfer.inflow import HIGH_WATER, LARGEST_PART, SMALLEST_PART, SPLIT, Gaps, Inflow, Lanes, part_size
 from tests.test_download import Tap
 
 PIECE = 2**16

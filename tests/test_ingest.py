@@ -18,12 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.ingest import LEFT_SECONDS, TRAILER, WORTH_RESUMING, DigestMismatchError, Ingest, Stretches, Trailer
-from ecrproxy.ledger import Ledger
+from ecrproxy.cache.ingest import LEFT_SECONDS, TRAILER, WORTH_RESUMING, DigestMismatchError, Ingest, Stretches, Trailer
+from ecrproxy.cache.ledger import Ledger
+from ecrproxy.cache.proofs import Proofs
+from ecrproxy.cache.store import Store
+from ecrproxy.cache.troubles import Troubles
 from ecrproxy.oci import Digest
-from ecrproxy.proofs import Proofs
-from ecrproxy.store import Store
-from ecrproxy.troubles import Troubles
 from tests.daemon import MIB, noise
 from tests.store_contract import START, failing, read, scratch
 

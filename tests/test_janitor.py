@@ -18,9 +18,9 @@ from twisted.internet.task import Clock
 from twisted.logger import capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.janitor import PAUSE_SECONDS, SHARE, Janitor, victims
+from ecrproxy.cache.janitor import PAUSE_SECONDS, SHARE, Janitor, victims
+from ecrproxy.cache.store import Store
 from ecrproxy.oci import Digest
-from ecrproxy.store import Store
 from tests.store_contract import START, failing, put, read, scratch
 
 T = TypeVar("T")

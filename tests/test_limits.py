@@ -8,7 +8,7 @@ from twisted.internet.task import Clock
 from twisted.protocols.haproxy._wrapper import HAProxyWrappingFactory
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.limits import Crowd, Limits, Patience, counted
+from ecrproxy.access.limits import Crowd, Limits, Patience, counted
 from tests.daemon import MIB, DaemonTestCase, End, Network, Raw, noise
 from tests.test_relay import Together
 

@@ -14,10 +14,10 @@ from twisted.protocols.tls import TLSMemoryBIOFactory
 from twisted.trial.unittest import SynchronousTestCase
 from twisted.web.resource import Resource
 
-from ecrproxy.config import Config
-from ecrproxy.limits import Crowd, Limits
-from ecrproxy.listening import Listening, endpoints
-from ecrproxy.site import RegistrySite
+from ecrproxy.access.limits import Crowd, Limits
+from ecrproxy.daemon.listening import Listening, endpoints
+from ecrproxy.http.site import RegistrySite
+from ecrproxy.settings.config import Config
 from tests.store_contract import scratch
 from tests.test_tls import Files, Tcp, client, shake_with
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.memory import Memory
+from ecrproxy.cache.memory import Memory
 
 
 class MemoryTests(SynchronousTestCase):

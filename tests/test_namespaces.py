@@ -10,10 +10,10 @@ from typing import Any
 from twisted.internet.defer import Deferred
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy import namespaces
-from ecrproxy.namespaces import Namespaces
+from ecrproxy.access import namespaces
+from ecrproxy.access.namespaces import Namespaces
 from ecrproxy.oci import RegistryError
-from ecrproxy.values import parse_pattern
+from ecrproxy.settings.values import parse_pattern
 from tests.daemon import DaemonTestCase, Hands
 
 CATASTROPHE = r"(?:a|a|aa)+b?c?(?=z)"

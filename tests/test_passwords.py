@@ -15,8 +15,7 @@ from twisted.internet.task import Clock
 from twisted.logger import LogLevel, capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.oci import RegistryError
-from ecrproxy.passwords import (
+from ecrproxy.access.passwords import (
     AT_ONCE,
     FAILURE_SECONDS,
     FAILURES,
@@ -28,6 +27,7 @@ from ecrproxy.passwords import (
     Passwords,
     parse_basic,
 )
+from ecrproxy.oci import RegistryError
 from tests.daemon import Hands
 from tests.store_contract import scratch
 from tests.test_htpasswd import line

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.config import SETTINGS
-from ecrproxy.predecessors import notices
+from ecrproxy.settings.config import SETTINGS
+from ecrproxy.settings.predecessors import notices
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "moving.rst"
 OLD = (

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from twisted.trial.unittest import SynchronousTestCase
 
+from ecrproxy.cache.proofs import Proofs, is_marked, mark
 from ecrproxy.oci import Digest
-from ecrproxy.proofs import Proofs, is_marked, mark
 from tests.store_contract import START, failing, scratch
 
 DIGEST = Digest.of(b"0123456789")

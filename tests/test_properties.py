@@ -16,9 +16,9 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.cache_key import Asker, CacheKey
-from ecrproxy.config import SETTINGS, ConfigError, Setting
-from ecrproxy.entries import Confirmed, Entry, entry_name
+from ecrproxy.cache.cache_key import Asker, CacheKey
+from ecrproxy.cache.entries import Confirmed, Entry, entry_name
+from ecrproxy.http.web import parse_range
 from ecrproxy.oci import (
     Descriptor,
     Digest,
@@ -31,8 +31,15 @@ from ecrproxy.oci import (
     parse_route,
     query_values,
 )
-from ecrproxy.values import parse_connections, parse_pattern, parse_port, parse_seconds, parse_size, parse_workers
-from ecrproxy.web import parse_range
+from ecrproxy.settings.config import SETTINGS, ConfigError, Setting
+from ecrproxy.settings.values import (
+    parse_connections,
+    parse_pattern,
+    parse_port,
+    parse_seconds,
+    parse_size,
+    parse_workers,
+)
 
 # The grammar once more, letter for letter as the distribution spec has it.
 NAME: Final = r"[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*(\/[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*)*"

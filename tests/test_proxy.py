@@ -13,8 +13,8 @@ from typing import Any
 from twisted.internet.defer import Deferred
 from twisted.internet.task import deferLater
 
-from ecrproxy.ecr import Token
 from ecrproxy.oci import Digest
+from ecrproxy.registry.ecr import Token
 from tests.daemon import MIB, DaemonTestCase, Hands, Reply, noise
 from tests.registry import digest_of, layer
 from tests.registry_content import OCI_MANIFEST, SCHEMA2, SCHEMA2_LIST

@@ -7,7 +7,7 @@ from __future__ import annotations
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.oci import Kind
-from ecrproxy.quotas import LONGEST_REST, Call, Quotas, TokenBucket, call_of
+from ecrproxy.registry.quotas import LONGEST_REST, Call, Quotas, TokenBucket, call_of
 
 
 class CallTests(SynchronousTestCase):

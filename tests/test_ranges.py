@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from twisted.internet.defer import Deferred
 from twisted.internet.task import deferLater
 
-from ecrproxy.inflow import SMALLEST_PART, SPLIT, Lanes, part_size
+from ecrproxy.transfer.inflow import SMALLEST_PART, SPLIT, Lanes, part_size
 from tests.daemon import MIB, Daemon, DaemonTestCase, Reply, at_once, noise
 
 T = TypeVar("T")

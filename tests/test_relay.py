@@ -12,20 +12,20 @@ from twisted.internet.error import ConnectionRefusedError
 from twisted.internet.protocol import Protocol
 from twisted.web.server import Request
 
-from ecrproxy.cache_key import CacheKey
+from ecrproxy.access.clients import Admission
+from ecrproxy.access.limits import BOUNDLESS, Crowd
+from ecrproxy.access.namespaces import Namespaces
+from ecrproxy.cache.cache_key import CacheKey
+from ecrproxy.cache.entries import entry_name
+from ecrproxy.cache.ledger import Notes
+from ecrproxy.cache.store import Store
 from ecrproxy.cached import Cache
-from ecrproxy.clients import Admission
-from ecrproxy.entries import entry_name
-from ecrproxy.ledger import Notes
-from ecrproxy.limits import BOUNDLESS, Crowd
+from ecrproxy.http.relay import KEY, TELL_SECONDS, USED, InnerRegistry, NoRoom, Relay, Teller, Used, WorkerRegistry
+from ecrproxy.http.site import make_site
+from ecrproxy.http.web import Ready
 from ecrproxy.metrics import Tally
-from ecrproxy.namespaces import Namespaces
 from ecrproxy.oci import parse_route
-from ecrproxy.relay import KEY, TELL_SECONDS, USED, InnerRegistry, NoRoom, Relay, Teller, Used, WorkerRegistry
-from ecrproxy.site import make_site
-from ecrproxy.store import Store
-from ecrproxy.values import parse_pattern
-from ecrproxy.web import Ready
+from ecrproxy.settings.values import parse_pattern
 from tests.daemon import BUFFER, MIB, Daemon, DaemonTestCase, End, Network, Reply, at_once, noise
 
 WORKER = "198.51.100.1"

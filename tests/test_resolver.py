@@ -18,7 +18,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import implementer
 from zope.interface.verify import verifyObject
 
-from ecrproxy.resolver import ChosenServers, hosts_names
+from ecrproxy.registry.resolver import ChosenServers, hosts_names
 
 START = 1_767_225_600.0
 NAME = "123456789012.dkr.ecr.eu-west-1.amazonaws.com"

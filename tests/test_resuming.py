@@ -8,8 +8,8 @@ import errno
 import os
 from pathlib import Path
 
-from ecrproxy.inflow import SMALLEST_PART, Lanes
-from ecrproxy.ingest import LEFT_SECONDS, TRAILER, Ingest, Trailer
+from ecrproxy.cache.ingest import LEFT_SECONDS, TRAILER, Ingest, Trailer
+from ecrproxy.transfer.inflow import SMALLEST_PART, Lanes
 from tests.daemon import MIB, Reply, noise
 from tests.store_contract import failing
 from tests.test_ranges import RangesTestCase, span

@@ -18,11 +18,11 @@ from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 from twisted.web.http import HTTPChannel
 
-from ecrproxy.download import Download
-from ecrproxy.limits import Limits, Patience
+from ecrproxy.access.limits import Limits, Patience
 from ecrproxy.oci import Digest
-from ecrproxy.sending import PIECE, KernelSending, PieceSending, send
-from ecrproxy.sources import FilePiece, Held
+from ecrproxy.transfer.download import Download
+from ecrproxy.transfer.sending import PIECE, KernelSending, PieceSending, send
+from ecrproxy.transfer.sources import FilePiece, Held
 from tests.daemon import BUFFER, MIB, Daemon, DaemonTestCase, End, Hands, Raw, noise
 from tests.test_download import Source as BucketSource
 

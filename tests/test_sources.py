@@ -6,8 +6,8 @@ from __future__ import annotations
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.sources import Held, Shelved
-from ecrproxy.store import Store
+from ecrproxy.cache.store import Store
+from ecrproxy.transfer.sources import Held, Shelved
 from tests.store_contract import START, put, scratch
 
 

@@ -16,11 +16,11 @@ from typing import Any
 from twisted.logger import capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.entries import ANSWERS_LIMIT, entry_name
-from ecrproxy.ingest import DigestMismatchError
-from ecrproxy.ledger import Ledger, Settled
+from ecrproxy.cache.entries import ANSWERS_LIMIT, entry_name
+from ecrproxy.cache.ingest import DigestMismatchError
+from ecrproxy.cache.ledger import Ledger, Settled
+from ecrproxy.cache.store import Store
 from ecrproxy.oci import Digest, Kind, Route, parse_route
-from ecrproxy.store import Store
 from tests import store_contract
 from tests.store_contract import ANY, INDEX_TYPE, MANIFEST_TYPE, START, confirmed, entry_of, failing, put, read, scratch
 

@@ -17,11 +17,11 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.entries import Entry, entry_name
-from ecrproxy.ingest import DigestMismatchError, Writer, room_for
-from ecrproxy.janitor import Janitor
+from ecrproxy.cache.entries import Entry, entry_name
+from ecrproxy.cache.ingest import DigestMismatchError, Writer, room_for
+from ecrproxy.cache.janitor import Janitor
+from ecrproxy.cache.store import Content, Store
 from ecrproxy.oci import Digest, parse_route
-from ecrproxy.store import Content, Store
 from tests.daemon import at_once
 from tests.store_contract import START, confirmed, entry_of, put
 

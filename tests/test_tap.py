@@ -31,10 +31,10 @@ from twisted.python.threadpool import ThreadPool
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy import __version__
-from ecrproxy.config import SETTINGS, Config
-from ecrproxy.ecr import CredentialsError
-from ecrproxy.options import Options
-from ecrproxy.resolver import ChosenServers
+from ecrproxy.registry.ecr import CredentialsError
+from ecrproxy.registry.resolver import ChosenServers
+from ecrproxy.settings.config import SETTINGS, Config
+from ecrproxy.settings.options import Options
 from ecrproxy.tap import _count_steadily, _open_many_files, build, makeService
 from tests.store_contract import scratch
 from tests.test_ecr import KEYS, FakeAws

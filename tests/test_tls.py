@@ -31,9 +31,9 @@ from twisted.web import http
 from twisted.web.resource import Resource
 from zope.interface.verify import verifyObject
 
-from ecrproxy.limits import Crowd, Limits
-from ecrproxy.site import RegistrySite
-from ecrproxy.tls import Certificate, CertificateError
+from ecrproxy.access.limits import Crowd, Limits
+from ecrproxy.daemon.tls import Certificate, CertificateError
+from ecrproxy.http.site import RegistrySite
 from tests.store_contract import scratch
 
 Key = Any

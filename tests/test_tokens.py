@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from twisted.internet.defer import Deferred
 
-from ecrproxy.ecr import Token, TokenUnavailableError
+from ecrproxy.registry.ecr import Token, TokenUnavailableError
 from tests.daemon import DaemonTestCase, Reply, noise
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from twisted.logger import capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.troubles import QUIET_SECONDS, Kind, Troubles
+from ecrproxy.cache.troubles import QUIET_SECONDS, Kind, Troubles
 from tests.daemon import DaemonTestCase, noise
 from tests.store_contract import START, failing
 

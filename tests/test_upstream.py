@@ -14,10 +14,10 @@ from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 from twisted.web.client import ResponseFailed
 
-from ecrproxy.bucket import UnavailableError, describe
 from ecrproxy.oci import Digest, RegistryError, Route, parse_route
-from ecrproxy.upstream import upstream_query
-from ecrproxy.wire import PlainAgent
+from ecrproxy.registry.bucket import UnavailableError, describe
+from ecrproxy.registry.upstream import upstream_query
+from ecrproxy.registry.wire import PlainAgent
 from tests.daemon import MIB, Daemon, DaemonTestCase, noise
 from tests.registry import StandIn, digest_of
 from tests.registry_content import OCI_MANIFEST

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.values import (
+from ecrproxy.settings.values import (
     parse_endpoint,
     parse_flag,
     parse_networks,

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ecrproxy.store import Content
-from ecrproxy.verification import STEP
+from ecrproxy.cache.store import Content
+from ecrproxy.cache.verification import STEP
 from tests.daemon import BUFFER, MIB, DaemonTestCase, Hands, Reply, noise
 from tests.store_contract import failing
 

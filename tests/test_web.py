@@ -11,9 +11,9 @@ from urllib.parse import parse_qs, urlsplit
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.cache_key import CacheKey
-from ecrproxy.site import RegistrySite, make_site
-from ecrproxy.web import Ready, matches, parse_range
+from ecrproxy.cache.cache_key import CacheKey
+from ecrproxy.http.site import RegistrySite, make_site
+from ecrproxy.http.web import Ready, matches, parse_range
 from tests.daemon import MIB, DaemonTestCase, Raw, Reply, noise
 from tests.registry import digest_of
 from tests.registry_content import OCI_INDEX, OCI_MANIFEST, SCHEMA2
@@ -954,7 +954,7 @@ class UpstreamTroubleTests(DaemonTestCase):
         def failing(*args: object) -> object:
             raise ZeroDivisionError
 
-        self.patch(__import__("ecrproxy.web", fromlist=["web"]), "_source", failing)
+        self.patch(__import__("ecrproxy.http.web", fromlist=["web"]), "_source", failing)
         self.assertBroken(self.get(path), data)
         self.assertEqual(1, len(self.flushLoggedErrors(ZeroDivisionError)))
 

@@ -23,9 +23,8 @@ from twisted.protocols.tls import TLSMemoryBIOFactory
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy import workers
-from ecrproxy.options import Options
-from ecrproxy.workers import (
+from ecrproxy.daemon import workers
+from ecrproxy.daemon.workers import (
     END_SECONDS,
     FIRST_FD,
     RESTART_SECONDS,
@@ -35,6 +34,7 @@ from ecrproxy.workers import (
     StandardInput,
     Workers,
 )
+from ecrproxy.settings.options import Options
 from tests.store_contract import scratch
 from tests.test_tls import Files
 
