@@ -20,11 +20,14 @@ from typing import Protocol
 from twisted.internet.defer import DeferredSemaphore
 from twisted.logger import Logger
 
+from ecrproxy.cache.content import Content, DigestMismatchError
 from ecrproxy.cache.entries import Confirmed, Entry, entry_name
-from ecrproxy.cache.ingest import WORTH_RESUMING, DigestMismatchError, Left, Writer, room_for
+from ecrproxy.cache.ingest import Left
 from ecrproxy.cache.memory import Memory
-from ecrproxy.cache.store import Content, Store
+from ecrproxy.cache.store import Store
+from ecrproxy.cache.trailer import WORTH_RESUMING, room_for
 from ecrproxy.cache.verification import Verification
+from ecrproxy.cache.writer import Writer
 from ecrproxy.oci import BLOB_TYPE, Descriptor, Digest, Kind, Route, listed
 from ecrproxy.threads import InThread, on_its_own
 from ecrproxy.transfer.download import Download

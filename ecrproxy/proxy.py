@@ -20,7 +20,7 @@ from functools import partial
 from twisted.logger import Logger
 
 from ecrproxy.cache.entries import Confirmed, Entry
-from ecrproxy.cache.ingest import Writer
+from ecrproxy.cache.writer import Writer
 from ecrproxy.cached import ANY, Answer, Asked, Cache, CacheStatus, manifest_answer
 from ecrproxy.flights import Flights
 from ecrproxy.oci import (

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from ecrproxy.cache.ingest import Trailer
+from ecrproxy.cache.trailer import Trailer
 from tests.e2e.asking import answers
 from tests.e2e.processes import Process, environment, eventually, free_port
 

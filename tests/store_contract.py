@@ -13,8 +13,8 @@ from typing import Any
 
 from twisted.trial.unittest import SynchronousTestCase
 
+from ecrproxy.cache.content import DigestMismatchError
 from ecrproxy.cache.entries import Confirmed, Entry, entry_name
-from ecrproxy.cache.ingest import DigestMismatchError
 from ecrproxy.cache.store import Store
 from ecrproxy.oci import Descriptor, Digest, Route, parse_route
 

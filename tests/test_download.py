@@ -17,8 +17,9 @@ from twisted.internet.defer import CancelledError, Deferred, fail, succeed
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.cache.ingest import DigestMismatchError, Writer
+from ecrproxy.cache.content import DigestMismatchError
 from ecrproxy.cache.store import Store
+from ecrproxy.cache.writer import Writer
 from ecrproxy.oci import Digest
 from ecrproxy.transfer.download import TRIES, WINDOW, Download, Follower, ShortBodyError
 from ecrproxy.transfer.inflow import HIGH_WATER, LARGEST_PART, SMALLEST_PART, Inflow

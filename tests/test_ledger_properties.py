@@ -11,9 +11,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.cache.ingest import Stretches
 from ecrproxy.cache.janitor import victims
 from ecrproxy.cache.ledger import PACKED, Ledger, Settled, packed, unpacked
+from ecrproxy.cache.trailer import Stretches
 
 hexes = st.binary(min_size=PACKED - 1, max_size=PACKED - 1).map(bytes.hex)
 usual_paths = st.builds(

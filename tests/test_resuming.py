@@ -8,7 +8,8 @@ import errno
 import os
 from pathlib import Path
 
-from ecrproxy.cache.ingest import LEFT_SECONDS, TRAILER, Ingest, Trailer
+from ecrproxy.cache.ingest import LEFT_SECONDS, Ingest
+from ecrproxy.cache.trailer import TRAILER, Trailer
 from ecrproxy.transfer.inflow import SMALLEST_PART, Lanes
 from tests.daemon import MIB, Reply, noise
 from tests.store_contract import failing

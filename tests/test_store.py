@@ -16,8 +16,8 @@ from typing import Any
 from twisted.logger import capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
+from ecrproxy.cache.content import DigestMismatchError
 from ecrproxy.cache.entries import ANSWERS_LIMIT, entry_name
-from ecrproxy.cache.ingest import DigestMismatchError
 from ecrproxy.cache.ledger import Ledger, Settled
 from ecrproxy.cache.store import Store
 from ecrproxy.oci import Digest, Kind, Route, parse_route

@@ -17,10 +17,12 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
+from ecrproxy.cache.content import Content, DigestMismatchError
 from ecrproxy.cache.entries import Entry, entry_name
-from ecrproxy.cache.ingest import DigestMismatchError, Writer, room_for
 from ecrproxy.cache.janitor import Janitor
-from ecrproxy.cache.store import Content, Store
+from ecrproxy.cache.store import Store
+from ecrproxy.cache.trailer import room_for
+from ecrproxy.cache.writer import Writer
 from ecrproxy.oci import Digest, parse_route
 from tests.daemon import at_once
 from tests.store_contract import START, confirmed, entry_of, put

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ecrproxy.cache.store import Content
+from ecrproxy.cache.content import Content
 from ecrproxy.cache.verification import STEP
 from tests.daemon import BUFFER, MIB, DaemonTestCase, Hands, Reply, noise
 from tests.store_contract import failing

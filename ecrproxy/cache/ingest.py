@@ -20,46 +20,25 @@ import errno
 import fcntl
 import os
 import secrets
-import stat
-import struct
-import threading
-import zlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
-from ecrproxy.cache.proofs import Proofs, mark
-from ecrproxy.cache.troubles import Kind, Troubles
+from ecrproxy.cache.proofs import Proofs
+from ecrproxy.cache.trailer import TRAILER, Stretches, Trailer
+from ecrproxy.cache.troubles import Troubles
+from ecrproxy.cache.writer import Writer
 
 if TYPE_CHECKING:
     from ecrproxy.cache.ledger import Ledger
     from ecrproxy.oci import Digest
 
-WORTH_RESUMING: Final = 2**20
-"""Bytes from which on a blob has a trailer: less is had again sooner than looked for."""
 LEFT_SECONDS: Final = 24 * 3600
 """How long a file that is left over is of use: clients that want it come back sooner."""
 _DRAFTS: Final = ("entry.", "probe.")
 _YOUNG_SECONDS: Final = 60
 _TRIES: Final = 10
 """New files that are made, if others are quicker to lock them: each time that is less than likely."""
-_CATCH_UP: Final = 16 * 2**20
-"""Bytes that are hashed in one go: a lane that has bytes to write waits for no more."""
-
-_MAGIC: Final = b"ecrprxy1"
-_HEAD: Final = struct.Struct(">8sQdI")
-_SPAN: Final = struct.Struct(">QQ")
-_MOST_SPANS: Final = 60
-"""A lane leaves one gap; more come of a transfer that was interrupted often, and are forgotten."""
-TRAILER: Final = 1024
-"""Bytes that are kept for the trailer."""
-
-
-class DigestMismatchError(Exception):
-    """
-    The bytes that arrived are not those that the digest names.
-    """
 
 
 class Left(NamedTuple):
@@ -74,287 +53,6 @@ class Left(NamedTuple):
     size: int
     start: int
     stop: int
-
-
-class Stretches:
-    """
-    Which bytes of a file are there, where they come in several places at once.
-    """
-
-    def __init__(self, stretches: Sequence[tuple[int, int]] = ()) -> None:
-        self._stretches = list(stretches)
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        return iter(self._stretches)
-
-    def add(self, start: int, stop: int) -> None:
-        """
-        Note that the bytes from C{start} to C{stop} are there.
-        """
-        joined = [(start, stop)]
-        for first, last in self._stretches:
-            if last < joined[0][0] or joined[0][1] < first:
-                joined.append((first, last))
-            else:
-                joined[0] = (min(first, joined[0][0]), max(last, joined[0][1]))
-        self._stretches = sorted(joined)
-
-    def end_of(self, offset: int) -> int:
-        """
-        Tell up to where all bytes from C{offset} on are there.
-        """
-        return next((stop for start, stop in self._stretches if start <= offset <= stop), offset)
-
-    def gaps(self, size: int) -> list[tuple[int, int]]:
-        """
-        Tell which of the first C{size} bytes are not there.
-        """
-        bounds = [0, *(edge for stretch in self._stretches for edge in stretch), size]
-        pairs = zip(bounds[::2], bounds[1::2], strict=True)
-        return [(start, stop) for start, stop in pairs if start < stop]
-
-
-@dataclass(frozen=True, slots=True)
-class Trailer:
-    """
-    What a file says of itself.
-
-    @ivar size: the bytes that the blob was announced with.
-    @ivar when: seconds since the epoch, of the last write.
-    @ivar there: the stretches that are there, in order.
-    """
-
-    size: int
-    when: float
-    there: tuple[tuple[int, int], ...]
-
-    def pack(self) -> bytes:
-        """
-        Write it in C{TRAILER} bytes at most.
-        """
-        there = self.there[:_MOST_SPANS]
-        packed = _HEAD.pack(_MAGIC, self.size, self.when, len(there)) + b"".join(_SPAN.pack(*each) for each in there)
-        return packed + zlib.crc32(packed).to_bytes(4, "big")
-
-    @classmethod
-    def unpack(cls, data: bytes) -> Trailer | None:
-        """
-        Read what L{pack} wrote; none if it is anything else, or tells of no stretch or of no gap.
-        """
-        if len(data) < _HEAD.size:
-            return None
-        magic, size, when, count = _HEAD.unpack_from(data)
-        end = _HEAD.size + count * _SPAN.size
-        if magic != _MAGIC or count > _MOST_SPANS or zlib.crc32(data[:end]).to_bytes(4, "big") != data[end : end + 4]:
-            return None
-        there = tuple(_SPAN.iter_unpack(data[_HEAD.size : end]))
-        edges = [edge for stretch in there for edge in stretch]
-        sound = edges == sorted(set(edges)) and len(edges) > 0 and edges[-1] <= size and there != ((0, size),)
-        return cls(size, when, there) if sound else None
-
-    @classmethod
-    def read(cls, fd: int) -> Trailer | None:
-        """
-        Read a file's trailer; none if it has none that fits, or it can't be read.
-        """
-        with contextlib.suppress(OSError):
-            return cls._read(fd)
-        return None
-
-    @classmethod
-    def _read(cls, fd: int) -> Trailer | None:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1 or status.st_size < TRAILER:
-            return None
-        size = status.st_size - TRAILER
-        trailer = cls.unpack(os.pread(fd, TRAILER, size))
-        return trailer if trailer is not None and trailer.size == size else None
-
-
-class Writer:
-    """
-    A file that arrives, in several places at once; hashed in order; content once its digest is right.
-
-    @ivar hashed: the bytes that are there and hashed, from the first on.
-    @ivar room: the bytes that it takes of the disk.
-    """
-
-    def __init__(self, ingest: Ingest, digest: Digest, size: int, path: Path, fd: int) -> None:
-        self._ingest, self._digest, self.size, self._path, self._fd = ingest, digest, size, path, fd
-        self.room = room_for(size)
-        self._hash = digest.hasher()
-        self.hashed = 0
-        self._there = Stretches()
-        self._shown = Stretches()
-        self._lock = threading.Lock()
-        self._committed: str | None = None
-
-    def fileno(self) -> int:
-        """
-        Hand out the file descriptor, for reading what was written.
-        """
-        return self._fd
-
-    def take_up(self, trailer: Trailer) -> None:
-        """
-        Go on from what C{trailer} says.
-        """
-        self._there = Stretches(trailer.there)
-
-    @property
-    def gaps(self) -> list[tuple[int, int]]:
-        """
-        Tell which bytes are missing.
-        """
-        return self._there.gaps(self.size)
-
-    @property
-    def missing(self) -> int:
-        """
-        Tell how many bytes are missing.
-        """
-        return sum(stop - start for start, stop in self.gaps)
-
-    @property
-    def front(self) -> int:
-        """
-        Tell up to where all bytes from the first on are there.
-        """
-        return self._there.end_of(0)
-
-    def write(self, offset: int, pieces: Sequence[bytes]) -> None:
-        """
-        Write C{pieces} from C{offset} on. Threads may do so at the same time, in different places.
-
-        @raise OSError: if the disk fails; what was written before stays readable.
-        """
-        with self._ingest.troubles.noted(Kind.WRITE):
-            self._write(offset, pieces)
-
-    def _write(self, offset: int, pieces: Sequence[bytes]) -> None:
-        end = offset
-        for piece in pieces:
-            view = memoryview(piece)
-            while view:
-                count = os.pwrite(self._fd, view, end)
-                view, end = view[count:], end + count
-        with self._lock:
-            self._there.add(offset, end)
-            self._shown.add(offset, end)
-            if offset == self.hashed:  # as it comes, from memory
-                for piece in pieces:
-                    self._hash.update(piece)
-                self.hashed = end
-            self._hash_on()
-            self._tell()
-
-    def catch_up(self) -> bool:
-        """
-        Hash some of what came before its turn, or was there from the start.
-
-        @return: whether there is more of it.
-        @raise OSError: if the disk fails.
-        """
-        with self._lock:
-            return self._hash_on()
-
-    def _hash_on(self) -> bool:
-        end = self._there.end_of(self.hashed)
-        stop = min(end, self.hashed + _CATCH_UP)
-        while self.hashed < stop:
-            data = os.pread(self._fd, min(2**20, stop - self.hashed), self.hashed)
-            if not data:
-                raise OSError(errno.EIO, "what was written can't be read")
-            self._hash.update(data)
-            self.hashed += len(data)
-        return stop < end
-
-    def _tell(self) -> None:
-        """
-        Note in the file what is there of it; a disk that can't take that costs a transfer, another time.
-        """
-        there = tuple(self._there)
-        if self.room > self.size and there != ((0, self.size),):
-            with contextlib.suppress(OSError):
-                os.pwrite(self._fd, Trailer(self.size, self._ingest.now(), there).pack(), self.size)
-
-    def reach(self, offset: int) -> int:
-        """
-        Tell up to where all bytes from C{offset} on came by this writer.
-        """
-        return self._shown.end_of(offset)
-
-    def hash(self) -> Any:  # noqa: ANN401 (hashlib's objects have no public type)
-        """
-        Copy the state of the hash over the first C{hashed} bytes.
-        """
-        return self._hash.copy()
-
-    def verify(self) -> None:
-        """
-        Hold the hash against the digest.
-
-        @raise DigestMismatchError: if they differ.
-        """
-        if self._hash.hexdigest() != self._digest.hex:
-            raise DigestMismatchError(f"what arrived is not {self._digest}")
-
-    def commit(self) -> None:
-        """
-        Make the file content, for good. The file descriptor stays open until L{close}.
-
-        @raise DigestMismatchError: if it is not what its digest names.
-        @raise OSError: if the disk fails; the file is not content then.
-        """
-        self.verify()
-        with self._ingest.troubles.noted(Kind.WRITE):
-            self._commit()
-
-    def _commit(self) -> None:
-        if self.hashed < self.room:
-            os.ftruncate(self._fd, self.hashed)
-        with contextlib.suppress(OSError):
-            mark(self._fd, self._ingest.now())
-        os.fsync(self._fd)
-        path = content_path(self._digest)
-        target = self._ingest.root / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        self._path.rename(target)
-        self._ingest.proofs.note(self._digest, os.fstat(self._fd), good=True)
-        self._ingest.ledger.used(path, self.hashed)
-        self._ingest.ledger.reading(path, 1)  # by those who follow, until it is closed
-        self._committed = path
-
-    def close(self) -> None:
-        """
-        Let go of the file, committed or discarded before.
-        """
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-            if self._committed is not None:
-                self._ingest.ledger.reading(self._committed, -1)
-
-    def leave(self) -> None:
-        """
-        Let go of the file, and leave it to the next transfer of its digest if it is worth that.
-        """
-        if self._fd < 0 or self._committed is not None:
-            self.close()
-        elif Trailer.read(self._fd) is None:
-            self.discard()
-        else:
-            self._ingest.ledger.used(f"ingest/{self._path.name}", self.room)
-            self.close()
-
-    def discard(self) -> None:
-        """
-        Unlink the file and let go of it.
-        """
-        if self._committed is None:
-            with contextlib.suppress(OSError):
-                self._path.unlink()
-        self.close()
 
 
 class Ingest:
@@ -531,20 +229,6 @@ class Ingest:
     def _names(self) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             yield from self.folder.iterdir()
-
-
-def content_path(digest: Digest) -> str:
-    """
-    Name the file of C{digest}, relative to the cache directory.
-    """
-    return f"content/{digest.algorithm}/{digest.hex[:2]}/{digest.hex}"
-
-
-def room_for(size: int) -> int:
-    """
-    Tell how many bytes of the disk a blob of C{size} bytes takes while it arrives.
-    """
-    return size + TRAILER if size >= WORTH_RESUMING else size
 
 
 def _claimed(fd: int, path: Path) -> bool:

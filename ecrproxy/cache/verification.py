@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 from twisted.python.failure import Failure
 
-from ecrproxy.cache.ingest import DigestMismatchError
+from ecrproxy.cache.content import DigestMismatchError
 
 if TYPE_CHECKING:
-    from ecrproxy.cache.store import Content
+    from ecrproxy.cache.content import Content
     from ecrproxy.threads import InThread
 
 STEP: Final = 4 * 2**20

@@ -26,8 +26,7 @@ from ecrproxy.access.clients import Admission, Caller
 from ecrproxy.access.limits import Crowd
 from ecrproxy.access.namespaces import Namespaces
 from ecrproxy.cache.cache_key import Asker, CacheKey
-from ecrproxy.cache.ingest import DigestMismatchError
-from ecrproxy.cache.store import Content
+from ecrproxy.cache.content import Content, DigestMismatchError
 from ecrproxy.cached import SMALL_BLOB, Answer, Asked
 from ecrproxy.oci import Kind, RegistryError, Route, accepted_types, parse_route, query_values
 from ecrproxy.proxy import PullThrough

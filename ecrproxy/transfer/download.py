@@ -29,7 +29,8 @@ from twisted.internet.defer import CancelledError, Deferred, DeferredList
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from ecrproxy.cache.ingest import DigestMismatchError, Writer
+from ecrproxy.cache.content import DigestMismatchError
+from ecrproxy.cache.writer import Writer
 from ecrproxy.oci import RegistryError
 from ecrproxy.threads import InThread
 from ecrproxy.transfer.inflow import Blob, Gaps, Inflow, Stretch

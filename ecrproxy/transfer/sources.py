@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 from twisted.python.failure import Failure
 
 if TYPE_CHECKING:
-    from ecrproxy.cache.store import Content
+    from ecrproxy.cache.content import Content
     from ecrproxy.cache.verification import Verification
 
 
