@@ -52,19 +52,19 @@ def place_from(environ: Mapping[str, str]) -> Place:
         port = int(environ.get("PROXY_PORT") or PORT)
         return Place((_LOOPBACK["tcp"], port), secure=bool(environ.get("PROXY_SSL_KEY")))
     for text in endpoints:
-        place = _read(text)
+        place = read_place(text)
         if place is not None:
             return place
     raise ValueError("PROXY_LISTEN names no tcp:, tcp6:, ssl:, tls:, unix: or haproxy: endpoint")
 
 
-def _read(text: str) -> Place | None:
+def read_place(text: str) -> Place | None:
     """
     Read one of Twisted's endpoint strings; none if it is of a kind that can't be asked.
     """
     kind, _, rest = text.partition(":")
     if kind == "haproxy":
-        inner = _read(rest)
+        inner = read_place(rest)
         return replace(inner, behind_proxy=True) if inner is not None else None
     parts = re.split(r"(?<!\\):", rest)  # a backslash takes a colon's meaning from it
     named = dict(part.split("=", 1) for part in parts if "=" in part)

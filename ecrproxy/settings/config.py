@@ -9,7 +9,7 @@ found by C{tap}.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Final
 
@@ -339,23 +339,34 @@ class Config:
         @param flags: by setting name.
         @raise ConfigError: for the first that is wrong.
         """
-        texts = {**_defaults(environ), **_from_environment(environ)}
-        texts.update(
-            {
-                setting.name: (text, f"--{setting.name}")
-                for setting in SETTINGS
-                if (text := flags.get(setting.name)) is not None
-            }
-        )
-        values: dict[str, Any] = {
-            setting.attribute: setting.read(*texts[setting.name]) if setting.name in texts else None
-            for setting in SETTINGS
-        }
+        texts = _texts(flags, environ)
+        values = _values(texts, SETTINGS)
         if values["ecr_endpoint"] is None:
             raise ConfigError("PROXY_ECR_ENDPOINT is not set: give the URL of your ECR registry")
         values["region"] = _region(values, texts)
         _check_tls(values)
         return cls(**values)
+
+
+def read_settings(names: Iterable[str], flags: Mapping[str, str], environ: Mapping[str, str]) -> dict[str, Any]:
+    """
+    Read a few settings each by itself, by L{Config}'s attribute: for who needs no more, and can do without the others.
+
+    @raise ConfigError: for the first that is wrong.
+    """
+    return _values(_texts(flags, environ), [each for each in SETTINGS if each.name in set(names)])
+
+
+def _texts(flags: Mapping[str, str], environ: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """
+    Give what is set, and where.
+    """
+    given = {each.name: (flags[each.name], f"--{each.name}") for each in SETTINGS if flags.get(each.name) is not None}
+    return {**_defaults(environ), **_from_environment(environ), **given}
+
+
+def _values(texts: Mapping[str, tuple[str, str]], settings: Iterable[Setting]) -> dict[str, Any]:
+    return {each.attribute: each.read(*texts[each.name]) if each.name in texts else None for each in settings}
 
 
 def _defaults(environ: Mapping[str, str]) -> dict[str, tuple[str, str]]:
