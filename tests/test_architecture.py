@@ -228,7 +228,7 @@ class ArchitectureTests(SynchronousTestCase):
 
     def test_the_environment_is_read_in_one_place(self) -> None:
         """
-        Only tap looks at os.environ; workers hands it on, and the health check is a program of its own.
+        Only tap looks at os.environ; workers hands it on, health check and command are programs of their own.
         """
         readers = {
             name
@@ -237,7 +237,7 @@ class ArchitectureTests(SynchronousTestCase):
             if (isinstance(node, ast.Attribute) and node.attr in ("environ", "environb", "getenv"))
             or (isinstance(node, ast.ImportFrom) and node.module == "os")
         }
-        self.assertEqual(set(), readers - {"tap", "daemon.workers", "healthcheck"})
+        self.assertEqual(set(), readers - {"tap", "daemon.workers", "healthcheck", "command.program"})
 
     def test_all_that_is_public_is_described(self) -> None:
         """
