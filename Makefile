@@ -4,12 +4,13 @@ PYTHON ?= python3
 VENV ?= .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: help run demo test lint e2e fuzz soak bench bench-growth dist lock clean
+.PHONY: help run demo test lint docs e2e fuzz soak bench bench-growth dist lock clean
 help:
 	@echo "make demo    pull a sample image through the proxy twice, from a stand-in for ECR"
 	@echo "make run     start the daemon with the variables of the environment"
 	@echo "make test    run the tests that need no server"
 	@echo "make lint    check style and types"
+	@echo "make docs    build the site and the manuals in docs/_build"
 	@echo "make e2e     run the tests with real clients and servers (Debian, root)"
 	@echo "make fuzz    feed odd bytes to whatever reads bytes, FUZZ_SECONDS=60 for each of three targets"
 	@echo "make soak    run the daemon over a stand-in that misbehaves, SOAK_SECONDS=600"
@@ -20,7 +21,7 @@ help:
 $(STAMP): setup.cfg pyproject.toml twisted/plugins/ecrproxy_plugin.py
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --upgrade pip
-	$(VENV)/bin/python -m pip install --quiet --config-settings editable_mode=compat --editable '.[test,lint]'
+	$(VENV)/bin/python -m pip install --quiet --config-settings editable_mode=compat --editable '.[test,lint,docs]'
 	touch $@
 
 run: $(STAMP)
@@ -36,6 +37,12 @@ lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+# A warning is an error: links that lead nowhere, settings that are not described.
+docs: $(STAMP)
+	rm -rf docs/_build
+	$(VENV)/bin/python -m sphinx --fail-on-warning --keep-going --quiet --builder html docs docs/_build/html
+	$(VENV)/bin/python -m sphinx --fail-on-warning --keep-going --quiet --builder man docs docs/_build/man
 
 # What the container is made of, by hash. Made on the oldest Python, so that it serves them all.
 lock: $(STAMP)
@@ -81,4 +88,4 @@ bench-growth: $(STAMP)
 	PATH=$(abspath $(VENV))/bin:$$PATH $(VENV)/bin/python -m bench.growth $(BENCH)
 
 clean:
-	rm -rf $(VENV) $(VENV)-e2e build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-e2e build dist docs/_build *.egg-info
