@@ -103,13 +103,13 @@ class Soak:
         Now that all clients have left, see that nothing of them is left either.
         """
         small = "descriptors and threads are few when nobody is there"
-        self.wrong += wait_for(lambda: is_small(self.daemon.size()), f"{small}: {self.daemon.size()}", 30)
-        self.wrong += wait_for(lambda: self.daemon.used() <= LIMIT, f"the directory is within {LIMIT} bytes", 30)
+        self.wrong += wait_for(lambda: is_small(self.daemon.size()), f"{small}: {self.daemon.size()}")
+        self.wrong += wait_for(lambda: self.daemon.used() <= LIMIT, f"the directory is within {LIMIT} bytes")
         self.end()
         self.look()
         self.daemon.age()
         self.daemon.start("/healthz")
-        self.wrong += wait_for(lambda: not self.daemon.files("ingest"), "old leftovers are swept", 10)
+        self.wrong += wait_for(lambda: not self.daemon.files("ingest"), "old leftovers are swept")
         self.end()
         if self.peak.rss > LARGEST or self.peak.threads > THREADS:
             self.wrong.append(f"it got as large as {self.peak}")

@@ -161,12 +161,12 @@ def is_right(path: Path) -> bool:
         return hashlib.file_digest(file, path.parent.parent.name).hexdigest() == path.name
 
 
-def wait_for(holds: Callable[[], bool], what: str, seconds: float) -> Sequence[str]:
+def wait_for(holds: Callable[[], bool], what: str) -> Sequence[str]:
     """
     Give what did not come to hold in time.
     """
     try:
-        eventually(holds, what, seconds)
+        eventually(holds, what)
     except TimeoutError as problem:
         return [str(problem)]
     return []

@@ -1,5 +1,5 @@
 """
-A plain HTTP client, for what the image tools do not show: headers and timing.
+A plain HTTP client, for what the image tools do not show: headers, and bytes as they come.
 """
 
 from __future__ import annotations
@@ -8,12 +8,13 @@ import hashlib
 import http.client
 import json
 import ssl
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+from .processes import PATIENCE
 
 PIECE = 256 * 1024
 
@@ -35,15 +36,12 @@ class Reply:
 
 @dataclass(frozen=True)
 class Transfer:
-    """What one client saw of a large answer; times are of the monotonic clock."""
+    """What one client saw of a large answer."""
 
     status: int
     cache: str
     digest: str
     size: int
-    first: float
-    half: float
-    end: float
 
 
 def connect(url: str, ca: Path | None, timeout: float) -> http.client.HTTPConnection:
@@ -63,7 +61,7 @@ def ask(
     headers: Mapping[str, str] | None = None,
     body: bytes | None = None,
     ca: Path | None = None,
-    timeout: float = 30.0,
+    timeout: float = PATIENCE,
 ) -> Reply:
     """
     Make one request; redirects are not followed.
@@ -93,25 +91,27 @@ def answers(url: str, status: int = 200) -> Callable[[], bool]:
     return now
 
 
-def download(url: str, headers: Mapping[str, str] | None = None) -> Transfer:
+def download(
+    url: str, headers: Mapping[str, str] | None = None, begun: Callable[[], object] = lambda: None
+) -> Transfer:
     """
-    Read a large answer without keeping it, and note when its bytes came.
+    Read a large answer without keeping it.
+
+    @param begun: is called when the first bytes have come.
     """
-    connection = connect(url, None, timeout=60.0)
+    connection = connect(url, None, timeout=PATIENCE)
     try:
         connection.request("GET", urlsplit(url).path, headers=dict(headers or {}))
         response = connection.getresponse()
-        sha, size, first, half = hashlib.sha256(), 0, 0.0, 0.0
-        expected = int(response.getheader("Content-Length", "0"))
-        # read1 gives what is there: the first byte's time is not the first piece's.
+        sha, size = hashlib.sha256(), 0
+        # read1 gives what is there: the first byte is not kept for the first piece.
         while piece := response.read1(PIECE):
-            first = first or time.monotonic()
+            if not size:
+                begun()
             sha.update(piece)
             size += len(piece)
-            if size * 2 >= expected:
-                half = half or time.monotonic()
         cache = response.getheader("X-Cache-Status", "")
         digest = f"sha256:{sha.hexdigest()}"
-        return Transfer(response.status, cache, digest, size, first, half, time.monotonic())
+        return Transfer(response.status, cache, digest, size)
     finally:
         connection.close()

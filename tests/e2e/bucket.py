@@ -5,7 +5,8 @@ An address holds for one object, for a GET, and for as long as its query says.
 An Authorization header beside the signature is one scheme too many (400).  A
 single Range is honoured; several are answered with the whole object.  Bytes
 leave at a set rate for each connection, so that a transfer lasts long enough
-to be watched.
+to be watched; and none leave behind the half of an answer while there is a
+certain file.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from zope.interface import implementer
 PIECE = 64 * 1024
 # How far a transfer may run ahead to make up for a timer that came late.
 SLACK = 0.05
+# How often it is looked whether the file that holds the bytes back is still there.
+LOOK = 0.02
 LIFE = 3600
 SINGLE_RANGE = re.compile(r"bytes=(?:(?P<first>\d+)-(?P<last>\d*)|-(?P<tail>\d+))")
 
@@ -49,6 +52,25 @@ class Grant:
     until: float
 
 
+@dataclass(frozen=True)
+class Pace:
+    """
+    How fast bytes leave.
+
+    @ivar rate: bytes a second, for each connection; 0 for as many as there are.
+    @ivar hold: no answer goes past its half while this file is there.
+    """
+
+    rate: int = 0
+    hold: Path | None = None
+
+    def held(self) -> bool:
+        """
+        Say whether the second half has to wait.
+        """
+        return self.hold is not None and self.hold.exists()
+
+
 class Bucket(Resource):
     """
     The registry's blobs, under addresses that were signed for them.
@@ -56,10 +78,10 @@ class Bucket(Resource):
 
     isLeaf = True
 
-    def __init__(self, url: str, storage: Path, rate: int, clock: IReactorTime) -> None:
+    def __init__(self, url: str, storage: Path, pace: Pace, clock: IReactorTime) -> None:
         super().__init__()
         self.counters = Counters()
-        self._url, self._storage, self._rate, self._clock = url, storage, rate, clock
+        self._url, self._storage, self._pace, self._clock = url, storage, pace, clock
         self._grants: dict[str, Grant] = {}
 
     def sign(self, digest: str) -> str:
@@ -110,7 +132,7 @@ class Bucket(Resource):
         request.setHeader("Accept-Ranges", "bytes")
         source = grant.path.open("rb")
         source.seek(first)
-        Sending(request, source, last - first + 1, self._rate, self._clock, self.counters).start()
+        Sending(request, source, last - first + 1, self._pace, self._clock, self.counters).start()
         return NOT_DONE_YET
 
     def _refuse(self, request: Request, status: int, code: str) -> bytes:
@@ -143,12 +165,12 @@ class Sending:
         request: Request,
         source: BinaryIO,
         length: int,
-        rate: int,
+        pace: Pace,
         clock: IReactorTime,
         counters: Counters,
     ) -> None:
-        self._request, self._source, self._left = request, source, length
-        self._rate, self._clock, self._counters = rate, clock, counters
+        self._request, self._source, self._left, self._half = request, source, length, length // 2
+        self._pace, self._clock, self._counters = pace, clock, counters
         self._paused, self._next = False, clock.seconds()
         self._call: IDelayedCall | None = None
 
@@ -185,7 +207,7 @@ class Sending:
     def _turn(self) -> None:
         self._call = None
         while self._left and not self._paused:
-            early = self._next - self._clock.seconds()
+            early = LOOK if self._left <= self._half and self._pace.held() else self._next - self._clock.seconds()
             if early > 0:
                 self._call = self._clock.callLater(early, self._turn)
                 return
@@ -200,7 +222,7 @@ class Sending:
         piece = self._source.read(min(PIECE, self._left))
         self._left -= len(piece)
         self._counters.bytes += len(piece)
-        if self._rate:
+        if self._pace.rate:
             start = max(self._clock.seconds() - SLACK, self._next)
-            self._next = start + len(piece) / self._rate
+            self._next = start + len(piece) / self._pace.rate
         self._request.write(piece)

@@ -141,7 +141,7 @@ class Daemon:
         """
         Wait until the disk has what the clients have: they do not wait for it.
         """
-        eventually(lambda: not self.arriving(), "nothing is arriving any more", 10)
+        eventually(lambda: not self.arriving(), "nothing is arriving any more")
 
     def arriving(self) -> list[Path]:
         """

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .processes import Process, environment
+from .processes import PATIENCE, Process, environment
 
-PULL = 90.0
+PULL = 2 * PATIENCE
 
 
 @dataclass(frozen=True)

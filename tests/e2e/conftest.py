@@ -154,6 +154,16 @@ def make_chain(equipment: Equipment, request: pytest.FixtureRequest) -> Iterator
 
 
 @pytest.fixture
+def hold(tmp_path: Path) -> Path:
+    """
+    Give the file which keeps the bucket from sending more than half of anything.
+    """
+    path = tmp_path / "hold"
+    path.touch()
+    return path
+
+
+@pytest.fixture
 def figures(pytestconfig: pytest.Config) -> Figures:
     """
     Collect what was measured; it is shown at the end, whether or not all is well.

@@ -35,7 +35,7 @@ from twisted.web.resource import Resource
 from twisted.web.server import Site
 
 from .answering import Answer, Answering, errors
-from .bucket import Bucket
+from .bucket import Bucket, Pace
 from .tokens import ACCOUNT, Aws, Counters, Tokens
 
 if TYPE_CHECKING:
@@ -184,7 +184,9 @@ def listen(reactor: Reactor, options: argparse.Namespace) -> None:
     Put the parts together and open both ports.
     """
     tokens, counters = Tokens(options.token_life), Counters()
-    bucket = Bucket(f"http://127.0.0.1:{options.bucket_port}", options.storage, options.rate, reactor)
+    bucket = Bucket(
+        f"http://127.0.0.1:{options.bucket_port}", options.storage, Pace(options.rate, options.hold), reactor
+    )
     root = Resource()
     root.putChild(b"", Aws(tokens, counters, refuse=options.refuse_credentials))
     agent = Agent(reactor)
@@ -205,6 +207,7 @@ def main() -> None:
     parser.add_argument("--port", required=True, type=int, help="for the API and the registry")
     parser.add_argument("--bucket-port", required=True, type=int)
     parser.add_argument("--rate", type=int, default=0, help="bytes a second and connection")
+    parser.add_argument("--hold", type=Path, help="while this file is there, no blob goes past its half")
     parser.add_argument("--token-life", type=float, default=12 * 3600.0, help="in seconds")
     parser.add_argument("--refuse-credentials", action="store_true")
     reactor = cast("Reactor", global_reactor)

@@ -12,10 +12,13 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Final
 
 # The system's own programs come first: these tests are about those.
 PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 TAIL = 4000
+PATIENCE: Final = 90.0
+"""Seconds for what takes a moment on a machine that has nothing else to do: this one may."""
 
 
 def environment(home: Path, extra: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -44,15 +47,17 @@ def free_port() -> int:
             return port
 
 
-def eventually(holds: Callable[[], bool], what: str, seconds: float = 30.0) -> None:
+def eventually(holds: Callable[[], bool], what: str, seconds: float = PATIENCE) -> None:
     """
     Wait until something holds, or say what did not.
     """
-    deadline = time.monotonic() + seconds
+    deadline, late = time.monotonic() + seconds, False
     while not holds():
-        if time.monotonic() > deadline:
+        if late:
             raise TimeoutError(f"{what}: not within {seconds:g} s")
         time.sleep(0.02)
+        # The last look is after the deadline: what kept us from looking in time may have kept nothing else.
+        late = time.monotonic() > deadline
 
 
 def children(pid: int) -> list[int]:
@@ -120,7 +125,7 @@ class Process:
         """
         return self.output.read_bytes()[-TAIL:].decode(errors="replace")
 
-    def wait_until(self, ready: Callable[[], bool], seconds: float = 30.0) -> None:
+    def wait_until(self, ready: Callable[[], bool], seconds: float = PATIENCE) -> None:
         """
         Wait until the program is ready, and tell what it said if it is not.
         """
@@ -135,7 +140,7 @@ class Process:
         if self.status is not None:
             raise RuntimeError(f"{self.name} ended with {self.status}:\n{self.tail()}")
 
-    def terminate(self, seconds: float = 20.0) -> int:
+    def terminate(self, seconds: float = PATIENCE) -> int:
         """
         Ask the program to end, and give its exit status.
         """
@@ -149,7 +154,7 @@ class Process:
         if self.status is None:
             os.kill(self.pid, number)
 
-    def wait(self, seconds: float) -> int:
+    def wait(self, seconds: float = PATIENCE) -> int:
         """
         Wait for its end, and give its exit status.
         """
@@ -161,7 +166,7 @@ class Process:
         """
         if self.status is None:
             os.kill(self.pid, signal.SIGKILL)
-        self._popen.wait(20)
+        self._popen.wait(PATIENCE)
 
     def stop(self) -> None:
         """

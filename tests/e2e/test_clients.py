@@ -18,7 +18,7 @@ from .chain import Chain, Equipment
 from .clients import CommandError, Docker, Skopeo
 from .conftest import MakeChain
 from .images import Images
-from .processes import children, free_port
+from .processes import PATIENCE, children, free_port
 from .test_pull import reference
 from .test_workers import wait_for_workers
 
@@ -105,7 +105,7 @@ def said_to(port: int, line: bytes) -> bytes:
     """
     Ask what listens behind a PROXY header, and give the status line.
     """
-    with socket.create_connection(("127.0.0.1", port), 20) as client:
+    with socket.create_connection(("127.0.0.1", port), PATIENCE) as client:
         client.sendall(line + b"\r\nGET /v2/ HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
         return client.makefile("rb").readline().strip()
 

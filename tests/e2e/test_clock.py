@@ -10,6 +10,7 @@ from pathlib import Path
 from .asking import connect
 from .conftest import MakeChain
 from .images import Images
+from .processes import PATIENCE
 from .test_together import blob_path
 
 SLOW = 16 * 2**20
@@ -48,7 +49,7 @@ def test_a_clock_set_forward_ends_nothing(make_chain: MakeChain, images: Images,
     clock = Clock(tmp_path / "clock")
     settings = {**clock.settings, "PROXY_IDLE_SECONDS": "600"}
     chain = make_chain(front=("--rate", str(SLOW)), settings=settings)
-    resting, pulling = (connect(chain.daemon.url, None, 60.0) for _ in range(2))
+    resting, pulling = (connect(chain.daemon.url, None, PATIENCE) for _ in range(2))
     resting.request("GET", "/healthz")
     resting.getresponse().read()
     pulling.request("GET", blob_path(images))
@@ -78,7 +79,7 @@ def test_a_clock_set_back_stops_no_timer(make_chain: MakeChain, images: Images, 
     """
     clock = Clock(tmp_path / "clock")
     chain = make_chain(settings={**clock.settings, "PROXY_IDLE_SECONDS": "3"})
-    with socket.create_connection(("127.0.0.1", chain.daemon.port), timeout=30) as resting:
+    with socket.create_connection(("127.0.0.1", chain.daemon.port), timeout=PATIENCE) as resting:
         resting.sendall(b"GET /healthz HTTP/1.1\r\nHost: proxy\r\n\r\n")
         assert resting.recv(9) == b"HTTP/1.1 "
         clock.set("-3650d")

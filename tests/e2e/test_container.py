@@ -23,7 +23,6 @@ from .processes import eventually, free_port
 
 BASE, IMAGE = "base:e2e", "ecrproxy:e2e"
 PACKAGES = "python3,python3-venv,ca-certificates"
-HEALTHY_SECONDS = 60.0
 MIB = 2**20
 
 
@@ -92,7 +91,7 @@ class Container:
         """
         Wait for the HEALTHCHECK's word.
         """
-        eventually(lambda: self.state["Health"]["Status"] == "healthy", "the container is healthy", HEALTHY_SECONDS)
+        eventually(lambda: self.state["Health"]["Status"] == "healthy", "the container is healthy")
 
     def stop(self) -> int:
         """

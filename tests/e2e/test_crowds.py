@@ -16,7 +16,7 @@ import pytest
 from .clients import Docker
 from .conftest import MakeChain
 from .images import Images
-from .processes import eventually, free_port
+from .processes import PATIENCE, eventually, free_port
 from .test_metrics import page_of
 from .test_pull import reference
 from .test_together import blob_path
@@ -37,7 +37,7 @@ class Crowd:
         for _ in range(CROWD):
             client = stack.enter_context(socket.socket())
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            client.settimeout(30)
+            client.settimeout(PATIENCE)
             client.bind((address, 0))
             client.connect(("127.0.0.1", port))
             client.sendall(greeting)
@@ -56,7 +56,7 @@ def one_more(port: int, address: str) -> bytes:
     Ask from an address, and give what comes before the end of the connection.
     """
     with socket.socket() as client:
-        client.settimeout(30)
+        client.settimeout(PATIENCE)
         client.bind((address, 0))
         client.connect(("127.0.0.1", port))
         try:
@@ -106,7 +106,7 @@ def test_a_thousand_of_each_hold_up_nobody(
     assert docker.pull(reference(chain, images.single)) == images.single.image_id
     assert chain.daemon.ask(path).status == 200
     crowds = (readers, slow, idle)
-    eventually(lambda: [each.gone() for each in crowds] == [CROWD] * len(crowds), "all are closed", 120)
+    eventually(lambda: [each.gone() for each in crowds] == [CROWD] * len(crowds), "all are closed", 2 * PATIENCE)
     assert chain.daemon.ask("/healthz").status == 200
     assert limit_acted(admin, "connections") >= 1
     assert {limit_acted(admin, each) >= CROWD for each in ("slow_reader", "slow_head", "idle")} == {True}

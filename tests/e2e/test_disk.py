@@ -20,12 +20,10 @@ from .asking import Transfer, download
 from .chain import Chain, Daemon
 from .conftest import MakeChain
 from .images import BIG, Images
-from .processes import eventually
+from .processes import PATIENCE, eventually
 from .test_together import blob_path
 
 SLOW = 24 * 2**20
-PAST_QUIET = 40.0
-"""Seconds within which a trouble that has passed is told no more: ten, and patience."""
 
 
 def small_path(images: Images) -> str:
@@ -51,7 +49,7 @@ def run(*argv: str | Path) -> None:
     """
     Run a program that must succeed.
     """
-    subprocess.run([str(each) for each in argv], check=True, timeout=30)
+    subprocess.run([str(each) for each in argv], check=True, timeout=PATIENCE)
 
 
 def pull(chain: Chain, images: Images) -> Transfer:
@@ -97,7 +95,7 @@ def test_a_full_disk_keeps_no_pull_from_its_bytes(make_chain: MakeChain, images:
     assert "can't be written: No space left on device" in reasons(chain.daemon)
     assert chain.daemon.process.output.read_text().count("going on without it") == 1
     assert chain.daemon.ask(small_path(images)).status == 200
-    eventually(chain.daemon.ready, "the daemon is ready again", PAST_QUIET)
+    eventually(chain.daemon.ready, "the daemon is ready again")
     chain.daemon.settle()
     assert chain.daemon.ask(small_path(images)).headers["x-cache-status"] == "HIT"
 
@@ -116,7 +114,7 @@ def test_a_read_only_disk_keeps_no_pull_from_its_bytes(make_chain: MakeChain, im
     assert chain.daemon.ask(small_path(images)).headers["x-cache-status"] == "HIT"
     assert "can't be written: Read-only file system" in reasons(chain.daemon)
     run("mount", "-o", "remount,rw", disk)
-    eventually(chain.daemon.ready, "the daemon is ready again", PAST_QUIET)
+    eventually(chain.daemon.ready, "the daemon is ready again")
     assert [pull(chain, images).cache for _ in range(2)] == ["MISS", "HIT"]
 
 
@@ -129,9 +127,9 @@ def test_a_cache_removed_in_the_middle_of_a_pull_costs_no_byte(make_chain: MakeC
         pulling = pool.submit(pull, chain, images)
         eventually(lambda: bool(chain.daemon.arriving()), "the blob arrives")
         shutil.rmtree(chain.daemon.cache, ignore_errors=True)
-        assert pulling.result(timeout=60).cache == "MISS"
+        assert pulling.result(timeout=PATIENCE).cache == "MISS"
     # The second may have joined the first, whose file can't be kept.
-    eventually(lambda: pull(chain, images).cache == "HIT", "it is kept again", 60)
+    eventually(lambda: pull(chain, images).cache == "HIT", "it is kept again")
     assert chain.daemon.wrong_content() == []
 
 
@@ -199,7 +197,7 @@ def test_no_more_file_descriptors_pass(make_chain: MakeChain, images: Images) ->
     run("prlimit", f"--pid={pid}", f"--nofile={used + 8}")
     with contextlib.ExitStack() as held:
         for _ in range(60):
-            held.enter_context(contextlib.closing(socket.create_connection(("127.0.0.1", chain.daemon.port), 10)))
+            held.enter_context(contextlib.closing(socket.create_connection(("127.0.0.1", chain.daemon.port), PATIENCE)))
         for _ in range(3):
             with contextlib.suppress(OSError, http.client.HTTPException):
                 chain.daemon.ask(small_path(images))
@@ -207,4 +205,4 @@ def test_no_more_file_descriptors_pass(make_chain: MakeChain, images: Images) ->
     assert pull(chain, images).cache == "HIT"
     assert chain.daemon.process.output.stat().st_size < 200_000
     assert chain.daemon.holds(images.big.layers[0])
-    eventually(chain.daemon.ready, "the daemon is ready again", PAST_QUIET)
+    eventually(chain.daemon.ready, "the daemon is ready again")

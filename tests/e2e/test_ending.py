@@ -19,7 +19,7 @@ from .certificates import Certificates, make_certificates
 from .chain import Chain, Equipment, standard_settings
 from .conftest import MakeChain
 from .images import Images
-from .processes import Process, alive, children, environment, eventually
+from .processes import PATIENCE, Process, alive, children, environment, eventually
 from .test_together import blob_path
 from .test_workers import wait_for_workers
 
@@ -149,7 +149,7 @@ def test_sigterm_ends_the_daemon(make_chain: MakeChain) -> None:
     The signal that service managers and containers send is enough, and is obeyed in good order.
     """
     chain = make_chain()
-    assert chain.daemon.process.terminate(seconds=10) == 0
+    assert chain.daemon.process.terminate() == 0
     assert "Traceback" not in chain.daemon.process.tail()
 
 
@@ -159,7 +159,7 @@ def test_sigint_ends_the_daemon(make_chain: MakeChain) -> None:
     """
     chain = make_chain()
     chain.daemon.process.send(signal.SIGINT)
-    assert chain.daemon.process.wait(10) == 0
+    assert chain.daemon.process.wait() == 0
 
 
 def refuses(chain: Chain) -> bool:
@@ -205,16 +205,17 @@ def test_a_socket_of_systemd_loses_no_connection(
             with reading(chain, blob_path(images), ENOUGH) as transfer:
                 first.send(signal.SIGTERM)
                 eventually(lambda: "Ending: " in first.output.read_text(), "the first daemon ends")
-                waiting = connect(chain.daemon.url, None, 20)
+                waiting = connect(chain.daemon.url, None, PATIENCE)
                 waiting.request("GET", "/healthz")
                 second = start("second")
                 assert waiting.getresponse().status == 200
                 waiting.close()
                 assert transfer.rest() == images.big.layers[0]
-            assert (first.wait(20), second.terminate()) == (0, 0)
+            assert (first.wait(), second.terminate()) == (0, 0)
 
 
 COUNTS = pytest.mark.parametrize("count", ["1", "2"], ids=["one process", "workers"])
+LONG = {"PROXY_DRAIN_SECONDS": "300"}
 TLS = pytest.mark.parametrize("tls", [False, True], ids=["http", "https"])
 
 
@@ -229,13 +230,13 @@ class TestDrain:
         """
         A client whose blob is on its way gets all of it, though nobody else gets in; then the daemon ends well.
         """
-        chain = make_chain(front=("--rate", str(SLOW)), tls=tls, settings={"PROXY_WORKER_PROCESSES": count})
+        chain = make_chain(front=("--rate", str(SLOW)), tls=tls, settings={"PROXY_WORKER_PROCESSES": count} | LONG)
         with reading(chain, blob_path(images), ENOUGH) as transfer:
             chain.daemon.process.send(signal.SIGTERM)
             eventually(lambda: refuses(chain), "connections are refused")
             assert chain.daemon.process.status is None
             assert transfer.rest() == images.big.layers[0]
-        assert chain.daemon.process.wait(20) == 0
+        assert chain.daemon.process.wait() == 0
         assert "Traceback" not in chain.daemon.process.tail()
         assert chain.daemon.wrong_content() == []
 
@@ -244,14 +245,14 @@ class TestDrain:
         """
         The same of a blob that is in the cache.
         """
-        chain = make_chain(settings={"PROXY_WORKER_PROCESSES": count})
+        chain = make_chain(settings={"PROXY_WORKER_PROCESSES": count} | LONG)
         assert chain.daemon.ask(blob_path(images)).status == 200
         chain.daemon.settle()
         with reading(chain, blob_path(images), 1) as transfer:
             chain.daemon.process.send(signal.SIGTERM)
             eventually(lambda: refuses(chain), "connections are refused")
             assert transfer.rest() == images.big.layers[0]
-        assert chain.daemon.process.wait(20) == 0
+        assert chain.daemon.process.wait() == 0
 
     @COUNTS
     @TLS
@@ -261,11 +262,11 @@ class TestDrain:
         """
         A client that keeps its connection for later, and does not look at it, does not keep the daemon.
         """
-        chain = make_chain(tls=tls, settings={"PROXY_WORKER_PROCESSES": count, "PROXY_DRAIN_SECONDS": "300"})
-        connection = connect(chain.daemon.url, equipment.certificates.ca, 20)
+        chain = make_chain(tls=tls, settings={"PROXY_WORKER_PROCESSES": count, "PROXY_IDLE_SECONDS": "300"} | LONG)
+        connection = connect(chain.daemon.url, equipment.certificates.ca, PATIENCE)
         connection.request("GET", "/healthz")
         connection.getresponse().read()
-        assert chain.daemon.process.terminate(seconds=20) == 0
+        assert chain.daemon.process.terminate() == 0
         connection.close()
 
     @COUNTS
@@ -273,15 +274,15 @@ class TestDrain:
         """
         Whoever does not want to wait says so once more; no process is left.
         """
-        settings = {"PROXY_WORKER_PROCESSES": count, "PROXY_DRAIN_SECONDS": "300"}
+        settings = {"PROXY_WORKER_PROCESSES": count} | LONG
         chain = make_chain(front=("--rate", str(SLOW)), settings=settings)
         with reading(chain, blob_path(images), 1):
             pids = children(chain.daemon.process.pid)
             chain.daemon.process.send(signal.SIGTERM)
             eventually(lambda: refuses(chain), "connections are refused")
             chain.daemon.process.send(signal.SIGTERM)
-            assert chain.daemon.process.wait(10) == 128 + signal.SIGTERM
-            eventually(lambda: not any(map(alive, pids)), "the workers have ended", 10)
+            assert chain.daemon.process.wait() == 128 + signal.SIGTERM
+            eventually(lambda: not any(map(alive, pids)), "the workers have ended")
 
     @COUNTS
     def test_the_limit_cuts(self, make_chain: MakeChain, images: Images, count: str) -> None:
@@ -291,7 +292,7 @@ class TestDrain:
         settings = {"PROXY_WORKER_PROCESSES": count, "PROXY_DRAIN_SECONDS": "1"}
         chain = make_chain(front=("--rate", str(SLOW)), settings=settings)
         with reading(chain, blob_path(images), 1) as transfer:
-            assert chain.daemon.process.terminate(seconds=20) == 0
+            assert chain.daemon.process.terminate() == 0
             with pytest.raises((OSError, http.client.IncompleteRead)):
                 transfer.rest()
         assert chain.daemon.wrong_content() == []
@@ -318,7 +319,7 @@ class TestSighup:
         chain = make_chain(wait=False, settings=settings)
         output = chain.daemon.process.output
         chain.daemon.process.wait_until(lambda: trusts(chain, first))
-        kept = connect(chain.daemon.url, first.ca, 20)
+        kept = connect(chain.daemon.url, first.ca, PATIENCE)
         kept.request("GET", "/healthz")
         kept.getresponse().read()
 
@@ -345,4 +346,4 @@ class TestSighup:
         chain = make_chain()
         chain.daemon.process.send(signal.SIGHUP)
         assert chain.daemon.ask("/healthz").status == 200
-        assert chain.daemon.process.terminate(seconds=10) == 0
+        assert chain.daemon.process.terminate() == 0

@@ -23,7 +23,7 @@ from .clients import Docker, Skopeo
 from .conftest import Figures, MakeChain
 from .images import LAYER, MANIFEST, Layout, accept, layer, push
 from .installing import CHECKOUT
-from .processes import Process, environment, eventually, free_port
+from .processes import PATIENCE, Process, environment, eventually, free_port
 
 RECIPE = CHECKOUT / "deploy/haproxy/haproxy.cfg"
 REPOSITORY, TAG = "team/spread", "1"
@@ -129,7 +129,7 @@ def fetch(url: str, digest: str, path: str) -> int:
     """
     got, broken = bytearray(), 0
     while True:
-        connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=30)
+        connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=PATIENCE)
         try:
             connection.request("GET", path, headers={"Range": f"bytes={len(got)}-"} if got else {})
             response = connection.getresponse()
@@ -181,7 +181,7 @@ def under_load(url: str, happens: Callable[[], None]) -> int:
             happens()
         finally:
             over.set()
-        return sum(each.result(timeout=60) for each in pulling)
+        return sum(each.result(timeout=2 * PATIENCE) for each in pulling)
 
 
 def test_three_daemons_are_one_cache(group: Group, figures: Figures) -> None:
@@ -235,7 +235,7 @@ def test_daemons_see_the_addresses_of_clients(group: Group) -> None:
     """
     The PROXY protocol tells who asks.
     """
-    connection = http.client.HTTPConnection("127.0.0.1", group.port, timeout=30, source_address=("127.0.0.9", 0))
+    connection = http.client.HTTPConnection("127.0.0.1", group.port, timeout=PATIENCE, source_address=("127.0.0.9", 0))
     connection.request("GET", f"/v2/{REPOSITORY}/manifests/{TAG}", headers=accept(MANIFEST))
     assert connection.getresponse().status == 200
     connection.close()

@@ -54,7 +54,7 @@ def problems(daemon: Daemon, tally: Tally) -> list[str]:
     Say what is wrong with a daemon that was just started, and with what clients got so far.
     """
     wrong = [f"{path} is not what its name says" for path in daemon.wrong_content()]
-    wrong += wait_for(lambda: daemon.used() <= daemon.limit, f"the directory is within {daemon.limit} bytes", 10)
+    wrong += wait_for(lambda: daemon.used() <= daemon.limit, f"the directory is within {daemon.limit} bytes")
     return wrong + tally.wrong
 
 
@@ -84,7 +84,7 @@ def test_a_hundred_kills_in_a_storm_leave_nothing_wrong(
     daemon.start()
     try:
         assert problems(daemon, tally) == []
-        assert wait_for(lambda: not daemon.files("ingest"), "old leftovers are swept", 10) == []
+        assert wait_for(lambda: not daemon.files("ingest"), "old leftovers are swept") == []
     finally:
         daemon.process.kill()
     whole = sum(count for what, count in tally.counts.items() if what.endswith("whole"))

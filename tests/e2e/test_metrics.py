@@ -16,7 +16,7 @@ from .clients import Docker
 from .conftest import MakeChain
 from .images import Images
 from .installing import CHECKOUT
-from .processes import eventually, free_port
+from .processes import PATIENCE, eventually, free_port
 
 
 def page_of(port: int) -> str:
@@ -38,7 +38,7 @@ def promtool(*words: str | Path, text: str = "") -> str:
     Have promtool judge something, and give what it says if it objects.
     """
     argv = ["promtool", *map(str, words)]
-    done = subprocess.run(argv, input=text, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(argv, input=text, capture_output=True, text=True, timeout=PATIENCE, check=False)
     return done.stdout + done.stderr if done.returncode else ""
 
 

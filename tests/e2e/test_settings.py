@@ -14,7 +14,7 @@ import pytest
 from .certificates import make_certificates
 from .chain import Equipment, standard_settings
 from .conftest import MakeChain
-from .processes import environment, free_port
+from .processes import PATIENCE, environment, free_port
 
 Settings = Mapping[str, str | None]
 
@@ -34,7 +34,7 @@ def start_wrong(equipment: Equipment, home: Path, settings: Settings) -> str:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=PATIENCE,
         check=False,
     )
     assert done.returncode != 0, done

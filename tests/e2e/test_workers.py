@@ -18,9 +18,9 @@ from .chain import Chain, Equipment, standard_settings
 from .clients import Docker
 from .conftest import MakeChain
 from .images import Images
-from .processes import PATH, Process, alive, children, environment, eventually
+from .processes import PATH, PATIENCE, Process, alive, children, environment, eventually
 from .test_pull import reference
-from .test_together import RATE, blob_path, download_together
+from .test_together import blob_path, download_together
 
 CLIENTS = 20
 SEVERAL = {"PROXY_WORKER_PROCESSES": "2"}
@@ -48,7 +48,7 @@ def ask_unix(path: Path, target: str) -> bytes:
     Make one request over a UNIX socket, and give the status line.
     """
     with socket.socket(socket.AF_UNIX) as client:
-        client.settimeout(20)
+        client.settimeout(PATIENCE)
         client.connect(str(path))
         client.sendall(f"GET {target} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
         return client.makefile("rb").readline().strip()
@@ -70,13 +70,13 @@ def test_docker_pulls(make_chain: MakeChain, docker: Docker, images: Images, tls
     assert second["token_calls"] == 1
 
 
-def test_twenty_clients_cost_one_transfer(make_chain: MakeChain, images: Images) -> None:
+def test_twenty_clients_cost_one_transfer(make_chain: MakeChain, images: Images, hold: Path) -> None:
     """
     Whichever worker the clients come to, a cold blob is brought once, and all have the right bytes.
     """
-    chain = make_chain(front=("--rate", str(RATE)), settings=SEVERAL)
+    chain = make_chain(front=("--hold", str(hold)), settings=SEVERAL)
     wait_for_workers(chain)
-    _, transfers = download_together(chain.daemon.url + blob_path(images), CLIENTS)
+    transfers = download_together(chain.daemon.url + blob_path(images), CLIENTS, hold.unlink)
     assert {each.status for each in transfers} == {200}
     assert {each.digest for each in transfers} == {images.big.layers[0]}
     assert chain.counters()["bucket"]["bytes"] == transfers[0].size
@@ -101,7 +101,7 @@ def test_sigterm_ends_all(make_chain: MakeChain, images: Images) -> None:
     chain = make_chain(settings=SEVERAL)
     assert chain.daemon.ask(blob_path(images)).status == 200
     pids = wait_for_workers(chain)
-    assert chain.daemon.process.terminate(seconds=20) == 0
+    assert chain.daemon.process.terminate() == 0
     assert [each for each in pids if alive(each)] == []
     assert "Traceback" not in chain.daemon.process.tail()
 
@@ -114,7 +114,7 @@ def test_a_kill_ends_all(make_chain: MakeChain) -> None:
     pids = wait_for_workers(chain)
     chain.daemon.process.kill()
     try:
-        eventually(lambda: not any(map(alive, pids)), "the workers have ended", 15)
+        eventually(lambda: not any(map(alive, pids)), "the workers have ended")
     finally:
         for pid in filter(alive, pids):
             os.kill(pid, signal.SIGKILL)
@@ -178,7 +178,7 @@ class TestUnixSocket:
         It is removed once, by the process that made it.
         """
         wait_for_workers(chain)
-        assert chain.daemon.process.terminate(seconds=20) == 0
+        assert chain.daemon.process.terminate() == 0
         assert not path.exists()
         assert "Traceback" not in chain.daemon.process.tail()
 
@@ -241,5 +241,5 @@ class TestSystemdSocket:
         activated.wait_until(lambda: TestUnixSocket.ready(path))
         pids = children(activated.pid)
         assert len(pids) == 2
-        assert activated.terminate(seconds=20) == 0
+        assert activated.terminate() == 0
         assert not any(map(alive, pids))
