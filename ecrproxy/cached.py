@@ -29,6 +29,7 @@ from ecrproxy.cache.trailer import WORTH_RESUMING, room_for
 from ecrproxy.cache.verification import Verification
 from ecrproxy.cache.writer import Writer
 from ecrproxy.oci import BLOB_TYPE, Descriptor, Digest, Kind, Route, listed
+from ecrproxy.reasons import Reason
 from ecrproxy.threads import InThread, on_its_own
 from ecrproxy.transfer.download import Download
 
@@ -109,6 +110,7 @@ class Answer:
     """
 
     status: CacheStatus
+    reason: Reason
     media_type: str
     digest: Digest
     size: int | None
@@ -119,7 +121,11 @@ class Answer:
 class Room(Protocol):
     """
     Who keeps the cache within its limit: see C{janitor.Janitor}.
+
+    @ivar limit: in bytes.
     """
+
+    limit: int
 
     async def reserve(self, size: int) -> bool:
         """
@@ -154,12 +160,13 @@ class Cache:
         Answer from memory, if what was asked for by its digest is held there.
         """
         body = self._bodies.get(asked.digest)
-        known = self._known(asked, self._entry_at_hand) if body is not None else None
+        known = self._known(asked, self._entry_at_hand)[0] if body is not None else None
         if body is None or known is None:
             return None
         self._used(asked.entry, self.look_up_manifest, asked)
         media_type = BLOB_TYPE if asked.route.kind is Kind.BLOB else known.media_type
-        return Answer(CacheStatus.HIT, media_type, asked.digest, len(body), None if asked.head else body)
+        size, sent = len(body), None if asked.head else body
+        return Answer(CacheStatus.HIT, Reason.CACHED, media_type, asked.digest, size, sent)
 
     def _entry_at_hand(self, name: str, route: Route) -> Entry | None:  # noqa: ARG002 (as Store.entry)
         return self._entries.get(name)
@@ -175,22 +182,30 @@ class Cache:
                 looked = self._in_thread(look, *args)
                 looked.addErrback(lambda problem: log.warn("Can't note a use: {problem}", problem=problem.value))
 
-    def look_up(self, asked: Asked) -> tuple[Descriptor | None, Content | None]:
+    def look_up(self, asked: Asked) -> tuple[Descriptor | None, Content | None, Reason]:
         """
         See whether the repository may have the content, and open it. Called in a thread.
+
+        @return: what is known, what is there, and why it isn't, if it isn't.
         """
-        known = self._known(asked, self.store.entry)
-        return known, self.store.open(asked.digest, known.size if known else None)
+        known, missing = self._known(asked, self.store.entry)
+        return known, self.store.open(asked.digest, known.size if known else None), missing
 
-    def _known(self, asked: Asked, look: Callable[[str, Route], Entry | None]) -> Descriptor | None:
+    def _known(self, asked: Asked, look: Callable[[str, Route], Entry | None]) -> tuple[Descriptor | None, Reason]:
         # The fact is named only when the entry says nothing: naming is a hash, and hits from memory are many.
-        return _said(asked, look(asked.entry, asked.route)) or _said(asked, look(_fact_name(asked.route), asked.route))
+        known = _said(asked, look(asked.entry, asked.route))
+        if known is not None:
+            return known, Reason.NOT_KEPT
+        return _said(asked, look(_fact_name(asked.route), asked.route)), Reason.FIRST_USE
 
-    def look_up_manifest(self, asked: Asked) -> tuple[Descriptor | None, bytes | None]:
+    def look_up_manifest(self, asked: Asked) -> tuple[Descriptor | None, bytes | None, Reason]:
         """
         See what is known of a manifest, and read it. Called in a thread.
+
+        @return: as C{look_up} does.
         """
-        return self._known(asked, self.store.entry), self._read(asked.digest)
+        known, missing = self._known(asked, self.store.entry)
+        return known, self._read(asked.digest), missing
 
     async def body(self, digest: Digest) -> bytes | None:
         """
@@ -284,20 +299,20 @@ class Cache:
         return await (self._blob_hit(asked) if asked.route.kind is Kind.BLOB else self._manifest_hit(asked))
 
     async def _blob_hit(self, asked: Asked) -> Answer | None:
-        known, content = await self._in_thread(self.look_up, asked)
+        known, content, _ = await self._in_thread(self.look_up, asked)
         if content is None or known is None:
             return None  # what was opened closes itself
         if not asked.head:
-            return await self.shelved(asked, CacheStatus.HIT, known, content)
-        return Answer(CacheStatus.HIT, BLOB_TYPE, asked.digest, content.size)
+            return await self.shelved(asked, known, content)
+        return Answer(CacheStatus.HIT, Reason.CACHED, BLOB_TYPE, asked.digest, content.size)
 
     async def _manifest_hit(self, asked: Asked) -> Answer | None:
-        known, body = await self._in_thread(self.look_up_manifest, asked)
+        known, body, _ = await self._in_thread(self.look_up_manifest, asked)
         if known is None or body is None:
             return None
         self.hold(asked.digest, body)
         self.note(asked, known)
-        return manifest_answer(CacheStatus.HIT, asked, known, body)
+        return manifest_answer(CacheStatus.HIT, Reason.CACHED, asked, known, body)
 
     async def _fresh_tag(self, asked: Asked, tag_ttl: float) -> Answer | None:
         entry = await self._in_thread(self.store.entry, asked.entry, asked.route)
@@ -305,24 +320,31 @@ class Cache:
         if known is None or not 0 <= self._now() - known.when < tag_ttl:
             return None
         body = await self.body(known.descriptor.digest)
-        return manifest_answer(CacheStatus.HIT, asked, known.descriptor, body) if body is not None else None
+        if body is None:
+            return None
+        return manifest_answer(CacheStatus.HIT, Reason.TAG_TTL, asked, known.descriptor, body)
 
     async def shelved(
-        self, asked: Asked, status: CacheStatus, known: Descriptor | None, content: Content
+        self, asked: Asked, known: Descriptor | None, content: Content, *, confirmed: bool = False
     ) -> Answer | None:
         """
         Answer from the cache; none if what is there turns out to be bad.
+
+        @param confirmed: whether ECR said just now that the repository holds it.
         """
+        why = (CacheStatus.HIT, Reason.CACHED)
+        if confirmed:
+            why = (CacheStatus.REVALIDATED, Reason.REPOSITORY_CONFIRMED)
         if content.size > SMALL_BLOB:
             verification = None if content.proved else self._verification(content)
-            return Answer(status, BLOB_TYPE, asked.digest, content.size, content, verification)
+            return Answer(*why, BLOB_TYPE, asked.digest, content.size, content, verification)
         body = await self._in_thread(self._verified, content)
         if body is None:
             return None
         self.hold(asked.digest, body)
         if known is not None:
             self.note(asked, known)
-        return Answer(status, BLOB_TYPE, asked.digest, len(body), body)
+        return Answer(*why, BLOB_TYPE, asked.digest, len(body), body)
 
     def _verification(self, content: Content) -> Verification:
         """
@@ -353,23 +375,23 @@ class Cache:
             return None
         return await self._in_thread(self.store.arriving.left, digest)
 
-    async def writer(self, digest: Digest, size: int | None) -> Writer | None:
+    async def writer(self, digest: Digest, size: int | None) -> Writer | Reason:
         """
-        Begin the file of a transfer, or go on with one, if the cache can have it.
+        Begin the file of a transfer, or go on with one; or tell why the cache can't have it.
         """
         if size is None:
-            return None
+            return Reason.SIZE_UNKNOWN
         if size >= WORTH_RESUMING:
             writer = await self._in_thread(self.store.arriving.resume, digest, size)
             if writer is not None:
                 return writer
         if not await self._has_room(room_for(size)):
-            return None
+            return Reason.TOO_LARGE if room_for(size) > self._room.limit else Reason.NO_ROOM
         try:
             return await self._in_thread(self.store.writer, digest, size)
         except OSError:  # which the store has told
             self._room.release(room_for(size))
-            return None
+            return Reason.DISK
 
     async def _has_room(self, size: int) -> bool:
         try:
@@ -383,7 +405,7 @@ class Cache:
         Keep a manifest that ECR gave, and learn what it lists.
         """
         writer = await self.writer(descriptor.digest, descriptor.size)
-        if writer is None:
+        if isinstance(writer, Reason):
             return
         try:
             await self._in_thread(_write, writer, body)
@@ -493,9 +515,11 @@ def _write(writer: Writer, body: bytes) -> None:
     writer.close()
 
 
-def manifest_answer(status: CacheStatus, asked: Asked, descriptor: Descriptor, body: bytes | None = None) -> Answer:
+def manifest_answer(
+    status: CacheStatus, reason: Reason, asked: Asked, descriptor: Descriptor, body: bytes | None = None
+) -> Answer:
     """
     Answer with a manifest.
     """
     size = descriptor.size if body is None else len(body)
-    return Answer(status, descriptor.media_type, descriptor.digest, size, None if asked.head else body)
+    return Answer(status, reason, descriptor.media_type, descriptor.digest, size, None if asked.head else body)

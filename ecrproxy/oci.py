@@ -17,6 +17,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote_plus
 
+from ecrproxy.reasons import Reason
+
 if TYPE_CHECKING:
     from hashlib import _Hash
 
@@ -55,12 +57,23 @@ class RegistryError(Exception):
     @ivar code: the spec's error code, "Error Codes".
     @ivar message: what happened, and what to do, for a person.
     @ivar headers: more headers of the answer.
+    @ivar reason: why, in a word; each kind of error has its usual one.
     """
 
-    def __init__(self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None) -> None:
+    reason = Reason.BAD_REQUEST
+
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        message: str,
+        headers: Mapping[str, str] | None = None,
+        reason: Reason | None = None,
+    ) -> None:
         super().__init__(f"{status} {code}: {message}")
         self.status, self.code, self.message = status, code, message
         self.headers: Mapping[str, str] = headers or {}
+        self.reason = reason or self.reason
 
     def body(self) -> bytes:
         """

@@ -34,6 +34,7 @@ from ecrproxy.oci import (
     listed,
     manifest_type,
 )
+from ecrproxy.reasons import Reason
 from ecrproxy.registry.bucket import UnavailableError
 from ecrproxy.registry.upstream import Page, Upstream
 from ecrproxy.threads import InThread, on_its_own
@@ -41,6 +42,8 @@ from ecrproxy.transfer.download import Download
 from ecrproxy.transfer.inflow import Blob, Lanes
 
 log = Logger()
+
+_JOINED = (CacheStatus.JOINED, Reason.IN_FLIGHT)
 
 
 class PullThrough:
@@ -102,31 +105,32 @@ class PullThrough:
             return await self._blob_head(asked)
         confirmed = False
         while True:
-            known, content = await self._in_thread(self._cache.look_up, asked)
+            known, content, missing = await self._in_thread(self._cache.look_up, asked)
             carrier = self._carriers.get(asked.digest)
             if content is None and carrier is None:
-                return await self._carry(asked, known.size if known else None)
+                return await self._carry(asked, known.size if known else None, missing)
             if known is None and not confirmed and (content is not None or carrier != asked.route.repository):
                 if content is not None:
                     content.close()
                 await self._blob_size(asked)
                 confirmed = True
             elif content is not None:
-                status = CacheStatus.REVALIDATED if confirmed else CacheStatus.HIT
-                if (answer := await self._cache.shelved(asked, status, known, content)) is not None:
+                answer = await self._cache.shelved(asked, known, content, confirmed=confirmed)
+                if answer is not None:
                     return answer
             elif (answer := await self._join(asked, start, carrier)) is not None:
                 return answer
 
     async def _blob_head(self, asked: Asked) -> Answer:
-        known, content = await self._in_thread(self._cache.look_up, asked)
+        known, content, missing = await self._in_thread(self._cache.look_up, asked)
         if content is not None:
             content.close()
             if known is not None:
-                return Answer(CacheStatus.HIT, BLOB_TYPE, asked.digest, content.size)
+                return Answer(CacheStatus.HIT, Reason.CACHED, BLOB_TYPE, asked.digest, content.size)
         size = await self._blob_size(asked)
-        status = CacheStatus.MISS if content is None else CacheStatus.REVALIDATED
-        return Answer(status, BLOB_TYPE, asked.digest, size)
+        if content is None:
+            return Answer(CacheStatus.MISS, missing, BLOB_TYPE, asked.digest, size)
+        return Answer(CacheStatus.REVALIDATED, Reason.REPOSITORY_CONFIRMED, BLOB_TYPE, asked.digest, size)
 
     async def _blob_size(self, asked: Asked) -> int:
         """
@@ -136,11 +140,12 @@ class PullThrough:
         self._cache.holds(asked, size)
         return size
 
-    async def _carry(self, asked: Asked, expected: int | None) -> Answer:
+    async def _carry(self, asked: Asked, expected: int | None, missing: Reason) -> Answer:
         """
         Begin the transfer that all who ask for this digest meanwhile will follow.
 
         @param expected: how many bytes it has by what is known.
+        @param missing: why it has to be begun.
         """
         route, digest = asked.route, asked.digest
         self._carriers[digest] = route.repository
@@ -148,8 +153,8 @@ class PullThrough:
         if download is None:  # it has landed since we looked
             return await self.blob(asked)
         self._cache.holds(asked, download.size)
-        status = CacheStatus.MISS if download.kept else CacheStatus.BYPASS
-        return Answer(status, BLOB_TYPE, digest, download.size, download)
+        why = (CacheStatus.MISS, missing) if download.kept else (CacheStatus.BYPASS, download.unkept)
+        return Answer(*why, BLOB_TYPE, digest, download.size, download)
 
     async def _join(self, asked: Asked, start: int, carrier: str | None) -> Answer | None:
         """
@@ -169,7 +174,7 @@ class PullThrough:
         if not download.offers(start):
             return await self._alone(asked)
         self._cache.holds(asked, download.size)
-        return Answer(CacheStatus.JOINED, BLOB_TYPE, digest, download.size, download)
+        return Answer(CacheStatus.JOINED, Reason.IN_FLIGHT, BLOB_TYPE, digest, download.size, download)
 
     async def _open(self, route: Route, digest: Digest, expected: int | None) -> Download | None:
         """
@@ -192,8 +197,8 @@ class PullThrough:
         Hand the blob through to one client: the shared transfer keeps no file and has passed its start.
         """
         blob = await self._upstream.blob(asked.route)
-        download = self._begin(blob, asked.digest, None)
-        return Answer(CacheStatus.BYPASS, BLOB_TYPE, asked.digest, download.size, download)
+        download = self._begin(blob, asked.digest, Reason.PASSED)
+        return Answer(CacheStatus.BYPASS, download.unkept, BLOB_TYPE, asked.digest, download.size, download)
 
     async def _transfer(self, route: Route, digest: Digest, expected: int | None) -> Download:
         """
@@ -209,9 +214,13 @@ class PullThrough:
             blob = await self._upstream.blob(route, stop, left.start)
         return self._begin(blob, digest, await self._cache.writer(digest, blob.size), shared=True)
 
-    def _begin(self, blob: Blob, digest: Digest, writer: Writer | None, *, shared: bool = False) -> Download:
+    def _begin(self, blob: Blob, digest: Digest, file: Writer | Reason, *, shared: bool = False) -> Download:
+        """
+        Begin a transfer, into C{file}; or through a window, for a reason.
+        """
+        writer, unkept = (None, file) if isinstance(file, Reason) else (file, Reason.DISK)
         lanes = self._lanes.take(writer.missing if writer is not None and blob.ranged else 0)
-        download = Download(digest, blob.size, writer, self._in_thread, lanes)
+        download = Download(digest, blob.size, writer, self._in_thread, lanes, unkept=unkept)
         if shared:
             self._arriving[digest] = download
         on_its_own(self._run(download, blob, lanes, writer.room if writer is not None else 0, shared=shared))
@@ -260,24 +269,24 @@ class PullThrough:
     async def _manifest_by_digest(self, asked: Asked) -> Answer:
         if (answer := self._cache.at_hand(asked)) is not None:
             return answer
-        known, body = await self._in_thread(self._cache.look_up_manifest, asked)
+        known, body, missing = await self._in_thread(self._cache.look_up_manifest, asked)
         if known is not None and body is not None:
             self._cache.hold(asked.digest, body)
             self._cache.note(asked, known)
-            return manifest_answer(CacheStatus.HIT, asked, known, body)
+            return manifest_answer(CacheStatus.HIT, Reason.CACHED, asked, known, body)
         if body is None and not asked.head:
-            status = CacheStatus.JOINED if asked.route in self._manifests else CacheStatus.MISS
+            why = (CacheStatus.MISS, missing) if asked.route not in self._manifests else _JOINED
             descriptor, body = await self._manifests.join(asked.route, lambda: self._fetch(asked.route, ANY))
             self._cache.remember(asked, descriptor)
-            return manifest_answer(status, asked, descriptor, body)
+            return manifest_answer(*why, asked, descriptor, body)
         head = await self._head(asked.route, ANY)
         if head is None:
             raise UnavailableError(502, "UNAVAILABLE", "ECR does not say which manifest it has")
         if body is None:
-            return manifest_answer(CacheStatus.MISS, asked, head)
+            return manifest_answer(CacheStatus.MISS, missing, asked, head)
         descriptor = Descriptor(_checked_type(head.media_type, body), asked.digest, len(body))
         on_its_own(self._cache.confirm(asked, descriptor, body))
-        return manifest_answer(CacheStatus.REVALIDATED, asked, descriptor, body)
+        return manifest_answer(CacheStatus.REVALIDATED, Reason.REPOSITORY_CONFIRMED, asked, descriptor, body)
 
     async def _manifest_by_tag(self, asked: Asked) -> Answer:
         entry = await self._cache.entry(asked)
@@ -285,7 +294,7 @@ class PullThrough:
         if known is not None and 0 <= self._now() - known.when < self._tag_ttl:
             body = await self._cache.body(known.descriptor.digest)
             if body is not None:
-                return manifest_answer(CacheStatus.HIT, asked, known.descriptor, body)
+                return manifest_answer(CacheStatus.HIT, Reason.TAG_TTL, asked, known.descriptor, body)
         try:
             return await self._ask_for_tag(asked, entry, known)
         except UnavailableError as problem:
@@ -294,7 +303,7 @@ class PullThrough:
             if last is None or body is None:
                 raise
             log.warn("Serving {path} as last known: {problem}", path=asked.route.path, problem=problem.message)
-            return manifest_answer(CacheStatus.STALE, asked, last.descriptor, body)
+            return manifest_answer(CacheStatus.STALE, problem.reason, asked, last.descriptor, body)
         except RegistryError as problem:
             if problem.status == 404:  # noqa: PLR2004
                 await self._cache.forget(asked)
@@ -314,13 +323,15 @@ class PullThrough:
                 descriptor = Descriptor(_checked_type(descriptor.media_type, body), descriptor.digest, len(body))
             if body is not None or asked.head:
                 on_its_own(self._cache.record(asked, entry, descriptor, body))
-                status = CacheStatus.MISS if body is None else CacheStatus.REVALIDATED
-                return manifest_answer(status, asked, descriptor, body)
+                if body is None:
+                    return manifest_answer(CacheStatus.MISS, _missing(known, descriptor), asked, descriptor)
+                return manifest_answer(CacheStatus.REVALIDATED, Reason.TAG_CONFIRMED, asked, descriptor, body)
         key = (asked.route, asked.accept)
-        status = CacheStatus.JOINED if key in self._manifests else CacheStatus.MISS
+        joined = key in self._manifests
         descriptor, body = await self._manifests.join(key, lambda: self._fetch(asked.route, asked.accept))
         on_its_own(self._cache.record(asked, entry, descriptor, None))
-        return manifest_answer(status, asked, descriptor, body)
+        why = _JOINED if joined else (CacheStatus.MISS, _missing(known, descriptor))
+        return manifest_answer(*why, asked, descriptor, body)
 
     async def _head(self, route: Route, accept: frozenset[str]) -> Descriptor | None:
         """
@@ -346,11 +357,21 @@ class PullThrough:
         manifest = await self._upstream.manifest(route, _accept_header(accept))
         digest = Digest.of(manifest.body, route.digest.algorithm if route.digest else "sha256")
         if route.digest not in (None, digest):
-            raise UnavailableError(502, "UNAVAILABLE", f"ECR gave something else than {route.digest}")
+            said = f"ECR gave something else than {route.digest}"
+            raise UnavailableError(502, "UNAVAILABLE", said, reason=Reason.WRONG_BYTES)
         media_type = _checked_type(manifest.content_type, manifest.body)
         descriptor = Descriptor(media_type, digest, len(manifest.body))
         await self._cache.keep(route, descriptor, manifest.body)
         return descriptor, manifest.body
+
+
+def _missing(known: Confirmed | None, found: Descriptor) -> Reason:
+    """
+    Tell why a tag's manifest is not in the cache, by what was known of the tag.
+    """
+    if known is None:
+        return Reason.FIRST_USE
+    return Reason.NOT_KEPT if known.descriptor.digest == found.digest else Reason.TAG_MOVED
 
 
 def _accept_header(accept: frozenset[str]) -> str:

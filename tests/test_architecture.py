@@ -19,7 +19,7 @@ OURS = "ecrproxy."
 # room, which is a package or a module by itself: what of ours it may import, rooms or single modules of them.
 # What is not here may import nothing of ours but what is in the same room. tap and command may import all.
 ARROWS: dict[str, set[str]] = {
-    "access": {"flights", "oci", "threads"},
+    "access": {"flights", "oci", "reasons", "threads"},
     "admin": {
         "access.limits",
         "cache.janitor",
@@ -31,7 +31,7 @@ ARROWS: dict[str, set[str]] = {
         "registry",
     },
     "cache": {"oci", "threads"},
-    "cached": {"cache", "oci", "threads", "transfer.download"},
+    "cached": {"cache", "oci", "reasons", "threads", "transfer.download"},
     "daemon": {"settings.config"},
     "http": {
         "access",
@@ -43,15 +43,27 @@ ARROWS: dict[str, set[str]] = {
         "metrics",
         "oci",
         "proxy",
+        "reasons",
         "registry.bucket",
         "registry.upstream",
         "threads",
         "transfer",
     },
-    "proxy": {"cache", "cached", "flights", "oci", "registry.bucket", "registry.upstream", "threads", "transfer"},
-    "registry": {"metrics", "oci"},
+    "proxy": {
+        "cache",
+        "cached",
+        "flights",
+        "oci",
+        "reasons",
+        "registry.bucket",
+        "registry.upstream",
+        "threads",
+        "transfer",
+    },
+    "oci": {"reasons"},
+    "registry": {"metrics", "oci", "reasons"},
     "settings": {"access.limits", "cache.cache_key", "registry.quotas"},
-    "transfer": {"access.limits", "cache", "oci", "threads"},
+    "transfer": {"access.limits", "cache", "oci", "reasons", "threads"},
 }
 OUTERMOST = {"tap", "command"}
 TYPES_ONLY = {

@@ -13,6 +13,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_add
 from typing import TYPE_CHECKING
 
 from ecrproxy.oci import RegistryError
+from ecrproxy.reasons import Reason
 
 if TYPE_CHECKING:
     from ecrproxy.access.passwords import Passwords
@@ -73,12 +74,13 @@ class Admission:
         @raise RegistryError: if not.
         """
         if self._networks is not None and not is_in(caller.address, self._networks):
-            raise RegistryError(403, "DENIED", "this proxy does not serve your address")
+            raise RegistryError(403, "DENIED", "this proxy does not serve your address", reason=Reason.ADDRESS)
         if self._certificates and not caller.certified:
             raise RegistryError(
                 403,
                 "DENIED",
                 "this proxy asks for a client certificate: client.cert and client.key in docker's certs.d",
+                reason=Reason.CERTIFICATE,
             )
         if self._passwords is not None:
             await self._passwords.admit(caller.address, caller.authorization)

@@ -16,6 +16,7 @@ from twisted.logger import Logger
 
 from ecrproxy.flights import Flights
 from ecrproxy.oci import RegistryError
+from ecrproxy.reasons import Reason
 from ecrproxy.threads import InThread
 
 log = Logger()
@@ -53,7 +54,7 @@ class Namespaces:
                 raise _undecided()
             verdict = await self._flights.join(repository, lambda: self._judge(repository))
         if not verdict:
-            raise RegistryError(403, "DENIED", f"this proxy does not serve {repository}")
+            raise RegistryError(403, "DENIED", f"this proxy does not serve {repository}", reason=Reason.NAMESPACE)
 
     async def _judge(self, repository: str) -> bool:
         try:
@@ -76,6 +77,5 @@ class Namespaces:
 
 
 def _undecided() -> RegistryError:
-    return RegistryError(
-        503, "UNAVAILABLE", "the proxy's namespace pattern takes too long for this name", {"Retry-After": "10"}
-    )
+    said = "the proxy's namespace pattern takes too long for this name"
+    return RegistryError(503, "UNAVAILABLE", said, {"Retry-After": "10"}, Reason.NAMESPACE)

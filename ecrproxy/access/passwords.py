@@ -30,6 +30,7 @@ from ecrproxy.access.htpasswd import HtpasswdError, read_users, signature
 from ecrproxy.access.limits import counted
 from ecrproxy.flights import Flights
 from ecrproxy.oci import RegistryError
+from ecrproxy.reasons import Reason
 from ecrproxy.threads import InThread, on_its_own
 
 if TYPE_CHECKING:
@@ -150,7 +151,8 @@ class Passwords(Service):
             return
         flight = (address, name)
         if flight not in self._flights and self._waiting >= WAITING:
-            raise RegistryError(503, "UNAVAILABLE", "too many passwords are being checked", {"Retry-After": "1"})
+            said = "too many passwords are being checked"
+            raise RegistryError(503, "UNAVAILABLE", said, {"Retry-After": "1"}, Reason.BUSY)
         if not await self._flights.join(flight, partial(self._check, address, shown, name)):
             raise _unauthorized()
 
@@ -183,9 +185,8 @@ class Passwords(Service):
 
     def _hold_back(self, address: str) -> None:
         if seconds := self._failures.wait(address):
-            raise RegistryError(
-                429, "TOOMANYREQUESTS", "too many wrong passwords from your address", {"Retry-After": str(seconds)}
-            )
+            said, wait = "too many wrong passwords from your address", {"Retry-After": str(seconds)}
+            raise RegistryError(429, "TOOMANYREQUESTS", said, wait, Reason.PASSWORD)
 
     def reread(self) -> None:
         """
@@ -217,4 +218,5 @@ def _unauthorized() -> RegistryError:
         "UNAUTHORIZED",
         "this proxy asks for a name and a password: docker login",
         {"WWW-Authenticate": 'Basic realm="ecrproxy"'},
+        Reason.PASSWORD,
     )

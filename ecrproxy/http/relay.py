@@ -37,6 +37,7 @@ from ecrproxy.cached import Asked, Cache
 from ecrproxy.http.web import Answering, Door, Registry, begin
 from ecrproxy.metrics import Tally
 from ecrproxy.oci import Kind, Route
+from ecrproxy.reasons import Reason
 from ecrproxy.registry.bucket import UnavailableError
 from ecrproxy.threads import InThread
 
@@ -90,6 +91,8 @@ class NoRoom:
     A worker's room: it keeps nothing itself.
     """
 
+    limit = 0
+
     async def reserve(self, size: int) -> bool:  # noqa: ARG002
         """
         There is none.
@@ -131,9 +134,8 @@ class Relay(Answering):
         try:
             response = await self._agent.request(request.method, FIRST + request.uri, headers)
         except Exception as problem:
-            raise UnavailableError(
-                503, "UNAVAILABLE", "the proxy is starting again; ask once more", {"Retry-After": "1"}
-            ) from problem
+            said = "the proxy is starting again; ask once more"
+            raise UnavailableError(503, "UNAVAILABLE", said, {"Retry-After": "1"}, Reason.STARTING) from problem
         await _pass(request, response)
 
 

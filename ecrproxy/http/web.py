@@ -27,9 +27,10 @@ from ecrproxy.access.limits import Crowd
 from ecrproxy.access.namespaces import Namespaces
 from ecrproxy.cache.cache_key import Asker, CacheKey
 from ecrproxy.cache.content import Content, DigestMismatchError
-from ecrproxy.cached import SMALL_BLOB, Answer, Asked
+from ecrproxy.cached import SMALL_BLOB, Answer, Asked, CacheStatus
 from ecrproxy.oci import Kind, RegistryError, Route, accepted_types, parse_route, query_values
 from ecrproxy.proxy import PullThrough
+from ecrproxy.reasons import Reason
 from ecrproxy.registry.upstream import Page
 from ecrproxy.threads import InThread
 from ecrproxy.transfer.download import Download, ShortBodyError
@@ -115,9 +116,7 @@ class Answering(Resource):
         except RegistryError as problem:
             if request.startedWriting:
                 raise
-            for name, value in problem.headers.items():
-                request.setHeader(name, value)
-            send_small(request, problem.status, "application/json", problem.body())
+            _refuse(request, problem)
 
     async def respond(self, request: Request) -> None:
         """
@@ -135,8 +134,14 @@ class Answering(Resource):
         if request.startedWriting:
             request.channel.forceAbortClient()  # a short body must never look whole
         else:
-            problem = _answer_to(failure)
-            send_small(request, problem.status, "application/json", problem.body())
+            _refuse(request, _answer_to(failure))
+
+
+def _refuse(request: Request, problem: RegistryError) -> None:
+    for name, value in problem.headers.items():
+        request.setHeader(name, value)
+    request.setHeader("X-Cache-Reason", problem.reason.value)
+    send_small(request, problem.status, "application/json", problem.body())
 
 
 def _answer_to(failure: Failure) -> RegistryError:
@@ -146,8 +151,9 @@ def _answer_to(failure: Failure) -> RegistryError:
     if isinstance(failure.value, RegistryError):
         return failure.value
     if failure.check(DigestMismatchError, ShortBodyError):
-        return RegistryError(502, "UNAVAILABLE", f"upstream sent wrong bytes: {failure.value}")
-    return RegistryError(500, "UNKNOWN", "the proxy failed; its log says why")
+        said = f"upstream sent wrong bytes: {failure.value}"
+        return RegistryError(502, "UNAVAILABLE", said, reason=Reason.WRONG_BYTES)
+    return RegistryError(500, "UNKNOWN", "the proxy failed; its log says why", reason=Reason.FAILED)
 
 
 def _only_reads(request: Request) -> None:
@@ -250,9 +256,8 @@ class Door(Answering):
     async def _transfer(self, request: Request, route: Route) -> None:
         crowd: Crowd = cast(Any, request.channel).crowd
         if not crowd.begin_transfer():
-            raise RegistryError(
-                503, "UNAVAILABLE", "as many blobs are being sent as may be; ask again", {"Retry-After": "5"}
-            )
+            said = "as many blobs are being sent as may be; ask again"
+            raise RegistryError(503, "UNAVAILABLE", said, {"Retry-After": "5"}, Reason.BUSY)
         try:
             await self.serve(request, route)
         finally:
@@ -280,6 +285,7 @@ class Door(Answering):
         request.setHeader("Docker-Content-Digest", str(answer.digest))
         request.setHeader("ETag", etag)
         request.setHeader("X-Cache-Status", answer.status.value)
+        request.setHeader("X-Cache-Reason", answer.reason.value)
         if matches(field(request, b"If-None-Match"), etag):
             _let_go(answer)
             begin(request, NOT_MODIFIED)
@@ -372,7 +378,8 @@ class Registry(Door):
             request.setHeader("OCI-Filters-Applied", page.filters)
         # ECR calls tags text/plain.
         content_type = "application/json" if route.kind is Kind.TAGS else page.content_type
-        request.setHeader("X-Cache-Status", "BYPASS")
+        request.setHeader("X-Cache-Status", CacheStatus.BYPASS.value)
+        request.setHeader("X-Cache-Reason", Reason.LIST.value)
         send_small(request, OK, content_type, page.body)
 
 

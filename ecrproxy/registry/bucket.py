@@ -18,6 +18,7 @@ from twisted.web.http import PotentialDataLoss
 from twisted.web.iweb import UNKNOWN_LENGTH, IResponse
 
 from ecrproxy.oci import RegistryError, Route
+from ecrproxy.reasons import Reason
 
 if TYPE_CHECKING:
     from twisted.internet.interfaces import IDelayedCall, IReactorTime
@@ -27,6 +28,8 @@ class UnavailableError(RegistryError):
     """
     ECR, or a bucket, is silent or failing: another time it may answer.
     """
+
+    reason = Reason.FAILING
 
 
 ERROR_LIMIT: Final = 64 * 2**10

@@ -19,6 +19,7 @@ from typing import Final
 
 from twisted.logger import Logger
 
+from ecrproxy.reasons import Reason
 from ecrproxy.registry.bucket import UnavailableError
 
 log = Logger()
@@ -43,6 +44,8 @@ class CircuitOpenError(UnavailableError):
     """
     ECR keeps failing, and is not asked.
     """
+
+    reason = Reason.CIRCUIT_OPEN
 
 
 class Circuit:

@@ -13,6 +13,7 @@ from twisted.web.http_headers import Headers
 from twisted.web.iweb import IResponse
 
 from ecrproxy.oci import Route
+from ecrproxy.reasons import Reason
 from ecrproxy.registry.bucket import ERROR_LIMIT, UnavailableError
 from ecrproxy.registry.circuit import Circuit, CircuitState
 from ecrproxy.registry.ecr import TokenUnavailableError
@@ -109,7 +110,11 @@ class Endpoint:
             return await asked
         except TokenUnavailableError as problem:
             raise UnavailableError(
-                503, "UNAVAILABLE", f"the proxy has no token for ECR: {problem}", {"Retry-After": "5"}
+                503,
+                "UNAVAILABLE",
+                f"the proxy has no token for ECR: {problem}",
+                {"Retry-After": "5"},
+                Reason.NO_TOKEN,
             ) from None
 
     async def _persist(self, tries: Tries, question: Question, secret: str) -> Reply:

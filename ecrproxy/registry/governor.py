@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Final
 
 from twisted.internet.defer import Deferred
 
+from ecrproxy.reasons import Reason
 from ecrproxy.registry.bucket import UnavailableError
 from ecrproxy.registry.quotas import Call, Quotas, TokenBucket
 
@@ -35,6 +36,8 @@ class QueueFullError(UnavailableError):
     """
     So many questions wait for ECR that one more would wait too long.
     """
+
+    reason = Reason.QUEUE_FULL
 
 
 class Governor:

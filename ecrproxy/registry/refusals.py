@@ -13,6 +13,7 @@ from twisted.logger import Logger
 from twisted.web.iweb import IResponse
 
 from ecrproxy.oci import Kind, RegistryError, Route
+from ecrproxy.reasons import Reason
 from ecrproxy.registry.bucket import UnavailableError
 
 log = Logger()
@@ -78,17 +79,15 @@ class Refusal:
         """
         if self.is_about_token:
             log.error("ECR refuses a fresh token: {status} {said}", status=self.status, said=self.message)
-            raise UnavailableError(502, "UNAVAILABLE", "ECR does not accept the proxy's token")
+            raise UnavailableError(502, "UNAVAILABLE", "ECR does not accept the proxy's token", reason=Reason.NO_TOKEN)
         match self.status:
             case 404:
-                raise RegistryError(
-                    404, self.code or _NOT_FOUND_CODES[route.kind], self.message or "ECR does not have it"
-                )
+                code, said = self.code or _NOT_FOUND_CODES[route.kind], self.message or "ECR does not have it"
+                raise RegistryError(404, code, said, reason=Reason.NOT_FOUND)
             case 403:
                 log.error("ECR denies {path}: {said}", path=route.path, said=self.message)
-                raise RegistryError(
-                    403, "DENIED", f"ECR denies the proxy access to {route.repository}; its log says why"
-                )
+                said = f"ECR denies the proxy access to {route.repository}; its log says why"
+                raise RegistryError(403, "DENIED", said, reason=Reason.ECR_DENIED)
             case 400:
                 raise RegistryError(400, self.code or "UNSUPPORTED", self.message or "ECR refuses the request")
         raise UnavailableError(502, "UNAVAILABLE", f"ECR answers {self.status}")

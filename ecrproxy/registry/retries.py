@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Final
 
+from ecrproxy.reasons import Reason
 from ecrproxy.registry.bucket import UnavailableError
 
 TRANSIENT_STATUSES: Final = frozenset({429, 500, 502, 503, 504})
@@ -40,6 +41,7 @@ class TransientError(UnavailableError):
     @ivar wait: how many seconds it asked to be left alone, if it did.
     """
 
+    reason = Reason.UNREACHABLE
     wait: float | None = None
 
     @property
@@ -110,10 +112,11 @@ def failure(who: str, status: int, wait: float | None) -> TransientError:
     """
     later = str(max(1, math.ceil(wait))) if wait is not None else None
     if status == 429:  # noqa: PLR2004
-        problem = TransientError(429, "TOOMANYREQUESTS", f"{who} throttles the proxy", {"Retry-After": later or "1"})
-    elif status in (503, 504):
-        problem = TransientError(status, "UNAVAILABLE", f"{who} answers {status}", {"Retry-After": later or "5"})
+        said, headers = f"{who} throttles the proxy", {"Retry-After": later or "1"}
+        problem = TransientError(429, "TOOMANYREQUESTS", said, headers, Reason.THROTTLED)
     else:
-        problem = TransientError(502, "UNAVAILABLE", f"{who} answers {status}")
+        told = status if status in (503, 504) else 502
+        headers = {"Retry-After": later or "5"} if told == status else {}
+        problem = TransientError(told, "UNAVAILABLE", f"{who} answers {status}", headers, Reason.FAILING)
     problem.wait = wait
     return problem

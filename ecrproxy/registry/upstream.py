@@ -21,6 +21,7 @@ from twisted.web.http_headers import Headers
 from twisted.web.iweb import IResponse
 
 from ecrproxy.oci import MANIFEST_LIMIT, Digest, Kind, RegistryError, Route, query_values
+from ecrproxy.reasons import Reason
 from ecrproxy.registry.bucket import REDIRECT_STATUSES, Blob, Drop, UnavailableError, header, whole_size
 from ecrproxy.registry.endpoint import Endpoint, Question, Reply
 from ecrproxy.registry.wire import Wire
@@ -111,7 +112,8 @@ class Upstream:
         named = header(reply.response, "Docker-Content-Digest")
         digest = _told(named) if named else None
         if digest is not None and Digest.of(reply.body, digest.algorithm) != digest:
-            raise UnavailableError(502, "UNAVAILABLE", f"ECR calls something else {named}")
+            said = f"ECR calls something else {named}"
+            raise UnavailableError(502, "UNAVAILABLE", said, reason=Reason.WRONG_BYTES)
         return Manifest(header(reply.response, "Content-Type") or "", reply.body)
 
     async def blob_size(self, route: Route) -> int:

@@ -32,6 +32,7 @@ from twisted.python.failure import Failure
 from ecrproxy.cache.content import DigestMismatchError
 from ecrproxy.cache.writer import Writer
 from ecrproxy.oci import RegistryError
+from ecrproxy.reasons import Reason
 from ecrproxy.threads import InThread
 from ecrproxy.transfer.inflow import Blob, Gaps, Inflow, Stretch
 from ecrproxy.transfer.sources import FilePiece
@@ -67,15 +68,23 @@ class Download:
     @param size: its length in bytes as announced, if it was.
     @param writer: where it is kept; none to keep a window alone.
     @param lanes: over how many connections it comes.
+    @param unkept: why it isn't kept, if it isn't; a file that is given up was the disk's fault.
     @ivar received: how many bytes are readable, from the first on.
     @ivar verified: whether all of them are there and are what the digest names.
     @ivar failure: why there will be no more of them.
     """
 
     def __init__(
-        self, digest: Digest, size: int | None, writer: Writer | None, in_thread: InThread, lanes: int = 1
+        self,
+        digest: Digest,
+        size: int | None,
+        writer: Writer | None,
+        in_thread: InThread,
+        lanes: int = 1,
+        *,
+        unkept: Reason = Reason.DISK,
     ) -> None:
-        self.digest, self.size = digest, size
+        self.digest, self.size, self.unkept = digest, size, unkept
         self.received, self.verified = 0, False
         self.failure: Failure | None = None
         self._in_thread, self._lanes = in_thread, lanes
