@@ -1,7 +1,7 @@
 """
 Why an answer is what it is: the words of X-Cache-Reason. Pure.
 
-Whoever decides names the reason, with the answer or with the error; docs/http.rst says what each word means.
+Whoever decides names the reason, with the answer or with the error; docs/reference/http.rst says what each word means.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """
-Each answer says why it is what it is, in a word that docs/http.rst explains.
+Each answer says why it is what it is, in a word that docs/reference/http.rst explains.
 """
 
 from __future__ import annotations
@@ -385,9 +385,9 @@ class WordsTests(SynchronousTestCase):
 
     def test_the_page_has_them_all(self) -> None:
         """
-        docs/http.rst explains each word that there is, and no other, once.
+        docs/reference/http.rst explains each word that there is, and no other, once.
         """
-        section = (CHECKOUT / "docs" / "http.rst").read_text("utf-8").partition("X-Cache-Reason\n~~~")[2]
+        section = (CHECKOUT / "docs" / "reference" / "http.rst").read_text("utf-8").partition("X-Cache-Reason\n~~~")[2]
         words = ROW.findall(section.partition("\n~~~")[0])
         self.assertEqual(sorted(reason.value for reason in Reason), sorted(words))
 
