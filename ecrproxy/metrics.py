@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from prometheus_client import PLATFORM_COLLECTOR, PROCESS_COLLECTOR, CollectorRegistry, generate_latest
@@ -23,6 +23,8 @@ from prometheus_client.registry import Collector
 from twisted.application.service import Service
 from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
+
+from ecrproxy.ranking import Ranking
 
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
@@ -96,6 +98,19 @@ class Tally:
 
 
 @dataclass(frozen=True, slots=True)
+class Served:
+    """
+    What clients were given.
+
+    @ivar requests: theirs, by route, method, status and cache status.
+    @ivar saved: the bytes for which nothing was fetched, by repository.
+    """
+
+    requests: Tally = field(default_factory=Tally)
+    saved: Ranking = field(default_factory=Ranking)
+
+
+@dataclass(frozen=True, slots=True)
 class Reading:
     """
     A figure that a part of the daemon knows.
@@ -114,13 +129,14 @@ class Figures(Collector):
     """
     The figures, for Prometheus.
 
-    @ivar requests: of clients, by route, method, status and cache status.
+    @ivar version: of what runs here.
+    @ivar served: what clients were given.
     @ivar upstream: requests to the registry and to buckets, by kind of host and outcome.
     """
 
     def __init__(self, version: str) -> None:
-        self._version = version
-        self.requests, self.upstream = Tally(), Tally()
+        self.version = version
+        self.served, self.upstream = Served(), Tally()
         self._readings: list[Reading] = []
         self._registry = CollectorRegistry()
         for collector in (self, PROCESS_COLLECTOR, PLATFORM_COLLECTOR):
@@ -142,8 +158,10 @@ class Figures(Collector):
         """
         Yield them.
         """
-        yield InfoMetricFamily("ecr_proxy_build", "What runs here", {"version": self._version})
-        yield from _families(self.requests, "ecr_proxy", ("route", "method", "status", "cache"), "of clients", "client")
+        yield InfoMetricFamily("ecr_proxy_build", "What runs here", {"version": self.version})
+        yield from _families(
+            self.served.requests, "ecr_proxy", ("route", "method", "status", "cache"), "of clients", "client"
+        )
         yield from _families(self.upstream, "ecr_proxy_upstream", ("host", "outcome"), "upstream", "received")
         for reading in self._readings:
             yield from _family(reading)

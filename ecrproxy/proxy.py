@@ -90,6 +90,12 @@ class PullThrough:
         """
         return list(self._arriving.values())
 
+    def carrier(self, digest: Digest) -> str:
+        """
+        Name the repository in which what is on its way was asked for first.
+        """
+        return self._carriers.get(digest, "")
+
     # Blobs.
 
     async def blob(self, asked: Asked, start: int = 0) -> Answer:

@@ -36,6 +36,7 @@ from ecrproxy.access.namespaces import Namespaces
 from ecrproxy.access.passwords import AT_ONCE, Passwords
 from ecrproxy.admin.port import make_admin_site
 from ecrproxy.admin.readings import of_cache, of_clients, of_loop, of_token, of_transfers, of_upstream
+from ecrproxy.admin.status import Asking, Status
 from ecrproxy.cache.janitor import Janitor
 from ecrproxy.cache.ledger import Notes
 from ecrproxy.cache.store import Store
@@ -46,7 +47,7 @@ from ecrproxy.daemon.workers import HandedDown, Post, StandardInput, Workers
 from ecrproxy.http.relay import USED, FirstProcess, InnerRegistry, NoRoom, Relay, Teller, Used, WorkerRegistry
 from ecrproxy.http.site import RegistrySite, make_site
 from ecrproxy.http.web import Ready, Registry
-from ecrproxy.metrics import Figures, LoopStall, Tally
+from ecrproxy.metrics import Figures, LoopStall, Served
 from ecrproxy.proxy import PullThrough
 from ecrproxy.registry.circuit import Circuit
 from ecrproxy.registry.connections import UpstreamAgent, connection_pool
@@ -145,39 +146,47 @@ def build(
     janitor = Janitor(store, config.cache_limit, disk.call, reactor)
     tokens = TokenService(lambda: call_unowned(reactor, lambda: _fetch(config)), reactor, time.time, refused)
     figures, stall = Figures(__version__), LoopStall(reactor, time.monotonic)
-    upstream = _upstream(config, tokens, figures, reactor)
+    upstream, asking = _upstream(config, tokens, figures, reactor)
     lanes = Lanes(config.blob_connections, config.bucket_connections)
     cache = Cache(store, janitor, disk.call, time.time)
     pull_through = PullThrough(
         upstream, cache, disk.call, time.time, tag_ttl=config.tag_ttl, lanes=lanes, read_ahead=config.read_ahead
     )
-    connections = Connections()
-    ready = Ready(partial(_reasons, tokens, store, disk.call, connections))
+    connections, crowd = Connections(), Crowd(config.limits)
+    reasons = partial(_reasons, tokens, store, disk.call, connections)
+    ready = Ready(reasons)
+    status = Status(
+        config.ecr_endpoint, figures, store, janitor, asking, pull_through, reasons, disk.call, time.time, reactor
+    )
     judging = Threads(1, reactor)
     shape = (Namespaces(config.namespace_pattern, judging.call), config.cache_key, disk.call)
     admission = _admission(config, reactor, service)
     registry = Registry(pull_through, *shape, admission)
-    crowd = Crowd(config.limits)
-    site = make_site(registry, ready, reactor, crowd=crowd, requests=figures.requests, connections=connections)
+    site = make_site(registry, ready, reactor, crowd=crowd, served=figures.served, connections=connections)
     figures.watch(*of_cache(store, janitor), *of_token(tokens), *of_transfers(pull_through), *of_loop(stall))
     figures.watch(*of_clients(crowd))
-    for part in (disk, judging, janitor, tokens, stall):
+    for part in (*status.services, disk, judging, janitor, tokens, stall):
         part.setServiceParent(service)
     several = config.worker_processes > 1
     listening = [Listening(name, endpoint, site, accepts=not several) for name, endpoint in endpoints(config, reactor)]
     workers = None
     if several:
         inner = partial(
-            make_site, InnerRegistry(pull_through, *shape), ready, others={USED: Used(store.ledger, figures.requests)}
+            make_site, InnerRegistry(pull_through, *shape), ready, others={USED: Used(store.ledger, figures.served)}
         )
         workers = _share_work(config, inner, listening, arguments, service, reactor)
     drain = Drain(connections, config.drain_seconds, reactor)
     _face_clients(drain, listening, partial(_reread, [*listening, admission], workers), _leave, service, reactor)
-    _serve_admin(config, make_admin_site(figures, ready, reactor), service, reactor)
+    _serve_admin(config, make_admin_site(figures, ready, status, reactor), service, reactor)
     return service
 
 
-def _upstream(config: Config, tokens: TokenService, figures: Figures, reactor: Any) -> Upstream:  # noqa: ANN401
+def _upstream(
+    config: Config,
+    tokens: TokenService,
+    figures: Figures,
+    reactor: Any,  # noqa: ANN401
+) -> tuple[Upstream, Asking]:
     """
     Wire what asks ECR and its buckets.
     """
@@ -188,7 +197,8 @@ def _upstream(config: Config, tokens: TokenService, figures: Figures, reactor: A
     circuit = Circuit(reactor.seconds)
     figures.watch(*of_upstream(wire, circuit, governor))
     endpoint = Endpoint(config.ecr_endpoint, wire, tokens, governor, circuit)
-    return Upstream(endpoint, wire, stall_seconds=config.stall_seconds)
+    upstream = Upstream(endpoint, wire, stall_seconds=config.stall_seconds)
+    return upstream, Asking(tokens=tokens, wire=wire, circuit=circuit, governor=governor)
 
 
 def _share_work(
@@ -288,10 +298,10 @@ def build_worker(config: Config, post: Post, reactor: Any) -> MultiService:  # n
     shape = (Namespaces(config.namespace_pattern, judging.call), config.cache_key, disk.call)
     admission = _admission(config, reactor, service)
     registry = WorkerRegistry(cache, config.tag_ttl, relay, *shape, admission)
-    requests, connections = Tally(), Connections()
+    served, connections = Served(), Connections()
     crowd = Crowd(config.limits)
-    site = make_site(registry, relay, reactor, crowd=crowd, requests=requests, connections=connections)
-    for part in (disk, judging, Teller(first, notes.take, requests, reactor)):
+    site = make_site(registry, relay, reactor, crowd=crowd, served=served, connections=connections)
+    for part in (disk, judging, Teller(first, notes.take, served, reactor)):
         part.setServiceParent(service)
     listening = [
         Listening(name, endpoint, site) for name, endpoint in endpoints(config, HandedDown(reactor, post.sockets))

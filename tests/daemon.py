@@ -43,6 +43,7 @@ from ecrproxy.access.limits import Crowd, Limits
 from ecrproxy.access.namespaces import Namespaces
 from ecrproxy.admin.port import make_admin_site
 from ecrproxy.admin.readings import of_cache, of_clients, of_token, of_transfers, of_upstream
+from ecrproxy.admin.status import Asking, Status
 from ecrproxy.cache.cache_key import CacheKey
 from ecrproxy.cache.janitor import Janitor
 from ecrproxy.cache.store import Store
@@ -465,12 +466,25 @@ class Daemon:
         namespaces = Namespaces(parse_pattern(pattern), at_once)
         registry = Registry(self.pull_through, namespaces, CacheKey.parse(cache_key), in_thread, admission)
         ready, self.crowd = Ready(self.reasons), Crowd(limits or Limits())
-        self.site = make_site(registry, ready, clock, crowd=self.crowd, requests=self.figures.requests)
+        self.site = make_site(registry, ready, clock, crowd=self.crowd, served=self.figures.served)
         self.figures.watch(
             *of_cache(self.store, self.janitor), *of_token(self.tokens), *of_transfers(self.pull_through)
         )
         self.figures.watch(*of_clients(self.crowd), *of_upstream(wire, self.circuit, self.governor))
-        self.admin = Network(make_admin_site(self.figures, ready, clock), clock)
+        asking = Asking(tokens=self.tokens, wire=wire, circuit=self.circuit, governor=self.governor)
+        self.status = Status(
+            standin.registry,
+            self.figures,
+            self.store,
+            self.janitor,
+            asking,
+            self.pull_through,
+            self.reasons,
+            in_thread,
+            self.now,
+            clock,
+        )
+        self.admin = Network(make_admin_site(self.figures, ready, self.status, clock), clock)
         self.front = Network(self.site, clock)
         self._asking = self.front.agent(persistent=False)
         self.replies: list[Reply | Raw] = []
@@ -479,6 +493,8 @@ class Daemon:
         """The Authorization header of clients, unless a test says otherwise."""
         self.janitor.startService()
         self.tokens.startService()
+        _, sampler = self.status.services  # the other hears the log, which outlives this daemon: see DaemonTestCase
+        sampler.startService()
 
     def now(self) -> float:
         """
@@ -540,12 +556,12 @@ class Daemon:
         reply.wire = self.front.ends[-1][0]
         return reply
 
-    def ask_admin(self, path: str) -> Reply:
+    def ask_admin(self, path: str, method: str = "GET", host: str = "localhost") -> Reply:
         """
         Ask on the operator's port.
         """
-        reply, url = Reply(), f"http://admin.example{path}"
-        asked: Deferred[IResponse] = self.admin.agent(persistent=False).request(b"GET", url.encode())
+        reply, url = Reply(), f"http://{host}:5001{path}"
+        asked: Deferred[IResponse] = self.admin.agent(persistent=False).request(method.encode(), url.encode())
         asked.addCallbacks(reply.begin, reply.fail)
         self.flush()
         return reply
@@ -587,10 +603,10 @@ class DaemonTestCase(SynchronousTestCase):
         self.root = Path(tempfile.mkdtemp(prefix="ecrproxy-test-"))
         self.addCleanup(shutil.rmtree, self.root)
         self.events: list[LogEvent] = []
+        self.daemons: list[Daemon] = []
         observer = cast(ILogObserver, self.note)
         globalLogPublisher.addObserver(observer)
         self.addCleanup(globalLogPublisher.removeObserver, observer)
-        self.daemons: list[Daemon] = []
         self.daemon = self.start()
 
     def note(self, event: LogEvent) -> None:
@@ -598,6 +614,8 @@ class DaemonTestCase(SynchronousTestCase):
         Keep what is logged.
         """
         self.events.append(event)
+        for daemon in self.daemons:
+            daemon.status.incidents(event)
 
     def start(self, **options: Any) -> Daemon:
         """
@@ -731,6 +749,7 @@ class DaemonTestCase(SynchronousTestCase):
         told = [*map(all_of, self.events), *(all_of_reply(each) for each in self.replies())]
         told += [repr(each) for daemon in self.daemons for each in ours(daemon)]
         told += [daemon.figures.page().decode() for daemon in self.daemons]
+        told += [daemon.ask_admin("/status.json").body.decode() for daemon in self.daemons]
         told += [f"{asked.path} {asked.query}" for asked in self.standin.asked if asked.service == "registry"]
         for asked in self.standin.asked:
             told.append(repr({name: value for name, value in asked.headers.items() if name != "authorization"}))

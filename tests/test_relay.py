@@ -23,7 +23,7 @@ from ecrproxy.cached import Cache
 from ecrproxy.http.relay import KEY, TELL_SECONDS, USED, InnerRegistry, NoRoom, Relay, Teller, Used, WorkerRegistry
 from ecrproxy.http.site import make_site
 from ecrproxy.http.web import Ready
-from ecrproxy.metrics import Tally
+from ecrproxy.metrics import Served
 from ecrproxy.oci import parse_route
 from ecrproxy.settings.values import parse_pattern
 from tests.daemon import BUFFER, MIB, Daemon, DaemonTestCase, End, Network, Reply, at_once, noise
@@ -84,7 +84,7 @@ class Together(Daemon):
         shape = Namespaces(parse_pattern(pattern), at_once), CacheKey.parse(cache_key), at_once
         inner, self.seen = Seen(self.pull_through, *shape), list[Request]()
         inner.seen, ready = self.seen, Ready(self.reasons)
-        others = {USED: Used(self.store.ledger, self.figures.requests)}
+        others = {USED: Used(self.store.ledger, self.figures.served)}
         site = make_site(inner, ready, self.clock, crowd=Crowd(BOUNDLESS), logged=False, others=others)
         self.between = Between(site, self.clock)
         agent = self.between.agent(persistent=True)
@@ -92,11 +92,11 @@ class Together(Daemon):
         self.worker_cache = Cache(
             Store(self.store.root, self.clock.seconds, self.notes), NoRoom(), at_once, self.clock.seconds
         )
-        self.counted = Tally()
+        self.counted = Served()
         self.teller = Teller(agent, self.notes.take, self.counted, self.clock)
         self.teller.startService()
         registry = WorkerRegistry(self.worker_cache, tag_ttl, relay, *shape, admission)
-        site = make_site(registry, relay, self.clock, crowd=self.crowd, requests=self.counted)
+        site = make_site(registry, relay, self.clock, crowd=self.crowd, served=self.counted)
         self.front = Network(site, self.clock)
         self._asking = self.front.agent(persistent=False)
 
@@ -683,6 +683,18 @@ class UsedTests(RelayTestCase):
         self.pass_time(TELL_SECONDS)
         self.assertEqual(mine, self.order()[-1])
         self.assertEqual(total, self.daemon.store.ledger.total)
+
+    def test_what_clients_got_is_told_too(self) -> None:
+        """
+        Requests, and the bytes that were saved by repository, add up in the first process.
+        """
+        for _ in range(3):
+            self.get(self.blob)
+        self.pass_time(2 * TELL_SECONDS)
+        status = json.loads(self.daemon.ask_admin("/status.json").body)
+        size = len(self.data)
+        self.assertEqual({"count": 2, "bytes": 2 * size}, status["answers"]["HIT"])
+        self.assertEqual([{"repository": "team/app", "bytes": 2 * size, "answers": 2}], status["repositories"])
 
     def test_is_told_once(self) -> None:
         """

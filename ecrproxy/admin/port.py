@@ -1,23 +1,100 @@
 """
-What the operator sees, on a port of its own: figures, and whether the daemon can do its work.
+The operator's port: what there is on it, and from where a browser may ask for it.
+
+Rules:
+
+- Nothing here is for other sites: no header lets their scripts read an answer, and no answer may be put into a frame.
+- A name can be made to lead here by whoever owns it (DNS rebinding), and his scripts would then be of this site. So
+  whoever asks has to call this port by an address, by C{localhost}, or by a name without a dot, which no stranger owns.
+  What Prometheus and probes ask for is open to any name: they know daemons by all sorts of them.
 """
 
 from __future__ import annotations
 
+import ipaddress
 from typing import TYPE_CHECKING, Any, Final
 
+from twisted.web.resource import Resource
+
 from ecrproxy.access.limits import Crowd, Limits
-from ecrproxy.http.site import RegistrySite, Root
-from ecrproxy.http.web import Answering, Health, send_small
+from ecrproxy.http.site import RegistryRequest, RegistrySite, Root
+from ecrproxy.http.web import Answering, Health, only_itself, send_small
+from ecrproxy.oci import RegistryError
 
 if TYPE_CHECKING:
-    from twisted.web.resource import Resource
     from twisted.web.server import Request
 
+    from ecrproxy.admin.status import Status
     from ecrproxy.metrics import Figures
 
 TEXT_FORMAT: Final = "text/plain; version=0.0.4; charset=utf-8"
 """Prometheus' own name for what its servers are given: Prometheus docs, "Exposition formats"."""
+OPEN: Final = frozenset({b"metrics", b"healthz", b"readyz"})
+"""What may be asked for under any name of this port."""
+HEADERS: Final = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self';"
+    " img-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "no-store",
+}
+
+
+def is_ours(host: str) -> bool:
+    """
+    Tell whether C{host} is a name that no stranger can have lead here.
+    """
+    try:
+        ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
+    except ValueError:
+        return "." not in host or host.lower().endswith(".localhost")
+    return True
+
+
+class OperatorsRequest(RegistryRequest):
+    """
+    A request whose answer is for no other site.
+    """
+
+    def write(self, data: bytes) -> None:  # noqa: D102
+        if not self.startedWriting:
+            self.responseHeaders.removeHeader("Access-Control-Allow-Origin")
+            for name, value in HEADERS.items():
+                self.setHeader(name, value)
+        super().write(data)
+
+
+class OperatorsSite(RegistrySite):
+    """
+    What serves the operator's port.
+    """
+
+    requestFactory = OperatorsRequest
+
+
+class OperatorsRoot(Root):
+    """
+    The top of the tree, for who calls it by a name of ours.
+    """
+
+    def getChildWithDefault(self, path: bytes, request: Request) -> Resource:  # noqa: D102
+        if path not in OPEN and not is_ours(request.getRequestHostname().decode("ascii", "replace")):
+            return Unknown()
+        child: Resource = super().getChildWithDefault(path, request)
+        return child
+
+
+class Unknown(Answering):
+    """
+    Refuses who came by a name that may be a stranger's.
+    """
+
+    async def respond(self, request: Request) -> None:  # noqa: ARG002
+        """
+        Say so.
+        """
+        raise RegistryError(403, "DENIED", "ask for this by address, as localhost, or by a name without a dot")
 
 
 class Metrics(Answering):
@@ -36,14 +113,35 @@ class Metrics(Answering):
         send_small(request, 200, TEXT_FORMAT, self._figures.page())
 
 
-def make_admin_site(figures: Figures, ready: Resource, reactor: Any) -> RegistrySite:  # noqa: ANN401
+class Document(Answering):
+    """
+    How the daemon stands, for programs to read.
+    """
+
+    def __init__(self, status: Status) -> None:
+        super().__init__()
+        self._status = status
+
+    async def respond(self, request: Request) -> None:
+        """
+        Give a snapshot.
+
+        @raise RegistryError: for a path below.
+        """
+        only_itself(request)
+        send_small(request, 200, "application/json", (await self._status.snapshot()).to_json())
+
+
+def make_admin_site(figures: Figures, ready: Resource, status: Status, reactor: Any) -> RegistrySite:  # noqa: ANN401
     """
     Build the Resource tree of the operator's port, and what serves it.
 
     @param ready: answers /readyz.
+    @param status: asked by /status.json.
     """
-    root = Root()
+    root = OperatorsRoot()
     root.putChild(b"metrics", Metrics(figures))
+    root.putChild(b"status.json", Document(status))
     root.putChild(b"healthz", Health())
     root.putChild(b"readyz", ready)
-    return RegistrySite(root, reactor, Crowd(Limits()), logged=False)
+    return OperatorsSite(root, reactor, Crowd(Limits()), logged=False)

@@ -10,7 +10,7 @@ that one client waits for is brought once, whichever workers the others came to.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
@@ -35,7 +35,7 @@ from ecrproxy.cache.cache_key import CacheKey
 from ecrproxy.cache.ledger import Ledger
 from ecrproxy.cached import Asked, Cache
 from ecrproxy.http.web import Answering, Door, Registry, begin
-from ecrproxy.metrics import Tally
+from ecrproxy.metrics import Served
 from ecrproxy.oci import Kind, Route
 from ecrproxy.reasons import Reason
 from ecrproxy.registry.bucket import UnavailableError
@@ -244,14 +244,14 @@ class InnerRegistry(Registry):
 
 class Used(Resource):
     """
-    Where workers tell which files they used, so that the janitor knows, and which requests they answered.
+    Where workers tell which files they used, so that the janitor knows, and what they gave their clients.
     """
 
     isLeaf = True
 
-    def __init__(self, ledger: Ledger, requests: Tally) -> None:
+    def __init__(self, ledger: Ledger, served: Served) -> None:
         super().__init__()
-        self._ledger, self._requests = ledger, requests
+        self._ledger, self._served = ledger, served
 
     def render(self, request: Request) -> bytes:
         """
@@ -260,22 +260,28 @@ class Used(Resource):
         told = request.requestHeaders
         for path, size in json.loads(told.getRawHeaders(b"X-Ecrproxy-Used", [b"[]"])[0]):
             self._ledger.used(path, size)
-        self._requests.add(json.loads(told.getRawHeaders(b"X-Ecrproxy-Requests", [b"[]"])[0]))
+        self._served.requests.add(json.loads(told.getRawHeaders(b"X-Ecrproxy-Requests", [b"[]"])[0]))
+        self._served.saved.add(json.loads(told.getRawHeaders(b"X-Ecrproxy-Saved", [b"[]"])[0]))
         return b""
 
 
 class Teller(Service):
     """
-    Tells the first process now and then which files this worker used, and which requests it answered.
+    Tells the first process now and then which files this worker used, and what it gave its clients.
 
     @param used: gives path and bytes of those since it was last asked.
-    @param requests: where they are counted until they are told.
+    @param served: where that is counted until it is told.
     """
 
     def __init__(
-        self, agent: Agent, used: Callable[[], list[tuple[str, int]]], requests: Tally, clock: IReactorTime
+        self, agent: Agent, used: Callable[[], list[tuple[str, int]]], served: Served, clock: IReactorTime
     ) -> None:
-        self._agent, self._used, self._requests = agent, used, requests
+        self._agent = agent
+        self._takes: dict[str, Callable[[], Sequence[object]]] = {
+            "X-Ecrproxy-Used": used,
+            "X-Ecrproxy-Requests": served.requests.take,
+            "X-Ecrproxy-Saved": served.saved.take,
+        }
         self._loop = LoopingCall(self._tell)
         self._loop.clock = clock
 
@@ -289,7 +295,8 @@ class Teller(Service):
             self._loop.stop()
 
     def _tell(self) -> None:
-        for name, notes in (("X-Ecrproxy-Used", self._used()), ("X-Ecrproxy-Requests", self._requests.take())):
+        for name, take in self._takes.items():
+            notes = take()
             for at in range(0, len(notes), 50):
                 headers = Headers({name: [json.dumps(notes[at : at + 50])]})
                 told = self._agent.request(b"GET", FIRST + b"/" + USED, headers)

@@ -16,7 +16,8 @@ from ecrproxy.daemon.ending import Connections
 from ecrproxy.http.access_log import AccessLog
 from ecrproxy.http.channel import StrictChannel
 from ecrproxy.http.web import Door, Health, Missing, address, path
-from ecrproxy.metrics import Tally
+from ecrproxy.metrics import Served
+from ecrproxy.ranking import SAVING
 
 _METHODS: Final = frozenset({"GET", "HEAD"})
 _ROUTES: Final = {b"blobs": "blob", b"manifests": "manifest", b"tags": "tags", b"referrers": "referrers"}
@@ -34,6 +35,13 @@ def route_of(target: bytes) -> str:
         return "api"
     parts = path.rsplit(b"/", 2) if path.startswith(b"/v2/") else []
     return _ROUTES.get(parts[1], "other") if len(parts) == 3 else "other"  # noqa: PLR2004
+
+
+def repository_of(target: bytes) -> str:
+    """
+    Name the repository that a request for content speaks of.
+    """
+    return target.partition(b"?")[0].rsplit(b"/", 2)[0].removeprefix(b"/v2/").decode("ascii", "backslashreplace")
 
 
 class Root(Resource):
@@ -56,7 +64,7 @@ def make_site(
     crowd: Crowd | None = None,
     logged: bool = True,
     others: Mapping[bytes, Resource] | None = None,
-    requests: Tally | None = None,
+    served: Served | None = None,
     connections: Connections | None = None,
 ) -> RegistrySite:
     """
@@ -66,7 +74,7 @@ def make_site(
     @param crowd: counts those who are connected, and keeps them within limits.
     @param logged: whether requests are.
     @param others: what else there is, by its name at the top.
-    @param requests: where they are counted, if they are.
+    @param served: where it is counted what clients were given, if it is.
     @param connections: is told of the connections.
     """
     root = Root()
@@ -76,9 +84,7 @@ def make_site(
     root.putChild(b"readyz", ready)
     for name, resource in (others or {}).items():
         root.putChild(name, resource)
-    return RegistrySite(
-        root, reactor, crowd or Crowd(Limits()), logged=logged, requests=requests, connections=connections
-    )
+    return RegistrySite(root, reactor, crowd or Crowd(Limits()), logged=logged, served=served, connections=connections)
 
 
 class RegistryRequest(Request):
@@ -113,14 +119,14 @@ class RegistrySite(Site):
         crowd: Crowd,
         *,
         logged: bool = True,
-        requests: Tally | None = None,
+        served: Served | None = None,
         connections: Connections | None = None,
     ) -> None:
         idle = crowd.limits.idle_seconds or None
         super().__init__(resource, reactor=reactor, timeout=idle, parsePOSTFormSubmission=False)
         self.crowd, self.connections = crowd, Connections() if connections is None else connections
         self._access_log = AccessLog(reactor) if logged else None
-        self._requests = requests
+        self._served = served
 
     def buildProtocol(self, addr: Any) -> Any:  # noqa: ANN401
         """
@@ -144,9 +150,12 @@ class RegistrySite(Site):
         seconds = now - getattr(request, "started", now)
         method = request.method.decode("ascii", "replace")
         cache = (request.responseHeaders.getRawHeaders(b"X-Cache-Status") or [b"-"])[0].decode("ascii")
-        if self._requests is not None:
+        if self._served is not None:
             told = method if method in _METHODS else "other"
-            self._requests.note((route_of(request.uri), told, str(request.code), cache), seconds, request.sentLength)
+            key = route_of(request.uri), told, str(request.code), cache
+            self._served.requests.note(key, seconds, request.sentLength)
+            if cache in SAVING and request.sentLength:
+                self._served.saved.note(repository_of(request.uri), request.sentLength)
         if self._access_log is None:
             return
         sent = f"{request.code} {request.sentLength} bytes {seconds:.3f} s {cache}"

@@ -161,7 +161,12 @@ def _only_reads(request: Request) -> None:
         raise RegistryError(405, "UNSUPPORTED", "this proxy only reads", {"Allow": "GET, HEAD"})
 
 
-def _only_itself(request: Request) -> None:
+def only_itself(request: Request) -> None:
+    """
+    Make sure that nothing below a leaf is asked for.
+
+    @raise RegistryError: if it is.
+    """
     if request.postpath:
         raise _missing()
 
@@ -193,7 +198,7 @@ class Health(Answering):
 
         @raise RegistryError: for a path below.
         """
-        _only_itself(request)
+        only_itself(request)
         send_small(request, OK, "text/plain", b"")
 
 
@@ -212,7 +217,7 @@ class Ready(Answering):
         """
         Answer 200, or 503 with the reasons.
         """
-        _only_itself(request)
+        only_itself(request)
         reasons = await self._reasons()
         body = json.dumps({"ready": not reasons, "reasons": list(reasons)}).encode() + b"\n"
         send_small(request, 503 if reasons else OK, "application/json", body)

@@ -54,11 +54,13 @@ class Circuit:
 
     @param now: tells the time.
     @ivar state: which questions go now.
+    @ivar answered_at: when ECR answered last, if it ever did.
     """
 
     def __init__(self, now: Callable[[], float]) -> None:
         self._now = now
         self.state = CircuitState.CLOSED
+        self.answered_at: float | None = None
         self._failures, self._until, self._pause = 0, 0.0, PAUSE
 
     def check(self) -> None:
@@ -96,6 +98,7 @@ class Circuit:
         Note that ECR answers.
         """
         self._failures, self._pause = 0, PAUSE
+        self.answered_at = self._now()
         if self.state is not CircuitState.CLOSED:
             self.state = CircuitState.CLOSED
             log.info("ECR answers again: all questions go to it")

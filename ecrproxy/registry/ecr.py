@@ -244,6 +244,12 @@ class TokenService(Service):
         """
         return self._token.expires if self._token is not None else None
 
+    def refresh_seconds(self) -> float:
+        """
+        Tell in how many seconds the next refresh is due.
+        """
+        return max(0.0, self._due - self._clock.seconds())
+
     async def get(self) -> str:
         """
         Return the token, waiting up to C{PATIENCE} for the first.

@@ -108,6 +108,13 @@ class Download:
         """
         return self._writer is not None
 
+    @property
+    def followers(self) -> int:
+        """
+        Tell how many read it.
+        """
+        return len(self._followers)
+
     def offers(self, start: int) -> bool:
         """
         Tell whether a reader can still begin at C{start}.
