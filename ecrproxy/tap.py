@@ -16,7 +16,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Final, NoReturn, TypeVar
 
@@ -279,9 +279,20 @@ def _fetch(config: Config) -> Token:
     Fetch a token, in a thread.
     """
     token = fetch_token(config.region, instance_auth=config.instance_auth)
-    # botocore brings a hundred thousand objects that stay: looking for garbage among them stalls the loop for 50 ms.
-    gc.freeze()
+    _set_aside_what_stays()
     return token
+
+
+@cache
+def _set_aside_what_stays() -> None:
+    """
+    Keep the garbage collector from what is there with the first token, and has come to stay.
+
+    Among botocore's modules it would stall the event loop for 50 ms at a time. Once only, and garbage first: what is
+    frozen is never collected, whatever becomes of it. Before the first token no transfer can be among it.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def build_worker(config: Config, post: Post, reactor: Any) -> MultiService:  # noqa: ANN401

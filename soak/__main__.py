@@ -40,6 +40,7 @@ class Soak:
         self._chance = random.Random(seed)
         self.tally, self.wrong = Tally(), list[str]()
         self.kills, self.ends, self.peak = 0, 0, Size(0, 0, 0)
+        self.quiet = self.peak, self.peak
 
     async def run(self) -> None:
         """
@@ -54,8 +55,9 @@ class Soak:
         await self.watch((started + self._seconds - time.monotonic()) / 3)
         before = self.daemon.size()
         await self.watch(started + self._seconds - time.monotonic())
-        if self.daemon.size().rss > before.rss + GROWTH:
-            self.wrong.append(f"it grew from {before} to {self.daemon.size()}")
+        self.quiet = before, self.daemon.size()
+        if self.quiet[1].rss > before.rss + GROWTH:
+            self.wrong.append("it grew")
         if crowd.done():  # it ends by itself only if it fails
             crowd.result()
         crowd.cancel()
@@ -132,6 +134,7 @@ def report(soak: Soak, faults: dict[str, int], seed: int) -> None:
     Say what happened.
     """
     print(f"seed {seed}: killed {soak.kills} times, ended {soak.ends} times; at most {soak.peak}")
+    print("left alone, it went from {} to {}".format(*soak.quiet))
     print(f"{soak.tally.bytes / 2**20:.0f} MiB in whole answers; stand-in's faults: {sum(faults.values())}")
     for what, count in sorted(faults.items()):
         print(f"  {count:6} {what}")

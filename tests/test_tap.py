@@ -5,12 +5,14 @@ The daemon is put together from its settings, or ends with one line that says wh
 from __future__ import annotations
 
 import atexit
+import gc
 import io
 import os
 import resource
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -35,7 +37,7 @@ from ecrproxy.registry.ecr import CredentialsError
 from ecrproxy.registry.resolver import ChosenServers
 from ecrproxy.settings.config import SETTINGS, Config
 from ecrproxy.settings.options import Options
-from ecrproxy.tap import _count_steadily, _open_many_files, build, makeService
+from ecrproxy.tap import _count_steadily, _open_many_files, _set_aside_what_stays, build, makeService
 from tests.store_contract import scratch
 from tests.test_ecr import KEYS, FakeAws
 from tests.test_htpasswd import line
@@ -139,6 +141,15 @@ def install(case: SynchronousTestCase, reactor: Reactor) -> None:
         case.addCleanup(vars(package).pop, "reactor", None)
     else:
         case.addCleanup(setattr, package, "reactor", before)
+
+
+class Knot:
+    """
+    What is garbage for the collector alone when it has ended.
+    """
+
+    def __init__(self) -> None:
+        self.itself = self
 
 
 class TapCase(SynchronousTestCase):
@@ -433,6 +444,27 @@ class CredentialsTests(TapCase):
         aws.grants()
         self.reactor.pump([1.0] * 5)
         self.assertIn(b"200 OK", answer(self.reactor, b"/readyz"))
+
+    def test_what_ended_is_garbage_whatever_tokens_come(self) -> None:
+        """
+        A token keeps nothing in memory that was there when it came; of what the first one needed, no garbage stays.
+        """
+        self.addCleanup(gc.enable)
+        self.addCleanup(gc.unfreeze)
+        gc.disable()
+        _set_aside_what_stays.cache_clear()
+        aws = FakeAws(self, KEYS)
+        aws.grants()
+        ended = weakref.ref(Knot())
+        self.start(aws)
+        self.assertIsNone(ended())
+        knot = Knot()
+        ended = weakref.ref(knot)
+        self.reactor.pump([30.0] * 3)
+        self.assertEqual(2, len(aws.asked))
+        del knot
+        gc.collect()
+        self.assertIsNone(ended())
 
     def test_a_daemon_that_ends_is_not_ready(self) -> None:
         """
