@@ -22,6 +22,8 @@ SECONDS: Final = 4.0
 PORT: Final = 5000
 PATH: Final = "/healthz"
 OK: Final = 200
+PROXY_LINE: Final = b"PROXY TCP4 127.0.0.1 127.0.0.1 1 1\r\n"
+"""What a load balancer says first, where one is waited for."""
 _LOOPBACK: Final = {"tcp": "127.0.0.1", "ssl": "127.0.0.1", "tcp6": "::1", "tls": "::1"}
 _EVERYWHERE: Final = ("0.0.0.0", "::")  # noqa: S104 (compared with, not listened on)
 
@@ -96,7 +98,7 @@ def ask(place: Place, connected: socket.socket) -> int:
     asking.sock = connected
     try:
         if place.behind_proxy:
-            asking.sock.sendall(b"PROXY TCP4 127.0.0.1 127.0.0.1 1 1\r\n")
+            asking.sock.sendall(PROXY_LINE)
         asking.request("GET", PATH, headers={"Connection": "close"})
         return asking.getresponse().status
     finally:

@@ -16,12 +16,13 @@ from typing import Any, Final, NoReturn
 
 from ecrproxy import __version__
 from ecrproxy.command.asking import RefusedError, UnreachableError, over_http
+from ecrproxy.command.prefetch import PREFETCH
 from ecrproxy.command.subcommand import ASKS, MISUSED, STATUSES, UNDONE, Call, CommandError, Subcommand, World
 from ecrproxy.command.terminal import Terminal
 from ecrproxy.settings.config import SETTINGS, ConfigError, Setting, read_settings
 from ecrproxy.settings.values import parse_flag
 
-SUBCOMMANDS: Final[Sequence[Subcommand]] = ()
+SUBCOMMANDS: Final[Sequence[Subcommand]] = (PREFETCH,)
 """All of them, in the order of the help."""
 INTERRUPTED: Final = 130
 """What shells give to an end by SIGINT; 141 to one by SIGPIPE."""

@@ -46,14 +46,20 @@ class Refusal:
         """
         Read an answer that is none.
         """
+        return cls.read(response.code, body, challenged=response.headers.hasHeader("WWW-Authenticate"))
+
+    @classmethod
+    def read(cls, status: int, body: bytes, *, challenged: bool) -> Refusal:
+        """
+        Read the parts of such an answer.
+        """
         code, message = "", body[:1000].decode("utf-8", "replace")
         try:
             first = json.loads(body)["errors"][0]
             code, message = str(first.get("code", "")), str(first.get("message", ""))
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             pass  # a plain text, as ECR sends some: the text is the message then
-        challenge = response.headers.hasHeader("WWW-Authenticate")
-        return cls(response.code, code, message, challenged=challenge)
+        return cls(status, code, message, challenged=challenged)
 
     @property
     def is_about_token(self) -> bool:

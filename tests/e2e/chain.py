@@ -78,14 +78,20 @@ class Daemon:
         self.url = f"{'https' if self.tls else 'http'}://{self.address}"
         self.process = self.start()
 
+    @property
+    def variables(self) -> dict[str, str]:
+        """
+        Give the variables that it is started with.
+        """
+        return {name: value for name, value in self._settings.items() if value is not None}
+
     def start(self) -> Process:
         """
         Start the daemon, which is not ready yet.
         """
-        given = {name: value for name, value in self._settings.items() if value is not None}
         return Process(
             [self._equipment.twistd, "-n", "--pidfile=", "ecr-proxy"],
-            environment(self._home, given),
+            environment(self._home, self.variables),
             self._home / "daemon.log",
             self._home,
         )
@@ -173,6 +179,7 @@ class Chain:
         settings: Mapping[str, str | None] | None = None,
     ) -> None:
         self.home, self.certificates = equipment.home / name, equipment.certificates
+        self.command = equipment.twistd.with_name("ecr-proxy")
         self._running: list[Process] = []
         try:
             self.registry, self.plain = start_registry(self.home, equipment.storage)
