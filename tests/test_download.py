@@ -6,12 +6,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import os
 import shutil
+import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from twisted.internet.defer import CancelledError, Deferred, fail, succeed
 from twisted.python.failure import Failure
@@ -1066,6 +1069,103 @@ class WindowTests(DownloadTestCase):
         slow.read()
         self.assertEqual(data, bytes(slow.got))
         self.assertTrue(download.verified)
+
+
+class EndedTests(DownloadTestCase):
+    """
+    What has ended holds no bytes, whoever still refers to it: the garbage collector sees objects, not their weight.
+    """
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.addCleanup(gc.enable)
+        gc.disable()
+        self.data = noise("x", 2000)
+        self.piece = noise("y", 1000)
+
+    def assertForgotten(self, end: Callable[[], object], *, kept: bool) -> None:
+        """
+        Bytes that came are held by nobody when the transfer has ended and its reader has left.
+        """
+        before = sys.getrefcount(self.piece)
+        download = self.begin(self.data, kept=kept)
+        reader = Reader(download.follow(0, 2000), eager=False)
+        self.hands.idle = False  # a Deferred that has failed before it is awaited keeps its frames, in Twisted itself
+        self.tap.arrived(self.piece)
+        self.hands.work_off()
+        end()
+        self.hands.work_off()
+        reader.follower.close()
+        self.assertTrue(self.tap.over)
+        self.assertEqual(before, sys.getrefcount(self.piece))
+
+    def test_forgets_other_bytes(self) -> None:
+        """
+        What is not the digest's is dropped when those who followed it have left.
+        """
+
+        def end() -> None:
+            self.tap.arrived(self.piece)
+            self.tap.ended(None)
+
+        for kept in (True, False):
+            self.assertForgotten(end, kept=kept)
+
+    def test_forgets_what_broke_off(self) -> None:
+        """
+        What upstream broke off, once or for good, is dropped.
+        """
+
+        def end() -> None:
+            for _ in range(1 + TRIES):
+                self.tap.ended(Failure(ZeroDivisionError()))
+
+        for kept in (True, False):
+            self.assertForgotten(end, kept=kept)
+
+    def test_forgets_what_the_disk_refused(self) -> None:
+        """
+        What a disk that fails did not take is dropped with the transfer.
+        """
+        for code in (errno.EIO, errno.ENOSPC):
+            self.patch(os, "pwrite", partial(fail_with, code))
+            self.assertForgotten(lambda: self.tap.arrived(self.piece), kept=True)
+
+    def test_forgets_what_nobody_waits_for(self) -> None:
+        """
+        A window is dropped with its last reader.
+        """
+        self.assertForgotten(lambda: None, kept=False)
+
+    def test_forgets_what_nobody_foresaw(self) -> None:
+        """
+        A failure of the daemon itself keeps no bytes.
+        """
+        self.patch(Writer, "write", lambda *_: 1 / 0)
+
+        def end() -> None:
+            for _ in range(TRIES):
+                self.tap.arrived(b"x")
+                self.hands.work_off()
+
+        self.assertForgotten(end, kept=True)
+
+    def test_forgets_while_it_waits(self) -> None:
+        """
+        Bytes that are written, or that all have read, are held by nobody while the next are waited for.
+        """
+        for kept in (True, False):
+            before = sys.getrefcount(self.piece)
+            download = self.begin(self.data, kept=kept)
+            Reader(download.follow(0, 2000))
+            self.tap.arrived(self.piece)
+            self.assertEqual(before, sys.getrefcount(self.piece))
+            self.tap.arrived(self.data[1000:])
+            self.tap.ended(None)
+
+
+def fail_with(code: int, *_: object) -> NoReturn:
+    raise OSError(code, os.strerror(code))
 
 
 class FollowerTests(DownloadTestCase):

@@ -234,3 +234,13 @@ class InflowTests(SynchronousTestCase):
         inflow.begin(tap)
         self.assertEqual(2, len(self.successResultOf(Deferred.fromCoroutine(inflow.batch()))))
         self.assertEqual([], self.successResultOf(Deferred.fromCoroutine(inflow.batch())))
+
+    def test_takes_nothing_after_its_end(self) -> None:
+        """
+        What a connection still brings when it was ended here, or has ended itself, is held by nobody.
+        """
+        for end in (Inflow.abort, lambda inflow: inflow.ended(None)):
+            self.setUp()
+            end(self.inflow)
+            self.tap.arrived(b"late")
+            self.assertEqual([], self.successResultOf(self.batch()))

@@ -78,7 +78,7 @@ class Troubles:
             begins = kind not in self._standing
             self._standing[kind] = why, self._now()
         if begins:
-            log.error("{what}: {problem}; going on without it", what=_sentence(kind), problem=problem)
+            log.error("{what}: {problem}; going on without it", what=_sentence(kind), problem=str(problem))
 
     def succeeded(self, *kinds: Kind) -> None:
         """

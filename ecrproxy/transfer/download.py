@@ -16,14 +16,15 @@ Rules:
   C{WINDOW} bytes is the buffer: the bytes come in order, wait for the slowest reader, and end with the last.
   What had reached the file before the disk failed is still read from there.
 - Memory: the bytes on their way into the file (C{HIGH_WATER} a lane) or the window, whatever the blob's
-  size and however many follow it.
+  size and however many follow it. What has ended holds none, whoever still refers to it: one that fails is often part
+  of a cycle, through its exception's frames, and the garbage collector counts objects, not bytes.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 from twisted.internet.defer import CancelledError, Deferred, DeferredList
 from twisted.logger import Logger
@@ -142,14 +143,8 @@ class Download:
         try:
             if self._writer is None:
                 await self._stream(blob, await self._from_the_start(blob))
-            else:
-                try:
-                    await self._fill(blob)
-                except _DiskError as problem:
-                    log.info("{digest} goes on without the cache: {problem}", digest=self.digest, problem=problem)
-                    self._spill()
-                    if self.received != self.size:
-                        await self._stream(blob, await blob.open(self.received, self.size))
+            elif not await self._fills(blob) and self.received != self.size:
+                await self._stream(blob, await blob.open(self.received, self.size))
             await self._finish()
         except Exception as problem:  # noqa: BLE001 (whatever it is, those who follow must be told)
             self._fail(Failure(problem))
@@ -158,6 +153,18 @@ class Download:
             self._close_if_idle()
 
     # Into the file.
+
+    async def _fills(self, blob: Blob) -> bool:
+        """
+        Tell whether the file took all of it; if not, the window is where to go on.
+        """
+        try:
+            await self._fill(blob)
+        except _DiskError as problem:
+            log.info("{digest} goes on without the cache: {problem}", digest=self.digest, problem=str(problem))
+            self._spill()
+            return False
+        return True
 
     async def _fill(self, blob: Blob) -> None:
         """
@@ -181,7 +188,7 @@ class Download:
         # A write that a thread is at is waited for.
         await DeferredList([Deferred.fromCoroutine(work).addErrback(broke) for work in works])
         if problems:
-            problems[0].raiseException()
+            raise cast(Exception, problems.pop(0).value)  # nobody here keeps it, nor the frames that it keeps
         await self._catch_up()
 
     async def _lane(self, blob: Blob, first: Stretch | None) -> None:
@@ -227,21 +234,22 @@ class Download:
                 inflow.begin(stretch or await self._open(blob, start, stop, barren))
                 while (stop is None or reached < stop) and (batch := await inflow.batch()):
                     reached = await self._write(reached, stop, batch)
-                problem: Exception = ShortBodyError(f"the connection ended at byte {reached} of {self.digest}")
-            except _DiskError:
+                    del batch  # it is on the disk, and the next may be long in coming
+                inflow.abort()  # a bucket may send more than it was asked for
+                if stop is None or reached >= stop:
+                    return
+                raise ShortBodyError(f"the connection ended at byte {reached} of {self.digest}")  # noqa: TRY301
+            except Exception as problem:  # whatever broke it, the next may hold
                 inflow.abort()
-                raise
-            except Exception as broken:  # noqa: BLE001 (whatever broke it, the next may hold)
-                problem = broken
+                if stop is not None and reached >= stop:
+                    return
+                barren = 0 if reached > start else barren + 1
+                hopeless = self._lanes_end or barren >= TRIES or stop is None
+                if hopeless or isinstance(problem, _DiskError | CancelledError):
+                    raise
+                log.info("Going on with {digest} at byte {at}: {why}", digest=self.digest, at=reached, why=str(problem))
             finally:
                 self._inflows.discard(inflow)
-            inflow.abort()  # a bucket may send more than it was asked for
-            if (stop is None and isinstance(problem, ShortBodyError)) or (stop is not None and reached >= stop):
-                return
-            barren = 0 if reached > start else barren + 1
-            if self._lanes_end or barren >= TRIES or stop is None or isinstance(problem, CancelledError):
-                raise problem
-            log.info("Going on with {digest} at byte {at}: {problem}", digest=self.digest, at=reached, problem=problem)
             start, stretch = reached, None
 
     async def _open(self, blob: Blob, start: int, stop: int | None, breaks: int) -> Stretch:
@@ -305,6 +313,7 @@ class Download:
                     await self._in_thread(_hash_all, self._hash, batch)
                     self._window.extend(batch)
                     self.received += sum(map(len, batch))
+                    del batch  # the window alone holds it
                     self._news()
                     await self._room()
             finally:
@@ -364,14 +373,14 @@ class Download:
             try:
                 await self._in_thread(self._writer.commit)
             except OSError as problem:
-                log.info("Not kept: {digest}: {problem}", digest=self.digest, problem=problem)
+                log.info("Not kept: {digest}: {problem}", digest=self.digest, problem=str(problem))
                 self._writer = None
 
     def _fail(self, failure: Failure) -> None:
         # What came is worth something still, unless the disk or the bytes are to blame, or nobody knows what.
         self._leaves = self._writer is not None and failure.check(RegistryError, ShortBodyError) is not None
         self.failure, self._writer = failure, None
-        log.warn("The transfer of {digest} failed: {problem}", digest=self.digest, problem=failure.value)
+        log.warn("The transfer of {digest} failed: {problem}", digest=self.digest, problem=str(failure.value))
         self._news()
 
     # To those who follow.
@@ -432,9 +441,12 @@ class Download:
 
     def _close_if_idle(self) -> None:
         """
-        Let go of the file when nothing is written to it and nobody reads it any more.
+        Let go of file and window when nothing comes in any more and nobody reads.
         """
-        if self._running or self._followers or self._file is None:
+        if self._running or self._followers:
+            return
+        self._window.clear()
+        if self._file is None:
             return
         if self._leaves:
             self._file.leave()

@@ -176,8 +176,10 @@ class Inflow:
 
     def arrived(self, data: bytes) -> None:
         """
-        Take bytes from the connection.
+        Take bytes from the connection; those that it still brings when it was ended are nobody's.
         """
+        if self._over:
+            return
         self._pending.append(data)
         self._size += len(data)
         if self._size > HIGH_WATER and not self._paused and self._transfer is not None:
