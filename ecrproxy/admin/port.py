@@ -15,8 +15,10 @@ import ipaddress
 from typing import TYPE_CHECKING, Any, Final
 
 from twisted.web.resource import Resource
+from twisted.web.template import flattenString
 
 from ecrproxy.access.limits import Crowd, Limits
+from ecrproxy.admin.page import DOCTYPE, Page, part
 from ecrproxy.http.site import RegistryRequest, RegistrySite, Root
 from ecrproxy.http.web import Answering, Health, only_itself, send_small
 from ecrproxy.oci import RegistryError
@@ -29,6 +31,11 @@ if TYPE_CHECKING:
 
 TEXT_FORMAT: Final = "text/plain; version=0.0.4; charset=utf-8"
 """Prometheus' own name for what its servers are given: Prometheus docs, "Exposition formats"."""
+PARTS: Final = {
+    "style.css": "text/css; charset=utf-8",
+    "script.js": "text/javascript; charset=utf-8",
+    "icon.svg": "image/svg+xml",
+}
 OPEN: Final = frozenset({b"metrics", b"healthz", b"readyz"})
 """What may be asked for under any name of this port."""
 HEADERS: Final = {
@@ -132,14 +139,53 @@ class Document(Answering):
         send_small(request, 200, "application/json", (await self._status.snapshot()).to_json())
 
 
+class StatusPage(Answering):
+    """
+    How the daemon stands, for people to see.
+    """
+
+    def __init__(self, status: Status) -> None:
+        super().__init__()
+        self._status = status
+
+    async def respond(self, request: Request) -> None:
+        """
+        Give a page of a snapshot.
+        """
+        page = await flattenString(request, Page(await self._status.snapshot()))
+        send_small(request, 200, "text/html; charset=utf-8", DOCTYPE + page)
+
+
+class Part(Answering):
+    """
+    A file that the page is made of.
+    """
+
+    def __init__(self, name: str, content_type: str) -> None:
+        super().__init__()
+        self._body, self._content_type = part(name), content_type
+
+    async def respond(self, request: Request) -> None:
+        """
+        Give it.
+
+        @raise RegistryError: for a path below.
+        """
+        only_itself(request)
+        send_small(request, 200, self._content_type, self._body)
+
+
 def make_admin_site(figures: Figures, ready: Resource, status: Status, reactor: Any) -> RegistrySite:  # noqa: ANN401
     """
     Build the Resource tree of the operator's port, and what serves it.
 
     @param ready: answers /readyz.
-    @param status: asked by /status.json.
+    @param status: asked by the page and by /status.json.
     """
     root = OperatorsRoot()
+    root.putChild(b"", StatusPage(status))
+    for name, content_type in PARTS.items():
+        root.putChild(name.encode(), Part(name, content_type))
     root.putChild(b"metrics", Metrics(figures))
     root.putChild(b"status.json", Document(status))
     root.putChild(b"healthz", Health())
