@@ -49,7 +49,7 @@ VERIFICATIONS = 4
 """How many files are hashed at the same time."""
 
 
-class CacheStatus(enum.Enum):
+class CacheStatus(enum.StrEnum):
     """
     How the cache took part in an answer: the words of X-Cache-Status.
     """

@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 
 
-class Reason(enum.Enum):
+class Reason(enum.StrEnum):
     """
     Why the cache had it, or had not, or why a client gets no content.
     """

@@ -25,6 +25,7 @@ ARROWS: dict[str, set[str]] = {
         "cache.entries",
         "cache.janitor",
         "cache.store",
+        "http.request",
         "http.site",
         "http.web",
         "metrics",
@@ -51,6 +52,8 @@ ARROWS: dict[str, set[str]] = {
         "reasons",
         "registry.bucket",
         "registry.upstream",
+        "request_id",
+        "stopwatch",
         "threads",
         "transfer",
     },
@@ -63,13 +66,15 @@ ARROWS: dict[str, set[str]] = {
         "reasons",
         "registry.bucket",
         "registry.upstream",
+        "request_id",
+        "stopwatch",
         "threads",
         "transfer",
     },
     "oci": {"reasons"},
     "registry": {"metrics", "oci", "reasons"},
     "settings": {"access.limits", "cache.cache_key", "registry.quotas"},
-    "transfer": {"access.limits", "cache", "oci", "reasons", "threads"},
+    "transfer": {"access.limits", "cache", "oci", "reasons", "stopwatch", "threads"},
 }
 OUTERMOST = {"tap", "command"}
 TYPES_ONLY = {

@@ -19,7 +19,8 @@ from twisted.web.template import flattenString
 
 from ecrproxy.access.limits import Crowd, Limits
 from ecrproxy.admin.page import DOCTYPE, Page, part
-from ecrproxy.http.site import RegistryRequest, RegistrySite, Root
+from ecrproxy.http.request import RegistryRequest
+from ecrproxy.http.site import RegistrySite, Root
 from ecrproxy.http.web import Answering, Health, only_itself, send_small
 from ecrproxy.oci import RegistryError
 

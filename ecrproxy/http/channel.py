@@ -25,6 +25,8 @@ from twisted.protocols.tls import TLSMemoryBIOProtocol
 from twisted.web.http import HTTPChannel
 
 from ecrproxy.access.limits import Crowd, Patience, counted
+from ecrproxy.http.request import address_of
+from ecrproxy.request_id import REQUEST_ID
 
 if TYPE_CHECKING:
     from twisted.python.failure import Failure
@@ -252,12 +254,12 @@ class StrictChannel(HTTPChannel):
     def _answer(self, status: bytes, headers: bytes = b"", body: bytes = b"") -> None:
         self._head.end()
         self.length = None  # to Twisted: a body of unknown length follows, so that no request is made of this
-        head = b"HTTP/1.1 %b\r\nServer: ecrproxy\r\nDocker-Distribution-Api-Version: registry/2.0\r\n%b" % (
-            status,
-            headers,
-        )
+        request_id, site = self.factory.new_id(), self.factory
+        site.refused(address_of(self.transport.getPeer()), int(status[:3]), len(body), request_id)
+        head = b"HTTP/1.1 %b\r\nServer: ecrproxy\r\nDocker-Distribution-Api-Version: registry/2.0\r\n" % status
+        headers += b"%b: %b\r\n" % (REQUEST_ID, request_id.encode("ascii"))
         length = b"Connection: close\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
-        self.writeSequence([head, length, body])
+        self.writeSequence([head, headers, length, body])
         self.loseConnection()
 
 

@@ -34,11 +34,13 @@ from ecrproxy.access.namespaces import Namespaces
 from ecrproxy.cache.cache_key import CacheKey
 from ecrproxy.cache.ledger import Ledger
 from ecrproxy.cached import Asked, Cache
+from ecrproxy.http.request import RegistryRequest
 from ecrproxy.http.web import Answering, Door, Registry, begin
 from ecrproxy.metrics import Served
 from ecrproxy.oci import Kind, Route
 from ecrproxy.reasons import Reason
 from ecrproxy.registry.bucket import UnavailableError
+from ecrproxy.request_id import REQUEST_ID
 from ecrproxy.threads import InThread
 
 if TYPE_CHECKING:
@@ -114,7 +116,7 @@ class Relay(Answering):
         super().__init__()
         self._agent = agent
 
-    async def respond(self, request: Request) -> None:
+    async def respond(self, request: RegistryRequest) -> None:
         """
         Ask the first process, and give its answer as it comes.
 
@@ -122,7 +124,7 @@ class Relay(Answering):
         """
         await self.ask(request, "")
 
-    async def ask(self, request: Request, key: str) -> None:
+    async def ask(self, request: RegistryRequest, key: str) -> None:
         """
         Ask the first process for what C{key} is the cache key of.
         """
@@ -131,15 +133,19 @@ class Relay(Answering):
             if name.lower() not in _NOT_PASSED:
                 headers.setRawHeaders(name, values)
         headers.setRawHeaders(KEY, [json.dumps(key)])
+        headers.setRawHeaders(REQUEST_ID, [request.id])
+        request.upstream.start()
         try:
             response = await self._agent.request(request.method, FIRST + request.uri, headers)
         except Exception as problem:
             said = "the proxy is starting again; ask once more"
             raise UnavailableError(503, "UNAVAILABLE", said, {"Retry-After": "1"}, Reason.STARTING) from problem
+        finally:
+            request.upstream.stop()
         await _pass(request, response)
 
 
-async def _pass(request: Request, response: IResponse) -> None:
+async def _pass(request: RegistryRequest, response: IResponse) -> None:
     for name, values in response.headers.getAllRawHeaders():
         if name.lower() not in _HOP_BY_HOP:
             request.responseHeaders.setRawHeaders(name, values)
@@ -160,7 +166,7 @@ class _Passing(Protocol):
     A body on its way from the first process to a client, at the client's pace.
     """
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: RegistryRequest) -> None:
         self._request = request
         self.ended: Deferred[None] = Deferred(lambda _: self.stopProducing())
 
@@ -168,11 +174,13 @@ class _Passing(Protocol):
         if self._request.method != b"HEAD":
             self._request.write(b"")
         self._request.registerProducer(self, True)  # noqa: FBT003 (Twisted's signature)
+        self._request.upstream.start()
 
     def dataReceived(self, data: bytes) -> None:
         self._request.write(data)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
+        self._request.upstream.stop()
         if self._request.channel is not None:
             self._request.unregisterProducer()
         if not self.ended.called:
@@ -182,9 +190,11 @@ class _Passing(Protocol):
                 self.ended.errback(Failure(UnavailableError(502, "UNAVAILABLE", "the first process broke off")))
 
     def pauseProducing(self) -> None:
+        self._request.upstream.stop()
         self._producer.pauseProducing()
 
     def resumeProducing(self) -> None:
+        self._request.upstream.start()
         self._producer.resumeProducing()
 
     def stopProducing(self) -> None:
@@ -214,7 +224,7 @@ class WorkerRegistry(Door):
         super().__init__(namespaces, cache_key, in_thread, admission)
         self._cache, self._tag_ttl, self._relay = cache, tag_ttl, relay
 
-    async def serve(self, request: Request, route: Route) -> None:
+    async def serve(self, request: RegistryRequest, route: Route) -> None:
         """
         Answer from the cache alone, or hand the request on.
         """
@@ -234,7 +244,7 @@ class InnerRegistry(Registry):
     The first process's /v2/ for its workers, who have met the client and tell the cache key.
     """
 
-    def asked(self, request: Request, route: Route) -> Asked:
+    def asked(self, request: RegistryRequest, route: Route) -> Asked:
         """
         Understand a request for content, as a worker understood it.
         """

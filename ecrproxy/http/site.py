@@ -4,8 +4,9 @@ The tree of resources and what serves it: HTTP/1.1, an access log of its own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Final
+import secrets
+from collections.abc import Callable, Mapping
+from typing import Any, Final, cast
 
 from twisted.web import http
 from twisted.web.resource import Resource
@@ -13,13 +14,16 @@ from twisted.web.server import Request, Site
 
 from ecrproxy.access.limits import Crowd, Limits
 from ecrproxy.daemon.ending import Connections
-from ecrproxy.http.access_log import AccessLog
+from ecrproxy.http.access_log import AccessLine, AccessLog
 from ecrproxy.http.channel import StrictChannel
-from ecrproxy.http.web import Door, Health, Missing, address, path
+from ecrproxy.http.request import RegistryRequest
+from ecrproxy.http.web import Door, Health, Missing, address, path, printable
 from ecrproxy.metrics import Served
 from ecrproxy.ranking import SAVING
+from ecrproxy.reasons import Reason
+from ecrproxy.request_id import numbered
 
-_METHODS: Final = frozenset({"GET", "HEAD"})
+_METHODS: Final = frozenset({b"GET", b"HEAD"})
 _ROUTES: Final = {b"blobs": "blob", b"manifests": "manifest", b"tags": "tags", b"referrers": "referrers"}
 _HEALTH: Final = frozenset({b"/_health", b"/healthz", b"/readyz"})
 
@@ -63,6 +67,7 @@ def make_site(
     *,
     crowd: Crowd | None = None,
     logged: bool = True,
+    new_id: Callable[[], str] | None = None,
     others: Mapping[bytes, Resource] | None = None,
     served: Served | None = None,
     connections: Connections | None = None,
@@ -73,6 +78,7 @@ def make_site(
     @param ready: answers /readyz.
     @param crowd: counts those who are connected, and keeps them within limits.
     @param logged: whether requests are.
+    @param new_id: makes an id for a request that has none; none for random ones.
     @param others: what else there is, by its name at the top.
     @param served: where it is counted what clients were given, if it is.
     @param connections: is told of the connections.
@@ -84,29 +90,22 @@ def make_site(
     root.putChild(b"readyz", ready)
     for name, resource in (others or {}).items():
         root.putChild(name, resource)
-    return RegistrySite(root, reactor, crowd or Crowd(Limits()), logged=logged, served=served, connections=connections)
-
-
-class RegistryRequest(Request):
-    """
-    A request that does not name the software that answers it.
-    """
-
-    def process(self) -> None:  # noqa: D102
-        self.started = self.channel.factory.reactor.seconds()
-        if self.path == b"*":  # Twisted would answer it by itself, as if everything were allowed
-            self.path = b"/*"
-        super().process()
-
-    def write(self, data: bytes) -> None:  # noqa: D102
-        if not self.startedWriting:
-            self.responseHeaders.setRawHeaders(b"Server", [b"ecrproxy"])
-        super().write(data)
+    return RegistrySite(
+        root,
+        reactor,
+        crowd or Crowd(Limits()),
+        logged=logged,
+        new_id=new_id,
+        served=served,
+        connections=connections,
+    )
 
 
 class RegistrySite(Site):
     """
     HTTP/1.1 alone, with an access log of its own that has no query strings.
+
+    @ivar new_id: makes an id for a request that has none.
     """
 
     requestFactory = RegistryRequest
@@ -119,6 +118,7 @@ class RegistrySite(Site):
         crowd: Crowd,
         *,
         logged: bool = True,
+        new_id: Callable[[], str] | None = None,
         served: Served | None = None,
         connections: Connections | None = None,
     ) -> None:
@@ -126,7 +126,7 @@ class RegistrySite(Site):
         super().__init__(resource, reactor=reactor, timeout=idle, parsePOSTFormSubmission=False)
         self.crowd, self.connections = crowd, Connections() if connections is None else connections
         self._access_log = AccessLog(reactor) if logged else None
-        self._served = served
+        self._served, self.new_id = served, new_id or numbered(secrets.token_hex(6))
 
     def buildProtocol(self, addr: Any) -> Any:  # noqa: ANN401
         """
@@ -142,21 +142,37 @@ class RegistrySite(Site):
         """
         return [b"http/1.1"]
 
-    def log(self, request: http.Request) -> None:
+    def log(self, request: http.Request, *, aborted: bool = False) -> None:
         """
         Count a request, and write a line for it.
+
+        @param aborted: whether its answer did not come to its end.
         """
-        now = self.reactor.seconds()
-        seconds = now - getattr(request, "started", now)
-        method = request.method.decode("ascii", "replace")
-        cache = (request.responseHeaders.getRawHeaders(b"X-Cache-Status") or [b"-"])[0].decode("ascii")
+        asked = cast(RegistryRequest, request)
+        now, size = self.reactor.seconds(), asked.sentLength
+        seconds = now - asked.started
+        status = 0 if aborted and not asked.startedWriting else asked.code
+        method = asked.method.decode("ascii") if asked.method in _METHODS else printable(asked.method)
+        cache, reason = _word(asked, b"X-Cache-Status"), _word(asked, b"X-Cache-Reason")
         if self._served is not None:
-            told = method if method in _METHODS else "other"
-            key = route_of(request.uri), told, str(request.code), cache
-            self._served.requests.note(key, seconds, request.sentLength)
-            if cache in SAVING and request.sentLength:
-                self._served.saved.note(repository_of(request.uri), request.sentLength)
-        if self._access_log is None:
-            return
-        sent = f"{request.code} {request.sentLength} bytes {seconds:.3f} s {cache}"
-        self._access_log.write(f"{address(request)} {method} {path(request)} {sent}")
+            told = method if asked.method in _METHODS else "other"
+            self._served.requests.note((route_of(asked.uri), told, str(status or "-"), cache), seconds, size)
+            if cache in SAVING and size:
+                self._served.saved.note(repository_of(asked.uri), size)
+        if self._access_log is not None:
+            answered = (status, size, seconds, cache, reason, asked.upstream.seconds)
+            self._access_log.write(AccessLine(now, address(asked), method, path(asked), *answered, asked.id, aborted))
+
+    def refused(self, client: str, status: int, size: int, request_id: str) -> None:
+        """
+        Write a line for what was refused before it became a request.
+        """
+        if self._access_log is not None:
+            answered = (status, size, 0.0, "-", Reason.BAD_REQUEST, 0.0)
+            now = self.reactor.seconds()
+            self._access_log.write(AccessLine(now, client, "-", "-", *answered, request_id, aborted=False))
+
+
+def _word(request: RegistryRequest, name: bytes) -> str:
+    found = request.responseHeaders.getRawHeaders(name)
+    return found[0].decode("ascii") if found else "-"

@@ -28,10 +28,13 @@ from ecrproxy.access.namespaces import Namespaces
 from ecrproxy.cache.cache_key import Asker, CacheKey
 from ecrproxy.cache.content import Content, DigestMismatchError
 from ecrproxy.cached import SMALL_BLOB, Answer, Asked, CacheStatus
+from ecrproxy.http.request import RegistryRequest, address_of
 from ecrproxy.oci import Kind, RegistryError, Route, accepted_types, parse_route, query_values
 from ecrproxy.proxy import PullThrough
 from ecrproxy.reasons import Reason
 from ecrproxy.registry.upstream import Page
+from ecrproxy.request_id import current
+from ecrproxy.stopwatch import Stopwatch
 from ecrproxy.threads import InThread
 from ecrproxy.transfer.download import Download, ShortBodyError
 from ecrproxy.transfer.sending import CutShortError, send
@@ -104,12 +107,14 @@ class Answering(Resource):
         """
         Begin the answer.
         """
-        answer = Deferred.fromCoroutine(self._respond(request))
+        asked = cast(RegistryRequest, request)
+        answer = Deferred.fromCoroutine(self._respond(asked))
         request.notifyFinish().addErrback(lambda _: answer.cancel())
-        answer.addErrback(self._failed, request)
+        answer.addErrback(self._failed, asked)
         return NOT_DONE_YET
 
-    async def _respond(self, request: Request) -> None:
+    async def _respond(self, request: RegistryRequest) -> None:
+        current.set(request.id)
         try:
             _only_reads(request)
             await self.respond(request)
@@ -118,7 +123,7 @@ class Answering(Resource):
                 raise
             _refuse(request, problem)
 
-    async def respond(self, request: Request) -> None:
+    async def respond(self, request: RegistryRequest) -> None:
         """
         Answer a GET or HEAD, and finish it.
 
@@ -126,11 +131,11 @@ class Answering(Resource):
         """
         raise NotImplementedError
 
-    def _failed(self, failure: Failure, request: Request) -> None:
+    def _failed(self, failure: Failure, request: RegistryRequest) -> None:
         if request.channel is None:  # the client has gone: nobody is left to answer
             return
         if not failure.check(*_KNOWN):
-            log.failure("Answering {path}", failure, path=path(request))
+            log.failure("Answering {path}", failure, path=path(request), request=request.id)
         if request.startedWriting:
             request.channel.forceAbortClient()  # a short body must never look whole
         else:
@@ -140,7 +145,7 @@ class Answering(Resource):
 def _refuse(request: Request, problem: RegistryError) -> None:
     for name, value in problem.headers.items():
         request.setHeader(name, value)
-    request.setHeader("X-Cache-Reason", problem.reason.value)
+    request.setHeader("X-Cache-Reason", problem.reason)
     send_small(request, problem.status, "application/json", problem.body())
 
 
@@ -180,7 +185,7 @@ class Missing(Answering):
     A path that is not there.
     """
 
-    async def respond(self, request: Request) -> None:  # noqa: ARG002
+    async def respond(self, request: RegistryRequest) -> None:  # noqa: ARG002
         """
         Say so.
         """
@@ -192,7 +197,7 @@ class Health(Answering):
     Says that the daemon serves.
     """
 
-    async def respond(self, request: Request) -> None:
+    async def respond(self, request: RegistryRequest) -> None:
         """
         Answer 200.
 
@@ -213,7 +218,7 @@ class Ready(Answering):
         super().__init__()
         self._reasons = reasons
 
-    async def respond(self, request: Request) -> None:
+    async def respond(self, request: RegistryRequest) -> None:
         """
         Answer 200, or 503 with the reasons.
         """
@@ -241,7 +246,7 @@ class Door(Answering):
         request.setHeader("Docker-Distribution-Api-Version", "registry/2.0")
         return super().render(request)
 
-    async def respond(self, request: Request) -> None:
+    async def respond(self, request: RegistryRequest) -> None:
         """
         Let a request in, if it is understood and may.
         """
@@ -258,7 +263,7 @@ class Door(Answering):
         else:
             await self.serve(request, route)
 
-    async def _transfer(self, request: Request, route: Route) -> None:
+    async def _transfer(self, request: RegistryRequest, route: Route) -> None:
         crowd: Crowd = cast(Any, request.channel).crowd
         if not crowd.begin_transfer():
             said = "as many blobs are being sent as may be; ask again"
@@ -268,13 +273,13 @@ class Door(Answering):
         finally:
             crowd.end_transfer()
 
-    async def serve(self, request: Request, route: Route) -> None:
+    async def serve(self, request: RegistryRequest, route: Route) -> None:
         """
         Answer by the route, and finish the request.
         """
         raise NotImplementedError
 
-    def asked(self, request: Request, route: Route) -> Asked:
+    def asked(self, request: RegistryRequest, route: Route) -> Asked:
         """
         Understand a request for content.
         """
@@ -282,15 +287,15 @@ class Door(Answering):
         key = self._cache_key.expand(route, asker_of(request))
         return Asked(route, key, accept, head=request.method == b"HEAD")
 
-    async def answer(self, request: Request, route: Route, answer: Answer) -> None:
+    async def answer(self, request: RegistryRequest, route: Route, answer: Answer) -> None:
         """
         Make a response of an answer.
         """
         etag = f'"{answer.digest}"'
         request.setHeader("Docker-Content-Digest", str(answer.digest))
         request.setHeader("ETag", etag)
-        request.setHeader("X-Cache-Status", answer.status.value)
-        request.setHeader("X-Cache-Reason", answer.reason.value)
+        request.setHeader("X-Cache-Status", answer.status)
+        request.setHeader("X-Cache-Reason", answer.reason)
         if matches(field(request, b"If-None-Match"), etag):
             _let_go(answer)
             begin(request, NOT_MODIFIED)
@@ -309,12 +314,12 @@ class Door(Answering):
             await self._send(request, answer, start, stop)
         request.finish()
 
-    async def _send(self, request: Request, answer: Answer, start: int, stop: int | None) -> None:
+    async def _send(self, request: RegistryRequest, answer: Answer, start: int, stop: int | None) -> None:
         """
         Send the body, and drop a cached file that can't be read: who asks again gets it anew.
         """
         try:
-            await send(request, _source(answer, start, stop), self._in_thread)
+            await send(request, _source(answer, start, stop, request.upstream), self._in_thread)
         except (CutShortError, OSError) as problem:
             unreadable = isinstance(problem, CutShortError) or problem.errno in _UNREADABLE
             if not unreadable or not isinstance(answer.body, Content):
@@ -323,7 +328,7 @@ class Door(Answering):
             raise ShortBodyError(f"{answer.digest} can't be read to its end") from problem
 
     @staticmethod
-    def _choose_range(request: Request, route: Route, answer: Answer, etag: str) -> tuple[int, int | None]:
+    def _choose_range(request: RegistryRequest, route: Route, answer: Answer, etag: str) -> tuple[int, int | None]:
         """
         Choose what of the answer to send, and set the headers that tell.
         """
@@ -361,21 +366,29 @@ class Registry(Door):
         super().__init__(namespaces, cache_key, in_thread, admission)
         self._pull_through = pull_through
 
-    async def serve(self, request: Request, route: Route) -> None:
+    async def serve(self, request: RegistryRequest, route: Route) -> None:
         """
         Answer from the cache, or through it.
         """
-        if route.kind in (Kind.TAGS, Kind.REFERRERS):
-            self._send_page(request, route, await self._pull_through.page(route))
-            return
-        asked = self.asked(request, route)
-        if route.kind is Kind.MANIFEST:
-            answer = await self._pull_through.manifest(asked)
-        else:
-            answer = await self._pull_through.blob(asked, _first_byte(request, f'"{route.digest}"'))
+        request.upstream.start()
+        hit = False
+        try:
+            if route.kind in (Kind.TAGS, Kind.REFERRERS):
+                self._send_page(request, route, await self._pull_through.page(route))
+                return
+            answer = await self._ask(request, route)
+            hit = answer.status is CacheStatus.HIT
+        finally:
+            request.upstream.stop(counted=not hit)
         await self.answer(request, route, answer)
 
-    def _send_page(self, request: Request, route: Route, page: Page) -> None:
+    async def _ask(self, request: RegistryRequest, route: Route) -> Answer:
+        asked = self.asked(request, route)
+        if route.kind is Kind.MANIFEST:
+            return await self._pull_through.manifest(asked)
+        return await self._pull_through.blob(asked, _first_byte(request, f'"{route.digest}"'))
+
+    def _send_page(self, request: RegistryRequest, route: Route, page: Page) -> None:
         if page.next is not None:
             # Relative: it leads to the address that the client used, whatever stands between.
             request.setHeader("Link", f'<{route.path}?{_own_query(route, page.next)}>; rel="next"')
@@ -383,15 +396,15 @@ class Registry(Door):
             request.setHeader("OCI-Filters-Applied", page.filters)
         # ECR calls tags text/plain.
         content_type = "application/json" if route.kind is Kind.TAGS else page.content_type
-        request.setHeader("X-Cache-Status", CacheStatus.BYPASS.value)
-        request.setHeader("X-Cache-Reason", Reason.LIST.value)
+        request.setHeader("X-Cache-Status", CacheStatus.BYPASS)
+        request.setHeader("X-Cache-Reason", Reason.LIST)
         send_small(request, OK, content_type, page.body)
 
 
-def _source(answer: Answer, start: int, stop: int | None) -> Source:
+def _source(answer: Answer, start: int, stop: int | None, waiting: Stopwatch) -> Source:
     match answer.body:
         case Download():
-            return answer.body.follow(start, stop)
+            return answer.body.follow(start, stop, waiting)
         case Content():
             return Shelved(answer.body, start, answer.body.size if stop is None else stop, answer.verification)
         case bytes():
@@ -506,11 +519,19 @@ def address(request: http.Request) -> str:
     """
     Name the client; one that came by IPv4 to a socket for both is named by its own address.
     """
-    return str(getattr(request.getClientAddress(), "host", "")).removeprefix("::ffff:")
+    return address_of(request.getClientAddress())
 
 
 def path(request: http.Request) -> str:
     """
     Name what was asked for, without the query: it may hold secrets.
     """
-    return request.uri.partition(b"?")[0].decode("ascii", "backslashreplace")[:1000]
+    return printable(request.uri.partition(b"?")[0][:1000])
+
+
+def printable(sent: bytes) -> str:
+    """
+    Write what a client has sent so that it can't pass for anything else in a log.
+    """
+    text = sent.decode("latin-1")
+    return text if text.isascii() and text.isprintable() else text.encode("unicode_escape").decode("ascii")

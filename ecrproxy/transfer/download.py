@@ -34,6 +34,7 @@ from ecrproxy.cache.content import DigestMismatchError
 from ecrproxy.cache.writer import Writer
 from ecrproxy.oci import RegistryError
 from ecrproxy.reasons import Reason
+from ecrproxy.stopwatch import Stopwatch
 from ecrproxy.threads import InThread
 from ecrproxy.transfer.inflow import Blob, Gaps, Inflow, Stretch
 from ecrproxy.transfer.sources import FilePiece
@@ -126,13 +127,14 @@ class Download:
             return False
         return start >= self._window_start or (start < self._filed and self._window_start == self._filed)
 
-    def follow(self, start: int, stop: int | None) -> Follower:
+    def follow(self, start: int, stop: int | None, waiting: Stopwatch | None = None) -> Follower:
         """
         Read from C{start} up to, not including, C{stop}, as the bytes come.
 
         @param stop: none for all, where the size is not known.
+        @param waiting: counts how long they are waited for.
         """
-        follower = Follower(self, start, stop)
+        follower = Follower(self, start, stop, waiting or Stopwatch(lambda: 0.0))
         self._followers.add(follower)
         return follower
 
@@ -477,8 +479,8 @@ class Follower:
     @ivar position: the offset of the next byte that it will read.
     """
 
-    def __init__(self, download: Download, start: int, stop: int | None) -> None:
-        self._download, self.position, self._stop = download, start, stop
+    def __init__(self, download: Download, start: int, stop: int | None, waiting: Stopwatch) -> None:
+        self._download, self.position, self._stop, self._waiting = download, start, stop, waiting
         self._last: bytes | None = None
         self._on_news: Callable[[], None] = lambda: None
 
@@ -501,6 +503,14 @@ class Follower:
         """
         Point at up to C{limit} bytes that may be sent now; none if more must arrive, or be proved, first.
         """
+        piece = self._piece(limit)
+        if piece is None:
+            self._waiting.start()
+        else:
+            self._waiting.stop()
+        return piece
+
+    def _piece(self, limit: int) -> FilePiece | bytes | None:
         if self._last is not None:
             return self._last if self._download.verified else None
         reach = self._download.reach(self.position)
@@ -549,4 +559,5 @@ class Follower:
         Read no more.
         """
         self._on_news = lambda: None
+        self._waiting.stop()
         self._download.left(self)
