@@ -474,6 +474,13 @@ class Cache:
         self._entries.drop(asked.entry)
         await self._in_thread(self.store.forget, asked.entry)
 
+    def forget_all(self) -> None:
+        """
+        Forget what is held in memory: the directory has less than it had.
+        """
+        for memory in (self._bodies, self._entries, self._touched):
+            memory.clear()
+
     async def _save(self, name: str, entry: Entry) -> None:
         if not await self._has_room(_ENTRY_BYTES):
             return

@@ -34,11 +34,14 @@ from ecrproxy.access.htpasswd import HtpasswdError
 from ecrproxy.access.limits import BOUNDLESS, Crowd
 from ecrproxy.access.namespaces import Namespaces
 from ecrproxy.access.passwords import AT_ONCE, Passwords
+from ecrproxy.admin.api import Api
 from ecrproxy.admin.port import make_admin_site
 from ecrproxy.admin.readings import of_cache, of_clients, of_loop, of_token, of_transfers, of_upstream
 from ecrproxy.admin.status import Asking, Status
+from ecrproxy.cache.inventory import Inventory
 from ecrproxy.cache.janitor import Janitor
 from ecrproxy.cache.ledger import Notes
+from ecrproxy.cache.purges import Purges
 from ecrproxy.cache.store import Store
 from ecrproxy.cached import Cache
 from ecrproxy.daemon.ending import Connections, Drain, InOrder, Signals
@@ -177,7 +180,7 @@ def build(
         workers = _share_work(config, inner, listening, arguments, service, reactor)
     drain = Drain(connections, config.drain_seconds, reactor)
     _face_clients(drain, listening, partial(_reread, [*listening, admission], workers), _leave, service, reactor)
-    _serve_admin(config, make_admin_site(figures, ready, status, reactor), service, reactor)
+    _serve_admin(config, partial(make_admin_site, figures, ready, status), cache, disk, service, reactor)
     return service
 
 
@@ -237,12 +240,26 @@ def _face_clients(
         part.setServiceParent(service)
 
 
-def _serve_admin(config: Config, site: RegistrySite, service: MultiService, reactor: Any) -> None:  # noqa: ANN401
+def _serve_admin(
+    config: Config,
+    make_site: Callable[[Api, Any], RegistrySite],
+    cache: Cache,
+    disk: Threads,
+    service: MultiService,
+    reactor: Any,  # noqa: ANN401
+) -> None:
     """
     Listen for the operator too. Where nobody chose that port, its being taken keeps the daemon from nothing.
+
+    What he purges, or somebody else did, is forgotten. His work has a thread of its own.
     """
+    purges = Purges(cache.store, cache.forget_all, disk.call, reactor)
+    purges.setServiceParent(service)
     named = admin_endpoint(config, reactor)
     if named is not None:
+        surveying = Threads(1, reactor)
+        surveying.setServiceParent(service)
+        site = make_site(Api(Inventory(cache.store), purges.look, surveying.call, reactor), reactor)
         Listening(*named, site, needed=config.admin_listen != ADMIN_LISTEN).setServiceParent(service)
 
 
@@ -302,7 +319,9 @@ def build_worker(config: Config, post: Post, reactor: Any) -> MultiService:  # n
     service = Daemon()
     disk = Threads(DISK_THREADS, reactor)
     notes = Notes()
-    cache = Cache(Store(Path(config.cache_dir), time.time, notes), NoRoom(), disk.call, time.time)
+    store = Store(Path(config.cache_dir), time.time, notes)
+    cache = Cache(store, NoRoom(), disk.call, time.time)
+    purges = Purges(store, cache.forget_all, disk.call, reactor)
     first = Agent.usingEndpointFactory(reactor, FirstProcess(reactor, post.path), connection_pool(reactor))
     relay = Relay(first)
     judging = Threads(1, reactor)
@@ -312,7 +331,7 @@ def build_worker(config: Config, post: Post, reactor: Any) -> MultiService:  # n
     served, connections = Served(), Connections()
     crowd = Crowd(config.limits)
     site = make_site(registry, relay, reactor, crowd=crowd, served=served, connections=connections)
-    for part in (disk, judging, Teller(first, notes.take, served, reactor)):
+    for part in (disk, judging, purges, Teller(first, notes.take, served, reactor)):
         part.setServiceParent(service)
     listening = [
         Listening(name, endpoint, site) for name, endpoint in endpoints(config, HandedDown(reactor, post.sockets))

@@ -18,7 +18,7 @@ import json
 import shutil
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final, TypeVar, cast
 
@@ -34,18 +34,21 @@ from twisted.trial.unittest import SynchronousTestCase
 from twisted.web.client import URI, Agent, ResponseDone
 from twisted.web.http import PotentialDataLoss
 from twisted.web.http_headers import Headers
-from twisted.web.iweb import IAgent, IAgentEndpointFactory, IResponse
+from twisted.web.iweb import IAgent, IAgentEndpointFactory, IBodyProducer, IResponse
 from twisted.web.server import Site
 from zope.interface import alsoProvides, implementer
 
 from ecrproxy.access.clients import Admission
 from ecrproxy.access.limits import Crowd, Limits
 from ecrproxy.access.namespaces import Namespaces
+from ecrproxy.admin.api import Api
 from ecrproxy.admin.port import make_admin_site
 from ecrproxy.admin.readings import of_cache, of_clients, of_token, of_transfers, of_upstream
 from ecrproxy.admin.status import Asking, Status
 from ecrproxy.cache.cache_key import CacheKey
+from ecrproxy.cache.inventory import Inventory
 from ecrproxy.cache.janitor import Janitor
+from ecrproxy.cache.purges import Purges
 from ecrproxy.cache.store import Store
 from ecrproxy.cached import Cache
 from ecrproxy.http.site import make_site
@@ -389,6 +392,29 @@ class Reply(Protocol):
         self.wire.abortConnection()
 
 
+@implementer(IBodyProducer)
+class _Body:
+    """
+    What a client sends, all at once.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        self._data, self.length = data, len(data)
+
+    def startProducing(self, consumer: Any) -> Deferred[None]:
+        consumer.write(self._data)
+        return succeed(None)
+
+    def pauseProducing(self) -> None:
+        pass
+
+    def resumeProducing(self) -> None:
+        pass
+
+    def stopProducing(self) -> None:
+        pass
+
+
 class Raw(Protocol):
     """
     A client that writes what it is told and keeps every byte that comes back.
@@ -484,7 +510,11 @@ class Daemon:
             self.now,
             clock,
         )
-        self.admin = Network(make_admin_site(self.figures, ready, self.status, clock), clock)
+        # By itself, so that tests which count or hold calls in threads see their own.
+        # At once: tests that count or hold what is done in threads mean other things.
+        self.purges = Purges(self.store, self.cache.forget_all, at_once, clock)
+        api = Api(Inventory(self.store), self.purges.look, in_thread, clock)
+        self.admin = Network(make_admin_site(self.figures, ready, self.status, api, clock), clock)
         self.front = Network(self.site, clock)
         self._asking = self.front.agent(persistent=False)
         self.replies: list[Reply | Raw] = []
@@ -492,6 +522,7 @@ class Daemon:
         self.shown = SHOWN
         """The Authorization header of clients, unless a test says otherwise."""
         self.janitor.startService()
+        self.purges.startService()
         self.tokens.startService()
         _, sampler = self.status.services  # the other hears the log, which outlives this daemon: see DaemonTestCase
         sampler.startService()
@@ -556,12 +587,22 @@ class Daemon:
         reply.wire = self.front.ends[-1][0]
         return reply
 
-    def ask_admin(self, path: str, method: str = "GET", host: str = "localhost") -> Reply:
+    def ask_admin(
+        self,
+        path: str,
+        method: str = "GET",
+        host: str = "localhost",
+        body: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Reply:
         """
         Ask on the operator's port.
         """
         reply, url = Reply(), f"http://{host}:5001{path}"
-        asked: Deferred[IResponse] = self.admin.agent(persistent=False).request(method.encode(), url.encode())
+        fields = Headers({name: [value] for name, value in (headers or {}).items()})
+        producer = None if body is None else _Body(body)
+        agent = self.admin.agent(persistent=False)
+        asked: Deferred[IResponse] = agent.request(method.encode(), url.encode(), fields, producer)
         asked.addCallbacks(reply.begin, reply.fail)
         self.flush()
         return reply

@@ -23,6 +23,7 @@ ARROWS: dict[str, set[str]] = {
     "admin": {
         "access.limits",
         "cache.entries",
+        "cache.inventory",
         "cache.janitor",
         "cache.store",
         "http.request",

@@ -18,6 +18,7 @@ from twisted.web.resource import Resource
 from twisted.web.template import flattenString
 
 from ecrproxy.access.limits import Crowd, Limits
+from ecrproxy.admin.api import BODY_LIMIT
 from ecrproxy.admin.page import DOCTYPE, Page, part
 from ecrproxy.http.request import RegistryRequest
 from ecrproxy.http.site import RegistrySite, Root
@@ -79,6 +80,7 @@ class OperatorsSite(RegistrySite):
     """
 
     requestFactory = OperatorsRequest
+    body_limit = BODY_LIMIT
 
 
 class OperatorsRoot(Root):
@@ -176,12 +178,19 @@ class Part(Answering):
         send_small(request, 200, self._content_type, self._body)
 
 
-def make_admin_site(figures: Figures, ready: Resource, status: Status, reactor: Any) -> RegistrySite:  # noqa: ANN401
+def make_admin_site(
+    figures: Figures,
+    ready: Resource,
+    status: Status,
+    api: Resource,
+    reactor: Any,  # noqa: ANN401
+) -> RegistrySite:
     """
     Build the Resource tree of the operator's port, and what serves it.
 
     @param ready: answers /readyz.
     @param status: asked by the page and by /status.json.
+    @param api: answers what is below /api/.
     """
     root = OperatorsRoot()
     root.putChild(b"", StatusPage(status))
@@ -191,4 +200,5 @@ def make_admin_site(figures: Figures, ready: Resource, status: Status, reactor: 
     root.putChild(b"status.json", Document(status))
     root.putChild(b"healthz", Health())
     root.putChild(b"readyz", ready)
+    root.putChild(b"api", api)
     return OperatorsSite(root, reactor, Crowd(Limits()), logged=False)

@@ -50,3 +50,10 @@ class Memory(Generic[K, V]):
         """
         _, size = self._values.pop(key, (None, 0))
         self._total -= size
+
+    def clear(self) -> None:
+        """
+        Forget all values.
+        """
+        self._values.clear()
+        self._total = 0

@@ -40,6 +40,8 @@ T = TypeVar("T")
 
 _PROBE: Final = b"ok" + bytes(2**16)
 """What a check writes: more than a disk that is called full still takes."""
+PURGED: Final = "purged"
+"""The file that says, by being another one, that somebody has purged the directory."""
 
 
 class Store:
@@ -130,8 +132,8 @@ class Store:
         names, sizes, total = bytearray(), array("Q"), 0
         by_use: list[tuple[array[int], array[int]]] = []  # a list of so many pairs would never be given back
         others: list[tuple[int, str, int]] = []
-        for folder in self._folders():
-            files = sorted(_files(folder))
+        for folder in self.folders("content", "entries"):
+            files = sorted(files_in(folder))
             uses = []
             for name, used, size in files:
                 path = f"{folder}/{name}"[len(str(self.root)) + 1 :]
@@ -150,13 +152,15 @@ class Store:
         order = array("I", (place for _, place in heapq.merge(*(zip(*each, strict=True) for each in by_use))))
         return self.ledger.load(Settled(names, sizes, order), total, [(path, size) for _, path, size in sorted(others)])
 
-    def _folders(self) -> Iterator[str]:
+    def folders(self, *tops: str) -> Iterator[str]:
         """
         Yield the folders that may hold files, in the order of their names as the ledger packs them.
+
+        @param tops: of what: content, entries.
         """
         for top in ("content/sha256", "content/sha512", "entries"):
-            parent = self.root / top
-            yield from (str(folder) for folder in sorted(self._names(parent)))
+            if top.partition("/")[0] in tops:
+                yield from (str(folder) for folder in sorted(self._names(self.root / top)))
 
     def has(self, digest: Digest) -> bool:
         """
@@ -244,9 +248,9 @@ class Store:
         """
         Read the entry called C{name}, if there is one and it speaks of C{route}; note its use.
         """
-        path = self._entry_path(name)
+        path = entry_path(name)
         try:
-            with open(self.root / path, "rb", opener=_without_waiting) as file:
+            with open(self.root / path, "rb", opener=without_waiting) as file:
                 data = file.read()
                 entry = Entry.from_json(data)
                 self.mark(file.fileno())
@@ -261,7 +265,7 @@ class Store:
 
         @raise OSError: if the disk fails.
         """
-        data, path = entry.to_json(), self._entry_path(name)
+        data, path = entry.to_json(), entry_path(name)
         target, draft = self.root / path, self.ingest / f"entry.{secrets.token_hex(8)}"
 
         def write() -> None:
@@ -278,11 +282,31 @@ class Store:
             raise
         self.ledger.used(path, len(data))
 
+    def last_purge(self) -> tuple[int, int]:
+        """
+        Tell by a value, which changes with it, when somebody last purged the directory; zeros if nobody did.
+        """
+        try:
+            status = (self.root / PURGED).stat()
+        except OSError:
+            return 0, 0
+        return status.st_ino, status.st_mtime_ns
+
+    def note_purge(self) -> None:
+        """
+        Note that something was purged, for all daemons on the directory.
+
+        @raise OSError: if the disk fails.
+        """
+        draft = self.root / f"{PURGED}.{secrets.token_hex(4)}"
+        draft.touch(mode=0o600)
+        draft.rename(self.root / PURGED)  # another file each time: not all file systems tell times finely
+
     def forget(self, name: str) -> None:
         """
         Drop the entry called C{name}.
         """
-        self.remove(self._entry_path(name))
+        self.remove(entry_path(name))
 
     def remove(self, path: str) -> bool:
         """
@@ -311,23 +335,26 @@ class Store:
             mark(fd, self._now())
 
     @staticmethod
-    def _entry_path(name: str) -> str:
-        return f"entries/{name[:2]}/{name}"
-
-    @staticmethod
     def _names(folder: Path) -> Iterable[Path]:
         with _all_but_exhaustion():
             yield from folder.iterdir()
 
 
-def _without_waiting(path: str, flags: int) -> int:
+def entry_path(name: str) -> str:
+    """
+    Name the file of the entry called C{name}, relative to the cache directory.
+    """
+    return f"entries/{name[:2]}/{name}"
+
+
+def without_waiting(path: str, flags: int) -> int:
     """
     Open a file that somebody may have replaced by something else.
     """
     return os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
 
 
-def _files(folder: str) -> Iterator[tuple[str, int, int]]:
+def files_in(folder: str) -> Iterator[tuple[str, int, int]]:
     """
     Yield name, last use in nanoseconds and bytes of a folder's files.
     """

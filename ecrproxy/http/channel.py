@@ -3,7 +3,8 @@ The server's side of a connection: HTTP/1.1 without what smugglers and slow clie
 
 Twisted's own channel refuses most of it. What it lets pass and a proxy must not is refused here, before a request
 is made of it: RFC 9112, 3.2 (one Host), 5.2 (folded lines), 6.1 and 6.3 (one length, or one chunked coding), and
-bodies, for which no request to this proxy has a use. A refusal closes the connection: what follows can't be trusted.
+bodies, for which no request of a client has a use; those of the operator's are small. A refusal closes the connection:
+what follows can't be trusted.
 
 So is a TLS hello on a plain connection: Docker, skopeo and podman try TLS first with an insecure registry, and would
 wait ten seconds for an answer to it.
@@ -50,11 +51,13 @@ class StrictChannel(HTTPChannel):
 
     @ivar crowd: all clients that are connected; the site sets it.
     @ivar connections: all connections, which end with the daemon; the site sets it.
+    @ivar body_limit: the bytes that a request's body may have, if it may have one; the site sets it.
     @ivar patience: waits for the client to take what it is sent. Whoever sends past this channel begins and ends it.
     """
 
     crowd: Crowd
     connections: Connections
+    body_limit = 0
     transport: Any
     _line = b""
     _fresh = True
@@ -232,10 +235,23 @@ class StrictChannel(HTTPChannel):
         named = len(hosts) == 1 or (not hosts and not line.endswith(b"HTTP/1.1"))
         if not named or not all(map(_HOST.fullmatch, hosts)) or (reads and self.length != 0):
             self.refuse()
+        elif self.length != 0 and self.body_limit and line.startswith(b"POST "):
+            if self.length is None or self.length > self.body_limit:
+                self._answer(b"413 Content Too Large")
+            else:
+                self._head.begin()  # the body is small: it has the time of a head
+                super().allHeadersReceived()
         elif self.length != 0:
             self._answer(b"405 Method Not Allowed", b"Allow: GET, HEAD\r\n", _UNSUPPORTED)
         else:
             super().allHeadersReceived()
+
+    def allContentReceived(self) -> None:
+        """
+        Answer a request that is there with its body.
+        """
+        self._head.end()
+        super().allContentReceived()
 
     def refuse(self) -> bool:
         """

@@ -106,7 +106,10 @@ class RegistrySite(Site):
     HTTP/1.1 alone, with an access log of its own that has no query strings.
 
     @ivar new_id: makes an id for a request that has none.
+    @cvar body_limit: the bytes that a request's body may have; 0 for requests that have none.
     """
+
+    body_limit = 0
 
     requestFactory = RegistryRequest
     protocol = StrictChannel  # type: ignore[assignment]  # HTTP/1.1 alone needs no choice of protocols
@@ -133,7 +136,7 @@ class RegistrySite(Site):
         Make what serves a client's connection.
         """
         channel: Any = super().buildProtocol(addr)
-        channel.crowd, channel.connections = self.crowd, self.connections
+        channel.crowd, channel.connections, channel.body_limit = self.crowd, self.connections, self.body_limit
         return channel
 
     def acceptableProtocols(self) -> list[bytes]:

@@ -99,9 +99,12 @@ _KNOWN: Final = (
 class Answering(Resource):
     """
     A leaf that answers each request with the coroutine C{respond}, cancelled when the client leaves.
+
+    @cvar methods: what it may be asked with.
     """
 
     isLeaf = True
+    methods: Sequence[bytes] = (b"GET", b"HEAD")
 
     def render(self, request: Request) -> int:
         """
@@ -116,7 +119,7 @@ class Answering(Resource):
     async def _respond(self, request: RegistryRequest) -> None:
         current.set(request.id)
         try:
-            _only_reads(request)
+            _only_by(self.methods, request)
             await self.respond(request)
         except RegistryError as problem:
             if request.startedWriting:
@@ -125,7 +128,7 @@ class Answering(Resource):
 
     async def respond(self, request: RegistryRequest) -> None:
         """
-        Answer a GET or HEAD, and finish it.
+        Answer a request, and finish it.
 
         @raise RegistryError: for another answer than it asked for.
         """
@@ -161,9 +164,9 @@ def _answer_to(failure: Failure) -> RegistryError:
     return RegistryError(500, "UNKNOWN", "the proxy failed; its log says why", reason=Reason.FAILED)
 
 
-def _only_reads(request: Request) -> None:
-    if request.method not in (b"GET", b"HEAD"):
-        raise RegistryError(405, "UNSUPPORTED", "this proxy only reads", {"Allow": "GET, HEAD"})
+def _only_by(methods: Sequence[bytes], request: Request) -> None:
+    if request.method not in methods:
+        raise RegistryError(405, "UNSUPPORTED", "this proxy only reads", {"Allow": b", ".join(methods).decode()})
 
 
 def only_itself(request: Request) -> None:
