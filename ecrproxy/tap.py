@@ -15,7 +15,7 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Final, NoReturn, TypeVar
@@ -46,6 +46,7 @@ from ecrproxy.cache.store import Store
 from ecrproxy.cached import Cache
 from ecrproxy.daemon.ending import Connections, Drain, InOrder, Signals
 from ecrproxy.daemon.listening import Listening, admin_endpoint, endpoints
+from ecrproxy.daemon.supervision import Supervised, Supervisor, summary
 from ecrproxy.daemon.workers import HandedDown, Post, StandardInput, Workers
 from ecrproxy.http.relay import USED, FirstProcess, InnerRegistry, NoRoom, Relay, Teller, Used, WorkerRegistry
 from ecrproxy.http.site import RegistrySite, make_site
@@ -93,7 +94,8 @@ def makeService(options: Options) -> MultiService:
             return build_worker(config, post, reactor)
         for notice in notices(os.environ):
             log.warn("{notice}", notice=notice)
-        return build(config, reactor, _abandon, options.arguments())
+        supervisor = Supervisor.from_environ(os.environ, os.getpid())
+        return build(config, reactor, _abandon, options.arguments(), supervisor)
     except ConfigError as problem:
         die("; ".join([str(problem), *notices(os.environ)]))
 
@@ -136,12 +138,14 @@ def build(
     reactor: Any,  # noqa: ANN401
     refused: Callable[[CredentialsError], None],
     arguments: Sequence[str] = (),
+    supervisor: Supervisor | None = None,
 ) -> MultiService:
     """
     Wire the parts; each line makes one object from earlier ones.
 
     @param refused: told of credentials that AWS refuses for good.
     @param arguments: the flags that workers are to be started with.
+    @param supervisor: the service manager, if it wants to be told.
     """
     service = Daemon()
     disk = Threads(DISK_THREADS, reactor)
@@ -150,17 +154,15 @@ def build(
     tokens = TokenService(lambda: call_unowned(reactor, lambda: _fetch(config)), reactor, time.time, refused)
     figures, stall = Figures(__version__), LoopStall(reactor, time.monotonic)
     upstream, asking = _upstream(config, tokens, figures, reactor)
-    lanes = Lanes(config.blob_connections, config.bucket_connections)
     cache = Cache(store, janitor, disk.call, time.time)
-    pull_through = PullThrough(
-        upstream, cache, disk.call, time.time, tag_ttl=config.tag_ttl, lanes=lanes, read_ahead=config.read_ahead
-    )
+    pull_through = _pull_through(config, upstream, cache, disk)
     connections, crowd = Connections(), Crowd(config.limits)
     reasons = partial(_reasons, tokens, store, disk.call, connections)
     ready = Ready(reasons)
     status = Status(
         config.ecr_endpoint, figures, store, janitor, asking, pull_through, reasons, disk.call, time.time, reactor
     )
+    supervised = Supervised(supervisor, partial(_summary, reasons, store, janitor), reactor)
     judging = Threads(1, reactor)
     shape = (Namespaces(config.namespace_pattern, judging.call), config.cache_key, disk.call)
     admission = _admission(config, reactor, service)
@@ -168,7 +170,7 @@ def build(
     site = make_site(registry, ready, reactor, crowd=crowd, served=figures.served, connections=connections)
     figures.watch(*of_cache(store, janitor), *of_token(tokens), *of_transfers(pull_through), *of_loop(stall))
     figures.watch(*of_clients(crowd))
-    for part in (*status.services, disk, judging, janitor, tokens, stall):
+    for part in (*status.services, disk, judging, supervised, janitor, tokens, stall):
         part.setServiceParent(service)
     several = config.worker_processes > 1
     listening = [Listening(name, endpoint, site, accepts=not several) for name, endpoint in endpoints(config, reactor)]
@@ -178,8 +180,9 @@ def build(
             make_site, InnerRegistry(pull_through, *shape), ready, others={USED: Used(store.ledger, figures.served)}
         )
         workers = _share_work(config, inner, listening, arguments, service, reactor)
+    reread = partial(supervised.rereading, partial(_reread, [*listening, admission], workers))
     drain = Drain(connections, config.drain_seconds, reactor)
-    _face_clients(drain, listening, partial(_reread, [*listening, admission], workers), _leave, service, reactor)
+    _face_clients(drain, listening, reread, _leave, service, reactor)
     _serve_admin(config, partial(make_admin_site, figures, ready, status), cache, disk, service, reactor)
     return service
 
@@ -202,6 +205,16 @@ def _upstream(
     endpoint = Endpoint(config.ecr_endpoint, wire, tokens, governor, circuit)
     upstream = Upstream(endpoint, wire, stall_seconds=config.stall_seconds)
     return upstream, Asking(tokens=tokens, wire=wire, circuit=circuit, governor=governor)
+
+
+def _pull_through(config: Config, upstream: Upstream, cache: Cache, disk: Threads) -> PullThrough:
+    """
+    Wire what answers from the cache, or through it.
+    """
+    lanes = Lanes(config.blob_connections, config.bucket_connections)
+    return PullThrough(
+        upstream, cache, disk.call, time.time, tag_ttl=config.tag_ttl, lanes=lanes, read_ahead=config.read_ahead
+    )
 
 
 def _share_work(
@@ -364,6 +377,10 @@ async def _reasons(tokens: TokenService, store: Store, in_thread: InThread, conn
     found = ["draining: the daemon ends"] if connections.draining else []
     found += [f"no token: {problem}"] if (problem := tokens.problem()) else []
     return found + await in_thread(store.reasons)
+
+
+async def _summary(reasons: Callable[[], Awaitable[Sequence[str]]], store: Store, janitor: Janitor) -> str:
+    return summary(await reasons(), store.ledger.total, janitor.limit)
 
 
 def _prepared(store: Store) -> Store:

@@ -284,7 +284,9 @@ class SettingsTests(SynchronousTestCase):
         self.assertIn("PROXY_SSL_KEY", line)
         tls = {"PROXY_SSL_KEY": "/k", "PROXY_SSL_CERTIFICATE": "/c", "PROXY_CLIENT_CA": "/ca.pem"}
         self.assertEqual("/ca.pem", loaded(**tls).client_ca)
-        self.assertIn("without PROXY_LISTEN", self.problem({}, {**MINIMUM, **tls, "PROXY_LISTEN": "tcp:5000"}))
+        for listen in ("tcp:5000", "systemd:domain=INET6:name=x tcp:5000"):
+            self.assertIn("without PROXY_LISTEN", self.problem({}, {**MINIMUM, **tls, "PROXY_LISTEN": listen}))
+        self.assertEqual("/ca.pem", loaded(**tls, PROXY_LISTEN="systemd:domain=INET6:name=x").client_ca)
 
     def test_a_configuration_does_not_change(self) -> None:
         """

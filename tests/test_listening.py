@@ -16,6 +16,7 @@ from twisted.web.resource import Resource
 
 from ecrproxy.access.limits import Crowd, Limits
 from ecrproxy.daemon.listening import Listening, endpoints
+from ecrproxy.daemon.workers import HandedDown
 from ecrproxy.http.site import RegistrySite
 from ecrproxy.settings.config import Config
 from tests.store_contract import scratch
@@ -114,3 +115,37 @@ class RereadTests(SynchronousTestCase):
             with capturedLogs() as events:
                 self.assertFalse(self.listen(environ).reread())
             self.assertEqual([], events)
+
+
+class FromSystemdTests(SynchronousTestCase):
+    """
+    A socket that systemd has bound. In a worker, where such a one was handed down.
+    """
+
+    def listened_on(self, **environ: str) -> Any:
+        """
+        Listen there, and give what is made for each connection.
+        """
+        settings = {"PROXY_ECR_ENDPOINT": "http://ecr.test", "AWS_REGION": "eu-west-1"}
+        config = Config.load({}, {**settings, "PROXY_LISTEN": "systemd:domain=INET6:name=ecr-proxy", **environ})
+        reactor = HandedDown(MemoryReactorClock(), 0)
+        adopted: list[Any] = []
+        self.patch(reactor, "_adopt", adopted.append)
+        ((_, endpoint),) = endpoints(config, reactor)
+        endpoint.listen(self)
+        return adopted[0]
+
+    def test_speaks_http_where_there_is_no_key(self) -> None:
+        """
+        As a port does.
+        """
+        self.assertIs(self, self.listened_on())
+
+    def test_speaks_tls_where_there_is_one(self) -> None:
+        """
+        The string can't say so, the settings of key and certificate do.
+        """
+        files = Files(scratch(self))
+        spoken = self.listened_on(PROXY_SSL_KEY=files.key, PROXY_SSL_CERTIFICATE=files.certificate)
+        self.assertIsInstance(spoken, TLSMemoryBIOFactory)
+        self.assertIs(self, spoken.wrappedFactory)

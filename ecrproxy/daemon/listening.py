@@ -21,7 +21,7 @@ from zope.interface import implementer
 
 from ecrproxy.daemon.tls import Certificate, CertificateError
 from ecrproxy.daemon.workers import BACKLOG, HandedDown
-from ecrproxy.settings.config import Config, ConfigError
+from ecrproxy.settings.config import FROM_SYSTEMD, Config, ConfigError
 
 if TYPE_CHECKING:
     from twisted.internet.interfaces import IListeningPort, IStreamServerEndpoint
@@ -171,13 +171,25 @@ def endpoints(config: Config, reactor: Any) -> list[tuple[str, Any]]:  # noqa: A
     @raise ConfigError: if one can't be.
     """
     if config.listen:
-        return [(f"PROXY_LISTEN={text!r}", _described(text, reactor)) for text in config.listen]
+        return [(f"PROXY_LISTEN={text!r}", _chosen(text, config, reactor)) for text in config.listen]
     every = "::" if socket.has_dualstack_ipv6() else "0.0.0.0"  # noqa: S104 (a proxy for other machines)
     kind = TCP6ServerEndpoint if every == "::" else TCP4ServerEndpoint
-    endpoint: Any = kind(reactor, config.port, backlog=BACKLOG, interface=every)
-    if config.ssl_key is not None and config.ssl_certificate is not None:
-        endpoint = SecureEndpoint(endpoint, config.ssl_key, config.ssl_certificate, config.client_ca)
+    endpoint = _secured(kind(reactor, config.port, backlog=BACKLOG, interface=every), config)
     return [(f"PROXY_PORT={config.port}", endpoint)]
+
+
+def _chosen(text: str, config: Config, reactor: Any) -> Any:  # noqa: ANN401
+    """
+    Make what a string says. Of a socket that systemd has bound it does not say whether TLS is spoken there.
+    """
+    endpoint = _described(text, reactor)
+    return _secured(endpoint, config) if text.startswith(FROM_SYSTEMD) else endpoint
+
+
+def _secured(endpoint: Any, config: Config) -> Any:  # noqa: ANN401
+    if config.ssl_key is None or config.ssl_certificate is None:
+        return endpoint
+    return SecureEndpoint(endpoint, config.ssl_key, config.ssl_certificate, config.client_ca)
 
 
 def admin_endpoint(config: Config, reactor: Any) -> tuple[str, Any] | None:  # noqa: ANN401
@@ -191,7 +203,7 @@ def admin_endpoint(config: Config, reactor: Any) -> tuple[str, Any] | None:  # n
 
 
 def _described(text: str, reactor: Any, variable: str = "PROXY_LISTEN") -> Any:  # noqa: ANN401
-    if isinstance(reactor, HandedDown) and text.startswith("systemd:"):
+    if isinstance(reactor, HandedDown) and text.startswith(FROM_SYSTEMD):
         return reactor  # systemd handed its sockets to the first process alone
     describe = partial(_from_string, text, reactor, variable)
     return DescribedSecureEndpoint(describe) if text.startswith("ssl:") else describe()

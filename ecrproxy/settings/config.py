@@ -85,6 +85,8 @@ class Setting:
 
 ADMIN_LISTEN: Final = "tcp:5001:interface=127.0.0.1"
 """Where the operator's pages are if nobody says otherwise: to be reached from this machine alone."""
+FROM_SYSTEMD: Final = "systemd:"
+"""How an endpoint string begins whose socket systemd has bound."""
 
 SETTINGS: Final[Sequence[Setting]] = (
     Setting(
@@ -396,10 +398,11 @@ def _check_tls(values: Mapping[str, Any]) -> None:
         if values["ssl_key"] is None:
             missing, given = given, missing
         raise ConfigError(f"{missing} is not set, but {given} is: TLS needs both, plain HTTP neither")
-    if values["client_ca"] is not None and (values["ssl_key"] is None or values["listen"]):
+    others = [text for text in values["listen"] if not text.startswith(FROM_SYSTEMD)]
+    if values["client_ca"] is not None and (values["ssl_key"] is None or others):
         raise ConfigError(
             f"PROXY_CLIENT_CA={values['client_ca']!r}: certificates are asked for where PROXY_SSL_KEY and"
-            " PROXY_SSL_CERTIFICATE make TLS, without PROXY_LISTEN; set these two, or unset it"
+            " PROXY_SSL_CERTIFICATE make TLS, without PROXY_LISTEN but for systemd:; set these two, or unset it"
         )
 
 

@@ -32,15 +32,31 @@ def installed_twistd(home: Path) -> Path:
 
 def install(home: Path) -> Path:
     """
-    Build the wheel from a copy of the checkout, and install it into a new environment.
+    Install the daemon into a new environment.
     """
-    source, wheels, environment = home / "source", home / "wheels", home / "venv"
-    shutil.copytree(CHECKOUT, source, ignore=LEFT_OUT)
-    run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", wheels, source)
+    environment = home / "venv"
     run(sys.executable, "-m", "venv", environment)
-    (wheel,) = wheels.glob("ecrproxy-*.whl")
-    run(environment / "bin/pip", "install", "--quiet", wheel)
+    run(environment / "bin/pip", "install", "--quiet", build(home))
     return environment / "bin/twistd"
+
+
+def build(home: Path) -> Path:
+    """
+    Build the wheel from a copy of the checkout.
+    """
+    source, wheels = home / "source", home / "wheels"
+    if not source.exists():
+        shutil.copytree(CHECKOUT, source, ignore=LEFT_OUT)
+        run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", wheels, source)
+    (wheel,) = wheels.glob("ecrproxy-*.whl")
+    return wheel
+
+
+def environment_of_pip() -> dict[str, str]:
+    """
+    Give what pip is told by variables here.
+    """
+    return {name: value for name, value in os.environ.items() if name.startswith("PIP_")}
 
 
 def run(*argv: str | Path) -> None:
