@@ -371,12 +371,14 @@ class OddAnswerTests(DaemonTestCase):
 
     def assertRefusedAndClean(self, data: bytes) -> None:
         """
-        The answer is none, its connection is closed, nothing is kept; the next answer is what it should be.
+        The answer is none, and not asked for again; its connection is closed, nothing is kept; the next is good.
         """
         self.begin()
         before = self.files()
+        self.standin.forget_asked()
         reply = self.answered(data)
         self.assertRefused(reply, 502, "UNAVAILABLE")
+        self.assertEqual(1, len(self.standin.asked))
         self.assertEqual([], self.daemon.back.ends)
         self.assertEqual(before, self.files())
         self.assertWhole(self.get(self.path), self.image.manifest)
