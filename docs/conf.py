@@ -32,6 +32,7 @@ html_copy_source = False
 html_show_sphinx = False
 
 man_pages = [
+    ("reference/command", "ecr-proxy", "work with an ecr-proxy daemon that runs, and with its cache", author, 1),
     ("reference/daemon", "ecrproxy", "caching pull-through proxy for Amazon ECR", author, 8),
 ]
 man_make_section_directory = False

@@ -2,13 +2,15 @@
 Directives that write the reference from the code's own tables, so that it can say nothing else.
 
 C{settings} describes the settings that it names: flags and defaults are those of C{SETTINGS}, what they mean is told by
-README.rst's table. One that no page describes is a warning. C{metrics} describes all figures.
+README.rst's table. One that no page describes is a warning. C{metrics} describes all figures, C{subcommands} all that
+the command C{ecr-proxy} can do.
 """
 
 from __future__ import annotations
 
 import inspect
 import re
+from argparse import Action, ArgumentParser
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from textwrap import indent
@@ -22,6 +24,8 @@ from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
 
 from ecrproxy.admin import readings
+from ecrproxy.command.program import SUBCOMMANDS
+from ecrproxy.command.subcommand import Subcommand
 from ecrproxy.metrics import Figures, Reading
 from ecrproxy.settings.config import SETTINGS, Setting
 from ecrproxy.settings.values import parse_flag
@@ -148,6 +152,54 @@ class Metrics(SphinxDirective):
         return self.parse_text_to_nodes(text)
 
 
+def subcommand_described(subcommand: Subcommand) -> str:
+    """
+    Describe a subcommand, in reStructuredText: what it does, what it takes, examples.
+    """
+    parser = ArgumentParser(prog=f"ecr-proxy {subcommand.name}", add_help=False)
+    subcommand.add_arguments(parser)
+    words = parser.format_usage().removeprefix("usage: ").split()
+    usage = f"``{' '.join(words)}``" + (" [*settings*]" if subcommand.settings else "")
+    options = [_option(each) for each in parser._actions]  # noqa: SLF001 (argparse tells it in no other way)
+    examples = [f"``{line}``\n{indent(plain(what), '   ')}" for line, what in subcommand.examples]
+    taken = [f"``--{each}``" for each in subcommand.settings]
+    parts = [
+        usage,
+        plain(subcommand.description),
+        "\n\n".join(options),
+        f"Settings that it takes: {', '.join(taken)}." if taken else "",
+        "Examples:",
+        "\n\n".join(examples),
+    ]
+    return entry("subcommand", f"ecr-proxy {subcommand.name}", *filter(None, parts))
+
+
+def plain(text: str) -> str:
+    """
+    Take from a text what would be markup in it.
+    """
+    return re.sub(r"([*`|_\\])", r"\\\1", text)
+
+
+def _option(action: Action) -> str:
+    value = action.metavar or (action.dest.upper() if action.nargs != 0 else "")
+    names = [f"``{each} {value}``".replace(" ``", "``") for each in action.option_strings] or [f"``{value}``"]
+    told = plain((action.help or "") % {"default": action.default})
+    return f"{', '.join(names)}\n   {told}"
+
+
+class Subcommands(SphinxDirective):
+    """
+    Describe all subcommands of ecr-proxy.
+    """
+
+    def run(self) -> list[nodes.Node]:
+        """
+        Give their descriptions.
+        """
+        return self.parse_text_to_nodes("".join(map(subcommand_described, SUBCOMMANDS)))
+
+
 def find_undescribed(_: Sphinx, env: BuildEnvironment) -> None:
     """
     Warn of settings that no page describes.
@@ -165,6 +217,8 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_object_type("setting", "setting", "pair: %s; setting")
     app.add_object_type("metric", "metric", "pair: %s; metric")
     app.add_directive("settings", Settings)
+    app.add_object_type("subcommand", "subcommand", "pair: %s; subcommand")
     app.add_directive("metrics", Metrics)
+    app.add_directive("subcommands", Subcommands)
     app.connect("env-check-consistency", find_undescribed)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from .bases import import_base
 from .certificates import make_certificates
 from .chain import Chain, Equipment, start_registry
 from .clients import Docker, Podman, Skopeo, start_engine
@@ -23,7 +24,19 @@ from .images import Images, push_all
 from .installing import installed_twistd
 from .processes import PATH
 
-PROGRAMS = ("dockerd", "docker", "docker-registry", "skopeo", "podman", "haproxy", "debootstrap", "promtool")
+PROGRAMS = (
+    "dockerd",
+    "docker",
+    "docker-registry",
+    "skopeo",
+    "podman",
+    "haproxy",
+    "debootstrap",
+    "promtool",
+    "curl",
+    "htpasswd",
+    "mandoc",
+)
 
 MakeChain = Callable[..., Chain]
 Figures = list[str]
@@ -64,6 +77,27 @@ def engine(home: Path) -> Iterator[Docker]:
     process, docker = start_engine(directory)
     yield docker
     process.stop()
+
+
+@pytest.fixture(scope="session")
+def builder(home: Path) -> Iterator[Docker]:
+    """
+    Run an engine for containers, beside the one that pulls.
+    """
+    directory = home / "builder"
+    directory.mkdir()
+    process, docker = start_engine(directory)
+    docker.seconds = 600.0
+    yield docker
+    process.stop()
+
+
+@pytest.fixture(scope="session")
+def base(builder: Docker, home: Path) -> str:
+    """
+    Give that engine a base for the daemon's own image.
+    """
+    return import_base(builder, home)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from pathlib import Path
 CHECKOUT = Path(__file__).resolve().parents[2]
 READY = "ECRPROXY_E2E_TWISTD"
 # Hidden directories hold environments and histories, the others old builds.
-LEFT_OUT = shutil.ignore_patterns(".*", "_trial_temp", "build", "dist", "*.egg-info", "__pycache__")
+LEFT_OUT = shutil.ignore_patterns(".*", "_build", "_trial_temp", "build", "dist", "*.egg-info", "__pycache__")
 
 
 def installed_twistd(home: Path) -> Path:

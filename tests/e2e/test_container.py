@@ -5,61 +5,31 @@ The image as the Dockerfile makes it, run by a real Docker Engine as README.rst 
 from __future__ import annotations
 
 import json
-import re
-import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from .asking import ask
+from .bases import BASE
 from .chain import Chain, standard_settings
-from .clients import Docker, start_engine
+from .clients import Docker
 from .conftest import Figures, MakeChain
 from .images import Images
 from .installing import CHECKOUT
 from .processes import eventually, free_port
 
-BASE, IMAGE = "base:e2e", "ecrproxy:e2e"
-PACKAGES = "python3,python3-venv,ca-certificates"
+IMAGE = "ecrproxy:e2e"
 MIB = 2**20
 
 
 @pytest.fixture(scope="module")
-def builder(home: Path) -> Iterator[Docker]:
+def image(builder: Docker, base: str) -> str:
     """
-    Run an engine for the daemon's own image, beside the one that pulls through it.
+    Build the image.
     """
-    directory = home / "builder"
-    directory.mkdir()
-    process, docker = start_engine(directory)
-    docker.seconds = 600.0
-    yield docker
-    process.stop()
-
-
-@pytest.fixture(scope="module")
-def image(builder: Docker, home: Path) -> str:
-    """
-    Build the image on a base of Debian's packages, for there is nowhere to pull one from.
-    """
-    root = home / "base"
-    sources = Path("/etc/apt/sources.list.d/debian.sources").read_text("utf-8")
-    mirror = re.search(r"^URIs: (\S+)$", sources, re.MULTILINE)
-    suite = re.search(r"^VERSION_CODENAME=(\w+)$", Path("/etc/os-release").read_text("utf-8"), re.MULTILINE)
-    assert mirror
-    assert suite
-    making = ["debootstrap", "--variant=minbase", f"--include={PACKAGES}", suite[1], str(root), mirror[1]]
-    done = subprocess.run(making, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stdout[-2000:]
-    # Whoever vouches for the package index here does so in the build as well.
-    authorities = Path("etc/ssl/certs/ca-certificates.crt")
-    (root / authorities).write_bytes((Path("/") / authorities).read_bytes())
-    packed = home / "base.tar"
-    subprocess.run(["tar", "-C", str(root), "--exclude=./var/cache/apt/*", "-cf", str(packed), "."], check=True)
-    builder.run("docker", "import", packed, BASE)
-    built = ("docker", "build", "--network", "host", "--build-arg", f"BASE={BASE}", "--tag", IMAGE, CHECKOUT)
+    built = ("docker", "build", "--network", "host", "--build-arg", f"BASE={base}", "--tag", IMAGE, CHECKOUT)
     builder.run(*built)
     return IMAGE
 
