@@ -15,7 +15,7 @@ help:
 	@echo "make fuzz    feed odd bytes to whatever reads bytes, FUZZ_SECONDS=60 for each of three targets"
 	@echo "make soak    run the daemon over a stand-in that misbehaves, SOAK_SECONDS=600"
 	@echo "make bench   measure side by side with nginx and distribution (Debian, root); make bench-growth: a large cache"
-	@echo "make dist    build the sdist and the wheel"
+	@echo "make dist    build the sdist and the wheel, reproducibly, and the bill of materials"
 	@echo "make lock    choose what the container is made of, by hash"
 
 $(STAMP): setup.cfg pyproject.toml twisted/plugins/ecrproxy_plugin.py
@@ -51,16 +51,18 @@ lock: $(STAMP)
 		--no-emit-index-url --no-emit-trusted-host --no-emit-find-links --output-file requirements.lock setup.cfg
 
 dist: $(STAMP)
-	rm -rf dist
-	$(VENV)/bin/python -m build --outdir dist .
+	$(VENV)/bin/python -m pip install --quiet --config-settings editable_mode=compat --editable '.[dist]'
+	$(VENV)/bin/python -m release
 
-# The daemon under test is the wheel's, installed outside the checkout.
+# The daemon under test is the wheel's, installed outside the checkout; and into an empty environment of each of PYTHONS.
+PYTHONS ?= $(PYTHON)
 e2e: dist
 	tests/e2e/install-packages.sh
 	$(VENV)/bin/python -m pip install --quiet --config-settings editable_mode=compat --editable '.[e2e]'
 	rm -rf $(VENV)-e2e && $(PYTHON) -m venv $(VENV)-e2e
 	$(VENV)-e2e/bin/python -m pip install --quiet dist/*.whl
 	cd $(VENV)-e2e && ECRPROXY_E2E_TWISTD=$(abspath $(VENV)-e2e)/bin/twistd \
+		ECRPROXY_E2E_WHEEL="$$(echo $(CURDIR)/dist/*.whl)" ECRPROXY_E2E_PYTHONS="$(PYTHONS)" \
 		$(abspath $(VENV))/bin/python -m pytest --quiet --rootdir $(CURDIR) -c $(CURDIR)/pyproject.toml $(CURDIR)/tests/e2e
 
 # Started from what was found before, if there is such a folder; what it finds new is kept there.

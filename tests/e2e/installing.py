@@ -12,6 +12,7 @@ from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 READY = "ECRPROXY_E2E_TWISTD"
+BUILT = "ECRPROXY_E2E_WHEEL"
 # Hidden directories hold environments and histories, the others old builds.
 LEFT_OUT = shutil.ignore_patterns(".*", "_build", "_trial_temp", "build", "dist", "*.egg-info", "__pycache__")
 
@@ -42,8 +43,11 @@ def install(home: Path) -> Path:
 
 def build(home: Path) -> Path:
     """
-    Build the wheel from a copy of the checkout.
+    Give a copy of the wheel that was named, or build it from a copy of the checkout.
     """
+    named = os.environ.get(BUILT)
+    if named:
+        return Path(shutil.copy(named, home))
     source, wheels = home / "source", home / "wheels"
     if not source.exists():
         shutil.copytree(CHECKOUT, source, ignore=LEFT_OUT)
@@ -59,18 +63,20 @@ def environment_of_pip() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name.startswith("PIP_")}
 
 
-def run(*argv: str | Path) -> None:
+def run(*argv: str | Path) -> str:
     """
-    Run one step, away from the checkout so that nothing is imported from it.
+    Run one step, away from the checkout so that nothing is imported from it, and give all that it says.
     """
     done = subprocess.run(
         [str(each) for each in argv],
         cwd="/",
         stdin=subprocess.DEVNULL,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
     )
     if done.returncode:
-        raise RuntimeError(f"{argv} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
+        raise RuntimeError(f"{argv} ended with {done.returncode}:\n{done.stdout}")
+    return done.stdout
