@@ -384,6 +384,12 @@ class AdoptingReactor:
         self.adopted.append((fd, family, factory))
         return self
 
+    def close(self) -> None:
+        """
+        Close the socket that the port has by now.
+        """
+        self.socket.close()
+
     def doRead(self) -> None:
         """
         Accept.
@@ -414,6 +420,7 @@ class HandedDownTests(SynchronousTestCase):
                 os.dup2(made.fileno(), HANDED + number)
             self.addCleanup(os.close, HANDED + number)
         self.reactor = AdoptingReactor()
+        self.addCleanup(self.reactor.close)
         return HandedDown(self.reactor, len(families))
 
     def open_files(self) -> int:
