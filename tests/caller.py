@@ -41,6 +41,7 @@ class Caller:
         self.time, self.step = now, 0.0
         self.exchange = exchange or nobody
         self.asked: list[Place] = []
+        self.slept: list[float] = []
         self.stdin, self.stdout, self.stderr = Stream(), Stream(), Stream()
         self.status = -1
 
@@ -61,7 +62,7 @@ class Caller:
             stream.seek(0)
             stream.truncate()
         terminal = Terminal(self.stdin, self.stdout, self.stderr)
-        world = World(self.variables, terminal, lambda: self.time, self.seconds, self.reach)
+        world = World(self.variables, terminal, lambda: self.time, self.seconds, self.sleep, self.reach)
         self.status = main(arguments, world, subcommands)
         return self.stdout.getvalue()
 
@@ -78,6 +79,10 @@ class Caller:
         """
         self.time += self.step
         return self.time
+
+    def sleep(self, seconds: float) -> None:
+        self.time += seconds
+        self.slept.append(seconds)
 
     def reach(self, place: Place) -> Exchange:
         self.asked.append(place)

@@ -16,17 +16,30 @@ from typing import Any, Final, NoReturn
 
 from ecrproxy import __version__
 from ecrproxy.command.asking import RefusedError, UnreachableError, over_http
+from ecrproxy.command.ls import LS
 from ecrproxy.command.prefetch import PREFETCH
-from ecrproxy.command.subcommand import ASKS, MISUSED, STATUSES, UNDONE, Call, CommandError, Subcommand, World
+from ecrproxy.command.purge import PURGE
+from ecrproxy.command.stats import STATS
+from ecrproxy.command.subcommand import (
+    ASKS,
+    INTERRUPTED,
+    MISUSED,
+    STATUSES,
+    UNDONE,
+    Call,
+    CommandError,
+    Subcommand,
+    World,
+)
 from ecrproxy.command.terminal import Terminal
+from ecrproxy.command.verify import VERIFY
 from ecrproxy.settings.config import SETTINGS, ConfigError, Setting, read_settings
 from ecrproxy.settings.values import parse_flag
 
-SUBCOMMANDS: Final[Sequence[Subcommand]] = (PREFETCH,)
+SUBCOMMANDS: Final[Sequence[Subcommand]] = (LS, PURGE, VERIFY, STATS, PREFETCH)
 """All of them, in the order of the help."""
-INTERRUPTED: Final = 130
-"""What shells give to an end by SIGINT; 141 to one by SIGPIPE."""
 CUT_OFF: Final = 141
+"""What shells give to an end by SIGPIPE."""
 
 
 class _Parser(ArgumentParser):
@@ -167,7 +180,7 @@ def run() -> NoReturn:
     Be the console script.
     """
     terminal = Terminal(sys.stdin, sys.stdout, sys.stderr)
-    world = World(os.environ, terminal, time.time, time.monotonic, over_http)
+    world = World(os.environ, terminal, time.time, time.monotonic, time.sleep, over_http)
     status = main(sys.argv[1:], world)
     if status == CUT_OFF:  # else Python would try once more at its end, and complain
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -19,6 +19,8 @@ WRONG: Final = 1
 MISUSED: Final = 2
 UNDONE: Final = 3
 """What was asked for could not be done."""
+INTERRUPTED: Final = 130
+"""What shells give to an end by SIGINT."""
 
 STATUSES: Final = (
     "exit status: 0 all is well; 1 something was found wrong; 2 the command was used wrongly;"
@@ -47,6 +49,7 @@ class World:
     @ivar terminal: who called it.
     @ivar now: seconds since the epoch.
     @ivar seconds: seconds on a clock that is never set.
+    @ivar sleep: waits for so many seconds.
     @ivar exchange: asks a daemon.
     """
 
@@ -54,6 +57,7 @@ class World:
     terminal: Terminal
     now: Callable[[], float]
     seconds: Callable[[], float]
+    sleep: Callable[[float], object]
     exchange: Callable[[Place], Exchange]
 
 

@@ -4,6 +4,7 @@ What people and programs read of the command: lines, tables, progress, and figur
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -90,6 +91,12 @@ class Terminal:
         Write a line of the answer.
         """
         self.stdout.write(printable(line) + "\n")
+
+    def tell(self, document: object, *, in_one_line: bool = False) -> None:
+        """
+        Write the answer for a program: JSON, in ASCII.
+        """
+        self.stdout.write(json.dumps(document, indent=None if in_one_line else 2) + "\n")
 
     def say(self, line: str) -> None:
         """

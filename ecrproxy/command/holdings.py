@@ -1,0 +1,168 @@
+"""
+What a cache holds, looked at and worked on: through the daemon that runs, or in its directory while none does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from argparse import ArgumentParser
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from ecrproxy.command.asking import Daemon
+from ecrproxy.command.subcommand import ASKS, Call, CommandError
+
+if TYPE_CHECKING:
+    from ecrproxy.cache.inventory import Inventory
+
+SETTINGS: Final = (*ASKS, "cache-dir")
+"""The settings of a subcommand that looks at a cache."""
+_TOGETHER: Final = 400
+"""How many names go into one request: the daemon takes 64 KiB."""
+
+
+class Holdings(Protocol):
+    """
+    What a cache holds.
+    """
+
+    def entries(self) -> Iterator[Any]:
+        """
+        Yield the documents of its entries.
+        """
+
+    def content(self) -> Iterator[Any]:
+        """
+        Yield the documents of its content, in the order of the digests.
+        """
+
+    def remove(self, entries: Sequence[str], content: Sequence[str], unused_since: float | None) -> Iterator[Any]:
+        """
+        Remove what is named, but for what was used after C{unused_since}. Yields what became of it, some at a time.
+        """
+
+    def verify(self, digests: Sequence[str], rate: float | None, *, keep: bool) -> Iterator[Any]:
+        """
+        Hold content against its digests. Yields steps and verdicts.
+        """
+
+
+def add_offline(parser: ArgumentParser) -> None:
+    """
+    Let the caller choose.
+    """
+    parser.add_argument(
+        "--offline",
+        action="store_true",
+        help="work on the cache directory itself and ask no daemon; those that run on it see what is changed",
+    )
+
+
+def holdings_of(call: Call) -> Holdings:
+    """
+    Give what the caller means.
+
+    @raise CommandError: if it is not there.
+    """
+    if not call.options.offline:
+        return Running(call.daemon())
+    from ecrproxy.cache.inventory import Inventory  # noqa: PLC0415 (it brings Twisted)
+    from ecrproxy.cache.store import Store  # noqa: PLC0415
+
+    root = Path(call.settings["cache_dir"])
+    for name in ("entries", "content"):  # who may not read it would take it for empty
+        try:
+            next((root / name).iterdir(), None)
+        except OSError as problem:
+            raise CommandError(f"{root}: not a cache directory that can be read: {problem.strerror}") from problem
+    return Idle(Inventory(Store(root, call.world.now)), call.world.sleep)
+
+
+class Running:
+    """
+    What a daemon's cache holds.
+    """
+
+    def __init__(self, daemon: Daemon) -> None:
+        self._daemon = daemon
+
+    def entries(self) -> Iterator[Any]:
+        """
+        Yield the documents of its entries.
+        """
+        return self._daemon.listen("GET", "/api/entries")
+
+    def content(self) -> Iterator[Any]:
+        """
+        Yield the documents of its content.
+        """
+        return self._daemon.listen("GET", "/api/content")
+
+    def remove(self, entries: Sequence[str], content: Sequence[str], unused_since: float | None) -> Iterator[Any]:
+        """
+        Remove what is named.
+        """
+        for kind, names in (("entries", entries), ("content", content)):
+            for some in _batches(names):
+                yield self._daemon.ask("POST", "/api/remove", {kind: some, "unused_since": unused_since})
+
+    def verify(self, digests: Sequence[str], rate: float | None, *, keep: bool) -> Iterator[Any]:
+        """
+        Hold content against its digests.
+        """
+        for some in _batches(digests):
+            yield from self._daemon.listen("POST", "/api/verify", {"digests": some, "rate": rate, "keep": keep})
+
+
+class Idle:
+    """
+    What a cache directory holds.
+    """
+
+    def __init__(self, inventory: Inventory, sleep: Callable[[float], object]) -> None:
+        self._inventory, self._sleep = inventory, sleep
+
+    def entries(self) -> Iterator[Any]:
+        """
+        Yield the documents of its entries.
+        """
+        return self._inventory.entries()
+
+    def content(self) -> Iterator[Any]:
+        """
+        Yield the documents of its content.
+        """
+        return self._inventory.content()
+
+    def remove(self, entries: Sequence[str], content: Sequence[str], unused_since: float | None) -> Iterator[Any]:
+        """
+        Remove what is named.
+        """
+        for some in _batches(entries):
+            yield dataclasses.asdict(self._inventory.remove(some, [], unused_since))
+        for some in _batches(content):
+            yield dataclasses.asdict(self._inventory.remove([], _parsed(some), unused_since))
+
+    def verify(self, digests: Sequence[str], rate: float | None, *, keep: bool) -> Iterator[Any]:
+        """
+        Hold content against its digests.
+        """
+        for digest in _parsed(digests):
+            for told in self._inventory.verify(digest, keep=keep):
+                yield told
+                if rate and "hashed" in told:
+                    self._sleep(told["hashed"] / rate)
+
+
+def _batches(names: Iterable[str]) -> Iterator[list[str]]:
+    left = iter(names)
+    while some := list(itertools.islice(left, _TOGETHER)):
+        yield some
+
+
+def _parsed(digests: Iterable[str]) -> Iterator[Any]:
+    from ecrproxy.oci import Digest  # noqa: PLC0415
+
+    return map(Digest.parse, digests)

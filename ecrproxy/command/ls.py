@@ -1,0 +1,106 @@
+"""
+C{ecr-proxy ls}: what the cache holds.
+"""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Any, Final
+
+from ecrproxy.command.holdings import SETTINGS, add_offline, holdings_of
+from ecrproxy.command.subcommand import FINE, WRONG, Call, Subcommand
+from ecrproxy.command.survey import Held, Image, Survey
+from ecrproxy.command.terminal import age_in_words, size_in_words, table
+
+_SHORT: Final = len("sha256:") + 12
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """
+    Say what it can be called with.
+    """
+    parser.add_argument(
+        "repositories", metavar="REPOSITORY", nargs="*", help="only this one; a pattern may have * and ?"
+    )
+    parser.add_argument("--digests", action="store_true", help="show the digests of the manifests")
+    parser.add_argument(
+        "--json", action="store_true", help="write JSON: times in seconds since the epoch, sizes in bytes"
+    )
+    add_offline(parser)
+
+
+def run(call: Call) -> int:
+    """
+    List them.
+    """
+    options, holdings = call.options, holdings_of(call)
+    survey = Survey.of(holdings.entries(), holdings.content())
+    repositories = {
+        name: entries
+        for name, entries in survey.by_repository().items()
+        if not options.repositories or any(fnmatchcase(name, each) for each in options.repositories)
+    }
+    if options.repositories and not repositories:
+        call.terminal.say(f"ecr-proxy: the cache has nothing of {' '.join(options.repositories)}")
+    told = [_told(survey, name, entries) for name, entries in repositories.items()]
+    total = survey.size(_all(survey, [each for entries in repositories.values() for each in entries]))
+    if options.json:
+        call.terminal.tell({"repositories": told, "bytes": total})
+    else:
+        images = [image for entries in repositories.values() for image in survey.images(entries)]
+        _print(call, images, len(repositories), total)
+    return FINE if repositories or not options.repositories else WRONG
+
+
+def _all(survey: Survey, entries: Sequence[Held]) -> set[str]:
+    return survey.reached(digest for each in entries for digest in each.digests)
+
+
+def _told(survey: Survey, name: str, entries: Sequence[Held]) -> dict[str, Any]:
+    return {
+        "repository": name,
+        "bytes": survey.size(_all(survey, entries)),
+        "used": max(each.used for each in entries),
+        "images": [
+            {"tag": image.tag, "digests": list(image.digests), "bytes": image.bytes, "used": image.used}
+            for image in survey.images(entries)
+        ],
+    }
+
+
+def _print(call: Call, images: Sequence[Image], repositories: int, total: int) -> None:
+    now = call.world.now()
+    rows = [["REPOSITORY", "TAG", "SIZE", "LAST USE"]]
+    for image in images:
+        tag = image.tag if image.tag is not None else f"@{image.digests[0][:_SHORT]}"
+        rows.append([image.repository, tag, size_in_words(image.bytes), age_in_words(now - image.used)])
+    if call.options.digests:
+        for row, digests in zip(rows, ["DIGEST", *(" ".join(image.digests) for image in images)], strict=True):
+            row.insert(2, digests)
+    for line in table(rows, right=[len(rows[0]) - 2]):
+        call.terminal.print(line)
+    call.terminal.print(
+        f"{len(images)} images of {repositories} repositories, {size_in_words(total)}; what several share counts once"
+    )
+
+
+LS: Final = Subcommand(
+    name="ls",
+    summary="list what the cache holds",
+    description=(
+        "Lists repositories and their tags, how much of each is in the cache, and when it was last used. A manifest\n"
+        "that no tag leads to is named by its digest. What several images share is in the size of each, and once in\n"
+        "the total."
+    ),
+    examples=(
+        ("ecr-proxy ls", "all of it"),
+        ("ecr-proxy ls 'team/*' --digests", "the repositories of a team, with digests"),
+        ("ecr-proxy ls --json | jq '.repositories[] | {repository, bytes}'", "for a program"),
+        ("ecr-proxy ls --offline --cache-dir /var/cache/ecr-proxy", "while no daemon runs"),
+    ),
+    settings=SETTINGS,
+    add_arguments=add_arguments,
+    run=run,
+)

@@ -1,0 +1,149 @@
+"""
+C{ecr-proxy purge}: have the cache forget something.
+"""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from collections import Counter, defaultdict
+from typing import Final
+
+from ecrproxy.command.choosing import Chosen, Target, chosen, parse_age
+from ecrproxy.command.holdings import SETTINGS, Holdings, add_offline, holdings_of
+from ecrproxy.command.subcommand import FINE, MISUSED, WRONG, Call, CommandError, Subcommand
+from ecrproxy.command.survey import Survey
+from ecrproxy.command.terminal import Progress, size_in_words, table
+
+_MOST_TAGS: Final = 5
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """
+    Say what it can be called with.
+    """
+    add = parser.add_argument
+    add(
+        "targets",
+        metavar="TARGET",
+        nargs="*",
+        help="REPOSITORY, REPOSITORY:TAG, REPOSITORY@DIGEST or DIGEST; repository and tag may have * and ?",
+    )
+    add("--older-than", metavar="AGE", help="only what was not used for so long: 30d, 12h, 2w")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--yes", action="store_true", help="do it, without a question")
+    how.add_argument("--dry-run", action="store_true", help="show what would go, and ask nothing")
+    add("--json", action="store_true", help="write JSON, and ask nothing")
+    add_offline(parser)
+
+
+def run(call: Call) -> int:
+    """
+    Show what would go, and remove it if that is wanted.
+    """
+    options = call.options
+    targets, before = _understood(call)
+    holdings = holdings_of(call)
+    survey = Survey.of(holdings.entries(), holdings.content())
+    going = chosen(survey, targets, before)
+    size = sum(each.bytes for each in going.entries) + survey.size(going.content)
+    if not (going.entries or going.content):
+        call.terminal.say("ecr-proxy: the cache has nothing of it")
+    wanted = bool(options.yes and (going.entries or going.content))
+    if not options.json:
+        _show(call, going, size)
+        if (going.entries or going.content) and not options.yes and not options.dry_run:
+            wanted = call.terminal.asks("Remove it?") is True
+            if not wanted:
+                call.terminal.say("ecr-proxy: nothing was removed; --yes removes it")
+    outcome = _remove(call, holdings, going, size, before) if wanted else Counter()
+    if options.json:
+        _tell(call, survey, going, size, outcome if wanted else None)
+    elif wanted:
+        _sum_up(call, outcome)
+    missed = bool(options.targets) and before is None and not (going.entries or going.content)
+    return WRONG if outcome["stuck"] or missed else FINE
+
+
+def _understood(call: Call) -> tuple[list[Target], float | None]:
+    options = call.options
+    if not options.targets and options.older_than is None:
+        raise CommandError("say what to purge: see ecr-proxy purge --help; '*' is everything", MISUSED)
+    try:
+        targets = [Target.parse(each) for each in options.targets]
+        age = parse_age(options.older_than) if options.older_than is not None else None
+    except ValueError as problem:
+        raise CommandError(str(problem), MISUSED) from None
+    return targets, None if age is None else call.world.now() - age
+
+
+def _remove(call: Call, holdings: Holdings, going: Chosen, size: int, before: float | None) -> Counter[str]:
+    outcome: Counter[str] = Counter()
+    names = [each.name for each in going.entries]
+    with Progress(call.terminal, "Removing", size, call.world.seconds) as progress:
+        for told in holdings.remove(names, going.content, before):
+            outcome.update(told)
+            progress.advance(told["bytes"])
+    return outcome
+
+
+def _show(call: Call, going: Chosen, size: int) -> None:
+    tags: defaultdict[str, set[str]] = defaultdict(set)
+    counts = Counter(each.repository for each in going.entries)
+    for each in going.entries:
+        if each.tag is not None:
+            tags[each.repository].add(each.tag)
+    rows = [["REPOSITORY", "ENTRIES", "TAGS"]]
+    for repository, count in sorted(counts.items()):
+        some = sorted(tags[repository])
+        more = [f"and {len(some) - _MOST_TAGS} more"] if len(some) > _MOST_TAGS else []
+        rows.append([repository, str(count), " ".join(some[:_MOST_TAGS] + more)])
+    if len(rows) > 1:
+        for line in table(rows, right=[1]):
+            call.terminal.print(line)
+    if going.entries or going.content:
+        files = f"{len(going.entries)} entries and {len(going.content)} files of content"
+        call.terminal.print(f"{files}, {size_in_words(size)}")
+
+
+def _sum_up(call: Call, outcome: Counter[str]) -> None:
+    call.terminal.print(f"removed {outcome['files']} files, {size_in_words(outcome['bytes'])}")
+    if outcome["used"]:
+        call.terminal.print(f"{outcome['used']} were used meanwhile, and stay")
+    if outcome["stuck"]:
+        call.terminal.say(f"ecr-proxy: {outcome['stuck']} can't be removed; the daemon's log says why")
+
+
+def _tell(call: Call, survey: Survey, going: Chosen, size: int, outcome: Counter[str] | None) -> None:
+    document = {
+        "entries": [
+            {"repository": each.repository, "reference": each.tag or each.digests[0], "digests": list(each.digests)}
+            for each in going.entries
+            if each.digests
+        ],
+        "content": [{"digest": each, "bytes": survey.content[each].bytes} for each in going.content],
+        "bytes": size,
+        "removed": None if outcome is None else {name: outcome[name] for name in ("files", "bytes", "used", "stuck")},
+    }
+    call.terminal.tell(document)
+
+
+PURGE: Final = Subcommand(
+    name="purge",
+    summary="have the cache forget something",
+    description=(
+        "Shows what would go, with its bytes, and removes it after a yes, or with --yes. With a tag goes what only it\n"
+        "leads to, with a repository all that is known of it; content goes when nothing leads to it any more. Who is\n"
+        "being sent something gets all of it. What is pulled next is asked of ECR afresh.\n"
+        "With --older-than each file is judged by its own last use, as when the cache makes room."
+    ),
+    examples=(
+        ("ecr-proxy purge team/app:v1", "show what would go with a tag; at a terminal, ask"),
+        ("ecr-proxy purge --yes team/app 'team/test-*'", "remove repositories"),
+        ("ecr-proxy purge --yes 'team/app:pr-*'", "remove all tags of a kind"),
+        ("ecr-proxy purge --older-than 30d --dry-run", "show what nobody has used for a month"),
+        ("ecr-proxy purge --yes '*'", "empty the cache"),
+    ),
+    settings=SETTINGS,
+    add_arguments=add_arguments,
+    run=run,
+)

@@ -1,0 +1,142 @@
+"""
+C{ecr-proxy stats}: how the daemon stands.
+"""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+from ecrproxy.command.subcommand import ASKS, FINE, MISUSED, WRONG, Call, CommandError, Subcommand
+from ecrproxy.command.terminal import age_in_words, size_in_words, table
+from ecrproxy.ranking import SAVING
+from ecrproxy.settings.values import parse_patience
+
+_ANEW: Final = "\x1b[H\x1b[2J"
+"""Has a terminal begin a page."""
+_HASH: Final = 19
+"""So much of a digest tells it from others."""
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """
+    Say what it can be called with.
+    """
+    parser.add_argument("--json", action="store_true", help="write what /status.json says")
+    parser.add_argument(
+        "--watch", metavar="SECONDS", nargs="?", const="2", help="again and again, each 2 seconds or so many"
+    )
+
+
+def run(call: Call) -> int:
+    """
+    Tell it.
+    """
+    options, daemon = call.options, call.daemon()
+    try:
+        pause = parse_patience(options.watch) if options.watch is not None else None
+    except ValueError as problem:
+        raise CommandError(f"--watch={options.watch!r}: {problem}", MISUSED) from None
+    while True:
+        status = daemon.ask("GET", "/status.json")
+        if options.json:
+            call.terminal.tell(status, in_one_line=pause is not None)
+        else:
+            _print(call, status, anew=pause is not None)
+        if pause is None:
+            return WRONG if status["reasons"] else FINE
+        call.terminal.stdout.flush()
+        call.world.sleep(pause)
+
+
+def _print(call: Call, status: Mapping[str, Any], *, anew: bool) -> None:
+    if anew:
+        call.terminal.stdout.write(_ANEW if call.terminal.stdout.isatty() else "\n")
+    for line in [*_lines(status), *_transfers(status), *_repositories(status)]:
+        call.terminal.print(line)
+
+
+def _lines(status: Mapping[str, Any]) -> list[str]:
+    cache, token, upstream, now = status["cache"], status["token"], status["upstream"], status["now"]
+    share = 100 * cache["bytes"] // cache["limit"]
+    fill = f"{size_in_words(cache['bytes'])} of {size_in_words(cache['limit'])} ({share} %)"
+    rows = [
+        ("registry", f"{status['registry']}, ecr-proxy {status['version']}, up for {_time(status['uptime'])}"),
+        ("ready", "no: " + "; ".join(status["reasons"]) if status["reasons"] else "yes"),
+        ("cache", f"{fill}, {cache['files']} files, {cache['evicted']} evicted"),
+        ("hits", _hits(status["answers"])),
+        ("now", f"{_rate(now, 'sent')} to clients, {_rate(now, 'received')} from upstream"),
+        ("token", _token(token, status["when"])),
+        ("upstream", _upstream(upstream)),
+    ]
+    return table(rows)
+
+
+def _time(seconds: float) -> str:
+    return age_in_words(seconds).removesuffix(" ago")
+
+
+def _hits(answers: Mapping[str, Any]) -> str:
+    total = sum(each["count"] for each in answers.values())
+    saved = [each for word, each in answers.items() if word in SAVING]
+    count, size = sum(each["count"] for each in saved), sum(each["bytes"] for each in saved)
+    share = f"{100 * count // total} % of {total} answers" if total else "no answers yet"
+    return f"{share}, {size_in_words(size)} saved"
+
+
+def _rate(now: Mapping[str, Any], what: str) -> str:
+    return f"{size_in_words(now[what] / now['seconds'] if now['seconds'] else 0)}/s"
+
+
+def _token(token: Mapping[str, Any], when: float) -> str:
+    if token["problem"]:
+        return f"none: {token['problem']}"
+    if token["expires"] is None:
+        return "none yet"
+    return f"expires in {_time(token['expires'] - when)}, {token['failures']} refreshes failed"
+
+
+def _upstream(upstream: Mapping[str, Any]) -> str:
+    since = upstream["answered_seconds"]
+    answered = "has not answered yet" if since is None else f"answered {age_in_words(since)}"
+    waiting = sum(upstream["waiting"].values())
+    return f"circuit {upstream['circuit']}, {answered}, {upstream['retries']} retries, {waiting} questions waiting"
+
+
+def _transfers(status: Mapping[str, Any]) -> Iterator[str]:
+    if status["transfers"]:
+        yield ""
+        rows = [["TRANSFER", "BLOB", "RECEIVED", "OF", "CLIENTS"]]
+        for each in status["transfers"]:
+            size = size_in_words(each["size"]) if each["size"] is not None else "?"
+            received = size_in_words(each["received"])
+            rows.append([each["repository"], each["digest"][:_HASH], received, size, str(each["followers"])])
+        yield from table(rows, right=[2, 3, 4])
+
+
+def _repositories(status: Mapping[str, Any]) -> Iterator[str]:
+    if status["repositories"]:
+        yield ""
+        rows = [
+            [each["repository"], size_in_words(each["bytes"]), str(each["answers"])] for each in status["repositories"]
+        ]
+        yield from table([["REPOSITORY", "SAVED", "ANSWERS"], *rows], right=[1, 2])
+
+
+STATS: Final = Subcommand(
+    name="stats",
+    summary="tell how the daemon stands",
+    description=(
+        "Tells how full the cache is, how often and how much it saved, what is being transferred, and how token and\n"
+        "upstream are. Status 1 says that the daemon is not ready."
+    ),
+    examples=(
+        ("ecr-proxy stats", "once"),
+        ("ecr-proxy stats --watch", "until interrupted, each two seconds"),
+        ("ecr-proxy stats --json | jq .cache.bytes", "for a program"),
+    ),
+    settings=ASKS,
+    add_arguments=add_arguments,
+    run=run,
+)

@@ -1,0 +1,146 @@
+"""
+A cache as people think of it: repositories, images with and without a tag, what leads to what. Pure.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from ecrproxy.oci import Kind
+
+
+class Held(NamedTuple):
+    """
+    An entry: that a repository's reference led to something.
+
+    @ivar name: of its file.
+    @ivar tag: the reference, if it is none by digest.
+    @ivar digests: what it leads to.
+    @ivar used: its last use, in seconds since the epoch.
+    """
+
+    name: str
+    manifest: bool
+    repository: str
+    tag: str | None
+    digests: tuple[str, ...]
+    bytes: int
+    used: float
+
+
+class File(NamedTuple):
+    """
+    A file of content.
+    """
+
+    bytes: int
+    used: float
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """
+    What a person calls an image: a tag, or a manifest that no tag and no index leads to.
+
+    @ivar digests: of its manifests: several, where clients were given it in several forms.
+    @ivar bytes: in the cache, of all that it leads to.
+    """
+
+    repository: str
+    tag: str | None
+    digests: Sequence[str]
+    bytes: int
+    used: float
+
+
+@dataclass(slots=True)
+class Survey:
+    """
+    What a cache held when it was looked at.
+
+    @ivar lists: what each manifest lists.
+    """
+
+    entries: list[Held] = field(default_factory=list)
+    content: dict[str, File] = field(default_factory=dict)
+    lists: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, entries: Iterable[Any], content: Iterable[Any]) -> Survey:
+        """
+        Read what was told.
+        """
+        survey = cls()
+        for told in content:
+            survey.content[sys.intern(told["digest"])] = File(told["bytes"], told["used"])
+        for told in entries:
+            survey._take(told)
+        return survey
+
+    def _take(self, told: Mapping[str, Any]) -> None:
+        for answer in told["answers"]:
+            if answer.get("lists"):
+                self.lists[sys.intern(answer["digest"])] = tuple(map(sys.intern, answer["lists"]))
+        digests = tuple(sys.intern(answer["digest"]) for answer in told["answers"])
+        tag = None if ":" in told["reference"] else told["reference"]
+        repository = sys.intern(told["repository"])
+        manifest = told["kind"] == Kind.MANIFEST.value
+        self.entries.append(Held(told["name"], manifest, repository, tag, digests, told["bytes"], told["used"]))
+
+    def reached(self, roots: Iterable[str]) -> set[str]:
+        """
+        Follow C{roots} to all that they lead to, themselves among it.
+        """
+        reached: set[str] = set()
+        waiting = list(roots)
+        while waiting:
+            digest = waiting.pop()
+            if digest not in reached:
+                reached.add(digest)
+                waiting += self.lists.get(digest, ())
+        return reached
+
+    def size(self, digests: Iterable[str]) -> int:
+        """
+        Add up what is in the cache of C{digests}, each once.
+        """
+        return sum(self.content[each].bytes for each in set(digests) if each in self.content)
+
+    def by_repository(self) -> dict[str, list[Held]]:
+        """
+        Give the entries of each repository, in the order of their names.
+        """
+        found: defaultdict[str, list[Held]] = defaultdict(list)
+        for each in self.entries:
+            found[each.repository].append(each)
+        return dict(sorted(found.items()))
+
+    def images(self, entries: Iterable[Held]) -> list[Image]:
+        """
+        Tell the images among one repository's entries, those with a tag first.
+        """
+        tags: defaultdict[str, list[Held]] = defaultdict(list)
+        single: defaultdict[str, list[Held]] = defaultdict(list)
+        for each in entries:
+            if each.tag is not None:
+                tags[each.tag].append(each)
+            elif each.manifest:
+                for digest in each.digests:
+                    single[digest].append(each)
+        led_to = self.reached(digest for several in tags.values() for each in several for digest in each.digests)
+        for digest in single:
+            led_to |= self.reached(self.lists.get(digest, ()))
+        left = {
+            digest: several for digest, several in single.items() if digest not in led_to and digest in self.content
+        }
+        found = [self._image(tag, tags[tag]) for tag in sorted(tags)]
+        return found + [self._image(None, left[digest]) for digest in sorted(left)]
+
+    def _image(self, tag: str | None, entries: Sequence[Held]) -> Image:
+        digests = sorted({digest for each in entries for digest in each.digests})
+        used = max(each.used for each in entries)
+        return Image(entries[0].repository, tag, digests, self.size(self.reached(digests)), used)
