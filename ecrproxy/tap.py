@@ -67,6 +67,7 @@ from ecrproxy.settings.complaints import die, say
 from ecrproxy.settings.config import ADMIN_LISTEN, Config, ConfigError
 from ecrproxy.settings.options import Options
 from ecrproxy.settings.predecessors import notices
+from ecrproxy.settings.values import is_other_registry
 from ecrproxy.threads import InThread, Threads, call_unowned
 from ecrproxy.transfer.inflow import Lanes
 
@@ -164,7 +165,7 @@ def build(
     )
     supervised = Supervised(supervisor, partial(_summary, reasons, store, janitor), reactor)
     judging = Threads(1, reactor)
-    shape = (Namespaces(config.namespace_pattern, judging.call), config.cache_key, disk.call)
+    shape = (_namespaces(config, judging), config.cache_key, disk.call)
     admission = _admission(config, reactor, service)
     registry = Registry(pull_through, *shape, admission)
     site = make_site(registry, ready, reactor, crowd=crowd, served=figures.served, connections=connections)
@@ -215,6 +216,11 @@ def _pull_through(config: Config, upstream: Upstream, cache: Cache, disk: Thread
     return PullThrough(
         upstream, cache, disk.call, time.time, tag_ttl=config.tag_ttl, lanes=lanes, read_ahead=config.read_ahead
     )
+
+
+def _namespaces(config: Config, judging: Threads) -> Namespaces:
+    is_other = partial(is_other_registry, endpoint=config.ecr_endpoint)
+    return Namespaces(config.namespace_pattern, judging.call, is_other)
 
 
 def _share_work(
@@ -338,7 +344,7 @@ def build_worker(config: Config, post: Post, reactor: Any) -> MultiService:  # n
     first = Agent.usingEndpointFactory(reactor, FirstProcess(reactor, post.path), connection_pool(reactor))
     relay = Relay(first)
     judging = Threads(1, reactor)
-    shape = (Namespaces(config.namespace_pattern, judging.call), config.cache_key, disk.call)
+    shape = (_namespaces(config, judging), config.cache_key, disk.call)
     admission = _admission(config, reactor, service)
     registry = WorkerRegistry(cache, config.tag_ttl, relay, *shape, admission)
     served, connections = Served(), Connections()

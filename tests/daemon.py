@@ -449,6 +449,7 @@ class Daemon:
         *,
         limit: int = 2**30,
         pattern: str = ".*",
+        is_other: Callable[[str], bool] = lambda _: False,
         cache_key: str = "$uri",
         tag_ttl: float = 0,
         in_thread: InThread = at_once,
@@ -489,7 +490,7 @@ class Daemon:
             lanes=self.lanes,
             read_ahead=read_ahead,
         )
-        namespaces = Namespaces(parse_pattern(pattern), at_once)
+        namespaces = Namespaces(parse_pattern(pattern), at_once, is_other)
         registry = Registry(self.pull_through, namespaces, CacheKey.parse(cache_key), in_thread, admission)
         ready, self.crowd = Ready(self.reasons), Crowd(limits or Limits())
         self.site = make_site(registry, ready, clock, crowd=self.crowd, served=self.figures.served)

@@ -42,6 +42,15 @@ class NamespacesTests(SynchronousTestCase):
     def make(self, pattern: str) -> Namespaces:
         return Namespaces(parse_pattern(pattern), self.threads, seconds=0.01)
 
+    def test_another_registrys_repositories_are_none_of_ours(self) -> None:
+        """
+        Whatever they are called: the same name may hold something else there.
+        """
+        judge = Namespaces(parse_pattern(".*"), self.threads, "other".__eq__)
+        judge.admit_registry("ours")
+        problem = self.assertRaises(RegistryError, judge.admit_registry, "other")
+        self.assertEqual((404, "NAME_UNKNOWN", "namespace"), (problem.status, problem.code, problem.reason))
+
     def status(self, judge: Namespaces, name: str) -> int:
         """
         Say how a name fares: 200, or the status of its refusal.

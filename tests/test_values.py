@@ -9,6 +9,7 @@ from collections.abc import Callable
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.settings.values import (
+    is_other_registry,
     parse_endpoint,
     parse_flag,
     parse_networks,
@@ -245,6 +246,23 @@ class ParserTests(SynchronousTestCase):
             "https://localhost": None,
         }
         self.assertEqual(expected, {endpoint: region_of(endpoint) for endpoint in expected})
+
+    def test_another_registry_is_told_by_account_and_region(self) -> None:
+        """
+        The names of one registry are one; names that are not ECR's may stand for any.
+        """
+        ours = "https://123456789012.dkr.ecr.eu-west-1.amazonaws.com"
+        expected = {
+            "123456789012.dkr.ecr.eu-west-1.amazonaws.com": False,
+            "123456789012.dkr-ecr.eu-west-1.on.aws": False,
+            "123456789012.dkr.ecr.eu-west-2.amazonaws.com": True,
+            "210987654321.dkr.ecr.eu-west-1.amazonaws.com": True,
+            "public.ecr.aws": True,
+            "registry.example:5000": False,
+            "": False,
+        }
+        self.assertEqual(expected, {name: is_other_registry(name, ours) for name in expected})
+        self.assertFalse(is_other_registry("123456789012.dkr.ecr.eu-west-2.amazonaws.com", "http://127.0.0.1:5000"))
 
     def test_regions_of_all_partitions_are_taken(self) -> None:
         """

@@ -1146,6 +1146,17 @@ class QueryTests(DaemonTestCase):
             self.assertEqual("HIT", self.get(f"{path}?ns=other&X-Amz-Signature=1").cache)
         self.assertEqual([""], sorted({asked.query for asked in self.standin.requests("registry")}))
 
+    def test_of_another_registry_is_refused(self) -> None:
+        """
+        A client that takes the proxy for the mirror of another registry is not given this one's images.
+        """
+        image = self.standin.push_image("team/app", "latest")
+        self.start(is_other="docker.io".__eq__)
+        for kind, digest in (("manifests", image.digest), ("blobs", image.config), ("manifests", "latest")):
+            reply = self.get(f"/v2/team/app/{kind}/{digest}?a=b&ns=docker%2Eio")
+            self.assertEqual((404, "namespace"), (reply.code, reply.header("X-Cache-Reason")))
+        self.assertEqual([], self.standin.requests("registry"))
+
     def test_of_strange_characters_is_refused(self) -> None:
         """
         Characters that belong in no URL are refused at the door.

@@ -8,6 +8,7 @@ remembered: what was pulled once costs a look into a dictionary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 import regex
@@ -34,13 +35,30 @@ class Namespaces:
     The repositories whose whole name C{pattern} matches.
 
     @param in_thread: calls the matching; not a disk's thread, which a bad pattern would keep from its work.
+    @param is_other: tells whether a name is that of another registry than the one behind.
     """
 
-    def __init__(self, pattern: regex.Pattern[str], in_thread: InThread, seconds: float = MATCH_SECONDS) -> None:
-        self._pattern, self._in_thread, self._seconds = pattern, in_thread, seconds
+    def __init__(
+        self,
+        pattern: regex.Pattern[str],
+        in_thread: InThread,
+        is_other: Callable[[str], bool] = lambda _: False,
+        seconds: float = MATCH_SECONDS,
+    ) -> None:
+        self._pattern, self._in_thread, self._is_other, self._seconds = pattern, in_thread, is_other, seconds
         self._verdicts: dict[str, bool] = {}
         self._flights: Flights[bool] = Flights()
         self._turn = DeferredLock()
+
+    def admit_registry(self, name: str) -> None:
+        """
+        Let the name of the registry pass that a client takes this proxy for a mirror of: containerd's C{ns}.
+
+        @raise RegistryError: if it is another one's. Its repositories may be called the same, and hold something else.
+        """
+        if self._is_other(name):
+            said = f"this proxy is no mirror of {name}"
+            raise RegistryError(404, "NAME_UNKNOWN", said, reason=Reason.NAMESPACE)
 
     async def admit(self, repository: str) -> None:
         """

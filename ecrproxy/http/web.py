@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final, cast
+from urllib.parse import unquote
 
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.error import ConnectionDone
@@ -260,6 +261,8 @@ class Door(Answering):
             send_small(request, OK, "application/json", b"{}\n")
             return
         route = parse_route(target)
+        if "ns=" in route.query:
+            self._namespaces.admit_registry(unquote(query_values(route.query).get("ns", "")))
         await self._namespaces.admit(route.repository)
         if route.kind is Kind.BLOB and request.method == b"GET":
             await self._transfer(request, route)

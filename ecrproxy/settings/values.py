@@ -17,7 +17,7 @@ _SIZE = re.compile(r"([0-9]{1,18})\s*(?:([kmgt])(?:i?b)?|b)?", re.IGNORECASE | r
 _HOST = re.compile(r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?(?:\.[a-z0-9](?:[a-z0-9-]*[a-z0-9])?)*", re.IGNORECASE)
 _REGION = re.compile(r"[a-z]{2,}(?:-[a-z]+)+-[0-9]+")
 # 123456789012.dkr.ecr.REGION.amazonaws.com, -fips, .cn, .eu, dual-stack dkr-ecr.REGION.on.aws: field notes C11.
-_ECR_HOST = re.compile(r"[0-9]{12}\.dkr[.-]ecr(?:-fips)?\.([a-z0-9-]+)\..+")
+_ECR_HOST = re.compile(r"([0-9]{12})\.dkr[.-]ecr(?:-fips)?\.([a-z0-9-]+)\..+")
 _PORTS = 65535
 _DNS_PORT = 53
 
@@ -68,7 +68,19 @@ def region_of(endpoint: str) -> str | None:
     Read the region from the host name of an ECR endpoint, if it is one.
     """
     found = _ECR_HOST.fullmatch(urlsplit(endpoint).hostname or "")
-    return found[1] if found else None
+    return found[2] if found else None
+
+
+def is_other_registry(name: str, endpoint: str) -> bool:
+    """
+    Tell whether a host name is certainly that of another ECR registry than C{endpoint}'s.
+
+    One registry has several names, and names that are not ECR's may stand for any.
+    """
+    ours = _ECR_HOST.fullmatch(urlsplit(endpoint).hostname or "")
+    theirs = _ECR_HOST.fullmatch(name)
+    different = ours is not None and theirs is not None and ours.groups() != theirs.groups()
+    return different or name == "public.ecr.aws"
 
 
 def parse_flag(text: str) -> bool:

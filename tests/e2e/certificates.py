@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import NameOID
 
 LIFE = dt.timedelta(days=2)
+PROXY = "proxy.example"
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def build(
     subject: str, issuer: str, key: ec.EllipticCurvePublicKey, signer: ec.EllipticCurvePrivateKey
 ) -> x509.Certificate:
     """
-    Make a certificate: of the authority when it signs itself, else of the server.
+    Make a certificate: of the authority when it signs itself, else of the server, on loopback and as recipes call it.
     """
     authority = subject == issuer
     now = dt.datetime.now(dt.UTC)
@@ -60,7 +61,7 @@ def build(
         .add_extension(x509.BasicConstraints(ca=authority, path_length=None), critical=True)
     )
     if not authority:
-        names = x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))])
+        names = x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1")), x509.DNSName(PROXY)])
         builder = builder.add_extension(names, critical=False)
     return builder.sign(signer, SHA256())
 

@@ -15,6 +15,16 @@ from .processes import PATIENCE, Process, environment
 
 PULL = 2 * PATIENCE
 
+# Files are added to /etc for one program alone.
+ADDING = """
+mount -t tmpfs tmpfs /mnt
+mkdir /mnt/upper /mnt/work
+cp -a "$1/." /mnt/upper
+mount -t overlay overlay -o lowerdir=/etc,upperdir=/mnt/upper,workdir=/mnt/work /etc
+shift
+exec "$@"
+"""
+
 
 @dataclass(frozen=True)
 class Done:
@@ -31,24 +41,33 @@ class CommandError(Exception):
     """
 
 
+def adding(etc: Path | None, argv: Sequence[str | Path]) -> list[str | Path]:
+    """
+    Make a command that finds these files in /etc, and all that is there besides.
+    """
+    return ["unshare", "--mount", "sh", "-ec", ADDING, "sh", etc, *argv] if etc else list(argv)
+
+
 @dataclass
 class Client:
     """
     A program with a home of its own.
 
     @ivar seconds: how long a command may take.
+    @ivar etc: what it finds in /etc besides what is there.
     """
 
     home: Path
     extra: dict[str, str] = field(default_factory=dict)
     seconds: float = PULL
+    etc: Path | None = None
 
     def attempt(self, *argv: str | Path) -> Done:
         """
         Run a command and tell how it went.
         """
         done = subprocess.run(
-            [str(each) for each in argv],
+            [str(each) for each in adding(self.etc, argv)],
             env=environment(self.home, self.extra),
             cwd=self.home,
             stdin=subprocess.DEVNULL,
@@ -181,7 +200,7 @@ def write_policy(directory: Path) -> Path:
     return path
 
 
-def start_engine(home: Path) -> tuple[Process, Docker]:
+def start_engine(home: Path, etc: Path | None = None) -> tuple[Process, Docker]:
     """
     Start a Docker Engine that keeps to its own directory and to loopback.
 
@@ -191,13 +210,13 @@ def start_engine(home: Path) -> tuple[Process, Docker]:
     complaints = []
     for driver in ("overlay2", "vfs"):
         try:
-            return start_engine_on(driver, home / driver)
+            return start_engine_on(driver, home / driver, etc)
         except (RuntimeError, TimeoutError) as error:
             complaints.append(str(error))
     raise RuntimeError("\n".join(complaints))
 
 
-def start_engine_on(driver: str, home: Path) -> tuple[Process, Docker]:
+def start_engine_on(driver: str, home: Path, etc: Path | None) -> tuple[Process, Docker]:
     """
     Start a Docker Engine with a storage driver, and wait until it answers.
     """
@@ -208,9 +227,8 @@ def start_engine_on(driver: str, home: Path) -> tuple[Process, Docker]:
         *("dockerd", "--iptables=false", "--ip6tables=false", "--bridge=none"),
         *("--data-root", home / "data", "--exec-root", home / "exec"),
         *("--pidfile", home / "pid", "--host", host, "--storage-driver", driver),
-        *("--insecure-registry", "127.0.0.0/8"),
     ]
-    engine = Process(argv, environment(home), home / "dockerd.log", home)
+    engine = Process(adding(etc, argv), environment(home), home / "dockerd.log", home)
     try:
         engine.wait_until(lambda: docker.attempt("docker", "version").status == 0)
     except BaseException:

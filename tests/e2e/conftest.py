@@ -25,17 +25,8 @@ from .installing import installed_twistd
 from .processes import PATH
 
 PROGRAMS = (
-    "dockerd",
-    "docker",
-    "docker-registry",
-    "skopeo",
-    "podman",
-    "haproxy",
-    "debootstrap",
-    "promtool",
-    "curl",
-    "htpasswd",
-    "mandoc",
+    *("dockerd", "docker", "docker-registry", "skopeo", "podman", "containerd"),
+    *("haproxy", "debootstrap", "promtool", "curl", "htpasswd", "mandoc"),
 )
 
 MakeChain = Callable[..., Chain]

@@ -3,7 +3,7 @@
 # distribution's own archive. Run as root; what is there already is left alone.
 set -eu
 
-packages="docker.io docker-registry skopeo podman haproxy debootstrap prometheus python3-venv curl openssl apache2-utils man-db mandoc"
+packages="docker.io docker-registry skopeo podman haproxy debootstrap prometheus python3-venv containerd curl openssl apache2-utils man-db mandoc"
 
 have() {
     [ "$(dpkg-query --show --showformat='${db:Status-Status}' "$1" 2>/dev/null)" = installed ]

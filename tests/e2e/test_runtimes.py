@@ -1,0 +1,189 @@
+"""
+The files of deploy/containerd, deploy/containers and deploy/docker, read by the programs that they are for.
+
+Images are pulled by the registry's own name, as if the proxy were not there; by Docker, by the proxy's.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from .certificates import PROXY, make_client
+from .chain import Chain, Equipment
+from .clients import Client, Podman, adding, start_engine
+from .conftest import MakeChain
+from .images import Images
+from .installing import CHECKOUT
+from .processes import Process, environment
+
+DEPLOY = CHECKOUT / "deploy"
+REGISTRY = "123456789012.dkr.ecr.eu-west-1.amazonaws.com"
+PLACE = f"{PROXY}:5000"
+# This machine, at an address that Docker does not take for one of loopback: those it trusts without being told.
+HOSTS = f"127.0.0.1 localhost\n0.0.0.0 {PROXY}\n"
+
+
+@pytest.fixture
+def chain(make_chain: MakeChain) -> Chain:
+    """
+    Give a chain whose daemon the recipes are about.
+    """
+    return make_chain()
+
+
+@pytest.fixture
+def etc(chain: Chain, tmp_path: Path) -> Path:
+    """
+    Give what /etc has besides: the recipes as they stand, but for the port; and where the proxy is.
+    """
+    directory = tmp_path / "etc"
+    for recipe, place in (("containerd", "containerd"), ("containers", "containers"), ("docker", "docker")):
+        shutil.copytree(DEPLOY / recipe, directory / place)
+    for each in directory.rglob("*"):
+        if each.is_file():
+            each.write_text(each.read_text().replace(PLACE, f"{PROXY}:{chain.daemon.port}"))
+    (directory / "hosts").write_text(HOSTS)
+    return directory
+
+
+class Containerd(Client):
+    """
+    containerd, by its own client and as the kubelet speaks to it.
+    """
+
+    @property
+    def socket(self) -> Path:
+        """
+        Where it listens.
+        """
+        return self.home / "containerd.sock"
+
+    def pull(self, reference: str) -> None:
+        """
+        Pull by the client, which reads certs.d itself.
+        """
+        self.ctr("images", "pull", "--hosts-dir", "/etc/containerd/certs.d", reference)
+
+    def ctr(self, *words: str) -> str:
+        """
+        Run the client.
+        """
+        return self.run("ctr", "--address", self.socket, *words)
+
+    def pull_as_kubelet(self, reference: str) -> str:
+        """
+        Ask for an image by CRI, the interface of Kubernetes, and give its id.
+        """
+        asked = told(told(reference.encode()))  # PullImageRequest.image, ImageSpec.image
+        with grpc.insecure_channel(f"unix:{self.socket}") as channel:
+            pull = channel.unary_unary("/runtime.v1.ImageService/PullImage")
+            answer: bytes = pull(asked, timeout=self.seconds, wait_for_ready=True)
+        return answer[2:].decode()  # PullImageResponse.image_ref
+
+
+def told(value: bytes) -> bytes:
+    """
+    Write the first field of a protobuf message, which is a text or another message.
+    """
+    length = bytes([len(value)]) if len(value) < 128 else bytes([len(value) % 128 + 128, len(value) // 128])
+    return b"\x0a" + length + value
+
+
+@pytest.fixture
+def containerd(etc: Path, tmp_path: Path) -> Iterator[Containerd]:
+    """
+    Run a containerd that keeps to its own directory, and reads the recipe for its configuration.
+    """
+    client = Containerd(tmp_path, etc=etc)
+    config = tmp_path / "config.toml"
+    places = f'root = "{tmp_path}/root"\nstate = "{tmp_path}/state"\n[grpc]\naddress = "{client.socket}"\n'
+    inner = f'[ttrpc]\naddress = "{tmp_path}/ttrpc.sock"\n'
+    opt = f'[plugins."io.containerd.internal.v1.opt"]\npath = "{tmp_path}/opt"\n'
+    config.write_text(f'version = 2\nimports = ["/etc/containerd/config.toml"]\n{places}{inner}{opt}')
+    argv = adding(etc, ["containerd", "--config", config])
+    process = Process(argv, environment(tmp_path), tmp_path / "containerd.log", tmp_path)
+    try:
+        process.wait_until(lambda: client.attempt("ctr", "--address", client.socket, "version").status == 0)
+        yield client
+    finally:
+        process.stop()
+
+
+def kinds_asked(chain: Chain) -> list[str]:
+    """
+    Tell what the daemon was asked, without the digests.
+    """
+    asked = re.findall(r"GET (/v2/\S+/(?:manifests|blobs)/)", chain.daemon.process.output.read_text())
+    return sorted(set(asked))
+
+
+def test_containerd_pulls_by_the_registrys_name(chain: Chain, containerd: Containerd, images: Images) -> None:
+    """
+    Its own client takes the proxy for the registry's mirror.
+    """
+    image = images.multi
+    name = f"{REGISTRY}/{image.repository}:{image.tag}"
+    containerd.pull(name)
+    assert image.digest in containerd.ctr("images", "list", f"name=={name}")
+    assert kinds_asked(chain) == [f"/v2/{image.repository}/{kind}/" for kind in ("blobs", "manifests")]
+
+
+def test_kubernetes_nodes_pull_by_the_registrys_name(chain: Chain, containerd: Containerd, images: Images) -> None:
+    """
+    So does containerd when a kubelet asks it, by tag and by digest.
+    """
+    image = images.multi
+    name = f"{REGISTRY}/{image.repository}"
+    assert containerd.pull_as_kubelet(f"{name}:{image.tag}") == image.image_id
+    assert containerd.pull_as_kubelet(f"{name}@{image.digest}") == image.image_id
+    assert kinds_asked(chain) == [f"/v2/{image.repository}/{kind}/" for kind in ("blobs", "manifests")]
+
+
+def test_podman_pulls_by_the_registrys_name(chain: Chain, etc: Path, images: Images) -> None:
+    """
+    It reads the files that CRI-O, buildah and skopeo read.
+    """
+    podman = Podman(chain.home, etc=etc)  # podman's paths may only have fifty characters
+    assert podman.pull(f"{REGISTRY}/{images.single.repository}:{images.single.tag}") == images.single.image_id
+    assert len(kinds_asked(chain)) == 2
+
+
+def test_docker_pulls_by_the_proxys_name(chain: Chain, etc: Path, tmp_path: Path, images: Images) -> None:
+    """
+    Docker has mirrors for Docker Hub alone.
+    """
+    process, docker = start_engine(tmp_path, etc)
+    try:
+        name = f"{PROXY}:{chain.daemon.port}/{images.single.repository}:{images.single.tag}"
+        assert docker.pull(name) == images.single.image_id
+    finally:
+        process.stop()
+
+
+def test_docker_shows_its_certificate(
+    make_chain: MakeChain, equipment: Equipment, tmp_path: Path, images: Images
+) -> None:
+    """
+    Where PROXY_CLIENT_CA is set, Docker pulls with a certificate in its directory for the proxy, and not without.
+    """
+    made = make_client(tmp_path / "made", equipment.certificates, "Clients")
+    chain = make_chain(tls=True, settings={"PROXY_CLIENT_CA": str(made / "clients.pem")})
+    place = f"{PROXY}:{chain.daemon.port}"
+    etc, directory = tmp_path / "etc", Path("docker/certs.d") / place
+    shutil.copytree(made, etc / directory, ignore=shutil.ignore_patterns("clients.pem"))
+    (etc / "hosts").write_text(HOSTS)
+    process, docker = start_engine(tmp_path, etc)
+    try:
+        assert docker.pull(f"{place}/{images.single.repository}:{images.single.tag}") == images.single.image_id
+        for name in ("client.cert", "client.key"):
+            (Path(f"/proc/{process.pid}/root/etc") / directory / name).unlink()
+        complaint = docker.complaint(f"{place}/{images.multi.repository}:{images.multi.tag}")
+        assert "this proxy asks for a client certificate" in complaint
+    finally:
+        process.stop()
