@@ -190,7 +190,7 @@ class PageTests(PageTestCase):
         Ratio, traffic and what was saved, as figures.
         """
         glance = self.section(self.page(FULL), "At a glance").text
-        for words in ("83.3 % of 12 requests", "1.0 MiB/s now", "300 B 75.0 % of all bytes", "2 followed by 3 clients"):
+        for words in ("83.3 % of 12 requests", "1.0 MiB/s now", "300 B 75.0 % of all bytes", "2 for 3 clients"):
             self.assertIn(words, glance)
 
     def test_says_how_the_daemon_is(self) -> None:
@@ -384,7 +384,7 @@ class ServedTests(StatusTestCase):
         page = self.daemon.ask_admin("/").body.decode()
         (bar,) = Reader(page).top.all("progress")
         self.assertEqual({"150000", "300000"}, {bar.attributes["value"], bar.attributes["max"]})
-        self.assertIn("followed by 2 clients", Reader(page).top.text)
+        self.assertIn("for 2 clients", Reader(page).top.text)
 
     def test_a_page_and_its_parts_are_what_they_say(self) -> None:
         """

@@ -4,6 +4,7 @@
 set -eu
 
 packages="docker.io docker-registry skopeo podman haproxy debootstrap prometheus python3-venv containerd curl openssl apache2-utils man-db mandoc"
+packages="$packages chromium chromium-driver fonts-inter"
 
 have() {
     [ "$(dpkg-query --show --showformat='${db:Status-Status}' "$1" 2>/dev/null)" = installed ]

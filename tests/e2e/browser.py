@@ -1,0 +1,151 @@
+"""
+Chromium, driven as a person would: by keyboard, and by what is to be seen and heard.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.action_chains import ActionChains
+
+from .processes import environment
+
+# It asks nobody but whom it is told to; as root it has no sandbox.
+QUIET = (
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--no-first-run",
+    "--hide-scrollbars",
+)
+CONTRAST = """
+const channel = (value) => value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4;
+const parse = (color) => color.match(/[0-9.]+/g).map(Number);
+const light = ([red, green, blue]) =>
+  0.2126 * channel(red / 255) + 0.7152 * channel(green / 255) + 0.0722 * channel(blue / 255);
+const behind = (element) => {
+  for (let each = element; each; each = each.parentElement) {
+    const color = parse(getComputedStyle(each).backgroundColor);
+    if (color.length < 4 || color[3]) return color;
+  }
+  return [255, 255, 255];
+};
+const found = [];
+const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+while (texts.nextNode()) {
+  const element = texts.currentNode.parentElement;
+  if (!texts.currentNode.data.trim() || !element.checkVisibility()) continue;
+  const pair = [light(parse(getComputedStyle(element).color)), light(behind(element))].sort((one, two) => two - one);
+  found.push([(pair[0] + 0.05) / (pair[1] + 0.05), texts.currentNode.data.trim()]);
+}
+return found.sort((one, two) => one[0] - two[0])[0];
+"""
+
+
+class Browser:
+    """
+    One window.
+
+    @param scripts: whether pages may run any.
+    """
+
+    def __init__(self, home: Path, *, scripts: bool = True) -> None:
+        home.mkdir()
+        options = webdriver.ChromeOptions()
+        options.binary_location = "/usr/bin/chromium"
+        for each in (*QUIET, f"--user-data-dir={home / 'profile'}"):
+            options.add_argument(each)
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+        if not scripts:
+            options.add_experimental_option("prefs", {"profile.managed_default_content_settings.javascript": 2})
+        service = Service("/usr/bin/chromedriver", env=environment(home))
+        self.driver: Any = webdriver.Chrome(options=options, service=service)
+        self.size(1200, 1000)
+
+    def close(self) -> None:
+        """
+        End it.
+        """
+        self.driver.quit()
+
+    def tell(self, command: str, **parameters: Any) -> Any:
+        """
+        Give a command of the DevTools protocol.
+        """
+        return self.driver.execute_cdp_cmd(command, parameters)
+
+    def run(self, script: str) -> Any:
+        """
+        Run a script in the page, and give what it returns.
+        """
+        return self.driver.execute_script(script)
+
+    def size(self, width: int, height: int) -> None:
+        """
+        Be as large; narrow is a phone.
+        """
+        shape = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
+        self.tell("Emulation.setDeviceMetricsOverride", **shape)
+
+    def dark(self, *, dark: bool) -> None:
+        """
+        Have the system be dark or light.
+        """
+        feature = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.tell("Emulation.setEmulatedMedia", features=[feature])
+
+    def press(self, key: str) -> None:
+        """
+        Press a key.
+        """
+        ActionChains(self.driver).send_keys(key).perform()
+
+    def texts(self, selector: str) -> list[str]:
+        """
+        Give the texts to be seen in what a selector finds.
+        """
+        script = "return [...document.querySelectorAll(arguments[0])].map((each) => each.innerText)"
+        found: list[str] = self.driver.execute_script(script, selector)
+        return found
+
+    def worst_contrast(self) -> tuple[float, str]:
+        """
+        Find the text that is hardest to tell from what is behind it, and the ratio as WCAG has it.
+        """
+        ratio, text = self.run(CONTRAST)
+        return ratio, text
+
+    def spoken(self) -> list[tuple[str, str]]:
+        """
+        Give role and name of all that a screen reader comes to.
+        """
+        nodes = self.tell("Accessibility.getFullAXTree")["nodes"]
+        return [(each["role"]["value"], each.get("name", {}).get("value", "")) for each in nodes if not each["ignored"]]
+
+    def complaints(self) -> list[str]:
+        """
+        Give what the console says.
+        """
+        return [each["message"] for each in self.driver.get_log("browser")]
+
+    def asked(self) -> set[str]:
+        """
+        Give the addresses that pages asked for since this was called last.
+        """
+        events = [json.loads(each["message"])["message"] for each in self.driver.get_log("performance")]
+        sent = [each["params"] for each in events if each["method"] == "Network.requestWillBeSent"]
+        return {each["request"]["url"] for each in sent if each["documentURL"].startswith("http")}
+
+    def picture(self, path: Path) -> None:
+        """
+        Take one.
+        """
+        path.write_bytes(base64.b64decode(self.tell("Page.captureScreenshot", format="png")["data"]))

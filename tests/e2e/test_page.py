@@ -1,0 +1,231 @@
+"""
+The status page in a real browser.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from selenium.webdriver.common.keys import Keys
+
+from .asking import answers, download
+from .browser import Browser
+from .conftest import MakeChain
+from .images import Images
+from .installing import CHECKOUT
+from .processes import Process, environment, eventually, free_port
+
+RATE = 3 * 2**20
+"""Bytes a second from the bucket: the pull takes long enough to be watched."""
+READABLE = 4.5
+"""The least contrast of text: WCAG 2.2, 1.4.3."""
+PICTURES = "ECRPROXY_PICTURES"
+"""Names the directory that the pictures of the documents are put into, if they are to be made anew."""
+LARGEST_PICTURE = 150_000
+
+Open = Callable[..., Browser]
+
+
+@pytest.fixture
+def browse(tmp_path: Path) -> Iterator[Open]:
+    """
+    Open browsers that end with the test.
+    """
+    opened: list[Browser] = []
+
+    def browse(**options: bool) -> Browser:
+        opened.append(Browser(tmp_path / f"browser-{len(opened)}", **options))
+        return opened[-1]
+
+    yield browse
+    for each in opened:
+        each.close()
+
+
+@pytest.fixture(scope="module")
+def example(home: Path) -> Iterator[str]:
+    """
+    Give the address of a page that has something of everything.
+    """
+    port = free_port()
+    process = Process(
+        [sys.executable, "-m", "tests.e2e.example", str(port)], environment(home), home / "example.log", CHECKOUT
+    )
+    url = f"http://127.0.0.1:{port}/"
+    try:
+        process.wait_until(answers(url))
+        yield url
+    finally:
+        process.stop()
+
+
+def test_figures_move_while_a_pull_runs(make_chain: MakeChain, images: Images, browse: Open) -> None:
+    """
+    How far a blob has come and how many follow it are seen while two clients pull, in a page that is loaded once;
+    it asks nobody but the daemon, and the console has no complaint.
+    """
+    port = free_port()
+    settings = {"PROXY_ADMIN_LISTEN": f"tcp:{port}:interface=127.0.0.1", "PROXY_BLOB_CONNECTIONS": "1"}
+    chain = make_chain(front=("--rate", str(RATE)), settings=settings)
+    browser, origin = browse(), f"http://127.0.0.1:{port}/"
+    browser.driver.get(origin)
+    assert browser.texts("#way ~ p") == ["Nothing is on its way."]
+    browser.run("window.kept = true")
+    blob = f"{chain.daemon.url}/v2/{images.big.repository}/blobs/{images.big.layers[0]}"
+
+    def value() -> int:
+        return int(browser.run("return document.querySelector('progress')?.value ?? 0"))
+
+    with ThreadPoolExecutor() as clients:
+        pulls = [clients.submit(download, blob) for _ in range(2)]
+        eventually(lambda: value() > 0, "the page shows the transfer")
+        eventually(lambda: browser.texts("#way ~ table tbody .number") == ["2"], "both clients are seen to follow")
+        seen = value()
+        size = browser.run("return document.querySelector('progress').max")
+        eventually(lambda: value() > seen, "the bar advances")
+        assert {each.result().size for each in pulls} == {size}
+    eventually(lambda: browser.texts("#way ~ p") == ["Nothing is on its way."], "the end is seen")
+    eventually(lambda: "64 MiB" in browser.texts(".figure")[2], "what came from upstream is seen")
+    eventually(lambda: browser.texts("#saving ~ table tbody th") == [images.big.repository], "who joined saved bytes")
+    assert browser.run("return window.kept")
+    assert browser.complaints() == []
+    assert {re.match(r"\w+://[^/]+/", each)[0] for each in browser.asked()} == {origin}  # type: ignore[index]
+
+
+def test_a_daemon_that_ends_is_seen_to(make_chain: MakeChain, browse: Open) -> None:
+    """
+    Old figures are not taken for new ones; when the daemon is there again, they are new.
+    """
+    port = free_port()
+    chain = make_chain(settings={"PROXY_ADMIN_LISTEN": f"tcp:{port}:interface=127.0.0.1"})
+    browser = browse()
+    browser.driver.get(f"http://127.0.0.1:{port}/")
+    assert browser.texts("#stale") == [""]
+    chain.daemon.process.terminate()
+    eventually(lambda: "does not answer" in browser.texts("#stale")[0], "the page tells")
+    chain.daemon.restart()
+    eventually(lambda: browser.texts("#stale") == [""], "the page is well again")
+
+
+def test_without_scripts_it_shows_all_and_loads_itself_again(example: str, browse: Open) -> None:
+    """
+    Charts, bars and tables are there, and later figures too.
+    """
+    browser = browse(scripts=False)
+    browser.driver.get(example)
+    assert browser.run("return document.getElementById('pause').hidden")
+    assert len(browser.driver.find_elements("css selector", "svg.chart, progress, meter")) == 6
+    (moment,) = browser.texts(".moment time")
+    eventually(lambda: browser.texts(".moment time") not in ([moment], []), "it has loaded itself again")
+
+
+@pytest.mark.parametrize("width", [320, 360, 768, 1200])
+def test_fits_any_width(example: str, browse: Open, width: int) -> None:
+    """
+    From a small phone to a desk, nothing has to be scrolled sideways.
+    """
+    browser = browse()
+    browser.size(width, 800)
+    browser.driver.get(example)
+    browser.run("document.querySelector('details').open = true")
+    assert browser.run("return document.documentElement.scrollWidth") == width
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_can_be_read_in_light_and_dark(example: str, browse: Open, *, dark: bool) -> None:
+    """
+    As the system has it, with enough contrast for every text.
+    """
+    browser = browse()
+    browser.dark(dark=dark)
+    browser.driver.get(example)
+    ground = browser.run("return getComputedStyle(document.body).backgroundColor")
+    assert (sum(map(int, re.findall(r"\d+", ground))) < 3 * 128) == dark
+    browser.run("document.querySelector('details').open = true")
+    ratio, text = browser.worst_contrast()
+    assert ratio >= READABLE, text
+
+
+def test_can_be_used_with_a_keyboard(example: str, browse: Open) -> None:
+    """
+    All that can be used is come to in the order in which it is read, and is seen to be; what is opened stays open.
+    """
+    browser = browse()
+    browser.driver.get(example)
+    seen = []
+    for _ in range(6):
+        browser.press(Keys.TAB)
+        assert browser.run("return getComputedStyle(document.activeElement).outlineStyle") == "solid"
+        assert browser.run("return document.activeElement.getBoundingClientRect().top") >= 0
+        seen.append(browser.run("return document.activeElement.textContent"))
+        if seen[-1] == "The last hour in numbers":
+            browser.press(Keys.ENTER)
+    assert seen == [
+        "Skip to the figures",
+        "Pause",
+        "The last hour in numbers",
+        "status.json",
+        "metrics",
+        "readyz",
+    ]
+    moments = browser.texts(".moment time")
+    eventually(lambda: browser.texts(".moment time") != moments, "the page is up to date again")
+    assert browser.run("return document.querySelector('details').open")
+    assert browser.run("return document.activeElement.textContent") == "readyz"
+
+
+def test_can_be_skipped_to_and_paused(example: str, browse: Open) -> None:
+    """
+    Whoever wants to read in peace may.
+    """
+    browser = browse()
+    browser.driver.get(example)
+    browser.press(Keys.TAB)
+    browser.press(Keys.ENTER)
+    assert browser.run("return document.activeElement.id") == "figures"
+    browser.driver.find_element("id", "pause").click()
+    assert browser.texts("#pause") == ["Go on"]
+    moments = browser.texts(".moment time")
+    browser.driver.find_element("id", "pause").click()
+    eventually(lambda: browser.texts(".moment time") != moments, "it goes on")
+    assert browser.texts("#pause") == ["Pause"]
+
+
+def test_can_be_read_out(example: str, browse: Open) -> None:
+    """
+    As Chromium tells screen readers: landmarks, headings and tables, and a name for whatever has a meaning.
+    """
+    browser = browse()
+    browser.driver.get(example)
+    spoken = browser.spoken()
+    roles = [role for role, _ in spoken]
+    for landmark in ("banner", "main", "contentinfo", "navigation"):
+        assert roles.count(landmark) == 1, landmark
+    assert {"columnheader", "rowheader", "heading", "table", "status"} <= set(roles)
+    named = ("RootWebArea", "region", "heading", "button", "link", "image", "img", "progressbar", "progressIndicator")
+    assert [each for each in spoken if each[0] in (*named, "meter", "columnheader", "rowheader") and not each[1]] == []
+    names = [name for _, name in spoken]
+    assert "Hit ratio in the last hour" in " ".join(names)
+    assert "Cache filled" in names
+    assert sum(name.startswith("team/ml/trainer-cuda sha256:") for role, name in spoken if "progress" in role) == 2
+
+
+def test_pictures_of_it_are_small(example: str, browse: Open, tmp_path: Path) -> None:
+    """
+    The pictures in the documents are of this page, and cost their readers little.
+    """
+    directory = Path(os.environ.get(PICTURES) or tmp_path)
+    browser = browse()
+    for name, width, height in (("light", 1100, 960), ("dark", 1100, 960), ("phone", 360, 1240)):
+        browser.size(width, height)
+        browser.dark(dark=name == "dark")
+        browser.driver.get(example)
+        picture = directory / f"status-{name}.png"
+        browser.picture(picture)
+        assert 10_000 < picture.stat().st_size < LARGEST_PICTURE
