@@ -9,9 +9,8 @@ right before a block says what else is to be known of it::
 
     .. Runs on: answers at http://localhost:5000/readyz
 
-The first one gives the reason why a block can't be run here, the second one the URL that tells that a command which
-stays in the foreground has started. One before a page's first section, C{.. Starts the daemon.}, says that the page
-does so itself.
+The first one gives the reason why a block can't be run here, the second one the URL that tells that the block's
+last command, which starts the daemon and may stay in the foreground, has done so.
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ from typing import Final
 CHECKOUT: Final = Path(__file__).resolve().parents[1]
 NOT_RUN: Final = "Not run:"
 RUNS_ON: Final = "Runs on: answers at"
-STARTS: Final = ".. Starts the daemon."
 _BLOCK: Final = re.compile(r"( *)\.\. (?:code-block|sourcecode|code|highlight)::(?: +(\S+))?$")
 _OPTION: Final = re.compile(r"\s*:[a-z-]+:")
 _REMARK: Final = re.compile(rf" *\.\. ((?:{NOT_RUN}|{RUNS_ON}).*)")

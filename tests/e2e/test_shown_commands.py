@@ -15,6 +15,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -44,7 +45,7 @@ FILES = {
     "your.env": "",
     "ecr-proxy.env": "",
     "images.txt": "# as a reader has it\nteam/app:latest\n",
-    "deploy.yaml": "spec: {containers: [{image: localhost:5000/team/app:latest}]}\n",
+    "deploy.yaml": "spec: {containers: [{image: 123456789012.dkr.ecr.eu-west-1.amazonaws.com/team/app:latest}]}\n",
 }
 """What a reader has beside him."""
 
@@ -63,7 +64,7 @@ set -eu -o pipefail
 set -m  # what runs on has a process group of its own, by which it is ended
 on=
 end() {
-    [ -z "$on" ] || { kill -- "-$on" && wait "$on" || true; on=; }
+    [ -z "$on" ] || { kill -- "-$on" 2> /dev/null && wait "$on" || true; on=; }
 }
 trap end EXIT
 answers() {
@@ -97,6 +98,7 @@ class Stage:
         passed = ("PROXY_PORT", "PROXY_DNS_RESOLVER", "AWS_ENDPOINT_URL", "AWS_EC2_METADATA_DISABLED")
         return {
             "https://123456789012.dkr.ecr.eu-west-1.amazonaws.com": self.chain.front_url,
+            "123456789012.dkr.ecr.eu-west-1.amazonaws.com": urlsplit(self.chain.front_url).netloc,
             "AWS_ACCESS_KEY_ID=...": "AWS_ACCESS_KEY_ID=AKIASTANDIN",
             "AWS_SECRET_ACCESS_KEY=...": "AWS_SECRET_ACCESS_KEY=not-a-secret",
             # The engine here has no bridge: containers share the machine's network.
@@ -167,7 +169,7 @@ class Stage:
         Write a command as the shell here is to have it.
         """
         text = self._here(command.text)
-        if block.answers_at is None:
+        if block.answers_at is None or command != block.commands()[-1]:
             return f"echo; echo '{MARK}{number}'\n{text}\n"
         url = self._here(block.answers_at)
         return f"echo; echo '{MARK}{number}'\nend\n{{ {text}\n}} & on=$!\nanswers {url}\n"

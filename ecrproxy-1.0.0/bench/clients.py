@@ -1,0 +1,166 @@
+"""
+The clients: curl for blobs, wrk for small answers, C{bench.pulling} for images, sockets for connections that idle.
+
+They run on this process's processor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import socket
+import ssl
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from bench.content import MANIFEST_TYPE, REPOSITORY
+from bench.ground import Ground
+from bench.peers import Served
+from bench.processes import LOCAL, ROOT, environment
+from bench.tls import CIPHER
+
+SECONDS = 300
+GB = 1e9
+_UNITS = {"us": 1e-3, "ms": 1.0, "s": 1e3}
+
+
+class ClientError(Exception):
+    """
+    A client did not get what it asked for.
+    """
+
+
+def download(ground: Ground, served: Served, path: str, size: int, streams: int, times: int) -> float:
+    """
+    Fetch C{path} so many times on each of so many connections, and tell the seconds that it took.
+    """
+    argv = ["curl", "--silent", "--show-error", "--fail", "--http1.1", "--write-out", "%{stderr}%{size_download}\n"]
+    if served.secure:
+        argv += ["--cacert", str(ground.certificate.chain), "--tlsv1.3", "--tls13-ciphers", CIPHER]
+    argv += ["--max-time", str(SECONDS), *[served.url + path] * times]
+    began = time.monotonic()
+    processes = [_curl(ground, argv) for _ in range(streams)]
+    try:
+        outputs = [process.communicate(timeout=SECONDS)[1] for process in processes]
+        seconds = time.monotonic() - began
+    finally:
+        _end(processes)
+    for output in outputs:
+        if output.split() != [str(size)] * times:
+            raise ClientError(f"{served.peer}: curl got {output!r}, not {times} times {size} bytes")
+    return seconds
+
+
+def _curl(ground: Ground, argv: Sequence[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        argv,
+        env=environment(ground.directory),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _end(processes: Sequence[subprocess.Popen[str]]) -> None:
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+@dataclass(frozen=True)
+class Rate:
+    """
+    Answers a second, and milliseconds for the median and the slowest hundredth.
+    """
+
+    requests: float
+    median: float
+    slow: float
+
+
+def hammer(ground: Ground, served: Served, path: str, seconds: int, connections: int = 32) -> Rate:
+    """
+    Ask for C{path} on so many connections, as fast as it is answered.
+    """
+    argv = ["wrk", "--latency", "--threads", "1", "--connections", str(connections), "--duration", f"{seconds}s"]
+    argv += ["--timeout", "10s", "--header", f"Accept: {MANIFEST_TYPE}", served.url + path]
+    done = subprocess.run(
+        argv, env=environment(ground.directory), capture_output=True, text=True, check=True, timeout=SECONDS
+    )
+    rate = re.search(r"Requests/sec:\s*([\d.]+)", done.stdout)
+    bad = re.search(r"Non-2xx.*|Socket errors.*", done.stdout)
+    if rate is None or bad is not None:
+        raise ClientError(f"{served.peer}: wrk on {path}: {bad[0] if bad else done.stdout}")
+    return Rate(float(rate[1]), _latency(done.stdout, 50), _latency(done.stdout, 99))
+
+
+def _latency(output: str, percent: int) -> float:
+    found = re.search(rf"{percent}%\s+([\d.]+)(us|ms|s)\b", output)
+    return float(found[1]) * _UNITS[found[2]] if found else float("nan")
+
+
+def pull(ground: Ground, url: str, *, clients: int = 1, token: str | None = None) -> float:
+    """
+    Have clients pull the image all at once, and tell the seconds until the last was done.
+
+    One client hashes, as Docker does; of many, the processor could do nothing but hash: they compare.
+    """
+    argv = [sys.executable, "-m", "bench.pulling", "--url", url, "--shelf", ground.shelf.to_json()]
+    argv += ["--clients", str(clients), *(["--compare"] if clients > 1 else [])]
+    if token is not None:
+        argv += ["--token", token]
+    done = subprocess.run(
+        argv,
+        env=environment(ground.directory),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=SECONDS,
+    )
+    if done.returncode:
+        raise ClientError(f"{url}: {done.stderr[-2000:]}")
+    return float(json.loads(done.stdout)["seconds"])
+
+
+@contextlib.contextmanager
+def idle(ground: Ground, served: Served, count: int) -> Iterator[None]:
+    """
+    Hold so many connections that have asked for something once.
+    """
+    context = ground.certificate.context()
+    request = f"GET {served.health} HTTP/1.1\r\nHost: {LOCAL}\r\n\r\n".encode()
+    with contextlib.ExitStack() as stack:
+        for _ in range(count):
+            stack.enter_context(_connected(served, context, request))
+        yield
+
+
+def _connected(served: Served, context: ssl.SSLContext, request: bytes) -> socket.socket:
+    connection = socket.create_connection((LOCAL, served.port), timeout=30)
+    if served.secure:
+        connection = context.wrap_socket(connection, server_hostname=LOCAL)
+    connection.sendall(request)
+    if not connection.recv(4096).startswith(b"HTTP/1.1 "):
+        raise ClientError(f"{served.peer} does not answer {served.health}")
+    return connection
+
+
+def blob(digest: str) -> str:
+    """
+    Name a blob's path.
+    """
+    return f"/v2/{REPOSITORY}/blobs/{digest}"
+
+
+def manifest(reference: str) -> str:
+    """
+    Name a manifest's path.
+    """
+    return f"/v2/{REPOSITORY}/manifests/{reference}"

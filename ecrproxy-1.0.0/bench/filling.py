@@ -1,0 +1,76 @@
+"""
+Cache directories of any size, made without an upstream; and what is taken out of them again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from pathlib import Path
+
+from bench.ground import Ground, say
+from ecrproxy.cache.entries import Confirmed, Entry, entry_name
+from ecrproxy.cache.store import Store
+from ecrproxy.oci import BLOB_TYPE, Descriptor, Digest, parse_route
+
+AGE = 30 * 24 * 3600
+"""How long ago the made entries were used last, in seconds: they go first."""
+
+
+def make_cache(root: Path, count: int, each: int) -> None:
+    """
+    Fill a cache directory with so many entries, each leading to sparse content of so many bytes.
+    """
+    store = Store(root, time.time)
+    store.prepare()
+    before = time.time() - AGE
+    for number in range(count):
+        digest = Digest("sha256", hashlib.sha256(f"{number}".encode()).hexdigest())
+        route = parse_route(f"/v2/filler/app{number % 100}/blobs/{digest}")
+        known = Confirmed(Descriptor(BLOB_TYPE, digest, each), before)
+        entry = Entry(route.kind, route.repository, route.reference, {frozenset(): known})
+        store.save(entry_name(route.path, route), entry)
+        path = root / store.content_path(digest)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            file.truncate(each)
+        os.utime(path, (before, before))
+        if number % 20000 == 19999:
+            say(f"made {number + 1} of {count} entries")
+
+
+def bytes_in(root: Path) -> int:
+    """
+    Tell how many bytes the files of a cache directory have.
+    """
+    return sum(
+        os.lstat(os.path.join(folder, name)).st_size  # noqa: PTH118 (a Path each would take its time)
+        for top in ("content", "entries")
+        for folder, _, names in os.walk(root / top)
+        for name in names
+    )
+
+
+def layers(ground: Ground) -> list[str]:
+    """
+    Name the layers.
+    """
+    return list(ground.shelf.blobs())[1:]
+
+
+def forget_layers(ground: Ground, cache: Path) -> None:
+    """
+    Take out of a cache what was pulled into it.
+    """
+    for digest in (*layers(ground), ground.shelf.large):
+        name = digest.partition(":")[2]
+        (cache / "content" / "sha256" / name[:2] / name).unlink(missing_ok=True)
+
+
+def forget_manifest(ground: Ground, cache: Path) -> None:
+    """
+    Take the manifest out of a cache.
+    """
+    name = ground.shelf.manifest.partition(":")[2]
+    (cache / "content" / "sha256" / name[:2] / name).unlink(missing_ok=True)

@@ -1,0 +1,95 @@
+"""
+Where the benches take place: a temporary directory, two processors, and the stand-in for ECR.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.content import Shelf, fill
+from bench.processes import PATH, ROOT, Processors, environment, first_line, running, settle_down
+from bench.tls import Certificate, make_certificate
+
+TOOLS = ("taskset", "curl", "wrk")
+
+
+@dataclass(frozen=True)
+class Upstream:
+    """
+    The stand-in for ECR, running.
+    """
+
+    registry: str
+    open: str
+    bucket: str
+
+    def counts(self) -> dict[str, int]:
+        """
+        Ask what it was asked so far.
+        """
+        connection = http.client.HTTPConnection(self.registry.partition("//")[2], timeout=30)
+        with contextlib.closing(connection):
+            connection.request("GET", "/_counts")
+            counts: dict[str, int] = json.loads(connection.getresponse().read())
+            return counts
+
+
+@dataclass(frozen=True)
+class Ground:
+    """
+    Where the benches take place.
+    """
+
+    directory: Path
+    processors: Processors
+    shelf: Shelf
+    certificate: Certificate
+
+    def fresh(self, name: str) -> Path:
+        """
+        Make a directory of its own.
+        """
+        return Path(tempfile.mkdtemp(prefix=f"{name.replace(' ', '-')}-", dir=self.directory))
+
+    @contextlib.contextmanager
+    def upstream(self, latency: float = 0, rate: float = 0) -> Iterator[Upstream]:
+        """
+        Run an upstream.
+        """
+        output = self.fresh("upstream") / "upstream.log"
+        argv = [sys.executable, "-m", "bench.upstream", "--shelf", self.shelf.to_json()]
+        argv += ["--latency", str(latency), "--rate", str(rate)]
+        env = environment(output.parent)
+        cpu = self.processors.others
+        with running(argv, cpu=cpu, env=env, output=output, cwd=ROOT, stdout=subprocess.PIPE) as process:
+            yield Upstream(**json.loads(first_line(process, output)))
+
+
+def say(line: str) -> None:
+    """
+    Tell the person who waits how far it is.
+    """
+    print(line, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def prepared(within: str | None, layers: int, layer_bytes: int, large_bytes: int) -> Iterator[Ground]:
+    """
+    Prepare the ground, and clear it away. Ends the program if it lacks a tool.
+    """
+    if missing := [tool for tool in TOOLS if not shutil.which(tool, path=PATH)]:
+        sys.exit(f"bench: not installed: {', '.join(missing)}; see bench/install-packages.sh")
+    processors = settle_down()
+    with tempfile.TemporaryDirectory(prefix="ecrproxy-bench-", dir=within, ignore_cleanup_errors=True) as name:
+        directory = Path(name)
+        shelf = fill(directory / "content", layers, layer_bytes, large_bytes)
+        yield Ground(directory, processors, shelf, make_certificate(directory))

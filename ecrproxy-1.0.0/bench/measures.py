@@ -1,0 +1,167 @@
+"""
+What is measured, each in a round of its own for each who is compared.
+
+A round starts everything anew, so that no order of them helps anyone; the figures of several rounds are kept, and
+their median counts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from bench.clients import GB, blob, download, hammer, idle, manifest, pull
+from bench.content import TAG
+from bench.ground import Ground, Upstream
+from bench.peers import DIRECT, DISTRIBUTION, NGINX, OURS, Served, served
+from bench.processes import cpu_seconds, resident
+from bench.results import Figures
+from bench.upstream import SECRET
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """
+    How large everything is.
+
+    @ivar times: how often one stream fetches the large blob in a round, over TCP and over TLS.
+    @ivar shares: the same for each of eight streams.
+    @ivar hammering: seconds of small answers.
+    @ivar latency: seconds before each upstream answer of the cold pulls.
+    @ivar rate: bytes a second of each bucket connection of the cold pulls.
+    """
+
+    large_bytes: int = 256 * 2**20
+    times: tuple[int, int] = (8, 4)
+    shares: tuple[int, int] = (2, 1)
+    hammering: int = 5
+    layers: int = 8
+    layer_bytes: int = 24 * 2**20
+    clients: int = 16
+    latency: float = 0.03
+    rate: float = 60e6
+    connections: int = 1000
+
+
+QUICK = Sizes(
+    large_bytes=16 * 2**20,
+    times=(2, 2),
+    shares=(1, 1),
+    hammering=1,
+    layers=3,
+    layer_bytes=2 * 2**20,
+    clients=4,
+    latency=0.005,
+    connections=100,
+)
+
+STREAMS = 8
+Measure = Callable[[Ground, Sizes, str, Figures], None]
+
+
+def _stream(ground: Ground, sizes: Sizes, one: Served, streams: int, times: int) -> tuple[float, float]:
+    """
+    Fetch the large blob; tell GB a second, and the server's CPU seconds a GB.
+    """
+    used = cpu_seconds(one.pid)
+    seconds = download(ground, one, blob(ground.shelf.large), sizes.large_bytes, streams, times)
+    moved = sizes.large_bytes * streams * times / GB
+    return moved / seconds, (cpu_seconds(one.pid) - used) / moved
+
+
+def hot(ground: Ground, sizes: Sizes, peer: str, figures: Figures, *, secure: bool = False) -> None:
+    """
+    Measure a cached blob, for one stream and for eight.
+    """
+    name = "tls" if secure else "tcp"
+    with ground.upstream() as upstream, served(peer, ground, upstream, secure=secure) as one:
+        for _ in range(2):  # the second time, it is there for certain
+            download(ground, one, blob(ground.shelf.large), sizes.large_bytes, 1, 1)
+        time.sleep(0.5)
+        speed, cost = _stream(ground, sizes, one, 1, sizes.times[secure])
+        figures.add(f"{name} one", peer, speed)
+        figures.add(f"{name} one cpu", peer, cost)
+        speed, cost = _stream(ground, sizes, one, STREAMS, sizes.shares[secure])
+        figures.add(f"{name} eight", peer, speed)
+        figures.add(f"{name} eight cpu", peer, cost)
+
+
+def hot_tls(ground: Ground, sizes: Sizes, peer: str, figures: Figures) -> None:
+    """
+    Measure a cached blob over TLS.
+    """
+    hot(ground, sizes, peer, figures, secure=True)
+
+
+def hits(ground: Ground, sizes: Sizes, peer: str, figures: Figures) -> None:
+    """
+    Measure manifests that are in the cache.
+    """
+    if peer == NGINX:  # which keeps no manifests: it would be the upstream that is measured
+        return
+    with ground.upstream() as upstream, served(peer, ground, upstream) as one:
+        pull(ground, one.url)
+        for name, reference in (("digest", ground.shelf.manifest), ("tag", TAG)):
+            hammer(ground, one, manifest(reference), 1)
+            figures.add(f"hits {name}", peer, hammer(ground, one, manifest(reference), sizes.hammering).requests)
+
+
+def cold(ground: Ground, sizes: Sizes, peer: str, figures: Figures) -> None:
+    """
+    Measure one client's pull of what nobody has.
+    """
+    with ground.upstream(sizes.latency, sizes.rate) as upstream:
+        if peer == DIRECT:
+            figures.add("cold", peer, pull(ground, upstream.registry, token=SECRET))
+            return
+        with served(peer, ground, upstream) as one:
+            figures.add("cold", peer, pull(ground, one.url))
+
+
+def _asked(upstream: Upstream, before: dict[str, int], *names: str) -> int:
+    counts = upstream.counts()
+    return sum(counts.get(name, 0) - before.get(name, 0) for name in names)
+
+
+def storm(ground: Ground, sizes: Sizes, peer: str, figures: Figures) -> None:
+    """
+    Measure many clients' pull at once, of what nobody has, and then again.
+    """
+    with ground.upstream(sizes.latency, sizes.rate) as upstream, served(peer, ground, upstream) as one:
+        before, used = upstream.counts(), cpu_seconds(one.pid)
+        figures.add("storm", peer, pull(ground, one.url, clients=sizes.clients))
+        figures.add("storm blobs", peer, _asked(upstream, before, "blobs"))
+        figures.add("storm bytes", peer, _asked(upstream, before, "bucket bytes") / ground.shelf.image_bytes)
+        figures.add("storm cpu", peer, cpu_seconds(one.pid) - used)
+        figures.add("memory storm", peer, resident(one.pid))
+        time.sleep(0.5)
+        before = upstream.counts()
+        figures.add("warm", peer, pull(ground, one.url, clients=sizes.clients))
+        figures.add("warm asked", peer, _asked(upstream, before, "manifests", "blobs", "blob heads", "pings"))
+        figures.add("warm connections", peer, _asked(upstream, before, "connections"))
+    for stall in one.stalls:
+        figures.add("storm stall", peer, stall * 1000)
+
+
+def memory(ground: Ground, sizes: Sizes, peer: str, figures: Figures) -> None:
+    """
+    Measure the memory of one that does nothing, and of one whose clients do nothing.
+    """
+    with ground.upstream() as upstream, served(peer, ground, upstream) as one:
+        time.sleep(0.5)
+        figures.add("memory", peer, resident(one.pid))
+        with idle(ground, one, sizes.connections):
+            time.sleep(0.5)
+            figures.add("memory connections", peer, resident(one.pid))
+
+
+PEERS = (NGINX, DISTRIBUTION, OURS)
+MEASURES: dict[str, tuple[Measure, Sequence[str]]] = {
+    "tcp": (hot, PEERS),
+    "tls": (hot_tls, PEERS),
+    "hits": (hits, PEERS),
+    "cold": (cold, (DIRECT, *PEERS)),
+    "storm": (storm, PEERS),
+    "memory": (memory, PEERS),
+}

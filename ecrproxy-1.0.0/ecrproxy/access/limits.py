@@ -1,0 +1,172 @@
+"""
+What clients may have of the daemon: how much of each thing, for how long, and the figures of who wanted more.
+
+An address is counted as a whole network where its owner has one: IPv6 addresses by their /64.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from twisted.internet.interfaces import IDelayedCall
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """
+    The most that clients may have; 0 for no limit.
+
+    @ivar header_seconds: for the line and the headers of a request.
+    @ivar idle_seconds: between two requests.
+    @ivar send_seconds: for which a client may take nothing of its answer.
+    @ivar header_bytes: of a request's line and headers together.
+    @ivar header_count: of a request's headers.
+    @ivar connections: in all.
+    @ivar connections_per_address: from one address.
+    @ivar transfers: answers with a blob that are under way.
+    """
+
+    header_seconds: float = 10
+    idle_seconds: float = 65
+    send_seconds: float = 300
+    header_bytes: int = 2**14
+    header_count: int = 100
+    connections: int = 10_000
+    connections_per_address: int = 1000
+    transfers: int = 4096
+
+    def share(self, processes: int) -> Limits:
+        """
+        Give what one of several processes may give away.
+        """
+        names = ("connections", "connections_per_address", "transfers")
+        return replace(self, **{name: -(-getattr(self, name) // processes) for name in names})
+
+
+BOUNDLESS = Limits(
+    header_seconds=0,
+    idle_seconds=0,
+    send_seconds=0,
+    header_bytes=2**17,
+    header_count=0,
+    connections=0,
+    connections_per_address=0,
+    transfers=0,
+)
+"""For those whose clients are kept within limits elsewhere."""
+
+
+class Crowd:
+    """
+    Who is connected, how many transfers are under way, and what was refused.
+
+    @ivar connected: connections now.
+    @ivar transferring: transfers now.
+    @ivar refused_connections: that were one too many.
+    @ivar refused_transfers: likewise.
+    @ivar bad_requests: that were refused at the connection.
+    @ivar slow_heads: connections that were closed in the middle of a request's head.
+    @ivar idle: connections that were closed between requests.
+    @ivar slow_readers: connections that were closed because nothing of an answer was taken.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.connected = self.transferring = 0
+        self.refused_connections = self.refused_transfers = self.bad_requests = 0
+        self.slow_heads = self.idle = self.slow_readers = 0
+        self._by_address: Counter[str] = Counter()
+
+    def enter(self, address: str) -> bool:
+        """
+        Take a connection in, unless it is one too many; who is let in leaves by C{leave}.
+
+        @param address: as L{counted} gives it; empty for who has none.
+        """
+        full = 0 < self.limits.connections <= self.connected
+        if full or (address and 0 < self.limits.connections_per_address <= self._by_address[address]):
+            self.refused_connections += 1
+            return False
+        self.connected += 1
+        self._by_address[address] += 1
+        return True
+
+    def leave(self, address: str) -> None:
+        """
+        Let a connection go.
+        """
+        self.connected -= 1
+        self._by_address[address] -= 1
+        if not self._by_address[address]:
+            del self._by_address[address]
+
+    def begin_transfer(self) -> bool:
+        """
+        Begin a transfer, unless it is one too many; what was begun ends by C{end_transfer}.
+        """
+        if 0 < self.limits.transfers <= self.transferring:
+            self.refused_transfers += 1
+            return False
+        self.transferring += 1
+        return True
+
+    def end_transfer(self) -> None:
+        """
+        End a transfer.
+        """
+        self.transferring -= 1
+
+
+class Patience:
+    """
+    How long something may be waited for.
+
+    @param seconds: 0 for ever.
+    @param over: called when it is at its end.
+    """
+
+    def __init__(self, call_later: Callable[..., Any], seconds: float, over: Callable[[], None]) -> None:
+        self._call_later, self._seconds, self._over = call_later, seconds, over
+        self._call: IDelayedCall | None = None
+
+    @property
+    def waiting(self) -> bool:
+        """
+        Whether there is something to wait for.
+        """
+        return self._call is not None and self._call.active()
+
+    def begin(self) -> None:
+        """
+        Wait, from now on.
+        """
+        if self._call is not None and self._call.active():
+            self._call.reset(self._seconds)
+        elif self._seconds:
+            self._call = self._call_later(self._seconds, self._over)
+
+    def end(self) -> None:
+        """
+        Wait no longer.
+        """
+        if self._call is not None and self._call.active():
+            self._call.cancel()
+        self._call = None
+
+
+def counted(address: str) -> str:
+    """
+    Tell under which name an address is counted: an IPv4 address by itself, one of IPv6 by its /64.
+    """
+    plain = address.removeprefix("::ffff:")
+    if ":" not in plain:
+        return plain
+    try:
+        return str(ipaddress.IPv6Network((plain.partition("%")[0], 64), strict=False))
+    except ValueError:
+        return plain

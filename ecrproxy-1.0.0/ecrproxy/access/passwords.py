@@ -1,0 +1,222 @@
+"""
+Who has shown a right name and password, and who has tried too often.
+
+Rules:
+
+- No password is kept. What was right is remembered for some minutes, by a hash whose key this process alone has.
+- One check costs a tenth of a second and more of a processor: few are made at once, in threads of their own, few may
+  wait, and of those that an address makes, few may come to nothing.
+- An unknown name costs what a known one does, is answered in the same words, and counts the same.
+- Who has failed too often is told to wait before anything else is looked at: a right guess would look like a wrong one.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import math
+import re
+from collections import OrderedDict
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+from twisted.application.service import Service
+from twisted.internet.defer import Deferred, DeferredSemaphore
+from twisted.internet.task import LoopingCall
+from twisted.logger import Logger
+
+from ecrproxy.access.htpasswd import HtpasswdError, read_users, signature
+from ecrproxy.access.limits import counted
+from ecrproxy.flights import Flights
+from ecrproxy.oci import RegistryError
+from ecrproxy.reasons import Reason
+from ecrproxy.threads import InThread, on_its_own
+
+if TYPE_CHECKING:
+    from twisted.internet.interfaces import IReactorTime
+
+log = Logger()
+
+AT_ONCE: Final = 2
+"""Passwords that are checked at the same time."""
+WAITING: Final = 64
+"""Passwords that are checked or wait for it; who comes then is told to come again."""
+FAILURES: Final = 10
+"""Wrong passwords that an address may give in C{FAILURE_SECONDS}."""
+FAILURE_SECONDS: Final = 60.0
+REMEMBER_SECONDS: Final = 300.0
+"""How long a right password need not be checked again."""
+REREAD_SECONDS: Final = 5.0
+"""How often it is looked whether the file has changed."""
+KEPT: Final = 10_000
+"""The most addresses, and the most right passwords, that are remembered."""
+
+_CONTROL = re.compile(rb"[\x00-\x1f\x7f]")
+
+
+def parse_basic(header: str | None) -> tuple[bytes, bytes] | None:
+    """
+    Read an Authorization header: RFC 7617. None if it holds no name and password.
+    """
+    scheme, _, encoded = (header or "").strip().partition(" ")
+    try:
+        shown = base64.b64decode(encoded.strip(), validate=True) if scheme.lower() == "basic" else b""
+    except (binascii.Error, ValueError):
+        return None
+    name, colon, password = shown.partition(b":")
+    if not colon or not name or _CONTROL.search(shown):
+        return None
+    return name, password
+
+
+class Failures:
+    """
+    How often each address has given a wrong password lately.
+
+    A network of IPv6 that one client may have whole counts as one address.
+    """
+
+    def __init__(self, clock: IReactorTime) -> None:
+        self._clock = clock
+        self._counts: OrderedDict[str, tuple[float, int]] = OrderedDict()
+
+    def note(self, address: str) -> bool:
+        """
+        Count one; tell whether it is the last that is let through for a while.
+        """
+        since, count = self._recent(address)
+        place = counted(address)
+        self._counts[place] = since, count + 1
+        self._counts.move_to_end(place)
+        if len(self._counts) > KEPT:
+            self._counts.popitem(last=False)
+        return count + 1 == FAILURES
+
+    def wait(self, address: str) -> int:
+        """
+        Tell how many seconds C{address} must wait, 0 if it need not.
+        """
+        since, count = self._recent(address)
+        return math.ceil(since + FAILURE_SECONDS - self._clock.seconds()) if count >= FAILURES else 0
+
+    def _recent(self, address: str) -> tuple[float, int]:
+        now = self._clock.seconds()
+        since, count = self._counts.get(counted(address), (now, 0))
+        return (since, count) if now - since < FAILURE_SECONDS else (now, 0)
+
+
+class Passwords(Service):
+    """
+    Asks clients for a name and a password of a file, which is read again when it has changed.
+
+    @param key: random bytes that are nobody else's.
+    @raise HtpasswdError: if the file can't be used.
+    """
+
+    def __init__(self, path: str, in_thread: InThread, clock: IReactorTime, key: bytes) -> None:
+        self._path, self._in_thread, self._clock, self._key = path, in_thread, clock, key
+        self._seen = signature(path)
+        self._users = read_users(path)
+        self._right: OrderedDict[bytes, float] = OrderedDict()
+        self._failures = Failures(clock)
+        self._flights: Flights[bool] = Flights()
+        self._turns = DeferredSemaphore(AT_ONCE)
+        self._waiting = 0
+        self._loop = LoopingCall(self._look)
+        self._loop.clock = clock
+
+    def startService(self) -> None:  # noqa: D102
+        super().startService()
+        looking = self._loop.start(REREAD_SECONDS, now=False)
+        looking.addErrback(lambda problem: log.failure("Reading passwords", problem))
+
+    def stopService(self) -> None:  # noqa: D102
+        super().stopService()
+        if self._loop.running:
+            self._loop.stop()
+
+    async def admit(self, address: str, header: str | None) -> None:
+        """
+        Return if C{header}, an Authorization header that came from C{address}, has a right name and password.
+
+        @raise RegistryError: if not.
+        """
+        shown = parse_basic(header)
+        if shown is None:
+            raise _unauthorized()
+        self._hold_back(address)
+        name = self._name(b":".join(shown))
+        if self._right.get(name, 0) > self._clock.seconds():
+            return
+        flight = (address, name)
+        if flight not in self._flights and self._waiting >= WAITING:
+            said = "too many passwords are being checked"
+            raise RegistryError(503, "UNAVAILABLE", said, {"Retry-After": "1"}, Reason.BUSY)
+        if not await self._flights.join(flight, partial(self._check, address, shown, name)):
+            raise _unauthorized()
+
+    async def _check(self, address: str, shown: tuple[bytes, bytes], name: bytes) -> bool:
+        self._waiting += 1
+        await self._turns.acquire()
+        try:
+            self._hold_back(address)  # others of its passwords may have been wrong since
+            users = self._users
+            chosen = int.from_bytes(self._name(shown[0])[:8], "big")
+            right = await self._in_thread(users.matches, *shown, chosen)
+            # Counted before the turn is over: whoever has the next one may be of the same address.
+            if not right and self._failures.note(address):
+                log.warn("{address} gave {count} wrong passwords within a minute", address=address, count=FAILURES)
+        finally:
+            self._waiting -= 1
+            self._turns.release()
+        if right and users is self._users:
+            self._remember(name)
+        return right
+
+    def _name(self, secret: bytes) -> bytes:
+        return hashlib.blake2b(secret, key=self._key, digest_size=32).digest()
+
+    def _remember(self, name: bytes) -> None:
+        self._right[name] = self._clock.seconds() + REMEMBER_SECONDS
+        self._right.move_to_end(name)
+        if len(self._right) > KEPT:
+            self._right.popitem(last=False)
+
+    def _hold_back(self, address: str) -> None:
+        if seconds := self._failures.wait(address):
+            said, wait = "too many wrong passwords from your address", {"Retry-After": str(seconds)}
+            raise RegistryError(429, "TOOMANYREQUESTS", said, wait, Reason.PASSWORD)
+
+    def reread(self) -> None:
+        """
+        Read the file again; one that can't be used is told in the log, and what was read before stays.
+        """
+        on_its_own(self._reread())
+
+    def _look(self) -> Deferred[None]:
+        return Deferred.fromCoroutine(self._look_at_file())
+
+    async def _look_at_file(self) -> None:
+        if await self._in_thread(signature, self._path) != self._seen:
+            await self._reread()
+
+    async def _reread(self) -> None:
+        self._seen = await self._in_thread(signature, self._path)
+        try:
+            self._users = await self._in_thread(read_users, self._path)
+        except HtpasswdError as problem:
+            log.error("{path} {problem}; its former passwords stay", path=self._path, problem=problem)
+        else:
+            self._right.clear()
+            log.info("{path} was read again", path=self._path)
+
+
+def _unauthorized() -> RegistryError:
+    return RegistryError(
+        401,
+        "UNAUTHORIZED",
+        "this proxy asks for a name and a password: docker login",
+        {"WWW-Authenticate": 'Basic realm="ecrproxy"'},
+        Reason.PASSWORD,
+    )

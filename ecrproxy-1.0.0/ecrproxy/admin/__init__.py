@@ -1,0 +1,3 @@
+"""
+The operator's port: figures for Prometheus.
+"""

@@ -1,0 +1,227 @@
+"""
+What the command C{ecr-proxy} asks of the daemon, on the operator's port below /api/.
+
+Rules:
+
+- No web page can ask: each request shows a header of ours, which no site may send to another one unasked, and this
+  port allows nobody to ask whether he may. What changes something is a POST of JSON, without an Origin.
+- The work is done in a thread of its own, step by step, so that neither the event loop nor a pull waits for it.
+- Long answers are JSON documents, one a line, made while they are sent, at the pace of who reads them. One that fails
+  midway has its connection aborted. Who leaves ends the work.
+- A refusal is the distribution spec's JSON, as everywhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import re
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IPushProducer
+from twisted.internet.task import deferLater
+from twisted.web.http import OK
+from zope.interface import implementer
+
+from ecrproxy.cache.inventory import Document, Inventory
+from ecrproxy.http.web import Answering, begin, field, send_small
+from ecrproxy.oci import Digest, RegistryError
+
+if TYPE_CHECKING:
+    from twisted.internet.interfaces import IReactorTime
+    from twisted.web.server import Request
+
+    from ecrproxy.threads import InThread
+
+SHOWN: Final = b"X-Ecrproxy-Api"
+"""The header that each request shows."""
+BODY_LIMIT: Final = 2**16
+"""Bytes of a request's body: hundreds of names. Twisted holds so much in memory."""
+_TOGETHER: Final = 64
+"""How many documents are made in one step: that many small files are read in milliseconds."""
+_NAME: Final = re.compile(r"[0-9a-f]{64}")
+
+
+class Api(Answering):
+    """
+    /api/.
+
+    @param purged: has what is held in memory forgotten.
+    @param in_thread: where the work is done.
+    """
+
+    methods = (b"GET", b"HEAD", b"POST")
+
+    def __init__(
+        self, inventory: Inventory, purged: Callable[[], Awaitable[None]], in_thread: InThread, clock: IReactorTime
+    ) -> None:
+        super().__init__()
+        self._inventory, self._purged, self._in_thread, self._clock = inventory, purged, in_thread, clock
+
+    async def respond(self, request: Request) -> None:
+        """
+        Answer.
+
+        @raise RegistryError: for a request that isn't understood, or may be a web page's.
+        """
+        _refuse_pages(request)
+        match (request.method, b"/".join(request.postpath or [])):
+            case (b"GET", b"entries"):
+                await self._stream(request, self._inventory.entries())
+            case (b"GET", b"content"):
+                await self._stream(request, self._inventory.content())
+            case (b"POST", b"remove"):
+                await self._remove(request, _document(request))
+            case (b"POST", b"verify"):
+                await self._verify(request, _document(request))
+            case (_, b"entries" | b"content"):
+                raise _not_so("GET")
+            case (_, b"remove" | b"verify"):
+                raise _not_so("POST")
+            case _:
+                raise RegistryError(
+                    404, "UNSUPPORTED", "no such path: below /api/ are entries, content, remove, verify"
+                )
+
+    async def _remove(self, request: Request, document: Document) -> None:
+        entries, content = _names(document, "entries"), _digests(document, "content")
+        unused_since = _number(document, "unused_since")
+        removed = await self._in_thread(self._inventory.remove, entries, content, unused_since)
+        await self._purged()
+        send_small(request, OK, "application/json", _line(dataclasses.asdict(removed)))
+
+    async def _verify(self, request: Request, document: Document) -> None:
+        keep, rate = document.get("keep") is True, _number(document, "rate")
+        each = (self._inventory.verify(digest, keep=keep) for digest in _digests(document, "digests"))
+        await self._stream(request, itertools.chain.from_iterable(each), together=1, rate=rate)
+
+    async def _stream(
+        self, request: Request, documents: Iterator[Document], together: int = _TOGETHER, rate: float | None = None
+    ) -> None:
+        """
+        Send documents as they are made.
+
+        @param together: how many are made in one step.
+        @param rate: the bytes a second that may be hashed for them.
+        """
+        begin(request, OK)
+        request.setHeader("Content-Type", "application/x-ndjson")
+        flow = _Flow(request)
+        while made := await self._in_thread(_take, documents, together):
+            request.write(b"".join(map(_line, made)))
+            await flow.open()
+            hashed = sum(each.get("hashed", 0) for each in made)
+            if rate and hashed:
+                await deferLater(self._clock, hashed / rate)
+        request.unregisterProducer()
+        request.finish()
+
+
+@implementer(IPushProducer)
+class _Flow:
+    """
+    Tells when the client takes more.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self._paused: Deferred[None] | None = None
+        request.registerProducer(self, True)  # noqa: FBT003 (Twisted's signature)
+
+    async def open(self) -> None:
+        """
+        Wait until it does.
+        """
+        if self._paused is not None:
+            await self._paused
+
+    def pauseProducing(self) -> None:
+        """
+        Send no more for now.
+        """
+        self._paused = self._paused or Deferred()
+
+    def resumeProducing(self) -> None:
+        """
+        Go on.
+        """
+        paused, self._paused = self._paused, None
+        if paused is not None:
+            paused.callback(None)
+
+    def stopProducing(self) -> None:
+        """
+        Nothing: that the client has gone is told to who answers.
+        """
+
+
+def _take(documents: Iterator[Document], most: int) -> Sequence[Document]:
+    return list(itertools.islice(documents, most))
+
+
+def _line(document: Document) -> bytes:
+    return json.dumps(document, separators=(",", ":")).encode() + b"\n"
+
+
+def _refuse_pages(request: Request) -> None:
+    """
+    Refuse what a web page may have sent.
+
+    @raise RegistryError: if it may.
+    """
+    if not request.requestHeaders.hasHeader(SHOWN):
+        raise RegistryError(403, "DENIED", f"this is for programs: send the header {SHOWN.decode()}: 1")
+    if request.method == b"POST" and request.requestHeaders.hasHeader(b"Origin"):
+        raise RegistryError(403, "DENIED", "this is not for web pages")
+    if request.method == b"POST" and (field(request, b"Content-Type") or "").partition(";")[0] != "application/json":
+        raise RegistryError(415, "UNSUPPORTED", "send JSON, and say so: Content-Type: application/json")
+
+
+def _not_so(method: str) -> RegistryError:
+    return RegistryError(405, "UNSUPPORTED", f"ask for this with {method}", {"Allow": method})
+
+
+def _document(request: Request) -> Document:
+    try:
+        document = json.loads(request.content.read()) if request.content is not None else None
+    except (ValueError, RecursionError):
+        document = None
+    if not isinstance(document, dict):
+        raise _wrong("the body is no JSON object")
+    return document
+
+
+def _list(document: Document, name: str) -> list[Any]:
+    found = document.get(name, [])
+    if not isinstance(found, list):
+        raise _wrong(f"{name} is no list")
+    return found
+
+
+def _names(document: Document, name: str) -> list[str]:
+    found = _list(document, name)
+    if not all(isinstance(each, str) and _NAME.fullmatch(each) for each in found):
+        raise _wrong(f"{name} has something in it that is no name of an entry: 64 hexadecimal digits")
+    return found
+
+
+def _digests(document: Document, name: str) -> list[Digest]:
+    try:
+        return [Digest.parse(each) for each in _list(document, name)]
+    except (ValueError, AttributeError):
+        raise _wrong(f"{name} has something in it that is no digest") from None
+
+
+def _number(document: Document, name: str) -> float | None:
+    found = document.get(name)
+    if found is None:
+        return None
+    if isinstance(found, bool) or not isinstance(found, int | float) or not 0 < found < float("inf"):
+        raise _wrong(f"{name} is no number above 0")
+    return float(found)
+
+
+def _wrong(what: str) -> RegistryError:
+    return RegistryError(400, "UNSUPPORTED", what)

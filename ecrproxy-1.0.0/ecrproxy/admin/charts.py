@@ -1,0 +1,118 @@
+"""
+The last hour as charts: SVG that a browser shows without anything else, with words for who does not see it. Pure.
+
+Steps, not curves: a point is what there was in half a minute, and nothing is known of what was between two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final
+
+from twisted.web.template import Tag
+
+from ecrproxy.admin.history import Point, merged
+from ecrproxy.admin.units import hit_ratio, rate
+
+WIDTH: Final = 720
+HEIGHT: Final = 120
+SECONDS: Final = 3600
+LEAST: Final = 2**10
+"""Bytes a second that the chart of traffic reaches up to when there is less."""
+
+Height = Callable[[Point], float | None]
+"""Gives a point's height from 0 to 1; none where there is nothing to show."""
+
+
+def hit_chart(points: Sequence[Point]) -> Tag:
+    """
+    Draw how many requests were hits.
+    """
+
+    def height(point: Point) -> float | None:
+        return point.hits / point.asked if point.asked else None
+
+    told = [point for point in points if point.asked]
+    words = "no requests"
+    if told:
+        worst = min(told, key=lambda point: point.hits / point.asked)
+        words = f"{hit_ratio(merged(points))} over all, {hit_ratio(worst)} at the lowest, {hit_ratio(told[-1])} at last"
+    return _chart(f"Hit ratio in the last hour: {words}.", [("hits", height)], points)
+
+
+def traffic_chart(points: Sequence[Point]) -> Tag:
+    """
+    Draw what went to clients, and what came from upstream.
+    """
+    top = ceiling(points)
+
+    def sent(point: Point) -> float:
+        return _a_second(point.sent, point) / top
+
+    def received(point: Point) -> float:
+        return _a_second(point.received, point) / top
+
+    words = "nothing"
+    if any(point.sent or point.received for point in points):
+        most = max(points, key=lambda point: _a_second(point.sent, point))
+        from_upstream = max(points, key=lambda point: _a_second(point.received, point))
+        words = (
+            f"to clients {rate(most.sent, most.seconds)} at the highest, "
+            f"from upstream {rate(from_upstream.received, from_upstream.seconds)}"
+        )
+    return _chart(f"Traffic in the last hour: {words}.", [("sent", sent), ("received", received)], points)
+
+
+def ceiling(points: Sequence[Point]) -> int:
+    """
+    Choose the bytes a second that the chart of traffic reaches up to: a power of two.
+    """
+    most = max((_a_second(max(point.sent, point.received), point) for point in points), default=0)
+    return max(LEAST, 1 << max(0, int(most) - 1).bit_length())
+
+
+def _a_second(count: int, point: Point) -> float:
+    return count / point.seconds if point.seconds else 0
+
+
+def _chart(words: str, lines: Sequence[tuple[str, Height]], points: Sequence[Point]) -> Tag:
+    grid = "".join(f"M0 {HEIGHT * quarter / 4:g}H{WIDTH}" for quarter in range(5))
+    grid += "".join(f"M{WIDTH * quarter / 4:g} 0V{HEIGHT}" for quarter in range(5))
+    drawn = [Tag("path")(class_="grid", d=grid)]
+    for name, height in lines:
+        runs = list(_runs(points, height))
+        drawn.append(Tag("path")(class_=f"area {name}", d="".join(map(_area, runs))))
+        drawn.append(Tag("path")(class_=f"line {name}", d="".join(map(_line, runs))))
+    svg = Tag("svg")(class_="chart", viewBox=f"0 0 {WIDTH} {HEIGHT}", preserveAspectRatio="none", role="img")
+    svg.attributes["aria-label"] = words
+    return svg(*drawn)
+
+
+Run = list[tuple[float, float, float]]
+"""Steps side by side: from where to where, and their height, in the chart's own units."""
+
+
+def _runs(points: Sequence[Point], height: Height) -> Iterator[Run]:
+    """
+    Place the points, the last at the right edge; a gap ends a run.
+    """
+    start, run = WIDTH - sum(point.seconds for point in points) * WIDTH / SECONDS, Run()
+    for point in points:
+        stop, reached = start + point.seconds * WIDTH / SECONDS, height(point)
+        if reached is not None:
+            run.append((start, stop, HEIGHT * (1 - min(1.0, reached))))
+        elif run:
+            yield run
+            run = []
+        start = stop
+    if run:
+        yield run
+
+
+def _line(run: Run) -> str:
+    first = f"M{run[0][0]:.1f} {run[0][2]:.1f}"
+    return first + "".join(f"V{y:.1f}H{stop:.1f}" for _, stop, y in run)
+
+
+def _area(run: Run) -> str:
+    return f"M{run[0][0]:.1f} {HEIGHT}" + "".join(f"V{y:.1f}H{stop:.1f}" for _, stop, y in run) + f"V{HEIGHT}Z"

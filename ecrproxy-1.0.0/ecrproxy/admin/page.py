@@ -1,0 +1,263 @@
+"""
+The status page: a snapshot as HTML, in the template C{page.xml}. Pure.
+
+Rules:
+
+- Whatever a client or upstream can choose is text: the template escapes it, and L{units.clean} has taken out what could
+  not be shown.
+- A browser that runs no scripts shows all of it, and loads it again by itself.
+- There is nothing in it that is not served by this port, and no style or script that is not a file of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from importlib import resources
+from typing import Any, Final
+
+from twisted.web.template import Element, Flattenable, Tag, XMLString
+
+from ecrproxy.admin.charts import ceiling, hit_chart, traffic_chart
+from ecrproxy.admin.history import merged, stretches
+from ecrproxy.admin.snapshot import Leaving, Saving, Snapshot, Transfer
+from ecrproxy.admin.units import NONE, ago, clean, hit_ratio, moment, rate, share, short, size, span, stamp
+from ecrproxy.ranking import SAVING
+
+DOCTYPE: Final = b"<!DOCTYPE html>\n"
+_CIRCUIT: Final = {"closed": "ok", "probing": "warn", "open": "bad"}
+_TABLE_SECONDS: Final = 300
+_BAR: Final = 100
+
+Values = dict[str, Flattenable]
+
+
+def part(name: str) -> bytes:
+    """
+    Read a file of this package.
+    """
+    return resources.files(__package__).joinpath(name).read_bytes()
+
+
+class Page(Element):
+    """
+    The page of one moment.
+
+    In the template, C{values} fills in what there is once; a table's row is named by what it lists, and is there once
+    for each; C{with_} and C{without_} before that name stand at what is there only if there are any, or none.
+    """
+
+    loader = XMLString(part("page.xml"))
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        super().__init__()
+        self._values, self._rows = values_of(snapshot), rows_of(snapshot)
+
+    def lookupRenderMethod(self, name: str) -> Callable[[Any, Tag], Flattenable]:
+        """
+        Give what fills in the part of the template that is called C{name}.
+        """
+
+        def fill(_: object, tag: Tag) -> Flattenable:
+            if name == "values":
+                return tag.fillSlots(**self._values)
+            way, _, what = name.rpartition("_")
+            if way:
+                return tag if bool(self._rows[what]) is (way == "with") else ""
+            return [tag.clone(deep=False).fillSlots(**row) for row in self._rows[what]]
+
+        return fill
+
+
+def health(snapshot: Snapshot) -> tuple[str, str]:
+    """
+    Say how the daemon is: as a level, and in a few words.
+    """
+    if snapshot.reasons:
+        return "bad", "Not ready"
+    if snapshot.upstream.circuit != "closed":
+        return "warn", "Ready, without ECR"
+    return "ok", "Ready"
+
+
+def values_of(snapshot: Snapshot) -> Values:
+    """
+    Write what is on the page once.
+    """
+    level, words = health(snapshot)
+    return {
+        "title": f"ecrproxy: {words.lower()}",
+        "level": level,
+        "health": words,
+        "registry": clean(snapshot.registry.partition("://")[2]),
+        "version": snapshot.version,
+        "uptime": span(snapshot.uptime),
+        "stamp": stamp(snapshot.when),
+        "moment": moment(snapshot.when),
+        "transfers": f"{len(snapshot.transfers)}",
+        "followers": _many(sum(each.followers for each in snapshot.transfers), "client"),
+        **_traffic(snapshot),
+        **_cache(snapshot),
+        **_ecr(snapshot),
+    }
+
+
+def _traffic(snapshot: Snapshot) -> Values:
+    hour, now, top = merged(snapshot.history), snapshot.now, ceiling(snapshot.history)
+    everything = sum(each.bytes for each in snapshot.answers.values())
+    saved = sum(each.bytes for status, each in snapshot.answers.items() if status in SAVING)
+    return {
+        "ratio": hit_ratio(hour),
+        "asked": f"{hour.asked:,}",
+        "sent": size(hour.sent),
+        "sending": rate(now.sent, now.seconds),
+        "received": size(hour.received),
+        "receiving": rate(now.received, now.seconds),
+        "saved": size(saved),
+        "saved_share": share(saved, everything),
+        "hit_chart": hit_chart(snapshot.history),
+        "traffic_chart": traffic_chart(snapshot.history),
+        "ceiling": rate(top, 1),
+        "half": rate(top // 2, 1),
+    }
+
+
+def _cache(snapshot: Snapshot) -> Values:
+    cache = snapshot.cache
+    filled = share(cache.bytes, cache.limit)
+    meter = Tag("meter")(min="0", max=str(cache.limit), value=str(min(cache.bytes, cache.limit)))
+    meter.attributes["aria-label"] = "Cache filled"
+    return {
+        "filled": filled,
+        "meter": meter(filled),
+        "used": size(cache.bytes),
+        "reserved": size(cache.reserved),
+        "limit": size(cache.limit),
+        "files": f"{cache.files:,}",
+        "evicted": f"{cache.evicted:,}",
+    }
+
+
+def _ecr(snapshot: Snapshot) -> Values:
+    upstream, token = snapshot.upstream, snapshot.token
+    answered = upstream.answered_seconds
+    return {
+        "circuit": upstream.circuit,
+        "circuit_level": _CIRCUIT[upstream.circuit],
+        "answered": "never yet" if answered is None else ago(answered),
+        "retries": f"{upstream.retries:,}",
+        "token_level": "bad" if token.problem else "ok",
+        "token": clean(token.problem or "good"),
+        "expires": NONE if token.expires is None else f"in {span(token.expires - snapshot.when)}",
+        "refresh": f"in {span(token.refresh_seconds)}",
+        "failures": f"{token.failures:,}",
+    }
+
+
+def rows_of(snapshot: Snapshot) -> Mapping[str, Sequence[Values]]:
+    """
+    Write what there may be any number of, by what it is.
+    """
+    most = max((each.bytes for each in snapshot.repositories), default=0)
+    upstream = snapshot.upstream
+    return {
+        "reasons": [{"reason": clean(each)} for each in snapshot.reasons],
+        "hour": _hour(snapshot),
+        "transfers": [_transfer(each) for each in snapshot.transfers],
+        "next": [_leaving(each, snapshot.when) for each in snapshot.cache.next],
+        "repositories": [_saving(each, most) for each in snapshot.repositories],
+        "waiting": [{"call": call, "count": f"{count:,}"} for call, count in upstream.waiting.items()],
+        "outcomes": [_outcomes(host, outcomes) for host, outcomes in upstream.outcomes.items()],
+        "answers": [
+            {"status": status, "count": f"{each.count:,}", "bytes": size(each.bytes)}
+            for status, each in sorted(snapshot.answers.items())
+        ],
+        "incidents": [
+            {
+                "stamp": stamp(each.when),
+                "ago": ago(snapshot.when - each.when),
+                "level": each.level,
+                "text": clean(each.text),
+                "times": f" ({each.times:,} times)" if each.times > 1 else "",
+            }
+            for each in snapshot.incidents
+        ],
+    }
+
+
+def _hour(snapshot: Snapshot) -> list[Values]:
+    rows: list[Values] = []
+    passed = 0
+    for point in stretches(snapshot.history, _TABLE_SECONDS):
+        rows.append(
+            {
+                "minutes": f"{passed // 60} to {-(-(passed + point.seconds) // 60)}",
+                "asked": f"{point.asked:,}",
+                "ratio": hit_ratio(point),
+                "sent": size(point.sent),
+                "received": size(point.received),
+            }
+        )
+        passed += point.seconds
+    return rows
+
+
+def _transfer(transfer: Transfer) -> Values:
+    repository, received = clean(transfer.repository) or NONE, size(transfer.received)
+    bar = Tag("progress")
+    bar.attributes["aria-label"] = f"{repository} {short(transfer.digest)}"
+    if transfer.size:
+        bar.attributes |= {"max": str(transfer.size), "value": str(transfer.received)}
+        progress = f"{share(transfer.received, transfer.size)} of {size(transfer.size)}"
+    else:
+        progress = f"{received} so far"
+    return {
+        "repository": repository,
+        "digest": transfer.digest,
+        "short": short(transfer.digest),
+        "bar": bar(progress),
+        "progress": progress if transfer.kept else f"{progress}, not kept",
+        "followers": f"{transfer.followers:,}",
+    }
+
+
+def _leaving(leaving: Leaving, when: float) -> Values:
+    name = clean(leaving.name)
+    return {
+        "name": name,
+        "short": short(name),
+        "kind": leaving.kind,
+        "size": size(leaving.bytes),
+        "ago": NONE if leaving.used is None else ago(when - leaving.used),
+    }
+
+
+def _saving(saving: Saving, most: int) -> Values:
+    bar = Tag("svg")(class_="bar", viewBox=f"0 0 {_BAR} 1", preserveAspectRatio="none")
+    bar.attributes["aria-hidden"] = "true"
+    width = f"{_BAR * saving.bytes / most:.1f}" if most else "0"
+    return {
+        "repository": clean(saving.repository),
+        "bar": bar(Tag("rect")(width=width, height="1")),
+        "bytes": size(saving.bytes),
+        "answers": f"{saving.answers:,}",
+    }
+
+
+def _outcomes(host: str, outcomes: Mapping[str, int]) -> Values:
+    """
+    Write how requests to a kind of host came out, in four words.
+    """
+    throttled = outcomes.get("429", 0)
+    good = sum(count for outcome, count in outcomes.items() if outcome[0] in "123")
+    refused = sum(count for outcome, count in outcomes.items() if outcome[0] == "4") - throttled
+    return {
+        "host": host,
+        "good": f"{good:,}",
+        "refused": f"{refused:,}",
+        "throttled": f"{throttled:,}",
+        "failed": f"{sum(outcomes.values()) - good - refused - throttled:,}",
+    }
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"

@@ -1,0 +1,204 @@
+"""
+The operator's port: what there is on it, and from where a browser may ask for it.
+
+Rules:
+
+- Nothing here is for other sites: no header lets their scripts read an answer, and no answer may be put into a frame.
+- A name can be made to lead here by whoever owns it (DNS rebinding), and his scripts would then be of this site. So
+  whoever asks has to call this port by an address, by C{localhost}, or by a name without a dot, which no stranger owns.
+  What Prometheus and probes ask for is open to any name: they know daemons by all sorts of them.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from typing import TYPE_CHECKING, Any, Final
+
+from twisted.web.resource import Resource
+from twisted.web.template import flattenString
+
+from ecrproxy.access.limits import Crowd, Limits
+from ecrproxy.admin.api import BODY_LIMIT
+from ecrproxy.admin.page import DOCTYPE, Page, part
+from ecrproxy.http.request import RegistryRequest
+from ecrproxy.http.site import RegistrySite, Root
+from ecrproxy.http.web import Answering, Health, only_itself, send_small
+from ecrproxy.oci import RegistryError
+
+if TYPE_CHECKING:
+    from twisted.web.server import Request
+
+    from ecrproxy.admin.status import Status
+    from ecrproxy.metrics import Figures
+
+TEXT_FORMAT: Final = "text/plain; version=0.0.4; charset=utf-8"
+"""Prometheus' own name for what its servers are given: Prometheus docs, "Exposition formats"."""
+PARTS: Final = {
+    "style.css": "text/css; charset=utf-8",
+    "script.js": "text/javascript; charset=utf-8",
+    "icon.svg": "image/svg+xml",
+}
+OPEN: Final = frozenset({b"metrics", b"healthz", b"readyz"})
+"""What may be asked for under any name of this port."""
+HEADERS: Final = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self';"
+    " img-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "no-store",
+}
+
+
+def is_ours(host: str) -> bool:
+    """
+    Tell whether C{host} is a name that no stranger can have lead here.
+    """
+    try:
+        ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
+    except ValueError:
+        return "." not in host or host.lower().endswith(".localhost")
+    return True
+
+
+class OperatorsRequest(RegistryRequest):
+    """
+    A request whose answer is for no other site.
+    """
+
+    def write(self, data: bytes) -> None:  # noqa: D102
+        if not self.startedWriting:
+            self.responseHeaders.removeHeader("Access-Control-Allow-Origin")
+            for name, value in HEADERS.items():
+                self.setHeader(name, value)
+        super().write(data)
+
+
+class OperatorsSite(RegistrySite):
+    """
+    What serves the operator's port.
+    """
+
+    requestFactory = OperatorsRequest
+    body_limit = BODY_LIMIT
+
+
+class OperatorsRoot(Root):
+    """
+    The top of the tree, for who calls it by a name of ours.
+    """
+
+    def getChildWithDefault(self, path: bytes, request: Request) -> Resource:  # noqa: D102
+        if path not in OPEN and not is_ours(request.getRequestHostname().decode("ascii", "replace")):
+            return Unknown()
+        child: Resource = super().getChildWithDefault(path, request)
+        return child
+
+
+class Unknown(Answering):
+    """
+    Refuses who came by a name that may be a stranger's.
+    """
+
+    async def respond(self, request: Request) -> None:  # noqa: ARG002
+        """
+        Say so.
+        """
+        raise RegistryError(403, "DENIED", "ask for this by address, as localhost, or by a name without a dot")
+
+
+class Metrics(Answering):
+    """
+    The figures, for Prometheus to fetch.
+    """
+
+    def __init__(self, figures: Figures) -> None:
+        super().__init__()
+        self._figures = figures
+
+    async def respond(self, request: Request) -> None:
+        """
+        Give them.
+        """
+        send_small(request, 200, TEXT_FORMAT, self._figures.page())
+
+
+class Document(Answering):
+    """
+    How the daemon stands, for programs to read.
+    """
+
+    def __init__(self, status: Status) -> None:
+        super().__init__()
+        self._status = status
+
+    async def respond(self, request: Request) -> None:
+        """
+        Give a snapshot.
+
+        @raise RegistryError: for a path below.
+        """
+        only_itself(request)
+        send_small(request, 200, "application/json", (await self._status.snapshot()).to_json())
+
+
+class StatusPage(Answering):
+    """
+    How the daemon stands, for people to see.
+    """
+
+    def __init__(self, status: Status) -> None:
+        super().__init__()
+        self._status = status
+
+    async def respond(self, request: Request) -> None:
+        """
+        Give a page of a snapshot.
+        """
+        page = await flattenString(request, Page(await self._status.snapshot()))
+        send_small(request, 200, "text/html; charset=utf-8", DOCTYPE + page)
+
+
+class Part(Answering):
+    """
+    A file that the page is made of.
+    """
+
+    def __init__(self, name: str, content_type: str) -> None:
+        super().__init__()
+        self._body, self._content_type = part(name), content_type
+
+    async def respond(self, request: Request) -> None:
+        """
+        Give it.
+
+        @raise RegistryError: for a path below.
+        """
+        only_itself(request)
+        send_small(request, 200, self._content_type, self._body)
+
+
+def make_admin_site(
+    figures: Figures,
+    ready: Resource,
+    status: Status,
+    api: Resource,
+    reactor: Any,  # noqa: ANN401
+) -> RegistrySite:
+    """
+    Build the Resource tree of the operator's port, and what serves it.
+
+    @param ready: answers /readyz.
+    @param status: asked by the page and by /status.json.
+    @param api: answers what is below /api/.
+    """
+    root = OperatorsRoot()
+    root.putChild(b"", StatusPage(status))
+    for name, content_type in PARTS.items():
+        root.putChild(name.encode(), Part(name, content_type))
+    root.putChild(b"metrics", Metrics(figures))
+    root.putChild(b"status.json", Document(status))
+    root.putChild(b"healthz", Health())
+    root.putChild(b"readyz", ready)
+    root.putChild(b"api", api)
+    return OperatorsSite(root, reactor, Crowd(Limits()), logged=False)

@@ -1,0 +1,116 @@
+"""
+What the parts of the daemon know about themselves, as figures.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ecrproxy.metrics import Reading
+from ecrproxy.registry.circuit import CircuitState
+from ecrproxy.registry.quotas import Call
+
+if TYPE_CHECKING:
+    from ecrproxy.access.limits import Crowd
+    from ecrproxy.cache.janitor import Janitor
+    from ecrproxy.cache.store import Store
+    from ecrproxy.metrics import LoopStall
+    from ecrproxy.proxy import PullThrough
+    from ecrproxy.registry.circuit import Circuit
+    from ecrproxy.registry.ecr import TokenService
+    from ecrproxy.registry.governor import Governor
+    from ecrproxy.registry.wire import Wire
+
+
+def of_cache(store: Store, janitor: Janitor) -> list[Reading]:
+    """
+    Tell how full the cache is.
+    """
+    ledger = store.ledger
+    return [
+        Reading("cache_files", "Files of content and entries in the cache", lambda: len(ledger)),
+        Reading("cache_bytes", "Bytes of the files in the cache", lambda: ledger.total),
+        Reading("cache_reserved_bytes", "Bytes promised to what is arriving", lambda: ledger.reserved),
+        Reading("cache_limit_bytes", "The most bytes that the cache may hold", lambda: janitor.limit),
+        Reading("cache_evictions_total", "Files evicted to make room", lambda: janitor.evicted),
+        Reading(
+            "cache_oldest_use_timestamp_seconds",
+            "When the least recently used file was used last",
+            lambda: _oldest_use(store),
+        ),
+    ]
+
+
+def _oldest_use(store: Store) -> float | None:
+    with store.ledger.lock:
+        path = next((path for path, _, _ in store.ledger.oldest()), None)
+    try:
+        return (store.root / path).stat().st_mtime if path is not None else None
+    except OSError:  # it has just gone
+        return None
+
+
+def of_token(tokens: TokenService) -> list[Reading]:
+    """
+    Tell how good the token is.
+    """
+    return [
+        Reading("token_expiry_timestamp_seconds", "When the token for ECR expires", lambda: tokens.expires),
+        Reading("token_refresh_failures_total", "Refreshes of the token that failed", lambda: tokens.failed),
+    ]
+
+
+def of_upstream(wire: Wire, circuit: Circuit, governor: Governor) -> list[Reading]:
+    """
+    Tell how well ECR answers.
+    """
+
+    def states() -> dict[str, float]:
+        return {each.value: float(each is circuit.state) for each in CircuitState}
+
+    def waiting() -> dict[str, float]:
+        return {each.value: governor.waiting(each) for each in Call}
+
+    return [
+        Reading("upstream_waiting", "Questions that wait for their turn within ECR's quotas", waiting, "call"),
+        Reading("upstream_retries_total", "Questions asked again after a failure", lambda: wire.retried),
+        Reading("circuit_state", "1 for the state in which questions to ECR are", states, "state"),
+    ]
+
+
+def of_transfers(pull_through: PullThrough) -> list[Reading]:
+    """
+    Tell what is on its way from upstream.
+    """
+    return [Reading("transfers", "Blobs on their way from upstream", lambda: len(pull_through.transfers()))]
+
+
+def of_clients(crowd: Crowd) -> list[Reading]:
+    """
+    Tell who is connected, and who was refused or let go.
+    """
+
+    def refused() -> dict[str, float]:
+        return {
+            "connections": crowd.refused_connections,
+            "transfers": crowd.refused_transfers,
+            "bad_request": crowd.bad_requests,
+            "slow_head": crowd.slow_heads,
+            "idle": crowd.idle,
+            "slow_reader": crowd.slow_readers,
+        }
+
+    return [
+        Reading("client_connections", "Connections of clients", lambda: crowd.connected),
+        Reading("client_transfers", "Blobs on their way to clients", lambda: crowd.transferring),
+        Reading("client_limits_total", "Connections and requests that met a limit, by which", refused, "limit"),
+    ]
+
+
+def of_loop(stall: LoopStall) -> list[Reading]:
+    """
+    Tell how long the event loop stood still.
+    """
+    return [
+        Reading("loop_stall_seconds", "The longest time for which the event loop stood still", lambda: stall.longest)
+    ]

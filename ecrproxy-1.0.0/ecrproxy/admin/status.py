@@ -1,0 +1,183 @@
+"""
+Asks the parts of the daemon how they stand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Final
+
+from ecrproxy.admin.history import History, Sampler
+from ecrproxy.admin.incidents import Incidents
+from ecrproxy.admin.snapshot import Answers, Fill, Leaving, Saving, Snapshot, TokenState, Transfer, UpstreamState
+from ecrproxy.cache.entries import Entry
+from ecrproxy.registry.quotas import Call
+
+if TYPE_CHECKING:
+    from twisted.internet.interfaces import IReactorTime
+
+    from ecrproxy.cache.janitor import Janitor
+    from ecrproxy.cache.store import Store
+    from ecrproxy.metrics import Figures
+    from ecrproxy.proxy import PullThrough
+    from ecrproxy.registry.circuit import Circuit
+    from ecrproxy.registry.ecr import TokenService
+    from ecrproxy.registry.governor import Governor
+    from ecrproxy.registry.wire import Wire
+    from ecrproxy.threads import InThread
+
+NEXT: Final = 6
+"""How many files that would be evicted next are told."""
+TOP: Final = 10
+"""How many repositories are told."""
+TRANSFERS: Final = 100
+"""The most transfers that are told."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asking:
+    """
+    What asks ECR: its parts that know how that goes.
+    """
+
+    tokens: TokenService
+    wire: Wire
+    circuit: Circuit
+    governor: Governor
+
+    def token(self) -> TokenState:
+        """
+        Tell of the token, never the token.
+        """
+        tokens = self.tokens
+        return TokenState(tokens.problem(), tokens.expires, tokens.refresh_seconds(), tokens.failed)
+
+
+@dataclass
+class Status:
+    """
+    The parts that a snapshot is taken of.
+
+    @ivar registry: ECR's URL.
+    @ivar reasons: asks why the daemon is not ready.
+    @ivar now: seconds since the epoch.
+    @ivar clock: the one that timers go by.
+    @ivar services: what keeps notes for the next snapshots, while it runs.
+    """
+
+    registry: str
+    figures: Figures
+    store: Store
+    janitor: Janitor
+    asking: Asking
+    pull_through: PullThrough
+    reasons: Callable[[], Awaitable[Sequence[str]]]
+    in_thread: InThread
+    now: Callable[[], float]
+    clock: IReactorTime
+
+    def __post_init__(self) -> None:
+        self.history, self.incidents = History(), Incidents(self.now)
+        self.services = self.incidents, Sampler(self.history, self.figures, self.clock)
+        self._started = self.clock.seconds()
+
+    async def snapshot(self) -> Snapshot:
+        """
+        Take one.
+        """
+        reasons = await self.reasons()
+        leaving = await self.in_thread(next_to_go, self.store, NEXT)
+        return Snapshot(
+            version=self.figures.version,
+            registry=self.registry,
+            when=self.now(),
+            uptime=self.clock.seconds() - self._started,
+            reasons=tuple(reasons),
+            cache=self._fill(leaving),
+            transfers=self._transfers(),
+            repositories=tuple(Saving(*each) for each in self.figures.served.saved.top(TOP)),
+            token=self.asking.token(),
+            upstream=self._upstream(),
+            answers=self._answers(),
+            now=self.history.latest(),
+            history=self.history.points(),
+            incidents=self.incidents.latest(),
+        )
+
+    def _fill(self, leaving: Sequence[Leaving]) -> Fill:
+        ledger = self.store.ledger
+        return Fill(
+            ledger.total, ledger.reserved, self.janitor.limit, len(ledger), self.janitor.evicted, tuple(leaving)
+        )
+
+    def _transfers(self) -> tuple[Transfer, ...]:
+        return tuple(
+            Transfer(
+                self.pull_through.carrier(each.digest),
+                str(each.digest),
+                each.size,
+                each.received,
+                each.followers,
+                each.kept,
+            )
+            for each in islice(self.pull_through.transfers(), TRANSFERS)
+        )
+
+    def _upstream(self) -> UpstreamState:
+        asking = self.asking
+        answered = asking.circuit.answered_at
+        outcomes: dict[str, dict[str, int]] = {}
+        for (host, outcome), count, _, _, _ in self.figures.upstream.rows():
+            outcomes.setdefault(host, {})[outcome] = count
+        return UpstreamState(
+            asking.circuit.state.value,
+            None if answered is None else self.clock.seconds() - answered,
+            {each.value: asking.governor.waiting(each) for each in Call},
+            asking.wire.retried,
+            outcomes,
+        )
+
+    def _answers(self) -> dict[str, Answers]:
+        counted: dict[str, tuple[int, int]] = {}
+        for (_, _, _, cache), count, size, _, _ in self.figures.served.requests.rows():
+            if cache != "-":
+                before = counted.get(cache, (0, 0))
+                counted[cache] = before[0] + count, before[1] + size
+        return {cache: Answers(*each) for cache, each in counted.items()}
+
+
+def next_to_go(store: Store, count: int) -> list[Leaving]:
+    """
+    Tell which files would be evicted next. Called in a thread.
+    """
+    with store.ledger.lock:
+        files = list(islice(((path, size) for path, size, read in store.ledger.oldest() if not read), count))
+    return [_leaving(store, path, size) for path, size in files]
+
+
+def _leaving(store: Store, path: str, size: int) -> Leaving:
+    try:
+        used = (store.root / path).stat().st_mtime
+    except OSError:  # it has just gone
+        used = None
+    top, _, rest = path.partition("/")
+    match top:
+        case "content":
+            algorithm, _, name = rest.partition("/")
+            return Leaving("content", f"{algorithm}:{name.rpartition('/')[2]}", size, used)
+        case "entries":
+            return Leaving("entry", _entry_name(store, path), size, used)
+    return Leaving("unfinished", rest.partition(".")[0].replace("-", ":", 1), size, used)
+
+
+def _entry_name(store: Store, path: str) -> str:
+    """
+    Say what an entry is about, if it can be read.
+    """
+    try:
+        entry = Entry.from_json((store.root / path).read_bytes())
+    except (OSError, ValueError):
+        return path.rpartition("/")[2]
+    return f"{entry.repository}{'@' if ':' in entry.reference else ':'}{entry.reference}"

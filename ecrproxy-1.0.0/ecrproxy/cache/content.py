@@ -1,0 +1,156 @@
+"""
+Verified files, as those who read them have them: open, shared, and not evicted meanwhile.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from ecrproxy.cache.proofs import is_marked
+from ecrproxy.oci import Digest
+
+if TYPE_CHECKING:
+    from ecrproxy.cache.store import Store
+
+
+class DigestMismatchError(Exception):
+    """
+    The bytes are not those that the digest names.
+    """
+
+
+class Content:
+    """
+    One open file of content. While it is open it stays readable and is not evicted.
+
+    @param status: what the file was when it was opened.
+    @ivar size: in bytes.
+    """
+
+    def __init__(self, store: Store, digest: Digest, file: OpenFile, status: os.stat_result) -> None:
+        self._store, self.digest, self._file, self.status = store, digest, file, status
+        self.size = status.st_size
+        self._open = True
+        store.ledger.reading(store.content_path(digest), 1)
+
+    @property
+    def proved(self) -> bool:
+        """
+        Tell whether it is known to be what its digest names.
+        """
+        return self._store.proofs.verdict(self.digest, self.status) is True
+
+    def fileno(self) -> int:
+        """
+        Hand out the file descriptor, for reading at offsets.
+        """
+        return self._file.fd
+
+    def read(self) -> bytes:
+        """
+        Read all of it: for small content.
+        """
+        return os.pread(self._file.fd, self.size, 0)
+
+    def share(self) -> Content:
+        """
+        Hand out the file once more, to be closed by itself.
+        """
+        return Content(self._store, self.digest, self._file.share(), self.status)
+
+    def hash(self, state: Any, offset: int, limit: int) -> int:  # noqa: ANN401 (hashlib's objects have no public type)
+        """
+        Hash the bytes from C{offset} on, up to C{limit}.
+
+        @return: how many there were.
+        """
+        return _hash(self._file.fd, state, offset, limit)
+
+    def settle(self, state: Any) -> bool:  # noqa: ANN401
+        """
+        Hold the hash of all its bytes against the digest, and note that it was found right.
+
+        @return: false if the file was changed meanwhile: then nothing is said.
+        @raise DigestMismatchError: if it is not what its digest names.
+        """
+        if state.hexdigest() != self.digest.hex:
+            raise DigestMismatchError("it is not what it was")
+        before, self.status = self.status, os.fstat(self._file.fd)
+        changed = self.status.st_mtime_ns != before.st_mtime_ns and not is_marked(self.status)
+        if not changed:
+            self._store.proofs.note(self.digest, self.status, good=True)
+            self._store.mark(self._file.fd)
+        return not changed
+
+    def drop(self, why: Exception) -> None:
+        """
+        Take the file out of the cache: it is bad. If it can't be, it is not opened again.
+        """
+        self._store.drop(self.digest, self.status, why)
+
+    def close(self) -> None:
+        """
+        Let go of the file.
+        """
+        if self._open:
+            self._open = False
+            self._file.let_go()
+            self._store.ledger.reading(self._store.content_path(self.digest), -1)
+
+    # A thread may open a file for a client who has gone meanwhile: nobody is left to close it then.
+    __del__ = close
+
+
+class OpenFile:
+    """
+    A file descriptor that several may hold: closed with the last of them.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self.fd, self._holders = fd, 1
+
+    def share(self) -> OpenFile:
+        """
+        Hold it once more.
+        """
+        self._holders += 1
+        return self
+
+    def let_go(self) -> None:
+        """
+        Hold it once less.
+        """
+        self._holders -= 1
+        if not self._holders:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def content_path(digest: Digest) -> str:
+    """
+    Name the file of C{digest}, relative to the cache directory.
+    """
+    return f"content/{digest.algorithm}/{digest.hex[:2]}/{digest.hex}"
+
+
+def is_whole(fd: int, digest: Digest) -> bool:
+    """
+    Hold an open file against its digest; false too if it can't be read.
+    """
+    state, offset = digest.hasher(), 0
+    try:
+        while count := _hash(fd, state, offset, 2**20):
+            offset += count
+    except OSError:
+        return False
+    return state.hexdigest() == digest.hex
+
+
+def _hash(fd: int, state: Any, offset: int, limit: int) -> int:  # noqa: ANN401
+    end = offset + limit
+    at = offset
+    while at < end and (data := os.pread(fd, min(2**20, end - at), at)):
+        state.update(data)
+        at += len(data)
+    return at - offset

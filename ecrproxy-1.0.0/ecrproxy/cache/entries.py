@@ -1,0 +1,119 @@
+"""
+What a repository's reference led to, as the cache remembers it. Pure.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from ecrproxy.oci import Descriptor, Digest, Kind, Route
+
+ANSWERS_LIMIT: Final = 16
+"""The most Accept sets whose answers one tag's entry keeps: clients in the field send two or three."""
+
+
+@dataclass(frozen=True, slots=True)
+class Confirmed:
+    """
+    That ECR gave C{descriptor} as its answer, and when, in seconds since the epoch.
+    """
+
+    descriptor: Descriptor
+    when: float
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """
+    What one repository's reference led to.
+
+    @ivar answers: by the Accept set that it was an answer to, for ECR converts manifests to what the
+        client takes; by the empty set alone for what is named by its digest, which is never converted.
+    """
+
+    kind: Kind
+    repository: str
+    reference: str
+    answers: Mapping[frozenset[str], Confirmed] = field(default_factory=dict)
+
+    def is_of(self, route: Route) -> bool:
+        """
+        Tell whether this entry speaks of what C{route} asks for.
+        """
+        return (self.kind, self.repository, self.reference) == (route.kind, route.repository, route.reference)
+
+    def latest(self, accept: frozenset[str]) -> Confirmed | None:
+        """
+        Choose the last known answer for a client that takes C{accept} when ECR can't be asked.
+        """
+        if accept in self.answers:
+            return self.answers[accept]
+        fitting = [known for known in self.answers.values() if not accept or known.descriptor.media_type in accept]
+        return max(fitting, key=lambda known: known.when, default=None)
+
+    def with_answer(self, accept: frozenset[str], confirmed: Confirmed) -> Entry:
+        """
+        Add an answer; the longest unconfirmed ones make room for it.
+        """
+        answers = sorted({**self.answers, accept: confirmed}.items(), key=lambda item: -item[1].when)
+        return Entry(self.kind, self.repository, self.reference, dict(answers[:ANSWERS_LIMIT]))
+
+    def to_json(self) -> bytes:
+        """
+        Write the entry as its file has it.
+        """
+        answers = [
+            {
+                "accept": sorted(accept),
+                "mediaType": known.descriptor.media_type,
+                "digest": str(known.descriptor.digest),
+                "size": known.descriptor.size,
+                "confirmed": known.when,
+            }
+            for accept, known in self.answers.items()
+        ]
+        document = {
+            "kind": self.kind.value,
+            "repository": self.repository,
+            "reference": self.reference,
+            "answers": answers,
+        }
+        return json.dumps(document).encode() + b"\n"
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Entry:
+        """
+        Read an entry's file.
+
+        @raise ValueError: if it is none.
+        """
+        try:
+            document = json.loads(data)
+            answers = {frozenset(item["accept"]): _confirmed(item) for item in document["answers"]}
+            return cls(Kind(document["kind"]), str(document["repository"]), str(document["reference"]), answers)
+        except (KeyError, TypeError, AttributeError, OverflowError, RecursionError) as problem:
+            raise ValueError(f"no entry: {problem!r}") from None
+
+
+def _confirmed(item: Mapping[str, Any]) -> Confirmed:
+    descriptor = Descriptor(str(item["mediaType"]), Digest.parse(item["digest"]), int(item["size"]))
+    when = float(item["confirmed"])
+    if not math.isfinite(when):
+        raise ValueError("no time")
+    return Confirmed(descriptor, when)
+
+
+def entry_name(cache_key: str, route: Route) -> str:
+    """
+    Name the entry that C{cache_key} and C{route} lead to, as its file is called.
+
+    What was asked for is part of the name whatever the key says: a key that different requests share
+    can cost hits, but can never hand one the other's content.
+    """
+    parts = (cache_key, route.kind.value, route.repository, route.reference)
+    return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogateescape")).hexdigest()

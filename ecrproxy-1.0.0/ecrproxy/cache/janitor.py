@@ -1,0 +1,145 @@
+"""
+Keep the cache directory within its limit: the least recently used goes first, what is being read never.
+
+Rules:
+
+- The directory is counted at start, and again and again: others may delete files of it, or bring some. Several daemons
+  on one directory keep it within the limit together, but for what each has brought since the others last counted.
+- Counting takes a twentieth of the time at the most, however large and slow the directory is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Final
+
+from twisted.application.service import Service
+from twisted.internet.defer import Deferred
+from twisted.logger import Logger
+
+if TYPE_CHECKING:
+    from twisted.internet.interfaces import IDelayedCall, IReactorTime
+
+    from ecrproxy.cache.store import Store
+    from ecrproxy.threads import InThread
+
+log = Logger()
+
+PAUSE_SECONDS: Final = 60.0
+"""How long after a count the next one begins, unless counting takes long."""
+SHARE: Final = 20
+"""A pause is at least so many times as long as the count before it."""
+
+
+def victims(files: Iterable[tuple[str, int, bool]], excess: int) -> list[str] | None:
+    """
+    Choose what to evict.
+
+    @param files: path, bytes and whether it is being read, the least recently used first.
+    @param excess: the bytes to gain.
+    @return: paths; none if all that may go isn't enough, in which case nothing should.
+    """
+    chosen = []
+    for path, size, read in files:
+        if excess <= 0:
+            break
+        if not read:
+            chosen.append(path)
+            excess -= size
+    return chosen if excess <= 0 else None
+
+
+class Janitor(Service):
+    """
+    Counts the cache directory, at start and now and then, and makes room in it.
+
+    @param limit: the most bytes that the files of the cache may have, those that arrive included.
+    @ivar evicted: how many files went for others.
+    """
+
+    def __init__(self, store: Store, limit: int, in_thread: InThread, clock: IReactorTime) -> None:
+        self._store, self.limit, self._in_thread, self._clock = store, limit, in_thread, clock
+        self._counted = self._shared = False
+        self.evicted = 0
+        self._waiting: list[Deferred[None]] = []
+        self._next: IDelayedCall | None = None
+
+    def startService(self) -> None:  # noqa: D102
+        super().startService()
+        self._begin()
+
+    def stopService(self) -> None:  # noqa: D102
+        super().stopService()
+        if self._next is not None:
+            self._next.cancel()
+            self._next = None
+
+    def _begin(self) -> None:
+        self._next = None
+        began = self._clock.seconds()
+        counting = Deferred.fromCoroutine(self._count())
+        counting.addErrback(lambda failure: log.failure("Counting the cache", failure))
+        counting.addCallback(lambda _: self._go_on(self._clock.seconds() - began))
+
+    def _go_on(self, took: float) -> None:
+        if self.running:
+            self._next = self._clock.callLater(max(PAUSE_SECONDS, SHARE * took), self._begin)
+
+    async def _count(self) -> None:
+        first = not self._counted
+        try:
+            unknown = await self._in_thread(self._store.count)
+        finally:
+            self._counted = True
+            waiting, self._waiting = self._waiting, []
+            for waiter in waiting:
+                waiter.callback(None)
+        ledger = self._store.ledger
+        if first:
+            log.info("The cache holds {total} bytes in {count} files", total=ledger.total, count=len(ledger))
+        elif unknown > 0 and not self._shared:
+            self._shared = True
+            log.info("Somebody else brought {count} bytes into the cache: another daemon uses it too?", count=unknown)
+        await self._in_thread(self.make_room, 0)  # the limit may be lower than it was
+
+    async def reserve(self, size: int) -> bool:
+        """
+        Make room for C{size} bytes that will arrive; false if it can't be had.
+        """
+        if size > self.limit:
+            return False
+        if not self._counted:
+            waiter: Deferred[None] = Deferred(self._waiting.remove)
+            self._waiting.append(waiter)
+            await waiter
+        ledger = self._store.ledger
+        with ledger.lock:
+            if ledger.total + ledger.reserved + size <= self.limit:
+                ledger.reserve(size)
+                return True
+        return await self._in_thread(self.make_room, size)
+
+    def release(self, size: int) -> None:
+        """
+        Give back what was reserved.
+        """
+        self._store.ledger.reserve(-size)
+
+    def make_room(self, size: int) -> bool:
+        """
+        Evict until C{size} bytes fit, and reserve them. Called in a thread.
+        """
+        ledger = self._store.ledger
+        with ledger.lock:
+            chosen = victims(ledger.oldest(), ledger.total + ledger.reserved + size - self.limit)
+            if chosen is None:
+                return False
+            sizes = {path: ledger.gone(path) for path in chosen}
+            ledger.reserve(size)
+        for path, freed in sizes.items():  # the lock is not held while the disk works: the reactor may want it
+            if not self._store.remove(path):
+                ledger.used(path, freed)
+        if chosen:
+            self.evicted += len(chosen)
+            log.info("Evicted {count} files, the least recently used", count=len(chosen))
+        return True

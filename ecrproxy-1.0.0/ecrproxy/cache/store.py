@@ -1,0 +1,377 @@
+"""
+The cache directory: verified content by digest, entries by cache key, and what is still arriving.
+
+Rules:
+
+- The directory is the whole truth. The L{Ledger} only counts it, and is made anew at each start.
+- A file gets into C{content/} by one road alone: C{writer.Writer.commit}, which has hashed every byte of it.
+- What is in C{content/} and C{entries/} is never changed in place: it is replaced by rename, or unlinked.
+  Whoever has a file open keeps reading the bytes that were there.
+- Nothing here waits for anything but the disk. All of it is called in threads, several at a time.
+- What can't be read, doesn't parse or has the wrong size is as good as absent: a miss, never a failure.
+- Directories that somebody removes are made anew. What fails is told once, by L{Troubles}.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import os
+import secrets
+import stat
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Final, TypeVar
+
+from twisted.logger import Logger
+
+from ecrproxy.cache.content import Content, DigestMismatchError, OpenFile, content_path, is_whole
+from ecrproxy.cache.entries import Entry
+from ecrproxy.cache.ingest import Ingest
+from ecrproxy.cache.ledger import Ledger, Settled, packed
+from ecrproxy.cache.proofs import Proofs, is_marked, mark
+from ecrproxy.cache.troubles import Kind, Troubles, is_exhaustion
+from ecrproxy.cache.writer import Writer
+from ecrproxy.oci import Digest, Route
+
+log = Logger()
+T = TypeVar("T")
+
+_PROBE: Final = b"ok" + bytes(2**16)
+"""What a check writes: more than a disk that is called full still takes."""
+PURGED: Final = "purged"
+"""The file that says, by being another one, that somebody has purged the directory."""
+
+
+class Store:
+    """
+    The cache directory.
+
+    @param root: where it is; made if it is missing.
+    @param now: seconds since the epoch.
+    @param ledger: where it is counted.
+    @ivar arriving: the files that arrive.
+    """
+
+    def __init__(self, root: Path, now: Callable[[], float], ledger: Ledger | None = None) -> None:
+        self.root, self._now = root, now
+        self.ingest = root / "ingest"
+        self.ledger = Ledger() if ledger is None else ledger
+        self.proofs = Proofs()
+        self.troubles = Troubles(now)
+        self.arriving = Ingest(root, now, self.ledger, self.proofs, self.troubles)
+
+    def prepare(self) -> None:
+        """
+        Make the directories and see that files can be made in them.
+
+        @raise OSError: if not.
+        """
+        self.make()
+        self.check()
+
+    def make(self) -> None:
+        """
+        Make the directories that are missing.
+        """
+        for name in ("content", "entries", "ingest"):
+            (self.root / name).mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    def _anew(self, make: Callable[[], T]) -> T:
+        """
+        Make a file; once more, if its directory was taken away.
+        """
+        try:
+            return make()
+        except FileNotFoundError:
+            log.warn("{root} is not what it was: its directories are made anew", root=str(self.root))
+            self.make()
+            return make()
+
+    def check(self) -> None:
+        """
+        See that a file can be written, and read.
+
+        @raise OSError: if not.
+        """
+        probe = self.ingest / f"probe.{secrets.token_hex(4)}"
+        try:
+            with self.troubles.noted(Kind.WRITE):
+                self._anew(lambda: probe.write_bytes(_PROBE))
+            with self.troubles.noted(Kind.READ):
+                probe.read_bytes()
+        finally:
+            with contextlib.suppress(OSError):
+                probe.unlink()
+
+    def reasons(self) -> list[str]:
+        """
+        Say what is wrong with the directory.
+        """
+        with contextlib.suppress(OSError):
+            self.check()
+        return self.troubles.reasons()
+
+    def sweep(self) -> None:
+        """
+        Unlink what arrived for writers that are no more, but for what is worth going on with.
+        """
+        self.arriving.sweep()
+
+    def count(self) -> int:
+        """
+        Fill the ledger from the directory: its files by their last use, which is their mtime.
+
+        Folder by folder, and in small steps: sorting it all at once would keep every other thread waiting.
+
+        @return: by how many bytes the ledger was wrong: negative if it had too many.
+        @raise OSError: if too many files are open, and the ledger is as it was.
+        """
+        self.ledger.begin()
+        names, sizes, total = bytearray(), array("Q"), 0
+        by_use: list[tuple[array[int], array[int]]] = []  # a list of so many pairs would never be given back
+        others: list[tuple[int, str, int]] = []
+        for folder in self.folders("content", "entries"):
+            files = sorted(files_in(folder))
+            uses = []
+            for name, used, size in files:
+                path = f"{folder}/{name}"[len(str(self.root)) + 1 :]
+                short = packed(path)
+                if short is None:
+                    others.append((used, path, size))
+                else:
+                    uses.append((used, len(sizes)))
+                    names += short
+                    sizes.append(size)
+                    total += size
+            uses.sort()
+            by_use.append((array("Q", (used for used, _ in uses)), array("I", (place for _, place in uses))))
+        # What is left over was written until a while ago: as a use, that is more recent than most.
+        others += ((int(when * 1e9), path, size) for when, path, size in self.arriving.count())
+        order = array("I", (place for _, place in heapq.merge(*(zip(*each, strict=True) for each in by_use))))
+        return self.ledger.load(Settled(names, sizes, order), total, [(path, size) for _, path, size in sorted(others)])
+
+    def folders(self, *tops: str) -> Iterator[str]:
+        """
+        Yield the folders that may hold files, in the order of their names as the ledger packs them.
+
+        @param tops: of what: content, entries.
+        """
+        for top in ("content/sha256", "content/sha512", "entries"):
+            if top.partition("/")[0] in tops:
+                yield from (str(folder) for folder in sorted(self._names(self.root / top)))
+
+    def has(self, digest: Digest) -> bool:
+        """
+        Tell whether there is a file of this name, without opening it or noting a use.
+        """
+        try:
+            return stat.S_ISREG(os.lstat(self.root / self.content_path(digest)).st_mode)
+        except OSError:
+            return False
+
+    def writer(self, digest: Digest, size: int) -> Writer:
+        """
+        Begin a file that arrives.
+
+        @param size: in bytes; so many are taken of the disk at once.
+        @raise OSError: if the disk has no room for them, or fails.
+        """
+        with self.troubles.noted(Kind.WRITE):
+            return self._anew(lambda: self.arriving.begin(digest, size))
+
+    def content_path(self, digest: Digest) -> str:
+        """
+        Name the file of C{digest}, relative to the cache directory.
+        """
+        return content_path(digest)
+
+    def open(self, digest: Digest, size: int | None = None) -> Content | None:
+        """
+        Open content and note its use. Whether it is right still, L{Content.proved} tells.
+
+        @param size: what its descriptor says that it has, if there is one. If the file has another, it is
+            hashed: it may have been cut behind our back, or the descriptor may be wrong.
+        """
+        path = self.content_path(digest)
+        try:
+            fd = os.open(self.root / path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError as problem:
+            if isinstance(problem, FileNotFoundError):
+                self.ledger.gone(path)
+            elif is_exhaustion(problem):
+                self.troubles.failed(Kind.OPEN, problem)
+            else:  # it is there, and counts
+                log.warn("Can't read {path} from the cache: {problem}", path=path, problem=problem)
+                self.troubles.failed(Kind.READ, problem)
+            return None
+        self.troubles.succeeded(Kind.READ)
+        status = os.fstat(fd)
+        verdict = self._verdict(fd, digest, status, size)
+        if verdict is False:
+            os.close(fd)
+            return None
+        if verdict or is_marked(status):  # else the mark would hide that somebody has changed it
+            self.mark(fd)
+        self.ledger.used(path, status.st_size)
+        return Content(self, digest, OpenFile(fd), status)
+
+    def _verdict(self, fd: int, digest: Digest, status: os.stat_result, size: int | None) -> bool | None:
+        """
+        Tell whether an open file is what its digest names, so far as that is known or seen at a glance.
+        """
+        verdict = self.proofs.verdict(digest, status)
+        regular = stat.S_ISREG(status.st_mode)
+        if verdict is None and (not regular or size not in (None, status.st_size)):
+            verdict = regular and is_whole(fd, digest)
+            self.proofs.note(digest, status, good=verdict)
+            if not verdict:
+                self.drop(digest, status, DigestMismatchError("it is not what it was"))
+        return verdict
+
+    def drop(self, digest: Digest, status: os.stat_result, why: Exception) -> None:
+        """
+        Take a bad file of content out of the cache, unless another has taken its place already.
+        """
+        path = self.content_path(digest)
+        self.proofs.note(digest, status, good=False)
+        if isinstance(why, OSError):
+            self.troubles.failed(Kind.READ, why)
+        with contextlib.suppress(OSError):
+            if os.lstat(self.root / path).st_ino != status.st_ino:
+                return
+        log.warn("{path} in the cache is dropped: {why}", path=path, why=why)
+        self.remove(path)
+
+    def entry(self, name: str, route: Route) -> Entry | None:
+        """
+        Read the entry called C{name}, if there is one and it speaks of C{route}; note its use.
+        """
+        path = entry_path(name)
+        try:
+            with open(self.root / path, "rb", opener=without_waiting) as file:
+                data = file.read()
+                entry = Entry.from_json(data)
+                self.mark(file.fileno())
+                self.ledger.used(path, len(data))
+        except (OSError, ValueError):
+            return None
+        return entry if entry.is_of(route) else None
+
+    def save(self, name: str, entry: Entry) -> None:
+        """
+        Write an entry, whole or not at all.
+
+        @raise OSError: if the disk fails.
+        """
+        data, path = entry.to_json(), entry_path(name)
+        target, draft = self.root / path, self.ingest / f"entry.{secrets.token_hex(8)}"
+
+        def write() -> None:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            draft.write_bytes(data)
+            draft.rename(target)
+
+        try:
+            with self.troubles.noted(Kind.WRITE):
+                self._anew(write)
+        except OSError:
+            with contextlib.suppress(OSError):
+                draft.unlink()
+            raise
+        self.ledger.used(path, len(data))
+
+    def last_purge(self) -> tuple[int, int]:
+        """
+        Tell by a value, which changes with it, when somebody last purged the directory; zeros if nobody did.
+        """
+        try:
+            status = (self.root / PURGED).stat()
+        except OSError:
+            return 0, 0
+        return status.st_ino, status.st_mtime_ns
+
+    def note_purge(self) -> None:
+        """
+        Note that something was purged, for all daemons on the directory.
+
+        @raise OSError: if the disk fails.
+        """
+        draft = self.root / f"{PURGED}.{secrets.token_hex(4)}"
+        draft.touch(mode=0o600)
+        draft.rename(self.root / PURGED)  # another file each time: not all file systems tell times finely
+
+    def forget(self, name: str) -> None:
+        """
+        Drop the entry called C{name}.
+        """
+        self.remove(entry_path(name))
+
+    def remove(self, path: str) -> bool:
+        """
+        Unlink one file; those who have it open go on reading it.
+
+        @return: whether it is gone.
+        """
+        try:
+            if path.startswith("ingest/"):
+                self.arriving.remove(path.removeprefix("ingest/"))
+            else:
+                (self.root / path).unlink()
+        except FileNotFoundError:
+            pass
+        except OSError as problem:  # it goes on being counted
+            log.warn("Can't remove {path} from the cache: {problem}", path=path, problem=problem)
+            return False
+        self.ledger.gone(path)
+        return True
+
+    def mark(self, fd: int) -> None:
+        """
+        Note in a file that it is used, if that can be.
+        """
+        with contextlib.suppress(OSError):  # a read-only disk still serves what it has
+            mark(fd, self._now())
+
+    @staticmethod
+    def _names(folder: Path) -> Iterable[Path]:
+        with _all_but_exhaustion():
+            yield from folder.iterdir()
+
+
+def entry_path(name: str) -> str:
+    """
+    Name the file of the entry called C{name}, relative to the cache directory.
+    """
+    return f"entries/{name[:2]}/{name}"
+
+
+def without_waiting(path: str, flags: int) -> int:
+    """
+    Open a file that somebody may have replaced by something else.
+    """
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+
+def files_in(folder: str) -> Iterator[tuple[str, int, int]]:
+    """
+    Yield name, last use in nanoseconds and bytes of a folder's files.
+    """
+    with _all_but_exhaustion(), os.scandir(folder) as found:
+        for file in found:
+            with contextlib.suppress(OSError):
+                status = file.stat(follow_symlinks=False)
+                yield file.name, status.st_mtime_ns, status.st_size
+
+
+@contextlib.contextmanager
+def _all_but_exhaustion() -> Iterator[None]:
+    """
+    Pass over what a disk can't give; not over what could be had if fewer files were open.
+    """
+    try:
+        yield
+    except OSError as problem:
+        if is_exhaustion(problem):
+            raise

@@ -1,0 +1,217 @@
+"""
+One file that arrives, written in several places at once.
+
+Rules:
+
+- What is there is never written again: it may be hashed already, and shown.
+- It becomes content by its digest alone, once every byte of it was hashed.
+- It is locked as long as it is open. Whoever it was for, it is closed, left or discarded at the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from ecrproxy.cache.content import DigestMismatchError, content_path
+from ecrproxy.cache.proofs import mark
+from ecrproxy.cache.trailer import Stretches, Trailer, room_for
+from ecrproxy.cache.troubles import Kind
+from ecrproxy.oci import Digest
+
+if TYPE_CHECKING:
+    from ecrproxy.cache.ingest import Ingest
+
+_CATCH_UP: Final = 16 * 2**20
+"""Bytes that are hashed in one go: a lane that has bytes to write waits for no more."""
+
+
+class Writer:
+    """
+    A file that arrives, in several places at once; hashed in order; content once its digest is right.
+
+    @ivar hashed: the bytes that are there and hashed, from the first on.
+    @ivar room: the bytes that it takes of the disk.
+    """
+
+    def __init__(self, ingest: Ingest, digest: Digest, size: int, path: Path, fd: int) -> None:
+        self._ingest, self._digest, self.size, self._path, self._fd = ingest, digest, size, path, fd
+        self.room = room_for(size)
+        self._hash = digest.hasher()
+        self.hashed = 0
+        self._there = Stretches()
+        self._shown = Stretches()
+        self._lock = threading.Lock()
+        self._committed: str | None = None
+
+    def fileno(self) -> int:
+        """
+        Hand out the file descriptor, for reading what was written.
+        """
+        return self._fd
+
+    def take_up(self, trailer: Trailer) -> None:
+        """
+        Go on from what C{trailer} says.
+        """
+        self._there = Stretches(trailer.there)
+
+    @property
+    def gaps(self) -> list[tuple[int, int]]:
+        """
+        Tell which bytes are missing.
+        """
+        return self._there.gaps(self.size)
+
+    @property
+    def missing(self) -> int:
+        """
+        Tell how many bytes are missing.
+        """
+        return sum(stop - start for start, stop in self.gaps)
+
+    @property
+    def front(self) -> int:
+        """
+        Tell up to where all bytes from the first on are there.
+        """
+        return self._there.end_of(0)
+
+    def write(self, offset: int, pieces: Sequence[bytes]) -> None:
+        """
+        Write C{pieces} from C{offset} on. Threads may do so at the same time, in different places.
+
+        @raise OSError: if the disk fails; what was written before stays readable.
+        """
+        with self._ingest.troubles.noted(Kind.WRITE):
+            self._write(offset, pieces)
+
+    def _write(self, offset: int, pieces: Sequence[bytes]) -> None:
+        end = offset
+        for piece in pieces:
+            view = memoryview(piece)
+            while view:
+                count = os.pwrite(self._fd, view, end)
+                view, end = view[count:], end + count
+        with self._lock:
+            self._there.add(offset, end)
+            self._shown.add(offset, end)
+            if offset == self.hashed:  # as it comes, from memory
+                for piece in pieces:
+                    self._hash.update(piece)
+                self.hashed = end
+            self._hash_on()
+            self._tell()
+
+    def catch_up(self) -> bool:
+        """
+        Hash some of what came before its turn, or was there from the start.
+
+        @return: whether there is more of it.
+        @raise OSError: if the disk fails.
+        """
+        with self._lock:
+            return self._hash_on()
+
+    def _hash_on(self) -> bool:
+        end = self._there.end_of(self.hashed)
+        stop = min(end, self.hashed + _CATCH_UP)
+        while self.hashed < stop:
+            data = os.pread(self._fd, min(2**20, stop - self.hashed), self.hashed)
+            if not data:
+                raise OSError(errno.EIO, "what was written can't be read")
+            self._hash.update(data)
+            self.hashed += len(data)
+        return stop < end
+
+    def _tell(self) -> None:
+        """
+        Note in the file what is there of it; a disk that can't take that costs a transfer, another time.
+        """
+        there = tuple(self._there)
+        if self.room > self.size and there != ((0, self.size),):
+            with contextlib.suppress(OSError):
+                os.pwrite(self._fd, Trailer(self.size, self._ingest.now(), there).pack(), self.size)
+
+    def reach(self, offset: int) -> int:
+        """
+        Tell up to where all bytes from C{offset} on came by this writer.
+        """
+        return self._shown.end_of(offset)
+
+    def hash(self) -> Any:  # noqa: ANN401 (hashlib's objects have no public type)
+        """
+        Copy the state of the hash over the first C{hashed} bytes.
+        """
+        return self._hash.copy()
+
+    def verify(self) -> None:
+        """
+        Hold the hash against the digest.
+
+        @raise DigestMismatchError: if they differ.
+        """
+        if self._hash.hexdigest() != self._digest.hex:
+            raise DigestMismatchError(f"what arrived is not {self._digest}")
+
+    def commit(self) -> None:
+        """
+        Make the file content, for good. The file descriptor stays open until L{close}.
+
+        @raise DigestMismatchError: if it is not what its digest names.
+        @raise OSError: if the disk fails; the file is not content then.
+        """
+        self.verify()
+        with self._ingest.troubles.noted(Kind.WRITE):
+            self._commit()
+
+    def _commit(self) -> None:
+        if self.hashed < self.room:
+            os.ftruncate(self._fd, self.hashed)
+        with contextlib.suppress(OSError):
+            mark(self._fd, self._ingest.now())
+        os.fsync(self._fd)
+        path = content_path(self._digest)
+        target = self._ingest.root / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self._path.rename(target)
+        self._ingest.proofs.note(self._digest, os.fstat(self._fd), good=True)
+        self._ingest.ledger.used(path, self.hashed)
+        self._ingest.ledger.reading(path, 1)  # by those who follow, until it is closed
+        self._committed = path
+
+    def close(self) -> None:
+        """
+        Let go of the file, committed or discarded before.
+        """
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+            if self._committed is not None:
+                self._ingest.ledger.reading(self._committed, -1)
+
+    def leave(self) -> None:
+        """
+        Let go of the file, and leave it to the next transfer of its digest if it is worth that.
+        """
+        if self._fd < 0 or self._committed is not None:
+            self.close()
+        elif Trailer.read(self._fd) is None:
+            self.discard()
+        else:
+            self._ingest.ledger.used(f"ingest/{self._path.name}", self.room)
+            self.close()
+
+    def discard(self) -> None:
+        """
+        Unlink the file and let go of it.
+        """
+        if self._committed is None:
+            with contextlib.suppress(OSError):
+                self._path.unlink()
+        self.close()

@@ -1,0 +1,164 @@
+"""
+Ask the daemon on its operator's port.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from http.client import HTTPConnection, HTTPException
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+from ecrproxy.healthcheck import Place, connect, read_place
+
+OK: Final = 200
+SILENT_SECONDS: Final = 60.0
+"""How long the daemon may say nothing: each of its answers begins at once, and goes on in small steps."""
+SHOWN: Final = "X-Ecrproxy-Api"
+"""The header by which the daemon knows that no web page asks."""
+_PORT: Final = 5001
+
+
+class UnreachableError(Exception):
+    """
+    The daemon can't be asked, or breaks off.
+    """
+
+
+class RefusedError(Exception):
+    """
+    The daemon has answered that it does not.
+
+    @ivar status: of its answer.
+    """
+
+    def __init__(self, status: int, words: str) -> None:
+        super().__init__(words)
+        self.status = status
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """
+    What the daemon answers.
+
+    @ivar lines: its body, as it comes.
+    """
+
+    status: int
+    lines: Iterable[bytes]
+
+
+Exchange = Callable[[str, str, Mapping[str, str], bytes], Answer]
+"""Sends method, path, headers and body, and gives the answer. Raises C{OSError} or C{HTTPException}."""
+
+
+def place_of(url: str | None, admin_listen: str | None) -> Place:
+    """
+    Tell where the daemon's operator's port is.
+
+    @param url: what the caller said, if he did.
+    @param admin_listen: the daemon's own setting.
+    @raise ValueError: if there is none, or it can't be told.
+    """
+    if url is not None:
+        return _from_url(url)
+    if admin_listen is None:
+        raise ValueError("PROXY_ADMIN_LISTEN is off, so the daemon can't be asked; set it, and start the daemon again")
+    try:
+        place = read_place(admin_listen)
+    except (ValueError, IndexError):
+        place = None
+    if place is None:
+        raise ValueError(f"PROXY_ADMIN_LISTEN={admin_listen!r} does not tell where to ask; give --admin-url")
+    return place
+
+
+def _from_url(url: str) -> Place:
+    """
+    Read C{http://host:port}, or C{unix:} and a path.
+    """
+    if url.startswith("unix:/"):
+        return Place(url.removeprefix("unix:"))
+    try:
+        parts = urlsplit(url if "://" in url else f"http://{url}")
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host, port = None, None
+    if not host or parts.scheme != "http" or parts.path not in ("", "/") or parts.query:
+        raise ValueError(f"--admin-url={url!r}: not an address; give one such as http://127.0.0.1:5001 or unix:/path")
+    return Place((host, port or _PORT))
+
+
+def over_http(place: Place) -> Exchange:
+    """
+    Ask over a connection of its own each time.
+    """
+
+    def exchange(method: str, path: str, headers: Mapping[str, str], body: bytes) -> Answer:
+        asking = HTTPConnection("localhost", timeout=SILENT_SECONDS)
+        asking.sock = connect(place)
+        asking.sock.settimeout(SILENT_SECONDS)
+        asking.request(method, path, body or None, {**headers, "Connection": "close"})
+        response = asking.getresponse()
+        return Answer(response.status, response)
+
+    return exchange
+
+
+class Daemon:
+    """
+    A daemon that runs.
+    """
+
+    def __init__(self, exchange: Exchange, place: Place) -> None:
+        self._exchange = exchange
+        self._where = place.address if isinstance(place.address, str) else ":".join(map(str, place.address))
+
+    def ask(self, method: str, path: str, document: object = None) -> Any:  # noqa: ANN401 (what JSON holds)
+        """
+        Ask for one JSON document.
+
+        @raise UnreachableError: if nobody answers.
+        @raise RefusedError: if it does not.
+        """
+        return self._read(b"".join(self._lines(method, path, document)))
+
+    def listen(self, method: str, path: str, document: object = None) -> Iterator[Any]:
+        """
+        Ask for many JSON documents, a line each, as they come.
+
+        @raise UnreachableError: if nobody answers, or the answer breaks off.
+        @raise RefusedError: if it does not.
+        """
+        return map(self._read, self._lines(method, path, document))
+
+    def _lines(self, method: str, path: str, document: object) -> Iterator[bytes]:
+        headers, body = {SHOWN: "1"}, b""
+        if document is not None:
+            headers["Content-Type"], body = "application/json", json.dumps(document).encode()
+        try:
+            answer = self._exchange(method, path, headers, body)
+            if answer.status != OK:
+                raise RefusedError(answer.status, _words(self._read(b"".join(answer.lines))))
+            yield from answer.lines
+        except HTTPException as problem:
+            raise UnreachableError(f"the answer from {self._where} broke off, or is none: {problem!r}") from problem
+        except OSError as problem:
+            why = problem.strerror or problem
+            raise UnreachableError(f"no daemon answers at {self._where}: {why}; is it running?") from problem
+
+    def _read(self, data: bytes) -> Any:  # noqa: ANN401
+        try:
+            return json.loads(data)
+        except ValueError:
+            raise UnreachableError(f"what answers at {self._where} is no ecr-proxy, or another version") from None
+
+
+def _words(told: Any) -> str:  # noqa: ANN401
+    try:
+        return str(told["errors"][0]["message"])
+    except (LookupError, TypeError):
+        return "refused"

@@ -1,0 +1,89 @@
+"""
+The images that Kubernetes manifests and compose files name. Pure.
+
+Whatever is called C{image} is taken, wherever it stands: in pods, in what makes pods, in C{initContainers}, in
+resources of whatever kind. The documents are read as YAML's own tree, so that no tag of theirs means anything to us.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+
+import yaml
+from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+
+_VARIABLE = re.compile(r"\$(?:(\$)|([A-Za-z_]\w*)|\{([A-Za-z_]\w*)(?:(:?)-([^{}]*))?\})")
+
+
+def images_in(text: str, environ: Mapping[str, str]) -> Iterator[str]:
+    """
+    Yield the images that a file of one or more YAML documents names, each once, in their order.
+
+    @param environ: for the variables of a compose file.
+    @raise ValueError: if it is no YAML, or a variable is not set.
+    """
+    try:
+        documents = list(yaml.compose_all(text, Loader=yaml.SafeLoader))
+    except (yaml.YAMLError, RecursionError) as problem:
+        raise ValueError(f"not YAML: {' '.join(str(problem).split())[:200]}") from None
+    yield from dict.fromkeys(expanded(name, environ) for each in documents if each is not None for name in _walk(each))
+
+
+def _walk(root: Node) -> Iterator[str]:
+    """
+    Find the images below a node. An anchor's node stands in several places, and is looked at once.
+    """
+    seen, waiting = set(), [root]
+    while waiting:
+        node = waiting.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, SequenceNode):
+            waiting += reversed(node.value)
+        elif isinstance(node, MappingNode):
+            yield from (value.value for key, value in node.value if _names_image(key, value))
+            yield from _volumes(node)
+            waiting += [value for _, value in reversed(node.value)]
+
+
+def _names_image(key: Node, value: Node) -> bool:
+    return key.value == "image" and isinstance(value, ScalarNode) and bool(value.value.strip())
+
+
+def _volumes(node: MappingNode) -> Iterator[str]:
+    """
+    Find the image of an C{image} volume: Kubernetes API, ImageVolumeSource.
+    """
+    for key, value in node.value:
+        if key.value == "image" and isinstance(value, MappingNode):
+            yield from (
+                inner.value
+                for name, inner in value.value
+                if name.value == "reference" and isinstance(inner, ScalarNode)
+            )
+
+
+def expanded(text: str, environ: Mapping[str, str]) -> str:
+    """
+    Put the variables of a compose file in: compose spec, "Interpolation".
+
+    @raise ValueError: if one is not set.
+    """
+
+    def value(found: re.Match[str]) -> str:
+        dollar, plain, name, colon, default = found.groups()
+        if dollar:
+            return "$"
+        given = environ.get(plain or name)
+        if given is None or (colon and not given):
+            given = default
+        if given is None:
+            raise ValueError(f"{text!r}: the variable {plain or name} is not set")
+        return given
+
+    result = _VARIABLE.sub(value, text)
+    if "${" in text and "${" in result:
+        raise ValueError(f"{text!r}: a way to write a variable that is not read here")
+    return result

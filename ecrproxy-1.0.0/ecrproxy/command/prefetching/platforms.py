@@ -1,0 +1,129 @@
+"""
+Which of an index's manifests are for a platform: OCI image spec, "Image Index". Pure.
+
+A variant is good for itself and for those above it: C{arm/v6} runs on C{arm/v7}, and the highest that runs is taken.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from ecrproxy.oci import Descriptor, Kind, listed
+
+_MACHINES: Final = {
+    "x86_64": "amd64",
+    "aarch64": "arm64",
+    "armv7l": "arm/v7",
+    "armv6l": "arm/v6",
+    "armv5tel": "arm/v5",
+    "i386": "386",
+    "i686": "386",
+    "loongarch64": "loong64",
+}
+_PLAIN: Final = {"amd64": "v1", "arm64": "v8", "arm": "v7"}
+"""The variant that is meant where none is named."""
+_PLATFORM = re.compile(r"([a-z0-9_.-]+)/([a-z0-9_.-]+)(?:/([a-z0-9_.-]+))?", re.IGNORECASE)
+_LEVEL = re.compile(r"v(\d{1,3})")
+
+
+@dataclass(frozen=True, slots=True)
+class Platform:
+    """
+    What an image runs on.
+    """
+
+    system: str
+    architecture: str
+    variant: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> Platform:
+        """
+        Read C{os/architecture[/variant]}; architectures may have the kernel's names.
+
+        @raise ValueError: if it is something else.
+        """
+        found = _PLATFORM.fullmatch(text)
+        if found is None:
+            raise ValueError(f"{text!r} is not a platform; give one such as linux/amd64 or linux/arm/v7")
+        named = _MACHINES.get(found[2].lower(), found[2].lower()).partition("/")
+        return cls(found[1].lower(), named[0], (found[3] or named[2]).lower())
+
+    @classmethod
+    def of_machine(cls, machine: str) -> Platform:
+        """
+        Give what docker pulls for on a machine that the kernel calls C{machine}.
+        """
+        return cls.parse(f"linux/{machine or 'unknown'}")
+
+    @property
+    def level(self) -> str:
+        """
+        The variant, whether it is named or not.
+        """
+        return self.variant or _PLAIN.get(self.architecture, "")
+
+    def __str__(self) -> str:
+        return "/".join(part for part in (self.system, self.architecture, self.variant) if part)
+
+
+def offers(index: bytes) -> Iterator[tuple[Descriptor, Platform | None]]:
+    """
+    Yield what an index lists, each with its platform, if it has one.
+
+    @raise ValueError: if it is no index.
+    """
+    known = {str(descriptor.digest): descriptor for kind, descriptor in listed(index) if kind is Kind.MANIFEST}
+    for item in json.loads(index).get("manifests", []):
+        descriptor = known.get(str(item.get("digest"))) if isinstance(item, dict) else None
+        if descriptor is not None:
+            yield descriptor, _platform(item.get("platform"))
+
+
+def _platform(item: Any) -> Platform | None:  # noqa: ANN401
+    if not isinstance(item, dict):
+        return None
+    try:
+        variant = f"/{item['variant']}" if item.get("variant") else ""
+        platform = Platform.parse(f"{item.get('os')}/{item.get('architecture')}{variant}")
+    except ValueError:
+        return None
+    # What docker's builders say of attestations: they are no images.
+    return None if platform.system == "unknown" else platform
+
+
+def choose(index: bytes, wanted: Collection[Platform]) -> Sequence[Descriptor]:
+    """
+    Choose the manifests for each of the platforms; all of them if none is C{wanted}.
+
+    @raise ValueError: if there is none for one of them: which, and what there is.
+    """
+    offered = list(offers(index))
+    if not wanted:
+        return list(dict.fromkeys(descriptor for descriptor, _ in offered))
+    chosen: dict[Descriptor, None] = {}
+    for platform in wanted:
+        ranks = [(_rank(each, platform), descriptor) for descriptor, each in offered if each is not None]
+        fitting = [(rank, descriptor) for rank, descriptor in ranks if rank is not None]
+        if not fitting:
+            there = ", ".join(dict.fromkeys(str(each) for _, each in offered if each is not None)) or "none"
+            raise ValueError(f"not for {platform}; its platforms: {there}")
+        best = max(rank for rank, _ in fitting)
+        chosen[next(descriptor for rank, descriptor in fitting if rank == best)] = None
+    return list(chosen)
+
+
+def _rank(offered: Platform, wanted: Platform) -> int | None:
+    """
+    Tell how well something fits, the more the better; none if it doesn't.
+    """
+    if (offered.system, offered.architecture) != (wanted.system, wanted.architecture):
+        return None
+    has, wants = _LEVEL.fullmatch(offered.level), _LEVEL.fullmatch(wanted.level)
+    if has is None or wants is None:
+        return 0 if offered.level == wanted.level else None
+    return int(has[1]) if int(has[1]) <= int(wants[1]) else None

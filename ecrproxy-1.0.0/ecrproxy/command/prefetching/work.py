@@ -1,0 +1,277 @@
+"""
+One run of C{ecr-proxy prefetch}: which images, through which daemon, what came of each.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import random
+import ssl
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+from ecrproxy.command.prefetching import PASSWORD
+from ecrproxy.command.prefetching.crew import Crew
+from ecrproxy.command.prefetching.documents import images_in
+from ecrproxy.command.prefetching.door import Ask, Door, docker_login, own_context, place_of
+from ecrproxy.command.prefetching.images import ForeignImageError, Image, listed_images, parse_image
+from ecrproxy.command.prefetching.platforms import Platform
+from ecrproxy.command.prefetching.pulling import Hands, Plan, Puller, PullError
+from ecrproxy.command.subcommand import FINE, MISUSED, WRONG, Call, CommandError
+from ecrproxy.command.terminal import Progress, Terminal, size_in_words
+from ecrproxy.healthcheck import place_from
+from ecrproxy.oci import Route
+
+MOST_JOBS: Final = 64
+
+
+@dataclass
+class Work:
+    """
+    One image, and what came of it.
+
+    @ivar problem: why it could not be had.
+    @ivar waiting: its blobs that are not there yet.
+    """
+
+    image: Image
+    plan: Plan | None = None
+    problem: str = ""
+    brought: int = 0
+    there: int = 0
+    waiting: set[Route] = field(default_factory=set)
+
+
+def run(call: Call, ask_of: Callable[[Door], Ask] = lambda door: door.ask) -> int:
+    """
+    Bring them in.
+    """
+    options, terminal = call.options, call.terminal
+    platforms = _platforms(options)
+    jobs = int(options.jobs) if options.jobs.isdecimal() else 0
+    if not 0 < jobs <= MOST_JOBS:
+        raise CommandError(f"--jobs={options.jobs!r}: give a number from 1 to {MOST_JOBS}", MISUSED)
+    door, hosts = _door(call)
+    works = _works(call, hosts)
+    if not works:
+        raise CommandError("no image is named; see ecr-proxy prefetch --help", MISUSED)
+    crew, seconds = Crew(jobs), call.world.seconds
+    began = seconds()
+    with Progress(terminal, "prefetch", None, seconds) as progress:
+        hands = Hands(
+            ask_of(door), seconds, time.sleep, random.random, lambda line: crew.tell(lambda: progress.say(line))
+        )
+        puller = Puller(hands, platforms, lambda size: crew.tell(lambda: progress.advance(size)))
+        _plan(works, crew, puller, progress)
+        brought, there = _bring(works, crew, puller, progress)
+    if options.json:
+        terminal.print(json.dumps(_document(works)))
+    else:
+        sizes = f"{size_in_words(brought)} brought in, {size_in_words(there)} were there"
+        _report(works, terminal, f"{sizes}; {seconds() - began:.0f} s")
+    return WRONG if any(each.problem for each in works) else FINE
+
+
+def _platforms(options: Namespace) -> Sequence[Platform]:
+    """
+    Tell which platforms are wanted; none for all.
+    """
+    if options.all_platforms:
+        if options.platform:
+            raise CommandError("--platform and --all-platforms contradict each other; give one of them", MISUSED)
+        return []
+    try:
+        return [Platform.parse(text) for text in options.platform] or [Platform.of_machine(platform.machine())]
+    except ValueError as problem:
+        raise CommandError(f"--platform: {problem}", MISUSED) from None
+
+
+def _door(call: Call) -> tuple[Door, set[str]]:
+    """
+    Tell where to ask, and under which hosts' names the registry is known.
+    """
+    options, settings = call.options, call.settings
+    hosts = {each.lower() for each in options.host}
+    if settings["ecr_endpoint"]:
+        hosts.add(urlsplit(settings["ecr_endpoint"]).netloc)
+    try:
+        if options.proxy_url is not None:
+            place, name = place_of(options.proxy_url)
+            hosts.add(name)
+        else:
+            place, name = place_from(_as_variables(settings)), "localhost"
+    except (ValueError, IndexError) as problem:
+        raise CommandError(f"{problem}; give --proxy-url", MISUSED) from None
+    context = _context(options, settings["ssl_certificate"]) if place.secure else None
+    return Door(place, name, context, _login(call, name)), hosts
+
+
+def _as_variables(settings: Any) -> dict[str, str]:  # noqa: ANN401
+    """
+    Write the settings as L{healthcheck} reads them.
+    """
+    return {
+        "PROXY_LISTEN": " ".join(settings["listen"]),
+        "PROXY_PORT": str(settings["port"]),
+        "PROXY_SSL_KEY": settings["ssl_certificate"] or "",
+    }
+
+
+def _context(options: Namespace, certificate: str | None) -> ssl.SSLContext:
+    """
+    Say whom to trust: a CA, or, beside the daemon, its own certificate.
+    """
+    own = options.proxy_url is None and options.ca is None and certificate is not None
+    try:
+        context = own_context(certificate or "") if own else ssl.create_default_context(cafile=options.ca)
+        if options.client_certificate is not None:
+            context.load_cert_chain(options.client_certificate)
+    except OSError as problem:
+        named = options.client_certificate if "chain" in str(problem) else options.ca or certificate
+        raise CommandError(f"{named}: {problem.strerror or 'holds no certificate that can be used'}", MISUSED) from None
+    return context
+
+
+def _login(call: Call, host: str) -> tuple[str, str] | None:
+    variables = call.world.variables
+    if call.options.user is not None:
+        if not variables.get(PASSWORD):
+            raise CommandError(f"--user needs a password: set {PASSWORD}", MISUSED)
+        return call.options.user, variables[PASSWORD]
+    folder = variables.get("DOCKER_CONFIG") or f"{variables.get('HOME', '')}/.docker"
+    try:
+        return docker_login(Path(folder, "config.json").read_text("utf-8"), host)
+    except ValueError as problem:
+        raise CommandError(str(problem), MISUSED) from None
+    except OSError:
+        return None
+
+
+def _works(call: Call, hosts: set[str]) -> list[Work]:
+    """
+    Read which images are wanted, each once.
+    """
+    works: dict[Route, Work] = {}
+    wrong = []
+    for text, bare in _named(call):
+        try:
+            image = parse_image(text, hosts, bare=bare)
+            works.setdefault(image.route, Work(image))
+        except ForeignImageError as problem:
+            if bare:
+                wrong.append(f"{text}: {problem}")
+            else:
+                call.terminal.say(f"{text}: left out: {problem}")
+        except ValueError as problem:
+            wrong.append(f"{text}: {problem}")
+    if wrong:
+        raise CommandError("; ".join(wrong), MISUSED)
+    return list(works.values())
+
+
+def _named(call: Call) -> Iterator[tuple[str, bool]]:
+    """
+    Yield the names of images, each with whether one without a host is the registry's.
+    """
+    yield from ((text, True) for text in call.options.images)
+    for path in call.options.file:
+        yield from ((text, True) for text in listed_images(_read(call, path)))
+    for path in call.options.manifest:
+        try:
+            yield from ((text, False) for text in images_in(_read(call, path), call.world.variables))
+        except ValueError as problem:
+            raise CommandError(f"{path}: {problem}", MISUSED) from None
+
+
+def _read(call: Call, path: str) -> str:
+    if path == "-":
+        return call.terminal.stdin.read()
+    try:
+        return Path(path).read_text("utf-8")
+    except OSError as problem:
+        raise CommandError(f"{path}: {problem.strerror}", MISUSED) from None
+    except ValueError:
+        raise CommandError(f"{path}: is no text", MISUSED) from None
+
+
+def _plan(works: Sequence[Work], crew: Crew, puller: Puller, progress: Progress) -> None:
+    """
+    Bring in all manifests, so that what there is to do is known.
+    """
+    for work, outcome in crew.each(works, lambda work: puller.plan(work.image)):
+        if isinstance(outcome, Exception):
+            _fail(work, outcome, progress)
+        else:
+            work.plan, work.waiting = outcome, set(outcome.blobs)
+
+
+def _bring(works: Sequence[Work], crew: Crew, puller: Puller, progress: Progress) -> tuple[int, int]:
+    """
+    Bring in all blobs, those of the first image first. One that several images of a repository have is brought in once.
+
+    @return: how many bytes came, and how many were there.
+    """
+    brought = there = 0
+    blobs = {route: size for work in works if work.plan is not None for route, size in work.plan.blobs.items()}
+    progress.total = sum(blobs.values())
+    for (route, size), outcome in crew.each(list(blobs.items()), lambda blob: puller.bring(*blob)):
+        if outcome is True:
+            brought += size
+        elif outcome is False:
+            there += size
+            progress.total -= size
+        for work in works:
+            if route not in work.waiting:
+                continue
+            work.waiting.discard(route)
+            if isinstance(outcome, Exception):
+                _fail(work, outcome, progress)
+            elif outcome:
+                work.brought += size
+            else:
+                work.there += size
+            if not work.waiting and not work.problem:
+                sizes = f"{size_in_words(work.brought)} brought in, {size_in_words(work.there)} were there"
+                progress.say(f"{work.image.name}: {sizes}")
+    return brought, there
+
+
+def _fail(work: Work, problem: Exception, progress: Progress) -> None:
+    if not isinstance(problem, PullError):
+        raise problem
+    if not work.problem:
+        work.problem = str(problem)
+        progress.say(f"{work.image.name}: failed: {problem}")
+
+
+def _document(works: Sequence[Work]) -> dict[str, Any]:
+    """
+    Say what came of each image, for programs.
+    """
+    told = [
+        {
+            "image": each.image.name,
+            "ok": not each.problem,
+            "problem": each.problem or None,
+            "brought": each.brought,
+            "there": each.there,
+        }
+        for each in works
+    ]
+    return {"images": told, "failed": sum(1 for each in works if each.problem)}
+
+
+def _report(works: Sequence[Work], terminal: Terminal, sizes: str) -> None:
+    """
+    Say what came of it all, for people.
+    """
+    failed = [work for work in works if work.problem]
+    terminal.print(f"{len(works)} images, {len(failed)} failed; {sizes}")
+    for each in failed:
+        terminal.print(f"failed: {each.image.name}: {each.problem}")

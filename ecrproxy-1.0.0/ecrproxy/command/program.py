@@ -1,0 +1,178 @@
+"""
+The console script: understands what it is called with, hands it to a subcommand, and ends with its status.
+
+No mistake of the caller's ends in a traceback, nor does what stands in the way of the work: it is one line on stderr.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Final, NoReturn
+
+from ecrproxy import __version__
+from ecrproxy.command.asking import RefusedError, UnreachableError, over_http
+from ecrproxy.command.prefetch import PREFETCH
+from ecrproxy.command.subcommand import ASKS, MISUSED, STATUSES, UNDONE, Call, CommandError, Subcommand, World
+from ecrproxy.command.terminal import Terminal
+from ecrproxy.settings.config import SETTINGS, ConfigError, Setting, read_settings
+from ecrproxy.settings.values import parse_flag
+
+SUBCOMMANDS: Final[Sequence[Subcommand]] = (PREFETCH,)
+"""All of them, in the order of the help."""
+INTERRUPTED: Final = 130
+"""What shells give to an end by SIGINT; 141 to one by SIGPIPE."""
+CUT_OFF: Final = 141
+
+
+class _Parser(ArgumentParser):
+    """
+    A parser that writes where it is told to, and takes no flag that isn't written out.
+    """
+
+    def __init__(self, terminal: Terminal, **how: Any) -> None:  # noqa: ANN401
+        super().__init__(allow_abbrev=False, **how)
+        self._terminal = terminal
+
+    def _print_message(self, message: str, file: object = None) -> None:
+        (self._terminal.stderr if file is sys.stderr else self._terminal.stdout).write(message)
+
+
+def make_parser(terminal: Terminal, subcommands: Sequence[Subcommand] = SUBCOMMANDS) -> ArgumentParser:
+    """
+    Make what understands the command line; shells' completion is made from it too.
+    """
+    parser = _Parser(
+        terminal,
+        prog="ecr-proxy",
+        description="Work with an ecr-proxy daemon that runs, and with its cache.",
+        epilog=f"{STATUSES}. The daemon itself is started with: twistd -n ecr-proxy",
+    )
+    parser.add_argument("--version", action="version", version=f"ecr-proxy {__version__}")
+    made: Any = partial(_Parser, terminal)  # (typeshed wants a class, argparse whatever makes a parser)
+    choices = parser.add_subparsers(
+        title="subcommands",
+        metavar="SUBCOMMAND",
+        dest="subcommand",
+        required=True,
+        parser_class=made,
+    )
+    for each in subcommands:
+        inner = choices.add_parser(
+            each.name,
+            help=each.summary,
+            description=each.description,
+            epilog=_epilog(each),
+            formatter_class=RawDescriptionHelpFormatter,
+        )
+        each.add_arguments(inner)
+        _add_settings(inner, each)
+        inner.set_defaults(chosen=each)
+    return parser
+
+
+def _epilog(subcommand: Subcommand) -> str:
+    examples = [f"  {line}\n      {what}" for line, what in subcommand.examples]
+    return "\n".join(["examples:", *examples, "", *_wrapped(STATUSES)])
+
+
+def _wrapped(text: str) -> list[str]:
+    import textwrap  # noqa: PLC0415 (argparse imports it when it writes help, not before)
+
+    return textwrap.wrap(text, 100)
+
+
+def _add_settings(parser: ArgumentParser, subcommand: Subcommand) -> None:
+    """
+    Add the settings that a subcommand takes, as the daemon's own flags.
+    """
+    named = [each for each in SETTINGS if each.name in subcommand.settings]
+    if not named:
+        return
+    group = parser.add_argument_group("settings", "The daemon's own, by the same names; a flag wins over its variable.")
+    for each in named:
+        told = f"{each.help} [{each.variable}, default: {each.default}]".replace("%", "%%")
+        how: dict[str, Any] = {"metavar": "VALUE"}
+        if each.parse is parse_flag:
+            how = {"action": BooleanOptionalAction}
+        elif each.name == "listen":
+            how = {"metavar": "ENDPOINT", "action": "append"}
+        group.add_argument(f"--{each.name}", dest=_destination(each), help=told, default=SUPPRESS, **how)
+    if set(ASKS) <= set(subcommand.settings):
+        group.add_argument(
+            "--admin-url",
+            metavar="URL",
+            help="its operator's port, as http://host:port or unix:/path [default: what --admin-listen says]",
+        )
+
+
+def _destination(setting: Setting) -> str:
+    return f"setting {setting.name}"
+
+
+def _flags(options: Namespace) -> dict[str, str]:
+    """
+    Give the settings that were given as flags, as text.
+    """
+    given = {each.name: getattr(options, _destination(each), None) for each in SETTINGS}
+    return {
+        name: " ".join(value) if isinstance(value, list) else str(value).lower() if isinstance(value, bool) else value
+        for name, value in given.items()
+        if value is not None
+    }
+
+
+def main(arguments: Sequence[str], world: World, subcommands: Sequence[Subcommand] = SUBCOMMANDS) -> int:
+    """
+    Do what C{arguments} say.
+
+    @return: the exit status.
+    """
+    try:
+        options = make_parser(world.terminal, subcommands).parse_args(arguments)
+        status = _call(options, world)
+        world.terminal.stdout.flush()
+    except SystemExit as ended:  # argparse has said why
+        return ended.code if isinstance(ended.code, int) else MISUSED
+    except BrokenPipeError:  # who reads has seen enough
+        return CUT_OFF
+    except KeyboardInterrupt:
+        world.terminal.say("ecr-proxy: interrupted")
+        return INTERRUPTED
+    except (CommandError, ConfigError, RefusedError, UnreachableError, OSError) as problem:
+        world.terminal.say(f"ecr-proxy: {' '.join(str(problem).split())}")
+        return _status_of(problem)
+    return status
+
+
+def _status_of(problem: Exception) -> int:
+    if isinstance(problem, CommandError):
+        return problem.status
+    return MISUSED if isinstance(problem, ConfigError) else UNDONE
+
+
+def _call(options: Namespace, world: World) -> int:
+    subcommand: Subcommand = options.chosen
+    flags = _flags(options)
+    settings = read_settings(subcommand.settings, flags, world.variables)
+    return subcommand.run(Call(options, flags, settings, world))
+
+
+def run() -> NoReturn:
+    """
+    Be the console script.
+    """
+    terminal = Terminal(sys.stdin, sys.stdout, sys.stderr)
+    world = World(os.environ, terminal, time.time, time.monotonic, over_http)
+    status = main(sys.argv[1:], world)
+    if status == CUT_OFF:  # else Python would try once more at its end, and complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    run()

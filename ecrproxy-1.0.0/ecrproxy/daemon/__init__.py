@@ -1,0 +1,3 @@
+"""
+The process, or processes: ports, certificates, signals, and how all of it ends.
+"""

@@ -1,0 +1,117 @@
+"""
+The server's side of TLS: one certificate with its chain, TLS 1.2 and 1.3.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from OpenSSL import SSL
+from twisted.internet.interfaces import IOpenSSLServerConnectionCreator
+from zope.interface import implementer
+
+if TYPE_CHECKING:
+    from twisted.protocols.tls import TLSMemoryBIOProtocol
+
+# Mozilla's "intermediate" set for TLS 1.2; all of TLS 1.3's suites are good.
+_CIPHERS = (
+    b"ECDHE-ECDSA-AES128-GCM-SHA256:ECDHE-RSA-AES128-GCM-SHA256:ECDHE-ECDSA-AES256-GCM-SHA384:"
+    b"ECDHE-RSA-AES256-GCM-SHA384:ECDHE-ECDSA-CHACHA20-POLY1305:ECDHE-RSA-CHACHA20-POLY1305"
+)
+
+
+class CertificateError(Exception):
+    """
+    A key and a certificate that can't be used: which file, and why.
+
+    @ivar what: C{key}, C{certificate}, C{pair} or C{authorities}.
+    """
+
+    def __init__(self, what: str, why: str) -> None:
+        super().__init__(why)
+        self.what, self.why = what, why
+
+
+@implementer(IOpenSSLServerConnectionCreator)
+class Certificate:
+    """
+    Serve with the key and certificate of two PEM files.
+
+    @param authorities_path: PEM file of the CAs that a client's certificate must be of, if it shows one. It need not:
+        who answers requests may ask.
+    @raise CertificateError: if they can't be read, or don't belong together.
+    """
+
+    def __init__(self, key_path: str, certificate_path: str, authorities_path: str | None = None) -> None:
+        self._paths = key_path, certificate_path, authorities_path
+        self.reload()
+
+    def reload(self) -> None:
+        """
+        Read the files again, for the connections that begin from now on.
+
+        @raise CertificateError: as at the start; then all is as it was.
+        """
+        key_path, certificate_path, authorities_path = self._paths
+        context = _context(key_path, certificate_path)
+        if authorities_path is not None:
+            _ask_for_certificates(context, authorities_path)
+        self._context = context
+
+    def serverConnectionForTLS(self, tlsProtocol: TLSMemoryBIOProtocol) -> SSL.Connection:  # noqa: ARG002
+        """
+        Begin a connection.
+        """
+        return SSL.Connection(self._context, None)
+
+
+def _context(key_path: str, certificate_path: str) -> SSL.Context:
+    context = SSL.Context(SSL.TLS_METHOD)
+    context.set_min_proto_version(SSL.TLS1_2_VERSION)
+    context.set_cipher_list(_CIPHERS)
+    context.set_options(SSL.OP_NO_COMPRESSION)
+    # Idle connections hold no buffers.
+    context.set_mode(SSL.MODE_RELEASE_BUFFERS)
+    try:
+        Path(certificate_path).read_bytes()  # OpenSSL's own message does not say what is wrong with a file
+        context.use_certificate_chain_file(certificate_path)
+    except OSError as problem:
+        raise CertificateError("certificate", f"can't be read: {problem.strerror}") from None
+    except SSL.Error:
+        raise CertificateError("certificate", "holds no PEM certificate") from None
+    try:
+        context.use_privatekey(_key(key_path))
+        context.check_privatekey()
+    except SSL.Error:
+        raise CertificateError("pair", "the key is not the certificate's") from None
+    return context
+
+
+def _ask_for_certificates(context: SSL.Context, path: str) -> None:
+    try:
+        Path(path).read_bytes()
+        context.load_verify_locations(path)
+        context.load_client_ca(os.fsencode(path))
+    except OSError as problem:
+        raise CertificateError("authorities", f"can't be read: {problem.strerror}") from None
+    except SSL.Error:
+        raise CertificateError("authorities", "holds no PEM certificate") from None
+    context.set_verify(SSL.VERIFY_PEER)
+    # A session that is taken up again would be believed without a look at the certificate's dates.
+    context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
+    context.set_options(SSL.OP_NO_TICKET)
+
+
+def _key(path: str) -> Any:  # noqa: ANN401 (one of several kinds)
+    try:
+        return load_pem_private_key(Path(path).read_bytes(), None)
+    except OSError as problem:
+        raise CertificateError("key", f"can't be read: {problem.strerror}") from None
+    except TypeError:
+        raise CertificateError("key", "is behind a passphrase; give it without one") from None
+    except (ValueError, UnsupportedAlgorithm):
+        raise CertificateError("key", "holds no PEM key") from None

@@ -1,0 +1,48 @@
+"""
+At most one fetch in the air for a key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine, Hashable
+from typing import Any, Generic, TypeVar
+
+from twisted.internet.defer import Deferred
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+log = Logger()
+T = TypeVar("T")
+
+
+class Flights(Generic[T]):
+    """
+    At most one fetch in the air for a key; whoever asks meanwhile waits for it.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: dict[Hashable, list[Deferred[T]]] = {}
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._waiting
+
+    def join(self, key: Hashable, fetch: Callable[[], Coroutine[Any, Any, T]]) -> Deferred[T]:
+        """
+        Wait for the flight of C{key}, begun with C{fetch} if none is in the air.
+
+        Cancelling what this returns ends that waiting alone.
+        """
+        flying, waiting = key in self._waiting, self._waiting.setdefault(key, [])
+        waiter: Deferred[T] = Deferred(waiting.remove)
+        waiting.append(waiter)
+        if not flying:  # nothing is awaited between looking and registering
+            Deferred.fromCoroutine(fetch()).addBoth(self._land, key)
+        return waiter
+
+    def _land(self, result: T | Failure, key: Hashable) -> None:
+        waiting = self._waiting.pop(key)
+        if not waiting and isinstance(result, Failure):
+            log.debug("Nobody waited any more for {key}: {problem}", key=key, problem=result.value)
+        for waiter in list(waiting):
+            if not waiter.called:  # one who came before may have cancelled it just now
+                waiter.callback(result)

@@ -1,0 +1,3 @@
+"""
+The clients' side: connections, resources, and how an answer becomes a response.
+"""

@@ -1,0 +1,107 @@
+"""
+One line a request, at little cost.
+
+A line by itself is logged at once. In a rush the lines of C{GATHER_SECONDS} go to the log together, for it is the
+log's work on each event, not the line, that costs: a sixth of all work on cached manifests, if done for each.
+Who reads the log finds the single lines in the event's C{lines}.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from twisted.logger import Logger
+
+if TYPE_CHECKING:
+    from twisted.internet.interfaces import IReactorTime
+
+log = Logger(namespace="access")
+
+GATHER_SECONDS: Final = 0.1
+
+
+class AccessLine(NamedTuple):
+    """
+    What is told of a request.
+
+    @ivar ended: when the answer had ended, on the reactor's clock.
+    @ivar path: without the query, which may hold secrets.
+    @ivar status: 0 if no answer was begun.
+    @ivar cache: the word of X-Cache-Status, or C{-}.
+    @ivar reason: the word of X-Cache-Reason, or C{-}.
+    @ivar upstream: seconds for which upstream was waited for.
+    @ivar aborted: whether the answer did not come to its end.
+    """
+
+    ended: float
+    client: str
+    method: str
+    path: str
+    status: int
+    size: int
+    seconds: float
+    cache: str
+    reason: str
+    upstream: float
+    request: str
+    aborted: bool
+
+    def __str__(self) -> str:
+        """
+        Write it for people.
+        """
+        _, client, method, path, status, size, seconds, cache, reason, upstream, request, aborted = self
+        return (
+            f"{client or '-'} {method} {path} {status or '-'} {size} bytes {seconds:.3f} s {cache} {reason}"
+            f" upstream {upstream:.3f} s id {request}{' aborted' if aborted else ''}"
+        )
+
+
+class AccessLines:
+    """
+    Lines that are logged together.
+
+    @ivar now: when they are, on the clock that C{AccessLine.ended} is of.
+    """
+
+    def __init__(self, lines: Sequence[AccessLine], now: float) -> None:
+        self.lines, self.now = lines, now
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.lines))
+
+    __repr__ = __str__
+
+
+class AccessLog:
+    """
+    Where the lines of requests go.
+    """
+
+    def __init__(self, clock: IReactorTime) -> None:
+        self._clock = clock
+        self._gathered: list[AccessLine] = []
+        self._gathering = False
+
+    def write(self, line: AccessLine) -> None:
+        """
+        Log C{line}.
+        """
+        if self._gathering:
+            self._gathered.append(line)
+            return
+        self._log([line])
+        self._gathering = True
+        self._clock.callLater(GATHER_SECONDS, self._flush)
+
+    def _flush(self) -> None:
+        gathered, self._gathered = self._gathered, []
+        if gathered:
+            self._log(gathered)
+            self._clock.callLater(GATHER_SECONDS, self._flush)
+        else:
+            self._gathering = False
+
+    def _log(self, lines: Sequence[AccessLine]) -> None:
+        log.info("{lines}", lines=AccessLines(lines, self._clock.seconds()))

@@ -1,0 +1,283 @@
+"""
+The server's side of a connection: HTTP/1.1 without what smugglers and slow clients live on.
+
+Twisted's own channel refuses most of it. What it lets pass and a proxy must not is refused here, before a request
+is made of it: RFC 9112, 3.2 (one Host), 5.2 (folded lines), 6.1 and 6.3 (one length, or one chunked coding), and
+bodies, for which no request of a client has a use; those of the operator's are small. A refusal closes the connection:
+what follows can't be trusted.
+
+So is a TLS hello on a plain connection: Docker, skopeo and podman try TLS first with an insecure registry, and would
+wait ten seconds for an answer to it.
+
+And it keeps the client within its L{Limits}: there is a time for a request's head, one between requests, and one for
+which a client may take nothing of its answer. Who runs out of one, or is a connection too many, is closed.
+
+When the daemon ends, the response that a client waits for is the last of its connection.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any, Final
+
+from twisted.internet.interfaces import ITCPTransport
+from twisted.internet.protocol import connectionDone
+from twisted.protocols.tls import TLSMemoryBIOProtocol
+from twisted.web.http import HTTPChannel
+
+from ecrproxy.access.limits import Crowd, Patience, counted
+from ecrproxy.http.request import address_of
+from ecrproxy.request_id import REQUEST_ID
+
+if TYPE_CHECKING:
+    from twisted.python.failure import Failure
+    from twisted.web.http import Request
+
+    from ecrproxy.daemon.ending import Connections
+
+LENGTH_DIGITS: Final = 18
+"""More digits in a Content-Length are no length, but an attempt on C{int}."""
+FRESH_SECONDS: Final = 1
+"""How long a client that has just connected has for its one request when the daemon ends."""
+
+_TLS_HANDSHAKE = b"\x16"
+_HOST = re.compile(rb"[A-Za-z0-9._~!$&'()*+,;=%:\[\]-]*")
+_UNSUPPORTED = b'{"errors": [{"code": "UNSUPPORTED", "message": "this proxy only reads"}]}\n'
+
+
+class StrictChannel(HTTPChannel):
+    """
+    One client connection.
+
+    @ivar crowd: all clients that are connected; the site sets it.
+    @ivar connections: all connections, which end with the daemon; the site sets it.
+    @ivar body_limit: the bytes that a request's body may have, if it may have one; the site sets it.
+    @ivar patience: waits for the client to take what it is sent. Whoever sends past this channel begins and ends it.
+    """
+
+    crowd: Crowd
+    connections: Connections
+    body_limit = 0
+    transport: Any
+    _line = b""
+    _fresh = True
+    _address: str | None = None
+
+    def connectionMade(self) -> None:  # noqa: D102
+        limits = self.crowd.limits
+        self.maxHeaders = limits.header_count or 2**31
+        self.MAX_LENGTH = self.totalHeadersSize = limits.header_bytes
+        self._head = Patience(self.callLater, limits.header_seconds, self._slow_head)
+        self.patience = Patience(self.callLater, limits.send_seconds, self._slow_reader)
+        if ITCPTransport.providedBy(self.transport):
+            self.transport.setTcpKeepAlive(True)
+        self.connections.opened(self)
+        super().connectionMade()
+        self._enter()
+
+    def _enter(self) -> None:
+        """
+        Be counted under the client's address. One that a load balancer tells is known with the first bytes.
+        """
+        address = counted(str(getattr(self.transport.getPeer(), "host", "")))
+        if address == self._address:
+            return
+        if self._address is not None:
+            self.crowd.leave(self._address)
+            self._address = None
+        if self.crowd.enter(address):
+            self._address = address
+        else:
+            self.transport.abortConnection()
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:  # noqa: D102
+        self._head.end()
+        self.patience.end()
+        if self._address is not None:
+            self.crowd.leave(self._address)
+            self._address = None
+        super().connectionLost(reason)
+        self.patience.end()  # what is told of the end may have begun it again
+        self.connections.closed(self)
+
+    def end(self) -> None:
+        """
+        Close once the client has the response that it waits for, at once if it waits for none.
+        """
+        if self._fresh:
+            self.callLater(FRESH_SECONDS, self._end_unused)
+        elif not self.requests:
+            if not self._buffer:  # else a request has begun to come
+                self.loseConnection()
+        else:
+            self.persistent = False
+            for request in self.requests:
+                if not request.startedWriting:
+                    _say_last(request)
+
+    def _end_unused(self) -> None:
+        if self._fresh:
+            self.loseConnection()
+
+    def cut(self) -> None:
+        """
+        Close at once.
+        """
+        self.transport.abortConnection()
+
+    def checkPersistence(self, request: Request, version: bytes) -> bool:
+        """
+        Tell whether the connection goes on after this request.
+        """
+        if not self.connections.draining:
+            return bool(super().checkPersistence(request, version))
+        _say_last(request)
+        return False
+
+    def dataReceived(self, data: bytes) -> None:
+        """
+        Take bytes.
+        """
+        fresh, self._fresh = self._fresh, False
+        if fresh:
+            self._enter()
+        if self._address is None:
+            return
+        if fresh and data.startswith(_TLS_HANDSHAKE):
+            self.loseConnection()
+            return
+        self._await_head()
+        super().dataReceived(data)
+
+    def _await_head(self) -> None:
+        if not self._handlingRequest and not self._head.waiting:
+            self._head.begin()
+
+    def _slow_head(self) -> None:
+        self.crowd.slow_heads += 1
+        self.transport.abortConnection()
+
+    def _slow_reader(self) -> None:
+        self.crowd.slow_readers += 1
+        self.transport.abortConnection()
+
+    def timeoutConnection(self) -> None:
+        """
+        Close a connection that nothing was asked on.
+        """
+        self.crowd.idle += 1
+        super().timeoutConnection()
+
+    def pauseProducing(self) -> None:
+        """
+        Write no more: the client does not take what was written.
+        """
+        self.patience.begin()
+        super().pauseProducing()
+
+    def resumeProducing(self) -> None:
+        """
+        Go on writing.
+        """
+        self.patience.end()
+        super().resumeProducing()
+
+    def loseConnection(self) -> None:
+        """
+        Close, when the client has taken what was written.
+        """
+        self.patience.begin()
+        super().loseConnection()
+        if self.connections.draining and isinstance(self.transport, TLSMemoryBIOProtocol):
+            # Not every client answers TLS's goodbye while it has nothing to ask: that is not waited for.
+            below: Any = self.transport.transport
+            below.loseConnection()
+
+    def lineReceived(self, line: bytes) -> None:
+        """
+        Take a line of a request's head.
+        """
+        if line and not self._line:
+            self._line = line
+            self._await_head()
+        if line[:1] in (b" ", b"\t") or b"\n" in line or b"\r" in line:
+            self.refuse()
+            return
+        super().lineReceived(line)
+
+    def lineLengthExceeded(self, line: bytes) -> None:  # noqa: ARG002
+        """
+        Refuse a line longer than all headers may be.
+        """
+        self.refuse()
+
+    def headerReceived(self, line: bytes) -> bool:
+        """
+        Take a header, folded lines joined.
+        """
+        name, _, value = line.partition(b":")
+        value = value.strip(b" \t")
+        match name.lower():
+            case b"transfer-encoding" if value.lower() != b"chunked" or not self._line.endswith(b"HTTP/1.1"):
+                return self.refuse()
+            case b"content-length" if len(value) > LENGTH_DIGITS:
+                return self.refuse()
+        return bool(super().headerReceived(line))
+
+    def allHeadersReceived(self) -> None:
+        """
+        Look at the head as a whole.
+        """
+        self._head.end()
+        line, self._line = self._line, b""
+        hosts = self.requests[-1].requestHeaders.getRawHeaders(b"Host", [])
+        reads = line.startswith((b"GET ", b"HEAD "))
+        named = len(hosts) == 1 or (not hosts and not line.endswith(b"HTTP/1.1"))
+        if not named or not all(map(_HOST.fullmatch, hosts)) or (reads and self.length != 0):
+            self.refuse()
+        elif self.length != 0 and self.body_limit and line.startswith(b"POST "):
+            if self.length is None or self.length > self.body_limit:
+                self._answer(b"413 Content Too Large")
+            else:
+                self._head.begin()  # the body is small: it has the time of a head
+                super().allHeadersReceived()
+        elif self.length != 0:
+            self._answer(b"405 Method Not Allowed", b"Allow: GET, HEAD\r\n", _UNSUPPORTED)
+        else:
+            super().allHeadersReceived()
+
+    def allContentReceived(self) -> None:
+        """
+        Answer a request that is there with its body.
+        """
+        self._head.end()
+        super().allContentReceived()
+
+    def refuse(self) -> bool:
+        """
+        Answer 400, and close.
+        """
+        self.crowd.bad_requests += 1
+        self._answer(b"400 Bad Request")
+        return False
+
+    def _respondToBadRequestAndDisconnect(self) -> None:
+        """
+        Refuse what Twisted refuses in our own words.
+        """
+        self.refuse()
+
+    def _answer(self, status: bytes, headers: bytes = b"", body: bytes = b"") -> None:
+        self._head.end()
+        self.length = None  # to Twisted: a body of unknown length follows, so that no request is made of this
+        request_id, site = self.factory.new_id(), self.factory
+        site.refused(address_of(self.transport.getPeer()), int(status[:3]), len(body), request_id)
+        head = b"HTTP/1.1 %b\r\nServer: ecrproxy\r\nDocker-Distribution-Api-Version: registry/2.0\r\n" % status
+        headers += b"%b: %b\r\n" % (REQUEST_ID, request_id.encode("ascii"))
+        length = b"Connection: close\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
+        self.writeSequence([head, headers, length, body])
+        self.loseConnection()
+
+
+def _say_last(request: Request) -> None:
+    request.responseHeaders.setRawHeaders(b"Connection", [b"close"])

@@ -1,0 +1,313 @@
+"""
+A worker's side: it answers what the cache can answer by itself, and hands on everything else.
+
+With several workers, one process, the first, has the token, the janitor and all that comes from upstream. The workers
+share its listening sockets and its cache directory. What a worker does not find there it asks of the first
+over a socket of their own, as the client asked it, and gives the client the answer as it comes: so a blob
+that one client waits for is brought once, whichever workers the others came to.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final
+
+from twisted.application.service import Service
+from twisted.internet.defer import Deferred
+from twisted.internet.endpoints import UNIXClientEndpoint
+from twisted.internet.interfaces import IPushProducer
+from twisted.internet.protocol import Protocol, connectionDone
+from twisted.internet.task import LoopingCall
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+from twisted.web.client import URI, Agent, ResponseDone
+from twisted.web.http_headers import Headers
+from twisted.web.iweb import UNKNOWN_LENGTH, IAgentEndpointFactory, IResponse
+from twisted.web.resource import Resource
+from twisted.web.server import Request
+from zope.interface import implementer
+
+from ecrproxy.access.clients import Admission
+from ecrproxy.access.namespaces import Namespaces
+from ecrproxy.cache.cache_key import CacheKey
+from ecrproxy.cache.ledger import Ledger
+from ecrproxy.cached import Asked, Cache
+from ecrproxy.http.request import RegistryRequest
+from ecrproxy.http.web import Answering, Door, Registry, begin
+from ecrproxy.metrics import Served
+from ecrproxy.oci import Kind, Route
+from ecrproxy.reasons import Reason
+from ecrproxy.registry.bucket import UnavailableError
+from ecrproxy.request_id import REQUEST_ID
+from ecrproxy.threads import InThread
+
+if TYPE_CHECKING:
+    from twisted.internet.interfaces import IReactorTime
+
+log = Logger()
+
+FIRST: Final = b"http://first"
+"""What the first process is called in URLs; the socket leads to it."""
+KEY: Final = "X-Ecrproxy-Key"
+"""Tells the first process the cache key, as JSON: only the worker knows the client that it may depend on."""
+USED: Final = b"used"
+TELL_SECONDS: Final = 1.0
+
+_HOP_BY_HOP: Final = frozenset(
+    {b"connection", b"transfer-encoding", b"content-length", b"server", b"date", b"keep-alive"}
+)
+_NOT_PASSED: Final = frozenset(
+    {
+        b"connection",
+        b"authorization",
+        b"proxy-authorization",
+        b"cookie",
+        b"te",
+        b"upgrade",
+        b"expect",
+        b"content-length",
+    }
+)
+
+
+@implementer(IAgentEndpointFactory)
+class FirstProcess:
+    """
+    Leads every connection to the first process's socket.
+    """
+
+    def __init__(self, reactor: Any, path: str) -> None:  # noqa: ANN401
+        self._endpoint = UNIXClientEndpoint(reactor, path)
+
+    def endpointForURI(self, uri: URI) -> UNIXClientEndpoint:  # noqa: ARG002
+        """
+        Give the one endpoint.
+        """
+        return self._endpoint
+
+
+class NoRoom:
+    """
+    A worker's room: it keeps nothing itself.
+    """
+
+    limit = 0
+
+    async def reserve(self, size: int) -> bool:  # noqa: ARG002
+        """
+        There is none.
+        """
+        return False
+
+    def release(self, size: int) -> None:
+        """
+        There was none.
+        """
+
+
+class Relay(Answering):
+    """
+    Hands requests to the first process.
+    """
+
+    def __init__(self, agent: Agent) -> None:
+        super().__init__()
+        self._agent = agent
+
+    async def respond(self, request: RegistryRequest) -> None:
+        """
+        Ask the first process, and give its answer as it comes.
+
+        @raise RegistryError: if it can't be asked.
+        """
+        await self.ask(request, "")
+
+    async def ask(self, request: RegistryRequest, key: str) -> None:
+        """
+        Ask the first process for what C{key} is the cache key of.
+        """
+        headers = Headers()
+        for name, values in request.requestHeaders.getAllRawHeaders():
+            if name.lower() not in _NOT_PASSED:
+                headers.setRawHeaders(name, values)
+        headers.setRawHeaders(KEY, [json.dumps(key)])
+        headers.setRawHeaders(REQUEST_ID, [request.id])
+        request.upstream.start()
+        try:
+            response = await self._agent.request(request.method, FIRST + request.uri, headers)
+        except Exception as problem:
+            said = "the proxy is starting again; ask once more"
+            raise UnavailableError(503, "UNAVAILABLE", said, {"Retry-After": "1"}, Reason.STARTING) from problem
+        finally:
+            request.upstream.stop()
+        await _pass(request, response)
+
+
+async def _pass(request: RegistryRequest, response: IResponse) -> None:
+    for name, values in response.headers.getAllRawHeaders():
+        if name.lower() not in _HOP_BY_HOP:
+            request.responseHeaders.setRawHeaders(name, values)
+    if response.length is not UNKNOWN_LENGTH and request.method != b"HEAD":
+        request.setHeader(b"Content-Length", b"%d" % response.length)
+    elif response.headers.hasHeader(b"Content-Length"):
+        request.responseHeaders.setRawHeaders(b"Content-Length", response.headers.getRawHeaders(b"Content-Length"))
+    begin(request, response.code)
+    passing = _Passing(request)
+    response.deliverBody(passing)
+    await passing.ended
+    request.finish()
+
+
+@implementer(IPushProducer)
+class _Passing(Protocol):
+    """
+    A body on its way from the first process to a client, at the client's pace.
+    """
+
+    def __init__(self, request: RegistryRequest) -> None:
+        self._request = request
+        self.ended: Deferred[None] = Deferred(lambda _: self.stopProducing())
+
+    def connectionMade(self) -> None:
+        if self._request.method != b"HEAD":
+            self._request.write(b"")
+        self._request.registerProducer(self, True)  # noqa: FBT003 (Twisted's signature)
+        self._request.upstream.start()
+
+    def dataReceived(self, data: bytes) -> None:
+        self._request.write(data)
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        self._request.upstream.stop()
+        if self._request.channel is not None:
+            self._request.unregisterProducer()
+        if not self.ended.called:
+            if reason.check(ResponseDone):
+                self.ended.callback(None)
+            else:
+                self.ended.errback(Failure(UnavailableError(502, "UNAVAILABLE", "the first process broke off")))
+
+    def pauseProducing(self) -> None:
+        self._request.upstream.stop()
+        self._producer.pauseProducing()
+
+    def resumeProducing(self) -> None:
+        self._request.upstream.start()
+        self._producer.resumeProducing()
+
+    def stopProducing(self) -> None:
+        if self.transport is not None:
+            self.transport.loseConnection()
+
+    @property
+    def _producer(self) -> Any:  # noqa: ANN401 (a producer and a transport)
+        return self.transport
+
+
+class WorkerRegistry(Door):
+    """
+    A worker's /v2/: hits from the cache directory, all else from the first process.
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        tag_ttl: float,
+        relay: Relay,
+        namespaces: Namespaces,
+        cache_key: CacheKey,
+        in_thread: InThread,
+        admission: Admission | None = None,
+    ) -> None:
+        super().__init__(namespaces, cache_key, in_thread, admission)
+        self._cache, self._tag_ttl, self._relay = cache, tag_ttl, relay
+
+    async def serve(self, request: RegistryRequest, route: Route) -> None:
+        """
+        Answer from the cache alone, or hand the request on.
+        """
+        key = ""
+        if route.kind in (Kind.MANIFEST, Kind.BLOB):
+            asked = self.asked(request, route)
+            key = asked.key
+            answer = await self._cache.hit(asked, self._tag_ttl)
+            if answer is not None:
+                await self.answer(request, route, answer)
+                return
+        await self._relay.ask(request, key)
+
+
+class InnerRegistry(Registry):
+    """
+    The first process's /v2/ for its workers, who have met the client and tell the cache key.
+    """
+
+    def asked(self, request: RegistryRequest, route: Route) -> Asked:
+        """
+        Understand a request for content, as a worker understood it.
+        """
+        key = json.loads(request.getHeader(KEY) or '""')
+        return replace(super().asked(request, route), key=key)
+
+
+class Used(Resource):
+    """
+    Where workers tell which files they used, so that the janitor knows, and what they gave their clients.
+    """
+
+    isLeaf = True
+
+    def __init__(self, ledger: Ledger, served: Served) -> None:
+        super().__init__()
+        self._ledger, self._served = ledger, served
+
+    def render(self, request: Request) -> bytes:
+        """
+        Take note.
+        """
+        told = request.requestHeaders
+        for path, size in json.loads(told.getRawHeaders(b"X-Ecrproxy-Used", [b"[]"])[0]):
+            self._ledger.used(path, size)
+        self._served.requests.add(json.loads(told.getRawHeaders(b"X-Ecrproxy-Requests", [b"[]"])[0]))
+        self._served.saved.add(json.loads(told.getRawHeaders(b"X-Ecrproxy-Saved", [b"[]"])[0]))
+        return b""
+
+
+class Teller(Service):
+    """
+    Tells the first process now and then which files this worker used, and what it gave its clients.
+
+    @param used: gives path and bytes of those since it was last asked.
+    @param served: where that is counted until it is told.
+    """
+
+    def __init__(
+        self, agent: Agent, used: Callable[[], list[tuple[str, int]]], served: Served, clock: IReactorTime
+    ) -> None:
+        self._agent = agent
+        self._takes: dict[str, Callable[[], Sequence[object]]] = {
+            "X-Ecrproxy-Used": used,
+            "X-Ecrproxy-Requests": served.requests.take,
+            "X-Ecrproxy-Saved": served.saved.take,
+        }
+        self._loop = LoopingCall(self._tell)
+        self._loop.clock = clock
+
+    def startService(self) -> None:  # noqa: D102
+        super().startService()
+        self._loop.start(TELL_SECONDS, now=False).addErrback(lambda problem: log.failure("Telling", problem))
+
+    def stopService(self) -> None:  # noqa: D102
+        super().stopService()
+        if self._loop.running:
+            self._loop.stop()
+
+    def _tell(self) -> None:
+        for name, take in self._takes.items():
+            notes = take()
+            for at in range(0, len(notes), 50):
+                headers = Headers({name: [json.dumps(notes[at : at + 50])]})
+                told = self._agent.request(b"GET", FIRST + b"/" + USED, headers)
+                told.addErrback(lambda problem: log.debug("Not told: {problem}", problem=problem.value))

@@ -1,0 +1,232 @@
+"""
+Every figure that the daemon keeps about itself.
+
+Rules:
+
+- What is counted on the way of a request is a few additions on plain lists; it becomes Prometheus' text when somebody
+  asks.
+- What a part knows anyway is not counted twice: it is read from the part when somebody asks, see L{Reading}.
+- Labels have few values: never a repository, a digest, a host or an address.
+- A worker's counts are added to the first process's, so that one page tells of all.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+from prometheus_client import PLATFORM_COLLECTOR, PROCESS_COLLECTOR, CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, InfoMetricFamily
+from prometheus_client.registry import Collector
+from twisted.application.service import Service
+from twisted.internet.task import LoopingCall
+from twisted.logger import Logger
+
+from ecrproxy.ranking import Ranking
+
+if TYPE_CHECKING:
+    from prometheus_client.metrics_core import Metric
+    from twisted.internet.interfaces import IReactorTime
+
+log = Logger()
+
+TICK_SECONDS: Final = 0.02
+"""How often the event loop is asked for its turn."""
+BUCKETS: Final = (0.005, 0.025, 0.1, 0.5, 2.5, 10.0, 60.0, 300.0)
+"""Seconds: from a hit in memory to the largest layer over a slow network."""
+
+Key = tuple[str, ...]
+Row = tuple[Key, int, int, float, Sequence[int]]
+"""Labels, how many, their bytes, their seconds, how many in each bucket."""
+
+
+class Tally:
+    """
+    How many there were of a kind, how long they took and how many bytes they moved; kinds are told by labels.
+    """
+
+    def __init__(self) -> None:
+        self._rows: dict[Key, list[float]] = {}
+
+    def note(self, key: Key, seconds: float, size: int = 0) -> None:
+        """
+        Count one.
+        """
+        row = self._row(key)
+        row[0] += 1
+        row[1] += size
+        row[2] += seconds
+        row[3 + bisect_left(BUCKETS, seconds)] += 1
+
+    def moved(self, key: Key, size: int) -> None:
+        """
+        Count bytes of something that was counted before.
+        """
+        self._row(key)[1] += size
+
+    def _row(self, key: Key) -> list[float]:
+        row = self._rows.get(key)
+        if row is None:
+            row = self._rows[key] = [0] * (3 + len(BUCKETS) + 1)
+        return row
+
+    def rows(self) -> Iterator[Row]:
+        """
+        Yield what was counted.
+        """
+        for key, (count, size, seconds, *buckets) in sorted(self._rows.items()):
+            yield key, int(count), int(size), seconds, [int(each) for each in buckets]
+
+    def take(self) -> list[Row]:
+        """
+        Give what was counted, once: for who adds it to his own.
+        """
+        rows = list(self.rows())
+        self._rows.clear()
+        return rows
+
+    def add(self, rows: Iterable[Row]) -> None:
+        """
+        Take in what another has counted.
+        """
+        for key, count, size, seconds, buckets in rows:
+            row = self._row(tuple(key))
+            for at, more in enumerate((count, size, seconds, *buckets)):
+                row[at] += more
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """
+    What clients were given.
+
+    @ivar requests: theirs, by route, method, status and cache status.
+    @ivar saved: the bytes for which nothing was fetched, by repository.
+    """
+
+    requests: Tally = field(default_factory=Tally)
+    saved: Ranking = field(default_factory=Ranking)
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """
+    A figure that a part of the daemon knows.
+
+    @ivar name: without the prefix; C{_total} at its end makes it a counter.
+    @ivar read: gives it, none if there is none now; or several, by the value of the label C{label}.
+    """
+
+    name: str
+    help: str
+    read: Callable[[], float | Mapping[str, float] | None]
+    label: str = ""
+
+
+class Figures(Collector):
+    """
+    The figures, for Prometheus.
+
+    @ivar version: of what runs here.
+    @ivar served: what clients were given.
+    @ivar upstream: requests to the registry and to buckets, by kind of host and outcome.
+    """
+
+    def __init__(self, version: str) -> None:
+        self.version = version
+        self.served, self.upstream = Served(), Tally()
+        self._readings: list[Reading] = []
+        self._registry = CollectorRegistry()
+        for collector in (self, PROCESS_COLLECTOR, PLATFORM_COLLECTOR):
+            self._registry.register(collector)
+
+    def watch(self, *readings: Reading) -> None:
+        """
+        Tell these too.
+        """
+        self._readings += readings
+
+    def page(self) -> bytes:
+        """
+        Write all figures in Prometheus' text format, version 0.0.4.
+        """
+        return generate_latest(self._registry)
+
+    def collect(self) -> Iterator[Metric]:
+        """
+        Yield them.
+        """
+        yield InfoMetricFamily("ecr_proxy_build", "What runs here", {"version": self.version})
+        yield from _families(
+            self.served.requests, "ecr_proxy", ("route", "method", "status", "cache"), "of clients", "client"
+        )
+        yield from _families(self.upstream, "ecr_proxy_upstream", ("host", "outcome"), "upstream", "received")
+        for reading in self._readings:
+            yield from _family(reading)
+
+
+def _families(
+    tally: Tally, prefix: str, labels: Sequence[str], whose: str, direction: str
+) -> tuple[CounterMetricFamily, CounterMetricFamily, HistogramMetricFamily]:
+    """
+    Tell a tally as three families: how many, how many bytes, how long by the first label.
+    """
+    count = CounterMetricFamily(f"{prefix}_requests", f"Requests {whose}", labels=labels)
+    size = CounterMetricFamily(f"{prefix}_{direction}_bytes", f"Bytes of bodies, requests {whose}", labels=labels[:1])
+    seconds = HistogramMetricFamily(f"{prefix}_request_seconds", f"Seconds of requests {whose}", labels=labels[:1])
+    by_first: dict[str, list[float]] = {}
+    for key, counted, moved, took, buckets in tally.rows():
+        count.add_metric(key, counted)
+        sums = by_first.setdefault(key[0], [0.0] * (2 + len(buckets)))
+        for at, more in enumerate((moved, took, *buckets)):
+            sums[at] += more
+    bounds = [*map(str, BUCKETS), "+Inf"]
+    for first, sums in by_first.items():
+        size.add_metric([first], sums[0])
+        upto = [(bound, sum(sums[2 : at + 3])) for at, bound in enumerate(bounds)]
+        seconds.add_metric([first], upto, sums[1])
+    return count, size, seconds
+
+
+def _family(reading: Reading) -> Iterator[Metric]:
+    told = reading.read()
+    if told is None:
+        return
+    kind = CounterMetricFamily if reading.name.endswith("_total") else GaugeMetricFamily
+    family = kind(f"ecr_proxy_{reading.name}", reading.help, labels=[reading.label] if reading.label else [])
+    for value, figure in told.items() if isinstance(told, Mapping) else [("", told)]:
+        family.add_metric([value] if reading.label else [], figure)
+    yield family
+
+
+class LoopStall(Service):
+    """
+    How long the event loop stood still at the most: the time by which its turns come late.
+
+    @param monotonic: seconds on a clock that is never set.
+    @ivar longest: in seconds.
+    """
+
+    def __init__(self, clock: IReactorTime, monotonic: Callable[[], float]) -> None:
+        self.longest = 0.0
+        self._monotonic, self._last = monotonic, 0.0
+        self._loop = LoopingCall(self._turn)
+        self._loop.clock = clock
+
+    def startService(self) -> None:  # noqa: D102
+        super().startService()
+        self._last = self._monotonic()
+        self._loop.start(TICK_SECONDS, now=False).addErrback(lambda failure: log.failure("Measuring stalls", failure))
+
+    def stopService(self) -> None:  # noqa: D102
+        super().stopService()
+        if self._loop.running:
+            self._loop.stop()
+        log.info("The event loop stood still for {longest:.3f} s at the most", longest=self.longest)
+
+    def _turn(self) -> None:
+        now = self._monotonic()
+        self.longest = max(self.longest, now - self._last - TICK_SECONDS)
+        self._last = now

@@ -1,0 +1,309 @@
+"""
+The distribution protocol as values: digests, descriptors, routes, media types and error bodies. Pure.
+
+What a client asked for is parsed here once, at the door, from the raw request target; nothing
+further in ever sees a raw path. The grammar is that of the OCI distribution spec 1.1, "Pull".
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote_plus
+
+from ecrproxy.reasons import Reason
+
+if TYPE_CHECKING:
+    from hashlib import _Hash
+
+MANIFEST_LIMIT = 4 * 2**20
+"""The most bytes a manifest may have: what the spec asks registries to accept, and ECR's own limit."""
+
+BLOB_TYPE = "application/octet-stream"
+INDEX_TYPES = frozenset(
+    {
+        "application/vnd.oci.image.index.v1+json",
+        "application/vnd.docker.distribution.manifest.list.v2+json",
+    }
+)
+MANIFEST_TYPES = INDEX_TYPES | {
+    "application/vnd.oci.image.manifest.v1+json",
+    "application/vnd.oci.artifact.manifest.v1+json",
+    "application/vnd.docker.distribution.manifest.v2+json",
+    "application/vnd.docker.distribution.manifest.v1+json",
+    "application/vnd.docker.distribution.manifest.v1+prettyjws",
+}
+
+_COMPONENT = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
+_NAME = re.compile(rf"{_COMPONENT}(?:/{_COMPONENT})*")
+_NAME_LENGTH = 255
+_TAG = re.compile(r"[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}")
+_HEX_LENGTHS = {"sha256": 64, "sha512": 128}
+_HEX = re.compile(r"[a-f0-9]+")
+_QUERY = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=:@/?%-]*")
+
+
+class RegistryError(Exception):
+    """
+    The answer that a client gets instead of content.
+
+    @ivar status: the HTTP status.
+    @ivar code: the spec's error code, "Error Codes".
+    @ivar message: what happened, and what to do, for a person.
+    @ivar headers: more headers of the answer.
+    @ivar reason: why, in a word; each kind of error has its usual one.
+    """
+
+    reason = Reason.BAD_REQUEST
+
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        message: str,
+        headers: Mapping[str, str] | None = None,
+        reason: Reason | None = None,
+    ) -> None:
+        super().__init__(f"{status} {code}: {message}")
+        self.status, self.code, self.message = status, code, message
+        self.headers: Mapping[str, str] = headers or {}
+        self.reason = reason or self.reason
+
+    def body(self) -> bytes:
+        """
+        Write the error as the spec's JSON.
+        """
+        return json.dumps({"errors": [{"code": self.code, "message": self.message}]}).encode() + b"\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Digest:
+    """
+    The name of content by its hash: sha256 or sha512.
+    """
+
+    algorithm: str
+    hex: str
+
+    @classmethod
+    def parse(cls, text: str) -> Digest:
+        """
+        Read C{algorithm:hex}.
+
+        @raise ValueError: if it is not a digest of an algorithm that the proxy can verify.
+        """
+        algorithm, colon, digits = text.partition(":")
+        if not colon or len(digits) != _HEX_LENGTHS.get(algorithm) or not _HEX.fullmatch(digits):
+            raise ValueError(f"not a sha256 or sha512 digest: {text[:150]!r}")
+        return cls(algorithm, digits)
+
+    @classmethod
+    def of(cls, data: bytes, algorithm: str = "sha256") -> Digest:
+        """
+        Name C{data}.
+        """
+        return cls(algorithm, hashlib.new(algorithm, data).hexdigest())
+
+    def hasher(self) -> _Hash:
+        """
+        Begin the hash whose C{hexdigest()} must come to be C{hex}.
+        """
+        return hashlib.new(self.algorithm)
+
+    def __str__(self) -> str:
+        return f"{self.algorithm}:{self.hex}"
+
+
+@dataclass(frozen=True, slots=True)
+class Descriptor:
+    """
+    What a name leads to. OCI image spec, "Content Descriptors".
+
+    @ivar size: in bytes.
+    """
+
+    media_type: str
+    digest: Digest
+    size: int
+
+
+class Kind(enum.Enum):
+    """
+    What of a repository a path speaks of; the value is its word in the path.
+    """
+
+    MANIFEST = "manifests"
+    BLOB = "blobs"
+    TAGS = "tags"
+    REFERRERS = "referrers"
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """
+    A request path under /v2/, understood.
+
+    @ivar repository: the repository's whole name.
+    @ivar reference: a tag, or the text of C{digest}; C{list} for tags.
+    @ivar digest: the reference, if it is one.
+    @ivar query: the raw query string, without C{?}.
+    """
+
+    kind: Kind
+    repository: str
+    reference: str
+    digest: Digest | None = None
+    query: str = field(default="", compare=False)
+
+    @property
+    def path(self) -> str:
+        """
+        The path in its one canonical spelling: what nginx calls C{$uri}.
+        """
+        return f"/v2/{self.repository}/{self.kind.value}/{self.reference}"
+
+    def at(self, digest: Digest) -> Route:
+        """
+        Point at C{digest} in the same repository, by the same kind.
+        """
+        return replace(self, reference=str(digest), digest=digest)
+
+
+@functools.lru_cache(maxsize=4096)
+def parse_route(target: str) -> Route:
+    """
+    Understand a raw origin-form request target under /v2/.
+
+    Escapes are taken nowhere but for the colon of a digest, so that no two spellings lead to one
+    place and none leads out of a name.
+
+    @raise RegistryError: 404 for a path that the pull side of the protocol has not,
+        400 for a name, digest or tag outside the grammar.
+    """
+    path, _, query = target.partition("?")
+    parts = path.removeprefix("/v2/").rsplit("/", 2)
+    if not path.startswith("/v2/") or len(parts) != 3:  # noqa: PLR2004
+        raise _no_such_path()
+    name, word, reference = parts
+    if word not in {kind.value for kind in Kind} or (word == Kind.TAGS.value and reference != "list"):
+        raise _no_such_path()
+    kind = Kind(word)
+    if len(name) > _NAME_LENGTH or not _NAME.fullmatch(name):
+        raise RegistryError(
+            400, "NAME_INVALID", "the repository's name is outside the grammar of the distribution spec"
+        )
+    if not _QUERY.fullmatch(query):
+        raise RegistryError(400, "UNSUPPORTED", "the query string has characters that belong in no URL")
+    if kind is Kind.TAGS:
+        return Route(kind, name, reference, None, query)
+    return _with_reference(Route(kind, name, reference, None, query))
+
+
+def _with_reference(route: Route) -> Route:
+    reference = route.reference.replace("%3A", ":").replace("%3a", ":")
+    if ":" in reference or route.kind is not Kind.MANIFEST:
+        try:
+            return route.at(Digest.parse(reference))
+        except ValueError as problem:
+            raise RegistryError(400, "DIGEST_INVALID", str(problem)) from None
+    if not _TAG.fullmatch(reference):
+        raise RegistryError(400, "TAG_INVALID", "the tag is outside the grammar of the distribution spec")
+    return route
+
+
+def _no_such_path() -> RegistryError:
+    return RegistryError(
+        404, "UNSUPPORTED", "no such path: this proxy answers GET and HEAD of manifests, blobs, tags/list and referrers"
+    )
+
+
+def query_values(query: str) -> dict[str, str]:
+    """
+    Split a raw query string into its first value for each name, still escaped.
+    """
+    pairs = (pair.partition("=") for pair in reversed(query.split("&")) if pair)
+    return {unquote_plus(name): value for name, _, value in pairs}
+
+
+def accepted_types(accept: Sequence[str]) -> frozenset[str]:
+    """
+    Read Accept headers as the set of media types that the client would take; empty means any.
+
+    Order, spelling and preference values are left out: ECR chooses by membership alone (field notes C7),
+    so that two clients who accept the same types share one answer. RFC 9110, 12.5.1.
+    """
+    types = set()
+    for item in ",".join(accept).split(","):
+        media_type, *parameters = (part.strip().lower() for part in item.split(";"))
+        refused = any(re.fullmatch(r"q=0(\.0*)?", parameter) for parameter in parameters)
+        if media_type and not refused:
+            types.add(media_type)
+    return frozenset() if types & {"*/*", "application/*"} else frozenset(types)
+
+
+def manifest_type(content_type: str, manifest: bytes) -> str:
+    """
+    Tell the media type of a manifest from what upstream called it and what it says of itself.
+
+    @raise ValueError: if it is no manifest, or the two disagree, as a page sent in a manifest's
+        place does, or one type passed off as another (CVE-2021-41190).
+    """
+    named = content_type.partition(";")[0].strip().lower()
+    if named not in MANIFEST_TYPES:
+        raise ValueError(f"its Content-Type is {named[:80]!r}, no manifest's")
+    own = _json_object(manifest).get("mediaType", named)
+    if own != named:
+        raise ValueError(f"its Content-Type is {named}, but it calls itself {str(own)[:80]!r}")
+    return named
+
+
+def listed(manifest: bytes) -> Iterable[tuple[Kind, Descriptor]]:
+    """
+    Yield what a manifest lists of its own repository: an index its manifests, a manifest its config and layers.
+
+    Content that may live elsewhere (foreign layers, C{urls}) and a C{subject} are left out: a registry takes
+    a manifest without having them, so listing them proves nothing.
+
+    @raise ValueError: if it is no JSON object.
+    """
+    document = _json_object(manifest)
+    for kind, items in (
+        (Kind.MANIFEST, document.get("manifests")),
+        (Kind.BLOB, document.get("layers")),
+        (Kind.BLOB, document.get("blobs")),
+        (Kind.BLOB, [document.get("config")]),
+    ):
+        for item in items if isinstance(items, list) else []:
+            descriptor = _own_descriptor(item)
+            if descriptor is not None:
+                yield kind, descriptor
+
+
+def _own_descriptor(item: object) -> Descriptor | None:
+    if not isinstance(item, dict) or item.get("urls"):
+        return None
+    media_type, digest, size = item.get("mediaType"), item.get("digest"), item.get("size")
+    if not isinstance(media_type, str) or not isinstance(digest, str) or type(size) is not int or size < 0:
+        return None
+    if "foreign" in media_type or "nondistributable" in media_type:
+        return None
+    try:
+        return Descriptor(media_type, Digest.parse(digest), size)
+    except ValueError:
+        return None
+
+
+def _json_object(data: bytes) -> dict[str, Any]:
+    try:
+        document = json.loads(data)
+    except (ValueError, RecursionError):
+        raise ValueError("it is no JSON") from None
+    if not isinstance(document, dict):
+        raise ValueError("it is no JSON object")  # noqa: TRY004
+    return document

@@ -1,0 +1,394 @@
+"""
+Pull-through: what is asked for comes from the cache, or through it from ECR. Read this one first.
+
+Rules:
+
+- What is named by its digest is asked of ECR once for each repository, and never again while it is in the cache.
+- Content is shared, permission is not. A repository gets what another brought in only after ECR has said
+  that this one holds it too, or a cached manifest of this one lists it (a I{fact}, see L{cached}).
+- A tag is asked for each time, or once its time to live is over: one question for all who ask at once.
+  When ECR can't be asked, the last answer holds.
+- Look, then register the flight, with no await between: between two awaits nobody else runs.
+- The cache may fail in any way: what upstream gives is handed on all the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from twisted.logger import Logger
+
+from ecrproxy.cache.entries import Confirmed, Entry
+from ecrproxy.cache.writer import Writer
+from ecrproxy.cached import ANY, Answer, Asked, Cache, CacheStatus, manifest_answer
+from ecrproxy.flights import Flights
+from ecrproxy.oci import (
+    BLOB_TYPE,
+    MANIFEST_TYPES,
+    Descriptor,
+    Digest,
+    Kind,
+    RegistryError,
+    Route,
+    listed,
+    manifest_type,
+)
+from ecrproxy.reasons import Reason
+from ecrproxy.registry.bucket import UnavailableError
+from ecrproxy.registry.upstream import Page, Upstream
+from ecrproxy.threads import InThread, on_its_own
+from ecrproxy.transfer.download import Download
+from ecrproxy.transfer.inflow import Blob, Lanes
+
+log = Logger()
+
+_JOINED = (CacheStatus.JOINED, Reason.IN_FLIGHT)
+
+
+class PullThrough:
+    """
+    One registry's content, through the cache.
+
+    @param now: seconds since the epoch.
+    @param tag_ttl: seconds for which a tag's digest is taken on trust.
+    @param lanes: the connections that blobs may come over.
+    @param read_ahead: fetch what a manifest lists as soon as it is asked for.
+    """
+
+    def __init__(
+        self,
+        upstream: Upstream,
+        cache: Cache,
+        in_thread: InThread,
+        now: Callable[[], float],
+        *,
+        tag_ttl: float = 0,
+        lanes: Lanes | None = None,
+        read_ahead: bool = False,
+    ) -> None:
+        self._upstream, self._cache, self._in_thread, self._now = upstream, cache, in_thread, now
+        self._tag_ttl, self._lanes, self._reads_ahead = tag_ttl, lanes or Lanes(), read_ahead
+        self._openings: Flights[Download | None] = Flights()
+        self._arriving: dict[Digest, Download] = {}
+        self._carriers: dict[Digest, str] = {}
+        self._heads: Flights[Descriptor | None] = Flights()
+        self._sizes: Flights[int] = Flights()
+        self._manifests: Flights[tuple[Descriptor, bytes]] = Flights()
+
+    async def page(self, route: Route) -> Page:
+        """
+        Pass a page of tags or referrers through.
+
+        @raise RegistryError: as ECR gave it.
+        """
+        return await self._upstream.page(route)
+
+    def transfers(self) -> list[Download]:
+        """
+        List what is on its way from upstream.
+        """
+        return list(self._arriving.values())
+
+    def carrier(self, digest: Digest) -> str:
+        """
+        Name the repository in which what is on its way was asked for first.
+        """
+        return self._carriers.get(digest, "")
+
+    # Blobs.
+
+    async def blob(self, asked: Asked, start: int = 0) -> Answer:
+        """
+        Answer a request for a blob.
+
+        @param start: the first byte wanted.
+        @raise RegistryError: if the repository doesn't hold it, or ECR can't give it.
+        """
+        if (answer := self._cache.at_hand(asked)) is not None:
+            return answer
+        if asked.head:
+            return await self._blob_head(asked)
+        confirmed = False
+        while True:
+            known, content, missing = await self._in_thread(self._cache.look_up, asked)
+            carrier = self._carriers.get(asked.digest)
+            if content is None and carrier is None:
+                return await self._carry(asked, known.size if known else None, missing)
+            if known is None and not confirmed and (content is not None or carrier != asked.route.repository):
+                if content is not None:
+                    content.close()
+                await self._blob_size(asked)
+                confirmed = True
+            elif content is not None:
+                answer = await self._cache.shelved(asked, known, content, confirmed=confirmed)
+                if answer is not None:
+                    return answer
+            elif (answer := await self._join(asked, start, carrier)) is not None:
+                return answer
+
+    async def _blob_head(self, asked: Asked) -> Answer:
+        known, content, missing = await self._in_thread(self._cache.look_up, asked)
+        if content is not None:
+            content.close()
+            if known is not None:
+                return Answer(CacheStatus.HIT, Reason.CACHED, BLOB_TYPE, asked.digest, content.size)
+        size = await self._blob_size(asked)
+        if content is None:
+            return Answer(CacheStatus.MISS, missing, BLOB_TYPE, asked.digest, size)
+        return Answer(CacheStatus.REVALIDATED, Reason.REPOSITORY_CONFIRMED, BLOB_TYPE, asked.digest, size)
+
+    async def _blob_size(self, asked: Asked) -> int:
+        """
+        Have ECR confirm that the repository holds the blob.
+        """
+        size = await self._sizes.join(asked.route, lambda: self._upstream.blob_size(asked.route))
+        self._cache.holds(asked, size)
+        return size
+
+    async def _carry(self, asked: Asked, expected: int | None, missing: Reason) -> Answer:
+        """
+        Begin the transfer that all who ask for this digest meanwhile will follow.
+
+        @param expected: how many bytes it has by what is known.
+        @param missing: why it has to be begun.
+        """
+        route, digest = asked.route, asked.digest
+        self._carriers[digest] = route.repository
+        download = await self._openings.join(digest, lambda: self._open(route, digest, expected))
+        if download is None:  # it has landed since we looked
+            return await self.blob(asked)
+        self._cache.holds(asked, download.size)
+        why = (CacheStatus.MISS, missing) if download.kept else (CacheStatus.BYPASS, download.unkept)
+        return Answer(*why, BLOB_TYPE, digest, download.size, download)
+
+    async def _join(self, asked: Asked, start: int, carrier: str | None) -> Answer | None:
+        """
+        Follow the transfer that C{carrier} began; none if the answer has to be looked for again.
+        """
+        digest = asked.digest
+        download = self._arriving.get(digest)
+        if download is None and digest in self._openings:
+            try:
+                download = await self._openings.join(digest, lambda: self._open(asked.route, digest, None))
+            except RegistryError:
+                if carrier == asked.route.repository:
+                    raise
+                return None  # what ECR said to another repository says nothing about this one
+        if download is None:
+            return None
+        if not download.offers(start):
+            return await self._alone(asked)
+        self._cache.holds(asked, download.size)
+        return Answer(CacheStatus.JOINED, Reason.IN_FLIGHT, BLOB_TYPE, digest, download.size, download)
+
+    async def _open(self, route: Route, digest: Digest, expected: int | None) -> Download | None:
+        """
+        Open the shared transfer of C{digest}; none if it turns out to be in the cache.
+        """
+        try:
+            content = await self._in_thread(self._cache.store.open, digest)
+            if content is not None:
+                content.close()
+                del self._carriers[digest]
+                return None
+            download = await self._transfer(route, digest, expected)
+        except BaseException:
+            self._carriers.pop(digest, None)
+            raise
+        return download
+
+    async def _alone(self, asked: Asked) -> Answer:
+        """
+        Hand the blob through to one client: the shared transfer keeps no file and has passed its start.
+        """
+        blob = await self._upstream.blob(asked.route)
+        download = self._begin(blob, asked.digest, Reason.PASSED)
+        return Answer(CacheStatus.BYPASS, download.unkept, BLOB_TYPE, asked.digest, download.size, download)
+
+    async def _transfer(self, route: Route, digest: Digest, expected: int | None) -> Download:
+        """
+        Begin the shared transfer of C{digest}: from where an earlier one ended, if it left something.
+        """
+        left = await self._cache.left(digest, expected)
+        part = self._lanes.first_part(left.size if left else expected)
+        if left is None:
+            blob = await self._upstream.blob(route, part)
+        else:
+            log.info("Going on with {digest} at byte {at} of {size}", digest=digest, at=left.start, size=left.size)
+            stop = left.stop if part is None else min(left.stop, left.start + part)
+            blob = await self._upstream.blob(route, stop, left.start)
+        return self._begin(blob, digest, await self._cache.writer(digest, blob.size), shared=True)
+
+    def _begin(self, blob: Blob, digest: Digest, file: Writer | Reason, *, shared: bool = False) -> Download:
+        """
+        Begin a transfer, into C{file}; or through a window, for a reason.
+        """
+        writer, unkept = (None, file) if isinstance(file, Reason) else (file, Reason.DISK)
+        lanes = self._lanes.take(writer.missing if writer is not None and blob.ranged else 0)
+        download = Download(digest, blob.size, writer, self._in_thread, lanes, unkept=unkept)
+        if shared:
+            self._arriving[digest] = download
+        on_its_own(self._run(download, blob, lanes, writer.room if writer is not None else 0, shared=shared))
+        return download
+
+    async def _run(self, download: Download, blob: Blob, lanes: int, room: int, *, shared: bool) -> None:
+        try:
+            await download.run(blob)
+        finally:
+            self._lanes.give_back(lanes)
+            self._cache.release(room)
+            if shared:
+                del self._arriving[download.digest]
+                del self._carriers[download.digest]
+
+    # Manifests.
+
+    async def manifest(self, asked: Asked) -> Answer:
+        """
+        Answer a request for a manifest.
+
+        @raise RegistryError: if the repository doesn't hold it, or ECR can't give it.
+        """
+        by_digest = asked.route.digest is not None
+        answer = await (self._manifest_by_digest(asked) if by_digest else self._manifest_by_tag(asked))
+        if self._reads_ahead and isinstance(answer.body, bytes):
+            on_its_own(self._read_ahead(asked.route.repository, answer.body))
+        return answer
+
+    async def _read_ahead(self, repository: str, manifest: bytes) -> None:
+        """
+        Begin the transfers of the config and the layers that C{manifest} lists.
+        """
+        try:
+            blobs = [each for kind, each in listed(manifest) if kind is Kind.BLOB]
+        except ValueError:
+            return
+        for blob in blobs:
+            route = Route(Kind.BLOB, repository, str(blob.digest), blob.digest)
+            here = await self._in_thread(self._cache.store.has, blob.digest)
+            if not here and blob.digest not in self._carriers:
+                self._carriers[blob.digest] = repository
+                opened = self._openings.join(blob.digest, partial(self._open, route, blob.digest, blob.size))
+                opened.addErrback(lambda problem: log.info("Not read ahead: {problem}", problem=problem.value))
+
+    async def _manifest_by_digest(self, asked: Asked) -> Answer:
+        if (answer := self._cache.at_hand(asked)) is not None:
+            return answer
+        known, body, missing = await self._in_thread(self._cache.look_up_manifest, asked)
+        if known is not None and body is not None:
+            self._cache.hold(asked.digest, body)
+            self._cache.note(asked, known)
+            return manifest_answer(CacheStatus.HIT, Reason.CACHED, asked, known, body)
+        if body is None and not asked.head:
+            why = (CacheStatus.MISS, missing) if asked.route not in self._manifests else _JOINED
+            descriptor, body = await self._manifests.join(asked.route, lambda: self._fetch(asked.route, ANY))
+            self._cache.remember(asked, descriptor)
+            return manifest_answer(*why, asked, descriptor, body)
+        head = await self._head(asked.route, ANY)
+        if head is None:
+            raise UnavailableError(502, "UNAVAILABLE", "ECR does not say which manifest it has")
+        if body is None:
+            return manifest_answer(CacheStatus.MISS, missing, asked, head)
+        descriptor = Descriptor(_checked_type(head.media_type, body), asked.digest, len(body))
+        on_its_own(self._cache.confirm(asked, descriptor, body))
+        return manifest_answer(CacheStatus.REVALIDATED, Reason.REPOSITORY_CONFIRMED, asked, descriptor, body)
+
+    async def _manifest_by_tag(self, asked: Asked) -> Answer:
+        entry = await self._cache.entry(asked)
+        known = entry.answers.get(asked.accept)
+        if known is not None and 0 <= self._now() - known.when < self._tag_ttl:
+            body = await self._cache.body(known.descriptor.digest)
+            if body is not None:
+                return manifest_answer(CacheStatus.HIT, Reason.TAG_TTL, asked, known.descriptor, body)
+        try:
+            return await self._ask_for_tag(asked, entry, known)
+        except UnavailableError as problem:
+            last = entry.latest(asked.accept)
+            body = await self._cache.body(last.descriptor.digest) if last else None
+            if last is None or body is None:
+                raise
+            log.warn("Serving {path} as last known: {problem}", path=asked.route.path, problem=problem.message)
+            return manifest_answer(CacheStatus.STALE, problem.reason, asked, last.descriptor, body)
+        except RegistryError as problem:
+            if problem.status == 404:  # noqa: PLR2004
+                await self._cache.forget(asked)
+            raise
+
+    async def _ask_for_tag(self, asked: Asked, entry: Entry, known: Confirmed | None) -> Answer:
+        """
+        Have ECR say what a tag leads to; fetch it if it isn't in the cache.
+
+        A tag that was never asked for is fetched straight away. It is fetched by its tag in any case:
+        what ECR converts for a client is not to be had by its digest (field notes C7).
+        """
+        descriptor = None if known is None and not asked.head else await self._head(asked.route, asked.accept)
+        if descriptor is not None:
+            body = await self._cache.body(descriptor.digest)
+            if body is not None:
+                descriptor = Descriptor(_checked_type(descriptor.media_type, body), descriptor.digest, len(body))
+            if body is not None or asked.head:
+                on_its_own(self._cache.record(asked, entry, descriptor, body))
+                if body is None:
+                    return manifest_answer(CacheStatus.MISS, _missing(known, descriptor), asked, descriptor)
+                return manifest_answer(CacheStatus.REVALIDATED, Reason.TAG_CONFIRMED, asked, descriptor, body)
+        key = (asked.route, asked.accept)
+        joined = key in self._manifests
+        descriptor, body = await self._manifests.join(key, lambda: self._fetch(asked.route, asked.accept))
+        on_its_own(self._cache.record(asked, entry, descriptor, None))
+        why = _JOINED if joined else (CacheStatus.MISS, _missing(known, descriptor))
+        return manifest_answer(*why, asked, descriptor, body)
+
+    async def _head(self, route: Route, accept: frozenset[str]) -> Descriptor | None:
+        """
+        Ask ECR what C{route} leads to; none if it has it, but doesn't say its digest.
+        """
+
+        async def ask() -> Descriptor | None:
+            head = await self._upstream.head_manifest(route, _accept_header(accept))
+            asked, told = route.digest, head.digest
+            if asked is not None and told is not None and asked != told and asked.algorithm == told.algorithm:
+                raise UnavailableError(502, "UNAVAILABLE", f"ECR speaks of {told} when asked for {asked}")
+            digest, media_type = asked or told, head.media_type.partition(";")[0].strip().lower()
+            if digest is not None and media_type not in MANIFEST_TYPES:
+                raise UnavailableError(502, "UNAVAILABLE", f"what ECR speaks of is no manifest: {media_type[:80]!r}")
+            return Descriptor(media_type, digest, head.size) if digest else None
+
+        return await self._heads.join((route, accept), ask)
+
+    async def _fetch(self, route: Route, accept: frozenset[str]) -> tuple[Descriptor, bytes]:
+        """
+        Fetch a manifest and keep it.
+        """
+        manifest = await self._upstream.manifest(route, _accept_header(accept))
+        digest = Digest.of(manifest.body, route.digest.algorithm if route.digest else "sha256")
+        if route.digest not in (None, digest):
+            said = f"ECR gave something else than {route.digest}"
+            raise UnavailableError(502, "UNAVAILABLE", said, reason=Reason.WRONG_BYTES)
+        media_type = _checked_type(manifest.content_type, manifest.body)
+        descriptor = Descriptor(media_type, digest, len(manifest.body))
+        await self._cache.keep(route, descriptor, manifest.body)
+        return descriptor, manifest.body
+
+
+def _missing(known: Confirmed | None, found: Descriptor) -> Reason:
+    """
+    Tell why a tag's manifest is not in the cache, by what was known of the tag.
+    """
+    if known is None:
+        return Reason.FIRST_USE
+    return Reason.NOT_KEPT if known.descriptor.digest == found.digest else Reason.TAG_MOVED
+
+
+def _accept_header(accept: frozenset[str]) -> str:
+    """
+    Write the types that a client takes. Who takes any is spelled out: registries don't all read C{*/*}.
+    """
+    return ", ".join(sorted(accept)) or ", ".join([*sorted(MANIFEST_TYPES), "*/*"])
+
+
+def _checked_type(content_type: str, body: bytes) -> str:
+    try:
+        return manifest_type(content_type, body)
+    except ValueError as problem:
+        raise UnavailableError(502, "UNAVAILABLE", f"what ECR gave is no manifest: {problem}") from None

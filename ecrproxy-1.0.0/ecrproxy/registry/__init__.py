@@ -1,0 +1,3 @@
+"""
+Amazon ECR and its buckets: the token, the connections, and how they are asked without being overrun.
+"""

@@ -1,0 +1,167 @@
+"""
+Connections to the registry and its buckets: to whom they are made, how many are kept, what is taken for an answer.
+
+Twisted's client is lenient where a proxy must not be: it parses headers without end, prefers one of two lengths that
+contradict each other, and goes on using a connection whose last answer had bytes behind its body. Here such an answer
+ends its own request, and its connection with it; nothing else.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+from twisted.internet.error import ConnectError, DNSLookupError
+from twisted.python.failure import Failure
+from twisted.web._newclient import HEADER, STATUS, HTTP11ClientProtocol
+from twisted.web.client import URI, Agent, BrowserLikePolicyForHTTPS, HTTPConnectionPool, _HTTP11ClientFactory
+from twisted.web.iweb import IAgent
+from zope.interface import implementer
+
+from ecrproxy.registry.guard import Guard, GuardedReactor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from twisted.internet.defer import Deferred
+    from twisted.internet.interfaces import IAddress, IReactorTime
+    from twisted.web.http_headers import Headers
+    from twisted.web.iweb import IBodyProducer, IPolicyForHTTPS, IResponse
+
+IDLE_CONNECTIONS: Final = 32
+"""Idle upstream connections kept for each host."""
+IDLE_SECONDS: Final = 90
+CONNECT_SECONDS: Final = 10
+HEADERS_LIMIT: Final = 16 * 2**10
+"""The most bytes before a body, interim answers included: twice what nginx takes, whose proxies ECR is used with."""
+
+
+class OddAnswerError(Exception):
+    """
+    An answer that HTTP does not allow, or allows to be refused.
+    """
+
+
+class StrictClient(HTTP11ClientProtocol):
+    """
+    A client's connection that takes no odd answers.
+    """
+
+    _left = 0
+    """How many bytes of headers may still come."""
+
+    def request(self, request: Any) -> Deferred[IResponse]:  # noqa: ANN401
+        """
+        Send a request.
+        """
+        answered: Deferred[IResponse] = super().request(request)
+        parser = self._parser
+        if parser is not None and self._state != "QUIESCENT":
+            self._left, proceed = HEADERS_LIMIT, parser.allHeadersReceived
+
+            def judged() -> None:
+                _judge(parser.connHeaders)
+                proceed()  # type: ignore[no-untyped-call]
+
+            parser.allHeadersReceived = judged  # type: ignore[method-assign]  # (Twisted has no place to say it)
+        return answered
+
+    def dataReceived(self, data: bytes) -> None:
+        """
+        Take what came; headers only as many as there may be.
+        """
+        while data and self._parser is not None and self._parser.state in (STATUS, HEADER):
+            if not self._left:
+                self._giveUp(Failure(OddAnswerError(f"more than {HEADERS_LIMIT} bytes of headers")))  # type: ignore[no-untyped-call]
+                return
+            part, data = data[: self._left], data[self._left :]
+            self._left -= len(part)
+            super().dataReceived(part)  # type: ignore[no-untyped-call]
+        if data:
+            super().dataReceived(data)  # type: ignore[no-untyped-call]
+
+    def _finishResponse(self, rest: bytes) -> None:
+        request = self._currentRequest
+        if rest and request is not None:
+            request.persistent = False  # who knows to which request these bytes belong: the connection is closed
+        super()._finishResponse(rest)
+
+
+class _Factory(_HTTP11ClientFactory):
+    """
+    Makes connections that are strict, and are not announced in the log.
+    """
+
+    noisy = False
+
+    def buildProtocol(self, addr: IAddress | None) -> StrictClient:  # noqa: ARG002
+        return StrictClient(self._quiescentCallback)  # type: ignore[no-untyped-call]
+
+
+def connection_pool(reactor: IReactorTime, *, persistent: bool = True) -> HTTPConnectionPool:
+    """
+    Make what keeps connections for the next request.
+    """
+    pool = HTTPConnectionPool(reactor, persistent)
+    # There is no public way; and two lines a connection in the log drown all others.
+    pool._factory = _Factory  # noqa: SLF001
+    pool.maxPersistentPerHost, pool.cachedConnectionTimeout = IDLE_CONNECTIONS, IDLE_SECONDS
+    return pool
+
+
+@implementer(IAgent)
+class UpstreamAgent:
+    """
+    Sends requests to the registry, and to where it redirects, if that is a place to go.
+
+    @param registry: the registry's URL.
+    @param forget: told the name of a host that can't be connected to: what it resolved to may be out of date.
+    """
+
+    def __init__(
+        self,
+        reactor: Any,  # noqa: ANN401
+        registry: str,
+        forget: Callable[[str], None] = lambda _: None,
+        policy: IPolicyForHTTPS | None = None,
+    ) -> None:
+        self._host, self._forget = _host(registry.encode()), forget
+        guard, pool, policy = Guard(), connection_pool(reactor), policy or BrowserLikePolicyForHTTPS()
+        self._registry, self._targets = (
+            Agent(GuardedReactor(reactor, ask), policy, connectTimeout=CONNECT_SECONDS, pool=pool)
+            for ask in (guard.pass_registry, guard.pass_target)
+        )
+
+    def request(
+        self, method: bytes, uri: bytes, headers: Headers | None = None, bodyProducer: IBodyProducer | None = None
+    ) -> Deferred[IResponse]:
+        """
+        Send the request.
+        """
+        host = _host(uri)
+        agent = self._registry if host == self._host else self._targets
+        asked: Deferred[IResponse] = agent.request(method, uri, headers, bodyProducer)
+        return asked.addErrback(self._failed, host)
+
+    def _failed(self, failure: Failure, host: str) -> Failure:
+        if failure.check(ConnectError, DNSLookupError):
+            self._forget(host)
+        return failure
+
+
+def _host(uri: bytes) -> str:
+    """
+    Tell a URL's host, as an agent reads it.
+    """
+    host: bytes = URI.fromBytes(uri).host
+    return host.decode("latin-1").lower()
+
+
+def _judge(headers: Headers) -> None:
+    """
+    Refuse an answer that does not say plainly how long it is: RFC 9112, 6.1 and 6.3.
+    """
+    codings = headers.getRawHeaders(b"Transfer-Encoding", [])
+    if codings and headers.hasHeader(b"Content-Length"):
+        raise OddAnswerError("a length and a transfer coding at once")
+    if len(codings) > 1 or (codings and codings[0].lower() != b"chunked"):
+        raise OddAnswerError("a transfer coding that nobody asked for")

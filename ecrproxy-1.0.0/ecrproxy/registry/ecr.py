@@ -1,0 +1,343 @@
+"""
+The registry token: GetAuthorizationToken through botocore in a thread, kept fresh while the daemon runs.
+
+The token is good for twelve hours, for every registry that the credentials may read in one region
+(Amazon ECR API reference, GetAuthorizationToken). botocore is imported by the thread that first needs
+it: its half second delays nothing.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from twisted.application.service import Service
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.task import LoopingCall
+from twisted.logger import Logger
+
+if TYPE_CHECKING:
+    from twisted.internet.interfaces import IReactorTime
+
+log = Logger()
+
+SHORTEST_REFRESH: Final = 60.0
+"""Seconds between two refreshes that the daemon makes by itself, whatever a token says of its own life."""
+LONGEST_REFRESH: Final = 6 * 3600.0
+"""Half of the life that ECR gives to each token: this machine's clock may make it longer."""
+FIRST_RETRY: Final = 1.0
+LONGEST_RETRY: Final = 60.0
+PATIENCE: Final = 10.0
+"""Seconds for which a request waits for the first token; nobody waits any more once there was none for so long."""
+
+INSTANCE_PROVIDERS: Final = frozenset({"assume-role-with-web-identity", "container-role", "iam-role"})
+"""botocore's names for what gives an instance, a container or a pod its role."""
+
+# What AWS answers to credentials that won't get better by waiting. Names from the APIs of ECR and STS, "Common Errors".
+_REFUSALS: Final = frozenset(
+    {
+        "AccessDenied",
+        "AccessDeniedException",
+        "ExpiredToken",
+        "ExpiredTokenException",
+        "IncompleteSignature",
+        "InvalidClientTokenId",
+        "InvalidSignatureException",
+        "MissingAuthenticationToken",
+        "MissingAuthenticationTokenException",
+        "NotAuthorized",
+        "OptInRequired",
+        "SignatureDoesNotMatch",
+        "UnrecognizedClientException",
+    }
+)
+_CLOCK_WORDS: Final = ("signature expired", "signature not yet current")
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """
+    What ECR asks of its clients.
+
+    @ivar secret: base64 of C{AWS:password}, as it goes behind C{Basic}.
+    @ivar expires: seconds since the epoch.
+    """
+
+    secret: str
+    expires: float
+
+    def __repr__(self) -> str:
+        return f"<Token, expires {self.expires:.0f}>"
+
+
+class CredentialsError(Exception):
+    """
+    AWS gives no token to these credentials, and waiting won't change that.
+    """
+
+
+class TokenUnavailableError(Exception):
+    """
+    There is no token now; there may be one later.
+    """
+
+
+def fetch_token(region: str, *, instance_auth: bool) -> Token:
+    """
+    Ask AWS for a token. Blocks: call it in a thread.
+
+    @param instance_auth: use the role of the instance, container or pod alone.
+    @raise CredentialsError: if there are no credentials, or AWS refuses them for good.
+    @raise TokenUnavailableError: if there is no role now, or AWS gives no token now.
+    @raise Exception: whatever else botocore raises: worth another try.
+    """
+    from botocore import exceptions  # noqa: PLC0415 (imported where it delays nothing)
+    from botocore.config import Config  # noqa: PLC0415
+    from botocore.session import Session  # noqa: PLC0415
+
+    # One attempt: retrying is the service's business, and a thread that waits can't be stopped.
+    settings = Config(connect_timeout=5, read_timeout=10, retries={"mode": "standard", "total_max_attempts": 1})
+    try:
+        session = Session()
+        if instance_auth:
+            _only_instance_roles(session)
+        if session.get_credentials() is None:
+            raise _none_found(instance_auth=instance_auth)
+        client: Any = session.create_client("ecr", region_name=region, config=settings)
+        data = client.get_authorization_token()["authorizationData"][0]
+    except exceptions.ClientError as problem:
+        raise _judged(problem) from problem
+    except (
+        exceptions.NoCredentialsError,
+        exceptions.PartialCredentialsError,
+        exceptions.ProfileNotFound,
+        exceptions.ConfigParseError,
+        exceptions.InvalidConfigError,
+        exceptions.UnauthorizedSSOTokenError,
+        exceptions.SSOTokenLoadError,
+    ) as problem:
+        raise CredentialsError(f"AWS credentials: {_brief(problem)}") from problem
+    return Token(data["authorizationToken"].strip(), data["expiresAt"].timestamp())
+
+
+def _only_instance_roles(session: Any) -> None:  # noqa: ANN401 (botocore's stubs are not installed with it)
+    from botocore.credentials import CredentialResolver  # noqa: PLC0415
+
+    # A machine that boots may have its metadata service up a little later than us.
+    session.set_config_variable("metadata_service_num_attempts", 3)
+    chain = session.get_component("credential_provider")
+    kept = [provider for provider in chain.providers if provider.METHOD in INSTANCE_PROVIDERS]
+    session.register_component("credential_provider", CredentialResolver(kept))
+
+
+def _none_found(*, instance_auth: bool) -> Exception:
+    """
+    Say what it means that there are no credentials.
+
+    That an instance has no role looks like a metadata service that is down, throttling or not up yet: it is waited for.
+    """
+    if instance_auth:
+        return TokenUnavailableError(
+            "AWS_INSTANCE_AUTH=true: no role found for this instance, container or pod; attach one"
+            " (behind a container's bridge the metadata hop limit must be 2), or unset AWS_INSTANCE_AUTH"
+        )
+    return CredentialsError(
+        "AWS_ACCESS_KEY_ID: no AWS credentials found; set it with AWS_SECRET_ACCESS_KEY, or AWS_PROFILE,"
+        " or run where a role is attached"
+    )
+
+
+def _brief(problem: object) -> str:
+    """
+    Keep the first line of a message: after it, AWS may repeat the request that was signed, session token included.
+    """
+    return str(problem).strip().partition("\n")[0][:300]
+
+
+def _judged(problem: Any) -> Exception:  # noqa: ANN401
+    """
+    Tell a refusal for good from one worth another try.
+    """
+    error = problem.response.get("Error", {})
+    code, message = error.get("Code", ""), _brief(error.get("Message", ""))
+    if any(words in message.lower() for words in _CLOCK_WORDS):
+        return TokenUnavailableError(f"AWS refuses the time of the request, check this machine's clock: {message}")
+    if code in _REFUSALS:
+        return CredentialsError(f"AWS credentials are refused: {code}: {message}")
+    return TokenUnavailableError(f"AWS answers {code}: {message}")
+
+
+def next_refresh(expires: float, now: float) -> float:
+    """
+    Tell in how many seconds to refresh a token: at half of its remaining life.
+    """
+    return min(LONGEST_REFRESH, max(SHORTEST_REFRESH, (expires - now) / 2))
+
+
+def next_retry(failures: int, chance: float) -> float:
+    """
+    Tell in how many seconds to try again after so many failures in a row: exponential, with full jitter.
+
+    @param chance: a random number from 0 to 1.
+    """
+    return FIRST_RETRY + chance * min(LONGEST_RETRY, FIRST_RETRY * 2.0 ** min(failures, 10))
+
+
+class TokenService(Service):
+    """
+    Keep the registry token fresh while the daemon runs.
+
+    When to ask again is counted on a clock that nobody sets; the time of the day says only whether a token has expired.
+
+    @param fetch: asks AWS; fires with a L{Token}.
+    @param clock: counts seconds and calls back.
+    @param now: seconds since the epoch.
+    @param refused: told of credentials that AWS refuses for good before there ever was a token.
+    @param chance: gives random numbers from 0 to 1.
+    """
+
+    def __init__(
+        self,
+        fetch: Callable[[], Deferred[Token]],
+        clock: IReactorTime,
+        now: Callable[[], float],
+        refused: Callable[[CredentialsError], None] = lambda _: None,
+        chance: Callable[[], float] = random.random,
+    ) -> None:
+        self._fetch, self._clock, self._now, self._refused, self._chance = fetch, clock, now, refused, chance
+        self._token: Token | None = None
+        self._problem = "AWS has not answered yet"
+        self._failures, self._due, self._started, self._received = 0, 0.0, 0.0, 0.0
+        self.failed = 0
+        self._refreshing = False
+        self._waiting: list[Deferred[None]] = []
+        self._loop = LoopingCall(self._turn)
+        self._loop.clock = clock
+
+    def startService(self) -> None:  # noqa: D102
+        super().startService()
+        self._due = self._started = self._clock.seconds()
+        # Once a second it looks whether a refresh is due: a plain rhythm that no refresh has to rearrange.
+        self._loop.start(1.0).addErrback(lambda failure: log.failure("The token's loop ended", failure))
+
+    def stopService(self) -> None:  # noqa: D102
+        super().stopService()
+        if self._loop.running:
+            self._loop.stop()
+
+    def problem(self) -> str | None:
+        """
+        Say why requests can't be sent to ECR now, if so.
+        """
+        if self._token is None:
+            return self._problem
+        if self._token.expires <= self._now() and self._failures:
+            return f"the token has expired: {self._problem}"
+        return None
+
+    @property
+    def expires(self) -> float | None:
+        """
+        Tell when the token expires, in seconds since the epoch.
+        """
+        return self._token.expires if self._token is not None else None
+
+    def refresh_seconds(self) -> float:
+        """
+        Tell in how many seconds the next refresh is due.
+        """
+        return max(0.0, self._due - self._clock.seconds())
+
+    async def get(self) -> str:
+        """
+        Return the token, waiting up to C{PATIENCE} for the first.
+
+        @raise TokenUnavailableError: if there is none.
+        """
+        if self._token is None and self._clock.seconds() < self._started + PATIENCE:
+            await self._wait()
+        if self._token is None:
+            raise TokenUnavailableError(self._problem)
+        return self._token.secret
+
+    async def renew(self, refused: str) -> str:
+        """
+        Return another token than C{refused}, which ECR took no more; one refresh for all who ask.
+
+        @raise TokenUnavailableError: if there is none.
+        """
+        failing = self._failures and self._clock.seconds() < self._due  # AWS is asked again soon enough
+        if self._token is not None and self._token.secret == refused and not failing:
+            log.info("ECR takes the token no more: refreshing it")
+            self._refresh()
+            await self._wait()
+        if self._token is None:
+            raise TokenUnavailableError(self._problem)
+        return self._token.secret
+
+    async def _wait(self) -> None:
+        """
+        Wait for the refresh under way, or due, but no longer than C{PATIENCE}.
+        """
+        waiter: Deferred[None] = Deferred(self._waiting.remove)
+        self._waiting.append(waiter)
+        limit = self._clock.callLater(PATIENCE, waiter.cancel)
+        try:
+            await waiter
+        except CancelledError:
+            if limit.active():
+                raise  # the client has gone; otherwise the time is up, and who waited sees what there is
+        finally:
+            if limit.active():
+                limit.cancel()
+
+    def _turn(self) -> None:
+        if self._clock.seconds() >= self._due or self._has_been_overtaken():
+            self._refresh()
+
+    def _has_been_overtaken(self) -> bool:
+        """
+        Tell whether the token has expired before its refresh is due: a machine that slept counted no seconds.
+        """
+        if self._token is None or self._failures or self._token.expires > self._now():
+            return False
+        return self._clock.seconds() >= self._received + SHORTEST_REFRESH
+
+    def _refresh(self) -> None:
+        if not self._refreshing:
+            self._refreshing = True
+            Deferred.fromCoroutine(self._ask()).addErrback(lambda failure: log.failure("Token refresh", failure))
+
+    async def _ask(self) -> None:
+        try:
+            self._token = await self._fetch()
+        except Exception as problem:  # noqa: BLE001 (any failure of any provider: the old token stays in use)
+            self._failed(problem)
+        else:
+            wait = next_refresh(self._token.expires, self._now())
+            self._received = self._clock.seconds()
+            self._failures, self._due = 0, self._received + wait
+            log.info("Token received; the next is due in {seconds:.0f} s", seconds=wait)
+            self._wake()
+        finally:
+            self._refreshing = False
+
+    def _failed(self, problem: Exception) -> None:
+        self._failures += 1
+        self.failed += 1
+        wait = next_retry(self._failures, self._chance())
+        self._due = self._clock.seconds() + wait
+        self._problem = _brief(problem) or type(problem).__name__
+        log.error("No token: {problem}. Next try in {wait:.0f} s", problem=self._problem, wait=wait)
+        if self._token is None and isinstance(problem, CredentialsError):
+            self._refused(problem)
+        if self._token is not None:
+            self._wake()  # those who asked for another get the old one
+
+    def _wake(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for waiter in waiting:
+            if not waiter.called:
+                waiter.callback(None)

@@ -1,0 +1,112 @@
+"""
+How often ECR may be asked each second, by the kind of call that AWS counts a question as. Pure.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from dataclasses import dataclass, fields
+from typing import Final
+
+from ecrproxy.oci import Kind
+
+_QUOTA = re.compile(r"([a-z]+)=(\d{1,6})")
+LONGEST_REST: Final = 60.0
+"""The most seconds for which ECR is believed that it wants no calls of a kind."""
+
+
+class Call(enum.Enum):
+    """
+    A kind of call, the first the most urgent: a client can do nothing without its manifest.
+    """
+
+    MANIFEST = "manifests"
+    CHECK = "checks"
+    BLOB = "blobs"
+    LIST = "lists"
+
+
+def call_of(method: str, kind: Kind) -> Call:
+    """
+    Tell which kind of call ECR makes of a question.
+    """
+    if kind is Kind.BLOB:
+        return Call.CHECK if method == "HEAD" else Call.BLOB
+    return Call.MANIFEST if kind is Kind.MANIFEST else Call.LIST
+
+
+@dataclass(frozen=True, slots=True)
+class Quotas:
+    """
+    Calls a second that the account may make. AWS's own defaults, but for lists.
+
+    @ivar manifests: BatchGetImage.
+    @ivar checks: BatchCheckLayerAvailability: HEAD of blobs.
+    @ivar blobs: GetDownloadUrlForLayer: GET of blobs.
+    @ivar lists: tags and referrers; AWS tells no figure for them, this is a careful one.
+    """
+
+    manifests: int = 2000
+    checks: int = 1000
+    blobs: int = 3000
+    lists: int = 100
+
+    @classmethod
+    def parse(cls, text: str) -> Quotas:
+        """
+        Read such as C{manifests=2000 blobs=3000}; what is not named keeps its default.
+
+        @raise ValueError: with what would be right.
+        """
+        names = [each.name for each in fields(cls)]
+        found: dict[str, int] = {}
+        for word in text.replace(",", " ").split() or [""]:
+            quota = _QUOTA.fullmatch(word)
+            if quota is None or quota[1] not in names or quota[1] in found or not int(quota[2]):
+                raise ValueError(f"{word!r} is no quota; give calls a second such as manifests=2000 blobs=3000")
+            found[quota[1]] = int(quota[2])
+        return cls(**found)
+
+    def of(self, call: Call) -> int:
+        """
+        Give the quota of a kind.
+        """
+        quota: int = getattr(self, call.value)
+        return quota
+
+
+class TokenBucket:
+    """
+    Lets calls go at a rate.
+
+    It holds a tenth of a second's quota and is filled with nine tenths a second, so that in no second more go than
+    the quota says; quotas below ten hold one call, and may be passed by it.
+    """
+
+    def __init__(self, quota: int, now: float) -> None:
+        self.rate: float = 0.9 * quota
+        self._capacity = self._level = max(1.0, quota / 10)
+        self._filled = self._rests_until = now
+
+    def wait(self, now: float) -> float:
+        """
+        Tell in how many seconds the next call may go; 0 for now.
+        """
+        self._level = min(self._capacity, self._level + (now - self._filled) * self.rate)
+        self._filled = now
+        if now < self._rests_until:
+            return self._rests_until - now
+        return 0.0 if self._level >= 1 else (1 - self._level) / self.rate
+
+    def take(self) -> None:
+        """
+        Let a call go.
+        """
+        self._level -= 1
+
+    def rest(self, now: float, seconds: float) -> None:
+        """
+        Let none go for so long: ECR has said so.
+        """
+        self._rests_until = max(self._rests_until, now + min(seconds, LONGEST_REST))

@@ -1,0 +1,99 @@
+"""
+What ECR says when it refuses, and what that means to the proxy and to its clients.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Final, NoReturn
+
+from twisted.logger import Logger
+from twisted.web.iweb import IResponse
+
+from ecrproxy.oci import Kind, RegistryError, Route
+from ecrproxy.reasons import Reason
+from ecrproxy.registry.bucket import UnavailableError
+
+log = Logger()
+
+# A 400 with one of these is about the request; any other is how ECR answers a token that it can't read.
+_REQUEST_CODES: Final = frozenset(
+    {"UNSUPPORTED", "NAME_INVALID", "DIGEST_INVALID", "TAG_INVALID", "MANIFEST_INVALID", "PAGINATION_NUMBER_INVALID"}
+)
+_NOT_FOUND_CODES: Final = {
+    Kind.MANIFEST: "MANIFEST_UNKNOWN",
+    Kind.BLOB: "BLOB_UNKNOWN",
+    Kind.TAGS: "NAME_UNKNOWN",
+    Kind.REFERRERS: "NAME_UNKNOWN",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """
+    A refusal in ECR's words.
+    """
+
+    status: int
+    code: str
+    message: str
+    challenged: bool
+
+    @classmethod
+    def of(cls, response: IResponse, body: bytes) -> Refusal:
+        """
+        Read an answer that is none.
+        """
+        return cls.read(response.code, body, challenged=response.headers.hasHeader("WWW-Authenticate"))
+
+    @classmethod
+    def read(cls, status: int, body: bytes, *, challenged: bool) -> Refusal:
+        """
+        Read the parts of such an answer.
+        """
+        code, message = "", body[:1000].decode("utf-8", "replace")
+        try:
+            first = json.loads(body)["errors"][0]
+            code, message = str(first.get("code", "")), str(first.get("message", ""))
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            pass  # a plain text, as ECR sends some: the text is the message then
+        return cls(status, code, message, challenged=challenged)
+
+    @property
+    def is_about_token(self) -> bool:
+        """
+        Tell whether another token may help.
+
+        Expired tokens are a 403 whose message says so, unreadable ones a 400 without challenge; a 403
+        of IAM is about permission, which no token changes (field notes C3).
+        """
+        match self.status:
+            case 401:
+                return True
+            case 400:
+                return not self.challenged and self.code not in _REQUEST_CODES
+            case 403:
+                said = self.message.lower()
+                return bool(re.search(r"\btoken\b", said)) and "not authorized to perform" not in said
+        return False
+
+    def raise_for(self, route: Route) -> NoReturn:
+        """
+        Raise what the client is told.
+        """
+        if self.is_about_token:
+            log.error("ECR refuses a fresh token: {status} {said}", status=self.status, said=self.message)
+            raise UnavailableError(502, "UNAVAILABLE", "ECR does not accept the proxy's token", reason=Reason.NO_TOKEN)
+        match self.status:
+            case 404:
+                code, said = self.code or _NOT_FOUND_CODES[route.kind], self.message or "ECR does not have it"
+                raise RegistryError(404, code, said, reason=Reason.NOT_FOUND)
+            case 403:
+                log.error("ECR denies {path}: {said}", path=route.path, said=self.message)
+                said = f"ECR denies the proxy access to {route.repository}; its log says why"
+                raise RegistryError(403, "DENIED", said, reason=Reason.ECR_DENIED)
+            case 400:
+                raise RegistryError(400, self.code or "UNSUPPORTED", self.message or "ECR refuses the request")
+        raise UnavailableError(502, "UNAVAILABLE", f"ECR answers {self.status}")

@@ -1,0 +1,259 @@
+"""
+The registry and its buckets, as a client sees them: manifests, blobs, tags and referrers.
+
+Rules:
+
+- The token goes to the registry's own origin and nowhere else; redirects are followed here, by hand.
+- Requests carry what is listed here and nothing that came from a client.
+- An answer that is none is raised as a L{RegistryError}: L{UnavailableError} where ECR is silent or failing, so that
+  what the cache has may be served instead; any other where ECR has given its answer and that is it.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import partial
+from typing import Final
+from urllib.parse import urljoin, urlsplit
+
+from twisted.web.http_headers import Headers
+from twisted.web.iweb import IResponse
+
+from ecrproxy.oci import MANIFEST_LIMIT, Digest, Kind, RegistryError, Route, query_values
+from ecrproxy.reasons import Reason
+from ecrproxy.registry.bucket import REDIRECT_STATUSES, Blob, Drop, UnavailableError, header, whole_size
+from ecrproxy.registry.endpoint import Endpoint, Question, Reply
+from ecrproxy.registry.wire import Wire
+
+REDIRECTS: Final = 5
+LIST_LIMIT: Final = 4 * 2**20
+"""The most bytes a page of tags or referrers may have: a thousand of the longest tags are 130 KiB."""
+TAGS_LIMIT: Final = 1000
+"""The most tags ECR lists a page; it refuses to be asked for more (field notes C8)."""
+
+_NEXT = re.compile(r'<([^>]*)>\s*;\s*rel="?next"?')
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """
+    What ECR says of a manifest without giving it.
+
+    @ivar digest: none if it didn't say.
+    """
+
+    media_type: str
+    digest: Digest | None
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """
+    A manifest as ECR gave it.
+    """
+
+    content_type: str
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """
+    A page of tags or referrers.
+
+    @ivar next: the raw query of the next page.
+    @ivar filters: the OCI-Filters-Applied header.
+    """
+
+    content_type: str
+    body: bytes
+    next: str | None
+    filters: str | None
+
+
+class Upstream:
+    """
+    One ECR registry and the buckets that it points to.
+
+    @param wire: over which the buckets are asked.
+    @param stall_seconds: how long a blob's body may send nothing.
+    """
+
+    def __init__(self, endpoint: Endpoint, wire: Wire, *, stall_seconds: float = 30) -> None:
+        self._endpoint, self._wire, self.clock, self.stall_seconds = endpoint, wire, wire.clock, stall_seconds
+
+    async def head_manifest(self, route: Route, accept: str) -> Head:
+        """
+        Ask which manifest C{route} leads to for a client that takes C{accept}.
+
+        @raise RegistryError: if none, or ECR can't say.
+        """
+        reply = _whole(await self._endpoint.ask(Question("HEAD", route, accept, limit=MANIFEST_LIMIT)))
+        response = reply.response
+        media_type = header(response, "Content-Type") or ""
+        if response.request.method != b"HEAD":  # ECR refused the HEAD and answered a GET
+            return Head(media_type, Digest.of(reply.body), len(reply.body))
+        named = header(response, "Docker-Content-Digest")
+        try:
+            size = int(header(response, "Content-Length") or "0")
+        except ValueError as problem:
+            raise UnavailableError(502, "UNAVAILABLE", f"ECR's answer makes no sense: {problem}") from None
+        return Head(media_type, _told(named) if named else None, size)
+
+    async def manifest(self, route: Route, accept: str) -> Manifest:
+        """
+        Fetch a manifest. Its bytes are not verified here, but against what ECR says of them.
+
+        @raise RegistryError: if there is none, or ECR can't give it.
+        """
+        reply = _whole(await self._endpoint.ask(Question("GET", route, accept, limit=MANIFEST_LIMIT)))
+        named = header(reply.response, "Docker-Content-Digest")
+        digest = _told(named) if named else None
+        if digest is not None and Digest.of(reply.body, digest.algorithm) != digest:
+            said = f"ECR calls something else {named}"
+            raise UnavailableError(502, "UNAVAILABLE", said, reason=Reason.WRONG_BYTES)
+        return Manifest(header(reply.response, "Content-Type") or "", reply.body)
+
+    async def blob_size(self, route: Route) -> int:
+        """
+        Ask whether the repository holds a blob, and how many bytes it has, without fetching it.
+
+        @raise RegistryError: if it doesn't, or ECR can't say.
+        """
+        response = (await self._endpoint.ask(Question("HEAD", route))).response
+        if response.code in REDIRECT_STATUSES:
+            # A presigned URL is signed for GET: only the first byte is asked for.
+            response.deliverBody(Drop())
+            url = _target(self._endpoint.url + route.path, header(response, "Location"))
+            _, response = await self.fetch(url, route, "bytes=0-0")
+        response.deliverBody(Drop())
+        # No bytes will tell whether this speaks of the blob: a page in its place must not pass.
+        page = (header(response, "Content-Type") or "").lower().startswith("text/")
+        size = None if page else whole_size(response)
+        if size is None:
+            raise UnavailableError(502, "UNAVAILABLE", f"ECR does not say how large {route.reference} is")
+        return size
+
+    async def blob(self, route: Route, stop: int | None = None, start: int = 0) -> Blob:
+        """
+        Begin to fetch a blob.
+
+        @param stop: up to where to ask for it at first; none for all.
+        @param start: from where on.
+        @raise RegistryError: if there is none, or ECR can't give it.
+        """
+        blob = Blob(self, route)
+        await blob.begin(start, stop)
+        return blob
+
+    async def locate(self, route: Route) -> tuple[str, IResponse | None]:
+        """
+        Ask where a blob lies.
+
+        @return: the URL to ask, or, where ECR itself sends it, that answer.
+        @raise RegistryError: if there is none, or ECR can't say.
+        """
+        response = (await self._endpoint.ask(Question("GET", route))).response
+        url = self._endpoint.url + route.path
+        if response.code not in REDIRECT_STATUSES:
+            return url, response
+        response.deliverBody(Drop())
+        return _target(url, header(response, "Location")), None
+
+    async def fetch(self, url: str, route: Route, span: str) -> tuple[str, IResponse]:
+        """
+        Ask for the bytes at C{url}, following redirects. The token stays behind.
+
+        @param span: a Range header, or nothing for all.
+        @return: the URL that answered, and its answer.
+        """
+        headers = Headers({"User-Agent": ["ecrproxy"]})
+        if span:
+            headers.setRawHeaders("Range", [span])
+        tries = self._wire.tries()
+        for _ in range(REDIRECTS):
+            response = await self._wire.persist(tries, partial(self._wire.request, "GET", url, headers))
+            if response.code not in REDIRECT_STATUSES:
+                return url, response
+            response.deliverBody(Drop())
+            url = _target(url, header(response, "Location"))
+        raise UnavailableError(502, "UNAVAILABLE", f"ECR redirects more than {REDIRECTS} times for {route.reference}")
+
+    async def pause(self, breaks: int) -> None:
+        """
+        Wait before asking again for bytes that did not come C{breaks} times in a row.
+        """
+        await self._wire.pause(breaks)
+
+    async def page(self, route: Route) -> Page:
+        """
+        Fetch a page of tags or referrers.
+
+        @raise RegistryError: if there is none, or ECR can't give it.
+        """
+        reply = _whole(await self._endpoint.ask(Question("GET", route, query=upstream_query(route), limit=LIST_LIMIT)))
+        response = reply.response
+        links = b", ".join(response.headers.getRawHeaders(b"Link", []))
+        link = _NEXT.search(links.decode("latin-1"))
+        following = urlsplit(link[1]).query if link else None
+        content_type = header(response, "Content-Type") or "application/json"
+        return Page(content_type, reply.body, following, header(response, "OCI-Filters-Applied"))
+
+
+def _whole(reply: Reply) -> Reply:
+    """
+    Refuse what is no answer to a question for the whole: a part, a redirect, or nothing.
+    """
+    if reply.response.code != 200:  # noqa: PLR2004
+        raise UnavailableError(502, "UNAVAILABLE", f"ECR answers {reply.response.code} where the whole was asked for")
+    return reply
+
+
+def _told(named: str) -> Digest:
+    try:
+        return Digest.parse(named)
+    except ValueError as problem:
+        raise UnavailableError(502, "UNAVAILABLE", f"ECR's answer makes no sense: {problem}") from None
+
+
+def _target(url: str, location: str | None) -> str:
+    """
+    Resolve a redirect, if it is one to follow.
+    """
+    try:
+        target = urljoin(url, location or "")
+        parts = urlsplit(target)
+        _ = parts.port  # which may be none that there is
+    except ValueError:
+        target, parts = "", urlsplit("")
+    steps_down = urlsplit(url).scheme == "https" and parts.scheme != "https"
+    if (
+        not location
+        or not location.isascii()
+        or parts.scheme not in ("http", "https")
+        or not parts.hostname
+        or "@" in parts.netloc
+        or steps_down
+    ):
+        raise UnavailableError(502, "UNAVAILABLE", "ECR redirects to where the proxy does not go")
+    return target
+
+
+def upstream_query(route: Route) -> str:
+    """
+    Choose what of a client's query goes to ECR, escaped as it came: C{last} is opaque.
+
+    @raise RegistryError: if C{n} is no number.
+    """
+    values = query_values(route.query)
+    if route.kind is not Kind.TAGS:
+        values.pop("ns", None)  # containerd's word to mirrors about themselves
+        return "&".join(f"{name}={value}" for name, value in values.items() if name.isalnum())
+    kept = {name: values[name] for name in ("n", "last") if name in values}
+    if "n" in kept:
+        if not kept["n"].isdecimal() or not kept["n"].isascii() or len(kept["n"]) > 18:  # noqa: PLR2004
+            raise RegistryError(400, "PAGINATION_NUMBER_INVALID", "n is not a number of tags")
+        kept["n"] = str(min(int(kept["n"]), TAGS_LIMIT))
+    return "&".join(f"{name}={value}" for name, value in kept.items())

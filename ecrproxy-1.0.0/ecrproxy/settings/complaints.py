@@ -1,0 +1,26 @@
+"""
+What is wrong, in one line on stderr: for who started the daemon, whatever becomes of the log.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import NoReturn
+
+
+def say(line: str) -> None:
+    """
+    Say it.
+    """
+    stderr = sys.__stderr__  # twistd makes a log of sys.stderr
+    if stderr is not None:
+        stderr.write(f"ecr-proxy: {' '.join(line.split())}\n")
+        stderr.flush()
+
+
+def die(line: str) -> NoReturn:
+    """
+    Say it, and end.
+    """
+    say(line)
+    sys.exit(1)

@@ -1,0 +1,417 @@
+"""
+Everything an operator may set: one table gives flag, variable, default, parser and help.
+
+A L{Config} is frozen and complete before anything listens. Pure, but that it is handed the environment
+and looks into no file: what only the machine can tell (a key that can't be read, a port in use) is
+found by C{tap}.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Final
+
+import regex
+
+from ecrproxy.access.limits import Limits
+from ecrproxy.cache.cache_key import CacheKey
+from ecrproxy.registry.quotas import Quotas
+from ecrproxy.settings.values import (
+    Network,
+    Server,
+    parse_admin,
+    parse_connections,
+    parse_count,
+    parse_endpoint,
+    parse_flag,
+    parse_networks,
+    parse_path,
+    parse_patience,
+    parse_pattern,
+    parse_port,
+    parse_region,
+    parse_resolver,
+    parse_seconds,
+    parse_size,
+    parse_tries,
+    parse_workers,
+    region_of,
+)
+
+
+class ConfigError(Exception):
+    """
+    A setting is wrong: which, its value, and what would be right, in one line.
+    """
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """
+    One row of the table.
+
+    @ivar name: the flag without its dashes; C{Config}'s attribute with underscores.
+    @ivar parse: reads the text; raises C{ValueError} with what would be right.
+    @ivar default: for people to read.
+    """
+
+    name: str
+    variable: str
+    parse: Callable[[str], Any]
+    default: str
+    help: str
+
+    @property
+    def attribute(self) -> str:
+        """
+        The attribute of L{Config} that holds it.
+        """
+        return self.name.replace("-", "_")
+
+    def read(self, text: str, source: str) -> Any:  # noqa: ANN401
+        """
+        Parse C{text}, which C{source} gave.
+
+        @raise ConfigError: if it is wrong.
+        """
+        try:
+            return self.parse(text)
+        except ValueError as problem:
+            line = " ".join(str(problem).split())  # re's own words hold what was given, line ends included
+            raise ConfigError(f"{source}={text[:200]!r}: {line}") from None
+
+
+ADMIN_LISTEN: Final = "tcp:5001:interface=127.0.0.1"
+"""Where the operator's pages are if nobody says otherwise: to be reached from this machine alone."""
+FROM_SYSTEMD: Final = "systemd:"
+"""How an endpoint string begins whose socket systemd has bound."""
+
+SETTINGS: Final[Sequence[Setting]] = (
+    Setting(
+        "ecr-endpoint",
+        "PROXY_ECR_ENDPOINT",
+        parse_endpoint,
+        "required",
+        "URL of the ECR registry; a bare host means https",
+    ),
+    Setting(
+        "region", "AWS_REGION", parse_region, "AWS_DEFAULT_REGION, else the endpoint's", "AWS region of the registry"
+    ),
+    Setting(
+        "instance-auth", "AWS_INSTANCE_AUTH", parse_flag, "false", "use the role of the instance, container or pod only"
+    ),
+    Setting(
+        "cache-key", "PROXY_CACHE_KEY", CacheKey.parse, "$uri", "template of nginx variables that names a cache entry"
+    ),
+    Setting("cache-limit", "PROXY_CACHE_LIMIT", parse_size, "64gb", "the most that the cache directory may hold"),
+    Setting(
+        "cache-dir",
+        "PROXY_CACHE_DIR",
+        parse_path,
+        "$CACHE_DIRECTORY, else ecr-proxy in the user's cache",
+        "the cache directory",
+    ),
+    Setting(
+        "dns-resolver",
+        "PROXY_DNS_RESOLVER",
+        parse_resolver,
+        "8.8.8.8",
+        "name servers asked for the registry's and buckets' names, or: system",
+    ),
+    Setting(
+        "namespace-pattern",
+        "PROXY_NAMESPACE_PATTERN",
+        parse_pattern,
+        ".*",
+        "regular expression that a repository's whole name must match",
+    ),
+    Setting("port", "PROXY_PORT", parse_port, "5000", "TCP port to listen on"),
+    Setting("ssl-key", "PROXY_SSL_KEY", parse_path, "none", "file of the TLS private key"),
+    Setting(
+        "ssl-certificate", "PROXY_SSL_CERTIFICATE", parse_path, "none", "file of the TLS certificate and its chain"
+    ),
+    Setting(
+        "client-ca", "PROXY_CLIENT_CA", parse_path, "none", "file of the CAs of which clients must have a certificate"
+    ),
+    Setting(
+        "htpasswd",
+        "PROXY_HTPASSWD",
+        parse_path,
+        "none",
+        "file of names and passwords, made with htpasswd -B, one of which clients must give",
+    ),
+    Setting(
+        "allow-from",
+        "PROXY_ALLOW_FROM",
+        parse_networks,
+        "none",
+        "networks that clients must be in; all others are refused",
+    ),
+    Setting("listen", "PROXY_LISTEN", str.split, "made from port and TLS files", "Twisted endpoint strings"),
+    Setting(
+        "admin-listen",
+        "PROXY_ADMIN_LISTEN",
+        parse_admin,
+        ADMIN_LISTEN,
+        "Twisted endpoint string for /metrics and the operator's other pages; off for none",
+    ),
+    Setting(
+        "tag-ttl",
+        "PROXY_TAG_TTL",
+        parse_seconds,
+        "0",
+        "seconds for which a tag's digest is taken on trust; 0 asks ECR each time",
+    ),
+    Setting(
+        "worker-processes",
+        "PROXY_WORKER_PROCESSES",
+        parse_workers,
+        "1",
+        "processes that serve clients; auto for one a core",
+    ),
+    Setting(
+        "drain-seconds",
+        "PROXY_DRAIN_SECONDS",
+        parse_seconds,
+        "30",
+        "seconds that clients have for what they are being sent when the daemon ends",
+    ),
+    Setting(
+        "read-ahead",
+        "PROXY_READ_AHEAD",
+        parse_flag,
+        "false",
+        "fetch a manifest's config and layers once it is asked for",
+    ),
+    Setting(
+        "blob-connections",
+        "PROXY_BLOB_CONNECTIONS",
+        parse_connections,
+        "4",
+        "connections over which a large blob comes from its bucket",
+    ),
+    Setting(
+        "ecr-connections",
+        "PROXY_ECR_CONNECTIONS",
+        parse_connections,
+        "128",
+        "questions to ECR that may be under way at once",
+    ),
+    Setting(
+        "ecr-quotas",
+        "PROXY_ECR_QUOTAS",
+        Quotas.parse,
+        "manifests=2000 blobs=3000 checks=1000 lists=100",
+        "calls a second that ECR allows the account, by kind; more wait here",
+    ),
+    Setting(
+        "upstream-tries",
+        "PROXY_UPSTREAM_TRIES",
+        parse_tries,
+        "3",
+        "how often ECR or a bucket is asked the same where it fails in a way that may pass",
+    ),
+    Setting(
+        "upstream-seconds",
+        "PROXY_UPSTREAM_SECONDS",
+        parse_seconds,
+        "10",
+        "seconds after the first try in which the others begin",
+    ),
+    Setting(
+        "bucket-connections",
+        "PROXY_BUCKET_CONNECTIONS",
+        parse_connections,
+        "64",
+        "connections over which all blobs together may come so",
+    ),
+    Setting(
+        "stall-seconds",
+        "PROXY_STALL_SECONDS",
+        parse_patience,
+        "30",
+        "seconds for which a bucket may send nothing before it is asked again",
+    ),
+    Setting(
+        "header-seconds",
+        "PROXY_HEADER_SECONDS",
+        parse_seconds,
+        "10",
+        "seconds for the line and the headers of a request; 0 for no limit",
+    ),
+    Setting(
+        "idle-seconds",
+        "PROXY_IDLE_SECONDS",
+        parse_seconds,
+        "65",
+        "seconds between two requests of a connection; 0 for no limit",
+    ),
+    Setting(
+        "send-seconds",
+        "PROXY_SEND_SECONDS",
+        parse_seconds,
+        "300",
+        "seconds for which a client may take nothing of its answer; 0 for no limit",
+    ),
+    Setting("header-bytes", "PROXY_HEADER_BYTES", parse_size, "16k", "bytes of a request's line and headers together"),
+    Setting("header-count", "PROXY_HEADER_COUNT", parse_count, "100", "headers of a request; 0 for no limit"),
+    Setting("connections", "PROXY_CONNECTIONS", parse_count, "10000", "connections of clients in all; 0 for no limit"),
+    Setting(
+        "connections-per-address",
+        "PROXY_CONNECTIONS_PER_ADDRESS",
+        parse_count,
+        "1000",
+        "connections from one address; 0 for no limit",
+    ),
+    Setting(
+        "transfers",
+        "PROXY_TRANSFERS",
+        parse_count,
+        "4096",
+        "answers with a blob that are under way at once; 0 for no limit",
+    ),
+)
+
+_WITHOUT_TEXT: Final = ("required", "none")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """
+    All settings, checked.
+
+    @ivar dns_resolver: name servers; none for the host's own resolver.
+    @ivar cache_limit: in bytes.
+    @ivar tag_ttl: in seconds.
+    @ivar listen: Twisted endpoint strings; empty to listen on C{port}, with TLS if there is a key.
+    @ivar admin_listen: a Twisted endpoint string; none to have no such port.
+    """
+
+    ecr_endpoint: str
+    region: str
+    instance_auth: bool
+    cache_key: CacheKey
+    cache_limit: int
+    cache_dir: str
+    dns_resolver: tuple[Server, ...] | None
+    namespace_pattern: regex.Pattern[str]
+    port: int
+    ssl_key: str | None
+    ssl_certificate: str | None
+    client_ca: str | None
+    htpasswd: str | None
+    allow_from: tuple[Network, ...] | None
+    listen: Sequence[str]
+    admin_listen: str | None
+    tag_ttl: float
+    worker_processes: int
+    drain_seconds: float
+    read_ahead: bool
+    blob_connections: int
+    bucket_connections: int
+    stall_seconds: float
+    ecr_connections: int
+    ecr_quotas: Quotas
+    upstream_tries: int
+    upstream_seconds: float
+    header_seconds: float
+    idle_seconds: float
+    send_seconds: float
+    header_bytes: int
+    header_count: int
+    connections: int
+    connections_per_address: int
+    transfers: int
+
+    @property
+    def limits(self) -> Limits:
+        """
+        What clients may have of one process.
+        """
+        limits = Limits(**{each.name: getattr(self, each.name) for each in fields(Limits)})
+        return limits.share(self.worker_processes)
+
+    @classmethod
+    def load(cls, flags: Mapping[str, str], environ: Mapping[str, str]) -> Config:
+        """
+        Read the settings; a flag wins over its variable, an empty variable is none.
+
+        @param flags: by setting name.
+        @raise ConfigError: for the first that is wrong.
+        """
+        texts = _texts(flags, environ)
+        values = _values(texts, SETTINGS)
+        if values["ecr_endpoint"] is None:
+            raise ConfigError("PROXY_ECR_ENDPOINT is not set: give the URL of your ECR registry")
+        values["region"] = _region(values, texts)
+        _check_tls(values)
+        return cls(**values)
+
+
+def read_settings(names: Iterable[str], flags: Mapping[str, str], environ: Mapping[str, str]) -> dict[str, Any]:
+    """
+    Read a few settings each by itself, by L{Config}'s attribute: for who needs no more, and can do without the others.
+
+    @raise ConfigError: for the first that is wrong.
+    """
+    return _values(_texts(flags, environ), [each for each in SETTINGS if each.name in set(names)])
+
+
+def _texts(flags: Mapping[str, str], environ: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """
+    Give what is set, and where.
+    """
+    given = {each.name: (flags[each.name], f"--{each.name}") for each in SETTINGS if flags.get(each.name) is not None}
+    return {**_defaults(environ), **_from_environment(environ), **given}
+
+
+def _values(texts: Mapping[str, tuple[str, str]], settings: Iterable[Setting]) -> dict[str, Any]:
+    return {each.attribute: each.read(*texts[each.name]) if each.name in texts else None for each in settings}
+
+
+def _defaults(environ: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """
+    Give the defaults as if they had been set.
+    """
+    texts = {each.name: (each.default, each.variable) for each in SETTINGS if each.default not in _WITHOUT_TEXT}
+    del texts["region"]
+    texts["listen"] = ("", "PROXY_LISTEN")
+    home = environ.get("XDG_CACHE_HOME") or os.path.join(environ.get("HOME") or "/", ".cache")  # noqa: PTH118 (text, not a file)
+    # systemd may give several directories, colon-separated: systemd.exec(5), CacheDirectory.
+    ours = environ.get("CACHE_DIRECTORY", "").split(":")[0]
+    texts["cache-dir"] = (ours or os.path.join(home, "ecr-proxy"), "PROXY_CACHE_DIR")  # noqa: PTH118
+    return texts
+
+
+def _from_environment(environ: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    texts = {each.name: (environ[each.variable], each.variable) for each in SETTINGS if environ.get(each.variable)}
+    if environ.get("AWS_DEFAULT_REGION"):
+        texts.setdefault("region", (environ["AWS_DEFAULT_REGION"], "AWS_DEFAULT_REGION"))
+    return texts
+
+
+def _check_tls(values: Mapping[str, Any]) -> None:
+    if (values["ssl_key"] is None) != (values["ssl_certificate"] is None):
+        missing, given = ("PROXY_SSL_CERTIFICATE", "PROXY_SSL_KEY")
+        if values["ssl_key"] is None:
+            missing, given = given, missing
+        raise ConfigError(f"{missing} is not set, but {given} is: TLS needs both, plain HTTP neither")
+    others = [text for text in values["listen"] if not text.startswith(FROM_SYSTEMD)]
+    if values["client_ca"] is not None and (values["ssl_key"] is None or others):
+        raise ConfigError(
+            f"PROXY_CLIENT_CA={values['client_ca']!r}: certificates are asked for where PROXY_SSL_KEY and"
+            " PROXY_SSL_CERTIFICATE make TLS, without PROXY_LISTEN but for systemd:; set these two, or unset it"
+        )
+
+
+def _region(values: Mapping[str, Any], texts: Mapping[str, tuple[str, str]]) -> str:
+    own, given = region_of(values["ecr_endpoint"]), values["region"]
+    if given is None and own is None:
+        raise ConfigError("AWS_REGION is not set, and PROXY_ECR_ENDPOINT does not tell it: give the registry's region")
+    if given is not None and own is not None and given != own:
+        raise ConfigError(
+            f"{texts['region'][1]}={given!r}: PROXY_ECR_ENDPOINT is in {own}, a token is good in one region; give {own}"
+        )
+    return str(given or own)

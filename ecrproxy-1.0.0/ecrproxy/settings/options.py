@@ -1,0 +1,103 @@
+"""
+The command line of C{twistd ecr-proxy}, made from the table of settings.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from twisted.python import usage
+
+from ecrproxy import __version__
+from ecrproxy.settings.complaints import die
+from ecrproxy.settings.config import SETTINGS, Setting
+from ecrproxy.settings.values import parse_flag
+
+
+def _described_setting(setting: Setting) -> str:
+    return f"{setting.help} [{setting.variable}, default: {setting.default}]"
+
+
+class Options(usage.Options):
+    """
+    The flags, made from the table of settings.
+    """
+
+    synopsis = "[options]"
+    longdesc = (
+        "A caching pull-through proxy for Amazon ECR. Each flag has a variable; the flag wins. AWS credentials are"
+        " found as AWS's own tools find them (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_PROFILE,"
+        " roles); they are no flags, for every process could read those."
+    )
+    optParameters = [  # noqa: RUF012 (Twisted's way)
+        [each.name, None, None, _described_setting(each)]
+        for each in SETTINGS
+        if each.parse is not parse_flag and each.name != "listen"
+    ]
+    optFlags = [  # noqa: RUF012
+        flag
+        for each in SETTINGS
+        if each.parse is parse_flag
+        for flag in (
+            [each.name, None, _described_setting(each)],
+            [f"no-{each.name}", None, f"the contrary, whatever {each.variable} says"],
+        )
+    ]
+
+    flagNames = frozenset(flag[0] for flag in optFlags)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.listen: list[str] = []
+
+    def opt_listen(self, endpoint: str) -> None:
+        """
+        Twisted endpoint string, repeatable [PROXY_LISTEN, default: made from port and TLS files].
+        """
+        self.listen.append(endpoint)
+
+    def opt_version(self) -> None:
+        """
+        Show the version and exit.
+        """
+        print(f"ecrproxy {__version__}")  # noqa: T201
+        sys.exit(0)
+
+    def parseOptions(self, options: Sequence[str] | None = None) -> None:
+        """
+        Read the command line; what is wrong with it is one line.
+        """
+        try:
+            super().parseOptions(options)
+        except usage.UsageError as problem:
+            die(f"{problem}; see twistd ecr-proxy --help")
+
+    def arguments(self) -> list[str]:
+        """
+        Write the flags that were given, as another process is to be given them.
+        """
+        written = []
+        for name, value in self.flags().items():
+            if name == "listen":
+                written += [f"--listen={endpoint}" for endpoint in self.listen]
+            elif name in self.flagNames:
+                written.append(f"--{name}" if value == "true" else f"--no-{name}")
+            else:
+                written.append(f"--{name}={value}")
+        return written
+
+    def flags(self) -> dict[str, str]:
+        """
+        Give the flags that were given, by setting name.
+        """
+        given = {}
+        for each in SETTINGS:
+            if each.parse is parse_flag:
+                if self[each.name] or self[f"no-{each.name}"]:
+                    given[each.name] = "true" if self[each.name] else "false"
+            elif self.get(each.name) is not None:
+                given[each.name] = self[each.name]
+        if self.listen:
+            given["listen"] = " ".join(self.listen)
+        return given

@@ -1,0 +1,443 @@
+"""
+The composition root: C{twistd ecr-proxy}. Alone meets the environment and the global reactor.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import gc
+import os
+import resource
+import secrets
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, Final, NoReturn, TypeVar
+
+from twisted.application.service import MultiService
+from twisted.internet.base import ReactorBase
+from twisted.internet.endpoints import UNIXServerEndpoint
+from twisted.internet.error import ReactorNotRunning
+from twisted.logger import Logger
+from twisted.names.client import Resolver
+from twisted.web.client import Agent
+
+from ecrproxy import __version__
+from ecrproxy.access.clients import Admission
+from ecrproxy.access.htpasswd import HtpasswdError
+from ecrproxy.access.limits import BOUNDLESS, Crowd
+from ecrproxy.access.namespaces import Namespaces
+from ecrproxy.access.passwords import AT_ONCE, Passwords
+from ecrproxy.admin.api import Api
+from ecrproxy.admin.port import make_admin_site
+from ecrproxy.admin.readings import of_cache, of_clients, of_loop, of_token, of_transfers, of_upstream
+from ecrproxy.admin.status import Asking, Status
+from ecrproxy.cache.inventory import Inventory
+from ecrproxy.cache.janitor import Janitor
+from ecrproxy.cache.ledger import Notes
+from ecrproxy.cache.purges import Purges
+from ecrproxy.cache.store import Store
+from ecrproxy.cached import Cache
+from ecrproxy.daemon.ending import Connections, Drain, InOrder, Signals
+from ecrproxy.daemon.listening import Listening, admin_endpoint, endpoints
+from ecrproxy.daemon.supervision import Supervised, Supervisor, summary
+from ecrproxy.daemon.workers import HandedDown, Post, StandardInput, Workers
+from ecrproxy.http.relay import USED, FirstProcess, InnerRegistry, NoRoom, Relay, Teller, Used, WorkerRegistry
+from ecrproxy.http.site import RegistrySite, make_site
+from ecrproxy.http.web import Ready, Registry
+from ecrproxy.metrics import Figures, LoopStall, Served
+from ecrproxy.proxy import PullThrough
+from ecrproxy.registry.circuit import Circuit
+from ecrproxy.registry.connections import UpstreamAgent, connection_pool
+from ecrproxy.registry.ecr import CredentialsError, Token, TokenService, fetch_token
+from ecrproxy.registry.endpoint import Endpoint
+from ecrproxy.registry.governor import Governor
+from ecrproxy.registry.metering import MeteredAgent
+from ecrproxy.registry.resolver import ChosenServers, hosts_names
+from ecrproxy.registry.retries import Budget
+from ecrproxy.registry.upstream import Upstream
+from ecrproxy.registry.wire import Wire
+from ecrproxy.settings.complaints import die, say
+from ecrproxy.settings.config import ADMIN_LISTEN, Config, ConfigError
+from ecrproxy.settings.options import Options
+from ecrproxy.settings.predecessors import notices
+from ecrproxy.threads import InThread, Threads, call_unowned
+from ecrproxy.transfer.inflow import Lanes
+
+log = Logger()
+T = TypeVar("T")
+
+DISK_THREADS: Final = 8
+_M_MMAP_THRESHOLD: Final = -3
+"""glibc's malloc.h."""
+
+
+def makeService(options: Options) -> MultiService:
+    """
+    Build the daemon.
+    """
+    from twisted.internet import reactor  # noqa: PLC0415 (twistd may have chosen another before)
+
+    _count_steadily(reactor)
+    _open_many_files()
+    _give_memory_back()
+    try:
+        config = Config.load(options.flags(), os.environ)
+        post = Post.from_environ(os.environ)
+        if post is not None:
+            return build_worker(config, post, reactor)
+        for notice in notices(os.environ):
+            log.warn("{notice}", notice=notice)
+        supervisor = Supervisor.from_environ(os.environ, os.getpid())
+        return build(config, reactor, _abandon, options.arguments(), supervisor)
+    except ConfigError as problem:
+        die("; ".join([str(problem), *notices(os.environ)]))
+
+
+def _give_memory_back() -> None:
+    """
+    Have glibc give large pieces of memory back to the system when they are freed.
+
+    Otherwise it comes to keep what is as large as the largest piece that was freed once, up to 32 MiB, in heaps that
+    never shrink: among threads that write blobs in batches of megabytes, the daemon grew to three times its size.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another libc does not know it
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 256 * 2**10)
+
+
+def _open_many_files() -> None:
+    """
+    Raise the number of files that this process may have open as far as it goes: each client takes up to three.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):  # some sandboxes forbid even this
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+class Daemon(InOrder):
+    """
+    All parts of the daemon. What keeps it from listening is one line.
+    """
+
+    def privilegedStartService(self) -> None:  # noqa: D102
+        try:
+            super().privilegedStartService()
+        except ConfigError as problem:
+            log.critical("{problem}", problem=problem)
+            die(str(problem))
+
+
+def build(
+    config: Config,
+    reactor: Any,  # noqa: ANN401
+    refused: Callable[[CredentialsError], None],
+    arguments: Sequence[str] = (),
+    supervisor: Supervisor | None = None,
+) -> MultiService:
+    """
+    Wire the parts; each line makes one object from earlier ones.
+
+    @param refused: told of credentials that AWS refuses for good.
+    @param arguments: the flags that workers are to be started with.
+    @param supervisor: the service manager, if it wants to be told.
+    """
+    service = Daemon()
+    disk = Threads(DISK_THREADS, reactor)
+    store = _prepared(Store(Path(config.cache_dir), time.time))
+    janitor = Janitor(store, config.cache_limit, disk.call, reactor)
+    tokens = TokenService(lambda: call_unowned(reactor, lambda: _fetch(config)), reactor, time.time, refused)
+    figures, stall = Figures(__version__), LoopStall(reactor, time.monotonic)
+    upstream, asking = _upstream(config, tokens, figures, reactor)
+    cache = Cache(store, janitor, disk.call, time.time)
+    pull_through = _pull_through(config, upstream, cache, disk)
+    connections, crowd = Connections(), Crowd(config.limits)
+    reasons = partial(_reasons, tokens, store, disk.call, connections)
+    ready = Ready(reasons)
+    status = Status(
+        config.ecr_endpoint, figures, store, janitor, asking, pull_through, reasons, disk.call, time.time, reactor
+    )
+    supervised = Supervised(supervisor, partial(_summary, reasons, store, janitor), reactor)
+    judging = Threads(1, reactor)
+    shape = (Namespaces(config.namespace_pattern, judging.call), config.cache_key, disk.call)
+    admission = _admission(config, reactor, service)
+    registry = Registry(pull_through, *shape, admission)
+    site = make_site(registry, ready, reactor, crowd=crowd, served=figures.served, connections=connections)
+    figures.watch(*of_cache(store, janitor), *of_token(tokens), *of_transfers(pull_through), *of_loop(stall))
+    figures.watch(*of_clients(crowd))
+    for part in (*status.services, disk, judging, supervised, janitor, tokens, stall):
+        part.setServiceParent(service)
+    several = config.worker_processes > 1
+    listening = [Listening(name, endpoint, site, accepts=not several) for name, endpoint in endpoints(config, reactor)]
+    workers = None
+    if several:
+        inner = partial(
+            make_site, InnerRegistry(pull_through, *shape), ready, others={USED: Used(store.ledger, figures.served)}
+        )
+        workers = _share_work(config, inner, listening, arguments, service, reactor)
+    reread = partial(supervised.rereading, partial(_reread, [*listening, admission], workers))
+    drain = Drain(connections, config.drain_seconds, reactor)
+    _face_clients(drain, listening, reread, _leave, service, reactor)
+    _serve_admin(config, partial(make_admin_site, figures, ready, status), cache, disk, service, reactor)
+    return service
+
+
+def _upstream(
+    config: Config,
+    tokens: TokenService,
+    figures: Figures,
+    reactor: Any,  # noqa: ANN401
+) -> tuple[Upstream, Asking]:
+    """
+    Wire what asks ECR and its buckets.
+    """
+    agent = UpstreamAgent(reactor, config.ecr_endpoint, _install_resolver(config, reactor))
+    metered = MeteredAgent(agent, config.ecr_endpoint, figures.upstream, reactor)
+    wire = Wire(metered, reactor, Budget(config.upstream_tries, config.upstream_seconds))
+    governor = Governor(config.ecr_quotas, config.ecr_connections, reactor)
+    circuit = Circuit(reactor.seconds)
+    figures.watch(*of_upstream(wire, circuit, governor))
+    endpoint = Endpoint(config.ecr_endpoint, wire, tokens, governor, circuit)
+    upstream = Upstream(endpoint, wire, stall_seconds=config.stall_seconds)
+    return upstream, Asking(tokens=tokens, wire=wire, circuit=circuit, governor=governor)
+
+
+def _pull_through(config: Config, upstream: Upstream, cache: Cache, disk: Threads) -> PullThrough:
+    """
+    Wire what answers from the cache, or through it.
+    """
+    lanes = Lanes(config.blob_connections, config.bucket_connections)
+    return PullThrough(
+        upstream, cache, disk.call, time.time, tag_ttl=config.tag_ttl, lanes=lanes, read_ahead=config.read_ahead
+    )
+
+
+def _share_work(
+    config: Config,
+    make_inner: Callable[..., RegistrySite],
+    listening: Sequence[Listening],
+    arguments: Sequence[str],
+    service: MultiService,
+    reactor: Any,  # noqa: ANN401
+) -> Workers:
+    """
+    Have workers serve the clients, and this process the workers.
+    """
+    folder = tempfile.mkdtemp(prefix="ecrproxy-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    path = str(Path(folder) / "first")
+    inner = make_inner(reactor=reactor, crowd=Crowd(BOUNDLESS), logged=False)
+    Listening(path, UNIXServerEndpoint(reactor, path, mode=0o600), inner).setServiceParent(service)
+    workers = Workers(config.worker_processes, listening, path, arguments, reactor, drain=config.drain_seconds)
+    workers.setServiceParent(service)
+    return workers
+
+
+def _face_clients(
+    drain: Drain,
+    listening: Sequence[Listening],
+    reread: Callable[[], None],
+    at_once: Callable[[int], object],
+    service: MultiService,
+    reactor: Any,  # noqa: ANN401
+) -> None:
+    """
+    Let clients in, and signals. Whatever responses need comes before this, for the last are the first to stop.
+    """
+    for part in (drain, *listening, Signals(reactor, partial(_stop, reactor), at_once, reread)):
+        part.setServiceParent(service)
+
+
+def _serve_admin(
+    config: Config,
+    make_site: Callable[[Api, Any], RegistrySite],
+    cache: Cache,
+    disk: Threads,
+    service: MultiService,
+    reactor: Any,  # noqa: ANN401
+) -> None:
+    """
+    Listen for the operator too. Where nobody chose that port, its being taken keeps the daemon from nothing.
+
+    What he purges, or somebody else did, is forgotten. His work has a thread of its own.
+    """
+    purges = Purges(cache.store, cache.forget_all, disk.call, reactor)
+    purges.setServiceParent(service)
+    named = admin_endpoint(config, reactor)
+    if named is not None:
+        surveying = Threads(1, reactor)
+        surveying.setServiceParent(service)
+        site = make_site(Api(Inventory(cache.store), purges.look, surveying.call, reactor), reactor)
+        Listening(*named, site, needed=config.admin_listen != ADMIN_LISTEN).setServiceParent(service)
+
+
+def _count_steadily(reactor: Any) -> None:  # noqa: ANN401
+    """
+    Have a reactor's timers go by a clock that nobody sets.
+
+    Twisted's reactors count by the time of the day: set forward, it would fire each timer at once; set back, it would
+    freeze all of them, limits of time and the token's refresh among them. No timer has been made yet. A reactor in
+    memory has a clock of its own.
+    """
+    if isinstance(reactor, ReactorBase):
+        reactor.seconds = time.monotonic  # (timers ask the instance, in each reactor)
+
+
+def _reread(parts: Sequence[Listening | Admission], workers: Workers | None) -> None:
+    """
+    Read certificates and passwords again, here and in the workers.
+    """
+    news = [each.reread() for each in parts]
+    if workers is not None and any(news):
+        workers.reread()
+
+
+def _leave(number: int) -> NoReturn:
+    """
+    End now, with the status that shells give to an end by a signal: a container's first process can't kill itself.
+    """
+    os._exit(128 + number)
+
+
+def _fetch(config: Config) -> Token:
+    """
+    Fetch a token, in a thread.
+    """
+    token = fetch_token(config.region, instance_auth=config.instance_auth)
+    _set_aside_what_stays()
+    return token
+
+
+@cache
+def _set_aside_what_stays() -> None:
+    """
+    Keep the garbage collector from what is there with the first token, and has come to stay.
+
+    Among botocore's modules it would stall the event loop for 50 ms at a time. Once only, and garbage first: what is
+    frozen is never collected, whatever becomes of it. Before the first token no transfer can be among it.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def build_worker(config: Config, post: Post, reactor: Any) -> MultiService:  # noqa: ANN401
+    """
+    Wire a worker's parts.
+    """
+    service = Daemon()
+    disk = Threads(DISK_THREADS, reactor)
+    notes = Notes()
+    store = Store(Path(config.cache_dir), time.time, notes)
+    cache = Cache(store, NoRoom(), disk.call, time.time)
+    purges = Purges(store, cache.forget_all, disk.call, reactor)
+    first = Agent.usingEndpointFactory(reactor, FirstProcess(reactor, post.path), connection_pool(reactor))
+    relay = Relay(first)
+    judging = Threads(1, reactor)
+    shape = (Namespaces(config.namespace_pattern, judging.call), config.cache_key, disk.call)
+    admission = _admission(config, reactor, service)
+    registry = WorkerRegistry(cache, config.tag_ttl, relay, *shape, admission)
+    served, connections = Served(), Connections()
+    crowd = Crowd(config.limits)
+    site = make_site(registry, relay, reactor, crowd=crowd, served=served, connections=connections)
+    for part in (disk, judging, purges, Teller(first, notes.take, served, reactor)):
+        part.setServiceParent(service)
+    listening = [
+        Listening(name, endpoint, site) for name, endpoint in endpoints(config, HandedDown(reactor, post.sockets))
+    ]
+    drain = Drain(connections, config.drain_seconds, reactor)
+    # A service manager may tell all processes to end, and the first process each worker once more.
+    _face_clients(drain, listening, partial(_reread, [*listening, admission], None), lambda _: None, service, reactor)
+    reactor.addReader(StandardInput(partial(_orphaned, connections, reactor)))
+    return service
+
+
+def _orphaned(connections: Connections, reactor: Any) -> None:  # noqa: ANN401
+    """
+    End a worker whose first process has gone.
+    """
+    if connections.draining:
+        _leave(signal.SIGTERM)
+    _stop(reactor)
+
+
+def _stop(reactor: Any) -> None:  # noqa: ANN401
+    with contextlib.suppress(ReactorNotRunning):  # it may be about to end anyway
+        reactor.stop()
+
+
+async def _reasons(tokens: TokenService, store: Store, in_thread: InThread, connections: Connections) -> list[str]:
+    """
+    Say what keeps the daemon from its work.
+    """
+    found = ["draining: the daemon ends"] if connections.draining else []
+    found += [f"no token: {problem}"] if (problem := tokens.problem()) else []
+    return found + await in_thread(store.reasons)
+
+
+async def _summary(reasons: Callable[[], Awaitable[Sequence[str]]], store: Store, janitor: Janitor) -> str:
+    return summary(await reasons(), store.ledger.total, janitor.limit)
+
+
+def _prepared(store: Store) -> Store:
+    try:
+        store.prepare()
+        store.sweep()
+    except OSError as problem:
+        raise ConfigError(
+            f"PROXY_CACHE_DIR={str(store.root)!r}: can't be written: {problem.strerror}; give a directory that can"
+        ) from problem
+    return store
+
+
+def _admission(config: Config, reactor: Any, service: MultiService) -> Admission:  # noqa: ANN401
+    """
+    Make what lets clients in; C{service} runs what of it runs by itself.
+
+    @raise ConfigError: if the passwords can't be used.
+    """
+    passwords = None
+    if config.htpasswd is not None:
+        checking = Threads(AT_ONCE, reactor)
+        try:
+            passwords = Passwords(config.htpasswd, checking.call, reactor, secrets.token_bytes(32))
+        except HtpasswdError as problem:
+            raise ConfigError(f"PROXY_HTPASSWD={config.htpasswd!r}: {problem}") from problem
+        for part in (checking, passwords):
+            part.setServiceParent(service)
+    return Admission(config.allow_from, certificates=config.client_ca is not None, passwords=passwords)
+
+
+def _install_resolver(config: Config, reactor: Any) -> Callable[[str], None]:  # noqa: ANN401
+    """
+    Have the chosen servers asked.
+
+    @return: makes them forget a name.
+    """
+    if config.dns_resolver is None:
+        return lambda _: None  # the host's own resolver keeps nothing here
+    try:
+        local = hosts_names(Path("/etc/hosts").read_text("utf-8", "replace"))
+    except OSError:
+        local = []
+    servers = Resolver(servers=list(config.dns_resolver), reactor=reactor)
+    chosen = ChosenServers(servers, reactor.nameResolver, local, reactor)
+    reactor.installNameResolver(chosen)
+    return chosen.forget
+
+
+def _abandon(problem: CredentialsError) -> None:
+    """
+    Stop the daemon: it can do nothing with these credentials.
+    """
+    from twisted.internet import reactor  # noqa: PLC0415
+
+    log.critical("{problem}", problem=problem)
+    say(str(problem))
+    # twistd ends with status 0 once its reactor has stopped, whyever it did.
+    atexit.register(os._exit, 1)
+    reactor.stop()

@@ -1,0 +1,229 @@
+"""
+The connections over which a blob comes in: what they promise, how many there are, and their back-pressure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final, Protocol
+
+from twisted.internet.defer import Deferred
+from twisted.python.failure import Failure
+
+HIGH_WATER: Final = 4 * 2**20
+"""Bytes of a lane that may wait for the disk before it is paused: some 20 ms of a fast network."""
+
+
+SMALLEST_PART: Final = 4 * 2**20
+
+
+LARGEST_PART: Final = 16 * 2**20
+
+
+SPLIT: Final = 16 * 2**20
+"""Bytes from which on a blob is worth several connections."""
+
+
+class Transfer(Protocol):
+    """
+    A connection that sends: what may be asked of it.
+    """
+
+    def pause(self) -> None:
+        """Send nothing for now."""
+
+    def resume(self) -> None:
+        """Go on."""
+
+    def abort(self) -> None:
+        """Send nothing more, ever."""
+
+
+class Stretch(Protocol):
+    """
+    Bytes of a blob that are about to come.
+    """
+
+    @property
+    def start(self) -> int:
+        """Give the offset of the first."""
+
+    @property
+    def stop(self) -> int | None:
+        """Give the offset behind the last, if it is known."""
+
+    def deliver(self, sink: Inflow) -> Transfer:
+        """Let them come."""
+
+
+class Blob(Protocol):
+    """
+    Where a blob's bytes come from.
+    """
+
+    @property
+    def size(self) -> int | None:
+        """Give its bytes, if upstream said."""
+
+    @property
+    def first(self) -> Stretch:
+        """Give what has been asked for already."""
+
+    @property
+    def ranged(self) -> bool:
+        """Tell whether parts of it can be had."""
+
+    async def open(self, start: int, stop: int | None, breaks: int = 0) -> Stretch:
+        """Ask for more of it, which was asked for in vain C{breaks} times in a row."""
+
+
+class Lanes:
+    """
+    The connections to buckets that the daemon may have, and what a single blob may have of them.
+    """
+
+    def __init__(self, each: int = 4, together: int = 64) -> None:
+        self._each, self._free = each, together
+
+    def first_part(self, expected: int | None) -> int | None:
+        """
+        Choose how much of a blob to ask for at first; none for all, where one lane will do.
+
+        @param expected: its bytes, if something is known of them.
+        """
+        return None if self._each == 1 or (expected is not None and expected < SPLIT) else SMALLEST_PART
+
+    def take(self, size: int) -> int:
+        """
+        Take lanes for so many bytes: always one, more while there are some.
+        """
+        taken = 1 if size < SPLIT else max(1, min(self._each, self._free))
+        self._free -= taken
+        return taken
+
+    def give_back(self, lanes: int) -> None:
+        """
+        Give lanes back.
+        """
+        self._free += lanes
+
+
+class Gaps:
+    """
+    What of a blob nobody has taken on yet, in order: lanes take part after part of it.
+    """
+
+    def __init__(self, gaps: Iterable[tuple[int, int]]) -> None:
+        self._gaps = list(gaps)
+
+    def take(self, lanes: int) -> tuple[int, int] | None:
+        """
+        Take the next part, of which one of C{lanes} is to bring all; none if there is nothing left.
+        """
+        if not self._gaps:
+            return None
+        start, stop = self._gaps.pop(0)
+        remaining = stop - start + sum(last - first for first, last in self._gaps)
+        end = min(stop, start + part_size(remaining, lanes))
+        if end < stop:
+            self._gaps.insert(0, (end, stop))
+        return start, end
+
+    def take_from(self, start: int, stop: int) -> tuple[int, int] | None:
+        """
+        Take what is missing from C{start} on, up to C{stop} at most; none if that byte is not missing.
+        """
+        for at, (first, last) in enumerate(self._gaps):
+            if first <= start < last:
+                end = min(stop, last)
+                self._gaps[at : at + 1] = [each for each in ((first, start), (end, last)) if each[0] < each[1]]
+                return start, end
+        return None
+
+    def give_up(self) -> None:
+        """
+        Let nobody take another part.
+        """
+        self._gaps = []
+
+
+def part_size(remaining: int, lanes: int) -> int:
+    """
+    Choose how much of a blob a lane takes next: less and less, so that all end together.
+    """
+    if lanes == 1:
+        return remaining
+    return min(remaining, LARGEST_PART, max(SMALLEST_PART, remaining // (2 * lanes)))
+
+
+class Inflow:
+    """
+    Bytes on their way in from one connection; it is paused while too many wait.
+    """
+
+    def __init__(self) -> None:
+        self._pending: list[bytes] = []
+        self._size, self._paused, self._over = 0, False, False
+        self._problem: Failure | None = None
+        self._transfer: Transfer | None = None
+        self._wake: Deferred[None] | None = None
+
+    def begin(self, stretch: Stretch) -> None:
+        """
+        Let the bytes come.
+        """
+        self._transfer = stretch.deliver(self)
+
+    def arrived(self, data: bytes) -> None:
+        """
+        Take bytes from the connection; those that it still brings when it was ended are nobody's.
+        """
+        if self._over:
+            return
+        self._pending.append(data)
+        self._size += len(data)
+        if self._size > HIGH_WATER and not self._paused and self._transfer is not None:
+            self._paused = True
+            self._transfer.pause()
+        self._stir()
+
+    def ended(self, problem: Failure | None) -> None:
+        """
+        Note the connection's end, C{problem} if it is not a good one.
+        """
+        self._over, self._problem = True, self._problem or problem
+        self._stir()
+
+    def abort(self, problem: Failure | None = None) -> None:
+        """
+        End the connection; what still waits is dropped.
+        """
+        self._pending, self._size = [], 0
+        if not self._over:
+            self.ended(problem)
+            if self._transfer is not None:
+                self._transfer.abort()
+
+    async def batch(self) -> list[bytes]:
+        """
+        Wait for bytes; empty at the end.
+
+        @raise Exception: if the connection broke off; all that came before was given.
+        """
+        if self._paused and not self._pending and not self._over and self._transfer is not None:
+            self._paused = False  # what had been taken is written now
+            self._transfer.resume()
+        while not (self._pending or self._over):
+            self._wake = Deferred()
+            await self._wake
+        if self._pending:
+            batch, self._pending, self._size = self._pending, [], 0
+            return batch
+        if self._problem is not None:
+            self._problem.raiseException()
+        return []
+
+    def _stir(self) -> None:
+        wake, self._wake = self._wake, None
+        if wake is not None:
+            wake.callback(None)

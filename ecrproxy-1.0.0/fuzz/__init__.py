@@ -1,0 +1,3 @@
+"""
+Fuzz targets for everything that reads a client's or upstream's bytes: C{make fuzz}.
+"""

@@ -1,0 +1,85 @@
+"""
+What reads text or bytes and needs no connection: it understands, or refuses in the way that it promises.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Final
+
+from ecrproxy.cache.cache_key import Asker, CacheKey
+from ecrproxy.cache.entries import Entry
+from ecrproxy.cache.ledger import packed, unpacked
+from ecrproxy.http.web import matches, parse_range
+from ecrproxy.oci import Digest, RegistryError, accepted_types, listed, manifest_type, parse_route, query_values
+from ecrproxy.settings.config import SETTINGS, ConfigError
+
+
+def route(data: bytes) -> None:
+    with contextlib.suppress(RegistryError):
+        found = parse_route(data.decode("ascii", "replace"))
+        assert parse_route(found.path) == found
+
+
+def span(data: bytes) -> None:
+    text = data.decode("utf-8", "replace")
+    with contextlib.suppress(LookupError):
+        chosen = parse_range(text, len(data) * 3)
+        assert chosen is None or 0 <= chosen[0] < chosen[1] <= len(data) * 3
+    matches(text, '"x"')
+
+
+def fields(data: bytes) -> None:
+    text = data.decode("utf-8", "replace")
+    assert accepted_types(text.split("\n")) == accepted_types(list(reversed(text.split("\n"))))
+    query_values(text)
+
+
+def manifest(data: bytes) -> None:
+    kind, _, body = data.partition(b"\n")
+    with contextlib.suppress(ValueError):
+        manifest_type(kind.decode("latin-1"), body)
+    with contextlib.suppress(ValueError):
+        assert all(descriptor.size >= 0 for _, descriptor in listed(body))
+    with contextlib.suppress(ValueError):
+        Digest.parse(data.decode("latin-1"))
+
+
+def entry(data: bytes) -> None:
+    with contextlib.suppress(ValueError):
+        found = Entry.from_json(data)
+        assert Entry.from_json(found.to_json()) == found
+
+
+def setting(data: bytes) -> None:
+    chosen = SETTINGS[data[0] % len(SETTINGS)] if data else SETTINGS[0]
+    refusal = ""
+    try:
+        chosen.read(data[1:].decode("utf-8", "surrogateescape"), chosen.variable)
+    except ConfigError as problem:
+        refusal = str(problem)
+    assert len(refusal.splitlines()) <= 1, refusal
+
+
+def key(data: bytes) -> None:
+    text = data.decode("utf-8", "replace")
+    with contextlib.suppress(ValueError):
+        CacheKey.parse(text).expand(parse_route("/v2/team/app/manifests/latest"), Asker(target=text, host=text))
+
+
+def path(data: bytes) -> None:
+    text = data.decode("utf-8", "surrogateescape")
+    short = packed(text)
+    assert short is None or unpacked(short) == text
+
+
+PARSERS: Final[tuple[Callable[[bytes], None], ...]] = (route, span, fields, manifest, entry, setting, key, path)
+
+
+def parse(data: bytes) -> None:
+    """
+    The first byte chooses who reads the rest.
+    """
+    if data:
+        PARSERS[data[0] % len(PARSERS)](data[1:])

@@ -1,0 +1,1 @@
+"""The tests of ecrproxy, and the stand-in for ECR they share."""

@@ -1,0 +1,91 @@
+"""
+Who calls C{ecr-proxy} in a test: his terminal, his variables, his clock, and the daemon that he reaches.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+
+from ecrproxy.command.asking import Answer, Exchange
+from ecrproxy.command.program import SUBCOMMANDS, main
+from ecrproxy.command.subcommand import Subcommand, World
+from ecrproxy.command.terminal import Terminal
+from ecrproxy.healthcheck import Place
+
+NOW = 4_000_000_000.0
+
+
+class Stream(io.StringIO):
+    """
+    A file that may be a terminal.
+    """
+
+    tty = False
+
+    def isatty(self) -> bool:
+        return self.tty
+
+
+class Caller:
+    """
+    Calls the command, and reads what it writes.
+
+    @ivar status: the last exit status.
+    @ivar asked: the places that were asked.
+    @ivar exchange: answers there.
+    """
+
+    def __init__(self, exchange: Exchange | None = None, now: float = NOW) -> None:
+        self.variables: dict[str, str] = {}
+        self.time, self.step = now, 0.0
+        self.exchange = exchange or nobody
+        self.asked: list[Place] = []
+        self.stdin, self.stdout, self.stderr = Stream(), Stream(), Stream()
+        self.status = -1
+
+    def at_a_terminal(self, typed: str = "") -> None:
+        """
+        Be a person, who will have typed this.
+        """
+        self.stdin = Stream(typed)
+        self.stdin.tty = self.stderr.tty = self.stdout.tty = True
+
+    def call(self, *arguments: str, subcommands: Sequence[Subcommand] = SUBCOMMANDS) -> str:
+        """
+        Call it.
+
+        @return: what it wrote to stdout.
+        """
+        for stream in (self.stdout, self.stderr):
+            stream.seek(0)
+            stream.truncate()
+        terminal = Terminal(self.stdin, self.stdout, self.stderr)
+        world = World(self.variables, terminal, lambda: self.time, self.seconds, self.reach)
+        self.status = main(arguments, world, subcommands)
+        return self.stdout.getvalue()
+
+    @property
+    def complaint(self) -> str:
+        """
+        What it wrote to stderr.
+        """
+        return self.stderr.getvalue()
+
+    def seconds(self) -> float:
+        """
+        Tell the time, which goes on by a step each time that it is looked at.
+        """
+        self.time += self.step
+        return self.time
+
+    def reach(self, place: Place) -> Exchange:
+        self.asked.append(place)
+        return self.exchange
+
+
+def nobody(method: str, path: str, headers: Mapping[str, str], body: bytes) -> Answer:
+    """
+    A port that nobody listens on.
+    """
+    raise ConnectionRefusedError(111, "Connection refused")

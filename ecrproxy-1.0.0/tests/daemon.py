@@ -1,0 +1,850 @@
+"""
+The whole daemon in memory: real parts over the stand-in ECR, asked from the front over HTTP.
+
+Rules of the kit:
+
+- All that is ours is real: cache directory, janitor, token service, treq, Resource tree.
+- The two networks, before and behind the daemon, are L{Network}s: wires between real twisted.web
+  clients and servers, with the back-pressure of sockets. Nothing moves but in C{flush}.
+- Time is a C{Clock}. What the daemon does in threads is done at once, or by hand with L{Hands}.
+- After each test the rules that always hold are held against what is left of it, see L{DaemonTestCase}.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import shutil
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Final, TypeVar, cast
+
+from twisted.internet.address import IPv4Address
+from twisted.internet.defer import Deferred, execute, succeed
+from twisted.internet.error import ConnectionAborted, ConnectionDone, ConnectionLost
+from twisted.internet.interfaces import IConsumer, IPushProducer, ISSLTransport, ITransport
+from twisted.internet.protocol import Protocol
+from twisted.internet.task import Clock, deferLater
+from twisted.logger import ILogObserver, LogEvent, formatEvent, globalLogPublisher
+from twisted.python.failure import Failure
+from twisted.trial.unittest import SynchronousTestCase
+from twisted.web.client import URI, Agent, ResponseDone
+from twisted.web.http import PotentialDataLoss
+from twisted.web.http_headers import Headers
+from twisted.web.iweb import IAgent, IAgentEndpointFactory, IBodyProducer, IResponse
+from twisted.web.server import Site
+from zope.interface import alsoProvides, implementer
+
+from ecrproxy.access.clients import Admission
+from ecrproxy.access.limits import Crowd, Limits
+from ecrproxy.access.namespaces import Namespaces
+from ecrproxy.admin.api import Api
+from ecrproxy.admin.port import make_admin_site
+from ecrproxy.admin.readings import of_cache, of_clients, of_token, of_transfers, of_upstream
+from ecrproxy.admin.status import Asking, Status
+from ecrproxy.cache.cache_key import CacheKey
+from ecrproxy.cache.inventory import Inventory
+from ecrproxy.cache.janitor import Janitor
+from ecrproxy.cache.purges import Purges
+from ecrproxy.cache.store import Store
+from ecrproxy.cached import Cache
+from ecrproxy.http.site import make_site
+from ecrproxy.http.web import Ready, Registry
+from ecrproxy.metrics import Figures
+from ecrproxy.oci import Digest
+from ecrproxy.proxy import PullThrough
+from ecrproxy.registry.circuit import Circuit
+from ecrproxy.registry.connections import connection_pool
+from ecrproxy.registry.ecr import Token, TokenService
+from ecrproxy.registry.endpoint import Endpoint
+from ecrproxy.registry.governor import Governor
+from ecrproxy.registry.metering import MeteredAgent
+from ecrproxy.registry.quotas import Quotas
+from ecrproxy.registry.retries import Budget
+from ecrproxy.registry.upstream import Upstream
+from ecrproxy.registry.wire import Wire
+from ecrproxy.settings.values import parse_pattern
+from ecrproxy.threads import InThread
+from ecrproxy.transfer.inflow import Lanes
+from tests.registry import StandIn
+from tests.registry_server import QuietSite, noise
+
+__all__ = ["Daemon", "DaemonTestCase", "Hands", "Network", "Reply", "at_once", "noise"]
+
+T = TypeVar("T")
+START: Final = 4_000_000_000.0
+"""A moment of 2096: what the daemon notes as used by this clock is more recent than files made by the machine's."""
+MIB: Final = 2**20
+BUFFER: Final = 2**16
+"""Bytes that a writer may leave waiting before it is told to wait, and the most that arrive at once: Twisted's own."""
+CLIENT: Final = "192.0.2.7"
+PASSWORD: Final = "canary-of-a-client"
+SHOWN: Final = f"Basic {base64.b64encode(f'client:{PASSWORD}'.encode()).decode()}"
+"""What each client shows: nobody is to see it again."""
+ERRORS: Final = 400
+
+
+def at_once(blocking: Callable[..., T], *args: Any) -> Deferred[T]:
+    """
+    Do what the daemon does in threads here and now.
+    """
+    return execute(blocking, *args)
+
+
+class Hands:
+    """
+    Threads that work when told to: C{in_thread} for a slow disk.
+    """
+
+    def __init__(self) -> None:
+        self.waiting: deque[tuple[Deferred[Any], Callable[..., Any], tuple[Any, ...]]] = deque()
+        self.idle = True
+        """Whether calls are done at once."""
+
+    def __call__(self, blocking: Callable[..., T], *args: Any) -> Deferred[T]:
+        if self.idle:
+            return at_once(blocking, *args)
+        done: Deferred[T] = Deferred()
+        self.waiting.append((done, blocking, args))
+        return done
+
+    def work(self, count: int = 1) -> None:
+        """
+        Do the next calls.
+        """
+        for _ in range(count):
+            done, blocking, args = self.waiting.popleft()
+            execute(blocking, *args).addBoth(done.callback)
+
+    def work_off(self) -> None:
+        """
+        Do all calls, and what they lead to.
+        """
+        while self.waiting:
+            self.work()
+
+
+@implementer(ITransport, IConsumer, IPushProducer)
+class End:
+    """
+    One end of a wire: what a protocol sees as its transport.
+
+    As on a socket, whoever writes faster than the other end reads is told to wait; who is told to wait and stops
+    reading sees no end of the connection either; and what was written before an abort may all have arrived.
+    """
+
+    peer: End
+    certificate: object = None
+
+    def __init__(self, protocol: Protocol, host: IPv4Address, peer_address: IPv4Address) -> None:
+        self.protocol, self._host, self._peer_address = protocol, host, peer_address
+        self.disconnecting, self.connected, self.reading = False, True, True
+        self._out: deque[bytes] = deque()
+        self._producer: Any = None
+        self._producer_paused = False
+        self._aborted, self._fin, self._reset = False, False, False
+        self.written = 0
+
+    @property
+    def waiting(self) -> int:
+        """
+        How many bytes wait to be read at the other end.
+        """
+        return sum(map(len, self._out))
+
+    def write(self, data: bytes) -> None:
+        if not self.connected or not data:
+            return
+        self._out.append(data)
+        self.written += len(data)
+        if self._producer is not None and not self._producer_paused and self.waiting > BUFFER:
+            self._producer_paused = True
+            self._producer.pauseProducing()
+
+    def writeSequence(self, data: Iterable[bytes]) -> None:
+        self.write(b"".join(data))
+
+    def registerProducer(self, producer: Any, streaming: bool) -> None:
+        if self._producer is not None:
+            raise RuntimeError("there is a producer already")
+        assert streaming, "this wire has no use for pull producers"
+        self._producer, self._producer_paused = producer, False
+        if not self.connected:
+            producer.stopProducing()
+
+    def unregisterProducer(self) -> None:
+        self._producer, self._producer_paused = None, False
+
+    def pauseProducing(self) -> None:
+        self.reading = False
+
+    def resumeProducing(self) -> None:
+        self.reading = not self.disconnecting
+
+    def stopProducing(self) -> None:
+        self.loseConnection()
+
+    def loseConnection(self) -> None:
+        self.disconnecting, self.reading = True, False
+
+    def abortConnection(self) -> None:
+        self.disconnecting = self._aborted = True
+
+    def getHost(self) -> IPv4Address:
+        return self._host
+
+    def getPeer(self) -> IPv4Address:
+        return self._peer_address
+
+    def getPeerCertificate(self) -> object:
+        return self.certificate
+
+    def setTcpNoDelay(self, enabled: bool) -> None:
+        pass
+
+    def setTcpKeepAlive(self, enabled: bool) -> None:
+        pass
+
+    def move(self) -> bool:
+        """
+        Do one thing that a reactor would; tell whether there was any.
+        """
+        if not self.connected:
+            return False
+        if self._aborted:
+            self._over(ConnectionAborted())
+            self.peer._reset = True  # noqa: SLF001
+            return True
+        if self.reading and self.peer._out:  # noqa: SLF001
+            self.protocol.dataReceived(self.peer._take())  # noqa: SLF001
+            return True
+        if self._reset or (self._fin and self.reading):
+            self._over(ConnectionLost() if self._reset else ConnectionDone())
+            self.peer._fin = True  # noqa: SLF001
+            return True
+        if self.disconnecting and not self._out and not self._producer_paused:
+            self._over(ConnectionDone())
+            self.peer._fin = True  # noqa: SLF001
+            return True
+        return self._wake_producer()
+
+    def _take(self) -> bytes:
+        data = self._out.popleft()
+        if len(data) > BUFFER:
+            self._out.appendleft(data[BUFFER:])
+        return data[:BUFFER]
+
+    def _wake_producer(self) -> bool:
+        if self._producer is None or not self._producer_paused or self._out:
+            return False
+        self._producer_paused = False
+        self._producer.resumeProducing()
+        return True
+
+    def _over(self, reason: Exception) -> None:
+        self.connected = False
+        producer, self._producer = self._producer, None
+        if producer is not None:  # as abstract.FileDescriptor.connectionLost has it, in this order
+            producer.stopProducing()
+        self.protocol.connectionLost(Failure(reason))
+
+
+@implementer(IAgentEndpointFactory)
+class Network:
+    """
+    Wires from any client to one server.
+
+    @ivar site: makes the server's side of each.
+    """
+
+    site: Any
+
+    def __init__(self, site: Site, clock: Clock) -> None:
+        self.site, self._clock = site, clock
+        self.ends: list[tuple[End, End]] = []
+        """Client and server of each wire."""
+        self.down: Exception | None = None
+        """Why no connection can be made, if so."""
+        self.client = CLIENT
+        """Where clients come from."""
+        self.certificate: object = None
+        """What they show to TLS."""
+
+    def agent(self, *, persistent: bool) -> Agent:
+        """
+        The daemon's own kind of client, whose connections all end here.
+        """
+        pool = connection_pool(self._clock, persistent=persistent)
+        agent: Agent = Agent.usingEndpointFactory(self._clock, self, pool)
+        return agent
+
+    def endpointForURI(self, uri: URI) -> _Endpoint:
+        return _Endpoint(self, uri.host.decode(), uri.port, secure=uri.scheme == b"https")
+
+    def connect(self, protocol: Protocol, host: str, port: int, *, secure: bool) -> End:
+        """
+        Lay a wire.
+        """
+        there, here = IPv4Address("TCP", host, port), IPv4Address("TCP", self.client, 31337)
+        server = End(self.site.buildProtocol(here), there, here)
+        client = End(protocol, here, there)
+        server.peer, client.peer = client, server
+        server.certificate = self.certificate
+        if secure:
+            for end in (server, client):
+                alsoProvides(end, ISSLTransport)
+        self.ends.append((client, server))
+        server.protocol.makeConnection(server)
+        client.protocol.makeConnection(client)
+        return client
+
+    def move(self) -> bool:
+        """
+        Do one thing on each wire; tell whether there was any.
+        """
+        self.ends = [wire for wire in self.ends if any(end.connected for end in wire)]
+        moved = [end.move() for wire in self.ends for end in wire]  # each of them, not only the first
+        return any(moved)
+
+
+class _Endpoint:
+    def __init__(self, network: Network, host: str, port: int, *, secure: bool) -> None:
+        self._network, self._host, self._port, self._secure = network, host, port, secure
+
+    def connect(self, factory: Any) -> Deferred[Any]:
+        if self._network.down is not None:
+            from twisted.internet.defer import fail
+
+            return fail(self._network.down)
+        protocol = factory.buildProtocol(None)
+        self._network.connect(protocol, self._host, self._port, secure=self._secure)
+        return succeed(protocol)
+
+
+class Reply(Protocol):
+    """
+    What a client has got so far.
+
+    @ivar code: the status; 0 before the headers came.
+    @ivar ended: how it ended: "whole", "broken", or not yet.
+    """
+
+    def __init__(self) -> None:
+        self.code = 0
+        self.headers = Headers()
+        self.length: int | None = None
+        self.body = bytearray()
+        self.ended = ""
+        self.wire: End
+
+    def begin(self, response: IResponse) -> None:
+        self.code, self.headers = response.code, response.headers
+        told = self.header("Content-Length")  # Twisted leaves it among the headers of an answer to HEAD alone
+        self.length = int(told) if told else response.length if isinstance(response.length, int) else None
+        response.deliverBody(self)
+
+    def fail(self, failure: Failure) -> None:
+        self.ended = "broken"
+
+    def dataReceived(self, data: bytes) -> None:
+        self.body += data
+
+    def connectionLost(self, reason: Failure = Failure(ConnectionDone())) -> None:  # noqa: B008
+        # A body that only the connection's end delimits looks whole if that end is a clean one.
+        self.ended = "whole" if reason.check(ResponseDone, PotentialDataLoss) else "broken"
+
+    def header(self, name: str) -> str | None:
+        """
+        The one value of a header.
+        """
+        values = self.headers.getRawHeaders(name, [])
+        assert len(values) < 2, f"{name} came {len(values)} times"
+        return values[0] if values else None
+
+    @property
+    def cache(self) -> str | None:
+        """
+        The word of X-Cache-Status.
+        """
+        return self.header("X-Cache-Status")
+
+    @property
+    def error(self) -> tuple[int, str, str]:
+        """
+        Status, code and message of a registry's refusal.
+        """
+        (error,) = json.loads(self.body)["errors"]
+        return self.code, error["code"], error["message"]
+
+    def stop_reading(self) -> None:
+        self.wire.reading = False
+
+    def read_on(self) -> None:
+        self.wire.reading = True
+
+    def leave(self) -> None:
+        """
+        Close the connection without waiting for the rest.
+        """
+        self.wire.abortConnection()
+
+
+@implementer(IBodyProducer)
+class _Body:
+    """
+    What a client sends, all at once.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        self._data, self.length = data, len(data)
+
+    def startProducing(self, consumer: Any) -> Deferred[None]:
+        consumer.write(self._data)
+        return succeed(None)
+
+    def pauseProducing(self) -> None:
+        pass
+
+    def resumeProducing(self) -> None:
+        pass
+
+    def stopProducing(self) -> None:
+        pass
+
+
+class Raw(Protocol):
+    """
+    A client that writes what it is told and keeps every byte that comes back.
+    """
+
+    def __init__(self) -> None:
+        self.got = bytearray()
+        self.closed = False
+
+    def dataReceived(self, data: bytes) -> None:
+        self.got += data
+
+    def connectionLost(self, reason: Failure = Failure(ConnectionDone())) -> None:  # noqa: B008
+        self.closed = True
+
+
+class Daemon:
+    """
+    The daemon over a stand-in ECR.
+
+    @ivar back: the network to ECR and its buckets.
+    @ivar front: the network to the clients.
+    @ivar scheme: http or https: how clients ask.
+    @ivar set_by: by how many seconds the time of the day was set; the clock that timers go by is never set.
+    """
+
+    def __init__(  # noqa: PLR0913 (what a test may want otherwise)
+        self,
+        standin: StandIn,
+        clock: Clock,
+        root: Path,
+        *,
+        limit: int = 2**30,
+        pattern: str = ".*",
+        cache_key: str = "$uri",
+        tag_ttl: float = 0,
+        in_thread: InThread = at_once,
+        fetch: Callable[[], Deferred[Token]] | None = None,
+        lanes: Lanes | None = None,
+        read_ahead: bool = False,
+        agent: Callable[[Network], IAgent] = lambda back: back.agent(persistent=True),
+        admission: Admission | None = None,
+        budget: Budget = Budget(),  # noqa: B008 (it is frozen)
+        chance: float = 0.0,
+        quotas: Quotas = Quotas(),  # noqa: B008
+        together: int = 128,
+        limits: Limits | None = None,
+    ) -> None:
+        self.standin, self.clock, self.limit, self.scheme = standin, clock, limit, "http"
+        self.set_by = 0.0
+        self.back = Network(QuietSite(standin.resource, reactor=clock), clock)
+        self.store = Store(root, self.now)
+        self.store.prepare()
+        self.store.sweep()
+        self.janitor = Janitor(self.store, limit, in_thread, clock)
+        self.tokens = TokenService(fetch or self._issue, clock, self.now, chance=lambda: 0.5)
+        self.governor = Governor(quotas, together, clock)
+        self.circuit = Circuit(clock.seconds)
+        # Without chance the next try comes at once, unless upstream asks for more time.
+        self.figures = Figures("0")
+        metered = MeteredAgent(agent(self.back), standin.registry, self.figures.upstream, clock)
+        wire = Wire(metered, clock, budget, chance=lambda: chance)
+        self.upstream = Upstream(Endpoint(standin.registry, wire, self.tokens, self.governor, self.circuit), wire)
+        self.lanes = lanes or Lanes()
+        self.cache = Cache(self.store, self.janitor, in_thread, self.now)
+        self.pull_through = PullThrough(
+            self.upstream,
+            self.cache,
+            in_thread,
+            self.now,
+            tag_ttl=tag_ttl,
+            lanes=self.lanes,
+            read_ahead=read_ahead,
+        )
+        namespaces = Namespaces(parse_pattern(pattern), at_once)
+        registry = Registry(self.pull_through, namespaces, CacheKey.parse(cache_key), in_thread, admission)
+        ready, self.crowd = Ready(self.reasons), Crowd(limits or Limits())
+        self.site = make_site(registry, ready, clock, crowd=self.crowd, served=self.figures.served)
+        self.figures.watch(
+            *of_cache(self.store, self.janitor), *of_token(self.tokens), *of_transfers(self.pull_through)
+        )
+        self.figures.watch(*of_clients(self.crowd), *of_upstream(wire, self.circuit, self.governor))
+        asking = Asking(tokens=self.tokens, wire=wire, circuit=self.circuit, governor=self.governor)
+        self.status = Status(
+            standin.registry,
+            self.figures,
+            self.store,
+            self.janitor,
+            asking,
+            self.pull_through,
+            self.reasons,
+            in_thread,
+            self.now,
+            clock,
+        )
+        # By itself, so that tests which count or hold calls in threads see their own.
+        # At once: tests that count or hold what is done in threads mean other things.
+        self.purges = Purges(self.store, self.cache.forget_all, at_once, clock)
+        api = Api(Inventory(self.store), self.purges.look, in_thread, clock)
+        self.admin = Network(make_admin_site(self.figures, ready, self.status, api, clock), clock)
+        self.front = Network(self.site, clock)
+        self._asking = self.front.agent(persistent=False)
+        self.replies: list[Reply | Raw] = []
+        """What clients have got."""
+        self.shown = SHOWN
+        """The Authorization header of clients, unless a test says otherwise."""
+        self.janitor.startService()
+        self.purges.startService()
+        self.tokens.startService()
+        _, sampler = self.status.services  # the other hears the log, which outlives this daemon: see DaemonTestCase
+        sampler.startService()
+
+    def now(self) -> float:
+        """
+        Tell the time of the day.
+        """
+        return self.clock.seconds() + self.set_by
+
+    def _issue(self) -> Deferred[Token]:
+        # Not at once: AWS is asked in a thread.
+        return deferLater(self.clock, 0, lambda: Token(self.standin.issue_token(), self.clock.seconds() + 12 * 3600))
+
+    async def reasons(self) -> list[str]:
+        """
+        Why the daemon is not ready, told as tap tells it.
+        """
+        problem = self.tokens.problem()
+        return ([f"no token: {problem}"] if problem else []) + self.store.reasons()
+
+    def kill(self) -> None:
+        """
+        End as by SIGKILL: the kernel closes files and connections, and nothing is tidied up.
+        """
+        for download in self.pull_through._arriving.values():  # noqa: SLF001
+            if download._file is not None:  # noqa: SLF001
+                download._file.close()  # noqa: SLF001
+        for _, server in self.back.ends:
+            if server.connected:
+                server._over(ConnectionLost())  # noqa: SLF001
+
+    def flush(self) -> None:
+        """
+        Let everything happen that can happen now.
+        """
+        for _ in range(100_000):
+            self.clock.advance(0)
+            if not (self.back.move() | self.front.move() | self.admin.move()):
+                return
+        raise AssertionError("it never comes to rest")
+
+    def ask(self, method: str, path: str, **headers: str) -> Reply:
+        """
+        Send a request, and let happen what can. Underscores in header names stand for hyphens.
+        """
+        reply = self.send(method, path, **headers)
+        self.flush()
+        return reply
+
+    def send(self, method: str, path: str, **headers: str) -> Reply:
+        """
+        Send a request; it moves with the next flush.
+        """
+        reply = Reply()
+        self.replies.append(reply)
+        shown = {"Authorization": self.shown, **headers} if self.shown else headers
+        fields = Headers({name.replace("_", "-"): [value] for name, value in shown.items()})
+        url = f"{self.scheme}://proxy.example{path}"
+        asked: Deferred[IResponse] = self._asking.request(method.encode(), url.encode(), fields)
+        asked.addCallbacks(reply.begin, reply.fail)
+        reply.wire = self.front.ends[-1][0]
+        return reply
+
+    def ask_admin(
+        self,
+        path: str,
+        method: str = "GET",
+        host: str = "localhost",
+        body: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Reply:
+        """
+        Ask on the operator's port.
+        """
+        reply, url = Reply(), f"http://{host}:5001{path}"
+        fields = Headers({name: [value] for name, value in (headers or {}).items()})
+        producer = None if body is None else _Body(body)
+        agent = self.admin.agent(persistent=False)
+        asked: Deferred[IResponse] = agent.request(method.encode(), url.encode(), fields, producer)
+        asked.addCallbacks(reply.begin, reply.fail)
+        self.flush()
+        return reply
+
+    def figure(self, line: str) -> float:
+        """
+        Read a figure, named with its labels as /metrics has it.
+        """
+        page = self.ask_admin("/metrics").body.decode()
+        (value,) = [each.rpartition(" ")[2] for each in page.splitlines() if each.rpartition(" ")[0] == line]
+        return float(value)
+
+    def raw(self, data: bytes) -> bytes:
+        """
+        Send bytes on a connection of their own, and say what came back.
+        """
+        client = Raw()
+        self.replies.append(client)
+        self.front.connect(client, "proxy.example", 80, secure=False).write(data)
+        self.flush()
+        return bytes(client.got)
+
+
+class DaemonTestCase(SynchronousTestCase):
+    """
+    A daemon, a stand-in ECR, a clock, and the rules that hold whatever a test does:
+
+    - what is content is what its name says;
+    - the files of the cache are within the limit;
+    - the token went to the registry alone, and no header of a client went anywhere;
+    - no token, no presigned query and no client's password is in any log event, in any answer to a client,
+      in the figures, in what else upstream was asked, or in what the daemon's own objects say of themselves.
+    """
+
+    def setUp(self) -> None:
+        self.clock = Clock()
+        self.clock.advance(START)
+        self.standin = StandIn(self.clock)
+        self.root = Path(tempfile.mkdtemp(prefix="ecrproxy-test-"))
+        self.addCleanup(shutil.rmtree, self.root)
+        self.events: list[LogEvent] = []
+        self.daemons: list[Daemon] = []
+        observer = cast(ILogObserver, self.note)
+        globalLogPublisher.addObserver(observer)
+        self.addCleanup(globalLogPublisher.removeObserver, observer)
+        self.daemon = self.start()
+
+    def note(self, event: LogEvent) -> None:
+        """
+        Keep what is logged.
+        """
+        self.events.append(event)
+        for daemon in self.daemons:
+            daemon.status.incidents(event)
+
+    def start(self, **options: Any) -> Daemon:
+        """
+        Start a daemon over the test's cache directory; the test's other helpers ask this one from now on.
+        """
+        self.daemon = Daemon(self.standin, self.clock, self.root, **options)
+        self.daemons.append(self.daemon)
+        self.daemon.flush()
+        return self.daemon
+
+    def get(self, path: str, **headers: str) -> Reply:
+        return self.daemon.ask("GET", path, **headers)
+
+    def head(self, path: str, **headers: str) -> Reply:
+        return self.daemon.ask("HEAD", path, **headers)
+
+    def flush(self) -> None:
+        self.daemon.flush()
+
+    def pass_time(self, seconds: float) -> None:
+        """
+        Let time go by, a second at a time, and all that is due happen.
+        """
+        whole = int(seconds)
+        for step in [1.0] * whole + [seconds - whole]:
+            self.clock.advance(step)
+            self.flush()
+
+    def answer_with(self, data: bytes, *, close: bool = True) -> None:
+        """
+        Have ECR write C{data}, whatever it is, as its answer to the next request; then let happen what can.
+        """
+        self.standin.hang("registry", times=1)
+        self.flush()
+        _, server = self.daemon.back.ends[-1]
+        server.write(data)
+        if close:
+            server.loseConnection()
+        self.flush()
+
+    # What holds of an answer.
+
+    def assertWhole(self, reply: Reply, body: bytes, cache: str | None = None, code: int = 200) -> None:
+        """
+        The client has got C{body}, and knows that this is all.
+        """
+        self.assertEqual((code, "whole", len(body)), (reply.code, reply.ended, len(reply.body)))
+        self.assertTrue(body == reply.body, "other bytes came")
+        if cache is not None:
+            self.assertEqual(cache, reply.cache)
+
+    def assertRefused(self, reply: Reply, status: int, code: str, saying: str = "") -> None:
+        """
+        The client was refused in the distribution spec's JSON.
+        """
+        self.assertEqual("whole", reply.ended)
+        found = reply.error
+        self.assertEqual((status, code), found[:2], found[2])
+        self.assertIn(saying, found[2])
+        self.assertEqual("application/json", reply.header("Content-Type"))
+
+    def assertBroken(self, reply: Reply, body: bytes) -> None:
+        """
+        The client has got a part of C{body} at most, and can't take it for the whole.
+        """
+        self.assertEqual("broken", reply.ended)
+        self.assertLess(len(reply.body), max(1, len(body)))
+        self.assertTrue(body.startswith(bytes(reply.body)), "other bytes came")
+
+    # What holds of the cache.
+
+    def files(self, top: str = "content") -> list[Path]:
+        return [path for path in sorted((self.root / top).rglob("*")) if path.is_file()]
+
+    def has(self, digest: str) -> bool:
+        """
+        Tell whether C{digest} is in the cache.
+        """
+        return self.file_of(digest).is_file()
+
+    def file_of(self, digest: str) -> Path:
+        """
+        The file that keeps C{digest}.
+        """
+        return self.root / self.daemon.store.content_path(Digest.parse(digest))
+
+    def used(self) -> int:
+        """
+        The bytes of all files of the cache, those that arrive included.
+        """
+        return sum(path.stat().st_size for path in self.files("."))
+
+    def logged(self) -> str:
+        return "\n".join(f"{formatEvent(event)} {event.get('log_failure', '')}" for event in self.events)
+
+    # What holds after every test.
+
+    def tearDown(self) -> None:
+        self.check_content()
+        self.assertLessEqual(self.used(), max(daemon.limit for daemon in self.daemons))
+        self.check_credentials()
+        self.check_secrets()
+
+    def check_content(self) -> None:
+        for path in self.files():
+            if not path.is_symlink():
+                found = hashlib.new(path.parent.parent.name, path.read_bytes()).hexdigest()
+                self.assertEqual(path.name, found, "content that is not what its name says")
+
+    def check_credentials(self) -> None:
+        for asked in self.standin.asked:
+            shown = asked.headers.get("authorization", "")
+            if asked.service != "registry":
+                self.assertEqual("", shown, f"{asked.path} was shown a credential")
+            self.assertNotIn("client", shown)
+            sent = set(asked.headers)
+            known = {"host", "user-agent", "accept", "accept-encoding", "authorization", "range", "connection"}
+            self.assertEqual(set(), sent - known, "headers that nobody listed")
+
+    def secrets(self) -> list[str]:
+        """
+        What nobody is to read.
+        """
+        signed = ("X-Amz-Signature", "X-Amz-Security-Token", "X-Amz-Credential", *self.standin.urls.signatures())
+        return [*signed, "QVdTOg", *self.standin.tokens.issued(), PASSWORD, SHOWN.split()[1]]
+
+    def check_secrets(self) -> None:
+        """
+        Hold that no secret is where somebody may read it.
+        """
+        told = [*map(all_of, self.events), *(all_of_reply(each) for each in self.replies())]
+        told += [repr(each) for daemon in self.daemons for each in ours(daemon)]
+        told += [daemon.figures.page().decode() for daemon in self.daemons]
+        told += [daemon.ask_admin(path).body.decode() for path in ("/", "/status.json") for daemon in self.daemons]
+        told += [f"{asked.path} {asked.query}" for asked in self.standin.asked if asked.service == "registry"]
+        for asked in self.standin.asked:
+            told.append(repr({name: value for name, value in asked.headers.items() if name != "authorization"}))
+        text = "\n".join(told)
+        for secret in self.secrets():
+            if secret in text:
+                at = text.index(secret)
+                self.fail(f"{secret[:60]} is told in: {text[max(0, at - 300) : at + 60]}")
+
+    def replies(self) -> list[Reply | Raw]:
+        return [each for daemon in self.daemons for each in daemon.replies]
+
+
+def all_of(event: LogEvent) -> str:
+    """
+    Write all that a log might show of an event.
+    """
+    text = f"{formatEvent(event)} {event!r} {event.get('log_failure', '')!r}"
+    failure = event.get("log_failure")
+    return text if failure is None else text + failure.getTraceback()
+
+
+def all_of_reply(reply: Reply | Raw) -> str:
+    """
+    Write the headers that a client got, and the body if it is no content.
+    """
+    if isinstance(reply, Raw):
+        return reply.got.decode("latin-1")
+    body = reply.body.decode("latin-1") if reply.code >= ERRORS or len(reply.body) < BUFFER else ""
+    return f"{list(reply.headers.getAllRawHeaders())!r} {body}"
+
+
+def ours(daemon: Daemon) -> list[object]:
+    """
+    Find the objects of the daemon's own classes that can be come to from its parts, attribute by attribute.
+    """
+    found: dict[int, object] = {}
+    waiting: list[object] = list(vars(daemon).values())
+    seen: set[int] = set()
+    while waiting:
+        each = waiting.pop()
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
+        if isinstance(each, dict):
+            waiting += [*each.keys(), *each.values()]
+        elif isinstance(each, list | tuple | set | frozenset | deque):
+            waiting += each
+        elif type(each).__module__.startswith("ecrproxy."):
+            found[id(each)] = each
+            waiting += [getattr(each, name) for name in attributes_of(each)]
+    return list(found.values())
+
+
+def attributes_of(thing: object) -> list[str]:
+    slots = [name for kind in type(thing).__mro__ for name in getattr(kind, "__slots__", ())]
+    return [name for name in (*getattr(thing, "__dict__", ()), *slots) if hasattr(thing, name)]

@@ -1,0 +1,3 @@
+"""
+End-to-end tests: real programs on both sides of the daemon.
+"""

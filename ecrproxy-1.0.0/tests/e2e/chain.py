@@ -1,0 +1,268 @@
+"""
+The chain that a pull goes through: daemon, front, registry.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .asking import Reply, answers, ask
+from .certificates import Certificates
+from .installing import CHECKOUT
+from .processes import Process, environment, eventually, free_port
+
+PATTERN = "team/.*"
+
+
+@dataclass(frozen=True)
+class Equipment:
+    """What every chain is made of."""
+
+    home: Path
+    twistd: Path
+    storage: Path
+    certificates: Certificates
+
+
+def start_registry(home: Path, storage: Path) -> tuple[Process, str]:
+    """
+    Start a plain registry over a directory, and give its address.
+    """
+    home.mkdir(parents=True, exist_ok=True)
+    address = f"127.0.0.1:{free_port()}"
+    config = home / "registry.yml"
+    config.write_text(
+        "version: 0.1\n"
+        "log: {level: warn, accesslog: {disabled: true}}\n"
+        f"storage: {{filesystem: {{rootdirectory: {storage}}}}}\n"
+        f"http: {{addr: '{address}', secret: of-no-use-here}}\n"
+    )
+    process = Process(["docker-registry", "serve", config], environment(home), home / "registry.log", home)
+    wait_or_stop(process, f"http://{address}/v2/")
+    return process, address
+
+
+def wait_or_stop(process: Process, url: str) -> None:
+    """
+    Wait until a program answers; one that never does is not left running.
+    """
+    try:
+        process.wait_until(answers(url))
+    except BaseException:
+        process.stop()
+        raise
+
+
+class Daemon:
+    """
+    The daemon as an operator starts it, over one cache directory.
+    """
+
+    def __init__(self, equipment: Equipment, home: Path, settings: Mapping[str, str | None]) -> None:
+        home.mkdir(parents=True, exist_ok=True)
+        self._equipment, self._home = equipment, home
+        self.port = free_port()
+        self.cache = home / "cache"
+        self._settings = {
+            "PROXY_PORT": str(self.port),
+            "PROXY_CACHE_DIR": str(self.cache),
+            **settings,
+        }
+        self.tls = self._settings.get("PROXY_SSL_KEY") is not None
+        self.address = f"127.0.0.1:{self.port}"
+        self.url = f"{'https' if self.tls else 'http'}://{self.address}"
+        self.process = self.start()
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """
+        Give the variables that it is started with.
+        """
+        return {name: value for name, value in self._settings.items() if value is not None}
+
+    def start(self) -> Process:
+        """
+        Start the daemon, which is not ready yet.
+        """
+        return Process(
+            [self._equipment.twistd, "-n", "--pidfile=", "ecr-proxy"],
+            environment(self._home, self.variables),
+            self._home / "daemon.log",
+            self._home,
+        )
+
+    def ask(self, path: str, method: str = "GET", headers: Mapping[str, str] | None = None) -> Reply:
+        """
+        Make one request.
+        """
+        return ask(self.url + path, method, headers, ca=self._equipment.certificates.ca)
+
+    def ready(self) -> bool:
+        """
+        Say whether the daemon calls itself ready.
+        """
+        return self.answers("/readyz", 200)
+
+    def answers(self, path: str, status: int) -> bool:
+        """
+        Say whether a path is answered as it should be by now.
+        """
+        try:
+            return self.ask(path).status == status
+        except OSError:
+            return False
+
+    def wait(self) -> None:
+        """
+        Wait until the daemon is ready.
+        """
+        self.process.wait_until(self.ready)
+
+    def restart(self) -> None:
+        """
+        Start again over the same directory, after an end of whatever kind.
+        """
+        self.process = self.start()
+        self.wait()
+
+    def holds(self, digest: str) -> bool:
+        """
+        Say whether the cache has a blob.
+        """
+        return any((self.cache / "content").rglob(digest.removeprefix("sha256:")))
+
+    def wrong_content(self) -> list[Path]:
+        """
+        List the files of the cache that are not what their names say.
+        """
+        contents = [each for each in (self.cache / "content").rglob("*") if each.is_file()]
+        return [each for each in contents if hash_of(each) != each.name]
+
+    def settle(self) -> None:
+        """
+        Wait until the disk has what the clients have: they do not wait for it.
+        """
+        eventually(lambda: not self.arriving(), "nothing is arriving any more")
+
+    def arriving(self) -> list[Path]:
+        """
+        List the files that are still arriving, or were when the daemon ended.
+        """
+        return [each for each in (self.cache / "ingest").rglob("*") if each.is_file()]
+
+
+def hash_of(path: Path) -> str:
+    """
+    Hash a file.
+    """
+    with path.open("rb") as source:
+        return hashlib.file_digest(source, "sha256").hexdigest()
+
+
+class Chain:
+    """
+    A registry, a front and a daemon of their own, which end together.
+    """
+
+    def __init__(
+        self,
+        equipment: Equipment,
+        name: str,
+        *,
+        front: tuple[str, ...] = (),
+        tls: bool = False,
+        settings: Mapping[str, str | None] | None = None,
+    ) -> None:
+        self.home, self.certificates = equipment.home / name, equipment.certificates
+        self.command = equipment.twistd.with_name("ecr-proxy")
+        self._running: list[Process] = []
+        try:
+            self.registry, self.plain = start_registry(self.home, equipment.storage)
+            self._running.append(self.registry)
+            self.front_url = self._start_front(equipment, front)
+            given = standard_settings(self.front_url) | dict(settings or {})
+            if tls:
+                given |= tls_settings(equipment.certificates)
+            self.daemon = Daemon(equipment, self.home, given)
+            self._running.append(self.daemon.process)
+        except BaseException:
+            self.stop()
+            raise
+
+    def _start_front(self, equipment: Equipment, options: tuple[str, ...]) -> str:
+        port, bucket_port = free_port(), free_port()
+        argv: list[str | Path] = [
+            *(sys.executable, "-m", "tests.e2e.front", "--registry", f"http://{self.plain}"),
+            *("--storage", equipment.storage, "--port", str(port)),
+            *("--bucket-port", str(bucket_port), *options),
+        ]
+        # The front is part of these tests, not of what they test: it runs from here.
+        process = Process(argv, environment(self.home), self.home / "front.log", CHECKOUT)
+        self._running.append(process)
+        url = f"http://127.0.0.1:{port}"
+        process.wait_until(answers(f"{url}/_counters"))
+        self.front = process
+        return url
+
+    def counters(self) -> dict[str, Any]:
+        """
+        Ask the front what it has been asked.
+        """
+        counted: dict[str, Any] = ask(f"{self.front_url}/_counters").json()
+        return counted
+
+    def cut(self) -> None:
+        """
+        Stop everything behind the daemon.
+        """
+        self.front.stop()
+        self.registry.stop()
+
+    def stop(self) -> None:
+        """
+        Stop everything, the daemon first.
+        """
+        if hasattr(self, "daemon"):
+            self.daemon.process.stop()
+        for process in reversed(self._running):
+            process.stop()
+
+    def logs(self) -> str:
+        """
+        Read the end of what each program has said.
+        """
+        return "\n".join(f"-- {each.name}\n{each.tail()}" for each in self._running)
+
+
+def standard_settings(front: str) -> dict[str, str | None]:
+    """
+    Make the settings of a daemon before a front.
+    """
+    return {
+        "PROXY_ECR_ENDPOINT": front,
+        "PROXY_DNS_RESOLVER": "system",
+        "PROXY_NAMESPACE_PATTERN": PATTERN,
+        "AWS_REGION": "eu-west-1",
+        "AWS_ACCESS_KEY_ID": "AKIASTANDIN",
+        "AWS_SECRET_ACCESS_KEY": "not-a-secret",
+        "AWS_ENDPOINT_URL": front,
+        # One machine runs several of them here.
+        "PROXY_ADMIN_LISTEN": "off",
+        # Nothing answers there, and asking takes its time.
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+
+
+def tls_settings(certificates: Certificates) -> dict[str, str | None]:
+    """
+    Make the settings of a daemon that serves TLS.
+    """
+    return {
+        "PROXY_SSL_KEY": str(certificates.key),
+        "PROXY_SSL_CERTIFICATE": str(certificates.chain),
+    }

@@ -1,0 +1,219 @@
+"""
+The programs that people pull images with.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .processes import PATIENCE, Process, environment
+
+PULL = 2 * PATIENCE
+
+
+@dataclass(frozen=True)
+class Done:
+    """What came of a command."""
+
+    status: int
+    output: str
+    complaint: str
+
+
+class CommandError(Exception):
+    """
+    A command that should have worked did not.
+    """
+
+
+@dataclass
+class Client:
+    """
+    A program with a home of its own.
+
+    @ivar seconds: how long a command may take.
+    """
+
+    home: Path
+    extra: dict[str, str] = field(default_factory=dict)
+    seconds: float = PULL
+
+    def attempt(self, *argv: str | Path) -> Done:
+        """
+        Run a command and tell how it went.
+        """
+        done = subprocess.run(
+            [str(each) for each in argv],
+            env=environment(self.home, self.extra),
+            cwd=self.home,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=self.seconds,
+            check=False,
+        )
+        return Done(done.returncode, done.stdout, done.stderr)
+
+    def run(self, *argv: str | Path) -> str:
+        """
+        Run a command that has to work, and give what it printed.
+        """
+        done = self.attempt(*argv)
+        if done.status:
+            raise CommandError(f"{argv} ended with {done.status}:\n{done.output}{done.complaint}")
+        return done.output.strip()
+
+
+class Docker(Client):
+    """
+    The docker command, and the engine that it speaks to.
+    """
+
+    def pull(self, reference: str) -> str:
+        """
+        Pull an image and give its id.
+        """
+        self.run("docker", "pull", "--quiet", reference)
+        return self.run("docker", "image", "inspect", "--format", "{{.Id}}", reference)
+
+    def log_in(self, registry: str, name: str, password: str) -> Done:
+        """
+        Try to log in to a registry.
+        """
+        return self.attempt("docker", "login", "--username", name, "--password", password, registry)
+
+    def log_out(self, registry: str) -> None:
+        """
+        Forget the password for a registry.
+        """
+        self.run("docker", "logout", registry)
+
+    def complaint(self, reference: str) -> str:
+        """
+        Pull what can't be pulled, and give what docker says of it.
+        """
+        done = self.attempt("docker", "pull", reference)
+        if not done.status:
+            raise CommandError(f"{reference} should not have been pulled:\n{done.output}")
+        return done.complaint
+
+    def forget(self) -> None:
+        """
+        Remove all images, so that the next pull starts from nothing.
+        """
+        listing = ("docker", "image", "ls", "--quiet", "--no-trunc")
+        images = self.run(*listing).split()
+        if images:
+            self.run("docker", "image", "rm", "--force", *sorted(set(images)))
+        # A layer that stayed would not be pulled again.
+        if left := self.run(*listing, "--all"):
+            raise CommandError(f"docker keeps {left}")
+
+
+class Skopeo(Client):
+    """
+    The skopeo command, which copies images between registries and directories.
+    """
+
+    def copy(self, source: str, target: str, *options: str | Path) -> None:
+        """
+        Copy an image with every platform that it has, bytes unchanged.
+        """
+        words = ("skopeo", "--policy", self.policy(), "copy", "--quiet", "--all")
+        self.run(*words, "--preserve-digests", *options, source, target)
+
+    def tags(self, repository: str, *options: str | Path) -> list[str]:
+        """
+        List a repository's tags.
+        """
+        words = self.run("skopeo", "list-tags", *options, f"docker://{repository}")
+        tags: list[str] = json.loads(words)["Tags"]
+        return tags
+
+    def policy(self) -> Path:
+        """
+        Write the policy that lets in unsigned images.
+        """
+        return write_policy(self.home)
+
+
+class Podman(Client):
+    """
+    The podman command, with a store of its own.
+    """
+
+    def pull(self, reference: str, *options: str | Path) -> str:
+        """
+        Pull an image and give its id.
+        """
+        write_policy(self.home / ".config/containers")
+        pulled = self._podman("pull", "--quiet", *options, reference).splitlines()[-1]
+        return f"sha256:{pulled}"
+
+    def forget(self) -> None:
+        """
+        Remove all images.
+        """
+        self._podman("rmi", "--all", "--force")
+
+    def _podman(self, *words: str | Path) -> str:
+        store: Sequence[str | Path] = (
+            *("--root", self.home / "store", "--runroot", self.home / "run"),
+            *("--tmpdir", self.home / "tmp", "--storage-driver", "vfs"),
+            *("--cgroup-manager", "cgroupfs", "--events-backend", "file"),
+        )
+        return self.run("podman", *store, *words)
+
+
+def write_policy(directory: Path) -> Path:
+    """
+    Write a policy for skopeo and podman: images need no signature here.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    policy: dict[str, Any] = {"default": [{"type": "insecureAcceptAnything"}]}
+    path = directory / "policy.json"
+    path.write_text(json.dumps(policy))
+    return path
+
+
+def start_engine(home: Path) -> tuple[Process, Docker]:
+    """
+    Start a Docker Engine that keeps to its own directory and to loopback.
+
+    The best storage driver needs a file system that overlays can stand on;
+    where there is none, plain directories do.
+    """
+    complaints = []
+    for driver in ("overlay2", "vfs"):
+        try:
+            return start_engine_on(driver, home / driver)
+        except (RuntimeError, TimeoutError) as error:
+            complaints.append(str(error))
+    raise RuntimeError("\n".join(complaints))
+
+
+def start_engine_on(driver: str, home: Path) -> tuple[Process, Docker]:
+    """
+    Start a Docker Engine with a storage driver, and wait until it answers.
+    """
+    home.mkdir()
+    host = f"unix://{home}/docker.sock"
+    docker = Docker(home, {"DOCKER_HOST": host, "DOCKER_BUILDKIT": "0"})
+    argv: list[str | Path] = [
+        *("dockerd", "--iptables=false", "--ip6tables=false", "--bridge=none"),
+        *("--data-root", home / "data", "--exec-root", home / "exec"),
+        *("--pidfile", home / "pid", "--host", host, "--storage-driver", driver),
+        *("--insecure-registry", "127.0.0.0/8"),
+    ]
+    engine = Process(argv, environment(home), home / "dockerd.log", home)
+    try:
+        engine.wait_until(lambda: docker.attempt("docker", "version").status == 0)
+    except BaseException:
+        engine.stop()
+        raise
+    return engine, docker

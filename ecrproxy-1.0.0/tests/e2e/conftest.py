@@ -1,0 +1,226 @@
+"""
+What the end-to-end tests share: the programs, the images, and chains of them.
+
+Nothing here is skipped: a program that is missing is a failure, which says how
+to install it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .bases import import_base
+from .certificates import make_certificates
+from .chain import Chain, Equipment, start_registry
+from .clients import Docker, Podman, Skopeo, start_engine
+from .images import Images, push_all
+from .installing import installed_twistd
+from .processes import PATH
+
+PROGRAMS = (
+    "dockerd",
+    "docker",
+    "docker-registry",
+    "skopeo",
+    "podman",
+    "haproxy",
+    "debootstrap",
+    "promtool",
+    "curl",
+    "htpasswd",
+    "mandoc",
+)
+
+MakeChain = Callable[..., Chain]
+Figures = list[str]
+
+FAILED = pytest.StashKey[bool]()
+FIGURES = pytest.StashKey[Figures]()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def programs() -> None:
+    """
+    Refuse to run without the real programs, or without the rights that they need.
+    """
+    missing = [each for each in PROGRAMS if shutil.which(each, path=PATH) is None]
+    if missing:
+        pytest.fail(f"not installed: {' '.join(missing)}; run tests/e2e/install-packages.sh")
+    if os.geteuid() != 0:
+        pytest.fail("the Docker Engine runs as root alone: so must these tests")
+
+
+@pytest.fixture(scope="session")
+def home(programs: None) -> Iterator[Path]:
+    """
+    Give a directory for everything, which is gone afterwards.
+    """
+    # Short, because a socket's path may only have about a hundred characters.
+    with tempfile.TemporaryDirectory(prefix="e2e-", ignore_cleanup_errors=True) as directory:
+        yield Path(directory)
+
+
+@pytest.fixture(scope="session")
+def engine(home: Path) -> Iterator[Docker]:
+    """
+    Run a Docker Engine.
+    """
+    directory = home / "docker"
+    directory.mkdir()
+    process, docker = start_engine(directory)
+    yield docker
+    process.stop()
+
+
+@pytest.fixture(scope="session")
+def builder(home: Path) -> Iterator[Docker]:
+    """
+    Run an engine for containers, beside the one that pulls.
+    """
+    directory = home / "builder"
+    directory.mkdir()
+    process, docker = start_engine(directory)
+    docker.seconds = 600.0
+    yield docker
+    process.stop()
+
+
+@pytest.fixture(scope="session")
+def base(builder: Docker, home: Path) -> str:
+    """
+    Give that engine a base for the daemon's own image.
+    """
+    return import_base(builder, home)
+
+
+@pytest.fixture
+def docker(engine: Docker) -> Docker:
+    """
+    Give the Docker Engine without any images.
+    """
+    engine.forget()
+    return engine
+
+
+@pytest.fixture(scope="session")
+def skopeo(home: Path) -> Skopeo:
+    """
+    Give skopeo.
+    """
+    directory = home / "skopeo"
+    directory.mkdir()
+    return Skopeo(directory)
+
+
+@pytest.fixture(scope="session")
+def podman(home: Path) -> Podman:
+    """
+    Give podman.
+    """
+    directory = home / "podman"
+    directory.mkdir()
+    return Podman(directory)
+
+
+@pytest.fixture(scope="session")
+def images(home: Path, engine: Docker, skopeo: Skopeo) -> Images:
+    """
+    Fill a registry's directory with images; every chain has a registry over it.
+    """
+    process, address = start_registry(home / "filling", home / "storage")
+    try:
+        return push_all(engine, skopeo, address, home / "images")
+    finally:
+        process.stop()
+
+
+@pytest.fixture
+def refusing(make_chain: MakeChain) -> str:
+    """
+    Give the URL of a front whose AWS refuses all credentials.
+    """
+    return make_chain(front=("--refuse-credentials",), wait=False).front_url
+
+
+@pytest.fixture(scope="session")
+def twistd(home: Path) -> Path:
+    """
+    Give the twistd of an environment that the daemon is installed in.
+    """
+    return installed_twistd(home)
+
+
+@pytest.fixture(scope="session")
+def equipment(home: Path, twistd: Path, images: Images) -> Equipment:
+    """
+    Give what every chain is made of.
+    """
+    return Equipment(home, twistd, home / "storage", make_certificates(home / "certificates"))
+
+
+@pytest.fixture
+def make_chain(equipment: Equipment, request: pytest.FixtureRequest) -> Iterator[MakeChain]:
+    """
+    Make chains that end with the test.
+    """
+    made: list[Chain] = []
+
+    def make(*, wait: bool = True, **options: Any) -> Chain:
+        name = f"chain-{len(list(equipment.home.glob('chain-*')))}"
+        chain = Chain(equipment, name, **options)
+        made.append(chain)
+        if wait:
+            chain.daemon.wait()
+        return chain
+
+    yield make
+    for chain in made:
+        chain.stop()
+    if request.node.stash.get(FAILED, False):
+        request.node.add_report_section("teardown", "logs", "\n".join(map(Chain.logs, made)))
+
+
+@pytest.fixture
+def hold(tmp_path: Path) -> Path:
+    """
+    Give the file which keeps the bucket from sending more than half of anything.
+    """
+    path = tmp_path / "hold"
+    path.touch()
+    return path
+
+
+@pytest.fixture
+def figures(pytestconfig: pytest.Config) -> Figures:
+    """
+    Collect what was measured; it is shown at the end, whether or not all is well.
+    """
+    return pytestconfig.stash.setdefault(FIGURES, [])
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """
+    Show what was measured.
+    """
+    for line in config.stash.get(FIGURES, []):
+        terminalreporter.write_line(line)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """
+    Remember which test failed, so that its programs' logs are shown.
+    """
+    report = yield
+    if report.failed:
+        item.stash[FAILED] = True
+    return report

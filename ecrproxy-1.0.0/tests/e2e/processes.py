@@ -1,0 +1,178 @@
+"""
+Programs that the tests start, wait for, and end: each by its own process id.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+# The system's own programs come first: these tests are about those.
+PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
+TAIL = 4000
+PATIENCE: Final = 90.0
+"""Seconds for what takes a moment on a machine that has nothing else to do: this one may."""
+
+
+def environment(home: Path, extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """
+    Make the environment of a program: nothing of this one's leaks into it.
+    """
+    return {"PATH": PATH, "HOME": str(home), "LANG": "C.UTF-8", **(extra or {})}
+
+
+def free_port() -> int:
+    """
+    Find a port that nobody has.
+
+    It is taken from below the range that the kernel hands to outgoing
+    connections, so that none of these takes it before the program does.
+    """
+    while True:
+        port = random.randrange(15000, 30000)
+        with socket.socket() as probe:
+            # As servers do: a closed connection's remains are no obstacle.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+
+
+def eventually(holds: Callable[[], bool], what: str, seconds: float = PATIENCE) -> None:
+    """
+    Wait until something holds, or say what did not.
+    """
+    deadline, late = time.monotonic() + seconds, False
+    while not holds():
+        if late:
+            raise TimeoutError(f"{what}: not within {seconds:g} s")
+        time.sleep(0.02)
+        # The last look is after the deadline: what kept us from looking in time may have kept nothing else.
+        late = time.monotonic() > deadline
+
+
+def children(pid: int) -> list[int]:
+    """
+    List the processes that a process has started.
+    """
+    return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def alive(pid: int) -> bool:
+    """
+    Say whether a process is there, and not only its remains.
+    """
+    try:
+        return " Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+
+
+class Process:
+    """
+    One running program, whose output goes to a file.
+    """
+
+    def __init__(
+        self,
+        argv: Sequence[str | Path],
+        env: Mapping[str, str],
+        output: Path,
+        cwd: Path,
+        *,
+        inherits: Sequence[int] = (),
+    ) -> None:
+        self.name, self.output = output.stem, output
+        with output.open("ab") as sink:
+            self._popen = subprocess.Popen(
+                [str(each) for each in argv],
+                env=dict(env),
+                cwd=cwd,
+                stdin=subprocess.DEVNULL,
+                stdout=sink,
+                stderr=subprocess.STDOUT,
+                # A signal that is meant for pytest is not meant for these.
+                start_new_session=True,
+                pass_fds=inherits,
+            )
+
+    @property
+    def pid(self) -> int:
+        """
+        The process id, of this program alone.
+        """
+        return self._popen.pid
+
+    @property
+    def status(self) -> int | None:
+        """
+        The exit status, or None while it runs.
+        """
+        return self._popen.poll()
+
+    def tail(self) -> str:
+        """
+        Read the end of what the program has said.
+        """
+        return self.output.read_bytes()[-TAIL:].decode(errors="replace")
+
+    def wait_until(self, ready: Callable[[], bool], seconds: float = PATIENCE) -> None:
+        """
+        Wait until the program is ready, and tell what it said if it is not.
+        """
+
+        def ready_or_gone() -> bool:
+            return self.status is not None or ready()
+
+        try:
+            eventually(ready_or_gone, f"{self.name} is ready", seconds)
+        except TimeoutError as error:
+            raise TimeoutError(f"{error}\n{self.tail()}") from None
+        if self.status is not None:
+            raise RuntimeError(f"{self.name} ended with {self.status}:\n{self.tail()}")
+
+    def terminate(self, seconds: float = PATIENCE) -> int:
+        """
+        Ask the program to end, and give its exit status.
+        """
+        self.send(signal.SIGTERM)
+        return self.wait(seconds)
+
+    def send(self, number: signal.Signals) -> None:
+        """
+        Send a signal, unless the program has ended.
+        """
+        if self.status is None:
+            os.kill(self.pid, number)
+
+    def wait(self, seconds: float = PATIENCE) -> int:
+        """
+        Wait for its end, and give its exit status.
+        """
+        return self._popen.wait(seconds)
+
+    def kill(self) -> None:
+        """
+        End the program as a power cut would.
+        """
+        if self.status is None:
+            os.kill(self.pid, signal.SIGKILL)
+        self._popen.wait(PATIENCE)
+
+    def stop(self) -> None:
+        """
+        End the program in whatever way it takes.
+        """
+        try:
+            self.terminate()
+        except subprocess.TimeoutExpired:
+            self.kill()

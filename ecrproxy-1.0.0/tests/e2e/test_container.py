@@ -1,0 +1,119 @@
+"""
+The image as the Dockerfile makes it, run by a real Docker Engine as README.rst says.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .asking import ask
+from .bases import BASE
+from .chain import Chain, standard_settings
+from .clients import Docker
+from .conftest import Figures, MakeChain
+from .images import Images
+from .installing import CHECKOUT
+from .processes import eventually, free_port
+
+IMAGE = "ecrproxy:e2e"
+MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def image(builder: Docker, base: str) -> str:
+    """
+    Build the image.
+    """
+    built = ("docker", "build", "--network", "host", "--build-arg", f"BASE={base}", "--tag", IMAGE, CHECKOUT)
+    builder.run(*built)
+    return IMAGE
+
+
+class Container:
+    """
+    The daemon in a container, before a chain's front.
+    """
+
+    def __init__(self, docker: Docker, image: str, settings: Mapping[str, str | None], *mounts: str) -> None:
+        self._docker, self.port = docker, free_port()
+        given = {**settings, "PROXY_PORT": str(self.port)}
+        words = [word for name, value in given.items() if value for word in ("--env", f"{name}={value}")]
+        confined = ("--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--network", "host")
+        volumes = [word for mount in mounts for word in ("--volume", mount)]
+        started = ("docker", "run", "--detach", "--health-interval", "1s", *confined, *volumes, *words, image)
+        self.name = docker.run(*started)
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """
+        What the engine says of it.
+        """
+        described: list[dict[str, Any]] = json.loads(self._docker.run("docker", "inspect", self.name))
+        state: dict[str, Any] = described[0]["State"]
+        return state
+
+    def wait_until_healthy(self) -> None:
+        """
+        Wait for the HEALTHCHECK's word.
+        """
+        eventually(lambda: self.state["Health"]["Status"] == "healthy", "the container is healthy")
+
+    def stop(self) -> int:
+        """
+        Have the engine end it as it ends any, and give its exit status.
+        """
+        self._docker.run("docker", "stop", "--time", "40", self.name)
+        status: int = self.state["ExitCode"]
+        self._docker.run("docker", "rm", "--force", "--volumes", self.name)
+        return status
+
+
+def test_the_image_is_small_and_runs_as_nobody_in_particular(builder: Docker, image: str, figures: Figures) -> None:
+    """
+    Two layers above the base, no pip in what runs, a numeric user, labels.
+    """
+    base, made = (json.loads(builder.run("docker", "image", "inspect", each))[0] for each in (BASE, image))
+    added = (made["Size"] - base["Size"]) / MIB
+    figures.append(f"the image is its base and {added:.0f} MiB, in {len(made['RootFS']['Layers'])} layers")
+    assert len(made["RootFS"]["Layers"]) - len(base["RootFS"]["Layers"]) == 2
+    assert made["Config"]["User"] == "65532:65532"
+    assert made["Config"]["Labels"]["org.opencontainers.image.title"] == "ecrproxy"
+    pip = ("docker", "run", "--rm", "--network", "host", "--entrypoint", "/opt/ecrproxy/bin/python", image, "-m", "pip")
+    assert "No module named pip" in builder.attempt(*pip).complaint
+
+
+def test_docker_pulls_through_the_container(
+    builder: Docker, image: str, make_chain: MakeChain, docker: Docker, images: Images
+) -> None:
+    """
+    With a read-only root, without any capability, its cache in a volume; SIGTERM ends it well.
+    """
+    chain: Chain = make_chain()
+    container = Container(builder, image, standard_settings(chain.front_url))
+    container.wait_until_healthy()
+    pulled = docker.pull(f"127.0.0.1:{container.port}/{images.single.repository}:{images.single.tag}")
+    assert pulled == images.single.image_id
+    assert container.stop() == 0
+
+
+def test_the_health_check_speaks_tls(builder: Docker, image: str, make_chain: MakeChain, tmp_path: Path) -> None:
+    """
+    A container that serves TLS turns healthy too.
+    """
+    chain: Chain = make_chain()
+    made = chain.certificates
+    shown = tmp_path / "tls"
+    shown.mkdir(mode=0o755)
+    for name, source in (("tls.key", made.key), ("tls.crt", made.chain)):
+        (shown / name).write_bytes(source.read_bytes())
+        (shown / name).chmod(0o644)
+    files = {"PROXY_SSL_KEY": "/tls/tls.key", "PROXY_SSL_CERTIFICATE": "/tls/tls.crt"}
+    container = Container(builder, image, standard_settings(chain.front_url) | files, f"{shown}:/tls:ro")
+    container.wait_until_healthy()
+    assert ask(f"https://127.0.0.1:{container.port}/healthz", ca=made.ca).status == 200
+    assert container.stop() == 0

@@ -1,0 +1,208 @@
+"""
+Troubles of the disk that only a kernel makes: full, read-only, changed behind the daemon's back; and no more files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import shutil
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from .asking import Transfer, download
+from .chain import Chain, Daemon
+from .conftest import MakeChain
+from .images import BIG, Images
+from .processes import PATIENCE, eventually
+from .test_together import blob_path
+
+SLOW = 24 * 2**20
+
+
+def small_path(images: Images) -> str:
+    """
+    Give the path of a manifest.
+    """
+    return f"/v2/{images.big.repository}/manifests/{images.big.digest}"
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """
+    Mount a disk that is smaller than the large blob.
+    """
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    run("mount", "-t", "tmpfs", "-o", f"size={BIG // 2}", "tmpfs", folder)
+    yield folder
+    run("umount", "--lazy", folder)
+
+
+def run(*argv: str | Path) -> None:
+    """
+    Run a program that must succeed.
+    """
+    subprocess.run([str(each) for each in argv], check=True, timeout=PATIENCE)
+
+
+def pull(chain: Chain, images: Images) -> Transfer:
+    """
+    Pull the large blob, whose bytes must be right.
+    """
+    pulled = download(chain.daemon.url + blob_path(images))
+    assert (pulled.status, pulled.digest) == (200, images.big.layers[0])
+    return pulled
+
+
+def pull_cut_off(chain: Chain, images: Images) -> None:
+    """
+    Pull the large blob, which must not come to its end.
+    """
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        assert download(chain.daemon.url + blob_path(images)).size < BIG
+
+
+def reasons(daemon: Daemon) -> str:
+    """
+    Ask why the daemon isn't ready.
+    """
+    return ", ".join(daemon.ask("/readyz").json()["reasons"])
+
+
+def file_of(daemon: Daemon, digest: str) -> Path:
+    """
+    Find a blob in the cache.
+    """
+    (found,) = (daemon.cache / "content").rglob(digest.removeprefix("sha256:"))
+    return found
+
+
+def test_a_full_disk_keeps_no_pull_from_its_bytes(make_chain: MakeChain, images: Images, disk: Path) -> None:
+    """
+    What doesn't fit is handed through, and the operator is told, once.
+    """
+    chain = make_chain(settings={"PROXY_CACHE_DIR": str(disk)})
+    chain.daemon.cache = disk
+    for _ in range(2):
+        assert pull(chain, images).cache == "BYPASS"
+    assert "can't be written: No space left on device" in reasons(chain.daemon)
+    assert chain.daemon.process.output.read_text().count("going on without it") == 1
+    assert chain.daemon.ask(small_path(images)).status == 200
+    eventually(chain.daemon.ready, "the daemon is ready again")
+    chain.daemon.settle()
+    assert chain.daemon.ask(small_path(images)).headers["x-cache-status"] == "HIT"
+
+
+def test_a_read_only_disk_keeps_no_pull_from_its_bytes(make_chain: MakeChain, images: Images, disk: Path) -> None:
+    """
+    What it has is served, all else handed through; when it can be written again, it is.
+    """
+    run("mount", "-o", f"remount,size={BIG * 3}", disk)
+    chain = make_chain(settings={"PROXY_CACHE_DIR": str(disk)})
+    chain.daemon.cache = disk
+    assert chain.daemon.ask(small_path(images)).status == 200
+    chain.daemon.settle()
+    run("mount", "-o", "remount,ro", disk)
+    assert pull(chain, images).cache == "BYPASS"
+    assert chain.daemon.ask(small_path(images)).headers["x-cache-status"] == "HIT"
+    assert "can't be written: Read-only file system" in reasons(chain.daemon)
+    run("mount", "-o", "remount,rw", disk)
+    eventually(chain.daemon.ready, "the daemon is ready again")
+    assert [pull(chain, images).cache for _ in range(2)] == ["MISS", "HIT"]
+
+
+def test_a_cache_removed_in_the_middle_of_a_pull_costs_no_byte(make_chain: MakeChain, images: Images) -> None:
+    """
+    The client gets all of it; the directory is made anew, and holds the next one.
+    """
+    chain = make_chain(front=("--rate", str(SLOW)))
+    with ThreadPoolExecutor(1) as pool:
+        pulling = pool.submit(pull, chain, images)
+        eventually(lambda: bool(chain.daemon.arriving()), "the blob arrives")
+        shutil.rmtree(chain.daemon.cache, ignore_errors=True)
+        assert pulling.result(timeout=PATIENCE).cache == "MISS"
+    # The second may have joined the first, whose file can't be kept.
+    eventually(lambda: pull(chain, images).cache == "HIT", "it is kept again")
+    assert chain.daemon.wrong_content() == []
+
+
+def alter(path: Path) -> None:
+    """
+    Change one byte.
+    """
+    with path.open("r+b") as file:
+        file.seek(BIG // 2)
+        byte = file.read(1)[0]
+        file.seek(BIG // 2)
+        file.write(bytes([byte ^ 1]))
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_an_altered_file_completes_no_answer(make_chain: MakeChain, images: Images, restarted: bool) -> None:
+    """
+    Whether it happened while the daemon ran or not: the client is cut off, and the next one gets the right bytes.
+    """
+    chain = make_chain()
+    pull(chain, images)
+    chain.daemon.settle()
+    path = file_of(chain.daemon, images.big.layers[0])
+    times = path.stat()
+    if restarted:
+        chain.daemon.process.kill()
+    alter(path)
+    if restarted:  # as a disk that rots leaves it
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+        chain.daemon.restart()
+    pull_cut_off(chain, images)
+    assert not path.exists()
+    assert chain.daemon.process.output.read_text().count("in the cache is dropped") == 1
+    assert pull(chain, images).cache == "MISS"
+    chain.daemon.settle()
+    assert pull(chain, images).cache == "HIT"
+    assert chain.daemon.wrong_content() == []
+
+
+@pytest.mark.parametrize("harm", [lambda path: os.truncate(path, BIG // 3), Path.unlink])
+def test_a_file_cut_or_deleted_is_fetched_again(
+    make_chain: MakeChain, images: Images, harm: Callable[[Path], None]
+) -> None:
+    """
+    It is seen before a byte of it is sent.
+    """
+    chain = make_chain()
+    pull(chain, images)
+    chain.daemon.settle()
+    harm(file_of(chain.daemon, images.big.layers[0]))
+    assert pull(chain, images).cache == "MISS"
+    chain.daemon.settle()
+    assert chain.daemon.wrong_content() == []
+
+
+def test_no_more_file_descriptors_pass(make_chain: MakeChain, images: Images) -> None:
+    """
+    While clients hold all of them others wait or are turned away; then all is as before, with the cache intact.
+    """
+    chain = make_chain()
+    pull(chain, images)
+    chain.daemon.settle()
+    pid = chain.daemon.process.pid
+    used = len(list(Path(f"/proc/{pid}/fd").iterdir()))
+    run("prlimit", f"--pid={pid}", f"--nofile={used + 8}")
+    with contextlib.ExitStack() as held:
+        for _ in range(60):
+            held.enter_context(contextlib.closing(socket.create_connection(("127.0.0.1", chain.daemon.port), PATIENCE)))
+        for _ in range(3):
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                chain.daemon.ask(small_path(images))
+    eventually(lambda: chain.daemon.answers("/healthz", 200), "the daemon answers again")
+    assert pull(chain, images).cache == "HIT"
+    assert chain.daemon.process.output.stat().st_size < 200_000
+    assert chain.daemon.holds(images.big.layers[0])
+    eventually(chain.daemon.ready, "the daemon is ready again")

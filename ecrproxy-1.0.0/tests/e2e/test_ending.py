@@ -1,0 +1,349 @@
+"""
+How the daemon ends, whether asked to or not, and what is left of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import http.client
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from .asking import ask, connect, download
+from .certificates import Certificates, make_certificates
+from .chain import Chain, Equipment, standard_settings
+from .conftest import MakeChain
+from .images import Images
+from .processes import PATIENCE, Process, alive, children, environment, eventually
+from .test_together import blob_path
+from .test_workers import wait_for_workers
+
+SLOW = 24 * 2**20
+ENOUGH = 12 * 2**20
+
+
+class Reading:
+    """
+    A blob whose beginning was read.
+    """
+
+    def __init__(self, chain: Chain, path: str, size: int) -> None:
+        self.connection = connect(chain.daemon.url, chain.certificates.ca, 60.0)
+        self.connection.request("GET", path)
+        self._response = self.connection.getresponse()
+        assert self._response.status == 200
+        self._sha = hashlib.sha256()
+        while size > 0:
+            size -= self._take()
+
+    def _take(self) -> int:
+        piece = self._response.read1(2**16)
+        self._sha.update(piece)
+        return len(piece)
+
+    def rest(self) -> str:
+        """
+        Read to the end, and give the digest of all.
+
+        @raise http.client.IncompleteRead: if that was not all.
+        """
+        while self._take():
+            pass
+        if left := self._response.length:
+            raise http.client.IncompleteRead(b"", left)
+        return f"sha256:{self._sha.hexdigest()}"
+
+
+@contextlib.contextmanager
+def reading(chain: Chain, path: str, size: int) -> Iterator[Reading]:
+    """
+    Read the beginning of a blob, and leave the connection open in the middle of it.
+    """
+    transfer = Reading(chain, path, size)
+    try:
+        yield transfer
+    finally:
+        transfer.connection.close()
+
+
+def put(made: Certificates, key: Path, certificate: Path) -> None:
+    """
+    Put a key and a certificate where the daemon looks for them.
+    """
+    key.write_bytes(made.key.read_bytes())
+    certificate.write_bytes(made.chain.read_bytes())
+
+
+def trusts(chain: Chain, made: Certificates) -> bool:
+    """
+    Say whether a new connection shows the certificate of this authority.
+    """
+    try:
+        return ask(chain.daemon.url + "/healthz", ca=made.ca).status == 200
+    except OSError:
+        return False
+
+
+def test_a_kill_in_the_middle_of_a_transfer_leaves_nothing_wrong(make_chain: MakeChain, images: Images) -> None:
+    """
+    After the restart nothing unverified is in the cache, and the next pull is correct.
+    """
+    chain = make_chain(front=("--rate", str(SLOW)))
+    with reading(chain, blob_path(images), ENOUGH):
+        assert chain.daemon.arriving()
+        chain.daemon.process.kill()
+    assert chain.daemon.process.status == -signal.SIGKILL
+    assert chain.daemon.wrong_content() == []
+
+    chain.daemon.restart()
+    assert chain.daemon.wrong_content() == []
+    pulled = download(chain.daemon.url + blob_path(images))
+    assert (pulled.status, pulled.digest) == (200, images.big.layers[0])
+    chain.daemon.settle()
+    assert chain.daemon.holds(images.big.layers[0])
+    assert chain.daemon.wrong_content() == []
+
+
+def test_a_transfer_goes_on_after_a_kill(make_chain: MakeChain, images: Images) -> None:
+    """
+    What is on the disk is not fetched again: the bucket sends the rest alone.
+    """
+    chain = make_chain(front=("--rate", str(SLOW)))
+    with reading(chain, blob_path(images), ENOUGH):
+        chain.daemon.process.kill()
+    (left,) = chain.daemon.arriving()
+
+    chain.daemon.restart()
+    assert chain.daemon.arriving() == [left]
+    before = chain.counters()["bucket"]["bytes"]
+    pulled = download(chain.daemon.url + blob_path(images))
+    assert (pulled.status, pulled.digest) == (200, images.big.layers[0])
+    fetched = chain.counters()["bucket"]["bytes"] - before
+    assert 0 < fetched <= pulled.size - ENOUGH
+    chain.daemon.settle()
+    assert chain.daemon.holds(images.big.layers[0])
+
+
+def test_what_was_whole_before_a_kill_is_served_after_it(make_chain: MakeChain, images: Images) -> None:
+    """
+    The directory is the whole truth: it needs no orderly end.
+    """
+    chain = make_chain()
+    path = blob_path(images)
+    assert chain.daemon.ask(path).status == 200
+    chain.daemon.settle()
+    chain.daemon.process.kill()
+    chain.daemon.restart()
+    again = chain.daemon.ask(path)
+    assert (again.status, again.headers["x-cache-status"]) == (200, "HIT")
+    assert chain.counters()["bucket"]["bytes"] == len(again.body)
+
+
+def test_sigterm_ends_the_daemon(make_chain: MakeChain) -> None:
+    """
+    The signal that service managers and containers send is enough, and is obeyed in good order.
+    """
+    chain = make_chain()
+    assert chain.daemon.process.terminate() == 0
+    assert "Traceback" not in chain.daemon.process.tail()
+
+
+def test_sigint_ends_the_daemon(make_chain: MakeChain) -> None:
+    """
+    So is Ctrl-C.
+    """
+    chain = make_chain()
+    chain.daemon.process.send(signal.SIGINT)
+    assert chain.daemon.process.wait() == 0
+
+
+def refuses(chain: Chain) -> bool:
+    """
+    Say whether no connection can be made any more.
+    """
+    try:
+        socket.create_connection(("127.0.0.1", chain.daemon.port), 5).close()
+    except ConnectionRefusedError:
+        return True
+    except ConnectionResetError:  # it was about to be accepted when the socket was shut down
+        return False
+    return False
+
+
+def test_a_socket_of_systemd_loses_no_connection(
+    make_chain: MakeChain, equipment: Equipment, images: Images, tmp_path: Path
+) -> None:
+    """
+    While one daemon ends nobody is refused: who connects waits for the next, which has the same socket.
+    """
+    chain = make_chain(front=("--rate", str(SLOW)))
+    chain.daemon.process.stop()
+    settings = standard_settings(chain.front_url) | {
+        "PROXY_LISTEN": "systemd:domain=INET:index=0",
+        "PROXY_CACHE_DIR": str(tmp_path / "cache"),
+    }
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        fd = listening.fileno()
+        chain.daemon.url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        daemon = f"LISTEN_PID=$$ LISTEN_FDS=1 LISTEN_FDNAMES=proxy exec {equipment.twistd} -n --pidfile= ecr-proxy"
+        with contextlib.ExitStack() as running:
+
+            def start(name: str) -> Process:
+                argv = ["/bin/bash", "-c", f"exec 3<&{fd}; {daemon}"]
+                env = environment(tmp_path, {name: value for name, value in settings.items() if value})
+                process = Process(argv, env, tmp_path / f"{name}.log", tmp_path, inherits=[fd])
+                running.callback(process.stop)
+                return process
+
+            first = start("first")
+            first.wait_until(chain.daemon.ready)
+            with reading(chain, blob_path(images), ENOUGH) as transfer:
+                first.send(signal.SIGTERM)
+                eventually(lambda: "Ending: " in first.output.read_text(), "the first daemon ends")
+                waiting = connect(chain.daemon.url, None, PATIENCE)
+                waiting.request("GET", "/healthz")
+                second = start("second")
+                assert waiting.getresponse().status == 200
+                waiting.close()
+                assert transfer.rest() == images.big.layers[0]
+            assert (first.wait(), second.terminate()) == (0, 0)
+
+
+COUNTS = pytest.mark.parametrize("count", ["1", "2"], ids=["one process", "workers"])
+LONG = {"PROXY_DRAIN_SECONDS": "300"}
+TLS = pytest.mark.parametrize("tls", [False, True], ids=["http", "https"])
+
+
+class TestDrain:
+    """
+    What happens between SIGTERM and the end.
+    """
+
+    @COUNTS
+    @TLS
+    def test_a_transfer_goes_on_to_its_end(self, make_chain: MakeChain, images: Images, count: str, tls: bool) -> None:
+        """
+        A client whose blob is on its way gets all of it, though nobody else gets in; then the daemon ends well.
+        """
+        chain = make_chain(front=("--rate", str(SLOW)), tls=tls, settings={"PROXY_WORKER_PROCESSES": count} | LONG)
+        with reading(chain, blob_path(images), ENOUGH) as transfer:
+            chain.daemon.process.send(signal.SIGTERM)
+            eventually(lambda: refuses(chain), "connections are refused")
+            assert chain.daemon.process.status is None
+            assert transfer.rest() == images.big.layers[0]
+        assert chain.daemon.process.wait() == 0
+        assert "Traceback" not in chain.daemon.process.tail()
+        assert chain.daemon.wrong_content() == []
+
+    @COUNTS
+    def test_a_client_that_reads_slowly_gets_all(self, make_chain: MakeChain, images: Images, count: str) -> None:
+        """
+        The same of a blob that is in the cache.
+        """
+        chain = make_chain(settings={"PROXY_WORKER_PROCESSES": count} | LONG)
+        assert chain.daemon.ask(blob_path(images)).status == 200
+        chain.daemon.settle()
+        with reading(chain, blob_path(images), 1) as transfer:
+            chain.daemon.process.send(signal.SIGTERM)
+            eventually(lambda: refuses(chain), "connections are refused")
+            assert transfer.rest() == images.big.layers[0]
+        assert chain.daemon.process.wait() == 0
+
+    @COUNTS
+    @TLS
+    def test_idle_connections_are_not_waited_for(
+        self, make_chain: MakeChain, equipment: Equipment, count: str, tls: bool
+    ) -> None:
+        """
+        A client that keeps its connection for later, and does not look at it, does not keep the daemon.
+        """
+        chain = make_chain(tls=tls, settings={"PROXY_WORKER_PROCESSES": count, "PROXY_IDLE_SECONDS": "300"} | LONG)
+        connection = connect(chain.daemon.url, equipment.certificates.ca, PATIENCE)
+        connection.request("GET", "/healthz")
+        connection.getresponse().read()
+        assert chain.daemon.process.terminate() == 0
+        connection.close()
+
+    @COUNTS
+    def test_a_second_signal_ends_it_at_once(self, make_chain: MakeChain, images: Images, count: str) -> None:
+        """
+        Whoever does not want to wait says so once more; no process is left.
+        """
+        settings = {"PROXY_WORKER_PROCESSES": count} | LONG
+        chain = make_chain(front=("--rate", str(SLOW)), settings=settings)
+        with reading(chain, blob_path(images), 1):
+            pids = children(chain.daemon.process.pid)
+            chain.daemon.process.send(signal.SIGTERM)
+            eventually(lambda: refuses(chain), "connections are refused")
+            chain.daemon.process.send(signal.SIGTERM)
+            assert chain.daemon.process.wait() == 128 + signal.SIGTERM
+            eventually(lambda: not any(map(alive, pids)), "the workers have ended")
+
+    @COUNTS
+    def test_the_limit_cuts(self, make_chain: MakeChain, images: Images, count: str) -> None:
+        """
+        A client that takes longer than it may is cut off, knows it, and leaves nothing wrong.
+        """
+        settings = {"PROXY_WORKER_PROCESSES": count, "PROXY_DRAIN_SECONDS": "1"}
+        chain = make_chain(front=("--rate", str(SLOW)), settings=settings)
+        with reading(chain, blob_path(images), 1) as transfer:
+            assert chain.daemon.process.terminate() == 0
+            with pytest.raises((OSError, http.client.IncompleteRead)):
+                transfer.rest()
+        assert chain.daemon.wrong_content() == []
+
+
+class TestSighup:
+    """
+    A certificate that is renewed while the daemon runs.
+    """
+
+    @COUNTS
+    def test_what_is_new_is_used(self, make_chain: MakeChain, tmp_path: Path, count: str) -> None:
+        """
+        New connections get the new certificate, others go on; a pair that is none changes nothing.
+        """
+        first, second = make_certificates(tmp_path / "first"), make_certificates(tmp_path / "second")
+        key, certificate = tmp_path / "key", tmp_path / "certificate"
+        put(first, key, certificate)
+        settings = {
+            "PROXY_WORKER_PROCESSES": count,
+            "PROXY_SSL_KEY": str(key),
+            "PROXY_SSL_CERTIFICATE": str(certificate),
+        }
+        chain = make_chain(wait=False, settings=settings)
+        output = chain.daemon.process.output
+        chain.daemon.process.wait_until(lambda: trusts(chain, first))
+        kept = connect(chain.daemon.url, first.ca, PATIENCE)
+        kept.request("GET", "/healthz")
+        kept.getresponse().read()
+
+        # A worker that is told before its handlers are there ends, and the next one reads the new files at its start.
+        readers = 1 if count == "1" else 1 + len(wait_for_workers(chain))
+        put(second, key, certificate)
+        chain.daemon.process.send(signal.SIGHUP)
+        eventually(lambda: output.read_text().count("were read again") == readers, "all have read")
+        assert all(trusts(chain, second) for _ in range(10))
+        kept.request("GET", "/healthz")
+        assert kept.getresponse().read() == b""
+
+        key.write_bytes(first.key.read_bytes())
+        chain.daemon.process.send(signal.SIGHUP)
+        eventually(lambda: "stays in use" in output.read_text(), "the pair is refused")
+        assert output.read_text().count("stays in use") == 1
+        assert all(trusts(chain, second) for _ in range(10))
+        kept.close()
+
+    def test_without_tls_nothing_happens(self, make_chain: MakeChain) -> None:
+        """
+        There is nothing to read, and nothing ends.
+        """
+        chain = make_chain()
+        chain.daemon.process.send(signal.SIGHUP)
+        assert chain.daemon.ask("/healthz").status == 200
+        assert chain.daemon.process.terminate() == 0

@@ -1,0 +1,245 @@
+"""
+Three daemons behind a real HAProxy are one cache: deploy/haproxy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import json
+import os
+import re
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from .asking import answers, ask
+from .chain import Chain, Daemon, Equipment, standard_settings
+from .clients import Docker, Skopeo
+from .conftest import Figures, MakeChain
+from .images import LAYER, MANIFEST, Layout, accept, layer, push
+from .installing import CHECKOUT
+from .processes import PATIENCE, Process, environment, eventually, free_port
+
+RECIPE = CHECKOUT / "deploy/haproxy/haproxy.cfg"
+REPOSITORY, TAG = "team/spread", "1"
+LAYERS = 24
+LAYER_BYTES = 256 * 1024
+CLIENTS = 6
+TRIES = 6
+"""How often a client begins a blob again from where it broke off: Docker's own number, and the first."""
+
+
+class Member(Daemon):
+    """
+    One of several daemons: it serves the load balancer on one port, and the tests on another.
+    """
+
+    def __init__(self, equipment: Equipment, home: Path, settings: Mapping[str, str | None]) -> None:
+        self.inner, plain = free_port(), free_port()
+        endpoints = f"haproxy:tcp:{self.inner}:interface=127.0.0.1 tcp:{plain}:interface=127.0.0.1"
+        super().__init__(equipment, home, {**settings, "PROXY_LISTEN": endpoints})
+        self.port, self.address = plain, f"127.0.0.1:{plain}"
+        self.url = f"http://{self.address}"
+
+    def kept(self) -> set[str]:
+        """
+        Name the content that it has.
+        """
+        return {each.name for each in (self.cache / "content").rglob("*") if each.is_file()}
+
+
+def recipe_for(members: list[Member], port: int) -> str:
+    """
+    Fill the recipe in as an operator does: where to listen, and where the daemons are.
+    """
+    text = re.sub(r"bind :5000\n", f"bind 127.0.0.1:{port}\n", RECIPE.read_text())
+    ports = iter(members)
+    return re.sub(r"(server \w+\s+)192\.0\.2\.\d:5000", lambda found: f"{found[1]}127.0.0.1:{next(ports).inner}", text)
+
+
+class Group:
+    """
+    Three daemons, the load balancer before them, and the chain behind them.
+    """
+
+    def __init__(self, chain: Chain, equipment: Equipment, home: Path) -> None:
+        self.chain, self.members, self.port = chain, list[Member](), free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.running: list[Process] = []
+        try:
+            for name in ("one", "two", "three"):
+                member = Member(equipment, home / name, standard_settings(chain.front_url))
+                self.members.append(member)
+                member.wait()
+            recipe = home / "haproxy.cfg"
+            recipe.write_text(recipe_for(self.members, self.port))
+            self.balancer = Process(["haproxy", "-db", "-f", recipe], environment(home), home / "haproxy.log", home)
+            self.running.append(self.balancer)
+            self.balancer.wait_until(answers(f"{self.url}/readyz"))
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """
+        Stop all that was started here.
+        """
+        for process in [*self.running, *(member.process for member in self.members)]:
+            process.stop()
+
+    def bucket_bytes(self) -> int:
+        """
+        Tell how many bytes of blobs came from upstream so far.
+        """
+        counted: int = self.chain.counters()["bucket"]["bytes"]
+        return counted
+
+    def up(self, name: str) -> bool:
+        """
+        Tell whether the load balancer has said last that it takes this daemon for alive.
+        """
+        said = re.findall(rf"Server daemons/{name} is (UP|DOWN)", self.balancer.output.read_text())
+        return not said or said[-1] == "UP"
+
+
+@pytest.fixture
+def group(make_chain: MakeChain, equipment: Equipment, skopeo: Skopeo, tmp_path: Path) -> Iterator[Group]:
+    """
+    Give a group whose registry has an image of many layers.
+    """
+    chain = make_chain()
+    layout = Layout(tmp_path / "layout")
+    layers = [(LAYER, layer(f"part-{number}", os.urandom(LAYER_BYTES))) for number in range(LAYERS)]
+    push(skopeo, layout.finish(layout.image("amd64", layers)), f"{chain.plain}/{REPOSITORY}:{TAG}")
+    made = Group(chain, equipment, tmp_path)
+    yield made
+    made.stop()
+
+
+def fetch(url: str, digest: str, path: str) -> int:
+    """
+    Fetch a blob as Docker does: a connection that breaks off is begun again where it was.
+
+    @return: how many bytes it has.
+    """
+    got, broken = bytearray(), 0
+    while True:
+        connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=PATIENCE)
+        try:
+            connection.request("GET", path, headers={"Range": f"bytes={len(got)}-"} if got else {})
+            response = connection.getresponse()
+            assert response.status == (206 if got else 200), response.read()
+            while piece := response.read1():
+                got += piece
+            if response.length == 0 or response.length is None:
+                break
+            raise http.client.IncompleteRead(bytes(got))
+        except (OSError, http.client.HTTPException):
+            broken += 1
+            if broken == TRIES:
+                raise
+        finally:
+            connection.close()
+    assert f"sha256:{hashlib.sha256(got).hexdigest()}" == digest
+    return len(got)
+
+
+def pull(url: str) -> int:
+    """
+    Pull the image, and tell how many bytes its blobs have.
+    """
+    manifest = ask(f"{url}/v2/{REPOSITORY}/manifests/{TAG}", headers=accept(MANIFEST))
+    assert manifest.status == 200, manifest
+    described = json.loads(manifest.body)
+    digests = [each["digest"] for each in (described["config"], *described["layers"])]
+    return sum(fetch(url, digest, f"/v2/{REPOSITORY}/blobs/{digest}") for digest in digests)
+
+
+def under_load(url: str, happens: Callable[[], None]) -> int:
+    """
+    Have clients pull again and again while something happens, and until it has.
+
+    @return: how many pulls there were; each was whole.
+    """
+    over = threading.Event()
+
+    def client() -> int:
+        pulls = 0
+        while not over.is_set() or not pulls:
+            pull(url)
+            pulls += 1
+        return pulls
+
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        pulling = [pool.submit(client) for _ in range(CLIENTS)]
+        try:
+            happens()
+        finally:
+            over.set()
+        return sum(each.result(timeout=2 * PATIENCE) for each in pulling)
+
+
+def test_three_daemons_are_one_cache(group: Group, figures: Figures) -> None:
+    """
+    Each blob is fetched and kept once for all; one that dies or comes new under load costs no pull, and its share.
+    """
+    total = pull(group.url)
+    assert group.bucket_bytes() == total, "each blob came from upstream once"
+    kept = [member.kept() for member in group.members]
+    assert all(kept), "each has a share"
+    assert sum(map(len, kept)) == len(set.union(*kept)), "nothing is kept twice"
+
+    victim = group.members[1]
+    share = sum((next((victim.cache / "content").rglob(name))).stat().st_size for name in victim.kept())
+
+    def dies() -> None:
+        victim.process.kill()
+        eventually(lambda: not group.up("two"), "the load balancer notices")
+
+    while_dying = under_load(group.url, dies)
+    after_death = group.bucket_bytes()
+    # What is asked while its end is being noticed may go to another place than it will have.
+    under_way = CLIENTS * (LAYER_BYTES + 1024)
+    assert after_death - total <= share + under_way, "what it had is fetched again, and nothing else"
+
+    def comes_new() -> None:
+        shutil.rmtree(victim.cache)
+        victim.restart()
+        eventually(lambda: group.up("two"), "the load balancer notices")
+
+    while_coming = under_load(group.url, comes_new)
+    pull(group.url)
+    assert group.bucket_bytes() - after_death <= share + under_way
+    assert victim.kept(), "it has its share again"
+    figures.append(
+        f"behind HAProxy: {while_dying} pulls while one of three died, {while_coming} while it came back, none failed;"
+        f" its share was {share / total:.0%}, fetched again {(after_death - total) / total:.0%}"
+    )
+
+
+def test_an_orderly_end_of_one_is_noticed_before_it_is_gone(group: Group, docker: Docker) -> None:
+    """
+    A daemon that is told to end is taken out of the group, and Docker pulls on.
+    """
+    pull(group.url)
+    under_load(group.url, lambda: (group.members[2].process.terminate(), None)[1])
+    docker.pull(f"{group.url.removeprefix('http://')}/{REPOSITORY}:{TAG}")
+
+
+def test_daemons_see_the_addresses_of_clients(group: Group) -> None:
+    """
+    The PROXY protocol tells who asks.
+    """
+    connection = http.client.HTTPConnection("127.0.0.1", group.port, timeout=PATIENCE, source_address=("127.0.0.9", 0))
+    connection.request("GET", f"/v2/{REPOSITORY}/manifests/{TAG}", headers=accept(MANIFEST))
+    assert connection.getresponse().status == 200
+    connection.close()
+    eventually(
+        lambda: any("127.0.0.9 GET" in member.process.output.read_text() for member in group.members),
+        "one of them has logged the client",
+    )

@@ -1,0 +1,45 @@
+"""
+The AWS call as another stand-in gives it: moto says that its tokens ended in 2015.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from .asking import answers
+from .conftest import MakeChain
+from .processes import Process, environment, free_port
+
+WATCHED = 5.0
+
+
+@pytest.fixture
+def moto(tmp_path: Path) -> Iterator[tuple[Process, str]]:
+    """
+    Run moto's server.
+    """
+    port = free_port()
+    argv = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    process = Process(argv, environment(tmp_path), tmp_path / "moto.log", tmp_path)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        process.wait_until(answers(f"{url}/moto-api/"))
+        yield process, url
+    finally:
+        process.stop()
+
+
+def test_a_token_of_the_past_is_no_reason_to_hammer(make_chain: MakeChain, moto: tuple[Process, str]) -> None:
+    """
+    The daemon becomes ready, and does not ask again a moment later.
+    """
+    process, url = moto
+    make_chain(settings={"AWS_ENDPOINT_URL": url})
+    time.sleep(WATCHED)
+    # moto logs each call as a POST of the root; a minute is far from over.
+    assert process.tail().count('"POST / HTTP') == 1

@@ -1,0 +1,245 @@
+"""
+A daemon of several processes: what clients notice of it, and what is left of it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from .chain import Chain, Equipment, standard_settings
+from .clients import Docker
+from .conftest import MakeChain
+from .images import Images
+from .processes import PATH, PATIENCE, Process, alive, children, environment, eventually
+from .test_pull import reference
+from .test_together import blob_path, download_together
+
+CLIENTS = 20
+SEVERAL = {"PROXY_WORKER_PROCESSES": "2"}
+
+
+def workers(chain: Chain) -> list[int]:
+    """
+    List the workers of a daemon.
+    """
+    return children(chain.daemon.process.pid)
+
+
+def wait_for_workers(chain: Chain, count: int = 2) -> list[int]:
+    """
+    Wait until all workers listen, and list them: the first process listens twice, each of them once.
+    """
+    output = chain.daemon.process.output
+    eventually(lambda: output.read_text().count(" starting on ") >= 2 + count, "all workers listen")
+    assert len(workers(chain)) == count
+    return workers(chain)
+
+
+def ask_unix(path: Path, target: str) -> bytes:
+    """
+    Make one request over a UNIX socket, and give the status line.
+    """
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(PATIENCE)
+        client.connect(str(path))
+        client.sendall(f"GET {target} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+        return client.makefile("rb").readline().strip()
+
+
+@pytest.mark.parametrize("tls", [False, True], ids=["http", "https"])
+def test_docker_pulls(make_chain: MakeChain, docker: Docker, images: Images, tls: bool) -> None:
+    """
+    An image comes whole through workers, and a second time from the cache; AWS is asked for one token for all.
+    """
+    chain = make_chain(tls=tls, settings=SEVERAL)
+    assert docker.pull(reference(chain, images.single)) == images.single.image_id
+    first = chain.counters()
+    docker.forget()
+    assert docker.pull(reference(chain, images.single)) == images.single.image_id
+    second = chain.counters()
+    assert second["bucket"] == first["bucket"]
+    assert len(workers(chain)) == 2
+    assert second["token_calls"] == 1
+
+
+def test_twenty_clients_cost_one_transfer(make_chain: MakeChain, images: Images, hold: Path) -> None:
+    """
+    Whichever worker the clients come to, a cold blob is brought once, and all have the right bytes.
+    """
+    chain = make_chain(front=("--hold", str(hold)), settings=SEVERAL)
+    wait_for_workers(chain)
+    transfers = download_together(chain.daemon.url + blob_path(images), CLIENTS, hold.unlink)
+    assert {each.status for each in transfers} == {200}
+    assert {each.digest for each in transfers} == {images.big.layers[0]}
+    assert chain.counters()["bucket"]["bytes"] == transfers[0].size
+    assert sorted(each.cache for each in transfers) == ["JOINED"] * (CLIENTS - 1) + ["MISS"]
+
+
+def test_a_worker_that_is_killed_is_replaced(make_chain: MakeChain, docker: Docker, images: Images) -> None:
+    """
+    Another takes its place, and pulls go on.
+    """
+    chain = make_chain(settings=SEVERAL)
+    before = wait_for_workers(chain)
+    os.kill(before[0], signal.SIGKILL)
+    eventually(lambda: set(workers(chain)) - set(before) != set() and len(workers(chain)) == 2, "a worker in its place")
+    assert docker.pull(reference(chain, images.single)) == images.single.image_id
+
+
+def test_sigterm_ends_all(make_chain: MakeChain, images: Images) -> None:
+    """
+    Of a daemon that is told to end no process is left, and no complaint.
+    """
+    chain = make_chain(settings=SEVERAL)
+    assert chain.daemon.ask(blob_path(images)).status == 200
+    pids = wait_for_workers(chain)
+    assert chain.daemon.process.terminate() == 0
+    assert [each for each in pids if alive(each)] == []
+    assert "Traceback" not in chain.daemon.process.tail()
+
+
+def test_a_kill_ends_all(make_chain: MakeChain) -> None:
+    """
+    Workers do not outlive a first process that was killed: their standard input ends.
+    """
+    chain = make_chain(settings=SEVERAL)
+    pids = wait_for_workers(chain)
+    chain.daemon.process.kill()
+    try:
+        eventually(lambda: not any(map(alive, pids)), "the workers have ended")
+    finally:
+        for pid in filter(alive, pids):
+            os.kill(pid, signal.SIGKILL)
+
+
+class TestUnixSocket:
+    """
+    A UNIX socket that several processes share.
+    """
+
+    @pytest.fixture
+    def path(self, tmp_path: Path) -> Path:
+        """
+        Name it.
+        """
+        return tmp_path / "socket"
+
+    @pytest.fixture
+    def chain(self, make_chain: MakeChain, path: Path) -> Chain:
+        """
+        Give a daemon that listens there.
+        """
+        chain = make_chain(wait=False, settings=SEVERAL | {"PROXY_LISTEN": f"unix:{path}:mode=600"})
+        chain.daemon.process.wait_until(lambda: self.ready(path))
+        return chain
+
+    @staticmethod
+    def ready(path: Path) -> bool:
+        """
+        Say whether the daemon answers.
+        """
+        try:
+            return b" 200 " in ask_unix(path, "/readyz")
+        except OSError:
+            return False
+
+    def test_serves(self, chain: Chain, path: Path, images: Images) -> None:
+        """
+        Blobs come over it.
+        """
+        assert b" 200 " in ask_unix(path, f"/v2/{images.single.repository}/manifests/{images.single.tag}")
+
+    def test_keeps_its_mode(self, chain: Chain, path: Path) -> None:
+        """
+        Who may connect is what the operator said.
+        """
+        wait_for_workers(chain)
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+    def test_outlives_a_worker(self, chain: Chain, path: Path) -> None:
+        """
+        A worker that ends, even in good order, leaves the socket to the others.
+        """
+        before = wait_for_workers(chain)
+        os.kill(before[0], signal.SIGTERM)
+        eventually(lambda: set(workers(chain)) - set(before) != set() and len(workers(chain)) == 2, "another worker")
+        assert self.ready(path)
+
+    def test_ends_without_complaint(self, chain: Chain, path: Path) -> None:
+        """
+        It is removed once, by the process that made it.
+        """
+        wait_for_workers(chain)
+        assert chain.daemon.process.terminate() == 0
+        assert not path.exists()
+        assert "Traceback" not in chain.daemon.process.tail()
+
+
+def test_an_ssl_endpoint_is_served(make_chain: MakeChain, equipment: Equipment) -> None:
+    """
+    TLS by an endpoint string works with workers as it does without.
+    """
+    made = equipment.certificates
+    for count in ("1", "2"):
+        chain = make_chain(wait=False, settings={"PROXY_WORKER_PROCESSES": count, "PROXY_SSL_KEY": None})
+        chain.daemon.process.stop()
+        listen = f"ssl:{chain.daemon.port}:privateKey={made.key}:certKey={made.chain}"
+        chain.daemon._settings["PROXY_LISTEN"] = listen  # noqa: SLF001
+        chain.daemon.url = f"https://127.0.0.1:{chain.daemon.port}"
+        chain.daemon.restart()
+        chain.daemon.process.stop()
+
+
+class TestSystemdSocket:
+    """
+    A socket that systemd has bound.
+    """
+
+    @pytest.fixture
+    def process(self, make_chain: MakeChain, equipment: Equipment, tmp_path: Path) -> Iterator[tuple[Process, Path]]:
+        """
+        Start the daemon as systemd does when the first client comes.
+        """
+        activate = shutil.which("systemd-socket-activate", path=PATH)
+        assert activate is not None, "not installed: systemd; run tests/e2e/install-packages.sh"
+        path = tmp_path / "socket"
+        chain = make_chain()
+        listen = "systemd:domain=UNIX:index=0"
+        settings = standard_settings(chain.front_url) | SEVERAL | {"PROXY_LISTEN": listen}
+        given = {name: value for name, value in settings.items() if value} | {
+            "PROXY_CACHE_DIR": str(tmp_path / "cache")
+        }
+        flags = [f"--setenv={name}={value}" for name, value in given.items()]
+        argv = [
+            activate,
+            f"--listen={path}",
+            "--fdname=proxy",
+            *flags,
+            str(equipment.twistd),
+            "-n",
+            "--pidfile=",
+            "ecr-proxy",
+        ]
+        process = Process(argv, environment(tmp_path, given), tmp_path / "activated.log", tmp_path)
+        process.wait_until(path.exists)
+        yield process, path
+        process.stop()
+
+    def test_is_served_by_workers(self, process: tuple[Process, Path]) -> None:
+        """
+        The socket that was handed to the first process is handed on.
+        """
+        activated, path = process
+        activated.wait_until(lambda: TestUnixSocket.ready(path))
+        pids = children(activated.pid)
+        assert len(pids) == 2
+        assert activated.terminate() == 0
+        assert not any(map(alive, pids))

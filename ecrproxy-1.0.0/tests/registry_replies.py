@@ -1,0 +1,315 @@
+"""
+What the stand-in for ECR answers: the registry, and the two AWS calls.
+
+Everything in here decides, nothing in here sends: an L{Asked} goes in and a
+L{Reply} comes out. Time is read from the clock one is handed.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final, Literal
+from urllib.parse import parse_qs, quote, unquote
+
+from twisted.internet.interfaces import IReactorTime
+
+from tests.registry_bucket import Urls
+from tests.registry_content import OCI_INDEX, Repository, digest_of, negotiated
+from tests.registry_http import Asked, Quirks, Reply, account_of
+
+TARGET: Final = "AmazonEC2ContainerRegistry_V20150921.GetAuthorizationToken"
+EXPIRED: Final = "Your authorization token has expired. Reauthenticate and try again."
+_ROUTE: Final = re.compile(r"/v2/(?P<name>.+)/(?:(?P<kind>manifests|blobs|referrers)/(?P<reference>[^/]+)|tags/list)")
+
+
+def registry_error(status: int, code: str, message: str) -> Reply:
+    """
+    An error the way the distribution specification writes it.
+    """
+    body = json.dumps({"errors": [{"code": code, "message": message}]}).encode()
+    return Reply(status, {"Content-Type": "application/json; charset=utf-8"}, body)
+
+
+def api_error(status: int, kind: str, message: str) -> Reply:
+    """
+    An error the way AWS writes it in its JSON protocol.
+    """
+    body = json.dumps({"__type": kind, "message": message}).encode()
+    return Reply(status, {"Content-Type": "application/x-amz-json-1.1"}, body)
+
+
+def named_in(path: str) -> tuple[str, str]:
+    """
+    The repository and the digest a registry path is about; empty where there is none.
+    """
+    route = _ROUTE.fullmatch(unquote(path))
+    if route is None:
+        return "", ""
+    reference = route["reference"] or ""
+    return route["name"], reference if ":" in reference else ""
+
+
+@dataclass
+class Tokens:
+    """
+    The registry tokens that were given out, and what becomes of each.
+    """
+
+    clock: IReactorTime
+    quirks: Quirks
+    _until: dict[str, float] = field(default_factory=dict)
+
+    def issue(self) -> tuple[str, float]:
+        """
+        Give out a new token, and say when it ends.
+        """
+        until = self.clock.seconds() + self.quirks.token_lifetime
+        serial = f"{len(self._until):08d}"
+        payload = serial + "A" * max(0, self.quirks.token_padding - len(serial))
+        secret = {"payload": payload, "version": "2", "type": "DATA_KEY", "expiration": until}
+        password = base64.b64encode(json.dumps(secret).encode()).decode()
+        token = base64.b64encode(f"AWS:{password}".encode()).decode()
+        self._until[token] = until
+        return token, until
+
+    def issued(self) -> list[str]:
+        """
+        All that were given out and are remembered.
+        """
+        return list(self._until)
+
+    def expire(self) -> None:
+        """
+        End all of them now.
+        """
+        self._until = dict.fromkeys(self._until, float("-inf"))
+
+    def forget(self) -> None:
+        """
+        Make as if none was ever given out.
+        """
+        self._until.clear()
+
+    def refusal(self, authorization: str | None, registry: str) -> Reply | None:
+        """
+        Why the registry turns a request away for its Authorization header, if it does.
+        """
+        if authorization is None:
+            challenge = f'Basic realm="{registry}/",service="ecr.amazonaws.com"'
+            headers = {"Content-Type": "text/plain; charset=utf-8", "WWW-Authenticate": challenge}
+            return Reply(401, headers, b"Not Authorized\n")
+        scheme, _, token = authorization.partition(" ")
+        until = self._until.get(token) if scheme.lower() == "basic" else None
+        if until is None:
+            return Reply(400, {"Content-Type": "text/plain; charset=utf-8"}, b"Bad Request\n")
+        if self.clock.seconds() >= until:
+            return registry_error(403, "DENIED", EXPIRED)
+        return None
+
+
+@dataclass(frozen=True)
+class RegistrySide:
+    """
+    The registry's half of ECR: who may ask, what is there, and where the bytes are.
+    """
+
+    url: str
+    repositories: Mapping[str, Repository]
+    corrupted: Mapping[str, bytes]
+    tokens: Tokens
+    urls: Urls
+    quirks: Quirks
+
+    def reply(self, asked: Asked) -> Reply:
+        """
+        Answer one request.
+        """
+        refusal = self.tokens.refusal(asked.headers.get("authorization"), self.url)
+        if refusal is not None:
+            return refusal
+        if asked.method not in ("GET", "HEAD"):
+            return registry_error(405, "UNSUPPORTED", "The operation is unsupported.")
+        path = unquote(asked.path)
+        if path in ("/v2", "/v2/"):
+            return Reply(200, {"Content-Type": "text/plain; charset=utf-8"})
+        if path == "/v2/_catalog":
+            return self._catalog(asked)
+        route = _ROUTE.fullmatch(path)
+        if route is None:
+            return Reply(404, {"Content-Type": "text/plain; charset=utf-8"}, b"404 page not found\n")
+        return self._about(route["name"], route["kind"], route["reference"], asked)
+
+    def _about(self, name: str, kind: str | None, reference: str, asked: Asked) -> Reply:
+        """
+        Answer a request about one repository.
+        """
+        repository = self.repositories.get(name)
+        if repository is None:
+            text = f"The repository with name '{name}' does not exist in the registry with id"
+            return registry_error(404, "NAME_UNKNOWN", f"{text} '{account_of(self.url)}'")
+        if kind == "manifests":
+            return self._manifest(repository, reference, asked)
+        if kind == "blobs":
+            return self._blob(name, repository, reference, asked)
+        if kind == "referrers":
+            return _referrers(repository, reference, asked)
+        return self._tags(name, repository, asked)
+
+    def _manifest(self, repository: Repository, reference: str, asked: Asked) -> Reply:
+        by_digest = ":" in reference
+        digest = reference if by_digest else repository.tags.get(reference, "")
+        found = repository.manifests.get(digest)
+        if found is None:
+            return registry_error(404, "MANIFEST_UNKNOWN", "Requested image not found")
+        if not by_digest:
+            found = negotiated(found, asked.headers.get("accept"))
+        headers = {"Content-Type": found.media_type}
+        if asked.method == "HEAD":  # a GET lacks it, see aws/containers-roadmap#1931
+            headers["Docker-Content-Digest"] = found.digest
+            return Reply(200, headers, found.data)
+        return Reply(200, headers, self.corrupted.get(found.digest, found.data))
+
+    def _blob(self, name: str, repository: Repository, digest: str, asked: Asked) -> Reply:
+        if digest not in repository.blobs:
+            return registry_error(404, "BLOB_UNKNOWN", "blob unknown to registry")
+        if asked.method == "HEAD" and self.quirks.blob_head == 401:
+            return self.tokens.refusal(None, self.url) or Reply(401)
+        if asked.method == "HEAD" and self.quirks.blob_head == 200:
+            headers = {"Content-Type": "application/octet-stream", "Docker-Content-Digest": digest}
+            return Reply(200, headers, repository.blobs[digest])
+        return Reply(307, {"Location": self.urls.sign(name, digest)})
+
+    def _tags(self, name: str, repository: Repository, asked: Asked) -> Reply:
+        size = _page_size(asked, self.quirks.page_size)
+        if isinstance(size, Reply):
+            return size
+        last = parse_qs(asked.query).get("last", [""])[0]
+        names = repository.tag_names()
+        try:
+            start = _place(last, names) if last else 0
+        except ValueError:
+            return _invalid("nextToken", "Invalid token")
+        page = names[start : start + size]
+        headers = {"Content-Type": "text/plain; charset=utf-8"}
+        if start + size < len(names):
+            limit = f"&n={size}" if "n=" in asked.query else ""
+            following = f"{self.url}/v2/{name}/tags/list?last={_page_token(page[-1])}{limit}"
+            headers["Link"] = f'<{following}>; rel="next"'
+        return Reply(200, headers, json.dumps({"name": name, "tags": page}).encode())
+
+    def _catalog(self, asked: Asked) -> Reply:
+        size = _page_size(asked, self.quirks.page_size)
+        if isinstance(size, Reply):
+            return size
+        if "last=" in asked.query:
+            return registry_error(405, "UNSUPPORTED", "The operation is unsupported.")
+        names = {"repositories": sorted(self.repositories)[:size]}
+        return Reply(200, {"Content-Type": "text/plain; charset=utf-8"}, json.dumps(names).encode())
+
+
+def _invalid(parameter: str, why: str) -> Reply:
+    """
+    ECR's own words for a query it does not like.
+    """
+    text = f"Invalid parameter at '{parameter}' failed to satisfy constraint: '{why}'"
+    return registry_error(400, "UNSUPPORTED", text)
+
+
+def _page_size(asked: Asked, default: int) -> int | Reply:
+    """
+    How many names fit a page, or why ECR refuses to say: it does not clamp n.
+    """
+    given = parse_qs(asked.query, keep_blank_values=True).get("n", [str(default)])[0]
+    if not given.isascii() or not given.isdigit() or int(given) < 1:
+        return _invalid("maxResults", "Member must have value greater than or equal to 1")
+    if int(given) > 1000:
+        return _invalid("maxResults", "Member must have value less than or equal to 1000")
+    return int(given)
+
+
+def _page_token(last: str) -> str:
+    """
+    A long opaque word that breaks when it is decoded twice: it holds a plus and an equals sign.
+    """
+    # "~" as the third byte of a group of three becomes "+"; one byte over a group becomes "==".
+    text = f"{digest_of(last.encode())}{digest_of(last.encode(), 'sha512')}~~~|{last}|"
+    text += "x" * ((1 - len(text.encode())) % 3)
+    return quote(base64.b64encode(text.encode()).decode(), safe="")
+
+
+def _place(token: str, names: list[str]) -> int:
+    """
+    Where the page after L{_page_token} starts; ValueError for a word that is none.
+    """
+    text = base64.b64decode(token, validate=True).decode()
+    _, last, _ = text.split("|")
+    return names.index(last) + 1
+
+
+def _referrers(repository: Repository, digest: str, asked: Asked) -> Reply:
+    """
+    An index of what refers to a digest; an empty one where nothing does.
+    """
+    found = list(repository.referrers(digest))
+    headers = {"Content-Type": OCI_INDEX}
+    wanted = parse_qs(asked.query).get("artifactType", [""])[0]
+    if wanted:
+        found = [descriptor for descriptor in found if descriptor["artifactType"] == wanted]
+        headers["OCI-Filters-Applied"] = "artifactType"
+    index = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": found}
+    return Reply(200, headers, json.dumps(index).encode())
+
+
+@dataclass(frozen=True)
+class ApiSide:
+    """
+    The two AWS calls a proxy makes: a registry token from ECR, and "who am I" from STS.
+    """
+
+    registry: str
+    tokens: Tokens
+
+    def reply(self, asked: Asked) -> Reply:
+        """
+        Answer one call, of either of the two protocols AWS speaks here.
+        """
+        signed = asked.headers.get("authorization", "").startswith("AWS4-HMAC-SHA256 ")
+        if asked.method != "POST" or asked.path != "/":
+            return api_error(404, "UnknownOperationException", "no such operation")
+        if "x-amz-target" in asked.headers:
+            return self._ecr(asked, signed=signed)
+        return self._sts(asked, signed=signed)
+
+    def _ecr(self, asked: Asked, *, signed: bool) -> Reply:
+        if asked.headers["x-amz-target"] != TARGET:
+            return api_error(400, "UnknownOperationException", "no such operation")
+        if not signed:
+            return api_error(400, "MissingAuthenticationTokenException", "Missing Authentication Token")
+        token, until = self.tokens.issue()
+        answer = {"authorizationToken": token, "expiresAt": until, "proxyEndpoint": self.registry}
+        body = json.dumps({"authorizationData": [answer]}).encode()
+        return Reply(200, {"Content-Type": "application/x-amz-json-1.1"}, body)
+
+    def _sts(self, asked: Asked, *, signed: bool) -> Reply:
+        called = parse_qs(asked.body.decode("latin-1")).get("Action", [""])[0]
+        if called != "GetCallerIdentity":
+            return _sts_reply(400, "Error", "<Code>InvalidAction</Code>")
+        if not signed:
+            return _sts_reply(403, "Error", "<Code>MissingAuthenticationToken</Code>")
+        account = account_of(self.registry)
+        arn = f"arn:aws:iam::{account}:user/stand-in"
+        inner = f"<Arn>{arn}</Arn><UserId>AIDASTANDIN</UserId><Account>{account}</Account>"
+        return _sts_reply(200, "GetCallerIdentityResult", inner)
+
+
+def _sts_reply(status: int, element: Literal["Error", "GetCallerIdentityResult"], inner: str) -> Reply:
+    """
+    One answer in the XML of AWS's query protocol.
+    """
+    root = "ErrorResponse" if element == "Error" else "GetCallerIdentityResponse"
+    xml = f'<{root} xmlns="https://sts.amazonaws.com/doc/2011-06-15/"><{element}>{inner}</{element}></{root}>'
+    return Reply(status, {"Content-Type": "text/xml"}, xml.encode())

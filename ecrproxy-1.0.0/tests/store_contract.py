@@ -1,0 +1,356 @@
+"""
+What any store must do, whatever it is made of: a store's tests begin with a subclass of L{StoreContract}.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from twisted.trial.unittest import SynchronousTestCase
+
+from ecrproxy.cache.content import DigestMismatchError
+from ecrproxy.cache.entries import Confirmed, Entry, entry_name
+from ecrproxy.cache.store import Store
+from ecrproxy.oci import Descriptor, Digest, Route, parse_route
+
+START = 1_767_225_600.0
+"""A moment in January 2026: dates before 1970 or at 1970 hide mistakes."""
+MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
+INDEX_TYPE = "application/vnd.oci.image.index.v1+json"
+ANY: frozenset[str] = frozenset()
+
+
+def failing(number: int) -> Callable[..., Any]:
+    """
+    Make a system call that fails.
+    """
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+def scratch(case: SynchronousTestCase) -> Path:
+    """
+    Name a directory that is not there yet, and won't be when the test is over.
+    """
+    folder = tempfile.mkdtemp(prefix="ecrproxy-")
+    case.addCleanup(shutil.rmtree, folder)
+    return Path(folder) / "scratch"
+
+
+def confirmed(data: bytes = b"manifest", when: float = START, media_type: str = MANIFEST_TYPE) -> Confirmed:
+    """
+    Make an answer of ECR's that leads to C{data}.
+    """
+    return Confirmed(Descriptor(media_type, Digest.of(data), len(data)), when)
+
+
+def entry_of(route: Route, *answers: Confirmed) -> Entry:
+    """
+    Make what C{route} led to.
+    """
+    return Entry(
+        route.kind,
+        route.repository,
+        route.reference,
+        {frozenset({each.descriptor.media_type}): each for each in answers},
+    )
+
+
+def put(store: Store, data: bytes, algorithm: str = "sha256") -> Digest:
+    """
+    Bring C{data} into a store as a transfer does.
+    """
+    digest = Digest.of(data, algorithm)
+    writer = store.writer(digest, len(data))
+    writer.write(0, [data])
+    writer.commit()
+    writer.close()
+    return digest
+
+
+def read(store: Store, digest: Digest, size: int | None = None) -> bytes | None:
+    """
+    Read content as an answer does; none for a miss.
+    """
+    content = store.open(digest, size)
+    if content is None:
+        return None
+    try:
+        return content.read()
+    finally:
+        content.close()
+
+
+class StoreContract(SynchronousTestCase):
+    """
+    A store gives back what was brought into it, verified, or nothing.
+    """
+
+    def make_store(self) -> Store:
+        """
+        Make an empty store whose clock says C{START}.
+        """
+        raise NotImplementedError
+
+    def setUp(self) -> None:
+        """
+        An empty store.
+        """
+        self.store = self.make_store()
+
+    def test_an_empty_store_has_nothing(self) -> None:
+        """
+        What never came is a miss, for content and for entries.
+        """
+        route = parse_route("/v2/a/manifests/latest")
+        self.assertFalse(self.store.has(Digest.of(b"x")))
+        self.assertIsNone(self.store.open(Digest.of(b"x")))
+        self.assertIsNone(self.store.open(Digest.of(b"x"), 1))
+        self.assertIsNone(self.store.entry(entry_name("key", route), route))
+
+    def test_what_was_committed_is_given_back(self) -> None:
+        """
+        Content is found by its digest, of both algorithms, whether or not its size is known.
+        """
+        for algorithm in ("sha256", "sha512"):
+            digest = put(self.store, b"some content", algorithm)
+            self.assertTrue(self.store.has(digest))
+            self.assertEqual(b"some content", read(self.store, digest))
+            self.assertEqual(b"some content", read(self.store, digest, 12))
+
+    def test_open_content_knows_its_size_and_is_read_at_offsets(self) -> None:
+        """
+        An answer announces the length and sends any range.
+        """
+        digest = put(self.store, b"0123456789")
+        content = self.store.open(digest)
+        assert content is not None
+        self.addCleanup(content.close)
+        self.assertEqual(10, content.size)
+        with open(content.fileno(), "rb", closefd=False) as file:
+            file.seek(7)
+            self.assertEqual(b"789", file.read())
+
+    def test_empty_content_is_content(self) -> None:
+        """
+        Of nothing, too, there is a digest.
+        """
+        digest = put(self.store, b"")
+        self.assertTrue(self.store.has(digest))
+        self.assertEqual(b"", read(self.store, digest, 0))
+
+    def test_pieces_come_together(self) -> None:
+        """
+        Content arrives in pieces of any size, of which some may be empty.
+        """
+        data = bytes(range(256)) * 300
+        writer = self.store.writer(Digest.of(data), len(data))
+        writer.write(0, [data[:1], b"", data[1:1000]])
+        self.assertEqual(1000, writer.hashed)
+        writer.write(1000, [data[1000:]])
+        self.assertEqual(len(data), writer.hashed)
+        writer.commit()
+        writer.close()
+        self.assertEqual(data, read(self.store, Digest.of(data)))
+
+    def test_what_has_arrived_is_read_while_more_arrives(self) -> None:
+        """
+        Clients follow a transfer through the file that it goes into.
+        """
+        writer = self.store.writer(Digest.of(b"first second"), 12)
+        self.addCleanup(writer.discard)
+        writer.write(0, [b"first "])
+        with open(writer.fileno(), "rb", closefd=False) as file:
+            self.assertEqual(b"first ", file.read(writer.hashed))
+
+    def test_a_transfers_hash_can_be_carried_on_elsewhere(self) -> None:
+        """
+        A transfer that loses its disk is verified all the same.
+        """
+        digest = Digest.of(b"first second")
+        writer = self.store.writer(digest, 12)
+        self.addCleanup(writer.discard)
+        writer.write(0, [b"first "])
+        state = writer.hash()
+        state.update(b"second")
+        self.assertEqual(digest.hex, state.hexdigest())
+        self.assertNotEqual(digest.hex, writer.hash().hexdigest())
+
+    def test_what_is_arriving_is_not_there_yet(self) -> None:
+        """
+        Until it is verified whole, nobody finds content by its digest.
+        """
+        digest = Digest.of(b"whole")
+        writer = self.store.writer(digest, 5)
+        self.addCleanup(writer.discard)
+        writer.write(0, [b"whole"])
+        self.assertFalse(self.store.has(digest))
+        self.assertIsNone(self.store.open(digest))
+        writer.commit()
+        self.assertTrue(self.store.has(digest))
+
+    def test_what_is_not_what_its_digest_names_never_gets_in(self) -> None:
+        """
+        Wrong, missing and surplus bytes are refused, and leave nothing that could be found.
+        """
+        digest = Digest.of(b"right")
+        for wrong in ([b"wrong"], [b"righ"], [b"right", b"!"], []):
+            writer = self.store.writer(digest, 5)
+            writer.write(0, wrong)
+            self.assertRaises(DigestMismatchError, writer.verify)
+            self.assertRaises(DigestMismatchError, writer.commit)
+            writer.discard()
+            self.assertFalse(self.store.has(digest))
+            self.assertIsNone(self.store.open(digest))
+
+    def test_what_was_announced_too_long_is_cut(self) -> None:
+        """
+        Content has the bytes that its digest names, whatever length was announced.
+        """
+        digest = Digest.of(b"short")
+        writer = self.store.writer(digest, 5000)
+        writer.write(0, [b"short"])
+        writer.commit()
+        writer.close()
+        self.assertEqual(b"short", read(self.store, digest, 5))
+
+    def test_what_was_announced_too_short_still_gets_in(self) -> None:
+        """
+        The digest alone decides.
+        """
+        digest = Digest.of(b"longer")
+        writer = self.store.writer(digest, 2)
+        writer.write(0, [b"longer"])
+        writer.commit()
+        writer.close()
+        self.assertEqual(b"longer", read(self.store, digest))
+
+    def test_two_transfers_of_one_digest_do_not_meet(self) -> None:
+        """
+        Each has its own place; either one's end leaves the other and the content alone.
+        """
+        digest = Digest.of(b"same")
+        one, other = self.store.writer(digest, 4), self.store.writer(digest, 4)
+        one.write(0, [b"sa"])
+        other.write(0, [b"same"])
+        other.commit()
+        other.close()
+        one.discard()
+        self.assertEqual(b"same", read(self.store, digest))
+
+    def test_committing_again_changes_nothing(self) -> None:
+        """
+        The same content may come twice, and who reads it meanwhile reads on.
+        """
+        digest = put(self.store, b"same")
+        content = self.store.open(digest)
+        assert content is not None
+        self.addCleanup(content.close)
+        put(self.store, b"same")
+        self.assertEqual(b"same", content.read())
+        self.assertEqual(b"same", read(self.store, digest))
+
+    def test_discarding_after_the_commit_takes_nothing_back(self) -> None:
+        """
+        What is content stays content; letting go twice is no mistake.
+        """
+        digest = Digest.of(b"kept")
+        writer = self.store.writer(digest, 4)
+        writer.write(0, [b"kept"])
+        writer.commit()
+        writer.discard()
+        writer.discard()
+        writer.close()
+        self.assertEqual(b"kept", read(self.store, digest))
+
+    def test_letting_go_of_content_twice_is_no_mistake(self) -> None:
+        """
+        A client that leaves while its answer ends lets go from two sides.
+        """
+        digest = put(self.store, b"x")
+        content = self.store.open(digest)
+        assert content is not None
+        content.close()
+        content.close()
+        self.assertEqual(b"x", read(self.store, digest))
+
+    def test_removed_content_is_gone_but_for_who_reads_it(self) -> None:
+        """
+        Evicting content cuts no answer short.
+        """
+        digest = put(self.store, b"evicted")
+        content = self.store.open(digest)
+        assert content is not None
+        self.addCleanup(content.close)
+        self.store.remove(self.store.content_path(digest))
+        self.assertFalse(self.store.has(digest))
+        self.assertIsNone(self.store.open(digest))
+        self.assertEqual(b"evicted", content.read())
+
+    def test_removing_what_is_not_there_is_no_mistake(self) -> None:
+        """
+        Two who drop the same thing don't hinder each other.
+        """
+        self.store.remove(self.store.content_path(Digest.of(b"x")))
+        self.store.forget("0" * 64)
+
+    def test_content_of_a_wrongly_described_size_is_served(self) -> None:
+        """
+        A descriptor may lie about the size; the digest does not.
+        """
+        digest = put(self.store, b"right content")
+        self.assertEqual(b"right content", read(self.store, digest, 5))
+        self.assertTrue(self.store.has(digest))
+
+    def test_an_entry_is_given_back_as_it_was_saved(self) -> None:
+        """
+        Every answer is there again, each for its Accept set, with its type, digest, size and time.
+        """
+        route = parse_route("/v2/team/a/manifests/latest")
+        saved = entry_of(route, confirmed(b"one", START + 0.25), confirmed(b"two", START, INDEX_TYPE)).with_answer(
+            ANY, confirmed(b"three")
+        )
+        self.store.save(entry_name("key", route), saved)
+        self.assertEqual(saved, self.store.entry(entry_name("key", route), route))
+
+    def test_a_saved_entry_replaces_the_one_before(self) -> None:
+        """
+        The latest word counts.
+        """
+        route = parse_route("/v2/a/manifests/latest")
+        name = entry_name("key", route)
+        for data in (b"old", b"new"):
+            self.store.save(name, entry_of(route, confirmed(data)))
+        self.assertEqual(entry_of(route, confirmed(b"new")), self.store.entry(name, route))
+
+    def test_a_forgotten_entry_is_a_miss(self) -> None:
+        """
+        What ECR has no more is dropped.
+        """
+        route = parse_route("/v2/a/manifests/latest")
+        self.store.save("0" * 64, entry_of(route, confirmed()))
+        self.store.forget("0" * 64)
+        self.assertIsNone(self.store.entry("0" * 64, route))
+
+    def test_an_entry_of_something_else_is_a_miss(self) -> None:
+        """
+        An entry in the wrong place gives no repository, tag or kind the answer of another.
+        """
+        route = parse_route("/v2/a/manifests/latest")
+        self.store.save("0" * 64, entry_of(route, confirmed()))
+        for other in (
+            "/v2/b/manifests/latest",
+            "/v2/a/manifests/older",
+            f"/v2/a/manifests/{Digest.of(b'x')}",
+            f"/v2/a/blobs/{Digest.of(b'x')}",
+        ):
+            self.assertIsNone(self.store.entry("0" * 64, parse_route(other)), other)
+        self.assertIsNotNone(self.store.entry("0" * 64, route))

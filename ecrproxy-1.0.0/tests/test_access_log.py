@@ -1,0 +1,321 @@
+"""
+A line a request, gathered in a rush; an id for each, in its answer and its line.
+"""
+
+from __future__ import annotations
+
+from twisted.internet.task import Clock
+from twisted.logger import capturedLogs, formatEvent
+from twisted.trial.unittest import SynchronousTestCase
+
+from ecrproxy.http.access_log import GATHER_SECONDS, AccessLine, AccessLog
+from ecrproxy.http.web import printable
+from ecrproxy.request_id import LONGEST, choose_id
+from ecrproxy.stopwatch import Stopwatch
+from tests.daemon import DaemonTestCase, noise
+from tests.test_relay import RelayTestCase
+
+
+def line_of(path: str) -> AccessLine:
+    return AccessLine(0, "192.0.2.7", "GET", path, 200, 5, 0.25, "MISS", "first-use", 0.125, "abc", aborted=False)
+
+
+def text_of(path: str) -> str:
+    return f"192.0.2.7 GET {path} 200 5 bytes 0.250 s MISS first-use upstream 0.125 s id abc"
+
+
+class AccessLogTests(SynchronousTestCase):
+    def setUp(self) -> None:
+        self.clock = Clock()
+        self.access_log = AccessLog(self.clock)
+
+    def logged(self, *paths: str, seconds: float = 0) -> list[str | None]:
+        """
+        Write lines, let time pass, and tell what was logged.
+        """
+        with capturedLogs() as events:
+            for path in paths:
+                self.access_log.write(line_of(path))
+            self.clock.advance(seconds)
+        return [formatEvent(event) for event in events]
+
+    def test_a_line_by_itself_is_logged_at_once(self) -> None:
+        """
+        Who looks at the log of a quiet daemon sees each request as it is answered.
+        """
+        for path in ("/one", "/two"):
+            self.assertEqual([text_of(path)], self.logged(path))
+            self.assertEqual([], self.logged(seconds=GATHER_SECONDS))
+        self.assertEqual([], self.clock.getDelayedCalls())
+
+    def test_a_rush_is_gathered(self) -> None:
+        """
+        Lines that follow soon are logged together, in order, a moment later, none lost and none twice.
+        """
+        paths = [f"/{number}" for number in range(100)]
+        self.assertEqual([text_of("/0")], self.logged(*paths))
+        self.assertEqual(["\n".join(map(text_of, paths[1:]))], self.logged(seconds=GATHER_SECONDS))
+        self.assertEqual([], self.logged("/more"))
+        self.assertEqual([text_of("/more")], self.logged(seconds=GATHER_SECONDS))
+        self.assertEqual([], self.logged(seconds=GATHER_SECONDS))
+        self.assertEqual([text_of("/again")], self.logged("/again"))
+
+    def test_a_line_is_not_a_template(self) -> None:
+        """
+        Braces in a client's path are text.
+        """
+        self.assertEqual([text_of("/{secret}")], self.logged("/{secret}"))
+
+    def test_what_is_not_there_is_a_dash(self) -> None:
+        """
+        So that each word has its place.
+        """
+        line = AccessLine(0, "", "GET", "/", 0, 0, 0, "-", "-", 0, "abc", aborted=True)
+        self.assertEqual("- GET / - 0 bytes 0.000 s - - upstream 0.000 s id abc aborted", str(line))
+
+    def test_nothing_passes_for_anything_else(self) -> None:
+        """
+        Control characters and what is no ASCII are written as escapes.
+        """
+        self.assertEqual(r"/a\x1b[2J\x7f\xff", printable(b"/a\x1b[2J\x7f\xff"))
+
+
+class IdTests(SynchronousTestCase):
+    """
+    Which ids are taken.
+    """
+
+    def test_sane_ones_are_kept(self) -> None:
+        """
+        Those of load balancers, tracers and people; as long as they may be.
+        """
+        for shown in (b"7", b"9f86d081-884c-4d63-a5b6-3f0c8c3f8b8e", b"1-67891233:abc/def=+@x_y.z", b"a" * LONGEST):
+            self.assertEqual(shown.decode(), choose_id([shown], self.fail))
+
+    def test_others_are_replaced(self) -> None:
+        """
+        None, several, too long, and what could break a line, a header or a page.
+        """
+        for shown in (
+            [],
+            [b"a", b"b"],
+            [b""],
+            [b"a" * (LONGEST + 1)],
+            [b"a b"],
+            [b"a\x1b"],
+            [b"<a>"],
+            [b"\xe9"],
+            [b"-a"],
+            [b"{a}"],
+        ):
+            self.assertEqual("new", choose_id(shown, lambda: "new"))
+
+
+class StopwatchTests(SynchronousTestCase):
+    """
+    Seconds in several turns.
+    """
+
+    def test_turns_are_added(self) -> None:
+        """
+        What was not waited for is not counted; to start or stop twice changes nothing.
+        """
+        clock = Clock()
+        watch = Stopwatch(clock.seconds)
+        for counted in (True, True, False):
+            watch.stop()
+            watch.start()
+            clock.advance(2)
+            watch.start()
+            clock.advance(1)
+            watch.stop(counted=counted)
+            clock.advance(10)
+        self.assertEqual(6, watch.seconds)
+
+
+class LinesTests(DaemonTestCase):
+    """
+    What the daemon tells of requests.
+    """
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.data = noise("blob", 300_000)
+        self.digest = self.standin.push_blob("team/app", self.data)
+        self.blob = f"/v2/team/app/blobs/{self.digest}"
+
+    def lines(self) -> list[AccessLine]:
+        """
+        Give the lines since this was last asked.
+        """
+        self.pass_time(GATHER_SECONDS)
+        found = [line for event in self.events for line in getattr(event.get("lines"), "lines", ())]
+        self.events.clear()
+        return found
+
+    def line(self) -> AccessLine:
+        (line,) = self.lines()
+        return line
+
+    def test_each_request_has_its_line(self) -> None:
+        """
+        With all that is known of it, and without its query.
+        """
+        self.get(f"{self.blob}?secret=1", X_Request_Id="story-1")
+        line = self.line()
+        told = ("GET", self.blob, 200, 300_000, "MISS", "first-use", "story-1", False)
+        self.assertEqual(
+            told, (line.method, line.path, line.status, line.size, line.cache, line.reason, line.request, line.aborted)
+        )
+        self.get("/v2/team/app/manifests/missing")
+        line = self.line()
+        self.assertEqual((404, "-", "not-found"), (line.status, line.cache, line.reason))
+
+    def test_every_answer_has_the_id_of_its_line(self) -> None:
+        """
+        Content, errors, health, and what is refused before it is a request.
+        """
+        for method, path in (
+            ("GET", self.blob),
+            ("HEAD", self.blob),
+            ("GET", "/v2/"),
+            ("GET", "/v2/team/app/manifests/missing"),
+            ("POST", "/v2/"),
+            ("GET", "/healthz"),
+            ("GET", "/readyz"),
+            ("GET", "/nothing"),
+        ):
+            reply = self.daemon.ask(method, path)
+            self.assertEqual(reply.header("X-Request-Id"), self.line().request)
+            self.assertEqual("mine", self.daemon.ask(method, path, X_Request_Id="mine").header("X-Request-Id"))
+            self.assertEqual("mine", self.line().request)
+        for asked, status in (
+            (b"GET / HTTP/1.1\r\n\r\n", 400),
+            (b"PUT / HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\n\r\n", 405),
+        ):
+            answer, line = self.daemon.raw(asked), self.line()
+            self.assertIn(f"\r\nX-Request-Id: {line.request}\r\n".encode(), answer)
+            self.assertEqual((status, "bad-request"), (line.status, line.reason))
+
+    def test_ids_differ(self) -> None:
+        """
+        Each request that brings none has one of its own.
+        """
+        ids = {self.get("/v2/").header("X-Request-Id") for _ in range(100)}
+        self.assertEqual(100, len(ids))
+
+    def test_upstream_seconds_are_those_of_waiting_for_it(self) -> None:
+        """
+        For the answer and for bytes; not those in which the client takes nothing, and none on hits.
+        """
+        self.standin.hold(self.digest)
+        self.standin.throttle("registry", times=1, retry_after="3")
+        reply = self.get(self.blob)
+        self.pass_time(4)
+        self.standin.deliver(self.digest, 100_000)
+        self.flush()
+        self.pass_time(2)
+        reply.stop_reading()
+        self.standin.release(self.digest)
+        self.flush()
+        self.pass_time(5)
+        reply.read_on()
+        self.flush()
+        self.assertWhole(reply, self.data, "MISS")
+        line = self.line()
+        self.assertEqual((6, 11), (int(line.upstream), int(line.seconds)))
+        self.get(self.blob)
+        self.assertEqual(0, self.line().upstream)
+
+    def test_a_failure_was_waited_for(self) -> None:
+        """
+        An error that took long tells where the time went.
+        """
+        self.standin.hang("registry")
+        self.daemon.send("GET", "/v2/team/app/tags/list")
+        self.pass_time(31)
+        line = self.line()
+        self.assertEqual((504, "unreachable", 30), (line.status, line.reason, int(line.upstream)))
+
+    def test_a_client_that_leaves_has_its_line(self) -> None:
+        """
+        With what it got until then; and is counted.
+        """
+        self.standin.hold(self.digest)
+        reply = self.get(self.blob)
+        self.standin.deliver(self.digest, 100_000)
+        self.flush()
+        self.pass_time(2)
+        reply.leave()
+        self.flush()
+        line = self.line()
+        self.assertEqual((200, 100_000, "MISS", True, 2), (*line[4:6], line.cache, line.aborted, int(line.upstream)))
+        self.assertEqual(1, self.counted(status="200", cache="MISS"))
+        self.standin.release(self.digest)
+        self.flush()
+
+    def counted(self, *, status: str, cache: str) -> float:
+        labels = f'cache="{cache}",method="GET",route="blob",status="{status}"'
+        return self.daemon.figure(f"ecr_proxy_requests_total{{{labels}}}")
+
+    def test_a_client_that_leaves_before_its_answer_has_no_status(self) -> None:
+        """
+        It was sent none.
+        """
+        self.standin.hang("registry")
+        reply = self.daemon.send("GET", self.blob)
+        self.flush()
+        self.pass_time(2)
+        reply.leave()
+        self.flush()
+        line = self.line()
+        self.assertEqual((0, 0, True, 2), (line.status, line.size, line.aborted, int(line.upstream)))
+        self.assertEqual(1, self.counted(status="-", cache="-"))
+
+    def test_an_answer_that_is_broken_off_has_its_line(self) -> None:
+        """
+        As one with a wrong digest: all but its last byte was sent.
+        """
+        self.standin.corrupt(self.digest, self.data[::-1])
+        self.assertBroken(self.get(self.blob), self.data[::-1])
+        line = self.line()
+        self.assertEqual((200, 299_999, True), (line.status, line.size, line.aborted))
+        self.assertEqual(1, self.counted(status="200", cache="MISS"))
+
+    def test_nobody_who_asked_for_nothing_has_a_line(self) -> None:
+        """
+        Connections that are opened and closed, or left in the middle of a head, are no requests.
+        """
+        for sent in (b"", b"GET / HT", b"GET / HTTP/1.1\r\nHost: a\r\n"):
+            self.daemon.raw(sent)
+            self.daemon.front.ends[-1][0].abortConnection()
+            self.flush()
+        self.assertEqual([], self.lines())
+
+
+class WorkerLinesTests(RelayTestCase):
+    """
+    With workers.
+    """
+
+    def test_the_first_process_has_the_same_id(self) -> None:
+        """
+        Whether the client brought it or the worker made it; the client is told it once.
+        """
+        for headers in ({"X_Request_Id": "mine"}, {}):
+            reply = self.get("/v2/team/app/manifests/missing", **headers)
+            self.assertEqual([reply.header("X-Request-Id")], [self.daemon.seen.pop().getHeader("X-Request-Id")])
+
+    def test_upstream_is_waited_for_by_way_of_the_first_process(self) -> None:
+        """
+        The worker's line has the seconds.
+        """
+        self.standin.hold(self.digest)
+        self.daemon.send("GET", self.blob)
+        self.flush()
+        self.pass_time(4)
+        self.standin.release(self.digest)
+        self.flush()
+        self.pass_time(GATHER_SECONDS)
+        (line,) = [line for event in self.events for line in getattr(event.get("lines"), "lines", ())]
+        self.assertEqual(("MISS", "first-use", 4), (line.cache, line.reason, int(line.upstream)))

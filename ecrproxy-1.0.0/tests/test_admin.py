@@ -1,0 +1,195 @@
+"""
+The operator's port, asked over HTTP.
+"""
+
+from __future__ import annotations
+
+from twisted.trial.unittest import SynchronousTestCase
+
+from ecrproxy.http.site import route_of
+from ecrproxy.metrics import Figures, Reading, Tally
+from tests.daemon import DaemonTestCase, noise
+
+
+class MetricsTests(DaemonTestCase):
+    """
+    /metrics, while a daemon works.
+    """
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.data = noise("metered", 300_000)
+        self.digest = self.standin.push_blob("team/app", self.data)
+        self.blob = f"/v2/team/app/blobs/{self.digest}"
+
+    def test_requests_are_told_by_route_method_status_and_cache_status(self) -> None:
+        """
+        A miss and two hits of a blob are three requests, with the bytes that clients got.
+        """
+        for _ in range(3):
+            self.get(self.blob)
+        counted = 'ecr_proxy_requests_total{cache="%s",method="GET",route="blob",status="200"}'
+        self.assertEqual(1, self.daemon.figure(counted % "MISS"))
+        self.assertEqual(2, self.daemon.figure(counted % "HIT"))
+        self.assertEqual(3 * len(self.data), self.daemon.figure('ecr_proxy_client_bytes_total{route="blob"}'))
+        self.assertEqual(3, self.daemon.figure('ecr_proxy_request_seconds_count{route="blob"}'))
+
+    def test_requests_upstream_are_told_by_kind_of_host_and_outcome(self) -> None:
+        """
+        One question to the registry, one to the bucket, and each byte once.
+        """
+        for _ in range(3):
+            self.get(self.blob)
+        told = "ecr_proxy_upstream_requests_total"
+        self.assertEqual(1, self.daemon.figure(told + '{host="registry",outcome="307"}'))
+        self.assertEqual(1, self.daemon.figure(told + '{host="bucket",outcome="206"}'))
+        received = self.daemon.figure('ecr_proxy_upstream_received_bytes_total{host="bucket"}')
+        self.assertEqual(len(self.data), received)
+
+    def test_an_upstream_that_is_not_reached_is_told(self) -> None:
+        """
+        Connections that fail are an outcome too.
+        """
+        self.standin.refuse("registry")
+        self.get("/v2/team/app/manifests/latest")
+        failed = self.daemon.figure('ecr_proxy_upstream_requests_total{host="registry",outcome="failed"}')
+        self.assertGreaterEqual(failed, 1)
+
+    def test_the_cache_tells_how_full_it_is(self) -> None:
+        """
+        Bytes, files, limit, evictions and the oldest use are read when they are asked for.
+        """
+        self.start(limit=400_000)
+        self.get(self.blob)
+        self.assertEqual(400_000, self.daemon.figure("ecr_proxy_cache_limit_bytes"))
+        self.assertEqual(self.used(), self.daemon.figure("ecr_proxy_cache_bytes"))
+        self.assertEqual(0, self.daemon.figure("ecr_proxy_cache_evictions_total"))
+        self.get(f"/v2/team/app/blobs/{self.standin.push_blob('team/app', noise('another', 300_000))}")
+        self.assertGreaterEqual(self.daemon.figure("ecr_proxy_cache_evictions_total"), 1)
+        self.assertGreater(self.daemon.figure("ecr_proxy_cache_oldest_use_timestamp_seconds"), 1e9)
+
+    def test_a_transfer_under_way_is_told(self) -> None:
+        """
+        The figure is there while it lasts, and gone when it has ended.
+        """
+        self.standin.hold(self.digest)
+        self.daemon.send("GET", self.blob)
+        self.flush()
+        self.assertEqual(1, self.daemon.figure("ecr_proxy_transfers"))
+        self.standin.release(self.digest)
+        self.flush()
+        self.assertEqual(0, self.daemon.figure("ecr_proxy_transfers"))
+
+    def test_the_token_tells_when_it_expires_and_how_often_it_was_not_had(self) -> None:
+        """
+        What an alert needs: the expiry as a time, and failures as a count.
+        """
+        self.assertGreater(self.daemon.figure("ecr_proxy_token_expiry_timestamp_seconds"), self.daemon.now())
+        self.assertEqual(0, self.daemon.figure("ecr_proxy_token_refresh_failures_total"))
+
+    def test_an_ecr_that_fails_is_told_by_tries_and_circuit(self) -> None:
+        """
+        What was asked again is counted, and which questions go to ECR is one of three states.
+        """
+        self.assertEqual(1, self.daemon.figure('ecr_proxy_circuit_state{state="closed"}'))
+        self.standin.fail("registry", status=503)
+        for name in range(5):
+            self.daemon.send("GET", f"/v2/team/app/manifests/v{name}")
+        self.pass_time(30)
+        self.assertGreaterEqual(self.daemon.figure("ecr_proxy_upstream_retries_total"), 5)
+        self.assertEqual(1, self.daemon.figure('ecr_proxy_circuit_state{state="open"}'))
+        self.assertEqual(0, self.daemon.figure('ecr_proxy_circuit_state{state="closed"}'))
+
+    def test_no_label_grows_with_what_clients_ask_for(self) -> None:
+        """
+        Whatever is asked, in whatever way, there are as many series as before.
+        """
+
+        def series() -> int:
+            return len(self.daemon.ask_admin("/metrics").body.splitlines())
+
+        for word in ("one", "two"):
+            self.get(f"/{word}")
+            self.get(f"/v2/{word}/{word}/{word}")
+            self.daemon.raw(f"{word.upper()} /v2/ HTTP/1.1\r\nHost: a\r\n\r\n".encode())
+            if word == "one":
+                before = series()
+        self.assertEqual(before, series())
+
+    def test_clients_do_not_see_it(self) -> None:
+        """
+        What is for the operator is not on the port for clients.
+        """
+        self.assertRefused(self.get("/metrics"), 404, "UNSUPPORTED")
+
+    def test_the_operators_port_tells_of_readiness_too(self) -> None:
+        """
+        So that a prober needs no other port.
+        """
+        self.assertEqual(200, self.daemon.ask_admin("/readyz").code)
+        self.assertEqual(200, self.daemon.ask_admin("/healthz").code)
+        self.assertEqual(404, self.daemon.ask_admin("/v2/").code)
+
+
+class TallyTests(SynchronousTestCase):
+    """
+    Counting, and adding up what others have counted.
+    """
+
+    def test_what_was_taken_can_be_added_elsewhere(self) -> None:
+        """
+        Two workers' counts add up to what one process would have counted, and none is told twice.
+        """
+        one, two, all_of_it, sums = Tally(), Tally(), Tally(), Tally()
+        for tally, seconds, size in ((one, 0.25, 5), (two, 0.5, 7), (one, 1024.0, 11)):
+            tally.note(("blob",), seconds, size)
+            all_of_it.note(("blob",), seconds, size)
+        for tally in (one, two, one):
+            sums.add(tally.take())
+        self.assertEqual(list(all_of_it.rows()), list(sums.rows()))
+        (row,) = sums.rows()
+        self.assertEqual((("blob",), 3, 23), row[:3])
+
+
+class FiguresTests(SynchronousTestCase):
+    """
+    Figures that parts know.
+    """
+
+    def test_several_by_label_and_one_that_is_not_there(self) -> None:
+        """
+        A reading may give a figure for each value of a label, or none for now.
+        """
+        figures = Figures("1.2.3")
+        figures.watch(
+            Reading("refused_total", "Refused", lambda: {"slow": 2, "many": 3}, "why"),
+            Reading("nothing_yet", "Nothing", lambda: None),
+        )
+        page = figures.page().decode()
+        self.assertIn('ecr_proxy_refused_total{why="many"} 3.0', page)
+        self.assertIn('ecr_proxy_build_info{version="1.2.3"} 1.0', page)
+        self.assertNotIn("nothing_yet", page)
+        self.assertIn("process_open_fds", page)
+
+
+class RouteTests(SynchronousTestCase):
+    """
+    Kinds of requests.
+    """
+
+    def test_a_target_is_of_one_of_a_few_kinds(self) -> None:
+        """
+        By the words of the distribution spec; all else is other.
+        """
+        for target, route in {
+            b"/v2/": "api",
+            b"/v2/a/b/manifests/latest?x=/blobs/y": "manifest",
+            b"/v2/a/blobs/sha256:0": "blob",
+            b"/v2/a/tags/list": "tags",
+            b"/v2/a/referrers/sha256:0": "referrers",
+            b"/readyz": "health",
+            b"/v2/blobs": "other",
+            b"http://evil/v2/a/blobs/x": "other",
+            b"*": "other",
+        }.items():
+            self.assertEqual(route, route_of(target), target)

@@ -1,0 +1,468 @@
+"""
+The API that the command asks, over HTTP on the operator's port.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+from ecrproxy.oci import Digest
+from tests.daemon import DaemonTestCase, Hands, Reply, noise
+from tests.registry_content import Image
+
+SHOWN = {"X-Ecrproxy-Api": "1"}
+MIB = 2**20
+
+
+class ApiTestCase(DaemonTestCase):
+    """
+    A daemon that has an image, as a client has pulled it.
+    """
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.image = self.standin.push_image("team/app", "v1")
+        self.pull("team/app", "v1", self.image)
+
+    def pull(self, repository: str, tag: str, image: Image) -> None:
+        """
+        Pull an image.
+        """
+        self.assertEqual(200, self.get(f"/v2/{repository}/manifests/{tag}").code)
+        for digest in (image.config, *image.layers):
+            self.assertEqual(200, self.get(f"/v2/{repository}/blobs/{digest}").code)
+
+    def ask(self, path: str) -> list[Any]:
+        """
+        Ask for documents.
+        """
+        reply = self.daemon.ask_admin(f"/api/{path}", headers=SHOWN)
+        self.assertEqual((200, "whole"), (reply.code, reply.ended))
+        return [json.loads(line) for line in reply.body.splitlines()]
+
+    def post(self, path: str, document: object, **headers: str) -> Reply:
+        """
+        Post a document.
+        """
+        shown = {**SHOWN, "Content-Type": "application/json", **headers}
+        return self.daemon.ask_admin(f"/api/{path}", "POST", body=json.dumps(document).encode(), headers=shown)
+
+    def remove(self, **document: object) -> Any:
+        reply = self.post("remove", document)
+        self.assertEqual(200, reply.code, reply.body)
+        return json.loads(reply.body)
+
+    def verify(self, *digests: str, **document: object) -> list[Any]:
+        reply = self.post("verify", {"digests": digests, **document})
+        self.assertEqual((200, "whole"), (reply.code, reply.ended))
+        return [json.loads(line) for line in reply.body.splitlines()]
+
+
+class ListingTests(ApiTestCase):
+    """
+    What is there.
+    """
+
+    def test_entries_tell_of_repositories_and_what_they_hold(self) -> None:
+        """
+        A tag leads to its manifest, a manifest to what it lists; each with its bytes and its last use.
+        """
+        self.get("/v2/team/app/manifests/v1")
+        found = self.ask("entries")
+        (tag,) = [each for each in found if each["reference"] == "v1"]
+        self.assertEqual(("manifests", "team/app"), (tag["kind"], tag["repository"]))
+        self.assertEqual([self.image.digest], [each["digest"] for each in tag["answers"]])
+        self.assertEqual([sorted([self.image.config, *self.image.layers])], [each["lists"] for each in tag["answers"]])
+        path = self.root / "entries" / tag["name"][:2] / tag["name"]
+        self.assertEqual(path.stat().st_mtime, tag["used"])
+        self.assertEqual(len(self.files("entries")), len(found))
+        self.assertEqual(sum(path.stat().st_size for path in self.files("entries")), sum(e["bytes"] for e in found))
+
+    def test_content_is_told_by_digest_in_order(self) -> None:
+        """
+        Each file once, with its bytes and its last use.
+        """
+        found = self.ask("content")
+        self.assertEqual(sorted(each["digest"] for each in found), [each["digest"] for each in found])
+        self.assertEqual({self.image.digest, self.image.config, *self.image.layers}, {e["digest"] for e in found})
+        sizes = {path.name: path.stat().st_size for path in self.files()}
+        self.assertEqual(sizes, {each["digest"].partition(":")[2]: each["bytes"] for each in found})
+
+    def test_looking_is_no_use(self) -> None:
+        """
+        What is listed, and verified, is as old as before: it goes when it would have gone.
+        """
+        self.clock.advance(1000)
+        before = [(path, path.stat().st_mtime_ns) for path in [*self.files(), *self.files("entries")]]
+        self.ask("entries")
+        self.ask("content")
+        self.verify(self.image.digest, *self.image.layers)
+        self.assertEqual(before, [(path, path.stat().st_mtime_ns) for path in [*self.files(), *self.files("entries")]])
+
+    def test_what_is_no_entry_or_no_content_is_passed_over(self) -> None:
+        """
+        Others may leave files there.
+        """
+        before = self.ask("entries"), self.ask("content")
+        folder = self.files()[0].parent
+        for path in (folder / "notes.txt", self.files("entries")[0].parent / ("0" * 64)):
+            path.write_text("mine")
+        os.mkfifo(self.files("entries")[0].parent / ("1" * 64))
+        self.assertEqual(before, (self.ask("entries"), self.ask("content")))
+        (folder / "notes.txt").unlink()  # so that what always holds of content does
+
+    def test_a_large_directory_is_told_step_by_step(self) -> None:
+        """
+        A slow reader has the work wait, and nothing but a step of it is in memory; who leaves ends it.
+        """
+        hands = Hands()
+        daemon = self.start(in_thread=hands)
+        entry = self.files("entries")[0]
+        for number in range(2000):
+            (entry.parent / f"{entry.name[:2]}{number:062x}").write_bytes(entry.read_bytes())
+        hands.idle = False
+        daemon.ask_admin("/api/entries", headers=SHOWN)
+        steps = 0
+        while hands.waiting:
+            hands.work()
+            daemon.flush()
+            steps += 1
+            if steps == 3:
+                ((client, _),) = daemon.admin.ends
+                client.reading = False
+            if steps > 100:
+                self.fail("it does not wait")
+        self.assertLess(steps, 20)
+        client.reading = True
+        daemon.flush()
+        self.assertTrue(hands.waiting)
+        client.abortConnection()
+        daemon.flush()
+        hands.work_off()
+        self.assertEqual([], self.flushLoggedErrors())
+        hands.idle = True
+
+
+class RemovingTests(ApiTestCase):
+    """
+    What goes.
+    """
+
+    def names(self, *references: str) -> list[str]:
+        return [each["name"] for each in self.ask("entries") if each["reference"] in references]
+
+    def test_what_is_named_goes_and_is_counted(self) -> None:
+        """
+        Files and bytes are told, and the limit has room again.
+        """
+        before = self.used()
+        layer = self.image.layers[0]
+        names = self.names("v1", layer)
+        told = self.remove(entries=names, content=[layer])
+        self.assertFalse(self.has(layer))
+        self.assertEqual({"files": len(names) + 1, "bytes": before - self.used(), "used": 0, "stuck": 0}, told)
+        self.assertEqual(self.used(), self.daemon.store.ledger.total)
+
+    def test_what_is_removed_is_asked_for_afresh(self) -> None:
+        """
+        Memory does not bring back what the directory has lost.
+        """
+        names = [each["name"] for each in self.ask("entries")]
+        content = [each["digest"] for each in self.ask("content")]
+        self.remove(entries=names, content=content)
+        self.standin.forget_asked()
+        self.assertEqual("MISS", self.get(f"/v2/team/app/manifests/{self.image.digest}").cache)
+        self.assertEqual("MISS", self.get(f"/v2/team/app/blobs/{self.image.config}").cache)
+        self.assertEqual(1, self.standin.count("bucket", "GET"))
+
+    def test_a_pull_under_way_at_that_moment_brings_nothing_back(self) -> None:
+        """
+        What a thread has read before it was removed is forgotten a second later.
+        """
+        hands = Hands()
+        self.start(in_thread=hands)
+        hands.idle = False
+        reply = self.daemon.send("GET", f"/v2/team/app/manifests/{self.image.digest}")
+        self.flush()
+        hands.work()  # it has been read, and is not in memory yet
+        names, content = self.names_on_disk(), [str(Digest("sha256", path.name)) for path in self.files()]
+        self.daemon.store.note_purge()
+        for path in [*self.files(), *self.files("entries")]:
+            path.unlink()
+        self.assertTrue(names and content)
+        hands.idle = True
+        hands.work_off()
+        self.flush()
+        self.assertEqual("HIT", reply.cache)
+        self.pass_time(3)
+        self.assertEqual("MISS", self.get(f"/v2/team/app/manifests/{self.image.digest}").cache)
+
+    def names_on_disk(self) -> list[str]:
+        return [path.name for path in self.files("entries")]
+
+    def test_another_daemon_on_the_directory_forgets_it_too(self) -> None:
+        """
+        Within two seconds: it looks each second.
+        """
+        one = self.daemon
+        two = self.start()
+        self.pull("team/app", "v1", self.image)
+        self.daemon = one
+        names = [each["name"] for each in self.ask("entries")]
+        self.remove(entries=names, content=[each["digest"] for each in self.ask("content")])
+        self.daemon = two
+        self.assertEqual("HIT", self.get(f"/v2/team/app/blobs/{self.image.config}").cache)
+        self.pass_time(2)
+        self.assertEqual("MISS", self.get(f"/v2/team/app/blobs/{self.image.config}").cache)
+
+    def test_what_is_being_read_is_read_to_its_end(self) -> None:
+        """
+        A purge breaks off nobody's pull.
+        """
+        data = noise("large", 3 * MIB)
+        digest = self.standin.push_blob("team/app", data)
+        self.get(f"/v2/team/app/blobs/{digest}")
+        reply = self.daemon.send("GET", f"/v2/team/app/blobs/{digest}")
+        reply.stop_reading()
+        self.flush()
+        self.assertEqual(1, self.remove(content=[digest])["files"])
+        reply.read_on()
+        self.flush()
+        self.assertWhole(reply, data)
+
+    def test_what_was_used_meanwhile_stays(self) -> None:
+        """
+        A person takes his time between seeing what would go and saying yes.
+        """
+        since = self.daemon.now() + 1
+        self.pass_time(100)
+        self.get(f"/v2/team/app/blobs/{self.image.layers[0]}")
+        told = self.remove(content=list(self.image.layers), unused_since=since)
+        self.assertEqual((len(self.image.layers) - 1, 1), (told["files"], told["used"]))
+        self.assertTrue(self.has(self.image.layers[0]))
+
+    def test_what_is_not_there_is_no_trouble(self) -> None:
+        """
+        Somebody else was quicker.
+        """
+        told = self.remove(entries=["0" * 64], content=[f"sha256:{'0' * 64}"])
+        self.assertEqual({"files": 0, "bytes": 0, "used": 0, "stuck": 0}, told)
+
+    def test_what_can_not_go_is_told(self) -> None:
+        """
+        And it goes on being counted.
+        """
+        path = self.file_of(self.image.config)
+        path.unlink()
+        path.mkdir()
+        told = self.remove(content=[self.image.config])
+        self.assertEqual((0, 1), (told["files"], told["stuck"]))
+        path.rmdir()
+
+
+class VerifyingTests(ApiTestCase):
+    """
+    Whether it is what its name says.
+    """
+
+    def damage(self, digest: str) -> None:
+        path = self.file_of(digest)
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        status = path.stat()
+        path.write_bytes(data)
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # as a disk does it
+
+    def test_good_content_is_good(self) -> None:
+        """
+        Its bytes are told as they are hashed.
+        """
+        data = noise("nine", 9 * MIB)
+        digest = self.standin.push_blob("team/app", data)
+        self.get(f"/v2/team/app/blobs/{digest}")
+        steps = [{"hashed": 4 * MIB}, {"hashed": 4 * MIB}, {"hashed": MIB}]
+        self.assertEqual([*steps, {"digest": digest, "verdict": "good"}], self.verify(digest))
+
+    def test_bad_content_is_dropped_and_fetched_anew(self) -> None:
+        """
+        Even though the daemon has it in memory as proved: its disk has changed it.
+        """
+        data = noise("rotten", 300_000)
+        digest = self.standin.push_blob("team/app", data)
+        self.get(f"/v2/team/app/blobs/{digest}")
+        self.damage(digest)
+        (_, told) = self.verify(digest)
+        self.assertEqual({"digest": digest, "verdict": "bad", "bytes": 300_000}, told)
+        self.assertFalse(self.has(digest))
+        reply = self.get(f"/v2/team/app/blobs/{digest}")
+        self.assertWhole(reply, data, "MISS")
+
+    def test_bad_content_may_be_kept_but_is_not_served(self) -> None:
+        """
+        For who wants to look at it.
+        """
+        data = noise("rotten", 300_000)
+        digest = self.standin.push_blob("team/app", data)
+        self.get(f"/v2/team/app/blobs/{digest}")
+        self.damage(digest)
+        (_, told) = self.verify(digest, keep=True)
+        self.assertEqual("bad", told["verdict"])
+        self.assertTrue(self.has(digest))
+        self.assertWhole(self.get(f"/v2/team/app/blobs/{digest}"), data, "MISS")
+
+    def test_what_is_not_there_is_gone(self) -> None:
+        """
+        It may have been evicted since it was listed.
+        """
+        digest = f"sha512:{'0' * 128}"
+        self.assertEqual([{"digest": digest, "verdict": "gone"}], self.verify(digest))
+
+    def test_it_can_be_made_slow(self) -> None:
+        """
+        Steps wait for each other, so that the disk has time for pulls.
+        """
+        data = noise("eight", 8 * MIB)
+        digest = self.standin.push_blob("team/app", data)
+        self.get(f"/v2/team/app/blobs/{digest}")
+        reply = self.post("verify", {"digests": [digest], "rate": MIB})
+        self.assertEqual(1, len(reply.body.splitlines()))
+        self.pass_time(3)
+        self.assertEqual(1, len(reply.body.splitlines()))
+        self.pass_time(1)
+        self.assertEqual(2, len(reply.body.splitlines()))
+        self.pass_time(4)
+        self.assertEqual((3, "whole"), (len(reply.body.splitlines()), reply.ended))
+
+    def test_pulls_have_their_turn_between_its_steps(self) -> None:
+        """
+        It takes no more than one thread's call at a time.
+        """
+        data = noise("eight", 8 * MIB)
+        digest = self.standin.push_blob("team/app", data)
+        self.get(f"/v2/team/app/blobs/{digest}")
+        hands = Hands()
+        self.start(in_thread=hands)
+        hands.idle = False
+        self.post("verify", {"digests": [digest]})
+        reply = self.daemon.send("GET", f"/v2/team/app/blobs/{self.image.layers[0]}")
+        self.flush()
+        self.assertEqual(2, len(hands.waiting))
+        hands.work_off()
+        self.flush()
+        self.assertEqual((200, "whole"), (reply.code, reply.ended))
+        hands.idle = True
+        hands.work_off()
+
+
+class RefusalTests(ApiTestCase):
+    """
+    Who may not ask, and what is not understood.
+    """
+
+    def assertUnchanged(self, reply: Reply, status: int, word: str) -> None:
+        self.assertEqual(status, reply.code)
+        (error,) = json.loads(reply.body)["errors"]
+        self.assertIn(word, error["message"])
+        self.assertEqual(3 + len(self.image.layers) - 1, len(self.files()))
+
+    def test_a_web_page_can_not_ask(self) -> None:
+        """
+        Without the header, with an Origin, or as a form: a browser may send all these for any site.
+        """
+        content = {"content": [self.image.digest]}
+        self.assertUnchanged(self.daemon.ask_admin("/api/entries"), 403, "X-Ecrproxy-Api")
+        body, kind = json.dumps(content).encode(), {"Content-Type": "application/json"}
+        self.assertUnchanged(
+            self.daemon.ask_admin("/api/remove", "POST", body=body, headers=kind), 403, "X-Ecrproxy-Api"
+        )
+        self.assertUnchanged(self.post("remove", content, Origin="http://admin.example"), 403, "web pages")
+        self.assertUnchanged(self.post("remove", content, **{"Content-Type": "text/plain"}), 415, "JSON")
+        self.assertUnchanged(
+            self.daemon.ask_admin("/api/remove", "OPTIONS", headers={"Origin": "http://evil"}), 405, "only reads"
+        )
+
+    def test_no_answer_may_be_read_by_another_site(self) -> None:
+        """
+        As answers to clients may.
+        """
+        for path in ("/api/entries", "/api/content"):
+            self.assertIsNone(self.daemon.ask_admin(path, headers=SHOWN).header("Access-Control-Allow-Origin"))
+        self.assertIsNone(self.post("remove", {}).header("Access-Control-Allow-Origin"))
+
+    def test_reading_changes_nothing(self) -> None:
+        """
+        What removes is asked for by POST alone, what lists by GET.
+        """
+        reply = self.daemon.ask_admin("/api/remove", headers=SHOWN)
+        self.assertUnchanged(reply, 405, "POST")
+        self.assertEqual("POST", reply.header("Allow"))
+        self.assertUnchanged(self.post("entries", {}), 405, "GET")
+        self.assertUnchanged(self.daemon.ask_admin("/api/all", headers=SHOWN), 404, "entries, content")
+
+    def test_clients_have_no_such_port(self) -> None:
+        """
+        On theirs there is no API, and no body.
+        """
+        self.assertRefused(self.get("/api/entries", **SHOWN), 404, "UNSUPPORTED")
+        sent = b"POST /api/remove HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\nX-Ecrproxy-Api: 1\r\n\r\n{}"
+        self.assertIn(b"405 Method Not Allowed", self.daemon.raw(sent))
+
+    def test_what_is_no_document_is_refused_whole(self) -> None:
+        """
+        Nothing of it is done, and the answer says what is wrong.
+        """
+        good = self.image.digest
+        for document, word in (
+            ([], "no JSON object"),
+            ({"content": good}, "content is no list"),
+            ({"content": [good, "sha256:../../etc"]}, "no digest"),
+            ({"content": [good, 5]}, "no digest"),
+            ({"entries": ["../content/x"], "content": [good]}, "64 hexadecimal digits"),
+            ({"content": [good], "unused_since": "now"}, "unused_since"),
+            ({"content": [good], "unused_since": True}, "unused_since"),
+        ):
+            self.assertUnchanged(self.post("remove", document), 400, word)
+        self.assertUnchanged(self.post("verify", {"digests": [good], "rate": -1}), 400, "rate")
+
+    def test_a_body_that_is_large_or_of_no_told_length_is_refused_unread(self) -> None:
+        """
+        The operator's port holds a body in memory, so it is small.
+        """
+        head = b"POST /api/remove HTTP/1.1\r\nHost: localhost\r\nX-Ecrproxy-Api: 1\r\n"
+        for length in (b"Content-Length: 65537\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n"):
+            self.assertIn(b"413 Content Too Large", self.raw_admin(head + length))
+        self.assertIn(
+            b"400 Bad Request", self.raw_admin(head.replace(b"POST", b"GET") + b"Content-Length: 2\r\n\r\n{}")
+        )
+
+    def test_a_body_that_does_not_come_is_not_waited_for(self) -> None:
+        """
+        It has as much time as a head.
+        """
+        head = b"POST /api/remove HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n\r\n{"
+        self.raw_admin(head)
+        self.pass_time(9)
+        self.assertEqual(1, len(self.daemon.admin.ends))
+        self.pass_time(2)
+        self.assertEqual(0, len(self.daemon.admin.ends))
+
+    def test_an_answer_may_take_longer_than_a_body_may(self) -> None:
+        """
+        Once the request is there, nothing limits the time that it takes.
+        """
+        data = noise("eight", 40 * MIB)
+        digest = self.standin.push_blob("team/app", data)
+        self.get(f"/v2/team/app/blobs/{digest}")
+        reply = self.post("verify", {"digests": [digest], "rate": MIB / 10})
+        self.pass_time(401)
+        self.assertEqual((11, "whole"), (len(reply.body.splitlines()), reply.ended))
+
+    def raw_admin(self, data: bytes) -> bytes:
+        from tests.daemon import Raw
+
+        client = Raw()
+        self.daemon.admin.connect(client, "localhost", 80, secure=False).write(data)
+        self.flush()
+        return bytes(client.got)

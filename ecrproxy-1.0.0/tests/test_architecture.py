@@ -1,0 +1,296 @@
+"""
+The modules know of each other what docs/architecture.rst says, and stay small enough to be read.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+
+from twisted.trial.unittest import SynchronousTestCase
+
+import ecrproxy
+
+PACKAGE = Path(ecrproxy.__file__).parent
+OURS = "ecrproxy."
+
+# room, which is a package or a module by itself: what of ours it may import, rooms or single modules of them.
+# What is not here may import nothing of ours but what is in the same room. tap and command may import all.
+ARROWS: dict[str, set[str]] = {
+    "access": {"flights", "oci", "reasons", "threads"},
+    "admin": {
+        "access.limits",
+        "cache.entries",
+        "cache.inventory",
+        "cache.janitor",
+        "cache.store",
+        "http.request",
+        "http.site",
+        "http.web",
+        "metrics",
+        "oci",
+        "proxy",
+        "ranking",
+        "registry",
+        "threads",
+    },
+    "cache": {"oci", "threads"},
+    "cached": {"cache", "oci", "reasons", "threads", "transfer.download"},
+    "daemon": {"settings.config"},
+    "http": {
+        "access",
+        "cache.cache_key",
+        "cache.content",
+        "cache.ledger",
+        "cached",
+        "daemon.ending",
+        "metrics",
+        "oci",
+        "proxy",
+        "ranking",
+        "reasons",
+        "registry.bucket",
+        "registry.upstream",
+        "request_id",
+        "stopwatch",
+        "threads",
+        "transfer",
+    },
+    "metrics": {"ranking"},
+    "proxy": {
+        "cache",
+        "cached",
+        "flights",
+        "oci",
+        "reasons",
+        "registry.bucket",
+        "registry.upstream",
+        "request_id",
+        "stopwatch",
+        "threads",
+        "transfer",
+    },
+    "oci": {"reasons"},
+    "registry": {"metrics", "oci", "reasons"},
+    "settings": {"access.limits", "cache.cache_key", "registry.quotas"},
+    "transfer": {"access.limits", "cache", "oci", "reasons", "stopwatch", "threads"},
+}
+OUTERMOST = {"tap", "command"}
+TYPES_ONLY = {
+    ("http.channel", "daemon.ending"),
+    ("access.clients", "access.passwords"),
+    ("cache.ingest", "cache.ledger"),
+    ("cache.content", "cache.store"),
+    ("cache.ingest", "oci"),
+    ("cache.proofs", "oci"),
+    ("cache.writer", "cache.ingest"),
+    ("transfer.sources", "cache.store"),
+    ("transfer.sources", "cache.verification"),
+    ("cache.janitor", "cache.store"),
+    ("cache.janitor", "threads"),
+    ("cache.verification", "threads"),
+}
+# what is the business of some modules alone
+RESERVED = {
+    "treq": {"registry.wire"},
+    "botocore": {"registry.ecr"},
+    "bcrypt": {"access.htpasswd"},
+    "prometheus_client": {"metrics"},
+    "twisted.web.resource": {"admin.port", "http.web", "http.site", "http.relay"},
+    "twisted.internet.reactor": {"tap"},
+}
+LONGEST = 45
+
+
+@functools.cache
+def modules() -> dict[str, ast.Module]:
+    """
+    Parse the package; the names are those within it, as C{cache.store}.
+    """
+    paths = {path.relative_to(PACKAGE).with_suffix(""): path for path in sorted(PACKAGE.rglob("*.py"))}
+    return {".".join(name.parts): ast.parse(path.read_text("utf-8")) for name, path in paths.items()}
+
+
+def room(name: str) -> str:
+    """
+    Tell in which room a module is.
+    """
+    return name.partition(".")[0]
+
+
+def for_types_only(tree: ast.Module) -> set[ast.AST]:
+    """
+    Find what is imported for the type checker alone.
+    """
+    return {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+        for part in node.body
+        for inner in ast.walk(part)
+    }
+
+
+def imported(tree: ast.Module, *, at_run_time: bool = False) -> Iterator[str]:
+    """
+    Name all that a module imports, wherever in it, both as the module and as the name in it.
+    """
+    left_out = for_types_only(tree) if at_run_time else set()
+    for node in ast.walk(tree):
+        if node in left_out:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (each.name for each in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            yield module
+            yield from (f"{module}.{each.name}" for each in node.names)
+
+
+def ours(tree: ast.Module, *, at_run_time: bool = False) -> set[str]:
+    """
+    Name the modules of ours that a module imports.
+    """
+    found = imported(tree, at_run_time=at_run_time)
+    return {name.removeprefix(OURS) for name in found if name.startswith(OURS)} & modules().keys()
+
+
+def definitions(tree: ast.Module) -> Iterator[ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
+    """
+    Find all classes and functions.
+    """
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+
+
+def described(node: ast.Module | ast.ClassDef) -> bool:
+    """
+    Tell whether something has a docstring with words in it.
+    """
+    return bool((ast.get_docstring(node) or "").strip())
+
+
+def lines_of_code(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """
+    Count a function's lines without its docstring.
+    """
+    first = function.body[0]
+    described = ast.get_docstring(function) is not None
+    docstring = (first.end_lineno or 0) - first.lineno + 1 if described else 0
+    return (function.end_lineno or 0) - function.lineno + 1 - docstring
+
+
+class ArchitectureTests(SynchronousTestCase):
+    """
+    What is written down about the package is true.
+    """
+
+    def setUp(self) -> None:
+        """
+        Read the package.
+        """
+        self.modules = modules()
+
+    def test_what_the_rules_speak_of_is_there(self) -> None:
+        """
+        Rooms and modules of the rules exist.
+        """
+        there = self.modules.keys() | {room(name) for name in self.modules}
+        self.assertEqual(set(), set(ARROWS).union(*ARROWS.values(), *RESERVED.values(), *TYPES_ONLY) - there)
+
+    def test_imports_follow_the_arrows(self) -> None:
+        """
+        Inner rooms know nothing of outer ones.
+        """
+        wrong = {
+            f"{name} -> {other}"
+            for name, tree in self.modules.items()
+            if room(name) not in OUTERMOST
+            for other in ours(tree)
+            if room(other) != room(name) and not {other, room(other)} & ARROWS.get(room(name), set())
+        }
+        self.assertEqual(set(), wrong)
+
+    def test_imports_go_in_no_circle(self) -> None:
+        """
+        Each module can be read after those that it imports.
+        """
+        left = {name: ours(tree, at_run_time=True) for name, tree in self.modules.items()}
+        while free := {name for name, others in left.items() if not others & left.keys()}:
+            left = {name: others for name, others in left.items() if name not in free}
+        self.assertEqual({}, left)
+
+    def test_what_is_known_for_its_types_is_not_imported_at_run_time(self) -> None:
+        """
+        Such modules can be read, and tested, without the other.
+        """
+        wrong = {(name, other) for name, other in TYPES_ONLY if other in ours(self.modules[name], at_run_time=True)}
+        self.assertEqual(set(), wrong)
+
+    def test_imports_are_absolute(self) -> None:
+        """
+        A module is called the same everywhere.
+        """
+        wrong = {name for name, tree in self.modules.items() if any(each.startswith(".") for each in imported(tree))}
+        self.assertEqual(set(), wrong)
+
+    def test_each_large_dependency_is_met_in_one_place(self) -> None:
+        """
+        Only wire speaks treq, only ecr botocore, only web, site and relay resources, only tap the global reactor.
+        """
+        wrong = {
+            f"{name} imports {each}"
+            for name, tree in self.modules.items()
+            for each in imported(tree)
+            for prefix, owners in RESERVED.items()
+            if name not in owners and (each == prefix or each.startswith(f"{prefix}."))
+        }
+        self.assertEqual(set(), wrong)
+
+    def test_the_environment_is_read_in_one_place(self) -> None:
+        """
+        Only tap looks at os.environ; workers hands it on, health check and command are programs of their own.
+        """
+        readers = {
+            name
+            for name, tree in self.modules.items()
+            for node in ast.walk(tree)
+            if (isinstance(node, ast.Attribute) and node.attr in ("environ", "environb", "getenv"))
+            or (isinstance(node, ast.ImportFrom) and node.module == "os")
+        }
+        self.assertEqual(set(), readers - {"tap", "daemon.workers", "healthcheck", "command.program"})
+
+    def test_all_that_is_public_is_described(self) -> None:
+        """
+        Modules and public classes have a docstring.
+        """
+        wrong = [name for name, tree in self.modules.items() if not described(tree)]
+        wrong += [
+            f"{name}.{node.name}"
+            for name, tree in self.modules.items()
+            for node in definitions(tree)
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_") and not described(node)
+        ]
+        self.assertEqual([], wrong)
+
+    def test_functions_are_short(self) -> None:
+        """
+        None has more lines than fit a screen.
+        """
+        wrong = {
+            f"{name}.{node.name}": lines_of_code(node)
+            for name, tree in self.modules.items()
+            for node in definitions(tree)
+            if not isinstance(node, ast.ClassDef) and lines_of_code(node) > LONGEST
+        }
+        self.assertEqual({}, wrong)
+
+    def test_modules_are_called_by_what_they_are(self) -> None:
+        """
+        There is no drawer for odds and ends.
+        """
+        words = {word for name in self.modules for word in name.split(".")}
+        self.assertEqual(set(), words & {"utils", "util", "helpers", "common", "errors", "interfaces"})

@@ -1,0 +1,451 @@
+"""
+The bytes of a blob, part by part, from a bucket of any kind.
+"""
+
+from __future__ import annotations
+
+from twisted.internet.defer import Deferred
+from twisted.internet.task import Clock
+from twisted.internet.testing import StringTransport
+from twisted.python.failure import Failure
+from twisted.web.client import ResponseDone
+
+from ecrproxy.registry.bucket import ERROR_LIMIT, Blob, BlobTransfer, Drop, Stretch, UnavailableError, Watch
+from tests.daemon import MIB, End
+from tests.test_upstream import Sink, UpstreamTestCase
+
+PART = 400
+STALL_SECONDS = 30
+
+
+def reason(sink: Sink) -> UnavailableError:
+    """
+    Say why a body ended.
+    """
+    (end,) = sink.ends
+    assert end is not None, "it ended well"
+    assert isinstance(end.value, UnavailableError)
+    return end.value
+
+
+class BlobTestCase(UpstreamTestCase):
+    """
+    Someone who fetches a blob of 1000 bytes in parts.
+    """
+
+    def begun(self, part: int | None = PART) -> Blob:
+        """
+        Ask for the first part.
+        """
+        return self.successResultOf(self.asking(self.daemon.upstream.blob(self.blob, part)))
+
+    def opened(self, blob: Blob, start: int, stop: int | None) -> Stretch:
+        """
+        Ask for another part.
+        """
+        return self.successResultOf(self.asking(blob.open(start, stop)))
+
+    def brought(self, stretch: Stretch) -> bytes:
+        """
+        Let the bytes come.
+        """
+        sink = Sink()
+        stretch.deliver(sink)
+        self.flush()
+        self.assertEqual([None], sink.ends)
+        return bytes(sink.got)
+
+    def ranges(self) -> list[str]:
+        """
+        What the bucket was asked for.
+        """
+        return [asked.headers.get("range", "") for asked in self.standin.requests("bucket")]
+
+    def answer_to(self, question: Deferred[Stretch], head: str, body: bytes = b"x") -> Deferred[Stretch]:
+        """
+        Have the bucket answer a question as no stand-in would.
+        """
+        self.assertNoResult(question)
+        _, server = self.daemon.back.ends[-1]
+        server.write(f"HTTP/1.1 {head}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+        server.loseConnection()
+        self.flush()
+        return question
+
+
+class FirstPartTests(BlobTestCase):
+    def test_of_a_bucket_that_gives_parts(self) -> None:
+        """
+        The first part comes alone, and tells how large the whole is.
+        """
+        blob = self.begun()
+        self.assertEqual((1000, True, 0, PART), (blob.size, blob.ranged, blob.first.start, blob.first.stop))
+        self.assertEqual(self.data[:PART], self.brought(blob.first))
+        self.assertEqual(["bytes=0-399"], self.ranges())
+
+    def test_larger_than_the_blob(self) -> None:
+        """
+        A blob smaller than its first part comes whole.
+        """
+        blob = self.begun(5000)
+        self.assertEqual((1000, 1000), (blob.size, blob.first.stop))
+        self.assertEqual(self.data, self.brought(blob.first))
+
+    def test_of_a_bucket_without_parts(self) -> None:
+        """
+        A bucket that knows no ranges sends the whole as the first part.
+        """
+        self.standin.quirks.ignore_range = True
+        blob = self.begun()
+        self.assertEqual((1000, False, 0, 1000), (blob.size, blob.ranged, blob.first.start, blob.first.stop))
+        self.assertEqual(self.data, self.brought(blob.first))
+
+    def test_may_be_all(self) -> None:
+        """
+        Who wants no parts sends no Range.
+        """
+        blob = self.begun(None)
+        self.assertEqual((1000, False), (blob.size, blob.ranged))
+        self.assertEqual(self.data, self.brought(blob.first))
+        self.assertEqual([""], self.ranges())
+
+    def test_of_nothing(self) -> None:
+        """
+        The empty blob, which has no first byte to ask for, is asked for again without a range.
+        """
+        self.digest = self.standin.push_blob("team/app", b"")
+        blob = self.begun()
+        self.assertEqual((0, False), (blob.size, blob.ranged))
+        self.assertEqual(b"", self.brought(blob.first))
+        self.assertEqual(["bytes=0-399", ""], self.ranges())
+
+    def test_without_a_length(self) -> None:
+        """
+        An answer that tells no length has a size that is not known.
+        """
+        asking = Deferred.fromCoroutine(self.daemon.upstream.blob(self.blob, None))
+        self.answer_with(b"HTTP/1.1 200 OK\r\n\r\nabc")
+        blob = self.successResultOf(asking)
+        self.assertEqual((None, None), (blob.size, blob.first.stop))
+        self.assertEqual(b"abc", self.brought(blob.first))
+
+    def test_that_ecr_sends_itself(self) -> None:
+        """
+        Where ECR does not redirect, its own answer is the blob, and nobody else is asked.
+        """
+        self.standin.fail("registry", status=200, body=self.data)
+        blob = self.begun()
+        self.assertEqual((1000, False), (blob.size, blob.ranged))
+        self.assertEqual(self.data, self.brought(blob.first))
+        self.assertEqual(0, self.standin.count("bucket"))
+
+    def test_that_is_refused(self) -> None:
+        """
+        A bucket's refusal of an URL that ECR has just given is the end of it: 502, without another try.
+        """
+        for status in (400, 403, 404, 501):
+            self.standin.forget_asked()
+            fault = self.standin.fail("bucket", status=status, body=b"<Error/>")
+            self.assertUnavailable(502, f"answers {status}", self.daemon.upstream.blob(self.blob, PART))
+            self.assertEqual(1, self.standin.count("bucket"))
+            fault.remove()
+
+
+class LaterPartTests(BlobTestCase):
+    def test_is_asked_of_the_same_place(self) -> None:
+        """
+        A later part is asked of the URL that ECR gave for the first, without asking ECR.
+        """
+        blob = self.begun()
+        self.assertEqual(self.data[400:700], self.brought(self.opened(blob, 400, 700)))
+        self.assertEqual(self.data[700:], self.brought(self.opened(blob, 700, None)))
+        self.assertEqual(["bytes=0-399", "bytes=400-699", "bytes=700-"], self.ranges())
+        self.assertEqual(1, self.standin.count("registry"))
+        self.assertEqual(1, len({asked.target for asked in self.standin.requests("bucket")}))
+
+    def test_of_a_bucket_that_gives_parts_no_more(self) -> None:
+        """
+        Of a bucket that sends all from the first byte on, those before the part are skipped.
+        """
+        blob = self.begun()
+        self.standin.quirks.ignore_range = True
+        stretch = self.opened(blob, 400, 700)
+        self.assertEqual((400, 1000), (stretch.start, stretch.stop))
+        self.assertEqual(self.data[400:], self.brought(stretch))
+
+    def test_what_is_skipped_may_come_in_any_pieces(self) -> None:
+        """
+        Skipped bytes and wanted ones may come in one piece, or end where a piece does.
+        """
+        for ends in ([1000], [400, 1000], [100, 400, 401, 1000], [399, 999, 1000], list(range(1, 1001))):
+            sink = Sink()
+            transfer = BlobTransfer(sink, Watch(self.clock, STALL_SECONDS, "bucket"), skip=400)
+            for start, stop in zip([0, *ends], ends, strict=False):
+                transfer.dataReceived(self.data[start:stop])
+            self.assertEqual(self.data[400:], bytes(sink.got))
+
+    def test_is_asked_for_anew_where_the_url_has_expired(self) -> None:
+        """
+        A long transfer outlives its URL: ECR is asked for another one, and the part comes from there.
+        """
+        blob = self.begun()
+        self.standin.expire_urls()
+        self.assertEqual(self.data[400:700], self.brought(self.opened(blob, 400, 700)))
+        self.assertEqual((2, 3), (self.standin.count("registry"), self.standin.count("bucket")))
+        self.assertEqual(self.data[700:], self.brought(self.opened(blob, 700, 1000)))
+        self.assertEqual((2, 4), (self.standin.count("registry"), self.standin.count("bucket")))
+
+    def test_is_asked_for_anew_once(self) -> None:
+        """
+        An URL that is refused, in whatever words, is replaced once for the part; refused again, the part fails.
+        """
+        blob = self.begun()
+        for status in (400, 401, 403, 404, 410):
+            for times, found in ((1, True), (2, False)):
+                self.standin.forget_asked()
+                self.standin.fail("bucket", status=status, body=b"<Error/>", times=times)
+                opening = self.asking(blob.open(400, 700))
+                if found:
+                    self.assertEqual(self.data[400:700], self.brought(self.successResultOf(opening)))
+                else:
+                    self.assertEqual(502, self.failureResultOf(opening, UnavailableError).value.status)
+                self.assertEqual((1, 2), (self.standin.count("registry"), self.standin.count("bucket")))
+
+    def test_of_a_bucket_in_trouble_fails(self) -> None:
+        """
+        Another URL does not help a bucket that fails: ECR isn't asked, and the bucket again where that may help.
+        """
+        blob = self.begun()
+        self.brought(blob.first)
+        wires = len(self.daemon.back.ends)
+        for status, told, tries in ((416, 502, 1), (429, 429, 3), (500, 502, 3), (503, 503, 3)):
+            self.standin.forget_asked()
+            fault = self.standin.fail("bucket", status=status, body=b"<Error/>")
+            self.assertUnavailable(told, "s3.eu-west-1.amazonaws.com", blob.open(400, 700))
+            self.assertEqual((0, tries), (self.standin.count("registry"), self.standin.count("bucket")))
+            fault.remove()
+        # One more, for the next try does not wait for the end of an error page.
+        self.assertEqual(
+            wires + 1, len(self.daemon.back.ends), "a connection was left with an answer that nobody reads"
+        )
+
+    def test_may_come_from_ecr_itself_at_last(self) -> None:
+        """
+        When ECR, asked anew, sends the blob itself, the part is taken out of that.
+        """
+        blob = self.begun()
+        self.standin.expire_urls()
+        self.standin.fail("registry", status=200, body=self.data, times=1)
+        self.assertEqual(self.data[400:], self.brought(self.opened(blob, 400, 700)))
+
+    def test_of_what_ecr_has_no_more(self) -> None:
+        """
+        When ECR, asked anew, has the blob no more, its answer is the part's.
+        """
+        blob = self.begun()
+        self.standin.expire_urls()
+        self.standin.delete_blob("team/app", self.digest)
+        self.assertEqual(404, self.refused(blob.open(400, 700)).status)
+
+    def test_of_another_whole_fails(self) -> None:
+        """
+        A blob that has changed its size upstream is not put together of two.
+        """
+        blob = self.begun()
+        for head in ("206 OK\r\nContent-Range: bytes 400-699/1001", "200 OK"):
+            self.standin.hang("bucket", times=1)
+            opening = self.answer_to(self.asking(blob.open(400, 700)), head, bytes(300))
+            self.assertIn("changed its size", self.failureResultOf(opening, UnavailableError).value.message)
+        self.assertEqual(self.data[400:700], self.brought(self.opened(blob, 400, 700)))
+
+    def test_that_is_another_part_fails(self) -> None:
+        """
+        Bytes from elsewhere, or from nobody says where, are not taken for those that were asked for.
+        """
+        blob = self.begun()
+        for span in (
+            "bytes 0-299/1000",
+            "bytes 401-700/1000",
+            "bytes 400-699/*",
+            "bytes 400-/1000",
+            "bytes=400-699/1000",
+            "400-699/1000",
+            "",
+            "bytes 400-699/1000000000000000000000",
+        ):
+            self.standin.hang("bucket", times=1)
+            head = f"206 Partial Content\r\nContent-Range: {span}"
+            opening = self.answer_to(self.asking(blob.open(400, 700)), head, bytes(300))
+            self.assertEqual(502, self.failureResultOf(opening, UnavailableError).value.status, span)
+
+    def test_may_be_shorter_than_asked_for(self) -> None:
+        """
+        A bucket may give less: the stretch tells where it ends.
+        """
+        blob = self.begun()
+        self.standin.hang("bucket", times=1)
+        head = "206 Partial Content\r\nContent-Range: bytes 400-499/1000"
+        opening = self.answer_to(self.asking(blob.open(400, 700)), head, self.data[400:500])
+        stretch = self.successResultOf(opening)
+        self.assertEqual((400, 500), (stretch.start, stretch.stop))
+        self.assertEqual(self.data[400:500], self.brought(stretch))
+
+    def test_that_breaks_off(self) -> None:
+        """
+        A connection that breaks off has brought what it brought, and says why there is no more.
+        """
+        blob = self.begun()
+        self.standin.break_off(100)
+        sink = Sink()
+        self.opened(blob, 400, 700).deliver(sink)
+        self.flush()
+        self.assertEqual(self.data[400:500], bytes(sink.got))
+        self.assertIn("broke off", reason(sink).message)
+
+    def test_that_nobody_wants(self) -> None:
+        """
+        A large part that is dropped is not read to its end.
+        """
+        self.digest = self.standin.push_blob("team/app", bytes(8 * MIB))
+        blob = self.begun(PART)
+        self.opened(blob, PART, None).drop()
+        self.flush()
+        self.assertLess(self.standin.bytes_sent, 2 * MIB)
+
+
+class SilenceTests(BlobTestCase):
+    """
+    A body that does not go on.
+    """
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.standin.hold(self.digest)
+        self.sink = Sink()
+        self.transfer = self.begun(None).first.deliver(self.sink)
+        self.flush()
+
+    def wire(self) -> End:
+        """
+        The daemon's end of the connection to the bucket.
+        """
+        return self.daemon.back.ends[-1][0]
+
+    def assertStalled(self) -> None:
+        self.assertEqual(504, reason(self.sink).status)
+        self.assertIn("nothing for 30 s", reason(self.sink).message)
+
+    def test_of_half_a_minute_ends_it(self) -> None:
+        """
+        After 30 seconds without a byte the connection is closed, and the reason told.
+        """
+        self.pass_time(STALL_SECONDS - 1)
+        self.assertEqual(([], True), (self.sink.ends, self.wire().connected))
+        wire = self.wire()
+        self.pass_time(1)
+        self.assertStalled()
+        self.assertFalse(wire.connected)
+
+    def test_is_as_long_as_the_operator_says(self) -> None:
+        """
+        PROXY_STALL_SECONDS is how long a bucket may be silent.
+        """
+        self.daemon.upstream.stall_seconds = 5
+        sink = Sink()
+        self.begun(None).first.deliver(sink)
+        self.pass_time(4)
+        self.assertEqual([], sink.ends)
+        self.pass_time(1)
+        self.assertIn("nothing for 5 s", reason(sink).message)
+
+    def test_ends_with_each_byte(self) -> None:
+        """
+        As long as a byte comes now and then, it goes on.
+        """
+        for _ in range(5):
+            self.pass_time(STALL_SECONDS - 1)
+            self.standin.deliver(self.digest, 1)
+            self.flush()
+        self.assertEqual((5, []), (len(self.sink.got), self.sink.ends))
+        self.pass_time(STALL_SECONDS)
+        self.assertStalled()
+
+    def test_that_we_asked_for_is_none(self) -> None:
+        """
+        While it is paused nothing is expected; the 30 seconds begin when it goes on.
+        """
+        self.transfer.pause()
+        self.pass_time(10 * STALL_SECONDS)
+        self.assertEqual([], self.sink.ends)
+        self.transfer.resume()
+        self.pass_time(STALL_SECONDS - 1)
+        self.assertEqual([], self.sink.ends)
+        self.pass_time(1)
+        self.assertStalled()
+
+    def test_paused_brings_nothing(self) -> None:
+        """
+        What comes while it is paused waits in the network, and comes when it goes on.
+        """
+        self.transfer.pause()
+        self.standin.release(self.digest)
+        self.flush()
+        self.assertEqual((b"", []), (bytes(self.sink.got), self.sink.ends))
+        self.transfer.resume()
+        self.flush()
+        self.assertEqual((self.data, [None]), (bytes(self.sink.got), self.sink.ends))
+
+    def test_may_be_resumed_twice(self) -> None:
+        """
+        Going on twice leaves no second timer behind that would end it later.
+        """
+        timers = len(self.clock.getDelayedCalls())
+        self.transfer.resume()
+        self.transfer.resume()
+        self.assertEqual(timers, len(self.clock.getDelayedCalls()))
+
+    def test_does_not_follow_the_end(self) -> None:
+        """
+        A body that was given up has stopped for that reason, and no timer is left of it.
+        """
+        timers = len(self.clock.getDelayedCalls())
+        self.transfer.abort()
+        self.assertEqual(timers - 1, len(self.clock.getDelayedCalls()))
+        self.pass_time(2 * STALL_SECONDS)
+        self.assertEqual(502, reason(self.sink).status)
+
+    def test_is_not_watched_for_after_the_end(self) -> None:
+        """
+        Of a body that has ended no timer is left.
+        """
+        clock = Clock()
+        transfer = BlobTransfer(self.sink, Watch(clock, STALL_SECONDS, "bucket"))
+        transfer.makeConnection(StringTransport())
+        self.assertEqual(1, len(clock.getDelayedCalls()))
+        transfer.connectionLost(Failure(ResponseDone()))
+        self.assertEqual(([], [None]), (clock.getDelayedCalls(), self.sink.ends))
+
+
+class DropTests(BlobTestCase):
+    def test_lets_short_bodies_go_by(self) -> None:
+        """
+        A short error page goes by, and its connection serves the next request.
+        """
+        blob = self.begun()
+        self.brought(blob.first)
+        wires = len(self.daemon.back.ends)
+        self.standin.fail("bucket", status=403, body=bytes(ERROR_LIMIT), times=1)
+        self.opened(blob, 400, 700)
+        self.assertEqual(wires, len(self.daemon.back.ends))
+
+    def test_closes_the_connection_of_long_ones(self) -> None:
+        """
+        Of a long body no more is read than what a short one may have.
+        """
+
+        drop, transport = Drop(), StringTransport()
+        drop.makeConnection(transport)
+        drop.dataReceived(bytes(ERROR_LIMIT))
+        self.assertFalse(transport.disconnecting)
+        drop.dataReceived(b"x")
+        self.assertTrue(transport.disconnecting)

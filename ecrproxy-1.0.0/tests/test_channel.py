@@ -1,0 +1,419 @@
+"""
+What a connection refuses before a request is made of it, and what it takes.
+"""
+
+from __future__ import annotations
+
+import tempfile
+
+from twisted.logger import LogLevel
+
+from ecrproxy.http.channel import LENGTH_DIGITS
+from tests.daemon import DaemonTestCase, End, Raw
+
+HEADER_SECONDS = 10
+GOOD = b"GET /v2/ HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+class ChannelTestCase(DaemonTestCase):
+    """
+    A client that writes what it likes.
+    """
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.client = Raw()
+
+    def tearDown(self) -> None:
+        loud = [event for event in self.events if event["log_level"] >= LogLevel.error or "log_failure" in event]
+        self.assertEqual([], loud, "a client's nonsense is no error of ours")
+        super().tearDown()
+
+    def connect(self) -> End:
+        """
+        Connect a client that stays.
+        """
+        self.client = Raw()
+        return self.daemon.front.connect(self.client, "proxy.example", 80, secure=False)
+
+    def say(self, *pieces: bytes) -> bytes:
+        """
+        Write pieces, one after the other has arrived, and give what came back.
+        """
+        wire = self.connect()
+        for piece in pieces:
+            wire.write(piece)
+            self.flush()
+        return bytes(self.client.got)
+
+    def assertRefused400(self, *pieces: bytes) -> None:
+        """
+        The answer is one 400 that closes; a good request that comes behind is not answered.
+        """
+        got = self.say(*pieces, GOOD)
+        what = repr(b"".join(pieces)[:200])
+        self.assertTrue(got.startswith(b"HTTP/1.1 400 Bad Request\r\n"), f"{what}: {got[:200]!r}")
+        self.assertEqual(1, got.count(b"HTTP/1."), what)
+        self.assertTrue(self.client.closed, what)
+        self.assertEqual([], self.standin.asked, what)
+
+
+class RefusalTests(ChannelTestCase):
+    def test_two_ways_to_tell_a_length(self) -> None:
+        """
+        Content-Length beside Transfer-Encoding, in either order, is refused: two servers could read it in two ways.
+        """
+        length, chunked = b"Content-Length: 5\r\n", b"Transfer-Encoding: chunked\r\n"
+        for method in (b"GET", b"POST"):
+            for fields in (length + chunked, chunked + length):
+                self.assertRefused400(method + b" /v2/ HTTP/1.1\r\nHost: x\r\n" + fields + b"\r\n0\r\n\r\n")
+
+    def test_several_lengths(self) -> None:
+        """
+        Several Content-Lengths are refused, different ones and equal ones.
+        """
+        for second in (b"5", b"6", b"0"):
+            fields = b"Content-Length: 5\r\nContent-Length: " + second
+            self.assertRefused400(b"POST /v2/ HTTP/1.1\r\nHost: x\r\n" + fields + b"\r\n\r\nhello")
+
+    def test_lengths_that_are_none(self) -> None:
+        """
+        A Content-Length that is no number, or one longer than any length, is refused.
+        """
+        for length in (
+            b"",
+            b"x",
+            b"-1",
+            b"+5",
+            b"5,5",
+            b"5 5",
+            b"0x5",
+            b"5.0",
+            b"1_0",
+            b"\xb2",
+            b"9" * (LENGTH_DIGITS + 1),
+            b"9" * 5000,
+            b"0" * 5000,
+        ):
+            for method in (b"GET", b"POST"):
+                self.assertRefused400(method + b" /v2/ HTTP/1.1\r\nHost: x\r\nContent-Length: " + length + b"\r\n\r\n")
+
+    def test_codings_that_are_not_chunked(self) -> None:
+        """
+        Any Transfer-Encoding but chunked alone is refused.
+        """
+        for coding in (b"identity", b"gzip", b"chunked, chunked", b"gzip, chunked", b"chunked;q=1", b"xchunked", b""):
+            self.assertRefused400(
+                b"POST /v2/ HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: " + coding + b"\r\n\r\n0\r\n\r\n"
+            )
+
+    def test_a_second_coding(self) -> None:
+        """
+        A second Transfer-Encoding is refused, whatever it says.
+        """
+        for second in (b"identity", b"chunked"):
+            fields = b"Transfer-Encoding: chunked\r\nTransfer-Encoding: " + second
+            self.assertRefused400(b"GET /v2/ HTTP/1.1\r\nHost: x\r\n" + fields + b"\r\n\r\n0\r\n\r\n")
+
+    def test_a_coding_in_http_1_0(self) -> None:
+        """
+        HTTP/1.0 has no Transfer-Encoding.
+        """
+        self.assertRefused400(b"POST /v2/ HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n")
+
+    def test_hosts(self) -> None:
+        """
+        Two Hosts are refused in either version, equal ones as well; none is refused in HTTP/1.1.
+        """
+        self.assertRefused400(b"GET /v2/ HTTP/1.1\r\n\r\n")
+        for version in (b"1.0", b"1.1"):
+            for second in (b"x", b"y"):
+                self.assertRefused400(b"GET /v2/ HTTP/" + version + b"\r\nHost: x\r\nHost: " + second + b"\r\n\r\n")
+
+    def test_folded_lines(self) -> None:
+        """
+        A header that goes on in the next line is refused, as is a first line that begins with a blank.
+        """
+        for fold in (b" ", b"\t"):
+            self.assertRefused400(b"GET /v2/ HTTP/1.1\r\nHost: x\r\nAccept: a\r\n" + fold + b"b\r\n\r\n")
+            self.assertRefused400(b"GET /v2/ HTTP/1.1\r\n" + fold + b"Host: x\r\n\r\n")
+            self.assertRefused400(fold + GOOD)
+
+    def test_bare_line_ends(self) -> None:
+        """
+        A line feed or a carriage return by itself ends no line, and is refused inside of one.
+        """
+        for bare in (b"\n", b"\r"):
+            self.assertRefused400(b"GET /v2/ HTTP/1.1\r\nHost: x\r\nA: b" + bare + b"Content-Length: 5\r\n\r\n")
+            self.assertRefused400(b"GET /v2/" + bare + b" HTTP/1.1\r\nHost: x\r\n\r\n")
+        self.assertRefused400(b"GET /v2/ HTTP/1.1\nHost: x\n\n\r\n")
+
+    def test_a_body_where_one_reads(self) -> None:
+        """
+        A GET or HEAD with a body is refused; with a body of nothing it isn't.
+        """
+        for method in (b"GET", b"HEAD"):
+            head = method + b" /v2/ HTTP/1.1\r\nHost: x\r\n"
+            self.assertRefused400(head + b"Content-Length: 5\r\n\r\nhello")
+            self.assertRefused400(head + b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n")
+            self.assertIn(b" 200 OK\r\n", self.say(head + b"Content-Length: 0\r\n\r\n"))
+
+    def test_a_body_where_one_writes(self) -> None:
+        """
+        A POST with a body is told 405 at once, its body unread, and what follows is not taken for a request.
+        """
+        for fields in (b"Content-Length: 1000000", b"Transfer-Encoding: chunked"):
+            for method in (b"POST", b"PUT", b"PATCH", b"DELETE"):
+                line = method + b" /v2/team/app/blobs/uploads/ HTTP/1.1\r\nHost: x\r\n"
+                got = self.say(line + fields + b"\r\n\r\n", GOOD)
+                self.assertTrue(got.startswith(b"HTTP/1.1 405 Method Not Allowed\r\n"), got)
+                self.assertIn(b"\r\nAllow: GET, HEAD\r\n", got)
+                self.assertTrue(got.endswith(b'"message": "this proxy only reads"}]}\n'), got)
+                self.assertEqual(1, got.count(b"HTTP/1."))
+                self.assertTrue(self.client.closed)
+
+    def test_a_line_without_end(self) -> None:
+        """
+        A line, or headers together, longer than any request's are refused without waiting for their end.
+        """
+        self.assertRefused400(b"GET /v2/" + b"a" * 2**17)
+        self.assertRefused400(b"GET /v2/ HTTP/1.1\r\nHost: x\r\nA: " + b"a" * 2**17)
+
+    def test_many_headers(self) -> None:
+        """
+        A hundred headers are taken; more are refused.
+        """
+        several = b"".join(b"A%d: x\r\n" % number for number in range(99))
+        self.assertIn(b" 200 OK\r\n", self.say(b"GET /v2/ HTTP/1.1\r\nHost: x\r\n" + several + b"\r\n"))
+        self.assertRefused400(b"GET /v2/ HTTP/1.1\r\nHost: x\r\n" + several + b"B: x\r\nC: x\r\n\r\n")
+
+    def test_blanks_before_a_colon(self) -> None:
+        """
+        A header's name ends at its colon, and has neither blanks nor odd bytes; a line without a colon is no header.
+        """
+        for field in (b"Content-Length : 5", b" : x", b": x", b"A b: x", b"A", b"A\x00: x", b"A: x\x00", b"\xe4: x"):
+            self.assertRefused400(b"GET /v2/ HTTP/1.1\r\nHost: x\r\n" + field + b"\r\n\r\n")
+
+    def test_other_versions(self) -> None:
+        """
+        HTTP/0.9, HTTP/2 in the clear, and versions that there are not are refused.
+        """
+        for line in (
+            b"GET /v2/\r\n\r\n",
+            b"GET /v2/ HTTP/0.9\r\n\r\n",
+            b"GET /v2/ HTTP/2.0\r\nHost: x\r\n\r\n",
+            b"GET /v2/ HTTP/1.2\r\nHost: x\r\n\r\n",
+            b"GET /v2/ HTTP/1.10\r\nHost: x\r\n\r\n",
+            b"GET /v2/ http/1.1\r\nHost: x\r\n\r\n",
+            b"GET  /v2/ HTTP/1.1\r\nHost: x\r\n\r\n",
+            b"GET /v2/  HTTP/1.1\r\nHost: x\r\n\r\n",
+            b"GET\t/v2/\tHTTP/1.1\r\nHost: x\r\n\r\n",
+            b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        ):
+            self.assertRefused400(line)
+
+    def test_chunks_are_never_parsed(self) -> None:
+        """
+        Extensions, odd sizes and trailers of a chunked body lead nowhere: the request is refused at its head.
+        """
+        for chunks in (
+            b"5;x=y\r\nhello\r\n0\r\n\r\n",
+            b"0x5\r\nhello\r\n",
+            b"-1\r\n",
+            b"5\nhello\n0\n\n",
+            b"0\r\nA: b\r\n\r\n",
+        ):
+            head = b" /v2/ HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+            self.assertRefused400(b"GET" + head + chunks)
+            got = self.say(b"POST" + head + chunks + GOOD)
+            self.assertEqual((True, 1), (got.startswith(b"HTTP/1.1 405 "), got.count(b"HTTP/1.")))
+
+    def test_a_body_that_was_announced(self) -> None:
+        """
+        Who waits for leave to send a body gets none: no 100 precedes the refusal.
+        """
+        expects = b" /v2/ HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 5\r\n\r\n"
+        self.assertRefused400(b"GET" + expects)
+        got = self.say(b"PUT" + expects)
+        self.assertEqual((True, True), (got.startswith(b"HTTP/1.1 405 "), self.client.closed))
+
+    def test_bodies_are_read_nowhere(self) -> None:
+        """
+        However much of a body comes, and whatever the method, none of it is kept in memory or in a file.
+        """
+        self.patch(tempfile, "TemporaryFile", lambda *_: self.fail("a body went to a file"))
+        for method in (b"GET", b"HEAD", b"PUT", b"POST", b"PATCH", b"DELETE"):
+            for length in (b"Content-Length: 100000000", b"Transfer-Encoding: chunked"):
+                wire = self.connect()
+                wire.write(
+                    method + b" /v2/ HTTP/1.1\r\nHost: x\r\n" + length + b"\r\n\r\n" + b"f0000\r\n" + b"x" * 2**20
+                )
+                channel = wire.peer.protocol
+                self.flush()
+                self.assertTrue(self.client.closed)
+                self.assertLess(len(channel._buffer), 2**17)  # type: ignore[attr-defined]  # noqa: SLF001
+                self.assertEqual([], channel._dataBuffer)  # type: ignore[attr-defined]  # noqa: SLF001
+
+    def test_a_refusal_ends_a_pipeline(self) -> None:
+        """
+        Whatever follows a refused request on its connection is not looked at, in the same piece or later.
+        """
+        wire = self.connect()
+        wire.write(GOOD + b"GET /v2/ HTTP/1.1\r\nHost: x\r\nContent-Length: 44\r\n\r\n" + GOOD * 3)
+        self.flush()
+        wire.write(GOOD)
+        self.flush()
+        self.assertEqual((2, 1), (self.client.got.count(b"HTTP/1.1 "), self.client.got.count(b"HTTP/1.1 200 ")))
+
+    def test_nonsense(self) -> None:
+        """
+        What is no request is refused.
+        """
+        for line in (b"nonsense\r\n\r\n", b"GET\r\n\r\n", b"GET /v2/ HTTP/1.1 x\r\n\r\n", b"GET /v2/ FTP/1.1\r\n\r\n"):
+            self.assertRefused400(line)
+
+    def test_a_refusal_says_so_in_the_registrys_way(self) -> None:
+        """
+        A refusal does not name the software beneath, says that it closes, and has its length.
+        """
+        got = self.say(b"GET /v2/ HTTP/1.1\r\n\r\n")
+        head, _, body = got.partition(b"\r\n\r\n")
+        fields = head.split(b"\r\n")[1:]
+        self.assertIn(b"Connection: close", fields)
+        self.assertIn(b"Content-Length: %d" % len(body), fields)
+        self.assertIn(b"Server: ecrproxy", fields)
+
+    def test_a_tls_hello(self) -> None:
+        """
+        Who begins with TLS on a plain connection is closed at once, so that it tries without.
+        """
+        self.assertEqual(b"", self.say(b"\x16\x03\x01\x02\x00\x01"))
+        self.assertTrue(self.client.closed)
+
+    def test_what_looks_like_a_hello_later_is_none(self) -> None:
+        """
+        Only the first byte of a connection can be a TLS hello's.
+        """
+        got = self.say(b"GET /v2/?", b"\x16 HTTP/1.1\r\nHost: x\r\n\r\n")
+        self.assertTrue(got.startswith(b"HTTP/1.1 "), got)
+
+
+class SlowTests(ChannelTestCase):
+    """
+    Clients that take their time.
+    """
+
+    def test_headers_have_ten_seconds(self) -> None:
+        """
+        A head that is not whole after ten seconds is given up, however busily its bytes come.
+        """
+        wire = self.connect()
+        wire.write(b"GET /v2/ HTTP/1.1\r\n")
+        for second in range(HEADER_SECONDS - 1):
+            self.pass_time(1)
+            wire.write(b"A%d: x\r\n" % second)
+        self.assertFalse(self.client.closed)
+        self.pass_time(2)
+        self.assertTrue(self.client.closed)
+        self.assertEqual(b"", bytes(self.client.got))
+
+    def test_each_request_has_its_own_ten_seconds(self) -> None:
+        """
+        The time of one request's head is not the next one's.
+        """
+        wire = self.connect()
+        for _ in range(3):
+            wire.write(b"GET /v2/ HTTP/1.1\r\n")
+            self.pass_time(HEADER_SECONDS - 1)
+            wire.write(b"Host: x\r\n\r\n")
+            self.pass_time(HEADER_SECONDS - 1)
+        self.assertEqual((3, False), (self.client.got.count(b" 200 OK"), self.client.closed))
+
+    def test_a_slow_answer_is_not_a_slow_request(self) -> None:
+        """
+        Once the head has come its time is over: ECR may take longer.
+        """
+        data = b"x" * 1000
+        digest = self.standin.push_blob("team/app", data)
+        self.standin.quirks.latency = 20
+        reply = self.daemon.send("GET", f"/v2/team/app/blobs/{digest}")
+        self.pass_time(61)
+        self.assertWhole(reply, data)
+
+    def test_a_client_that_leaves_in_its_head_leaves_no_clock(self) -> None:
+        """
+        After a client has gone nothing waits for the rest of its request.
+        """
+        wire = self.connect()
+        before = len(self.clock.getDelayedCalls())
+        wire.write(b"GET /v2/ HTTP/1.1\r\n")
+        self.flush()
+        self.assertGreater(len(self.clock.getDelayedCalls()), before)
+        wire.abortConnection()
+        self.flush()
+        self.assertLess(len(self.clock.getDelayedCalls()), before + 1)
+
+
+class GoodTests(ChannelTestCase):
+    def test_pipelined_requests(self) -> None:
+        """
+        Requests that come together are answered in order; in one piece, or byte by byte.
+        """
+        requests = b"HEAD" + GOOD[3:] + GOOD + GOOD.replace(b"/v2/", b"/healthz") + GOOD
+        whole = self.say(requests)
+        self.assertEqual((4, 2), (whole.count(b" 200 OK\r\n"), whole.count(b"\r\n\r\n{}\n")))
+        self.assertFalse(self.client.closed)
+        self.assertEqual(4, self.say(*(requests[at : at + 1] for at in range(len(requests)))).count(b" 200 OK\r\n"))
+
+    def test_good_ones_before_a_bad_one_are_answered(self) -> None:
+        """
+        What came before a refused request has its answer, before the refusal.
+        """
+        got = self.say(GOOD + b"GET /v2/ HTTP/1.1\r\n\r\n" + GOOD)
+        self.assertEqual([b"200", b"400"], [part[:3] for part in got.split(b"HTTP/1.1 ")[1:]])
+        self.assertTrue(self.client.closed)
+
+    def test_close_closes(self) -> None:
+        """
+        Connection: close is the client's wish; HTTP/1.0 wishes it too.
+        """
+        for line in (
+            b"GET /v2/ HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
+            b"GET /v2/ HTTP/1.0\r\n\r\n",
+        ):
+            got = self.say(line, GOOD)
+            self.assertEqual(1, got.count(b" 200 OK\r\n"))
+            self.assertTrue(self.client.closed)
+
+    def test_offers_to_upgrade_are_passed_over(self) -> None:
+        """
+        Another protocol that a client offers is not taken up, and its settings are read by nobody.
+        """
+        for fields in (
+            b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA\r\n",
+            b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: eA==\r\nSec-WebSocket-Version: 13\r\n",
+        ):
+            got = self.say(GOOD[:-2] + fields + b"\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+            self.assertEqual([b"200", b"400"], [part[:3] for part in got.split(b"HTTP/1.1 ")[1:]])
+            self.assertNotIn(b"101", got[:20])
+
+    def test_a_length_of_nothing(self) -> None:
+        """
+        A body of nothing is none, whether a GET says so or asks for leave to send it.
+        """
+        self.assertIn(b" 200 OK\r\n", self.say(GOOD[:-2] + b"Content-Length: 0\r\n\r\n"))
+        self.assertTrue(self.say(GOOD[:-2] + b"Expect: 100-continue\r\n\r\n").endswith(b"{}\n"))
+
+    def test_blank_lines_before_a_request(self) -> None:
+        """
+        An empty line before a request is passed over, as RFC 9112 has it.
+        """
+        self.assertEqual(2, self.say(b"\r\n" + GOOD + b"\r\n" + GOOD).count(b" 200 OK\r\n"))
+
+    def test_names_and_codings_in_any_case(self) -> None:
+        """
+        Header names and the chunked coding are read in any case, with blanks around their values.
+        """
+        self.assertRefused400(b"GET /v2/ HTTP/1.1\r\nhOST: x\r\nHost: x\r\n\r\n")
+        got = self.say(b"POST /v2/ HTTP/1.1\r\nHOST:\tx \r\ntransfer-ENCODING: \tChunked \r\n\r\n")
+        self.assertTrue(got.startswith(b"HTTP/1.1 405 "), got)

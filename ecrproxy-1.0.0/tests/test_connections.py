@@ -1,0 +1,518 @@
+"""
+To whom connections are made, and what is taken for an answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding
+from twisted.internet import ssl
+from twisted.internet.address import IPv4Address, IPv6Address
+from twisted.internet.error import ConnectionRefusedError as RefusedError
+from twisted.internet.interfaces import IAddress, IHostnameResolver, IHostResolution, IResolutionReceiver
+from twisted.internet.protocol import Factory, Protocol
+from twisted.internet.task import Clock
+from twisted.internet.testing import MemoryReactorClock
+from twisted.protocols import tls
+from twisted.python.failure import Failure
+from twisted.web.client import BrowserLikePolicyForHTTPS
+from twisted.web.iweb import IAgent
+from zope.interface import implementer
+
+from ecrproxy.daemon.tls import Certificate
+from ecrproxy.registry.connections import UpstreamAgent
+from ecrproxy.registry.resolver import Resolution
+from ecrproxy.registry.retries import Budget
+from tests.daemon import DaemonTestCase, Network, Reply, noise
+from tests.registry import StandIn, layer
+from tests.store_contract import scratch
+from tests.test_tls import Files, key_pem, signed
+
+METADATA = "169.254.169.254"
+
+
+@implementer(IHostnameResolver)
+class Names:
+    """
+    Addresses by name; a literal is its own.
+    """
+
+    def __init__(self) -> None:
+        self.known: dict[str, list[str]] = {}
+        self.silent: set[str] = set()
+
+    def resolveHostName(
+        self,
+        resolutionReceiver: IResolutionReceiver,
+        hostName: str,
+        portNumber: int = 0,
+        addressTypes: Sequence[type[IAddress]] | None = None,
+        transportSemantics: str = "TCP",
+    ) -> IHostResolution:
+        resolution = Resolution(hostName)
+        resolutionReceiver.resolutionBegan(resolution)
+        if hostName in self.silent:
+            return resolution
+        for address in self.known.get(hostName, [hostName]):
+            kind = IPv6Address if ":" in address else IPv4Address
+            resolutionReceiver.addressResolved(kind("TCP", address, portNumber))
+        resolutionReceiver.resolutionComplete()
+        return resolution
+
+
+class Wired(MemoryReactorClock):
+    """
+    A reactor in memory whose connections all lead to one network.
+    """
+
+    def __init__(self, clock: Clock, network: Network) -> None:
+        super().__init__()
+        self.rightNow, self.callLater = clock.rightNow, clock.callLater  # type: ignore[method-assign]
+        self.nameResolver = self.names = Names()
+        self.network = network
+        self.connected: list[str] = []
+        self.dead: set[str] = set()
+
+    def connectTCP(self, host: str, port: int, factory: Any, timeout: float = 30, bindAddress: Any = None) -> Any:
+        connector = super().connectTCP(host, port, factory, timeout, bindAddress)
+        self.connected.append(host)
+        if host in self.dead:
+            factory.clientConnectionFailed(connector, Failure(RefusedError()))
+        else:
+            self.network.connect(factory.buildProtocol(None), host, port, secure=False)
+        return connector
+
+
+class AgentTests(DaemonTestCase):
+    """
+    A daemon whose names are resolved, over plain HTTP.
+    """
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.standin = StandIn(self.clock, registry="http://ecr.example", bucket="http://bucket.example")
+        self.forgotten: list[str] = []
+        self.start(agent=self.agent)
+        self.names = self.reactor.names.known
+        self.names.update({"ecr.example": ["10.0.0.1"], "bucket.example": ["10.0.0.2"]})
+        self.data = noise("blob", 1000)
+        self.path = f"/v2/team/app/blobs/{self.standin.push_blob('team/app', self.data)}"
+
+    def agent(self, back: Network) -> IAgent:
+        """
+        Make the daemon's own agent over a reactor in memory.
+        """
+        self.reactor = Wired(self.clock, back)
+        return UpstreamAgent(self.reactor, self.standin.registry, self.forgotten.append)
+
+    def pull(self, path: str = "") -> Reply:
+        """
+        Ask for a blob; a host's next address, or the end of them, has its turn a moment later.
+        """
+        reply = self.daemon.send("GET", path or self.path)
+        self.flush()
+        self.pass_time(3)
+        return reply
+
+    def assertUnreached(self, reply: Reply, addresses: Sequence[str]) -> None:
+        """
+        The client has a clear 502, and there was no connection beside those of C{addresses}.
+        """
+        self.assertRefused(reply, 502, "UNAVAILABLE", "does not go")
+        self.assertEqual(list(addresses), self.reactor.connected)
+        self.assertIn("where the proxy does not go", self.logged())
+        self.assertEqual([], self.files())
+
+    def test_private_addresses_are_fine(self) -> None:
+        """
+        VPC endpoints live at private addresses: the blob is had from there.
+        """
+        self.assertWhole(self.pull(), self.data)
+        self.assertEqual(["10.0.0.1", "10.0.0.2"], self.reactor.connected)
+
+    def test_names_of_forbidden_addresses_are_refused(self) -> None:
+        """
+        A redirect to a name that resolves to this machine or its metadata service is 502, once tried.
+        """
+        for address in (METADATA, "127.0.0.1", "::1", "fe80::1", "fd00:ec2::254", "0.0.0.0", "64:ff9b::a9fe:a9fe"):
+            self.names["bucket.example"] = [address]
+            reply = self.pull()
+            self.assertRefused(reply, 502, "UNAVAILABLE", "does not go")
+            self.assertNotIn(address, self.reactor.connected)
+        self.names["bucket.example"] = ["10.0.0.2"]
+        self.assertWhole(self.pull(), self.data)
+
+    def test_literal_addresses_are_refused(self) -> None:
+        """
+        A redirect to an address that is forbidden is 502, whatever its port and spelling.
+        """
+        self.names["2852039166"] = self.names["0x7f.1"] = ["127.0.0.1"]  # as getaddrinfo(3) reads them
+        for host in (METADATA, "127.0.0.1:8080", "2852039166", "0x7f.1"):
+            self.standin.heal()
+            self.standin.fail("registry", status=307, headers={"Location": f"http://{host}/latest/meta-data/"})
+            self.assertUnreached(self.pull(), ["10.0.0.1"])
+        for host in ("[::1]", "[::ffff:169.254.169.254]:80", "[fe80::1%25eth0]"):
+            self.standin.heal()
+            self.standin.fail("registry", status=307, headers={"Location": f"http://{host}/latest/meta-data/"})
+            self.assertRefused(self.pull(), 502, "UNAVAILABLE")
+            self.assertEqual(["10.0.0.1"], self.reactor.connected)
+
+    def test_later_redirects_are_refused_too(self) -> None:
+        """
+        A bucket that redirects on to the metadata service is refused as the registry is.
+        """
+        self.standin.fail("bucket", status=302, headers={"Location": f"http://{METADATA}/"})
+        self.assertUnreached(self.pull(), ["10.0.0.1", "10.0.0.2"])
+
+    def test_a_name_that_changes_is_judged_each_time(self) -> None:
+        """
+        What a name resolved to a moment ago allows nothing: each connection's address counts.
+        """
+        self.assertWhole(self.pull(), self.data)
+        other = noise("other", 1000)
+        path = f"/v2/team/app/blobs/{self.standin.push_blob('team/app', other)}"
+        for _, server in self.daemon.back.ends:
+            server.loseConnection()
+        self.flush()
+        self.names["bucket.example"] = [METADATA]
+        self.assertRefused(self.pull(path), 502, "UNAVAILABLE", "does not go")
+        self.assertNotIn(METADATA, self.reactor.connected)
+
+    def test_of_several_addresses_the_allowed_are_used(self) -> None:
+        """
+        A name that resolves to both kinds of address is connected to where it may be.
+        """
+        self.names["bucket.example"] = [METADATA, "10.0.0.2"]
+        self.assertWhole(self.pull(), self.data)
+        self.assertEqual(["10.0.0.1", "10.0.0.2"], self.reactor.connected)
+
+    def test_a_registry_at_such_an_address_may_redirect_to_others(self) -> None:
+        """
+        Where the endpoint itself is on this machine, as in tests, so may the bucket be.
+        """
+        self.names.update({"ecr.example": ["127.0.0.1"], "bucket.example": ["127.0.0.2"]})
+        self.assertWhole(self.pull(), self.data)
+
+    def test_a_host_that_cannot_be_connected_to_is_looked_up_anew(self) -> None:
+        """
+        What the name servers said of it is forgotten, so that a new address is found at the next request.
+        """
+        self.reactor.dead.add("10.0.0.2")
+        self.assertRefused(self.pull(), 502, "UNAVAILABLE", "bucket.example can't be reached")
+        self.assertEqual({"bucket.example"}, set(self.forgotten))
+        self.names["bucket.example"] = ["10.0.0.3"]
+        self.assertWhole(self.pull(), self.data)
+
+    def test_a_name_that_resolves_to_nothing(self) -> None:
+        """
+        A name that the name servers don't know is 502, until they do.
+        """
+        for name, path in (("ecr.example", self.path), ("bucket.example", self.path)):
+            known, self.names[name] = self.names[name], []
+            self.assertRefused(self.pull(path), 502, "UNAVAILABLE", f"{name} can't be reached")
+            self.names[name] = known
+        self.assertWhole(self.pull(), self.data)
+
+    def test_a_name_that_does_not_resolve(self) -> None:
+        """
+        Name servers that say nothing at all are 504 after half a minute.
+        """
+        self.reactor.names.silent.add("bucket.example")
+        reply = self.daemon.send("GET", self.path)
+        self.pass_time(29)
+        self.assertEqual(0, reply.code)
+        self.pass_time(60)
+        self.assertRefused(reply, 504, "UNAVAILABLE", "bucket.example has not answered")
+        self.reactor.names.silent.clear()
+        self.assertWhole(self.pull(), self.data)
+
+
+class TlsTests(DaemonTestCase):
+    """
+    A registry and a bucket that speak TLS, or should.
+    """
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.patch(tls, "_get_default_clock", lambda: self.clock)
+        self.files_of = Files(scratch(self))
+        self.standin = StandIn(self.clock, registry="https://cache.test", bucket="https://cache.test:8443")
+        self.start(agent=self.agent)
+        self.data = noise("blob", 1000)
+        self.path = f"/v2/team/app/blobs/{self.standin.push_blob('team/app', self.data)}"
+
+    def agent(self, back: Network) -> IAgent:
+        """
+        Make the daemon's own agent, which trusts the test's root, and have the registry show its certificate.
+        """
+        self.reactor = Wired(self.clock, back)
+        self.reactor.names.known.update({"cache.test": ["10.0.0.1"], "other.test": ["10.0.0.1"]})
+        self.plain, back.site = back.site, back.site
+        self.show(self.files_of.key, self.files_of.certificate, back)
+        root = ssl.Certificate.loadPEM(self.files_of.root.public_bytes(Encoding.PEM))
+        policy = BrowserLikePolicyForHTTPS(ssl.trustRootFromCertificates([root]))
+        return UpstreamAgent(self.reactor, self.standin.registry, policy=policy)
+
+    def show(self, key: str, certificate: str, back: Network) -> None:
+        """
+        Have the registry, and its bucket, show a certificate.
+        """
+        back.site = tls.TLSMemoryBIOFactory(Certificate(key, certificate), False, self.plain, clock=self.clock)
+
+    def pull(self) -> Reply:
+        """
+        Ask for the blob, and let what is tried again be tried.
+        """
+        reply = self.daemon.send("GET", self.path)
+        self.flush()
+        self.pass_time(20)
+        return reply
+
+    def assertNeverPlain(self) -> None:
+        """
+        The client has 502, and nobody was told anything but to speak TLS.
+        """
+        self.standin.forget_asked()
+        self.assertRefused(self.pull(), 502, "UNAVAILABLE", "cache.test can't be reached")
+        self.assertEqual([], self.standin.asked)
+
+    def wrong(self, name: str, *, root: bool = True, days: int = 1) -> tuple[str, str]:
+        """
+        Make a certificate.
+        """
+        key, own = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
+        issuer = "middle" if root else "nobody"
+        made = signed(name, key, issuer, self.files_of.middle_key if root else own, days=days, host=name)
+        chain = made.public_bytes(Encoding.PEM) + self.files_of.middle.public_bytes(Encoding.PEM)
+        return self.files_of.write("wrong.key", key_pem(key)), self.files_of.write("wrong.pem", chain)
+
+    def test_a_certificate_that_is_right(self) -> None:
+        """
+        A certificate that names the host, and that a trusted authority signed, is believed.
+        """
+        self.assertWhole(self.pull(), self.data)
+
+    def test_certificates_that_are_not(self) -> None:
+        """
+        Of another host, of nobody's, of the past: 502 and no word of the request, until the right one is shown.
+        """
+        for wrong in (
+            self.wrong("other.test"),
+            self.wrong("cache.test", root=False),
+            self.wrong("cache.test", days=-1),
+        ):
+            self.show(*wrong, self.daemon.back)
+            self.assertNeverPlain()
+        self.show(self.files_of.key, self.files_of.certificate, self.daemon.back)
+        self.assertWhole(self.pull(), self.data)
+
+    def test_a_server_that_does_not_speak_tls(self) -> None:
+        """
+        Plain HTTP where there should be TLS is 502: the daemon does not step down.
+        """
+        heard: list[bytes] = []
+
+        class Plain(Protocol):
+            def dataReceived(self, data: bytes) -> None:
+                heard.append(data)
+                assert self.transport is not None
+                self.transport.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+
+        self.daemon.back.site = Factory.forProtocol(Plain)
+        self.assertNeverPlain()
+        self.assertTrue(heard)
+        self.assertNotIn(b"HTTP", b"".join(heard))
+
+    def test_a_bucket_with_a_wrong_certificate(self) -> None:
+        """
+        What holds of the registry holds of where it redirects to.
+        """
+        self.standin.fail("registry", status=307, headers={"Location": "https://other.test/x"})
+        self.assertRefused(self.pull(), 502, "UNAVAILABLE", "other.test can't be reached")
+        self.assertEqual({"registry"}, {asked.service for asked in self.standin.asked})
+
+
+class OddAnswerTests(DaemonTestCase):
+    """
+    A registry that keeps to no rules.
+    """
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.begin()
+
+    def begin(self) -> None:
+        """
+        Have a manifest that nobody has asked for, and no connection.
+        """
+        self.images = getattr(self, "images", 0) + 1
+        self.image = self.standin.push_image("team/app", layers=[layer("a", noise(str(self.images), 100))])
+        self.path = f"/v2/team/app/manifests/{self.image.digest}"
+        self.close()
+
+    def close(self) -> None:
+        """
+        Have the registry close its connections.
+        """
+        for _, server in self.daemon.back.ends:
+            server.loseConnection()
+        self.flush()
+
+    def answered(self, data: bytes, *, close: bool = False) -> Reply:
+        """
+        Ask for a manifest, and have the registry answer with C{data}.
+        """
+        reply = self.daemon.send("GET", self.path)
+        self.answer_with(data, close=close)
+        return reply
+
+    def assertRefusedAndClean(self, data: bytes) -> None:
+        """
+        The answer is none, and not asked for again; its connection is closed, nothing is kept; the next is good.
+        """
+        self.begin()
+        before = self.files()
+        self.standin.forget_asked()
+        reply = self.answered(data)
+        self.assertRefused(reply, 502, "UNAVAILABLE")
+        self.assertEqual(1, len(self.standin.asked))
+        self.assertEqual([], self.daemon.back.ends)
+        self.assertEqual(before, self.files())
+        self.assertWhole(self.get(self.path), self.image.manifest)
+
+    def with_headers(self, *headers: bytes) -> bytes:
+        """
+        Write the manifest's answer with such headers.
+        """
+        head = [b"HTTP/1.1 200 OK", b"Content-Type: application/vnd.oci.image.manifest.v1+json", *headers]
+        return b"\r\n".join([*head, b"", self.image.manifest])
+
+    def test_endless_headers(self) -> None:
+        """
+        Headers are read up to 16 KiB, however they come; the loop is not held up by more.
+        """
+        for line in (b"a:\r\n", b"X-Long: " + b"x" * 1000 + b"\r\n", b"a: b\r\n\tfolded\r\n"):
+            self.assertRefusedAndClean(b"HTTP/1.1 200 OK\r\n" + line * 200_000)
+
+    def test_an_endless_status_line(self) -> None:
+        """
+        A line that does not end is no answer.
+        """
+        self.assertRefusedAndClean(b"HTTP/1.1 200 " + b"x" * 10**6)
+
+    def test_endless_interim_answers(self) -> None:
+        """
+        Interim answers count as headers: a server can't go on with them for ever.
+        """
+        self.assertRefusedAndClean(b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n" * 10_000)
+
+    def test_two_ways_to_tell_a_length(self) -> None:
+        """
+        An answer with a length and a transfer coding, two lengths, or codings that nobody asked for, is none.
+        """
+        body = b"%x\r\n%s\r\n0\r\n\r\n" % (len(self.image.manifest), self.image.manifest)
+        for headers in (
+            b"Content-Length: 3\r\nTransfer-Encoding: chunked",
+            b"Transfer-Encoding: chunked\r\nContent-Length: %d" % len(self.image.manifest),
+            b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked",
+            b"Transfer-Encoding: gzip, chunked",
+            b"Transfer-Encoding: identity",
+            b"Content-Length: 3\r\nContent-Length: 4",
+            b"Content-Length: 3, 4",
+            b"Content-Length: -3",
+            b"Content-Length: +3",
+            b"Content-Length: 0x3",
+        ):
+            self.assertRefusedAndClean(b"HTTP/1.1 200 OK\r\n" + headers + b"\r\n\r\n" + body)
+
+    def test_bad_chunks(self) -> None:
+        """
+        Chunks of no length, of lengths that are none, without their line ends or with endless trailers are no answer.
+        """
+        for body in (
+            b"-1\r\n{}\r\n0\r\n\r\n",
+            b"+2\r\n{}\r\n0\r\n\r\n",
+            b"0x2\r\n{}\r\n0\r\n\r\n",
+            b"\r\n{}\r\n0\r\n\r\n",
+            b"2\n{}\n0\n\n" + b"x" * 2000,
+            b"2\r\n{}}\r\n0\r\n\r\n",
+            b"2;" + b"x" * 2000 + b"\r\n{}\r\n0\r\n\r\n",
+            b"2\r\n{}\r\n0\r\n" + b"a: b\r\n" * 20_000,
+        ):
+            self.assertRefusedAndClean(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + body)
+
+    def test_chunks_that_end_too_early(self) -> None:
+        """
+        Chunks without the last one are a part, whatever their bytes.
+        """
+        self.start(budget=Budget(tries=1))
+        self.begin()
+        body = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n"
+        self.assertRefused(
+            self.answered(body % (len(self.image.manifest), self.image.manifest), close=True), 502, "UNAVAILABLE"
+        )
+        self.assertEqual([], self.files())
+        self.assertWhole(self.get(self.path), self.image.manifest)
+
+    def test_bytes_after_the_body(self) -> None:
+        """
+        What follows a body, a second answer even, belongs to nothing: its connection is not used again.
+        """
+        forged = b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\nforged"
+        for rest in (b"x", forged, b"\r\n"):
+            self.begin()
+            length = b"Content-Length: %d" % len(self.image.manifest)
+            reply = self.answered(self.with_headers(length) + rest)
+            self.assertWhole(reply, self.image.manifest)
+            self.assertEqual([], self.daemon.back.ends)
+            self.begin()
+            self.assertWhole(self.get(self.path), self.image.manifest)
+
+    def test_bytes_before_a_request(self) -> None:
+        """
+        An answer that comes before it was asked for closes the connection; the next request has its own answer.
+        """
+        self.assertWhole(self.get(self.path), self.image.manifest)
+        for _, server in self.daemon.back.ends:
+            server.write(b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\nforged")
+        self.flush()
+        self.assertEqual([], self.daemon.back.ends)
+        self.begin()
+        self.assertWhole(self.get(self.path), self.image.manifest)
+
+    def test_bodies_where_there_are_none(self) -> None:
+        """
+        A 204 or a 304 is no manifest, and the body behind it is nobody's.
+        """
+        for status in (b"204 No Content", b"304 Not Modified"):
+            self.assertRefusedAndClean(b"HTTP/1.1 %s\r\nContent-Length: 2\r\n\r\n{}" % status)
+
+    def test_an_interim_answer(self) -> None:
+        """
+        What is said before the answer is not the answer.
+        """
+        for interim in (b"100 Continue", b"103 Early Hints\r\nLink: </x>", b"199 X\r\nContent-Length: 100"):
+            self.begin()
+            length = b"Content-Length: %d" % len(self.image.manifest)
+            reply = self.answered(b"HTTP/1.1 %s\r\n\r\n" % interim + self.with_headers(length))
+            self.assertWhole(reply, self.image.manifest)
+
+    def test_ends_of_line_in_headers(self) -> None:
+        """
+        No header of upstream makes another one for the client, whatever ends its lines.
+        """
+        for end in (b"\r", b"\n", b"\n\r", b"\r\n\t"):
+            self.begin()
+            tag = self.standin.push_image("team/app", f"odd{self.images}", layers=[layer("a", noise("odd", 100))])
+            head = b"HTTP/1.1 200 OK\r\nContent-Type: application/vnd.oci.image.manifest.v1+json" + end
+            head += b"X-Injected: 1\r\nContent-Length: %d\r\n\r\n" % len(tag.manifest)
+            self.path = f"/v2/team/app/manifests/odd{self.images}"
+            reply = self.answered(head + tag.manifest)
+            self.assertEqual("whole", reply.ended)
+            self.assertIsNone(reply.header("X-Injected"))
+            self.assertNotIn("X-Injected", reply.header("Content-Type") or "")
+            self.close()
+            self.assertWhole(self.get(self.path), tag.manifest)

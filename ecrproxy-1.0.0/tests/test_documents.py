@@ -1,0 +1,204 @@
+"""
+What README.rst and docs/ show can be read by what it is for, and leads somewhere.
+
+That its commands run is shown by tests/e2e/test_shown_commands.py; that no reference is broken, by `make docs`.
+"""
+
+from __future__ import annotations
+
+import configparser
+import json
+import re
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import yaml
+from twisted.trial.unittest import SynchronousTestCase
+
+from ecrproxy.settings.config import SETTINGS
+from ecrproxy.settings.predecessors import notices
+from tests.documents import CHECKOUT, Block, blocks, pages
+
+MARKDOWN = [CHECKOUT / "SECURITY.md"]
+BY_VARIABLE = {each.variable: each for each in SETTINGS}
+
+
+def parse_ini(text: str) -> None:
+    """
+    Read an environment file, or what systemd and others have with sections; names may come again.
+    """
+    parser = configparser.RawConfigParser(delimiters="=", strict=False)
+    parser.optionxform = str  # type: ignore[assignment,method-assign]  # names keep their case
+    parser.read_string(text if text.lstrip("#; ").startswith("[") or "\n[" in text else f"[settings]\n{text}")
+    for section in parser.sections():
+        for name, value in parser[section].items():
+            if name in BY_VARIABLE:
+                BY_VARIABLE[name].parse(value)
+            elif name.startswith("PROXY_"):
+                raise ValueError(f"no such setting: {name}")
+
+
+def parse_yaml(text: str) -> None:
+    """
+    Read one or more documents.
+    """
+    list(yaml.safe_load_all(text))
+
+
+def nothing(text: str) -> None:
+    """
+    Accept what is for people, or is judged elsewhere.
+    """
+
+
+PARSERS: dict[str, Callable[[str], object]] = {
+    "console": nothing,
+    "ini": parse_ini,
+    "json": json.loads,
+    "promql": nothing,  # tests/e2e/test_metrics.py
+    "text": nothing,
+    "toml": tomllib.loads,
+    "yaml": parse_yaml,
+}
+
+
+def problem(block: Block) -> str | None:
+    """
+    Say what is wrong with a block, if anything is.
+    """
+    if block.language not in PARSERS:
+        return f"in no language of {sorted(PARSERS)}: {block.language!r}; see tests/documents.py"
+    try:
+        if block.language == "console":
+            block.commands()
+        PARSERS[block.language](block.text)
+    except (ValueError, configparser.Error, yaml.YAMLError) as wrong:
+        return str(wrong)
+    if block.not_run is not None and len(block.not_run.split()) < 3:
+        return f"not run, and no reason is given: {block.not_run!r}"
+    return None
+
+
+def anchors(page: Path) -> set[str]:
+    """
+    Name the sections of a page as GitHub and docutils do.
+    """
+    text = page.read_text("utf-8")
+    titles = re.findall(r"^(\S.*)\n[=~-]{3,}$", text, re.MULTILINE) + re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^a-z0-9]+", "-", each.lower()).strip("-") for each in titles}
+
+
+def links(page: Path) -> Iterator[str]:
+    """
+    Give the targets of a page's links to other files here.
+    """
+    text = page.read_text("utf-8")
+    pattern = r"\]\(([^)\s]+)\)" if page.suffix == ".md" else r"`[^`]*<([^`>]+)>`_"
+    yield from (each for each in re.findall(pattern, text) if not re.match(r"[a-z]+:", each))
+
+
+def leads_nowhere(page: Path, link: str) -> bool:
+    """
+    Tell whether there is no such file, or no such section in it.
+    """
+    path, _, anchor = link.partition("#")
+    target = page.parent / path if path else page
+    return not target.exists() or bool(anchor and anchor not in anchors(target))
+
+
+class BlockTests(SynchronousTestCase):
+    """
+    Blocks of code.
+    """
+
+    def test_can_be_read_by_what_they_are_for(self) -> None:
+        """
+        Each is in a language that is known, parses, and names settings that there are; one that is not run says why.
+        """
+        wrong = [f"{block.place}: {why}" for page in pages() for block in blocks(page) if (why := problem(block))]
+        self.assertEqual([], wrong)
+
+    def test_are_found_with_what_is_said_of_them(self) -> None:
+        """
+        A remark belongs to the block right below it alone.
+        """
+        text = """
+.. Not run: needs a cluster
+   and more.
+
+.. code-block:: console
+   :name: x
+
+   $ first \\
+       --more
+   printed
+   # second
+
+And::
+
+    what it is
+"""
+        shown, literal = blocks(CHECKOUT / "README.rst", text)
+        self.assertEqual("needs a cluster and more.", shown.not_run)
+        self.assertEqual(["first \\\n    --more", "second"], [each.text for each in shown.commands()])
+        self.assertEqual(["printed"], shown.commands()[0].prints)
+        self.assertEqual(("", "what it is", None), (literal.language, literal.text, literal.not_run))
+        self.assertIsNotNone(problem(literal))
+
+    def test_that_are_wrong_are_told(self) -> None:
+        """
+        A setting that there is not, a value that it does not take, a command without a prompt, no reason.
+        """
+        for language, text in [
+            ("ini", "PROXY_PROT=5000"),
+            ("ini", "PROXY_PORT=many"),
+            ("console", "make demo"),
+            ("json", "{"),
+            ("bash", "true"),
+        ]:
+            (block,) = blocks(CHECKOUT / "README.rst", f".. code-block:: {language}\n\n   {text}\n")
+            self.assertIsNotNone(problem(block), text)
+        (block,) = blocks(CHECKOUT / "README.rst", ".. Not run:\n\n.. code-block:: console\n\n   $ true\n")
+        self.assertIsNotNone(problem(block))
+
+
+class WordsTests(SynchronousTestCase):
+    """
+    What the documents speak of.
+    """
+
+    def test_links_lead_to_files_and_sections_that_there_are(self) -> None:
+        """
+        In README.rst, CONTRIBUTING.rst, SECURITY.md and docs/.
+        """
+        shown = [*pages(), *MARKDOWN]
+        wrong = [f"{page.name}: {link}" for page in shown for link in links(page) if leads_nowhere(page, link)]
+        self.assertEqual([], wrong)
+
+    def test_files_that_are_named_are_there(self) -> None:
+        """
+        A document, a module, a test or a file of deploy/ that a text speaks of.
+        """
+        name = re.compile(r"(?<![\w/.])((?:docs|deploy|tests|bench|ecrproxy)/[\w./-]*\w\.\w+|[A-Z]{4,}\.(?:rst|md))")
+        shown = [*pages(), *MARKDOWN, CHECKOUT / "CHANGELOG.rst"]
+        told = {(page.name, each) for page in shown for each in name.findall(page.read_text("utf-8"))}
+        self.assertEqual([], sorted(each for each in told if not (CHECKOUT / each[1]).exists()))
+
+    def test_settings_that_are_named_are_there(self) -> None:
+        """
+        Each variable is one of SETTINGS, or a predecessor's that is told about.
+        """
+        named = {
+            each for page in [*pages(), *MARKDOWN] for each in re.findall(r"\bPROXY_[A-Z_]+", page.read_text("utf-8"))
+        }
+        self.assertEqual([], sorted(each for each in named - set(BY_VARIABLE) if not notices({each: "set"})))
+
+    def test_readme_has_each_setting(self) -> None:
+        """
+        Its table has variable, flag and default as the code has them.
+        """
+        readme = (CHECKOUT / "README.rst").read_text("utf-8")
+        rows = re.findall(r"^   \* - ``(\w+)``\n     - (.+)\n     - (.+)$", readme, re.MULTILINE)
+        told = {variable: (flags.partition(",")[0], default.replace("``", "")) for variable, flags, default in rows}
+        self.assertEqual({each.variable: (f"``--{each.name}``", each.default) for each in SETTINGS}, told)

@@ -1,0 +1,327 @@
+"""
+How the daemon ends: what is waited for, how long, and in which order its parts stop.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from typing import Any
+
+from twisted.application.service import Service
+from twisted.internet.defer import Deferred
+from twisted.internet.testing import MemoryReactorClock
+from twisted.trial.unittest import SynchronousTestCase
+
+from ecrproxy.daemon.ending import Drain, InOrder, Signals
+from ecrproxy.http.channel import FRESH_SECONDS
+from tests.daemon import DaemonTestCase, End, Raw, Reply
+
+LIMIT = 30.0
+DATA = bytes(range(256)) * 4096
+GOOD = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+class DrainTests(DaemonTestCase):
+    """
+    A daemon that ends while it has clients.
+    """
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.digest = self.standin.push_blob("team/app", DATA)
+        self.path = f"/v2/team/app/blobs/{self.digest}"
+        self.drain = Drain(self.daemon.site.connections, LIMIT, self.clock)
+        self.drain.startService()
+
+    def start_again(self, **options: Any) -> None:
+        """
+        Have another daemon, which has not been told to end.
+        """
+        self.start(**options)
+        self.drain = Drain(self.daemon.site.connections, LIMIT, self.clock)
+
+    def connect(self, *pieces: bytes) -> tuple[Raw, End]:
+        """
+        Connect a client that stays, and have it write.
+        """
+        client = Raw()
+        wire = self.daemon.front.connect(client, "proxy.example", 80, secure=False)
+        for piece in pieces:
+            wire.write(piece)
+            self.flush()
+        return client, wire
+
+    def end(self) -> Deferred[None]:
+        """
+        Have the daemon end.
+        """
+        ending = self.drain.stopService()
+        self.flush()
+        return ending
+
+    def begin(self) -> Reply:
+        """
+        Begin a transfer.
+        """
+        self.standin.hold(self.digest)
+        reply = self.get(self.path)
+        self.standin.deliver(self.digest, len(DATA) // 2)
+        self.flush()
+        self.assertEqual((200, ""), (reply.code, reply.ended))
+        return reply
+
+    def test_without_clients_is_at_once(self) -> None:
+        """
+        Nobody is waited for where there is nobody, and nothing is left to do later.
+        """
+        before = len(self.clock.getDelayedCalls())
+        self.successResultOf(self.end())
+        self.assertEqual(before, len(self.clock.getDelayedCalls()))
+
+    def test_closes_idle_connections(self) -> None:
+        """
+        A client that has its answer and keeps the connection for later is not waited for.
+        """
+        client, _ = self.connect(GOOD)
+        self.assertFalse(client.closed)
+        self.successResultOf(self.end())
+        self.assertTrue(client.closed)
+
+    def test_lets_a_transfer_go_on(self) -> None:
+        """
+        A response under way comes whole, however long the daemon has been told by then; then its connection closes.
+        """
+        reply = self.begin()
+        ending = self.end()
+        self.pass_time(LIMIT - 1)
+        self.assertNoResult(ending)
+        self.standin.release(self.digest)
+        self.flush()
+        self.assertWhole(reply, DATA)
+        self.successResultOf(ending)
+
+    def test_a_kept_connection_closes_with_the_response(self) -> None:
+        """
+        A client that would keep its connection gets its response whole, and no further one.
+        """
+        self.standin.hold(self.digest)
+        ask = f"GET {self.path} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
+        client, wire = self.connect(ask)
+        ending = self.end()
+        wire.write(GOOD)
+        self.standin.release(self.digest)
+        self.flush()
+        self.assertTrue(client.got.endswith(DATA))
+        self.assertEqual((1, True), (client.got.count(b"HTTP/1.1 200"), client.closed))
+        self.successResultOf(ending)
+
+    def test_tells_clients_that_the_connection_closes(self) -> None:
+        """
+        Where a response has not begun yet, its headers say that it is the connection's last.
+        """
+        self.start_again(fetch=Deferred)
+        client, _ = self.connect(f"GET {self.path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        ending = self.end()
+        self.assertNoResult(ending)
+        self.pass_time(LIMIT - 1)
+        self.assertTrue(client.got.startswith(b"HTTP/1.1 503 "), "there was no token")
+        self.assertIn(b"Connection: close\r\n", client.got)
+        self.successResultOf(ending)
+
+    def test_cuts_what_takes_too_long(self) -> None:
+        """
+        At the limit, not before: the client can't take what it has for the whole.
+        """
+        reply = self.begin()
+        ending = self.end()
+        self.pass_time(LIMIT - 0.5)
+        self.assertEqual("", reply.ended)
+        self.pass_time(0.5)
+        self.assertBroken(reply, DATA)
+        self.successResultOf(ending)
+        self.assertIn("took too long", self.logged())
+
+    def test_does_not_wait_for_transfers_that_nobody_follows(self) -> None:
+        """
+        A blob whose client has gone is no reason to go on.
+        """
+        self.begin().leave()
+        self.flush()
+        self.successResultOf(self.end())
+
+    def test_a_request_that_is_on_its_way_is_answered(self) -> None:
+        """
+        Who had connected, or begun to ask, before the end gets one answer, and is told that it is the last.
+        """
+        for before, after in ((b"", GOOD), (GOOD[:9], GOOD[9:])):
+            self.start_again()
+            client, wire = self.connect(before)
+            ending = self.end()
+            self.assertNoResult(ending)
+            wire.write(after)
+            self.flush()
+            self.assertTrue(client.got.startswith(b"HTTP/1.1 200 OK\r\n"), before)
+            self.assertEqual((1, True), (client.got.count(b"Connection: close\r\n"), client.closed))
+            self.successResultOf(ending)
+
+    def test_connections_without_a_request_close_soon(self) -> None:
+        """
+        A client that has connected and asks nothing has a second.
+        """
+        client, _ = self.connect()
+        ending = self.end()
+        self.pass_time(FRESH_SECONDS - 0.1)
+        self.assertFalse(client.closed)
+        self.pass_time(0.2)
+        self.assertTrue(client.closed)
+        self.successResultOf(ending)
+
+
+class Part(Service):
+    """
+    A part that stops when it is told to.
+    """
+
+    def __init__(self, stopped: list[Part]) -> None:
+        self._stopped = stopped
+        self.done: Deferred[None] = Deferred()
+
+    def stopService(self) -> Deferred[None]:
+        """
+        Begin to stop.
+        """
+        super().stopService()
+        self._stopped.append(self)
+        return self.done
+
+
+class Broken(Service):
+    """
+    A part that can't stop.
+    """
+
+    def stopService(self) -> None:
+        """
+        Fail.
+        """
+        raise RuntimeError("it is broken")
+
+
+class InOrderTests(SynchronousTestCase):
+    def setUp(self) -> None:
+        self.stopped: list[Part] = []
+        self.whole = InOrder()
+
+    def add(self, part: Service) -> None:
+        """
+        Add a part.
+        """
+        part.setServiceParent(self.whole)
+
+    def test_each_waits_for_those_that_came_after_it(self) -> None:
+        """
+        The last stops first, and what it stands on is not stopped before it has.
+        """
+        first, second, third = parts = [Part(self.stopped) for _ in range(3)]
+        for part in parts:
+            self.add(part)
+        self.whole.startService()
+        stopping = self.whole.stopService()
+        for stopped in ([third], [third, second], [third, second, first]):
+            self.assertEqual(stopped, self.stopped)
+            self.assertNoResult(stopping)
+            self.assertEqual(len(parts) - len(stopped), sum(part.running for part in parts))
+            stopped[-1].done.callback(None)
+        self.successResultOf(stopping)
+
+    def test_a_part_that_fails_keeps_no_other(self) -> None:
+        """
+        It is logged, and the others stop.
+        """
+        part = Part(self.stopped)
+        part.done.callback(None)
+        self.add(part)
+        self.add(Broken())
+        self.whole.startService()
+        self.successResultOf(self.whole.stopService())
+        self.assertEqual([part], self.stopped)
+        self.assertEqual(1, len(self.flushLoggedErrors(RuntimeError)))
+
+
+class Reactor(MemoryReactorClock):
+    """
+    A reactor that keeps what signal handlers have it call.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left_word: list[Callable[..., object]] = []
+
+    def callFromThread(self, function: Callable[..., Any], *args: Any) -> None:
+        """
+        Keep a call for later.
+        """
+        assert not args
+        self.left_word.append(function)
+
+
+class SignalsTests(SynchronousTestCase):
+    def setUp(self) -> None:
+        self.installed: dict[int, Callable[[int, object], object]] = {}
+        self.patch(signal, "signal", self.installed.__setitem__)
+        self.reactor, self.left = Reactor(), list[int]()
+        Signals(self.reactor, self.end, self.left.append, self.reread).startService()
+
+    def end(self) -> None:
+        """
+        Be what ends the daemon.
+        """
+
+    def reread(self) -> None:
+        """
+        Be what reads certificates again.
+        """
+
+    def run_reactor(self) -> None:
+        """
+        Have the reactor run.
+        """
+        for hook, args, kwargs in self.reactor.whenRunningHooks:
+            hook(*args, **kwargs)
+
+    def test_are_ours_once_the_reactor_runs(self) -> None:
+        """
+        Not before, for Twisted would put its own in their place.
+        """
+        self.assertEqual({}, self.installed)
+        self.run_reactor()
+        self.assertEqual({signal.SIGTERM, signal.SIGINT, signal.SIGHUP}, self.installed.keys())
+
+    def test_that_end_the_daemon_do_so_in_the_reactor(self) -> None:
+        """
+        A handler may run in the midst of anything: it only leaves word.
+        """
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.setUp()
+            self.run_reactor()
+            self.installed[number](number, None)
+            self.assertEqual(([self.end], []), (self.reactor.left_word, self.left))
+
+    def test_that_come_again_end_it_at_once(self) -> None:
+        """
+        Whichever of them it is, and even if the reactor does nothing any more.
+        """
+        self.run_reactor()
+        self.installed[signal.SIGTERM](signal.SIGTERM, None)
+        self.installed[signal.SIGINT](signal.SIGINT, None)
+        self.assertEqual([signal.SIGINT], self.left)
+
+    def test_sighup_ends_nothing(self) -> None:
+        """
+        However often it comes.
+        """
+        self.run_reactor()
+        for _ in range(3):
+            self.installed[signal.SIGHUP](signal.SIGHUP, None)
+        self.assertEqual(([self.reread] * 3, []), (self.reactor.left_word, self.left))

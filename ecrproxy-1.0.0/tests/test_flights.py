@@ -1,0 +1,93 @@
+"""
+One fetch in the air for a key, whoever asks meanwhile.
+"""
+
+from __future__ import annotations
+
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.trial.unittest import SynchronousTestCase
+
+from ecrproxy.flights import Flights
+
+
+class FlightsTests(SynchronousTestCase):
+    def setUp(self) -> None:
+        self.flights: Flights[str] = Flights()
+        self.landing: list[Deferred[str]] = []
+
+    async def fetch(self) -> str:
+        self.landing.append(Deferred())
+        return await self.landing[-1]
+
+    def test_one_fetch_serves_all_who_wait(self) -> None:
+        """
+        Whoever asks for the same while a fetch is in the air gets its result.
+        """
+        waiting = [self.flights.join("x", self.fetch) for _ in range(3)]
+        self.assertEqual(1, len(self.landing))
+        self.assertIn("x", self.flights)
+        self.landing[0].callback("blob")
+        self.assertEqual(["blob"] * 3, [self.successResultOf(each) for each in waiting])
+        self.assertNotIn("x", self.flights)
+
+    def test_other_things_are_other_flights(self) -> None:
+        """
+        Each key has its own fetch.
+        """
+        x, y = self.flights.join("x", self.fetch), self.flights.join("y", self.fetch)
+        self.landing[1].callback("of y")
+        self.assertNoResult(x)
+        self.assertEqual("of y", self.successResultOf(y))
+
+    def test_a_failure_is_everybodys(self) -> None:
+        """
+        A fetch that fails fails for all who wait.
+        """
+        waiting = [self.flights.join("x", self.fetch) for _ in range(2)]
+        self.landing[0].errback(ZeroDivisionError())
+        for each in waiting:
+            self.failureResultOf(each, ZeroDivisionError)
+
+    def test_who_leaves_ends_only_its_own_waiting(self) -> None:
+        """
+        One who leaves, the first one too, leaves the fetch to the others.
+        """
+        gone, kept = self.flights.join("x", self.fetch), self.flights.join("x", self.fetch)
+        gone.cancel()
+        self.failureResultOf(gone, CancelledError)
+        self.landing[0].callback("blob")
+        self.assertEqual("blob", self.successResultOf(kept))
+
+    def test_lands_with_nobody_waiting(self) -> None:
+        """
+        When all have left the fetch goes on; its failure is nobody's and no error.
+        """
+        for problem in (None, ZeroDivisionError()):
+            self.flights.join("x", self.fetch).addErrback(lambda failure: failure.trap(CancelledError)).cancel()
+            self.assertIn("x", self.flights)
+            if problem is None:
+                self.landing[-1].callback("blob")
+            else:
+                self.landing[-1].errback(problem)
+            self.assertNotIn("x", self.flights)
+
+    def test_after_landing_the_next_is_a_new_one(self) -> None:
+        """
+        Results are not kept: who asks later is another fetch, even from within an answer.
+        """
+        again: list[Deferred[str]] = []
+        self.flights.join("x", self.fetch).addCallback(lambda _: again.append(self.flights.join("x", self.fetch)))
+        self.landing[0].callback("old")
+        self.assertEqual(2, len(self.landing))
+        self.landing[1].callback("new")
+        self.assertEqual("new", self.successResultOf(again[0]))
+
+    def test_who_leaves_while_another_is_answered(self) -> None:
+        """
+        One answer may make another client leave; the rest are still answered.
+        """
+        first, second, third = (self.flights.join("x", self.fetch) for _ in range(3))
+        first.addCallback(lambda _: second.cancel())
+        self.landing[0].callback("blob")
+        self.failureResultOf(second, CancelledError)
+        self.assertEqual("blob", self.successResultOf(third))

@@ -1,0 +1,291 @@
+"""
+How a storm of questions to ECR queues.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.task import Clock
+from twisted.trial.unittest import SynchronousTestCase
+
+from ecrproxy.oci import parse_route
+from ecrproxy.registry.circuit import FAILURES, CircuitOpenError
+from ecrproxy.registry.governor import LONGEST_WAIT, TICK, Governor, QueueFullError
+from ecrproxy.registry.quotas import Call, Quotas
+from tests.registry import digest_of
+from tests.test_upstream import UpstreamTestCase
+
+MANY = Quotas(10**6, 10**6, 10**6, 10**6)
+
+
+class GovernorTests(SynchronousTestCase):
+    """
+    Questions that take no time, or as much as a test wants.
+    """
+
+    def setUp(self) -> None:
+        self.clock = Clock()
+        self.clock.advance(4_000_000_000.0)
+        self.went: list[tuple[str, float]] = []
+        self.under_way: dict[str, Deferred[None]] = {}
+        self.most = 0
+
+    def govern(self, quotas: Quotas, together: int = 128) -> Governor:
+        self.governor = Governor(quotas, together, self.clock)
+        return self.governor
+
+    async def question(self, call: Call, name: str, answer: Deferred[None] | None) -> None:
+        async with self.governor.place(call):
+            self.went.append((name, self.clock.seconds()))
+            if answer is not None:
+                self.under_way[name] = answer
+                self.most = max(self.most, len(self.under_way))
+                try:
+                    await answer
+                finally:
+                    del self.under_way[name]
+
+    def ask(self, call: Call, name: str = "", *, held: bool = False) -> Deferred[None]:
+        """
+        Ask; a question that is held takes its place until it is answered.
+        """
+        return Deferred.fromCoroutine(self.question(call, name, Deferred() if held else None))
+
+    def names(self) -> list[str]:
+        return [name for name, _ in self.went]
+
+    def pass_time(self, seconds: float) -> None:
+        self.clock.pump([TICK] * round(seconds / TICK))
+
+    def test_a_storm_keeps_to_the_quota(self) -> None:
+        """
+        5,000 questions for blobs at once: in no second more go than the quota, and all have gone soon.
+        """
+        self.govern(Quotas())
+        asked = [self.ask(Call.BLOB, str(number)) for number in range(5000)]
+        self.pass_time(2)
+        for each in asked:
+            self.successResultOf(each)
+        times = [when for _, when in self.went]
+        for first, later in zip(times, times[3000:], strict=False):
+            self.assertGreaterEqual(later - first, 1.0)
+        self.assertEqual([str(number) for number in range(5000)], self.names())
+
+    def test_kinds_do_not_wait_for_each_other(self) -> None:
+        """
+        A storm for blobs leaves manifests their own rate.
+        """
+        self.govern(Quotas(blobs=10))
+        for number in range(50):
+            self.ask(Call.BLOB, str(number))
+        self.successResultOf(self.ask(Call.MANIFEST, "manifest"))
+        self.assertEqual(["0", "manifest"], self.names())
+
+    def test_manifests_overtake_blobs(self) -> None:
+        """
+        Where places are few, manifests go before all that waits already, checks before blobs, blobs before lists.
+        """
+        self.govern(MANY, 1)
+        self.ask(Call.BLOB, "first", held=True)
+        for call in (Call.LIST, Call.BLOB, Call.CHECK, Call.MANIFEST):
+            for number in range(2):
+                self.ask(call, f"{call.value}{number}")
+        self.under_way["first"].callback(None)
+        kinds = ["manifests", "checks", "blobs", "lists"]
+        self.assertEqual(["first"] + [f"{kind}{number}" for kind in kinds for number in range(2)], self.names())
+
+    def test_places_are_few(self) -> None:
+        """
+        No more questions are under way than may be; each that ends lets the next go.
+        """
+        self.govern(MANY, 3)
+        asked = [self.ask(Call.BLOB, str(number), held=True) for number in range(20)]
+        while self.under_way:
+            self.assertLessEqual(len(self.under_way), 3)
+            next(iter(self.under_way.values())).callback(None)
+        for each in asked:
+            self.successResultOf(each)
+        self.assertEqual((20, 3), (len(self.went), self.most))
+
+    def test_a_place_is_given_back_however_its_question_ends(self) -> None:
+        """
+        An error and a client that leaves give their place to the next.
+        """
+        self.govern(MANY, 1)
+        for end in ("fail", "leave"):
+            asked = self.ask(Call.BLOB, end, held=True)
+            behind = self.ask(Call.BLOB, "behind")
+            if end == "fail":
+                self.under_way[end].errback(ZeroDivisionError())
+                self.failureResultOf(asked, ZeroDivisionError)
+            else:
+                asked.cancel()
+                self.failureResultOf(asked, CancelledError)
+            self.successResultOf(behind)
+
+    def test_who_leaves_the_queue_takes_nothing(self) -> None:
+        """
+        Waiters that leave are not let go, and cost neither a place nor a call.
+        """
+        self.govern(Quotas(lists=10))
+        asked = [self.ask(Call.LIST, str(number)) for number in range(50)]
+        for each in asked[1:49]:
+            each.cancel()
+            self.failureResultOf(each, CancelledError)
+        self.assertEqual(1, self.governor.waiting(Call.LIST))
+        self.pass_time(0.2)
+        self.assertEqual(["0", "49"], self.names())
+        self.pass_time(10)
+        self.assertEqual([], self.clock.getDelayedCalls())
+
+    def test_a_queue_that_would_take_too_long_is_full(self) -> None:
+        """
+        Who would wait longer than ten seconds is told so at once, and when to come again.
+        """
+        self.govern(Quotas(lists=10))
+        asked = [self.ask(Call.LIST) for _ in range(100)]
+        refused = [each for each in asked if each.called]
+        problem = self.failureResultOf(refused[-1], QueueFullError).value
+        self.assertEqual((429, "TOOMANYREQUESTS", "11"), (problem.status, problem.code, problem.headers["Retry-After"]))
+        for each in refused[1:-1]:
+            self.failureResultOf(each, QueueFullError)
+        self.assertAlmostEqual(9 * LONGEST_WAIT, self.governor.waiting(Call.LIST), delta=2)
+        self.pass_time(LONGEST_WAIT + 1)
+        self.assertEqual(0, self.governor.waiting(Call.LIST))
+
+    def test_a_kind_that_rests_is_waited_for(self) -> None:
+        """
+        What ECR has throttled goes when it said; other kinds go meanwhile, and are looked after in time.
+        """
+        self.govern(Quotas(lists=10))
+        self.governor.rest(Call.BLOB, 7)
+        self.ask(Call.BLOB, "blob")
+        self.ask(Call.LIST, "list")
+        self.ask(Call.LIST, "second list")
+        self.pass_time(0.2)
+        self.assertEqual(["list", "second list"], self.names())
+        self.pass_time(6.5)
+        self.assertEqual(2, len(self.went))
+        self.pass_time(0.5)
+        self.assertEqual("blob", self.went[-1][0])
+
+    def test_a_long_queue_that_ends_at_once_is_no_deep_stack(self) -> None:
+        """
+        Ten thousand that wait for one place, and do nothing with it, all go.
+        """
+        self.govern(MANY, 1)
+        self.ask(Call.BLOB, "first", held=True)
+        for number in range(10_000):
+            self.ask(Call.BLOB, str(number))
+        self.under_way["first"].callback(None)
+        self.assertEqual(10_001, len(self.went))
+
+
+class StormTests(UpstreamTestCase):
+    """
+    The real questions, to the stand-in.
+    """
+
+    def locate(self, count: int) -> list[Deferred[Any]]:
+        """
+        Ask where so many blobs lie.
+        """
+        routes = [parse_route(f"/v2/team/app/blobs/{digest_of(b'%d' % number)}") for number in range(count)]
+        asked: list[Deferred[Any]] = [Deferred.fromCoroutine(self.daemon.upstream.locate(route)) for route in routes]
+        for each in asked:
+            each.addErrback(lambda failure: failure.value)
+        self.flush()
+        return asked
+
+    def test_each_question_is_counted_as_what_it_is(self) -> None:
+        """
+        Each kind of question is held to its own quota, tries after failures as well.
+        """
+        self.start(quotas=Quotas(10, 10, 10, 10))
+        self.standin.push_image("team/app", "latest")
+        paths = {
+            "manifests": "/v2/team/app/manifests/latest",
+            "blobs": f"/v2/team/app/blobs/{self.digest}",
+            "tags": "/v2/team/app/tags/list",
+        }
+        self.standin.fail("registry", status=503, times=1)
+        for path in paths.values():
+            self.daemon.send("GET", path)
+        self.daemon.send("HEAD", paths["blobs"])
+        self.flush()
+        asked = Counter(
+            each.path.split("/")[4] + each.method for each in self.standin.asked if each.service == "registry"
+        )
+        self.assertEqual({"manifestsGET": 1, "blobsGET": 1, "blobsHEAD": 1, "tagsGET": 1}, dict(asked))
+        self.pass_time(1)
+        self.assertEqual(5, self.standin.count("registry"))
+
+    def test_a_storm_queues_here(self) -> None:
+        """
+        Of 500 questions no more than the quota reach ECR in any second, and a manifest overtakes them.
+        """
+        self.start(quotas=Quotas(blobs=100), together=20)
+        self.standin.quirks.latency = 0.01
+        asked = self.locate(500)
+        counts = []
+        for second in range(6):
+            before = self.standin.count("registry")
+            for _ in range(50):
+                self.clock.advance(0.02)
+                self.flush()
+            counts.append(self.standin.count("registry") - before)
+            if not second:
+                self.clock.advance(0)
+                manifest = self.asking(self.daemon.upstream.manifest(self.tag, ""))
+                self.clock.advance(0.02)
+                self.flush()
+                self.successResultOf(manifest)
+                self.assertFalse(asked[-1].called)
+        self.assertLessEqual(max(counts), 101)  # the manifest is one
+        self.assertTrue(all(each.called for each in asked))
+
+    def test_clients_beyond_the_queue_are_told(self) -> None:
+        """
+        A client whose question would wait too long gets 429 with Retry-After; one who asks for a known tag, STALE.
+        """
+        self.start(quotas=Quotas(manifests=1))
+        path = "/v2/team/app/manifests/latest"
+        self.assertWhole(self.get(path), self.image.manifest, "MISS")
+        for number in range(9):
+            self.daemon.send("GET", f"/v2/team/app/manifests/{number}")
+        self.flush()
+        reply = self.get("/v2/team/app/manifests/other")
+        self.assertRefused(reply, 429, "TOOMANYREQUESTS", "wait for ECR")
+        self.assertEqual("12", reply.header("Retry-After"))
+        self.assertWhole(self.get(path), self.image.manifest, "STALE")
+        self.pass_time(12)
+
+    def test_throttling_slows_its_kind(self) -> None:
+        """
+        After a 429 with Retry-After no question of its kind goes before that; others do.
+        """
+        self.standin.throttle("registry", times=1, retry_after="4")
+        first = self.asking(self.daemon.upstream.manifest(self.tag, ""))
+        second = self.asking(self.daemon.upstream.manifest(self.tag, ""))
+        self.assertEqual(1, self.standin.count("registry"))
+        self.assertEqual(1000, self.size())
+        self.pass_time(5)
+        self.successResultOf(first)
+        self.successResultOf(second)
+
+    def test_an_open_circuit_empties_the_queue(self) -> None:
+        """
+        What waits when ECR is given up is refused at once, without being asked, though the places are taken.
+        """
+        self.start(together=FAILURES)
+        self.standin.hang("registry")
+        asked = self.locate(3000)
+        self.assertEqual(FAILURES, self.standin.count("registry"))
+        self.pass_time(30)
+        refused = [each for each in asked if each.called and isinstance(each.result, CircuitOpenError)]
+        self.assertEqual((2 * FAILURES, 3000 - 2 * FAILURES), (self.standin.count("registry"), len(refused)))
+        self.pass_time(30)
+        self.assertTrue(all(each.called for each in asked))

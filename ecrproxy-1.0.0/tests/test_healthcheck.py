@@ -1,0 +1,133 @@
+"""
+Where the container's health check asks, and what it makes of the answer.
+"""
+
+from __future__ import annotations
+
+import io
+import socket
+from collections.abc import Mapping
+from typing import cast
+
+from twisted.trial.unittest import SynchronousTestCase
+
+from ecrproxy.healthcheck import PORT, Place, main, place_from
+from ecrproxy.settings.config import SETTINGS
+
+
+class PlaceTests(SynchronousTestCase):
+    def test_is_the_port_of_the_settings(self) -> None:
+        """
+        Without variables it asks the port that the daemon listens on without variables.
+        """
+        (default,) = (each.default for each in SETTINGS if each.variable == "PROXY_PORT")
+        self.assertEqual(str(PORT), default)
+        self.assertEqual(place_from({}), Place(("127.0.0.1", PORT)))
+        self.assertEqual(place_from({"PROXY_PORT": "", "PROXY_LISTEN": ""}), Place(("127.0.0.1", PORT)))
+
+    def test_follows_the_port(self) -> None:
+        """
+        PROXY_PORT is asked, with TLS where the daemon has a key.
+        """
+        self.assertEqual(place_from({"PROXY_PORT": "6000"}), Place(("127.0.0.1", 6000)))
+        given = {"PROXY_PORT": "6443", "PROXY_SSL_KEY": "/k", "PROXY_SSL_CERTIFICATE": "/c"}
+        self.assertEqual(place_from(given), Place(("127.0.0.1", 6443), secure=True))
+
+    def test_reads_endpoint_strings(self) -> None:
+        """
+        PROXY_LISTEN wins over the port, as it does in the daemon.
+        """
+        for text, place in {
+            "tcp:5001": Place(("127.0.0.1", 5001)),
+            "tcp:port=5001:interface=0.0.0.0": Place(("127.0.0.1", 5001)),
+            "tcp:5001:interface=10.0.0.7": Place(("10.0.0.7", 5001)),
+            "tcp6:5001": Place(("::1", 5001)),
+            r"tcp6:5001:interface=fd00\:\:7": Place(("fd00::7", 5001)),
+            "ssl:5443:privateKey=/k:certKey=/c": Place(("127.0.0.1", 5443), secure=True),
+            "tls:/pems:5443": Place(("::1", 5443), secure=True),
+            "tls:/pems": Place(("::1", 443), secure=True),
+            r"unix:/run/a\:b.sock:mode=660": Place("/run/a:b.sock"),
+            "unix:address=/run/a.sock": Place("/run/a.sock"),
+            "haproxy:tcp:5001": Place(("127.0.0.1", 5001), behind_proxy=True),
+        }.items():
+            self.assertEqual(place_from({"PROXY_LISTEN": text, "PROXY_PORT": "1"}), place, text)
+
+    def test_is_the_first_that_can_be_asked(self) -> None:
+        """
+        What only systemd knows the port of is passed over.
+        """
+        text = "systemd:domain=INET:name=http  tcp:5001 tcp:5002"
+        self.assertEqual(place_from({"PROXY_LISTEN": text}), Place(("127.0.0.1", 5001)))
+
+    def test_says_when_nothing_can_be_asked(self) -> None:
+        """
+        Variables that name nothing to ask are exit status 1.
+        """
+        for variables in ({"PROXY_LISTEN": "systemd:domain=INET:index=0"}, {"PROXY_PORT": "many"}):
+            self.assertEqual(main(variables), 1)
+
+
+class Connection:
+    """
+    A connection on whose other end the answer is ready, as http.client needs one.
+    """
+
+    def __init__(self, answer: bytes) -> None:
+        self.sent = b""
+        self._answer = answer
+
+    def sendall(self, data: bytes) -> None:
+        self.sent += data
+
+    def makefile(self, mode: str) -> io.BytesIO:
+        return io.BytesIO(self._answer)
+
+    def close(self) -> None:
+        pass
+
+
+def asked(variables: Mapping[str, str], answer: bytes) -> tuple[int, bytes]:
+    """
+    Give the exit status for an answer, and what was sent for it.
+    """
+    connection = Connection(answer)
+    return main(variables, lambda place: cast("socket.socket", connection)), connection.sent
+
+
+class MainTests(SynchronousTestCase):
+    def test_is_well_when_the_daemon_answers(self) -> None:
+        """
+        200 is exit status 0; any other status, and what is no HTTP, is 1.
+        """
+        for answer, status in {
+            b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n": 0,
+            b"HTTP/1.1 404 Not Found\r\n\r\n": 1,
+            b"HTTP/1.1 503 Service Unavailable\r\n\r\n": 1,
+            b"hello\r\n": 1,
+            b"": 1,
+        }.items():
+            self.assertEqual(asked({}, answer)[0], status, answer)
+
+    def test_asks_whether_the_daemon_serves(self) -> None:
+        """
+        It asks for what needs no AWS: a container is not restarted because ECR is away.
+        """
+        _, sent = asked({}, b"")
+        self.assertTrue(sent.startswith(b"GET /healthz HTTP/1.1\r\n"))
+
+    def test_speaks_as_a_load_balancer_does(self) -> None:
+        """
+        Behind a load balancer the daemon waits for its line first.
+        """
+        _, sent = asked({"PROXY_LISTEN": "haproxy:tcp:5001"}, b"")
+        self.assertTrue(sent.startswith(b"PROXY TCP4 127.0.0.1 127.0.0.1 1 1\r\nGET /healthz "))
+
+    def test_is_ill_when_nobody_listens(self) -> None:
+        """
+        A connection that is refused is exit status 1.
+        """
+
+        def refuse(place: Place) -> socket.socket:
+            raise ConnectionRefusedError(place.address)
+
+        self.assertEqual(main({}, refuse), 1)

@@ -1,0 +1,70 @@
+"""
+The last warnings and errors.
+"""
+
+from __future__ import annotations
+
+from twisted.logger import Logger, globalLogPublisher
+from twisted.python.failure import Failure
+from twisted.trial.unittest import SynchronousTestCase
+
+from ecrproxy.admin.incidents import KEPT, LONGEST, Incident, Incidents
+
+log = Logger()
+
+
+class IncidentsTests(SynchronousTestCase):
+    def setUp(self) -> None:
+        self.time = 1000.0
+        self.incidents = Incidents(lambda: self.time)
+        self.incidents.startService()
+        self.addCleanup(globalLogPublisher.removeObserver, self.incidents)
+
+    def test_warnings_and_errors_are_kept_the_newest_first(self) -> None:
+        """
+        What is no trouble is not told.
+        """
+        log.info("all is well")
+        log.warn("the {thing} is slow", thing="disk")
+        self.time = 1001.0
+        log.error("the disk is full")
+        self.assertEqual(
+            (Incident(1001, "error", "the disk is full"), Incident(1000, "warn", "the disk is slow")),
+            self.incidents.latest(),
+        )
+
+    def test_what_is_said_again_is_counted(self) -> None:
+        """
+        A trouble that repeats drives out no other.
+        """
+        for self.time in range(1000, 1003):
+            log.warn("again")
+        self.assertEqual((Incident(1002, "warn", "again", 3),), self.incidents.latest())
+
+    def test_neither_their_number_nor_their_length_grows(self) -> None:
+        """
+        The oldest go, and long texts are cut; lines become one.
+        """
+        for number in range(10 * KEPT):
+            log.error("{text}", text=f"{number}\n" + "x" * 10_000)
+        latest = self.incidents.latest()
+        self.assertEqual(KEPT, len(latest))
+        self.assertTrue(latest[0].text.startswith(f"{10 * KEPT - 1} x"))
+        self.assertEqual({LONGEST}, {len(each.text) for each in latest})
+
+    def test_of_an_exception_its_kind_is_told(self) -> None:
+        """
+        What it said, and where it came from, is for the log.
+        """
+        log.failure("Answering {path}", Failure(ValueError("a secret")), path="/v2/")
+        self.flushLoggedErrors(ValueError)
+        (incident,) = self.incidents.latest()
+        self.assertEqual("Answering /v2/ (ValueError)", incident.text)
+
+    def test_nothing_is_kept_after_the_end(self) -> None:
+        """
+        A daemon that has ended no longer listens to the log.
+        """
+        self.incidents.stopService()
+        log.error("late")
+        self.assertEqual((), self.incidents.latest())

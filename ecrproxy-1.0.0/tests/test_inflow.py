@@ -1,0 +1,246 @@
+"""
+How many connections a blob comes over, in which parts, and how much may wait for the disk.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from twisted.internet.defer import Deferred
+from twisted.python.failure import Failure
+from twisted.trial.unittest import SynchronousTestCase
+
+from ecrproxy.transfer.inflow import HIGH_WATER, LARGEST_PART, SMALLEST_PART, SPLIT, Gaps, Inflow, Lanes, part_size
+from tests.test_download import Tap
+
+PIECE = 2**16
+
+
+class LanesTests(SynchronousTestCase):
+    def test_are_several_for_large_blobs(self) -> None:
+        """
+        From 16 MiB on a blob has as many as a blob may have; a smaller one, or one of no known size, has one.
+        """
+        for size, taken in ((0, 1), (SPLIT - 1, 1), (SPLIT, 4), (2**40, 4)):
+            self.assertEqual(taken, Lanes(4, 64).take(size))
+        self.assertEqual(1, Lanes(1, 64).take(2**40))
+
+    def test_are_bounded_together(self) -> None:
+        """
+        When there are few left a blob has those, when there are none it has one all the same; given back they are free.
+        """
+        lanes = Lanes(4, 6)
+        self.assertEqual([4, 2, 1, 1], [lanes.take(SPLIT) for _ in range(4)])
+        lanes.give_back(1)
+        lanes.give_back(1)
+        self.assertEqual(1, lanes.take(SPLIT))
+        for taken in (4, 2, 1):
+            lanes.give_back(taken)
+        self.assertEqual([4, 2], [lanes.take(SPLIT) for _ in range(2)])
+
+    def test_of_small_blobs_count(self) -> None:
+        """
+        A small blob's one connection is one of those that there are together.
+        """
+        lanes = Lanes(4, 6)
+        for _ in range(3):
+            lanes.take(1)
+        self.assertEqual(3, lanes.take(SPLIT))
+
+    def test_ask_for_a_first_part(self) -> None:
+        """
+        What may be large is asked for in a first part; what is known to be small, or has one lane, as a whole.
+        """
+        lanes = Lanes(4, 64)
+        self.assertEqual([SMALLEST_PART] * 2, [lanes.first_part(size) for size in (None, SPLIT)])
+        self.assertEqual([None] * 2, [lanes.first_part(size) for size in (0, SPLIT - 1)])
+        self.assertIsNone(Lanes(1, 64).first_part(2**40))
+
+
+class GapsTests(SynchronousTestCase):
+    def test_are_taken_in_order(self) -> None:
+        """
+        Part after part, none across two gaps, until nothing is left.
+        """
+        gaps = Gaps([(10, 20), (30, 30 + 3 * SMALLEST_PART)])
+        parts = [gaps.take(4) for _ in range(5)]
+        ends = [30 + count * SMALLEST_PART for count in range(4)]
+        self.assertEqual([(10, 20), *pairwise(ends), None], parts)
+
+    def test_of_one_lane_are_taken_whole(self) -> None:
+        """
+        Where there is one connection, there is one part a gap.
+        """
+        gaps = Gaps([(10, 20), (30, 2**40)])
+        self.assertEqual([(10, 20), (30, 2**40), None], [gaps.take(1) for _ in range(3)])
+
+    def test_may_be_taken_from_anywhere(self) -> None:
+        """
+        What has been asked for already is taken as far as it is missing, and the rest stays.
+        """
+        gaps = Gaps([(10, 20), (30, 40)])
+        self.assertEqual((12, 15), gaps.take_from(12, 15))
+        self.assertEqual((32, 40), gaps.take_from(32, 99))
+        for there in (9, 12, 20, 25, 40):
+            self.assertIsNone(gaps.take_from(there, 99))
+        self.assertEqual([(10, 12), (15, 20), (30, 32), None], [gaps.take(1) for _ in range(4)])
+
+    def test_are_given_up(self) -> None:
+        """
+        When one lane has failed, no other takes a part.
+        """
+        gaps = Gaps([(10, 20)])
+        gaps.give_up()
+        self.assertIsNone(gaps.take(4))
+
+
+class PartTests(SynchronousTestCase):
+    def test_of_one_lane_is_all(self) -> None:
+        """
+        A single lane takes the rest at once.
+        """
+        self.assertEqual(2**40, part_size(2**40, 1))
+
+    def test_shrink_towards_the_end(self) -> None:
+        """
+        Parts are between 4 and 16 MiB, never grow, and end with what is left.
+        """
+        for lanes in (2, 4, 16):
+            remaining, sizes = 2**30 + 1, []
+            while remaining:
+                sizes.append(part_size(remaining, lanes))
+                remaining -= sizes[-1]
+            self.assertEqual(sizes, sorted(sizes, reverse=True))
+            self.assertEqual(LARGEST_PART, sizes[0])
+            self.assertEqual({True}, {SMALLEST_PART <= size <= LARGEST_PART for size in sizes[:-1]})
+            self.assertLessEqual(sizes[-1], SMALLEST_PART)
+        self.assertEqual((1, 0), (part_size(1, 4), part_size(0, 4)))
+        self.assertEqual(SMALLEST_PART * 2, part_size(SMALLEST_PART * 16, 4))
+
+
+class InflowTests(SynchronousTestCase):
+    def setUp(self) -> None:
+        self.inflow, self.tap = Inflow(), Tap(0, None)
+        self.inflow.begin(self.tap)
+
+    def batch(self) -> Deferred[list[bytes]]:
+        """
+        Ask for what there is.
+        """
+        return Deferred.fromCoroutine(self.inflow.batch())
+
+    def test_gives_what_came(self) -> None:
+        """
+        Bytes that wait come together and in order; who asks before any came waits for the first.
+        """
+        self.tap.arrived(b"a")
+        self.tap.arrived(b"b")
+        self.assertEqual([b"a", b"b"], self.successResultOf(self.batch()))
+        waiting = self.batch()
+        self.assertNoResult(waiting)
+        self.tap.arrived(b"c")
+        self.assertEqual([b"c"], self.successResultOf(waiting))
+
+    def test_pauses_who_is_faster_than_the_disk(self) -> None:
+        """
+        No more than 4 MiB and a piece wait, however slow the disk is; with what is being written that is all there is.
+        """
+        came = 0
+        for _ in range(3):
+            while not self.tap.paused:
+                self.tap.arrived(bytes(PIECE))
+                came += PIECE
+            batch = self.successResultOf(self.batch())
+            self.assertEqual((HIGH_WATER + PIECE, came), (came, len(b"".join(batch))))
+            self.assertTrue(self.tap.paused, "what was taken is not written yet")
+            waiting, came = self.batch(), 0
+            self.assertFalse(self.tap.paused)
+            self.tap.arrived(b"x")
+            self.assertEqual([b"x"], self.successResultOf(waiting))
+        self.assertEqual(3, self.tap.pauses)
+
+    def test_does_not_pause_who_is_not(self) -> None:
+        """
+        Up to 4 MiB may wait without a pause; and who is paused is paused once.
+        """
+        self.tap.arrived(bytes(HIGH_WATER))
+        self.assertEqual(0, self.tap.pauses)
+        for _ in range(5):
+            self.tap.arrived(b"x")
+        self.assertEqual(1, self.tap.pauses)
+
+    def test_takes_all_before_the_end(self) -> None:
+        """
+        An end, good or bad, comes after all bytes that came before it.
+        """
+        for problem in (None, Failure(ZeroDivisionError())):
+            self.setUp()
+            self.tap.arrived(b"a")
+            self.tap.ended(problem)
+            self.assertEqual([b"a"], self.successResultOf(self.batch()))
+            for _ in range(2):
+                end = self.batch()
+                if problem is None:
+                    self.assertEqual([], self.successResultOf(end))
+                else:
+                    self.failureResultOf(end, ZeroDivisionError)
+
+    def test_tells_who_waits_of_the_end(self) -> None:
+        """
+        Who waits when the connection ends waits no longer.
+        """
+        waiting = self.batch()
+        self.tap.ended(None)
+        self.assertEqual([], self.successResultOf(waiting))
+
+    def test_does_not_resume_what_has_ended(self) -> None:
+        """
+        A connection that was paused when it ended is left alone.
+        """
+        self.tap.arrived(bytes(HIGH_WATER + 1))
+        self.assertTrue(self.tap.paused)
+        self.successResultOf(self.batch())
+        self.tap.ended(None)
+        self.assertEqual([], self.successResultOf(self.batch()))
+        self.assertTrue(self.tap.paused)
+
+    def test_drops_what_waits_when_aborted(self) -> None:
+        """
+        Aborted, it closes the connection once, gives nothing more and tells the reason.
+        """
+        self.tap.arrived(b"a")
+        self.inflow.abort(Failure(ZeroDivisionError()))
+        self.assertTrue(self.tap.aborted)
+        self.failureResultOf(self.batch(), ZeroDivisionError)
+        self.tap.aborted = False
+        self.inflow.abort()
+        self.assertFalse(self.tap.aborted)
+
+    def test_leaves_a_connection_that_has_ended(self) -> None:
+        """
+        What has come to its end is not closed: it may serve the next request.
+        """
+        self.tap.ended(None)
+        self.inflow.abort()
+        self.assertFalse(self.tap.aborted)
+        self.assertEqual([], self.successResultOf(self.batch()))
+
+    def test_takes_what_comes_at_once(self) -> None:
+        """
+        Bytes, and even the end, may come while the connection is only being begun.
+        """
+        tap, inflow = Tap(0, None), Inflow()
+        tap.early = [bytes(HIGH_WATER), b"x"]
+        inflow.begin(tap)
+        self.assertEqual(2, len(self.successResultOf(Deferred.fromCoroutine(inflow.batch()))))
+        self.assertEqual([], self.successResultOf(Deferred.fromCoroutine(inflow.batch())))
+
+    def test_takes_nothing_after_its_end(self) -> None:
+        """
+        What a connection still brings when it was ended here, or has ended itself, is held by nobody.
+        """
+        for end in (Inflow.abort, lambda inflow: inflow.ended(None)):
+            self.setUp()
+            end(self.inflow)
+            self.tap.arrived(b"late")
+            self.assertEqual([], self.successResultOf(self.batch()))

@@ -1,0 +1,447 @@
+"""
+Files that arrive tell what is there of them, and are gone on with only when that is sure.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from twisted.trial.unittest import SynchronousTestCase
+
+from ecrproxy.cache.content import DigestMismatchError
+from ecrproxy.cache.ingest import LEFT_SECONDS, Ingest
+from ecrproxy.cache.ledger import Ledger
+from ecrproxy.cache.proofs import Proofs
+from ecrproxy.cache.store import Store
+from ecrproxy.cache.trailer import TRAILER, WORTH_RESUMING
+from ecrproxy.cache.troubles import Troubles
+from ecrproxy.oci import Digest
+from tests.daemon import MIB, noise
+from tests.store_contract import START, failing, read, scratch
+
+SIZE = 3 * MIB
+DATA = noise("ingest", SIZE)
+DIGEST = Digest.of(DATA)
+
+
+class IngestTests(SynchronousTestCase):
+    """
+    A cache directory with files that arrive.
+    """
+
+    def setUp(self) -> None:
+        """
+        An empty one.
+        """
+        self.now = START
+        self.store = Store(scratch(self), lambda: self.now)
+        self.store.prepare()
+        self.ingest = self.store.arriving
+
+    def left_over(self, *stretches: tuple[int, int], size: int = SIZE) -> Path:
+        """
+        Have a writer that writes some of the blob, and dies.
+        """
+        before = set(self.ingest.folder.iterdir())
+        writer = self.ingest.begin(DIGEST, size)
+        for start, stop in stretches:
+            writer.write(start, [DATA[start:stop]])
+        writer.close()
+        (path,) = set(self.ingest.folder.iterdir()) - before
+        return path
+
+    def names(self) -> list[str]:
+        """
+        List what is in the directory of arriving files.
+        """
+        return sorted(path.name for path in self.ingest.folder.iterdir())
+
+
+class ResumeTests(IngestTests):
+    def test_goes_on_to_the_whole(self) -> None:
+        """
+        What is missing is told, written, and the whole is content.
+        """
+        self.left_over((0, 1000), (5000, 6000))
+        writer = self.ingest.resume(DIGEST, SIZE)
+        assert writer is not None
+        self.assertEqual([(1000, 5000), (6000, SIZE)], writer.gaps)
+        self.assertEqual((SIZE - 2000, 0), (writer.missing, writer.hashed))
+        self.assertFalse(writer.catch_up())
+        self.assertEqual(1000, writer.hashed)
+        for start, stop in writer.gaps:
+            writer.write(start, [DATA[start:stop]])
+        writer.commit()
+        writer.close()
+        self.assertEqual(DATA, read(self.store, DIGEST, SIZE))
+        self.assertEqual([], self.names())
+
+    def test_shows_nothing_that_is_not_hashed(self) -> None:
+        """
+        What was there may be wrong: it shows when it is hashed, while what comes now shows at once.
+        """
+        self.left_over((0, 1000), (5000, 6000))
+        writer = self.ingest.resume(DIGEST, SIZE)
+        assert writer is not None
+        self.addCleanup(writer.discard)
+        self.assertEqual([0, 5000], [writer.reach(offset) for offset in (0, 5000)])
+        writer.write(6000, [DATA[6000:7000]])
+        self.assertEqual([5000, 7000], [writer.reach(offset) for offset in (5000, 6000)])
+
+    def test_hashes_in_steps(self) -> None:
+        """
+        A lane that wants to write never waits for gigabytes to be hashed.
+        """
+        data = bytes(20 * MIB)
+        digest = Digest.of(data)
+        writer = self.ingest.begin(digest, 21 * MIB)
+        writer.write(0, [data])
+        writer.close()
+        again = self.ingest.resume(digest, 21 * MIB)
+        assert again is not None
+        self.addCleanup(again.discard)
+        self.assertTrue(again.catch_up())
+        self.assertEqual(16 * MIB, again.hashed)
+        self.assertFalse(again.catch_up())
+        self.assertEqual(20 * MIB, again.hashed)
+
+    def test_bytes_of_another_blob_never_get_in(self) -> None:
+        """
+        The digest decides, as ever.
+        """
+        path = self.left_over((0, 1000))
+        with path.open("r+b") as file:
+            file.write(b"other bytes")
+        writer = self.ingest.resume(DIGEST, SIZE)
+        assert writer is not None
+        writer.write(1000, [DATA[1000:]])
+        self.assertRaises(DigestMismatchError, writer.commit)
+        writer.discard()
+        self.assertEqual([], self.names())
+
+    def test_takes_the_one_that_has_most(self) -> None:
+        """
+        Two crashes may leave two; the other one stays for its own time.
+        """
+        self.left_over((0, 1000))
+        self.left_over((0, 2000))
+        left = self.ingest.left(DIGEST)
+        self.assertEqual((SIZE, 2000, SIZE), left)
+        writer = self.ingest.resume(DIGEST, SIZE)
+        assert writer is not None
+        self.addCleanup(writer.discard)
+        self.assertEqual([(2000, SIZE)], writer.gaps)
+
+    def test_is_not_of_what_somebody_lives_behind(self) -> None:
+        """
+        Another transfer's file is left alone.
+        """
+        writer = self.ingest.begin(DIGEST, SIZE)
+        self.addCleanup(writer.discard)
+        writer.write(0, [DATA[:1000]])
+        self.assertIsNone(self.ingest.left(DIGEST))
+        self.assertIsNone(self.ingest.resume(DIGEST, SIZE))
+        self.assertEqual([], self.ingest.count())
+        self.assertEqual(1, len(self.names()))
+
+    def test_is_not_of_another_size(self) -> None:
+        """
+        A file of a length that upstream does not announce any more is dropped.
+        """
+        self.left_over((0, 1000), size=SIZE - 1)
+        self.assertIsNone(self.ingest.resume(DIGEST, SIZE))
+        self.assertEqual([], self.names())
+
+    def test_is_not_of_what_has_become_content(self) -> None:
+        """
+        A file that got its name in the moment before it was locked is nobody's to write to.
+        """
+        path = self.left_over((0, 1000))
+        moved, flock, locks = scratch(self), fcntl.flock, []
+
+        def late(fd: int, operation: int) -> None:
+            locks.append(fd)
+            if len(locks) == 2:  # it has been looked at, and is about to be taken
+                path.rename(moved)
+            flock(fd, operation)
+
+        self.patch(fcntl, "flock", late)
+        self.assertIsNone(self.ingest.resume(DIGEST, SIZE))
+        self.assertTrue(moved.exists())
+
+    def test_is_not_of_a_file_with_another_name(self) -> None:
+        """
+        What is content too, by a link of somebody's, is never written to.
+        """
+        path = self.left_over((0, 1000))
+        (path.parent.parent / "other").hardlink_to(path)
+        self.assertIsNone(self.ingest.resume(DIGEST, SIZE))
+        self.assertTrue((path.parent.parent / "other").exists())
+
+    def test_is_not_of_what_is_no_file(self) -> None:
+        """
+        Links, pipes and directories in a file's place lead nowhere and hold nobody up.
+        """
+        outside = self.left_over((0, 1000)).rename(scratch(self))
+        name = f"sha256-{DIGEST.hex}"
+        (self.ingest.folder / f"{name}.1").symlink_to(outside.absolute())
+        (self.ingest.folder / f"{name}.2").mkdir()
+        os.mkfifo(self.ingest.folder / f"{name}.3")
+        self.assertIsNone(self.ingest.left(DIGEST))
+        self.assertIsNone(self.ingest.resume(DIGEST, SIZE))
+        self.ingest.sweep()
+        self.assertEqual([], self.ingest.count())
+        self.assertTrue(outside.exists())
+
+    def test_is_not_of_what_can_not_be_read(self) -> None:
+        """
+        A bad block where the trailer is costs a transfer, and fails nobody.
+        """
+        self.left_over((0, 1000))
+        self.patch(os, "pread", failing(errno.EIO))
+        self.assertIsNone(self.ingest.left(DIGEST))
+        self.assertIsNone(self.ingest.resume(DIGEST, SIZE))
+        self.assertEqual([], self.names())
+
+    def test_of_small_files_is_not_worth_it(self) -> None:
+        """
+        Under a megabyte there is no trailer, and nothing is left.
+        """
+        writer = self.ingest.begin(DIGEST, WORTH_RESUMING - 1)
+        writer.write(0, [b"x"])
+        self.assertEqual(WORTH_RESUMING - 1, os.fstat(writer.fileno()).st_size)
+        writer.leave()
+        self.assertEqual([], self.names())
+
+    def test_is_done_without_where_the_disk_takes_no_trailer(self) -> None:
+        """
+        The transfer goes on; only its leftovers are worth nothing.
+        """
+        writer = self.ingest.begin(DIGEST, SIZE)
+        pwrite = os.pwrite
+
+        def full(fd: int, data: bytes, offset: int) -> int:
+            return failing(errno.ENOSPC)() if offset == SIZE else pwrite(fd, data, offset)
+
+        self.patch(os, "pwrite", full)
+        writer.write(0, [DATA[:1000]])
+        self.assertEqual(1000, writer.hashed)
+        writer.leave()
+        self.assertEqual([], self.names())
+
+
+class CrashTests(SynchronousTestCase):
+    """
+    Transfers that are interrupted again and again.
+    """
+
+    @settings(max_examples=25, deadline=None)
+    @given(st.lists(st.tuples(st.integers(0, SIZE - 1), st.integers(1, SIZE), st.booleans()), max_size=12))
+    def test_come_to_the_whole_in_the_end(self, writes: list[tuple[int, int, bool]]) -> None:
+        """
+        Whatever was written, in whatever order, before each crash: what is missing is all that has to come.
+        """
+        folder = tempfile.mkdtemp(prefix="ecrproxy-")
+        try:
+            store = Store(Path(folder), lambda: START)
+            store.prepare()
+            ingest, came = store.arriving, 0
+            writer = ingest.begin(DIGEST, SIZE)
+            for near, length, crashes in writes:
+                start, stop = next((gap for gap in writer.gaps if gap[1] > near), writer.gaps[-1])
+                start = max(start, min(near, stop - 1))
+                stop = min(stop, start + length)
+                if crashes or stop - start == writer.missing:
+                    writer.close()
+                    writer = ingest.resume(DIGEST, SIZE) or ingest.begin(DIGEST, SIZE)
+                    continue
+                writer.write(start, [DATA[start:stop]])
+                came += stop - start
+                self.assertEqual(SIZE - came, writer.missing)
+            for start, stop in writer.gaps:
+                writer.write(start, [DATA[start:stop]])
+            while writer.catch_up():
+                pass
+            writer.commit()
+            writer.close()
+            self.assertEqual(DATA, read(store, DIGEST, SIZE))
+            self.assertEqual([], list(ingest.folder.iterdir()))
+        finally:
+            shutil.rmtree(folder)
+
+
+class BeginTests(IngestTests):
+    """
+    A new file is found by those who count and sweep before it is locked.
+    """
+
+    def met(self, times: int, meet: Callable[[Path], object]) -> None:
+        """
+        Have somebody do something to the next new files in the moment before they are locked.
+        """
+        flock, met = fcntl.flock, list[int]()
+
+        def late(fd: int, operation: int) -> None:
+            if len(met) < times:
+                met.append(fd)
+                meet(Path(f"/proc/self/fd/{fd}").readlink())
+            flock(fd, operation)
+
+        self.patch(fcntl, "flock", late)
+
+    def lock(self, path: Path) -> None:
+        """
+        Lock a file, as who reads its trailer does.
+        """
+        fd = os.open(path, os.O_RDWR)
+        self.addCleanup(os.close, fd)
+        self.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    flock = staticmethod(fcntl.flock)
+
+    def test_makes_another_for_one_that_somebody_locked(self) -> None:
+        """
+        The transfer is not failed by a count, and the first file is not left.
+        """
+        self.met(2, self.lock)
+        writer = self.ingest.begin(DIGEST, SIZE)
+        self.addCleanup(writer.close)
+        self.assertEqual(1, len(self.names()))
+        writer.write(0, [DATA])
+        writer.commit()
+        self.assertEqual(DATA, read(self.store, DIGEST, SIZE))
+
+    def test_makes_another_for_one_that_was_swept(self) -> None:
+        """
+        A file without a name would never become content.
+        """
+        self.met(1, Path.unlink)
+        writer = self.ingest.begin(DIGEST, SIZE)
+        self.addCleanup(writer.close)
+        writer.write(0, [DATA])
+        writer.commit()
+        self.assertEqual(DATA, read(self.store, DIGEST, SIZE))
+
+    def test_gives_up_where_each_is_locked(self) -> None:
+        """
+        A disk that says so always, as some of the network do, is one that fails; nothing is left on it.
+        """
+        self.met(1000, self.lock)
+        self.assertRaises(BlockingIOError, self.ingest.begin, DIGEST, SIZE)
+        self.assertEqual([], self.names())
+
+    def test_leaves_nothing_where_no_lock_is_to_be_had(self) -> None:
+        """
+        A disk without locks fails the transfer at once.
+        """
+        self.patch(fcntl, "flock", failing(errno.ENOLCK))
+        self.assertRaises(OSError, self.ingest.begin, DIGEST, SIZE)
+        self.assertEqual([], self.names())
+
+
+class LeftOverTests(IngestTests):
+    def test_counts_from_when_it_is_left(self) -> None:
+        """
+        It counts as used then, with all that it takes of the disk; who goes on with it has that reserved.
+        """
+        ledger = self.store.ledger
+        writer = self.ingest.begin(DIGEST, SIZE)
+        writer.write(0, [DATA[:1000]])
+        self.assertEqual(0, ledger.total)
+        writer.leave()
+        writer.leave()
+        self.assertEqual((SIZE + TRAILER, 1), (ledger.total, len(ledger)))
+        self.assertEqual(ledger.total, sum(path.stat().st_size for path in self.ingest.folder.iterdir()))
+        again = self.ingest.resume(DIGEST, SIZE)
+        assert again is not None
+        self.addCleanup(again.discard)
+        self.assertEqual((0, SIZE + TRAILER), (ledger.total, ledger.reserved))
+
+    def test_is_found_by_the_count(self) -> None:
+        """
+        A daemon that starts counts what the one before left.
+        """
+        path = self.left_over((0, 1000))
+        store = Store(self.store.root, lambda: self.now)
+        store.count()
+        self.assertEqual([(f"ingest/{path.name}", SIZE + TRAILER, False)], list(store.ledger.oldest()))
+
+    def test_is_removed_like_any_other_file(self) -> None:
+        """
+        Eviction takes it, unless somebody goes on with it.
+        """
+        path = self.left_over((0, 1000))
+        self.store.count()
+        writer = self.ingest.resume(DIGEST, SIZE)
+        assert writer is not None
+        self.assertTrue(self.store.remove(f"ingest/{path.name}"))
+        self.assertTrue(path.exists())
+        writer.leave()
+        self.assertTrue(self.store.remove(f"ingest/{path.name}"))
+        self.assertFalse(path.exists())
+        self.assertEqual(0, self.store.ledger.total)
+
+    def test_that_was_discarded_is_gone(self) -> None:
+        """
+        A file that was gone on with and failed is not left again.
+        """
+        self.left_over((0, 1000))
+        writer = self.ingest.resume(DIGEST, SIZE)
+        assert writer is not None
+        writer.discard()
+        writer.leave()
+        self.assertEqual(([], 0), (self.names(), self.store.ledger.total))
+
+    def test_is_swept_after_a_day(self) -> None:
+        """
+        By the time of its last write, whatever its dates say, and by clocks that are wrong either way.
+        """
+        path = self.left_over((0, 1000))
+        for away, there in ((LEFT_SECONDS - 1, True), (-LEFT_SECONDS + 1, True), (LEFT_SECONDS, False)):
+            self.now = START + away
+            self.ingest.sweep()
+            self.assertEqual(there, path.exists(), away)
+        self.now = START
+        path = self.left_over((0, 1000))
+        self.now = START - LEFT_SECONDS
+        self.ingest.sweep()
+        self.assertFalse(path.exists())
+
+    def test_of_what_is_content_is_swept(self) -> None:
+        """
+        What came by another way need not be gone on with.
+        """
+        path = self.left_over((0, 1000))
+        writer = self.ingest.begin(DIGEST, SIZE)
+        writer.write(0, [DATA])
+        writer.commit()
+        writer.close()
+        self.ingest.sweep()
+        self.assertFalse(path.exists())
+
+    def test_without_a_use_is_swept(self) -> None:
+        """
+        Files that don't tell what is there of them, of this digest or of none, are removed.
+        """
+        self.left_over()
+        for name, data in ((f"sha256-{DIGEST.hex}.x", b"garbage"), ("sha256-abc.1234", b""), ("whatever", bytes(MIB))):
+            (self.ingest.folder / name).write_bytes(data)
+        self.ingest.sweep()
+        self.assertEqual([], self.names())
+
+    def test_of_a_folder_that_is_gone_is_none(self) -> None:
+        """
+        Who removed the directory has removed what was left.
+        """
+        ingest = Ingest(scratch(self), lambda: START, Ledger(), Proofs(), Troubles(lambda: START))
+        ingest.sweep()
+        self.assertEqual(([], None), (ingest.count(), ingest.left(DIGEST)))
+        self.assertIsNone(ingest.resume(DIGEST, SIZE))

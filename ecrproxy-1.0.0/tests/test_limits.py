@@ -1,0 +1,233 @@
+"""
+What clients may have of the daemon, and what becomes of those who want more.
+"""
+
+from __future__ import annotations
+
+from twisted.internet.task import Clock
+from twisted.protocols.haproxy._wrapper import HAProxyWrappingFactory
+from twisted.trial.unittest import SynchronousTestCase
+
+from ecrproxy.access.limits import Crowd, Limits, Patience, counted
+from tests.daemon import MIB, DaemonTestCase, End, Network, Raw, noise
+from tests.test_relay import Together
+
+GOOD = b"GET /v2/ HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+class CountingTests(SynchronousTestCase):
+    def test_addresses_are_counted_by_their_owner(self) -> None:
+        """
+        An IPv4 address counts by itself, also on a socket for both; of IPv6 a whole /64 counts as one.
+        """
+        expected = {
+            "192.0.2.7": "192.0.2.7",
+            "::ffff:192.0.2.7": "192.0.2.7",
+            "2001:db8:0:1::5": "2001:db8:0:1::/64",
+            "2001:db8:0:1:ffff::6": "2001:db8:0:1::/64",
+            "2001:db8:0:2::5": "2001:db8:0:2::/64",
+            "fe80::1%eth0": "fe80::/64",
+            "": "",
+            "not:an:address": "not:an:address",
+        }
+        self.assertEqual(expected, {text: counted(text) for text in expected})
+
+    def test_connections_have_two_limits(self) -> None:
+        """
+        One address has its limit, all together have theirs; who leaves makes room.
+        """
+        crowd = Crowd(Limits(connections=3, connections_per_address=2))
+        self.assertEqual([True, True, False, True, False], [crowd.enter(each) for each in "aaabc"])
+        crowd.leave("a")
+        self.assertEqual([False, True], [crowd.enter("c") and crowd.enter("d"), crowd.connected == 3])
+        self.assertEqual(3, crowd.refused_connections)
+        for address in "abc":
+            crowd.leave(address)
+        self.assertEqual((0, 0), (crowd.connected, len(crowd._by_address)))  # noqa: SLF001
+
+    def test_zero_is_no_limit(self) -> None:
+        """
+        Without limits nobody is refused, and who has no address is not limited by it.
+        """
+        crowd = Crowd(Limits(connections=0, connections_per_address=0, transfers=0))
+        self.assertTrue(all(crowd.enter("a") and crowd.begin_transfer() for _ in range(10_000)))
+        self.assertTrue(all(Crowd(Limits(connections_per_address=1)).enter("") for _ in range(2)))
+
+    def test_patience_ends_once(self) -> None:
+        """
+        It lasts from the last time that it began, and what was ended, or is endless, never runs out.
+        """
+        clock, out = Clock(), list[float]()
+        patience = Patience(clock.callLater, 10, lambda: out.append(clock.seconds()))
+        patience.begin()
+        clock.advance(9)
+        patience.begin()
+        clock.advance(9)
+        self.assertTrue(patience.waiting)
+        clock.advance(1)
+        self.assertEqual(([19.0], False), (out, patience.waiting))
+        patience.begin()
+        patience.end()
+        endless = Patience(clock.callLater, 0, lambda: out.append(0))
+        endless.begin()
+        self.assertEqual(([], False), (clock.getDelayedCalls(), endless.waiting))
+
+
+class LimitTests(DaemonTestCase):
+    """
+    Crowd over a limit, at the front.
+    """
+
+    def connect(self) -> tuple[Raw, End]:
+        """
+        Connect a client that stays.
+        """
+        client = Raw()
+        wire = self.daemon.front.connect(client, "proxy.example", 80, secure=False)
+        self.flush()
+        return client, wire
+
+    def test_a_connection_too_many_is_closed(self) -> None:
+        """
+        It is closed at once, those that were there are served, and who leaves makes room.
+        """
+        self.start(limits=Limits(connections_per_address=2))
+        several = [self.connect() for _ in range(3)]
+        self.assertEqual([False, False, True], [client.closed for client, _ in several])
+        for client, wire in several[:2]:
+            wire.write(GOOD)
+            self.flush()
+            self.assertIn(b" 200 OK", bytes(client.got))
+        several[0][1].abortConnection()
+        self.flush()
+        self.assertIn(b" 200 OK", self.daemon.raw(GOOD))
+        self.assertEqual(1, self.daemon.crowd.refused_connections)
+
+    def test_bytes_of_a_connection_too_many_are_not_read(self) -> None:
+        """
+        What it sent at once is no request.
+        """
+        self.start(limits=Limits(connections=1))
+        self.connect()
+        self.assertEqual(b"", self.daemon.raw(GOOD))
+
+    def test_a_load_balancers_clients_are_counted_each(self) -> None:
+        """
+        Behind a PROXY protocol line a connection counts under the client's address, which the access log has too.
+        """
+        self.start(limits=Limits(connections_per_address=1))
+        self.daemon.front = Network(HAProxyWrappingFactory(self.daemon.site), self.clock)  # type: ignore[arg-type]
+        first, wire = self.connect()
+        wire.write(b"PROXY TCP4 198.51.100.1 203.0.113.1 5 80\r\n" + GOOD)
+        self.flush()
+        self.assertIn(b" 200 OK", bytes(first.got))
+        for address, answers in ((b"198.51.100.1", 0), (b"198.51.100.2", 1)):
+            client, wire = self.connect()
+            wire.write(b"PROXY TCP4 " + address + b" 203.0.113.1 5 80\r\n" + GOOD)
+            self.flush()
+            self.assertEqual(answers, client.got.count(b" 200 OK"))
+        self.pass_time(1)
+        self.assertIn("198.51.100.1 GET /v2/", self.logged())
+        self.assertEqual(1, self.daemon.crowd.refused_connections)
+
+    def test_an_idle_connection_is_closed(self) -> None:
+        """
+        After 65 seconds without a request, at first or between two, and not before.
+        """
+        silent, _ = self.connect()
+        asked, wire = self.connect()
+        self.pass_time(30)
+        wire.write(GOOD)
+        self.flush()
+        self.pass_time(34)
+        self.assertEqual((False, False), (silent.closed, asked.closed))
+        self.pass_time(2)
+        self.assertEqual((True, False), (silent.closed, asked.closed))
+        self.pass_time(31)
+        self.assertTrue(asked.closed)
+        self.assertEqual((2, 0), (self.daemon.crowd.idle, self.daemon.crowd.connected))
+
+    def test_a_first_line_has_its_time(self) -> None:
+        """
+        A client that never ends its first line, or another after a request, is closed, however busily it writes.
+        """
+        for before in (b"", GOOD, GOOD + b"GE"):
+            client, wire = self.connect()
+            wire.write(before)
+            self.flush()
+            for _ in range(10):
+                wire.write(b"G")
+                self.pass_time(1)
+            self.pass_time(1)
+            self.assertTrue(client.closed, before)
+        self.assertEqual(3, self.daemon.crowd.slow_heads)
+
+    def test_transfers_over_their_limit_are_told_to_come_again(self) -> None:
+        """
+        As many blobs are sent at once as may be; another is 503 with Retry-After, and whole when it comes again.
+        """
+        self.start(limits=Limits(transfers=1))
+        data = noise("x", MIB)
+        path = f"/v2/team/app/blobs/{self.standin.push_blob('team/app', data)}"
+        slow = self.daemon.send("GET", path)
+        slow.stop_reading()
+        self.flush()
+        refused = self.get(path)
+        self.assertRefused(refused, 503, "UNAVAILABLE", "ask again")
+        self.assertEqual("5", refused.header("Retry-After"))
+        self.assertEqual(200, self.head(path).code)
+        slow.read_on()
+        self.flush()
+        self.assertWhole(slow, data)
+        self.assertWhole(self.get(path), data)
+        self.assertEqual((1, 0), (self.daemon.crowd.refused_transfers, self.daemon.crowd.transferring))
+
+    def test_a_slow_reader_of_a_worker_is_given_up(self) -> None:
+        """
+        What a worker passes on, or serves itself, ends with a client that takes nothing; the first process goes on.
+        """
+        daemon = Together(self.standin, self.clock, self.root)
+        self.daemon = daemon
+        self.daemons.append(daemon)
+        daemon.flush()
+        data = noise("x", 8 * MIB)
+        path = f"/v2/team/app/blobs/{self.standin.push_blob('team/app', data)}"
+        for expected in (1, 2):
+            slow = daemon.send("GET", path)
+            slow.stop_reading()
+            self.flush()
+            self.pass_time(310)
+            slow.read_on()
+            self.flush()
+            self.assertBroken(slow, data)
+            self.assertEqual((expected, 0), (daemon.crowd.slow_readers, daemon.crowd.transferring))
+            self.assertWhole(self.get(path), data)
+
+    def test_who_never_takes_the_end_is_given_up(self) -> None:
+        """
+        A connection that is to be closed waits for its client to take the answer, but not for ever.
+        """
+        for request in (GOOD[:-2] + b"Connection: close\r\n\r\n", b"nonsense\r\n\r\n"):
+            client, wire = self.connect()
+            wire.reading = False
+            wire.write(request)
+            self.pass_time(310)
+            wire.reading = True
+            self.flush()
+            self.assertTrue(client.closed)
+            self.assertEqual(0, self.daemon.crowd.connected)
+        self.assertGreaterEqual(self.daemon.crowd.slow_readers, 1)
+
+    def test_headers_have_the_size_that_is_set(self) -> None:
+        """
+        Bytes and number of headers are the operator's to choose.
+        """
+        self.start(limits=Limits(header_bytes=1000, header_count=3))
+        for fields, good in (
+            (b"A: x\r\n" * 2, True),
+            (b"A: x\r\n" * 3, False),
+            (b"A: " + b"x" * 1000 + b"\r\n", False),
+        ):
+            got = self.daemon.raw(GOOD[:-2] + fields + b"\r\n")
+            self.assertTrue(got.startswith(b"HTTP/1.1 200" if good else b"HTTP/1.1 400"), got)
+        self.assertEqual(2, self.daemon.crowd.bad_requests)

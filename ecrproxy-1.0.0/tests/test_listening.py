@@ -1,0 +1,151 @@
+"""
+What the daemon listens on is read again when it is told to.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from twisted.internet.address import IPv4Address
+from twisted.internet.testing import MemoryReactorClock
+from twisted.logger import LogLevel, capturedLogs
+from twisted.protocols.tls import TLSMemoryBIOFactory
+from twisted.trial.unittest import SynchronousTestCase
+from twisted.web.resource import Resource
+
+from ecrproxy.access.limits import Crowd, Limits
+from ecrproxy.daemon.listening import Listening, endpoints
+from ecrproxy.daemon.workers import HandedDown
+from ecrproxy.http.site import RegistrySite
+from ecrproxy.settings.config import Config
+from tests.store_contract import scratch
+from tests.test_tls import Files, Tcp, client, shake_with
+
+ADDRESS = IPv4Address("TCP", "192.0.2.1", 40000)
+
+
+class RereadTests(SynchronousTestCase):
+    """
+    Key and certificate, named by their settings or in an endpoint string.
+    """
+
+    def setUp(self) -> None:
+        self.reactor = MemoryReactorClock()
+        folder = scratch(self)
+        folder.mkdir()
+        self.files, self.others = Files(folder / "files"), Files(folder / "others")
+        key, certificate = self.files.key, self.files.certificate
+        self.ways = (
+            {"PROXY_SSL_KEY": key, "PROXY_SSL_CERTIFICATE": certificate},
+            {"PROXY_LISTEN": f"ssl:5443:privateKey={key}:certKey={certificate}:extraCertChain={certificate}"},
+        )
+        self.begun: list[Any] = []
+
+    def listen(self, environ: dict[str, str]) -> Listening:
+        """
+        Listen as the settings say.
+        """
+        config = Config.load({}, {"PROXY_ECR_ENDPOINT": "http://ecr.test", "AWS_REGION": "eu-west-1", **environ})
+        ((name, endpoint),) = endpoints(config, self.reactor)
+        listening = Listening(name, endpoint, RegistrySite(Resource(), self.reactor, Crowd(Limits())))
+        listening.privilegedStartService()
+        return listening
+
+    def renew(self, *, key: bool = True) -> None:
+        """
+        Put other files in the place of those that are used.
+        """
+        if key:
+            Path(self.files.key).write_bytes(Path(self.others.key).read_bytes())
+        Path(self.files.certificate).write_bytes(Path(self.others.certificate).read_bytes())
+
+    def connect(self, trusted: Files) -> None:
+        """
+        Shake hands, as a client that trusts C{trusted} alone.
+        """
+        factory: Any
+        if self.reactor.sslServers:  # as the real one makes it
+            _, wrapped, contexts, *_ = self.reactor.sslServers[-1]
+            factory = TLSMemoryBIOFactory(contexts, isClient=False, wrappedFactory=wrapped)
+        else:
+            _, factory, *_ = self.reactor.tcpServers[-1]
+        transport = Tcp()
+        protocol = factory.buildProtocol(ADDRESS)
+        shake_with(protocol, transport, client(trusted=trusted.root))
+        self.begun.append(protocol)
+        self.addCleanup(protocol.connectionLost, None)
+
+    def test_new_connections_have_the_new(self) -> None:
+        """
+        Once the daemon is told, and not before.
+        """
+        for way in range(len(self.ways)):
+            self.setUp()
+            environ = self.ways[way]
+            listening = self.listen(environ)
+            self.renew()
+            self.connect(self.files)
+            with capturedLogs() as events:
+                self.assertTrue(listening.reread())
+            self.connect(self.others)
+            self.assertEqual([LogLevel.info], [event["log_level"] for event in events])
+
+    def test_what_cannot_be_used_changes_nothing(self) -> None:
+        """
+        One line of the log says what is wrong, with the setting's name.
+        """
+        for way in range(len(self.ways)):
+            self.setUp()
+            environ = self.ways[way]
+            listening = self.listen(environ)
+            self.renew(key=False)
+            with capturedLogs() as events:
+                self.assertFalse(listening.reread())
+            self.connect(self.files)
+            (event,) = events
+            self.assertEqual(LogLevel.error, event["log_level"])
+            self.assertTrue(any(name in str(event["problem"]) for name in environ), event)
+
+    def test_without_tls_there_is_nothing_to_read(self) -> None:
+        """
+        Nor anything to tell.
+        """
+        for environ in ({}, {"PROXY_LISTEN": "tcp:5000"}):
+            with capturedLogs() as events:
+                self.assertFalse(self.listen(environ).reread())
+            self.assertEqual([], events)
+
+
+class FromSystemdTests(SynchronousTestCase):
+    """
+    A socket that systemd has bound. In a worker, where such a one was handed down.
+    """
+
+    def listened_on(self, **environ: str) -> Any:
+        """
+        Listen there, and give what is made for each connection.
+        """
+        settings = {"PROXY_ECR_ENDPOINT": "http://ecr.test", "AWS_REGION": "eu-west-1"}
+        config = Config.load({}, {**settings, "PROXY_LISTEN": "systemd:domain=INET6:name=ecr-proxy", **environ})
+        reactor = HandedDown(MemoryReactorClock(), 0)
+        adopted: list[Any] = []
+        self.patch(reactor, "_adopt", adopted.append)
+        ((_, endpoint),) = endpoints(config, reactor)
+        endpoint.listen(self)
+        return adopted[0]
+
+    def test_speaks_http_where_there_is_no_key(self) -> None:
+        """
+        As a port does.
+        """
+        self.assertIs(self, self.listened_on())
+
+    def test_speaks_tls_where_there_is_one(self) -> None:
+        """
+        The string can't say so, the settings of key and certificate do.
+        """
+        files = Files(scratch(self))
+        spoken = self.listened_on(PROXY_SSL_KEY=files.key, PROXY_SSL_CERTIFICATE=files.certificate)
+        self.assertIsInstance(spoken, TLSMemoryBIOFactory)
+        self.assertIs(self, spoken.wrappedFactory)

@@ -1,0 +1,64 @@
+"""
+How long the event loop stood still.
+"""
+
+from __future__ import annotations
+
+from twisted.internet.task import Clock
+from twisted.logger import capturedLogs, formatEvent
+from twisted.trial.unittest import SynchronousTestCase
+
+from ecrproxy.metrics import TICK_SECONDS, LoopStall
+
+
+class LoopStallTests(SynchronousTestCase):
+    def setUp(self) -> None:
+        self.clock, self.late = Clock(), 0.0
+        self.stall = LoopStall(self.clock, lambda: 1000 + self.clock.seconds() + self.late)
+
+    def run_for(self, seconds: float) -> None:
+        """
+        Let the loop turn as it should.
+        """
+        self.clock.pump([TICK_SECONDS] * round(seconds / TICK_SECONDS))
+
+    def test_is_nothing_while_all_turns_come_in_time(self) -> None:
+        """
+        A loop that does nothing else does not stand still, however long the daemon had run before.
+        """
+        self.stall.startService()
+        self.run_for(10)
+        self.assertAlmostEqual(0, self.stall.longest)
+
+    def test_is_the_longest(self) -> None:
+        """
+        The longest time by which a turn came late is kept; shorter ones later do not count, longer ones do.
+        """
+        self.stall.startService()
+        for late, longest in ((0.05, 0.05), (0.5, 0.5), (0.2, 0.5), (0.7, 0.7)):
+            self.late += late
+            self.run_for(1)
+            self.assertAlmostEqual(longest, self.stall.longest)
+
+    def test_is_told_at_the_end(self) -> None:
+        """
+        The figure is in the log when the daemon ends, and nothing is measured after that.
+        """
+        self.stall.startService()
+        self.late += 0.25
+        self.run_for(1)
+        with capturedLogs() as events:
+            self.stall.stopService()
+        self.assertIn("0.250 s", formatEvent(events[-1]))
+        self.assertEqual([], self.clock.getDelayedCalls())
+
+    def test_may_be_started_again(self) -> None:
+        """
+        The time between an end and a new start is no stall.
+        """
+        for _ in range(2):
+            self.stall.startService()
+            self.run_for(1)
+            self.stall.stopService()
+            self.late += 60
+        self.assertAlmostEqual(0, self.stall.longest)

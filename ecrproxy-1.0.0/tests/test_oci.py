@@ -1,0 +1,532 @@
+"""
+What clients and registries say is understood in one way only, or refused at the door.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from twisted.trial.unittest import SynchronousTestCase
+
+from ecrproxy.oci import (
+    MANIFEST_LIMIT,
+    MANIFEST_TYPES,
+    Descriptor,
+    Digest,
+    Kind,
+    RegistryError,
+    Route,
+    accepted_types,
+    listed,
+    manifest_type,
+    parse_route,
+    query_values,
+)
+
+HEX = "0123456789abcdef" * 4
+SHA256 = f"sha256:{HEX}"
+SHA512 = f"sha512:{HEX}{HEX}"
+OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
+OCI_INDEX = "application/vnd.oci.image.index.v1+json"
+SCHEMA2 = "application/vnd.docker.distribution.manifest.v2+json"
+LAYER = "application/vnd.oci.image.layer.v1.tar+gzip"
+
+NO_PATH = (404, "UNSUPPORTED")
+NO_NAME = (400, "NAME_INVALID")
+NO_TAG = (400, "TAG_INVALID")
+NO_DIGEST = (400, "DIGEST_INVALID")
+NO_QUERY = (400, "UNSUPPORTED")
+
+
+def understood(target: str) -> tuple[Any, ...]:
+    """
+    Give what a target leads to, or how it is refused.
+    """
+    try:
+        route = parse_route(target)
+    except RegistryError as problem:
+        return problem.status, problem.code
+    return route.kind, route.repository, route.reference
+
+
+class RouteTests(SynchronousTestCase):
+    """
+    A path leads to one place, or nowhere.
+    """
+
+    def assert_understood(self, expected: dict[str, tuple[Any, ...]]) -> None:
+        """
+        Hold every target against what it must lead to.
+        """
+        self.assertEqual(expected, {target: understood(target) for target in expected})
+
+    def test_the_pull_side_of_the_protocol_is_understood(self) -> None:
+        """
+        Manifests by tag and by digest, blobs, tag lists and referrers each have their path.
+        """
+        self.assert_understood(
+            {
+                "/v2/image1/manifests/latest": (Kind.MANIFEST, "image1", "latest"),
+                f"/v2/team/image1/manifests/{SHA256}": (Kind.MANIFEST, "team/image1", SHA256),
+                f"/v2/image1/manifests/{SHA512}": (Kind.MANIFEST, "image1", SHA512),
+                f"/v2/image1/blobs/{SHA256}": (Kind.BLOB, "image1", SHA256),
+                f"/v2/image1/blobs/{SHA512}": (Kind.BLOB, "image1", SHA512),
+                "/v2/image1/tags/list": (Kind.TAGS, "image1", "list"),
+                f"/v2/image1/referrers/{SHA256}": (Kind.REFERRERS, "image1", SHA256),
+            }
+        )
+
+    def test_the_last_words_of_a_path_decide(self) -> None:
+        """
+        A repository may be called as the protocol's own words are.
+        """
+        self.assert_understood(
+            {
+                "/v2/image1/manifests/x/manifests/latest": (Kind.MANIFEST, "image1/manifests/x", "latest"),
+                "/v2/a/tags/list": (Kind.TAGS, "a", "list"),
+                "/v2/a/manifests/list": (Kind.MANIFEST, "a", "list"),
+                "/v2/tags/list/tags/list": (Kind.TAGS, "tags/list", "list"),
+                "/v2/blobs/manifests/blobs": (Kind.MANIFEST, "blobs", "blobs"),
+                f"/v2/a/blobs/b/blobs/{SHA256}": (Kind.BLOB, "a/blobs/b", SHA256),
+            }
+        )
+
+    def test_paths_that_the_protocol_has_not_are_not_found(self) -> None:
+        """
+        What is no pull is answered with 404, and so is a target in another form than a path.
+        """
+        targets = (
+            "",
+            "*",
+            "/",
+            "/v2",
+            "/v2/",
+            "/v1/a/manifests/x",
+            "/V2/a/manifests/x",
+            "/v2x/a/manifests/x",
+            "//v2/a/manifests/x",
+            "v2/a/manifests/x",
+            "/v2/_catalog",
+            "/v2/manifests/latest",
+            "/v2/a/b",
+            "/v2/a/tags/x",
+            "/v2/a/tags/list/",
+            "/v2/a/Manifests/x",
+            "/v2/a/blobs/uploads/",
+            "/v2/a/manifests/x/",
+            "/v2/a/manifests%2Fx",
+            "/v2/a/m%61nifests/x",
+            "http://evil.test/v2/a/manifests/x",
+            "https:/v2/a/manifests/x",
+            "evil.test:443",
+            "/../v2/a/manifests/x",
+            "/%76%32/a/manifests/x",
+        )
+        self.assert_understood(dict.fromkeys(targets, NO_PATH))
+
+    def test_names_outside_the_grammar_are_refused(self) -> None:
+        """
+        No escape, dot segment, doubled slash, backslash, NUL or upper case leads into or out of a name.
+        """
+        names = (
+            "",
+            "a%2Fb",
+            "a%2fb",
+            "a%252fb",
+            "%61",
+            "..",
+            ".",
+            "a/..",
+            "../a",
+            "a/../b",
+            "a/./b",
+            "%2e%2e",
+            "a/%2e%2e/b",
+            "a//b",
+            "/a",
+            "a/",
+            "a\\b",
+            "a\0",
+            "a%00",
+            "A",
+            "Image1",
+            "a b",
+            "a+b",
+            "a:5000/b",
+            "a@b",
+            "a;b",
+            "a#b",
+            "a\n",
+            "ä",
+            "a\ufffd",
+            "_a",
+            "a_",
+            "-a",
+            "a-",
+            ".a",
+            "a..b",
+            "a___b",
+            "a._b",
+            "a-_b",
+            "a/" * 127 + "ab",
+            "a" * 256,
+        )
+        self.assert_understood(dict.fromkeys((f"/v2/{name}/manifests/latest" for name in names), NO_NAME))
+
+    def test_all_names_of_the_grammar_are_taken(self) -> None:
+        """
+        Separators within a name, and names of up to 255 characters, are as the specification has them.
+        """
+        names = ("a", "0", "a.b", "a_b", "a__b", "a-b", "a----b", "a/b/c/d/e", "a.b-c__d/e", "a" * 255)
+        self.assert_understood(
+            {f"/v2/{name}/manifests/latest": (Kind.MANIFEST, name, "latest") for name in names},
+        )
+
+    def test_tags_outside_the_grammar_are_refused(self) -> None:
+        """
+        A tag has letters, digits, dots, dashes and underscores, at most 128 and none of them escaped.
+        """
+        tags = ("", ".", "..", ".a", "-a", "a%2Fb", "%2e%2e", "a%00", "a\0", "a b", "a\\b", "a\n", "ä", "t" * 129)
+        self.assert_understood(dict.fromkeys((f"/v2/a/manifests/{tag}" for tag in tags), NO_TAG))
+        good = ("_", "1.0", "Latest-2_x", "t" * 128)
+        self.assert_understood({f"/v2/a/manifests/{tag}": (Kind.MANIFEST, "a", tag) for tag in good})
+
+    def test_digests_outside_the_grammar_are_refused(self) -> None:
+        """
+        Only whole, lower-case sha256 and sha512 digests name content.
+        """
+        digests = (
+            "sha256:",
+            "sha256:abc",
+            f"sha256:{HEX.upper()}",
+            f"sha256:{HEX}0",
+            f"sha256:{HEX[1:]}g",
+            f"sha256:{HEX}\n",
+            f"SHA256:{HEX}",
+            f"sha512:{HEX}",
+            f"sha256:{HEX}{HEX}",
+            f"md5:{HEX[:32]}",
+            f"sha384:{HEX}{HEX[:32]}",
+            f":{HEX}",
+            f"sha256::{HEX}",
+            f"sha256:{HEX}:",
+            f"sha256:{HEX}%00",
+        )
+        for word in ("manifests", "blobs", "referrers"):
+            self.assert_understood(dict.fromkeys((f"/v2/a/{word}/{digest}" for digest in digests), NO_DIGEST))
+
+    def test_a_tag_names_no_blob(self) -> None:
+        """
+        Blobs and referrers are asked for by digest only.
+        """
+        targets = ("/v2/a/blobs/latest", "/v2/a/referrers/latest", "/v2/a/blobs/..", "/v2/a/blobs/%2e%2e")
+        self.assert_understood(dict.fromkeys(targets, NO_DIGEST))
+
+    def test_the_colon_of_a_digest_may_be_escaped_once(self) -> None:
+        """
+        Clients that escape the colon get what the others get; an escaped escape is no colon.
+        """
+        self.assert_understood(
+            {
+                f"/v2/a/blobs/sha256%3A{HEX}": (Kind.BLOB, "a", SHA256),
+                f"/v2/a/manifests/sha256%3a{HEX}": (Kind.MANIFEST, "a", SHA256),
+                f"/v2/a/blobs/sha256%253A{HEX}": NO_DIGEST,
+                f"/v2/a/manifests/sha256%253A{HEX}": NO_TAG,
+            }
+        )
+
+    def test_a_path_has_one_spelling(self) -> None:
+        """
+        However a digest was spelled, the route and its path are the same, and the query tells no routes apart.
+        """
+        escaped, plain = parse_route(f"/v2/a/blobs/sha256%3A{HEX}?x=1"), parse_route(f"/v2/a/blobs/{SHA256}")
+        self.assertEqual(escaped, plain)
+        self.assertEqual(f"/v2/a/blobs/{SHA256}", escaped.path)
+        self.assertEqual("x=1", escaped.query)
+        self.assertEqual("/v2/a/tags/list", parse_route("/v2/a/tags/list?n=5").path)
+
+    def test_a_digest_in_a_path_is_parsed(self) -> None:
+        """
+        A route by digest knows its digest; a route by tag has none.
+        """
+        self.assertEqual(Digest("sha256", HEX), parse_route(f"/v2/a/manifests/{SHA256}").digest)
+        self.assertIsNone(parse_route("/v2/a/manifests/latest").digest)
+        self.assertIsNone(parse_route("/v2/a/tags/list").digest)
+
+    def test_a_route_is_pointed_at_another_digest(self) -> None:
+        """
+        What a tag leads to is in the same repository, under the digest's own name.
+        """
+        self.assertEqual(
+            parse_route(f"/v2/a/manifests/{SHA256}"),
+            Route(Kind.MANIFEST, "a", "latest").at(Digest("sha256", HEX)),
+        )
+
+    def test_queries_with_characters_of_no_url_are_refused(self) -> None:
+        """
+        What could break out of a header or a log line is no query.
+        """
+        queries = ("n=<1>", 'n="1"', "n=1 2", "n=1\r\nx", "n=\0", "n=1#x", "n=ä", "n=\\", "n={}")
+        self.assert_understood(dict.fromkeys((f"/v2/a/tags/list?{query}" for query in queries), NO_QUERY))
+
+    def test_queries_stay_as_they_came(self) -> None:
+        """
+        An opaque continuation is handed on escaped as it was.
+        """
+        for query in ("", "n=1000&last=a%2Fb%3D", "last=YQ==", "artifactType=a/b%2Bc", "a?b"):
+            self.assertEqual(query, parse_route(f"/v2/a/tags/list?{query}").query)
+
+
+class QueryTests(SynchronousTestCase):
+    """
+    A query string has values by name.
+    """
+
+    def test_the_first_of_several_values_counts(self) -> None:
+        """
+        A name given twice has its first value, and values stay escaped.
+        """
+        self.assertEqual({"n": "1", "last": "a%2Fb"}, query_values("n=1&last=a%2Fb&&n=2"))
+
+    def test_names_are_read_through_their_escapes(self) -> None:
+        """
+        An escaped name is the name; a name alone has an empty value.
+        """
+        self.assertEqual({"last": "x", "n": ""}, query_values("l%61st=x&n"))
+        self.assertEqual({}, query_values(""))
+
+
+class DigestTests(SynchronousTestCase):
+    """
+    A digest names content by its hash.
+    """
+
+    def test_content_is_named_by_its_hash(self) -> None:
+        """
+        The digest of bytes is that which everybody else computes.
+        """
+        self.assertEqual(
+            "sha256:2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824", str(Digest.of(b"hello"))
+        )
+        self.assertEqual(f"sha512:{hashlib.sha512(b'x').hexdigest()}", str(Digest.of(b"x", "sha512")))
+
+    def test_the_hash_of_a_digest_is_its_own(self) -> None:
+        """
+        Bytes are held against a digest by the algorithm that it names.
+        """
+        for algorithm in ("sha256", "sha512"):
+            digest = Digest.of(b"content", algorithm)
+            state = digest.hasher()
+            state.update(b"con")
+            state.update(b"tent")
+            self.assertEqual(digest.hex, state.hexdigest())
+
+    def test_a_digest_is_read_as_it_is_written(self) -> None:
+        """
+        Text and value stand for each other, and what is no digest is an error that shows it, shortened.
+        """
+        for text in (SHA256, SHA512):
+            self.assertEqual(text, str(Digest.parse(text)))
+        problem = self.assertRaises(ValueError, Digest.parse, "x" * 10_000)
+        self.assertIn("xxx", str(problem))
+        self.assertLess(len(str(problem)), 300)
+
+
+class ErrorTests(SynchronousTestCase):
+    """
+    Errors are told in the protocol's own words.
+    """
+
+    def test_an_error_is_the_specs_json(self) -> None:
+        """
+        Clients find the code and the message where the specification puts them.
+        """
+        error = RegistryError(404, "MANIFEST_UNKNOWN", 'no "tag"', {"Retry-After": "1"})
+        self.assertEqual(
+            {"errors": [{"code": "MANIFEST_UNKNOWN", "message": 'no "tag"'}]},
+            json.loads(error.body()),
+        )
+        self.assertEqual({"Retry-After": "1"}, error.headers)
+        self.assertEqual({}, RegistryError(404, "X", "y").headers)
+
+
+class AcceptTests(SynchronousTestCase):
+    """
+    Accept headers are read as the set of types that a client takes.
+    """
+
+    def test_order_and_spelling_do_not_matter(self) -> None:
+        """
+        Clients that take the same types share one answer.
+        """
+        one = accepted_types([f"{OCI_INDEX}, {SCHEMA2};q=0.5", OCI_MANIFEST])
+        other = accepted_types([f" {OCI_MANIFEST.upper()} ; Q=1,{OCI_INDEX},,{SCHEMA2}; q=0.9"])
+        self.assertEqual(frozenset({OCI_INDEX, SCHEMA2, OCI_MANIFEST}), one)
+        self.assertEqual(one, other)
+
+    def test_what_has_no_weight_is_not_taken(self) -> None:
+        """
+        A type of weight 0 is refused, one of little weight is taken.
+        """
+        self.assertEqual(
+            frozenset({SCHEMA2}),
+            accepted_types([f"{OCI_INDEX};q=0, {OCI_MANIFEST}; q=0.000, {SCHEMA2};q=0.001"]),
+        )
+
+    def test_anything_is_taken_by_who_says_so_or_nothing(self) -> None:
+        """
+        Without Accept, or with a wildcard among the types, all will do.
+        """
+        for accept in ([], [""], ["*/*"], [OCI_INDEX, "*/*;q=0.1"], [f"application/*, {SCHEMA2}"]):
+            self.assertEqual(frozenset(), accepted_types(accept))
+
+    def test_a_refused_wildcard_is_none(self) -> None:
+        """
+        Who takes one type and nothing else gets nothing else.
+        """
+        self.assertEqual(frozenset({SCHEMA2}), accepted_types([f"{SCHEMA2}, */*;q=0"]))
+
+
+class ManifestTypeTests(SynchronousTestCase):
+    """
+    A manifest is what it says, and what the registry says, or it is none.
+    """
+
+    def test_the_content_type_names_the_manifest(self) -> None:
+        """
+        The type is read without its parameters, whether or not the manifest names itself.
+        """
+        self.assertEqual(OCI_MANIFEST, manifest_type(OCI_MANIFEST, b"{}"))
+        self.assertEqual(SCHEMA2, manifest_type(f"{SCHEMA2.upper()}; charset=utf-8", b"{}"))
+        for media_type in MANIFEST_TYPES:
+            self.assertEqual(media_type, manifest_type(media_type, json.dumps({"mediaType": media_type}).encode()))
+
+    def test_what_is_no_manifests_type_is_refused(self) -> None:
+        """
+        A page or a blob in a manifest's place is not passed on as one.
+        """
+        for content_type in ("", "text/html", "application/json", "application/octet-stream", LAYER):
+            self.assertRaises(ValueError, manifest_type, content_type, b"{}")
+
+    def test_one_type_is_not_passed_off_as_another(self) -> None:
+        """
+        A manifest that calls itself other than the registry does is refused.
+        """
+        for own in (OCI_INDEX, None, 5, [OCI_MANIFEST], ""):
+            self.assertRaises(ValueError, manifest_type, OCI_MANIFEST, json.dumps({"mediaType": own}).encode())
+
+    def test_what_is_no_json_object_is_refused(self) -> None:
+        """
+        Whatever bytes come, they are a manifest or an error of one kind.
+        """
+        for data in (b"", b"<html>", b"[]", b"null", b"5", b'"{}"', b"\xff\xfe", b"{", b"[" * 100_000):
+            self.assertRaises(ValueError, manifest_type, OCI_MANIFEST, data)
+
+    def test_a_manifest_may_have_four_mebibytes(self) -> None:
+        """
+        The limit is the specification's and ECR's.
+        """
+        self.assertEqual(4_194_304, MANIFEST_LIMIT)
+
+
+def item(digest: str = SHA256, media_type: object = LAYER, size: object = 7, **more: object) -> dict[str, object]:
+    """
+    Make a descriptor as manifests have it.
+    """
+    return {"mediaType": media_type, "digest": digest, "size": size, **more}
+
+
+def names_listed(document: object) -> list[tuple[Kind, Descriptor]]:
+    """
+    Give what a manifest lists.
+    """
+    return list(listed(json.dumps(document).encode()))
+
+
+class ListedTests(SynchronousTestCase):
+    """
+    What a manifest lists of its own repository needs no further question to ECR.
+    """
+
+    def test_a_manifest_lists_its_config_and_layers(self) -> None:
+        """
+        Each of them is a blob with its type and size.
+        """
+        config = item(SHA512, "application/vnd.oci.image.config.v1+json", 3)
+        self.assertEqual(
+            [
+                (Kind.BLOB, Descriptor(LAYER, Digest("sha256", HEX), 7)),
+                (Kind.BLOB, Descriptor("application/vnd.oci.image.config.v1+json", Digest("sha512", HEX * 2), 3)),
+            ],
+            names_listed({"config": config, "layers": [item()]}),
+        )
+
+    def test_an_index_lists_its_manifests(self) -> None:
+        """
+        Each platform's manifest is a manifest, with what size and type it has.
+        """
+        self.assertEqual(
+            [(Kind.MANIFEST, Descriptor(SCHEMA2, Digest("sha256", HEX), 400))],
+            names_listed({"manifests": [item(media_type=SCHEMA2, size=400, platform={"os": "linux"})]}),
+        )
+
+    def test_an_artifact_lists_its_blobs(self) -> None:
+        """
+        Artifact manifests have blobs in the place of layers.
+        """
+        self.assertEqual(
+            [(Kind.BLOB, Descriptor(LAYER, Digest("sha256", HEX), 7))],
+            names_listed({"blobs": [item()]}),
+        )
+
+    def test_what_may_live_elsewhere_is_not_listed(self) -> None:
+        """
+        Foreign layers, content with addresses of its own and subjects prove nothing.
+        """
+        foreign = "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip"
+        kept_back = "application/vnd.oci.image.layer.nondistributable.v1.tar+gzip"
+        document = {
+            "layers": [
+                item(media_type=foreign),
+                item(media_type=kept_back),
+                item(urls=["https://elsewhere.test/layer"]),
+            ],
+            "subject": item(media_type=OCI_MANIFEST),
+        }
+        self.assertEqual([], names_listed(document))
+        self.assertEqual(1, len(names_listed({"layers": [item(urls=[])]})))
+
+    def test_what_is_no_descriptor_is_not_listed(self) -> None:
+        """
+        Odd items cost a question to ECR, never a failure, and leave the others as they are.
+        """
+        odd: tuple[object, ...] = (
+            None,
+            5,
+            "x",
+            [],
+            {},
+            item("sha256:abc"),
+            item(media_type=None),
+            item(size="7"),
+            item(size=None),
+            {"digest": SHA256, "size": 7},
+            {"mediaType": LAYER, "digest": 5, "size": 7},
+        )
+        self.assertEqual(1, len(names_listed({"layers": [*odd, item()]})))
+        self.assertEqual([], names_listed({"layers": {}, "manifests": "x", "config": 5, "blobs": None}))
+
+    def test_sizes_that_no_content_has_are_not_listed(self) -> None:
+        """
+        A descriptor whose size is negative, or true, is none.
+        """
+        self.assertEqual([], names_listed({"layers": [item(size=-1), item(size=True)]}))
+
+    def test_what_is_no_json_object_lists_nothing(self) -> None:
+        """
+        Bytes that are no manifest are an error, not an empty list.
+        """
+        for data in (b"", b"[]", b"<html>", b"\xff"):
+            self.assertRaises(ValueError, list, listed(data))

@@ -1,0 +1,513 @@
+"""
+The status page, read as a browser and a screen reader would.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, replace
+from html.parser import HTMLParser
+from itertools import pairwise
+from typing import Any
+
+from twisted.trial.unittest import SynchronousTestCase
+from twisted.web.template import flattenString
+
+from ecrproxy.admin.charts import HEIGHT, LEAST, WIDTH, ceiling, hit_chart, traffic_chart
+from ecrproxy.admin.history import Point
+from ecrproxy.admin.incidents import Incident
+from ecrproxy.admin.page import Page
+from ecrproxy.admin.port import PARTS
+from ecrproxy.admin.snapshot import Answers, Fill, Leaving, Saving, Snapshot, TokenState, Transfer, UpstreamState
+from ecrproxy.admin.status import TRANSFERS
+from ecrproxy.admin.units import ago, clean, moment, share, short, size, span, stamp
+from tests.daemon import noise
+from tests.test_status import StatusTestCase
+
+DIGEST = f"sha256:{'0123456789abcdef' * 4}"
+EMPTY = Snapshot(
+    version="1.0.0",
+    registry="https://123456789012.dkr.ecr.eu-west-1.amazonaws.com",
+    when=1_800_000_000.0,
+    uptime=100.0,
+    reasons=(),
+    cache=Fill(0, 0, 2**30, 0, 0, ()),
+    transfers=(),
+    repositories=(),
+    token=TokenState(None, 1_800_010_000.0, 5000.0, 0),
+    upstream=UpstreamState("closed", None, {"manifests": 0}, 0, {}),
+    answers={},
+    now=Point(0),
+    history=(),
+    incidents=(),
+)
+FULL = replace(
+    EMPTY,
+    cache=Fill(2**29, 2**20, 2**30, 20, 3, (Leaving("content", DIGEST, 2**20, EMPTY.when - 7200),)),
+    transfers=(
+        Transfer("team/app", DIGEST, 1000, 250, 2, kept=True),
+        Transfer("team/big", DIGEST, None, 9, 1, kept=False),
+    ),
+    repositories=(Saving("team/app", 2**30, 12), Saving("team/base", 2**29, 3)),
+    upstream=UpstreamState("closed", 2.0, {"manifests": 1}, 4, {"registry": {"200": 5, "404": 2, "429": 1, "503": 3}}),
+    answers={"HIT": Answers(30, 300), "MISS": Answers(10, 100)},
+    now=Point(5, 2, 1, 5 * 2**20, 2**20),
+    history=(Point(30, 10, 9, 100, 10), Point(5, 2, 1, 5 * 2**20, 2**20)),
+    incidents=(Incident(EMPTY.when - 60, "error", "the disk is full", 3),),
+)
+
+
+@dataclass
+class Node:
+    """
+    An element of a page.
+    """
+
+    tag: str
+    attributes: dict[str, str]
+    children: list[Node | str] = field(default_factory=list)
+
+    def all(self, *tags: str) -> list[Node]:
+        """
+        Find the elements below, in order; of any kind, if none is named.
+        """
+        found = []
+        for child in self.children:
+            if isinstance(child, Node):
+                found += [child] if not tags or child.tag in tags else []
+                found += child.all(*tags)
+        return found
+
+    @property
+    def text(self) -> str:
+        parts = (child if isinstance(child, str) else child.text for child in self.children)
+        return " ".join(" ".join(parts).split())
+
+
+class Reader(HTMLParser):
+    """
+    Makes a tree of a page, and finds what is not closed.
+    """
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self._open = [Node("", {})]
+        self.feed(page)
+        self.close()
+        assert len(self._open) == 1, f"not closed: {self._open[-1].tag}"
+
+    @property
+    def top(self) -> Node:
+        return self._open[0]
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        node = Node(tag, {name: value or "" for name, value in attrs})
+        self._open[-1].children.append(node)
+        self._open.append(node)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop().tag == tag
+
+    def handle_data(self, data: str) -> None:
+        self._open[-1].children.append(data)
+
+
+class PageTestCase(SynchronousTestCase):
+    def page(self, snapshot: Snapshot) -> Node:
+        """
+        Render a page, and read it.
+        """
+        self.html = self.successResultOf(flattenString(None, Page(snapshot))).decode()
+        return Reader(self.html).top
+
+    def section(self, page: Node, name: str) -> Node:
+        """
+        The section with that heading.
+        """
+        (found,) = [each for each in page.all("section") if each.all("h2")[0].text == name]
+        return found
+
+    def rows(self, section: Node) -> list[list[str]]:
+        """
+        The text of a section's table, without its head.
+        """
+        rows = [[cell.text for cell in row.all("th", "td")] for row in section.all("tr")]
+        return rows[1:]
+
+
+class PageTests(PageTestCase):
+    """
+    What it says.
+    """
+
+    def test_shows_what_is_on_its_way_and_who_follows(self) -> None:
+        """
+        With a bar for each, which has no length where upstream does not tell the size.
+        """
+        section = self.section(self.page(FULL), "On the way from ECR")
+        self.assertEqual(
+            [
+                ["team/app sha256:0123456789ab…", "25.0 % of 1,000 B 25.0 % of 1,000 B", "2"],
+                ["team/big sha256:0123456789ab…", "9 B so far 9 B so far, not kept", "1"],
+            ],
+            self.rows(section),
+        )
+        known, unknown = section.all("progress")
+        self.assertEqual(("250", "1000"), (known.attributes["value"], known.attributes["max"]))
+        self.assertNotIn("value", unknown.attributes)
+
+    def test_shows_the_cache_and_what_goes_next(self) -> None:
+        """
+        How full it is, and what would be evicted.
+        """
+        section = self.section(self.page(FULL), "Cache")
+        self.assertEqual("Used 512 MiB Arriving 1.0 MiB Limit 1.0 GiB Files 20 Evicted 3", section.all("dl")[0].text)
+        self.assertEqual([["sha256:0123456789ab… content", "1.0 MiB", "2 h ago"]], self.rows(section))
+
+    def test_shows_repositories_by_bytes_saved(self) -> None:
+        """
+        The one with the most has the longest bar.
+        """
+        section = self.section(self.page(FULL), "Repositories by bytes saved")
+        self.assertEqual([["team/app", "1.0 GiB", "12"], ["team/base", "512 MiB", "3"]], self.rows(section))
+        self.assertEqual(["100.0", "50.0"], [each.attributes["width"] for each in section.all("rect")])
+
+    def test_shows_token_ecr_and_troubles(self) -> None:
+        """
+        What an operator looks at when something is wrong.
+        """
+        page = self.page(FULL)
+        self.assertIn("State good Expires in 2 h 46 min Next refresh in 1 h 23 min", self.section(page, "Token").text)
+        ecr = self.section(page, "ECR")
+        self.assertIn("Circuit closed Answered last 2 s ago Asked again 4", ecr.text)
+        self.assertEqual([["registry", "5", "2", "1", "3"]], self.rows(ecr))
+        self.assertEqual(
+            [["1 min ago error", "the disk is full (3 times)"]], self.rows(self.section(page, "Warnings and errors"))
+        )
+
+    def test_shows_the_hour_at_a_glance(self) -> None:
+        """
+        Ratio, traffic and what was saved, as figures.
+        """
+        glance = self.section(self.page(FULL), "At a glance").text
+        for words in ("83.3 % of 12 requests", "1.0 MiB/s now", "300 B 75.0 % of all bytes", "2 followed by 3 clients"):
+            self.assertIn(words, glance)
+
+    def test_says_how_the_daemon_is(self) -> None:
+        """
+        In words, first of all and in the title; the reasons are with it.
+        """
+        page = self.page(FULL)
+        self.assertEqual("ecrproxy: ready", page.all("title")[0].text)
+        left = replace(EMPTY, upstream=UpstreamState("open", 60.0, {}, 0, {}))
+        self.assertEqual("ecrproxy: ready, without ecr", self.page(left).all("title")[0].text)
+        page = self.page(replace(EMPTY, reasons=("the disk is full",)))
+        (health,) = [each for each in page.all("div") if each.attributes.get("role") == "status"]
+        self.assertEqual("Not ready the disk is full", health.text)
+
+    def test_of_a_daemon_that_has_done_nothing_is_whole(self) -> None:
+        """
+        Where there is nothing there are words, and no empty tables.
+        """
+        page = self.page(EMPTY)
+        for words in ("Nothing is on its way.", "The cache is empty.", "Nothing was saved yet", "There were none."):
+            self.assertIn(words, page.text)
+        self.assertEqual(["details"], [each.tag for each in page.all("details", "section") if each.all("table")])
+
+    def test_does_not_grow_without_end(self) -> None:
+        """
+        With as much of everything as is ever told it has a few hundred KB, most of it transfers.
+        """
+        name = "a" * 255
+        most = replace(
+            FULL,
+            transfers=(Transfer(name, DIGEST, 2**40, 2**39, 10**6, kept=True),) * TRANSFERS,
+            repositories=(Saving(name, 2**50, 10**9),) * 10,
+            history=(Point(30, 10**6, 10**5, 2**40, 2**40),) * 121,
+            incidents=(Incident(0, "critical", "x" * 300),) * 20,
+        )
+        self.page(most)
+        self.assertLess(len(self.html), 250_000)
+
+
+class HostileTests(PageTestCase):
+    """
+    Texts that others choose.
+    """
+
+    def test_are_shown_as_text(self) -> None:
+        """
+        Markup, quotes, and signs that turn writing round or can't be written do nothing, wherever they come.
+        """
+        evil = "\"'><script>alert(1)</script><img src=x onerror=alert(1)>&amp;\u202e\0\ud800"
+        page = self.page(
+            replace(
+                FULL,
+                registry=f"https://{evil}",
+                reasons=(evil,),
+                cache=replace(FULL.cache, next=(Leaving("entry", evil, 1, None),)),
+                transfers=(Transfer(evil, DIGEST, 2, 1, 1, kept=True),),
+                repositories=(Saving(evil, 1, 1),),
+                token=TokenState(evil, None, 0.0, 1),
+                incidents=(Incident(0, "error", evil),),
+            )
+        )
+        self.assertEqual(["script.js"], [each.attributes["src"] for each in page.all("script")])
+        self.assertEqual([], page.all("img"))
+        self.assertEqual(8, page.text.count("<script>alert(1)</script>") + self.progress(page).count("<script>"))
+        for char in "\u202e\0":
+            self.assertNotIn(char, self.html)
+
+    def progress(self, page: Node) -> str:
+        (bar,) = page.all("progress")
+        return bar.attributes["aria-label"]
+
+
+class StrictTests(PageTestCase):
+    """
+    What the page is made of.
+    """
+
+    def test_nothing_comes_from_elsewhere(self) -> None:
+        """
+        Every address in it is one of this port's own, by a relative path.
+        """
+        named = [
+            value
+            for each in self.page(FULL).all()
+            for name, value in each.attributes.items()
+            if name in ("src", "href")
+        ]
+        self.assertEqual({*PARTS, "#figures", "status.json", "metrics", "readyz"}, set(named))
+        self.assertEqual([], re.findall(r"https?://(?!www\.w3\.org)", self.html))
+
+    def test_there_is_no_style_or_script_in_it(self) -> None:
+        """
+        The policy that goes with it forbids them.
+        """
+        page = self.page(FULL)
+        self.assertEqual([], page.all("style"))
+        self.assertEqual("", "".join(each.text for each in page.all("script")))
+        names = {name for each in page.all() for name in each.attributes}
+        self.assertEqual(set(), {name for name in names if name == "style" or name.startswith("on")})
+
+    def test_without_scripts_it_is_loaded_again(self) -> None:
+        """
+        And only then: with them, it would throw away what a reader does.
+        """
+        (noscript,) = self.page(FULL).all("noscript")
+        self.assertEqual(
+            [{"http-equiv": "refresh", "content": "5"}], [each.attributes for each in noscript.all("meta")]
+        )
+        self.assertEqual(1, self.html.count("http-equiv"))
+
+
+class SpokenTests(PageTestCase):
+    """
+    What a screen reader finds.
+    """
+
+    def setUp(self) -> None:
+        self.top = self.page(FULL)
+
+    def test_landmarks_and_headings(self) -> None:
+        """
+        One of each landmark, a language, and headings none of whose levels is left out.
+        """
+        for tag in ("header", "main", "footer", "nav", "h1"):
+            self.assertEqual(1, len(self.top.all(tag)), tag)
+        self.assertEqual("en", self.top.all("html")[0].attributes["lang"])
+        levels = [int(each.tag[1]) for each in self.top.all("h1", "h2", "h3")]
+        self.assertTrue(all(after - before <= 1 for before, after in pairwise(levels)))
+
+    def test_sections_are_named_by_their_headings(self) -> None:
+        """
+        Each names a heading that is there, and no id is there twice.
+        """
+        ids = [each.attributes["id"] for each in self.top.all() if "id" in each.attributes]
+        self.assertEqual(len(ids), len(set(ids)))
+        for section in self.top.all("section"):
+            self.assertEqual(section.attributes["aria-labelledby"], section.all("h2")[0].attributes["id"])
+
+    def test_tables_have_heads(self) -> None:
+        """
+        Each column and each row has one that says which of both it is.
+        """
+        for table in self.top.all("table"):
+            head, body = table.all("thead")[0], table.all("tbody")[0]
+            self.assertEqual({"col"}, {each.attributes["scope"] for each in head.all("th")})
+            for row in body.all("tr"):
+                self.assertEqual(["row"], [each.attributes["scope"] for each in row.all("th")])
+                self.assertEqual(len(head.all("th")), len(row.all("th", "td")))
+
+    def test_what_is_drawn_is_told_in_words(self) -> None:
+        """
+        Charts, bars and meters have names; what only decorates is hidden.
+        """
+        for each in self.top.all("progress", "meter"):
+            self.assertTrue(each.attributes["aria-label"])
+        spoken = [each for each in self.top.all("svg") if "aria-hidden" not in each.attributes]
+        self.assertEqual(["img", "img"], [each.attributes["role"] for each in spoken])
+        self.assertEqual(
+            [
+                "Hit ratio in the last hour: 83.3 % over all, 50.0 % at the lowest, 50.0 % at last.",
+                "Traffic in the last hour: to clients 1.0 MiB/s at the highest, from upstream 205 KiB/s.",
+            ],
+            [each.attributes["aria-label"] for each in spoken],
+        )
+
+    def test_little_is_announced_by_itself(self) -> None:
+        """
+        How the daemon is, and that it does not answer: no figures.
+        """
+        live = [each for each in self.top.all() if "role" in each.attributes and each.attributes["role"] == "status"]
+        self.assertEqual(["Ready", ""], [each.text for each in live])
+        self.assertNotIn("aria-live", self.html)
+
+
+class ServedTests(StatusTestCase):
+    """
+    The page as the daemon serves it.
+    """
+
+    def test_shows_a_pull_under_way(self) -> None:
+        """
+        How far it is, from one look to the next, and who follows.
+        """
+        self.standin.hold(self.digest)
+        for _ in range(2):
+            self.daemon.send("GET", self.blob)
+        for delivered in (100_000, 50_000):
+            self.flush()
+            self.standin.deliver(self.digest, delivered)
+        self.flush()
+        page = self.daemon.ask_admin("/").body.decode()
+        (bar,) = Reader(page).top.all("progress")
+        self.assertEqual({"150000", "300000"}, {bar.attributes["value"], bar.attributes["max"]})
+        self.assertIn("followed by 2 clients", Reader(page).top.text)
+
+    def test_a_page_and_its_parts_are_what_they_say(self) -> None:
+        """
+        With types, and a policy that lets in nothing else.
+        """
+        for path, content_type in {"": "text/html; charset=utf-8", **PARTS}.items():
+            reply = self.daemon.ask_admin(f"/{path}")
+            self.assertEqual((200, content_type), (reply.code, reply.header("Content-Type")), path)
+            self.assertIn("default-src 'none'", reply.header("Content-Security-Policy") or "")
+            self.assertGreater(len(reply.body), 100)
+        self.assertTrue(self.daemon.ask_admin("/").body.startswith(b"<!DOCTYPE html>"))
+
+    def test_a_strangers_name_for_this_port_is_refused(self) -> None:
+        """
+        The page and its parts are for who asks for them by a name of ours.
+        """
+        for path in ("", *PARTS):
+            self.assertEqual(403, self.daemon.ask_admin(f"/{path}", host="evil.example").code)
+
+    def test_a_pulls_name_is_escaped_wherever_it_comes_from(self) -> None:
+        """
+        What a client puts into a path comes to the page as text, if at all.
+        """
+        self.get("/v2/team/%3Cscript%3E/manifests/latest")
+        self.standin.fail("registry", status=503)
+        self.get("/v2/team/app/manifests/%3Cb%3E")
+        self.get(f"/v2/team/app/blobs/{self.standin.push_blob('team/app', noise('x', 10))}")
+        page = self.daemon.ask_admin("/").body.decode()
+        self.assertEqual(1, page.count("<script"))
+        self.assertNotIn("<b>", page)
+
+
+def svg(tag: Any) -> str:
+    """
+    The paths of a chart's lines.
+    """
+    lines = [each for each in tag.children if each.attributes["class"].startswith("line")]
+    return " ".join(each.attributes["d"] for each in lines)
+
+
+class ChartTests(SynchronousTestCase):
+    def test_the_last_point_is_at_the_right(self) -> None:
+        """
+        Half an hour of points fills the right half, as high as the ratio is.
+        """
+        half = [Point(900, 4, 4), Point(900, 4, 1)]
+        self.assertEqual(f"M360.0 0.0V0.0H540.0V{0.75 * HEIGHT}H{WIDTH}.0", svg(hit_chart(half)))
+
+    def test_where_nothing_was_asked_there_is_a_gap(self) -> None:
+        """
+        No requests are no ratio, neither of none nor of all.
+        """
+        drawn = svg(hit_chart([Point(900, 1, 1), Point(900), Point(900, 1, 1)]))
+        self.assertEqual("M180.0 0.0V0.0H360.0M540.0 0.0V0.0H720.0", drawn)
+        self.assertEqual("", svg(hit_chart([])))
+        self.assertIn("no requests", str(hit_chart([Point(30)]).attributes["aria-label"]))
+
+    def test_traffic_reaches_up_to_a_power_of_two(self) -> None:
+        """
+        So that the scale seldom changes, and reads well.
+        """
+        self.assertEqual(LEAST, ceiling([]))
+        self.assertEqual(2**20, ceiling([Point(10, sent=10 * 2**20), Point(0)]))
+        self.assertEqual(2**21, ceiling([Point(10, received=10 * 2**20 + 10)]))
+        drawn = svg(traffic_chart([Point(3600, sent=3600 * 2**20, received=3600 * 2**19)]))
+        self.assertEqual(f"M0.0 0.0V0.0H720.0 M0.0 {HEIGHT / 2}V{HEIGHT / 2}H720.0", drawn)
+        self.assertIn("nothing", str(traffic_chart([Point(30)]).attributes["aria-label"]))
+
+
+class UnitTests(SynchronousTestCase):
+    def test_bytes(self) -> None:
+        """
+        In the unit that leaves few digits.
+        """
+        told = {
+            0: "0 B",
+            1000: "1,000 B",
+            1024: "1.0 KiB",
+            10 * 2**20: "10 MiB",
+            2**30 - 1: "1.0 GiB",
+            2**60: "1,048,576 TiB",
+        }
+        for count, words in told.items():
+            self.assertEqual(words, size(count))
+
+    def test_shares(self) -> None:
+        """
+        What is nearly all is not all, and what is hardly anything is not nothing.
+        """
+        told = {(0, 0): "\N{EN DASH}", (0, 5): "0 %", (5, 5): "100 %", (9999, 10000): "99.9 %", (1, 10**6): "0.1 %"}
+        for (part, whole), words in told.items():
+            self.assertEqual(words, share(part, whole))
+
+    def test_times(self) -> None:
+        """
+        As long as they are, and when they were; whatever a file says of its last use.
+        """
+        told = {-5: "0 s", 59: "59 s", 3599: "59 min", 3661: "1 h 1 min", 90000: "1 d 1 h"}
+        for seconds, words in told.items():
+            self.assertEqual(words, span(seconds))
+        for seconds, words in {
+            -5: "just now",
+            1: "1 s ago",
+            119: "1 min ago",
+            7200: "2 h ago",
+            10**6: "11 d ago",
+        }.items():
+            self.assertEqual(words, ago(seconds))
+        self.assertEqual("08:00:00 UTC", moment(1_800_000_000))
+        self.assertEqual("2027-01-15T08:00:00Z", stamp(1_800_000_000))
+        for impossible in (1e300, -1e300, float("inf")):
+            self.assertIn("1970", stamp(impossible))
+
+    def test_digests_are_cut_and_nothing_else(self) -> None:
+        """
+        Wherever in a name they are.
+        """
+        self.assertEqual("team/app@sha256:0123456789ab…", short(f"team/app@{DIGEST}"))
+        for name in ("team/app:release-2026.10.1", "sha256:0123"):
+            self.assertEqual(name, short(name))
+
+    def test_what_can_not_be_shown_is_marked(self) -> None:
+        """
+        Control signs, halves of signs, and what turns writing round.
+        """
+        self.assertEqual("a\N{REPLACEMENT CHARACTER}b\N{REPLACEMENT CHARACTER}é", clean("a\u202eb\0é"))

@@ -1,0 +1,355 @@
+"""
+Names and passwords are asked for, few guesses are let through, and nothing tells users apart.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+from pathlib import Path
+from typing import Any
+
+import bcrypt
+from twisted.internet.defer import Deferred
+from twisted.internet.task import Clock
+from twisted.logger import LogLevel, capturedLogs
+from twisted.trial.unittest import SynchronousTestCase
+
+from ecrproxy.access.passwords import (
+    AT_ONCE,
+    FAILURE_SECONDS,
+    FAILURES,
+    KEPT,
+    REMEMBER_SECONDS,
+    REREAD_SECONDS,
+    WAITING,
+    Failures,
+    Passwords,
+    parse_basic,
+)
+from ecrproxy.oci import RegistryError
+from tests.daemon import Hands
+from tests.store_contract import scratch
+from tests.test_htpasswd import line
+
+HERE = "192.0.2.7"
+
+
+def basic(name: str, password: str) -> str:
+    """
+    Write an Authorization header.
+    """
+    return f"Basic {base64.b64encode(f'{name}:{password}'.encode()).decode()}"
+
+
+class BasicTests(SynchronousTestCase):
+    """
+    The Authorization header.
+    """
+
+    def test_name_and_password_are_read(self) -> None:
+        """
+        The scheme in any case; colons belong to the password, as does what is not ASCII.
+        """
+        self.assertEqual((b"ann", b"a:b"), parse_basic(basic("ann", "a:b")))
+        self.assertEqual((b"ann", b""), parse_basic("bAsIc  " + basic("ann", "")[6:]))
+        self.assertEqual(("änn".encode(), "ü".encode()), parse_basic(basic("änn", "ü")))
+
+    def test_anything_else_is_nobody(self) -> None:
+        """
+        Other schemes, what is no base64, and control bytes, at which some would end a password.
+        """
+        for header in (
+            None,
+            "",
+            "Basic",
+            "Basic !!!",
+            "Basic ä",
+            "Bearer " + basic("ann", "one")[6:],
+            basic("", "one"),
+            "Basic YW5u",
+            basic("ann", "on\0e"),
+            basic("a\nnn", "one"),
+        ):
+            self.assertIsNone(parse_basic(header), header)
+
+
+class FailuresTests(SynchronousTestCase):
+    """
+    Few wrong passwords are let through from one address.
+    """
+
+    def setUp(self) -> None:
+        """
+        Nobody has failed yet.
+        """
+        self.clock = Clock()
+        self.failures = Failures(self.clock)
+
+    def fail_often(self, *addresses: str) -> None:
+        """
+        Fail as often as is let through, from these addresses in turn.
+        """
+        for each in range(FAILURES):
+            self.failures.note(addresses[each % len(addresses)])
+
+    def test_the_last_one_is_told(self) -> None:
+        """
+        Once, so that it is logged once.
+        """
+        self.assertEqual(
+            [each == FAILURES for each in range(1, FAILURES + 4)],
+            [self.failures.note(HERE) for _ in range(FAILURES + 3)],
+        )
+
+    def test_whoever_failed_waits_for_the_rest_of_the_minute(self) -> None:
+        """
+        From his first failure on, and then has all his tries again.
+        """
+        self.failures.note(HERE)
+        self.clock.advance(20)
+        self.assertEqual(0, self.failures.wait(HERE))
+        self.fail_often(HERE)
+        self.assertEqual(FAILURE_SECONDS - 20, self.failures.wait(HERE))
+        self.clock.advance(FAILURE_SECONDS - 20)
+        self.assertEqual(0, self.failures.wait(HERE))
+        self.assertEqual(0, self.failures.wait("192.0.2.8"))
+
+    def test_a_network_of_ipv6_is_one_client(self) -> None:
+        """
+        Who has 2^64 addresses has no more tries for it; one that is IPv4 after all is that.
+        """
+        self.fail_often("2001:db8::1", "2001:db8::2:3", "2001:db8:0:0:ffff::")
+        self.assertTrue(self.failures.wait("2001:db8::4"))
+        self.assertFalse(self.failures.wait("2001:db8:0:1::1"))
+        self.fail_often("::ffff:192.0.2.9")
+        self.assertTrue(self.failures.wait("192.0.2.9"))
+
+    def test_what_is_remembered_is_bounded(self) -> None:
+        """
+        Whoever comes from everywhere fills no memory; the longest silent are forgotten.
+        """
+        self.fail_often(HERE)
+        for number in range(KEPT):
+            self.failures.note(f"10.0.{number // 256}.{number % 256}")
+        self.assertFalse(self.failures.wait(HERE))
+        self.assertEqual(KEPT, len(self.failures._counts))  # noqa: SLF001
+
+
+class PasswordsTests(SynchronousTestCase):
+    """
+    Clients give a name and a password.
+    """
+
+    def setUp(self) -> None:
+        """
+        Two users; what is done in threads is counted.
+        """
+        self.path = Path(str(scratch(self)) + ".htpasswd")
+        self.path.write_bytes(line("ann", "one") + line("bob", "two"))
+        self.clock, self.hands = Clock(), Hands()
+        self.passwords = Passwords(str(self.path), self.hands, self.clock, b"key")
+        self.passwords.startService()
+        self.addCleanup(self.passwords.stopService)
+
+    def ask(self, name: str, password: str, address: str = HERE) -> Deferred[None]:
+        """
+        Ask to be let in.
+        """
+        return Deferred.fromCoroutine(self.passwords.admit(address, basic(name, password)))
+
+    def refusal(self, asked: Deferred[None]) -> RegistryError:
+        """
+        Tell how one was refused.
+        """
+        problem: Any = self.failureResultOf(asked, RegistryError).value
+        assert isinstance(problem, RegistryError)
+        return problem
+
+    def test_a_right_password_is_let_in(self) -> None:
+        """
+        Each user by his own.
+        """
+        self.successResultOf(self.ask("ann", "one"))
+        self.successResultOf(self.ask("bob", "two"))
+        self.assertEqual(401, self.refusal(self.ask("ann", "two")).status)
+
+    def test_unknown_names_wrong_passwords_and_none_at_all_are_refused_alike(self) -> None:
+        """
+        Status, words, headers: nothing tells who has an account here.
+        """
+        nothing: Deferred[None] = Deferred.fromCoroutine(self.passwords.admit(HERE, None))
+        found = [self.refusal(each) for each in (nothing, self.ask("mallory", "one"), self.ask("ann", "other"))]
+        self.assertEqual(1, len({(each.status, each.body(), str(each.headers)) for each in found}))
+        self.assertEqual((401, "UNAUTHORIZED"), (found[0].status, found[0].code))
+        self.assertEqual({"WWW-Authenticate": 'Basic realm="ecrproxy"'}, found[0].headers)
+
+    def test_an_unknown_name_costs_what_a_known_one_does(self) -> None:
+        """
+        It is compared to a user's hash, the same one each time it comes.
+        """
+        compared: list[bytes] = []
+        checkpw = bcrypt.checkpw
+
+        def spy(password: bytes, hashed: bytes) -> bool:
+            compared.append(hashed)
+            return checkpw(password, hashed)
+
+        self.patch(bcrypt, "checkpw", spy)
+        for name in ("ann", "mallory", "mallory"):
+            self.refusal(self.ask(name, "wrong"))
+        self.assertEqual(3, len(compared))
+        self.assertEqual(compared[1], compared[2])
+        names = [f"mallory{number}" for number in range(FAILURES - 3)]
+        for name in names:
+            self.refusal(self.ask(name, "wrong", f"198.51.100.{len(compared)}"))
+        self.assertEqual(2, len(set(compared)))
+
+    def test_a_right_password_is_checked_once_in_a_while(self) -> None:
+        """
+        A pull of many blobs pays for one check, whatever the address; after some minutes it is made again.
+        """
+        self.successResultOf(self.ask("ann", "one"))
+        self.hands.idle = False
+        self.successResultOf(self.ask("ann", "one"))
+        self.successResultOf(self.ask("ann", "one", "198.51.100.1"))
+        self.clock.advance(REMEMBER_SECONDS)
+        self.hands.work_off()
+        late = self.ask("ann", "one")
+        self.assertNoResult(late)
+        self.hands.work_off()
+        self.successResultOf(late)
+
+    def test_no_password_is_kept(self) -> None:
+        """
+        What is remembered is a hash by a key that only this process has.
+        """
+        self.successResultOf(self.ask("ann", "one"))
+        (kept,) = self.passwords._right  # noqa: SLF001
+        other = Passwords(str(self.path), self.hands, self.clock, b"another key")
+        self.successResultOf(Deferred.fromCoroutine(other.admit(HERE, basic("ann", "one"))))
+        self.assertNotIn(kept, other._right)  # noqa: SLF001
+
+    def test_those_who_ask_together_pay_for_one_check(self) -> None:
+        """
+        A client's connections share it; one that leaves takes nothing from the others.
+        """
+        self.hands.idle = False
+        asked = [self.ask("ann", "one") for _ in range(5)]
+        self.assertEqual(1, len(self.hands.waiting))
+        asked[0].addErrback(lambda _: None)
+        asked[0].cancel()
+        self.hands.work_off()
+        for each in asked[1:]:
+            self.successResultOf(each)
+
+    def test_few_are_checked_at_once_and_few_wait(self) -> None:
+        """
+        A flood takes two threads of its own; who comes when too many wait is told to come again.
+        """
+        self.hands.idle = False
+        asked = [self.ask("ann", f"wrong{number}", f"198.51.100.{number}") for number in range(WAITING)]
+        self.assertEqual(AT_ONCE, len(self.hands.waiting))
+        late = self.refusal(self.ask("bob", "two"))
+        self.assertEqual((503, "1"), (late.status, late.headers["Retry-After"]))
+        self.hands.work_off()
+        for each in asked:
+            self.assertEqual(401, self.refusal(each).status)
+        self.hands.idle = True
+        self.successResultOf(self.ask("bob", "two"))
+
+    def test_guesses_from_one_address_are_limited(self) -> None:
+        """
+        After ten in a minute not even a right password is looked at, and a line in the log tells; others are let in.
+        """
+        self.successResultOf(self.ask("ann", "one"))
+        with capturedLogs() as events:
+            for number in range(FAILURES):
+                self.assertEqual(401, self.refusal(self.ask("ann", f"guess{number}")).status)
+            for password in ("one", "two", "guess"):
+                problem = self.refusal(self.ask("ann", password))
+                self.assertEqual((429, "TOOMANYREQUESTS"), (problem.status, problem.code))
+                self.assertEqual("60", problem.headers["Retry-After"])
+        self.assertEqual([HERE], [each["address"] for each in events if each["log_level"] == LogLevel.warn])
+        self.successResultOf(self.ask("ann", "one", "198.51.100.1"))
+        self.clock.advance(FAILURE_SECONDS)
+        self.successResultOf(self.ask("ann", "one"))
+
+    def test_guesses_that_come_together_are_limited_too(self) -> None:
+        """
+        Those that wait for their turn are not looked at once enough were wrong.
+        """
+        self.hands.idle = False
+        asked = [self.ask("ann", f"guess{number}") for number in range(40)]
+        looked_at = 0
+        while self.hands.waiting:
+            self.hands.work()
+            looked_at += 1
+        found = [self.refusal(each).status for each in asked]
+        self.assertLessEqual(looked_at, FAILURES + AT_ONCE - 1)
+        self.assertEqual(looked_at, found.count(401))
+        self.assertEqual(40 - looked_at, found.count(429))
+
+    def test_who_shows_nothing_is_not_counted(self) -> None:
+        """
+        Docker asks without a password first, each time.
+        """
+        for _ in range(FAILURES + 5):
+            asked: Deferred[None] = Deferred.fromCoroutine(self.passwords.admit(HERE, None))
+            self.assertEqual(401, self.refusal(asked).status)
+        self.successResultOf(self.ask("ann", "one"))
+
+    def test_a_file_that_has_changed_is_read_again(self) -> None:
+        """
+        Within seconds; what was remembered of the former one is forgotten.
+        """
+        self.successResultOf(self.ask("ann", "one"))
+        self.path.write_bytes(line("ann", "new") + b"# longer than before\n")
+        self.clock.advance(REREAD_SECONDS)
+        self.assertEqual(401, self.refusal(self.ask("ann", "one")).status)
+        self.assertEqual(401, self.refusal(self.ask("bob", "two")).status)
+        self.successResultOf(self.ask("ann", "new"))
+
+    def test_a_check_of_the_former_file_is_not_remembered(self) -> None:
+        """
+        A user who is removed while his password is being checked is out with the next request.
+        """
+        self.hands.idle = False
+        asked = self.ask("bob", "two")
+        self.path.write_bytes(line("ann", "one"))
+        self.passwords.reread()
+        self.hands.waiting.rotate(-1)  # the file is read before the check is made
+        self.hands.work(2)
+        self.hands.work_off()
+        self.successResultOf(asked)
+        self.hands.idle = True
+        self.assertEqual(401, self.refusal(self.ask("bob", "two")).status)
+
+    def test_a_broken_file_changes_nothing_and_is_told_once(self) -> None:
+        """
+        Half-written or gone, the former users stay until it is whole again.
+        """
+        for broken in (b"ann:one\n", b"", None):
+            if broken is None:
+                self.path.unlink()
+            else:
+                self.path.write_bytes(broken)
+            with capturedLogs() as events:
+                self.clock.pump([REREAD_SECONDS] * 3)
+            told = [each for each in events if each["log_level"] == LogLevel.error]
+            self.assertEqual([str(self.path)], [each["path"] for each in told])
+            self.successResultOf(self.ask("ann", "one"))
+        self.path.write_bytes(line("ann", "new"))
+        self.clock.advance(REREAD_SECONDS)
+        self.successResultOf(self.ask("ann", "new"))
+
+    def test_a_file_that_stays_is_not_read(self) -> None:
+        """
+        Looking costs one call to the system.
+        """
+        with capturedLogs() as events:
+            self.clock.pump([REREAD_SECONDS] * 3)
+            self.assertEqual([], [each for each in events if "path" in each])
+            os.utime(self.path, (1, 1))
+            self.clock.advance(REREAD_SECONDS)
+        self.assertEqual(1, len([each for each in events if "path" in each]))

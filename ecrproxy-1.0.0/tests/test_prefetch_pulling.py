@@ -1,0 +1,356 @@
+"""
+Images pulled through the daemon for the cache's sake: what is moved, tried again, and verified.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from io import BytesIO
+from threading import Barrier, Lock
+from typing import Any
+
+from twisted.trial.unittest import SynchronousTestCase
+
+from ecrproxy.command.prefetching.crew import Crew
+from ecrproxy.command.prefetching.door import Reply
+from ecrproxy.command.prefetching.images import Image, parse_image
+from ecrproxy.command.prefetching.platforms import Platform
+from ecrproxy.command.prefetching.pulling import Hands, Puller, PullError
+from ecrproxy.oci import Digest
+
+MANIFEST = "application/vnd.oci.image.manifest.v1+json"
+INDEX = "application/vnd.oci.image.index.v1+json"
+AMD64 = Platform.parse("linux/amd64")
+LAYER = random.Random(1).randbytes(5 * 2**20)
+
+
+def descriptor(kind: str, data: bytes, **more: Any) -> dict[str, Any]:
+    """
+    Describe content.
+    """
+    return {"mediaType": kind, "digest": str(Digest.of(data)), "size": len(data), **more}
+
+
+@dataclass
+class Proxy:
+    """
+    A daemon in memory, as its clients see it.
+
+    @ivar faults: what happens instead of an answer, or to it, once each, by method and path.
+    """
+
+    content: dict[str, tuple[str, bytes]] = field(default_factory=dict)
+    cached: set[str] = field(default_factory=set)
+    asked: list[tuple[str, str, str]] = field(default_factory=list)
+    faults: dict[tuple[str, str], list[Callable[[Reply], Reply]]] = field(default_factory=dict)
+
+    def blob(self, repository: str, data: bytes) -> dict[str, Any]:
+        """
+        Have a blob.
+        """
+        self.content[f"/v2/{repository}/blobs/{Digest.of(data)}"] = ("application/octet-stream", data)
+        return descriptor("application/vnd.oci.image.layer.v1.tar", data)
+
+    def manifest(self, repository: str, *layers: bytes) -> bytes:
+        """
+        Have a manifest, and what it lists.
+        """
+        config, *rest = [self.blob(repository, each) for each in (b"{}", *layers)]
+        body = json.dumps({"mediaType": MANIFEST, "config": config, "layers": rest}).encode()
+        self.content[f"/v2/{repository}/manifests/{Digest.of(body)}"] = (MANIFEST, body)
+        return body
+
+    def tag(self, repository: str, tag: str, kind: str, body: bytes) -> Image:
+        """
+        Have a tag.
+        """
+        self.content[f"/v2/{repository}/manifests/{tag}"] = (kind, body)
+        return parse_image(f"{repository}:{tag}", ())
+
+    def ask(self, method: str, path: str, headers: Mapping[str, str]) -> Reply:
+        """
+        Answer.
+        """
+        self.asked.append((method, path, headers.get("Range", "")))
+        reply = self._reply(method, path, headers.get("Range", ""))
+        faults = self.faults.get((method, path))
+        return faults.pop(0)(reply) if faults else reply
+
+    def _reply(self, method: str, path: str, wanted: str) -> Reply:
+        kind, data = self.content.get(path, ("", b""))
+        if not kind:
+            return refusal(404, "MANIFEST_UNKNOWN", "no such image")
+        start = int(wanted.removeprefix("bytes=").removesuffix("-")) if wanted else 0
+        told = {"content-type": kind, "content-length": str(len(data) - start)}
+        told["x-cache-status"] = "HIT" if path in self.cached else "MISS"
+        if wanted:
+            told["content-range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+        if method == "HEAD":
+            return Reply(200, told, lambda _: b"")
+        if "/blobs/" in path:
+            self.cached.add(path)
+        return Reply(206 if wanted else 200, told, BytesIO(data[start:]).read)
+
+
+def refusal(status: int, code: str, message: str, **headers: str) -> Reply:
+    """
+    Refuse as registries do.
+    """
+    body = json.dumps({"errors": [{"code": code, "message": message}]}).encode()
+    return Reply(status, {name.replace("_", "-"): value for name, value in headers.items()}, BytesIO(body).read)
+
+
+def broken_after(size: int) -> Callable[[Reply], Reply]:
+    """
+    Let so many bytes of an answer come.
+    """
+
+    def fault(reply: Reply) -> Reply:
+        return Reply(reply.status, reply.headers, BytesIO(reply.read(size)).read)
+
+    return fault
+
+
+def instead(reply: Reply, _: Reply) -> Reply:
+    """
+    Let another answer come.
+    """
+    return reply
+
+
+def away(_: Reply) -> Reply:
+    """
+    Let no answer come.
+    """
+    raise ConnectionRefusedError(111, "Connection refused")
+
+
+class PullerTests(SynchronousTestCase):
+    """
+    One image, pulled.
+    """
+
+    def setUp(self) -> None:
+        """
+        Have a daemon, and a clock that nobody waits for.
+        """
+        self.proxy = Proxy()
+        self.slept: list[float] = []
+        self.moved: list[int] = []
+        self.said: list[str] = []
+        hands = Hands(self.proxy.ask, lambda: sum(self.slept), self.slept.append, lambda: 1.0, self.said.append)
+        self.puller = Puller(hands, [AMD64], self.moved.append)
+
+    def pull(self, image: Image) -> list[bool]:
+        """
+        Pull it, and tell of each blob whether it was moved.
+        """
+        return [self.puller.bring(route, size) for route, size in self.puller.plan(image).blobs.items()]
+
+    def refused(self, image: Image) -> str:
+        """
+        Tell why an image can't be had.
+        """
+        with self.assertRaises(PullError) as raised:
+            self.pull(image)
+        return str(raised.exception)
+
+    def image(self, *layers: bytes) -> Image:
+        """
+        Have an image.
+        """
+        return self.proxy.tag("app", "1", MANIFEST, self.proxy.manifest("app", *layers))
+
+    def layer_path(self) -> str:
+        """
+        Tell where the layer is asked for.
+        """
+        return f"/v2/app/blobs/{Digest.of(LAYER)}"
+
+    def test_manifest_config_and_layers_are_pulled(self) -> None:
+        """
+        All that a client would ask for has been asked for once.
+        """
+        self.assertEqual([True, True], self.pull(self.image(LAYER)))
+        self.assertEqual(len(LAYER) + 2, sum(self.moved))
+        gets = [path for method, path, _ in self.proxy.asked if method == "GET"]
+        self.assertEqual(["/v2/app/manifests/1", self.layer_path(), f"/v2/app/blobs/{Digest.of(b'{}')}"], gets)
+
+    def test_what_is_in_the_cache_is_not_moved(self) -> None:
+        """
+        The second run asks and moves nothing.
+        """
+        image = self.image(LAYER)
+        self.pull(image)
+        self.moved.clear()
+        self.assertEqual([False, False], self.pull(image))
+        self.assertEqual([], self.moved)
+
+    def test_of_an_index_the_platforms_manifest_is_pulled(self) -> None:
+        """
+        No other platform's manifests or layers are asked for.
+        """
+        ours, other = (self.proxy.manifest("app", each) for each in (b"ours", b"other"))
+        kinds = [(other, "arm64"), (ours, "amd64")]
+        listed = [descriptor(MANIFEST, body, platform={"os": "linux", "architecture": each}) for body, each in kinds]
+        index = json.dumps({"mediaType": INDEX, "manifests": listed}).encode()
+        image = self.proxy.tag("app", "2", INDEX, index)
+        plan = self.puller.plan(image)
+        self.assertEqual(2, plan.manifests)
+        self.assertEqual({Digest.of(b"{}"), Digest.of(b"ours")}, {route.digest for route in plan.blobs})
+        everything = Puller(Hands(self.proxy.ask, lambda: 0, self.slept.append, lambda: 0), [], self.moved.append)
+        self.assertEqual((3, 3), (everything.plan(image).manifests, len(everything.plan(image).blobs)))
+
+    def test_an_index_that_lists_itself_ends(self) -> None:
+        """
+        Each manifest is looked at once, whatever lists it.
+        """
+        inner = json.dumps({"mediaType": INDEX, "manifests": []}).encode()
+        self.proxy.content[f"/v2/app/manifests/{Digest.of(inner)}"] = (INDEX, inner)
+        twice = [descriptor(INDEX, inner, platform={"os": "linux", "architecture": "amd64"})] * 2
+        image = self.proxy.tag("app", "3", INDEX, json.dumps({"mediaType": INDEX, "manifests": twice}).encode())
+        self.assertEqual(2, self.puller.plan(image).manifests)
+
+    def test_a_broken_download_goes_on_where_it_was(self) -> None:
+        """
+        Nothing is moved twice, and the whole is verified.
+        """
+        image = self.image(LAYER)
+        self.proxy.faults["GET", self.layer_path()] = [broken_after(3 * 2**20), away]
+        self.assertEqual([True, True], self.pull(image))
+        ranges = [wanted for method, path, wanted in self.proxy.asked if method == "GET" and path == self.layer_path()]
+        self.assertEqual(["", "bytes=3145728-", "bytes=3145728-"], ranges)
+        self.assertEqual(len(LAYER) + 2, sum(self.moved))
+
+    def test_tries_count_anew_when_bytes_have_come(self) -> None:
+        """
+        A line that breaks often is no line that is dead.
+        """
+        image = self.image(LAYER)
+        self.proxy.faults["GET", self.layer_path()] = [broken_after(2**18) for _ in range(15)]
+        self.assertEqual([True, True], self.pull(image))
+        self.assertEqual([1.0] * 15, self.slept)
+
+    def test_a_proxy_that_sends_all_again_is_followed(self) -> None:
+        """
+        Bytes that come twice are hashed once, and counted once.
+        """
+        image = self.image(LAYER)
+        whole = Reply(200, {}, BytesIO(LAYER).read)
+        self.proxy.faults["GET", self.layer_path()] = [broken_after(2**20), lambda _: whole]
+        self.assertEqual([True, True], self.pull(image))
+        self.assertEqual(len(LAYER) + 2, sum(self.moved))
+
+    def test_waits_are_as_long_as_the_proxy_says(self) -> None:
+        """
+        Retry-After is honoured, and whoever waits is told why.
+        """
+        image = self.image()
+        busy = refusal(429, "TOOMANYREQUESTS", "ECR throttles the proxy", retry_after="7")
+        self.proxy.faults["GET", "/v2/app/manifests/1"] = [lambda _: busy]
+        self.pull(image)
+        self.assertEqual([8.0], self.slept)
+        self.assertEqual(["app:1: TOOMANYREQUESTS: ECR throttles the proxy; again in 8 s"], self.said)
+
+    def test_tries_have_an_end(self) -> None:
+        """
+        A proxy that is away for good ends the image, after waits that grow.
+        """
+        image = self.image()
+        self.proxy.faults["GET", "/v2/app/manifests/1"] = [away] * 10
+        self.assertIn("Connection refused", self.refused(image))
+        self.assertEqual([1.0, 2.0, 4.0, 8.0, 16.0], self.slept)
+
+    def test_what_the_proxy_refuses_is_told_at_once(self) -> None:
+        """
+        In the proxy's own words, without another try.
+        """
+        self.assertEqual("MANIFEST_UNKNOWN: no such image", self.refused(parse_image("app:none", ())))
+        self.assertEqual([], self.slept)
+
+    def test_wrong_bytes_are_no_success(self) -> None:
+        """
+        Neither those of a blob, nor too many of them, nor those of a manifest.
+        """
+        image = self.image(LAYER)
+        for wrong in (LAYER[:-1] + b"!", LAYER + b"!"):
+            reply = Reply(200, {}, BytesIO(wrong).read)
+            self.proxy.faults["GET", self.layer_path()] = [partial(instead, reply)]
+            self.assertIn("what came is not sha256:", self.refused(image))
+            self.proxy.cached.clear()
+        digest = Digest.of(self.proxy.content["/v2/app/manifests/1"][1])
+        self.proxy.content[f"/v2/app/manifests/{digest}"] = (MANIFEST, b"{}")
+        self.assertIn("the manifest that came is not", self.refused(parse_image(f"app@{digest}", ())))
+
+    def test_another_part_than_was_asked_for_is_refused(self) -> None:
+        """
+        Bytes from elsewhere would not add up.
+        """
+        image = self.image(LAYER)
+        odd = Reply(206, {"content-range": "bytes 0-9/10"}, BytesIO(b"0123456789").read)
+        self.proxy.faults["GET", self.layer_path()] = [broken_after(2**20), lambda _: odd]
+        self.assertIn("another part", self.refused(image))
+
+    def test_a_manifest_that_breaks_off_is_asked_for_again(self) -> None:
+        """
+        Half a manifest is none.
+        """
+        image = self.image()
+        self.proxy.faults["GET", "/v2/app/manifests/1"] = [broken_after(10)]
+        self.assertEqual([True], self.pull(image))
+
+
+class CrewTests(SynchronousTestCase):
+    """
+    Several at a time.
+    """
+
+    def test_each_is_done_once_and_failures_are_results(self) -> None:
+        """
+        One that fails takes none of the others with it.
+        """
+
+        def do(number: int) -> int:
+            if number == 3:
+                raise PullError("three")
+            return number * 2
+
+        found = dict(Crew(4).each(range(10), do))
+        self.assertIsInstance(found.pop(3), PullError)
+        self.assertEqual({number: number * 2 for number in range(10) if number != 3}, found)
+
+    def test_news_are_told_in_the_callers_thread_before_the_result(self) -> None:
+        """
+        What is told of a thing at work is told before it is done, in order.
+        """
+        crew, told = Crew(1), list[int]()
+
+        def do(number: int) -> None:
+            crew.tell(lambda: told.append(number))
+
+        for number, _ in crew.each([1, 2, 3], do):
+            self.assertIn(number, told)
+        self.assertEqual([1, 2, 3], told)
+
+    def test_as_many_are_done_at_a_time_as_was_said(self) -> None:
+        """
+        No more, and no fewer: each waits here for two others.
+        """
+        meeting, lock, at_work, most = Barrier(3), Lock(), set[int](), [0]
+
+        def do(number: int) -> None:
+            with lock:
+                at_work.add(number)
+                most.append(len(at_work))
+            meeting.wait(60)
+            with lock:
+                at_work.remove(number)
+
+        outcomes = [outcome for _, outcome in Crew(3).each(range(6), do)]
+        self.assertEqual([None] * 6, outcomes)
+        self.assertEqual(3, max(most))
+        self.assertEqual([], list(Crew(3).each([], do)))

@@ -1,0 +1,1771 @@
+"""
+What comes from the cache, what through it, and who may have it.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+from typing import Any
+
+from twisted.internet.defer import Deferred
+from twisted.internet.task import deferLater
+
+from ecrproxy.oci import Digest
+from ecrproxy.registry.ecr import Token
+from tests.daemon import MIB, DaemonTestCase, Hands, Reply, noise
+from tests.registry import digest_of, layer
+from tests.registry_content import OCI_MANIFEST, SCHEMA2, SCHEMA2_LIST
+
+EVERY_TYPE = f"{OCI_MANIFEST}, {SCHEMA2}, application/vnd.oci.image.index.v1+json, {SCHEMA2_LIST}"
+REPOSITORIES = ("team/app", "team/other", "third")
+
+
+class BlobTestCase(DaemonTestCase):
+    """
+    A blob of some pieces in a repository.
+    """
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.data = noise("blob", 300_000)
+        self.digest = self.standin.push_blob("team/app", self.data)
+        self.path = f"/v2/team/app/blobs/{self.digest}"
+
+    def also_in(self, repository: str) -> str:
+        """
+        Push the same blob into another repository, and say its path there.
+        """
+        self.standin.push_blob(repository, self.data)
+        return f"/v2/{repository}/blobs/{self.digest}"
+
+    def transfers(self) -> int:
+        """
+        How many transfers of the blob were begun.
+        """
+        spans = [
+            asked.headers.get("range", "bytes=0-") for asked in self.standin.requests("bucket", "GET", self.digest)
+        ]
+        return sum(span.startswith("bytes=0-") and span != "bytes=0-0" for span in spans)
+
+
+class BlobTests(BlobTestCase):
+    def test_is_fetched_once_for_one_repository(self) -> None:
+        """
+        The second pull of a blob asks ECR nothing, not even whether it still has it.
+        """
+        self.assertWhole(self.get(self.path), self.data, "MISS")
+        self.standin.forget_asked()
+        self.assertWhole(self.get(self.path), self.data, "HIT")
+        self.assertEqual([], self.standin.asked)
+
+    def test_survives_a_restart(self) -> None:
+        """
+        What was pulled before a restart is served after it with ECR unreachable.
+        """
+        self.get(self.path)
+        self.standin.refuse("registry")
+        self.standin.refuse("bucket")
+        self.start()
+        self.assertWhole(self.get(self.path), self.data, "HIT")
+
+    def test_has_either_algorithm(self) -> None:
+        """
+        A blob named by sha512 is verified and cached like any other.
+        """
+        digest = self.standin.push_blob("team/app", self.data, "sha512")
+        path = f"/v2/team/app/blobs/{digest}"
+        self.assertWhole(self.get(path), self.data, "MISS")
+        self.assertWhole(self.get(path), self.data, "HIT")
+        self.assertEqual(1, self.standin.count("bucket", "GET", digest))
+
+    def test_of_no_bytes(self) -> None:
+        """
+        The empty blob is a blob: fetched, cached and served.
+        """
+        digest = self.standin.push_blob("team/app", b"")
+        path = f"/v2/team/app/blobs/{digest}"
+        self.assertWhole(self.get(path), b"", "MISS")
+        self.assertWhole(self.get(path), b"", "HIT")
+
+    def test_unknown(self) -> None:
+        """
+        What the repository doesn't hold is BLOB_UNKNOWN, and the next request asks again.
+        """
+        missing = digest_of(b"missing")
+        path = f"/v2/team/app/blobs/{missing}"
+        self.assertRefused(self.get(path), 404, "BLOB_UNKNOWN", "blob unknown to registry")
+        self.assertEqual(b"", self.head(path).body)
+        self.standin.push_blob("team/app", b"missing")
+        self.assertWhole(self.get(path), b"missing", "MISS")
+
+    def test_of_an_unknown_repository(self) -> None:
+        """
+        A repository that ECR doesn't have is NAME_UNKNOWN, in ECR's own words.
+        """
+        reply = self.get(f"/v2/nobody/blobs/{self.digest}")
+        self.assertRefused(reply, 404, "NAME_UNKNOWN", "The repository with name 'nobody' does not exist")
+
+    def test_evicted_is_fetched_again(self) -> None:
+        """
+        A blob whose file is gone is fetched again; that the repository holds it need not be asked.
+        """
+        self.get(self.path)
+        self.file_of(self.digest).unlink()
+        self.assertWhole(self.get(self.path), self.data, "MISS")
+        self.assertEqual(2, self.transfers())
+
+    def test_cut_behind_our_back_is_fetched_again(self) -> None:
+        """
+        A cached file that lost bytes while nobody looked is not served, but fetched anew.
+        """
+        self.get(self.path)
+        os.truncate(self.file_of(self.digest), 1000)
+        self.assertWhole(self.get(self.path), self.data, "MISS")
+        self.assertWhole(self.get(self.path), self.data, "HIT")
+
+
+class HeadTests(BlobTestCase):
+    def test_never_downloads(self) -> None:
+        """
+        HEAD of a cold blob costs a question, no transfer, and leaves nothing in the cache.
+        """
+        reply = self.head(self.path)
+        self.assertEqual((200, "MISS", len(self.data), b""), (reply.code, reply.cache, reply.length, reply.body))
+        self.assertEqual(0, self.standin.bytes_sent)
+        self.assertFalse(self.has(self.digest))
+
+    def test_where_ecr_redirects_head(self) -> None:
+        """
+        Where ECR answers HEAD with a redirect, one byte of the bucket tells the size.
+        """
+        self.standin.quirks.blob_head = 307
+        reply = self.head(self.path)
+        self.assertEqual((200, len(self.data)), (reply.code, reply.length))
+        self.assertEqual(1, self.standin.bytes_sent)
+
+    def test_of_a_cached_blob(self) -> None:
+        """
+        HEAD of a cached blob asks nobody.
+        """
+        self.get(self.path)
+        self.standin.forget_asked()
+        reply = self.head(self.path)
+        self.assertEqual((200, "HIT", len(self.data)), (reply.code, reply.cache, reply.length))
+        self.assertEqual([], self.standin.asked)
+
+    def test_in_another_repository(self) -> None:
+        """
+        HEAD of a blob that another repository brought in has ECR confirm it, once.
+        """
+        other = self.also_in("team/other")
+        self.get(self.path)
+        self.assertEqual("REVALIDATED", self.head(other).cache)
+        self.assertEqual("HIT", self.head(other).cache)
+        self.assertEqual(1, self.standin.count("registry", "HEAD"))
+
+    def test_lets_a_later_get_follow_without_asking(self) -> None:
+        """
+        After HEAD, GET knows that the repository holds the blob: another's content serves it at once.
+        """
+        other = self.also_in("team/other")
+        self.head(other)
+        self.get(self.path)
+        self.standin.forget_asked()
+        self.assertWhole(self.get(other), self.data, "HIT")
+        self.assertEqual([], self.standin.asked)
+
+    def test_of_a_blob_that_is_not_there(self) -> None:
+        """
+        HEAD of a blob that the repository doesn't hold is 404, whoever else holds it.
+        """
+        self.get(self.path)
+        self.standin.push_blob("team/other", b"something else")
+        self.assertEqual(404, self.head(f"/v2/team/other/blobs/{self.digest}").code)
+
+
+class TogetherTests(BlobTestCase):
+    """
+    Several clients at once.
+    """
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.standin.hold(self.digest)
+
+    def many(self, count: int) -> list[Reply]:
+        """
+        Let so many clients ask, and all of them wait.
+        """
+        replies = [self.daemon.send("GET", self.path) for _ in range(count)]
+        self.flush()
+        return replies
+
+    def deliver(self, count: int) -> None:
+        self.standin.deliver(self.digest, count)
+        self.flush()
+
+    def release(self) -> None:
+        self.standin.release(self.digest)
+        self.flush()
+
+    def test_one_transfer_for_all(self) -> None:
+        """
+        Twenty clients that ask at once for a cold blob cost one transfer, and all stream from its first byte on.
+        """
+        replies = self.many(20)
+        self.deliver(100_000)
+        self.assertEqual({100_000}, {len(reply.body) for reply in replies})
+        self.assertEqual({""}, {reply.ended for reply in replies})
+        self.release()
+        for reply in replies:
+            self.assertWhole(reply, self.data)
+        self.assertEqual(["JOINED"] * 19 + ["MISS"], sorted(str(reply.cache) for reply in replies))
+        self.assertEqual(1, self.standin.count("bucket"))
+        self.assertEqual(1, self.standin.count("registry"))
+
+    def test_who_comes_late_gets_all(self) -> None:
+        """
+        A client that comes in the middle of a transfer gets what has arrived at once, from byte 0 on.
+        """
+        (first,) = self.many(1)
+        self.deliver(200_000)
+        (late,) = self.many(1)
+        self.assertEqual(200_000, len(late.body))
+        self.release()
+        self.assertWhole(late, self.data, "JOINED")
+        self.assertWhole(first, self.data, "MISS")
+        self.assertEqual(1, self.transfers())
+
+    def test_who_leaves_cancels_nobody(self) -> None:
+        """
+        A client that leaves, the first one too, stops nobody's transfer.
+        """
+        first, second, third = self.many(3)
+        self.deliver(100_000)
+        first.leave()
+        self.flush()
+        self.deliver(100_000)
+        third.leave()
+        self.release()
+        self.assertWhole(second, self.data, "JOINED")
+        self.assertLess(len(first.body), len(self.data))
+        self.assertEqual(1, self.transfers())
+
+    def test_who_leaves_before_ecr_answers_cancels_nobody(self) -> None:
+        """
+        The first client may leave before anything came at all; who joined it is served.
+        """
+        self.standin.quirks.latency = 1
+        first, second = self.many(2)
+        first.leave()
+        self.flush()
+        self.release()
+        self.pass_time(3)
+        self.assertWhole(second, self.data)
+        self.assertEqual(1, self.transfers())
+
+    def test_goes_on_when_all_have_left(self) -> None:
+        """
+        A transfer to the cache goes on for those who will ask next.
+        """
+        for reply in self.many(2):
+            reply.leave()
+        self.flush()
+        self.release()
+        self.assertWhole(self.get(self.path), self.data, "HIT")
+        self.assertEqual(1, self.transfers())
+
+    def test_a_slow_reader_slows_nobody(self) -> None:
+        """
+        A client that stops reading gets the rest when it reads on; meanwhile the others are done and so is the cache.
+        """
+        slow, quick = self.many(2)
+        slow.stop_reading()
+        self.release()
+        self.assertWhole(quick, self.data)
+        self.assertEqual("", slow.ended)
+        self.assertTrue(self.has(self.digest))
+        slow.read_on()
+        self.flush()
+        self.assertWhole(slow, self.data)
+
+    def test_a_clock_that_is_set_disturbs_no_transfer(self) -> None:
+        """
+        A clock set by years, either way, ends no transfer and evicts nothing.
+        """
+        self.standin.hold(self.digest)
+        client = self.daemon.send("GET", self.path)
+        self.flush()
+        for jump in (10 * 365 * 86400, -10 * 365 * 86400):
+            self.daemon.set_by = jump
+            self.standin.deliver(self.digest, 1000)
+            self.pass_time(1)
+            self.assertEqual("", client.ended)
+        self.standin.release(self.digest)
+        self.flush()
+        self.assertWhole(client, self.data, "MISS")
+        self.assertWhole(self.get(self.path), self.data, "HIT")
+
+    def test_errors_are_shared(self) -> None:
+        """
+        All who wait for the same blob of a repository get the one answer that ECR gave.
+        """
+        self.standin.quirks.latency = 1
+        path = f"/v2/team/app/blobs/{digest_of(b'missing')}"
+        replies = [self.daemon.send("GET", path) for _ in range(5)]
+        self.pass_time(3)
+        for reply in replies:
+            self.assertRefused(reply, 404, "BLOB_UNKNOWN")
+        self.assertEqual(1, self.standin.count("registry"))
+
+    def test_what_breaks_off_is_gone_on_with(self) -> None:
+        """
+        When the bucket breaks off it is asked for the rest, from the last good byte on; no client notices.
+        """
+        replies = self.many(3)
+        self.deliver(100_000)
+        self.standin.cut(self.digest)
+        self.flush()
+        self.assertEqual({(100_000, "")}, {(len(reply.body), reply.ended) for reply in replies})
+        self.release()
+        for reply in replies:
+            self.assertWhole(reply, self.data)
+        spans = [asked.headers["range"] for asked in self.standin.requests("bucket")]
+        self.assertEqual(["bytes=0-4194303", "bytes=100000-299999"], spans)
+        self.assertEqual(1, self.standin.count("registry"))
+
+    def test_what_goes_on_breaking_off_breaks_for_all_and_not_for_the_next(self) -> None:
+        """
+        When the bucket gives nothing more, no client takes its part for the whole; the next request succeeds.
+        """
+        replies = self.many(3)
+        self.deliver(100_000)
+        for _ in range(4):
+            self.assertEqual({""}, {reply.ended for reply in replies})
+            self.standin.cut(self.digest)
+            self.flush()
+        for reply in replies:
+            self.assertBroken(reply, self.data)
+        self.assertFalse(self.has(self.digest))
+        self.standin.release(self.digest)
+        self.assertWhole(self.get(self.path), self.data, "MISS")
+
+    def test_a_stall_is_gone_on_with(self) -> None:
+        """
+        A bucket that sends nothing for 30 seconds is asked anew for the rest.
+        """
+        (reply,) = self.many(1)
+        self.deliver(100_000)
+        self.pass_time(29)
+        self.assertEqual(1, self.standin.count("bucket"))
+        self.pass_time(2)
+        self.assertEqual("bytes=100000-299999", self.standin.requests("bucket")[-1].headers["range"])
+        self.release()
+        self.assertWhole(reply, self.data, "MISS")
+
+    def test_stalls_end_the_answers(self) -> None:
+        """
+        A bucket that sends nothing four times 30 seconds is given up: clients are cut, and the next request asks anew.
+        """
+        replies = self.many(2)
+        self.deliver(100_000)
+        self.pass_time(119)
+        self.assertEqual({""}, {reply.ended for reply in replies})
+        self.pass_time(2)
+        for reply in replies:
+            self.assertBroken(reply, self.data)
+        self.assertEqual(0, self.daemon.store.ledger.reserved)
+        self.standin.release(self.digest)
+        self.assertWhole(self.get(self.path), self.data, "MISS")
+
+
+class PermissionTests(BlobTestCase):
+    """
+    Content is shared, permission is not.
+    """
+
+    def test_another_repository_is_confirmed_first(self) -> None:
+        """
+        A repository gets what another brought in once ECR has confirmed that it holds it too; never asked twice.
+        """
+        other = self.also_in("team/other")
+        self.get(self.path)
+        self.standin.forget_asked()
+        self.assertWhole(self.get(other), self.data, "REVALIDATED")
+        self.assertEqual([("registry", "HEAD")], [(asked.service, asked.method) for asked in self.standin.asked])
+        self.assertWhole(self.get(other), self.data, "HIT")
+        self.assertEqual(1, len(self.standin.asked))
+
+    def test_a_repository_without_the_blob_is_told_nothing(self) -> None:
+        """
+        Cached content is no way into it for repositories that don't hold it.
+        """
+        self.get(self.path)
+        self.standin.push_blob("team/other", b"something else")
+        reply = self.get(f"/v2/team/other/blobs/{self.digest}")
+        self.assertRefused(reply, 404, "BLOB_UNKNOWN")
+
+    def test_unconfirmed_content_is_withheld(self) -> None:
+        """
+        While ECR can't be asked, a repository does not get what only another was confirmed to hold.
+        """
+        other = self.also_in("team/other")
+        self.get(self.path)
+        self.standin.refuse("registry")
+        self.assertRefused(self.get(other), 502, "UNAVAILABLE")
+
+    def test_a_transfer_is_followed_after_a_confirmation(self) -> None:
+        """
+        Another repository follows a transfer under way once ECR confirmed that it holds the blob.
+        """
+        other = self.also_in("team/other")
+        self.standin.hold(self.digest)
+        first = self.get(self.path)
+        second = self.get(other)
+        self.standin.deliver(self.digest, 100_000)
+        self.flush()
+        self.assertEqual(100_000, len(second.body))
+        self.standin.release(self.digest)
+        self.flush()
+        self.assertWhole(first, self.data, "MISS")
+        self.assertWhole(second, self.data, "JOINED")
+        self.assertEqual((1, 1), (self.transfers(), self.standin.count("registry", "HEAD", "team/other")))
+
+    def test_a_transfer_is_not_followed_by_who_lacks_the_blob(self) -> None:
+        """
+        A transfer under way gives nothing to a repository that doesn't hold the blob.
+        """
+        self.standin.push_blob("team/other", b"something else")
+        self.standin.hold(self.digest)
+        self.get(self.path)
+        self.assertRefused(self.get(f"/v2/team/other/blobs/{self.digest}"), 404, "BLOB_UNKNOWN")
+
+    def test_what_ecr_says_to_one_repository_is_not_the_others_answer(self) -> None:
+        """
+        The one who asked first gets 404; another repository, which holds the blob, gets it.
+        """
+        self.standin.push_blob("third", b"something else")
+        self.standin.quirks.latency = 1
+        without = self.daemon.send("GET", f"/v2/third/blobs/{self.digest}")
+        self.flush()
+        with_it = self.daemon.send("GET", self.path)
+        self.pass_time(6)
+        self.assertRefused(without, 404, "BLOB_UNKNOWN")
+        self.assertWhole(with_it, self.data)
+
+    def test_a_known_holder_outlives_the_failure_of_another(self) -> None:
+        """
+        A repository known to hold the blob, waiting with one that is refused, fetches it itself.
+        """
+        self.standin.push_blob("third", b"something else")
+        self.head(self.path)
+        self.standin.quirks.latency = 1
+        without = self.daemon.send("GET", f"/v2/third/blobs/{self.digest}")
+        self.flush()
+        with_it = self.daemon.send("GET", self.path)
+        self.pass_time(6)
+        self.assertRefused(without, 404, "BLOB_UNKNOWN")
+        self.assertWhole(with_it, self.data, "MISS")
+
+    def test_a_cached_manifest_vouches_for_what_it_lists(self) -> None:
+        """
+        Layers that a cached manifest of this repository lists are served from another's content without asking.
+        """
+        layers = [layer("hello", b"shared"), layer("more", b"too")]
+        here = self.standin.push_image("team/app", "latest", layers=layers)
+        there = self.standin.push_image("team/other", "latest", layers=layers)
+        for digest in here.layers:
+            self.get(f"/v2/team/app/blobs/{digest}")
+        self.get("/v2/team/other/manifests/latest")
+        self.standin.forget_asked()
+        for digest, data in zip(there.layers, layers, strict=True):
+            self.assertWhole(self.get(f"/v2/team/other/blobs/{digest}"), data, "HIT")
+        self.assertEqual([], self.standin.asked)
+
+    def test_a_manifest_that_another_brought_vouches_too(self) -> None:
+        """
+        When ECR says that a tag leads to a manifest that another repository brought in, what it lists may be had.
+        """
+        shared = self.standin.push_image("team/app", "latest")
+        for path in (f"manifests/{shared.digest}", *(f"blobs/{digest}" for digest in shared.layers)):
+            self.get(f"/v2/team/app/{path}")
+        self.standin.push_image("team/other", "latest", layers=[layer("x", b"other")])
+        self.get("/v2/team/other/manifests/latest")
+        self.standin.push_image("team/other", "latest")
+        self.assertWhole(self.get("/v2/team/other/manifests/latest"), shared.manifest, "REVALIDATED")
+        self.standin.forget_asked()
+        for digest in shared.layers:
+            self.assertEqual("HIT", self.get(f"/v2/team/other/blobs/{digest}").cache)
+        self.assertEqual([], self.standin.asked)
+
+    def test_a_manifest_does_not_vouch_for_foreign_layers(self) -> None:
+        """
+        Layers that a registry need not hold, foreign ones and those with URLs, are asked for all the same.
+        """
+        foreign, linked = noise("foreign", 100), noise("linked", 100)
+        for data in (foreign, linked):
+            self.standin.push_blob("team/app", data)
+        kind = "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip"
+        manifest = {
+            "schemaVersion": 2,
+            "mediaType": SCHEMA2,
+            "layers": [
+                {"mediaType": kind, "digest": digest_of(foreign), "size": 100},
+                {"mediaType": "x", "digest": digest_of(linked), "size": 100, "urls": ["https://example.com/x"]},
+            ],
+        }
+        self.standin.push_manifest("team/other", manifest, SCHEMA2, "latest")
+        self.get("/v2/team/other/manifests/latest")
+        for data in (foreign, linked):
+            self.get(f"/v2/team/app/blobs/{digest_of(data)}")
+            self.assertRefused(self.get(f"/v2/team/other/blobs/{digest_of(data)}"), 404, "BLOB_UNKNOWN")
+
+    def test_a_manifest_is_confirmed_for_another_repository(self) -> None:
+        """
+        A manifest that another repository brought in is given out by its digest after ECR confirmed it, once.
+        """
+        image = self.standin.push_image("team/app", "latest")
+        self.standin.push_image("team/other", "latest")
+        self.standin.push_blob("third", b"something else")
+        self.get("/v2/team/app/manifests/latest")
+        self.standin.forget_asked()
+        path = f"/v2/team/other/manifests/{image.digest}"
+        self.assertWhole(self.get(path), image.manifest, "REVALIDATED")
+        self.assertWhole(self.get(path), image.manifest, "HIT")
+        self.assertEqual(["HEAD"], [asked.method for asked in self.standin.asked])
+        self.assertRefused(self.get(f"/v2/third/manifests/{image.digest}"), 404, "MANIFEST_UNKNOWN")
+
+
+class SharedKeyTests(DaemonTestCase):
+    """
+    A PROXY_CACHE_KEY that different requests share.
+    """
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.start(cache_key="$scheme", tag_ttl=1000)
+
+    def test_blobs_keep_apart(self) -> None:
+        """
+        Blobs that share a key are each given out under their own digest, and to their own repository.
+        """
+        blobs = [noise(f"blob{n}", 1000) for n in range(3)]
+        digests = [self.standin.push_blob("team/app", data) for data in blobs]
+        self.standin.push_blob("team/other", b"something else")
+        for _ in range(2):
+            for digest, data in zip(digests, blobs, strict=True):
+                self.assertWhole(self.get(f"/v2/team/app/blobs/{digest}"), data)
+                self.assertRefused(self.get(f"/v2/team/other/blobs/{digest}"), 404, "BLOB_UNKNOWN")
+
+    def test_tags_keep_apart(self) -> None:
+        """
+        Tags that share a key lead each to the image of their own repository and name.
+        """
+        images = {
+            (repository, tag): self.standin.push_image(
+                repository, tag, layers=[layer("x", f"{repository}{tag}".encode())]
+            )
+            for repository in ("team/app", "team/other")
+            for tag in ("v1", "v2")
+        }
+        for word in ("MISS", "HIT"):
+            for (repository, tag), image in images.items():
+                self.assertWhole(self.get(f"/v2/{repository}/manifests/{tag}"), image.manifest, word)
+
+    def test_kinds_keep_apart(self) -> None:
+        """
+        A manifest's digest asked for as a blob is asked of ECR as a blob.
+        """
+        image = self.standin.push_image("team/app", "v1")
+        self.get(f"/v2/team/app/manifests/{image.digest}")
+        self.assertRefused(self.get(f"/v2/team/app/blobs/{image.digest}"), 404, "BLOB_UNKNOWN")
+
+
+class KeyTests(DaemonTestCase):
+    def test_a_key_with_more_in_it_keeps_more_entries(self) -> None:
+        """
+        With the client's address in the key, what one client was confirmed to get is confirmed for the other too.
+        """
+        self.start(cache_key="$uri$http_x_team")
+        data = noise("blob", 1000)
+        path = f"/v2/team/app/blobs/{self.standin.push_blob('team/app', data)}"
+        self.assertWhole(self.get(path, X_Team="a"), data, "MISS")
+        self.assertWhole(self.get(path, X_Team="a"), data, "HIT")
+        self.assertWhole(self.get(path, X_Team="b"), data, "REVALIDATED")
+
+
+class BypassTests(BlobTestCase):
+    """
+    What the cache can't have streams through.
+    """
+
+    def bypass(self, cache: str = "BYPASS") -> None:
+        """
+        Ask twice: the blob comes whole both times, and is not kept.
+        """
+        for _ in range(2):
+            self.assertWhole(self.get(self.path), self.data, cache)
+        self.assertFalse(self.has(self.digest))
+        self.assertEqual([], self.files("ingest"))
+
+    def test_a_blob_larger_than_the_limit(self) -> None:
+        """
+        A blob that no eviction could make room for streams through, and costs the cache nothing.
+        """
+        self.start(limit=200_000)
+        small = self.standin.push_blob("team/app", b"small")
+        self.get(f"/v2/team/app/blobs/{small}")
+        self.bypass()
+        self.assertWhole(self.get(f"/v2/team/app/blobs/{small}"), b"small", "HIT")
+
+    def test_a_full_disk(self) -> None:
+        """
+        When the disk has no room for a blob it streams through.
+        """
+
+        def full(fd: int, offset: int, size: int) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        self.patch(os, "posix_fallocate", full)
+        self.bypass()
+        self.assertIn("No space left on device", self.logged())
+        self.assertEqual(0, self.daemon.store.ledger.reserved)
+
+    def test_a_disk_that_fails_midway(self) -> None:
+        """
+        When the disk fails in the middle of a transfer, its clients get all of it, those who came late and those
+        who read slowly too; and nothing is kept.
+        """
+        write, budget = os.pwrite, [150_000]
+
+        def failing(fd: int, data: Any, offset: int) -> int:
+            budget[0] -= len(data)
+            if budget[0] < 0:
+                raise OSError(errno.EIO, "Input/output error")
+            return write(fd, data, offset)
+
+        self.patch(os, "pwrite", failing)
+        self.standin.hold(self.digest)
+        first, slow = self.get(self.path), self.get(self.path)
+        slow.stop_reading()
+        self.standin.deliver(self.digest, 200_000)
+        self.flush()
+        late = self.get(self.path)
+        self.standin.release(self.digest)
+        self.flush()
+        slow.read_on()
+        self.flush()
+        for reply, word in ((first, "MISS"), (slow, "JOINED"), (late, "JOINED")):
+            self.assertWhole(reply, self.data, word)
+        self.assertEqual(1, self.transfers())
+        self.assertFalse(self.has(self.digest))
+        self.assertEqual([], self.files("ingest"))
+        self.assertEqual(0, self.daemon.store.ledger.reserved)
+
+    def test_a_file_that_can_not_be_committed(self) -> None:
+        """
+        When the disk fails as the file is made content, the client has its answer all the same.
+        """
+
+        def failing(fd: int) -> None:
+            raise OSError(errno.EIO, "Input/output error")
+
+        self.patch(os, "fsync", failing)
+        self.bypass("MISS")
+
+    def test_of_an_unknown_length(self) -> None:
+        """
+        A blob whose length upstream does not say streams through, ended well if its digest is right.
+        """
+        body = b"5\r\nhello\r\n0\r\n\r\n"
+        digest = digest_of(b"hello")
+        reply = self.daemon.send("GET", f"/v2/team/app/blobs/{digest}")
+        self.answer_with(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + body)
+        self.assertWhole(reply, b"hello", "BYPASS")
+        self.assertFalse(self.has(digest))
+
+    def test_of_an_unknown_length_with_other_bytes(self) -> None:
+        """
+        Of a blob of unknown length that turns out to be another, no client sees a good end.
+        """
+        reply = self.daemon.send("GET", f"/v2/team/app/blobs/{digest_of(b'hello')}")
+        self.answer_with(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\njello\r\n0\r\n\r\n")
+        self.assertEqual("broken", reply.ended)
+
+    def test_joined_from_its_start(self) -> None:
+        """
+        Who asks while an uncached transfer still holds its first bytes follows it.
+        """
+        self.start(limit=200_000)
+        self.standin.hold(self.digest)
+        first, second = self.get(self.path), self.get(self.path)
+        self.standin.release(self.digest)
+        self.flush()
+        self.assertWhole(first, self.data, "BYPASS")
+        self.assertWhole(second, self.data, "JOINED")
+        self.assertEqual(1, self.transfers())
+
+    def test_past_its_start_others_get_their_own(self) -> None:
+        """
+        Who asks when an uncached transfer has let go of its first bytes gets a transfer of its own.
+        """
+        self.start(limit=200_000)
+        self.standin.hold(self.digest)
+        first = self.get(self.path)
+        self.standin.deliver(self.digest, 100_000)
+        self.flush()
+        late = self.get(self.path)
+        self.standin.release(self.digest)
+        self.flush()
+        for reply in (first, late):
+            self.assertWhole(reply, self.data, "BYPASS")
+        self.assertEqual(2, self.transfers())
+
+    def test_past_its_start_ranges_may_still_follow(self) -> None:
+        """
+        A range that an uncached transfer has not reached yet follows it; one that it has passed gets its own.
+        """
+        self.start(limit=200_000)
+        self.standin.hold(self.digest)
+        self.get(self.path)
+        self.standin.deliver(self.digest, 100_000)
+        self.flush()
+        ahead = self.get(self.path, Range="bytes=200000-250000")
+        behind = self.get(self.path, Range="bytes=10-20")
+        self.standin.release(self.digest)
+        self.flush()
+        self.assertWhole(ahead, self.data[200_000:250_001], "JOINED", 206)
+        self.assertWhole(behind, self.data[10:21], "BYPASS", 206)
+        self.assertEqual(2, self.transfers())
+
+    def test_past_its_start_a_range_that_does_not_count_gets_all(self) -> None:
+        """
+        A client whose If-Range names something else gets the whole blob, however far an uncached transfer is.
+        """
+        self.start(limit=200_000)
+        self.standin.hold(self.digest)
+        self.get(self.path)
+        self.standin.deliver(self.digest, 100_000)
+        self.flush()
+        reply = self.get(self.path, Range="bytes=200000-", If_Range='"another"')
+        self.standin.release(self.digest)
+        self.flush()
+        self.assertWhole(reply, self.data)
+
+    def test_past_its_start_a_range_that_makes_no_sense_gets_all(self) -> None:
+        """
+        A client with a Range that makes no sense gets the whole blob, however far an uncached transfer is.
+        """
+        self.start(limit=200_000)
+        self.standin.hold(self.digest)
+        self.get(self.path)
+        self.standin.deliver(self.digest, 100_000)
+        self.flush()
+        reply = self.get(self.path, Range="bytes=200000-100")
+        self.standin.release(self.digest)
+        self.flush()
+        self.assertWhole(reply, self.data)
+
+    def test_a_client_that_rests_is_waited_for(self) -> None:
+        """
+        An uncached transfer waits for its client, minutes if need be: that upstream may send nothing is no stall.
+        """
+        data = noise("large", 12 * MIB)
+        digest = self.standin.push_blob("team/app", data)
+        self.start(limit=200_000)
+        reply = self.daemon.send("GET", f"/v2/team/app/blobs/{digest}")
+        reply.stop_reading()
+        self.pass_time(120)
+        self.assertLess(self.standin.bytes_sent, 10 * MIB)
+        self.assertEqual("", reply.ended)
+        reply.read_on()
+        self.flush()
+        self.assertWhole(reply, data, "BYPASS")
+
+    def test_ends_with_its_last_client(self) -> None:
+        """
+        An uncached transfer that nobody follows any more is ended: nobody would have its bytes.
+        """
+        self.start(limit=200_000)
+        self.standin.hold(self.digest)
+        reply = self.get(self.path)
+        self.standin.deliver(self.digest, 100_000)
+        self.flush()
+        reply.leave()
+        self.flush()
+        self.assertEqual(0, self.standin.held(self.digest))
+        self.standin.release(self.digest)
+        self.assertWhole(self.get(self.path), self.data, "BYPASS")
+
+    def test_ends_when_its_client_left_before_it_began(self) -> None:
+        """
+        An uncached transfer whose client left before the first byte is ended as soon as its window is full.
+        """
+        data = noise("large", 12 * MIB)
+        digest = self.standin.push_blob("team/app", data)
+        self.start(limit=200_000)
+        self.standin.quirks.latency = 1
+        self.standin.quirks.rate = 2 * MIB
+        reply = self.daemon.send("GET", f"/v2/team/app/blobs/{digest}")
+        self.flush()
+        reply.leave()
+        self.pass_time(12)
+        self.assertLess(self.standin.bytes_sent, 8 * MIB)
+        self.assertEqual(0, self.standin.held(digest))
+
+
+class BrokenCacheTests(BlobTestCase):
+    """
+    A failure of the cache never fails a pull that ECR could serve.
+    """
+
+    def test_entries_that_can_not_be_used(self) -> None:
+        """
+        With the entries' directory unusable, pulls work; what is cached is served after ECR's confirmation.
+        """
+        image = self.standin.push_image("team/app", "latest")
+        (self.root / "entries").rmdir()
+        (self.root / "entries").write_bytes(b"")
+        self.assertWhole(self.get(self.path), self.data, "MISS")
+        self.assertWhole(self.get(self.path), self.data, "REVALIDATED")
+        self.assertWhole(self.get("/v2/team/app/manifests/latest"), image.manifest, "MISS")
+        self.assertWhole(self.get(f"/v2/team/app/manifests/{image.digest}"), image.manifest, "REVALIDATED")
+
+    def test_an_entry_that_can_not_be_forgotten(self) -> None:
+        """
+        A tag that ECR doesn't have is MANIFEST_UNKNOWN even if the cache can't forget it.
+        """
+        (self.root / "entries").rmdir()
+        (self.root / "entries").write_bytes(b"")
+        self.assertRefused(self.get("/v2/team/app/manifests/latest"), 404, "MANIFEST_UNKNOWN")
+
+    def test_entries_of_nonsense(self) -> None:
+        """
+        Entries that don't parse are as good as none.
+        """
+        self.get(self.path)
+        for number, path in enumerate(self.files("entries")):
+            path.write_bytes([b"", b"{}", b"[1]", b"\xff", b'{"answers": 3}'][number % 5])
+        self.assertWhole(self.get(self.path), self.data, "REVALIDATED")
+
+    def test_entries_of_impossible_values(self) -> None:
+        """
+        Entries whose JSON is an entry's and whose values are not are as good as none.
+        """
+        self.get(self.path)
+        (path,) = self.files("entries")
+        entry = json.loads(path.read_bytes())
+        for changed in ({"size": 1e999}, {"size": "x"}, {"confirmed": None}, {"digest": 3}, {"accept": [["x"]]}):
+            text = json.dumps({**entry, "answers": [{**entry["answers"][0], **changed}]})
+            path.write_text(text)
+            self.assertWhole(self.get(self.path), self.data, "REVALIDATED")
+
+    def test_a_janitor_that_fails(self) -> None:
+        """
+        A janitor that fails, in whatever way, costs the caching and not the pull.
+        """
+        image = self.standin.push_image("team/app", "latest")
+        self.start(limit=100_000)
+
+        def failing(size: int) -> bool:
+            raise ZeroDivisionError
+
+        self.patch(self.daemon.janitor, "make_room", failing)
+        self.daemon.store.ledger.reserve(99_999)
+        small = self.standin.push_blob("team/app", noise("small", 50_000))
+        self.assertWhole(self.get(f"/v2/team/app/blobs/{small}"), noise("small", 50_000), "BYPASS")
+        self.assertWhole(self.get("/v2/team/app/manifests/latest"), image.manifest, "MISS")
+        self.flushLoggedErrors(ZeroDivisionError)
+
+    def test_entries_that_lead_elsewhere(self) -> None:
+        """
+        An entry that leads to another digest than was asked for is as good as none.
+        """
+        self.get(self.path)
+        other = self.standin.push_blob("secret", b"secret")
+        self.get(f"/v2/secret/blobs/{other}")
+        for path in self.files("entries"):
+            entry = json.loads(path.read_bytes())
+            entry["answers"][0].update(digest=other, size=6)
+            path.write_bytes(json.dumps(entry).encode())
+        self.assertWhole(self.get(self.path), self.data, "REVALIDATED")
+
+    def test_a_content_file_that_can_not_be_opened(self) -> None:
+        """
+        A cached file that can't be opened is no reason to fail: the blob is fetched.
+        """
+        self.get(self.path)
+        path = self.file_of(self.digest)
+        path.rename(self.root / "elsewhere")
+        path.symlink_to(self.root / "elsewhere")
+        self.assertWhole(self.get(self.path), self.data)
+
+    def test_a_directory_in_a_files_place(self) -> None:
+        """
+        A directory where a cached file should be is no reason to fail: the blob comes from ECR.
+        """
+        path = self.file_of(self.digest)
+        path.mkdir(parents=True)
+        self.assertWhole(self.get(self.path), self.data)
+
+    def test_no_more_file_descriptors(self) -> None:
+        """
+        When no more files can be opened, blobs stream through.
+        """
+        self.get(self.path)
+        really = os.open
+
+        def full(path: Any, *args: Any, **kwargs: Any) -> int:
+            if str(self.root) in str(path):
+                raise OSError(errno.EMFILE, "Too many open files")
+            return really(path, *args, **kwargs)
+
+        self.patch(os, "open", full)
+        self.assertWhole(self.get(self.path), self.data)
+
+    def test_a_manifest_that_rotted(self) -> None:
+        """
+        A cached manifest whose bytes have changed is not served but fetched anew.
+        """
+        image = self.standin.push_image("team/app", "latest")
+        path = f"/v2/team/app/manifests/{image.digest}"
+        self.get(path)
+        self.file_of(image.digest).write_bytes(image.manifest.replace(b"linux", b"xunil").replace(b"2", b"3"))
+        self.start()
+        self.assertWhole(self.get(path), image.manifest, "MISS")
+        self.assertWhole(self.get(path), image.manifest, "HIT")
+
+    def test_a_rotten_manifest_on_a_disk_that_can_not_be_written(self) -> None:
+        """
+        A manifest whose cached bytes have changed is fetched even if they can't be removed.
+        """
+        image = self.standin.push_image("team/app", "latest")
+        path = f"/v2/team/app/manifests/{image.digest}"
+        self.get(path)
+        file = self.file_of(image.digest)
+        file.write_bytes(image.manifest.replace(b"2", b"3"))
+        self.start()
+
+        def read_only(*args: Any, **kwargs: Any) -> None:
+            raise OSError(errno.EROFS, "Read-only file system")
+
+        with self.monkey(os, "unlink", read_only), self.monkey(os, "rename", read_only):
+            self.assertWhole(self.get(path), image.manifest, "MISS")
+        file.unlink()
+
+    def monkey(self, owner: Any, name: str, value: Any) -> Any:
+        patch = self.patch(owner, name, value)
+
+        class Until:
+            def __enter__(self) -> None:
+                pass
+
+            def __exit__(self, *exc: object) -> None:
+                patch.restore()
+
+        return Until()
+
+    def test_a_manifest_that_can_not_be_read(self) -> None:
+        """
+        A manifest that the disk doesn't give is fetched.
+        """
+        image = self.standin.push_image("team/app", "latest")
+        path = f"/v2/team/app/manifests/{image.digest}"
+        self.get(path)
+        self.start()
+
+        def failing(fd: int, count: int, offset: int) -> bytes:
+            raise OSError(errno.EIO, "Input/output error")
+
+        self.patch(os, "pread", failing)
+        self.assertWhole(self.get(path), image.manifest)
+
+    def test_a_manifest_for_which_there_is_no_room(self) -> None:
+        """
+        Manifests are handed on where the cache can't have them: it is too small, or its disk fails.
+        """
+        image = self.standin.push_image("team/app", "latest")
+
+        def failing(fd: int, data: Any, offset: int) -> int:
+            raise OSError(errno.EIO, "Input/output error")
+
+        self.patch(os, "pwrite", failing)
+        path = f"/v2/team/app/manifests/{image.digest}"
+        self.assertWhole(self.get(path), image.manifest, "MISS")
+        self.assertEqual(([], 0), (self.files("ingest"), self.daemon.store.ledger.reserved))
+        self.start(limit=100)
+        self.assertWhole(self.get(path), image.manifest, "MISS")
+        for each in self.files("entries"):
+            each.unlink()
+
+
+class LimitTests(DaemonTestCase):
+    def test_holds_at_every_step(self) -> None:
+        """
+        Whatever is pulled in whatever order, the files of the cache never have more bytes than the limit.
+        """
+        chance = random.Random(7)
+        limit = 150_000
+        self.start(limit=limit)
+        sizes = [chance.choice([100, 5_000, 20_000, 60_000, 140_000, 160_000]) for _ in range(20)]
+        blobs = {
+            self.standin.push_blob("team/app", data): data for data in (noise(f"b{n}", s) for n, s in enumerate(sizes))
+        }
+        for number in range(4):
+            self.standin.push_image("team/app", f"v{number}", layers=[layer("x", bytes([number]))])
+        for _ in range(120):
+            digest = chance.choice(list(blobs))
+            if chance.random() < 0.3:
+                self.assertEqual(200, self.get(f"/v2/team/app/manifests/v{chance.randrange(4)}").code)
+            elif chance.random() < 0.3:
+                self.standin.hold(digest)
+                reply = self.get(f"/v2/team/app/blobs/{digest}")
+                self.assertLessEqual(self.used(), limit)
+                if chance.random() < 0.3:
+                    self.standin.cut(digest)
+                self.standin.release(digest)
+                self.flush()
+                self.assertIn(reply.ended, ("whole", "broken"))
+            else:
+                self.assertWhole(self.get(f"/v2/team/app/blobs/{digest}"), blobs[digest])
+            self.assertLessEqual(self.used(), limit)
+            self.clock.advance(1)
+        self.assertGreater(self.used(), limit / 4)
+        self.assertEqual(0, self.daemon.store.ledger.reserved)
+
+    def test_what_was_used_last_stays(self) -> None:
+        """
+        The least recently used goes first; a hit counts as use, and is remembered across a restart.
+        """
+        self.start(limit=110_000)
+        old, used, new = (self.standin.push_blob("team/app", noise(name, 40_000)) for name in ("old", "used", "new"))
+        for digest in (old, used, old):  # the second use of "old" is the more recent
+            self.clock.advance(5)
+            self.get(f"/v2/team/app/blobs/{digest}")
+        self.clock.advance(5)
+        self.start(limit=110_000)
+        self.get(f"/v2/team/app/blobs/{new}")
+        self.assertEqual((True, False, True), (self.has(old), self.has(used), self.has(new)))
+
+    def test_what_is_being_sent_stays(self) -> None:
+        """
+        Content that a client is being sent is not evicted: another blob goes uncached instead.
+        """
+        self.start(limit=500_000)
+        sent = noise("sent", 300_000)
+        path = f"/v2/team/app/blobs/{self.standin.push_blob('team/app', sent)}"
+        self.get(path)
+        slow = self.daemon.send("GET", path)
+        slow.stop_reading()
+        self.flush()
+        other = noise("other", 300_000)
+        reply = self.get(f"/v2/team/app/blobs/{self.standin.push_blob('team/app', other)}")
+        self.assertWhole(reply, other, "BYPASS")
+        self.assertTrue(self.has(digest_of(sent)))
+        slow.read_on()
+        self.flush()
+        self.assertWhole(slow, sent, "HIT")
+        self.assertWhole(self.get(f"/v2/team/app/blobs/{digest_of(other)}"), other, "MISS")
+        self.assertFalse(self.has(digest_of(sent)))
+
+    def test_what_is_still_being_sent_after_its_arrival_stays(self) -> None:
+        """
+        A blob that has arrived, and that a slow client still reads, is not evicted either.
+        """
+        self.start(limit=500_000)
+        sent = noise("sent", 300_000)
+        slow = self.daemon.send("GET", f"/v2/team/app/blobs/{self.standin.push_blob('team/app', sent)}")
+        slow.stop_reading()
+        self.flush()
+        self.assertTrue(self.has(digest_of(sent)))
+        other = noise("other", 300_000)
+        reply = self.get(f"/v2/team/app/blobs/{self.standin.push_blob('team/app', other)}")
+        self.assertWhole(reply, other)
+        self.assertTrue(self.has(digest_of(sent)), "evicted while a client was being sent it")
+        slow.read_on()
+        self.flush()
+        self.assertWhole(slow, sent, "MISS")
+
+    def test_requests_wait_for_the_count(self) -> None:
+        """
+        Until the directory is counted nothing is added to it; requests wait for that, and then are served.
+        """
+        data = noise("blob", 1000)
+        digest = self.standin.push_blob("team/app", data)
+        hands = Hands()
+        hands.idle = False
+        daemon = self.start(in_thread=hands)
+        hands.idle = True
+        reply = daemon.ask("GET", f"/v2/team/app/blobs/{digest}")
+        self.assertEqual(0, reply.code)
+        hands.work_off()
+        self.flush()
+        self.assertWhole(reply, data, "MISS")
+        self.assertTrue(self.has(digest))
+
+
+class LandedTests(BlobTestCase):
+    def test_who_leaves_while_a_thread_looks(self) -> None:
+        """
+        A file that a thread opens for a client who has left meanwhile is closed, and may be evicted.
+        """
+        self.get(self.path)
+        hands = Hands()
+        daemon = self.start(in_thread=hands)
+        hands.idle = False
+        reply = daemon.ask("GET", self.path)
+        reply.leave()
+        self.flush()
+        hands.idle = True
+        hands.work_off()
+        self.flush()
+        self.assertEqual({}, dict(daemon.store.ledger._readers))  # noqa: SLF001
+
+    def test_what_lands_while_one_looks_is_served(self) -> None:
+        """
+        A blob that another process brings in just after we looked is served from the cache.
+        """
+        hands = Hands()
+        daemon = self.start(in_thread=hands)
+        hands.idle = False
+        reply = daemon.ask("GET", self.path)
+        second = daemon.ask("GET", self.path)
+        hands.work(2)  # it is not there
+        path = self.file_of(self.digest)
+        path.parent.mkdir(parents=True)
+        path.write_bytes(self.data)
+        hands.work_off()
+        self.flush()
+        hands.idle = True
+        hands.work_off()
+        self.flush()
+        for each in (reply, second):
+            self.assertEqual("REVALIDATED", each.cache)
+            self.assertWhole(each, self.data)
+        self.assertEqual(0, self.standin.bytes_sent)
+
+
+class ManifestTests(DaemonTestCase):
+    def setUp(self) -> None:
+        super().setUp()
+        self.image = self.standin.push_image("team/app", "latest")
+        self.path = f"/v2/team/app/manifests/{self.image.digest}"
+
+    def test_by_digest_is_asked_once(self) -> None:
+        """
+        The second pull by digest asks ECR nothing.
+        """
+        self.assertWhole(self.get(self.path), self.image.manifest, "MISS")
+        self.standin.refuse("registry")
+        reply = self.get(self.path)
+        self.assertWhole(reply, self.image.manifest, "HIT")
+        self.assertEqual(OCI_MANIFEST, reply.header("Content-Type"))
+
+    def test_by_digest_is_never_converted(self) -> None:
+        """
+        By digest the bytes are those of the digest, whatever the client accepts.
+        """
+        reply = self.get(self.path, Accept=SCHEMA2)
+        self.assertWhole(reply, self.image.manifest)
+        self.assertEqual(OCI_MANIFEST, reply.header("Content-Type"))
+
+    def test_by_digest_of_either_algorithm(self) -> None:
+        """
+        A manifest named by sha512 is verified by sha512.
+        """
+        digest = digest_of(self.image.manifest, "sha512")
+        repository = self.standin.repositories["team/app"]
+        repository.manifests[digest] = repository.manifests[self.image.digest]
+        path = f"/v2/team/app/manifests/{digest}"
+        reply = self.get(path)
+        self.assertWhole(reply, self.image.manifest, "MISS")
+        self.assertEqual(digest, reply.header("Docker-Content-Digest"))
+        self.assertWhole(self.get(path), self.image.manifest, "HIT")
+
+    def test_by_digest_is_asked_once_for_all_who_wait(self) -> None:
+        """
+        Clients that ask at once for a manifest by digest cost one request.
+        """
+        self.standin.quirks.latency = 1
+        replies = [self.daemon.send("GET", self.path) for _ in range(5)]
+        self.pass_time(3)
+        for reply in replies:
+            self.assertWhole(reply, self.image.manifest)
+        self.assertEqual(["JOINED"] * 4 + ["MISS"], sorted(str(reply.cache) for reply in replies))
+        self.assertEqual(1, self.standin.count("registry"))
+
+    def test_head_by_digest(self) -> None:
+        """
+        HEAD by digest fetches nothing; for what is cached it asks nobody.
+        """
+        for word in ("MISS", "HIT"):
+            reply = self.head(self.path)
+            self.assertEqual((200, word, len(self.image.manifest)), (reply.code, reply.cache, reply.length))
+            self.assertEqual((OCI_MANIFEST, b""), (reply.header("Content-Type"), bytes(reply.body)))
+            self.assertEqual(self.image.digest, reply.header("Docker-Content-Digest"))
+            self.assertEqual(word == "HIT", self.has(self.image.digest))
+            self.get(self.path)
+        self.assertEqual(["HEAD", "GET"], [asked.method for asked in self.standin.asked])
+
+    def test_head_by_digest_of_another_repository(self) -> None:
+        """
+        HEAD of a manifest that another repository brought in has ECR confirm it.
+        """
+        self.get(self.path)
+        self.standin.push_image("team/other")
+        other = f"/v2/team/other/manifests/{self.image.digest}"
+        reply = self.head(other)
+        self.assertEqual((200, "REVALIDATED", b""), (reply.code, reply.cache, bytes(reply.body)))
+        self.assertWhole(self.get(other), self.image.manifest, "HIT")
+
+    def test_head_that_speaks_of_another_digest(self) -> None:
+        """
+        When ECR answers HEAD by digest with another digest, the client is not told that one.
+        """
+        self.standin.fail(
+            "registry",
+            status=200,
+            method="HEAD",
+            headers={"Content-Type": OCI_MANIFEST, "Docker-Content-Digest": digest_of(b"another")},
+        )
+        self.assertEqual(502, self.head(self.path).code)
+
+    def test_other_bytes_are_refused(self) -> None:
+        """
+        A manifest by digest that is another is refused with 502, not kept, and the next request succeeds.
+        """
+        self.standin.corrupt(self.image.digest, self.image.manifest.replace(b"2", b"3"))
+        self.assertRefused(self.get(self.path), 502, "UNAVAILABLE", "something else")
+        self.assertEqual([], self.files())
+        self.standin.heal()
+        self.assertWhole(self.get(self.path), self.image.manifest, "MISS")
+
+    def test_what_is_no_manifest_is_refused(self) -> None:
+        """
+        A page in a manifest's place, bytes that contradict their type, and what is no JSON are refused and not kept.
+        """
+        cases = {
+            "text/html": b"<html>Log in</html>",
+            OCI_MANIFEST: b'{"mediaType": "application/vnd.oci.image.index.v1+json"}',
+            SCHEMA2: b"not JSON",
+            "": self.image.manifest,
+        }
+        for content_type, body in cases.items():
+            headers = {"Content-Type": content_type} if content_type else {}
+            fault = self.standin.fail("registry", status=200, body=body, headers=headers)
+            self.assertRefused(self.get("/v2/team/app/manifests/latest"), 502, "UNAVAILABLE", "no manifest")
+            fault.remove()
+        self.assertEqual([], self.files())
+        self.assertWhole(self.get("/v2/team/app/manifests/latest"), self.image.manifest, "MISS")
+
+    def test_of_more_than_4_mib_is_refused(self) -> None:
+        """
+        A manifest of 4 MiB passes, one byte more is refused, whether its length was told or not.
+        """
+        for size, status in ((4 * MIB, 200), (4 * MIB + 1, 502)):
+            start = b'{"mediaType": "%s", "x": "' % OCI_MANIFEST.encode()
+            manifest = start + b"x" * (size - len(start) - 2) + b'"}'
+            digest = self.standin.push_manifest("team/app", manifest, OCI_MANIFEST)
+            reply = self.get(f"/v2/team/app/manifests/{digest}")
+            self.assertEqual((status, "whole"), (reply.code, reply.ended))
+            self.assertEqual(status == 200, self.has(digest))
+
+    def test_unknown(self) -> None:
+        """
+        What ECR doesn't have is MANIFEST_UNKNOWN or NAME_UNKNOWN, as ECR says it.
+        """
+        for name in ("nothing", digest_of(b"nothing")):
+            reply = self.get(f"/v2/team/app/manifests/{name}")
+            self.assertRefused(reply, 404, "MANIFEST_UNKNOWN", "Requested image not found")
+            self.assertEqual(404, self.head(f"/v2/team/app/manifests/{name}").code)
+        self.assertRefused(self.get("/v2/nobody/manifests/latest"), 404, "NAME_UNKNOWN", "nobody")
+
+    def test_an_index_fetches_only_what_is_asked(self) -> None:
+        """
+        An index is cached as it is; of its platforms only the one that is asked for is fetched, without asking twice.
+        """
+        images = [
+            self.standin.push_image("multi", layers=[layer("arch", p.encode())], platform=p)
+            for p in ("linux/amd64", "linux/arm64")
+        ]
+        index = self.standin.push_index("multi", "latest", images)
+        reply = self.get("/v2/multi/manifests/latest", Accept=EVERY_TYPE)
+        self.assertEqual((index, "MISS"), (reply.header("Docker-Content-Digest"), reply.cache))
+        self.assertEqual(
+            [image.digest for image in images], [each["digest"] for each in json.loads(reply.body)["manifests"]]
+        )
+        self.assertWhole(self.get(f"/v2/multi/manifests/{images[1].digest}"), images[1].manifest, "MISS")
+        self.assertTrue(self.has(index))
+        self.assertFalse(self.has(images[0].digest))
+        self.assertEqual(2, self.standin.count("registry"))
+
+
+class TagTests(DaemonTestCase):
+    def setUp(self) -> None:
+        super().setUp()
+        self.image = self.standin.push_image("team/app", "latest")
+        self.path = "/v2/team/app/manifests/latest"
+
+    def moved(self) -> bytes:
+        """
+        Move the tag, and say the manifest that it leads to.
+        """
+        return self.standin.push_image("team/app", "latest", layers=[layer("new", b"moved")]).manifest
+
+    def test_is_asked_for_each_time(self) -> None:
+        """
+        By default a tag is asked of ECR each time, with HEAD; unchanged, its bytes come from the cache.
+        """
+        self.assertWhole(self.get(self.path), self.image.manifest, "MISS")
+        self.standin.forget_asked()
+        self.assertWhole(self.get(self.path), self.image.manifest, "REVALIDATED")
+        self.assertEqual(["HEAD"], [asked.method for asked in self.standin.asked])
+
+    def test_that_moved_is_followed(self) -> None:
+        """
+        A tag that moved leads to its new image with the next request, and back again from the cache.
+        """
+        self.get(self.path)
+        manifest = self.moved()
+        self.assertWhole(self.get(self.path), manifest, "MISS")
+        self.standin.push_image("team/app", "latest")
+        self.assertWhole(self.get(self.path), self.image.manifest, "REVALIDATED")
+
+    def test_brings_its_digest_in(self) -> None:
+        """
+        What was pulled by tag is there by digest, without asking.
+        """
+        self.get(self.path)
+        self.standin.refuse("registry")
+        self.assertWhole(self.get(f"/v2/team/app/manifests/{self.image.digest}"), self.image.manifest, "HIT")
+
+    def test_one_question_for_all_who_ask_at_once(self) -> None:
+        """
+        Clients that ask for a tag at once cost one question, whether it is in the cache or not.
+        """
+        self.standin.quirks.latency = 1
+        for words in (["JOINED"] * 4 + ["MISS"], ["REVALIDATED"] * 5):
+            self.standin.forget_asked()
+            replies = [self.daemon.send("GET", self.path) for _ in range(5)]
+            self.pass_time(3)
+            self.assertEqual(words, sorted(str(reply.cache) for reply in replies))
+            for reply in replies:
+                self.assertWhole(reply, self.image.manifest)
+            self.assertEqual(1, len(self.standin.asked))
+
+    def test_who_leaves_does_not_end_the_question(self) -> None:
+        """
+        The client whose question it was may leave; the others get the answer.
+        """
+        self.get(self.path)
+        self.standin.quirks.latency = 1
+        first, second = self.daemon.send("GET", self.path), self.daemon.send("GET", self.path)
+        self.flush()
+        first.leave()
+        self.pass_time(3)
+        self.assertWhole(second, self.image.manifest, "REVALIDATED")
+
+    def test_is_trusted_for_its_time(self) -> None:
+        """
+        Within the time to live a tag is answered without asking; after it ECR is asked, and the time begins anew.
+        """
+        self.start(tag_ttl=60)
+        self.get(self.path)
+        manifest = self.moved()
+        self.standin.forget_asked()
+        self.pass_time(59)
+        self.assertWhole(self.get(self.path), self.image.manifest, "HIT")
+        self.assertEqual([], self.standin.asked)
+        self.pass_time(1)
+        self.assertWhole(self.get(self.path), manifest, "MISS")
+        self.pass_time(59)
+        self.assertWhole(self.get(self.path), manifest, "HIT")
+
+    def test_confirmed_anew_is_trusted_anew(self) -> None:
+        """
+        A tag that ECR confirmed unchanged is trusted for another time to live.
+        """
+        self.start(tag_ttl=10)
+        self.get(self.path)
+        self.pass_time(11)
+        self.assertWhole(self.get(self.path), self.image.manifest, "REVALIDATED")
+        self.pass_time(9)
+        self.assertWhole(self.get(self.path), self.image.manifest, "HIT")
+
+    def test_whose_manifest_is_gone_is_fetched_within_its_time(self) -> None:
+        """
+        A trusted tag whose manifest was evicted is asked for.
+        """
+        self.start(tag_ttl=60)
+        self.get(self.path)
+        self.start(tag_ttl=60)
+        self.file_of(self.image.digest).unlink()
+        self.assertWhole(self.get(self.path), self.image.manifest, "MISS")
+
+    def test_of_the_future_is_not_trusted(self) -> None:
+        """
+        A clock that went back does not make a tag trusted for longer.
+        """
+        self.start(tag_ttl=60)
+        self.get(self.path)
+        manifest = self.moved()
+        self.daemon.set_by = -3600
+        self.assertWhole(self.get(self.path), manifest, "MISS")
+
+    def test_after_a_clock_was_set_is_trusted_for_its_time(self) -> None:
+        """
+        Whichever way the clock was set, ECR is asked once, and the tag is trusted from then on as before.
+        """
+        for jump in (10 * 365 * 86400, -10 * 365 * 86400):
+            self.start(tag_ttl=60)
+            self.get(self.path)
+            self.daemon.set_by = jump
+            self.standin.forget_asked()
+            self.assertWhole(self.get(self.path), self.image.manifest, "REVALIDATED")
+            self.pass_time(59)
+            self.assertWhole(self.get(self.path), self.image.manifest, "HIT")
+            self.assertEqual(1, len(self.standin.asked))
+            self.pass_time(1)
+            self.assertWhole(self.get(self.path), self.image.manifest, "REVALIDATED")
+
+    def test_head(self) -> None:
+        """
+        HEAD of a tag tells what it leads to without fetching it.
+        """
+        reply = self.head(self.path)
+        self.assertEqual((200, "MISS", len(self.image.manifest)), (reply.code, reply.cache, reply.length))
+        self.assertEqual(self.image.digest, reply.header("Docker-Content-Digest"))
+        self.assertFalse(self.has(self.image.digest))
+        self.assertWhole(self.get(self.path), self.image.manifest, "MISS")
+        self.standin.forget_asked()
+        self.assertEqual("REVALIDATED", self.head(self.path).cache)
+        self.assertEqual(["HEAD"], [asked.method for asked in self.standin.asked])
+
+    def test_whose_head_says_no_digest_is_fetched(self) -> None:
+        """
+        A registry whose HEAD does not say the digest is asked with GET.
+        """
+        self.get(self.path)
+        self.standin.fail("registry", status=200, method="HEAD", headers={"Content-Type": OCI_MANIFEST})
+        self.assertWhole(self.get(self.path), self.image.manifest, "MISS")
+        self.assertEqual(self.image.digest, self.head(self.path).header("Docker-Content-Digest"))
+
+    def test_whose_head_says_another_type_keeps_its_own(self) -> None:
+        """
+        A type that ECR's HEAD gives and the manifest contradicts is not what the client is told.
+        """
+        self.get(self.path)
+        for wrong in ("text/html", SCHEMA2):
+            headers = {"Content-Type": wrong, "Docker-Content-Digest": self.image.digest}
+            fault = self.standin.fail("registry", status=200, method="HEAD", headers=headers)
+            reply = self.get(self.path)
+            self.assertNotEqual((200, wrong), (reply.code, reply.header("Content-Type")))
+            fault.remove()
+
+    def test_that_ecr_has_no_more_is_forgotten(self) -> None:
+        """
+        A tag that ECR doesn't have any more is 404, and is not served later when ECR can't be asked.
+        """
+        self.get(self.path)
+        self.standin.delete_tag("team/app", "latest")
+        self.assertRefused(self.get(self.path), 404, "MANIFEST_UNKNOWN")
+        self.standin.refuse("registry")
+        self.assertRefused(self.get(self.path), 502, "UNAVAILABLE")
+
+    def test_that_was_denied_is_not_served(self) -> None:
+        """
+        IAM's refusal is the answer: what is cached is not served past it, nor forgotten.
+        """
+        self.get(self.path)
+        denial = self.standin.deny()
+        self.assertRefused(self.get(self.path), 403, "DENIED")
+        denial.remove()
+        self.standin.refuse("registry")
+        self.assertWhole(self.get(self.path), self.image.manifest, "STALE")
+
+
+class StaleTests(DaemonTestCase):
+    """
+    A tag when ECR can't be asked.
+    """
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.image = self.standin.push_image("team/app", "latest")
+        self.path = "/v2/team/app/manifests/latest"
+        self.get(self.path)
+
+    def test_when_connections_break(self) -> None:
+        """
+        ECR unreachable: the last answer holds, as STALE, for GET and HEAD.
+        """
+        self.standin.refuse("registry")
+        self.assertWhole(self.get(self.path), self.image.manifest, "STALE")
+        reply = self.head(self.path)
+        self.assertEqual((200, "STALE", b""), (reply.code, reply.cache, bytes(reply.body)))
+
+    def test_when_there_is_no_answer(self) -> None:
+        """
+        ECR silent: after 30 seconds the last answer is served.
+        """
+        self.standin.hang("registry")
+        reply = self.daemon.send("GET", self.path)
+        self.pass_time(29)
+        self.assertEqual(0, reply.code)
+        self.pass_time(2)
+        self.assertWhole(reply, self.image.manifest, "STALE")
+
+    def test_when_ecr_fails_or_throttles(self) -> None:
+        """
+        5xx and 429 of ECR: the last answer is served.
+        """
+        for status in (500, 502, 503, 504):
+            fault = self.standin.fail("registry", status=status)
+            self.assertWhole(self.get(self.path), self.image.manifest, "STALE")
+            fault.remove()
+        self.standin.throttle("registry")
+        self.assertWhole(self.get(self.path), self.image.manifest, "STALE")
+
+    def test_when_there_is_no_token(self) -> None:
+        """
+        A daemon that started without AWS serves what it has, after its patience.
+        """
+        never: Deferred[Token] = Deferred()
+        self.start(fetch=lambda: never)
+        reply = self.daemon.send("GET", self.path)
+        self.pass_time(11)
+        self.assertWhole(reply, self.image.manifest, "STALE")
+
+    def test_needs_the_manifest(self) -> None:
+        """
+        Without the manifest in the cache there is nothing stale to serve: 502.
+        """
+        self.start()
+        self.file_of(self.image.digest).unlink()
+        self.standin.refuse("registry")
+        self.assertRefused(self.get(self.path), 502, "UNAVAILABLE")
+
+    def test_ends_when_ecr_is_back(self) -> None:
+        """
+        As soon as ECR answers again, its answer counts.
+        """
+        self.standin.refuse("registry")
+        self.get(self.path)
+        self.standin.heal()
+        self.assertWhole(self.get(self.path), self.image.manifest, "REVALIDATED")
+
+    def test_chooses_what_the_client_takes(self) -> None:
+        """
+        A client is served the last answer of a type that it takes, and no other.
+        """
+        self.get(self.path, Accept=SCHEMA2)
+        self.standin.refuse("registry")
+        for accept, media_type in (
+            (SCHEMA2, SCHEMA2),
+            (f"{SCHEMA2};q=0.5, text/plain", SCHEMA2),
+            (f"{OCI_MANIFEST}, text/plain", OCI_MANIFEST),
+            ("*/*", OCI_MANIFEST),
+        ):
+            reply = self.get(self.path, Accept=accept)
+            self.assertEqual((200, "STALE", media_type), (reply.code, reply.cache, reply.header("Content-Type")))
+        self.assertRefused(self.get(self.path, Accept=SCHEMA2_LIST), 502, "UNAVAILABLE")
+
+
+class NegotiationTests(DaemonTestCase):
+    """
+    ECR converts what a tag leads to for clients that don't take the stored type.
+    """
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.image = self.standin.push_image("team/app", "latest")
+        self.path = "/v2/team/app/manifests/latest"
+
+    def test_each_type_has_its_own_answer(self) -> None:
+        """
+        One tag has an answer for each set of types that clients take, each under its own digest.
+        """
+        for word in ("MISS", "REVALIDATED"):
+            stored = self.get(self.path, Accept=EVERY_TYPE)
+            converted = self.get(self.path, Accept=SCHEMA2)
+            self.assertWhole(stored, self.image.manifest, word)
+            self.assertEqual((200, word, SCHEMA2), (converted.code, converted.cache, converted.header("Content-Type")))
+            self.assertNotEqual(stored.body, converted.body)
+            self.assertEqual(digest_of(bytes(converted.body)), converted.header("Docker-Content-Digest"))
+            self.assertTrue(self.has(digest_of(bytes(converted.body))))
+
+    def test_clients_of_different_types_at_once(self) -> None:
+        """
+        Clients that ask for a tag at the same time and take different types get each their own.
+        """
+        self.standin.quirks.latency = 1
+        for _ in range(2):
+            stored = self.daemon.send("GET", self.path, Accept=EVERY_TYPE)
+            converted = self.daemon.send("GET", self.path, Accept=SCHEMA2)
+            self.pass_time(3)
+            self.assertWhole(stored, self.image.manifest)
+            self.assertEqual((200, SCHEMA2), (converted.code, converted.header("Content-Type")))
+
+    def test_a_converted_manifest_is_there_by_its_own_digest(self) -> None:
+        """
+        A converted manifest is served by its own digest from the cache, though ECR has none of that digest.
+        """
+        converted = self.get(self.path, Accept=SCHEMA2)
+        digest = converted.header("Docker-Content-Digest")
+        self.assertWhole(self.get(f"/v2/team/app/manifests/{digest}"), bytes(converted.body), "HIT")
+
+    def test_types_in_another_order_are_the_same(self) -> None:
+        """
+        Order and preference values don't count: whoever takes the same types shares one answer.
+        """
+        self.start(tag_ttl=60)
+        self.get(self.path, Accept=f"{SCHEMA2}, {OCI_MANIFEST}")
+        reply = self.get(self.path, Accept=f"{OCI_MANIFEST.upper()};q=0.3 ,{SCHEMA2}")
+        self.assertWhole(reply, self.image.manifest, "HIT")
+
+    def test_no_header_takes_any(self) -> None:
+        """
+        A client that sends no Accept gets the stored type, as it would from ECR.
+        """
+        self.assertWhole(self.get(self.path), self.image.manifest)
+
+    def test_the_converted_also_vouches(self) -> None:
+        """
+        Layers that a converted manifest lists are the repository's as well.
+        """
+        self.standin.push_image("team/other", "latest")
+        for digest in self.image.layers:
+            self.get(f"/v2/team/app/blobs/{digest}")
+        self.get("/v2/team/other/manifests/latest", Accept=SCHEMA2)
+        self.standin.forget_asked()
+        for digest in self.image.layers:
+            self.assertEqual("HIT", self.get(f"/v2/team/other/blobs/{digest}").cache)
+        self.assertEqual([], self.standin.asked)
+
+
+class TokenTests(DaemonTestCase):
+    """
+    Tokens as a client sees them.
+    """
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.asked = 0
+        self.start(fetch=self.fetch)
+        self.image = self.standin.push_image("team/app", "latest")
+        self.path = "/v2/team/app/manifests/latest"
+
+    def fetch(self) -> Deferred[Token]:
+        self.asked += 1
+        return deferLater(self.clock, 0, lambda: Token(self.standin.issue_token(), self.clock.seconds() + 12 * 3600))
+
+    def test_refused_is_renewed_and_the_request_sent_again(self) -> None:
+        """
+        Expired (403), unknown (400) and unauthorised (401): one refresh, and the client notices nothing.
+        """
+        for number, spoil in enumerate(
+            (
+                self.standin.expire_tokens,
+                self.standin.forget_tokens,
+                lambda: self.standin.fail("registry", status=401, body=b"Not Authorized\n", times=1),
+            )
+        ):
+            spoil()
+            blob = self.standin.push_blob("team/app", noise(str(number), 100))
+            self.assertWhole(self.get(f"/v2/team/app/blobs/{blob}"), noise(str(number), 100), "MISS")
+            self.assertEqual(2 + number, self.asked)
+
+    def test_refused_is_renewed_once_for_all(self) -> None:
+        """
+        Ten requests that are refused at once cost one refresh, and all are served.
+        """
+        blobs = [noise(f"blob{n}", 100) for n in range(10)]
+        paths = [f"/v2/team/app/blobs/{self.standin.push_blob('team/app', data)}" for data in blobs]
+        self.standin.quirks.latency = 1
+        self.standin.expire_tokens()
+        replies = [self.daemon.send("GET", path) for path in paths]
+        self.pass_time(5)
+        for reply, data in zip(replies, blobs, strict=True):
+            self.assertWhole(reply, data)
+        self.assertEqual(2, self.asked)
+
+    def test_refused_again_is_given_up(self) -> None:
+        """
+        A fresh token that is refused too is the proxy's trouble: 502 after one refresh, without ECR's challenge.
+        """
+        challenge = {"WWW-Authenticate": 'Basic realm="https://ecr/",service="ecr.amazonaws.com"'}
+        self.standin.fail("registry", status=401, headers=challenge)
+        reply = self.get(self.path)
+        self.assertRefused(reply, 502, "UNAVAILABLE", "token")
+        self.assertIsNone(reply.header("WWW-Authenticate"))
+        self.assertEqual(2, self.asked)
+        self.assertEqual(2, self.standin.count("registry"))
+
+    def test_iam_refuses_without_a_refresh(self) -> None:
+        """
+        A 403 about IAM permission costs no refresh; who may not is for the log, not for the client.
+        """
+        self.standin.deny()
+        reply = self.get(self.path)
+        self.assertRefused(reply, 403, "DENIED", "team/app")
+        self.assertNotIn(b"arn:", bytes(reply.body))
+        self.assertIn("arn:aws:iam::123456789012:user/stand-in", self.logged())
+        self.assertEqual((1, 1), (self.asked, self.standin.count("registry")))
+
+    def test_requests_wait_for_the_first(self) -> None:
+        """
+        A request that comes before the first token is served when it comes.
+        """
+        coming: Deferred[Token] = Deferred()
+        self.start(fetch=lambda: coming)
+        reply = self.daemon.send("GET", self.path)
+        self.pass_time(9)
+        self.assertEqual(0, reply.code)
+        coming.callback(Token(self.standin.issue_token(), self.clock.seconds() + 3600))
+        self.flush()
+        self.assertWhole(reply, self.image.manifest, "MISS")
+
+    def test_requests_do_not_wait_for_long(self) -> None:
+        """
+        After ten seconds without a first token a request gets 503, with Retry-After and the reason.
+        """
+        never: Deferred[Token] = Deferred()
+        self.start(fetch=lambda: never)
+        reply = self.daemon.send("GET", self.path)
+        self.pass_time(9)
+        self.assertEqual(0, reply.code)
+        self.pass_time(2)
+        self.assertRefused(reply, 503, "UNAVAILABLE", "AWS has not answered yet")
+        self.assertEqual("5", reply.header("Retry-After"))
+        self.assertEqual([], self.standin.asked)
+
+
+class ForgettingTests(BlobTestCase):
+    def test_an_entry_is_written_seldom(self) -> None:
+        """
+        A tag that is asked for often and does not change is not written to the disk each time.
+        """
+        self.standin.push_image("team/app", "latest")
+        self.get("/v2/team/app/manifests/latest")
+        before = {path: path.stat().st_ino for path in self.files("entries")}
+        self.get("/v2/team/app/manifests/latest")
+        self.assertEqual(before, {path: path.stat().st_ino for path in self.files("entries")})
+        self.pass_time(61)
+        self.get("/v2/team/app/manifests/latest")
+        after = {path: path.stat().st_ino for path in self.files("entries")}
+        self.assertEqual(1, sum(before[path] != after[path] for path in before))
+
+    def test_confirmed_twice_after_the_content_is_deleted(self) -> None:
+        """
+        Any file of the directory may be deleted: what is missing is fetched or confirmed anew.
+        """
+        self.get(self.path)
+        for path in self.files("entries"):
+            path.unlink()
+        self.assertWhole(self.get(self.path), self.data, "REVALIDATED")
+        self.file_of(self.digest).unlink()
+        self.assertWhole(self.get(self.path), self.data, "MISS")
+        self.assertEqual(Digest.parse(self.digest).hex, self.file_of(self.digest).name)

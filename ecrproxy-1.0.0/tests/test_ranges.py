@@ -1,0 +1,588 @@
+"""
+Blobs that come over several connections, what is read ahead, and what is answered from memory, seen from the front.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from twisted.internet.defer import Deferred
+from twisted.internet.task import deferLater
+
+from ecrproxy.transfer.inflow import SMALLEST_PART, SPLIT, Lanes, part_size
+from tests.daemon import MIB, Daemon, DaemonTestCase, Reply, at_once, noise
+
+T = TypeVar("T")
+SIZE = 40 * MIB
+DATA = noise("ranges", SIZE)
+
+
+def span(header: str) -> tuple[int, int]:
+    """
+    Read a Range header: first byte, and the one behind the last.
+    """
+    first, _, last = header.removeprefix("bytes=").partition("-")
+    return int(first), int(last) + 1
+
+
+class RangesTestCase(DaemonTestCase):
+    """
+    A daemon of four lanes, and a blob of 40 MiB.
+    """
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.digest = self.standin.push_blob("team/app", DATA)
+        self.path = f"/v2/team/app/blobs/{self.digest}"
+        self.start()
+
+    def start(self, **options: Any) -> Daemon:
+        """
+        Start a daemon whose disk is done with a piece a moment later, as threads are.
+        """
+        return super().start(in_thread=self.soon, **options)
+
+    def soon(self, blocking: Callable[..., T], *args: Any) -> Deferred[T]:
+        """
+        Do what the daemon does in threads after what comes from the network now.
+        """
+        return deferLater(self.clock, 0, blocking, *args)
+
+    def spans(self) -> list[tuple[int, int]]:
+        """
+        What the bucket was asked for, in the order of the bytes.
+        """
+        asked = self.standin.requests("bucket", "GET", self.digest)
+        return sorted(span(each.headers["range"]) for each in asked)
+
+    def free_lanes(self) -> int:
+        """
+        How many connections to buckets could be taken.
+        """
+        lanes = self.daemon.lanes
+        taken = 0
+        while (more := lanes.take(2**60)) > 1:
+            taken += more
+        lanes.give_back(taken + 1)
+        return taken
+
+
+class LanesTests(RangesTestCase):
+    def test_bring_each_byte_once(self) -> None:
+        """
+        A large blob comes over four connections, in the parts that are announced, end to end: each byte once.
+        """
+        self.standin.hold(self.digest)
+        reply = self.get(self.path)
+        self.assertEqual(4, self.standin.held(self.digest))
+        self.standin.release(self.digest)
+        self.flush()
+        self.assertWhole(reply, DATA, "MISS")
+        self.assertEqual(SIZE, self.standin.bytes_sent)
+        spans = self.spans()
+        self.assertEqual([0, *[stop for _, stop in spans[:-1]]], [start for start, _ in spans])
+        self.assertEqual((0, SMALLEST_PART), spans[0])
+        self.assertEqual(SIZE, spans[-1][1])
+        expected, at = [(0, SMALLEST_PART)], SMALLEST_PART
+        while at < SIZE:
+            expected.append((at, at + part_size(SIZE - at, 4)))
+            at = expected[-1][1]
+        self.assertEqual(expected, spans)
+        self.assertTrue(self.has(self.digest))
+        self.assertWhole(self.get(self.path), DATA, "HIT")
+
+    def test_ask_ecr_once(self) -> None:
+        """
+        All parts come from the one URL that ECR gave.
+        """
+        self.get(self.path)
+        self.assertEqual(1, self.standin.count("registry", "GET"))
+        self.assertEqual(1, len({asked.target for asked in self.standin.requests("bucket")}))
+
+    def test_are_not_for_small_blobs(self) -> None:
+        """
+        A blob under 16 MiB comes as one part, or, while its size is not known, in its first part and one more.
+        """
+        for size, parts in ((1000, 1), (SMALLEST_PART, 1), (SMALLEST_PART + 1, 2), (SPLIT - 1, 2)):
+            self.standin.forget_asked()
+            data = DATA[-size:]
+            digest = self.standin.push_blob("team/app", data)
+            self.assertWhole(self.get(f"/v2/team/app/blobs/{digest}"), data, "MISS")
+            self.assertEqual(parts, self.standin.count("bucket"), size)
+
+    def test_are_not_asked_for_in_parts_where_the_size_is_known(self) -> None:
+        """
+        A layer that the manifest tells to be small comes as one, without a range.
+        """
+        image = self.standin.push_image("team/app", "small", layers=[DATA[: 5 * MIB]])
+        self.get("/v2/team/app/manifests/small")
+        self.assertWhole(self.get(f"/v2/team/app/blobs/{image.layers[0]}"), DATA[: 5 * MIB], "MISS")
+        (asked,) = self.standin.requests("bucket")
+        self.assertNotIn("range", asked.headers)
+
+    def test_of_one_connection(self) -> None:
+        """
+        With PROXY_BLOB_CONNECTIONS=1 a blob is one request without a range.
+        """
+        self.start(lanes=Lanes(1, 64))
+        self.assertWhole(self.get(self.path), DATA, "MISS")
+        (asked,) = self.standin.requests("bucket")
+        self.assertNotIn("range", asked.headers)
+
+    def test_are_given_back(self) -> None:
+        """
+        Lanes are free again after a transfer, whether it came to a good end or not.
+        """
+        free = self.free_lanes()
+        self.standin.hold(self.digest)
+        reply = self.get(self.path)
+        self.assertEqual(free - 4, self.free_lanes())
+        self.standin.release(self.digest)
+        self.flush()
+        self.assertWhole(reply, DATA)
+        self.assertEqual(free, self.free_lanes())
+        other = self.standin.push_blob("team/app", DATA[1:])
+        self.standin.corrupt(other, DATA[:-1])
+        self.assertEqual("broken", self.get(f"/v2/team/app/blobs/{other}").ended)
+        self.assertEqual(free, self.free_lanes())
+        third = self.standin.push_blob("team/app", DATA[2:])
+        self.standin.hold(third)
+        reply = self.get(f"/v2/team/app/blobs/{third}")
+        self.standin.fail("bucket", status=500)
+        self.standin.cut(third)
+        self.flush()
+        self.assertEqual("broken", reply.ended)
+        self.assertEqual(free, self.free_lanes())
+
+    def test_that_others_have_are_done_without(self) -> None:
+        """
+        When all connections are taken a blob comes over one; never more are open than PROXY_BUCKET_CONNECTIONS says, or
+        one for each blob.
+        """
+        self.start(lanes=Lanes(4, 6))
+        others = [self.standin.push_blob("team/app", DATA[number:]) for number in (1, 2)]
+        digests = [self.digest, *others]
+        for digest in digests:
+            self.standin.hold(digest)
+        replies = [self.get(f"/v2/team/app/blobs/{digest}") for digest in digests]
+        self.assertEqual([4, 2, 1], [self.standin.held(digest) for digest in digests])
+        for digest in digests:
+            self.standin.release(digest)
+        self.flush()
+        for number, reply in enumerate(replies):
+            self.assertWhole(reply, DATA[number:])
+
+
+class BrokenLaneTests(RangesTestCase):
+    def test_goes_on_from_its_last_byte(self) -> None:
+        """
+        A lane whose connection breaks asks for the rest of its part, the others go on, and no client notices.
+        """
+        self.standin.hold(self.digest)
+        reply = self.get(self.path)
+        self.standin.deliver(self.digest, 1000)
+        self.flush()
+        self.standin.cut(self.digest)
+        self.flush()
+        again = self.spans()
+        self.assertEqual(8, len(again))
+        firsts = again[::2]
+        self.assertEqual([(start + 1000, stop) for start, stop in firsts], again[1::2])
+        self.standin.release(self.digest)
+        self.flush()
+        self.assertWhole(reply, DATA)
+        self.assertEqual(SIZE, self.standin.bytes_sent)
+
+    def test_has_a_new_url_where_the_old_one_has_expired(self) -> None:
+        """
+        A URL that expires in the middle of a blob costs one question to ECR for each part that met it, no byte twice.
+        """
+        self.standin.hold(self.digest)
+        reply = self.get(self.path)
+        self.standin.expire_urls()
+        self.standin.release(self.digest)
+        self.flush()
+        self.assertWhole(reply, DATA)
+        self.assertEqual(SIZE, self.standin.bytes_sent)
+        self.assertLessEqual(self.standin.count("registry", "GET"), 1 + 4)
+
+    def test_that_stays_broken_ends_all(self) -> None:
+        """
+        When a part can't be had, the client's connection is aborted and the other lanes are stopped; the next request
+        goes on from what came.
+        """
+        self.standin.hold(self.digest)
+        reply = self.get(self.path)
+        self.standin.deliver(self.digest, 1000)
+        self.flush()
+        self.standin.fail("bucket", status=500)
+        self.standin.cut(self.digest)
+        self.flush()
+        self.assertBroken(reply, DATA)
+        self.assertEqual(0, self.standin.held(self.digest))
+        self.assertEqual([], [path for path in self.files() if path.name in self.digest])
+        self.standin.heal()
+        self.standin.release(self.digest)
+        self.assertWhole(self.get(self.path), DATA, "MISS")
+        self.assertEqual((SIZE, []), (self.standin.bytes_sent, self.files("ingest")))
+
+    def test_that_brings_nothing_is_not_asked_for_at_once(self) -> None:
+        """
+        A connection that breaks without a byte is made again after a second, and then two, at most; one that brought
+        something at once.
+        """
+        self.start(lanes=Lanes(1), chance=1)
+        self.standin.hold(self.digest)
+        reply = self.get(self.path)
+        self.standin.deliver(self.digest, 1000)
+        self.flush()
+        for wait in (0, 1, 2):
+            asked = self.standin.count("bucket")
+            self.standin.cut(self.digest)
+            self.flush()
+            if wait:
+                self.pass_time(wait - 0.5)
+                self.assertEqual(asked, self.standin.count("bucket"))
+                self.pass_time(0.5)
+            self.assertEqual(asked + 1, self.standin.count("bucket"))
+        self.standin.release(self.digest)
+        self.flush()
+        self.assertWhole(reply, DATA)
+
+    def test_that_is_silent_is_replaced(self) -> None:
+        """
+        A lane that brings nothing for 30 seconds is closed and its part asked for again.
+        """
+        self.standin.hold(self.digest)
+        reply = self.get(self.path)
+        self.standin.deliver(self.digest, 1000)
+        self.pass_time(31)
+        self.assertEqual(8, len(self.spans()))
+        self.standin.release(self.digest)
+        self.flush()
+        self.assertWhole(reply, DATA)
+
+
+class NoRangesTests(RangesTestCase):
+    def test_come_as_one_stream(self) -> None:
+        """
+        A bucket that ignores Range is asked once, and its one answer is the blob.
+        """
+        self.standin.quirks.ignore_range = True
+        self.standin.hold(self.digest)
+        free = self.free_lanes()
+        reply = self.get(self.path)
+        self.assertEqual(free - 1, self.free_lanes())
+        self.standin.release(self.digest)
+        self.flush()
+        self.assertWhole(reply, DATA, "MISS")
+        self.assertEqual((1, SIZE), (self.standin.count("bucket"), self.standin.bytes_sent))
+
+    def test_of_a_bucket_that_stops_giving_parts(self) -> None:
+        """
+        A bucket that gives the first part and then the whole to each who asks is still put together right.
+        """
+        self.standin.hold(self.digest)
+        reply = self.get(self.path)
+        self.standin.quirks.ignore_range = True
+        self.standin.release(self.digest)
+        self.flush()
+        self.assertWhole(reply, DATA)
+
+    def test_of_nothing(self) -> None:
+        """
+        The empty blob, of which there is no part, is had as well.
+        """
+        digest = self.standin.push_blob("team/app", b"")
+        self.assertWhole(self.get(f"/v2/team/app/blobs/{digest}"), b"", "MISS")
+        self.assertWhole(self.get(f"/v2/team/app/blobs/{digest}"), b"", "HIT")
+
+
+class ReaderTests(RangesTestCase):
+    def begin(self) -> Reply:
+        """
+        Begin the transfer; the lanes stand at the beginnings of their parts.
+        """
+        self.standin.hold(self.digest)
+        return self.get(self.path)
+
+    def test_far_ahead_has_what_is_there(self) -> None:
+        """
+        Who asks for a range that a later lane has brought gets it before what lies between has come, except for its
+        last byte, which waits for the proof of the whole.
+        """
+        whole = self.begin()
+        start, stop = self.spans()[2]
+        self.assertGreater(start, SMALLEST_PART)
+        self.standin.deliver(self.digest, 200_000)
+        self.flush()
+        wanted = (start + 1000, start + 101_000)
+        part = self.get(self.path, Range=f"bytes={wanted[0]}-{wanted[1] - 1}")
+        self.assertEqual((206, "JOINED", ""), (part.code, part.cache, part.ended))
+        self.assertEqual(100_000 - 1, len(part.body))
+        self.assertTrue(DATA[wanted[0] : wanted[1] - 1] == bytes(part.body))
+        self.assertEqual(200_000, len(whole.body))
+        self.assertLess(stop, SIZE)
+        self.standin.release(self.digest)
+        self.flush()
+        self.assertWhole(part, DATA[slice(*wanted)], code=206)
+        self.assertWhole(whole, DATA)
+        self.assertEqual(SIZE, self.standin.bytes_sent)
+
+    def test_of_a_gap_waits(self) -> None:
+        """
+        A range that reaches from one lane's bytes into what has not come stops where they end, and goes on when it has.
+        """
+        self.begin()
+        start, _ = self.spans()[2]
+        self.standin.deliver(self.digest, 200_000)
+        self.flush()
+        part = self.get(self.path, Range=f"bytes={start + 150_000}-{start + 299_999}")
+        self.assertEqual(50_000, len(part.body))
+        self.standin.deliver(self.digest, 50_000)
+        self.flush()
+        self.assertEqual(100_000, len(part.body))
+        self.assertTrue(DATA[start + 150_000 : start + 250_000] == bytes(part.body))
+
+    def test_of_wrong_bytes_never_has_the_last(self) -> None:
+        """
+        When the whole turns out to be something else, a range that was there is aborted short of its last byte.
+        """
+        self.standin.corrupt(self.digest, DATA[:-1] + b"x")
+        whole = self.begin()
+        start, _ = self.spans()[2]
+        self.standin.deliver(self.digest, 200_000)
+        self.flush()
+        part = self.get(self.path, Range=f"bytes={start}-{start + 999}")
+        self.assertEqual(999, len(part.body))
+        self.standin.release(self.digest)
+        self.flush()
+        self.assertBroken(part, DATA[start : start + 1000])
+        self.assertBroken(whole, DATA)
+        self.assertFalse(self.has(self.digest))
+
+
+class ReadAheadTests(DaemonTestCase):
+    """
+    PROXY_READ_AHEAD.
+    """
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.layers = [noise(f"layer{number}", 300_000) for number in range(3)]
+        self.image = self.standin.push_image("team/app", "latest", layers=self.layers)
+        self.blobs = [self.image.config, *self.image.layers]
+        self.by_tag = "/v2/team/app/manifests/latest"
+        self.by_digest = f"/v2/team/app/manifests/{self.image.digest}"
+        self.start(read_ahead=True)
+
+    def test_begins_with_the_manifest(self) -> None:
+        """
+        Who asks for a manifest has its config and layers fetched, by tag and by digest; each then is there.
+        """
+        for path in (self.by_tag, self.by_digest):
+            shutil.rmtree(self.root / "content", ignore_errors=True)
+            self.standin.forget_asked()
+            self.start(read_ahead=True)
+            self.assertWhole(self.get(path), self.image.manifest)
+            self.assertEqual([True] * 4, [self.has(each) for each in self.blobs])
+            for digest in self.blobs:
+                self.assertEqual("HIT", self.get(f"/v2/team/app/blobs/{digest}").cache)
+                self.assertEqual(1, self.standin.count("bucket", "GET", digest))
+
+    def test_does_not_begin_with_its_head(self) -> None:
+        """
+        Who asks only whether there is a manifest has nothing fetched.
+        """
+        self.assertEqual(200, self.head(self.by_tag).code)
+        self.assertEqual(200, self.head(self.by_digest).code)
+        self.assertEqual(0, self.standin.count("bucket"))
+
+    def test_is_not_done_unless_asked_for(self) -> None:
+        """
+        Without the setting nothing but the manifest is fetched.
+        """
+        self.start()
+        self.get(self.by_tag)
+        self.assertEqual((1, 0), (self.standin.count("registry"), self.standin.count("bucket")))
+
+    def test_is_what_clients_join(self) -> None:
+        """
+        A client that asks for a layer while it is read ahead follows that transfer: nothing is fetched twice.
+        """
+        for digest in self.blobs:
+            self.standin.hold(digest)
+        self.get(self.by_tag)
+        replies = [self.get(f"/v2/team/app/blobs/{digest}") for digest in self.image.layers]
+        self.assertEqual(["JOINED"] * 3, [reply.cache for reply in replies])
+        self.get(self.by_tag)
+        for digest in self.blobs:
+            self.standin.release(digest)
+        self.flush()
+        for reply, data in zip(replies, self.layers, strict=True):
+            self.assertWhole(reply, data)
+        self.assertEqual([1] * 4, [self.standin.count("bucket", "GET", digest) for digest in self.blobs])
+
+    def test_fetches_what_is_missing_alone(self) -> None:
+        """
+        Of a manifest that is asked for again, and of one that shares layers, only what is not there is fetched.
+        """
+        self.get(self.by_tag)
+        self.standin.forget_asked()
+        self.get(self.by_tag)
+        self.get(self.by_digest)
+        self.assertEqual(0, self.standin.count("bucket"))
+        new = noise("new", 1000)
+        other = self.standin.push_image("team/app", "other", layers=[*self.layers, new])
+        self.get("/v2/team/app/manifests/other")
+        asked = {asked.digest for asked in self.standin.requests("bucket")}
+        self.assertEqual({other.config, other.layers[-1]}, asked)
+
+    def test_fetches_nothing_of_an_index(self) -> None:
+        """
+        Which of an index's images a client wants, its next request tells.
+        """
+        self.standin.push_index("team/app", "index", [self.image])
+        self.assertEqual(200, self.get("/v2/team/app/manifests/index").code)
+        self.assertEqual(1, len(self.standin.asked))
+
+    def test_that_fails_costs_no_answer(self) -> None:
+        """
+        What can't be had ahead is nobody's failure: the manifest is answered, the blob asked for when a client does.
+        """
+        fault = self.standin.fail("bucket", status=500)
+        self.assertWhole(self.get(self.by_tag), self.image.manifest, "MISS")
+        self.assertEqual([], self.flushLoggedErrors())
+        fault.remove()
+        for digest, data in zip(self.image.layers, self.layers, strict=True):
+            self.assertWhole(self.get(f"/v2/team/app/blobs/{digest}"), data, "MISS")
+
+    def test_keeps_to_the_repository(self) -> None:
+        """
+        What was read ahead for one repository is another's only when ECR says so.
+        """
+        self.get(self.by_tag)
+        self.standin.repositories["team/other"] = type(self.standin.repositories["team/app"])()
+        self.assertEqual(404, self.get(f"/v2/team/other/blobs/{self.image.layers[0]}").code)
+
+    def test_of_what_is_no_blob_does_no_harm(self) -> None:
+        """
+        Of a manifest that lists nonsense, only what has a digest is fetched, and the manifest is answered.
+        """
+        layers = [None, 3, "x", {"digest": 3, "size": 1}, {"digest": "md5:abc", "size": 1}, {"size": 1}]
+        manifest = json.loads(self.image.manifest)
+        manifest["layers"] = [*layers, *manifest["layers"]]
+        self.standin.push_manifest("team/app", manifest, self.image.media_type, "strange")
+        self.assertEqual(200, self.get("/v2/team/app/manifests/strange").code)
+        self.assertEqual((4, []), (self.standin.count("bucket"), self.flushLoggedErrors()))
+
+
+class CountingThreads:
+    """
+    C{in_thread} that counts what is done on the disk.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def __call__(self, blocking: Callable[..., T], *args: Any) -> Deferred[T]:
+        self.calls.append(getattr(blocking, "__name__", str(blocking)))
+        return at_once(blocking, *args)
+
+
+class MemoryTests(DaemonTestCase):
+    """
+    What is answered without the disk.
+    """
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.image = self.standin.push_image("team/app", "latest")
+        self.by_digest = f"/v2/team/app/manifests/{self.image.digest}"
+        self.config = f"/v2/team/app/blobs/{self.image.config}"
+        self.threads = CountingThreads()
+        self.start(in_thread=self.threads)
+
+    def read(self, path: str) -> None:
+        """
+        Have something brought in, and read once.
+        """
+        self.get(path)
+        self.get(path)
+        self.get(path)
+        self.threads.calls.clear()
+
+    def test_a_hit_needs_no_disk(self) -> None:
+        """
+        A manifest or a small blob that was read is answered again and again without a thread, GET and HEAD.
+        """
+        for path in (self.by_digest, self.config):
+            self.read(path)
+            for _ in range(100):
+                reply = self.get(path)
+                self.assertEqual((200, "HIT"), (reply.code, reply.cache))
+            self.assertEqual("HIT", self.head(path).cache)
+            self.assertEqual([], self.threads.calls)
+
+    def test_a_use_reaches_the_disk_now_and_then(self) -> None:
+        """
+        What is used from memory is noted on the disk once a minute at the most, and while it is used not less often.
+        """
+        for path in (self.by_digest, self.config):
+            self.read(path)
+            for seconds, noted in ((30, 0), (31, 1), (30, 0), (31, 1), (59, 0), (600, 1)):
+                self.pass_time(seconds)
+                self.threads.calls.clear()
+                for _ in range(10):
+                    self.get(path)
+                self.assertEqual(noted, len(self.threads.calls), (path, seconds))
+
+    def test_a_use_is_seen_by_who_makes_room(self) -> None:
+        """
+        What is used from memory alone is not the first to be evicted, though others were read later.
+        """
+        self.read(self.config)
+        others = [self.standin.push_blob("team/app", noise(f"other{number}", 100_000)) for number in range(3)]
+        for other in others:
+            self.get(f"/v2/team/app/blobs/{other}")
+        self.pass_time(61)
+        self.get(self.config)
+        with self.daemon.store.ledger.lock:
+            order = [path.rpartition("/")[2] for path, _, _ in self.daemon.store.ledger.oldest()]
+        places = [order.index(each.removeprefix("sha256:")) for each in (*others, self.image.config)]
+        self.assertEqual(places[-1], max(places))
+
+    def test_a_large_blob_is_not_held(self) -> None:
+        """
+        Blobs of more than 64 KiB are read from the disk each time.
+        """
+        digest = self.standin.push_blob("team/app", noise("larger", 2**16 + 1))
+        path = f"/v2/team/app/blobs/{digest}"
+        self.read(path)
+        self.get(path)
+        self.assertIn("look_up", self.threads.calls)
+
+    def test_another_repository_is_asked_about(self) -> None:
+        """
+        Content in memory is a repository's only when ECR said so, as content on the disk is.
+        """
+        self.read(self.config)
+        self.read(self.by_digest)
+        self.standin.push_blob("team/other", b"x")
+        for path in (self.config, self.by_digest):
+            self.assertEqual(404, self.get(path.replace("team/app", "team/other")).code)
+
+    def test_a_tag_needs_ecr_and_no_disk(self) -> None:
+        """
+        A tag that still leads where it did costs one HEAD, and no thread.
+        """
+        path = "/v2/team/app/manifests/latest"
+        self.read(path)
+        self.standin.forget_asked()
+        for _ in range(3):
+            self.assertWhole(self.get(path), self.image.manifest, "REVALIDATED")
+        self.assertEqual(["HEAD"] * 3, [asked.method for asked in self.standin.asked])
+        self.assertEqual([], self.threads.calls)

@@ -1,0 +1,349 @@
+"""
+Names are asked of the servers that the operator chose, and pulls go on when these are silent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from twisted.internet.address import IPv4Address, IPv6Address
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IAddress, IHostnameResolver, IHostResolution, IResolutionReceiver, IResolver
+from twisted.internet.task import Clock
+from twisted.logger import LogLevel, capturedLogs, formatEvent
+from twisted.names import dns
+from twisted.names.error import DNSNameError, DNSQueryTimeoutError, DNSServerError
+from twisted.trial.unittest import SynchronousTestCase
+from zope.interface import implementer
+from zope.interface.verify import verifyObject
+
+from ecrproxy.registry.resolver import ChosenServers, hosts_names
+
+START = 1_767_225_600.0
+NAME = "123456789012.dkr.ecr.eu-west-1.amazonaws.com"
+Records = Sequence[dns.RRHeader]
+
+
+class Servers:
+    """
+    Chosen servers that answer when the test says so.
+    """
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, str]] = []
+        self.answers: dict[str, Deferred[tuple[Records, Records, Records]]] = {}
+
+    def lookupAddress(self, name: str, timeout: Sequence[int] = ()) -> Deferred[tuple[Records, Records, Records]]:
+        """
+        Be asked for IPv4 addresses.
+        """
+        return self._ask("A", name)
+
+    def lookupIPV6Address(self, name: str, timeout: Sequence[int] = ()) -> Deferred[tuple[Records, Records, Records]]:
+        """
+        Be asked for IPv6 addresses.
+        """
+        return self._ask("AAAA", name)
+
+    def _ask(self, kind: str, name: str) -> Deferred[tuple[Records, Records, Records]]:
+        self.asked.append((kind, name))
+        self.answers[kind] = Deferred()
+        return self.answers[kind]
+
+    def answer(self, four: Sequence[str] = (), six: Sequence[str] = ()) -> None:
+        """
+        Answer both questions, by way of an alias, as ECR's own names have it.
+        """
+        alias = dns.RRHeader(NAME, dns.CNAME, payload=dns.Record_CNAME("alias.test"))
+        fours = [dns.RRHeader("alias.test", dns.A, payload=dns.Record_A(address)) for address in four]
+        sixes = [dns.RRHeader("alias.test", dns.AAAA, payload=dns.Record_AAAA(address)) for address in six]
+        self.answers["A"].callback(([alias, *fours], [], []))
+        self.answers["AAAA"].callback(([alias, *sixes], [], []))
+
+    def fail(self, problem: Exception, other: Exception | None = None) -> None:
+        """
+        Fail both questions.
+        """
+        self.answers["A"].errback(problem)
+        self.answers["AAAA"].errback(other or problem)
+
+
+@implementer(IHostnameResolver)
+class System:
+    """
+    The host's own resolver, for which every name has the address 10.0.0.1.
+    """
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def resolveHostName(
+        self,
+        resolutionReceiver: IResolutionReceiver,
+        hostName: str,
+        portNumber: int = 0,
+        addressTypes: Sequence[type[IAddress]] | None = None,
+        transportSemantics: str = "TCP",
+    ) -> IHostResolution:
+        """
+        Answer at once.
+        """
+        self.asked.append(hostName)
+        resolution = Named(hostName)
+        resolutionReceiver.resolutionBegan(resolution)
+        resolutionReceiver.addressResolved(IPv4Address("TCP", "10.0.0.1", portNumber))
+        resolutionReceiver.resolutionComplete()
+        return resolution
+
+
+@implementer(IHostResolution)
+class Named:
+    """
+    A resolution that can't be cancelled any more.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def cancel(self) -> None:
+        """
+        Be too late.
+        """
+
+
+@implementer(IResolutionReceiver)
+class Receiver:
+    """
+    Whoever wants to connect.
+    """
+
+    def __init__(self) -> None:
+        self.begun: list[IHostResolution] = []
+        self.found: list[IAddress] = []
+        self.completed = 0
+
+    def resolutionBegan(self, resolutionInProgress: IHostResolution) -> None:
+        """
+        Be told that somebody is asked.
+        """
+        self.begun.append(resolutionInProgress)
+
+    def addressResolved(self, address: IAddress) -> None:
+        """
+        Be told of an address, in time.
+        """
+        assert self.begun
+        assert not self.completed
+        self.found.append(address)
+
+    def resolutionComplete(self) -> None:
+        """
+        Be told that there are no more.
+        """
+        self.completed += 1
+
+
+class ChosenServersTests(SynchronousTestCase):
+    """
+    The chosen servers are asked for what only they should know.
+    """
+
+    def setUp(self) -> None:
+        """
+        Servers, a host, and a clock.
+        """
+        self.clock = Clock()
+        self.clock.advance(START)
+        self.servers, self.system = Servers(), System()
+        servers: Any = self.servers
+        self.resolver = ChosenServers(servers, self.system, ["localhost", "Registry.Internal"], self.clock)
+
+    def resolve(self, name: str = NAME) -> Receiver:
+        """
+        Ask for a name.
+        """
+        receiver = Receiver()
+        self.resolver.resolveHostName(receiver, name, 443)
+        return receiver
+
+    def test_it_is_what_twisted_asks(self) -> None:
+        """
+        Twisted can be given it in the place of its own.
+        """
+        self.assertTrue(verifyObject(IHostnameResolver, self.resolver))
+        receiver = Receiver()
+        resolution = self.resolver.resolveHostName(receiver, NAME)
+        self.assertTrue(verifyObject(IHostResolution, resolution))
+        self.assertEqual([resolution], receiver.begun)
+        self.assertEqual(NAME, resolution.name)
+        resolution.cancel()
+
+    def test_both_families_are_asked_for(self) -> None:
+        """
+        All addresses of a name are found, with the port that is to be connected to.
+        """
+        receiver = self.resolve()
+        self.assertEqual([("A", NAME), ("AAAA", NAME)], self.servers.asked)
+        self.assertEqual(([], 0), (receiver.found, receiver.completed))
+        self.servers.answer(["192.0.2.1", "192.0.2.2"], ["2001:db8::1"])
+        self.assertEqual(
+            [
+                IPv4Address("TCP", "192.0.2.1", 443),
+                IPv4Address("TCP", "192.0.2.2", 443),
+                IPv6Address("TCP", "2001:db8::1", 443),
+            ],
+            receiver.found,
+        )
+        self.assertEqual((1, 1), (len(receiver.begun), receiver.completed))
+        self.assertEqual([], self.system.asked)
+
+    def test_addresses_and_local_names_never_go_to_the_servers(self) -> None:
+        """
+        What the host knows itself it is asked for.
+        """
+        names = ["127.0.0.1", "::1", "2001:db8::5", "localhost", "LOCALHOST", "registry.internal"]
+        for name in names:
+            receiver = self.resolve(name)
+            self.assertEqual([IPv4Address("TCP", "10.0.0.1", 443)], receiver.found)
+        self.assertEqual(names, self.system.asked)
+        self.assertEqual([], self.servers.asked)
+
+    def test_a_name_that_does_not_exist_has_no_address(self) -> None:
+        """
+        The servers' word counts: the host is not asked for what they deny.
+        """
+        receiver = self.resolve()
+        self.servers.fail(DNSNameError())
+        self.assertEqual(([], 1), (receiver.found, receiver.completed))
+        self.assertEqual([], self.system.asked)
+        self.assertEqual([], self.flushLoggedErrors())
+
+    def test_one_family_is_enough(self) -> None:
+        """
+        A name that has no address of the other family is found all the same.
+        """
+        receiver = self.resolve()
+        self.servers.answer(["192.0.2.1"])
+        self.assertEqual([IPv4Address("TCP", "192.0.2.1", 443)], receiver.found)
+        self.resolver = ChosenServers(self.as_resolver(), self.system, [], self.clock)
+        receiver = self.resolve("six.test")
+        self.servers.answers["A"].errback(DNSNameError())
+        self.servers.answers["AAAA"].callback(
+            ([dns.RRHeader("six.test", dns.AAAA, payload=dns.Record_AAAA("2001:db8::1"))], [], [])
+        )
+        self.assertEqual([IPv6Address("TCP", "2001:db8::1", 443)], receiver.found)
+
+    def as_resolver(self) -> IResolver:
+        """
+        Take the servers for what they stand for.
+        """
+        servers: Any = self.servers
+        resolver: IResolver = servers
+        return resolver
+
+    def test_an_answer_is_used_for_thirty_seconds(self) -> None:
+        """
+        As the nginx proxy does; after that, the servers are asked again.
+        """
+        self.resolve()
+        self.servers.answer(["192.0.2.1"])
+        self.clock.advance(29.9)
+        known = self.resolve()
+        self.assertEqual([IPv4Address("TCP", "192.0.2.1", 443)], known.found)
+        self.assertEqual((1, 1), (len(known.begun), known.completed))
+        self.assertEqual(2, len(self.servers.asked))
+        self.clock.advance(0.1)
+        again = self.resolve()
+        self.assertEqual(([], 4), (again.found, len(self.servers.asked)))
+        self.servers.answer(["192.0.2.9"])
+        self.assertEqual([IPv4Address("TCP", "192.0.2.9", 443)], again.found)
+
+    def test_a_name_that_is_forgotten_is_asked_for_again(self) -> None:
+        """
+        Where a host isn't to be found any more, the servers may know better; other names keep their answers.
+        """
+        for name in (NAME, "bucket.test"):
+            self.resolve(name)
+            self.servers.answer(["192.0.2.1"])
+        self.resolver.forget(NAME)
+        self.resolver.forget("unknown.test")
+        moved = self.resolve()
+        self.servers.answer(["192.0.2.9"])
+        self.assertEqual([IPv4Address("TCP", "192.0.2.9", 443)], moved.found)
+        self.assertEqual([IPv4Address("TCP", "192.0.2.1", 443)], self.resolve("bucket.test").found)
+
+    def test_one_names_answer_is_not_anothers(self) -> None:
+        """
+        Each name is asked for by itself.
+        """
+        self.resolve()
+        self.servers.answer(["192.0.2.1"])
+        self.assertEqual([], self.resolve("bucket.test").found)
+        self.assertEqual(("AAAA", "bucket.test"), self.servers.asked[-1])
+
+    def test_a_clock_set_back_makes_no_answer_last_for_ever(self) -> None:
+        """
+        An answer from the future is asked for again.
+        """
+        self.resolve()
+        self.servers.answer(["192.0.2.1"])
+        self.clock.rightNow -= 3600.0
+        self.assertEqual([], self.resolve().found)
+        self.assertEqual(4, len(self.servers.asked))
+
+    def test_servers_that_do_not_answer_are_done_without(self) -> None:
+        """
+        The host's resolver is asked, whatever kind of silence it was, and the pull goes on.
+        """
+        timeout, failing = DNSQueryTimeoutError(1), DNSServerError()
+        for problem, other in ((timeout, timeout), (failing, failing), (timeout, DNSNameError()), (OSError(), timeout)):
+            self.setUp()
+            receiver = self.resolve()
+            self.servers.fail(problem, other)
+            self.assertEqual([IPv4Address("TCP", "10.0.0.1", 443)], receiver.found)
+            self.assertEqual((1, 1), (len(receiver.begun), receiver.completed))
+        self.assertEqual([], self.flushLoggedErrors())
+
+    def test_silent_servers_are_left_alone_for_a_minute(self) -> None:
+        """
+        Nobody waits for them again and again; then they have another chance.
+        """
+        self.resolve()
+        self.servers.fail(DNSQueryTimeoutError(1))
+        self.clock.advance(59.9)
+        for name in (NAME, "bucket.test"):
+            self.assertEqual(1, self.resolve(name).completed)
+        self.assertEqual(2, len(self.servers.asked))
+        self.clock.advance(0.1)
+        receiver = self.resolve()
+        self.assertEqual(4, len(self.servers.asked))
+        self.servers.answer(["192.0.2.1"])
+        self.assertEqual([IPv4Address("TCP", "192.0.2.1", 443)], receiver.found)
+
+    def test_silence_is_warned_of_once(self) -> None:
+        """
+        The log names the setting and the name that was asked for, and is not filled with it.
+        """
+        with capturedLogs() as events:
+            for _ in range(3):
+                self.resolve()
+                self.servers.fail(DNSQueryTimeoutError(1))
+                self.clock.advance(61)
+        (warning,) = events
+        self.assertEqual(LogLevel.warn, warning["log_level"])
+        self.assertIn("PROXY_DNS_RESOLVER", formatEvent(warning))
+        self.assertIn(NAME, formatEvent(warning))
+
+
+class HostsTests(SynchronousTestCase):
+    """
+    The hosts file says what is local.
+    """
+
+    def test_all_names_of_a_hosts_file_are_read(self) -> None:
+        """
+        Aliases too, without addresses, comments and empty lines.
+        """
+        text = "127.0.0.1\tlocalhost loop # the host itself\n\n# 10.0.0.9 gone\n::1 localhost ip6-localhost\n10.0.0.5\n"
+        self.assertEqual(["localhost", "loop", "localhost", "ip6-localhost"], hosts_names(text))

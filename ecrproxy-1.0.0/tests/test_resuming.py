@@ -1,0 +1,386 @@
+"""
+Transfers that were interrupted go on from what came of them, seen from the front.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+from ecrproxy.cache.ingest import LEFT_SECONDS, Ingest
+from ecrproxy.cache.trailer import TRAILER, Trailer
+from ecrproxy.transfer.inflow import SMALLEST_PART, Lanes
+from tests.daemon import MIB, Reply, noise
+from tests.store_contract import failing
+from tests.test_ranges import RangesTestCase, span
+
+SIZE = 20 * MIB
+DATA = noise("resuming", SIZE)
+EACH = MIB
+"""What each lane brings before the interruption."""
+
+
+class ResumingTestCase(RangesTestCase):
+    """
+    A blob of 20 MiB, of which four lanes have brought a megabyte each.
+    """
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.digest = self.standin.push_blob("team/app", DATA)
+        self.path = f"/v2/team/app/blobs/{self.digest}"
+
+    def begun(self) -> Reply:
+        """
+        Begin the transfer.
+        """
+        self.standin.hold(self.digest)
+        reply = self.get(self.path)
+        self.standin.deliver(self.digest, EACH)
+        self.flush()
+        self.assertEqual(4 * EACH, self.standin.bytes_sent)
+        self.assertEqual(EACH, len(reply.body))
+        return reply
+
+    def interrupted(self) -> Path:
+        """
+        Kill the daemon in the middle of the transfer.
+
+        @return: the file that is left over.
+        """
+        self.begun()
+        self.daemon.kill()
+        self.standin.release(self.digest)
+        (left,) = self.files("ingest")
+        return left
+
+    def entries_bytes(self) -> int:
+        """
+        Weigh the entries.
+        """
+        return sum(path.stat().st_size for path in self.files("entries"))
+
+    def again(self) -> Reply:
+        """
+        Start another daemon, and ask it.
+        """
+        self.start()
+        return self.get(self.path)
+
+
+class CrashTests(ResumingTestCase):
+    def test_only_what_is_missing_is_fetched(self) -> None:
+        """
+        After a kill in the middle of a transfer the next one asks for the gaps alone, from the first on: each byte
+        comes once, and nothing is left over.
+        """
+        self.interrupted()
+        self.standin.forget_asked()
+        self.assertWhole(self.again(), DATA, "MISS")
+        self.assertEqual(SIZE - 4 * EACH, self.standin.bytes_sent)
+        first = self.standin.requests("bucket")[0].headers["range"]
+        self.assertEqual((EACH, SMALLEST_PART), span(first))
+        self.assertEqual([], self.files("ingest"))
+        self.assertWhole(self.get(self.path), DATA, "HIT")
+
+    def test_what_is_there_is_sent_at_once(self) -> None:
+        """
+        A client gets what an earlier transfer brought before upstream has sent another byte.
+        """
+        self.interrupted()
+        self.standin.hold(self.digest)
+        reply = self.again()
+        self.assertEqual((200, SIZE, EACH), (reply.code, reply.length, len(reply.body)))
+        self.standin.release(self.digest)
+        self.flush()
+        self.assertWhole(reply, DATA)
+
+    def test_it_may_happen_again_and_again(self) -> None:
+        """
+        Each daemon goes on from what all before it have brought.
+        """
+        self.begun()
+        for _ in range(3):
+            self.daemon.kill()
+            self.start()
+            self.get(self.path)
+            self.standin.deliver(self.digest, EACH)
+            self.flush()
+        self.daemon.kill()
+        self.standin.release(self.digest)
+        self.assertWhole(self.again(), DATA)
+        self.assertEqual(SIZE, self.standin.bytes_sent)
+
+    def test_without_lanes_as_well(self) -> None:
+        """
+        With one connection a blob the rest is asked for as one.
+        """
+        self.start(lanes=Lanes(1))
+        self.standin.hold(self.digest)
+        self.get(self.path)
+        self.standin.deliver(self.digest, EACH)
+        self.flush()
+        self.daemon.kill()
+        self.standin.release(self.digest)
+        self.start(lanes=Lanes(1))
+        self.assertWhole(self.get(self.path), DATA)
+        self.assertEqual(SIZE, self.standin.bytes_sent)
+
+    def test_a_repository_without_the_blob_gets_nothing_of_it(self) -> None:
+        """
+        What is left over is nobody's: ECR is asked as ever, and what it refuses costs the next one nothing.
+        """
+        self.interrupted()
+        self.start()
+        self.standin.push_blob("team/other", b"something else")
+        self.assertRefused(self.get(self.path.replace("app", "other")), 404, "BLOB_UNKNOWN")
+        self.assertWhole(self.get(self.path), DATA)
+        self.assertEqual(SIZE, self.standin.bytes_sent)
+
+    def test_a_bucket_that_gives_no_parts_any_more_is_put_up_with(self) -> None:
+        """
+        It sends all, and of that what is missing is taken.
+        """
+        self.interrupted()
+        self.standin.quirks.ignore_range = True
+        self.assertWhole(self.again(), DATA)
+
+    def test_altered_bytes_never_complete_an_answer(self) -> None:
+        """
+        What was changed in the file meanwhile fails the digest: the client is aborted, the file dropped, and the next
+        request is right.
+        """
+        for place in (EACH // 2, SMALLEST_PART + 5):
+            left = self.interrupted()
+            with left.open("r+b") as file:
+                file.seek(place)
+                file.write(bytes([DATA[place] ^ 1]))
+            reply = self.again()
+            self.assertEqual("broken", reply.ended)
+            self.assertLess(len(reply.body), SIZE)
+            self.assertEqual([], self.files("ingest"))
+            self.assertWhole(self.get(self.path), DATA, "MISS")
+            self.file_of(self.digest).unlink()
+            self.standin.forget_asked()
+
+    def test_a_useless_file_is_begun_anew(self) -> None:
+        """
+        A torn, cut or lengthened file is dropped, and all is fetched.
+        """
+        for spoil in (
+            lambda left: os.truncate(left, SIZE),
+            lambda left: os.truncate(left, SIZE + TRAILER - 1),
+            lambda left: os.truncate(left, SIZE + TRAILER + 1),
+            lambda left: os.truncate(left, 0),
+            lambda left: self.scribble(left, SIZE, b"torn"),
+            lambda left: self.scribble(left, SIZE + 30, b"torn"),
+        ):
+            spoil(self.interrupted())
+            self.standin.forget_asked()
+            self.assertWhole(self.again(), DATA, "MISS")
+            self.assertEqual((SIZE, []), (self.standin.bytes_sent, self.files("ingest")))
+            self.file_of(self.digest).unlink()
+            self.standin.forget_asked()
+
+    def scribble(self, path: Path, at: int, data: bytes) -> None:
+        """
+        Write into a file.
+        """
+        with path.open("r+b") as file:
+            file.seek(at)
+            file.write(data)
+
+    def test_a_blob_that_has_another_size_now_is_begun_anew(self) -> None:
+        """
+        Nobody was told the old length by this daemon: the new one is told, and the old file dropped.
+        """
+        left = self.interrupted()
+        shorter = Trailer(SIZE - EACH, self.clock.seconds(), ((0, EACH),))
+        os.truncate(left, 0)
+        os.truncate(left, SIZE - EACH + TRAILER)
+        self.scribble(left, SIZE - EACH, shorter.pack())
+        self.standin.forget_asked()
+        reply = self.again()
+        self.assertEqual(SIZE, reply.length)
+        self.assertWhole(reply, DATA)
+        self.assertEqual([], self.files("ingest"))
+
+    def test_a_blob_that_is_shorter_than_what_is_there_is_begun_anew(self) -> None:
+        """
+        A first byte that there is not is no reason to fail.
+        """
+        left = self.interrupted()
+        longer = Trailer(2 * SIZE, self.clock.seconds(), ((0, SIZE + 1),))
+        os.truncate(left, 2 * SIZE + TRAILER)
+        self.scribble(left, 2 * SIZE, longer.pack())
+        self.assertWhole(self.again(), DATA)
+        self.assertEqual([], self.files("ingest"))
+
+    def test_an_old_file_is_swept(self) -> None:
+        """
+        Nobody who still wanted it has come for a day.
+        """
+        self.interrupted()
+        self.clock.advance(LEFT_SECONDS)
+        self.start()
+        self.assertEqual([], self.files("ingest"))
+
+    def test_a_blob_that_the_cache_can_not_have_is_handed_through_from_its_start(self) -> None:
+        """
+        A file that is left over, and then no room for any, costs no client a byte.
+        """
+        self.interrupted()
+        self.start()
+        self.patch(Ingest, "resume", lambda *_: None)
+        self.patch(os, "posix_fallocate", failing(errno.ENOSPC))
+        self.assertWhole(self.get(self.path), DATA, "BYPASS")
+
+
+class LimitTests(ResumingTestCase):
+    limit = 24 * MIB
+
+    def test_what_is_left_over_counts(self) -> None:
+        """
+        It is part of what the directory holds, and of no more once a transfer goes on with it.
+        """
+        self.interrupted()
+        ledger = self.start(limit=self.limit).store.ledger
+        self.assertEqual((SIZE + TRAILER, 0), (ledger.total - self.entries_bytes(), ledger.reserved))
+        self.standin.hold(self.digest)
+        reply = self.get(self.path)
+        self.assertEqual((0, SIZE + TRAILER), (ledger.total - self.entries_bytes(), ledger.reserved))
+        self.standin.release(self.digest)
+        self.flush()
+        self.assertWhole(reply, DATA, "MISS")
+        self.assertEqual(0, ledger.reserved)
+        self.assertTrue(self.has(self.digest))
+        self.assertEqual(self.used(), ledger.total)
+
+    def test_it_makes_room_for_others(self) -> None:
+        """
+        What is left over is evicted when its turn comes.
+        """
+        self.interrupted()
+        self.start(limit=self.limit)
+        other = self.standin.push_blob("team/app", DATA[:-1])
+        self.assertWhole(self.get(f"/v2/team/app/blobs/{other}"), DATA[:-1], "MISS")
+        self.assertEqual([], self.files("ingest"))
+        self.assertTrue(self.has(other))
+
+    def test_a_lowered_limit_holds_for_it(self) -> None:
+        """
+        A daemon that starts with less room drops what doesn't fit.
+        """
+        self.interrupted()
+        self.daemons.clear()
+        self.start(limit=SIZE)
+        self.assertEqual([], self.files("ingest"))
+
+    def test_it_is_not_evicted_while_it_goes_on(self) -> None:
+        """
+        Once a transfer has it, there is no room for another as large, which is handed through.
+        """
+        self.interrupted()
+        self.start(limit=self.limit)
+        self.standin.hold(self.digest)
+        reply = self.get(self.path)
+        other = self.standin.push_blob("team/app", DATA[:-1])
+        self.assertWhole(self.get(f"/v2/team/app/blobs/{other}"), DATA[:-1], "BYPASS")
+        self.standin.release(self.digest)
+        self.flush()
+        self.assertWhole(reply, DATA)
+        self.assertTrue(self.has(self.digest))
+
+
+class FailureTests(ResumingTestCase):
+    def failed(self) -> None:
+        """
+        Have the bucket fail for good in the middle of the transfer.
+        """
+        reply = self.begun()
+        self.standin.fail("bucket", status=500)
+        self.standin.cut(self.digest)
+        self.flush()
+        self.assertBroken(reply, DATA)
+        self.standin.heal()
+        self.standin.release(self.digest)
+        self.standin.forget_asked()
+
+    def test_the_next_request_goes_on(self) -> None:
+        """
+        When upstream has failed too often, the client is aborted; who asks next gets what came, and the rest.
+        """
+        self.failed()
+        ledger = self.daemon.store.ledger
+        self.assertEqual((SIZE + TRAILER, 0), (ledger.total - self.entries_bytes(), ledger.reserved))
+        self.assertWhole(self.get(self.path), DATA, "MISS")
+        self.assertEqual(SIZE - 4 * EACH, self.standin.bytes_sent)
+        self.assertEqual((SIZE, 0), (self.used() - self.entries_bytes(), ledger.reserved))
+
+    def test_a_daemon_that_starts_goes_on_as_well(self) -> None:
+        """
+        What was left in an orderly way is as good as what a crash left.
+        """
+        self.failed()
+        self.assertWhole(self.again(), DATA, "MISS")
+        self.assertEqual(SIZE - 4 * EACH, self.standin.bytes_sent)
+
+    def test_wrong_bytes_are_not_kept(self) -> None:
+        """
+        After a digest that is not the blob's all is fetched anew.
+        """
+        self.standin.corrupt(self.digest, bytes(SIZE))
+        self.assertEqual("broken", self.get(self.path).ended)
+        self.assertEqual([], self.files("ingest"))
+        self.standin.heal()
+        self.standin.forget_asked()
+        self.assertWhole(self.get(self.path), DATA, "MISS")
+        self.assertEqual(SIZE, self.standin.bytes_sent)
+
+    def test_what_two_daemons_have_is_the_first_ones(self) -> None:
+        """
+        Two daemons on one directory: the one that has the file goes on with it, the other makes its own.
+        """
+        self.failed()
+        one = self.daemon
+        self.standin.hold(self.digest)
+        first = self.get(self.path)
+        two = self.start()
+        second = two.ask("GET", self.path)
+        self.assertEqual(2, len(self.files("ingest")))
+        self.standin.release(self.digest)
+        one.flush()
+        two.flush()
+        self.assertWhole(first, DATA, "MISS")
+        self.assertWhole(second, DATA, "MISS")
+        self.assertEqual([], self.files("ingest"))
+
+    def test_a_size_that_changed_under_way_aborts_and_is_believed_afterwards(self) -> None:
+        """
+        Clients have been told a length: they are aborted. The next request begins with the new one.
+        """
+        self.standin.corrupt(self.digest, DATA[:-EACH])
+        reply = self.begun()
+        self.standin.heal()
+        self.standin.cut(self.digest)
+        self.flush()
+        self.assertEqual("broken", reply.ended)
+        self.standin.release(self.digest)
+        reply = self.get(self.path)
+        self.assertEqual(SIZE, reply.length)
+        self.assertWhole(reply, DATA, "MISS")
+
+    def test_another_etag_is_no_matter(self) -> None:
+        """
+        The digest proves the whole, whatever the bucket calls its parts.
+        """
+        self.standin.hold(self.digest)
+        reply = self.get(self.path)
+        self.standin.deliver(self.digest, EACH)
+        self.flush()
+        self.standin.quirks.etag = '"another"'
+        self.standin.cut(self.digest)
+        self.standin.release(self.digest)
+        self.flush()
+        self.assertWhole(reply, DATA)

@@ -1,0 +1,138 @@
+"""
+How bytes move to a client over TLS: sealed in large pieces, at its pace and within its time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+from OpenSSL import SSL
+from twisted.internet.address import IPv4Address
+from twisted.protocols.tls import TLSMemoryBIOFactory
+
+from ecrproxy.access.limits import Limits
+from ecrproxy.daemon.tls import Certificate
+from tests.daemon import MIB, DaemonTestCase, noise
+from tests.store_contract import scratch
+from tests.test_sending import PipeConnection, Reactor
+from tests.test_tls import Files, client
+
+
+class SealedTests(DaemonTestCase):
+    """
+    A client that speaks TLS at the other end of a pipe, which takes so much and no more.
+    """
+
+    def setUp(self) -> None:
+        super().setUp()
+        files = Files(scratch(self))
+        self.certificate = Certificate(files.key, files.certificate)
+        self.data = noise("x", 3 * MIB)
+        self.digest = self.standin.push_blob("team/app", self.data)
+
+    def connect(self) -> None:
+        """
+        Have a client connect, and ask for the blob.
+        """
+        factory = TLSMemoryBIOFactory(self.certificate, False, self.daemon.site, self.clock)
+        protocol = factory.buildProtocol(IPv4Address("TCP", "192.0.2.7", 31337))
+        self.connection = PipeConnection(protocol, Reactor())
+        protocol.makeConnection(self.connection)
+        self.addCleanup(self.connection.shut)
+        self.client, self.got = client(), bytearray()
+        for _ in range(10):
+            with contextlib.suppress(SSL.WantReadError):
+                self.client.do_handshake()
+                break
+            self.say()
+            self.take()
+        self.client.send(f"GET /v2/team/app/blobs/{self.digest} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        self.say()
+
+    def say(self) -> None:
+        """
+        Have what the client wants to send arrive.
+        """
+        with contextlib.suppress(SSL.WantReadError):
+            self.connection.protocol.dataReceived(self.client.bio_read(2**16))
+        self.flush()
+
+    def take(self) -> bool:
+        """
+        Have the daemon write once, and the client read what the pipe holds; tell whether there was anything.
+        """
+        self.clock.advance(0)  # Twisted's TLS gathers small writes until then
+        if self.connection.turner.writing:
+            self.connection.turn()
+        came = self.connection.read()
+        if came:
+            self.client.bio_write(bytes(self.connection.received))
+            self.connection.received.clear()
+            with contextlib.suppress(SSL.WantReadError):
+                while data := self.client.recv(2**16):
+                    self.got += data
+        return came
+
+    def take_up_to(self, count: int) -> None:
+        """
+        Have the client read so many bytes of the blob.
+        """
+        while len(self.body) < count:
+            self.assertTrue(self.take() or self.connection.turner.writing, len(self.got))
+
+    @property
+    def body(self) -> bytes:
+        """
+        What the client has of the blob.
+        """
+        return bytes(self.got).partition(b"\r\n\r\n")[2]
+
+    def take_all(self) -> None:
+        """
+        Have the client read what there is.
+        """
+        while self.take() or self.connection.turner.writing:
+            pass
+
+    def test_sends_a_cached_blob(self) -> None:
+        """
+        It comes whole.
+        """
+        self.get(f"/v2/team/app/blobs/{self.digest}")
+        self.connect()
+        self.take_all()
+        self.assertTrue(self.body == self.data)
+
+    def test_a_client_that_takes_nothing_is_given_up(self) -> None:
+        """
+        Its time begins anew with each piece that it has taken, and not with parts of one.
+        """
+        self.get(f"/v2/team/app/blobs/{self.digest}")
+        self.connect()
+        for pieces in (1, 2):
+            self.take_up_to(pieces * MIB)
+            self.pass_time(299)
+            self.assertFalse(self.connection.over)
+        self.take_up_to(2 * MIB + MIB // 2)
+        self.pass_time(2)
+        self.assertTrue(self.connection.over)
+        self.assertEqual((1, 0), (self.daemon.crowd.slow_readers, self.daemon.crowd.transferring))
+
+    def test_a_client_that_has_taken_all_is_not_slow(self) -> None:
+        """
+        While a bucket sends nothing there is nothing to take: the client's time does not run.
+        """
+        self.start(limits=Limits(send_seconds=10))
+        self.standin.hold(self.digest)
+        self.connect()
+        self.standin.deliver(self.digest, MIB)
+        self.flush()
+        self.take_all()
+        self.assertTrue(self.body == self.data[:MIB])
+        self.pass_time(20)
+        self.assertFalse(self.connection.over)
+        self.standin.release(self.digest)
+        self.flush()
+        self.take_all()
+        self.assertTrue(self.body == self.data)
+        self.assertEqual(0, self.daemon.crowd.slow_readers)

@@ -1,0 +1,831 @@
+"""
+How bytes move to a client: at its pace, in pieces or by the kernel, and never looking whole when they aren't.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from typing import Any, cast
+
+from twisted.internet.address import IPv4Address
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.error import ConnectionDone, ConnectionLost
+from twisted.internet.task import Clock
+from twisted.internet.tcp import Connection
+from twisted.python.failure import Failure
+from twisted.trial.unittest import SynchronousTestCase
+from twisted.web.http import HTTPChannel
+
+from ecrproxy.access.limits import Limits, Patience
+from ecrproxy.oci import Digest
+from ecrproxy.transfer.download import Download
+from ecrproxy.transfer.sending import PIECE, KernelSending, PieceSending, send
+from ecrproxy.transfer.sources import FilePiece, Held
+from tests.daemon import BUFFER, MIB, Daemon, DaemonTestCase, End, Hands, Raw, noise
+from tests.test_download import Source as BucketSource
+
+
+class PieceTests(DaemonTestCase):
+    """
+    By way of memory, over a wire that can be slow.
+    """
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.hands = Hands()
+        self.start(in_thread=self.hands)
+        self.data = noise("x", 5 * MIB)
+        self.digest = self.standin.push_blob("team/app", self.data)
+        self.path = f"/v2/team/app/blobs/{self.digest}"
+
+    def readings(self) -> list[int]:
+        """
+        Note the size of each piece that is read from a file from now on.
+        """
+        sizes: list[int] = []
+        read = os.pread
+
+        def noting(fd: int, count: int, offset: int) -> bytes:
+            sizes.append(count)
+            return read(fd, count, offset)
+
+        self.patch(os, "pread", noting)
+        return sizes
+
+    def test_a_client_that_does_not_read_costs_one_piece(self) -> None:
+        """
+        However large a blob, at most one piece of it is held for a client that doesn't read.
+        """
+        self.get(self.path)
+        sizes = self.readings()
+        reply = self.daemon.send("GET", self.path)
+        reply.stop_reading()
+        self.flush()
+        self.assertLessEqual(sum(sizes), PIECE)
+        self.assertLessEqual(reply.wire.peer.waiting, PIECE + BUFFER)
+        self.assertEqual("", reply.ended)
+        reply.read_on()
+        self.flush()
+        self.assertWhole(reply, self.data, "HIT")
+
+    def test_files_are_read_in_large_pieces(self) -> None:
+        """
+        Each byte is read once, a MiB at a time.
+        """
+        self.get(self.path)
+        sizes = self.readings()
+        self.get(self.path)
+        self.assertEqual([PIECE] * 5, sizes)
+
+    def test_waiting_costs_nothing(self) -> None:
+        """
+        A client that has caught up with a transfer costs no reading until there is more.
+        """
+        self.standin.hold(self.digest)
+        reply = self.get(self.path)
+        self.standin.deliver(self.digest, 1000)
+        self.flush()
+        self.assertEqual(1000, len(reply.body))
+        sizes = self.readings()
+        self.pass_time(20)
+        self.assertEqual([], sizes)
+
+    def test_headers_do_not_wait_for_the_first_byte(self) -> None:
+        """
+        The answer's headers leave as soon as the bucket has answered: clients give up without them.
+        """
+        self.standin.hold(self.digest)
+        reply = self.get(self.path)
+        self.assertEqual((200, len(self.data), b""), (reply.code, reply.length, bytes(reply.body)))
+
+    def test_a_file_that_is_cut_meanwhile_aborts(self) -> None:
+        """
+        A cached file that loses its end while it is being sent ends the connection, not the answer.
+        """
+        self.get(self.path)
+        client, wire = self.kept_connection()
+        wire.reading = False
+        self.flush()
+        os.truncate(self.file_of(self.digest), 2 * MIB)
+        wire.reading = True
+        self.flush()
+        self.assertTrue(client.closed)
+        self.assertLess(len(client.got), 3 * MIB)
+        self.assertFalse(self.has(self.digest))
+
+    def test_a_disk_that_fails_meanwhile_aborts(self) -> None:
+        """
+        A read that fails in the middle ends the connection, not the answer.
+        """
+        self.get(self.path)
+        reply = self.daemon.send("GET", self.path)
+        reply.stop_reading()
+        self.flush()
+
+        def failing(fd: int, count: int, offset: int) -> bytes:
+            raise OSError(5, "Input/output error")
+
+        self.patch(os, "pread", failing)
+        reply.read_on()
+        self.flush()
+        self.assertBroken(reply, self.data)
+        self.flushLoggedErrors()
+
+    def test_who_leaves_while_a_thread_reads(self) -> None:
+        """
+        A client may leave while a thread reads for it: the file stays open for the thread, and is closed after.
+        """
+        for fails in (False, True):
+            self.get(self.path)
+            reply = self.daemon.send("GET", self.path)
+            self.hands.idle = False
+            self.flush()
+            while "pread" not in str(self.hands.waiting[0][1]):
+                self.hands.work()
+                self.flush()
+            reply.leave()
+            self.flush()
+            (_, _, arguments) = self.hands.waiting[0]
+            os.fstat(arguments[0])  # still open
+            if fails:
+                self.patch(os, "fstat", os.fstat)
+                done, _, _ = self.hands.waiting.popleft()
+                done.errback(OSError(5, "Input/output error"))
+            self.hands.idle = True
+            self.hands.work_off()
+            self.flush()
+            self.assertEqual({}, dict(self.daemon.store.ledger._readers))  # noqa: SLF001
+            self.flushLoggedErrors(OSError)
+
+    def test_the_connection_stays_of_use(self) -> None:
+        """
+        After a body sent in pieces, slowly or not, the next request on the connection is answered.
+        """
+        line = f"GET {self.path} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
+        got = self.daemon.raw(line + line + b"GET /v2/ HTTP/1.1\r\nHost: x\r\n\r\n")
+        self.assertEqual((2, 3), (got.count(self.data), got.count(b"HTTP/1.1 200 OK\r\n")))
+        self.assertTrue(got.endswith(b"{}\n"))
+
+    def kept_connection(self) -> tuple[Raw, End]:
+        """
+        Ask for the blob on a connection that is kept for more.
+        """
+        client = Raw()
+        wire = self.daemon.front.connect(client, "proxy.example", 80, secure=False)
+        wire.write(f"GET {self.path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        return client, wire
+
+    def test_a_slow_client_is_not_timed_out(self) -> None:
+        """
+        A client that takes minutes for its last piece gets it: the connection's idle time is not the answer's.
+        """
+        self.get(self.path)
+        client, wire = self.kept_connection()
+        while len(client.got) < 4.5 * MIB:  # the last piece is under way
+            self.daemon.front.move()
+        wire.reading = False
+        self.pass_time(299)
+        self.assertEqual((True, False), (wire.connected, client.closed))
+        wire.reading = True
+        self.flush()
+        self.assertTrue(client.got.endswith(self.data))
+
+    def test_a_client_that_takes_nothing_is_given_up(self) -> None:
+        """
+        After 300 seconds in which a client took nothing its connection is closed, and what it was sent is let go.
+        """
+        self.get(self.path)
+        client, wire = self.kept_connection()
+        while len(client.got) < 3 * MIB:
+            self.daemon.front.move()
+        wire.reading = False
+        self.pass_time(301)
+        wire.reading = True
+        self.flush()
+        self.assertEqual((True, 1), (client.closed, self.daemon.crowd.slow_readers))
+        self.assertLess(len(client.got), len(self.data))
+        self.assertEqual((0, 0), (self.daemon.crowd.transferring, self.daemon.crowd.connected))
+
+    def test_a_client_that_waits_for_ecr_is_not_slow(self) -> None:
+        """
+        Who has taken all that has come waits as long as it takes: it is not the client that is slow.
+        """
+        self.start(limits=Limits(send_seconds=5))
+        self.standin.quirks.latency = 20
+        digest = self.standin.push_blob("team/app", b"late")
+        reply = self.daemon.send("GET", f"/v2/team/app/blobs/{digest}")
+        self.pass_time(61)
+        self.assertWhole(reply, b"late")
+        self.assertEqual(0, self.daemon.crowd.slow_readers)
+
+
+class Request:
+    """
+    As much of a request as a sending uses.
+    """
+
+    startedWriting, chunked = True, False
+
+    def __init__(self, channel: Any) -> None:
+        self.channel = channel
+        self.sentLength = 0
+        self.got = bytearray()
+        self.producer: Any = None
+
+    def registerProducer(self, producer: Any, streaming: bool) -> None:
+        self.producer = producer
+
+    def unregisterProducer(self) -> None:
+        self.producer = None
+
+    def write(self, data: bytes) -> None:
+        self.got += data
+
+
+class Channel:
+    """
+    As much of a channel.
+    """
+
+    def __init__(self, transport: Any) -> None:
+        self.transport, self.patience = transport, Patience(Clock().callLater, 0, lambda: None)
+
+
+class Slow:
+    """
+    A source that grows when told to.
+    """
+
+    def __init__(self) -> None:
+        self.data, self.position, self.done = b"", 0, False
+        self.failure: Failure | None = None
+        self.news: Callable[[], None] = lambda: None
+        self.closed = 0
+
+    def piece(self, limit: int) -> FilePiece | bytes | None:
+        return self.data[self.position : self.position + limit] or None
+
+    def sent(self, count: int) -> None:
+        self.position += count
+
+    def listen(self, news: Callable[[], None]) -> None:
+        self.news = news
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+class SendTests(SynchronousTestCase):
+    """
+    One sending, without a daemon.
+    """
+
+    def setUp(self) -> None:
+        self.request, self.source = Request(Channel(object())), Slow()
+        self.sending = send(cast(Any, self.request), self.source, Hands())
+
+    def grow(self, data: bytes) -> None:
+        self.source.data += data
+        self.source.news()
+
+    def test_follows_the_news(self) -> None:
+        """
+        What the source has is sent at once, and the end is told when it is done.
+        """
+        for data in (b"ab", b"cd"):
+            self.grow(data)
+        self.assertEqual(b"abcd", bytes(self.request.got))
+        self.assertNoResult(self.sending)
+        self.source.done = True
+        self.source.news()
+        self.assertIsNone(self.successResultOf(self.sending))
+        self.assertEqual((1, None), (self.source.closed, self.request.producer))
+
+    def test_waits_while_paused(self) -> None:
+        """
+        News while the client can't take more changes nothing until it can.
+        """
+        self.request.producer.pauseProducing()
+        self.grow(b"abc")
+        self.assertEqual(b"", bytes(self.request.got))
+        self.request.producer.resumeProducing()
+        self.assertEqual(b"abc", bytes(self.request.got))
+
+    def test_news_overtake_nothing(self) -> None:
+        """
+        What a source has new while a piece is being handed over comes behind that piece.
+        """
+        sent = self.source.sent
+
+        def sent_and_more(count: int) -> None:
+            sent(count)
+            if len(self.source.data) < 4:
+                self.grow(b"%d" % len(self.source.data))
+
+        self.source.sent = sent_and_more  # type: ignore[method-assign]
+        self.grow(b"0")
+        self.assertEqual(b"0123", bytes(self.request.got))
+
+    def test_a_transfer_that_ends_while_its_client_rests(self) -> None:
+        """
+        The last byte of an uncached transfer comes last, also when the proof is made while its client reads on.
+        """
+        data = noise("x", 3 * MIB)
+        hands = Hands()
+        download = Download(Digest.of(data), len(data), None, hands)
+        bucket = BucketSource(len(data), len(data))
+        Deferred.fromCoroutine(download.run(bucket))
+        request = Request(Channel(object()))
+        sending = send(cast(Any, request), download.follow(0, len(data)), hands)
+        request.producer.pauseProducing()
+        hands.idle = False
+        for start in range(0, len(data), BUFFER):
+            bucket.first.arrived(data[start : start + BUFFER])
+        bucket.first.ended(None)
+        hands.work_off()
+        request.producer.resumeProducing()
+        hands.work_off()
+        self.assertIsNone(self.successResultOf(sending))
+        self.assertTrue(data == bytes(request.got), "other bytes, or in another order")
+
+    def test_fails_with_its_source(self) -> None:
+        """
+        A source that fails ends the sending with its reason.
+        """
+        self.grow(b"ab")
+        self.source.failure = Failure(ZeroDivisionError())
+        self.source.news()
+        self.failureResultOf(self.sending, ZeroDivisionError)
+        self.assertEqual((1, None), (self.source.closed, self.request.producer))
+
+    def test_ends_when_the_client_leaves(self) -> None:
+        """
+        A client that leaves ends the sending, once, and later news are nobody's.
+        """
+        producer = self.request.producer
+        self.request.channel = None
+        producer.stopProducing()
+        producer.stopProducing()
+        self.grow(b"ab")
+        producer.resumeProducing()
+        self.failureResultOf(self.sending, ConnectionDone)
+        self.assertEqual((1, b""), (self.source.closed, bytes(self.request.got)))
+
+    def test_ends_when_it_is_cancelled(self) -> None:
+        """
+        Who cancels the sending lets go of its source.
+        """
+        self.sending.cancel()
+        self.failureResultOf(self.sending, ConnectionDone, CancelledError)
+        self.assertEqual((1, None), (self.source.closed, self.request.producer))
+
+    def test_way_is_chosen_by_what_is_beneath(self) -> None:
+        """
+        The kernel sends to plain sockets with a length told; over TLS, in chunks and elsewhere pieces are sent.
+        """
+        chosen: list[type] = []
+        self.patch(PieceSending, "start", lambda sending: chosen.append(type(sending)))
+        self.patch(KernelSending, "start", lambda sending: chosen.append(type(sending)))
+        for started, chunked, tls in (
+            (True, False, False),
+            (False, False, False),
+            (True, True, False),
+            (True, False, True),
+        ):
+            connection = PipeConnection(None, Reactor())
+            self.addCleanup(connection.shut)
+            connection.TLS = tls
+            request = Request(Channel(connection))
+            request.startedWriting, request.chunked = started, chunked
+            send(cast(Any, request), Held(b""), Hands())
+        self.assertEqual([KernelSending, PieceSending, PieceSending, PieceSending], chosen)
+
+
+class Reactor:
+    """
+    What a connection needs of a reactor: to be called when it may write.
+    """
+
+    def __init__(self) -> None:
+        self.writing = False
+        self.turns = 0
+
+    def addWriter(self, writer: Any) -> None:
+        self.writing = True
+
+    def removeWriter(self, writer: Any) -> None:
+        self.writing = False
+
+    def addReader(self, reader: Any) -> None:
+        pass
+
+    def removeReader(self, reader: Any) -> None:
+        pass
+
+
+class PipeSocket:
+    """
+    The writing end of a pipe, which a connection takes for its socket: like one it takes so much and no more.
+    """
+
+    def __init__(self) -> None:
+        self.out, self._in = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+
+    def setblocking(self, blocking: bool) -> None:
+        pass
+
+    def fileno(self) -> int:
+        return self._in
+
+    def send(self, data: bytes) -> int:
+        return os.write(self._in, data)
+
+    def shutdown(self, how: int) -> None:
+        pass
+
+    def setsockopt(self, *option: object) -> None:
+        pass
+
+    def close(self) -> None:
+        if self._in >= 0:
+            os.close(self._in)
+            self._in = -1
+
+
+class PipeConnection(Connection):
+    """
+    Twisted's own TCP connection over a pipe: with a file descriptor, as the kernel wants one, and no socket.
+    """
+
+    def __init__(self, protocol: Any, reactor: Reactor) -> None:
+        self.pipe = PipeSocket()
+        super().__init__(cast(Any, self.pipe), protocol, cast(Any, reactor))
+        self.turner = reactor
+        self.connected = 1
+        self.received = bytearray()
+        self.over = False
+
+    def getHost(self) -> IPv4Address:
+        return IPv4Address("TCP", "proxy.example", 80)
+
+    def getPeer(self) -> IPv4Address:
+        return IPv4Address("TCP", "192.0.2.7", 31337)
+
+    def setTcpNoDelay(self, enabled: bool) -> None:
+        pass
+
+    def setTcpKeepAlive(self, enabled: bool) -> None:
+        pass
+
+    def turn(self) -> None:
+        """
+        Have the reactor let it write once.
+        """
+        self.turner.turns += 1
+        result = self.doWrite()
+        if result:
+            self.shut(result)
+
+    def read(self) -> bool:
+        """
+        Read what the pipe holds; tell whether there was anything.
+        """
+        with contextlib.suppress(BlockingIOError):
+            while data := os.read(self.pipe.out, 2**16):
+                self.received += data
+                return True
+        return False
+
+    def abortConnection(self) -> None:
+        self.shut()
+
+    def shut(self, reason: Exception | None = None) -> None:
+        """
+        End the connection.
+        """
+        if not self.over:
+            self.over = True
+            self.stopReading()
+            self.stopWriting()
+            if self.protocol is not None:
+                self.connectionLost(Failure(reason or ConnectionLost()))
+            self.pipe.close()
+            os.close(self.pipe.out)
+
+
+class KernelTests(DaemonTestCase):
+    """
+    By the kernel, from a real file to a real file descriptor.
+    """
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.data = noise("x", 3 * MIB)
+        self.digest = self.standin.push_blob("team/app", self.data)
+        self.path = f"/v2/team/app/blobs/{self.digest}"
+        self.connection = self.connect(self.daemon)
+
+    def connect(self, daemon: Daemon) -> PipeConnection:
+        """
+        Have a client connect over a pipe.
+        """
+        self.reactor = Reactor()
+        protocol = daemon.site.buildProtocol(IPv4Address("TCP", "192.0.2.7", 31337))
+        connection = PipeConnection(protocol, self.reactor)
+        protocol.makeConnection(connection)
+        self.addCleanup(connection.shut)
+        return connection
+
+    def ask(self, *headers: str, path: str = "") -> None:
+        """
+        Send a request and let happen what can, without reading.
+        """
+        lines = [f"GET {path or self.path} HTTP/1.1", "Host: x", *headers, "", ""]
+        self.connection.protocol.dataReceived("\r\n".join(lines).encode())
+        self.flush()
+
+    def read(self) -> None:
+        """
+        Read all that comes.
+        """
+        while True:
+            moved = self.connection.read()
+            if self.connection.turner.writing and not self.connection.over:
+                before = self.connection.turner.turns
+                self.connection.turn()
+                moved = moved or self.connection.turner.turns > before
+            if not self.connection.over:
+                moved = self.connection.read() or moved
+            if self.connection.over:
+                return
+            if not moved:
+                self.flush()
+                if not self.connection.turner.writing:
+                    return
+            self.assertLess(self.connection.turner.turns, 20_000, "it spins")
+
+    @property
+    def bodies(self) -> list[bytes]:
+        """
+        The bodies that were received, by their Content-Length, the last as far as it came.
+        """
+        found, rest = [], bytes(self.connection.received)
+        while rest:
+            head, _, rest = rest.partition(b"\r\n\r\n")
+            length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
+            found.append(rest[:length])
+            rest = rest[length:]
+        return found
+
+    def sendfiles(self) -> list[int]:
+        """
+        Note what the kernel sends at once from now on.
+        """
+        sent: list[int] = []
+        really = os.sendfile
+
+        def noting(out: int, source: int, offset: int, count: int) -> int:
+            sent.append(really(out, source, offset, count))
+            return sent[-1]
+
+        self.patch(os, "sendfile", noting)
+        return sent
+
+    def test_sends_a_cached_blob(self) -> None:
+        """
+        A cached blob goes from file to socket whole, without its bytes being read by us.
+        """
+        self.get(self.path)
+        sent = self.sendfiles()
+        self.patch(os, "pread", lambda *_: self.fail("it was read"))
+        self.ask()
+        self.read()
+        self.assertEqual([self.data], self.bodies)
+        self.assertEqual(len(self.data), sum(sent))
+        self.pass_time(1)  # lines of a rush are gathered
+        self.assertEqual(2, self.logged().count(f"GET {self.path} 200 {len(self.data)} bytes"))
+
+    def test_sends_a_range(self) -> None:
+        """
+        Of a range exactly its bytes are sent.
+        """
+        self.get(self.path)
+        self.ask("Range: bytes=1000000-1999999")
+        self.read()
+        self.assertEqual([self.data[1_000_000:2_000_000]], self.bodies)
+        self.assertIn(b"HTTP/1.1 206 ", bytes(self.connection.received))
+
+    def test_follows_a_transfer(self) -> None:
+        """
+        A blob that arrives is sent as it comes, its last byte once it is proved; waiting costs no turns.
+        """
+        self.standin.hold(self.digest)
+        self.ask()
+        self.standin.deliver(self.digest, MIB)
+        self.flush()
+        self.read()
+        self.assertEqual([self.data[:MIB]], self.bodies)
+        turns = self.connection.turner.turns
+        self.read()
+        self.assertEqual((False, turns), (self.connection.turner.writing, self.connection.turner.turns))
+        self.standin.deliver(self.digest, 2 * MIB - 1)
+        self.flush()
+        self.read()
+        self.assertEqual([self.data[:-1]], self.bodies)
+        self.standin.release(self.digest)
+        self.flush()
+        self.read()
+        self.assertEqual([self.data], self.bodies)
+
+    def test_the_next_request_is_answered(self) -> None:
+        """
+        After a body that the kernel sent the connection serves on, pipelined requests included.
+        """
+        self.get(self.path)
+        self.ask()
+        self.ask("Range: bytes=0-9")
+        self.ask(path="/v2/")
+        self.read()
+        self.assertEqual([self.data, self.data[:10], b"{}\n"], self.bodies)
+        # The channel is told again when the client doesn't read.
+        self.assertIsInstance(self.connection.producer, HTTPChannel)
+        self.ask()
+        self.read()
+        self.assertEqual(self.data, self.bodies[3])
+
+    def test_a_client_that_does_not_read_costs_nothing(self) -> None:
+        """
+        What a slow client has not taken stays in the file: nothing is held for it.
+        """
+        self.get(self.path)
+        sent = self.sendfiles()
+        self.ask()
+        for _ in range(50):
+            if self.connection.turner.writing:
+                self.connection.turn()
+        self.assertLess(sum(sent), MIB)
+        self.assertEqual((b"", []), (self.connection.dataBuffer, self.connection._tempDataBuffer))  # noqa: SLF001
+        self.read()
+        self.assertEqual([self.data], self.bodies)
+
+    def test_a_client_that_takes_nothing_is_given_up(self) -> None:
+        """
+        Its time begins anew with each piece that it takes, and with what it has all taken it does not run.
+        """
+        self.standin.hold(self.digest)
+        self.ask()
+        self.standin.deliver(self.digest, MIB)
+        self.flush()
+        self.read()
+        self.pass_time(29)  # a bucket may be silent for so long
+        self.daemon.standin.release(self.digest)
+        self.flush()
+        for _ in range(3):
+            self.connection.turn()
+            self.pass_time(299)
+            self.assertFalse(self.connection.over)
+            self.connection.read()
+        self.connection.turn()
+        self.pass_time(301)
+        self.assertTrue(self.connection.over)
+        self.assertEqual((1, 0), (self.daemon.crowd.slow_readers, self.daemon.crowd.transferring))
+
+    def test_a_client_that_has_taken_all_is_not_slow(self) -> None:
+        """
+        While a bucket sends nothing there is nothing to take: the client's time does not run.
+        """
+        self.connection = self.connect(self.start(limits=Limits(send_seconds=10)))
+        self.standin.hold(self.digest)
+        self.ask()
+        self.standin.deliver(self.digest, MIB)
+        self.flush()
+        self.read()
+        self.pass_time(20)
+        self.assertFalse(self.connection.over)
+        self.standin.release(self.digest)
+        self.flush()
+        self.read()
+        self.assertEqual([self.data], self.bodies)
+
+    def test_an_uncached_blob_is_sent_too(self) -> None:
+        """
+        What is in no file is sent from memory in the same place, in order.
+        """
+        daemon = self.start(limit=1000)
+        self.connection = self.connect(daemon)
+        self.ask()
+        while len(self.connection.received) < len(self.data):
+            self.read()
+            self.flush()
+        self.read()
+        self.assertEqual([self.data], self.bodies)
+        self.assertIn("BYPASS", self.logged())
+
+    def test_a_manifest_is_sent_too(self) -> None:
+        """
+        Manifests, which are in memory, come whole.
+        """
+        image = self.standin.push_image("team/app", "latest")
+        for _ in range(2):
+            self.ask(path="/v2/team/app/manifests/latest")
+        self.read()
+        self.assertEqual([image.manifest] * 2, self.bodies)
+
+    def test_who_leaves_lets_go(self) -> None:
+        """
+        A client that leaves in the middle lets go of the file.
+        """
+        self.get(self.path)
+        self.ask()
+        self.connection.turn()
+        self.assertEqual(1, len(self.daemon.store.ledger._readers))  # noqa: SLF001
+        self.connection.shut()
+        self.flush()
+        self.assertEqual({}, dict(self.daemon.store.ledger._readers))  # noqa: SLF001
+        self.assertEqual([], [event for event in self.events if event.get("log_failure")])
+
+    def aborted(self) -> None:
+        """
+        Check that the connection was aborted with the answer incomplete.
+        """
+        self.clock.advance(0)
+        self.assertTrue(self.connection.disconnecting or self.connection.disconnected or self.aborts)
+        (body,) = self.bodies
+        self.assertLess(len(body), len(self.data))
+        self.assertTrue(self.data.startswith(body))
+        self.assertEqual([], self.daemon.front.ends)
+
+    aborts = 0
+
+    def watch_aborts(self) -> None:
+        """
+        Count the connection's aborts, which need a reactor, and end it there.
+        """
+
+        def aborting() -> None:
+            self.aborts += 1
+            self.connection.read()
+            self.connection.shut()
+
+        self.patch(self.connection, "abortConnection", aborting)
+
+    def test_wrong_bytes_abort(self) -> None:
+        """
+        What turns out to be another blob ends the connection short of its last byte.
+        """
+        wrong = self.data[:-1] + bytes([self.data[-1] ^ 1])
+        self.standin.corrupt(self.digest, wrong)
+        self.watch_aborts()
+        self.ask()
+        self.read()
+        self.assertEqual(1, self.aborts)
+        self.aborted()
+
+    def test_a_file_that_is_cut_meanwhile_aborts(self) -> None:
+        """
+        A file that loses its end while it is sent ends the connection.
+        """
+        self.get(self.path)
+        self.watch_aborts()
+        self.ask()
+        self.connection.turn()
+        self.connection.turn()
+        os.truncate(self.file_of(self.digest), MIB)
+        self.read()
+        self.assertEqual(1, self.aborts)
+        self.aborted()
+        self.assertFalse(self.has(self.digest))
+
+    def test_a_disk_that_fails_meanwhile_aborts(self) -> None:
+        """
+        A read of the kernel's that fails ends the connection.
+        """
+        self.get(self.path)
+        self.watch_aborts()
+
+        def failing(*args: object) -> int:
+            raise OSError(5, "Input/output error")
+
+        self.patch(os, "sendfile", failing)
+        self.ask()
+        self.read()
+        self.assertEqual(1, self.aborts)
+        self.aborted()
+        self.flushLoggedErrors()
+
+    def test_news_after_the_end_are_nobodys(self) -> None:
+        """
+        A transfer that goes on after its client has left does not disturb the connection's remains.
+        """
+        self.standin.hold(self.digest)
+        self.ask()
+        self.standin.deliver(self.digest, MIB)
+        self.flush()
+        self.connection.shut()
+        self.flush()
+        self.standin.release(self.digest)
+        self.flush()
+        self.assertFalse(self.connection.turner.writing)
+        self.assertWhole(self.get(self.path), self.data, "HIT")

@@ -1,0 +1,50 @@
+"""
+Where the bytes of a response come from: memory, or a finished file.
+"""
+
+from __future__ import annotations
+
+from twisted.trial.unittest import SynchronousTestCase
+
+from ecrproxy.cache.store import Store
+from ecrproxy.transfer.sources import Held, Shelved
+from tests.store_contract import START, put, scratch
+
+
+class HeldTests(SynchronousTestCase):
+    def test_gives_what_it_holds(self) -> None:
+        """
+        Bytes in memory are given in pieces of any size, to their end.
+        """
+        held = Held(b"abcdef")
+        held.listen(lambda: self.fail("bytes in memory have no news"))
+        self.assertEqual((b"ab", False), (held.piece(2), held.done))
+        held.sent(2)
+        self.assertEqual(b"cdef", held.piece(100))
+        held.sent(4)
+        self.assertTrue(held.done)
+        self.assertIsNone(held.failure)
+        held.close()
+
+
+class ShelvedTests(SynchronousTestCase):
+    def test_reads_a_range_and_lets_go(self) -> None:
+        """
+        A finished file's range is read to its end, and the file closed with it.
+        """
+        store = Store(scratch(self), lambda: START)
+        store.prepare()
+        digest = put(store, bytes(100))
+        content = store.open(digest)
+        assert content is not None
+        shelved = Shelved(content, 10, 30)
+        shelved.listen(lambda: self.fail("there is no news of a finished file"))
+        self.assertEqual((content.fileno(), 10, 20), shelved.piece(1000))
+        shelved.sent(5)
+        self.assertEqual((content.fileno(), 15, 7), shelved.piece(7))
+        self.assertFalse(shelved.done)
+        shelved.sent(15)
+        self.assertTrue(shelved.done)
+        self.assertIsNone(shelved.failure)
+        shelved.close()
+        self.assertEqual(-1, content.fileno())

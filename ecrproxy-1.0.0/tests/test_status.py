@@ -1,0 +1,213 @@
+"""
+How the daemon stands, asked over HTTP.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from twisted.trial.unittest import SynchronousTestCase
+
+from ecrproxy.admin.port import is_ours
+from ecrproxy.admin.status import NEXT, TRANSFERS
+from tests.daemon import DaemonTestCase, noise
+
+DEAD = "sha256:" + 64 * "0"
+
+
+class StatusTestCase(DaemonTestCase):
+    def setUp(self) -> None:
+        super().setUp()
+        self.data = noise("watched", 300_000)
+        self.digest = self.standin.push_blob("team/app", self.data)
+        self.blob = f"/v2/team/app/blobs/{self.digest}"
+
+    def status(self) -> dict[str, Any]:
+        """
+        Read the document.
+        """
+        reply = self.daemon.ask_admin("/status.json")
+        self.assertEqual((200, "application/json"), (reply.code, reply.header("Content-Type")))
+        document: dict[str, Any] = json.loads(reply.body)
+        return document
+
+
+class DocumentTests(StatusTestCase):
+    """
+    /status.json.
+    """
+
+    def test_tells_of_what_is_on_its_way_and_who_follows(self) -> None:
+        """
+        Two clients follow one transfer; when one leaves, one does; when it has ended, it is not told any more.
+        """
+        self.standin.hold(self.digest)
+        replies = [self.daemon.send("GET", self.blob) for _ in range(2)]
+        self.flush()
+        self.standin.deliver(self.digest, 100_000)
+        self.flush()
+        (transfer,) = self.status()["transfers"]
+        self.assertEqual(100_000, transfer["received"])
+        self.assertEqual(
+            {"repository": "team/app", "digest": self.digest, "size": 300_000, "followers": 2, "kept": True},
+            {name: value for name, value in transfer.items() if name != "received"},
+        )
+        replies[0].leave()
+        self.flush()
+        self.assertEqual(1, self.status()["transfers"][0]["followers"])
+        self.standin.release(self.digest)
+        self.flush()
+        self.assertEqual([], self.status()["transfers"])
+
+    def test_tells_how_full_the_cache_is_and_what_goes_next(self) -> None:
+        """
+        The least recently used first: content by its digest, entries by what they are about.
+        """
+        self.get(self.blob)
+        self.pass_time(1)
+        later = self.standin.push_blob("team/base", noise("later", 1000))
+        self.get(f"/v2/team/base/blobs/{later}")
+        cache = self.status()["cache"]
+        self.assertEqual((self.used(), self.daemon.limit), (cache["bytes"], cache["limit"]))
+        self.assertEqual(len(self.files(".")), cache["files"])
+        told = [(each["kind"], each["name"]) for each in cache["next"]]
+        self.assertEqual({("content", self.digest), ("entry", f"team/app@{self.digest}")}, set(told[:2]))
+        self.assertEqual({("content", later), ("entry", f"team/base@{later}")}, set(told[2:]))
+        (used,) = [each["used"] for each in cache["next"] if each["name"] == self.digest]
+        self.assertEqual(self.daemon.now() - 1, used)
+
+    def test_an_entry_that_cannot_be_read_is_told_by_its_name(self) -> None:
+        """
+        What is wrong with a file of the cache is no trouble for who looks at it.
+        """
+        self.get(self.blob)
+        (entry,) = self.files("entries")
+        entry.write_bytes(b"<nonsense>")
+        self.assertIn(entry.name, [each["name"] for each in self.status()["cache"]["next"]])
+        entry.unlink()
+        told = {each["name"]: each["used"] for each in self.status()["cache"]["next"]}
+        self.assertIsNone(told[entry.name])
+
+    def test_tells_for_which_repositories_bytes_were_saved(self) -> None:
+        """
+        A miss saves nothing; hits save the blob's bytes each time.
+        """
+        for _ in range(3):
+            self.get(self.blob)
+        self.get(f"/v2/team/app/blobs/{DEAD}")
+        told = {"repository": "team/app", "bytes": 2 * len(self.data), "answers": 2}
+        self.assertEqual([told], self.status()["repositories"])
+        self.assertEqual(
+            {"HIT": {"count": 2, "bytes": 600_000}, "MISS": {"count": 1, "bytes": 300_000}}, self.status()["answers"]
+        )
+
+    def test_tells_of_the_last_hour(self) -> None:
+        """
+        What went through is in the history once its sample is taken.
+        """
+        self.assertEqual([], self.status()["history"])
+        for _ in range(4):
+            self.get(self.blob)
+        self.pass_time(10)
+        (point,) = self.status()["history"]
+        self.assertEqual({"seconds": 10, "asked": 4, "hits": 3, "sent": 1_200_000, "received": 300_000}, point)
+
+    def test_tells_how_good_the_token_is(self) -> None:
+        """
+        When it expires, and when the next is due; and not the token.
+        """
+        token = self.status()["token"]
+        self.assertIsNone(token["problem"])
+        self.assertEqual(self.daemon.tokens.expires, token["expires"])
+        self.assertAlmostEqual(6 * 3600, token["refresh_seconds"], delta=5)
+        self.assertEqual(0, token["failures"])
+
+    def test_tells_how_well_ecr_answers(self) -> None:
+        """
+        Circuit, last answer, queues and outcomes; what went wrong is among the incidents.
+        """
+        self.assertIsNone(self.status()["upstream"]["answered_seconds"])
+        self.get(self.blob)
+        self.pass_time(7)
+        upstream = self.status()["upstream"]
+        self.assertEqual(("closed", 7.0), (upstream["circuit"], upstream["answered_seconds"]))
+        self.assertEqual({"registry": {"307": 1}, "bucket": {"206": 1}}, upstream["outcomes"])
+        self.assertEqual({"manifests": 0, "checks": 0, "blobs": 0, "lists": 0}, upstream["waiting"])
+        self.standin.fail("registry", status=503)
+        for name in range(5):
+            self.daemon.send("GET", f"/v2/team/app/manifests/v{name}")
+        self.pass_time(30)
+        status = self.status()
+        self.assertEqual("open", status["upstream"]["circuit"])
+        self.assertIn("ECR keeps failing", status["incidents"][0]["text"])
+        self.assertEqual("warn", status["incidents"][0]["level"])
+
+    def test_tells_why_the_daemon_is_not_ready(self) -> None:
+        """
+        With the reasons of /readyz.
+        """
+        self.assertEqual([], self.status()["reasons"])
+        self.root.rename(self.root.with_suffix(".away"))
+        self.addCleanup(self.root.with_suffix(".away").rename, self.root)
+        self.root.write_text("no directory")
+        self.addCleanup(self.root.unlink)
+        self.assertIn("cache", self.status()["reasons"][0])
+
+    def test_does_not_grow_with_what_clients_do(self) -> None:
+        """
+        Many repositories, files and transfers are told of up to a number.
+        """
+        digests = [self.standin.push_blob(f"team/{number}", noise(f"{number}", 100)) for number in range(80)]
+        for number, digest in enumerate(digests * 2):
+            self.get(f"/v2/team/{number % 80}/blobs/{digest}")
+        status = self.status()
+        self.assertEqual((10, NEXT), (len(status["repositories"]), len(status["cache"]["next"])))
+        self.assertLess(TRANSFERS, 1000)
+
+    def test_has_no_paths_below(self) -> None:
+        """
+        What is not there is not there.
+        """
+        self.assertEqual(404, self.daemon.ask_admin("/status.json/more").code)
+
+
+class PortTests(StatusTestCase):
+    """
+    From where a browser may ask.
+    """
+
+    def test_no_other_site_may_read_it(self) -> None:
+        """
+        Nothing on this port has the header that lets other sites' scripts read, nor is it taken for something else.
+        """
+        for path in ("/status.json", "/metrics", "/readyz", "/healthz", "/nothing"):
+            reply = self.daemon.ask_admin(path)
+            self.assertIsNone(reply.header("Access-Control-Allow-Origin"), path)
+            self.assertEqual("nosniff", reply.header("X-Content-Type-Options"), path)
+            self.assertEqual("same-origin", reply.header("Cross-Origin-Resource-Policy"), path)
+
+    def test_a_strangers_name_for_this_port_is_refused(self) -> None:
+        """
+        A site whose name was made to lead here gets nothing of the daemon; Prometheus may call it by any name.
+        """
+        self.assertEqual(403, self.daemon.ask_admin("/status.json", host="evil.example").code)
+        self.assertEqual(200, self.daemon.ask_admin("/metrics", host="ecr-proxy.infra.example").code)
+        self.assertEqual(200, self.daemon.ask_admin("/readyz", host="ecr-proxy.infra.example").code)
+
+    def test_only_reads(self) -> None:
+        """
+        What is asked for in another way is refused.
+        """
+        self.assertEqual(405, self.daemon.ask_admin("/status.json", method="POST").code)
+
+
+class NameTests(SynchronousTestCase):
+    def test_of_which_no_stranger_can_be_the_owner(self) -> None:
+        """
+        Addresses, localhost, and names without a dot.
+        """
+        for host in ("127.0.0.1", "[::1]", "10.0.0.7", "localhost", "LOCALHOST", "a.localhost", "ecr-proxy"):
+            self.assertTrue(is_ours(host), host)
+        for host in ("evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "1.2.3", "evil.", "a.b:1"):
+            self.assertFalse(is_ours(host), host)

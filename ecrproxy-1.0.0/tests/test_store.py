@@ -1,0 +1,761 @@
+"""
+The cache directory is the whole truth: whatever was done to it, it gives what is right or nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+from array import array
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from twisted.logger import capturedLogs
+from twisted.trial.unittest import SynchronousTestCase
+
+from ecrproxy.cache.content import DigestMismatchError
+from ecrproxy.cache.entries import ANSWERS_LIMIT, entry_name
+from ecrproxy.cache.ledger import Ledger, Settled
+from ecrproxy.cache.store import Store
+from ecrproxy.oci import Digest, Kind, Route, parse_route
+from tests import store_contract
+from tests.store_contract import ANY, INDEX_TYPE, MANIFEST_TYPE, START, confirmed, entry_of, failing, put, read, scratch
+
+
+def open_files() -> int:
+    """
+    Count the files that this process has open.
+    """
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
+def files_in(folder: Path) -> list[str]:
+    """
+    List all that is in a directory, however deep, but its directories.
+    """
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir())
+
+
+class DirectoryContractTests(store_contract.StoreContract):
+    """
+    A cache directory is a store.
+    """
+
+    def make_store(self) -> Store:
+        """
+        Make a new directory.
+        """
+        store = Store(scratch(self), lambda: START)
+        store.prepare()
+        return store
+
+
+class StoreTests(SynchronousTestCase):
+    """
+    A directory whose clock the test sets.
+    """
+
+    def setUp(self) -> None:
+        """
+        An empty store.
+        """
+        self.now = START
+        self.store = self.reopened(scratch(self))
+        self.route = parse_route("/v2/a/manifests/latest")
+
+    def reopened(self, root: Path) -> Store:
+        """
+        Open a directory as a daemon does that starts.
+        """
+        store = Store(root, lambda: self.now)
+        store.prepare()
+        store.sweep()
+        store.count()
+        return store
+
+    def path_of(self, digest: Digest) -> Path:
+        """
+        Tell where content is.
+        """
+        return self.store.root / self.store.content_path(digest)
+
+    def plant(self, digest: Digest) -> Path:
+        """
+        Make room for something odd in a content's place.
+        """
+        path = self.path_of(digest)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+
+class StartTests(StoreTests):
+    """
+    A daemon starts with what the one before left, and nothing half done.
+    """
+
+    def test_a_directory_is_made_where_none_is(self) -> None:
+        """
+        Parents too, for this user's eyes only, and no file is left from trying.
+        """
+        root = scratch(self) / "deep" / "cache"
+        store = Store(root, lambda: START)
+        store.prepare()
+        self.assertEqual([], files_in(root))
+        self.assertEqual(0o700, stat.S_IMODE((root / "content").stat().st_mode))
+        put(store, b"x")
+
+    def test_a_directory_that_cannot_be_written_is_told(self) -> None:
+        """
+        It is an error at the start, and of every later check.
+        """
+        blocked = scratch(self)
+        blocked.write_text("a file where the directory should be")
+        self.assertRaises(OSError, Store(blocked, lambda: START).prepare)
+        self.store.check()
+        self.store.ingest.rmdir()
+        self.store.ingest.touch()
+        self.assertRaises(OSError, self.store.check)
+
+    def test_a_full_disk_is_told_and_leaves_nothing(self) -> None:
+        """
+        A check that fails midway takes its file away.
+        """
+        self.patch(Path, "write_bytes", lambda path, data: (path.touch(), failing(errno.ENOSPC)()))
+        self.assertRaises(OSError, self.store.check)
+        self.assertEqual([], files_in(self.store.root))
+
+    def test_what_a_dead_daemon_was_receiving_is_swept(self) -> None:
+        """
+        Files that nobody lives behind are removed, and were never content.
+        """
+        writer = self.store.writer(Digest.of(b"whole"), 5)
+        writer.write(0, [b"whole"])
+        writer.close()  # as a killed process does
+        self.assertEqual(1, len(files_in(self.store.arriving.folder)))
+        self.store = self.reopened(self.store.root)
+        self.assertEqual([], files_in(self.store.root))
+        self.assertIsNone(self.store.open(Digest.of(b"whole")))
+
+    def test_what_is_still_being_received_is_not_swept(self) -> None:
+        """
+        A file whose writer lives stays, and becomes content.
+        """
+        writer = self.store.writer(Digest.of(b"whole"), 5)
+        self.reopened(self.store.root)
+        writer.write(0, [b"whole"])
+        writer.commit()
+        writer.close()
+        self.assertEqual(b"whole", read(self.store, Digest.of(b"whole")))
+
+    def test_sweeping_survives_what_does_not_belong_there(self) -> None:
+        """
+        Directories and links among the arriving files neither stop the sweep nor lead it elsewhere.
+        """
+        outside = scratch(self)
+        outside.write_text("not the cache's")
+        (self.store.arriving.folder / "directory").mkdir()
+        (self.store.arriving.folder / "link").symlink_to(outside.absolute())
+        (self.store.arriving.folder / "left").write_text("x")
+        self.store.sweep()
+        self.assertFalse((self.store.arriving.folder / "left").exists())
+        self.assertTrue(outside.exists())
+
+    def test_drafts_of_entries_are_swept_when_they_are_old(self) -> None:
+        """
+        Another daemon on the same directory may be about to finish a young one.
+        """
+        for name, age in (("entry.young", 10), ("entry.old", 1000), ("probe.old", 1000)):
+            (self.store.arriving.folder / name).write_text("draft")
+            os.utime(self.store.arriving.folder / name, (START - age, START - age))
+        self.store.sweep()
+        self.assertEqual(["entry.young"], files_in(self.store.arriving.folder))
+
+    def test_the_count_is_what_the_directory_holds(self) -> None:
+        """
+        Content and entries count with their bytes, arriving files do not.
+        """
+        put(self.store, b"x" * 1000)
+        self.store.save("0" * 64, entry_of(self.route, confirmed()))
+        writer = self.store.writer(Digest.of(b"y"), 5000)
+        self.addCleanup(writer.discard)
+        again = Store(self.store.root, lambda: START)
+        again.count()
+        self.assertEqual(2, len(again.ledger))
+        self.assertEqual(1000 + len(entry_of(self.route, confirmed()).to_json()), again.ledger.total)
+        self.assertEqual(self.store.ledger.total, again.ledger.total)
+
+    def test_recency_survives_a_restart(self) -> None:
+        """
+        What was used last goes last, whatever came first.
+        """
+        digests = []
+        for data in (b"one", b"two", b"three"):
+            self.now += 1
+            digests.append(put(self.store, data))
+            read(self.store, digests[-1])
+        self.now += 1
+        read(self.store, digests[0])
+        again = self.reopened(self.store.root)
+        self.assertEqual(
+            [self.store.content_path(digest) for digest in (digests[1], digests[2], digests[0])],
+            [path for path, _, _ in again.ledger.oldest()],
+        )
+
+    def test_what_is_used_while_the_count_runs_is_the_most_recent(self) -> None:
+        """
+        A daemon answers before it has counted, and neither forgets that nor counts twice.
+        """
+        digests = []
+        for data in (b"one", b"two", b"three"):
+            digests.append(put(self.store, data))
+            self.now += 1
+            read(self.store, digests[-1])
+        again = Store(self.store.root, lambda: self.now)
+        read(again, digests[0])
+        again.count()
+        self.assertEqual(
+            [again.content_path(digest) for digest in (digests[1], digests[2], digests[0])],
+            [path for path, _, _ in again.ledger.oldest()],
+        )
+        self.assertEqual(len(b"onetwothree"), again.ledger.total)
+
+    def test_files_from_the_future_are_counted(self) -> None:
+        """
+        A clock that was wrong once neither hides content nor drops it.
+        """
+        digest = put(self.store, b"x")
+        os.utime(self.path_of(digest), (START * 2, START * 2))
+        again = self.reopened(self.store.root)
+        self.assertEqual(1, again.ledger.total)
+        self.assertEqual(b"x", read(again, digest))
+
+
+class WriterTests(StoreTests):
+    """
+    Only whole and verified files become content.
+    """
+
+    def test_only_the_arriving_file_shows_before_the_commit(self) -> None:
+        """
+        Nothing partial is ever among the content, and nothing is left arriving behind it.
+        """
+        digest = Digest.of(b"whole")
+        writer = self.store.writer(digest, 5)
+        writer.write(0, [b"who"])
+        self.assertEqual([], files_in(self.store.root / "content"))
+        self.assertEqual(1, len(files_in(self.store.arriving.folder)))
+        writer.write(3, [b"le"])
+        writer.commit()
+        writer.close()
+        self.assertEqual([str(self.path_of(digest).relative_to(self.store.root))], files_in(self.store.root))
+
+    def test_a_mismatch_leaves_no_file_at_all(self) -> None:
+        """
+        What upstream corrupted costs no disk.
+        """
+        writer = self.store.writer(Digest.of(b"right"), 5)
+        writer.write(0, [b"wrong"])
+        self.assertRaises(DigestMismatchError, writer.commit)
+        self.assertEqual([], files_in(self.store.root / "content"))
+        writer.discard()
+        self.assertEqual([], files_in(self.store.root))
+        self.assertEqual(0, self.store.ledger.total)
+
+    def test_a_disk_without_room_says_so_at_once(self) -> None:
+        """
+        The room is taken before the first byte comes; where there is none, nothing stays behind.
+        """
+        before = open_files()
+        self.patch(os, "posix_fallocate", failing(errno.ENOSPC))
+        problem = self.assertRaises(OSError, self.store.writer, Digest.of(b"x"), 10**9)
+        self.assertEqual(errno.ENOSPC, problem.errno)
+        self.assertEqual([], files_in(self.store.root))
+        self.assertEqual(before, open_files())
+
+    def test_the_room_is_taken_of_the_disk(self) -> None:
+        """
+        A transfer that began finds its room to the end.
+        """
+        writer = self.store.writer(Digest.of(b"x"), 300_000)
+        self.addCleanup(writer.discard)
+        self.assertGreaterEqual(os.fstat(writer.fileno()).st_blocks * 512, 300_000)
+
+    def test_a_disk_that_fails_midway_keeps_what_was_written_readable(self) -> None:
+        """
+        Whoever follows goes on from there without the disk.
+        """
+        writer = self.store.writer(Digest.of(b"first second"), 12)
+        self.addCleanup(writer.discard)
+        writer.write(0, [b"first "])
+        self.patch(os, "pwrite", failing(errno.EIO))
+        self.assertRaises(OSError, writer.write, 6, [b"second"])
+        self.assertEqual(6, writer.hashed)
+        self.assertEqual(b"first ", os.pread(writer.fileno(), writer.hashed, 0))
+
+    def test_a_disk_that_writes_little_at_a_time_loses_nothing(self) -> None:
+        """
+        Short writes are continued.
+        """
+        real = os.pwrite
+        self.patch(os, "pwrite", lambda fd, data, offset: real(fd, data[:3], offset))
+        digest = put(self.store, b"0123456789")
+        self.assertEqual(b"0123456789", read(self.store, digest))
+
+    def test_a_commit_that_the_disk_refuses_leaves_no_content(self) -> None:
+        """
+        Content that might not outlive a power cut is none.
+        """
+        writer = self.store.writer(Digest.of(b"x"), 1)
+        writer.write(0, [b"x"])
+        self.patch(os, "fsync", failing(errno.EIO))
+        self.assertRaises(OSError, writer.commit)
+        writer.discard()
+        self.assertEqual([], files_in(self.store.root))
+        self.assertEqual(0, self.store.ledger.total)
+
+    def test_content_is_on_the_disk_before_it_has_its_name(self) -> None:
+        """
+        After a power cut no name leads to bytes that were not written.
+        """
+        digest, synced = Digest.of(b"x"), []
+        self.patch(os, "fsync", lambda fd: synced.append((os.fstat(fd).st_size, self.store.has(digest))))
+        put(self.store, b"x")
+        self.assertIn((1, False), synced)
+        self.assertTrue(self.store.has(digest))
+
+    def test_an_arriving_file_is_locked_and_private(self) -> None:
+        """
+        Another process sees that somebody lives behind it, and another user sees nothing.
+        """
+        writer = self.store.writer(Digest.of(b"x"), 1)
+        self.addCleanup(writer.discard)
+        path = next(self.store.arriving.folder.iterdir())
+        self.assertEqual(0o600, stat.S_IMODE(path.stat().st_mode))
+        with path.open("rb") as file:
+            self.assertRaises(BlockingIOError, fcntl.flock, file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def test_content_is_being_read_by_who_followed_it_in(self) -> None:
+        """
+        Those who followed its arrival still read its file: it is not evicted before they are through.
+        """
+        writer = self.store.writer(Digest.of(b"x"), 1)
+        writer.write(0, [b"x"])
+        writer.commit()
+        self.assertEqual([True], [being_read for _, _, being_read in self.store.ledger.oldest()])
+        writer.close()
+        writer.close()
+        self.assertEqual([False], [being_read for _, _, being_read in self.store.ledger.oldest()])
+
+    def test_committed_content_is_counted(self) -> None:
+        """
+        Its bytes count once, however often it comes.
+        """
+        for _ in range(2):
+            put(self.store, b"12345")
+        self.assertEqual((5, 1), (self.store.ledger.total, len(self.store.ledger)))
+
+
+class ContentTests(StoreTests):
+    """
+    What was done to a file behind the cache's back is seen before it is served.
+    """
+
+    def test_truncated_content_is_dropped(self) -> None:
+        """
+        A file that lost its end is a miss, and no longer counted.
+        """
+        digest = put(self.store, b"0123456789")
+        os.truncate(self.path_of(digest), 4)
+        self.assertIsNone(self.store.open(digest, 10))
+        self.assertFalse(self.store.has(digest))
+        self.assertEqual(0, self.store.ledger.total)
+
+    def test_a_wrong_descriptor_drops_no_content(self) -> None:
+        """
+        Where the size differs, the bytes are hashed, and served if they are right, however many they are.
+        """
+        data = bytes(range(256)) * 8200  # more than is hashed at once
+        digest = put(self.store, data)
+        self.assertEqual(data, read(self.store, digest, 10))
+        self.assertTrue(self.store.has(digest))
+
+    def test_deleted_content_is_a_miss_and_not_counted(self) -> None:
+        """
+        Who tidies up by hand breaks nothing.
+        """
+        digest = put(self.store, b"x")
+        self.path_of(digest).unlink()
+        self.assertIsNone(self.store.open(digest))
+        self.assertEqual(0, self.store.ledger.total)
+
+    def test_a_link_in_contents_place_leads_nowhere(self) -> None:
+        """
+        Nothing outside the cache is served, even where it has the right bytes.
+        """
+        outside = scratch(self)
+        outside.write_bytes(b"x")
+        digest = Digest.of(b"x")
+        self.plant(digest).symlink_to(outside.absolute())
+        self.assertIsNone(self.store.open(digest))
+        self.assertIsNone(self.store.open(digest, 1))
+        self.assertTrue(outside.exists())
+        self.assertEqual(digest, put(self.store, b"x"))
+        self.assertEqual(b"x", read(self.store, digest))
+
+    def test_a_link_in_contents_place_is_not_content(self) -> None:
+        """
+        What can't be opened is not there: the two questions have one answer.
+        """
+        outside = scratch(self)
+        outside.write_bytes(b"x")
+        self.plant(Digest.of(b"x")).symlink_to(outside.absolute())
+        self.assertFalse(self.store.has(Digest.of(b"x")))
+
+    def test_a_directory_in_contents_place_is_a_miss(self) -> None:
+        """
+        It is no failure of the request that found it.
+        """
+        self.plant(Digest.of(b"x")).mkdir()
+        self.assertFalse(self.store.has(Digest.of(b"x")))
+        self.assertIsNone(self.store.open(Digest.of(b"x")))
+
+    def test_a_pipe_in_contents_place_holds_nobody_up(self) -> None:
+        """
+        A file that would be waited for is a miss.
+        """
+        path, real = self.plant(Digest.of(b"x")), os.open
+        os.mkfifo(path)
+
+        def impatient(name: Any, flags: int, *args: Any, **kwargs: Any) -> int:
+            self.assertTrue(Path(name) != path or flags & os.O_NONBLOCK, "this would wait for a writer for ever")
+            return real(name, flags, *args, **kwargs)
+
+        self.patch(os, "open", impatient)
+        self.assertFalse(self.store.has(Digest.of(b"x")))
+        self.assertIsNone(self.store.open(Digest.of(b"x")))
+
+    def test_content_that_cannot_be_opened_is_a_miss_and_logged(self) -> None:
+        """
+        A file of somebody else's costs a transfer, and the operator is told why.
+        """
+        digest = put(self.store, b"x")
+        self.patch(os, "open", failing(errno.EACCES))
+        with capturedLogs() as events:
+            self.assertIsNone(self.store.open(digest))
+        self.assertEqual([True], [digest.hex in event["path"] for event in events if "path" in event])
+        self.assertEqual((1, 1), (len(self.store.ledger), self.store.ledger.total))  # it is still there
+
+    def test_content_that_cannot_be_read_is_a_miss(self) -> None:
+        """
+        A bad block found while hashing is no failure of the request, and leaves no file open.
+        """
+        digest = put(self.store, b"0123456789")
+        self.store = self.reopened(self.store.root)
+        before = open_files()
+        self.patch(os, "pread", failing(errno.EIO))
+        self.assertIsNone(self.store.open(digest, 5))
+        self.assertEqual(before, open_files())
+
+    def test_wrong_content_on_a_disk_without_writing_is_a_miss(self) -> None:
+        """
+        What is wrong and can't be removed is still not served.
+        """
+        digest = put(self.store, b"0123456789")
+        os.truncate(self.path_of(digest), 4)
+        self.patch(Path, "unlink", failing(errno.EROFS))
+        self.assertIsNone(self.store.open(digest, 10))
+
+    def test_a_disk_without_writing_serves_what_it_has(self) -> None:
+        """
+        That a use can't be noted keeps nobody from the bytes.
+        """
+        digest = put(self.store, b"x")
+        self.store.save("0" * 64, entry_of(self.route, confirmed()))
+        self.patch(os, "utime", failing(errno.EROFS))
+        self.assertEqual(b"x", read(self.store, digest))
+        self.assertIsNotNone(self.store.entry("0" * 64, self.route))
+
+    def test_open_content_is_being_read_until_it_is_closed(self) -> None:
+        """
+        As long as one of its readers is there, and whether it is closed or only forgotten.
+        """
+        digest = put(self.store, b"x")
+        one, other = self.store.open(digest), self.store.open(digest)
+        assert one is not None
+        states = [self.is_read()]
+        one.close()
+        one.close()
+        states.append(self.is_read())
+        del other
+        states.append(self.is_read())
+        self.assertEqual([True, True, False], states)
+
+    def is_read(self) -> bool:
+        """
+        Tell whether the one file of the store is being read.
+        """
+        ((_, _, being_read),) = self.store.ledger.oldest()
+        return being_read
+
+    def test_a_use_is_noted(self) -> None:
+        """
+        Opening content, or reading an entry, makes it the most recently used, for the next daemon too.
+        """
+        digest = put(self.store, b"x")
+        self.store.save("0" * 64, entry_of(self.route, confirmed()))
+        self.now = START + 1000
+        read(self.store, digest)
+        self.assertEqual(START + 1000, self.path_of(digest).stat().st_mtime)
+        self.assertEqual(self.store.content_path(digest), [path for path, _, _ in self.store.ledger.oldest()][-1])
+        self.store.entry("0" * 64, self.route)
+        self.assertIn("0" * 64, [path for path, _, _ in self.store.ledger.oldest()][-1])
+        self.assertEqual(START + 1000, (self.store.root / "entries" / "00" / ("0" * 64)).stat().st_mtime)
+
+
+class EntryFileTests(StoreTests):
+    """
+    An entry that is not what it should be is a miss.
+    """
+
+    def test_a_corrupt_entry_is_a_miss(self) -> None:
+        """
+        Whatever bytes are in its file.
+        """
+        name = "0" * 64
+        self.store.save(name, entry_of(self.route, confirmed()))
+        path = self.store.root / "entries" / "00" / name
+        good = path.read_bytes()
+        digest = str(Digest.of(b"manifest")).encode()
+        broken = (
+            b"",
+            b"\0" * len(good),
+            good[: len(good) // 2],
+            b"[]",
+            b"null",
+            b"5",
+            b'"x"',
+            b"\xff\xfe",
+            b"[" * 100_000,
+            b"{}",
+            good.replace(b'"kind": "manifests"', b'"kind": "images"'),
+            good.replace(b'"repository"', b'"repo"'),
+            good.replace(digest, b"sha256:abc"),
+            good.replace(b'"' + digest + b'"', b"5"),
+            good.replace(b'"size": 8', b'"size": "many"'),
+            good.replace(b'"size": 8', b'"size": null'),
+            good.replace(b'"confirmed": ', b'"when": '),
+            good.replace(b'"answers": [', b'"answers": [5, '),
+            good.replace(b'"accept": [', b'"accept": [{}, '),
+        )
+        for data in broken:
+            self.assertNotEqual(good, data)
+            path.write_bytes(data)
+            self.assertIsNone(self.store.entry(name, self.route), data[:200])
+        path.write_bytes(good)
+        self.assertIsNotNone(self.store.entry(name, self.route))
+
+    def test_an_entry_with_numbers_beyond_all_bounds_is_a_miss(self) -> None:
+        """
+        JSON has larger numbers than files have bytes.
+        """
+        name = "0" * 64
+        self.store.save(name, entry_of(self.route, confirmed()))
+        path = self.store.root / "entries" / "00" / name
+        good = path.read_bytes()
+        for number in (b"1e999", b"Infinity", b"NaN"):
+            path.write_bytes(good.replace(b'"size": 8', b'"size": ' + number))
+            self.assertIsNone(self.store.entry(name, self.route), number)
+        for number in (b"9" * 400, b"1e999", b"-Infinity", b"NaN"):
+            path.write_bytes(good.replace(b"%.1f" % START, number))
+            self.assertIsNone(self.store.entry(name, self.route), number)
+
+    def test_a_directory_in_an_entrys_place_is_a_miss(self) -> None:
+        """
+        It is no failure of the request that found it.
+        """
+        (self.store.root / "entries" / "00" / ("0" * 64)).mkdir(parents=True)
+        self.assertIsNone(self.store.entry("0" * 64, self.route))
+
+    def test_an_entry_is_written_whole_or_not_at_all(self) -> None:
+        """
+        A disk that fails leaves the entry that was there, and no draft.
+        """
+        name = "0" * 64
+        self.store.save(name, entry_of(self.route, confirmed(b"old")))
+        self.patch(Path, "rename", failing(errno.EIO))
+        self.assertRaises(OSError, self.store.save, name, entry_of(self.route, confirmed(b"new")))
+        self.assertEqual(entry_of(self.route, confirmed(b"old")), self.store.entry(name, self.route))
+        self.assertEqual([f"entries/00/{name}"], files_in(self.store.root))
+
+    def test_entries_are_counted(self) -> None:
+        """
+        They are part of the cache's size, once each, until they are forgotten.
+        """
+        name, entry = "0" * 64, entry_of(self.route, confirmed())
+        for _ in range(2):
+            self.store.save(name, entry)
+        self.assertEqual((len(entry.to_json()), 1), (self.store.ledger.total, len(self.store.ledger)))
+        self.store.forget(name)
+        self.assertEqual((0, 0), (self.store.ledger.total, len(self.store.ledger)))
+        self.assertEqual([], files_in(self.store.root))
+
+
+class EntryNameTests(SynchronousTestCase):
+    """
+    The name of an entry says what was asked for.
+    """
+
+    def test_a_name_depends_on_all_that_was_asked_for(self) -> None:
+        """
+        A cache key that requests share leads none of them to another's entry.
+        """
+        digest = Digest.of(b"x")
+        asked = [
+            ("key", Route(Kind.MANIFEST, "a", "latest")),
+            ("other", Route(Kind.MANIFEST, "a", "latest")),
+            ("key", Route(Kind.MANIFEST, "b", "latest")),
+            ("key", Route(Kind.MANIFEST, "a", "older")),
+            ("key", Route(Kind.MANIFEST, "a", str(digest), digest)),
+            ("key", Route(Kind.BLOB, "a", str(digest), digest)),
+            ("key", Route(Kind.BLOB, "b", str(digest), digest)),
+            ("keymanifests", Route(Kind.MANIFEST, "a", "latest")),
+            ("key", Route(Kind.MANIFEST, "alatest", "")),
+        ]
+        self.assertEqual(len(asked), len({entry_name(key, route) for key, route in asked}))
+
+    def test_a_name_is_always_the_same_and_fit_for_a_file(self) -> None:
+        """
+        Whatever a client put into the key, the file is called by hexadecimal digits.
+        """
+        route = parse_route("/v2/a/manifests/latest")
+        for key in ("/v2/a/manifests/latest", "../../etc/passwd", "a\0b", "\udcff", "ä" * 10_000, ""):
+            self.assertRegex(entry_name(key, route), r"\A[0-9a-f]{64}\Z")
+            self.assertEqual(entry_name(key, route), entry_name(key, parse_route("/v2/a/manifests/latest?x=1")))
+
+
+class LedgerTests(SynchronousTestCase):
+    """
+    The ledger counts what is there, what is read and what is promised.
+    """
+
+    def test_a_file_counts_with_its_latest_size(self) -> None:
+        """
+        Files that change their size, or go, change the total by just that.
+        """
+        ledger = Ledger()
+        ledger.used("a", 10)
+        ledger.used("b", 5)
+        ledger.used("a", 3)
+        self.assertEqual((8, 2), (ledger.total, len(ledger)))
+        ledger.gone("a")
+        ledger.gone("a")
+        self.assertEqual((5, 1), (ledger.total, len(ledger)))
+
+    def test_files_come_in_the_order_of_their_use(self) -> None:
+        """
+        The least recently used is the first, and readers are told of.
+        """
+        ledger = Ledger()
+        for path in ("a", "b", "c", "a"):
+            ledger.used(path, 1)
+        ledger.reading("c", 1)
+        ledger.reading("c", 1)
+        ledger.reading("c", -1)
+        self.assertEqual([("b", 1, False), ("c", 1, True), ("a", 1, False)], list(ledger.oldest()))
+        ledger.reading("c", -1)
+        self.assertEqual([("b", 1, False), ("c", 1, False), ("a", 1, False)], list(ledger.oldest()))
+
+    def test_two_hundred_thousand_files_are_few_bytes_each(self) -> None:
+        """
+        A large directory is counted compactly, and looked up and evicted from as a small one is.
+        """
+        count = 200_000
+        names = b"".join(b"\1" + number.to_bytes(32, "big") for number in range(count))
+        sizes, order = array("Q", range(count)), array("I", reversed(range(count)))
+        ledger = Ledger()
+        ledger.load(Settled(names, sizes, order), sum(sizes))
+        self.assertLess(len(names) + sizes.itemsize * count + order.itemsize * count + count, 50 * count)
+        path = f"entries/00/{123_456:064x}"
+        ledger.used(path, 1)
+        self.assertEqual((count, sum(sizes) - 123_455), (len(ledger), ledger.total))
+        oldest = [path for path, _, _ in islice(ledger.oldest(), 3)]
+        self.assertEqual([f"entries/00/{count - number:064x}" for number in (1, 2, 3)], oldest)
+        for each in oldest:
+            ledger.gone(each)
+        self.assertEqual(f"entries/00/{count - 4:064x}", next(ledger.oldest())[0])
+        self.assertEqual(path, list(ledger.oldest())[-1][0])
+
+    def test_promises_are_taken_back(self) -> None:
+        """
+        What is reserved counts apart from what is there.
+        """
+        ledger = Ledger()
+        ledger.reserve(10)
+        ledger.reserve(5)
+        ledger.reserve(-10)
+        self.assertEqual((5, 0), (ledger.reserved, ledger.total))
+
+
+class EntryTests(SynchronousTestCase):
+    """
+    An entry remembers the answers that a reference had, by what the client takes.
+    """
+
+    def setUp(self) -> None:
+        """
+        A tag.
+        """
+        self.route = parse_route("/v2/a/manifests/latest")
+
+    def test_an_entry_is_of_what_was_asked_for(self) -> None:
+        """
+        Kind, repository and reference must all be the same.
+        """
+        entry = entry_of(self.route)
+        self.assertTrue(entry.is_of(parse_route("/v2/a/manifests/latest?x=1")))
+        self.assertFalse(entry.is_of(Route(Kind.BLOB, "a", "latest")))
+        self.assertFalse(entry.is_of(Route(Kind.MANIFEST, "b", "latest")))
+        self.assertFalse(entry.is_of(Route(Kind.MANIFEST, "a", "other")))
+
+    def test_the_latest_answer_fits_the_client(self) -> None:
+        """
+        The very same Accept set comes first, then the newest answer of a type that the client takes.
+        """
+        same = frozenset({INDEX_TYPE, MANIFEST_TYPE})
+        entry = entry_of(self.route, confirmed(b"manifest", START + 5), confirmed(b"index", START, INDEX_TYPE))
+        entry = entry.with_answer(same, confirmed(b"same", START - 5))
+        for accept, data in (
+            (same, b"same"),
+            (frozenset({INDEX_TYPE, "other/type"}), b"index"),
+            (same | {"other/type"}, b"manifest"),
+            (ANY, b"manifest"),
+        ):
+            latest = entry.latest(accept)
+            assert latest is not None
+            self.assertEqual(Digest.of(data), latest.descriptor.digest)
+        self.assertIsNone(entry.latest(frozenset({"other/type"})))
+        self.assertIsNone(entry_of(self.route).latest(ANY))
+
+    def test_a_new_answer_replaces_the_one_for_the_same_clients(self) -> None:
+        """
+        Others keep theirs.
+        """
+        entry = entry_of(self.route, confirmed(b"old"), confirmed(b"index", START, INDEX_TYPE))
+        newer = entry.with_answer(frozenset({MANIFEST_TYPE}), confirmed(b"new", START + 1))
+        self.assertEqual(
+            entry_of(self.route, confirmed(b"new", START + 1), confirmed(b"index", START, INDEX_TYPE)), newer
+        )
+
+    def test_answers_that_were_not_confirmed_for_longest_make_room(self) -> None:
+        """
+        Clients that make up Accept headers don't make an entry grow for ever.
+        """
+        entry = entry_of(self.route)
+        for number in range(ANSWERS_LIMIT + 3):
+            entry = entry.with_answer(frozenset({f"type/{number}"}), confirmed(b"x", START + number))
+        self.assertEqual(ANSWERS_LIMIT, len(entry.answers))
+        self.assertNotIn(frozenset({"type/2"}), entry.answers)
+        self.assertIn(frozenset({"type/3"}), entry.answers)

@@ -1,0 +1,277 @@
+"""
+A service manager learns that the daemon is ready, alive, reading again, ending, and how it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from twisted.internet.defer import Deferred
+from twisted.internet.testing import MemoryReactorClock
+from twisted.trial.unittest import SynchronousTestCase
+
+from ecrproxy.daemon.supervision import BEAT_SECONDS, Supervised, Supervisor, summary
+
+GIB = 2**30
+
+
+class Recorded(Supervisor):
+    """
+    A service manager that keeps what it is told.
+    """
+
+    def __init__(self, patience: float | None = None) -> None:
+        super().__init__("@nowhere", patience)
+        self.messages: list[list[str]] = []
+
+    def tell(self, message: Sequence[str]) -> None:
+        """
+        Keep a message.
+        """
+        self.messages.append(list(message))
+
+
+class SupervisorTests(SynchronousTestCase):
+    """
+    What the service manager has set.
+    """
+
+    def read(self, **environ: str) -> Supervisor | None:
+        """
+        Read it as the process 7.
+        """
+        return Supervisor.from_environ(environ, 7)
+
+    def read_patience(self, **environ: str) -> float | None:
+        """
+        Read of its watchdog.
+        """
+        found = self.read(NOTIFY_SOCKET="/run/systemd/notify", **environ)
+        assert found is not None
+        return found.patience
+
+    def test_none_is_told_nothing(self) -> None:
+        """
+        Without a socket, or with one of a kind that is not known, nobody is told.
+        """
+        self.assertEqual([None, None, None], [self.read(), self.read(NOTIFY_SOCKET=""), self.read(NOTIFY_SOCKET="x:1")])
+
+    def test_the_watchdog_is_that_of_this_process(self) -> None:
+        """
+        Its time is given in microseconds, for one process.
+        """
+        self.assertEqual(30.0, self.read_patience(WATCHDOG_USEC="30000000", WATCHDOG_PID="7"))
+        self.assertEqual(0.5, self.read_patience(WATCHDOG_USEC="500000"))
+        self.assertIsNone(self.read_patience(WATCHDOG_USEC="30000000", WATCHDOG_PID="8"))
+
+    def test_without_a_watchdog_there_is_no_time(self) -> None:
+        """
+        None, nothing or nonsense is no watchdog.
+        """
+        found = [
+            self.read_patience(**each) for each in ({}, *({"WATCHDOG_USEC": text} for text in ("", "0", "-1", "x")))
+        ]
+        self.assertEqual([None] * 5, found)
+
+    def test_nobody_there_is_no_trouble(self) -> None:
+        """
+        A message that nobody takes is lost, and nothing else happens.
+        """
+        Supervisor("/nowhere/notify").tell(["READY=1"])
+        Supervisor("@nowhere/notify").tell(["READY=1"])
+
+
+class SupervisedTests(SynchronousTestCase):
+    """
+    A daemon with a service manager.
+    """
+
+    def setUp(self) -> None:
+        """
+        Start it.
+        """
+        self.reactor = MemoryReactorClock()
+        self.said = "Ready"
+        self.start(Recorded(patience=8.0))
+
+    def start(self, supervisor: Recorded) -> None:
+        """
+        Start under this one.
+        """
+        self.supervisor = supervisor
+        self.supervised = Supervised(supervisor, self.describe, self.reactor)
+        self.supervised.startService()
+
+    async def describe(self) -> str:
+        """
+        Say how the daemon is.
+        """
+        return self.said
+
+    def run_reactor(self) -> None:
+        """
+        Let the reactor begin to run.
+        """
+        self.reactor.run()
+
+    def end(self) -> None:
+        """
+        Have the reactor tell of its end.
+        """
+        for call, args, kwargs in self.reactor.triggers["before"]["shutdown"]:
+            call(*args, **kwargs)
+
+    def test_is_ready_once_the_reactor_runs(self) -> None:
+        """
+        By then the ports are bound, and connections are accepted.
+        """
+        self.assertEqual([], self.supervisor.messages)
+        self.run_reactor()
+        self.assertEqual(["READY=1", "STATUS=Accepts connections", "WATCHDOG=1"], self.supervisor.messages[0])
+
+    def test_its_status_follows(self) -> None:
+        """
+        At once where it has changed, in one line whatever it says.
+        """
+        self.run_reactor()
+        self.assertEqual("STATUS=Ready", self.supervisor.messages[-1][1])
+        self.said = "no token: AWS\nis away"
+        self.reactor.advance(4.0)
+        self.assertEqual("STATUS=no token: AWS is away", self.supervisor.messages[-1][1])
+
+    def test_tells_the_watchdog_twice_in_its_time(self) -> None:
+        """
+        Each turn of the event loop that comes in time tells that it does.
+        """
+        self.run_reactor()
+        before = len(self.supervisor.messages)
+        self.reactor.pump([4.0] * 5)
+        told = self.supervisor.messages[before:]
+        self.assertEqual([["READY=1", "STATUS=Ready", "WATCHDOG=1"]] * 5, told)
+
+    def test_without_a_watchdog_tells_its_state_alone(self) -> None:
+        """
+        Now and then, for the service manager may have been too busy to take it.
+        """
+        self.start(Recorded())
+        self.run_reactor()
+        del self.supervisor.messages[:]
+        self.reactor.advance(BEAT_SECONDS)
+        self.assertEqual([["READY=1", "STATUS=Ready"]], self.supervisor.messages)
+
+    def test_a_disk_that_hangs_does_not_silence_it(self) -> None:
+        """
+        What it says of itself is old then, and it is alive all the same; it is asked once, not again and again.
+        """
+        asked: list[Deferred[str]] = []
+
+        def describe() -> Deferred[str]:
+            asked.append(Deferred())
+            return asked[-1]
+
+        self.supervised = Supervised(self.supervisor, describe, self.reactor)
+        self.supervised.startService()
+        self.run_reactor()
+        del self.supervisor.messages[:]
+        self.supervised._beat()  # noqa: SLF001 (the other one has beats as well)
+        self.assertEqual([["READY=1", "STATUS=Accepts connections", "WATCHDOG=1"]], self.supervisor.messages)
+        self.assertEqual(1, len(asked))
+        asked[0].callback("Ready")
+        self.assertEqual("STATUS=Ready", self.supervisor.messages[-1][1])
+
+    def test_what_can_not_be_described_ends_nothing(self) -> None:
+        """
+        It is one error in the log; the next beat asks again.
+        """
+
+        async def fail() -> str:
+            raise RuntimeError("of no kind that is known")
+
+        self.supervised._describe = fail  # noqa: SLF001
+        self.run_reactor()
+        self.reactor.advance(4.0)
+        self.assertEqual(2, len(self.flushLoggedErrors(RuntimeError)))
+        self.supervised._describe = self.describe  # noqa: SLF001
+        self.reactor.advance(4.0)
+        self.assertEqual("STATUS=Ready", self.supervisor.messages[-1][1])
+
+    def test_reading_again_has_a_beginning_and_an_end(self) -> None:
+        """
+        The beginning tells the time by the clock that is never set, as Type=notify-reload wants it.
+        """
+        self.run_reactor()
+        self.reactor.advance(1.5)
+        del self.supervisor.messages[:]
+        read: list[list[Any]] = []
+        self.supervised.rereading(lambda: read.append(list(self.supervisor.messages)))
+        self.assertEqual([[["RELOADING=1", "MONOTONIC_USEC=1500000", "STATUS=Ready", "WATCHDOG=1"]]], read)
+        self.assertEqual(["READY=1", "STATUS=Ready", "WATCHDOG=1"], self.supervisor.messages[-1])
+
+    def test_is_ready_again_whatever_came_of_reading(self) -> None:
+        """
+        An error that nobody thought of does not leave it reloading for ever.
+        """
+
+        def fail() -> None:
+            raise RuntimeError("of no kind that is known")
+
+        self.run_reactor()
+        self.assertRaises(RuntimeError, self.supervised.rereading, fail)
+        self.assertEqual("READY=1", self.supervisor.messages[-1][0])
+
+    def test_tells_that_it_ends_and_is_alive_meanwhile(self) -> None:
+        """
+        The watchdog does not cut short what clients are being sent; reading again makes nothing ready any more.
+        """
+        self.run_reactor()
+        self.end()
+        self.assertEqual(["STOPPING=1", "STATUS=Ready", "WATCHDOG=1"], self.supervisor.messages[-1])
+        self.said = "draining"
+        self.reactor.advance(4.0)
+        self.supervised.rereading(lambda: None)
+        self.assertEqual(["STOPPING=1", "STATUS=draining", "WATCHDOG=1"], self.supervisor.messages[-1])
+        self.supervised.stopService()
+        self.assertEqual([], self.reactor.getDelayedCalls())
+
+    def test_without_a_service_manager_nothing_is_told(self) -> None:
+        """
+        And SIGHUP works all the same.
+        """
+        reactor = MemoryReactorClock()
+        supervised = Supervised(None, self.describe, reactor)
+        supervised.startService()
+        read: list[bool] = []
+        supervised.rereading(lambda: read.append(True))
+        reactor.run()
+        supervised.stopService()
+        self.assertEqual(([True], []), (read, reactor.getDelayedCalls()))
+
+    def test_an_end_before_the_beginning_is_one(self) -> None:
+        """
+        What is stopped before the reactor runs tells nothing.
+        """
+        self.supervised.stopService()
+        self.run_reactor()
+        self.assertEqual([], self.supervisor.messages)
+
+
+class SummaryTests(SynchronousTestCase):
+    """
+    What an operator reads in systemctl status.
+    """
+
+    def test_says_how_full_the_cache_is(self) -> None:
+        """
+        In GiB, with the limit.
+        """
+        self.assertEqual("Ready; the cache holds 12.3 of 64.0 GiB", summary([], int(12.3 * GIB), 64 * GIB))
+
+    def test_says_what_keeps_it_from_its_work(self) -> None:
+        """
+        In the words of /readyz.
+        """
+        said = summary(["no token: AWS has not answered yet", "draining: the daemon ends"], 0, GIB)
+        self.assertEqual(
+            "no token: AWS has not answered yet; draining: the daemon ends; the cache holds 0.0 of 1.0 GiB", said
+        )

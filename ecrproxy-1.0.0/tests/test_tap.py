@@ -1,0 +1,730 @@
+"""
+The daemon is put together from its settings, or ends with one line that says what is wrong.
+"""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import io
+import os
+import resource
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import twisted.internet
+from cryptography.hazmat.primitives.serialization import Encoding
+from OpenSSL import SSL
+from twisted.application.service import MultiService
+from twisted.internet.address import IPv4Address
+from twisted.internet.base import ReactorBase
+from twisted.internet.error import CannotListenError
+from twisted.internet.interfaces import IHostnameResolver
+from twisted.internet.testing import MemoryReactorClock
+from twisted.logger import LogLevel, capturedLogs, formatEvent
+from twisted.python.failure import Failure
+from twisted.python.threadpool import ThreadPool
+from twisted.trial.unittest import SynchronousTestCase
+
+from ecrproxy import __version__
+from ecrproxy.registry.ecr import CredentialsError
+from ecrproxy.registry.resolver import ChosenServers
+from ecrproxy.settings.config import SETTINGS, Config
+from ecrproxy.settings.options import Options
+from ecrproxy.tap import _count_steadily, _open_many_files, _set_aside_what_stays, build, makeService
+from tests.store_contract import scratch
+from tests.test_ecr import KEYS, FakeAws
+from tests.test_htpasswd import line
+from tests.test_tls import Files, Tcp, client, shake_with, subject_of
+
+ADDRESS = IPv4Address("TCP", "192.0.2.1", 40000)
+ECR = "https://123456789012.dkr.ecr.eu-west-1.amazonaws.com"
+
+
+class Reactor(MemoryReactorClock):
+    """
+    A reactor in memory, with what the daemon needs beside.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        first: Any = object()
+        self.nameResolver = self.first = first
+        self.stopped = 0
+
+    def installNameResolver(self, resolver: IHostnameResolver) -> IHostnameResolver:
+        """
+        Take another resolver.
+        """
+        before, self.nameResolver = self.nameResolver, resolver
+        return before
+
+    def callFromThread(self, function: Callable[..., Any], *args: Any) -> None:
+        """
+        Call, for there are no threads.
+        """
+        function(*args)
+
+    def stop(self) -> None:
+        """
+        Be stopped.
+        """
+        self.stopped += 1
+
+
+class Taken(Reactor):
+    """
+    A reactor on a machine where every port is in use.
+    """
+
+    def listenTCP(self, port: int, factory: Any, backlog: int = 50, interface: str = "") -> Any:
+        """
+        Fail as the real one does.
+        """
+        raise CannotListenError(interface, port, OSError(98, "Address already in use"))
+
+
+class TakenForAdmin(Reactor):
+    """
+    A reactor on a machine where somebody has the operator's port.
+
+    @ivar problem: how that is told; by the second of these, if both began to listen at the same moment.
+    """
+
+    problem: Exception = CannotListenError("", 5001, OSError(98, "Address already in use"))
+
+    def listenTCP(self, port: int, factory: Any, backlog: int = 50, interface: str = "") -> Any:
+        """
+        Fail for that port.
+        """
+        if port == 5001:
+            raise self.problem
+        return super().listenTCP(port, factory, backlog, interface)
+
+
+class AtOnce:
+    """
+    What is a thread elsewhere.
+    """
+
+    def __init__(self, target: Callable[[], object], **kwargs: object) -> None:
+        self.start = target
+
+
+def call_at_once(
+    pool: ThreadPool, done: Callable[[bool, object], None], blocking: Callable[..., Any], *args: Any, **kwargs: Any
+) -> None:
+    """
+    Do at once what a pool's thread is to do.
+    """
+    try:
+        outcome = True, blocking(*args, **kwargs)
+    except Exception:  # noqa: BLE001 (told to who waits, as a thread's is)
+        outcome = False, Failure()
+    done(*outcome)
+
+
+def install(case: SynchronousTestCase, reactor: Reactor) -> None:
+    """
+    Have C{reactor} be the global one for a while.
+    """
+    package: Any = twisted.internet
+    before = vars(package).get("reactor")
+    package.reactor = reactor
+    if before is None:
+        case.addCleanup(vars(package).pop, "reactor", None)
+    else:
+        case.addCleanup(setattr, package, "reactor", before)
+
+
+class Knot:
+    """
+    What is garbage for the collector alone when it has ended.
+    """
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
+class TapCase(SynchronousTestCase):
+    """
+    A machine in memory.
+    """
+
+    def setUp(self) -> None:
+        """
+        Nothing set but an endpoint, and all that is printed caught.
+        """
+        self.stderr = io.StringIO()
+        self.patch(sys, "__stderr__", self.stderr)
+        self.folder = scratch(self)
+        self.folder.mkdir()
+        self.environ = {"PROXY_ECR_ENDPOINT": ECR, "PROXY_CACHE_DIR": str(self.folder / "cache")}
+        self.environ["PROXY_ADMIN_LISTEN"] = "off"
+        self.reactor = Reactor()
+
+    def run_with(self, *flags: str, **environ: str) -> MultiService:
+        """
+        Put the daemon together as twistd does.
+        """
+        self.patch(os, "environ", {**self.environ, **environ})
+        install(self, self.reactor)
+        options = Options()
+        options.parseOptions(list(flags))
+        return makeService(options)
+
+    def dies(self, action: Callable[[], object]) -> str:
+        """
+        Give the one line with which the daemon ends.
+        """
+        self.stderr.truncate(0)
+        self.stderr.seek(0)
+        ending = self.assertRaises(SystemExit, action)
+        self.assertEqual(1, ending.code)
+        text = self.stderr.getvalue()
+        self.assertTrue(text.startswith("ecr-proxy: "), text)
+        self.assertEqual((1, "\n"), (text.count("\n"), text[-1:]))
+        return text.removeprefix("ecr-proxy: ").rstrip()
+
+
+class OptionsTests(TapCase):
+    """
+    The flags are the settings' own.
+    """
+
+    def test_help_lists_each_flag_with_its_variable_and_default(self) -> None:
+        """
+        Nobody needs another document to set the daemon up.
+        """
+        text = " ".join(str(Options()).replace("-\n", "-").split()).replace("whitespace- separated", "")
+        missing = [
+            words
+            for setting in SETTINGS
+            for words in (f"--{setting.name}", setting.variable, f"default: {setting.default}")
+            if " ".join(words.split()) not in text
+        ]
+        self.assertEqual([], missing)
+
+    def test_secrets_are_no_flags(self) -> None:
+        """
+        Every process of the machine could read them.
+        """
+        text = str(Options()).lower()
+        for word in ("--aws", "--secret", "--token", "--access"):
+            self.assertNotIn(word, text)
+
+    def test_only_what_was_given_is_a_flag(self) -> None:
+        """
+        What was not leaves its variable in force.
+        """
+        options = Options()
+        options.parseOptions([])
+        self.assertEqual({}, options.flags())
+        options = Options()
+        options.parseOptions(
+            ["--port", "80", "--instance-auth", "--listen=tcp:1", "--listen", "unix:/x", "--tag-ttl=5"]
+        )
+        self.assertEqual(
+            {"port": "80", "instance-auth": "true", "listen": "tcp:1 unix:/x", "tag-ttl": "5"}, options.flags()
+        )
+        options = Options()
+        options.parseOptions(["--no-instance-auth"])
+        self.assertEqual({"instance-auth": "false"}, options.flags())
+
+    def test_each_run_has_its_own_endpoints(self) -> None:
+        """
+        What one command line listens on, another does not.
+        """
+        one = Options()
+        one.parseOptions(["--listen=tcp:1"])
+        other = Options()
+        other.parseOptions([])
+        self.assertNotIn("listen", other.flags())
+
+    def test_a_wrong_command_line_is_one_line(self) -> None:
+        """
+        It says what is wrong, and where to find what would be right.
+        """
+        for flags, words in (
+            (["--nonsense"], "nonsense"),
+            (["--port"], "port"),
+            (["surplus"], ""),
+        ):
+            self.assertIn("--help", self.dies(partial(Options().parseOptions, flags)))
+            self.assertIn(words, self.stderr.getvalue())
+
+    def test_the_version_is_told(self) -> None:
+        """
+        With success, and nothing else.
+        """
+        out = io.StringIO()
+        self.patch(sys, "stdout", out)
+        ending = self.assertRaises(SystemExit, Options().parseOptions, ["--version"])
+        self.assertEqual((0, f"ecrproxy {__version__}\n"), (ending.code, out.getvalue()))
+
+
+class WrongSettingTests(TapCase):
+    """
+    What is wrong with a setting is one line, and nothing listens.
+    """
+
+    def assert_dies(self, expected: str, *flags: str, **environ: str) -> None:
+        """
+        Hold that the daemon ends with a line that begins so, before it listens.
+        """
+        line = self.dies(lambda: self.run_with(*flags, **environ))
+        self.assertTrue(line.startswith(expected), line)
+        self.assertEqual(([], [], []), (self.reactor.tcpServers, self.reactor.sslServers, self.reactor.unixServers))
+
+    def test_wrong_texts_are_told_with_their_variables(self) -> None:
+        """
+        Of every setting that has a grammar.
+        """
+        for variable, text in {
+            "PROXY_ECR_ENDPOINT": "ftp://x",
+            "AWS_REGION": "eu west",
+            "AWS_INSTANCE_AUTH": "maybe",
+            "PROXY_CACHE_KEY": "$nonsense",
+            "PROXY_CACHE_LIMIT": "64 parsecs",
+            "PROXY_DNS_RESOLVER": "dns.example",
+            "PROXY_NAMESPACE_PATTERN": "(a",
+            "PROXY_PORT": "70000",
+            "PROXY_TAG_TTL": "soon",
+            "PROXY_ALLOW_FROM": "everywhere",
+        }.items():
+            self.assert_dies(f"{variable}={text!r}: ", **{variable: text})
+
+    def test_wrong_texts_are_told_with_their_flags(self) -> None:
+        """
+        Of the flags that were given.
+        """
+        self.assert_dies("--port='70000': ", "--port", "70000", PROXY_PORT="80")
+        self.assert_dies("--namespace-pattern='a)': ", "--namespace-pattern=a)")
+
+    def test_a_value_of_many_lines_is_told_in_one(self) -> None:
+        """
+        Whatever was pasted into it.
+        """
+        self.assert_dies(r"PROXY_PORT='1\n2\n3': ", PROXY_PORT="1\n2\n3")
+
+    def test_what_is_missing_is_told(self) -> None:
+        """
+        The endpoint, the region, and the other half of key and certificate.
+        """
+        self.assert_dies("PROXY_ECR_ENDPOINT is not set", PROXY_ECR_ENDPOINT="")
+        self.assert_dies("AWS_REGION is not set", PROXY_ECR_ENDPOINT="http://moto:5000")
+        self.assert_dies("PROXY_SSL_CERTIFICATE is not set", PROXY_SSL_KEY="/key.pem")
+        self.assert_dies("PROXY_SSL_KEY is not set", PROXY_SSL_CERTIFICATE="/certificate.pem")
+
+    def test_a_cache_directory_that_cannot_be_written_is_told(self) -> None:
+        """
+        With the reason, and what to give.
+        """
+        blocked = self.folder / "file"
+        blocked.write_text("no directory")
+        for path in (str(blocked), str(blocked / "cache")):
+            self.assert_dies(f"PROXY_CACHE_DIR={path!r}: can't be written: ", PROXY_CACHE_DIR=path)
+
+    def test_files_of_tls_that_cannot_be_used_are_told(self) -> None:
+        """
+        The key, the certificate, or both.
+        """
+        files, others = Files(self.folder / "tls"), Files(self.folder / "others")
+        key, certificate = files.key, files.certificate
+        for key_path, certificate_path, expected in (
+            ("/nowhere", certificate, "PROXY_SSL_KEY='/nowhere': can't be read: No such file"),
+            (key, "/nowhere", "PROXY_SSL_CERTIFICATE='/nowhere': can't be read: No such file"),
+            (certificate, certificate, f"PROXY_SSL_KEY={certificate!r}: holds no PEM key"),
+            (key, key, f"PROXY_SSL_CERTIFICATE={key!r}: holds no PEM certificate"),
+            (key, others.certificate, f"PROXY_SSL_KEY={key!r}, PROXY_SSL_CERTIFICATE={others.certificate!r}: the key"),
+        ):
+            self.assert_dies(expected, PROXY_SSL_KEY=key_path, PROXY_SSL_CERTIFICATE=certificate_path)
+        pair = {"PROXY_SSL_KEY": key, "PROXY_SSL_CERTIFICATE": certificate}
+        self.assert_dies("PROXY_CLIENT_CA='/nowhere': can't be read: No such file", PROXY_CLIENT_CA="/nowhere", **pair)
+        self.assert_dies(f"PROXY_CLIENT_CA={key!r}: holds no PEM certificate", PROXY_CLIENT_CA=key, **pair)
+
+    def test_a_file_of_passwords_that_cannot_be_used_is_told(self) -> None:
+        """
+        By its line, which is not repeated, and with how to make one.
+        """
+        self.assert_dies("PROXY_HTPASSWD='/nowhere': can't be read: No such file", PROXY_HTPASSWD="/nowhere")
+        path = self.folder / "htpasswd"
+        path.write_text("ann:plainly\n")
+        self.assert_dies(f"PROXY_HTPASSWD={str(path)!r}: line 1 is not a name and", PROXY_HTPASSWD=str(path))
+        self.assertIn("htpasswd -B", self.stderr.getvalue())
+        self.assertNotIn("plainly", self.stderr.getvalue())
+
+    def test_endpoints_that_twisted_refuses_are_told(self) -> None:
+        """
+        Each as it was written, and what would be right.
+        """
+        for text in ("carrier:pigeon", "tcp:port", "tcp:", "tcp:1:2:3:4:5", "ssl:443:privateKey=/nowhere", "nonsense"):
+            self.assert_dies(f"PROXY_LISTEN={text!r}: ", PROXY_LISTEN=f"tcp:5000 {text}")
+            self.assertIn("give an endpoint string", self.stderr.getvalue())
+
+    def test_a_port_in_use_is_told(self) -> None:
+        """
+        When the daemon begins to listen, and in the log as well.
+        """
+        self.reactor = Taken()
+        for environ, expected in (
+            ({}, "PROXY_PORT=5000: can't listen there: Address already in use"),
+            ({"PROXY_LISTEN": "tcp:80"}, "PROXY_LISTEN='tcp:80': can't listen there: Address already in use"),
+        ):
+            service = self.run_with(**environ)
+            with capturedLogs() as events:
+                line = self.dies(service.privilegedStartService)
+            self.assertTrue(line.startswith(expected), line)
+            self.assertIn(LogLevel.critical, [event["log_level"] for event in events])
+
+
+class CredentialsTests(TapCase):
+    """
+    Without credentials there is nothing to do; with AWS down there is.
+    """
+
+    def setUp(self) -> None:
+        """
+        Threads that do at once what they are told.
+        """
+        super().setUp()
+        self.registered: list[tuple[object, ...]] = []
+        self.patch(atexit, "register", lambda *args: self.registered.append(args))
+        self.patch(threading, "Thread", AtOnce)
+        self.patch(ThreadPool, "callInThreadWithCallback", call_at_once)
+
+    def start(self, aws: FakeAws) -> MultiService:
+        """
+        Start the daemon.
+        """
+        service = self.run_with(**os.environ)
+        service.privilegedStartService()
+        service.startService()
+        self.addCleanup(service.stopService)
+        return service
+
+    def test_no_credentials_end_the_daemon(self) -> None:
+        """
+        With one line, and a status that is not 0 although its reactor ends in order.
+        """
+        self.start(FakeAws(self, {}))
+        lines = self.stderr.getvalue().splitlines()
+        self.assertEqual(1, len(lines))
+        self.assertTrue(lines[0].startswith("ecr-proxy: AWS_ACCESS_KEY_ID: no AWS credentials found"), lines)
+        self.assertEqual(1, self.reactor.stopped)
+        self.assertEqual([(os._exit, 1)], self.registered)
+
+    def test_credentials_that_aws_refuses_end_the_daemon(self) -> None:
+        """
+        With the first line of AWS's own words, however many there were.
+        """
+        aws = FakeAws(self, KEYS)
+        aws.refuses("UnrecognizedClientException", "The security token is invalid\nand more")
+        self.start(aws)
+        self.assertIn("The security token is invalid\n", self.stderr.getvalue())
+        self.assertEqual(1, self.stderr.getvalue().count("\n"))
+        self.assertEqual(1, self.reactor.stopped)
+
+    def test_aws_being_down_does_not_end_the_daemon(self) -> None:
+        """
+        It serves, says that it is not ready and why, and goes on trying until it is.
+        """
+        aws = FakeAws(self, KEYS)
+        self.start(aws)
+        self.assertEqual(("", 0), (self.stderr.getvalue(), self.reactor.stopped))
+        self.assertIn(b"200 OK", answer(self.reactor, b"/healthz"))
+        self.assertIn(b"503 Service", not_ready := answer(self.reactor, b"/readyz"))
+        self.assertIn(b"no token: ", not_ready)
+        aws.grants()
+        self.reactor.pump([1.0] * 5)
+        self.assertIn(b"200 OK", answer(self.reactor, b"/readyz"))
+
+    def test_what_ended_is_garbage_whatever_tokens_come(self) -> None:
+        """
+        A token keeps nothing in memory that was there when it came; of what the first one needed, no garbage stays.
+        """
+        self.addCleanup(gc.enable)
+        self.addCleanup(gc.unfreeze)
+        gc.disable()
+        _set_aside_what_stays.cache_clear()
+        aws = FakeAws(self, KEYS)
+        aws.grants()
+        ended = weakref.ref(Knot())
+        self.start(aws)
+        self.assertIsNone(ended())
+        knot = Knot()
+        ended = weakref.ref(knot)
+        self.reactor.pump([30.0] * 3)
+        self.assertEqual(2, len(aws.asked))
+        del knot
+        gc.collect()
+        self.assertIsNone(ended())
+
+    def test_a_daemon_that_ends_is_not_ready(self) -> None:
+        """
+        Whoever still has a connection is told so.
+        """
+        FakeAws(self, KEYS).grants()
+        service = self.run_with(**os.environ)
+        service.privilegedStartService()
+        service.startService()
+        factory: Any = self.reactor.tcpServers[0][1]
+        factory.buildProtocol(ADDRESS).makeConnection(Tcp())
+        ending = service.stopService()
+        not_ready = answer(self.reactor, b"/readyz")
+        self.assertIn(b"503 Service", not_ready)
+        self.assertIn(b"draining", not_ready)
+        self.assertNoResult(ending)
+
+    def test_a_cache_that_cannot_be_written_any_more_is_not_ready(self) -> None:
+        """
+        Orchestrators are told, and why.
+        """
+        aws = FakeAws(self, KEYS)
+        aws.grants()
+        self.start(aws)
+        self.assertIn(b"200 OK", answer(self.reactor, b"/readyz"))
+        ingest = self.folder / "cache" / "ingest"
+        ingest.rmdir()
+        self.assertIn(b"200 OK", answer(self.reactor, b"/readyz"))  # it is made anew
+        ingest.rmdir()
+        ingest.touch()
+        not_ready = answer(self.reactor, b"/readyz")
+        self.assertIn(b"503 Service", not_ready)
+        self.assertIn(b"the cache directory can't be written: Not a directory", not_ready)
+
+    def test_as_many_files_may_be_open_as_the_system_allows(self) -> None:
+        """
+        What a shell allows is meant for programs, not for servers.
+        """
+        _, most = before = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self.addCleanup(resource.setrlimit, resource.RLIMIT_NOFILE, before)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(512, most), most))
+        _open_many_files()
+        self.assertEqual((most, most), resource.getrlimit(resource.RLIMIT_NOFILE))
+
+
+def answer(reactor: Reactor, path: bytes, number: int = 0) -> bytes:
+    """
+    Ask what listens, and give all that it says.
+    """
+    factory: Any = reactor.tcpServers[number][1]
+    protocol, transport = factory.buildProtocol(IPv4Address("TCP", "192.0.2.1", 40000)), Tcp()
+    protocol.makeConnection(transport)
+    protocol.dataReceived(b"GET " + path + b" HTTP/1.1\r\nHost: cache.test\r\n\r\n")
+    reactor.advance(0)
+    return bytes(transport.value())
+
+
+class Counting(ReactorBase):
+    """
+    As much of a real reactor as has timers.
+    """
+
+    def installWaker(self) -> None:
+        """
+        There are no threads to be woken by.
+        """
+
+
+class ClockTests(TapCase):
+    """
+    The machine's time of the day may be set.
+    """
+
+    def test_a_reactors_timers_go_by_a_clock_that_nobody_sets(self) -> None:
+        """
+        Each timer is made, moved and found due by seconds that only count up.
+        """
+        reactor = Counting()
+        seconds = [100.0]
+        self.patch(time, "monotonic", lambda: seconds[0])
+        _count_steadily(reactor)
+        fired: list[str] = []
+        timer = reactor.callLater(5, fired.append, "moved")
+        reactor.callLater(10, fired.append, "second")
+        self.assertEqual(5, reactor.timeout())
+        timer.reset(7)
+        seconds[0] = 106.9
+        reactor.runUntilCurrent()
+        self.assertEqual([], fired)
+        seconds[0] = 110.0
+        reactor.runUntilCurrent()
+        self.assertEqual(["moved", "second"], fired)
+
+    def test_a_real_reactor_is_told_before_it_has_timers(self) -> None:
+        """
+        The daemon's reactor, and a worker's, count so from the start.
+        """
+        reactor: Any = Counting()
+        self.reactor = reactor
+        self.assertRaises(SystemExit, self.run_with, PROXY_ECR_ENDPOINT="nothing")
+        self.assertIs(time.monotonic, reactor.seconds)
+
+
+class BuildTests(TapCase):
+    """
+    The parts come together as the settings say.
+    """
+
+    def build(self, **environ: str) -> MultiService:
+        """
+        Build the daemon, and let it listen.
+        """
+        config = Config.load({}, {**self.environ, **environ})
+        service = build(config, self.reactor, self.refused)
+        service.privilegedStartService()
+        return service
+
+    def refused(self, problem: CredentialsError) -> None:
+        """
+        Expect no refusal.
+        """
+        raise AssertionError(problem)
+
+    def test_it_listens_on_its_port_and_answers(self) -> None:
+        """
+        For all addresses of the machine, with a queue that a burst of pulls fits in.
+        """
+        self.build()
+        ((port, _, backlog, interface),) = self.reactor.tcpServers
+        self.assertEqual(5000, port)
+        self.assertIn(interface, ("::", "0.0.0.0"))
+        self.assertGreaterEqual(backlog, 1000)
+        self.assertIn(b"200 OK", answer(self.reactor, b"/v2/"))
+        self.assertIn(b"404 Not Found", answer(self.reactor, b"/elsewhere"))
+
+    def test_namespaces_are_kept_to(self) -> None:
+        """
+        The pattern reaches the registry: what it excludes is denied without a question to anybody.
+        """
+        self.patch(ThreadPool, "callInThreadWithCallback", call_at_once)
+        self.build(PROXY_NAMESPACE_PATTERN="image1|image3")
+        self.assertIn(b"403 Forbidden", answer(self.reactor, b"/v2/image2/manifests/latest"))
+        self.assertEqual(b"", answer(self.reactor, b"/v2/image3/tags/list"), "this one waits for the token")
+
+    def test_tls_is_spoken_where_there_is_a_key(self) -> None:
+        """
+        On the port that is set, with the certificate of the file, and never over HTTP/2.
+        """
+        files = Files(self.folder / "tls")
+        self.build(PROXY_SSL_KEY=files.key, PROXY_SSL_CERTIFICATE=files.certificate, PROXY_PORT="5443")
+        server: Any
+        (server,) = self.reactor.tcpServers
+        port, factory, _, _ = server
+        self.assertEqual(5443, port)
+        protocol, transport = factory.buildProtocol(IPv4Address("TCP", "192.0.2.1", 40000)), Tcp()
+        asker = client(trusted=files.root, offer=(b"h2", b"http/1.1"))
+        shake_with(protocol, transport, asker)
+        self.assertNotEqual(b"h2", asker.get_alpn_proto_negotiated())
+        self.assertEqual("CN=cache.test", subject_of(asker))
+
+    def test_clients_are_asked_for_what_is_set(self) -> None:
+        """
+        A password, a network, a certificate: each setting reaches the registry, and leaves health alone.
+        """
+        path, files = self.folder / "htpasswd", Files(self.folder / "tls")
+        path.write_bytes(line("ann", "client canary"))
+        self.build(PROXY_HTPASSWD=str(path), PROXY_LISTEN="tcp:80")
+        self.assertIn(b"401 Unauthorized", answer(self.reactor, b"/v2/"))
+        self.assertIn(b"200 OK", answer(self.reactor, b"/healthz"))
+        self.reactor = Reactor()
+        self.build(PROXY_ALLOW_FROM="10.0.0.0/8")
+        self.assertIn(b"403 Forbidden", answer(self.reactor, b"/v2/"))
+        self.assertIn(b"200 OK", answer(self.reactor, b"/healthz"))
+        self.reactor = Reactor()
+        install(self, self.reactor)  # where Twisted's TLS gathers what is written
+        chain = b"".join(each.public_bytes(Encoding.PEM) for each in (files.root, files.middle))
+        authorities = files.write("ca.pem", chain)
+        self.build(PROXY_SSL_KEY=files.key, PROXY_SSL_CERTIFICATE=files.certificate, PROXY_CLIENT_CA=authorities)
+        asked = self.secure_answer(client(), b"/v2/")
+        self.assertIn(b"403 Forbidden", asked)
+        self.assertIn(b"client certificate", asked)
+        self.assertIn(b"200 OK", self.secure_answer(client(), b"/healthz"))
+        self.assertIn(b"200 OK", self.secure_answer(client(shows=(files.private, files.leaf)), b"/v2/"))
+
+    def secure_answer(self, asker: SSL.Connection, path: bytes) -> bytes:
+        """
+        Ask over TLS.
+        """
+        server: Any = self.reactor.tcpServers[0]
+        protocol, transport = server[1].buildProtocol(IPv4Address("TCP", "192.0.2.1", 40000)), Tcp()
+        shake_with(protocol, transport, asker)
+        asker.send(b"GET %b HTTP/1.1\r\nHost: x\r\n\r\n" % path)
+        protocol.dataReceived(asker.bio_read(65536))
+        self.reactor.advance(1)
+        asker.bio_write(transport.value())
+        return asker.recv(65536)
+
+    def test_endpoints_of_ones_own_replace_the_port(self) -> None:
+        """
+        All of them are listened on, and the port is not.
+        """
+        path = str(self.folder / "socket")
+        self.build(PROXY_LISTEN=f"tcp:81 tcp:82:interface=127.0.0.1 unix:{path}", PROXY_PORT="5001")
+        self.assertEqual(
+            [(81, ""), (82, "127.0.0.1")], [(port, interface) for port, _, _, interface in self.reactor.tcpServers]
+        )
+        self.assertEqual([path], [server[0] for server in self.reactor.unixServers])
+        self.assertIn(b"200 OK", answer(self.reactor, b"/healthz", 1))
+
+    def test_variables_of_another_proxy_are_noticed(self) -> None:
+        """
+        In the log, or in the line with which the daemon ends without what they were to say.
+        """
+        with capturedLogs() as events:
+            self.run_with(CACHE_KEY="$uri")
+        self.assertIn("PROXY_CACHE_KEY", " ".join(filter(None, map(formatEvent, events))))
+        del self.environ["PROXY_ECR_ENDPOINT"]
+        self.assertIn("UPSTREAM is set", self.dies(lambda: self.run_with(UPSTREAM="https://ecr.example")))
+
+    def test_the_operators_port_is_of_this_machine_alone(self) -> None:
+        """
+        Figures are not for everybody, unless the operator says so.
+        """
+        self.environ.pop("PROXY_ADMIN_LISTEN")
+        self.build(PROXY_LISTEN="tcp:80")
+        self.assertEqual((5001, "127.0.0.1"), (self.reactor.tcpServers[1][0], self.reactor.tcpServers[1][3]))
+        self.assertIn(b"ecr_proxy_build_info", answer(self.reactor, b"/metrics", 1))
+
+    def test_a_taken_port_is_no_hindrance_where_nobody_chose_it(self) -> None:
+        """
+        The daemon serves its clients, and says what is missing; where the operator chose the port, it does not start.
+        """
+        self.environ.pop("PROXY_ADMIN_LISTEN")
+        self.reactor = TakenForAdmin()
+        with capturedLogs() as events:
+            self.build(PROXY_LISTEN="tcp:80")
+        self.assertIn(b"200 OK", answer(self.reactor, b"/healthz"))
+        self.assertIn("PROXY_ADMIN_LISTEN='tcp:5001", " ".join(filter(None, map(formatEvent, events))))
+        self.reactor = TakenForAdmin()
+        self.reactor.problem = OSError(98, "Address already in use")
+        self.build(PROXY_LISTEN="tcp:80")
+        self.assertIn(b"200 OK", answer(self.reactor, b"/healthz"))
+        said = self.dies(lambda: self.build(PROXY_LISTEN="tcp:80", PROXY_ADMIN_LISTEN="tcp:5001"))
+        self.assertIn("PROXY_ADMIN_LISTEN='tcp:5001'", said)
+
+    def test_the_chosen_name_servers_are_installed(self) -> None:
+        """
+        And are not where the host's own resolver is chosen.
+        """
+        self.build(PROXY_DNS_RESOLVER="system")
+        self.assertIs(self.reactor.first, self.reactor.nameResolver)
+        self.build()
+        self.assertIsInstance(self.reactor.nameResolver, ChosenServers)
+
+    def test_what_a_dead_daemon_left_is_swept(self) -> None:
+        """
+        Before anybody is served.
+        """
+        left = Path(self.environ["PROXY_CACHE_DIR"]) / "ingest" / "sha256-abc.1234"
+        left.parent.mkdir(parents=True)
+        left.write_text("half")
+        self.build()
+        self.assertFalse(left.exists())

@@ -1,0 +1,504 @@
+"""
+Crowd get TLS 1.2 or 1.3 with the whole chain, and operators are told which file is wrong.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from pathlib import Path
+from typing import Any
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.rsa import generate_private_key
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    KeySerializationEncryption,
+    NoEncryption,
+    PrivateFormat,
+)
+from cryptography.x509.oid import NameOID
+from OpenSSL import SSL
+from OpenSSL.crypto import X509
+from twisted.internet.interfaces import IOpenSSLServerConnectionCreator
+from twisted.internet.ssl import PrivateCertificate
+from twisted.internet.testing import MemoryReactorClock, StringTransport
+from twisted.protocols.tls import TLSMemoryBIOFactory
+from twisted.trial.unittest import SynchronousTestCase
+from twisted.web import http
+from twisted.web.resource import Resource
+from zope.interface.verify import verifyObject
+
+from ecrproxy.access.limits import Crowd, Limits
+from ecrproxy.daemon.tls import Certificate, CertificateError
+from ecrproxy.http.site import RegistrySite
+from tests.store_contract import scratch
+
+Key = Any
+
+
+def key_pem(key: Key, encryption: KeySerializationEncryption | None = None) -> bytes:
+    """
+    Write a private key as files have it.
+    """
+    data: bytes = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption or NoEncryption())
+    return data
+
+
+def signed(
+    name: str,
+    key: Key,
+    issuer: str,
+    issuer_key: Key,
+    *,
+    authority: bool = False,
+    days: int = 1,
+    host: str = "cache.test",
+) -> x509.Certificate:
+    """
+    Sign a certificate, good for some days from yesterday on, or one that ended yesterday.
+    """
+    now = dt.datetime.now(dt.UTC) - dt.timedelta(days=1 if days < 0 else 0)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]))
+        .issuer_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, issuer)]))
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - dt.timedelta(days=1))
+        .not_valid_after(now + dt.timedelta(days=max(days, 0)))
+        .add_extension(x509.BasicConstraints(ca=authority, path_length=None), critical=True)
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName(host)]), critical=False)
+        .sign(issuer_key, hashes.SHA256())
+    )
+
+
+class Files:
+    """
+    A root that signed an intermediate authority that signed the server's certificate, as files.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir()
+        self.folder = folder
+        root_key, middle_key, key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(3))
+        self.root = signed("root", root_key, "root", root_key, authority=True)
+        self.middle = signed("middle", middle_key, "root", root_key, authority=True)
+        self.leaf = signed("cache.test", key, "middle", middle_key)
+        self.private, self.middle_key = key, middle_key
+        self.key = self.write("key.pem", key_pem(key))
+        chain = self.leaf.public_bytes(Encoding.PEM) + self.middle.public_bytes(Encoding.PEM)
+        self.certificate = self.write("certificate.pem", chain)
+
+    def write(self, name: str, data: bytes) -> str:
+        """
+        Write a file and tell its path.
+        """
+        path = self.folder / name
+        path.write_bytes(data)
+        return str(path)
+
+
+def client(
+    minimum: int | None = None,
+    maximum: int | None = None,
+    *,
+    ciphers: bytes = b"ALL",
+    offer: tuple[bytes, ...] = (),
+    trusted: x509.Certificate | None = None,
+    shows: tuple[Key, x509.Certificate] | None = None,
+) -> SSL.Connection:
+    """
+    Make a client that speaks these versions and ciphers, however weak, and trusts this root alone, if there is one.
+
+    It shows a certificate, if it has one and is asked.
+    """
+    context = SSL.Context(SSL.TLS_METHOD)
+    context.set_cipher_list(ciphers + b":@SECLEVEL=0")
+    if trusted:
+        store = context.get_cert_store()
+        assert store is not None
+        store.add_cert(X509.from_cryptography(trusted))
+        context.set_verify(SSL.VERIFY_PEER, lambda *args: bool(args[-1]))
+    if shows:
+        context.use_privatekey(shows[0])
+        context.use_certificate(shows[1])
+    if minimum:
+        context.set_min_proto_version(minimum)
+    if maximum:
+        context.set_max_proto_version(maximum)
+    if offer:
+        context.set_alpn_protos(list(offer))
+    connection = SSL.Connection(context, None)
+    connection.set_tlsext_host_name(b"cache.test")
+    connection.set_connect_state()
+    return connection
+
+
+def pump(source: SSL.Connection, sink: SSL.Connection) -> None:
+    """
+    Carry what one side wants to send to the other.
+    """
+    try:
+        while True:
+            sink.bio_write(source.bio_read(65536))
+    except SSL.WantReadError:
+        pass
+
+
+def shake(server: SSL.Connection, asker: SSL.Connection) -> None:
+    """
+    Let the two shake hands; raises what either side objects to.
+    """
+    server.set_accept_state()
+    done: set[SSL.Connection] = set()
+    for _ in range(10):
+        for one, other in ((asker, server), (server, asker)):
+            try:
+                one.do_handshake()
+                done.add(one)
+            except SSL.WantReadError:
+                pass
+            pump(one, other)
+    assert len(done) == 2
+
+
+class Tcp(StringTransport):
+    """
+    A transport in memory that lets itself be called one of TCP.
+    """
+
+    def setTcpNoDelay(self, enabled: bool) -> None:
+        """
+        Be no slower for it.
+        """
+
+    def setTcpKeepAlive(self, enabled: bool) -> None:
+        """
+        Live on.
+        """
+
+
+def shake_with(protocol: Any, transport: Tcp, asker: SSL.Connection) -> None:
+    """
+    Let a client shake hands with a server's protocol over a transport in memory.
+    """
+    protocol.makeConnection(transport)
+    for _ in range(10):
+        try:
+            asker.do_handshake()
+        except SSL.WantReadError:
+            protocol.dataReceived(asker.bio_read(65536))
+            if transport.value():
+                asker.bio_write(transport.value())
+                transport.clear()
+        else:
+            return
+    raise AssertionError("no handshake")
+
+
+def subject_of(asker: SSL.Connection) -> str:
+    """
+    Tell whom a client speaks to.
+    """
+    certificate = asker.get_peer_certificate(as_cryptography=True)
+    return certificate.subject.rfc4514_string() if certificate else ""
+
+
+class CertificateTests(SynchronousTestCase):
+    """
+    Key and certificate are two PEM files.
+    """
+
+    def setUp(self) -> None:
+        """
+        A server's files.
+        """
+        self.files = Files(scratch(self))
+
+    def serve(self) -> SSL.Connection:
+        """
+        Begin a connection on the server's side.
+        """
+        protocol: Any = None
+        return Certificate(self.files.key, self.files.certificate).serverConnectionForTLS(protocol)
+
+    def test_it_is_what_twisted_asks(self) -> None:
+        """
+        Twisted's TLS can be given it.
+        """
+        self.assertTrue(
+            verifyObject(IOpenSSLServerConnectionCreator, Certificate(self.files.key, self.files.certificate))
+        )
+
+    def test_tls_1_2_and_1_3_are_spoken(self) -> None:
+        """
+        The newest that both sides know is used.
+        """
+        for versions, name in (
+            ((SSL.TLS1_2_VERSION, SSL.TLS1_2_VERSION), "TLSv1.2"),
+            ((SSL.TLS1_2_VERSION, SSL.TLS1_3_VERSION), "TLSv1.3"),
+        ):
+            asker = client(*versions)
+            shake(self.serve(), asker)
+            self.assertEqual(name, asker.get_protocol_version_name())
+
+    def test_older_versions_are_refused(self) -> None:
+        """
+        What is broken is not spoken, whoever asks for it.
+        """
+        for version in (SSL.TLS1_VERSION, SSL.TLS1_1_VERSION):
+            problem = self.assertRaises(SSL.Error, shake, self.serve(), client(version, version))
+            self.assertIn("unsupported protocol", str(problem.args))
+
+    def test_weak_ciphers_are_refused(self) -> None:
+        """
+        Without forward secrecy and authenticated encryption there is no TLS 1.2.
+        """
+        for ciphers in (b"ECDHE-ECDSA-AES128-SHA", b"ECDHE-ECDSA-AES256-SHA384"):
+            asker = client(SSL.TLS1_2_VERSION, SSL.TLS1_2_VERSION, ciphers=ciphers)
+            problem = self.assertRaises(SSL.Error, shake, self.serve(), asker)
+            self.assertIn("no shared cipher", str(problem.args))
+        shake(self.serve(), client(SSL.TLS1_2_VERSION, SSL.TLS1_2_VERSION, ciphers=b"ECDHE-ECDSA-AES128-GCM-SHA256"))
+
+    def test_the_chain_in_the_file_is_sent(self) -> None:
+        """
+        A client that knows the root alone can verify the server.
+        """
+        asker = client(trusted=self.files.root)
+        shake(self.serve(), asker)
+        names = [each.to_cryptography().subject.rfc4514_string() for each in asker.get_peer_cert_chain() or []]
+        self.assertEqual(["CN=cache.test", "CN=middle"], names)
+
+    def test_files_are_read_again(self) -> None:
+        """
+        When they are told to be, for connections that begin then; what can't be used changes nothing.
+        """
+        certificate = Certificate(self.files.key, self.files.certificate)
+        protocol: Any = None
+        before = certificate.serverConnectionForTLS(protocol)
+        others = Files(self.files.folder / "others")
+        for path, other in ((self.files.key, others.key), (self.files.certificate, others.certificate)):
+            Path(path).write_bytes(Path(other).read_bytes())
+        certificate.reload()
+        shake(before, client(trusted=self.files.root))
+        shake(certificate.serverConnectionForTLS(protocol), client(trusted=others.root))
+        Path(self.files.key).write_bytes(b"nonsense")
+        self.assertRaises(CertificateError, certificate.reload)
+        shake(certificate.serverConnectionForTLS(protocol), client(trusted=others.root))
+
+    def test_many_connections_share_one_certificate(self) -> None:
+        """
+        One that fails leaves the others alone.
+        """
+        certificate = Certificate(self.files.key, self.files.certificate)
+        protocol: Any = None
+        one, other = (certificate.serverConnectionForTLS(protocol) for _ in range(2))
+        self.assertRaises(SSL.Error, shake, one, client(SSL.TLS1_VERSION, SSL.TLS1_VERSION))
+        shake(other, client())
+
+
+class ClientCertificateTests(SynchronousTestCase):
+    """
+    Crowd may be asked for a certificate of theirs.
+    """
+
+    def setUp(self) -> None:
+        """
+        A server's files, and a CA of clients with one that it has signed.
+        """
+        self.files = Files(scratch(self))
+        self.authority_key, self.key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
+        authority = signed("clients", self.authority_key, "clients", self.authority_key, authority=True)
+        self.authorities = self.files.write("ca.pem", authority.public_bytes(Encoding.PEM))
+        self.own = signed("node-1", self.key, "clients", self.authority_key)
+        self.certificate = Certificate(self.files.key, self.files.certificate, self.authorities)
+
+    def serve(self) -> SSL.Connection:
+        """
+        Begin a connection on the server's side.
+        """
+        protocol: Any = None
+        return self.certificate.serverConnectionForTLS(protocol)
+
+    def shown(self, asker: SSL.Connection) -> str:
+        """
+        Shake hands with a client; tell whose certificate the server has seen.
+        """
+        server = self.serve()
+        shake(server, asker)
+        return subject_of(server)
+
+    def test_a_certificate_of_the_ca_is_seen(self) -> None:
+        """
+        With both versions of TLS.
+        """
+        for version in (SSL.TLS1_2_VERSION, SSL.TLS1_3_VERSION):
+            self.assertEqual("CN=node-1", self.shown(client(version, version, shows=(self.key, self.own))))
+
+    def test_a_client_without_one_is_spoken_to(self) -> None:
+        """
+        It may ask for the daemon's health.
+        """
+        self.assertEqual("", self.shown(client()))
+
+    def test_foreign_and_expired_certificates_are_refused(self) -> None:
+        """
+        Those of another CA, even of the same name, of the server's own CA, self-signed ones, and those that have ended.
+        """
+        other = ec.generate_private_key(ec.SECP256R1())
+        for certificate, why in (
+            (signed("node-1", self.key, "clients", other), "verify failed"),
+            (signed("node-1", self.key, "others", other), "verify failed"),
+            (signed("node-1", self.key, "node-1", self.key), "verify failed"),
+            (signed("node-1", self.key, "clients", self.authority_key, days=-1), "verify failed"),
+        ):
+            problem = self.assertRaises(SSL.Error, shake, self.serve(), client(shows=(self.key, certificate)))
+            self.assertIn(why, str(problem.args))
+        self.assertRaises(SSL.Error, shake, self.serve(), client(shows=(self.files.private, self.files.leaf)))
+
+    def test_sessions_are_not_taken_up_again(self) -> None:
+        """
+        Each connection shows its certificate anew: one that has ended opens no longer.
+        """
+        ended = signed("node-1", self.key, "clients", self.authority_key, days=-1)
+        for version in (SSL.TLS1_2_VERSION, SSL.TLS1_3_VERSION):
+            asker = client(version, version, shows=(self.key, self.own))
+            shake(self.serve(), asker)
+            self.assertRaises(SSL.WantReadError, asker.recv, 1)  # TLS 1.3 tells of the session late
+            session = asker.get_session()
+            assert session is not None
+            for certificate in (self.own, ended):
+                again = SSL.Connection(asker.get_context(), None)
+                again.use_certificate(certificate)
+                again.set_connect_state()
+                again.set_session(session)
+                if certificate is self.own:
+                    self.assertEqual("CN=node-1", self.shown(again))
+                else:
+                    self.assertRaises(SSL.Error, shake, self.serve(), again)
+
+    def test_files_of_cas_that_cannot_be_used_are_named(self) -> None:
+        """
+        As those of the server's own pair are.
+        """
+        for path, why in (
+            ("/nowhere", "can't be read: No such file or directory"),
+            (self.files.write("wrong.pem", b"garbage"), "holds no PEM certificate"),
+            (self.files.write("empty.pem", b""), "holds no PEM certificate"),
+        ):
+            problem = self.assertRaises(CertificateError, Certificate, self.files.key, self.files.certificate, path)
+            self.assertEqual(("authorities", why), (problem.what, problem.why))
+
+
+class WrongFilesTests(SynchronousTestCase):
+    """
+    What is wrong with the files is told by the file.
+    """
+
+    def setUp(self) -> None:
+        """
+        A server's files.
+        """
+        self.files = Files(scratch(self))
+
+    def problem(self, key: str | None = None, certificate: str | None = None) -> tuple[str, str]:
+        """
+        Tell which file is blamed, and for what.
+        """
+        problem = self.assertRaises(
+            CertificateError, Certificate, key or self.files.key, certificate or self.files.certificate
+        )
+        return problem.what, str(problem)
+
+    def test_files_that_are_not_there_are_named(self) -> None:
+        """
+        With the system's own words.
+        """
+        self.assertEqual(("key", "can't be read: No such file or directory"), self.problem(key="/nowhere"))
+        self.assertEqual(
+            ("certificate", "can't be read: No such file or directory"), self.problem(certificate="/nowhere")
+        )
+
+    def test_directories_are_no_files(self) -> None:
+        """
+        A mount that is missing its file is told.
+        """
+        folder = str(self.files.folder)
+        self.assertEqual(("key", "can't be read: Is a directory"), self.problem(key=folder))
+        self.assertEqual(("certificate", "can't be read: Is a directory"), self.problem(certificate=folder))
+
+    def test_files_that_hold_something_else_are_named(self) -> None:
+        """
+        Garbage, nothing at all, and each in the other's place.
+        """
+        for data in (
+            b"",
+            b"garbage",
+            b"\0" * 1000,
+            b"-----BEGIN CERTIFICATE-----\nnonsense\n-----END CERTIFICATE-----\n",
+        ):
+            path = self.files.write("wrong.pem", data)
+            self.assertEqual(("key", "holds no PEM key"), self.problem(key=path))
+            self.assertEqual(("certificate", "holds no PEM certificate"), self.problem(certificate=path))
+        self.assertEqual(("key", "holds no PEM key"), self.problem(key=self.files.certificate))
+        self.assertEqual(("certificate", "holds no PEM certificate"), self.problem(certificate=self.files.key))
+
+    def test_a_key_of_another_certificate_is_refused(self) -> None:
+        """
+        Of the same kind or of another, both files are named then.
+        """
+        same = ec.generate_private_key(ec.SECP256R1())
+        other = generate_private_key(65537, 2048)
+        for key in (same, other):
+            path = self.files.write("other.pem", key_pem(key))
+            self.assertEqual(("pair", "the key is not the certificate's"), self.problem(key=path))
+
+    def test_a_key_behind_a_passphrase_is_refused(self) -> None:
+        """
+        Nobody is asked for it: a daemon has nobody to ask.
+        """
+        path = self.files.write("locked.pem", key_pem(self.files.private, BestAvailableEncryption(b"passphrase")))
+        self.assertEqual("key", self.problem(key=path)[0])
+
+
+class ProtocolTests(SynchronousTestCase):
+    """
+    The site speaks HTTP/1.1 alone.
+    """
+
+    def setUp(self) -> None:
+        """
+        A Twisted that could speak HTTP/2, and a server's files.
+        """
+        self.patch(http, "H2_ENABLED", True)
+        self.files = Files(scratch(self))
+
+    def negotiated(self, certificate: Any, *offer: bytes) -> bytes:
+        """
+        Tell which protocol a client gets that offers these.
+        """
+        site: Any = RegistrySite(Resource(), MemoryReactorClock(), Crowd(Limits()))
+        address: Any = None
+        protocol = TLSMemoryBIOFactory(certificate, False, site, MemoryReactorClock()).buildProtocol(address)
+        asker = client(offer=offer)
+        shake_with(protocol, Tcp(), asker)
+        return asker.get_alpn_proto_negotiated()
+
+    def test_http_2_is_not_offered(self) -> None:
+        """
+        A client that prefers HTTP/2, or speaks nothing else, does not get it, over which blobs leave slower.
+        """
+        ours = Certificate(self.files.key, self.files.certificate)
+        self.assertNotEqual(b"h2", self.negotiated(ours, b"h2", b"http/1.1"))
+        self.assertEqual(b"", self.negotiated(ours, b"h2"))
+
+    def test_http_2_is_not_offered_on_endpoints_of_ones_own(self) -> None:
+        """
+        Where Twisted's own TLS serves, as for ssl: in PROXY_LISTEN, HTTP/1.1 is all that there is, too.
+        """
+        pem = Path(self.files.key).read_bytes() + Path(self.files.certificate).read_bytes()
+        twisteds = PrivateCertificate.loadPEM(pem).options()
+        self.assertEqual(b"http/1.1", self.negotiated(twisteds, b"h2", b"http/1.1"))

@@ -1,0 +1,236 @@
+"""
+Whatever the disk does, pulls go on; the log says once what is wrong, and /readyz as long as it is.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from twisted.logger import capturedLogs
+from twisted.trial.unittest import SynchronousTestCase
+
+from ecrproxy.cache.troubles import QUIET_SECONDS, Kind, Troubles
+from tests.daemon import DaemonTestCase, noise
+from tests.store_contract import START, failing
+
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+class TroublesTests(SynchronousTestCase):
+    """
+    What is told, and when.
+    """
+
+    def setUp(self) -> None:
+        """
+        No troubles.
+        """
+        self.now = START
+        self.troubles = Troubles(lambda: self.now)
+
+    def told(self, *ends: OSError | None) -> int:
+        """
+        Note so many calls, failed or not, and count the lines in the log.
+        """
+        with capturedLogs() as events:
+            for problem in ends:
+                if problem is None:
+                    self.troubles.succeeded(Kind.WRITE)
+                else:
+                    self.troubles.failed(Kind.WRITE, problem)
+        return len(events)
+
+    def test_one_trouble_is_one_line(self) -> None:
+        """
+        However many calls fail of it, and however many succeed in between.
+        """
+        self.assertEqual(1, self.told(FULL, FULL, None, FULL, None))
+        self.assertEqual(["the cache directory can't be written: No space left on device"], self.troubles.reasons())
+
+    def test_its_end_is_told_too(self) -> None:
+        """
+        After a while without another failure.
+        """
+        self.told(FULL)
+        self.now += QUIET_SECONDS
+        self.assertEqual((1, []), (self.told(None, None), self.troubles.reasons()))
+
+    def test_it_does_not_end_by_itself(self) -> None:
+        """
+        Where nothing was tried, nothing is known to be well.
+        """
+        self.told(FULL)
+        self.now += 1000
+        self.assertEqual(1, len(self.troubles.reasons()))
+
+    def test_a_clock_that_is_set_back_ends_it(self) -> None:
+        """
+        Rather than that it lasts for as long as the clock was wrong.
+        """
+        self.told(FULL)
+        self.now -= 1000
+        self.assertEqual(1, self.told(None))
+
+    def test_too_many_open_files_are_a_trouble_of_their_own(self) -> None:
+        """
+        It is no fault of the disk's.
+        """
+        self.told(OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
+        self.assertEqual(["no more files can be opened: Too many open files"], self.troubles.reasons())
+
+
+class PullTests(DaemonTestCase):
+    """
+    Pulls through a daemon whose disk has a trouble.
+    """
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.image = self.standin.push_image("team/app", "latest")
+        self.data = noise("x", 300_000)
+        self.digest = self.standin.push_blob("team/app", self.data)
+        self.path = f"/v2/team/app/blobs/{self.digest}"
+
+    def pull(self) -> list[str | None]:
+        """
+        Pull an image and a large blob; all of it must be right. Tells how the cache took part.
+        """
+        manifest = self.get("/v2/team/app/manifests/latest")
+        self.assertWhole(manifest, self.image.manifest)
+        blob = self.get(self.path)
+        self.assertWhole(blob, self.data)
+        return [manifest.cache, blob.cache]
+
+    def reasons(self) -> list[str]:
+        """
+        Ask whether the daemon is ready.
+        """
+        reply = self.get("/readyz")
+        reasons: list[str] = json.loads(reply.body)["reasons"]
+        self.assertEqual(503 if reasons else 200, reply.code)
+        return reasons
+
+    @contextmanager
+    def broken(self, number: int, *names: str) -> Iterator[None]:
+        """
+        Have system calls fail for a while.
+        """
+        patches = [self.patch(os, name, failing(number)) for name in names]
+        real = os.open
+
+        def opening(path: Any, flags: int, *args: Any, **kwargs: Any) -> int:
+            if str(self.root) in str(path) and (flags & os.O_CREAT or number == errno.EMFILE):
+                failing(number)()
+            return real(path, flags, *args, **kwargs)
+
+        if number in (errno.EROFS, errno.EMFILE):
+            patches.append(self.patch(os, "open", opening))
+        # What Path.write_bytes opens, os.open does not see.
+        patches.append(self.patch(Path, "write_bytes", failing(number)))
+        try:
+            yield
+        finally:
+            for patch in patches:
+                patch.restore()
+
+    def check_trouble(self, number: int, *names: str, saying: str) -> None:
+        """
+        Pull while system calls fail, and after.
+        """
+        with self.broken(number, *names):
+            for _ in range(3):
+                self.pull()
+            self.assertIn(saying, str(self.reasons()))
+            self.assertEqual(1, self.logged().count("going on without it"))
+        self.pass_time(QUIET_SECONDS)
+        self.assertEqual([], self.reasons())
+        self.assertEqual(1, self.logged().count("No more: "))
+        self.pull()
+        self.assertEqual("HIT", self.pull()[1])
+        self.assertEqual(0, self.daemon.store.ledger.reserved)
+
+    def test_a_full_disk_is_one_line_and_no_readiness(self) -> None:
+        """
+        Pulls go on, and are kept again when there is room.
+        """
+        self.check_trouble(errno.ENOSPC, "posix_fallocate", saying="can't be written: No space left on device")
+
+    def test_a_read_only_disk_is_one_line_and_no_readiness(self) -> None:
+        """
+        The same.
+        """
+        self.check_trouble(
+            errno.EROFS, "rename", "unlink", "mkdir", "utime", saying="can't be written: Read-only file system"
+        )
+
+    def test_a_disk_that_fails_to_write_is_one_line_and_no_readiness(self) -> None:
+        """
+        The same.
+        """
+        self.check_trouble(errno.EIO, "pwrite", saying="can't be written: Input/output error")
+
+    def test_no_more_file_descriptors_lose_nothing_of_the_cache(self) -> None:
+        """
+        What can't be opened just now is fetched, goes on being counted, and is served from the cache later.
+        """
+        self.pull()
+        self.start()  # with nothing in memory
+        before = self.daemon.store.ledger.total
+        with self.broken(errno.EMFILE):
+            self.assertEqual("BYPASS", self.pull()[1])
+            self.assertIn("no more files can be opened: Too many open files", self.reasons())
+        self.assertEqual(before, self.daemon.store.ledger.total)
+        self.assertEqual(1, self.logged().count("going on without it"))
+        self.pass_time(QUIET_SECONDS)
+        self.assertEqual("HIT", self.pull()[1])
+        self.assertEqual([], self.reasons())
+
+    def test_a_directory_that_is_removed_while_it_is_used_is_made_anew(self) -> None:
+        """
+        Whoever tidies up so thoroughly costs a transfer, and nobody an answer.
+        """
+        self.pull()
+        shutil.rmtree(self.root)
+        self.start()
+        shutil.rmtree(self.root)
+        self.assertEqual("MISS", self.pull()[1])
+        self.assertEqual("HIT", self.pull()[1])
+        self.assertEqual([], self.reasons())
+        shutil.rmtree(self.root / "ingest")
+        self.assertEqual([], self.reasons())
+
+    def test_a_directory_that_is_removed_in_the_middle_of_a_transfer_costs_the_file_alone(self) -> None:
+        """
+        The client gets all of it from the file that has no name any more; the next request brings it again.
+        """
+        self.standin.hold(self.digest)
+        reply = self.get(self.path)
+        self.standin.deliver(self.digest, 100_000)
+        self.flush()
+        shutil.rmtree(self.root)
+        self.standin.release(self.digest)
+        self.flush()
+        self.assertWhole(reply, self.data, "MISS")
+        self.pull()
+        self.assertEqual("HIT", self.pull()[1])
+
+    def test_a_directory_that_can_not_be_made_anew_is_told(self) -> None:
+        """
+        Pulls go on without it.
+        """
+        shutil.rmtree(self.root)
+        self.root.touch()
+        self.assertEqual("BYPASS", self.pull()[1])
+        self.assertIn("the cache directory can't be written: Not a directory", self.reasons()[0])
+        self.root.unlink()
+        self.pass_time(QUIET_SECONDS)
+        self.assertEqual([], self.reasons())
+        self.pull()
+        self.assertEqual("HIT", self.pull()[1])

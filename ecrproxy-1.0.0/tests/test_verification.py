@@ -1,0 +1,343 @@
+"""
+What happened to a cached file behind the daemon's back is found out before a client has the whole of it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ecrproxy.cache.content import Content
+from ecrproxy.cache.verification import STEP
+from tests.daemon import BUFFER, MIB, DaemonTestCase, Hands, Reply, noise
+from tests.store_contract import failing
+
+
+class CachedBlob(DaemonTestCase):
+    """
+    A daemon that starts on a cache with one large blob in it.
+    """
+
+    size = 3 * MIB
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.data = noise("x", self.size)
+        self.digest = self.standin.push_blob("team/app", self.data)
+        self.path = f"/v2/team/app/blobs/{self.digest}"
+        self.get(self.path)
+        self.hands = Hands()
+        self.hashed: list[int] = []
+        hash_ = Content.hash
+
+        def noting(content: Content, state: Any, offset: int, limit: int) -> int:
+            count = hash_(content, state, offset, limit)
+            self.hashed.append(count)
+            return count
+
+        self.patch(Content, "hash", noting)
+        self.start(in_thread=self.hands)
+
+    def alter(self, at: int = 1000, *, quietly: bool = False) -> None:
+        """
+        Change a byte of the file.
+
+        @param quietly: leave its time as it was: a disk that rots sets none.
+        """
+        path = self.file_of(self.digest)
+        status = path.stat()
+        with path.open("r+b") as file:
+            file.seek(at)
+            file.write(bytes([self.data[at] ^ 1]))
+        if quietly:
+            os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+    def send(self, **headers: str) -> Reply:
+        """
+        Ask for the blob with threads that work when told to, and let it go as far as it can without a verdict.
+        """
+        self.hands.idle = False
+        reply = self.daemon.send("GET", self.path, **headers)
+        self.read_on()
+        return reply
+
+    def read_on(self) -> None:
+        """
+        Let the threads do all but hash.
+        """
+        held = []
+        self.flush()
+        while self.hands.waiting:
+            if self.names_of(self.hands.waiting[0]) & {"noting", "settle", "drop"}:
+                held.append(self.hands.waiting.popleft())
+            else:
+                self.hands.work()
+                self.flush()
+        self.hands.waiting.extend(held)
+
+    @staticmethod
+    def names_of(call: tuple[Any, Callable[..., Any], tuple[Any, ...]]) -> set[str]:
+        return {getattr(call[1], "__name__", "")}
+
+    def come_to_a_verdict(self) -> None:
+        """
+        Let the threads do everything.
+        """
+        self.flush()
+        while self.hands.waiting:
+            self.hands.work()
+            self.flush()
+        self.hands.idle = True
+
+    def dropped(self) -> int:
+        """
+        Count the log lines that say that a file was dropped.
+        """
+        return self.logged().count("in the cache is dropped")
+
+
+class AlteredTests(CachedBlob):
+    def test_content_altered_in_place_completes_no_answer(self) -> None:
+        """
+        A file with other bytes of the same number is dropped with one line, and the next request gets it anew.
+        """
+        self.get(self.path)
+        self.alter()
+        self.assertBroken(self.get(self.path), b"")
+        self.assertFalse(self.has(self.digest))
+        self.assertEqual(1, self.dropped())
+        self.assertWhole(self.get(self.path), self.data, "MISS")
+        self.assertWhole(self.get(self.path), self.data, "HIT")
+        self.assertEqual(0, self.daemon.store.ledger.reserved)
+
+    def test_content_that_rotted_while_nobody_ran_completes_no_answer(self) -> None:
+        """
+        After a start each file is proved at its first use, whatever its time says.
+        """
+        self.alter(quietly=True)
+        self.start()
+        self.assertBroken(self.get(self.path), b"")
+        self.assertWhole(self.get(self.path), self.data, "MISS")
+
+    def test_the_last_byte_waits_for_the_proof(self) -> None:
+        """
+        A client reads while the file is hashed, and gets the end once it is known to be right.
+        """
+        reply = self.send()
+        self.assertEqual((len(self.data) - 1, ""), (len(reply.body), reply.ended))
+        self.come_to_a_verdict()
+        self.assertWhole(reply, self.data, "HIT")
+
+    def test_the_last_byte_of_a_range_waits_for_the_proof(self) -> None:
+        """
+        Also where the range itself is right.
+        """
+        self.alter(at=2 * MIB)
+        reply = self.send(Range="bytes=0-99")
+        self.assertEqual((206, 99, ""), (reply.code, len(reply.body), reply.ended))
+        self.come_to_a_verdict()
+        self.assertEqual("broken", reply.ended)
+        self.assertEqual(99, len(reply.body))
+
+    def test_a_range_of_one_byte_waits_for_the_proof(self) -> None:
+        """
+        A range that has nothing but a last byte.
+        """
+        reply = self.send(Range="bytes=7-7")
+        self.assertEqual((206, 0, ""), (reply.code, len(reply.body), reply.ended))
+        self.come_to_a_verdict()
+        self.assertWhole(reply, self.data[7:8], "HIT", 206)
+
+    def test_a_file_is_hashed_once(self) -> None:
+        """
+        However many read it at the same time, or later.
+        """
+        replies = [self.send() for _ in range(3)]
+        self.come_to_a_verdict()
+        for reply in [*replies, self.get(self.path)]:
+            self.assertWhole(reply, self.data, "HIT")
+        self.assertEqual(self.size, sum(self.hashed))
+
+    def test_all_readers_of_a_bad_file_fail(self) -> None:
+        """
+        And it is dropped once. That the first has used it does not make it one that nobody has changed.
+        """
+        self.get(self.path)
+        self.alter()
+        replies = [self.send() for _ in range(3)]
+        self.come_to_a_verdict()
+        self.assertEqual(["broken"] * 3, [reply.ended for reply in replies])
+        self.assertEqual(1, self.dropped())
+        self.assertWhole(self.get(self.path), self.data, "MISS")
+
+    def test_a_reader_that_leaves_ends_no_proof(self) -> None:
+        """
+        The others wait for what the first began.
+        """
+        one, other = self.send(), self.send()
+        one.leave()
+        self.read_on()
+        self.come_to_a_verdict()
+        self.assertWhole(other, self.data, "HIT")
+        self.assertEqual(self.size, sum(self.hashed))
+        self.assertEqual({}, dict(self.daemon.store.ledger._readers))  # noqa: SLF001
+
+    def test_what_arrived_just_now_is_proved(self) -> None:
+        """
+        It was hashed on its way in.
+        """
+        path = self.file_of(self.digest)
+        path.unlink()
+        self.get(self.path)
+        self.assertWhole(self.get(self.path), self.data, "HIT")
+        self.assertEqual([], self.hashed)
+
+    def test_a_file_that_is_changed_while_it_is_hashed_is_hashed_again(self) -> None:
+        """
+        What was read before the change says nothing about what is there now.
+        """
+        reply = self.send()
+        while self.names_of(self.hands.waiting[0]) != {"settle"}:
+            self.hands.work()
+        self.alter()
+        self.come_to_a_verdict()
+        self.assertEqual("broken", reply.ended)
+        self.assertFalse(self.has(self.digest))
+
+    def test_another_file_in_its_place_is_left_alone(self) -> None:
+        """
+        Dropping a bad file drops no good one that came meanwhile.
+        """
+        self.alter()
+        reply = self.send()
+        path = self.file_of(self.digest)
+        good = path.with_name("good")
+        good.write_bytes(self.data)
+        good.rename(path)
+        self.come_to_a_verdict()
+        self.assertEqual("broken", reply.ended)
+        self.assertWhole(self.get(self.path), self.data, "HIT")
+
+
+class LargeTests(CachedBlob):
+    size = 2 * STEP + 7
+
+    def test_large_files_are_hashed_in_steps(self) -> None:
+        """
+        Others have their turn at the disk in between.
+        """
+        self.get(self.path)
+        self.assertEqual([STEP, STEP, 7, 0], self.hashed)
+
+
+class FailingDiskTests(CachedBlob):
+    def test_a_bad_file_that_can_not_be_removed_is_not_served_again(self) -> None:
+        """
+        On a disk that can't be written what is bad costs a transfer each time, and no client its answer.
+        """
+        self.alter()
+        real = Path.unlink
+
+        def unlink(path: Path, *args: Any, **kwargs: Any) -> None:
+            if "content" in str(path):
+                failing(errno.EROFS)()
+            real(path, *args, **kwargs)
+
+        patch = self.patch(Path, "unlink", unlink)
+        read_only = self.patch(os, "posix_fallocate", failing(errno.EROFS))
+        self.assertBroken(self.get(self.path), b"")
+        for _ in range(3):
+            self.assertWhole(self.get(self.path), self.data, "BYPASS")
+        patch.restore()
+        read_only.restore()
+        self.assertEqual((1, 1), (self.dropped(), self.logged().count("Can't remove")))
+        self.assertWhole(self.get(self.path), self.data, "MISS")
+
+    def test_a_file_that_can_not_be_hashed_is_dropped(self) -> None:
+        """
+        A bad block that only the proof meets.
+        """
+        self.patch(Content, "hash", failing(errno.EIO))
+        self.assertBroken(self.get(self.path), b"")
+        self.assertFalse(self.has(self.digest))
+        self.assertWhole(self.get(self.path), self.data, "MISS")
+
+    def test_a_proof_that_fails_by_itself_fails_its_readers(self) -> None:
+        """
+        Whatever a thread may say, nobody waits for ever; the file stays.
+        """
+        patch = self.patch(Content, "settle", lambda content, state: 1 / 0)
+        self.assertBroken(self.get(self.path), b"")
+        self.assertEqual(1, len(self.flushLoggedErrors(ZeroDivisionError)))
+        patch.restore()
+        self.assertWhole(self.get(self.path), self.data, "HIT")
+
+    def test_a_file_that_can_not_be_read_while_it_is_sent_is_dropped(self) -> None:
+        """
+        The client is cut off, the log has one line, and the next request gets the blob anew.
+        """
+        self.get(self.path)
+        really = os.pread
+
+        def failing_later(fd: int, count: int, offset: int) -> bytes:
+            if offset >= MIB:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return really(fd, count, offset)
+
+        patch = self.patch(os, "pread", failing_later)
+        self.assertBroken(self.get(self.path), self.data)
+        patch.restore()
+        self.assertFalse(self.has(self.digest))
+        self.assertEqual((1, []), (self.dropped(), self.flushLoggedErrors()))
+        self.assertWhole(self.get(self.path), self.data, "MISS")
+
+    def test_a_file_that_is_cut_while_it_is_sent_is_dropped(self) -> None:
+        """
+        As one that can't be read.
+        """
+        self.get(self.path)
+        reply = self.daemon.send("GET", self.path)
+        reply.stop_reading()
+        self.flush()
+        os.truncate(self.file_of(self.digest), BUFFER)
+        reply.read_on()
+        self.flush()
+        self.assertBroken(reply, self.data)
+        self.assertFalse(self.has(self.digest))
+        self.assertWhole(self.get(self.path), self.data, "MISS")
+
+
+class SmallTests(DaemonTestCase):
+    """
+    Small content, which is read whole.
+    """
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.data = noise("x", 5000)
+        self.digest = self.standin.push_blob("team/app", self.data)
+        self.path = f"/v2/team/app/blobs/{self.digest}"
+        self.get(self.path)
+        self.start()
+
+    def test_a_small_blob_that_can_not_be_read_is_fetched(self) -> None:
+        """
+        It costs a transfer, once.
+        """
+        patch = self.patch(Content, "read", failing(errno.EIO))
+        self.assertWhole(self.get(self.path), self.data, "MISS")
+        patch.restore()
+        self.assertWhole(self.get(self.path), self.data, "HIT")
+
+    def test_a_rotten_small_blob_that_can_not_be_removed_is_fetched(self) -> None:
+        """
+        Nobody goes round in circles over it.
+        """
+        file = self.file_of(self.digest)
+        file.write_bytes(self.data[::-1])
+        patch = self.patch(Path, "unlink", failing(errno.EROFS))
+        self.assertWhole(self.get(self.path), self.data, "MISS")
+        patch.restore()

@@ -1,0 +1,1261 @@
+"""
+What clients see: paths, methods, headers, ranges, errors.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from urllib.parse import parse_qs, urlsplit
+
+from twisted.trial.unittest import SynchronousTestCase
+
+from ecrproxy.cache.cache_key import CacheKey
+from ecrproxy.http.site import RegistrySite, make_site
+from ecrproxy.http.web import Ready, matches, parse_range
+from tests.daemon import MIB, DaemonTestCase, Raw, Reply, noise
+from tests.registry import digest_of
+from tests.registry_content import OCI_INDEX, OCI_MANIFEST, SCHEMA2
+
+HEX = "a" * 64
+
+
+class RangeHeaderTests(SynchronousTestCase):
+    def test_reads_one_range(self) -> None:
+        """
+        First and last byte, from a byte on, and the last bytes: each is the bytes that it names, cut at the end.
+        """
+        for header, chosen in {
+            "bytes=0-0": (0, 1),
+            "bytes=2-4": (2, 5),
+            "bytes=9-": (9, 10),
+            "bytes=0-99": (0, 10),
+            "bytes=-3": (7, 10),
+            "bytes=-99": (0, 10),
+            " bytes=2-4 ": (2, 5),
+        }.items():
+            self.assertEqual(chosen, parse_range(header, 10), header)
+
+    def test_leaves_aside_what_is_none(self) -> None:
+        """
+        No header, several ranges, other units and nonsense ask for the whole.
+        """
+        for header in (
+            None,
+            "",
+            "bytes=-",
+            "bytes=4-2",
+            "bytes=0-1,3-4",
+            "bytes=a-b",
+            "bytes= 0-1",
+            "lines=0-1",
+            "0-1",
+            "bytes=0-" + "9" * 5000,
+            "bytes=\u0661-\u0662x",
+        ):
+            self.assertIsNone(parse_range(header, 10), header)
+
+    def test_refuses_what_has_no_byte(self) -> None:
+        """
+        A range behind the end, or of the last no bytes, can't be satisfied; nor can any of nothing.
+        """
+        for header, size in (
+            ("bytes=10-", 10),
+            ("bytes=10-12", 10),
+            ("bytes=-0", 10),
+            ("bytes=0-0", 0),
+            ("bytes=-5", 0),
+        ):
+            with self.assertRaises(LookupError, msg=header):
+                parse_range(header, size)
+
+
+class IfNoneMatchTests(SynchronousTestCase):
+    def test_names_the_etag(self) -> None:
+        """
+        The tag alone, weak, in a list, or any at all.
+        """
+        for header in ('"x"', 'W/"x"', '"a", "x"', '"a",W/"x"', "*"):
+            self.assertTrue(matches(header, '"x"'), header)
+
+    def test_names_others(self) -> None:
+        """
+        No header, another tag, and the tag without its quotes.
+        """
+        for header in (None, "", '"y"', "x", '"xx"'):
+            self.assertFalse(matches(header, '"x"'), header)
+
+
+class PathTests(DaemonTestCase):
+    def test_base(self) -> None:
+        """
+        /v2 and /v2/ are answered by the proxy itself: 200 and an empty JSON object.
+        """
+        for path in ("/v2", "/v2/", "/v2/?x=y"):
+            self.assertWhole(self.get(path), b"{}\n")
+            self.assertEqual((200, 3), (self.head(path).code, self.head(path).length))
+        self.assertEqual([], self.standin.asked)
+
+    def test_health(self) -> None:
+        """
+        /_health and /healthz are 200 without anything else, whatever state ECR is in.
+        """
+        self.standin.refuse("registry")
+        for path in ("/_health", "/healthz"):
+            reply = self.get(path)
+            self.assertWhole(reply, b"")
+            self.assertIsNone(reply.header("Docker-Distribution-Api-Version"))
+
+    def test_ready(self) -> None:
+        """
+        /readyz is 200 once there is a token.
+        """
+        reply = self.get("/readyz")
+        self.assertEqual({"ready": True, "reasons": []}, json.loads(reply.body))
+        self.assertEqual((200, "application/json"), (reply.code, reply.header("Content-Type")))
+
+    def test_not_ready(self) -> None:
+        """
+        /readyz is 503 and tells the reasons as JSON while something stands in the way.
+        """
+
+        async def reasons() -> Sequence[str]:
+            return ["no token: AWS is away", 'the "disk" is full']
+
+        registry = self.daemon.site.resource.children[b"v2"]
+        self.daemon.front.site = make_site(registry, Ready(reasons), self.clock)
+        reply = self.get("/readyz")
+        self.assertEqual(
+            {"ready": False, "reasons": ["no token: AWS is away", 'the "disk" is full']}, json.loads(reply.body)
+        )
+        self.assertEqual((503, "application/json"), (reply.code, reply.header("Content-Type")))
+
+    def test_others_are_not_there(self) -> None:
+        """
+        Paths that are none of the protocol's are 404 in the registry's JSON, and ECR is not asked.
+        """
+        for path in (
+            "/",
+            "/v1/",
+            "/v2x",
+            "/metrics",
+            "/v2/_catalog",
+            "/v2/team/app",
+            "/v2/team/app/tags",
+            "/v2/team/app/tags/other",
+            "/v2/team/app/blobs/uploads/",
+            "/v2/team/app/manifests/",
+            f"/v2/manifests/sha256:{HEX}",
+            "//v2/",
+            "/V2/",
+            "/%762/",
+        ):
+            reply = self.get(path)
+            self.assertIn(reply.code, (400, 404), path)
+            self.assertIn(reply.error[1], ("UNSUPPORTED", "NAME_INVALID", "TAG_INVALID", "DIGEST_INVALID"), path)
+        self.assertEqual([], self.standin.asked)
+
+    def test_malformed_names_are_refused(self) -> None:
+        """
+        Names, tags and digests outside the grammar are 400 with the code that says which; ECR never sees them.
+        """
+        for path, code in {
+            "/v2/Team/app/manifests/latest": "NAME_INVALID",
+            "/v2/team/../secret/manifests/latest": "NAME_INVALID",
+            "/v2/team/./app/manifests/latest": "NAME_INVALID",
+            "/v2/team//app/manifests/latest": "NAME_INVALID",
+            "/v2/team%2fapp/manifests/latest": "NAME_INVALID",
+            "/v2/team%00/manifests/latest": "NAME_INVALID",
+            f"/v2/{'a' * 256}/manifests/latest": "NAME_INVALID",
+            "/v2/team/app/manifests/.latest": "TAG_INVALID",
+            "/v2/team/app/manifests/la%74est": "TAG_INVALID",
+            f"/v2/team/app/manifests/{'a' * 129}": "TAG_INVALID",
+            f"/v2/team/app/manifests/md5:{'a' * 32}": "DIGEST_INVALID",
+            "/v2/team/app/blobs/latest": "DIGEST_INVALID",
+            f"/v2/team/app/blobs/sha256:{HEX[1:]}": "DIGEST_INVALID",
+            f"/v2/team/app/blobs/sha256:{HEX.upper()}": "DIGEST_INVALID",
+            f"/v2/team/app/blobs/sha512:{HEX}": "DIGEST_INVALID",
+            "/v2/team/app/referrers/latest": "DIGEST_INVALID",
+        }.items():
+            reply = self.get(path)
+            self.assertEqual((400, code), reply.error[:2], path)
+        self.assertEqual([], self.standin.asked)
+
+    def test_an_escaped_colon_is_a_colon(self) -> None:
+        """
+        A digest with its colon escaped is the same blob, and the same entry.
+        """
+        data = noise("x", 100)
+        path = f"/v2/team/app/blobs/{self.standin.push_blob('team/app', data)}"
+        self.assertWhole(self.get(path), data, "MISS")
+        self.assertWhole(self.get(path.replace(":", "%3A")), data, "HIT")
+        self.assertWhole(self.get(path.replace(":", "%3a")), data, "HIT")
+
+    def test_a_name_may_hold_the_protocols_words(self) -> None:
+        """
+        The last word counts: a repository may be called a/manifests/b.
+        """
+        image = self.standin.push_image("a/manifests/b", "latest")
+        self.assertWhole(self.get("/v2/a/manifests/b/manifests/latest"), image.manifest)
+
+    def test_an_absolute_target_is_no_way_in(self) -> None:
+        """
+        A request line with a whole URL, as forward proxies get, leads nowhere.
+        """
+        got = self.daemon.raw(b"GET http://evil/v2/team/app/manifests/latest HTTP/1.1\r\nHost: evil\r\n\r\n")
+        self.assertIn(b" 404 ", got.partition(b"\r\n")[0])
+        self.assertEqual([], self.standin.asked)
+
+
+class MethodTests(DaemonTestCase):
+    PATHS = (
+        "/v2/",
+        "/v2/team/app/manifests/latest",
+        "/v2/team/app/blobs/uploads/",
+        "/_health",
+        "/readyz",
+        "/",
+        "/nothing",
+    )
+
+    def test_others_are_refused(self) -> None:
+        """
+        Whatever would write, and whatever else is not GET or HEAD, is 405 UNSUPPORTED with Allow, and asks nobody.
+        """
+        for method in ("POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "FOO"):
+            for path in self.PATHS:
+                reply = self.daemon.ask(method, path)
+                self.assertRefused(reply, 405, "UNSUPPORTED")
+                self.assertEqual("GET, HEAD", reply.header("Allow"))
+        self.assertEqual([], self.standin.asked)
+
+    def test_are_spelled_as_they_are(self) -> None:
+        """
+        A method in lower case is another method.
+        """
+        got = self.daemon.raw(b"get /v2/ HTTP/1.1\r\nHost: proxy\r\n\r\n")
+        self.assertTrue(got.startswith(b"HTTP/1.1 405 "))
+
+    def test_headers_do_not_change_them(self) -> None:
+        """
+        X-HTTP-Method-Override overrides nothing.
+        """
+        reply = self.get("/v2/", X_HTTP_Method_Override="DELETE")
+        self.assertEqual(200, reply.code)
+
+    def test_an_uploads_bytes_go_nowhere(self) -> None:
+        """
+        A push is refused with 405, its body read or not.
+        """
+        got = self.daemon.raw(b"POST /v2/team/app/blobs/uploads/ HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nhello")
+        self.assertTrue(got.startswith(b"HTTP/1.1 405 "), got)
+        self.assertIn(b"\r\nAllow: GET, HEAD\r\n", got)
+        self.assertIn(b"UNSUPPORTED", got)
+        self.assertEqual(1, got.count(b"HTTP/1.1"))
+        self.assertEqual([], self.standin.asked)
+
+
+class NamespaceTests(DaemonTestCase):
+    def setUp(self) -> None:
+        super().setUp()
+        for repository in ("image1", "image2", "image3", "team/image1"):
+            self.standin.push_image(repository, "latest")
+        self.start(pattern="image1|image3")
+
+    def test_lets_in_exactly_what_it_matches(self) -> None:
+        """
+        The pattern must match the whole name: image1|image3 lets in these two and nothing else.
+        """
+        for name, status in {
+            "image1": 200,
+            "image3": 200,
+            "image2": 403,
+            "team/image1": 403,
+            "image1-secret": 403,
+            "image1/x": 403,
+            "image1/manifests/x": 403,
+        }.items():
+            self.assertEqual(status, self.get(f"/v2/{name}/manifests/latest").code, name)
+
+    def test_outside_is_denied_without_asking(self) -> None:
+        """
+        A repository outside is DENIED for each kind of request; neither ECR nor the cache is looked at.
+        """
+        self.start()
+        image = self.standin.push_image("image2", "latest")
+        for path in (f"manifests/{image.digest}", f"blobs/{image.config}"):
+            self.assertEqual(200, self.get(f"/v2/image2/{path}").code)
+        self.start(pattern="image1|image3")
+        self.standin.forget_asked()
+        for path in (
+            "manifests/latest",
+            f"manifests/{image.digest}",
+            f"blobs/{image.config}",
+            "tags/list",
+            f"referrers/{image.digest}",
+        ):
+            self.assertRefused(self.get(f"/v2/image2/{path}"), 403, "DENIED", "image2")
+            self.assertEqual(403, self.head(f"/v2/image2/{path}").code)
+        self.assertEqual([], self.standin.asked)
+
+    def test_may_look_ahead(self) -> None:
+        """
+        A pattern may use look-ahead: everything but what begins with secret.
+        """
+        self.standin.push_image("secret/app", "latest")
+        self.start(pattern="(?!secret).*")
+        self.assertEqual(200, self.get("/v2/image2/manifests/latest").code)
+        self.assertRefused(self.get("/v2/secret/app/manifests/latest"), 403, "DENIED")
+
+
+class HeaderTests(DaemonTestCase):
+    def setUp(self) -> None:
+        super().setUp()
+        self.image = self.standin.push_image("team/app", "latest")
+        self.manifest = "/v2/team/app/manifests/latest"
+        self.data = noise("x", 1000)
+        self.digest = self.standin.push_blob("team/app", self.data)
+        self.blob = f"/v2/team/app/blobs/{self.digest}"
+
+    def test_may_be_any_bytes(self) -> None:
+        """
+        Headers that are no UTF-8 are read as what they are, and are no error of ours.
+        """
+        for name in (b"Accept", b"If-None-Match", b"If-Range", b"Range", b"Authorization", b"User-Agent"):
+            for path in (self.manifest, self.blob):
+                line = b"GET %b HTTP/1.1\r\nHost: x\r\n%b: \xff\x99\r\n\r\n" % (path.encode(), name)
+                got = self.daemon.raw(line)
+                self.assertTrue(got.startswith(b"HTTP/1.1 200 "), (name, got[:300]))
+        self.assertFalse([event for event in self.events if "log_failure" in event])
+
+    def test_version_is_on_every_answer_once(self) -> None:
+        """
+        Docker-Distribution-Api-Version is on each answer under /v2/ exactly once, errors and refusals too.
+        """
+        denied = "/v2/team/app/blobs/" + digest_of(b"nothing")
+        for method, path, headers in (
+            ("GET", "/v2/", {}),
+            ("GET", "/v2", {}),
+            ("HEAD", self.manifest, {}),
+            ("GET", self.manifest, {}),
+            ("GET", self.blob, {}),
+            ("GET", self.blob, {"Range": "bytes=0-1"}),
+            ("GET", self.blob, {"Range": "bytes=5000-"}),
+            ("GET", self.blob, {"If_None_Match": "*"}),
+            ("GET", denied, {}),
+            ("GET", "/v2/team/app/tags/list", {}),
+            ("GET", f"/v2/team/app/referrers/{self.image.digest}", {}),
+            ("GET", "/v2/Bad/manifests/x", {}),
+            ("GET", "/v2/nothing", {}),
+            ("PUT", self.manifest, {}),
+        ):
+            reply = self.daemon.ask(method, path, **headers)
+            self.assertEqual(
+                ["registry/2.0"], reply.headers.getRawHeaders("Docker-Distribution-Api-Version"), (method, path)
+            )
+
+    def test_manifest_has_digest_and_etag(self) -> None:
+        """
+        A manifest's GET and HEAD carry its digest, which ECR leaves out of GET, an ETag, its type and length.
+        """
+        for ask in (self.get, self.head):
+            reply = ask(self.manifest)
+            self.assertEqual(
+                (self.image.digest, f'"{self.image.digest}"', OCI_MANIFEST, len(self.image.manifest)),
+                (
+                    reply.header("Docker-Content-Digest"),
+                    reply.header("ETag"),
+                    reply.header("Content-Type"),
+                    reply.length,
+                ),
+            )
+
+    def test_blob_has_digest_and_etag(self) -> None:
+        """
+        A blob's GET and HEAD, cold or cached, carry its digest, an ETag, its length, and that ranges are accepted.
+        """
+        for ask in (self.head, self.get, self.get, self.head):
+            reply = ask(self.blob)
+            self.assertEqual(
+                (self.digest, f'"{self.digest}"', "application/octet-stream", 1000, "bytes"),
+                (
+                    reply.header("Docker-Content-Digest"),
+                    reply.header("ETag"),
+                    reply.header("Content-Type"),
+                    reply.length,
+                    reply.header("Accept-Ranges"),
+                ),
+            )
+
+    def test_length_is_told(self) -> None:
+        """
+        Answers of known length say it, so that the connection stays of use: two requests on one are both answered.
+        """
+        line = f"GET {self.blob} HTTP/1.1\r\nHost: proxy\r\n\r\n".encode()
+        got = self.daemon.raw(line + line)
+        self.assertEqual(2, got.count(b"HTTP/1.1 200 OK\r\n"))
+        self.assertEqual(2, got.count(b"\r\nContent-Length: 1000\r\n"))
+        self.assertEqual(2, got.count(self.data))
+        self.assertNotIn(b"chunked", got)
+
+    def test_server_names_no_software(self) -> None:
+        """
+        No answer tells which version of Twisted is behind it.
+        """
+        for path in ("/v2/", self.blob, "/nothing", "/_health"):
+            self.assertEqual("ecrproxy", self.get(path).header("Server"))
+        self.assertEqual("ecrproxy", self.head(self.blob).header("Server"))
+        self.assertNotIn(b"Twisted", self.daemon.raw(b"nonsense\r\n\r\n"))
+
+    def test_nginx_headers_are_where_nginx_adds_them(self) -> None:
+        """
+        Access-Control-Allow-Origin and X-Cache-Status are on 200, 206 and 304, and on no error.
+        """
+        for headers, status in (
+            ({}, 200),
+            ({"Range": "bytes=0-1"}, 206),
+            ({"If_None_Match": f'"{self.digest}"'}, 304),
+        ):
+            reply = self.get(self.blob, **headers)
+            self.assertEqual((status, "*"), (reply.code, reply.header("Access-Control-Allow-Origin")))
+            self.assertIn(reply.cache, ("HIT", "MISS"))
+        errors = [
+            self.get(self.blob, Range="bytes=5000-"),
+            self.get("/v2/team/app/manifests/nothing"),
+            self.get("/v2/Bad/manifests/x"),
+            self.daemon.ask("PUT", self.manifest),
+        ]
+        self.standin.refuse("registry")
+        errors.append(self.get("/v2/team/app/manifests/other"))
+        self.assertEqual([416, 404, 400, 405, 502], [reply.code for reply in errors])
+        for reply in errors:
+            self.assertEqual((None, None), (reply.header("Access-Control-Allow-Origin"), reply.cache))
+
+    def test_hsts_is_for_tls(self) -> None:
+        """
+        Strict-Transport-Security is on answers over TLS, as nginx adds it, and never without.
+        """
+        for path, status, told in (
+            (self.blob, 200, "max-age=31536000"),
+            ("/v2/", 200, "max-age=31536000"),
+            ("/v2/team/app/manifests/nothing", 404, None),
+        ):
+            self.daemon.scheme = "https"
+            reply = self.get(path)
+            self.assertEqual((status, told), (reply.code, reply.header("Strict-Transport-Security")))
+            self.daemon.scheme = "http"
+            self.assertIsNone(self.get(path).header("Strict-Transport-Security"))
+
+    def test_if_none_match(self) -> None:
+        """
+        Who has a manifest or blob already gets 304 without a body, warm or cold; with another tag all of it.
+        """
+        for path, digest, body in (
+            (self.manifest, self.image.digest, self.image.manifest),
+            (self.blob, self.digest, self.data),
+        ):
+            for _ in range(2):
+                reply = self.get(path, If_None_Match=f'"{digest}"')
+                self.assertEqual((304, b"", "whole"), (reply.code, bytes(reply.body), reply.ended))
+                self.assertEqual(f'"{digest}"', reply.header("ETag"))
+                self.assertWhole(self.get(path, If_None_Match='"other"'), body)
+            self.assertEqual(304, self.head(path, If_None_Match=f'W/"{digest}"').code)
+        self.assertEqual({}, dict(self.daemon.store.ledger._readers))  # noqa: SLF001
+
+    def test_a_client_credential_goes_nowhere(self) -> None:
+        """
+        What a client sends of itself, its Authorization above all, reaches neither ECR nor the bucket.
+        """
+        for path in (self.manifest, self.blob, "/v2/team/app/tags/list"):
+            reply = self.get(
+                path,
+                Authorization="Basic Y2xpZW50OmNsaWVudA==",
+                Cookie="a=b",
+                X_Forwarded_For="192.0.2.9",
+                Accept_Language="de",
+            )
+            self.assertEqual(200, reply.code)
+        for asked in self.standin.asked:
+            self.assertNotIn("Y2xpZW50OmNsaWVudA==", repr(asked.headers))
+            self.assertEqual(set(), {"cookie", "x-forwarded-for", "accept-language"} & set(asked.headers))
+        self.assertNotIn("Y2xpZW50", self.logged())
+
+    def test_no_location(self) -> None:
+        """
+        A client is never sent to the bucket.
+        """
+        for reply in (self.get(self.blob), self.head(self.blob)):
+            self.assertEqual((200, None), (reply.code, reply.header("Location")))
+
+    def test_old_clients(self) -> None:
+        """
+        HTTP/1.0 is answered whole, and the connection closed.
+        """
+        got = self.daemon.raw(f"GET {self.blob} HTTP/1.0\r\n\r\n".encode())
+        self.assertTrue(got.endswith(b"\r\n\r\n" + self.data))
+
+
+class BlobRangeTests(DaemonTestCase):
+    """
+    Ranges of a blob that is not here, is on its way, and is here.
+    """
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.data = noise("ranged", 300_000)
+        self.digest = self.standin.push_blob("team/app", self.data)
+        self.path = f"/v2/team/app/blobs/{self.digest}"
+
+    def cold(self, **headers: str) -> Reply:
+        for path in self.files():
+            path.unlink()
+        return self.get(self.path, **headers)
+
+    def joined(self, **headers: str) -> Reply:
+        for path in self.files():
+            path.unlink()
+        self.standin.hold(self.digest)
+        first = self.get(self.path)
+        self.standin.deliver(self.digest, 100_000)
+        self.flush()
+        reply = self.get(self.path, **headers)
+        self.standin.release(self.digest)
+        self.flush()
+        self.assertWhole(first, self.data, "MISS")
+        return reply
+
+    def warm(self, **headers: str) -> Reply:
+        return self.get(self.path, **headers)
+
+    def each(self, **headers: str) -> list[tuple[str, Reply]]:
+        return [
+            ("MISS", self.cold(**headers)),
+            ("JOINED", self.joined(**headers)),
+            ("HIT", self.warm(**headers)),
+        ]
+
+    def test_single(self) -> None:
+        """
+        One range is answered 206 with exactly its bytes and where they belong.
+        """
+        for header, start, stop in (
+            ("bytes=0-0", 0, 1),
+            ("bytes=0-999", 0, 1000),
+            ("bytes=250000-", 250_000, 300_000),
+            ("bytes=150000-160000", 150_000, 160_001),
+            ("bytes=299999-299999", 299_999, 300_000),
+            ("bytes=100-999999999", 100, 300_000),
+            ("bytes=-10", 299_990, 300_000),
+            ("bytes=-999999", 0, 300_000),
+        ):
+            for word, reply in self.each(Range=header):
+                self.assertWhole(reply, self.data[start:stop], word, 206)
+                self.assertEqual(f"bytes {start}-{stop - 1}/300000", reply.header("Content-Range"))
+                self.assertEqual(stop - start, reply.length)
+
+    def test_not_satisfiable(self) -> None:
+        """
+        A range behind the end is 416 and tells the length.
+        """
+        for header in ("bytes=300000-", "bytes=300000-300001", "bytes=-0"):
+            for _, reply in self.each(Range=header):
+                self.assertRefused(reply, 416, "RANGE_INVALID", "300000")
+                self.assertEqual("bytes */300000", reply.header("Content-Range"))
+
+    def test_whole(self) -> None:
+        """
+        Several ranges, other units and nonsense get the whole blob with 200.
+        """
+        for header in ("bytes=0-1,5-6", "bytes=5-2", "lines=1-2", "bytes=x-y", "bytes=-"):
+            for word, reply in self.each(Range=header):
+                self.assertWhole(reply, self.data, word)
+                self.assertIsNone(reply.header("Content-Range"))
+
+    def test_if_range(self) -> None:
+        """
+        A range counts if If-Range names this blob; else the whole is sent.
+        """
+        for _, reply in self.each(Range="bytes=5-9", If_Range=f'"{self.digest}"'):
+            self.assertWhole(reply, self.data[5:10], code=206)
+        for other in ('"other"', f'W/"{self.digest}"', "Thu, 01 Jan 2026 00:00:00 GMT"):
+            for _, reply in self.each(Range="bytes=5-9", If_Range=other):
+                self.assertWhole(reply, self.data)
+
+    def test_head_has_none(self) -> None:
+        """
+        HEAD tells the whole length, whatever range it names.
+        """
+        for reply in (
+            self.head(self.path, Range="bytes=0-1"),
+            self.get(self.path),
+            self.head(self.path, Range="bytes=0-1"),
+        ):
+            self.assertEqual((200, 300_000, None), (reply.code, reply.length, reply.header("Content-Range")))
+
+    def test_of_a_manifest_is_the_whole(self) -> None:
+        """
+        Manifests are small: they are sent whole, whatever range is named.
+        """
+        image = self.standin.push_image("team/app", "latest")
+        self.assertWhole(self.get("/v2/team/app/manifests/latest", Range="bytes=0-1"), image.manifest)
+
+    def test_of_nothing(self) -> None:
+        """
+        No byte of the empty blob can be had.
+        """
+        path = f"/v2/team/app/blobs/{self.standin.push_blob('team/app', b'')}"
+        for _ in range(2):
+            self.assertEqual(416, self.get(path, Range="bytes=0-").code)
+
+    def test_of_an_uncached_blob(self) -> None:
+        """
+        A range of a blob that the cache can't have is answered as well.
+        """
+        self.start(limit=1000)
+        self.assertWhole(self.get(self.path, Range="bytes=1000-1999"), self.data[1000:2000], "BYPASS", 206)
+
+    def test_of_a_large_uncached_blob(self) -> None:
+        """
+        So it is if the blob is far larger than what is held of it in memory, and a reader of all goes along.
+        """
+        self.start(limit=1000)
+        data = noise("large", 12 * MIB)
+        path = f"/v2/team/app/blobs/{self.standin.push_blob('team/app', data)}"
+        part, whole = self.daemon.send("GET", path, Range="bytes=1000-1999"), self.daemon.send("GET", path)
+        self.flush()
+        self.assertWhole(whole, data)
+        self.assertWhole(part, data[1000:2000], code=206)
+
+    def test_many_of_a_cold_blob_cost_one_transfer(self) -> None:
+        """
+        A client that fetches a cold blob in ranges side by side, as containerd does, costs one transfer.
+        """
+        replies = [self.daemon.send("GET", self.path, Range=f"bytes={n}-{n + 99_999}") for n in (0, 100_000, 200_000)]
+        self.flush()
+        self.assertEqual(self.data, b"".join(bytes(reply.body) for reply in replies))
+        self.assertEqual(1, self.standin.count("bucket"))
+        self.assertEqual(300_000, self.standin.bytes_sent)
+
+
+class WrongBytesTests(DaemonTestCase):
+    """
+    What is not what its digest says never completes an answer, and is never cached.
+    """
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.data = noise("right", 200_000)
+        self.digest = self.standin.push_blob("team/app", self.data)
+        self.path = f"/v2/team/app/blobs/{self.digest}"
+
+    def assertNextSucceeds(self) -> None:
+        self.assertEqual(([], []), (self.files(), self.files("ingest")))
+        self.assertEqual(0, self.daemon.store.ledger.reserved)
+        self.standin.heal()
+        self.assertWhole(self.get(self.path), self.data, "MISS")
+
+    def assertIncomplete(self, reply: Reply) -> None:
+        """
+        The client has fewer bytes than it was told to expect, and sees that something broke.
+        """
+        self.assertEqual("broken", reply.ended)
+        if reply.length is not None:
+            self.assertLess(len(reply.body), reply.length)
+
+    def test_other_bytes_of_the_same_length(self) -> None:
+        """
+        Right length, wrong bytes: the last byte is held back and the connection aborted.
+        """
+        wrong = bytes(200_000)
+        self.standin.corrupt(self.digest, wrong)
+        reply = self.get(self.path)
+        self.assertIncomplete(reply)
+        self.assertNextSucceeds()
+
+    def test_one_wrong_bit(self) -> None:
+        """
+        A single flipped bit, in the first byte or the last, is enough.
+        """
+        for place in (0, -1):
+            wrong = bytearray(self.data)
+            wrong[place] ^= 1
+            self.standin.corrupt(self.digest, bytes(wrong))
+            self.assertIncomplete(self.get(self.path))
+            self.assertNextSucceeds()
+            for path in self.files():
+                path.unlink()
+
+    def test_short(self) -> None:
+        """
+        A shorter blob that ends well is not taken for the whole.
+        """
+        self.standin.corrupt(self.digest, self.data[:-1])
+        self.assertIncomplete(self.get(self.path))
+        self.assertNextSucceeds()
+
+    def test_long(self) -> None:
+        """
+        A blob with a byte too many is not taken for the right one.
+        """
+        self.standin.corrupt(self.digest, self.data + b"x")
+        self.assertIncomplete(self.get(self.path))
+        self.assertNextSucceeds()
+
+    def test_broken_off(self) -> None:
+        """
+        A transfer that breaks off, and can't be gone on with, breaks the answer off.
+        """
+        self.standin.refuse("bucket")
+        self.standin.break_off(100_000)
+        reply = self.get(self.path)
+        self.assertBroken(reply, self.data)
+        self.assertNextSucceeds()
+
+    def test_nothing_instead(self) -> None:
+        """
+        An empty 200 in a blob's place is trouble upstream: 502, not an empty blob.
+        """
+        self.standin.corrupt(self.digest, b"")
+        reply = self.get(self.path)
+        self.assertEqual((502, "UNAVAILABLE"), (reply.code, reply.error[1]))
+        self.assertNextSucceeds()
+
+    def test_something_instead_of_nothing(self) -> None:
+        """
+        Bytes where the empty blob should be are not given out as it.
+        """
+        digest = self.standin.push_blob("team/app", b"")
+        self.standin.corrupt(digest, b"something")
+        self.assertIncomplete(self.get(f"/v2/team/app/blobs/{digest}"))
+        self.assertFalse(self.has(digest))
+
+    def test_a_page_instead(self) -> None:
+        """
+        A login page with status 200 is not a blob.
+        """
+        self.standin.fail("bucket", status=200, body=b"<html>Log in</html>", headers={"Content-Type": "text/html"})
+        self.assertIncomplete(self.get(self.path))
+        self.assertNextSucceeds()
+
+    def test_packed(self) -> None:
+        """
+        An answer that comes gzipped, unasked, is refused with 502: it is neither unpacked nor passed on.
+        """
+        import gzip
+
+        self.standin.fail("bucket", status=200, body=gzip.compress(self.data), headers={"Content-Encoding": "gzip"})
+        self.assertRefused(self.get(self.path), 502, "UNAVAILABLE", "gzip")
+        for asked in self.standin.asked:
+            self.assertEqual("identity", asked.headers["accept-encoding"])
+        self.assertNextSucceeds()
+
+    def test_a_packed_manifest(self) -> None:
+        """
+        The same holds of manifests.
+        """
+        self.standin.fail("registry", status=200, body=b"x", headers={"Content-Encoding": "gzip"})
+        self.assertRefused(self.get("/v2/team/app/manifests/latest"), 502, "UNAVAILABLE", "gzip")
+
+    def test_for_range_readers(self) -> None:
+        """
+        Whoever reads a range of a cold blob is kept from the last byte of its range until the digest is proved.
+        """
+        self.standin.corrupt(self.digest, bytes(200_000))
+        for header in ("bytes=0-0", "bytes=0-99", "bytes=1000-50000", "bytes=-1"):
+            self.assertIncomplete(self.get(self.path, Range=header))
+        self.assertNextSucceeds()
+
+    def test_the_last_byte_is_all_that_waits(self) -> None:
+        """
+        A client has all but the last byte of its range before the transfer is complete.
+        """
+        self.standin.hold(self.digest)
+        whole, part = self.get(self.path), self.get(self.path, Range="bytes=10-19")
+        self.standin.deliver(self.digest, 199_999)
+        self.flush()
+        self.assertEqual((199_999, 9), (len(whole.body), len(part.body)))
+        self.assertEqual(("", ""), (whole.ended, part.ended))
+        self.standin.release(self.digest)
+        self.flush()
+        self.assertWhole(whole, self.data)
+        self.assertWhole(part, self.data[10:20], code=206)
+
+    def test_for_all_who_joined(self) -> None:
+        """
+        All who follow a transfer of wrong bytes are cut, and those who pass through uncached as well.
+        """
+        self.standin.corrupt(self.digest, bytes(200_000))
+        for limit in (2**30, 1000):
+            self.start(limit=limit)
+            replies = [self.daemon.send("GET", self.path) for _ in range(3)]
+            self.flush()
+            for reply in replies:
+                self.assertIncomplete(reply)
+        self.start()
+        self.assertNextSucceeds()
+
+    def test_on_a_connection_that_is_kept(self) -> None:
+        """
+        A connection on which an answer broke ends there: what was asked for next is not taken for the missing bytes.
+        """
+        line = f"GET {self.path} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
+        self.standin.refuse("bucket")
+        self.standin.break_off(100_000)
+        client = Raw()
+        self.daemon.front.connect(client, "proxy.example", 80, secure=False).write(line + line)
+        self.flush()
+        self.assertTrue(client.closed)
+        self.assertEqual(1, client.got.count(b"HTTP/1.1"))
+        self.assertLess(len(client.got), 101_000)
+
+    def test_old_clients_see_it_too(self) -> None:
+        """
+        Over HTTP/1.0 as well fewer bytes come than were told.
+        """
+        self.standin.corrupt(self.digest, bytes(200_000))
+        got = self.daemon.raw(f"GET {self.path} HTTP/1.0\r\n\r\n".encode())
+        head, _, body = got.partition(b"\r\n\r\n")
+        self.assertIn(b"Content-Length: 200000", head)
+        self.assertLess(len(body), 200_000)
+
+
+class UpstreamTroubleTests(DaemonTestCase):
+    """
+    How ECR's and the bucket's failures look to a client.
+    """
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.data = noise("x", 1000)
+        self.digest = self.standin.push_blob("team/app", self.data)
+        self.blob = f"/v2/team/app/blobs/{self.digest}"
+        self.manifest = "/v2/team/app/manifests/latest"
+
+    def test_throttled(self) -> None:
+        """
+        ECR's 429 is passed on as TOOMANYREQUESTS with Retry-After, ECR's own where it gave one.
+        """
+        for given, told in (
+            (None, "1"),
+            ("17", "17"),
+            ("soon\r\nX-Evil: 1", "1"),
+            ("Wed, 21 Oct 2026 07:28:00 GMT", "1"),
+        ):
+            self.start()
+            fault = self.standin.throttle("registry", retry_after=given)
+            for path in (self.blob, self.manifest, "/v2/team/app/tags/list"):
+                reply = self.get(path)
+                self.assertRefused(reply, 429, "TOOMANYREQUESTS")
+                self.assertEqual(told, reply.header("Retry-After"))
+            fault.remove()
+
+    def test_failing(self) -> None:
+        """
+        ECR's 5xx are 502, 503 or 504, saying that it was ECR and what it answered.
+        """
+        for status, told in {500: 502, 501: 502, 502: 502, 503: 503, 504: 504, 418: 502}.items():
+            self.start()
+            fault = self.standin.fail("registry", status=status, body=b"<html>secret</html>")
+            for path in (self.blob, self.manifest, "/v2/team/app/tags/list"):
+                reply = self.get(path)
+                self.assertRefused(reply, told, "UNAVAILABLE", f" answers {status}")
+                self.assertNotIn(b"secret", reply.body)
+            fault.remove()
+        self.assertWhole(self.get(self.blob), self.data, "MISS")
+
+    def test_unreachable(self) -> None:
+        """
+        When ECR can't be reached, 502 names its host.
+        """
+        from twisted.internet.error import ConnectionRefusedError
+
+        self.daemon.back.down = ConnectionRefusedError()
+        reply = self.get(self.blob)
+        self.assertRefused(reply, 502, "UNAVAILABLE", "123456789012.dkr.ecr.eu-west-1.amazonaws.com can't be reached")
+
+    def test_silent(self) -> None:
+        """
+        When ECR or the bucket does not answer within 30 seconds, 504 names which.
+        """
+        for service, host in (("registry", "123456789012.dkr.ecr"), ("bucket", "starport-layer-bucket")):
+            fault = self.standin.hang(service)  # type: ignore[arg-type]
+            reply = self.daemon.send("GET", self.blob)
+            self.pass_time(29)
+            self.assertEqual(0, reply.code)
+            self.pass_time(2)
+            self.assertRefused(reply, 504, "UNAVAILABLE", host)
+            fault.remove()
+
+    def test_a_bucket_that_refuses(self) -> None:
+        """
+        What the bucket answers instead of a blob is 502, its 503 is 503; the bucket is named, without its words or URL.
+        """
+        self.standin.push_image("team/app", "latest")
+        for status in (403, 404, 500, 503, 206):
+            fault = self.standin.fail("bucket", status=status, body=b"<Error>X-Amz-Signature</Error>")
+            reply = self.get(self.blob)
+            told = 503 if status == 503 else 502
+            self.assertRefused(reply, told, "UNAVAILABLE", f"s3.eu-west-1.amazonaws.com answers {status}")
+            self.assertNotIn(b"X-Amz", reply.body)
+            fault.remove()
+        self.assertWhole(self.get(self.blob), self.data, "MISS")
+
+    def test_a_bucket_that_closes(self) -> None:
+        """
+        A bucket that closes without an answer is 502.
+        """
+        self.standin.refuse("bucket")
+        self.assertRefused(self.get(self.blob), 502, "UNAVAILABLE", "can't be reached")
+
+    def test_refused_requests(self) -> None:
+        """
+        ECR's 400 about the request itself is the client's, in ECR's words, and costs no new token.
+        """
+        body = b'{"errors": [{"code": "TAG_INVALID", "message": "no such tag can be"}]}'
+        self.standin.fail("registry", status=400, body=body)
+        self.assertRefused(self.get(self.manifest), 400, "TAG_INVALID", "no such tag can be")
+        self.assertEqual(1, self.standin.count("registry"))
+
+    def test_not_found_without_words(self) -> None:
+        """
+        A 404 that has no registry's JSON gets the code that fits what was asked for.
+        """
+        self.standin.fail("registry", status=404, body=b"404 page not found\n")
+        for path, code in {
+            self.blob: "BLOB_UNKNOWN",
+            self.manifest: "MANIFEST_UNKNOWN",
+            "/v2/team/app/tags/list": "NAME_UNKNOWN",
+            f"/v2/team/app/referrers/{self.digest}": "NAME_UNKNOWN",
+        }.items():
+            self.assertRefused(self.get(path), 404, code, "404 page not found")
+
+    def test_a_bug_of_ours_tells_nothing(self) -> None:
+        """
+        What nobody foresaw is 500 in the registry's JSON, with the details in the log alone.
+        """
+
+        def failing(*args: object) -> object:
+            raise ZeroDivisionError("a secret detail")
+
+        self.patch(self.daemon.pull_through, "blob", failing)
+        reply = self.get(self.blob)
+        self.assertRefused(reply, 500, "UNKNOWN")
+        self.assertNotIn(b"secret", reply.body)
+        self.assertEqual(1, len(self.flushLoggedErrors(ZeroDivisionError)))
+
+    def test_a_bug_while_an_answer_goes_out_aborts_it(self) -> None:
+        """
+        What fails after the headers have left ends the connection: a cut answer never looks whole.
+        """
+        data = noise("blob", 200_000)
+        path = f"/v2/team/app/blobs/{self.standin.push_blob('team/app', data)}"
+
+        def failing(*args: object) -> object:
+            raise ZeroDivisionError
+
+        self.patch(__import__("ecrproxy.http.web", fromlist=["web"]), "_source", failing)
+        self.assertBroken(self.get(path), data)
+        self.assertEqual(1, len(self.flushLoggedErrors(ZeroDivisionError)))
+
+
+class TagListTests(DaemonTestCase):
+    def setUp(self) -> None:
+        super().setUp()
+        self.image = self.standin.push_image("team/app", *(f"v{number}" for number in range(250)))
+        self.path = "/v2/team/app/tags/list"
+
+    def link(self, reply: Reply) -> str:
+        found = re.fullmatch(r'<([^>]*)>; rel="next"', reply.header("Link") or "")
+        assert found is not None, reply.header("Link")
+        return found[1]
+
+    def test_is_passed_through(self) -> None:
+        """
+        A page of tags is ECR's, as JSON, and never cached.
+        """
+        reply = self.get(self.path)
+        self.assertEqual((200, "BYPASS", "application/json"), (reply.code, reply.cache, reply.header("Content-Type")))
+        page = json.loads(reply.body)
+        self.assertEqual(("team/app", 100), (page["name"], len(page["tags"])))
+        self.assertEqual([], self.files("."))
+
+    def test_pages_lead_on_to_the_last(self) -> None:
+        """
+        Following Link from page to page gives each tag once; links are relative, ECR's word in them is untouched.
+        """
+        path, tags = f"{self.path}?n=100", list[str]()
+        for pages in range(3):
+            reply = self.get(path)
+            tags += json.loads(reply.body)["tags"]
+            if pages == 2:
+                self.assertIsNone(reply.header("Link"))
+                break
+            path = self.link(reply)
+            self.assertTrue(path.startswith(f"{self.path}?"), path)
+            self.assertEqual("100", parse_qs(urlsplit(path).query)["n"][0])
+        self.assertEqual(sorted(f"v{number}" for number in range(250)), sorted(tags))
+        asked = [asked.query for asked in self.standin.requests("registry", path_contains="tags/list")]
+        self.assertEqual("n=100", asked[0])
+        given = self.daemon.ask("GET", f"{self.path}?n=100")
+        ecr = re.search(r"last=([^&>]*)", self.link(given))
+        assert ecr is not None
+        self.assertIn("%2B", ecr[1])  # what would break if it were decoded on its way
+        self.assertIn(f"last={ecr[1]}", asked[1])
+
+    def test_a_link_may_be_any_bytes(self) -> None:
+        """
+        A Link of ECR's that is no UTF-8 leads on if it can, and costs nobody the page.
+        """
+        on = f'<{self.path}?last=a>; rel="next"'
+        for link, expected in ((b"<\xff\x99", None), (b'</v2/x?last=a>; rel="next", \xff', on)):
+            reply = self.daemon.send("GET", self.path)
+            self.answer_with(b"HTTP/1.1 200 OK\r\nLink: %b\r\nContent-Length: 2\r\n\r\n{}" % link)
+            self.assertEqual((200, expected), (reply.code, reply.header("Link")))
+
+    def test_without_n_leads_on_too(self) -> None:
+        """
+        A client that names no page size gets ECR's, and a link without one.
+        """
+        path = self.link(self.get(self.path))
+        self.assertNotIn("n=", path.replace("?last=", ""))
+        self.assertEqual(100, len(json.loads(self.get(path).body)["tags"]))
+
+    def test_n_above_a_thousand_is_clamped(self) -> None:
+        """
+        ECR refuses more than 1000 a page: the proxy asks for 1000 instead of failing.
+        """
+        for given, asked in {"1000": "n=1000", "1001": "n=1000", "999999": "n=1000", "0007": "n=7", "5": "n=5"}.items():
+            self.standin.forget_asked()
+            reply = self.get(f"{self.path}?n={given}")
+            self.assertEqual(200, reply.code)
+            self.assertEqual(asked, self.standin.asked[0].query)
+
+    def test_n_that_is_no_number_is_refused(self) -> None:
+        """
+        What is no number of tags is 400 without asking ECR.
+        """
+        for given in ("x", "-1", "1.5", "", "%31", "1e3", "9" * 4000):
+            self.assertRefused(self.get(f"{self.path}?n={given}"), 400, "PAGINATION_NUMBER_INVALID")
+        self.assertEqual([], self.standin.asked)
+
+    def test_other_parameters_are_dropped(self) -> None:
+        """
+        Of a client's query only n and last go to ECR: containerd's ns does not, nor anything that signs or moves.
+        """
+        self.get(f"{self.path}?ns=example.com&n=5&from=x&mount=y&X-Amz-Signature=z&_method=DELETE")
+        self.assertEqual("n=5", self.standin.asked[0].query)
+
+    def test_a_link_of_elsewhere_stays_here(self) -> None:
+        """
+        Of ECR's Link only its query is used, and of that n and last: the client is led to the proxy alone.
+        """
+        self.standin.fail(
+            "registry",
+            status=200,
+            body=b'{"name": "team/app", "tags": []}',
+            headers={"Link": '<https://evil.example/steal?last=a%2Bb&n=3&token=x#y>; rel="next"'},
+        )
+        path, _, query = self.link(self.get(self.path)).partition("?")
+        self.assertEqual((self.path, ["last=a%2Bb", "n=3"]), (path, sorted(query.split("&"))))
+
+    def test_a_last_of_nonsense_is_ecrs_to_refuse(self) -> None:
+        """
+        What ECR says to a last that it doesn't know is passed on.
+        """
+        self.assertRefused(self.get(f"{self.path}?last=nonsense"), 400, "UNSUPPORTED", "nextToken")
+
+    def test_of_an_unknown_repository(self) -> None:
+        """
+        Tags of a repository that ECR doesn't have: NAME_UNKNOWN.
+        """
+        self.assertRefused(self.get("/v2/nobody/tags/list"), 404, "NAME_UNKNOWN")
+
+    def test_head(self) -> None:
+        """
+        HEAD of a page has its headers and no body.
+        """
+        reply = self.head(self.path)
+        self.assertEqual((200, b"", "whole"), (reply.code, bytes(reply.body), reply.ended))
+        self.assertEqual(len(self.get(self.path).body), reply.length)
+
+
+class ReferrersTests(DaemonTestCase):
+    def setUp(self) -> None:
+        super().setUp()
+        self.image = self.standin.push_image("team/app", "latest")
+        subject = {"mediaType": OCI_MANIFEST, "digest": self.image.digest, "size": len(self.image.manifest)}
+        for kind in ("application/spdx+json", "application/vnd.example.sig"):
+            manifest = {"schemaVersion": 2, "mediaType": OCI_MANIFEST, "artifactType": kind, "subject": subject}
+            self.standin.push_manifest("team/app", manifest, OCI_MANIFEST)
+        self.path = f"/v2/team/app/referrers/{self.image.digest}"
+
+    def test_are_passed_through(self) -> None:
+        """
+        What refers to a digest is listed as an OCI index, as ECR lists it.
+        """
+        reply = self.get(self.path)
+        self.assertEqual((200, "BYPASS", OCI_INDEX), (reply.code, reply.cache, reply.header("Content-Type")))
+        self.assertEqual(2, len(json.loads(reply.body)["manifests"]))
+        self.assertIsNone(reply.header("OCI-Filters-Applied"))
+
+    def test_are_filtered_by_type(self) -> None:
+        """
+        The artifactType that a client names, escaped as it was, filters; and the answer says so.
+        """
+        reply = self.get(f"{self.path}?artifactType=application%2Fspdx%2Bjson&ns=example.com")
+        (found,) = json.loads(reply.body)["manifests"]
+        self.assertEqual("application/spdx+json", found["artifactType"])
+        self.assertEqual("artifactType", reply.header("OCI-Filters-Applied"))
+        self.assertEqual("artifactType=application%2Fspdx%2Bjson", self.standin.asked[0].query)
+
+    def test_lead_on(self) -> None:
+        """
+        Where ECR gives a page of them, the link to the next leads to the proxy with ECR's query.
+        """
+        self.standin.fail(
+            "registry",
+            status=200,
+            body=b"{}",
+            headers={"Link": '<https://ecr.example/v2/x?nextToken=a%2Bb%3D&artifactType=y>; rel="next"'},
+        )
+        found = re.fullmatch(r'<([^?]*)[?]([^>]*)>; rel="next"', self.get(self.path).header("Link") or "")
+        assert found is not None
+        pairs = ["artifactType=y", "nextToken=a%2Bb%3D"]
+        self.assertEqual((self.path, pairs), (found[1], sorted(found[2].split("&"))))
+        self.get(f"{found[1]}?{found[2]}")
+        self.assertEqual(pairs, sorted(self.standin.asked[-1].query.split("&")))
+
+    def test_are_never_more_than_4_mib(self) -> None:
+        """
+        A page that does not end is refused.
+        """
+        self.standin.fail("registry", status=200, body=bytes(4 * 2**20 + 1))
+        self.assertRefused(self.get(self.path), 502, "UNAVAILABLE", "4194304")
+
+
+class QueryTests(DaemonTestCase):
+    def test_does_not_reach_ecr_for_content(self) -> None:
+        """
+        A query behind a blob or manifest, containerd's ns above all, neither reaches ECR nor makes another entry.
+        """
+        image = self.standin.push_image("team/app", "latest")
+        for kind, digest in (("manifests", image.digest), ("blobs", image.config)):
+            path = f"/v2/team/app/{kind}/{digest}"
+            self.assertEqual("MISS", self.get(f"{path}?ns=123456789012.dkr.ecr.eu-west-1.amazonaws.com").cache)
+            self.assertEqual("HIT", self.get(f"{path}?ns=other&X-Amz-Signature=1").cache)
+        self.assertEqual([""], sorted({asked.query for asked in self.standin.requests("registry")}))
+
+    def test_of_strange_characters_is_refused(self) -> None:
+        """
+        Characters that belong in no URL are refused at the door.
+        """
+        for query in ("a=b{c}", 'a="b"', "a=<b>", "a=b^"):
+            got = self.daemon.raw(f"GET /v2/team/app/tags/list?{query} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            self.assertTrue(got.startswith(b"HTTP/1.1 400 "), query)
+        self.assertEqual([], self.standin.asked)
+
+
+class CacheKeyTests(DaemonTestCase):
+    def test_variables_are_the_requests(self) -> None:
+        """
+        The variables of PROXY_CACHE_KEY have the values of the request that came.
+        """
+        expanded: list[str] = []
+        expand = CacheKey.expand
+
+        def spy(key: CacheKey, *args: object) -> str:
+            expanded.append(expand(key, *args))  # type: ignore[arg-type]
+            return expanded[-1]
+
+        self.patch(CacheKey, "expand", spy)
+        self.start(
+            cache_key="$uri|$request_uri|$args|$arg_x|$host|$scheme|$request_method|$remote_addr|$http_x_a"
+            "|$repository|$reference|$digest"
+        )
+        self.standin.push_image("team/app", "v1")
+        self.daemon.scheme = "https"
+        self.head("/v2/team/app/manifests/v1?x=1&y=2", X_A="b")
+        target = "/v2/team/app/manifests/v1"
+        self.assertEqual(
+            [
+                f"{target}|{target}?x=1&y=2|x=1&y=2|1|proxy.example|https|HEAD|192.0.2.7|b|team/app|v1|",
+            ],
+            expanded,
+        )
+
+
+class LogTests(DaemonTestCase):
+    def test_a_line_for_a_request(self) -> None:
+        """
+        Each request has a line with client, method, path, status, bytes and how the cache took part; no query.
+        """
+        data = noise("x", 1000)
+        path = f"/v2/team/app/blobs/{self.standin.push_blob('team/app', data)}"
+        self.get(f"{path}?token=secret")
+        self.assertIn(f"192.0.2.7 GET {path} 200 1000 bytes 0.000 s MISS", self.logged())
+        self.assertNotIn("secret", self.logged())
+
+    def test_the_time_that_it_took(self) -> None:
+        """
+        The line says how many seconds the answer took.
+        """
+        self.standin.quirks.latency = 2
+        self.daemon.send("GET", "/v2/team/app/manifests/x")
+        self.pass_time(3)
+        self.assertRegex(self.logged(), r"manifests/x 404 \d+ bytes 2\.000 s -")
+
+    def test_what_is_no_text_does_not_break_it(self) -> None:
+        """
+        A path of any bytes and any length is logged in a line.
+        """
+        self.daemon.raw(b"GET /\xff\x00" + b"a" * 3000 + b" HTTP/1.1\r\nHost: x\r\n\r\n")
+        self.assertLess(max(map(len, self.logged().splitlines())), 1200)
+
+    def test_who_leaves_is_no_error(self) -> None:
+        """
+        A client that leaves in the middle of an answer leaves no traceback in the log.
+        """
+        data = noise("x", 300_000)
+        digest = self.standin.push_blob("team/app", data)
+        self.standin.hold(digest)
+        reply = self.get(f"/v2/team/app/blobs/{digest}")
+        self.standin.deliver(digest, 1000)
+        self.flush()
+        reply.leave()
+        self.flush()
+        self.standin.release(digest)
+        self.flush()
+        self.assertEqual([], [event for event in self.events if event.get("log_failure")])
+
+
+class SiteTests(DaemonTestCase):
+    def test_offers_no_http2(self) -> None:
+        """
+        Over TLS only HTTP/1.1 is offered.
+        """
+        self.assertIsInstance(self.daemon.site, RegistrySite)
+        self.assertEqual([b"http/1.1"], self.daemon.site.acceptableProtocols())
+
+    def test_two_registries_share_nothing(self) -> None:
+        """
+        Nothing is shared between two daemons in one process but what they are given.
+        """
+        digest = self.standin.push_blob("team/app", b"x")
+        path = f"/v2/team/app/blobs/{digest}"
+        first = self.daemon
+        second = self.start(pattern="other")
+        self.assertEqual(200, first.ask("GET", path).code)
+        self.assertEqual(403, second.ask("GET", path).code)
+
+
+class AcceptTests(DaemonTestCase):
+    def test_headers_are_joined(self) -> None:
+        """
+        Types in several Accept headers count as if they were in one.
+        """
+        image = self.standin.push_image("team/app", "latest")
+        accept = f"Accept: {SCHEMA2}\r\nAccept: {OCI_MANIFEST}\r\n"
+        got = self.daemon.raw(f"GET /v2/team/app/manifests/latest HTTP/1.1\r\nHost: x\r\n{accept}\r\n".encode())
+        self.assertTrue(got.endswith(image.manifest))
+        self.assertEqual(f"{SCHEMA2}, {OCI_MANIFEST}", self.standin.asked[0].headers["accept"])

@@ -1,0 +1,245 @@
+"""
+Answers of ECR and its buckets that are not what was asked for: never kept, never a whole answer to a client.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable, Mapping
+
+from tests.daemon import DaemonTestCase, Reply, noise
+from tests.registry import digest_of, layer
+from tests.registry_content import OCI_MANIFEST, SCHEMA2
+
+PAGE = b"<html><body>Sign in to continue</body></html>"
+HTML = {"Content-Type": "text/html; charset=utf-8"}
+BINARY = {"Content-Type": "application/octet-stream"}
+
+Answers = Mapping[str, tuple[int, Mapping[str, str], bytes]]
+
+
+def wrong(body: bytes, usual: Mapping[str, str]) -> Answers:
+    """
+    Name ways to answer wrongly where C{body} was asked for; C{usual} are the headers of a right answer.
+    """
+    half = len(body) // 2
+    return {
+        "wrong bytes": (200, usual, body[:-1] + bytes([body[-1] ^ 1])),
+        "short bytes": (200, usual, body[:half]),
+        "long bytes": (200, usual, body + b" "),
+        "no bytes": (200, usual, b""),
+        "an error page": (200, HTML, PAGE),
+        "an error page of the right type": (200, usual, PAGE),
+        "gzip, said": (200, {**usual, "Content-Encoding": "gzip"}, gzip.compress(body)),
+        "gzip, unsaid": (200, usual, gzip.compress(body)),
+        "an unknown encoding": (200, {**usual, "Content-Encoding": "aws-chunked"}, body),
+        "a part": (206, {**usual, "Content-Range": f"bytes 0-{half - 1}/{half}"}, body[:half]),
+        "a part without its range": (206, usual, body[:half]),
+        "another part": (206, {**usual, "Content-Range": f"bytes 1-{half}/{len(body)}"}, body[1 : half + 1]),
+        "several parts": (206, {"Content-Type": "multipart/byteranges; boundary=x"}, b"--x\r\n\r\n" + body),
+        "nothing there": (204, {}, b""),
+        "accepted": (202, usual, b""),
+        "not modified": (304, {}, b""),
+        "no status that there is": (299, usual, body),
+    }
+
+
+class WrongAnswerTestCase(DaemonTestCase):
+    """
+    Things that nobody has asked for yet.
+    """
+
+    count = 0
+
+    def check(self, answers: Answers, push: Callable[[], tuple[str, bytes]], strike: Callable[..., object]) -> None:
+        """
+        Give each wrong answer for a thing of its own, and the right one afterwards.
+
+        @param push: makes a thing; tells its path and its bytes.
+        @param strike: has upstream answer so.
+        """
+        for name, (status, headers, body) in answers.items():
+            path, right = push()
+            before = self.files()
+            strike(status=status, headers=headers, body=body)
+            reply = self.daemon.send("GET", path)
+            self.pass_time(60)  # whatever is tried again has been tried
+            self.assertNoAnswer(name, reply, right)
+            self.assertEqual(before, self.files(), name)
+            self.standin.heal()
+            self.assertWhole(self.get(path), right)
+            self.assertEqual(1, len(self.files()) - len(before), name)
+
+    def assertNoAnswer(self, name: str, reply: Reply, right: bytes) -> None:
+        """
+        The client has an error, or an answer that it can't take for a whole one.
+        """
+        if reply.ended == "whole":
+            self.assertEqual((502, "UNAVAILABLE"), reply.error[:2], name)
+        else:
+            self.assertEqual("broken", reply.ended, name)
+            self.assertLess(len(reply.body), reply.length or len(right), name)
+
+
+class HeadTests(DaemonTestCase):
+    """
+    A HEAD, whose answer no bytes will prove.
+    """
+
+    def test_a_page_in_place_of_a_blob_or_a_manifest_does_not_pass(self) -> None:
+        """
+        Its size and type are those of something else; once upstream is well, the right ones are told.
+        """
+        image = self.standin.push_image("team/app", "latest")
+        blob = noise("blob", 2000)
+        digest = self.standin.push_blob("team/app", blob)
+        for path, size in (
+            (f"/v2/team/app/blobs/{digest}", len(blob)),
+            (f"/v2/team/app/manifests/{image.digest}", len(image.manifest)),
+            ("/v2/team/app/manifests/latest", len(image.manifest)),
+        ):
+            self.standin.fail("registry", status=200, headers=HTML, body=PAGE)
+            self.assertEqual(502, self.head(path).code, path)
+            self.standin.heal()
+            well = self.head(path)
+            self.assertEqual((200, size), (well.code, well.length), path)
+
+
+class BlobTests(WrongAnswerTestCase):
+    def push(self) -> tuple[str, bytes]:
+        """
+        Push a blob.
+        """
+        self.count += 1
+        data = noise(f"blob {self.count}", 2000)
+        return f"/v2/team/app/blobs/{self.standin.push_blob('team/app', data)}", data
+
+    def test_from_a_bucket(self) -> None:
+        """
+        Whatever a bucket sends instead of a blob is no answer and not kept; the next request has the blob.
+        """
+        answers = wrong(noise("blob", 2000), BINARY)
+        self.check(answers, self.push, lambda **answer: self.standin.fail("bucket", **answer))
+
+    def test_from_the_registry_itself(self) -> None:
+        """
+        So it is where ECR sends the blob itself.
+        """
+        answers = wrong(noise("blob", 2000), BINARY)
+        self.check(
+            answers, self.push, lambda **answer: self.standin.fail("registry", path_contains="/blobs/", **answer)
+        )
+
+    def test_larger_than_a_part(self) -> None:
+        """
+        So it is with a blob that comes over several connections, and with what its parts are.
+        """
+        data = noise("large", 20 * 2**20)
+        digest = self.standin.push_blob("team/app", data)
+        path = f"/v2/team/app/blobs/{digest}"
+        for other in (data[:-1] + b"?", data[:-1], data + b"?", b"?" + data[1:], PAGE, b""):
+            self.standin.corrupt(digest, other)
+            reply = self.daemon.send("GET", path)
+            self.flush()
+            self.pass_time(60)
+            self.assertNoAnswer(str(len(other)), reply, data)
+            self.assertEqual([], self.files())
+            self.assertEqual([], self.files("ingest"))
+            self.standin.heal()
+        self.assertWhole(self.get(path), data)
+
+
+class ManifestTests(WrongAnswerTestCase):
+    def push_by(self, name: Callable[[str], str]) -> Callable[[], tuple[str, bytes]]:
+        """
+        Push manifests, to be asked for by C{name} of their digests; each has a tag.
+        """
+
+        def push() -> tuple[str, bytes]:
+            self.count += 1
+            image = self.standin.push_image(
+                "team/app", f"v{self.count}", layers=[layer("a", noise(str(self.count), 9))]
+            )
+            return f"/v2/team/app/manifests/{name(image.digest)}", image.manifest
+
+        return push
+
+    def strike(self, **answer: object) -> None:
+        """
+        Have ECR answer all questions about manifests so.
+        """
+        self.standin.fail("registry", path_contains="/manifests/", **answer)  # type: ignore[arg-type]
+
+    def test_by_digest(self) -> None:
+        """
+        Whatever ECR sends instead of a manifest is no answer and not kept; the next request has the manifest.
+        """
+        image = self.standin.push_image("team/app", "other")
+        answers = dict(wrong(image.manifest, {"Content-Type": OCI_MANIFEST}))
+        answers["another manifest"] = (200, {"Content-Type": OCI_MANIFEST}, image.manifest)
+        self.check(answers, self.push_by(lambda digest: digest), self.strike)
+
+    def test_by_tag(self) -> None:
+        """
+        So it is by tag, where only what ECR says of the bytes can be held against them.
+        """
+        image = self.standin.push_image("team/app", "other")
+        answers = dict(wrong(image.manifest, {"Content-Type": OCI_MANIFEST, "Docker-Content-Digest": image.digest}))
+        self.check(answers, self.push_by(lambda _: f"v{self.count}"), self.strike)
+
+    def test_of_wrong_type(self) -> None:
+        """
+        Right bytes under a wrong type, or under none, are no manifest.
+        """
+        image = self.standin.push_image("team/app", "other")
+        for content_type in (SCHEMA2, "application/octet-stream", "text/plain", "application/json", "", "nonsense"):
+            headers = {"Content-Type": content_type} if content_type else {}
+            reply = self.wrongly(image.digest, headers, image.manifest)
+            self.assertRefused(reply, 502, "UNAVAILABLE", "no manifest")
+            self.assertEqual([], self.files())
+        self.assertWhole(self.get(f"/v2/team/app/manifests/{image.digest}"), image.manifest)
+
+    def test_of_a_digest_that_lies(self) -> None:
+        """
+        Bytes that are not what ECR calls them are refused, whichever of the two is wrong.
+        """
+        image = self.standin.push_image("team/app", "other")
+        for named in (digest_of(b"another"), digest_of(b"another", "sha512"), "sha256:x", "md5:1234", "nonsense"):
+            headers = {"Content-Type": OCI_MANIFEST, "Docker-Content-Digest": named}
+            for reference in (image.digest, "other"):
+                self.assertRefused(self.wrongly(reference, headers, image.manifest), 502, "UNAVAILABLE")
+                self.assertEqual([], self.files())
+        self.assertWhole(self.get("/v2/team/app/manifests/other"), image.manifest)
+
+    def test_of_the_truth(self) -> None:
+        """
+        A digest that is right is no reason to refuse, of either algorithm.
+        """
+        image = self.standin.push_image("team/app", "other")
+        for named in (image.digest, digest_of(image.manifest, "sha512")):
+            headers = {"Content-Type": OCI_MANIFEST, "Docker-Content-Digest": named}
+            self.assertWhole(self.wrongly("other", headers, image.manifest), image.manifest)
+
+    def wrongly(self, reference: str, headers: Mapping[str, str], body: bytes) -> Reply:
+        """
+        Ask once, and have ECR answer so.
+        """
+        fault = self.standin.fail("registry", status=200, headers=headers, body=body)
+        reply = self.get(f"/v2/team/app/manifests/{reference}")
+        fault.remove()
+        return reply
+
+
+class PageTests(WrongAnswerTestCase):
+    def test_of_tags(self) -> None:
+        """
+        A list that is a part, a redirect or nothing is no list.
+        """
+        self.standin.push_image("team/app", "latest")
+        body = json.dumps({"name": "team/app", "tags": ["latest"]}).encode()
+        for status in (204, 206, 302, 304):
+            fault = self.standin.fail("registry", status=status, body=body)
+            self.assertRefused(self.get("/v2/team/app/tags/list"), 502, "UNAVAILABLE")
+            fault.remove()
+        self.assertEqual(200, self.get("/v2/team/app/tags/list").code)
