@@ -148,7 +148,7 @@ class Metrics(SphinxDirective):
         """
         text = ""
         for name, kind, labels, told in metrics():
-            text += entry("metric", name, f"{told.rstrip('.')}.", f"{kind}{labels and ', by '}{labels}")
+            text += entry("metric", name, f"{kind}{labels and ', by '}{labels}", f"{told.rstrip('.')}.")
         return self.parse_text_to_nodes(text)
 
 

@@ -1,3 +1,0 @@
-"""
-The operator's port: figures for Prometheus.
-"""

@@ -1,3 +1,0 @@
-"""
-The clients' side: connections, resources, and how an answer becomes a response.
-"""

@@ -1,3 +1,0 @@
-"""
-Fuzz targets for everything that reads a client's or upstream's bytes: C{make fuzz}.
-"""

@@ -1,3 +1,0 @@
-"""
-The real daemon for a long time over a stand-in for ECR that misbehaves: C{make soak}.
-"""

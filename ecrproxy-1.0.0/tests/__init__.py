@@ -1,1 +1,0 @@
-"""The tests of ecrproxy, and the stand-in for ECR they share."""

@@ -1,3 +1,0 @@
-"""
-End-to-end tests: real programs on both sides of the daemon.
-"""
