@@ -22,6 +22,7 @@ ARROWS: dict[str, set[str]] = {
     "access": {"flights", "oci", "reasons", "threads"},
     "admin": {
         "access.limits",
+        "addresses",
         "cache.entries",
         "cache.inventory",
         "cache.janitor",
@@ -73,8 +74,8 @@ ARROWS: dict[str, set[str]] = {
         "transfer",
     },
     "oci": {"reasons"},
-    "registry": {"metrics", "oci", "reasons"},
-    "settings": {"access.limits", "cache.cache_key", "registry.quotas"},
+    "registry": {"addresses", "metrics", "oci", "reasons"},
+    "settings": {"access.limits", "addresses", "cache.cache_key", "registry.quotas"},
     "transfer": {"access.limits", "cache", "oci", "reasons", "stopwatch", "threads"},
 }
 OUTERMOST = {"tap", "command"}

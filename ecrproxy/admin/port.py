@@ -11,13 +11,13 @@ Rules:
 
 from __future__ import annotations
 
-import ipaddress
 from typing import TYPE_CHECKING, Any, Final
 
 from twisted.web.resource import Resource
 from twisted.web.template import flattenString
 
 from ecrproxy.access.limits import Crowd, Limits
+from ecrproxy.addresses import is_address
 from ecrproxy.admin.api import BODY_LIMIT
 from ecrproxy.admin.page import DOCTYPE, Page, part
 from ecrproxy.http.request import RegistryRequest
@@ -54,11 +54,8 @@ def is_ours(host: str) -> bool:
     """
     Tell whether C{host} is a name that no stranger can have lead here.
     """
-    try:
-        ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
-    except ValueError:
-        return "." not in host or host.lower().endswith(".localhost")
-    return True
+    bare = host.removeprefix("[").removesuffix("]")
+    return is_address(bare) or "." not in host or host.lower().endswith(".localhost")
 
 
 class OperatorsRequest(RegistryRequest):

@@ -19,6 +19,8 @@ from twisted.names.dns import AAAA, A
 from twisted.names.error import DNSNameError
 from zope.interface import implementer
 
+from ecrproxy.addresses import is_address
+
 if TYPE_CHECKING:
     from twisted.internet.interfaces import IAddress, IReactorTime, IResolver
     from twisted.python.failure import Failure
@@ -75,7 +77,7 @@ class ChosenServers:
         transportSemantics: str = "TCP",
     ) -> IHostResolution:
         now = self._clock.seconds()
-        if _is_literal(hostName) or hostName.lower() in self._local or now < self._silent_until:
+        if is_address(hostName) or hostName.lower() in self._local or now < self._silent_until:
             return self._system.resolveHostName(
                 resolutionReceiver, hostName, portNumber, addressTypes, transportSemantics
             )
@@ -160,14 +162,6 @@ def _deliver(addresses: Sequence[str], receiver: IResolutionReceiver, port: int)
         kind = IPv6Address if ":" in address else IPv4Address
         receiver.addressResolved(kind("TCP", address, port))
     receiver.resolutionComplete()
-
-
-def _is_literal(name: str) -> bool:
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return True
 
 
 def hosts_names(hosts: str) -> list[str]:

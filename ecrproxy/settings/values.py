@@ -12,6 +12,8 @@ from urllib.parse import urlsplit
 
 import regex
 
+from ecrproxy.addresses import is_address
+
 _UNITS: Final = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 _SIZE = re.compile(r"([0-9]{1,18})\s*(?:([kmgt])(?:i?b)?|b)?", re.IGNORECASE | re.ASCII)
 _HOST = re.compile(r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?(?:\.[a-z0-9](?:[a-z0-9-]*[a-z0-9])?)*", re.IGNORECASE)
@@ -37,21 +39,13 @@ def parse_endpoint(text: str) -> str:
     except ValueError:
         parts, port = urlsplit(""), None
     host = parts.hostname or ""
-    good = parts.scheme in ("http", "https") and (_HOST.fullmatch(host) or _is_address(host)) and port != 0
+    good = parts.scheme in ("http", "https") and (_HOST.fullmatch(host) or is_address(host)) and port != 0
     if not good or parts.path not in ("", "/") or parts.query or parts.fragment or "@" in parts.netloc:
         raise ValueError(
             "not the URL of a registry; give one such as https://123456789012.dkr.ecr.eu-west-1.amazonaws.com"
         )
     bracketed = f"[{host}]" if ":" in host else host
     return f"{parts.scheme}://{bracketed}" + (f":{port}" if port else "")
-
-
-def _is_address(text: str) -> bool:
-    try:
-        ipaddress.ip_address(text)
-    except ValueError:
-        return False
-    return True
 
 
 def parse_region(text: str) -> str:
@@ -132,7 +126,7 @@ def _server(word: str) -> Server:
     found = re.fullmatch(r"\[([^]]+)\](?::([0-9]{1,5}))?|([^:]+)(?::([0-9]{1,5}))?", word)
     address, port = (found[1] or found[3], found[2] or found[4]) if found else (word, None)
     number = int(port) if port else _DNS_PORT
-    if not _is_address(address) or not 0 < number <= _PORTS:
+    if not is_address(address) or not 0 < number <= _PORTS:
         raise ValueError(f"{word!r} is not the address of a name server; give 8.8.8.8, 8.8.8.8:53, [::1]:53 or system")
     return address, number
 
