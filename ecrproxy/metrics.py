@@ -205,19 +205,19 @@ class LoopStall(Service):
     """
     How long the event loop stood still at the most: the time by which its turns come late.
 
-    @param monotonic: seconds on a clock that is never set.
+    @param clock: counts seconds that nobody sets.
     @ivar longest: in seconds.
     """
 
-    def __init__(self, clock: IReactorTime, monotonic: Callable[[], float]) -> None:
+    def __init__(self, clock: IReactorTime) -> None:
         self.longest = 0.0
-        self._monotonic, self._last = monotonic, 0.0
+        self._clock, self._last = clock, 0.0
         self._loop = LoopingCall(self._turn)
         self._loop.clock = clock
 
     def startService(self) -> None:  # noqa: D102
         super().startService()
-        self._last = self._monotonic()
+        self._last = self._clock.seconds()
         self._loop.start(TICK_SECONDS, now=False).addErrback(lambda failure: log.failure("Measuring stalls", failure))
 
     def stopService(self) -> None:  # noqa: D102
@@ -227,6 +227,6 @@ class LoopStall(Service):
         log.info("The event loop stood still for {longest:.3f} s at the most", longest=self.longest)
 
     def _turn(self) -> None:
-        now = self._monotonic()
+        now = self._clock.seconds()
         self.longest = max(self.longest, now - self._last - TICK_SECONDS)
         self._last = now

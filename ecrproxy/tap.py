@@ -153,7 +153,7 @@ def build(
     store = _prepared(Store(Path(config.cache_dir), time.time))
     janitor = Janitor(store, config.cache_limit, disk.call, reactor)
     tokens = TokenService(lambda: call_unowned(reactor, lambda: _fetch(config)), reactor, time.time, refused)
-    figures, stall = Figures(__version__), LoopStall(reactor, time.monotonic)
+    figures, stall = Figures(__version__), LoopStall(reactor)
     upstream, asking = _upstream(config, tokens, figures, reactor)
     cache = Cache(store, janitor, disk.call, time.time)
     pull_through = _pull_through(config, upstream, cache, disk)

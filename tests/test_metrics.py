@@ -13,8 +13,9 @@ from ecrproxy.metrics import TICK_SECONDS, LoopStall
 
 class LoopStallTests(SynchronousTestCase):
     def setUp(self) -> None:
-        self.clock, self.late = Clock(), 0.0
-        self.stall = LoopStall(self.clock, lambda: 1000 + self.clock.seconds() + self.late)
+        self.clock = Clock()
+        self.clock.advance(1000)
+        self.stall = LoopStall(self.clock)
 
     def run_for(self, seconds: float) -> None:
         """
@@ -36,7 +37,7 @@ class LoopStallTests(SynchronousTestCase):
         """
         self.stall.startService()
         for late, longest in ((0.05, 0.05), (0.5, 0.5), (0.2, 0.5), (0.7, 0.7)):
-            self.late += late
+            self.clock.advance(TICK_SECONDS + late)
             self.run_for(1)
             self.assertAlmostEqual(longest, self.stall.longest)
 
@@ -45,8 +46,7 @@ class LoopStallTests(SynchronousTestCase):
         The figure is in the log when the daemon ends, and nothing is measured after that.
         """
         self.stall.startService()
-        self.late += 0.25
-        self.run_for(1)
+        self.clock.advance(TICK_SECONDS + 0.25)
         with capturedLogs() as events:
             self.stall.stopService()
         self.assertIn("0.250 s", formatEvent(events[-1]))
@@ -60,5 +60,5 @@ class LoopStallTests(SynchronousTestCase):
             self.stall.startService()
             self.run_for(1)
             self.stall.stopService()
-            self.late += 60
+            self.clock.advance(60)
         self.assertAlmostEqual(0, self.stall.longest)
