@@ -183,7 +183,9 @@ class WordsTests(SynchronousTestCase):
         name = re.compile(r"(?<![\w/.])((?:docs|deploy|tests|bench|ecrproxy)/[\w./-]*\w\.\w+|[A-Z]{4,}\.(?:rst|md))")
         shown = [*pages(), *MARKDOWN, CHECKOUT / "CHANGELOG.rst"]
         told = {(page.name, each) for page in shown for each in name.findall(page.read_text("utf-8"))}
-        self.assertEqual([], sorted(each for each in told if not (CHECKOUT / each[1]).exists()))
+        missing = sorted(each for each in told if not (CHECKOUT / each[1]).exists())
+        # A new checkout has not built its documents yet.
+        self.assertEqual([], [each for each in missing if not each[1].startswith("docs/_build/")])
 
     def test_settings_that_are_named_are_there(self) -> None:
         """
