@@ -38,7 +38,7 @@ lint: $(STAMP)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-# A warning is an error: links that lead nowhere, settings that are not described.
+# A warning is an error: a link that leads nowhere, a page that no other leads to.
 docs: $(STAMP)
 	rm -rf docs/_build
 	$(VENV)/bin/python -m sphinx --fail-on-warning --keep-going --quiet --builder html docs docs/_build/html

@@ -18,7 +18,6 @@ version = release = __version__
 
 extensions = ["tables"]
 exclude_patterns = ["_build"]
-suppress_warnings = ["toc.not_included"]
 nitpicky = True
 highlight_language = "text"  # what a block is in, it says itself
 today_fmt = "%Y-%m-%d"

@@ -2,8 +2,7 @@
 Directives that write the reference from the code's own tables, so that it can say nothing else.
 
 C{settings} describes the settings that it names: flags and defaults are those of C{SETTINGS}, what they mean is told by
-README.rst's table. One that no page describes is a warning. C{metrics} describes all figures, C{subcommands} all that
-the command C{ecr-proxy} can do.
+README.rst's table. C{metrics} describes all figures, C{subcommands} all that the command C{ecr-proxy} can do.
 """
 
 from __future__ import annotations
@@ -19,8 +18,6 @@ from typing import Any, ClassVar, Final
 from docutils import nodes
 from prometheus_client import PLATFORM_COLLECTOR, PROCESS_COLLECTOR
 from sphinx.application import Sphinx
-from sphinx.environment import BuildEnvironment
-from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
 
 from ecrproxy.admin import readings
@@ -29,8 +26,6 @@ from ecrproxy.command.subcommand import Subcommand
 from ecrproxy.metrics import Figures, Reading
 from ecrproxy.settings.config import SETTINGS, Setting
 from ecrproxy.settings.values import parse_flag
-
-log = logging.getLogger(__name__)
 
 README: Final = Path(__file__).resolve().parents[1] / "README.rst"
 ROW: Final = re.compile(r"^   \* - ``(\w+)``\n     - .+\n     - .+\n     - ((?:.+\n)+?)(?=   \*|\n|\Z)", re.MULTILINE)
@@ -200,16 +195,6 @@ class Subcommands(SphinxDirective):
         return self.parse_text_to_nodes("".join(map(subcommand_described, SUBCOMMANDS)))
 
 
-def find_undescribed(_: Sphinx, env: BuildEnvironment) -> None:
-    """
-    Warn of settings that no page describes.
-    """
-    described = {name for kind, name in env.domains.standard_domain.objects if kind == "setting"}
-    for setting in SETTINGS:
-        if setting.variable not in described:
-            log.warning("%s is described nowhere: name it in docs/reference/daemon.rst", setting.variable)
-
-
 def setup(app: Sphinx) -> dict[str, bool]:
     """
     Add the directives, and the roles C{:setting:} and C{:metric:} that link to what they describe.
@@ -220,5 +205,4 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_object_type("subcommand", "subcommand", "pair: %s; subcommand")
     app.add_directive("metrics", Metrics)
     app.add_directive("subcommands", Subcommands)
-    app.connect("env-check-consistency", find_undescribed)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -187,6 +187,15 @@ class WordsTests(SynchronousTestCase):
         # A new checkout has not built its documents yet.
         self.assertEqual([], [each for each in missing if not each[1].startswith("docs/_build/")])
 
+    def test_each_page_is_on_the_index(self) -> None:
+        """
+        Whoever opens the site finds it.
+        """
+        root = CHECKOUT / "docs"
+        index = (root / "index.rst").read_text("utf-8").split()
+        below = [str(each.relative_to(root).with_suffix("")) for each in pages() if root in each.parents]
+        self.assertEqual([], sorted(set(below) - {"index", *index}))
+
     def test_settings_that_are_named_are_there(self) -> None:
         """
         Each variable is one of SETTINGS, or a predecessor's that is told about.

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.documents import blocks, pages
+
 from .asking import ask
 from .clients import Docker
 from .conftest import MakeChain
@@ -71,11 +73,12 @@ def test_the_alert_rules_fire_when_they_should() -> None:
 
 def test_rules_and_dashboard_speak_of_figures_that_there_are(page: str, tmp_path: Path) -> None:
     """
-    Each figure that they name is told by a daemon, and each expression of the dashboard is one.
+    Each figure that they name is told by a daemon, and each expression of the dashboard and of the documents is one.
     """
     rules = (CHECKOUT / "deploy/prometheus/alerts.yaml").read_text("utf-8")
     board = json.loads((CHECKOUT / "deploy/grafana/ecrproxy.json").read_text("utf-8"))
     asked = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+    asked += [each.text for path in pages() for each in blocks(path) if each.language == "promql"]
     told = set(re.findall(r"^(\w+)", page, re.MULTILINE))
     assert named_in(rules + " ".join(asked)) - told == set()
     plain = [each.replace("$__rate_interval", "5m").replace("$instance", ".*") for each in asked]
