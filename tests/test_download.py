@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from twisted.internet.defer import CancelledError, Deferred, fail, succeed
+from twisted.logger import capturedLogs, formatEvent
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
@@ -396,12 +397,14 @@ class KeptTests(DownloadTestCase):
 
     def test_what_nobody_foresaw_is_told_too(self) -> None:
         """
-        A failure of the daemon itself ends the transfer: readers are told, upstream is stopped.
+        A failure of the daemon itself ends the transfer: readers are told, upstream is stopped, the log says where.
         """
         download = self.begin(b"x" * 1000)
-        self.patch(Writer, "write", lambda *_: 1 / 0)
-        for _ in range(TRIES):
-            self.tap.arrived(b"x")
+        self.patch(Writer, "write", fail_unforeseen)
+        with capturedLogs() as events:
+            for _ in range(TRIES):
+                self.tap.arrived(b"x")
+        self.assertIn("in fail_unforeseen", formatEvent(events[-1]))
         self.assertEqual({True}, {tap.aborted for tap in self.blob.taps})
         self.assertFailed(download, ZeroDivisionError)
 
@@ -1141,7 +1144,7 @@ class EndedTests(DownloadTestCase):
         """
         A failure of the daemon itself keeps no bytes.
         """
-        self.patch(Writer, "write", lambda *_: 1 / 0)
+        self.patch(Writer, "write", fail_unforeseen)
 
         def end() -> None:
             for _ in range(TRIES):
@@ -1162,6 +1165,10 @@ class EndedTests(DownloadTestCase):
             self.assertEqual(before, sys.getrefcount(self.piece))
             self.tap.arrived(self.data[1000:])
             self.tap.ended(None)
+
+
+def fail_unforeseen(*_: object) -> NoReturn:
+    raise ZeroDivisionError
 
 
 def fail_with(code: int, *_: object) -> NoReturn:

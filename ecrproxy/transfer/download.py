@@ -164,6 +164,7 @@ class Download:
             await self._fill(blob)
         except _DiskError as problem:
             log.info("{digest} goes on without the cache: {problem}", digest=self.digest, problem=str(problem))
+            problem.with_traceback(None)  # its frames, and all that called them, lead back to it
             self._spill()
             return False
         return True
@@ -277,7 +278,7 @@ class Download:
         try:
             await self._in_thread(writer.write, offset, batch)
         except OSError as problem:
-            raise _DiskError(problem) from problem
+            raise _DiskError(problem.with_traceback(None)) from problem
         self.received = self._filed = writer.hashed
         self._news()
         return offset + size
@@ -382,7 +383,10 @@ class Download:
         # What came is worth something still, unless the disk or the bytes are to blame, or nobody knows what.
         self._leaves = self._writer is not None and failure.check(RegistryError, ShortBodyError) is not None
         self.failure, self._writer = failure, None
-        log.warn("The transfer of {digest} failed: {problem}", digest=self.digest, problem=str(failure.value))
+        foreseen = failure.check(RegistryError, ShortBodyError, DigestMismatchError, CancelledError)
+        why = str(failure.value) if foreseen else failure.getTraceback()
+        log.warn("The transfer of {digest} failed: {problem}", digest=self.digest, problem=why)
+        failure.cleanFailure()  # it is kept, and its frames, and all that called them, would be with it
         self._news()
 
     # To those who follow.
