@@ -24,8 +24,8 @@ CLIENTS: Final = 50
 LIMIT: Final = 48 * 2**20
 QUIET: Final = 0.6
 """The part of the time in which the daemon is ended now and then; in the rest it must not grow."""
-GROWTH: Final = 128 * 2**20
-LARGEST: Final = 512 * 2**20
+GROWTH: Final = 64 * 2**20
+LARGEST: Final = 256 * 2**20
 THREADS: Final = 64
 DESCRIPTORS: Final = 64
 
