@@ -11,9 +11,11 @@ import json
 import re
 import tomllib
 from collections.abc import Callable, Iterator
+from io import StringIO
 from pathlib import Path
 
 import yaml
+from docutils.core import publish_doctree
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.settings.config import SETTINGS
@@ -161,6 +163,21 @@ And::
             self.assertIsNotNone(problem(block), text)
         (block,) = blocks(CHECKOUT / "README.rst", ".. Not run:\n\n.. code-block:: console\n\n   $ true\n")
         self.assertIsNotNone(problem(block))
+
+
+class MarkupTests(SynchronousTestCase):
+    """
+    The pages that are read by themselves, on the forge and the package index; `make docs` reads the others.
+    """
+
+    def test_is_in_order(self) -> None:
+        """
+        Nothing is left of a merge, and no table or title is broken.
+        """
+        for name in ("README.rst", "CHANGELOG.rst", "CONTRIBUTING.rst"):
+            said = StringIO()
+            publish_doctree((CHECKOUT / name).read_text("utf-8"), settings_overrides={"warning_stream": said})
+            self.assertEqual("", said.getvalue(), name)
 
 
 class WordsTests(SynchronousTestCase):
