@@ -15,7 +15,7 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Final, NoReturn, TypeVar
@@ -35,6 +35,7 @@ from ecrproxy.access.limits import BOUNDLESS, Crowd
 from ecrproxy.access.namespaces import Namespaces
 from ecrproxy.access.passwords import AT_ONCE, Passwords
 from ecrproxy.admin.api import Api
+from ecrproxy.admin.incidents import Incidents
 from ecrproxy.admin.port import make_admin_site
 from ecrproxy.admin.readings import of_cache, of_clients, of_loop, of_token, of_transfers, of_upstream
 from ecrproxy.admin.status import Asking, Status
@@ -48,8 +49,9 @@ from ecrproxy.daemon.ending import Connections, Drain, InOrder, Signals
 from ecrproxy.daemon.listening import Listening, admin_endpoint, endpoints
 from ecrproxy.daemon.supervision import Supervised, Supervisor, summary
 from ecrproxy.daemon.workers import HandedDown, Post, StandardInput, Workers
-from ecrproxy.http.relay import USED, FirstProcess, InnerRegistry, NoRoom, Relay, Teller, Used, WorkerRegistry
+from ecrproxy.http.relay import FirstProcess, InnerRegistry, NoRoom, Relay, WorkerRegistry
 from ecrproxy.http.site import RegistrySite, make_site
+from ecrproxy.http.telling import USED, Teller, Used, told
 from ecrproxy.http.web import Ready, Registry
 from ecrproxy.metrics import Figures, LoopStall, Served
 from ecrproxy.proxy import PullThrough
@@ -177,10 +179,9 @@ def build(
     listening = [Listening(name, endpoint, site, accepts=not several) for name, endpoint in endpoints(config, reactor)]
     workers = None
     if several:
-        inner = partial(
-            make_site, InnerRegistry(pull_through, *shape), ready, others={USED: Used(store.ledger, figures.served)}
-        )
-        workers = _share_work(config, inner, listening, arguments, service, reactor)
+        inner = partial(make_site, InnerRegistry(pull_through, *shape), ready)
+        hearers = told(store.ledger, figures.served, status.incidents)
+        workers = _share_work(config, inner, hearers, listening, arguments, service, reactor)
     reread = partial(supervised.rereading, partial(_reread, [*listening, admission], workers))
     drain = Drain(connections, config.drain_seconds, reactor)
     _face_clients(drain, listening, reread, _leave, service, reactor)
@@ -226,6 +227,7 @@ def _namespaces(config: Config, judging: Threads) -> Namespaces:
 def _share_work(
     config: Config,
     make_inner: Callable[..., RegistrySite],
+    hearers: Mapping[str, Any],
     listening: Sequence[Listening],
     arguments: Sequence[str],
     service: MultiService,
@@ -237,7 +239,7 @@ def _share_work(
     folder = tempfile.mkdtemp(prefix="ecrproxy-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     path = str(Path(folder) / "first")
-    inner = make_inner(reactor=reactor, crowd=Crowd(BOUNDLESS), logged=False)
+    inner = make_inner(reactor=reactor, crowd=Crowd(BOUNDLESS), logged=False, others={USED: Used(hearers)})
     Listening(path, UNIXServerEndpoint(reactor, path, mode=0o600), inner).setServiceParent(service)
     workers = Workers(config.worker_processes, listening, path, arguments, reactor, drain=config.drain_seconds)
     workers.setServiceParent(service)
@@ -350,7 +352,9 @@ def build_worker(config: Config, post: Post, reactor: Any) -> MultiService:  # n
     served, connections = Served(), Connections()
     crowd = Crowd(config.limits)
     site = make_site(registry, relay, reactor, crowd=crowd, served=served, connections=connections)
-    for part in (disk, judging, purges, Teller(first, notes.take, served, reactor)):
+    incidents = Incidents(time.time)
+    teller = Teller(first, told(notes, served, incidents), reactor)
+    for part in (incidents, disk, judging, purges, teller):
         part.setServiceParent(service)
     listening = [
         Listening(name, endpoint, site) for name, endpoint in endpoints(config, HandedDown(reactor, post.sockets))

@@ -99,7 +99,7 @@ RESERVED = {
     "botocore": {"registry.ecr"},
     "bcrypt": {"access.htpasswd"},
     "prometheus_client": {"metrics"},
-    "twisted.web.resource": {"admin.port", "http.web", "http.site", "http.relay"},
+    "twisted.web.resource": {"admin.port", "http.web", "http.site", "http.relay", "http.telling"},
     "twisted.internet.reactor": {"tap"},
 }
 LONGEST = 45

@@ -10,18 +10,21 @@ from typing import Any
 from twisted.internet.address import IPv4Address
 from twisted.internet.error import ConnectionRefusedError
 from twisted.internet.protocol import Protocol
+from twisted.logger import LogLevel
 from twisted.web.server import Request
 
 from ecrproxy.access.clients import Admission
 from ecrproxy.access.limits import BOUNDLESS, Crowd
 from ecrproxy.access.namespaces import Namespaces
+from ecrproxy.admin.incidents import Incidents
 from ecrproxy.cache.cache_key import CacheKey
 from ecrproxy.cache.entries import entry_name
 from ecrproxy.cache.ledger import Notes
 from ecrproxy.cache.store import Store
 from ecrproxy.cached import Cache
-from ecrproxy.http.relay import KEY, TELL_SECONDS, USED, InnerRegistry, NoRoom, Relay, Teller, Used, WorkerRegistry
+from ecrproxy.http.relay import KEY, InnerRegistry, NoRoom, Relay, WorkerRegistry
 from ecrproxy.http.site import make_site
+from ecrproxy.http.telling import TELL_SECONDS, USED, Teller, Used, told
 from ecrproxy.http.web import Ready
 from ecrproxy.metrics import Served
 from ecrproxy.oci import parse_route
@@ -84,7 +87,8 @@ class Together(Daemon):
         shape = Namespaces(parse_pattern(pattern), at_once), CacheKey.parse(cache_key), at_once
         inner, self.seen = Seen(self.pull_through, *shape), list[Request]()
         inner.seen, ready = self.seen, Ready(self.reasons)
-        others = {USED: Used(self.store.ledger, self.figures.served)}
+        hearers = told(self.store.ledger, self.figures.served, self.status.incidents)
+        others = {USED: Used(hearers)}
         site = make_site(inner, ready, self.clock, crowd=Crowd(BOUNDLESS), logged=False, others=others)
         self.between = Between(site, self.clock)
         agent = self.between.agent(persistent=True)
@@ -92,8 +96,8 @@ class Together(Daemon):
         self.worker_cache = Cache(
             Store(self.store.root, self.clock.seconds, self.notes), NoRoom(), at_once, self.clock.seconds
         )
-        self.counted = Served()
-        self.teller = Teller(agent, self.notes.take, self.counted, self.clock)
+        self.counted, self.incidents = Served(), Incidents(self.clock.seconds)
+        self.teller = Teller(agent, told(self.notes, self.counted, self.incidents), self.clock)
         self.teller.startService()
         registry = WorkerRegistry(self.worker_cache, tag_ttl, relay, *shape, admission)
         site = make_site(registry, relay, self.clock, crowd=self.crowd, served=self.counted)
@@ -696,6 +700,17 @@ class UsedTests(RelayTestCase):
         size = len(self.data)
         self.assertEqual({"count": 2, "bytes": 2 * size}, status["answers"]["HIT"])
         self.assertEqual([{"repository": "team/app", "bytes": 2 * size, "answers": 2}], status["repositories"])
+
+    def test_what_went_wrong_in_a_worker_is_told_too(self) -> None:
+        """
+        Once, with its time; the same from several workers is one incident.
+        """
+        for _ in range(2):
+            self.daemon.incidents({"log_level": LogLevel.warn, "log_format": "the {thing} is slow", "thing": "disk"})
+            self.pass_time(2 * TELL_SECONDS)
+        (incident,) = json.loads(self.daemon.ask_admin("/status.json").body)["incidents"]
+        self.assertEqual(("warn", "the disk is slow", 2), (incident["level"], incident["text"], incident["times"]))
+        self.assertEqual((), self.daemon.incidents.latest())
 
     def test_is_told_once(self) -> None:
         """

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 KEPT: Final = 20
 LONGEST: Final = 300
 """Characters that are kept of a text."""
+
+
+Row = tuple[float, str, str, int]
+"""An incident, as processes tell it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +69,13 @@ class Incidents(Service):
         level = event.get("log_level")
         if level is None or level < LogLevel.warn:
             return
-        incident = Incident(self._now(), level.name, _text(event))
+        self._keep(Incident(self._now(), level.name, _text(event)))
+
+    def _keep(self, incident: Incident) -> None:
         with self._lock:
             last = self._kept[-1] if self._kept else None
             if last is not None and (last.level, last.text) == (incident.level, incident.text):
-                self._kept[-1] = replace(incident, times=last.times + 1)
+                self._kept[-1] = replace(incident, times=last.times + incident.times)
             else:
                 self._kept.append(incident)
 
@@ -79,6 +85,22 @@ class Incidents(Service):
         """
         with self._lock:
             return tuple(reversed(self._kept))
+
+    def take(self) -> list[Row]:
+        """
+        Give them, once, the oldest first: for who adds them to his own.
+        """
+        with self._lock:
+            rows = [(each.when, each.level, each.text, each.times) for each in self._kept]
+            self._kept.clear()
+        return rows
+
+    def add(self, rows: Iterable[Row]) -> None:
+        """
+        Take in what another process has kept.
+        """
+        for row in rows:
+            self._keep(Incident(*row))
 
 
 def _text(event: LogEvent) -> str:

@@ -160,7 +160,7 @@ def rows_of(snapshot: Snapshot) -> Mapping[str, Sequence[Values]]:
     most = max((each.bytes for each in snapshot.repositories), default=0)
     upstream = snapshot.upstream
     return {
-        "reasons": [{"reason": clean(each)} for each in snapshot.reasons],
+        "reasons": [{"reason": short(clean(each))} for each in snapshot.reasons],
         "hour": _hour(snapshot),
         "transfers": [_transfer(each) for each in snapshot.transfers],
         "next": [_leaving(each, snapshot.when) for each in snapshot.cache.next],
@@ -176,7 +176,7 @@ def rows_of(snapshot: Snapshot) -> Mapping[str, Sequence[Values]]:
                 "stamp": stamp(each.when),
                 "ago": ago(snapshot.when - each.when),
                 "level": each.level,
-                "text": clean(each.text),
+                "text": short(clean(each.text)),
                 "times": f" ({each.times:,} times)" if each.times > 1 else "",
             }
             for each in snapshot.incidents

@@ -11,7 +11,7 @@ from typing import Final
 from ecrproxy.admin.history import Point
 
 NONE: Final = "\N{EN DASH}"
-_DIGEST: Final = re.compile(r"(sha\d+:[0-9a-f]{12})[0-9a-f]{20,}")
+_DIGEST: Final = re.compile(r"(sha\d+:[0-9a-f]{10})[0-9a-f]{20,}")
 _MANY: Final = 10
 """From so many of a unit on, what is behind the point is noise."""
 

@@ -8,7 +8,7 @@ import re
 import threading
 from array import array
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
 
@@ -125,6 +125,13 @@ class Ledger:
             self._used[path] = size
             self.total += size
             self._note(path, size)
+
+    def add(self, used: Iterable[tuple[str, int]]) -> None:
+        """
+        Take in path and bytes of what another process has used.
+        """
+        for path, size in used:
+            self.used(path, size)
 
     def gone(self, path: str) -> int:
         """

@@ -10,33 +10,26 @@ that one client waits for is brought once, whichever workers the others came to.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
-from twisted.application.service import Service
 from twisted.internet.defer import Deferred
 from twisted.internet.endpoints import UNIXClientEndpoint
 from twisted.internet.interfaces import IPushProducer
 from twisted.internet.protocol import Protocol, connectionDone
-from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 from twisted.web.client import URI, Agent, ResponseDone
 from twisted.web.http_headers import Headers
 from twisted.web.iweb import UNKNOWN_LENGTH, IAgentEndpointFactory, IResponse
-from twisted.web.resource import Resource
-from twisted.web.server import Request
 from zope.interface import implementer
 
 from ecrproxy.access.clients import Admission
 from ecrproxy.access.namespaces import Namespaces
 from ecrproxy.cache.cache_key import CacheKey
-from ecrproxy.cache.ledger import Ledger
 from ecrproxy.cached import Asked, Cache
 from ecrproxy.http.request import RegistryRequest
 from ecrproxy.http.web import Answering, Door, Registry, begin
-from ecrproxy.metrics import Served
 from ecrproxy.oci import Kind, Route
 from ecrproxy.reasons import Reason
 from ecrproxy.registry.bucket import UnavailableError
@@ -44,7 +37,7 @@ from ecrproxy.request_id import REQUEST_ID
 from ecrproxy.threads import InThread
 
 if TYPE_CHECKING:
-    from twisted.internet.interfaces import IReactorTime
+    pass
 
 log = Logger()
 
@@ -52,8 +45,6 @@ FIRST: Final = b"http://first"
 """What the first process is called in URLs; the socket leads to it."""
 KEY: Final = "X-Ecrproxy-Key"
 """Tells the first process the cache key, as JSON: only the worker knows the client that it may depend on."""
-USED: Final = b"used"
-TELL_SECONDS: Final = 1.0
 
 _HOP_BY_HOP: Final = frozenset(
     {b"connection", b"transfer-encoding", b"content-length", b"server", b"date", b"keep-alive"}
@@ -250,64 +241,3 @@ class InnerRegistry(Registry):
         """
         key = json.loads(request.getHeader(KEY) or '""')
         return replace(super().asked(request, route), key=key)
-
-
-class Used(Resource):
-    """
-    Where workers tell which files they used, so that the janitor knows, and what they gave their clients.
-    """
-
-    isLeaf = True
-
-    def __init__(self, ledger: Ledger, served: Served) -> None:
-        super().__init__()
-        self._ledger, self._served = ledger, served
-
-    def render(self, request: Request) -> bytes:
-        """
-        Take note.
-        """
-        told = request.requestHeaders
-        for path, size in json.loads(told.getRawHeaders(b"X-Ecrproxy-Used", [b"[]"])[0]):
-            self._ledger.used(path, size)
-        self._served.requests.add(json.loads(told.getRawHeaders(b"X-Ecrproxy-Requests", [b"[]"])[0]))
-        self._served.saved.add(json.loads(told.getRawHeaders(b"X-Ecrproxy-Saved", [b"[]"])[0]))
-        return b""
-
-
-class Teller(Service):
-    """
-    Tells the first process now and then which files this worker used, and what it gave its clients.
-
-    @param used: gives path and bytes of those since it was last asked.
-    @param served: where that is counted until it is told.
-    """
-
-    def __init__(
-        self, agent: Agent, used: Callable[[], list[tuple[str, int]]], served: Served, clock: IReactorTime
-    ) -> None:
-        self._agent = agent
-        self._takes: dict[str, Callable[[], Sequence[object]]] = {
-            "X-Ecrproxy-Used": used,
-            "X-Ecrproxy-Requests": served.requests.take,
-            "X-Ecrproxy-Saved": served.saved.take,
-        }
-        self._loop = LoopingCall(self._tell)
-        self._loop.clock = clock
-
-    def startService(self) -> None:  # noqa: D102
-        super().startService()
-        self._loop.start(TELL_SECONDS, now=False).addErrback(lambda problem: log.failure("Telling", problem))
-
-    def stopService(self) -> None:  # noqa: D102
-        super().stopService()
-        if self._loop.running:
-            self._loop.stop()
-
-    def _tell(self) -> None:
-        for name, take in self._takes.items():
-            notes = take()
-            for at in range(0, len(notes), 50):
-                headers = Headers({name: [json.dumps(notes[at : at + 50])]})
-                told = self._agent.request(b"GET", FIRST + b"/" + USED, headers)
-                told.addErrback(lambda problem: log.debug("Not told: {problem}", problem=problem.value))
