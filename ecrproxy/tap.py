@@ -263,7 +263,7 @@ def _face_clients(
 
 def _serve_admin(
     config: Config,
-    make_site: Callable[[Api, Any], RegistrySite],
+    make_site: Callable[[Api, Any, frozenset[str]], RegistrySite],
     cache: Cache,
     disk: Threads,
     service: MultiService,
@@ -280,7 +280,8 @@ def _serve_admin(
     if named is not None:
         surveying = Threads(1, reactor)
         surveying.setServiceParent(service)
-        site = make_site(Api(Inventory(cache.store), purges.look, surveying.call, reactor), reactor)
+        api = Api(Inventory(cache.store), purges.look, surveying.call, reactor)
+        site = make_site(api, reactor, config.admin_hosts or frozenset())
         Listening(*named, site, needed=config.admin_listen != ADMIN_LISTEN).setServiceParent(service)
 
 

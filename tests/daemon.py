@@ -463,6 +463,7 @@ class Daemon:
         quotas: Quotas = Quotas(),  # noqa: B008
         together: int = 128,
         limits: Limits | None = None,
+        admin_hosts: frozenset[str] = frozenset(),
     ) -> None:
         self.standin, self.clock, self.limit, self.scheme = standin, clock, limit, "http"
         self.set_by = 0.0
@@ -515,7 +516,7 @@ class Daemon:
         # At once: tests that count or hold what is done in threads mean other things.
         self.purges = Purges(self.store, self.cache.forget_all, at_once, clock)
         api = Api(Inventory(self.store), self.purges.look, in_thread, clock)
-        self.admin = Network(make_admin_site(self.figures, ready, self.status, api, clock), clock)
+        self.admin = Network(make_admin_site(self.figures, ready, self.status, api, clock, admin_hosts), clock)
         self.front = Network(self.site, clock)
         self._asking = self.front.agent(persistent=False)
         self.replies: list[Reply | Raw] = []

@@ -195,6 +195,14 @@ class PortTests(StatusTestCase):
         self.assertEqual(200, self.daemon.ask_admin("/metrics", host="ecr-proxy.infra.example").code)
         self.assertEqual(200, self.daemon.ask_admin("/readyz", host="ecr-proxy.infra.example").code)
 
+    def test_a_name_that_the_operator_gave_it_is_his(self) -> None:
+        """
+        By PROXY_ADMIN_HOSTS the port may have a name with dots.
+        """
+        self.start(admin_hosts=frozenset({"ecr-proxy.infra.example"}))
+        self.assertEqual(200, self.daemon.ask_admin("/status.json", host="ecr-proxy.infra.example").code)
+        self.assertEqual(403, self.daemon.ask_admin("/status.json", host="evil.example").code)
+
     def test_only_reads(self) -> None:
         """
         What is asked for in another way is refused.
@@ -211,3 +219,11 @@ class NameTests(SynchronousTestCase):
             self.assertTrue(is_ours(host), host)
         for host in ("evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "1.2.3", "evil.", "a.b:1"):
             self.assertFalse(is_ours(host), host)
+
+    def test_which_the_operator_says_is_his(self) -> None:
+        """
+        Those names, written in whatever way, and none below them.
+        """
+        named = frozenset({"ecr-proxy.infra.svc"})
+        self.assertTrue(is_ours("ECR-proxy.infra.svc", named))
+        self.assertFalse(is_ours("evil.ecr-proxy.infra.svc", named))

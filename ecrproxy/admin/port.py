@@ -5,7 +5,8 @@ Rules:
 
 - Nothing here is for other sites: no header lets their scripts read an answer, and no answer may be put into a frame.
 - A name can be made to lead here by whoever owns it (DNS rebinding), and his scripts would then be of this site. So
-  whoever asks has to call this port by an address, by C{localhost}, or by a name without a dot, which no stranger owns.
+  whoever asks has to call this port by an address, by C{localhost}, or by a name without a dot, which no stranger owns,
+  or by one that the operator says is his.
   What Prometheus and probes ask for is open to any name: they know daemons by all sorts of them.
 """
 
@@ -50,12 +51,14 @@ HEADERS: Final = {
 }
 
 
-def is_ours(host: str) -> bool:
+def is_ours(host: str, named: frozenset[str] = frozenset()) -> bool:
     """
     Tell whether C{host} is a name that no stranger can have lead here.
+
+    @param named: names that the operator says are his.
     """
-    bare = host.removeprefix("[").removesuffix("]")
-    return is_address(bare) or "." not in host or host.lower().endswith(".localhost")
+    bare, name = host.removeprefix("[").removesuffix("]"), host.lower()
+    return is_address(bare) or "." not in host or name.endswith(".localhost") or name in named
 
 
 class OperatorsRequest(RegistryRequest):
@@ -83,10 +86,16 @@ class OperatorsSite(RegistrySite):
 class OperatorsRoot(Root):
     """
     The top of the tree, for who calls it by a name of ours.
+
+    @param hosts: names that are ours, beside those that need no telling.
     """
 
+    def __init__(self, hosts: frozenset[str]) -> None:
+        super().__init__()
+        self._hosts = hosts
+
     def getChildWithDefault(self, path: bytes, request: Request) -> Resource:  # noqa: D102
-        if path not in OPEN and not is_ours(request.getRequestHostname().decode("ascii", "replace")):
+        if path not in OPEN and not is_ours(request.getRequestHostname().decode("ascii", "replace"), self._hosts):
             return Unknown()
         child: Resource = super().getChildWithDefault(path, request)
         return child
@@ -101,7 +110,9 @@ class Unknown(Answering):
         """
         Say so.
         """
-        raise RegistryError(403, "DENIED", "ask for this by address, as localhost, or by a name without a dot")
+        raise RegistryError(
+            403, "DENIED", "ask for this by address, as localhost, by a name without a dot or in PROXY_ADMIN_HOSTS"
+        )
 
 
 class Metrics(Answering):
@@ -181,6 +192,7 @@ def make_admin_site(
     status: Status,
     api: Resource,
     reactor: Any,  # noqa: ANN401
+    hosts: frozenset[str] = frozenset(),
 ) -> RegistrySite:
     """
     Build the Resource tree of the operator's port, and what serves it.
@@ -188,8 +200,9 @@ def make_admin_site(
     @param ready: answers /readyz.
     @param status: asked by the page and by /status.json.
     @param api: answers what is below /api/.
+    @param hosts: names under which the port may be asked for, beside those that need no telling.
     """
-    root = OperatorsRoot()
+    root = OperatorsRoot(hosts)
     root.putChild(b"", StatusPage(status))
     for name, content_type in PARTS.items():
         root.putChild(name.encode(), Part(name, content_type))

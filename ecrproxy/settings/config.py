@@ -26,6 +26,7 @@ from ecrproxy.settings.values import (
     parse_count,
     parse_endpoint,
     parse_flag,
+    parse_hosts,
     parse_networks,
     parse_path,
     parse_patience,
@@ -158,6 +159,13 @@ SETTINGS: Final[Sequence[Setting]] = (
         "Twisted endpoint string for /metrics and the operator's other pages; off for none",
     ),
     Setting(
+        "admin-hosts",
+        "PROXY_ADMIN_HOSTS",
+        parse_hosts,
+        "none",
+        "names with dots under which the operator's port may be asked for",
+    ),
+    Setting(
         "tag-ttl",
         "PROXY_TAG_TTL",
         parse_seconds,
@@ -287,6 +295,7 @@ class Config:
     @ivar tag_ttl: in seconds.
     @ivar listen: Twisted endpoint strings; empty to listen on C{port}, with TLS if there is a key.
     @ivar admin_listen: a Twisted endpoint string; none to have no such port.
+    @ivar admin_hosts: names that lead there, beside those that need no telling.
     """
 
     ecr_endpoint: str
@@ -305,6 +314,7 @@ class Config:
     allow_from: tuple[Network, ...] | None
     listen: Sequence[str]
     admin_listen: str | None
+    admin_hosts: frozenset[str] | None
     tag_ttl: float
     worker_processes: int
     drain_seconds: float

@@ -153,6 +153,17 @@ def _network(word: str) -> Network:
     raise ValueError(f"{word!r} is not a network; give {meant}")
 
 
+def parse_hosts(text: str) -> frozenset[str]:
+    """
+    Read names of hosts, separated by space or commas.
+    """
+    words = text.replace(",", " ").lower().split()
+    for word in words or [""]:
+        if not _HOST.fullmatch(word):
+            raise ValueError(f"{word!r} is not the name of a host; give one such as ecr-proxy.infra.svc")
+    return frozenset(words)
+
+
 def parse_port(text: str) -> int:
     """
     Read a TCP port.
