@@ -96,7 +96,7 @@ TYPES_ONLY = {
 # what is the business of some modules alone
 RESERVED = {
     "treq": {"registry.wire"},
-    "botocore": {"registry.ecr"},
+    "botocore": {"command.checkup.aws", "registry.ecr"},
     "bcrypt": {"access.htpasswd"},
     "prometheus_client": {"metrics"},
     "twisted.web.resource": {"admin.port", "http.web", "http.site", "http.relay", "http.telling"},

@@ -16,6 +16,7 @@ from typing import Any, Final, NoReturn
 
 from ecrproxy import __version__
 from ecrproxy.command.asking import RefusedError, UnreachableError, over_http
+from ecrproxy.command.doctor import DOCTOR
 from ecrproxy.command.ls import LS
 from ecrproxy.command.prefetch import PREFETCH
 from ecrproxy.command.purge import PURGE
@@ -36,7 +37,7 @@ from ecrproxy.command.verify import VERIFY
 from ecrproxy.settings.config import SETTINGS, ConfigError, Setting, read_settings
 from ecrproxy.settings.values import parse_flag
 
-SUBCOMMANDS: Final[Sequence[Subcommand]] = (LS, PURGE, VERIFY, STATS, PREFETCH)
+SUBCOMMANDS: Final[Sequence[Subcommand]] = (LS, PURGE, VERIFY, STATS, PREFETCH, DOCTOR)
 """All of them, in the order of the help."""
 CUT_OFF: Final = 141
 """What shells give to an end by SIGPIPE."""

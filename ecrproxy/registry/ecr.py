@@ -53,7 +53,8 @@ _REFUSALS: Final = frozenset(
         "UnrecognizedClientException",
     }
 )
-_CLOCK_WORDS: Final = ("signature expired", "signature not yet current")
+CLOCK_WORDS: Final = ("signature expired", "signature not yet current")
+"""What AWS says of a request that was signed at a wrong time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,16 +96,11 @@ def fetch_token(region: str, *, instance_auth: bool) -> Token:
     """
     from botocore import exceptions  # noqa: PLC0415 (imported where it delays nothing)
     from botocore.config import Config  # noqa: PLC0415
-    from botocore.session import Session  # noqa: PLC0415
 
     # One attempt: retrying is the service's business, and a thread that waits can't be stopped.
     settings = Config(connect_timeout=5, read_timeout=10, retries={"mode": "standard", "total_max_attempts": 1})
     try:
-        session = Session()
-        if instance_auth:
-            _only_instance_roles(session)
-        if session.get_credentials() is None:
-            raise _none_found(instance_auth=instance_auth)
+        session = open_session(instance_auth=instance_auth)
         client: Any = session.create_client("ecr", region_name=region, config=settings)
         data = client.get_authorization_token()["authorizationData"][0]
     except exceptions.ClientError as problem:
@@ -122,7 +118,25 @@ def fetch_token(region: str, *, instance_auth: bool) -> Token:
     return Token(data["authorizationToken"].strip(), data["expiresAt"].timestamp())
 
 
-def _only_instance_roles(session: Any) -> None:  # noqa: ANN401 (botocore's stubs are not installed with it)
+def open_session(*, instance_auth: bool) -> Any:  # noqa: ANN401 (botocore's stubs are not installed with it)
+    """
+    Open a session that has credentials. Blocks.
+
+    @param instance_auth: use the role of the instance, container or pod alone.
+    @raise CredentialsError: if there are none.
+    @raise TokenUnavailableError: if there is no role now.
+    """
+    from botocore.session import Session  # noqa: PLC0415
+
+    session = Session()
+    if instance_auth:
+        _only_instance_roles(session)
+    if session.get_credentials() is None:
+        raise _none_found(instance_auth=instance_auth)
+    return session
+
+
+def _only_instance_roles(session: Any) -> None:  # noqa: ANN401
     from botocore.credentials import CredentialResolver  # noqa: PLC0415
 
     # A machine that boots may have its metadata service up a little later than us.
@@ -162,7 +176,7 @@ def _judged(problem: Any) -> Exception:  # noqa: ANN401
     """
     error = problem.response.get("Error", {})
     code, message = error.get("Code", ""), _brief(error.get("Message", ""))
-    if any(words in message.lower() for words in _CLOCK_WORDS):
+    if any(words in message.lower() for words in CLOCK_WORDS):
         return TokenUnavailableError(f"AWS refuses the time of the request, check this machine's clock: {message}")
     if code in _REFUSALS:
         return CredentialsError(f"AWS credentials are refused: {code}: {message}")

@@ -43,10 +43,16 @@ def name(common: str) -> x509.Name:
 
 
 def build(
-    subject: str, issuer: str, key: ec.EllipticCurvePublicKey, signer: ec.EllipticCurvePrivateKey
+    subject: str,
+    issuer: str,
+    key: ec.EllipticCurvePublicKey,
+    signer: ec.EllipticCurvePrivateKey,
+    life: dt.timedelta = LIFE,
 ) -> x509.Certificate:
     """
     Make a certificate: of the authority when it signs itself, else of the server, on loopback and as recipes call it.
+
+    @param life: how long it is good yet; below zero, since when it is no more.
     """
     authority = subject == issuer
     now = dt.datetime.now(dt.UTC)
@@ -57,7 +63,7 @@ def build(
         .public_key(key)
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - LIFE)
-        .not_valid_after(now + LIFE)
+        .not_valid_after(now + life)
         .add_extension(x509.BasicConstraints(ca=authority, path_length=None), critical=True)
     )
     if not authority:
@@ -84,7 +90,7 @@ def make_client(directory: Path, server: Certificates, authority: str) -> Path:
     return directory
 
 
-def make_certificates(directory: Path) -> Certificates:
+def make_certificates(directory: Path, life: dt.timedelta = LIFE) -> Certificates:
     """
     Make an authority, and a server's certificate for the loopback address.
     """
@@ -92,7 +98,7 @@ def make_certificates(directory: Path) -> Certificates:
     made.ca_directory.mkdir(parents=True)
     ours, theirs = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
     root = build("Test CA", "Test CA", ours.public_key(), ours)
-    leaf = build("127.0.0.1", "Test CA", theirs.public_key(), ours)
+    leaf = build("127.0.0.1", "Test CA", theirs.public_key(), ours, life)
     made.ca.write_bytes(root.public_bytes(Encoding.PEM))
     made.chain.write_bytes(leaf.public_bytes(Encoding.PEM) + root.public_bytes(Encoding.PEM))
     made.key.write_bytes(theirs.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))

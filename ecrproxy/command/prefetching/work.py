@@ -4,7 +4,6 @@ One run of C{ecr-proxy prefetch}: which images, through which daemon, what came 
 
 from __future__ import annotations
 
-import json
 import platform
 import random
 import ssl
@@ -71,7 +70,7 @@ def run(call: Call, ask_of: Callable[[Door], Ask] = lambda door: door.ask) -> in
         _plan(works, crew, puller, progress)
         brought, there = _bring(works, crew, puller, progress)
     if options.json:
-        terminal.print(json.dumps(_document(works)))
+        terminal.tell(_document(works))
     else:
         sizes = f"{size_in_words(brought)} brought in, {size_in_words(there)} were there"
         _report(works, terminal, f"{sizes}; {seconds() - began:.0f} s")

@@ -1,0 +1,216 @@
+"""
+Credentials, identity, token and permissions: what AWS says of them, and what that means for the daemon.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from typing import Final
+
+from ecrproxy.command.checkup.aws import Identity, NoCredentialsError, Provider, RefusedError, UnreachableError
+from ecrproxy.command.checkup.findings import Finding, Once, failed, ok, skipped, warning
+
+PROVIDERS: Final = {
+    "env": "the environment: AWS_ACCESS_KEY_ID",
+    "shared-credentials-file": "the shared credentials file",
+    "config-file": "AWS's config file",
+    "assume-role": "a profile that assumes a role",
+    "assume-role-with-web-identity": "a web identity, as EKS gives a service account's role (IRSA)",
+    "sso": "a login by IAM Identity Center",
+    "login": "a login by AWS's command line",
+    "custom-process": "a program: credential_process of the profile",
+    "container-role": "the container's role, of ECS or of EKS Pod Identity",
+    "iam-role": "the instance's role, by its metadata service",
+    "boto-config": "boto's old config file",
+    "ec2-credentials-file": "the file named by AWS_CREDENTIAL_FILE",
+}
+"""botocore's names for what gives credentials, in words."""
+
+NEEDED: Final = (
+    "ecr:GetAuthorizationToken",
+    "ecr:BatchGetImage",
+    "ecr:GetDownloadUrlForLayer",
+    "ecr:BatchCheckLayerAvailability",
+)
+"""Without these nothing can be pulled."""
+USEFUL: Final = {"ecr:ListImages": "list tags", "ecr:ListImageReferrers": "find signatures by the referrers API"}
+"""What clients can't do without these."""
+
+# "User: arn:aws:sts::1:assumed-role/r/s is not authorized to perform: ecr:BatchGetImage on resource: arn:aws:ecr:..
+# because no identity-based policy allows the ecr:BatchGetImage action" (IAM user guide, "Access denied messages").
+_DENIAL = re.compile(r"not authorized to perform: ([\w-]+:\w+)(?: on resource: (\S+))?", re.IGNORECASE)
+_BECAUSE: Final = (
+    ("explicit deny in a service control policy", "a service control policy of the organization forbids it"),
+    ("explicit deny in a vpc endpoint policy", "the VPC endpoint's policy forbids it"),
+    ("no vpc endpoint policy allows", "the VPC endpoint's policy has to allow it"),
+    ("explicit deny in a resource-based policy", "the repository's policy forbids it"),
+    ("no resource-based policy allows", "the repository's own policy has to allow it, for it is another account's"),
+    ("explicit deny", "a policy forbids it explicitly: take that out"),
+    ("no permissions boundary allows", "the permissions boundary has to allow it"),
+    ("no session policy allows", "the session's policy has to allow it"),
+)
+_ROLE = re.compile(r"arn:(aws[\w-]*):sts::(\d{12}):assumed-role/([^/]+)/.+")
+_CLOCK_ADVICE: Final = "set this machine's clock, and keep it right: chrony or systemd-timesyncd"
+
+
+def denied_action(message: str) -> str | None:
+    """
+    Read from a refusal which action is missing.
+    """
+    found = _DENIAL.search(message)
+    return found[1] if found else None
+
+
+def permission_advice(message: str) -> str:
+    """
+    Say what to do about a refusal.
+    """
+    found, lowered = _DENIAL.search(message), message.lower()
+    if found is None:
+        return "see which policy refuses it"
+    for words, advice in _BECAUSE:
+        if words in lowered:
+            return f"{found[1]}: {advice}"
+    on = f" on {found[2].rstrip('.,')}" if found[2] else ""
+    return f"allow {found[1]}{on} in the policy of the role or user"
+
+
+def look_at_credentials(
+    provider: Once[Provider], *, instance_auth: bool, environ: Mapping[str, str]
+) -> Iterator[Finding]:
+    """
+    See whether there are credentials, and what gives them.
+    """
+    check = "credentials"
+    try:
+        method = provider.get().method
+    except NoCredentialsError as problem:
+        yield failed(check, str(problem), _where_from(environ, instance_auth=instance_auth))
+        return
+    except RefusedError as problem:
+        trust = "see that the role's trust policy names who assumes it, and that a web identity's token is current"
+        yield failed(check, f"no role: AWS answers {problem}", _CLOCK_ADVICE if problem.skewed else trust)
+        return
+    except UnreachableError as problem:
+        yield failed(check, f"whoever gives them does not answer: {problem}", "see that STS can be reached from here")
+        return
+    said = f"by {PROVIDERS.get(method, method)}"
+    if (
+        method == "env"
+        and not environ.get("AWS_SESSION_TOKEN")
+        and environ.get("AWS_ACCESS_KEY_ID", "").startswith("ASIA")
+    ):
+        yield failed(check, f"{said}; a temporary key without AWS_SESSION_TOKEN", "set AWS_SESSION_TOKEN too")
+    elif method == "env" and environ.get("AWS_SESSION_TOKEN"):
+        yield warning(check, f"{said}, temporary, and nothing here renews it", "use a role: it renews itself")
+    else:
+        yield ok(check, said)
+
+
+def _where_from(environ: Mapping[str, str], *, instance_auth: bool) -> str:
+    """
+    Say where credentials should come from, by what has been set.
+    """
+    if environ.get("AWS_WEB_IDENTITY_TOKEN_FILE"):
+        return "see that AWS_WEB_IDENTITY_TOKEN_FILE can be read, and that AWS_ROLE_ARN is set"
+    if environ.get("AWS_CONTAINER_CREDENTIALS_FULL_URI") or environ.get("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI"):
+        return "see that the agent of ECS, or of EKS Pod Identity, answers, and that the task or pod has a role"
+    if environ.get("AWS_PROFILE"):
+        return f"see that the profile {environ['AWS_PROFILE']} is in the config file of the daemon's user"
+    if bool(environ.get("AWS_ACCESS_KEY_ID")) != bool(environ.get("AWS_SECRET_ACCESS_KEY")):
+        return "set both AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+    if instance_auth:
+        return "attach a role to the instance, task or pod; see the line about the metadata service"
+    return "attach a role to the instance, task or pod, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+
+
+def look_at_identity(identity: Once[Identity], registry: str | None) -> Iterator[Finding]:
+    """
+    See who AWS says that we are.
+
+    @param registry: the account that the registry is in, if it is known.
+    """
+    check = "identity"
+    try:
+        found = identity.get()
+    except RefusedError as problem:
+        other = "the key is wrong, switched off, or of another partition: give another"
+        yield failed(check, f"STS answers {problem}", _CLOCK_ADVICE if problem.skewed else other)
+    except UnreachableError as problem:
+        yield warning(
+            check,
+            f"STS does not answer: {problem}",
+            "the daemon needs it only to assume roles; in a VPC without a way out add the endpoint for sts",
+        )
+    except NoCredentialsError:
+        yield skipped(check, "not without credentials")
+    else:
+        yield ok(check, found.arn)
+        if registry is not None and registry != found.account:
+            said = f"the registry is account {registry}'s, the credentials are account {found.account}'s"
+            yield ok("account", said, f"policies of the repositories have to let {found.arn} pull")
+
+
+def look_at_token(token: Once[tuple[str, float]], now: float) -> Iterator[Finding]:
+    """
+    See whether ECR gives a token.
+    """
+    check = "token"
+    try:
+        _, expires = token.get()
+    except RefusedError as problem:
+        advice = _CLOCK_ADVICE if problem.skewed else permission_advice(problem.message)
+        yield failed(check, f"ECR answers {problem}", advice)
+    except UnreachableError as problem:
+        yield failed(
+            check,
+            f"ECR's API does not answer: {problem}",
+            "see that api.ecr of the region can be reached: in a VPC without a way out add the endpoint for ecr.api;"
+            " through a proxy set HTTPS_PROXY",
+        )
+    except NoCredentialsError:
+        yield skipped(check, "not without credentials")
+    else:
+        yield ok(check, f"ECR gives one, good for {max(0.0, expires - now) / 3600:.1f} hours")
+
+
+def principal(arn: str) -> str:
+    """
+    Give the ARN under which IAM knows the policies of an identity: a session's role.
+    """
+    found = _ROLE.fullmatch(arn)
+    return f"arn:{found[1]}:iam::{found[2]}:role/{found[3]}" if found else arn
+
+
+def judge_simulation(decisions: Mapping[str, str]) -> Iterator[Finding]:
+    """
+    Read what IAM would decide.
+    """
+    for action, decision in decisions.items():
+        if decision == "allowed":
+            yield ok(action, "allowed, by the policies of the identity itself")
+        elif action in USEFUL:
+            yield warning(action, f"IAM says {decision}", f"allow it if clients are to {USEFUL[action]}")
+        else:
+            yield failed(action, f"IAM says {decision}", f"allow {action} in the policy of the role or user")
+
+
+def judge_call(action: str, status: int, message: str, good: Collection[int]) -> Finding:
+    """
+    Read what ECR answered to a request that needs C{action}.
+
+    @param message: what it said of an error.
+    @param good: the statuses of those who may.
+    """
+    if status in good:
+        return ok(action, "allowed: tried")
+    missing = denied_action(message)
+    advice = permission_advice(message)
+    if missing is not None and action in USEFUL:
+        return warning(action, "refused by ECR", f"{advice}, if clients are to {USEFUL[action]}")
+    if missing is not None:
+        return failed(action, f"refused by ECR: {missing}", advice)
+    if status in (401, 403):
+        return failed(action, f"ECR answers {status}: {message}", "see the lines about token and identity")
+    return skipped(action, f"can't be told: ECR answers {status} {message}".rstrip())

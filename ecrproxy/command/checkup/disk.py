@@ -1,0 +1,261 @@
+"""
+The cache directory and the disk below it: what is there, what works, and how much fits.
+
+Nothing is made but one small file, which is gone at once: a directory that the caller makes could be one that the
+daemon may not write.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+from ecrproxy.command.checkup.findings import Finding, failed, ok, warning
+from ecrproxy.command.terminal import size_in_words
+
+FOLDERS: Final = ("content", "entries", "ingest")
+COUNT_SECONDS: Final = 8.0
+"""How long the files of the cache are counted at the most."""
+FEW_INODES: Final = 10_000
+_SAMPLE: Final = 64 * 2**10
+_FAR: Final = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "ceph", "glusterfs", "lustre", "afs"})
+_ESCAPE = re.compile(r"\\([0-7]{3})")
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """
+    What a directory is on.
+    """
+
+    point: str
+    kind: str
+    options: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """
+    What was seen of the directory.
+
+    @ivar exists: whether it is there; if not, all else is of the nearest directory above it that is.
+    @ivar strangers: the users, beside the caller, whom parts of it belong to.
+    @ivar problem: why no file can be made in it.
+    @ivar lacking: what can't be done with a file in it, each with why.
+    @ivar used: bytes of its files, as far as they were counted.
+    """
+
+    path: str
+    exists: bool
+    is_directory: bool
+    strangers: Sequence[int]
+    problem: str
+    lacking: Sequence[tuple[str, str]]
+    mount: Mount | None
+    total: int
+    free: int
+    inodes: int | None
+    used: int
+    counted: bool
+
+
+def survey(path: str, seconds: Callable[[], float]) -> Survey:
+    """
+    Look at a directory. Blocks.
+    """
+    place = Path(path).absolute()
+    exists = place.exists() or place.is_symlink()
+    standing = place if exists else next(each for each in place.parents if each.exists())
+    problem, lacking = _try_file(standing, make=exists)
+    strangers = [_owner(each) for each in (standing, *(standing / name for name in FOLDERS))] if exists else []
+    room = os.statvfs(standing)
+    used, counted = _count(place, seconds() + COUNT_SECONDS, seconds) if exists else (0, True)
+    return Survey(
+        str(place),
+        exists,
+        standing.is_dir(),
+        sorted({each for each in strangers if each is not None and each != os.geteuid()}),
+        problem,
+        lacking,
+        find_mount(_mounts(), os.path.realpath(standing)),
+        room.f_blocks * room.f_frsize,
+        room.f_bavail * room.f_frsize,
+        room.f_favail if room.f_files else None,  # btrfs and its like have no number of them
+        used,
+        counted,
+    )
+
+
+def _owner(path: Path) -> int | None:
+    try:
+        return path.stat().st_uid
+    except OSError:
+        return None
+
+
+def _try_file(directory: Path, *, make: bool) -> tuple[str, list[tuple[str, str]]]:
+    """
+    Make a file as the cache does, and take it away.
+    """
+    if not make:
+        allowed = os.access(directory, os.W_OK | os.X_OK)
+        return ("" if allowed else f"{directory} can't be written"), []
+    lacking = []
+    try:
+        with tempfile.NamedTemporaryFile(dir=directory, prefix=".doctor-") as file:
+            attempts: dict[str, Callable[[], object]] = {
+                "posix_fallocate": partial(os.posix_fallocate, file.fileno(), 0, _SAMPLE),
+                "flock": partial(fcntl.flock, file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB),
+                "fsync": partial(os.fsync, file.fileno()),
+            }
+            for what, attempt in attempts.items():
+                try:
+                    attempt()
+                except OSError as problem:
+                    lacking.append((what, problem.strerror or str(problem.errno)))
+            file.write(bytes(_SAMPLE))
+            file.flush()
+    except OSError as problem:
+        return problem.strerror or type(problem).__name__, lacking
+    return "", lacking
+
+
+def _count(place: Path, until: float, seconds: Callable[[], float]) -> tuple[int, bool]:
+    """
+    Count the bytes of the cache's files, as long as there is time.
+    """
+    used = 0
+    for name in FOLDERS:
+        for folder, _, files in os.walk(place / name):
+            for file in files:
+                with contextlib.suppress(OSError):
+                    used += os.lstat(os.path.join(folder, file)).st_size  # noqa: PTH118 (hundreds of thousands)
+            if seconds() > until:
+                return used, False
+    return used, True
+
+
+def _mounts() -> str:
+    try:
+        return Path("/proc/self/mountinfo").read_text("utf-8", "surrogateescape")
+    except OSError:
+        return ""
+
+
+def find_mount(mountinfo: str, path: str) -> Mount | None:
+    """
+    Find what a path is on: proc(5), /proc/pid/mountinfo.
+    """
+    found = None
+    for line in mountinfo.splitlines():
+        before, dash, after = line.partition(" - ")
+        words, rest = before.split(" "), after.split(" ")
+        if not dash or len(words) < 6 or len(rest) < 3:  # noqa: PLR2004
+            continue
+        point = _ESCAPE.sub(lambda octal: chr(int(octal[1], 8)), words[4])
+        inside = path == point or path.startswith(point.rstrip("/") + "/")
+        # The last of several on one another is what is seen.
+        if inside and (found is None or len(point) >= len(found.point)):
+            found = Mount(point, rest[0], frozenset(words[5].split(",")) | frozenset(rest[2].split(",")))
+    return found
+
+
+def judge_directory(seen: Survey, user: int) -> Iterator[Finding]:
+    """
+    Read what was seen of the directory.
+
+    @param user: who looked.
+    """
+    check = "cache"
+    as_user = f"by user {user}, who runs this command"
+    if not seen.is_directory:
+        yield failed(check, f"{seen.path} is no directory", "set PROXY_CACHE_DIR to one")
+    elif seen.problem and seen.mount is not None and "ro" in seen.mount.options:
+        yield failed(
+            check, f"{seen.path} is on a file system that is read-only", f"mount {seen.mount.point} to be written"
+        )
+    elif seen.problem:
+        yield failed(
+            check,
+            f"{seen.path} can't be written {as_user}: {seen.problem}",
+            "give it to the daemon's user, with chown, and run this command as that user",
+        )
+    elif not seen.exists:
+        yield ok(check, f"{seen.path} is not there yet, and can be made {as_user}")
+    elif seen.strangers:
+        others = ", ".join(map(str, seen.strangers))
+        yield warning(
+            check,
+            f"{seen.path} can be written {as_user}, but parts of it belong to user {others}",
+            "run this command as the daemon's user; if that is what you did, chown the directory with all in it",
+        )
+    else:
+        yield ok(check, f"{seen.path} can be written {as_user}")
+    yield from _judge_kind(seen)
+
+
+def _judge_kind(seen: Survey) -> Iterator[Finding]:
+    check, mount = "file system", seen.mount
+    for what, why in seen.lacking:
+        consequence = {
+            "posix_fallocate": "room for a blob can't be kept free: the cache keeps nothing",
+            "flock": "two daemons could write one file",
+            "fsync": "a power cut may leave wrong bytes, which are then found when they are read",
+        }[what]
+        yield failed(check, f"{what} does not work there: {why}", f"{consequence}; give the cache a local disk")
+    if mount is None:
+        yield ok(check, "of what kind it is can't be told here")
+    elif mount.kind in _FAR or (mount.kind.startswith("fuse.") and mount.kind != "fuse.overlayfs"):
+        yield warning(
+            check,
+            f"{mount.kind}, on another machine or in a program",
+            "give each daemon a local disk: hits come from it, and locks have to hold",
+        )
+    elif mount.kind in ("overlay", "fuse.overlayfs"):
+        yield warning(
+            check,
+            f"{mount.kind}: a container's own layer, which is slow and goes with the container",
+            "mount a volume at the cache directory",
+        )
+    elif mount.kind in ("tmpfs", "ramfs"):
+        yield warning(check, f"{mount.kind}: in memory, and gone with it", "give it a disk, unless that is meant")
+    else:
+        yield ok(check, f"{mount.kind}, mounted at {mount.point}")
+
+
+def judge_room(seen: Survey, limit: int) -> Iterator[Finding]:
+    """
+    Hold the limit of the cache against its disk.
+    """
+    check, words = "room", size_in_words
+    there = seen.free + seen.used
+    if seen.inodes is not None and seen.inodes < FEW_INODES:
+        yield warning(
+            "inodes",
+            f"{seen.inodes} more files can be made there",
+            "use a file system with more: mkfs.ext4 -T news, or xfs",
+        )
+    if limit > seen.total:
+        yield warning(
+            check,
+            f"the limit is {words(limit)}, the whole file system {words(seen.total)}",
+            f"set PROXY_CACHE_LIMIT to less than {words(there)}: a disk that is full keeps nothing new",
+        )
+    elif seen.counted and limit > there:
+        yield warning(
+            check,
+            f"the limit is {words(limit)}; {words(seen.used)} are used and {words(seen.free)} free",
+            f"set PROXY_CACHE_LIMIT to less than {words(there)}, or make room",
+        )
+    elif not seen.counted:
+        yield ok(check, f"{words(seen.free)} free; there are too many files to count them here")
+    else:
+        yield ok(check, f"the limit is {words(limit)}; {words(seen.used)} are used and {words(seen.free)} free")

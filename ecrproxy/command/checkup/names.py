@@ -1,0 +1,135 @@
+"""
+Name servers: what those of PROXY_DNS_RESOLVER answer for a host, held against the host's own resolver.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from twisted.names.dns import AAAA, ENAME, IN, A, Message, Query
+
+from ecrproxy.command.checkup.findings import Finding, failed, ok, warning
+
+SECONDS: Final = 2.0
+TRIES: Final = 2
+_LARGEST: Final = 4096
+
+Send = Callable[[tuple[str, int], bytes], bytes]
+"""Sends a question to a server, and gives what it answers. Raises C{OSError} if it does not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """
+    What a server says of a name.
+
+    @ivar problem: why it has said nothing.
+    """
+
+    addresses: Sequence[str] = ()
+    problem: str = ""
+
+
+def over_udp(server: tuple[str, int], question: bytes) -> bytes:
+    """
+    Send a question, twice at the most.
+    """
+    family = socket.AF_INET6 if ":" in server[0] else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as asking:
+        asking.settimeout(SECONDS)
+        asking.connect(server)
+        for last in (False,) * (TRIES - 1) + (True,):
+            asking.send(question)
+            try:
+                while (answer := asking.recv(_LARGEST))[:2] != question[:2]:
+                    pass  # an answer to somebody else's question
+            except TimeoutError:
+                if last:
+                    raise
+            else:
+                return answer
+    raise TimeoutError
+
+
+def ask_server(server: tuple[str, int], host: str, number: int, send: Send) -> Answer:
+    """
+    Ask one server for a host's addresses.
+
+    @param number: the question's: nobody should guess it.
+    """
+    found: list[str] = []
+    try:
+        for kind in (A, AAAA):
+            asked = Message(number, recDes=1)
+            asked.queries = [Query(host.encode(), kind, IN)]
+            told = Message()
+            told.fromStr(send(server, asked.toStr()))
+            if told.rCode not in (0, ENAME):
+                return Answer(problem=f"answers with error {told.rCode}")
+            records: list[Any] = [each.payload for each in told.answers if each.type == kind]
+            found += [str(ipaddress.ip_address(each.address)) for each in records]
+    except OSError as problem:
+        silent = isinstance(problem, TimeoutError)
+        return Answer(problem="does not answer" if silent else problem.strerror or type(problem).__name__)
+    except Exception as problem:  # noqa: BLE001 (what is no DNS fails in many ways)
+        return Answer(problem=f"answers what is no DNS: {type(problem).__name__}")
+    return Answer(found)
+
+
+def judge_names(
+    host: str, servers: Mapping[str, Answer], system: Answer, variable: str = "PROXY_DNS_RESOLVER"
+) -> Iterator[Finding]:
+    """
+    See whether the chosen servers find a host, and whether the host's own resolver finds it elsewhere.
+    """
+    check = "resolver"
+    for server, answer in servers.items():
+        if answer.problem:
+            said = f"{server} {answer.problem}; the host's own resolver is used meanwhile, after seconds of waiting"
+            yield warning(check, said, f"set {variable}=system, or to name servers that can be reached from here")
+        elif not answer.addresses and system.addresses:
+            said = f"{server} knows no {host}, but the host's own resolver does"
+            yield failed(check, said, f"set {variable}=system")
+        elif not answer.addresses:
+            yield failed(check, f"{server} knows no {host}", "see that PROXY_ECR_ENDPOINT is spelled right")
+        elif _private(system.addresses) and not _private(answer.addresses):
+            said = f"{server} gives public addresses for {host}, the host's own resolver private ones: a VPC endpoint's"
+            yield warning(check, said, f"set {variable}=system to use the endpoint")
+        else:
+            yield ok(check, f"{server} finds {host} at {answer.addresses[0]}")
+    if not servers:
+        yield (
+            ok(check, f"the host's own finds {host} at {system.addresses[0]}")
+            if system.addresses
+            else failed(check, f"the host's own does not find {host}: {system.problem}", "see /etc/resolv.conf")
+        )
+
+
+def _private(addresses: Sequence[str]) -> bool:
+    return any(ipaddress.ip_address(each).is_private for each in addresses)
+
+
+def ask_system(host: str) -> Answer:
+    """
+    Ask the host's own resolver.
+    """
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError as problem:
+        return Answer(problem=problem.strerror or type(problem).__name__)
+    return Answer(list(dict.fromkeys(str(each[4][0]) for each in found)))
+
+
+def is_local(host: str) -> bool:
+    """
+    Tell whether no name server is asked for a host: an address, or this machine.
+    """
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return host == "localhost"
+    return True

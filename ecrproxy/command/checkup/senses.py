@@ -1,0 +1,69 @@
+"""
+How the doctor looks at the world: all that asks anybody or anything, to be handed something else.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from threading import Thread
+from typing import Protocol
+
+from ecrproxy.command.checkup import metadata, names, ports
+from ecrproxy.command.checkup.aws import Aws, Identity, Provider
+from ecrproxy.command.checkup.disk import Survey, survey
+from ecrproxy.command.checkup.reach import Contact, touch, touch_place
+from ecrproxy.healthcheck import Place
+
+
+class Account(Protocol):
+    """
+    AWS: see L{Aws}.
+    """
+
+    def provider(self) -> Provider:
+        """Tell what gives the credentials."""
+
+    def identity(self) -> Identity:
+        """Ask STS."""
+
+    def token(self) -> tuple[str, float]:
+        """Ask ECR."""
+
+    def simulate(self, arn: str, actions: Sequence[str], resource: str) -> Mapping[str, str]:
+        """Ask IAM."""
+
+
+class Touch(Protocol):
+    """
+    Connects, and asks: see L{reach.touch}.
+    """
+
+    def __call__(self, url: str, address: str, headers: Mapping[str, str], *, method: str = "GET") -> Contact:
+        """Ask."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Senses:
+    """
+    How the world is looked at.
+
+    @ivar account: opens AWS, for a region, and whether only roles of instances count.
+    @ivar most_files: how many files a process may have open.
+    @ivar start: runs something in a thread.
+    """
+
+    account: Callable[[str, bool], Account] = lambda region, instance_auth: Aws(region, instance_auth=instance_auth)
+    touch: Touch = touch
+    touch_place: Callable[[Place, str], Contact] = touch_place
+    bind: Callable[[Place], int] = ports.try_to_bind
+    send: names.Send = names.over_udp
+    ask_system: Callable[[str], names.Answer] = names.ask_system
+    ask_metadata: metadata.Ask = metadata.over_http
+    survey: Callable[[str, Callable[[], float]], Survey] = survey
+    most_files: Callable[[], int] = lambda: resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    cores: Callable[[], int] = lambda: len(os.sched_getaffinity(0))
+    user: Callable[[], int] = os.geteuid
+    start: Callable[[Callable[[], None]], object] = lambda run: Thread(target=run, daemon=True).start()

@@ -1,0 +1,336 @@
+"""
+What the doctor makes of AWS's answers: credentials, identity, token, permissions.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from botocore import exceptions
+from botocore.parsers import ResponseParserError
+from twisted.trial.unittest import SynchronousTestCase
+
+from ecrproxy.command.checkup import account
+from ecrproxy.command.checkup.aws import (
+    Identity,
+    NoCredentialsError,
+    Provider,
+    RefusedError,
+    UnreachableError,
+    as_ours,
+)
+from ecrproxy.command.checkup.findings import Finding, Once, Verdict
+from ecrproxy.command.checkup.permissions import Trial
+from ecrproxy.command.checkup.reach import Contact
+from ecrproxy.oci import Digest
+from ecrproxy.registry.ecr import CredentialsError
+
+ARN = "arn:aws:sts::123456789012:assumed-role/puller/i-0abc"
+DENIED = (
+    f"User: {ARN} is not authorized to perform: ecr:BatchGetImage on resource:"
+    " arn:aws:ecr:eu-west-1:123456789012:repository/app because {}"
+)
+
+
+def raising(problem: Exception) -> Callable[[], Any]:
+    """
+    Make something that fails.
+    """
+
+    def fail() -> Any:
+        raise problem
+
+    return fail
+
+
+class AnswersTests(SynchronousTestCase):
+    """
+    botocore's many exceptions.
+    """
+
+    def told(self, problem: Exception) -> Exception:
+        """
+        Tell one as ours.
+        """
+        try:
+            with as_ours():
+                raising(problem)()
+        except Exception as ours:  # noqa: BLE001 (whichever it is)
+            return ours
+        return problem
+
+    def test_each_is_a_refusal_or_silence_or_nothing_to_ask_with(self) -> None:
+        """
+        What is no answer of AWS at all, as a proxy's page, is silence.
+        """
+        error: Any = {"Error": {"Code": "ExpiredToken", "Message": "expired\nsecret"}}
+        refused = self.told(exceptions.ClientError(error, "GetCallerIdentity"))
+        self.assertEqual((RefusedError, "ExpiredToken: expired"), (type(refused), str(refused)))
+        silent = (exceptions.EndpointConnectionError(endpoint_url="x"), ResponseParserError("a page"))
+        self.assertEqual({UnreachableError}, {type(self.told(each)) for each in silent})
+        none = (CredentialsError("none"), exceptions.ProfileNotFound(profile="x"), exceptions.NoCredentialsError())
+        self.assertEqual({NoCredentialsError}, {type(self.told(each)) for each in none})
+
+
+class CredentialsTests(SynchronousTestCase):
+    """
+    Where credentials come from.
+    """
+
+    def look(self, find: Callable[[], Provider], environ: Mapping[str, str] | None = None) -> Finding:
+        """
+        Look at them.
+        """
+        (found,) = account.look_at_credentials(Once(find), instance_auth=False, environ=environ or {})
+        return found
+
+    def test_their_provider_is_named(self) -> None:
+        """
+        In words, for each that botocore knows; one that it learns of later by botocore's own name.
+        """
+        for method, words in account.PROVIDERS.items():
+            found = self.look(lambda method=method: Provider(method))  # type: ignore[misc]
+            self.assertEqual((Verdict.OK, f"by {words}"), (found.verdict, found.said))
+        self.assertEqual("by something-new", self.look(lambda: Provider("something-new")).said)
+
+    def test_none_is_a_failure_that_tells_what_was_begun(self) -> None:
+        """
+        What to do follows from what has been set.
+        """
+        cases = {
+            "AWS_WEB_IDENTITY_TOKEN_FILE": "AWS_ROLE_ARN",
+            "AWS_CONTAINER_CREDENTIALS_FULL_URI": "Pod Identity",
+            "AWS_PROFILE": "the profile",
+            "AWS_ACCESS_KEY_ID": "set both",
+            "HOME": "attach a role",
+        }
+        for name, advice in cases.items():
+            found = self.look(raising(NoCredentialsError("none found")), {name: "x"})
+            self.assertEqual(Verdict.FAILED, found.verdict)
+            self.assertIn(advice, found.advice)
+
+    def test_temporary_keys_are_told(self) -> None:
+        """
+        Without their session token they are of no use, with it only for a while.
+        """
+        found = self.look(lambda: Provider("env"), {"AWS_ACCESS_KEY_ID": "ASIAX"})
+        self.assertEqual((Verdict.FAILED, "set AWS_SESSION_TOKEN too"), (found.verdict, found.advice))
+        found = self.look(lambda: Provider("env"), {"AWS_ACCESS_KEY_ID": "ASIAX", "AWS_SESSION_TOKEN": "t"})
+        self.assertEqual(Verdict.WARNING, found.verdict)
+
+    def test_a_role_that_can_not_be_assumed_is_told(self) -> None:
+        """
+        AWS's word for it, and what to look at; a wrong clock is told as such.
+        """
+        found = self.look(raising(RefusedError("AccessDenied", "not authorized to perform: sts:AssumeRole")))
+        self.assertIn("trust policy", found.advice)
+        found = self.look(raising(RefusedError("SignatureDoesNotMatch", "Signature expired: 2020 is now earlier")))
+        self.assertIn("clock", found.advice)
+        found = self.look(raising(UnreachableError("Connect timeout")))
+        self.assertEqual(Verdict.FAILED, found.verdict)
+
+
+class IdentityTests(SynchronousTestCase):
+    """
+    Who AWS says that we are.
+    """
+
+    def look(self, find: Callable[[], Identity], registry: str | None = "123456789012") -> list[Finding]:
+        """
+        Look at it.
+        """
+        return list(account.look_at_identity(Once(find), registry))
+
+    def test_it_is_told(self) -> None:
+        """
+        By its ARN.
+        """
+        (found,) = self.look(lambda: Identity(ARN, "123456789012"))
+        self.assertEqual((Verdict.OK, ARN), (found.verdict, found.said))
+
+    def test_another_account_than_the_registrys_is_told(self) -> None:
+        """
+        It may be meant; then the repositories' policies matter.
+        """
+        found = self.look(lambda: Identity(ARN, "210987654321"))[1]
+        self.assertEqual(Verdict.OK, found.verdict)
+        self.assertIn("policies of the repositories", found.advice)
+
+    def test_sts_is_not_needed(self) -> None:
+        """
+        A VPC without an endpoint for it is no failure; keys that it refuses are.
+        """
+        self.assertEqual(Verdict.WARNING, self.look(raising(UnreachableError("timeout")))[0].verdict)
+        self.assertEqual(Verdict.FAILED, self.look(raising(RefusedError("InvalidClientTokenId", "no")))[0].verdict)
+        self.assertEqual(Verdict.SKIPPED, self.look(raising(NoCredentialsError("none")))[0].verdict)
+
+
+class TokenTests(SynchronousTestCase):
+    """
+    ECR's token.
+    """
+
+    def look(self, find: Callable[[], tuple[str, float]]) -> Finding:
+        """
+        Look at it.
+        """
+        (found,) = account.look_at_token(Once(find), 1000.0)
+        return found
+
+    def test_how_long_it_is_good_is_told_and_it_is_not(self) -> None:
+        """
+        In hours.
+        """
+        found = self.look(lambda: ("secret-token", 1000.0 + 12 * 3600))
+        self.assertEqual("ECR gives one, good for 12.0 hours", found.said)
+        self.assertNotIn("secret", repr(found))
+
+    def test_what_keeps_it_back_is_told(self) -> None:
+        """
+        The action that is missing, the clock, or the way to the API.
+        """
+        words = f"User: {ARN} is not authorized to perform: ecr:GetAuthorizationToken on resource: *"
+        denied = self.look(raising(RefusedError("AccessDeniedException", words)))
+        self.assertIn("allow ecr:GetAuthorizationToken on *", denied.advice)
+        skewed = self.look(raising(RefusedError("InvalidSignatureException", "Signature not yet current: x")))
+        self.assertIn("clock", skewed.advice)
+        self.assertIn("ecr.api", self.look(raising(UnreachableError("Connect timeout"))).advice)
+
+
+class PermissionAdviceTests(SynchronousTestCase):
+    """
+    What a refusal says.
+    """
+
+    def test_the_action_and_the_policy_are_read_from_it(self) -> None:
+        """
+        Which of the many policies has to change is in AWS's words.
+        """
+        cases = {
+            "no identity-based policy allows the ecr:BatchGetImage action": "in the policy of the role or user",
+            "no resource-based policy allows the ecr:BatchGetImage action": "repository's own policy",
+            "no permissions boundary allows the ecr:BatchGetImage action": "permissions boundary",
+            "no session policy allows the ecr:BatchGetImage action": "session's policy",
+            "no VPC endpoint policy allows the ecr:BatchGetImage action": "VPC endpoint's policy",
+            "with an explicit deny in a service control policy": "organization",
+            "with an explicit deny in an identity-based policy": "take that out",
+        }
+        for because, advice in cases.items():
+            self.assertEqual("ecr:BatchGetImage", account.denied_action(DENIED.format(because)))
+            self.assertIn(advice, account.permission_advice(DENIED.format(because)))
+        self.assertIsNone(account.denied_action("Not Authorized"))
+
+    def test_a_sessions_role_is_what_iam_knows(self) -> None:
+        """
+        Users and roles are as they are.
+        """
+        self.assertEqual("arn:aws:iam::123456789012:role/puller", account.principal(ARN))
+        self.assertEqual("arn:aws:iam::1:user/x", account.principal("arn:aws:iam::1:user/x"))
+
+    def test_what_iam_would_decide_is_told(self) -> None:
+        """
+        What pulls need fails, what else is useful is a warning.
+        """
+        told = {"ecr:BatchGetImage": "implicitDeny", "ecr:ListImages": "explicitDeny", "ecr:X": "allowed"}
+        verdicts = [each.verdict for each in account.judge_simulation(told)]
+        self.assertEqual([Verdict.FAILED, Verdict.WARNING, Verdict.OK], verdicts)
+
+
+CONFIG = b"{}"
+BODY = json.dumps(
+    {
+        "mediaType": "application/vnd.oci.image.manifest.v1+json",
+        "config": {"mediaType": "x", "digest": str(Digest.of(CONFIG)), "size": 2},
+        "layers": [{"mediaType": "x", "digest": str(Digest.of(b"layer")), "size": 5}],
+    }
+).encode()
+
+
+class TrialTests(SynchronousTestCase):
+    """
+    Each request of a pull, tried.
+    """
+
+    def setUp(self) -> None:
+        """
+        Have a registry that lets everything through.
+        """
+        blob = f"/v2/app/blobs/{Digest.of(CONFIG)}"
+        self.answers = {
+            ("GET", "/v2/app/tags/list?n=1"): Contact("a", status=200, body=b'{"tags": ["1"]}'),
+            ("GET", "/v2/app/manifests/1"): Contact("a", status=200, body=BODY),
+            ("HEAD", blob): Contact("a", status=200),
+            ("GET", blob): Contact("a", status=307, headers={"location": "https://bucket.test/x?X-Amz-Signature=s"}),
+            ("GET", f"/v2/app/referrers/{Digest.of(BODY)}"): Contact("a", status=200, body=b"{}"),
+        }
+        self.blob = blob
+
+    def run_trial(self, reference: str | None = None) -> tuple[Trial, dict[str, Finding]]:
+        """
+        Try.
+        """
+        trial = Trial(lambda method, path, _: self.answers[method, path], "app")
+        trial.run(reference)
+        return trial, {each.check: each for each in trial.findings}
+
+    def test_all_that_a_pull_needs_is_tried(self) -> None:
+        """
+        The first tag is taken where none is named; where the blob lies is known then, and not told.
+        """
+        trial, found = self.run_trial()
+        actions = {*account.NEEDED[1:], *account.USEFUL}
+        self.assertEqual(dict.fromkeys(actions, Verdict.OK), {name: each.verdict for name, each in found.items()})
+        self.assertEqual("https://bucket.test/x?X-Amz-Signature=s", trial.location)
+        self.assertNotIn("X-Amz", repr(trial.findings))
+
+    def test_what_is_refused_is_named(self) -> None:
+        """
+        Each action by itself, by ECR's own words.
+        """
+        message = DENIED.replace("BatchGetImage", "GetDownloadUrlForLayer").format("no identity-based policy allows it")
+        denied = json.dumps({"errors": [{"code": "DENIED", "message": message}]}).encode()
+        self.answers["GET", self.blob] = Contact("a", status=403, body=denied)
+        self.answers["HEAD", self.blob] = Contact("a", status=403)
+        _, found = self.run_trial("1")
+        self.assertEqual(Verdict.FAILED, found["ecr:GetDownloadUrlForLayer"].verdict)
+        self.assertIn("allow ecr:GetDownloadUrlForLayer on arn:aws:ecr", found["ecr:GetDownloadUrlForLayer"].advice)
+        self.assertEqual(Verdict.FAILED, found["ecr:BatchCheckLayerAvailability"].verdict)
+        self.assertEqual(Verdict.OK, found["ecr:BatchGetImage"].verdict)
+
+    def test_what_is_only_useful_is_a_warning(self) -> None:
+        """
+        Pulls go on without tag lists.
+        """
+        denied = json.dumps({"errors": [{"message": DENIED.replace("BatchGetImage", "ListImages").format("no")}]})
+        self.answers["GET", "/v2/app/tags/list?n=1"] = Contact("a", status=403, body=denied.encode())
+        _, found = self.run_trial("1")
+        self.assertEqual(Verdict.WARNING, found["ecr:ListImages"].verdict)
+        self.assertIn("list tags", found["ecr:ListImages"].advice)
+        _, found = self.run_trial()
+        self.assertIn("--repository app:TAG", found["ecr:BatchGetImage"].advice)
+
+    def test_what_is_not_there_tells_nothing_of_permissions(self) -> None:
+        """
+        It is skipped.
+        """
+        missing = b'{"errors": [{"code": "NAME_UNKNOWN", "message": "no such repository"}]}'
+        self.answers["GET", "/v2/app/manifests/1"] = Contact("a", status=404, body=missing)
+        _, found = self.run_trial("1")
+        self.assertEqual(Verdict.SKIPPED, found["ecr:BatchGetImage"].verdict)
+        self.assertIn("no such repository", found["ecr:BatchGetImage"].said)
+        self.assertNotIn("ecr:GetDownloadUrlForLayer", found)
+
+    def test_of_an_index_one_of_its_manifests_is_taken(self) -> None:
+        """
+        Blobs are listed there.
+        """
+        kind = "application/vnd.oci.image.index.v1+json"
+        listed = [{"mediaType": "m", "digest": str(Digest.of(BODY)), "size": len(BODY)}]
+        index = json.dumps({"mediaType": kind, "manifests": listed}).encode()
+        self.answers["GET", "/v2/app/manifests/1"] = Contact("a", status=200, body=index)
+        self.answers["GET", f"/v2/app/manifests/{Digest.of(BODY)}"] = Contact("a", status=200, body=BODY)
+        self.answers["GET", f"/v2/app/referrers/{Digest.of(index)}"] = Contact("a", status=200)
+        _, found = self.run_trial("1")
+        self.assertEqual(Verdict.OK, found["ecr:GetDownloadUrlForLayer"].verdict)

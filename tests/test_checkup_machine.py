@@ -1,0 +1,358 @@
+"""
+What the doctor makes of this machine: cache directory, disk, ports, open files, and settings that contradict.
+"""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from twisted.trial.unittest import SynchronousTestCase
+
+from ecrproxy.command.checkup.contradictions import judge_files, look_at_files, look_at_settings
+from ecrproxy.command.checkup.disk import Mount, Survey, find_mount, judge_directory, judge_room, survey
+from ecrproxy.command.checkup.findings import Finding, Verdict
+from ecrproxy.command.checkup.ports import look_at_ports, try_to_bind
+from ecrproxy.command.checkup.reach import Contact
+from ecrproxy.healthcheck import Place
+from ecrproxy.settings.config import Config
+
+GIB = 2**30
+ECR = "123456789012.dkr.ecr.eu-west-1.amazonaws.com"
+WELL = Survey(
+    path="/var/cache/x",
+    exists=True,
+    is_directory=True,
+    strangers=(),
+    problem="",
+    lacking=(),
+    mount=Mount("/var", "ext4", frozenset({"rw"})),
+    total=100 * GIB,
+    free=60 * GIB,
+    inodes=10**6,
+    used=20 * GIB,
+    counted=True,
+)
+MOUNTS = r"""
+22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/root rw,errors=remount-ro
+30 22 0:40 / /var/cache rw - xfs /dev/sdb rw
+31 30 0:41 / /var/cache/a\040b ro,nosuid - nfs4 host:/x ro
+32 22 0:42 / /var/cachet rw - tmpfs tmpfs rw
+nonsense
+"""
+
+
+def config(flags: Mapping[str, str] | None = None) -> Config:
+    """
+    Make a configuration.
+    """
+    return Config.load({"ecr-endpoint": ECR, **(flags or {})}, {})
+
+
+class DirectoryTests(SynchronousTestCase):
+    """
+    The cache directory.
+    """
+
+    def first(self, **changes: object) -> Finding:
+        """
+        Judge one that is well but for something.
+        """
+        return next(iter(judge_directory(replace(WELL, **changes), 65532)))  # type: ignore[arg-type]
+
+    def kind(self, kind: str) -> Verdict:
+        """
+        Judge the kind of a file system.
+        """
+        seen = replace(WELL, mount=Mount("/var", kind, frozenset({"rw"})))
+        return list(judge_directory(seen, 65532))[-1].verdict
+
+    def test_one_that_can_be_written_is_well(self) -> None:
+        """
+        By whom is told, for it should be the daemon's user.
+        """
+        self.assertEqual([Verdict.OK] * 2, [each.verdict for each in judge_directory(WELL, 65532)])
+        self.assertIn("by user 65532", self.first().said)
+        self.assertIn("can be made", self.first(exists=False).said)
+
+    def test_one_that_can_not_be_written_fails(self) -> None:
+        """
+        Its owner, its file system, or what it is.
+        """
+        self.assertIn("chown", self.first(problem="Permission denied").advice)
+        read_only = Mount("/var", "ext4", frozenset({"ro"}))
+        self.assertIn("read-only", self.first(problem="Read-only file system", mount=read_only).said)
+        self.assertIn("no directory", self.first(is_directory=False).said)
+        verdicts = {self.first(problem="x").verdict, self.first(is_directory=False).verdict}
+        self.assertEqual({Verdict.FAILED}, verdicts)
+
+    def test_parts_of_it_that_belong_to_others_are_told(self) -> None:
+        """
+        Whoever looks as another user than the daemon's sees that first.
+        """
+        found = self.first(strangers=(0, 1000))
+        self.assertEqual(Verdict.WARNING, found.verdict)
+        self.assertIn("belong to user 0, 1000", found.said)
+
+    def test_what_does_not_work_on_its_file_system_fails(self) -> None:
+        """
+        With what that means.
+        """
+        found = list(judge_directory(replace(WELL, lacking=[("flock", "No locks available")]), 0))[1]
+        self.assertEqual(Verdict.FAILED, found.verdict)
+        self.assertIn("flock does not work there: No locks available", found.said)
+
+    def test_kinds_of_file_systems_that_are_no_disk_are_warned_of(self) -> None:
+        """
+        Networks, containers' layers, memory.
+        """
+        odd = ("nfs4", "cifs", "fuse.s3fs", "overlay", "fuse.overlayfs", "tmpfs")
+        self.assertEqual([Verdict.WARNING] * len(odd), [self.kind(each) for each in odd])
+        self.assertEqual([Verdict.OK] * 3, [self.kind(each) for each in ("ext4", "xfs", "btrfs")])
+
+    def test_what_it_is_on_is_found(self) -> None:
+        """
+        The innermost of the mounts, whose names may have escapes.
+        """
+        found = {path: find_mount(MOUNTS, path) for path in ("/var/cache/x", "/var/cache/a b/c", "/var/cachet", "/var")}
+        kinds = {path: each.kind if each is not None else "" for path, each in found.items()}
+        self.assertEqual(["xfs", "nfs4", "tmpfs", "ext4"], list(kinds.values()))
+        nfs = found["/var/cache/a b/c"]
+        self.assertTrue(nfs is not None and "ro" in nfs.options)
+        self.assertIsNone(find_mount("", "/var"))
+
+
+class RoomTests(SynchronousTestCase):
+    """
+    The limit against the disk.
+    """
+
+    def verdict(self, limit: int, **changes: object) -> Verdict:
+        """
+        Judge a limit.
+        """
+        return list(judge_room(replace(WELL, **changes), limit))[-1].verdict  # type: ignore[arg-type]
+
+    def test_what_is_used_already_counts_as_room(self) -> None:
+        """
+        80 GiB are to be had here: 60 free and 20 used by the cache itself.
+        """
+        self.assertEqual(Verdict.OK, self.verdict(80 * GIB))
+        self.assertEqual([Verdict.WARNING] * 2, [self.verdict(limit * GIB) for limit in (81, 101)])
+
+    def test_too_many_files_are_not_counted(self) -> None:
+        """
+        Then only the whole disk is held against the limit.
+        """
+        self.assertEqual(Verdict.OK, self.verdict(90 * GIB, counted=False))
+        self.assertEqual(Verdict.WARNING, self.verdict(101 * GIB, counted=False))
+
+    def test_few_inodes_are_warned_of(self) -> None:
+        """
+        Where there is a number of them.
+        """
+        found = next(iter(judge_room(replace(WELL, inodes=10), GIB)))
+        self.assertEqual(("inodes", Verdict.WARNING), (found.check, found.verdict))
+        self.assertEqual(1, len(list(judge_room(replace(WELL, inodes=None), GIB))))
+
+
+class SurveyTests(SynchronousTestCase):
+    """
+    A real directory.
+    """
+
+    def setUp(self) -> None:
+        """
+        Make one.
+        """
+        self.folder = Path(tempfile.mkdtemp(prefix="ecrproxy-test-"))
+        self.addCleanup(shutil.rmtree, self.folder)
+
+    def test_it_is_as_it_was_afterwards(self) -> None:
+        """
+        What was tried in it is gone, and what is not there is not made.
+        """
+        seen = survey(str(self.folder), lambda: 0)
+        self.assertEqual((True, True, "", []), (seen.exists, seen.is_directory, seen.problem, list(seen.lacking)))
+        self.assertEqual([], list(self.folder.iterdir()))
+        absent = survey(str(self.folder / "a" / "b"), lambda: 0)
+        self.assertEqual((False, ""), (absent.exists, absent.problem))
+        self.assertEqual([], list(self.folder.iterdir()))
+
+    def test_its_files_are_counted(self) -> None:
+        """
+        Those of the cache; and not without end.
+        """
+        for name, size in (("content/a/x", 10), ("entries/y", 5), ("other/z", 7)):
+            (self.folder / name).parent.mkdir(parents=True)
+            (self.folder / name).write_bytes(bytes(size))
+        seen = survey(str(self.folder), lambda: 0)
+        self.assertEqual((15, True), (seen.used, seen.counted))
+        clock = iter(range(0, 1000, 100))
+        self.assertFalse(survey(str(self.folder), lambda: next(clock)).counted)
+
+    def test_a_file_in_its_place_is_none(self) -> None:
+        """
+        That is told, whatever can be done with it.
+        """
+        (self.folder / "x").write_bytes(b"")
+        self.assertFalse(survey(str(self.folder / "x"), lambda: 0).is_directory)
+
+
+REFUSED = Contact("x", "Connection refused")
+
+
+class PortTests(SynchronousTestCase):
+    """
+    What the daemon listens on.
+    """
+
+    def look(self, text: str, contact: Contact = REFUSED, bound: int = 0, variable: str = "PROXY_PORT") -> Finding:
+        """
+        Look at one endpoint.
+        """
+        (found,) = look_at_ports([(variable, text)], lambda place, path: contact, lambda place: bound)
+        return found
+
+    def test_a_free_one_is_well(self) -> None:
+        """
+        As is one where the daemon is.
+        """
+        self.assertEqual((Verdict.OK, "tcp:5000 is free"), (self.look("tcp:5000").verdict, self.look("tcp:5000").said))
+        ours = Contact("x", status=200, headers={"server": "ecrproxy"})
+        self.assertIn("the daemon is at tcp:5000, and ready", self.look("tcp:5000", ours).said)
+
+    def test_a_daemon_that_is_not_ready_says_why(self) -> None:
+        """
+        In its own words.
+        """
+        ours = Contact("x", status=503, headers={"server": "ecrproxy"}, body=b'{"reasons": ["no token"]}')
+        found = self.look("tcp:5000", ours)
+        self.assertEqual(Verdict.WARNING, found.verdict)
+        self.assertIn("no token", found.said)
+
+    def test_one_that_somebody_else_has_fails(self) -> None:
+        """
+        Whatever protocol he speaks there.
+        """
+        for contact in (Contact("x", status=200, headers={"server": "nginx"}), Contact("x", "no HTTP: BadStatusLine")):
+            found = self.look("tcp:5000", contact, variable="PROXY_ADMIN_LISTEN")
+            self.assertEqual(("admin port", Verdict.FAILED), (found.check, found.verdict))
+            self.assertIn("set PROXY_ADMIN_LISTEN", found.advice)
+
+    def test_one_that_can_not_be_had_tells_why(self) -> None:
+        """
+        The kernel's reasons, and what helps.
+        """
+        cases = {errno.EACCES: "CAP_NET_BIND_SERVICE", errno.EADDRNOTAVAIL: "to one that is", errno.EINVAL: "another"}
+        for number, advice in cases.items():
+            found = self.look("tcp:80", bound=number)
+            self.assertEqual(Verdict.FAILED, found.verdict)
+            self.assertIn(advice, found.advice)
+
+    def test_what_can_not_be_looked_at_is_skipped(self) -> None:
+        """
+        A socket that systemd hands over.
+        """
+        self.assertEqual(Verdict.SKIPPED, self.look("systemd:domain=INET:name=http").verdict)
+
+    def test_a_socket_in_the_file_system_is_not_made(self) -> None:
+        """
+        Its place is left alone.
+        """
+        self.assertEqual(0, try_to_bind(Place("/nowhere/at/all.sock")))
+
+
+class SettingsTests(SynchronousTestCase):
+    """
+    Settings that are wrong together.
+    """
+
+    def said(self, flags: Mapping[str, str], environ: Mapping[str, str] | None = None) -> str:
+        """
+        Give all that is said of them.
+        """
+        found = list(look_at_settings(config(flags), environ or {}, 2))
+        if found[0].verdict is Verdict.OK:
+            self.assertEqual(1, len(found))
+            return ""
+        self.assertEqual({Verdict.WARNING}, {each.verdict for each in found})
+        self.assertTrue(all(each.advice for each in found))
+        return "\n".join(each.said for each in found)
+
+    def test_the_defaults_contradict_nothing(self) -> None:
+        """
+        Nor does what is usual.
+        """
+        self.assertEqual("", self.said({}))
+        self.assertEqual("", self.said({"listen": "tcp:5000 unix:/x", "admin-listen": "unix:/y"}))
+        self.assertEqual("", self.said({"admin-listen": "off"}))
+
+    def test_what_is_not_used_is_told(self) -> None:
+        """
+        Because something else is set.
+        """
+        self.assertIn("PROXY_PORT is not used", self.said({"listen": "tcp:1"}, {"PROXY_PORT": "5000"}))
+        tls = {"listen": "tcp:1", "ssl-key": "k", "ssl-certificate": "c"}
+        self.assertIn("PROXY_SSL_KEY and PROXY_SSL_CERTIFICATE are not used", self.said(tls))
+        keys = {"AWS_ACCESS_KEY_ID": "AKIA", "AWS_PROFILE": "p", "HTTPS_PROXY": "http://proxy"}
+        said = self.said({"instance-auth": "true"}, keys)
+        for words in (
+            "AWS_ACCESS_KEY_ID is not used",
+            "AWS_PROFILE's credentials",
+            "HTTPS_PROXY is used for AWS's API",
+        ):
+            self.assertIn(words, said)
+        self.assertNotIn("AKIA", said)
+
+    def test_limits_that_others_make_pointless_are_told(self) -> None:
+        """
+        Each with the other.
+        """
+        self.assertIn("PROXY_BUCKET_CONNECTIONS=2", self.said({"bucket-connections": "2"}))
+        self.assertIn("PROXY_CONNECTIONS_PER_ADDRESS", self.said({"connections": "10"}))
+        self.assertIn("PROXY_TRANSFERS", self.said({"connections": "10"}))
+        self.assertIn("no time", self.said({"upstream-seconds": "0"}))
+        self.assertIn("on 2 cores", self.said({"worker-processes": "8"}))
+
+    def test_what_others_could_read_or_reach_is_told(self) -> None:
+        """
+        Passwords without TLS, the operator's port, a token without TLS.
+        """
+        self.assertIn("passwords go over the network", self.said({"htpasswd": "x"}))
+        self.assertEqual("", self.said({"htpasswd": "x", "listen": "tcp:5000:interface=127.0.0.1"}))
+        self.assertIn("can be reached from other machines", self.said({"admin-listen": "tcp:5001"}))
+        for local in ("tcp:5001:interface=localhost", r"tcp6:5001:interface=\:\:1"):
+            self.assertEqual("", self.said({"admin-listen": local}))
+        self.assertIn("reached", self.said({"admin-listen": r"tcp6:5001:interface=\:\:"}))
+        self.assertIn("token", self.said({"ecr-endpoint": "http://registry.test", "region": "eu-west-1"}))
+
+    def test_predecessors_variables_are_told(self) -> None:
+        """
+        As at the daemon's start.
+        """
+        self.assertIn("CACHE_MAX_SIZE is set", self.said({}, {"CACHE_MAX_SIZE": "1g"}))
+
+    def test_files_that_settings_name_are_read(self) -> None:
+        """
+        What can't be used fails here, before the daemon is started.
+        """
+        flags = {"ssl-key": "/no/key", "ssl-certificate": "/no/cert", "htpasswd": "/no/passwords"}
+        found = list(look_at_files(config(flags), 0))
+        self.assertEqual(
+            [("certificate", Verdict.FAILED), ("passwords", Verdict.FAILED)], [(e.check, e.verdict) for e in found]
+        )
+        self.assertEqual([], list(look_at_files(config(), 0)))
+
+    def test_too_few_files_for_so_many_clients_are_warned_of(self) -> None:
+        """
+        For each of the processes its share.
+        """
+        self.assertEqual(Verdict.WARNING, judge_files(1024, config()).verdict)
+        self.assertEqual(Verdict.OK, judge_files(65536, config()).verdict)
+        self.assertEqual(Verdict.OK, judge_files(16000, config({"worker-processes": "2"})).verdict)
+        self.assertEqual(Verdict.OK, judge_files(1024, config({"connections": "0"})).verdict)

@@ -1,0 +1,299 @@
+"""
+The command C{ecr-proxy doctor}: all checks together, what is told of them, and what each needs of the others.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, TypeVar
+
+from twisted.trial.unittest import SynchronousTestCase
+
+from ecrproxy.command.checkup.aws import Identity, NoCredentialsError, Provider, UnreachableError
+from ecrproxy.command.checkup.doctor import run
+from ecrproxy.command.checkup.findings import Check, Once, SkippedError, Verdict, examine, ok
+from ecrproxy.command.checkup.names import Answer
+from ecrproxy.command.checkup.reach import Contact
+from ecrproxy.command.checkup.senses import Senses
+from ecrproxy.command.doctor import DOCTOR
+from ecrproxy.oci import Digest
+from tests.caller import NOW, Caller
+from tests.test_checkup_account import ARN, BODY, CONFIG
+from tests.test_checkup_machine import WELL
+from tests.test_checkup_network import AMAZON, ECR
+
+TOKEN = "c2VjcmV0LXRva2Vu"
+T = TypeVar("T")
+LOCATION = "https://prod.s3.eu-west-1.amazonaws.com/blob?X-Amz-Signature=secret-signature"
+
+
+@dataclass
+class World:
+    """
+    An AWS where all is well, unless a test says otherwise.
+
+    @ivar problems: what happens instead, by what is asked.
+    """
+
+    problems: dict[str, Exception] = field(default_factory=dict)
+    touched: list[tuple[str, str, Mapping[str, str]]] = field(default_factory=list)
+    addresses: dict[str, list[str]] = field(default_factory=dict)
+    hanging: bool = False
+
+    def provider(self) -> Provider:
+        return self._told("provider", Provider("iam-role"))
+
+    def identity(self) -> Identity:
+        return self._told("identity", Identity(ARN, "123456789012"))
+
+    def token(self) -> tuple[str, float]:
+        return self._told("token", (TOKEN, NOW + 43200))
+
+    def simulate(self, arn: str, actions: Sequence[str], resource: str) -> Mapping[str, str]:
+        assert resource == "arn:aws:ecr:eu-west-1:123456789012:repository/*"
+        return self._told("simulate", dict.fromkeys(actions, "allowed"))
+
+    def _told(self, what: str, answer: T) -> T:
+        if what in self.problems:
+            raise self.problems[what]
+        return answer
+
+    def touch(self, url: str, address: str, headers: Mapping[str, str], *, method: str = "GET") -> Contact:
+        self.touched.append((url, address, headers))
+        blob = f"/blobs/{Digest.of(CONFIG)}"
+        shown = replace(AMAZON, until=NOW + 10**8)
+        answers: dict[str, Contact] = {
+            "/v2/": Contact(address, status=200 if headers else 401, shown=shown),
+            "/tags/list?n=1": Contact(address, status=200, body=b'{"tags": ["1"]}'),
+            "/manifests/1": Contact(address, status=200, body=BODY),
+            blob: Contact(address, status=307, headers={"location": LOCATION}),
+            f"/referrers/{Digest.of(BODY)}": Contact(address, status=200),
+        }
+        for end, answer in answers.items():
+            if url.endswith(end):
+                return answer
+        return Contact(address, status=206, shown=shown)
+
+    def ask_system(self, host: str) -> Answer:
+        return Answer(self.addresses.get(host, ["52.0.0.1"]))
+
+    def ask_metadata(self, method: str, url: str, headers: Mapping[str, str]) -> Contact:
+        return Contact("x", status=200, body=b"puller")
+
+    def start(self, work: Callable[[], None]) -> None:
+        if not self.hanging:
+            work()
+
+    def senses(self) -> Senses:
+        """
+        Look at this world.
+        """
+        return Senses(
+            account=lambda region, instance_auth: self,
+            touch=self.touch,
+            touch_place=lambda place, path: Contact("x", "Connection refused"),
+            bind=lambda place: 0,
+            ask_system=self.ask_system,
+            ask_metadata=self.ask_metadata,
+            survey=lambda path, seconds: WELL,
+            most_files=lambda: 65536,
+            cores=lambda: 2,
+            user=lambda: 0,
+            start=self.start,
+        )
+
+
+class DoctorTests(SynchronousTestCase):
+    """
+    One run.
+    """
+
+    def setUp(self) -> None:
+        """
+        Have a world where all is well, and a caller.
+        """
+        self.world, self.caller = World(), Caller()
+        self.caller.variables = {
+            "PROXY_ECR_ENDPOINT": ECR,
+            "PROXY_DNS_RESOLVER": "system",
+            "AWS_SECRET_ACCESS_KEY": "secret-key",
+        }
+
+    def call(self, *arguments: str) -> str:
+        """
+        Call it.
+        """
+        subcommands = [replace(DOCTOR, run=partial(run, senses=self.world.senses()))]
+        return self.caller.call("doctor", *arguments, subcommands=subcommands)
+
+    def verdicts(self, *arguments: str) -> dict[str, str]:
+        """
+        Call it, and tell the verdict of each check.
+        """
+        told = json.loads(self.call("--json", *arguments))
+        return {each["check"]: each["verdict"] for each in told["findings"]}
+
+    def test_where_all_is_well_each_line_says_so(self) -> None:
+        """
+        And the exit status is that of success.
+        """
+        said = self.call("--repository", "team/app:1")
+        self.assertEqual(0, self.caller.status, said)
+        lines = said.splitlines()
+        self.assertEqual({"ok"}, {line.split()[0] for line in lines}, said)
+        self.assertIn("ecr:GetDownloadUrlForLayer", said)
+        self.assertIn("bucket", said)
+
+    def test_what_failed_is_told_with_what_to_do(self) -> None:
+        """
+        Below it; the exit status says that there is something, and the other checks are made all the same.
+        """
+        self.world.problems["token"] = UnreachableError("Connect timeout on endpoint URL")
+        said = self.call("--repository", "team/app:1")
+        self.assertEqual(1, self.caller.status)
+        self.assertIn("failed   token", said)
+        self.assertIn("-> see that api.ecr of the region can be reached", said)
+        self.assertIn("skipped  permissions", said)
+        self.assertIn("ok       cache", said)
+
+    def test_without_credentials_what_needs_none_is_looked_at(self) -> None:
+        """
+        What needs them is skipped.
+        """
+        for each in ("provider", "identity", "token"):
+            self.world.problems[each] = NoCredentialsError("no AWS credentials found")
+        found = self.verdicts()
+        self.assertEqual("failed", found["credentials"])
+        self.assertEqual(["skipped"] * 3, [found[each] for each in ("identity", "token", "permissions")])
+        self.assertEqual(["ok"] * 4, [found[each] for each in ("registry", "clock", "bucket", "cache")])
+
+    def test_programs_read_json(self) -> None:
+        """
+        All findings, and how many failed.
+        """
+        self.world.problems["token"] = UnreachableError("no")
+        told = json.loads(self.call("--json"))
+        self.assertEqual(1, told["failed"])
+        self.assertEqual({"check", "verdict", "said", "advice"}, set(told["findings"][0]))
+
+    def test_no_secret_is_told(self) -> None:
+        """
+        Neither token nor key nor the address of a blob.
+        """
+        said = self.call("--repository", "team/app:1") + self.call("--json", "--repository", "team/app:1")
+        for secret in (TOKEN, "secret-key", "secret-signature", "X-Amz"):
+            self.assertNotIn(secret, said)
+
+    def test_the_token_goes_to_the_registry_alone(self) -> None:
+        """
+        The bucket is asked without it.
+        """
+        self.call("--repository", "team/app:1")
+        to_bucket = [headers for url, _, headers in self.world.touched if not url.startswith(f"https://{ECR}/")]
+        self.assertEqual([{"Range": "bytes=0-0"}], to_bucket)
+
+    def test_without_a_repository_iam_is_asked(self) -> None:
+        """
+        If it may be; if not, that is no failure.
+        """
+        self.assertEqual("ok", self.verdicts()["ecr:BatchGetImage"])
+        self.world.problems["simulate"] = UnreachableError("no way to IAM")
+        self.assertEqual("skipped", self.verdicts()["permissions"])
+        self.assertEqual(0, self.caller.status)
+
+    def test_a_repository_that_the_pattern_keeps_out_is_told(self) -> None:
+        """
+        ECR would let it through, the proxy does not.
+        """
+        found = self.verdicts("--repository", f"{ECR}/team/app:1", "--namespace-pattern", "other/.*")
+        self.assertEqual("failed", found["namespace"])
+        self.assertEqual("ok", found["ecr:BatchGetImage"])
+
+    def test_a_bucket_where_the_proxy_does_not_go_is_told(self) -> None:
+        """
+        Loopback and metadata addresses, unless the registry is at such a one itself.
+        """
+        self.world.addresses["prod.s3.eu-west-1.amazonaws.com"] = ["127.0.0.1"]
+        self.assertEqual("failed", self.verdicts("--repository", "team/app:1")["bucket"])
+        self.world.addresses[ECR] = ["127.0.0.1"]
+        self.assertEqual("ok", self.verdicts("--repository", "team/app:1")["bucket"])
+
+    def test_a_registry_without_an_address_fails_once(self) -> None:
+        """
+        By the line about names; what needs an address is skipped.
+        """
+        self.world.addresses[ECR] = []
+        found = self.verdicts()
+        self.assertEqual("failed", found["resolver"])
+        self.assertEqual(["skipped"] * 2, [found[each] for each in ("registry", "clock")])
+
+    def test_what_takes_too_long_is_a_failure_of_its_own(self) -> None:
+        """
+        Nothing is waited for without end.
+        """
+        self.world.hanging = True
+        self.caller.step = 10.0
+        found = self.verdicts("--seconds", "1")
+        self.assertEqual({"failed"}, set(found.values()))
+
+    def test_what_is_wrong_with_the_call_is_one_line(self) -> None:
+        """
+        With the status for that.
+        """
+        for arguments in (("--seconds", "soon"), ("--repository", "App"), ("--port", "many")):
+            self.call(*arguments)
+            self.assertEqual(2, self.caller.status, arguments)
+            self.assertEqual(1, self.caller.complaint.count("\n"), arguments)
+
+
+class ExamineTests(SynchronousTestCase):
+    """
+    Checks that are made side by side.
+    """
+
+    def test_what_several_need_is_found_once(self) -> None:
+        """
+        Where it can't be, one says why, and the others that they were skipped.
+        """
+        asked = []
+
+        def find() -> str:
+            asked.append(1)
+            raise UnreachableError("away")
+
+        once = Once(find)
+        self.assertRaises(UnreachableError, once.get)
+        problem = self.assertRaises(SkippedError, once.need, "a token")
+        self.assertEqual("not without a token", str(problem))
+        self.assertEqual([1], asked)
+
+    def test_a_check_that_breaks_takes_none_with_it(self) -> None:
+        """
+        It is a finding, in one line, and no traceback.
+        """
+
+        def broken() -> list[Any]:
+            raise ZeroDivisionError("first\nsecond")
+
+        checks = [Check("one", broken), Check("two", lambda: [ok("two", "well")])]
+        first, second = examine(checks, 1.0, lambda: 0.0, lambda work: work())
+        self.assertEqual((Verdict.FAILED, True), (first.verdict, first.said.endswith("ZeroDivisionError: first")))
+        self.assertEqual(Verdict.OK, second.verdict)
+
+    def test_they_are_told_in_order_however_they_end(self) -> None:
+        """
+        The last may be the first to end.
+        """
+        later: list[Callable[[], None]] = []
+
+        def start(work: Callable[[], None]) -> None:
+            later.insert(0, work)
+            if len(later) == 3:
+                for each in later:
+                    each()
+
+        checks = [Check(name, lambda name=name: [ok(name, "")]) for name in ("a", "b", "c")]  # type: ignore[misc]
+        self.assertEqual(["a", "b", "c"], [each.check for each in examine(checks, 1.0, lambda: 0.0, start)])
