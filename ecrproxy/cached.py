@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from twisted.internet.defer import DeferredSemaphore
@@ -74,12 +74,17 @@ class Asked:
     @ivar key: its expanded cache key.
     @ivar accept: the manifest types that the client takes; empty for any.
     @ivar head: whether only the headers are wanted.
+    @ivar entry: the name of its entry, a hash that is asked for more than once.
     """
 
     route: Route
     key: str
     accept: frozenset[str] = ANY
     head: bool = False
+    entry: str = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "entry", entry_name(self.key, self.route))
 
     @property
     def digest(self) -> Digest:
@@ -89,13 +94,6 @@ class Asked:
         if self.route.digest is None:
             raise ValueError(f"{self.route.path} has no digest")
         return self.route.digest
-
-    @property
-    def entry(self) -> str:
-        """
-        The name of this request's entry.
-        """
-        return entry_name(self.key, self.route)
 
 
 @dataclass(frozen=True, slots=True)

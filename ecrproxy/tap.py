@@ -13,6 +13,7 @@ import resource
 import secrets
 import shutil
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -24,7 +25,7 @@ from twisted.application.service import MultiService
 from twisted.internet.base import ReactorBase
 from twisted.internet.endpoints import UNIXServerEndpoint
 from twisted.internet.error import ReactorNotRunning
-from twisted.logger import Logger
+from twisted.logger import ILogObserver, Logger, LogLevel
 from twisted.names.client import Resolver
 from twisted.web.client import Agent
 
@@ -49,10 +50,13 @@ from ecrproxy.daemon.ending import Connections, Drain, InOrder, Signals
 from ecrproxy.daemon.listening import Listening, admin_endpoint, endpoints
 from ecrproxy.daemon.supervision import Supervised, Supervisor, summary
 from ecrproxy.daemon.workers import HandedDown, Post, StandardInput, Workers
+from ecrproxy.http.access_log import AccessLog
 from ecrproxy.http.relay import FirstProcess, InnerRegistry, NoRoom, Relay, WorkerRegistry
 from ecrproxy.http.site import RegistrySite, make_site
 from ecrproxy.http.telling import USED, Teller, Used, told
 from ecrproxy.http.web import Ready, Registry
+from ecrproxy.logs.shapes import PRIORITIES, as_json
+from ecrproxy.logs.writing import LineWriter, choose_writer
 from ecrproxy.metrics import Figures, LoopStall, Served
 from ecrproxy.proxy import PullThrough
 from ecrproxy.registry.circuit import Circuit
@@ -65,7 +69,7 @@ from ecrproxy.registry.resolver import ChosenServers, hosts_names
 from ecrproxy.registry.retries import Budget
 from ecrproxy.registry.upstream import Upstream
 from ecrproxy.registry.wire import Wire
-from ecrproxy.settings.complaints import die, say
+from ecrproxy.settings.complaints import say, write
 from ecrproxy.settings.config import ADMIN_LISTEN, Config, ConfigError
 from ecrproxy.settings.options import Options
 from ecrproxy.settings.predecessors import notices
@@ -81,7 +85,7 @@ _M_MMAP_THRESHOLD: Final = -3
 """glibc's malloc.h."""
 
 
-def makeService(options: Options) -> MultiService:
+def makeService(options: Options) -> Daemon:
     """
     Build the daemon.
     """
@@ -90,17 +94,50 @@ def makeService(options: Options) -> MultiService:
     _count_steadily(reactor)
     _open_many_files()
     _give_memory_back()
+    complain = _complaining(options)
     try:
         config = Config.load(options.flags(), os.environ)
         post = Post.from_environ(os.environ)
         if post is not None:
-            return build_worker(config, post, reactor)
-        for notice in notices(os.environ):
-            log.warn("{notice}", notice=notice)
-        supervisor = Supervisor.from_environ(os.environ, os.getpid())
-        return build(config, reactor, _abandon, options.arguments(), supervisor)
+            service = build_worker(config, post, reactor)
+        else:
+            for notice in notices(os.environ):
+                log.warn("{notice}", notice=notice)
+            supervisor = Supervisor.from_environ(os.environ, os.getpid())
+            service = build(config, reactor, partial(_abandon, complain), options.arguments(), supervisor)
     except ConfigError as problem:
-        die("; ".join([str(problem), *notices(os.environ)]))
+        complain("; ".join([str(problem), *notices(os.environ)]))
+        sys.exit(1)
+    service.complain, service.writer = complain, _log_writer(config, options, reactor)
+    return service
+
+
+def _complaining(options: Options) -> Callable[[str], None]:
+    """
+    Have what keeps the daemon from starting said in the shape of the log, whatever else is wrong with the settings.
+    """
+    chosen = options.flags().get("log-format") or os.environ.get("PROXY_LOG_FORMAT")
+    if chosen != "json":
+        return say
+
+    def say_as_json(line: str) -> None:
+        event = {"log_time": time.time(), "log_level": LogLevel.critical, "log_namespace": "ecrproxy"}
+        write("".join(as_json({**event, "log_format": "{line}", "line": line}, "")))
+
+    return say_as_json
+
+
+def _log_writer(config: Config, options: Options, reactor: Any) -> LineWriter | None:  # noqa: ANN401
+    """
+    Make what writes the log.
+    """
+    return choose_writer(
+        options.parent or {},
+        json=config.log_format == "json",
+        limit=PRIORITIES[LogLevel.levelWithName(config.log_level)],
+        journal=os.environ.get("JOURNAL_STREAM"),
+        later=reactor.callFromThread,
+    )
 
 
 def _give_memory_back() -> None:
@@ -126,14 +163,29 @@ def _open_many_files() -> None:
 class Daemon(InOrder):
     """
     All parts of the daemon. What keeps it from listening is one line.
+
+    @ivar complain: says it.
+    @ivar writer: writes the log; none for twistd's own.
     """
+
+    complain: Callable[[str], None] = staticmethod(say)
+    writer: LineWriter | None = None
+
+    def setServiceParent(self, parent: Any) -> None:  # noqa: ANN401
+        """
+        Become the application's, whose log begins next: twistd looks there for an observer.
+        """
+        if self.writer is not None:
+            parent.setComponent(ILogObserver, self.writer)
+        super().setServiceParent(parent)
 
     def privilegedStartService(self) -> None:  # noqa: D102
         try:
             super().privilegedStartService()
         except ConfigError as problem:
             log.critical("{problem}", problem=problem)
-            die(str(problem))
+            self.complain(str(problem))
+            sys.exit(1)
 
 
 def build(
@@ -142,7 +194,7 @@ def build(
     refused: Callable[[CredentialsError], None],
     arguments: Sequence[str] = (),
     supervisor: Supervisor | None = None,
-) -> MultiService:
+) -> Daemon:
     """
     Wire the parts; each line makes one object from earlier ones.
 
@@ -170,15 +222,16 @@ def build(
     shape = (_namespaces(config, judging), config.cache_key, disk.call)
     admission = _admission(config, reactor, service)
     registry = Registry(pull_through, *shape, admission)
-    site = make_site(registry, ready, reactor, crowd=crowd, served=figures.served, connections=connections)
+    counted = partial(make_site, access_log=_access_log(config, service, reactor), served=figures.served)
+    site = counted(registry, ready, reactor, crowd=crowd, connections=connections)
     figures.watch(*of_cache(store, janitor), *of_token(tokens), *of_transfers(pull_through), *of_loop(stall))
     figures.watch(*of_clients(crowd))
     for part in (*status.services, disk, judging, supervised, janitor, tokens, stall):
         part.setServiceParent(service)
-    several = config.worker_processes > 1
-    listening = [Listening(name, endpoint, site, accepts=not several) for name, endpoint in endpoints(config, reactor)]
+    alone = config.worker_processes == 1
+    listening = [Listening(name, endpoint, site, accepts=alone) for name, endpoint in endpoints(config, reactor)]
     workers = None
-    if several:
+    if not alone:
         inner = partial(make_site, InnerRegistry(pull_through, *shape), ready)
         hearers = told(store.ledger, figures.served, status.incidents)
         workers = _share_work(config, inner, hearers, listening, arguments, service, reactor)
@@ -187,6 +240,17 @@ def build(
     _face_clients(drain, listening, reread, _leave, service, reactor)
     _serve_admin(config, partial(make_admin_site, figures, ready, status), cache, disk, service, reactor)
     return service
+
+
+def _access_log(config: Config, service: MultiService, reactor: Any) -> AccessLog | None:  # noqa: ANN401
+    """
+    Have a line logged for each request, if lines of its level are written.
+    """
+    if config.log_level not in ("debug", "info"):
+        return None
+    access_log = AccessLog(reactor)
+    access_log.setServiceParent(service)
+    return access_log
 
 
 def _upstream(
@@ -239,7 +303,7 @@ def _share_work(
     folder = tempfile.mkdtemp(prefix="ecrproxy-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     path = str(Path(folder) / "first")
-    inner = make_inner(reactor=reactor, crowd=Crowd(BOUNDLESS), logged=False, others={USED: Used(hearers)})
+    inner = make_inner(reactor=reactor, crowd=Crowd(BOUNDLESS), others={USED: Used(hearers)})
     Listening(path, UNIXServerEndpoint(reactor, path, mode=0o600), inner).setServiceParent(service)
     workers = Workers(config.worker_processes, listening, path, arguments, reactor, drain=config.drain_seconds)
     workers.setServiceParent(service)
@@ -334,7 +398,7 @@ def _set_aside_what_stays() -> None:
     gc.freeze()
 
 
-def build_worker(config: Config, post: Post, reactor: Any) -> MultiService:  # noqa: ANN401
+def build_worker(config: Config, post: Post, reactor: Any) -> Daemon:  # noqa: ANN401
     """
     Wire a worker's parts.
     """
@@ -352,7 +416,8 @@ def build_worker(config: Config, post: Post, reactor: Any) -> MultiService:  # n
     registry = WorkerRegistry(cache, config.tag_ttl, relay, *shape, admission)
     served, connections = Served(), Connections()
     crowd = Crowd(config.limits)
-    site = make_site(registry, relay, reactor, crowd=crowd, served=served, connections=connections)
+    lines = _access_log(config, service, reactor)
+    site = make_site(registry, relay, reactor, crowd=crowd, access_log=lines, served=served, connections=connections)
     incidents = Incidents(time.time)
     teller = Teller(first, told(notes, served, incidents), reactor)
     for part in (incidents, disk, judging, purges, teller):
@@ -441,14 +506,14 @@ def _install_resolver(config: Config, reactor: Any) -> Callable[[str], None]:  #
     return chosen.forget
 
 
-def _abandon(problem: CredentialsError) -> None:
+def _abandon(complain: Callable[[str], None], problem: CredentialsError) -> None:
     """
     Stop the daemon: it can do nothing with these credentials.
     """
     from twisted.internet import reactor  # noqa: PLC0415
 
     log.critical("{problem}", problem=problem)
-    say(str(problem))
+    complain(str(problem))
     # twistd ends with status 0 once its reactor has stopped, whyever it did.
     atexit.register(os._exit, 1)
     reactor.stop()

@@ -51,6 +51,7 @@ from ecrproxy.cache.janitor import Janitor
 from ecrproxy.cache.purges import Purges
 from ecrproxy.cache.store import Store
 from ecrproxy.cached import Cache
+from ecrproxy.http.access_log import AccessLog
 from ecrproxy.http.site import make_site
 from ecrproxy.http.web import Ready, Registry
 from ecrproxy.metrics import Figures
@@ -494,7 +495,10 @@ class Daemon:
         namespaces = Namespaces(parse_pattern(pattern), at_once, is_other)
         registry = Registry(self.pull_through, namespaces, CacheKey.parse(cache_key), in_thread, admission)
         ready, self.crowd = Ready(self.reasons), Crowd(limits or Limits())
-        self.site = make_site(registry, ready, clock, crowd=self.crowd, served=self.figures.served)
+        self.access_log = AccessLog(clock)
+        self.site = make_site(
+            registry, ready, clock, crowd=self.crowd, served=self.figures.served, access_log=self.access_log
+        )
         self.figures.watch(
             *of_cache(self.store, self.janitor), *of_token(self.tokens), *of_transfers(self.pull_through)
         )

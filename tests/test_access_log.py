@@ -60,6 +60,18 @@ class AccessLogTests(SynchronousTestCase):
         self.assertEqual([], self.logged(seconds=GATHER_SECONDS))
         self.assertEqual([text_of("/again")], self.logged("/again"))
 
+    def test_the_last_lines_are_not_lost(self) -> None:
+        """
+        When the daemon ends, what was gathered is logged; what comes after that is logged at once.
+        """
+        self.logged("/one", "/two")
+        with capturedLogs() as events:
+            self.access_log.stopService()
+        self.assertEqual([text_of("/two")], [formatEvent(event) for event in events])
+        for path in ("/three", "/four"):
+            self.assertEqual([text_of(path)], self.logged(path))
+        self.assertEqual([], self.clock.getDelayedCalls())
+
     def test_a_line_is_not_a_template(self) -> None:
         """
         Braces in a client's path are text.

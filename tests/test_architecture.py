@@ -73,6 +73,7 @@ ARROWS: dict[str, set[str]] = {
         "threads",
         "transfer",
     },
+    "logs": {"http.access_log", "request_id"},
     "oci": {"reasons"},
     "registry": {"addresses", "metrics", "oci", "reasons"},
     "settings": {"access.limits", "addresses", "cache.cache_key", "registry.quotas"},

@@ -22,6 +22,7 @@ from ecrproxy.cache.entries import entry_name
 from ecrproxy.cache.ledger import Notes
 from ecrproxy.cache.store import Store
 from ecrproxy.cached import Cache
+from ecrproxy.http.access_log import AccessLog
 from ecrproxy.http.relay import KEY, InnerRegistry, NoRoom, Relay, WorkerRegistry
 from ecrproxy.http.site import make_site
 from ecrproxy.http.telling import TELL_SECONDS, USED, Teller, Used, told
@@ -89,7 +90,7 @@ class Together(Daemon):
         inner.seen, ready = self.seen, Ready(self.reasons)
         hearers = told(self.store.ledger, self.figures.served, self.status.incidents)
         others = {USED: Used(hearers)}
-        site = make_site(inner, ready, self.clock, crowd=Crowd(BOUNDLESS), logged=False, others=others)
+        site = make_site(inner, ready, self.clock, crowd=Crowd(BOUNDLESS), others=others)
         self.between = Between(site, self.clock)
         agent = self.between.agent(persistent=True)
         self.notes, relay = Notes(), Relay(agent)
@@ -100,7 +101,8 @@ class Together(Daemon):
         self.teller = Teller(agent, told(self.notes, self.counted, self.incidents), self.clock)
         self.teller.startService()
         registry = WorkerRegistry(self.worker_cache, tag_ttl, relay, *shape, admission)
-        site = make_site(registry, relay, self.clock, crowd=self.crowd, served=self.counted)
+        access_log = AccessLog(self.clock)
+        site = make_site(registry, relay, self.clock, crowd=self.crowd, served=self.counted, access_log=access_log)
         self.front = Network(site, self.clock)
         self._asking = self.front.agent(persistent=False)
 

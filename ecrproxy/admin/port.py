@@ -211,4 +211,4 @@ def make_admin_site(
     root.putChild(b"healthz", Health())
     root.putChild(b"readyz", ready)
     root.putChild(b"api", api)
-    return OperatorsSite(root, reactor, Crowd(Limits()), logged=False)
+    return OperatorsSite(root, reactor, Crowd(Limits()))

@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from twisted.application.service import Service
 from twisted.logger import Logger
 
 if TYPE_CHECKING:
-    from twisted.internet.interfaces import IReactorTime
+    from twisted.internet.interfaces import IDelayedCall, IReactorTime
 
 log = Logger(namespace="access")
 
@@ -74,34 +75,43 @@ class AccessLines:
     __repr__ = __str__
 
 
-class AccessLog:
+class AccessLog(Service):
     """
-    Where the lines of requests go.
+    Where the lines of requests go. The last ones are logged when it stops, and each at once from then on.
     """
 
     def __init__(self, clock: IReactorTime) -> None:
         self._clock = clock
         self._gathered: list[AccessLine] = []
-        self._gathering = False
+        self._timer: IDelayedCall | None = None
+        self._over = False
+
+    def stopService(self) -> None:  # noqa: D102
+        super().stopService()
+        self._over = True
+        if self._timer is not None:
+            self._timer.cancel()
+            self._flush()
 
     def write(self, line: AccessLine) -> None:
         """
         Log C{line}.
         """
-        if self._gathering:
+        if self._timer is not None:
             self._gathered.append(line)
             return
         self._log([line])
-        self._gathering = True
-        self._clock.callLater(GATHER_SECONDS, self._flush)
+        self._wait()
+
+    def _wait(self) -> None:
+        self._timer = None if self._over else self._clock.callLater(GATHER_SECONDS, self._flush)
 
     def _flush(self) -> None:
+        self._timer = None
         gathered, self._gathered = self._gathered, []
         if gathered:
             self._log(gathered)
-            self._clock.callLater(GATHER_SECONDS, self._flush)
-        else:
-            self._gathering = False
+            self._wait()
 
     def _log(self, lines: Sequence[AccessLine]) -> None:
         log.info("{lines}", lines=AccessLines(lines, self._clock.seconds()))

@@ -66,7 +66,7 @@ def make_site(
     reactor: Any,  # noqa: ANN401
     *,
     crowd: Crowd | None = None,
-    logged: bool = True,
+    access_log: AccessLog | None = None,
     new_id: Callable[[], str] | None = None,
     others: Mapping[bytes, Resource] | None = None,
     served: Served | None = None,
@@ -77,7 +77,7 @@ def make_site(
 
     @param ready: answers /readyz.
     @param crowd: counts those who are connected, and keeps them within limits.
-    @param logged: whether requests are.
+    @param access_log: where the lines of requests go, if there are to be any.
     @param new_id: makes an id for a request that has none; none for random ones.
     @param others: what else there is, by its name at the top.
     @param served: where it is counted what clients were given, if it is.
@@ -94,7 +94,7 @@ def make_site(
         root,
         reactor,
         crowd or Crowd(Limits()),
-        logged=logged,
+        access_log=access_log,
         new_id=new_id,
         served=served,
         connections=connections,
@@ -111,6 +111,7 @@ class RegistrySite(Site):
 
     body_limit = 0
 
+    noisy = False  # of its sockets, not of itself, Twisted tells
     requestFactory = RegistryRequest
     protocol = StrictChannel  # type: ignore[assignment]  # HTTP/1.1 alone needs no choice of protocols
 
@@ -120,7 +121,7 @@ class RegistrySite(Site):
         reactor: Any,  # noqa: ANN401
         crowd: Crowd,
         *,
-        logged: bool = True,
+        access_log: AccessLog | None = None,
         new_id: Callable[[], str] | None = None,
         served: Served | None = None,
         connections: Connections | None = None,
@@ -128,7 +129,7 @@ class RegistrySite(Site):
         idle = crowd.limits.idle_seconds or None
         super().__init__(resource, reactor=reactor, timeout=idle, parsePOSTFormSubmission=False)
         self.crowd, self.connections = crowd, Connections() if connections is None else connections
-        self._access_log = AccessLog(reactor) if logged else None
+        self._access_log = access_log
         self._served, self.new_id = served, new_id or numbered(secrets.token_hex(6))
 
     def buildProtocol(self, addr: Any) -> Any:  # noqa: ANN401

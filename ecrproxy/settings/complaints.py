@@ -12,9 +12,16 @@ def say(line: str) -> None:
     """
     Say it.
     """
+    write(f"ecr-proxy: {' '.join(line.split())}")
+
+
+def write(line: str) -> None:
+    """
+    Write a line as it is.
+    """
     stderr = sys.__stderr__  # twistd makes a log of sys.stderr
     if stderr is not None:
-        stderr.write(f"ecr-proxy: {' '.join(line.split())}\n")
+        stderr.write(f"{line}\n")
         stderr.flush()
 
 

@@ -27,6 +27,8 @@ from ecrproxy.settings.values import (
     parse_endpoint,
     parse_flag,
     parse_hosts,
+    parse_log_format,
+    parse_log_level,
     parse_networks,
     parse_path,
     parse_patience,
@@ -157,6 +159,14 @@ SETTINGS: Final[Sequence[Setting]] = (
         parse_admin,
         ADMIN_LISTEN,
         "Twisted endpoint string for /metrics and the operator's other pages; off for none",
+    ),
+    Setting("log-format", "PROXY_LOG_FORMAT", parse_log_format, "text", "how the log is written: text or json"),
+    Setting(
+        "log-level",
+        "PROXY_LOG_LEVEL",
+        parse_log_level,
+        "info",
+        "what is logged: debug, info, warn, error or critical, and all that is graver",
     ),
     Setting(
         "admin-hosts",
@@ -315,6 +325,8 @@ class Config:
     listen: Sequence[str]
     admin_listen: str | None
     admin_hosts: frozenset[str] | None
+    log_format: str
+    log_level: str
     tag_ttl: float
     worker_processes: int
     drain_seconds: float

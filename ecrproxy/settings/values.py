@@ -191,6 +191,24 @@ def parse_count(text: str) -> int:
     return int(text)
 
 
+def parse_log_format(text: str) -> str:
+    """
+    Read how lines of the log are written.
+    """
+    if text.lower() not in ("text", "json"):
+        raise ValueError("no format of the log; give text or json")
+    return text.lower()
+
+
+def parse_log_level(text: str) -> str:
+    """
+    Read from which level on lines are written.
+    """
+    if text.lower() not in ("debug", "info", "warn", "error", "critical"):
+        raise ValueError("no level of the log; give debug, info, warn, error or critical")
+    return text.lower()
+
+
 def parse_admin(text: str) -> str | None:
     """
     Read an endpoint string; none for C{off}.

@@ -1,0 +1,152 @@
+"""
+Events as lines: for people, for systemd's journal, or each a JSON object. Pure.
+
+Rules:
+
+- What has several lines, as a traceback, is one object; or its further lines have a tab before them, or in the journal
+  the mark of the first. So nothing that a client or upstream says can pass for a line of its own.
+- An access line is a line, whatever was logged together with it, with the time at which its answer ended.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable
+from datetime import UTC, datetime
+from functools import lru_cache
+from typing import Any, Final
+
+from twisted.logger import LogEvent, LogLevel, formatEvent, formatTime
+from twisted.python.failure import Failure
+
+from ecrproxy.http.access_log import AccessLine, AccessLines
+
+Shape = Callable[[LogEvent, str], list[str]]
+"""Writes an event as lines; the second argument is the id of the request on whose account it is, or nothing."""
+
+PRIORITIES: Final = {
+    LogLevel.debug: 7,
+    LogLevel.info: 6,
+    LogLevel.warn: 4,
+    LogLevel.error: 3,
+    LogLevel.critical: 2,
+}
+"""What the levels are to syslog, the gravest first: sd-daemon(3)."""
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_encode = json.JSONEncoder(separators=(",", ":")).encode
+
+
+def priority_of(event: LogEvent) -> int:
+    """
+    Tell how grave an event is, as syslog does.
+    """
+    return PRIORITIES.get(event.get("log_level", LogLevel.info), 6)
+
+
+def as_text(event: LogEvent, request: str) -> list[str]:
+    """
+    Write it with its time for people.
+    """
+    mark, time = _mark(event), event.get("log_time", 0.0)
+    if isinstance(lines := event.get("lines"), AccessLines):
+        return [f"{_moment(int(time - (lines.now - each.ended)))} {mark} {each}" for each in lines.lines]
+    told = _printable(event, request)
+    return [f"{_moment(int(time))} {mark} " + told.replace("\n", "\n\t")] if told else []
+
+
+def as_journal(event: LogEvent, request: str) -> list[str]:
+    """
+    Write it for the journal, which knows the time and reads the level from each line: sd-daemon(3).
+    """
+    mark = f"<{priority_of(event)}>{_mark(event)} "
+    if isinstance(lines := event.get("lines"), AccessLines):
+        return [f"{mark}{each}" for each in lines.lines]
+    told = _printable(event, request)
+    return [mark + line for line in told.split("\n")] if told else []
+
+
+def as_json(event: LogEvent, request: str) -> list[str]:
+    """
+    Write it as docs/log.schema.json has it.
+    """
+    time = event.get("log_time", 0.0)
+    if isinstance(lines := event.get("lines"), AccessLines):
+        return [_encode(_access(each, time - (lines.now - each.ended))) for each in lines.lines]
+    message, traceback = _told(event)
+    if not message:
+        return []
+    told: dict[str, Any] = _head(event, time) | {"message": message}
+    if traceback:
+        told["traceback"] = traceback
+    if request:
+        told["request"] = request
+    return [_encode(told)]
+
+
+def _head(event: LogEvent, time: float) -> dict[str, Any]:
+    level = event.get("log_level", LogLevel.info)
+    return {"time": _iso(time), "level": level.name, "logger": _name(event), "process": os.getpid()}
+
+
+def _access(line: AccessLine, time: float) -> dict[str, Any]:
+    return {
+        "time": _iso(time),
+        "level": "info",
+        "logger": "access",
+        "process": os.getpid(),
+        "message": f"{line.method} {line.path} {line.status or '-'}",
+        "request": line.request,
+        "client": line.client,
+        "method": line.method,
+        "path": line.path,
+        "status": line.status or None,
+        "bytes": line.size,
+        "seconds": round(line.seconds, 6),
+        "upstream_seconds": round(line.upstream, 6),
+        "cache": None if line.cache == "-" else line.cache,
+        "reason": None if line.reason == "-" else line.reason,
+        "aborted": line.aborted,
+    }
+
+
+def _iso(time: float) -> str:
+    return datetime.fromtimestamp(time, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+@lru_cache(maxsize=16)
+def _moment(second: int) -> str:
+    return formatTime(second)
+
+
+def _name(event: LogEvent) -> str:
+    name = str(event.get("log_namespace") or "-")
+    return "twisted" if name == "log_legacy" else name  # what Twisted logs in its old way
+
+
+def _mark(event: LogEvent) -> str:
+    level = event.get("log_level", LogLevel.info)
+    return f"[{_name(event)}#{level.name}]"
+
+
+def _printable(event: LogEvent, request: str) -> str:
+    message, traceback = _told(event)
+    if not message:
+        return ""
+    story = f" (request {request})" if request else ""
+    told = f"{message}{story}" + (f"\n{traceback}" if traceback else "")
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), told.rstrip("\n"))
+
+
+def _told(event: LogEvent) -> tuple[str, str]:
+    """
+    Tell an event's message, and the traceback, if it has one.
+    """
+    failure = event.get("log_failure") or event.get("failure")
+    if not isinstance(failure, Failure):
+        return formatEvent(event), ""
+    # What was logged in the old way has the traceback in its text.
+    message = event.get("why") if "log_text" in event else formatEvent(event)
+    return str(message or failure.getErrorMessage() or failure.type), failure.getTraceback()

@@ -1,0 +1,149 @@
+"""
+What a real daemon writes to its log, from its first line to its last.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jsonschema import Draft202012Validator
+
+from .chain import Equipment, standard_settings
+from .conftest import MakeChain
+from .images import Images
+from .installing import CHECKOUT
+from .processes import PATIENCE, Process, environment, eventually, free_port
+from .test_together import blob_path
+from .test_workers import wait_for_workers
+
+SCHEMA = json.loads((CHECKOUT / "docs" / "log.schema.json").read_text("utf-8"))
+VALIDATOR = Draft202012Validator(SCHEMA)
+REQUESTS = 40
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    """
+    Read a log, each line of which must be as the schema has it.
+    """
+    found = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    for each in found:
+        VALIDATOR.validate(each)
+    return found
+
+
+def messages(lines: list[dict[str, Any]]) -> str:
+    return "\n".join(each["message"] for each in lines)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_each_line_is_an_object(make_chain: MakeChain, images: Images, processes: int) -> None:
+    """
+    From twistd's first line to its last, with pulls, faults and an upstream that goes; and no request lacks its line.
+    """
+    settings = {"PROXY_LOG_FORMAT": "json", "PROXY_WORKER_PROCESSES": str(processes), "PROXY_UPSTREAM_TRIES": "1"}
+    chain = make_chain(settings=settings)
+    if processes > 1:
+        wait_for_workers(chain)
+    daemon, blob = chain.daemon, blob_path(images)
+    for path in (blob, blob, "/v2/team/none/manifests/none", "/v2/%7f"):
+        daemon.ask(path, headers={"X-Request-Id": "e2e-story"})
+    chain.cut()
+    daemon.ask("/v2/team/none/manifests/other")
+    shutil.rmtree(daemon.cache)
+    daemon.cache.write_text("a file where a directory was")
+    daemon.ask(blob)
+    for number in range(REQUESTS):
+        daemon.ask("/healthz", headers={"X-Request-Id": f"last-{number}"})
+    assert daemon.process.terminate() == 0
+    lines = lines_of(daemon.process.output)
+    assert "starting up" in lines[0]["message"]
+    assert lines[-1]["message"] == "Server Shut Down."
+    requests = [each for each in lines if each["logger"] == "access"]
+    assert {f"last-{number}" for number in range(REQUESTS)} <= {each["request"] for each in requests}
+    story = [(each["status"], each["reason"]) for each in requests if each["request"] == "e2e-story"]
+    assert story == [(200, "first-use"), (200, "cached"), (404, "not-found"), (404, "bad-request")]
+    assert {each["level"] for each in lines} > {"info", "error"}
+
+
+def start_piped(equipment: Equipment, home: Path, front: str, **settings: str) -> tuple[int, bytes]:
+    """
+    Start a daemon as systemd does, ask it to end once it has said that it listens; give its status, and what came.
+    """
+    reading, writing = os.pipe()
+    status = os.fstat(writing)
+    usual = {"PROXY_PORT": str(free_port()), "PROXY_CACHE_DIR": str(home / "cache")}
+    wanted = {**standard_settings(front), **usual, "JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino}", **settings}
+    process = subprocess.Popen(
+        [str(equipment.twistd), "-n", "--pidfile=", "ecr-proxy"],
+        env=environment(home, {name: value for name, value in wanted.items() if value is not None}),
+        cwd=home,
+        stdin=subprocess.DEVNULL,
+        stdout=writing,
+        stderr=writing,
+    )
+    os.close(writing)
+    try:
+        with os.fdopen(reading, "rb") as output:
+            said = b""
+            while b"Token received" not in said and (line := output.readline()):
+                said += line
+            process.send_signal(signal.SIGTERM)
+            said += output.read()
+        return process.wait(PATIENCE), said
+    finally:
+        if process.poll() is None:
+            process.kill()
+
+
+def test_levels_reach_the_journal(make_chain: MakeChain, equipment: Equipment, tmp_path: Path) -> None:
+    """
+    Each line has the mark of its level, and no time; with JSON there is no mark, for the object says it.
+    """
+    front = make_chain(wait=False).front_url
+    code, said = start_piped(equipment, tmp_path, front)
+    assert code == 0
+    lines = said.decode().splitlines()
+    assert len(lines) > 3
+    assert all(re.match(r"<[2-7]>\[[\w.]+#\w+\] ", line) for line in lines), said
+    assert any(line.startswith("<6>[") and "Token received" in line for line in lines)
+    code, said = start_piped(equipment, tmp_path, front, PROXY_LOG_FORMAT="json")
+    (tmp_path / "log").write_bytes(said)
+    assert "Token received" in messages(lines_of(tmp_path / "log"))
+
+
+def test_what_ends_it_is_critical(refusing: str, equipment: Equipment, tmp_path: Path) -> None:
+    """
+    Credentials that are refused end the daemon: the journal learns how grave that is.
+    """
+    code, said = start_piped(equipment, tmp_path, refusing)
+    assert code == 1
+    assert re.search(rb"^<2>\[ecrproxy\.\S+#critical\] AWS credentials are refused", said, re.MULTILINE), said
+
+
+def test_a_file_is_written_in_the_same_format(equipment: Equipment, tmp_path: Path) -> None:
+    """
+    twistd's --logfile says where, the settings say how; from a level on there are no requests.
+    """
+    log = tmp_path / "twistd.log"
+    usual = {"PROXY_PORT": str(free_port()), "PROXY_CACHE_DIR": str(tmp_path / "cache"), "PROXY_LOG_FORMAT": "json"}
+    given = standard_settings("http://127.0.0.1:1") | usual | {"PROXY_LOG_LEVEL": "error"}
+    process = Process(
+        [equipment.twistd, "-n", "--pidfile=", f"--logfile={log}", "ecr-proxy"],
+        environment(tmp_path, {name: value for name, value in given.items() if value is not None}),
+        tmp_path / "output",
+        tmp_path,
+    )
+    try:
+        eventually(lambda: log.exists() and "No token" in log.read_text(), "it has said that there is no token")
+    finally:
+        process.stop()
+    assert process.output.read_text() == ""
+    assert {each["level"] for each in lines_of(log)} == {"error"}
