@@ -131,8 +131,10 @@ def _log_writer(config: Config, options: Options, reactor: Any) -> LineWriter | 
     """
     Make what writes the log.
     """
+    if options.parent is None:  # nobody has said where the log goes
+        return None
     return choose_writer(
-        options.parent or {},
+        options.parent,
         json=config.log_format == "json",
         limit=PRIORITIES[LogLevel.levelWithName(config.log_level)],
         journal=os.environ.get("JOURNAL_STREAM"),

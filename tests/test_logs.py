@@ -313,7 +313,9 @@ class WriterTests(ShapeTestCase):
         handler = signal.getsignal(signal.SIGUSR1)
         self.addCleanup(signal.signal, signal.SIGUSR1, handler)
         signal.signal(signal.SIGUSR1, signal.SIG_DFL)
-        path = Path(self.mktemp())
+        folder = tempfile.TemporaryDirectory(prefix="ecrproxy-test-")
+        self.addCleanup(folder.cleanup)
+        path = Path(folder.name, "log")
         writer = self.choose(json=True, nodaemon=1, logfile=str(path))
         for name in ("before", "after"):
             self.log.info(name)
