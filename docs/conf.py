@@ -19,6 +19,7 @@ version = release = __version__
 extensions = ["tables"]
 exclude_patterns = ["_build"]
 nitpicky = True
+smartquotes = False  # it would make one dash of the two before a flag
 highlight_language = "text"  # what a block is in, it says itself
 today_fmt = "%Y-%m-%d"
 
