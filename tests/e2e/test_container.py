@@ -5,22 +5,24 @@ The image as the Dockerfile makes it, run by a real Docker Engine as README.rst 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from .asking import ask
+from .asking import answers, ask
 from .bases import BASE
 from .chain import Chain, standard_settings
 from .clients import Docker
 from .conftest import Figures, MakeChain
 from .images import Images
 from .installing import CHECKOUT
+from .kustomize import Rendered, overlay
 from .processes import eventually, free_port
 
 IMAGE = "ecrproxy:e2e"
+CONFINED = ("--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges")
 MIB = 2**20
 
 
@@ -39,13 +41,20 @@ class Container:
     The daemon in a container, before a chain's front.
     """
 
-    def __init__(self, docker: Docker, image: str, settings: Mapping[str, str | None], *mounts: str) -> None:
+    def __init__(
+        self,
+        docker: Docker,
+        image: str,
+        settings: Mapping[str, str | None],
+        *mounts: str,
+        confined: Sequence[str] = CONFINED,
+    ) -> None:
         self._docker, self.port = docker, free_port()
         given = {**settings, "PROXY_PORT": str(self.port)}
         words = [word for name, value in given.items() if value for word in ("--env", f"{name}={value}")]
-        confined = ("--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--network", "host")
         volumes = [word for mount in mounts for word in ("--volume", mount)]
-        started = ("docker", "run", "--detach", "--health-interval", "1s", *confined, *volumes, *words, image)
+        running = ("docker", "run", "--detach", "--health-interval", "1s", "--network", "host")
+        started = (*running, *confined, *volumes, *words, image)
         self.name = docker.run(*started)
 
     @property
@@ -116,4 +125,50 @@ def test_the_health_check_speaks_tls(builder: Docker, image: str, make_chain: Ma
     container = Container(builder, image, standard_settings(chain.front_url) | files, f"{shown}:/tls:ro")
     container.wait_until_healthy()
     assert ask(f"https://127.0.0.1:{container.port}/healthz", ca=made.ca).status == 200
+    assert container.stop() == 0
+
+
+def confinement(rendered: Rendered) -> list[str]:
+    """
+    Tell Docker what a kubelet is told of user and privileges.
+    """
+    pod, container = rendered.pod["spec"], rendered.container
+    user, own = pod["securityContext"], container["securityContext"]
+    flags = ["--user", f"{user['runAsUser']}:{user['runAsGroup']}"]
+    flags += [word for each in own["capabilities"]["drop"] for word in ("--cap-drop", each)]
+    flags += ["--read-only"] if own["readOnlyRootFilesystem"] else []
+    flags += [] if own["allowPrivilegeEscalation"] else ["--security-opt", "no-new-privileges"]
+    return flags
+
+
+def empty_directories(rendered: Rendered, home: Path) -> list[str]:
+    """
+    Make what a kubelet makes of the mounts: directories that are empty, root's, and for all to write.
+    """
+    volumes = []
+    for mount in rendered.container["volumeMounts"]:
+        directory = home / mount["name"]
+        directory.mkdir()
+        directory.chmod(0o777)
+        volumes.append(f"{directory}:{mount['mountPath']}")
+    return volumes
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_the_pod_of_the_kubernetes_manifests_serves(
+    builder: Docker, image: str, make_chain: MakeChain, docker: Docker, images: Images, tmp_path: Path, workers: str
+) -> None:
+    """
+    Its container starts, is found ready and alive by the probes, and serves, with the rights that the manifests give.
+    """
+    chain: Chain = make_chain()
+    rendered = overlay(tmp_path / "overlay", [])
+    settings = {**rendered.settings, **standard_settings(chain.front_url), "PROXY_WORKER_PROCESSES": workers}
+    volumes = empty_directories(rendered, tmp_path)
+    container = Container(builder, image, settings, *volumes, confined=confinement(rendered))
+    for probe in ("startup", "readiness", "liveness"):
+        path = rendered.container[f"{probe}Probe"]["httpGet"]["path"]
+        eventually(answers(f"http://127.0.0.1:{container.port}{path}"), f"the {probe} probe succeeds")
+    pulled = docker.pull(f"127.0.0.1:{container.port}/{images.single.repository}:{images.single.tag}")
+    assert pulled == images.single.image_id
     assert container.stop() == 0

@@ -1,0 +1,100 @@
+"""
+The Kubernetes manifests as kubectl renders them, and what is told by them.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .installing import CHECKOUT
+
+KUBERNETES = CHECKOUT / "deploy/kubernetes"
+KUBECTL = Path(sys.executable).with_name("kubectl")
+
+Manifest = dict[str, Any]
+
+
+class Rendered:
+    """
+    What a folder with a kustomization makes.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        done = subprocess.run(
+            [KUBECTL, "kustomize", folder], capture_output=True, text=True, timeout=60, check=False, env={"HOME": "/"}
+        )
+        assert done.returncode == 0, done.stderr
+        assert not done.stderr, "something that kustomize warns of"
+        self.manifests: list[Manifest] = list(yaml.safe_load_all(done.stdout))
+
+    def all_of(self, kind: str) -> list[Manifest]:
+        """
+        Give what there is of a kind.
+        """
+        return [each for each in self.manifests if each["kind"] == kind]
+
+    def one(self, kind: str) -> Manifest:
+        """
+        Give the one that there is of a kind.
+        """
+        (found,) = self.all_of(kind)
+        return found
+
+    @property
+    def workload(self) -> Manifest:
+        """
+        The Deployment, or the StatefulSet that it was made.
+        """
+        (found,) = self.all_of("Deployment") + self.all_of("StatefulSet")
+        return found
+
+    @property
+    def pod(self) -> Manifest:
+        """
+        What its pods are made of.
+        """
+        template: Manifest = self.workload["spec"]["template"]
+        return template
+
+    @property
+    def container(self) -> Manifest:
+        """
+        The one container of a pod.
+        """
+        (found,) = self.pod["spec"]["containers"]
+        container: Manifest = found
+        return container
+
+    @property
+    def settings(self) -> Mapping[str, str]:
+        """
+        The variables that the daemon is started with.
+        """
+        settings = self.one("ConfigMap")
+        named = [each["configMapRef"]["name"] for each in self.container["envFrom"] if "configMapRef" in each]
+        assert named == [settings["metadata"]["name"]]
+        data: Mapping[str, str] = settings["data"]
+        return data
+
+
+def overlay(folder: Path, components: Sequence[str]) -> Rendered:
+    """
+    Render the base with components, in a folder of one's own.
+    """
+    folder.mkdir()
+    for name in ("base", "components"):
+        (folder / name).symlink_to(KUBERNETES / name)
+    written = {
+        "apiVersion": "kustomize.config.k8s.io/v1beta1",
+        "kind": "Kustomization",
+        "resources": ["./base"],
+        "components": [f"./components/{each}" for each in components],
+    }
+    (folder / "kustomization.yaml").write_text(yaml.safe_dump(written))
+    return Rendered(folder)

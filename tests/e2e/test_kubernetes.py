@@ -1,0 +1,208 @@
+"""
+The manifests of deploy/kubernetes: rendered by kubectl, held against the published schemas of Kubernetes, and against
+what the daemon needs. test_container.py starts the pod's container.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from pathlib import Path
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from ecrproxy.settings.config import Config
+from ecrproxy.settings.values import parse_size
+
+from .installing import CHECKOUT
+from .kustomize import KUBERNETES, Manifest, Rendered, overlay
+
+COMPONENTS = sorted(each.name for each in (KUBERNETES / "components").iterdir())
+EVERY = [
+    *((name,) for name in COMPONENTS),
+    (),
+    ("volume", "tls"),
+    ("volume", "irsa", "load-balancer", "service-monitor", "tls"),
+    ("volume", "pod-identity", "load-balancer", "service-monitor", "tls"),
+]
+# The oldest that has what the manifests use, preStop's sleep above all, and the newest.
+VERSIONS = ("1.30", kubernetes_validate.latest_version())
+NAME = {"app.kubernetes.io/name": "ecrproxy"}
+GIB = 2**30
+
+
+@pytest.fixture(params=[*EVERY, "example"], ids=lambda each: "+".join(each) if isinstance(each, tuple) else each)
+def rendered(request: pytest.FixtureRequest, tmp_path: Path) -> Rendered:
+    """
+    Render the example, and the base with components.
+    """
+    if request.param == "example":
+        return Rendered(KUBERNETES / "example")
+    return overlay(tmp_path / "overlay", request.param)
+
+
+def gibibytes(quantity: str) -> int:
+    """
+    Read what the manifests call a size by.
+    """
+    assert quantity.endswith("Gi")
+    return int(quantity.removesuffix("Gi")) * GIB
+
+
+def ports_named(rendered: Rendered) -> set[str]:
+    """
+    Name the ports of the container.
+    """
+    return {each["name"] for each in rendered.container["ports"]}
+
+
+def test_schemas_find_what_is_wrong() -> None:
+    """
+    What the tests below stand on.
+    """
+    wrong = {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "x"}, "spec": {"port": 1}}
+    for version in VERSIONS:
+        with pytest.raises(kubernetes_validate.ValidationError):
+            kubernetes_validate.validate(wrong, version, strict=True)
+
+
+def test_all_is_as_kubernetes_publishes_it(rendered: Rendered) -> None:
+    """
+    Each object is what its schema says, and has no field that it does not know; ServiceMonitor is nobody's of these.
+    """
+    for version, manifest in itertools.product(VERSIONS, rendered.manifests):
+        if manifest["kind"] != "ServiceMonitor":
+            kubernetes_validate.validate(manifest, version, strict=True)
+
+
+def test_pods_are_confined(rendered: Rendered) -> None:
+    """
+    As the restricted standard for pods wants it, which the namespace enforces, and with a read-only root.
+    """
+    namespace = rendered.one("Namespace")
+    assert namespace["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
+    pod, container = rendered.pod["spec"]["securityContext"], rendered.container["securityContext"]
+    assert (pod["runAsNonRoot"], pod["seccompProfile"]) == (True, {"type": "RuntimeDefault"})
+    assert container == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    kinds = {kind for volume in rendered.pod["spec"]["volumes"] for kind in volume if kind != "name"}
+    assert kinds <= {"emptyDir", "secret"}
+    assert rendered.one("ServiceAccount")["automountServiceAccountToken"] is False
+
+
+def test_selectors_find_the_pods(rendered: Rendered) -> None:
+    """
+    Of everything that has one, and the ports that they speak of are there.
+    """
+    assert rendered.pod["metadata"]["labels"].items() >= NAME.items()
+    selectors = [service["spec"]["selector"] for service in rendered.all_of("Service")]
+    policy, budget = rendered.one("NetworkPolicy")["spec"], rendered.one("PodDisruptionBudget")["spec"]
+    chosen = [rendered.workload["spec"]["selector"], budget["selector"], policy["podSelector"]]
+    spread = [each["labelSelector"] for each in rendered.pod["spec"]["topologySpreadConstraints"]]
+    assert [*selectors, *(each["matchLabels"] for each in chosen + spread)] == [NAME] * (len(selectors) + 4)
+    named = {port["targetPort"] for service in rendered.all_of("Service") for port in service["spec"]["ports"]}
+    named |= {port["port"] for rule in policy["ingress"] for port in rule["ports"]}
+    assert named <= ports_named(rendered)
+
+
+def test_the_daemon_understands_its_settings(rendered: Rendered) -> None:
+    """
+    All that are set are settings, and what belongs together fits: ports, sizes, times, files.
+    """
+    endpoint = {"PROXY_ECR_ENDPOINT": "https://123456789012.dkr.ecr.eu-west-1.amazonaws.com"}
+    image = {"PROXY_CACHE_DIR": "/cache"}  # which the Dockerfile sets
+    config = Config.load({}, {**endpoint, **image, **rendered.settings})
+    ports = {each["name"]: each["containerPort"] for each in rendered.container["ports"]}
+    assert ports == {"registry": config.port, "admin": 5001}
+    spec = rendered.pod["spec"]
+    pause = rendered.container["lifecycle"]["preStop"]["sleep"]["seconds"]
+    assert spec["terminationGracePeriodSeconds"] >= pause + config.drain_seconds + 5
+    mounts = {each["name"]: each["mountPath"] for each in rendered.container["volumeMounts"]}
+    claims = {
+        each["metadata"]["name"]: each["spec"] for each in rendered.workload["spec"].get("volumeClaimTemplates", [])
+    }
+    assert set(mounts) == {each["name"] for each in spec["volumes"]} | set(claims)
+    assert {mounts["cache"], mounts["tmp"]} == {config.cache_dir, "/tmp"}
+    if config.ssl_key is not None and config.ssl_certificate is not None:
+        assert {str(Path(each).parent) for each in (config.ssl_key, config.ssl_certificate)} == {mounts["tls"]}
+    if claims:
+        room = claims["cache"]["resources"]["requests"]["storage"]
+    else:
+        room = next(each["emptyDir"]["sizeLimit"] for each in spec["volumes"] if each["name"] == "cache")
+        assert rendered.container["resources"]["requests"]["ephemeral-storage"] == room
+    assert gibibytes(room) >= parse_size(rendered.settings["PROXY_CACHE_LIMIT"]) * 1.05
+
+
+def test_probes_speak_what_the_daemon_speaks(rendered: Rendered) -> None:
+    """
+    On the clients' port, with TLS where it has a key; /readyz is asked before the first client, /healthz afterwards.
+    """
+    container = rendered.container
+    asked = {name: container[f"{name}Probe"]["httpGet"] for name in ("startup", "readiness", "liveness")}
+    assert {name: each["path"] for name, each in asked.items()} == {
+        "startup": "/readyz",
+        "readiness": "/healthz",
+        "liveness": "/healthz",
+    }
+    scheme = "HTTPS" if "PROXY_SSL_KEY" in rendered.settings else "HTTP"
+    assert {(each["port"], each.get("scheme", "HTTP")) for each in asked.values()} == {("registry", scheme)}
+
+
+def ways_out(rendered: Rendered) -> Iterable[tuple[str, int]]:
+    """
+    Give the networks and ports that pods may speak to.
+    """
+    for rule in rendered.one("NetworkPolicy")["spec"]["egress"]:
+        for to, port in itertools.product(rule.get("to", [{"ipBlock": {"cidr": "any"}}]), rule["ports"]):
+            yield to["ipBlock"]["cidr"], port["port"]
+
+
+def test_roles_come_from_where_they_are_given(tmp_path: Path) -> None:
+    """
+    With either way to a role keys that happen to be set are ignored; only Pod Identity's agent may be asked over HTTP.
+    """
+    irsa, pod_identity = (overlay(tmp_path / name, [name]) for name in ("irsa", "pod-identity"))
+    assert [each.settings["AWS_INSTANCE_AUTH"] for each in (irsa, pod_identity)] == ["true", "true"]
+    assert "eks.amazonaws.com/role-arn" in irsa.one("ServiceAccount")["metadata"]["annotations"]
+    assert set(ways_out(pod_identity)) - set(ways_out(irsa)) == {("169.254.170.23/32", 80), ("fd00:ec2::23/128", 80)}
+
+
+def test_the_operators_port_is_open_to_prometheus_alone(tmp_path: Path) -> None:
+    """
+    It is on loopback by itself. The ServiceMonitor finds the Service, and the alerts know the job.
+    """
+    plain, watched = overlay(tmp_path / "plain", []), overlay(tmp_path / "watched", ["service-monitor"])
+    assert "PROXY_ADMIN_LISTEN" not in plain.settings
+    assert watched.settings["PROXY_ADMIN_LISTEN"] == "tcp:5001"
+    monitor: Manifest = watched.one("ServiceMonitor")
+    assert monitor["apiVersion"] == "monitoring.coreos.com/v1"
+    assert set(monitor["spec"]) == {"jobLabel", "selector", "endpoints"}
+    (service,) = (
+        each
+        for each in watched.all_of("Service")
+        if each["metadata"]["labels"].items() >= monitor["spec"]["selector"]["matchLabels"].items()
+    )
+    ports = {port["name"] for port in service["spec"]["ports"]}
+    assert {each["port"] for each in monitor["spec"]["endpoints"]} == ports == {"admin"}
+    assert [rule.get("from") for rule in watched.one("NetworkPolicy")["spec"]["ingress"]] == [
+        None,
+        [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}],
+    ]
+    alerts = (CHECKOUT / "deploy/prometheus/alerts.yaml").read_text()
+    assert f'job="{service["metadata"]["labels"][monitor["spec"]["jobLabel"]]}"' in alerts
+
+
+def test_a_volume_makes_it_a_stateful_set(tmp_path: Path) -> None:
+    """
+    Whose pods are the Deployment's, but for where the cache is.
+    """
+    plain, kept = overlay(tmp_path / "plain", []), overlay(tmp_path / "kept", ["volume"])
+    assert (plain.workload["kind"], kept.workload["kind"]) == ("Deployment", "StatefulSet")
+    (plain.container["resources"]["requests"]).pop("ephemeral-storage")
+    plain.pod["spec"]["volumes"] = [each for each in plain.pod["spec"]["volumes"] if each["name"] != "cache"]
+    assert yaml.safe_dump(plain.pod) == yaml.safe_dump(kept.pod)
