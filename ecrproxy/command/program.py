@@ -16,6 +16,7 @@ from typing import Any, Final, NoReturn
 
 from ecrproxy import __version__
 from ecrproxy.command.asking import RefusedError, UnreachableError, over_http
+from ecrproxy.command.completion import COMPLETION
 from ecrproxy.command.doctor import DOCTOR
 from ecrproxy.command.ls import LS
 from ecrproxy.command.prefetch import PREFETCH
@@ -37,7 +38,7 @@ from ecrproxy.command.verify import VERIFY
 from ecrproxy.settings.config import SETTINGS, ConfigError, Setting, read_settings
 from ecrproxy.settings.values import parse_flag
 
-SUBCOMMANDS: Final[Sequence[Subcommand]] = (LS, PURGE, VERIFY, STATS, PREFETCH, DOCTOR)
+SUBCOMMANDS: Final[Sequence[Subcommand]] = (LS, PURGE, VERIFY, STATS, PREFETCH, DOCTOR, COMPLETION)
 """All of them, in the order of the help."""
 CUT_OFF: Final = 141
 """What shells give to an end by SIGPIPE."""
@@ -85,7 +86,7 @@ def make_parser(terminal: Terminal, subcommands: Sequence[Subcommand] = SUBCOMMA
         )
         each.add_arguments(inner)
         _add_settings(inner, each)
-        inner.set_defaults(chosen=each)
+        inner.set_defaults(chosen=each, whole=parser)
     return parser
 
 

@@ -27,7 +27,7 @@ from .processes import PATH
 PROGRAMS = (
     *("dockerd", "docker", "docker-registry", "skopeo", "podman", "containerd"),
     *("haproxy", "debootstrap", "promtool", "curl", "htpasswd", "mandoc"),
-    *("chromium", "chromedriver"),
+    *("chromium", "chromedriver", "zsh", "fish"),
 )
 
 MakeChain = Callable[..., Chain]

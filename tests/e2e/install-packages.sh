@@ -4,7 +4,7 @@
 set -euf
 
 packages="docker.io docker-registry skopeo podman haproxy debootstrap prometheus python3-venv containerd curl openssl apache2-utils man-db mandoc"
-packages="$packages chromium chromium-driver fonts-inter"
+packages="$packages chromium chromium-driver fonts-inter zsh fish"
 
 # Newer releases keep the docker command in a package of its own, which older ones don't have.
 [ -x /usr/bin/docker ] || packages="$packages docker-cli?"

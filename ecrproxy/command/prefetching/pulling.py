@@ -66,7 +66,7 @@ class Hands:
 
     ask: Ask
     seconds: Callable[[], float]
-    sleep: Callable[[float], None]
+    sleep: Callable[[float], object]
     chance: Callable[[], float]
     said: Callable[[str], None] = lambda _: None
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 import platform
 import random
 import ssl
-import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -64,7 +63,7 @@ def run(call: Call, ask_of: Callable[[Door], Ask] = lambda door: door.ask) -> in
     began = seconds()
     with Progress(terminal, "prefetch", None, seconds) as progress:
         hands = Hands(
-            ask_of(door), seconds, time.sleep, random.random, lambda line: crew.tell(lambda: progress.say(line))
+            ask_of(door), seconds, call.world.sleep, random.random, lambda line: crew.tell(lambda: progress.say(line))
         )
         puller = Puller(hands, platforms, lambda size: crew.tell(lambda: progress.advance(size)))
         _plan(works, crew, puller, progress)
