@@ -497,7 +497,7 @@ class RaceTests(SmallCache):
         Threads that bring in, read and evict, with counts in between: what is read is right, and all is counted.
         """
         blobs = [random.Random(number).randbytes(20_000 + number) for number in range(20)]
-        start = threading.Barrier(6, timeout=60)
+        start = threading.Barrier(6)
 
         def use(seed: int) -> bool:
             chance = random.Random(seed)
@@ -513,7 +513,7 @@ class RaceTests(SmallCache):
 
         with ThreadPoolExecutor(6) as pool:
             working = [*(pool.submit(use, seed) for seed in range(5)), pool.submit(count)]
-            self.assertEqual([True] * 6, [each.result(timeout=120) for each in working])
+            self.assertEqual([True] * 6, [each.result() for each in working])
         self.store.count()
         self.janitor.make_room(0)
         self.assertEqual((0, self.bytes_on_disk()), (self.store.ledger.reserved, self.store.ledger.total))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from .installing import CHECKOUT
-from .processes import environment
+from .processes import PATIENCE, environment
 
 # What a browser fetches by itself: scripts, styles, pictures, fonts. A link is followed by whoever clicks on it.
 FETCHED = re.compile(
@@ -29,7 +29,11 @@ def built(home: Path) -> Path:
         argv = [sys.executable, "-m", "sphinx", "--fail-on-warning", "--quiet", "--builder", builder]
         target = home / "site" / builder
         done = subprocess.run(
-            [*argv, str(CHECKOUT / "docs"), str(target)], capture_output=True, text=True, timeout=120, check=False
+            [*argv, str(CHECKOUT / "docs"), str(target)],
+            capture_output=True,
+            text=True,
+            timeout=2 * PATIENCE,
+            check=False,
         )
         assert done.returncode == 0, done.stderr
     return home / "site"
@@ -41,7 +45,7 @@ def run(home: Path, *argv: str | Path) -> subprocess.CompletedProcess[str]:
     """
     variables = environment(home, {"MANWIDTH": "100"})
     words = [str(each) for each in argv]
-    return subprocess.run(words, env=variables, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(words, env=variables, capture_output=True, text=True, timeout=PATIENCE, check=False)
 
 
 def test_pages_load_nothing_from_elsewhere(built: Path) -> None:

@@ -24,7 +24,7 @@ from .conftest import FAILED, Figures, MakeChain
 from .images import Images, accept
 from .installing import CHECKOUT
 from .machine import UNITS, Machine
-from .processes import PATH, children, eventually, free_port
+from .processes import PATH, PATIENCE, children, eventually, free_port
 from .test_clients import PASSWORD, authorization, htpasswd
 from .test_ending import SLOW, Reading
 from .test_together import blob_path
@@ -154,7 +154,7 @@ def test_the_unit_is_hardened() -> None:
     systemd-analyze finds little that the daemon could do beside its work.
     """
     analysis = ["systemd-analyze", "security", "--offline=true", f"--threshold={EXPOSURE}", str(RECIPES / SERVICE)]
-    done = subprocess.run(analysis, capture_output=True, text=True, timeout=60, check=False, env={"PATH": PATH})
+    done = subprocess.run(analysis, capture_output=True, text=True, timeout=PATIENCE, check=False, env={"PATH": PATH})
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -221,14 +221,14 @@ def test_a_loop_that_stands_still_is_started_anew(serving: Unit) -> None:
     """
     The watchdog finds that nothing turns any more.
     """
-    serving.add(SERVICE, "soon", "[Service]\nWatchdogSec=2\nRestartSec=0\n")
+    serving.add(SERVICE, "soon", "[Service]\nWatchdogSec=10\nRestartSec=0\n")
     serving.machine.run("systemctl", "daemon-reload")
     serving.machine.run("systemctl", "restart", SERVICE)
     first = serving.show("MainPID")
     serving.machine.run("kill", "-STOP", first)
     eventually(lambda: serving.show("MainPID") not in (first, "0"), "another was started")
     eventually(answers(f"{serving.url}/readyz"), "the daemon is ready")
-    assert serving.show("NRestarts") == "1"
+    assert serving.show("NRestarts") != "0"
 
 
 def test_reloading_reads_again(unit: Unit, htpasswd: Path, equipment_certificates: Certificates) -> None:
@@ -276,7 +276,7 @@ class Load:
         while not self._done.is_set():
             for url, headers in self._questions:
                 try:
-                    status: object = ask(url, headers=headers, timeout=60.0).status
+                    status: object = ask(url, headers=headers, timeout=PATIENCE).status
                 except Exception as problem:  # noqa: BLE001 (whatever it is, it should not be)
                     status = problem
                 self.answered += 1
@@ -296,7 +296,7 @@ class Load:
             finally:
                 self._done.set()
             for each in running:
-                each.result(timeout=90)
+                each.result(timeout=2 * PATIENCE)
 
 
 @pytest.fixture
@@ -371,7 +371,7 @@ def test_the_main_process_alone_tells(make_chain: MakeChain, tmp_path: Path, kin
     name = str(tmp_path / "notify") if kind == "path" else f"@ecr-proxy-{os.getpid()}-{workers}"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-        manager.settimeout(30)
+        manager.settimeout(PATIENCE)
         manager.bind(name if kind == "path" else f"\0{name[1:]}")
         told: list[tuple[int, list[str]]] = []
 
@@ -396,5 +396,5 @@ def test_the_main_process_alone_tells(make_chain: MakeChain, tmp_path: Path, kin
         wait_for("READY=1")
         chain.daemon.process.send(signal.SIGTERM)
         wait_for("STOPPING=1")
-        assert chain.daemon.process.wait(20) == 0
+        assert chain.daemon.process.wait() == 0
         assert {pid for pid, _ in told} == {chain.daemon.process.pid}
