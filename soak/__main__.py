@@ -24,7 +24,8 @@ CLIENTS: Final = 50
 LIMIT: Final = 48 * 2**20
 QUIET: Final = 0.6
 """The part of the time in which the daemon is ended now and then; in the rest it must not grow."""
-GROWTH: Final = 64 * 2**20
+GROWTH: Final = 96 * 2**20
+"""One that has started just now, as in a short run, takes up to 80 MiB until it has what it needs."""
 LARGEST: Final = 256 * 2**20
 THREADS: Final = 64
 DESCRIPTORS: Final = 64
