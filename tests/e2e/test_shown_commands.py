@@ -98,7 +98,8 @@ class Stage:
         passed = ("PROXY_PORT", "PROXY_DNS_RESOLVER", "AWS_ENDPOINT_URL", "AWS_EC2_METADATA_DISABLED")
         return {
             "https://123456789012.dkr.ecr.eu-west-1.amazonaws.com": self.chain.front_url,
-            "123456789012.dkr.ecr.eu-west-1.amazonaws.com": urlsplit(self.chain.front_url).netloc,
+            # An image's host, not a part of a file's name.
+            " 123456789012.dkr.ecr.eu-west-1.amazonaws.com/": f" {urlsplit(self.chain.front_url).netloc}/",
             "AWS_ACCESS_KEY_ID=...": "AWS_ACCESS_KEY_ID=AKIASTANDIN",
             "AWS_SECRET_ACCESS_KEY=...": "AWS_SECRET_ACCESS_KEY=not-a-secret",
             # The engine here has no bridge: containers share the machine's network.
