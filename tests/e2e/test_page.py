@@ -97,13 +97,14 @@ def test_figures_move_while_a_pull_runs(make_chain: MakeChain, images: Images, b
     assert {re.match(r"\w+://[^/]+/", each)[0] for each in browser.asked()} == {origin}  # type: ignore[index]
 
 
-def test_workers_are_seen_as_one(make_chain: MakeChain, images: Images) -> None:
+def test_workers_are_seen_as_one(make_chain: MakeChain, images: Images, hold: Path) -> None:
     """
     What any of them gave its clients, and what is on its way for them, is told together.
     """
     port = free_port()
     settings = {"PROXY_ADMIN_LISTEN": f"tcp:{port}:interface=127.0.0.1", "PROXY_WORKER_PROCESSES": "2"}
-    chain = make_chain(front=("--rate", str(RATE)), settings=settings)
+    chain = make_chain(front=("--hold", str(hold)), settings=settings)
+    hold.unlink()
 
     def status() -> Any:
         return ask(f"http://127.0.0.1:{port}/status.json").json()
@@ -114,10 +115,12 @@ def test_workers_are_seen_as_one(make_chain: MakeChain, images: Images) -> None:
     told = {"repository": images.single.repository, "answers": 39}
     eventually(lambda: told.items() <= (status()["repositories"] or [{}])[0].items(), "all that was saved is told")
     assert sum(each["count"] for each in status()["answers"].values()) == 40
+    hold.touch()
     with ThreadPoolExecutor() as clients:
         for _ in range(4):
             clients.submit(download, f"{chain.daemon.url}/v2/{images.big.repository}/blobs/{images.big.layers[0]}")
         eventually(lambda: [each["followers"] for each in status()["transfers"]] == [4], "four clients follow")
+        hold.unlink()
 
 
 def test_a_daemon_that_ends_is_seen_to(make_chain: MakeChain, browse: Open) -> None:
