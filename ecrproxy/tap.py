@@ -56,7 +56,7 @@ from ecrproxy.http.site import RegistrySite, make_site
 from ecrproxy.http.telling import USED, Teller, Used, told
 from ecrproxy.http.web import Ready, Registry
 from ecrproxy.logs.shapes import PRIORITIES, as_json
-from ecrproxy.logs.writing import LineWriter, choose_writer
+from ecrproxy.logs.writing import LineWriter, choose_writer, leads_to_journal
 from ecrproxy.metrics import Figures, LoopStall, Served
 from ecrproxy.proxy import PullThrough
 from ecrproxy.registry.circuit import Circuit
@@ -118,7 +118,8 @@ def _complaining(options: Options) -> Callable[[str], None]:
     """
     chosen = options.flags().get("log-format") or os.environ.get("PROXY_LOG_FORMAT")
     if chosen != "json":
-        return say
+        marked = leads_to_journal(os.environ.get("JOURNAL_STREAM"), sys.__stderr__)
+        return partial(say, mark=f"<{PRIORITIES[LogLevel.critical]}>" if marked else "")
 
     def say_as_json(line: str) -> None:
         event = {"log_time": time.time(), "log_level": LogLevel.critical, "log_namespace": "ecrproxy"}

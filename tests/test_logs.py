@@ -376,7 +376,9 @@ class DaemonLinesTests(DaemonTestCase):
         file = io.BytesIO()
         for event in self.events:
             LineWriter(file, as_json, DEBUG)(event)
-        told = validated(file.getvalue().decode())
+        lines = file.getvalue().decode()
+        self.assertEqual([], [secret for secret in self.secrets() if secret in lines])
+        told = validated(lines)
         requests = [each for each in told if each["logger"] == "access"]
         self.assertEqual({"HIT", "MISS", "STALE", None}, {each["cache"] for each in requests})
         self.assertEqual({200, 400, 500, 502, 503}, {each["status"] for each in requests} - {404})

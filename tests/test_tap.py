@@ -41,6 +41,7 @@ from ecrproxy.tap import _count_steadily, _open_many_files, _set_aside_what_stay
 from tests.store_contract import scratch
 from tests.test_ecr import KEYS, FakeAws
 from tests.test_htpasswd import line
+from tests.test_logs import validated
 from tests.test_tls import Files, Tcp, client, shake_with, subject_of
 
 ADDRESS = IPv4Address("TCP", "192.0.2.1", 40000)
@@ -281,6 +282,18 @@ class WrongSettingTests(TapCase):
         line = self.dies(lambda: self.run_with(*flags, **environ))
         self.assertTrue(line.startswith(expected), line)
         self.assertEqual(([], [], []), (self.reactor.tcpServers, self.reactor.sslServers, self.reactor.unixServers))
+
+    def test_with_json_the_line_is_an_object(self) -> None:
+        """
+        As the schema of the log has it; by flag or variable, and though another setting is wrong.
+        """
+        for flags, environ in (([], {"PROXY_LOG_FORMAT": "json"}), (["--log-format=json"], {})):
+            self.stderr.truncate(0)
+            self.stderr.seek(0)
+            self.assertRaises(SystemExit, self.run_with, "--port=nonsense", *flags, **environ)
+            (told,) = validated(self.stderr.getvalue())
+            self.assertEqual("critical", told["level"])
+            self.assertIn("nonsense", told["message"])
 
     def test_wrong_texts_are_told_with_their_variables(self) -> None:
         """

@@ -66,13 +66,13 @@ def _pieces(lines: Sequence[str]) -> Iterator[bytes]:
         start = stop
 
 
-def leads_to_journal(told: str | None, output: IO[str]) -> bool:
+def leads_to_journal(told: str | None, output: IO[str] | None) -> bool:
     """
     Tell whether what is written to C{output} comes to systemd's journal: systemd.exec(5), C{$JOURNAL_STREAM}.
 
     @param told: that variable.
     """
-    if not told:
+    if not told or output is None:
         return False
     try:
         status = os.fstat(output.fileno())

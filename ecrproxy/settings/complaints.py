@@ -8,11 +8,13 @@ import sys
 from typing import NoReturn
 
 
-def say(line: str) -> None:
+def say(line: str, mark: str = "") -> None:
     """
     Say it.
+
+    @param mark: comes before it.
     """
-    write(f"ecr-proxy: {' '.join(line.split())}")
+    write(f"{mark}ecr-proxy: {' '.join(line.split())}")
 
 
 def write(line: str) -> None:

@@ -128,6 +128,19 @@ def test_what_ends_it_is_critical(refusing: str, equipment: Equipment, tmp_path:
     assert re.search(rb"^<2>\[ecrproxy\.\S+#critical\] AWS credentials are refused", said, re.MULTILINE), said
 
 
+def test_what_keeps_it_from_starting_is_critical(equipment: Equipment, tmp_path: Path) -> None:
+    """
+    As with a wrong setting: one line that the journal takes for what it is, or an object.
+    """
+    nowhere = "http://127.0.0.1:1"
+    code, said = start_piped(equipment, tmp_path, nowhere, PROXY_CACHE_LIMIT="64 parsecs")
+    assert (code, said[:37]) == (1, b"<2>ecr-proxy: PROXY_CACHE_LIMIT='64 p")
+    code, said = start_piped(equipment, tmp_path, nowhere, PROXY_CACHE_LIMIT="64 parsecs", PROXY_LOG_FORMAT="json")
+    (tmp_path / "log").write_bytes(said)
+    (line,) = lines_of(tmp_path / "log")
+    assert (code, line["level"], line["message"][:17]) == (1, "critical", "PROXY_CACHE_LIMIT")
+
+
 def test_a_file_is_written_in_the_same_format(equipment: Equipment, tmp_path: Path) -> None:
     """
     twistd's --logfile says where, the settings say how; from a level on there are no requests.
