@@ -74,7 +74,8 @@ def as_json(event: LogEvent, request: str) -> list[str]:
     """
     time = event.get("log_time", 0.0)
     if isinstance(lines := event.get("lines"), AccessLines):
-        return [_encode(_access(each, time - (lines.now - each.ended))) for each in lines.lines]
+        process = os.getpid()
+        return [_access(each, time - (lines.now - each.ended), process) for each in lines.lines]
     message, traceback = _told(event)
     if not message:
         return []
@@ -91,29 +92,33 @@ def _head(event: LogEvent, time: float) -> dict[str, Any]:
     return {"time": _iso(time), "level": level.name, "logger": _name(event), "process": os.getpid()}
 
 
-def _access(line: AccessLine, time: float) -> dict[str, Any]:
-    return {
-        "time": _iso(time),
-        "level": "info",
-        "logger": "access",
-        "process": os.getpid(),
-        "message": f"{line.method} {line.path} {line.status or '-'}",
-        "request": line.request,
-        "client": line.client,
-        "method": line.method,
-        "path": line.path,
-        "status": line.status or None,
-        "bytes": line.size,
-        "seconds": round(line.seconds, 6),
-        "upstream_seconds": round(line.upstream, 6),
-        "cache": None if line.cache == "-" else line.cache,
-        "reason": None if line.reason == "-" else line.reason,
-        "aborted": line.aborted,
-    }
+def _access(line: AccessLine, time: float, process: int) -> str:
+    """
+    Write a request. By hand, for they come by thousands, and json's own way takes five times as long.
+    """
+    _, client, method, path, status, size, seconds, cache, reason, upstream, request, aborted = line
+    method, path = _encode(method)[1:-1], _encode(path)[1:-1]
+    return (
+        f'{{"time":"{_iso(time)}","level":"info","logger":"access","process":{process},'
+        f'"message":"{method} {path} {status or "-"}","request":"{request}","client":{_encode(client)},'
+        f'"method":"{method}","path":"{path}","status":{status or "null"},"bytes":{size},'
+        f'"seconds":{seconds:.6f},"upstream_seconds":{upstream:.6f},"cache":{_word(cache)},"reason":{_word(reason)},'
+        f'"aborted":{"true" if aborted else "false"}}}'
+    )
+
+
+def _word(word: str) -> str:
+    return "null" if word == "-" else f'"{word}"'
 
 
 def _iso(time: float) -> str:
-    return datetime.fromtimestamp(time, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    second, thousandth = divmod(round(time * 1000), 1000)
+    return f"{_utc(second)}.{thousandth:03d}Z"
+
+
+@lru_cache(maxsize=16)
+def _utc(second: int) -> str:
+    return datetime.fromtimestamp(second, UTC).strftime("%Y-%m-%dT%H:%M:%S")
 
 
 @lru_cache(maxsize=16)
