@@ -339,15 +339,16 @@ def _serve_admin(
     """
     Listen for the operator too. Where nobody chose that port, its being taken keeps the daemon from nothing.
 
-    What he purges, or somebody else did, is forgotten. His work has a thread of its own.
+    What he purges, or somebody else did, is forgotten. His work has threads of its own.
     """
     purges = Purges(cache.store, cache.forget_all, disk.call, reactor)
     purges.setServiceParent(service)
     named = admin_endpoint(config, reactor)
     if named is not None:
-        surveying = Threads(1, reactor)
-        surveying.setServiceParent(service)
-        api = Api(Inventory(cache.store), purges.look, surveying.call, reactor)
+        listing, hashing = Threads(1, reactor, yielding=False), Threads(1, reactor)
+        for part in (listing, hashing):
+            part.setServiceParent(service)
+        api = Api(Inventory(cache.store), purges.look, listing.call, hashing.call, reactor)
         site = make_site(api, reactor, config.admin_hosts or frozenset())
         Listening(*named, site, needed=config.admin_listen != ADMIN_LISTEN).setServiceParent(service)
 

@@ -36,11 +36,16 @@ class InThread(Protocol):
 class Threads(Service):
     """
     A pool of threads of its own, whose waiting never holds up the pool that resolves names.
+
+    @param yielding: whether they leave the processor to the event loop. Not those that are busy with Python itself:
+        the event loop waits for the interpreter's lock, and on a busy machine with it for a thread that has the lock
+        and no processor.
     """
 
-    def __init__(self, size: int, reactor: Any) -> None:  # noqa: ANN401
+    def __init__(self, size: int, reactor: Any, *, yielding: bool = True) -> None:  # noqa: ANN401
         self._pool, self._reactor = ThreadPool(0, size, "ecrproxy"), reactor
-        self._pool.threadFactory = _Yielding
+        if yielding:
+            self._pool.threadFactory = _Yielding
 
     def call(self, blocking: Callable[..., T], *args: Any) -> Deferred[T]:  # noqa: ANN401
         """

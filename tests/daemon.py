@@ -519,7 +519,7 @@ class Daemon:
         # By itself, so that tests which count or hold calls in threads see their own.
         # At once: tests that count or hold what is done in threads mean other things.
         self.purges = Purges(self.store, self.cache.forget_all, at_once, clock)
-        api = Api(Inventory(self.store), self.purges.look, in_thread, clock)
+        api = Api(Inventory(self.store), self.purges.look, in_thread, in_thread, clock)
         self.admin = Network(make_admin_site(self.figures, ready, self.status, api, clock, admin_hosts), clock)
         self.front = Network(self.site, clock)
         self._asking = self.front.agent(persistent=False)

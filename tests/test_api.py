@@ -129,12 +129,12 @@ class ListingTests(ApiTestCase):
             hands.work()
             daemon.flush()
             steps += 1
-            if steps == 3:
+            if steps == 2:
                 ((client, _),) = daemon.admin.ends
                 client.reading = False
             if steps > 100:
                 self.fail("it does not wait")
-        self.assertLess(steps, 20)
+        self.assertLess(steps, 6)
         client.reading = True
         daemon.flush()
         self.assertTrue(hands.waiting)

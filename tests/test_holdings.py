@@ -117,6 +117,15 @@ class LsTests(HoldingsTestCase):
         self.assertRegex(self.call("ls", "team/pinned"), rf"team/pinned +@{image.digest[:19]} ")
         self.assertRegex(self.call("ls", "team/pinned", "--digests"), rf"{image.digest} ")
 
+    def test_shows_a_person_that_it_is_at_work(self) -> None:
+        """
+        A large cache takes its time.
+        """
+        self.caller.at_a_terminal()
+        self.caller.step = 1
+        self.call("ls")
+        self.assertIn("Reading 1 files, ", self.caller.complaint)
+
     def test_an_empty_cache_is_no_trouble(self) -> None:
         """
         There are no rows then.

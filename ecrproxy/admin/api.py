@@ -5,7 +5,7 @@ Rules:
 
 - No web page can ask: each request shows a header of ours, which no site may send to another one unasked, and this
   port allows nobody to ask whether he may. What changes something is a POST of JSON, without an Origin.
-- The work is done in a thread of its own, step by step, so that neither the event loop nor a pull waits for it.
+- The work is done in threads of its own, step by step, so that neither the event loop nor a pull waits for it.
 - Long answers are JSON documents, one a line, made while they are sent, at the pace of who reads them. One that fails
   midway has its connection aborted. Who leaves ends the work.
 - A refusal is the distribution spec's JSON, as everywhere.
@@ -17,16 +17,17 @@ import dataclasses
 import itertools
 import json
 import re
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IPushProducer
 from twisted.internet.task import deferLater
+from twisted.logger import Logger
 from twisted.web.http import OK
 from zope.interface import implementer
 
-from ecrproxy.cache.inventory import Document, Inventory
+from ecrproxy.cache.inventory import STEP, Document, Inventory
 from ecrproxy.http.web import Answering, begin, field, send_small
 from ecrproxy.oci import Digest, RegistryError
 
@@ -36,11 +37,13 @@ if TYPE_CHECKING:
 
     from ecrproxy.threads import InThread
 
+log = Logger()
+
 SHOWN: Final = b"X-Ecrproxy-Api"
 """The header that each request shows."""
 BODY_LIMIT: Final = 2**16
 """Bytes of a request's body: hundreds of names. Twisted holds so much in memory."""
-_TOGETHER: Final = 64
+_TOGETHER: Final = 256
 """How many documents are made in one step: that many small files are read in milliseconds."""
 _NAME: Final = re.compile(r"[0-9a-f]{64}")
 
@@ -50,16 +53,23 @@ class Api(Answering):
     /api/.
 
     @param purged: has what is held in memory forgotten.
-    @param in_thread: where the work is done.
+    @param listing: where what is there is listed and removed.
+    @param hashing: where it is hashed.
     """
 
     methods = (b"GET", b"HEAD", b"POST")
 
     def __init__(
-        self, inventory: Inventory, purged: Callable[[], Awaitable[None]], in_thread: InThread, clock: IReactorTime
+        self,
+        inventory: Inventory,
+        purged: Callable[[], Awaitable[None]],
+        listing: InThread,
+        hashing: InThread,
+        clock: IReactorTime,
     ) -> None:
         super().__init__()
-        self._inventory, self._purged, self._in_thread, self._clock = inventory, purged, in_thread, clock
+        self._inventory, self._purged, self._clock = inventory, purged, clock
+        self._listing, self._hashing = listing, hashing
 
     async def respond(self, request: Request) -> None:
         """
@@ -70,9 +80,9 @@ class Api(Answering):
         _refuse_pages(request)
         match (request.method, b"/".join(request.postpath or [])):
             case (b"GET", b"entries"):
-                await self._stream(request, self._inventory.entries())
+                await self._stream(request, self._listing, self._inventory.entries())
             case (b"GET", b"content"):
-                await self._stream(request, self._inventory.content())
+                await self._stream(request, self._listing, self._inventory.content())
             case (b"POST", b"remove"):
                 await self._remove(request, _document(request))
             case (b"POST", b"verify"):
@@ -89,31 +99,33 @@ class Api(Answering):
     async def _remove(self, request: Request, document: Document) -> None:
         entries, content = _names(document, "entries"), _digests(document, "content")
         unused_since = _number(document, "unused_since")
-        removed = await self._in_thread(self._inventory.remove, entries, content, unused_since)
+        removed = await self._listing(self._inventory.remove, entries, content, unused_since)
         await self._purged()
+        log.info("Purged {files} files, {bytes} bytes", files=removed.files, bytes=removed.bytes)
         send_small(request, OK, "application/json", _line(dataclasses.asdict(removed)))
 
     async def _verify(self, request: Request, document: Document) -> None:
         keep, rate = document.get("keep") is True, _number(document, "rate")
         each = (self._inventory.verify(digest, keep=keep) for digest in _digests(document, "digests"))
-        await self._stream(request, itertools.chain.from_iterable(each), together=1, rate=rate)
+        await self._stream(request, self._hashing, itertools.chain.from_iterable(each), rate)
 
     async def _stream(
-        self, request: Request, documents: Iterator[Document], together: int = _TOGETHER, rate: float | None = None
+        self, request: Request, in_thread: InThread, documents: Iterator[Document], rate: float | None = None
     ) -> None:
         """
         Send documents as they are made.
 
-        @param together: how many are made in one step.
         @param rate: the bytes a second that may be hashed for them.
         """
         begin(request, OK)
         request.setHeader("Content-Type", "application/x-ndjson")
         flow = _Flow(request)
-        while made := await self._in_thread(_take, documents, together):
-            request.write(b"".join(map(_line, made)))
+        while True:
+            lines, hashed = await in_thread(_step, documents)
+            if not lines:
+                break
+            request.write(lines)
             await flow.open()
-            hashed = sum(each.get("hashed", 0) for each in made)
             if rate and hashed:
                 await deferLater(self._clock, hashed / rate)
         request.unregisterProducer()
@@ -157,8 +169,19 @@ class _Flow:
         """
 
 
-def _take(documents: Iterator[Document], most: int) -> Sequence[Document]:
-    return list(itertools.islice(documents, most))
+def _step(documents: Iterator[Document]) -> tuple[bytes, int]:
+    """
+    Make some documents. Called in a thread.
+
+    @return: their lines, none when there are no more, and the bytes that were hashed for them.
+    """
+    lines, hashed = [], 0
+    for each in itertools.islice(documents, _TOGETHER):
+        lines.append(_line(each))
+        hashed += each.get("hashed", 0)
+        if hashed >= STEP:
+            break
+    return b"".join(lines), hashed
 
 
 def _line(document: Document) -> bytes:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from ecrproxy.command.asking import Daemon
 from ecrproxy.command.subcommand import ASKS, Call, CommandError
+from ecrproxy.command.survey import Survey
+from ecrproxy.command.terminal import Progress
 
 if TYPE_CHECKING:
     from ecrproxy.cache.inventory import Inventory
@@ -78,6 +80,21 @@ def holdings_of(call: Call) -> Holdings:
         except OSError as problem:
             raise CommandError(f"{root}: not a cache directory that can be read: {problem.strerror}") from problem
     return Idle(Inventory(Store(root, call.world.now)), call.world.sleep)
+
+
+def survey_of(call: Call, holdings: Holdings) -> Survey:
+    """
+    Look at all of it; who waits is told how far it is.
+    """
+    progress = Progress(call.terminal, "Reading", None, call.world.seconds, lambda count: f"{count:.0f} files")
+
+    def counted(documents: Iterator[Any]) -> Iterator[Any]:
+        for each in documents:
+            progress.advance(1)
+            yield each
+
+    with progress:
+        return Survey.of(counted(holdings.entries()), counted(holdings.content()))
 
 
 class Running:

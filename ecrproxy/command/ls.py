@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Final
 
-from ecrproxy.command.holdings import SETTINGS, add_offline, holdings_of
+from ecrproxy.command.holdings import SETTINGS, add_offline, holdings_of, survey_of
 from ecrproxy.command.subcommand import FINE, WRONG, Call, Subcommand
 from ecrproxy.command.survey import Held, Image, Survey
 from ecrproxy.command.terminal import age_in_words, size_in_words, table
@@ -36,7 +36,7 @@ def run(call: Call) -> int:
     List them.
     """
     options, holdings = call.options, holdings_of(call)
-    survey = Survey.of(holdings.entries(), holdings.content())
+    survey = survey_of(call, holdings)
     repositories = {
         name: entries
         for name, entries in survey.by_repository().items()

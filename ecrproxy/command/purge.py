@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from typing import Final
 
 from ecrproxy.command.choosing import Chosen, Target, chosen, parse_age
-from ecrproxy.command.holdings import SETTINGS, Holdings, add_offline, holdings_of
+from ecrproxy.command.holdings import SETTINGS, Holdings, add_offline, holdings_of, survey_of
 from ecrproxy.command.subcommand import FINE, MISUSED, WRONG, Call, CommandError, Subcommand
 from ecrproxy.command.survey import Survey
 from ecrproxy.command.terminal import Progress, size_in_words, table
@@ -43,7 +43,7 @@ def run(call: Call) -> int:
     options = call.options
     targets, before = _understood(call)
     holdings = holdings_of(call)
-    survey = Survey.of(holdings.entries(), holdings.content())
+    survey = survey_of(call, holdings)
     going = chosen(survey, targets, before)
     size = sum(each.bytes for each in going.entries) + survey.size(going.content)
     if not (going.entries or going.content):

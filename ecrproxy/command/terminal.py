@@ -133,10 +133,18 @@ class Progress:
     @param what: is being done.
     @param total: bytes in all; none while that isn't known.
     @param seconds: a clock that is never set.
+    @param in_words: writes an amount, where it is none of bytes.
     """
 
-    def __init__(self, terminal: Terminal, what: str, total: int | None, seconds: Callable[[], float]) -> None:
-        self._terminal, self._what, self._seconds = terminal, what, seconds
+    def __init__(
+        self,
+        terminal: Terminal,
+        what: str,
+        total: int | None,
+        seconds: Callable[[], float],
+        in_words: Callable[[float], str] = size_in_words,
+    ) -> None:
+        self._terminal, self._what, self._seconds, self._in_words = terminal, what, seconds, in_words
         self.total, self.done = total, 0
         self._began = self._told = seconds()
         self._drawn = 0
@@ -190,12 +198,12 @@ class Progress:
         Write how far it is, how fast, and how long it will take.
         """
         rate = self.done / max(self._seconds() - self._began, 1e-3)
-        told = f"{size_in_words(self.done)}, {size_in_words(rate)}/s"
+        told = f"{self._in_words(self.done)}, {self._in_words(rate)}/s"
         if not self.total:
             return told
         left = (self.total - self.done) / rate if rate else 0
         share = f"{min(100, 100 * self.done // self.total)} %"
-        return f"{share} of {size_in_words(self.total)}, {size_in_words(rate)}/s, {_clock(left)} left"
+        return f"{share} of {self._in_words(self.total)}, {self._in_words(rate)}/s, {_clock(left)} left"
 
 
 def _clock(seconds: float) -> str:
