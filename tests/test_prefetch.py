@@ -126,6 +126,17 @@ class PrefetchTests(SynchronousTestCase):
         self.assertIn("quay.io/x/y: left out: of another registry", self.caller.complaint)
         self.prefetch("--manifest", self.file("image: proxy.example:5000/team/app:1"), "--host", "proxy.example:5000")
         self.assertEqual(0, self.caller.status)
+        self.assertIn("0 images, 0 failed", self.prefetch("--manifest", self.file("image: nginx")))
+        self.assertEqual(0, self.caller.status)
+
+    def test_the_daemon_beside_is_known_as_this_machine(self) -> None:
+        """
+        By its port, as docker here would name it; another port is another registry's.
+        """
+        said = self.prefetch("localhost:5000/team/app:1", "127.0.0.1:5000/team/app:1")
+        self.assertIn("1 images, 0 failed", said)
+        self.prefetch("localhost:5001/team/app:1")
+        self.assertEqual(2, self.caller.status)
 
     def test_the_platform_can_be_chosen(self) -> None:
         """
@@ -189,7 +200,10 @@ class PrefetchTests(SynchronousTestCase):
         (docker / "config.json").write_text('{"auths": {"proxy.example:5000": {"auth": "Ym9iOm90aGVy"}}}')
         self.prefetch("team/app:1", "--proxy-url", "http://proxy.example:5000")
         self.prefetch("team/app:1")
-        self.assertEqual([("ann", "secret"), ("bob", "other"), None], [door.login for door in self.doors])
+        (docker / "config.json").write_text('{"auths": {"localhost:5000": {"auth": "Ym9iOm90aGVy"}}}')
+        self.prefetch("team/app:1")
+        logins = [("ann", "secret"), ("bob", "other"), None, ("bob", "other")]
+        self.assertEqual(logins, [door.login for door in self.doors])
         self.assertNotIn("secret", repr(self.doors[0]))
 
     def test_a_password_that_docker_keeps_elsewhere_is_told(self) -> None:

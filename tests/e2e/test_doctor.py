@@ -97,6 +97,20 @@ def test_an_aws_and_a_registry_that_are_away_fail(make_chain: MakeChain, tmp_pat
     assert found["clock"]["verdict"] == "skipped"
 
 
+def test_an_aws_and_a_registry_that_are_silent_fail(make_chain: MakeChain, tmp_path: Path) -> None:
+    """
+    They take connections, and never answer: each check gives up by itself, before all of it would.
+    """
+    chain = make_chain()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        there = {"PROXY_ECR_ENDPOINT": url, "AWS_ENDPOINT_URL": url}
+        found = examine(chain, tmp_path, "--seconds", "300", status=1, variables=there)
+    assert "does not answer" in found["token"]["said"]
+    assert "does not answer" in found["registry"]["said"]
+    assert found["cache"]["verdict"] == "ok"
+
+
 def test_no_credentials_fail(make_chain: MakeChain, tmp_path: Path) -> None:
     """
     With what to do about it; an empty variable is none.

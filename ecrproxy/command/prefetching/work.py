@@ -57,8 +57,6 @@ def run(call: Call, ask_of: Callable[[Door], Ask] = lambda door: door.ask) -> in
         raise CommandError(f"--jobs={options.jobs!r}: give a number from 1 to {MOST_JOBS}", MISUSED)
     door, hosts = _door(call)
     works = _works(call, hosts)
-    if not works:
-        raise CommandError("no image is named; see ecr-proxy prefetch --help", MISUSED)
     crew, seconds = Crew(jobs), call.world.seconds
     began = seconds()
     with Progress(terminal, "prefetch", None, seconds) as progress:
@@ -103,7 +101,10 @@ def _door(call: Call) -> tuple[Door, set[str]]:
             place, name = place_of(options.proxy_url)
             hosts.add(name)
         else:
-            place, name = place_from(_as_variables(settings)), "localhost"
+            place = place_from(_as_variables(settings))
+            port = "" if isinstance(place.address, str) else f":{place.address[1]}"
+            name = f"localhost{port}"
+            hosts |= {f"{host}{port}" for host in ("localhost", "127.0.0.1", "[::1]")}
     except (ValueError, IndexError) as problem:
         raise CommandError(f"{problem}; give --proxy-url", MISUSED) from None
     context = _context(options, settings["ssl_certificate"]) if place.secure else None
@@ -156,8 +157,10 @@ def _works(call: Call, hosts: set[str]) -> list[Work]:
     Read which images are wanted, each once.
     """
     works: dict[Route, Work] = {}
-    wrong = []
-    for text, bare in _named(call):
+    named, wrong = list(_named(call)), []
+    if not named:
+        raise CommandError("no image is named; see ecr-proxy prefetch --help", MISUSED)
+    for text, bare in named:
         try:
             image = parse_image(text, hosts, bare=bare)
             works.setdefault(image.route, Work(image))
