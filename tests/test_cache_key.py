@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.cache.cache_key import Asker, CacheKey
+from ecrproxy.cache.cache_key import _NAMES, NOBODY, Asker, CacheKey
 from ecrproxy.oci import parse_route
 
 DIGEST = "sha256:" + "ab" * 32
@@ -38,6 +38,16 @@ class CacheKeyTests(SynchronousTestCase):
     """
     A template of variables and text becomes the name of an entry.
     """
+
+    def test_only_some_speak_of_who_asks(self) -> None:
+        """
+        For the others nobody is asked who he is: the key is the same, whoever it is.
+        """
+        route = parse_route(TARGET)
+        for name in (*_NAMES, "arg_n", "http_x_tenant"):
+            key = CacheKey.parse(f"${name}")
+            self.assertEqual(key.asks, key.expand(route, asker()) != key.expand(route, NOBODY), name)
+        self.assertTrue(CacheKey.parse("$uri $scheme").asks)
 
     def test_each_variable_has_its_value(self) -> None:
         """

@@ -7,6 +7,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 from ecrproxy.oci import Kind, Route, query_values
 
@@ -25,6 +26,7 @@ _NAMES = frozenset(
         "digest",
     }
 )
+_OF_ROUTE = frozenset({"uri", "args", "repository", "reference", "digest"})
 _PREFIXES = ("arg_", "http_")
 # They hold secrets, and whoever reads the names of the cache's files could try guesses on a hash of them.
 _SECRET = frozenset({"http_authorization", "http_proxy_authorization", "http_cookie"})
@@ -45,6 +47,9 @@ class Asker:
     host: str = ""
     address: str = ""
     headers: Mapping[str, str] = field(default_factory=dict)
+
+
+NOBODY: Final = Asker()
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +83,13 @@ class CacheKey:
         if len(parts) == 1:
             raise ValueError("it has no variable, so that all requests would share one entry; give $uri, say")
         return cls(tuple(parts))
+
+    @property
+    def asks(self) -> bool:
+        """
+        Tell whether it speaks of who asks, and not of the route alone.
+        """
+        return any(name not in _OF_ROUTE and not name.startswith("arg_") for name in self.parts[1::2])
 
     def expand(self, route: Route, asker: Asker) -> str:
         """

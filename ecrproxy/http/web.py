@@ -26,7 +26,7 @@ from twisted.web.server import NOT_DONE_YET, Request
 from ecrproxy.access.clients import Admission, Caller
 from ecrproxy.access.limits import Crowd
 from ecrproxy.access.namespaces import Namespaces
-from ecrproxy.cache.cache_key import Asker, CacheKey
+from ecrproxy.cache.cache_key import NOBODY, Asker, CacheKey
 from ecrproxy.cache.content import Content, DigestMismatchError
 from ecrproxy.cached import SMALL_BLOB, Answer, Asked, CacheStatus
 from ecrproxy.http.request import RegistryRequest, address_of
@@ -244,6 +244,7 @@ class Door(Answering):
     ) -> None:
         super().__init__()
         self._namespaces, self._cache_key, self._in_thread = namespaces, cache_key, in_thread
+        self._asks = cache_key.asks
         self._admission = admission
 
     def render(self, request: Request) -> int:  # noqa: D102
@@ -290,7 +291,8 @@ class Door(Answering):
         Understand a request for content.
         """
         accept = accepted_types(fields(request, b"Accept"))
-        key = self._cache_key.expand(route, asker_of(request))
+        # To find out all about who asks costs as much as the look into the cache.
+        key = self._cache_key.expand(route, asker_of(request) if self._asks else NOBODY)
         return Asked(route, key, accept, head=request.method == b"HEAD")
 
     async def answer(self, request: RegistryRequest, route: Route, answer: Answer) -> None:
@@ -382,17 +384,15 @@ class Registry(Door):
             if route.kind in (Kind.TAGS, Kind.REFERRERS):
                 self._send_page(request, route, await self._pull_through.page(route))
                 return
-            answer = await self._ask(request, route)
+            asked = self.asked(request, route)
+            if route.kind is Kind.MANIFEST:
+                answer = await self._pull_through.manifest(asked)
+            else:
+                answer = await self._pull_through.blob(asked, _first_byte(request, f'"{route.digest}"'))
             hit = answer.status is CacheStatus.HIT
         finally:
             request.upstream.stop(counted=not hit)
         await self.answer(request, route, answer)
-
-    async def _ask(self, request: RegistryRequest, route: Route) -> Answer:
-        asked = self.asked(request, route)
-        if route.kind is Kind.MANIFEST:
-            return await self._pull_through.manifest(asked)
-        return await self._pull_through.blob(asked, _first_byte(request, f'"{route.digest}"'))
 
     def _send_page(self, request: RegistryRequest, route: Route, page: Page) -> None:
         if page.next is not None:
