@@ -217,6 +217,26 @@ def test_credentials_that_aws_refuses_are_a_failure(unit: Unit, refusing: str) -
     assert "AWS credentials are refused" in unit.log()
 
 
+def test_the_journal_knows_how_grave_each_line_is(unit: Unit) -> None:
+    """
+    journalctl finds an error by its level, and does not take for one what is none.
+    """
+    for name in ("systemd-journald.service", "systemd-journald.socket"):
+        unit.machine.write(f"{UNITS}/{name}", (Path("/usr/lib/systemd/system") / name).read_text())
+    unit.add(SERVICE, "with-journal", "[Service]\nStandardOutput=journal\nStandardError=journal\n")
+    unit.settings["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{free_port()}"
+    unit.machine.run("systemctl", "daemon-reload")
+    unit.machine.run("systemctl", "start", "systemd-journald.service")
+    unit.start()
+
+    def told(*options: str) -> str:
+        return unit.machine.run("journalctl", "--quiet", "--output=cat", f"--unit={SERVICE}", *options)
+
+    eventually(lambda: "No token: " in told("--priority=err"), "the journal has the error")
+    assert "starting up" in told()
+    assert "starting up" not in told("--priority=err")
+
+
 def test_a_loop_that_stands_still_is_started_anew(serving: Unit) -> None:
     """
     The watchdog finds that nothing turns any more.
