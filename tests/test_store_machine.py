@@ -28,8 +28,19 @@ from tests.daemon import at_once
 from tests.store_contract import START, confirmed, entry_of, put
 
 LIMIT: Final = 3_000_000
+
+
+class Blob(bytes):
+    """
+    Bytes that are described in short: Hypothesis writes down whatever it draws.
+    """
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} bytes>"
+
+
 # The largest two are worth resuming.
-BLOBS: Final = [bytes([65 + number]) * (number * 200_000) for number in range(8)]
+BLOBS: Final = [Blob(bytes([65 + number]) * (number * 200_000)) for number in range(8)]
 NAMES: Final = {Digest.of(data): data for data in BLOBS}
 ROUTES: Final = [parse_route(f"/v2/team/app/manifests/tag{number}") for number in range(3)]
 
