@@ -51,10 +51,11 @@ from ecrproxy.daemon.listening import Listening, admin_endpoint, endpoints
 from ecrproxy.daemon.supervision import Supervised, Supervisor, summary
 from ecrproxy.daemon.workers import HandedDown, Post, StandardInput, Workers
 from ecrproxy.http.access_log import AccessLog
+from ecrproxy.http.answering import Ready
 from ecrproxy.http.relay import FirstProcess, InnerRegistry, NoRoom, Relay, WorkerRegistry
 from ecrproxy.http.site import RegistrySite, make_site
 from ecrproxy.http.telling import USED, Teller, Used, told
-from ecrproxy.http.web import Ready, Registry
+from ecrproxy.http.web import Registry
 from ecrproxy.logs.shapes import PRIORITIES, as_json
 from ecrproxy.logs.writing import LineWriter, choose_writer, leads_to_journal
 from ecrproxy.metrics import Figures, LoopStall, Served

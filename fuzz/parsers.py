@@ -11,7 +11,7 @@ from typing import Final
 from ecrproxy.cache.cache_key import Asker, CacheKey
 from ecrproxy.cache.entries import Entry
 from ecrproxy.cache.ledger import packed, unpacked
-from ecrproxy.http.web import matches, parse_range
+from ecrproxy.http.conditions import matches, parse_range
 from ecrproxy.oci import Digest, RegistryError, accepted_types, listed, manifest_type, parse_route, query_values
 from ecrproxy.settings.config import SETTINGS, ConfigError
 

@@ -52,8 +52,9 @@ from ecrproxy.cache.purges import Purges
 from ecrproxy.cache.store import Store
 from ecrproxy.cached import Cache
 from ecrproxy.http.access_log import AccessLog
+from ecrproxy.http.answering import Ready
 from ecrproxy.http.site import make_site
-from ecrproxy.http.web import Ready, Registry
+from ecrproxy.http.web import Registry
 from ecrproxy.metrics import Figures
 from ecrproxy.oci import Digest
 from ecrproxy.proxy import PullThrough

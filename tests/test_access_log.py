@@ -9,7 +9,7 @@ from twisted.logger import capturedLogs, formatEvent
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.http.access_log import GATHER_SECONDS, AccessLine, AccessLog
-from ecrproxy.http.web import printable
+from ecrproxy.http.request import printable
 from ecrproxy.request_id import LONGEST, choose_id
 from ecrproxy.stopwatch import Stopwatch
 from tests.daemon import DaemonTestCase, noise

@@ -29,7 +29,7 @@ ARROWS: dict[str, set[str]] = {
         "cache.store",
         "http.request",
         "http.site",
-        "http.web",
+        "http.answering",
         "metrics",
         "oci",
         "proxy",
@@ -100,7 +100,7 @@ RESERVED = {
     "botocore": {"command.checkup.aws", "registry.ecr"},
     "bcrypt": {"access.htpasswd"},
     "prometheus_client": {"metrics"},
-    "twisted.web.resource": {"admin.port", "http.web", "http.site", "http.relay", "http.telling"},
+    "twisted.web.resource": {"admin.port", "http.answering", "http.site", "http.relay", "http.telling"},
     "twisted.internet.reactor": {"tap"},
 }
 LONGEST = 45

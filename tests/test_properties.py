@@ -18,7 +18,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.cache.cache_key import Asker, CacheKey
 from ecrproxy.cache.entries import Confirmed, Entry, entry_name
-from ecrproxy.http.web import parse_range
+from ecrproxy.http.conditions import parse_range
 from ecrproxy.oci import (
     Descriptor,
     Digest,

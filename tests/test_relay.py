@@ -23,10 +23,10 @@ from ecrproxy.cache.ledger import Notes
 from ecrproxy.cache.store import Store
 from ecrproxy.cached import Cache
 from ecrproxy.http.access_log import AccessLog
+from ecrproxy.http.answering import Ready
 from ecrproxy.http.relay import KEY, InnerRegistry, NoRoom, Relay, WorkerRegistry
 from ecrproxy.http.site import make_site
 from ecrproxy.http.telling import TELL_SECONDS, USED, Teller, Used, told
-from ecrproxy.http.web import Ready
 from ecrproxy.metrics import Served
 from ecrproxy.oci import parse_route
 from ecrproxy.settings.values import parse_pattern

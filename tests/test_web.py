@@ -12,8 +12,10 @@ from urllib.parse import parse_qs, urlsplit
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.cache.cache_key import CacheKey
+from ecrproxy.http import web
+from ecrproxy.http.answering import Ready
+from ecrproxy.http.conditions import matches, parse_range
 from ecrproxy.http.site import RegistrySite, make_site
-from ecrproxy.http.web import Ready, matches, parse_range
 from tests.daemon import MIB, DaemonTestCase, Raw, Reply, noise
 from tests.registry import digest_of
 from tests.registry_content import OCI_INDEX, OCI_MANIFEST, SCHEMA2
@@ -954,7 +956,7 @@ class UpstreamTroubleTests(DaemonTestCase):
         def failing(*args: object) -> object:
             raise ZeroDivisionError
 
-        self.patch(__import__("ecrproxy.http.web", fromlist=["web"]), "_source", failing)
+        self.patch(web, "_source", failing)
         self.assertBroken(self.get(path), data)
         self.assertEqual(1, len(self.flushLoggedErrors(ZeroDivisionError)))
 

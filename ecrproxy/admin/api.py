@@ -28,7 +28,8 @@ from twisted.web.http import OK
 from zope.interface import implementer
 
 from ecrproxy.cache.inventory import STEP, Document, Inventory
-from ecrproxy.http.web import Answering, begin, field, send_small
+from ecrproxy.http.answering import Answering, begin, send_small
+from ecrproxy.http.request import field
 from ecrproxy.oci import Digest, RegistryError
 
 if TYPE_CHECKING:

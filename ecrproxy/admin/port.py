@@ -21,9 +21,9 @@ from ecrproxy.access.limits import Crowd, Limits
 from ecrproxy.addresses import is_address
 from ecrproxy.admin.api import BODY_LIMIT
 from ecrproxy.admin.page import DOCTYPE, Page, part
+from ecrproxy.http.answering import Answering, Health, only_itself, send_small
 from ecrproxy.http.request import RegistryRequest
 from ecrproxy.http.site import RegistrySite, Root
-from ecrproxy.http.web import Answering, Health, only_itself, send_small
 from ecrproxy.oci import RegistryError
 
 if TYPE_CHECKING:

@@ -28,8 +28,9 @@ from ecrproxy.access.clients import Admission
 from ecrproxy.access.namespaces import Namespaces
 from ecrproxy.cache.cache_key import CacheKey
 from ecrproxy.cached import Asked, Cache
+from ecrproxy.http.answering import Answering, begin
 from ecrproxy.http.request import RegistryRequest
-from ecrproxy.http.web import Answering, Door, Registry, begin
+from ecrproxy.http.web import Door, Registry
 from ecrproxy.oci import Kind, Route
 from ecrproxy.reasons import Reason
 from ecrproxy.registry.bucket import UnavailableError

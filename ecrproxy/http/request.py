@@ -4,15 +4,22 @@ A client's request, with what is told of it later.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
+from twisted.internet.interfaces import ISSLTransport
+from twisted.web import http
 from twisted.web.server import Request
 
+from ecrproxy.access.clients import Caller
+from ecrproxy.cache.cache_key import Asker
 from ecrproxy.request_id import REQUEST_ID, choose_id
 from ecrproxy.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     from twisted.python.failure import Failure
+
+
+_SECRET: Final = frozenset({b"authorization", b"proxy-authorization", b"cookie"})
 
 
 def address_of(peer: object) -> str:
@@ -58,3 +65,69 @@ class RegistryRequest(Request):
         super().connectionLost(reason)  # whoever waits for upstream hears of it here, and stops the watch
         if self.id:  # else it had not come as a whole
             site.log(self, aborted=True)
+
+
+def fields(request: Request, name: bytes) -> list[str]:
+    """
+    Give the values of a header, which may be any bytes: RFC 9110, 5.5. Asked for by text, Twisted takes them for UTF-8.
+    """
+    return [value.decode("latin-1") for value in request.requestHeaders.getRawHeaders(name, [])]
+
+
+def field(request: Request, name: bytes) -> str | None:
+    """
+    Give the last value of a header.
+    """
+    values = fields(request, name)
+    return values[-1] if values else None
+
+
+def caller_of(request: Request) -> Caller:
+    """
+    Tell what is known of who asks.
+    """
+    transport = request.channel.transport
+    # OpenSSL has refused a certificate that is not good, and so the connection, before there was a request.
+    certified = ISSLTransport.providedBy(transport) and transport.getPeerCertificate() is not None
+    shown = fields(request, b"Authorization")
+    return Caller(address(request), certified, shown[0] if len(shown) == 1 else None)
+
+
+def asker_of(request: Request) -> Asker:
+    """
+    Tell what a request says beside its route, but for what is secret in it.
+    """
+    return Asker(
+        method=request.method.decode("ascii"),
+        target=request.uri.decode("ascii", "replace"),
+        scheme="https" if request.isSecure() else "http",
+        host=request.getRequestHostname().decode("ascii", "replace"),
+        address=address(request),
+        headers={
+            name.decode("ascii").lower(): b", ".join(values).decode("utf-8", "replace")
+            for name, values in request.requestHeaders.getAllRawHeaders()
+            if name.lower() not in _SECRET
+        },
+    )
+
+
+def address(request: http.Request) -> str:
+    """
+    Name the client; one that came by IPv4 to a socket for both is named by its own address.
+    """
+    return address_of(request.getClientAddress())
+
+
+def path(request: http.Request) -> str:
+    """
+    Name what was asked for, without the query: it may hold secrets.
+    """
+    return printable(request.uri.partition(b"?")[0][:1000])
+
+
+def printable(sent: bytes) -> str:
+    """
+    Write what a client has sent so that it can't pass for anything else in a log.
+    """
+    text = sent.decode("latin-1")
+    return text if text.isascii() and text.isprintable() else text.encode("unicode_escape").decode("ascii")

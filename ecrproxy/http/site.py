@@ -15,9 +15,10 @@ from twisted.web.server import Request, Site
 from ecrproxy.access.limits import Crowd, Limits
 from ecrproxy.daemon.ending import Connections
 from ecrproxy.http.access_log import AccessLine, AccessLog
+from ecrproxy.http.answering import Health, Missing
 from ecrproxy.http.channel import StrictChannel
-from ecrproxy.http.request import RegistryRequest
-from ecrproxy.http.web import Door, Health, Missing, address, path, printable
+from ecrproxy.http.request import RegistryRequest, address, path, printable
+from ecrproxy.http.web import Door
 from ecrproxy.metrics import Served
 from ecrproxy.ranking import SAVING
 from ecrproxy.reasons import Reason

@@ -1,0 +1,203 @@
+"""
+Resources that answer with a coroutine, and what all answers have in common.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, Final, cast
+
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.error import ConnectionDone
+from twisted.logger import Logger
+from twisted.web.http import OK
+from twisted.web.resource import Resource
+from twisted.web.server import NOT_DONE_YET, Request
+
+from ecrproxy.cache.content import DigestMismatchError
+from ecrproxy.http.request import RegistryRequest, path
+from ecrproxy.oci import RegistryError
+from ecrproxy.reasons import Reason
+from ecrproxy.request_id import current
+from ecrproxy.transfer.download import ShortBodyError
+
+if TYPE_CHECKING:
+    from twisted.python.failure import Failure
+
+log = Logger()
+
+HSTS: Final = "max-age=31536000"
+# The nginx proxy adds its headers where nginx's add_header does without C{always}.
+_DECORATED: Final = frozenset({200, 201, 204, 206, 301, 302, 303, 304, 307, 308})
+
+
+# What ends an answer and was logged where it happened, or is no news: a client leaves.
+_KNOWN: Final = (
+    RegistryError,
+    CancelledError,
+    ConnectionDone,
+    ConnectionError,
+    DigestMismatchError,
+    ShortBodyError,
+)
+
+
+class Answering(Resource):
+    """
+    A leaf that answers each request with the coroutine C{respond}, cancelled when the client leaves.
+
+    @cvar methods: what it may be asked with.
+    """
+
+    isLeaf = True
+    methods: Sequence[bytes] = (b"GET", b"HEAD")
+
+    def render(self, request: Request) -> int:
+        """
+        Begin the answer.
+        """
+        asked = cast(RegistryRequest, request)
+        answer = Deferred.fromCoroutine(self._respond(asked))
+        request.notifyFinish().addErrback(lambda _: answer.cancel())
+        answer.addErrback(self._failed, asked)
+        return NOT_DONE_YET
+
+    async def _respond(self, request: RegistryRequest) -> None:
+        current.set(request.id)
+        try:
+            _only_by(self.methods, request)
+            await self.respond(request)
+        except RegistryError as problem:
+            if request.startedWriting:
+                raise
+            _refuse(request, problem)
+
+    async def respond(self, request: RegistryRequest) -> None:
+        """
+        Answer a request, and finish it.
+
+        @raise RegistryError: for another answer than it asked for.
+        """
+        raise NotImplementedError
+
+    def _failed(self, failure: Failure, request: RegistryRequest) -> None:
+        if request.channel is None:  # the client has gone: nobody is left to answer
+            return
+        if not failure.check(*_KNOWN):
+            log.failure("Answering {path}", failure, path=path(request), request=request.id)
+        if request.startedWriting:
+            request.channel.forceAbortClient()  # a short body must never look whole
+        else:
+            _refuse(request, _answer_to(failure))
+
+
+def _refuse(request: Request, problem: RegistryError) -> None:
+    for name, value in problem.headers.items():
+        request.setHeader(name, value)
+    request.setHeader("X-Cache-Reason", problem.reason)
+    send_small(request, problem.status, "application/json", problem.body())
+
+
+def _answer_to(failure: Failure) -> RegistryError:
+    """
+    Tell a client what an answer that came to nothing failed of.
+    """
+    if isinstance(failure.value, RegistryError):
+        return failure.value
+    if failure.check(DigestMismatchError, ShortBodyError):
+        said = f"upstream sent wrong bytes: {failure.value}"
+        return RegistryError(502, "UNAVAILABLE", said, reason=Reason.WRONG_BYTES)
+    return RegistryError(500, "UNKNOWN", "the proxy failed; its log says why", reason=Reason.FAILED)
+
+
+def _only_by(methods: Sequence[bytes], request: Request) -> None:
+    if request.method not in methods:
+        raise RegistryError(405, "UNSUPPORTED", "this proxy only reads", {"Allow": b", ".join(methods).decode()})
+
+
+def only_itself(request: Request) -> None:
+    """
+    Make sure that nothing below a leaf is asked for.
+
+    @raise RegistryError: if it is.
+    """
+    if request.postpath:
+        raise _missing()
+
+
+def _missing() -> RegistryError:
+    return RegistryError(404, "UNSUPPORTED", "no such path: a registry is at /v2/")
+
+
+class Missing(Answering):
+    """
+    A path that is not there.
+    """
+
+    async def respond(self, request: RegistryRequest) -> None:  # noqa: ARG002
+        """
+        Say so.
+        """
+        raise _missing()
+
+
+class Health(Answering):
+    """
+    Says that the daemon serves.
+    """
+
+    async def respond(self, request: RegistryRequest) -> None:
+        """
+        Answer 200.
+
+        @raise RegistryError: for a path below.
+        """
+        only_itself(request)
+        send_small(request, OK, "text/plain", b"")
+
+
+class Ready(Answering):
+    """
+    Says whether the daemon can do its work, and why not.
+
+    @param reasons: asks for what stands in the way.
+    """
+
+    def __init__(self, reasons: Callable[[], Awaitable[Sequence[str]]]) -> None:
+        super().__init__()
+        self._reasons = reasons
+
+    async def respond(self, request: RegistryRequest) -> None:
+        """
+        Answer 200, or 503 with the reasons.
+        """
+        only_itself(request)
+        reasons = await self._reasons()
+        body = json.dumps({"ready": not reasons, "reasons": list(reasons)}).encode() + b"\n"
+        send_small(request, 503 if reasons else OK, "application/json", body)
+
+
+def begin(request: Request, status: int) -> None:
+    """
+    Set the status, and the headers that go with it on every answer.
+    """
+    request.setResponseCode(status)
+    if status in _DECORATED:
+        request.setHeader("Access-Control-Allow-Origin", "*")
+        if request.isSecure():
+            request.setHeader("Strict-Transport-Security", HSTS)
+    else:
+        request.responseHeaders.removeHeader("X-Cache-Status")
+
+
+def send_small(request: Request, status: int, content_type: str, body: bytes) -> None:
+    """
+    Send a whole small answer.
+    """
+    begin(request, status)
+    request.setHeader("Content-Type", content_type)
+    request.setHeader("Content-Length", str(len(body)))
+    if body:
+        request.write(body)
+    request.finish()
