@@ -6,10 +6,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import ctypes
-import gc
 import os
-import resource
 import secrets
 import shutil
 import signal
@@ -17,12 +14,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, NoReturn, TypeVar
 
 from twisted.application.service import MultiService
-from twisted.internet.base import ReactorBase
 from twisted.internet.endpoints import UNIXServerEndpoint
 from twisted.internet.error import ReactorNotRunning
 from twisted.logger import ILogObserver, Logger, LogLevel
@@ -48,6 +44,7 @@ from ecrproxy.cache.store import Store
 from ecrproxy.cached import Cache
 from ecrproxy.daemon.ending import Connections, Drain, InOrder, Signals
 from ecrproxy.daemon.listening import Listening, admin_endpoint, endpoints
+from ecrproxy.daemon.process import count_steadily, give_memory_back, open_many_files, set_aside_what_stays
 from ecrproxy.daemon.supervision import Supervised, Supervisor, summary
 from ecrproxy.daemon.workers import HandedDown, Post, StandardInput, Workers
 from ecrproxy.http.access_log import AccessLog
@@ -82,8 +79,6 @@ log = Logger()
 T = TypeVar("T")
 
 DISK_THREADS: Final = 8
-_M_MMAP_THRESHOLD: Final = -3
-"""glibc's malloc.h."""
 
 
 def makeService(options: Options) -> Daemon:
@@ -92,9 +87,9 @@ def makeService(options: Options) -> Daemon:
     """
     from twisted.internet import reactor  # noqa: PLC0415 (twistd may have chosen another before)
 
-    _count_steadily(reactor)
-    _open_many_files()
-    _give_memory_back()
+    count_steadily(reactor)
+    open_many_files()
+    give_memory_back()
     complain = _complaining(options)
     try:
         config = Config.load(options.flags(), os.environ)
@@ -142,26 +137,6 @@ def _log_writer(config: Config, options: Options, reactor: Any) -> LineWriter | 
         journal=os.environ.get("JOURNAL_STREAM"),
         later=reactor.callFromThread,
     )
-
-
-def _give_memory_back() -> None:
-    """
-    Have glibc give large pieces of memory back to the system when they are freed.
-
-    Otherwise it comes to keep what is as large as the largest piece that was freed once, up to 32 MiB, in heaps that
-    never shrink: among threads that write blobs in batches of megabytes, the daemon grew to three times its size.
-    """
-    with contextlib.suppress(OSError, AttributeError):  # another libc does not know it
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 256 * 2**10)
-
-
-def _open_many_files() -> None:
-    """
-    Raise the number of files that this process may have open as far as it goes: each client takes up to three.
-    """
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(OSError, ValueError):  # some sandboxes forbid even this
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 class Daemon(InOrder):
@@ -354,18 +329,6 @@ def _serve_admin(
         Listening(*named, site, needed=config.admin_listen != ADMIN_LISTEN).setServiceParent(service)
 
 
-def _count_steadily(reactor: Any) -> None:  # noqa: ANN401
-    """
-    Have a reactor's timers go by a clock that nobody sets.
-
-    Twisted's reactors count by the time of the day: set forward, it would fire each timer at once; set back, it would
-    freeze all of them, limits of time and the token's refresh among them. No timer has been made yet. A reactor in
-    memory has a clock of its own.
-    """
-    if isinstance(reactor, ReactorBase):
-        reactor.seconds = time.monotonic  # (timers ask the instance, in each reactor)
-
-
 def _reread(parts: Sequence[Listening | Admission], workers: Workers | None) -> None:
     """
     Read certificates and passwords again, here and in the workers.
@@ -387,20 +350,8 @@ def _fetch(config: Config) -> Token:
     Fetch a token, in a thread.
     """
     token = fetch_token(config.region, instance_auth=config.instance_auth)
-    _set_aside_what_stays()
+    set_aside_what_stays()
     return token
-
-
-@cache
-def _set_aside_what_stays() -> None:
-    """
-    Keep the garbage collector from what is there with the first token, and has come to stay.
-
-    Among botocore's modules it would stall the event loop for 50 ms at a time. Once only, and garbage first: what is
-    frozen is never collected, whatever becomes of it. Before the first token no transfer can be among it.
-    """
-    gc.collect()
-    gc.freeze()
 
 
 def build_worker(config: Config, post: Post, reactor: Any) -> Daemon:  # noqa: ANN401

@@ -33,11 +33,12 @@ from twisted.python.threadpool import ThreadPool
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy import __version__
+from ecrproxy.daemon.process import count_steadily, open_many_files, set_aside_what_stays
 from ecrproxy.registry.ecr import CredentialsError
 from ecrproxy.registry.resolver import ChosenServers
 from ecrproxy.settings.config import SETTINGS, Config
 from ecrproxy.settings.options import Options
-from ecrproxy.tap import _count_steadily, _open_many_files, _set_aside_what_stays, build, makeService
+from ecrproxy.tap import build, makeService
 from tests.store_contract import scratch
 from tests.test_ecr import KEYS, FakeAws
 from tests.test_htpasswd import line
@@ -465,7 +466,7 @@ class CredentialsTests(TapCase):
         self.addCleanup(gc.enable)
         self.addCleanup(gc.unfreeze)
         gc.disable()
-        _set_aside_what_stays.cache_clear()
+        set_aside_what_stays.cache_clear()
         aws = FakeAws(self, KEYS)
         aws.grants()
         ended = weakref.ref(Knot())
@@ -519,7 +520,7 @@ class CredentialsTests(TapCase):
         _, most = before = resource.getrlimit(resource.RLIMIT_NOFILE)
         self.addCleanup(resource.setrlimit, resource.RLIMIT_NOFILE, before)
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(512, most), most))
-        _open_many_files()
+        open_many_files()
         self.assertEqual((most, most), resource.getrlimit(resource.RLIMIT_NOFILE))
 
 
@@ -558,7 +559,7 @@ class ClockTests(TapCase):
         reactor = Counting()
         seconds = [100.0]
         self.patch(time, "monotonic", lambda: seconds[0])
-        _count_steadily(reactor)
+        count_steadily(reactor)
         fired: list[str] = []
         timer = reactor.callLater(5, fired.append, "moved")
         reactor.callLater(10, fired.append, "second")

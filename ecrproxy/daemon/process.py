@@ -1,0 +1,62 @@
+"""
+What the process is set to before anything runs in it: files, memory, garbage, the clock of its timers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import resource
+import time
+from functools import cache
+from typing import Any, Final
+
+from twisted.internet.base import ReactorBase
+
+_M_MMAP_THRESHOLD: Final = -3
+"""glibc's malloc.h."""
+
+
+def count_steadily(reactor: Any) -> None:  # noqa: ANN401
+    """
+    Have a reactor's timers go by a clock that nobody sets.
+
+    Twisted's reactors count by the time of the day: set forward, it would fire each timer at once; set back, it would
+    freeze all of them, limits of time and the token's refresh among them. No timer has been made yet. A reactor in
+    memory has a clock of its own.
+    """
+    if isinstance(reactor, ReactorBase):
+        reactor.seconds = time.monotonic  # (timers ask the instance, in each reactor)
+
+
+def open_many_files() -> None:
+    """
+    Raise the number of files that this process may have open as far as it goes: each client takes up to three.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):  # some sandboxes forbid even this
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def give_memory_back() -> None:
+    """
+    Have glibc give large pieces of memory back to the system when they are freed.
+
+    Otherwise it comes to keep what is as large as the largest piece that was freed once, up to 32 MiB, in heaps that
+    never shrink: among threads that write blobs in batches of megabytes, the daemon grew to three times its size.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another libc does not know it
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 256 * 2**10)
+
+
+@cache
+def set_aside_what_stays() -> None:
+    """
+    Keep the garbage collector from what is there with the first token, and has come to stay.
+
+    Among botocore's modules it would stall the event loop for 50 ms at a time. Once only, and garbage first: what is
+    frozen is never collected, whatever becomes of it. Before the first token no transfer can be among it.
+    """
+    gc.collect()
+    gc.freeze()
