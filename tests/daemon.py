@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final, TypeVar, cast
 
-from twisted.internet.address import IPv4Address
+from twisted.internet.address import IPv4Address, UNIXAddress
 from twisted.internet.defer import Deferred, execute, succeed
 from twisted.internet.error import ConnectionAborted, ConnectionDone, ConnectionLost
 from twisted.internet.interfaces import IConsumer, IPushProducer, ISSLTransport, ITransport
@@ -77,6 +77,7 @@ from tests.registry_server import QuietSite, noise
 __all__ = ["Daemon", "DaemonTestCase", "Hands", "Network", "Reply", "at_once", "noise"]
 
 T = TypeVar("T")
+Address = IPv4Address | UNIXAddress
 START: Final = 4_000_000_000.0
 """A moment of 2096: what the daemon notes as used by this clock is more recent than files made by the machine's."""
 MIB: Final = 2**20
@@ -141,7 +142,7 @@ class End:
     peer: End
     certificate: object = None
 
-    def __init__(self, protocol: Protocol, host: IPv4Address, peer_address: IPv4Address) -> None:
+    def __init__(self, protocol: Protocol, host: Address, peer_address: Address) -> None:
         self.protocol, self._host, self._peer_address = protocol, host, peer_address
         self.disconnecting, self.connected, self.reading = False, True, True
         self._out: deque[bytes] = deque()
@@ -195,10 +196,10 @@ class End:
     def abortConnection(self) -> None:
         self.disconnecting = self._aborted = True
 
-    def getHost(self) -> IPv4Address:
+    def getHost(self) -> Address:
         return self._host
 
-    def getPeer(self) -> IPv4Address:
+    def getPeer(self) -> Address:
         return self._peer_address
 
     def getPeerCertificate(self) -> object:
@@ -272,6 +273,8 @@ class Network:
         """Why no connection can be made, if so."""
         self.client = CLIENT
         """Where clients come from."""
+        self.socket = ""
+        """The path of the socket that they come over, if they do."""
         self.certificate: object = None
         """What they show to TLS."""
 
@@ -290,7 +293,10 @@ class Network:
         """
         Lay a wire.
         """
-        there, here = IPv4Address("TCP", host, port), IPv4Address("TCP", self.client, 31337)
+        there: Address = IPv4Address("TCP", host, port)
+        here: Address = IPv4Address("TCP", self.client, 31337)
+        if self.socket:
+            there, here = UNIXAddress(self.socket), UNIXAddress("")
         server = End(self.site.buildProtocol(here), there, here)
         client = End(protocol, here, there)
         server.peer, client.peer = client, server
@@ -622,13 +628,15 @@ class Daemon:
         (value,) = [each.rpartition(" ")[2] for each in page.splitlines() if each.rpartition(" ")[0] == line]
         return float(value)
 
-    def raw(self, data: bytes) -> bytes:
+    def raw(self, data: bytes, network: Network | None = None) -> bytes:
         """
         Send bytes on a connection of their own, and say what came back.
+
+        @param network: to what; the clients' own if it is not told.
         """
         client = Raw()
         self.replies.append(client)
-        self.front.connect(client, "proxy.example", 80, secure=False).write(data)
+        (network or self.front).connect(client, "proxy.example", 80, secure=False).write(data)
         self.flush()
         return bytes(client.got)
 

@@ -203,6 +203,24 @@ class PortTests(StatusTestCase):
         self.assertEqual(200, self.daemon.ask_admin("/status.json", host="ecr-proxy.infra.example").code)
         self.assertEqual(403, self.daemon.ask_admin("/status.json", host="evil.example").code)
 
+    def test_who_names_no_host_is_answered(self) -> None:
+        """
+        HTTP/1.0 needs no Host, and behind it is no browser; where the port is a socket, there is no address either.
+        """
+        self.daemon.admin.socket = "/run/ecrproxy/admin"
+        for path, status in (("/", 200), ("/status.json", 200), ("/metrics", 200), ("/nothing", 404)):
+            got = self.daemon.raw(f"GET {path} HTTP/1.0\r\n\r\n".encode(), self.daemon.admin)
+            self.assertEqual(f"HTTP/1.0 {status}".encode(), got[:12], path)
+
+    def test_a_strangers_name_is_refused_at_a_socket_too(self) -> None:
+        """
+        Where the port is a socket, a proxy before it may pass on what browsers ask.
+        """
+        self.daemon.admin.socket = "/run/ecrproxy/admin"
+        for host, status in (("evil.example", 403), ("localhost", 200)):
+            got = self.daemon.raw(f"GET /status.json HTTP/1.0\r\nHost: {host}\r\n\r\n".encode(), self.daemon.admin)
+            self.assertEqual(f"HTTP/1.0 {status}".encode(), got[:12], host)
+
     def test_only_reads(self) -> None:
         """
         What is asked for in another way is refused.

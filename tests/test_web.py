@@ -1197,6 +1197,17 @@ class CacheKeyTests(DaemonTestCase):
             expanded,
         )
 
+    def test_a_request_without_a_host_has_none(self) -> None:
+        """
+        HTTP/1.0 need not name a host, and a listening socket that is a path has no address to take in its place.
+        """
+        self.start(cache_key="$host|$uri")
+        self.standin.push_image("team/app", "v1")
+        for socket in ("/run/ecrproxy/clients", ""):
+            self.daemon.front.socket = socket
+            for path in ("/v2/", "/v2/team/app/manifests/v1"):
+                self.assertEqual(b"HTTP/1.0 200", self.daemon.raw(f"GET {path} HTTP/1.0\r\n\r\n".encode())[:12])
+
 
 class LogTests(DaemonTestCase):
     def test_a_line_for_a_request(self) -> None:

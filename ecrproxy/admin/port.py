@@ -7,6 +7,7 @@ Rules:
 - A name can be made to lead here by whoever owns it (DNS rebinding), and his scripts would then be of this site. So
   whoever asks has to call this port by an address, by C{localhost}, or by a name without a dot, which no stranger owns,
   or by one that the operator says is his.
+  Whoever names nothing is no browser: HTTP/1.0 without a Host is answered.
   What Prometheus and probes ask for is open to any name: they know daemons by all sorts of them.
 """
 

@@ -52,6 +52,14 @@ class RegistryRequest(Request):
             self.path = b"/*"
         super().process()
 
+    def getRequestHostname(self) -> bytes:
+        """
+        Give the host that was asked for, or the address where nothing was said of it. A socket's path is no address.
+        """
+        if self.getHeader(b"host") is None and not hasattr(self.getHost(), "host"):
+            return b""
+        return bytes(super().getRequestHostname())
+
     def write(self, data: bytes) -> None:  # noqa: D102
         if not self.startedWriting:
             self.responseHeaders.setRawHeaders(b"Server", [b"ecrproxy"])
