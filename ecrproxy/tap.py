@@ -27,6 +27,7 @@ from twisted.web.client import Agent
 
 from ecrproxy import __version__
 from ecrproxy.access.clients import Admission
+from ecrproxy.access.crowds import Crowds, Word
 from ecrproxy.access.htpasswd import HtpasswdError
 from ecrproxy.access.limits import BOUNDLESS, Crowd
 from ecrproxy.access.namespaces import Namespaces
@@ -190,7 +191,7 @@ def build(
     upstream, asking = _upstream(config, tokens, figures, reactor)
     cache = Cache(store, janitor, disk.call, time.time)
     pull_through = _pull_through(config, upstream, cache, disk)
-    connections, crowd = Connections(), Crowd(config.limits)
+    connections, crowds = Connections(), Crowds(Crowd(config.limits), reactor.seconds)
     reasons = partial(_reasons, tokens, store, disk.call, connections)
     ready = Ready(reasons)
     status = Status(
@@ -202,9 +203,9 @@ def build(
     admission = _admission(config, reactor, service)
     registry = Registry(pull_through, *shape, admission)
     counted = partial(make_site, access_log=_access_log(config, service, reactor), served=figures.served)
-    site = counted(registry, ready, reactor, crowd=crowd, connections=connections)
+    site = counted(registry, ready, reactor, crowd=crowds.own, connections=connections)
     figures.watch(*of_cache(store, janitor), *of_token(tokens), *of_transfers(pull_through), *of_loop(stall))
-    figures.watch(*of_clients(crowd))
+    figures.watch(*of_clients(crowds))
     for part in (*status.services, disk, judging, supervised, janitor, tokens, stall):
         part.setServiceParent(service)
     alone = config.worker_processes == 1
@@ -212,7 +213,7 @@ def build(
     workers = None
     if not alone:
         inner = partial(make_site, InnerRegistry(pull_through, *shape), ready)
-        hearers = told(store.ledger, figures.served, status.incidents)
+        hearers = told(store.ledger, figures.served, status.incidents, crowds)
         workers = _share_work(config, inner, hearers, listening, arguments, service, reactor)
     reread = partial(supervised.rereading, partial(_reread, [*listening, admission], workers))
     drain = Drain(connections, config.drain_seconds, reactor)
@@ -375,7 +376,7 @@ def build_worker(config: Config, post: Post, reactor: Any) -> Daemon:  # noqa: A
     lines = _access_log(config, service, reactor)
     site = make_site(registry, relay, reactor, crowd=crowd, access_log=lines, served=served, connections=connections)
     incidents = Incidents(time.time)
-    teller = Teller(first, told(notes, served, incidents), reactor)
+    teller = Teller(first, told(notes, served, incidents, Word(crowd, os.getpid())), reactor)
     for part in (incidents, disk, judging, purges, teller):
         part.setServiceParent(service)
     listening = [

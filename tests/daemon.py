@@ -39,6 +39,7 @@ from twisted.web.server import Site
 from zope.interface import alsoProvides, implementer
 
 from ecrproxy.access.clients import Admission
+from ecrproxy.access.crowds import Crowds
 from ecrproxy.access.limits import Crowd, Limits
 from ecrproxy.access.namespaces import Namespaces
 from ecrproxy.admin.api import Api
@@ -509,7 +510,8 @@ class Daemon:
         self.figures.watch(
             *of_cache(self.store, self.janitor), *of_token(self.tokens), *of_transfers(self.pull_through)
         )
-        self.figures.watch(*of_clients(self.crowd), *of_upstream(wire, self.circuit, self.governor))
+        self.crowds = Crowds(self.crowd, clock.seconds)
+        self.figures.watch(*of_clients(self.crowds), *of_upstream(wire, self.circuit, self.governor))
         asking = Asking(tokens=self.tokens, wire=wire, circuit=self.circuit, governor=self.governor)
         self.status = Status(
             standin.registry,

@@ -21,6 +21,7 @@ OURS = "ecrproxy."
 ARROWS: dict[str, set[str]] = {
     "access": {"flights", "oci", "reasons", "threads"},
     "admin": {
+        "access.crowds",
         "access.limits",
         "addresses",
         "cache.entries",

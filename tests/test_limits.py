@@ -8,6 +8,7 @@ from twisted.internet.task import Clock
 from twisted.protocols.haproxy._wrapper import HAProxyWrappingFactory
 from twisted.trial.unittest import SynchronousTestCase
 
+from ecrproxy.access.crowds import SILENT_SECONDS, Crowds, Word
 from ecrproxy.access.limits import Crowd, Limits, Patience, counted
 from tests.daemon import MIB, DaemonTestCase, End, Network, Raw, noise
 from tests.test_relay import Together
@@ -52,6 +53,37 @@ class CountingTests(SynchronousTestCase):
         crowd = Crowd(Limits(connections=0, connections_per_address=0, transfers=0))
         self.assertTrue(all(crowd.enter("a") and crowd.begin_transfer() for _ in range(10_000)))
         self.assertTrue(all(Crowd(Limits(connections_per_address=1)).enter("") for _ in range(2)))
+
+    def test_the_crowds_of_workers_are_one(self) -> None:
+        """
+        All that is told of now adds up with one's own; a worker in the place of a dead one begins anew, limits go on.
+        """
+        clock, own = Clock(), Crowd(Limits())
+        crowds, others = Crowds(own, clock.seconds), [Crowd(Limits(connections=1)) for _ in range(3)]
+        words = [Word(crowd, number) for number, crowd in enumerate(others)]
+        for crowd in (own, *others):
+            self.assertEqual((True, True), (crowd.enter("a"), crowd.begin_transfer()))
+        self.assertEqual([True, False, False, False], [crowd.enter("b") for crowd in (own, *others)])
+        for word in words[:2]:
+            crowds.add(word.take())
+        self.assertEqual((4, 3, 2), (crowds.connected, crowds.transferring, crowds.met("connections")))
+        clock.advance(SILENT_SECONDS - 1)
+        for word in words[1:]:
+            crowds.add(word.take())
+        clock.advance(1)
+        self.assertEqual((4, 3, 3), (crowds.connected, crowds.transferring, crowds.met("connections")))
+
+    def test_a_worker_without_clients_has_nothing_to_say(self) -> None:
+        """
+        That nobody is there any more is said once.
+        """
+        crowd = Crowd(Limits())
+        word = Word(crowd, 1)
+        self.assertEqual([], word.take())
+        crowd.enter("a")
+        self.assertEqual([[(1, 1, 0, {})]] * 2, [word.take() for _ in range(2)])
+        crowd.leave("a")
+        self.assertEqual([[(1, 0, 0, {})], [], []], [word.take() for _ in range(3)])
 
     def test_patience_ends_once(self) -> None:
         """

@@ -14,6 +14,7 @@ from twisted.logger import LogLevel
 from twisted.web.server import Request
 
 from ecrproxy.access.clients import Admission
+from ecrproxy.access.crowds import SILENT_SECONDS, Word
 from ecrproxy.access.limits import BOUNDLESS, Crowd
 from ecrproxy.access.namespaces import Namespaces
 from ecrproxy.admin.incidents import Incidents
@@ -88,7 +89,7 @@ class Together(Daemon):
         shape = Namespaces(parse_pattern(pattern), at_once), CacheKey.parse(cache_key), at_once
         inner, self.seen = Seen(self.pull_through, *shape), list[Request]()
         inner.seen, ready = self.seen, Ready(self.reasons)
-        hearers = told(self.store.ledger, self.figures.served, self.status.incidents)
+        hearers = told(self.store.ledger, self.figures.served, self.status.incidents, self.crowds)
         others = {USED: Used(hearers)}
         site = make_site(inner, ready, self.clock, crowd=Crowd(BOUNDLESS), others=others)
         self.between = Between(site, self.clock)
@@ -98,7 +99,9 @@ class Together(Daemon):
             Store(self.store.root, self.clock.seconds, self.notes), NoRoom(), at_once, self.clock.seconds
         )
         self.counted, self.incidents = Served(), Incidents(self.clock.seconds)
-        self.teller = Teller(agent, told(self.notes, self.counted, self.incidents), self.clock)
+        self.crowd = Crowd(self.crowd.limits)
+        noters = told(self.notes, self.counted, self.incidents, Word(self.crowd, 1))
+        self.teller = Teller(agent, noters, self.clock)
         self.teller.startService()
         registry = WorkerRegistry(self.worker_cache, tag_ttl, relay, *shape, admission)
         access_log = AccessLog(self.clock)
@@ -713,6 +716,46 @@ class UsedTests(RelayTestCase):
         (incident,) = json.loads(self.daemon.ask_admin("/status.json").body)["incidents"]
         self.assertEqual(("warn", "the disk is slow", 2), (incident["level"], incident["text"], incident["times"]))
         self.assertEqual((), self.daemon.incidents.latest())
+
+    def there(self) -> tuple[float, float]:
+        """
+        Who is connected, and the transfers to them, as the first process has them.
+        """
+        connections, transfers = (f"ecr_proxy_client_{each}" for each in ("connections", "transfers"))
+        return self.daemon.figure(connections), self.daemon.figure(transfers)
+
+    def test_who_is_there_is_told_too(self) -> None:
+        """
+        Connections and transfers as they are each second, and limits that were met, are figures of the first process.
+        """
+        self.standin.hold(self.digest)
+        reply = self.get(self.blob)
+        self.assertEqual((0.0, 0.0), self.there())
+        for _ in range(3):
+            self.pass_time(TELL_SECONDS)
+            self.assertEqual((1.0, 1.0), self.there())
+        self.standin.release(self.digest)
+        self.flush()
+        self.assertWhole(reply, self.data)
+        for _ in range(2):
+            self.daemon.raw(b"nonsense\r\n\r\n")
+            self.pass_time(TELL_SECONDS)
+        self.assertEqual((0.0, 0.0), self.there())
+        self.assertEqual(2.0, self.daemon.figure('ecr_proxy_client_limits_total{limit="bad_request"}'))
+
+    def test_who_was_there_is_forgotten_with_the_worker(self) -> None:
+        """
+        The clients of a worker that says nothing more are no longer counted; what it refused still is.
+        """
+        self.standin.hold(self.digest)
+        self.get(self.blob)
+        self.daemon.raw(b"nonsense\r\n\r\n")
+        self.pass_time(TELL_SECONDS)
+        self.daemon.teller.stopService()
+        self.assertEqual((1.0, 1.0), self.there())
+        self.pass_time(SILENT_SECONDS)
+        self.assertEqual((0.0, 0.0), self.there())
+        self.assertEqual(1.0, self.daemon.figure('ecr_proxy_client_limits_total{limit="bad_request"}'))
 
     def test_is_told_once(self) -> None:
         """

@@ -10,7 +10,7 @@ import ipaddress
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from twisted.internet.interfaces import IDelayedCall
@@ -61,6 +61,17 @@ BOUNDLESS = Limits(
 """For those whose clients are kept within limits elsewhere."""
 
 
+COUNTED: Final = {
+    "connections": "refused_connections",
+    "transfers": "refused_transfers",
+    "bad_request": "bad_requests",
+    "slow_head": "slow_heads",
+    "idle": "idle",
+    "slow_reader": "slow_readers",
+}
+"""How figures name the limits, and where a L{Crowd} counts those who met them."""
+
+
 class Crowd:
     """
     Who is connected, how many transfers are under way, and what was refused.
@@ -81,6 +92,14 @@ class Crowd:
         self.refused_connections = self.refused_transfers = self.bad_requests = 0
         self.slow_heads = self.idle = self.slow_readers = 0
         self._by_address: Counter[str] = Counter()
+
+    def met(self, limit: str) -> int:
+        """
+        Tell how often a limit was met.
+
+        @param limit: its name in L{COUNTED}.
+        """
+        return int(getattr(self, COUNTED[limit]))
 
     def enter(self, address: str) -> bool:
         """

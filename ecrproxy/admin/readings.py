@@ -6,12 +6,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ecrproxy.access.limits import COUNTED
 from ecrproxy.metrics import Reading
 from ecrproxy.registry.circuit import CircuitState
 from ecrproxy.registry.quotas import Call
 
 if TYPE_CHECKING:
-    from ecrproxy.access.limits import Crowd
+    from ecrproxy.access.crowds import Crowds
     from ecrproxy.cache.janitor import Janitor
     from ecrproxy.cache.store import Store
     from ecrproxy.metrics import LoopStall
@@ -85,25 +86,18 @@ def of_transfers(pull_through: PullThrough) -> list[Reading]:
     return [Reading("transfers", "Blobs on their way from upstream", lambda: len(pull_through.transfers()))]
 
 
-def of_clients(crowd: Crowd) -> list[Reading]:
+def of_clients(crowds: Crowds) -> list[Reading]:
     """
     Tell who is connected, and who was refused or let go.
     """
 
-    def refused() -> dict[str, float]:
-        return {
-            "connections": crowd.refused_connections,
-            "transfers": crowd.refused_transfers,
-            "bad_request": crowd.bad_requests,
-            "slow_head": crowd.slow_heads,
-            "idle": crowd.idle,
-            "slow_reader": crowd.slow_readers,
-        }
+    def met() -> dict[str, float]:
+        return {limit: crowds.met(limit) for limit in COUNTED}
 
     return [
-        Reading("client_connections", "Connections of clients", lambda: crowd.connected),
-        Reading("client_transfers", "Blobs on their way to clients", lambda: crowd.transferring),
-        Reading("client_limits_total", "Connections and requests that met a limit, by which", refused, "limit"),
+        Reading("client_connections", "Connections of clients", lambda: crowds.connected),
+        Reading("client_transfers", "Blobs on their way to clients", lambda: crowds.transferring),
+        Reading("client_limits_total", "Connections and requests that met a limit, by which", met, "limit"),
     ]
 
 

@@ -1,5 +1,5 @@
 """
-What workers tell the first process each second: which files they used, what they gave their clients, what went wrong.
+What workers tell the first process each second: which files they used, what clients got, who is there, what went wrong.
 """
 
 from __future__ import annotations
@@ -55,11 +55,17 @@ class Noter(Protocol):
         """
 
 
-def told(used: Any, served: Served, incidents: Any) -> dict[str, Any]:  # noqa: ANN401
+def told(used: Any, served: Served, incidents: Any, clients: Any) -> dict[str, Any]:  # noqa: ANN401
     """
     Name what is told, on either side: L{Noter}s for workers, L{Hearer}s for the first process.
     """
-    return {"Used": used, "Requests": served.requests, "Saved": served.saved, "Incidents": incidents}
+    return {
+        "Used": used,
+        "Requests": served.requests,
+        "Saved": served.saved,
+        "Incidents": incidents,
+        "Clients": clients,
+    }
 
 
 class Used(Resource):

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import subprocess
 from pathlib import Path
 
@@ -98,7 +99,7 @@ def test_promtool_finds_nothing_to_object_to(page: str) -> None:
 
 def test_workers_count_together(make_chain: MakeChain, docker: Docker, images: Images) -> None:
     """
-    Whichever processes clients came to, one page tells of all their requests.
+    Whichever processes clients came to, one page tells of all their requests, and of who is connected.
     """
     port = free_port()
     settings = {"PROXY_ADMIN_LISTEN": f"tcp:{port}:interface=127.0.0.1", "PROXY_WORKER_PROCESSES": "2"}
@@ -108,3 +109,6 @@ def test_workers_count_together(make_chain: MakeChain, docker: Docker, images: I
     for _ in range(40):
         assert chain.daemon.ask(path).status == 200
     eventually(lambda: total(page_of(port), "ecr_proxy_requests_total") >= before + 40, "all are counted")
+    with socket.create_connection(("127.0.0.1", chain.daemon.port)):
+        eventually(lambda: total(page_of(port), "ecr_proxy_client_connections") == 1, "the connection is counted")
+    eventually(lambda: total(page_of(port), "ecr_proxy_client_connections") == 0, "it is no longer")
