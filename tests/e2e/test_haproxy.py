@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import itertools
 import json
 import os
 import re
@@ -58,7 +59,7 @@ def recipe_for(members: list[Member], port: int) -> str:
     Fill the recipe in as an operator does: where to listen, and where the daemons are.
     """
     text = re.sub(r"bind :5000\n", f"bind 127.0.0.1:{port}\n", RECIPE.read_text())
-    ports = iter(members)
+    ports = itertools.cycle(members)
     return re.sub(r"(server \w+\s+)192\.0\.2\.\d:5000", lambda found: f"{found[1]}127.0.0.1:{next(ports).inner}", text)
 
 
@@ -99,11 +100,11 @@ class Group:
         counted: int = self.chain.counters()["bucket"]["bytes"]
         return counted
 
-    def up(self, name: str) -> bool:
+    def up(self, name: str, where: str = "daemons") -> bool:
         """
-        Tell whether the load balancer has said last that it takes this daemon for alive.
+        Tell whether the load balancer takes this one for up: among C{daemons}, which are ready, or C{living}.
         """
-        said = re.findall(rf"Server daemons/{name} is (UP|DOWN)", self.balancer.output.read_text())
+        said = re.findall(rf"Server {where}/{name} is (UP|DOWN)", self.balancer.output.read_text())
         return not said or said[-1] == "UP"
 
 
@@ -229,6 +230,24 @@ def test_an_orderly_end_of_one_is_noticed_before_it_is_gone(group: Group, docker
     pull(group.url)
     under_load(group.url, lambda: (group.members[2].process.terminate(), None)[1])
     docker.pull(f"{group.url.removeprefix('http://')}/{REPOSITORY}:{TAG}")
+
+
+def test_what_the_group_has_is_served_when_none_is_ready(group: Group) -> None:
+    """
+    Machines that start while ECR is away have no token. They are not ready, and serve what they have.
+    """
+    total = pull(group.url)
+    for member in group.members:
+        member.settle()
+    group.chain.cut()
+    for member in group.members:
+        member.process.kill()
+        member.process = member.start()
+        member.process.wait_until(answers(f"{member.url}/healthz"))
+    names = ("one", "two", "three")
+    eventually(lambda: not any(map(group.up, names)), "the load balancer notices that none is ready")
+    eventually(lambda: all(group.up(name, "living") for name in names), "and that all of them live")
+    assert pull(group.url) == total
 
 
 def test_daemons_see_the_addresses_of_clients(group: Group) -> None:
