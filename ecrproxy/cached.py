@@ -12,14 +12,13 @@ Rules:
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Protocol
 
 from twisted.internet.defer import DeferredSemaphore
 from twisted.logger import Logger
 
+from ecrproxy.answers import ANY, Answer, Asked, CacheStatus, manifest_answer
 from ecrproxy.cache.content import Content, DigestMismatchError
 from ecrproxy.cache.entries import Confirmed, Entry, entry_name
 from ecrproxy.cache.ingest import Left
@@ -31,11 +30,9 @@ from ecrproxy.cache.writer import Writer
 from ecrproxy.oci import BLOB_TYPE, Descriptor, Digest, Kind, Route, listed
 from ecrproxy.reasons import Reason
 from ecrproxy.threads import InThread, on_its_own
-from ecrproxy.transfer.download import Download
 
 log = Logger()
 
-ANY: frozenset[str] = frozenset()
 _ENTRY_BYTES = 1024
 """What an entry is reckoned at before it is written; most have 300 bytes."""
 _UNWRITTEN_SECONDS = 60
@@ -47,73 +44,6 @@ SMALL_BLOB = 64 * 2**10
 """Blobs up to so many bytes, as image configs are, are held in memory too."""
 VERIFICATIONS = 4
 """How many files are hashed at the same time."""
-
-
-class CacheStatus(enum.StrEnum):
-    """
-    How the cache took part in an answer: the words of X-Cache-Status.
-    """
-
-    HIT = "HIT"
-    MISS = "MISS"
-    JOINED = "JOINED"
-    """Follows a transfer that another request began."""
-    REVALIDATED = "REVALIDATED"
-    """ECR confirmed it just now; the bytes are from the cache."""
-    STALE = "STALE"
-    """ECR could not be asked; this was its last answer."""
-    BYPASS = "BYPASS"
-    """Handed through without being kept."""
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """
-    One request for content.
-
-    @ivar key: its expanded cache key.
-    @ivar accept: the manifest types that the client takes; empty for any.
-    @ivar head: whether only the headers are wanted.
-    @ivar entry: the name of its entry, a hash that is asked for more than once.
-    """
-
-    route: Route
-    key: str
-    accept: frozenset[str] = ANY
-    head: bool = False
-    entry: str = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "entry", entry_name(self.key, self.route))
-
-    @property
-    def digest(self) -> Digest:
-        """
-        The digest that was asked for, where one was.
-        """
-        if self.route.digest is None:
-            raise ValueError(f"{self.route.path} has no digest")
-        return self.route.digest
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """
-    What a client gets.
-
-    @ivar size: in bytes; none while upstream hasn't said.
-    @ivar body: open content, to be closed by who takes it; a transfer under way; small content whole;
-        none where only headers were asked for.
-    @ivar verification: what the end of C{body} has to wait for, if it is content that isn't proved yet.
-    """
-
-    status: CacheStatus
-    reason: Reason
-    media_type: str
-    digest: Digest
-    size: int | None
-    body: Content | Download | bytes | None = None
-    verification: Verification | None = None
 
 
 class Room(Protocol):
@@ -518,13 +448,3 @@ def _write(writer: Writer, body: bytes) -> None:
         writer.discard()
         raise
     writer.close()
-
-
-def manifest_answer(
-    status: CacheStatus, reason: Reason, asked: Asked, descriptor: Descriptor, body: bytes | None = None
-) -> Answer:
-    """
-    Answer with a manifest.
-    """
-    size = descriptor.size if body is None else len(body)
-    return Answer(status, reason, descriptor.media_type, descriptor.digest, size, None if asked.head else body)

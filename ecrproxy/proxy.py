@@ -19,9 +19,10 @@ from functools import partial
 
 from twisted.logger import Logger
 
+from ecrproxy.answers import ANY, Answer, Asked, CacheStatus, manifest_answer
 from ecrproxy.cache.entries import Confirmed, Entry
 from ecrproxy.cache.writer import Writer
-from ecrproxy.cached import ANY, Answer, Asked, Cache, CacheStatus, manifest_answer
+from ecrproxy.cached import Cache
 from ecrproxy.flights import Flights
 from ecrproxy.oci import (
     BLOB_TYPE,

@@ -38,11 +38,13 @@ ARROWS: dict[str, set[str]] = {
         "registry",
         "threads",
     },
+    "answers": {"cache", "oci", "reasons", "transfer.download"},
     "cache": {"oci", "threads"},
-    "cached": {"cache", "oci", "reasons", "threads", "transfer.download"},
+    "cached": {"answers", "cache", "oci", "reasons", "threads"},
     "daemon": {"settings.config"},
     "http": {
         "access",
+        "answers",
         "cache.cache_key",
         "cache.content",
         "cache.ledger",
@@ -62,6 +64,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "metrics": {"ranking"},
     "proxy": {
+        "answers",
         "cache",
         "cached",
         "flights",

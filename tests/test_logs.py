@@ -23,7 +23,7 @@ from twisted.python.failure import Failure
 from twisted.python.log import LogPublisher as OldPublisher
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.cached import CacheStatus
+from ecrproxy.answers import CacheStatus
 from ecrproxy.http.access_log import AccessLine, AccessLines
 from ecrproxy.logs.shapes import PRIORITIES, Shape, as_journal, as_json, as_text
 from ecrproxy.logs.writing import LineWriter, choose_writer, leads_to_journal

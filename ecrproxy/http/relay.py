@@ -26,8 +26,9 @@ from zope.interface import implementer
 
 from ecrproxy.access.clients import Admission
 from ecrproxy.access.namespaces import Namespaces
+from ecrproxy.answers import Asked
 from ecrproxy.cache.cache_key import CacheKey
-from ecrproxy.cached import Asked, Cache
+from ecrproxy.cached import Cache
 from ecrproxy.http.answering import Answering, begin
 from ecrproxy.http.request import RegistryRequest
 from ecrproxy.http.web import Door, Registry

@@ -18,9 +18,10 @@ from twisted.web.server import Request
 from ecrproxy.access.clients import Admission
 from ecrproxy.access.limits import Crowd
 from ecrproxy.access.namespaces import Namespaces
+from ecrproxy.answers import Answer, Asked, CacheStatus
 from ecrproxy.cache.cache_key import NOBODY, CacheKey
 from ecrproxy.cache.content import Content
-from ecrproxy.cached import SMALL_BLOB, Answer, Asked, CacheStatus
+from ecrproxy.cached import SMALL_BLOB
 from ecrproxy.http.answering import Answering, begin, send_small
 from ecrproxy.http.conditions import matches, parse_range
 from ecrproxy.http.request import RegistryRequest, asker_of, caller_of, field, fields

@@ -1,0 +1,96 @@
+"""
+What is asked of the cache, and what a client gets.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Final
+
+from ecrproxy.cache.content import Content
+from ecrproxy.cache.entries import entry_name
+from ecrproxy.cache.verification import Verification
+from ecrproxy.oci import Descriptor, Digest, Route
+from ecrproxy.reasons import Reason
+from ecrproxy.transfer.download import Download
+
+ANY: Final[frozenset[str]] = frozenset()
+"""The manifest types of a client that takes all."""
+
+
+class CacheStatus(enum.StrEnum):
+    """
+    How the cache took part in an answer: the words of X-Cache-Status.
+    """
+
+    HIT = "HIT"
+    MISS = "MISS"
+    JOINED = "JOINED"
+    """Follows a transfer that another request began."""
+    REVALIDATED = "REVALIDATED"
+    """ECR confirmed it just now; the bytes are from the cache."""
+    STALE = "STALE"
+    """ECR could not be asked; this was its last answer."""
+    BYPASS = "BYPASS"
+    """Handed through without being kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """
+    One request for content.
+
+    @ivar key: its expanded cache key.
+    @ivar accept: the manifest types that the client takes; empty for any.
+    @ivar head: whether only the headers are wanted.
+    @ivar entry: the name of its entry, a hash that is asked for more than once.
+    """
+
+    route: Route
+    key: str
+    accept: frozenset[str] = ANY
+    head: bool = False
+    entry: str = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "entry", entry_name(self.key, self.route))
+
+    @property
+    def digest(self) -> Digest:
+        """
+        The digest that was asked for, where one was.
+        """
+        if self.route.digest is None:
+            raise ValueError(f"{self.route.path} has no digest")
+        return self.route.digest
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """
+    What a client gets.
+
+    @ivar size: in bytes; none while upstream hasn't said.
+    @ivar body: open content, to be closed by who takes it; a transfer under way; small content whole;
+        none where only headers were asked for.
+    @ivar verification: what the end of C{body} has to wait for, if it is content that isn't proved yet.
+    """
+
+    status: CacheStatus
+    reason: Reason
+    media_type: str
+    digest: Digest
+    size: int | None
+    body: Content | Download | bytes | None = None
+    verification: Verification | None = None
+
+
+def manifest_answer(
+    status: CacheStatus, reason: Reason, asked: Asked, descriptor: Descriptor, body: bytes | None = None
+) -> Answer:
+    """
+    Answer with a manifest.
+    """
+    size = descriptor.size if body is None else len(body)
+    return Answer(status, reason, descriptor.media_type, descriptor.digest, size, None if asked.head else body)
