@@ -185,7 +185,8 @@ def build(
     service = Daemon()
     disk = Threads(DISK_THREADS, reactor)
     store = _prepared(Store(Path(config.cache_dir), time.time))
-    janitor = Janitor(store, config.cache_limit, disk.call, reactor)
+    counting = Threads(1, reactor, yielding=False)
+    janitor = Janitor(store, config.cache_limit, disk.call, reactor, counting.call)
     tokens = TokenService(lambda: call_unowned(reactor, lambda: _fetch(config)), reactor, time.time, refused)
     figures, stall = Figures(__version__), LoopStall(reactor)
     upstream, asking = _upstream(config, tokens, figures, reactor)
@@ -206,7 +207,7 @@ def build(
     site = counted(registry, ready, reactor, crowd=crowds.own, connections=connections)
     figures.watch(*of_cache(store, janitor), *of_token(tokens), *of_transfers(pull_through), *of_loop(stall))
     figures.watch(*of_clients(crowds))
-    for part in (*status.services, disk, judging, supervised, janitor, tokens, stall):
+    for part in (*status.services, disk, judging, supervised, counting, janitor, tokens, stall):
         part.setServiceParent(service)
     alone = config.worker_processes == 1
     listening = [Listening(name, endpoint, site, accepts=alone) for name, endpoint in endpoints(config, reactor)]

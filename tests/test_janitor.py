@@ -324,6 +324,20 @@ class CountingTests(SmallCache):
         self.assertEqual((True, False), (self.successResultOf(one), self.successResultOf(other)))
         self.assertEqual([True], self.has(self.old))
 
+    def test_who_wants_room_waits_for_no_later_count(self) -> None:
+        """
+        Counting has a thread of its own; files go in the others meanwhile.
+        """
+        self.work()
+        self.janitor.stopService()
+        janitor = Janitor(self.store, self.limit, self.in_thread, self.clock, self.later)
+        janitor.startService()
+        self.work()
+        self.clock.advance(PAUSE_SECONDS)
+        self.assertEqual(1, len(self.threads))
+        self.assertTrue(self.successResultOf(Deferred.fromCoroutine(janitor.reserve(90))))
+        self.assertEqual([False], self.has(self.old))
+
     def test_what_can_never_fit_waits_for_nothing(self) -> None:
         """
         A blob larger than the limit streams through at once.

@@ -54,11 +54,15 @@ class Janitor(Service):
     Counts the cache directory, at start and now and then, and makes room in it.
 
     @param limit: the most bytes that the files of the cache may have, those that arrive included.
+    @param counting: in which thread it counts: that is busy with Python itself for seconds, if there are many files.
     @ivar evicted: how many files went for others.
     """
 
-    def __init__(self, store: Store, limit: int, in_thread: InThread, clock: IReactorTime) -> None:
+    def __init__(
+        self, store: Store, limit: int, in_thread: InThread, clock: IReactorTime, counting: InThread | None = None
+    ) -> None:
         self._store, self.limit, self._in_thread, self._clock = store, limit, in_thread, clock
+        self._counting = counting or in_thread
         self._counted = self._shared = False
         self.evicted = 0
         self._waiting: list[Deferred[None]] = []
@@ -88,7 +92,7 @@ class Janitor(Service):
     async def _count(self) -> None:
         first = not self._counted
         try:
-            unknown = await self._in_thread(self._store.count)
+            unknown = await self._counting(self._store.count)
         finally:
             self._counted = True
             waiting, self._waiting = self._waiting, []
