@@ -185,7 +185,7 @@ def build(
     service = Daemon()
     disk = Threads(DISK_THREADS, reactor)
     store = _prepared(Store(Path(config.cache_dir), time.time))
-    counting = Threads(1, reactor, yielding=False)
+    counting, judging = Threads(1, reactor, yielding=False), Threads(1, reactor)
     janitor = Janitor(store, config.cache_limit, disk.call, reactor, counting.call)
     tokens = TokenService(lambda: call_unowned(reactor, lambda: _fetch(config)), reactor, time.time, refused)
     figures, stall = Figures(__version__), LoopStall(reactor)
@@ -199,7 +199,6 @@ def build(
         config.ecr_endpoint, figures, store, janitor, asking, pull_through, reasons, disk.call, time.time, reactor
     )
     supervised = Supervised(supervisor, partial(_summary, reasons, store, janitor), reactor)
-    judging = Threads(1, reactor)
     shape = (_namespaces(config, judging), config.cache_key, disk.call)
     admission = _admission(config, reactor, service)
     registry = Registry(pull_through, *shape, admission)
