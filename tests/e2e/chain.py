@@ -17,6 +17,8 @@ from .installing import CHECKOUT
 from .processes import Process, environment, eventually, free_port
 
 PATTERN = "team/.*"
+DRAFTS = ("entry.", "probe.")
+"""How the names of small files begin that are being written: a kill may leave some."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ class Daemon:
         """
         Start the daemon, which is not ready yet.
         """
+        self._torn = {each for each in self._ingest() if each.name.startswith(DRAFTS)}  # their writer was killed
         return Process(
             [self._equipment.twistd, "-n", "--pidfile=", "ecr-proxy"],
             environment(self._home, self.variables),
@@ -147,13 +150,16 @@ class Daemon:
         """
         Wait until the disk has what the clients have: they do not wait for it.
         """
-        eventually(lambda: not self.arriving(), "nothing is arriving any more")
+        eventually(lambda: not self._ingest() - self._torn, "nothing is arriving any more")
 
     def arriving(self) -> list[Path]:
         """
-        List the files that are still arriving, or were when the daemon ended.
+        List the transfers that are under way, or were when the daemon ended.
         """
-        return [each for each in (self.cache / "ingest").rglob("*") if each.is_file()]
+        return [each for each in self._ingest() if not each.name.startswith(DRAFTS)]
+
+    def _ingest(self) -> set[Path]:
+        return {each for each in (self.cache / "ingest").rglob("*") if each.is_file()}
 
 
 def hash_of(path: Path) -> str:

@@ -58,8 +58,8 @@ def one_more(port: int, address: str) -> bytes:
     with socket.socket() as client:
         client.settimeout(PATIENCE)
         client.bind((address, 0))
-        client.connect(("127.0.0.1", port))
         try:
+            client.connect(("127.0.0.1", port))
             client.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
             return client.makefile("rb").read()
         except ConnectionError:
