@@ -92,6 +92,7 @@ TYPES_ONLY = {
     ("cache.ingest", "oci"),
     ("cache.proofs", "oci"),
     ("cache.writer", "cache.ingest"),
+    ("transfer.follower", "transfer.download"),
     ("transfer.sources", "cache.store"),
     ("transfer.sources", "cache.verification"),
     ("cache.janitor", "cache.store"),

@@ -25,7 +25,8 @@ from ecrproxy.cache.content import DigestMismatchError
 from ecrproxy.cache.store import Store
 from ecrproxy.cache.writer import Writer
 from ecrproxy.oci import Digest
-from ecrproxy.transfer.download import TRIES, WINDOW, Download, Follower, ShortBodyError
+from ecrproxy.transfer.download import TRIES, WINDOW, Download, ShortBodyError
+from ecrproxy.transfer.follower import Follower
 from ecrproxy.transfer.inflow import HIGH_WATER, LARGEST_PART, SMALLEST_PART, Inflow
 from tests.daemon import Hands, noise
 
