@@ -105,7 +105,18 @@ def fetch_token(region: str, *, instance_auth: bool) -> Token:
         data = client.get_authorization_token()["authorizationData"][0]
     except exceptions.ClientError as problem:
         raise _judged(problem) from problem
-    except (
+    except unusable() as problem:
+        raise CredentialsError(f"AWS credentials: {_brief(problem)}") from problem
+    return Token(data["authorizationToken"].strip(), data["expiresAt"].timestamp())
+
+
+def unusable() -> tuple[type[Exception], ...]:
+    """
+    Name what botocore raises where it finds no credentials, or none that could be tried.
+    """
+    from botocore import exceptions  # noqa: PLC0415
+
+    return (
         exceptions.NoCredentialsError,
         exceptions.PartialCredentialsError,
         exceptions.ProfileNotFound,
@@ -113,9 +124,7 @@ def fetch_token(region: str, *, instance_auth: bool) -> Token:
         exceptions.InvalidConfigError,
         exceptions.UnauthorizedSSOTokenError,
         exceptions.SSOTokenLoadError,
-    ) as problem:
-        raise CredentialsError(f"AWS credentials: {_brief(problem)}") from problem
-    return Token(data["authorizationToken"].strip(), data["expiresAt"].timestamp())
+    )
 
 
 def open_session(*, instance_auth: bool) -> Any:  # noqa: ANN401 (botocore's stubs are not installed with it)

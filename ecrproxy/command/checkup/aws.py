@@ -11,7 +11,7 @@ from threading import Lock
 from typing import Any, Final
 
 from ecrproxy.command.checkup.findings import Once, brief
-from ecrproxy.registry.ecr import CLOCK_WORDS, CredentialsError, TokenUnavailableError, open_session
+from ecrproxy.registry.ecr import CLOCK_WORDS, CredentialsError, TokenUnavailableError, open_session, unusable
 
 CONNECT_SECONDS: Final = 4
 READ_SECONDS: Final = 6
@@ -138,23 +138,18 @@ def as_ours() -> Iterator[None]:
     from botocore import exceptions  # noqa: PLC0415
     from botocore.parsers import ResponseParserError  # noqa: PLC0415
 
+    no_credentials: tuple[type[Exception], ...] = (
+        CredentialsError,
+        TokenUnavailableError,
+        exceptions.CredentialRetrievalError,
+        *unusable(),
+    )
     try:
         yield
     except exceptions.ClientError as problem:
         error: Mapping[str, Any] = problem.response.get("Error", {})
         raise RefusedError(str(error.get("Code", "")), brief(error.get("Message", ""))) from problem
-    except (
-        CredentialsError,
-        TokenUnavailableError,
-        exceptions.NoCredentialsError,
-        exceptions.PartialCredentialsError,
-        exceptions.CredentialRetrievalError,
-        exceptions.ProfileNotFound,
-        exceptions.ConfigParseError,
-        exceptions.InvalidConfigError,
-        exceptions.UnauthorizedSSOTokenError,
-        exceptions.SSOTokenLoadError,
-    ) as problem:
+    except no_credentials as problem:
         raise NoCredentialsError(brief(problem)) from problem
     except (
         exceptions.BotoCoreError,
