@@ -55,6 +55,7 @@ dist: $(STAMP)
 	$(VENV)/bin/python -m release
 
 # The daemon under test is the wheel's, installed outside the checkout; and into an empty environment of each of PYTHONS.
+# E2E has options for pytest.
 PYTHONS ?= $(PYTHON)
 e2e: dist
 	tests/e2e/install-packages.sh
@@ -63,7 +64,7 @@ e2e: dist
 	$(VENV)-e2e/bin/python -m pip install --quiet dist/*.whl
 	cd $(VENV)-e2e && ECRPROXY_E2E_TWISTD=$(abspath $(VENV)-e2e)/bin/twistd \
 		ECRPROXY_E2E_WHEEL="$$(echo $(CURDIR)/dist/*.whl)" ECRPROXY_E2E_PYTHONS="$(PYTHONS)" \
-		$(abspath $(VENV))/bin/python -m pytest --quiet --rootdir $(CURDIR) -c $(CURDIR)/pyproject.toml $(CURDIR)/tests/e2e
+		$(abspath $(VENV))/bin/python -m pytest --quiet --rootdir $(CURDIR) -c $(CURDIR)/pyproject.toml $(CURDIR)/tests/e2e $(E2E)
 
 # Started from what was found before, if there is such a folder; what it finds new is kept there.
 FUZZ_SECONDS ?= 60
