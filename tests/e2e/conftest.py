@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
@@ -47,6 +48,8 @@ def programs() -> None:
         pytest.fail(f"not installed: {' '.join(missing)}; run tests/e2e/install-packages.sh")
     if os.geteuid() != 0:
         pytest.fail("the Docker Engine runs as root alone: so must these tests")
+    # A shell has what it starts in the background ignore Ctrl-C, and so would all that is started from here.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
