@@ -18,6 +18,7 @@ from typing import Final
 from soak.clients import Crowd, Tally
 from soak.daemon import DRAIN_SECONDS, Daemon, Size, StandIn, wait_for
 from soak.goods import fill
+from tests.e2e.processes import PATIENCE
 from tests.registry_content import Shelves
 
 CLIENTS: Final = 50
@@ -94,7 +95,7 @@ class Soak:
         Ask the daemon to end, which it must do in good order and in time.
         """
         self.ends += 1
-        status = self.daemon.process.terminate(DRAIN_SECONDS + 30)
+        status = self.daemon.process.terminate(DRAIN_SECONDS + PATIENCE)
         if status != 0:
             self.wrong.append(f"asked to end, it gave {status}")
 

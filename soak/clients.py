@@ -18,8 +18,13 @@ from soak.goods import Goods
 from tests.registry_content import SCHEMA2
 
 PIECE: Final = 2**16
-PATIENCE: Final = 60.0
-"""Seconds without a byte after which a client calls its answer stuck."""
+PATIENCE: Final = 300.0
+"""
+Seconds without a byte after which a client calls its answer stuck.
+
+Upstream may be silent for half a minute when it is asked where a blob lies, and again when it is asked for bytes;
+and what breaks off is asked for three times.
+"""
 OUTSIDE: Final = ("/v2/other/app/manifests/v0", "/v2/team/app0/../app1/manifests/v0", "/v2/team%2fapp0/manifests/v0")
 _HEAD: Final = b" /v2/ HTTP/1.1\r\nHost: x\r\n"
 BAD: Final = (
@@ -142,11 +147,11 @@ class Crowd:
             return
         try:
             outcome = await habit(Connection(reader, writer), chance)
-        except (OSError, asyncio.IncompleteReadError, BrokenError):
-            outcome = "broken off"
-        except TimeoutError:
+        except TimeoutError:  # which is an OSError, too
             outcome = "stuck"
             self._tally.violate(f"{name}: no byte for {PATIENCE:.0f} s")
+        except (OSError, asyncio.IncompleteReadError, BrokenError):
+            outcome = "broken off"
         finally:
             writer.transport.abort()
         self._tally.counts[f"{name}: {outcome}"] += 1

@@ -18,7 +18,7 @@ from typing import Final
 
 from ecrproxy.cache.trailer import Trailer
 from tests.e2e.asking import answers
-from tests.e2e.processes import Process, environment, eventually, free_port
+from tests.e2e.processes import PATIENCE, Process, environment, eventually, free_port
 
 CHECKOUT: Final = Path(__file__).parent.parent
 STALL_SECONDS: Final = 2
@@ -66,7 +66,7 @@ class StandIn:
         End it, and give the faults that there were.
         """
         os.kill(self._popen.pid, signal.SIGTERM)
-        counts, _ = self._popen.communicate(timeout=20)
+        counts, _ = self._popen.communicate(timeout=PATIENCE)
         return dict(json.loads(counts or "{}"))
 
 
