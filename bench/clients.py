@@ -89,7 +89,7 @@ def hammer(ground: Ground, served: Served, path: str, seconds: int, connections:
     Ask for C{path} on so many connections, as fast as it is answered.
     """
     argv = ["wrk", "--latency", "--threads", "1", "--connections", str(connections), "--duration", f"{seconds}s"]
-    argv += ["--timeout", "10s", "--header", f"Accept: {MANIFEST_TYPE}", served.url + path]
+    argv += ["--timeout", "30s", "--header", f"Accept: {MANIFEST_TYPE}", served.url + path]
     done = subprocess.run(
         argv, env=environment(ground.directory), capture_output=True, text=True, check=True, timeout=SECONDS
     )

@@ -25,8 +25,9 @@ from bench.ground import Ground, Upstream, prepared, say
 from bench.machine import facts
 from bench.measures import Sizes
 from bench.peers import OURS, our_environment, served, twistd
-from bench.processes import LOCAL, end, free_port, resident, running, wait_until
+from bench.processes import LOCAL, end, resident, running, wait_until
 from bench.results import Figures, Row, report, report_options
+from tests.e2e.processes import free_port
 
 EMPTY, LARGE, SMALL = "empty", "large", "small"
 SMALL_ENTRIES = 1000
@@ -76,6 +77,7 @@ class Probe:
     def _run(self) -> None:
         try:
             with contextlib.closing(http.client.HTTPConnection(LOCAL, self._port, timeout=60)) as connection:
+                self.seconds.append(_ask(connection, "/healthz"))
                 while not self._stopped.wait(PAUSE):
                     self.seconds.append(_ask(connection, "/healthz"))
         except (OSError, http.client.HTTPException) as problem:
@@ -93,13 +95,17 @@ class Probe:
 
 
 def _ask(connection: http.client.HTTPConnection, path: str) -> float:
-    began = time.monotonic()
+    began, status = time.monotonic(), _status(connection, path)
+    if status != http.client.OK:
+        raise RuntimeError(f"{path}: {status}")
+    return time.monotonic() - began
+
+
+def _status(connection: http.client.HTTPConnection, path: str) -> int:
     connection.request("GET", path)
     answer = connection.getresponse()
     answer.read()
-    if answer.status != http.client.OK:
-        raise RuntimeError(f"{path}: {answer.status}")
-    return time.monotonic() - began
+    return answer.status
 
 
 def fetch(port: int, path: str) -> float:
@@ -108,6 +114,21 @@ def fetch(port: int, path: str) -> float:
     """
     with contextlib.closing(http.client.HTTPConnection(LOCAL, port, timeout=120)) as connection:
         return _ask(connection, path)
+
+
+def answered(port: int, path: str) -> Callable[[], bool]:
+    """
+    Make a question whether C{path} is there by now: the daemon refuses it while it has no token for long.
+    """
+
+    def ask() -> bool:
+        with contextlib.closing(http.client.HTTPConnection(LOCAL, port, timeout=120)) as connection:
+            status = _status(connection, path)
+        if status not in (http.client.OK, http.client.SERVICE_UNAVAILABLE):
+            raise RuntimeError(f"{path}: {status}")
+        return status == http.client.OK
+
+    return ask
 
 
 def connected(port: int) -> Callable[[], bool]:
@@ -142,7 +163,8 @@ def start(ground: Ground, upstream: Upstream, who: str, cache: Path, watch: floa
         figures.add("answering", who, time.monotonic() - began)
         with Probe(port) as probe:
             until = time.monotonic() + watch
-            fetch(port, manifest(ground.shelf.manifest))  # kept: so its room is reserved, so the cache was counted
+            # Kept: so its room is reserved, so the cache was counted.
+            wait_until(answered(port, manifest(ground.shelf.manifest)), process, output)
             figures.add("first miss", who, time.monotonic() - began)
             time.sleep(max(0.5, until - time.monotonic()))
         probe.tell(figures, who)

@@ -23,8 +23,9 @@ from pathlib import Path
 
 from bench.ground import Ground, Upstream
 from bench.nginx_configuration import TEXT
-from bench.processes import LOCAL, PATH, environment, free_port, running, wait_until
+from bench.processes import LOCAL, PATH, environment, running, wait_until
 from bench.upstream import SECRET
+from tests.e2e.processes import free_port
 
 NGINX, DISTRIBUTION, OURS, DIRECT = "nginx", "distribution", "ecrproxy", "ECR direct"
 

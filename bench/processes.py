@@ -8,7 +8,6 @@ import contextlib
 import os
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,7 +18,7 @@ from typing import IO
 
 LOCAL = "127.0.0.1"
 ROOT = Path(__file__).resolve().parent.parent
-READY_SECONDS = 30.0
+READY_SECONDS = 90.0
 END_SECONDS = 15.0
 DESCRIPTORS = 16384
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -62,16 +61,6 @@ def environment(home: Path, extra: Mapping[str, str] | None = None) -> dict[str,
     Make the environment of a program: nothing of this one's leaks into it.
     """
     return {"PATH": PATH, "HOME": str(home), "LANG": "C.UTF-8", **(extra or {})}
-
-
-def free_port() -> int:
-    """
-    Find a port that nobody has.
-    """
-    with socket.socket() as probe:
-        probe.bind((LOCAL, 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def said(output: Path) -> str:
