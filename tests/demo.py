@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -25,8 +24,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPException, HTTPResponse
 from pathlib import Path
-from typing import Any, Final, NoReturn, cast
+from typing import Any, Final, NoReturn
 from urllib.parse import urlsplit
+
+from tests.e2e.processes import free_port
 
 CHECKOUT: Final = Path(__file__).resolve().parents[1]
 LOCAL: Final = "127.0.0.1"
@@ -39,9 +40,9 @@ RATE: Final = 7 * MIB
 LATENCY: Final = 0.03
 AT_ONCE: Final = 3
 """Blobs that a client fetches at once, as Docker does."""
-START_SECONDS: Final = 60.0
-PULL_SECONDS: Final = 60.0
-SILENT_SECONDS: Final = 20.0
+START_SECONDS: Final = 90.0
+PULL_SECONDS: Final = 90.0
+SILENT_SECONDS: Final = 60.0
 BAR: Final = 30
 MANIFEST_TYPES: Final = (
     "application/vnd.oci.image.manifest.v1+json, application/vnd.docker.distribution.manifest.v2+json"
@@ -215,7 +216,7 @@ class Program:
             self.process.wait(5)
         except subprocess.TimeoutExpired:
             self.process.kill()
-            self.process.wait(5)
+            self.process.wait()
 
 
 @contextmanager
@@ -235,15 +236,6 @@ def environment(home: Path, **more: str) -> dict[str, str]:
     """
     kept = {name: os.environ[name] for name in ("PATH", "LANG", "LC_ALL") if name in os.environ}
     return {**kept, "HOME": str(home), **more}
-
-
-def free_port() -> int:
-    """
-    Find a port that nobody listens on.
-    """
-    with socket.socket() as probe:
-        probe.bind((LOCAL, 0))
-        return cast("int", probe.getsockname()[1])
 
 
 def start_stand_in(home: Path) -> Program:
