@@ -11,7 +11,7 @@ from twisted.internet.defer import Deferred
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.access import namespaces
-from ecrproxy.access.namespaces import Namespaces
+from ecrproxy.access.namespaces import MATCH_SECONDS, Namespaces
 from ecrproxy.oci import RegistryError
 from ecrproxy.settings.values import parse_pattern
 from tests.daemon import DaemonTestCase, Hands
@@ -19,6 +19,8 @@ from tests.daemon import DaemonTestCase, Hands
 CATASTROPHE = r"(?:a|a|aa)+b?c?(?=z)"
 """Tries three ways for each character, and looks ahead for what can't follow."""
 LONG = "a" * 200
+SHORT = 0.05
+"""Seconds that are too few for that, and plenty for a name that is judged at once."""
 
 
 class Counted:
@@ -39,8 +41,8 @@ class NamespacesTests(SynchronousTestCase):
     def setUp(self) -> None:
         self.threads = Counted()
 
-    def make(self, pattern: str) -> Namespaces:
-        return Namespaces(parse_pattern(pattern), self.threads, seconds=0.01)
+    def make(self, pattern: str, seconds: float = MATCH_SECONDS) -> Namespaces:
+        return Namespaces(parse_pattern(pattern), self.threads, seconds=seconds)
 
     def test_another_registrys_repositories_are_none_of_ours(self) -> None:
         """
@@ -107,7 +109,7 @@ class NamespacesTests(SynchronousTestCase):
         """
         Out of time nothing is decided: 503, and the name is judged again when it is asked for again.
         """
-        judge = self.make(CATASTROPHE)
+        judge = self.make(CATASTROPHE, SHORT)
         self.assertEqual([503, 503], [self.status(judge, LONG), self.status(judge, LONG)])
         self.assertEqual(2, self.threads.calls)
 
@@ -115,7 +117,7 @@ class NamespacesTests(SynchronousTestCase):
         """
         Only names that nobody asked for before wait for one that can't be judged, and not endlessly many.
         """
-        judge = self.make("image|" + CATASTROPHE)
+        judge = self.make("image|" + CATASTROPHE, SHORT)
         self.assertEqual(200, self.status(judge, "image"))
         self.threads.hands.idle = False
         waiting = [Deferred.fromCoroutine(judge.admit(f"{LONG}{number}")) for number in range(namespaces.WAITING + 1)]
