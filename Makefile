@@ -66,7 +66,7 @@ e2e: dist
 		ECRPROXY_E2E_WHEEL="$$(echo $(CURDIR)/dist/*.whl)" ECRPROXY_E2E_PYTHONS="$(PYTHONS)" \
 		$(abspath $(VENV))/bin/python -m pytest --quiet --rootdir $(CURDIR) -c $(CURDIR)/pyproject.toml $(CURDIR)/tests/e2e $(E2E)
 
-# Started from what was found before, if there is such a folder; what it finds new is kept there.
+# Started from what was found before, if there is such a folder; what it finds new is kept there. FUZZ has options for libFuzzer.
 FUZZ_SECONDS ?= 60
 FUZZ_CORPUS ?= .fuzz
 fuzz: $(STAMP)
@@ -75,7 +75,7 @@ fuzz: $(STAMP)
 		mkdir -p $(FUZZ_CORPUS)/$$target && \
 		$(VENV)/bin/python -m fuzz $$target $(FUZZ_CORPUS)/$$target fuzz/corpus/$$target -dict=fuzz/words.dict \
 			-max_total_time=$(FUZZ_SECONDS) -max_len=4096 -timeout=30 -artifact_prefix=$(FUZZ_CORPUS)/$$target- \
-			-print_final_stats=1 -verbosity=0 || exit 1; \
+			-print_final_stats=1 -verbosity=0 $(FUZZ) || exit 1; \
 	done
 
 SOAK_SECONDS ?= 600
