@@ -263,7 +263,18 @@ class PullerTests(SynchronousTestCase):
         image = self.image()
         self.proxy.faults["GET", "/v2/app/manifests/1"] = [away] * 10
         self.assertIn("Connection refused", self.refused(image))
-        self.assertEqual([1.0, 2.0, 4.0, 8.0, 16.0], self.slept)
+        self.assertEqual([1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0], self.slept)
+
+    def test_a_daemon_that_is_restarted_has_a_minute(self) -> None:
+        """
+        However the dice fall.
+        """
+        image = self.image()
+        self.proxy.faults["GET", "/v2/app/manifests/1"] = [away] * 10
+        unlucky = Hands(self.proxy.ask, lambda: sum(self.slept), self.slept.append, lambda: 0.0)
+        with self.assertRaises(PullError):
+            Puller(unlucky, [], self.moved.append).plan(image)
+        self.assertGreater(sum(self.slept), 60)
 
     def test_what_the_proxy_refuses_is_told_at_once(self) -> None:
         """

@@ -27,7 +27,8 @@ T = TypeVar("T")
 
 PIECE: Final = 2**20
 ACCEPT: Final = ", ".join(sorted(MANIFEST_TYPES))
-BUDGET: Final = Budget(tries=6, seconds=300.0)
+BUDGET: Final = Budget(tries=8, seconds=300.0)
+"""With the waits between them a minute at the least: a daemon that is restarted has so long."""
 IN_CACHE: Final = frozenset({"HIT", "REVALIDATED"})
 """What X-Cache-Status says to the HEAD of a blob whose bytes are there."""
 _OK, _PARTIAL = 200, 206
@@ -95,7 +96,8 @@ class Tries:
         self._failed += 1
         asked = problem.wait if isinstance(problem, TransientError) else None
         elapsed = self._hands.seconds() - self._began
-        wait = next_try(self._budget, self._failed, elapsed, asked, self._hands.chance())
+        # Half of each wait is sure: by bad luck all of them together would be over before a daemon has started.
+        wait = next_try(self._budget, self._failed, elapsed, asked, (1 + self._hands.chance()) / 2)
         why = problem.message if isinstance(problem, TransientError) else str(problem) or type(problem).__name__
         if wait is None:
             raise PullError(why) from problem
