@@ -13,7 +13,7 @@ from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.action_chains import ActionChains
 
-from .processes import environment
+from .processes import environment, free_port
 
 # It asks nobody but whom it is told to; as root it has no sandbox.
 QUIET = (
@@ -66,7 +66,8 @@ class Browser:
         options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
         if not scripts:
             options.add_experimental_option("prefs", {"profile.managed_default_content_settings.javascript": 2})
-        service = Service("/usr/bin/chromedriver", env=environment(home))
+        # A port that it chose by itself could be some connection's by the time that it is bound.
+        service = Service("/usr/bin/chromedriver", port=free_port(), env=environment(home))
         self.driver: Any = webdriver.Chrome(options=options, service=service)
         self.size(1200, 1000)
 

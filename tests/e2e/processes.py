@@ -19,6 +19,8 @@ PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 TAIL = 4000
 PATIENCE: Final = 90.0
 """Seconds for what takes a moment on a machine that has nothing else to do: this one may."""
+_GIVEN: Final[set[int]] = set()
+"""The ports that were found."""
 
 
 def environment(home: Path, extra: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -34,9 +36,12 @@ def free_port() -> int:
 
     It is taken from below the range that the kernel hands to outgoing
     connections, so that none of these takes it before the program does.
+    None is found twice: the one may be bound later than the other is looked for.
     """
     while True:
         port = random.randrange(15000, 30000)
+        if port in _GIVEN:
+            continue
         with socket.socket() as probe:
             # As servers do: a closed connection's remains are no obstacle.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -44,7 +49,8 @@ def free_port() -> int:
                 probe.bind(("127.0.0.1", port))
             except OSError:
                 continue
-            return port
+        _GIVEN.add(port)
+        return port
 
 
 def eventually(holds: Callable[[], bool], what: str, seconds: float = PATIENCE) -> None:
