@@ -63,9 +63,11 @@ def test_a_manifests_images_come_for_one_platform_or_for_all(
     assert "nginx:1: left out" in done.complaint
     first = json.loads(done.output)["images"][0]
     assert first["brought"] > 0
+    chain.daemon.settle()
     again = json.loads(prefetch(chain, tmp_path, "--manifest", file, "--all-platforms", "--json").output)["images"][0]
     assert again["there"] >= first["brought"]
     assert again["brought"] > 0
+    chain.daemon.settle()
     last = json.loads(prefetch(chain, tmp_path, "--manifest", file, "--all-platforms", "--json").output)["images"][0]
     assert last["brought"] == 0
 
@@ -103,7 +105,8 @@ def test_a_daemon_that_is_restarted_meanwhile_is_waited_for(
     argv: list[str | Path] = [chain.command, "prefetch", f"{images.big.repository}:{images.big.tag}"]
     run = Process(argv, environment(tmp_path, chain.daemon.variables), tmp_path / "prefetch.log", tmp_path)
     try:
-        eventually(lambda: bool(chain.daemon.arriving()), "something arrives")
+        layer = images.big.layers[0].removeprefix("sha256:")
+        eventually(lambda: any(layer in each.name for each in chain.daemon.arriving()), "the layer arrives")
         chain.daemon.process.kill()
         hold.unlink()
         chain.daemon.restart()
