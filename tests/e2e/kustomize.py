@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from .installing import CHECKOUT
+from .processes import PATIENCE
 
 KUBERNETES = CHECKOUT / "deploy/kubernetes"
 KUBECTL = Path(sys.executable).with_name("kubectl")
@@ -27,7 +28,12 @@ class Rendered:
 
     def __init__(self, folder: Path) -> None:
         done = subprocess.run(
-            [KUBECTL, "kustomize", folder], capture_output=True, text=True, timeout=60, check=False, env={"HOME": "/"}
+            [KUBECTL, "kustomize", folder],
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+            env={"HOME": "/"},
         )
         assert done.returncode == 0, done.stderr
         assert not done.stderr, "something that kustomize warns of"

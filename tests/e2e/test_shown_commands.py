@@ -68,7 +68,7 @@ end() {
 }
 trap end EXIT
 answers() {
-    for _ in $(seq 600); do
+    for _ in $(seq 900); do
         curl --silent --fail --output /dev/null "$1" && return
         sleep 0.1
     done
