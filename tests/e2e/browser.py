@@ -133,9 +133,10 @@ class Browser:
 
     def complaints(self) -> list[str]:
         """
-        Give what the console says.
+        Give what the console says, but for what Chromium says of its own first page.
         """
-        return [each["message"] for each in self.driver.get_log("browser")]
+        said: list[str] = [each["message"] for each in self.driver.get_log("browser")]
+        return [each for each in said if not each.startswith("chrome://")]
 
     def asked(self) -> set[str]:
         """
