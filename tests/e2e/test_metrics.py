@@ -60,6 +60,8 @@ def page(make_chain: MakeChain, docker: Docker, images: Images) -> str:
     port = free_port()
     chain = make_chain(settings={"PROXY_ADMIN_LISTEN": f"tcp:{port}:interface=127.0.0.1"})
     docker.pull(f"{chain.daemon.address}/{images.single.repository}:{images.single.tag}")
+    # the client does not wait for the disk, and some figures are of what is on it
+    eventually(lambda: total(page_of(port), "ecr_proxy_cache_files") > 0, "something is in the cache")
     return page_of(port)
 
 
