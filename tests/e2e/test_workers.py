@@ -18,7 +18,7 @@ from .chain import Chain, Equipment, standard_settings
 from .clients import Docker
 from .conftest import MakeChain
 from .images import Images
-from .processes import PATH, PATIENCE, Process, alive, children, environment, eventually
+from .processes import PATH, PATIENCE, Process, alive, children, environment, eventually, free_port, hears
 from .test_pull import reference
 from .test_together import blob_path, download_together
 
@@ -35,11 +35,14 @@ def workers(chain: Chain) -> list[int]:
 
 def wait_for_workers(chain: Chain, count: int = 2) -> list[int]:
     """
-    Wait until all workers listen, and list them: the first process listens twice, each of them once.
+    Wait until all workers serve, and list them. They listen before they heed signals, which would end them until then.
     """
-    output = chain.daemon.process.output
-    eventually(lambda: output.read_text().count(" starting on ") >= 2 + count, "all workers listen")
-    assert len(workers(chain)) == count
+
+    def serve() -> bool:
+        pids = workers(chain)
+        return len(pids) == count and all(hears(each, signal.SIGHUP) for each in pids)
+
+    eventually(serve, "all workers serve")
     return workers(chain)
 
 
@@ -189,13 +192,11 @@ def test_an_ssl_endpoint_is_served(make_chain: MakeChain, equipment: Equipment) 
     """
     made = equipment.certificates
     for count in ("1", "2"):
-        chain = make_chain(wait=False, settings={"PROXY_WORKER_PROCESSES": count, "PROXY_SSL_KEY": None})
-        chain.daemon.process.stop()
-        listen = f"ssl:{chain.daemon.port}:privateKey={made.key}:certKey={made.chain}"
-        chain.daemon._settings["PROXY_LISTEN"] = listen  # noqa: SLF001
-        chain.daemon.url = f"https://127.0.0.1:{chain.daemon.port}"
-        chain.daemon.restart()
-        chain.daemon.process.stop()
+        port = free_port()
+        listen = f"ssl:{port}:privateKey={made.key}:certKey={made.chain}"
+        chain = make_chain(wait=False, settings={"PROXY_WORKER_PROCESSES": count, "PROXY_LISTEN": listen})
+        chain.daemon.url = f"https://127.0.0.1:{port}"
+        chain.daemon.wait()
 
 
 class TestSystemdSocket:
