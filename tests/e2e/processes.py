@@ -4,14 +4,15 @@ Programs that the tests start, wait for, and end: each by its own process id.
 
 from __future__ import annotations
 
+import itertools
 import os
-import random
 import re
 import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Final
 
@@ -20,8 +21,10 @@ PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 TAIL = 4000
 PATIENCE: Final = 90.0
 """Seconds for what takes a moment on a machine that has nothing else to do: this one may."""
-_GIVEN: Final[set[int]] = set()
-"""The ports that were found."""
+PORTS: Final = range(15000, 30000)
+"""Below those that the kernel hands to outgoing connections, so that none of these takes one before a program does."""
+SHARE: Final = 500
+"""How many of them a run has."""
 
 
 def environment(home: Path, extra: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -33,16 +36,10 @@ def environment(home: Path, extra: Mapping[str, str] | None = None) -> dict[str,
 
 def free_port() -> int:
     """
-    Find a port that nobody has.
-
-    It is taken from below the range that the kernel hands to outgoing
-    connections, so that none of these takes it before the program does.
-    None is found twice: the one may be bound later than the other is looked for.
+    Find a port that nobody has, and that was given to nobody lately: it takes a while until it is bound.
     """
     while True:
-        port = random.randrange(15000, 30000)
-        if port in _GIVEN:
-            continue
+        port = next(own_ports())
         with socket.socket() as probe:
             # As servers do: a closed connection's remains are no obstacle.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -50,8 +47,28 @@ def free_port() -> int:
                 probe.bind(("127.0.0.1", port))
             except OSError:
                 continue
-        _GIVEN.add(port)
-        return port
+            return port
+
+
+@cache
+def own_ports() -> Iterator[int]:
+    """
+    Claim ports that other runs on this machine leave alone, and give one after another.
+    """
+    for first in PORTS[::SHARE]:
+        claim = socket.socket(socket.AF_UNIX)
+        try:
+            claim.bind(f"\0tests/e2e ports {first}")  # such a name has no file, and is gone with the process
+        except OSError:
+            claim.close()
+            continue
+        return _in_turn(claim, range(first, first + SHARE))
+    raise RuntimeError("too many runs at once: each has ports of its own")
+
+
+def _in_turn(claim: socket.socket, ports: Sequence[int]) -> Iterator[int]:
+    with claim:
+        yield from itertools.cycle(ports)
 
 
 def eventually(holds: Callable[[], bool], what: str, seconds: float = PATIENCE) -> None:
