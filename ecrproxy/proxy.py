@@ -137,7 +137,7 @@ class PullThrough:
         size = await self._blob_size(asked)
         if content is None:
             return Answer(CacheStatus.MISS, missing, BLOB_TYPE, asked.digest, size)
-        return Answer(CacheStatus.REVALIDATED, Reason.REPOSITORY_CONFIRMED, BLOB_TYPE, asked.digest, size)
+        return Answer(CacheStatus.REVALIDATED, Reason.REPOSITORY_CONFIRMED, BLOB_TYPE, asked.digest, content.size)
 
     async def _blob_size(self, asked: Asked) -> int:
         """

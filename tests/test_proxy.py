@@ -166,6 +166,17 @@ class HeadTests(BlobTestCase):
         self.assertEqual("HIT", self.head(other).cache)
         self.assertEqual(1, self.standin.count("registry", "HEAD"))
 
+    def test_of_what_is_here_has_the_size_of_its_get(self) -> None:
+        """
+        However large a bucket says that a blob is which another repository brought in.
+        """
+        other = self.also_in("team/other")
+        self.get(self.path)
+        self.standin.quirks.blob_head = 307
+        self.standin.corrupt(self.digest, self.data + b"more")
+        reply = self.head(other)
+        self.assertEqual((200, "REVALIDATED", len(self.data)), (reply.code, reply.cache, reply.length))
+
     def test_lets_a_later_get_follow_without_asking(self) -> None:
         """
         After HEAD, GET knows that the repository holds the blob: another's content serves it at once.
