@@ -318,6 +318,22 @@ class WriterTests(StoreTests):
         self.assertEqual([], files_in(self.store.root))
         self.assertEqual(0, self.store.ledger.total)
 
+    def test_content_that_is_changed_as_soon_as_it_has_its_name_is_not_proved(self) -> None:
+        """
+        Others may find it before whoever has brought it comes to note that it is right.
+        """
+        rename = Path.rename
+
+        def rename_and_change(path: Path, target: Path) -> None:
+            rename(path, target)
+            target.write_bytes(b"y")
+
+        self.patch(Path, "rename", rename_and_change)
+        content = self.store.open(put(self.store, b"x"))
+        assert content is not None
+        self.addCleanup(content.close)
+        self.assertFalse(content.proved)
+
     def test_content_is_on_the_disk_before_it_has_its_name(self) -> None:
         """
         After a power cut no name leads to bytes that were not written.

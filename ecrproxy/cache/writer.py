@@ -176,11 +176,12 @@ class Writer:
         with contextlib.suppress(OSError):
             mark(self._fd, self._ingest.now())
         os.fsync(self._fd)
+        proved = os.fstat(self._fd)  # before anybody finds it, and may change it
         path = content_path(self._digest)
         target = self._ingest.root / path
         target.parent.mkdir(parents=True, exist_ok=True)
         self._path.rename(target)
-        self._ingest.proofs.note(self._digest, os.fstat(self._fd), good=True)
+        self._ingest.proofs.note(self._digest, proved, good=True)
         self._ingest.ledger.used(path, self.hashed)
         self._ingest.ledger.reading(path, 1)  # by those who follow, until it is closed
         self._committed = path
