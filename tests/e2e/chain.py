@@ -4,6 +4,7 @@ The chain that a pull goes through: daemon, front, registry.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import sys
 from collections.abc import Mapping
@@ -148,9 +149,13 @@ class Daemon:
 
     def settle(self) -> None:
         """
-        Wait until the disk has what the clients have: they do not wait for it.
+        Wait until the disk has what the clients have, who do not wait for it, and the daemon has let go of it.
+
+        Until then who asks again may still join the transfer, and what a client was given has no entry yet.
         """
         eventually(lambda: not self._ingest() - self._torn, "nothing is arriving any more")
+        eventually(lambda: not self._open_files(), "the daemon has no file of the cache open")
+        eventually(lambda: len(self._files("content")) <= len(self._files("entries")), "all content has an entry")
 
     def arriving(self) -> list[Path]:
         """
@@ -159,7 +164,17 @@ class Daemon:
         return [each for each in self._ingest() if not each.name.startswith(DRAFTS)]
 
     def _ingest(self) -> set[Path]:
-        return {each for each in (self.cache / "ingest").rglob("*") if each.is_file()}
+        return self._files("ingest")
+
+    def _files(self, top: str) -> set[Path]:
+        return {each for each in (self.cache / top).rglob("*") if each.is_file()}
+
+    def _open_files(self) -> list[str]:
+        found = []
+        for each in Path(f"/proc/{self.process.pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # it was closed meanwhile
+                found.append(str(each.readlink()))
+        return [each for each in found if each.startswith(f"{self.cache}/")]
 
 
 def hash_of(path: Path) -> str:

@@ -177,6 +177,7 @@ def test_no_secret_is_written_anywhere(
     pids = [chain.daemon.process.pid, *children(chain.daemon.process.pid)]
     if workers == "2":
         wait_for_workers(chain)
+    chain.daemon.settle()  # what is read below is not to go meanwhile
     chain.cut()
     replies += [chain.daemon.ask(f"/v2/{images.many}/tags/list?last={PASSWORD}", headers=shown)]
     replies += [ask(f"http://127.0.0.1:{admin}/{path}") for path in ("metrics", "readyz")]

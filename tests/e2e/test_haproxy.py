@@ -191,6 +191,8 @@ def test_three_daemons_are_one_cache(group: Group, figures: Figures) -> None:
     """
     total = pull(group.url)
     assert group.bucket_bytes() == total, "each blob came from upstream once"
+    for member in group.members:
+        member.settle()
     kept = [member.kept() for member in group.members]
     assert all(kept), "each has a share"
     assert sum(map(len, kept)) == len(set.union(*kept)), "nothing is kept twice"
