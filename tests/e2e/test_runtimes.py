@@ -81,10 +81,25 @@ class Containerd(Client):
         Ask for an image by CRI, the interface of Kubernetes, and give its id.
         """
         asked = told(told(reference.encode()))  # PullImageRequest.image, ImageSpec.image
+        return self._call("ImageService/PullImage", asked)[2:].decode()  # PullImageResponse.image_ref
+
+    def ready(self) -> bool:
+        """
+        Say whether both ways are served: CRI is so a little later than it is listened for.
+        """
+        if self.attempt("ctr", "--address", self.socket, "version").status:
+            return False
+        try:
+            self._call("RuntimeService/Version", b"")
+        except grpc.RpcError:
+            return False
+        return True
+
+    def _call(self, method: str, asked: bytes) -> bytes:
         with grpc.insecure_channel(f"unix:{self.socket}") as channel:
-            pull = channel.unary_unary("/runtime.v1.ImageService/PullImage")
-            answer: bytes = pull(asked, timeout=self.seconds, wait_for_ready=True)
-        return answer[2:].decode()  # PullImageResponse.image_ref
+            call = channel.unary_unary(f"/runtime.v1.{method}")
+            answer: bytes = call(asked, timeout=self.seconds, wait_for_ready=True)
+        return answer
 
 
 def told(value: bytes) -> bytes:
@@ -109,7 +124,7 @@ def containerd(etc: Path, tmp_path: Path) -> Iterator[Containerd]:
     argv = adding(etc, ["containerd", "--config", config])
     process = Process(argv, environment(tmp_path), tmp_path / "containerd.log", tmp_path)
     try:
-        process.wait_until(lambda: client.attempt("ctr", "--address", client.socket, "version").status == 0)
+        process.wait_until(client.ready)
         yield client
     finally:
         process.stop()
