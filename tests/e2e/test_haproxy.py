@@ -8,7 +8,6 @@ import hashlib
 import http.client
 import itertools
 import json
-import os
 import re
 import shutil
 import threading
@@ -17,6 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+
+from tests.registry_server import noise
 
 from .asking import answers, ask
 from .chain import Chain, Daemon, Equipment, standard_settings
@@ -115,7 +116,8 @@ def group(make_chain: MakeChain, equipment: Equipment, skopeo: Skopeo, tmp_path:
     """
     chain = make_chain()
     layout = Layout(tmp_path / "layout")
-    layers = [(LAYER, layer(f"part-{number}", os.urandom(LAYER_BYTES))) for number in range(LAYERS)]
+    # The same bytes each time: by their digests each daemon has a share.
+    layers = [(LAYER, layer(f"part-{number}", noise(f"part-{number}", LAYER_BYTES))) for number in range(LAYERS)]
     push(skopeo, layout.finish(layout.image("amd64", layers)), f"{chain.plain}/{REPOSITORY}:{TAG}")
     made = Group(chain, equipment, tmp_path)
     yield made
