@@ -19,7 +19,7 @@ from .conftest import Figures, MakeChain
 from .images import Images
 from .installing import CHECKOUT
 from .kustomize import Rendered, overlay
-from .processes import eventually, free_port
+from .processes import PATIENCE, eventually, free_port
 
 IMAGE = "ecrproxy:e2e"
 CONFINED = ("--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges")
@@ -76,7 +76,7 @@ class Container:
         """
         Have the engine end it as it ends any, and give its exit status.
         """
-        self._docker.run("docker", "stop", "--time", "40", self.name)
+        self._docker.run("docker", "stop", "--time", f"{PATIENCE:.0f}", self.name)
         status: int = self.state["ExitCode"]
         self._docker.run("docker", "rm", "--force", "--volumes", self.name)
         return status

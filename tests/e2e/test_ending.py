@@ -27,6 +27,7 @@ SLOW = 24 * 2**20
 ENOUGH = 12 * 2**20
 HELD = 2**20
 """Less than half of what a lane asks for at first."""
+LONG = {"PROXY_DRAIN_SECONDS": "300"}
 
 
 class Reading:
@@ -189,10 +190,8 @@ def test_a_socket_of_systemd_loses_no_connection(
     """
     chain = make_chain(front=("--rate", str(SLOW)))
     chain.daemon.process.stop()
-    settings = standard_settings(chain.front_url) | {
-        "PROXY_LISTEN": "systemd:domain=INET:index=0",
-        "PROXY_CACHE_DIR": str(tmp_path / "cache"),
-    }
+    listening_there = {"PROXY_LISTEN": "systemd:domain=INET:index=0", "PROXY_CACHE_DIR": str(tmp_path / "cache")}
+    settings = standard_settings(chain.front_url) | listening_there | LONG
     with socket.create_server(("127.0.0.1", 0)) as listening:
         fd = listening.fileno()
         chain.daemon.url = f"http://127.0.0.1:{listening.getsockname()[1]}"
@@ -221,7 +220,6 @@ def test_a_socket_of_systemd_loses_no_connection(
 
 
 COUNTS = pytest.mark.parametrize("count", ["1", "2"], ids=["one process", "workers"])
-LONG = {"PROXY_DRAIN_SECONDS": "300"}
 TLS = pytest.mark.parametrize("tls", [False, True], ids=["http", "https"])
 
 
@@ -321,6 +319,7 @@ class TestSighup:
             "PROXY_WORKER_PROCESSES": count,
             "PROXY_SSL_KEY": str(key),
             "PROXY_SSL_CERTIFICATE": str(certificate),
+            "PROXY_IDLE_SECONDS": "300",
         }
         chain = make_chain(wait=False, settings=settings)
         output = chain.daemon.process.output

@@ -58,8 +58,11 @@ class Member(Daemon):
 def recipe_for(members: list[Member], port: int) -> str:
     """
     Fill the recipe in as an operator does: where to listen, and where the daemons are.
+
+    A daemon that answers late on a busy machine is not to be taken for one that died.
     """
     text = re.sub(r"bind :5000\n", f"bind 127.0.0.1:{port}\n", RECIPE.read_text())
+    text = text.replace("    timeout queue", f"    timeout check {PATIENCE:.0f}s\n    timeout queue")
     ports = itertools.cycle(members)
     return re.sub(r"(server \w+\s+)192\.0\.2\.\d:5000", lambda found: f"{found[1]}127.0.0.1:{next(ports).inner}", text)
 

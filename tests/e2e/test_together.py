@@ -26,7 +26,7 @@ def chain(make_chain: MakeChain, hold: Path) -> Chain:
     """
     Give a chain whose bucket sends no more than half of the large blob for now.
     """
-    return make_chain(front=("--hold", str(hold)))
+    return make_chain(front=("--hold", str(hold)), settings={"PROXY_STALL_SECONDS": "300"})
 
 
 def download_together(url: str, clients: int, all_have_some: Callable[[], None]) -> list[Transfer]:
