@@ -101,7 +101,9 @@ def makeService(options: Options) -> Daemon:
             for notice in notices(os.environ):
                 log.warn("{notice}", notice=notice)
             supervisor = Supervisor.from_environ(os.environ, os.getpid())
-            service = build(config, reactor, partial(_abandon, complain), options.arguments(), supervisor)
+            refused: list[CredentialsError] = []
+            atexit.register(_fail_after, refused)  # the first comes last: others clean up
+            service = build(config, reactor, partial(_abandon, complain, refused), options.arguments(), supervisor)
     except ConfigError as problem:
         complain("; ".join([str(problem), *notices(os.environ)]))
         sys.exit(1)
@@ -463,7 +465,7 @@ def _install_resolver(config: Config, reactor: Any) -> Callable[[str], None]:  #
     return chosen.forget
 
 
-def _abandon(complain: Callable[[str], None], problem: CredentialsError) -> None:
+def _abandon(complain: Callable[[str], None], refused: list[CredentialsError], problem: CredentialsError) -> None:
     """
     Stop the daemon: it can do nothing with these credentials.
     """
@@ -471,6 +473,13 @@ def _abandon(complain: Callable[[str], None], problem: CredentialsError) -> None
 
     log.critical("{problem}", problem=problem)
     complain(str(problem))
-    # twistd ends with status 0 once its reactor has stopped, whyever it did.
-    atexit.register(os._exit, 1)
+    refused.append(problem)
     reactor.stop()
+
+
+def _fail_after(refused: Sequence[CredentialsError]) -> None:
+    """
+    End with status 1 if credentials were refused: twistd ends with 0 once its reactor has stopped, whyever it did.
+    """
+    if refused:
+        os._exit(1)

@@ -271,7 +271,7 @@ class SignalsTests(SynchronousTestCase):
         self.installed: dict[int, Callable[[int, object], object]] = {}
         self.patch(signal, "signal", self.installed.__setitem__)
         self.reactor, self.left = Reactor(), list[int]()
-        Signals(self.reactor, self.end, self.left.append, self.reread).startService()
+        Signals(self.reactor, self.end, self.left.append, self.reread).privilegedStartService()
 
     def end(self) -> None:
         """

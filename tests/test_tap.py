@@ -9,7 +9,9 @@ import gc
 import io
 import os
 import resource
+import signal
 import sys
+import tempfile
 import threading
 import time
 import weakref
@@ -34,7 +36,8 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy import __version__
 from ecrproxy.daemon.process import count_steadily, open_many_files, set_aside_what_stays
-from ecrproxy.registry.ecr import CredentialsError
+from ecrproxy.daemon.supervision import Supervisor
+from ecrproxy.registry.ecr import CredentialsError, TokenService
 from ecrproxy.registry.resolver import ChosenServers
 from ecrproxy.settings.config import SETTINGS, Config
 from ecrproxy.settings.options import Options
@@ -408,8 +411,8 @@ class CredentialsTests(TapCase):
         Threads that do at once what they are told.
         """
         super().setUp()
-        self.registered: list[tuple[object, ...]] = []
-        self.patch(atexit, "register", lambda *args: self.registered.append(args))
+        self.at_exit: list[Callable[[], object]] = []
+        self.patch(atexit, "register", lambda *args, **kwargs: self.at_exit.append(partial(*args, **kwargs)))
         self.patch(threading, "Thread", AtOnce)
         self.patch(ThreadPool, "callInThreadWithCallback", call_at_once)
 
@@ -432,7 +435,32 @@ class CredentialsTests(TapCase):
         self.assertEqual(1, len(lines))
         self.assertTrue(lines[0].startswith("ecr-proxy: AWS_ACCESS_KEY_ID: no AWS credentials found"), lines)
         self.assertEqual(1, self.reactor.stopped)
-        self.assertEqual([(os._exit, 1)], self.registered)
+        self.assertEqual([1], self.exit())
+
+    def exit(self) -> list[int]:
+        """
+        Exit, and give the status if it is not twistd's.
+        """
+        statuses: list[int] = []
+        self.patch(os, "_exit", statuses.append)
+        while self.at_exit and not statuses:
+            self.at_exit.pop()()
+        return statuses
+
+    def test_a_daemon_that_is_refused_leaves_nothing_behind(self) -> None:
+        """
+        Such as the folder of the socket that workers were to have.
+        """
+        FakeAws(self, {})
+        made = self.folder / "temporary"
+        made.mkdir()
+        self.patch(tempfile, "tempdir", str(made))
+        service = self.run_with(**os.environ, PROXY_WORKER_PROCESSES="2")
+        self.assertEqual(1, len(list(made.iterdir())))
+        (tokens,) = (each for each in service if isinstance(each, TokenService))
+        tokens.startService()
+        self.addCleanup(tokens.stopService)
+        self.assertEqual(([1], []), (self.exit(), list(made.iterdir())))
 
     def test_credentials_that_aws_refuses_end_the_daemon(self) -> None:
         """
@@ -444,6 +472,22 @@ class CredentialsTests(TapCase):
         self.assertIn("The security token is invalid\n", self.stderr.getvalue())
         self.assertEqual(1, self.stderr.getvalue().count("\n"))
         self.assertEqual(1, self.reactor.stopped)
+
+    def test_ready_means_that_signals_are_heeded(self) -> None:
+        """
+        A service manager may have the daemon read its certificates again, or end, as soon as it is told.
+        """
+        heeded: set[int] = set()
+        told: list[set[int]] = []
+        self.patch(signal, "signal", lambda number, _: heeded.add(number))
+        self.patch(Supervisor, "tell", lambda *_: told.append(set(heeded)))
+        self.environ["NOTIFY_SOCKET"] = "/nowhere/notify"
+        aws = FakeAws(self, KEYS)
+        aws.grants()
+        self.start(aws)
+        for hook, args, kwargs in self.reactor.whenRunningHooks:
+            hook(*args, **kwargs)
+        self.assertEqual({signal.SIGTERM, signal.SIGINT, signal.SIGHUP}, told[0])
 
     def test_aws_being_down_does_not_end_the_daemon(self) -> None:
         """

@@ -168,8 +168,11 @@ class Signals(Service):
         self._reactor, self._end, self._at_once, self._reread = reactor, end, at_once, reread
         self._told = False
 
-    def startService(self) -> None:  # noqa: D102
-        super().startService()
+    def privilegedStartService(self) -> None:
+        """
+        Have the handlers installed before any part that starts says that it is ready.
+        """
+        super().privilegedStartService()
         self._reactor.callWhenRunning(self._install)  # Twisted's own come with the start of the reactor
 
     def _install(self) -> None:
