@@ -45,7 +45,13 @@ from ecrproxy.cache.store import Store
 from ecrproxy.cached import Cache
 from ecrproxy.daemon.ending import Connections, Drain, InOrder, Signals
 from ecrproxy.daemon.listening import Listening, admin_endpoint, endpoints
-from ecrproxy.daemon.process import count_steadily, give_memory_back, open_many_files, set_aside_what_stays
+from ecrproxy.daemon.process import (
+    count_steadily,
+    give_memory_back,
+    open_many_files,
+    set_aside_what_stays,
+    set_aside_what_was_imported,
+)
 from ecrproxy.daemon.supervision import Supervised, Supervisor, summary
 from ecrproxy.daemon.workers import HandedDown, Post, StandardInput, Workers
 from ecrproxy.http.access_log import AccessLog
@@ -91,6 +97,7 @@ def makeService(options: Options) -> Daemon:
     count_steadily(reactor)
     open_many_files()
     give_memory_back()
+    set_aside_what_was_imported()
     complain = _complaining(options)
     try:
         config = Config.load(options.flags(), os.environ)

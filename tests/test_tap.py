@@ -416,21 +416,21 @@ class CredentialsTests(TapCase):
         self.patch(threading, "Thread", AtOnce)
         self.patch(ThreadPool, "callInThreadWithCallback", call_at_once)
 
-    def start(self, aws: FakeAws) -> MultiService:
+    def start(self, service: MultiService | None = None) -> None:
         """
         Start the daemon.
         """
-        service = self.run_with(**os.environ)
+        service = service or self.run_with(**os.environ)
         service.privilegedStartService()
         service.startService()
         self.addCleanup(service.stopService)
-        return service
 
     def test_no_credentials_end_the_daemon(self) -> None:
         """
         With one line, and a status that is not 0 although its reactor ends in order.
         """
-        self.start(FakeAws(self, {}))
+        FakeAws(self, {})
+        self.start()
         lines = self.stderr.getvalue().splitlines()
         self.assertEqual(1, len(lines))
         self.assertTrue(lines[0].startswith("ecr-proxy: AWS_ACCESS_KEY_ID: no AWS credentials found"), lines)
@@ -468,7 +468,7 @@ class CredentialsTests(TapCase):
         """
         aws = FakeAws(self, KEYS)
         aws.refuses("UnrecognizedClientException", "The security token is invalid\nand more")
-        self.start(aws)
+        self.start()
         self.assertIn("The security token is invalid\n", self.stderr.getvalue())
         self.assertEqual(1, self.stderr.getvalue().count("\n"))
         self.assertEqual(1, self.reactor.stopped)
@@ -484,7 +484,7 @@ class CredentialsTests(TapCase):
         self.environ["NOTIFY_SOCKET"] = "/nowhere/notify"
         aws = FakeAws(self, KEYS)
         aws.grants()
-        self.start(aws)
+        self.start()
         for hook, args, kwargs in self.reactor.whenRunningHooks:
             hook(*args, **kwargs)
         self.assertEqual({signal.SIGTERM, signal.SIGINT, signal.SIGHUP}, told[0])
@@ -494,7 +494,7 @@ class CredentialsTests(TapCase):
         It serves, says that it is not ready and why, and goes on trying until it is.
         """
         aws = FakeAws(self, KEYS)
-        self.start(aws)
+        self.start()
         self.assertEqual(("", 0), (self.stderr.getvalue(), self.reactor.stopped))
         self.assertIn(b"200 OK", answer(self.reactor, b"/healthz"))
         self.assertIn(b"503 Service", not_ready := answer(self.reactor, b"/readyz"))
@@ -513,8 +513,9 @@ class CredentialsTests(TapCase):
         set_aside_what_stays.cache_clear()
         aws = FakeAws(self, KEYS)
         aws.grants()
+        service = self.run_with(**os.environ)
         ended = weakref.ref(Knot())
-        self.start(aws)
+        self.start(service)
         self.assertIsNone(ended())
         knot = Knot()
         ended = weakref.ref(knot)
@@ -546,7 +547,7 @@ class CredentialsTests(TapCase):
         """
         aws = FakeAws(self, KEYS)
         aws.grants()
-        self.start(aws)
+        self.start()
         self.assertIn(b"200 OK", answer(self.reactor, b"/readyz"))
         ingest = self.folder / "cache" / "ingest"
         ingest.rmdir()
