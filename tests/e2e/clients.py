@@ -228,7 +228,9 @@ def start_engine_on(driver: str, home: Path, etc: Path | None) -> tuple[Process,
         *("--data-root", home / "data", "--exec-root", home / "exec"),
         *("--pidfile", home / "pid", "--host", host, "--storage-driver", driver),
     ]
-    engine = Process(adding(etc, argv), environment(home), home / "dockerd.log", home)
+    # An engine leaves the network of --network host mounted: among mounts of its own, that goes with it.
+    argv = ["unshare", "--mount", *adding(etc, argv)]
+    engine = Process(argv, environment(home), home / "dockerd.log", home)
     try:
         engine.wait_until(lambda: docker.attempt("docker", "version").status == 0)
     except BaseException:
