@@ -45,13 +45,7 @@ from ecrproxy.cache.store import Store
 from ecrproxy.cached import Cache
 from ecrproxy.daemon.ending import Connections, Drain, InOrder, Signals
 from ecrproxy.daemon.listening import Listening, admin_endpoint, endpoints
-from ecrproxy.daemon.process import (
-    count_steadily,
-    give_memory_back,
-    open_many_files,
-    set_aside_what_stays,
-    set_aside_what_was_imported,
-)
+from ecrproxy.daemon.process import set_aside_what_stays, set_up
 from ecrproxy.daemon.supervision import Supervised, Supervisor, summary
 from ecrproxy.daemon.workers import HandedDown, Post, StandardInput, Workers
 from ecrproxy.http.access_log import AccessLog
@@ -94,10 +88,7 @@ def makeService(options: Options) -> Daemon:
     """
     from twisted.internet import reactor  # noqa: PLC0415 (twistd may have chosen another before)
 
-    count_steadily(reactor)
-    open_many_files()
-    give_memory_back()
-    set_aside_what_was_imported()
+    set_up(reactor)
     complain = _complaining(options)
     try:
         config = Config.load(options.flags(), os.environ)
