@@ -43,9 +43,10 @@ from ecrproxy.cache.ledger import Notes
 from ecrproxy.cache.purges import Purges
 from ecrproxy.cache.store import Store
 from ecrproxy.cached import Cache
+from ecrproxy.daemon.accepting import Gate
 from ecrproxy.daemon.ending import Connections, Drain, InOrder, Signals
 from ecrproxy.daemon.listening import Listening, admin_endpoint, endpoints
-from ecrproxy.daemon.process import set_aside_what_stays, set_up
+from ecrproxy.daemon.process import most_clients, set_aside_what_stays, set_up
 from ecrproxy.daemon.supervision import Supervised, Supervisor, summary
 from ecrproxy.daemon.workers import HandedDown, Post, StandardInput, Workers
 from ecrproxy.http.access_log import AccessLog
@@ -209,7 +210,7 @@ def build(
     for part in (*status.services, disk, judging, supervised, counting, janitor, tokens, stall):
         part.setServiceParent(service)
     alone = config.worker_processes == 1
-    listening = [Listening(name, endpoint, site, accepts=alone) for name, endpoint in endpoints(config, reactor)]
+    listening = _listening(config, site, reactor, accepts=alone)
     workers = None
     if not alone:
         inner = partial(make_site, InnerRegistry(pull_through, *shape), ready)
@@ -231,6 +232,22 @@ def _access_log(config: Config, service: MultiService, reactor: Any) -> AccessLo
     access_log = AccessLog(reactor)
     access_log.setServiceParent(service)
     return access_log
+
+
+def _listening(config: Config, site: RegistrySite, reactor: Any, *, accepts: bool = True) -> list[Listening]:  # noqa: ANN401
+    """
+    Make what listens for clients, all of it with one limit on descriptors.
+    """
+    most, wanted = most_clients(), config.limits.connections
+    if wanted > most:
+        log.warn(
+            "RLIMIT_NOFILE leaves room for {most} connections, fewer than PROXY_CONNECTIONS={wanted}: more than those"
+            " wait until others close; raise LimitNOFILE= or ulimit -n, or lower PROXY_CONNECTIONS",
+            most=most,
+            wanted=wanted,
+        )
+    gate = Gate(reactor, most)
+    return [Listening(*named, site, accepts=accepts, gate=gate) for named in endpoints(config, reactor)]
 
 
 def _upstream(
@@ -284,7 +301,8 @@ def _share_work(
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     path = str(Path(folder) / "first")
     inner = make_inner(reactor=reactor, crowd=Crowd(BOUNDLESS), others={USED: Used(hearers)})
-    Listening(path, UNIXServerEndpoint(reactor, path, mode=0o600), inner).setServiceParent(service)
+    endpoint = UNIXServerEndpoint(reactor, path, mode=0o600)
+    Listening(path, endpoint, inner, gate=Gate(reactor)).setServiceParent(service)
     workers = Workers(config.worker_processes, listening, path, arguments, reactor, drain=config.drain_seconds)
     workers.setServiceParent(service)
     return workers
@@ -327,7 +345,8 @@ def _serve_admin(
             part.setServiceParent(service)
         api = Api(Inventory(cache.store), purges.look, listing.call, hashing.call, reactor)
         site = make_site(api, reactor, config.admin_hosts or frozenset())
-        Listening(*named, site, needed=config.admin_listen != ADMIN_LISTEN).setServiceParent(service)
+        needed = config.admin_listen != ADMIN_LISTEN
+        Listening(*named, site, needed=needed, gate=Gate(reactor)).setServiceParent(service)
 
 
 def _reread(parts: Sequence[Listening | Admission], workers: Workers | None) -> None:
@@ -379,9 +398,7 @@ def build_worker(config: Config, post: Post, reactor: Any) -> Daemon:  # noqa: A
     teller = Teller(first, told(notes, served, incidents, Word(crowd, os.getpid())), reactor)
     for part in (incidents, disk, judging, purges, teller):
         part.setServiceParent(service)
-    listening = [
-        Listening(name, endpoint, site) for name, endpoint in endpoints(config, HandedDown(reactor, post.sockets))
-    ]
+    listening = _listening(config, site, HandedDown(reactor, post.sockets))
     drain = Drain(connections, config.drain_seconds, reactor)
     # A service manager may tell all processes to end, and the first process each worker once more.
     _face_clients(drain, listening, partial(_reread, [*listening, admission], None), lambda _: None, service, reactor)

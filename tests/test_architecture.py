@@ -19,7 +19,7 @@ OURS = "ecrproxy."
 # room, which is a package or a module by itself: what of ours it may import, rooms or single modules of them.
 # What is not here may import nothing of ours but what is in the same room. tap and command may import all.
 ARROWS: dict[str, set[str]] = {
-    "access": {"flights", "oci", "reasons", "threads"},
+    "access": {"addresses", "flights", "oci", "reasons", "threads"},
     "admin": {
         "access.crowds",
         "access.limits",
@@ -41,9 +41,10 @@ ARROWS: dict[str, set[str]] = {
     "answers": {"cache", "oci", "reasons", "transfer.download"},
     "cache": {"oci", "threads"},
     "cached": {"answers", "cache", "oci", "reasons", "threads"},
-    "daemon": {"settings.config"},
+    "daemon": {"access.limits", "addresses", "settings.config"},
     "http": {
         "access",
+        "addresses",
         "answers",
         "cache.cache_key",
         "cache.content",

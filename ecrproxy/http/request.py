@@ -11,6 +11,7 @@ from twisted.web import http
 from twisted.web.server import Request
 
 from ecrproxy.access.clients import Caller
+from ecrproxy.addresses import unmapped
 from ecrproxy.cache.cache_key import Asker
 from ecrproxy.request_id import REQUEST_ID, choose_id
 from ecrproxy.stopwatch import Stopwatch
@@ -26,7 +27,7 @@ def address_of(peer: object) -> str:
     """
     Name the other side of a connection.
     """
-    return str(getattr(peer, "host", "")).removeprefix("::ffff:")
+    return unmapped(str(getattr(peer, "host", "")))
 
 
 class RegistryRequest(Request):
