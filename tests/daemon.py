@@ -150,6 +150,7 @@ class End:
         self._producer: Any = None
         self._producer_paused = False
         self._aborted, self._fin, self._reset = False, False, False
+        self._half_closing = False
         self.written = 0
 
     @property
@@ -194,6 +195,9 @@ class End:
     def loseConnection(self) -> None:
         self.disconnecting, self.reading = True, False
 
+    def loseWriteConnection(self) -> None:
+        self._half_closing = True
+
     def abortConnection(self) -> None:
         self.disconnecting = self._aborted = True
 
@@ -233,7 +237,13 @@ class End:
             self._over(ConnectionDone())
             self.peer._fin = True  # noqa: SLF001
             return True
-        return self._wake_producer()
+        return self._half_close() or self._wake_producer()
+
+    def _half_close(self) -> bool:
+        if not self._half_closing or self._out:
+            return False
+        self._half_closing, self.peer._fin = False, True  # noqa: SLF001
+        return True
 
     def _take(self) -> bytes:
         data = self._out.popleft()
