@@ -139,8 +139,10 @@ class Door(Answering):
         """
         Send the body, and drop a cached file that can't be read: who asks again gets it anew.
         """
+        crowd: Crowd = cast(Any, request.channel).crowd
+        source = _source(answer, start, stop, request.upstream)
         try:
-            await send(request, _source(answer, start, stop, request.upstream), self._in_thread)
+            await send(request, source, self._in_thread, lambda: crowd.transferring)
         except (CutShortError, OSError) as problem:
             unreadable = isinstance(problem, CutShortError) or problem.errno in _UNREADABLE
             if not unreadable or not isinstance(answer.body, Content):
