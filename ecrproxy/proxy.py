@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from twisted.logger import Logger
 
@@ -55,6 +56,7 @@ class PullThrough:
     @param tag_ttl: seconds for which a tag's digest is taken on trust.
     @param lanes: the connections that blobs may come over.
     @param read_ahead: fetch what a manifest lists as soon as it is asked for.
+    @param call_later: a reactor's.
     """
 
     def __init__(
@@ -67,9 +69,11 @@ class PullThrough:
         tag_ttl: float = 0,
         lanes: Lanes | None = None,
         read_ahead: bool = False,
+        call_later: Callable[..., Any] | None = None,
     ) -> None:
         self._upstream, self._cache, self._in_thread, self._now = upstream, cache, in_thread, now
         self._tag_ttl, self._lanes, self._reads_ahead = tag_ttl, lanes or Lanes(), read_ahead
+        self._call_later = call_later
         self._openings: Flights[Download | None] = Flights()
         self._arriving: dict[Digest, Download] = {}
         self._carriers: dict[Digest, str] = {}
@@ -227,7 +231,9 @@ class PullThrough:
         """
         writer, unkept = (None, file) if isinstance(file, Reason) else (file, Reason.DISK)
         lanes = self._lanes.take(writer.missing if writer is not None and blob.ranged else 0)
-        download = Download(digest, blob.size, writer, self._in_thread, lanes, unkept=unkept)
+        download = Download(
+            digest, blob.size, writer, self._in_thread, lanes, unkept=unkept, call_later=self._call_later
+        )
         if shared:
             self._arriving[digest] = download
         on_its_own(self._run(download, blob, lanes, writer.room if writer is not None else 0, shared=shared))

@@ -192,7 +192,7 @@ def build(
     figures, stall = Figures(__version__), LoopStall(reactor)
     upstream, asking = _upstream(config, tokens, figures, reactor)
     cache = Cache(store, janitor, disk.call, time.time)
-    pull_through = _pull_through(config, upstream, cache, disk)
+    pull_through = _pull_through(config, upstream, cache, disk, reactor)
     connections, crowds = Connections(), Crowds(Crowd(config.limits), reactor.seconds)
     reasons = partial(_reasons, tokens, store, disk.call, connections)
     ready = Ready(reasons)
@@ -270,13 +270,20 @@ def _upstream(
     return upstream, Asking(tokens=tokens, wire=wire, circuit=circuit, governor=governor)
 
 
-def _pull_through(config: Config, upstream: Upstream, cache: Cache, disk: Threads) -> PullThrough:
+def _pull_through(config: Config, upstream: Upstream, cache: Cache, disk: Threads, reactor: Any) -> PullThrough:  # noqa: ANN401
     """
     Wire what answers from the cache, or through it.
     """
     lanes = Lanes(config.blob_connections, config.bucket_connections)
     return PullThrough(
-        upstream, cache, disk.call, time.time, tag_ttl=config.tag_ttl, lanes=lanes, read_ahead=config.read_ahead
+        upstream,
+        cache,
+        disk.call,
+        time.time,
+        tag_ttl=config.tag_ttl,
+        lanes=lanes,
+        read_ahead=config.read_ahead,
+        call_later=reactor.callLater,
     )
 
 

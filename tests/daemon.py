@@ -509,6 +509,7 @@ class Daemon:
             tag_ttl=tag_ttl,
             lanes=self.lanes,
             read_ahead=read_ahead,
+            call_later=clock.callLater,
         )
         namespaces = Namespaces(parse_pattern(pattern), at_once, is_other)
         registry = Registry(self.pull_through, namespaces, CacheKey.parse(cache_key), in_thread, admission)

@@ -9,6 +9,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.access.crowds import SILENT_SECONDS, Crowds, Word
 from ecrproxy.access.limits import Crowd, Limits, Patience, counted
+from ecrproxy.transfer.download import STUCK_SECONDS
 from tests.daemon import MIB, DaemonTestCase, End, Raw, noise
 from tests.test_relay import Together
 
@@ -194,6 +195,25 @@ class LimitTests(DaemonTestCase):
         self.assertWhole(slow, data)
         self.assertWhole(self.get(path), data)
         self.assertEqual((1, 0), (self.daemon.crowd.refused_transfers, self.daemon.crowd.transferring))
+
+    def test_a_reader_that_stops_does_not_stall_the_others_of_a_blob_that_is_not_kept(self) -> None:
+        """
+        It is left behind after some seconds, and gets a transfer of its own when it asks again.
+        """
+        self.start(limit=4 * MIB)
+        data = noise("x", 8 * MIB)
+        path = f"/v2/team/app/blobs/{self.standin.push_blob('team/app', data)}"
+        slow = self.daemon.send("GET", path)
+        slow.stop_reading()
+        quick = self.daemon.send("GET", path)
+        self.flush()
+        self.assertEqual("", quick.ended)
+        self.pass_time(STUCK_SECONDS + 1)
+        self.assertWhole(quick, data, "JOINED")
+        slow.read_on()
+        self.flush()
+        self.assertBroken(slow, data)
+        self.assertWhole(self.get(path), data, "BYPASS")
 
     def test_a_slow_reader_of_a_worker_is_given_up(self) -> None:
         """

@@ -14,7 +14,8 @@ Rules:
 - On disk, the file is the buffer: any reader may be at any place of it, and a slow one slows nobody.
 - Off disk (the blob is larger than the cache, the disk is full or fails midway), a window of
   C{WINDOW} bytes is the buffer: the bytes come in order, wait for the slowest reader, and end with the last.
-  What had reached the file before the disk failed is still read from there.
+  What had reached the file before the disk failed is still read from there. A reader that stops for C{STUCK_SECONDS}
+  while others wait for it is left behind: its response is aborted, and its next request gets a transfer of its own.
 - Memory: the bytes on their way into the file (C{HIGH_WATER} a lane) or the window, whatever the blob's
   size and however many follow it. What has ended holds none, whoever still refers to it: one that fails is often part
   of a cycle, through its exception's frames, and the garbage collector counts objects, not bytes.
@@ -23,13 +24,14 @@ Rules:
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 from twisted.internet.defer import CancelledError, Deferred, DeferredList
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from ecrproxy.access.limits import Patience
 from ecrproxy.cache.content import DigestMismatchError
 from ecrproxy.cache.writer import Writer
 from ecrproxy.oci import RegistryError
@@ -48,6 +50,8 @@ T = TypeVar("T")
 
 WINDOW: Final = 2**20
 """Bytes held for readers of a transfer that has no file."""
+STUCK_SECONDS: Final = 5
+"""How long one reader of a window may keep all others waiting."""
 TRIES: Final = 3
 """How often in a row a lane may break off without having brought a byte."""
 
@@ -72,6 +76,7 @@ class Download:
     @param writer: where it is kept; none to keep a window alone.
     @param lanes: over how many connections it comes.
     @param unkept: why it isn't kept, if it isn't; a file that is given up was the disk's fault.
+    @param call_later: a reactor's, for the time of readers that stop; none to wait for them without end.
     @ivar received: how many bytes are readable, from the first on.
     @ivar verified: whether all of them are there and are what the digest names.
     @ivar failure: why there will be no more of them.
@@ -86,6 +91,7 @@ class Download:
         lanes: int = 1,
         *,
         unkept: Reason = Reason.DISK,
+        call_later: Callable[..., Any] | None = None,
     ) -> None:
         self.digest, self.size, self.unkept = digest, size, unkept
         self.received, self.verified = 0, False
@@ -100,6 +106,7 @@ class Download:
         self._window: deque[bytes] = deque()
         self._window_start = 0
         self._wake: Deferred[None] | None = None
+        self._patience = Patience(call_later or _never, STUCK_SECONDS, self._leave_behind)
         self._followers: set[Follower] = set()
         self._abandoned, self._leaves = False, False
         self._running = True
@@ -336,10 +343,27 @@ class Download:
         while self.received - self._window_start > WINDOW and not self._abandoned:
             if not self._followers:
                 break
+            self._patience.begin()
             self._wake = Deferred()
             await self._wake
+        self._patience.end()
         if self._abandoned or (not self._followers and self.received - self._window_start > WINDOW):
             raise CancelledError("nobody follows, and there is no file to go on for")
+
+    def _leave_behind(self) -> None:
+        """
+        Go on without the readers that keep the window from moving, if others wait for them.
+        """
+        start, first = self._window_start, self._window_start + len(self._window[0])
+        needed = {each: each.lay_aside(start, self.received) for each in self._followers}
+        stuck = [each for each, position in needed.items() if position is not None and position < first]
+        if len(stuck) == len(needed):
+            self._patience.begin()
+            return
+        said = "A reader of {digest} took nothing for {seconds} s while others waited for it: its response is aborted"
+        log.info(said, digest=self.digest, seconds=STUCK_SECONDS, once=self.digest)
+        for each in stuck:
+            each.leave_behind(Failure(CancelledError("it kept others waiting")))
 
     def _stir(self) -> None:
         wake, self._wake = self._wake, None
@@ -461,6 +485,12 @@ class Download:
             self._file.discard()
         self._file.close()
         self._file = None
+
+
+def _never(*_: object) -> None:
+    """
+    Call nothing, however late.
+    """
 
 
 def _drop(stretch: Stretch) -> None:

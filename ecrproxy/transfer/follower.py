@@ -26,6 +26,7 @@ class Follower:
     def __init__(self, download: Download, start: int, stop: int | None, waiting: Stopwatch) -> None:
         self._download, self.position, self._stop, self._waiting = download, start, stop, waiting
         self._last: bytes | None = None
+        self._left_behind: Failure | None = None
         self._on_news: Callable[[], None] = lambda: None
 
     @property
@@ -41,7 +42,7 @@ class Follower:
         """
         Tell why it can't go on, if it can't.
         """
-        return self._download.failure
+        return self._left_behind or self._download.failure
 
     def piece(self, limit: int) -> FilePiece | bytes | None:
         """
@@ -77,6 +78,14 @@ class Follower:
             piece = self._download.piece(self.position, 1)
             self._last = piece if isinstance(piece, bytes) else None
         return self.position if self._last is None else None
+
+    def leave_behind(self, problem: Failure) -> None:
+        """
+        Go no further: the transfer goes on without it.
+        """
+        self._left_behind = problem
+        self._download.left(self)
+        self.news()
 
     def sent(self, count: int) -> None:
         """
