@@ -68,10 +68,10 @@ from ecrproxy.registry.resolver import ChosenServers, hosts_names
 from ecrproxy.registry.retries import Budget
 from ecrproxy.registry.upstream import Upstream
 from ecrproxy.registry.wire import Wire
-from ecrproxy.settings.complaints import say, write
+from ecrproxy.settings.complaints import Complaint, say, write
 from ecrproxy.settings.config import ADMIN_LISTEN, Config, ConfigError
+from ecrproxy.settings.contradictions import Machine, load, look_at_settings
 from ecrproxy.settings.options import Options
-from ecrproxy.settings.predecessors import notices
 from ecrproxy.settings.values import is_other_registry
 from ecrproxy.threads import InThread, Threads, call_unowned
 from ecrproxy.transfer.inflow import Lanes
@@ -90,23 +90,48 @@ def makeService(options: Options) -> Daemon:
 
     set_up(reactor)
     complain = _complaining(options)
+    warnings: list[Complaint] = []
     try:
-        config = Config.load(options.flags(), os.environ)
+        config = load(options.flags(), os.environ)
         post = Post.from_environ(os.environ)
         if post is not None:
             service = build_worker(config, post, reactor)
         else:
-            for notice in notices(os.environ):
-                log.warn("{notice}", notice=notice)
+            warnings = _warnings(config, options)
+            for each in warnings:
+                log.warn("{complaint}", complaint=each)
             supervisor = Supervisor.from_environ(os.environ, os.getpid())
             refused: list[CredentialsError] = []
             atexit.register(_fail_after, refused)  # the first comes last: others clean up
             service = build(config, reactor, partial(_abandon, complain, refused), options.arguments(), supervisor)
     except ConfigError as problem:
-        complain("; ".join([str(problem), *notices(os.environ)]))
+        complain("; ".join([str(problem), *map(str, warnings)]))
         sys.exit(1)
     service.complain, service.writer = complain, _log_writer(config, options, reactor)
     return service
+
+
+def _warnings(config: Config, options: Options) -> list[Complaint]:
+    """
+    Judge the settings together.
+
+    @raise ConfigError: if the daemon must not start with them. It tells all that is wrong.
+    """
+    machine = Machine(len(os.sched_getaffinity(0)), _disk_size(Path(config.cache_dir)))
+    found = look_at_settings(config, options.flags(), os.environ, machine)
+    if any(each.grave for each in found):
+        raise ConfigError("; ".join(map(str, found)))
+    return found
+
+
+def _disk_size(directory: Path) -> int | None:
+    """
+    Return the size of the file system that a directory is on, or would be.
+    """
+    for each in (directory, *directory.absolute().parents):
+        with contextlib.suppress(OSError):
+            return shutil.disk_usage(each).total
+    return None
 
 
 def _complaining(options: Options) -> Callable[[str], None]:

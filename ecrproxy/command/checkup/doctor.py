@@ -10,7 +10,6 @@ from typing import Final
 from urllib.parse import urlsplit
 
 from ecrproxy.command.checkup import account, metadata, names, ports
-from ecrproxy.command.checkup.contradictions import judge_files, look_at_files, look_at_settings
 from ecrproxy.command.checkup.disk import judge_directory, judge_room
 from ecrproxy.command.checkup.findings import (
     Check,
@@ -28,10 +27,12 @@ from ecrproxy.command.checkup.network import judge_clock, look_at_host
 from ecrproxy.command.checkup.permissions import Trial
 from ecrproxy.command.checkup.reach import Contact, split
 from ecrproxy.command.checkup.senses import Senses
+from ecrproxy.command.checkup.settings import judge_files, look_at_files, look_at_settings
 from ecrproxy.command.subcommand import FINE, MISUSED, WRONG, Call, CommandError
 from ecrproxy.oci import RegistryError, parse_route
 from ecrproxy.registry.guard import is_forbidden
 from ecrproxy.settings.config import Config
+from ecrproxy.settings.contradictions import load
 
 
 def run(call: Call, senses: Senses | None = None) -> int:
@@ -39,7 +40,7 @@ def run(call: Call, senses: Senses | None = None) -> int:
     Look at everything.
     """
     senses = senses or Senses()
-    checks = Doctor(call, Config.load(call.flags, call.world.variables), senses).checks()
+    checks = Doctor(call, load(call.flags, call.world.variables), senses).checks()
     limit = _seconds(call.options.seconds)
     found: list[Finding] = []
     width = max(len(each.name) for each in checks)
@@ -84,7 +85,7 @@ class Doctor:
     """
 
     def __init__(self, call: Call, config: Config, senses: Senses) -> None:
-        self._config, self._senses = config, senses
+        self._config, self._flags, self._senses = config, call.flags, senses
         self._variables, self._now, self._seconds = call.world.variables, call.world.now, call.world.seconds
         aws = senses.account(config.region, config.instance_auth)
         self._aws = aws
@@ -106,7 +107,7 @@ class Doctor:
         registry = self._host.partition(".")[0]
         owner = registry if registry.isdecimal() else None
         return (
-            Check("settings", lambda: look_at_settings(config, self._variables, senses.cores())),
+            Check("settings", lambda: look_at_settings(config, self._flags, self._variables, senses.cores())),
             Check("files", lambda: look_at_files(config, self._now())),
             Check("credentials", self._credentials, slow),
             Check("metadata", self._metadata),
