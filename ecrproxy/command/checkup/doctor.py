@@ -159,7 +159,7 @@ class Doctor:
         identity = self._identity.need("an identity")
         partition = identity.arn.split(":")[1]
         resource = f"arn:{partition}:ecr:{self._config.region}:{identity.account}:repository/*"
-        actions = [each for each in (*account.NEEDED, *account.USEFUL) if each != account.NEEDED[0]]
+        actions = [*account.NEEDED[1:], *account.USEFUL, *account.IMPORTING]
         try:
             told = self._aws.simulate(account.principal(identity.arn), actions, resource)
         except Exception as problem:  # noqa: BLE001 (few may ask this)
