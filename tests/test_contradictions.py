@@ -20,8 +20,10 @@ GIB = 2**30
 
 
 class LookCase(SynchronousTestCase):
-    def look(self, environ: Mapping[str, str], *, disk: int | None = None, **flags: str) -> list[Complaint]:
-        given = {name.replace("_", "-"): value for name, value in flags.items()}
+    def look(
+        self, environ: Mapping[str, str], flags: Mapping[str, str] | None = None, disk: int | None = None
+    ) -> list[Complaint]:
+        given = {name.replace("_", "-"): value for name, value in (flags or {}).items()}
         all_of_it = {**ENDPOINT, **environ}
         return look_at_settings(Config.load(given, all_of_it), given, all_of_it, Machine(2, disk))
 
@@ -37,12 +39,12 @@ class LookCase(SynchronousTestCase):
         """
         Hold that exactly one complaint comes of it, and that it is not grave.
         """
-        (found,) = self.look(environ, **flags)
+        (found,) = self.look(environ, flags)
         self.assertIn(words, str(found))
         self.assertFalse(found.grave, found)
 
     def assert_well(self, environ: Mapping[str, str], **flags: str) -> None:
-        self.assertEqual([], [str(each) for each in self.look(environ, **flags)])
+        self.assertEqual([], [str(each) for each in self.look(environ, flags)])
 
 
 class LostProtectionTests(LookCase):

@@ -354,6 +354,18 @@ class WrongSettingTests(TapCase):
         line = self.dies(lambda: self.run_with(PROXY_CACHE_DIR=str(blocked), PROXY_DEBUG="1"))
         self.assertIn("PROXY_DEBUG is not a setting", line)
 
+    def test_a_proxy_that_is_none_is_told_without_its_password(self) -> None:
+        line = self.dies(lambda: self.run_with(HTTPS_PROXY="socks5://ann:secret@proxy.test"))
+        self.assertIn("HTTPS_PROXY: a proxy of the kind socks5: is not known", line)
+        self.assertNotIn("secret", line)
+
+    def test_an_egress_proxy_is_told_at_the_start_without_its_password(self) -> None:
+        with capturedLogs() as events:
+            self.run_with(https_proxy="http://ann:secret@proxy.test:3128")
+        said = " ".join(filter(None, map(formatEvent, events)))
+        self.assertIn("through the egress proxy proxy.test:3128", said)
+        self.assertNotIn("secret", said)
+
     def test_a_limit_is_held_against_the_disk(self) -> None:
         with capturedLogs() as events:
             self.run_with(PROXY_CACHE_LIMIT="999999t")

@@ -155,11 +155,6 @@ def _ignored(config: Config, sources: Mapping[str, str], environ: Mapping[str, s
         yield Complaint("AWS_ACCESS_KEY_ID is not used, for AWS_INSTANCE_AUTH is set", "unset one of them")
     if environ.get("AWS_ACCESS_KEY_ID") and environ.get("AWS_PROFILE"):
         yield Complaint("AWS_PROFILE's credentials are not used, for AWS_ACCESS_KEY_ID is set", "unset one of them")
-    if any(environ.get(name) for name in ("HTTPS_PROXY", "https_proxy")):
-        yield Complaint(
-            "HTTPS_PROXY is used for AWS's API alone, not for registry and buckets",
-            "let this machine out to those directly, or by VPC endpoints",
-        )
 
 
 def _pointless(config: Config, sources: Mapping[str, str], cores: int) -> Iterator[Complaint]:
