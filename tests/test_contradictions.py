@@ -87,11 +87,13 @@ class ExposedTests(LookCase):
     def test_passwords_without_tls_are_warned_of_beyond_this_machine(self) -> None:
         words, htpasswd = "passwords go over the network", {"PROXY_HTPASSWD": "/users"}
         self.assert_warned(words, htpasswd)
-        for listen in ("tcp:5000", "ssl:5443:privateKey=/k tcp:5000"):
+        for listen in ("tcp:5000", "ssl:5443:privateKey=/k tcp:5000", "systemd:domain=INET6:name=x"):
             self.assert_warned(words, {**htpasswd, "PROXY_LISTEN": listen})
         for listen in ("tcp:5000:interface=127.0.0.1", "ssl:5443:privateKey=/k", "unix:/x", "haproxy:tcp:5000"):
             self.assert_well({**htpasswd, "PROXY_LISTEN": listen})
         self.assert_well({**htpasswd, **TLS})
+        self.assert_well({**htpasswd, **TLS, "PROXY_LISTEN": "systemd:domain=INET6:name=x"})
+        self.assert_well({**htpasswd, "PROXY_LISTEN": "systemd:domain=UNIX:name=x"})
 
     def test_networks_that_keep_nobody_out_or_everybody_are_warned_of(self) -> None:
         for networks in ("0.0.0.0/0", "10.0.0.0/8 ::/0"):
@@ -119,10 +121,11 @@ class IgnoredTests(LookCase):
         self.assert_well(names)
 
     def test_credentials_that_others_hide_are_warned_of_and_not_shown(self) -> None:
-        keys = {"AWS_ACCESS_KEY_ID": "AKIA", "AWS_PROFILE": "p", "AWS_INSTANCE_AUTH": "true"}
-        said = " ".join(map(str, self.look(keys)))
-        self.assertIn("AWS_ACCESS_KEY_ID is not used", said)
-        self.assertIn("AWS_PROFILE's credentials", said)
+        keys = {"AWS_ACCESS_KEY_ID": "AKIA", "AWS_PROFILE": "p"}
+        self.assert_warned("AWS_PROFILE's credentials are not used", keys)
+        said = " ".join(map(str, self.look({**keys, "AWS_INSTANCE_AUTH": "true"})))
+        for name in keys:
+            self.assertIn(f"{name} is not used, for AWS_INSTANCE_AUTH", said)
         self.assertNotIn("AKIA", said)
 
     def test_limits_that_others_make_pointless_are_warned_of_where_they_were_given(self) -> None:
@@ -131,6 +134,7 @@ class IgnoredTests(LookCase):
         self.assert_warned("--transfers is more", few, transfers="11")
         self.assert_warned("PROXY_CONNECTIONS_PER_ADDRESS", {**few, "PROXY_CONNECTIONS_PER_ADDRESS": "11"})
         self.assert_warned("no time", {"PROXY_UPSTREAM_SECONDS": "0", "PROXY_UPSTREAM_TRIES": "2"})
+        self.assert_warned("there is one try", {"PROXY_UPSTREAM_SECONDS": "5", "PROXY_UPSTREAM_TRIES": "1"})
         self.assert_warned("on 2 cores", {"PROXY_WORKER_PROCESSES": "8"})
         self.assert_well({**few, "PROXY_UPSTREAM_SECONDS": "0", "PROXY_BUCKET_CONNECTIONS": "2"})
 

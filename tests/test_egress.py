@@ -314,6 +314,17 @@ class ExemptTests(ProxyCase):
         self.assertNotIn(METADATA, self.reactor.connected)
 
 
+class PlainTests(ProxyCase):
+    REGISTRY = "http://cache.test"
+
+    def test_plain_http_does_not_go_through_it(self) -> None:
+        self.reactor.names.known["cache.test"] = ["10.0.0.2"]
+        self.daemon.back.site = self.plain
+        self.get("/v2/team/app/manifests/latest")
+        self.assertEqual({"10.0.0.2"}, set(self.reactor.connected))
+        self.assertEqual([], self.asked)
+
+
 class OwnNamesTests(SynchronousTestCase):
     def test_the_resolver_is_the_one_that_was_there_first(self) -> None:
         reactor: Any = MemoryReactorClock()

@@ -119,6 +119,8 @@ def _exposed(config: Config) -> Iterator[Complaint]:
     """
     plain = [text for text in config.listen if _is_plain(text) and not is_local(text)]
     in_the_open = [text for text in plain if not text.startswith("haproxy:")]
+    if config.ssl_key is None:
+        in_the_open += [text for text in config.listen if text.startswith(FROM_SYSTEMD) and "domain=INET" in text]
     if config.htpasswd and (in_the_open or (not config.listen and config.ssl_key is None)):
         yield Complaint(
             "PROXY_HTPASSWD without TLS: passwords go over the network as they are",
@@ -151,9 +153,10 @@ def _ignored(config: Config, sources: Mapping[str, str], environ: Mapping[str, s
         yield Complaint(f"{sources['port']} is not used, for {listen} says where to listen", "unset one of them")
     if config.admin_hosts and config.admin_listen is None:
         yield Complaint("PROXY_ADMIN_HOSTS is not used, for PROXY_ADMIN_LISTEN is off", "unset one of them")
-    if config.instance_auth and environ.get("AWS_ACCESS_KEY_ID"):
-        yield Complaint("AWS_ACCESS_KEY_ID is not used, for AWS_INSTANCE_AUTH is set", "unset one of them")
-    if environ.get("AWS_ACCESS_KEY_ID") and environ.get("AWS_PROFILE"):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_PROFILE"):
+        if config.instance_auth and environ.get(name):
+            yield Complaint(f"{name} is not used, for AWS_INSTANCE_AUTH is set", "unset one of them")
+    if not config.instance_auth and environ.get("AWS_ACCESS_KEY_ID") and environ.get("AWS_PROFILE"):
         yield Complaint("AWS_PROFILE's credentials are not used, for AWS_ACCESS_KEY_ID is set", "unset one of them")
 
 
@@ -172,6 +175,9 @@ def _pointless(config: Config, sources: Mapping[str, str], cores: int) -> Iterat
         yield Complaint(
             "PROXY_UPSTREAM_SECONDS=0 leaves no time for a second try", "set PROXY_UPSTREAM_TRIES=1, or more seconds"
         )
+    if "upstream-seconds" in sources and config.upstream_tries == 1:
+        said = f"{sources['upstream-seconds']} is not used, for there is one try"
+        yield Complaint(said, "unset it, or set PROXY_UPSTREAM_TRIES to more")
     if config.worker_processes > cores:
         yield Complaint(f"PROXY_WORKER_PROCESSES={config.worker_processes}, on {cores} cores", "set auto")
 
