@@ -137,7 +137,10 @@ def _egress(environ: Mapping[str, str]) -> Egress:
     except ValueError as problem:
         raise ConfigError(f"HTTPS_PROXY: {problem}") from None
     if egress.proxy is not None:
-        log.info("Registry and buckets are reached through the egress proxy {proxy}", proxy=egress.proxy)
+        log.info(
+            "Registry and buckets are asked through the egress proxy {proxy}, except for what NO_PROXY names",
+            proxy=egress.proxy,
+        )
     return egress
 
 

@@ -305,6 +305,7 @@ class SettingsTests(SynchronousTestCase):
             ("ssl-key", "-----BEGIN PRIVATE KEY-----\nsecret"),
             ("htpasswd", "ann:$2y$10$secret"),
             ("htpasswd", "ann:$apr1$secret"),
+            ("htpasswd", "ann:secret"),
         ):
             line = self.problem({}, {**MINIMUM, EXAMPLES[name][0]: text})
             self.assertTrue(line.startswith(f"{EXAMPLES[name][0]}: give the path"), line)

@@ -151,6 +151,7 @@ class DoubtfulValueTests(LookCase):
             ("team/a,team/b", "separated by |"),
             ('"team/.*"', "no repository's name has"),
             ("team/app:latest", "no repository's name has"),
+            (r"123456789012\.dkr\.ecr\.eu-west-1\.amazonaws\.com/team/.*", "no part of a repository's name"),
         ):
             self.assert_warned(words, {"PROXY_NAMESPACE_PATTERN": pattern})
         for pattern in (r"team/.*", r"a|b", r"(?i)Team/\w+", r"[a-z]*/(?:x|y){1,2}", r"(?!secret)[^/A-Z]+", r"\d*\/x"):

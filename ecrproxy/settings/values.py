@@ -201,6 +201,8 @@ def pattern_in_doubt(pattern: regex.Pattern[str]) -> str | None:
     """
     # What is left has no escapes, classes and counts, nor what groups begin with.
     plain = _NO_LITERALS.sub("\0", pattern.pattern)
+    if re.search(r"dkr\\?[.-]ecr", pattern.pattern):
+        return "has the registry's host, which is no part of a repository's name"
     if re.search(r"(?:^|[\w/-])\*", plain):
         return "looks like a glob: in a regular expression * repeats what is before it, and .* stands for anything"
     if found := re.search(r"[,;:@%\"'\s]", plain):
@@ -390,7 +392,7 @@ def parse_path(text: str) -> str:
     """
     Read a path: any but an empty one.
     """
-    if "-----BEGIN" in text or _HASH.search(text):
+    if "-----BEGIN" in text or _HASH.search(text) or re.fullmatch(r"[^/]+:[^/]+", text):
         raise SecretError("give the path of a file, not what is in it")
     if not text or "\0" in text:
         raise ValueError("not a path")
