@@ -14,7 +14,7 @@ from twisted.protocols.tls import TLSMemoryBIOFactory
 from ecrproxy.daemon.balanced import BalancedFactory
 from ecrproxy.daemon.tls import Certificate, answer_plain_http
 from ecrproxy.http.channel import LENGTH_DIGITS, LINGER_SECONDS, READ_AHEAD
-from tests.daemon import BUFFER, CLIENT, MIB, DaemonTestCase, End, Network, Raw, noise
+from tests.daemon import BUFFER, CLIENT, MIB, DaemonTestCase, End, Hands, Network, Raw, noise
 from tests.store_contract import scratch
 from tests.test_relay import Together
 from tests.test_tls import Files
@@ -509,16 +509,22 @@ class BoundTests(ChannelTestCase):
 
     def test_what_follows_a_body_is_answered_in_order(self) -> None:
         """
-        On the operator's port, where requests may have bodies: behind a body, and while its answer waits.
+        On the operator's port, where requests may have bodies: what comes with the body, and while its answer waits.
         """
-        self.daemon.front = self.daemon.admin
-        body = b"{}"
-        post = b"POST /api/nothing HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n" + body
-        ask = GOOD.replace(b"/v2/", b"/healthz").replace(b"Host: x", b"Host: localhost")
-        got = self.say(post + ask[:10], ask[10:] + post + ask)
-        found = [part[:3] for part in got.split(b"HTTP/1.1 ")[1:]]
-        self.assertEqual([b"200", b"200"], found[1::2])
-        self.assertEqual(4, len(found))
+        hands = Hands()
+        self.daemon.front = self.start(in_thread=hands).admin
+        fields = b"Content-Type: application/json\r\nX-Ecrproxy-Api: 1\r\nContent-Length: 16\r\n\r\n"
+        post = b"POST /api/remove HTTP/1.1\r\nHost: localhost\r\n" + fields + b'{"digests": [] }'
+        asked = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        wire, hands.idle = self.connect(), False
+        for piece in (post + asked[:10], asked[10:20], asked[20:] + asked):
+            wire.write(piece)
+            self.flush()
+        self.assertEqual((b"", 1), (bytes(self.client.got), len(hands.waiting)))
+        hands.idle = True
+        hands.work_off()
+        self.flush()
+        self.assertEqual([b"200"] * 3, [part[:3] for part in self.client.got.split(b"HTTP/1.1 ")[1:]])
 
 
 class SlowTests(ChannelTestCase):

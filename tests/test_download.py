@@ -988,6 +988,7 @@ class WindowTests(DownloadTestCase):
         slow.read()
         self.assertEqual((data, data), (bytes(quick.got), bytes(slow.got)))
         self.assertGreater(rounds, 4)
+        self.assertEqual([], self.clock.getDelayedCalls())
 
     def test_goes_on_without_a_reader_that_stops(self) -> None:
         """
