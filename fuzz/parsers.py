@@ -27,7 +27,7 @@ def span(data: bytes) -> None:
     with contextlib.suppress(LookupError):
         chosen = parse_range(text, len(data) * 3)
         assert chosen is None or 0 <= chosen[0] < chosen[1] <= len(data) * 3
-    matches(text, '"x"')
+    matches([text], '"x"')
 
 
 def fields(data: bytes) -> None:

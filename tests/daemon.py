@@ -501,11 +501,17 @@ class Daemon:
             read_ahead=read_ahead,
         )
         namespaces = Namespaces(parse_pattern(pattern), at_once, is_other)
-        registry = Registry(self.pull_through, namespaces, CacheKey.parse(cache_key), in_thread, admission)
+        registry = Registry(self.pull_through, namespaces, CacheKey.parse(cache_key), in_thread)
         ready, self.crowd = Ready(self.reasons), Crowd(limits or Limits())
         self.access_log = AccessLog(clock)
         self.site = make_site(
-            registry, ready, clock, crowd=self.crowd, served=self.figures.served, access_log=self.access_log
+            registry,
+            ready,
+            clock,
+            admission=admission,
+            crowd=self.crowd,
+            served=self.figures.served,
+            access_log=self.access_log,
         )
         self.figures.watch(
             *of_cache(self.store, self.janitor), *of_token(self.tokens), *of_transfers(self.pull_through)
@@ -652,7 +658,11 @@ class DaemonTestCase(SynchronousTestCase):
     - the token went to the registry alone, and no header of a client went anywhere;
     - no token, no presigned query and no client's password is in any log event, in any answer to a client,
       in the figures, in what else upstream was asked, or in what the daemon's own objects say of themselves.
+
+    @cvar kind: what is started: a daemon of one process, or L{tests.together.Together}.
     """
+
+    kind: Callable[..., Any] = Daemon
 
     def setUp(self) -> None:
         self.clock = Clock()
@@ -679,7 +689,7 @@ class DaemonTestCase(SynchronousTestCase):
         """
         Start a daemon over the test's cache directory; the test's other helpers ask this one from now on.
         """
-        self.daemon = Daemon(self.standin, self.clock, self.root, **options)
+        self.daemon = self.kind(self.standin, self.clock, self.root, **options)
         self.daemons.append(self.daemon)
         self.daemon.flush()
         return self.daemon

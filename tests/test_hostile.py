@@ -5,12 +5,15 @@ Requests that try to leave the grammar, or the namespace: each is refused, and E
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import cast
 
 from twisted.logger import LogLevel
 
 from tests.daemon import DaemonTestCase
+from tests.together import Together
 
 HEX = "a" * 64
+HEALTH = (b"readyz", b"healthz", b"_health")
 
 # what a client sends as its target, by what it hopes for
 TARGETS: dict[str, tuple[bytes, ...]] = {
@@ -86,16 +89,36 @@ TARGETS: dict[str, tuple[bytes, ...]] = {
         b"//",
     ),
     "other forms of a target": (
-        b"http://evil.example/v2/open/app/manifests/latest",
-        b"http://evil.example/v2/",
+        b"http://evil.example/v2/secret/app/manifests/latest",
         b"https://proxy.example/v2/secret/app/manifests/latest",
+        b"HTTP://proxy.example/v2/secret/app/tags/list",
+        b"http://proxy.example//v2/open/app/manifests/latest",
+        b"http://proxy.example/../v2/open/app/manifests/latest",
+        b"http://user@proxy.example/v2/open/app/manifests/latest",
+        b"http:///v2/open/app/manifests/latest",
+        b"http:/v2/open/app/manifests/latest",
+        b"http:v2/open/app/manifests/latest",
+        b"ftp://proxy.example/v2/open/app/manifests/latest",
         b"file:///etc/passwd",
         b"evil.example:443",
         b"evil.example",
         b"//evil.example/v2/open/app/manifests/latest",
         b"*",
+        b"proxy.example:80/v2/open/app/manifests/latest",
         b"v2/open/app/manifests/latest",
         b"?x",
+    ),
+    "no slash": (
+        *(
+            mark + name + b"/v2/open/app/manifests/latest"
+            for mark in (b"x", b":", b"@", b".", b"%", b"?", b"#", b"*")
+            for name in HEALTH
+        ),
+        *(mark + b"readyz/used" for mark in (b"x", b":", b"@", b"", b"evil.example:80", b"a@b:1")),
+        *(mark + b"v2/open/app/manifests/latest" for mark in (b"x", b":", b"@", b"first", b"first:80/", b"?")),
+        b"/../used",
+        b"/used",
+        b"http://first/used",
     ),
     "fragments": (
         b"/v2/open/app/manifests/latest#x",
@@ -198,6 +221,14 @@ class HostileTests(DaemonTestCase):
         """
         self.assertEqual([], [(what, status) for what, status in found if not 400 <= status < 500])
 
+    def test_absolute_targets_of_the_proxy_itself(self) -> None:
+        """
+        They lead where their path leads, whatever host they name.
+        """
+        for host in (b"proxy.example", b"proxy.example:5000", b"evil.example", b"[::1]"):
+            self.assertEqual(200, self.status(b"http://" + host + b"/v2/"), host)
+            self.assertEqual(403, self.status(b"http://" + host + b"/v2/secret/app/manifests/latest"), host)
+
     def test_targets_outside_the_grammar_or_the_namespace(self) -> None:
         """
         However a path is spelled, it is a good one's canonical spelling or it is refused; for HEAD as for GET.
@@ -242,6 +273,22 @@ class HostileTests(DaemonTestCase):
             self.assertEqual(200, self.status(b"/v2/", b"GET", b"Host: " + good), good)
 
 
+class WorkersHostileTests(HostileTests):
+    """
+    The same requests, through a worker: nothing that is refused reaches the first process either.
+    """
+
+    kind = Together
+
+    def tearDown(self) -> None:
+        """
+        Only what may be asked for has been handed on.
+        """
+        handed_on = {each.uri for each in cast(Together, self.daemon).seen}
+        self.assertEqual(set(), handed_on - {b"/readyz"}, "the first process heard of it")
+        super().tearDown()
+
+
 class GamesTests(DaemonTestCase):
     """
     What a client says of itself changes nothing for others.
@@ -260,3 +307,11 @@ class GamesTests(DaemonTestCase):
         for asked in self.standin.asked:
             self.assertEqual(set(), {name for name in asked.headers if name.startswith(("x-", "forwarded"))})
             self.assertNotIn("open.example", asked.headers["host"])
+
+
+class WorkersGamesTests(GamesTests):
+    """
+    Nor does it with workers.
+    """
+
+    kind = Together

@@ -13,7 +13,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.cache.cache_key import CacheKey
 from ecrproxy.http import web
-from ecrproxy.http.answering import Ready
+from ecrproxy.http.answering import Missing, Ready
 from ecrproxy.http.conditions import matches, parse_range
 from ecrproxy.http.site import RegistrySite, make_site
 from tests.daemon import MIB, DaemonTestCase, Raw, Reply, noise
@@ -79,14 +79,17 @@ class IfNoneMatchTests(SynchronousTestCase):
         The tag alone, weak, in a list, or any at all.
         """
         for header in ('"x"', 'W/"x"', '"a", "x"', '"a",W/"x"', "*"):
-            self.assertTrue(matches(header, '"x"'), header)
+            self.assertTrue(matches([header], '"x"'), header)
 
     def test_names_others(self) -> None:
         """
         No header, another tag, and the tag without its quotes.
         """
-        for header in (None, "", '"y"', "x", '"xx"'):
-            self.assertFalse(matches(header, '"x"'), header)
+        for headers in ([], [""], ['"y"'], ["x"], ['"xx"'], ["W/*"]):
+            self.assertFalse(matches(headers, '"x"'), headers)
+
+    def test_several_fields_are_one_list(self) -> None:
+        self.assertTrue(matches(['"a"', 'W/"x"', '"b"'], '"x"'))
 
 
 class PathTests(DaemonTestCase):
@@ -125,8 +128,7 @@ class PathTests(DaemonTestCase):
         async def reasons() -> Sequence[str]:
             return ["no token: AWS is away", 'the "disk" is full']
 
-        registry = self.daemon.site.resource.children[b"v2"]
-        self.daemon.front.site = make_site(registry, Ready(reasons), self.clock)
+        self.daemon.front.site = make_site(Missing(), Ready(reasons), self.clock)
         reply = self.get("/readyz")
         self.assertEqual(
             {"ready": False, "reasons": ["no token: AWS is away", 'the "disk" is full']}, json.loads(reply.body)
@@ -201,13 +203,11 @@ class PathTests(DaemonTestCase):
         image = self.standin.push_image("a/manifests/b", "latest")
         self.assertWhole(self.get("/v2/a/manifests/b/manifests/latest"), image.manifest)
 
-    def test_an_absolute_target_is_no_way_in(self) -> None:
-        """
-        A request line with a whole URL, as forward proxies get, leads nowhere.
-        """
-        got = self.daemon.raw(b"GET http://evil/v2/team/app/manifests/latest HTTP/1.1\r\nHost: evil\r\n\r\n")
-        self.assertIn(b" 404 ", got.partition(b"\r\n")[0])
-        self.assertEqual([], self.standin.asked)
+    def test_an_absolute_target_is_answered_as_its_path(self) -> None:
+        digest = self.standin.push_blob("team/app", b"data")
+        ask = f"GET http://proxy.example/v2/team/app/blobs/{digest} HTTP/1.1\r\nHost: other.example\r\n\r\n"
+        got = self.daemon.raw(ask.encode())
+        self.assertTrue(got.startswith(b"HTTP/1.1 200 OK\r\n") and got.endswith(b"\r\n\r\ndata"), got)
 
 
 class MethodTests(DaemonTestCase):

@@ -27,6 +27,7 @@ from twisted.web.http import HTTPChannel
 
 from ecrproxy.access.limits import Crowd, Patience, counted
 from ecrproxy.http.request import address_of
+from ecrproxy.http.target import HOST, parse_target
 from ecrproxy.request_id import REQUEST_ID
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ FRESH_SECONDS: Final = 1
 """How long a client that has just connected has for its one request when the daemon ends."""
 
 _TLS_HANDSHAKE = b"\x16"
-_HOST = re.compile(rb"[A-Za-z0-9._~!$&'()*+,;=%:\[\]-]*")
+_HOST = re.compile(rf"{HOST}*".encode())
 _UNSUPPORTED = b'{"errors": [{"code": "UNSUPPORTED", "message": "this proxy only reads"}]}\n'
 
 
@@ -233,7 +234,7 @@ class StrictChannel(HTTPChannel):
         hosts = self.requests[-1].requestHeaders.getRawHeaders(b"Host", [])
         reads = line.startswith((b"GET ", b"HEAD "))
         named = len(hosts) == 1 or (not hosts and not line.endswith(b"HTTP/1.1"))
-        if not named or not all(map(_HOST.fullmatch, hosts)) or (reads and self.length != 0):
+        if not named or not all(map(_HOST.fullmatch, hosts)) or (reads and self.length != 0) or not self._aim():
             self.refuse()
         elif self.length != 0 and self.body_limit and line.startswith(b"POST "):
             if self.length is None or self.length > self.body_limit:
@@ -245,6 +246,17 @@ class StrictChannel(HTTPChannel):
             self._answer(b"405 Method Not Allowed", b"Allow: GET, HEAD\r\n", _UNSUPPORTED)
         else:
             super().allHeadersReceived()
+
+    def _aim(self) -> bool:
+        """
+        Parse the target, for everything behind this channel; tell whether it has a form that is served.
+        """
+        request: Any = self.requests[-1]
+        try:
+            request.target = parse_target(self._path)
+        except ValueError:
+            return False
+        return True
 
     def allContentReceived(self) -> None:
         """

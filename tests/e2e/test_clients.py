@@ -70,6 +70,25 @@ def test_docker_logs_in_and_pulls(closed: Chain, docker: Docker, images: Images)
     assert docker.pull(reference(closed, images.single)) == images.single.image_id
 
 
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_no_target_leads_past_the_password(
+    make_chain: MakeChain, htpasswd: Path, images: Images, processes: str
+) -> None:
+    """
+    Nor to what workers ask of the first process.
+    """
+    closed = make_chain(settings={"PROXY_HTPASSWD": str(htpasswd), "PROXY_WORKER_PROCESSES": processes})
+    path = f"/v2/{images.single.repository}/manifests/{images.single.tag}"
+    for target, status in (
+        *((f"{mark}readyz{path}", b"400") for mark in ("x", ":", "@")),
+        *((target, b"400") for target in (path[1:], "xreadyz/used", "*", "proxy:80")),
+        *((target, b"401") for target in (path, f"http://first{path}", f"/readyz/..{path}", "/used")),
+    ):
+        with socket.create_connection(("127.0.0.1", closed.daemon.port), PATIENCE) as client:
+            client.sendall(f"GET {target} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+            assert client.makefile("rb").readline().split()[1] == status, target
+
+
 def test_a_password_that_is_taken_away_opens_no_more(make_chain: MakeChain, htpasswd: Path) -> None:
     """
     The file is read again when it changes, and the daemon is not started anew for it.
