@@ -5,10 +5,13 @@ Requests that try to leave the grammar, or the namespace: each is refused, and E
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import cast
 
 from twisted.logger import LogLevel
+from twisted.trial.unittest import SynchronousTestCase
 
+from fuzz.wires import ask, scenes_of_all
 from tests.daemon import DaemonTestCase
 from tests.together import Together
 
@@ -315,3 +318,17 @@ class WorkersGamesTests(GamesTests):
     """
 
     kind = Together
+
+
+class ExampleTests(SynchronousTestCase):
+    def test_what_fuzzing_starts_from_holds(self) -> None:
+        """
+        What must hold of any bytes of a client holds of the examples, alone and through a worker.
+        """
+        examples = sorted((Path(__file__).parents[1] / "fuzz" / "corpus" / "front").iterdir())
+        self.assertIn("slashless", [path.name for path in examples])
+        for path in examples:
+            ask(path.read_bytes())
+        for scene in scenes_of_all():
+            scene.close()
+        scenes_of_all.cache_clear()
