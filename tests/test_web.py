@@ -449,6 +449,21 @@ class HeaderTests(DaemonTestCase):
             self.daemon.scheme = "http"
             self.assertIsNone(self.get(path).header("Strict-Transport-Security"))
 
+    def test_several_if_none_match_fields_are_one_list(self) -> None:
+        image = self.standin.push_image("team/app", "latest")
+        for tags, status in (((f'"{image.digest}"', '"b"'), b"304"), (('"a"', '"b"'), b"200")):
+            fields = "".join(f"If-None-Match: {each}\r\n" for each in tags)
+            got = self.daemon.raw(f"GET /v2/team/app/manifests/latest HTTP/1.1\r\nHost: x\r\n{fields}\r\n".encode())
+            self.assertEqual(status, got[9:12], tags)
+
+    def test_what_a_tag_leads_to_varies_with_what_the_client_accepts(self) -> None:
+        image = self.standin.push_image("team/app", "latest")
+        by_tag, by_digest = (f"/v2/team/app/manifests/{each}" for each in ("latest", image.digest))
+        for method, headers in (("GET", {}), ("HEAD", {}), ("GET", {"If_None_Match": f'"{image.digest}"'})):
+            self.assertEqual("Accept", self.daemon.ask(method, by_tag, **headers).header("Vary"))
+            self.assertIsNone(self.daemon.ask(method, by_digest, **headers).header("Vary"))
+        self.assertIsNone(self.get(f"/v2/team/app/blobs/{image.config}").header("Vary"))
+
     def test_if_none_match(self) -> None:
         """
         Who has a manifest or blob already gets 304 without a body, warm or cold; with another tag all of it.

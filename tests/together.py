@@ -5,11 +5,10 @@ A first process and a worker in memory, on one cache directory; clients come to 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Final
+from typing import Any
 
-from twisted.internet.address import IPv4Address
-from twisted.internet.protocol import Protocol
-from twisted.web.server import Request
+from twisted.internet.task import Clock
+from twisted.web.server import Request, Site
 
 from ecrproxy.access.clients import Admission
 from ecrproxy.access.crowds import Word
@@ -28,24 +27,17 @@ from ecrproxy.http.site import make_site
 from ecrproxy.http.telling import USED, Teller, Used, told
 from ecrproxy.metrics import Served
 from ecrproxy.settings.values import parse_pattern
-from tests.daemon import Daemon, End, Network, at_once
-
-WORKER: Final = "198.51.100.1"
-"""Where the first process sees its workers."""
+from tests.daemon import Daemon, Network, at_once
 
 
 class Between(Network):
     """
-    The network from a worker to the first process.
+    The socket between a worker and the first process.
     """
 
-    def connect(self, protocol: Protocol, host: str, port: int, *, secure: bool) -> End:
-        """
-        Lay a wire that shows the worker's address, not the client's.
-        """
-        client = super().connect(protocol, host, port, secure=secure)
-        client.peer._peer_address = IPv4Address("TCP", WORKER, 1)  # noqa: SLF001
-        return client
+    def __init__(self, site: Site, clock: Clock) -> None:
+        super().__init__(site, clock)
+        self.socket = "first"
 
 
 class Seen(InnerRegistry):

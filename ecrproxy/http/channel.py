@@ -12,6 +12,8 @@ wait ten seconds for an answer to it.
 And it keeps the client within its L{Limits}: there is a time for a request's head, one between requests, and one for
 which a client may take nothing of its answer. Who runs out of one, or is a connection too many, is closed.
 
+A client that closes its side of a plain connection after a request gets its answer, and then the connection is closed.
+
 When the daemon ends, the response that a client waits for is the last of its connection.
 """
 
@@ -20,10 +22,12 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any, Final
 
-from twisted.internet.interfaces import ITCPTransport
+from twisted.internet.address import UNIXAddress
+from twisted.internet.interfaces import IHalfCloseableProtocol, ITCPTransport
 from twisted.internet.protocol import connectionDone
 from twisted.protocols.tls import TLSMemoryBIOProtocol
 from twisted.web.http import HTTPChannel
+from zope.interface import implementer
 
 from ecrproxy.access.limits import Crowd, Patience, counted
 from ecrproxy.http.request import address_of
@@ -46,6 +50,7 @@ _HOST = re.compile(rf"{HOST}*".encode())
 _UNSUPPORTED = b'{"errors": [{"code": "UNSUPPORTED", "message": "this proxy only reads"}]}\n'
 
 
+@implementer(IHalfCloseableProtocol)
 class StrictChannel(HTTPChannel):
     """
     One client connection.
@@ -62,6 +67,7 @@ class StrictChannel(HTTPChannel):
     transport: Any
     _line = b""
     _fresh = True
+    _half_closed = False
     _address: str | None = None
 
     def connectionMade(self) -> None:  # noqa: D102
@@ -100,6 +106,31 @@ class StrictChannel(HTTPChannel):
         super().connectionLost(reason)
         self.patience.end()  # what is told of the end may have begun it again
         self.connections.closed(self)
+
+    def readConnectionLost(self) -> None:
+        """
+        Answer what was asked, then close: the client sends nothing more, but may still read.
+
+        On a socket with a path this is the end: programs of this machine, workers among them, cancel by closing.
+        """
+        if isinstance(self.transport.getPeer(), UNIXAddress):
+            self.transport.abortConnection()
+            return
+        self._half_closed = True
+        self._close_if_answered()
+
+    def writeConnectionLost(self) -> None:
+        """
+        Do nothing: this side closes both directions at once.
+        """
+
+    def requestDone(self, request: Request) -> None:  # noqa: D102
+        super().requestDone(request)  # which begins the next request, if it has come
+        self._close_if_answered()
+
+    def _close_if_answered(self) -> None:
+        if self._half_closed and not self._handlingRequest:
+            self.loseConnection()
 
     def end(self) -> None:
         """
@@ -264,6 +295,13 @@ class StrictChannel(HTTPChannel):
         """
         self._head.end()
         super().allContentReceived()
+
+    def _send100Continue(self) -> None:
+        """
+        Ask for a body only if one is announced: HAProxy 2.6 takes a 100 without one for the end of the exchange.
+        """
+        if self.length != 0:
+            super()._send100Continue()
 
     def refuse(self) -> bool:
         """

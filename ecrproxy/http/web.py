@@ -103,6 +103,8 @@ class Door(Answering):
         request.setHeader("ETag", etag)
         request.setHeader("X-Cache-Status", answer.status)
         request.setHeader("X-Cache-Reason", answer.reason)
+        if route.digest is None:  # ECR chooses by what the client accepts which manifest a tag leads to
+            request.setHeader("Vary", "Accept")
         if matches(fields(request, b"If-None-Match"), etag):
             _let_go(answer)
             begin(request, NOT_MODIFIED)
