@@ -21,8 +21,15 @@ HEALTH = (b"readyz", b"healthz", b"_health")
 # what a client sends as its target, by what it hopes for
 TARGETS: dict[str, tuple[bytes, ...]] = {
     "encoded slashes": (
-        b"/v2/open%2fapp/manifests/latest",
+        b"/v2/secret%2fapp/manifests/latest",
+        b"/v2/open%2fapp%2f..%2fsecret/manifests/latest",
+        b"/v2/open%2f%2fapp/manifests/latest",
+        b"/v2/open%2fapp%2f/manifests/latest",
         b"/v2/open/..%2fsecret/app/manifests/latest",
+        b"/v2/%73ecret/app/manifests/latest",
+        b"/v2/open/app/manifests/latest%2F..%2F..%2Fsecret",
+        b"/v2/open/app/tags%2Flist",
+        b"/v2/open/app/%74ags/list",
         b"/v2%2fopen/app/manifests/latest",
         b"/v2/open/app%2Fmanifests%2Flatest",
         b"/%76%32/secret/app/manifests/latest",
@@ -40,6 +47,10 @@ TARGETS: dict[str, tuple[bytes, ...]] = {
         b"/v2/open/%c0%af/app/manifests/latest",
         b"/v2/open/%u002e%u002e/app/manifests/latest",
         b"/v2/open/app/blobs/sha256%253A" + HEX.encode(),
+        b"/v2/open/app/manifests/late%2573t",
+        b"/v2/open/app/manifests/latest%",
+        b"/v2/open/app/manifests/latest%2",
+        b"/v2/open/app/tags/list?last=%zz",
     ),
     "dot segments": (
         b"/v2/open/../secret/app/manifests/latest",

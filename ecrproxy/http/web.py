@@ -23,7 +23,7 @@ from ecrproxy.cached import SMALL_BLOB
 from ecrproxy.http.answering import Answering, begin, send_small
 from ecrproxy.http.conditions import matches, parse_range
 from ecrproxy.http.request import RegistryRequest, asker_of, field, fields
-from ecrproxy.oci import Kind, RegistryError, Route, accepted_types, parse_route, query_values
+from ecrproxy.oci import Kind, RegistryError, Route, accepted_types, parse_route, passed_on, query_values, to_query
 from ecrproxy.proxy import PullThrough
 from ecrproxy.reasons import Reason
 from ecrproxy.registry.upstream import Page
@@ -197,7 +197,7 @@ class Registry(Door):
     def _send_page(self, request: RegistryRequest, route: Route, page: Page) -> None:
         if page.next is not None:
             # Relative: it leads to the address that the client used, whatever stands between.
-            request.setHeader("Link", f'<{route.path}?{_own_query(route, page.next)}>; rel="next"')
+            request.setHeader("Link", f'<{route.path}?{to_query(passed_on(page.next))}>; rel="next"')
         if page.filters is not None:
             request.setHeader("OCI-Filters-Applied", page.filters)
         # ECR calls tags text/plain.
@@ -241,12 +241,3 @@ def _first_byte(request: Request, etag: str) -> int:
         return 0
     found = parse_range(wanted, _ENDLESS)
     return found[0] if found else 0
-
-
-def _own_query(route: Route, query: str) -> str:
-    """
-    Keep of a next page's query what this proxy understands, escaped as it came.
-    """
-    values = query_values(query)
-    names = [name for name in values if name in ("n", "last")] if route.kind is Kind.TAGS else list(values)
-    return "&".join(f"{name}={values[name]}" for name in names)
