@@ -1066,6 +1066,18 @@ class TagListTests(DaemonTestCase):
         self.assertEqual(tags[1:], json.loads(rest.body)["tags"])
         self.assertEqual(len(reply.body), self.head(self.path).length)
 
+    def test_a_page_without_tags_does_not_end_the_list(self) -> None:
+        on = [{"Link": f'<{self.path}?nextToken={token}>; rel="next"'} for token in "ab"]
+        pages = (([], on[0]), (["one"], on[1]), (None, {}))
+        for tags, headers in reversed(pages):  # the fault that was added last comes first
+            self.standin.fail(
+                "registry", status=200, body=json.dumps({"tags": tags}).encode(), headers=headers, times=1
+            )
+        self.assertEqual({"name": "team/app", "tags": ["one"]}, json.loads(self.get(self.path).body))
+        self.assertEqual(
+            ["", "a", "b"], [parse_qs(each.query).get("nextToken", [""])[0] for each in self.standin.asked]
+        )
+
     def test_what_is_more_than_all_tags_is_led_on_to(self) -> None:
         """
         A list ends at a hundred thousand; its link gives the rest, as one list again.

@@ -220,14 +220,17 @@ class Upstream:
         page = await self._page(route, _with_n(query))
         if page.next is None:
             return page
-        tags, asked = _tags_of(page), {query}
-        while page.next is not None and len(tags) < ALL_TAGS and len(asked) < ALL_PAGES:
+        tags = _tags_of(page)
+        count, parts, asked = len(tags), [_listed(tags)], {query}
+        while page.next is not None and count < ALL_TAGS and len(asked) < ALL_PAGES:
             if page.next in asked:
                 raise UnavailableError(502, "UNAVAILABLE", "ECR's pages of tags lead in a circle")
             asked.add(page.next)
             page = await self._page(route, _with_n(page.next))
-            tags += _tags_of(page)
-        body = json.dumps({"name": route.repository, "tags": tags}).encode()
+            tags = _tags_of(page)
+            count += len(tags)
+            parts.append(_listed(tags))
+        body = b'{"name": "%b", "tags": [%b]}' % (route.repository.encode("ascii"), b", ".join(filter(None, parts)))
         return replace(page, body=body, next=page.next and _without_n(page.next))
 
     async def _page(self, route: Route, query: str) -> Page:
@@ -290,6 +293,13 @@ def _tags_of(page: Page) -> list[str]:
     if not isinstance(tags, list) or not all(isinstance(tag, str) and len(tag) <= TAG_LENGTH for tag in tags):
         raise UnavailableError(502, "UNAVAILABLE", "ECR's answer makes no sense: no list of tags")
     return tags
+
+
+def _listed(tags: list[str]) -> bytes:
+    """
+    Write tags as a part of a JSON list: all at once, they would hold up the event loop for a tenth of a second.
+    """
+    return json.dumps(tags)[1:-1].encode("ascii")
 
 
 def _with_n(query: str) -> str:
