@@ -1068,7 +1068,7 @@ class TagListTests(DaemonTestCase):
 
     def test_a_page_without_tags_does_not_end_the_list(self) -> None:
         on = [{"Link": f'<{self.path}?nextToken={token}>; rel="next"'} for token in "ab"]
-        pages = (([], on[0]), (["one"], on[1]), (None, {}))
+        pages: list[tuple[list[str] | None, dict[str, str]]] = [([], on[0]), (["one"], on[1]), (None, {})]
         for tags, headers in reversed(pages):  # the fault that was added last comes first
             self.standin.fail(
                 "registry", status=200, body=json.dumps({"tags": tags}).encode(), headers=headers, times=1
