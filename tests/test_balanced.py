@@ -207,6 +207,19 @@ class BalancedTests(DaemonTestCase):
         refused, _ = self.connect(SIGNATURE + struct.pack("!BBH", 0x21, 0x11, LONGEST))
         self.assertTrue(refused.closed)
 
+    def test_a_client_that_half_closes_has_its_answer(self) -> None:
+        self.balance()
+        client, wire = self.connect(CLIENT_LINE + GOOD[:-2])
+        wire.write(GOOD[-2:])
+        wire.half_close()
+        self.flush()
+        self.assertIn(b" 200 OK", bytes(client.got))
+        self.assertTrue(client.closed)
+        silent, wire = self.connect(CLIENT_LINE[:9])
+        wire.half_close()
+        self.flush()
+        self.assertEqual((b"", True), (bytes(silent.got), silent.closed))
+
     def test_a_malformed_header_is_one_line_of_log(self) -> None:
         self.balance()
         for data in MALFORMED:

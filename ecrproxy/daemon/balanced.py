@@ -15,10 +15,11 @@ import struct
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from twisted.internet.address import IPv4Address, IPv6Address
+from twisted.internet.interfaces import IHalfCloseableProtocol
 from twisted.internet.protocol import Protocol, connectionDone
 from twisted.logger import Logger
 from twisted.protocols.policies import ProtocolWrapper, WrappingFactory
-from zope.interface import directlyProvides, providedBy
+from zope.interface import directlyProvides, implementer, providedBy
 
 from ecrproxy.access.limits import Patience
 from ecrproxy.addresses import unmapped
@@ -126,6 +127,7 @@ def _address(found: object, port: int) -> Address:
     return IPv6Address("TCP", host, port) if ":" in host else IPv4Address("TCP", host, port)
 
 
+@implementer(IHalfCloseableProtocol)
 class Balanced(ProtocolWrapper):
     """
     One connection. Once its header has come, what is behind it is connected.
@@ -189,6 +191,21 @@ class Balanced(ProtocolWrapper):
         wrapped, self.wrappedProtocol = self.wrappedProtocol, None
         if wrapped is not None:
             wrapped.connectionLost(reason)
+
+    def readConnectionLost(self) -> None:
+        """
+        Tell what is behind that the client sends nothing more. Without a header, nothing is.
+        """
+        half = IHalfCloseableProtocol(self.wrappedProtocol, None)
+        if half is None:
+            self.transport.loseConnection()
+        else:
+            half.readConnectionLost()
+
+    def writeConnectionLost(self) -> None:
+        """
+        Do nothing: what is behind has asked for it.
+        """
 
     def getPeer(self) -> Any:  # noqa: ANN401, D102
         return (self._header and self._header.source) or self.transport.getPeer()

@@ -15,6 +15,8 @@ which a client may take nothing of its answer. Who runs out of one, or is a conn
 Buffers have a bound whatever a client does. No request is started while the client has yet to read earlier responses,
 and reading stops while L{READ_AHEAD} bytes of input wait. Input that comes after the last response is dropped.
 
+A client that closes its side of a plain connection after a request gets its answer, and then the connection is closed.
+
 When the daemon ends, the response that a client waits for is the last of its connection.
 """
 
@@ -23,15 +25,18 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any, Final
 
-from twisted.internet.interfaces import ITCPTransport
+from twisted.internet.address import UNIXAddress
+from twisted.internet.interfaces import IHalfCloseableProtocol, ITCPTransport
 from twisted.internet.protocol import connectionDone
 from twisted.logger import Logger
 from twisted.protocols.basic import LineReceiver
 from twisted.protocols.tls import TLSMemoryBIOProtocol
 from twisted.web.http import HTTPChannel
+from zope.interface import implementer
 
 from ecrproxy.access.limits import Crowd, Patience, counted
 from ecrproxy.http.request import address_of
+from ecrproxy.http.target import HOST, parse_target
 from ecrproxy.request_id import REQUEST_ID
 
 if TYPE_CHECKING:
@@ -52,12 +57,13 @@ FRESH_SECONDS: Final = 1
 """How long a client that has just connected has for its one request when the daemon ends."""
 
 _TLS_HANDSHAKE = b"\x16"
-_HOST = re.compile(rb"[A-Za-z0-9._~!$&'()*+,;=%:\[\]-]*")
+_HOST = re.compile(rf"{HOST}*".encode())
 _TLS_HERE = b"This port speaks HTTP without TLS.\n"
 _PLAIN_HERE = b"This port speaks HTTP over TLS alone: use https.\n"
 _UNSUPPORTED = b'{"errors": [{"code": "UNSUPPORTED", "message": "this proxy only reads"}]}\n'
 
 
+@implementer(IHalfCloseableProtocol)
 class StrictChannel(HTTPChannel):
     """
     One client connection.
@@ -76,6 +82,7 @@ class StrictChannel(HTTPChannel):
     _line = b""
     _fresh = True
     _ending = False
+    _half_closed = False
     _address: str | None = None
 
     def connectionMade(self) -> None:  # noqa: D102
@@ -106,6 +113,26 @@ class StrictChannel(HTTPChannel):
         super().connectionLost(reason)
         self.patience.end()  # what is told of the end may have begun it again
         self.connections.closed(self)
+
+    def readConnectionLost(self) -> None:
+        """
+        Answer what was asked, then close: the client sends nothing more, but may still read.
+
+        On a socket with a path this is the end: programs of this machine, workers among them, cancel by closing.
+        """
+        if isinstance(self.transport.getPeer(), UNIXAddress):
+            self.transport.abortConnection()
+            return
+        if self._ending:
+            self._close()
+            return
+        self._half_closed = True
+        self._go_on()
+
+    def writeConnectionLost(self) -> None:
+        """
+        Do nothing: after a refusal, the client's input is still read.
+        """
 
     def end(self) -> None:
         """
@@ -181,6 +208,8 @@ class StrictChannel(HTTPChannel):
         if self._buffer and not self.paused and not self._ending:
             self._await_head()
             LineReceiver.dataReceived(self, b"")
+        if self._half_closed and not self.paused:
+            self.loseConnection()
         self._regulate()
 
     def _regulate(self) -> None:
@@ -189,7 +218,7 @@ class StrictChannel(HTTPChannel):
         """
         if self.paused and len(self._buffer) >= READ_AHEAD:
             self._networkProducer.pauseProducing()
-        elif not self.transport.disconnecting:
+        elif not self.transport.disconnecting and not self._half_closed:
             self._networkProducer.resumeProducing()
 
     def _stop_input(self) -> None:
@@ -317,7 +346,7 @@ class StrictChannel(HTTPChannel):
         hosts = self.requests[-1].requestHeaders.getRawHeaders(b"Host", [])
         reads = line.startswith((b"GET ", b"HEAD "))
         named = len(hosts) == 1 or (not hosts and not line.endswith(b"HTTP/1.1"))
-        if not named or not all(map(_HOST.fullmatch, hosts)) or (reads and self.length != 0):
+        if not named or not all(map(_HOST.fullmatch, hosts)) or (reads and self.length != 0) or not self._aim():
             self.refuse()
         elif self.length != 0 and self.body_limit and line.startswith(b"POST "):
             if self.length is None or self.length > self.body_limit:
@@ -331,12 +360,30 @@ class StrictChannel(HTTPChannel):
         else:
             super().allHeadersReceived()
 
+    def _aim(self) -> bool:
+        """
+        Parse the target, for everything behind this channel; tell whether it has a form that is served.
+        """
+        request: Any = self.requests[-1]
+        try:
+            request.target = parse_target(self._path)
+        except ValueError:
+            return False
+        return True
+
     def allContentReceived(self) -> None:
         """
         Answer a request that is there with its body.
         """
         self._head.end()
         super().allContentReceived()
+
+    def _send100Continue(self) -> None:
+        """
+        Ask for a body only if one is announced: HAProxy 2.6 takes a 100 without one for the end of the exchange.
+        """
+        if self.length != 0:
+            super()._send100Continue()
 
     def refuse(self) -> bool:
         """
