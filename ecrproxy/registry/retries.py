@@ -100,7 +100,7 @@ def asked_wait(retry_after: str | None, date: str | None) -> float | None:
     try:
         then, now = parsedate_to_datetime(retry_after), parsedate_to_datetime(date or "")
         return max(0.0, (then - now).total_seconds())
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         return None  # it says nothing that we understand
 
 
