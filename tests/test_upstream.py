@@ -734,7 +734,7 @@ class RefusalTests(UpstreamTestCase):
 
     def test_in_strange_words(self) -> None:
         """
-        Whatever a refusal's body is, it is a refusal.
+        A 403 or 404 that is no registry's JSON is no answer of ECR's, whatever it is.
         """
         for body in (
             b"",
@@ -746,14 +746,21 @@ class RefusalTests(UpstreamTestCase):
             b'{"errors": {}}',
             b'{"errors": [3]}',
             b'{"errors": [{"code": null, "message": ["x"]}]}',
+            b'{"errors": [{"code": "", "message": "not found"}]}',
+            b'{"message": "not found"}',
             b"[" * 50_000,
             b"\xff\xfe",
+            b"404 page not found\n",
+            b"<html><body>Access denied by your gateway: token required</body></html>",
         ):
-            fault = self.standin.fail("registry", status=404, body=body)
-            problem = self.refused(self.daemon.upstream.manifest(self.tag, ""))
-            self.assertEqual(404, problem.status, body[:20])
-            json.loads(problem.body())
-            fault.remove()
+            for status in (403, 404):
+                fault = self.standin.fail("registry", status=status, body=body)
+                problem = self.refused(self.daemon.upstream.manifest(self.tag, ""))
+                self.assertIsInstance(problem, UnavailableError, body[:20])
+                self.assertEqual((502, "UNAVAILABLE"), (problem.status, problem.code), body[:20])
+                json.loads(problem.body())
+                fault.remove()
+        self.assertEqual(1, len(self.standin.tokens.issued()))
 
     def test_of_great_length(self) -> None:
         """
