@@ -134,6 +134,20 @@ class AgentTests(DaemonTestCase):
         self.assertWhole(self.pull(), self.data)
         self.assertEqual(["10.0.0.1", "10.0.0.2"], self.reactor.connected)
 
+    def test_a_bucket_may_have_addresses_of_either_kind(self) -> None:
+        for addresses, dead, used in (
+            (["10.0.0.2"], "", "10.0.0.2"),
+            (["2600:1f18::2"], "", "2600:1f18::2"),
+            (["2600:1f18::2", "10.0.0.2"], "2600:1f18::2", "10.0.0.2"),
+            (["10.0.0.2", "2600:1f18::2"], "10.0.0.2", "2600:1f18::2"),
+        ):
+            self.start(agent=self.agent)
+            self.reactor.names.known.update({"ecr.example": ["10.0.0.1"], "bucket.example": addresses})
+            self.reactor.dead.add(dead)
+            data = noise(f"{addresses}{dead}", 1000)
+            self.assertWhole(self.pull(f"/v2/team/app/blobs/{self.standin.push_blob('team/app', data)}"), data)
+            self.assertEqual(used, self.reactor.connected[-1])
+
     def test_names_of_forbidden_addresses_are_refused(self) -> None:
         """
         A redirect to a name that resolves to this machine or its metadata service is 502, once tried.

@@ -166,6 +166,14 @@ class RequestTests(UpstreamTestCase):
         self.fetched()
         self.assertEqual(set(), {name for asked in self.standin.asked for name in asked.headers if name == "cookie"})
 
+    def test_no_cookie_is_kept(self) -> None:
+        self.standin.fail("api", status=200, headers={"Set-Cookie": "stick=1", "X-Other": "y"})
+        agent = PlainAgent(self.daemon.back.agent(persistent=False), self.clock)
+        asking = agent.request(b"GET", b"https://other.example/x")
+        self.flush()
+        headers = self.successResultOf(asking).headers
+        self.assertEqual((False, True), (headers.hasHeader("Set-Cookie"), headers.hasHeader("X-Other")))
+
     def test_headers_of_the_caller_stay_as_they_are(self) -> None:
         """
         The agent that pins the encoding leaves its caller's headers alone, and needs none.

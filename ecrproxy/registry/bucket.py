@@ -65,7 +65,7 @@ class Locator(Protocol):
 
     clock: IReactorTime
     stall_seconds: float
-    """How long a body may send nothing."""
+    """In how many seconds a body must bring C{TRICKLE} bytes."""
 
     async def locate(self, route: Route) -> tuple[str, IResponse | None]:
         """Ask where."""
@@ -178,9 +178,9 @@ class Blob:
 @dataclass(frozen=True, slots=True)
 class Watch:
     """
-    What ends a body that sends nothing.
+    What ends a body that sends nothing, or next to nothing.
 
-    @ivar seconds: for so long.
+    @ivar seconds: in which it must bring C{TRICKLE} bytes.
     @ivar host: who sends it.
     """
 

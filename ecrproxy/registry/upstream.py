@@ -77,7 +77,7 @@ class Upstream:
     One ECR registry and the buckets that it points to.
 
     @param wire: over which the buckets are asked.
-    @param stall_seconds: how long a blob's body may send nothing.
+    @param stall_seconds: in how many seconds a blob's body must bring C{TRICKLE} bytes.
     """
 
     def __init__(self, endpoint: Endpoint, wire: Wire, *, stall_seconds: float = 30) -> None:

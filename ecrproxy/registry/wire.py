@@ -59,10 +59,11 @@ class PlainAgent:
         headers = Headers() if headers is None else headers.copy()
         headers.setRawHeaders("Accept-Encoding", ["identity"])
         headers.removeHeader("Cookie")
-        return self._agent.request(method, uri, headers, bodyProducer).addCallback(_refuse_encoded, self._clock)
+        return self._agent.request(method, uri, headers, bodyProducer).addCallback(_plain, self._clock)
 
 
-def _refuse_encoded(response: IResponse, clock: IReactorTime) -> IResponse:
+def _plain(response: IResponse, clock: IReactorTime) -> IResponse:
+    response.headers.removeHeader("Set-Cookie")  # else treq's jar parses and keeps it
     encoding = header(response, "Content-Encoding")
     if encoding not in (None, "identity"):
         discard(response, clock)
