@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
-from tests.daemon import DaemonTestCase, Reply
+from tests.daemon import DaemonTestCase, Reply, noise
 from tests.registry import digest_of
 from tests.registry_content import OCI_INDEX, OCI_MANIFEST, SCHEMA2
 
@@ -95,3 +95,21 @@ class PageTests(DaemonTestCase):
         body = b'{"errors": [{"code": "MANIFEST_UNKNOWN", "message": "Requested image not found"}]}'
         self.standin.fail("registry", status=404, body=body)
         self.assertRefused(self.get(missing), 404, "MANIFEST_UNKNOWN", "Requested image not found")
+
+
+class BlobTests(DaemonTestCase):
+    def test_a_head_may_have_any_type(self) -> None:
+        data = noise("blob", 1000)
+        for number, said in enumerate(("text/plain; charset=utf-8", "text/html", "application/json", "")):
+            headers = {"Content-Type": said} if said else {}
+            digest = self.standin.push_blob("team/app", data + bytes(number))
+            self.standin.push_blob("team/other", data + bytes(number))
+            size = len(data) + number
+            self.standin.fail("registry", status=200, method="HEAD", headers=headers, body=bytes(size))
+            # A HEAD, as prefetch asks; and a blob that another repository has brought in.
+            head = self.head(f"/v2/team/app/blobs/{digest}")
+            self.assertEqual((200, size), (head.code, head.length), said)
+            self.assertWhole(self.get(f"/v2/team/app/blobs/{digest}"), data + bytes(number), "MISS")
+            other = self.get(f"/v2/team/other/blobs/{digest}")
+            self.assertWhole(other, data + bytes(number), "REVALIDATED")
+            self.standin.heal()

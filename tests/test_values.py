@@ -226,7 +226,7 @@ class ParserTests(SynchronousTestCase):
 
     def test_numbers_are_written_in_ascii_digits(self) -> None:
         for read in (parse_seconds, parse_patience, parse_count, parse_tries, parse_port, parse_size):
-            self.assert_refused(read, "\u0663", "\uff13", "3_0", "+3", "3" * 5000)  # type: ignore[arg-type]
+            self.assert_refused(read, "\u0663", "\uff13", "3_0", "+3", "3" * 5000)
 
     def test_paths_are_not_empty(self) -> None:
         """
