@@ -199,7 +199,7 @@ def build(
         config.ecr_endpoint, figures, store, janitor, asking, pull_through, reasons, disk.call, time.time, reactor
     )
     supervised = Supervised(supervisor, partial(_summary, reasons, store, janitor), reactor)
-    shape = (_namespaces(config, judging), config.cache_key, disk.call)
+    shape = (_namespaces(config, judging, reactor), config.cache_key, disk.call)
     admission = _admission(config, reactor, service)
     registry = Registry(pull_through, *shape, admission)
     counted = partial(make_site, access_log=_access_log(config, service, reactor), served=figures.served)
@@ -263,9 +263,9 @@ def _pull_through(config: Config, upstream: Upstream, cache: Cache, disk: Thread
     )
 
 
-def _namespaces(config: Config, judging: Threads) -> Namespaces:
+def _namespaces(config: Config, judging: Threads, reactor: Any) -> Namespaces:  # noqa: ANN401
     is_other = partial(is_other_registry, endpoint=config.ecr_endpoint)
-    return Namespaces(config.namespace_pattern, judging.call, is_other)
+    return Namespaces(config.namespace_pattern, judging.call, reactor, is_other)
 
 
 def _share_work(
@@ -368,7 +368,7 @@ def build_worker(config: Config, post: Post, reactor: Any) -> Daemon:  # noqa: A
     first = Agent.usingEndpointFactory(reactor, FirstProcess(reactor, post.path), connection_pool(reactor))
     relay = Relay(first)
     judging = Threads(1, reactor)
-    shape = (_namespaces(config, judging), config.cache_key, disk.call)
+    shape = (_namespaces(config, judging, reactor), config.cache_key, disk.call)
     admission = _admission(config, reactor, service)
     registry = WorkerRegistry(cache, config.tag_ttl, relay, *shape, admission)
     served, connections = Served(), Connections()

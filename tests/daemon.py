@@ -500,7 +500,7 @@ class Daemon:
             lanes=self.lanes,
             read_ahead=read_ahead,
         )
-        namespaces = Namespaces(parse_pattern(pattern), at_once, is_other)
+        namespaces = Namespaces(parse_pattern(pattern), at_once, clock, is_other)
         registry = Registry(self.pull_through, namespaces, CacheKey.parse(cache_key), in_thread, admission)
         ready, self.crowd = Ready(self.reasons), Crowd(limits or Limits())
         self.access_log = AccessLog(clock)
