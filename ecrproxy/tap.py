@@ -178,7 +178,7 @@ def build(
     """
     Wire the parts; each line makes one object from earlier ones.
 
-    @param refused: told of credentials that AWS refuses for good.
+    @param refused: ends the daemon, for AWS refuses its credentials.
     @param arguments: the flags that workers are to be started with.
     @param supervisor: the service manager, if it wants to be told.
     """
@@ -187,7 +187,7 @@ def build(
     store = _prepared(Store(Path(config.cache_dir), time.time))
     counting, judging = Threads(1, reactor, yielding=False), Threads(1, reactor)
     janitor = Janitor(store, config.cache_limit, disk.call, reactor, counting.call)
-    tokens = TokenService(lambda: call_unowned(reactor, lambda: _fetch(config)), reactor, time.time, refused)
+    tokens = _tokens(config, reactor, partial(_ends, refused, warm=store.has_content()))
     figures, stall = Figures(__version__), LoopStall(reactor)
     upstream, asking = _upstream(config, tokens, figures, reactor)
     cache = Cache(store, janitor, disk.call, time.time)
@@ -231,6 +231,10 @@ def _access_log(config: Config, service: MultiService, reactor: Any) -> AccessLo
     access_log = AccessLog(reactor)
     access_log.setServiceParent(service)
     return access_log
+
+
+def _tokens(config: Config, reactor: Any, ends: Callable[[CredentialsError], bool]) -> TokenService:  # noqa: ANN401
+    return TokenService(lambda: call_unowned(reactor, lambda: _fetch(config)), reactor, time.time, ends)
 
 
 def _upstream(
@@ -414,6 +418,15 @@ async def _reasons(tokens: TokenService, store: Store, in_thread: InThread, conn
 
 async def _summary(reasons: Callable[[], Awaitable[Sequence[str]]], store: Store, janitor: Janitor) -> str:
     return summary(await reasons(), store.ledger.total, janitor.limit)
+
+
+def _ends(refused: Callable[[CredentialsError], None], problem: CredentialsError, *, warm: bool) -> bool:
+    """
+    End the daemon if it can serve nothing without AWS; tell whether it ends.
+    """
+    if not warm:
+        refused(problem)
+    return not warm
 
 
 def _prepared(store: Store) -> Store:
