@@ -69,8 +69,8 @@ class NamespacesTests(SynchronousTestCase):
     def statuses(self, asked: list[Deferred[None]]) -> list[int]:
         found: list[Any] = []
         for each in asked:
-            each.addErrback(lambda failure: failure.value.status).addCallback(found.append)
-        return [each or 200 for each in found]
+            each.addCallbacks(lambda _: found.append(200), lambda failure: found.append(failure.value.status))
+        return found
 
     def test_a_pattern_decides_on_whole_names(self) -> None:
         judge = self.make("image1|image3")
