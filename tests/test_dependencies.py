@@ -1,272 +1,149 @@
 """
-Each dependency upstream failing, slow and hung: what does not need it does not notice.
+ECR and its buckets while they fail, are slow, or hang: who needs them has an answer in time, nobody else notices.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from twisted.internet.defer import Deferred
-from twisted.internet.error import DNSLookupError
-from twisted.internet.interfaces import IHostnameResolver, IResolutionReceiver
-from twisted.internet.task import deferLater
-from twisted.names import dns
-from twisted.names.error import DNSQueryTimeoutError, DNSServerError
-from twisted.web.client import URI
-from twisted.web.iweb import IAgent, IResponse
-from zope.interface import implementer
+from ecrproxy.registry.bodies import SECONDS
+from ecrproxy.registry.connections import IDLE_SECONDS
+from tests.daemon import MIB, Daemon, DaemonTestCase, Reply, noise
+from tests.registry import Fault, layer
+from tests.registry_bucket import bucket_error
+from tests.registry_http import Service
+from tests.registry_replies import registry_error
 
-from ecrproxy.registry.circuit import PAUSE
-from ecrproxy.registry.ecr import FETCH_SECONDS, PATIENCE, Token, TokenUnavailableError
-from ecrproxy.registry.resolver import ChosenServers
-from tests.daemon import DaemonTestCase, noise
+MINUTELY = 1 / 60
+"""Bytes a second."""
+PATIENCE = 150
+"""Seconds in which whoever asks is answered, or cut off, whatever upstream does: three tries with waits between."""
 
-MANIFEST = "/v2/team/app/manifests/"
+Adversities = Mapping[str, Callable[[], Fault]]
 
 
 class DependencyTestCase(DaemonTestCase):
     """
-    A daemon with an image in its cache, started anew.
+    A daemon that has an image, and is asked for another.
     """
 
     def setUp(self) -> None:
         super().setUp()
         self.image = self.standin.push_image("team/app", "latest")
-        self.data = noise("blob", 100_000)
-        self.blob = f"/v2/team/app/blobs/{self.standin.push_blob('team/app', self.data)}"
-        self.other = noise("other", 1000)
-        self.new = f"/v2/team/app/blobs/{self.standin.push_blob('team/app', self.other)}"
-        self.assertWhole(self.get(MANIFEST + "latest"), self.image.manifest)
-        self.assertWhole(self.get(self.blob), self.data)
+        self.known = f"/v2/team/app/blobs/{self.image.layers[0]}"
+        self.tag = "/v2/team/app/manifests/latest"
+        self.manifest = f"/v2/team/app/manifests/{self.image.digest}"
+        for path in (self.tag, self.known):
+            self.assertEqual(200, self.get(path).code)
 
-    def assertUnnoticed(self) -> None:
+    def start(self, **options: Any) -> Daemon:
         """
-        Cached content comes at once, without time, and the daemon says that it can serve.
+        Start a daemon whose bucket may be silent for ten seconds.
         """
-        self.assertWhole(self.get(MANIFEST + self.image.digest), self.image.manifest, "HIT")
-        self.assertWhole(self.get(self.blob), self.data, "HIT")
-        self.assertEqual(200, self.get("/readyz").code)
-        self.assertEqual(200, self.get("/healthz").code)
+        daemon = super().start(**options)
+        daemon.upstream.stall_seconds = 10
+        return daemon
 
-    def assertStaleWithin(self, seconds: float) -> None:
-        reply = self.daemon.send("GET", MANIFEST + "latest")
-        self.pass_time(seconds)
-        self.assertWhole(reply, self.image.manifest, "STALE")
-
-
-class TokenServiceTests(DependencyTestCase):
-    def restart(self, fetch: Callable[[], Deferred[Token]]) -> None:
+    def adversities(self, service: Service, error: Any) -> Adversities:
         """
-        Start with that for AWS's token service.
+        Name what a service may do, for as long as the fault is there.
         """
-        self.start(fetch=fetch)
+        standin = self.standin
+        return {
+            "fails": lambda: standin.fail(service, status=500),
+            "refuses connections": lambda: standin.refuse(service),
+            "accepts and never answers": lambda: standin.hang(service),
+            "answers headers and stalls": lambda: standin.slow(service, 0),
+            "trickles": lambda: standin.slow(service, MINUTELY),
+            "refuses and stalls": lambda: standin.slow(service, 0, reply=error),
+            "refuses and trickles": lambda: standin.slow(service, MINUTELY, reply=error),
+            "fails and stalls": lambda: standin.slow(service, 0, reply=bucket_error(500, "InternalError", "x")),
+        }
 
-    def token(self) -> Token:
-        return Token(self.standin.issue_token(), self.clock.seconds() + 12 * 3600)
-
-    def failing(self) -> Deferred[Token]:
-        return deferLater(self.clock, 0, self.fail_for, TokenUnavailableError("AWS is down"))
-
-    def fail_for(self, problem: Exception) -> Token:
-        raise problem
-
-    def test_failing(self) -> None:
-        self.restart(self.failing)
-        self.assertUnnoticed()
-        self.assertStaleWithin(PATIENCE + 1)
-        self.assertStaleWithin(0)
-        self.assertRefused(self.get(self.new), 503, "UNAVAILABLE", "AWS is down")
-
-    def test_slow(self) -> None:
+    def assertOver(self, reply: Reply, what: str) -> None:
         """
-        Slower than a fetch may be: the token is used when it comes.
+        The client has an error, or was cut off.
         """
-        self.restart(lambda: deferLater(self.clock, FETCH_SECONDS + 20, self.token))
-        self.assertUnnoticed()
-        self.assertStaleWithin(PATIENCE + 1)
-        self.pass_time(FETCH_SECONDS + 20)
-        self.assertWhole(self.get(self.new), self.other, "MISS")
+        self.assertTrue(reply.code >= 500 or reply.ended == "broken", (what, reply.code, reply.ended))
 
-    def test_hung(self) -> None:
-        self.restart(Deferred)
-        self.assertUnnoticed()
-        self.assertStaleWithin(PATIENCE + 1)
-        self.pass_time(300)
-        self.assertUnnoticed()
-        self.assertStaleWithin(0)
-        self.assertRefused(self.get(self.new), 503, "UNAVAILABLE", "has not answered")
-
-    def test_hung_while_ecr_rejects_the_token(self) -> None:
-        fetches: list[Deferred[Token]] = []
-
-        def once() -> Deferred[Token]:
-            fetches.append(Deferred())
-            return deferLater(self.clock, 0, self.token) if len(fetches) == 1 else fetches[-1]
-
-        self.restart(once)
-        self.standin.expire_tokens()
-        self.assertStaleWithin(PATIENCE + 1)
-        self.pass_time(FETCH_SECONDS)
-        self.assertUnnoticed()
-        self.assertStaleWithin(0)
-
-
-class EcrTests(DependencyTestCase):
-    def test_failing(self) -> None:
-        self.standin.fail("registry", status=500)
-        self.assertUnnoticed()
-        for _ in range(10):
-            self.assertStaleWithin(0)
-
-    def test_slow(self) -> None:
-        self.standin.quirks.latency = 20
-        slow = self.daemon.send("GET", self.new)
-        self.assertUnnoticed()
-        self.pass_time(45)
-        self.assertWhole(slow, self.other, "MISS")
-
-    def test_hung(self) -> None:
-        self.standin.hang("registry")
-        self.assertUnnoticed()
-        asked = [self.daemon.send("GET", MANIFEST + "latest") for _ in range(20)]
-        self.pass_time(31)
-        for reply in asked:
-            self.assertWhole(reply, self.image.manifest, "STALE")
-        self.assertUnnoticed()
-
-
-@implementer(IHostnameResolver)
-class Nobody:
-    """
-    A host's resolver that knows no name.
-    """
-
-    def resolveHostName(  # type: ignore[override]  # (zope's stubs count self twice)
-        self, receiver: IResolutionReceiver, *_: object, **__: object
-    ) -> None:
-        receiver.resolutionComplete()
-
-
-@implementer(IResolutionReceiver)
-class Found:
-    """
-    Fires with the addresses of a name.
-    """
-
-    def __init__(self) -> None:
-        self.addresses: list[object] = []
-        self.all: Deferred[list[object]] = Deferred()
-
-    def resolutionBegan(self, resolution: object) -> None:
-        pass
-
-    def addressResolved(self, address: object) -> None:
-        self.addresses.append(address)
-
-    def resolutionComplete(self) -> None:
-        self.all.callback(self.addresses)
-
-
-@implementer(IAgent)
-class Resolving:
-    """
-    Sends each request once the host's name is resolved.
-    """
-
-    def __init__(self, names: ChosenServers, agent: IAgent) -> None:
-        self._names, self._agent = names, agent
-
-    def request(self, method: bytes, uri: bytes, *rest: Any) -> Deferred[IResponse]:
-        host, found = URI.fromBytes(uri).host.decode(), Found()
-        self._names.resolveHostName(found, host)
-        return found.all.addCallback(self._send, host, method, uri, *rest)
-
-    def _send(self, addresses: list[object], host: str, *request: Any) -> Deferred[IResponse]:
-        if not addresses:
-            raise DNSLookupError(f"no results for hostname lookup: {host}")
-        return self._agent.request(*request)
-
-
-class NamesTests(DependencyTestCase):
-    """
-    The chosen name servers alone know the registry, and each request asks for its name.
-    """
-
-    def setUp(self) -> None:
-        super().setUp()
-        self.well()
-        servers: Any = self
-        self.names = ChosenServers(servers, Nobody(), [], self.clock)
-        self.start(agent=lambda back: Resolving(self.names, back.agent(persistent=True)))
-
-    def lookupAddress(self, name: str, timeout: object) -> Deferred[Any]:
+    def assertNothingHeld(self, what: str) -> None:
         """
-        Be a name server.
+        No connection outlives what it was for.
         """
-        record = dns.RRHeader(name, dns.A, payload=dns.Record_A("192.0.2.1"))
-        return deferLater(self.clock, self.seconds, self.reply, ([record], [], []))
+        self.pass_time(IDLE_SECONDS + SECONDS)
+        self.assertEqual([], self.daemon.back.ends, what)
 
-    def lookupIPV6Address(self, name: str, timeout: object) -> Deferred[Any]:
-        return deferLater(self.clock, self.seconds, self.reply, ([], [], []))
-
-    def well(self) -> None:
-        self.seconds = 0.0
-        self.problem: Exception | None = None
-
-    def reply(self, answer: object) -> object:
-        if self.problem is not None:
-            raise self.problem
-        return answer
-
-    def assertRecoversWithin(self, seconds: float) -> None:
-        self.well()
-        self.pass_time(seconds)
-        self.assertWhole(self.get(self.new), self.other, "MISS")
-
-    def fail_for(self, seconds: int) -> None:
-        self.problem = DNSServerError()
-        for _ in range(seconds):
-            for number in range(5):
-                self.daemon.send("GET", f"{MANIFEST}v{number}")
-            self.pass_time(1)
-        self.assertUnnoticed()
-        self.assertStaleWithin(0)
-        self.assertIn("DNS lookup failed", self.logged())
-
-    def test_failing_for_two_seconds(self) -> None:
-        self.fail_for(2)
-        self.assertRecoversWithin(PAUSE)
-
-    def test_failing_for_long(self) -> None:
-        self.fail_for(120)
-        self.assertRecoversWithin(PAUSE)
-
-    def test_failing_once_the_name_was_known(self) -> None:
+    def assertHits(self, what: str) -> None:
         """
-        The last addresses are used.
+        What the cache has is there at once.
         """
-        self.assertWhole(self.get(MANIFEST + "latest"), self.image.manifest, "REVALIDATED")
-        self.pass_time(3600)
-        self.problem = DNSServerError()
-        self.assertWhole(self.get(MANIFEST + "latest"), self.image.manifest, "REVALIDATED")
+        for path in (self.known, self.manifest):
+            reply = self.get(path)
+            self.assertEqual((200, "whole", "HIT"), (reply.code, reply.ended, reply.cache), what)
 
-    def test_slow(self) -> None:
-        self.seconds = 2.5
-        slow = self.daemon.send("GET", self.new)
-        self.assertUnnoticed()
-        self.pass_time(6)
-        self.assertWhole(slow, self.other, "MISS")
 
-    def test_hung(self) -> None:
-        """
-        Servers that time out after three seconds each time.
-        """
-        self.seconds, self.problem = 3.0, DNSQueryTimeoutError(1)
-        for number in range(5):
-            self.daemon.send("GET", f"{MANIFEST}v{number}")
-        self.assertUnnoticed()
-        self.pass_time(15)
-        self.assertUnnoticed()
-        self.assertStaleWithin(0)
-        self.assertRecoversWithin(8)
+class BucketTests(DependencyTestCase):
+    def test_that_is_ill_in_any_way_costs_only_those_who_need_it(self) -> None:
+        blobs = 0
+        for size in (2000, 2 * MIB):
+            for what, strike in self.adversities("bucket", bucket_error(403, "AccessDenied", "no")).items():
+                blobs += 1
+                data = noise(f"blob {blobs}", size)
+                path = f"/v2/team/app/blobs/{self.standin.push_blob('team/app', data)}"
+                fault = strike()
+                reply = self.daemon.send("GET", path)
+                self.flush()
+                self.assertHits(what)
+                self.assertEqual("REVALIDATED", self.get(self.tag).cache, what)
+                self.pass_time(PATIENCE)
+                if what == "trickles":  # it goes on, over one new connection after the other
+                    self.assertGreater(self.standin.count("bucket", "GET", path.rpartition("/")[2]), 10)
+                else:
+                    self.assertOver(reply, what)
+                fault.remove()
+                reply.leave()
+                self.pass_time(30)
+                self.assertWhole(self.get(path), data)
+                self.assertNothingHeld(what)
+
+
+class RegistryTests(DependencyTestCase):
+    def test_that_is_ill_in_any_way_costs_only_those_who_need_it(self) -> None:
+        for number, (what, strike) in enumerate(
+            self.adversities("registry", registry_error(404, "MANIFEST_UNKNOWN", "no")).items()
+        ):
+            self.start()
+            other = self.standin.push_image("team/app", f"other{number}", layers=[layer("other", noise(what, 99))])
+            path = f"/v2/team/app/manifests/{other.digest}"
+            fault = strike()
+            asked = self.daemon.send("GET", path)
+            known = self.daemon.send("GET", self.tag)
+            tags = self.daemon.send("GET", "/v2/team/app/tags/list")
+            self.flush()
+            self.assertHits(what)
+            self.pass_time(PATIENCE)
+            for reply in (asked, tags):
+                self.assertOver(reply, what)
+            # A HEAD has no body that could stall: then the tag is confirmed.
+            self.assertIn(known.cache, ("STALE", "REVALIDATED"), what)
+            self.assertWhole(known, self.image.manifest)
+            fault.remove()
+            self.pass_time(60)  # the circuit asks again in that time
+            self.assertWhole(self.get(path), other.manifest)
+            self.assertNothingHeld(what)
+
+    def test_headers_that_trickle_have_as_long_as_any(self) -> None:
+        for service in ("registry", "bucket"):
+            self.start()
+            blob = self.standin.push_blob("team/app", noise(service, 100))
+            fault = self.standin.fault(Fault(service, None, blob if service == "registry" else ""))
+            reply = self.daemon.send("GET", f"/v2/team/app/blobs/{blob}")
+            self.flush()
+            for letter in b"HTTP/1.1 200 OK\r\nX-Long: " + b"x" * 100:
+                for _, server in self.daemon.back.ends[-1:]:
+                    server.write(bytes([letter]))
+                self.pass_time(1)
+            self.assertRefused(reply, 504, "UNAVAILABLE", "has not answered for 30 s")
+            fault.remove()
+            self.assertNothingHeld(service)
