@@ -1703,6 +1703,7 @@ class TokenTests(DaemonTestCase):
             blob = self.standin.push_blob("team/app", noise(str(number), 100))
             self.assertWhole(self.get(f"/v2/team/app/blobs/{blob}"), noise(str(number), 100), "MISS")
             self.assertEqual(2 + number, self.asked)
+            self.pass_time(60)
 
     def test_refused_is_renewed_once_for_all(self) -> None:
         """

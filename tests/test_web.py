@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
 from urllib.parse import parse_qs, quote, urlsplit
 
 from twisted.trial.unittest import SynchronousTestCase
@@ -16,6 +15,7 @@ from ecrproxy.http import web
 from ecrproxy.http.answering import Missing, Ready
 from ecrproxy.http.conditions import matches, parse_range
 from ecrproxy.http.site import RegistrySite, make_site
+from ecrproxy.readiness import Readiness
 from ecrproxy.registry import upstream
 from tests.daemon import MIB, DaemonTestCase, Raw, Reply, noise
 from tests.registry import digest_of
@@ -118,7 +118,8 @@ class PathTests(DaemonTestCase):
         /readyz is 200 once there is a token.
         """
         reply = self.get("/readyz")
-        self.assertEqual({"ready": True, "reasons": []}, json.loads(reply.body))
+        said = {"ready": True, "alive": True, "can_serve": True, "can_fetch": True, "reasons": []}
+        self.assertEqual(said, json.loads(reply.body))
         self.assertEqual((200, "application/json"), (reply.code, reply.header("Content-Type")))
 
     def test_not_ready(self) -> None:
@@ -126,14 +127,14 @@ class PathTests(DaemonTestCase):
         /readyz is 503 and tells the reasons as JSON while something stands in the way.
         """
 
-        async def reasons() -> Sequence[str]:
-            return ["no token: AWS is away", 'the "disk" is full']
+        async def readiness() -> Readiness:
+            return Readiness(can_serve=False, can_fetch=False, reasons=("no token: AWS is away", 'the "disk" is full'))
 
-        self.daemon.front.site = make_site(Missing(), Ready(reasons), self.clock)
+        self.daemon.front.site = make_site(Missing(), Ready(readiness), self.clock)
         reply = self.get("/readyz")
-        self.assertEqual(
-            {"ready": False, "reasons": ["no token: AWS is away", 'the "disk" is full']}, json.loads(reply.body)
-        )
+        found = json.loads(reply.body)
+        self.assertEqual(["no token: AWS is away", 'the "disk" is full'], found["reasons"])
+        self.assertEqual((False, True, False), (found["ready"], found["alive"], found["can_fetch"]))
         self.assertEqual((503, "application/json"), (reply.code, reply.header("Content-Type")))
 
     def test_others_are_not_there(self) -> None:

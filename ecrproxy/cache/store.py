@@ -114,6 +114,15 @@ class Store:
             self.check()
         return self.troubles.reasons()
 
+    def has_content(self) -> bool:
+        """
+        Tell whether there is any content.
+        """
+        try:
+            return any(path.is_file() for path in (self.root / "content").glob("*/*/*"))
+        except OSError:
+            return False
+
     def sweep(self) -> None:
         """
         Unlink what arrived for writers that are no more, but for what is worth going on with.
