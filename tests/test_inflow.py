@@ -10,7 +10,17 @@ from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.transfer.inflow import HIGH_WATER, LARGEST_PART, SMALLEST_PART, SPLIT, Gaps, Inflow, Lanes, part_size
+from ecrproxy.transfer.inflow import (
+    HIGH_WATER,
+    LARGEST_PART,
+    SMALLEST_PART,
+    SPLIT,
+    Buffered,
+    Gaps,
+    Inflow,
+    Lanes,
+    part_size,
+)
 from tests.test_download import Tap
 
 PIECE = 2**16
@@ -120,7 +130,7 @@ class PartTests(SynchronousTestCase):
 
 class InflowTests(SynchronousTestCase):
     def setUp(self) -> None:
-        self.inflow, self.tap = Inflow(), Tap(0, None)
+        self.inflow, self.tap = Inflow(Buffered()), Tap(0, None)
         self.inflow.begin(self.tap)
 
     def batch(self) -> Deferred[list[bytes]]:
@@ -229,7 +239,7 @@ class InflowTests(SynchronousTestCase):
         """
         Bytes, and even the end, may come while the connection is only being begun.
         """
-        tap, inflow = Tap(0, None), Inflow()
+        tap, inflow = Tap(0, None), Inflow(Buffered())
         tap.early = [bytes(HIGH_WATER), b"x"]
         inflow.begin(tap)
         self.assertEqual(2, len(self.successResultOf(Deferred.fromCoroutine(inflow.batch()))))

@@ -20,7 +20,7 @@ from ecrproxy.http.request import RegistryRequest, path
 from ecrproxy.oci import RegistryError
 from ecrproxy.reasons import Reason
 from ecrproxy.request_id import current
-from ecrproxy.transfer.download import ShortBodyError
+from ecrproxy.transfer.lane import ShortBodyError
 
 if TYPE_CHECKING:
     from twisted.python.failure import Failure

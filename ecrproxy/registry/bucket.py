@@ -104,7 +104,7 @@ class Blob:
                 start = 0
                 response = await self._ask("")
         self.size, self.first = self._understand(response, start)
-        self.ranged = response.code == 206  # noqa: PLR2004
+        self.ranged = response.code == 206 or _offers_parts(response)  # noqa: PLR2004
 
     async def open(self, start: int, stop: int | None, breaks: int = 0) -> Stretch:
         """
@@ -124,6 +124,7 @@ class Blob:
         if size != self.size:
             stretch.drop()
             raise UnavailableError(502, "UNAVAILABLE", f"{self._route.reference} has changed its size upstream")
+        self.ranged = self.ranged and not stretch.skip
         return stretch
 
     async def _ask(self, span: str) -> IResponse:
@@ -270,6 +271,14 @@ class Drop(TwistedProtocol):
         self._left -= len(data)
         if self._left < 0 and self.transport is not None:
             self.transport.loseConnection()
+
+
+def _offers_parts(response: IResponse) -> bool:
+    """
+    Tell whether a bucket that was asked for all would give parts.
+    """
+    asked_for_all = not response.request.headers.hasHeader(b"Range")
+    return asked_for_all and (header(response, "Accept-Ranges") or "").strip().lower() == "bytes"
 
 
 def _span(start: int, stop: int | None) -> str:
