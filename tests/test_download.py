@@ -977,6 +977,38 @@ class WindowTests(DownloadTestCase):
         self.assertFalse(reader.follower.done)
         self.assertFailed(download, DigestMismatchError)
 
+    def test_a_break_is_mended(self) -> None:
+        data = noise("x", 1000)
+        download = self.begin(data, kept=False)
+        reader = Reader(download.follow(0, 1000))
+        for end in (100, 500, 700):
+            self.tap.arrived(data[self.tap.start : end])
+            self.tap.ended(Failure(ZeroDivisionError()))
+        self.assertEqual([(0, 1000), (100, 1000), (500, 1000), (700, 1000)], self.blob.spans)
+        self.tap.arrived(data[700:])
+        self.assertEqual(data, bytes(reader.got))
+        self.assertTrue(download.verified)
+
+    def test_a_break_without_a_byte_three_times_in_a_row_is_the_end(self) -> None:
+        download = self.begin(noise("x", 1000), kept=False)
+        reader = Reader(download.follow(0, 1000))
+        for _ in range(TRIES):
+            self.assertIsNone(download.failure)
+            self.tap.ended(Failure(ZeroDivisionError()))
+        reader.follower.close()
+        self.assertFailed(download, ZeroDivisionError)
+
+    def test_of_unknown_length_a_break_is_the_end(self) -> None:
+        """
+        Nobody knows what is missing then.
+        """
+        download = self.begin(b"x" * 1000, kept=False, size=None)
+        reader = Reader(download.follow(0, None))
+        self.tap.arrived(b"x" * 500)
+        self.tap.ended(Failure(ZeroDivisionError()))
+        reader.follower.close()
+        self.assertFailed(download, ZeroDivisionError)
+
     def test_waits_for_the_slowest(self) -> None:
         """
         Upstream is held back while a reader does not read, with bounded memory, and goes on when it does.

@@ -209,6 +209,23 @@ class BrokenLaneTests(RangesTestCase):
         self.assertEqual(SIZE, self.standin.bytes_sent)
         self.assertLessEqual(self.standin.count("registry", "GET"), 1 + 4)
 
+    def test_without_a_file_goes_on_too(self) -> None:
+        """
+        A blob that is not kept is asked for from its last byte on, whether its connection broke or its URL expired.
+        """
+        self.start(limit=10 * MIB)
+        self.standin.hold(self.digest)
+        reply = self.get(self.path)
+        self.standin.deliver(self.digest, 300_000)
+        self.flush()
+        self.standin.expire_urls()
+        self.standin.cut(self.digest)
+        self.flush()
+        self.standin.release(self.digest)
+        self.flush()
+        self.assertWhole(reply, DATA, "BYPASS")
+        self.assertEqual(SIZE, self.standin.bytes_sent)
+
     def test_that_stays_broken_ends_all(self) -> None:
         """
         When a part can't be had, the client's connection is aborted and the other lanes are stopped; the next request
