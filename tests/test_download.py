@@ -382,6 +382,24 @@ class KeptTests(DownloadTestCase):
         self.assertFailed(download, ZeroDivisionError)
         self.assertEqual(1 + TRIES, len(self.blob.taps))
 
+    def test_answers_that_announce_nothing_are_given_up(self) -> None:
+        """
+        A bucket that claims to have sent all that was asked for, and has sent nothing, is not asked without end.
+        """
+        data = noise("x", 1000)
+        download = self.begin(data, first=400)
+
+        async def nothing(start: int, stop: int | None, breaks: int = 0) -> Tap:
+            self.blob.taps.append(Tap(start, start))
+            return self.tap
+
+        self.patch(self.blob, "open", nothing)
+        self.tap.arrived(data[:400])
+        for _ in range(TRIES):
+            self.assertIsNone(download.failure)
+            self.tap.ended(None)
+        self.assertFailed(download, ShortBodyError)
+
     def test_a_byte_begins_the_tries_anew(self) -> None:
         """
         A bucket that breaks off often, but brings something now and then, is not given up.

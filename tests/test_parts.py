@@ -4,10 +4,12 @@ Parts of blobs: several in one response, of blobs that are cold, on their way, n
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from email import message_from_bytes
 from email.message import Message
-from typing import cast
+from typing import Any, TypeVar, cast
 
+from twisted.internet.defer import Deferred
 from twisted.internet.task import deferLater
 from twisted.logger import capturedLogs, formatEvent
 
@@ -17,6 +19,7 @@ from ecrproxy.transfer.unattended import MOST
 from tests.daemon import MIB, DaemonTestCase, Reply, noise
 from tests.test_ranges import DATA, SIZE, RangesTestCase
 
+T = TypeVar("T")
 FOOTER = 51
 
 
@@ -348,6 +351,15 @@ class UnkeptPartTests(PartsTestCase):
         self.flush()
         self.assertLess(self.fetched(), 10_000)
 
+    def test_a_client_that_leaves_before_the_answer_leaves_no_connection(self) -> None:
+        self.standin.hold(self.digest)
+        client = self.daemon.send("GET", self.path, Range=f"bytes={MIB}-")
+        client.leave()
+        self.flush()
+        self.assertEqual(0, self.standin.held(self.digest))
+        reply = self.get(self.path, Range=f"bytes={MIB}-", If_None_Match=f'"{self.digest}"')
+        self.assertEqual((304, 0), (reply.code, self.standin.held(self.digest)))
+
     def test_a_client_that_does_not_read_holds_the_bucket_back(self) -> None:
         reply = self.daemon.send("GET", self.path, Range="bytes=1-")
         reply.stop_reading()
@@ -498,13 +510,11 @@ class UnattendedTests(RangesTestCase):
 
     def test_a_slow_disk_holds_a_bounded_number_of_bytes(self) -> None:
         """
-        Sixty transfers to a disk that takes nothing hold what one budget allows, and a read of each connection.
+        Fifty transfers to a disk that takes nothing hold what they may together, and a read of each connection.
         """
         lanes = Lanes()
         lanes.buffered.most = 8 * MIB
-        self.start(lanes=lanes)
-        stuck: list[object] = []
-        self.hands_off(stuck)
+        DaemonTestCase.start(self, lanes=lanes, in_thread=self.never_written)
         for digest in self.digests:
             self.standin.release(digest)
             self.daemon.send("GET", f"/v2/team/app/blobs/{digest}")
@@ -512,21 +522,8 @@ class UnattendedTests(RangesTestCase):
         self.assertLess(self.standin.bytes_sent, 8 * MIB + 4 * self.COUNT * 2**17)
         self.assertLessEqual(lanes.buffered.size, 8 * MIB + self.COUNT * 2**17)
 
-    def hands_off(self, stuck: list[object]) -> None:
+    def never_written(self, blocking: Callable[..., T], *args: Any) -> Deferred[T]:
         """
-        Let the disk take no byte any more.
+        Do all that is done in threads but writing, which takes for ever.
         """
-        from twisted.internet.defer import Deferred
-
-        def never(writer: object, offset: int, pieces: object) -> None:
-            raise AssertionError("done in a thread")
-
-        real = self.daemon.pull_through._in_thread  # noqa: SLF001
-
-        def in_thread(blocking: object, *args: object) -> Deferred[object]:
-            if getattr(blocking, "__name__", "") == "write":
-                stuck.append(args)
-                return Deferred()
-            return cast(Deferred[object], real(blocking, *args))  # type: ignore[arg-type]
-
-        self.daemon.pull_through._in_thread = in_thread  # type: ignore[assignment]  # noqa: SLF001
+        return Deferred() if getattr(blocking, "__name__", "") == "write" else self.soon(blocking, *args)

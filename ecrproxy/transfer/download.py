@@ -187,7 +187,7 @@ class Download:
         """
         if self._at_work and self.unattended:
             self.stopped = True
-            self._end_lanes(Failure(UnattendedError("nobody reads it, nor several others; the next request goes on")))
+            self._end_lanes(Failure(UnattendedError("nobody reads it, nor others; the next request continues it")))
 
     async def run(self, blob: Blob) -> None:
         """

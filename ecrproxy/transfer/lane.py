@@ -80,8 +80,6 @@ class Lane:
             except Exception as problem:
                 if not self._may_go_on(problem):
                     raise
-                why = str(problem)
-                log.info("Going on with {digest} at byte {at}: {why}", digest=self.digest, at=self.reached, why=why)
             else:
                 if self.stop is None:
                     break
@@ -96,7 +94,7 @@ class Lane:
             self._inflow.begin(stretch)
         batch = await self._inflow.batch()
         if not batch and self.stop is not None and self.reached < self.stop:
-            if self._announced is None or self.reached < self._announced:
+            if not self._brought or self._announced is None or self.reached < self._announced:
                 raise ShortBodyError(f"the connection ended at byte {self.reached} of {self.digest}")
             self._hang_up()  # all that was asked for has come, and there is more to ask for
         return batch
@@ -127,7 +125,11 @@ class Lane:
             return True  # cut meanwhile: there is nothing left to try
         self._barren = 0 if self._brought else self._barren + 1
         self._brought = False
-        return self._barren < TRIES and not isinstance(problem, CancelledError)
+        if self._barren >= TRIES or isinstance(problem, CancelledError):
+            return False
+        why = str(problem)
+        log.info("Going on with {digest} at byte {at}: {why}", digest=self.digest, at=self.reached, why=why)
+        return True
 
     def cut(self, give_back: Callable[[int, int], None]) -> None:
         """
