@@ -39,13 +39,14 @@ ARROWS: dict[str, set[str]] = {
         "registry",
         "threads",
     },
-    "answers": {"cache", "oci", "reasons", "transfer.download"},
+    "answers": {"cache", "oci", "reasons", "transfer.download", "transfer.passing"},
     "cache": {"oci", "threads"},
     "cached": {"answers", "cache", "oci", "reasons", "threads"},
     "daemon": {"readiness", "settings.config"},
     "http": {
         "access",
         "answers",
+        "byte_ranges",
         "cache.cache_key",
         "cache.content",
         "cache.ledger",
@@ -67,6 +68,7 @@ ARROWS: dict[str, set[str]] = {
     "metrics": {"ranking"},
     "proxy": {
         "answers",
+        "byte_ranges",
         "cache",
         "cached",
         "flights",
@@ -83,7 +85,7 @@ ARROWS: dict[str, set[str]] = {
     "oci": {"reasons"},
     "registry": {"addresses", "metrics", "oci", "reasons"},
     "settings": {"access.limits", "addresses", "cache.cache_key", "registry.quotas"},
-    "transfer": {"access.limits", "cache", "oci", "reasons", "stopwatch", "threads"},
+    "transfer": {"access.limits", "byte_ranges", "cache", "oci", "reasons", "stopwatch", "threads"},
 }
 OUTERMOST = {"tap", "command"}
 TYPES_ONLY = {

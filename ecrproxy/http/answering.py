@@ -22,7 +22,7 @@ from ecrproxy.oci import RegistryError
 from ecrproxy.readiness import Readiness
 from ecrproxy.reasons import Reason
 from ecrproxy.request_id import current
-from ecrproxy.transfer.download import ShortBodyError
+from ecrproxy.transfer.lane import ShortBodyError
 
 if TYPE_CHECKING:
     from twisted.python.failure import Failure
