@@ -8,13 +8,19 @@ import contextlib
 from collections.abc import Callable
 from typing import Final
 
+from ecrproxy.byte_ranges import Ranges
 from ecrproxy.cache.cache_key import Asker, CacheKey
 from ecrproxy.cache.entries import Entry
 from ecrproxy.cache.ledger import is_own, packed, unpacked
-from ecrproxy.http.conditions import matches, parse_range
+from ecrproxy.http.conditions import matches
 from ecrproxy.http.target import parse_target
 from ecrproxy.http.telling import ROWS, read_rows
 from ecrproxy.oci import Digest, RegistryError, accepted_types, listed, manifest_type, parse_route, query_values
+from ecrproxy.registry.bucket import told_part
+from ecrproxy.registry.bucket_errors import said_by_bucket
+from ecrproxy.registry.links import next_target
+from ecrproxy.registry.refusals import Refusal
+from ecrproxy.registry.retries import LONGEST_ASKED, asked_wait
 from ecrproxy.settings.config import SETTINGS, ConfigError
 
 
@@ -42,8 +48,8 @@ def told(data: bytes) -> None:
 def span(data: bytes) -> None:
     text = data.decode("utf-8", "replace")
     with contextlib.suppress(LookupError):
-        chosen = parse_range(text, len(data) * 3)
-        assert chosen is None or 0 <= chosen[0] < chosen[1] <= len(data) * 3
+        ranges = Ranges.parse(text)
+        assert ranges is None or all(0 <= start < stop <= len(data) * 3 for start, stop in ranges.of(len(data) * 3))
     matches([text], '"x"')
 
 
@@ -91,6 +97,17 @@ def path(data: bytes) -> None:
     assert short is None or unpacked(short) == text
 
 
+def upstream(data: bytes) -> None:
+    text = data.decode("latin-1")
+    next_target(text)
+    said_by_bucket(data)
+    wait = asked_wait(text, text)
+    assert wait is None or 0 <= wait <= LONGEST_ASKED
+    part = told_part(text, 64, 4096)
+    assert part is None or 64 < part[0] <= min(4096, part[1])
+    Refusal.read(403, data, challenged=False)
+
+
 PARSERS: Final[tuple[Callable[[bytes], None], ...]] = (
     route,
     span,
@@ -100,6 +117,7 @@ PARSERS: Final[tuple[Callable[[bytes], None], ...]] = (
     setting,
     key,
     path,
+    upstream,
     target,
     told,
 )

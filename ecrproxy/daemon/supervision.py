@@ -13,6 +13,7 @@ Rules:
 from __future__ import annotations
 
 import contextlib
+import re
 import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final
@@ -21,6 +22,8 @@ from twisted.application.service import Service
 from twisted.internet.defer import Deferred
 from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
+
+from ecrproxy.readiness import Readiness
 
 log = Logger()
 
@@ -52,7 +55,8 @@ class Supervisor:
             return None
         patience = environ.get("WATCHDOG_USEC", "")
         ours = environ.get("WATCHDOG_PID") in (None, "", str(pid))
-        return cls(path, int(patience) / 1e6 if ours and patience.isdecimal() and int(patience) else None)
+        told = ours and re.fullmatch(r"0*[1-9][0-9]{0,17}", patience)
+        return cls(path, int(patience) / 1e6 if told else None)
 
     @property
     def beat(self) -> float:
@@ -146,12 +150,14 @@ class Supervised(Service):
             self._tell()
 
 
-def summary(reasons: Sequence[str], held: int, limit: int) -> str:
+def summary(readiness: Readiness, held: int, limit: int) -> str:
     """
     Say how the daemon is, for people.
 
-    @param reasons: what keeps it from its work, as C{/readyz} has it.
+    @param readiness: as C{/readyz} has it.
     @param held: bytes in the cache.
     """
-    state = "; ".join(reasons) if reasons else "Ready"
+    reasons = "; ".join(readiness.reasons)
+    state = "Ready" if readiness.can_serve else reasons
+    state += f", but {reasons}" if readiness.can_serve and reasons else ""
     return f"{state}; the cache holds {held / _GIB:.1f} of {limit / _GIB:.1f} GiB"

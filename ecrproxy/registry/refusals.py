@@ -18,22 +18,17 @@ from ecrproxy.registry.bucket import UnavailableError
 
 log = Logger()
 
-# A 400 with one of these is about the request; any other is how ECR answers a token that it can't read.
-_REQUEST_CODES: Final = frozenset(
-    {"UNSUPPORTED", "NAME_INVALID", "DIGEST_INVALID", "TAG_INVALID", "MANIFEST_INVALID", "PAGINATION_NUMBER_INVALID"}
-)
-_NOT_FOUND_CODES: Final = {
-    Kind.MANIFEST: "MANIFEST_UNKNOWN",
-    Kind.BLOB: "BLOB_UNKNOWN",
-    Kind.TAGS: "NAME_UNKNOWN",
-    Kind.REFERRERS: "NAME_UNKNOWN",
-}
+# Codes that a 400 about the token may have; an unreadable token is answered with a text that is no registry JSON.
+_TOKEN_CODES: Final = frozenset({"", "DENIED", "UNAUTHORIZED"})
+_TOKEN_WORDS: Final = re.compile(r"\bauthorization token\b")
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
     """
     A refusal in ECR's words.
+
+    @ivar code: the distribution spec's; empty if the answer is not the spec's JSON.
     """
 
     status: int
@@ -56,42 +51,72 @@ class Refusal:
         code, message = "", body[:1000].decode("utf-8", "replace")
         try:
             first = json.loads(body)["errors"][0]
-            code, message = str(first.get("code", "")), str(first.get("message", ""))
+            code, message = str(first.get("code") or ""), str(first.get("message", ""))
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             pass  # a plain text, as ECR sends some: the text is the message then
         return cls(status, code, message, challenged=challenged)
+
+    @property
+    def is_registry_error(self) -> bool:
+        """
+        Tell whether the answer is an error of the distribution spec; if not, something else may have answered for ECR.
+        """
+        return bool(self.code)
 
     @property
     def is_about_token(self) -> bool:
         """
         Tell whether another token may help.
 
-        Expired tokens are a 403 whose message says so, unreadable ones a 400 without challenge; a 403
-        of IAM is about permission, which no token changes (field notes C3).
+        Expired tokens are a 403 whose message says so, unreadable ones a 400 without challenge. A 403 of IAM is about
+        permission, which no token changes, and a 400 with any other code about the request (field notes C3).
         """
+        said = self.message.lower()
         match self.status:
             case 401:
                 return True
             case 400:
-                return not self.challenged and self.code not in _REQUEST_CODES
+                return not self.challenged and (self.code in _TOKEN_CODES or bool(_TOKEN_WORDS.search(said)))
             case 403:
-                said = self.message.lower()
-                return bool(re.search(r"\btoken\b", said)) and "not authorized to perform" not in said
+                # ECR says it in plain text too.
+                words = re.compile(r"\btoken\b") if self.is_registry_error else _TOKEN_WORDS
+                return bool(words.search(said)) and "not authorized to perform" not in said
         return False
+
+    @property
+    def _rejection(self) -> str:
+        """
+        Tell a client of a rejected token.
+
+        A 400 may be about something else after all, so its text is passed on; 401 and 403 may name AWS identities.
+        """
+        if self.status == 400:  # noqa: PLR2004
+            return f"ECR answers 400, as to a token that it can't read: {self.message}"
+        return "ECR does not accept the proxy's token; its log says why"
 
     def raise_for(self, route: Route) -> NoReturn:
         """
         Raise what the client is told.
         """
         if self.is_about_token:
-            log.error("ECR refuses a fresh token: {status} {said}", status=self.status, said=self.message)
-            raise UnavailableError(502, "UNAVAILABLE", "ECR does not accept the proxy's token", reason=Reason.NO_TOKEN)
+            log.error("ECR rejects the token: {status} {said}", status=self.status, said=self.message, once=self.status)
+            raise UnavailableError(502, "UNAVAILABLE", self._rejection, reason=Reason.NO_TOKEN)
+        if self.status in (403, 404) and not self.is_registry_error:
+            log.error(
+                "Something other than ECR answered {status} for {path}: the answer is not a registry's JSON;"
+                " check proxies and firewalls between this host and ECR",
+                status=self.status,
+                path=route.path,
+                once=self.status,
+            )
+            said = f"something other than ECR answers {self.status} in its place; the proxy's log says more"
+            raise UnavailableError(502, "UNAVAILABLE", said)
         match self.status:
             case 404:
-                code, said = self.code or _NOT_FOUND_CODES[route.kind], self.message or "ECR does not have it"
-                raise RegistryError(404, code, said, reason=Reason.NOT_FOUND)
+                said = self.message or "ECR does not have it"
+                raise RegistryError(404, self.code, said, reason=Reason.NOT_FOUND)
             case 403:
-                log.error("ECR denies {path}: {said}", path=route.path, said=self.message)
+                log.error("ECR denies {path}: {said}", path=route.path, said=self.message, once=route.path)
                 said = f"ECR denies the proxy access to {route.repository}; its log says why"
                 raise RegistryError(403, "DENIED", said, reason=Reason.ECR_DENIED)
             case 405 | 406 if route.kind is Kind.REFERRERS:  # clients fall back to tags for it
