@@ -54,6 +54,7 @@ from ecrproxy.http.relay import FirstProcess, InnerRegistry, NoRoom, Relay, Work
 from ecrproxy.http.site import RegistrySite, make_site
 from ecrproxy.http.telling import USED, Teller, Used, told
 from ecrproxy.http.web import Registry
+from ecrproxy.identity import RegistryId
 from ecrproxy.logs.shapes import PRIORITIES, as_json
 from ecrproxy.logs.writing import LineWriter, choose_writer, leads_to_journal
 from ecrproxy.metrics import Figures, LoopStall, Served
@@ -72,7 +73,6 @@ from ecrproxy.settings.complaints import say, write
 from ecrproxy.settings.config import ADMIN_LISTEN, Config, ConfigError
 from ecrproxy.settings.options import Options
 from ecrproxy.settings.predecessors import notices
-from ecrproxy.settings.values import is_other_registry
 from ecrproxy.threads import InThread, Threads, call_unowned
 from ecrproxy.transfer.inflow import Lanes
 
@@ -190,7 +190,7 @@ def build(
     tokens = TokenService(lambda: call_unowned(reactor, lambda: _fetch(config)), reactor, time.time, refused)
     figures, stall = Figures(__version__), LoopStall(reactor)
     upstream, asking = _upstream(config, tokens, figures, reactor)
-    cache = Cache(store, janitor, disk.call, time.time)
+    cache = Cache(store, janitor, disk.call, time.time, RegistryId.of_url(config.ecr_endpoint))
     pull_through = _pull_through(config, upstream, cache, disk)
     connections, crowds = Connections(), Crowds(Crowd(config.limits), reactor.seconds)
     reasons = partial(_reasons, tokens, store, disk.call, connections)
@@ -264,8 +264,8 @@ def _pull_through(config: Config, upstream: Upstream, cache: Cache, disk: Thread
 
 
 def _namespaces(config: Config, judging: Threads) -> Namespaces:
-    is_other = partial(is_other_registry, endpoint=config.ecr_endpoint)
-    return Namespaces(config.namespace_pattern, judging.call, is_other)
+    registries = {RegistryId.of_url(config.ecr_endpoint), *(config.registry_aliases or ())}
+    return Namespaces(config.namespace_pattern, judging.call, registries)
 
 
 def _share_work(
@@ -363,7 +363,7 @@ def build_worker(config: Config, post: Post, reactor: Any) -> Daemon:  # noqa: A
     disk = Threads(DISK_THREADS, reactor)
     notes = Notes()
     store = Store(Path(config.cache_dir), time.time, notes)
-    cache = Cache(store, NoRoom(), disk.call, time.time)
+    cache = Cache(store, NoRoom(), disk.call, time.time, RegistryId.of_url(config.ecr_endpoint))
     purges = Purges(store, cache.forget_all, disk.call, reactor)
     first = Agent.usingEndpointFactory(reactor, FirstProcess(reactor, post.path), connection_pool(reactor))
     relay = Relay(first)

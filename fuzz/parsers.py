@@ -12,7 +12,7 @@ from ecrproxy.cache.cache_key import Asker, CacheKey
 from ecrproxy.cache.entries import Entry
 from ecrproxy.cache.ledger import packed, unpacked
 from ecrproxy.http.conditions import matches, parse_range
-from ecrproxy.oci import Digest, RegistryError, accepted_types, listed, manifest_type, parse_route, query_values
+from ecrproxy.oci import Digest, Document, RegistryError, accepted_types, listed, parse_route, query_values
 from ecrproxy.settings.config import SETTINGS, ConfigError
 
 
@@ -39,9 +39,9 @@ def fields(data: bytes) -> None:
 def manifest(data: bytes) -> None:
     kind, _, body = data.partition(b"\n")
     with contextlib.suppress(ValueError):
-        manifest_type(kind.decode("latin-1"), body)
+        Document.read(body).type_as(kind.decode("latin-1"))
     with contextlib.suppress(ValueError):
-        assert all(descriptor.size >= 0 for _, descriptor in listed(body))
+        assert all(descriptor.size >= 0 for _, descriptor in listed(body, kind.decode("latin-1")))
     with contextlib.suppress(ValueError):
         Digest.parse(data.decode("latin-1"))
 

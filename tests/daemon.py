@@ -18,7 +18,7 @@ import json
 import shutil
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final, TypeVar, cast
 
@@ -56,6 +56,7 @@ from ecrproxy.http.access_log import AccessLog
 from ecrproxy.http.answering import Ready
 from ecrproxy.http.site import make_site
 from ecrproxy.http.web import Registry
+from ecrproxy.identity import RegistryId
 from ecrproxy.metrics import Figures
 from ecrproxy.oci import Digest
 from ecrproxy.proxy import PullThrough
@@ -458,7 +459,7 @@ class Daemon:
         *,
         limit: int = 2**30,
         pattern: str = ".*",
-        is_other: Callable[[str], bool] = lambda _: False,
+        aliases: Collection[RegistryId] = (),
         cache_key: str = "$uri",
         tag_ttl: float = 0,
         in_thread: InThread = at_once,
@@ -490,7 +491,8 @@ class Daemon:
         wire = Wire(metered, clock, budget, chance=lambda: chance)
         self.upstream = Upstream(Endpoint(standin.registry, wire, self.tokens, self.governor, self.circuit), wire)
         self.lanes = lanes or Lanes()
-        self.cache = Cache(self.store, self.janitor, in_thread, self.now)
+        registry_id = RegistryId.of_url(standin.registry)
+        self.cache = Cache(self.store, self.janitor, in_thread, self.now, registry_id)
         self.pull_through = PullThrough(
             self.upstream,
             self.cache,
@@ -500,7 +502,7 @@ class Daemon:
             lanes=self.lanes,
             read_ahead=read_ahead,
         )
-        namespaces = Namespaces(parse_pattern(pattern), at_once, is_other)
+        namespaces = Namespaces(parse_pattern(pattern), at_once, {registry_id, *aliases})
         registry = Registry(self.pull_through, namespaces, CacheKey.parse(cache_key), in_thread, admission)
         ready, self.crowd = Ready(self.reasons), Crowd(limits or Limits())
         self.access_log = AccessLog(clock)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from typing import Any
+from urllib.parse import urlsplit
 
 from twisted.internet.address import IPv4Address
 from twisted.internet.error import ConnectionRefusedError
@@ -28,6 +29,7 @@ from ecrproxy.http.answering import Ready
 from ecrproxy.http.relay import KEY, InnerRegistry, NoRoom, Relay, WorkerRegistry
 from ecrproxy.http.site import make_site
 from ecrproxy.http.telling import TELL_SECONDS, USED, Teller, Used, told
+from ecrproxy.identity import RegistryId
 from ecrproxy.metrics import Served
 from ecrproxy.oci import parse_route
 from ecrproxy.settings.values import parse_pattern
@@ -86,7 +88,8 @@ class Together(Daemon):
     ) -> None:
         self.between: Between | None = None
         super().__init__(*args, pattern=pattern, cache_key=cache_key, tag_ttl=tag_ttl, **options)
-        shape = Namespaces(parse_pattern(pattern), at_once), CacheKey.parse(cache_key), at_once
+        registry_id = RegistryId.of_url(self.standin.registry)
+        shape = Namespaces(parse_pattern(pattern), at_once, {registry_id}), CacheKey.parse(cache_key), at_once
         inner, self.seen = Seen(self.pull_through, *shape), list[Request]()
         inner.seen, ready = self.seen, Ready(self.reasons)
         hearers = told(self.store.ledger, self.figures.served, self.status.incidents, self.crowds)
@@ -96,7 +99,7 @@ class Together(Daemon):
         agent = self.between.agent(persistent=True)
         self.notes, relay = Notes(), Relay(agent)
         self.worker_cache = Cache(
-            Store(self.store.root, self.clock.seconds, self.notes), NoRoom(), at_once, self.clock.seconds
+            Store(self.store.root, self.clock.seconds, self.notes), NoRoom(), at_once, self.clock.seconds, registry_id
         )
         self.counted, self.incidents = Served(), Incidents(self.clock.seconds)
         self.crowd = Crowd(self.crowd.limits)
@@ -402,7 +405,7 @@ class RequestTests(RelayTestCase):
         for method, path in (
             ("GET", "/v2/team/app/tags/list?n=2&last=a%2Bb%3D"),
             ("HEAD", self.by_tag),
-            ("GET", f"{self.blob}?ns=docker.io"),
+            ("GET", f"{self.blob}?ns={urlsplit(self.standin.registry).netloc}"),
         ):
             self.daemon.ask(method, path)
             self.assertEqual(f"{method} {path}", self.handed_on[-1])
@@ -464,7 +467,8 @@ class RequestTests(RelayTestCase):
         self.assertWhole(self.get(self.blob, X_Team="a"), self.data, "MISS")
         key = f"192.0.2.7|proxy.example|http|a|GET|{self.blob}"
         route = parse_route(self.blob)
-        self.assertIsNotNone(self.daemon.store.entry(entry_name(key, route), route))
+        registry = RegistryId.of_url(self.standin.registry)
+        self.assertIsNotNone(self.daemon.store.entry(entry_name(registry, key, route), registry, route))
         self.daemon.seen.clear()
         self.assertWhole(self.get(self.blob, X_Team="a"), self.data, "HIT")
         self.assertEqual([], self.handed_on)

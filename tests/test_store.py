@@ -23,7 +23,19 @@ from ecrproxy.cache.ledger import Ledger, Settled
 from ecrproxy.cache.store import Store
 from ecrproxy.oci import Digest, Kind, Route, parse_route
 from tests import store_contract
-from tests.store_contract import ANY, INDEX_TYPE, MANIFEST_TYPE, START, confirmed, entry_of, failing, put, read, scratch
+from tests.store_contract import (
+    ANY,
+    INDEX_TYPE,
+    MANIFEST_TYPE,
+    REGISTRY,
+    START,
+    confirmed,
+    entry_of,
+    failing,
+    put,
+    read,
+    scratch,
+)
 
 
 def open_files() -> int:
@@ -494,7 +506,7 @@ class ContentTests(StoreTests):
         self.store.save("0" * 64, entry_of(self.route, confirmed()))
         self.patch(os, "utime", failing(errno.EROFS))
         self.assertEqual(b"x", read(self.store, digest))
-        self.assertIsNotNone(self.store.entry("0" * 64, self.route))
+        self.assertIsNotNone(self.store.entry("0" * 64, REGISTRY, self.route))
 
     def test_open_content_is_being_read_until_it_is_closed(self) -> None:
         """
@@ -528,7 +540,7 @@ class ContentTests(StoreTests):
         read(self.store, digest)
         self.assertEqual(START + 1000, self.path_of(digest).stat().st_mtime)
         self.assertEqual(self.store.content_path(digest), [path for path, _, _ in self.store.ledger.oldest()][-1])
-        self.store.entry("0" * 64, self.route)
+        self.store.entry("0" * 64, REGISTRY, self.route)
         self.assertIn("0" * 64, [path for path, _, _ in self.store.ledger.oldest()][-1])
         self.assertEqual(START + 1000, (self.store.root / "entries" / "00" / ("0" * 64)).stat().st_mtime)
 
@@ -571,9 +583,9 @@ class EntryFileTests(StoreTests):
         for data in broken:
             self.assertNotEqual(good, data)
             path.write_bytes(data)
-            self.assertIsNone(self.store.entry(name, self.route), data[:200])
+            self.assertIsNone(self.store.entry(name, REGISTRY, self.route), data[:200])
         path.write_bytes(good)
-        self.assertIsNotNone(self.store.entry(name, self.route))
+        self.assertIsNotNone(self.store.entry(name, REGISTRY, self.route))
 
     def test_an_entry_with_numbers_beyond_all_bounds_is_a_miss(self) -> None:
         """
@@ -585,17 +597,17 @@ class EntryFileTests(StoreTests):
         good = path.read_bytes()
         for number in (b"1e999", b"Infinity", b"NaN"):
             path.write_bytes(good.replace(b'"size": 8', b'"size": ' + number))
-            self.assertIsNone(self.store.entry(name, self.route), number)
+            self.assertIsNone(self.store.entry(name, REGISTRY, self.route), number)
         for number in (b"9" * 400, b"1e999", b"-Infinity", b"NaN"):
             path.write_bytes(good.replace(b"%.1f" % START, number))
-            self.assertIsNone(self.store.entry(name, self.route), number)
+            self.assertIsNone(self.store.entry(name, REGISTRY, self.route), number)
 
     def test_a_directory_in_an_entrys_place_is_a_miss(self) -> None:
         """
         It is no failure of the request that found it.
         """
         (self.store.root / "entries" / "00" / ("0" * 64)).mkdir(parents=True)
-        self.assertIsNone(self.store.entry("0" * 64, self.route))
+        self.assertIsNone(self.store.entry("0" * 64, REGISTRY, self.route))
 
     def test_an_entry_is_written_whole_or_not_at_all(self) -> None:
         """
@@ -605,7 +617,7 @@ class EntryFileTests(StoreTests):
         self.store.save(name, entry_of(self.route, confirmed(b"old")))
         self.patch(Path, "rename", failing(errno.EIO))
         self.assertRaises(OSError, self.store.save, name, entry_of(self.route, confirmed(b"new")))
-        self.assertEqual(entry_of(self.route, confirmed(b"old")), self.store.entry(name, self.route))
+        self.assertEqual(entry_of(self.route, confirmed(b"old")), self.store.entry(name, REGISTRY, self.route))
         self.assertEqual([f"entries/00/{name}"], files_in(self.store.root))
 
     def test_entries_are_counted(self) -> None:
@@ -642,7 +654,7 @@ class EntryNameTests(SynchronousTestCase):
             ("keymanifests", Route(Kind.MANIFEST, "a", "latest")),
             ("key", Route(Kind.MANIFEST, "alatest", "")),
         ]
-        self.assertEqual(len(asked), len({entry_name(key, route) for key, route in asked}))
+        self.assertEqual(len(asked), len({entry_name(REGISTRY, key, route) for key, route in asked}))
 
     def test_a_name_is_always_the_same_and_fit_for_a_file(self) -> None:
         """
@@ -650,8 +662,9 @@ class EntryNameTests(SynchronousTestCase):
         """
         route = parse_route("/v2/a/manifests/latest")
         for key in ("/v2/a/manifests/latest", "../../etc/passwd", "a\0b", "\udcff", "ä" * 10_000, ""):
-            self.assertRegex(entry_name(key, route), r"\A[0-9a-f]{64}\Z")
-            self.assertEqual(entry_name(key, route), entry_name(key, parse_route("/v2/a/manifests/latest?x=1")))
+            self.assertRegex(entry_name(REGISTRY, key, route), r"\A[0-9a-f]{64}\Z")
+            other = parse_route("/v2/a/manifests/latest?x=1")
+            self.assertEqual(entry_name(REGISTRY, key, route), entry_name(REGISTRY, key, other))
 
 
 class LedgerTests(SynchronousTestCase):
@@ -733,10 +746,10 @@ class EntryTests(SynchronousTestCase):
         Kind, repository and reference must all be the same.
         """
         entry = entry_of(self.route)
-        self.assertTrue(entry.is_of(parse_route("/v2/a/manifests/latest?x=1")))
-        self.assertFalse(entry.is_of(Route(Kind.BLOB, "a", "latest")))
-        self.assertFalse(entry.is_of(Route(Kind.MANIFEST, "b", "latest")))
-        self.assertFalse(entry.is_of(Route(Kind.MANIFEST, "a", "other")))
+        self.assertTrue(entry.is_of(REGISTRY, parse_route("/v2/a/manifests/latest?x=1")))
+        self.assertFalse(entry.is_of(REGISTRY, Route(Kind.BLOB, "a", "latest")))
+        self.assertFalse(entry.is_of(REGISTRY, Route(Kind.MANIFEST, "b", "latest")))
+        self.assertFalse(entry.is_of(REGISTRY, Route(Kind.MANIFEST, "a", "other")))
 
     def test_the_latest_answer_fits_the_client(self) -> None:
         """

@@ -16,11 +16,14 @@ from ecrproxy.http import web
 from ecrproxy.http.answering import Ready
 from ecrproxy.http.conditions import matches, parse_range
 from ecrproxy.http.site import RegistrySite, make_site
+from ecrproxy.identity import RegistryId
 from tests.daemon import MIB, DaemonTestCase, Raw, Reply, noise
 from tests.registry import digest_of
 from tests.registry_content import OCI_INDEX, OCI_MANIFEST, SCHEMA2
 
 HEX = "a" * 64
+
+OURS = "123456789012.dkr.ecr.eu-west-1.amazonaws.com"
 
 
 class RangeHeaderTests(SynchronousTestCase):
@@ -1045,7 +1048,9 @@ class TagListTests(DaemonTestCase):
         """
         Of a client's query only n and last go to ECR: containerd's ns does not, nor anything that signs or moves.
         """
-        self.get(f"{self.path}?ns=example.com&n=5&from=x&mount=y&X-Amz-Signature=z&_method=DELETE")
+        self.get(
+            f"{self.path}?ns={OURS}&n=5&from=x&mount=y&X-Amz-Signature=z&_method=DELETE"
+        )
         self.assertEqual("n=5", self.standin.asked[0].query)
 
     def test_a_link_of_elsewhere_stays_here(self) -> None:
@@ -1105,7 +1110,9 @@ class ReferrersTests(DaemonTestCase):
         """
         The artifactType that a client names, escaped as it was, filters; and the answer says so.
         """
-        reply = self.get(f"{self.path}?artifactType=application%2Fspdx%2Bjson&ns=example.com")
+        reply = self.get(
+            f"{self.path}?artifactType=application%2Fspdx%2Bjson&ns={OURS}"
+        )
         (found,) = json.loads(reply.body)["manifests"]
         self.assertEqual("application/spdx+json", found["artifactType"])
         self.assertEqual("artifactType", reply.header("OCI-Filters-Applied"))
@@ -1145,7 +1152,7 @@ class QueryTests(DaemonTestCase):
         for kind, digest in (("manifests", image.digest), ("blobs", image.config)):
             path = f"/v2/team/app/{kind}/{digest}"
             self.assertEqual("MISS", self.get(f"{path}?ns=123456789012.dkr.ecr.eu-west-1.amazonaws.com").cache)
-            self.assertEqual("HIT", self.get(f"{path}?ns=other&X-Amz-Signature=1").cache)
+            self.assertEqual("HIT", self.get(f"{path}?X-Amz-Signature=1").cache)
         self.assertEqual([""], sorted({asked.query for asked in self.standin.requests("registry")}))
 
     def test_of_another_registry_is_refused(self) -> None:
@@ -1153,11 +1160,17 @@ class QueryTests(DaemonTestCase):
         A client that takes the proxy for the mirror of another registry is not given this one's images.
         """
         image = self.standin.push_image("team/app", "latest")
-        self.start(is_other="docker.io".__eq__)
         for kind, digest in (("manifests", image.digest), ("blobs", image.config), ("manifests", "latest")):
-            reply = self.get(f"/v2/team/app/{kind}/{digest}?a=b&ns=docker%2Eio")
-            self.assertEqual((404, "namespace"), (reply.code, reply.header("X-Cache-Reason")))
+            for query in ("ns=docker%2Eio", "n%73=docker.io", "ns=docker.io:443", "ns="):
+                reply = self.get(f"/v2/team/app/{kind}/{digest}?a=b&{query}")
+                self.assertEqual((404, "namespace"), (reply.code, reply.header("X-Cache-Reason")))
         self.assertEqual([], self.standin.requests("registry"))
+
+    def test_of_an_alias_is_answered(self) -> None:
+        image = self.standin.push_image("team/app", "latest")
+        self.start(aliases={RegistryId.of_host("mirror.test:5000")})
+        for name in ("mirror.test:5000", "123456789012.dkr-ecr.eu-west-1.on.aws"):
+            self.assertEqual(200, self.get(f"/v2/team/app/manifests/{image.digest}?ns={name}").code)
 
     def test_of_strange_characters_is_refused(self) -> None:
         """

@@ -75,8 +75,8 @@ class Door(Answering):
             send_small(request, OK, "application/json", b"{}\n")
             return
         route = parse_route(target)
-        if "ns=" in route.query:
-            self._namespaces.admit_registry(unquote(query_values(route.query).get("ns", "")))
+        if route.query and (ns := query_values(route.query).get("ns")) is not None:
+            self._namespaces.admit_registry(unquote(ns))
         await self._namespaces.admit(route.repository)
         if route.kind is Kind.BLOB and request.method == b"GET":
             await self._transfer(request, route)

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from ecrproxy.oci import Descriptor, Kind, listed
+from ecrproxy.oci import INDEX_TYPE, Descriptor, Kind, listed
 
 _MACHINES: Final = {
     "x86_64": "amd64",
@@ -77,7 +77,9 @@ def offers(index: bytes) -> Iterator[tuple[Descriptor, Platform | None]]:
 
     @raise ValueError: if it is no index.
     """
-    known = {str(descriptor.digest): descriptor for kind, descriptor in listed(index) if kind is Kind.MANIFEST}
+    known = {
+        str(descriptor.digest): descriptor for kind, descriptor in listed(index, INDEX_TYPE) if kind is Kind.MANIFEST
+    }
     for item in json.loads(index).get("manifests", []):
         descriptor = known.get(str(item.get("digest"))) if isinstance(item, dict) else None
         if descriptor is not None:

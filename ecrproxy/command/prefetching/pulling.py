@@ -135,7 +135,8 @@ class Puller:
                     chosen = choose(body, wanted)
                     waiting += [route.at(each.digest) for each in chosen if each.digest not in seen]
                 else:
-                    blobs.update({_blob(route, each): each.size for kind, each in listed(body) if kind is Kind.BLOB})
+                    lists = listed(body, media_type)
+                    blobs.update({_blob(route, each): each.size for kind, each in lists if kind is Kind.BLOB})
             except ValueError as problem:
                 raise PullError(str(problem)) from None
         return Plan(len(seen), blobs)
