@@ -12,7 +12,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote_plus
@@ -49,6 +49,7 @@ _KNOWN_TYPES = {media_type: media_type for media_type in MANIFEST_TYPES}
 _COMPONENT = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
 _NAME = re.compile(rf"{_COMPONENT}(?:/{_COMPONENT})*")
 _NAME_LENGTH = 255
+_REMEMBERED_LENGTH = 512
 _TAG = re.compile(r"[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}")
 _HEX_LENGTHS = {"sha256": 64, "sha512": 128}
 _HEX = re.compile(r"[a-f0-9]+")
@@ -181,7 +182,20 @@ class Route:
         return replace(self, reference=str(digest), digest=digest)
 
 
-@functools.lru_cache(maxsize=4096)
+def _remembering(parse: Callable[[str], Route]) -> Callable[[str], Route]:
+    """
+    Keep the routes of short targets at hand: 4 MiB at most, for a query may have as many bytes as a request.
+    """
+    recent = functools.lru_cache(maxsize=2048)(parse)
+
+    @functools.wraps(parse)
+    def parsed(target: str) -> Route:
+        return recent(target) if len(target) <= _REMEMBERED_LENGTH else parse(target)
+
+    return parsed
+
+
+@_remembering
 def parse_route(target: str) -> Route:
     """
     Understand a raw origin-form request target under /v2/.
@@ -292,6 +306,20 @@ class Document:
         if self.own_type not in (None, named):
             raise ValueError(f"its Content-Type is {named}, but it calls itself {str(self.own_type)[:80]!r}")
         return named
+
+
+def index_type(content_type: str, body: bytes) -> str:
+    """
+    Return the media type of an index, such as the list of what refers to a manifest, sent as C{content_type}.
+
+    @raise ValueError: if it is none.
+    """
+    named = content_type.partition(";")[0].strip().lower()
+    if named in INDEX_TYPES:
+        return named
+    if not isinstance(_json_object(body).get("manifests"), list):
+        raise ValueError(f"its Content-Type is {named[:80]!r}, and it lists no manifests")  # noqa: TRY004
+    return INDEX_TYPE
 
 
 def listed(manifest: bytes, media_type: str) -> Iterator[tuple[Kind, Descriptor]]:

@@ -4,8 +4,10 @@ What clients and registries say is understood in one way only, or refused at the
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
+import tracemalloc
 from typing import Any
 
 from twisted.trial.unittest import SynchronousTestCase
@@ -352,6 +354,26 @@ class ErrorTests(SynchronousTestCase):
         )
         self.assertEqual({"Retry-After": "1"}, error.headers)
         self.assertEqual({}, RegistryError(404, "X", "y").headers)
+
+
+class RememberedTests(SynchronousTestCase):
+    def test_long_targets_are_not_remembered(self) -> None:
+        """
+        Clients could fill the memory with them: what is remembered has 4 MiB at most.
+        """
+        gc.collect()
+        tracemalloc.start()
+        self.addCleanup(tracemalloc.stop)
+        before, _ = tracemalloc.get_traced_memory()
+        for size in (15_000, 400):
+            for number in range(4096):
+                parse_route(f"/v2/team/app/manifests/latest?{number:0{size}}")
+        after, _ = tracemalloc.get_traced_memory()
+        self.assertLess(after - before, 4 * 2**20)
+
+    def test_the_same_target_gives_the_same_route(self) -> None:
+        self.assertIs(parse_route("/v2/team/app/manifests/v1?x"), parse_route("/v2/team/app/manifests/v1?x"))
+        self.assertEqual("x" * 600, parse_route("/v2/a/manifests/v1?" + "x" * 600).query)
 
 
 class AcceptTests(SynchronousTestCase):

@@ -13,9 +13,11 @@ from typing import Any
 from twisted.internet.defer import Deferred
 from twisted.internet.task import deferLater
 
-from ecrproxy.oci import Digest
+from ecrproxy.answers import Asked
+from ecrproxy.cached import FACTS
+from ecrproxy.oci import Descriptor, Digest, parse_route
 from ecrproxy.registry.ecr import Token
-from tests.daemon import MIB, DaemonTestCase, Hands, Reply, noise
+from tests.daemon import MIB, DaemonTestCase, Hands, Reply, at_once, noise
 from tests.registry import StandIn, digest_of, layer
 from tests.registry_content import OCI_INDEX, OCI_MANIFEST, SCHEMA2, SCHEMA2_LIST
 
@@ -548,7 +550,6 @@ class PermissionTests(BlobTestCase):
         self.assertWhole(self.get(path), image.manifest, "HIT")
         self.assertEqual(["HEAD"], [asked.method for asked in self.standin.asked])
         self.assertRefused(self.get(f"/v2/third/manifests/{image.digest}"), 404, "MANIFEST_UNKNOWN")
-
 
     def test_a_manifest_vouches_for_the_fields_of_its_media_type_alone(self) -> None:
         """
@@ -1921,6 +1922,140 @@ class TokenTests(DaemonTestCase):
         self.assertRefused(reply, 503, "UNAVAILABLE", "AWS has not answered yet")
         self.assertEqual("5", reply.header("Retry-After"))
         self.assertEqual([], self.standin.asked)
+
+
+class LargeManifestTests(DaemonTestCase):
+    """
+    A manifest of nearly 4 MiB, with more layers than anybody has.
+    """
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.layers = [layer("hello", b"%d" % number) for number in range(1500)]
+        self.image = self.standin.push_image("team/app", "latest", layers=self.layers)
+        self.assertGreater(len(self.image.manifest), 2**16)
+        self.path = "/v2/team/app/manifests/latest"
+
+    def test_gives_a_thousand_facts_and_ecr_confirms_the_rest(self) -> None:
+        self.get(self.path)
+        self.assertEqual(FACTS + 1, len(self.files("entries")))  # and the tag
+        self.standin.forget_asked()
+        self.assertWhole(self.get(f"/v2/team/app/blobs/{self.image.layers[-1]}"), self.layers[-1], "MISS")
+        self.assertWhole(self.get(f"/v2/team/app/blobs/{self.image.layers[-1]}"), self.layers[-1], "HIT")
+
+    def test_is_parsed_in_a_thread_and_once(self) -> None:
+        """
+        Seconds of the processor: the event loop has others to serve, and the tag may be asked for each second.
+        """
+        parsed: list[bool] = []
+        inside: list[bool] = []
+        loads = json.loads
+
+        def in_thread(blocking: Any, *args: Any) -> Deferred[Any]:
+            inside.append(True)
+            try:
+                return at_once(blocking, *args)
+            finally:
+                inside.pop()
+
+        def spy(data: Any, **options: Any) -> Any:
+            if data == self.image.manifest:
+                parsed.append(bool(inside))
+            return loads(data, **options)
+
+        self.start(in_thread=in_thread)
+        self.patch(json, "loads", spy)
+        self.assertWhole(self.get(self.path), self.image.manifest, "MISS")
+        self.assertEqual({True}, set(parsed))
+        parsed.clear()
+        for _ in range(3):
+            self.assertWhole(self.get(self.path), self.image.manifest, "REVALIDATED")
+            self.assertWhole(self.get(f"/v2/team/app/manifests/{self.image.digest}"), self.image.manifest, "HIT")
+        self.assertEqual([], parsed)
+
+
+class OrderTests(DaemonTestCase):
+    """
+    What ECR says of one tag takes effect in the order of the questions.
+    """
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.path = "/v2/team/app/manifests/latest"
+        self.image = self.standin.push_image("team/app", "latest", media_type=OCI_MANIFEST)
+
+    def test_two_accepts_at_once_lose_no_update(self) -> None:
+        """
+        Both answers are there when ECR can't be asked, after a restart too.
+        """
+        hands = Hands()
+        self.start(in_thread=hands)
+        hands.idle = False
+        replies = [self.get(self.path, Accept=accept) for accept in (OCI_MANIFEST, SCHEMA2)]
+        while hands.waiting:
+            hands.work_off()
+            self.flush()
+        self.assertEqual([200, 200], [reply.code for reply in replies])
+        hands.idle = True
+        self.start()
+        self.standin.refuse("registry")
+        again = [self.get(self.path, Accept=accept) for accept in (OCI_MANIFEST, SCHEMA2)]
+        self.assertEqual(["STALE", "STALE"], [reply.cache for reply in again])
+        self.assertEqual([reply.body for reply in replies], [reply.body for reply in again])
+
+    def test_a_late_write_brings_no_deleted_tag_back(self) -> None:
+        self.get(self.path)
+        hands = Hands()
+        self.start(in_thread=hands)
+        self.pass_time(61)
+        hands.idle = False
+        confirmed = self.get(self.path)
+        while not confirmed.body:
+            hands.work()
+            self.flush()
+        self.standin.delete_tag("team/app", "latest")
+        gone = self.get(self.path)
+        while hands.waiting:
+            hands.work_off()
+            self.flush()
+        self.assertEqual(404, gone.code)
+        hands.idle = True
+        self.start()
+        self.standin.refuse("registry")
+        self.assertRefused(self.get(self.path), 502, "UNAVAILABLE")
+
+    def test_outdated_answers_change_nothing(self) -> None:
+        """
+        Of a question that was asked before the one that was answered last.
+        """
+        asked = [Asked(parse_route(self.path), self.path, frozenset({each})) for each in (OCI_MANIFEST, SCHEMA2)]
+        old, new = (Descriptor(OCI_MANIFEST, Digest.of(data), 3) for data in (b"old", b"new"))
+        cache = self.daemon.cache
+
+        def known() -> list[Descriptor | None]:
+            entry = self.successResultOf(Deferred.fromCoroutine(cache.entry(asked[0])))
+            return [entry.answers[each.accept].descriptor if each.accept in entry.answers else None for each in asked]
+
+        def record(number: int, question: int, descriptor: Descriptor) -> None:
+            work = cache.record(asked[number], question, descriptor, None)
+            self.successResultOf(Deferred.fromCoroutine(work))
+
+        def forget(number: int, question: int) -> None:
+            self.successResultOf(Deferred.fromCoroutine(cache.forget(asked[number], question)))
+
+        record(0, 2, new)
+        record(0, 1, old)
+        self.assertEqual([new, None], known())
+        record(1, 5, new)
+        forget(0, 4)
+        self.assertEqual([None, new], known())
+        record(0, 3, old)
+        self.assertEqual([None, new], known())
+        forget(0, 7)
+        record(1, 6, old)
+        self.assertEqual([None, None], known())
+        record(1, 8, new)
+        self.assertEqual([None, new], known())
 
 
 class ForgettingTests(BlobTestCase):

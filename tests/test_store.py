@@ -9,8 +9,9 @@ import fcntl
 import gc
 import os
 import stat
+import tracemalloc
 from array import array
-from itertools import islice
+from itertools import combinations, islice
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,10 @@ from twisted.logger import capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.cache.content import DigestMismatchError
-from ecrproxy.cache.entries import ANSWERS_LIMIT, entry_name
+from ecrproxy.cache.entries import ANSWERS_LIMIT, ENTRY_LIMIT, Entry, entry_name
 from ecrproxy.cache.ledger import Ledger, Settled
 from ecrproxy.cache.store import Store
-from ecrproxy.oci import Digest, Kind, Route, parse_route
+from ecrproxy.oci import MANIFEST_TYPES, Digest, Kind, Route, parse_route
 from tests import store_contract
 from tests.store_contract import (
     ANY,
@@ -586,6 +587,38 @@ class EntryFileTests(StoreTests):
             self.assertIsNone(self.store.entry(name, REGISTRY, self.route), data[:200])
         path.write_bytes(good)
         self.assertIsNotNone(self.store.entry(name, REGISTRY, self.route))
+
+    def test_an_entry_that_is_too_large_is_a_miss(self) -> None:
+        """
+        It is not read into memory to find that out.
+        """
+        name = "0" * 64
+        self.store.save(name, entry_of(self.route, confirmed()))
+        path = self.store.root / "entries" / "00" / name
+        path.write_bytes(path.read_bytes() + b" " * ENTRY_LIMIT)
+        self.assertIsNone(self.store.entry(name, REGISTRY, self.route))
+
+    def test_the_largest_entry_is_read(self) -> None:
+        accepts = [frozenset(each) for each in combinations(sorted(MANIFEST_TYPES), 5)][:ANSWERS_LIMIT]
+        self.assertEqual(ANSWERS_LIMIT, len(accepts))
+        largest = Entry.of(REGISTRY, Route(Kind.MANIFEST, "a" * 255, "b" * 128), dict.fromkeys(accepts, confirmed()))
+        self.assertLess(len(largest.to_json()), ENTRY_LIMIT)
+        self.assertEqual(largest, Entry.from_json(largest.to_json()))
+
+    def test_an_entry_weighs_what_it_takes_of_memory(self) -> None:
+        """
+        Memory is bounded by what is reckoned.
+        """
+        for size in range(len(MANIFEST_TYPES) + 1):
+            accepts = [frozenset(each) for each in combinations(sorted(MANIFEST_TYPES), size)][:ANSWERS_LIMIT]
+            route = Route(Kind.MANIFEST, "a" * 255, "b" * 128)
+            data = Entry.of(REGISTRY, route, {accept: confirmed(str(accept).encode()) for accept in accepts}).to_json()
+            gc.collect()
+            tracemalloc.start()
+            held = [Entry.from_json(data) for _ in range(20)]
+            taken, _ = tracemalloc.get_traced_memory()
+            tracemalloc.stop()
+            self.assertLess(taken / 20, held[0].weight, size)
 
     def test_an_entry_with_numbers_beyond_all_bounds_is_a_miss(self) -> None:
         """

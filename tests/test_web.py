@@ -1048,9 +1048,7 @@ class TagListTests(DaemonTestCase):
         """
         Of a client's query only n and last go to ECR: containerd's ns does not, nor anything that signs or moves.
         """
-        self.get(
-            f"{self.path}?ns={OURS}&n=5&from=x&mount=y&X-Amz-Signature=z&_method=DELETE"
-        )
+        self.get(f"{self.path}?ns={OURS}&n=5&from=x&mount=y&X-Amz-Signature=z&_method=DELETE")
         self.assertEqual("n=5", self.standin.asked[0].query)
 
     def test_a_link_of_elsewhere_stays_here(self) -> None:
@@ -1110,13 +1108,31 @@ class ReferrersTests(DaemonTestCase):
         """
         The artifactType that a client names, escaped as it was, filters; and the answer says so.
         """
-        reply = self.get(
-            f"{self.path}?artifactType=application%2Fspdx%2Bjson&ns={OURS}"
-        )
+        reply = self.get(f"{self.path}?artifactType=application%2Fspdx%2Bjson&ns={OURS}")
         (found,) = json.loads(reply.body)["manifests"]
         self.assertEqual("application/spdx+json", found["artifactType"])
         self.assertEqual("artifactType", reply.header("OCI-Filters-Applied"))
         self.assertEqual("artifactType=application%2Fspdx%2Bjson", self.standin.asked[0].query)
+
+    def test_have_the_media_type_of_an_index_whatever_ecr_says(self) -> None:
+        page = self.get(self.path).body
+        for sent in (
+            "text/html",
+            "application/json",
+            "text/plain; charset=utf-8",
+            OCI_MANIFEST,
+            f"{OCI_INDEX}; charset=x",
+        ):
+            fault = self.standin.fail("registry", status=200, headers={"Content-Type": sent}, body=page)
+            reply = self.get(self.path)
+            self.assertEqual((200, OCI_INDEX, page), (reply.code, reply.header("Content-Type"), reply.body))
+            fault.remove()
+
+    def test_that_are_no_index_are_not_passed_on(self) -> None:
+        for body in (b"<html>", b"", b"{}", b'{"manifests": {}}', b"[]"):
+            fault = self.standin.fail("registry", status=200, headers={"Content-Type": "text/html"}, body=body)
+            self.assertRefused(self.get(self.path), 502, "UNAVAILABLE")
+            fault.remove()
 
     def test_lead_on(self) -> None:
         """
@@ -1125,7 +1141,7 @@ class ReferrersTests(DaemonTestCase):
         self.standin.fail(
             "registry",
             status=200,
-            body=b"{}",
+            body=b'{"manifests": []}',
             headers={"Link": '<https://ecr.example/v2/x?nextToken=a%2Bb%3D&artifactType=y>; rel="next"'},
         )
         found = re.fullmatch(r'<([^?]*)[?]([^>]*)>; rel="next"', self.get(self.path).header("Link") or "")

@@ -213,11 +213,9 @@ class Registry(Door):
             request.setHeader("Link", f'<{route.path}?{_own_query(route, page.next)}>; rel="next"')
         if page.filters is not None:
             request.setHeader("OCI-Filters-Applied", page.filters)
-        # ECR calls tags text/plain.
-        content_type = "application/json" if route.kind is Kind.TAGS else page.content_type
         request.setHeader("X-Cache-Status", CacheStatus.BYPASS)
         request.setHeader("X-Cache-Reason", Reason.LIST)
-        send_small(request, OK, content_type, page.body)
+        send_small(request, OK, page.content_type, page.body)
 
 
 def _source(answer: Answer, start: int, stop: int | None, waiting: Stopwatch) -> Source:

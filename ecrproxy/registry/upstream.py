@@ -20,7 +20,7 @@ from urllib.parse import urljoin, urlsplit
 from twisted.web.http_headers import Headers
 from twisted.web.iweb import IResponse
 
-from ecrproxy.oci import MANIFEST_LIMIT, Digest, Kind, RegistryError, Route, query_values
+from ecrproxy.oci import MANIFEST_LIMIT, Digest, Kind, RegistryError, Route, index_type, query_values
 from ecrproxy.reasons import Reason
 from ecrproxy.registry.bucket import REDIRECT_STATUSES, Blob, Drop, UnavailableError, header, whole_size
 from ecrproxy.registry.endpoint import Endpoint, Question, Reply
@@ -198,7 +198,9 @@ class Upstream:
         links = b", ".join(response.headers.getRawHeaders(b"Link", []))
         link = _NEXT.search(links.decode("latin-1"))
         following = urlsplit(link[1]).query if link else None
-        content_type = header(response, "Content-Type") or "application/json"
+        content_type = "application/json"  # ECR calls tags text/plain
+        if route.kind is Kind.REFERRERS:
+            content_type = _index_type(header(response, "Content-Type") or "", reply.body)
         return Page(content_type, reply.body, following, header(response, "OCI-Filters-Applied"))
 
 
@@ -209,6 +211,13 @@ def _whole(reply: Reply) -> Reply:
     if reply.response.code != 200:  # noqa: PLR2004
         raise UnavailableError(502, "UNAVAILABLE", f"ECR answers {reply.response.code} where the whole was asked for")
     return reply
+
+
+def _index_type(content_type: str, body: bytes) -> str:
+    try:
+        return index_type(content_type, body)
+    except ValueError as problem:
+        raise UnavailableError(502, "UNAVAILABLE", f"what ECR gave is no list of referrers: {problem}") from None
 
 
 def _told(named: str) -> Digest:
