@@ -13,11 +13,11 @@ from typing import Any
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.cache.content import DigestMismatchError
+from ecrproxy.cache.content import DigestMismatchError, UnreadError
 from ecrproxy.cache.entries import Confirmed, Entry, entry_name
 from ecrproxy.cache.store import Store
 from ecrproxy.identity import RegistryId
-from ecrproxy.oci import Descriptor, Digest, Route, parse_route
+from ecrproxy.oci import MANIFEST_LIMIT, Descriptor, Digest, Route, parse_route
 
 START = 1_767_225_600.0
 """A moment in January 2026: dates before 1970 or at 1970 hide mistakes."""
@@ -122,6 +122,21 @@ class StoreContract(SynchronousTestCase):
             self.assertTrue(self.store.has(digest))
             self.assertEqual(b"some content", read(self.store, digest))
             self.assertEqual(b"some content", read(self.store, digest, 12))
+
+    def test_only_small_content_is_read_into_memory(self) -> None:
+        """
+        That of no manifest and no small blob: it stays where it is.
+        """
+        for size in (MANIFEST_LIMIT, MANIFEST_LIMIT + 1):
+            digest = put(self.store, bytes(size))
+            content = self.store.open(digest)
+            assert content is not None
+            if size > MANIFEST_LIMIT:
+                self.assertRaises(UnreadError, content.read)
+            else:
+                self.assertEqual(size, len(content.read()))
+            content.close()
+            self.assertTrue(self.store.has(digest))
 
     def test_open_content_knows_its_size_and_is_read_at_offsets(self) -> None:
         """

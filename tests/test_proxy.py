@@ -577,11 +577,14 @@ class PermissionTests(BlobTestCase):
         What an index calls its manifests is not passed on where it is no manifest's type, or not their own.
         """
         image = self.standin.push_image("team/app", "latest", media_type=OCI_MANIFEST)
+        self.standin.push_image("team/other", "latest", media_type=OCI_MANIFEST)
         for number, media_type in enumerate(("text/html", "application/json", SCHEMA2)):
             item = {"mediaType": media_type, "digest": image.digest, "size": len(image.manifest)}
             index = {"mediaType": OCI_INDEX, "manifests": [item], "annotations": {"number": str(number)}}
             self.standin.push_manifest("team/app", index, OCI_INDEX, "index")
             self.start()
+            if media_type == SCHEMA2:  # so that it is in memory
+                self.get(f"/v2/team/other/manifests/{image.digest}")
             self.get("/v2/team/app/manifests/index")
             for _ in range(2):
                 reply = self.get(f"/v2/team/app/manifests/{image.digest}")
@@ -595,11 +598,15 @@ class PermissionTests(BlobTestCase):
         """
         image = self.standin.push_image("team/app", "latest", media_type=OCI_MANIFEST)
         path = f"/v2/team/app/manifests/{image.digest}"
+        self.get("/v2/team/app/manifests/latest")
         self.get(path)
         for media_type in ("text/html", "", OCI_INDEX):
             for file in self.files("entries"):
                 file.write_text(file.read_text().replace(OCI_MANIFEST, media_type))
             self.start()
+            self.standin.refuse("registry")
+            self.assertRefused(self.get("/v2/team/app/manifests/latest"), 502, "UNAVAILABLE")
+            self.standin.heal()
             reply = self.get(path)
             self.assertEqual("REVALIDATED", reply.cache)
             self.assertEqual(OCI_MANIFEST, reply.header("Content-Type"))
@@ -1972,6 +1979,10 @@ class LargeManifestTests(DaemonTestCase):
             self.assertWhole(self.get(self.path), self.image.manifest, "REVALIDATED")
             self.assertWhole(self.get(f"/v2/team/app/manifests/{self.image.digest}"), self.image.manifest, "HIT")
         self.assertEqual([], parsed)
+        self.start(in_thread=in_thread)
+        for _ in range(3):
+            self.assertWhole(self.get(self.path), self.image.manifest, "REVALIDATED")
+        self.assertEqual([True], parsed)
 
 
 class OrderTests(DaemonTestCase):

@@ -22,6 +22,7 @@ from ecrproxy.cache.content import DigestMismatchError
 from ecrproxy.cache.entries import ANSWERS_LIMIT, ENTRY_LIMIT, Entry, entry_name
 from ecrproxy.cache.ledger import Ledger, Settled
 from ecrproxy.cache.store import Store
+from ecrproxy.identity import RegistryId
 from ecrproxy.oci import MANIFEST_TYPES, Digest, Kind, Route, parse_route
 from tests import store_contract
 from tests.store_contract import (
@@ -587,6 +588,13 @@ class EntryFileTests(StoreTests):
             self.assertIsNone(self.store.entry(name, REGISTRY, self.route), data[:200])
         path.write_bytes(good)
         self.assertIsNotNone(self.store.entry(name, REGISTRY, self.route))
+
+    def test_registries_have_entries_of_their_own(self) -> None:
+        other = RegistryId.of_host("123456789012.dkr.ecr.eu-west-2.amazonaws.com")
+        name = entry_name(REGISTRY, "key", self.route)
+        self.assertNotEqual(name, entry_name(other, "key", self.route))
+        self.store.save(name, entry_of(self.route, confirmed()))
+        self.assertIsNone(self.store.entry(name, other, self.route))
 
     def test_an_entry_that_is_too_large_is_a_miss(self) -> None:
         """
