@@ -15,11 +15,11 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
-from typing import Final, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 from twisted.internet.defer import DeferredSemaphore
 from twisted.logger import Logger
@@ -441,21 +441,27 @@ class Cache:
         @param document: the manifest, where the cache had it already: what it lists is the repository's too.
         """
         name = self._name(asked)
-        changed = await self._turns.take(name, partial(self._record, name, asked, question, descriptor))
+        known, entry = await self._turns.take(name, partial(self._record, name, asked, question, descriptor))
+        if entry is None:
+            return
+        changed = known is None or known.descriptor != descriptor
+        if changed or known is None or not 0 <= self._now() - known.when < _UNWRITTEN_SECONDS:
+            await self._in_room(entry, partial(self._turns.take, name, partial(self._write_latest, name)))
         if changed and document is not None:
             await self._learn(asked.route.repository, descriptor, document)
 
-    async def _record(self, name: str, asked: Asked, question: int, descriptor: Descriptor) -> bool:
-        entry, order = await self.entry(asked), self._order(name)
-        if not order.answer(asked.accept, question):
-            return False
-        known, now = entry.answers.get(asked.accept), self._now()
-        changed = known is None or known.descriptor != descriptor
-        entry = entry.with_answer(asked.accept, Confirmed(descriptor, now))
+    async def _record(
+        self, name: str, asked: Asked, question: int, descriptor: Descriptor
+    ) -> tuple[Confirmed | None, Entry | None]:
+        """
+        Give what was known, and the entry as it is now; none if the answer is outdated.
+        """
+        before = await self.entry(asked)
+        if not self._order(name).answer(asked.accept, question):
+            return None, None
+        entry = before.with_answer(asked.accept, Confirmed(descriptor, self._now()))
         self._hold_entry(name, entry)
-        if changed or known is None or not 0 <= now - known.when < _UNWRITTEN_SECONDS:
-            await self._save(name, entry)
-        return changed
+        return before.answers.get(asked.accept), entry
 
     def _order(self, name: str) -> Order:
         order = self._orders.get(name) or Order()
@@ -475,7 +481,8 @@ class Cache:
         entry, order = await self.entry(asked), self._order(name)
         later = order.forget(question, entry.answers)
         if later:
-            await self._save(name, replace(entry, answers={accept: entry.answers[accept] for accept in later}))
+            self._hold_entry(name, replace(entry, answers={accept: entry.answers[accept] for accept in later}))
+            await self._write_latest(name)
         else:
             self._entries.drop(name)
             await self._in_thread(self.store.forget, name)
@@ -497,16 +504,33 @@ class Cache:
             memory.clear()
 
     async def _save(self, name: str, entry: Entry) -> None:
+        await self._in_room(entry, partial(self._write, name, entry))
+
+    async def _in_room(self, entry: Entry, write: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """
+        Call C{write} once there is room on the disk for an entry such as this one; not at all if there is none.
+        """
         room = len(entry.to_json())
-        if not await self._has_room(room):
-            return
+        if await self._has_room(room):
+            try:
+                await write()
+            finally:
+                self._room.release(room)
+
+    async def _write(self, name: str, entry: Entry) -> None:
         try:
             await self._in_thread(self.store.save, name, entry)
             self._hold_entry(name, entry)
         except OSError as problem:
             log.debug("Not noted on the disk: {problem}", problem=problem)
-        finally:
-            self._room.release(room)
+
+    async def _write_latest(self, name: str) -> None:
+        """
+        Write what is known by now: a late write brings back nothing that was forgotten or purged meanwhile.
+        """
+        entry = self._entries.get(name)
+        if entry is not None:
+            await self._write(name, entry)
 
 
 def _fits(document: Document, known: Descriptor) -> bool:

@@ -2035,6 +2035,23 @@ class OrderTests(DaemonTestCase):
         self.standin.refuse("registry")
         self.assertRefused(self.get(self.path), 502, "UNAVAILABLE")
 
+    def test_what_waits_for_room_keeps_no_client_waiting(self) -> None:
+        """
+        Neither the one whose answer is noted, nor the next one, who is told that the tag is gone; and it stays gone.
+        """
+        self.get(self.path)
+        self.start()
+        self.pass_time(61)
+        counted: Deferred[bool] = Deferred()
+        self.patch(self.daemon.janitor, "reserve", lambda _: counted)
+        self.assertEqual("REVALIDATED", self.get(self.path).cache)
+        self.standin.delete_tag("team/app", "latest")
+        self.assertEqual(404, self.get(self.path).code)
+        counted.callback(True)
+        self.start()
+        self.standin.refuse("registry")
+        self.assertRefused(self.get(self.path), 502, "UNAVAILABLE")
+
     def test_outdated_answers_change_nothing(self) -> None:
         """
         Of a question that was asked before the one that was answered last.

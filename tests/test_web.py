@@ -1115,7 +1115,7 @@ class ReferrersTests(DaemonTestCase):
         self.assertEqual("artifactType=application%2Fspdx%2Bjson", self.standin.asked[0].query)
 
     def test_have_the_media_type_of_an_index_whatever_ecr_says(self) -> None:
-        page = self.get(self.path).body
+        page = bytes(self.get(self.path).body)
         for sent in (
             "text/html",
             "application/json",
