@@ -141,7 +141,7 @@ class Cache:
         """
         now, last = self._now(), self._touched.get(name)
         if last is None or not 0 <= now - last < _UNWRITTEN_SECONDS:
-            self._touched.put(name, now, 200)
+            self._touched.put(name, now, 400)
             if last is not None:  # it was read just now
                 looked = self._in_thread(look, *args)
                 looked.addErrback(lambda problem: log.warn("Can't note a use: {problem}", problem=problem.value))

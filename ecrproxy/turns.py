@@ -6,11 +6,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Hashable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from twisted.internet.defer import DeferredLock
 
 T = TypeVar("T")
+
+KEPT: Final = 16
+"""Sets of accepted types whose order is known for a tag: as many as its entry keeps answers to."""
 
 
 class Turns:
@@ -54,6 +57,8 @@ class Order:
         if question < max(self.gone, self.answered.get(accept, 0)):
             return False
         self.answered[accept] = question
+        if len(self.answered) > KEPT:
+            del self.answered[min(self.answered, key=self.answered.__getitem__)]
         return True
 
     def forget(self, question: int, known: Iterable[frozenset[str]]) -> set[frozenset[str]]:

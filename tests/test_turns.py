@@ -7,7 +7,7 @@ from __future__ import annotations
 from twisted.internet.defer import Deferred
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.turns import Order, Turns
+from ecrproxy.turns import KEPT, Order, Turns
 
 ONE, OTHER = frozenset({"one"}), frozenset({"other"})
 
@@ -73,6 +73,15 @@ class OrderTests(SynchronousTestCase):
         self.assertEqual(set(), order.forget(5, {ONE, OTHER}))
         self.assertFalse(order.answer(ONE, 4))
         self.assertTrue(order.answer(ONE, 6))
+
+    def test_is_kept_for_the_latest_answers_alone(self) -> None:
+        """
+        There are many sets of types that a client may accept.
+        """
+        order = Order()
+        for number in range(1, 2 * KEPT):
+            self.assertTrue(order.answer(frozenset({str(number)}), number))
+        self.assertEqual(set(range(KEPT, 2 * KEPT)), set(order.answered.values()))
 
     def test_answers_to_later_questions_stay(self) -> None:
         order = Order()
