@@ -541,7 +541,11 @@ def _fits(document: Document, known: Descriptor) -> bool:
 
 
 def _listed(body: bytes, media_type: str) -> Sequence[tuple[Kind, Descriptor]]:
-    return list(islice(listed(body, media_type), FACTS))
+    """
+    Give what a manifest entitles its repository to: an index may list layers, as a BuildKit cache does, to no effect.
+    """
+    known = (each for each in listed(body, media_type) if each[0] is Kind.BLOB or each[1].media_type in MANIFEST_TYPES)
+    return list(islice(known, FACTS))
 
 
 def _said(asked: Asked, entry: Entry | None) -> Descriptor | None:

@@ -338,7 +338,7 @@ def listed(manifest: bytes, media_type: str) -> Iterator[tuple[Kind, Descriptor]
         items = [found] if field_name == "config" else found
         for item in items if isinstance(items, list) else []:
             descriptor = _own_descriptor(item)
-            if descriptor is not None and (kind is Kind.BLOB or descriptor.media_type in MANIFEST_TYPES):
+            if descriptor is not None:
                 yield kind, descriptor
 
 

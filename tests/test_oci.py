@@ -579,10 +579,6 @@ class ListedTests(SynchronousTestCase):
             self.assertEqual(expected.get(media_type, set()), found, media_type)
         self.assertEqual([], names_listed(document, "text/html"))
 
-    def test_an_index_lists_nothing_but_manifests(self) -> None:
-        for media_type in ("text/html", LAYER, "application/json", ""):
-            self.assertEqual([], names_listed({"manifests": [item(media_type=media_type)]}, OCI_INDEX))
-
     def test_sizes_that_no_content_has_are_not_listed(self) -> None:
         """
         A descriptor whose size is negative, or true, is none.
