@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from ecrproxy.identity import RegistryId
-from ecrproxy.oci import MANIFEST_TYPES, Descriptor, Digest, Kind, Route
+from ecrproxy.oci import MANIFEST_TYPES, SIZE_LIMIT, Descriptor, Digest, Kind, Route
 
 ENTRY_LIMIT: Final = 64 * 2**10
 """The most bytes that an entry's file may have: with all answers, each to all types, it has 13 KiB."""
@@ -129,10 +129,10 @@ def _accept(item: Mapping[str, Any]) -> frozenset[str]:
 
 
 def _confirmed(kind: Kind, item: Mapping[str, Any]) -> Confirmed:
-    descriptor = Descriptor(str(item["mediaType"]), Digest.parse(item["digest"]), int(item["size"]))
-    when = float(item["confirmed"])
-    if not math.isfinite(when) or descriptor.size < 0:
-        raise ValueError("no time, or no size")
+    size, when = item["size"], float(item["confirmed"])
+    if type(size) is not int or not 0 <= size <= SIZE_LIMIT or not math.isfinite(when):
+        raise ValueError("no size, or no time")
+    descriptor = Descriptor(str(item["mediaType"]), Digest.parse(item["digest"]), size)
     if kind is Kind.MANIFEST and descriptor.media_type not in MANIFEST_TYPES:
         raise ValueError("no manifest's media type")
     return Confirmed(descriptor, when)
