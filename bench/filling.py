@@ -12,6 +12,7 @@ from pathlib import Path
 from bench.ground import Ground, say
 from ecrproxy.cache.entries import Confirmed, Entry, entry_name
 from ecrproxy.cache.store import Store
+from ecrproxy.identity import RegistryId
 from ecrproxy.oci import BLOB_TYPE, Descriptor, Digest, parse_route
 
 AGE = 30 * 24 * 3600
@@ -24,13 +25,13 @@ def make_cache(root: Path, count: int, each: int) -> None:
     """
     store = Store(root, time.time)
     store.prepare()
-    before = time.time() - AGE
+    before, registry = time.time() - AGE, RegistryId.of_host("filler.test")
     for number in range(count):
         digest = Digest("sha256", hashlib.sha256(f"{number}".encode()).hexdigest())
         route = parse_route(f"/v2/filler/app{number % 100}/blobs/{digest}")
         known = Confirmed(Descriptor(BLOB_TYPE, digest, each), before)
-        entry = Entry(route.kind, route.repository, route.reference, {frozenset(): known})
-        store.save(entry_name(route.path, route), entry)
+        entry = Entry.of(registry, route, {frozenset(): known})
+        store.save(entry_name(registry, route.path, route), entry)
         path = root / store.content_path(digest)
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as file:

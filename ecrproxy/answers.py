@@ -5,11 +5,10 @@ What is asked of the cache, and what a client gets.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 from ecrproxy.cache.content import Content
-from ecrproxy.cache.entries import entry_name
 from ecrproxy.cache.verification import Verification
 from ecrproxy.oci import Descriptor, Digest, Route
 from ecrproxy.reasons import Reason
@@ -45,17 +44,12 @@ class Asked:
     @ivar key: its expanded cache key.
     @ivar accept: the manifest types that the client takes; empty for any.
     @ivar head: whether only the headers are wanted.
-    @ivar entry: the name of its entry, a hash that is asked for more than once.
     """
 
     route: Route
     key: str
     accept: frozenset[str] = ANY
     head: bool = False
-    entry: str = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "entry", entry_name(self.key, self.route))
 
     @property
     def digest(self) -> Digest:

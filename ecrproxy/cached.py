@@ -5,21 +5,27 @@ Rules:
 
 - What is named by its digest is good for as long as it is there. A repository may have it when ECR said so: to a
   request with the same cache key (its I{entry}), or by a manifest of the repository that lists it (a I{fact}).
+  Both are about one registry, one repository, and one kind: a layer that a repository holds is no manifest of it.
+- Nothing is read before it is known that the repository may have it.
 - Small content is verified each time it is read from the disk, and held in memory then. Larger content is verified
   the first time it is used, and again when somebody has changed its file: see L{verification}.
+- What ECR says of one tag takes effect in the order in which it was asked.
 - The memory is a copy: what the disk lost, it may still give; what it has dropped is read again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import islice
+from typing import Any, Final, Protocol, TypeVar
 
 from twisted.internet.defer import DeferredSemaphore
 from twisted.logger import Logger
 
 from ecrproxy.answers import ANY, Answer, Asked, CacheStatus, manifest_answer
-from ecrproxy.cache.content import Content, DigestMismatchError
+from ecrproxy.cache.content import Content, DigestMismatchError, UnreadError
 from ecrproxy.cache.entries import Confirmed, Entry, entry_name
 from ecrproxy.cache.ingest import Left
 from ecrproxy.cache.memory import Memory
@@ -27,21 +33,27 @@ from ecrproxy.cache.store import Store
 from ecrproxy.cache.trailer import WORTH_RESUMING, room_for
 from ecrproxy.cache.verification import Verification
 from ecrproxy.cache.writer import Writer
-from ecrproxy.oci import BLOB_TYPE, Descriptor, Digest, Kind, Route, listed
+from ecrproxy.identity import RegistryId
+from ecrproxy.oci import BLOB_TYPE, MANIFEST_TYPES, Descriptor, Digest, Document, Kind, Route, listed
 from ecrproxy.reasons import Reason
 from ecrproxy.threads import InThread, on_its_own
+from ecrproxy.turns import Order, Turns
 
 log = Logger()
+T = TypeVar("T")
 
-_ENTRY_BYTES = 1024
-"""What an entry is reckoned at before it is written; most have 300 bytes."""
+FACTS: Final = 1000
+"""The most facts that one manifest gives, itself included. ECR confirms the rest when it is asked for."""
 _UNWRITTEN_SECONDS = 60
 """How long an unchanged tag's confirmation, or a use, is in memory alone."""
-_BODIES_BYTES = 64 * 2**20
+_BODIES_BYTES = 32 * 2**20
 _ENTRIES_BYTES = 8 * 2**20
-"""What of manifests and small blobs, and of entries, is held in memory."""
+"""Bytes of memory for manifests, for small blobs, and for entries."""
+_ORDERS_BYTES = 2**20
+_ORDER_BYTES = 2**10
+"""Bytes of memory for the order of what ECR said of tags: it matters for the seconds that a question takes."""
 SMALL_BLOB = 64 * 2**10
-"""Blobs up to so many bytes, as image configs are, are held in memory too."""
+"""Blobs up to so many bytes, as image configs are, are held in memory too. Larger manifests are parsed in a thread."""
 VERIFICATIONS = 4
 """How many files are hashed at the same time."""
 
@@ -73,11 +85,18 @@ class Cache:
     Only a disk's trouble can go wrong here, and that is logged, never raised.
 
     @param now: seconds since the epoch.
+    @param registry: the one that all of it is about.
     """
 
-    def __init__(self, store: Store, room: Room, in_thread: InThread, now: Callable[[], float]) -> None:
+    def __init__(
+        self, store: Store, room: Room, in_thread: InThread, now: Callable[[], float], registry: RegistryId
+    ) -> None:
         self.store, self._room, self._in_thread, self._now = store, room, in_thread, now
-        self._bodies: Memory[Digest, bytes] = Memory(_BODIES_BYTES)
+        self._registry = registry
+        self._blobs: Memory[Digest, bytes] = Memory(_BODIES_BYTES)
+        self._documents: Memory[Digest, Document] = Memory(_BODIES_BYTES)
+        self._turns = Turns()
+        self._orders: Memory[str, Order] = Memory(_ORDERS_BYTES)
         self._entries: Memory[str, Entry] = Memory(_ENTRIES_BYTES)
         self._touched: Memory[str, float] = Memory(_ENTRIES_BYTES)
         self._verifications: dict[tuple[Digest, int], Verification] = {}
@@ -87,17 +106,34 @@ class Cache:
         """
         Answer from memory, if what was asked for by its digest is held there.
         """
-        body = self._bodies.get(asked.digest)
-        known = self._known(asked, self._entry_at_hand)[0] if body is not None else None
-        if body is None or known is None:
+        is_manifest = asked.route.kind is Kind.MANIFEST
+        document = self._documents.get(asked.digest) if is_manifest else None
+        body = self._blobs.get(asked.digest) if document is None else document.body
+        if body is None or (is_manifest and document is None):
             return None
-        self._used(asked.entry, self.look_up_manifest, asked)
-        media_type = BLOB_TYPE if asked.route.kind is Kind.BLOB else known.media_type
-        size, sent = len(body), None if asked.head else body
-        return Answer(CacheStatus.HIT, Reason.CACHED, media_type, asked.digest, size, sent)
+        name = self._name(asked)
+        known = self._known(asked, name, self._entry_at_hand)[0]
+        if known is None or (document is not None and not _fits(document, known)):
+            return None
+        self._used(name, self._touch, asked)
+        media_type = known.media_type if is_manifest else BLOB_TYPE
+        return Answer(CacheStatus.HIT, Reason.CACHED, media_type, asked.digest, len(body), None if asked.head else body)
 
-    def _entry_at_hand(self, name: str, route: Route) -> Entry | None:  # noqa: ARG002 (as Store.entry)
+    def _touch(self, asked: Asked) -> None:
+        self._known(asked, self._name(asked), self._entry_on_disk)
+        self._read(asked.digest)
+
+    def _name(self, asked: Asked) -> str:
+        return entry_name(self._registry, asked.key, asked.route)
+
+    def _fact_name(self, route: Route) -> str:
+        return entry_name(self._registry, "\0fact", route)
+
+    def _entry_at_hand(self, name: str, route: Route) -> Entry | None:  # noqa: ARG002 (as _entry_on_disk)
         return self._entries.get(name)
+
+    def _entry_on_disk(self, name: str, route: Route) -> Entry | None:
+        return self.store.entry(name, self._registry, route)
 
     def _used(self, name: str, look: Callable[..., object], *args: object) -> None:
         """
@@ -105,7 +141,7 @@ class Cache:
         """
         now, last = self._now(), self._touched.get(name)
         if last is None or not 0 <= now - last < _UNWRITTEN_SECONDS:
-            self._touched.put(name, now, 200)
+            self._touched.put(name, now, 400)
             if last is not None:  # it was read just now
                 looked = self._in_thread(look, *args)
                 looked.addErrback(lambda problem: log.warn("Can't note a use: {problem}", problem=problem.value))
@@ -116,37 +152,51 @@ class Cache:
 
         @return: what is known, what is there, and why it isn't, if it isn't.
         """
-        known, missing = self._known(asked, self.store.entry)
+        known, missing = self._known(asked, self._name(asked), self._entry_on_disk)
         return known, self.store.open(asked.digest, known.size if known else None), missing
 
-    def _known(self, asked: Asked, look: Callable[[str, Route], Entry | None]) -> tuple[Descriptor | None, Reason]:
+    def _known(
+        self, asked: Asked, name: str, look: Callable[[str, Route], Entry | None]
+    ) -> tuple[Descriptor | None, Reason]:
         # The fact is named only when the entry says nothing: naming is a hash, and hits from memory are many.
-        known = _said(asked, look(asked.entry, asked.route))
+        known = _said(asked, look(name, asked.route))
         if known is not None:
             return known, Reason.NOT_KEPT
-        return _said(asked, look(_fact_name(asked.route), asked.route)), Reason.FIRST_USE
+        return _said(asked, look(self._fact_name(asked.route), asked.route)), Reason.FIRST_USE
 
-    def look_up_manifest(self, asked: Asked) -> tuple[Descriptor | None, bytes | None, Reason]:
+    def look_up_manifest(self, asked: Asked) -> tuple[Descriptor, Document] | Reason:
         """
-        See what is known of a manifest, and read it. Called in a thread.
+        Read a manifest that the repository may have, or tell why it can't be had here. Called in a thread.
+        """
+        known, missing = self._known(asked, self._name(asked), self._entry_on_disk)
+        document = self._read_document(asked.digest) if known is not None else None
+        if known is None or document is None:
+            return missing
+        # Which type it has was told by an index that lists it: ECR decides if the manifest says otherwise.
+        return (known, document) if _fits(document, known) else Reason.FIRST_USE
 
-        @return: as C{look_up} does.
+    async def document(self, digest: Digest) -> Document | None:
         """
-        known, missing = self._known(asked, self.store.entry)
-        return known, self._read(asked.digest), missing
-
-    async def body(self, digest: Digest) -> bytes | None:
+        Recall or read a manifest, which somebody may have.
         """
-        Recall or read small content.
-        """
-        body = self._bodies.get(digest)
-        if body is not None:
+        document = self._documents.get(digest)
+        if document is not None:
             self._used(str(digest), self._read, digest)
-            return body
-        body = await self._in_thread(self._read, digest)
-        if body is not None:
-            self.hold(digest, body)
-        return body
+            return document
+        document = await self._in_thread(self._read_document, digest)
+        if document is not None:
+            self.hold(digest, document)
+        return document
+
+    def _read_document(self, digest: Digest) -> Document | None:
+        """
+        Read and parse a manifest. Called in a thread.
+        """
+        body = self._read(digest)
+        try:
+            return None if body is None else Document.read(body)
+        except ValueError:  # a blob
+            return None
 
     def _read(self, digest: Digest) -> bytes | None:
         """
@@ -158,13 +208,16 @@ class Cache:
     @staticmethod
     def _verified(content: Content) -> bytes | None:
         """
-        Read open small content to its end, and let go of it; none if it is bad. Called in a thread.
+        Read open small content to its end, and close it; none if it is bad, or not small. Called in a thread.
         """
         try:
             body = content.read()
             state = content.digest.hasher()
             state.update(body)
             content.settle(state)
+        except UnreadError as problem:
+            log.debug("Not read: {problem}", problem=problem)
+            return None
         except (OSError, DigestMismatchError) as problem:
             content.drop(problem)
             return None
@@ -172,22 +225,31 @@ class Cache:
             content.close()
         return body
 
+    async def parse(self, body: bytes, parser: Callable[[bytes], T]) -> T:
+        """
+        Parse a manifest, a large one in a thread: the event loop has others to serve.
+        """
+        return parser(body) if len(body) <= SMALL_BLOB else await self._in_thread(parser, body)
+
     async def entry(self, asked: Asked) -> Entry:
         """
         Recall or read what is known of a tag; an empty entry if nothing is.
         """
-        entry = self._entries.get(asked.entry)
+        name = self._name(asked)
+        entry = self._entries.get(name)
         if entry is not None:
-            self._used(asked.entry, self.store.entry, asked.entry, asked.route)
+            self._used(name, self._entry_on_disk, name, asked.route)
             return entry
-        entry = await self._in_thread(self.store.entry, asked.entry, asked.route)
-        return entry or Entry(asked.route.kind, asked.route.repository, asked.route.reference)
+        return await self._in_thread(self._entry_on_disk, name, asked.route) or Entry.of(self._registry, asked.route)
 
     def note(self, asked: Asked, known: Descriptor) -> None:
         """
         Hold in memory what an entry or a fact on the disk said.
         """
-        self.hold_entry(asked.entry, _entry_of(asked.route, Confirmed(known, self._now())))
+        self._hold_entry(self._name(asked), self._entry_of(asked.route, known))
+
+    def _entry_of(self, route: Route, descriptor: Descriptor) -> Entry:
+        return Entry.of(self._registry, route, {ANY: Confirmed(descriptor, self._now())})
 
     def release(self, size: int) -> None:
         """
@@ -201,17 +263,17 @@ class Cache:
         """
         on_its_own(self._remember(asked, descriptor))
 
-    def hold(self, digest: Digest, body: bytes) -> None:
+    def hold(self, digest: Digest, small: bytes | Document) -> None:
         """
-        Hold small verified content in memory.
+        Hold a small blob or a manifest in memory, verified.
         """
-        self._bodies.put(digest, body, len(body) + 200)
+        if isinstance(small, Document):
+            self._documents.put(digest, small, len(small.body) + 500)
+        else:
+            self._blobs.put(digest, small, len(small) + 400)
 
-    def hold_entry(self, name: str, entry: Entry) -> None:
-        """
-        Hold an entry in memory.
-        """
-        self._entries.put(name, entry, _ENTRY_BYTES)
+    def _hold_entry(self, name: str, entry: Entry) -> None:
+        self._entries.put(name, entry, entry.weight)
 
     async def hit(self, asked: Asked, tag_ttl: float) -> Answer | None:
         """
@@ -235,22 +297,26 @@ class Cache:
         return Answer(CacheStatus.HIT, Reason.CACHED, BLOB_TYPE, asked.digest, content.size)
 
     async def _manifest_hit(self, asked: Asked) -> Answer | None:
-        known, body, _ = await self._in_thread(self.look_up_manifest, asked)
-        if known is None or body is None:
-            return None
-        self.hold(asked.digest, body)
+        found = await self._in_thread(self.look_up_manifest, asked)
+        return None if isinstance(found, Reason) else self.manifest(asked, *found)
+
+    def manifest(self, asked: Asked, known: Descriptor, document: Document) -> Answer:
+        """
+        Answer with a manifest that was found in the directory, and hold it in memory.
+        """
+        self.hold(asked.digest, document)
         self.note(asked, known)
-        return manifest_answer(CacheStatus.HIT, Reason.CACHED, asked, known, body)
+        return manifest_answer(CacheStatus.HIT, Reason.CACHED, asked, known, document.body)
 
     async def _fresh_tag(self, asked: Asked, tag_ttl: float) -> Answer | None:
-        entry = await self._in_thread(self.store.entry, asked.entry, asked.route)
+        entry = await self._in_thread(self._entry_on_disk, self._name(asked), asked.route)
         known = entry.answers.get(asked.accept) if entry else None
         if known is None or not 0 <= self._now() - known.when < tag_ttl:
             return None
-        body = await self.body(known.descriptor.digest)
-        if body is None:
+        document = await self.document(known.descriptor.digest)
+        if document is None:
             return None
-        return manifest_answer(CacheStatus.HIT, Reason.TAG_TTL, asked, known.descriptor, body)
+        return manifest_answer(CacheStatus.HIT, Reason.TAG_TTL, asked, known.descriptor, document.body)
 
     async def shelved(
         self, asked: Asked, known: Descriptor | None, content: Content, *, confirmed: bool = False
@@ -328,7 +394,7 @@ class Cache:
             log.failure("Making room in the cache")
             return False
 
-    async def keep(self, route: Route, descriptor: Descriptor, body: bytes) -> None:
+    async def keep(self, route: Route, descriptor: Descriptor, document: Document) -> None:
         """
         Keep a manifest that ECR gave, and learn what it lists.
         """
@@ -336,12 +402,12 @@ class Cache:
         if isinstance(writer, Reason):
             return
         try:
-            await self._in_thread(_write, writer, body)
+            await self._in_thread(_write, writer, document.body)
         except OSError as problem:
             log.info("Not kept: {digest}: {problem}", digest=descriptor.digest, problem=problem)
         else:
-            self.hold(descriptor.digest, body)
-            await self._learn(route.repository, descriptor, body)
+            self.hold(descriptor.digest, document)
+            await self._learn(route.repository, descriptor, document)
         finally:
             self._room.release(writer.room)
 
@@ -349,7 +415,7 @@ class Cache:
         """
         Note that ECR said that the repository holds what was asked for by its digest.
         """
-        await self._save(asked.entry, _entry_of(asked.route, Confirmed(descriptor, self._now())))
+        await self._save(self._name(asked), self._entry_of(asked.route, descriptor))
 
     def holds(self, asked: Asked, size: int | None) -> None:
         """
@@ -360,65 +426,126 @@ class Cache:
         if size is not None:
             self.remember(asked, Descriptor(BLOB_TYPE, asked.digest, size))
 
-    async def confirm(self, asked: Asked, descriptor: Descriptor, body: bytes) -> None:
+    async def confirm(self, asked: Asked, descriptor: Descriptor, document: Document) -> None:
         """
         Note that ECR said that the repository holds a manifest, which another brought in.
         """
         await self._remember(asked, descriptor)
-        await self._learn(asked.route.repository, descriptor, body)
+        await self._learn(asked.route.repository, descriptor, document)
 
-    async def record(self, asked: Asked, entry: Entry, descriptor: Descriptor, body: bytes | None) -> None:
+    async def record(self, asked: Asked, question: int, descriptor: Descriptor, document: Document | None) -> None:
         """
         Note what ECR said that a tag leads to.
 
-        @param body: the manifest, where the cache had it already: what it lists is the repository's too.
+        @param question: the number of the question; an answer to an earlier one than was answered last is outdated.
+        @param document: the manifest, where the cache had it already: what it lists is the repository's too.
         """
-        known, now = entry.answers.get(asked.accept), self._now()
+        name = self._name(asked)
+        known, entry = await self._turns.take(name, partial(self._record, name, asked, question, descriptor))
+        if entry is None:
+            return
         changed = known is None or known.descriptor != descriptor
-        if changed and body is not None:
-            await self._learn(asked.route.repository, descriptor, body)
-        entry = entry.with_answer(asked.accept, Confirmed(descriptor, now))
-        self.hold_entry(asked.entry, entry)
-        if changed or known is None or not 0 <= now - known.when < _UNWRITTEN_SECONDS:
-            await self._save(asked.entry, entry)
+        if changed or known is None or not 0 <= self._now() - known.when < _UNWRITTEN_SECONDS:
+            await self._in_room(entry, partial(self._turns.take, name, partial(self._write_latest, name)))
+        if changed and document is not None:
+            await self._learn(asked.route.repository, descriptor, document)
 
-    async def _learn(self, repository: str, descriptor: Descriptor, body: bytes) -> None:
+    async def _record(
+        self, name: str, asked: Asked, question: int, descriptor: Descriptor
+    ) -> tuple[Confirmed | None, Entry | None]:
         """
-        Note as facts that the repository holds a manifest, and all that it lists.
+        Give what was known, and the entry as it is now; none if the answer is outdated.
         """
-        try:
-            holds = [(Kind.MANIFEST, descriptor), *listed(body)]
-        except ValueError:  # a signed manifest of old lists nothing that we read
-            holds = [(Kind.MANIFEST, descriptor)]
-        now = self._now()
-        for kind, each in holds:
+        before = await self.entry(asked)
+        if not self._order(name).answer(asked.accept, question):
+            return None, None
+        entry = before.with_answer(asked.accept, Confirmed(descriptor, self._now()))
+        self._hold_entry(name, entry)
+        return before.answers.get(asked.accept), entry
+
+    def _order(self, name: str) -> Order:
+        order = self._orders.get(name) or Order()
+        self._orders.put(name, order, _ORDER_BYTES)
+        return order
+
+    async def forget(self, asked: Asked, question: int) -> None:
+        """
+        Forget what a tag led to: ECR said that there is none. The content stays for whoever else it serves.
+
+        @param question: the number of the question; what was answered to later ones stays.
+        """
+        name = self._name(asked)
+        await self._turns.take(name, partial(self._forget, name, asked, question))
+
+    async def _forget(self, name: str, asked: Asked, question: int) -> None:
+        entry, order = await self.entry(asked), self._order(name)
+        later = order.forget(question, entry.answers)
+        if later:
+            self._hold_entry(name, replace(entry, answers={accept: entry.answers[accept] for accept in later}))
+            await self._write_latest(name)
+        else:
+            self._entries.drop(name)
+            await self._in_thread(self.store.forget, name)
+
+    async def _learn(self, repository: str, descriptor: Descriptor, document: Document) -> None:
+        """
+        Note as facts that the repository holds a manifest, and what it lists.
+        """
+        lists = await self.parse(document.body, partial(_listed, media_type=descriptor.media_type))
+        for kind, each in [(Kind.MANIFEST, descriptor), *lists][:FACTS]:
             route = Route(kind, repository, str(each.digest), each.digest)
-            await self._save(_fact_name(route), _entry_of(route, Confirmed(each, now)))
-
-    async def forget(self, asked: Asked) -> None:
-        """
-        Forget what C{asked} led to; the content stays for whoever else it serves.
-        """
-        self._entries.drop(asked.entry)
-        await self._in_thread(self.store.forget, asked.entry)
+            await self._save(self._fact_name(route), self._entry_of(route, each))
 
     def forget_all(self) -> None:
         """
         Forget what is held in memory: the directory has less than it had.
         """
-        for memory in (self._bodies, self._entries, self._touched):
+        for memory in (self._blobs, self._documents, self._entries, self._touched):
             memory.clear()
 
     async def _save(self, name: str, entry: Entry) -> None:
-        if not await self._has_room(_ENTRY_BYTES):
-            return
+        await self._in_room(entry, partial(self._write, name, entry))
+
+    async def _in_room(self, entry: Entry, write: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """
+        Call C{write} once there is room on the disk for an entry such as this one; not at all if there is none.
+        """
+        room = len(entry.to_json())
+        if await self._has_room(room):
+            try:
+                await write()
+            finally:
+                self._room.release(room)
+
+    async def _write(self, name: str, entry: Entry) -> None:
         try:
             await self._in_thread(self.store.save, name, entry)
-            self.hold_entry(name, entry)
+            self._hold_entry(name, entry)
         except OSError as problem:
             log.debug("Not noted on the disk: {problem}", problem=problem)
-        finally:
-            self._room.release(_ENTRY_BYTES)
+
+    async def _write_latest(self, name: str) -> None:
+        """
+        Write what is known by now: a late write brings back nothing that was forgotten or purged meanwhile.
+        """
+        entry = self._entries.get(name)
+        if entry is not None:
+            await self._write(name, entry)
+
+
+def _fits(document: Document, known: Descriptor) -> bool:
+    """
+    Return True if a manifest may be served as the media type that is known of it.
+    """
+    return known.media_type in MANIFEST_TYPES and document.own_type in (None, known.media_type)
+
+
+def _listed(body: bytes, media_type: str) -> Sequence[tuple[Kind, Descriptor]]:
+    """
+    Give what a manifest entitles its repository to: an index may list layers, as a BuildKit cache does, to no effect.
+    """
+    known = (each for each in listed(body, media_type) if each[0] is Kind.BLOB or each[1].media_type in MANIFEST_TYPES)
+    return list(islice(known, FACTS))
 
 
 def _said(asked: Asked, entry: Entry | None) -> Descriptor | None:
@@ -427,14 +554,6 @@ def _said(asked: Asked, entry: Entry | None) -> Descriptor | None:
     """
     confirmed = entry.answers.get(ANY) if entry else None
     return confirmed.descriptor if confirmed is not None and confirmed.descriptor.digest == asked.digest else None
-
-
-def _fact_name(route: Route) -> str:
-    return entry_name("\0fact", route)
-
-
-def _entry_of(route: Route, confirmed: Confirmed) -> Entry:
-    return Entry(route.kind, route.repository, route.reference, {ANY: confirmed})
 
 
 def _write(writer: Writer, body: bytes) -> None:

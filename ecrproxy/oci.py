@@ -12,7 +12,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, unquote_plus
@@ -28,23 +28,30 @@ MANIFEST_LIMIT = 4 * 2**20
 SIZE_LIMIT = 2**62
 """The most bytes that anything is said to have: files can't have many more."""
 BLOB_TYPE = "application/octet-stream"
-INDEX_TYPES = frozenset(
+INDEX_TYPE = "application/vnd.oci.image.index.v1+json"
+INDEX_TYPES = frozenset({INDEX_TYPE, "application/vnd.docker.distribution.manifest.list.v2+json"})
+_IMAGE_TYPES = frozenset(
     {
-        "application/vnd.oci.image.index.v1+json",
-        "application/vnd.docker.distribution.manifest.list.v2+json",
+        "application/vnd.oci.image.manifest.v1+json",
+        "application/vnd.docker.distribution.manifest.v2+json",
     }
 )
-MANIFEST_TYPES = INDEX_TYPES | {
-    "application/vnd.oci.image.manifest.v1+json",
-    "application/vnd.oci.artifact.manifest.v1+json",
-    "application/vnd.docker.distribution.manifest.v2+json",
-    "application/vnd.docker.distribution.manifest.v1+json",
-    "application/vnd.docker.distribution.manifest.v1+prettyjws",
-}
+_ARTIFACT_TYPE = "application/vnd.oci.artifact.manifest.v1+json"
+MANIFEST_TYPES = (
+    INDEX_TYPES
+    | _IMAGE_TYPES
+    | {
+        _ARTIFACT_TYPE,
+        "application/vnd.docker.distribution.manifest.v1+json",
+        "application/vnd.docker.distribution.manifest.v1+prettyjws",
+    }
+)
+_KNOWN_TYPES = {media_type: media_type for media_type in MANIFEST_TYPES}
 
 _COMPONENT = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
 _NAME = re.compile(rf"{_COMPONENT}(?:/{_COMPONENT})*")
 _NAME_LENGTH = 255
+_REMEMBERED_LENGTH = 512
 TAG_LENGTH = 128
 _TAG = re.compile(rf"[a-zA-Z0-9_][a-zA-Z0-9._-]{{0,{TAG_LENGTH - 1}}}")
 _HEX_LENGTHS = {"sha256": 64, "sha512": 128}
@@ -179,7 +186,20 @@ class Route:
         return replace(self, reference=str(digest), digest=digest)
 
 
-@functools.lru_cache(maxsize=4096)
+def _remembering(parse: Callable[[str], Route]) -> Callable[[str], Route]:
+    """
+    Keep the routes of short targets at hand: 4 MiB at most, for a query may have as many bytes as a request.
+    """
+    recent = functools.lru_cache(maxsize=2048)(parse)
+
+    @functools.wraps(parse)
+    def parsed(target: str) -> Route:
+        return recent(target) if len(target) <= _REMEMBERED_LENGTH else parse(target)
+
+    return parsed
+
+
+@_remembering
 def parse_route(target: str) -> Route:
     """
     Understand a raw origin-form request target under /v2/.
@@ -253,56 +273,104 @@ def to_query(values: Mapping[str, str]) -> str:
 
 def accepted_types(accept: Sequence[str]) -> frozenset[str]:
     """
-    Read Accept headers as the set of media types that the client would take; empty means any.
+    Read Accept headers as the set of manifest types that the client takes; empty means any.
 
     Order, spelling and preference values are left out: ECR chooses by membership alone (field notes C7),
-    so that two clients who accept the same types share one answer. RFC 9110, 12.5.1.
+    so that two clients who accept the same types share one answer. Types that no manifest has choose nothing
+    and are dropped: a client could fill the cache with them. RFC 9110, 12.5.1.
     """
     types = set()
     for item in ",".join(accept).split(","):
         media_type, *parameters = (part.strip().lower() for part in item.split(";"))
         refused = any(re.fullmatch(r"q=0(\.0*)?", parameter) for parameter in parameters)
-        if media_type and not refused:
-            types.add(media_type)
-    return frozenset() if types & {"*/*", "application/*"} else frozenset(types)
+        if media_type in ("*/*", "application/*") and not refused:
+            return frozenset()
+        if media_type in _KNOWN_TYPES and not refused:
+            types.add(_KNOWN_TYPES[media_type])  # one string for all clients
+    return frozenset(types)
 
 
-def manifest_type(content_type: str, manifest: bytes) -> str:
+@dataclass(frozen=True, slots=True)
+class Document:
     """
-    Tell the media type of a manifest from what upstream called it and what it says of itself.
+    A manifest's bytes and the media type that it gives itself, parsed once: 4 MiB of JSON take a second.
 
-    @raise ValueError: if it is no manifest, or the two disagree, as a page sent in a manifest's
-        place does, or one type passed off as another (CVE-2021-41190).
+    @ivar own_type: none if it gives none.
+    """
+
+    body: bytes
+    own_type: str | None
+
+    @classmethod
+    def read(cls, body: bytes) -> Document:
+        """
+        Parse a manifest.
+
+        @raise ValueError: if it is no JSON object, or its media type is no text.
+        """
+        own_type = _json_object(body).get("mediaType")
+        if own_type is not None and not isinstance(own_type, str):
+            raise ValueError(f"it calls itself {str(own_type)[:80]!r}")
+        return cls(body, own_type or None)
+
+    def type_as(self, content_type: str) -> str:
+        """
+        Return the media type of this manifest, which a registry has sent as C{content_type}.
+
+        @raise ValueError: if that is not a manifest's type, as that of a page in a manifest's place,
+            or not the one that the manifest gives itself (CVE-2021-41190).
+        """
+        named = content_type.partition(";")[0].strip().lower()
+        if named not in MANIFEST_TYPES:
+            raise ValueError(f"its Content-Type is {named[:80]!r}, no manifest's")
+        if self.own_type not in (None, named):
+            raise ValueError(f"its Content-Type is {named}, but it calls itself {str(self.own_type)[:80]!r}")
+        return named
+
+
+def index_type(content_type: str, body: bytes) -> str:
+    """
+    Return the media type of an index, such as the list of what refers to a manifest, sent as C{content_type}.
+
+    @raise ValueError: if it is none.
     """
     named = content_type.partition(";")[0].strip().lower()
-    if named not in MANIFEST_TYPES:
-        raise ValueError(f"its Content-Type is {named[:80]!r}, no manifest's")
-    own = _json_object(manifest).get("mediaType", named)
-    if own != named:
-        raise ValueError(f"its Content-Type is {named}, but it calls itself {str(own)[:80]!r}")
-    return named
+    if named in INDEX_TYPES:
+        return named
+    if not isinstance(_json_object(body).get("manifests"), list):
+        raise ValueError(f"its Content-Type is {named[:80]!r}, and it lists no manifests")  # noqa: TRY004
+    return INDEX_TYPE
 
 
-def listed(manifest: bytes) -> Iterable[tuple[Kind, Descriptor]]:
+def listed(manifest: bytes, media_type: str) -> Iterator[tuple[Kind, Descriptor]]:
     """
-    Yield what a manifest lists of its own repository: an index its manifests, a manifest its config and layers.
+    Yield what a manifest of C{media_type} lists of its own repository.
 
-    Content that may live elsewhere (foreign layers, C{urls}) and a C{subject} are left out: a registry takes
-    a manifest without having them, so listing them proves nothing.
+    Only the fields that the type defines are read, for these alone are checked by a registry that takes the manifest:
+    C{manifests} of an index, C{layers} and C{config} of an image, C{blobs} of an artifact. Content that may live
+    elsewhere (foreign layers, C{urls}) and a C{subject} are left out: a registry takes a manifest without having them.
 
     @raise ValueError: if it is no JSON object.
     """
     document = _json_object(manifest)
-    for kind, items in (
-        (Kind.MANIFEST, document.get("manifests")),
-        (Kind.BLOB, document.get("layers")),
-        (Kind.BLOB, document.get("blobs")),
-        (Kind.BLOB, [document.get("config")]),
-    ):
+    for field_name, kind in _fields_of(media_type):
+        found = document.get(field_name)
+        items = [found] if field_name == "config" else found
         for item in items if isinstance(items, list) else []:
             descriptor = _own_descriptor(item)
             if descriptor is not None:
                 yield kind, descriptor
+
+
+def _fields_of(media_type: str) -> Sequence[tuple[str, Kind]]:
+    """
+    Return the fields in which a manifest of this type lists content of its repository.
+    """
+    if media_type in INDEX_TYPES:
+        return (("manifests", Kind.MANIFEST),)
+    if media_type in _IMAGE_TYPES:
+        return (("layers", Kind.BLOB), ("config", Kind.BLOB))
+    return (("blobs", Kind.BLOB),) if media_type == _ARTIFACT_TYPE else ()
 
 
 def _own_descriptor(item: object) -> Descriptor | None:

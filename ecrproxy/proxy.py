@@ -16,29 +16,31 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from itertools import count, islice
+from typing import Any, Generic, TypeVar
 
 from twisted.logger import Logger
 
 from ecrproxy.answers import ANY, Answer, Asked, CacheStatus, manifest_answer
 from ecrproxy.byte_ranges import Ranges, Span
-from ecrproxy.cache.entries import Confirmed, Entry
+from ecrproxy.cache.entries import Confirmed
 from ecrproxy.cache.ingest import Left
 from ecrproxy.cache.writer import Writer
-from ecrproxy.cached import Cache
+from ecrproxy.cached import FACTS, Cache
 from ecrproxy.flights import Flights
 from ecrproxy.oci import (
     BLOB_TYPE,
     MANIFEST_TYPES,
     Descriptor,
     Digest,
+    Document,
     Kind,
     RegistryError,
     Route,
     listed,
-    manifest_type,
 )
 from ecrproxy.reasons import Reason
 from ecrproxy.registry.bucket import UnavailableError
@@ -51,6 +53,7 @@ from ecrproxy.transfer.passing import Passing
 from ecrproxy.transfer.unattended import Unattended
 
 log = Logger()
+T = TypeVar("T")
 
 _JOINED = (CacheStatus.JOINED, Reason.IN_FLIGHT)
 
@@ -86,9 +89,10 @@ class PullThrough:
         self._unattended = Unattended(self.transfers)
         self._ahead = 0
         self._carriers: dict[Digest, str] = {}
-        self._heads: Flights[Descriptor | None] = Flights()
+        self._heads: Flights[_Said[Descriptor | None]] = Flights()
         self._sizes: Flights[int] = Flights()
-        self._manifests: Flights[tuple[Descriptor, bytes]] = Flights()
+        self._manifests: Flights[_Said[tuple[Descriptor, Document]]] = Flights()
+        self._questions = count(1)
 
     async def page(self, route: Route) -> Page:
         """
@@ -312,18 +316,14 @@ class PullThrough:
         by_digest = asked.route.digest is not None
         answer = await (self._manifest_by_digest(asked) if by_digest else self._manifest_by_tag(asked))
         if self._reads_ahead and isinstance(answer.body, bytes):
-            on_its_own(self._read_ahead(asked.route.repository, answer.body))
+            on_its_own(self._read_ahead(asked.route.repository, answer.body, answer.media_type))
         return answer
 
-    async def _read_ahead(self, repository: str, manifest: bytes) -> None:
+    async def _read_ahead(self, repository: str, manifest: bytes, media_type: str) -> None:
         """
         Begin the transfers of the config and the layers that C{manifest} lists.
         """
-        try:
-            blobs = [each for kind, each in listed(manifest) if kind is Kind.BLOB]
-        except ValueError:
-            return
-        for blob in blobs:
+        for blob in await self._cache.parse(manifest, partial(_blobs, media_type=media_type)):
             while self._unattended.is_full(self._ahead):
                 await self._unattended.change()
             here = await self._in_thread(self._cache.store.has, blob.digest)
@@ -342,88 +342,110 @@ class PullThrough:
     async def _manifest_by_digest(self, asked: Asked) -> Answer:
         if (answer := self._cache.at_hand(asked)) is not None:
             return answer
-        known, body, missing = await self._in_thread(self._cache.look_up_manifest, asked)
-        if known is not None and body is not None:
-            self._cache.hold(asked.digest, body)
-            self._cache.note(asked, known)
-            return manifest_answer(CacheStatus.HIT, Reason.CACHED, asked, known, body)
-        if body is None and not asked.head:
-            why = (CacheStatus.MISS, missing) if asked.route not in self._manifests else _JOINED
-            descriptor, body = await self._manifests.join(asked.route, lambda: self._fetch(asked.route, ANY))
-            self._cache.remember(asked, descriptor)
-            return manifest_answer(*why, asked, descriptor, body)
-        head = await self._head(asked.route, ANY)
+        found = await self._in_thread(self._cache.look_up_manifest, asked)
+        if not isinstance(found, Reason):
+            return self._cache.manifest(asked, *found)
+        here = await self._in_thread(self._cache.store.has, asked.digest)
+        if not here and not asked.head:
+            return await self._fetch_by_digest(asked, found)
+        said = await self._heads.join((asked.route, ANY), lambda: self._numbered(self._head(asked.route, ANY)))
+        head = _answered(said)
         if head is None:
             raise UnavailableError(502, "UNAVAILABLE", "ECR does not say which manifest it has")
-        if body is None:
-            return manifest_answer(CacheStatus.MISS, missing, asked, head)
-        descriptor = Descriptor(_checked_type(head.media_type, body), asked.digest, len(body))
-        on_its_own(self._cache.confirm(asked, descriptor, body))
-        return manifest_answer(CacheStatus.REVALIDATED, Reason.REPOSITORY_CONFIRMED, asked, descriptor, body)
+        document = await self._cache.document(asked.digest) if here else None
+        if document is None:
+            answer = manifest_answer(CacheStatus.MISS, found, asked, head)
+            return answer if asked.head else await self._fetch_by_digest(asked, found)
+        descriptor = Descriptor(_checked_type(head.media_type, document), asked.digest, len(document.body))
+        on_its_own(self._cache.confirm(asked, descriptor, document))
+        return manifest_answer(CacheStatus.REVALIDATED, Reason.REPOSITORY_CONFIRMED, asked, descriptor, document.body)
+
+    async def _fetch_by_digest(self, asked: Asked, missing: Reason) -> Answer:
+        key = (asked.route, ANY)
+        why = (CacheStatus.MISS, missing) if key not in self._manifests else _JOINED
+        said = await self._manifests.join(key, lambda: self._numbered(self._fetch(asked.route, ANY)))
+        descriptor, document = _answered(said)
+        self._cache.remember(asked, descriptor)
+        return manifest_answer(*why, asked, descriptor, document.body)
 
     async def _manifest_by_tag(self, asked: Asked) -> Answer:
         entry = await self._cache.entry(asked)
         known = entry.answers.get(asked.accept)
         if known is not None and 0 <= self._now() - known.when < self._tag_ttl:
-            body = await self._cache.body(known.descriptor.digest)
-            if body is not None:
-                return manifest_answer(CacheStatus.HIT, Reason.TAG_TTL, asked, known.descriptor, body)
+            document = await self._cache.document(known.descriptor.digest)
+            if document is not None:
+                return manifest_answer(CacheStatus.HIT, Reason.TAG_TTL, asked, known.descriptor, document.body)
         try:
-            return await self._ask_for_tag(asked, entry, known)
+            return await self._ask_for_tag(asked, known)
         except UnavailableError as problem:
             last = entry.latest(asked.accept)
-            body = await self._cache.body(last.descriptor.digest) if last else None
-            if last is None or body is None:
+            document = await self._cache.document(last.descriptor.digest) if last else None
+            if last is None or document is None:
                 raise
             log.warn("Serving {path} as last known: {problem}", path=asked.route.path, problem=problem.message)
-            return manifest_answer(CacheStatus.STALE, problem.reason, asked, last.descriptor, body)
-        except RegistryError as problem:
-            if problem.status == 404:  # noqa: PLR2004
-                await self._cache.forget(asked)
-            raise
+            return manifest_answer(CacheStatus.STALE, problem.reason, asked, last.descriptor, document.body)
 
-    async def _ask_for_tag(self, asked: Asked, entry: Entry, known: Confirmed | None) -> Answer:
+    async def _ask_for_tag(self, asked: Asked, known: Confirmed | None) -> Answer:
         """
         Have ECR say what a tag leads to; fetch it if it isn't in the cache.
 
         A tag that was never asked for is fetched straight away. It is fetched by its tag in any case:
         what ECR converts for a client is not to be had by its digest (field notes C7).
         """
-        descriptor = None if known is None and not asked.head else await self._head(asked.route, asked.accept)
-        if descriptor is not None:
-            body = await self._cache.body(descriptor.digest)
-            if body is not None:
-                descriptor = Descriptor(_checked_type(descriptor.media_type, body), descriptor.digest, len(body))
-            if body is not None or asked.head:
-                on_its_own(self._cache.record(asked, entry, descriptor, body))
-                if body is None:
-                    return manifest_answer(CacheStatus.MISS, _missing(known, descriptor), asked, descriptor)
-                return manifest_answer(CacheStatus.REVALIDATED, Reason.TAG_CONFIRMED, asked, descriptor, body)
-        key = (asked.route, asked.accept)
-        joined = key in self._manifests
-        descriptor, body = await self._manifests.join(key, lambda: self._fetch(asked.route, asked.accept))
-        on_its_own(self._cache.record(asked, entry, descriptor, None))
+        route, accept = asked.route, asked.accept
+        if known is not None or asked.head:
+            question, head = await self._of_tag(asked, self._heads, lambda: self._head(route, accept))
+            document = await self._cache.document(head.digest) if head is not None else None
+            if head is not None and document is not None:
+                head = Descriptor(_checked_type(head.media_type, document), head.digest, len(document.body))
+            if head is not None and (document is not None or asked.head):
+                on_its_own(self._cache.record(asked, question, head, document))
+                if document is None:
+                    return manifest_answer(CacheStatus.MISS, _missing(known, head), asked, head)
+                return manifest_answer(CacheStatus.REVALIDATED, Reason.TAG_CONFIRMED, asked, head, document.body)
+        joined = (route, accept) in self._manifests
+        question, fetched = await self._of_tag(asked, self._manifests, lambda: self._fetch(route, accept))
+        descriptor, document = fetched
+        on_its_own(self._cache.record(asked, question, descriptor, None))
         why = _JOINED if joined else (CacheStatus.MISS, _missing(known, descriptor))
-        return manifest_answer(*why, asked, descriptor, body)
+        return manifest_answer(*why, asked, descriptor, document.body)
+
+    async def _of_tag(
+        self, asked: Asked, flights: Flights[_Said[T]], ask: Callable[[], Coroutine[Any, Any, T]]
+    ) -> tuple[int, T]:
+        """
+        Ask about a tag, or share the answer to whoever asks already; a tag that ECR does not have is forgotten.
+
+        @return: the number of the question, and its answer.
+        """
+        said = await flights.join((asked.route, asked.accept), lambda: self._numbered(ask()))
+        if isinstance(said.answer, RegistryError):
+            await self._cache.forget(asked, said.question)
+        return said.question, _answered(said)
+
+    async def _numbered(self, question: Coroutine[Any, Any, T]) -> _Said[T]:
+        number = next(self._questions)
+        try:
+            return _Said(number, await question)
+        except RegistryError as problem:
+            if problem.status == 404:  # noqa: PLR2004
+                return _Said(number, problem)
+            raise
 
     async def _head(self, route: Route, accept: frozenset[str]) -> Descriptor | None:
         """
         Ask ECR what C{route} leads to; none if it has it, but doesn't say its digest.
         """
+        head = await self._upstream.head_manifest(route, _accept_header(accept))
+        asked, told = route.digest, head.digest
+        if asked is not None and told is not None and asked != told and asked.algorithm == told.algorithm:
+            raise UnavailableError(502, "UNAVAILABLE", f"ECR speaks of {told} when asked for {asked}")
+        digest, media_type = asked or told, head.media_type.partition(";")[0].strip().lower()
+        if digest is not None and media_type not in MANIFEST_TYPES:
+            raise UnavailableError(502, "UNAVAILABLE", f"what ECR speaks of is no manifest: {media_type[:80]!r}")
+        return Descriptor(media_type, digest, head.size) if digest else None
 
-        async def ask() -> Descriptor | None:
-            head = await self._upstream.head_manifest(route, _accept_header(accept))
-            asked, told = route.digest, head.digest
-            if asked is not None and told is not None and asked != told and asked.algorithm == told.algorithm:
-                raise UnavailableError(502, "UNAVAILABLE", f"ECR speaks of {told} when asked for {asked}")
-            digest, media_type = asked or told, head.media_type.partition(";")[0].strip().lower()
-            if digest is not None and media_type not in MANIFEST_TYPES:
-                raise UnavailableError(502, "UNAVAILABLE", f"what ECR speaks of is no manifest: {media_type[:80]!r}")
-            return Descriptor(media_type, digest, head.size) if digest else None
-
-        return await self._heads.join((route, accept), ask)
-
-    async def _fetch(self, route: Route, accept: frozenset[str]) -> tuple[Descriptor, bytes]:
+    async def _fetch(self, route: Route, accept: frozenset[str]) -> tuple[Descriptor, Document]:
         """
         Fetch a manifest and keep it.
         """
@@ -432,10 +454,35 @@ class PullThrough:
         if route.digest not in (None, digest):
             said = f"ECR gave something else than {route.digest}"
             raise UnavailableError(502, "UNAVAILABLE", said, reason=Reason.WRONG_BYTES)
-        media_type = _checked_type(manifest.content_type, manifest.body)
-        descriptor = Descriptor(media_type, digest, len(manifest.body))
-        await self._cache.keep(route, descriptor, manifest.body)
-        return descriptor, manifest.body
+        try:
+            document = await self._cache.parse(manifest.body, Document.read)
+        except ValueError as problem:
+            raise _no_manifest(problem) from None
+        descriptor = Descriptor(_checked_type(manifest.content_type, document), digest, len(manifest.body))
+        await self._cache.keep(route, descriptor, document)
+        return descriptor, document
+
+
+@dataclass(frozen=True, slots=True)
+class _Said(Generic[T]):
+    """
+    What ECR answered to a question: that it has no such thing, or what was asked for.
+
+    @ivar question: its number, larger than those of all that were asked before.
+    """
+
+    question: int
+    answer: T | RegistryError
+
+
+def _answered(said: _Said[T]) -> T:
+    if isinstance(said.answer, RegistryError):
+        raise said.answer
+    return said.answer
+
+
+def _blobs(manifest: bytes, media_type: str) -> Sequence[Descriptor]:
+    return [each for kind, each in islice(listed(manifest, media_type), FACTS) if kind is Kind.BLOB]
 
 
 def _parts(ranges: Ranges | None, size: int | None) -> list[Span]:
@@ -502,8 +549,12 @@ def _accept_header(accept: frozenset[str]) -> str:
     return ", ".join(sorted(accept)) or ", ".join([*sorted(MANIFEST_TYPES), "*/*"])
 
 
-def _checked_type(content_type: str, body: bytes) -> str:
+def _checked_type(content_type: str, document: Document) -> str:
     try:
-        return manifest_type(content_type, body)
+        return document.type_as(content_type)
     except ValueError as problem:
-        raise UnavailableError(502, "UNAVAILABLE", f"what ECR gave is no manifest: {problem}") from None
+        raise _no_manifest(problem) from None
+
+
+def _no_manifest(problem: ValueError) -> UnavailableError:
+    return UnavailableError(502, "UNAVAILABLE", f"what ECR gave is no manifest: {problem}")

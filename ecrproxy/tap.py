@@ -56,6 +56,7 @@ from ecrproxy.http.relay import FirstProcess, InnerRegistry, NoRoom, Relay, Rela
 from ecrproxy.http.site import RegistrySite, make_site
 from ecrproxy.http.telling import USED, Teller, Used, told
 from ecrproxy.http.web import Registry
+from ecrproxy.identity import RegistryId
 from ecrproxy.logs.shapes import PRIORITIES, as_json
 from ecrproxy.logs.writing import LineWriter, choose_writer, leads_to_journal
 from ecrproxy.metrics import Figures, LoopStall, Served
@@ -76,7 +77,6 @@ from ecrproxy.settings.complaints import Complaint, say, write
 from ecrproxy.settings.config import ADMIN_LISTEN, Config, ConfigError
 from ecrproxy.settings.contradictions import Machine, load, look_at_settings
 from ecrproxy.settings.options import Options
-from ecrproxy.settings.values import is_other_registry
 from ecrproxy.threads import Threads, call_unowned
 from ecrproxy.transfer.inflow import Lanes
 
@@ -238,7 +238,7 @@ def build(
     tokens = _tokens(config, reactor, partial(_ends, refused, warm=store.has_content()))
     figures, stall = Figures(__version__), LoopStall(reactor)
     upstream, asking = _upstream(config, tokens, figures, egress, reactor)
-    cache = Cache(store, janitor, disk.call, time.time)
+    cache = Cache(store, janitor, disk.call, time.time, RegistryId.of_url(config.ecr_endpoint))
     pull_through = _pull_through(config, upstream, cache, disk, reactor)
     connections, crowds = Connections(), Crowds(Crowd(config.limits), reactor.seconds)
     readiness = partial(_readiness, tokens, asking.circuit, Condition(store, probing.call, reactor), connections)
@@ -342,8 +342,8 @@ def _pull_through(config: Config, upstream: Upstream, cache: Cache, disk: Thread
 
 
 def _namespaces(config: Config, judging: Threads, reactor: Any) -> Namespaces:  # noqa: ANN401
-    is_other = partial(is_other_registry, endpoint=config.ecr_endpoint)
-    return Namespaces(config.namespace_pattern, judging.call, reactor, is_other)
+    registries = {RegistryId.of_url(config.ecr_endpoint), *(config.registry_aliases or ())}
+    return Namespaces(config.namespace_pattern, judging.call, reactor, registries)
 
 
 def _share_work(
@@ -443,7 +443,7 @@ def build_worker(config: Config, post: Post, reactor: Any) -> Daemon:  # noqa: A
     disk = Threads(DISK_THREADS, reactor)
     notes = Notes()
     store = Store(Path(config.cache_dir), time.time, notes)
-    cache = Cache(store, NoRoom(), disk.call, time.time)
+    cache = Cache(store, NoRoom(), disk.call, time.time, RegistryId.of_url(config.ecr_endpoint))
     purges = Purges(store, cache.forget_all, disk.call, reactor)
     first = Agent.usingEndpointFactory(reactor, FirstProcess(reactor, post.path), connection_pool(reactor))
     relay = Relay(first)

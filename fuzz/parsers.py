@@ -15,7 +15,7 @@ from ecrproxy.cache.ledger import is_own, packed, unpacked
 from ecrproxy.http.conditions import matches
 from ecrproxy.http.target import parse_target
 from ecrproxy.http.telling import ROWS, read_rows
-from ecrproxy.oci import Digest, RegistryError, accepted_types, listed, manifest_type, parse_route, query_values
+from ecrproxy.oci import Digest, Document, RegistryError, accepted_types, listed, parse_route, query_values
 from ecrproxy.registry.bucket import told_part
 from ecrproxy.registry.bucket_errors import said_by_bucket
 from ecrproxy.registry.links import next_target
@@ -62,9 +62,9 @@ def fields(data: bytes) -> None:
 def manifest(data: bytes) -> None:
     kind, _, body = data.partition(b"\n")
     with contextlib.suppress(ValueError):
-        manifest_type(kind.decode("latin-1"), body)
+        Document.read(body).type_as(kind.decode("latin-1"))
     with contextlib.suppress(ValueError):
-        assert all(descriptor.size >= 0 for _, descriptor in listed(body))
+        assert all(descriptor.size >= 0 for _, descriptor in listed(body, kind.decode("latin-1")))
     with contextlib.suppress(ValueError):
         Digest.parse(data.decode("latin-1"))
 

@@ -18,7 +18,7 @@ import json
 import shutil
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final, TypeVar, cast
 
@@ -57,6 +57,7 @@ from ecrproxy.http.access_log import AccessLog
 from ecrproxy.http.answering import Ready
 from ecrproxy.http.site import make_site
 from ecrproxy.http.web import Registry
+from ecrproxy.identity import RegistryId
 from ecrproxy.metrics import Figures
 from ecrproxy.oci import Digest
 from ecrproxy.proxy import PullThrough
@@ -488,7 +489,7 @@ class Daemon:
         *,
         limit: int = 2**30,
         pattern: str = ".*",
-        is_other: Callable[[str], bool] = lambda _: False,
+        aliases: Collection[RegistryId] = (),
         cache_key: str = "$uri",
         tag_ttl: float = 0,
         in_thread: InThread = at_once,
@@ -521,7 +522,8 @@ class Daemon:
         wire = Wire(metered, clock, budget, chance=lambda: chance)
         self.upstream = Upstream(Endpoint(standin.registry, wire, self.tokens, self.governor, self.circuit), wire)
         self.lanes = lanes or Lanes()
-        self.cache = Cache(self.store, self.janitor, in_thread, self.now)
+        registry_id = RegistryId.of_url(standin.registry)
+        self.cache = Cache(self.store, self.janitor, in_thread, self.now, registry_id)
         self.pull_through = PullThrough(
             self.upstream,
             self.cache,
@@ -532,7 +534,7 @@ class Daemon:
             read_ahead=read_ahead,
             call_later=clock.callLater,
         )
-        namespaces = Namespaces(parse_pattern(pattern), at_once, clock, is_other)
+        namespaces = Namespaces(parse_pattern(pattern), at_once, clock, {registry_id, *aliases})
         registry = Registry(self.pull_through, namespaces, CacheKey.parse(cache_key), in_thread)
         ready, self.crowd = Ready(self.readiness), Crowd(limits or Limits())
         self.access_log = AccessLog(clock)

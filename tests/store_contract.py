@@ -13,13 +13,15 @@ from typing import Any
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.cache.content import DigestMismatchError
+from ecrproxy.cache.content import DigestMismatchError, UnreadError
 from ecrproxy.cache.entries import Confirmed, Entry, entry_name
 from ecrproxy.cache.store import Store
-from ecrproxy.oci import Descriptor, Digest, Route, parse_route
+from ecrproxy.identity import RegistryId
+from ecrproxy.oci import MANIFEST_LIMIT, Descriptor, Digest, Route, parse_route
 
 START = 1_767_225_600.0
 """A moment in January 2026: dates before 1970 or at 1970 hide mistakes."""
+REGISTRY = RegistryId.of_host("123456789012.dkr.ecr.eu-west-1.amazonaws.com")
 MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
 INDEX_TYPE = "application/vnd.oci.image.index.v1+json"
 ANY: frozenset[str] = frozenset()
@@ -56,12 +58,7 @@ def entry_of(route: Route, *answers: Confirmed) -> Entry:
     """
     Make what C{route} led to.
     """
-    return Entry(
-        route.kind,
-        route.repository,
-        route.reference,
-        {frozenset({each.descriptor.media_type}): each for each in answers},
-    )
+    return Entry.of(REGISTRY, route, {frozenset({each.descriptor.media_type}): each for each in answers})
 
 
 def put(store: Store, data: bytes, algorithm: str = "sha256") -> Digest:
@@ -114,7 +111,7 @@ class StoreContract(SynchronousTestCase):
         self.assertFalse(self.store.has(Digest.of(b"x")))
         self.assertIsNone(self.store.open(Digest.of(b"x")))
         self.assertIsNone(self.store.open(Digest.of(b"x"), 1))
-        self.assertIsNone(self.store.entry(entry_name("key", route), route))
+        self.assertIsNone(self.store.entry(entry_name(REGISTRY, "key", route), REGISTRY, route))
 
     def test_what_was_committed_is_given_back(self) -> None:
         """
@@ -125,6 +122,21 @@ class StoreContract(SynchronousTestCase):
             self.assertTrue(self.store.has(digest))
             self.assertEqual(b"some content", read(self.store, digest))
             self.assertEqual(b"some content", read(self.store, digest, 12))
+
+    def test_only_small_content_is_read_into_memory(self) -> None:
+        """
+        That of no manifest and no small blob: it stays where it is.
+        """
+        for size in (MANIFEST_LIMIT, MANIFEST_LIMIT + 1):
+            digest = put(self.store, bytes(size))
+            content = self.store.open(digest)
+            assert content is not None
+            if size > MANIFEST_LIMIT:
+                self.assertRaises(UnreadError, content.read)
+            else:
+                self.assertEqual(size, len(content.read()))
+            content.close()
+            self.assertTrue(self.store.has(digest))
 
     def test_open_content_knows_its_size_and_is_read_at_offsets(self) -> None:
         """
@@ -202,7 +214,7 @@ class StoreContract(SynchronousTestCase):
         Wrong, missing and surplus bytes are refused, and leave nothing that could be found.
         """
         digest = Digest.of(b"right")
-        for wrong in ([b"wrong"], [b"righ"], [b"right", b"!"], []):
+        for wrong in ([b"wrong"], [b"righ"], [b"r", b"ight"[:3], b"!"], []):
             writer = self.store.writer(digest, 5)
             writer.write(0, wrong)
             self.assertRaises(DigestMismatchError, writer.verify)
@@ -222,16 +234,15 @@ class StoreContract(SynchronousTestCase):
         writer.close()
         self.assertEqual(b"short", read(self.store, digest, 5))
 
-    def test_what_was_announced_too_short_still_gets_in(self) -> None:
+    def test_more_than_was_announced_is_not_written(self) -> None:
         """
-        The digest alone decides.
+        The disk has no room promised for it, and a trailer may stand there.
         """
         digest = Digest.of(b"longer")
         writer = self.store.writer(digest, 2)
-        writer.write(0, [b"longer"])
-        writer.commit()
-        writer.close()
-        self.assertEqual(b"longer", read(self.store, digest))
+        self.assertRaises(ValueError, writer.write, 0, [b"longer"])
+        writer.discard()
+        self.assertFalse(self.store.has(digest))
 
     def test_two_transfers_of_one_digest_do_not_meet(self) -> None:
         """
@@ -318,18 +329,18 @@ class StoreContract(SynchronousTestCase):
         saved = entry_of(route, confirmed(b"one", START + 0.25), confirmed(b"two", START, INDEX_TYPE)).with_answer(
             ANY, confirmed(b"three")
         )
-        self.store.save(entry_name("key", route), saved)
-        self.assertEqual(saved, self.store.entry(entry_name("key", route), route))
+        self.store.save(entry_name(REGISTRY, "key", route), saved)
+        self.assertEqual(saved, self.store.entry(entry_name(REGISTRY, "key", route), REGISTRY, route))
 
     def test_a_saved_entry_replaces_the_one_before(self) -> None:
         """
         The latest word counts.
         """
         route = parse_route("/v2/a/manifests/latest")
-        name = entry_name("key", route)
+        name = entry_name(REGISTRY, "key", route)
         for data in (b"old", b"new"):
             self.store.save(name, entry_of(route, confirmed(data)))
-        self.assertEqual(entry_of(route, confirmed(b"new")), self.store.entry(name, route))
+        self.assertEqual(entry_of(route, confirmed(b"new")), self.store.entry(name, REGISTRY, route))
 
     def test_a_forgotten_entry_is_a_miss(self) -> None:
         """
@@ -338,7 +349,7 @@ class StoreContract(SynchronousTestCase):
         route = parse_route("/v2/a/manifests/latest")
         self.store.save("0" * 64, entry_of(route, confirmed()))
         self.store.forget("0" * 64)
-        self.assertIsNone(self.store.entry("0" * 64, route))
+        self.assertIsNone(self.store.entry("0" * 64, REGISTRY, route))
 
     def test_an_entry_of_something_else_is_a_miss(self) -> None:
         """
@@ -352,5 +363,5 @@ class StoreContract(SynchronousTestCase):
             f"/v2/a/manifests/{Digest.of(b'x')}",
             f"/v2/a/blobs/{Digest.of(b'x')}",
         ):
-            self.assertIsNone(self.store.entry("0" * 64, parse_route(other)), other)
-        self.assertIsNotNone(self.store.entry("0" * 64, route))
+            self.assertIsNone(self.store.entry("0" * 64, REGISTRY, parse_route(other)), other)
+        self.assertIsNotNone(self.store.entry("0" * 64, REGISTRY, route))

@@ -19,7 +19,7 @@ OURS = "ecrproxy."
 # room, which is a package or a module by itself: what of ours it may import, rooms or single modules of them.
 # What is not here may import nothing of ours but what is in the same room. tap and command may import all.
 ARROWS: dict[str, set[str]] = {
-    "access": {"addresses", "flights", "oci", "reasons", "threads"},
+    "access": {"addresses", "flights", "identity", "oci", "reasons", "threads"},
     "admin": {
         "access.crowds",
         "access.limits",
@@ -40,8 +40,8 @@ ARROWS: dict[str, set[str]] = {
         "threads",
     },
     "answers": {"cache", "oci", "reasons", "transfer.download", "transfer.passing"},
-    "cache": {"oci", "threads"},
-    "cached": {"answers", "cache", "oci", "reasons", "threads"},
+    "cache": {"identity", "oci", "threads"},
+    "cached": {"answers", "cache", "identity", "oci", "reasons", "threads", "turns"},
     "daemon": {"access.limits", "addresses", "readiness", "settings.config"},
     "http": {
         "access",
@@ -85,7 +85,7 @@ ARROWS: dict[str, set[str]] = {
     "logs": {"http.access_log", "request_id"},
     "oci": {"reasons"},
     "registry": {"addresses", "metrics", "oci", "reasons"},
-    "settings": {"access.limits", "addresses", "cache.cache_key", "registry.quotas"},
+    "settings": {"access.limits", "addresses", "cache.cache_key", "identity", "registry.quotas"},
     "transfer": {"access.limits", "byte_ranges", "cache", "oci", "reasons", "stopwatch", "threads"},
 }
 OUTERMOST = {"tap", "command"}

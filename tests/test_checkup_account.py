@@ -345,7 +345,13 @@ class TrialTests(SynchronousTestCase):
         Blobs are listed there.
         """
         kind = "application/vnd.oci.image.index.v1+json"
-        listed = [{"mediaType": "m", "digest": str(Digest.of(BODY)), "size": len(BODY)}]
+        listed = [
+            {
+                "mediaType": "application/vnd.oci.image.manifest.v1+json",
+                "digest": str(Digest.of(BODY)),
+                "size": len(BODY),
+            }
+        ]
         index = json.dumps({"mediaType": kind, "manifests": listed}).encode()
         self.answers["GET", "/v2/app/manifests/1"] = Contact("a", status=200, body=index)
         self.answers["GET", f"/v2/app/manifests/{Digest.of(BODY)}"] = Contact("a", status=200, body=BODY)

@@ -11,6 +11,7 @@ from typing import Any
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.cache.cache_key import CacheKey
+from ecrproxy.identity import RegistryId
 from ecrproxy.registry.quotas import Quotas
 from ecrproxy.settings.config import SETTINGS, Config, ConfigError
 
@@ -27,6 +28,13 @@ EXAMPLES: dict[str, tuple[str, str, Any, str, Any]] = {
     "cache-dir": ("PROXY_CACHE_DIR", "/srv/one", "/srv/one", "two", "two"),
     "dns-resolver": ("PROXY_DNS_RESOLVER", "1.1.1.1:5353", (("1.1.1.1", 5353),), "system", None),
     "namespace-pattern": ("PROXY_NAMESPACE_PATTERN", "one/.*", "one/x", "two/.*", "two/x"),
+    "registry-aliases": (
+        "PROXY_REGISTRY_ALIASES",
+        "a.example, B.example:5000",
+        frozenset({RegistryId("a.example:443"), RegistryId("b.example:5000")}),
+        "c.svc",
+        frozenset({RegistryId("c.svc:443")}),
+    ),
     "port": ("PROXY_PORT", "5001", 5001, "80", 80),
     "ssl-key": ("PROXY_SSL_KEY", "/key.pem", "/key.pem", "/other.pem", "/other.pem"),
     "ssl-certificate": ("PROXY_SSL_CERTIFICATE", "/cert.pem", "/cert.pem", "/other.pem", "/other.pem"),
@@ -92,6 +100,7 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "namespace-pattern": (("(a", "a)|(b", "*"), "not a regular expression"),
     "port": (("0", "65536", "http", "-1"), "from 1 to 65535"),
     "allow-from": (("everywhere", "10.0.0.0/33", ","), "10.0.0.0/8"),
+    "registry-aliases": (("http://a.example", "a b/c", "a:b"), "is not the name of a registry's host"),
     "admin-hosts": (("*.example", "http://a.example", "a.example:5001"), "give one such as ecr-proxy.infra.svc"),
     "log-format": (("xml", "jsonl"), "give text or json"),
     "log-level": (("loud", "warning", "3"), "give debug, info, warn, error or critical"),

@@ -613,7 +613,8 @@ class LanesTests(DownloadTestCase):
         self.assertIsNone(download.failure)
         content = self.store.open(download.digest)
         assert content is not None
-        self.assertTrue(self.data == content.read(), "other bytes were kept")
+        kept = os.pread(content.fileno(), content.size + 1, 0)
+        self.assertTrue(self.data == kept, "other bytes were kept")
         content.close()
         self.assertEqual([], self.open_files())
 

@@ -147,14 +147,14 @@ class LsTests(HoldingsTestCase):
         self.call("ls", "--offline", "--cache-dir", "/nowhere", status=3)
         self.assertIn("/nowhere: not a cache directory", self.caller.complaint)
 
-    def test_a_cache_that_an_earlier_version_filled_is_read(self) -> None:
+    def test_an_entry_says_what_it_is_about(self) -> None:
         """
-        An entry file of the first version: its format has not changed.
+        The format of an entry's file: other versions read it.
         """
         (name,) = [each["name"] for each in self.entries() if each["reference"] == "v2"]
         path = self.root / "entries" / name[:2] / name
         written = json.loads(path.read_bytes())
-        self.assertEqual({"kind", "repository", "reference", "answers"}, written.keys())
+        self.assertEqual({"registry", "kind", "repository", "reference", "answers"}, written.keys())
         self.assertEqual({"accept", "mediaType", "digest", "size", "confirmed"}, written["answers"][0].keys())
 
     def entries(self) -> list[Any]:

@@ -98,6 +98,17 @@ class GapsTests(SynchronousTestCase):
             self.assertIsNone(gaps.take_from(there, 99))
         self.assertEqual([(10, 12), (15, 20), (30, 32), None], [gaps.take(1) for _ in range(4)])
 
+    def test_refuse_empty_and_reversed_ranges(self) -> None:
+        """
+        Taken, a range whose end is before its start would make a gap wider than it was.
+        """
+        gaps = Gaps([(10, 20)])
+        for start, stop in ((15, 15), (15, 12), (15, 0), (15, -1), (10, 10), (10, 1)):
+            self.assertIsNone(gaps.take_from(start, stop))
+        self.assertEqual([(10, 20), None], [gaps.take(1) for _ in range(2)])
+        for wrong in ([(5, 5)], [(5, 4)], [(0, 10), (5, 20)], [(10, 20), (0, 5)]):
+            self.assertRaises(ValueError, Gaps, wrong)
+
     def test_are_given_up(self) -> None:
         """
         When one lane has failed, no other takes a part.

@@ -308,6 +308,84 @@ class CrashTests(SynchronousTestCase):
             shutil.rmtree(folder)
 
 
+class WrittenOnceTests(IngestTests):
+    """
+    Bytes that may have been hashed are never changed.
+    """
+
+    def test_what_is_there_is_not_written_again(self) -> None:
+        writer = self.ingest.begin(DIGEST, SIZE)
+        self.addCleanup(writer.discard)
+        writer.write(0, [DATA[:1000]])
+        writer.write(2000, [DATA[2000:3000]])
+        for start, stop in ((0, 1000), (0, 1), (999, 1001), (500, 600), (1500, 2001), (2999, 3001), (1000, 4000)):
+            self.assertRaises(ValueError, writer.write, start, [b"x" * (stop - start)])
+        writer.write(1000, [DATA[1000:2000]])
+        writer.write(3000, [DATA[3000:]])
+        writer.commit()
+        self.assertEqual(DATA, os.pread(writer.fileno(), SIZE, 0))
+
+    def test_what_an_earlier_transfer_left_is_not_written_again(self) -> None:
+        self.left_over((0, MIB), (2 * MIB, SIZE))
+        writer = self.ingest.resume(DIGEST, SIZE)
+        assert writer is not None
+        self.addCleanup(writer.discard)
+        self.assertRaises(ValueError, writer.write, 1, [b"x" * (SIZE - 1)])
+        self.assertRaises(ValueError, writer.write, 2 * MIB - 1, [b"xx"])
+        writer.write(MIB, [DATA[MIB : 2 * MIB]])
+        while writer.catch_up():
+            pass
+        writer.verify()
+
+    def test_content_is_not_written(self) -> None:
+        writer = self.ingest.begin(DIGEST, SIZE)
+        writer.write(0, [DATA])
+        writer.commit()
+        for offset in (0, SIZE - 1, SIZE, SIZE + TRAILER):
+            self.assertRaises(ValueError, writer.write, offset, [b"x"])
+        writer.close()
+        self.assertEqual(DATA, read(self.store, DIGEST))
+
+    def test_nothing_is_written_outside_the_blob(self) -> None:
+        """
+        Behind it is its trailer.
+        """
+        writer = self.ingest.begin(DIGEST, SIZE)
+        self.addCleanup(writer.discard)
+        for offset, count in ((SIZE, 1), (SIZE - 1, 2), (-1, 1), (-2, 4)):
+            self.assertRaises(ValueError, writer.write, offset, [b"x" * count])
+        self.assertEqual([(0, SIZE)], writer.gaps)
+
+    def test_what_another_thread_writes_is_not_written(self) -> None:
+        """
+        Whichever came first would be hashed, and the other would be on the disk.
+        """
+        writer = self.ingest.begin(DIGEST, SIZE)
+        self.addCleanup(writer.discard)
+        refused, pwrite = [], os.pwrite
+
+        def meanwhile(fd: int, data: bytes, offset: int) -> int:
+            self.patch(os, "pwrite", pwrite)
+            refused.append(self.assertRaises(ValueError, writer.write, 500, [b"x" * 1000]))
+            return pwrite(fd, data, offset)
+
+        self.patch(os, "pwrite", meanwhile)
+        writer.write(0, [DATA[:1000]])
+        self.assertEqual(1, len(refused))
+        writer.write(1000, [DATA[1000:]])
+        writer.verify()
+
+    def test_what_the_disk_did_not_take_may_be_written_again(self) -> None:
+        writer = self.ingest.begin(DIGEST, SIZE)
+        self.addCleanup(writer.discard)
+        pwrite = os.pwrite
+        self.patch(os, "pwrite", failing(errno.EIO))
+        self.assertRaises(OSError, writer.write, 0, [DATA])
+        self.patch(os, "pwrite", pwrite)
+        writer.write(0, [DATA])
+        writer.verify()
+
+
 class BeginTests(IngestTests):
     """
     A new file is found by those who count and sweep before it is locked.

@@ -4,23 +4,26 @@ What clients and registries say is understood in one way only, or refused at the
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
+import tracemalloc
 from typing import Any
 
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.oci import (
+    INDEX_TYPES,
     MANIFEST_LIMIT,
     MANIFEST_TYPES,
     Descriptor,
     Digest,
+    Document,
     Kind,
     RegistryError,
     Route,
     accepted_types,
     listed,
-    manifest_type,
     parse_route,
     query_values,
 )
@@ -31,6 +34,7 @@ SHA512 = f"sha512:{HEX}{HEX}"
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 OCI_INDEX = "application/vnd.oci.image.index.v1+json"
 SCHEMA2 = "application/vnd.docker.distribution.manifest.v2+json"
+ARTIFACT = "application/vnd.oci.artifact.manifest.v1+json"
 LAYER = "application/vnd.oci.image.layer.v1.tar+gzip"
 
 NO_PATH = (404, "UNSUPPORTED")
@@ -378,6 +382,26 @@ class ErrorTests(SynchronousTestCase):
         self.assertEqual({}, RegistryError(404, "X", "y").headers)
 
 
+class RememberedTests(SynchronousTestCase):
+    def test_long_targets_are_not_remembered(self) -> None:
+        """
+        Clients could fill the memory with them: what is remembered has 4 MiB at most.
+        """
+        gc.collect()
+        tracemalloc.start()
+        self.addCleanup(tracemalloc.stop)
+        before, _ = tracemalloc.get_traced_memory()
+        for size in (400, 15_000):
+            for number in range(4096):
+                parse_route(f"/v2/team/app/manifests/latest?{number:0{size}}")
+        after, _ = tracemalloc.get_traced_memory()
+        self.assertLess(after - before, 4 * 2**20)
+
+    def test_the_same_target_gives_the_same_route(self) -> None:
+        self.assertIs(parse_route("/v2/team/app/manifests/v1?x"), parse_route("/v2/team/app/manifests/v1?x"))
+        self.assertEqual("x" * 600, parse_route("/v2/a/manifests/v1?" + "x" * 600).query)
+
+
 class AcceptTests(SynchronousTestCase):
     """
     Accept headers are read as the set of types that a client takes.
@@ -414,6 +438,21 @@ class AcceptTests(SynchronousTestCase):
         """
         self.assertEqual(frozenset({SCHEMA2}), accepted_types([f"{SCHEMA2}, */*;q=0"]))
 
+    def test_types_that_no_manifest_has_are_dropped(self) -> None:
+        """
+        They choose nothing, and a client could fill memory and disk with them.
+        """
+        many = ", ".join(f"application/x-{number}" for number in range(1000))
+        self.assertEqual(frozenset({SCHEMA2}), accepted_types([f"{many}, {SCHEMA2}"]))
+        self.assertEqual(frozenset(), accepted_types(["text/html, application/json"]))
+
+
+def type_of(content_type: str, manifest: bytes) -> str:
+    """
+    Give the media type of a manifest that came with a Content-Type.
+    """
+    return Document.read(manifest).type_as(content_type)
+
 
 class ManifestTypeTests(SynchronousTestCase):
     """
@@ -424,31 +463,36 @@ class ManifestTypeTests(SynchronousTestCase):
         """
         The type is read without its parameters, whether or not the manifest names itself.
         """
-        self.assertEqual(OCI_MANIFEST, manifest_type(OCI_MANIFEST, b"{}"))
-        self.assertEqual(SCHEMA2, manifest_type(f"{SCHEMA2.upper()}; charset=utf-8", b"{}"))
+        self.assertEqual(OCI_MANIFEST, type_of(OCI_MANIFEST, b"{}"))
+        self.assertEqual(SCHEMA2, type_of(f"{SCHEMA2.upper()}; charset=utf-8", b"{}"))
         for media_type in MANIFEST_TYPES:
-            self.assertEqual(media_type, manifest_type(media_type, json.dumps({"mediaType": media_type}).encode()))
+            self.assertEqual(media_type, type_of(media_type, json.dumps({"mediaType": media_type}).encode()))
 
     def test_what_is_no_manifests_type_is_refused(self) -> None:
         """
         A page or a blob in a manifest's place is not passed on as one.
         """
         for content_type in ("", "text/html", "application/json", "application/octet-stream", LAYER):
-            self.assertRaises(ValueError, manifest_type, content_type, b"{}")
+            self.assertRaises(ValueError, type_of, content_type, b"{}")
 
     def test_one_type_is_not_passed_off_as_another(self) -> None:
         """
         A manifest that calls itself other than the registry does is refused.
         """
-        for own in (OCI_INDEX, None, 5, [OCI_MANIFEST], ""):
-            self.assertRaises(ValueError, manifest_type, OCI_MANIFEST, json.dumps({"mediaType": own}).encode())
+        for own in (OCI_INDEX, 5, 0, False, [], [OCI_MANIFEST], " "):
+            self.assertRaises(ValueError, type_of, OCI_MANIFEST, json.dumps({"mediaType": own}).encode())
 
     def test_what_is_no_json_object_is_refused(self) -> None:
         """
         Whatever bytes come, they are a manifest or an error of one kind.
         """
         for data in (b"", b"<html>", b"[]", b"null", b"5", b'"{}"', b"\xff\xfe", b"{", b"[" * 100_000):
-            self.assertRaises(ValueError, manifest_type, OCI_MANIFEST, data)
+            self.assertRaises(ValueError, type_of, OCI_MANIFEST, data)
+
+    def test_a_media_type_of_null_or_nothing_is_none(self) -> None:
+        for own in ("", None):
+            document = json.dumps({"mediaType": own}).encode()
+            self.assertEqual(OCI_MANIFEST, type_of(OCI_MANIFEST, document))
 
     def test_a_manifest_may_have_four_mebibytes(self) -> None:
         """
@@ -464,11 +508,11 @@ def item(digest: str = SHA256, media_type: object = LAYER, size: object = 7, **m
     return {"mediaType": media_type, "digest": digest, "size": size, **more}
 
 
-def names_listed(document: object) -> list[tuple[Kind, Descriptor]]:
+def names_listed(document: object, media_type: str = OCI_MANIFEST) -> list[tuple[Kind, Descriptor]]:
     """
-    Give what a manifest lists.
+    Give what a manifest of some type lists.
     """
-    return list(listed(json.dumps(document).encode()))
+    return list(listed(json.dumps(document).encode(), media_type))
 
 
 class ListedTests(SynchronousTestCase):
@@ -495,7 +539,7 @@ class ListedTests(SynchronousTestCase):
         """
         self.assertEqual(
             [(Kind.MANIFEST, Descriptor(SCHEMA2, Digest("sha256", HEX), 400))],
-            names_listed({"manifests": [item(media_type=SCHEMA2, size=400, platform={"os": "linux"})]}),
+            names_listed({"manifests": [item(media_type=SCHEMA2, size=400, platform={"os": "linux"})]}, OCI_INDEX),
         )
 
     def test_an_artifact_lists_its_blobs(self) -> None:
@@ -504,7 +548,7 @@ class ListedTests(SynchronousTestCase):
         """
         self.assertEqual(
             [(Kind.BLOB, Descriptor(LAYER, Digest("sha256", HEX), 7))],
-            names_listed({"blobs": [item()]}),
+            names_listed({"blobs": [item()]}, ARTIFACT),
         )
 
     def test_what_may_live_elsewhere_is_not_listed(self) -> None:
@@ -542,7 +586,24 @@ class ListedTests(SynchronousTestCase):
             {"mediaType": LAYER, "digest": 5, "size": 7},
         )
         self.assertEqual(1, len(names_listed({"layers": [*odd, item()]})))
-        self.assertEqual([], names_listed({"layers": {}, "manifests": "x", "config": 5, "blobs": None}))
+        for media_type in MANIFEST_TYPES:
+            self.assertEqual([], names_listed({"layers": {}, "manifests": "x", "config": 5, "blobs": None}, media_type))
+
+    def test_only_the_fields_of_the_media_type_are_read(self) -> None:
+        """
+        A registry checks no others, so that what stands there may be another repository's.
+        """
+        document = {
+            "layers": [item(size=1)],
+            "config": item(size=2),
+            "blobs": [item(size=3)],
+            "manifests": [item(size=4, media_type=OCI_MANIFEST)],
+        }
+        expected = {OCI_MANIFEST: {1, 2}, SCHEMA2: {1, 2}, ARTIFACT: {3}} | {each: {4} for each in INDEX_TYPES}
+        for media_type in MANIFEST_TYPES:
+            found = {descriptor.size for _, descriptor in names_listed(document, media_type)}
+            self.assertEqual(expected.get(media_type, set()), found, media_type)
+        self.assertEqual([], names_listed(document, "text/html"))
 
     def test_sizes_that_no_content_has_are_not_listed(self) -> None:
         """
@@ -555,4 +616,4 @@ class ListedTests(SynchronousTestCase):
         Bytes that are no manifest are an error, not an empty list.
         """
         for data in (b"", b"[]", b"<html>", b"\xff"):
-            self.assertRaises(ValueError, list, listed(data))
+            self.assertRaises(ValueError, list, listed(data, OCI_MANIFEST))

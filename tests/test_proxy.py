@@ -13,11 +13,13 @@ from typing import Any
 from twisted.internet.defer import Deferred
 from twisted.internet.task import deferLater
 
-from ecrproxy.oci import Digest
+from ecrproxy.answers import Asked
+from ecrproxy.cached import FACTS
+from ecrproxy.oci import Descriptor, Digest, parse_route
 from ecrproxy.registry.ecr import Token
-from tests.daemon import MIB, DaemonTestCase, Hands, Reply, noise
-from tests.registry import digest_of, layer
-from tests.registry_content import OCI_MANIFEST, SCHEMA2, SCHEMA2_LIST
+from tests.daemon import MIB, DaemonTestCase, Hands, Reply, at_once, noise
+from tests.registry import StandIn, digest_of, layer
+from tests.registry_content import OCI_INDEX, OCI_MANIFEST, SCHEMA2, SCHEMA2_LIST
 
 EVERY_TYPE = f"{OCI_MANIFEST}, {SCHEMA2}, application/vnd.oci.image.index.v1+json, {SCHEMA2_LIST}"
 REPOSITORIES = ("team/app", "team/other", "third")
@@ -548,6 +550,181 @@ class PermissionTests(BlobTestCase):
         self.assertWhole(self.get(path), image.manifest, "HIT")
         self.assertEqual(["HEAD"], [asked.method for asked in self.standin.asked])
         self.assertRefused(self.get(f"/v2/third/manifests/{image.digest}"), 404, "MANIFEST_UNKNOWN")
+
+    def test_a_manifest_vouches_for_the_fields_of_its_media_type_alone(self) -> None:
+        """
+        ECR checks no other field of a manifest that is pushed: what stands there may be another repository's.
+        """
+        self.get(self.path)
+        victim = {"mediaType": "application/octet-stream", "digest": self.digest, "size": len(self.data)}
+        for number, (media_type, fields) in enumerate(
+            (
+                (OCI_MANIFEST, ("blobs", "manifests")),
+                (SCHEMA2, ("blobs", "manifests")),
+                (OCI_INDEX, ("layers", "blobs")),
+                (SCHEMA2_LIST, ("layers", "blobs")),
+            )
+        ):
+            manifest: dict[str, Any] = {each: [victim] for each in fields}
+            if media_type in (OCI_INDEX, SCHEMA2_LIST):
+                manifest["config"] = victim
+            self.standin.push_manifest("evil", manifest | {"mediaType": media_type}, media_type, f"tag{number}")
+            self.assertEqual(200, self.get(f"/v2/evil/manifests/tag{number}").code)
+            self.assertRefused(self.get(f"/v2/evil/blobs/{self.digest}"), 404, "BLOB_UNKNOWN")
+
+    def test_an_index_vouches_for_no_media_type(self) -> None:
+        """
+        What an index calls its manifests is not passed on where it is no manifest's type, or not their own.
+        """
+        image = self.standin.push_image("team/app", "latest", media_type=OCI_MANIFEST)
+        self.standin.push_image("team/other", "latest", media_type=OCI_MANIFEST)
+        for number, media_type in enumerate(("text/html", "application/json", SCHEMA2)):
+            item = {"mediaType": media_type, "digest": image.digest, "size": len(image.manifest)}
+            index = {"mediaType": OCI_INDEX, "manifests": [item], "annotations": {"number": str(number)}}
+            self.standin.push_manifest("team/app", index, OCI_INDEX, "index")
+            self.start()
+            if media_type == SCHEMA2:  # so that it is in memory
+                self.get(f"/v2/team/other/manifests/{image.digest}")
+            self.get("/v2/team/app/manifests/index")
+            for _ in range(2):
+                reply = self.get(f"/v2/team/app/manifests/{image.digest}")
+                self.assertEqual((200, OCI_MANIFEST), (reply.code, reply.header("Content-Type")))
+            for path in self.files("entries"):
+                path.unlink()
+
+    def test_what_a_stored_entry_calls_a_manifest_is_not_passed_on(self) -> None:
+        """
+        Only a manifest's media type is, whoever wrote the file.
+        """
+        image = self.standin.push_image("team/app", "latest", media_type=OCI_MANIFEST)
+        path = f"/v2/team/app/manifests/{image.digest}"
+        self.get("/v2/team/app/manifests/latest")
+        self.get(path)
+        for media_type in ("text/html", "", OCI_INDEX):
+            for file in self.files("entries"):
+                file.write_text(file.read_text().replace(OCI_MANIFEST, media_type))
+            self.start()
+            self.standin.refuse("registry")
+            self.assertRefused(self.get("/v2/team/app/manifests/latest"), 502, "UNAVAILABLE")
+            self.standin.heal()
+            reply = self.get(path)
+            self.assertEqual("REVALIDATED", reply.cache)
+            self.assertEqual(OCI_MANIFEST, reply.header("Content-Type"))
+
+
+class WrongKindTests(BlobTestCase):
+    """
+    One digest may be asked for as a blob and as a manifest.
+    """
+
+    def test_a_layer_is_not_read_for_who_asks_for_a_manifest(self) -> None:
+        """
+        Neither before ECR has said that the repository holds it, nor when it is too large for a manifest.
+        """
+        large = noise("large", 5 * MIB)
+        digest = self.standin.push_blob("team/app", large)
+        self.get(f"/v2/team/app/blobs/{digest}")
+        self.get(self.path)
+        read: list[int] = []
+        pread = os.pread
+
+        def spy(fd: int, count: int, offset: int) -> bytes:
+            read.append(count)
+            return pread(fd, count, offset)
+
+        self.patch(os, "pread", spy)
+        for repository in ("team/app", "no/such/repo"):
+            for name in (digest, self.digest):
+                reply = self.get(f"/v2/{repository}/manifests/{name}")
+                self.assertEqual(404, reply.code)
+        self.assertEqual([], read)
+        self.assertTrue(self.has(digest))
+
+    def test_a_layer_that_an_index_calls_a_manifest_is_not_read(self) -> None:
+        large = noise("large", 5 * MIB)
+        digest = self.standin.push_blob("team/app", large)
+        self.get(f"/v2/team/app/blobs/{digest}")
+        item = {"mediaType": OCI_MANIFEST, "digest": digest, "size": len(large)}
+        self.standin.push_manifest("team/app", {"manifests": [item]}, OCI_INDEX, "latest")
+        self.get("/v2/team/app/manifests/latest")
+        self.assertRefused(self.get(f"/v2/team/app/manifests/{digest}"), 404, "MANIFEST_UNKNOWN")
+        self.assertWhole(self.get(f"/v2/team/app/blobs/{digest}"), large, "HIT")
+
+    def test_a_manifest_is_no_blob(self) -> None:
+        image = self.standin.push_image("team/app", "latest")
+        self.get("/v2/team/app/manifests/latest")
+        self.get(f"/v2/team/app/manifests/{image.digest}")
+        self.assertRefused(self.get(f"/v2/team/app/blobs/{image.digest}"), 404, "BLOB_UNKNOWN")
+
+    def test_a_short_read_drops_no_content(self) -> None:
+        """
+        A read may give fewer bytes than were asked for, as it does beyond 2 GiB: that says nothing about the file.
+        """
+        image = self.standin.push_image("team/app", "latest")
+        path = f"/v2/team/app/manifests/{image.digest}"
+        self.get(path)
+        self.start()
+        pread = os.pread
+        self.patch(os, "pread", lambda fd, count, offset: pread(fd, min(count, 100), offset))
+        self.assertWhole(self.get(path), image.manifest, "HIT")
+        self.start()
+        self.patch(os, "pread", lambda fd, count, offset: pread(fd, 100, offset) if offset < 100 else b"")
+        self.get(path)
+        self.patch(os, "pread", pread)
+        self.assertTrue(self.has(image.digest))
+
+
+class OtherRegistryTests(DaemonTestCase):
+    """
+    A cache directory is not one registry's.
+    """
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.image = self.standin.push_image("team/app", "latest")
+        self.paths = [
+            "/v2/team/app/manifests/latest",
+            f"/v2/team/app/manifests/{self.image.digest}",
+            f"/v2/team/app/blobs/{self.image.config}",
+        ]
+        for path in self.paths:
+            self.get(path)
+
+    def ask(self, registry: str) -> list[tuple[int, str | None]]:
+        """
+        Ask a daemon on the same directory whose registry has nothing, and is called by this name.
+        """
+        self.standin = StandIn(self.clock, registry=f"https://{registry}")
+        self.standin.push_blob("team/app", b"something else")
+        self.start()
+        replies = [self.get(path) for path in self.paths[1:]]
+        self.standin.refuse("registry")
+        return [(reply.code, reply.cache) for reply in (*replies, self.get(self.paths[0]))]
+
+    def test_is_not_answered_for(self) -> None:
+        """
+        Another account's or region's repository of the same name is asked for, for tags too when it can't be.
+        """
+        for other in ("123456789012.dkr.ecr.eu-west-2.amazonaws.com", "210987654321.dkr.ecr.eu-west-1.amazonaws.com"):
+            self.assertEqual([404, 404, 502], [code for code, _ in self.ask(other)])
+
+    def test_by_another_of_its_names_is_the_same(self) -> None:
+        found = self.ask("123456789012.dkr-ecr.eu-west-1.on.aws")
+        self.assertEqual([(200, "HIT"), (200, "HIT"), (200, "STALE")], found)
+
+    def test_entries_of_no_registry_are_none(self) -> None:
+        """
+        Directories of old do not say whose they are: what they know is asked for once, and nothing is fetched again.
+        """
+        for file in self.files("entries"):
+            entry = json.loads(file.read_bytes())
+            del entry["registry"]
+            file.write_text(json.dumps(entry))
+        self.start()
+        self.standin.forget_asked()
+        for path in reversed(self.paths):
+            self.assertEqual("MISS" if "latest" in path else "REVALIDATED", self.get(path).cache)
+        self.assertEqual([], self.standin.requests("bucket"))
 
 
 class SharedKeyTests(DaemonTestCase):
@@ -1768,6 +1945,161 @@ class TokenTests(DaemonTestCase):
         self.assertRefused(reply, 503, "UNAVAILABLE", "AWS has not answered yet")
         self.assertEqual("5", reply.header("Retry-After"))
         self.assertEqual([], self.standin.asked)
+
+
+class LargeManifestTests(DaemonTestCase):
+    """
+    A manifest of nearly 4 MiB, with more layers than anybody has.
+    """
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.layers = [layer("hello", b"%d" % number) for number in range(1500)]
+        self.image = self.standin.push_image("team/app", "latest", layers=self.layers)
+        self.assertGreater(len(self.image.manifest), 2**16)
+        self.path = "/v2/team/app/manifests/latest"
+
+    def test_gives_a_thousand_facts_and_ecr_confirms_the_rest(self) -> None:
+        self.get(self.path)
+        self.assertEqual(FACTS + 1, len(self.files("entries")))  # and the tag
+        self.standin.forget_asked()
+        self.assertWhole(self.get(f"/v2/team/app/blobs/{self.image.layers[-1]}"), self.layers[-1], "MISS")
+        self.assertWhole(self.get(f"/v2/team/app/blobs/{self.image.layers[-1]}"), self.layers[-1], "HIT")
+
+    def test_is_parsed_in_a_thread_and_once(self) -> None:
+        """
+        Seconds of the processor: the event loop has others to serve, and the tag may be asked for each second.
+        """
+        parsed: list[bool] = []
+        inside: list[bool] = []
+        loads = json.loads
+
+        def in_thread(blocking: Any, *args: Any) -> Deferred[Any]:
+            inside.append(True)
+            try:
+                return at_once(blocking, *args)
+            finally:
+                inside.pop()
+
+        def spy(data: Any, **options: Any) -> Any:
+            if data == self.image.manifest:
+                parsed.append(bool(inside))
+            return loads(data, **options)
+
+        self.start(in_thread=in_thread)
+        self.patch(json, "loads", spy)
+        self.assertWhole(self.get(self.path), self.image.manifest, "MISS")
+        self.assertEqual({True}, set(parsed))
+        parsed.clear()
+        for _ in range(3):
+            self.assertWhole(self.get(self.path), self.image.manifest, "REVALIDATED")
+            self.assertWhole(self.get(f"/v2/team/app/manifests/{self.image.digest}"), self.image.manifest, "HIT")
+        self.assertEqual([], parsed)
+        self.start(in_thread=in_thread)
+        for _ in range(3):
+            self.assertWhole(self.get(self.path), self.image.manifest, "REVALIDATED")
+        self.assertEqual([True], parsed)
+
+
+class OrderTests(DaemonTestCase):
+    """
+    What ECR says of one tag takes effect in the order of the questions.
+    """
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.path = "/v2/team/app/manifests/latest"
+        self.image = self.standin.push_image("team/app", "latest", media_type=OCI_MANIFEST)
+
+    def test_two_accepts_at_once_lose_no_update(self) -> None:
+        """
+        Both answers are there when ECR can't be asked, after a restart too.
+        """
+        hands = Hands()
+        self.start(in_thread=hands)
+        hands.idle = False
+        replies = [self.get(self.path, Accept=accept) for accept in (OCI_MANIFEST, SCHEMA2)]
+        while hands.waiting:
+            hands.work_off()
+            self.flush()
+        self.assertEqual([200, 200], [reply.code for reply in replies])
+        hands.idle = True
+        self.start()
+        self.standin.refuse("registry")
+        again = [self.get(self.path, Accept=accept) for accept in (OCI_MANIFEST, SCHEMA2)]
+        self.assertEqual(["STALE", "STALE"], [reply.cache for reply in again])
+        self.assertEqual([reply.body for reply in replies], [reply.body for reply in again])
+
+    def test_a_late_write_brings_no_deleted_tag_back(self) -> None:
+        self.get(self.path)
+        hands = Hands()
+        self.start(in_thread=hands)
+        self.pass_time(61)
+        hands.idle = False
+        confirmed = self.get(self.path)
+        while not confirmed.body:
+            hands.work()
+            self.flush()
+        self.standin.delete_tag("team/app", "latest")
+        gone = self.get(self.path)
+        while hands.waiting:
+            hands.work_off()
+            self.flush()
+        self.assertEqual(404, gone.code)
+        hands.idle = True
+        self.start()
+        self.standin.refuse("registry")
+        self.assertRefused(self.get(self.path), 502, "UNAVAILABLE")
+
+    def test_what_waits_for_room_keeps_no_client_waiting(self) -> None:
+        """
+        Neither the one whose answer is noted, nor the next one, who is told that the tag is gone; and it stays gone.
+        """
+        self.get(self.path)
+        self.start()
+        self.pass_time(61)
+        counted: Deferred[bool] = Deferred()
+        self.patch(self.daemon.janitor, "reserve", lambda _: counted)
+        self.assertEqual("REVALIDATED", self.get(self.path).cache)
+        self.standin.delete_tag("team/app", "latest")
+        self.assertEqual(404, self.get(self.path).code)
+        counted.callback(True)
+        self.start()
+        self.standin.refuse("registry")
+        self.assertRefused(self.get(self.path), 502, "UNAVAILABLE")
+
+    def test_outdated_answers_change_nothing(self) -> None:
+        """
+        Of a question that was asked before the one that was answered last.
+        """
+        asked = [Asked(parse_route(self.path), self.path, frozenset({each})) for each in (OCI_MANIFEST, SCHEMA2)]
+        old, new = (Descriptor(OCI_MANIFEST, Digest.of(data), 3) for data in (b"old", b"new"))
+        cache = self.daemon.cache
+
+        def known() -> list[Descriptor | None]:
+            entry = self.successResultOf(Deferred.fromCoroutine(cache.entry(asked[0])))
+            return [entry.answers[each.accept].descriptor if each.accept in entry.answers else None for each in asked]
+
+        def record(number: int, question: int, descriptor: Descriptor) -> None:
+            work = cache.record(asked[number], question, descriptor, None)
+            self.successResultOf(Deferred.fromCoroutine(work))
+
+        def forget(number: int, question: int) -> None:
+            self.successResultOf(Deferred.fromCoroutine(cache.forget(asked[number], question)))
+
+        record(0, 2, new)
+        record(0, 1, old)
+        self.assertEqual([new, None], known())
+        record(1, 5, new)
+        forget(0, 4)
+        self.assertEqual([None, new], known())
+        record(0, 3, old)
+        self.assertEqual([None, new], known())
+        forget(0, 7)
+        record(1, 6, old)
+        self.assertEqual([None, None], known())
+        record(1, 8, new)
+        self.assertEqual([None, new], known())
 
 
 class ForgettingTests(BlobTestCase):

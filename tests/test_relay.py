@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from typing import Any
+from urllib.parse import urlsplit
 
 from twisted.internet.error import ConnectionRefusedError
 from twisted.logger import LogLevel
@@ -15,8 +16,10 @@ from ecrproxy.cache.entries import entry_name
 from ecrproxy.cache.store import entry_path
 from ecrproxy.http.relay import KEY
 from ecrproxy.http.telling import TELL_SECONDS
+from ecrproxy.identity import RegistryId
 from ecrproxy.oci import parse_route
 from tests.daemon import BUFFER, MIB, Daemon, DaemonTestCase, End, Reply, noise
+from tests.registry_content import OCI_INDEX, SCHEMA2
 from tests.together import Together
 
 LARGE = 8 * MIB
@@ -308,7 +311,7 @@ class RequestTests(RelayTestCase):
         for method, path in (
             ("GET", "/v2/team/app/tags/list?n=2&last=a%2Bb%3D"),
             ("HEAD", self.by_tag),
-            ("GET", f"{self.blob}?ns=docker.io"),
+            ("GET", f"{self.blob}?ns={urlsplit(self.standin.registry).netloc}"),
         ):
             self.daemon.ask(method, path)
             self.assertEqual(f"{method} {path}", self.handed_on[-1])
@@ -317,12 +320,16 @@ class RequestTests(RelayTestCase):
             ("two", {"Range": "bytes=1-2,-5", "If_Range": f'"{self.digest}"'}, {"range": "bytes=1-2,-5"}),
             ("three", {"Range": "bytes=1-2", "If_Range": '"y"'}, {}),
             ("four", {"Range": "lines=1-2"}, {}),
-            ("five", {"Accept": "c/d;q=0.5, a/b", "If_None_Match": 'W/"x", y'}, {"if-none-match": '"x"'}),
+            (
+                "five",
+                {"Accept": f"{SCHEMA2};q=0.5, text/html, {OCI_INDEX}", "If_None_Match": 'W/"x", y'},
+                {"if-none-match": '"x"'},
+            ),
         ):
             blob = f"/v2/team/app{tag}/blobs/{self.digest}"
             self.get(blob, User_Agent="me", X_Ecrproxy_Used="[]", X_Team="a", X_Request_Id=tag, **sent)
             found = self.headers()
-            accept = {"accept": "a/b, c/d"} if "Accept" in sent else {}
+            accept = {"accept": f"{SCHEMA2}, {OCI_INDEX}"} if "Accept" in sent else {}
             self.assertEqual({**passed, **accept, "x-request-id": tag, KEY.lower(): json.dumps(blob)}, found)
 
     def test_has_no_credentials(self) -> None:
@@ -369,7 +376,8 @@ class RequestTests(RelayTestCase):
         self.assertWhole(self.get(self.blob, X_Team="a"), self.data, "MISS")
         key = f"192.0.2.7|proxy.example|http|a|GET|{self.blob}"
         route = parse_route(self.blob)
-        self.assertIsNotNone(self.daemon.store.entry(entry_name(key, route), route))
+        registry = RegistryId.of_url(self.standin.registry)
+        self.assertIsNotNone(self.daemon.store.entry(entry_name(registry, key, route), registry, route))
         self.daemon.seen.clear()
         self.assertWhole(self.get(self.blob, X_Team="a"), self.data, "HIT")
         self.assertEqual([], self.handed_on)

@@ -293,6 +293,21 @@ class LimitTests(ResumingTestCase):
         self.assertTrue(self.has(self.digest))
 
 
+class ReversedRangeTests(ResumingTestCase):
+    def test_changes_no_byte_that_is_there(self) -> None:
+        """
+        A bucket that resumes with the end before the start has other bytes by then where the right ones came from.
+        """
+        self.interrupted()
+        self.standin.corrupt(self.digest, DATA[:65] + b"x" * (EACH - 65) + DATA[EACH:])
+        headers = {"Content-Range": f"bytes {EACH}-64/{SIZE}"}
+        self.standin.fail("bucket", status=206, headers=headers, body=b"x", times=1, path_contains=self.digest)
+        reply = self.again()
+        self.pass_time(60)
+        self.assertTrue(reply.code != 200 or DATA.startswith(bytes(reply.body)), "other bytes were sent")
+        self.assertTrue(self.get(self.path).body == DATA, "other bytes were kept")
+
+
 class FailureTests(ResumingTestCase):
     def failed(self) -> None:
         """

@@ -9,8 +9,9 @@ import fcntl
 import gc
 import os
 import stat
+import tracemalloc
 from array import array
-from itertools import islice
+from itertools import combinations, islice
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,25 @@ from twisted.logger import capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.cache.content import DigestMismatchError
-from ecrproxy.cache.entries import ANSWERS_LIMIT, entry_name
+from ecrproxy.cache.entries import ANSWERS_LIMIT, ENTRY_LIMIT, Entry, entry_name
 from ecrproxy.cache.ledger import Ledger, Settled
 from ecrproxy.cache.store import Store
-from ecrproxy.oci import Digest, Kind, Route, parse_route
+from ecrproxy.identity import RegistryId
+from ecrproxy.oci import MANIFEST_TYPES, Digest, Kind, Route, parse_route
 from tests import store_contract
-from tests.store_contract import ANY, INDEX_TYPE, MANIFEST_TYPE, START, confirmed, entry_of, failing, put, read, scratch
+from tests.store_contract import (
+    ANY,
+    INDEX_TYPE,
+    MANIFEST_TYPE,
+    REGISTRY,
+    START,
+    confirmed,
+    entry_of,
+    failing,
+    put,
+    read,
+    scratch,
+)
 
 
 def open_files() -> int:
@@ -512,7 +526,7 @@ class ContentTests(StoreTests):
         self.store.save("0" * 64, entry_of(self.route, confirmed()))
         self.patch(os, "utime", failing(errno.EROFS))
         self.assertEqual(b"x", read(self.store, digest))
-        self.assertIsNotNone(self.store.entry("0" * 64, self.route))
+        self.assertIsNotNone(self.store.entry("0" * 64, REGISTRY, self.route))
 
     def test_open_content_is_being_read_until_it_is_closed(self) -> None:
         """
@@ -546,7 +560,7 @@ class ContentTests(StoreTests):
         read(self.store, digest)
         self.assertEqual(START + 1000, self.path_of(digest).stat().st_mtime)
         self.assertEqual(self.store.content_path(digest), [path for path, _, _ in self.store.ledger.oldest()][-1])
-        self.store.entry("0" * 64, self.route)
+        self.store.entry("0" * 64, REGISTRY, self.route)
         self.assertIn("0" * 64, [path for path, _, _ in self.store.ledger.oldest()][-1])
         self.assertEqual(START + 1000, (self.store.root / "entries" / "00" / ("0" * 64)).stat().st_mtime)
 
@@ -589,9 +603,48 @@ class EntryFileTests(StoreTests):
         for data in broken:
             self.assertNotEqual(good, data)
             path.write_bytes(data)
-            self.assertIsNone(self.store.entry(name, self.route), data[:200])
+            self.assertIsNone(self.store.entry(name, REGISTRY, self.route), data[:200])
         path.write_bytes(good)
-        self.assertIsNotNone(self.store.entry(name, self.route))
+        self.assertIsNotNone(self.store.entry(name, REGISTRY, self.route))
+
+    def test_registries_have_entries_of_their_own(self) -> None:
+        other = RegistryId.of_host("123456789012.dkr.ecr.eu-west-2.amazonaws.com")
+        name = entry_name(REGISTRY, "key", self.route)
+        self.assertNotEqual(name, entry_name(other, "key", self.route))
+        self.store.save(name, entry_of(self.route, confirmed()))
+        self.assertIsNone(self.store.entry(name, other, self.route))
+
+    def test_an_entry_that_is_too_large_is_a_miss(self) -> None:
+        """
+        It is not read into memory to find that out.
+        """
+        name = "0" * 64
+        self.store.save(name, entry_of(self.route, confirmed()))
+        path = self.store.root / "entries" / "00" / name
+        path.write_bytes(path.read_bytes() + b" " * ENTRY_LIMIT)
+        self.assertIsNone(self.store.entry(name, REGISTRY, self.route))
+
+    def test_the_largest_entry_is_read(self) -> None:
+        accepts = [frozenset(each) for each in combinations(sorted(MANIFEST_TYPES), 5)][:ANSWERS_LIMIT]
+        self.assertEqual(ANSWERS_LIMIT, len(accepts))
+        largest = Entry.of(REGISTRY, Route(Kind.MANIFEST, "a" * 255, "b" * 128), dict.fromkeys(accepts, confirmed()))
+        self.assertLess(len(largest.to_json()), ENTRY_LIMIT)
+        self.assertEqual(largest, Entry.from_json(largest.to_json()))
+
+    def test_an_entry_weighs_what_it_takes_of_memory(self) -> None:
+        """
+        Memory is bounded by what is reckoned.
+        """
+        for size in range(len(MANIFEST_TYPES) + 1):
+            accepts = [frozenset(each) for each in combinations(sorted(MANIFEST_TYPES), size)][:ANSWERS_LIMIT]
+            route = Route(Kind.MANIFEST, "a" * 255, "b" * 128)
+            data = Entry.of(REGISTRY, route, {accept: confirmed(str(accept).encode()) for accept in accepts}).to_json()
+            gc.collect()
+            tracemalloc.start()
+            held = [Entry.from_json(data) for _ in range(20)]
+            taken, _ = tracemalloc.get_traced_memory()
+            tracemalloc.stop()
+            self.assertLess(taken / 20, held[0].weight, size)
 
     def test_an_entry_with_numbers_beyond_all_bounds_is_a_miss(self) -> None:
         """
@@ -603,17 +656,17 @@ class EntryFileTests(StoreTests):
         good = path.read_bytes()
         for number in (b"1e999", b"Infinity", b"NaN"):
             path.write_bytes(good.replace(b'"size": 8', b'"size": ' + number))
-            self.assertIsNone(self.store.entry(name, self.route), number)
+            self.assertIsNone(self.store.entry(name, REGISTRY, self.route), number)
         for number in (b"9" * 400, b"1e999", b"-Infinity", b"NaN"):
             path.write_bytes(good.replace(b"%.1f" % START, number))
-            self.assertIsNone(self.store.entry(name, self.route), number)
+            self.assertIsNone(self.store.entry(name, REGISTRY, self.route), number)
 
     def test_a_directory_in_an_entrys_place_is_a_miss(self) -> None:
         """
         It is no failure of the request that found it.
         """
         (self.store.root / "entries" / "00" / ("0" * 64)).mkdir(parents=True)
-        self.assertIsNone(self.store.entry("0" * 64, self.route))
+        self.assertIsNone(self.store.entry("0" * 64, REGISTRY, self.route))
 
     def test_an_entry_is_written_whole_or_not_at_all(self) -> None:
         """
@@ -623,7 +676,7 @@ class EntryFileTests(StoreTests):
         self.store.save(name, entry_of(self.route, confirmed(b"old")))
         self.patch(Path, "rename", failing(errno.EIO))
         self.assertRaises(OSError, self.store.save, name, entry_of(self.route, confirmed(b"new")))
-        self.assertEqual(entry_of(self.route, confirmed(b"old")), self.store.entry(name, self.route))
+        self.assertEqual(entry_of(self.route, confirmed(b"old")), self.store.entry(name, REGISTRY, self.route))
         self.assertEqual([f"entries/00/{name}"], files_in(self.store.root))
 
     def test_entries_are_counted(self) -> None:
@@ -660,7 +713,7 @@ class EntryNameTests(SynchronousTestCase):
             ("keymanifests", Route(Kind.MANIFEST, "a", "latest")),
             ("key", Route(Kind.MANIFEST, "alatest", "")),
         ]
-        self.assertEqual(len(asked), len({entry_name(key, route) for key, route in asked}))
+        self.assertEqual(len(asked), len({entry_name(REGISTRY, key, route) for key, route in asked}))
 
     def test_a_name_is_always_the_same_and_fit_for_a_file(self) -> None:
         """
@@ -668,8 +721,9 @@ class EntryNameTests(SynchronousTestCase):
         """
         route = parse_route("/v2/a/manifests/latest")
         for key in ("/v2/a/manifests/latest", "../../etc/passwd", "a\0b", "\udcff", "ä" * 10_000, ""):
-            self.assertRegex(entry_name(key, route), r"\A[0-9a-f]{64}\Z")
-            self.assertEqual(entry_name(key, route), entry_name(key, parse_route("/v2/a/manifests/latest?x=1")))
+            self.assertRegex(entry_name(REGISTRY, key, route), r"\A[0-9a-f]{64}\Z")
+            other = parse_route("/v2/a/manifests/latest?x=1")
+            self.assertEqual(entry_name(REGISTRY, key, route), entry_name(REGISTRY, key, other))
 
 
 class LedgerTests(SynchronousTestCase):
@@ -751,10 +805,10 @@ class EntryTests(SynchronousTestCase):
         Kind, repository and reference must all be the same.
         """
         entry = entry_of(self.route)
-        self.assertTrue(entry.is_of(parse_route("/v2/a/manifests/latest?x=1")))
-        self.assertFalse(entry.is_of(Route(Kind.BLOB, "a", "latest")))
-        self.assertFalse(entry.is_of(Route(Kind.MANIFEST, "b", "latest")))
-        self.assertFalse(entry.is_of(Route(Kind.MANIFEST, "a", "other")))
+        self.assertTrue(entry.is_of(REGISTRY, parse_route("/v2/a/manifests/latest?x=1")))
+        self.assertFalse(entry.is_of(REGISTRY, Route(Kind.BLOB, "a", "latest")))
+        self.assertFalse(entry.is_of(REGISTRY, Route(Kind.MANIFEST, "b", "latest")))
+        self.assertFalse(entry.is_of(REGISTRY, Route(Kind.MANIFEST, "a", "other")))
 
     def test_the_latest_answer_fits_the_client(self) -> None:
         """

@@ -25,7 +25,7 @@ from ecrproxy.cache.trailer import room_for
 from ecrproxy.cache.writer import Writer
 from ecrproxy.oci import Digest, parse_route
 from tests.daemon import at_once
-from tests.store_contract import START, confirmed, entry_of, put
+from tests.store_contract import REGISTRY, START, confirmed, entry_of, put
 
 LIMIT: Final = 3_000_000
 
@@ -246,27 +246,27 @@ class StoreMachine(RuleBasedStateMachine):
         entry = entry_of(route, confirmed(BLOBS[number], self.now))
         size = len(entry.to_json())
         if self.janitor.make_room(size):
-            self.store.save(entry_name("key", route), entry)
+            self.store.save(entry_name(REGISTRY, "key", route), entry)
             self.janitor.release(size)
             self.spoiled.discard(self.entry_path(route))
 
     @rule(route=st.sampled_from(ROUTES))
     def forget(self, route: Any) -> None:
-        self.store.forget(entry_name("key", route))
+        self.store.forget(entry_name(REGISTRY, "key", route))
         self.spoiled.discard(self.entry_path(route))
-        assert self.store.entry(entry_name("key", route), route) is None
+        assert self.store.entry(entry_name(REGISTRY, "key", route), REGISTRY, route) is None
 
     @rule(route=st.sampled_from(ROUTES), other=st.sampled_from(ROUTES))
     def recall(self, route: Any, other: Any) -> None:
         """
         An entry speaks of what was asked for, or there is none.
         """
-        entry = self.store.entry(entry_name("key", route), other)
-        assert entry is None or (route == other and isinstance(entry, Entry) and entry.is_of(route))
+        entry = self.store.entry(entry_name(REGISTRY, "key", route), REGISTRY, other)
+        assert entry is None or (route == other and isinstance(entry, Entry) and entry.is_of(REGISTRY, route))
 
     @staticmethod
     def entry_path(route: Any) -> str:
-        name = entry_name("key", route)
+        name = entry_name(REGISTRY, "key", route)
         return f"entries/{name[:2]}/{name}"
 
     # The janitor, and the disk

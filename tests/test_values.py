@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 from twisted.trial.unittest import SynchronousTestCase
 
+from ecrproxy.identity import RegistryId
 from ecrproxy.settings.values import (
-    is_other_registry,
     parse_count,
     parse_endpoint,
     parse_flag,
@@ -19,6 +19,7 @@ from ecrproxy.settings.values import (
     parse_pattern,
     parse_port,
     parse_region,
+    parse_registries,
     parse_resolver,
     parse_seconds,
     parse_size,
@@ -254,22 +255,12 @@ class ParserTests(SynchronousTestCase):
         }
         self.assertEqual(expected, {endpoint: region_of(endpoint) for endpoint in expected})
 
-    def test_another_registry_is_told_by_account_and_region(self) -> None:
-        """
-        The names of one registry are one; names that are not ECR's may stand for any.
-        """
-        ours = "https://123456789012.dkr.ecr.eu-west-1.amazonaws.com"
-        expected = {
-            "123456789012.dkr.ecr.eu-west-1.amazonaws.com": False,
-            "123456789012.dkr-ecr.eu-west-1.on.aws": False,
-            "123456789012.dkr.ecr.eu-west-2.amazonaws.com": True,
-            "210987654321.dkr.ecr.eu-west-1.amazonaws.com": True,
-            "public.ecr.aws": True,
-            "registry.example:5000": False,
-            "": False,
-        }
-        self.assertEqual(expected, {name: is_other_registry(name, ours) for name in expected})
-        self.assertFalse(is_other_registry("123456789012.dkr.ecr.eu-west-2.amazonaws.com", "http://127.0.0.1:5000"))
+    def test_registries_are_named_by_host_and_port(self) -> None:
+        expected = {RegistryId.of_host("docker.io"), RegistryId.of_host("mirror.test:5000")}
+        self.assertEqual(expected, parse_registries("docker.io, mirror.test:5000"))
+        self.assert_refused(
+            parse_registries, "", " , ", "https://docker.io", "docker.io/library", "a:b", "me@docker.io"
+        )
 
     def test_regions_of_all_partitions_are_taken(self) -> None:
         """

@@ -17,6 +17,7 @@ from ecrproxy.http import web
 from ecrproxy.http.answering import Missing, Ready
 from ecrproxy.http.conditions import matches
 from ecrproxy.http.site import RegistrySite, make_site
+from ecrproxy.identity import RegistryId
 from ecrproxy.readiness import Readiness
 from ecrproxy.registry import upstream
 from tests.daemon import MIB, DaemonTestCase, Raw, Reply, noise
@@ -24,6 +25,8 @@ from tests.registry import digest_of
 from tests.registry_content import OCI_INDEX, OCI_MANIFEST, SCHEMA2
 
 HEX = "a" * 64
+
+OURS = "123456789012.dkr.ecr.eu-west-1.amazonaws.com"
 
 
 def chosen_of(header: str | None, size: int) -> list[tuple[int, int]] | None:
@@ -1195,7 +1198,7 @@ class TagListTests(DaemonTestCase):
         """
         A client may have a parameter from a Link of ECR's. What only another escape could write is none of those.
         """
-        self.get(f"{self.path}?ns=example.com&n=5&nextToken=a%2Bb&X-Amz-Signature=z&_method=DELETE&a%26b=c&d%3D=e")
+        self.get(f"{self.path}?ns={OURS}&n=5&nextToken=a%2Bb&X-Amz-Signature=z&_method=DELETE&a%26b=c&d%3D=e")
         self.assertEqual("n=5&nextToken=a%2Bb", self.standin.asked[0].query)
 
     def test_a_link_of_elsewhere_stays_here(self) -> None:
@@ -1257,11 +1260,31 @@ class ReferrersTests(DaemonTestCase):
         """
         The artifactType that a client names, escaped as it was, filters; and the answer says so.
         """
-        reply = self.get(f"{self.path}?artifactType=application%2Fspdx%2Bjson&ns=example.com")
+        reply = self.get(f"{self.path}?artifactType=application%2Fspdx%2Bjson&ns={OURS}")
         (found,) = json.loads(reply.body)["manifests"]
         self.assertEqual("application/spdx+json", found["artifactType"])
         self.assertEqual("artifactType", reply.header("OCI-Filters-Applied"))
         self.assertEqual("artifactType=application%2Fspdx%2Bjson", self.standin.asked[0].query)
+
+    def test_have_the_media_type_of_an_index_whatever_ecr_says(self) -> None:
+        page = bytes(self.get(self.path).body)
+        for sent in (
+            "text/html",
+            "application/json",
+            "text/plain; charset=utf-8",
+            OCI_MANIFEST,
+            f"{OCI_INDEX}; charset=x",
+        ):
+            fault = self.standin.fail("registry", status=200, headers={"Content-Type": sent}, body=page)
+            reply = self.get(self.path)
+            self.assertEqual((200, OCI_INDEX, page), (reply.code, reply.header("Content-Type"), reply.body))
+            fault.remove()
+
+    def test_that_are_no_index_are_not_passed_on(self) -> None:
+        for body in (b"<html>", b"", b"{}", b'{"manifests": {}}', b"[]"):
+            fault = self.standin.fail("registry", status=200, headers={"Content-Type": "text/html"}, body=body)
+            self.assertRefused(self.get(self.path), 502, "UNAVAILABLE")
+            fault.remove()
 
     def test_a_refusal_is_ecrs(self) -> None:
         """
@@ -1288,7 +1311,7 @@ class ReferrersTests(DaemonTestCase):
         self.standin.fail(
             "registry",
             status=200,
-            body=b"{}",
+            body=b'{"manifests": []}',
             headers={"Link": '<https://ecr.example/v2/x?nextToken=a%2Bb%3D&artifactType=y>; rel="next"'},
         )
         found = re.fullmatch(r'<([^?]*)[?]([^>]*)>; rel="next"', self.get(self.path).header("Link") or "")
@@ -1315,7 +1338,7 @@ class QueryTests(DaemonTestCase):
         for kind, digest in (("manifests", image.digest), ("blobs", image.config)):
             path = f"/v2/team/app/{kind}/{digest}"
             self.assertEqual("MISS", self.get(f"{path}?ns=123456789012.dkr.ecr.eu-west-1.amazonaws.com").cache)
-            self.assertEqual("HIT", self.get(f"{path}?ns=other&X-Amz-Signature=1").cache)
+            self.assertEqual("HIT", self.get(f"{path}?X-Amz-Signature=1").cache)
         self.assertEqual([""], sorted({asked.query for asked in self.standin.requests("registry")}))
 
     def test_of_another_registry_is_refused(self) -> None:
@@ -1323,11 +1346,17 @@ class QueryTests(DaemonTestCase):
         A client that takes the proxy for the mirror of another registry is not given this one's images.
         """
         image = self.standin.push_image("team/app", "latest")
-        self.start(is_other="docker.io".__eq__)
         for kind, digest in (("manifests", image.digest), ("blobs", image.config), ("manifests", "latest")):
-            reply = self.get(f"/v2/team/app/{kind}/{digest}?a=b&ns=docker%2Eio")
-            self.assertEqual((404, "namespace"), (reply.code, reply.header("X-Cache-Reason")))
+            for query in ("ns=docker%2Eio", "n%73=docker.io", "ns=docker.io:443", "ns="):
+                reply = self.get(f"/v2/team/app/{kind}/{digest}?a=b&{query}")
+                self.assertEqual((404, "namespace"), (reply.code, reply.header("X-Cache-Reason")))
         self.assertEqual([], self.standin.requests("registry"))
+
+    def test_of_an_alias_is_answered(self) -> None:
+        image = self.standin.push_image("team/app", "latest")
+        self.start(aliases={RegistryId.of_host("mirror.test:5000")})
+        for name in ("mirror.test:5000", "123456789012.dkr-ecr.eu-west-1.on.aws"):
+            self.assertEqual(200, self.get(f"/v2/team/app/manifests/{image.digest}?ns={name}").code)
 
     def test_of_strange_characters_is_refused(self) -> None:
         """

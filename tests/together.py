@@ -25,6 +25,7 @@ from ecrproxy.http.relay import InnerRegistry, NoRoom, Relay, RelayedReady, Work
 from ecrproxy.http.request import RegistryRequest
 from ecrproxy.http.site import make_site
 from ecrproxy.http.telling import USED, Teller, Used, told
+from ecrproxy.identity import RegistryId
 from ecrproxy.metrics import Served
 from ecrproxy.settings.values import parse_pattern
 from tests.daemon import Daemon, Network, at_once
@@ -74,7 +75,11 @@ class Together(Daemon):
     ) -> None:
         self.between: Between | None = None
         super().__init__(*args, pattern=pattern, cache_key=cache_key, tag_ttl=tag_ttl, **options)
-        shape = Namespaces(parse_pattern(pattern), at_once, self.clock), CacheKey.parse(cache_key), at_once
+        shape = (
+            Namespaces(parse_pattern(pattern), at_once, self.clock, {RegistryId.of_url(self.standin.registry)}),
+            CacheKey.parse(cache_key),
+            at_once,
+        )
         inner, self.seen = Seen(self.pull_through, *shape), list[Request]()
         inner.seen, ready = self.seen, Ready(self.readiness)
         hearers = told(self.store.ledger, self.figures.served, self.status.incidents, self.crowds)
@@ -84,7 +89,11 @@ class Together(Daemon):
         agent = self.between.agent(persistent=True)
         self.notes, relay = Notes(), Relay(agent)
         self.worker_cache = Cache(
-            Store(self.store.root, self.clock.seconds, self.notes), NoRoom(), at_once, self.clock.seconds
+            Store(self.store.root, self.clock.seconds, self.notes),
+            NoRoom(),
+            at_once,
+            self.clock.seconds,
+            RegistryId.of_url(self.standin.registry),
         )
         self.counted, self.incidents = Served(), Incidents(self.clock.seconds)
         self.crowd = Crowd(self.crowd.limits)

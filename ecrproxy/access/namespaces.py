@@ -8,7 +8,7 @@ one at a time and for half a second at most. Verdicts are remembered.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Final
 
 import regex
@@ -16,6 +16,7 @@ from twisted.logger import Logger
 
 from ecrproxy.access.turns import LateError, Turns
 from ecrproxy.flights import Flights
+from ecrproxy.identity import RegistryId
 from ecrproxy.oci import RegistryError
 from ecrproxy.reasons import Reason
 from ecrproxy.threads import InThread
@@ -40,7 +41,7 @@ class Namespaces:
     The repositories whose whole name C{pattern} matches.
 
     @param in_thread: calls slow matching; not a disk's thread, which a bad pattern would keep from its work.
-    @param is_other: tells whether a name is that of another registry than the one behind.
+    @param registries: what clients may call the registry behind: its own identity, and aliases.
     """
 
     def __init__(
@@ -48,10 +49,10 @@ class Namespaces:
         pattern: regex.Pattern[str],
         in_thread: InThread,
         clock: IReactorTime,
-        is_other: Callable[[str], bool] = lambda _: False,
+        registries: Collection[RegistryId],
         seconds: float = MATCH_SECONDS,
     ) -> None:
-        self._pattern, self._in_thread, self._is_other, self._seconds = pattern, in_thread, is_other, seconds
+        self._pattern, self._in_thread, self._registries, self._seconds = pattern, in_thread, registries, seconds
         self._verdicts: dict[str, bool] = {}
         self._flights: Flights[bool] = Flights()
         self._turns = Turns(1, LONGEST_WAIT, clock)
@@ -62,8 +63,12 @@ class Namespaces:
 
         @raise RegistryError: if it is another one's. Its repositories may be called the same, and hold something else.
         """
-        if self._is_other(name):
-            said = f"this proxy is no mirror of {name}"
+        try:
+            ours = RegistryId.of_host(name) in self._registries
+        except ValueError:
+            ours = False
+        if not ours:
+            said = f"this proxy is no mirror of {name[:255]!r}; if it is, add that name to PROXY_REGISTRY_ALIASES"
             raise RegistryError(404, "NAME_UNKNOWN", said, reason=Reason.NAMESPACE)
 
     async def admit(self, repository: str) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 from ecrproxy.admin.history import History, Sampler
 from ecrproxy.admin.incidents import Incidents
 from ecrproxy.admin.snapshot import Answers, Fill, Leaving, Saving, Snapshot, TokenState, Transfer, UpstreamState
-from ecrproxy.cache.entries import Entry
+from ecrproxy.cache.store import read_entry, without_waiting
 from ecrproxy.readiness import Readiness
 from ecrproxy.registry.quotas import Call
 
@@ -180,7 +180,8 @@ def _entry_name(store: Store, path: str) -> str:
     Say what an entry is about, if it can be read.
     """
     try:
-        entry = Entry.from_json((store.root / path).read_bytes())
+        with open(store.root / path, "rb", opener=without_waiting) as file:
+            entry, _ = read_entry(file)
     except (OSError, ValueError):
         return path.rpartition("/")[2]
     return f"{entry.repository}{'@' if ':' in entry.reference else ':'}{entry.reference}"

@@ -8,7 +8,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from ecrproxy.cache.proofs import is_marked
-from ecrproxy.oci import Digest
+from ecrproxy.oci import MANIFEST_LIMIT, Digest
 
 if TYPE_CHECKING:
     from ecrproxy.cache.store import Store
@@ -17,6 +17,12 @@ if TYPE_CHECKING:
 class DigestMismatchError(Exception):
     """
     The bytes are not those that the digest names.
+    """
+
+
+class UnreadError(Exception):
+    """
+    Content was not read whole, for a reason that says nothing about its bytes.
     """
 
 
@@ -49,9 +55,19 @@ class Content:
 
     def read(self) -> bytes:
         """
-        Read all of it: for small content.
+        Read all of it: small content, which is held in memory.
+
+        @raise UnreadError: if it has more than C{MANIFEST_LIMIT} bytes, or fewer than when it was opened.
         """
-        return os.pread(self._file.fd, self.size, 0)
+        if self.size > MANIFEST_LIMIT:
+            raise UnreadError(f"{self.digest} has {self.size} bytes, {MANIFEST_LIMIT} at most are read into memory")
+        body = bytearray()
+        while missing := self.size - len(body):
+            data = os.pread(self._file.fd, missing, len(body))
+            if not data:
+                raise UnreadError(f"{self.digest} has been cut to {len(body)} bytes while it was read")
+            body += data
+        return bytes(body)
 
     def share(self) -> Content:
         """

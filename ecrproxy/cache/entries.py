@@ -8,11 +8,14 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-from ecrproxy.oci import SIZE_LIMIT, Descriptor, Digest, Kind, Route
+from ecrproxy.identity import RegistryId
+from ecrproxy.oci import MANIFEST_TYPES, SIZE_LIMIT, Descriptor, Digest, Kind, Route
 
+ENTRY_LIMIT: Final = 64 * 2**10
+"""The most bytes that an entry's file may have: with all answers, each to all types, it has 13 KiB."""
 ANSWERS_LIMIT: Final = 16
 """The most Accept sets whose answers one tag's entry keeps: clients in the field send two or three."""
 
@@ -30,22 +33,37 @@ class Confirmed:
 @dataclass(frozen=True, slots=True)
 class Entry:
     """
-    What one repository's reference led to.
+    What one reference of one repository of one registry led to.
 
     @ivar answers: by the Accept set that it was an answer to, for ECR converts manifests to what the
         client takes; by the empty set alone for what is named by its digest, which is never converted.
     """
 
+    registry: RegistryId
     kind: Kind
     repository: str
     reference: str
     answers: Mapping[frozenset[str], Confirmed] = field(default_factory=dict)
 
-    def is_of(self, route: Route) -> bool:
+    @classmethod
+    def of(cls, registry: RegistryId, route: Route, answers: Mapping[frozenset[str], Confirmed] | None = None) -> Entry:
         """
-        Tell whether this entry speaks of what C{route} asks for.
+        Make the entry of what C{route} asks of C{registry}.
         """
-        return (self.kind, self.repository, self.reference) == (route.kind, route.repository, route.reference)
+        return cls(registry, route.kind, route.repository, route.reference, answers or {})
+
+    def is_of(self, registry: RegistryId, route: Route) -> bool:
+        """
+        Return True if this entry is about what C{route} asks of C{registry}.
+        """
+        return replace(self, answers={}) == Entry.of(registry, route)
+
+    @property
+    def weight(self) -> int:
+        """
+        The most bytes of memory that it takes.
+        """
+        return 1536 + sum(700 + 200 * len(accept) for accept in self.answers)
 
     def latest(self, accept: frozenset[str]) -> Confirmed | None:
         """
@@ -61,7 +79,7 @@ class Entry:
         Add an answer; the longest unconfirmed ones make room for it.
         """
         answers = sorted({**self.answers, accept: confirmed}.items(), key=lambda item: -item[1].when)
-        return Entry(self.kind, self.repository, self.reference, dict(answers[:ANSWERS_LIMIT]))
+        return replace(self, answers=dict(answers[:ANSWERS_LIMIT]))
 
     def to_json(self) -> bytes:
         """
@@ -78,6 +96,7 @@ class Entry:
             for accept, known in self.answers.items()
         ]
         document = {
+            "registry": str(self.registry),
             "kind": self.kind.value,
             "repository": self.repository,
             "reference": self.reference,
@@ -94,26 +113,37 @@ class Entry:
         """
         try:
             document = json.loads(data)
-            answers = {frozenset(item["accept"]): _confirmed(item) for item in document["answers"]}
-            return cls(Kind(document["kind"]), str(document["repository"]), str(document["reference"]), answers)
+            kind = Kind(document["kind"])
+            answers = {_accept(item): _confirmed(kind, item) for item in document["answers"]}
+            registry = RegistryId(str(document["registry"]))
+            return cls(registry, kind, str(document["repository"]), str(document["reference"]), answers)
         except (KeyError, TypeError, AttributeError, OverflowError, RecursionError) as problem:
             raise ValueError(f"no entry: {problem!r}") from None
 
 
-def _confirmed(item: Mapping[str, Any]) -> Confirmed:
+def _accept(item: Mapping[str, Any]) -> frozenset[str]:
+    accept = MANIFEST_TYPES.intersection(item["accept"])  # of these strings: each is in memory once
+    if len(accept) != len(item["accept"]):
+        raise ValueError("an answer to types that no manifest has")
+    return accept
+
+
+def _confirmed(kind: Kind, item: Mapping[str, Any]) -> Confirmed:
     size, when = item["size"], float(item["confirmed"])
     if type(size) is not int or not 0 <= size <= SIZE_LIMIT or not math.isfinite(when):
         raise ValueError("no size, or no time")
     descriptor = Descriptor(str(item["mediaType"]), Digest.parse(item["digest"]), size)
+    if kind is Kind.MANIFEST and descriptor.media_type not in MANIFEST_TYPES:
+        raise ValueError("no manifest's media type")
     return Confirmed(descriptor, when)
 
 
-def entry_name(cache_key: str, route: Route) -> str:
+def entry_name(registry: RegistryId, cache_key: str, route: Route) -> str:
     """
-    Name the entry that C{cache_key} and C{route} lead to, as its file is called.
+    Name the entry that C{cache_key} and C{route} lead to in C{registry}, as its file is called.
 
     What was asked for is part of the name whatever the key says: a key that different requests share
     can cost hits, but can never hand one the other's content.
     """
-    parts = (cache_key, route.kind.value, route.repository, route.reference)
+    parts = (cache_key, str(registry), route.kind.value, route.repository, route.reference)
     return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogateescape")).hexdigest()

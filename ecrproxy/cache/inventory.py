@@ -20,7 +20,7 @@ from typing import Any, Final
 
 from ecrproxy.cache.content import DigestMismatchError
 from ecrproxy.cache.entries import Entry
-from ecrproxy.cache.store import Store, entry_path, files_in, without_waiting
+from ecrproxy.cache.store import Store, entry_path, files_in, read_entry, without_waiting
 from ecrproxy.oci import MANIFEST_LIMIT, Descriptor, Digest, Kind, listed
 
 STEP: Final = 4 * 2**20
@@ -89,7 +89,7 @@ class Inventory:
     def _entry(self, path: str) -> Entry | None:
         try:
             with open(path, "rb", opener=without_waiting) as file:
-                return Entry.from_json(file.read())
+                return read_entry(file)[0]
         except (OSError, ValueError):
             return None
 
@@ -105,7 +105,7 @@ class Inventory:
         path = self._store.root / self._store.content_path(descriptor.digest)
         try:
             with open(path, "rb", opener=without_waiting) as file:
-                return list(listed(file.read(MANIFEST_LIMIT)))
+                return list(listed(file.read(MANIFEST_LIMIT), descriptor.media_type))
         except (OSError, ValueError):  # it went, or is a signed one of old
             return []
 

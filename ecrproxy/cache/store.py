@@ -23,18 +23,19 @@ import stat
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import IO, Final, TypeVar
 
 from twisted.logger import Logger
 
 from ecrproxy.cache.content import Content, DigestMismatchError, OpenFile, content_path, is_whole
-from ecrproxy.cache.entries import Entry
+from ecrproxy.cache.entries import ENTRY_LIMIT, Entry
 from ecrproxy.cache.ingest import Ingest
 from ecrproxy.cache.ledger import Ledger, Settled, is_own, packed
 from ecrproxy.cache.proofs import Proofs, is_marked, mark
 from ecrproxy.cache.trailer import boot_id
 from ecrproxy.cache.troubles import Kind, Troubles, is_exhaustion
 from ecrproxy.cache.writer import Writer
+from ecrproxy.identity import RegistryId
 from ecrproxy.oci import Digest, Route
 
 log = Logger()
@@ -255,20 +256,19 @@ class Store:
         log.warn("{path} in the cache is dropped: {why}", path=path, why=why)
         self.remove(path)
 
-    def entry(self, name: str, route: Route) -> Entry | None:
+    def entry(self, name: str, registry: RegistryId, route: Route) -> Entry | None:
         """
-        Read the entry called C{name}, if there is one and it speaks of C{route}; note its use.
+        Read the entry called C{name}, if there is one of what C{route} asks of C{registry}; note its use.
         """
         path = entry_path(name)
         try:
             with open(self.root / path, "rb", opener=without_waiting) as file:
-                data = file.read()
-                entry = Entry.from_json(data)
+                entry, size = read_entry(file)
                 self.mark(file.fileno())
-                self.ledger.used(path, len(data))
+                self.ledger.used(path, size)
         except (OSError, ValueError):
             return None
-        return entry if entry.is_of(route) else None
+        return entry if entry.is_of(registry, route) else None
 
     def save(self, name: str, entry: Entry) -> None:
         """
@@ -353,6 +353,19 @@ class Store:
     def _names(folder: Path) -> Iterable[Path]:
         with _all_but_exhaustion():
             yield from folder.iterdir()
+
+
+def read_entry(file: IO[bytes]) -> tuple[Entry, int]:
+    """
+    Read an entry's file.
+
+    @return: the entry, and how many bytes it has.
+    @raise ValueError: if it is none, or larger than any that is written.
+    """
+    data = file.read(ENTRY_LIMIT + 1)
+    if len(data) > ENTRY_LIMIT:
+        raise ValueError("too large for an entry")
+    return Entry.from_json(data), len(data)
 
 
 def entry_path(name: str) -> str:

@@ -45,7 +45,11 @@ class Stretches:
     def add(self, start: int, stop: int) -> None:
         """
         Note that the bytes from C{start} to C{stop} are there.
+
+        @raise ValueError: if there are none between them.
         """
+        if start >= stop:
+            raise ValueError(f"no bytes from {start} to {stop}")
         joined = [(start, stop)]
         for first, last in self._stretches:
             if last < joined[0][0] or joined[0][1] < first:

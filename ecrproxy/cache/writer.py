@@ -3,7 +3,7 @@ One file that arrives, written in several places at once.
 
 Rules:
 
-- What is there is never written again: it may be hashed already, and shown.
+- What is there, or is being written, is never written again, whoever asks for it: it may be hashed already, and shown.
 - It becomes content by its digest alone, once every byte of it was hashed.
 - It is locked as long as it is open. Whoever it was for, it is closed, left or discarded at the end.
 """
@@ -46,6 +46,7 @@ class Writer:
         self.hashed = 0
         self._there = Stretches()
         self._shown = Stretches()
+        self._claims: list[tuple[int, int]] = []
         self._lock = threading.Lock()
         self._committed: str | None = None
 
@@ -91,27 +92,46 @@ class Writer:
         """
         Write C{pieces} from C{offset} on. Threads may do so at the same time, in different places.
 
+        @raise ValueError: if some of these bytes are there or are being written, or lie outside the blob. Nothing is
+            written then.
         @raise OSError: if the disk fails; what was written before stays readable.
         """
         with self._ingest.troubles.noted(Kind.WRITE):
             self._write(offset, pieces)
 
     def _write(self, offset: int, pieces: Sequence[bytes]) -> None:
-        end = offset
+        end = offset + sum(map(len, pieces))
+        if end == offset:
+            return
+        self._claim(offset, end)
+        try:
+            self._put(offset, pieces)
+            with self._lock:
+                self._there.add(offset, end)
+                self._shown.add(offset, end)
+                if offset == self.hashed:  # as it comes, from memory
+                    for piece in pieces:
+                        self._hash.update(piece)
+                    self.hashed = end
+                self._hash_on()
+                self._tell()
+        finally:
+            with self._lock:
+                self._claims.remove((offset, end))
+
+    def _claim(self, start: int, stop: int) -> None:
+        with self._lock:
+            taken = any(first < stop and start < last for first, last in (*self._there, *self._claims))
+            if taken or start < 0 or stop > self.size:
+                raise ValueError(f"bytes {start} to {stop} of {self._digest} are not missing: {self.gaps}")
+            self._claims.append((start, stop))
+
+    def _put(self, offset: int, pieces: Sequence[bytes]) -> None:
         for piece in pieces:
             view = memoryview(piece)
             while view:
-                count = os.pwrite(self._fd, view, end)
-                view, end = view[count:], end + count
-        with self._lock:
-            self._there.add(offset, end)
-            self._shown.add(offset, end)
-            if offset == self.hashed:  # as it comes, from memory
-                for piece in pieces:
-                    self._hash.update(piece)
-                self.hashed = end
-            self._hash_on()
-            self._tell()
+                count = os.pwrite(self._fd, view, offset)
+                view, offset = view[count:], offset + count
 
     def catch_up(self) -> bool:
         """

@@ -64,8 +64,8 @@ class Door(Answering):
             send_small(request, OK, "application/json", b"{}\n")
             return
         route = request.route = parse_route(request.target.origin)
-        if "ns=" in route.query:
-            self._namespaces.admit_registry(unquote(query_values(route.query).get("ns", "")))
+        if route.query and (ns := query_values(route.query).get("ns")) is not None:
+            self._namespaces.admit_registry(unquote(ns))
         await self._namespaces.admit(route.repository)
         if route.kind is Kind.BLOB and request.method == b"GET":
             await self._transfer(request, route)
@@ -219,11 +219,9 @@ class Registry(Door):
             request.setHeader("Link", f'<{route.path}?{to_query(passed_on(page.next))}>; rel="next"')
         if page.filters is not None:
             request.setHeader("OCI-Filters-Applied", page.filters)
-        # ECR calls tags text/plain.
-        content_type = "application/json" if route.kind is Kind.TAGS else page.content_type
         request.setHeader("X-Cache-Status", CacheStatus.BYPASS)
         request.setHeader("X-Cache-Reason", Reason.LIST)
-        send_small(request, OK, content_type, page.body)
+        send_small(request, OK, page.content_type, page.body)
 
 
 def _source(answer: Answer, start: int, stop: int | None, waiting: Stopwatch) -> Source:

@@ -28,6 +28,7 @@ from ecrproxy.oci import (
     Kind,
     RegistryError,
     Route,
+    index_type,
     passed_on,
     query_values,
     to_query,
@@ -241,7 +242,9 @@ class Upstream:
         links = b", ".join(response.headers.getRawHeaders(b"Link", []))
         link = next_target(links.decode("latin-1"))
         following = urlsplit(link).query if link is not None else None
-        content_type = header(response, "Content-Type") or "application/json"
+        content_type = "application/json"  # ECR calls tags text/plain
+        if route.kind is Kind.REFERRERS:
+            content_type = _index_type(header(response, "Content-Type") or "", reply.body)
         return Page(content_type, reply.body, following, header(response, "OCI-Filters-Applied"))
 
 
@@ -252,6 +255,13 @@ def _whole(reply: Reply) -> Reply:
     if reply.response.code != 200:  # noqa: PLR2004
         raise UnavailableError(502, "UNAVAILABLE", f"ECR answers {reply.response.code} where the whole was asked for")
     return reply
+
+
+def _index_type(content_type: str, body: bytes) -> str:
+    try:
+        return index_type(content_type, body)
+    except ValueError as problem:
+        raise UnavailableError(502, "UNAVAILABLE", f"what ECR gave is no list of referrers: {problem}") from None
 
 
 def _told(named: str) -> Digest:

@@ -17,6 +17,7 @@ import regex
 
 from ecrproxy.access.limits import Limits
 from ecrproxy.cache.cache_key import CacheKey
+from ecrproxy.identity import RegistryId
 from ecrproxy.registry.quotas import Quotas
 from ecrproxy.settings.values import (
     Network,
@@ -39,6 +40,7 @@ from ecrproxy.settings.values import (
     parse_pattern,
     parse_port,
     parse_region,
+    parse_registries,
     parse_resolver,
     parse_seconds,
     parse_tries,
@@ -141,6 +143,13 @@ SETTINGS: Final[Sequence[Setting]] = (
         parse_pattern,
         ".*",
         "regular expression that a repository's whole name must match",
+    ),
+    Setting(
+        "registry-aliases",
+        "PROXY_REGISTRY_ALIASES",
+        parse_registries,
+        "none",
+        "other names of the registry, HOST or HOST:PORT, for clients that say which one they mean (ns=)",
     ),
     Setting("port", "PROXY_PORT", parse_port, "5000", "TCP port to listen on"),
     Setting("ssl-key", "PROXY_SSL_KEY", parse_path, "none", "file of the TLS private key"),
@@ -334,6 +343,7 @@ class Config:
     cache_dir: str
     dns_resolver: tuple[Server, ...] | None
     namespace_pattern: regex.Pattern[str]
+    registry_aliases: frozenset[RegistryId] | None
     port: int
     ssl_key: str | None
     ssl_certificate: str | None

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 import regex
 
 from ecrproxy.addresses import is_address
+from ecrproxy.identity import RegistryId
 
 _UNITS: Final = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 _SIZE = re.compile(r"([0-9]{1,18})\s*(?:([kmgt])(?:i?b)?|b)?", re.IGNORECASE | re.ASCII)
@@ -128,18 +129,6 @@ def region_of(endpoint: str) -> str | None:
     """
     found = _ECR_HOST.fullmatch(urlsplit(endpoint).hostname or "")
     return found[2] if found else None
-
-
-def is_other_registry(name: str, endpoint: str) -> bool:
-    """
-    Tell whether a host name is certainly that of another ECR registry than C{endpoint}'s.
-
-    One registry has several names, and names that are not ECR's may stand for any.
-    """
-    ours = _ECR_HOST.fullmatch(urlsplit(endpoint).hostname or "")
-    theirs = _ECR_HOST.fullmatch(name)
-    different = ours is not None and theirs is not None and ours.groups() != theirs.groups()
-    return different or name == "public.ecr.aws"
 
 
 def parse_flag(text: str) -> bool:
@@ -266,6 +255,16 @@ def parse_hosts(text: str) -> frozenset[str]:
         if not _HOST.fullmatch(word):
             raise ValueError(f"{word!r} is not the name of a host; give one such as ecr-proxy.infra.svc")
     return frozenset(words)
+
+
+def parse_registries(text: str) -> frozenset[RegistryId]:
+    """
+    Read names of registries, HOST or HOST:PORT, separated by space or commas.
+    """
+    words = text.replace(",", " ").split()
+    if not words:
+        raise ValueError("empty; give a name such as ecr-proxy.infra.svc:5000")
+    return frozenset(RegistryId.of_host(word) for word in words)
 
 
 def parse_port(text: str) -> int:

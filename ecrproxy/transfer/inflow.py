@@ -142,10 +142,15 @@ class Lanes:
 class Gaps:
     """
     What of a blob nobody has taken on yet, in order: lanes take part after part of it.
+
+    @raise ValueError: for gaps that overlap, or that are empty or reversed.
     """
 
     def __init__(self, gaps: Iterable[tuple[int, int]]) -> None:
         self._gaps = list(gaps)
+        edges = [edge for gap in self._gaps for edge in gap]
+        if edges != sorted(set(edges)):
+            raise ValueError(f"not gaps: {self._gaps}")
 
     def take(self, lanes: int) -> tuple[int, int] | None:
         """
@@ -163,7 +168,11 @@ class Gaps:
     def take_from(self, start: int, stop: int) -> tuple[int, int] | None:
         """
         Take what is missing from C{start} on, up to C{stop} at most; none if that byte is not missing.
+
+        None also for an empty or reversed range: taken, it would make the gap wider than it was.
         """
+        if start >= stop:
+            return None
         for at, (first, last) in enumerate(self._gaps):
             if first <= start < last:
                 end = min(stop, last)

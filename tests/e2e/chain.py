@@ -268,6 +268,8 @@ def standard_settings(front: str) -> dict[str, str | None]:
         "PROXY_ECR_ENDPOINT": front,
         "PROXY_DNS_RESOLVER": "system",
         "PROXY_NAMESPACE_PATTERN": PATTERN,
+        # What the recipes call it, whose endpoint is on this machine here.
+        "PROXY_REGISTRY_ALIASES": "123456789012.dkr.ecr.eu-west-1.amazonaws.com",
         "AWS_REGION": "eu-west-1",
         "AWS_ACCESS_KEY_ID": "AKIASTANDIN",
         "AWS_SECRET_ACCESS_KEY": "not-a-secret",

@@ -11,7 +11,7 @@ from typing import Final
 from ecrproxy.command.checkup.account import judge_call
 from ecrproxy.command.checkup.findings import Finding, skipped
 from ecrproxy.command.checkup.reach import Contact
-from ecrproxy.oci import MANIFEST_TYPES, Digest, Kind, listed
+from ecrproxy.oci import MANIFEST_TYPES, Digest, Document, Kind, listed
 from ecrproxy.registry.bucket import REDIRECT_STATUSES
 from ecrproxy.registry.refusals import Refusal
 
@@ -50,12 +50,12 @@ class Trial:
         manifest = self._attempt("ecr:BatchGetImage", "GET", f"/manifests/{reference}", ACCEPT)
         if manifest is None:
             return
-        self._try_blob(manifest.body)
+        self._try_blob(manifest)
         self._attempt("ecr:ListImageReferrers", "GET", f"/referrers/{Digest.of(manifest.body)}")
 
-    def _try_blob(self, manifest: bytes) -> None:
+    def _try_blob(self, manifest: Contact) -> None:
         if (inner := _first(manifest, Kind.MANIFEST)) is not None:
-            manifest = self._ask("GET", f"/v2/{self._repository}/manifests/{inner}", ACCEPT).body
+            manifest = self._ask("GET", f"/v2/{self._repository}/manifests/{inner}", ACCEPT)
         blob = _first(manifest, Kind.BLOB)
         if blob is None:
             self.findings.append(skipped("ecr:GetDownloadUrlForLayer", "the manifest lists nothing to try it with"))
@@ -86,12 +86,13 @@ class Trial:
         return None
 
 
-def _first(body: bytes, wanted: Kind) -> Digest | None:
+def _first(manifest: Contact, wanted: Kind) -> Digest | None:
     """
     Give something small that a manifest lists: its config, which comes last, or the last of an index.
     """
     try:
-        found = [descriptor.digest for kind, descriptor in listed(body) if kind is wanted]
+        media_type = Document.read(manifest.body).own_type or manifest.headers.get("content-type", "")
+        found = [descriptor.digest for kind, descriptor in listed(manifest.body, media_type) if kind is wanted]
     except ValueError:
         return None
     return found[-1] if found else None

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from ecrproxy.oci import INDEX_TYPES, MANIFEST_TYPES, Descriptor, Kind, listed
+from ecrproxy.oci import INDEX_TYPE, INDEX_TYPES, MANIFEST_TYPES, Descriptor, listed
 
 _MACHINES: Final = {
     "x86_64": "amd64",
@@ -104,7 +104,7 @@ def offers(index: bytes, within: Platform | None = None) -> Iterator[Offer]:
     @param within: the platform of this index in the one that lists it: that of everything that tells none.
     @raise ValueError: if it is no index.
     """
-    known = {str(descriptor.digest): descriptor for kind, descriptor in listed(index) if kind is Kind.MANIFEST}
+    known = {str(descriptor.digest): descriptor for _, descriptor in listed(index, INDEX_TYPE)}
     for item in json.loads(index).get("manifests", []):
         descriptor = known.get(str(item.get("digest"))) if isinstance(item, dict) else None
         if descriptor is not None:

@@ -134,7 +134,7 @@ class Puller:
         """
         seen: dict[Digest, None] = {}
         blobs: dict[Route, int] = {}
-        images: dict[Route, bytes] = {}
+        images: dict[Route, tuple[str, bytes]] = {}
         offered: list[Offer] = []
         indexes: list[tuple[Route, Platform | None]] = [(route, None)]
         while indexes:
@@ -142,7 +142,7 @@ class Puller:
             media_type, body = self._manifest(at)
             seen[Digest.of(body)] = None
             if media_type not in INDEX_TYPES:
-                images[at] = body
+                images[at] = media_type, body
                 continue
             for offer in offers(body, within):
                 where = route.at(offer.descriptor.digest)
@@ -155,11 +155,11 @@ class Puller:
         # What lists layers and no image, as a BuildKit cache does, has no platforms to choose from.
         if offered or not (images or blobs):
             for each in choose(offered, self._platforms):
-                _, body = self._manifest(route.at(each.digest))
-                images[route.at(each.digest)] = body
+                images[route.at(each.digest)] = self._manifest(route.at(each.digest))
                 seen[each.digest] = None
-        for body in images.values():
-            blobs.update({_blob(route, each): each.size for kind, each in listed(body) if kind is Kind.BLOB})
+        for media_type, body in images.values():
+            lists = listed(body, media_type)
+            blobs.update({_blob(route, each): each.size for kind, each in lists if kind is Kind.BLOB})
         return Plan(len(seen), blobs)
 
     def bring(self, route: Route, size: int) -> bool:

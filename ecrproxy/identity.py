@@ -1,0 +1,71 @@
+"""
+Which registry a host name means, whatever its spelling. Pure.
+
+One ECR registry has several names: FIPS, dual-stack, and those of its partition. What is known of one registry's
+repositories must not answer for another's, so whatever is kept about them carries a L{RegistryId}.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Final
+from urllib.parse import urlsplit
+
+_HTTPS: Final = 443
+# The names that ECR's credential helper knows (field notes C11); dual-stack ones have dkr-ecr and on.aws.
+_ECR_HOST: Final = re.compile(
+    r"([0-9]{12})\.dkr[.-]ecr(?:-fips)?\.([a-z]+(?:-[a-z]+)+-[0-9]+)\."
+    r"(amazonaws\.(?:com|com\.cn|eu)|on\.aws|on\.amazonwebservices\.(?:com\.cn|eu)"
+    r"|c2s\.ic\.gov|sc2s\.sgov\.gov|cloud\.adc-e\.uk|csp\.hci\.ic\.gov)"
+)
+_PARTITIONS: Final = {
+    "cn-": "aws-cn",
+    "us-gov-": "aws-us-gov",
+    "eusc-": "aws-eusc",
+    "us-iso-": "aws-iso",
+    "us-isob-": "aws-iso-b",
+    "eu-isoe-": "aws-iso-e",
+    "us-isof-": "aws-iso-f",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class RegistryId:
+    """
+    The identity of a registry: partition, region and account where it is ECR's, else host and port.
+    """
+
+    text: str
+
+    @classmethod
+    def of_host(cls, name: str, port: int = _HTTPS) -> RegistryId:
+        """
+        Identify the registry that clients call C{name}: a host, with its port if that is not C{port}.
+
+        @raise ValueError: if it is not the name of a host.
+        """
+        try:
+            parts = urlsplit(f"//{name}")
+            host, port = (parts.hostname or "").removesuffix("."), parts.port or port
+        except ValueError:
+            host = ""
+        if not host or not host.isascii() or parts.netloc != name or "@" in name:
+            raise ValueError(f"{name[:80]!r} is not the name of a registry's host")
+        found = _ECR_HOST.fullmatch(host)
+        if found is None or port != _HTTPS:
+            return cls(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+        account, region, _ = found.groups()
+        partition = next((each for prefix, each in _PARTITIONS.items() if region.startswith(prefix)), "aws")
+        return cls(f"{partition}:{region}:{account}")
+
+    @classmethod
+    def of_url(cls, endpoint: str) -> RegistryId:
+        """
+        Identify the registry at the URL C{endpoint}.
+        """
+        parts = urlsplit(endpoint)
+        return cls.of_host(parts.netloc, 80 if parts.scheme == "http" else _HTTPS)
+
+    def __str__(self) -> str:
+        return self.text

@@ -1,0 +1,80 @@
+"""
+One registry has many names, and each name means one registry.
+"""
+
+from __future__ import annotations
+
+from twisted.trial.unittest import SynchronousTestCase
+
+from ecrproxy.identity import RegistryId
+
+ACCOUNT = "123456789012"
+
+
+class RegistryIdTests(SynchronousTestCase):
+    def test_all_names_of_an_ecr_registry_are_one(self) -> None:
+        for region, partition, names in (
+            ("eu-west-1", "aws", ("dkr.ecr.{}.amazonaws.com", "dkr-ecr.{}.on.aws")),
+            (
+                "us-east-1",
+                "aws",
+                ("dkr.ecr-fips.{}.amazonaws.com", "dkr-ecr-fips.{}.on.aws", "dkr.ecr.{}.amazonaws.com"),
+            ),
+            ("us-gov-west-1", "aws-us-gov", ("dkr.ecr.{}.amazonaws.com", "dkr.ecr-fips.{}.amazonaws.com")),
+            ("cn-north-1", "aws-cn", ("dkr.ecr.{}.amazonaws.com.cn", "dkr-ecr.{}.on.amazonwebservices.com.cn")),
+            ("eusc-de-east-1", "aws-eusc", ("dkr.ecr.{}.amazonaws.eu",)),
+            ("us-iso-east-1", "aws-iso", ("dkr.ecr.{}.c2s.ic.gov",)),
+            ("us-isob-east-1", "aws-iso-b", ("dkr.ecr.{}.sc2s.sgov.gov",)),
+        ):
+            for name in names:
+                host = f"{ACCOUNT}.{name.format(region)}"
+                for spelling in (host, host.upper(), f"{host}.", f"{host}:443"):
+                    self.assertEqual(RegistryId(f"{partition}:{region}:{ACCOUNT}"), RegistryId.of_host(spelling))
+                self.assertEqual(RegistryId.of_host(host), RegistryId.of_url(f"https://{host}"))
+
+    def test_accounts_and_regions_are_different_registries(self) -> None:
+        hosts = [
+            f"{account}.dkr.ecr.{region}.amazonaws.com"
+            for account in (ACCOUNT, "210987654321")
+            for region in ("eu-west-1", "eu-west-2")
+        ]
+        self.assertEqual(4, len({RegistryId.of_host(host) for host in hosts}))
+
+    def test_any_other_endpoint_is_its_host_and_port(self) -> None:
+        """
+        Who looks like ECR only is somebody else.
+        """
+        ours = RegistryId.of_host(f"{ACCOUNT}.dkr.ecr.eu-west-1.amazonaws.com")
+        for url, text in (
+            ("http://127.0.0.1:5000", "127.0.0.1:5000"),
+            ("http://[::1]:5000", "[::1]:5000"),
+            ("https://registry.test", "registry.test:443"),
+            ("http://registry.test", "registry.test:80"),
+            ("https://public.ecr.aws", "public.ecr.aws:443"),
+            (f"https://{ACCOUNT}.dkr.ecr.eu-west-1.amazonaws.com:8443", None),
+            (f"http://{ACCOUNT}.dkr.ecr.eu-west-1.amazonaws.com", None),
+            (f"https://{ACCOUNT}.dkr.ecr.eu-west-1.amazonaws.com.evil.test", None),
+            (f"https://{ACCOUNT}.dkr.ecr.eu-west-1.evil.test", None),
+            (f"https://x.{ACCOUNT}.dkr.ecr.eu-west-1.amazonaws.com", None),
+            ("https://12345678901.dkr.ecr.eu-west-1.amazonaws.com", None),
+        ):
+            found = RegistryId.of_url(url)
+            self.assertNotEqual(ours, found)
+            self.assertEqual(text or found.text, str(found))
+
+    def test_what_is_no_host_is_refused(self) -> None:
+        for name in (
+            "",
+            ".",
+            ":5000",
+            "a:b",
+            "a:99999",
+            "http://a",
+            "a/b",
+            "a?b",
+            "a#b",
+            "me@a",
+            "\u017fcr.test",
+            "[::1",
+        ):
+            self.assertRaises(ValueError, RegistryId.of_host, name)

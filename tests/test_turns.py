@@ -1,0 +1,89 @@
+"""
+Changes to one thing are made one after another, and the newest of them lasts.
+"""
+
+from __future__ import annotations
+
+from twisted.internet.defer import Deferred
+from twisted.trial.unittest import SynchronousTestCase
+
+from ecrproxy.turns import KEPT, Order, Turns
+
+ONE, OTHER = frozenset({"one"}), frozenset({"other"})
+
+
+class TurnsTests(SynchronousTestCase):
+    def setUp(self) -> None:
+        self.turns = Turns()
+        self.log: list[str] = []
+
+    def work(self, key: str, name: str) -> tuple[Deferred[None], Deferred[str]]:
+        """
+        Take a turn that ends when the first of these fires; the second fires with its result.
+        """
+        gate: Deferred[None] = Deferred()
+
+        async def work() -> str:
+            self.log.append(f"{name} begins")
+            await gate
+            self.log.append(f"{name} ends")
+            return name
+
+        return gate, Deferred.fromCoroutine(self.turns.take(key, work))
+
+    def test_one_key_is_one_after_another(self) -> None:
+        works = [self.work("key", name) for name in "abc"]
+        for gate, _ in reversed(works):
+            gate.callback(None)
+        self.assertEqual([f"{name} {what}" for name in "abc" for what in ("begins", "ends")], self.log)
+        self.assertEqual(list("abc"), [self.successResultOf(result) for _, result in works])
+
+    def test_keys_do_not_wait_for_each_other(self) -> None:
+        self.work("key", "a")
+        self.work("other", "b")
+        self.assertEqual(["a begins", "b begins"], self.log)
+
+    def test_a_failure_ends_its_turn_alone(self) -> None:
+        (gate, failing), (other, waiting) = self.work("key", "a"), self.work("key", "b")
+        gate.errback(ZeroDivisionError())
+        self.failureResultOf(failing, ZeroDivisionError)
+        other.callback(None)
+        self.assertEqual("b", self.successResultOf(waiting))
+
+    def test_what_waits_in_vain_leaves_no_lock(self) -> None:
+        (gate, _), (_, cancelled), (last, result) = (self.work("key", name) for name in "abc")
+        cancelled.cancel()
+        self.failureResultOf(cancelled)
+        gate.callback(None)
+        last.callback(None)
+        self.assertEqual("c", self.successResultOf(result))
+        self.assertEqual([{}], list(vars(self.turns).values()))
+
+
+class OrderTests(SynchronousTestCase):
+    def test_an_earlier_question_is_outdated(self) -> None:
+        order = Order()
+        self.assertTrue(order.answer(ONE, 5))
+        self.assertFalse(order.answer(ONE, 4))
+        self.assertTrue(order.answer(OTHER, 4))
+        self.assertTrue(order.answer(ONE, 5), "the same answer, to another who shares it")
+
+    def test_what_is_gone_stays_gone_for_earlier_questions(self) -> None:
+        order = Order()
+        self.assertEqual(set(), order.forget(5, {ONE, OTHER}))
+        self.assertFalse(order.answer(ONE, 4))
+        self.assertTrue(order.answer(ONE, 6))
+
+    def test_is_kept_for_the_latest_answers_alone(self) -> None:
+        """
+        There are many sets of types that a client may accept.
+        """
+        order = Order()
+        for number in range(1, 2 * KEPT):
+            self.assertTrue(order.answer(frozenset({str(number)}), number))
+        self.assertEqual(set(range(KEPT, 2 * KEPT)), set(order.answered.values()))
+
+    def test_answers_to_later_questions_stay(self) -> None:
+        order = Order()
+        order.answer(ONE, 6)
+        self.assertEqual({ONE}, order.forget(5, {ONE, OTHER}))
