@@ -80,6 +80,8 @@ log = Logger()
 T = TypeVar("T")
 
 DISK_THREADS: Final = 8
+LAST_LINES_SECONDS: Final = 2.0
+"""How long the end waits for the last lines of the log to be written."""
 
 
 def makeService(options: Options) -> Daemon:
@@ -106,6 +108,8 @@ def makeService(options: Options) -> Daemon:
         complain("; ".join([str(problem), *notices(os.environ)]))
         sys.exit(1)
     service.complain, service.writer = complain, _log_writer(config, options, reactor)
+    if service.writer is not None:
+        atexit.register(service.writer.end, LAST_LINES_SECONDS)
     return service
 
 
@@ -160,12 +164,22 @@ class Daemon(InOrder):
         super().setServiceParent(parent)
 
     def privilegedStartService(self) -> None:  # noqa: D102
+        if self.writer is not None:
+            self.writer.start()
         try:
             super().privilegedStartService()
         except ConfigError as problem:
             log.critical("{problem}", problem=problem)
             self.complain(str(problem))
             sys.exit(1)
+
+    def leave(self, number: int) -> NoReturn:
+        """
+        End now, with the status that shells give to an end by a signal: a container's first process can't kill itself.
+        """
+        if self.writer is not None:
+            self.writer.end(LAST_LINES_SECONDS)
+        os._exit(128 + number)
 
 
 def build(
@@ -217,7 +231,7 @@ def build(
         workers = _share_work(config, inner, hearers, listening, arguments, service, reactor)
     reread = partial(supervised.rereading, partial(_reread, [*listening, admission], workers))
     drain = Drain(connections, config.drain_seconds, reactor)
-    _face_clients(drain, listening, reread, _leave, service, reactor)
+    _face_clients(drain, listening, reread, service.leave, service, reactor)
     _serve_admin(config, partial(make_admin_site, figures, ready, status), cache, disk, service, reactor)
     return service
 
@@ -339,13 +353,6 @@ def _reread(parts: Sequence[Listening | Admission], workers: Workers | None) -> 
         workers.reread()
 
 
-def _leave(number: int) -> NoReturn:
-    """
-    End now, with the status that shells give to an end by a signal: a container's first process can't kill itself.
-    """
-    os._exit(128 + number)
-
-
 def _fetch(config: Config) -> Token:
     """
     Fetch a token, in a thread.
@@ -385,16 +392,16 @@ def build_worker(config: Config, post: Post, reactor: Any) -> Daemon:  # noqa: A
     drain = Drain(connections, config.drain_seconds, reactor)
     # A service manager may tell all processes to end, and the first process each worker once more.
     _face_clients(drain, listening, partial(_reread, [*listening, admission], None), lambda _: None, service, reactor)
-    reactor.addReader(StandardInput(partial(_orphaned, connections, reactor)))
+    reactor.addReader(StandardInput(partial(_orphaned, connections, service.leave, reactor)))
     return service
 
 
-def _orphaned(connections: Connections, reactor: Any) -> None:  # noqa: ANN401
+def _orphaned(connections: Connections, leave: Callable[[int], object], reactor: Any) -> None:  # noqa: ANN401
     """
     End a worker whose first process has gone.
     """
     if connections.draining:
-        _leave(signal.SIGTERM)
+        leave(signal.SIGTERM)
     _stop(reactor)
 
 

@@ -31,6 +31,7 @@ ARROWS: dict[str, set[str]] = {
         "http.request",
         "http.site",
         "http.answering",
+        "logs.repeats",
         "metrics",
         "oci",
         "proxy",
