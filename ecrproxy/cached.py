@@ -12,7 +12,9 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 from twisted.internet.defer import DeferredSemaphore
@@ -29,7 +31,7 @@ from ecrproxy.cache.verification import Verification
 from ecrproxy.cache.writer import Writer
 from ecrproxy.oci import BLOB_TYPE, Descriptor, Digest, Kind, Route, listed
 from ecrproxy.reasons import Reason
-from ecrproxy.threads import InThread, on_its_own
+from ecrproxy.threads import Disk, on_its_own, undone_if_late
 
 log = Logger()
 
@@ -40,6 +42,8 @@ _UNWRITTEN_SECONDS = 60
 _BODIES_BYTES = 64 * 2**20
 _ENTRIES_BYTES = 8 * 2**20
 """What of manifests and small blobs, and of entries, is held in memory."""
+_STORING_BYTES = 64 * 2**20
+"""What of manifests may wait for a slow disk."""
 SMALL_BLOB = 64 * 2**10
 """Blobs up to so many bytes, as image configs are, are held in memory too."""
 VERIFICATIONS = 4
@@ -75,12 +79,14 @@ class Cache:
     @param now: seconds since the epoch.
     """
 
-    def __init__(self, store: Store, room: Room, in_thread: InThread, now: Callable[[], float]) -> None:
-        self.store, self._room, self._in_thread, self._now = store, room, in_thread, now
+    def __init__(self, store: Store, room: Room, disk: Disk, now: Callable[[], float]) -> None:
+        self.store, self._room, self._disk, self._now = store, room, disk, now
         self._bodies: Memory[Digest, bytes] = Memory(_BODIES_BYTES)
         self._entries: Memory[str, Entry] = Memory(_ENTRIES_BYTES)
         self._touched: Memory[str, float] = Memory(_ENTRIES_BYTES)
         self._verifications: dict[tuple[Digest, int], Verification] = {}
+        self._unwritten: dict[str, Entry] = {}
+        self._storing = 0
         self._hashing = DeferredSemaphore(VERIFICATIONS)
 
     def at_hand(self, asked: Asked) -> Answer | None:
@@ -91,13 +97,13 @@ class Cache:
         known = self._known(asked, self._entry_at_hand)[0] if body is not None else None
         if body is None or known is None:
             return None
-        self._used(asked.entry, self.look_up_manifest, asked)
+        self._used(asked.entry, self._look_up_manifest, asked)
         media_type = BLOB_TYPE if asked.route.kind is Kind.BLOB else known.media_type
         size, sent = len(body), None if asked.head else body
         return Answer(CacheStatus.HIT, Reason.CACHED, media_type, asked.digest, size, sent)
 
     def _entry_at_hand(self, name: str, route: Route) -> Entry | None:  # noqa: ARG002 (as Store.entry)
-        return self._entries.get(name)
+        return self._entries.get(name) or self._unwritten.get(name)
 
     def _used(self, name: str, look: Callable[..., object], *args: object) -> None:
         """
@@ -107,17 +113,35 @@ class Cache:
         if last is None or not 0 <= now - last < _UNWRITTEN_SECONDS:
             self._touched.put(name, now, 200)
             if last is not None:  # it was read just now
-                looked = self._in_thread(look, *args)
+                looked = self._disk.reading(look, *args)
                 looked.addErrback(lambda problem: log.warn("Can't note a use: {problem}", problem=problem.value))
 
-    def look_up(self, asked: Asked) -> tuple[Descriptor | None, Content | None, Reason]:
+    async def look_up(self, asked: Asked) -> tuple[Descriptor | None, Content | None, Reason]:
         """
-        See whether the repository may have the content, and open it. Called in a thread.
+        See whether the repository may have the content, and open it.
 
         @return: what is known, what is there, and why it isn't, if it isn't.
         """
-        known, missing = self._known(asked, self.store.entry)
+        known, missing = self._known(asked, lambda name, _: self._unwritten.get(name))
+        try:
+            return await self._disk.reading(self._look_up, asked, known, missing)
+        except OSError:
+            return known, None, Reason.DISK
+
+    def _look_up(
+        self, asked: Asked, known: Descriptor | None, missing: Reason
+    ) -> tuple[Descriptor | None, Content | None, Reason]:
+        if known is None:
+            known, missing = self._known(asked, self.store.entry)
         return known, self.store.open(asked.digest, known.size if known else None), missing
+
+    async def opened(self, digest: Digest) -> Content | None:
+        """
+        Open content, whoever may have it; none if it isn't there.
+        """
+        with contextlib.suppress(OSError):
+            return await self._disk.reading(self.store.open, digest)
+        return None
 
     def _known(self, asked: Asked, look: Callable[[str, Route], Entry | None]) -> tuple[Descriptor | None, Reason]:
         # The fact is named only when the entry says nothing: naming is a hash, and hits from memory are many.
@@ -126,12 +150,18 @@ class Cache:
             return known, Reason.NOT_KEPT
         return _said(asked, look(_fact_name(asked.route), asked.route)), Reason.FIRST_USE
 
-    def look_up_manifest(self, asked: Asked) -> tuple[Descriptor | None, bytes | None, Reason]:
+    async def look_up_manifest(self, asked: Asked) -> tuple[Descriptor | None, bytes | None, Reason]:
         """
-        See what is known of a manifest, and read it. Called in a thread.
+        See what is known of a manifest, and read it.
 
         @return: as C{look_up} does.
         """
+        try:
+            return await self._disk.reading(self._look_up_manifest, asked)
+        except OSError:
+            return None, None, Reason.DISK
+
+    def _look_up_manifest(self, asked: Asked) -> tuple[Descriptor | None, bytes | None, Reason]:
         known, missing = self._known(asked, self.store.entry)
         return known, self._read(asked.digest), missing
 
@@ -143,7 +173,10 @@ class Cache:
         if body is not None:
             self._used(str(digest), self._read, digest)
             return body
-        body = await self._in_thread(self._read, digest)
+        try:
+            body = await self._disk.reading(self._read, digest)
+        except OSError:
+            return None
         if body is not None:
             self.hold(digest, body)
         return body
@@ -180,7 +213,8 @@ class Cache:
         if entry is not None:
             self._used(asked.entry, self.store.entry, asked.entry, asked.route)
             return entry
-        entry = await self._in_thread(self.store.entry, asked.entry, asked.route)
+        with contextlib.suppress(OSError):
+            entry = await self._disk.reading(self.store.entry, asked.entry, asked.route)
         return entry or Entry(asked.route.kind, asked.route.repository, asked.route.reference)
 
     def note(self, asked: Asked, known: Descriptor) -> None:
@@ -227,7 +261,7 @@ class Cache:
         return await (self._blob_hit(asked) if asked.route.kind is Kind.BLOB else self._manifest_hit(asked))
 
     async def _blob_hit(self, asked: Asked) -> Answer | None:
-        known, content, _ = await self._in_thread(self.look_up, asked)
+        known, content, _ = await self.look_up(asked)
         if content is None or known is None:
             return None  # what was opened closes itself
         if not asked.head:
@@ -235,7 +269,7 @@ class Cache:
         return Answer(CacheStatus.HIT, Reason.CACHED, BLOB_TYPE, asked.digest, content.size)
 
     async def _manifest_hit(self, asked: Asked) -> Answer | None:
-        known, body, _ = await self._in_thread(self.look_up_manifest, asked)
+        known, body, _ = await self.look_up_manifest(asked)
         if known is None or body is None:
             return None
         self.hold(asked.digest, body)
@@ -243,7 +277,7 @@ class Cache:
         return manifest_answer(CacheStatus.HIT, Reason.CACHED, asked, known, body)
 
     async def _fresh_tag(self, asked: Asked, tag_ttl: float) -> Answer | None:
-        entry = await self._in_thread(self.store.entry, asked.entry, asked.route)
+        entry = await self._disk.reading(self.store.entry, asked.entry, asked.route)
         known = entry.answers.get(asked.accept) if entry else None
         if known is None or not 0 <= self._now() - known.when < tag_ttl:
             return None
@@ -266,7 +300,10 @@ class Cache:
         if content.size > SMALL_BLOB:
             verification = None if content.proved else self._verification(content)
             return Answer(*why, BLOB_TYPE, asked.digest, content.size, content, verification)
-        body = await self._in_thread(self._verified, content)
+        try:
+            body = await self._disk.reading(self._verified, content)
+        except OSError:
+            body = None
         if body is None:
             return None
         self.hold(asked.digest, body)
@@ -281,7 +318,7 @@ class Cache:
         file = (content.digest, content.status.st_ino)
         verification = self._verifications.get(file)
         if verification is None:
-            verification = self._verifications[file] = Verification(content.share(), self._in_thread)
+            verification = self._verifications[file] = Verification(content.share(), self._disk.hashing)
             on_its_own(self._verify(file, verification))
         return verification
 
@@ -301,7 +338,9 @@ class Cache:
         """
         if expected is not None and expected < WORTH_RESUMING:
             return None
-        return await self._in_thread(self.store.arriving.left, digest)
+        with contextlib.suppress(OSError):
+            return await self._disk.writing(self.store.arriving.left, digest)
+        return None
 
     async def writer(self, digest: Digest, size: int | None) -> Writer | Reason:
         """
@@ -310,16 +349,26 @@ class Cache:
         if size is None:
             return Reason.SIZE_UNKNOWN
         if size >= WORTH_RESUMING:
-            writer = await self._in_thread(self.store.arriving.resume, digest, size)
+            try:
+                resume = partial(self.store.arriving.resume, digest, size)
+                writer = await undone_if_late(self._disk.writing, resume, self._left_again)
+            except OSError:
+                return Reason.DISK
             if writer is not None:
                 return writer
         if not await self._has_room(room_for(size)):
             return Reason.TOO_LARGE if room_for(size) > self._room.limit else Reason.NO_ROOM
         try:
-            return await self._in_thread(self.store.writer, digest, size)
+            begin = partial(self.store.writer, digest, size)
+            return await undone_if_late(self._disk.writing, begin, Writer.discard)
         except OSError:  # which the store has told
             self._room.release(room_for(size))
             return Reason.DISK
+
+    def _left_again(self, writer: Writer | None) -> None:
+        if writer is not None:
+            writer.leave()
+            self._room.release(writer.room)
 
     async def _has_room(self, size: int) -> bool:
         try:
@@ -328,22 +377,34 @@ class Cache:
             log.failure("Making room in the cache")
             return False
 
-    async def keep(self, route: Route, descriptor: Descriptor, body: bytes) -> None:
+    def keep(self, route: Route, descriptor: Descriptor, body: bytes) -> None:
         """
-        Keep a manifest that ECR gave, and learn what it lists.
+        Keep a manifest that ECR gave, and learn what it lists: in memory at once, on the disk in its own time.
         """
-        writer = await self.writer(descriptor.digest, descriptor.size)
-        if isinstance(writer, Reason):
-            return
+        self.hold(descriptor.digest, body)
+        if self._storing + len(body) <= _STORING_BYTES:
+            on_its_own(self._keep(route, descriptor, body))
+
+    async def _keep(self, route: Route, descriptor: Descriptor, body: bytes) -> None:
+        facts = self._learned(route.repository, descriptor, body)
+        self._storing += len(body)
         try:
-            await self._in_thread(_write, writer, body)
+            writer = await self.writer(descriptor.digest, descriptor.size)
+            if not isinstance(writer, Reason) and await self._stored(writer, body):
+                await self._save_all(facts)
+        finally:
+            self._storing -= len(body)
+            self._forget_unwritten(facts)
+
+    async def _stored(self, writer: Writer, body: bytes) -> bool:
+        try:
+            await self._disk.committing(_write, writer, body)
         except OSError as problem:
-            log.info("Not kept: {digest}: {problem}", digest=descriptor.digest, problem=problem)
-        else:
-            self.hold(descriptor.digest, body)
-            await self._learn(route.repository, descriptor, body)
+            log.info("Not kept: {digest}: {problem}", digest=writer.digest, problem=problem)
+            return False
         finally:
             self._room.release(writer.room)
+        return True
 
     async def _remember(self, asked: Asked, descriptor: Descriptor) -> None:
         """
@@ -365,7 +426,7 @@ class Cache:
         Note that ECR said that the repository holds a manifest, which another brought in.
         """
         await self._remember(asked, descriptor)
-        await self._learn(asked.route.repository, descriptor, body)
+        await self._save_all(self._learned(asked.route.repository, descriptor, body))
 
     async def record(self, asked: Asked, entry: Entry, descriptor: Descriptor, body: bytes | None) -> None:
         """
@@ -376,31 +437,46 @@ class Cache:
         known, now = entry.answers.get(asked.accept), self._now()
         changed = known is None or known.descriptor != descriptor
         if changed and body is not None:
-            await self._learn(asked.route.repository, descriptor, body)
+            await self._save_all(self._learned(asked.route.repository, descriptor, body))
         entry = entry.with_answer(asked.accept, Confirmed(descriptor, now))
         self.hold_entry(asked.entry, entry)
         if changed or known is None or not 0 <= now - known.when < _UNWRITTEN_SECONDS:
             await self._save(asked.entry, entry)
 
-    async def _learn(self, repository: str, descriptor: Descriptor, body: bytes) -> None:
+    def _learned(self, repository: str, descriptor: Descriptor, body: bytes) -> list[tuple[str, Entry]]:
         """
-        Note as facts that the repository holds a manifest, and all that it lists.
+        Note as facts that the repository holds a manifest and all that it lists, to be saved or forgotten.
         """
         try:
             holds = [(Kind.MANIFEST, descriptor), *listed(body)]
         except ValueError:  # a signed manifest of old lists nothing that we read
             holds = [(Kind.MANIFEST, descriptor)]
-        now = self._now()
+        now, facts = self._now(), []
         for kind, each in holds:
             route = Route(kind, repository, str(each.digest), each.digest)
-            await self._save(_fact_name(route), _entry_of(route, Confirmed(each, now)))
+            facts.append((_fact_name(route), _entry_of(route, Confirmed(each, now))))
+        self._unwritten.update(facts)
+        return facts
+
+    async def _save_all(self, facts: Sequence[tuple[str, Entry]]) -> None:
+        try:
+            for name, entry in facts:
+                await self._save(name, entry)
+        finally:
+            self._forget_unwritten(facts)
+
+    def _forget_unwritten(self, facts: Sequence[tuple[str, Entry]]) -> None:
+        for name, entry in facts:
+            if self._unwritten.get(name) is entry:
+                del self._unwritten[name]
 
     async def forget(self, asked: Asked) -> None:
         """
         Forget what C{asked} led to; the content stays for whoever else it serves.
         """
         self._entries.drop(asked.entry)
-        await self._in_thread(self.store.forget, asked.entry)
+        with contextlib.suppress(OSError):
+            await self._disk.writing(self.store.forget, asked.entry)
 
     def forget_all(self) -> None:
         """
@@ -413,7 +489,7 @@ class Cache:
         if not await self._has_room(_ENTRY_BYTES):
             return
         try:
-            await self._in_thread(self.store.save, name, entry)
+            await self._disk.writing(self.store.save, name, entry)
             self.hold_entry(name, entry)
         except OSError as problem:
             log.debug("Not noted on the disk: {problem}", problem=problem)

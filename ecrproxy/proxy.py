@@ -38,7 +38,7 @@ from ecrproxy.oci import (
 from ecrproxy.reasons import Reason
 from ecrproxy.registry.bucket import UnavailableError
 from ecrproxy.registry.upstream import Page, Upstream
-from ecrproxy.threads import InThread, on_its_own
+from ecrproxy.threads import Disk, on_its_own
 from ecrproxy.transfer.download import Download
 from ecrproxy.transfer.inflow import Blob, Lanes
 
@@ -61,14 +61,14 @@ class PullThrough:
         self,
         upstream: Upstream,
         cache: Cache,
-        in_thread: InThread,
+        disk: Disk,
         now: Callable[[], float],
         *,
         tag_ttl: float = 0,
         lanes: Lanes | None = None,
         read_ahead: bool = False,
     ) -> None:
-        self._upstream, self._cache, self._in_thread, self._now = upstream, cache, in_thread, now
+        self._upstream, self._cache, self._disk, self._now = upstream, cache, disk, now
         self._tag_ttl, self._lanes, self._reads_ahead = tag_ttl, lanes or Lanes(), read_ahead
         self._openings: Flights[Download | None] = Flights()
         self._arriving: dict[Digest, Download] = {}
@@ -112,7 +112,7 @@ class PullThrough:
             return await self._blob_head(asked)
         confirmed = False
         while True:
-            known, content, missing = await self._in_thread(self._cache.look_up, asked)
+            known, content, missing = await self._cache.look_up(asked)
             carrier = self._carriers.get(asked.digest)
             if content is None and carrier is None:
                 return await self._carry(asked, known.size if known else None, missing)
@@ -129,7 +129,7 @@ class PullThrough:
                 return answer
 
     async def _blob_head(self, asked: Asked) -> Answer:
-        known, content, missing = await self._in_thread(self._cache.look_up, asked)
+        known, content, missing = await self._cache.look_up(asked)
         if content is not None:
             content.close()
             if known is not None:
@@ -188,7 +188,7 @@ class PullThrough:
         Open the shared transfer of C{digest}; none if it turns out to be in the cache.
         """
         try:
-            content = await self._in_thread(self._cache.store.open, digest)
+            content = await self._cache.opened(digest)
             if content is not None:
                 content.close()
                 del self._carriers[digest]
@@ -227,7 +227,7 @@ class PullThrough:
         """
         writer, unkept = (None, file) if isinstance(file, Reason) else (file, Reason.DISK)
         lanes = self._lanes.take(writer.missing if writer is not None and blob.ranged else 0)
-        download = Download(digest, blob.size, writer, self._in_thread, lanes, unkept=unkept)
+        download = Download(digest, blob.size, writer, self._disk, lanes, unkept=unkept)
         if shared:
             self._arriving[digest] = download
         on_its_own(self._run(download, blob, lanes, writer.room if writer is not None else 0, shared=shared))
@@ -267,7 +267,7 @@ class PullThrough:
             return
         for blob in blobs:
             route = Route(Kind.BLOB, repository, str(blob.digest), blob.digest)
-            here = await self._in_thread(self._cache.store.has, blob.digest)
+            here = await self._disk.reading(self._cache.store.has, blob.digest)
             if not here and blob.digest not in self._carriers:
                 self._carriers[blob.digest] = repository
                 opened = self._openings.join(blob.digest, partial(self._open, route, blob.digest, blob.size))
@@ -276,7 +276,7 @@ class PullThrough:
     async def _manifest_by_digest(self, asked: Asked) -> Answer:
         if (answer := self._cache.at_hand(asked)) is not None:
             return answer
-        known, body, missing = await self._in_thread(self._cache.look_up_manifest, asked)
+        known, body, missing = await self._cache.look_up_manifest(asked)
         if known is not None and body is not None:
             self._cache.hold(asked.digest, body)
             self._cache.note(asked, known)
@@ -359,7 +359,7 @@ class PullThrough:
 
     async def _fetch(self, route: Route, accept: frozenset[str]) -> tuple[Descriptor, bytes]:
         """
-        Fetch a manifest and keep it.
+        Fetch a manifest; keeping it takes its own time.
         """
         manifest = await self._upstream.manifest(route, _accept_header(accept))
         digest = Digest.of(manifest.body, route.digest.algorithm if route.digest else "sha256")
@@ -368,7 +368,7 @@ class PullThrough:
             raise UnavailableError(502, "UNAVAILABLE", said, reason=Reason.WRONG_BYTES)
         media_type = _checked_type(manifest.content_type, manifest.body)
         descriptor = Descriptor(media_type, digest, len(manifest.body))
-        await self._cache.keep(route, descriptor, manifest.body)
+        self._cache.keep(route, descriptor, manifest.body)
         return descriptor, manifest.body
 
 

@@ -42,8 +42,9 @@ from ecrproxy.cache.janitor import Janitor
 from ecrproxy.cache.ledger import Notes
 from ecrproxy.cache.purges import Purges
 from ecrproxy.cache.store import Store
-from ecrproxy.cached import Cache
+from ecrproxy.cached import VERIFICATIONS, Cache
 from ecrproxy.daemon.ending import Connections, Drain, InOrder, Signals
+from ecrproxy.daemon.exhaustion import Exhaustion
 from ecrproxy.daemon.listening import Listening, admin_endpoint, endpoints
 from ecrproxy.daemon.process import set_aside_what_stays, set_up
 from ecrproxy.daemon.supervision import Supervised, Supervisor, summary
@@ -73,13 +74,18 @@ from ecrproxy.settings.config import ADMIN_LISTEN, Config, ConfigError
 from ecrproxy.settings.options import Options
 from ecrproxy.settings.predecessors import notices
 from ecrproxy.settings.values import is_other_registry
-from ecrproxy.threads import InThread, Threads, call_unowned
+from ecrproxy.threads import Disk, InThread, Threads, call_unowned
 from ecrproxy.transfer.inflow import Lanes
 
 log = Logger()
 T = TypeVar("T")
 
-DISK_THREADS: Final = 8
+READING: Final = 8, 10.0
+WRITING: Final = 8, 30.0
+COMMITTING: Final = 4, 60.0
+HASHING: Final = VERIFICATIONS, 30.0
+"""Threads for the disk, by the kind of work; and for how many seconds a call is waited for: the disk may hang."""
+DIGESTING: Final = 4
 LAST_LINES_SECONDS: Final = 2.0
 """How long the end waits for the last lines of the log to be written."""
 
@@ -181,6 +187,19 @@ class Daemon(InOrder):
             self.writer.end(LAST_LINES_SECONDS)
         os._exit(128 + number)
 
+    def give_up(self, problem: str) -> None:
+        """
+        End now, with one line that says why. Called in a thread, of a process that may fail at anything.
+        """
+        try:
+            log.critical("{problem}", problem=problem)
+            if self.writer is not None:
+                self.writer.end(LAST_LINES_SECONDS)
+            else:
+                self.complain(problem)
+        finally:
+            os._exit(1)
+
 
 def build(
     config: Config,
@@ -197,30 +216,30 @@ def build(
     @param supervisor: the service manager, if it wants to be told.
     """
     service = Daemon()
-    disk = Threads(DISK_THREADS, reactor)
+    disk = _disk(service, reactor)
     store = _prepared(Store(Path(config.cache_dir), time.time))
     counting, judging = Threads(1, reactor, yielding=False), Threads(1, reactor)
-    janitor = Janitor(store, config.cache_limit, disk.call, reactor, counting.call)
+    janitor = Janitor(store, config.cache_limit, disk.writing, reactor, counting.call)
     tokens = TokenService(lambda: call_unowned(reactor, lambda: _fetch(config)), reactor, time.time, refused)
     figures, stall = Figures(__version__), LoopStall(reactor)
     upstream, asking = _upstream(config, tokens, figures, reactor)
-    cache = Cache(store, janitor, disk.call, time.time)
+    cache = Cache(store, janitor, disk, time.time)
     pull_through = _pull_through(config, upstream, cache, disk)
     connections, crowds = Connections(), Crowds(Crowd(config.limits), reactor.seconds)
-    reasons = partial(_reasons, tokens, store, disk.call, connections)
+    reasons = partial(_reasons, tokens, store, disk.writing, connections)
     ready = Ready(reasons)
     status = Status(
-        config.ecr_endpoint, figures, store, janitor, asking, pull_through, reasons, disk.call, time.time, reactor
+        config.ecr_endpoint, figures, store, janitor, asking, pull_through, reasons, disk.reading, time.time, reactor
     )
     supervised = Supervised(supervisor, partial(_summary, reasons, store, janitor), reactor)
-    shape = (_namespaces(config, judging), config.cache_key, disk.call)
+    shape = (_namespaces(config, judging), config.cache_key, disk.reading)
     admission = _admission(config, reactor, service)
     registry = Registry(pull_through, *shape, admission)
     counted = partial(make_site, access_log=_access_log(config, service, reactor), served=figures.served)
     site = counted(registry, ready, reactor, crowd=crowds.own, connections=connections)
     figures.watch(*of_cache(store, janitor), *of_token(tokens), *of_transfers(pull_through), *of_loop(stall))
     figures.watch(*of_clients(crowds))
-    for part in (*status.services, disk, judging, supervised, counting, janitor, tokens, stall):
+    for part in (Exhaustion(service.give_up), *status.services, judging, supervised, counting, janitor, tokens, stall):
         part.setServiceParent(service)
     alone = config.worker_processes == 1
     listening = [Listening(name, endpoint, site, accepts=alone) for name, endpoint in endpoints(config, reactor)]
@@ -232,8 +251,28 @@ def build(
     reread = partial(supervised.rereading, partial(_reread, [*listening, admission], workers))
     drain = Drain(connections, config.drain_seconds, reactor)
     _face_clients(drain, listening, reread, service.leave, service, reactor)
-    _serve_admin(config, partial(make_admin_site, figures, ready, status), cache, disk, service, reactor)
+    _serve_admin(config, partial(make_admin_site, figures, ready, status), cache, disk.reading, service, reactor)
     return service
+
+
+def _disk(service: MultiService, reactor: Any) -> Disk:  # noqa: ANN401
+    """
+    Make the threads for the disk; C{service} runs them, and ends them last.
+    """
+
+    def threads(size: int) -> Threads:
+        made = Threads(size, reactor)
+        made.setServiceParent(service)
+        return made
+
+    return Disk(
+        reading=threads(READING[0]).bounded(READING[1]),
+        writing=threads(WRITING[0]).bounded(WRITING[1]),
+        committing=threads(COMMITTING[0]).bounded(COMMITTING[1]),
+        hashing=threads(HASHING[0]).bounded(HASHING[1]),
+        digesting=threads(DIGESTING).call,
+        closing=threads(1).call,
+    )
 
 
 def _access_log(config: Config, service: MultiService, reactor: Any) -> AccessLog | None:  # noqa: ANN401
@@ -267,13 +306,13 @@ def _upstream(
     return upstream, Asking(tokens=tokens, wire=wire, circuit=circuit, governor=governor)
 
 
-def _pull_through(config: Config, upstream: Upstream, cache: Cache, disk: Threads) -> PullThrough:
+def _pull_through(config: Config, upstream: Upstream, cache: Cache, disk: Disk) -> PullThrough:
     """
     Wire what answers from the cache, or through it.
     """
     lanes = Lanes(config.blob_connections, config.bucket_connections)
     return PullThrough(
-        upstream, cache, disk.call, time.time, tag_ttl=config.tag_ttl, lanes=lanes, read_ahead=config.read_ahead
+        upstream, cache, disk, time.time, tag_ttl=config.tag_ttl, lanes=lanes, read_ahead=config.read_ahead
     )
 
 
@@ -323,7 +362,7 @@ def _serve_admin(
     config: Config,
     make_site: Callable[[Api, Any, frozenset[str]], RegistrySite],
     cache: Cache,
-    disk: Threads,
+    in_thread: InThread,
     service: MultiService,
     reactor: Any,  # noqa: ANN401
 ) -> None:
@@ -332,7 +371,7 @@ def _serve_admin(
 
     What he purges, or somebody else did, is forgotten. His work has threads of its own.
     """
-    purges = Purges(cache.store, cache.forget_all, disk.call, reactor)
+    purges = Purges(cache.store, cache.forget_all, in_thread, reactor)
     purges.setServiceParent(service)
     named = admin_endpoint(config, reactor)
     if named is not None:
@@ -367,15 +406,15 @@ def build_worker(config: Config, post: Post, reactor: Any) -> Daemon:  # noqa: A
     Wire a worker's parts.
     """
     service = Daemon()
-    disk = Threads(DISK_THREADS, reactor)
+    disk = _disk(service, reactor)
     notes = Notes()
     store = Store(Path(config.cache_dir), time.time, notes)
-    cache = Cache(store, NoRoom(), disk.call, time.time)
-    purges = Purges(store, cache.forget_all, disk.call, reactor)
+    cache = Cache(store, NoRoom(), disk, time.time)
+    purges = Purges(store, cache.forget_all, disk.reading, reactor)
     first = Agent.usingEndpointFactory(reactor, FirstProcess(reactor, post.path), connection_pool(reactor))
     relay = Relay(first)
     judging = Threads(1, reactor)
-    shape = (_namespaces(config, judging), config.cache_key, disk.call)
+    shape = (_namespaces(config, judging), config.cache_key, disk.reading)
     admission = _admission(config, reactor, service)
     registry = WorkerRegistry(cache, config.tag_ttl, relay, *shape, admission)
     served, connections = Served(), Connections()
@@ -384,7 +423,7 @@ def build_worker(config: Config, post: Post, reactor: Any) -> Daemon:  # noqa: A
     site = make_site(registry, relay, reactor, crowd=crowd, access_log=lines, served=served, connections=connections)
     incidents = Incidents(time.time)
     teller = Teller(first, told(notes, served, incidents, Word(crowd, os.getpid())), reactor)
-    for part in (incidents, disk, judging, purges, teller):
+    for part in (Exhaustion(service.give_up), incidents, judging, purges, teller):
         part.setServiceParent(service)
     listening = [
         Listening(name, endpoint, site) for name, endpoint in endpoints(config, HandedDown(reactor, post.sockets))
@@ -416,7 +455,10 @@ async def _reasons(tokens: TokenService, store: Store, in_thread: InThread, conn
     """
     found = ["draining: the daemon ends"] if connections.draining else []
     found += [f"no token: {problem}"] if (problem := tokens.problem()) else []
-    return found + await in_thread(store.reasons)
+    try:
+        return found + await in_thread(store.reasons)
+    except OSError as problem:
+        return [*found, f"the cache directory can't be written: {problem.strerror}"]
 
 
 async def _summary(reasons: Callable[[], Awaitable[Sequence[str]]], store: Store, janitor: Janitor) -> str:

@@ -97,7 +97,6 @@ TYPES_ONLY = {
     ("transfer.sources", "cache.store"),
     ("transfer.sources", "cache.verification"),
     ("cache.janitor", "cache.store"),
-    ("cache.janitor", "threads"),
     ("cache.verification", "threads"),
 }
 # what is the business of some modules alone

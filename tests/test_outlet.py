@@ -118,7 +118,12 @@ class DescriptorTests(SynchronousTestCase):
         self.addCleanup(os.close, reading)
         os.set_blocking(writing, False)
         data = b"x" * 300_000
-        thread = threading.Thread(target=lambda: (Descriptor(writing).write(data), os.close(writing)))
+
+        def write() -> None:
+            Descriptor(writing).write(data)
+            os.close(writing)
+
+        thread = threading.Thread(target=write)
         thread.start()
         got = b""
         while piece := os.read(reading, 65536):

@@ -31,6 +31,7 @@ from ecrproxy.http.telling import TELL_SECONDS, USED, Teller, Used, told
 from ecrproxy.metrics import Served
 from ecrproxy.oci import parse_route
 from ecrproxy.settings.values import parse_pattern
+from ecrproxy.threads import Disk
 from tests.daemon import BUFFER, MIB, Daemon, DaemonTestCase, End, Network, Reply, at_once, noise
 
 WORKER = "198.51.100.1"
@@ -96,7 +97,7 @@ class Together(Daemon):
         agent = self.between.agent(persistent=True)
         self.notes, relay = Notes(), Relay(agent)
         self.worker_cache = Cache(
-            Store(self.store.root, self.clock.seconds, self.notes), NoRoom(), at_once, self.clock.seconds
+            Store(self.store.root, self.clock.seconds, self.notes), NoRoom(), Disk.of(at_once), self.clock.seconds
         )
         self.counted, self.incidents = Served(), Incidents(self.clock.seconds)
         self.crowd = Crowd(self.crowd.limits)
