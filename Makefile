@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: help run demo test lint docs e2e fuzz soak bench bench-growth dist lock clean
+.PHONY: help run demo test lint docs e2e fuzz soak hostile bench bench-growth dist lock clean
 help:
 	@echo "make demo    pull a sample image through the proxy twice, from a stand-in for ECR"
 	@echo "make run     start the daemon with the variables of the environment"
@@ -14,6 +14,7 @@ help:
 	@echo "make e2e     run the tests with real clients and servers (Debian, root)"
 	@echo "make fuzz    feed odd bytes to whatever reads bytes, FUZZ_SECONDS=60 for each of three targets"
 	@echo "make soak    run the daemon over a stand-in that misbehaves, SOAK_SECONDS=600"
+	@echo "make hostile let everything around the daemon fail, be slow and hang, attack it, and print what it keeps of its promises"
 	@echo "make bench   measure side by side with nginx and distribution (Debian, root); make bench-growth: a large cache"
 	@echo "make dist    build the sdist and the wheel, reproducibly, and the bill of materials"
 	@echo "make lock    choose what the container is made of, by hash"
@@ -81,6 +82,9 @@ fuzz: $(STAMP)
 SOAK_SECONDS ?= 600
 soak: $(STAMP)
 	$(VENV)/bin/python -m soak --seconds $(SOAK_SECONDS) $(SOAK)
+
+hostile: $(STAMP)
+	$(VENV)/bin/python -m hostile
 
 bench: $(STAMP)
 	bench/install-packages.sh

@@ -51,8 +51,10 @@ def place_from(environ: Mapping[str, str]) -> Place:
     """
     endpoints = environ.get("PROXY_LISTEN", "").split()
     if not endpoints:
-        port = int(environ.get("PROXY_PORT") or PORT)
-        return Place((_LOOPBACK["tcp"], port), secure=bool(environ.get("PROXY_SSL_KEY")))
+        port = environ.get("PROXY_PORT", "")
+        # Kubernetes sets PROXY_PORT=tcp://... for a Service named proxy; the daemon does not read that either.
+        number = PORT if not port or "://" in port else int(port)
+        return Place((_LOOPBACK["tcp"], number), secure=bool(environ.get("PROXY_SSL_KEY")))
     for text in endpoints:
         place = read_place(text)
         if place is not None:

@@ -62,6 +62,7 @@ from ecrproxy.proxy import PullThrough
 from ecrproxy.registry.circuit import Circuit
 from ecrproxy.registry.connections import UpstreamAgent, connection_pool
 from ecrproxy.registry.ecr import CredentialsError, Token, TokenService, fetch_token
+from ecrproxy.registry.egress import Egress, OwnNames
 from ecrproxy.registry.endpoint import Endpoint
 from ecrproxy.registry.governor import Governor
 from ecrproxy.registry.metering import MeteredAgent
@@ -69,10 +70,10 @@ from ecrproxy.registry.resolver import ChosenServers, hosts_names
 from ecrproxy.registry.retries import Budget
 from ecrproxy.registry.upstream import Upstream
 from ecrproxy.registry.wire import Wire
-from ecrproxy.settings.complaints import say, write
+from ecrproxy.settings.complaints import Complaint, say, write
 from ecrproxy.settings.config import ADMIN_LISTEN, Config, ConfigError
+from ecrproxy.settings.contradictions import Machine, load, look_at_settings
 from ecrproxy.settings.options import Options
-from ecrproxy.settings.predecessors import notices
 from ecrproxy.settings.values import is_other_registry
 from ecrproxy.threads import Disk, InThread, Threads, call_unowned
 from ecrproxy.transfer.inflow import Lanes
@@ -98,25 +99,69 @@ def makeService(options: Options) -> Daemon:
 
     set_up(reactor)
     complain = _complaining(options)
+    warnings: list[Complaint] = []
     try:
-        config = Config.load(options.flags(), os.environ)
+        config = load(options.flags(), os.environ)
         post = Post.from_environ(os.environ)
         if post is not None:
             service = build_worker(config, post, reactor)
         else:
-            for notice in notices(os.environ):
-                log.warn("{notice}", notice=notice)
+            warnings = _warnings(config, options)
+            for each in warnings:
+                log.warn("{complaint}", complaint=each)
             supervisor = Supervisor.from_environ(os.environ, os.getpid())
             refused: list[CredentialsError] = []
             atexit.register(_fail_after, refused)  # the first comes last: others clean up
-            service = build(config, reactor, partial(_abandon, complain, refused), options.arguments(), supervisor)
+            leave = partial(_abandon, complain, refused)
+            service = build(config, reactor, leave, options.arguments(), supervisor, _egress(os.environ))
     except ConfigError as problem:
-        complain("; ".join([str(problem), *notices(os.environ)]))
+        complain("; ".join([str(problem), *map(str, warnings)]))
         sys.exit(1)
     service.complain, service.writer = complain, _log_writer(config, options, reactor)
     if service.writer is not None:
         atexit.register(service.writer.end, LAST_LINES_SECONDS)
     return service
+
+
+def _warnings(config: Config, options: Options) -> list[Complaint]:
+    """
+    Judge the settings together.
+
+    @raise ConfigError: if the daemon must not start with them. It tells all that is wrong.
+    """
+    machine = Machine(len(os.sched_getaffinity(0)), _disk_size(Path(config.cache_dir)))
+    found = look_at_settings(config, options.flags(), os.environ, machine)
+    if any(each.grave for each in found):
+        raise ConfigError("; ".join(map(str, found)))
+    return found
+
+
+def _egress(environ: Mapping[str, str]) -> Egress:
+    """
+    Read how the registry is reached.
+
+    @raise ConfigError: if the proxy's URL is none.
+    """
+    try:
+        egress = Egress.read(environ)
+    except ValueError as problem:
+        raise ConfigError(f"HTTPS_PROXY: {problem}") from None
+    if egress.proxy is not None:
+        log.info(
+            "Registry and buckets are asked through the egress proxy {proxy}, except for what NO_PROXY names",
+            proxy=egress.proxy,
+        )
+    return egress
+
+
+def _disk_size(directory: Path) -> int | None:
+    """
+    Return the size of the file system that a directory is on, or would be.
+    """
+    for each in (directory, *directory.absolute().parents):
+        with contextlib.suppress(OSError):
+            return shutil.disk_usage(each).total
+    return None
 
 
 def _complaining(options: Options) -> Callable[[str], None]:
@@ -207,6 +252,7 @@ def build(
     refused: Callable[[CredentialsError], None],
     arguments: Sequence[str] = (),
     supervisor: Supervisor | None = None,
+    egress: Egress = Egress(),  # noqa: B008 (it is frozen)
 ) -> Daemon:
     """
     Wire the parts; each line makes one object from earlier ones.
@@ -215,14 +261,13 @@ def build(
     @param arguments: the flags that workers are to be started with.
     @param supervisor: the service manager, if it wants to be told.
     """
-    service = Daemon()
-    disk = _disk(service, reactor)
+    disk = _disk(service := Daemon(), reactor)
     store = _prepared(Store(Path(config.cache_dir), time.time))
     counting, judging = Threads(1, reactor, yielding=False), Threads(1, reactor)
     janitor = Janitor(store, config.cache_limit, disk.writing, reactor, counting.call)
     tokens = TokenService(lambda: call_unowned(reactor, lambda: _fetch(config)), reactor, time.time, refused)
     figures, stall = Figures(__version__), LoopStall(reactor)
-    upstream, asking = _upstream(config, tokens, figures, reactor)
+    upstream, asking = _upstream(config, tokens, figures, egress, reactor)
     cache = Cache(store, janitor, disk, time.time)
     pull_through = _pull_through(config, upstream, cache, disk)
     connections, crowds = Connections(), Crowds(Crowd(config.limits), reactor.seconds)
@@ -290,12 +335,15 @@ def _upstream(
     config: Config,
     tokens: TokenService,
     figures: Figures,
+    egress: Egress,
     reactor: Any,  # noqa: ANN401
 ) -> tuple[Upstream, Asking]:
     """
     Wire what asks ECR and its buckets.
     """
-    agent = UpstreamAgent(reactor, config.ecr_endpoint, _install_resolver(config, reactor))
+    outside = OwnNames(reactor)  # before the chosen servers are installed
+    forget = _install_resolver(config, reactor)
+    agent = UpstreamAgent(reactor, config.ecr_endpoint, forget, egress=egress, outside=outside)
     metered = MeteredAgent(agent, config.ecr_endpoint, figures.upstream, reactor)
     wire = Wire(metered, reactor, Budget(config.upstream_tries, config.upstream_seconds))
     governor = Governor(config.ecr_quotas, config.ecr_connections, reactor)

@@ -322,6 +322,24 @@ class TrialTests(SynchronousTestCase):
         self.assertIn("no such repository", found["ecr:BatchGetImage"].said)
         self.assertNotIn("ecr:GetDownloadUrlForLayer", found)
 
+    def test_a_repository_that_a_rule_is_to_make_needs_two_more_permissions(self) -> None:
+        missing = b'{"errors": [{"code": "NAME_UNKNOWN", "message": "no such repository"}]}'
+        self.answers["GET", "/v2/app/manifests/1"] = Contact("a", status=404, body=missing)
+        _, found = self.run_trial("1")
+        for action in account.IMPORTING:
+            self.assertIn(action, found["ecr:BatchGetImage"].advice)
+        denied = {"errors": [{"message": DENIED.replace("BatchGetImage", "BatchImportUpstreamImage").format("no")}]}
+        self.answers["GET", "/v2/app/manifests/1"] = Contact("a", status=403, body=json.dumps(denied).encode())
+        _, found = self.run_trial("1")
+        self.assertEqual(Verdict.FAILED, found["ecr:BatchGetImage"].verdict)
+        self.assertIn("refused by ECR: ecr:BatchImportUpstreamImage", found["ecr:BatchGetImage"].said)
+        self.assertIn("pull-through cache rule needs it", found["ecr:BatchGetImage"].advice)
+
+    def test_permissions_that_only_a_rules_repositories_need_are_no_fault_where_they_are_missing(self) -> None:
+        found = list(account.judge_simulation(dict.fromkeys(account.IMPORTING, "implicitDeny")))
+        self.assertEqual({Verdict.OK}, {each.verdict for each in found})
+        self.assertTrue(all("pull-through cache rule" in each.said and each.advice for each in found))
+
     def test_of_an_index_one_of_its_manifests_is_taken(self) -> None:
         """
         Blobs are listed there.

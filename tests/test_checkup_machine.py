@@ -13,11 +13,11 @@ from pathlib import Path
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.command.checkup.contradictions import judge_files, look_at_files, look_at_settings
 from ecrproxy.command.checkup.disk import Mount, Survey, find_mount, judge_directory, judge_room, survey
 from ecrproxy.command.checkup.findings import Finding, Verdict
 from ecrproxy.command.checkup.ports import look_at_ports, try_to_bind
 from ecrproxy.command.checkup.reach import Contact
+from ecrproxy.command.checkup.settings import judge_files, look_at_files, look_at_settings
 from ecrproxy.healthcheck import Place
 from ecrproxy.settings.config import Config
 
@@ -272,70 +272,13 @@ class SettingsTests(SynchronousTestCase):
     Settings that are wrong together.
     """
 
-    def said(self, flags: Mapping[str, str], environ: Mapping[str, str] | None = None) -> str:
-        """
-        Give all that is said of them.
-        """
-        found = list(look_at_settings(config(flags), environ or {}, 2))
-        if found[0].verdict is Verdict.OK:
-            self.assertEqual(1, len(found))
-            return ""
-        self.assertEqual({Verdict.WARNING}, {each.verdict for each in found})
+    def test_what_the_daemon_refuses_fails_and_what_it_warns_of_is_a_warning(self) -> None:
+        flags, environ = {"admin-listen": "tcp:5001", "htpasswd": "x"}, {"CACHE_MAX_SIZE": "1g"}
+        found = list(look_at_settings(config(flags), flags, environ, 2))
+        verdicts = [each.verdict for each in found]
+        self.assertEqual([Verdict.FAILED, Verdict.WARNING, Verdict.WARNING], verdicts)
         self.assertTrue(all(each.advice for each in found))
-        return "\n".join(each.said for each in found)
-
-    def test_the_defaults_contradict_nothing(self) -> None:
-        """
-        Nor does what is usual.
-        """
-        self.assertEqual("", self.said({}))
-        self.assertEqual("", self.said({"listen": "tcp:5000 unix:/x", "admin-listen": "unix:/y"}))
-        self.assertEqual("", self.said({"admin-listen": "off"}))
-
-    def test_what_is_not_used_is_told(self) -> None:
-        """
-        Because something else is set.
-        """
-        self.assertIn("PROXY_PORT is not used", self.said({"listen": "tcp:1"}, {"PROXY_PORT": "5000"}))
-        tls = {"listen": "tcp:1", "ssl-key": "k", "ssl-certificate": "c"}
-        self.assertIn("PROXY_SSL_KEY and PROXY_SSL_CERTIFICATE are not used", self.said(tls))
-        keys = {"AWS_ACCESS_KEY_ID": "AKIA", "AWS_PROFILE": "p", "HTTPS_PROXY": "http://proxy"}
-        said = self.said({"instance-auth": "true"}, keys)
-        for words in (
-            "AWS_ACCESS_KEY_ID is not used",
-            "AWS_PROFILE's credentials",
-            "HTTPS_PROXY is used for AWS's API",
-        ):
-            self.assertIn(words, said)
-        self.assertNotIn("AKIA", said)
-
-    def test_limits_that_others_make_pointless_are_told(self) -> None:
-        """
-        Each with the other.
-        """
-        self.assertIn("PROXY_BUCKET_CONNECTIONS=2", self.said({"bucket-connections": "2"}))
-        self.assertIn("PROXY_CONNECTIONS_PER_ADDRESS", self.said({"connections": "10"}))
-        self.assertIn("PROXY_TRANSFERS", self.said({"connections": "10"}))
-        self.assertIn("no time", self.said({"upstream-seconds": "0"}))
-        self.assertIn("on 2 cores", self.said({"worker-processes": "8"}))
-
-    def test_what_others_could_read_or_reach_is_told(self) -> None:
-        """
-        Passwords without TLS, the operator's port, a token without TLS.
-        """
-        self.assertIn("passwords go over the network", self.said({"htpasswd": "x"}))
-        self.assertEqual("", self.said({"htpasswd": "x", "listen": "tcp:5000:interface=127.0.0.1"}))
-        self.assertIn("can be reached from other machines", self.said({"admin-listen": "tcp:5001"}))
-        for local in ("tcp:5001:interface=localhost", r"tcp6:5001:interface=\:\:1"):
-            self.assertEqual("", self.said({"admin-listen": local}))
-        self.assertIn("reached", self.said({"admin-listen": r"tcp6:5001:interface=\:\:"}))
-        self.assertIn("token", self.said({"ecr-endpoint": "http://registry.test", "region": "eu-west-1"}))
-
-    def test_predecessors_variables_are_told(self) -> None:
-        """
-        As at the daemon's start.
-        """
-        self.assertIn("CACHE_MAX_SIZE is set", self.said({}, {"CACHE_MAX_SIZE": "1g"}))
+        self.assertEqual([Verdict.OK], [each.verdict for each in look_at_settings(config(), {}, {}, 2)])
 
     def test_files_that_settings_name_are_read(self) -> None:
         """

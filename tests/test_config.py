@@ -23,7 +23,7 @@ EXAMPLES: dict[str, tuple[str, str, Any, str, Any]] = {
     "region": ("AWS_REGION", "us-east-2", "us-east-2", "us-gov-west-1", "us-gov-west-1"),
     "instance-auth": ("AWS_INSTANCE_AUTH", "true", True, "false", False),
     "cache-key": ("PROXY_CACHE_KEY", "$host", CacheKey(("", "host", "")), "a$uri", CacheKey(("a", "uri", ""))),
-    "cache-limit": ("PROXY_CACHE_LIMIT", "512m", 536_870_912, "1000", 1000),
+    "cache-limit": ("PROXY_CACHE_LIMIT", "512m", 536_870_912, "2097152", 2_097_152),
     "cache-dir": ("PROXY_CACHE_DIR", "/srv/one", "/srv/one", "two", "two"),
     "dns-resolver": ("PROXY_DNS_RESOLVER", "1.1.1.1:5353", (("1.1.1.1", 5353),), "system", None),
     "namespace-pattern": ("PROXY_NAMESPACE_PATTERN", "one/.*", "one/x", "two/.*", "two/x"),
@@ -64,7 +64,7 @@ EXAMPLES: dict[str, tuple[str, str, Any, str, Any]] = {
     "header-seconds": ("PROXY_HEADER_SECONDS", "30", 30.0, "0", 0.0),
     "idle-seconds": ("PROXY_IDLE_SECONDS", "70", 70.0, "0.5", 0.5),
     "send-seconds": ("PROXY_SEND_SECONDS", "60", 60.0, "0", 0.0),
-    "header-bytes": ("PROXY_HEADER_BYTES", "8k", 8192, "100", 100),
+    "header-bytes": ("PROXY_HEADER_BYTES", "8k", 8192, "1000", 1000),
     "header-count": ("PROXY_HEADER_COUNT", "50", 50, "0", 0),
     "connections": ("PROXY_CONNECTIONS", "500", 500, "0", 0),
     "connections-per-address": ("PROXY_CONNECTIONS_PER_ADDRESS", "10", 10, "0", 0),
@@ -72,11 +72,22 @@ EXAMPLES: dict[str, tuple[str, str, Any, str, Any]] = {
 }
 # flag: texts that are wrong, and words of what would be right
 WRONG: dict[str, tuple[tuple[str, ...], str]] = {
-    "ecr-endpoint": (("ftp://x", "https://", "https://h/v2", "two words"), "give one such as https://"),
+    "ecr-endpoint": (
+        (
+            *("ftp://x", "https://", "https://h/v2", "two words"),
+            *("docker.io", "registry-1.docker.io", "public.ecr.aws", "ghcr.io", "https://eu.gcr.io"),
+            "12345678901.dkr.ecr.eu-west-1.amazonaws.com",
+            "team.dkr.ecr.eu-west-1.amazonaws.com",
+            "123456789012.dkr.ecr.amazonaws.com",
+            "api.ecr.eu-west-1.amazonaws.com",
+            "http://123456789012.dkr.ecr.eu-west-1.amazonaws.com",
+        ),
+        "give one such as https://",
+    ),
     "region": (("eu west", "EU-WEST-1", "europe", "eu-west-1\nx"), "give one such as eu-west-1"),
     "instance-auth": (("maybe", "2"), "true nor false"),
     "cache-key": (("$nonsense", "fixed", "$"), "$"),
-    "cache-limit": (("64 parsecs", "-1", "0", "1.5g"), "give one such as 64g"),
+    "cache-limit": (("64 parsecs", "-1", "0", "1.5g", "64", "64k", "1048575"), "64g"),
     "dns-resolver": (("dns.example", "8.8.8.8:0", ","), "system"),
     "namespace-pattern": (("(a", "a)|(b", "*"), "not a regular expression"),
     "port": (("0", "65536", "http", "-1"), "from 1 to 65535"),
@@ -101,7 +112,9 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "header-seconds": (("soon", "-1"), "give 0 or more"),
     "idle-seconds": (("soon", "-1"), "give 0 or more"),
     "send-seconds": (("soon", "-1"), "give 0 or more"),
-    "header-bytes": (("0", "-1", "1.5k"), "give one such as 64g"),
+    "header-bytes": (("0", "-1", "1.5k", "16", "511"), "give"),
+    "listen": (("5000", ":5000", "tcp:5000 127.0.0.1:5001", "http://localhost:5000"), "give tcp:500"),
+    "admin-listen": (("15101", "localhost:15101", "[::1]:15101"), "15101:interface="),
     "header-count": (("-1", "many", "1.5", "1" * 10), "give 0 for no limit"),
     "connections": (("-1", "many", "1.5", "1" * 10), "give 0 for no limit"),
     "connections-per-address": (("-1", "many", "1.5", "1" * 10), "give 0 for no limit"),
@@ -254,7 +267,7 @@ class SettingsTests(SynchronousTestCase):
         Who gave a flag is told of the flag, not of a variable.
         """
         for name, (texts, right) in WRONG.items():
-            for text in (*texts, ""):
+            for text in (*texts, *([""] if name != "listen" else [])):
                 line = self.problem({name: text}, MINIMUM)
                 self.assertTrue(line.startswith(f"--{name}={text!r}: "), line)
                 self.assertIn(right if text else ":", line)
@@ -287,18 +300,29 @@ class SettingsTests(SynchronousTestCase):
         line = self.problem({}, {**MINIMUM, "PROXY_SSL_CERTIFICATE": "/c.pem"})
         self.assertIn("PROXY_SSL_KEY is not set", line)
 
-    def test_client_certificates_need_our_own_tls(self) -> None:
-        """
-        A CA of clients that nobody would be asked for a certificate of is no protection.
-        """
-        line = self.problem({}, {**MINIMUM, "PROXY_CLIENT_CA": "/ca.pem"})
-        self.assertIn("PROXY_CLIENT_CA='/ca.pem'", line)
-        self.assertIn("PROXY_SSL_KEY", line)
-        tls = {"PROXY_SSL_KEY": "/k", "PROXY_SSL_CERTIFICATE": "/c", "PROXY_CLIENT_CA": "/ca.pem"}
-        self.assertEqual("/ca.pem", loaded(**tls).client_ca)
-        for listen in ("tcp:5000", "systemd:domain=INET6:name=x tcp:5000"):
-            self.assertIn("without PROXY_LISTEN", self.problem({}, {**MINIMUM, **tls, "PROXY_LISTEN": listen}))
-        self.assertEqual("/ca.pem", loaded(**tls, PROXY_LISTEN="systemd:domain=INET6:name=x").client_ca)
+    def test_what_is_in_a_file_is_not_taken_for_its_path_and_not_shown(self) -> None:
+        for name, text in (
+            ("ssl-key", "-----BEGIN PRIVATE KEY-----\nsecret"),
+            ("htpasswd", "ann:$2y$10$secret"),
+            ("htpasswd", "ann:$apr1$secret"),
+            ("htpasswd", "ann:secret"),
+        ):
+            line = self.problem({}, {**MINIMUM, EXAMPLES[name][0]: text})
+            self.assertTrue(line.startswith(f"{EXAMPLES[name][0]}: give the path"), line)
+            self.assertNotIn("secret", line)
+
+    def test_a_password_in_the_endpoint_is_refused_and_not_shown(self) -> None:
+        line = self.problem({}, {"PROXY_ECR_ENDPOINT": "https://AWS:secret@registry.test"})
+        self.assertIn("PROXY_ECR_ENDPOINT: holds a name or password", line)
+        self.assertNotIn("secret", line)
+
+    def test_a_tilde_is_not_taken_for_a_directory(self) -> None:
+        self.assertIn("write the directory out", self.problem({"cache-dir": "~/cache"}, MINIMUM))
+
+    def test_a_port_that_kubernetes_set_for_a_service_is_not_read(self) -> None:
+        self.assertEqual(5000, loaded(PROXY_PORT="tcp://10.0.0.1:5000").port)
+        self.assertEqual(80, loaded({"port": "80"}, PROXY_PORT="tcp://10.0.0.1:5000").port)
+        self.assertIn("not a port", self.problem({}, {**MINIMUM, "PROXY_PORT": "http://10.0.0.1:5000"}))
 
     def test_a_configuration_does_not_change(self) -> None:
         """

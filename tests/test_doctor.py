@@ -20,6 +20,7 @@ from ecrproxy.command.checkup.reach import Contact
 from ecrproxy.command.checkup.senses import Senses
 from ecrproxy.command.doctor import DOCTOR
 from ecrproxy.oci import Digest
+from ecrproxy.registry.egress import Proxy
 from tests.caller import NOW, Caller
 from tests.test_checkup_account import ARN, BODY, CONFIG
 from tests.test_checkup_machine import WELL
@@ -42,6 +43,7 @@ class World:
     touched: list[tuple[str, str, Mapping[str, str]]] = field(default_factory=list)
     addresses: dict[str, list[str]] = field(default_factory=dict)
     hanging: bool = False
+    through: list[str] = field(default_factory=list)
 
     def provider(self) -> Provider:
         return self._told("provider", Provider("iam-role"))
@@ -61,8 +63,17 @@ class World:
             raise self.problems[what]
         return answer
 
-    def touch(self, url: str, address: str, headers: Mapping[str, str], *, method: str = "GET") -> Contact:
+    def touch(
+        self,
+        url: str,
+        address: str,
+        headers: Mapping[str, str],
+        *,
+        method: str = "GET",
+        through: Proxy | None = None,
+    ) -> Contact:
         self.touched.append((url, address, headers))
+        self.through.append(str(through or ""))
         blob = f"/blobs/{Digest.of(CONFIG)}"
         shown = replace(AMAZON, until=NOW + 10**8)
         answers: dict[str, Contact] = {
@@ -165,8 +176,10 @@ class DoctorTests(SynchronousTestCase):
         """
         for each in ("provider", "identity", "token"):
             self.world.problems[each] = NoCredentialsError("no AWS credentials found")
+        del self.caller.variables["AWS_SECRET_ACCESS_KEY"]
         found = self.verdicts()
         self.assertEqual("failed", found["credentials"])
+        self.assertIn("hop limit must be 2", self.caller.stdout.getvalue())
         self.assertEqual(["skipped"] * 3, [found[each] for each in ("identity", "token", "permissions")])
         self.assertEqual(["ok"] * 4, [found[each] for each in ("registry", "clock", "bucket", "cache")])
 
@@ -199,7 +212,9 @@ class DoctorTests(SynchronousTestCase):
         """
         If it may be; if not, that is no failure.
         """
-        self.assertEqual("ok", self.verdicts()["ecr:BatchGetImage"])
+        found = self.verdicts()
+        for action in ("ecr:BatchGetImage", "ecr:BatchImportUpstreamImage", "ecr:CreateRepository"):
+            self.assertEqual("ok", found[action])
         self.world.problems["simulate"] = UnreachableError("no way to IAM")
         self.assertEqual("skipped", self.verdicts()["permissions"])
         self.assertEqual(0, self.caller.status)
@@ -220,6 +235,16 @@ class DoctorTests(SynchronousTestCase):
         self.assertEqual("failed", self.verdicts("--repository", "team/app:1")["bucket"])
         self.world.addresses[ECR] = ["127.0.0.1"]
         self.assertEqual("ok", self.verdicts("--repository", "team/app:1")["bucket"])
+
+    def test_registry_and_bucket_are_looked_at_through_the_egress_proxy(self) -> None:
+        self.caller.variables["HTTPS_PROXY"] = "http://ann:hidden@proxy.test:3128"
+        self.world.addresses.update({ECR: [], "prod.s3.eu-west-1.amazonaws.com": []})
+        found = self.verdicts("--repository", "team/app:1")
+        self.assertEqual(["ok"] * 4, [found[each] for each in ("resolver", "registry", "login", "bucket")])
+        self.assertEqual({"proxy.test:3128"}, set(self.world.through))
+        self.assertNotIn("hidden", self.call())
+        self.caller.variables["HTTPS_PROXY"] = "http://ann:hidden@"
+        self.assertIn("HTTPS_PROXY: not the URL", self.call() + self.caller.complaint)
 
     def test_a_registry_without_an_address_fails_once(self) -> None:
         """

@@ -279,6 +279,7 @@ class FetchTests(SynchronousTestCase):
         aws = FakeAws(self, {})
         problem = self.assertRaises(CredentialsError, fetch)
         self.assertTrue(str(problem).startswith("AWS_ACCESS_KEY_ID: no AWS credentials found"), problem)
+        self.assertIn("hop limit must be 2", str(problem))
         self.assertEqual([], aws.urls)
 
     def test_credentials_that_cannot_be_used_are_told(self) -> None:

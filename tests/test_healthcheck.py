@@ -33,6 +33,9 @@ class PlaceTests(SynchronousTestCase):
         given = {"PROXY_PORT": "6443", "PROXY_SSL_KEY": "/k", "PROXY_SSL_CERTIFICATE": "/c"}
         self.assertEqual(place_from(given), Place(("127.0.0.1", 6443), secure=True))
 
+    def test_is_not_taken_from_what_kubernetes_sets_for_a_service(self) -> None:
+        self.assertEqual(place_from({"PROXY_PORT": "tcp://10.0.0.1:6000"}), Place(("127.0.0.1", PORT)))
+
     def test_reads_endpoint_strings(self) -> None:
         """
         PROXY_LISTEN wins over the port, as it does in the daemon.

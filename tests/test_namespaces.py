@@ -131,6 +131,15 @@ class NamespacesTests(SynchronousTestCase):
 
 
 class PatternTests(DaemonTestCase):
+    def test_a_refusal_logs_the_pattern_once_per_repository(self) -> None:
+        self.start(pattern="team/.*")
+        for repository in ("other/app", "other/app", "team/app", "another"):
+            self.get(f"/v2/{repository}/manifests/latest")
+        refused = [line for line in self.logged().splitlines() if "PROXY_NAMESPACE_PATTERN='team/.*'" in line]
+        self.assertEqual(2, len(refused), refused)
+        for name, line in zip(("other/app", "another"), refused, strict=True):
+            self.assertIn(f"Refused {name}:", line)
+
     def test_a_client_is_told_that_the_pattern_is_too_slow(self) -> None:
         """
         A name that can't be judged in time is refused with 503, a line tells the operator, and ECR is not asked.

@@ -12,7 +12,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.command.prefetching.documents import images_in
 from ecrproxy.command.prefetching.images import ForeignImageError, listed_images, parse_image
-from ecrproxy.command.prefetching.platforms import Platform, choose
+from ecrproxy.command.prefetching.platforms import Platform, choose, offers
 from ecrproxy.oci import Digest
 
 ECR = "123456789012.dkr.ecr.eu-west-1.amazonaws.com"
@@ -97,7 +97,8 @@ def chosen(document: bytes, *platforms: str) -> list[int]:
     Tell the numbers of the manifests that are chosen.
     """
     numbers = {Digest.of(str(number).encode()): number for number in range(10)}
-    return [numbers[each.digest] for each in choose(document, [Platform.parse(text) for text in platforms])]
+    wanted = [Platform.parse(text) for text in platforms]
+    return [numbers[each.digest] for each in choose(list(offers(document)), wanted)]
 
 
 class PlatformTests(SynchronousTestCase):
@@ -202,6 +203,31 @@ class DocumentTests(SynchronousTestCase):
             self.assertIn("TAG is not set", str(raised.exception))
         with self.assertRaises(ValueError):
             list(images_in("image: a:${TAG:?say it}", {"TAG": "1"}))
+
+    def test_secrets_are_put_into_no_name(self) -> None:
+        named = (
+            *(
+                "AWS_SECRET_ACCESS_KEY",
+                "AWS_SESSION_TOKEN",
+                "AWS_ACCESS_KEY_ID",
+                "AWS_PROFILE",
+                "aws_secret_access_key",
+            ),
+            *("ECR_PROXY_PASSWORD", "PROXY_HTPASSWD", "HTTPS_PROXY", "https_proxy", "ECRPROXY_WORKER"),
+            *("GITHUB_TOKEN", "DB_PASSWORD", "DOCKER_AUTH_CONFIG", "SECRET", "NPM_TOKEN_RO", "API_KEY"),
+        )
+        for name in named:
+            for text in (f"a:${name}", f"a:${{{name}}}", f"a:${{{name}:-x}}", f"a:$$${name}"):
+                with self.assertRaises(ValueError) as raised:
+                    list(images_in(f'image: "{text}"', {name: "hidden"}))
+                self.assertIn(f"the variable {name} may hold a secret", str(raised.exception))
+                self.assertNotIn("hidden", str(raised.exception))
+
+    def test_account_and_region_may_stand_in_a_name(self) -> None:
+        text = "image: ${AWS_ACCOUNT_ID}.dkr.ecr.${AWS_REGION}.amazonaws.com/app:$TAG"
+        values = {"AWS_ACCOUNT_ID": "1", "AWS_REGION": "eu-west-1", "TAG": "2", "TOKENIZER_TAG": "3"}
+        self.assertEqual(["1.dkr.ecr.eu-west-1.amazonaws.com/app:2"], list(images_in(text, values)))
+        self.assertEqual(["a:3"], list(images_in("image: a:$TOKENIZER_TAG", values)))
 
     def test_what_is_no_yaml_is_one_line(self) -> None:
         """

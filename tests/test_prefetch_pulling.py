@@ -213,7 +213,57 @@ class PullerTests(SynchronousTestCase):
         self.proxy.content[f"/v2/app/manifests/{Digest.of(inner)}"] = (INDEX, inner)
         twice = [descriptor(INDEX, inner, platform={"os": "linux", "architecture": "amd64"})] * 2
         image = self.proxy.tag("app", "3", INDEX, json.dumps({"mediaType": INDEX, "manifests": twice}).encode())
-        self.assertEqual(2, self.puller.plan(image).manifests)
+        everything = Puller(Hands(self.proxy.ask, lambda: 0, self.slept.append, lambda: 0), [], self.moved.append)
+        self.assertEqual(2, everything.plan(image).manifests)
+        self.assertIn("not for linux/amd64", self.refused(image))
+
+    def index(self, *listed: dict[str, Any]) -> dict[str, Any]:
+        """
+        Have an index, and describe it.
+        """
+        body = json.dumps({"mediaType": INDEX, "manifests": listed}).encode()
+        self.proxy.content[f"/v2/app/manifests/{Digest.of(body)}"] = (INDEX, body)
+        return descriptor(INDEX, body)
+
+    def nested(self, *listed: dict[str, Any]) -> Image:
+        """
+        Tag an index.
+        """
+        return self.proxy.tag("app", "4", INDEX, json.dumps({"mediaType": INDEX, "manifests": listed}).encode())
+
+    def test_a_platform_is_found_in_an_index_of_indexes(self) -> None:
+        ours, other = (self.proxy.manifest("app", each) for each in (b"ours", b"other"))
+        linux = {"os": "linux", "architecture": "amd64"}
+        inner = self.index(
+            descriptor(MANIFEST, other, platform={"os": "linux", "architecture": "arm64"}),
+            descriptor(MANIFEST, ours, platform=linux),
+        )
+        for image in (self.nested(inner), self.nested(self.index(inner)), self.nested({**inner, "platform": linux})):
+            plan = self.puller.plan(image)
+            self.assertEqual({Digest.of(b"{}"), Digest.of(b"ours")}, {route.digest for route in plan.blobs})
+
+    def test_what_an_inner_index_lists_without_a_platform_is_for_that_of_the_index(self) -> None:
+        ours, other = (self.proxy.manifest("app", each) for each in (b"ours", b"other"))
+        kinds = [(other, "arm64"), (ours, "amd64")]
+        listed = [
+            {**self.index(descriptor(MANIFEST, body)), "platform": {"os": "linux", "architecture": each}}
+            for body, each in kinds
+        ]
+        plan = self.puller.plan(self.nested(*listed))
+        self.assertEqual({Digest.of(b"{}"), Digest.of(b"ours")}, {route.digest for route in plan.blobs})
+        self.assertEqual([], [path for _, path, _ in self.proxy.asked if path.endswith(listed[0]["digest"])])
+
+    def test_a_platform_that_is_in_no_inner_index_is_told_with_those_that_are(self) -> None:
+        arm = {"os": "linux", "architecture": "arm64"}
+        inner = self.index(descriptor(MANIFEST, self.proxy.manifest("app", b"other"), platform=arm))
+        self.assertEqual("not for linux/amd64; its platforms: linux/arm64", self.refused(self.nested(inner)))
+
+    def test_a_cache_of_buildkit_is_pulled_as_the_blobs_that_it_lists(self) -> None:
+        layers = [self.proxy.blob("app", each) for each in (b"one", b"two")]
+        config = self.proxy.blob("app", b"{}") | {"mediaType": "application/vnd.buildkit.cacheconfig.v0"}
+        image = self.nested(*layers, config)
+        self.assertEqual([True, True, True], self.pull(image))
+        self.assertEqual([False, False, False], self.pull(image))
 
     def test_a_broken_download_goes_on_where_it_was(self) -> None:
         """

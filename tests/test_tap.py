@@ -319,6 +319,7 @@ class WrongSettingTests(TapCase):
             "PROXY_PORT": "70000",
             "PROXY_TAG_TTL": "soon",
             "PROXY_ALLOW_FROM": "everywhere",
+            "PROXY_ADMIN_LISTEN": "15101",
         }.items():
             self.assert_dies(f"{variable}={text!r}: ", **{variable: text})
 
@@ -343,6 +344,37 @@ class WrongSettingTests(TapCase):
         self.assert_dies("AWS_REGION is not set", PROXY_ECR_ENDPOINT="http://moto:5000")
         self.assert_dies("PROXY_SSL_CERTIFICATE is not set", PROXY_SSL_KEY="/key.pem")
         self.assert_dies("PROXY_SSL_KEY is not set", PROXY_SSL_CERTIFICATE="/certificate.pem")
+
+    def test_settings_that_take_protection_away_are_told_with_all_that_is_wrong(self) -> None:
+        tls = {"PROXY_SSL_KEY": "/key.pem", "PROXY_SSL_CERTIFICATE": "/certificate.pem", "PROXY_LISTEN": "tcp:80"}
+        line = self.dies(lambda: self.run_with(PROXY_NAMESPACE_PATERN="a", PROXY_DEBUG="1", **tls))
+        for words in ("PROXY_NAMESPACE_PATTERN", "it serves plain HTTP", "PROXY_DEBUG"):
+            self.assertIn(words, line)
+        self.assert_dies("PROXY_ADMIN_LISTEN='tcp:5001' would let", PROXY_ADMIN_LISTEN="tcp:5001")
+        self.assertFalse((self.folder / "cache").exists())
+
+    def test_what_is_warned_of_is_told_where_something_else_ends_the_daemon(self) -> None:
+        blocked = self.folder / "file"
+        blocked.write_text("no directory")
+        line = self.dies(lambda: self.run_with(PROXY_CACHE_DIR=str(blocked), PROXY_DEBUG="1"))
+        self.assertIn("PROXY_DEBUG is not a setting", line)
+
+    def test_a_proxy_that_is_none_is_told_without_its_password(self) -> None:
+        line = self.dies(lambda: self.run_with(HTTPS_PROXY="socks5://ann:secret@proxy.test"))
+        self.assertIn("HTTPS_PROXY: a proxy of the kind socks5: is not known", line)
+        self.assertNotIn("secret", line)
+
+    def test_an_egress_proxy_is_told_at_the_start_without_its_password(self) -> None:
+        with capturedLogs() as events:
+            self.run_with(https_proxy="http://ann:secret@proxy.test:3128")
+        said = " ".join(filter(None, map(formatEvent, events)))
+        self.assertIn("through the egress proxy proxy.test:3128", said)
+        self.assertNotIn("secret", said)
+
+    def test_a_limit_is_held_against_the_disk(self) -> None:
+        with capturedLogs() as events:
+            self.run_with(PROXY_CACHE_LIMIT="999999t")
+        self.assertIn("the whole file system", " ".join(filter(None, map(formatEvent, events))))
 
     def test_a_cache_directory_that_cannot_be_written_is_told(self) -> None:
         """
@@ -748,6 +780,13 @@ class BuildTests(TapCase):
         del self.environ["PROXY_ECR_ENDPOINT"]
         self.assertIn("UPSTREAM is set", self.dies(lambda: self.run_with(UPSTREAM="https://ecr.example")))
 
+    def test_what_is_warned_of_is_logged_and_the_daemon_starts(self) -> None:
+        with capturedLogs() as events:
+            self.run_with(PROXY_LISTEN="tcp:80", PROXY_PORT="81", PROXY_NAMESPACE_PATTERN="team/*", PROXY_DEBUG="1")
+        said = "\n".join(filter(None, map(formatEvent, events)))
+        for words in ("PROXY_PORT is not used", "looks like a glob", "PROXY_DEBUG is not a setting"):
+            self.assertEqual(1, said.count(words), said)
+
     def test_the_operators_port_is_of_this_machine_alone(self) -> None:
         """
         Figures are not for everybody, unless the operator says so.
@@ -771,8 +810,8 @@ class BuildTests(TapCase):
         self.reactor.problem = OSError(98, "Address already in use")
         self.build(PROXY_LISTEN="tcp:80")
         self.assertIn(b"200 OK", answer(self.reactor, b"/healthz"))
-        said = self.dies(lambda: self.build(PROXY_LISTEN="tcp:80", PROXY_ADMIN_LISTEN="tcp:5001"))
-        self.assertIn("PROXY_ADMIN_LISTEN='tcp:5001'", said)
+        said = self.dies(lambda: self.build(PROXY_LISTEN="tcp:80", PROXY_ADMIN_LISTEN="tcp:5001:interface=localhost"))
+        self.assertIn("PROXY_ADMIN_LISTEN='tcp:5001", said)
 
     def test_the_chosen_name_servers_are_installed(self) -> None:
         """

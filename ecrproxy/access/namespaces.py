@@ -88,6 +88,14 @@ class Namespaces:
         if len(self._verdicts) >= REMEMBERED:
             del self._verdicts[next(iter(self._verdicts))]
         self._verdicts[repository] = verdict
+        if not verdict:
+            log.warn(
+                "Refused {repository}: PROXY_NAMESPACE_PATTERN={pattern!r} does not match its whole name;"
+                " change the pattern if clients may pull it",
+                repository=repository,
+                pattern=self._pattern.pattern,
+                once=repository,
+            )
         return verdict
 
     def _matches(self, repository: str) -> bool:

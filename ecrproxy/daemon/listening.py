@@ -21,7 +21,7 @@ from zope.interface import implementer
 
 from ecrproxy.daemon.tls import Certificate, CertificateError
 from ecrproxy.daemon.workers import BACKLOG, HandedDown
-from ecrproxy.settings.config import FROM_SYSTEMD, Config, ConfigError
+from ecrproxy.settings.config import ADMIN_LISTEN, FROM_SYSTEMD, Config, ConfigError
 
 if TYPE_CHECKING:
     from twisted.internet.interfaces import IListeningPort, IStreamServerEndpoint
@@ -216,7 +216,8 @@ def _from_string(text: str, reactor: Any, variable: str) -> Any:  # noqa: ANN401
             endpoint._sslContextFactory.getContext()  # noqa: SLF001 (a pair that can't be used shows only here)
     except Exception as problem:
         why = str(problem) or type(problem).__name__
-        raise ConfigError(f"{variable}={text!r}: {why}; give an endpoint string such as tcp:5000") from problem
+        example = ADMIN_LISTEN if variable == "PROXY_ADMIN_LISTEN" else "tcp:5000"
+        raise ConfigError(f"{variable}={text!r}: {why}; give an endpoint string such as {example}") from problem
     return endpoint
 
 

@@ -10,14 +10,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
+from twisted.internet.defer import fail
 from twisted.internet.error import ConnectError, DNSLookupError
+from twisted.logger import Logger
 from twisted.python.failure import Failure
 from twisted.web._newclient import HEADER, STATUS, HTTP11ClientProtocol
 from twisted.web.client import URI, Agent, BrowserLikePolicyForHTTPS, HTTPConnectionPool, _HTTP11ClientFactory
 from twisted.web.iweb import IAgent
 from zope.interface import implementer
 
-from ecrproxy.registry.guard import Guard, GuardedReactor
+from ecrproxy.registry.egress import CONNECT_SECONDS, Egress, Tunnels, is_plain_name
+from ecrproxy.registry.guard import ForbiddenAddressError, Guard, GuardedReactor
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,10 +30,11 @@ if TYPE_CHECKING:
     from twisted.web.http_headers import Headers
     from twisted.web.iweb import IBodyProducer, IPolicyForHTTPS, IResponse
 
+log = Logger()
+
 IDLE_CONNECTIONS: Final = 32
 """Idle upstream connections kept for each host."""
 IDLE_SECONDS: Final = 90
-CONNECT_SECONDS: Final = 10
 HEADERS_LIMIT: Final = 16 * 2**10
 """The most bytes before a body, interim answers included: twice what nginx takes, whose proxies ECR is used with."""
 
@@ -115,6 +119,8 @@ class UpstreamAgent:
 
     @param registry: the registry's URL.
     @param forget: told the name of a host that can't be connected to: what it resolved to may be out of date.
+    @param egress: which hosts are reached through a proxy.
+    @param outside: the reactor by which the proxy's own name is resolved.
     """
 
     def __init__(
@@ -123,13 +129,18 @@ class UpstreamAgent:
         registry: str,
         forget: Callable[[str], None] = lambda _: None,
         policy: IPolicyForHTTPS | None = None,
+        egress: Egress = Egress(),  # noqa: B008 (it is frozen)
+        outside: Any = None,  # noqa: ANN401
     ) -> None:
-        self._host, self._forget = _host(registry.encode()), forget
+        self._host, self._forget, self._egress = _host(registry.encode()), forget, egress
         guard, pool, policy = Guard(), connection_pool(reactor), policy or BrowserLikePolicyForHTTPS()
         self._registry, self._targets = (
             Agent(GuardedReactor(reactor, ask), policy, connectTimeout=CONNECT_SECONDS, pool=pool)
             for ask in (guard.pass_registry, guard.pass_target)
         )
+        if egress.proxy is not None:
+            tunnels = Tunnels(outside or reactor, egress.proxy, policy)
+            self._tunnels = Agent.usingEndpointFactory(reactor, tunnels, pool)
 
     def request(
         self, method: bytes, uri: bytes, headers: Headers | None = None, bodyProducer: IBodyProducer | None = None
@@ -139,8 +150,19 @@ class UpstreamAgent:
         """
         host = _host(uri)
         agent = self._registry if host == self._host else self._targets
+        if self._is_behind_proxy(uri):
+            if host != self._host and not is_plain_name(host):
+                log.error("ECR redirects to {host}, where the proxy does not go", host=host)
+                said = "ECR redirects to an address where the proxy does not go"
+                return fail(ForbiddenAddressError(502, "UNAVAILABLE", said))
+            agent = self._tunnels
         asked: Deferred[IResponse] = agent.request(method, uri, headers, bodyProducer)
         return asked.addErrback(self._failed, host)
+
+    def _is_behind_proxy(self, uri: bytes) -> bool:
+        parts = URI.fromBytes(uri)
+        secure: bool = parts.scheme == b"https"
+        return secure and self._egress.proxy_for(parts.host.decode("latin-1"), parts.port) is not None
 
     def _failed(self, failure: Failure, host: str) -> Failure:
         if failure.check(ConnectError, DNSLookupError):

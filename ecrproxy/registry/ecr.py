@@ -168,7 +168,7 @@ def _none_found(*, instance_auth: bool) -> Exception:
         )
     return CredentialsError(
         "AWS_ACCESS_KEY_ID: no AWS credentials found; set it with AWS_SECRET_ACCESS_KEY, or AWS_PROFILE,"
-        " or run where a role is attached"
+        " or run where a role is attached (behind a container's bridge the metadata hop limit must be 2)"
     )
 
 

@@ -1,20 +1,39 @@
 """
-What is wrong, in one line on stderr: for who started the daemon, whatever becomes of the log.
+What is wrong with the settings, and how it is said: in one line on stderr, whatever becomes of the log.
 """
 
 from __future__ import annotations
 
 import select
 import sys
+from dataclasses import dataclass
 from typing import IO, Final, NoReturn
 
 _PATIENCE: Final = 1.0
 """Seconds for which a line waits for room in a pipe."""
 
 
+@dataclass(frozen=True, slots=True)
+class Complaint:
+    """
+    Something that is wrong with the settings, although each of them can be read.
+
+    @ivar said: what is wrong, and why.
+    @ivar advice: what to do about it.
+    @ivar grave: whether the daemon must not start: protection would be lost, or the value cannot be meant.
+    """
+
+    said: str
+    advice: str
+    grave: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.said}; {self.advice}"
+
+
 def say(line: str, mark: str = "") -> None:
     """
-    Say it.
+    Write one line to stderr.
 
     @param mark: comes before it.
     """
@@ -23,7 +42,7 @@ def say(line: str, mark: str = "") -> None:
 
 def write(line: str) -> None:
     """
-    Write a line as it is.
+    Write a line to stderr as it is.
     """
     stderr = sys.__stderr__  # twistd makes a log of sys.stderr
     if stderr is not None and _takes_a_line(stderr):
@@ -46,7 +65,7 @@ def _takes_a_line(file: IO[str]) -> bool:
 
 def die(line: str) -> NoReturn:
     """
-    Say it, and end.
+    Write one line to stderr, and exit with status 1.
     """
     say(line)
     sys.exit(1)

@@ -20,13 +20,17 @@ from ecrproxy.cache.cache_key import CacheKey
 from ecrproxy.registry.quotas import Quotas
 from ecrproxy.settings.values import (
     Network,
+    SecretError,
     Server,
     parse_admin,
     parse_connections,
     parse_count,
     parse_endpoint,
     parse_flag,
+    parse_header_bytes,
     parse_hosts,
+    parse_limit,
+    parse_listen,
     parse_log_format,
     parse_log_level,
     parse_networks,
@@ -37,11 +41,11 @@ from ecrproxy.settings.values import (
     parse_region,
     parse_resolver,
     parse_seconds,
-    parse_size,
     parse_tries,
     parse_workers,
     region_of,
 )
+from ecrproxy.settings.variables import service_of
 
 
 class ConfigError(Exception):
@@ -81,6 +85,8 @@ class Setting:
         """
         try:
             return self.parse(text)
+        except SecretError as problem:
+            raise ConfigError(f"{source}: {problem}") from None
         except ValueError as problem:
             line = " ".join(str(problem).split())  # re's own words hold what was given, line ends included
             raise ConfigError(f"{source}={text[:200]!r}: {line}") from None
@@ -108,7 +114,13 @@ SETTINGS: Final[Sequence[Setting]] = (
     Setting(
         "cache-key", "PROXY_CACHE_KEY", CacheKey.parse, "$uri", "template of nginx variables that names a cache entry"
     ),
-    Setting("cache-limit", "PROXY_CACHE_LIMIT", parse_size, "64gb", "the most that the cache directory may hold"),
+    Setting(
+        "cache-limit",
+        "PROXY_CACHE_LIMIT",
+        parse_limit,
+        "64gb",
+        "the most that the cache directory may hold, at least 1m",
+    ),
     Setting(
         "cache-dir",
         "PROXY_CACHE_DIR",
@@ -152,7 +164,7 @@ SETTINGS: Final[Sequence[Setting]] = (
         "none",
         "networks that clients must be in; all others are refused",
     ),
-    Setting("listen", "PROXY_LISTEN", str.split, "made from port and TLS files", "Twisted endpoint strings"),
+    Setting("listen", "PROXY_LISTEN", parse_listen, "made from port and TLS files", "Twisted endpoint strings"),
     Setting(
         "admin-listen",
         "PROXY_ADMIN_LISTEN",
@@ -273,7 +285,13 @@ SETTINGS: Final[Sequence[Setting]] = (
         "300",
         "seconds for which a client may take nothing of its answer; 0 for no limit",
     ),
-    Setting("header-bytes", "PROXY_HEADER_BYTES", parse_size, "16k", "bytes of a request's line and headers together"),
+    Setting(
+        "header-bytes",
+        "PROXY_HEADER_BYTES",
+        parse_header_bytes,
+        "16k",
+        "bytes of a request's line and headers together",
+    ),
     Setting("header-count", "PROXY_HEADER_COUNT", parse_count, "100", "headers of a request; 0 for no limit"),
     Setting("connections", "PROXY_CONNECTIONS", parse_count, "10000", "connections of clients in all; 0 for no limit"),
     Setting(
@@ -381,12 +399,23 @@ def read_settings(names: Iterable[str], flags: Mapping[str, str], environ: Mappi
     return _values(_texts(flags, environ), [each for each in SETTINGS if each.name in set(names)])
 
 
+def given(flags: Mapping[str, str], environ: Mapping[str, str]) -> dict[str, str]:
+    """
+    Return the flag or variable that each setting is given by, by setting name; defaults are left out.
+    """
+    return {name: source for name, (_, source) in _given(flags, environ).items()}
+
+
+def _given(flags: Mapping[str, str], environ: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    by_flag = {each.name: (flags[each.name], f"--{each.name}") for each in SETTINGS if flags.get(each.name) is not None}
+    return {**_from_environment(environ), **by_flag}
+
+
 def _texts(flags: Mapping[str, str], environ: Mapping[str, str]) -> dict[str, tuple[str, str]]:
     """
     Give what is set, and where.
     """
-    given = {each.name: (flags[each.name], f"--{each.name}") for each in SETTINGS if flags.get(each.name) is not None}
-    return {**_defaults(environ), **_from_environment(environ), **given}
+    return {**_defaults(environ), **_given(flags, environ)}
 
 
 def _values(texts: Mapping[str, tuple[str, str]], settings: Iterable[Setting]) -> dict[str, Any]:
@@ -408,7 +437,11 @@ def _defaults(environ: Mapping[str, str]) -> dict[str, tuple[str, str]]:
 
 
 def _from_environment(environ: Mapping[str, str]) -> dict[str, tuple[str, str]]:
-    texts = {each.name: (environ[each.variable], each.variable) for each in SETTINGS if environ.get(each.variable)}
+    texts = {
+        each.name: (environ[each.variable], each.variable)
+        for each in SETTINGS
+        if environ.get(each.variable) and service_of(each.variable, environ[each.variable]) is None
+    }
     if environ.get("AWS_DEFAULT_REGION"):
         texts.setdefault("region", (environ["AWS_DEFAULT_REGION"], "AWS_DEFAULT_REGION"))
     return texts
@@ -420,12 +453,6 @@ def _check_tls(values: Mapping[str, Any]) -> None:
         if values["ssl_key"] is None:
             missing, given = given, missing
         raise ConfigError(f"{missing} is not set, but {given} is: TLS needs both, plain HTTP neither")
-    others = [text for text in values["listen"] if not text.startswith(FROM_SYSTEMD)]
-    if values["client_ca"] is not None and (values["ssl_key"] is None or others):
-        raise ConfigError(
-            f"PROXY_CLIENT_CA={values['client_ca']!r}: certificates are asked for where PROXY_SSL_KEY and"
-            " PROXY_SSL_CERTIFICATE make TLS, without PROXY_LISTEN but for systemd:; set these two, or unset it"
-        )
 
 
 def _region(values: Mapping[str, Any], texts: Mapping[str, tuple[str, str]]) -> str:

@@ -7,8 +7,10 @@ not read, for some of them, as C{PORT}, are set by others for other reasons: who
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Final
+
+from ecrproxy.settings.complaints import Complaint
 
 _ANCESTOR: Final = {
     "UPSTREAM": "PROXY_ECR_ENDPOINT",
@@ -22,17 +24,17 @@ _ANCESTOR: Final = {
     "AWS_USE_EC2_ROLE_FOR_AUTH": "AWS_INSTANCE_AUTH",
 }
 _MEANINGLESS: Final = {"PROXY_LISTENER_OPTIONS": "HTTP/2 is not offered, and TLS needs no options"}
+PREDECESSORS: Final = frozenset({*_ANCESTOR, *_MEANINGLESS})
+"""Their variables."""
 
 
-def notices(environ: Mapping[str, str]) -> Sequence[str]:
+def notices(environ: Mapping[str, str]) -> Iterator[Complaint]:
     """
     Say of each variable of a predecessor that is set what to set instead; nothing where that is set too.
     """
-    renamed = [
-        f"{old} is set, which this proxy does not read: set {new}"
-        for old, new in _ANCESTOR.items()
-        if environ.get(old) and not environ.get(new.partition(" ")[0])
-    ]
-    return renamed + [
-        f"{name} is set, which means nothing here: {why}" for name, why in _MEANINGLESS.items() if environ.get(name)
-    ]
+    for old, new in _ANCESTOR.items():
+        if environ.get(old) and not environ.get(new.partition(" ")[0]):
+            yield Complaint(f"{old} is set, which this proxy does not read", f"set {new}; see docs/moving.rst")
+    for name, why in _MEANINGLESS.items():
+        if environ.get(name):
+            yield Complaint(f"{name} is set, which means nothing here: {why}", "unset it; see docs/moving.rst")

@@ -17,9 +17,35 @@ from ecrproxy.addresses import is_address
 _UNITS: Final = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 _SIZE = re.compile(r"([0-9]{1,18})\s*(?:([kmgt])(?:i?b)?|b)?", re.IGNORECASE | re.ASCII)
 _HOST = re.compile(r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?(?:\.[a-z0-9](?:[a-z0-9-]*[a-z0-9])?)*", re.IGNORECASE)
+_HASH = re.compile(r":\$(?:2[abxy]|apr1|[156])\$")
 _REGION = re.compile(r"[a-z]{2,}(?:-[a-z]+)+-[0-9]+")
 # 123456789012.dkr.ecr.REGION.amazonaws.com, -fips, .cn, .eu, dual-stack dkr-ecr.REGION.on.aws: field notes C11.
 _ECR_HOST = re.compile(r"([0-9]{12})\.dkr[.-]ecr(?:-fips)?\.([a-z0-9-]+)\..+")
+_AWS_HOST = re.compile(
+    r".*\.(?:amazonaws\.com|amazonaws\.com\.cn|amazonaws\.eu|on\.aws|on\.amazonwebservices\.com\.cn)"
+)
+_ISOLATED_HOST = re.compile(r".*\.(?:c2s\.ic\.gov|sc2s\.sgov\.gov|cloud\.adc-e\.uk|csp\.hci\.ic\.gov|on\.aws\.\w.*)")
+_OTHER_REGISTRY = re.compile(
+    r"(?:.+\.)?(?:docker\.io|docker\.com|public\.ecr\.aws|ghcr\.io|quay\.io|gcr\.io|pkg\.dev|registry\.k8s\.io"
+    r"|mcr\.microsoft\.com|azurecr\.io|registry\.gitlab\.com)"
+)
+_EXAMPLE: Final = "https://123456789012.dkr.ecr.eu-west-1.amazonaws.com"
+_REGIONS: Final = """
+    af-south-1 ap-east-1 ap-east-2 ap-northeast-1 ap-northeast-2 ap-northeast-3 ap-south-1 ap-south-2
+    ap-southeast-1 ap-southeast-2 ap-southeast-3 ap-southeast-4 ap-southeast-5 ap-southeast-6 ap-southeast-7
+    ca-central-1 ca-west-1 cn-north-1 cn-northwest-1 eu-central-1 eu-central-2 eu-isoe-west-1 eu-north-1
+    eu-south-1 eu-south-2 eu-west-1 eu-west-2 eu-west-3 eusc-de-east-1 il-central-1 me-central-1 me-south-1
+    me-west-1 mx-central-1 sa-east-1 sa-west-1 us-east-1 us-east-2 us-gov-east-1 us-gov-west-1 us-iso-east-1
+    us-iso-west-1 us-isob-east-1 us-isob-west-1 us-isof-east-1 us-isof-south-1 us-west-1 us-west-2
+"""
+REGIONS: Final = frozenset(_REGIONS.split())
+"""The regions that botocore 1.43's partitions.json has: a newer one is only warned of."""
+LEAST_LIMIT: Final = 2**20
+LEAST_HEADERS: Final = 512
+_NO_LITERALS = re.compile(r"\\.|\[\^?\]?[^]]*\]|\{[0-9,]*\}|\(\?(?:[a-zA-Z-]*[:)]|P?<\w*>|[=!>|]|<[=!])")
+_HOST_AND_PORT = re.compile(
+    r"(?:https?://)?(?:\[([0-9a-f:]+)\]|(\*|localhost|[\w-]+(?:\.[\w-]+)+|)):([0-9]{1,5})/?", re.ASCII
+)
 _PORTS = 65535
 _DNS_PORT = 53
 
@@ -28,10 +54,18 @@ Server = tuple[str, int]
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
+class SecretError(ValueError):
+    """
+    What would be right, where the text that was given may be a secret and must not be shown.
+    """
+
+
 def parse_endpoint(text: str) -> str:
     """
     Read a registry's URL; a bare host means https.
     """
+    if "@" in text:
+        raise SecretError(f"holds a name or password; give the URL alone, such as {_EXAMPLE}")
     url = text.strip() if "://" in text else f"https://{text.strip()}"
     try:
         parts = urlsplit(url)
@@ -41,11 +75,42 @@ def parse_endpoint(text: str) -> str:
     host = parts.hostname or ""
     good = parts.scheme in ("http", "https") and (_HOST.fullmatch(host) or is_address(host)) and port != 0
     if not good or parts.path not in ("", "/") or parts.query or parts.fragment or "@" in parts.netloc:
-        raise ValueError(
-            "not the URL of a registry; give one such as https://123456789012.dkr.ecr.eu-west-1.amazonaws.com"
-        )
+        raise ValueError(f"not the URL of a registry; give one such as {_EXAMPLE}")
+    if (why := _no_registry_of_ecr(parts.scheme, host)) is not None:
+        raise ValueError(f"{why}; give one such as {_EXAMPLE}")
     bracketed = f"[{host}]" if ":" in host else host
     return f"{parts.scheme}://{bracketed}" + (f":{port}" if port else "")
+
+
+def _no_registry_of_ecr(scheme: str, host: str) -> str | None:
+    """
+    Say why a host is certainly no private registry of ECR; names that are not AWS's may stand for any.
+    """
+    first, _, rest = host.partition(".")
+    why = None
+    if _OTHER_REGISTRY.fullmatch(host):
+        why = "not a private registry of ECR"
+    elif not _AWS_HOST.fullmatch(host) or first.startswith("vpce-"):
+        pass
+    elif scheme == "http":
+        why = "ECR speaks https alone"
+    elif not re.match(r"dkr[.-]ecr", rest):
+        why = "a host of AWS that is no registry"
+    elif not re.fullmatch(r"[0-9]{12}", first):
+        why = f"an account has 12 digits, unlike {first!r}"
+    elif not _REGION.fullmatch(region_of(f"https://{host}") or ""):
+        why = "a registry's name has its region"
+    return why
+
+
+def endpoint_in_doubt(endpoint: str) -> str | None:
+    """
+    Say what is odd about a registry's URL that looks almost like ECR's.
+    """
+    host = urlsplit(endpoint).hostname or ""
+    if ".ecr." not in host or _AWS_HOST.fullmatch(host) or _ISOLATED_HOST.fullmatch(host):
+        return None
+    return "the name resembles ECR's, but its end is none of AWS's"
 
 
 def parse_region(text: str) -> str:
@@ -98,6 +163,26 @@ def parse_size(text: str) -> int:
     return int(found[1]) * _UNITS[(found[2] or "").lower()]
 
 
+def parse_limit(text: str) -> int:
+    """
+    Read how much the cache may hold.
+    """
+    size = parse_size(text)
+    if size < LEAST_LIMIT:
+        raise ValueError(f"{size} bytes hold no image; give a unit, as in 64g, and 1m at least")
+    return size
+
+
+def parse_header_bytes(text: str) -> int:
+    """
+    Read how many bytes the headers of a request may have.
+    """
+    size = parse_size(text)
+    if size < LEAST_HEADERS:
+        raise ValueError(f"{size} bytes hold no client's headers; give a unit, as in 16k, and {LEAST_HEADERS} at least")
+    return size
+
+
 def parse_pattern(text: str) -> regex.Pattern[str]:
     """
     Read a regular expression that a repository's whole name must match.
@@ -108,6 +193,25 @@ def parse_pattern(text: str) -> regex.Pattern[str]:
         return regex.compile(text)  # fullmatch() takes it as one group
     except (regex.error, OverflowError, RecursionError, MemoryError) as problem:
         raise ValueError(f"not a regular expression: {problem}") from None
+
+
+def pattern_in_doubt(pattern: regex.Pattern[str]) -> str | None:
+    """
+    Say why a pattern probably matches other names than those that are meant.
+    """
+    # What is left has no escapes, classes and counts, nor what groups begin with.
+    plain = _NO_LITERALS.sub("\0", pattern.pattern)
+    if re.search(r"dkr\\?[.-]ecr", pattern.pattern):
+        return "has the registry's host, which is no part of a repository's name"
+    if re.search(r"(?:^|[\w/-])\*", plain):
+        return "looks like a glob: in a regular expression * repeats what is before it, and .* stands for anything"
+    if found := re.search(r"[,;:@%\"'\s]", plain):
+        return f"has {found[0]!r}, which no repository's name has: alternatives are separated by |"
+    if re.search(r"[A-Z]", plain) and not pattern.flags & regex.IGNORECASE:
+        return "has capital letters, which no repository's name has"
+    if re.search(r"(?:^|\|)\^?/|/\$?(?:$|\|)", plain):
+        return "begins or ends with /, as no repository's name does: it must match the whole name"
+    return None
 
 
 def parse_resolver(text: str) -> tuple[Server, ...] | None:
@@ -213,7 +317,37 @@ def parse_admin(text: str) -> str | None:
     """
     Read an endpoint string; none for C{off}.
     """
-    return None if text == "off" else text
+    if text == "off":
+        return None
+    meant = _endpoint_meant(text, "127.0.0.1") if text else "one such as tcp:5001:interface=127.0.0.1"
+    if meant is not None:
+        raise ValueError(f"not an endpoint string; give {meant}, or off")
+    return text
+
+
+def parse_listen(text: str) -> list[str]:
+    """
+    Read endpoint strings, separated by space.
+    """
+    words = text.split()
+    for word in words:
+        if (meant := _endpoint_meant(word)) is not None:
+            raise ValueError(f"{word!r} is not an endpoint string; give {meant}")
+    return words
+
+
+def _endpoint_meant(text: str, interface: str = "") -> str | None:
+    """
+    Give the endpoint string that is meant by a port alone, or an address and a port.
+
+    @param interface: of a port alone.
+    """
+    found = _HOST_AND_PORT.fullmatch(f":{text}" if text.isdecimal() else text)
+    if found is None:
+        return None
+    escaped = (found[1] or "").replace(":", r"\:")
+    host = escaped or ("" if found[2] == "*" else found[2]) or interface
+    return f"tcp{'6' if escaped else ''}:{found[3]}" + (f":interface={host}" if host else "")
 
 
 def parse_workers(text: str) -> int:
@@ -258,6 +392,10 @@ def parse_path(text: str) -> str:
     """
     Read a path: any but an empty one.
     """
+    if "-----BEGIN" in text or _HASH.search(text) or re.fullmatch(r"[^/]+:[^/]+", text):
+        raise SecretError("give the path of a file, not what is in it")
     if not text or "\0" in text:
         raise ValueError("not a path")
+    if text.startswith("~"):
+        raise ValueError("nothing replaces ~ here; write the directory out")
     return text

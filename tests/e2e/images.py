@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .asking import ask
-from .clients import Docker, Skopeo
+from .clients import Client, Docker, Skopeo
 
 INDEX = "application/vnd.oci.image.index.v1+json"
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
@@ -211,6 +211,21 @@ def push_tags(registry: str, image: Image, tags: int) -> None:
         done = ask(f"{url}/build-{number:04}", "PUT", {"Content-Type": INDEX}, body)
         if done.status != 201:
             raise RuntimeError(f"tag {number}: {done}")
+
+
+def push_feature(oras: Client, registry: str) -> None:
+    """
+    Push a feature of dev containers, as their command publishes it.
+    """
+    about = json.dumps({"id": "feature", "version": "1.0.0"})
+    (oras.home / "feature.json").write_text("{}")
+    with tarfile.open(oras.home / "feature.tgz", "w:gz") as packed:
+        packed.addfile(tarfile.TarInfo("install.sh"))
+    oras.run(
+        *("oras", "push", "--plain-http", "--annotation", f"dev.containers.metadata={about}"),
+        *("--config", "feature.json:application/vnd.devcontainers", f"{registry}/team/feature:1"),
+        "feature.tgz:application/vnd.devcontainers.layer.v1+tar",
+    )
 
 
 def push(skopeo: Skopeo, source: str, target: str) -> None:

@@ -4,10 +4,12 @@
 set -euf
 
 packages="docker.io docker-registry skopeo podman haproxy debootstrap prometheus python3-venv containerd curl openssl apache2-utils man-db mandoc"
-packages="$packages chromium chromium-driver fonts-inter zsh fish"
+packages="$packages chromium chromium-driver fonts-inter zsh fish proot"
 
 # Newer releases keep the docker command in a package of its own, which older ones don't have.
 [ -x /usr/bin/docker ] || packages="$packages docker-cli?"
+# Node.js as the machine has it, from wherever; else the distribution's.
+command -v npm > /dev/null || packages="$packages nodejs npm"
 # systemd's own program that starts a daemon with a socket, as systemd does.
 [ -x /usr/bin/systemd-socket-activate ] || packages="$packages systemd"
 

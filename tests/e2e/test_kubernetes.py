@@ -178,7 +178,7 @@ def test_the_operators_port_is_open_to_prometheus_alone(tmp_path: Path) -> None:
     """
     plain, watched = overlay(tmp_path / "plain", []), overlay(tmp_path / "watched", ["service-monitor"])
     assert "PROXY_ADMIN_LISTEN" not in plain.settings
-    assert watched.settings["PROXY_ADMIN_LISTEN"] == "tcp:5001"
+    assert watched.settings["PROXY_ADMIN_LISTEN"] == "tcp:5001:interface=0.0.0.0"
     monitor: Manifest = watched.one("ServiceMonitor")
     assert monitor["apiVersion"] == "monitoring.coreos.com/v1"
     assert set(monitor["spec"]) == {"jobLabel", "selector", "endpoints"}

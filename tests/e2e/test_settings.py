@@ -56,6 +56,9 @@ WRONG: dict[str, tuple[Settings, str, str]] = {
     "bad resolver": ({"PROXY_DNS_RESOLVER": "dns.example"}, "PROXY_DNS_RESOLVER", "dns.example"),
     "bad tag life": ({"PROXY_TAG_TTL": "soon"}, "PROXY_TAG_TTL", "soon"),
     "bad endpoint string": ({"PROXY_LISTEN": "carrier:pigeon"}, "PROXY_LISTEN", "carrier:pigeon"),
+    "misspelt variable": ({"PROXY_NAMESPACE_PATERN": "team/.*"}, "PROXY_NAMESPACE_PATTERN", ""),
+    "open admin port": ({"PROXY_ADMIN_LISTEN": "tcp:15101"}, "PROXY_ADMIN_LISTEN", "interface=127.0.0.1"),
+    "another registry": ({"PROXY_ECR_ENDPOINT": "docker.io"}, "PROXY_ECR_ENDPOINT", "docker.io"),
     "cache that can't be": ({"PROXY_CACHE_DIR": "/dev/null/x"}, "PROXY_CACHE_DIR", "/dev/null/x"),
 }
 

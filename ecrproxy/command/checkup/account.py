@@ -36,6 +36,11 @@ NEEDED: Final = (
 """Without these nothing can be pulled."""
 USEFUL: Final = {"ecr:ListImages": "list tags", "ecr:ListImageReferrers": "find signatures by the referrers API"}
 """What clients can't do without these."""
+IMPORTING: Final = {
+    "ecr:BatchImportUpstreamImage": "bring in images and tags that ECR has not cached yet",
+    "ecr:CreateRepository": "bring in the first image of a repository",
+}
+"""What repositories of ECR's own pull-through cache rules need these for; no others need them."""
 
 # "User: arn:aws:sts::1:assumed-role/r/s is not authorized to perform: ecr:BatchGetImage on resource: arn:aws:ecr:..
 # because no identity-based policy allows the ecr:BatchGetImage action" (IAM user guide, "Access denied messages").
@@ -51,6 +56,7 @@ _BECAUSE: Final = (
     ("no session policy allows", "the session's policy has to allow it"),
 )
 _ROLE = re.compile(r"arn:(aws[\w-]*):sts::(\d{12}):assumed-role/([^/]+)/.+")
+_HOPS: Final = "in a container the metadata hop limit must be 2, see the line about metadata"
 _CLOCK_ADVICE: Final = "set this machine's clock, and keep it right: chrony or systemd-timesyncd"
 
 
@@ -121,8 +127,8 @@ def _where_from(environ: Mapping[str, str], *, instance_auth: bool) -> str:
     if bool(environ.get("AWS_ACCESS_KEY_ID")) != bool(environ.get("AWS_SECRET_ACCESS_KEY")):
         return "set both AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
     if instance_auth:
-        return "attach a role to the instance, task or pod; see the line about the metadata service"
-    return "attach a role to the instance, task or pod, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        return f"attach a role to the instance, task or pod; {_HOPS}"
+    return f"attach a role to the instance, task or pod ({_HOPS}), or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
 
 
 def look_at_identity(identity: Once[Identity], registry: str | None) -> Iterator[Finding]:
@@ -190,6 +196,12 @@ def judge_simulation(decisions: Mapping[str, str]) -> Iterator[Finding]:
     for action, decision in decisions.items():
         if decision == "allowed":
             yield ok(action, "allowed, by the policies of the identity itself")
+        elif action in IMPORTING:
+            yield ok(
+                action,
+                f"IAM says {decision}; only repositories of a pull-through cache rule need it",
+                f"allow it if there are any and clients are to {IMPORTING[action]}",
+            )
         elif action in USEFUL:
             yield warning(action, f"IAM says {decision}", f"allow it if clients are to {USEFUL[action]}")
         else:
@@ -209,8 +221,12 @@ def judge_call(action: str, status: int, message: str, good: Collection[int]) ->
     advice = permission_advice(message)
     if missing is not None and action in USEFUL:
         return warning(action, "refused by ECR", f"{advice}, if clients are to {USEFUL[action]}")
+    if missing in IMPORTING:
+        advice += f": a repository of a pull-through cache rule needs it to {IMPORTING[missing]}"
     if missing is not None:
         return failed(action, f"refused by ECR: {missing}", advice)
     if status in (401, 403):
         return failed(action, f"ECR answers {status}: {message}", "see the lines about token and identity")
-    return skipped(action, f"can't be told: ECR answers {status} {message}".rstrip())
+    importing = f"if a pull-through cache rule is to make it, allow {' and '.join(IMPORTING)}"
+    advice = importing if status == 404 else ""  # noqa: PLR2004
+    return skipped(action, f"can't be told: ECR answers {status} {message}".rstrip(), advice)

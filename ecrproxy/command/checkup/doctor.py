@@ -10,7 +10,6 @@ from typing import Final
 from urllib.parse import urlsplit
 
 from ecrproxy.command.checkup import account, metadata, names, ports
-from ecrproxy.command.checkup.contradictions import judge_files, look_at_files, look_at_settings
 from ecrproxy.command.checkup.disk import judge_directory, judge_room
 from ecrproxy.command.checkup.findings import (
     Check,
@@ -28,10 +27,13 @@ from ecrproxy.command.checkup.network import judge_clock, look_at_host
 from ecrproxy.command.checkup.permissions import Trial
 from ecrproxy.command.checkup.reach import Contact, split
 from ecrproxy.command.checkup.senses import Senses
+from ecrproxy.command.checkup.settings import judge_files, look_at_files, look_at_settings
 from ecrproxy.command.subcommand import FINE, MISUSED, WRONG, Call, CommandError
 from ecrproxy.oci import RegistryError, parse_route
+from ecrproxy.registry.egress import Egress, Proxy
 from ecrproxy.registry.guard import is_forbidden
-from ecrproxy.settings.config import Config
+from ecrproxy.settings.config import Config, ConfigError
+from ecrproxy.settings.contradictions import load
 
 
 def run(call: Call, senses: Senses | None = None) -> int:
@@ -39,7 +41,7 @@ def run(call: Call, senses: Senses | None = None) -> int:
     Look at everything.
     """
     senses = senses or Senses()
-    checks = Doctor(call, Config.load(call.flags, call.world.variables), senses).checks()
+    checks = Doctor(call, load(call.flags, call.world.variables), senses).checks()
     limit = _seconds(call.options.seconds)
     found: list[Finding] = []
     width = max(len(each.name) for each in checks)
@@ -84,12 +86,13 @@ class Doctor:
     """
 
     def __init__(self, call: Call, config: Config, senses: Senses) -> None:
-        self._config, self._senses = config, senses
+        self._config, self._flags, self._senses = config, call.flags, senses
         self._variables, self._now, self._seconds = call.world.variables, call.world.now, call.world.seconds
         aws = senses.account(config.region, config.instance_auth)
         self._aws = aws
         self._provider, self._identity, self._token = Once(aws.provider), Once(aws.identity), Once(aws.token)
         self._host, _, _ = split(config.ecr_endpoint)
+        self._egress = _egress(call.world.variables)
         self._system = Once(lambda: senses.ask_system(self._host))
         self._servers = Once(self._ask_servers)
         self._greeting = Once(lambda: self._touch(config.ecr_endpoint + "/v2/", self._address()))
@@ -106,7 +109,7 @@ class Doctor:
         registry = self._host.partition(".")[0]
         owner = registry if registry.isdecimal() else None
         return (
-            Check("settings", lambda: look_at_settings(config, self._variables, senses.cores())),
+            Check("settings", lambda: look_at_settings(config, self._flags, self._variables, senses.cores())),
             Check("files", lambda: look_at_files(config, self._now())),
             Check("credentials", self._credentials, slow),
             Check("metadata", self._metadata),
@@ -158,7 +161,7 @@ class Doctor:
         identity = self._identity.need("an identity")
         partition = identity.arn.split(":")[1]
         resource = f"arn:{partition}:ecr:{self._config.region}:{identity.account}:repository/*"
-        actions = [each for each in (*account.NEEDED, *account.USEFUL) if each != account.NEEDED[0]]
+        actions = [*account.NEEDED[1:], *account.USEFUL, *account.IMPORTING]
         try:
             told = self._aws.simulate(account.principal(identity.arn), actions, resource)
         except Exception as problem:  # noqa: BLE001 (few may ask this)
@@ -172,6 +175,8 @@ class Doctor:
         """
         Tell where the registry is, as the daemon would.
         """
+        if (proxy := self._proxy(self._config.ecr_endpoint)) is not None:
+            return f"the egress proxy {proxy}"
         found = [address for answer in self._servers.get().values() for address in answer.addresses]
         found = found or list(self._system.get().addresses)
         if not found:
@@ -193,10 +198,19 @@ class Doctor:
         }
 
     def _resolver(self) -> Iterator[Finding]:
+        if (proxy := self._proxy(self._config.ecr_endpoint)) is not None:
+            return iter([ok("resolver", f"the egress proxy {proxy} looks {self._host} up")])
         return names.judge_names(self._host, self._servers.get(), self._system.get())
 
+    def _proxy(self, url: str) -> Proxy | None:
+        """
+        Tell through which egress proxy the host of a URL is reached, if so.
+        """
+        host, port, secure = split(url)
+        return self._egress.proxy_for(host, port) if secure else None
+
     def _touch(self, url: str, address: str, headers: Mapping[str, str] | None = None, method: str = "GET") -> Contact:
-        return self._senses.touch(url, address, headers or {}, method=method)
+        return self._senses.touch(url, address, headers or {}, method=method, through=self._proxy(url))
 
     def _registry(self) -> Iterator[Finding]:
         greeting = self._greeting.get()
@@ -237,21 +251,29 @@ class Doctor:
         """
         Go where a blob lies, or, where none is known, to where this region's do.
         """
-        location, asked = self._location(), {"Range": "bytes=0-0"}
+        location = self._location()
         if not location:
             yield skipped("bucket", "where it is can't be told", "give --repository NAME:TAG, which leads there")
             return
         host, _, _ = split(location)
+        if self._proxy(location) is not None:
+            yield from self._look_at_bucket(location, [f"the egress proxy {self._proxy(location)}"])
+            return
         found = [address for answer in self._asked(host).values() for address in answer.addresses]
         addresses = found or list(self._senses.ask_system(host).addresses)
         forbidden = [address for address in addresses if is_forbidden(address)]
-        if forbidden and not is_forbidden(self._address()):
+        registry = self._proxy(self._config.ecr_endpoint) or self._address()
+        if forbidden and not (isinstance(registry, str) and is_forbidden(registry)):
             said = f"{host} is at {forbidden[0]}, where the proxy does not go"
             yield failed(
                 "bucket", said, "see who answers for that name: redirects lead to no loopback or link-local address"
             )
             return
-        yield from look_at_host(
+        yield from self._look_at_bucket(location, addresses)
+
+    def _look_at_bucket(self, location: str, addresses: Sequence[str]) -> Iterator[Finding]:
+        asked = {"Range": "bytes=0-0"}
+        return look_at_host(
             "bucket", location, addresses, lambda address: self._touch(location, address, asked), self._now()
         )
 
@@ -271,6 +293,16 @@ class Doctor:
         ours = [("PROXY_LISTEN", text) for text in config.listen] or [("PROXY_PORT", f"{secure}:{config.port}")]
         admin = [("PROXY_ADMIN_LISTEN", config.admin_listen)] if config.admin_listen else []
         return ports.look_at_ports([*ours, *admin], senses.touch_place, senses.bind)
+
+
+def _egress(environ: Mapping[str, str]) -> Egress:
+    """
+    Read how the registry is reached, as the daemon does.
+    """
+    try:
+        return Egress.read(environ)
+    except ValueError as problem:
+        raise ConfigError(f"HTTPS_PROXY: {problem}") from None
 
 
 def _image(text: str | None) -> tuple[str | None, str | None]:

@@ -55,11 +55,11 @@ def reach_advice(host: str) -> str:
     if ".s3." in host or host.startswith("s3."):
         return (
             "let this machine out to S3: by NAT, or by a gateway endpoint for S3 whose policy lets in"
-            " arn:aws:s3:::prod-REGION-starport-layer-bucket/*; the proxy uses no HTTPS_PROXY for it"
+            " arn:aws:s3:::prod-REGION-starport-layer-bucket/*, or set HTTPS_PROXY"
         )
     return (
         "let this machine out to it: by NAT, or by the interface endpoint for ecr.dkr, with a security group that lets"
-        " port 443 in; the proxy uses no HTTPS_PROXY for it"
+        " port 443 in, or set HTTPS_PROXY"
     )
 
 

@@ -21,6 +21,7 @@ from cryptography import x509
 from cryptography.x509.oid import NameOID
 
 from ecrproxy.healthcheck import PROXY_LINE, Place, connect
+from ecrproxy.registry.egress import ANSWER_LIMIT, Proxy, refusal
 
 SECONDS: Final = 5.0
 """How long a host may be silent."""
@@ -77,23 +78,24 @@ def touch(
     headers: Mapping[str, str],
     *,
     method: str = "GET",
+    through: Proxy | None = None,
     context: ssl.SSLContext | None = None,
     seconds: float = SECONDS,
 ) -> Contact:
     """
-    Connect to C{address} as to the host of C{url}, and ask for it.
+    Connect to C{address} as to the host of C{url}, or have an egress proxy connect to that host, and ask for it.
     """
     host, port, secure = split(url)
     shown = None
     try:
-        with socket.create_connection((address, port), seconds) as plain:
+        with _connected(address, host, port, through, seconds) as plain:
             if not secure:
                 return _ask(url, address, headers, method, plain, None)
             with (context or ssl.create_default_context()).wrap_socket(plain, server_hostname=host) as wrapped:
                 shown = read_certificate(wrapped.getpeercert(binary_form=True))
                 return _ask(url, address, headers, method, wrapped, shown)
     except ssl.SSLCertVerificationError as problem:
-        shown = _shown_anyway(host, port, address, seconds)
+        shown = _shown_anyway(host, port, address, through, seconds)
         return Contact(address, problem.verify_message, problem.verify_code, shown)
     except (OSError, HTTPException) as problem:
         return Contact(address, _why(problem), shown=shown)
@@ -142,13 +144,44 @@ def _why(problem: Exception) -> str:
     return f"no HTTP: {type(problem).__name__}"
 
 
-def _shown_anyway(host: str, port: int, address: str, seconds: float) -> Shown | None:
+def _connected(address: str, host: str, port: int, through: Proxy | None, seconds: float) -> socket.socket:
+    """
+    Connect.
+
+    @raise OSError: if nobody answers, or the proxy does not connect.
+    """
+    if through is None:
+        return socket.create_connection((address, port), seconds)
+    connected = socket.create_connection((through.host, through.port), seconds)
+    try:
+        if through.secure:
+            connected = ssl.create_default_context().wrap_socket(connected, server_hostname=through.host)
+        connected.sendall(through.question(host, port))
+        _await_tunnel(connected, through, (host, port))
+    except BaseException:
+        connected.close()
+        raise
+    return connected
+
+
+def _await_tunnel(connected: socket.socket, through: Proxy, target: tuple[str, int]) -> None:
+    answer = b""
+    while not answer.endswith(b"\r\n\r\n"):  # (a byte at a time: what follows is not ours to read)
+        byte = connected.recv(1)
+        if not byte or len(answer) > ANSWER_LIMIT:
+            raise OSError(0, f"the egress proxy {through} gives no answer")
+        answer += byte
+    if (problem := refusal(through, target, answer)) is not None:
+        raise OSError(0, problem.message)
+
+
+def _shown_anyway(host: str, port: int, address: str, through: Proxy | None, seconds: float) -> Shown | None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
     with (
         contextlib.suppress(OSError),
-        socket.create_connection((address, port), seconds) as plain,
+        _connected(address, host, port, through, seconds) as plain,
         context.wrap_socket(plain, server_hostname=host) as secure,
     ):
         return read_certificate(secure.getpeercert(binary_form=True))

@@ -16,6 +16,7 @@ from ecrproxy.command.checkup.aws import Aws, Identity, Provider
 from ecrproxy.command.checkup.disk import Survey, survey
 from ecrproxy.command.checkup.reach import Contact, touch, touch_place
 from ecrproxy.healthcheck import Place
+from ecrproxy.registry.egress import Proxy
 
 
 class Account(Protocol):
@@ -41,7 +42,15 @@ class Touch(Protocol):
     Connects, and asks: see L{reach.touch}.
     """
 
-    def __call__(self, url: str, address: str, headers: Mapping[str, str], *, method: str = "GET") -> Contact:
+    def __call__(
+        self,
+        url: str,
+        address: str,
+        headers: Mapping[str, str],
+        *,
+        method: str = "GET",
+        through: Proxy | None = None,
+    ) -> Contact:
         """Ask."""
 
 

@@ -9,10 +9,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from typing import Final
 
 import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
+# Names of images reach the daemon's log. These of AWS's variables are no secrets and stand in the names of registries.
+_PUBLIC: Final = frozenset({"AWS_ACCOUNT_ID", "AWS_REGION", "AWS_DEFAULT_REGION"})
+_SECRET = re.compile(
+    r"AWS_.*|ECR_?PROXY_.*|PROXY_.*|.*_PROXY|DOCKER_AUTH_CONFIG"
+    r"|(?:.*_)?(?:SECRET|TOKEN|PASSWORD|PASSWD|PASS|PASSPHRASE|CREDENTIALS?|(?:API|ACCESS|PRIVATE)_?KEY)(?:_.*)?",
+    re.IGNORECASE,
+)
 _VARIABLE = re.compile(r"\$(?:(\$)|([A-Za-z_]\w*)|\{([A-Za-z_]\w*)(?:(:?)-([^{}]*))?\})")
 
 
@@ -69,13 +77,15 @@ def expanded(text: str, environ: Mapping[str, str]) -> str:
     """
     Put the variables of a compose file in: compose spec, "Interpolation".
 
-    @raise ValueError: if one is not set.
+    @raise ValueError: if one is not set, or may hold a secret.
     """
 
     def value(found: re.Match[str]) -> str:
         dollar, plain, name, colon, default = found.groups()
         if dollar:
             return "$"
+        if is_secret(plain or name):
+            raise ValueError(f"{text!r}: the variable {plain or name} may hold a secret; write the image's name out")
         given = environ.get(plain or name)
         if given is None or (colon and not given):
             given = default
@@ -87,3 +97,10 @@ def expanded(text: str, environ: Mapping[str, str]) -> str:
     if "${" in text and "${" in result:
         raise ValueError(f"{text!r}: a way to write a variable that is not read here")
     return result
+
+
+def is_secret(variable: str) -> bool:
+    """
+    Return True if a variable is AWS's or ours, or its name says that it holds a secret.
+    """
+    return variable.upper() not in _PUBLIC and _SECRET.fullmatch(variable) is not None

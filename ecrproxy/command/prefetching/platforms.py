@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from ecrproxy.oci import Descriptor, Kind, listed
+from ecrproxy.oci import INDEX_TYPES, MANIFEST_TYPES, Descriptor, Kind, listed
 
 _MACHINES: Final = {
     "x86_64": "amd64",
@@ -71,22 +71,48 @@ class Platform:
         return "/".join(part for part in (self.system, self.architecture, self.variant) if part)
 
 
-def offers(index: bytes) -> Iterator[tuple[Descriptor, Platform | None]]:
+@dataclass(frozen=True, slots=True)
+class Offer:
     """
-    Yield what an index lists, each with its platform, if it has one.
+    What an index lists.
 
+    @ivar platform: None if none is told.
+    """
+
+    descriptor: Descriptor
+    platform: Platform | None
+
+    @property
+    def is_index(self) -> bool:
+        """
+        Whether it is an index itself.
+        """
+        return self.descriptor.media_type in INDEX_TYPES
+
+    @property
+    def is_manifest(self) -> bool:
+        """
+        Whether it is a manifest; a BuildKit cache lists its layers in an index.
+        """
+        return self.descriptor.media_type in MANIFEST_TYPES
+
+
+def offers(index: bytes, within: Platform | None = None) -> Iterator[Offer]:
+    """
+    Yield what an index lists.
+
+    @param within: the platform of this index in the one that lists it: that of everything that tells none.
     @raise ValueError: if it is no index.
     """
     known = {str(descriptor.digest): descriptor for kind, descriptor in listed(index) if kind is Kind.MANIFEST}
     for item in json.loads(index).get("manifests", []):
         descriptor = known.get(str(item.get("digest"))) if isinstance(item, dict) else None
         if descriptor is not None:
-            yield descriptor, _platform(item.get("platform"))
+            platform = _platform(item["platform"]) if isinstance(item.get("platform"), dict) else within
+            yield Offer(descriptor, platform)
 
 
-def _platform(item: Any) -> Platform | None:  # noqa: ANN401
-    if not isinstance(item, dict):
-        return None
+def _platform(item: Mapping[str, Any]) -> Platform | None:
     try:
         variant = f"/{item['variant']}" if item.get("variant") else ""
         platform = Platform.parse(f"{item.get('os')}/{item.get('architecture')}{variant}")
@@ -96,21 +122,29 @@ def _platform(item: Any) -> Platform | None:  # noqa: ANN401
     return None if platform.system == "unknown" else platform
 
 
-def choose(index: bytes, wanted: Collection[Platform]) -> Sequence[Descriptor]:
+def may_hold(index: Offer, wanted: Collection[Platform]) -> bool:
+    """
+    Return True if an index within an index may have something for one of the platforms.
+    """
+    platform = index.platform
+    return not wanted or platform is None or any(_rank(platform, each) is not None for each in wanted)
+
+
+def choose(offered: Collection[Offer], wanted: Collection[Platform]) -> Sequence[Descriptor]:
     """
     Choose the manifests for each of the platforms; all of them if none is C{wanted}.
 
     @raise ValueError: if there is none for one of them: which, and what there is.
     """
-    offered = list(offers(index))
     if not wanted:
-        return list(dict.fromkeys(descriptor for descriptor, _ in offered))
+        return list(dict.fromkeys(each.descriptor for each in offered))
     chosen: dict[Descriptor, None] = {}
+    told = [(each.descriptor, each.platform) for each in offered if each.platform is not None]
     for platform in wanted:
-        ranks = [(_rank(each, platform), descriptor) for descriptor, each in offered if each is not None]
+        ranks = [(_rank(each, platform), descriptor) for descriptor, each in told]
         fitting = [(rank, descriptor) for rank, descriptor in ranks if rank is not None]
         if not fitting:
-            there = ", ".join(dict.fromkeys(str(each) for _, each in offered if each is not None)) or "none"
+            there = ", ".join(dict.fromkeys(str(each) for _, each in told)) or "none"
             raise ValueError(f"not for {platform}; its platforms: {there}")
         best = max(rank for rank, _ in fitting)
         chosen[next(descriptor for rank, descriptor in fitting if rank == best)] = None

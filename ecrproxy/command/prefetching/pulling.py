@@ -18,7 +18,7 @@ from typing import Any, Final, TypeVar
 
 from ecrproxy.command.prefetching.door import Ask, Reply
 from ecrproxy.command.prefetching.images import Image
-from ecrproxy.command.prefetching.platforms import Platform, choose
+from ecrproxy.command.prefetching.platforms import Offer, Platform, choose, may_hold, offers
 from ecrproxy.oci import INDEX_TYPES, MANIFEST_LIMIT, MANIFEST_TYPES, Descriptor, Digest, Kind, Route, listed
 from ecrproxy.registry.refusals import Refusal
 from ecrproxy.registry.retries import TRANSIENT_STATUSES, Budget, TransientError, asked_wait, next_try
@@ -122,22 +122,43 @@ class Puller:
 
         @raise PullError: if it can't be had.
         """
+        try:
+            return self._plan(image.route)
+        except ValueError as problem:
+            raise PullError(str(problem)) from None
+
+    def _plan(self, route: Route) -> Plan:
+        """
+        @raise ValueError: if something is no manifest, or there is none for a platform.
+        """
+        seen: dict[Digest, None] = {}
         blobs: dict[Route, int] = {}
-        waiting, seen = [image.route], set()
-        while waiting:
-            route = waiting.pop()
-            media_type, body = self._manifest(route)
-            seen.add(Digest.of(body))
-            try:
-                if media_type in INDEX_TYPES:
-                    # An index within an index has been chosen by its platform already, or lists what can't be told.
-                    wanted = self._platforms if route == image.route else ()
-                    chosen = choose(body, wanted)
-                    waiting += [route.at(each.digest) for each in chosen if each.digest not in seen]
-                else:
-                    blobs.update({_blob(route, each): each.size for kind, each in listed(body) if kind is Kind.BLOB})
-            except ValueError as problem:
-                raise PullError(str(problem)) from None
+        images: dict[Route, bytes] = {}
+        offered: list[Offer] = []
+        indexes: list[tuple[Route, Platform | None]] = [(route, None)]
+        while indexes:
+            at, within = indexes.pop()
+            media_type, body = self._manifest(at)
+            seen[Digest.of(body)] = None
+            if media_type not in INDEX_TYPES:
+                images[at] = body
+                continue
+            for offer in offers(body, within):
+                where = route.at(offer.descriptor.digest)
+                if not offer.is_manifest:
+                    blobs[_blob(route, offer.descriptor)] = offer.descriptor.size
+                elif not offer.is_index:
+                    offered.append(offer)
+                elif offer.descriptor.digest not in seen and may_hold(offer, self._platforms):
+                    indexes.append((where, offer.platform))
+        # What lists layers and no image, as a BuildKit cache does, has no platforms to choose from.
+        if offered or not (images or blobs):
+            for each in choose(offered, self._platforms):
+                _, body = self._manifest(route.at(each.digest))
+                images[route.at(each.digest)] = body
+                seen[each.digest] = None
+        for body in images.values():
+            blobs.update({_blob(route, each): each.size for kind, each in listed(body) if kind is Kind.BLOB})
         return Plan(len(seen), blobs)
 
     def bring(self, route: Route, size: int) -> bool:

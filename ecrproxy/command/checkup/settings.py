@@ -1,0 +1,99 @@
+"""
+The settings, as the daemon judges them at its start, and the files that they name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Final
+
+from cryptography import x509
+
+from ecrproxy.access.htpasswd import HtpasswdError, read_users
+from ecrproxy.command.checkup.findings import Finding, failed, ok, warning
+from ecrproxy.command.checkup.network import SOON
+from ecrproxy.command.checkup.reach import describe
+from ecrproxy.daemon.tls import Certificate, CertificateError
+from ecrproxy.settings import contradictions
+from ecrproxy.settings.config import SETTINGS, Config
+
+FILES_OF_A_CLIENT: Final = 3
+"""The most files that one client takes: its connection, what it is sent, and a share of what arrives."""
+FILES_OF_ITS_OWN: Final = 200
+
+
+def look_at_settings(
+    config: Config, flags: Mapping[str, str], environ: Mapping[str, str], cores: int
+) -> Iterator[Finding]:
+    """
+    Say what the daemon would say at its start.
+
+    @param cores: of the machine. Its disk is looked at by the check of the cache directory.
+    """
+    check = "settings"
+    found = contradictions.look_at_settings(config, flags, environ, contradictions.Machine(cores))
+    for each in found:
+        yield (failed if each.grave else warning)(check, each.said, each.advice)
+    if not found:
+        yield ok(check, f"{len(SETTINGS)}, none of which contradicts another")
+
+
+def look_at_files(config: Config, now: float) -> Iterator[Finding]:
+    """
+    Read the files that settings name, as the daemon will.
+    """
+    if config.ssl_key is not None and config.ssl_certificate is not None:
+        yield _certificate(config.ssl_key, config.ssl_certificate, config.client_ca, now)
+    if config.htpasswd is not None:
+        try:
+            users = read_users(config.htpasswd)
+        except HtpasswdError as problem:
+            yield failed(
+                "passwords", f"PROXY_HTPASSWD={config.htpasswd}: {problem}", "see that the daemon's user can read it"
+            )
+        else:
+            yield ok("passwords", f"{config.htpasswd} has {len(users.hashes)} names")
+
+
+def _certificate(key: str, certificate: str, authorities: str | None, now: float) -> Finding:
+    check = "certificate"
+    try:
+        Certificate(key, certificate, authorities)
+        with open(certificate, "rb") as file:  # noqa: PTH123
+            shown = describe(x509.load_pem_x509_certificate(file.read()))
+    except CertificateError as problem:
+        named = {"key": f"PROXY_SSL_KEY={key}", "authorities": f"PROXY_CLIENT_CA={authorities}"}
+        where = named.get(problem.what, f"PROXY_SSL_CERTIFICATE={certificate}")
+        return failed(
+            check, f"{where}: {problem.why}", "give PEM files that belong together, and that the daemon's user can read"
+        )
+    except (OSError, ValueError) as problem:
+        return failed(check, f"{certificate}: {problem}", "give a PEM certificate")
+    days = (shown.until - now) / 86400
+    names = ", ".join(shown.names[:4]) or "no names"
+    if days < 0:
+        return failed(check, f"{certificate} ended {-days:.1f} days ago", "renew it, and send the daemon SIGHUP")
+    if days * 86400 < SOON:
+        return warning(check, f"{certificate} ends in {days:.1f} days", "renew it, and send the daemon SIGHUP")
+    return ok(check, f"for {names}, good for {days:.0f} days")
+
+
+def judge_files(most: int, config: Config) -> Finding:
+    """
+    Hold the number of files that a process may open against the number of clients.
+
+    @param most: how many it may have; the daemon raises its own limit so far.
+    """
+    check = "open files"
+    clients = config.limits.connections
+    wanted = clients * FILES_OF_A_CLIENT + FILES_OF_ITS_OWN
+    said = f"{most} for a process started from here"
+    if not clients or wanted <= most:
+        return ok(
+            check, f"{said}; {clients or 'no limit of'} clients of a process may need {wanted if clients else 'more'}"
+        )
+    return warning(
+        check,
+        f"{said}; {clients} clients may need {wanted}",
+        "raise it: LimitNOFILE= in the unit, --ulimit nofile= for docker; or lower PROXY_CONNECTIONS",
+    )

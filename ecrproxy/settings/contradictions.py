@@ -1,0 +1,238 @@
+"""
+Settings that are right each by itself and wrong together, or probably not meant. Pure.
+
+The daemon asks at its start, and does not start if protection would be lost; the doctor asks whenever it is called.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Final
+from urllib.parse import urlsplit
+
+from ecrproxy.settings.complaints import Complaint
+from ecrproxy.settings.config import FROM_SYSTEMD, SETTINGS, Config, ConfigError, given
+from ecrproxy.settings.values import REGIONS, endpoint_in_doubt, pattern_in_doubt
+from ecrproxy.settings.variables import look_at_variables
+
+LONG_TAG_TTL: Final = 86400.0
+SMALL_CACHE: Final = 2**30
+_INTERFACE = re.compile(r"interface=((?:\\.|[^:])*)")
+_TLS: Final = ("ssl", "tls")
+_NETWORKED: Final = ("tcp", "tcp6", *_TLS)
+_OURS: Final = frozenset({*(each.variable for each in SETTINGS), "AWS_DEFAULT_REGION"})
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """
+    What the settings are held against.
+
+    @ivar cores: that this process may use.
+    @ivar disk: bytes of the file system that the cache directory is on; None if that is not known.
+    """
+
+    cores: int
+    disk: int | None = None
+
+
+def load(flags: Mapping[str, str], environ: Mapping[str, str]) -> Config:
+    """
+    Read the settings as L{Config.load} does; the error names misspelt variables too, which may be what is missing.
+
+    @raise ConfigError: if they are wrong.
+    """
+    try:
+        return Config.load(flags, environ)
+    except ConfigError as problem:
+        raise ConfigError("; ".join([str(problem), *map(str, look_at_environment(environ))])) from problem
+
+
+def look_at_environment(environ: Mapping[str, str]) -> list[Complaint]:
+    """
+    Find variables that were probably meant as settings.
+    """
+    return look_at_variables(environ, _OURS)
+
+
+def look_at_settings(
+    config: Config, flags: Mapping[str, str], environ: Mapping[str, str], machine: Machine
+) -> list[Complaint]:
+    """
+    Find all that is wrong with the settings; grave complaints come first.
+
+    @param flags: by setting name, as C{config} was loaded from them.
+    """
+    sources = given(flags, environ)
+    found = [
+        *look_at_environment(environ),
+        *_lost(config),
+        *_exposed(config),
+        *_ignored(config, sources, environ),
+        *_pointless(config, sources, machine.cores),
+        *_in_doubt(config, machine.disk),
+    ]
+    return sorted(found, key=lambda each: not each.grave)
+
+
+def _lost(config: Config) -> Iterator[Complaint]:
+    """
+    Find protection that was asked for, and that something else takes away.
+    """
+    own_tls = [text for text in config.listen if text.startswith(FROM_SYSTEMD)]
+    others = [text for text in config.listen if not text.startswith(FROM_SYSTEMD)]
+    plain = [text for text in others if _is_plain(text) and not is_local(text)]
+    if config.client_ca is not None and (config.ssl_key is None or others):
+        yield Complaint(
+            f"PROXY_CLIENT_CA={config.client_ca!r}: certificates are asked for where PROXY_SSL_KEY and"
+            " PROXY_SSL_CERTIFICATE make TLS, without PROXY_LISTEN but for systemd:",
+            "set these two, or unset it",
+            grave=True,
+        )
+    if config.ssl_key is not None and others:
+        served = f"PROXY_LISTEN={' '.join(others)!r} does not use PROXY_SSL_KEY and PROXY_SSL_CERTIFICATE"
+        yield Complaint(
+            f"{served}: it serves plain HTTP" if plain else served,
+            "unset PROXY_LISTEN and set PROXY_PORT, give an ssl: endpoint there, or unset these two",
+            grave=bool(plain) and not own_tls,
+        )
+    if config.admin_listen and _is_networked(config.admin_listen) and not _interface(config.admin_listen):
+        loopback, every = (r"\:\:1", r"\:\:") if _kind(config.admin_listen) == "tcp6" else ("127.0.0.1", "0.0.0.0")  # noqa: S104
+        yield Complaint(
+            f"PROXY_ADMIN_LISTEN={config.admin_listen!r} would let every network purge the cache",
+            f"give {config.admin_listen}:interface={loopback}, or, if every network is meant, interface={every}",
+            grave=True,
+        )
+    if config.allow_from and config.listen and all(text.startswith("unix:") for text in config.listen):
+        yield Complaint(
+            "PROXY_ALLOW_FROM refuses everybody: clients of a unix: socket have no address",
+            "unset it, or give an endpoint with addresses in PROXY_LISTEN",
+        )
+
+
+def _exposed(config: Config) -> Iterator[Complaint]:
+    """
+    Find what others could read, reach or pretend.
+    """
+    plain = [text for text in config.listen if _is_plain(text) and not is_local(text)]
+    in_the_open = [text for text in plain if not text.startswith("haproxy:")]
+    if config.ssl_key is None:
+        in_the_open += [text for text in config.listen if text.startswith(FROM_SYSTEMD) and "domain=INET" in text]
+    if config.htpasswd and (in_the_open or (not config.listen and config.ssl_key is None)):
+        yield Complaint(
+            "PROXY_HTPASSWD without TLS: passwords go over the network as they are",
+            "set PROXY_SSL_KEY and PROXY_SSL_CERTIFICATE too",
+        )
+    if config.admin_listen and _interface(config.admin_listen) and not is_local(config.admin_listen):
+        yield Complaint(
+            f"PROXY_ADMIN_LISTEN={config.admin_listen} can be reached from other machines, and asks for no password",
+            "let a firewall or a NetworkPolicy keep others from it",
+        )
+    behind = [text for text in config.listen if text.startswith("haproxy:") and not is_local(text)]
+    if config.allow_from and behind:
+        yield Complaint(
+            f"PROXY_ALLOW_FROM believes whatever address is told to PROXY_LISTEN={behind[0]}",
+            "let nobody but the load balancer reach that port",
+        )
+    if config.allow_from and any(not network.prefixlen for network in config.allow_from):
+        yield Complaint("PROXY_ALLOW_FROM has a network of all addresses, and so keeps nobody out", "name yours")
+    parts = urlsplit(config.ecr_endpoint)
+    if parts.scheme == "http" and not _is_loopback(parts.hostname or ""):
+        yield Complaint("PROXY_ECR_ENDPOINT is http: the token goes over the network as it is", "give an https URL")
+
+
+def _ignored(config: Config, sources: Mapping[str, str], environ: Mapping[str, str]) -> Iterator[Complaint]:
+    """
+    Find what has no effect because of something else.
+    """
+    if config.listen and "port" in sources:
+        listen = sources.get("listen", "PROXY_LISTEN")
+        yield Complaint(f"{sources['port']} is not used, for {listen} says where to listen", "unset one of them")
+    if config.admin_hosts and config.admin_listen is None:
+        yield Complaint("PROXY_ADMIN_HOSTS is not used, for PROXY_ADMIN_LISTEN is off", "unset one of them")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_PROFILE"):
+        if config.instance_auth and environ.get(name):
+            yield Complaint(f"{name} is not used, for AWS_INSTANCE_AUTH is set", "unset one of them")
+    if not config.instance_auth and environ.get("AWS_ACCESS_KEY_ID") and environ.get("AWS_PROFILE"):
+        yield Complaint("AWS_PROFILE's credentials are not used, for AWS_ACCESS_KEY_ID is set", "unset one of them")
+
+
+def _pointless(config: Config, sources: Mapping[str, str], cores: int) -> Iterator[Complaint]:
+    """
+    Find limits that others make pointless; defaults are not complained of.
+    """
+    if "blob-connections" in sources and config.bucket_connections < config.blob_connections:
+        together = f"all blobs together may have PROXY_BUCKET_CONNECTIONS={config.bucket_connections}"
+        yield Complaint(f"PROXY_BLOB_CONNECTIONS={config.blob_connections}, but {together}", "raise the second")
+    for name in ("connections-per-address", "transfers"):
+        if name in sources and 0 < config.connections < getattr(config, name.replace("-", "_")):
+            said = f"{sources[name]} is more than PROXY_CONNECTIONS, and so limits nothing"
+            yield Complaint(said, "lower it, or set 0")
+    if "upstream-tries" in sources and config.upstream_tries > 1 and not config.upstream_seconds:
+        yield Complaint(
+            "PROXY_UPSTREAM_SECONDS=0 leaves no time for a second try", "set PROXY_UPSTREAM_TRIES=1, or more seconds"
+        )
+    if "upstream-seconds" in sources and config.upstream_tries == 1:
+        said = f"{sources['upstream-seconds']} is not used, for there is one try"
+        yield Complaint(said, "unset it, or set PROXY_UPSTREAM_TRIES to more")
+    if config.worker_processes > cores:
+        yield Complaint(f"PROXY_WORKER_PROCESSES={config.worker_processes}, on {cores} cores", "set auto")
+
+
+def _in_doubt(config: Config, disk: int | None) -> Iterator[Complaint]:
+    """
+    Find values that are possible, and probably not meant.
+    """
+    if doubt := endpoint_in_doubt(config.ecr_endpoint):
+        yield Complaint(f"PROXY_ECR_ENDPOINT={config.ecr_endpoint}: {doubt}", "see that it is your registry's name")
+    if config.region not in REGIONS:
+        yield Complaint(
+            f"AWS_REGION={config.region} is a region that this version does not know", "see how it is spelt"
+        )
+    if doubt := pattern_in_doubt(config.namespace_pattern):
+        shown = config.namespace_pattern.pattern[:200]
+        yield Complaint(f"PROXY_NAMESPACE_PATTERN={shown!r} {doubt}", "see docs/howto/access.rst")
+    if disk is not None and config.cache_limit > disk:
+        yield Complaint(
+            f"PROXY_CACHE_LIMIT is {config.cache_limit} bytes, the whole file system of PROXY_CACHE_DIR {disk}",
+            "lower it: a full disk keeps nothing new",
+        )
+    if config.cache_limit < SMALL_CACHE:
+        said = f"PROXY_CACHE_LIMIT is {config.cache_limit} bytes: larger layers are fetched again for each client"
+        yield Complaint(said, "give it more, as 64g")
+    if config.tag_ttl > LONG_TAG_TTL:
+        yield Complaint(f"PROXY_TAG_TTL={config.tag_ttl:g}: tags may be out of date for so many seconds", "lower it")
+
+
+def _kind(text: str) -> str:
+    return text.removeprefix("haproxy:").partition(":")[0]
+
+
+def _is_networked(text: str) -> bool:
+    return _kind(text) in _NETWORKED
+
+
+def _is_plain(text: str) -> bool:
+    return _kind(text) not in _TLS
+
+
+def _interface(text: str) -> str:
+    named = _INTERFACE.search(text)
+    return named[1].replace("\\", "") if named else ""
+
+
+def is_local(text: str) -> bool:
+    """
+    Return True if an endpoint string is of a socket in the file system, or of a loopback address.
+    """
+    return not _is_networked(text) or _is_loopback(_interface(text))
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
