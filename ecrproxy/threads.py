@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 log = Logger()
 _NICE = 10
 _SUSPICIOUS_SECONDS: Final = 1.0
-_STOP_SECONDS: Final = 5.0
+_STOP_SECONDS: Final = 2.0
 T = TypeVar("T")
 
 

@@ -104,6 +104,11 @@ class RepeatsTests(SynchronousTestCase):
         old.msg(failure=Failure(OSError()), why="Something else", isError=1)
         self.assertEqual(BURST + 1, len(self.written()))
 
+    def test_what_has_no_words_of_its_own_is_told_apart_by_what_it_says(self) -> None:
+        for number in range(2 * BURST):
+            self.log.warn("{complaint}", complaint=f"setting {number} is wrong")
+        self.assertEqual(2 * BURST, len(self.written()))
+
     def test_exceptions_of_different_types_are_told_apart(self) -> None:
         for _ in range(100):
             self.log.failure("On its own", Failure(OSError()))

@@ -12,6 +12,7 @@ Rules:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final, NamedTuple
@@ -26,6 +27,10 @@ MOST: Final = 1000
 """Kinds that are told apart."""
 LONGEST: Final = 1000
 """Characters that are kept of an event that is left out."""
+
+
+_BARE: Final = re.compile(r"\{\w+\}")
+"""A format that says nothing by itself."""
 
 
 class Kind(NamedTuple):
@@ -47,6 +52,8 @@ def kind_of(event: LogEvent) -> Kind:
     told = event.get("log_format") or ""
     if "log_text" in event:  # logged in Twisted's old way: the text is all there is, and may hold a traceback
         told = str(event.get("why") or event["log_text"]).partition("\n")[0]
+    elif _BARE.fullmatch(told):  # all that is said is in the field
+        told = formatEvent({**event, "log_failure": None})
     failure = event.get("log_failure") or event.get("failure")
     if isinstance(failure, Failure):
         told = f"{told} {_type_of(failure)}"
