@@ -82,7 +82,7 @@ log = Logger()
 T = TypeVar("T")
 
 READING: Final = 8, 10.0
-WRITING: Final = 8, 30.0
+WRITING: Final = 8, 15.0
 COMMITTING: Final = 4, 60.0
 HASHING: Final = VERIFICATIONS, 30.0
 """Threads for the disk, by the kind of work; and for how many seconds a call is waited for: the disk may hang."""
