@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 MANIFEST_LIMIT = 4 * 2**20
 """The most bytes a manifest may have: what the spec asks registries to accept, and ECR's own limit."""
 
+SIZE_LIMIT = 2**62
+"""The most bytes that anything is said to have: files can't have many more."""
 BLOB_TYPE = "application/octet-stream"
 INDEX_TYPES = frozenset(
     {
@@ -289,7 +291,12 @@ def _own_descriptor(item: object) -> Descriptor | None:
     if not isinstance(item, dict) or item.get("urls"):
         return None
     media_type, digest, size = item.get("mediaType"), item.get("digest"), item.get("size")
-    if not isinstance(media_type, str) or not isinstance(digest, str) or type(size) is not int or size < 0:
+    if (
+        not isinstance(media_type, str)
+        or not isinstance(digest, str)
+        or type(size) is not int
+        or not 0 <= size <= SIZE_LIMIT
+    ):
         return None
     if "foreign" in media_type or "nondistributable" in media_type:
         return None

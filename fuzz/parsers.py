@@ -13,6 +13,11 @@ from ecrproxy.cache.entries import Entry
 from ecrproxy.cache.ledger import packed, unpacked
 from ecrproxy.http.conditions import matches, parse_range
 from ecrproxy.oci import Digest, RegistryError, accepted_types, listed, manifest_type, parse_route, query_values
+from ecrproxy.registry.bucket import told_part
+from ecrproxy.registry.bucket_errors import said_by_bucket
+from ecrproxy.registry.links import next_target
+from ecrproxy.registry.refusals import Refusal
+from ecrproxy.registry.retries import LONGEST_ASKED, asked_wait
 from ecrproxy.settings.config import SETTINGS, ConfigError
 
 
@@ -74,7 +79,28 @@ def path(data: bytes) -> None:
     assert short is None or unpacked(short) == text
 
 
-PARSERS: Final[tuple[Callable[[bytes], None], ...]] = (route, span, fields, manifest, entry, setting, key, path)
+def upstream(data: bytes) -> None:
+    text = data.decode("latin-1")
+    next_target(text)
+    said_by_bucket(data)
+    wait = asked_wait(text, text)
+    assert wait is None or 0 <= wait <= LONGEST_ASKED
+    part = told_part(text, 64, 4096)
+    assert part is None or 64 < part[0] <= min(4096, part[1])
+    Refusal.read(403, data, challenged=False)
+
+
+PARSERS: Final[tuple[Callable[[bytes], None], ...]] = (
+    route,
+    span,
+    fields,
+    manifest,
+    entry,
+    setting,
+    key,
+    path,
+    upstream,
+)
 
 
 def parse(data: bytes) -> None:

@@ -104,10 +104,10 @@ def main() -> int:
 
         def begin() -> None:
             measured = Deferred.fromFuture(asyncio.ensure_future(run(reactor, options.twistd, Path(home))))
-            measured.addCallbacks(found.extend, failed.append).addBoth(lambda _: reactor.stop())  # type: ignore[attr-defined]
+            measured.addCallbacks(found.extend, failed.append).addBoth(lambda _: reactor.stop())
 
-        reactor.callWhenRunning(begin)  # type: ignore[attr-defined]
-        reactor.run()  # type: ignore[attr-defined]
+        reactor.callWhenRunning(begin)
+        reactor.run()
     for problem in failed:
         problem.printTraceback(sys.stderr)
     print("\n".join(map(str, found)))

@@ -12,7 +12,8 @@ from collections import Counter
 from typing import Final
 
 from hostile.table import Cell, Row
-from hostile.world import LOCAL, World
+from hostile.world import World
+from tests.registry_server import LOCAL
 
 HERDS: Final = ("herd", "answers", "cost")
 TARGETS: Final = ("targets", "without a password", "outside the pattern", "upstream")

@@ -10,7 +10,8 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.internet.protocol import DatagramProtocol
 from twisted.names import dns
 
-LOCAL = "127.0.0.1"
+from tests.registry_server import LOCAL
+
 SLOW_SECONDS = 1.5
 
 

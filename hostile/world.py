@@ -13,12 +13,12 @@ from typing import Any, Final
 
 from twisted.web.pages import notFound
 
-from hostile.names import LOCAL, NameServer
+from hostile.names import NameServer
 from soak.clients import BrokenError, Connection
 from soak.daemon import Daemon, Size
 from tests.e2e.processes import children
 from tests.registry import StandIn
-from tests.registry_server import QuietSite, listen, noise
+from tests.registry_server import LOCAL, QuietSite, listen, noise
 
 LIMIT: Final = 256 * 2**20
 SMALL_BYTES: Final = 60_000

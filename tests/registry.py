@@ -158,6 +158,8 @@ class StandIn(Shelves, Faults):
             self.send(request, asked, self._reply(asked))
         elif fault.drop:
             request.loseConnection()
+        elif fault.pace is not None:
+            self.send(request, asked, fault.reply or self._reply(asked), pace=fault.pace)
         elif fault.reply is not None:
             self.send(request, asked, fault.reply)
         elif fault.break_after is not None:
@@ -171,9 +173,18 @@ class StandIn(Shelves, Faults):
             return self._bucket_side.reply(asked)
         return self._api_side.reply(asked)
 
-    def send(self, request: Outgoing, asked: Asked, reply: Reply, after: int | None = None) -> None:
+    def send(
+        self,
+        request: Outgoing,
+        asked: Asked,
+        reply: Reply,
+        after: int | None = None,
+        pace: float | None = None,
+    ) -> None:
         """
         Send one answer; with C{after} the connection ends after so many bytes of its body.
+
+        @param pace: bytes of its body a second; 0 for none.
         """
         request.setResponseCode(reply.status)
         request.defaultContentType = None
@@ -191,8 +202,8 @@ class StandIn(Shelves, Faults):
             reply.body,
             self.clock,
             self._count_bytes if data else lambda _: None,
-            rate=self.quirks.rate if data else None,
-            allowed=0 if data and asked.digest in self._held else None,
+            rate=pace or (self.quirks.rate if data else None),
+            allowed=0 if pace == 0 or (data and asked.digest in self._held) else None,
             break_after=after,
         )
         if data:

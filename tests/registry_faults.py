@@ -18,7 +18,8 @@ class Fault:
     Something that goes wrong, for some requests, some number of times or until removed.
 
     With a C{reply} it is answered instead; with C{break_after} the true answer
-    stops after so many bytes; C{drop} closes without a word; else there is silence.
+    stops after so many bytes; with C{pace} its body comes at so many bytes a second,
+    or with 0 not at all; C{drop} closes without a word; else there is silence.
     """
 
     service: Service
@@ -28,6 +29,7 @@ class Fault:
     reply: Reply | None = None
     break_after: int | None = None
     drop: bool = False
+    pace: float | None = None
 
     def strikes(self, asked: Asked) -> bool:
         """
@@ -139,6 +141,22 @@ class Faults:
         Never answer, nor close.
         """
         return self.fault(Fault(service, method, path_contains, times))
+
+    def slow(
+        self,
+        service: Service,
+        pace: float,
+        path_contains: str = "",
+        *,
+        times: int | None = None,
+        reply: Reply | None = None,
+    ) -> Fault:
+        """
+        Send headers, and the body at so many bytes a second; with 0 no byte of it, and no end.
+
+        C{reply} is sent so instead of the true answer.
+        """
+        return self.fault(Fault(service, None, path_contains, times, reply, pace=pace))
 
     def refuse(self, service: Service, path_contains: str = "", *, times: int | None = None) -> Fault:
         """

@@ -426,6 +426,14 @@ class RefusalTests(ApiTestCase):
             self.assertUnchanged(self.post("remove", document), 400, word)
         self.assertUnchanged(self.post("verify", {"digests": [good], "rate": -1}), 400, "rate")
 
+    def test_numbers_beyond_all_bounds_are_refused(self) -> None:
+        for number in ("1e400", "-1e400", "1e308", "1" + "0" * 400, "1" + "0" * 5000, "1e-320", "0", "NaN", "Infinity"):
+            for path, name in (("remove", "unused_since"), ("verify", "rate")):
+                body = f'{{"content": ["{self.image.digest}"], "digests": [], "{name}": {number}}}'.encode()
+                headers = {**SHOWN, "Content-Type": "application/json"}
+                reply = self.daemon.ask_admin(f"/api/{path}", "POST", body=body, headers=headers)
+                self.assertUnchanged(reply, 400, "no JSON object" if len(number) > 4300 else name)
+
     def test_a_body_that_is_large_or_of_no_told_length_is_refused_unread(self) -> None:
         """
         The operator's port holds a body in memory, so it is small.

@@ -4,14 +4,26 @@ The bytes of a blob, part by part, from a bucket of any kind.
 
 from __future__ import annotations
 
+from typing import cast
+
 from twisted.internet.defer import Deferred
+from twisted.internet.error import ConnectionLost
+from twisted.internet.protocol import Protocol
 from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransport
+from twisted.logger import LogLevel, formatEvent
 from twisted.python.failure import Failure
+from twisted.trial.unittest import SynchronousTestCase
 from twisted.web.client import ResponseDone
+from twisted.web.iweb import IResponse
 
-from ecrproxy.registry.bucket import ERROR_LIMIT, Blob, BlobTransfer, Drop, Stretch, UnavailableError, Watch
+from ecrproxy.registry.bodies import ERROR_LIMIT, SECONDS, discard, excerpt
+from ecrproxy.registry.bucket import TRICKLE, Blob, BlobTransfer, Stretch, UnavailableError, Watch, told_part
+from ecrproxy.registry.bucket_errors import said_by_bucket
+from ecrproxy.registry.connections import IDLE_SECONDS
 from tests.daemon import MIB, End
+from tests.registry import Fault, Reply
+from tests.registry_bucket import bucket_error
 from tests.test_upstream import Sink, UpstreamTestCase
 
 PART = 400
@@ -139,16 +151,24 @@ class FirstPartTests(BlobTestCase):
         self.assertEqual(self.data, self.brought(blob.first))
         self.assertEqual(0, self.standin.count("bucket"))
 
-    def test_that_is_refused(self) -> None:
-        """
-        A bucket's refusal of an URL that ECR has just given is the end of it: 502, without another try.
-        """
-        for status in (400, 403, 404, 501):
-            self.standin.forget_asked()
-            fault = self.standin.fail("bucket", status=status, body=b"<Error/>")
-            self.assertUnavailable(502, f"answers {status}", self.daemon.upstream.blob(self.blob, PART))
-            self.assertEqual(1, self.standin.count("bucket"))
-            fault.remove()
+    def test_a_url_that_is_refused_at_the_start_is_replaced_once(self) -> None:
+        for status in (400, 401, 403, 404, 410):
+            for start in (0, 400):
+                for times, found in ((1, True), (2, False)):
+                    self.standin.forget_asked()
+                    self.standin.fail("bucket", status=status, body=b"<Error/>", times=times)
+                    beginning = self.asking(self.daemon.upstream.blob(self.blob, 700, start))
+                    if found:
+                        self.assertEqual(self.data[start:700], self.brought(self.successResultOf(beginning).first))
+                    else:
+                        problem = self.failureResultOf(beginning, UnavailableError).value
+                        self.assertIn(f"answers {status}", problem.message)
+                    self.assertEqual((2, 2), (self.standin.count("registry"), self.standin.count("bucket")))
+
+    def test_another_status_is_asked_once(self) -> None:
+        self.standin.fail("bucket", status=501, body=b"<Error/>")
+        self.assertUnavailable(502, "answers 501", self.daemon.upstream.blob(self.blob, PART))
+        self.assertEqual((1, 1), (self.standin.count("registry"), self.standin.count("bucket")))
 
 
 class LaterPartTests(BlobTestCase):
@@ -272,6 +292,15 @@ class LaterPartTests(BlobTestCase):
             "400-699/1000",
             "",
             "bytes 400-699/1000000000000000000000",
+            "bytes 400-399/1000",
+            "bytes 400-64/1000",
+            "bytes 400-700/1000",
+            "bytes 400-999/1000",
+            "bytes 400-699/699",
+            "bytes 400-699/0",
+            "bytes 400-699/-1000",
+            "bytes 4_00-6_99/1_000",
+            "bytes 400-699/" + "1" * 5000,
         ):
             self.standin.hang("bucket", times=1)
             head = f"206 Partial Content\r\nContent-Range: {span}"
@@ -358,17 +387,28 @@ class SilenceTests(BlobTestCase):
         self.pass_time(1)
         self.assertIn("nothing for 5 s", reason(sink).message)
 
-    def test_ends_with_each_byte(self) -> None:
-        """
-        As long as a byte comes now and then, it goes on.
-        """
+    def test_ends_with_each_kilobyte(self) -> None:
+        self.digest = self.standin.push_blob("team/app", bytes(16 * TRICKLE))
+        self.standin.hold(self.digest)
+        self.sink = Sink()
+        self.begun(None).first.deliver(self.sink)
         for _ in range(5):
             self.pass_time(STALL_SECONDS - 1)
+            self.standin.deliver(self.digest, TRICKLE)
+            self.flush()
+        self.assertEqual((5 * TRICKLE, []), (len(self.sink.got), self.sink.ends))
+        self.pass_time(STALL_SECONDS)
+        self.assertStalled()
+
+    def test_broken_by_a_byte_now_and_then_is_silence(self) -> None:
+        for _ in range(5):
+            self.pass_time(5)
             self.standin.deliver(self.digest, 1)
             self.flush()
         self.assertEqual((5, []), (len(self.sink.got), self.sink.ends))
-        self.pass_time(STALL_SECONDS)
-        self.assertStalled()
+        self.pass_time(5)
+        self.assertEqual(504, reason(self.sink).status)
+        self.assertIn("no more than 5 bytes for 30 s", reason(self.sink).message)
 
     def test_that_we_asked_for_is_none(self) -> None:
         """
@@ -426,11 +466,79 @@ class SilenceTests(BlobTestCase):
         self.assertEqual(([], [None]), (clock.getDelayedCalls(), self.sink.ends))
 
 
-class DropTests(BlobTestCase):
-    def test_lets_short_bodies_go_by(self) -> None:
-        """
-        A short error page goes by, and its connection serves the next request.
-        """
+class ToldPartTests(SynchronousTestCase):
+    def test_is_what_was_asked_for_or_the_start_of_it(self) -> None:
+        self.assertEqual((700, 1000), told_part("bytes 400-699/1000", 400, 700))
+        self.assertEqual((401, 1000), told_part("bytes 400-400/1000", 400, 700))
+        self.assertEqual((1000, 1000), told_part("bytes 400-999/1000", 400, None))
+        self.assertEqual((1, 1), told_part("bytes 0-0/1", 0, 5000))
+
+
+class FalseResponse:
+    def __init__(self) -> None:
+        self.transport = StringTransport()
+
+    def deliverBody(self, protocol: Protocol) -> None:
+        self.body = protocol
+        protocol.makeConnection(self.transport)
+
+
+class UnwantedBodyTests(SynchronousTestCase):
+    def setUp(self) -> None:
+        self.clock, self.response = Clock(), FalseResponse()
+        self.answer = cast("IResponse", self.response)
+
+    def test_may_be_short(self) -> None:
+        discard(self.answer, self.clock)
+        self.response.body.dataReceived(bytes(ERROR_LIMIT))
+        self.assertFalse(self.response.transport.disconnecting)
+        self.response.body.connectionLost(Failure(ResponseDone()))
+        self.assertEqual([], self.clock.getDelayedCalls())
+
+    def test_is_not_read_beyond_its_bytes(self) -> None:
+        discard(self.answer, self.clock)
+        self.response.body.dataReceived(bytes(ERROR_LIMIT + 1))
+        self.assertTrue(self.response.transport.disconnecting)
+        self.assertEqual([], self.clock.getDelayedCalls())
+
+    def test_is_not_waited_for_beyond_its_seconds(self) -> None:
+        discard(self.answer, self.clock)
+        self.clock.advance(SECONDS - 0.1)
+        self.response.body.dataReceived(b"x")
+        self.assertFalse(self.response.transport.disconnecting)
+        self.clock.advance(0.1)
+        self.assertTrue(self.response.transport.disconnecting)
+
+    def test_has_a_start_that_can_be_read(self) -> None:
+        for end in (
+            lambda: self.response.body.connectionLost(Failure(ResponseDone())),
+            lambda: self.response.body.connectionLost(Failure(ConnectionLost())),
+            lambda: self.clock.advance(SECONDS),
+            lambda: self.response.body.dataReceived(bytes(ERROR_LIMIT)),
+        ):
+            reading = excerpt(self.answer, self.clock)
+            self.response.body.dataReceived(b"ab")
+            self.response.body.dataReceived(b"c")
+            self.assertNoResult(reading)
+            end()
+            text = self.successResultOf(reading)
+            self.assertEqual(b"abc", text[:3])
+            self.assertLessEqual(len(text), ERROR_LIMIT)
+            self.response.body.connectionLost(Failure(ConnectionLost()))
+
+    def test_is_closed_when_its_reader_leaves(self) -> None:
+        reading = excerpt(self.answer, self.clock)
+        reading.cancel()
+        self.assertEqual(b"", self.successResultOf(reading))
+        self.assertTrue(self.response.transport.disconnecting)
+
+
+class UnwantedConnectionTests(BlobTestCase):
+    """
+    Connections with answers whose bodies nobody wants.
+    """
+
+    def test_of_a_short_error_serves_the_next_request(self) -> None:
         blob = self.begun()
         self.brought(blob.first)
         wires = len(self.daemon.back.ends)
@@ -438,14 +546,108 @@ class DropTests(BlobTestCase):
         self.opened(blob, 400, 700)
         self.assertEqual(wires, len(self.daemon.back.ends))
 
-    def test_closes_the_connection_of_long_ones(self) -> None:
-        """
-        Of a long body no more is read than what a short one may have.
-        """
+    def test_is_closed_where_the_body_never_comes(self) -> None:
+        head = "HTTP/1.1 {} X\r\nLocation: {}\r\nContent-Encoding: {}\r\nContent-Length: 9\r\n\r\n"
+        for service in ("registry", "bucket"):
+            for status, encoding in ((307, "identity"), (403, "identity"), (503, "identity"), (200, "br")):
+                self.standin.fault(Fault(service, times=1))
+                asking = self.asking(self.daemon.upstream.blob(self.blob, 1))
+                asking.addCallbacks(lambda blob: blob.first.drop(), lambda failure: failure.trap(UnavailableError))
+                _, server = self.daemon.back.ends[-1]
+                server.write(head.format(status, f"{self.standin.bucket}/x", encoding).encode())
+                self.flush()
+                self.pass_time(60 + IDLE_SECONDS)
+                self.assertEqual([], self.daemon.back.ends, (service, status))
 
-        drop, transport = Drop(), StringTransport()
-        drop.makeConnection(transport)
-        drop.dataReceived(bytes(ERROR_LIMIT))
-        self.assertFalse(transport.disconnecting)
-        drop.dataReceived(b"x")
-        self.assertTrue(transport.disconnecting)
+
+class WordsTests(BlobTestCase):
+    """
+    What a bucket says when it refuses.
+    """
+
+    KMS = bucket_error(
+        400, "KMS.DisabledException", "arn:aws:kms:eu-west-1:123456789012:key/1234 is disabled &amp; &quot;asleep&quot;"
+    )
+    POLICY = bucket_error(
+        403,
+        "AccessDenied",
+        'User: arn:aws:sts::1:assumed-role/x is not authorized to perform: s3:GetObject on "arn:aws:s3:::prod-x-y"'
+        " because no VPC endpoint policy allows the s3:GetObject action",
+    )
+    SKEW = bucket_error(
+        403, "RequestTimeTooSkewed", "The difference between the request time and the time is too large."
+    )
+
+    def refuse(self, reply: Reply) -> UnavailableError:
+        """
+        Have the bucket answer so; say what becomes of the question.
+        """
+        self.standin.heal()
+        self.standin.fault(Fault("bucket", reply=reply))
+        problem = self.refused(self.daemon.upstream.blob(self.blob, PART))
+        assert isinstance(problem, UnavailableError)
+        return problem
+
+    def test_reach_the_log_and_the_client(self) -> None:
+        for reply, code, words in (
+            (self.KMS, "KMS.DisabledException", 'is disabled & "asleep"'),
+            (self.POLICY, "AccessDenied", "no VPC endpoint policy allows the s3:GetObject action"),
+            (self.SKEW, "RequestTimeTooSkewed", "too large"),
+        ):
+            self.events.clear()
+            told = self.refuse(reply).message
+            (logged,) = [event for event in self.events if event["log_level"] is LogLevel.error]
+            for text in (told, formatEvent(logged)):
+                self.assertIn(f"answers {reply.status} instead of {self.digest}: {code}: ", text)
+                self.assertIn(words, text)
+            self.assertEqual(("prod-eu-west-1-starport-layer-bucket.s3.eu-west-1.amazonaws.com", code), logged["once"])
+            client = self.get(f"/v2/team/app/blobs/{self.digest}")
+            self.assertRefused(client, 502, "UNAVAILABLE", words)
+
+    def test_are_not_repeated_where_they_repeat_the_request(self) -> None:
+        self.fetched()
+        url = f"{self.standin.bucket}{self.standin.requests('bucket')[0].target}"
+        signature = self.standin.urls.signatures()[0]
+        for message in (
+            f"The request {url} is wrong",
+            f"X-Amz-Signature={signature} is wrong",
+            f"see {url.replace('://', '&#58;//')} is wrong",
+            f"X-Amz-Security-Token of {url.partition('?')[2].replace('&', '&amp;')} is wrong",
+        ):
+            told = self.refuse(bucket_error(403, "SignatureDoesNotMatch", message)).message
+            self.assertIn("SignatureDoesNotMatch: ", told)
+            self.assertTrue(told.endswith("is wrong"), told)
+            self.assertNotIn(signature, told)
+            self.assertNotIn("Amz", told)
+
+    def test_may_be_anything(self) -> None:
+        entities = b'<!DOCTYPE x [<!ENTITY a "aaaa"><!ENTITY b "&a;&a;&a;">]>'
+        for body, expected in (
+            (b"", ""),
+            (b"<html>no</html>", ""),
+            (b"<Error><Code></Code></Error>", ""),
+            (b"<Error><Code>X</Code></Error>", "X"),
+            (b"<Error><Code>X</Code><Message></Message></Error>", "X"),
+            (b"<Error><Code>X</Code><Message>a\r\n\x1b[31m\xff b</Message>", "X: a [31m\ufffd b"),
+            (b"<Error><Code>a b</Code></Error>", ""),
+            (entities + b"<Error><Code>X</Code><Message>&b;</Message></Error>", "X: &b;"),
+            (b"<Error><Code>X</Code><Message>" + b"y" * 1000 + b"</Message>", "X: [...]"),
+            (b"<Error><Code>X</Code><Message>" + b"y " * 900 + b"</Message>", "X: " + "y " * 150),
+            (b"<Code>" * 10_000, ""),
+            (b"<Message>" * 10_000, ""),
+            (b"<Code>" + b"x" * 60_000, ""),
+            (b"x" * 20_000 + b"<Code>X</Code>", ""),
+        ):
+            self.assertEqual(expected, said_by_bucket(body), body[:60])
+
+    def test_that_do_not_come_to_an_end_are_not_waited_for(self) -> None:
+        self.standin.hang("bucket", times=2)
+        asking = self.asking(self.daemon.upstream.blob(self.blob, PART))
+        for _ in range(2):
+            _, server = self.daemon.back.ends[-1]
+            server.write(b"HTTP/1.1 403 X\r\nContent-Length: 900\r\n\r\n<Error><Code>AccessDenied</Code><Message>")
+            self.flush()
+        self.pass_time(SECONDS)
+        self.assertIn("answers 403", self.failureResultOf(asking, UnavailableError).value.message)
+        self.pass_time(1)
+        self.assertFalse([client for client, _ in self.daemon.back.ends[1:] if client.connected])

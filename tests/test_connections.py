@@ -5,7 +5,7 @@ To whom connections are made, and what is taken for an answer.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
@@ -30,6 +30,7 @@ from tests.daemon import DaemonTestCase, Network, Reply, noise
 from tests.registry import StandIn, layer
 from tests.store_contract import scratch
 from tests.test_tls import Files, key_pem, signed
+from tests.test_upstream import NO_LENGTHS
 
 METADATA = "169.254.169.254"
 
@@ -132,6 +133,20 @@ class AgentTests(DaemonTestCase):
         """
         self.assertWhole(self.pull(), self.data)
         self.assertEqual(["10.0.0.1", "10.0.0.2"], self.reactor.connected)
+
+    def test_a_bucket_may_have_addresses_of_either_kind(self) -> None:
+        for addresses, dead, used in (
+            (["10.0.0.2"], "", "10.0.0.2"),
+            (["2600:1f18::2"], "", "2600:1f18::2"),
+            (["2600:1f18::2", "10.0.0.2"], "2600:1f18::2", "10.0.0.2"),
+            (["10.0.0.2", "2600:1f18::2"], "10.0.0.2", "2600:1f18::2"),
+        ):
+            self.start(agent=self.agent)
+            self.reactor.names.known.update({"ecr.example": ["10.0.0.1"], "bucket.example": addresses})
+            self.reactor.dead.add(dead)
+            data = noise(f"{addresses}{dead}", 1000)
+            self.assertWhole(self.pull(f"/v2/team/app/blobs/{self.standin.push_blob('team/app', data)}"), data)
+            self.assertEqual(used, self.reactor.connected[-1])
 
     def test_names_of_forbidden_addresses_are_refused(self) -> None:
         """
@@ -326,6 +341,40 @@ class TlsTests(DaemonTestCase):
         self.assertTrue(heard)
         self.assertNotIn(b"HTTP", b"".join(heard))
 
+    def test_a_peer_that_never_ends_its_handshake_is_left(self) -> None:
+        silent: list[Protocol] = []
+
+        class Silent(Protocol):
+            def connectionMade(self) -> None:
+                silent.append(self)
+
+        self.start(agent=self.agent, budget=Budget(tries=1))
+        self.daemon.back.site = Factory.forProtocol(Silent)
+        reply = self.daemon.send("GET", self.path)
+        self.flush()
+        self.pass_time(29)
+        self.assertEqual((1, 0), (len(silent), reply.code))
+        self.pass_time(5)
+        self.assertRefused(reply, 504, "UNAVAILABLE", "has not answered for 30 s")
+        self.assertEqual([], self.daemon.back.ends)
+
+    def test_a_peer_that_is_silent_after_its_headers_is_left(self) -> None:
+        class Mute(Protocol):
+            def dataReceived(self, data: bytes) -> None:
+                assert self.transport is not None
+                self.transport.write(b"HTTP/1.1 404 X\r\nContent-Length: 9\r\n\r\n")
+                wire = cast("Any", self.transport).transport
+                wire.pauseProducing()  # a machine that hangs: it sends nothing more, and confirms nothing
+
+        self.start(agent=self.agent, budget=Budget(tries=1))
+        self.plain = Factory.forProtocol(Mute)
+        self.show(self.files_of.key, self.files_of.certificate, self.daemon.back)
+        reply = self.daemon.send("GET", self.path)
+        self.flush()
+        self.pass_time(40)
+        self.assertEqual(504, reply.code)
+        self.assertEqual([], [client for client, _ in self.daemon.back.ends if client.connected])
+
     def test_a_bucket_with_a_wrong_certificate(self) -> None:
         """
         What holds of the registry holds of where it redirects to.
@@ -427,6 +476,14 @@ class OddAnswerTests(DaemonTestCase):
             b"Content-Length: 0x3",
         ):
             self.assertRefusedAndClean(b"HTTP/1.1 200 OK\r\n" + headers + b"\r\n\r\n" + body)
+
+    def test_lengths_that_are_no_numbers_of_bytes(self) -> None:
+        for length in NO_LENGTHS:
+            self.assertRefusedAndClean(self.with_headers(b"Content-Length: " + length))
+
+    def test_statuses_that_are_none(self) -> None:
+        for status in (b"-200", b"099", b"600", b"9999", b"2" * 4000, b"2" * 5000, b"x"):
+            self.assertRefusedAndClean(b"HTTP/1.1 %b OK\r\nContent-Length: 2\r\n\r\n{}" % status)
 
     def test_bad_chunks(self) -> None:
         """

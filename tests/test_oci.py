@@ -522,7 +522,7 @@ class ListedTests(SynchronousTestCase):
         """
         A descriptor whose size is negative, or true, is none.
         """
-        self.assertEqual([], names_listed({"layers": [item(size=-1), item(size=True)]}))
+        self.assertEqual([], names_listed({"layers": [item(size=-1), item(size=True), item(size=2**63)]}))
 
     def test_what_is_no_json_object_lists_nothing(self) -> None:
         """

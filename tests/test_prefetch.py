@@ -165,6 +165,7 @@ class PrefetchTests(SynchronousTestCase):
             ("docker.io/library/x",),
             ("a", "--jobs", "0"),
             ("a", "--jobs", "many"),
+            ("a", "--jobs", "9" * 5000),
             ("a", "--platform", "arm64"),
             ("a", "--user", "ann"),
             ("a", "--proxy-url", "ftp://x"),

@@ -1235,6 +1235,7 @@ class ManifestTests(DaemonTestCase):
             status=200,
             method="HEAD",
             headers={"Content-Type": OCI_MANIFEST, "Docker-Content-Digest": digest_of(b"another")},
+            body=b"another",
         )
         self.assertEqual(502, self.head(self.path).code)
 
@@ -1454,7 +1455,8 @@ class TagTests(DaemonTestCase):
         A registry whose HEAD does not say the digest is asked with GET.
         """
         self.get(self.path)
-        self.standin.fail("registry", status=200, method="HEAD", headers={"Content-Type": OCI_MANIFEST})
+        headers = {"Content-Type": OCI_MANIFEST}
+        self.standin.fail("registry", status=200, method="HEAD", headers=headers, body=self.image.manifest)
         self.assertWhole(self.get(self.path), self.image.manifest, "MISS")
         self.assertEqual(self.image.digest, self.head(self.path).header("Docker-Content-Digest"))
 
@@ -1533,6 +1535,19 @@ class StaleTests(DaemonTestCase):
             fault.remove()
         self.standin.throttle("registry")
         self.assertWhole(self.get(self.path), self.image.manifest, "STALE")
+
+    def test_when_something_else_answers_for_ecr(self) -> None:
+        for status in (403, 404):
+            for page in (b"<html>Blocked by the gateway</html>", b"404 page not found\n", b""):
+                fault = self.standin.fail("registry", status=status, body=page)
+                self.assertWhole(self.get(self.path), self.image.manifest, "STALE")
+                self.assertEqual(200, self.head(self.path).code)
+                fault.remove()
+        # The tag was not forgotten: it is served, still, when ECR is silent.
+        self.standin.hang("registry")
+        reply = self.daemon.send("GET", self.path)
+        self.pass_time(31)
+        self.assertWhole(reply, self.image.manifest, "STALE")
 
     def test_when_there_is_no_token(self) -> None:
         """

@@ -1,5 +1,5 @@
 """
-docs/reliability.rst promises nothing that no test holds.
+docs/reliability.rst and docs/ecr.rst promise nothing that no test holds.
 """
 
 from __future__ import annotations
@@ -12,18 +12,19 @@ from pathlib import Path
 from twisted.trial.unittest import SynchronousTestCase
 
 CHECKOUT = Path(__file__).resolve().parents[1]
-PAGE = CHECKOUT / "docs" / "reliability.rst"
+PAGES = tuple(CHECKOUT / "docs" / name for name in ("reliability.rst", "ecr.rst"))
 # A row of a list-table is three items; the last names tests, each in double backquotes.
 ROW = re.compile(r"^   \* - (.+?)\n     - (.+?)\n     - (.+?)(?=\n   \*|\n\n|\Z)", re.MULTILINE | re.DOTALL)
+HEAD = "\n   :header-rows: 1\n"
 NAME = re.compile(r"``([^`]+)``")
 
 
-def rows() -> list[tuple[str, str, list[str]]]:
+def rows(page: Path) -> list[tuple[str, str, list[str]]]:
     """
-    Read the page's tables: fault, promise, the names of tests.
+    Read a page's tables: fault or fact, promise, the names of tests.
     """
-    found = ROW.findall(PAGE.read_text("utf-8"))
-    return [(fault, promise, NAME.findall(tests)) for fault, promise, tests in found if fault != "fault"]
+    found = ROW.findall(page.read_text("utf-8"))
+    return [(fault, promise, NAME.findall(tests)) for fault, promise, tests in found if fault not in ("fault", "fact")]
 
 
 @functools.cache
@@ -56,13 +57,18 @@ def exists(name: str) -> bool:
 
 class ReliabilityTests(SynchronousTestCase):
     """
-    The page of promises.
+    The pages of promises.
     """
 
     def test_each_promise_names_tests_that_exist(self) -> None:
         """
         A reader can look up what holds a promise.
         """
-        wrong = [(fault, name) for fault, _, names in rows() for name in names or ["none"] if not exists(name)]
-        self.assertEqual([], wrong)
-        self.assertGreater(len(rows()), 2)
+        for page in PAGES:
+            found = rows(page)
+            wrong = [(fault, name) for fault, _, names in found for name in names or ["none"] if not exists(name)]
+            self.assertEqual([], wrong)
+            self.assertGreater(len(found), 20)
+            self.assertEqual(
+                page.read_text("utf-8").count("\n   * - "), len(found) + page.read_text("utf-8").count(HEAD)
+            )

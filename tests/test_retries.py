@@ -115,7 +115,21 @@ class RetryAfterTests(SynchronousTestCase):
         for text in ("", "soon", "-1", "1.5", "٣", "Wed, 99 Nov 2026 07:28:00 GMT", "Wed, 25 Nov 2026 07:28:00"):
             self.assertIsNone(asked_wait(text, now), text)
         self.assertIsNone(asked_wait(now, None))
-        self.assertEqual(999999999.0, asked_wait("9" * 500, None))
+
+    def test_of_numbers_beyond_all_bounds(self) -> None:
+        now = "Wed, 25 Nov 2026 07:28:00 GMT"
+        for text in ("86401", "9" * 500, "9" * 5000, "Wed, 25 Nov 9999 07:28:00 GMT"):
+            self.assertEqual(86400.0, asked_wait(text, now), text)
+        for text in (
+            "Wed, 25 Nov 99999999999999999999 07:28:00 GMT",
+            "Wed, 25 Nov 2026 99999999999999999999:28:00 GMT",
+            f"Wed, 25 Nov {'9' * 5000} 07:28:00 GMT",
+            "Wed, 25 Nov 2026 07:28:00 +99999999999999",
+            "1e400",
+            "-" + "9" * 5000,
+        ):
+            self.assertIsNone(asked_wait(text, now), text)
+            self.assertIsNone(asked_wait(now, text), text)
 
     def test_is_what_the_client_is_told(self) -> None:
         """

@@ -70,9 +70,10 @@ class SupervisorTests(SynchronousTestCase):
         None, nothing or nonsense is no watchdog.
         """
         found = [
-            self.read_patience(**each) for each in ({}, *({"WATCHDOG_USEC": text} for text in ("", "0", "-1", "x")))
+            self.read_patience(**each)
+            for each in ({}, *({"WATCHDOG_USEC": text} for text in ("", "0", "-1", "x", "9" * 5000, "\u0663")))
         ]
-        self.assertEqual([None] * 5, found)
+        self.assertEqual([None] * 7, found)
 
     def test_nobody_there_is_no_trouble(self) -> None:
         """

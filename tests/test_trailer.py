@@ -61,6 +61,10 @@ class TrailerTests(SynchronousTestCase):
         if found is not None:
             self.assertLessEqual(found.there[-1][1], SIZE)
 
+    def test_of_no_moment_is_none(self) -> None:
+        for when in (float("nan"), float("inf"), float("-inf"), 1e300, -1.0, 2.0**62):
+            self.assertIsNone(Trailer.unpack(Trailer(SIZE, when, ((0, 1),)).pack()), when)
+
     def test_fits_its_place(self) -> None:
         """
         However many gaps there are, it takes no more than was kept for it; what it can't tell comes again.

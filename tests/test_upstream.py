@@ -23,6 +23,8 @@ from tests.registry import StandIn, digest_of
 from tests.registry_content import OCI_MANIFEST
 
 T = TypeVar("T")
+NO_LENGTHS = b"-5", b"+5", b"5_0", b"0x5", b"5.0", b"1e3", b"5, 6", b"\xb2", b"9" * 19, b"9" * 5000
+"""What is no number of bytes."""
 DENIED = b'{"errors": [{"code": "DENIED", "message": "%s"}]}'
 
 
@@ -52,6 +54,14 @@ class UpstreamTestCase(DaemonTestCase):
         answer = Deferred.fromCoroutine(question)
         self.flush()
         return answer
+
+    def close(self) -> None:
+        """
+        Have upstream close its connections.
+        """
+        for _, server in self.daemon.back.ends:
+            server.loseConnection()
+        self.flush()
 
     def size(self) -> int:
         """
@@ -156,13 +166,21 @@ class RequestTests(UpstreamTestCase):
         self.fetched()
         self.assertEqual(set(), {name for asked in self.standin.asked for name in asked.headers if name == "cookie"})
 
+    def test_no_cookie_is_kept(self) -> None:
+        self.standin.fail("api", status=200, headers={"Set-Cookie": "stick=1", "X-Other": "y"})
+        agent = PlainAgent(self.daemon.back.agent(persistent=False), self.clock)
+        asking = agent.request(b"GET", b"https://other.example/x")
+        self.flush()
+        headers = self.successResultOf(asking).headers
+        self.assertEqual((False, True), (headers.hasHeader("Set-Cookie"), headers.hasHeader("X-Other")))
+
     def test_headers_of_the_caller_stay_as_they_are(self) -> None:
         """
         The agent that pins the encoding leaves its caller's headers alone, and needs none.
         """
         from twisted.web.http_headers import Headers
 
-        agent = PlainAgent(self.daemon.back.agent(persistent=False))
+        agent = PlainAgent(self.daemon.back.agent(persistent=False), self.clock)
         given = Headers({"Cookie": ["a=b"], "Accept-Encoding": ["gzip"]})
         agent.request(b"GET", b"https://other.example/x", given)
         agent.request(b"GET", b"https://other.example/x")
@@ -375,13 +393,48 @@ class BlobSizeTests(UpstreamTestCase):
         self.standin.fail("registry", status=200, method="GET", body=noise("large", 4 * MIB))
         self.assertEqual(4 * MIB, self.size())
 
-    def test_that_is_not_told(self) -> None:
-        """
-        Without a length there is no answer: 502.
-        """
+    def test_of_a_head_of_whatever_type(self) -> None:
+        for content_type in ("text/plain; charset=utf-8", "text/plain", "application/json", "", "nonsense"):
+            headers = {"Content-Type": content_type} if content_type else {}
+            self.standin.forget_asked()
+            fault = self.standin.fail("registry", status=200, method="HEAD", headers=headers, body=self.data)
+            self.assertEqual((1000, 1), (self.size(), len(self.standin.asked)), content_type)
+            fault.remove()
+
+    def test_of_a_head_that_looks_like_a_page_is_told_by_one_byte(self) -> None:
+        for headers in ({"Content-Type": "text/html"}, {"Content-Type": "Text/HTML; charset=utf-8"}):
+            self.standin.forget_asked()
+            fault = self.standin.fail("registry", status=200, method="HEAD", headers=headers, body=b"x" * 50)
+            self.assertEqual(1000, self.size())
+            self.assertEqual(["HEAD", "GET", "GET"], [asked.method for asked in self.standin.asked])
+            fault.remove()
+        named = {"Content-Type": "text/html", "Docker-Content-Digest": self.digest}
+        self.standin.fail("registry", status=200, method="HEAD", headers=named, body=self.data)
+        self.assertEqual(1000, self.size())
+
+    def test_of_a_head_without_a_length_is_told_by_one_byte(self) -> None:
+        for length in (b"", *(b"Content-Length: %b\r\n" % length for length in NO_LENGTHS)):
+            self.standin.forget_asked()
+            asking = Deferred.fromCoroutine(self.daemon.upstream.blob_size(self.blob))
+            self.answer_with(b"HTTP/1.1 200 OK\r\nContent-Type: application/octet-stream\r\n%b\r\n" % length)
+            self.assertEqual(1000, self.successResultOf(asking), length)
+            self.assertEqual("bytes=0-0", self.standin.asked[-1].headers["range"])
+            self.close()
+
+    def test_that_nobody_tells_is_502(self) -> None:
+        self.standin.hang("registry", method="GET", times=1)
         asking = Deferred.fromCoroutine(self.daemon.upstream.blob_size(self.blob))
-        self.answer_with(b"HTTP/1.1 200 OK\r\n\r\n")
+        self.answer_with(b"HTTP/1.1 200 OK\r\n\r\n", close=False)
+        _, server = self.daemon.back.ends[-1]
+        server.write(b"HTTP/1.1 200 OK\r\n\r\nabc")
+        self.flush()
         self.assertEqual(502, self.failureResultOf(asking, UnavailableError).value.status)
+
+    def test_behind_a_redirect_whose_url_is_refused_is_asked_for_with_another(self) -> None:
+        self.standin.quirks.blob_head = 307
+        self.standin.fail("bucket", status=403, body=b"<Error/>", times=1)
+        self.assertEqual(1000, self.size())
+        self.assertEqual((2, 2), (self.standin.count("registry"), self.standin.count("bucket")))
 
     def test_of_what_is_not_there(self) -> None:
         """
@@ -434,16 +487,17 @@ class BlobTests(UpstreamTestCase):
 
     def test_that_stalls(self) -> None:
         """
-        Thirty seconds without a byte end a transfer; each byte begins them anew.
+        Thirty seconds without a kilobyte end a transfer; each kilobyte begins them anew.
         """
+        self.digest = self.standin.push_blob("team/app", noise("large", MIB))
         self.standin.hold(self.digest)
         sink = Sink()
         self.successResultOf(self.asking(self.daemon.upstream.blob(self.blob))).first.deliver(sink)
         for _ in range(3):
             self.pass_time(29)
-            self.standin.deliver(self.digest, 1)
+            self.standin.deliver(self.digest, 1024)
             self.flush()
-        self.assertEqual((3, []), (len(sink.got), sink.ends))
+        self.assertEqual((3 * 1024, []), (len(sink.got), sink.ends))
         self.pass_time(31)
         (problem,) = sink.ends
         assert problem is not None
@@ -606,6 +660,25 @@ class ManifestTests(UpstreamTestCase):
             self.assertEqual((self.image.digest, len(self.image.manifest)), (str(head.digest), head.size))
             fault.remove()
 
+    def test_head_that_says_nothing_usable_is_told_by_a_get(self) -> None:
+        types = b"application/octet-stream", b"text/plain", b"application/json", b"text/html", b""
+        lengths = (
+            b"",
+            b"Content-Length: 0",
+            b"Content-Length: 99999999999",
+            *(b"Content-Length: " + no for no in NO_LENGTHS),
+        )
+        heads = [b"Content-Type: " + each + b"\r\nContent-Length: 50" for each in types]
+        heads += [b"Content-Type: " + OCI_MANIFEST.encode() + b"\r\n" + each for each in lengths]
+        for each in heads:
+            self.standin.forget_asked()
+            asking = Deferred.fromCoroutine(self.daemon.upstream.head_manifest(self.tag, ""))
+            self.answer_with(b"HTTP/1.1 200 OK\r\n" + each + b"\r\n\r\n")
+            head = self.successResultOf(asking)
+            told = head.media_type, str(head.digest), head.size
+            self.assertEqual((OCI_MANIFEST, self.image.digest, len(self.image.manifest)), told, each)
+            self.assertEqual(["HEAD", "GET"], [asked.method for asked in self.standin.asked])
+
     def test_head_that_makes_no_sense(self) -> None:
         """
         A digest that is none, or a length that is none, is 502.
@@ -669,7 +742,7 @@ class RefusalTests(UpstreamTestCase):
 
     def test_in_strange_words(self) -> None:
         """
-        Whatever a refusal's body is, it is a refusal.
+        A 403 or 404 that is no registry's JSON is no answer of ECR's, whatever it is.
         """
         for body in (
             b"",
@@ -681,14 +754,21 @@ class RefusalTests(UpstreamTestCase):
             b'{"errors": {}}',
             b'{"errors": [3]}',
             b'{"errors": [{"code": null, "message": ["x"]}]}',
+            b'{"errors": [{"code": "", "message": "not found"}]}',
+            b'{"message": "not found"}',
             b"[" * 50_000,
             b"\xff\xfe",
+            b"404 page not found\n",
+            b"<html><body>Access denied by your gateway: token required</body></html>",
         ):
-            fault = self.standin.fail("registry", status=404, body=body)
-            problem = self.refused(self.daemon.upstream.manifest(self.tag, ""))
-            self.assertEqual(404, problem.status, body[:20])
-            json.loads(problem.body())
-            fault.remove()
+            for status in (403, 404):
+                fault = self.standin.fail("registry", status=status, body=body)
+                problem = self.refused(self.daemon.upstream.manifest(self.tag, ""))
+                self.assertIsInstance(problem, UnavailableError, body[:20])
+                self.assertEqual((502, "UNAVAILABLE"), (problem.status, problem.code), body[:20])
+                json.loads(problem.body())
+                fault.remove()
+        self.assertEqual(1, len(self.standin.tokens.issued()))
 
     def test_of_great_length(self) -> None:
         """

@@ -10,16 +10,19 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.settings.values import (
     is_other_registry,
+    parse_count,
     parse_endpoint,
     parse_flag,
     parse_networks,
     parse_path,
+    parse_patience,
     parse_pattern,
     parse_port,
     parse_region,
     parse_resolver,
     parse_seconds,
     parse_size,
+    parse_tries,
     region_of,
 )
 
@@ -220,6 +223,10 @@ class ParserTests(SynchronousTestCase):
         """
         self.assertEqual((0.0, 30.0, 0.5), (parse_seconds("0"), parse_seconds("30"), parse_seconds("0.5")))
         self.assert_refused(parse_seconds, "", "-1", "inf", "nan", "1e3", "30s", " 1", ".5", "9" * 10)
+
+    def test_numbers_are_written_in_ascii_digits(self) -> None:
+        for read in (parse_seconds, parse_patience, parse_count, parse_tries, parse_port, parse_size):
+            self.assert_refused(read, "\u0663", "\uff13", "3_0", "+3", "3" * 5000)
 
     def test_paths_are_not_empty(self) -> None:
         """

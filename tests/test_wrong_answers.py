@@ -8,7 +8,7 @@ import gzip
 import json
 from collections.abc import Callable, Mapping
 
-from tests.daemon import DaemonTestCase, Reply, noise
+from tests.daemon import MIB, DaemonTestCase, Reply, noise
 from tests.registry import digest_of, layer
 from tests.registry_content import OCI_MANIFEST, SCHEMA2
 
@@ -148,6 +148,34 @@ class BlobTests(WrongAnswerTestCase):
             self.assertEqual([], self.files("ingest"))
             self.standin.heal()
         self.assertWhole(self.get(path), data)
+
+
+class ReversedPartTests(DaemonTestCase):
+    """
+    A bucket that breaks a transfer, and answers the next one with a range that ends before it starts.
+    """
+
+    def test_changes_no_byte_that_is_there(self) -> None:
+        start, size = MIB + MIB // 2, 2 * MIB
+        for said in (f"bytes {start}-64/{size}", f"bytes {start}-0/{size}", f"bytes {start}-{start - 1}/{size}"):
+            data = noise(said, size)
+            digest = self.standin.push_blob("team/app", data)
+            path = f"/v2/team/app/blobs/{digest}"
+            self.standin.fail("bucket", status=501)
+            self.standin.break_off(start)
+            self.get(path)
+            self.pass_time(60)
+            self.assertEqual(1, len(self.files("ingest")))
+            self.standin.heal()
+            # Every byte but those that are there already is right: only the range can make them be written again.
+            self.standin.corrupt(digest, bytes(start) + data[start:])
+            self.standin.fail("bucket", status=206, headers={"Content-Range": said}, body=b"x" * 65, times=1)
+            for _ in range(2):
+                reply = self.get(path)
+                self.pass_time(60)
+                self.assertTrue(reply.code != 200 or reply.ended == "broken" or reply.body == data, said)
+            self.standin.heal()
+            self.assertWhole(self.get(path), data)
 
 
 class ManifestTests(WrongAnswerTestCase):

@@ -47,6 +47,8 @@ BODY_LIMIT: Final = 2**16
 _TOGETHER: Final = 256
 """How many documents are made in one step: that many small files are read in milliseconds."""
 _NAME: Final = re.compile(r"[0-9a-f]{64}")
+_MOST: Final = 10**18
+"""The largest number that is taken: of bytes a second, or of seconds since the epoch."""
 
 
 class Api(Answering):
@@ -242,8 +244,8 @@ def _number(document: Document, name: str) -> float | None:
     found = document.get(name)
     if found is None:
         return None
-    if isinstance(found, bool) or not isinstance(found, int | float) or not 0 < found < float("inf"):
-        raise _wrong(f"{name} is no number above 0")
+    if isinstance(found, bool) or not isinstance(found, int | float) or not 1 <= found <= _MOST:
+        raise _wrong(f"{name} is no number from 1 to {_MOST}")
     return float(found)
 
 

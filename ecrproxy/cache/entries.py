@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from ecrproxy.oci import Descriptor, Digest, Kind, Route
+from ecrproxy.oci import SIZE_LIMIT, Descriptor, Digest, Kind, Route
 
 ANSWERS_LIMIT: Final = 16
 """The most Accept sets whose answers one tag's entry keeps: clients in the field send two or three."""
@@ -101,10 +101,10 @@ class Entry:
 
 
 def _confirmed(item: Mapping[str, Any]) -> Confirmed:
-    descriptor = Descriptor(str(item["mediaType"]), Digest.parse(item["digest"]), int(item["size"]))
-    when = float(item["confirmed"])
-    if not math.isfinite(when):
-        raise ValueError("no time")
+    size, when = item["size"], float(item["confirmed"])
+    if type(size) is not int or not 0 <= size <= SIZE_LIMIT or not math.isfinite(when):
+        raise ValueError("no size, or no time")
+    descriptor = Descriptor(str(item["mediaType"]), Digest.parse(item["digest"]), size)
     return Confirmed(descriptor, when)
 
 

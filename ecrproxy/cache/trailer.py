@@ -22,6 +22,8 @@ _HEAD: Final = struct.Struct(">8sQdI")
 _SPAN: Final = struct.Struct(">QQ")
 _MOST_SPANS: Final = 60
 """A lane leaves one gap; more come of a transfer that was interrupted often, and are forgotten."""
+_END_OF_TIME: Final = 2.0**34
+"""Seconds since the epoch that are no moment of ours: in nanoseconds they still fit 64 bits."""
 TRAILER: Final = 1024
 """Bytes that are kept for the trailer."""
 
@@ -100,6 +102,7 @@ class Trailer:
         there = tuple(_SPAN.iter_unpack(data[_HEAD.size : end]))
         edges = [edge for stretch in there for edge in stretch]
         sound = edges == sorted(set(edges)) and len(edges) > 0 and edges[-1] <= size and there != ((0, size),)
+        sound = sound and 0 <= when < _END_OF_TIME  # which no number but a number is
         return cls(size, when, there) if sound else None
 
     @classmethod

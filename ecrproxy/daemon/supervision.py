@@ -13,6 +13,7 @@ Rules:
 from __future__ import annotations
 
 import contextlib
+import re
 import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final
@@ -52,7 +53,8 @@ class Supervisor:
             return None
         patience = environ.get("WATCHDOG_USEC", "")
         ours = environ.get("WATCHDOG_PID") in (None, "", str(pid))
-        return cls(path, int(patience) / 1e6 if ours and patience.isdecimal() and int(patience) else None)
+        told = ours and re.fullmatch(r"0*[1-9][0-9]{0,17}", patience)
+        return cls(path, int(patience) / 1e6 if told else None)
 
     @property
     def beat(self) -> float:

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from twisted.internet.interfaces import IPushProducer
 from twisted.internet.protocol import Protocol as TwistedProtocol
 from twisted.internet.protocol import connectionDone
+from twisted.logger import Logger
 from twisted.python.failure import Failure
 from twisted.web.client import ResponseDone, ResponseFailed
 from twisted.web.http import PotentialDataLoss
@@ -19,6 +20,8 @@ from twisted.web.iweb import UNKNOWN_LENGTH, IResponse
 
 from ecrproxy.oci import RegistryError, Route
 from ecrproxy.reasons import Reason
+from ecrproxy.registry.bodies import discard, excerpt
+from ecrproxy.registry.bucket_errors import said_by_bucket
 
 if TYPE_CHECKING:
     from twisted.internet.interfaces import IDelayedCall, IReactorTime
@@ -32,16 +35,15 @@ class UnavailableError(RegistryError):
     reason = Reason.FAILING
 
 
-ERROR_LIMIT: Final = 64 * 2**10
-
-
-_SPAN = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
-
-
-_TOTAL = re.compile(r"bytes (?:\d+-\d+|\*)/(\d{1,18})")
-
-
+_COUNT = re.compile(r"[0-9]{1,18}")
+_SPAN = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})")
 REDIRECT_STATUSES: Final = (301, 302, 303, 307, 308)
+REFUSED_STATUSES: Final = (400, 401, 403, 404, 410)
+"""What a bucket answers to a presigned URL that is no good, or no longer."""
+TRICKLE: Final = 1024
+"""Bytes that a body must bring within the stall time: fewer are as good as none."""
+
+log = Logger()
 
 
 class Sink(Protocol):
@@ -63,7 +65,7 @@ class Locator(Protocol):
 
     clock: IReactorTime
     stall_seconds: float
-    """How long a body may send nothing."""
+    """In how many seconds a body must bring C{TRICKLE} bytes."""
 
     async def locate(self, route: Route) -> tuple[str, IResponse | None]:
         """Ask where."""
@@ -79,80 +81,106 @@ class Blob:
     """
     Where a blob's bytes come from, part by part if the bucket gives parts.
 
+    @param url: where the blob lies, if ECR has said so already.
     @ivar size: in bytes, if upstream said.
     @ivar first: what was asked for first.
     @ivar ranged: whether the bucket gives parts.
+    @ivar is_page: whether what came first calls itself a page for people, and not a part of anything.
     """
 
     first: Stretch
 
-    def __init__(self, upstream: Locator, route: Route) -> None:
-        self._upstream, self._route = upstream, route
-        self._url = ""
+    def __init__(self, upstream: Locator, route: Route, url: str = "") -> None:
+        self._upstream, self._route, self._url = upstream, route, url
         self.size: int | None = None
-        self.ranged = False
+        self.ranged = self.is_page = False
 
     async def begin(self, start: int, stop: int | None) -> None:
         """
         Ask for the bytes from C{start} to C{stop}, or for all from there on.
         """
-        self._url, response = await self._upstream.locate(self._route)
-        if response is None:
-            response = await self._ask(_span(start, stop) if start or stop is not None else "")
-            if response.code == 416:  # noqa: PLR2004 (an empty blob has no first byte, another may have become shorter)
-                response.deliverBody(Drop())
-                start = 0
-                response = await self._ask("")
-        self.size, self.first = self._understand(response, start)
+        response = await self._ask(_span(start, stop) if start or stop is not None else "")
+        if response.code == 416:  # noqa: PLR2004 (an empty blob has no first byte, another may have become shorter)
+            discard(response, self._upstream.clock)
+            start = 0
+            response = await self._ask("")
+        self.size, self.first = await self._understand(response, start, stop)
         self.ranged = response.code == 206  # noqa: PLR2004
+        self.is_page = not self.ranged and is_page(response)
 
     async def open(self, start: int, stop: int | None, breaks: int = 0) -> Stretch:
         """
-        Ask for the bytes from C{start} to C{stop}; an URL that is refused, as expired ones are, is asked for again.
+        Ask for the bytes from C{start} to C{stop}.
 
         @param breaks: how often in a row they were asked for, and none came: then the next time can wait.
         """
         if breaks:
             await self._upstream.pause(breaks)
-        span = _span(start, stop)
-        response = await self._ask(span)
-        if response.code in (400, 401, 403, 404, 410):
-            response.deliverBody(Drop())
-            self._url, direct = await self._upstream.locate(self._route)
-            response = direct or await self._ask(span)
-        size, stretch = self._understand(response, start)
+        response = await self._ask(_span(start, stop))
+        size, stretch = await self._understand(response, start, stop)
         if size != self.size:
             stretch.drop()
             raise UnavailableError(502, "UNAVAILABLE", f"{self._route.reference} has changed its size upstream")
         return stretch
 
     async def _ask(self, span: str) -> IResponse:
+        """
+        Ask for bytes; replace the URL, once, if the bucket refuses it, as it does when the URL has expired.
+        """
+        response = await (self._fetch(span) if self._url else self._locate(span))
+        if response.code in REFUSED_STATUSES:
+            discard(response, self._upstream.clock)
+            response = await self._locate(span)
+        return response
+
+    async def _locate(self, span: str) -> IResponse:
+        self._url, direct = await self._upstream.locate(self._route)
+        return direct or await self._fetch(span)
+
+    async def _fetch(self, span: str) -> IResponse:
         self._url, response = await self._upstream.fetch(self._url, self._route, span)
         return response
 
-    def _understand(self, response: IResponse, start: int) -> tuple[int | None, Stretch]:
+    async def _understand(self, response: IResponse, start: int, stop: int | None) -> tuple[int | None, Stretch]:
         """
         Read the whole's size and what of it comes; a bucket that knows no ranges sends all from the first byte on.
         """
         host = urlsplit(self._url).hostname or ""
-        span = _SPAN.fullmatch(header(response, "Content-Range") or "")
         watch = Watch(self._upstream.clock, self._upstream.stall_seconds, host)
-        if response.code == 206 and span and int(span[1]) == start:  # noqa: PLR2004
-            return int(span[3]), Stretch(response, watch, start, int(span[2]) + 1)
         if response.code == 200:  # noqa: PLR2004
             size = None if response.length is UNKNOWN_LENGTH else int(response.length)
             return size, Stretch(response, watch, start, size, skip=start)
-        response.deliverBody(Drop())
+        part = told_part(header(response, "Content-Range"), start, stop) if response.code == 206 else None  # noqa: PLR2004
+        if part is not None:
+            end, size = part
+            return size, Stretch(response, watch, start, end)
         what = f"{host} answers {response.code} instead of {self._route.reference}"
-        raise UnavailableError(502, "UNAVAILABLE", what)
+        if response.code == 206:  # noqa: PLR2004
+            discard(response, self._upstream.clock)
+            raise UnavailableError(502, "UNAVAILABLE", f"{what}: another range than {_span(start, stop)}")
+        raise UnavailableError(502, "UNAVAILABLE", await self._refusal(response, host, what))
+
+    async def _refusal(self, response: IResponse, host: str, what: str) -> str:
+        """
+        Add the bucket's own words to C{what} it did; log them.
+        """
+        said = said_by_bucket(await excerpt(response, self._upstream.clock))
+        if said:
+            what = f"{what}: {said}"
+            log.error(
+                "{what}; run 'ecr-proxy doctor' to check the way to the bucket",
+                what=what,
+                once=(host, said.partition(":")[0]),
+            )
+        return what
 
 
 @dataclass(frozen=True, slots=True)
 class Watch:
     """
-    What ends a body that sends nothing.
+    What ends a body that sends nothing, or next to nothing.
 
-    @ivar seconds: for so long.
+    @ivar seconds: in which it must bring C{TRICKLE} bytes.
     @ivar host: who sends it.
     """
 
@@ -186,25 +214,28 @@ class Stretch:
         """
         Do without them.
         """
-        self._response.deliverBody(Drop())
+        discard(self._response, self._watch.clock)
 
 
 class BlobTransfer(TwistedProtocol):
     """
-    A body on its way into a L{Sink}; given up when nothing came for too long.
+    A body on its way into a L{Sink}; given up when it brings nothing, or next to nothing, for too long.
     """
 
     def __init__(self, sink: Sink, watch: Watch, skip: int = 0) -> None:
         self._sink, self._watch, self._skip = sink, watch, skip
         self._timer: IDelayedCall | None = None
         self._stalled = False
+        self._since = 0
 
     def connectionMade(self) -> None:  # noqa: D102
         self._wait()
 
     def dataReceived(self, data: bytes) -> None:  # noqa: D102
-        if self._timer is not None:
+        self._since += len(data)
+        if self._timer is not None and self._since >= TRICKLE:
             self._timer.reset(self._watch.seconds)
+            self._since = 0
         if self._skip:
             data, self._skip = data[self._skip :], max(0, self._skip - len(data))
         if data:
@@ -213,7 +244,8 @@ class BlobTransfer(TwistedProtocol):
     def connectionLost(self, reason: Failure = connectionDone) -> None:  # noqa: D102
         self._wait_no_more()
         if self._stalled:
-            what = f"{self._watch.host} has sent nothing for {self._watch.seconds:g} s"
+            sent = f"no more than {self._since} bytes" if self._since else "nothing"
+            what = f"{self._watch.host} has sent {sent} for {self._watch.seconds:g} s"
             reason = Failure(UnavailableError(504, "UNAVAILABLE", what))
         elif reason.check(ResponseDone, PotentialDataLoss):
             self._sink.ended(None)  # that it is whole is for the digest to say
@@ -247,6 +279,7 @@ class BlobTransfer(TwistedProtocol):
 
     def _wait(self) -> None:
         if self._timer is None:
+            self._since = 0
             self._timer = self._watch.clock.callLater(self._watch.seconds, self._stall)
 
     def _wait_no_more(self) -> None:
@@ -257,19 +290,6 @@ class BlobTransfer(TwistedProtocol):
     def _stall(self) -> None:
         self._timer, self._stalled = None, True
         self.abort()
-
-
-class Drop(TwistedProtocol):
-    """
-    Let a body that nobody wants go by, if it is short; close the connection if not.
-    """
-
-    _left = ERROR_LIMIT
-
-    def dataReceived(self, data: bytes) -> None:  # noqa: D102
-        self._left -= len(data)
-        if self._left < 0 and self.transport is not None:
-            self.transport.loseConnection()
 
 
 def _span(start: int, stop: int | None) -> str:
@@ -294,19 +314,28 @@ def describe(problem: BaseException | None) -> str:
     return text.splitlines()[0][:200]
 
 
-def whole_size(response: IResponse) -> int | None:
+def told_part(content_range: str | None, start: int, stop: int | None) -> tuple[int, int] | None:
     """
-    Tell how large the whole is of which C{response} is an answer: RFC 9110, 14.4 and 15.5.17.
+    Read from a Content-Range where a part ends that begins at C{start}, and how large the whole is: RFC 9110, 14.4.
+
+    @param stop: the end of what was asked for; None for all from C{start} on.
+    @return: None if it is another part, longer than what was asked for, reversed, or outside of the whole.
     """
-    if response.code in (206, 416):
-        total = _TOTAL.fullmatch(header(response, "Content-Range") or "")
-        return int(total[1]) if total else None
-    if response.code != 200:  # noqa: PLR2004
+    found = _SPAN.fullmatch(content_range or "")
+    if found is None:
         return None
-    if response.request.method == b"HEAD":
-        length = header(response, "Content-Length") or ""
-        return int(length) if length.isdecimal() else None
-    return None if response.length is UNKNOWN_LENGTH else int(response.length)
+    first, last, size = map(int, found.groups())
+    if first != start or not first <= last < size or (stop is not None and last >= stop):
+        return None
+    return last + 1, size
+
+
+def told_length(response: IResponse) -> int | None:
+    """
+    Read the Content-Length of an answer to a HEAD; None without one, or for what is no number of bytes.
+    """
+    length = header(response, "Content-Length") or ""
+    return int(length) if _COUNT.fullmatch(length) else None
 
 
 def header(response: IResponse, name: str) -> str | None:
@@ -315,3 +344,11 @@ def header(response: IResponse, name: str) -> str | None:
     """
     values = response.headers.getRawHeaders(name.encode("ascii"))
     return values[-1].decode("latin-1") if values else None
+
+
+def is_page(response: IResponse) -> bool:
+    """
+    Tell whether an answer calls itself HTML, and names no content: an intermediary's page, not the registry's word.
+    """
+    media_type = (header(response, "Content-Type") or "").partition(";")[0].strip().lower()
+    return media_type in ("text/html", "application/xhtml+xml") and header(response, "Docker-Content-Digest") is None

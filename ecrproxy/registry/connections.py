@@ -8,6 +8,7 @@ ends its own request, and its connection with it; nothing else.
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any, Final
 
 from twisted.internet.defer import fail
@@ -37,6 +38,7 @@ IDLE_CONNECTIONS: Final = 32
 IDLE_SECONDS: Final = 90
 HEADERS_LIMIT: Final = 16 * 2**10
 """The most bytes before a body, interim answers included: twice what nginx takes, whose proxies ECR is used with."""
+_LENGTH: Final = re.compile(rb"[ \t]*[0-9]{1,18}[ \t]*")
 
 
 class OddAnswerError(Exception):
@@ -53,6 +55,16 @@ class StrictClient(HTTP11ClientProtocol):
     _left = 0
     """How many bytes of headers may still come."""
 
+    def makeConnection(self, transport: Any) -> None:  # noqa: ANN401
+        """
+        Begin to use a connection, which is closed at once when it is closed.
+
+        Over TLS, C{loseConnection} waits for the peer to agree, for ever if the peer is silent. Nothing that a
+        connection still brings is wanted by then, and no request is sent in more than one write.
+        """
+        transport.loseConnection = transport.abortConnection
+        super().makeConnection(transport)  # type: ignore[no-untyped-call]
+
     def request(self, request: Any) -> Deferred[IResponse]:  # noqa: ANN401
         """
         Send a request.
@@ -63,7 +75,7 @@ class StrictClient(HTTP11ClientProtocol):
             self._left, proceed = HEADERS_LIMIT, parser.allHeadersReceived
 
             def judged() -> None:
-                _judge(parser.connHeaders)
+                _judge(parser.response.code, parser.connHeaders)
                 proceed()  # type: ignore[no-untyped-call]
 
             parser.allHeadersReceived = judged  # type: ignore[method-assign]  # (Twisted has no place to say it)
@@ -178,10 +190,15 @@ def _host(uri: bytes) -> str:
     return host.decode("latin-1").lower()
 
 
-def _judge(headers: Headers) -> None:
+def _judge(status: int, headers: Headers) -> None:
     """
-    Refuse an answer that does not say plainly how long it is: RFC 9112, 6.1 and 6.3.
+    Refuse an answer that has no status that there is, or does not say plainly how long it is: RFC 9112, 6.1 and 6.3.
     """
+    if not 100 <= status <= 599:  # noqa: PLR2004
+        raise OddAnswerError("a status that is none")
+    lengths = headers.getRawHeaders(b"Content-Length", [])
+    if not all(_LENGTH.fullmatch(length) for value in lengths for length in value.split(b",")):
+        raise OddAnswerError("a length that is no number of bytes")
     codings = headers.getRawHeaders(b"Transfer-Encoding", [])
     if codings and headers.hasHeader(b"Content-Length"):
         raise OddAnswerError("a length and a transfer coding at once")

@@ -14,7 +14,8 @@ from twisted.web.iweb import IResponse
 
 from ecrproxy.oci import Route
 from ecrproxy.reasons import Reason
-from ecrproxy.registry.bucket import ERROR_LIMIT, UnavailableError
+from ecrproxy.registry.bodies import ERROR_LIMIT
+from ecrproxy.registry.bucket import UnavailableError
 from ecrproxy.registry.circuit import Circuit, CircuitState
 from ecrproxy.registry.ecr import TokenUnavailableError
 from ecrproxy.registry.governor import Governor

@@ -11,7 +11,7 @@ from typing import Final
 
 from ecrproxy.oci import Kind
 
-_QUOTA = re.compile(r"([a-z]+)=(\d{1,6})")
+_QUOTA = re.compile(r"([a-z]+)=([0-9]{1,6})")
 LONGEST_REST: Final = 60.0
 """The most seconds for which ECR is believed that it wants no calls of a kind."""
 

@@ -12,7 +12,7 @@ from typing import Final, NoReturn
 from twisted.logger import Logger
 from twisted.web.iweb import IResponse
 
-from ecrproxy.oci import Kind, RegistryError, Route
+from ecrproxy.oci import RegistryError, Route
 from ecrproxy.reasons import Reason
 from ecrproxy.registry.bucket import UnavailableError
 
@@ -22,18 +22,14 @@ log = Logger()
 _REQUEST_CODES: Final = frozenset(
     {"UNSUPPORTED", "NAME_INVALID", "DIGEST_INVALID", "TAG_INVALID", "MANIFEST_INVALID", "PAGINATION_NUMBER_INVALID"}
 )
-_NOT_FOUND_CODES: Final = {
-    Kind.MANIFEST: "MANIFEST_UNKNOWN",
-    Kind.BLOB: "BLOB_UNKNOWN",
-    Kind.TAGS: "NAME_UNKNOWN",
-    Kind.REFERRERS: "NAME_UNKNOWN",
-}
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
     """
     A refusal in ECR's words.
+
+    @ivar code: the distribution spec's; empty if the answer is not the spec's JSON.
     """
 
     status: int
@@ -56,10 +52,17 @@ class Refusal:
         code, message = "", body[:1000].decode("utf-8", "replace")
         try:
             first = json.loads(body)["errors"][0]
-            code, message = str(first.get("code", "")), str(first.get("message", ""))
+            code, message = str(first.get("code") or ""), str(first.get("message", ""))
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             pass  # a plain text, as ECR sends some: the text is the message then
         return cls(status, code, message, challenged=challenged)
+
+    @property
+    def is_registry_error(self) -> bool:
+        """
+        Tell whether the answer is an error of the distribution spec; if not, something else may have answered for ECR.
+        """
+        return bool(self.code)
 
     @property
     def is_about_token(self) -> bool:
@@ -76,7 +79,10 @@ class Refusal:
                 return not self.challenged and self.code not in _REQUEST_CODES
             case 403:
                 said = self.message.lower()
-                return bool(re.search(r"\btoken\b", said)) and "not authorized to perform" not in said
+                words = (
+                    r"\btoken\b" if self.is_registry_error else r"\bauthorization token\b"
+                )  # ECR's, in plain text too
+                return bool(re.search(words, said)) and "not authorized to perform" not in said
         return False
 
     def raise_for(self, route: Route) -> NoReturn:
@@ -86,10 +92,20 @@ class Refusal:
         if self.is_about_token:
             log.error("ECR refuses a fresh token: {status} {said}", status=self.status, said=self.message)
             raise UnavailableError(502, "UNAVAILABLE", "ECR does not accept the proxy's token", reason=Reason.NO_TOKEN)
+        if self.status in (403, 404) and not self.is_registry_error:
+            log.error(
+                "Something other than ECR answered {status} for {path}: the answer is not a registry's JSON;"
+                " check proxies and firewalls between this host and ECR",
+                status=self.status,
+                path=route.path,
+                once=self.status,
+            )
+            said = f"something other than ECR answers {self.status} in its place; the proxy's log says more"
+            raise UnavailableError(502, "UNAVAILABLE", said)
         match self.status:
             case 404:
-                code, said = self.code or _NOT_FOUND_CODES[route.kind], self.message or "ECR does not have it"
-                raise RegistryError(404, code, said, reason=Reason.NOT_FOUND)
+                said = self.message or "ECR does not have it"
+                raise RegistryError(404, self.code, said, reason=Reason.NOT_FOUND)
             case 403:
                 log.error("ECR denies {path}: {said}", path=route.path, said=self.message)
                 said = f"ECR denies the proxy access to {route.repository}; its log says why"

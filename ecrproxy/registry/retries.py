@@ -22,6 +22,8 @@ from ecrproxy.registry.bucket import UnavailableError
 TRANSIENT_STATUSES: Final = frozenset({429, 500, 502, 503, 504})
 FIRST_WAIT: Final = 1.0
 """The most seconds before the second try; twice as many before each further one."""
+LONGEST_ASKED: Final = 86400.0
+"""The most seconds that an upstream may ask for in Retry-After; clients are told no more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +98,11 @@ def asked_wait(retry_after: str | None, date: str | None) -> float | None:
     if retry_after is None:
         return None
     if retry_after.isascii() and retry_after.isdecimal():
-        return float(retry_after[:9])
+        return min(LONGEST_ASKED, float(retry_after[:18]))
     try:
         then, now = parsedate_to_datetime(retry_after), parsedate_to_datetime(date or "")
-        return max(0.0, (then - now).total_seconds())
-    except (ValueError, TypeError):
+        return min(LONGEST_ASKED, max(0.0, (then - now).total_seconds()))
+    except (ValueError, TypeError, OverflowError):
         return None  # it says nothing that we understand
 
 

@@ -11,7 +11,6 @@ Rules:
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -20,10 +19,12 @@ from urllib.parse import urljoin, urlsplit
 from twisted.web.http_headers import Headers
 from twisted.web.iweb import IResponse
 
-from ecrproxy.oci import MANIFEST_LIMIT, Digest, Kind, RegistryError, Route, query_values
+from ecrproxy.oci import MANIFEST_LIMIT, MANIFEST_TYPES, Digest, Kind, RegistryError, Route, query_values
 from ecrproxy.reasons import Reason
-from ecrproxy.registry.bucket import REDIRECT_STATUSES, Blob, Drop, UnavailableError, header, whole_size
+from ecrproxy.registry.bodies import discard
+from ecrproxy.registry.bucket import REDIRECT_STATUSES, Blob, UnavailableError, header, is_page, told_length
 from ecrproxy.registry.endpoint import Endpoint, Question, Reply
+from ecrproxy.registry.links import next_target
 from ecrproxy.registry.wire import Wire
 
 REDIRECTS: Final = 5
@@ -31,8 +32,6 @@ LIST_LIMIT: Final = 4 * 2**20
 """The most bytes a page of tags or referrers may have: a thousand of the longest tags are 130 KiB."""
 TAGS_LIMIT: Final = 1000
 """The most tags ECR lists a page; it refuses to be asked for more (field notes C8)."""
-
-_NEXT = re.compile(r'<([^>]*)>\s*;\s*rel="?next"?')
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +77,7 @@ class Upstream:
     One ECR registry and the buckets that it points to.
 
     @param wire: over which the buckets are asked.
-    @param stall_seconds: how long a blob's body may send nothing.
+    @param stall_seconds: in how many seconds a blob's body must bring C{TRICKLE} bytes.
     """
 
     def __init__(self, endpoint: Endpoint, wire: Wire, *, stall_seconds: float = 30) -> None:
@@ -92,15 +91,14 @@ class Upstream:
         """
         reply = _whole(await self._endpoint.ask(Question("HEAD", route, accept, limit=MANIFEST_LIMIT)))
         response = reply.response
-        media_type = header(response, "Content-Type") or ""
-        if response.request.method != b"HEAD":  # ECR refused the HEAD and answered a GET
-            return Head(media_type, Digest.of(reply.body), len(reply.body))
-        named = header(response, "Docker-Content-Digest")
-        try:
-            size = int(header(response, "Content-Length") or "0")
-        except ValueError as problem:
-            raise UnavailableError(502, "UNAVAILABLE", f"ECR's answer makes no sense: {problem}") from None
-        return Head(media_type, _told(named) if named else None, size)
+        if response.request.method == b"HEAD":  # or ECR refused that, and answered a GET
+            media_type, size = header(response, "Content-Type") or "", told_length(response)
+            named = header(response, "Docker-Content-Digest")
+            digest = _told(named) if named else None
+            if size and size <= MANIFEST_LIMIT and media_type.partition(";")[0].strip().lower() in MANIFEST_TYPES:
+                return Head(media_type, digest, size)
+            reply = _whole(await self._endpoint.ask(Question("GET", route, accept, limit=MANIFEST_LIMIT)))
+        return Head(header(reply.response, "Content-Type") or "", Digest.of(reply.body), len(reply.body))
 
     async def manifest(self, route: Route, accept: str) -> Manifest:
         """
@@ -123,18 +121,21 @@ class Upstream:
         @raise RegistryError: if it doesn't, or ECR can't say.
         """
         response = (await self._endpoint.ask(Question("HEAD", route))).response
+        discard(response, self.clock)
+        url = ""
         if response.code in REDIRECT_STATUSES:
-            # A presigned URL is signed for GET: only the first byte is asked for.
-            response.deliverBody(Drop())
             url = _target(self._endpoint.url + route.path, header(response, "Location"))
-            _, response = await self.fetch(url, route, "bytes=0-0")
-        response.deliverBody(Drop())
-        # No bytes will tell whether this speaks of the blob: a page in its place must not pass.
-        page = (header(response, "Content-Type") or "").lower().startswith("text/")
-        size = None if page else whole_size(response)
-        if size is None:
+        elif response.code == 200 and response.request.method == b"HEAD" and not is_page(response):  # noqa: PLR2004
+            size = told_length(response)
+            if size is not None:
+                return size
+        # The HEAD says nothing usable. A presigned URL is signed for GET alone: one byte is asked for.
+        blob = Blob(self, route, url)
+        await blob.begin(0, 1)
+        blob.first.drop()
+        if blob.size is None or blob.is_page:
             raise UnavailableError(502, "UNAVAILABLE", f"ECR does not say how large {route.reference} is")
-        return size
+        return blob.size
 
     async def blob(self, route: Route, stop: int | None = None, start: int = 0) -> Blob:
         """
@@ -159,7 +160,7 @@ class Upstream:
         url = self._endpoint.url + route.path
         if response.code not in REDIRECT_STATUSES:
             return url, response
-        response.deliverBody(Drop())
+        discard(response, self.clock)
         return _target(url, header(response, "Location")), None
 
     async def fetch(self, url: str, route: Route, span: str) -> tuple[str, IResponse]:
@@ -177,7 +178,7 @@ class Upstream:
             response = await self._wire.persist(tries, partial(self._wire.request, "GET", url, headers))
             if response.code not in REDIRECT_STATUSES:
                 return url, response
-            response.deliverBody(Drop())
+            discard(response, self.clock)
             url = _target(url, header(response, "Location"))
         raise UnavailableError(502, "UNAVAILABLE", f"ECR redirects more than {REDIRECTS} times for {route.reference}")
 
@@ -196,8 +197,8 @@ class Upstream:
         reply = _whole(await self._endpoint.ask(Question("GET", route, query=upstream_query(route), limit=LIST_LIMIT)))
         response = reply.response
         links = b", ".join(response.headers.getRawHeaders(b"Link", []))
-        link = _NEXT.search(links.decode("latin-1"))
-        following = urlsplit(link[1]).query if link else None
+        link = next_target(links.decode("latin-1"))
+        following = urlsplit(link).query if link is not None else None
         content_type = header(response, "Content-Type") or "application/json"
         return Page(content_type, reply.body, following, header(response, "OCI-Filters-Applied"))
 

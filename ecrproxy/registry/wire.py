@@ -24,7 +24,8 @@ from twisted.web.iweb import IAgent, IBodyProducer, IResponse
 from zope.interface import implementer
 
 from ecrproxy.oci import RegistryError
-from ecrproxy.registry.bucket import Drop, UnavailableError, describe, first_cause, header
+from ecrproxy.registry.bodies import discard
+from ecrproxy.registry.bucket import UnavailableError, describe, first_cause, header
 from ecrproxy.registry.retries import FIRST_WAIT, TRANSIENT_STATUSES, Budget, TransientError, Tries, asked_wait, failure
 
 if TYPE_CHECKING:
@@ -46,8 +47,8 @@ class PlainAgent:
     are those of the bytes as they are. Its cookie jar is one for all: no cookie passes.
     """
 
-    def __init__(self, agent: IAgent) -> None:
-        self._agent = agent
+    def __init__(self, agent: IAgent, clock: IReactorTime) -> None:
+        self._agent, self._clock = agent, clock
 
     def request(
         self, method: bytes, uri: bytes, headers: Headers | None = None, bodyProducer: IBodyProducer | None = None
@@ -58,13 +59,14 @@ class PlainAgent:
         headers = Headers() if headers is None else headers.copy()
         headers.setRawHeaders("Accept-Encoding", ["identity"])
         headers.removeHeader("Cookie")
-        return self._agent.request(method, uri, headers, bodyProducer).addCallback(_refuse_encoded)
+        return self._agent.request(method, uri, headers, bodyProducer).addCallback(_plain, self._clock)
 
 
-def _refuse_encoded(response: IResponse) -> IResponse:
+def _plain(response: IResponse, clock: IReactorTime) -> IResponse:
+    response.headers.removeHeader("Set-Cookie")  # else treq's jar parses and keeps it
     encoding = header(response, "Content-Encoding")
     if encoding not in (None, "identity"):
-        response.deliverBody(Drop())
+        discard(response, clock)
         raise UnavailableError(502, "UNAVAILABLE", f"upstream sends {encoding!r} where plain bytes were asked for")
     return response
 
@@ -110,7 +112,7 @@ class Wire:
         budget: Budget = Budget(),  # noqa: B008 (it is frozen)
         chance: Callable[[], float] = random.random,
     ) -> None:
-        self._client, self.clock = HTTPClient(PlainAgent(agent)), clock
+        self._client, self.clock = HTTPClient(PlainAgent(agent, clock)), clock
         self._budget, self._chance = budget, chance
         self.retried = 0
 
@@ -153,7 +155,7 @@ class Wire:
         response = await self._sent(method, url, headers, seconds)
         if response.code not in TRANSIENT_STATUSES:
             return response
-        response.deliverBody(Drop())
+        discard(response, self.clock)
         wait = asked_wait(header(response, "Retry-After"), header(response, "Date"))
         raise failure(urlsplit(url).hostname or "", response.code, wait)
 

@@ -262,7 +262,7 @@ SETTINGS: Final[Sequence[Setting]] = (
         "PROXY_STALL_SECONDS",
         parse_patience,
         "30",
-        "seconds for which a bucket may send nothing before it is asked again",
+        "seconds in which a bucket must send at least 1 KiB before it is asked again",
     ),
     Setting(
         "header-seconds",

@@ -290,7 +290,7 @@ def parse_count(text: str) -> int:
     """
     Read how many of something there may be, none for no limit.
     """
-    if not re.fullmatch(r"\d{1,9}", text):
+    if not re.fullmatch(r"[0-9]{1,9}", text):
         raise ValueError("not a number; give 0 for no limit")
     return int(text)
 
@@ -365,7 +365,7 @@ def parse_tries(text: str) -> int:
     """
     Read how often something is tried.
     """
-    if not re.fullmatch(r"\d{1,2}", text) or not int(text):
+    if not re.fullmatch(r"[0-9]{1,2}", text) or not int(text):
         raise ValueError("not a number of tries; give 1 to try once, up to 99")
     return int(text)
 
@@ -374,7 +374,7 @@ def parse_seconds(text: str) -> float:
     """
     Read a time that is not negative.
     """
-    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]+)?", text):
+    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text):
         raise ValueError("not a number of seconds; give 0 or more")
     return float(text)
 
@@ -383,7 +383,7 @@ def parse_patience(text: str) -> float:
     """
     Read a time that somebody may take for something: more than none.
     """
-    if not re.fullmatch(r"\d{1,9}(\.\d+)?", text) or not float(text):
+    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text) or not float(text):
         raise ValueError("not a time to wait; give a number of seconds above 0")
     return float(text)
 

@@ -23,10 +23,11 @@ _READERS: Final = ("pread",)
 
 _file = open(os.environ["HOSTILE_DISK"])  # noqa: SIM115, PTH123 (it stays open as long as the process)
 _cache = os.environ["HOSTILE_CACHE"]
+_pread = os.pread
 
 
 def word() -> str:
-    return os.pread.__wrapped__(_file.fileno(), 20, 0).decode().strip()  # type: ignore[attr-defined]
+    return _pread(_file.fileno(), 20, 0).decode().strip()
 
 
 def disturb(*, writes: bool) -> None:
@@ -57,7 +58,6 @@ def disturbed(name: str, *, writes: bool) -> Callable[..., Any]:
         disturb(writes=writes)
         return real(*arguments)
 
-    call.__wrapped__ = real  # type: ignore[attr-defined]
     return call
 
 

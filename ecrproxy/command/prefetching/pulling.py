@@ -10,6 +10,7 @@ Rules:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -282,7 +283,7 @@ def _all_of(reply: Reply) -> bytes:
         pieces.append(piece)
         size += len(piece)
     length = reply.headers.get("content-length", "")
-    if length.isdecimal() and size < int(length):
+    if re.fullmatch(r"[0-9]{1,18}", length) and size < int(length):
         raise ConnectionError("a manifest broke off")
     return b"".join(pieces)
 

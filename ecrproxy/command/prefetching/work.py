@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import platform
 import random
+import re
 import ssl
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
@@ -52,7 +53,7 @@ def run(call: Call, ask_of: Callable[[Door], Ask] = lambda door: door.ask) -> in
     """
     options, terminal = call.options, call.terminal
     platforms = _platforms(options)
-    jobs = int(options.jobs) if options.jobs.isdecimal() else 0
+    jobs = int(options.jobs) if re.fullmatch(r"[0-9]{1,9}", options.jobs) else 0
     if not 0 < jobs <= MOST_JOBS:
         raise CommandError(f"--jobs={options.jobs!r}: give a number from 1 to {MOST_JOBS}", MISUSED)
     door, hosts = _door(call)

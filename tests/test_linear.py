@@ -1,0 +1,53 @@
+"""
+Headers and errors that upstream and clients write, at their longest: reading them holds up nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+
+from twisted.trial.unittest import SynchronousTestCase
+
+from ecrproxy.http.conditions import matches, parse_range
+from ecrproxy.oci import RegistryError, accepted_types, parse_route, query_values
+from ecrproxy.registry.bucket import told_part
+from ecrproxy.registry.bucket_errors import said_by_bucket
+from ecrproxy.registry.links import next_target
+from ecrproxy.registry.refusals import Refusal
+from ecrproxy.registry.retries import asked_wait
+
+LENGTH = 2 * 16 * 2**10
+"""Twice what headers may have; what is read in a time that grows with the square of this takes seconds."""
+PIECES = (
+    *("a", "a-", "a_", "__", "-", "/", "a/", "..", "%", "%3A", ":", "=", "&", "&=", "a=b&", ",", ", ", ";", "; ", " "),
+    *("q=0.", '"', "\\", '\\"', '"\\', "<", "<>", "<a>;", 'rel="', "<Code>", "<Message>", "{", "[", '{"errors":['),
+    *("token ", "1 ", "Mon, ", "Jan ", "0", "9-", "bytes=", "(", ")", "+", "#", "?", "://"),
+)
+READERS: dict[str, Callable[[str], object]] = {
+    "a target": lambda text: parse_route("/v2/" + text),
+    "a name": lambda text: parse_route(f"/v2/{text}/manifests/latest"),
+    "a reference": lambda text: parse_route("/v2/a/manifests/" + text),
+    "a query": query_values,
+    "Accept": lambda text: accepted_types([text]),
+    "If-None-Match": lambda text: matches(text, '"x"'),
+    "Range": lambda text: parse_range(text, 100),
+    "Content-Range": lambda text: told_part("bytes " + text, 0, None),
+    "Link": next_target,
+    "Retry-After": lambda text: asked_wait(text, text),
+    "a refusal": lambda text: Refusal.read(403, text.encode(), challenged=False).is_about_token,
+    "a bucket's error": lambda text: said_by_bucket(text.encode()),
+}
+
+
+class ReadersTests(SynchronousTestCase):
+    def test_take_time_in_proportion_to_what_they_read(self) -> None:
+        for what, read in READERS.items():
+            for piece in PIECES:
+                for start in ("", '"', "bytes=0-"):
+                    text = start + piece * (LENGTH // len(piece))
+                    began = time.process_time()
+                    with contextlib.suppress(RegistryError, LookupError):
+                        read(text)
+                    self.assertLess(time.process_time() - began, 1, (what, start + piece))

@@ -1,0 +1,115 @@
+"""
+What ECR does not document, whichever way it is: see docs/ecr.rst.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+from tests.daemon import DaemonTestCase, Reply, noise
+from tests.registry import digest_of
+from tests.registry_content import OCI_INDEX, OCI_MANIFEST, SCHEMA2
+
+
+class ManifestTests(DaemonTestCase):
+    def setUp(self) -> None:
+        super().setUp()
+        self.image = self.standin.push_image("team/app", "latest")
+        self.tag = "/v2/team/app/manifests/latest"
+        self.digest = f"/v2/team/app/manifests/{self.image.digest}"
+
+    def answered(self, path: str, headers: Mapping[str, str]) -> Reply:
+        """
+        Ask while ECR gives the manifest with other headers.
+        """
+        fault = self.standin.fail("registry", status=200, headers=headers, body=self.image.manifest)
+        reply = self.get(path, Accept=OCI_MANIFEST)
+        fault.remove()
+        return reply
+
+    def test_vary_changes_nothing_that_clients_get(self) -> None:
+        for vary in ("", "Accept", "accept, authorization", "*", "Authorization"):
+            self.start()
+            headers = {"Content-Type": OCI_MANIFEST, "Vary": vary} if vary else {"Content-Type": OCI_MANIFEST}
+            self.assertWhole(self.answered(self.tag, headers), self.image.manifest)
+            other = self.get(self.tag, Accept=SCHEMA2)
+            self.assertEqual((200, SCHEMA2), (other.code, other.header("Content-Type")))
+            self.assertWhole(self.get(self.tag, Accept=OCI_MANIFEST), self.image.manifest, "REVALIDATED")
+
+    def test_a_type_may_have_parameters_or_capitals(self) -> None:
+        for said in (OCI_MANIFEST, f"{OCI_MANIFEST}; charset=utf-8", OCI_MANIFEST.upper(), f"{OCI_MANIFEST} ;x=y"):
+            for path in (self.tag, self.digest):
+                reply = self.answered(path, {"Content-Type": said})
+                self.assertWhole(reply, self.image.manifest)
+                self.assertEqual(OCI_MANIFEST, reply.header("Content-Type"))
+
+    def test_a_get_may_name_the_digest_or_not(self) -> None:
+        for named in ({}, {"Docker-Content-Digest": self.image.digest}):
+            reply = self.answered(self.tag, {"Content-Type": OCI_MANIFEST, **named})
+            self.assertWhole(reply, self.image.manifest)
+            self.assertEqual(self.image.digest, reply.header("Docker-Content-Digest"))
+
+    def test_a_length_may_be_told_or_not(self) -> None:
+        head = b"HTTP/1.1 200 OK\r\nContent-Type: " + OCI_MANIFEST.encode() + b"\r\n"
+        body = self.image.manifest
+        chunked = b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+        for rest in (b"Content-Length: %d\r\n\r\n%b" % (len(body), body), chunked, b"Connection: close\r\n\r\n" + body):
+            self.start()
+            reply = self.daemon.send("GET", self.tag)
+            self.answer_with(head + rest)
+            self.assertWhole(reply, body)
+
+
+class PageTests(DaemonTestCase):
+    def setUp(self) -> None:
+        super().setUp()
+        self.image = self.standin.push_image("team/app", "latest")
+
+    def test_tags_may_come_under_any_type(self) -> None:
+        body = json.dumps({"name": "team/app", "tags": ["latest"]}).encode()
+        for said in ("text/plain; charset=utf-8", "application/json", ""):
+            headers = {"Content-Type": said} if said else {}
+            fault = self.standin.fail("registry", status=200, headers=headers, body=body)
+            reply = self.get("/v2/team/app/tags/list")
+            self.assertEqual((200, ["latest"]), (reply.code, json.loads(reply.body)["tags"]))
+            fault.remove()
+
+    def test_referrers_may_come_whole_or_in_pages(self) -> None:
+        path = f"/v2/team/app/referrers/{self.image.digest}"
+        body = json.dumps({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": []}).encode()
+        for link, leads_on in (
+            ("", False),
+            ('</v2/team/app/referrers/x?nextToken=a%2Bb>; rel="next"', True),
+            ("<https://ecr.example/v2/x?last=y>;rel=next", True),
+            ('<https://ecr.example/v2/x?last=y>; rel="prev"', False),
+        ):
+            headers = {"Content-Type": OCI_INDEX, **({"Link": link} if link else {})}
+            fault = self.standin.fail("registry", status=200, headers=headers, body=body)
+            reply = self.get(path)
+            self.assertEqual((200, leads_on), (reply.code, reply.header("Link") is not None), link)
+            fault.remove()
+
+    def test_referrers_that_ecr_does_not_know_are_404(self) -> None:
+        missing = f"/v2/team/app/referrers/{digest_of(b'missing')}"
+        body = b'{"errors": [{"code": "MANIFEST_UNKNOWN", "message": "Requested image not found"}]}'
+        self.standin.fail("registry", status=404, body=body)
+        self.assertRefused(self.get(missing), 404, "MANIFEST_UNKNOWN", "Requested image not found")
+
+
+class BlobTests(DaemonTestCase):
+    def test_a_head_may_have_any_type(self) -> None:
+        data = noise("blob", 1000)
+        for number, said in enumerate(("text/plain; charset=utf-8", "text/html", "application/json", "")):
+            headers = {"Content-Type": said} if said else {}
+            digest = self.standin.push_blob("team/app", data + bytes(number))
+            self.standin.push_blob("team/other", data + bytes(number))
+            size = len(data) + number
+            self.standin.fail("registry", status=200, method="HEAD", headers=headers, body=bytes(size))
+            # A HEAD, as prefetch asks; and a blob that another repository has brought in.
+            head = self.head(f"/v2/team/app/blobs/{digest}")
+            self.assertEqual((200, size), (head.code, head.length), said)
+            self.assertWhole(self.get(f"/v2/team/app/blobs/{digest}"), data + bytes(number), "MISS")
+            other = self.get(f"/v2/team/other/blobs/{digest}")
+            self.assertWhole(other, data + bytes(number), "REVALIDATED")
+            self.standin.heal()
