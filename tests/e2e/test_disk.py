@@ -91,13 +91,6 @@ def begun(daemon: Daemon) -> int:
     return daemon.process.output.read_text().count("going on without it")
 
 
-def over(daemon: Daemon) -> int:
-    """
-    Count those that tell that it is in trouble no more.
-    """
-    return daemon.process.output.read_text().count("No more: the cache directory can't be written")
-
-
 def file_of(daemon: Daemon, digest: str) -> Path:
     """
     Find a blob in the cache.
