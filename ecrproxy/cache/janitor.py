@@ -12,6 +12,7 @@ Rules:
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final
 
@@ -31,6 +32,8 @@ log = Logger()
 
 PAUSE_SECONDS: Final = 60.0
 """How long after a count the next one begins, unless counting takes long."""
+AT_ONCE: Final = 2**20
+"""Bytes that are evicted at the least when the disk is full."""
 SHARE: Final = 20
 """A pause is at least so many times as long as the count before it."""
 
@@ -72,6 +75,7 @@ class Janitor(Service):
         self._counted = self._shared = False
         self.evicted = 0
         self._next: IDelayedCall | None = None
+        self._evicting = threading.Lock()
         store.evict = self.evict
 
     def startService(self) -> None:  # noqa: D102
@@ -147,11 +151,21 @@ class Janitor(Service):
         """
         Evict C{size} bytes, for the disk is full, and lower the limit to what it holds. Called in a thread.
 
-        @return: whether there was as much to evict.
+        @return: whether there is another try: as much was evicted, or another thread has just evicted something.
         """
+        if not self._evicting.acquire(blocking=False):
+            with self._evicting:  # until its files are gone from the disk
+                return True
+        try:
+            return self._evict_for(size)
+        finally:
+            self._evicting.release()
+
+    def _evict_for(self, size: int) -> bool:
         ledger = self._store.ledger
         with ledger.lock:
-            chosen = victims(ledger.oldest(), size)
+            # A small file frees a block that the next small write takes: more goes, if there is more.
+            chosen = victims(ledger.oldest(), max(size, AT_ONCE)) or victims(ledger.oldest(), size)
             if chosen is None:
                 return False
             sizes = {path: ledger.gone(path) for path in chosen}

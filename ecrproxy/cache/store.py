@@ -42,7 +42,7 @@ T = TypeVar("T")
 _PROBE: Final = b"ok" + bytes(2**16)
 """What a check writes: more than a disk that is called full still takes."""
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
-_TRIES: Final = 2
+_TRIES: Final = 4
 _MARGIN: Final = 64 * 2**20
 """Bytes of the disk that are left free, or a hundredth of a small one: for entries, and others' files."""
 PURGED: Final = "purged"
