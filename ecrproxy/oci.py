@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote_plus
+from urllib.parse import unquote, unquote_plus
 
 from ecrproxy.reasons import Reason
 
@@ -45,10 +45,12 @@ MANIFEST_TYPES = INDEX_TYPES | {
 _COMPONENT = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
 _NAME = re.compile(rf"{_COMPONENT}(?:/{_COMPONENT})*")
 _NAME_LENGTH = 255
-_TAG = re.compile(r"[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}")
+TAG_LENGTH = 128
+_TAG = re.compile(rf"[a-zA-Z0-9_][a-zA-Z0-9._-]{{0,{TAG_LENGTH - 1}}}")
 _HEX_LENGTHS = {"sha256": 64, "sha512": 128}
 _HEX = re.compile(r"[a-f0-9]+")
-_QUERY = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=:@/?%-]*")
+_QUERY = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+,;=:@/?-]|%[0-9A-Fa-f]{2})*")
+_PARAMETER = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 
 
 class RegistryError(Exception):
@@ -182,17 +184,16 @@ def parse_route(target: str) -> Route:
     """
     Understand a raw origin-form request target under /v2/.
 
-    Escapes are taken nowhere but for the colon of a digest, so that no two spellings lead to one
-    place and none leads out of a name.
+    The path is split as it came; then the name and the reference are percent-decoded, once, and must be of the grammar.
 
     @raise RegistryError: 404 for a path that the pull side of the protocol has not,
-        400 for a name, digest or tag outside the grammar.
+        400 for a name, digest or tag outside the grammar, and for a query that belongs in no URL.
     """
     path, _, query = target.partition("?")
     parts = path.removeprefix("/v2/").rsplit("/", 2)
     if not path.startswith("/v2/") or len(parts) != 3:  # noqa: PLR2004
         raise _no_such_path()
-    name, word, reference = parts
+    name, word, reference = unquote(parts[0]), parts[1], unquote(parts[2])
     if word not in {kind.value for kind in Kind} or (word == Kind.TAGS.value and reference != "list"):
         raise _no_such_path()
     kind = Kind(word)
@@ -208,13 +209,12 @@ def parse_route(target: str) -> Route:
 
 
 def _with_reference(route: Route) -> Route:
-    reference = route.reference.replace("%3A", ":").replace("%3a", ":")
-    if ":" in reference or route.kind is not Kind.MANIFEST:
+    if ":" in route.reference or route.kind is not Kind.MANIFEST:
         try:
-            return route.at(Digest.parse(reference))
+            return route.at(Digest.parse(route.reference))
         except ValueError as problem:
             raise RegistryError(400, "DIGEST_INVALID", str(problem)) from None
-    if not _TAG.fullmatch(reference):
+    if not _TAG.fullmatch(route.reference):
         raise RegistryError(400, "TAG_INVALID", "the tag is outside the grammar of the distribution spec")
     return route
 
@@ -229,8 +229,26 @@ def query_values(query: str) -> dict[str, str]:
     """
     Split a raw query string into its first value for each name, still escaped.
     """
-    pairs = (pair.partition("=") for pair in reversed(query.split("&")) if pair)
-    return {unquote_plus(name): value for name, _, value in pairs}
+    values: dict[str, str] = {}
+    for name, _, value in (pair.partition("=") for pair in query.split("&") if pair):
+        values.setdefault(unquote_plus(name), value)
+    return values
+
+
+def passed_on(query: str) -> dict[str, str]:
+    """
+    Choose the parameters of a list that pass between a client and ECR, escaped as they came: C{last} is opaque.
+
+    That is all but containerd's C{ns}, and names that a query would have to escape.
+    """
+    return {name: value for name, value in query_values(query).items() if name != "ns" and _PARAMETER.fullmatch(name)}
+
+
+def to_query(values: Mapping[str, str]) -> str:
+    """
+    Write values that are escaped already as a query string.
+    """
+    return "&".join(f"{name}={value}" for name, value in values.items())
 
 
 def accepted_types(accept: Sequence[str]) -> frozenset[str]:

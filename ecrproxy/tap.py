@@ -51,7 +51,7 @@ from ecrproxy.daemon.supervision import Supervised, Supervisor, summary
 from ecrproxy.daemon.workers import HandedDown, Post, StandardInput, Workers
 from ecrproxy.http.access_log import AccessLog
 from ecrproxy.http.answering import Ready
-from ecrproxy.http.relay import FirstProcess, InnerRegistry, NoRoom, Relay, WorkerRegistry
+from ecrproxy.http.relay import FirstProcess, InnerRegistry, NoRoom, Relay, RelayedReady, WorkerRegistry
 from ecrproxy.http.site import RegistrySite, make_site
 from ecrproxy.http.telling import USED, Teller, Used, told
 from ecrproxy.http.web import Registry
@@ -279,9 +279,9 @@ def build(
     supervised = Supervised(supervisor, partial(_summary, reasons, store, janitor), reactor)
     shape = (_namespaces(config, judging), config.cache_key, disk.reading)
     admission = _admission(config, reactor, service)
-    registry = Registry(pull_through, *shape, admission)
+    registry = Registry(pull_through, *shape)
     counted = partial(make_site, access_log=_access_log(config, service, reactor), served=figures.served)
-    site = counted(registry, ready, reactor, crowd=crowds.own, connections=connections)
+    site = counted(registry, ready, reactor, admission=admission, crowd=crowds.own, connections=connections)
     figures.watch(*of_cache(store, janitor), *of_token(tokens), *of_transfers(pull_through), *of_loop(stall))
     figures.watch(*of_clients(crowds))
     for part in (Exhaustion(service.give_up), *status.services, judging, supervised, counting, janitor, tokens, stall):
@@ -464,11 +464,12 @@ def build_worker(config: Config, post: Post, reactor: Any) -> Daemon:  # noqa: A
     judging = Threads(1, reactor)
     shape = (_namespaces(config, judging), config.cache_key, disk.reading)
     admission = _admission(config, reactor, service)
-    registry = WorkerRegistry(cache, config.tag_ttl, relay, *shape, admission)
+    registry, ready = WorkerRegistry(cache, config.tag_ttl, relay, *shape), RelayedReady(relay)
     served, connections = Served(), Connections()
     crowd = Crowd(config.limits)
     lines = _access_log(config, service, reactor)
-    site = make_site(registry, relay, reactor, crowd=crowd, access_log=lines, served=served, connections=connections)
+    counted = partial(make_site, access_log=lines, served=served)
+    site = counted(registry, ready, reactor, admission=admission, crowd=crowd, connections=connections)
     incidents = Incidents(time.time)
     teller = Teller(first, told(notes, served, incidents, Word(crowd, os.getpid())), reactor)
     for part in (Exhaustion(service.give_up), incidents, judging, purges, teller):

@@ -10,8 +10,10 @@ from typing import Final
 
 from ecrproxy.cache.cache_key import Asker, CacheKey
 from ecrproxy.cache.entries import Entry
-from ecrproxy.cache.ledger import packed, unpacked
+from ecrproxy.cache.ledger import is_own, packed, unpacked
 from ecrproxy.http.conditions import matches, parse_range
+from ecrproxy.http.target import parse_target
+from ecrproxy.http.telling import ROWS, read_rows
 from ecrproxy.oci import Digest, RegistryError, accepted_types, listed, manifest_type, parse_route, query_values
 from ecrproxy.registry.bucket import told_part
 from ecrproxy.registry.bucket_errors import said_by_bucket
@@ -27,12 +29,27 @@ def route(data: bytes) -> None:
         assert parse_route(found.path) == found
 
 
+def target(data: bytes) -> None:
+    with contextlib.suppress(ValueError):
+        found = parse_target(data)
+        assert found.path.startswith("/")
+        again = parse_target(found.origin.encode("latin-1"))
+        assert (again.path, again.query) == (found.path, found.query)
+
+
+def told(data: bytes) -> None:
+    name, _, rows = data.decode("latin-1").partition("\n")
+    with contextlib.suppress(ValueError):
+        for row in read_rows(name, rows) if name in ROWS else []:
+            assert name != "Used" or is_own(row[0])
+
+
 def span(data: bytes) -> None:
     text = data.decode("utf-8", "replace")
     with contextlib.suppress(LookupError):
         chosen = parse_range(text, len(data) * 3)
         assert chosen is None or 0 <= chosen[0] < chosen[1] <= len(data) * 3
-    matches(text, '"x"')
+    matches([text], '"x"')
 
 
 def fields(data: bytes) -> None:
@@ -100,6 +117,8 @@ PARSERS: Final[tuple[Callable[[bytes], None], ...]] = (
     key,
     path,
     upstream,
+    target,
+    told,
 )
 
 

@@ -18,8 +18,10 @@ from typing import Any, Final, Self
 from twisted.internet.task import Clock
 from twisted.logger import LogLevel, formatEvent, globalLogPublisher
 
+from ecrproxy.cache.ledger import LARGEST, is_own
 from tests.daemon import START, Daemon, Raw
 from tests.registry import StandIn
+from tests.together import Together
 
 PATIENCE: Final = 70
 """Seconds after which the daemon has given up whoever said nothing."""
@@ -37,9 +39,10 @@ class Scene:
     A daemon that has nothing yet, its stand-in, and what it logs.
 
     @param clients: whether it is they who say anything at all. That is no error of ours; what upstream says may be one.
+    @param kind: of one process, or with a worker that meets the clients.
     """
 
-    def __init__(self, *, clients: bool = False) -> None:
+    def __init__(self, *, clients: bool = False, kind: type[Daemon] = Daemon) -> None:
         self.clients = clients
         self.clock = Clock()
         self.clock.advance(START)
@@ -49,7 +52,7 @@ class Scene:
         self.blob = self.standin.push_blob("team/app", BLOB)
         self.root = Path(tempfile.mkdtemp(prefix="ecrproxy-fuzz-"))
         self.loud: list[str] = []
-        self.daemon = Daemon(self.standin, self.clock, self.root, pattern=PATTERN)
+        self.daemon = kind(self.standin, self.clock, self.root, pattern=PATTERN)
         self.daemon.flush()
 
     def note(self, event: Any) -> None:
@@ -70,6 +73,14 @@ class Scene:
         for asked in self.standin.asked if self.clients else ():  # upstream itself may redirect to anywhere of its own
             assert asked.service != "registry" or ASKED.fullmatch(asked.target.partition("?")[0]), asked.target
 
+    def hold_ledger(self) -> None:
+        """
+        See that nobody had a file counted, and so perhaps deleted, that the cache did not make.
+        """
+        with self.daemon.store.ledger.lock:
+            files = list(self.daemon.store.ledger.oldest())
+        assert all(is_own(path) and 0 <= size <= LARGEST for path, size, _ in files), files
+
     def pass_time(self, seconds: float) -> None:
         for _ in range(int(seconds / 10)):
             self.clock.advance(10)
@@ -89,27 +100,29 @@ def is_right(path: Path) -> bool:
 
 
 @functools.cache
-def scene_of_all() -> Scene:
+def scenes_of_all() -> tuple[Scene, ...]:
     """
-    One daemon for all clients: what they leave behind is part of what is tried.
+    One daemon, and one with a worker, for all clients: what they leave behind is part of what is tried.
     """
-    return Scene(clients=True)
+    return Scene(clients=True), Scene(clients=True, kind=Together)
 
 
 def ask(data: bytes) -> None:
     """
     Bytes of a client; a byte of 0xff ends a piece that arrives by itself.
     """
-    with scene_of_all() as scene:
-        client = Raw()
-        wire = scene.daemon.front.connect(client, "proxy.example", 80, secure=False)
-        for piece in data.split(b"\xff"):
-            wire.write(piece)
+    for each in scenes_of_all():
+        with each as scene:
+            client = Raw()
+            wire = scene.daemon.front.connect(client, "proxy.example", 80, secure=False)
+            for piece in data.split(b"\xff"):
+                wire.write(piece)
+                scene.daemon.flush()
+            scene.pass_time(PATIENCE)  # an unfinished head is given up
+            hold_answers(bytes(client.got), data)
+            wire.abortConnection()
             scene.daemon.flush()
-        scene.pass_time(PATIENCE)  # an unfinished head is given up
-        hold_answers(bytes(client.got), data)
-        wire.abortConnection()
-        scene.daemon.flush()
+            scene.hold_ledger()
 
 
 def hold_answers(got: bytes, data: bytes) -> None:

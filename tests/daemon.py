@@ -25,7 +25,7 @@ from typing import Any, Final, TypeVar, cast
 from twisted.internet.address import IPv4Address, UNIXAddress
 from twisted.internet.defer import Deferred, execute, succeed
 from twisted.internet.error import ConnectionAborted, ConnectionDone, ConnectionLost
-from twisted.internet.interfaces import IConsumer, IPushProducer, ISSLTransport, ITransport
+from twisted.internet.interfaces import IConsumer, IHalfCloseableProtocol, IPushProducer, ISSLTransport, ITransport
 from twisted.internet.protocol import Protocol
 from twisted.internet.task import Clock, deferLater
 from twisted.logger import ILogObserver, LogEvent, formatEvent, globalLogPublisher
@@ -149,7 +149,7 @@ class End:
         self._out: deque[bytes] = deque()
         self._producer: Any = None
         self._producer_paused = False
-        self._aborted, self._fin, self._reset = False, False, False
+        self._aborted, self._fin, self._half_closed, self._reset = False, False, False, False
         self.written = 0
 
     @property
@@ -225,15 +225,33 @@ class End:
         if self.reading and self.peer._out:  # noqa: SLF001
             self.protocol.dataReceived(self.peer._take())  # noqa: SLF001
             return True
-        if self._reset or (self._fin and self.reading):
-            self._over(ConnectionLost() if self._reset else ConnectionDone())
+        lost = self._reset or (self._half_closed and self._out and not self.peer.connected)
+        if lost or (self.disconnecting and not self._out and not self._producer_paused):
+            self._over(ConnectionLost() if lost else ConnectionDone())
             self.peer._fin = True  # noqa: SLF001
             return True
-        if self.disconnecting and not self._out and not self._producer_paused:
+        if self._fin and self.reading and not self._half_closed:
+            return self._read_end()
+        return self._wake_producer()
+
+    def _read_end(self) -> bool:
+        """
+        Tell the protocol that nothing more comes: for most, that is the end.
+        """
+        half = IHalfCloseableProtocol(self.protocol, None)
+        if half is None:
             self._over(ConnectionDone())
             self.peer._fin = True  # noqa: SLF001
-            return True
-        return self._wake_producer()
+        else:
+            self._half_closed = True
+            half.readConnectionLost()
+        return True
+
+    def half_close(self) -> None:
+        """
+        Send no more, and go on reading.
+        """
+        self.peer._fin = True  # noqa: SLF001
 
     def _take(self) -> bytes:
         data = self._out.popleft()
@@ -503,11 +521,17 @@ class Daemon:
             read_ahead=read_ahead,
         )
         namespaces = Namespaces(parse_pattern(pattern), at_once, is_other)
-        registry = Registry(self.pull_through, namespaces, CacheKey.parse(cache_key), disk.reading, admission)
+        registry = Registry(self.pull_through, namespaces, CacheKey.parse(cache_key), disk.reading)
         ready, self.crowd = Ready(self.reasons), Crowd(limits or Limits())
         self.access_log = AccessLog(clock)
         self.site = make_site(
-            registry, ready, clock, crowd=self.crowd, served=self.figures.served, access_log=self.access_log
+            registry,
+            ready,
+            clock,
+            admission=admission,
+            crowd=self.crowd,
+            served=self.figures.served,
+            access_log=self.access_log,
         )
         self.figures.watch(
             *of_cache(self.store, self.janitor), *of_token(self.tokens), *of_transfers(self.pull_through)
@@ -654,7 +678,11 @@ class DaemonTestCase(SynchronousTestCase):
     - the token went to the registry alone, and no header of a client went anywhere;
     - no token, no presigned query and no client's password is in any log event, in any answer to a client,
       in the figures, in what else upstream was asked, or in what the daemon's own objects say of themselves.
+
+    @cvar kind: what is started: a daemon of one process, or L{tests.together.Together}.
     """
+
+    kind: Callable[..., Any] = Daemon
 
     def setUp(self) -> None:
         self.clock = Clock()
@@ -681,7 +709,7 @@ class DaemonTestCase(SynchronousTestCase):
         """
         Start a daemon over the test's cache directory; the test's other helpers ask this one from now on.
         """
-        self.daemon = Daemon(self.standin, self.clock, self.root, **options)
+        self.daemon = self.kind(self.standin, self.clock, self.root, **options)
         self.daemons.append(self.daemon)
         self.daemon.flush()
         return self.daemon

@@ -9,7 +9,7 @@ import tempfile
 from twisted.logger import LogLevel
 
 from ecrproxy.http.channel import LENGTH_DIGITS
-from tests.daemon import DaemonTestCase, End, Raw
+from tests.daemon import DaemonTestCase, End, Raw, noise
 
 HEADER_SECONDS = 10
 GOOD = b"GET /v2/ HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -417,3 +417,93 @@ class GoodTests(ChannelTestCase):
         self.assertRefused400(b"GET /v2/ HTTP/1.1\r\nhOST: x\r\nHost: x\r\n\r\n")
         got = self.say(b"POST /v2/ HTTP/1.1\r\nHOST:\tx \r\ntransfer-ENCODING: \tChunked \r\n\r\n")
         self.assertTrue(got.startswith(b"HTTP/1.1 405 "), got)
+
+
+class HalfClosedTests(ChannelTestCase):
+    """
+    A client that sends no more after its request, as C{nc -N} does, is answered.
+    """
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.data = noise("half", 300_000)
+        self.digest = self.standin.push_blob("team/app", self.data)
+        self.ask = f"GET /v2/team/app/blobs/{self.digest} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
+
+    def test_gets_its_answer_and_then_the_end(self) -> None:
+        wire = self.connect()
+        wire.write(self.ask)
+        wire.half_close()
+        self.flush()
+        self.assertTrue(self.client.got.startswith(b"HTTP/1.1 200 OK\r\n"))
+        self.assertTrue(self.client.got.endswith(self.data))
+        self.assertTrue(self.client.closed)
+        self.assertEqual(0, self.daemon.crowd.connected)
+
+    def test_gets_an_answer_that_takes_time(self) -> None:
+        self.standin.hold(self.digest)
+        wire = self.connect()
+        wire.write(self.ask)
+        self.flush()
+        wire.half_close()
+        self.flush()
+        self.assertFalse(self.client.closed)
+        self.standin.release(self.digest)
+        self.flush()
+        self.assertTrue(self.client.got.endswith(self.data))
+        self.assertTrue(self.client.closed)
+
+    def test_gets_all_answers_to_what_it_had_asked(self) -> None:
+        wire = self.connect()
+        wire.write(GOOD + self.ask + GOOD + b"GET /unfinished")
+        wire.half_close()
+        self.flush()
+        self.assertEqual(3, self.client.got.count(b"HTTP/1.1 200 OK\r\n"))
+        self.assertTrue(self.client.got.endswith(b"{}\n"))
+        self.assertTrue(self.client.closed)
+
+    def test_between_two_requests_is_closed(self) -> None:
+        for sent in (b"", GOOD, b"GET /v2/"):
+            wire = self.connect()
+            wire.write(sent)
+            self.flush()
+            self.assertFalse(self.client.closed)
+            wire.half_close()
+            self.flush()
+            self.assertTrue(self.client.closed, sent)
+        self.assertEqual(0, self.daemon.crowd.connected)
+
+    def test_of_a_socket_with_a_path_has_gone(self) -> None:
+        self.daemon.front.socket = "/run/proxy"
+        self.standin.hold(self.digest)
+        wire = self.connect()
+        wire.write(self.ask)
+        self.flush()
+        wire.half_close()
+        self.flush()
+        self.assertTrue(self.client.closed)
+        self.assertEqual((0, 0), (self.daemon.crowd.connected, self.daemon.crowd.transferring))
+
+    def test_that_has_gone_altogether_is_noticed_with_the_first_bytes(self) -> None:
+        self.standin.hold(self.digest)
+        wire = self.connect()
+        wire.write(self.ask)
+        self.flush()
+        wire.loseConnection()
+        self.flush()
+        self.standin.release(self.digest)
+        self.flush()
+        self.assertEqual((0, 0), (self.daemon.crowd.connected, self.daemon.crowd.transferring))
+
+
+class ExpectTests(ChannelTestCase):
+    def test_without_a_body_no_100_is_sent(self) -> None:
+        for method in (b"GET", b"HEAD"):
+            for fields in (b"", b"Content-Length: 0\r\n"):
+                got = self.say(method + b" /v2/ HTTP/1.1\r\nHost: x\r\n" + fields + b"Expect: 100-continue\r\n\r\n")
+                self.assertTrue(got.startswith(b"HTTP/1.1 200 OK\r\n"), got)
+                self.assertEqual(1, got.count(b"HTTP/1.1"))
+
+    def test_a_body_on_the_operators_port_is_asked_for(self) -> None:
+        head = b"POST /api/remove HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\nExpect: 100-continue\r\n\r\n"
+        self.assertEqual(b"HTTP/1.1 100 Continue\r\n\r\n", self.daemon.raw(head, self.daemon.admin))

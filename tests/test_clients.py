@@ -16,6 +16,7 @@ from tests.daemon import DaemonTestCase, at_once
 from tests.test_htpasswd import line
 from tests.test_passwords import basic
 from tests.test_relay import RelayTestCase
+from tests.together import Together
 
 NETWORKS = [ip_network("10.0.0.0/8"), ip_network("fd00::/8"), ip_network("192.0.2.7/32")]
 ANN = basic("ann", "client canary")
@@ -80,26 +81,20 @@ class AdmissionTests(DaemonTestCase):
         self.admission = Admission(networks, certificates=certificates, passwords=asking)
         self.start(admission=self.admission).shown = ""
 
-    def test_a_password_is_asked_for_everywhere_under_v2(self) -> None:
+    def test_a_password_is_asked_for_everywhere_but_for_health(self) -> None:
         """
-        Also at its top, where docker login looks, and for what is no path of a registry.
+        Also at the top of /v2/, where docker login looks, and for what is no path of a registry.
         """
         self.protect(passwords=True)
-        for path in (
-            "/v2/",
-            "/v2",
-            self.by_tag,
-            "/v2/team/app/tags/list",
-            "/v2/_catalog",
-            "/v2/../x",
-            "/%762/",
-            "/v2/?x",
-        ):
+        registrys = ("/v2/", "/v2", self.by_tag, "/v2/team/app/tags/list", "/v2/_catalog", "/v2/../x", "/v2/?x")
+        others = ("/", "//v2/", "/%762/", "/used", "/metrics", "/%72eadyz", "/readyz/x", "/healthz/", "/x/../readyz")
+        for path in registrys + others:
             for method in ("GET", "HEAD"):
                 reply = self.daemon.ask(method, path)
                 self.assertEqual(401, reply.code, path)
                 self.assertEqual('Basic realm="ecrproxy"', reply.header("WWW-Authenticate"))
-                self.assertEqual("registry/2.0", reply.header("Docker-Distribution-Api-Version"))
+                version = "registry/2.0" if path in registrys else None
+                self.assertEqual(version, reply.header("Docker-Distribution-Api-Version"))
         self.assertRefused(self.get("/v2/"), 401, "UNAUTHORIZED", "docker login")
         self.assertEqual([], self.standin.asked)
 
@@ -145,6 +140,23 @@ class AdmissionTests(DaemonTestCase):
         self.protect([ip_network("10.0.0.0/8")], certificates=True, passwords=True)
         for path in ("/_health", "/healthz", "/readyz"):
             self.assertEqual(200, self.get(path).code, path)
+
+    def test_no_target_leads_past_the_rules(self) -> None:
+        """
+        Whatever its form: by networks, certificates and passwords, each by itself.
+        """
+        good = f"http://proxy.example{self.by_tag}"
+        past = [f"{mark}{name}{self.by_tag}" for mark in "x:@.%" for name in ("readyz", "healthz", "_health", "v2")]
+        targets = [*past, *(each[1:] for each in past), self.by_tag[1:], self.by_tag, good, f"/readyz/..{self.by_tag}"]
+        for rules in ({"networks": [ip_network("10.0.0.0/8")]}, {"certificates": True}, {"passwords": True}):
+            self.protect(**rules)
+            for target in (*targets, "*", "proxy.example:443", "xreadyz/used", "/used"):
+                for method in ("GET", "HEAD"):
+                    got = self.daemon.raw(f"{method} {target} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+                    refused = b"401" if "passwords" in rules else b"403"
+                    expected = refused if target.startswith(("/", "http:")) else b"400"
+                    self.assertEqual(expected, got[9:12], (rules, target))
+        self.assertEqual([], self.standin.asked)
 
     def test_addresses_outside_the_networks_are_denied(self) -> None:
         """
@@ -200,6 +212,14 @@ class AdmissionTests(DaemonTestCase):
         self.assertTrue(self.admission.reread())
         self.assertEqual(401, self.get("/v2/", Authorization=ANN).code)
         self.assertFalse(Admission().reread())
+
+
+class WorkersRulesTests(AdmissionTests):
+    """
+    The same holds with workers.
+    """
+
+    kind = Together
 
 
 class WorkerAdmissionTests(RelayTestCase):

@@ -5,18 +5,31 @@ Requests that try to leave the grammar, or the namespace: each is refused, and E
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
+from typing import cast
 
 from twisted.logger import LogLevel
+from twisted.trial.unittest import SynchronousTestCase
 
+from fuzz.wires import ask, scenes_of_all
 from tests.daemon import DaemonTestCase
+from tests.together import Together
 
 HEX = "a" * 64
+HEALTH = (b"readyz", b"healthz", b"_health")
 
 # what a client sends as its target, by what it hopes for
 TARGETS: dict[str, tuple[bytes, ...]] = {
     "encoded slashes": (
-        b"/v2/open%2fapp/manifests/latest",
+        b"/v2/secret%2fapp/manifests/latest",
+        b"/v2/open%2fapp%2f..%2fsecret/manifests/latest",
+        b"/v2/open%2f%2fapp/manifests/latest",
+        b"/v2/open%2fapp%2f/manifests/latest",
         b"/v2/open/..%2fsecret/app/manifests/latest",
+        b"/v2/%73ecret/app/manifests/latest",
+        b"/v2/open/app/manifests/latest%2F..%2F..%2Fsecret",
+        b"/v2/open/app/tags%2Flist",
+        b"/v2/open/app/%74ags/list",
         b"/v2%2fopen/app/manifests/latest",
         b"/v2/open/app%2Fmanifests%2Flatest",
         b"/%76%32/secret/app/manifests/latest",
@@ -34,6 +47,10 @@ TARGETS: dict[str, tuple[bytes, ...]] = {
         b"/v2/open/%c0%af/app/manifests/latest",
         b"/v2/open/%u002e%u002e/app/manifests/latest",
         b"/v2/open/app/blobs/sha256%253A" + HEX.encode(),
+        b"/v2/open/app/manifests/late%2573t",
+        b"/v2/open/app/manifests/latest%",
+        b"/v2/open/app/manifests/latest%2",
+        b"/v2/open/app/tags/list?last=%zz",
     ),
     "dot segments": (
         b"/v2/open/../secret/app/manifests/latest",
@@ -86,16 +103,36 @@ TARGETS: dict[str, tuple[bytes, ...]] = {
         b"//",
     ),
     "other forms of a target": (
-        b"http://evil.example/v2/open/app/manifests/latest",
-        b"http://evil.example/v2/",
+        b"http://evil.example/v2/secret/app/manifests/latest",
         b"https://proxy.example/v2/secret/app/manifests/latest",
+        b"HTTP://proxy.example/v2/secret/app/tags/list",
+        b"http://proxy.example//v2/open/app/manifests/latest",
+        b"http://proxy.example/../v2/open/app/manifests/latest",
+        b"http://user@proxy.example/v2/open/app/manifests/latest",
+        b"http:///v2/open/app/manifests/latest",
+        b"http:/v2/open/app/manifests/latest",
+        b"http:v2/open/app/manifests/latest",
+        b"ftp://proxy.example/v2/open/app/manifests/latest",
         b"file:///etc/passwd",
         b"evil.example:443",
         b"evil.example",
         b"//evil.example/v2/open/app/manifests/latest",
         b"*",
+        b"proxy.example:80/v2/open/app/manifests/latest",
         b"v2/open/app/manifests/latest",
         b"?x",
+    ),
+    "no slash": (
+        *(
+            mark + name + b"/v2/open/app/manifests/latest"
+            for mark in (b"x", b":", b"@", b".", b"%", b"?", b"#", b"*")
+            for name in HEALTH
+        ),
+        *(mark + b"readyz/used" for mark in (b"x", b":", b"@", b"", b"evil.example:80", b"a@b:1")),
+        *(mark + b"v2/open/app/manifests/latest" for mark in (b"x", b":", b"@", b"first", b"first:80/", b"?")),
+        b"/../used",
+        b"/used",
+        b"http://first/used",
     ),
     "fragments": (
         b"/v2/open/app/manifests/latest#x",
@@ -198,6 +235,14 @@ class HostileTests(DaemonTestCase):
         """
         self.assertEqual([], [(what, status) for what, status in found if not 400 <= status < 500])
 
+    def test_absolute_targets_of_the_proxy_itself(self) -> None:
+        """
+        They lead where their path leads, whatever host they name.
+        """
+        for host in (b"proxy.example", b"proxy.example:5000", b"evil.example", b"[::1]"):
+            self.assertEqual(200, self.status(b"http://" + host + b"/v2/"), host)
+            self.assertEqual(403, self.status(b"http://" + host + b"/v2/secret/app/manifests/latest"), host)
+
     def test_targets_outside_the_grammar_or_the_namespace(self) -> None:
         """
         However a path is spelled, it is a good one's canonical spelling or it is refused; for HEAD as for GET.
@@ -242,6 +287,22 @@ class HostileTests(DaemonTestCase):
             self.assertEqual(200, self.status(b"/v2/", b"GET", b"Host: " + good), good)
 
 
+class WorkersHostileTests(HostileTests):
+    """
+    The same requests, through a worker: nothing that is refused reaches the first process either.
+    """
+
+    kind = Together
+
+    def tearDown(self) -> None:
+        """
+        Only what may be asked for has been handed on.
+        """
+        handed_on = {each.uri for each in cast(Together, self.daemon).seen}
+        self.assertEqual(set(), handed_on - {b"/readyz"}, "the first process heard of it")
+        super().tearDown()
+
+
 class GamesTests(DaemonTestCase):
     """
     What a client says of itself changes nothing for others.
@@ -260,3 +321,25 @@ class GamesTests(DaemonTestCase):
         for asked in self.standin.asked:
             self.assertEqual(set(), {name for name in asked.headers if name.startswith(("x-", "forwarded"))})
             self.assertNotIn("open.example", asked.headers["host"])
+
+
+class WorkersGamesTests(GamesTests):
+    """
+    Nor does it with workers.
+    """
+
+    kind = Together
+
+
+class ExampleTests(SynchronousTestCase):
+    def test_what_fuzzing_starts_from_holds(self) -> None:
+        """
+        What must hold of any bytes of a client holds of the examples, alone and through a worker.
+        """
+        examples = sorted((Path(__file__).parents[1] / "fuzz" / "corpus" / "front").iterdir())
+        self.assertIn("slashless", [path.name for path in examples])
+        for path in examples:
+            ask(path.read_bytes())
+        for scene in scenes_of_all():
+            scene.close()
+        scenes_of_all.cache_clear()

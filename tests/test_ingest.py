@@ -160,6 +160,23 @@ class ResumeTests(IngestTests):
         self.assertIsNone(self.ingest.resume(DIGEST, SIZE))
         self.assertEqual([], self.names())
 
+    def test_is_not_of_another_size_once_it_is_locked(self) -> None:
+        """
+        A file may be somebody else's between the look at it and the lock: it is looked at again.
+        """
+        path, other = self.left_over((0, 1000)), self.left_over((0, 2000), size=SIZE - 1)
+        locked = self.ingest._locked  # noqa: SLF001
+
+        def late(at: Path) -> int | None:
+            if at == path and not other.exists():
+                path.write_bytes(kept)
+            return locked(at)
+
+        kept = other.read_bytes()
+        self.patch(self.ingest, "_locked", late)
+        self.assertIsNone(self.ingest.resume(DIGEST, SIZE))
+        self.assertEqual(SIZE - 1 + TRAILER, path.stat().st_size)
+
     def test_is_not_of_what_has_become_content(self) -> None:
         """
         A file that got its name in the moment before it was locked is nobody's to write to.

@@ -11,7 +11,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from ecrproxy.access.crowds import SILENT_SECONDS, Crowds, Word
 from ecrproxy.access.limits import Crowd, Limits, Patience, counted
 from tests.daemon import MIB, DaemonTestCase, End, Network, Raw, noise
-from tests.test_relay import Together
+from tests.together import Together
 
 GOOD = b"GET /v2/ HTTP/1.1\r\nHost: x\r\n\r\n"
 

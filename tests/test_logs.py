@@ -38,6 +38,8 @@ from tests.daemon import DaemonTestCase, noise
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 SCHEMA = json.loads((DOCS / "log.schema.json").read_text("utf-8"))
 VALIDATOR = Draft202012Validator(SCHEMA)
+CONTROL = [*map(chr, (*range(9), *range(11, 32), *range(127, 160), 0x2028, 0x2029, 0xD800, 0xDFFF))]
+"""All but tab and line break, and what UTF-8 has no bytes for."""
 DEBUG = PRIORITIES[LogLevel.debug]
 
 
@@ -111,14 +113,43 @@ class TextTests(ShapeTestCase):
 
     def test_a_traceback_stays_with_its_line(self) -> None:
         """
-        What follows begins with a tab, and no control character of what was said passes.
+        What follows begins with a tab.
         """
         self.fault()
         first, *others = self.written(as_text).splitlines()
         self.assertIn("[ecrproxy.x#critical] Looking for it", first)
         self.assertTrue(others)
         self.assertTrue(all(line.startswith("\t") for line in others))
-        self.assertIn(r"\x1b[2J such", "".join(others))
+
+    def test_no_control_character_passes(self) -> None:
+        """
+        Of a message, of a traceback, and of a request; each is written as its escape.
+        """
+        for shape in (as_text, as_journal):
+            for char in CONTROL:
+                escape = char.encode("unicode_escape").decode("ascii")
+                for said in (f"{char}[2J", f"a{char}b", f"a{char}"):
+                    self.log.warn("It is {what}", what=said)
+                    self.assertIn(f"It is {said.replace(char, escape)}\n", self.written(shape), escape)
+                    self.requests(1, path=said)
+                    self.assertIn(f"GET {said.replace(char, escape)} 200", self.written(shape), escape)
+                try:
+                    raise ValueError(f"no {char} such thing")  # noqa: TRY301
+                except ValueError:
+                    self.log.failure("Looking")
+                written = self.written(shape)
+                self.assertIn(f"ValueError: no {escape} such thing", written)
+                self.assertNotIn(char, written)
+
+    def test_a_line_break_begins_no_line_that_stands_for_itself(self) -> None:
+        forged = "2026-11-29T00:00:00+0000 [forged#info] x"
+        self.log.warn("It is {what}", what=f"so\n{forged}")
+        self.assertEqual(f"\t{forged}", self.written(as_text).splitlines()[1])
+        self.log.warn("It is {what}", what=f"so\n{forged}")
+        self.assertEqual(f"<4>[ecrproxy.x#warn] {forged}", self.written(as_journal).splitlines()[1])
+        for shape in (as_text, as_journal):
+            self.requests(1, path=f"/x\n{forged}")
+            self.assertEqual(1, len(self.written(shape).splitlines()))
 
     def test_requests_have_a_line_and_a_time_each(self) -> None:
         """

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import base64
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from twisted.internet.task import Clock
 from twisted.logger import LogLevel, capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
+from ecrproxy.access.htpasswd import read_users, signature
 from ecrproxy.access.passwords import (
     AT_ONCE,
     FAILURE_SECONDS,
@@ -28,7 +30,7 @@ from ecrproxy.access.passwords import (
     parse_basic,
 )
 from ecrproxy.oci import RegistryError
-from tests.daemon import Hands
+from tests.daemon import Hands, at_once
 from tests.store_contract import scratch
 from tests.test_htpasswd import line
 
@@ -318,12 +320,66 @@ class PasswordsTests(SynchronousTestCase):
         asked = self.ask("bob", "two")
         self.path.write_bytes(line("ann", "one"))
         self.passwords.reread()
-        self.hands.waiting.rotate(-1)  # the file is read before the check is made
-        self.hands.work(2)
+        for _ in range(2):  # the file is looked at, and read, before the check is made
+            self.hands.waiting.rotate(-1)
+            self.hands.work()
+        self.assertEqual(1, len(self.hands.waiting))
         self.hands.work_off()
         self.successResultOf(asked)
         self.hands.idle = True
         self.assertEqual(401, self.refusal(self.ask("bob", "two")).status)
+
+    def test_a_file_that_is_replaced_while_it_is_read_is_read_again(self) -> None:
+        """
+        The users of the file that stays are let in seconds later, and no others.
+        """
+        for moment in (signature, read_users):
+            replacements = [line("ann", f"after {moment.__name__}")]
+
+            def late(blocking: Callable[..., Any], *args: Any, moment: Any = moment, to: Any = replacements) -> Any:
+                done = at_once(blocking, *args)
+                if blocking is moment and to:
+                    self.replace(to.pop())
+                return done
+
+            self.replace(line("ann", "one"))
+            passwords = Passwords(str(self.path), late, self.clock, b"key")
+            passwords.startService()
+            self.replace(line("ann", "two"))
+            self.clock.pump([REREAD_SECONDS] * 2)
+            passwords.stopService()
+            for password, right in (("one", False), ("two", False), (f"after {moment.__name__}", True)):
+                asked = Deferred.fromCoroutine(passwords.admit(HERE, basic("ann", password)))
+                if right:
+                    self.successResultOf(asked)
+                else:
+                    self.failureResultOf(asked, RegistryError)
+
+    def replace(self, users: bytes) -> None:
+        """
+        Put another file in the place of the users', of the same size and time.
+        """
+        draft = self.path.with_suffix(".draft")
+        draft.write_bytes(users)
+        os.utime(draft, (1, 1))
+        draft.replace(self.path)
+
+    def test_a_file_is_known_by_what_was_read_of_it(self) -> None:
+        """
+        Not by what is in its place by then.
+        """
+        fstat = os.fstat
+
+        def late(fd: int) -> os.stat_result:
+            status = fstat(fd)
+            self.replace(line("eve", "other"))
+            return status
+
+        former = signature(str(self.path))
+        self.patch(os, "fstat", late)
+        users = read_users(str(self.path))
+        self.assertEqual(({b"ann", b"bob"}, former), (users.hashes.keys(), users.seen))
+        self.assertNotEqual(signature(str(self.path)), users.seen)
 
     def test_a_broken_file_changes_nothing_and_is_told_once(self) -> None:
         """

@@ -7,116 +7,20 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from twisted.internet.address import IPv4Address
 from twisted.internet.error import ConnectionRefusedError
-from twisted.internet.protocol import Protocol
 from twisted.logger import LogLevel
-from twisted.web.server import Request
 
-from ecrproxy.access.clients import Admission
-from ecrproxy.access.crowds import SILENT_SECONDS, Word
-from ecrproxy.access.limits import BOUNDLESS, Crowd
-from ecrproxy.access.namespaces import Namespaces
-from ecrproxy.admin.incidents import Incidents
-from ecrproxy.cache.cache_key import CacheKey
+from ecrproxy.access.crowds import SILENT_SECONDS
 from ecrproxy.cache.entries import entry_name
-from ecrproxy.cache.ledger import Notes
-from ecrproxy.cache.store import Store
-from ecrproxy.cached import Cache
-from ecrproxy.http.access_log import AccessLog
-from ecrproxy.http.answering import Ready
-from ecrproxy.http.relay import KEY, InnerRegistry, NoRoom, Relay, WorkerRegistry
-from ecrproxy.http.site import make_site
-from ecrproxy.http.telling import TELL_SECONDS, USED, Teller, Used, told
-from ecrproxy.metrics import Served
+from ecrproxy.cache.store import entry_path
+from ecrproxy.http.relay import KEY
+from ecrproxy.http.telling import TELL_SECONDS
 from ecrproxy.oci import parse_route
-from ecrproxy.settings.values import parse_pattern
-from ecrproxy.threads import Disk
-from tests.daemon import BUFFER, MIB, Daemon, DaemonTestCase, End, Network, Reply, at_once, noise
+from tests.daemon import BUFFER, MIB, Daemon, DaemonTestCase, End, Reply, noise
+from tests.together import Together
 
-WORKER = "198.51.100.1"
-"""Where the first process sees its workers."""
 LARGE = 8 * MIB
-
-
-class Between(Network):
-    """
-    The network from a worker to the first process.
-    """
-
-    def connect(self, protocol: Protocol, host: str, port: int, *, secure: bool) -> End:
-        """
-        Lay a wire that shows the worker's address, not the client's.
-        """
-        client = super().connect(protocol, host, port, secure=secure)
-        client.peer._peer_address = IPv4Address("TCP", WORKER, 1)  # noqa: SLF001
-        return client
-
-
-class Seen(InnerRegistry):
-    """
-    The first process's /v2/, and what came to it.
-    """
-
-    seen: list[Request]
-
-    def render(self, request: Request) -> int:
-        """
-        Take note, and answer.
-        """
-        self.seen.append(request)
-        return super().render(request)
-
-
-class Together(Daemon):
-    """
-    A first process and a worker on one cache directory; the clients come to the worker.
-
-    @ivar between: the network from the worker to the first process.
-    @ivar seen: the requests that came to the first process.
-    """
-
-    def __init__(
-        self,
-        *args: Any,
-        pattern: str = ".*",
-        cache_key: str = "$uri",
-        tag_ttl: float = 0,
-        admission: Admission | None = None,
-        **options: Any,
-    ) -> None:
-        self.between: Between | None = None
-        super().__init__(*args, pattern=pattern, cache_key=cache_key, tag_ttl=tag_ttl, **options)
-        shape = Namespaces(parse_pattern(pattern), at_once), CacheKey.parse(cache_key), at_once
-        inner, self.seen = Seen(self.pull_through, *shape), list[Request]()
-        inner.seen, ready = self.seen, Ready(self.reasons)
-        hearers = told(self.store.ledger, self.figures.served, self.status.incidents, self.crowds)
-        others = {USED: Used(hearers)}
-        site = make_site(inner, ready, self.clock, crowd=Crowd(BOUNDLESS), others=others)
-        self.between = Between(site, self.clock)
-        agent = self.between.agent(persistent=True)
-        self.notes, relay = Notes(), Relay(agent)
-        self.worker_cache = Cache(
-            Store(self.store.root, self.clock.seconds, self.notes), NoRoom(), Disk.of(at_once), self.clock.seconds
-        )
-        self.counted, self.incidents = Served(), Incidents(self.clock.seconds)
-        self.crowd = Crowd(self.crowd.limits)
-        noters = told(self.notes, self.counted, self.incidents, Word(self.crowd, 1))
-        self.teller = Teller(agent, noters, self.clock)
-        self.teller.startService()
-        registry = WorkerRegistry(self.worker_cache, tag_ttl, relay, *shape, admission)
-        access_log = AccessLog(self.clock)
-        site = make_site(registry, relay, self.clock, crowd=self.crowd, served=self.counted, access_log=access_log)
-        self.front = Network(site, self.clock)
-        self._asking = self.front.agent(persistent=False)
-
-    def flush(self) -> None:
-        """
-        Let everything happen that can happen now, between the two as well.
-        """
-        super().flush()
-        while self.between is not None and self.between.move():
-            super().flush()
+ENTRY, ANOTHER = entry_path("ab" * 32), entry_path("cd" * 32)
 
 
 class RelayTestCase(DaemonTestCase):
@@ -125,6 +29,7 @@ class RelayTestCase(DaemonTestCase):
     """
 
     daemon: Together
+    kind = Together
 
     def setUp(self) -> None:
         super().setUp()
@@ -139,9 +44,7 @@ class RelayTestCase(DaemonTestCase):
         """
         Start both, over the test's cache directory.
         """
-        self.daemon = Together(self.standin, self.clock, self.root, **options)
-        self.daemons.append(self.daemon)
-        self.daemon.flush()
+        super().start(**options)
         return self.daemon
 
     @property
@@ -394,11 +297,13 @@ class RequestTests(RelayTestCase):
         The headers that came to the first process last.
         """
         raw = self.daemon.seen[-1].requestHeaders.getAllRawHeaders()
-        return {name.decode().lower(): b"|".join(values).decode() for name, values in raw}
+        found = {name.decode().lower(): b"|".join(values).decode() for name, values in raw}
+        self.assertEqual("first", found.pop("host"))
+        return {name: value for name, value in found.items() if name != "connection"}
 
-    def test_is_what_was_asked(self) -> None:
+    def test_is_what_was_understood_of_it(self) -> None:
         """
-        Method, path and query arrive byte for byte, with the headers that decide about the answer.
+        Method, path and query arrive, with the headers that decide about the answer, and no others of the client's.
         """
         for method, path in (
             ("GET", "/v2/team/app/tags/list?n=2&last=a%2Bb%3D"),
@@ -407,19 +312,18 @@ class RequestTests(RelayTestCase):
         ):
             self.daemon.ask(method, path)
             self.assertEqual(f"{method} {path}", self.handed_on[-1])
-        self.get(
-            self.by_tag,
-            Accept="a/b, c/d;q=0.5",
-            Range="bytes=1-2",
-            If_None_Match='"x"',
-            If_Range='"y"',
-            User_Agent="me",
-        )
-        found = self.headers()
-        self.assertEqual(
-            ("a/b, c/d;q=0.5", "bytes=1-2", '"x"', '"y"', "me", "proxy.example"),
-            tuple(found[name] for name in ("accept", "range", "if-none-match", "if-range", "user-agent", "host")),
-        )
+        for tag, sent, passed in (
+            ("one", {"Range": "bytes=1-2"}, {"range": "bytes=1-2"}),
+            ("two", {"Range": "bytes=1-2,-5", "If_Range": f'"{self.digest}"'}, {"range": "bytes=1-2,-5"}),
+            ("three", {"Range": "bytes=1-2", "If_Range": '"y"'}, {}),
+            ("four", {"Range": "lines=1-2"}, {}),
+            ("five", {"Accept": "c/d;q=0.5, a/b", "If_None_Match": 'W/"x", y'}, {"if-none-match": '"x"'}),
+        ):
+            blob = f"/v2/team/app{tag}/blobs/{self.digest}"
+            self.get(blob, User_Agent="me", X_Ecrproxy_Used="[]", X_Team="a", X_Request_Id=tag, **sent)
+            found = self.headers()
+            accept = {"accept": "a/b, c/d"} if "Accept" in sent else {}
+            self.assertEqual({**passed, **accept, "x-request-id": tag, KEY.lower(): json.dumps(blob)}, found)
 
     def test_has_no_credentials(self) -> None:
         """
@@ -766,13 +670,13 @@ class UsedTests(RelayTestCase):
         ledger = self.daemon.store.ledger
         self.patch(ledger, "used", lambda path, size: told.append(size))
         for number in range(120):
-            self.daemon.notes.used(f"entries/ab/{number}", number)
+            self.daemon.notes.used(entry_path(f"{number:064x}"), number)
         self.pass_time(TELL_SECONDS)
         self.assertEqual(list(range(120)), sorted(told))
         self.pass_time(10 * TELL_SECONDS)
         self.assertEqual(120, len(told))
         for number in range(10):
-            self.daemon.notes.used(f"entries/ab/{number}", number)
+            self.daemon.notes.used(entry_path(f"{number:064x}"), number)
             self.pass_time(TELL_SECONDS)
         assert self.daemon.between is not None
         self.assertLessEqual(len(self.daemon.between.ends), 3)
@@ -784,12 +688,12 @@ class UsedTests(RelayTestCase):
         """
         assert self.daemon.between is not None
         self.daemon.between.down = ConnectionRefusedError()
-        self.daemon.notes.used("entries/ab/1", 1)
+        self.daemon.notes.used(ENTRY, 1)
         self.pass_time(3 * TELL_SECONDS)
         self.daemon.between.down = None
-        self.daemon.notes.used("entries/ab/2", 2)
+        self.daemon.notes.used(ANOTHER, 2)
         self.pass_time(TELL_SECONDS)
-        self.assertEqual(2, self.daemon.store.ledger.gone("entries/ab/2"))
+        self.assertEqual(2, self.daemon.store.ledger.gone(ANOTHER))
         self.assertEqual([], self.flushLoggedErrors())
 
     def test_is_told_no_more_by_a_worker_that_has_stopped(self) -> None:
@@ -797,10 +701,51 @@ class UsedTests(RelayTestCase):
         A worker that was stopped asks nobody.
         """
         self.daemon.teller.stopService()
-        self.daemon.notes.used("entries/ab/1", 1)
+        self.daemon.notes.used(ENTRY, 1)
         self.pass_time(3 * TELL_SECONDS)
-        self.assertEqual(0, self.daemon.store.ledger.gone("entries/ab/1"))
+        self.assertEqual(0, self.daemon.store.ledger.gone(ENTRY))
         self.daemon.teller.stopService()
+
+    def test_that_no_worker_can_have_noted_is_refused(self) -> None:
+        """
+        Whoever speaks on the workers' socket can have no file deleted, and no figure falsified.
+        """
+        assert self.daemon.between is not None
+        ledger, before = self.daemon.store.ledger, len(self.daemon.store.ledger)
+        for name, rows in {
+            "Used": (["/any/file", 10**15], ["../any/file", 1], [ENTRY, -1], [ENTRY, 10**15], [ENTRY], [1, 1], ENTRY),
+            "Requests": (
+                [["a", "b", "c"], 1, 1, 1.0, [0] * 9],
+                [["a", "b", "c", "d"], 1, 1, 1.0, [0]],
+                [{}, 1, 1, 1, 1],
+            ),
+            "Saved": (["a", -1, 1], ["a" * 2000, 1, 1], [None, 1, 1], ["a", 1.5, 1]),
+            "Incidents": (
+                [0, "info", "text", 1, "kind", ""],
+                [-1, "warn", "text", 1, "kind", ""],
+                [0, "warn", "text", "1", "kind", ""],
+                [0, "warn", 1, 1, "kind", ""],
+                [0, "warn", "text", 1, 1, ""],
+                [0, "warn", "text", 1],
+            ),
+            "Clients": ([1, 1, 1, {"none": 1}], [1, 1, -1, {}], [1, 1, 1, []], [1, 1, {}]),
+        }.items():
+            for told in (*([json.dumps([row])] for row in rows), ["{}"], ["null"], ["["], ["[" * 6000]):
+                head = f"GET /used HTTP/1.1\r\nHost: first\r\nX-Ecrproxy-{name}: {told[0]}\r\n\r\n"
+                got = self.daemon.raw(head.encode(), self.daemon.between)
+                self.assertEqual(b"HTTP/1.1 400 Bad Request", got.partition(b"\r\n")[0], (name, told))
+        self.assertEqual(before, len(ledger))
+        good = f"GET /used HTTP/1.1\r\nHost: first\r\nX-Ecrproxy-Used: {json.dumps([[ENTRY, 7]])}\r\n\r\n"
+        self.assertIn(b" 200 ", self.daemon.raw(good.encode(), self.daemon.between).partition(b"\r\n")[0])
+        self.assertEqual(7, ledger.gone(ENTRY))
+
+    def test_a_question_without_a_cache_key_is_refused(self) -> None:
+        assert self.daemon.between is not None
+        for key in ("", *(f"{KEY}: {each}\r\n" for each in ("1", "null", '"', '["a"]', "\x7f"))):
+            head = f"GET {self.by_tag} HTTP/1.1\r\nHost: first\r\n{key}\r\n"
+            got = self.daemon.raw(head.encode(), self.daemon.between)
+            self.assertEqual(b"HTTP/1.1 400 Bad Request", got.partition(b"\r\n")[0], key)
+        self.assertEqual([], self.standin.asked)
 
     def test_is_told_by_workers_alone(self) -> None:
         """
@@ -808,9 +753,13 @@ class UsedTests(RelayTestCase):
         """
         alone = Daemon(self.standin, self.clock, self.root / "alone")
         alone.flush()
-        told = {"X_Ecrproxy_Used": '[["entries/ab/1", 1000]]'}
+        told = {"X_Ecrproxy_Used": json.dumps([[ENTRY, 1000]])}
         for daemon in (self.daemon, alone):
             for path in ("/used", "/used/", "//used", "/v2/../used", "/%75sed"):
                 reply = daemon.ask("GET", path, **told)
                 self.assertIn(reply.code, (400, 404), path)
-            self.assertEqual(0, daemon.store.ledger.gone("entries/ab/1"))
+            for target in (b"xreadyz/used", b":readyz/used", b"@readyz/used", b"xused", b"http://a/used", b"used"):
+                head = b"GET " + target + b" HTTP/1.1\r\nHost: x\r\nX-Ecrproxy-Used: "
+                got = daemon.raw(head + told["X_Ecrproxy_Used"].encode() + b"\r\n\r\n")
+                self.assertIn(got[9:12], (b"400", b"404"), target)
+            self.assertEqual(0, daemon.store.ledger.gone(ENTRY))

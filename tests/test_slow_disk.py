@@ -41,7 +41,7 @@ class DiskTestCase(DaemonTestCase):
     def manifest(self, digest: str) -> str:
         return f"/v2/team/app/manifests/{digest}"
 
-    def kind(self, hands: Hands, size: int = 8) -> Callable[..., Deferred[Any]]:
+    def bounded(self, hands: Hands, size: int = 8) -> Callable[..., Deferred[Any]]:
         """
         Make threads that work when told to, and are not waited for for ever.
         """
@@ -60,7 +60,7 @@ class SlowTests(DiskTestCase):
 
     def test_a_hit_does_not_wait_for_commits(self) -> None:
         hands = Hands()
-        self.begin(committing=self.kind(hands))
+        self.begin(committing=self.bounded(hands))
         for number in range(8):
             data = noise(str(number), 100_000)
             self.assertWhole(self.get(self.path(self.standin.push_blob("team/app", data))), data, "MISS")
@@ -72,7 +72,7 @@ class SlowTests(DiskTestCase):
 
     def test_a_hit_does_not_wait_for_what_is_written(self) -> None:
         hands = Hands()
-        self.begin(writing=self.kind(hands))
+        self.begin(writing=self.bounded(hands))
         waiting = [self.get(self.path(self.standin.push_blob("team/app", noise(str(n), 100_000)))) for n in range(20)]
         self.assertWhole(self.get(self.pulled), self.blob, "HIT")
         while hands.waiting:
@@ -82,7 +82,7 @@ class SlowTests(DiskTestCase):
 
     def test_a_hit_does_not_wait_for_files_that_are_hashed(self) -> None:
         hands = Hands()
-        self.begin(hashing=self.kind(hands))
+        self.begin(hashing=self.bounded(hands))
         first = self.get(self.pulled)  # it waits for its last byte
         self.assertEqual(self.blob[:-1], first.body)
         self.assertWhole(self.get(self.manifest(self.cached.digest)), self.cached.manifest, "HIT")
@@ -93,7 +93,7 @@ class SlowTests(DiskTestCase):
 
     def test_a_manifest_is_sent_before_it_is_stored(self) -> None:
         hands = Hands()
-        self.begin(writing=self.kind(hands), committing=self.kind(hands))
+        self.begin(writing=self.bounded(hands), committing=self.bounded(hands))
         self.assertWhole(self.get("/v2/team/app/manifests/new"), self.new.manifest, "MISS")
         asked = self.standin.count()
         self.assertWhole(self.get(self.manifest(self.new.digest)), self.new.manifest, "HIT")
@@ -105,7 +105,7 @@ class SlowTests(DiskTestCase):
     def test_what_a_manifest_lists_is_known_before_it_is_stored(self) -> None:
         hands = Hands()
         self.get(self.path(self.new.config))  # another repository's, so to speak
-        self.begin(writing=self.kind(hands), committing=self.kind(hands))
+        self.begin(writing=self.bounded(hands), committing=self.bounded(hands))
         self.get("/v2/team/app/manifests/new")
         asked = self.standin.count()
         self.assertEqual("HIT", self.get(self.path(self.new.config)).cache)
@@ -113,7 +113,7 @@ class SlowTests(DiskTestCase):
 
     def test_manifests_that_wait_for_the_disk_are_bounded_in_bytes(self) -> None:
         hands = Hands()
-        self.begin(committing=self.kind(hands), writing=at_once)
+        self.begin(committing=self.bounded(hands), writing=at_once)
         self.patch(cached, "_STORING_BYTES", 10_000)
         for number in range(100):
             image = self.standin.push_image("team/app", f"tag{number}")
@@ -131,7 +131,7 @@ class HungTests(DiskTestCase):
 
     def hang(self) -> Hands:
         hands = Hands()
-        bounded = self.kind(hands)
+        bounded = self.bounded(hands)
         self.start(disk=Disk(bounded, bounded, bounded, bounded, at_once, hands))
         return hands
 
@@ -151,7 +151,7 @@ class HungTests(DiskTestCase):
         self.get(self.manifest(self.cached.digest))
         self.get(self.config)
         hands = Hands()
-        bounded = self.kind(hands)
+        bounded = self.bounded(hands)
         self.daemon.cache._disk = Disk(bounded, bounded, bounded, bounded, at_once, hands)  # noqa: SLF001
         self.assertWhole(self.get(self.manifest(self.cached.digest)), self.cached.manifest, "HIT")
         self.assertEqual("HIT", self.get(self.config).cache)
@@ -176,7 +176,7 @@ class HungTests(DiskTestCase):
 
     def test_a_disk_that_hangs_in_the_middle_of_a_transfer_costs_the_file(self) -> None:
         hands = Hands()
-        bounded = self.kind(hands)
+        bounded = self.bounded(hands)
         self.start(disk=Disk(at_once, bounded, bounded, bounded, at_once, hands))
         reply = self.get(self.unknown)
         for _ in range(3):  # what is left over, the file, the first bytes

@@ -235,7 +235,16 @@ class NameTests(SynchronousTestCase):
         """
         for host in ("127.0.0.1", "[::1]", "10.0.0.7", "localhost", "LOCALHOST", "a.localhost", "ecr-proxy"):
             self.assertTrue(is_ours(host), host)
-        for host in ("evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "1.2.3", "evil.", "a.b:1"):
+        for host in (
+            *(
+                "evil.example",
+                "localhost.evil.example",
+                "evillocalhost.example",
+                "www.evillocalhost",
+                "localhost.example",
+            ),
+            *("127.0.0.1.evil.example", "1.2.3", "evil.", "a.b:1", "localhost..", ".localhost.x", "[evil.example]"),
+        ):
             self.assertFalse(is_ours(host), host)
 
     def test_which_the_operator_says_is_his(self) -> None:

@@ -189,6 +189,24 @@ class StartTests(StoreTests):
         self.assertEqual(1000 + len(entry_of(self.route, confirmed()).to_json()), again.ledger.total)
         self.assertEqual(self.store.ledger.total, again.ledger.total)
 
+    def test_files_that_are_not_its_own_are_neither_counted_nor_removed(self) -> None:
+        digest = Digest.of(b"data")
+        mine = self.store.root / self.store.content_path(digest)
+        others = ("content/sha256/ab/notes.txt", f"content/sha256/cd/{'ab' * 32}", f"entries/ab/{'ab' * 32}.bak")
+        for path in (mine, *(self.store.root / each for each in others)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"data")
+        outside = self.store.root.parent / f"{self.store.root.name}.outside"
+        outside.write_bytes(b"data")
+        self.addCleanup(outside.unlink)
+        self.store.count()
+        self.assertEqual((4, 1), (self.store.ledger.total, len(self.store.ledger)))
+        for name in (*others, str(outside), f"../{outside.name}", f"ingest/../../{outside.name}", "ingest/x", "", "."):
+            self.assertFalse(self.store.remove(name), name)
+        self.assertTrue(outside.exists() and all((self.store.root / each).exists() for each in others))
+        self.assertTrue(self.store.remove(self.store.content_path(digest)))
+        self.assertFalse(mine.exists())
+
     def test_recency_survives_a_restart(self) -> None:
         """
         What was used last goes last, whatever came first.

@@ -801,13 +801,14 @@ class QueryTests(SynchronousTestCase):
 
     def test_of_tags(self) -> None:
         """
-        n, at most 1000, and last as it came; nothing else.
+        n, at most 1000, and decoded; last and others as they came; not containerd's ns, nor what signs.
         """
         for query, kept in {
             "": "",
             "n=5": "n=5",
             "n=5000&last=a%2Bb%3D": "n=1000&last=a%2Bb%3D",
-            "last=x&n=5&n=6&ns=y&Last=z": "n=5&last=x",
+            "last=x&n=5&n=6&ns=y&token=z&X-Amz-Date=0": "last=x&n=5&token=z",
+            "n=2%30&last=%32": "n=20&last=%32",
             "%6e=5": "n=5",
         }.items():
             self.assertEqual(kept, self.ask(f"/v2/a/tags/list?{query}"))

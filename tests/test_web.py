@@ -7,15 +7,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, quote, urlsplit
 
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.cache.cache_key import CacheKey
 from ecrproxy.http import web
-from ecrproxy.http.answering import Ready
+from ecrproxy.http.answering import Missing, Ready
 from ecrproxy.http.conditions import matches, parse_range
 from ecrproxy.http.site import RegistrySite, make_site
+from ecrproxy.registry import upstream
 from tests.daemon import MIB, DaemonTestCase, Raw, Reply, noise
 from tests.registry import digest_of
 from tests.registry_content import OCI_INDEX, OCI_MANIFEST, SCHEMA2
@@ -79,14 +80,17 @@ class IfNoneMatchTests(SynchronousTestCase):
         The tag alone, weak, in a list, or any at all.
         """
         for header in ('"x"', 'W/"x"', '"a", "x"', '"a",W/"x"', "*"):
-            self.assertTrue(matches(header, '"x"'), header)
+            self.assertTrue(matches([header], '"x"'), header)
 
     def test_names_others(self) -> None:
         """
         No header, another tag, and the tag without its quotes.
         """
-        for header in (None, "", '"y"', "x", '"xx"'):
-            self.assertFalse(matches(header, '"x"'), header)
+        for headers in ([], [""], ['"y"'], ["x"], ['"xx"'], ["W/*"]):
+            self.assertFalse(matches(headers, '"x"'), headers)
+
+    def test_several_fields_are_one_list(self) -> None:
+        self.assertTrue(matches(['"a"', 'W/"x"', '"b"'], '"x"'))
 
 
 class PathTests(DaemonTestCase):
@@ -125,8 +129,7 @@ class PathTests(DaemonTestCase):
         async def reasons() -> Sequence[str]:
             return ["no token: AWS is away", 'the "disk" is full']
 
-        registry = self.daemon.site.resource.children[b"v2"]
-        self.daemon.front.site = make_site(registry, Ready(reasons), self.clock)
+        self.daemon.front.site = make_site(Missing(), Ready(reasons), self.clock)
         reply = self.get("/readyz")
         self.assertEqual(
             {"ready": False, "reasons": ["no token: AWS is away", 'the "disk" is full']}, json.loads(reply.body)
@@ -158,6 +161,19 @@ class PathTests(DaemonTestCase):
             self.assertIn(reply.error[1], ("UNSUPPORTED", "NAME_INVALID", "TAG_INVALID", "DIGEST_INVALID"), path)
         self.assertEqual([], self.standin.asked)
 
+    def test_escaped_names_and_tags_are_decoded_once(self) -> None:
+        """
+        The cache, ECR and the counts of repositories see the one spelling.
+        """
+        image = self.standin.push_image("team/app", "v1.0")
+        digest = image.digest.replace(":", "%3a")
+        self.assertWhole(self.get(f"/v2/team%2Fapp/manifests/{digest}"), image.manifest, "MISS")
+        self.assertWhole(self.get(f"/v2/team/app/manifests/{image.digest}"), image.manifest, "HIT")
+        self.assertWhole(self.get("/v2/%74eam%2fapp/manifests/v1%2E0"), image.manifest)
+        self.assertEqual({"/v2/team/app/manifests"}, {asked.path.rpartition("/")[0] for asked in self.standin.asked})
+        ((name, _, _),) = self.daemon.figures.served.saved.top(5)
+        self.assertEqual("team/app", name)
+
     def test_malformed_names_are_refused(self) -> None:
         """
         Names, tags and digests outside the grammar are 400 with the code that says which; ECR never sees them.
@@ -167,11 +183,11 @@ class PathTests(DaemonTestCase):
             "/v2/team/../secret/manifests/latest": "NAME_INVALID",
             "/v2/team/./app/manifests/latest": "NAME_INVALID",
             "/v2/team//app/manifests/latest": "NAME_INVALID",
-            "/v2/team%2fapp/manifests/latest": "NAME_INVALID",
+            "/v2/team%2f..%2fapp/manifests/latest": "NAME_INVALID",
             "/v2/team%00/manifests/latest": "NAME_INVALID",
             f"/v2/{'a' * 256}/manifests/latest": "NAME_INVALID",
             "/v2/team/app/manifests/.latest": "TAG_INVALID",
-            "/v2/team/app/manifests/la%74est": "TAG_INVALID",
+            "/v2/team/app/manifests/la%2574est": "TAG_INVALID",
             f"/v2/team/app/manifests/{'a' * 129}": "TAG_INVALID",
             f"/v2/team/app/manifests/md5:{'a' * 32}": "DIGEST_INVALID",
             "/v2/team/app/blobs/latest": "DIGEST_INVALID",
@@ -201,13 +217,11 @@ class PathTests(DaemonTestCase):
         image = self.standin.push_image("a/manifests/b", "latest")
         self.assertWhole(self.get("/v2/a/manifests/b/manifests/latest"), image.manifest)
 
-    def test_an_absolute_target_is_no_way_in(self) -> None:
-        """
-        A request line with a whole URL, as forward proxies get, leads nowhere.
-        """
-        got = self.daemon.raw(b"GET http://evil/v2/team/app/manifests/latest HTTP/1.1\r\nHost: evil\r\n\r\n")
-        self.assertIn(b" 404 ", got.partition(b"\r\n")[0])
-        self.assertEqual([], self.standin.asked)
+    def test_an_absolute_target_is_answered_as_its_path(self) -> None:
+        digest = self.standin.push_blob("team/app", b"data")
+        ask = f"GET http://proxy.example/v2/team/app/blobs/{digest} HTTP/1.1\r\nHost: other.example\r\n\r\n"
+        got = self.daemon.raw(ask.encode())
+        self.assertTrue(got.startswith(b"HTTP/1.1 200 OK\r\n") and got.endswith(b"\r\n\r\ndata"), got)
 
 
 class MethodTests(DaemonTestCase):
@@ -448,6 +462,21 @@ class HeaderTests(DaemonTestCase):
             self.assertEqual((status, told), (reply.code, reply.header("Strict-Transport-Security")))
             self.daemon.scheme = "http"
             self.assertIsNone(self.get(path).header("Strict-Transport-Security"))
+
+    def test_several_if_none_match_fields_are_one_list(self) -> None:
+        image = self.standin.push_image("team/app", "latest")
+        for tags, status in (((f'"{image.digest}"', '"b"'), b"304"), (('"a"', '"b"'), b"200")):
+            fields = "".join(f"If-None-Match: {each}\r\n" for each in tags)
+            got = self.daemon.raw(f"GET /v2/team/app/manifests/latest HTTP/1.1\r\nHost: x\r\n{fields}\r\n".encode())
+            self.assertEqual(status, got[9:12], tags)
+
+    def test_what_a_tag_leads_to_varies_with_what_the_client_accepts(self) -> None:
+        image = self.standin.push_image("team/app", "latest")
+        by_tag, by_digest = (f"/v2/team/app/manifests/{each}" for each in ("latest", image.digest))
+        for method, headers in (("GET", {}), ("HEAD", {}), ("GET", {"If_None_Match": f'"{image.digest}"'})):
+            self.assertEqual("Accept", self.daemon.ask(method, by_tag, **headers).header("Vary"))
+            self.assertIsNone(self.daemon.ask(method, by_digest, **headers).header("Vary"))
+        self.assertIsNone(self.get(f"/v2/team/app/blobs/{image.config}").header("Vary"))
 
     def test_if_none_match(self) -> None:
         """
@@ -976,7 +1005,7 @@ class TagListTests(DaemonTestCase):
         """
         A page of tags is ECR's, as JSON, and never cached.
         """
-        reply = self.get(self.path)
+        reply = self.get(f"{self.path}?n=100")
         self.assertEqual((200, "BYPASS", "application/json"), (reply.code, reply.cache, reply.header("Content-Type")))
         page = json.loads(reply.body)
         self.assertEqual(("team/app", 100), (page["name"], len(page["tags"])))
@@ -1011,17 +1040,74 @@ class TagListTests(DaemonTestCase):
         """
         on = f'<{self.path}?last=a>; rel="next"'
         for link, expected in ((b"<\xff\x99", None), (b'</v2/x?last=a>; rel="next", \xff', on)):
-            reply = self.daemon.send("GET", self.path)
+            reply = self.daemon.send("GET", f"{self.path}?n=5")
             self.answer_with(b"HTTP/1.1 200 OK\r\nLink: %b\r\nContent-Length: 2\r\n\r\n{}" % link)
             self.assertEqual((200, expected), (reply.code, reply.header("Link")))
 
-    def test_without_n_leads_on_too(self) -> None:
+    def all_tags(self, count: int) -> list[str]:
         """
-        A client that names no page size gets ECR's, and a link without one.
+        Push so many tags, and list them in ECR's order.
         """
-        path = self.link(self.get(self.path))
-        self.assertNotIn("n=", path.replace("?last=", ""))
-        self.assertEqual(100, len(json.loads(self.get(path).body)["tags"]))
+        tags = [f"v{number}" for number in range(count)]
+        self.image = self.standin.push_image("team/app", *tags)
+        return self.standin.repositories["team/app"].tag_names()
+
+    def test_without_n_all_tags_come_as_one_list(self) -> None:
+        """
+        Joined from ECR's pages, which are asked for as large as may be; from C{last} on, if the client says so.
+        """
+        tags = self.all_tags(2500)
+        reply = self.get(self.path)
+        self.assertEqual((200, None, "BYPASS"), (reply.code, reply.header("Link"), reply.cache))
+        self.assertEqual({"name": "team/app", "tags": tags}, json.loads(reply.body))
+        self.assertEqual(["1000"] * 3, [parse_qs(asked.query)["n"][0] for asked in self.standin.asked])
+        last = parse_qs(urlsplit(self.link(self.get(f"{self.path}?n=1"))).query)["last"][0]
+        rest = self.get(f"{self.path}?last={quote(last, safe='')}")
+        self.assertEqual(tags[1:], json.loads(rest.body)["tags"])
+        self.assertEqual(len(reply.body), self.head(self.path).length)
+
+    def test_a_page_without_tags_does_not_end_the_list(self) -> None:
+        on = [{"Link": f'<{self.path}?nextToken={token}>; rel="next"'} for token in "ab"]
+        pages: list[tuple[list[str] | None, dict[str, str]]] = [([], on[0]), (["one"], on[1]), (None, {})]
+        for tags, headers in reversed(pages):  # the fault that was added last comes first
+            self.standin.fail(
+                "registry", status=200, body=json.dumps({"tags": tags}).encode(), headers=headers, times=1
+            )
+        self.assertEqual({"name": "team/app", "tags": ["one"]}, json.loads(self.get(self.path).body))
+        self.assertEqual(
+            ["", "a", "b"], [parse_qs(each.query).get("nextToken", [""])[0] for each in self.standin.asked]
+        )
+
+    def test_what_is_more_than_all_tags_is_led_on_to(self) -> None:
+        """
+        A list ends at a hundred thousand; its link gives the rest, as one list again.
+        """
+        self.patch(upstream, "ALL_TAGS", 2000)
+        tags, found, path = self.all_tags(4500), list[str](), self.path
+        for count in (2000, 2000, 500):
+            reply = self.get(path)
+            page = json.loads(reply.body)["tags"]
+            self.assertEqual(count, len(page))
+            found += page
+            if count == 2000:
+                path = self.link(reply)
+                self.assertNotIn("n", parse_qs(urlsplit(path).query))
+        self.assertEqual((tags, None), (found, reply.header("Link")))
+
+    def test_a_page_that_fails_gives_no_list(self) -> None:
+        """
+        A list that only looks whole is worse than none; nor are pages that lead in a circle, or hold no tags, joined.
+        """
+        around = {"Link": f'<{self.path}?last=a>; rel="next"'}
+        longer = b'{"tags": ["%b"]}' % (b"a" * 129)
+        for body in (b'{"tags": ["a"]}', b'{"tags": null}', b"{}", b'{"tags": {}}', b'{"tags": [1]}', longer, b"["):
+            self.standin.fail("registry", status=200, body=body, headers=around)
+            self.assertRefused(self.get(self.path), 502, "UNAVAILABLE")
+            self.standin.heal()
+            self.pass_time(1)  # for the quota of lists
+        self.standin.deny()
+        self.standin.fail("registry", status=200, body=b'{"tags": ["a"]}', headers=around, times=1)
+        self.assertRefused(self.get(self.path), 403, "DENIED")
 
     def test_n_above_a_thousand_is_clamped(self) -> None:
         """
@@ -1037,29 +1123,44 @@ class TagListTests(DaemonTestCase):
         """
         What is no number of tags is 400 without asking ECR.
         """
-        for given in ("x", "-1", "1.5", "", "%31", "1e3", "9" * 4000):
+        for given in ("x", "-1", "1.5", "", "%2531", "1e3", "%C2%B2", "+1", "9" * 4000):
             self.assertRefused(self.get(f"{self.path}?n={given}"), 400, "PAGINATION_NUMBER_INVALID")
         self.assertEqual([], self.standin.asked)
 
-    def test_other_parameters_are_dropped(self) -> None:
+    def test_an_escaped_n_is_decoded(self) -> None:
+        self.assertEqual(20, len(json.loads(self.get(f"{self.path}?n=2%30").body)["tags"]))
+        self.assertEqual("n=20", self.standin.asked[0].query)
+
+    def test_no_tags_at_all_are_asked_for_as_they_are(self) -> None:
         """
-        Of a client's query only n and last go to ECR: containerd's ns does not, nor anything that signs or moves.
+        What n=0 means is ECR's to say, whether it refuses or gives an empty list.
         """
-        self.get(f"{self.path}?ns=example.com&n=5&from=x&mount=y&X-Amz-Signature=z&_method=DELETE")
-        self.assertEqual("n=5", self.standin.asked[0].query)
+        self.assertRefused(self.get(f"{self.path}?n=0"), 400, "UNSUPPORTED", "maxResults")
+        self.assertEqual("n=0", self.standin.asked[0].query)
+        self.standin.fail("registry", status=200, body=b'{"name": "team/app", "tags": []}')
+        self.assertWhole(self.get(f"{self.path}?n=0"), b'{"name": "team/app", "tags": []}')
+
+    def test_what_neither_signs_nor_moves_is_passed_on(self) -> None:
+        """
+        A client may have a parameter from a Link of ECR's. What only another escape could write is none of those.
+        """
+        self.get(f"{self.path}?ns=example.com&n=5&nextToken=a%2Bb&X-Amz-Signature=z&_method=DELETE&a%26b=c&d%3D=e")
+        self.assertEqual("n=5&nextToken=a%2Bb", self.standin.asked[0].query)
 
     def test_a_link_of_elsewhere_stays_here(self) -> None:
         """
-        Of ECR's Link only its query is used, and of that n and last: the client is led to the proxy alone.
+        Of ECR's Link only its query is used: the client is led to the proxy alone.
         """
         self.standin.fail(
             "registry",
             status=200,
             body=b'{"name": "team/app", "tags": []}',
-            headers={"Link": '<https://evil.example/steal?last=a%2Bb&n=3&token=x#y>; rel="next"'},
+            headers={"Link": '<https://evil.example/steal?last=a%2Bb&n=3&token=x&a%26b=c#y>; rel="next"'},
         )
-        path, _, query = self.link(self.get(self.path)).partition("?")
-        self.assertEqual((self.path, ["last=a%2Bb", "n=3"]), (path, sorted(query.split("&"))))
+        path, _, query = self.link(self.get(f"{self.path}?n=3")).partition("?")
+        self.assertEqual((self.path, ["last=a%2Bb", "n=3", "token=x"]), (path, sorted(query.split("&"))))
+        self.get(f"{path}?{query}")
+        self.assertEqual(["last=a%2Bb", "n=3", "token=x"], sorted(self.standin.asked[-1].query.split("&")))
 
     def test_a_last_of_nonsense_is_ecrs_to_refuse(self) -> None:
         """
@@ -1110,6 +1211,24 @@ class ReferrersTests(DaemonTestCase):
         self.assertEqual("application/spdx+json", found["artifactType"])
         self.assertEqual("artifactType", reply.header("OCI-Filters-Applied"))
         self.assertEqual("artifactType=application%2Fspdx%2Bjson", self.standin.asked[0].query)
+
+    def test_a_refusal_is_ecrs(self) -> None:
+        """
+        Clients take some for a registry that knows no referrers, and fall back to tags.
+        """
+        for status, code in (
+            (400, "UNSUPPORTED"),
+            (405, "UNSUPPORTED"),
+            (406, "MANIFEST_INVALID"),
+            (405, ""),
+            (406, ""),
+        ):
+            body = json.dumps({"errors": [{"code": code, "message": "ECR says no"}]}).encode() if code else b""
+            self.standin.fail("registry", status=status, body=body)
+            reply = self.get(self.path)
+            self.assertRefused(reply, status, code or "UNSUPPORTED", "ECR")
+            self.assertEqual(1, len(self.standin.asked))
+            self.standin.forget_asked()
 
     def test_lead_on(self) -> None:
         """

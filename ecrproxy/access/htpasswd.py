@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import bcrypt
@@ -31,9 +31,12 @@ class HtpasswdError(Exception):
 class Users:
     """
     Who has which password, as a bcrypt hash.
+
+    @ivar seen: the L{signature} of the file when it was read.
     """
 
     hashes: Mapping[bytes, bytes] = field(repr=False)
+    seen: tuple[int, ...] = ()
 
     @classmethod
     def parse(cls, data: bytes) -> Users:
@@ -77,12 +80,14 @@ def read_users(path: str) -> Users:
     """
     try:
         with open(path, "rb") as file:  # noqa: PTH123 (a part of it alone)
+            # Of the open file, before its bytes: what changes later, or takes its place, has another signature.
+            seen = _signature(os.fstat(file.fileno()))
             data = file.read(FILE_LIMIT + 1)
     except OSError as problem:
         raise HtpasswdError(f"can't be read: {problem.strerror}") from None
     if len(data) > FILE_LIMIT:
         raise HtpasswdError(f"is larger than {FILE_LIMIT} bytes; {_HOW}")
-    return Users.parse(data)
+    return replace(Users.parse(data), seen=seen)
 
 
 def signature(path: str) -> tuple[int, ...]:
@@ -90,7 +95,10 @@ def signature(path: str) -> tuple[int, ...]:
     Tell what changes when a file does. Blocks.
     """
     try:
-        found = os.stat(path)  # noqa: PTH116 (as it was given)
+        return _signature(os.stat(path))  # noqa: PTH116 (as it was given)
     except OSError:
         return ()
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _signature(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

@@ -116,8 +116,8 @@ class Passwords(Service):
 
     def __init__(self, path: str, in_thread: InThread, clock: IReactorTime, key: bytes) -> None:
         self._path, self._in_thread, self._clock, self._key = path, in_thread, clock, key
-        self._seen = signature(path)
         self._users = read_users(path)
+        self._seen = self._users.seen
         self._right: OrderedDict[bytes, float] = OrderedDict()
         self._failures = Failures(clock)
         self._flights: Flights[bool] = Flights()
@@ -204,10 +204,11 @@ class Passwords(Service):
     async def _reread(self) -> None:
         self._seen = await self._in_thread(signature, self._path)
         try:
-            self._users = await self._in_thread(read_users, self._path)
+            users = await self._in_thread(read_users, self._path)
         except HtpasswdError as problem:
             log.error("{path} {problem}; its former passwords stay", path=self._path, problem=problem)
         else:
+            self._users, self._seen = users, users.seen
             self._right.clear()
             log.info("{path} was read again", path=self._path)
 

@@ -22,9 +22,9 @@ from ecrproxy.access.limits import Crowd, Limits
 from ecrproxy.addresses import is_address
 from ecrproxy.admin.api import BODY_LIMIT
 from ecrproxy.admin.page import DOCTYPE, Page, part
-from ecrproxy.http.answering import Answering, Health, only_itself, send_small
+from ecrproxy.http.answering import Answering, Health, Missing, send_small
 from ecrproxy.http.request import RegistryRequest
-from ecrproxy.http.site import RegistrySite, Root
+from ecrproxy.http.site import RegistrySite
 from ecrproxy.oci import RegistryError
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ PARTS: Final = {
     "script.js": "text/javascript; charset=utf-8",
     "icon.svg": "image/svg+xml",
 }
+API: Final = b"api"
 OPEN: Final = frozenset({b"metrics", b"healthz", b"readyz"})
 """What may be asked for under any name of this port."""
 HEADERS: Final = {
@@ -84,9 +85,9 @@ class OperatorsSite(RegistrySite):
     body_limit = BODY_LIMIT
 
 
-class OperatorsRoot(Root):
+class OperatorsRoot(Resource):
     """
-    The top of the tree, for who calls it by a name of ours.
+    The top of the tree, for who calls it by a name of ours. Only C{api} has paths below it.
 
     @param hosts: names that are ours, beside those that need no telling.
     """
@@ -99,7 +100,13 @@ class OperatorsRoot(Root):
         if path not in OPEN and not is_ours(request.getRequestHostname().decode("ascii", "replace"), self._hosts):
             return Unknown()
         child: Resource = super().getChildWithDefault(path, request)
-        return child
+        return Missing() if request.postpath and path != API else child
+
+    def getChild(self, path: bytes, request: Request) -> Resource:  # noqa: ARG002
+        """
+        Whatever else is asked for is not there.
+        """
+        return Missing()
 
 
 class Unknown(Answering):
@@ -144,10 +151,7 @@ class Document(Answering):
     async def respond(self, request: Request) -> None:
         """
         Give a snapshot.
-
-        @raise RegistryError: for a path below.
         """
-        only_itself(request)
         send_small(request, 200, "application/json", (await self._status.snapshot()).to_json())
 
 
@@ -180,10 +184,7 @@ class Part(Answering):
     async def respond(self, request: Request) -> None:
         """
         Give it.
-
-        @raise RegistryError: for a path below.
         """
-        only_itself(request)
         send_small(request, 200, self._content_type, self._body)
 
 
@@ -211,5 +212,5 @@ def make_admin_site(
     root.putChild(b"status.json", Document(status))
     root.putChild(b"healthz", Health())
     root.putChild(b"readyz", ready)
-    root.putChild(b"api", api)
+    root.putChild(API, api)
     return OperatorsSite(root, reactor, Crowd(Limits()))

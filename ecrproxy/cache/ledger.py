@@ -89,6 +89,22 @@ def unpacked(name: bytes) -> str:
     return f"{_FOLDERS[name[:1]]}{digits[:2]}/{digits}"
 
 
+LARGEST: Final = 2**48
+"""The most bytes that one file of the cache can have."""
+
+
+def is_own(path: str) -> bool:
+    """
+    Return True if the store can have made a file of this name: content, an entry, or what arrives.
+    """
+    return _OWN.fullmatch(path) is not None
+
+
+_OWN: Final = re.compile(
+    r"(?:content/sha256|entries)/([0-9a-f]{2})/\1[0-9a-f]{62}"
+    r"|content/sha512/([0-9a-f]{2})/\2[0-9a-f]{126}"
+    r"|ingest/(?:sha256-[0-9a-f]{64}|sha512-[0-9a-f]{128})\.[0-9a-f]{8}"
+)
 # fromhex() by itself would take capitals and blanks, and give another name or a shorter one.
 _FILE: Final = re.compile(r"([0-9a-f]{2})/(\1[0-9a-f]{62})")
 _FOLDERS: Final = {b"\0": "content/sha256/", b"\1": "entries/"}

@@ -9,6 +9,7 @@ Rules:
   Whoever has a file open keeps reading the bytes that were there.
 - Nothing here waits for anything but the disk. All of it is called in threads, several at a time.
 - What can't be read, doesn't parse or has the wrong size is as good as absent: a miss, never a failure.
+- A name that the store cannot have made is neither counted nor removed.
 - Directories that somebody removes are made anew. What fails is told once, by L{Troubles}.
 """
 
@@ -30,7 +31,7 @@ from twisted.logger import Logger
 from ecrproxy.cache.content import Content, DigestMismatchError, OpenFile, content_path, is_whole
 from ecrproxy.cache.entries import Entry
 from ecrproxy.cache.ingest import Ingest
-from ecrproxy.cache.ledger import Ledger, Settled, packed
+from ecrproxy.cache.ledger import Ledger, Settled, is_own, packed
 from ecrproxy.cache.proofs import Proofs, is_marked, mark
 from ecrproxy.cache.troubles import Kind, Troubles, is_exhaustion
 from ecrproxy.cache.writer import Writer
@@ -161,9 +162,9 @@ class Store:
             for name, used, size in files:
                 path = f"{folder}/{name}"[len(str(self.root)) + 1 :]
                 short = packed(path)
-                if short is None:
+                if short is None and is_own(path):
                     others.append((used, path, size))
-                else:
+                elif short is not None:
                     uses.append((used, len(sizes)))
                     names += short
                     sizes.append(size)
@@ -171,7 +172,7 @@ class Store:
             uses.sort()
             by_use.append((array("Q", (used for used, _ in uses)), array("I", (place for _, place in uses))))
         # What is left over was written until a while ago: as a use, that is more recent than most.
-        others += ((int(when * 1e9), path, size) for when, path, size in self.arriving.count())
+        others += ((int(when * 1e9), path, size) for when, path, size in self.arriving.count() if is_own(path))
         order = array("I", (place for _, place in heapq.merge(*(zip(*each, strict=True) for each in by_use))))
         return self.ledger.load(Settled(names, sizes, order), total, [(path, size) for _, path, size in sorted(others)])
 
@@ -335,8 +336,12 @@ class Store:
         """
         Unlink one file; those who have it open go on reading it.
 
+        @param path: relative to the cache directory; one that the store cannot have made is refused.
         @return: whether it is gone.
         """
+        if not is_own(path):
+            log.error("Not removed: {path} is no name of the cache's own", path=path)
+            return False
         try:
             if path.startswith("ingest/"):
                 self.arriving.remove(path.removeprefix("ingest/"))

@@ -116,20 +116,6 @@ def _only_by(methods: Sequence[bytes], request: Request) -> None:
         raise RegistryError(405, "UNSUPPORTED", "this proxy only reads", {"Allow": b", ".join(methods).decode()})
 
 
-def only_itself(request: Request) -> None:
-    """
-    Make sure that nothing below a leaf is asked for.
-
-    @raise RegistryError: if it is.
-    """
-    if request.postpath:
-        raise _missing()
-
-
-def _missing() -> RegistryError:
-    return RegistryError(404, "UNSUPPORTED", "no such path: a registry is at /v2/")
-
-
 class Missing(Answering):
     """
     A path that is not there.
@@ -139,7 +125,7 @@ class Missing(Answering):
         """
         Say so.
         """
-        raise _missing()
+        raise RegistryError(404, "UNSUPPORTED", "no such path: a registry is at /v2/")
 
 
 class Health(Answering):
@@ -150,10 +136,7 @@ class Health(Answering):
     async def respond(self, request: RegistryRequest) -> None:
         """
         Answer 200.
-
-        @raise RegistryError: for a path below.
         """
-        only_itself(request)
         send_small(request, OK, "text/plain", b"")
 
 
@@ -172,7 +155,6 @@ class Ready(Answering):
         """
         Answer 200, or 503 with the reasons.
         """
-        only_itself(request)
         reasons = await self._reasons()
         body = json.dumps({"ready": not reasons, "reasons": list(reasons)}).encode() + b"\n"
         send_small(request, 503 if reasons else OK, "application/json", body)

@@ -12,6 +12,8 @@ wait ten seconds for an answer to it.
 And it keeps the client within its L{Limits}: there is a time for a request's head, one between requests, and one for
 which a client may take nothing of its answer. Who runs out of one, or is a connection too many, is closed.
 
+A client that closes its side of a plain connection after a request gets its answer, and then the connection is closed.
+
 When the daemon ends, the response that a client waits for is the last of its connection.
 """
 
@@ -20,13 +22,16 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any, Final
 
-from twisted.internet.interfaces import ITCPTransport
+from twisted.internet.address import UNIXAddress
+from twisted.internet.interfaces import IHalfCloseableProtocol, ITCPTransport
 from twisted.internet.protocol import connectionDone
 from twisted.protocols.tls import TLSMemoryBIOProtocol
 from twisted.web.http import HTTPChannel
+from zope.interface import implementer
 
 from ecrproxy.access.limits import Crowd, Patience, counted
 from ecrproxy.http.request import address_of
+from ecrproxy.http.target import HOST, parse_target
 from ecrproxy.request_id import REQUEST_ID
 
 if TYPE_CHECKING:
@@ -41,10 +46,11 @@ FRESH_SECONDS: Final = 1
 """How long a client that has just connected has for its one request when the daemon ends."""
 
 _TLS_HANDSHAKE = b"\x16"
-_HOST = re.compile(rb"[A-Za-z0-9._~!$&'()*+,;=%:\[\]-]*")
+_HOST = re.compile(rf"{HOST}*".encode())
 _UNSUPPORTED = b'{"errors": [{"code": "UNSUPPORTED", "message": "this proxy only reads"}]}\n'
 
 
+@implementer(IHalfCloseableProtocol)
 class StrictChannel(HTTPChannel):
     """
     One client connection.
@@ -61,6 +67,7 @@ class StrictChannel(HTTPChannel):
     transport: Any
     _line = b""
     _fresh = True
+    _half_closed = False
     _address: str | None = None
 
     def connectionMade(self) -> None:  # noqa: D102
@@ -99,6 +106,31 @@ class StrictChannel(HTTPChannel):
         super().connectionLost(reason)
         self.patience.end()  # what is told of the end may have begun it again
         self.connections.closed(self)
+
+    def readConnectionLost(self) -> None:
+        """
+        Answer what was asked, then close: the client sends nothing more, but may still read.
+
+        On a socket with a path this is the end: programs of this machine, workers among them, cancel by closing.
+        """
+        if isinstance(self.transport.getPeer(), UNIXAddress):
+            self.transport.abortConnection()
+            return
+        self._half_closed = True
+        self._close_if_answered()
+
+    def writeConnectionLost(self) -> None:
+        """
+        Do nothing: this side closes both directions at once.
+        """
+
+    def requestDone(self, request: Request) -> None:  # noqa: D102
+        super().requestDone(request)  # which begins the next request, if it has come
+        self._close_if_answered()
+
+    def _close_if_answered(self) -> None:
+        if self._half_closed and not self._handlingRequest:
+            self.loseConnection()
 
     def end(self) -> None:
         """
@@ -233,7 +265,7 @@ class StrictChannel(HTTPChannel):
         hosts = self.requests[-1].requestHeaders.getRawHeaders(b"Host", [])
         reads = line.startswith((b"GET ", b"HEAD "))
         named = len(hosts) == 1 or (not hosts and not line.endswith(b"HTTP/1.1"))
-        if not named or not all(map(_HOST.fullmatch, hosts)) or (reads and self.length != 0):
+        if not named or not all(map(_HOST.fullmatch, hosts)) or (reads and self.length != 0) or not self._aim():
             self.refuse()
         elif self.length != 0 and self.body_limit and line.startswith(b"POST "):
             if self.length is None or self.length > self.body_limit:
@@ -246,12 +278,30 @@ class StrictChannel(HTTPChannel):
         else:
             super().allHeadersReceived()
 
+    def _aim(self) -> bool:
+        """
+        Parse the target, for everything behind this channel; tell whether it has a form that is served.
+        """
+        request: Any = self.requests[-1]
+        try:
+            request.target = parse_target(self._path)
+        except ValueError:
+            return False
+        return True
+
     def allContentReceived(self) -> None:
         """
         Answer a request that is there with its body.
         """
         self._head.end()
         super().allContentReceived()
+
+    def _send100Continue(self) -> None:
+        """
+        Ask for a body only if one is announced: HAProxy 2.6 takes a 100 without one for the end of the exchange.
+        """
+        if self.length != 0:
+            super()._send100Continue()
 
     def refuse(self) -> bool:
         """

@@ -5,7 +5,9 @@ What of content a client wants, by the headers of its request: RFC 9110, 13 and 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
+_TAG = re.compile(r'(?:W/)?("[\x21\x23-\x7e]*")|\*')
 _RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
 
 
@@ -31,9 +33,19 @@ def parse_range(header: str | None, size: int) -> tuple[int, int] | None:
     return start, stop
 
 
-def matches(header: str | None, etag: str) -> bool:
+def tags(values: Sequence[str]) -> list[str]:
     """
-    Tell whether an If-None-Match header names C{etag}: RFC 9110, 13.1.2.
+    Read If-None-Match fields, which form one list: its entity tags, without the mark of weak ones, or C{*}.
+
+    What is no entity tag is left out: RFC 9110, 8.8.3.
     """
-    tags = [tag.strip().removeprefix("W/") for tag in (header or "").split(",")]
-    return "*" in tags or etag in tags
+    listed = (each.strip() for each in ",".join(values).split(","))
+    return [found[1] or "*" for found in map(_TAG.fullmatch, listed) if found is not None]
+
+
+def matches(values: Sequence[str], etag: str) -> bool:
+    """
+    Tell whether If-None-Match fields name C{etag}: RFC 9110, 13.1.2.
+    """
+    found = tags(values)
+    return "*" in found or etag in found

@@ -3,13 +3,18 @@ A worker's side: it answers what the cache can answer by itself, and hands on ev
 
 With several workers, one process, the first, has the token, the janitor and all that comes from upstream. The workers
 share its listening sockets and its cache directory. What a worker does not find there it asks of the first
-over a socket of their own, as the client asked it, and gives the client the answer as it comes: so a blob
-that one client waits for is brought once, whichever workers the others came to.
+over a socket of their own, and gives the client the answer as it comes: so a blob that one client waits for is
+brought once, whichever workers the others came to.
+
+Nothing of a client's request is passed on as it came: the target is written anew from its route, and the few headers
+that decide about an answer from what the worker has understood of them.
 """
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
@@ -24,15 +29,15 @@ from twisted.web.http_headers import Headers
 from twisted.web.iweb import UNKNOWN_LENGTH, IAgentEndpointFactory, IResponse
 from zope.interface import implementer
 
-from ecrproxy.access.clients import Admission
 from ecrproxy.access.namespaces import Namespaces
 from ecrproxy.answers import Asked
 from ecrproxy.cache.cache_key import CacheKey
 from ecrproxy.cached import Cache
 from ecrproxy.http.answering import Answering, begin
-from ecrproxy.http.request import RegistryRequest
+from ecrproxy.http.conditions import tags
+from ecrproxy.http.request import RegistryRequest, field, fields
 from ecrproxy.http.web import Door, Registry
-from ecrproxy.oci import Kind, Route
+from ecrproxy.oci import Kind, RegistryError, Route
 from ecrproxy.reasons import Reason
 from ecrproxy.registry.bucket import UnavailableError
 from ecrproxy.request_id import REQUEST_ID
@@ -51,18 +56,7 @@ KEY: Final = "X-Ecrproxy-Key"
 _HOP_BY_HOP: Final = frozenset(
     {b"connection", b"transfer-encoding", b"content-length", b"server", b"date", b"keep-alive"}
 )
-_NOT_PASSED: Final = frozenset(
-    {
-        b"connection",
-        b"authorization",
-        b"proxy-authorization",
-        b"cookie",
-        b"te",
-        b"upgrade",
-        b"expect",
-        b"content-length",
-    }
-)
+_RANGE = re.compile(r"bytes=[0-9 \t,-]+")
 
 
 @implementer(IAgentEndpointFactory)
@@ -100,36 +94,26 @@ class NoRoom:
         """
 
 
-class Relay(Answering):
+class Relay:
     """
     Hands requests to the first process.
     """
 
     def __init__(self, agent: Agent) -> None:
-        super().__init__()
         self._agent = agent
 
-    async def respond(self, request: RegistryRequest) -> None:
+    async def ask(self, request: RegistryRequest, target: str, headers: Mapping[str, str]) -> None:
         """
         Ask the first process, and give its answer as it comes.
 
+        @param target: what to ask for, in origin form.
+        @param headers: what else to tell; nothing of the client's own is sent.
         @raise RegistryError: if it can't be asked.
         """
-        await self.ask(request, "")
-
-    async def ask(self, request: RegistryRequest, key: str) -> None:
-        """
-        Ask the first process for what C{key} is the cache key of.
-        """
-        headers = Headers()
-        for name, values in request.requestHeaders.getAllRawHeaders():
-            if name.lower() not in _NOT_PASSED:
-                headers.setRawHeaders(name, values)
-        headers.setRawHeaders(KEY, [json.dumps(key)])
-        headers.setRawHeaders(REQUEST_ID, [request.id])
+        sent = Headers({REQUEST_ID: [request.id], **{name: [value] for name, value in headers.items()}})
         request.upstream.start()
         try:
-            response = await self._agent.request(request.method, FIRST + request.uri, headers)
+            response = await self._agent.request(request.method, FIRST + target.encode("ascii"), sent)
         except Exception as problem:
             said = "the proxy is starting again; ask once more"
             raise UnavailableError(503, "UNAVAILABLE", said, {"Retry-After": "1"}, Reason.STARTING) from problem
@@ -199,6 +183,24 @@ class _Passing(Protocol):
         return self.transport
 
 
+class RelayedReady(Answering):
+    """
+    A worker's /readyz: the first process knows.
+    """
+
+    def __init__(self, relay: Relay) -> None:
+        super().__init__()
+        self._relay = relay
+
+    async def respond(self, request: RegistryRequest) -> None:
+        """
+        Ask it.
+
+        @raise RegistryError: if it can't be asked.
+        """
+        await self._relay.ask(request, "/readyz", {})
+
+
 class WorkerRegistry(Door):
     """
     A worker's /v2/: hits from the cache directory, all else from the first process.
@@ -212,24 +214,38 @@ class WorkerRegistry(Door):
         namespaces: Namespaces,
         cache_key: CacheKey,
         in_thread: InThread,
-        admission: Admission | None = None,
     ) -> None:
-        super().__init__(namespaces, cache_key, in_thread, admission)
+        super().__init__(namespaces, cache_key, in_thread)
         self._cache, self._tag_ttl, self._relay = cache, tag_ttl, relay
 
     async def serve(self, request: RegistryRequest, route: Route) -> None:
         """
         Answer from the cache alone, or hand the request on.
         """
-        key = ""
+        headers = {}
         if route.kind in (Kind.MANIFEST, Kind.BLOB):
             asked = self.asked(request, route)
-            key = asked.key
             answer = await self._cache.hit(asked, self._tag_ttl)
             if answer is not None:
                 await self.answer(request, route, answer)
                 return
-        await self._relay.ask(request, key)
+            headers = _headers(request, asked)
+        await self._relay.ask(request, f"{route.path}?{route.query}" if route.query else route.path, headers)
+
+
+def _headers(request: RegistryRequest, asked: Asked) -> dict[str, str]:
+    """
+    Write what the worker has understood of a request for content.
+    """
+    headers = {KEY: json.dumps(asked.key)}
+    if asked.accept:
+        headers["Accept"] = ", ".join(sorted(asked.accept))
+    if known := tags(fields(request, b"If-None-Match")):
+        headers["If-None-Match"] = ", ".join(known)
+    wanted, held = field(request, b"Range"), field(request, b"If-Range")
+    if wanted is not None and _RANGE.fullmatch(wanted) and held in (None, f'"{asked.route.digest}"'):
+        headers["Range"] = wanted
+    return headers
 
 
 class InnerRegistry(Registry):
@@ -241,5 +257,10 @@ class InnerRegistry(Registry):
         """
         Understand a request for content, as a worker understood it.
         """
-        key = json.loads(request.getHeader(KEY) or '""')
+        try:
+            key = json.loads(field(request, KEY.encode("ascii")) or "null")
+        except (ValueError, RecursionError):
+            key = None
+        if not isinstance(key, str):
+            raise RegistryError(400, "UNSUPPORTED", f"no worker asks without {KEY}")
         return replace(super().asked(request, route), key=key)

@@ -12,6 +12,8 @@ from twisted.web.server import Request
 
 from ecrproxy.access.clients import Caller
 from ecrproxy.cache.cache_key import Asker
+from ecrproxy.http.target import Target
+from ecrproxy.oci import Route
 from ecrproxy.request_id import REQUEST_ID, choose_id
 from ecrproxy.stopwatch import Stopwatch
 
@@ -34,11 +36,15 @@ class RegistryRequest(Request):
     A request that has an id, and does not name the software that answers it.
 
     @ivar id: see C{request_id}.
+    @ivar target: what is asked for, parsed by the channel. Twisted's C{uri} and C{path} are set from it.
+    @ivar route: the target as a path of the registry, once the door has understood it.
     @ivar started: when it had come.
     @ivar upstream: how long upstream was waited for.
     """
 
     id = ""
+    target: Target
+    route: Route | None = None
     started: float
     upstream: Stopwatch
 
@@ -48,8 +54,9 @@ class RegistryRequest(Request):
         self.upstream = Stopwatch(site.reactor.seconds)
         self.id = choose_id(self.requestHeaders.getRawHeaders(REQUEST_ID, ()), site.new_id)
         self.responseHeaders.setRawHeaders(REQUEST_ID, [self.id.encode("ascii")])
-        if self.path == b"*":  # Twisted would answer it by itself, as if everything were allowed
-            self.path = b"/*"
+        self.uri, self.path = self.target.origin.encode("latin-1"), self.target.path.encode("latin-1")
+        if self.target.authority:  # RFC 9112, 3.2.2
+            self.requestHeaders.setRawHeaders(b"Host", [self.target.authority.encode("latin-1")])
         super().process()
 
     def getRequestHostname(self) -> bytes:
@@ -101,13 +108,13 @@ def caller_of(request: Request) -> Caller:
     return Caller(address(request), certified, shown[0] if len(shown) == 1 else None)
 
 
-def asker_of(request: Request) -> Asker:
+def asker_of(request: RegistryRequest) -> Asker:
     """
     Tell what a request says beside its route, but for what is secret in it.
     """
     return Asker(
         method=request.method.decode("ascii"),
-        target=request.uri.decode("ascii", "replace"),
+        target=request.target.origin,
         scheme="https" if request.isSecure() else "http",
         host=request.getRequestHostname().decode("ascii", "replace"),
         address=address(request),

@@ -1,102 +1,115 @@
 """
-The tree of resources and what serves it: HTTP/1.1, an access log of its own.
+The client port: who is let in, where a request leads, and what serves it: HTTP/1.1, an access log of its own.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Final, cast
 
 from twisted.web import http
 from twisted.web.resource import Resource
 from twisted.web.server import Request, Site
 
+from ecrproxy.access.clients import Admission
 from ecrproxy.access.limits import Crowd, Limits
 from ecrproxy.daemon.ending import Connections
 from ecrproxy.http.access_log import AccessLine, AccessLog
-from ecrproxy.http.answering import Health, Missing
+from ecrproxy.http.answering import Answering, Health, Missing
 from ecrproxy.http.channel import StrictChannel
-from ecrproxy.http.request import RegistryRequest, address, path, printable
-from ecrproxy.http.web import Door
+from ecrproxy.http.request import RegistryRequest, address, caller_of, path, printable
 from ecrproxy.metrics import Served
 from ecrproxy.ranking import SAVING
 from ecrproxy.reasons import Reason
 from ecrproxy.request_id import numbered
 
 _METHODS: Final = frozenset({b"GET", b"HEAD"})
-_ROUTES: Final = {b"blobs": "blob", b"manifests": "manifest", b"tags": "tags", b"referrers": "referrers"}
-_HEALTH: Final = frozenset({b"/_health", b"/healthz", b"/readyz"})
+_ROUTES: Final = {"blobs": "blob", "manifests": "manifest", "tags": "tags", "referrers": "referrers"}
+HEALTH: Final = frozenset({"/_health", "/healthz", "/readyz"})
+"""The paths that are answered to anybody, whatever the access rules say."""
 
 
-def route_of(target: bytes) -> str:
+def route_of(path: str) -> str:
     """
     Tell of what kind a request is, in a few fixed words.
     """
-    path = target.partition(b"?")[0]
-    if path in _HEALTH:
+    if path in HEALTH:
         return "health"
-    if path in (b"/v2", b"/v2/"):
+    if path in ("/v2", "/v2/"):
         return "api"
-    parts = path.rsplit(b"/", 2) if path.startswith(b"/v2/") else []
+    parts = path.rsplit("/", 2) if path.startswith("/v2/") else []
     return _ROUTES.get(parts[1], "other") if len(parts) == 3 else "other"  # noqa: PLR2004
 
 
-def repository_of(target: bytes) -> str:
+class Front(Answering):
     """
-    Name the repository that a request for content speaks of.
-    """
-    return target.partition(b"?")[0].rsplit(b"/", 2)[0].removeprefix(b"/v2/").decode("ascii", "backslashreplace")
+    The client port: one gate in front of every path but those for health.
 
+    Paths are those of the parsed target. Twisted's own routing is not used: it drops the first character of a target
+    and decodes each segment, so that several spellings would lead to one resource.
 
-class Root(Resource):
-    """
-    The top of the tree.
+    @param registry: answers /v2/ and below.
+    @param others: what else there is, by exact path. Those of L{HEALTH} are outside the gate.
+    @param admission: lets in clients; none for all.
     """
 
-    def getChild(self, path: bytes, request: Request) -> Resource:  # noqa: ARG002
+    def __init__(self, registry: Answering, others: Mapping[str, Answering], admission: Admission | None) -> None:
+        super().__init__()
+        self._registry, self._others, self._admission = registry, others, admission
+
+    def render(self, request: Request) -> int:  # noqa: D102
+        if _is_registrys(cast(RegistryRequest, request).target.path):
+            request.setHeader("Docker-Distribution-Api-Version", "registry/2.0")
+        return super().render(request)
+
+    async def respond(self, request: RegistryRequest) -> None:
         """
-        Whatever else is asked for is not there.
+        Let a client in, and answer its request.
+
+        @raise RegistryError: if it may not ask, or there is no such path.
         """
-        return Missing()
+        asked = request.target.path
+        if self._admission is not None and asked not in HEALTH:
+            await self._admission.admit(caller_of(request))
+        resource = self._registry if _is_registrys(asked) else self._others.get(asked) or Missing()
+        await resource.respond(request)
+
+
+def _is_registrys(path: str) -> bool:
+    return path == "/v2" or path.startswith("/v2/")
 
 
 def make_site(
-    registry: Door,
-    ready: Resource,
+    registry: Answering,
+    ready: Answering,
     reactor: Any,  # noqa: ANN401
     *,
+    admission: Admission | None = None,
     crowd: Crowd | None = None,
     access_log: AccessLog | None = None,
-    new_id: Callable[[], str] | None = None,
-    others: Mapping[bytes, Resource] | None = None,
+    others: Mapping[str, Answering] | None = None,
     served: Served | None = None,
     connections: Connections | None = None,
 ) -> RegistrySite:
     """
-    Build the Resource tree and what serves it.
+    Build the client port and what serves it.
 
     @param ready: answers /readyz.
+    @param admission: lets in clients; none for all.
     @param crowd: counts those who are connected, and keeps them within limits.
     @param access_log: where the lines of requests go, if there are to be any.
-    @param new_id: makes an id for a request that has none; none for random ones.
-    @param others: what else there is, by its name at the top.
+    @param others: what else there is, by its path.
     @param served: where it is counted what clients were given, if it is.
     @param connections: is told of the connections.
     """
-    root = Root()
-    root.putChild(b"v2", registry)
-    root.putChild(b"_health", Health())
-    root.putChild(b"healthz", Health())
-    root.putChild(b"readyz", ready)
-    for name, resource in (others or {}).items():
-        root.putChild(name, resource)
+    health = Health()
+    paths = {"/_health": health, "/healthz": health, "/readyz": ready, **(others or {})}
     return RegistrySite(
-        root,
+        Front(registry, paths, admission),
         reactor,
         crowd or Crowd(Limits()),
         access_log=access_log,
-        new_id=new_id,
         served=served,
         connections=connections,
     )
@@ -123,7 +136,6 @@ class RegistrySite(Site):
         crowd: Crowd,
         *,
         access_log: AccessLog | None = None,
-        new_id: Callable[[], str] | None = None,
         served: Served | None = None,
         connections: Connections | None = None,
     ) -> None:
@@ -131,7 +143,7 @@ class RegistrySite(Site):
         super().__init__(resource, reactor=reactor, timeout=idle, parsePOSTFormSubmission=False)
         self.crowd, self.connections = crowd, Connections() if connections is None else connections
         self._access_log = access_log
-        self._served, self.new_id = served, new_id or numbered(secrets.token_hex(6))
+        self._served, self.new_id = served, numbered(secrets.token_hex(6))
 
     def buildProtocol(self, addr: Any) -> Any:  # noqa: ANN401
         """
@@ -161,9 +173,9 @@ class RegistrySite(Site):
         cache, reason = _word(asked, b"X-Cache-Status"), _word(asked, b"X-Cache-Reason")
         if self._served is not None:
             told = method if asked.method in _METHODS else "other"
-            self._served.requests.note((route_of(asked.uri), told, str(status or "-"), cache), seconds, size)
-            if cache in SAVING and size:
-                self._served.saved.note(repository_of(asked.uri), size)
+            self._served.requests.note((route_of(asked.target.path), told, str(status or "-"), cache), seconds, size)
+            if cache in SAVING and size and asked.route is not None:
+                self._served.saved.note(asked.route.repository, size)
         if self._access_log is not None:
             answered = (status, size, seconds, cache, reason, asked.upstream.seconds)
             self._access_log.write(AccessLine(now, address(asked), method, path(asked), *answered, asked.id, aborted))

@@ -1,8 +1,7 @@
 """
-The Resource tree: what clients see, and how an answer becomes a response.
+The registry's resource: what clients see below /v2/, and how an answer becomes a response.
 
-Nothing here trusts Twisted's idea of the path, which is decoded: below /v2/ the raw target is parsed,
-once, by L{oci.parse_route}.
+The channel has parsed the request's target; its path is understood here, once, by L{oci.parse_route}.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from twisted.logger import Logger
 from twisted.web.http import NOT_MODIFIED, OK, PARTIAL_CONTENT, REQUESTED_RANGE_NOT_SATISFIABLE
 from twisted.web.server import Request
 
-from ecrproxy.access.clients import Admission
 from ecrproxy.access.limits import Crowd
 from ecrproxy.access.namespaces import Namespaces
 from ecrproxy.answers import Answer, Asked, CacheStatus
@@ -24,8 +22,8 @@ from ecrproxy.cache.content import Content
 from ecrproxy.cached import SMALL_BLOB
 from ecrproxy.http.answering import Answering, begin, send_small
 from ecrproxy.http.conditions import matches, parse_range
-from ecrproxy.http.request import RegistryRequest, asker_of, caller_of, field, fields
-from ecrproxy.oci import Kind, RegistryError, Route, accepted_types, parse_route, query_values
+from ecrproxy.http.request import RegistryRequest, asker_of, field, fields
+from ecrproxy.oci import Kind, RegistryError, Route, accepted_types, parse_route, passed_on, query_values, to_query
 from ecrproxy.proxy import PullThrough
 from ecrproxy.reasons import Reason
 from ecrproxy.registry.upstream import Page
@@ -48,33 +46,21 @@ _UNREADABLE: Final = frozenset({errno.EIO, errno.EBADMSG, errno.ENODATA, errno.E
 class Door(Answering):
     """
     /v2/, for the repositories that C{namespaces} lets in.
-
-    @param admission: lets in clients; none for all.
     """
 
-    def __init__(
-        self, namespaces: Namespaces, cache_key: CacheKey, in_thread: InThread, admission: Admission | None = None
-    ) -> None:
+    def __init__(self, namespaces: Namespaces, cache_key: CacheKey, in_thread: InThread) -> None:
         super().__init__()
         self._namespaces, self._cache_key, self._in_thread = namespaces, cache_key, in_thread
         self._asks = cache_key.asks
-        self._admission = admission
-
-    def render(self, request: Request) -> int:  # noqa: D102
-        request.setHeader("Docker-Distribution-Api-Version", "registry/2.0")
-        return super().render(request)
 
     async def respond(self, request: RegistryRequest) -> None:
         """
         Let a request in, if it is understood and may.
         """
-        if self._admission is not None:
-            await self._admission.admit(caller_of(request))
-        target = request.uri.decode("ascii", "replace")
-        if target.partition("?")[0] in ("/v2", "/v2/"):
+        if request.target.path in ("/v2", "/v2/"):
             send_small(request, OK, "application/json", b"{}\n")
             return
-        route = parse_route(target)
+        route = request.route = parse_route(request.target.origin)
         if "ns=" in route.query:
             self._namespaces.admit_registry(unquote(query_values(route.query).get("ns", "")))
         await self._namespaces.admit(route.repository)
@@ -117,7 +103,9 @@ class Door(Answering):
         request.setHeader("ETag", etag)
         request.setHeader("X-Cache-Status", answer.status)
         request.setHeader("X-Cache-Reason", answer.reason)
-        if matches(field(request, b"If-None-Match"), etag):
+        if route.digest is None:  # ECR chooses by what the client accepts which manifest a tag leads to
+            request.setHeader("Vary", "Accept")
+        if matches(fields(request, b"If-None-Match"), etag):
             _let_go(answer)
             begin(request, NOT_MODIFIED)
             request.finish()
@@ -182,9 +170,8 @@ class Registry(Door):
         namespaces: Namespaces,
         cache_key: CacheKey,
         in_thread: InThread,
-        admission: Admission | None = None,
     ) -> None:
-        super().__init__(namespaces, cache_key, in_thread, admission)
+        super().__init__(namespaces, cache_key, in_thread)
         self._pull_through = pull_through
 
     async def serve(self, request: RegistryRequest, route: Route) -> None:
@@ -210,7 +197,7 @@ class Registry(Door):
     def _send_page(self, request: RegistryRequest, route: Route, page: Page) -> None:
         if page.next is not None:
             # Relative: it leads to the address that the client used, whatever stands between.
-            request.setHeader("Link", f'<{route.path}?{_own_query(route, page.next)}>; rel="next"')
+            request.setHeader("Link", f'<{route.path}?{to_query(passed_on(page.next))}>; rel="next"')
         if page.filters is not None:
             request.setHeader("OCI-Filters-Applied", page.filters)
         # ECR calls tags text/plain.
@@ -254,12 +241,3 @@ def _first_byte(request: Request, etag: str) -> int:
         return 0
     found = parse_range(wanted, _ENDLESS)
     return found[0] if found else 0
-
-
-def _own_query(route: Route, query: str) -> str:
-    """
-    Keep of a next page's query what this proxy understands, escaped as it came.
-    """
-    values = query_values(query)
-    names = [name for name in values if name in ("n", "last")] if route.kind is Kind.TAGS else list(values)
-    return "&".join(f"{name}={values[name]}" for name in names)

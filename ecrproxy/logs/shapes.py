@@ -3,6 +3,7 @@ Events as lines: for people, for systemd's journal, or each a JSON object. Pure.
 
 Rules:
 
+- No control character of what was said is written but a tab, and a line break where several lines are allowed.
 - What has several lines, as a traceback, is one object; or its further lines have a tab before them, or in the journal
   the mark of the first. So nothing that a client or upstream says can pass for a line of its own.
 - An access line is a line, whatever was logged together with it, with the time at which its answer ended.
@@ -52,7 +53,7 @@ def as_text(event: LogEvent, request: str) -> list[str]:
     """
     mark, time = _mark(event), event.get("log_time", 0.0)
     if isinstance(lines := event.get("lines"), AccessLines):
-        return [f"{_moment(int(time - (lines.now - each.ended)))} {mark} {each}" for each in lines.lines]
+        return [f"{_moment(int(time - (lines.now - each.ended)))} {mark} {_one_line(each)}" for each in lines.lines]
     told = _printable(event, request)
     return [f"{_moment(int(time))} {mark} " + told.replace("\n", "\n\t")] if told else []
 
@@ -63,7 +64,7 @@ def as_journal(event: LogEvent, request: str) -> list[str]:
     """
     mark = f"<{priority_of(event)}>{_mark(event)} "
     if isinstance(lines := event.get("lines"), AccessLines):
-        return [f"{mark}{each}" for each in lines.lines]
+        return [f"{mark}{_one_line(each)}" for each in lines.lines]
     told = _printable(event, request)
     return [mark + line for line in told.split("\n")] if told else []
 
@@ -146,7 +147,15 @@ def _printable(event: LogEvent, request: str) -> str:
     if omitted := event.get("log_omitted"):
         story += f" ({omitted} similar {'line' if omitted == 1 else 'lines'} omitted)"
     told = f"{message}{story}" + (f"\n{traceback}" if traceback else "")
-    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), told.rstrip("\n"))
+    return _CONTROL.sub(_escaped, told.rstrip("\n"))
+
+
+def _one_line(line: AccessLine) -> str:
+    return _CONTROL.sub(_escaped, str(line)).replace("\n", "\\n")
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return found[0].encode("unicode_escape").decode("ascii")
 
 
 def _told(event: LogEvent) -> tuple[str, str]:

@@ -12,7 +12,7 @@ from typing import Final, NoReturn
 from twisted.logger import Logger
 from twisted.web.iweb import IResponse
 
-from ecrproxy.oci import RegistryError, Route
+from ecrproxy.oci import Kind, RegistryError, Route
 from ecrproxy.reasons import Reason
 from ecrproxy.registry.bucket import UnavailableError
 
@@ -110,6 +110,8 @@ class Refusal:
                 log.error("ECR denies {path}: {said}", path=route.path, said=self.message)
                 said = f"ECR denies the proxy access to {route.repository}; its log says why"
                 raise RegistryError(403, "DENIED", said, reason=Reason.ECR_DENIED)
+            case 405 | 406 if route.kind is Kind.REFERRERS:  # clients fall back to tags for it
+                raise RegistryError(self.status, self.code or "UNSUPPORTED", self.message or "ECR lists no referrers")
             case 400:
                 raise RegistryError(400, self.code or "UNSUPPORTED", self.message or "ECR refuses the request")
         raise UnavailableError(502, "UNAVAILABLE", f"ECR answers {self.status}")

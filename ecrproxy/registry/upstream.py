@@ -11,15 +11,27 @@ Rules:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import unquote, urljoin, urlsplit
 
 from twisted.web.http_headers import Headers
 from twisted.web.iweb import IResponse
 
-from ecrproxy.oci import MANIFEST_LIMIT, MANIFEST_TYPES, Digest, Kind, RegistryError, Route, query_values
+from ecrproxy.oci import (
+    MANIFEST_LIMIT,
+    MANIFEST_TYPES,
+    TAG_LENGTH,
+    Digest,
+    Kind,
+    RegistryError,
+    Route,
+    passed_on,
+    query_values,
+    to_query,
+)
 from ecrproxy.reasons import Reason
 from ecrproxy.registry.bodies import discard
 from ecrproxy.registry.bucket import REDIRECT_STATUSES, Blob, UnavailableError, header, is_page, told_length
@@ -32,6 +44,10 @@ LIST_LIMIT: Final = 4 * 2**20
 """The most bytes a page of tags or referrers may have: a thousand of the longest tags are 130 KiB."""
 TAGS_LIMIT: Final = 1000
 """The most tags ECR lists a page; it refuses to be asked for more (field notes C8)."""
+ALL_TAGS: Final = 100_000
+"""Tags that are joined into one list for a client that asks for no page: 13 MB, if they are of the longest."""
+ALL_PAGES: Final = 1000
+"""The most pages that are joined: enough for C{ALL_TAGS}, if ECR gives a hundred a page whatever it is asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,11 +206,37 @@ class Upstream:
 
     async def page(self, route: Route) -> Page:
         """
-        Fetch a page of tags or referrers.
+        Fetch a page of tags or referrers; all tags, where the client doesn't say how many a page may have.
 
         @raise RegistryError: if there is none, or ECR can't give it.
         """
-        reply = _whole(await self._endpoint.ask(Question("GET", route, query=upstream_query(route), limit=LIST_LIMIT)))
+        query = upstream_query(route)
+        if route.kind is Kind.TAGS and "n" not in query_values(query):
+            return await self._all_tags(route, query)
+        return await self._page(route, query)
+
+    async def _all_tags(self, route: Route, query: str) -> Page:
+        """
+        Join ECR's pages of tags, for clients that follow no Link; behind C{ALL_TAGS} the Link leads on.
+        """
+        page = await self._page(route, _with_n(query))
+        if page.next is None:
+            return page
+        tags = _tags_of(page)
+        count, parts, asked = len(tags), [_listed(tags)], {query}
+        while page.next is not None and count < ALL_TAGS and len(asked) < ALL_PAGES:
+            if page.next in asked:
+                raise UnavailableError(502, "UNAVAILABLE", "ECR's pages of tags lead in a circle")
+            asked.add(page.next)
+            page = await self._page(route, _with_n(page.next))
+            tags = _tags_of(page)
+            count += len(tags)
+            parts.append(_listed(tags))
+        body = b'{"name": "%b", "tags": [%b]}' % (route.repository.encode("ascii"), b", ".join(filter(None, parts)))
+        return replace(page, body=body, next=page.next and _without_n(page.next))
+
+    async def _page(self, route: Route, query: str) -> Page:
+        reply = _whole(await self._endpoint.ask(Question("GET", route, query=query, limit=LIST_LIMIT)))
         response = reply.response
         links = b", ".join(response.headers.getRawHeaders(b"Link", []))
         link = next_target(links.decode("latin-1"))
@@ -242,19 +284,44 @@ def _target(url: str, location: str | None) -> str:
     return target
 
 
+def _tags_of(page: Page) -> list[str]:
+    """
+    Read the tags of a page.
+    """
+    try:
+        tags = json.loads(page.body)["tags"] or []
+    except (ValueError, LookupError, TypeError, RecursionError):
+        tags = None
+    if not isinstance(tags, list) or not all(isinstance(tag, str) and len(tag) <= TAG_LENGTH for tag in tags):
+        raise UnavailableError(502, "UNAVAILABLE", "ECR's answer makes no sense: no list of tags")
+    return tags
+
+
+def _listed(tags: list[str]) -> bytes:
+    """
+    Write tags as a part of a JSON list: all at once, they would hold up the event loop for a tenth of a second.
+    """
+    return json.dumps(tags)[1:-1].encode("ascii")
+
+
+def _with_n(query: str) -> str:
+    return to_query({**passed_on(query), "n": str(TAGS_LIMIT)})
+
+
+def _without_n(query: str) -> str:
+    return to_query({name: value for name, value in passed_on(query).items() if name != "n"})
+
+
 def upstream_query(route: Route) -> str:
     """
-    Choose what of a client's query goes to ECR, escaped as it came: C{last} is opaque.
+    Choose what of a client's query goes to ECR.
 
     @raise RegistryError: if C{n} is no number.
     """
-    values = query_values(route.query)
-    if route.kind is not Kind.TAGS:
-        values.pop("ns", None)  # containerd's word to mirrors about themselves
-        return "&".join(f"{name}={value}" for name, value in values.items() if name.isalnum())
-    kept = {name: values[name] for name in ("n", "last") if name in values}
-    if "n" in kept:
-        if not kept["n"].isdecimal() or not kept["n"].isascii() or len(kept["n"]) > 18:  # noqa: PLR2004
+    values = passed_on(route.query)
+    if route.kind is Kind.TAGS and "n" in values:
+        given = unquote(values["n"])
+        if not given.isdecimal() or not given.isascii() or len(given) > 18:  # noqa: PLR2004
             raise RegistryError(400, "PAGINATION_NUMBER_INVALID", "n is not a number of tags")
-        kept["n"] = str(min(int(kept["n"]), TAGS_LIMIT))
-    return "&".join(f"{name}={value}" for name, value in kept.items())
+        values["n"] = str(min(int(given), TAGS_LIMIT))
+    return to_query(values)

@@ -20,6 +20,7 @@ from .conftest import MakeChain
 from .images import Images
 from .processes import PATIENCE, children, free_port
 from .test_pull import reference
+from .test_together import blob_path
 from .test_workers import wait_for_workers
 
 PASSWORD = "canary-of-a-password"
@@ -68,6 +69,41 @@ def test_docker_logs_in_and_pulls(closed: Chain, docker: Docker, images: Images)
         assert closed.daemon.ask("/v2/", headers=authorization(name, password)).status == 401
     assert docker.log_in(closed.daemon.address, "ann", PASSWORD).status == 0
     assert docker.pull(reference(closed, images.single)) == images.single.image_id
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_no_target_leads_past_the_password(
+    make_chain: MakeChain, htpasswd: Path, images: Images, processes: str
+) -> None:
+    """
+    Nor to what workers ask of the first process.
+    """
+    closed = make_chain(settings={"PROXY_HTPASSWD": str(htpasswd), "PROXY_WORKER_PROCESSES": processes})
+    path = f"/v2/{images.single.repository}/manifests/{images.single.tag}"
+    for target, status in (
+        *((f"{mark}readyz{path}", b"400") for mark in ("x", ":", "@")),
+        *((target, b"400") for target in (path[1:], "xreadyz/used", "*", "proxy:80")),
+        *((target, b"401") for target in (path, f"http://first{path}", f"/readyz/..{path}", "/used")),
+    ):
+        with socket.create_connection(("127.0.0.1", closed.daemon.port), PATIENCE) as client:
+            client.sendall(f"GET {target} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+            assert client.makefile("rb").readline().split()[1] == status, target
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_client_that_half_closes_is_answered(make_chain: MakeChain, images: Images, processes: str) -> None:
+    """
+    From ECR and from the cache; then the connection is closed.
+    """
+    chain = make_chain(settings={"PROXY_WORKER_PROCESSES": processes})
+    path = f"/v2/{images.single.repository}/manifests/{images.single.tag}"
+    for target in ("/v2/", path, path, blob_path(images)):
+        with socket.create_connection(("127.0.0.1", chain.daemon.port), PATIENCE) as client:
+            client.sendall(f"GET {target} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            client.shutdown(socket.SHUT_WR)
+            head, _, body = client.makefile("rb").read().partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 200 OK\r\n"), target
+        assert f"Content-Length: {len(body)}".encode() in head
 
 
 def test_a_password_that_is_taken_away_opens_no_more(make_chain: MakeChain, htpasswd: Path) -> None:
