@@ -14,6 +14,7 @@ from ecrproxy.cache.verification import Verification
 from ecrproxy.oci import Descriptor, Digest, Route
 from ecrproxy.reasons import Reason
 from ecrproxy.transfer.download import Download
+from ecrproxy.transfer.passing import Passing
 
 ANY: Final[frozenset[str]] = frozenset()
 """The manifest types of a client that takes all."""
@@ -72,7 +73,8 @@ class Answer:
     What a client gets.
 
     @ivar size: in bytes; none while upstream hasn't said.
-    @ivar body: open content, to be closed by who takes it; a transfer under way; small content whole;
+    @ivar body: open content, to be closed by who takes it; a transfer under way, or parts that are
+        passed on; small content whole;
         none where only headers were asked for.
     @ivar verification: what the end of C{body} has to wait for, if it is content that isn't proved yet.
     """
@@ -82,7 +84,7 @@ class Answer:
     media_type: str
     digest: Digest
     size: int | None
-    body: Content | Download | bytes | None = None
+    body: Content | Download | Passing | bytes | None = None
     verification: Verification | None = None
 
 

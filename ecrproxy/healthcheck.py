@@ -1,8 +1,9 @@
 """
-Ask the daemon in this container whether it serves: C{python -m ecrproxy.healthcheck}.
+Ask the daemon in this container whether it is alive: C{python -m ecrproxy.healthcheck}.
 
-For the HEALTHCHECK of the Dockerfile. It reads the variables, for it can't see the daemon's flags, and asks the first
-endpoint that they name. The exit status is 0 if the answer is 200, else 1 with one line on stderr.
+For the HEALTHCHECK of the Dockerfile, whose failures have containers restarted: so it does not ask whether the daemon
+can serve or fetch, which no restart changes. It reads the variables, for it can't see the daemon's flags, and asks the
+first endpoint that they name. The exit status is 0 if the answer is 200, else 1 with one line on stderr.
 """
 
 from __future__ import annotations

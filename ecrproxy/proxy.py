@@ -9,18 +9,22 @@ Rules:
 - A tag is asked for each time, or once its time to live is over: one question for all who ask at once.
   When ECR can't be asked, the last answer holds.
 - Look, then register the flight, with no await between: between two awaits nobody else runs.
+- A part of a blob is fetched first, and the rest for the cache behind it. If the blob is not kept, the part is passed
+  on alone: the bucket is asked for these bytes and no others.
 - The cache may fail in any way: what upstream gives is handed on all the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from twisted.logger import Logger
 
 from ecrproxy.answers import ANY, Answer, Asked, CacheStatus, manifest_answer
+from ecrproxy.byte_ranges import Ranges, Span
 from ecrproxy.cache.entries import Confirmed, Entry
+from ecrproxy.cache.ingest import Left
 from ecrproxy.cache.writer import Writer
 from ecrproxy.cached import Cache
 from ecrproxy.flights import Flights
@@ -40,7 +44,10 @@ from ecrproxy.registry.bucket import UnavailableError
 from ecrproxy.registry.upstream import Page, Upstream
 from ecrproxy.threads import Disk, on_its_own
 from ecrproxy.transfer.download import Download
-from ecrproxy.transfer.inflow import Blob, Lanes
+from ecrproxy.transfer.inflow import SMALLEST_PART, Blob, Lanes
+from ecrproxy.transfer.lane import drop
+from ecrproxy.transfer.passing import Passing
+from ecrproxy.transfer.unattended import Unattended
 
 log = Logger()
 
@@ -70,8 +77,10 @@ class PullThrough:
     ) -> None:
         self._upstream, self._cache, self._disk, self._now = upstream, cache, disk, now
         self._tag_ttl, self._lanes, self._reads_ahead = tag_ttl, lanes or Lanes(), read_ahead
-        self._openings: Flights[Download | None] = Flights()
+        self._openings: Flights[Download | Passing | None] = Flights()
         self._arriving: dict[Digest, Download] = {}
+        self._unattended = Unattended(self.transfers)
+        self._ahead = 0
         self._carriers: dict[Digest, str] = {}
         self._heads: Flights[Descriptor | None] = Flights()
         self._sizes: Flights[int] = Flights()
@@ -99,33 +108,35 @@ class PullThrough:
 
     # Blobs.
 
-    async def blob(self, asked: Asked, start: int = 0) -> Answer:
+    async def blob(self, asked: Asked, ranges: Ranges | None = None) -> Answer:
         """
         Answer a request for a blob.
 
-        @param start: the first byte wanted.
+        @param ranges: the parts wanted; none for all.
         @raise RegistryError: if the repository doesn't hold it, or ECR can't give it.
         """
         if (answer := self._cache.at_hand(asked)) is not None:
             return answer
         if asked.head:
             return await self._blob_head(asked)
-        confirmed = False
+        confirmed, size = False, None
         while True:
             known, content, missing = await self._cache.look_up(asked)
+            size = known.size if known else size
             carrier = self._carriers.get(asked.digest)
-            if content is None and carrier is None:
-                return await self._carry(asked, known.size if known else None, missing)
-            if known is None and not confirmed and (content is not None or carrier != asked.route.repository):
+            if content is None and carrier is None and (ranges is None or size is not None):
+                return await self._carry(asked, size, missing, ranges)
+            allowed = known is not None or confirmed or (content is None and carrier == asked.route.repository)
+            if not allowed or (content is None and carrier is None):
                 if content is not None:
                     content.close()
-                await self._blob_size(asked)
+                size = await self._blob_size(asked)
                 confirmed = True
             elif content is not None:
                 answer = await self._cache.shelved(asked, known, content, confirmed=confirmed)
                 if answer is not None:
                     return answer
-            elif (answer := await self._join(asked, start, carrier)) is not None:
+            elif (answer := await self._join(asked, ranges, carrier)) is not None:
                 return answer
 
     async def _blob_head(self, asked: Asked) -> Answer:
@@ -147,7 +158,7 @@ class PullThrough:
         self._cache.holds(asked, size)
         return size
 
-    async def _carry(self, asked: Asked, expected: int | None, missing: Reason) -> Answer:
+    async def _carry(self, asked: Asked, expected: int | None, missing: Reason, ranges: Ranges | None) -> Answer:
         """
         Begin the transfer that all who ask for this digest meanwhile will follow.
 
@@ -155,37 +166,53 @@ class PullThrough:
         @param missing: why it has to be begun.
         """
         route, digest = asked.route, asked.digest
+        try:
+            parts = _parts(ranges, expected)
+        except LookupError:  # nothing to send, and nothing to fetch for it
+            return Answer(CacheStatus.MISS, missing, BLOB_TYPE, digest, expected)
         self._carriers[digest] = route.repository
-        download = await self._openings.join(digest, lambda: self._open(route, digest, expected))
-        if download is None:  # it has landed since we looked
-            return await self.blob(asked)
-        self._cache.holds(asked, download.size)
-        why = (CacheStatus.MISS, missing) if download.kept else (CacheStatus.BYPASS, download.unkept)
-        return Answer(*why, BLOB_TYPE, digest, download.size, download)
+        body = await self._openings.join(digest, lambda: self._open(route, digest, expected, parts))
+        if body is None:  # it has landed since we looked
+            return await self.blob(asked, ranges)
+        self._cache.holds(asked, body.size)
+        if isinstance(body, Passing) or not body.kept:
+            return Answer(CacheStatus.BYPASS, body.unkept, BLOB_TYPE, digest, body.size, body)
+        return Answer(CacheStatus.MISS, missing, BLOB_TYPE, digest, body.size, body)
 
-    async def _join(self, asked: Asked, start: int, carrier: str | None) -> Answer | None:
+    async def _join(self, asked: Asked, ranges: Ranges | None, carrier: str | None) -> Answer | None:
         """
         Follow the transfer that C{carrier} began; none if the answer has to be looked for again.
         """
         digest = asked.digest
-        download = self._arriving.get(digest)
-        if download is None and digest in self._openings:
+        body: Download | Passing | None = self._arriving.get(digest)
+        if body is None and digest in self._openings:
             try:
-                download = await self._openings.join(digest, lambda: self._open(asked.route, digest, None))
+                body = await self._openings.join(digest, lambda: self._open(asked.route, digest, None, []))
             except RegistryError:
                 if carrier == asked.route.repository:
                     raise
                 return None  # what ECR said to another repository says nothing about this one
-        if download is None:
+        if body is None:
             return None
-        if not download.offers(start):
-            return await self._alone(asked)
-        self._cache.holds(asked, download.size)
-        return Answer(CacheStatus.JOINED, Reason.IN_FLIGHT, BLOB_TYPE, digest, download.size, download)
+        if isinstance(body, Download) and body.stopped:
+            await self._unattended.change()
+            return None
+        try:
+            parts = _parts(ranges, body.size)
+        except LookupError:
+            return Answer(CacheStatus.JOINED, Reason.IN_FLIGHT, BLOB_TYPE, digest, body.size)
+        if isinstance(body, Passing) or not _serves(body, parts):
+            return await self._alone(asked, parts, body.size)
+        self._cache.holds(asked, body.size)
+        return Answer(CacheStatus.JOINED, Reason.IN_FLIGHT, BLOB_TYPE, digest, body.size, body)
 
-    async def _open(self, route: Route, digest: Digest, expected: int | None) -> Download | None:
+    async def _open(
+        self, route: Route, digest: Digest, expected: int | None, parts: Sequence[Span]
+    ) -> Download | Passing | None:
         """
         Open the shared transfer of C{digest}; none if it turns out to be in the cache.
+
+        @param parts: what of it is wanted first. If the blob is not kept, only that is opened, and nothing is shared.
         """
         try:
             content = await self._cache.opened(digest)
@@ -193,44 +220,69 @@ class PullThrough:
                 content.close()
                 del self._carriers[digest]
                 return None
-            download = await self._transfer(route, digest, expected)
+            body = await self._transfer(route, digest, expected, parts)
         except BaseException:
             self._carriers.pop(digest, None)
             raise
-        return download
+        if isinstance(body, Passing):
+            del self._carriers[digest]
+        return body
 
-    async def _alone(self, asked: Asked) -> Answer:
+    async def _alone(self, asked: Asked, parts: Sequence[Span], size: int | None) -> Answer:
         """
-        Hand the blob through to one client: the shared transfer keeps no file and has passed its start.
+        Hand the blob, or parts of it, through to one client: the shared transfer keeps no file and is elsewhere.
         """
-        blob = await self._upstream.blob(asked.route)
-        download = self._begin(blob, asked.digest, Reason.PASSED)
-        return Answer(CacheStatus.BYPASS, download.unkept, BLOB_TYPE, asked.digest, download.size, download)
+        start, stop = parts[0] if parts else (0, None)
+        blob = await self._upstream.blob(asked.route, stop, start)
+        body: Download | Passing
+        if parts:
+            _check_size(blob, size)
+            body = Passing(asked.digest, blob, Reason.PASSED, self._lanes.buffered)
+        else:
+            body = self._begin(blob, asked.digest, Reason.PASSED)
+        return Answer(CacheStatus.BYPASS, body.unkept, BLOB_TYPE, asked.digest, body.size, body)
 
-    async def _transfer(self, route: Route, digest: Digest, expected: int | None) -> Download:
+    async def _transfer(
+        self, route: Route, digest: Digest, expected: int | None, parts: Sequence[Span]
+    ) -> Download | Passing:
         """
-        Begin the shared transfer of C{digest}: from where an earlier one ended, if it left something.
+        Begin the shared transfer of C{digest}: with what is wanted first, or from where an earlier one ended.
         """
         left = await self._cache.left(digest, expected)
-        part = self._lanes.first_part(left.size if left else expected)
-        if left is None:
-            blob = await self._upstream.blob(route, part)
-        else:
-            log.info("Going on with {digest} at byte {at} of {size}", digest=digest, at=left.start, size=left.size)
-            stop = left.stop if part is None else min(left.stop, left.start + part)
-            blob = await self._upstream.blob(route, stop, left.start)
-        return self._begin(blob, digest, await self._cache.writer(digest, blob.size), shared=True)
+        if left is not None:
+            log.info("Going on with {digest} at byte {at} of {size}", digest=digest, at=left.gaps[0][0], size=left.size)
+        start, stop = _first_span(left, parts, self._lanes.first_part(left.size if left else expected))
+        blob = await self._upstream.blob(route, stop, start)
+        if parts:
+            _check_size(blob, expected)
+        file = await self._cache.writer(digest, blob.size)
+        if parts and isinstance(file, Reason):
+            return Passing(digest, blob, file, self._lanes.buffered)
+        return self._begin(blob, digest, file, shared=True, first_wished=bool(parts))
 
-    def _begin(self, blob: Blob, digest: Digest, file: Writer | Reason, *, shared: bool = False) -> Download:
+    def _begin(
+        self, blob: Blob, digest: Digest, file: Writer | Reason, *, shared: bool = False, first_wished: bool = False
+    ) -> Download:
         """
         Begin a transfer, into C{file}; or through a window, for a reason.
         """
         writer, unkept = (None, file) if isinstance(file, Reason) else (file, Reason.DISK)
         lanes = self._lanes.take(writer.missing if writer is not None and blob.ranged else 0)
-        download = Download(digest, blob.size, writer, self._disk, lanes, unkept=unkept)
+        download = Download(
+            digest,
+            blob.size,
+            writer,
+            self._disk,
+            lanes,
+            unkept=unkept,
+            buffered=self._lanes.buffered,
+            first_wished=first_wished,
+        )
+        download.attendance = self._unattended.settle
         if shared:
             self._arriving[digest] = download
         on_its_own(self._run(download, blob, lanes, writer.room if writer is not None else 0, shared=shared))
+        self._unattended.settle(download)
         return download
 
     async def _run(self, download: Download, blob: Blob, lanes: int, room: int, *, shared: bool) -> None:
@@ -242,6 +294,7 @@ class PullThrough:
             if shared:
                 del self._arriving[download.digest]
                 del self._carriers[download.digest]
+            self._unattended.settle()
 
     # Manifests.
 
@@ -266,12 +319,20 @@ class PullThrough:
         except ValueError:
             return
         for blob in blobs:
-            route = Route(Kind.BLOB, repository, str(blob.digest), blob.digest)
+            while self._unattended.is_full(self._ahead):
+                await self._unattended.change()
             here = await self._disk.reading(self._cache.store.has, blob.digest)
             if not here and blob.digest not in self._carriers:
                 self._carriers[blob.digest] = repository
-                opened = self._openings.join(blob.digest, partial(self._open, route, blob.digest, blob.size))
+                self._ahead += 1
+                route = Route(Kind.BLOB, repository, str(blob.digest), blob.digest)
+                opened = self._openings.join(blob.digest, partial(self._open, route, blob.digest, blob.size, []))
                 opened.addErrback(lambda problem: log.info("Not read ahead: {problem}", problem=problem.value))
+                opened.addCallback(self._opened_ahead)
+
+    def _opened_ahead(self, _: object) -> None:
+        self._ahead -= 1
+        self._unattended.settle()
 
     async def _manifest_by_digest(self, asked: Asked) -> Answer:
         if (answer := self._cache.at_hand(asked)) is not None:
@@ -370,6 +431,54 @@ class PullThrough:
         descriptor = Descriptor(media_type, digest, len(manifest.body))
         self._cache.keep(route, descriptor, manifest.body)
         return descriptor, manifest.body
+
+
+def _parts(ranges: Ranges | None, size: int | None) -> list[Span]:
+    """
+    Choose the parts of a blob to send; none for the whole, as a range that covers it is.
+
+    @raise LookupError: if no byte of it is in the ranges.
+    """
+    spans = ranges.of(size) if ranges is not None and size is not None else []
+    return [] if spans == [(0, size)] else spans
+
+
+def _check_size(blob: Blob, expected: int | None) -> None:
+    """
+    Refuse what has another size than the blob of which parts were asked for: parts are not verified here.
+
+    @raise UnavailableError: if it has.
+    """
+    if blob.size != expected:
+        drop(blob.first)
+        said = f"a bucket has {blob.size} bytes where a blob of {expected} was asked for"
+        raise UnavailableError(502, "UNAVAILABLE", said, reason=Reason.WRONG_BYTES)
+
+
+def _serves(download: Download, parts: Sequence[Span]) -> bool:
+    """
+    Tell whether a shared transfer brings what is wanted as soon as it can be had.
+    """
+    if not parts or download.kept:
+        return download.offers(parts[0][0] if parts else 0)
+    return len(parts) == 1 and download.passes(parts[0][0])
+
+
+def _first_span(left: Left | None, parts: Sequence[Span], part: int | None) -> tuple[int, int | None]:
+    """
+    Choose what of a blob to ask for first: of what is missing, that which is wanted.
+
+    @param part: how many bytes to ask for at first; none for all.
+    """
+    gaps = left.gaps if left is not None else [(0, None)]
+    for wanted, end in parts:
+        for first, last in gaps:
+            start, stop = max(wanted, first), end if last is None else min(end, last)
+            if start < stop:
+                return start, min(stop, start + SMALLEST_PART)
+    start, last = gaps[0]
+    stops = [stop for stop in (last, None if part is None else start + part) if stop is not None]
+    return start, min(stops, default=None)
 
 
 def _missing(known: Confirmed | None, found: Descriptor) -> Reason:

@@ -37,6 +37,7 @@ from ecrproxy.admin.incidents import Incidents
 from ecrproxy.admin.port import make_admin_site
 from ecrproxy.admin.readings import of_cache, of_clients, of_loop, of_token, of_transfers, of_upstream
 from ecrproxy.admin.status import Asking, Status
+from ecrproxy.cache.condition import Condition
 from ecrproxy.cache.inventory import Inventory
 from ecrproxy.cache.janitor import Janitor
 from ecrproxy.cache.ledger import Notes
@@ -59,6 +60,7 @@ from ecrproxy.logs.shapes import PRIORITIES, as_json
 from ecrproxy.logs.writing import LineWriter, choose_writer, leads_to_journal
 from ecrproxy.metrics import Figures, LoopStall, Served
 from ecrproxy.proxy import PullThrough
+from ecrproxy.readiness import Readiness, judge
 from ecrproxy.registry.circuit import Circuit
 from ecrproxy.registry.connections import UpstreamAgent, connection_pool
 from ecrproxy.registry.ecr import CredentialsError, Token, TokenService, fetch_token
@@ -118,6 +120,7 @@ def makeService(options: Options) -> Daemon:
         complain("; ".join([str(problem), *map(str, warnings)]))
         sys.exit(1)
     service.complain, service.writer = complain, _log_writer(config, options, reactor)
+    Exhaustion(service.give_up).setServiceParent(service)
     if service.writer is not None:
         atexit.register(service.writer.end, LAST_LINES_SECONDS)
     return service
@@ -257,34 +260,34 @@ def build(
     """
     Wire the parts; each line makes one object from earlier ones.
 
-    @param refused: told of credentials that AWS refuses for good.
+    @param refused: ends the daemon, for AWS refuses its credentials.
     @param arguments: the flags that workers are to be started with.
     @param supervisor: the service manager, if it wants to be told.
     """
     disk = _disk(service := Daemon(), reactor)
     store = _prepared(Store(Path(config.cache_dir), time.time))
-    counting, judging = Threads(1, reactor, yielding=False), Threads(1, reactor)
+    counting, judging, probing = Threads(1, reactor, yielding=False), Threads(1, reactor), Threads(1, reactor)
     janitor = Janitor(store, config.cache_limit, disk.writing, reactor, counting.call)
-    tokens = TokenService(lambda: call_unowned(reactor, lambda: _fetch(config)), reactor, time.time, refused)
+    tokens = _tokens(config, reactor, partial(_ends, refused, warm=store.has_content()))
     figures, stall = Figures(__version__), LoopStall(reactor)
     upstream, asking = _upstream(config, tokens, figures, egress, reactor)
     cache = Cache(store, janitor, disk, time.time)
     pull_through = _pull_through(config, upstream, cache, disk)
     connections, crowds = Connections(), Crowds(Crowd(config.limits), reactor.seconds)
-    reasons = partial(_reasons, tokens, store, disk.writing, connections)
-    ready = Ready(reasons)
+    readiness = partial(_readiness, tokens, asking.circuit, Condition(store, probing.call, reactor), connections)
+    ready = Ready(readiness)
     status = Status(
-        config.ecr_endpoint, figures, store, janitor, asking, pull_through, reasons, disk.reading, time.time, reactor
+        config.ecr_endpoint, figures, store, janitor, asking, pull_through, readiness, disk.reading, time.time, reactor
     )
-    supervised = Supervised(supervisor, partial(_summary, reasons, store, janitor), reactor)
-    shape = (_namespaces(config, judging), config.cache_key, disk.reading)
+    supervised = Supervised(supervisor, partial(_summary, readiness, store, janitor), reactor)
+    shape = (_namespaces(config, judging, reactor), config.cache_key, disk.reading)
     admission = _admission(config, reactor, service)
     registry = Registry(pull_through, *shape)
     counted = partial(make_site, access_log=_access_log(config, service, reactor), served=figures.served)
     site = counted(registry, ready, reactor, admission=admission, crowd=crowds.own, connections=connections)
     figures.watch(*of_cache(store, janitor), *of_token(tokens), *of_transfers(pull_through), *of_loop(stall))
     figures.watch(*of_clients(crowds))
-    for part in (Exhaustion(service.give_up), *status.services, judging, supervised, counting, janitor, tokens, stall):
+    for part in (*status.services, judging, supervised, counting, probing, janitor, tokens, stall):
         part.setServiceParent(service)
     alone = config.worker_processes == 1
     listening = [Listening(name, endpoint, site, accepts=alone) for name, endpoint in endpoints(config, reactor)]
@@ -331,6 +334,10 @@ def _access_log(config: Config, service: MultiService, reactor: Any) -> AccessLo
     return access_log
 
 
+def _tokens(config: Config, reactor: Any, ends: Callable[[CredentialsError], bool]) -> TokenService:  # noqa: ANN401
+    return TokenService(lambda: call_unowned(reactor, lambda: _fetch(config)), reactor, time.time, ends)
+
+
 def _upstream(
     config: Config,
     tokens: TokenService,
@@ -364,9 +371,9 @@ def _pull_through(config: Config, upstream: Upstream, cache: Cache, disk: Disk) 
     )
 
 
-def _namespaces(config: Config, judging: Threads) -> Namespaces:
+def _namespaces(config: Config, judging: Threads, reactor: Any) -> Namespaces:  # noqa: ANN401
     is_other = partial(is_other_registry, endpoint=config.ecr_endpoint)
-    return Namespaces(config.namespace_pattern, judging.call, is_other)
+    return Namespaces(config.namespace_pattern, judging.call, reactor, is_other)
 
 
 def _share_work(
@@ -462,7 +469,7 @@ def build_worker(config: Config, post: Post, reactor: Any) -> Daemon:  # noqa: A
     first = Agent.usingEndpointFactory(reactor, FirstProcess(reactor, post.path), connection_pool(reactor))
     relay = Relay(first)
     judging = Threads(1, reactor)
-    shape = (_namespaces(config, judging), config.cache_key, disk.reading)
+    shape = (_namespaces(config, judging, reactor), config.cache_key, disk.reading)
     admission = _admission(config, reactor, service)
     registry, ready = WorkerRegistry(cache, config.tag_ttl, relay, *shape), RelayedReady(relay)
     served, connections = Served(), Connections()
@@ -472,7 +479,7 @@ def build_worker(config: Config, post: Post, reactor: Any) -> Daemon:  # noqa: A
     site = counted(registry, ready, reactor, admission=admission, crowd=crowd, connections=connections)
     incidents = Incidents(time.time)
     teller = Teller(first, told(notes, served, incidents, Word(crowd, os.getpid())), reactor)
-    for part in (Exhaustion(service.give_up), incidents, judging, purges, teller):
+    for part in (incidents, judging, purges, teller):
         part.setServiceParent(service)
     listening = [
         Listening(name, endpoint, site) for name, endpoint in endpoints(config, HandedDown(reactor, post.sockets))
@@ -498,20 +505,33 @@ def _stop(reactor: Any) -> None:  # noqa: ANN401
         reactor.stop()
 
 
-async def _reasons(tokens: TokenService, store: Store, in_thread: InThread, connections: Connections) -> list[str]:
+async def _readiness(
+    tokens: TokenService, circuit: Circuit, condition: Condition, connections: Connections
+) -> Readiness:
     """
-    Say what keeps the daemon from its work.
+    Tell what the daemon can do.
     """
-    found = ["draining: the daemon ends"] if connections.draining else []
-    found += [f"no token: {problem}"] if (problem := tokens.problem()) else []
-    try:
-        return found + await in_thread(store.reasons)
-    except OSError as problem:
-        return [*found, f"the cache directory can't be written: {problem.strerror}"]
+    found = await condition.latest()
+    return judge(
+        draining=connections.draining,
+        token=tokens.problem(),
+        ecr=circuit.problem(),
+        disk=found.reasons,
+        filled=found.filled,
+    )
 
 
-async def _summary(reasons: Callable[[], Awaitable[Sequence[str]]], store: Store, janitor: Janitor) -> str:
-    return summary(await reasons(), store.ledger.total, janitor.limit)
+async def _summary(readiness: Callable[[], Awaitable[Readiness]], store: Store, janitor: Janitor) -> str:
+    return summary(await readiness(), store.ledger.total, janitor.limit)
+
+
+def _ends(refused: Callable[[CredentialsError], None], problem: CredentialsError, *, warm: bool) -> bool:
+    """
+    End the daemon if it can serve nothing without AWS; tell whether it ends.
+    """
+    if not warm:
+        refused(problem)
+    return not warm
 
 
 def _prepared(store: Store) -> Store:

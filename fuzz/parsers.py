@@ -8,10 +8,11 @@ import contextlib
 from collections.abc import Callable
 from typing import Final
 
+from ecrproxy.byte_ranges import Ranges
 from ecrproxy.cache.cache_key import Asker, CacheKey
 from ecrproxy.cache.entries import Entry
 from ecrproxy.cache.ledger import is_own, packed, unpacked
-from ecrproxy.http.conditions import matches, parse_range
+from ecrproxy.http.conditions import matches
 from ecrproxy.http.target import parse_target
 from ecrproxy.http.telling import ROWS, read_rows
 from ecrproxy.oci import Digest, RegistryError, accepted_types, listed, manifest_type, parse_route, query_values
@@ -47,8 +48,8 @@ def told(data: bytes) -> None:
 def span(data: bytes) -> None:
     text = data.decode("utf-8", "replace")
     with contextlib.suppress(LookupError):
-        chosen = parse_range(text, len(data) * 3)
-        assert chosen is None or 0 <= chosen[0] < chosen[1] <= len(data) * 3
+        ranges = Ranges.parse(text)
+        assert ranges is None or all(0 <= start < stop <= len(data) * 3 for start, stop in ranges.of(len(data) * 3))
     matches([text], '"x"')
 
 

@@ -16,6 +16,8 @@ SMALL: Final = 40
 LARGE: Final = 7
 LARGE_BYTES: Final = 17 * 2**20
 """From 16 MiB on, a blob comes over several connections."""
+WRONG: Final = noise("wrong", LARGE_BYTES + 2**20)
+"""What the bucket gives in place of a blob at times, as far as the blob goes."""
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from typing import Any, Final, cast
 
 from twisted.web.pages import notFound
 
-from soak.goods import Goods, fill
+from soak.goods import WRONG, Goods, fill
 from tests.registry import StandIn
 from tests.registry_http import Service
-from tests.registry_server import LOCAL, QuietSite, listen, noise
+from tests.registry_server import LOCAL, QuietSite, listen
 
 PULLING: Final[tuple[Service, ...]] = ("registry", "bucket")
 EVERYWHERE: Final[tuple[Service, ...]] = (*PULLING, "api")
@@ -110,7 +110,7 @@ class Weather:
     def wrong_bytes(self) -> Callable[[], object]:
         digest = self.digest()
         size = len(next(data for path, data in self._goods.blobs.items() if path.endswith(digest)))
-        return self.corrupt(digest, noise("wrong", size))
+        return self.corrupt(digest, WRONG[:size])
 
     def other_length(self) -> Callable[[], object]:
         digest = self.digest()

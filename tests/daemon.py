@@ -47,6 +47,7 @@ from ecrproxy.admin.port import make_admin_site
 from ecrproxy.admin.readings import of_cache, of_clients, of_token, of_transfers, of_upstream
 from ecrproxy.admin.status import Asking, Status
 from ecrproxy.cache.cache_key import CacheKey
+from ecrproxy.cache.condition import Condition
 from ecrproxy.cache.inventory import Inventory
 from ecrproxy.cache.janitor import Janitor
 from ecrproxy.cache.purges import Purges
@@ -59,6 +60,7 @@ from ecrproxy.http.web import Registry
 from ecrproxy.metrics import Figures
 from ecrproxy.oci import Digest
 from ecrproxy.proxy import PullThrough
+from ecrproxy.readiness import Readiness, judge
 from ecrproxy.registry.circuit import Circuit
 from ecrproxy.registry.connections import connection_pool
 from ecrproxy.registry.ecr import Token, TokenService
@@ -501,6 +503,7 @@ class Daemon:
         self.store.sweep()
         disk = disk or Disk.of(in_thread)
         self.janitor = Janitor(self.store, limit, disk.writing, clock)
+        self.condition = Condition(self.store, at_once, clock)
         self.tokens = TokenService(fetch or self._issue, clock, self.now, chance=lambda: 0.5)
         self.governor = Governor(quotas, together, clock)
         self.circuit = Circuit(clock.seconds)
@@ -520,9 +523,9 @@ class Daemon:
             lanes=self.lanes,
             read_ahead=read_ahead,
         )
-        namespaces = Namespaces(parse_pattern(pattern), at_once, is_other)
+        namespaces = Namespaces(parse_pattern(pattern), at_once, clock, is_other)
         registry = Registry(self.pull_through, namespaces, CacheKey.parse(cache_key), disk.reading)
-        ready, self.crowd = Ready(self.reasons), Crowd(limits or Limits())
+        ready, self.crowd = Ready(self.readiness), Crowd(limits or Limits())
         self.access_log = AccessLog(clock)
         self.site = make_site(
             registry,
@@ -546,7 +549,7 @@ class Daemon:
             self.janitor,
             asking,
             self.pull_through,
-            self.reasons,
+            self.readiness,
             in_thread,
             self.now,
             clock,
@@ -578,12 +581,13 @@ class Daemon:
         # Not at once: AWS is asked in a thread.
         return deferLater(self.clock, 0, lambda: Token(self.standin.issue_token(), self.clock.seconds() + 12 * 3600))
 
-    async def reasons(self) -> list[str]:
+    async def readiness(self) -> Readiness:
         """
-        Why the daemon is not ready, told as tap tells it.
+        What the daemon can do, told as tap tells it.
         """
-        problem = self.tokens.problem()
-        return ([f"no token: {problem}"] if problem else []) + self.store.reasons()
+        found = await self.condition.latest()
+        token, ecr = self.tokens.problem(), self.circuit.problem()
+        return judge(draining=False, token=token, ecr=ecr, disk=found.reasons, filled=found.filled)
 
     def kill(self) -> None:
         """

@@ -8,9 +8,10 @@ L{Reply} comes out. Time is read from the clock one is handed.
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final, Literal
 from urllib.parse import parse_qs, quote, unquote
@@ -62,13 +63,14 @@ class Tokens:
     clock: IReactorTime
     quirks: Quirks
     _until: dict[str, float] = field(default_factory=dict)
+    _serials: Iterator[int] = field(default_factory=itertools.count)
 
     def issue(self) -> tuple[str, float]:
         """
         Give out a new token, and say when it ends.
         """
         until = self.clock.seconds() + self.quirks.token_lifetime
-        serial = f"{len(self._until):08d}"
+        serial = f"{next(self._serials):08d}"
         payload = serial + "A" * max(0, self.quirks.token_padding - len(serial))
         secret = {"payload": payload, "version": "2", "type": "DATA_KEY", "expiration": until}
         password = base64.b64encode(json.dumps(secret).encode()).decode()

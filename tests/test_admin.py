@@ -94,7 +94,7 @@ class MetricsTests(DaemonTestCase):
         self.assertEqual(1, self.daemon.figure('ecr_proxy_circuit_state{state="closed"}'))
         self.standin.fail("registry", status=503)
         for name in range(5):
-            self.daemon.send("GET", f"/v2/team/app/manifests/v{name}")
+            self.daemon.send("GET", f"/v2/team/app{name}/manifests/latest")
         self.pass_time(30)
         self.assertGreaterEqual(self.daemon.figure("ecr_proxy_upstream_retries_total"), 5)
         self.assertEqual(1, self.daemon.figure('ecr_proxy_circuit_state{state="open"}'))

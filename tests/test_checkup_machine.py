@@ -233,7 +233,13 @@ class PortTests(SynchronousTestCase):
         ours = Contact("x", status=503, headers={"server": "ecrproxy"}, body=b'{"reasons": ["no token"]}')
         found = self.look("tcp:5000", ours)
         self.assertEqual(Verdict.WARNING, found.verdict)
-        self.assertIn("no token", found.said)
+        self.assertIn("not ready: no token", found.said)
+
+    def test_a_daemon_that_serves_and_can_not_fetch_says_why(self) -> None:
+        body = b'{"can_serve": true, "can_fetch": false, "reasons": ["no token: AWS is down"]}'
+        found = self.look("tcp:5000", Contact("x", status=200, headers={"server": "ecrproxy"}, body=body))
+        self.assertEqual(Verdict.WARNING, found.verdict)
+        self.assertIn("and serves, but no token: AWS is down", found.said)
 
     def test_one_that_somebody_else_has_fails(self) -> None:
         """

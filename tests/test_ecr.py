@@ -22,6 +22,9 @@ from twisted.logger import ILogObserver, capturedLogs, formatEvent, globalLogPub
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.registry.ecr import (
+    FETCH_SECONDS,
+    OVERDUE,
+    PATIENCE,
     CredentialsError,
     Token,
     TokenService,
@@ -414,7 +417,8 @@ class TokenServiceTests(SynchronousTestCase):
         self.fetches: list[Deferred[Token]] = []
         self.refusals: list[CredentialsError] = []
         self.chance = self.set_by = 0.0
-        self.service = TokenService(self.fetch, self.clock, self.now, self.refusals.append, lambda: self.chance)
+        self.ends = False
+        self.service = TokenService(self.fetch, self.clock, self.now, self.refused, lambda: self.chance)
         self.addCleanup(self.service.stopService)
 
     def now(self) -> float:
@@ -422,6 +426,13 @@ class TokenServiceTests(SynchronousTestCase):
         Tell the time of the day, which somebody may set.
         """
         return self.clock.seconds() + self.set_by
+
+    def refused(self, problem: CredentialsError) -> bool:
+        """
+        Be told of refused credentials.
+        """
+        self.refusals.append(problem)
+        return self.ends
 
     def fetch(self) -> Deferred[Token]:
         """
@@ -563,12 +574,52 @@ class TokenServiceTests(SynchronousTestCase):
             self.assertEqual(3, len(self.fetches))
 
     def test_aws_is_not_asked_twice_at_once(self) -> None:
+        self.start()
+        self.pass_time(int(FETCH_SECONDS) - 1)
+        self.assertEqual(1, len(self.fetches))
+
+    def test_a_fetch_that_hangs_is_a_failure_after_half_a_minute(self) -> None:
+        self.start("first")
+        self.clock.advance(21_600)
+        self.pass_time(int(FETCH_SECONDS))
+        self.assertEqual(1, self.service.failed)
+        self.pass_time(2)
+        self.assertEqual(3, len(self.fetches))
+        self.answer("second")
+        self.assertEqual("second", self.successResultOf(self.get()))
+
+    def test_fetches_that_hang_are_few(self) -> None:
         """
-        An answer that takes long is waited for.
+        Each keeps a thread. When one returns, another is made.
         """
         self.start()
-        self.pass_time(300)
-        self.assertEqual(1, len(self.fetches))
+        self.pass_time(3600)
+        self.assertEqual(OVERDUE, len(self.fetches))
+        self.assertIn("has not answered", self.service.problem() or "")
+        self.fetches[0].errback(TokenUnavailableError("at last"))
+        self.pass_time(70)
+        self.assertEqual(OVERDUE + 1, len(self.fetches))
+
+    def test_a_token_that_comes_after_the_deadline_is_used(self) -> None:
+        self.start()
+        self.pass_time(int(FETCH_SECONDS) + 1)
+        self.fetches[0].callback(Token("late", self.now() + LIFE))
+        self.assertEqual(("late", None), (self.successResultOf(self.get()), self.service.problem()))
+
+    def test_an_older_token_that_comes_late_replaces_none(self) -> None:
+        self.start()
+        self.pass_time(int(FETCH_SECONDS) + 2)
+        self.answer("second")
+        self.fetches[0].callback(Token("first", self.now() + LIFE - 10))
+        self.assertEqual("second", self.successResultOf(self.get()))
+
+    def test_a_hung_fetch_is_told_once_the_token_has_expired(self) -> None:
+        self.start("first")
+        self.clock.advance(21_600)
+        self.clock.pump([1.0] * 60)
+        self.assertIsNone(self.service.problem())
+        self.clock.advance(21_600)
+        self.assertIn("the token has expired: AWS", self.service.problem() or "")
 
     def failing_for(self, seconds: int, chance: float) -> list[float]:
         """
@@ -720,10 +771,59 @@ class TokenServiceTests(SynchronousTestCase):
         waiting = self.renew("first")
         self.refuse()
         self.assertEqual("first", self.successResultOf(waiting))
-        self.pass_time(70)
+
+    def test_a_renewal_that_hangs_is_waited_for_ten_seconds(self) -> None:
+        self.start("first")
         waiting = self.renew("first")
-        self.clock.advance(10)
+        self.clock.advance(PATIENCE)
         self.assertEqual("first", self.successResultOf(waiting))
+
+    def test_while_aws_fails_rejected_tokens_are_not_waited_for(self) -> None:
+        self.start("first")
+        self.renew("first")
+        self.refuse()
+        self.pass_time(2)
+        self.assertEqual(3, len(self.fetches))
+        self.assertNoResult(self.fetches[-1])
+        self.assertEqual("first", self.successResultOf(self.renew("first")))
+
+    def test_rejections_cost_one_token_a_minute(self) -> None:
+        """
+        However many requests ECR rejects, even if it rejects each new token too.
+        """
+        self.start("token 0")
+        for second in range(299):
+            self.renew(self.successResultOf(self.get()))
+            if not self.fetches[-1].called:
+                self.answer(f"token {second + 1}")
+            self.clock.advance(1)
+        self.assertEqual(1 + 5, len(self.fetches))
+
+    def test_a_token_rejected_soon_after_the_last_is_replaced_within_the_minute_unasked(self) -> None:
+        self.start("first")
+        self.renew("first")
+        self.answer("second")
+        self.clock.advance(1)
+        self.assertEqual("second", self.successResultOf(self.renew("second")))
+        self.assertEqual("ECR rejects the token", self.service.problem())
+        self.pass_time(60)
+        self.assertEqual(3, len(self.fetches))
+        self.answer("third")
+        self.assertIsNone(self.service.problem())
+
+    def test_it_is_said_that_ecr_rejects_the_token_and_aws_gives_no_other(self) -> None:
+        self.start("first")
+        self.renew("first")
+        self.assertIsNone(self.service.problem(), "AWS may give another in a moment")
+        self.refuse(TokenUnavailableError("AWS is down"))
+        for _ in range(300):
+            self.clock.advance(1)
+            self.assertEqual("ECR rejects the token, and AWS gives no other: AWS is down", self.service.problem())
+            if not self.fetches[-1].called:
+                self.refuse(TokenUnavailableError("AWS is down"))
+        self.pass_time(70)
+        self.answer("second")
+        self.assertIsNone(self.service.problem())
 
     def test_a_renewed_token_has_its_own_half_life(self) -> None:
         """
@@ -736,24 +836,39 @@ class TokenServiceTests(SynchronousTestCase):
         self.clock.advance(21_599)
         self.assertEqual(2, len(self.fetches))
 
-    def test_credentials_refused_at_the_start_are_told(self) -> None:
+    def test_credentials_refused_at_the_start_may_end_the_daemon(self) -> None:
         """
-        The daemon can do nothing with them, and says so to whom it concerns.
+        Then no next try is announced, and none is made.
         """
-        self.start()
+        self.ends = True
         problem = CredentialsError("AWS credentials are refused")
-        self.refuse(problem)
+        with capturedLogs() as events:
+            self.start()
+            self.refuse(problem)
+            self.pass_time(70)
         self.assertEqual([problem], self.refusals)
+        self.assertEqual([], [formatEvent(event) for event in events])
+        self.assertEqual(1, len(self.fetches))
+
+    def test_credentials_refused_at_the_start_are_tried_again_where_the_daemon_goes_on(self) -> None:
+        with capturedLogs() as events:
+            self.start()
+            self.refuse(CredentialsError("AWS credentials are refused"))
+        self.assertIn("Next try in", formatEvent(events[-1]))
+        self.pass_time(5)
+        self.answer("first")
+        self.assertEqual("first", self.successResultOf(self.get()))
 
     def test_credentials_refused_later_do_not_end_the_daemon(self) -> None:
         """
         It serves what it has, and goes on trying.
         """
+        self.ends = True
         self.start("first")
         self.clock.advance(21_600)
         self.refuse(CredentialsError("AWS credentials are refused"))
         self.assertEqual([], self.refusals)
-        self.pass_time(70)
+        self.pass_time(5)
         self.assertEqual(3, len(self.fetches))
 
     def test_aws_being_down_at_the_start_does_not_end_the_daemon(self) -> None:

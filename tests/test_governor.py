@@ -38,7 +38,7 @@ class GovernorTests(SynchronousTestCase):
         return self.governor
 
     async def question(self, call: Call, name: str, answer: Deferred[None] | None) -> None:
-        async with self.governor.place(call):
+        async with self.governor.place(call, "team/app"):
             self.went.append((name, self.clock.seconds()))
             if answer is not None:
                 self.under_way[name] = answer

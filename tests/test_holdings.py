@@ -452,6 +452,7 @@ class StatsTests(HoldingsTestCase):
         def unready(method: str, path: str, headers: Mapping[str, str], body: bytes) -> Answer:
             (line,) = self.exchange(method, path, headers, body).lines
             told = json.loads(line)
+            told["can_serve"] = False
             told["reasons"], told["token"]["problem"] = ["no token: denied"], "denied"
             return Answer(200, [json.dumps(told).encode()])
 

@@ -10,7 +10,20 @@ from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.transfer.inflow import HIGH_WATER, LARGEST_PART, SMALLEST_PART, SPLIT, Gaps, Inflow, Lanes, part_size
+from ecrproxy.transfer.inflow import (
+    HIGH_WATER,
+    LARGEST_PART,
+    MOST_GAPS,
+    SMALLEST_PART,
+    SMALLEST_WISH,
+    SPLIT,
+    Buffered,
+    Gaps,
+    Inflow,
+    Lanes,
+    part_size,
+)
+from tests.daemon import MIB
 from tests.test_download import Tap
 
 PIECE = 2**16
@@ -118,9 +131,87 @@ class PartTests(SynchronousTestCase):
         self.assertEqual(SMALLEST_PART * 2, part_size(SMALLEST_PART * 16, 4))
 
 
+class WishTests(SynchronousTestCase):
+    """
+    What is taken out of turn.
+    """
+
+    def test_the_smallest_comes_first(self) -> None:
+        gaps = Gaps([(0, 100 * MIB)])
+        wishes = [(10 * MIB, 90 * MIB), (99 * MIB, 100 * MIB)]
+        self.assertEqual((99 * MIB, 100 * MIB), gaps.take_wished(wishes))
+        self.assertEqual((10 * MIB, 10 * MIB + SMALLEST_PART), gaps.take_wished(wishes))
+
+    def test_what_is_there_is_no_wish(self) -> None:
+        gaps = Gaps([(5 * MIB, 6 * MIB)])
+        self.assertIsNone(gaps.take_wished([(0, 5 * MIB), (6 * MIB, 9 * MIB)]))
+        self.assertEqual((5 * MIB, 6 * MIB), gaps.take_wished([(0, 9 * MIB)]))
+
+    def test_tiny_ones_leave_no_gap_each(self) -> None:
+        gaps = Gaps([(0, MIB)])
+        self.assertEqual((1000, 1000 + SMALLEST_WISH), gaps.take_wished([(1000, 1001)]))
+        self.assertEqual((MIB - 1, MIB), gaps.take_wished([(MIB - 1, MIB)]))
+
+    def test_are_none_where_there_are_gaps_without_number(self) -> None:
+        gaps = Gaps([(at, at + 1) for at in range(0, 2 * MOST_GAPS, 2)])
+        self.assertIsNone(gaps.take_wished([(0, 1)]))
+
+    def test_what_is_given_back_joins_its_neighbours(self) -> None:
+        gaps = Gaps([(0, 100)])
+        self.assertEqual((0, 100), gaps.take(1))
+        for start, stop in ((50, 100), (0, 20), (20, 50), (7, 7)):
+            gaps.give_back(start, stop)
+        self.assertIn(99, gaps)
+        self.assertEqual((0, 100), gaps.take(1))
+
+
+class BufferedTests(SynchronousTestCase):
+    def test_all_transfers_together_hold_what_is_allowed_and_a_read_each(self) -> None:
+        """
+        Sixty transfers to a slow disk, each of which could hold four megabytes.
+        """
+        buffered = Buffered(8 * MIB)
+        taps, inflows = [Tap(0, None) for _ in range(60)], [Inflow(buffered) for _ in range(60)]
+        for tap, inflow in zip(taps, inflows, strict=True):
+            inflow.begin(tap)
+        for _ in range(100):
+            for tap in taps:
+                if not tap.paused:
+                    tap.arrived(bytes(2**16))
+        self.assertLessEqual(buffered.size, 8 * MIB + 60 * 2**16)
+        self.assertEqual({True}, {tap.paused for tap in taps})
+        for tap, inflow in zip(taps, inflows, strict=True):
+            self.successResultOf(Deferred.fromCoroutine(inflow.batch()))  # being written
+            self.assertTrue(tap.paused)
+            Deferred.fromCoroutine(inflow.batch())  # written
+            self.assertFalse(tap.paused)
+        self.assertEqual(0, buffered.size)
+
+    def test_what_is_dropped_is_counted_no_more(self) -> None:
+        buffered = Buffered()
+        tap, inflow = Tap(0, None), Inflow(buffered)
+        inflow.begin(tap)
+        tap.arrived(bytes(1000))
+        self.successResultOf(Deferred.fromCoroutine(inflow.batch()))
+        tap.arrived(bytes(500))
+        self.assertEqual(1500, buffered.size)
+        inflow.abort()
+        self.assertEqual(0, buffered.size)
+
+    def test_what_is_refused_leaves_what_has_come(self) -> None:
+        tap, inflow = Tap(0, None), Inflow(Buffered())
+        inflow.begin(tap)
+        tap.arrived(b"here")
+        inflow.refuse()
+        tap.arrived(b"late")
+        self.assertTrue(tap.aborted)
+        self.assertEqual([b"here"], self.successResultOf(Deferred.fromCoroutine(inflow.batch())))
+        self.assertEqual([], self.successResultOf(Deferred.fromCoroutine(inflow.batch())))
+
+
 class InflowTests(SynchronousTestCase):
     def setUp(self) -> None:
-        self.inflow, self.tap = Inflow(), Tap(0, None)
+        self.inflow, self.tap = Inflow(Buffered()), Tap(0, None)
         self.inflow.begin(self.tap)
 
     def batch(self) -> Deferred[list[bytes]]:
@@ -229,7 +320,7 @@ class InflowTests(SynchronousTestCase):
         """
         Bytes, and even the end, may come while the connection is only being begun.
         """
-        tap, inflow = Tap(0, None), Inflow()
+        tap, inflow = Tap(0, None), Inflow(Buffered())
         tap.early = [bytes(HIGH_WATER), b"x"]
         inflow.begin(tap)
         self.assertEqual(2, len(self.successResultOf(Deferred.fromCoroutine(inflow.batch()))))

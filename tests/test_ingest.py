@@ -84,11 +84,24 @@ class ResumeTests(IngestTests):
         self.assertEqual(DATA, read(self.store, DIGEST, SIZE))
         self.assertEqual([], self.names())
 
-    def test_shows_nothing_that_is_not_hashed(self) -> None:
+    def test_shows_what_was_written_since_the_machine_started(self) -> None:
         """
-        What was there may be wrong: it shows when it is hashed, while what comes now shows at once.
+        To readers of a part, who verify it: the page cache has it, whether it was synced or not.
         """
         self.left_over((0, 1000), (5000, 6000))
+        writer = self.ingest.resume(DIGEST, SIZE)
+        assert writer is not None
+        self.addCleanup(writer.discard)
+        self.assertEqual([1000, 6000], [writer.reach(offset) for offset in (0, 5000)])
+        self.assertEqual(0, writer.hashed)
+
+    def test_shows_nothing_of_before_that_is_not_hashed(self) -> None:
+        """
+        After a start of the machine what was there may be wrong: it shows when it is hashed, while what comes now
+        shows at once.
+        """
+        self.left_over((0, 1000), (5000, 6000))
+        self.ingest.boot = b"another machine's"[:16]
         writer = self.ingest.resume(DIGEST, SIZE)
         assert writer is not None
         self.addCleanup(writer.discard)
@@ -134,7 +147,7 @@ class ResumeTests(IngestTests):
         self.left_over((0, 1000))
         self.left_over((0, 2000))
         left = self.ingest.left(DIGEST)
-        self.assertEqual((SIZE, 2000, SIZE), left)
+        self.assertEqual((SIZE, [(2000, SIZE)]), left)
         writer = self.ingest.resume(DIGEST, SIZE)
         assert writer is not None
         self.addCleanup(writer.discard)

@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.http.conditions import matches, parse_range
+from ecrproxy.byte_ranges import Ranges
+from ecrproxy.http.conditions import matches
 from ecrproxy.oci import RegistryError, accepted_types, parse_route, query_values
 from ecrproxy.registry.bucket import told_part
 from ecrproxy.registry.bucket_errors import said_by_bucket
@@ -32,7 +33,7 @@ READERS: dict[str, Callable[[str], object]] = {
     "a query": query_values,
     "Accept": lambda text: accepted_types([text]),
     "If-None-Match": lambda text: matches(text, '"x"'),
-    "Range": lambda text: parse_range(text, 100),
+    "Range": Ranges.parse,
     "Content-Range": lambda text: told_part("bytes " + text, 0, None),
     "Link": next_target,
     "Retry-After": lambda text: asked_wait(text, text),

@@ -8,16 +8,20 @@ from collections.abc import Callable
 from typing import Any
 
 from twisted.internet.defer import Deferred
+from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.access import namespaces
-from ecrproxy.access.namespaces import MATCH_SECONDS, Namespaces
+from ecrproxy.access.namespaces import LONGEST_WAIT, MATCH_SECONDS, Namespaces
 from ecrproxy.oci import RegistryError
 from ecrproxy.settings.values import parse_pattern
 from tests.daemon import DaemonTestCase, Hands
 
 CATASTROPHE = r"(?:a|a|aa)+b?c?(?=z)"
 """Tries three ways for each character, and looks ahead for what can't follow."""
+SLOW = r"(?:a|aa)+b|a+c[0-9]*"
+"""Tries two ways for each character of such names, and lets them in all the same."""
+SLOW_NAME = "a" * 26 + "c"
 LONG = "a" * 200
 SHORT = 0.05
 """Seconds that are too few for that, and plenty for a name that is judged at once."""
@@ -39,16 +43,16 @@ class Counted:
 
 class NamespacesTests(SynchronousTestCase):
     def setUp(self) -> None:
-        self.threads = Counted()
+        self.threads, self.clock = Counted(), Clock()
 
     def make(self, pattern: str, seconds: float = MATCH_SECONDS) -> Namespaces:
-        return Namespaces(parse_pattern(pattern), self.threads, seconds=seconds)
+        return Namespaces(parse_pattern(pattern), self.threads, self.clock, seconds=seconds)
 
     def test_another_registrys_repositories_are_none_of_ours(self) -> None:
         """
         Whatever they are called: the same name may hold something else there.
         """
-        judge = Namespaces(parse_pattern(".*"), self.threads, "other".__eq__)
+        judge = Namespaces(parse_pattern(".*"), self.threads, self.clock, "other".__eq__)
         judge.admit_registry("ours")
         problem = self.assertRaises(RegistryError, judge.admit_registry, "other")
         self.assertEqual((404, "NAME_UNKNOWN", "namespace"), (problem.status, problem.code, problem.reason))
@@ -57,27 +61,40 @@ class NamespacesTests(SynchronousTestCase):
         """
         Say how a name fares: 200, or the status of its refusal.
         """
-        outcome: list[int] = []
+        return self.statuses([self.ask(judge, name)])[0]
 
-        async def ask() -> None:
-            try:
-                await judge.admit(name)
-            except RegistryError as problem:
-                outcome.append(problem.status)
-            else:
-                outcome.append(200)
+    def ask(self, judge: Namespaces, name: str) -> Deferred[None]:
+        return Deferred.fromCoroutine(judge.admit(name))
 
-        self.successResultOf(Deferred.fromCoroutine(ask()))
-        return outcome[0]
+    def statuses(self, asked: list[Deferred[None]]) -> list[int]:
+        found: list[Any] = []
+        for each in asked:
+            each.addCallbacks(lambda _: found.append(200), lambda failure: found.append(failure.value.status))
+        return found
 
-    def test_verdicts_are_remembered(self) -> None:
-        """
-        A name is judged once, whether it is let in or not.
-        """
+    def test_a_pattern_decides_on_whole_names(self) -> None:
         judge = self.make("image1|image3")
         for _ in range(3):
             self.assertEqual([200, 403, 403], [self.status(judge, name) for name in ("image1", "image11", "aimage3")])
-        self.assertEqual(3, self.threads.calls)
+
+    def test_a_herd_of_new_names_needs_no_thread(self) -> None:
+        self.threads.hands.idle = False
+        judge = self.make(".*")
+        self.assertEqual([200] * 200, [self.status(judge, f"image{number}") for number in range(200)])
+        self.assertEqual(0, self.threads.calls)
+
+    def test_slow_verdicts_are_remembered(self) -> None:
+        judge = self.make(SLOW)
+        self.assertEqual([200, 200], [self.status(judge, SLOW_NAME), self.status(judge, SLOW_NAME)])
+        self.assertEqual(1, self.threads.calls)
+
+    def test_a_herd_of_slow_names_is_let_in(self) -> None:
+        self.threads.hands.idle = False
+        judge = self.make(SLOW)
+        herd = [self.ask(judge, f"{SLOW_NAME}{number}") for number in range(20)]
+        self.assertEqual(1, len(self.threads.hands.waiting), "more than one at a time")
+        self.threads.hands.work_off()
+        self.assertEqual([200] * 20, self.statuses(herd))
 
     def test_what_is_remembered_is_bounded(self) -> None:
         """
@@ -87,18 +104,15 @@ class NamespacesTests(SynchronousTestCase):
         judge = self.make(".*")
         for number in range(100):
             self.status(judge, f"image{number}")
-        for number in (96, 97, 98, 99):
-            self.status(judge, f"image{number}")
-        self.assertEqual(100, self.threads.calls)
-        self.assertEqual(4, len(judge._verdicts))  # noqa: SLF001
+        self.assertEqual([f"image{number}" for number in range(96, 100)], list(judge._verdicts))  # noqa: SLF001
 
     def test_who_asks_meanwhile_waits_for_the_same_verdict(self) -> None:
         """
         A name is in a thread once, and a client that leaves takes nobody's verdict along.
         """
         self.threads.hands.idle = False
-        judge = self.make(".*")
-        asked = [Deferred.fromCoroutine(judge.admit("image")) for _ in range(3)]
+        judge = self.make(SLOW)
+        asked = [self.ask(judge, SLOW_NAME) for _ in range(3)]
         asked[0].cancel()
         self.failureResultOf(asked[0])
         self.threads.hands.work_off()
@@ -113,21 +127,23 @@ class NamespacesTests(SynchronousTestCase):
         self.assertEqual([503, 503], [self.status(judge, LONG), self.status(judge, LONG)])
         self.assertEqual(2, self.threads.calls)
 
-    def test_known_names_pass_while_a_pattern_takes_its_time(self) -> None:
-        """
-        Only names that nobody asked for before wait for one that can't be judged, and not endlessly many.
-        """
-        judge = self.make("image|" + CATASTROPHE, SHORT)
-        self.assertEqual(200, self.status(judge, "image"))
+    def test_new_names_pass_while_others_wait_for_a_slow_pattern(self) -> None:
+        judge = self.make("image[0-9]*|" + CATASTROPHE, SHORT)
         self.threads.hands.idle = False
-        waiting = [Deferred.fromCoroutine(judge.admit(f"{LONG}{number}")) for number in range(namespaces.WAITING + 1)]
-        for each in waiting:
-            self.assertNoResult(each)
-        self.assertEqual(2, self.threads.calls)  # one at a time
-        self.assertEqual([200, 503], [self.status(judge, "image"), self.status(judge, "another")])
+        waiting = [self.ask(judge, f"{LONG}{number}") for number in range(30)]
+        self.assertEqual([200] * 200, [self.status(judge, f"image{number}") for number in range(200)])
+        self.assertEqual(1, len(self.threads.hands.waiting))
         self.threads.hands.work_off()
-        for each in waiting:
-            self.failureResultOf(each, RegistryError)
+        self.assertEqual({503}, set(self.statuses(waiting)))
+
+    def test_names_wait_for_the_thread_ten_seconds_at_most(self) -> None:
+        self.threads.hands.idle = False
+        judge = self.make(CATASTROPHE, SHORT)
+        waiting = [self.ask(judge, f"{LONG}{number}") for number in range(100)]
+        self.clock.advance(LONGEST_WAIT)
+        self.assertEqual([503] * 99, [each for each in self.statuses(waiting) if each != 200])
+        self.threads.hands.work_off()
+        self.assertEqual(1, self.threads.calls, "names were judged for clients that were told to come again")
 
 
 class PatternTests(DaemonTestCase):

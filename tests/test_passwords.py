@@ -22,9 +22,9 @@ from ecrproxy.access.passwords import (
     FAILURE_SECONDS,
     FAILURES,
     KEPT,
+    LONGEST_WAIT,
     REMEMBER_SECONDS,
     REREAD_SECONDS,
-    WAITING,
     Failures,
     Passwords,
     parse_basic,
@@ -245,20 +245,58 @@ class PasswordsTests(SynchronousTestCase):
         for each in asked[1:]:
             self.successResultOf(each)
 
-    def test_few_are_checked_at_once_and_few_wait(self) -> None:
-        """
-        A flood takes two threads of its own; who comes when too many wait is told to come again.
-        """
+    def herd(self, size: int) -> list[str]:
+        return [f"198.51.100.{number}" for number in range(size)]
+
+    def test_a_herd_pays_for_one_check_of_one_password(self) -> None:
         self.hands.idle = False
-        asked = [self.ask("ann", f"wrong{number}", f"198.51.100.{number}") for number in range(WAITING)]
-        self.assertEqual(AT_ONCE, len(self.hands.waiting))
-        late = self.refusal(self.ask("bob", "two"))
-        self.assertEqual((503, "1"), (late.status, late.headers["Retry-After"]))
+        asked = [self.ask("ann", "one", address) for address in self.herd(200)]
+        self.assertEqual(1, len(self.hands.waiting))
         self.hands.work_off()
-        for each in asked:
-            self.assertEqual(401, self.refusal(each).status)
+        self.assertEqual([None] * 200, [self.successResultOf(each) for each in asked])
+
+    def test_a_herd_with_a_password_each_is_let_in_two_at_a_time(self) -> None:
+        self.path.write_bytes(b"".join(line(f"user{number}", str(number)) for number in range(200)))
+        self.passwords.reread()
+        self.hands.idle = False
+        asked = [self.ask(f"user{number}", str(number), address) for number, address in enumerate(self.herd(200))]
+        self.assertEqual(AT_ONCE, len(self.hands.waiting))
+        self.hands.work_off()
+        self.assertEqual([None] * 200, [self.successResultOf(each) for each in asked])
+
+    def test_a_password_waits_twenty_seconds_for_its_turn_at_most(self) -> None:
+        self.hands.idle = False
+        asked = [self.ask("ann", f"wrong{number}", address) for number, address in enumerate(self.herd(200))]
+        late = self.ask("bob", "two")
+        self.clock.advance(LONGEST_WAIT)
+        self.hands.work_off()
+        self.assertEqual((503, "1"), ((problem := self.refusal(late)).status, problem.headers["Retry-After"]))
+        found = [self.refusal(each).status for each in asked]
+        self.assertEqual([AT_ONCE, 200 - AT_ONCE], [found.count(401), found.count(503)])
         self.hands.idle = True
         self.successResultOf(self.ask("bob", "two"))
+
+    def test_a_wrong_password_counts_for_each_address_that_presents_it(self) -> None:
+        for number in range(FAILURES):
+            self.hands.idle = False
+            asked = [self.ask("ann", f"guess{number}", address) for address in (HERE, "198.51.100.1", HERE)]
+            self.hands.work_off()
+            self.assertEqual([401] * 3, [self.refusal(each).status for each in asked])
+        for address in (HERE, "198.51.100.1"):
+            self.assertEqual(429, self.refusal(self.ask("ann", "one", address)).status)
+
+    def test_a_guess_learns_nothing_from_another_address(self) -> None:
+        """
+        A right password that waits for its turn together with too many guesses looks like one of them.
+        """
+        self.hands.idle = False
+        guesses = [self.ask("ann", f"guess{number}") for number in range(FAILURES + AT_ONCE)]
+        mixed = self.ask("ann", "one")
+        honest = self.ask("ann", "one", "198.51.100.1")
+        self.hands.work_off()
+        self.assertEqual({401, 429}, {self.refusal(each).status for each in guesses})
+        self.assertEqual(429, self.refusal(mixed).status)
+        self.successResultOf(honest)
 
     def test_guesses_from_one_address_are_limited(self) -> None:
         """
@@ -282,7 +320,7 @@ class PasswordsTests(SynchronousTestCase):
         Those that wait for their turn are not looked at once enough were wrong.
         """
         self.hands.idle = False
-        asked = [self.ask("ann", f"guess{number}") for number in range(40)]
+        asked = [self.ask("ann", f"guess{number}") for number in range(1000)]
         looked_at = 0
         while self.hands.waiting:
             self.hands.work()
@@ -290,7 +328,7 @@ class PasswordsTests(SynchronousTestCase):
         found = [self.refusal(each).status for each in asked]
         self.assertLessEqual(looked_at, FAILURES + AT_ONCE - 1)
         self.assertEqual(looked_at, found.count(401))
-        self.assertEqual(40 - looked_at, found.count(429))
+        self.assertEqual(1000 - looked_at, found.count(429))
 
     def test_who_shows_nothing_is_not_counted(self) -> None:
         """

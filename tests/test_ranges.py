@@ -209,6 +209,23 @@ class BrokenLaneTests(RangesTestCase):
         self.assertEqual(SIZE, self.standin.bytes_sent)
         self.assertLessEqual(self.standin.count("registry", "GET"), 1 + 4)
 
+    def test_without_a_file_goes_on_too(self) -> None:
+        """
+        A blob that is not kept is asked for from its last byte on, whether its connection broke or its URL expired.
+        """
+        self.start(limit=10 * MIB)
+        self.standin.hold(self.digest)
+        reply = self.get(self.path)
+        self.standin.deliver(self.digest, 300_000)
+        self.flush()
+        self.standin.expire_urls()
+        self.standin.cut(self.digest)
+        self.flush()
+        self.standin.release(self.digest)
+        self.flush()
+        self.assertWhole(reply, DATA, "BYPASS")
+        self.assertEqual(SIZE, self.standin.bytes_sent)
+
     def test_that_stays_broken_ends_all(self) -> None:
         """
         When a part can't be had, the client's connection is aborted and the other lanes are stopped; the next request
@@ -311,8 +328,7 @@ class ReaderTests(RangesTestCase):
 
     def test_far_ahead_has_what_is_there(self) -> None:
         """
-        Who asks for a range that a later lane has brought gets it before what lies between has come, except for its
-        last byte, which waits for the proof of the whole.
+        Who asks for a range that a later lane has brought gets it before what lies between has come.
         """
         whole = self.begin()
         start, stop = self.spans()[2]
@@ -321,14 +337,11 @@ class ReaderTests(RangesTestCase):
         self.flush()
         wanted = (start + 1000, start + 101_000)
         part = self.get(self.path, Range=f"bytes={wanted[0]}-{wanted[1] - 1}")
-        self.assertEqual((206, "JOINED", ""), (part.code, part.cache, part.ended))
-        self.assertEqual(100_000 - 1, len(part.body))
-        self.assertTrue(DATA[wanted[0] : wanted[1] - 1] == bytes(part.body))
+        self.assertWhole(part, DATA[slice(*wanted)], "JOINED", 206)
         self.assertEqual(200_000, len(whole.body))
         self.assertLess(stop, SIZE)
         self.standin.release(self.digest)
         self.flush()
-        self.assertWhole(part, DATA[slice(*wanted)], code=206)
         self.assertWhole(whole, DATA)
         self.assertEqual(SIZE, self.standin.bytes_sent)
 
@@ -347,9 +360,9 @@ class ReaderTests(RangesTestCase):
         self.assertEqual(100_000, len(part.body))
         self.assertTrue(DATA[start + 150_000 : start + 250_000] == bytes(part.body))
 
-    def test_of_wrong_bytes_never_has_the_last(self) -> None:
+    def test_of_the_whole_by_a_range_never_has_the_last_of_wrong_bytes(self) -> None:
         """
-        When the whole turns out to be something else, a range that was there is aborted short of its last byte.
+        When the whole turns out to be something else, who asked for all of it by a range is aborted; a part was sent.
         """
         self.standin.corrupt(self.digest, DATA[:-1] + b"x")
         whole = self.begin()
@@ -357,10 +370,11 @@ class ReaderTests(RangesTestCase):
         self.standin.deliver(self.digest, 200_000)
         self.flush()
         part = self.get(self.path, Range=f"bytes={start}-{start + 999}")
-        self.assertEqual(999, len(part.body))
+        self.assertWhole(part, DATA[start : start + 1000], code=206)
+        all_of_it = self.get(self.path, Range="bytes=0-")
         self.standin.release(self.digest)
         self.flush()
-        self.assertBroken(part, DATA[start : start + 1000])
+        self.assertBroken(all_of_it, DATA)
         self.assertBroken(whole, DATA)
         self.assertFalse(self.has(self.digest))
 

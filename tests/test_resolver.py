@@ -77,6 +77,7 @@ class System:
 
     def __init__(self) -> None:
         self.asked: list[str] = []
+        self.knows = True
 
     def resolveHostName(
         self,
@@ -92,7 +93,8 @@ class System:
         self.asked.append(hostName)
         resolution = Named(hostName)
         resolutionReceiver.resolutionBegan(resolution)
-        resolutionReceiver.addressResolved(IPv4Address("TCP", "10.0.0.1", portNumber))
+        if self.knows:
+            resolutionReceiver.addressResolved(IPv4Address("TCP", "10.0.0.1", portNumber))
         resolutionReceiver.resolutionComplete()
         return resolution
 
@@ -305,13 +307,13 @@ class ChosenServersTests(SynchronousTestCase):
             self.assertEqual((1, 1), (len(receiver.begun), receiver.completed))
         self.assertEqual([], self.flushLoggedErrors())
 
-    def test_silent_servers_are_left_alone_for_a_minute(self) -> None:
+    def test_silent_servers_are_left_alone_for_ten_seconds(self) -> None:
         """
         Nobody waits for them again and again; then they have another chance.
         """
         self.resolve()
         self.servers.fail(DNSQueryTimeoutError(1))
-        self.clock.advance(59.9)
+        self.clock.advance(9.9)
         for name in (NAME, "bucket.test"):
             self.assertEqual(1, self.resolve(name).completed)
         self.assertEqual(2, len(self.servers.asked))
@@ -321,17 +323,60 @@ class ChosenServersTests(SynchronousTestCase):
         self.servers.answer(["192.0.2.1"])
         self.assertEqual([IPv4Address("TCP", "192.0.2.1", 443)], receiver.found)
 
-    def test_silence_is_warned_of_once(self) -> None:
+    def test_servers_that_alone_know_a_name_are_asked_again_at_once(self) -> None:
+        self.system.knows = False
+        for _ in range(3):
+            receiver = self.resolve()
+            self.servers.fail(DNSServerError())
+            self.assertEqual(([], 1), (receiver.found, receiver.completed))
+        self.assertEqual(3, len(self.system.asked))
+        receiver = self.resolve()
+        self.servers.answer(["192.0.2.1"])
+        self.assertEqual([IPv4Address("TCP", "192.0.2.1", 443)], receiver.found)
+
+    def test_servers_are_asked_again_for_what_the_host_can_not_resolve(self) -> None:
         """
-        The log names the setting and the name that was asked for, and is not filled with it.
+        Also while they are left alone, because the host knew another name.
         """
+        self.resolve("bucket.test")
+        self.servers.fail(DNSServerError())
+        self.system.knows = False
+        self.assertEqual(([], 1), ((receiver := self.resolve()).found, receiver.completed))
+        receiver = self.resolve()
+        self.servers.answer(["192.0.2.1"])
+        self.assertEqual([IPv4Address("TCP", "192.0.2.1", 443)], receiver.found)
+
+    def test_servers_are_asked_again_when_the_hosts_answer_leads_nowhere(self) -> None:
+        self.resolve()
+        self.servers.fail(DNSServerError())
+        self.resolver.forget(NAME)
+        self.resolve()
+        self.assertEqual(4, len(self.servers.asked))
+
+    def test_the_last_addresses_are_used_while_nobody_resolves_a_name(self) -> None:
+        self.resolve()
+        self.servers.answer(["192.0.2.1"])
+        self.clock.advance(3600)
+        self.system.knows = False
+        receiver = self.resolve()
+        self.servers.fail(DNSQueryTimeoutError(1))
+        self.assertEqual(([IPv4Address("TCP", "192.0.2.1", 443)], 1), (receiver.found, receiver.completed))
+
+    def test_the_addresses_of_one_family_do_where_the_other_fails(self) -> None:
+        receiver = self.resolve()
+        self.servers.answers["A"].callback(
+            ([dns.RRHeader(NAME, dns.A, payload=dns.Record_A("192.0.2.1"))], [], []),
+        )
+        self.servers.answers["AAAA"].errback(DNSServerError())
+        self.assertEqual([IPv4Address("TCP", "192.0.2.1", 443)], receiver.found)
+        self.assertEqual([], self.system.asked)
+
+    def test_silence_is_told_once_a_minute_for_each_name(self) -> None:
         with capturedLogs() as events:
-            for _ in range(3):
-                self.resolve()
-                self.servers.fail(DNSQueryTimeoutError(1))
-                self.clock.advance(61)
+            self.resolve()
+            self.servers.fail(DNSQueryTimeoutError(1))
         (warning,) = events
-        self.assertEqual(LogLevel.warn, warning["log_level"])
+        self.assertEqual((LogLevel.warn, NAME), (warning["log_level"], warning["once"]))
         self.assertIn("PROXY_DNS_RESOLVER", formatEvent(warning))
         self.assertIn(NAME, formatEvent(warning))
 

@@ -12,6 +12,7 @@ from twisted.internet.error import ConnectionRefusedError, DNSLookupError
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.registry.bucket import UnavailableError
+from ecrproxy.registry.ecr import RENEW_SECONDS
 from ecrproxy.registry.retries import TRANSIENT_STATUSES, Budget, TransientError, Tries, asked_wait, failure, next_try
 from tests.test_upstream import UpstreamTestCase
 
@@ -294,6 +295,7 @@ class AgainTests(UpstreamTestCase):
         self.pass_time(1)
         self.successResultOf(answer)
         self.assertEqual((4, 2), (self.standin.count("registry"), len(self.standin.tokens._until)))  # noqa: SLF001
+        self.pass_time(RENEW_SECONDS)
         self.standin.forget_asked()
         self.standin.fail("registry", status=503)
         self.standin.fail("registry", status=401, times=1)

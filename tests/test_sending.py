@@ -608,6 +608,30 @@ class KernelTests(DaemonTestCase):
         self.pass_time(1)  # lines of a rush are gathered
         self.assertEqual(2, self.logged().count(f"GET {self.path} 200 {len(self.data)} bytes"))
 
+    def test_sends_several_ranges(self) -> None:
+        """
+        The parts go from file to socket, in whatever order, and only their heads are written by us; the file that is
+        not in memory is read in a thread, before each part anew.
+        """
+        self.get(self.path)
+        sent, warmed = self.sendfiles(), []
+
+        def cold(fd: int, buffers: Any, offset: int, flags: int = 0) -> int:
+            warmed.append(offset)
+            raise BlockingIOError
+
+        self.patch(os, "preadv", cold)
+        for _ in range(2):
+            self.ask("Range: bytes=2000000-2999999,5-9,1000000-1000099")
+            self.read()
+        body, again = self.bodies
+        self.assertEqual(body, again)
+        parts = [part.partition(b"\r\n\r\n")[2] for part in body.split(f"\r\n--{self.digest[7:]}".encode())]
+        expected = [b"", self.data[2_000_000:3_000_000], self.data[5:10], self.data[1_000_000:1_000_100], b""]
+        self.assertTrue(expected == parts)
+        self.assertEqual(2 * (1_000_000 + 5 + 100), sum(sent))
+        self.assertLessEqual({9, 1_000_099}, set(warmed))
+
     def test_sends_a_range(self) -> None:
         """
         Of a range exactly its bytes are sent.

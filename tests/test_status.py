@@ -11,6 +11,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.admin.port import is_ours
 from ecrproxy.admin.status import NEXT, TRANSFERS
+from ecrproxy.cache.condition import FRESH_SECONDS
 from tests.daemon import DaemonTestCase, noise
 
 DEAD = "sha256:" + 64 * "0"
@@ -136,7 +137,7 @@ class DocumentTests(StatusTestCase):
         self.assertEqual({"manifests": 0, "checks": 0, "blobs": 0, "lists": 0}, upstream["waiting"])
         self.standin.fail("registry", status=503)
         for name in range(5):
-            self.daemon.send("GET", f"/v2/team/app/manifests/v{name}")
+            self.daemon.send("GET", f"/v2/team/app{name}/manifests/latest")
         self.pass_time(30)
         status = self.status()
         self.assertEqual("open", status["upstream"]["circuit"])
@@ -148,11 +149,14 @@ class DocumentTests(StatusTestCase):
         With the reasons of /readyz.
         """
         self.assertEqual([], self.status()["reasons"])
+        self.pass_time(FRESH_SECONDS)
         self.root.rename(self.root.with_suffix(".away"))
         self.addCleanup(self.root.with_suffix(".away").rename, self.root)
         self.root.write_text("no directory")
         self.addCleanup(self.root.unlink)
-        self.assertIn("cache", self.status()["reasons"][0])
+        status = self.status()
+        self.assertIn("cache", status["reasons"][0])
+        self.assertEqual((False, True), (status["can_serve"], status["can_fetch"]))
 
     def test_does_not_grow_with_what_clients_do(self) -> None:
         """

@@ -12,6 +12,7 @@ from twisted.internet.testing import MemoryReactorClock
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.daemon.supervision import BEAT_SECONDS, Supervised, Supervisor, summary
+from ecrproxy.readiness import Readiness
 
 GIB = 2**30
 
@@ -257,6 +258,9 @@ class SupervisedTests(SynchronousTestCase):
         self.assertEqual([], self.supervisor.messages)
 
 
+WELL = Readiness(can_serve=True, can_fetch=True, reasons=())
+
+
 class SummaryTests(SynchronousTestCase):
     """
     What an operator reads in systemctl status.
@@ -266,13 +270,18 @@ class SummaryTests(SynchronousTestCase):
         """
         In GiB, with the limit.
         """
-        self.assertEqual("Ready; the cache holds 12.3 of 64.0 GiB", summary([], int(12.3 * GIB), 64 * GIB))
+        self.assertEqual("Ready; the cache holds 12.3 of 64.0 GiB", summary(WELL, int(12.3 * GIB), 64 * GIB))
 
     def test_says_what_keeps_it_from_its_work(self) -> None:
         """
         In the words of /readyz.
         """
-        said = summary(["no token: AWS has not answered yet", "draining: the daemon ends"], 0, GIB)
+        reasons = "no token: AWS has not answered yet", "draining: the daemon ends"
+        said = summary(Readiness(can_serve=False, can_fetch=False, reasons=reasons), 0, GIB)
         self.assertEqual(
             "no token: AWS has not answered yet; draining: the daemon ends; the cache holds 0.0 of 1.0 GiB", said
         )
+
+    def test_says_what_is_wrong_although_it_serves(self) -> None:
+        said = summary(Readiness(can_serve=True, can_fetch=False, reasons=("no token: AWS is down",)), GIB, GIB)
+        self.assertEqual("Ready, but no token: AWS is down; the cache holds 1.0 of 1.0 GiB", said)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import atexit
 import gc
 import io
+import json
 import os
 import resource
 import signal
@@ -35,6 +36,7 @@ from twisted.python.threadpool import ThreadPool
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy import __version__
+from ecrproxy.cache.condition import FRESH_SECONDS
 from ecrproxy.daemon.process import count_steadily, open_many_files, set_aside_what_stays
 from ecrproxy.daemon.supervision import Supervisor
 from ecrproxy.registry.ecr import CredentialsError, TokenService
@@ -474,6 +476,39 @@ class CredentialsTests(TapCase):
         self.assertEqual(1, self.reactor.stopped)
         self.assertEqual([1], self.exit())
 
+    def put_content(self) -> None:
+        """
+        Let an earlier daemon have cached something.
+        """
+        file = self.folder / "cache" / "content" / "sha256" / "ab" / ("ab" * 32)
+        file.parent.mkdir(parents=True)
+        file.write_bytes(b"content")
+
+    def test_refused_credentials_do_not_end_a_daemon_that_has_content(self) -> None:
+        """
+        It serves, says what it can and what is wrong, and tries again.
+        """
+        self.put_content()
+        aws = FakeAws(self, KEYS)
+        aws.refuses("UnrecognizedClientException", "The security token is invalid")
+        self.start()
+        self.assertEqual(("", 0), (self.stderr.getvalue(), self.reactor.stopped))
+        reply = answer(self.reactor, b"/readyz")
+        self.assertIn(b"200 OK", reply)
+        said = json.loads(reply.partition(b"\r\n\r\n")[2])
+        self.assertEqual((True, False), (said["can_serve"], said["can_fetch"]))
+        self.assertIn("The security token is invalid", said["reasons"][0])
+        aws.grants()
+        self.reactor.pump([1.0] * 5)
+        said = json.loads(answer(self.reactor, b"/readyz").partition(b"\r\n\r\n")[2])
+        self.assertEqual((True, []), (said["can_fetch"], said["reasons"]))
+
+    def test_what_is_said_of_an_end_announces_no_next_try(self) -> None:
+        FakeAws(self, {})
+        with capturedLogs() as events:
+            self.start()
+        self.assertEqual([], [each for each in events if "Next try" in str(formatEvent(each))])
+
     def exit(self) -> list[int]:
         """
         Exit, and give the status if it is not twistd's.
@@ -588,9 +623,11 @@ class CredentialsTests(TapCase):
         self.assertIn(b"200 OK", answer(self.reactor, b"/readyz"))
         ingest = self.folder / "cache" / "ingest"
         ingest.rmdir()
+        self.reactor.advance(FRESH_SECONDS)
         self.assertIn(b"200 OK", answer(self.reactor, b"/readyz"))  # it is made anew
         ingest.rmdir()
         ingest.touch()
+        self.reactor.advance(FRESH_SECONDS)
         not_ready = answer(self.reactor, b"/readyz")
         self.assertIn(b"503 Service", not_ready)
         self.assertIn(b"the cache directory can't be written: Not a directory", not_ready)

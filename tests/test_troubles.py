@@ -16,6 +16,7 @@ from typing import Any
 from twisted.logger import capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
+from ecrproxy.cache.condition import FRESH_SECONDS
 from ecrproxy.cache.troubles import QUIET_SECONDS, Kind, Troubles
 from tests.daemon import DaemonTestCase, noise
 from tests.store_contract import START, failing
@@ -112,6 +113,7 @@ class PullTests(DaemonTestCase):
         """
         Ask whether the daemon is ready.
         """
+        self.pass_time(FRESH_SECONDS)
         reply = self.get("/readyz")
         reasons: list[str] = json.loads(reply.body)["reasons"]
         self.assertEqual(503 if reasons else 200, reply.code)

@@ -16,6 +16,7 @@ from twisted.web.client import ResponseFailed
 
 from ecrproxy.oci import Digest, RegistryError, Route, parse_route
 from ecrproxy.registry.bucket import UnavailableError, describe
+from ecrproxy.registry.ecr import RENEW_SECONDS
 from ecrproxy.registry.upstream import upstream_query
 from ecrproxy.registry.wire import PlainAgent
 from tests.daemon import MIB, Daemon, DaemonTestCase, noise
@@ -709,15 +710,18 @@ class RefusalTests(UpstreamTestCase):
         """
         401, a 400 that is no word about the request, and a 403 that speaks of the token cost a new one.
         """
+        unreadable = b'{"errors": [{"code": "UNKNOWN", "message": "Cannot read the authorization token"}]}'
         for status, body in (
             (401, b"Not Authorized\n"),
             (400, b"Bad Request\n"),
             (400, b""),
-            (400, b'{"errors": [{"code": "UNKNOWN", "message": "x"}]}'),
+            (400, unreadable),
+            (400, DENIED % b"no"),
             (403, DENIED % b"Your authorization token has expired. Reauthenticate and try again."),
             (403, b"Your Authorization Token is invalid."),
         ):
             self.assertEqual(1, self.renewals(status, body), (status, body))
+            self.pass_time(RENEW_SECONDS)
 
     def test_about_something_else(self) -> None:
         """
@@ -732,13 +736,47 @@ class RefusalTests(UpstreamTestCase):
             (400, b"Bad Request", challenge),
             *(
                 (400, json.dumps({"errors": [{"code": code}]}).encode(), None)
-                for code in ("UNSUPPORTED", "NAME_INVALID", "TAG_INVALID", "DIGEST_INVALID", "MANIFEST_INVALID")
+                for code in ("UNKNOWN", "UNSUPPORTED", "NAME_INVALID", "TAG_INVALID", "DIGEST_INVALID", "NEW")
             ),
             (404, DENIED % b"token", None),
             (429, DENIED % b"token", None),
             (500, DENIED % b"token", None),
         ):
             self.assertEqual(0, self.renewals(status, body, headers), (status, body))
+
+    def test_of_an_unknown_code_are_passed_on(self) -> None:
+        body = b'{"errors": [{"code": "SOMETHING_NEW", "message": "why not"}]}'
+        for method in ("GET", "HEAD"):
+            self.standin.fail("registry", status=400, body=body)
+            ask = self.daemon.upstream.manifest if method == "GET" else self.daemon.upstream.head_manifest
+            problem = self.refused(ask(self.tag, ""))
+            self.assertEqual((400, "SOMETHING_NEW", "why not"), (problem.status, problem.code, problem.message))
+
+    def test_that_may_be_about_the_token_cost_one_token_a_minute(self) -> None:
+        """
+        And what ECR says is not hidden.
+        """
+        for status, body in ((400, b"Bad Request\n"), (401, b"Not Authorized\n")):
+            before = len(self.standin.tokens._until)  # noqa: SLF001
+            fault = self.standin.fail("registry", status=status, body=body)
+            for _ in range(10):
+                asked = Deferred.fromCoroutine(self.daemon.upstream.manifest(self.tag, ""))
+                self.pass_time(1)
+                problem = self.failureResultOf(asked, UnavailableError).value
+                self.assertIn(body.decode().strip() if status == 400 else "does not accept", problem.message)
+            self.assertEqual(1, len(self.standin.tokens._until) - before)  # noqa: SLF001
+            fault.remove()
+            self.pass_time(2 * RENEW_SECONDS)  # a rejected token is replaced after a minute, asked or not
+
+    def test_of_head_alone_leave_the_token_alone(self) -> None:
+        """
+        Some registries answer each HEAD with 401.
+        """
+        fault = self.standin.fail("registry", status=401, method="HEAD")
+        head = self.successResultOf(self.asking_with_time(self.daemon.upstream.head_manifest(self.tag, "")))
+        self.assertEqual(self.image.digest, str(head.digest))
+        self.assertEqual(1, len(self.standin.tokens._until))  # noqa: SLF001
+        fault.remove()
 
     def test_in_strange_words(self) -> None:
         """

@@ -75,9 +75,9 @@ class Together(Daemon):
     ) -> None:
         self.between: Between | None = None
         super().__init__(*args, pattern=pattern, cache_key=cache_key, tag_ttl=tag_ttl, **options)
-        shape = Namespaces(parse_pattern(pattern), at_once), CacheKey.parse(cache_key), at_once
+        shape = Namespaces(parse_pattern(pattern), at_once, self.clock), CacheKey.parse(cache_key), at_once
         inner, self.seen = Seen(self.pull_through, *shape), list[Request]()
-        inner.seen, ready = self.seen, Ready(self.reasons)
+        inner.seen, ready = self.seen, Ready(self.readiness)
         hearers = told(self.store.ledger, self.figures.served, self.status.incidents, self.crowds)
         others = {USED: Used(hearers)}
         site = make_site(inner, ready, self.clock, crowd=Crowd(BOUNDLESS), others=others)

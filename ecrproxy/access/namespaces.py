@@ -1,31 +1,36 @@
 """
 Which repositories are let in: a pattern that a repository's whole name must match.
 
-A pattern can be such that the time it takes doubles with each character of a name. So a name that was not judged yet
-is judged in a thread, one at a time and for half a second at the most, while the event loop goes on. Verdicts are
-remembered: what was pulled once costs a look into a dictionary.
+A pattern can be such that the time it takes doubles with each character of a name. So a name gets two milliseconds
+of the event loop, which is a thousand times what patterns need as a rule; one that needs more is judged in a thread,
+one at a time and for half a second at most. Verdicts are remembered.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import regex
-from twisted.internet.defer import DeferredLock
 from twisted.logger import Logger
 
+from ecrproxy.access.turns import LateError, Turns
 from ecrproxy.flights import Flights
 from ecrproxy.oci import RegistryError
 from ecrproxy.reasons import Reason
 from ecrproxy.threads import InThread
 
+if TYPE_CHECKING:
+    from twisted.internet.interfaces import IReactorTime
+
 log = Logger()
 
+INLINE_SECONDS: Final = 0.002
+"""Processor time that a pattern may take for a name in the event loop."""
 MATCH_SECONDS: Final = 0.5
-"""How long a pattern may take for a name, in time of the processor."""
-WAITING: Final = 20
-"""How many names may wait to be judged: they wait for ten seconds at the most."""
+"""Processor time that a pattern may take for a name in a thread."""
+LONGEST_WAIT: Final = 10.0
+"""Seconds that a name may wait for the thread; clients that have waited longer are told to come again."""
 REMEMBERED: Final = 8192
 """How many verdicts are kept."""
 
@@ -34,7 +39,7 @@ class Namespaces:
     """
     The repositories whose whole name C{pattern} matches.
 
-    @param in_thread: calls the matching; not a disk's thread, which a bad pattern would keep from its work.
+    @param in_thread: calls slow matching; not a disk's thread, which a bad pattern would keep from its work.
     @param is_other: tells whether a name is that of another registry than the one behind.
     """
 
@@ -42,13 +47,14 @@ class Namespaces:
         self,
         pattern: regex.Pattern[str],
         in_thread: InThread,
+        clock: IReactorTime,
         is_other: Callable[[str], bool] = lambda _: False,
         seconds: float = MATCH_SECONDS,
     ) -> None:
         self._pattern, self._in_thread, self._is_other, self._seconds = pattern, in_thread, is_other, seconds
         self._verdicts: dict[str, bool] = {}
         self._flights: Flights[bool] = Flights()
-        self._turn = DeferredLock()
+        self._turns = Turns(1, LONGEST_WAIT, clock)
 
     def admit_registry(self, name: str) -> None:
         """
@@ -67,24 +73,38 @@ class Namespaces:
         @raise RegistryError: if the pattern does not match it, or takes too long to tell.
         """
         verdict = self._verdicts.get(repository)
+        if verdict is None and repository not in self._flights:
+            verdict = self._match_inline(repository)
         if verdict is None:
-            if len(self._turn.waiting) >= WAITING and repository not in self._flights:
-                raise _undecided()
-            verdict = await self._flights.join(repository, lambda: self._judge(repository))
+            verdict = await self._flights.join(repository, lambda: self._match_in_turn(repository))
         if not verdict:
             raise RegistryError(403, "DENIED", f"this proxy does not serve {repository}", reason=Reason.NAMESPACE)
 
-    async def _judge(self, repository: str) -> bool:
+    def _match_inline(self, repository: str) -> bool | None:
         try:
-            verdict: bool = await self._turn.run(self._in_thread, self._matches, repository)
+            verdict = self._pattern.fullmatch(repository, timeout=INLINE_SECONDS) is not None
+        except TimeoutError:
+            return None
+        return self._remember(repository, verdict=verdict)
+
+    async def _match_in_turn(self, repository: str) -> bool:
+        try:
+            async with self._turns.turn():
+                verdict: bool = await self._in_thread(self._matches, repository)
+        except LateError:
+            raise _undecided() from None
         except TimeoutError:
             # Not remembered: a machine that was very busy would lock a repository out for good.
             log.warn(
                 "PROXY_NAMESPACE_PATTERN took more than {seconds} s for {repository}, refused: make it simpler",
                 seconds=self._seconds,
                 repository=repository,
+                once="PROXY_NAMESPACE_PATTERN",
             )
             raise _undecided() from None
+        return self._remember(repository, verdict=verdict)
+
+    def _remember(self, repository: str, *, verdict: bool) -> bool:
         if len(self._verdicts) >= REMEMBERED:
             del self._verdicts[next(iter(self._verdicts))]
         self._verdicts[repository] = verdict

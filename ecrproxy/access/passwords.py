@@ -4,8 +4,9 @@ Who has shown a right name and password, and who has tried too often.
 Rules:
 
 - No password is kept. What was right is remembered for some minutes, by a hash whose key this process alone has.
-- One check costs a tenth of a second and more of a processor: few are made at once, in threads of their own, few may
-  wait, and of those that an address makes, few may come to nothing.
+- One check costs a tenth of a second and more of a processor: few are made at once, in threads of their own, and one
+  for all clients that present the same name and password meanwhile. A check may wait some seconds for its turn. Of
+  those that an address causes, few may come to nothing.
 - An unknown name costs what a known one does, is answered in the same words, and counts the same.
 - Who has failed too often is told to wait before anything else is looked at: a right guess would look like a wrong one.
 """
@@ -18,16 +19,19 @@ import hashlib
 import math
 import re
 from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from twisted.application.service import Service
-from twisted.internet.defer import Deferred, DeferredSemaphore
+from twisted.internet.defer import Deferred
 from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 
 from ecrproxy.access.htpasswd import HtpasswdError, read_users, signature
 from ecrproxy.access.limits import counted
+from ecrproxy.access.turns import LateError, Turns
 from ecrproxy.flights import Flights
 from ecrproxy.oci import RegistryError
 from ecrproxy.reasons import Reason
@@ -40,8 +44,8 @@ log = Logger()
 
 AT_ONCE: Final = 2
 """Passwords that are checked at the same time."""
-WAITING: Final = 64
-"""Passwords that are checked or wait for it; who comes then is told to come again."""
+LONGEST_WAIT: Final = 20.0
+"""Seconds that a password may wait to be checked; clients that have waited longer are told to come again."""
 FAILURES: Final = 10
 """Wrong passwords that an address may give in C{FAILURE_SECONDS}."""
 FAILURE_SECONDS: Final = 60.0
@@ -106,6 +110,18 @@ class Failures:
         return (since, count) if now - since < FAILURE_SECONDS else (now, 0)
 
 
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """
+    What a check has found.
+
+    @ivar held_back: addresses that presented this password, and had given too many wrong ones before its turn came.
+    """
+
+    right: bool
+    held_back: frozenset[str]
+
+
 class Passwords(Service):
     """
     Asks clients for a name and a password of a file, which is read again when it has changed.
@@ -120,9 +136,9 @@ class Passwords(Service):
         self._seen = self._users.seen
         self._right: OrderedDict[bytes, float] = OrderedDict()
         self._failures = Failures(clock)
-        self._flights: Flights[bool] = Flights()
-        self._turns = DeferredSemaphore(AT_ONCE)
-        self._waiting = 0
+        self._flights: Flights[Verdict] = Flights()
+        self._presented: dict[bytes, set[str]] = {}
+        self._turns = Turns(AT_ONCE, LONGEST_WAIT, clock)
         self._loop = LoopingCall(self._look)
         self._loop.clock = clock
 
@@ -149,30 +165,44 @@ class Passwords(Service):
         name = self._name(b":".join(shown))
         if self._right.get(name, 0) > self._clock.seconds():
             return
-        flight = (address, name)
-        if flight not in self._flights and self._waiting >= WAITING:
-            said = "too many passwords are being checked"
-            raise RegistryError(503, "UNAVAILABLE", said, {"Retry-After": "1"}, Reason.BUSY)
-        if not await self._flights.join(flight, partial(self._check, address, shown, name)):
+        self._presented.setdefault(name, set()).add(address)
+        verdict = await self._flights.join(name, partial(self._check, shown, name))
+        if address in verdict.held_back:
+            self._hold_back(address)
+        if not verdict.right:
             raise _unauthorized()
 
-    async def _check(self, address: str, shown: tuple[bytes, bytes], name: bytes) -> bool:
-        self._waiting += 1
-        await self._turns.acquire()
+    async def _check(self, shown: tuple[bytes, bytes], name: bytes) -> Verdict:
         try:
-            self._hold_back(address)  # others of its passwords may have been wrong since
-            users = self._users
-            chosen = int.from_bytes(self._name(shown[0])[:8], "big")
-            right = await self._in_thread(users.matches, *shown, chosen)
-            # Counted before the turn is over: whoever has the next one may be of the same address.
-            if not right and self._failures.note(address):
-                log.warn("{address} gave {count} wrong passwords within a minute", address=address, count=FAILURES)
+            async with self._turns.turn():
+                # Other passwords from the same address may have been wrong since this one came.
+                held_back = frozenset(filter(self._failures.wait, self._presented[name]))
+                if held_back == self._presented[name]:
+                    return Verdict(right=False, held_back=held_back)
+                users = self._users
+                chosen = int.from_bytes(self._name(shown[0])[:8], "big")
+                right = await self._in_thread(users.matches, *shown, chosen)
+                if not right:
+                    # Counted before the turn is over: the next one may be of the same address.
+                    self._count(self._presented[name] - held_back)
+        except LateError:
+            said = "too many passwords are being checked"
+            raise RegistryError(503, "UNAVAILABLE", said, {"Retry-After": "1"}, Reason.BUSY) from None
         finally:
-            self._waiting -= 1
-            self._turns.release()
+            del self._presented[name]
         if right and users is self._users:
             self._remember(name)
-        return right
+        return Verdict(right, held_back)
+
+    def _count(self, addresses: Iterable[str]) -> None:
+        for address in addresses:
+            if self._failures.note(address):
+                log.warn(
+                    "{address} gave {count} wrong passwords within a minute",
+                    address=address,
+                    count=FAILURES,
+                    once=address,
+                )
 
     def _name(self, secret: bytes) -> bytes:
         return hashlib.blake2b(secret, key=self._key, digest_size=32).digest()

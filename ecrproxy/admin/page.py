@@ -72,9 +72,9 @@ def health(snapshot: Snapshot) -> tuple[str, str]:
     """
     Say how the daemon is: as a level, and in a few words.
     """
-    if snapshot.reasons:
+    if not snapshot.can_serve:
         return "bad", "Not ready"
-    if snapshot.upstream.circuit != "closed":
+    if not snapshot.can_fetch:
         return "warn", "Ready, without ECR"
     return "ok", "Ready"
 

@@ -131,7 +131,9 @@ class Snapshot:
     @ivar registry: ECR's URL.
     @ivar when: the moment, in seconds since the epoch.
     @ivar uptime: seconds since the start.
-    @ivar reasons: why the daemon is not ready, if so.
+    @ivar can_serve: whether it can serve clients.
+    @ivar can_fetch: whether it can fetch from ECR.
+    @ivar reasons: what is wrong, if anything is.
     @ivar answers: with content, by the word of X-Cache-Status.
     @ivar now: the last few seconds.
     @ivar history: the last hour.
@@ -142,6 +144,8 @@ class Snapshot:
     registry: str
     when: float
     uptime: float
+    can_serve: bool = True
+    can_fetch: bool = True
     reasons: tuple[str, ...]
     cache: Fill
     transfers: tuple[Transfer, ...]

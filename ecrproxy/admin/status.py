@@ -13,6 +13,7 @@ from ecrproxy.admin.history import History, Sampler
 from ecrproxy.admin.incidents import Incidents
 from ecrproxy.admin.snapshot import Answers, Fill, Leaving, Saving, Snapshot, TokenState, Transfer, UpstreamState
 from ecrproxy.cache.entries import Entry
+from ecrproxy.readiness import Readiness
 from ecrproxy.registry.quotas import Call
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class Status:
     The parts that a snapshot is taken of.
 
     @ivar registry: ECR's URL.
-    @ivar reasons: asks why the daemon is not ready.
+    @ivar readiness: asks what the daemon can do.
     @ivar now: seconds since the epoch.
     @ivar clock: the one that timers go by.
     @ivar services: what keeps notes for the next snapshots, while it runs.
@@ -73,7 +74,7 @@ class Status:
     janitor: Janitor
     asking: Asking
     pull_through: PullThrough
-    reasons: Callable[[], Awaitable[Sequence[str]]]
+    readiness: Callable[[], Awaitable[Readiness]]
     in_thread: InThread
     now: Callable[[], float]
     clock: IReactorTime
@@ -87,14 +88,16 @@ class Status:
         """
         Take one.
         """
-        reasons = await self.reasons()
+        readiness = await self.readiness()
         leaving = await self.in_thread(next_to_go, self.store, NEXT)
         return Snapshot(
             version=self.figures.version,
             registry=self.registry,
             when=self.now(),
             uptime=self.clock.seconds() - self._started,
-            reasons=tuple(reasons),
+            can_serve=readiness.can_serve,
+            can_fetch=readiness.can_fetch,
+            reasons=readiness.reasons,
             cache=self._fill(leaving),
             transfers=self._transfers(),
             repositories=tuple(Saving(*each) for each in self.figures.served.saved.top(TOP)),

@@ -7,7 +7,8 @@ Rules:
   the stretches that are there, written anew after each of them. It is cut off when the file becomes content.
 - A file is locked by its writer, and the kernel drops the lock with the process. One that nobody locks is
   I{left over}: the next transfer of its digest goes on from it.
-- A trailer proves nothing. What it tells of is hashed before anybody is shown it, the bytes are held against the digest
+- A trailer proves nothing. What it tells of is hashed before it is part of a complete response, and before anything
+  of it is sent if the machine has started since (see L{Writer.take_up}); the bytes are held against the digest
   when all are there, and a file that fails is dropped. A torn or missing trailer is a file that is no use.
 - Only who holds its lock, and found it in its place then, writes to a file or removes it.
 - What is there is never written again: it may be hashed already.
@@ -20,12 +21,12 @@ import errno
 import fcntl
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from ecrproxy.cache.proofs import Proofs
-from ecrproxy.cache.trailer import TRAILER, Stretches, Trailer
+from ecrproxy.cache.trailer import TRAILER, UNKNOWN_BOOT, Stretches, Trailer
 from ecrproxy.cache.troubles import Troubles
 from ecrproxy.cache.writer import Writer
 
@@ -46,13 +47,11 @@ class Left(NamedTuple):
     What a file that is left over is good for.
 
     @ivar size: the bytes that the blob was announced with.
-    @ivar start: the first byte that is missing.
-    @ivar stop: the first behind it that isn't.
+    @ivar gaps: the stretches of it that are missing.
     """
 
     size: int
-    start: int
-    stop: int
+    gaps: Sequence[tuple[int, int]]
 
 
 class Ingest:
@@ -64,13 +63,20 @@ class Ingest:
     @param ledger: where what is left over is counted.
     @param proofs: what is told of what has become content.
     @param troubles: what is told of a disk that fails.
+    @param boot: the current start of the machine: see L{trailer.boot_id}.
     """
 
     def __init__(
-        self, root: Path, now: Callable[[], float], ledger: Ledger, proofs: Proofs, troubles: Troubles
+        self,
+        root: Path,
+        now: Callable[[], float],
+        ledger: Ledger,
+        proofs: Proofs,
+        troubles: Troubles,
+        boot: bytes = UNKNOWN_BOOT,
     ) -> None:
         self.root, self.now, self.ledger, self.proofs, self.troubles = root, now, ledger, proofs, troubles
-        self.folder = root / "ingest"
+        self.folder, self.boot = root / "ingest", boot
 
     def begin(self, digest: Digest, size: int) -> Writer:
         """
@@ -95,7 +101,7 @@ class Ingest:
         """
         found = [trailer for _, trailer in self._left_of(digest) if trailer is not None]
         best = max(found, key=_worth, default=None)
-        return Left(best.size, *Stretches(best.there).gaps(best.size)[0]) if best is not None else None
+        return Left(best.size, Stretches(best.there).gaps(best.size)) if best is not None else None
 
     def resume(self, digest: Digest, size: int) -> Writer | None:
         """

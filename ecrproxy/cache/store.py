@@ -33,6 +33,7 @@ from ecrproxy.cache.entries import Entry
 from ecrproxy.cache.ingest import Ingest
 from ecrproxy.cache.ledger import Ledger, Settled, is_own, packed
 from ecrproxy.cache.proofs import Proofs, is_marked, mark
+from ecrproxy.cache.trailer import boot_id
 from ecrproxy.cache.troubles import Kind, Troubles, is_exhaustion
 from ecrproxy.cache.writer import Writer
 from ecrproxy.oci import Digest, Route
@@ -69,7 +70,7 @@ class Store:
         self.ledger = Ledger() if ledger is None else ledger
         self.proofs = Proofs()
         self.troubles = Troubles(now)
-        self.arriving = Ingest(root, now, self.ledger, self.proofs, self.troubles)
+        self.arriving = Ingest(root, now, self.ledger, self.proofs, self.troubles, boot_id())
 
     def prepare(self) -> None:
         """
@@ -136,6 +137,15 @@ class Store:
         with contextlib.suppress(OSError):
             self.check()
         return self.troubles.reasons()
+
+    def has_content(self) -> bool:
+        """
+        Tell whether there is any content.
+        """
+        try:
+            return any(path.is_file() for path in (self.root / "content").glob("*/*/*"))
+        except OSError:
+            return False
 
     def sweep(self) -> None:
         """

@@ -13,12 +13,15 @@ import struct
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 WORTH_RESUMING: Final = 2**20
 """Bytes from which on a blob has a trailer: less is had again sooner than looked for."""
-_MAGIC: Final = b"ecrprxy1"
-_HEAD: Final = struct.Struct(">8sQdI")
+UNKNOWN_BOOT: Final = bytes(16)
+"""The start of a machine that does not tell them apart."""
+_MAGIC: Final = b"ecrprxy2"
+_HEAD: Final = struct.Struct(">8sQd16sI")
 _SPAN: Final = struct.Struct(">QQ")
 _MOST_SPANS: Final = 60
 """A lane leaves one gap; more come of a transfer that was interrupted often, and are forgotten."""
@@ -74,18 +77,21 @@ class Trailer:
     @ivar size: the bytes that the blob was announced with.
     @ivar when: seconds since the epoch, of the last write.
     @ivar there: the stretches that are there, in order.
+    @ivar boot: the start of the machine during which they were written: see L{boot_id}.
     """
 
     size: int
     when: float
     there: tuple[tuple[int, int], ...]
+    boot: bytes = UNKNOWN_BOOT
 
     def pack(self) -> bytes:
         """
         Write it in C{TRAILER} bytes at most.
         """
         there = self.there[:_MOST_SPANS]
-        packed = _HEAD.pack(_MAGIC, self.size, self.when, len(there)) + b"".join(_SPAN.pack(*each) for each in there)
+        packed = _HEAD.pack(_MAGIC, self.size, self.when, self.boot, len(there))
+        packed += b"".join(_SPAN.pack(*each) for each in there)
         return packed + zlib.crc32(packed).to_bytes(4, "big")
 
     @classmethod
@@ -95,7 +101,7 @@ class Trailer:
         """
         if len(data) < _HEAD.size:
             return None
-        magic, size, when, count = _HEAD.unpack_from(data)
+        magic, size, when, boot, count = _HEAD.unpack_from(data)
         end = _HEAD.size + count * _SPAN.size
         if magic != _MAGIC or count > _MOST_SPANS or zlib.crc32(data[:end]).to_bytes(4, "big") != data[end : end + 4]:
             return None
@@ -103,7 +109,7 @@ class Trailer:
         edges = [edge for stretch in there for edge in stretch]
         sound = edges == sorted(set(edges)) and len(edges) > 0 and edges[-1] <= size and there != ((0, size),)
         sound = sound and 0 <= when < _END_OF_TIME  # which no number but a number is
-        return cls(size, when, there) if sound else None
+        return cls(size, when, there, boot) if sound else None
 
     @classmethod
     def read(cls, fd: int) -> Trailer | None:
@@ -122,6 +128,16 @@ class Trailer:
         size = status.st_size - TRAILER
         trailer = cls.unpack(os.pread(fd, TRAILER, size))
         return trailer if trailer is not None and trailer.size == size else None
+
+
+def boot_id() -> bytes:
+    """
+    Name the current start of the machine. Bytes that were written since then are as they were written, synced or not.
+    """
+    try:
+        return bytes.fromhex(Path("/proc/sys/kernel/random/boot_id").read_text("ascii").replace("-", ""))
+    except (OSError, ValueError):
+        return UNKNOWN_BOOT
 
 
 def room_for(size: int) -> int:

@@ -5,7 +5,7 @@ Rules:
 
 - Nobody starts it twice, and no reader that leaves ends it: what it finds is of use to the next.
 - It goes through the file in steps, each a call of its own, so that other work for the disk has its turn in between.
-- Until the verdict every reader is kept from the last byte of its range, as with a transfer. If the file is bad they
+- Until the verdict every reader of the whole is kept from its last byte, as with a transfer. If the file is bad they
   fail, and it is dropped before they hear of it: who asks again gets it anew.
 """
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ecrproxy.cache.content import DigestMismatchError, content_path
 from ecrproxy.cache.proofs import mark
-from ecrproxy.cache.trailer import Stretches, Trailer, room_for
+from ecrproxy.cache.trailer import UNKNOWN_BOOT, Stretches, Trailer, room_for
 from ecrproxy.cache.troubles import Kind
 from ecrproxy.oci import Digest
 
@@ -65,8 +65,13 @@ class Writer:
     def take_up(self, trailer: Trailer) -> None:
         """
         Go on from what C{trailer} says.
+
+        What was written since the machine started may be read at once. Else it is shown when it is hashed: after
+        a crash of the machine a stretch that was not synced may be full of zeros.
         """
         self._there = Stretches(trailer.there)
+        if trailer.boot == self._ingest.boot != UNKNOWN_BOOT:
+            self._shown = Stretches(trailer.there)
 
     @property
     def gaps(self) -> list[tuple[int, int]]:
@@ -162,11 +167,11 @@ class Writer:
         there = tuple(self._there)
         if self.room > self.size and there != ((0, self.size),):
             with contextlib.suppress(OSError):
-                os.pwrite(self._fd, Trailer(self.size, self._ingest.now(), there).pack(), self.size)
+                os.pwrite(self._fd, Trailer(self.size, self._ingest.now(), there, self._ingest.boot).pack(), self.size)
 
     def reach(self, offset: int) -> int:
         """
-        Tell up to where all bytes from C{offset} on came by this writer.
+        Tell up to where all bytes from C{offset} on may be read.
         """
         return self._shown.end_of(offset)
 

@@ -57,13 +57,20 @@ def _print(call: Call, status: Mapping[str, Any], *, anew: bool) -> None:
         call.terminal.print(line)
 
 
+def _ready(status: Mapping[str, Any]) -> str:
+    reasons = "; ".join(status["reasons"])
+    if not status["can_serve"]:
+        return f"no: {reasons}"
+    return f"yes, but {reasons}" if reasons else "yes"
+
+
 def _lines(status: Mapping[str, Any]) -> list[str]:
     cache, token, upstream, now = status["cache"], status["token"], status["upstream"], status["now"]
     share = 100 * cache["bytes"] // cache["limit"]
     fill = f"{size_in_words(cache['bytes'])} of {size_in_words(cache['limit'])} ({share} %)"
     rows = [
         ("registry", f"{status['registry']}, ecr-proxy {status['version']}, up for {_time(status['uptime'])}"),
-        ("ready", "no: " + "; ".join(status["reasons"]) if status["reasons"] else "yes"),
+        ("ready", _ready(status)),
         ("cache", f"{fill}, {cache['files']} files, {cache['evicted']} evicted"),
         ("hits", _hits(status["answers"])),
         ("now", f"{_rate(now, 'sent')} to clients, {_rate(now, 'received')} from upstream"),

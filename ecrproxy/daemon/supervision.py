@@ -23,6 +23,8 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 
+from ecrproxy.readiness import Readiness
+
 log = Logger()
 
 BEAT_SECONDS: Final = 5.0
@@ -148,12 +150,14 @@ class Supervised(Service):
             self._tell()
 
 
-def summary(reasons: Sequence[str], held: int, limit: int) -> str:
+def summary(readiness: Readiness, held: int, limit: int) -> str:
     """
     Say how the daemon is, for people.
 
-    @param reasons: what keeps it from its work, as C{/readyz} has it.
+    @param readiness: as C{/readyz} has it.
     @param held: bytes in the cache.
     """
-    state = "; ".join(reasons) if reasons else "Ready"
+    reasons = "; ".join(readiness.reasons)
+    state = "Ready" if readiness.can_serve else reasons
+    state += f", but {reasons}" if readiness.can_serve and reasons else ""
     return f"{state}; the cache holds {held / _GIB:.1f} of {limit / _GIB:.1f} GiB"

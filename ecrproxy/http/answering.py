@@ -6,21 +6,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Final, cast
 
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.error import ConnectionDone
 from twisted.logger import Logger
-from twisted.web.http import OK
+from twisted.web.http import OK, SERVICE_UNAVAILABLE
 from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET, Request
 
 from ecrproxy.cache.content import DigestMismatchError
 from ecrproxy.http.request import RegistryRequest, path
 from ecrproxy.oci import RegistryError
+from ecrproxy.readiness import Readiness
 from ecrproxy.reasons import Reason
 from ecrproxy.request_id import current
-from ecrproxy.transfer.download import ShortBodyError
+from ecrproxy.transfer.lane import ShortBodyError
 
 if TYPE_CHECKING:
     from twisted.python.failure import Failure
@@ -142,22 +144,21 @@ class Health(Answering):
 
 class Ready(Answering):
     """
-    Says whether the daemon can do its work, and why not.
-
-    @param reasons: asks for what stands in the way.
+    Says what the daemon can do, and what is wrong.
     """
 
-    def __init__(self, reasons: Callable[[], Awaitable[Sequence[str]]]) -> None:
+    def __init__(self, readiness: Callable[[], Awaitable[Readiness]]) -> None:
         super().__init__()
-        self._reasons = reasons
+        self._readiness = readiness
 
     async def respond(self, request: RegistryRequest) -> None:
         """
-        Answer 200, or 503 with the reasons.
+        Answer 200 if it can serve, else 503.
         """
-        reasons = await self._reasons()
-        body = json.dumps({"ready": not reasons, "reasons": list(reasons)}).encode() + b"\n"
-        send_small(request, 503 if reasons else OK, "application/json", body)
+        found = await self._readiness()
+        said = {"ready": found.can_serve, "alive": True, **asdict(found)}
+        status = OK if found.can_serve else SERVICE_UNAVAILABLE
+        send_small(request, status, "application/json", json.dumps(said).encode() + b"\n")
 
 
 def begin(request: Request, status: int) -> None:

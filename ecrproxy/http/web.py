@@ -7,6 +7,7 @@ The channel has parsed the request's target; its path is understood here, once, 
 from __future__ import annotations
 
 import errno
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final, cast
 from urllib.parse import unquote
 
@@ -17,11 +18,12 @@ from twisted.web.server import Request
 from ecrproxy.access.limits import Crowd
 from ecrproxy.access.namespaces import Namespaces
 from ecrproxy.answers import Answer, Asked, CacheStatus
+from ecrproxy.byte_ranges import Multipart, Ranges, Span, content_range
 from ecrproxy.cache.cache_key import NOBODY, CacheKey
 from ecrproxy.cache.content import Content
 from ecrproxy.cached import SMALL_BLOB
 from ecrproxy.http.answering import Answering, begin, send_small
-from ecrproxy.http.conditions import matches, parse_range
+from ecrproxy.http.conditions import matches
 from ecrproxy.http.request import RegistryRequest, asker_of, field, fields
 from ecrproxy.oci import Kind, RegistryError, Route, accepted_types, parse_route, passed_on, query_values, to_query
 from ecrproxy.proxy import PullThrough
@@ -29,16 +31,17 @@ from ecrproxy.reasons import Reason
 from ecrproxy.registry.upstream import Page
 from ecrproxy.stopwatch import Stopwatch
 from ecrproxy.threads import InThread
-from ecrproxy.transfer.download import Download, ShortBodyError
+from ecrproxy.transfer.download import Download
+from ecrproxy.transfer.lane import ShortBodyError
+from ecrproxy.transfer.passing import Passing
 from ecrproxy.transfer.sending import CutShortError, send
-from ecrproxy.transfer.sources import Held, Shelved, Source
+from ecrproxy.transfer.sources import Held, Parted, Shelved, Source
 
 if TYPE_CHECKING:
     pass
 
 log = Logger()
 
-_ENDLESS: Final = 2**62
 # What a disk says of a file that it can't give, and no socket says.
 _UNREADABLE: Final = frozenset({errno.EIO, errno.EBADMSG, errno.ENODATA, errno.ESTALE, errno.EUCLEAN})
 
@@ -111,7 +114,14 @@ class Door(Answering):
             request.finish()
             return
         request.setHeader("Content-Type", answer.media_type)
-        start, stop = self._choose_range(request, route, answer, etag)
+        spans = self._choose_spans(request, route, answer, etag)
+        if len(spans) > 1:
+            await self._send_parts(request, answer, spans)
+        else:
+            await self._send_span(request, answer, *(spans[0] if spans else (0, answer.size)))
+        request.finish()
+
+    async def _send_span(self, request: RegistryRequest, answer: Answer, start: int, stop: int | None) -> None:
         if stop is not None:
             request.setHeader("Content-Length", str(stop - start))
         begin(request, request.code)
@@ -120,15 +130,22 @@ class Door(Answering):
         elif answer.body is not None:
             if stop != start:  # of nothing, the headers would be the whole answer: they wait for the digest
                 request.write(b"")
-            await self._send(request, answer, start, stop)
-        request.finish()
+            await self._send(request, answer, _source(answer, start, stop, request.upstream))
 
-    async def _send(self, request: RegistryRequest, answer: Answer, start: int, stop: int | None) -> None:
+    async def _send_parts(self, request: RegistryRequest, answer: Answer, spans: Sequence[Span]) -> None:
+        frame = Multipart(spans, answer.size or 0, answer.media_type, answer.digest.hex)
+        request.setHeader("Content-Type", frame.content_type)
+        request.setHeader("Content-Length", str(frame.length))
+        begin(request, request.code)
+        request.write(b"")
+        await self._send(request, answer, _parts(answer, frame, request.upstream))
+
+    async def _send(self, request: RegistryRequest, answer: Answer, source: Source) -> None:
         """
         Send the body, and drop a cached file that can't be read: who asks again gets it anew.
         """
         try:
-            await send(request, _source(answer, start, stop, request.upstream), self._in_thread)
+            await send(request, source, self._in_thread)
         except (CutShortError, OSError) as problem:
             unreadable = isinstance(problem, CutShortError) or problem.errno in _UNREADABLE
             if not unreadable or not isinstance(answer.body, Content):
@@ -137,26 +154,27 @@ class Door(Answering):
             raise ShortBodyError(f"{answer.digest} can't be read to its end") from problem
 
     @staticmethod
-    def _choose_range(request: RegistryRequest, route: Route, answer: Answer, etag: str) -> tuple[int, int | None]:
+    def _choose_spans(request: RegistryRequest, route: Route, answer: Answer, etag: str) -> list[Span]:
         """
-        Choose what of the answer to send, and set the headers that tell.
+        Choose which parts of the answer to send, none for all, and set the headers that tell.
         """
         if route.kind is Kind.MANIFEST or answer.size is None:
-            return 0, answer.size
+            return []
         request.setHeader("Accept-Ranges", "bytes")
+        ranges = _wanted(request, etag)
         try:
-            chosen = parse_range(_wanted(request, etag), answer.size)
+            spans = ranges.of(answer.size) if ranges is not None else []
         except LookupError:
             _let_go(answer)
             request.setHeader("Content-Range", f"bytes */{answer.size}")
             raise RegistryError(
                 REQUESTED_RANGE_NOT_SATISFIABLE, "RANGE_INVALID", f"the blob has {answer.size} bytes"
             ) from None
-        if chosen is None:
-            return 0, answer.size
-        request.setResponseCode(PARTIAL_CONTENT)
-        request.setHeader("Content-Range", f"bytes {chosen[0]}-{chosen[1] - 1}/{answer.size}")
-        return chosen
+        if spans:
+            request.setResponseCode(PARTIAL_CONTENT)
+        if len(spans) == 1:
+            request.setHeader("Content-Range", content_range(spans[0], answer.size))
+        return spans
 
 
 class Registry(Door):
@@ -188,7 +206,7 @@ class Registry(Door):
             if route.kind is Kind.MANIFEST:
                 answer = await self._pull_through.manifest(asked)
             else:
-                answer = await self._pull_through.blob(asked, _first_byte(request, f'"{route.digest}"'))
+                answer = await self._pull_through.blob(asked, _wanted(request, f'"{route.digest}"'))
             hit = answer.status is CacheStatus.HIT
         finally:
             request.upstream.stop(counted=not hit)
@@ -211,6 +229,8 @@ def _source(answer: Answer, start: int, stop: int | None, waiting: Stopwatch) ->
     match answer.body:
         case Download():
             return answer.body.follow(start, stop, waiting)
+        case Passing() if stop is not None:
+            return answer.body.follow(start, stop, waiting)
         case Content():
             return Shelved(answer.body, start, answer.body.size if stop is None else stop, answer.verification)
         case bytes():
@@ -218,26 +238,39 @@ def _source(answer: Answer, start: int, stop: int | None, waiting: Stopwatch) ->
     raise TypeError(answer.body)
 
 
+def _parts(answer: Answer, frame: Multipart, waiting: Stopwatch) -> Source:
+    body = answer.body
+    match body:
+        case Download():
+
+            def follow(start: int, stop: int) -> Source:
+                if not body.offers(start):
+                    raise LookupError(f"byte {start} of {answer.digest} has passed")
+                return body.follow(start, stop, waiting)
+
+            return Parted(frame, follow)
+        case Passing():
+            return Parted(frame, lambda start, stop: body.follow(start, stop, waiting))
+        case Content():
+            return Parted(
+                frame, lambda start, stop: Shelved(body.share(), start, stop, answer.verification), body.close
+            )
+        case bytes():
+            return Parted(frame, lambda start, stop: Held(body[start:stop]))
+    raise TypeError(body)
+
+
 def _let_go(answer: Answer) -> None:
     if isinstance(answer.body, Content):
         answer.body.close()
+    elif isinstance(answer.body, Download | Passing):
+        answer.body.let_go()
 
 
-def _wanted(request: Request, etag: str) -> str | None:
+def _wanted(request: Request, etag: str) -> Ranges | None:
     """
-    Give the Range header, if it counts: RFC 9110, 13.1.5 and 14.2.
+    Give the ranges that count: RFC 9110, 13.1.5 and 14.2.
     """
     if request.method != b"GET" or field(request, b"If-Range") not in (None, etag):
         return None
-    return field(request, b"Range")
-
-
-def _first_byte(request: Request, etag: str) -> int:
-    """
-    Tell the first byte that will be sent, before the size is known; 0 if it depends on that.
-    """
-    wanted = _wanted(request, etag)
-    if wanted is None or wanted.startswith("bytes=-"):
-        return 0
-    found = parse_range(wanted, _ENDLESS)
-    return found[0] if found else 0
+    return Ranges.parse(field(request, b"Range"))

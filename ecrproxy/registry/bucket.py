@@ -105,8 +105,9 @@ class Blob:
             start = 0
             response = await self._ask("")
         self.size, self.first = await self._understand(response, start, stop)
-        self.ranged = response.code == 206  # noqa: PLR2004
-        self.is_page = not self.ranged and is_page(response)
+        part = response.code == 206  # noqa: PLR2004
+        self.ranged = part or _offers_parts(response)
+        self.is_page = not part and is_page(response)
 
     async def open(self, start: int, stop: int | None, breaks: int = 0) -> Stretch:
         """
@@ -121,6 +122,7 @@ class Blob:
         if size != self.size:
             stretch.drop()
             raise UnavailableError(502, "UNAVAILABLE", f"{self._route.reference} has changed its size upstream")
+        self.ranged = self.ranged and not stretch.skip
         return stretch
 
     async def _ask(self, span: str) -> IResponse:
@@ -290,6 +292,14 @@ class BlobTransfer(TwistedProtocol):
     def _stall(self) -> None:
         self._timer, self._stalled = None, True
         self.abort()
+
+
+def _offers_parts(response: IResponse) -> bool:
+    """
+    Tell whether a bucket that was asked for all would give parts.
+    """
+    asked_for_all = not response.request.headers.hasHeader(b"Range")
+    return asked_for_all and (header(response, "Accept-Ranges") or "").strip().lower() == "bytes"
 
 
 def _span(start: int, stop: int | None) -> str:

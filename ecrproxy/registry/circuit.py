@@ -1,12 +1,15 @@
 """
-Whether ECR is asked at all while it keeps failing.
+Whether ECR is asked at all while it keeps failing: for one repository, and for all.
 
 Rules:
 
-- Closed: all questions go. So many in a row that failed, each after its retries, open it.
-- Open: none goes, each is refused at once, so that what the cache has can be served without waiting. After a pause
+- A repository whose questions fail so many times in a row, each after its retries, is left alone: its questions are
+  refused at once, so that what the cache has can be served without waiting. The others do not notice. After a pause
   one question at a time is the probe.
-- Any answer closes it; a probe that fails opens it again, for twice as long.
+- When several repositories have failed and none was answered meanwhile, or ECR can't be reached at all, it is ECR that
+  is left alone. Then the daemon itself asks, something that is about no repository, until there is an answer.
+- An answer ends it. A failure after a pause makes the next one twice as long, but a pause only spares those who are
+  reached: while ECR can't be reached, pauses stay short.
 - Whether an answer is a failure is for who asks to say: throttling and refusals are none.
 """
 
@@ -14,6 +17,7 @@ from __future__ import annotations
 
 import enum
 import math
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Final
 
@@ -21,13 +25,18 @@ from twisted.logger import Logger
 
 from ecrproxy.reasons import Reason
 from ecrproxy.registry.bucket import UnavailableError
+from ecrproxy.registry.retries import TransientError
 
 log = Logger()
 
 FAILURES: Final = 5
-"""Questions in a row that fail before none is asked."""
+"""Failures in a row before a repository is left alone; and ECR, where they did not reach it."""
+REPOSITORIES: Final = 3
+"""Repositories that fail, with no answer to any between, before ECR is left alone."""
 PAUSE: Final = 5.0
 LONGEST_PAUSE: Final = 60.0
+KEPT: Final = 1000
+"""Maximum number of failing repositories that are remembered."""
 
 
 class CircuitState(enum.Enum):
@@ -48,20 +57,35 @@ class CircuitOpenError(UnavailableError):
     reason = Reason.CIRCUIT_OPEN
 
 
-class Circuit:
+class Switch:
     """
-    The switch between the proxy and ECR.
+    The switch between those who ask and what they ask.
 
+    @param who: what is behind it, for people.
     @param now: tells the time.
     @ivar state: which questions go now.
-    @ivar answered_at: when ECR answered last, if it ever did.
+    @ivar problem: the failure that opened it last.
     """
 
-    def __init__(self, now: Callable[[], float]) -> None:
-        self._now = now
+    def __init__(self, who: str, now: Callable[[], float]) -> None:
+        self._who, self._now = who, now
         self.state = CircuitState.CLOSED
-        self.answered_at: float | None = None
+        self.problem = ""
         self._failures, self._until, self._pause = 0, 0.0, PAUSE
+
+    @property
+    def rest(self) -> float:
+        """
+        Seconds until a probe may go.
+        """
+        return max(0.0, self._until - self._now())
+
+    def refusal(self) -> CircuitOpenError:
+        """
+        Say that nothing is asked, and when it may be.
+        """
+        wait = {"Retry-After": str(max(1, math.ceil(self.rest)))}
+        return CircuitOpenError(503, "UNAVAILABLE", f"{self._who} keeps failing, and is left alone", wait)
 
     def check(self) -> None:
         """
@@ -69,16 +93,8 @@ class Circuit:
 
         @raise CircuitOpenError: if not.
         """
-        paused = self.state is CircuitState.OPEN and self._now() < self._until
-        if paused or self.state is CircuitState.PROBING:
+        if self.state is CircuitState.PROBING or (self.state is CircuitState.OPEN and self.rest):
             raise self.refusal()
-
-    def refusal(self) -> CircuitOpenError:
-        """
-        Say that ECR is not asked, and when it may be.
-        """
-        wait = str(max(1, math.ceil(self._until - self._now())))
-        return CircuitOpenError(503, "UNAVAILABLE", "ECR keeps failing, and is left alone", {"Retry-After": wait})
 
     def enter(self) -> bool:
         """
@@ -95,30 +111,38 @@ class Circuit:
 
     def answered(self) -> None:
         """
-        Note that ECR answers.
+        Note an answer; the next pause is a short one.
         """
-        self._failures, self._pause = 0, PAUSE
-        self.answered_at = self._now()
+        self._pause = PAUSE
+        self.close()
+
+    def close(self) -> None:
+        """
+        Let all questions go; unless one is answered first, the next pause is longer than the last.
+        """
+        self._failures = 0
         if self.state is not CircuitState.CLOSED:
             self.state = CircuitState.CLOSED
-            log.info("ECR answers again: all questions go to it")
+            log.info("{who} answers again: all questions go to it", who=self._who)
 
-    def failed(self, problem: UnavailableError) -> None:
+    def failed(self, problem: TransientError) -> bool:
         """
-        Note that a question has failed, after all its tries.
+        Note that a question has failed, after all its tries; tell whether that opened the switch.
         """
-        if self.state is CircuitState.CLOSED:  # else it was asked before it opened, and says nothing new
-            self._failures += 1
-            if self._failures >= FAILURES:
-                self._open(problem)
+        if self.state is not CircuitState.CLOSED:  # it was asked before it opened, and says nothing new
+            return False
+        self._failures += 1
+        if self._failures < FAILURES:
+            return False
+        self.open(problem)
+        return True
 
     def probe_failed(self, problem: UnavailableError) -> None:
         """
         Note that the probe has failed.
         """
         if self.state is CircuitState.PROBING:
-            self._pause = min(LONGEST_PAUSE, 2 * self._pause)
-            self._open(problem)
+            self.open(problem)
 
     def probe_left(self) -> None:
         """
@@ -127,10 +151,115 @@ class Circuit:
         if self.state is CircuitState.PROBING:
             self.state = CircuitState.OPEN
 
-    def _open(self, problem: UnavailableError) -> None:
-        self.state, self._until = CircuitState.OPEN, self._now() + self._pause
+    def open(self, problem: UnavailableError) -> None:
+        """
+        Let no question go for a while.
+        """
+        reached = not isinstance(problem, TransientError) or problem.reached
+        pause, self.problem = self._pause if reached else PAUSE, problem.message
+        self.state, self._until = CircuitState.OPEN, self._now() + pause
+        self._pause = min(LONGEST_PAUSE, 2 * pause) if reached else PAUSE
         log.warn(
-            "ECR keeps failing, it is left alone for {pause:.0f} s: {problem}",
-            pause=self._pause,
+            "{who} keeps failing, it is left alone for {pause:.0f} s: {problem}",
+            who=self._who,
+            pause=pause,
             problem=problem.message,
         )
+
+
+class Circuit:
+    """
+    The switches between the proxy and ECR: one for all questions, and one for each repository that fails.
+
+    @param now: tells the time.
+    @ivar whole: the one for all; its probe is not a client's question.
+    @ivar answered_at: when ECR answered last, if it ever did.
+    """
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        self._now = now
+        self.whole = Switch("ECR", now)
+        self.answered_at: float | None = None
+        self._parts: OrderedDict[str, Switch] = OrderedDict()
+        self._failing: set[str] = set()
+        self._unreached = 0
+
+    @property
+    def state(self) -> CircuitState:
+        """
+        Which questions go, whatever the repository.
+        """
+        return self.whole.state
+
+    def problem(self) -> str | None:
+        """
+        Say why ECR is left alone, if it is.
+        """
+        return None if self.state is CircuitState.CLOSED else self.whole.problem
+
+    def check(self, repository: str) -> None:
+        """
+        Make sure that a question about C{repository} would go.
+
+        @raise CircuitOpenError: if not.
+        """
+        if self.state is not CircuitState.CLOSED:
+            raise self.whole.refusal()
+        if (part := self._parts.get(repository)) is not None:
+            part.check()
+
+    def enter(self, repository: str) -> Switch | None:
+        """
+        Let a question about C{repository} go.
+
+        @return: the switch whose probe it is, if it is one: how that ends must be told.
+        @raise CircuitOpenError: if it must not go.
+        """
+        self.check(repository)
+        part = self._parts.get(repository)
+        return part if part is not None and part.enter() else None
+
+    def answered(self, repository: str) -> None:
+        """
+        Note that ECR answered a question about C{repository}.
+        """
+        self.answered_at = self._now()
+        self._forget_failures()
+        if (part := self._parts.pop(repository, None)) is not None:
+            part.answered()
+        self.whole.answered()
+
+    def failed(self, repository: str, problem: TransientError) -> Switch | None:
+        """
+        Note that a question about C{repository} has failed, after all its tries; return the switch that this opened.
+        """
+        if self.state is not CircuitState.CLOSED:
+            return None
+        self._failing.add(repository)
+        self._unreached = 0 if problem.reached else self._unreached + 1
+        if len(self._failing) >= REPOSITORIES or self._unreached >= FAILURES:
+            self._forget_failures()
+            self.whole.open(problem)
+            return self.whole
+        if problem.reached and (part := self._part(repository)).failed(problem):
+            return part
+        return None
+
+    def recovered(self) -> None:
+        """
+        Note that ECR answered the daemon's own question: let all questions go again, whatever the repository.
+        """
+        self.answered_at = self._now()
+        self._parts.clear()
+        self.whole.close()
+
+    def _forget_failures(self) -> None:
+        self._failing.clear()
+        self._unreached = 0
+
+    def _part(self, repository: str) -> Switch:
+        part = self._parts.setdefault(repository, Switch(f"ECR's repository {repository}", self._now))
+        self._parts.move_to_end(repository)
+        if len(self._parts) > KEPT:
+            self._parts.popitem(last=False)
+        return part

@@ -19,7 +19,8 @@ from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 
 if TYPE_CHECKING:
-    from twisted.internet.interfaces import IReactorTime
+    from twisted.internet.interfaces import IDelayedCall, IReactorTime
+    from twisted.python.failure import Failure
 
 log = Logger()
 
@@ -31,6 +32,12 @@ FIRST_RETRY: Final = 1.0
 LONGEST_RETRY: Final = 60.0
 PATIENCE: Final = 10.0
 """Seconds for which a request waits for the first token; nobody waits any more once there was none for so long."""
+FETCH_SECONDS: Final = 30.0
+"""Deadline for one fetch: a C{credential_process} may never return."""
+OVERDUE: Final = 4
+"""Maximum number of fetches past their deadline; each keeps a thread, and perhaps a process, until it returns."""
+RENEW_SECONDS: Final = 60.0
+"""Shortest time between two refreshes that ECR's rejections cause."""
 
 INSTANCE_PROVIDERS: Final = frozenset({"assume-role-with-web-identity", "container-role", "iam-role"})
 """botocore's names for what gives an instance, a container or a pod its role."""
@@ -217,7 +224,8 @@ class TokenService(Service):
     @param fetch: asks AWS; fires with a L{Token}.
     @param clock: counts seconds and calls back.
     @param now: seconds since the epoch.
-    @param refused: told of credentials that AWS refuses for good before there ever was a token.
+    @param refused: told of credentials that AWS refuses for good before there ever was a token; returns whether that
+        ends the daemon.
     @param chance: gives random numbers from 0 to 1.
     """
 
@@ -226,11 +234,14 @@ class TokenService(Service):
         fetch: Callable[[], Deferred[Token]],
         clock: IReactorTime,
         now: Callable[[], float],
-        refused: Callable[[CredentialsError], None] = lambda _: None,
+        refused: Callable[[CredentialsError], bool] = lambda _: False,
         chance: Callable[[], float] = random.random,
     ) -> None:
         self._fetch, self._clock, self._now, self._refused, self._chance = fetch, clock, now, refused, chance
         self._token: Token | None = None
+        self._rejected: Token | None = None
+        self._renewed = float("-inf")
+        self._overdue = 0
         self._problem = "AWS has not answered yet"
         self._failures, self._due, self._started, self._received = 0, 0.0, 0.0, 0.0
         self.failed = 0
@@ -256,6 +267,8 @@ class TokenService(Service):
         """
         if self._token is None:
             return self._problem
+        if self._rejected is self._token and (self._failures or not self._refreshing):
+            return f"ECR rejects the token{f', and AWS gives no other: {self._problem}' if self._failures else ''}"
         if self._token.expires <= self._now() and self._failures:
             return f"the token has expired: {self._problem}"
         return None
@@ -287,15 +300,20 @@ class TokenService(Service):
 
     async def renew(self, refused: str) -> str:
         """
-        Return another token than C{refused}, which ECR took no more; one refresh for all who ask.
+        Return the token to use instead of C{refused}, which ECR rejected; the same if no other can be had now.
+
+        One refresh serves all who ask, and none begins within C{RENEW_SECONDS} of the last. While AWS fails, nobody
+        waits for its next answer.
 
         @raise TokenUnavailableError: if there is none.
         """
-        failing = self._failures and self._clock.seconds() < self._due  # AWS is asked again soon enough
-        if self._token is not None and self._token.secret == refused and not failing:
-            log.info("ECR takes the token no more: refreshing it")
-            self._refresh()
-            await self._wait()
+        if self._token is not None and self._token.secret == refused:
+            self._rejected = self._token
+            if not self._failures:
+                self._due = min(self._due, self._renewed + RENEW_SECONDS)
+                self._turn()
+                if self._refreshing:
+                    await self._wait()
         if self._token is None:
             raise TokenUnavailableError(self._problem)
         return self._token.secret
@@ -329,23 +347,61 @@ class TokenService(Service):
         return self._clock.seconds() >= self._received + SHORTEST_REFRESH
 
     def _refresh(self) -> None:
-        if not self._refreshing:
-            self._refreshing = True
-            Deferred.fromCoroutine(self._ask()).addErrback(lambda failure: log.failure("Token refresh", failure))
+        if self._refreshing:
+            return
+        self._refreshing = True
+        if self._token is not None and self._rejected is self._token:
+            self._renewed = self._clock.seconds()
+            log.info("ECR rejected the token; refreshing")
+        Deferred.fromCoroutine(self._ask()).addErrback(lambda failure: log.failure("Token refresh", failure))
 
     async def _ask(self) -> None:
         try:
-            self._token = await self._fetch()
+            token = await self._fetch_in_time()
         except Exception as problem:  # noqa: BLE001 (any failure of any provider: the old token stays in use)
             self._failed(problem)
         else:
-            wait = next_refresh(self._token.expires, self._now())
-            self._received = self._clock.seconds()
-            self._failures, self._due = 0, self._received + wait
-            log.info("Token received; the next is due in {seconds:.0f} s", seconds=wait)
-            self._wake()
+            self._receive(token)
         finally:
             self._refreshing = False
+
+    def _fetch_in_time(self) -> Deferred[Token]:
+        """
+        Fetch a token; fails after C{FETCH_SECONDS}. A token that comes later is used all the same.
+        """
+        if self._overdue >= OVERDUE:
+            raise TokenUnavailableError(f"AWS, or what gives the credentials, has not answered {OVERDUE} times")
+        answer: Deferred[Token] = Deferred()
+        limit = self._clock.callLater(FETCH_SECONDS, self._give_up, answer)
+        try:
+            fetching = self._fetch()
+        except BaseException:
+            limit.cancel()
+            raise
+        fetching.addBoth(self._fetched, answer, limit)
+        return answer
+
+    def _give_up(self, answer: Deferred[Token]) -> None:
+        self._overdue += 1
+        who = "AWS, or what gives the credentials,"
+        answer.errback(TokenUnavailableError(f"{who} has not answered for {FETCH_SECONDS:.0f} s"))
+
+    def _fetched(self, outcome: Token | Failure, answer: Deferred[Token], limit: IDelayedCall) -> None:
+        if limit.active():
+            limit.cancel()
+            answer.callback(outcome)
+            return
+        self._overdue -= 1
+        if isinstance(outcome, Token) and (self._token is None or outcome.expires > self._token.expires):
+            self._receive(outcome)
+
+    def _receive(self, token: Token) -> None:
+        self._token = token
+        wait = next_refresh(token.expires, self._now())
+        self._received = self._clock.seconds()
+        self._failures, self._due = 0, self._received + wait
+        log.info("Token received; the next is due in {seconds:.0f} s", seconds=wait)
+        self._wake()
 
     def _failed(self, problem: Exception) -> None:
         self._failures += 1
@@ -353,9 +409,10 @@ class TokenService(Service):
         wait = next_retry(self._failures, self._chance())
         self._due = self._clock.seconds() + wait
         self._problem = _brief(problem) or type(problem).__name__
-        log.error("No token: {problem}. Next try in {wait:.0f} s", problem=self._problem, wait=wait)
-        if self._token is None and isinstance(problem, CredentialsError):
-            self._refused(problem)
+        if self._token is None and isinstance(problem, CredentialsError) and self._refused(problem):
+            self._due = float("inf")
+            return
+        log.error("No token: {problem}. Next try in {wait:.0f} s", problem=self._problem, wait=wait, once=self._problem)
         if self._token is not None:
             self._wake()  # those who asked for another get the old one
 

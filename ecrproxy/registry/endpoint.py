@@ -9,6 +9,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final, Protocol
 
+from twisted.internet.defer import Deferred
+from twisted.internet.task import deferLater
+from twisted.logger import Logger
 from twisted.web.http_headers import Headers
 from twisted.web.iweb import IResponse
 
@@ -24,8 +27,11 @@ from ecrproxy.registry.refusals import Refusal
 from ecrproxy.registry.retries import TransientError, Tries
 from ecrproxy.registry.wire import HEADER_SECONDS, Wire
 
+log = Logger()
+
 PROBE_SECONDS: Final = 5.0
 """How long a probe waits for an answer: whoever asks with it may have something old to be served instead."""
+_TOLD_BY_BODY: Final = frozenset({400, 401, 403, 404, 405})
 
 
 class Tokens(Protocol):
@@ -37,7 +43,7 @@ class Tokens(Protocol):
         """Return the token."""
 
     async def renew(self, refused: str) -> str:
-        """Return another than C{refused}."""
+        """Return another than C{refused}, or the same if there is no other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,20 +88,19 @@ class Endpoint:
 
     async def ask(self, question: Question) -> Reply:
         """
-        Ask, again after failures that may pass, and once more after a refresh if ECR takes the token no more.
+        Ask, again after failures that may pass, and once more with another token if ECR rejects this one.
 
         A HEAD that is refused is asked again as GET, for only a body says which refusal it is, and
         some registries know no HEAD (field notes C5).
 
         @raise RegistryError: if the answer is a refusal, or there is none.
         """
-        self._circuit.check()
+        self._circuit.check(question.route.repository)
         secret = await self._secret(self._tokens.get())
         tries = self._wire.tries()
         for last in (False, True):
             reply = await self._persist(tries, question, secret)
-            code = reply.response.code
-            if question.method == "HEAD" and (code in (403, 404, 405) or (last and code == 401)):  # noqa: PLR2004
+            if question.method == "HEAD" and reply.response.code in _TOLD_BY_BODY:
                 question = replace(question, method="GET")
                 reply = await self._persist(tries, question, secret)
             if reply.response.code < 400:  # noqa: PLR2004
@@ -103,7 +108,9 @@ class Endpoint:
             refusal = Refusal.of(reply.response, reply.body)
             if last or not refusal.is_about_token:
                 refusal.raise_for(question.route)
-            secret = await self._secret(self._tokens.renew(secret))
+            rejected, secret = secret, await self._secret(self._tokens.renew(secret))
+            if secret == rejected:
+                refusal.raise_for(question.route)
         raise AssertionError("the second turn answers or raises")
 
     async def _secret(self, asked: Coroutine[object, object, str]) -> str:
@@ -123,17 +130,55 @@ class Endpoint:
             return await self._wire.persist(tries, partial(self._try, tries, question, secret))
         except TransientError as problem:
             if not problem.throttled:
-                self._circuit.failed(problem)
-            if self._circuit.state is CircuitState.OPEN:
-                self._governor.send_away(self._circuit.refusal)
+                self._note(question.route.repository, problem)
             raise
+
+    def _note(self, repository: str, problem: TransientError) -> None:
+        """
+        Note a failure; where that was one too many, send those away who wait in vain.
+        """
+        opened = self._circuit.failed(repository, problem)
+        if opened is None:
+            return
+        whole = opened is self._circuit.whole
+        self._governor.send_away(opened.refusal, None if whole else repository)
+        if whole:
+            probing = Deferred.fromCoroutine(self._probe_until_answered())
+            probing.addErrback(lambda failure: log.failure("Probing ECR", failure))
+
+    async def _probe_until_answered(self) -> None:
+        whole = self._circuit.whole
+        while whole.state is not CircuitState.CLOSED:
+            await deferLater(self._wire.clock, whole.rest)
+            if whole.rest or not whole.enter():
+                continue
+            try:
+                await self._probe()
+            except UnavailableError as problem:
+                if problem.status != 429:  # noqa: PLR2004
+                    whole.probe_failed(problem)
+                    continue
+            self._circuit.recovered()
+
+    async def _probe(self) -> None:
+        """
+        Ask what is about no repository; any answer will do.
+
+        @raise UnavailableError: if there is none.
+        """
+        try:
+            headers = _headers(await self._tokens.get())
+        except TokenUnavailableError:
+            headers = _headers()
+        response = await self._wire.request("GET", f"{self.url}/v2/", headers, PROBE_SECONDS)
+        await self._wire.read(response, ERROR_LIMIT)
 
     async def _try(self, tries: Tries, question: Question, secret: str) -> Reply:
         """
         Ask once, when there is a place for it.
         """
         call = call_of(question.method, question.route.kind)
-        async with self._governor.place(call):
+        async with self._governor.place(call, question.route.repository):
             try:
                 return await self._through_circuit(tries, question, secret)
             except TransientError as problem:
@@ -145,26 +190,28 @@ class Endpoint:
         """
         Ask, if the circuit lets; tell it what came of that.
         """
-        if not self._circuit.enter():
+        repository = question.route.repository
+        probed = self._circuit.enter(repository)
+        if probed is None:
             reply = await self._send(question, secret, HEADER_SECONDS)
-            self._circuit.answered()
+            self._circuit.answered(repository)
             return reply
         tries.give_up()  # a probe is one try, and not a long one
         try:
             reply = await self._send(question, secret, PROBE_SECONDS)
         except TransientError as problem:
             if problem.throttled:
-                self._circuit.answered()
-            self._circuit.probe_failed(problem)
+                self._circuit.answered(repository)
+            probed.probe_failed(problem)
             raise
         except BaseException:
-            self._circuit.probe_left()
+            probed.probe_left()
             raise
-        self._circuit.answered()
+        self._circuit.answered(repository)
         return reply
 
     async def _send(self, question: Question, secret: str, seconds: float) -> Reply:
-        headers = Headers({"User-Agent": ["ecrproxy"], "Authorization": [f"Basic {secret}"]})
+        headers = _headers(secret)
         if question.accept:
             headers.setRawHeaders("Accept", [question.accept])
         url = self.url + question.route.path + (f"?{question.query}" if question.query else "")
@@ -173,3 +220,10 @@ class Endpoint:
         if question.method == "HEAD" or limit is None:
             return Reply(response, b"")
         return Reply(response, await self._wire.read(response, limit))
+
+
+def _headers(secret: str = "") -> Headers:
+    headers = Headers({"User-Agent": ["ecrproxy"]})
+    if secret:
+        headers.setRawHeaders("Authorization", [f"Basic {secret}"])
+    return headers

@@ -51,7 +51,7 @@ class Governor:
         self._free, self._clock = together, clock
         self._buckets = {call: TokenBucket(quotas.of(call), clock.seconds()) for call in Call}
         # Ordered by when they came; a dict, for who leaves may be anywhere in a long queue.
-        self._queues: dict[Call, OrderedDict[Deferred[None], None]] = {call: OrderedDict() for call in Call}
+        self._queues: dict[Call, OrderedDict[Deferred[None], str]] = {call: OrderedDict() for call in Call}
         self._timer: IDelayedCall | None = None
         self._letting_go = False
 
@@ -62,13 +62,13 @@ class Governor:
         return len(self._queues[call])
 
     @asynccontextmanager
-    async def place(self, call: Call) -> AsyncIterator[None]:
+    async def place(self, call: Call, repository: str) -> AsyncIterator[None]:
         """
-        Wait for a place, and have it.
+        Wait for a place for a question about C{repository}, and have it.
 
         @raise QueueFullError: if that would take too long.
         """
-        await self._enter(call)
+        await self._enter(call, repository)
         try:
             yield
         finally:
@@ -81,18 +81,16 @@ class Governor:
         """
         self._buckets[call].rest(self._clock.seconds(), seconds)
 
-    def send_away(self, refusal: Callable[[], Exception]) -> None:
+    def send_away(self, refusal: Callable[[], Exception], repository: str | None) -> None:
         """
-        Refuse all who queue: those under way may keep their places for long.
+        Refuse all that queue, or all that ask about C{repository}: those under way may keep their places for long.
         """
         for queue in self._queues.values():
-            waiting = list(queue)
-            queue.clear()
-            for place in waiting:
-                if not place.called:  # one may leave because of what another does
+            for place in [place for place, about in queue.items() if repository in (None, about)]:
+                if queue.pop(place, None) is not None:  # one may leave because of what another does
                     place.errback(refusal())
 
-    def _enter(self, call: Call) -> Deferred[None]:
+    def _enter(self, call: Call, repository: str) -> Deferred[None]:
         queue, bucket = self._queues[call], self._buckets[call]
         wait = bucket.wait(self._clock.seconds()) + len(queue) / bucket.rate
         if wait > LONGEST_WAIT:
@@ -102,8 +100,12 @@ class Governor:
                 f"too many questions about {call.value} wait for ECR",
                 {"Retry-After": str(math.ceil(wait))},
             )
-        place: Deferred[None] = Deferred(lambda left: queue.pop(left, None))
-        queue[place] = None
+
+        def leave(left: Deferred[None]) -> None:
+            queue.pop(left, None)
+
+        place: Deferred[None] = Deferred(leave)
+        queue[place] = repository
         self._let_go()
         return place
 

@@ -18,10 +18,9 @@ from ecrproxy.registry.bucket import UnavailableError
 
 log = Logger()
 
-# A 400 with one of these is about the request; any other is how ECR answers a token that it can't read.
-_REQUEST_CODES: Final = frozenset(
-    {"UNSUPPORTED", "NAME_INVALID", "DIGEST_INVALID", "TAG_INVALID", "MANIFEST_INVALID", "PAGINATION_NUMBER_INVALID"}
-)
+# Codes that a 400 about the token may have; an unreadable token is answered with a text that is no registry JSON.
+_TOKEN_CODES: Final = frozenset({"", "DENIED", "UNAUTHORIZED"})
+_TOKEN_WORDS: Final = re.compile(r"\bauthorization token\b")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,29 +68,39 @@ class Refusal:
         """
         Tell whether another token may help.
 
-        Expired tokens are a 403 whose message says so, unreadable ones a 400 without challenge; a 403
-        of IAM is about permission, which no token changes (field notes C3).
+        Expired tokens are a 403 whose message says so, unreadable ones a 400 without challenge. A 403 of IAM is about
+        permission, which no token changes, and a 400 with any other code about the request (field notes C3).
         """
+        said = self.message.lower()
         match self.status:
             case 401:
                 return True
             case 400:
-                return not self.challenged and self.code not in _REQUEST_CODES
+                return not self.challenged and (self.code in _TOKEN_CODES or bool(_TOKEN_WORDS.search(said)))
             case 403:
-                said = self.message.lower()
-                words = (
-                    r"\btoken\b" if self.is_registry_error else r"\bauthorization token\b"
-                )  # ECR's, in plain text too
-                return bool(re.search(words, said)) and "not authorized to perform" not in said
+                # ECR says it in plain text too.
+                words = re.compile(r"\btoken\b") if self.is_registry_error else _TOKEN_WORDS
+                return bool(words.search(said)) and "not authorized to perform" not in said
         return False
+
+    @property
+    def _rejection(self) -> str:
+        """
+        Tell a client of a rejected token.
+
+        A 400 may be about something else after all, so its text is passed on; 401 and 403 may name AWS identities.
+        """
+        if self.status == 400:  # noqa: PLR2004
+            return f"ECR answers 400, as to a token that it can't read: {self.message}"
+        return "ECR does not accept the proxy's token; its log says why"
 
     def raise_for(self, route: Route) -> NoReturn:
         """
         Raise what the client is told.
         """
         if self.is_about_token:
-            log.error("ECR refuses a fresh token: {status} {said}", status=self.status, said=self.message)
-            raise UnavailableError(502, "UNAVAILABLE", "ECR does not accept the proxy's token", reason=Reason.NO_TOKEN)
+            log.error("ECR rejects the token: {status} {said}", status=self.status, said=self.message, once=self.status)
+            raise UnavailableError(502, "UNAVAILABLE", self._rejection, reason=Reason.NO_TOKEN)
         if self.status in (403, 404) and not self.is_registry_error:
             log.error(
                 "Something other than ECR answered {status} for {path}: the answer is not a registry's JSON;"
@@ -107,7 +116,7 @@ class Refusal:
                 said = self.message or "ECR does not have it"
                 raise RegistryError(404, self.code, said, reason=Reason.NOT_FOUND)
             case 403:
-                log.error("ECR denies {path}: {said}", path=route.path, said=self.message)
+                log.error("ECR denies {path}: {said}", path=route.path, said=self.message, once=route.path)
                 said = f"ECR denies the proxy access to {route.repository}; its log says why"
                 raise RegistryError(403, "DENIED", said, reason=Reason.ECR_DENIED)
             case 405 | 406 if route.kind is Kind.REFERRERS:  # clients fall back to tags for it

@@ -1,18 +1,20 @@
 """
 Ask chosen name servers for the registry's and the buckets' names.
 
-Address literals and names of the hosts file never go there. When the servers don't answer, the host's own
-resolver is asked instead, and for a while nobody waits for them again.
+Address literals and names of the hosts file never go there. When the servers don't answer, the host's own resolver
+is asked instead, and for a while nobody waits for them again, unless that one does not know the name: it may be one
+that the chosen servers alone know. While nobody resolves a name, its last addresses are used.
 """
 
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from twisted.internet.address import IPv4Address, IPv6Address
-from twisted.internet.defer import Deferred, gatherResults
+from twisted.internet.defer import Deferred, DeferredList, maybeDeferred
 from twisted.internet.interfaces import IHostnameResolver, IHostResolution, IResolutionReceiver
 from twisted.logger import Logger
 from twisted.names.dns import AAAA, A
@@ -31,8 +33,8 @@ TIMEOUTS: Final = (1, 2)
 """Seconds that each try at a server may take."""
 FRESH_SECONDS: Final = 30.0
 """How long an answer is used again, as the nginx proxy does (C{valid=30s})."""
-SILENT_SECONDS: Final = 60.0
-"""How long servers that did not answer are left alone."""
+SILENT_SECONDS: Final = 10.0
+"""How long servers that did not answer are left alone, while the host's resolver does as well."""
 
 
 @implementer(IHostResolution)
@@ -66,7 +68,6 @@ class ChosenServers:
         self._local = frozenset(name.lower() for name in local)
         self._fresh: dict[str, tuple[float, Sequence[str]]] = {}
         self._silent_until = float("-inf")
-        self._warned = False
 
     def resolveHostName(  # noqa: D102 (the interface)
         self,
@@ -77,7 +78,7 @@ class ChosenServers:
         transportSemantics: str = "TCP",
     ) -> IHostResolution:
         now = self._clock.seconds()
-        if is_address(hostName) or hostName.lower() in self._local or now < self._silent_until:
+        if is_address(hostName) or hostName.lower() in self._local:
             return self._system.resolveHostName(
                 resolutionReceiver, hostName, portNumber, addressTypes, transportSemantics
             )
@@ -86,6 +87,8 @@ class ChosenServers:
         known = self._fresh.get(hostName)
         if known is not None and 0 <= now - known[0] < FRESH_SECONDS:
             _deliver(known[1], resolutionReceiver, portNumber)
+        elif now < self._silent_until:
+            self._ask_system(hostName, resolutionReceiver, portNumber)
         else:
             asked = Deferred.fromCoroutine(self._resolve(hostName, resolutionReceiver, portNumber))
             asked.addErrback(lambda failure: log.failure("Resolving {name}", failure, name=hostName))
@@ -96,48 +99,69 @@ class ChosenServers:
         Ask the servers at the next question for C{name}: it couldn't be connected to where it was.
         """
         self._fresh.pop(name, None)
+        self._silent_until = float("-inf")
 
     async def _resolve(self, name: str, receiver: IResolutionReceiver, port: int) -> None:
-        try:
-            answers = await gatherResults(
-                [
-                    _records(self._servers.lookupAddress(name, TIMEOUTS)),
-                    _records(self._servers.lookupIPV6Address(name, TIMEOUTS)),
-                ],
-                consumeErrors=True,
-            )
-        except Exception as problem:  # noqa: BLE001 (a server has many ways of not answering)
-            self._fall_back(name, problem)
-            self._system.resolveHostName(_Continued(receiver), name, port)
-            return
-        addresses = [address for records in answers for address in records]
-        self._fresh[name] = (self._clock.seconds(), addresses)
-        _deliver(addresses, receiver, port)
-
-    def _fall_back(self, name: str, problem: Exception) -> None:
-        self._silent_until = self._clock.seconds() + SILENT_SECONDS
-        if not self._warned:
-            self._warned = True
+        answers = [
+            _records(maybeDeferred(self._servers.lookupAddress, name, TIMEOUTS)),
+            _records(maybeDeferred(self._servers.lookupIPV6Address, name, TIMEOUTS)),
+        ]
+        outcomes: list[Any] = await DeferredList(answers, consumeErrors=True)
+        addresses = [address for succeeded, records in outcomes if succeeded for address in records]
+        problems = [failure.value for succeeded, failure in outcomes if not succeeded]
+        if problems and not addresses:
+            self._silent_until = self._clock.seconds() + SILENT_SECONDS
             log.warn(
                 "PROXY_DNS_RESOLVER does not answer for {name} ({problem}): the host's resolver is used",
                 name=name,
-                problem=str(problem) or type(problem).__name__,
+                problem=str(problems[0]) or type(problems[0]).__name__,
+                once=name,
             )
+            self._ask_system(name, receiver, port)
+            return
+        self._fresh[name] = (self._clock.seconds(), addresses)
+        _deliver(addresses, receiver, port)
+
+    def _ask_system(self, name: str, receiver: IResolutionReceiver, port: int) -> None:
+        self._system.resolveHostName(_Continued(receiver, partial(self._unknown, name, receiver, port)), name, port)
+
+    def _unknown(self, name: str, receiver: IResolutionReceiver, port: int) -> None:
+        self._silent_until = float("-inf")
+        _deliver(self._fresh.get(name, (0.0, ()))[1], receiver, port)
 
 
 @implementer(IResolutionReceiver)
 class _Continued:
     """
     A receiver that has been told already that its resolution began.
+
+    @param unknown: completes the resolution if there are no addresses.
     """
 
-    def __init__(self, receiver: IResolutionReceiver) -> None:
-        self.addressResolved, self.resolutionComplete = receiver.addressResolved, receiver.resolutionComplete
+    def __init__(self, receiver: IResolutionReceiver, unknown: Callable[[], None]) -> None:
+        self._receiver, self._unknown = receiver, unknown
+        self._found = False
 
     def resolutionBegan(self, resolutionInProgress: IHostResolution) -> None:
         """
         It did.
         """
+
+    def addressResolved(self, address: IAddress) -> None:
+        """
+        Pass an address on.
+        """
+        self._found = True
+        self._receiver.addressResolved(address)
+
+    def resolutionComplete(self) -> None:
+        """
+        Pass on that these are all, if there are any.
+        """
+        if self._found:
+            self._receiver.resolutionComplete()
+        else:
+            self._unknown()
 
 
 def _records(asked: Deferred[Any]) -> Deferred[list[str]]:

@@ -41,10 +41,12 @@ class TransientError(UnavailableError):
     Upstream failed in a way that may pass: throttled, failing, silent, or not to be reached.
 
     @ivar wait: how many seconds it asked to be left alone, if it did.
+    @ivar reached: whether there was a connection.
     """
 
     reason = Reason.UNREACHABLE
     wait: float | None = None
+    reached = True
 
     @property
     def throttled(self) -> bool:

@@ -75,8 +75,12 @@ def _judged(what: str, problem: BaseException | None) -> UnavailableError:
     """
     Tell a connection that failed, which may pass, from an answer that is none, which an upstream gives for reasons.
     """
-    passes = isinstance(first_cause(problem), ConnectError | ConnectionClosed | DNSLookupError)
-    return (TransientError if passes else UnavailableError)(502, "UNAVAILABLE", f"{what}: {describe(problem)}")
+    cause, said = first_cause(problem), f"{what}: {describe(problem)}"
+    if not isinstance(cause, ConnectError | ConnectionClosed | DNSLookupError):
+        return UnavailableError(502, "UNAVAILABLE", said)
+    failed = TransientError(502, "UNAVAILABLE", said)
+    failed.reached = isinstance(cause, ConnectionClosed)
+    return failed
 
 
 def _unless_cancelled(asked: Deferred[T]) -> Deferred[T]:

@@ -9,21 +9,23 @@ Rules:
 - A file may have bytes from an earlier transfer. They are hashed while the lanes bring what is missing, and shown
   when they are hashed. A transfer that upstream ends before its time leaves its file to the next.
 - The hash follows in order. Bytes become visible to a reader once they and all between its own start and
-  them are written; so long as the digest isn't proved, every reader is kept from the last byte of its
-  range: no answer can look complete before its bytes are known to be right.
+  them are written. A reader of the whole blob gets its last byte once the digest is verified: no complete
+  response has wrong bytes. A reader of a part has all of it at once: clients that ask for parts verify by themselves.
+- What a reader of a part waits for is fetched before anything else: see C{_hasten}.
 - On disk, the file is the buffer: any reader may be at any place of it, and a slow one slows nobody.
 - Off disk (the blob is larger than the cache, the disk is full or fails midway), a window of
   C{WINDOW} bytes is the buffer: the bytes come in order, wait for the slowest reader, and end with the last.
   What had reached the file before the disk failed is still read from there.
-- Memory: the bytes on their way into the file (C{HIGH_WATER} a lane) or the window, whatever the blob's
-  size and however many follow it. What has ended holds none, whoever still refers to it: one that fails is often part
-  of a cycle, through its exception's frames, and the garbage collector counts objects, not bytes.
+- Memory: the bytes on their way into the file (C{HIGH_WATER} a lane, and C{BUFFERED} for all transfers) or the
+  window, whatever the blob's size and however many follow it. What has ended holds none, whoever still refers to it:
+  one that fails is often part of a cycle, through its exception's frames, and the garbage collector counts objects,
+  not bytes.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 from twisted.internet.defer import CancelledError, Deferred, DeferredList
@@ -31,13 +33,15 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from ecrproxy.cache.content import DigestMismatchError
+from ecrproxy.cache.trailer import WORTH_RESUMING
 from ecrproxy.cache.writer import Writer
 from ecrproxy.oci import RegistryError
 from ecrproxy.reasons import Reason
 from ecrproxy.stopwatch import Stopwatch
 from ecrproxy.threads import Disk
 from ecrproxy.transfer.follower import Follower
-from ecrproxy.transfer.inflow import Blob, Gaps, Inflow, Stretch
+from ecrproxy.transfer.inflow import Blob, Buffered, Gaps, Stretch
+from ecrproxy.transfer.lane import Lane, ShortBodyError, drop
 from ecrproxy.transfer.sources import FilePiece
 
 if TYPE_CHECKING:
@@ -48,13 +52,13 @@ T = TypeVar("T")
 
 WINDOW: Final = 2**20
 """Bytes held for readers of a transfer that has no file."""
-TRIES: Final = 3
-"""How often in a row a lane may break off without having brought a byte."""
+SOON: Final = 256 * 2**10
+"""Bytes that a lane may be short of what a client waits for, so that a new connection would not be faster."""
 
 
-class ShortBodyError(Exception):
+class UnattendedError(Exception):
     """
-    A transfer ended with more or fewer bytes than it had announced.
+    Nobody reads a transfer, and too many others are in the same case.
     """
 
 
@@ -72,6 +76,9 @@ class Download:
     @param writer: where it is kept; none to keep a window alone.
     @param lanes: over how many connections it comes.
     @param unkept: why it isn't kept, if it isn't; a file that is given up was the disk's fault.
+    @param buffered: counts what waits in memory, of all transfers together.
+    @param first_wished: whether a client waits for exactly what was asked for first.
+    @ivar attendance: called when a first reader comes or the last has left.
     @ivar received: how many bytes are readable, from the first on.
     @ivar verified: whether all of them are there and are what the digest names.
     @ivar failure: why there will be no more of them.
@@ -86,6 +93,8 @@ class Download:
         lanes: int = 1,
         *,
         unkept: Reason = Reason.DISK,
+        buffered: Buffered | None = None,
+        first_wished: bool = False,
     ) -> None:
         self.digest, self.size, self.unkept = digest, size, unkept
         self.received, self.verified = 0, False
@@ -95,14 +104,18 @@ class Download:
         self._filed = 0
         self._hash = digest.hasher()
         self._gaps, self._lanes_end = Gaps(writer.gaps if writer is not None else ()), False
-        self._inflows: set[Inflow] = set()
-        self._openings: set[Deferred[Stretch]] = set()
+        self._buffered = buffered or Buffered()
+        self._first_wished = first_wished
+        self._blob: Blob | None = None
+        self._at_work: set[Lane] = set()
         self._window: deque[bytes] = deque()
         self._window_start = 0
         self._wake: Deferred[None] | None = None
         self._followers: set[Follower] = set()
         self._abandoned, self._leaves = False, False
-        self._running = True
+        self._running, self.stopped = True, False
+        self._parts_sent = 0
+        self.attendance: Callable[[], None] = lambda: None
 
     @property
     def kept(self) -> bool:
@@ -118,15 +131,31 @@ class Download:
         """
         return len(self._followers)
 
+    @property
+    def unattended(self) -> bool:
+        """
+        Tell whether it goes on for the cache alone, and has a file that the next transfer could go on with.
+        """
+        resumable = self.kept and (self.size or 0) >= WORTH_RESUMING
+        return self._running and resumable and not self._followers and not self.stopped
+
     def offers(self, start: int) -> bool:
         """
         Tell whether a reader can still begin at C{start}.
         """
+        if self.stopped:
+            return False
         if self._writer is not None or self.verified:
             return self._file is not None
         if self._abandoned or self.failure is not None:
             return False
         return start >= self._window_start or (start < self._filed and self._window_start == self._filed)
+
+    def passes(self, start: int) -> bool:
+        """
+        Tell whether a reader that begins at C{start} has its first bytes as soon as they come from upstream.
+        """
+        return self.offers(start) and (self.kept or start <= self.received)
 
     def follow(self, start: int, stop: int | None, waiting: Stopwatch | None = None) -> Follower:
         """
@@ -137,17 +166,39 @@ class Download:
         """
         follower = Follower(self, start, stop, waiting or Stopwatch(lambda: 0.0))
         self._followers.add(follower)
+        if follower.partial:
+            self._hasten(follower)
+        if len(self._followers) == 1:
+            self.attendance()
         return follower
+
+    def let_go(self) -> None:
+        """
+        Note that who asked for it does not read it after all.
+        """
+        if not self._followers:
+            if self._writer is None and self._running:
+                self._abandon()
+            self.attendance()
+
+    def stop(self) -> None:
+        """
+        End a transfer that nobody reads; its file is left to the next of this digest.
+        """
+        if self._at_work and self.unattended:
+            self.stopped = True
+            self._end_lanes(Failure(UnattendedError("nobody reads it, nor others; the next request continues it")))
 
     async def run(self, blob: Blob) -> None:
         """
         Take the transfer to its end, good or bad. Never raises: those who follow are told.
         """
+        self._blob = blob
         try:
             if self._writer is None:
-                await self._stream(blob, await self._from_the_start(blob))
+                await self._stream(blob, self._from_the_start(blob))
             elif not await self._fills(blob) and self.received != self.size:
-                await self._stream(blob, await blob.open(self.received, self.size))
+                await self._stream(blob, None)
             await self._finish()
         except Exception as problem:  # noqa: BLE001 (whatever it is, those who follow must be told)
             self._fail(Failure(problem))
@@ -180,12 +231,7 @@ class Download:
 
         def broke(problem: Failure) -> None:
             problems.append(problem)
-            self._lanes_end = True
-            self._gaps.give_up()
-            for inflow in list(self._inflows):
-                inflow.abort(problem)
-            for opening in list(self._openings):
-                opening.cancel()
+            self._end_lanes(problem)
 
         firsts = [blob.first, *[None] * (self._lanes - 1)]
         works = [self._catch_up(), *(self._lane(blob, first) for first in firsts)]
@@ -195,20 +241,52 @@ class Download:
             raise cast(Exception, problems.pop(0).value)  # nobody here keeps it, nor the frames that it keeps
         await self._catch_up()
 
+    def _end_lanes(self, problem: Failure) -> None:
+        self._lanes_end = True
+        self._gaps.give_up()
+        for lane in list(self._at_work):
+            lane.abort(problem)
+
     async def _lane(self, blob: Blob, first: Stretch | None) -> None:
         """
-        Bring part after part, until there is none left to take.
+        Bring part after part, until there is none left: what readers of parts wait for, then the rest in order.
 
         @param first: what has been asked for already. What of it is there is not taken: it may be hashed by now.
         """
         if first is not None:
             part = self._gaps.take_from(first.start, self.size or 0 if first.stop is None else first.stop)
             if part is None:
-                _drop(first)
+                drop(first)
             else:
-                await self._part(blob, first, *part)
-        while (part := self._gaps.take(self._lanes)) is not None:
-            await self._part(blob, None, *part)
+                await self._part(Lane(self.digest, blob, *part, first, self._buffered, wished=self._first_wished))
+        while True:
+            part = self._gaps.take_wished(self._wishes()) if blob.ranged else None
+            wished = part is not None
+            part = part or self._gaps.take(self._lanes)
+            if part is None:
+                return
+            await self._part(Lane(self.digest, blob, *part, None, self._buffered, wished=wished))
+
+    def _wishes(self) -> list[tuple[int, int]]:
+        return [(each.position, each.stop or 0) for each in self._followers if each.partial]
+
+    def _hasten(self, follower: Follower) -> None:
+        """
+        Have a lane bring what C{follower} waits for, unless one is about to: it leaves its part and takes the wish.
+        """
+        writer, blob = self._writer, self._blob
+        if writer is None or blob is None or not blob.ranged or self._lanes_end:
+            return
+        missing = writer.reach(follower.position)
+        if missing >= (follower.stop or 0):
+            return
+        there = [lane for lane in self._at_work if lane.reached <= missing < (lane.stop or 0)]
+        if any(lane.wished or missing - lane.arrived <= SOON for lane in there):
+            return
+        if not there and missing in self._gaps:
+            there = [lane for lane in self._at_work if not lane.wished]
+        if there:
+            max(there, key=lambda lane: (lane.stop or 0) - lane.arrived).cut(self._gaps.give_back)
 
     async def _catch_up(self) -> None:
         """
@@ -225,54 +303,28 @@ class Download:
             self.received = self._filed = writer.hashed
             self._news()
 
-    async def _part(self, blob: Blob, stretch: Stretch | None, start: int, stop: int | None) -> None:
+    async def _part(self, lane: Lane) -> None:
         """
-        Bring the bytes from C{start} to C{stop}, going on after each break from where it was.
+        Write what a lane brings.
         """
-        barren = 0
-        while True:
-            inflow = Inflow()
-            self._inflows.add(inflow)
-            reached = start
-            try:
-                inflow.begin(stretch or await self._open(blob, start, stop, barren))
-                while (stop is None or reached < stop) and (batch := await inflow.batch()):
-                    reached = await self._write(reached, stop, batch)
-                    del batch  # it is on the disk, and the next may be long in coming
-                inflow.abort()  # a bucket may send more than it was asked for
-                if stop is None or reached >= stop:
-                    return
-                raise ShortBodyError(f"the connection ended at byte {reached} of {self.digest}")  # noqa: TRY301
-            except Exception as problem:  # whatever broke it, the next may hold
-                inflow.abort()
-                if stop is not None and reached >= stop:
-                    return
-                barren = 0 if reached > start else barren + 1
-                hopeless = self._lanes_end or barren >= TRIES or stop is None
-                if hopeless or isinstance(problem, _DiskError | CancelledError):
-                    raise
-                log.info("Going on with {digest} at byte {at}: {why}", digest=self.digest, at=reached, why=str(problem))
-            finally:
-                self._inflows.discard(inflow)
-            start, stretch = reached, None
-
-    async def _open(self, blob: Blob, start: int, stop: int | None, breaks: int) -> Stretch:
-        opening = Deferred.fromCoroutine(blob.open(start, stop, breaks))
-        self._openings.add(opening)
+        self._at_work.add(lane)
+        offset = lane.reached
         try:
-            return await opening
+            while batch := await lane.batch():
+                offset = await self._write(offset, batch)
+                del batch  # it is on the disk, and the next may be long in coming
+        except Exception:
+            lane.abort()
+            raise
         finally:
-            self._openings.discard(opening)
+            self._at_work.discard(lane)
 
-    async def _write(self, offset: int, stop: int | None, batch: Sequence[bytes]) -> int:
+    async def _write(self, offset: int, batch: Sequence[bytes]) -> int:
         """
         Write what came, and show it.
 
         @return: the offset behind it.
         """
-        size = sum(map(len, batch))
-        if stop is not None and offset + size > stop:
-            batch, size = [b"".join(batch)[: stop - offset]], stop - offset
         writer = self._writer
         if writer is None:  # another lane has met a disk that fails
             raise CancelledError
@@ -282,7 +334,7 @@ class Download:
             raise _DiskError(problem.with_traceback(None)) from problem
         self.received = self._filed = writer.hashed
         self._news()
-        return offset + size
+        return offset + sum(map(len, batch))
 
     def _spill(self) -> None:
         """
@@ -295,37 +347,36 @@ class Download:
 
     # Through the window.
 
-    async def _from_the_start(self, blob: Blob) -> Stretch:
+    @staticmethod
+    def _from_the_start(blob: Blob) -> Stretch | None:
         """
-        Give the blob's first bytes: it was asked for from elsewhere for a file that can't be gone on with.
+        Give the blob's first bytes, if they were asked for: others were for a file that can't be gone on with.
         """
         if blob.first.start == 0:
             return blob.first
-        _drop(blob.first)
-        return await blob.open(0, self.size)
+        drop(blob.first)
+        return None
 
-    async def _stream(self, blob: Blob, stretch: Stretch) -> None:
+    async def _stream(self, blob: Blob, first: Stretch | None) -> None:
         """
         Bring the bytes in order, at the pace of those who follow.
         """
-        while True:
-            inflow = Inflow()
-            self._inflows.add(inflow)
-            try:
-                inflow.begin(stretch)
-                while batch := await inflow.batch():
-                    await self._disk.digesting(_hash_all, self._hash, batch)
-                    self._window.extend(batch)
-                    self.received += sum(map(len, batch))
-                    del batch  # the window alone holds it
-                    self._news()
-                    await self._room()
-            finally:
-                self._inflows.discard(inflow)
-                inflow.abort()
-            if self.size is None or self.received >= self.size or stretch.stop in (None, self.size):
-                return
-            stretch = await blob.open(self.received, self.size)
+        lane = Lane(self.digest, blob, self.received, self.size, first, self._buffered)
+        self._at_work.add(lane)
+        try:
+            while batch := await lane.batch():
+                await self._disk.digesting(_hash_all, self._hash, batch)
+                self._window.extend(batch)
+                self._buffered.size += sum(map(len, batch))
+                self.received += sum(map(len, batch))
+                del batch  # the window alone holds it
+                self._news()
+                await self._room()
+        except Exception:
+            lane.abort()
+            raise
+        finally:
+            self._at_work.discard(lane)
 
     async def _room(self) -> None:
         """
@@ -352,12 +403,13 @@ class Download:
         """
         if self._writer is not None:
             return
-        needed = [follower.lay_aside(self._window_start, self.received) for follower in self._followers]
-        still = [position for position in needed if position is not None]
-        passed = min(still, default=self.received if self._followers else self._window_start)
+        needed = [follower.position for follower in self._followers if follower.needs(self._window_start)]
+        passed = min(needed, default=self.received if self._followers else self._window_start)
         trimmed = False
         while self._window and self._window_start + len(self._window[0]) <= passed:
-            self._window_start += len(self._window.popleft())
+            passed_by = len(self._window.popleft())
+            self._window_start += passed_by
+            self._buffered.size -= passed_by
             trimmed = True
         if trimmed:
             self._stir()
@@ -382,11 +434,18 @@ class Download:
 
     def _fail(self, failure: Failure) -> None:
         # What came is worth something still, unless the disk or the bytes are to blame, or nobody knows what.
-        self._leaves = self._writer is not None and failure.check(RegistryError, ShortBodyError) is not None
+        worth = failure.check(RegistryError, ShortBodyError, UnattendedError)
+        self._leaves = self._writer is not None and worth is not None
         self.failure, self._writer = failure, None
-        foreseen = failure.check(RegistryError, ShortBodyError, DigestMismatchError, CancelledError)
+        foreseen = worth or failure.check(DigestMismatchError, CancelledError)
         why = str(failure.value) if foreseen else failure.getTraceback()
-        log.warn("The transfer of {digest} failed: {problem}", digest=self.digest, problem=why)
+        if failure.check(UnattendedError):
+            log.info("The transfer of {digest} stops: {problem}", digest=self.digest, problem=why)
+        else:
+            log.warn("The transfer of {digest} failed: {problem}", digest=self.digest, problem=why)
+        if failure.check(DigestMismatchError) and self._parts_sent:
+            said = "{count} partial responses had bytes of {digest} that may be wrong: clients that verify ask again"
+            log.warn(said, count=self._parts_sent, digest=self.digest)
         failure.cleanFailure()  # it is kept, and its frames, and all that called them, would be with it
         self._news()
 
@@ -430,12 +489,15 @@ class Download:
         Note that a reader is done or gone.
         """
         self._followers.discard(follower)
+        self._parts_sent += follower.partial and follower.done
         if self._writer is None and not self.verified:
             self._trim()
             if not self._followers:
                 self._abandon()
             self._stir()
         self._close_if_idle()
+        if not self._followers:
+            self.attendance()
 
     def _abandon(self) -> None:
         """
@@ -443,8 +505,8 @@ class Download:
         """
         self._abandoned = True
         problem = Failure(CancelledError("nobody follows, and there is no file to go on for"))
-        for inflow in list(self._inflows):
-            inflow.abort(problem)
+        for lane in list(self._at_work):
+            lane.abort(problem)
 
     def _close_if_idle(self) -> None:
         """
@@ -452,21 +514,13 @@ class Download:
         """
         if self._running or self._followers:
             return
+        self._buffered.size -= sum(map(len, self._window))
         self._window.clear()
         if self._file is None:
             return
         file, self._file = self._file, None
         let_go = file.leave if self._leaves else file.discard if self._writer is None else file.close
         self._disk.closing(let_go).addErrback(lambda problem: log.failure("Closing a file", problem))
-
-
-def _drop(stretch: Stretch) -> None:
-    """
-    Do without bytes that were asked for.
-    """
-    inflow = Inflow()
-    inflow.begin(stretch)
-    inflow.abort()
 
 
 def _hash_all(state: Any, batch: Sequence[bytes]) -> None:  # noqa: ANN401 (hashlib's objects have no public type)

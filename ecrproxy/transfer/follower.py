@@ -21,20 +21,22 @@ class Follower:
     One reader of a L{Download}: a source of bytes for C{sending}.
 
     @ivar position: the offset of the next byte that it will read.
+    @ivar partial: whether it reads a part of the blob: then it gets its last byte before the whole is verified.
     """
 
     def __init__(self, download: Download, start: int, stop: int | None, waiting: Stopwatch) -> None:
-        self._download, self.position, self._stop, self._waiting = download, start, stop, waiting
-        self._last: bytes | None = None
+        self._download, self.position, self.stop, self._waiting = download, start, stop, waiting
+        self.partial = stop is not None and (start, stop) != (0, download.size)
         self._on_news: Callable[[], None] = lambda: None
 
     @property
     def done(self) -> bool:
         """
-        Tell whether all was read, and is right.
+        Tell whether all was read, and is right if it is the whole blob.
         """
         download = self._download
-        return download.verified and self.position >= (download.received if self._stop is None else self._stop)
+        read = self.position >= (download.received if self.stop is None else self.stop)
+        return read and (self.partial or download.verified)
 
     @property
     def failure(self) -> Failure | None:
@@ -55,35 +57,23 @@ class Follower:
         return piece
 
     def _piece(self, limit: int) -> FilePiece | bytes | None:
-        if self._last is not None:
-            return self._last if self._download.verified else None
         reach = self._download.reach(self.position)
-        if self._stop is not None:
-            reach = min(reach, self._stop if self._download.verified else self._stop - 1)
+        if self.stop is not None:
+            reach = min(reach, self.stop if self.partial or self._download.verified else self.stop - 1)
         count = min(limit, reach - self.position)
         return self._download.piece(self.position, count) if count > 0 else None
 
-    def lay_aside(self, start: int, received: int) -> int | None:
+    def needs(self, start: int) -> bool:
         """
-        Take the last byte out of a window that others need: it may be sent only at the end of all.
-
-        @param start: where the window starts; what comes before it is in a file.
-        @param received: how many bytes were received.
-        @return: from where on this reader still needs the window, if it does.
+        Tell whether it reads anything of a window that starts at C{start}; what comes before it is in a file.
         """
-        if self._stop is not None and self._stop <= start:
-            return None
-        if self._last is None and self._stop is not None and self.position == self._stop - 1 < received:
-            piece = self._download.piece(self.position, 1)
-            self._last = piece if isinstance(piece, bytes) else None
-        return self.position if self._last is None else None
+        return self.stop is None or self.stop > max(start, self.position)
 
     def sent(self, count: int) -> None:
         """
         Note that C{count} bytes more were read.
         """
         self.position += count
-        self._last = None
         self._download.progressed()
 
     def listen(self, news: Callable[[], None]) -> None:

@@ -24,6 +24,18 @@ SPLIT: Final = 16 * 2**20
 """Bytes from which on a blob is worth several connections."""
 
 
+SMALLEST_WISH: Final = 64 * 2**10
+"""Fewest bytes that are fetched out of turn: tiny ranges would leave a gap each."""
+
+
+MOST_GAPS: Final = 1000
+"""Number of gaps from which on nothing is fetched out of turn any more."""
+
+
+BUFFERED: Final = 64 * 2**20
+"""Bytes that may wait in memory, of all transfers together, before each connection is paused at its first byte."""
+
+
 class Transfer(Protocol):
     """
     A connection that sends: what may be asked of it.
@@ -77,13 +89,32 @@ class Blob(Protocol):
         """Ask for more of it, which was asked for in vain C{breaks} times in a row."""
 
 
+class Buffered:
+    """
+    Counts the bytes of all transfers that wait in memory, for the disk or for clients.
+    """
+
+    def __init__(self, most: int = BUFFERED) -> None:
+        self.most, self.size = most, 0
+
+    @property
+    def full(self) -> bool:
+        """
+        Return True if no more bytes should be taken in.
+        """
+        return self.size > self.most
+
+
 class Lanes:
     """
     The connections to buckets that the daemon may have, and what a single blob may have of them.
+
+    @ivar buffered: counts what has come over them and waits in memory.
     """
 
     def __init__(self, each: int = 4, together: int = 64) -> None:
         self._each, self._free = each, together
+        self.buffered = Buffered()
 
     def first_part(self, expected: int | None) -> int | None:
         """
@@ -140,6 +171,36 @@ class Gaps:
                 return start, end
         return None
 
+    def take_wished(self, wishes: Iterable[tuple[int, int]]) -> tuple[int, int] | None:
+        """
+        Take the next part that a client waits for; none if no wish is missing.
+
+        The smallest wish comes first: a footer of 50 bytes does not wait for another client's 100 MiB.
+        """
+        if len(self._gaps) >= MOST_GAPS:
+            return None
+        for start, stop in sorted(wishes, key=lambda wish: wish[1] - wish[0]):
+            for first, last in self._gaps:
+                begin, end = max(start, first), min(stop, last)
+                if begin < end:
+                    return self.take_from(begin, max(begin + SMALLEST_WISH, min(end, begin + SMALLEST_PART)))
+        return None
+
+    def give_back(self, start: int, stop: int) -> None:
+        """
+        Let others take what was taken and has not come.
+        """
+        merged: list[tuple[int, int]] = []
+        for first, last in sorted([*self._gaps, (start, stop)]):
+            if merged and merged[-1][1] == first:
+                merged[-1] = (merged[-1][0], last)
+            elif first < last:
+                merged.append((first, last))
+        self._gaps = merged
+
+    def __contains__(self, offset: int) -> bool:
+        return any(first <= offset < last for first, last in self._gaps)
+
     def give_up(self) -> None:
         """
         Let nobody take another part.
@@ -159,11 +220,16 @@ def part_size(remaining: int, lanes: int) -> int:
 class Inflow:
     """
     Bytes on their way in from one connection; it is paused while too many wait.
+
+    @param buffered: what is counted of all connections together.
+    @param high_water: bytes that may wait before this one is paused.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, buffered: Buffered, high_water: int = HIGH_WATER) -> None:
+        self._buffered, self._high_water = buffered, high_water
         self._pending: list[bytes] = []
-        self._size, self._paused, self._over = 0, False, False
+        self.waiting, self._in_use = 0, 0
+        self._paused, self._over = False, False
         self._problem: Failure | None = None
         self._transfer: Transfer | None = None
         self._wake: Deferred[None] | None = None
@@ -181,8 +247,10 @@ class Inflow:
         if self._over:
             return
         self._pending.append(data)
-        self._size += len(data)
-        if self._size > HIGH_WATER and not self._paused and self._transfer is not None:
+        self.waiting += len(data)
+        self._buffered.size += len(data)
+        too_many = self.waiting > self._high_water or self._buffered.full
+        if too_many and not self._paused and self._transfer is not None:
             self._paused = True
             self._transfer.pause()
         self._stir()
@@ -194,11 +262,21 @@ class Inflow:
         self._over, self._problem = True, self._problem or problem
         self._stir()
 
+    def refuse(self) -> None:
+        """
+        End the connection; what still waits is given.
+        """
+        if not self._over:
+            self.ended(None)
+            if self._transfer is not None:
+                self._transfer.abort()
+
     def abort(self, problem: Failure | None = None) -> None:
         """
         End the connection; what still waits is dropped.
         """
-        self._pending, self._size = [], 0
+        self._buffered.size -= self.waiting + self._in_use
+        self._pending, self.waiting, self._in_use = [], 0, 0
         if not self._over:
             self.ended(problem)
             if self._transfer is not None:
@@ -206,10 +284,12 @@ class Inflow:
 
     async def batch(self) -> list[bytes]:
         """
-        Wait for bytes; empty at the end.
+        Wait for bytes; empty at the end. Asking for more says that the last batch is used up.
 
         @raise Exception: if the connection broke off; all that came before was given.
         """
+        self._buffered.size -= self._in_use
+        self._in_use = 0
         if self._paused and not self._pending and not self._over and self._transfer is not None:
             self._paused = False  # what had been taken is written now
             self._transfer.resume()
@@ -217,7 +297,8 @@ class Inflow:
             self._wake = Deferred()
             await self._wake
         if self._pending:
-            batch, self._pending, self._size = self._pending, [], 0
+            batch, self._pending = self._pending, []
+            self._in_use, self.waiting = self.waiting, 0
             return batch
         if self._problem is not None:
             self._problem.raiseException()

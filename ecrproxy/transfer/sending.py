@@ -194,7 +194,7 @@ class SlotSending(Sending):
         super().__init__(request, source)
         self._in_thread, self._transport, self._channel = in_thread, transport, request.channel
         self._patience: Patience = cast(Any, request.channel).patience
-        self._advised = 0
+        self._advised = (0, 0)
         self._begun = self._warming = self._caught_up = False
 
     def start(self) -> Deferred[None]:
@@ -261,9 +261,9 @@ class SlotSending(Sending):
         """
         See that the kernel has the bytes in memory; if not, they are read in a thread, and the turn comes again.
         """
-        if offset + count <= self._advised:
+        if self._advised[0] <= offset and offset + count <= self._advised[1]:  # several parts come in any order
             return True
-        self._advised = offset + count
+        self._advised = (offset, offset + count)
         try:
             os.preadv(fd, [bytearray(1)], offset + count - 1, os.RWF_NOWAIT)
         except BlockingIOError:

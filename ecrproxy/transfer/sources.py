@@ -4,12 +4,14 @@ Where the bytes of a response come from.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 from twisted.python.failure import Failure
 
 if TYPE_CHECKING:
+    from ecrproxy.byte_ranges import Multipart
     from ecrproxy.cache.content import Content
     from ecrproxy.cache.verification import Verification
 
@@ -88,12 +90,15 @@ class Shelved:
     """
     A range of a finished file: a source of bytes for C{sending}.
 
-    @param verification: what its last byte waits for, if the file isn't proved.
+    A part of the file is complete once it is sent, whatever the verification finds later: see L{follower}.
+
+    @param verification: what the last byte of the whole waits for, if the file isn't proved.
     """
 
     def __init__(self, content: Content, start: int, stop: int, verification: Verification | None = None) -> None:
         self._content, self.position, self._stop = content, start, stop
         self._verification = verification
+        self._partial = (start, stop) != (0, content.size)
         self._on_news: Callable[[], None] = lambda: None
 
     @property
@@ -114,8 +119,8 @@ class Shelved:
         """
         Point at up to C{limit} bytes; none if the file must be proved first.
         """
-        proved = self._verification is None or self._verification.proved
-        count = min(limit, (self._stop if proved else self._stop - 1) - self.position)
+        complete = self._partial or self._verification is None or self._verification.proved
+        count = min(limit, (self._stop if complete else self._stop - 1) - self.position)
         return (self._content.fileno(), self.position, count) if count else None
 
     def sent(self, count: int) -> None:
@@ -139,3 +144,91 @@ class Shelved:
         if self._verification is not None:
             self._verification.leave(self._on_news)
         self._content.close()
+
+
+class Parted:
+    """
+    Several parts of a blob, each behind its head: the body of a multipart/byteranges response.
+
+    @param follow: gives the bytes from one offset to another. The next part is followed before the one before is
+        closed, so that a transfer never looks as if nobody read it.
+    @param close: called at the end.
+    """
+
+    def __init__(
+        self, frame: Multipart, follow: Callable[[int, int], Source], close: Callable[[], None] = lambda: None
+    ) -> None:
+        self._follow, self._close = follow, close
+        self._left = deque(zip(frame.heads, frame.spans, strict=True))
+        self._end = frame.end
+        self._on_news: Callable[[], None] = lambda: None
+        self._own_failure: Failure | None = None
+        self._text = b""
+        self._part = self._next()
+
+    def _next(self) -> Source:
+        head, (start, stop) = self._left.popleft()
+        part = self._follow(start, stop)
+        part.listen(self._news)
+        self._text = head
+        return part
+
+    def _news(self) -> None:
+        self._on_news()
+
+    @property
+    def done(self) -> bool:
+        """
+        Tell whether all was sent.
+        """
+        return not (self._text or self._left or self._end) and self._part.done
+
+    @property
+    def failure(self) -> Failure | None:
+        """
+        Tell why it can't go on, if it can't.
+        """
+        return self._own_failure or self._part.failure
+
+    def piece(self, limit: int) -> FilePiece | bytes | None:
+        """
+        Point at the next bytes: of a head, of a part, or of the end.
+        """
+        if not self._text and self._part.done and self._own_failure is None:
+            self._go_on()
+        return self._text[:limit] or (None if self._part.done else self._part.piece(limit))
+
+    def _go_on(self) -> None:
+        if not self._left:
+            self._text, self._end = self._end, b""
+            return
+        last = self._part
+        try:
+            self._part = self._next()
+        except LookupError:
+            self._own_failure = Failure()
+            self._on_news()
+        else:
+            last.close()
+
+    def sent(self, count: int) -> None:
+        """
+        Note that so many were sent.
+        """
+        if self._text:
+            self._text = self._text[count:]
+        else:
+            self._part.sent(count)
+
+    def listen(self, news: Callable[[], None]) -> None:
+        """
+        Call C{news} when there may be more.
+        """
+        self._on_news = news
+
+    def close(self) -> None:
+        """
+        Let go.
+        """
+        self._part.close()
+        self._close()

@@ -5,6 +5,7 @@ Where the daemon listens: whether it does so already, somebody else does, or nob
 from __future__ import annotations
 
 import errno
+import json
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
@@ -51,10 +52,23 @@ _NOBODY: Final = frozenset({"Connection refused", "No such file or directory"})
 
 
 def _daemon_there(check: str, text: str, contact: Contact) -> Finding:
-    if contact.status == 200:  # noqa: PLR2004
-        return ok(check, f"the daemon is at {text}, and ready")
-    why = contact.body.decode("utf-8", "replace")[:300].strip()
-    return warning(check, f"the daemon is at {text}, and not ready: {why}", "see the other lines, and its log")
+    why, advice = _reasons(contact.body), "see the other lines, and its log"
+    if contact.status != 200:  # noqa: PLR2004
+        return warning(check, f"the daemon is at {text}, and not ready: {why}", advice)
+    if why:
+        return warning(check, f"the daemon is at {text}, and serves, but {why}", advice)
+    return ok(check, f"the daemon is at {text}, and ready")
+
+
+def _reasons(body: bytes) -> str:
+    """
+    Read what /readyz says is wrong.
+    """
+    text = body.decode("utf-8", "replace")[:2000].strip()
+    try:
+        return "; ".join(map(str, json.loads(text)["reasons"]))[:300]
+    except (ValueError, LookupError, TypeError):
+        return text[:300]
 
 
 def _free(check: str, variable: str, text: str, problem: int) -> Finding:

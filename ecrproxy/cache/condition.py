@@ -1,0 +1,92 @@
+"""
+How the cache directory is: one look at the disk for all who ask within two seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final
+
+from twisted.internet.defer import Deferred
+from twisted.internet.defer import TimeoutError as LateError
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+if TYPE_CHECKING:
+    from twisted.internet.interfaces import IReactorTime
+
+    from ecrproxy.cache.store import Store
+    from ecrproxy.threads import InThread
+
+log = Logger()
+
+FRESH_SECONDS: Final = 2.0
+"""How long a look is good for."""
+PATIENCE: Final = 2.0
+"""Seconds that a look may take before the disk is said to hang; it goes on, and no other begins meanwhile."""
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """
+    What a look has found.
+
+    @ivar reasons: what is wrong.
+    @ivar filled: whether there is content.
+    """
+
+    reasons: tuple[str, ...] = ()
+    filled: bool = False
+
+
+class Condition:
+    """
+    The condition of one cache directory.
+
+    @param in_thread: calls what asks the disk; a thread of its own, for the others may all wait for that disk.
+    """
+
+    def __init__(self, store: Store, in_thread: InThread, clock: IReactorTime) -> None:
+        self._store, self._in_thread, self._clock = store, in_thread, clock
+        self._last, self._fresh_until = Look(), float("-inf")
+        self._began: float | None = None
+        self._waiting: list[Deferred[None]] = []
+
+    async def latest(self) -> Look:
+        """
+        Return what the last look found, after another one if that is too long ago.
+        """
+        now = self._clock.seconds()
+        if self._began is None and now >= self._fresh_until:
+            self._begin(now)
+        if self._began is not None and now < self._began + PATIENCE:
+            await self._wait(self._began + PATIENCE - now)
+        if self._began is None:
+            return self._last
+        hangs = f"the cache directory's disk has not answered for {self._clock.seconds() - self._began:.0f} s"
+        return replace(self._last, reasons=(*self._last.reasons, hangs))
+
+    def _begin(self, now: float) -> None:
+        self._began = now
+        self._in_thread(self._look).addBoth(self._ended)
+
+    def _look(self) -> Look:
+        return Look(tuple(self._store.reasons()), self._store.has_content())
+
+    def _ended(self, found: Look | Failure) -> None:
+        self._began, self._fresh_until = None, self._clock.seconds() + FRESH_SECONDS
+        if isinstance(found, Failure):
+            log.failure("Looking at the cache directory", found)
+            found = replace(self._last, reasons=(f"the cache directory can't be looked at: {found.value}",))
+        self._last = found
+        waiting, self._waiting = self._waiting, []
+        for waiter in waiting:
+            if not waiter.called:
+                waiter.callback(None)
+
+    async def _wait(self, seconds: float) -> None:
+        waiter: Deferred[None] = Deferred(self._waiting.remove)
+        self._waiting.append(waiter)
+        with contextlib.suppress(LateError):
+            await waiter.addTimeout(seconds, self._clock)

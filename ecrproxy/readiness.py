@@ -1,0 +1,43 @@
+"""
+What the daemon can do at this moment, and what keeps it from more. Pure.
+
+I{Alive}, I{can serve} and I{can fetch} are three answers: whoever answers at all is alive; a token or a cache with
+content lets it serve; a token that ECR accepts, and an ECR that answers, let it fetch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Readiness:
+    """
+    Which of the answers hold.
+
+    @ivar reasons: what is wrong, also where it does not keep the daemon from serving.
+    """
+
+    can_serve: bool
+    can_fetch: bool
+    reasons: tuple[str, ...]
+
+
+def judge(*, draining: bool, token: str | None, ecr: str | None, disk: Sequence[str], filled: bool) -> Readiness:
+    """
+    Tell what can be done.
+
+    @param token: why there is no token that ECR accepts, if so.
+    @param ecr: why ECR is not asked, if so.
+    @param disk: what is wrong with the cache directory.
+    @param filled: whether the cache directory has content.
+    """
+    reasons = ["draining: the daemon ends"] if draining else []
+    reasons += [f"no token: {token}"] if token is not None else []
+    reasons += [f"ECR is left alone: {ecr}"] if ecr is not None else []
+    return Readiness(
+        can_serve=not draining and not disk and (token is None or filled),
+        can_fetch=token is None and ecr is None,
+        reasons=(*reasons, *disk),
+    )

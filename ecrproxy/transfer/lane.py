@@ -1,0 +1,171 @@
+"""
+The bytes of a blob from one offset to another, over one connection at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
+
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+from ecrproxy.transfer.inflow import HIGH_WATER, Blob, Buffered, Inflow, Stretch
+
+if TYPE_CHECKING:
+    from ecrproxy.oci import Digest
+
+log = Logger()
+
+TRIES: Final = 3
+"""How often in a row a lane may break off without having brought a byte."""
+
+
+class ShortBodyError(Exception):
+    """
+    A transfer ended with more or fewer bytes than it had announced.
+    """
+
+
+class Lane:
+    """
+    Brings the bytes from C{start} to C{stop} in order. After a break it asks for the rest, from its last good byte on.
+
+    @param stop: none for all, where the size is not known; such a lane cannot be resumed.
+    @param first: what has been asked for already, from C{start} on.
+    @ivar wished: whether a client waits for exactly these bytes.
+    @ivar reached: the offset behind the last byte that was handed out.
+    """
+
+    def __init__(
+        self,
+        digest: Digest,
+        blob: Blob,
+        start: int,
+        stop: int | None,
+        first: Stretch | None,
+        buffered: Buffered,
+        *,
+        high_water: int = HIGH_WATER,
+        wished: bool = False,
+    ) -> None:
+        self.digest, self._blob, self._buffered, self._high_water = digest, blob, buffered, high_water
+        self.reached, self.stop, self.wished = start, stop, wished
+        self._next, self._announced = first, stop
+        self._inflow: Inflow | None = None
+        self._opening: Deferred[Stretch] | None = None
+        self._brought, self._barren = False, 0
+        self._problem: Failure | None = None
+
+    @property
+    def arrived(self) -> int:
+        """
+        The offset behind the last byte that has arrived.
+        """
+        return self.reached + (self._inflow.waiting if self._inflow is not None else 0)
+
+    async def batch(self) -> list[bytes]:
+        """
+        Wait for the next bytes; empty at the end. Asking for more says that the last batch is used up.
+
+        @raise Exception: if the rest can't be had.
+        """
+        while self.stop is None or self.reached < self.stop:
+            try:
+                if self._problem is not None:
+                    self._problem.raiseException()
+                if batch := await self._arrivals():
+                    return self._take(batch)
+            except Exception as problem:
+                if not self._may_go_on(problem):
+                    raise
+            else:
+                if self.stop is None:
+                    break
+        self._hang_up()  # a bucket may send more than it was asked for
+        return []
+
+    async def _arrivals(self) -> list[bytes]:
+        if self._inflow is None:
+            stretch = self._next or await self._open()
+            self._next, self._brought, self._announced = None, False, stretch.stop
+            self._inflow = Inflow(self._buffered, self._high_water)
+            self._inflow.begin(stretch)
+        batch = await self._inflow.batch()
+        if not batch and self.stop is not None and self.reached < self.stop:
+            if not self._brought or self._announced is None or self.reached < self._announced:
+                raise ShortBodyError(f"the connection ended at byte {self.reached} of {self.digest}")
+            self._hang_up()  # all that was asked for has come, and there is more to ask for
+        return batch
+
+    async def _open(self) -> Stretch:
+        self._opening = Deferred.fromCoroutine(self._blob.open(self.reached, self.stop, self._barren))
+        try:
+            return await self._opening
+        finally:
+            self._opening = None
+
+    def _take(self, batch: list[bytes]) -> list[bytes]:
+        size = sum(map(len, batch))
+        self._brought = self._brought or size > 0
+        if self.stop is not None and self.reached + size > self.stop:
+            batch, size = [b"".join(batch)[: self.stop - self.reached]], self.stop - self.reached
+        self.reached += size
+        return batch
+
+    def _may_go_on(self, problem: Exception) -> bool:
+        """
+        Hang up after C{problem}; tells whether to try again.
+        """
+        self._hang_up()
+        if self._problem is not None or self.stop is None:
+            return False
+        if self.reached >= self.stop:
+            return True  # cut meanwhile: there is nothing left to try
+        self._barren = 0 if self._brought else self._barren + 1
+        self._brought = False
+        if self._barren >= TRIES or isinstance(problem, CancelledError):
+            return False
+        why = str(problem)
+        log.info("Going on with {digest} at byte {at}: {why}", digest=self.digest, at=self.reached, why=why)
+        return True
+
+    def cut(self, give_back: Callable[[int, int], None]) -> None:
+        """
+        Leave the rest to other lanes. What has arrived is still handed out.
+
+        @param give_back: told what is left, from where to where, before anything else happens.
+        """
+        end, self.stop = self.stop or self.arrived, self.arrived
+        give_back(self.stop, end)
+        if self._inflow is not None:
+            self._inflow.refuse()
+        elif self._opening is not None:
+            self._opening.cancel()
+
+    def abort(self, problem: Failure | None = None) -> None:
+        """
+        End it; whoever waits for bytes gets C{problem}.
+        """
+        self._problem = self._problem or problem
+        self._hang_up(problem)
+        if self._opening is not None:
+            self._opening.cancel()
+
+    def _hang_up(self, problem: Failure | None = None) -> None:
+        inflow, self._inflow = self._inflow, None
+        if inflow is not None:
+            inflow.abort(problem)
+        if self._next is not None:
+            drop(self._next)
+            self._next = None
+
+
+def drop(stretch: Stretch) -> None:
+    """
+    Do without bytes that were asked for.
+    """
+    inflow = Inflow(Buffered())
+    inflow.begin(stretch)
+    inflow.abort()

@@ -1,0 +1,529 @@
+"""
+Parts of blobs: several in one response, of blobs that are cold, on their way, not kept or left over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from email import message_from_bytes
+from email.message import Message
+from typing import Any, TypeVar, cast
+
+from twisted.internet.defer import Deferred
+from twisted.internet.task import deferLater
+from twisted.logger import capturedLogs, formatEvent
+
+from ecrproxy.cache.trailer import UNKNOWN_BOOT
+from ecrproxy.transfer.inflow import SMALLEST_PART, Lanes
+from ecrproxy.transfer.unattended import MOST
+from tests.daemon import MIB, DaemonTestCase, Reply, noise
+from tests.test_ranges import DATA, SIZE, RangesTestCase
+
+T = TypeVar("T")
+FOOTER = 51
+
+
+def spans_of(header: str) -> list[tuple[int, int]]:
+    """
+    Read a Range header of closed ranges.
+    """
+    pairs = [each.partition("-") for each in header.removeprefix("bytes=").split(",")]
+    return [(int(first), int(last) + 1) for first, _, last in pairs]
+
+
+def ranges_of(spans: list[tuple[int, int]]) -> str:
+    """
+    Write one.
+    """
+    return "bytes=" + ",".join(f"{start}-{stop - 1}" for start, stop in spans)
+
+
+def parts_of(reply: Reply) -> list[tuple[str, str, bytes]]:
+    """
+    Take a multipart response apart as mail is: Content-Range, Content-Type and bytes of each part.
+    """
+    head = f"Content-Type: {reply.header('Content-Type')}\r\n\r\n".encode()
+    parts = cast(list[Message], message_from_bytes(head + bytes(reply.body)).get_payload())
+    return [
+        (part["Content-Range"], part.get_content_type(), cast(bytes, part.get_payload(decode=True))) for part in parts
+    ]
+
+
+class SeveralRangesTests(DaemonTestCase):
+    """
+    Several ranges of a blob that is not here, is on its way, is here, is in memory, or is not kept.
+    """
+
+    def setUp(self) -> None:
+        super().setUp()
+        # Lines and text only: mail's parser would take a bare carriage return for the end of a line.
+        self.data = noise("several", 150_000).hex().encode()
+        self.digest = self.standin.push_blob("team/app", self.data)
+        self.path = f"/v2/team/app/blobs/{self.digest}"
+
+    def assertParts(self, reply: Reply, header: str, data: bytes = b"") -> None:
+        """
+        The response has these parts of the blob, in this order, and the length that it announced.
+        """
+        data = data or self.data
+        self.assertEqual((206, "whole"), (reply.code, reply.ended))
+        self.assertEqual(reply.length, len(reply.body))
+        self.assertIsNone(reply.header("Content-Range"))
+        expected = [
+            (f"bytes {start}-{stop - 1}/{len(data)}", "application/octet-stream", data[start:stop])
+            for start, stop in spans_of(header)
+        ]
+        self.assertEqual(expected, parts_of(reply))
+
+    def test_are_parts_in_the_order_of_the_request(self) -> None:
+        """
+        Neither sorted nor joined where they touch or overlap: podman counts the parts and takes them in its own order.
+        """
+        for header in (
+            "bytes=0-99,1000-1099",
+            "bytes=200000-200009,5-9",
+            "bytes=0-99,100-199,200-299",
+            "bytes=0-99,50-149",
+            "bytes=0-0,299999-299999",
+        ):
+            for path in self.files():
+                path.unlink()
+            cold = self.get(self.path, Range=header)
+            self.assertParts(cold, header)
+            self.assertEqual("MISS", cold.cache)
+            warm = self.get(self.path, Range=header)
+            self.assertParts(warm, header)
+            self.assertEqual("HIT", warm.cache)
+
+    def test_of_a_blob_on_its_way(self) -> None:
+        self.standin.hold(self.digest)
+        whole = self.get(self.path)
+        header = "bytes=250000-250099,10-19"
+        parts = self.get(self.path, Range=header)
+        self.standin.release(self.digest)
+        self.flush()
+        self.assertParts(parts, header)
+        self.assertWhole(whole, self.data)
+
+    def test_of_a_blob_in_memory(self) -> None:
+        data = self.data[:60_000]
+        path = f"/v2/team/app/blobs/{self.standin.push_blob('team/app', data)}"
+        for _ in range(3):
+            self.assertParts(self.get(path, Range="bytes=0-99,59000-59999"), "bytes=0-99,59000-59999", data)
+
+    def test_of_a_blob_that_is_not_kept_are_all_that_is_fetched(self) -> None:
+        self.start(limit=100_000)
+        self.get(self.path, Range="bytes=0-0")  # tells the size
+        before = self.standin.bytes_sent
+        header = "bytes=250000-250099,10-19,60000-69999"
+        reply = self.get(self.path, Range=header)
+        self.assertParts(reply, header)
+        self.assertEqual("BYPASS", reply.cache)
+        self.assertEqual(100 + 10 + 10_000, self.standin.bytes_sent - before)
+
+    def test_as_many_as_podman_sends(self) -> None:
+        self.start(in_thread=lambda blocking, *args: deferLater(self.clock, 0, blocking, *args))
+        header = ranges_of([(at, at + 10) for at in range(0, 100 * 600, 100)])
+        for _ in range(2):
+            self.assertParts(self.get(self.path, Range=header), header)
+
+    def test_one_that_can_be_had_is_a_single_part(self) -> None:
+        self.assertWhole(self.get(self.path, Range="bytes=300000-,5-9"), self.data[5:10], "MISS", 206)
+
+    def test_none_that_can_be_had_is_refused(self) -> None:
+        for _ in range(2):
+            reply = self.get(self.path, Range="bytes=300000-,400000-400001")
+            self.assertRefused(reply, 416, "RANGE_INVALID", "300000")
+            self.get(self.path)
+
+    def test_more_bytes_than_the_blob_has_is_the_whole(self) -> None:
+        """
+        Overlapping ranges must not multiply what a request costs.
+        """
+        self.assertWhole(self.get(self.path, Range="bytes=" + ",".join(["0-"] * 500)), self.data)
+
+    def test_count_only_if_the_blob_is_the_one_that_was_meant(self) -> None:
+        header = "bytes=0-99,1000-1099"
+        self.assertParts(self.get(self.path, Range=header, If_Range=f'"{self.digest}"'), header)
+        self.assertWhole(self.get(self.path, Range=header, If_Range='"another"'), self.data)
+
+    def test_of_a_head_are_the_whole(self) -> None:
+        reply = self.head(self.path, Range="bytes=0-99,1000-1099")
+        self.assertEqual((200, 300_000), (reply.code, reply.length))
+
+
+class PartsTestCase(RangesTestCase):
+    """
+    A blob of 40 MiB, whose size is known.
+    """
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.head(self.path)
+
+    def part(self, start: int, stop: int) -> Reply:
+        return self.get(self.path, Range=f"bytes={start}-{stop - 1}")
+
+    def asked_first(self) -> str:
+        return self.standin.requests("bucket", "GET", self.digest)[0].headers["range"]
+
+
+class ColdPartTests(PartsTestCase):
+    def setUp(self) -> None:
+        super().setUp()
+        self.standin.forget_asked()
+
+    def test_a_footer_is_asked_for_first_and_sent_at_once(self) -> None:
+        """
+        Before anything else of the blob has come.
+        """
+        self.standin.hold(self.digest)
+        reply = self.get(self.path, Range=f"bytes=-{FOOTER}")
+        self.assertEqual(f"bytes={SIZE - FOOTER}-{SIZE - 1}", self.asked_first())
+        self.standin.deliver(self.digest, FOOTER)
+        self.flush()
+        self.assertWhole(reply, DATA[-FOOTER:], "MISS", 206)
+        self.standin.release(self.digest)
+        self.flush()
+        self.assertTrue(self.has(self.digest))
+        self.assertEqual(SIZE, self.standin.bytes_sent)
+
+    def test_the_first_two_bytes_are_sent_at_once(self) -> None:
+        """
+        As SOCI and stargz ask to see whether they may.
+        """
+        self.standin.hold(self.digest)
+        reply = self.part(0, 2)
+        self.standin.deliver(self.digest, 2)
+        self.flush()
+        self.assertWhole(reply, DATA[:2], "MISS", 206)
+
+    def test_of_no_byte_begins_no_transfer(self) -> None:
+        self.assertEqual(416, self.get(self.path, Range=f"bytes={SIZE}-").code)
+        self.assertEqual(([], 0), (self.daemon.pull_through.transfers(), self.standin.count("bucket")))
+
+    def test_thirty_clients_with_a_part_each_cost_one_transfer(self) -> None:
+        step = SIZE // 30
+        starts = list(range(0, SIZE, step))
+        replies = [self.daemon.send("GET", self.path, Range=f"bytes={at}-{at + 9_999}") for at in reversed(starts)]
+        self.flush()
+        for at, reply in zip(reversed(starts), replies, strict=True):
+            self.assertWhole(reply, DATA[at : at + 10_000], code=206)
+        self.assertTrue(self.has(self.digest))
+        self.assertLess(self.standin.bytes_sent, 1.2 * SIZE)
+
+    def test_of_a_bucket_without_parts_comes_with_the_stream(self) -> None:
+        self.standin.quirks.ignore_range = True
+        reply = self.part(SIZE - FOOTER, SIZE)
+        self.assertWhole(reply, DATA[-FOOTER:], "MISS", 206)
+        self.assertTrue(self.has(self.digest))
+        self.assertLessEqual(self.standin.bytes_sent, 2 * SIZE)
+
+    def test_the_first_file_of_a_layer_that_is_asked_for_without_a_range(self) -> None:
+        """
+        A range of a blob that comes as one stream, which the bucket could give in parts, is asked for beside it.
+        """
+        self.start(lanes=Lanes(1))
+        self.standin.hold(self.digest)
+        whole = self.get(self.path)
+        reply = self.part(SIZE - FOOTER, SIZE)
+        self.standin.deliver(self.digest, FOOTER)
+        self.flush()
+        self.assertWhole(reply, DATA[-FOOTER:], "JOINED", 206)
+        self.standin.release(self.digest)
+        self.flush()
+        self.assertWhole(whole, DATA)
+        self.assertLess(self.standin.bytes_sent, 1.1 * SIZE)
+
+
+class JoinedPartTests(PartsTestCase):
+    def setUp(self) -> None:
+        super().setUp()
+        self.standin.hold(self.digest)
+        self.whole = self.get(self.path)
+        self.asked = self.standin.count("bucket")
+
+    def test_a_lane_leaves_its_part_for_what_is_wanted(self) -> None:
+        """
+        With no more connections than before, and no byte twice but what was under way.
+        """
+        reply = self.part(SIZE - FOOTER, SIZE)
+        self.assertEqual(4, self.standin.held(self.digest))
+        self.standin.deliver(self.digest, FOOTER)
+        self.flush()
+        self.assertWhole(reply, DATA[-FOOTER:], "JOINED", 206)
+        self.standin.release(self.digest)
+        self.flush()
+        self.assertWhole(self.whole, DATA)
+        self.assertLess(self.standin.bytes_sent, 1.05 * SIZE)
+
+    def test_what_a_lane_is_about_to_bring_is_not_asked_for_again(self) -> None:
+        start, _ = self.spans()[2]
+        reply = self.part(start + 1000, start + 2000)
+        self.assertEqual(self.asked, self.standin.count("bucket"))
+        self.standin.deliver(self.digest, 2000)
+        self.flush()
+        self.assertWhole(reply, DATA[start + 1000 : start + 2000], "JOINED", 206)
+
+    def test_a_small_part_does_not_wait_for_large_ones(self) -> None:
+        """
+        Lanes that bring what others wait for are not interrupted, and the smallest wish is next.
+        """
+        large = self.get(self.path, Range=f"bytes={SIZE // 2}-")
+        for at in range(3):
+            self.part(SIZE // 2 + at * 5 * MIB, SIZE // 2 + at * 5 * MIB + 300_000)
+        small = self.part(SIZE - FOOTER, SIZE)
+        self.standin.deliver(self.digest, SMALLEST_PART)
+        self.flush()
+        self.standin.deliver(self.digest, FOOTER)
+        self.flush()
+        self.assertEqual("whole", small.ended)
+        self.assertEqual("", large.ended)
+        self.standin.release(self.digest)
+        self.flush()
+        self.assertWhole(large, DATA[SIZE // 2 :], code=206)
+        self.assertWhole(self.whole, DATA)
+
+    def test_wrong_bytes_are_never_kept(self) -> None:
+        self.standin.corrupt(self.digest, DATA[:-1] + b"x")
+        with capturedLogs() as events:
+            reply = self.part(SIZE - FOOTER, SIZE)
+            self.standin.release(self.digest)
+            self.flush()
+        self.assertWhole(reply, DATA[-FOOTER:-1] + b"x", code=206)
+        self.assertBroken(self.whole, DATA)
+        self.assertFalse(self.has(self.digest))
+        self.assertTrue([event for event in events if "1 partial responses" in formatEvent(event)])
+
+
+class UnkeptPartTests(PartsTestCase):
+    """
+    A blob that is larger than the cache.
+    """
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.start(limit=10 * MIB)
+        self.part(0, 1)  # tells the size
+        self.standin.forget_asked()
+        self.before = self.standin.bytes_sent
+
+    def fetched(self) -> int:
+        return self.standin.bytes_sent - self.before
+
+    def test_all_parts_together_are_fetched_once(self) -> None:
+        got = b""
+        for start in range(0, SIZE, 4 * MIB):
+            reply = self.part(start, start + 4 * MIB)
+            self.assertEqual((206, "BYPASS", "too-large"), (reply.code, reply.cache, reply.header("X-Cache-Reason")))
+            got += bytes(reply.body)
+        self.assertTrue(got == DATA)
+        self.assertEqual(SIZE, self.fetched())
+
+    def test_parts_at_the_same_time_are_fetched_once(self) -> None:
+        starts = range(0, SIZE, 4 * MIB)
+        replies = [self.daemon.send("GET", self.path, Range=f"bytes={at}-{at + 4 * MIB - 1}") for at in starts]
+        self.flush()
+        self.assertTrue(b"".join(bytes(reply.body) for reply in replies) == DATA)
+        self.assertLess(self.fetched(), 1.5 * SIZE)
+
+    def test_a_break_is_mended(self) -> None:
+        self.standin.hold(self.digest)
+        reply = self.part(MIB, 3 * MIB)
+        self.standin.deliver(self.digest, 1000)
+        self.flush()
+        self.standin.cut(self.digest)
+        self.flush()
+        self.standin.release(self.digest)
+        self.flush()
+        self.assertWhole(reply, DATA[MIB : 3 * MIB], "BYPASS", 206)
+        self.assertEqual([(MIB, 3 * MIB), (MIB + 1000, 3 * MIB)], self.spans())
+
+    def test_a_client_that_leaves_ends_it(self) -> None:
+        self.standin.hold(self.digest)
+        reply = self.get(self.path, Range=f"bytes={MIB}-")
+        self.standin.deliver(self.digest, 1000)
+        self.flush()
+        reply.leave()
+        self.flush()
+        self.assertEqual(0, self.standin.held(self.digest))
+        self.standin.release(self.digest)
+        self.flush()
+        self.assertLess(self.fetched(), 10_000)
+
+    def test_a_client_that_leaves_before_the_answer_leaves_no_connection(self) -> None:
+        self.standin.hold(self.digest)
+        client = self.daemon.send("GET", self.path, Range=f"bytes={MIB}-")
+        client.leave()
+        self.flush()
+        self.assertEqual(0, self.standin.held(self.digest))
+        reply = self.get(self.path, Range=f"bytes={MIB}-", If_None_Match=f'"{self.digest}"')
+        self.assertEqual((304, 0), (reply.code, self.standin.held(self.digest)))
+
+    def test_a_client_that_does_not_read_holds_the_bucket_back(self) -> None:
+        reply = self.daemon.send("GET", self.path, Range="bytes=1-")
+        reply.stop_reading()
+        self.flush()
+        self.assertLess(self.fetched(), 5 * MIB)
+        reply.read_on()
+        self.flush()
+        self.assertTrue(bytes(reply.body) == DATA[1:])
+
+    def test_the_whole_as_a_range_is_verified(self) -> None:
+        self.standin.corrupt(self.digest, DATA[:-1] + b"x")
+        self.assertBroken(self.get(self.path, Range="bytes=0-"), DATA)
+
+
+class LeftOverPartTests(PartsTestCase):
+    """
+    A transfer that was killed when it had brought the footer and the first bytes.
+    """
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.standin.hold(self.digest)
+        self.part(SIZE - 1000, SIZE)
+        self.standin.deliver(self.digest, 1000)
+        self.flush()
+        self.daemon.kill()
+        self.standin.release(self.digest)
+        self.standin.hold(self.digest)
+
+    def test_is_served_from_what_the_machine_has_in_memory(self) -> None:
+        self.start()
+        self.assertWhole(self.part(SIZE - FOOTER, SIZE), DATA[-FOOTER:], "MISS", 206)
+        self.standin.release(self.digest)
+        self.flush()
+        self.assertTrue(self.has(self.digest))
+
+    def test_waits_for_the_hash_if_the_machine_was_started_anew(self) -> None:
+        """
+        What the trailer tells of may not have reached the disk then.
+        """
+        for boot in (b"another".ljust(16), UNKNOWN_BOOT):
+            self.start()
+            self.daemon.store.arriving.boot = boot
+            reply = self.part(SIZE - FOOTER, SIZE)
+            self.assertEqual((206, 0, ""), (reply.code, len(reply.body), reply.ended))
+            self.daemon.kill()
+        self.start()
+        self.daemon.store.arriving.boot = b"another".ljust(16)
+        reply = self.daemon.send("GET", self.path, Range=f"bytes=-{FOOTER}")
+        self.standin.release(self.digest)
+        self.flush()
+        self.assertWhole(reply, DATA[-FOOTER:], code=206)
+
+
+class UnattendedTests(RangesTestCase):
+    """
+    Clients that ask for many blobs and leave.
+    """
+
+    COUNT = 50
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.blobs = [noise(f"unattended {number}", 2 * MIB) for number in range(self.COUNT)]
+        self.digests = [self.standin.push_blob("team/app", data) for data in self.blobs]
+        for digest in self.digests:
+            self.standin.hold(digest)
+
+    def ask(self, digest: str) -> Reply:
+        return self.get(f"/v2/team/app/blobs/{digest}")
+
+    def open_connections(self) -> int:
+        return sum(self.standin.held(digest) for digest in self.digests)
+
+    def test_a_few_go_on_and_the_others_leave_their_files(self) -> None:
+        replies = [self.ask(digest) for digest in self.digests]
+        for digest in self.digests:
+            self.standin.deliver(digest, 1000)
+        self.flush()
+        self.assertEqual(self.COUNT, self.open_connections())
+        for reply in replies:
+            reply.leave()
+        self.flush()
+        self.assertEqual((MOST, MOST), (self.open_connections(), len(self.daemon.pull_through.transfers())))
+        self.assertEqual(self.COUNT, len(self.files("ingest")))
+        self.standin.release(self.digests[-1])
+        self.assertWhole(self.ask(self.digests[-1]), self.blobs[-1], "MISS")
+        self.assertEqual((self.COUNT - 1) * 1000 + 2 * MIB, self.standin.bytes_sent)
+        for digest in self.digests:
+            self.standin.release(digest)
+        self.flush()
+        self.assertEqual(MOST + 1, sum(self.has(digest) for digest in self.digests))
+
+    def test_those_of_clients_who_left_before_the_first_byte_are_bounded_too(self) -> None:
+        for digest in self.digests:
+            self.daemon.send("GET", f"/v2/team/app/blobs/{digest}").leave()
+            self.flush()
+        self.assertLessEqual(len(self.daemon.pull_through.transfers()), MOST + 1)
+
+    def test_those_that_were_asked_for_in_vain_are_bounded_too(self) -> None:
+        """
+        A condition that is not met, or a range of nothing, begins a transfer that its client does not read.
+        """
+        for digest in self.digests:
+            self.assertEqual(304, self.get(f"/v2/team/app/blobs/{digest}", If_None_Match=f'"{digest}"').code)
+        self.assertLessEqual(len(self.daemon.pull_through.transfers()), MOST + 1)
+
+    def test_a_client_that_comes_back_while_it_stops_begins_it_anew(self) -> None:
+        others = [self.ask(digest) for digest in self.digests[:MOST]]
+        for reply in others:
+            reply.leave()
+        self.flush()
+        last = self.digests[-1]
+        reply = self.ask(last)
+        self.standin.deliver(last, 1000)
+        self.flush()
+        reply.leave()
+        again = self.daemon.send("GET", f"/v2/team/app/blobs/{last}")
+        self.standin.release(last)
+        self.flush()
+        self.assertWhole(again, self.blobs[-1])
+        self.assertLess(self.standin.bytes_sent, 2 * MIB + 2**18)
+
+    def test_one_that_a_client_comes_back_to_goes_on(self) -> None:
+        reply = self.ask(self.digests[0])
+        reply.leave()
+        self.flush()
+        again = self.ask(self.digests[0])
+        self.assertEqual("JOINED", again.cache)
+        for digest in self.digests[1 : 2 * MOST]:
+            self.ask(digest).leave()
+            self.flush()
+        self.standin.release(self.digests[0])
+        self.flush()
+        self.assertWhole(again, self.blobs[0])
+
+    def test_reading_ahead_begins_a_few_at_a_time(self) -> None:
+        self.start(read_ahead=True)
+        image = self.standin.push_image("team/app", "many", layers=self.blobs[:12])
+        for digest in image.layers:
+            self.standin.hold(digest)
+        self.get("/v2/team/app/manifests/many")
+        self.assertEqual(MOST, sum(self.standin.held(digest) for digest in image.layers))
+        for digest in image.layers:
+            self.standin.release(digest)
+            self.flush()
+        self.assertEqual(12, sum(self.has(digest) for digest in image.layers))
+
+    def test_a_slow_disk_holds_a_bounded_number_of_bytes(self) -> None:
+        """
+        Fifty transfers to a disk that takes nothing hold what they may together, and a read of each connection.
+        """
+        lanes = Lanes()
+        lanes.buffered.most = 8 * MIB
+        DaemonTestCase.start(self, lanes=lanes, in_thread=self.never_written)
+        for digest in self.digests:
+            self.standin.release(digest)
+            self.daemon.send("GET", f"/v2/team/app/blobs/{digest}")
+        self.flush()
+        self.assertLess(self.standin.bytes_sent, 8 * MIB + 4 * self.COUNT * 2**17)
+        self.assertLessEqual(lanes.buffered.size, 8 * MIB + self.COUNT * 2**17)
+
+    def never_written(self, blocking: Callable[..., T], *args: Any) -> Deferred[T]:
+        """
+        Do all that is done in threads but writing, which takes for ever.
+        """
+        return Deferred() if getattr(blocking, "__name__", "") == "write" else self.soon(blocking, *args)

@@ -1,0 +1,203 @@
+"""
+What the daemon says that it can do, and what it has looked at to say so.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from typing import Any
+
+from twisted.internet.defer import Deferred
+from twisted.trial.unittest import SynchronousTestCase
+
+from ecrproxy.cache.condition import FRESH_SECONDS, PATIENCE, Condition, Look
+from ecrproxy.readiness import Readiness, judge
+from ecrproxy.registry.ecr import FETCH_SECONDS, RENEW_SECONDS, CredentialsError, Token, TokenUnavailableError
+from tests.daemon import DaemonTestCase, Hands, noise
+
+WELL: dict[str, Any] = {"draining": False, "token": None, "ecr": None, "disk": (), "filled": False}
+
+
+class JudgeTests(SynchronousTestCase):
+    def serves(self, **otherwise: Any) -> bool:
+        return judge(**{**WELL, **otherwise}).can_serve
+
+    def test_all_is_well_without_reasons(self) -> None:
+        self.assertEqual(Readiness(can_serve=True, can_fetch=True, reasons=()), judge(**WELL))
+
+    def test_a_token_or_content_lets_it_serve(self) -> None:
+        found = {(token, filled): self.serves(token=token, filled=filled) for token in (None, "x") for filled in (0, 1)}
+        self.assertEqual({(None, 0): True, (None, 1): True, ("x", 0): False, ("x", 1): True}, found)
+
+    def test_a_token_and_an_ecr_that_answers_let_it_fetch(self) -> None:
+        for token, ecr in itertools.product((None, "AWS is down"), (None, "ECR answers 500")):
+            found = judge(**{**WELL, "token": token, "ecr": ecr, "filled": True})
+            self.assertEqual(token is None and ecr is None, found.can_fetch)
+            self.assertEqual((token is not None) + (ecr is not None), len(found.reasons))
+
+    def test_one_that_ends_or_whose_disk_fails_gets_nothing_new(self) -> None:
+        self.assertFalse(self.serves(draining=True, filled=True))
+        self.assertFalse(self.serves(disk=("the cache directory can't be written",), filled=True))
+
+    def test_all_reasons_are_given(self) -> None:
+        found = judge(draining=True, token="none", ecr="ECR answers 500", disk=("full", "slow"), filled=True)
+        expected = ("draining: the daemon ends", "no token: none", "ECR is left alone: ECR answers 500", "full", "slow")
+        self.assertEqual(expected, found.reasons)
+
+
+class ConditionTests(DaemonTestCase):
+    def setUp(self) -> None:
+        super().setUp()
+        self.hands = Hands()
+        self.hands.idle = False
+        self.condition = Condition(self.daemon.store, self.hands, self.clock)
+
+    def ask(self) -> Deferred[Look]:
+        return Deferred.fromCoroutine(self.condition.latest())
+
+    def test_one_look_does_for_all_who_ask_within_two_seconds(self) -> None:
+        asked = [self.ask() for _ in range(1000)]
+        self.assertEqual(1, len(self.hands.waiting))
+        self.hands.work()
+        self.assertEqual({Look()}, {self.successResultOf(each) for each in asked})
+        self.clock.advance(FRESH_SECONDS - 0.1)
+        self.assertEqual(Look(), self.successResultOf(self.ask()))
+        self.assertEqual(0, len(self.hands.waiting))
+        self.clock.advance(0.1)
+        self.assertNoResult(again := self.ask())
+        self.hands.work()
+        self.successResultOf(again)
+
+    def test_content_is_found_and_anything_else_is_none(self) -> None:
+        (self.root / "content" / "sha256" / "ab").mkdir(parents=True)
+        (self.root / "ingest" / "sha256-abcd.1").write_bytes(b"arriving")
+        self.assertFalse(self.daemon.store.has_content())
+        self.get(f"/v2/team/app/blobs/{self.standin.push_blob('team/app', noise('x', 10))}")
+        self.assertTrue(self.daemon.store.has_content())
+
+    def test_a_disk_that_hangs_is_told_and_asked_nothing_more(self) -> None:
+        asked = self.ask()
+        self.clock.advance(PATIENCE)
+        self.assertIn("has not answered for 2 s", self.successResultOf(asked).reasons[0])
+        self.clock.advance(60)
+        self.assertIn("has not answered for 62 s", self.successResultOf(self.ask()).reasons[0])
+        self.assertEqual(1, len(self.hands.waiting))
+        self.hands.work()
+        self.assertEqual(Look(), self.successResultOf(self.ask()))
+
+    def test_a_client_that_leaves_takes_nobodys_answer_along(self) -> None:
+        gone, kept = self.ask(), self.ask()
+        gone.addErrback(lambda _: None)
+        gone.cancel()
+        self.hands.work()
+        self.assertEqual(Look(), self.successResultOf(kept))
+
+    def test_readyz_writes_to_the_disk_once_for_all_who_ask(self) -> None:
+        written: list[int] = []
+        check = self.daemon.store.check
+
+        def counted() -> None:
+            written.append(1)
+            check()
+
+        self.patch(self.daemon.store, "check", counted)
+        self.pass_time(FRESH_SECONDS)
+        replies = [self.daemon.send("GET", "/readyz") for _ in range(100)]
+        self.flush()
+        self.assertEqual(({200}, 1), ({reply.code for reply in replies}, len(written)))
+
+
+class ReadyTests(DaemonTestCase):
+    """
+    /readyz while AWS gives no token, with content in the cache and without.
+    """
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.asked: list[Deferred[Token]] = []
+        self.blob = f"/v2/team/app/blobs/{self.standin.push_blob('team/app', noise('x', 1000))}"
+
+    def fetch(self) -> Deferred[Token]:
+        self.asked.append(Deferred())
+        return self.asked[-1]
+
+    def answer(self) -> None:
+        self.asked[-1].callback(Token(self.standin.issue_token(), self.clock.seconds() + 12 * 3600))
+        self.flush()
+
+    def ready(self) -> tuple[int, bool, bool, str]:
+        """
+        Ask anew: the status, whether it can serve, whether it can fetch, and why not.
+        """
+        self.pass_time(FRESH_SECONDS)
+        reply = self.get("/readyz")
+        said = json.loads(reply.body)
+        return reply.code, said["can_serve"], said["can_fetch"], "; ".join(said["reasons"])
+
+    def test_without_token_and_content_it_can_do_nothing(self) -> None:
+        self.start(fetch=self.fetch)
+        self.assertEqual((503, False, False, "no token: AWS has not answered yet"), self.ready())
+
+    def test_content_lets_it_serve_while_aws_is_down(self) -> None:
+        self.assertWhole(self.get(self.blob), noise("x", 1000))
+        for problem in (TokenUnavailableError("AWS is down"), CredentialsError("refused")):
+            self.asked.clear()
+            self.start(fetch=self.fetch)
+            self.asked[-1].errback(problem)
+            self.assertEqual((200, True, False, f"no token: {problem}"), self.ready())
+            self.assertWhole(self.get(self.blob), noise("x", 1000), "HIT")
+
+    def test_content_lets_it_serve_while_aws_hangs(self) -> None:
+        self.assertWhole(self.get(self.blob), noise("x", 1000))
+        self.start(fetch=self.fetch)
+        self.assertEqual((200, True, False), self.ready()[:3])
+        self.assertWhole(self.get(self.blob), noise("x", 1000), "HIT")
+
+    def test_a_token_that_ecr_rejects_is_none_if_aws_gives_no_other(self) -> None:
+        self.start(fetch=self.fetch)
+        self.answer()
+        self.assertEqual((200, True, True, ""), self.ready())
+        self.standin.expire_tokens()
+        self.daemon.send("GET", self.blob)
+        self.flush()
+        self.asked[-1].errback(TokenUnavailableError("AWS is down"))
+        self.flush()
+        said = "no token: ECR rejects the token, and AWS gives no other: AWS is down"
+        self.assertEqual((503, False, False, said), self.ready())
+        self.pass_time(RENEW_SECONDS)
+        self.answer()
+        self.assertEqual((200, True, True, ""), self.ready())
+
+    def test_a_rejected_token_is_none_while_a_fetch_hangs(self) -> None:
+        self.start(fetch=self.fetch)
+        self.answer()
+        self.standin.expire_tokens()
+        self.daemon.send("GET", self.blob)
+        self.pass_time(FETCH_SECONDS + 1)
+        for _ in range(30):
+            self.assertEqual((503, False, False), self.ready()[:3])
+        self.answer()
+        self.assertEqual((200, True, True, ""), self.ready())
+
+    def test_an_expired_token_is_none_while_a_fetch_hangs(self) -> None:
+        self.start(fetch=self.fetch)
+        self.answer()
+        self.clock.advance(6 * 3600)
+        self.pass_time(FETCH_SECONDS + 1)
+        self.assertEqual((200, True, True, ""), self.ready(), "the token has six hours left")
+        self.clock.advance(6 * 3600)
+        code, can_serve, _, why = self.ready()
+        self.assertEqual((503, False), (code, can_serve))
+        self.assertIn("the token has expired", why)
+
+    def test_ecr_that_is_left_alone_keeps_it_from_fetching(self) -> None:
+        self.standin.fail("registry", status=503)
+        for number in range(3):
+            self.daemon.send("GET", f"/v2/team/app{number}/manifests/latest")
+        self.pass_time(1)
+        self.assertEqual((200, True, False), self.ready()[:3])
+        self.assertIn("ECR is left alone", self.ready()[3])
+        self.standin.heal()
+        self.pass_time(10)
+        self.assertEqual((200, True, True, ""), self.ready())
