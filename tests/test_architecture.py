@@ -31,6 +31,7 @@ ARROWS: dict[str, set[str]] = {
         "http.request",
         "http.site",
         "http.answering",
+        "logs.repeats",
         "metrics",
         "oci",
         "proxy",
@@ -102,7 +103,6 @@ TYPES_ONLY = {
     ("transfer.sources", "cache.store"),
     ("transfer.sources", "cache.verification"),
     ("cache.janitor", "cache.store"),
-    ("cache.janitor", "threads"),
     ("cache.verification", "threads"),
 }
 # what is the business of some modules alone
