@@ -36,9 +36,9 @@ from ecrproxy.cache.verification import Verification
 from ecrproxy.cache.writer import Writer
 from ecrproxy.identity import RegistryId
 from ecrproxy.oci import BLOB_TYPE, MANIFEST_TYPES, Descriptor, Digest, Document, Kind, Route, listed
+from ecrproxy.ordering import KeyedLocks, Order
 from ecrproxy.reasons import Reason
 from ecrproxy.threads import Disk, on_its_own, undone_if_late
-from ecrproxy.turns import Order, Turns
 
 log = Logger()
 T = TypeVar("T")
@@ -96,7 +96,7 @@ class Cache:
         self._registry = registry
         self._blobs: Memory[Digest, bytes] = Memory(_BODIES_BYTES)
         self._documents: Memory[Digest, Document] = Memory(_BODIES_BYTES)
-        self._turns = Turns()
+        self._locks = KeyedLocks()
         self._orders: Memory[str, Order] = Memory(_ORDERS_BYTES)
         self._entries: Memory[str, Entry] = Memory(_ENTRIES_BYTES)
         self._touched: Memory[str, float] = Memory(_ENTRIES_BYTES)
@@ -509,7 +509,7 @@ class Cache:
         @param document: the manifest, where the cache had it already: what it lists is the repository's too.
         """
         name = self._name(asked)
-        known, entry = await self._turns.take(name, partial(self._record, name, asked, question, descriptor))
+        known, entry = await self._locks.run(name, partial(self._record, name, asked, question, descriptor))
         if entry is None:
             return
         changed = known is None or known.descriptor != descriptor
@@ -517,7 +517,7 @@ class Cache:
         if changed and document is not None:
             facts = await self._learned(asked.route.repository, descriptor, document)
         if changed or known is None or not 0 <= self._now() - known.when < _UNWRITTEN_SECONDS:
-            await self._in_room(entry, partial(self._turns.take, name, partial(self._write_latest, name)))
+            await self._in_room(entry, partial(self._locks.run, name, partial(self._write_latest, name)))
         await self._save_all(facts)
 
     async def _record(
@@ -545,7 +545,7 @@ class Cache:
         @param question: the number of the question; what was answered to later ones stays.
         """
         name = self._name(asked)
-        await self._turns.take(name, partial(self._forget, name, asked, question))
+        await self._locks.run(name, partial(self._forget, name, asked, question))
 
     async def _forget(self, name: str, asked: Asked, question: int) -> None:
         entry, order = await self.entry(asked), self._order(name)

@@ -42,7 +42,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "answers": {"cache", "oci", "reasons", "transfer.download", "transfer.passing"},
     "cache": {"identity", "oci", "threads"},
-    "cached": {"answers", "cache", "identity", "oci", "reasons", "threads", "turns"},
+    "cached": {"answers", "cache", "identity", "oci", "ordering", "reasons", "threads"},
     "daemon": {"readiness", "settings.config"},
     "http": {
         "access",
