@@ -15,6 +15,7 @@ Rules:
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from functools import partial
@@ -35,9 +36,9 @@ from ecrproxy.cache.verification import Verification
 from ecrproxy.cache.writer import Writer
 from ecrproxy.identity import RegistryId
 from ecrproxy.oci import BLOB_TYPE, MANIFEST_TYPES, Descriptor, Digest, Document, Kind, Route, listed
+from ecrproxy.ordering import KeyedLocks, Order
 from ecrproxy.reasons import Reason
-from ecrproxy.threads import InThread, on_its_own
-from ecrproxy.turns import Order, Turns
+from ecrproxy.threads import Disk, on_its_own, undone_if_late
 
 log = Logger()
 T = TypeVar("T")
@@ -52,6 +53,8 @@ _ENTRIES_BYTES = 8 * 2**20
 _ORDERS_BYTES = 2**20
 _ORDER_BYTES = 2**10
 """Bytes of memory for the order of what ECR said of tags: it matters for the seconds that a question takes."""
+_STORING_BYTES = 64 * 2**20
+"""Bytes of manifests that may wait for a slow disk."""
 SMALL_BLOB = 64 * 2**10
 """Blobs up to so many bytes, as image configs are, are held in memory too. Larger manifests are parsed in a thread."""
 VERIFICATIONS = 4
@@ -88,18 +91,18 @@ class Cache:
     @param registry: the one that all of it is about.
     """
 
-    def __init__(
-        self, store: Store, room: Room, in_thread: InThread, now: Callable[[], float], registry: RegistryId
-    ) -> None:
-        self.store, self._room, self._in_thread, self._now = store, room, in_thread, now
+    def __init__(self, store: Store, room: Room, disk: Disk, now: Callable[[], float], registry: RegistryId) -> None:
+        self.store, self._room, self._disk, self._now = store, room, disk, now
         self._registry = registry
         self._blobs: Memory[Digest, bytes] = Memory(_BODIES_BYTES)
         self._documents: Memory[Digest, Document] = Memory(_BODIES_BYTES)
-        self._turns = Turns()
+        self._locks = KeyedLocks()
         self._orders: Memory[str, Order] = Memory(_ORDERS_BYTES)
         self._entries: Memory[str, Entry] = Memory(_ENTRIES_BYTES)
         self._touched: Memory[str, float] = Memory(_ENTRIES_BYTES)
         self._verifications: dict[tuple[Digest, int], Verification] = {}
+        self._unwritten: dict[str, Entry] = {}
+        self._storing = 0
         self._hashing = DeferredSemaphore(VERIFICATIONS)
 
     def at_hand(self, asked: Asked) -> Answer | None:
@@ -130,7 +133,7 @@ class Cache:
         return entry_name(self._registry, "\0fact", route)
 
     def _entry_at_hand(self, name: str, route: Route) -> Entry | None:  # noqa: ARG002 (as _entry_on_disk)
-        return self._entries.get(name)
+        return self._entries.get(name) or self._unwritten.get(name)
 
     def _entry_on_disk(self, name: str, route: Route) -> Entry | None:
         return self.store.entry(name, self._registry, route)
@@ -143,17 +146,43 @@ class Cache:
         if last is None or not 0 <= now - last < _UNWRITTEN_SECONDS:
             self._touched.put(name, now, 400)
             if last is not None:  # it was read just now
-                looked = self._in_thread(look, *args)
+                looked = self._disk.reading(look, *args)
                 looked.addErrback(lambda problem: log.warn("Can't note a use: {problem}", problem=problem.value))
 
-    def look_up(self, asked: Asked) -> tuple[Descriptor | None, Content | None, Reason]:
+    async def look_up(self, asked: Asked) -> tuple[Descriptor | None, Content | None, Reason]:
         """
-        See whether the repository may have the content, and open it. Called in a thread.
+        See whether the repository may have the content, and open it.
 
         @return: what is known, what is there, and why it isn't, if it isn't.
         """
-        known, missing = self._known(asked, self._name(asked), self._entry_on_disk)
+        known, missing = self._known(asked, self._name(asked), lambda name, _: self._unwritten.get(name))
+        try:
+            return await self._disk.reading(self._look_up, asked, known, missing)
+        except OSError:
+            return known, None, Reason.DISK
+
+    def _look_up(
+        self, asked: Asked, known: Descriptor | None, missing: Reason
+    ) -> tuple[Descriptor | None, Content | None, Reason]:
+        if known is None:
+            known, missing = self._known(asked, self._name(asked), self._entry_on_disk)
         return known, self.store.open(asked.digest, known.size if known else None), missing
+
+    async def opened(self, digest: Digest) -> Content | None:
+        """
+        Open content, whoever may have it; none if it isn't there.
+        """
+        with contextlib.suppress(OSError):
+            return await self._disk.reading(self.store.open, digest)
+        return None
+
+    async def has(self, digest: Digest) -> bool:
+        """
+        Return True if the content is there, whoever may have it.
+        """
+        with contextlib.suppress(OSError):
+            return await self._disk.reading(self.store.has, digest)
+        return False
 
     def _known(
         self, asked: Asked, name: str, look: Callable[[str, Route], Entry | None]
@@ -164,10 +193,16 @@ class Cache:
             return known, Reason.NOT_KEPT
         return _said(asked, look(self._fact_name(asked.route), asked.route)), Reason.FIRST_USE
 
-    def look_up_manifest(self, asked: Asked) -> tuple[Descriptor, Document] | Reason:
+    async def look_up_manifest(self, asked: Asked) -> tuple[Descriptor, Document] | Reason:
         """
-        Read a manifest that the repository may have, or tell why it can't be had here. Called in a thread.
+        Read a manifest that the repository may have, or give the reason why it can't be had here.
         """
+        try:
+            return await self._disk.reading(self._look_up_manifest, asked)
+        except OSError:
+            return Reason.DISK
+
+    def _look_up_manifest(self, asked: Asked) -> tuple[Descriptor, Document] | Reason:
         known, missing = self._known(asked, self._name(asked), self._entry_on_disk)
         document = self._read_document(asked.digest) if known is not None else None
         if known is None or document is None:
@@ -177,13 +212,14 @@ class Cache:
 
     async def document(self, digest: Digest) -> Document | None:
         """
-        Recall or read a manifest, which somebody may have.
+        Recall or read a manifest, whoever may have it; none if it isn't there.
         """
         document = self._documents.get(digest)
         if document is not None:
             self._used(str(digest), self._read, digest)
             return document
-        document = await self._in_thread(self._read_document, digest)
+        with contextlib.suppress(OSError):
+            document = await self._disk.reading(self._read_document, digest)
         if document is not None:
             self.hold(digest, document)
         return document
@@ -229,7 +265,7 @@ class Cache:
         """
         Parse a manifest, a large one in a thread: the event loop has others to serve.
         """
-        return parser(body) if len(body) <= SMALL_BLOB else await self._in_thread(parser, body)
+        return parser(body) if len(body) <= SMALL_BLOB else await self._disk.digesting(parser, body)
 
     async def entry(self, asked: Asked) -> Entry:
         """
@@ -240,7 +276,9 @@ class Cache:
         if entry is not None:
             self._used(name, self._entry_on_disk, name, asked.route)
             return entry
-        return await self._in_thread(self._entry_on_disk, name, asked.route) or Entry.of(self._registry, asked.route)
+        with contextlib.suppress(OSError):
+            entry = await self._disk.reading(self._entry_on_disk, name, asked.route)
+        return entry or Entry.of(self._registry, asked.route)
 
     def note(self, asked: Asked, known: Descriptor) -> None:
         """
@@ -289,7 +327,7 @@ class Cache:
         return await (self._blob_hit(asked) if asked.route.kind is Kind.BLOB else self._manifest_hit(asked))
 
     async def _blob_hit(self, asked: Asked) -> Answer | None:
-        known, content, _ = await self._in_thread(self.look_up, asked)
+        known, content, _ = await self.look_up(asked)
         if content is None or known is None:
             return None  # what was opened closes itself
         if not asked.head:
@@ -297,7 +335,7 @@ class Cache:
         return Answer(CacheStatus.HIT, Reason.CACHED, BLOB_TYPE, asked.digest, content.size)
 
     async def _manifest_hit(self, asked: Asked) -> Answer | None:
-        found = await self._in_thread(self.look_up_manifest, asked)
+        found = await self.look_up_manifest(asked)
         return None if isinstance(found, Reason) else self.manifest(asked, *found)
 
     def manifest(self, asked: Asked, known: Descriptor, document: Document) -> Answer:
@@ -309,7 +347,9 @@ class Cache:
         return manifest_answer(CacheStatus.HIT, Reason.CACHED, asked, known, document.body)
 
     async def _fresh_tag(self, asked: Asked, tag_ttl: float) -> Answer | None:
-        entry = await self._in_thread(self._entry_on_disk, self._name(asked), asked.route)
+        entry = None
+        with contextlib.suppress(OSError):
+            entry = await self._disk.reading(self._entry_on_disk, self._name(asked), asked.route)
         known = entry.answers.get(asked.accept) if entry else None
         if known is None or not 0 <= self._now() - known.when < tag_ttl:
             return None
@@ -332,7 +372,10 @@ class Cache:
         if content.size > SMALL_BLOB:
             verification = None if content.proved else self._verification(content)
             return Answer(*why, BLOB_TYPE, asked.digest, content.size, content, verification)
-        body = await self._in_thread(self._verified, content)
+        try:
+            body = await self._disk.reading(self._verified, content)
+        except OSError:
+            body = None
         if body is None:
             return None
         self.hold(asked.digest, body)
@@ -347,7 +390,7 @@ class Cache:
         file = (content.digest, content.status.st_ino)
         verification = self._verifications.get(file)
         if verification is None:
-            verification = self._verifications[file] = Verification(content.share(), self._in_thread)
+            verification = self._verifications[file] = Verification(content.share(), self._disk.hashing)
             on_its_own(self._verify(file, verification))
         return verification
 
@@ -367,7 +410,9 @@ class Cache:
         """
         if expected is not None and expected < WORTH_RESUMING:
             return None
-        return await self._in_thread(self.store.arriving.left, digest)
+        with contextlib.suppress(OSError):
+            return await self._disk.writing(self.store.arriving.left, digest)
+        return None
 
     async def writer(self, digest: Digest, size: int | None) -> Writer | Reason:
         """
@@ -376,16 +421,26 @@ class Cache:
         if size is None:
             return Reason.SIZE_UNKNOWN
         if size >= WORTH_RESUMING:
-            writer = await self._in_thread(self.store.arriving.resume, digest, size)
+            try:
+                resume = partial(self.store.arriving.resume, digest, size)
+                writer = await undone_if_late(self._disk.writing, resume, self._left_again)
+            except OSError:
+                return Reason.DISK
             if writer is not None:
                 return writer
         if not await self._has_room(room_for(size)):
             return Reason.TOO_LARGE if room_for(size) > self._room.limit else Reason.NO_ROOM
         try:
-            return await self._in_thread(self.store.writer, digest, size)
+            begin = partial(self.store.writer, digest, size)
+            return await undone_if_late(self._disk.writing, begin, Writer.discard)
         except OSError:  # which the store has told
             self._room.release(room_for(size))
             return Reason.DISK
+
+    def _left_again(self, writer: Writer | None) -> None:
+        if writer is not None:
+            writer.leave()
+            self._room.release(writer.room)
 
     async def _has_room(self, size: int) -> bool:
         try:
@@ -394,22 +449,35 @@ class Cache:
             log.failure("Making room in the cache")
             return False
 
-    async def keep(self, route: Route, descriptor: Descriptor, document: Document) -> None:
+    def keep(self, route: Route, descriptor: Descriptor, document: Document) -> None:
         """
-        Keep a manifest that ECR gave, and learn what it lists.
+        Keep a manifest that ECR gave, and learn what it lists: in memory at once, on the disk in its own time.
         """
-        writer = await self.writer(descriptor.digest, descriptor.size)
-        if isinstance(writer, Reason):
-            return
+        self.hold(descriptor.digest, document)
+        if self._storing + len(document.body) <= _STORING_BYTES:
+            on_its_own(self._keep(route, descriptor, document))
+
+    async def _keep(self, route: Route, descriptor: Descriptor, document: Document) -> None:
+        facts: Sequence[tuple[str, Entry]] = ()
+        self._storing += len(document.body)
         try:
-            await self._in_thread(_write, writer, document.body)
+            facts = await self._learned(route.repository, descriptor, document)
+            writer = await self.writer(descriptor.digest, descriptor.size)
+            if not isinstance(writer, Reason) and await self._stored(writer, document.body):
+                await self._save_all(facts)
+        finally:
+            self._storing -= len(document.body)
+            self._forget_unwritten(facts)
+
+    async def _stored(self, writer: Writer, body: bytes) -> bool:
+        try:
+            await self._disk.committing(_write, writer, body)
         except OSError as problem:
-            log.info("Not kept: {digest}: {problem}", digest=descriptor.digest, problem=problem)
-        else:
-            self.hold(descriptor.digest, document)
-            await self._learn(route.repository, descriptor, document)
+            log.info("Not kept: {digest}: {problem}", digest=writer.digest, problem=problem)
+            return False
         finally:
             self._room.release(writer.room)
+        return True
 
     async def _remember(self, asked: Asked, descriptor: Descriptor) -> None:
         """
@@ -431,7 +499,7 @@ class Cache:
         Note that ECR said that the repository holds a manifest, which another brought in.
         """
         await self._remember(asked, descriptor)
-        await self._learn(asked.route.repository, descriptor, document)
+        await self._save_all(await self._learned(asked.route.repository, descriptor, document))
 
     async def record(self, asked: Asked, question: int, descriptor: Descriptor, document: Document | None) -> None:
         """
@@ -441,14 +509,16 @@ class Cache:
         @param document: the manifest, where the cache had it already: what it lists is the repository's too.
         """
         name = self._name(asked)
-        known, entry = await self._turns.take(name, partial(self._record, name, asked, question, descriptor))
+        known, entry = await self._locks.run(name, partial(self._record, name, asked, question, descriptor))
         if entry is None:
             return
         changed = known is None or known.descriptor != descriptor
-        if changed or known is None or not 0 <= self._now() - known.when < _UNWRITTEN_SECONDS:
-            await self._in_room(entry, partial(self._turns.take, name, partial(self._write_latest, name)))
+        facts: Sequence[tuple[str, Entry]] = ()
         if changed and document is not None:
-            await self._learn(asked.route.repository, descriptor, document)
+            facts = await self._learned(asked.route.repository, descriptor, document)
+        if changed or known is None or not 0 <= self._now() - known.when < _UNWRITTEN_SECONDS:
+            await self._in_room(entry, partial(self._locks.run, name, partial(self._write_latest, name)))
+        await self._save_all(facts)
 
     async def _record(
         self, name: str, asked: Asked, question: int, descriptor: Descriptor
@@ -475,7 +545,7 @@ class Cache:
         @param question: the number of the question; what was answered to later ones stays.
         """
         name = self._name(asked)
-        await self._turns.take(name, partial(self._forget, name, asked, question))
+        await self._locks.run(name, partial(self._forget, name, asked, question))
 
     async def _forget(self, name: str, asked: Asked, question: int) -> None:
         entry, order = await self.entry(asked), self._order(name)
@@ -485,22 +555,40 @@ class Cache:
             await self._write_latest(name)
         else:
             self._entries.drop(name)
-            await self._in_thread(self.store.forget, name)
+            with contextlib.suppress(OSError):
+                await self._disk.writing(self.store.forget, name)
 
-    async def _learn(self, repository: str, descriptor: Descriptor, document: Document) -> None:
+    async def _learned(
+        self, repository: str, descriptor: Descriptor, document: Document
+    ) -> Sequence[tuple[str, Entry]]:
         """
-        Note as facts that the repository holds a manifest, and what it lists.
+        Note in memory as facts that the repository holds a manifest, and what it lists; they are yet to be saved.
         """
         lists = await self.parse(document.body, partial(_listed, media_type=descriptor.media_type))
+        facts = []
         for kind, each in [(Kind.MANIFEST, descriptor), *lists][:FACTS]:
             route = Route(kind, repository, str(each.digest), each.digest)
-            await self._save(self._fact_name(route), self._entry_of(route, each))
+            facts.append((self._fact_name(route), self._entry_of(route, each)))
+        self._unwritten.update(facts)
+        return facts
+
+    async def _save_all(self, facts: Sequence[tuple[str, Entry]]) -> None:
+        try:
+            for name, entry in facts:
+                await self._save(name, entry)
+        finally:
+            self._forget_unwritten(facts)
+
+    def _forget_unwritten(self, facts: Sequence[tuple[str, Entry]]) -> None:
+        for name, entry in facts:
+            if self._unwritten.get(name) is entry:
+                del self._unwritten[name]
 
     def forget_all(self) -> None:
         """
         Forget what is held in memory: the directory has less than it had.
         """
-        for memory in (self._blobs, self._documents, self._entries, self._touched):
+        for memory in (self._blobs, self._documents, self._entries, self._touched, self._unwritten):
             memory.clear()
 
     async def _save(self, name: str, entry: Entry) -> None:
@@ -519,7 +607,7 @@ class Cache:
 
     async def _write(self, name: str, entry: Entry) -> None:
         try:
-            await self._in_thread(self.store.save, name, entry)
+            await self._disk.writing(self.store.save, name, entry)
             self._hold_entry(name, entry)
         except OSError as problem:
             log.debug("Not noted on the disk: {problem}", problem=problem)

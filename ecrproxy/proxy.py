@@ -45,7 +45,7 @@ from ecrproxy.oci import (
 from ecrproxy.reasons import Reason
 from ecrproxy.registry.bucket import UnavailableError
 from ecrproxy.registry.upstream import Page, Upstream
-from ecrproxy.threads import InThread, on_its_own
+from ecrproxy.threads import Disk, on_its_own
 from ecrproxy.transfer.download import Download
 from ecrproxy.transfer.inflow import SMALLEST_PART, Blob, Lanes
 from ecrproxy.transfer.lane import drop
@@ -73,7 +73,7 @@ class PullThrough:
         self,
         upstream: Upstream,
         cache: Cache,
-        in_thread: InThread,
+        disk: Disk,
         now: Callable[[], float],
         *,
         tag_ttl: float = 0,
@@ -81,7 +81,7 @@ class PullThrough:
         read_ahead: bool = False,
         call_later: Callable[..., Any] | None = None,
     ) -> None:
-        self._upstream, self._cache, self._in_thread, self._now = upstream, cache, in_thread, now
+        self._upstream, self._cache, self._disk, self._now = upstream, cache, disk, now
         self._tag_ttl, self._lanes, self._reads_ahead = tag_ttl, lanes or Lanes(), read_ahead
         self._call_later = call_later
         self._openings: Flights[Download | Passing | None] = Flights()
@@ -129,7 +129,7 @@ class PullThrough:
             return await self._blob_head(asked)
         confirmed, size = False, None
         while True:
-            known, content, missing = await self._in_thread(self._cache.look_up, asked)
+            known, content, missing = await self._cache.look_up(asked)
             size = known.size if known else size
             carrier = self._carriers.get(asked.digest)
             if content is None and carrier is None and (ranges is None or size is not None):
@@ -148,7 +148,7 @@ class PullThrough:
                 return answer
 
     async def _blob_head(self, asked: Asked) -> Answer:
-        known, content, missing = await self._in_thread(self._cache.look_up, asked)
+        known, content, missing = await self._cache.look_up(asked)
         if content is not None:
             content.close()
             if known is not None:
@@ -223,7 +223,7 @@ class PullThrough:
         @param parts: what of it is wanted first. If the blob is not kept, only that is opened, and nothing is shared.
         """
         try:
-            content = await self._in_thread(self._cache.store.open, digest)
+            content = await self._cache.opened(digest)
             if content is not None:
                 content.close()
                 del self._carriers[digest]
@@ -280,7 +280,7 @@ class PullThrough:
             digest,
             blob.size,
             writer,
-            self._in_thread,
+            self._disk,
             lanes,
             unkept=unkept,
             buffered=self._lanes.buffered,
@@ -326,7 +326,7 @@ class PullThrough:
         for blob in await self._cache.parse(manifest, partial(_blobs, media_type=media_type)):
             while self._unattended.is_full(self._ahead):
                 await self._unattended.change()
-            here = await self._in_thread(self._cache.store.has, blob.digest)
+            here = await self._cache.has(blob.digest)
             if not here and blob.digest not in self._carriers:
                 self._carriers[blob.digest] = repository
                 self._ahead += 1
@@ -342,10 +342,10 @@ class PullThrough:
     async def _manifest_by_digest(self, asked: Asked) -> Answer:
         if (answer := self._cache.at_hand(asked)) is not None:
             return answer
-        found = await self._in_thread(self._cache.look_up_manifest, asked)
+        found = await self._cache.look_up_manifest(asked)
         if not isinstance(found, Reason):
             return self._cache.manifest(asked, *found)
-        here = await self._in_thread(self._cache.store.has, asked.digest)
+        here = await self._cache.has(asked.digest)
         if not here and not asked.head:
             return await self._fetch_by_digest(asked, found)
         said = await self._heads.join((asked.route, ANY), lambda: self._numbered(self._head(asked.route, ANY)))
@@ -447,7 +447,7 @@ class PullThrough:
 
     async def _fetch(self, route: Route, accept: frozenset[str]) -> tuple[Descriptor, Document]:
         """
-        Fetch a manifest and keep it.
+        Fetch a manifest; keeping it takes its own time.
         """
         manifest = await self._upstream.manifest(route, _accept_header(accept))
         digest = Digest.of(manifest.body, route.digest.algorithm if route.digest else "sha256")
@@ -459,7 +459,7 @@ class PullThrough:
         except ValueError as problem:
             raise _no_manifest(problem) from None
         descriptor = Descriptor(_checked_type(manifest.content_type, document), digest, len(manifest.body))
-        await self._cache.keep(route, descriptor, document)
+        self._cache.keep(route, descriptor, document)
         return descriptor, document
 
 

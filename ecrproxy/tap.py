@@ -43,9 +43,10 @@ from ecrproxy.cache.janitor import Janitor
 from ecrproxy.cache.ledger import Notes
 from ecrproxy.cache.purges import Purges
 from ecrproxy.cache.store import Store
-from ecrproxy.cached import Cache
+from ecrproxy.cached import VERIFICATIONS, Cache
 from ecrproxy.daemon.accepting import Gate
 from ecrproxy.daemon.ending import Connections, Drain, InOrder, Signals
+from ecrproxy.daemon.exhaustion import Exhaustion
 from ecrproxy.daemon.listening import Listening, admin_endpoint, endpoints
 from ecrproxy.daemon.process import most_clients, set_aside_what_stays, set_up
 from ecrproxy.daemon.supervision import Supervised, Supervisor, summary
@@ -77,13 +78,20 @@ from ecrproxy.settings.complaints import Complaint, say, write
 from ecrproxy.settings.config import ADMIN_LISTEN, Config, ConfigError
 from ecrproxy.settings.contradictions import Machine, load, look_at_settings
 from ecrproxy.settings.options import Options
-from ecrproxy.threads import Threads, call_unowned
+from ecrproxy.threads import Disk, InThread, Threads, call_unowned
 from ecrproxy.transfer.inflow import Lanes
 
 log = Logger()
 T = TypeVar("T")
 
-DISK_THREADS: Final = 8
+READING: Final = 8, 10.0
+WRITING: Final = 8, 15.0
+COMMITTING: Final = 4, 60.0
+HASHING: Final = VERIFICATIONS, 30.0
+"""Threads for the disk, by the kind of work; and for how many seconds a call is waited for: the disk may hang."""
+DIGESTING: Final = 4
+LAST_LINES_SECONDS: Final = 2.0
+"""How long the end waits for the last lines of the log to be written."""
 
 
 def makeService(options: Options) -> Daemon:
@@ -113,6 +121,9 @@ def makeService(options: Options) -> Daemon:
         complain("; ".join([str(problem), *map(str, warnings)]))
         sys.exit(1)
     service.complain, service.writer = complain, _log_writer(config, options, reactor)
+    Exhaustion(service.give_up).setServiceParent(service)
+    if service.writer is not None:
+        atexit.register(service.writer.end, LAST_LINES_SECONDS)
     return service
 
 
@@ -208,12 +219,35 @@ class Daemon(InOrder):
         super().setServiceParent(parent)
 
     def privilegedStartService(self) -> None:  # noqa: D102
+        if self.writer is not None:
+            self.writer.start()
         try:
             super().privilegedStartService()
         except ConfigError as problem:
             log.critical("{problem}", problem=problem)
             self.complain(str(problem))
             sys.exit(1)
+
+    def leave(self, number: int) -> NoReturn:
+        """
+        End now, with the status that shells give to an end by a signal: a container's first process can't kill itself.
+        """
+        if self.writer is not None:
+            self.writer.end(LAST_LINES_SECONDS)
+        os._exit(128 + number)
+
+    def give_up(self, problem: str) -> None:
+        """
+        End now, with one line that says why. Called in a thread, of a process that may fail at anything.
+        """
+        try:
+            log.critical("{problem}", problem=problem)
+            if self.writer is not None:
+                self.writer.end(LAST_LINES_SECONDS)
+            else:
+                self.complain(problem)
+        finally:
+            os._exit(1)
 
 
 def build(
@@ -231,30 +265,30 @@ def build(
     @param arguments: the flags that workers are to be started with.
     @param supervisor: the service manager, if it wants to be told.
     """
-    service, disk = Daemon(), Threads(DISK_THREADS, reactor)
+    disk = _disk(service := Daemon(), reactor)
     store = _prepared(Store(Path(config.cache_dir), time.time))
     counting, judging, probing = Threads(1, reactor, yielding=False), Threads(1, reactor), Threads(1, reactor)
-    janitor = Janitor(store, config.cache_limit, disk.call, reactor, counting.call)
+    janitor = Janitor(store, config.cache_limit, disk.writing, reactor, counting.call)
     tokens = _tokens(config, reactor, partial(_ends, refused, warm=store.has_content()))
     figures, stall = Figures(__version__), LoopStall(reactor)
     upstream, asking = _upstream(config, tokens, figures, egress, reactor)
-    cache = Cache(store, janitor, disk.call, time.time, RegistryId.of_url(config.ecr_endpoint))
+    cache = Cache(store, janitor, disk, time.time, RegistryId.of_url(config.ecr_endpoint))
     pull_through = _pull_through(config, upstream, cache, disk, reactor)
     connections, crowds = Connections(), Crowds(Crowd(config.limits), reactor.seconds)
     readiness = partial(_readiness, tokens, asking.circuit, Condition(store, probing.call, reactor), connections)
     ready = Ready(readiness)
     status = Status(
-        config.ecr_endpoint, figures, store, janitor, asking, pull_through, readiness, disk.call, time.time, reactor
+        config.ecr_endpoint, figures, store, janitor, asking, pull_through, readiness, disk.reading, time.time, reactor
     )
     supervised = Supervised(supervisor, partial(_summary, readiness, store, janitor), reactor)
-    shape = (_namespaces(config, judging, reactor), config.cache_key, disk.call)
+    shape = (_namespaces(config, judging, reactor), config.cache_key, disk.reading)
     admission = _admission(config, reactor, service)
     registry = Registry(pull_through, *shape)
     counted = partial(make_site, access_log=_access_log(config, service, reactor), served=figures.served)
     site = counted(registry, ready, reactor, admission=admission, crowd=crowds.own, connections=connections)
     figures.watch(*of_cache(store, janitor), *of_token(tokens), *of_transfers(pull_through), *of_loop(stall))
     figures.watch(*of_clients(crowds))
-    for part in (*status.services, disk, judging, supervised, counting, probing, janitor, tokens, stall):
+    for part in (*status.services, judging, supervised, counting, probing, janitor, tokens, stall):
         part.setServiceParent(service)
     alone = config.worker_processes == 1
     listening = _listening(config, site, reactor, accepts=alone)
@@ -265,9 +299,29 @@ def build(
         workers = _share_work(config, inner, hearers, listening, arguments, service, reactor)
     reread = partial(supervised.rereading, partial(_reread, [*listening, admission], workers))
     drain = Drain(connections, config.drain_seconds, reactor)
-    _face_clients(drain, listening, reread, _leave, service, reactor)
-    _serve_admin(config, partial(make_admin_site, figures, ready, status), cache, disk, service, reactor)
+    _face_clients(drain, listening, reread, service.leave, service, reactor)
+    _serve_admin(config, partial(make_admin_site, figures, ready, status), cache, disk.reading, service, reactor)
     return service
+
+
+def _disk(service: MultiService, reactor: Any) -> Disk:  # noqa: ANN401
+    """
+    Make the threads for the disk; C{service} runs them, and ends them last.
+    """
+
+    def threads(size: int) -> Threads:
+        made = Threads(size, reactor)
+        made.setServiceParent(service)
+        return made
+
+    return Disk(
+        reading=threads(READING[0]).bounded(READING[1]),
+        writing=threads(WRITING[0]).bounded(WRITING[1]),
+        committing=threads(COMMITTING[0]).bounded(COMMITTING[1]),
+        hashing=threads(HASHING[0]).bounded(HASHING[1]),
+        digesting=threads(DIGESTING).call,
+        closing=threads(1).call,
+    )
 
 
 def _access_log(config: Config, service: MultiService, reactor: Any) -> AccessLog | None:  # noqa: ANN401
@@ -324,7 +378,7 @@ def _upstream(
     return upstream, Asking(tokens=tokens, wire=wire, circuit=circuit, governor=governor)
 
 
-def _pull_through(config: Config, upstream: Upstream, cache: Cache, disk: Threads, reactor: Any) -> PullThrough:  # noqa: ANN401
+def _pull_through(config: Config, upstream: Upstream, cache: Cache, disk: Disk, reactor: Any) -> PullThrough:  # noqa: ANN401
     """
     Wire what answers from the cache, or through it.
     """
@@ -332,7 +386,7 @@ def _pull_through(config: Config, upstream: Upstream, cache: Cache, disk: Thread
     return PullThrough(
         upstream,
         cache,
-        disk.call,
+        disk,
         time.time,
         tag_ttl=config.tag_ttl,
         lanes=lanes,
@@ -388,7 +442,7 @@ def _serve_admin(
     config: Config,
     make_site: Callable[[Api, Any, frozenset[str]], RegistrySite],
     cache: Cache,
-    disk: Threads,
+    in_thread: InThread,
     service: MultiService,
     reactor: Any,  # noqa: ANN401
 ) -> None:
@@ -397,7 +451,7 @@ def _serve_admin(
 
     What he purges, or somebody else did, is forgotten. His work has threads of its own.
     """
-    purges = Purges(cache.store, cache.forget_all, disk.call, reactor)
+    purges = Purges(cache.store, cache.forget_all, in_thread, reactor)
     purges.setServiceParent(service)
     named = admin_endpoint(config, reactor)
     if named is not None:
@@ -419,13 +473,6 @@ def _reread(parts: Sequence[Listening | Admission], workers: Workers | None) -> 
         workers.reread()
 
 
-def _leave(number: int) -> NoReturn:
-    """
-    End now, with the status that shells give to an end by a signal: a container's first process can't kill itself.
-    """
-    os._exit(128 + number)
-
-
 def _fetch(config: Config) -> Token:
     """
     Fetch a token, in a thread.
@@ -440,15 +487,15 @@ def build_worker(config: Config, post: Post, reactor: Any) -> Daemon:  # noqa: A
     Wire a worker's parts.
     """
     service = Daemon()
-    disk = Threads(DISK_THREADS, reactor)
+    disk = _disk(service, reactor)
     notes = Notes()
     store = Store(Path(config.cache_dir), time.time, notes)
-    cache = Cache(store, NoRoom(), disk.call, time.time, RegistryId.of_url(config.ecr_endpoint))
-    purges = Purges(store, cache.forget_all, disk.call, reactor)
+    cache = Cache(store, NoRoom(), disk, time.time, RegistryId.of_url(config.ecr_endpoint))
+    purges = Purges(store, cache.forget_all, disk.reading, reactor)
     first = Agent.usingEndpointFactory(reactor, FirstProcess(reactor, post.path), connection_pool(reactor))
     relay = Relay(first)
     judging = Threads(1, reactor)
-    shape = (_namespaces(config, judging, reactor), config.cache_key, disk.call)
+    shape = (_namespaces(config, judging, reactor), config.cache_key, disk.reading)
     admission = _admission(config, reactor, service)
     registry, ready = WorkerRegistry(cache, config.tag_ttl, relay, *shape), RelayedReady(relay)
     served, connections = Served(), Connections()
@@ -458,22 +505,22 @@ def build_worker(config: Config, post: Post, reactor: Any) -> Daemon:  # noqa: A
     site = counted(registry, ready, reactor, admission=admission, crowd=crowd, connections=connections)
     incidents = Incidents(time.time)
     teller = Teller(first, told(notes, served, incidents, Word(crowd, os.getpid())), reactor)
-    for part in (incidents, disk, judging, purges, teller):
+    for part in (incidents, judging, purges, teller):
         part.setServiceParent(service)
     listening = _listening(config, site, HandedDown(reactor, post.sockets))
     drain = Drain(connections, config.drain_seconds, reactor)
     # A service manager may tell all processes to end, and the first process each worker once more.
     _face_clients(drain, listening, partial(_reread, [*listening, admission], None), lambda _: None, service, reactor)
-    reactor.addReader(StandardInput(partial(_orphaned, connections, reactor)))
+    reactor.addReader(StandardInput(partial(_orphaned, connections, service.leave, reactor)))
     return service
 
 
-def _orphaned(connections: Connections, reactor: Any) -> None:  # noqa: ANN401
+def _orphaned(connections: Connections, leave: Callable[[int], object], reactor: Any) -> None:  # noqa: ANN401
     """
     End a worker whose first process has gone.
     """
     if connections.draining:
-        _leave(signal.SIGTERM)
+        leave(signal.SIGTERM)
     _stop(reactor)
 
 

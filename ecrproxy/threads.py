@@ -5,10 +5,14 @@ Call what blocks somewhere else than in the reactor's thread.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Coroutine
-from typing import Any, Protocol, TypeVar
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 from twisted.application.service import Service
 from twisted.internet.defer import Deferred
@@ -17,8 +21,13 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from twisted.python.threadpool import ThreadPool
 
+if TYPE_CHECKING:
+    from twisted.internet.interfaces import IDelayedCall, IReactorTime
+
 log = Logger()
 _NICE = 10
+_SUSPICIOUS_SECONDS: Final = 1.0
+_STOP_SECONDS: Final = 2.0
 T = TypeVar("T")
 
 
@@ -33,9 +42,153 @@ class InThread(Protocol):
         """
 
 
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """
+    Threads for the cache's disk. Each kind of work has its own, so that none waits for a slower one.
+
+    @ivar reading: looks up and reads: what a cache hit needs.
+    @ivar writing: writes what arrives.
+    @ivar committing: flushes files to the disk, which may take seconds each.
+    @ivar hashing: hashes files of any size.
+    @ivar digesting: hashes what is in memory, whatever the disk does.
+    @ivar closing: closes and unlinks what a transfer leaves, however long that takes.
+    """
+
+    reading: InThread
+    writing: InThread
+    committing: InThread
+    hashing: InThread
+    digesting: InThread
+    closing: InThread
+
+    @classmethod
+    def of(cls, in_thread: InThread) -> Disk:
+        """
+        Do everything in the same threads.
+        """
+        return cls(*[in_thread] * 6)
+
+
+class _Call:
+    """
+    A call in a pool of threads, or waiting for one.
+    """
+
+    def __init__(self, blocking: Callable[[], Any]) -> None:
+        self.blocking = blocking
+        self.result: Deferred[Any] = Deferred()
+        self.limit: IDelayedCall | None = None
+
+    def end(self, outcome: object) -> None:
+        """
+        Pass the outcome on, unless whoever asked has left.
+        """
+        if not self.result.called:
+            self.result.callback(outcome)
+
+
+class Bounded:
+    """
+    Calls in threads that fail with C{TimeoutError}, an C{OSError}, if they take too long: the disk may hang.
+
+    A thread can't be interrupted. While all of them hang, further calls fail at once; one that returns is used again.
+    What a call returns after its time is dropped.
+
+    @param in_thread: calls in one of C{size} threads.
+    @param seconds: how long a call may take, once a thread is at it.
+    """
+
+    def __init__(self, in_thread: InThread, size: int, seconds: float, clock: IReactorTime) -> None:
+        self._in_thread, self._size, self._seconds, self._clock = in_thread, size, seconds, clock
+        self._waiting: deque[_Call] = deque()
+        self._running: set[_Call] = set()
+        self._hanging = 0
+
+    def __call__(self, blocking: Callable[..., T], *args: Any) -> Deferred[T]:  # noqa: ANN401
+        """
+        Call C{blocking(*args)}; fires with its result.
+        """
+        call = _Call(partial(blocking, *args))
+        if self._hanging == self._size:
+            call.end(_timed_out())
+        else:
+            self._waiting.append(call)
+            self._go_on()
+        return call.result
+
+    def _go_on(self) -> None:
+        while self._waiting and len(self._running) + self._hanging < self._size:
+            call = self._waiting.popleft()
+            if not call.result.called:
+                self._begin(call)
+
+    def _begin(self, call: _Call) -> None:
+        # Once a call hangs, others get less time: a request may need the disk several times.
+        seconds = min(self._seconds, _SUSPICIOUS_SECONDS) if self._hanging else self._seconds
+        self._running.add(call)
+        call.limit = self._clock.callLater(seconds, self._expire, call)
+        self._in_thread(call.blocking).addBoth(self._returned, call)
+
+    def _expire(self, call: _Call) -> None:
+        log.error(
+            "The disk does not answer within {seconds:g} s: going on without it; check the cache's file system",
+            seconds=self._seconds,
+            once="hangs",
+        )
+        self._running.discard(call)
+        self._hanging += 1
+        call.end(_timed_out())
+        if self._hanging == self._size:
+            waiting, self._waiting = self._waiting, deque()
+            for each in waiting:
+                each.end(_timed_out())
+
+    def _returned(self, outcome: object, call: _Call) -> None:
+        if call in self._running:
+            self._running.discard(call)
+            if call.limit is not None:
+                call.limit.cancel()
+        else:
+            self._hanging -= 1
+        call.end(outcome)
+        self._go_on()
+
+
+def _timed_out() -> Failure:
+    return Failure(TimeoutError(errno.ETIMEDOUT, "the disk does not answer"))
+
+
+async def undone_if_late(in_thread: InThread, blocking: Callable[[], T], undo: Callable[[T], object]) -> T:
+    """
+    Call C{blocking()} in a thread, and C{undo(result)} if whoever waits for the result leaves, or gives the disk up.
+    """
+    lock, results, left = threading.Lock(), list[T](), False
+
+    def call() -> T:
+        result = blocking()
+        with lock:
+            results.append(result)
+            late = left
+        if late:
+            undo(result)
+        return result
+
+    try:
+        return await in_thread(call)
+    except BaseException:
+        with lock:
+            left, early = True, list(results)
+        for result in early:
+            undo(result)
+        raise
+
+
 class Threads(Service):
     """
     A pool of threads of its own, whose waiting never holds up the pool that resolves names.
+
+    The daemon's end does not wait long for calls that do not return.
 
     @param yielding: whether they leave the processor to the event loop. Not those that are busy with Python itself:
         the event loop waits for the interpreter's lock, and on a busy machine with it for a thread that has the lock
@@ -43,9 +196,8 @@ class Threads(Service):
     """
 
     def __init__(self, size: int, reactor: Any, *, yielding: bool = True) -> None:  # noqa: ANN401
-        self._pool, self._reactor = ThreadPool(0, size, "ecrproxy"), reactor
-        if yielding:
-            self._pool.threadFactory = _Yielding
+        self._pool, self._reactor, self._size = ThreadPool(0, size, "ecrproxy"), reactor, size
+        self._pool.threadFactory = _Yielding if yielding else _Abandoned
 
     def call(self, blocking: Callable[..., T], *args: Any) -> Deferred[T]:  # noqa: ANN401
         """
@@ -53,16 +205,33 @@ class Threads(Service):
         """
         return deferToThreadPool(self._reactor, self._pool, blocking, *args)
 
+    def bounded(self, seconds: float) -> InThread:
+        """
+        Give these threads to calls that may take C{seconds} each. There must be no others.
+        """
+        return Bounded(self.call, self._size, seconds, self._reactor)
+
     def startService(self) -> None:  # noqa: D102
         super().startService()
         self._pool.start()
 
     def stopService(self) -> None:  # noqa: D102
         super().stopService()
-        self._pool.stop()
+        stopping = threading.Thread(target=self._pool.stop, name="ecrproxy-stop", daemon=True)
+        stopping.start()
+        stopping.join(_STOP_SECONDS)
 
 
-class _Yielding(threading.Thread):
+class _Abandoned(threading.Thread):
+    """
+    A thread that the process does not wait for when it ends: a hung disk never lets it return.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        super().__init__(*args, **kwargs, daemon=True)
+
+
+class _Yielding(_Abandoned):
     """
     A thread that leaves the processor to the event loop: hashing must not stall it.
     """

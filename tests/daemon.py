@@ -73,7 +73,7 @@ from ecrproxy.registry.retries import Budget
 from ecrproxy.registry.upstream import Upstream
 from ecrproxy.registry.wire import Wire
 from ecrproxy.settings.values import parse_pattern
-from ecrproxy.threads import InThread
+from ecrproxy.threads import Disk, InThread
 from ecrproxy.transfer.inflow import Lanes
 from tests.registry import StandIn
 from tests.registry_server import QuietSite, noise
@@ -493,6 +493,7 @@ class Daemon:
         cache_key: str = "$uri",
         tag_ttl: float = 0,
         in_thread: InThread = at_once,
+        disk: Disk | None = None,
         fetch: Callable[[], Deferred[Token]] | None = None,
         lanes: Lanes | None = None,
         read_ahead: bool = False,
@@ -511,7 +512,8 @@ class Daemon:
         self.store = Store(root, self.now)
         self.store.prepare()
         self.store.sweep()
-        self.janitor = Janitor(self.store, limit, in_thread, clock)
+        disk = disk or Disk.of(in_thread)
+        self.janitor = Janitor(self.store, limit, disk.writing, clock)
         self.condition = Condition(self.store, at_once, clock)
         self.tokens = TokenService(fetch or self._issue, clock, self.now, chance=lambda: 0.5)
         self.governor = Governor(quotas, together, clock)
@@ -523,11 +525,11 @@ class Daemon:
         self.upstream = Upstream(Endpoint(standin.registry, wire, self.tokens, self.governor, self.circuit), wire)
         self.lanes = lanes or Lanes()
         registry_id = RegistryId.of_url(standin.registry)
-        self.cache = Cache(self.store, self.janitor, in_thread, self.now, registry_id)
+        self.cache = Cache(self.store, self.janitor, disk, self.now, registry_id)
         self.pull_through = PullThrough(
             self.upstream,
             self.cache,
-            in_thread,
+            disk,
             self.now,
             tag_ttl=tag_ttl,
             lanes=self.lanes,
@@ -535,7 +537,7 @@ class Daemon:
             call_later=clock.callLater,
         )
         namespaces = Namespaces(parse_pattern(pattern), at_once, clock, {registry_id, *aliases})
-        registry = Registry(self.pull_through, namespaces, CacheKey.parse(cache_key), in_thread)
+        registry = Registry(self.pull_through, namespaces, CacheKey.parse(cache_key), disk.reading)
         ready, self.crowd = Ready(self.readiness), Crowd(limits or Limits())
         self.access_log = AccessLog(clock)
         self.site = make_site(

@@ -31,6 +31,7 @@ ARROWS: dict[str, set[str]] = {
         "http.request",
         "http.site",
         "http.answering",
+        "logs.repeats",
         "metrics",
         "oci",
         "proxy",
@@ -41,7 +42,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "answers": {"cache", "oci", "reasons", "transfer.download", "transfer.passing"},
     "cache": {"identity", "oci", "threads"},
-    "cached": {"answers", "cache", "identity", "oci", "reasons", "threads", "turns"},
+    "cached": {"answers", "cache", "identity", "oci", "ordering", "reasons", "threads"},
     "daemon": {"access.limits", "addresses", "readiness", "settings.config"},
     "http": {
         "access",
@@ -103,7 +104,6 @@ TYPES_ONLY = {
     ("transfer.sources", "cache.store"),
     ("transfer.sources", "cache.verification"),
     ("cache.janitor", "cache.store"),
-    ("cache.janitor", "threads"),
     ("cache.verification", "threads"),
 }
 # what is the business of some modules alone

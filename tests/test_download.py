@@ -26,6 +26,7 @@ from ecrproxy.cache.content import DigestMismatchError
 from ecrproxy.cache.store import Store
 from ecrproxy.cache.writer import Writer
 from ecrproxy.oci import Digest
+from ecrproxy.threads import Disk
 from ecrproxy.transfer.download import STUCK_SECONDS, WINDOW, Download
 from ecrproxy.transfer.follower import Follower
 from ecrproxy.transfer.inflow import HIGH_WATER, LARGEST_PART, SMALLEST_PART, Inflow
@@ -196,7 +197,7 @@ class DownloadTestCase(SynchronousTestCase):
         """
         digest, size = Digest.of(data), len(data) if size == -1 else size
         writer = self.store.writer(digest, size or 0) if kept else None
-        download = Download(digest, size, writer, self.hands, lanes, call_later=self.clock.callLater)
+        download = Download(digest, size, writer, Disk.of(self.hands), lanes, call_later=self.clock.callLater)
         self.blob = Source(size, size if first == -1 else first)
         self.tap.early = list(early)
         Deferred.fromCoroutine(download.run(self.blob))
@@ -679,6 +680,7 @@ class LanesTests(DownloadTestCase):
         self.hands.work_off()
         self.assertTrue(self.data == reader.got)
         reader.follower.close()
+        self.hands.work_off()
         self.assertKept(download)
 
     def test_readers_see_no_gap(self) -> None:
@@ -759,7 +761,7 @@ class LanesTests(DownloadTestCase):
         A transfer that fails does not wait for parts that were asked for and have not been answered.
         """
         digest = Digest.of(self.data)
-        download = Download(digest, self.SIZE, self.store.writer(digest, self.SIZE), self.hands, 4)
+        download = Download(digest, self.SIZE, self.store.writer(digest, self.SIZE), Disk.of(self.hands), 4)
         self.blob = Source(self.SIZE, SMALLEST_PART)
         self.blob.late = []
         running = Deferred.fromCoroutine(download.run(self.blob))

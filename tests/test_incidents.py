@@ -9,6 +9,7 @@ from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.admin.incidents import KEPT, LONGEST, Incident, Incidents
+from ecrproxy.logs.repeats import BURST
 
 log = Logger()
 
@@ -41,12 +42,30 @@ class IncidentsTests(SynchronousTestCase):
             log.warn("again")
         self.assertEqual((Incident(1002, "warn", "again", 3),), self.incidents.latest())
 
+    def test_what_is_said_once_is_one_whatever_it_says(self) -> None:
+        for number in range(3):
+            log.warn("{number} connections from {address}", number=number, address="a", once="a")
+            log.warn("{number} connections from {address}", number=number, address="b", once="b")
+        self.assertEqual(
+            [("2 connections from b", 3), ("2 connections from a", 3)],
+            [(each.text, each.times) for each in self.incidents.latest()],
+        )
+
+    def test_many_of_one_format_leave_room_for_others(self) -> None:
+        log.error("the disk is full")
+        for number in range(10 * KEPT):
+            log.warn("no {number}", number=number)
+        told = [(each.text, each.times) for each in self.incidents.latest()]
+        self.assertEqual(BURST + 1, len(told))
+        self.assertEqual((f"no {10 * KEPT - 1}", 10 * KEPT - BURST + 1), told[0])
+        self.assertEqual(("the disk is full", 1), told[-1])
+
     def test_neither_their_number_nor_their_length_grows(self) -> None:
         """
         The oldest go, and long texts are cut; lines become one.
         """
         for number in range(10 * KEPT):
-            log.error("{text}", text=f"{number}\n" + "x" * 10_000)
+            log.error(f"{number} {{text}}", text="x\n" + "x" * 10_000)  # noqa: G004
         latest = self.incidents.latest()
         self.assertEqual(KEPT, len(latest))
         self.assertTrue(latest[0].text.startswith(f"{10 * KEPT - 1} x"))

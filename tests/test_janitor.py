@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 from twisted.internet.defer import CancelledError, Deferred, execute
@@ -313,16 +314,18 @@ class CountingTests(SmallCache):
         """
         return Deferred.fromCoroutine(self.janitor.reserve(size))
 
-    def test_room_is_promised_after_the_first_count(self) -> None:
-        """
-        Before, nobody knows what fits; then all who waited are told, each with what the others took.
-        """
-        one, other = self.ask(20), self.ask(90)
-        self.assertNoResult(one)
-        self.assertNoResult(other)
-        self.work()
-        self.assertEqual((True, False), (self.successResultOf(one), self.successResultOf(other)))
-        self.assertEqual([True], self.has(self.old))
+    def test_room_is_had_before_the_count_and_the_limit_kept_after_it(self) -> None:
+        self.assertTrue(self.successResultOf(self.ask(90)))
+        digest = put(self.store, b"2" * 90)
+        self.janitor.release(90)
+        self.assertFalse(self.successResultOf(self.after(self.ask(101))))
+        self.assertEqual([False, True], self.has(self.old, digest))
+
+    def test_what_is_known_before_the_count_is_kept_to(self) -> None:
+        self.assertTrue(self.successResultOf(self.ask(60)))
+        other = self.ask(60)
+        self.threads.pop(1)[1].callback(False)
+        self.assertFalse(self.successResultOf(other))
 
     def test_who_wants_room_waits_for_no_later_count(self) -> None:
         """
@@ -344,16 +347,22 @@ class CountingTests(SmallCache):
         """
         self.assertFalse(self.successResultOf(self.ask(101)))
 
-    def test_who_leaves_while_the_count_runs_takes_no_room(self) -> None:
-        """
-        And keeps nobody else from theirs.
-        """
-        gone, kept = self.ask(20), self.ask(20)
+    def test_who_leaves_while_room_is_made_takes_none(self) -> None:
+        self.work()
+        gone = self.ask(90)
         gone.cancel()
         self.failureResultOf(gone, CancelledError)
         self.work()
-        self.assertTrue(self.successResultOf(kept))
-        self.assertEqual(20, self.store.ledger.reserved)
+        self.assertEqual(0, self.store.ledger.reserved)
+
+    def test_a_disk_that_hangs_while_room_is_made_takes_none(self) -> None:
+        self.work()
+        asked = self.ask(90)
+        (make, hung), self.threads = self.threads[0], []
+        hung.errback(TimeoutError())
+        self.failureResultOf(asked, TimeoutError)
+        make()
+        self.assertEqual(0, self.store.ledger.reserved)
 
     def test_content_that_is_used_while_the_count_runs_is_young(self) -> None:
         """
@@ -378,11 +387,9 @@ class CountingTests(SmallCache):
         """
         The cache goes on with what it knows, and the log has the failure.
         """
-        waiting = self.ask(20)
         self.threads.pop(0)[1].errback(OSError(errno.EIO, os.strerror(errno.EIO)))
         self.assertEqual(1, len(self.flushLoggedErrors(OSError)))
-        self.work()
-        self.assertTrue(self.successResultOf(waiting))
+        self.assertTrue(self.successResultOf(self.ask(20)))
 
     def test_a_count_without_file_descriptors_is_no_count(self) -> None:
         """
@@ -393,6 +400,90 @@ class CountingTests(SmallCache):
         self.work()
         self.assertEqual(1, len(self.flushLoggedErrors(OSError)))
         self.flushLoggedErrors()
+
+
+class SmallDisk(SmallCache):
+    """
+    A disk of 100 KiB, and a limit far beyond.
+    """
+
+    limit = 2**30
+    CAPACITY = 100 * 1024
+
+    def setUp(self) -> None:
+        self.others = 0
+        self.patch(os, "statvfs", lambda _: self.status())
+        self.patch(os, "posix_fallocate", self.allocate)
+        super().setUp()
+
+    def free(self) -> int:
+        return self.CAPACITY - self.others - self.bytes_on_disk()
+
+    def status(self) -> SimpleNamespace:
+        return SimpleNamespace(f_blocks=self.CAPACITY, f_frsize=1, f_bavail=max(0, self.free()))
+
+    def allocate(self, fd: int, offset: int, size: int) -> None:
+        if size > self.free():
+            failing(errno.ENOSPC)()
+        os.ftruncate(fd, size)
+
+    def test_the_limit_is_what_the_disk_holds(self) -> None:
+        self.assertEqual(self.CAPACITY - self.CAPACITY // 100, self.janitor.limit)
+        self.others = 50 * 1024
+        self.clock.advance(PAUSE_SECONDS)
+        self.assertEqual(self.CAPACITY - self.CAPACITY // 100 - self.others, self.janitor.limit)
+        self.others = 0
+        self.clock.advance(PAUSE_SECONDS)
+        self.assertEqual(self.CAPACITY - self.CAPACITY // 100, self.janitor.limit)
+
+    def test_a_limit_that_the_disk_holds_stays(self) -> None:
+        self.assertEqual(1000, self.start(self.store, 1000).limit)
+
+    def test_a_lowered_limit_is_told_once(self) -> None:
+        with capturedLogs() as events:
+            janitor = self.start(self.make_store())
+            for _ in range(3):
+                self.clock.advance(PAUSE_SECONDS)
+        self.assertEqual(1, sum("limited" in event["log_format"] for event in events))
+        self.assertLess(janitor.limit, self.limit)
+
+    def test_a_disk_that_tells_nothing_lowers_nothing(self) -> None:
+        for told in (lambda _: SimpleNamespace(f_blocks=0, f_frsize=1, f_bavail=0), failing(errno.EIO)):
+            self.patch(os, "statvfs", told)
+            self.assertEqual(self.limit, self.start(self.make_store()).limit)
+
+    def test_content_goes_on_being_kept_on_a_disk_that_fills_up(self) -> None:
+        for number in range(100):
+            self.keep(bytes([number]) * 10 * 1024)
+        self.assertGreaterEqual(sum(self.has(*(Digest.of(bytes([n]) * 10 * 1024) for n in range(90, 100)))), 8)
+        self.assertEqual([], self.store.troubles.reasons())
+
+    def test_what_others_take_is_made_up_for_at_once(self) -> None:
+        one, two = self.keep(b"1" * 40 * 1024), self.keep(b"2" * 40 * 1024)
+        self.others = 20 * 1024  # nothing is left
+        three = self.keep(b"3" * 10 * 1024)
+        self.assertEqual([False, True, True], self.has(one, two, three))
+        self.assertEqual([], self.store.troubles.reasons())
+        self.assertLessEqual(self.janitor.limit, self.CAPACITY - self.others)
+
+    def test_an_entry_has_room_made_too(self) -> None:
+        one = self.keep(b"1" * 70 * 1024)
+        self.others = 30 * 1024
+        real = Path.write_bytes
+
+        def write(path: Path, data: bytes) -> int:
+            if len(data) > self.free():
+                failing(errno.ENOSPC)()
+            return real(path, data)
+
+        self.patch(Path, "write_bytes", write)
+        self.store.check()
+        self.assertEqual([False], self.has(one))
+
+    def test_where_nothing_can_go_the_disk_is_full(self) -> None:
+        self.others = self.CAPACITY
+        self.assertRaises(OSError, put, self.store, b"1" * 1000)
+        self.assertIn("No space left", str(self.store.troubles.reasons()))
 
 
 class RecountTests(SmallCache):

@@ -18,6 +18,7 @@ from typing import Any, cast
 from jsonschema import Draft202012Validator
 from twisted.application.service import Application
 from twisted.internet.defer import Deferred
+from twisted.internet.task import Clock
 from twisted.logger import ILogObserver, Logger, LogLevel, LogPublisher
 from twisted.python.failure import Failure
 from twisted.python.log import LogPublisher as OldPublisher
@@ -25,6 +26,8 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.answers import CacheStatus
 from ecrproxy.http.access_log import AccessLine, AccessLines
+from ecrproxy.logs.outlet import Outlet
+from ecrproxy.logs.repeats import BURST, MINUTE
 from ecrproxy.logs.shapes import PRIORITIES, Shape, as_journal, as_json, as_text
 from ecrproxy.logs.writing import LineWriter, choose_writer, leads_to_journal
 from ecrproxy.reasons import Reason
@@ -69,7 +72,7 @@ class ShapeTestCase(SynchronousTestCase):
         Write what was logged since this was last asked.
         """
         file = io.BytesIO()
-        writer, events = LineWriter(file, shape, limit), self.events
+        writer, events = LineWriter(Outlet(file), shape, limit, Clock().seconds), self.events
         self.events = []
         for event in events:
             writer(event)
@@ -168,7 +171,7 @@ class TextTests(ShapeTestCase):
             self.log.info("within")
             (event,) = self.events
             file = io.BytesIO()
-            LineWriter(file, as_text, DEBUG)(event)
+            LineWriter(Outlet(file), as_text, DEBUG, Clock().seconds)(event)
             self.assertTrue(file.getvalue().endswith(b"within (request story)\n"))
 
         self.successResultOf(Deferred.fromCoroutine(answer()))
@@ -292,6 +295,65 @@ class JsonTests(ShapeTestCase):
         self.assertFalse(VALIDATOR.is_valid({name: told[name] for name in told if name != "bytes"}))
 
 
+class OmittedTests(ShapeTestCase):
+    """
+    What is said of lines that are left out.
+    """
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.clock, self.file = Clock(), io.BytesIO()
+
+    def writer(self, shape: Shape, limit: int = DEBUG) -> LineWriter:
+        return LineWriter(Outlet(self.file), shape, limit, self.clock.seconds)
+
+    def lines_of(self, shape: Shape) -> str:
+        """
+        Write what was logged, and what is told of it a minute later.
+        """
+        self.file.truncate(0)
+        self.file.seek(0)
+        writer = self.writer(shape)
+        for event in self.events:
+            writer(event)
+        self.clock.advance(MINUTE)
+        writer.tick()
+        return self.file.getvalue().decode()
+
+    def test_each_shape_has_their_count(self) -> None:
+        for _ in range(4):
+            self.log.info("Evicted", once=True)
+        self.assertRegex(self.lines_of(as_text), r"] Evicted\n.*] Evicted \(2 similar lines omitted\)\n$")
+        self.assertTrue(
+            self.lines_of(as_journal).endswith("\n<6>[ecrproxy.x#info] Evicted (2 similar lines omitted)\n")
+        )
+        told = validated(self.lines_of(as_json))
+        self.assertEqual([("Evicted", None), ("Evicted", 2)], [(x["message"], x.get("omitted")) for x in told])
+
+    def test_tracebacks_of_one_fault_are_few(self) -> None:
+        for _ in range(100):
+            self.fault()
+        told = validated(self.lines_of(as_json))
+        self.assertEqual(BURST, sum("traceback" in each for each in told))
+        self.assertEqual((100 - BURST - 1, "critical"), (told[-1]["omitted"], told[-1]["level"]))
+
+    def test_what_is_below_the_level_is_not_counted(self) -> None:
+        writer = self.writer(as_text, PRIORITIES[LogLevel.warn])
+        for _ in range(4):
+            self.log.info("Evicted", once=True)
+            writer(self.events[-1])
+        writer.tick(at_once=True)
+        self.assertEqual(b"", self.file.getvalue())
+
+    def test_the_end_tells_what_was_left_out(self) -> None:
+        writer = self.writer(as_text)
+        for _ in range(4):
+            self.log.info("Evicted", once=True)
+            writer(self.events[-1])
+        writer.end(0)
+        self.assertIn(b"2 similar lines omitted", self.file.getvalue())
+
+
 class WriterTests(ShapeTestCase):
     """
     How it is written, and where.
@@ -319,7 +381,7 @@ class WriterTests(ShapeTestCase):
         pieces: list[bytes] = []
         self.requests(100, "/" + 900 * "x")
         (event,) = self.events
-        LineWriter(Pieces(), as_text, DEBUG)(event)
+        LineWriter(Outlet(Pieces()), as_text, DEBUG, Clock().seconds)(event)
         self.assertGreater(len(pieces), 10)
         self.assertTrue(all(len(piece) <= select.PIPE_BUF and piece.endswith(b"\n") for piece in pieces))
         self.assertEqual(self.written(as_text).encode(), b"".join(pieces))
@@ -328,7 +390,7 @@ class WriterTests(ShapeTestCase):
         """
         Choose by twistd's flags.
         """
-        return choose_writer(twistd, json=json, limit=DEBUG, journal=None, later=lambda call: call())
+        return choose_writer(twistd, json=json, limit=DEBUG, journal=None, later=lambda call, *args: call(*args))
 
     def test_what_an_operator_has_asked_twistd_for_is_left_to_it(self) -> None:
         """
@@ -362,7 +424,7 @@ class WriterTests(ShapeTestCase):
         """
         twistd asks it for an observer.
         """
-        output = io.TextIOWrapper(io.BytesIO())
+        output = self.enterContext(tempfile.TemporaryFile("w+"))
         self.patch(sys, "stdout", output)
         service, application = Daemon(), Application("x")
         service.writer = self.choose(json=True, nodaemon=1)
@@ -370,7 +432,8 @@ class WriterTests(ShapeTestCase):
         observer = application.getComponent(ILogObserver)
         self.log.info("so")
         observer(self.events.pop())
-        (told,) = validated(output.buffer.getvalue().decode())
+        output.seek(0)
+        (told,) = validated(output.read())
         self.assertEqual("so", told["message"])
 
 
@@ -405,8 +468,9 @@ class DaemonLinesTests(DaemonTestCase):
         self.flushLoggedErrors(TypeError)
         self.daemon.access_log.stopService()
         file = io.BytesIO()
+        writer = LineWriter(Outlet(file), as_json, DEBUG, Clock().seconds)
         for event in self.events:
-            LineWriter(file, as_json, DEBUG)(event)
+            writer(event)
         lines = file.getvalue().decode()
         self.assertEqual([], [secret for secret in self.secrets() if secret in lines])
         told = validated(lines)

@@ -577,7 +577,7 @@ class MemoryTests(DaemonTestCase):
         path = f"/v2/team/app/blobs/{digest}"
         self.read(path)
         self.get(path)
-        self.assertIn("look_up", self.threads.calls)
+        self.assertIn("_look_up", self.threads.calls)
 
     def test_another_repository_is_asked_about(self) -> None:
         """

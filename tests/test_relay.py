@@ -728,7 +728,14 @@ class UsedTests(RelayTestCase):
                 [{}, 1, 1, 1, 1],
             ),
             "Saved": (["a", -1, 1], ["a" * 2000, 1, 1], [None, 1, 1], ["a", 1.5, 1]),
-            "Incidents": ([0, "info", "text", 1], [-1, "warn", "text", 1], [0, "warn", "text", "1"], [0, "warn", 1, 1]),
+            "Incidents": (
+                [0, "info", "text", 1, "kind", ""],
+                [-1, "warn", "text", 1, "kind", ""],
+                [0, "warn", "text", "1", "kind", ""],
+                [0, "warn", 1, 1, "kind", ""],
+                [0, "warn", "text", 1, 1, ""],
+                [0, "warn", "text", 1],
+            ),
             "Clients": ([1, 1, 1, {"none": 1}], [1, 1, -1, {}], [1, 1, 1, []], [1, 1, {}]),
         }.items():
             for told in (*([json.dumps([row])] for row in rows), ["{}"], ["null"], ["["], ["[" * 6000]):

@@ -20,6 +20,7 @@ from twisted.web.http import HTTPChannel
 
 from ecrproxy.access.limits import Limits, Patience
 from ecrproxy.oci import Digest
+from ecrproxy.threads import Disk
 from ecrproxy.transfer.download import Download
 from ecrproxy.transfer.sending import LEAST_PIECE, PIECE, TOGETHER, KernelSending, PieceSending, piece_size, send
 from ecrproxy.transfer.sources import FilePiece, Held
@@ -350,7 +351,7 @@ class SendTests(SynchronousTestCase):
         """
         data = noise("x", 3 * MIB)
         hands = Hands()
-        download = Download(Digest.of(data), len(data), None, hands)
+        download = Download(Digest.of(data), len(data), None, Disk.of(hands))
         bucket = BucketSource(len(data), len(data))
         Deferred.fromCoroutine(download.run(bucket))
         request = Request(Channel(object()))

@@ -123,6 +123,11 @@ class AtOnce:
     def __init__(self, target: Callable[[], object], **kwargs: object) -> None:
         self.start = target
 
+    def join(self, limit: float) -> None:
+        """
+        Have nothing to wait for.
+        """
+
 
 def call_at_once(
     pool: ThreadPool, done: Callable[[bool, object], None], blocking: Callable[..., Any], *args: Any, **kwargs: Any

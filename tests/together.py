@@ -28,6 +28,7 @@ from ecrproxy.http.telling import USED, Teller, Used, told
 from ecrproxy.identity import RegistryId
 from ecrproxy.metrics import Served
 from ecrproxy.settings.values import parse_pattern
+from ecrproxy.threads import Disk
 from tests.daemon import Daemon, Network, at_once
 
 
@@ -91,7 +92,7 @@ class Together(Daemon):
         self.worker_cache = Cache(
             Store(self.store.root, self.clock.seconds, self.notes),
             NoRoom(),
-            at_once,
+            Disk.of(at_once),
             self.clock.seconds,
             RegistryId.of_url(self.standin.registry),
         )

@@ -6,13 +6,15 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from twisted.application.service import Service
-from twisted.logger import ILogObserver, LogLevel, formatEvent, globalLogPublisher
+from twisted.logger import ILogObserver, LogLevel, globalLogPublisher
 from zope.interface import implementer
+
+from ecrproxy.logs.repeats import BURST, Kind, kind_of, summary_of
 
 if TYPE_CHECKING:
     from twisted.logger import LogEvent
@@ -22,8 +24,8 @@ LONGEST: Final = 300
 """Characters that are kept of a text."""
 
 
-Row = tuple[float, str, str, int]
-"""An incident, as processes tell it."""
+Row = tuple[float, str, str, int, str, str]
+"""An incident and its kind, as processes tell it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +35,7 @@ class Incident:
 
     @ivar when: the last time, in seconds since the epoch.
     @ivar level: as the log has it: warn, error or critical.
-    @ivar times: how often in a row.
+    @ivar times: how often it, or what is similar to it, went wrong.
     """
 
     when: float
@@ -52,7 +54,7 @@ class Incidents(Service):
 
     def __init__(self, now: Callable[[], float]) -> None:
         self._now, self._lock = now, threading.Lock()
-        self._kept: deque[Incident] = deque(maxlen=KEPT)
+        self._kept: deque[tuple[Kind, Incident]] = deque(maxlen=KEPT)
 
     def startService(self) -> None:  # noqa: D102
         super().startService()
@@ -69,29 +71,33 @@ class Incidents(Service):
         level = event.get("log_level")
         if level is None or level < LogLevel.warn:
             return
-        self._keep(Incident(self._now(), level.name, _text(event)))
+        told, once = kind_of(event)
+        self._keep(Kind(told[:LONGEST], once[:LONGEST]), Incident(self._now(), level.name, summary_of(event)[:LONGEST]))
 
-    def _keep(self, incident: Incident) -> None:
+    def _keep(self, kind: Kind, incident: Incident) -> None:
+        """
+        Keep an incident as the newest, in the place of a similar one.
+        """
         with self._lock:
-            last = self._kept[-1] if self._kept else None
-            if last is not None and (last.level, last.text) == (incident.level, incident.text):
-                self._kept[-1] = replace(incident, times=last.times + incident.times)
-            else:
-                self._kept.append(incident)
+            at = _similar([(other, each.text) for other, each in self._kept], kind, incident.text)
+            if at is not None:
+                incident = replace(incident, times=self._kept[at][1].times + incident.times)
+                del self._kept[at]
+            self._kept.append((kind, incident))
 
     def latest(self) -> tuple[Incident, ...]:
         """
         Give them, the newest first.
         """
         with self._lock:
-            return tuple(reversed(self._kept))
+            return tuple(incident for _, incident in reversed(self._kept))
 
     def take(self) -> list[Row]:
         """
         Give them, once, the oldest first: for who adds them to his own.
         """
         with self._lock:
-            rows = [(each.when, each.level, each.text, each.times) for each in self._kept]
+            rows = [(each.when, each.level, each.text, each.times, *kind) for kind, each in self._kept]
             self._kept.clear()
         return rows
 
@@ -99,16 +105,18 @@ class Incidents(Service):
         """
         Take in what another process has kept.
         """
-        for row in rows:
-            self._keep(Incident(*row))
+        for when, level, text, times, told, once in rows:
+            self._keep(Kind(told, once), Incident(when, level, text, times))
 
 
-def _text(event: LogEvent) -> str:
+def _similar(kept: Sequence[tuple[Kind, str]], kind: Kind, text: str) -> int | None:
     """
-    Write an event in one line. Of an exception, its kind: the log has the rest.
+    Find the incident to which another one is added: one that says the same, or one of its kind if there are too many.
+
+    @param kept: kind and text of each, the newest last.
     """
-    failure = event.get("log_failure")
-    text = " ".join(formatEvent(event).split())
-    if failure is not None:
-        text += f" ({failure.type.__name__})" if text else failure.type.__name__
-    return text[:LONGEST]
+    alike = [at for at, (other, _) in enumerate(kept) if other == kind]
+    same = [at for at in alike if kind.once or kept[at][1] == text]
+    if same or len(alike) >= BURST:
+        return (same or alike)[-1]
+    return None

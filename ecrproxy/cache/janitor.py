@@ -5,17 +5,22 @@ Rules:
 
 - The directory is counted at start, and again and again: others may delete files of it, or bring some. Several daemons
   on one directory keep it within the limit together, but for what each has brought since the others last counted.
-- Counting takes a twentieth of the time at the most, however large and slow the directory is.
+- Counting takes a twentieth of the time at the most, however large and slow the directory is. Nobody waits for it.
+  Before the first count room is given by what is known, and the directory is brought within its limit afterwards.
+- The limit is never more than the disk can hold. When the disk is full all the same, files are evicted to make room.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final
 
 from twisted.application.service import Service
 from twisted.internet.defer import Deferred
 from twisted.logger import Logger
+
+from ecrproxy.threads import undone_if_late
 
 if TYPE_CHECKING:
     from twisted.internet.interfaces import IDelayedCall, IReactorTime
@@ -27,6 +32,8 @@ log = Logger()
 
 PAUSE_SECONDS: Final = 60.0
 """How long after a count the next one begins, unless counting takes long."""
+AT_ONCE: Final = 2**20
+"""Bytes that are evicted at the least when the disk is full."""
 SHARE: Final = 20
 """A pause is at least so many times as long as the count before it."""
 
@@ -55,18 +62,21 @@ class Janitor(Service):
 
     @param limit: the most bytes that the files of the cache may have, those that arrive included.
     @param counting: in which thread it counts: that is busy with Python itself for seconds, if there are many files.
+    @ivar limit: the same, or less if the disk can't hold that much.
     @ivar evicted: how many files went for others.
     """
 
     def __init__(
         self, store: Store, limit: int, in_thread: InThread, clock: IReactorTime, counting: InThread | None = None
     ) -> None:
-        self._store, self.limit, self._in_thread, self._clock = store, limit, in_thread, clock
+        self._store, self._wanted, self._in_thread, self._clock = store, limit, in_thread, clock
+        self.limit = limit
         self._counting = counting or in_thread
         self._counted = self._shared = False
         self.evicted = 0
-        self._waiting: list[Deferred[None]] = []
         self._next: IDelayedCall | None = None
+        self._evicting = threading.Lock()
+        store.evict = self.evict
 
     def startService(self) -> None:  # noqa: D102
         super().startService()
@@ -82,6 +92,7 @@ class Janitor(Service):
         self._next = None
         began = self._clock.seconds()
         counting = Deferred.fromCoroutine(self._count())
+        counting.addErrback(lambda failure: failure.trap(TimeoutError))  # L{Bounded} has told of it
         counting.addErrback(lambda failure: log.failure("Counting the cache", failure))
         counting.addCallback(lambda _: self._go_on(self._clock.seconds() - began))
 
@@ -90,20 +101,15 @@ class Janitor(Service):
             self._next = self._clock.callLater(max(PAUSE_SECONDS, SHARE * took), self._begin)
 
     async def _count(self) -> None:
-        first = not self._counted
-        try:
-            unknown = await self._counting(self._store.count)
-        finally:
-            self._counted = True
-            waiting, self._waiting = self._waiting, []
-            for waiter in waiting:
-                waiter.callback(None)
+        unknown = await self._counting(self._store.count)
+        first, self._counted = not self._counted, True
         ledger = self._store.ledger
         if first:
             log.info("The cache holds {total} bytes in {count} files", total=ledger.total, count=len(ledger))
         elif unknown > 0 and not self._shared:
             self._shared = True
             log.info("Somebody else brought {count} bytes into the cache: another daemon uses it too?", count=unknown)
+        await self._in_thread(self._fit)
         await self._in_thread(self.make_room, 0)  # the limit may be lower than it was
 
     async def reserve(self, size: int) -> bool:
@@ -112,16 +118,14 @@ class Janitor(Service):
         """
         if size > self.limit:
             return False
-        if not self._counted:
-            waiter: Deferred[None] = Deferred(self._waiting.remove)
-            self._waiting.append(waiter)
-            await waiter
         ledger = self._store.ledger
         with ledger.lock:
             if ledger.total + ledger.reserved + size <= self.limit:
                 ledger.reserve(size)
                 return True
-        return await self._in_thread(self.make_room, size)
+        return await undone_if_late(
+            self._in_thread, lambda: self.make_room(size), lambda made: self.release(size) if made else None
+        )
 
     def release(self, size: int) -> None:
         """
@@ -140,10 +144,63 @@ class Janitor(Service):
                 return False
             sizes = {path: ledger.gone(path) for path in chosen}
             ledger.reserve(size)
+        self._evict(sizes)
+        return True
+
+    def evict(self, size: int) -> bool:
+        """
+        Evict C{size} bytes, for the disk is full, and lower the limit to what it holds. Called in a thread.
+
+        @return: whether there is another try: as much was evicted, or another thread has just evicted something.
+        """
+        if not self._evicting.acquire(blocking=False):
+            with self._evicting:  # until its files are gone from the disk
+                return True
+        try:
+            return self._evict_for(size)
+        finally:
+            self._evicting.release()
+
+    def _evict_for(self, size: int) -> bool:
+        ledger = self._store.ledger
+        with ledger.lock:
+            # A small file frees a block that the next small write takes: more goes, if there is more.
+            chosen = victims(ledger.oldest(), max(size, AT_ONCE)) or victims(ledger.oldest(), size)
+            if chosen is None:
+                return False
+            sizes = {path: ledger.gone(path) for path in chosen}
+        self._evict(sizes)
+        self._fit(size)
+        return True
+
+    def _evict(self, sizes: dict[str, int]) -> None:
         for path, freed in sizes.items():  # the lock is not held while the disk works: the reactor may want it
             if not self._store.remove(path):
-                ledger.used(path, freed)
-        if chosen:
-            self.evicted += len(chosen)
-            log.info("Evicted {count} files, the least recently used", count=len(chosen))
-        return True
+                self._store.ledger.used(path, freed)
+        if sizes:
+            self.evicted += len(sizes)
+            log.info(
+                "Evicted {count} files, the least recently used; {total} since the start",
+                count=len(sizes),
+                total=self.evicted,
+                once="evicted",
+            )
+
+    def _fit(self, pending: int = 0) -> None:
+        """
+        Lower the limit to what the disk can hold, or raise it again. Called in a thread.
+
+        @param pending: bytes that are reserved and not allocated: the disk calls them free.
+        """
+        free, ledger = self._store.free(), self._store.ledger
+        if free is None or not self._counted:
+            return
+        limit = max(0, min(self._wanted, ledger.total + ledger.reserved - pending + free))
+        if limit < self._wanted == self.limit:
+            log.warn(
+                "The cache is limited to {limit} bytes: the disk holds no more, PROXY_CACHE_LIMIT is {wanted};"
+                " lower it, or give the cache more room",
+                limit=limit,
+                wanted=self._wanted,
+            )
+        self.limit = limit

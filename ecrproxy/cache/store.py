@@ -16,6 +16,7 @@ Rules:
 from __future__ import annotations
 
 import contextlib
+import errno
 import heapq
 import os
 import secrets
@@ -43,6 +44,10 @@ T = TypeVar("T")
 
 _PROBE: Final = b"ok" + bytes(2**16)
 """What a check writes: more than a disk that is called full still takes."""
+_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
+_TRIES: Final = 4
+_MARGIN: Final = 64 * 2**20
+"""Bytes of the disk that are left free, or a hundredth of a small one: for entries, and others' files."""
 PURGED: Final = "purged"
 """The file that says, by being another one, that somebody has purged the directory."""
 
@@ -55,7 +60,10 @@ class Store:
     @param now: seconds since the epoch.
     @param ledger: where it is counted.
     @ivar arriving: the files that arrive.
+    @ivar evict: takes a number of bytes out of the directory when the disk is full; false if it can't.
     """
+
+    evict: Callable[[int], bool] = staticmethod(lambda _: False)
 
     def __init__(self, root: Path, now: Callable[[], float], ledger: Ledger | None = None) -> None:
         self.root, self._now = root, now
@@ -81,16 +89,20 @@ class Store:
         for name in ("content", "entries", "ingest"):
             (self.root / name).mkdir(parents=True, exist_ok=True, mode=0o700)
 
-    def _anew(self, make: Callable[[], T]) -> T:
+    def _anew(self, make: Callable[[], T], size: int) -> T:
         """
-        Make a file; once more, if its directory was taken away.
+        Make a file of C{size} bytes; again, if its directory was taken away, or the disk is full and something can go.
         """
-        try:
-            return make()
-        except FileNotFoundError:
-            log.warn("{root} is not what it was: its directories are made anew", root=str(self.root))
-            self.make()
-            return make()
+        for _ in range(_TRIES):
+            try:
+                return make()
+            except FileNotFoundError:
+                log.warn("{root} is not what it was: its directories are made anew", root=str(self.root))
+                self.make()
+            except OSError as problem:
+                if problem.errno not in _FULL or not self.evict(size):
+                    raise
+        return make()
 
     def check(self) -> None:
         """
@@ -101,12 +113,23 @@ class Store:
         probe = self.ingest / f"probe.{secrets.token_hex(4)}"
         try:
             with self.troubles.noted(Kind.WRITE):
-                self._anew(lambda: probe.write_bytes(_PROBE))
+                self._anew(lambda: probe.write_bytes(_PROBE), len(_PROBE))
             with self.troubles.noted(Kind.READ):
                 probe.read_bytes()
         finally:
             with contextlib.suppress(OSError):
                 probe.unlink()
+
+    def free(self) -> int | None:
+        """
+        Tell how many bytes more the disk can hold, with some to spare: negative if it is too full; none if unknown.
+        """
+        try:
+            disk = os.statvfs(self.root)
+        except OSError:
+            return None
+        spare = min(_MARGIN, disk.f_blocks * disk.f_frsize // 100)
+        return disk.f_bavail * disk.f_frsize - spare if disk.f_blocks else None
 
     def reasons(self) -> list[str]:
         """
@@ -191,7 +214,7 @@ class Store:
         @raise OSError: if the disk has no room for them, or fails.
         """
         with self.troubles.noted(Kind.WRITE):
-            return self._anew(lambda: self.arriving.begin(digest, size))
+            return self._anew(lambda: self.arriving.begin(digest, size), size)
 
     def content_path(self, digest: Digest) -> str:
         """
@@ -286,7 +309,7 @@ class Store:
 
         try:
             with self.troubles.noted(Kind.WRITE):
-                self._anew(write)
+                self._anew(write, len(data))
         except OSError:
             with contextlib.suppress(OSError):
                 draft.unlink()

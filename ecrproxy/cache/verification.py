@@ -11,6 +11,7 @@ Rules:
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
@@ -62,8 +63,11 @@ class Verification:
             while not await self._in_thread(content.settle, await self._hash()):
                 pass  # somebody has changed it meanwhile
             self.proved = True
+        except TimeoutError as problem:  # a disk that hangs says nothing about the file
+            self.failure = Failure(problem)
         except (OSError, DigestMismatchError) as problem:
-            await self._in_thread(content.drop, problem)
+            with contextlib.suppress(OSError):
+                await self._in_thread(content.drop, problem)
             self.failure = Failure(problem)
         except Exception:  # noqa: BLE001 (whatever it is, those who follow must be told)
             self.failure = Failure()

@@ -14,7 +14,7 @@ import contextlib
 import errno
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -35,20 +35,27 @@ class Writer:
     """
     A file that arrives, in several places at once; hashed in order; content once its digest is right.
 
-    @ivar hashed: the bytes that are there and hashed, from the first on.
     @ivar room: the bytes that it takes of the disk.
     """
 
     def __init__(self, ingest: Ingest, digest: Digest, size: int, path: Path, fd: int) -> None:
-        self._ingest, self._digest, self.size, self._path, self._fd = ingest, digest, size, path, fd
+        self._ingest, self.digest, self.size, self._path, self._fd = ingest, digest, size, path, fd
         self.room = room_for(size)
-        self._hash = digest.hasher()
-        self.hashed = 0
+        self._state = digest.hasher(), 0
         self._there = Stretches()
         self._shown = Stretches()
         self._claims: list[tuple[int, int]] = []
         self._lock = threading.Lock()
         self._committed: str | None = None
+        self._guard = threading.Lock()
+        self._users, self._closed = 0, False
+
+    @property
+    def hashed(self) -> int:
+        """
+        Tell how many bytes are there and hashed, from the first on.
+        """
+        return self._state[1]
 
     def fileno(self) -> int:
         """
@@ -96,8 +103,24 @@ class Writer:
             written then.
         @raise OSError: if the disk fails; what was written before stays readable.
         """
-        with self._ingest.troubles.noted(Kind.WRITE):
+        with self._ingest.troubles.noted(Kind.WRITE), self._using():
             self._write(offset, pieces)
+
+    @contextlib.contextmanager
+    def _using(self) -> Iterator[None]:
+        """
+        Keep the file descriptor open: when the disk has been given up, a thread may still be at it.
+        """
+        with self._guard:
+            if self._closed:
+                raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._guard:
+                self._users -= 1
+                self._close_unused()
 
     def _write(self, offset: int, pieces: Sequence[bytes]) -> None:
         end = offset + sum(map(len, pieces))
@@ -110,9 +133,10 @@ class Writer:
                 self._there.add(offset, end)
                 self._shown.add(offset, end)
                 if offset == self.hashed:  # as it comes, from memory
+                    state, _ = self.reached
                     for piece in pieces:
-                        self._hash.update(piece)
-                    self.hashed = end
+                        state.update(piece)
+                    self._state = state, end
                 self._hash_on()
                 self._tell()
         finally:
@@ -123,7 +147,7 @@ class Writer:
         with self._lock:
             taken = any(first < stop and start < last for first, last in (*self._there, *self._claims))
             if taken or start < 0 or stop > self.size:
-                raise ValueError(f"bytes {start} to {stop} of {self._digest} are not missing: {self.gaps}")
+                raise ValueError(f"bytes {start} to {stop} of {self.digest} are not missing: {self.gaps}")
             self._claims.append((start, stop))
 
     def _put(self, offset: int, pieces: Sequence[bytes]) -> None:
@@ -140,18 +164,20 @@ class Writer:
         @return: whether there is more of it.
         @raise OSError: if the disk fails.
         """
-        with self._lock:
+        with self._using(), self._lock:
             return self._hash_on()
 
     def _hash_on(self) -> bool:
         end = self._there.end_of(self.hashed)
-        stop = min(end, self.hashed + _CATCH_UP)
-        while self.hashed < stop:
-            data = os.pread(self._fd, min(2**20, stop - self.hashed), self.hashed)
+        state, at = self.reached
+        stop = min(end, at + _CATCH_UP)
+        while at < stop:
+            data = os.pread(self._fd, min(2**20, stop - at), at)
             if not data:
                 raise OSError(errno.EIO, "what was written can't be read")
-            self._hash.update(data)
-            self.hashed += len(data)
+            state.update(data)
+            at += len(data)
+        self._state = state, at  # at once: whoever gives the disk up goes on from there
         return stop < end
 
     def _tell(self) -> None:
@@ -169,11 +195,13 @@ class Writer:
         """
         return self._shown.end_of(offset)
 
-    def hash(self) -> Any:  # noqa: ANN401 (hashlib's objects have no public type)
+    @property
+    def reached(self) -> tuple[Any, int]:
         """
-        Copy the state of the hash over the first C{hashed} bytes.
+        Give the state of the hash, and over how many bytes it is, also while a thread is at it.
         """
-        return self._hash.copy()
+        state, hashed = self._state
+        return state.copy(), hashed
 
     def verify(self) -> None:
         """
@@ -181,8 +209,8 @@ class Writer:
 
         @raise DigestMismatchError: if they differ.
         """
-        if self._hash.hexdigest() != self._digest.hex:
-            raise DigestMismatchError(f"what arrived is not {self._digest}")
+        if self._state[0].hexdigest() != self.digest.hex:
+            raise DigestMismatchError(f"what arrived is not {self.digest}")
 
     def commit(self) -> None:
         """
@@ -192,7 +220,7 @@ class Writer:
         @raise OSError: if the disk fails; the file is not content then.
         """
         self.verify()
-        with self._ingest.troubles.noted(Kind.WRITE):
+        with self._ingest.troubles.noted(Kind.WRITE), self._using():
             self._commit()
 
     def _commit(self) -> None:
@@ -202,11 +230,11 @@ class Writer:
             mark(self._fd, self._ingest.now())
         os.fsync(self._fd)
         proved = os.fstat(self._fd)  # before anybody finds it, and may change it
-        path = content_path(self._digest)
+        path = content_path(self.digest)
         target = self._ingest.root / path
         target.parent.mkdir(parents=True, exist_ok=True)
         self._path.rename(target)
-        self._ingest.proofs.note(self._digest, proved, good=True)
+        self._ingest.proofs.note(self.digest, proved, good=True)
         self._ingest.ledger.used(path, self.hashed)
         self._ingest.ledger.reading(path, 1)  # by those who follow, until it is closed
         self._committed = path
@@ -215,9 +243,14 @@ class Writer:
         """
         Let go of the file, committed or discarded before.
         """
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        with self._guard:
+            self._closed = True
+            self._close_unused()
+
+    def _close_unused(self) -> None:
+        if self._closed and not self._users and self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            os.close(fd)
             if self._committed is not None:
                 self._ingest.ledger.reading(self._committed, -1)
 
@@ -225,7 +258,7 @@ class Writer:
         """
         Let go of the file, and leave it to the next transfer of its digest if it is worth that.
         """
-        if self._fd < 0 or self._committed is not None:
+        if self._closed or self._committed is not None:
             self.close()
         elif Trailer.read(self._fd) is None:
             self.discard()

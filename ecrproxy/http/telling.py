@@ -115,8 +115,8 @@ def _is_saving(row: object) -> bool:
 
 def _is_incident(row: object) -> bool:
     match row:
-        case [when, "warn" | "error" | "critical", text, times]:
-            return _is_time(when) and _is_text(text) and _is_count(times)
+        case [when, "warn" | "error" | "critical", text, times, told, once]:
+            return _is_time(when) and all(map(_is_text, [text, told, once])) and _is_count(times)
     return False
 
 

@@ -85,6 +85,8 @@ def as_json(event: LogEvent, request: str) -> list[str]:
         told["traceback"] = traceback
     if request:
         told["request"] = request
+    if omitted := event.get("log_omitted"):
+        told["omitted"] = omitted
     return [_encode(told)]
 
 
@@ -142,6 +144,8 @@ def _printable(event: LogEvent, request: str) -> str:
     if not message:
         return ""
     story = f" (request {request})" if request else ""
+    if omitted := event.get("log_omitted"):
+        story += f" ({omitted} similar {'line' if omitted == 1 else 'lines'} omitted)"
     told = f"{message}{story}" + (f"\n{traceback}" if traceback else "")
     return _CONTROL.sub(_escaped, told.rstrip("\n"))
 

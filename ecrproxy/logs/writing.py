@@ -8,52 +8,80 @@ import os
 import select
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import IO, Any, Protocol
+from typing import IO, Any, Final
 
-from twisted.logger import ILogObserver, LogEvent
+from twisted.logger import ILogObserver, LogEvent, LogLevel
 from twisted.python.logfile import LogFile
 from zope.interface import implementer
 
+from ecrproxy.logs.outlet import Descriptor, Outlet
+from ecrproxy.logs.repeats import Repeats
 from ecrproxy.logs.shapes import Shape, as_journal, as_json, as_text, priority_of
 from ecrproxy.request_id import current
 
-
-class File(Protocol):
-    """
-    What can be written to.
-    """
-
-    def write(self, data: bytes, /) -> object:
-        """Take bytes."""
-
-    def flush(self) -> object:
-        """Let them go."""
+_LOST: Final = "{lost} log lines were dropped: its reader is too slow, or its disk is full; check where the log goes"
 
 
 @implementer(ILogObserver)
 class LineWriter:
     """
-    Writes events as lines.
+    Writes events as lines, those that repeat as one line with a count. Called from any thread.
 
     Worker processes write to the same pipe, and their lines must not mix. Up to PIPE_BUF bytes go in whole:
     pipe(7).
 
     @param limit: the priority of what is still written.
+    @param seconds: the time, on a clock that nobody sets.
     """
 
-    def __init__(self, file: File, shape: Shape, limit: int) -> None:
-        self._file, self._shape, self._limit = file, shape, limit
+    def __init__(self, outlet: Outlet, shape: Shape, limit: int, seconds: Callable[[], float]) -> None:
+        self._outlet, self._shape, self._limit = outlet, shape, limit
+        self._repeats = Repeats(seconds)
+        self._lock = threading.RLock()  # reentrant: a signal handler may log, too
 
     def __call__(self, event: LogEvent) -> None:
         """
-        Write an event, if it is grave enough.
+        Write an event, if it is grave enough and not one of many.
         """
         if priority_of(event) > self._limit:
             return
+        with self._lock:
+            admitted = self._repeats.admit(event)
+            if admitted is not None:
+                self._write(admitted)
+
+    def start(self) -> None:
+        """
+        Write in a thread from now on: see L{Outlet.start}.
+        """
+        self._outlet.start(self.tick)
+
+    def tick(self, *, at_once: bool = False) -> None:
+        """
+        Write what a minute has left out, and how many lines were lost.
+
+        @param at_once: do not wait for the end of the minute.
+        """
+        with self._lock:
+            for event in self._repeats.due(at_once=at_once):
+                self._write({**event, "log_time": time.time()})
+            if lost := self._outlet.take_lost():
+                told = {"log_time": time.time(), "log_level": LogLevel.warn, "log_namespace": __name__}
+                self._write({**told, "log_format": _LOST, "lost": lost})
+
+    def end(self, seconds: float) -> None:
+        """
+        Write what is left, and wait for that no longer than C{seconds}.
+        """
+        self.tick(at_once=True)
+        self._outlet.drain(seconds)
+
+    def _write(self, event: LogEvent) -> None:
         for piece in _pieces(self._shape(event, event.get("request") or current.get())):
-            self._file.write(piece)
-            self._file.flush()
+            self._outlet.write(piece)
 
 
 def _pieces(lines: Sequence[str]) -> Iterator[bytes]:
@@ -99,17 +127,18 @@ def choose_writer(
     if name not in ("", "-") or not twistd.get("nodaemon"):
         if name == "-":
             return None  # twistd refuses this
-        return LineWriter(_file(name or "twistd.log", later), as_json if json else as_text, limit)
+        return LineWriter(_file(name or "twistd.log", later), as_json if json else as_text, limit, time.monotonic)
     output = sys.stdout
     shape = as_json if json else as_journal if leads_to_journal(journal, output) else as_text
-    return LineWriter(output.buffer, shape, limit)
+    return LineWriter(Outlet(Descriptor(output.fileno())), shape, limit, time.monotonic)
 
 
-def _file(name: str, later: Callable[..., object]) -> LogFile:
+def _file(name: str, later: Callable[..., object]) -> Outlet:
     """
     Open a file as twistd does: SIGUSR1 begins a new one.
     """
     file: LogFile = LogFile.fromFullPath(name)
+    outlet = Outlet(file)
     if not signal.getsignal(signal.SIGUSR1):
-        signal.signal(signal.SIGUSR1, lambda *_: later(file.rotate))
-    return file
+        signal.signal(signal.SIGUSR1, lambda *_: later(outlet.call, file.rotate))
+    return outlet

@@ -4,9 +4,13 @@ What is wrong with the settings, and how it is said: in one line on stderr, what
 
 from __future__ import annotations
 
+import select
 import sys
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import IO, Final, NoReturn
+
+_PATIENCE: Final = 1.0
+"""Seconds for which a line waits for room in a pipe."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +45,22 @@ def write(line: str) -> None:
     Write a line to stderr as it is.
     """
     stderr = sys.__stderr__  # twistd makes a log of sys.stderr
-    if stderr is not None:
+    if stderr is not None and _takes_a_line(stderr):
         stderr.write(f"{line}\n")
         stderr.flush()
+
+
+def _takes_a_line(file: IO[str]) -> bool:
+    """
+    Wait until a pipe has room, but not for long: whoever ends is not to wait for a reader that has stopped.
+    """
+    try:
+        fd = file.fileno()
+    except OSError:
+        return True  # no pipe
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    return bool(poll.poll(_PATIENCE * 1000))
 
 
 def die(line: str) -> NoReturn:

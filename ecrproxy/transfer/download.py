@@ -40,7 +40,7 @@ from ecrproxy.cache.writer import Writer
 from ecrproxy.oci import RegistryError
 from ecrproxy.reasons import Reason
 from ecrproxy.stopwatch import Stopwatch
-from ecrproxy.threads import InThread
+from ecrproxy.threads import Disk
 from ecrproxy.transfer.follower import Follower
 from ecrproxy.transfer.inflow import Blob, Buffered, Gaps, Stretch
 from ecrproxy.transfer.lane import Lane, ShortBodyError, drop
@@ -94,7 +94,7 @@ class Download:
         digest: Digest,
         size: int | None,
         writer: Writer | None,
-        in_thread: InThread,
+        disk: Disk,
         lanes: int = 1,
         *,
         unkept: Reason = Reason.DISK,
@@ -105,7 +105,7 @@ class Download:
         self.digest, self.size, self.unkept = digest, size, unkept
         self.received, self.verified = 0, False
         self.failure: Failure | None = None
-        self._in_thread, self._lanes = in_thread, lanes
+        self._disk, self._lanes = disk, lanes
         self._file, self._writer = writer, writer
         self._filed = 0
         self._hash = digest.hasher()
@@ -304,7 +304,7 @@ class Download:
             if writer.front <= writer.hashed:
                 return
             try:
-                more = await self._in_thread(writer.catch_up)
+                more = await self._disk.hashing(writer.catch_up)
             except OSError as problem:
                 raise _DiskError(problem) from problem
             self.received = self._filed = writer.hashed
@@ -336,7 +336,7 @@ class Download:
         if writer is None:  # another lane has met a disk that fails
             raise CancelledError
         try:
-            await self._in_thread(writer.write, offset, batch)
+            await self._disk.writing(writer.write, offset, batch)
         except OSError as problem:
             raise _DiskError(problem.with_traceback(None)) from problem
         self.received = self._filed = writer.hashed
@@ -348,8 +348,8 @@ class Download:
         Go on in the window from what the file took and the hash saw.
         """
         if self._writer is not None:
-            self._hash = self._writer.hash()
-            self.received = self._filed = self._window_start = self._writer.hashed
+            self._hash, self.received = self._writer.reached
+            self._filed = self._window_start = self.received
             self._writer = None
 
     # Through the window.
@@ -372,7 +372,7 @@ class Download:
         self._at_work.add(lane)
         try:
             while batch := await lane.batch():
-                await self._in_thread(_hash_all, self._hash, batch)
+                await self._disk.digesting(_hash_all, self._hash, batch)
                 self._window.extend(batch)
                 self._buffered.size += sum(map(len, batch))
                 self.received += sum(map(len, batch))
@@ -450,7 +450,7 @@ class Download:
         self._news()  # before the disk has it for good: readers need not wait for that
         if self._writer is not None:
             try:
-                await self._in_thread(self._writer.commit)
+                await self._disk.committing(self._writer.commit)
             except OSError as problem:
                 log.info("Not kept: {digest}: {problem}", digest=self.digest, problem=str(problem))
                 self._writer = None
@@ -541,12 +541,9 @@ class Download:
         self._window.clear()
         if self._file is None:
             return
-        if self._leaves:
-            self._file.leave()
-        elif self._writer is None:
-            self._file.discard()
-        self._file.close()
-        self._file = None
+        file, self._file = self._file, None
+        let_go = file.leave if self._leaves else file.discard if self._writer is None else file.close
+        self._disk.closing(let_go).addErrback(lambda problem: log.failure("Closing a file", problem))
 
 
 def _never(*_: object) -> None:

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,54 @@ def test_levels_reach_the_journal(make_chain: MakeChain, equipment: Equipment, t
     code, said = start_piped(equipment, tmp_path, front, PROXY_LOG_FORMAT="json")
     (tmp_path / "log").write_bytes(said)
     assert "Token received" in messages(lines_of(tmp_path / "log"))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_reader_that_stops_stops_nobody(
+    make_chain: MakeChain, equipment: Equipment, tmp_path: Path, processes: int
+) -> None:
+    """
+    Nothing reads the pipe: requests are answered all the same, and the daemon ends when it is told to.
+    """
+    port = free_port()
+    front = make_chain(wait=False).front_url
+    usual = {"PROXY_PORT": str(port), "PROXY_CACHE_DIR": str(tmp_path / "cache")}
+    wanted = {**standard_settings(front), **usual, "PROXY_WORKER_PROCESSES": str(processes)}
+    reading, writing = os.pipe()
+    process = subprocess.Popen(
+        [str(equipment.twistd), "-n", "--pidfile=", "ecr-proxy"],
+        env=environment(tmp_path, {name: value for name, value in wanted.items() if value is not None}),
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        stdout=writing,
+        stderr=writing,
+    )
+    os.close(writing)
+    try:
+        eventually(lambda: answers(port, "/healthz"), "it listens")
+        for _ in range(300):  # each line has 6 KB: together more than the pipe and the daemon's memory take
+            assert answers(port, f"/v2/{'x' * 6000}")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(PATIENCE) == 0
+        with os.fdopen(reading, "rb") as output:
+            said = output.read()
+        assert said.count(b"x" * 6000) < 300
+        assert all(line[:4].isdigit() for line in said.splitlines())
+    finally:
+        if process.poll() is None:
+            process.kill()
+
+
+def answers(port: int, path: str) -> bool:
+    """
+    Tell whether there is any answer.
+    """
+    try:
+        with socket.create_connection(("127.0.0.1", port), 10) as connection:
+            connection.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+            return connection.recv(8).startswith(b"HTTP/1.1")
+    except ConnectionRefusedError:
+        return False
 
 
 def test_what_ends_it_is_critical(refusing: str, equipment: Equipment, tmp_path: Path) -> None:

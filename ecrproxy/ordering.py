@@ -16,7 +16,7 @@ KEPT: Final = 16
 """Sets of accepted types whose order is known for a tag: as many as its entry keeps answers to."""
 
 
-class Turns:
+class KeyedLocks:
     """
     At most one piece of work at a time for a key; the others wait in the order in which they came.
     """
@@ -24,7 +24,7 @@ class Turns:
     def __init__(self) -> None:
         self._locks: dict[Hashable, DeferredLock] = {}
 
-    async def take(self, key: Hashable, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    async def run(self, key: Hashable, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """
         Do C{work} once all that came before it for C{key} is done.
         """

@@ -7,14 +7,14 @@ from __future__ import annotations
 from twisted.internet.defer import Deferred
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.turns import KEPT, Order, Turns
+from ecrproxy.ordering import KEPT, KeyedLocks, Order
 
 ONE, OTHER = frozenset({"one"}), frozenset({"other"})
 
 
-class TurnsTests(SynchronousTestCase):
+class KeyedLocksTests(SynchronousTestCase):
     def setUp(self) -> None:
-        self.turns = Turns()
+        self.turns = KeyedLocks()
         self.log: list[str] = []
 
     def work(self, key: str, name: str) -> tuple[Deferred[None], Deferred[str]]:
@@ -29,7 +29,7 @@ class TurnsTests(SynchronousTestCase):
             self.log.append(f"{name} ends")
             return name
 
-        return gate, Deferred.fromCoroutine(self.turns.take(key, work))
+        return gate, Deferred.fromCoroutine(self.turns.run(key, work))
 
     def test_one_key_is_one_after_another(self) -> None:
         works = [self.work("key", name) for name in "abc"]

@@ -1,0 +1,65 @@
+"""
+A process without memory or threads ends.
+"""
+
+from __future__ import annotations
+
+import _thread
+from typing import Any
+
+from twisted.trial.unittest import SynchronousTestCase
+
+from ecrproxy.daemon import exhaustion
+from ecrproxy.daemon.exhaustion import TRIES, Exhaustion, look
+
+
+class LookTests(SynchronousTestCase):
+    def test_all_is_well_here(self) -> None:
+        self.assertIsNone(look())
+
+    def test_memory_is_asked_for(self) -> None:
+        self.patch(exhaustion, "PIECE", 2**62)
+        self.assertIn("Out of memory", str(look()))
+
+    def test_a_thread_has_to_begin(self) -> None:
+        self.patch(exhaustion, "PAUSE_SECONDS", 0.01)
+        self.patch(_thread, "start_new_thread", lambda *_: None)
+        self.assertIn("No thread", str(look()))
+
+    def test_a_thread_is_asked_for(self) -> None:
+        def start(*_: Any) -> None:
+            raise RuntimeError("can't start new thread")
+
+        self.patch(_thread, "start_new_thread", start)
+        self.assertIn("No thread", str(look()))
+
+
+class ExhaustionTests(SynchronousTestCase):
+    def watched(self, *found: str | None) -> list[str]:
+        """
+        Have these things found, one after another, and then end; tells what the process ended with.
+        """
+        ended: list[str] = []
+        finds = iter(found)
+
+        def find() -> str | None:
+            try:
+                return next(finds)
+            except StopIteration:
+                watch.running = False
+                return None
+
+        watch = Exhaustion(ended.append, find, lambda _: None)
+        watch.running = True
+        watch.watch()
+        return ended
+
+    def test_what_lasts_ends_the_process_once(self) -> None:
+        self.assertEqual(["no memory"], self.watched(*["no memory"] * (TRIES + 3)))
+
+    def test_what_passes_does_not(self) -> None:
+        self.assertEqual([], self.watched(*["no memory"] * (TRIES - 1), None, *["no memory"] * (TRIES - 1)))
+
+    def test_nobody_looks_after_the_end(self) -> None:
+        watch = Exhaustion(self.fail, lambda: "no memory", lambda _: None)
+        watch.watch()

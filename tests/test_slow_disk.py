@@ -1,0 +1,200 @@
+"""
+A disk that is slow or hangs delays what needs it, and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from twisted.internet.defer import Deferred
+
+from ecrproxy import cached
+from ecrproxy.threads import Bounded, Disk
+from tests.daemon import DaemonTestCase, Hands, Reply, at_once, noise
+
+SECONDS = 10.0
+
+
+class DiskTestCase(DaemonTestCase):
+    """
+    A daemon with an image in the cache and another one at ECR, whose disk does what tests say.
+    """
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.cached = self.standin.push_image("team/app", "cached")
+        self.blob = noise("cached", 300_000)
+        self.pulled = self.path(self.standin.push_blob("team/app", self.blob))
+        self.get("/v2/team/app/manifests/cached")
+        self.get(self.pulled)
+        self.config = self.path(self.cached.config)
+        self.get(self.config)
+        self.new = self.standin.push_image("team/app", "new")
+        self.data = noise("new", 3_000_000)
+        self.unknown = self.path(self.standin.push_blob("team/app", self.data))
+
+    @staticmethod
+    def path(digest: str) -> str:
+        return f"/v2/team/app/blobs/{digest}"
+
+    def manifest(self, digest: str) -> str:
+        return f"/v2/team/app/manifests/{digest}"
+
+    def bounded(self, hands: Hands, size: int = 8) -> Callable[..., Deferred[Any]]:
+        """
+        Make threads that work when told to, and are not waited for for ever.
+        """
+        hands.idle = False
+        return Bounded(hands, size, SECONDS, self.clock)
+
+
+class SlowTests(DiskTestCase):
+    """
+    One kind of work takes long.
+    """
+
+    def begin(self, **kinds: Callable[..., Deferred[Any]]) -> None:
+        usual = dict.fromkeys(("reading", "writing", "committing", "hashing", "digesting", "closing"), at_once)
+        self.start(disk=Disk(**{**usual, **kinds}))
+
+    def test_a_hit_does_not_wait_for_commits(self) -> None:
+        hands = Hands()
+        self.begin(committing=self.bounded(hands))
+        for number in range(8):
+            data = noise(str(number), 100_000)
+            self.assertWhole(self.get(self.path(self.standin.push_blob("team/app", data))), data, "MISS")
+        self.assertEqual(8, len(hands.waiting))
+        self.assertWhole(self.get(self.pulled), self.blob, "HIT")
+        self.assertWhole(self.get(self.unknown), self.data, "MISS")
+        hands.work_off()
+        self.assertWhole(self.get(self.unknown), self.data, "HIT")
+
+    def test_a_hit_does_not_wait_for_what_is_written(self) -> None:
+        hands = Hands()
+        self.begin(writing=self.bounded(hands))
+        waiting = [self.get(self.path(self.standin.push_blob("team/app", noise(str(n), 100_000)))) for n in range(20)]
+        self.assertWhole(self.get(self.pulled), self.blob, "HIT")
+        while hands.waiting:
+            hands.work()
+            self.flush()
+        self.assertEqual({200}, {reply.code for reply in waiting})
+
+    def test_a_hit_does_not_wait_for_files_that_are_hashed(self) -> None:
+        hands = Hands()
+        self.begin(hashing=self.bounded(hands))
+        first = self.get(self.pulled)  # it waits for its last byte
+        self.assertEqual(self.blob[:-1], first.body)
+        self.assertWhole(self.get(self.manifest(self.cached.digest)), self.cached.manifest, "HIT")
+        self.assertEqual("HIT", self.get(self.config).cache)
+        hands.work_off()
+        self.flush()
+        self.assertWhole(first, self.blob, "HIT")
+
+    def test_a_manifest_is_sent_before_it_is_stored(self) -> None:
+        hands = Hands()
+        self.begin(writing=self.bounded(hands), committing=self.bounded(hands))
+        self.assertWhole(self.get("/v2/team/app/manifests/new"), self.new.manifest, "MISS")
+        asked = self.standin.count()
+        self.assertWhole(self.get(self.manifest(self.new.digest)), self.new.manifest, "HIT")
+        self.assertEqual(asked, self.standin.count())
+        hands.work_off()
+        self.start()
+        self.assertWhole(self.get(self.manifest(self.new.digest)), self.new.manifest, "HIT")
+
+    def test_what_a_manifest_lists_is_known_before_it_is_stored(self) -> None:
+        hands = Hands()
+        self.get(self.path(self.new.config))  # another repository's, so to speak
+        self.begin(writing=self.bounded(hands), committing=self.bounded(hands))
+        self.get("/v2/team/app/manifests/new")
+        asked = self.standin.count()
+        self.assertEqual("HIT", self.get(self.path(self.new.config)).cache)
+        self.assertEqual(asked, self.standin.count())
+
+    def test_manifests_that_wait_for_the_disk_are_bounded_in_bytes(self) -> None:
+        hands = Hands()
+        self.begin(committing=self.bounded(hands), writing=at_once)
+        self.patch(cached, "_STORING_BYTES", 10_000)
+        for number in range(100):
+            image = self.standin.push_image("team/app", f"tag{number}")
+            self.assertWhole(self.get(f"/v2/team/app/manifests/tag{number}"), image.manifest, "MISS")
+        self.assertLessEqual(self.daemon.cache._storing, 10_000)  # noqa: SLF001
+        hands.work_off()
+        self.assertEqual(0, self.daemon.cache._storing)  # noqa: SLF001
+        self.assertEqual({}, self.daemon.cache._unwritten)  # noqa: SLF001
+
+
+class HungTests(DiskTestCase):
+    """
+    No call to the disk returns any more.
+    """
+
+    def hang(self) -> Hands:
+        hands = Hands()
+        bounded = self.bounded(hands)
+        self.start(disk=Disk(bounded, bounded, bounded, bounded, at_once, hands))
+        return hands
+
+    def patiently(self, path: str) -> Reply:
+        """
+        Ask, and wait for as long as it takes.
+        """
+        reply = self.get(path)
+        for _ in range(120):
+            if reply.ended:
+                break
+            self.pass_time(1)
+        return reply
+
+    def test_what_is_in_memory_needs_no_disk(self) -> None:
+        self.start()
+        self.get(self.manifest(self.cached.digest))
+        self.get(self.config)
+        hands = Hands()
+        bounded = self.bounded(hands)
+        self.daemon.cache._disk = Disk(bounded, bounded, bounded, bounded, at_once, hands)  # noqa: SLF001
+        self.assertWhole(self.get(self.manifest(self.cached.digest)), self.cached.manifest, "HIT")
+        self.assertEqual("HIT", self.get(self.config).cache)
+
+    def test_an_image_is_pulled_all_the_same(self) -> None:
+        self.hang()
+        self.assertWhole(self.patiently("/v2/team/app/manifests/new"), self.new.manifest, "MISS")
+        self.assertWhole(self.patiently(self.manifest(self.new.digest)), self.new.manifest, "HIT")
+        self.assertEqual(200, self.patiently(self.path(self.new.config)).code)
+        self.assertWhole(self.patiently(self.unknown), self.data, "BYPASS")
+
+    def test_what_is_cached_is_pulled_too(self) -> None:
+        self.hang()
+        self.assertWhole(self.patiently("/v2/team/app/manifests/cached"), self.cached.manifest)
+        self.assertWhole(self.patiently(self.pulled), self.blob)
+
+    def test_once_it_is_known_nobody_waits(self) -> None:
+        self.hang()
+        for _ in range(3):
+            self.patiently(self.unknown)
+        self.assertWhole(self.get(self.unknown), self.data, "BYPASS")
+
+    def test_a_disk_that_hangs_in_the_middle_of_a_transfer_costs_the_file(self) -> None:
+        hands = Hands()
+        bounded = self.bounded(hands)
+        self.start(disk=Disk(at_once, bounded, bounded, bounded, at_once, hands))
+        reply = self.get(self.unknown)
+        for _ in range(3):  # what is left over, the file, the first bytes
+            hands.work()
+            self.flush()
+        hands.work()
+        for _ in range(60):
+            self.pass_time(1)
+        self.assertWhole(reply, self.data)
+
+    def test_it_serves_from_the_disk_again_when_that_returns(self) -> None:
+        hands = self.hang()
+        self.patiently(self.unknown)
+        hands.idle = True
+        hands.work_off()
+        self.flush()
+        self.assertWhole(self.get(self.pulled), self.blob, "HIT")
+        self.get(self.unknown)
+        self.assertWhole(self.get(self.unknown), self.data, "HIT")
+        self.assertEqual(0, self.daemon.store.ledger.reserved)
+        self.assertEqual([], [path for path in self.files("ingest") if path.is_file()])

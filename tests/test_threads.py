@@ -1,0 +1,155 @@
+"""
+Calls in threads that may never return.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from twisted.internet import reactor
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.task import Clock
+from twisted.logger import capturedLogs
+from twisted.trial.unittest import SynchronousTestCase
+
+import ecrproxy.threads
+from ecrproxy.threads import Bounded, Threads, undone_if_late
+
+SECONDS = 10.0
+
+
+class BoundedTests(SynchronousTestCase):
+    def setUp(self) -> None:
+        self.clock = Clock()
+        self.running: list[tuple[Any, Deferred[Any]]] = []
+        self.bounded = Bounded(self.begin, 2, SECONDS, self.clock)
+
+    def begin(self, blocking: Any, *args: Any) -> Deferred[Any]:
+        done: Deferred[Any] = Deferred()
+        self.running.append((blocking, done))
+        return done
+
+    def end(self, number: int = 0) -> None:
+        blocking, done = self.running.pop(number)
+        done.callback(blocking())
+
+    def hang(self, count: int = 2) -> None:
+        """
+        Have that many calls hang.
+        """
+        for _ in range(count):
+            self.failureResultOf(self.expired(self.bounded(int, "0")), TimeoutError)
+
+    def expired(self, call: Deferred[Any]) -> Deferred[Any]:
+        self.clock.advance(SECONDS)
+        return call
+
+    def test_what_returns_in_time_is_passed_on(self) -> None:
+        calls = [self.bounded(int, str(number)) for number in range(4)]
+        self.assertEqual(2, len(self.running))
+        for _ in range(2):
+            self.clock.advance(SECONDS - 1)
+            self.end()
+            self.end()
+        self.assertEqual([0, 1, 2, 3], [self.successResultOf(call) for call in calls])
+        self.assertEqual([], self.clock.getDelayedCalls())
+
+    def test_failures_are_passed_on(self) -> None:
+        call = self.bounded(int, "x")
+        self.running.pop()[1].errback(ValueError())
+        self.failureResultOf(call, ValueError)
+
+    def test_what_hangs_fails_as_a_disk_does(self) -> None:
+        call = self.bounded(int, "1")
+        self.clock.advance(SECONDS - 1)
+        self.assertNoResult(call)
+        self.clock.advance(1)
+        self.assertTrue(self.failureResultOf(call).check(OSError))
+
+    def test_one_call_that_hangs_leaves_the_others_at_work(self) -> None:
+        self.hang(1)
+        calls = [self.bounded(int, "1") for _ in range(3)]
+        for _ in calls:
+            self.end(1)
+        self.assertEqual([1, 1, 1], [self.successResultOf(call) for call in calls])
+
+    def test_others_are_less_patient_then(self) -> None:
+        self.hang(1)
+        call = self.bounded(int, "1")
+        self.clock.advance(1)
+        self.failureResultOf(call, TimeoutError)
+
+    def test_while_all_hang_nobody_waits(self) -> None:
+        self.hang(1)
+        waiting = [self.bounded(int, "1") for _ in range(3)]
+        self.clock.advance(SECONDS)
+        for call in (*waiting, self.bounded(int, "1")):
+            self.failureResultOf(call, TimeoutError)
+        self.assertEqual(2, len(self.running))
+
+    def test_a_thread_that_returns_is_used_again(self) -> None:
+        self.hang()
+        self.end()
+        self.assertEqual(1, len(self.running))
+        call = self.bounded(int, "7")
+        self.end(1)
+        self.assertEqual(7, self.successResultOf(call))
+
+    def test_hanging_is_told_once_a_minute(self) -> None:
+        with capturedLogs() as events:
+            self.hang()
+        self.assertEqual({("error", "hangs")}, {(event["log_level"].name, event["once"]) for event in events})
+
+    def test_who_leaves_before_its_turn_takes_no_thread(self) -> None:
+        calls = [self.bounded(int, str(number)) for number in range(4)]
+        calls[2].cancel()
+        self.failureResultOf(calls[2], CancelledError)
+        for _ in range(3):
+            self.end()
+        self.assertEqual([0, 1, 3], [self.successResultOf(calls[number]) for number in (0, 1, 3)])
+
+
+class UndoneTests(SynchronousTestCase):
+    def setUp(self) -> None:
+        self.undone: list[int] = []
+        self.done: Deferred[int] = Deferred()
+        self.call: Any = None
+        self.asked = Deferred.fromCoroutine(undone_if_late(self.begin, lambda: 7, self.undone.append))
+
+    def begin(self, blocking: Any, *args: Any) -> Deferred[Any]:
+        self.call = blocking
+        return self.done
+
+    def test_a_result_in_time_is_passed_on(self) -> None:
+        self.done.callback(self.call())
+        self.assertEqual((7, []), (self.successResultOf(self.asked), self.undone))
+
+    def test_a_result_that_comes_late_is_undone(self) -> None:
+        self.done.errback(TimeoutError())
+        self.failureResultOf(self.asked, TimeoutError)
+        self.call()
+        self.assertEqual([7], self.undone)
+
+    def test_a_result_on_its_way_when_its_asker_leaves_is_undone(self) -> None:
+        self.call()
+        self.asked.cancel()
+        self.failureResultOf(self.asked, CancelledError)
+        self.assertEqual([7], self.undone)
+
+
+class ThreadsTests(SynchronousTestCase):
+    def test_the_end_does_not_wait_for_what_hangs(self) -> None:
+        self.patch(ecrproxy.threads, "_STOP_SECONDS", 0.1)
+        threads, hung, begun = Threads(1, reactor), threading.Event(), threading.Event()
+        self.addCleanup(hung.set)
+
+        def hang() -> None:
+            begun.set()
+            hung.wait()
+
+        threads.startService()
+        threads.call(hang)
+        self.assertTrue(begun.wait(20))
+        threads.stopService()
+        self.assertTrue(all(each.daemon for each in threads._pool.threads))  # noqa: SLF001
