@@ -4,7 +4,10 @@ What stands where the name of a host may stand. Pure.
 
 from __future__ import annotations
 
-from ipaddress import ip_address
+from ipaddress import IPv6Address, ip_address
+from typing import Final
+
+_MAPPED: Final = "::ffff:"
 
 
 def is_address(host: str) -> bool:
@@ -16,3 +19,17 @@ def is_address(host: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def unmapped(host: str) -> str:
+    """
+    Give the IPv4 address that C{host} stands for on a socket for both, in whichever notation; anything else unchanged.
+    """
+    tail = host.removeprefix(_MAPPED)
+    if tail == host or ":" not in tail:
+        return tail
+    try:
+        found = IPv6Address(host).ipv4_mapped
+    except ValueError:
+        return host
+    return host if found is None else str(found)

@@ -66,6 +66,7 @@ class PullThrough:
     @param tag_ttl: seconds for which a tag's digest is taken on trust.
     @param lanes: the connections that blobs may come over.
     @param read_ahead: fetch what a manifest lists as soon as it is asked for.
+    @param call_later: a reactor's.
     """
 
     def __init__(
@@ -78,9 +79,11 @@ class PullThrough:
         tag_ttl: float = 0,
         lanes: Lanes | None = None,
         read_ahead: bool = False,
+        call_later: Callable[..., Any] | None = None,
     ) -> None:
         self._upstream, self._cache, self._disk, self._now = upstream, cache, disk, now
         self._tag_ttl, self._lanes, self._reads_ahead = tag_ttl, lanes or Lanes(), read_ahead
+        self._call_later = call_later
         self._openings: Flights[Download | Passing | None] = Flights()
         self._arriving: dict[Digest, Download] = {}
         self._unattended = Unattended(self.transfers)
@@ -282,6 +285,7 @@ class PullThrough:
             unkept=unkept,
             buffered=self._lanes.buffered,
             first_wished=first_wished,
+            call_later=self._call_later,
         )
         download.attendance = self._unattended.settle
         if shared:

@@ -44,10 +44,11 @@ from ecrproxy.cache.ledger import Notes
 from ecrproxy.cache.purges import Purges
 from ecrproxy.cache.store import Store
 from ecrproxy.cached import VERIFICATIONS, Cache
+from ecrproxy.daemon.accepting import Gate
 from ecrproxy.daemon.ending import Connections, Drain, InOrder, Signals
 from ecrproxy.daemon.exhaustion import Exhaustion
 from ecrproxy.daemon.listening import Listening, admin_endpoint, endpoints
-from ecrproxy.daemon.process import set_aside_what_stays, set_up
+from ecrproxy.daemon.process import most_clients, set_aside_what_stays, set_up
 from ecrproxy.daemon.supervision import Supervised, Supervisor, summary
 from ecrproxy.daemon.workers import HandedDown, Post, StandardInput, Workers
 from ecrproxy.http.access_log import AccessLog
@@ -272,7 +273,7 @@ def build(
     figures, stall = Figures(__version__), LoopStall(reactor)
     upstream, asking = _upstream(config, tokens, figures, egress, reactor)
     cache = Cache(store, janitor, disk, time.time, RegistryId.of_url(config.ecr_endpoint))
-    pull_through = _pull_through(config, upstream, cache, disk)
+    pull_through = _pull_through(config, upstream, cache, disk, reactor)
     connections, crowds = Connections(), Crowds(Crowd(config.limits), reactor.seconds)
     readiness = partial(_readiness, tokens, asking.circuit, Condition(store, probing.call, reactor), connections)
     ready = Ready(readiness)
@@ -290,7 +291,7 @@ def build(
     for part in (*status.services, judging, supervised, counting, probing, janitor, tokens, stall):
         part.setServiceParent(service)
     alone = config.worker_processes == 1
-    listening = [Listening(name, endpoint, site, accepts=alone) for name, endpoint in endpoints(config, reactor)]
+    listening = _listening(config, site, reactor, accepts=alone)
     workers = None
     if not alone:
         inner = partial(make_site, InnerRegistry(pull_through, *shape), ready)
@@ -334,6 +335,22 @@ def _access_log(config: Config, service: MultiService, reactor: Any) -> AccessLo
     return access_log
 
 
+def _listening(config: Config, site: RegistrySite, reactor: Any, *, accepts: bool = True) -> list[Listening]:  # noqa: ANN401
+    """
+    Make what listens for clients, all of it with one limit on descriptors.
+    """
+    most, wanted = most_clients(), config.limits.connections
+    if wanted > most:
+        log.warn(
+            "RLIMIT_NOFILE leaves room for {most} connections, fewer than PROXY_CONNECTIONS={wanted}: more than those"
+            " wait until others close; raise LimitNOFILE= or ulimit -n, or lower PROXY_CONNECTIONS",
+            most=most,
+            wanted=wanted,
+        )
+    gate = Gate(reactor, most)
+    return [Listening(*named, site, accepts=accepts, gate=gate) for named in endpoints(config, reactor)]
+
+
 def _tokens(config: Config, reactor: Any, ends: Callable[[CredentialsError], bool]) -> TokenService:  # noqa: ANN401
     return TokenService(lambda: call_unowned(reactor, lambda: _fetch(config)), reactor, time.time, ends)
 
@@ -361,13 +378,20 @@ def _upstream(
     return upstream, Asking(tokens=tokens, wire=wire, circuit=circuit, governor=governor)
 
 
-def _pull_through(config: Config, upstream: Upstream, cache: Cache, disk: Disk) -> PullThrough:
+def _pull_through(config: Config, upstream: Upstream, cache: Cache, disk: Disk, reactor: Any) -> PullThrough:  # noqa: ANN401
     """
     Wire what answers from the cache, or through it.
     """
     lanes = Lanes(config.blob_connections, config.bucket_connections)
     return PullThrough(
-        upstream, cache, disk, time.time, tag_ttl=config.tag_ttl, lanes=lanes, read_ahead=config.read_ahead
+        upstream,
+        cache,
+        disk,
+        time.time,
+        tag_ttl=config.tag_ttl,
+        lanes=lanes,
+        read_ahead=config.read_ahead,
+        call_later=reactor.callLater,
     )
 
 
@@ -392,7 +416,8 @@ def _share_work(
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     path = str(Path(folder) / "first")
     inner = make_inner(reactor=reactor, crowd=Crowd(BOUNDLESS), others={USED: Used(hearers)})
-    Listening(path, UNIXServerEndpoint(reactor, path, mode=0o600), inner).setServiceParent(service)
+    endpoint = UNIXServerEndpoint(reactor, path, mode=0o600)
+    Listening(path, endpoint, inner, gate=Gate(reactor)).setServiceParent(service)
     workers = Workers(config.worker_processes, listening, path, arguments, reactor, drain=config.drain_seconds)
     workers.setServiceParent(service)
     return workers
@@ -435,7 +460,8 @@ def _serve_admin(
             part.setServiceParent(service)
         api = Api(Inventory(cache.store), purges.look, listing.call, hashing.call, reactor)
         site = make_site(api, reactor, config.admin_hosts or frozenset())
-        Listening(*named, site, needed=config.admin_listen != ADMIN_LISTEN).setServiceParent(service)
+        needed = config.admin_listen != ADMIN_LISTEN
+        Listening(*named, site, needed=needed, gate=Gate(reactor)).setServiceParent(service)
 
 
 def _reread(parts: Sequence[Listening | Admission], workers: Workers | None) -> None:
@@ -481,9 +507,7 @@ def build_worker(config: Config, post: Post, reactor: Any) -> Daemon:  # noqa: A
     teller = Teller(first, told(notes, served, incidents, Word(crowd, os.getpid())), reactor)
     for part in (incidents, judging, purges, teller):
         part.setServiceParent(service)
-    listening = [
-        Listening(name, endpoint, site) for name, endpoint in endpoints(config, HandedDown(reactor, post.sockets))
-    ]
+    listening = _listening(config, site, HandedDown(reactor, post.sockets))
     drain = Drain(connections, config.drain_seconds, reactor)
     # A service manager may tell all processes to end, and the first process each worker once more.
     _face_clients(drain, listening, partial(_reread, [*listening, admission], None), lambda _: None, service, reactor)

@@ -153,6 +153,7 @@ class End:
         self._producer: Any = None
         self._producer_paused = False
         self._aborted, self._fin, self._half_closed, self._reset = False, False, False, False
+        self._half_closing = False
         self.written = 0
 
     @property
@@ -197,6 +198,9 @@ class End:
     def loseConnection(self) -> None:
         self.disconnecting, self.reading = True, False
 
+    def loseWriteConnection(self) -> None:
+        self._half_closing = True
+
     def abortConnection(self) -> None:
         self.disconnecting = self._aborted = True
 
@@ -235,7 +239,13 @@ class End:
             return True
         if self._fin and self.reading and not self._half_closed:
             return self._read_end()
-        return self._wake_producer()
+        return self._send_end() or self._wake_producer()
+
+    def _send_end(self) -> bool:
+        if not self._half_closing or self._out:
+            return False
+        self._half_closing, self.peer._fin = False, True  # noqa: SLF001
+        return True
 
     def _read_end(self) -> bool:
         """
@@ -524,6 +534,7 @@ class Daemon:
             tag_ttl=tag_ttl,
             lanes=self.lanes,
             read_ahead=read_ahead,
+            call_later=clock.callLater,
         )
         namespaces = Namespaces(parse_pattern(pattern), at_once, clock, {registry_id, *aliases})
         registry = Registry(self.pull_through, namespaces, CacheKey.parse(cache_key), disk.reading)

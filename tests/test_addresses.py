@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.addresses import is_address
+from ecrproxy.addresses import is_address, unmapped
 
 
 class AddressTests(SynchronousTestCase):
@@ -25,3 +25,15 @@ class AddressTests(SynchronousTestCase):
         """
         for text in ("", "localhost", "127.1", "1.2.3.4.5", "256.1.1.1", "[::1]", "127.0.0.1:53", "1.2.3.4\n"):
             self.assertFalse(is_address(text), text)
+
+    def test_a_mapped_address_is_the_ipv4_address_in_any_notation(self) -> None:
+        expected = {
+            "::ffff:10.0.0.1": "10.0.0.1",
+            "::ffff:a00:1": "10.0.0.1",
+            "10.0.0.1": "10.0.0.1",
+            "2001:db8::1": "2001:db8::1",
+            "::ffff:": "",
+            "::ffff:x:y": "::ffff:x:y",
+            "": "",
+        }
+        self.assertEqual(expected, {text: unmapped(text) for text in expected})

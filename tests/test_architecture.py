@@ -19,7 +19,7 @@ OURS = "ecrproxy."
 # room, which is a package or a module by itself: what of ours it may import, rooms or single modules of them.
 # What is not here may import nothing of ours but what is in the same room. tap and command may import all.
 ARROWS: dict[str, set[str]] = {
-    "access": {"flights", "identity", "oci", "reasons", "threads"},
+    "access": {"addresses", "flights", "identity", "oci", "reasons", "threads"},
     "admin": {
         "access.crowds",
         "access.limits",
@@ -43,9 +43,10 @@ ARROWS: dict[str, set[str]] = {
     "answers": {"cache", "oci", "reasons", "transfer.download", "transfer.passing"},
     "cache": {"identity", "oci", "threads"},
     "cached": {"answers", "cache", "identity", "oci", "ordering", "reasons", "threads"},
-    "daemon": {"readiness", "settings.config"},
+    "daemon": {"access.limits", "addresses", "readiness", "settings.config"},
     "http": {
         "access",
+        "addresses",
         "answers",
         "byte_ranges",
         "cache.cache_key",

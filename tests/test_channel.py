@@ -6,13 +6,25 @@ from __future__ import annotations
 
 import tempfile
 
+from twisted.internet.protocol import Factory
+from twisted.internet.ssl import CertificateOptions
 from twisted.logger import LogLevel
+from twisted.protocols.tls import TLSMemoryBIOFactory
 
-from ecrproxy.http.channel import LENGTH_DIGITS
-from tests.daemon import DaemonTestCase, End, Raw, noise
+from ecrproxy.daemon.balanced import BalancedFactory
+from ecrproxy.daemon.tls import Certificate, answer_plain_http
+from ecrproxy.http.channel import LENGTH_DIGITS, LINGER_SECONDS, READ_AHEAD
+from tests.daemon import BUFFER, CLIENT, MIB, DaemonTestCase, End, Hands, Network, Raw, noise
+from tests.store_contract import scratch
+from tests.test_tls import Files
+from tests.together import Together
 
 HEADER_SECONDS = 10
+HELLO = b"\x16\x03\x01\x02\x00\x01"
+PROXY_LINE = b"PROXY TCP4 198.51.100.1 203.0.113.1 5 80\r\n"
 GOOD = b"GET /v2/ HTTP/1.1\r\nHost: x\r\n\r\n"
+MANY = 100
+PIPELINE = (GOOD[:-2] + b"A: " + b"x" * 10_000 + b"\r\n\r\n") * MANY
 
 
 class ChannelTestCase(DaemonTestCase):
@@ -283,12 +295,16 @@ class RefusalTests(ChannelTestCase):
         self.assertIn(b"Content-Length: %d" % len(body), fields)
         self.assertIn(b"Server: ecrproxy", fields)
 
-    def test_a_tls_hello(self) -> None:
-        """
-        Who begins with TLS on a plain connection is closed at once, so that it tries without.
-        """
-        self.assertEqual(b"", self.say(b"\x16\x03\x01\x02\x00\x01"))
+    def test_a_tls_hello_is_answered_in_plain_http_1_0(self) -> None:
+        got = self.say(HELLO)
+        self.assertTrue(got.startswith(b"HTTP/1.0 400 Bad Request\r\n"), got)
+        self.assertTrue(got.endswith(b"\r\n\r\nThis port speaks HTTP without TLS.\n"), got)
         self.assertTrue(self.client.closed)
+
+    def test_a_tls_hello_is_logged_under_its_address(self) -> None:
+        self.say(HELLO)
+        (event,) = [event for event in self.events if "speaks TLS" in event.get("log_format", "")]
+        self.assertEqual((CLIENT, CLIENT), (event["client"], event["once"]))
 
     def test_what_looks_like_a_hello_later_is_none(self) -> None:
         """
@@ -296,6 +312,219 @@ class RefusalTests(ChannelTestCase):
         """
         got = self.say(b"GET /v2/?", b"\x16 HTTP/1.1\r\nHost: x\r\n\r\n")
         self.assertTrue(got.startswith(b"HTTP/1.1 "), got)
+
+
+class LingeringTests(ChannelTestCase):
+    """
+    A refused client that goes on sending.
+    """
+
+    def refuse(self) -> End:
+        """
+        Refuse a client that does not read yet, and so does not see the end of the connection either.
+        """
+        wire = self.connect()
+        wire.reading = False
+        wire.write(b"PUT /v2/ HTTP/1.1\r\nHost: x\r\nContent-Length: 10000000\r\n\r\n")
+        self.flush()
+        return wire
+
+    def test_what_it_sends_is_read_and_kept_nowhere(self) -> None:
+        """
+        Unread, it would reset the connection, and the answer with it.
+        """
+        wire = self.refuse()
+        for _ in range(8):
+            wire.write(b"x" * MIB)
+            self.flush()
+            self.assertEqual((0, b""), (wire.waiting, wire.peer.protocol._buffer))  # type: ignore[attr-defined]  # noqa: SLF001
+        wire.reading = True
+        self.flush()
+        self.assertTrue(self.client.got.startswith(b"HTTP/1.1 405 "))
+        self.assertTrue(self.client.closed)
+
+    def test_it_has_its_time(self) -> None:
+        wire = self.refuse()
+        self.pass_time(LINGER_SECONDS + 1)
+        wire.write(b"x" * MIB)
+        self.flush()
+        self.assertEqual(MIB, wire.waiting)
+        wire.reading = True
+        self.flush()
+        self.assertTrue(self.client.closed)
+        self.assertEqual(0, self.daemon.crowd.connected)
+
+
+class BoundTests(ChannelTestCase):
+    """
+    Clients that send without reading.
+    """
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.data = noise("x", BUFFER)
+        self.path = f"/v2/team/app/blobs/{self.standin.push_blob('team/app', self.data)}"
+        self.request = f"GET {self.path} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
+        self.assertWhole(self.get(self.path), self.data)
+
+    def secure(self) -> None:
+        """
+        Speak TLS from now on.
+        """
+        files = Files(scratch(self))
+        factory = TLSMemoryBIOFactory(
+            Certificate(files.key, files.certificate), isClient=False, wrappedFactory=self.daemon.site, clock=self.clock
+        )
+        answer_plain_http(factory)
+        self.daemon.front = Network(factory, self.clock)  # type: ignore[arg-type]
+
+    def connect_securely(self) -> tuple[End, TLSMemoryBIOFactory]:
+        """
+        Connect a client that speaks TLS and stays.
+        """
+        self.client = client = Raw()
+        factory = TLSMemoryBIOFactory(
+            CertificateOptions(), isClient=True, wrappedFactory=Factory.forProtocol(lambda: client), clock=self.clock
+        )
+        speaking = factory.buildProtocol(None)
+        wire = self.daemon.front.connect(speaking, "proxy.example", 80, secure=False)
+        self.flush()
+        return wire, factory
+
+    def test_no_request_is_started_while_responses_wait(self) -> None:
+        """
+        A client that pipelines hundreds of requests has a buffer's worth of responses waiting for it, and gets all.
+        """
+        wire = self.connect()
+        wire.reading = False
+        wire.write(self.request * 400)
+        self.flush()
+        self.assertLess(wire.peer.waiting, 3 * BUFFER)
+        self.assertLess(wire.peer.written, 3 * BUFFER)
+        wire.reading = True
+        self.flush()
+        self.assertEqual(400, self.client.got.count(b"HTTP/1.1 200 OK"))
+        self.assertEqual(400, self.client.got.count(self.data))
+
+    def test_no_request_is_started_over_tls_while_responses_wait(self) -> None:
+        self.secure()
+        wire, _ = self.connect_securely()
+        self.client.transport.write(self.request * 400)  # type: ignore[union-attr]
+        wire.reading = False
+        self.flush()
+        self.assertLess(wire.peer.written, 4 * BUFFER)
+        wire.reading = True
+        self.flush()
+        self.assertEqual(400, self.client.got.count(self.data))
+
+    def test_responses_that_wait_are_no_slow_request(self) -> None:
+        """
+        The time for a head counts while the head is read, not while the client reads.
+        """
+        wire = self.connect()
+        wire.write(self.request * 10)
+        wire.reading = False
+        self.flush()
+        for _ in range(4):
+            wire.write(self.request)
+            self.pass_time(HEADER_SECONDS - 1)
+        wire.reading = True
+        self.flush()
+        self.assertEqual((14, 0), (self.client.got.count(self.data), self.daemon.crowd.slow_heads))
+
+    def test_reading_stops_whatever_is_in_progress(self) -> None:
+        """
+        A response that the client does not read, one that ECR is slow to give, one behind a worker or a balancer.
+        """
+        large = noise("y", 4 * MIB)
+        path = f"/v2/team/app/blobs/{self.standin.push_blob('team/app', large)}"
+        asked = f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
+        together = Together(self.standin, self.clock, self.root)
+        balanced = Network(BalancedFactory(self.daemon.site, self.clock), self.clock)  # type: ignore[arg-type]
+        for front, greeting in ((self.daemon.front, b""), (balanced, PROXY_LINE), (together.front, b"")):
+            self.daemon.front = front
+            if front is together.front:
+                self.daemon = together
+                self.daemons.append(together)
+            wire = self.connect()
+            wire.reading = False
+            wire.write(greeting + asked)
+            self.flush()
+            wire.write(PIPELINE)
+            self.flush()
+            self.assertLessEqual(len(PIPELINE) - wire.waiting, READ_AHEAD + 2 * BUFFER)
+            wire.reading = True
+            self.flush()
+            self.assertTrue(large in self.client.got)
+            self.assertEqual(MANY + 1, self.client.got.count(b"HTTP/1.1 200 OK"))
+
+    def test_reading_stops_while_upstream_is_waited_for(self) -> None:
+        data = noise("z", 1000)
+        path = f"/v2/team/app/blobs/{self.standin.push_blob('team/app', data)}"
+        self.standin.quirks.latency = 20
+        wire = self.connect()
+        wire.write(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        self.flush()
+        wire.write(PIPELINE)
+        self.flush()
+        self.assertLessEqual(len(PIPELINE) - wire.waiting, READ_AHEAD + BUFFER)
+        self.pass_time(61)
+        self.assertTrue(data in self.client.got)
+        self.assertEqual(MANY + 1, self.client.got.count(b"HTTP/1.1 200 OK"))
+
+    def test_input_after_the_last_response_is_dropped(self) -> None:
+        """
+        Over TLS, where the connection is read until the client's goodbye.
+        """
+        self.secure()
+        wire, _ = self.connect_securely()
+        self.client.transport.write(GOOD[:-2] + b"Connection: close\r\n\r\n")  # type: ignore[union-attr]
+        wire.reading = False
+        self.flush()
+        channel = wire.peer.protocol.wrappedProtocol  # type: ignore[attr-defined]
+        for _ in range(8):
+            self.client.transport.write(b"x" * BUFFER)  # type: ignore[union-attr]
+            self.flush()
+            self.assertEqual(b"", channel._buffer)  # noqa: SLF001
+        wire.reading = True
+        self.flush()
+        self.assertEqual((1, True), (self.client.got.count(b"HTTP/1.1 200"), self.client.closed))
+
+    def test_plain_http_to_tls_is_answered_in_plain_http(self) -> None:
+        self.secure()
+        got = self.say(GOOD[:5], GOOD[5:], GOOD)
+        self.assertTrue(got.startswith(b"HTTP/1.0 400 Bad Request\r\n"), got)
+        self.assertTrue(got.endswith(b"\r\n\r\nThis port speaks HTTP over TLS alone: use https.\n"), got)
+        self.assertEqual((1, True), (got.count(b"HTTP/1."), self.client.closed))
+        (event,) = [event for event in self.events if "speaks plain HTTP" in event.get("log_format", "")]
+        self.assertEqual(CLIENT, event["once"])
+        self.assertEqual(0, self.daemon.crowd.connected)
+
+    def test_a_tls_hello_behind_a_balancer_is_answered(self) -> None:
+        self.daemon.front = Network(BalancedFactory(self.daemon.site, self.clock), self.clock)  # type: ignore[arg-type]
+        got = self.say(PROXY_LINE, HELLO)
+        self.assertTrue(got.startswith(b"HTTP/1.0 400 Bad Request\r\n"), got)
+        (event,) = [event for event in self.events if "speaks TLS" in event.get("log_format", "")]
+        self.assertEqual("198.51.100.1", event["once"])
+
+    def test_what_follows_a_body_is_answered_in_order(self) -> None:
+        """
+        On the operator's port, where requests may have bodies: what comes with the body, and while its answer waits.
+        """
+        hands = Hands()
+        self.daemon.front = self.start(in_thread=hands).admin
+        fields = b"Content-Type: application/json\r\nX-Ecrproxy-Api: 1\r\nContent-Length: 16\r\n\r\n"
+        post = b"POST /api/remove HTTP/1.1\r\nHost: localhost\r\n" + fields + b'{"digests": [] }'
+        asked = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        wire, hands.idle = self.connect(), False
+        for piece in (post + asked[:10], asked[10:20], asked[20:] + asked):
+            wire.write(piece)
+            self.flush()
+        self.assertEqual((b"", 1), (bytes(self.client.got), len(hands.waiting)))
+        hands.idle = True
+        hands.work_off()
+        self.flush()
+        self.assertEqual([b"200"] * 3, [part[:3] for part in self.client.got.split(b"HTTP/1.1 ")[1:]])
 
 
 class SlowTests(ChannelTestCase):

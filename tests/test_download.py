@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from twisted.internet.defer import CancelledError, Deferred, fail, succeed
+from twisted.internet.task import Clock
 from twisted.logger import capturedLogs, formatEvent
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
@@ -26,7 +27,7 @@ from ecrproxy.cache.store import Store
 from ecrproxy.cache.writer import Writer
 from ecrproxy.oci import Digest
 from ecrproxy.threads import Disk
-from ecrproxy.transfer.download import WINDOW, Download
+from ecrproxy.transfer.download import STUCK_SECONDS, WINDOW, Download
 from ecrproxy.transfer.follower import Follower
 from ecrproxy.transfer.inflow import HIGH_WATER, LARGEST_PART, SMALLEST_PART, Inflow
 from ecrproxy.transfer.lane import TRIES, ShortBodyError
@@ -171,7 +172,7 @@ class DownloadTestCase(SynchronousTestCase):
         self.addCleanup(shutil.rmtree, self.root)
         self.store = Store(self.root, lambda: 4e9)
         self.store.prepare()
-        self.hands = Hands()
+        self.hands, self.clock = Hands(), Clock()
         self.blob: Source
 
     @property
@@ -196,7 +197,7 @@ class DownloadTestCase(SynchronousTestCase):
         """
         digest, size = Digest.of(data), len(data) if size == -1 else size
         writer = self.store.writer(digest, size or 0) if kept else None
-        download = Download(digest, size, writer, Disk.of(self.hands), lanes)
+        download = Download(digest, size, writer, Disk.of(self.hands), lanes, call_later=self.clock.callLater)
         self.blob = Source(size, size if first == -1 else first)
         self.tap.early = list(early)
         Deferred.fromCoroutine(download.run(self.blob))
@@ -1050,6 +1051,45 @@ class WindowTests(DownloadTestCase):
         slow.read()
         self.assertEqual((data, data), (bytes(quick.got), bytes(slow.got)))
         self.assertGreater(rounds, 4)
+        self.assertEqual([], self.clock.getDelayedCalls())
+
+    def test_goes_on_without_a_reader_that_stops(self) -> None:
+        """
+        After some seconds, as others wait for it; as long as it reads on, slowly, they wait.
+        """
+        data = noise("x", 12 * WINDOW)
+        download = self.begin(data, kept=False)
+        quick, slow = Reader(download.follow(0, len(data))), Reader(download.follow(0, len(data)), eager=False)
+        pour(self.tap, data)
+        for _ in range(3):
+            self.clock.advance(STUCK_SECONDS - 1)
+            slow.read(2**16)
+            self.assertTrue(self.tap.paused)
+        with capturedLogs() as events:
+            self.clock.advance(STUCK_SECONDS)
+        self.assertGreater(len(quick.got), 4 * WINDOW)
+        self.tap.ended(None)
+        self.assertEqual(data, bytes(quick.got))
+        assert slow.follower.failure is not None
+        slow.follower.failure.trap(CancelledError)
+        self.assertIn("took nothing", formatEvent(events[0]))
+        slow.follower.close()
+        self.assertEqual([], self.clock.getDelayedCalls())
+
+    def test_waits_for_readers_that_nobody_else_waits_for(self) -> None:
+        """
+        However long: that is for the client's own limit. One that waits for them later has them left behind.
+        """
+        data = noise("x", 12 * WINDOW)
+        download = self.begin(data, kept=False)
+        several = [Reader(download.follow(0, len(data)), eager=False) for _ in range(2)]
+        pour(self.tap, data)
+        self.clock.advance(10 * STUCK_SECONDS)
+        self.assertEqual([None, None], [each.follower.failure for each in several])
+        quick = Reader(download.follow(0, len(data)))
+        self.clock.advance(STUCK_SECONDS)
+        self.tap.ended(None)
+        self.assertEqual(data, bytes(quick.got))
 
     def test_goes_on_when_the_slowest_leaves(self) -> None:
         """

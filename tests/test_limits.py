@@ -5,12 +5,12 @@ What clients may have of the daemon, and what becomes of those who want more.
 from __future__ import annotations
 
 from twisted.internet.task import Clock
-from twisted.protocols.haproxy._wrapper import HAProxyWrappingFactory
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.access.crowds import SILENT_SECONDS, Crowds, Word
 from ecrproxy.access.limits import Crowd, Limits, Patience, counted
-from tests.daemon import MIB, DaemonTestCase, End, Network, Raw, noise
+from ecrproxy.transfer.download import STUCK_SECONDS
+from tests.daemon import MIB, DaemonTestCase, End, Raw, noise
 from tests.together import Together
 
 GOOD = b"GET /v2/ HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -24,6 +24,7 @@ class CountingTests(SynchronousTestCase):
         expected = {
             "192.0.2.7": "192.0.2.7",
             "::ffff:192.0.2.7": "192.0.2.7",
+            "::ffff:c000:207": "192.0.2.7",
             "2001:db8:0:1::5": "2001:db8:0:1::/64",
             "2001:db8:0:1:ffff::6": "2001:db8:0:1::/64",
             "2001:db8:0:2::5": "2001:db8:0:2::/64",
@@ -143,25 +144,6 @@ class LimitTests(DaemonTestCase):
         self.connect()
         self.assertEqual(b"", self.daemon.raw(GOOD))
 
-    def test_a_load_balancers_clients_are_counted_each(self) -> None:
-        """
-        Behind a PROXY protocol line a connection counts under the client's address, which the access log has too.
-        """
-        self.start(limits=Limits(connections_per_address=1))
-        self.daemon.front = Network(HAProxyWrappingFactory(self.daemon.site), self.clock)  # type: ignore[arg-type]
-        first, wire = self.connect()
-        wire.write(b"PROXY TCP4 198.51.100.1 203.0.113.1 5 80\r\n" + GOOD)
-        self.flush()
-        self.assertIn(b" 200 OK", bytes(first.got))
-        for address, answers in ((b"198.51.100.1", 0), (b"198.51.100.2", 1)):
-            client, wire = self.connect()
-            wire.write(b"PROXY TCP4 " + address + b" 203.0.113.1 5 80\r\n" + GOOD)
-            self.flush()
-            self.assertEqual(answers, client.got.count(b" 200 OK"))
-        self.pass_time(1)
-        self.assertIn("198.51.100.1 GET /v2/", self.logged())
-        self.assertEqual(1, self.daemon.crowd.refused_connections)
-
     def test_an_idle_connection_is_closed(self) -> None:
         """
         After 65 seconds without a request, at first or between two, and not before.
@@ -213,6 +195,25 @@ class LimitTests(DaemonTestCase):
         self.assertWhole(slow, data)
         self.assertWhole(self.get(path), data)
         self.assertEqual((1, 0), (self.daemon.crowd.refused_transfers, self.daemon.crowd.transferring))
+
+    def test_a_reader_that_stops_does_not_stall_the_others_of_a_blob_that_is_not_kept(self) -> None:
+        """
+        It is left behind after some seconds, and gets a transfer of its own when it asks again.
+        """
+        self.start(limit=4 * MIB)
+        data = noise("x", 8 * MIB)
+        path = f"/v2/team/app/blobs/{self.standin.push_blob('team/app', data)}"
+        slow = self.daemon.send("GET", path)
+        slow.stop_reading()
+        quick = self.daemon.send("GET", path)
+        self.flush()
+        self.assertEqual("", quick.ended)
+        self.pass_time(STUCK_SECONDS + 1)
+        self.assertWhole(quick, data, "JOINED")
+        slow.read_on()
+        self.flush()
+        self.assertBroken(slow, data)
+        self.assertWhole(self.get(path), data, "BYPASS")
 
     def test_a_slow_reader_of_a_worker_is_given_up(self) -> None:
         """

@@ -15,10 +15,11 @@ from twisted.trial.unittest import SynchronousTestCase
 from twisted.web.resource import Resource
 
 from ecrproxy.access.limits import Crowd, Limits
+from ecrproxy.daemon.balanced import BalancedFactory
 from ecrproxy.daemon.listening import Listening, endpoints
 from ecrproxy.daemon.workers import HandedDown
 from ecrproxy.http.site import RegistrySite
-from ecrproxy.settings.config import Config
+from ecrproxy.settings.config import Config, ConfigError
 from tests.store_contract import scratch
 from tests.test_tls import Files, Tcp, client, shake_with
 
@@ -115,6 +116,28 @@ class RereadTests(SynchronousTestCase):
             with capturedLogs() as events:
                 self.assertFalse(self.listen(environ).reread())
             self.assertEqual([], events)
+
+
+class BehindBalancerTests(SynchronousTestCase):
+    def listened_on(self, text: str) -> Any:
+        """
+        Listen as an endpoint string says, and give what is made for each connection.
+        """
+        reactor = MemoryReactorClock()
+        settings = {"PROXY_ECR_ENDPOINT": "http://ecr.test", "AWS_REGION": "eu-west-1", "PROXY_LISTEN": text}
+        ((_, endpoint),) = endpoints(Config.load({}, settings), reactor)
+        endpoint.listen(self)
+        _, factory, *_ = reactor.tcpServers[-1]
+        return factory
+
+    def test_headers_are_parsed_beneath_the_site(self) -> None:
+        factory = self.listened_on("haproxy:tcp:5000:interface=127.0.0.1")
+        self.assertIsInstance(factory, BalancedFactory)
+        self.assertIs(self, factory.wrappedFactory)
+
+    def test_a_string_that_makes_no_sense_is_a_setting_that_does_not(self) -> None:
+        for text in ("haproxy:", "haproxy:nothing:5000"):
+            self.assertRaises(ConfigError, self.listened_on, text)
 
 
 class FromSystemdTests(SynchronousTestCase):

@@ -22,7 +22,7 @@ from ecrproxy.access.limits import Limits, Patience
 from ecrproxy.oci import Digest
 from ecrproxy.threads import Disk
 from ecrproxy.transfer.download import Download
-from ecrproxy.transfer.sending import PIECE, KernelSending, PieceSending, send
+from ecrproxy.transfer.sending import LEAST_PIECE, PIECE, TOGETHER, KernelSending, PieceSending, piece_size, send
 from ecrproxy.transfer.sources import FilePiece, Held
 from tests.daemon import BUFFER, MIB, Daemon, DaemonTestCase, End, Hands, Raw, noise
 from tests.test_download import Source as BucketSource
@@ -79,6 +79,22 @@ class PieceTests(DaemonTestCase):
         sizes = self.readings()
         self.get(self.path)
         self.assertEqual([PIECE] * 5, sizes)
+
+    def test_a_crowd_that_does_not_read_shares_a_bound(self) -> None:
+        """
+        The more responses are under way, the less of each is held.
+        """
+        self.get(self.path)
+        self.daemon.crowd.transferring += 255
+        sizes = self.readings()
+        reply = self.daemon.send("GET", self.path)
+        reply.stop_reading()
+        self.flush()
+        self.assertEqual([TOGETHER // 256], sizes)
+        reply.read_on()
+        self.flush()
+        self.assertWhole(reply, self.data, "HIT")
+        self.daemon.crowd.transferring -= 255
 
     def test_waiting_costs_nothing(self) -> None:
         """
@@ -854,3 +870,10 @@ class KernelTests(DaemonTestCase):
         self.flush()
         self.assertFalse(self.connection.turner.writing)
         self.assertWhole(self.get(self.path), self.data, "HIT")
+
+
+class PieceSizeTests(SynchronousTestCase):
+    def test_few_have_large_pieces_and_many_have_least_ones(self) -> None:
+        self.assertEqual([PIECE] * 3, [piece_size(count) for count in (0, 1, TOGETHER // PIECE)])
+        self.assertEqual([LEAST_PIECE] * 2, [piece_size(count) for count in (TOGETHER // LEAST_PIECE, 10**6)])
+        self.assertLessEqual(4096 * piece_size(4096), 256 * MIB)

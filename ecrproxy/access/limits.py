@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
+from ecrproxy.addresses import unmapped
+
 if TYPE_CHECKING:
     from twisted.internet.interfaces import IDelayedCall
 
@@ -182,7 +184,7 @@ def counted(address: str) -> str:
     """
     Tell under which name an address is counted: an IPv4 address by itself, one of IPv6 by its /64.
     """
-    plain = address.removeprefix("::ffff:")
+    plain = unmapped(address)
     if ":" not in plain:
         return plain
     try:

@@ -8,18 +8,22 @@ import contextlib
 import socket
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from twisted.application.internet import StreamServerEndpointService
 from twisted.internet.defer import Deferred
 from twisted.internet.endpoints import SSL4ServerEndpoint, TCP4ServerEndpoint, TCP6ServerEndpoint, serverFromString
 from twisted.internet.error import CannotListenError
 from twisted.internet.interfaces import IOpenSSLContextFactory
+from twisted.internet.tcp import Port
 from twisted.logger import Logger
 from twisted.protocols.tls import TLSMemoryBIOFactory
 from zope.interface import implementer
 
-from ecrproxy.daemon.tls import Certificate, CertificateError
+from ecrproxy.daemon.accepting import Gate
+from ecrproxy.daemon.balanced import WAITING, BalancedEndpoint
+from ecrproxy.daemon.process import most_clients
+from ecrproxy.daemon.tls import Certificate, CertificateError, answer_plain_http
 from ecrproxy.daemon.workers import BACKLOG, HandedDown
 from ecrproxy.settings.config import ADMIN_LISTEN, FROM_SYSTEMD, Config, ConfigError
 
@@ -27,6 +31,9 @@ if TYPE_CHECKING:
     from twisted.internet.interfaces import IListeningPort, IStreamServerEndpoint
 
 log = Logger()
+
+BEHIND_BALANCER: Final = "haproxy:"
+"""How an endpoint string begins whose connections bring a PROXY header."""
 
 
 class Listening(StreamServerEndpointService):
@@ -36,6 +43,7 @@ class Listening(StreamServerEndpointService):
     @param name: what the operator knows the endpoint by.
     @param accepts: whether this process accepts connections; if not, its workers do.
     @param needed: whether the daemon can't do without it.
+    @param gate: pauses it while there is no descriptor for a connection.
     """
 
     _raiseSynchronously = True
@@ -48,9 +56,10 @@ class Listening(StreamServerEndpointService):
         *,
         accepts: bool = True,
         needed: bool = True,
+        gate: Gate | None = None,
     ) -> None:
         super().__init__(endpoint, site)
-        self._name, self._accepts, self._needed = name, accepts, needed
+        self._name, self._accepts, self._needed, self._gate = name, accepts, needed, gate
         self._port: Any = None
 
     def fileno(self) -> int:
@@ -78,8 +87,11 @@ class Listening(StreamServerEndpointService):
 
     def _bound(self, port: Any) -> Any:  # noqa: ANN401
         self._port = port
+        answer_plain_http(getattr(port, "factory", None))
         if not self._accepts:
             port.stopReading()
+        elif self._gate is not None and isinstance(port, Port):
+            self._gate.guard(port)
         return port
 
     def privilegedStartService(self) -> None:  # noqa: D102
@@ -210,6 +222,9 @@ def _described(text: str, reactor: Any, variable: str = "PROXY_LISTEN") -> Any: 
 
 
 def _from_string(text: str, reactor: Any, variable: str) -> Any:  # noqa: ANN401
+    if text.startswith(BEHIND_BALANCER):
+        inner = _from_string(text.removeprefix(BEHIND_BALANCER), reactor, variable)
+        return BalancedEndpoint(inner, reactor, min(WAITING, max(1, most_clients() // 4)))
     try:
         endpoint: Any = serverFromString(reactor, text)
         if isinstance(endpoint, SSL4ServerEndpoint):

@@ -8,12 +8,17 @@ import contextlib
 import ctypes
 import gc
 import resource
+import sys
 import time
 from functools import cache
 from typing import Any, Final
 
 from twisted.internet.base import ReactorBase
 
+OWN_FILES: Final = 64
+"""Descriptors that are left for all but clients: listening sockets, AWS, ECR and its buckets, files that arrive."""
+FILES_OF_A_CLIENT: Final = 3
+"""A client's socket, the file that it is sent, and a connection upstream."""
 _M_MMAP_THRESHOLD: Final = -3
 """glibc's malloc.h."""
 
@@ -47,6 +52,18 @@ def open_many_files() -> None:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):  # some sandboxes forbid even this
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def most_clients(files: int | None = None) -> int:
+    """
+    Give the number of connections of clients for which there are descriptors; at least one.
+
+    @param files: how many this process may have; what the system says if it is not given.
+    """
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0] if files is None else files
+    if soft == resource.RLIM_INFINITY:
+        return sys.maxsize
+    return max(1, (soft - OWN_FILES) // FILES_OF_A_CLIENT)
 
 
 def give_memory_back() -> None:

@@ -12,6 +12,8 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from OpenSSL import SSL
 from twisted.internet.interfaces import IOpenSSLServerConnectionCreator
+from twisted.protocols.policies import WrappingFactory
+from twisted.protocols.tls import BufferingTLSTransport, TLSMemoryBIOFactory
 from zope.interface import implementer
 
 if TYPE_CHECKING:
@@ -115,3 +117,33 @@ def _key(path: str) -> Any:  # noqa: ANN401 (one of several kinds)
         raise CertificateError("key", "is behind a passphrase; give it without one") from None
     except (ValueError, UnsupportedAlgorithm):
         raise CertificateError("key", "holds no PEM key") from None
+
+
+class Secured(BufferingTLSTransport):
+    """
+    TLS on one connection. A client that speaks plain HTTP instead is handed to the channel, which says so.
+    """
+
+    _fresh, _plain = True, False
+
+    def dataReceived(self, data: bytes) -> None:  # noqa: D102
+        fresh, self._fresh = self._fresh, False
+        if fresh and data[:1].isalpha():  # a TLS record begins with a byte below 32, a request with its method
+            refuse_plain = getattr(self.wrappedProtocol, "refuse_plain", None)
+            if refuse_plain is not None:
+                self._plain = True
+                refuse_plain(self.transport)
+        if not self._plain:
+            super().dataReceived(data)  # type: ignore[no-untyped-call]
+
+
+def answer_plain_http(factory: object) -> None:
+    """
+    Have plain HTTP answered wherever C{factory} speaks TLS.
+
+    @param factory: a port's. Whoever made it, TLS is one of the factories that wrap the site.
+    """
+    while isinstance(factory, WrappingFactory):
+        if isinstance(factory, TLSMemoryBIOFactory):
+            factory.protocol = Secured
+        factory = factory.wrappedFactory

@@ -6,11 +6,14 @@ is made of it: RFC 9112, 3.2 (one Host), 5.2 (folded lines), 6.1 and 6.3 (one le
 bodies, for which no request of a client has a use; those of the operator's are small. A refusal closes the connection:
 what follows can't be trusted.
 
-So is a TLS hello on a plain connection: Docker, skopeo and podman try TLS first with an insecure registry, and would
-wait ten seconds for an answer to it.
+A client that speaks the wrong protocol is told so in plain HTTP, whichever way it is wrong: containerd, Docker and
+BuildKit try TLS first with an insecure registry, and fall back only if the reply begins with C{HTTP/}.
 
 And it keeps the client within its L{Limits}: there is a time for a request's head, one between requests, and one for
 which a client may take nothing of its answer. Who runs out of one, or is a connection too many, is closed.
+
+Buffers have a bound whatever a client does. No request is started while the client has yet to read earlier responses,
+and reading stops while L{READ_AHEAD} bytes of input wait. Input that comes after the last response is dropped.
 
 A client that closes its side of a plain connection after a request gets its answer, and then the connection is closed.
 
@@ -25,6 +28,8 @@ from typing import TYPE_CHECKING, Any, Final
 from twisted.internet.address import UNIXAddress
 from twisted.internet.interfaces import IHalfCloseableProtocol, ITCPTransport
 from twisted.internet.protocol import connectionDone
+from twisted.logger import Logger
+from twisted.protocols.basic import LineReceiver
 from twisted.protocols.tls import TLSMemoryBIOProtocol
 from twisted.web.http import HTTPChannel
 from zope.interface import implementer
@@ -40,6 +45,12 @@ if TYPE_CHECKING:
 
     from ecrproxy.daemon.ending import Connections
 
+log = Logger()
+
+READ_AHEAD: Final = 2**14
+"""Bytes of input that may wait, for a response to end or for the client to read it, before reading stops."""
+LINGER_SECONDS: Final = 5
+"""How long input is read and dropped after a refusal: nginx's lingering_timeout."""
 LENGTH_DIGITS: Final = 18
 """More digits in a Content-Length are no length, but an attempt on C{int}."""
 FRESH_SECONDS: Final = 1
@@ -47,6 +58,8 @@ FRESH_SECONDS: Final = 1
 
 _TLS_HANDSHAKE = b"\x16"
 _HOST = re.compile(rf"{HOST}*".encode())
+_TLS_HERE = b"This port speaks HTTP without TLS.\n"
+_PLAIN_HERE = b"This port speaks HTTP over TLS alone: use https.\n"
 _UNSUPPORTED = b'{"errors": [{"code": "UNSUPPORTED", "message": "this proxy only reads"}]}\n'
 
 
@@ -65,8 +78,10 @@ class StrictChannel(HTTPChannel):
     connections: Connections
     body_limit = 0
     transport: Any
+    _networkProducer: Any
     _line = b""
     _fresh = True
+    _ending = False
     _half_closed = False
     _address: str | None = None
 
@@ -76,22 +91,12 @@ class StrictChannel(HTTPChannel):
         self.MAX_LENGTH = self.totalHeadersSize = limits.header_bytes
         self._head = Patience(self.callLater, limits.header_seconds, self._slow_head)
         self.patience = Patience(self.callLater, limits.send_seconds, self._slow_reader)
+        self._lingering = Patience(self.callLater, LINGER_SECONDS, self._close)
         if ITCPTransport.providedBy(self.transport):
             self.transport.setTcpKeepAlive(True)
         self.connections.opened(self)
         super().connectionMade()
-        self._enter()
-
-    def _enter(self) -> None:
-        """
-        Be counted under the client's address. One that a load balancer tells is known with the first bytes.
-        """
         address = counted(str(getattr(self.transport.getPeer(), "host", "")))
-        if address == self._address:
-            return
-        if self._address is not None:
-            self.crowd.leave(self._address)
-            self._address = None
         if self.crowd.enter(address):
             self._address = address
         else:
@@ -100,9 +105,11 @@ class StrictChannel(HTTPChannel):
     def connectionLost(self, reason: Failure = connectionDone) -> None:  # noqa: D102
         self._head.end()
         self.patience.end()
+        self._lingering.end()
         if self._address is not None:
             self.crowd.leave(self._address)
             self._address = None
+        self._stop_input()
         super().connectionLost(reason)
         self.patience.end()  # what is told of the end may have begun it again
         self.connections.closed(self)
@@ -116,21 +123,16 @@ class StrictChannel(HTTPChannel):
         if isinstance(self.transport.getPeer(), UNIXAddress):
             self.transport.abortConnection()
             return
+        if self._ending:
+            self._close()
+            return
         self._half_closed = True
-        self._close_if_answered()
+        self._go_on()
 
     def writeConnectionLost(self) -> None:
         """
-        Do nothing: this side closes both directions at once.
+        Do nothing: after a refusal, the client's input is still read.
         """
-
-    def requestDone(self, request: Request) -> None:  # noqa: D102
-        super().requestDone(request)  # which begins the next request, if it has come
-        self._close_if_answered()
-
-    def _close_if_answered(self) -> None:
-        if self._half_closed and not self._handlingRequest:
-            self.loseConnection()
 
     def end(self) -> None:
         """
@@ -171,18 +173,59 @@ class StrictChannel(HTTPChannel):
         Take bytes.
         """
         fresh, self._fresh = self._fresh, False
-        if fresh:
-            self._enter()
-        if self._address is None:
+        if self._address is None or self._ending:
             return
         if fresh and data.startswith(_TLS_HANDSHAKE):
-            self.loseConnection()
+            self._refuse_protocol("{client} speaks TLS to a plain port, and is told to use HTTP", _TLS_HERE)
             return
         self._await_head()
         super().dataReceived(data)
+        self._regulate()
+
+    def refuse_plain(self, transport: Any) -> None:  # noqa: ANN401
+        """
+        Refuse a client that speaks plain HTTP where TLS is spoken.
+
+        @param transport: the connection beneath TLS.
+        """
+        self._networkProducer.unregisterProducer()
+        self.transport = self._networkProducer = transport
+        self._fresh = False
+        if self._address is not None:
+            self._refuse_protocol("{client} speaks plain HTTP to a TLS port, and is told to use https", _PLAIN_HERE)
+
+    @property
+    def paused(self) -> bool:  # type: ignore[override]
+        """
+        Tell L{LineReceiver} whether input has to wait: a response is under way, or has yet to be read.
+        """
+        return self._handlingRequest or self._waitingForTransport
+
+    def _go_on(self) -> None:
+        """
+        Parse what waits, if it may go on.
+        """
+        if self._buffer and not self.paused and not self._ending:
+            self._await_head()
+            LineReceiver.dataReceived(self, b"")
+        if self._half_closed and not self.paused:
+            self.loseConnection()
+        self._regulate()
+
+    def _regulate(self) -> None:
+        """
+        Read, or don't. A partial head is bounded by its own limit, and must be read on.
+        """
+        if self.paused and len(self._buffer) >= READ_AHEAD:
+            self._networkProducer.pauseProducing()
+        elif not self.transport.disconnecting and not self._half_closed:
+            self._networkProducer.resumeProducing()
+
+    def _stop_input(self) -> None:
+        self._ending, self._buffer = True, b""
 
     def _await_head(self) -> None:
-        if not self._handlingRequest and not self._head.waiting:
+        if not self.paused and not self._head.waiting:
             self._head.begin()
 
     def _slow_head(self) -> None:
@@ -206,6 +249,7 @@ class StrictChannel(HTTPChannel):
         """
         self.patience.begin()
         super().pauseProducing()
+        self._regulate()
 
     def resumeProducing(self) -> None:
         """
@@ -213,17 +257,54 @@ class StrictChannel(HTTPChannel):
         """
         self.patience.end()
         super().resumeProducing()
+        self._go_on()
+
+    def requestDone(self, request: Request) -> None:
+        """
+        Go on with the next request.
+        """
+        super().requestDone(request)
+        self._go_on()
 
     def loseConnection(self) -> None:
         """
         Close, when the client has taken what was written.
         """
         self.patience.begin()
+        self._stop_input()
+        self._regulate()  # over TLS, the client's goodbye is read
         super().loseConnection()
         if self.connections.draining and isinstance(self.transport, TLSMemoryBIOProtocol):
             # Not every client answers TLS's goodbye while it has nothing to ask: that is not waited for.
-            below: Any = self.transport.transport
-            below.loseConnection()
+            self._close()
+
+    def _linger(self) -> None:
+        """
+        Close, and until then drop what the client sends.
+
+        A socket that is closed over unread input resets the connection, which destroys what the client has yet to read.
+        """
+        self._lingering.begin()
+        if isinstance(self.transport, TLSMemoryBIOProtocol):
+            self.loseConnection()  # TLS reads on until the client's goodbye
+            return
+        self.patience.begin()
+        self._stop_input()
+        self._networkProducer.unregisterProducer()
+        self.transport.loseWriteConnection()
+
+    def _close(self) -> None:
+        below: Any = self.transport
+        if isinstance(below, TLSMemoryBIOProtocol):
+            below = below.transport
+        below.loseConnection()
+
+    def _finishRequestBody(self, data: bytes) -> None:
+        """
+        Have what follows a body wait with all other input.
+        """
+        self._buffer = data
+        self.allContentReceived()
 
     def lineReceived(self, line: bytes) -> None:
         """
@@ -274,7 +355,8 @@ class StrictChannel(HTTPChannel):
                 self._head.begin()  # the body is small: it has the time of a head
                 super().allHeadersReceived()
         elif self.length != 0:
-            self._answer(b"405 Method Not Allowed", b"Allow: GET, HEAD\r\n", _UNSUPPORTED)
+            kind = b"Content-Type: application/json\r\n"
+            self._answer(b"405 Method Not Allowed", b"Allow: GET, HEAD\r\n" + kind, _UNSUPPORTED)
         else:
             super().allHeadersReceived()
 
@@ -317,16 +399,27 @@ class StrictChannel(HTTPChannel):
         """
         self.refuse()
 
-    def _answer(self, status: bytes, headers: bytes = b"", body: bytes = b"") -> None:
+    def _refuse_protocol(self, said: str, body: bytes) -> None:
+        client = address_of(self.transport.getPeer())
+        log.info(said, client=client, once=client)
+        self._answer(b"400 Bad Request", b"Content-Type: text/plain\r\n", body, version=b"HTTP/1.0")
+
+    def _answer(
+        self,
+        status: bytes,
+        headers: bytes = b"Content-Type: application/json\r\n",
+        body: bytes = b"",
+        version: bytes = b"HTTP/1.1",
+    ) -> None:
         self._head.end()
         self.length = None  # to Twisted: a body of unknown length follows, so that no request is made of this
         request_id, site = self.factory.new_id(), self.factory
         site.refused(address_of(self.transport.getPeer()), int(status[:3]), len(body), request_id)
-        head = b"HTTP/1.1 %b\r\nServer: ecrproxy\r\nDocker-Distribution-Api-Version: registry/2.0\r\n" % status
+        head = b"%b %b\r\nServer: ecrproxy\r\nDocker-Distribution-Api-Version: registry/2.0\r\n" % (version, status)
         headers += b"%b: %b\r\n" % (REQUEST_ID, request_id.encode("ascii"))
-        length = b"Connection: close\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
+        length = b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body)
         self.writeSequence([head, headers, length, body])
-        self.loseConnection()
+        self._linger()
 
 
 def _say_last(request: Request) -> None:

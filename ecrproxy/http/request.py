@@ -11,6 +11,7 @@ from twisted.web import http
 from twisted.web.server import Request
 
 from ecrproxy.access.clients import Caller
+from ecrproxy.addresses import unmapped
 from ecrproxy.cache.cache_key import Asker
 from ecrproxy.http.target import Target
 from ecrproxy.oci import Route
@@ -28,7 +29,7 @@ def address_of(peer: object) -> str:
     """
     Name the other side of a connection.
     """
-    return str(getattr(peer, "host", "")).removeprefix("::ffff:")
+    return unmapped(str(getattr(peer, "host", "")))
 
 
 class RegistryRequest(Request):

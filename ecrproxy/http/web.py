@@ -144,8 +144,9 @@ class Door(Answering):
         """
         Send the body, and drop a cached file that can't be read: who asks again gets it anew.
         """
+        crowd: Crowd = cast(Any, request.channel).crowd
         try:
-            await send(request, source, self._in_thread)
+            await send(request, source, self._in_thread, lambda: crowd.transferring)
         except (CutShortError, OSError) as problem:
             unreadable = isinstance(problem, CutShortError) or problem.errno in _UNREADABLE
             if not unreadable or not isinstance(answer.body, Content):

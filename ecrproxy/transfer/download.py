@@ -15,7 +15,8 @@ Rules:
 - On disk, the file is the buffer: any reader may be at any place of it, and a slow one slows nobody.
 - Off disk (the blob is larger than the cache, the disk is full or fails midway), a window of
   C{WINDOW} bytes is the buffer: the bytes come in order, wait for the slowest reader, and end with the last.
-  What had reached the file before the disk failed is still read from there.
+  What had reached the file before the disk failed is still read from there. A reader that stops for C{STUCK_SECONDS}
+  while others wait for it is left behind: its response is aborted, and its next request gets a transfer of its own.
 - Memory: the bytes on their way into the file (C{HIGH_WATER} a lane, and C{BUFFERED} for all transfers) or the
   window, whatever the blob's size and however many follow it. What has ended holds none, whoever still refers to it:
   one that fails is often part of a cycle, through its exception's frames, and the garbage collector counts objects,
@@ -32,6 +33,7 @@ from twisted.internet.defer import CancelledError, Deferred, DeferredList
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from ecrproxy.access.limits import Patience
 from ecrproxy.cache.content import DigestMismatchError
 from ecrproxy.cache.trailer import WORTH_RESUMING
 from ecrproxy.cache.writer import Writer
@@ -52,6 +54,8 @@ T = TypeVar("T")
 
 WINDOW: Final = 2**20
 """Bytes held for readers of a transfer that has no file."""
+STUCK_SECONDS: Final = 5
+"""How long one reader of a window may keep all others waiting."""
 SOON: Final = 256 * 2**10
 """Bytes that a lane may be short of what a client waits for, so that a new connection would not be faster."""
 
@@ -78,6 +82,7 @@ class Download:
     @param unkept: why it isn't kept, if it isn't; a file that is given up was the disk's fault.
     @param buffered: counts what waits in memory, of all transfers together.
     @param first_wished: whether a client waits for exactly what was asked for first.
+    @param call_later: a reactor's, for the time of readers that stop; none to wait for them without end.
     @ivar attendance: called when a first reader comes or the last has left.
     @ivar received: how many bytes are readable, from the first on.
     @ivar verified: whether all of them are there and are what the digest names.
@@ -95,6 +100,7 @@ class Download:
         unkept: Reason = Reason.DISK,
         buffered: Buffered | None = None,
         first_wished: bool = False,
+        call_later: Callable[..., Any] | None = None,
     ) -> None:
         self.digest, self.size, self.unkept = digest, size, unkept
         self.received, self.verified = 0, False
@@ -111,6 +117,7 @@ class Download:
         self._window: deque[bytes] = deque()
         self._window_start = 0
         self._wake: Deferred[None] | None = None
+        self._patience = Patience(call_later or _never, STUCK_SECONDS, self._leave_behind)
         self._followers: set[Follower] = set()
         self._abandoned, self._leaves = False, False
         self._running, self.stopped = True, False
@@ -387,10 +394,26 @@ class Download:
         while self.received - self._window_start > WINDOW and not self._abandoned:
             if not self._followers:
                 break
+            self._patience.begin()
             self._wake = Deferred()
             await self._wake
+        self._patience.end()
         if self._abandoned or (not self._followers and self.received - self._window_start > WINDOW):
             raise CancelledError("nobody follows, and there is no file to go on for")
+
+    def _leave_behind(self) -> None:
+        """
+        Go on without the readers that keep the window from moving, if others wait for them.
+        """
+        start, first = self._window_start, self._window_start + len(self._window[0])
+        stuck = [each for each in self._followers if each.needs(start) and each.position < first]
+        if len(stuck) == len(self._followers):
+            self._patience.begin()
+            return
+        said = "A reader of {digest} took nothing for {seconds} s while others waited for it: its response is aborted"
+        log.info(said, digest=self.digest, seconds=STUCK_SECONDS, once=self.digest)
+        for each in stuck:
+            each.leave_behind(Failure(CancelledError("it kept others waiting")))
 
     def _stir(self) -> None:
         wake, self._wake = self._wake, None
@@ -521,6 +544,12 @@ class Download:
         file, self._file = self._file, None
         let_go = file.leave if self._leaves else file.discard if self._writer is None else file.close
         self._disk.closing(let_go).addErrback(lambda problem: log.failure("Closing a file", problem))
+
+
+def _never(*_: object) -> None:
+    """
+    Call nothing, however late.
+    """
 
 
 def _hash_all(state: Any, batch: Sequence[bytes]) -> None:  # noqa: ANN401 (hashlib's objects have no public type)

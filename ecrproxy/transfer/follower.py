@@ -27,6 +27,7 @@ class Follower:
     def __init__(self, download: Download, start: int, stop: int | None, waiting: Stopwatch) -> None:
         self._download, self.position, self.stop, self._waiting = download, start, stop, waiting
         self.partial = stop is not None and (start, stop) != (0, download.size)
+        self._left_behind: Failure | None = None
         self._on_news: Callable[[], None] = lambda: None
 
     @property
@@ -43,7 +44,7 @@ class Follower:
         """
         Tell why it can't go on, if it can't.
         """
-        return self._download.failure
+        return self._left_behind or self._download.failure
 
     def piece(self, limit: int) -> FilePiece | bytes | None:
         """
@@ -68,6 +69,14 @@ class Follower:
         Tell whether it reads anything of a window that starts at C{start}; what comes before it is in a file.
         """
         return self.stop is None or self.stop > max(start, self.position)
+
+    def leave_behind(self, problem: Failure) -> None:
+        """
+        Go no further: the transfer goes on without it.
+        """
+        self._left_behind = problem
+        self._download.left(self)
+        self.news()
 
     def sent(self, count: int) -> None:
         """

@@ -4,7 +4,8 @@ Move the bytes of a source, finished or still arriving, to a client at the clien
 Rules:
 
 - To a plain socket the kernel moves the bytes; they never come into Python. Over TLS they are sealed in large
-  pieces. Elsewhere they pass in pieces that are read in threads. One piece at most is held in memory for a client.
+  pieces. Elsewhere they pass in pieces that are read in threads. One piece at most is held in memory for a client;
+  the more responses are under way, the smaller it is.
 - Nothing waits for a disk but threads: what the kernel doesn't have in memory is read there first.
 - It sends when the client can take more, and only then. Caught up with a source that still grows it
   sends nothing, and costs nothing, until the source has news.
@@ -16,6 +17,7 @@ Rules:
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from OpenSSL.SSL import Error as SSLError
@@ -36,6 +38,10 @@ if TYPE_CHECKING:
 
 PIECE: Final = 2**20
 """Bytes moved at once: larger gains nothing, smaller costs processor time."""
+LEAST_PIECE: Final = 2**16
+"""What a transport buffers anyway."""
+TOGETHER: Final = 64 * 2**20
+"""Bytes that all responses may hold in memory, as long as each of them has its least."""
 SEAL: Final = (PIECE // 2**14 + 1) * 64
 """Bytes by which sealing lengthens a piece at the most: a record has up to 16 KiB, its frame under 64 bytes."""
 READ_AHEAD: Final = 8 * 2**20
@@ -50,10 +56,20 @@ class CutShortError(Exception):
     """
 
 
-def send(request: Request, source: Source, in_thread: InThread) -> Deferred[None]:
+def piece_size(under_way: int) -> int:
+    """
+    Choose how many bytes one of C{under_way} responses may hold in memory.
+    """
+    return max(LEAST_PIECE, min(PIECE, TOGETHER // max(1, under_way)))
+
+
+def send(
+    request: Request, source: Source, in_thread: InThread, under_way: Callable[[], int] = lambda: 1
+) -> Deferred[None]:
     """
     Send C{source} as the rest of the response, whose headers have a length or are still to be written.
 
+    @param under_way: tells how many responses are being sent.
     @return: fires when all was handed to the transport, fails if it never will be. Cancelling it ends the sending.
     """
     transport = request.channel.transport
@@ -61,8 +77,8 @@ def send(request: Request, source: Source, in_thread: InThread) -> Deferred[None
     if direct and isinstance(transport, Connection) and not transport.TLS:
         return KernelSending(request, source, in_thread, transport).start()
     if direct and isinstance(transport, BufferingTLSTransport) and isinstance(transport.transport, Connection):
-        return SealedSending(request, source, in_thread, transport).start()
-    return PieceSending(request, source, in_thread).start()
+        return SealedSending(request, source, in_thread, transport, under_way).start()
+    return PieceSending(request, source, in_thread, under_way).start()
 
 
 class Sending:
@@ -105,9 +121,9 @@ class PieceSending(Sending):
     Send by way of memory, a piece at a time: over TLS, and whatever else is no plain socket.
     """
 
-    def __init__(self, request: Request, source: Source, in_thread: InThread) -> None:
+    def __init__(self, request: Request, source: Source, in_thread: InThread, under_way: Callable[[], int]) -> None:
         super().__init__(request, source)
-        self._in_thread = in_thread
+        self._in_thread, self._under_way = in_thread, under_way
         self._paused = self._reading = False
 
     def start(self) -> Deferred[None]:
@@ -139,7 +155,7 @@ class PieceSending(Sending):
             elif self._source.done:
                 self._end(None)
             else:
-                piece = self._source.piece(PIECE)
+                piece = self._source.piece(piece_size(self._under_way()))
                 if piece is None:
                     return
                 if isinstance(piece, bytes):
@@ -236,7 +252,7 @@ class SlotSending(Sending):
             self._end(self._source.failure)
         elif self._source.done:
             self._end(None)
-        elif (piece := self._source.piece(PIECE)) is None:
+        elif (piece := self._source.piece(self._most())) is None:
             self._caught_up = True
             self._patience.end()
         elif isinstance(piece, bytes):
@@ -299,6 +315,12 @@ class SlotSending(Sending):
     def _give_slot_back(self) -> None:
         self._transport.registerProducer(self._channel, True)  # noqa: FBT003
 
+    def _most(self) -> int:
+        """
+        Tell how many bytes a turn may take.
+        """
+        return PIECE
+
     def _send_bytes(self, data: bytes) -> int:
         """
         Send bytes; tells how many.
@@ -338,9 +360,20 @@ class SealedSending(SlotSending):
     _scratch = bytearray(PIECE)
     """Holds bytes between the file and OpenSSL, which takes them at once: one for all connections."""
 
-    def __init__(self, request: Request, source: Source, in_thread: InThread, tls: TLSMemoryBIOProtocol) -> None:
+    def __init__(
+        self,
+        request: Request,
+        source: Source,
+        in_thread: InThread,
+        tls: TLSMemoryBIOProtocol,
+        under_way: Callable[[], int],
+    ) -> None:
         super().__init__(request, source, in_thread, cast(Connection, tls.transport))
         self._tls: Any = tls
+        self._under_way = under_way
+
+    def _most(self) -> int:
+        return piece_size(self._under_way())
 
     def _take_slot(self) -> None:
         self._tls._aggregator.flush()  # noqa: SLF001 (the headers wait there; there is no public way to send them)

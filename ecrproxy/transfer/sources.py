@@ -54,26 +54,26 @@ class Held:
     failure: Failure | None = None
 
     def __init__(self, data: bytes) -> None:
-        self._data = data
+        self._data, self._position = data, 0
 
     @property
     def done(self) -> bool:
         """
         Tell whether all was sent.
         """
-        return not self._data
+        return self._position >= len(self._data)
 
     def piece(self, limit: int) -> FilePiece | bytes | None:
         """
         Give the next bytes.
         """
-        return self._data[:limit]
+        return self._data[self._position : self._position + limit]
 
     def sent(self, count: int) -> None:
         """
-        Drop what was sent.
+        Go on behind what was sent. The rest is not copied: other responses may hold the same bytes.
         """
-        self._data = self._data[count:]
+        self._position += count
 
     def listen(self, news: Callable[[], None]) -> None:
         """

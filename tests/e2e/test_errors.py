@@ -68,7 +68,8 @@ def test_a_tls_hello_to_the_plain_port_is_turned_away_at_once(make_chain: MakeCh
     Docker, skopeo and podman try TLS first, and only then plain HTTP.
 
     A server that waits for the rest of a line which never comes costs each of
-    their commands the ten seconds of a handshake that timed out.
+    their commands the ten seconds of a handshake that timed out. That the
+    answer is one of HTTP shows tests/e2e/test_connections.py.
     """
     chain = make_chain(settings={"PROXY_HEADER_SECONDS": "0"})
     with pytest.raises((ssl.SSLError, ConnectionError)):  # and not TimeoutError

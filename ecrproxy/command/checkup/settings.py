@@ -5,7 +5,6 @@ The settings, as the daemon judges them at its start, and the files that they na
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Final
 
 from cryptography import x509
 
@@ -13,13 +12,10 @@ from ecrproxy.access.htpasswd import HtpasswdError, read_users
 from ecrproxy.command.checkup.findings import Finding, failed, ok, warning
 from ecrproxy.command.checkup.network import SOON
 from ecrproxy.command.checkup.reach import describe
+from ecrproxy.daemon.process import FILES_OF_A_CLIENT, OWN_FILES
 from ecrproxy.daemon.tls import Certificate, CertificateError
 from ecrproxy.settings import contradictions
 from ecrproxy.settings.config import SETTINGS, Config
-
-FILES_OF_A_CLIENT: Final = 3
-"""The most files that one client takes: its connection, what it is sent, and a share of what arrives."""
-FILES_OF_ITS_OWN: Final = 200
 
 
 def look_at_settings(
@@ -86,7 +82,7 @@ def judge_files(most: int, config: Config) -> Finding:
     """
     check = "open files"
     clients = config.limits.connections
-    wanted = clients * FILES_OF_A_CLIENT + FILES_OF_ITS_OWN
+    wanted = clients * FILES_OF_A_CLIENT + OWN_FILES
     said = f"{most} for a process started from here"
     if not clients or wanted <= most:
         return ok(

@@ -1,0 +1,122 @@
+"""
+When connections are accepted: as long as there are descriptors for them.
+
+What can't be accepted waits in the kernel's backlog. Twisted instead takes and closes each connection for which there
+is no descriptor, with three lines of log, and would be asked again at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+import sys
+from typing import TYPE_CHECKING, Any, Final
+
+from twisted.logger import Logger
+
+if TYPE_CHECKING:
+    from twisted.internet.interfaces import IDelayedCall, IReactorTime
+
+log = Logger()
+
+RETRY_SECONDS: Final = 1.0
+"""When to look again for descriptors that no client has given back."""
+_NONE_LEFT: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+
+
+class Gate:
+    """
+    Pauses listening sockets while there are as many connections as there may be, or no descriptor for another.
+
+    @param most: connections that may be open at once, through all sockets of this gate.
+    @ivar inside: those that are open.
+    """
+
+    def __init__(self, clock: IReactorTime, most: int = sys.maxsize) -> None:
+        self._clock, self._most = clock, most
+        self.inside = 0
+        self._ports: list[Any] = []
+        self._paused = False
+        self._retry: IDelayedCall | None = None
+
+    def guard(self, port: Any) -> None:  # noqa: ANN401
+        """
+        Have a port, which listens already, accept by this gate alone.
+        """
+        port.socket = _Guarded(port.socket, self)
+        self._ports.append(port)
+
+    def admit(self, listening: socket.socket) -> tuple[socket.socket, Any]:
+        """
+        Accept a connection.
+
+        @raise BlockingIOError: if there is none, or it has to wait.
+        """
+        if self.inside >= self._most:
+            self._pause(f"{self.inside} connections are open, as many as RLIMIT_NOFILE leaves room for")
+            raise BlockingIOError(errno.EAGAIN, "paused")
+        try:
+            accepted, address = listening.accept()
+        except OSError as problem:
+            if problem.errno not in _NONE_LEFT:
+                raise
+            self._pause(f"{problem.strerror}, with {self.inside} connections open")
+            self._retry = self._clock.callLater(RETRY_SECONDS, self._resume)
+            raise BlockingIOError(errno.EAGAIN, "paused") from None
+        self.inside += 1
+        return _Counted(accepted, self), address
+
+    def left(self) -> None:
+        """
+        Note that a connection is closed.
+        """
+        self.inside -= 1
+        self._resume()
+
+    def _pause(self, why: str) -> None:
+        said = "No more connections are accepted until one closes: {why}; raise LimitNOFILE= or ulimit -n"
+        log.warn(said, why=why, once="descriptors")
+        self._paused = True
+        for port in self._ports:
+            port.stopReading()
+
+    def _resume(self) -> None:
+        if self._retry is not None and self._retry.active():
+            self._retry.cancel()
+        self._retry = None
+        if self._paused:
+            self._paused = False
+            for port in self._ports:
+                if port.connected and not port.disconnecting:
+                    port.startReading()
+
+
+class _Guarded:
+    """
+    A listening socket that accepts by a gate.
+    """
+
+    def __init__(self, listening: Any, gate: Gate) -> None:  # noqa: ANN401
+        self._listening, self._gate = listening, gate
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        return getattr(self._listening, name)
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        return self._gate.admit(self._listening)
+
+
+class _Counted(socket.socket):
+    """
+    A connection's socket, which tells a gate when it is closed.
+    """
+
+    def __init__(self, accepted: socket.socket, gate: Gate) -> None:
+        super().__init__(accepted.family, accepted.type, accepted.proto, accepted.detach())
+        self._gate: Gate | None = gate
+
+    def close(self) -> None:
+        super().close()
+        gate, self._gate = self._gate, None
+        if gate is not None:
+            gate.left()

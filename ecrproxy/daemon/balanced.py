@@ -1,0 +1,261 @@
+"""
+Connections through a load balancer that speaks the PROXY protocol, versions 1 and 2: HAProxy's doc/proxy-protocol.txt.
+
+Nothing behind this sees a connection before its header has come: the client's address is known from the first moment,
+and connections without one take nothing from the limits of clients. They have a limit and a deadline of their own.
+
+Twisted's wrapper connects what it wraps at once, waits for a header without end, takes no C{PROXY UNKNOWN} without
+addresses nor a header that comes in two pieces, and raises for malformed addresses.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import struct
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from twisted.internet.address import IPv4Address, IPv6Address
+from twisted.internet.interfaces import IHalfCloseableProtocol
+from twisted.internet.protocol import Protocol, connectionDone
+from twisted.logger import Logger
+from twisted.protocols.policies import ProtocolWrapper, WrappingFactory
+from zope.interface import directlyProvides, implementer, providedBy
+
+from ecrproxy.access.limits import Patience
+from ecrproxy.addresses import unmapped
+
+if TYPE_CHECKING:
+    from twisted.internet.defer import Deferred
+    from twisted.internet.interfaces import IListeningPort
+    from twisted.python.failure import Failure
+
+log = Logger()
+
+HEADER_SECONDS: Final = 5
+"""Deadline for the header. The protocol's document asks for at least 3, which cover one retransmission."""
+WAITING: Final = 1024
+"""Connections that may be without a header at once, if there are descriptors for as many."""
+LONGEST: Final = 4096
+"""Bytes that a header of version 2 may have: its addresses take 36, the rest is for what balancers tell besides."""
+
+_TEXT: Final = b"PROXY "
+_TEXT_LONGEST: Final = 107
+_SIGNATURE: Final = b"\r\n\r\n\0\r\nQUIT\n"
+_FIXED: Final = 16
+_LOCAL, _PROXY = 0x20, 0x21
+_ADDRESSES: Final = {1: "!4s4s2H", 2: "!16s16s2H"}
+"""The layout of addresses and ports, by family."""
+_UNIX: Final = 3
+_DATAGRAM: Final = 2
+
+Address = IPv4Address | IPv6Address
+
+
+class Header(NamedTuple):
+    """
+    A PROXY header.
+
+    @ivar size: its length in bytes.
+    @ivar source: the client; none if the balancer speaks for itself, or does not know.
+    @ivar destination: where the client connected to; likewise.
+    """
+
+    size: int
+    source: Address | None = None
+    destination: Address | None = None
+
+
+def parse_header(data: bytes) -> Header | None:
+    """
+    Parse the header at the start of a connection; none if more bytes are needed.
+
+    @raise ValueError: if there is no valid header.
+    """
+    if data.startswith(_SIGNATURE[: len(data)]):
+        return _parse_binary(data)
+    if data.startswith(_TEXT[: len(data)]):
+        return _parse_text(data)
+    raise ValueError("no PROXY header")
+
+
+def _parse_text(data: bytes) -> Header | None:
+    end = data.find(b"\r\n", 0, _TEXT_LONGEST)
+    if end < 0:
+        if len(data) >= _TEXT_LONGEST:
+            raise ValueError("a PROXY header without end")
+        return None
+    family, *fields = data[len(_TEXT) : end].decode("ascii").split(" ")
+    if family == "UNKNOWN":
+        return Header(end + 2)
+    versions = {"TCP4": ipaddress.IPv4Address, "TCP6": ipaddress.IPv6Address}
+    if family not in versions or any("%" in field for field in fields):
+        raise ValueError("a PROXY header of an unknown kind")
+    source, destination, *ports = fields
+    from_port, to_port = map(_port, ports)
+    kind = versions[family]
+    return Header(end + 2, _address(kind(source), from_port), _address(kind(destination), to_port))
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or len(text) > len("65535"):
+        raise ValueError("a port that is none")
+    return int(text)
+
+
+def _parse_binary(data: bytes) -> Header | None:
+    if len(data) < _FIXED:
+        return None
+    command, kind, length = struct.unpack_from("!BBH", data, len(_SIGNATURE))
+    family, transport = kind >> 4, kind & 0xF
+    if command not in (_LOCAL, _PROXY) or family > _UNIX or transport > _DATAGRAM or length > LONGEST - _FIXED:
+        raise ValueError("a PROXY header of an unknown kind")
+    size = _FIXED + length
+    if len(data) < size:
+        return None
+    if command == _LOCAL or not transport or family not in _ADDRESSES:
+        return Header(size)
+    layout = _ADDRESSES[family]
+    if length < struct.calcsize(layout):
+        raise ValueError("a PROXY header without addresses")
+    source, destination, from_port, to_port = struct.unpack_from(layout, data, _FIXED)
+    packed = ipaddress.ip_address
+    return Header(size, _address(packed(source), from_port), _address(packed(destination), to_port))
+
+
+def _address(found: object, port: int) -> Address:
+    host = unmapped(str(found))
+    return IPv6Address("TCP", host, port) if ":" in host else IPv4Address("TCP", host, port)
+
+
+@implementer(IHalfCloseableProtocol)
+class Balanced(ProtocolWrapper):
+    """
+    One connection. Once its header has come, what is behind it is connected.
+    """
+
+    factory: BalancedFactory
+    transport: Any
+    wrappedProtocol: Any
+    _header: Header | None = None
+
+    def __init__(self, factory: BalancedFactory) -> None:
+        super().__init__(factory, None)  # type: ignore[arg-type]  # until the header has come
+        self._received = b""
+        self._deadline = Patience(factory.reactor.callLater, HEADER_SECONDS, self.cut)
+
+    def logPrefix(self) -> str:  # noqa: D102
+        return "PROXY"
+
+    def makeConnection(self, transport: Any) -> None:  # noqa: ANN401, D102
+        directlyProvides(self, providedBy(transport))
+        Protocol.makeConnection(self, transport)
+        self._deadline.begin()
+        self.factory.arrived(self)
+
+    def cut(self) -> None:
+        """
+        Close at once.
+        """
+        self.transport.abortConnection()
+
+    def dataReceived(self, data: bytes) -> None:  # noqa: D102
+        if self.wrappedProtocol is not None:
+            self.wrappedProtocol.dataReceived(data)
+            return
+        self._received += data
+        try:
+            self._header = parse_header(self._received)
+        except ValueError as problem:
+            peer = getattr(self.transport.getPeer(), "host", "")
+            said = "{peer} was refused: {problem}; let load balancers alone connect to a haproxy: endpoint"
+            log.warn(said, peer=peer, problem=problem, once=peer)
+            self.cut()
+            return
+        if self._header is not None:
+            rest, self._received = self._received[self._header.size :], b""
+            self._introduce(rest)
+
+    def _introduce(self, rest: bytes) -> None:
+        self._leave()
+        self.wrappedProtocol = self.factory.wrappedFactory.buildProtocol(self.getPeer())
+        self.wrappedProtocol.makeConnection(self)
+        if rest:
+            self.wrappedProtocol.dataReceived(rest)
+
+    def _leave(self) -> None:
+        self._deadline.end()
+        self.factory.waiting.pop(self, None)
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:  # noqa: D102
+        self._leave()
+        wrapped, self.wrappedProtocol = self.wrappedProtocol, None
+        if wrapped is not None:
+            wrapped.connectionLost(reason)
+
+    def readConnectionLost(self) -> None:
+        """
+        Tell what is behind that the client sends nothing more. Without a header, nothing is.
+        """
+        half = IHalfCloseableProtocol(self.wrappedProtocol, None)
+        if half is None:
+            self.transport.loseConnection()
+        else:
+            half.readConnectionLost()
+
+    def writeConnectionLost(self) -> None:
+        """
+        Do nothing: what is behind has asked for it.
+        """
+
+    def getPeer(self) -> Any:  # noqa: ANN401, D102
+        return (self._header and self._header.source) or self.transport.getPeer()
+
+    def getHost(self) -> Any:  # noqa: ANN401, D102
+        return (self._header and self._header.destination) or self.transport.getHost()
+
+
+class BalancedFactory(WrappingFactory[Balanced]):
+    """
+    Makes them.
+
+    @param most: connections that may be without a header at once. One too many has the oldest closed: a balancer sends
+        the header at once, whoever is silent has less right to wait the longer it does.
+    @ivar waiting: those that are, the oldest first.
+    """
+
+    noisy = False
+
+    def __init__(self, wrapped: Any, reactor: Any, most: int = WAITING) -> None:  # noqa: ANN401
+        super().__init__(wrapped)  # type: ignore[no-untyped-call]
+        self.reactor, self._most = reactor, most
+        self.waiting: dict[Balanced, None] = {}
+
+    def buildProtocol(self, addr: Any) -> Balanced:  # noqa: ANN401, ARG002, D102
+        return Balanced(self)
+
+    def arrived(self, connection: Balanced) -> None:
+        """
+        Let a connection wait for its header.
+        """
+        if len(self.waiting) >= self._most:
+            oldest = next(iter(self.waiting))
+            del self.waiting[oldest]
+            oldest.cut()
+        self.waiting[connection] = None
+
+
+class BalancedEndpoint:
+    """
+    The PROXY protocol on top of another endpoint.
+    """
+
+    def __init__(self, endpoint: Any, reactor: Any, most: int = WAITING) -> None:  # noqa: ANN401
+        self._endpoint, self._reactor, self._most = endpoint, reactor, most
+
+    def listen(self, protocolFactory: Any) -> Deferred[IListeningPort]:  # noqa: ANN401
+        """
+        Listen, and take headers.
+        """
+        factory = BalancedFactory(protocolFactory, self._reactor, self._most)
+        listening: Deferred[IListeningPort] = self._endpoint.listen(factory)
+        return listening
