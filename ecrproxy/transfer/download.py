@@ -11,7 +11,8 @@ Rules:
 - The hash follows in order. Bytes become visible to a reader once they and all between its own start and
   them are written. A reader of the whole blob gets its last byte once the digest is verified: no complete
   response has wrong bytes. A reader of a part has all of it at once: clients that ask for parts verify by themselves.
-- What a reader of a part waits for is fetched before anything else: see C{_hasten}.
+- What readers wait for is fetched first, small ranges before all: see C{_hasten} and L{Gaps.take_wished}. A reader of
+  many MiB has a turn for its next part, and then waits for the others, so none has all the lanes.
 - On disk, the file is the buffer: any reader may be at any place of it, and a slow one slows nobody.
 - Off disk (the blob is larger than the cache, the disk is full or fails midway), a window of
   C{WINDOW} bytes is the buffer: the bytes come in order, wait for the slowest reader, and end with the last.
@@ -42,7 +43,7 @@ from ecrproxy.reasons import Reason
 from ecrproxy.stopwatch import Stopwatch
 from ecrproxy.threads import Disk
 from ecrproxy.transfer.follower import Follower
-from ecrproxy.transfer.inflow import Blob, Buffered, Gaps, Stretch
+from ecrproxy.transfer.inflow import Blob, Buffered, Gaps, Stretch, Urgency, Wish
 from ecrproxy.transfer.lane import Lane, ShortBodyError, drop
 from ecrproxy.transfer.sources import FilePiece
 
@@ -81,7 +82,7 @@ class Download:
     @param lanes: over how many connections it comes.
     @param unkept: why it isn't kept, if it isn't; a file that is given up was the disk's fault.
     @param buffered: counts what waits in memory, of all transfers together.
-    @param first_wished: whether a client waits for exactly what was asked for first.
+    @param urgency: who waits for what was asked for first.
     @param call_later: a reactor's, for the time of readers that stop; none to wait for them without end.
     @ivar attendance: called when a first reader comes or the last has left.
     @ivar received: how many bytes are readable, from the first on.
@@ -99,7 +100,7 @@ class Download:
         *,
         unkept: Reason = Reason.DISK,
         buffered: Buffered | None = None,
-        first_wished: bool = False,
+        urgency: Urgency = Urgency.NOBODY,
         call_later: Callable[..., Any] | None = None,
     ) -> None:
         self.digest, self.size, self.unkept = digest, size, unkept
@@ -111,14 +112,14 @@ class Download:
         self._hash = digest.hasher()
         self._gaps, self._lanes_end = Gaps(writer.gaps if writer is not None else ()), False
         self._buffered = buffered or Buffered()
-        self._first_wished = first_wished
+        self._first_urgency = urgency
         self._blob: Blob | None = None
         self._at_work: set[Lane] = set()
         self._window: deque[bytes] = deque()
         self._window_start = 0
         self._wake: Deferred[None] | None = None
         self._patience = Patience(call_later or _never, STUCK_SECONDS, self._leave_behind)
-        self._followers: set[Follower] = set()
+        self._followers: dict[Follower, None] = {}  # in the order in which parts were last taken for them
         self._abandoned, self._leaves = False, False
         self._running, self.stopped = True, False
         self._parts_sent = 0
@@ -172,7 +173,7 @@ class Download:
         @param waiting: counts how long they are waited for.
         """
         follower = Follower(self, start, stop, waiting or Stopwatch(lambda: 0.0))
-        self._followers.add(follower)
+        self._followers[follower] = None
         if follower.partial:
             self._hasten(follower)
         if len(self._followers) == 1:
@@ -256,7 +257,7 @@ class Download:
 
     async def _lane(self, blob: Blob, first: Stretch | None) -> None:
         """
-        Bring part after part, until there is none left: what readers of parts wait for, then the rest in order.
+        Bring part after part, until there is none left: what readers wait for, then the rest in order.
 
         @param first: what has been asked for already. What of it is there is not taken: it may be hashed by now.
         """
@@ -265,17 +266,32 @@ class Download:
             if part is None:
                 drop(first)
             else:
-                await self._part(Lane(self.digest, blob, *part, first, self._buffered, wished=self._first_wished))
+                await self._part(Lane(self.digest, blob, *part, first, self._buffered, urgency=self._first_urgency))
         while True:
-            part = self._gaps.take_wished(self._wishes()) if blob.ranged else None
-            wished = part is not None
-            part = part or self._gaps.take(self._lanes)
+            part = self._next_part(blob)
             if part is None:
                 return
-            await self._part(Lane(self.digest, blob, *part, None, self._buffered, wished=wished))
+            start, stop, urgency = part
+            await self._part(Lane(self.digest, blob, start, stop, None, self._buffered, urgency=urgency))
 
-    def _wishes(self) -> list[tuple[int, int]]:
-        return [(each.position, each.stop or 0) for each in self._followers if each.partial]
+    def _next_part(self, blob: Blob) -> tuple[int, int, Urgency] | None:
+        """
+        Take the next part. Readers of the whole take turns with those of parts, once there are any.
+        """
+        wishes = {each: wish for each in self._followers if (wish := self._wish(each)) is not None}
+        missing = {each: self._gaps.first_missing(*wish) for each, wish in wishes.items()}
+        shared = blob.ranged and any(each.partial and at is not None for each, at in missing.items())
+        part = self._gaps.take_wished(wishes.values()) if shared else None
+        if part is None and (rest := self._gaps.take(self._lanes)) is not None:
+            part = (*rest, Urgency.NOBODY)
+        for served in [each for each, at in missing.items() if part is not None and at == part[0]]:
+            del self._followers[served]
+            self._followers[served] = None
+        return part
+
+    def _wish(self, follower: Follower) -> Wish | None:
+        stop = follower.stop if follower.stop is not None else self.size
+        return Wish(follower.position, stop) if stop is not None else None
 
     def _hasten(self, follower: Follower) -> None:
         """
@@ -284,16 +300,16 @@ class Download:
         writer, blob = self._writer, self._blob
         if writer is None or blob is None or not blob.ranged or self._lanes_end:
             return
-        missing = writer.reach(follower.position)
-        if missing >= (follower.stop or 0):
+        missing, wish = writer.reach(follower.position), self._wish(follower)
+        if wish is None or missing >= wish.stop:
             return
         there = [lane for lane in self._at_work if lane.reached <= missing < (lane.stop or 0)]
-        if any(lane.wished or missing - lane.arrived <= SOON for lane in there):
+        if any(lane.urgency >= wish.urgency or missing - lane.arrived <= SOON for lane in there):
             return
         if not there and missing in self._gaps:
-            there = [lane for lane in self._at_work if not lane.wished]
+            there = [lane for lane in self._at_work if lane.urgency < wish.urgency]
         if there:
-            max(there, key=lambda lane: (lane.stop or 0) - lane.arrived).cut(self._gaps.give_back)
+            max(there, key=lambda lane: (-lane.urgency, (lane.stop or 0) - lane.arrived)).cut(self._gaps.give_back)
 
     async def _catch_up(self) -> None:
         """
@@ -511,7 +527,7 @@ class Download:
         """
         Note that a reader is done or gone.
         """
-        self._followers.discard(follower)
+        self._followers.pop(follower, None)
         self._parts_sent += follower.partial and follower.done
         if self._writer is None and not self.verified:
             self._trim()
