@@ -16,8 +16,9 @@ Rules:
 - On disk, the file is the buffer: any reader may be at any place of it, and a slow one slows nobody.
 - Off disk (the blob is larger than the cache, the disk is full or fails midway), a window of
   C{WINDOW} bytes is the buffer: the bytes come in order, wait for the slowest reader, and end with the last.
-  What had reached the file before the disk failed is still read from there. A reader that stops for C{STUCK_SECONDS}
-  while others wait for it is left behind: its response is aborted, and its next request gets a transfer of its own.
+  What had reached the file before the disk failed is still read from there. Readers that stop for C{STUCK_SECONDS}
+  while others wait for them get a transfer of their own, which goes on from the window and the hash of this one. Where
+  the bucket gives no ranges, or the size is unknown, or they are still in the file, their responses are aborted.
 - Memory: the bytes on their way into the file (C{HIGH_WATER} a lane, and C{BUFFERED} for all transfers) or the
   window, whatever the blob's size and however many follow it. What has ended holds none, whoever still refers to it:
   one that fails is often part of a cycle, through its exception's frames, and the garbage collector counts objects,
@@ -27,7 +28,7 @@ Rules:
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 from twisted.internet.defer import CancelledError, Deferred, DeferredList
@@ -48,6 +49,8 @@ from ecrproxy.transfer.lane import Lane, ShortBodyError, drop
 from ecrproxy.transfer.sources import FilePiece
 
 if TYPE_CHECKING:
+    from hashlib import _Hash
+
     from ecrproxy.oci import Digest
 
 log = Logger()
@@ -85,6 +88,7 @@ class Download:
     @param urgency: who waits for what was asked for first.
     @param call_later: a reactor's, for the time of readers that stop; none to wait for them without end.
     @ivar attendance: called when a first reader comes or the last has left.
+    @ivar split_off: called with a transfer that goes on apart for readers that have stopped, and has to be run.
     @ivar received: how many bytes are readable, from the first on.
     @ivar verified: whether all of them are there and are what the digest names.
     @ivar failure: why there will be no more of them.
@@ -118,12 +122,14 @@ class Download:
         self._window: deque[bytes] = deque()
         self._window_start = 0
         self._wake: Deferred[None] | None = None
-        self._patience = Patience(call_later or _never, STUCK_SECONDS, self._leave_behind)
+        self._call_later = call_later or _never
+        self._patience = Patience(self._call_later, STUCK_SECONDS, self._leave_behind)
         self._followers: dict[Follower, None] = {}  # in the order in which parts were last taken for them
         self._abandoned, self._leaves = False, False
         self._running, self.stopped = True, False
         self._parts_sent = 0
         self.attendance: Callable[[], None] = lambda: None
+        self.split_off: Callable[[Download], None] | None = None
 
     @property
     def kept(self) -> bool:
@@ -204,7 +210,7 @@ class Download:
         self._blob = blob
         try:
             if self._writer is None:
-                await self._stream(blob, self._from_the_start(blob))
+                await self._stream(blob, None if self.received else self._from_the_start(blob))
             elif not await self._fills(blob) and self.received != self.size:
                 await self._stream(blob, None)
             await self._finish()
@@ -387,6 +393,7 @@ class Download:
         lane = Lane(self.digest, blob, self.received, self.size, first, self._buffered)
         self._at_work.add(lane)
         try:
+            await self._room()  # what was split off has a full window already
             while batch := await lane.batch():
                 await self._disk.digesting(_hash_all, self._hash, batch)
                 self._window.extend(batch)
@@ -426,10 +433,51 @@ class Download:
         if len(stuck) == len(self._followers):
             self._patience.begin()
             return
-        said = "A reader of {digest} took nothing for {seconds} s while others waited for it: its response is aborted"
-        log.info(said, digest=self.digest, seconds=STUCK_SECONDS, once=self.digest)
+        blob, split_off = self._blob, self.split_off
+        resumable = blob is not None and blob.ranged and self.size is not None and split_off is not None
+        apart = [each for each in stuck if resumable and each.position >= start]
+        said = "A reader of {digest} took nothing for {seconds} s while others waited for it: its response {fate}"
+        fate = "goes on apart" if apart else "is aborted"
+        log.info(said, digest=self.digest, seconds=STUCK_SECONDS, fate=fate, once=self.digest)
+        if apart and split_off is not None:
+            split_off(self._split(apart))
         for each in stuck:
-            each.leave_behind(Failure(CancelledError("it kept others waiting")))
+            if each not in apart:
+                each.leave_behind(Failure(CancelledError("it kept others waiting")))
+
+    def _split(self, readers: Sequence[Follower]) -> Download:
+        """
+        Make another transfer for C{readers}, which goes on from the window and the hash of this one.
+        """
+        split = Download(
+            self.digest,
+            self.size,
+            None,
+            self._disk,
+            unkept=self.unkept,
+            buffered=self._buffered,
+            call_later=self._call_later,
+        )
+        split.take_over(self._window, self._window_start, self._hash.copy(), readers)
+        for each in readers:
+            del self._followers[each]
+        self._trim()
+        self._stir()
+        return split
+
+    def take_over(self, window: Iterable[bytes], start: int, state: _Hash, readers: Iterable[Follower]) -> None:
+        """
+        Go on for C{readers} of another transfer.
+
+        @param start: the offset of the first byte of C{window}.
+        @param state: the hash of all bytes up to the end of C{window}.
+        """
+        self._window, self._window_start, self._hash = deque(window), start, state
+        held = sum(map(len, self._window))
+        self.received, self._buffered.size = start + held, self._buffered.size + held
+        for reader in readers:
+            reader.move(self)
+            self._followers[reader] = None
 
     def _stir(self) -> None:
         wake, self._wake = self._wake, None
