@@ -268,11 +268,11 @@ class Download:
         @param first: what has been asked for already. What of it is there is not taken: it may be hashed by now.
         """
         if first is not None:
-            part = self._gaps.take_from(first.start, self.size or 0 if first.stop is None else first.stop)
-            if part is None:
+            span = self._gaps.take_from(first.start, self.size or 0 if first.stop is None else first.stop)
+            if span is None:
                 drop(first)
             else:
-                await self._part(Lane(self.digest, blob, *part, first, self._buffered, urgency=self._first_urgency))
+                await self._part(Lane(self.digest, blob, *span, first, self._buffered, urgency=self._first_urgency))
         while True:
             part = self._next_part(blob)
             if part is None:
