@@ -263,7 +263,11 @@ class PullThrough:
         blob = await self._upstream.blob(route, stop, start)
         if parts:
             _check_size(blob, expected)
-        file = await self._cache.writer(digest, blob.size)
+        try:
+            file = await self._cache.writer(digest, blob.size)
+        except BaseException:
+            drop(blob.first)
+            raise
         if parts and isinstance(file, Reason):
             return Passing(digest, blob, file, self._lanes.buffered)
         return self._begin(blob, digest, file, shared=True, urgency=_urgency(parts))
