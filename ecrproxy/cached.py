@@ -433,8 +433,10 @@ class Cache:
         try:
             begin = partial(self.store.writer, digest, size)
             return await undone_if_late(self._disk.writing, begin, Writer.discard)
-        except OSError:  # which the store has told
+        except BaseException as problem:
             self._room.release(room_for(size))
+            if not isinstance(problem, OSError):  # those the store has told
+                raise
             return Reason.DISK
 
     def _left_again(self, writer: Writer | None) -> None:

@@ -47,7 +47,7 @@ from ecrproxy.registry.bucket import UnavailableError
 from ecrproxy.registry.upstream import Page, Upstream
 from ecrproxy.threads import Disk, on_its_own
 from ecrproxy.transfer.download import Download
-from ecrproxy.transfer.inflow import SMALLEST_PART, Blob, Lanes
+from ecrproxy.transfer.inflow import SMALLEST_PART, Blob, Lanes, Urgency, Wish
 from ecrproxy.transfer.lane import drop
 from ecrproxy.transfer.passing import Passing
 from ecrproxy.transfer.unattended import Unattended
@@ -268,13 +268,23 @@ class PullThrough:
         blob = await self._upstream.blob(route, stop, start)
         if parts:
             _check_size(blob, expected)
-        file = await self._cache.writer(digest, blob.size)
+        try:
+            file = await self._cache.writer(digest, blob.size)
+        except BaseException:
+            drop(blob.first)
+            raise
         if parts and isinstance(file, Reason):
             return Passing(digest, blob, file, self._lanes.buffered)
-        return self._begin(blob, digest, file, shared=True, first_wished=bool(parts))
+        return self._begin(blob, digest, file, shared=True, urgency=_urgency(parts))
 
     def _begin(
-        self, blob: Blob, digest: Digest, file: Writer | Reason, *, shared: bool = False, first_wished: bool = False
+        self,
+        blob: Blob,
+        digest: Digest,
+        file: Writer | Reason,
+        *,
+        shared: bool = False,
+        urgency: Urgency = Urgency.NOBODY,
     ) -> Download:
         """
         Begin a transfer, into C{file}; or through a window, for a reason.
@@ -289,15 +299,20 @@ class PullThrough:
             lanes,
             unkept=unkept,
             buffered=self._lanes.buffered,
-            first_wished=first_wished,
+            urgency=urgency,
             call_later=self._call_later,
         )
         download.attendance = self._unattended.settle
+        download.split_off = partial(self._run_apart, blob)
         if shared:
             self._arriving[digest] = download
         on_its_own(self._run(download, blob, lanes, writer.room if writer is not None else 0, shared=shared))
         self._unattended.settle(download)
         return download
+
+    def _run_apart(self, blob: Blob, download: Download) -> None:
+        download.split_off = partial(self._run_apart, blob)
+        on_its_own(self._run(download, blob, self._lanes.take(0), 0, shared=False))
 
     async def _run(self, download: Download, blob: Blob, lanes: int, room: int, *, shared: bool) -> None:
         try:
@@ -540,6 +555,10 @@ def _first_span(left: Left | None, parts: Sequence[Span], part: int | None) -> t
     start, last = gaps[0]
     stops = [stop for stop in (last, None if part is None else start + part) if stop is not None]
     return start, min(stops, default=None)
+
+
+def _urgency(parts: Sequence[Span]) -> Urgency:
+    return Wish(*parts[0]).urgency if parts else Urgency.NOBODY
 
 
 def _missing(known: Confirmed | None, found: Descriptor) -> Reason:
