@@ -20,6 +20,7 @@ from ecrproxy.registry.ecr import Token
 from tests.daemon import MIB, DaemonTestCase, Hands, Reply, at_once, noise
 from tests.registry import StandIn, digest_of, layer
 from tests.registry_content import OCI_INDEX, OCI_MANIFEST, SCHEMA2, SCHEMA2_LIST
+from tests.registry_replies import registry_error
 
 EVERY_TYPE = f"{OCI_MANIFEST}, {SCHEMA2}, application/vnd.oci.image.index.v1+json, {SCHEMA2_LIST}"
 REPOSITORIES = ("team/app", "team/other", "third")
@@ -1658,6 +1659,40 @@ class TagTests(DaemonTestCase):
         self.assertRefused(self.get(self.path), 404, "MANIFEST_UNKNOWN")
         self.standin.refuse("registry")
         self.assertRefused(self.get(self.path), 502, "UNAVAILABLE")
+
+    def test_that_ecr_has_not_for_one_client_is_kept_for_the_others(self) -> None:
+        """
+        Registries answer 404 if a tag has nothing that the client accepts: this says nothing about other types.
+        """
+        self.get(self.path, Accept=OCI_MANIFEST)
+        self.deny_once()
+        self.assertRefused(self.get(self.path, Accept=SCHEMA2), 404, "MANIFEST_UNKNOWN")
+        for _ in range(2):
+            self.standin.refuse("registry")
+            self.assertWhole(self.get(self.path, Accept=OCI_MANIFEST), self.image.manifest, "STALE")
+            self.assertRefused(self.get(self.path, Accept=SCHEMA2), 502, "UNAVAILABLE")
+            self.start()
+
+    def test_that_one_client_was_told_is_gone_is_so_for_all_who_ask_less(self) -> None:
+        for accept in (OCI_MANIFEST, f"{OCI_MANIFEST}, {SCHEMA2}"):
+            self.get(self.path, Accept=accept)
+        self.standin.delete_tag("team/app", "latest")
+        self.assertRefused(self.get(self.path, Accept=f"{OCI_MANIFEST}, {SCHEMA2}"), 404, "MANIFEST_UNKNOWN")
+        self.standin.refuse("registry")
+        for accept in (OCI_MANIFEST, f"{OCI_MANIFEST}, {SCHEMA2}"):
+            self.assertRefused(self.get(self.path, Accept=accept), 502, "UNAVAILABLE")
+
+    def test_that_ecr_denies_once_is_served(self) -> None:
+        """
+        A 404 to HEAD is asked again as GET: one that passes reaches nobody.
+        """
+        self.get(self.path)
+        self.deny_once()
+        self.assertEqual(200, self.get(self.path).code)
+
+    def deny_once(self) -> None:
+        unknown = registry_error(404, "MANIFEST_UNKNOWN", "Requested image not found")
+        self.standin.fail("registry", status=404, body=unknown.body, headers=unknown.headers, times=1)
 
     def test_that_was_denied_is_not_served(self) -> None:
         """
