@@ -19,6 +19,7 @@ from twisted.internet.task import Clock
 from twisted.logger import capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
+from ecrproxy.cache import allocation
 from ecrproxy.cache.janitor import PAUSE_SECONDS, SHARE, Janitor, victims
 from ecrproxy.cache.store import Store
 from ecrproxy.oci import Digest
@@ -413,7 +414,7 @@ class SmallDisk(SmallCache):
     def setUp(self) -> None:
         self.others = 0
         self.patch(os, "statvfs", lambda _: self.status())
-        self.patch(os, "posix_fallocate", self.allocate)
+        self.patch(allocation, "fallocate", self.allocate)
         super().setUp()
 
     def free(self) -> int:
@@ -422,7 +423,7 @@ class SmallDisk(SmallCache):
     def status(self) -> SimpleNamespace:
         return SimpleNamespace(f_blocks=self.CAPACITY, f_frsize=1, f_bavail=max(0, self.free()))
 
-    def allocate(self, fd: int, offset: int, size: int) -> None:
+    def allocate(self, fd: int, size: int) -> None:
         if size > self.free():
             failing(errno.ENOSPC)()
         os.ftruncate(fd, size)

@@ -14,6 +14,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import deferLater
 
 from ecrproxy.answers import Asked
+from ecrproxy.cache import allocation
 from ecrproxy.cached import FACTS
 from ecrproxy.oci import Descriptor, Digest, parse_route
 from ecrproxy.registry.ecr import Token
@@ -815,10 +816,10 @@ class BypassTests(BlobTestCase):
         When the disk has no room for a blob it streams through.
         """
 
-        def full(fd: int, offset: int, size: int) -> None:
+        def full(fd: int, size: int) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        self.patch(os, "posix_fallocate", full)
+        self.patch(allocation, "fallocate", full)
         self.bypass()
         self.assertIn("No space left on device", self.logged())
         self.assertEqual(0, self.daemon.store.ledger.reserved)

@@ -8,6 +8,7 @@ import errno
 import os
 from pathlib import Path
 
+from ecrproxy.cache import allocation
 from ecrproxy.cache.ingest import LEFT_SECONDS, Ingest
 from ecrproxy.cache.trailer import TRAILER, Trailer
 from ecrproxy.transfer.inflow import SMALLEST_PART, Lanes
@@ -233,7 +234,7 @@ class CrashTests(ResumingTestCase):
         self.interrupted()
         self.start()
         self.patch(Ingest, "resume", lambda *_: None)
-        self.patch(os, "posix_fallocate", failing(errno.ENOSPC))
+        self.patch(allocation, "fallocate", failing(errno.ENOSPC))
         self.assertWhole(self.get(self.path), DATA, "BYPASS")
 
 

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
+from ecrproxy.cache import allocation
 from ecrproxy.command.checkup.findings import Finding, failed, ok, warning
 from ecrproxy.command.terminal import size_in_words
 
@@ -112,7 +113,7 @@ def _try_file(directory: Path, *, make: bool) -> tuple[str, list[tuple[str, str]
     try:
         with tempfile.NamedTemporaryFile(dir=directory, prefix=".doctor-") as file:
             attempts: dict[str, Callable[[], object]] = {
-                "posix_fallocate": partial(os.posix_fallocate, file.fileno(), 0, _SAMPLE),
+                "fallocate": partial(allocation.fallocate, file.fileno(), _SAMPLE),
                 "flock": partial(fcntl.flock, file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB),
                 "fsync": partial(os.fsync, file.fileno()),
             }
@@ -205,8 +206,14 @@ def judge_directory(seen: Survey, user: int) -> Iterator[Finding]:
 def _judge_kind(seen: Survey) -> Iterator[Finding]:
     check, mount = "file system", seen.mount
     for what, why in seen.lacking:
+        if what == "fallocate":  # a hint
+            yield warning(
+                check,
+                f"fallocate does not work there: {why}",
+                "a disk that is too full is noticed in the middle of a blob; give the cache a local disk",
+            )
+            continue
         consequence = {
-            "posix_fallocate": "room for a blob can't be kept free: the cache keeps nothing",
             "flock": "two daemons could write one file",
             "fsync": "a power cut may leave wrong bytes, which are then found when they are read",
         }[what]
