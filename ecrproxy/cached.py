@@ -27,7 +27,7 @@ from twisted.logger import Logger
 
 from ecrproxy.answers import ANY, Answer, Asked, CacheStatus, manifest_answer
 from ecrproxy.cache.content import Content, DigestMismatchError, UnreadError
-from ecrproxy.cache.entries import Confirmed, Entry, entry_name
+from ecrproxy.cache.entries import Confirmed, Entry, entry_name, occupied
 from ecrproxy.cache.ingest import Left
 from ecrproxy.cache.memory import Memory
 from ecrproxy.cache.store import Store
@@ -603,7 +603,7 @@ class Cache:
         """
         Call C{write} once there is room on the disk for an entry such as this one; not at all if there is none.
         """
-        room = len(entry.to_json())
+        room = occupied(len(entry.to_json()))
         if await self._has_room(room):
             try:
                 await write()

@@ -167,6 +167,12 @@ class RoomTests(SynchronousTestCase):
         self.assertEqual(("inodes", Verdict.WARNING), (found.check, found.verdict))
         self.assertEqual(1, len(list(judge_room(replace(WELL, inodes=None), GIB))))
 
+    def test_a_disk_without_inodes_is_named(self) -> None:
+        seen = replace(WELL, inodes=0, problem="No space left on device")
+        found = next(iter(judge_directory(seen, 0)))
+        self.assertEqual(Verdict.FAILED, found.verdict)
+        self.assertIn("no inodes left", found.said)
+
 
 class SurveyTests(SynchronousTestCase):
     """

@@ -1198,9 +1198,9 @@ class LimitTests(DaemonTestCase):
         Whatever is pulled in whatever order, the files of the cache never have more bytes than the limit.
         """
         chance = random.Random(7)
-        limit = 150_000
+        limit = 300_000
         self.start(limit=limit)
-        sizes = [chance.choice([100, 5_000, 20_000, 60_000, 140_000, 160_000]) for _ in range(20)]
+        sizes = [chance.choice([100, 5_000, 20_000, 60_000, 240_000, 310_000]) for _ in range(20)]
         blobs = {
             self.standin.push_blob("team/app", data): data for data in (noise(f"b{n}", s) for n, s in enumerate(sizes))
         }

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 from ecrproxy.cache import allocation
+from ecrproxy.cache.entries import occupied
 from ecrproxy.cache.ingest import LEFT_SECONDS, Ingest
 from ecrproxy.cache.trailer import TRAILER, Trailer
 from ecrproxy.transfer.inflow import SMALLEST_PART, Lanes
@@ -58,9 +59,9 @@ class ResumingTestCase(RangesTestCase):
 
     def entries_bytes(self) -> int:
         """
-        Weigh the entries.
+        Weigh the entries, in whole blocks.
         """
-        return sum(path.stat().st_size for path in self.files("entries"))
+        return sum(occupied(path.stat().st_size) for path in self.files("entries"))
 
     def again(self) -> Reply:
         """

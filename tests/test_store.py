@@ -21,7 +21,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.cache import allocation
 from ecrproxy.cache.content import DigestMismatchError
-from ecrproxy.cache.entries import ANSWERS_LIMIT, ENTRY_LIMIT, Entry, entry_name
+from ecrproxy.cache.entries import ANSWERS_LIMIT, BLOCK, ENTRY_LIMIT, Entry, entry_name
 from ecrproxy.cache.ledger import Ledger, Settled
 from ecrproxy.cache.store import Store
 from ecrproxy.identity import RegistryId
@@ -193,7 +193,7 @@ class StartTests(StoreTests):
 
     def test_the_count_is_what_the_directory_holds(self) -> None:
         """
-        Content and entries count with their bytes, arriving files do not.
+        Content counts with its bytes, an entry with its block, arriving files do not.
         """
         put(self.store, b"x" * 1000)
         self.store.save("0" * 64, entry_of(self.route, confirmed()))
@@ -202,7 +202,7 @@ class StartTests(StoreTests):
         again = Store(self.store.root, lambda: START)
         again.count()
         self.assertEqual(2, len(again.ledger))
-        self.assertEqual(1000 + len(entry_of(self.route, confirmed()).to_json()), again.ledger.total)
+        self.assertEqual(1000 + BLOCK, again.ledger.total)
         self.assertEqual(self.store.ledger.total, again.ledger.total)
 
     def test_files_that_are_not_its_own_are_neither_counted_nor_removed(self) -> None:
@@ -722,12 +722,14 @@ class EntryFileTests(StoreTests):
 
     def test_entries_are_counted(self) -> None:
         """
-        They are part of the cache's size, once each, until they are forgotten.
+        They are part of the cache's size, once each with the block that they occupy, until they are forgotten.
         """
         name, entry = "0" * 64, entry_of(self.route, confirmed())
         for _ in range(2):
             self.store.save(name, entry)
-        self.assertEqual((len(entry.to_json()), 1), (self.store.ledger.total, len(self.store.ledger)))
+        self.assertEqual((BLOCK, 1), (self.store.ledger.total, len(self.store.ledger)))
+        self.store.entry(name, REGISTRY, self.route)
+        self.assertEqual(BLOCK, self.store.ledger.total)
         self.store.forget(name)
         self.assertEqual((0, 0), (self.store.ledger.total, len(self.store.ledger)))
         self.assertEqual([], files_in(self.store.root))

@@ -26,6 +26,7 @@ FOLDERS: Final = ("content", "entries", "ingest")
 COUNT_SECONDS: Final = 8.0
 """How long the files of the cache are counted at the most."""
 FEW_INODES: Final = 10_000
+_MORE_INODES: Final = "use a file system with more: mkfs.ext4 -T news, or xfs"
 _SAMPLE: Final = 64 * 2**10
 _FAR: Final = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "ceph", "glusterfs", "lustre", "afs"})
 _ESCAPE = re.compile(r"\\([0-7]{3})")
@@ -183,6 +184,8 @@ def judge_directory(seen: Survey, user: int) -> Iterator[Finding]:
         yield failed(
             check, f"{seen.path} is on a file system that is read-only", f"mount {seen.mount.point} to be written"
         )
+    elif seen.problem and seen.inodes == 0:
+        yield failed(check, f"{seen.path} can't be written: the file system has no inodes left", _MORE_INODES)
     elif seen.problem:
         yield failed(
             check,
@@ -248,7 +251,7 @@ def judge_room(seen: Survey, limit: int) -> Iterator[Finding]:
         yield warning(
             "inodes",
             f"{seen.inodes} more files can be made there",
-            "use a file system with more: mkfs.ext4 -T news, or xfs",
+            _MORE_INODES,
         )
     if limit > seen.total:
         yield warning(
