@@ -668,11 +668,11 @@ class EmptyBodyTests(ChannelTestCase):
     A GET or HEAD that Envoy, linkerd or Vert.x has framed as chunked, without a byte of content.
     """
 
-    head = GOOD[:-2] + b"Transfer-Encoding: chunked\r\n\r\n"
+    chunked = GOOD[:-2] + b"Transfer-Encoding: chunked\r\n\r\n"
 
     def test_is_answered_and_the_connection_goes_on(self) -> None:
         for last in (b"0", b"000", b"0 ", b"0;x=y", b'0 ; x="y z"', b"0\r\nA: b\r\nX-Trace:"):
-            for request in (self.head, b"HEAD" + self.head[3:]):
+            for request in (self.chunked, b"HEAD" + self.chunked[3:]):
                 whole = (request + last + b"\r\n\r\n") * 2 + GOOD
                 for pieces in ([whole], [whole[at : at + 1] for at in range(len(whole))]):
                     got = self.say(*pieces)
@@ -686,14 +686,14 @@ class EmptyBodyTests(ChannelTestCase):
         self.daemons.append(together)
         for front in (self.daemon.front, together.front):
             self.daemon.front = front
-            got = self.say(self.head.replace(b"/v2/", path) + b"0\r\n", b"\r\n")
+            got = self.say(self.chunked.replace(b"/v2/", path) + b"0\r\n", b"\r\n")
             self.assertTrue(got.startswith(b"HTTP/1.1 200 OK\r\n"), got[:200])
             self.assertTrue(got.endswith(data))
 
     def test_is_waited_for_as_long_as_a_head(self) -> None:
         for come in (b"", b"0\r\n"):
             wire = self.connect()
-            wire.write(self.head + come)
+            wire.write(self.chunked + come)
             self.pass_time(HEADER_SECONDS - 1)
             self.assertEqual((b"", False), (bytes(self.client.got), self.client.closed))
             self.pass_time(2)
@@ -701,12 +701,12 @@ class EmptyBodyTests(ChannelTestCase):
             self.assertEqual(0, self.daemon.crowd.connected)
 
     def test_that_was_announced_is_asked_for(self) -> None:
-        got = self.say(self.head[:-2] + b"Expect: 100-continue\r\n\r\n", b"0\r\n\r\n")
+        got = self.say(self.chunked[:-2] + b"Expect: 100-continue\r\n\r\n", b"0\r\n\r\n")
         self.assertTrue(got.startswith(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\n"), got)
 
     def test_goes_to_no_file(self) -> None:
         self.patch(tempfile, "TemporaryFile", lambda *_: self.fail("a body went to a file"))
-        self.assertIn(b" 200 OK\r\n", self.say(self.head + b"0\r\n\r\n"))
+        self.assertIn(b" 200 OK\r\n", self.say(self.chunked + b"0\r\n\r\n"))
 
 
 class HalfClosedTests(ChannelTestCase):

@@ -508,7 +508,7 @@ class FewInodes(SmallCache):
         self.real = os.open
         self.patch(os, "open", self.open)
         self.write = Path.write_bytes
-        self.patch(Path, "write_bytes", lambda path, data: (self.take_inode(), self.write(path, data))[1])
+        self.patch(Path, "write_bytes", lambda path, data: self.write_bytes(path, data))  # noqa: PLW0108 (a method gets no path)
         super().setUp()
         self.blobs = [self.keep(b"%d" % number) for number in range(20)]
         self.entries = self.save(range(350))
@@ -524,6 +524,10 @@ class FewInodes(SmallCache):
     def take_inode(self) -> None:
         if self.files() >= self.INODES:
             failing(errno.ENOSPC)()
+
+    def write_bytes(self, path: Path, data: bytes) -> int:
+        self.take_inode()
+        return self.write(path, data)
 
     def open(self, path: Any, flags: int, *args: Any, **kwargs: Any) -> int:
         if flags & os.O_CREAT and str(self.root) in str(path):

@@ -1693,7 +1693,7 @@ class TagTests(DaemonTestCase):
 
     def deny_once(self) -> None:
         unknown = registry_error(404, "MANIFEST_UNKNOWN", "Requested image not found")
-        self.standin.fail("registry", status=404, body=unknown.body, headers=unknown.headers, times=1)
+        self.standin.fail("registry", status=404, body=bytes(unknown.body), headers=unknown.headers, times=1)
 
     def test_that_was_denied_is_not_served(self) -> None:
         """
