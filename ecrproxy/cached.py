@@ -27,7 +27,7 @@ from twisted.logger import Logger
 
 from ecrproxy.answers import ANY, Answer, Asked, CacheStatus, manifest_answer
 from ecrproxy.cache.content import Content, DigestMismatchError, UnreadError
-from ecrproxy.cache.entries import Confirmed, Entry, entry_name
+from ecrproxy.cache.entries import Confirmed, Entry, entry_name, occupied
 from ecrproxy.cache.ingest import Left
 from ecrproxy.cache.memory import Memory
 from ecrproxy.cache.store import Store
@@ -529,7 +529,7 @@ class Cache:
         Give what was known, and the entry as it is now; none if the answer is outdated.
         """
         before = await self.entry(asked)
-        if not self._order(name).answer(asked.accept, question):
+        if not self._order(name).answer(asked.accept, descriptor.media_type, question):
             return None, None
         entry = before.with_answer(asked.accept, Confirmed(descriptor, self._now()))
         self._hold_entry(name, entry)
@@ -542,7 +542,9 @@ class Cache:
 
     async def forget(self, asked: Asked, question: int) -> None:
         """
-        Forget what a tag led to: ECR said that there is none. The content stays for whoever else it serves.
+        Forget what a tag led to: ECR answered 404. The content stays for whoever else it serves.
+
+        Answers of types that the client does not accept stay: ECR was not asked for them.
 
         @param question: the number of the question; what was answered to later ones stays.
         """
@@ -551,9 +553,12 @@ class Cache:
 
     async def _forget(self, name: str, asked: Asked, question: int) -> None:
         entry, order = await self.entry(asked), self._order(name)
-        later = order.forget(question, entry.answers)
-        if later:
-            self._hold_entry(name, replace(entry, answers={accept: entry.answers[accept] for accept in later}))
+        types = {accept: known.descriptor.media_type for accept, known in entry.answers.items()}
+        left = order.forget(asked.accept, question, types)
+        if types and left == types.keys():
+            return
+        if left:
+            self._hold_entry(name, replace(entry, answers={accept: entry.answers[accept] for accept in left}))
             await self._write_latest(name)
         else:
             self._entries.drop(name)
@@ -600,7 +605,7 @@ class Cache:
         """
         Call C{write} once there is room on the disk for an entry such as this one; not at all if there is none.
         """
-        room = len(entry.to_json())
+        room = occupied(len(entry.to_json()))
         if await self._has_room(room):
             try:
                 await write()

@@ -3,8 +3,8 @@ The server's side of a connection: HTTP/1.1 without what smugglers and slow clie
 
 Twisted's own channel refuses most of it. What it lets pass and a proxy must not is refused here, before a request
 is made of it: RFC 9112, 3.2 (one Host), 5.2 (folded lines), 6.1 and 6.3 (one length, or one chunked coding), and
-bodies, for which no request of a client has a use; those of the operator's are small. A refusal closes the connection:
-what follows can't be trusted.
+bodies, for which no request of a client has a use; those of the operator's are small. A GET or HEAD may have a chunked
+body that turns out to be empty. A refusal closes the connection: what follows can't be trusted.
 
 A client that speaks the wrong protocol is told so in plain HTTP, whichever way it is wrong: containerd, Docker and
 BuildKit try TLS first with an insecure registry, and fall back only if the reply begins with C{HTTP/}.
@@ -35,6 +35,7 @@ from twisted.web.http import HTTPChannel
 from zope.interface import implementer
 
 from ecrproxy.access.limits import Crowd, Patience, counted
+from ecrproxy.http.empty_body import EmptyBody
 from ecrproxy.http.request import address_of
 from ecrproxy.http.target import HOST, parse_target
 from ecrproxy.request_id import REQUEST_ID
@@ -346,8 +347,14 @@ class StrictChannel(HTTPChannel):
         hosts = self.requests[-1].requestHeaders.getRawHeaders(b"Host", [])
         reads = line.startswith((b"GET ", b"HEAD "))
         named = len(hosts) == 1 or (not hosts and not line.endswith(b"HTTP/1.1"))
-        if not named or not all(map(_HOST.fullmatch, hosts)) or (reads and self.length != 0) or not self._aim():
+        if not named or not all(map(_HOST.fullmatch, hosts)) or (reads and self.length) or not self._aim():
             self.refuse()
+        elif reads and self.length is None:
+            self._head.begin()  # an empty body has the time of a head
+            self._transferDecoder: Any = EmptyBody(self._finishRequestBody, self.refuse)
+            self.length = 0  # to the request: else Twisted opens a file for the body
+            super().allHeadersReceived()
+            self.length = None
         elif self.length != 0 and self.body_limit and line.startswith(b"POST "):
             if self.length is None or self.length > self.body_limit:
                 self._answer(b"413 Content Too Large")
@@ -382,7 +389,7 @@ class StrictChannel(HTTPChannel):
         """
         Ask for a body only if one is announced: HAProxy 2.6 takes a 100 without one for the end of the exchange.
         """
-        if self.length != 0:
+        if self.length != 0 or isinstance(self._transferDecoder, EmptyBody):
             super()._send100Continue()
 
     def refuse(self) -> bool:
