@@ -208,7 +208,7 @@ class StrictChannel(HTTPChannel):
         if self._buffer and not self.paused and not self._ending:
             self._await_head()
             LineReceiver.dataReceived(self, b"")
-        if self._half_closed and not self.paused:
+        if self._half_closed and not self.paused and not self._busyReceiving:  # else there may be more to answer
             self.loseConnection()
         self._regulate()
 
