@@ -51,6 +51,11 @@ class IncidentsTests(SynchronousTestCase):
             [(each.text, each.times) for each in self.incidents.latest()],
         )
 
+    def test_what_no_page_can_show_is_escaped(self) -> None:
+        log.error("ECR denies: {said}", said="\ud800")
+        self.incidents.add([(1000, "warn", "\udfff", 1, "kind", "")])
+        self.assertEqual(["\\udfff", "ECR denies: \\ud800"], [each.text for each in self.incidents.latest()])
+
     def test_many_of_one_format_leave_room_for_others(self) -> None:
         log.error("the disk is full")
         for number in range(10 * KEPT):

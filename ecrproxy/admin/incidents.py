@@ -78,6 +78,7 @@ class Incidents(Service):
         """
         Keep an incident as the newest, in the place of a similar one.
         """
+        incident = replace(incident, text=_encodable(incident.text))
         with self._lock:
             at = _similar([(other, each.text) for other, each in self._kept], kind, incident.text)
             if at is not None:
@@ -107,6 +108,13 @@ class Incidents(Service):
         """
         for when, level, text, times, told, once in rows:
             self._keep(Kind(told, once), Incident(when, level, text, times))
+
+
+def _encodable(text: str) -> str:
+    """
+    Escape the surrogates that JSON and the names of files can have, and UTF-8, which the page is written in, can't.
+    """
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _similar(kept: Sequence[tuple[Kind, str]], kind: Kind, text: str) -> int | None:
