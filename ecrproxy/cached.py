@@ -56,7 +56,7 @@ _ORDER_BYTES = 2**10
 _LEARNT_BYTES = 2**20
 """Bytes of memory for which manifests gave facts lately."""
 _STORING_BYTES = 64 * 2**20
-"""Bytes of manifests that may wait for a slow disk."""
+"""Bytes of memory for manifests, and for what they list, that wait for a slow disk."""
 SMALL_BLOB = 64 * 2**10
 """Blobs up to so many bytes, as image configs are, are held in memory too. Larger manifests are parsed in a thread."""
 VERIFICATIONS = 4
@@ -457,12 +457,12 @@ class Cache:
         Keep a manifest that ECR gave, and learn what it lists: in memory at once, on the disk in its own time.
         """
         self.hold(descriptor.digest, document)
-        if self._storing + len(document.body) <= _STORING_BYTES:
+        if self._storing + _weight(document) <= _STORING_BYTES:
             on_its_own(self._keep(route, descriptor, document))
 
     async def _keep(self, route: Route, descriptor: Descriptor, document: Document) -> None:
         facts: Sequence[tuple[str, Entry]] = ()
-        self._storing += len(document.body)
+        self._storing += _weight(document)
         try:
             facts = await self._learned(route.repository, descriptor, document)
             writer = await self.writer(descriptor.digest, descriptor.size)
@@ -470,7 +470,7 @@ class Cache:
             if stored and self._may_learn(route.repository, descriptor):
                 await self._save_all(facts)
         finally:
-            self._storing -= len(document.body)
+            self._storing -= _weight(document)
             self._forget_unwritten(facts)
 
     async def _stored(self, writer: Writer, body: bytes) -> bool:
@@ -637,6 +637,14 @@ class Cache:
         entry = self._entries.get(name)
         if entry is not None:
             await self._write(name, entry)
+
+
+def _weight(document: Document) -> int:
+    """
+    Estimate the bytes of memory that a manifest takes with its facts, which have nine times the bytes of their lines.
+    """
+    size = len(document.body)
+    return size + min(9 * size, FACTS * 1000)
 
 
 def _fits(document: Document, known: Descriptor) -> bool:
