@@ -119,12 +119,14 @@ def _encodable(text: str) -> str:
 
 def _similar(kept: Sequence[tuple[Kind, str]], kind: Kind, text: str) -> int | None:
     """
-    Find the incident to which another one is added: one that says the same, or one of its kind if there are too many.
+    Find the incident to which another one is added: one that says the same, or one of its format if there are too many.
+
+    What an event is said once for may be a client's choice.
 
     @param kept: kind and text of each, the newest last.
     """
-    alike = [at for at, (other, _) in enumerate(kept) if other == kind]
-    same = [at for at in alike if kind.once or kept[at][1] == text]
+    alike = [at for at, (other, _) in enumerate(kept) if other.told == kind.told]
+    same = [at for at in alike if kept[at][0] == kind and (kind.once or kept[at][1] == text)]
     if same or len(alike) >= BURST:
         return (same or alike)[-1]
     return None
