@@ -58,6 +58,8 @@ if TYPE_CHECKING:
 log = Logger()
 T = TypeVar("T")
 
+READING_AHEAD: Final = 64
+"""Manifests whose layers may wait to be fetched before anybody asks for them: of others, that is left to who asks."""
 STALE_SECONDS: Final = 5.0
 """How long ECR may take to confirm a tag whose last answer is cached. containerd gives up after 30 s."""
 _JOINED = (CacheStatus.JOINED, Reason.IN_FLIGHT)
@@ -93,6 +95,7 @@ class PullThrough:
         self._arriving: dict[Digest, Download] = {}
         self._unattended = Unattended(self.transfers)
         self._ahead = 0
+        self._reading_ahead: set[tuple[str, Digest]] = set()
         self._carriers: dict[Digest, str] = {}
         self._heads: Flights[_Said[Descriptor | None]] = Flights()
         self._sizes: Flights[int] = Flights()
@@ -336,8 +339,30 @@ class PullThrough:
         by_digest = asked.route.digest is not None
         answer = await (self._manifest_by_digest(asked) if by_digest else self._manifest_by_tag(asked))
         if self._reads_ahead and isinstance(answer.body, bytes):
-            on_its_own(self._read_ahead(asked.route.repository, answer.body, answer.media_type))
+            self._may_read_ahead(asked.route.repository, answer.digest, answer.body, answer.media_type)
         return answer
+
+    @property
+    def reading_ahead(self) -> int:
+        """
+        Tell for how many manifests transfers are yet to be begun.
+        """
+        return len(self._reading_ahead)
+
+    def _may_read_ahead(self, repository: str, digest: Digest, manifest: bytes, media_type: str) -> None:
+        """
+        Read ahead, unless that is being done for this manifest, or for as many as may be.
+        """
+        which = repository, digest
+        if which not in self._reading_ahead and self.reading_ahead < READING_AHEAD:
+            self._reading_ahead.add(which)
+            on_its_own(self._begin_ahead(which, manifest, media_type))
+
+    async def _begin_ahead(self, which: tuple[str, Digest], manifest: bytes, media_type: str) -> None:
+        try:
+            await self._read_ahead(which[0], manifest, media_type)
+        finally:
+            self._reading_ahead.remove(which)
 
     async def _read_ahead(self, repository: str, manifest: bytes, media_type: str) -> None:
         """

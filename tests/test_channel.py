@@ -752,6 +752,18 @@ class HalfClosedTests(ChannelTestCase):
         self.assertTrue(self.client.got.endswith(b"{}\n"))
         self.assertTrue(self.client.closed)
 
+    def test_gets_all_answers_however_late_it_reads_them(self) -> None:
+        wire = self.connect()
+        wire.reading = False
+        wire.write(GOOD * 2000)
+        self.flush()
+        wire.half_close()
+        self.flush()
+        wire.reading = True
+        self.flush()
+        self.assertEqual(2000, self.client.got.count(b"HTTP/1.1 200 OK\r\n"))
+        self.assertTrue(self.client.closed)
+
     def test_between_two_requests_is_closed(self) -> None:
         for sent in (b"", GOOD, b"GET /v2/"):
             wire = self.connect()

@@ -14,6 +14,7 @@ from twisted.internet.task import deferLater
 from twisted.logger import capturedLogs, formatEvent
 
 from ecrproxy.cache.trailer import UNKNOWN_BOOT
+from ecrproxy.proxy import READING_AHEAD
 from ecrproxy.transfer.inflow import SMALLEST_PART, Lanes
 from ecrproxy.transfer.unattended import MOST
 from tests.daemon import MIB, DaemonTestCase, Reply, noise
@@ -564,6 +565,35 @@ class UnattendedTests(RangesTestCase):
             self.standin.release(digest)
             self.flush()
         self.assertEqual(12, sum(self.has(digest) for digest in image.layers))
+
+    def test_reading_ahead_waits_once_for_each_manifest_however_often_it_is_asked_for(self) -> None:
+        self.start(read_ahead=True)
+        image = self.standin.push_image("team/app", "many", layers=self.blobs[:12])
+        for digest in image.layers:
+            self.standin.hold(digest)
+        for _ in range(20):
+            self.get("/v2/team/app/manifests/many")
+            self.get(f"/v2/team/app/manifests/{image.digest}")
+        self.assertEqual(1, self.daemon.pull_through.reading_ahead)
+        for digest in image.layers:
+            self.standin.release(digest)
+            self.flush()
+        self.assertEqual(0, self.daemon.pull_through.reading_ahead)
+
+    def test_reading_ahead_waits_for_a_bounded_number_of_manifests(self) -> None:
+        self.start(read_ahead=True)
+        image = self.standin.push_image("team/app", "first", layers=self.blobs[:12])
+        for digest in image.layers:
+            self.standin.hold(digest)
+        self.get("/v2/team/app/manifests/first")
+        for number in range(READING_AHEAD + 10):
+            self.standin.push_image("team/app", f"v{number}", layers=[b"%d" % number])
+            self.get(f"/v2/team/app/manifests/v{number}")
+        self.assertEqual(READING_AHEAD, self.daemon.pull_through.reading_ahead)
+        for digest in image.layers:
+            self.standin.release(digest)
+            self.flush()
+        self.assertEqual(0, self.daemon.pull_through.reading_ahead)
 
     def test_a_slow_disk_holds_a_bounded_number_of_bytes(self) -> None:
         """

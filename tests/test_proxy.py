@@ -574,6 +574,34 @@ class PermissionTests(BlobTestCase):
             self.assertEqual(200, self.get(f"/v2/evil/manifests/tag{number}").code)
             self.assertRefused(self.get(f"/v2/evil/blobs/{self.digest}"), 404, "BLOB_UNKNOWN")
 
+    def test_a_manifest_that_readers_may_read_differently_vouches_for_nothing(self) -> None:
+        """
+        It is passed on all the same: ECR took it, by whichever of its members.
+        """
+        self.get(self.path)
+        victim = json.dumps({"mediaType": "application/octet-stream", "digest": self.digest, "size": len(self.data)})
+        for number, name in enumerate(("layers", "Layers")):
+            text = f'{{"mediaType": "{OCI_MANIFEST}", "{name}": [], "layers": [{victim}]}}'
+            self.standin.push_manifest("evil", text.encode(), OCI_MANIFEST, f"tag{number}")
+            self.assertWhole(self.get(f"/v2/evil/manifests/tag{number}"), text.encode())
+            self.assertRefused(self.get(f"/v2/evil/blobs/{self.digest}"), 404, "BLOB_UNKNOWN")
+
+    def test_what_a_manifest_vouches_for_is_written_once(self) -> None:
+        """
+        However many tags lead to it, and whatever else who asks for them takes.
+        """
+        image = self.standin.push_image("team/other", "latest", media_type=OCI_MANIFEST)
+        self.get("/v2/team/other/manifests/latest")
+        before = {path: path.stat().st_ino for path in self.files("entries")}
+        for number in range(3):
+            self.standin.push_manifest("team/other", image.manifest, OCI_MANIFEST, f"tag{number}")
+            for other in (SCHEMA2, OCI_INDEX, SCHEMA2_LIST):
+                self.head(f"/v2/team/other/manifests/tag{number}", Accept=f"{OCI_MANIFEST}, {other}")
+            self.get(f"/v2/team/other/manifests/tag{number}")
+        after = {path: path.stat().st_ino for path in self.files("entries")}
+        self.assertEqual(len(before) + 3, len(after))
+        self.assertEqual(before, {path: after[path] for path in before})
+
     def test_an_index_vouches_for_no_media_type(self) -> None:
         """
         What an index calls its manifests is not passed on where it is no manifest's type, or not their own.

@@ -146,6 +146,19 @@ class SlowTests(DiskTestCase):
         self.assertEqual(0, self.daemon.cache._storing)  # noqa: SLF001
         self.assertEqual({}, self.daemon.cache._unwritten)  # noqa: SLF001
 
+    def test_what_they_list_is_bounded_with_them(self) -> None:
+        """
+        What is known of a layer takes nine times the bytes of its line in a manifest.
+        """
+        self.begin(committing=self.bounded(Hands()), writing=at_once)
+        self.patch(cached, "_STORING_BYTES", 100_000)
+        for number in range(50):
+            layers = [b"%d of %d" % (each, number) for each in range(20)]
+            self.standin.push_image("team/app", f"tag{number}", layers=layers)
+            self.get(f"/v2/team/app/manifests/tag{number}")
+        self.assertLess(0, len(self.daemon.cache._unwritten))  # noqa: SLF001
+        self.assertLessEqual(len(self.daemon.cache._unwritten), 100)  # noqa: SLF001
+
 
 class HungTests(DiskTestCase):
     """

@@ -30,6 +30,7 @@ from twisted.internet.interfaces import IHalfCloseableProtocol, ITCPTransport
 from twisted.internet.protocol import connectionDone
 from twisted.logger import Logger
 from twisted.protocols.basic import LineReceiver
+from twisted.protocols.policies import ProtocolWrapper
 from twisted.protocols.tls import TLSMemoryBIOProtocol
 from twisted.web.http import HTTPChannel
 from zope.interface import implementer
@@ -209,7 +210,7 @@ class StrictChannel(HTTPChannel):
         if self._buffer and not self.paused and not self._ending:
             self._await_head()
             LineReceiver.dataReceived(self, b"")
-        if self._half_closed and not self.paused:
+        if self._half_closed and not self.paused and not self._busyReceiving:  # else there may be more to answer
             self.loseConnection()
         self._regulate()
 
@@ -275,7 +276,7 @@ class StrictChannel(HTTPChannel):
         self._stop_input()
         self._regulate()  # over TLS, the client's goodbye is read
         super().loseConnection()
-        if self.connections.draining and isinstance(self.transport, TLSMemoryBIOProtocol):
+        if self.connections.draining and self._tls is not None:
             # Not every client answers TLS's goodbye while it has nothing to ask: that is not waited for.
             self._close()
 
@@ -286,7 +287,7 @@ class StrictChannel(HTTPChannel):
         A socket that is closed over unread input resets the connection, which destroys what the client has yet to read.
         """
         self._lingering.begin()
-        if isinstance(self.transport, TLSMemoryBIOProtocol):
+        if self._tls is not None:
             self.loseConnection()  # TLS reads on until the client's goodbye
             return
         self.patience.begin()
@@ -295,10 +296,18 @@ class StrictChannel(HTTPChannel):
         self.transport.loseWriteConnection()
 
     def _close(self) -> None:
-        below: Any = self.transport
-        if isinstance(below, TLSMemoryBIOProtocol):
-            below = below.transport
+        below = self.transport if self._tls is None else self._tls.transport
         below.loseConnection()
+
+    @property
+    def _tls(self) -> Any:  # noqa: ANN401
+        """
+        Give what speaks TLS below this channel, if anything does; a balancer's header may have come between.
+        """
+        below = self.transport
+        while isinstance(below, ProtocolWrapper) and not isinstance(below, TLSMemoryBIOProtocol):
+            below = below.transport
+        return below if isinstance(below, TLSMemoryBIOProtocol) else None
 
     def _finishRequestBody(self, data: bytes) -> None:
         """
