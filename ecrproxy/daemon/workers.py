@@ -37,8 +37,8 @@ log = Logger()
 VARIABLE: Final = "ECRPROXY_WORKER"
 FIRST_FD: Final = 3
 """Where the listening sockets begin in a worker."""
-BACKLOG: Final = 1024
-"""Connections that the kernel may keep waiting for a listening socket."""
+BACKLOG: Final = 4096
+"""Connections that the kernel may keep waiting for a listening socket; it takes no more than net.core.somaxconn."""
 RESTART_SECONDS: Final = 1.0
 END_SECONDS: Final = 3.0
 """How long a worker may take to end once its clients had their time."""

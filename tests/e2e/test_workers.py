@@ -4,6 +4,7 @@ A daemon of several processes: what clients notice of it, and what is left of it
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -23,6 +24,7 @@ from .test_pull import reference
 from .test_together import blob_path, download_together
 
 CLIENTS = 20
+CROWD = 300
 SEVERAL = {"PROXY_WORKER_PROCESSES": "2"}
 
 
@@ -84,6 +86,23 @@ def test_twenty_clients_cost_one_transfer(make_chain: MakeChain, images: Images,
     assert {each.digest for each in transfers} == {images.big.layers[0]}
     assert chain.counters()["bucket"]["bytes"] == transfers[0].size
     assert sorted(each.cache for each in transfers) == ["JOINED"] * (CLIENTS - 1) + ["MISS"]
+
+
+def test_a_crowd_is_refused_nothing(make_chain: MakeChain) -> None:
+    """
+    Each asks for what only the first process knows, at the same moment.
+    """
+    chain = make_chain(settings=SEVERAL)
+    wait_for_workers(chain)
+    with contextlib.ExitStack() as stack:
+        clients = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", chain.daemon.port))) for _ in range(CROWD)
+        ]
+        for client in clients:
+            client.settimeout(PATIENCE)
+            client.sendall(b"GET /readyz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        statuses = {client.makefile("rb").readline().strip() for client in clients}
+    assert statuses == {b"HTTP/1.1 200 OK"}
 
 
 def test_a_worker_that_is_killed_is_replaced(make_chain: MakeChain, docker: Docker, images: Images) -> None:
