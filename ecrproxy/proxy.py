@@ -20,7 +20,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 from twisted.logger import Logger
 
@@ -30,7 +30,7 @@ from ecrproxy.cache.entries import Confirmed
 from ecrproxy.cache.ingest import Left
 from ecrproxy.cache.writer import Writer
 from ecrproxy.cached import FACTS, Cache
-from ecrproxy.flights import Flights
+from ecrproxy.flights import Flights, LateError, within
 from ecrproxy.oci import (
     BLOB_TYPE,
     MANIFEST_TYPES,
@@ -52,9 +52,14 @@ from ecrproxy.transfer.lane import drop
 from ecrproxy.transfer.passing import Passing
 from ecrproxy.transfer.unattended import Unattended
 
+if TYPE_CHECKING:
+    from twisted.internet.interfaces import IDelayedCall
+
 log = Logger()
 T = TypeVar("T")
 
+STALE_SECONDS: Final = 5.0
+"""How long ECR may take to confirm a tag whose last answer is cached. containerd gives up after 30 s."""
 _JOINED = (CacheStatus.JOINED, Reason.IN_FLIGHT)
 
 
@@ -76,10 +81,10 @@ class PullThrough:
         disk: Disk,
         now: Callable[[], float],
         *,
+        call_later: Callable[..., IDelayedCall],
         tag_ttl: float = 0,
         lanes: Lanes | None = None,
         read_ahead: bool = False,
-        call_later: Callable[..., Any] | None = None,
     ) -> None:
         self._upstream, self._cache, self._disk, self._now = upstream, cache, disk, now
         self._tag_ttl, self._lanes, self._reads_ahead = tag_ttl, lanes or Lanes(), read_ahead
@@ -375,15 +380,19 @@ class PullThrough:
             document = await self._cache.document(known.descriptor.digest)
             if document is not None:
                 return manifest_answer(CacheStatus.HIT, Reason.TAG_TTL, asked, known.descriptor, document.body)
-        try:
+        last = entry.latest(asked.accept)
+        document = await self._cache.document(last.descriptor.digest) if last is not None else None
+        if last is None or document is None:
             return await self._ask_for_tag(asked, known)
+        try:
+            return await within(STALE_SECONDS, self._ask_for_tag(asked, known), self._call_later)
+        except LateError:
+            why, reason = f"ECR has not answered for {STALE_SECONDS:g} s", Reason.UNREACHABLE
         except UnavailableError as problem:
-            last = entry.latest(asked.accept)
-            document = await self._cache.document(last.descriptor.digest) if last else None
-            if last is None or document is None:
-                raise
-            log.warn("Serving {path} as last known: {problem}", path=asked.route.path, problem=problem.message)
-            return manifest_answer(CacheStatus.STALE, problem.reason, asked, last.descriptor, document.body)
+            why, reason = problem.message, problem.reason
+        path = asked.route.path
+        log.warn("Serving {path} as last known: {why}", path=path, why=why, once=path)
+        return manifest_answer(CacheStatus.STALE, reason, asked, last.descriptor, document.body)
 
     async def _ask_for_tag(self, asked: Asked, known: Confirmed | None) -> Answer:
         """
