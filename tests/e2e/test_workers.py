@@ -142,6 +142,34 @@ def test_a_kill_ends_all(make_chain: MakeChain) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
+def test_a_kill_leaves_the_port_to_the_next_daemon(make_chain: MakeChain, images: Images) -> None:
+    """
+    Although workers go on sending to those whom they have begun to answer.
+    """
+    chain = make_chain(settings=SEVERAL)
+    assert chain.daemon.ask(blob_path(images)).status == 200
+    pids = wait_for_workers(chain)
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", chain.daemon.port))
+        client.sendall(f"GET {blob_path(images)} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        assert client.recv(1) == b"H"
+        chain.daemon.process.kill()
+        eventually(lambda: is_free(chain.daemon.port), "the port is free")
+        assert any(map(alive, pids))
+
+
+def is_free(port: int) -> bool:
+    """
+    Say whether a daemon can listen on a port.
+    """
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except OSError:
+        return False
+    return True
+
+
 class TestUnixSocket:
     """
     A UNIX socket that several processes share.
