@@ -35,7 +35,7 @@ log = Logger()
 T = TypeVar("T")
 
 HEADER_SECONDS: Final = 25.0
-"""How long an upstream may take for its answer's headers, connecting included. containerd waits 30 s for the proxy's."""
+"""How long an upstream may take for its answer's headers, connecting included. containerd waits 30 s for ours."""
 
 
 @implementer(IAgent)
