@@ -51,7 +51,7 @@ from ecrproxy.daemon.listening import Listening, admin_endpoint, endpoints
 from ecrproxy.daemon.process import most_clients, set_aside_what_stays, set_up
 from ecrproxy.daemon.renewal import Renewal
 from ecrproxy.daemon.supervision import Supervised, Supervisor, summary
-from ecrproxy.daemon.workers import HandedDown, Post, StandardInput, Workers
+from ecrproxy.daemon.workers import BACKLOG, HandedDown, Post, StandardInput, Workers
 from ecrproxy.http.access_log import AccessLog
 from ecrproxy.http.answering import Ready
 from ecrproxy.http.relay import FirstProcess, InnerRegistry, NoRoom, Relay, RelayedReady, WorkerRegistry
@@ -419,7 +419,7 @@ def _share_work(
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     path = str(Path(folder) / "first")
     inner = make_inner(reactor=reactor, crowd=Crowd(BOUNDLESS), others={USED: Used(hearers)})
-    endpoint = UNIXServerEndpoint(reactor, path, mode=0o600)
+    endpoint = UNIXServerEndpoint(reactor, path, BACKLOG, mode=0o600)
     Listening(path, endpoint, inner, gate=Gate(reactor)).setServiceParent(service)
     workers = Workers(config.worker_processes, listening, path, arguments, reactor, drain=config.drain_seconds)
     workers.setServiceParent(service)

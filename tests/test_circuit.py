@@ -100,7 +100,7 @@ class SwitchTests(SynchronousTestCase):
 
     def test_probes_that_fail_make_the_pauses_longer(self) -> None:
         """
-        Twice as long each time, up to a minute; after an answer they begin anew.
+        Twice as long each time, up to 20 s; after an answer they begin anew.
         """
         self.open()
         pauses = []
@@ -109,7 +109,7 @@ class SwitchTests(SynchronousTestCase):
             self.clock.advance(pauses[-1])
             self.assertTrue(self.circuit.enter())
             self.circuit.probe_failed(PROBLEM)
-        self.assertEqual([5, 10, 20, 40, 60, 60], pauses)
+        self.assertEqual([5, 10, 20, 20, 20, 20], pauses)
         self.clock.advance(LONGEST_PAUSE)
         self.circuit.enter()
         self.circuit.answered()
@@ -188,6 +188,17 @@ class CircuitTests(SynchronousTestCase):
         self.fail(*["bad"] * 100)
         self.assertEqual(["bad"], self.refused("bad", "good"))
         self.assertIs(CircuitState.CLOSED, self.circuit.state)
+        self.assertIsNone(self.circuit.problem())
+
+    def test_a_repository_that_fails_is_a_problem_until_ecr_answers_anything(self) -> None:
+        self.fail(*["a"] * (FAILURES - 1))
+        self.assertIsNone(self.circuit.problem())
+        self.fail("a")
+        self.assertEqual(f"a failed, nothing else was asked: {PROBLEM.message}", self.circuit.problem())
+        self.clock.advance(PAUSE)
+        self.assertIsNotNone(self.circuit.enter("a"))
+        self.assertIsNotNone(self.circuit.problem())
+        self.circuit.answered("b")
         self.assertIsNone(self.circuit.problem())
 
     def test_its_probe_is_one_of_its_own_questions(self) -> None:

@@ -223,8 +223,17 @@ class SettingsTests(SynchronousTestCase):
         """
         limits = loaded(PROXY_WORKER_PROCESSES="3", PROXY_CONNECTIONS="100", PROXY_TRANSFERS="0").limits
         self.assertEqual((34, 334, 0), (limits.connections, limits.connections_per_address, limits.transfers))
+        crowded = loaded(PROXY_WORKER_PROCESSES="3", PROXY_CONNECTIONS="0").limits
+        self.assertEqual((0, 1000), (crowded.connections, crowded.connections_per_address))
         self.assertEqual((10.0, 65.0, 300.0), (limits.header_seconds, limits.idle_seconds, limits.send_seconds))
         self.assertEqual((16384, 100), (limits.header_bytes, limits.header_count))
+
+    def test_one_address_may_have_its_whole_limit_of_any_worker(self) -> None:
+        """
+        A cluster behind NAT is refused nothing because one worker accepts most of it; and fills no worker.
+        """
+        shares = [loaded(PROXY_WORKER_PROCESSES=count).limits.connections_per_address for count in ("1", "2", "4", "8")]
+        self.assertEqual([1000, 1000, 1000, 625], shares)
 
     def test_each_variable_is_read(self) -> None:
         """

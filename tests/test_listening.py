@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from twisted.internet.address import IPv4Address
+from twisted.internet.protocol import ServerFactory
 from twisted.internet.testing import MemoryReactorClock
 from twisted.logger import LogLevel, capturedLogs
 from twisted.protocols.tls import TLSMemoryBIOFactory
@@ -17,7 +18,7 @@ from twisted.web.resource import Resource
 from ecrproxy.access.limits import Crowd, Limits
 from ecrproxy.daemon.balanced import BalancedFactory
 from ecrproxy.daemon.listening import Listening, endpoints
-from ecrproxy.daemon.workers import HandedDown
+from ecrproxy.daemon.workers import BACKLOG, HandedDown
 from ecrproxy.http.site import RegistrySite
 from ecrproxy.settings.config import Config, ConfigError
 from tests.store_contract import scratch
@@ -196,3 +197,24 @@ class FromSystemdTests(SynchronousTestCase):
         spoken = self.listened_on(PROXY_SSL_KEY=files.key, PROXY_SSL_CERTIFICATE=files.certificate)
         self.assertIsInstance(spoken, TLSMemoryBIOFactory)
         self.assertIs(self, spoken.wrappedFactory)
+
+
+class BacklogTests(SynchronousTestCase):
+    def backlogs(self, text: str) -> list[int]:
+        """
+        Listen where C{text} says, and return the backlogs of the ports.
+        """
+        reactor = MemoryReactorClock()
+        config = Config.load(
+            {}, {"PROXY_ECR_ENDPOINT": "http://ecr.test", "AWS_REGION": "eu-west-1", "PROXY_LISTEN": text}
+        )
+        for _, endpoint in endpoints(config, reactor):
+            self.successResultOf(endpoint.listen(ServerFactory()))
+        return [backlog for _, _, backlog, *_ in reactor.tcpServers] + [each[2] for each in reactor.unixServers]
+
+    def test_holds_a_crowd_wherever_clients_come_in(self) -> None:
+        texts = ("tcp:5000", "tcp6:5000", "tcp:5000:interface=127.0.0.1", "unix:/run/ecr-proxy", "haproxy:tcp:5000")
+        self.assertEqual([[BACKLOG]] * len(texts), list(map(self.backlogs, texts)))
+
+    def test_is_the_operators_where_one_is_given(self) -> None:
+        self.assertEqual([[9], [9]], list(map(self.backlogs, ("tcp:5000:backlog=9", "haproxy:unix:/run/e:backlog=9"))))

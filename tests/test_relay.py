@@ -8,13 +8,17 @@ import json
 from typing import Any
 from urllib.parse import urlsplit
 
-from twisted.internet.error import ConnectionRefusedError
+from twisted.internet.defer import Deferred, fail, succeed
+from twisted.internet.error import ConnectError, ConnectionRefusedError
+from twisted.internet.task import Clock
 from twisted.logger import LogLevel
+from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.access.crowds import SILENT_SECONDS
+from ecrproxy.access.turns import LateError
 from ecrproxy.cache.entries import entry_name
 from ecrproxy.cache.store import entry_path
-from ecrproxy.http.relay import KEY
+from ecrproxy.http.relay import AGAIN_SECONDS, CONNECT_SECONDS, CONNECTING, KEY, Queued
 from ecrproxy.http.telling import TELL_SECONDS
 from ecrproxy.identity import RegistryId
 from ecrproxy.oci import parse_route
@@ -556,6 +560,13 @@ class GoneTests(RelayTestCase):
         self.daemon.between.down = None
         self.assertWhole(self.get(self.blob), self.data, "MISS")
 
+    def test_is_told_apart_from_one_that_is_busy(self) -> None:
+        assert self.daemon.between is not None
+        self.daemon.between.down = LateError()
+        reply = self.get(self.by_tag)
+        self.assertRefused(reply, 503, "UNAVAILABLE", "too busy")
+        self.assertEqual(("1", "busy"), (reply.header("Retry-After"), reply.header("X-Cache-Reason")))
+
     def test_while_it_answers(self) -> None:
         """
         When it goes before its answer's headers, that is the same.
@@ -575,6 +586,68 @@ class GoneTests(RelayTestCase):
         self.wire()[1].abortConnection()
         self.flush()
         self.assertWhole(self.get(self.by_tag), self.image.manifest, "REVALIDATED")
+
+
+class Listener:
+    """
+    An endpoint whose listening side takes C{room} connections, and then fails as a UNIX socket does.
+    """
+
+    def __init__(self) -> None:
+        self.room, self.asked = 0, 0
+        self.problem = ConnectError(string="the queue is full")
+
+    def connect(self, factory: str) -> Deferred[str]:
+        self.asked += 1
+        if not self.room:
+            return fail(self.problem)
+        self.room -= 1
+        return succeed(factory)
+
+
+class QueuedTests(SynchronousTestCase):
+    def setUp(self) -> None:
+        self.clock, self.listener = Clock(), Listener()
+        self.queued = Queued(self.listener, self.clock)
+
+    def test_a_connection_waits_while_the_queue_is_full(self) -> None:
+        connecting = self.queued.connect("one")
+        self.clock.pump([AGAIN_SECONDS] * 3)
+        self.assertNoResult(connecting)
+        self.listener.room = 1
+        self.clock.advance(AGAIN_SECONDS)
+        self.assertEqual("one", self.successResultOf(connecting))
+
+    def test_a_crowd_is_connected_by_a_few_attempts_at_a_time(self) -> None:
+        crowd = [self.queued.connect(str(number)) for number in range(10 * CONNECTING)]
+        self.assertEqual(CONNECTING, self.listener.asked)
+        self.listener.room = 5 * CONNECTING
+        self.clock.advance(AGAIN_SECONDS)
+        self.assertEqual(5 * CONNECTING, sum(each.called for each in crowd))
+        self.listener.room = 5 * CONNECTING
+        self.clock.advance(AGAIN_SECONDS)
+        self.assertEqual(list(map(str, range(10 * CONNECTING))), list(map(self.successResultOf, crowd)))
+
+    def test_a_queue_that_stays_full_is_an_error_in_the_end(self) -> None:
+        crowd = [self.queued.connect(str(number)) for number in range(2 * CONNECTING)]
+        self.clock.pump([AGAIN_SECONDS] * int(CONNECT_SECONDS / AGAIN_SECONDS + 1))
+        for each in crowd:
+            self.failureResultOf(each, LateError)
+
+    def test_a_socket_that_nobody_listens_on_is_an_error_at_once(self) -> None:
+        self.listener.problem = ConnectionRefusedError(111)
+        self.failureResultOf(self.queued.connect("one"), ConnectionRefusedError)
+        self.assertEqual(1, self.listener.asked)
+
+    def test_a_client_that_leaves_gives_up_its_place(self) -> None:
+        crowd = [self.queued.connect(str(number)) for number in range(2 * CONNECTING)]
+        for each in crowd[:CONNECTING]:
+            each.cancel()
+        self.listener.room = CONNECTING
+        self.clock.advance(AGAIN_SECONDS)
+        self.assertEqual(CONNECTING, len([self.successResultOf(each) for each in crowd[CONNECTING:]]))
+        for each in crowd[:CONNECTING]:
+            self.failureResultOf(each)
 
 
 class UsedTests(RelayTestCase):

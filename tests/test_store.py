@@ -258,6 +258,13 @@ class StartTests(StoreTests):
         )
         self.assertEqual(len(b"onetwothree"), again.ledger.total)
 
+    def test_files_from_before_1970_are_counted_as_the_oldest(self) -> None:
+        old, new = put(self.store, b"x"), put(self.store, b"yz")
+        os.utime(self.path_of(old), (-5, -5))
+        again = self.reopened(self.store.root)
+        self.assertEqual([1, 2], [size for _, size, _ in again.ledger.oldest()])
+        self.assertEqual((b"x", b"yz"), (read(again, old), read(again, new)))
+
     def test_files_from_the_future_are_counted(self) -> None:
         """
         A clock that was wrong once neither hides content nor drops it.

@@ -419,10 +419,17 @@ class HandedDownTests(SynchronousTestCase):
         for number, family in enumerate(families):
             with socket.socket(family) as made:
                 os.dup2(made.fileno(), HANDED + number)
-            self.addCleanup(os.close, HANDED + number)
+            self.addCleanup(self.close, HANDED + number)
         self.reactor = AdoptingReactor()
         self.addCleanup(self.reactor.close)
         return HandedDown(self.reactor, len(families))
+
+    def close(self, fd: int) -> None:
+        """
+        Close what no endpoint has taken.
+        """
+        with contextlib.suppress(OSError):
+            os.close(fd)
 
     def open_files(self) -> int:
         """
@@ -447,7 +454,14 @@ class HandedDownTests(SynchronousTestCase):
         families = (socket.AF_INET6, socket.AF_INET, socket.AF_INET)
         expected = [(HANDED + at, families[at], factories[at]) for at in range(3)]
         self.assertEqual(expected, self.reactor.adopted)
-        self.assertEqual(before, self.open_files())
+        self.assertEqual(before - len(families), self.open_files(), "an adopted port has a descriptor of its own")
+
+    def test_are_closed_once_their_ports_have_descriptors_of_their_own(self) -> None:
+        """
+        A worker whose first process is gone, and which still sends, keeps nobody from listening there.
+        """
+        self.hand_down(socket.AF_INET).listenTCP(5000, ServerFactory())
+        self.assertRaises(OSError, os.fstat, HANDED)
 
     def test_end_when_the_first_process_shuts_them_down(self) -> None:
         """

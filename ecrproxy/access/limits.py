@@ -44,10 +44,17 @@ class Limits:
 
     def share(self, processes: int) -> Limits:
         """
-        Give what one of several processes may give away.
+        Return the limits of one of several processes.
+
+        The kernel does not deal connections out evenly, so an address, which may be that of a whole cluster behind NAT,
+        is not held to an even part of its limit. It may have half of the process's connections; the rest is for others.
         """
-        names = ("connections", "connections_per_address", "transfers")
-        return replace(self, **{name: -(-getattr(self, name) // processes) for name in names})
+        connections, address, transfers = (
+            -(-limit // processes) for limit in (self.connections, self.connections_per_address, self.transfers)
+        )
+        half = connections // 2 or self.connections_per_address
+        address = min(self.connections_per_address, max(address, half))
+        return replace(self, connections=connections, connections_per_address=address, transfers=transfers)
 
 
 BOUNDLESS = Limits(

@@ -40,6 +40,9 @@ from ecrproxy.identity import RegistryId
 from ecrproxy.oci import Digest, Route
 
 log = Logger()
+
+LATEST: Final = 2**64 - 1
+"""The latest use that is counted, in nanoseconds; a restored or foreign file may have any time, also before 1970."""
 T = TypeVar("T")
 
 _PROBE: Final = b"ok" + bytes(2**16)
@@ -198,7 +201,7 @@ class Store:
                 if short is None and is_own(path):
                     others.append((used, path, size))
                 elif short is not None:
-                    uses.append((used, len(sizes)))
+                    uses.append((min(max(0, used), LATEST), len(sizes)))
                     names += short
                     sizes.append(size)
                     total += size

@@ -38,6 +38,7 @@ _NAMED_FILE: Final = re.compile(r":(?:privateKey|certKey|extraCertChain)=((?:\\.
 
 BEHIND_BALANCER: Final = "haproxy:"
 """How an endpoint string begins whose connections bring a PROXY header."""
+_BACKLOG: Final = re.compile(r"(?<!\\):backlog=")
 
 
 class Listening(StreamServerEndpointService):
@@ -261,7 +262,7 @@ def _from_string(text: str, reactor: Any, variable: str) -> Any:  # noqa: ANN401
         inner = _from_string(text.removeprefix(BEHIND_BALANCER), reactor, variable)
         return BalancedEndpoint(inner, reactor, min(WAITING, max(1, most_clients() // 4)))
     try:
-        endpoint: Any = serverFromString(reactor, text)
+        endpoint: Any = serverFromString(reactor, _queued(text))
         if isinstance(endpoint, SSL4ServerEndpoint):
             endpoint._sslContextFactory.getContext()  # noqa: SLF001 (a pair that can't be used shows only here)
     except Exception as problem:
@@ -269,6 +270,14 @@ def _from_string(text: str, reactor: Any, variable: str) -> Any:  # noqa: ANN401
         example = ADMIN_LISTEN if variable == "PROXY_ADMIN_LISTEN" else "tcp:5000"
         raise ConfigError(f"{variable}={text!r}: {why}; give an endpoint string such as {example}") from problem
     return endpoint
+
+
+def _queued(text: str) -> str:
+    """
+    Give an endpoint string that says nothing of its backlog the daemon's own: Twisted's holds 50 connections.
+    """
+    described = text.startswith(("tcp:", "tcp6:", "ssl:", "unix:")) and not _BACKLOG.search(text)
+    return f"{text}:backlog={BACKLOG}" if described else text
 
 
 @contextlib.contextmanager

@@ -37,8 +37,8 @@ log = Logger()
 VARIABLE: Final = "ECRPROXY_WORKER"
 FIRST_FD: Final = 3
 """Where the listening sockets begin in a worker."""
-BACKLOG: Final = 1024
-"""Connections that the kernel may keep waiting for a listening socket."""
+BACKLOG: Final = 4096
+"""Connections that the kernel may keep waiting for a listening socket; it takes no more than net.core.somaxconn."""
 RESTART_SECONDS: Final = 1.0
 END_SECONDS: Final = 3.0
 """How long a worker may take to end once its clients had their time."""
@@ -207,12 +207,16 @@ class HandedDown:
         return succeed(self._adopt(factory))
 
     def _adopt(self, factory: Any) -> Any:  # noqa: ANN401
-        fd = self._left.pop(0)
-        with socket.socket(fileno=os.dup(fd)) as handed:
-            family = handed.family
-        if family == socket.AF_UNIX:
-            return self._adopt_path(fd, factory)
-        return _until_shut_down(self._reactor.adoptStreamPort(fd, family, factory))
+        """
+        Take the next socket.
+
+        The port duplicates the descriptor, and the inherited one is closed: left open, it would keep the address taken,
+        and clients waiting there, after a worker whose first process is gone has stopped listening.
+        """
+        with socket.socket(fileno=self._left.pop(0)) as handed:
+            if handed.family == socket.AF_UNIX:
+                return self._adopt_path(handed.fileno(), factory)
+            return _until_shut_down(self._reactor.adoptStreamPort(handed.fileno(), handed.family, factory))
 
     def _adopt_path(self, fd: int, factory: Any) -> Any:  # noqa: ANN401
         """

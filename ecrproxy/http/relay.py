@@ -20,8 +20,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 from twisted.internet.defer import Deferred
 from twisted.internet.endpoints import UNIXClientEndpoint
-from twisted.internet.interfaces import IPushProducer
+from twisted.internet.error import ConnectError
+from twisted.internet.interfaces import IPushProducer, IStreamClientEndpoint
 from twisted.internet.protocol import Protocol, connectionDone
+from twisted.internet.task import deferLater
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 from twisted.web.client import URI, Agent, ResponseDone
@@ -30,6 +32,7 @@ from twisted.web.iweb import UNKNOWN_LENGTH, IAgentEndpointFactory, IResponse
 from zope.interface import implementer
 
 from ecrproxy.access.namespaces import Namespaces
+from ecrproxy.access.turns import LateError, Turns
 from ecrproxy.answers import Asked
 from ecrproxy.cache.cache_key import CacheKey
 from ecrproxy.cached import Cache
@@ -44,7 +47,7 @@ from ecrproxy.request_id import REQUEST_ID
 from ecrproxy.threads import InThread
 
 if TYPE_CHECKING:
-    pass
+    from twisted.internet.interfaces import IReactorTime
 
 log = Logger()
 
@@ -53,10 +56,58 @@ FIRST: Final = b"http://first"
 KEY: Final = "X-Ecrproxy-Key"
 """Tells the first process the cache key, as JSON: only the worker knows the client that it may depend on."""
 
+CONNECTING: Final = 32
+"""Connections to the first process that are attempted at the same time."""
+CONNECT_SECONDS: Final = 10.0
+"""Seconds that a connection may wait for a place in the first process's queue, and before that for its turn."""
+AGAIN_SECONDS: Final = 0.02
+"""Seconds between two attempts while that queue is full."""
+
 _HOP_BY_HOP: Final = frozenset(
     {b"connection", b"transfer-encoding", b"content-length", b"server", b"date", b"keep-alive"}
 )
 _RANGE = re.compile(r"bytes=[0-9 \t,-]+")
+
+
+@implementer(IStreamClientEndpoint)
+class Queued:
+    """
+    An endpoint for a UNIX socket, whose connections wait while the queue of the listening side is full.
+
+    TCP retries by itself. A UNIX socket fails at once (EAGAIN), and a crowd of clients would be refused for it.
+
+    @param endpoint: connects once.
+    """
+
+    def __init__(self, endpoint: Any, clock: IReactorTime) -> None:  # noqa: ANN401
+        self._endpoint, self._clock = endpoint, clock
+        self._turns = Turns(CONNECTING, CONNECT_SECONDS, clock)
+
+    def connect(self, protocolFactory: Any) -> Deferred[Any]:  # noqa: ANN401
+        """
+        Connect, in the order of calls.
+        """
+        return Deferred.fromCoroutine(self._connect(protocolFactory))
+
+    async def _connect(self, factory: Any) -> Any:  # noqa: ANN401
+        async with self._turns.turn():
+            deadline = self._clock.seconds() + CONNECT_SECONDS
+            while True:
+                try:
+                    return await self._endpoint.connect(factory)
+                except ConnectError as problem:
+                    if not _is_full(problem):
+                        raise
+                    if self._clock.seconds() >= deadline:
+                        raise LateError from problem
+                await deferLater(self._clock, AGAIN_SECONDS)
+
+
+def _is_full(problem: ConnectError) -> bool:
+    """
+    Return True if the queue of a UNIX socket was full: Twisted reports no error number then, and one for all others.
+    """
+    return type(problem) is ConnectError and problem.osError is None
 
 
 @implementer(IAgentEndpointFactory)
@@ -66,9 +117,9 @@ class FirstProcess:
     """
 
     def __init__(self, reactor: Any, path: str) -> None:  # noqa: ANN401
-        self._endpoint = UNIXClientEndpoint(reactor, path)
+        self._endpoint = Queued(UNIXClientEndpoint(reactor, path), reactor)
 
-    def endpointForURI(self, uri: URI) -> UNIXClientEndpoint:  # noqa: ARG002
+    def endpointForURI(self, uri: URI) -> Queued:  # noqa: ARG002
         """
         Give the one endpoint.
         """
@@ -114,6 +165,9 @@ class Relay:
         request.upstream.start()
         try:
             response = await self._agent.request(request.method, FIRST + target.encode("ascii"), sent)
+        except LateError as problem:
+            said = "the proxy is too busy; ask once more"
+            raise UnavailableError(503, "UNAVAILABLE", said, {"Retry-After": "1"}, Reason.BUSY) from problem
         except Exception as problem:
             said = "the proxy is starting again; ask once more"
             raise UnavailableError(503, "UNAVAILABLE", said, {"Retry-After": "1"}, Reason.STARTING) from problem

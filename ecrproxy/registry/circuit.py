@@ -34,7 +34,8 @@ FAILURES: Final = 5
 REPOSITORIES: Final = 3
 """Repositories that fail, with no answer to any between, before ECR is left alone."""
 PAUSE: Final = 5.0
-LONGEST_PAUSE: Final = 60.0
+LONGEST_PAUSE: Final = 20.0
+"""Seconds that clients may be refused after ECR is well again; one probe in that time spares ECR enough."""
 KEPT: Final = 1000
 """Maximum number of failing repositories that are remembered."""
 
@@ -193,9 +194,14 @@ class Circuit:
 
     def problem(self) -> str | None:
         """
-        Say why ECR is left alone, if it is.
+        Say why ECR is left alone, if it is, or all of it that was asked for since its last answer.
         """
-        return None if self.state is CircuitState.CLOSED else self.whole.problem
+        if self.state is not CircuitState.CLOSED:
+            return self.whole.problem
+        alone = [name for name in sorted(self._failing) if name in self._parts and self._parts[name].problem]
+        return (
+            f"{' and '.join(alone)} failed, nothing else was asked: {self._parts[alone[0]].problem}" if alone else None
+        )
 
     def check(self, repository: str) -> None:
         """

@@ -4,6 +4,7 @@ A daemon of several processes: what clients notice of it, and what is left of it
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -23,6 +24,7 @@ from .test_pull import reference
 from .test_together import blob_path, download_together
 
 CLIENTS = 20
+CROWD = 300
 SEVERAL = {"PROXY_WORKER_PROCESSES": "2"}
 
 
@@ -86,6 +88,23 @@ def test_twenty_clients_cost_one_transfer(make_chain: MakeChain, images: Images,
     assert sorted(each.cache for each in transfers) == ["JOINED"] * (CLIENTS - 1) + ["MISS"]
 
 
+def test_a_crowd_is_refused_nothing(make_chain: MakeChain) -> None:
+    """
+    Each asks for what only the first process knows, at the same moment.
+    """
+    chain = make_chain(settings=SEVERAL)
+    wait_for_workers(chain)
+    with contextlib.ExitStack() as stack:
+        clients = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", chain.daemon.port))) for _ in range(CROWD)
+        ]
+        for client in clients:
+            client.settimeout(PATIENCE)
+            client.sendall(b"GET /readyz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        statuses = {client.makefile("rb").readline().strip() for client in clients}
+    assert statuses == {b"HTTP/1.1 200 OK"}
+
+
 def test_a_worker_that_is_killed_is_replaced(make_chain: MakeChain, docker: Docker, images: Images) -> None:
     """
     Another takes its place, and pulls go on.
@@ -121,6 +140,34 @@ def test_a_kill_ends_all(make_chain: MakeChain) -> None:
     finally:
         for pid in filter(alive, pids):
             os.kill(pid, signal.SIGKILL)
+
+
+def test_a_kill_leaves_the_port_to_the_next_daemon(make_chain: MakeChain, images: Images) -> None:
+    """
+    Although workers go on sending to those whom they have begun to answer.
+    """
+    chain = make_chain(settings=SEVERAL)
+    assert chain.daemon.ask(blob_path(images)).status == 200
+    pids = wait_for_workers(chain)
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", chain.daemon.port))
+        client.sendall(f"GET {blob_path(images)} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        assert client.recv(1) == b"H"
+        chain.daemon.process.kill()
+        eventually(lambda: is_free(chain.daemon.port), "the port is free")
+        assert any(map(alive, pids))
+
+
+def is_free(port: int) -> bool:
+    """
+    Say whether a daemon can listen on a port.
+    """
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except OSError:
+        return False
+    return True
 
 
 class TestUnixSocket:
