@@ -95,6 +95,7 @@ class Answering(Resource):
 
 
 def _refuse(request: Request, problem: RegistryError) -> None:
+    request.setHeader("Cache-Control", "no-cache")
     for name, value in problem.headers.items():
         request.setHeader(name, value)
     request.setHeader("X-Cache-Reason", problem.reason)
@@ -166,6 +167,9 @@ def begin(request: Request, status: int) -> None:
     Set the status, and the headers that go with it on every answer.
     """
     request.setResponseCode(status)
+    if not request.responseHeaders.hasHeader("Cache-Control"):
+        # Without it, caches choose how long to keep an answer, a 404 as well: RFC 9111, 4.2.2.
+        request.setHeader("Cache-Control", "no-cache")
     if status in _DECORATED:
         request.setHeader("Access-Control-Allow-Origin", "*")
         if request.isSecure():
