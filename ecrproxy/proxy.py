@@ -28,6 +28,7 @@ from ecrproxy.answers import ANY, Answer, Asked, CacheStatus, manifest_answer
 from ecrproxy.byte_ranges import Ranges, Span
 from ecrproxy.cache.entries import Confirmed
 from ecrproxy.cache.ingest import Left
+from ecrproxy.cache.memory import Memory
 from ecrproxy.cache.writer import Writer
 from ecrproxy.cached import FACTS, Cache
 from ecrproxy.flights import Flights
@@ -44,7 +45,7 @@ from ecrproxy.oci import (
 )
 from ecrproxy.reasons import Reason
 from ecrproxy.registry.bucket import UnavailableError
-from ecrproxy.registry.upstream import Page, Upstream
+from ecrproxy.registry.upstream import Page, Upstream, upstream_query
 from ecrproxy.threads import Disk, on_its_own
 from ecrproxy.transfer.download import Download
 from ecrproxy.transfer.inflow import SMALLEST_PART, Blob, Lanes
@@ -55,6 +56,9 @@ from ecrproxy.transfer.unattended import Unattended
 log = Logger()
 T = TypeVar("T")
 
+_PAGES_BYTES = 8 * 2**20
+_PAGE_BYTES = 2**20
+"""Bytes of memory for pages of tags and referrers, which are served while ECR can't be asked; and for one of them."""
 _JOINED = (CacheStatus.JOINED, Reason.IN_FLIGHT)
 
 
@@ -93,14 +97,31 @@ class PullThrough:
         self._sizes: Flights[int] = Flights()
         self._manifests: Flights[_Said[tuple[Descriptor, Document]]] = Flights()
         self._questions = count(1)
+        self._pages: Flights[Page] = Flights(abandons=True)
+        self._last_pages: Memory[str, Page] = Memory(_PAGES_BYTES)
 
-    async def page(self, route: Route) -> Page:
+    async def page(self, route: Route) -> tuple[CacheStatus, Reason, Page]:
         """
-        Pass a page of tags or referrers through.
+        Ask for a page of tags or referrers, once for all who want it at the same time.
 
+        @return: how the page was had, why, and the page: the last one known if ECR can't be asked.
         @raise RegistryError: as ECR gave it.
         """
-        return await self._upstream.page(route)
+        key = f"{route.path}?{upstream_query(route)}"
+        try:
+            page = await self._pages.join(key, lambda: self._upstream.page(route))
+        except UnavailableError as problem:
+            last = self._last_pages.get(key)
+            if last is None:
+                raise
+            log.warn("Serving {path} as last known: {problem}", path=route.path, problem=problem.message)
+            return CacheStatus.STALE, problem.reason, last
+        except RegistryError:
+            self._last_pages.drop(key)
+            raise
+        if len(page.body) <= _PAGE_BYTES:
+            self._last_pages.put(key, page, len(page.body) + 2 * len(key) + 500)
+        return CacheStatus.BYPASS, Reason.LIST, page
 
     def transfers(self) -> list[Download]:
         """

@@ -206,7 +206,7 @@ class Registry(Door):
         hit = False
         try:
             if route.kind in (Kind.TAGS, Kind.REFERRERS):
-                self._send_page(request, route, await self._pull_through.page(route))
+                self._send_page(request, route, *await self._pull_through.page(route))
                 return
             asked = self.asked(request, route)
             if route.kind is Kind.MANIFEST:
@@ -218,14 +218,16 @@ class Registry(Door):
             request.upstream.stop(counted=not hit)
         await self.answer(request, route, answer)
 
-    def _send_page(self, request: RegistryRequest, route: Route, page: Page) -> None:
+    def _send_page(
+        self, request: RegistryRequest, route: Route, status: CacheStatus, reason: Reason, page: Page
+    ) -> None:
         if page.next is not None:
             # Relative: it leads to the address that the client used, whatever stands between.
             request.setHeader("Link", f'<{route.path}?{to_query(passed_on(page.next))}>; rel="next"')
         if page.filters is not None:
             request.setHeader("OCI-Filters-Applied", page.filters)
-        request.setHeader("X-Cache-Status", CacheStatus.BYPASS)
-        request.setHeader("X-Cache-Reason", Reason.LIST)
+        request.setHeader("X-Cache-Status", status)
+        request.setHeader("X-Cache-Reason", reason)
         send_small(request, OK, page.content_type, page.body)
 
 
