@@ -5,14 +5,44 @@ At most one fetch in the air for a key.
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Hashable
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+if TYPE_CHECKING:
+    from twisted.internet.interfaces import IDelayedCall
+
 log = Logger()
 T = TypeVar("T")
+
+
+class LateError(Exception):
+    """
+    What was waited for takes too long; it goes on.
+    """
+
+
+def within(seconds: float, work: Coroutine[Any, Any, T], call_later: Callable[..., IDelayedCall]) -> Deferred[T]:
+    """
+    Wait for C{work} for so many seconds. It goes on whether or not somebody still waits.
+
+    @return: fires with the result, or fails with L{LateError}. Cancelling it ends the waiting alone.
+    """
+
+    def end(outcome: T | Failure) -> None:
+        if limit.active():
+            limit.cancel()
+        if not waiting.called:
+            waiting.callback(outcome)
+        elif isinstance(outcome, Failure):
+            log.debug("Failed when nobody waited any longer: {problem}", problem=outcome.value)
+
+    waiting: Deferred[T] = Deferred()
+    limit = call_later(seconds, lambda: None if waiting.called else waiting.errback(LateError()))
+    Deferred.fromCoroutine(work).addBoth(end)
+    return waiting
 
 
 class Flights(Generic[T]):

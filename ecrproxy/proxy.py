@@ -20,7 +20,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 from twisted.logger import Logger
 
@@ -31,7 +31,7 @@ from ecrproxy.cache.ingest import Left
 from ecrproxy.cache.memory import Memory
 from ecrproxy.cache.writer import Writer
 from ecrproxy.cached import FACTS, Cache
-from ecrproxy.flights import Flights
+from ecrproxy.flights import Flights, LateError, within
 from ecrproxy.oci import (
     BLOB_TYPE,
     MANIFEST_TYPES,
@@ -53,12 +53,17 @@ from ecrproxy.transfer.lane import drop
 from ecrproxy.transfer.passing import Passing
 from ecrproxy.transfer.unattended import Unattended
 
+if TYPE_CHECKING:
+    from twisted.internet.interfaces import IDelayedCall
+
 log = Logger()
 T = TypeVar("T")
 
 _PAGES_BYTES = 8 * 2**20
 _PAGE_BYTES = 2**20
 """Bytes of memory for pages of tags and referrers, which are served while ECR can't be asked; and for one of them."""
+STALE_SECONDS: Final = 5.0
+"""How long ECR may take to confirm a tag or a list whose last answer is cached. containerd gives up after 30 s."""
 _JOINED = (CacheStatus.JOINED, Reason.IN_FLIGHT)
 
 
@@ -80,10 +85,10 @@ class PullThrough:
         disk: Disk,
         now: Callable[[], float],
         *,
+        call_later: Callable[..., IDelayedCall],
         tag_ttl: float = 0,
         lanes: Lanes | None = None,
         read_ahead: bool = False,
-        call_later: Callable[..., Any] | None = None,
     ) -> None:
         self._upstream, self._cache, self._disk, self._now = upstream, cache, disk, now
         self._tag_ttl, self._lanes, self._reads_ahead = tag_ttl, lanes or Lanes(), read_ahead
@@ -108,20 +113,26 @@ class PullThrough:
         @raise RegistryError: as ECR gave it.
         """
         key = f"{route.path}?{upstream_query(route)}"
+        last = self._last_pages.get(key)
+        if last is None:
+            return CacheStatus.BYPASS, Reason.LIST, await self._ask_for_page(key, route)
+        try:
+            page = await within(STALE_SECONDS, self._ask_for_page(key, route), self._call_later)
+        except (LateError, UnavailableError) as problem:
+            return CacheStatus.STALE, _why_stale(route, problem), last
+        return CacheStatus.BYPASS, Reason.LIST, page
+
+    async def _ask_for_page(self, key: str, route: Route) -> Page:
         try:
             page = await self._pages.join(key, lambda: self._upstream.page(route))
-        except UnavailableError as problem:
-            last = self._last_pages.get(key)
-            if last is None:
-                raise
-            log.warn("Serving {path} as last known: {problem}", path=route.path, problem=problem.message)
-            return CacheStatus.STALE, problem.reason, last
+        except UnavailableError:
+            raise
         except RegistryError:
             self._last_pages.drop(key)
             raise
         if len(page.body) <= _PAGE_BYTES:
             self._last_pages.put(key, page, len(page.body) + 2 * len(key) + 500)
-        return CacheStatus.BYPASS, Reason.LIST, page
+        return page
 
     def transfers(self) -> list[Download]:
         """
@@ -396,15 +407,15 @@ class PullThrough:
             document = await self._cache.document(known.descriptor.digest)
             if document is not None:
                 return manifest_answer(CacheStatus.HIT, Reason.TAG_TTL, asked, known.descriptor, document.body)
-        try:
+        last = entry.latest(asked.accept)
+        document = await self._cache.document(last.descriptor.digest) if last is not None else None
+        if last is None or document is None:
             return await self._ask_for_tag(asked, known)
-        except UnavailableError as problem:
-            last = entry.latest(asked.accept)
-            document = await self._cache.document(last.descriptor.digest) if last else None
-            if last is None or document is None:
-                raise
-            log.warn("Serving {path} as last known: {problem}", path=asked.route.path, problem=problem.message)
-            return manifest_answer(CacheStatus.STALE, problem.reason, asked, last.descriptor, document.body)
+        try:
+            return await within(STALE_SECONDS, self._ask_for_tag(asked, known), self._call_later)
+        except (LateError, UnavailableError) as problem:
+            reason = _why_stale(asked.route, problem)
+        return manifest_answer(CacheStatus.STALE, reason, asked, last.descriptor, document.body)
 
     async def _ask_for_tag(self, asked: Asked, known: Confirmed | None) -> Answer:
         """
@@ -552,6 +563,18 @@ def _first_span(left: Left | None, parts: Sequence[Span], part: int | None) -> t
     start, last = gaps[0]
     stops = [stop for stop in (last, None if part is None else start + part) if stop is not None]
     return start, min(stops, default=None)
+
+
+def _why_stale(route: Route, problem: LateError | UnavailableError) -> Reason:
+    """
+    Log and return why the last answer is served.
+    """
+    if isinstance(problem, LateError):
+        why, reason = f"ECR has not answered for {STALE_SECONDS:g} s", Reason.UNREACHABLE
+    else:
+        why, reason = problem.message, problem.reason
+    log.warn("Serving {path} as last known: {why}", path=route.path, why=why, once=route.path)
+    return reason
 
 
 def _missing(known: Confirmed | None, found: Descriptor) -> Reason:

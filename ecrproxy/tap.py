@@ -84,11 +84,13 @@ from ecrproxy.transfer.inflow import Lanes
 log = Logger()
 T = TypeVar("T")
 
-READING: Final = 8, 10.0
-WRITING: Final = 8, 15.0
+READING: Final = 8, 5.0
+WRITING: Final = 8, 8.0
 COMMITTING: Final = 4, 60.0
 HASHING: Final = VERIFICATIONS, 30.0
-"""Threads for the disk, by the kind of work; and for how many seconds a call is waited for: the disk may hang."""
+"""Threads for the disk, by the kind of work; and for how many seconds a call is waited for: the disk may hang.
+
+A pull that meets a disk which hangs reads, and then writes: its client waits 30 s at the most."""
 DIGESTING: Final = 4
 LAST_LINES_SECONDS: Final = 2.0
 """How long the end waits for the last lines of the log to be written."""

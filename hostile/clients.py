@@ -22,9 +22,9 @@ BYTES: Final = ("one connection", "memory")
 HERD: Final = 200
 NAME, PASSWORD = "ann", "correct horse"
 LOGIN: Final = "Authorization: Basic " + base64.b64encode(f"{NAME}:{PASSWORD}".encode()).decode()
-GROWTH: Final = 48 * 2**20
+GROWTH: Final = 32 * 2**20
 """The most bytes that one misbehaving connection may cost."""
-PIPELINED: Final = 8000
+PIPELINED: Final = 12_000
 SENT: Final = 64 * 2**20
 
 FORMS: Final = (

@@ -22,7 +22,7 @@ from tests.registry_server import LOCAL, QuietSite, listen, noise
 
 LIMIT: Final = 256 * 2**20
 SMALL_BYTES: Final = 60_000
-LARGE_BYTES: Final = 32 * 2**20
+LARGE_BYTES: Final = 16 * 2**20
 DISK: Final = Path(__file__).parent / "disk"
 
 

@@ -337,7 +337,7 @@ class FailingRegistryTests(FailingTestCase):
         """
         self.standin.hang("registry")
         self.blobs(REPOSITORIES)
-        self.pass_time(31)
+        self.pass_time(26)
         self.assertIs(CircuitState.OPEN, self.daemon.circuit.state)
         self.start()
         self.daemon.back.down = ConnectionRefusedError()

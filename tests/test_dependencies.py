@@ -144,6 +144,6 @@ class RegistryTests(DependencyTestCase):
                 for _, server in self.daemon.back.ends[-1:]:
                     server.write(bytes([letter]))
                 self.pass_time(1)
-            self.assertRefused(reply, 504, "UNAVAILABLE", "has not answered for 30 s")
+            self.assertRefused(reply, 504, "UNAVAILABLE", "has not answered for 25 s")
             fault.remove()
             self.assertNothingHeld(service)

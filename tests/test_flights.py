@@ -5,9 +5,10 @@ One fetch in the air for a key, whoever asks meanwhile.
 from __future__ import annotations
 
 from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.flights import Flights
+from ecrproxy.flights import Flights, LateError, within
 
 
 class FlightsTests(SynchronousTestCase):
@@ -112,3 +113,48 @@ class FlightsTests(SynchronousTestCase):
         third = self.flights.join("x", self.fetch)
         self.landing[1].callback("blob")
         self.assertEqual("blob", self.successResultOf(third))
+
+
+class WithinTests(SynchronousTestCase):
+    def setUp(self) -> None:
+        self.clock, self.coming, self.done = Clock(), Deferred[str](), list[str]()
+
+    async def work(self) -> str:
+        self.done.append(await self.coming)
+        return "done"
+
+    def wait(self) -> Deferred[str]:
+        return within(5, self.work(), self.clock.callLater)
+
+    def test_gives_what_comes_in_time(self) -> None:
+        waiting = self.wait()
+        self.clock.advance(4.9)
+        self.coming.callback("x")
+        self.assertEqual("done", self.successResultOf(waiting))
+        self.assertEqual([], self.clock.getDelayedCalls())
+
+    def test_passes_on_what_fails_in_time(self) -> None:
+        waiting = self.wait()
+        self.coming.errback(ZeroDivisionError())
+        self.failureResultOf(waiting, ZeroDivisionError)
+
+    def test_what_is_late_goes_on(self) -> None:
+        waiting = self.wait()
+        self.clock.advance(5)
+        self.failureResultOf(waiting, LateError)
+        self.coming.callback("x")
+        self.assertEqual(["x"], self.done)
+
+    def test_what_fails_late_is_no_error_of_anybody(self) -> None:
+        waiting = self.wait()
+        self.clock.advance(5)
+        self.failureResultOf(waiting, LateError)
+        self.coming.errback(ZeroDivisionError())
+        self.assertEqual([], self.flushLoggedErrors())
+
+    def test_who_leaves_leaves_the_work(self) -> None:
+        waiting = self.wait()
+        waiting.cancel()
+        self.failureResultOf(waiting, CancelledError)
+        self.coming.callback("x")
+        self.assertEqual(["x"], self.done)

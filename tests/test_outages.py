@@ -17,6 +17,7 @@ from twisted.web.client import URI
 from twisted.web.iweb import IAgent, IResponse
 from zope.interface import implementer
 
+from ecrproxy.proxy import STALE_SECONDS
 from ecrproxy.registry.circuit import PAUSE
 from ecrproxy.registry.ecr import FETCH_SECONDS, PATIENCE, Token, TokenUnavailableError
 from ecrproxy.registry.resolver import ChosenServers
@@ -293,6 +294,13 @@ class ListTests(DependencyTestCase):
         outage.remove()
         self.pass_time(PAUSE)
         self.assertWhole(self.get(self.tags), before[self.tags], "BYPASS")
+
+    def test_are_served_as_last_known_when_ecr_takes_too_long(self) -> None:
+        body = bytes(self.get(self.tags).body)
+        self.standin.hang("registry")
+        reply = self.daemon.ask("GET", self.tags)
+        self.pass_time(STALE_SECONDS)
+        self.assertWhole(reply, body, "STALE")
 
     def test_that_ecr_refuses_are_not_served_later(self) -> None:
         self.assertEqual(200, self.get(self.tags).code)

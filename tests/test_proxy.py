@@ -1691,16 +1691,25 @@ class StaleTests(DaemonTestCase):
         reply = self.head(self.path)
         self.assertEqual((200, "STALE", b""), (reply.code, reply.cache, bytes(reply.body)))
 
-    def test_when_there_is_no_answer(self) -> None:
-        """
-        ECR silent: after 30 seconds the last answer is served.
-        """
+    def test_when_there_is_no_answer_for_five_seconds(self) -> None:
         self.standin.hang("registry")
         reply = self.daemon.send("GET", self.path)
-        self.pass_time(29)
+        self.pass_time(4)
         self.assertEqual(0, reply.code)
         self.pass_time(2)
         self.assertWhole(reply, self.image.manifest, "STALE")
+        self.assertEqual("unreachable", reply.header("X-Cache-Reason"))
+
+    def test_an_answer_that_comes_late_counts_for_the_next_request(self) -> None:
+        moved = self.standin.push_image("team/app", "latest", layers=(b"another",))
+        self.standin.quirks.latency = 8
+        reply = self.daemon.send("GET", self.path)
+        self.pass_time(6)
+        self.assertWhole(reply, self.image.manifest, "STALE")
+        self.pass_time(20)
+        self.standin.quirks.latency = 0
+        self.standin.refuse("registry")
+        self.assertWhole(self.get(self.path), moved.manifest, "STALE")
 
     def test_when_ecr_fails_or_throttles(self) -> None:
         """

@@ -599,11 +599,11 @@ class ManifestTests(UpstreamTestCase):
 
     def test_that_does_not_end(self) -> None:
         """
-        A manifest whose last byte does not come within 30 seconds is 504.
+        A manifest whose last byte does not come within 25 seconds is 504.
         """
         asking = Deferred.fromCoroutine(self.daemon.upstream.manifest(self.tag, ""))
         self.answer_with(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nabc", close=False)
-        self.pass_time(29)
+        self.pass_time(24)
         self.assertNoResult(asking)
         self.pass_time(2)
         self.assertEqual(504, self.failureResultOf(asking, UnavailableError).value.status)

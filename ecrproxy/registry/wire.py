@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 log = Logger()
 T = TypeVar("T")
 
-HEADER_SECONDS: Final = 30.0
-"""How long an upstream may take for its answer's headers, connecting included."""
+HEADER_SECONDS: Final = 25.0
+"""How long an upstream may take for its answer's headers, connecting included. containerd waits 30 s for ours."""
 
 
 @implementer(IAgent)
