@@ -59,6 +59,10 @@ if TYPE_CHECKING:
 log = Logger()
 T = TypeVar("T")
 
+NAMED_SECONDS: Final = 60
+"""How long a digest that ECR named for a tag, and then does not find, is asked for by that tag."""
+_NAMED_BYTES = 2**20
+"""Bytes of memory for such digests."""
 _PAGES_BYTES = 8 * 2**20
 _PAGE_BYTES = 2**20
 """Bytes of memory for pages of tags and referrers, which are served while ECR can't be asked; and for one of them."""
@@ -102,6 +106,7 @@ class PullThrough:
         self._sizes: Flights[int] = Flights()
         self._manifests: Flights[_Said[tuple[Descriptor, Document]]] = Flights()
         self._questions = count(1)
+        self._named: Memory[tuple[str, Digest], _Named] = Memory(_NAMED_BYTES)
         self._pages: Flights[Page] = Flights(abandons=True)
         self._last_pages: Memory[str, Page] = Memory(_PAGES_BYTES)
 
@@ -396,9 +401,25 @@ class PullThrough:
         key = (asked.route, ANY)
         why = (CacheStatus.MISS, missing) if key not in self._manifests else _JOINED
         said = await self._manifests.join(key, lambda: self._numbered(self._fetch(asked.route, ANY)))
+        if isinstance(said.answer, RegistryError):
+            said = await self._fetch_as_named(asked) or said
         descriptor, document = _answered(said)
         self._cache.remember(asked, descriptor)
         return manifest_answer(*why, asked, descriptor, document.body)
+
+    async def _fetch_as_named(self, asked: Asked) -> _Said[tuple[Descriptor, Document]] | None:
+        """
+        Fetch a manifest that ECR does not find by its digest by the tag that led to it a moment ago, if one did.
+
+        So it is for some seconds after a push, and for good with what ECR converts for a client.
+        """
+        named = self._named.get((asked.route.repository, asked.digest))
+        if named is None or not 0 <= self._now() - named.when < NAMED_SECONDS:
+            return None
+        route, accept = named.route, named.accept
+        said = await self._manifests.join((route, accept), lambda: self._numbered(self._fetch(route, accept)))
+        same = not isinstance(said.answer, RegistryError) and said.answer[0].digest == asked.digest
+        return said if same else None
 
     async def _manifest_by_tag(self, asked: Asked) -> Answer:
         entry = await self._cache.entry(asked)
@@ -433,6 +454,8 @@ class PullThrough:
             if head is not None and (document is not None or asked.head):
                 on_its_own(self._cache.record(asked, question, head, document))
                 if document is None:
+                    named = _Named(route, accept, self._now())
+                    self._named.put((route.repository, head.digest), named, 2 * len(route.path) + 500)
                     return manifest_answer(CacheStatus.MISS, _missing(known, head), asked, head)
                 return manifest_answer(CacheStatus.REVALIDATED, Reason.TAG_CONFIRMED, asked, head, document.body)
         joined = (route, accept) in self._manifests
@@ -505,6 +528,20 @@ class _Said(Generic[T]):
 
     question: int
     answer: T | RegistryError
+
+
+@dataclass(frozen=True, slots=True)
+class _Named:
+    """
+    The tag for which ECR named a digest.
+
+    @ivar accept: the manifest types of the client that asked.
+    @ivar when: seconds since the epoch.
+    """
+
+    route: Route
+    accept: frozenset[str]
+    when: float
 
 
 def _answered(said: _Said[T]) -> T:

@@ -16,6 +16,7 @@ from twisted.internet.task import deferLater
 from ecrproxy.answers import Asked
 from ecrproxy.cached import FACTS
 from ecrproxy.oci import Descriptor, Digest, parse_route
+from ecrproxy.proxy import NAMED_SECONDS
 from ecrproxy.registry.ecr import Token
 from tests.daemon import MIB, DaemonTestCase, Hands, Reply, at_once, noise
 from tests.registry import StandIn, digest_of, layer
@@ -2131,3 +2132,33 @@ class ForgettingTests(BlobTestCase):
         self.file_of(self.digest).unlink()
         self.assertWhole(self.get(self.path), self.data, "MISS")
         self.assertEqual(Digest.parse(self.digest).hex, self.file_of(self.digest).name)
+
+
+class NamedDigestTests(DaemonTestCase):
+    def setUp(self) -> None:
+        super().setUp()
+        self.image = self.standin.push_image("team/app", "latest")
+        self.path = f"/v2/team/app/manifests/{self.image.digest}"
+        self.assertEqual(self.image.digest, self.head("/v2/team/app/manifests/latest").header("Docker-Content-Digest"))
+        said = b'{"errors": [{"code": "MANIFEST_UNKNOWN", "message": "Requested image not found"}]}'
+        self.standin.fail("registry", status=404, body=said, path_contains="manifests/sha256")
+        self.standin.forget_asked()
+
+    def test_that_ecr_does_not_find_just_after_a_push_is_fetched_by_its_tag(self) -> None:
+        self.assertWhole(self.get(self.path), self.image.manifest, "MISS")
+        self.assertWhole(self.get(self.path), self.image.manifest, "HIT")
+        self.assertEqual(2, self.standin.count("registry"))
+
+    def test_is_404_where_the_tag_has_moved(self) -> None:
+        self.standin.push_image("team/app", "latest", layers=[layer("new", b"")])
+        self.assertRefused(self.get(self.path), 404, "MANIFEST_UNKNOWN")
+
+    def test_is_404_a_minute_later(self) -> None:
+        self.pass_time(NAMED_SECONDS)
+        self.assertRefused(self.get(self.path), 404, "MANIFEST_UNKNOWN")
+
+    def test_is_404_for_any_other_and_in_any_other_repository(self) -> None:
+        other = self.image.digest.replace(self.image.digest[-4:], "0000")
+        for path in (f"/v2/team/app/manifests/{other}", self.path.replace("app", "other")):
+            self.assertRefused(self.get(path), 404, "MANIFEST_UNKNOWN")
+        self.assertEqual(2, self.standin.count("registry"))
