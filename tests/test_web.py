@@ -994,12 +994,12 @@ class UpstreamTroubleTests(DaemonTestCase):
 
     def test_silent(self) -> None:
         """
-        When ECR or the bucket does not answer within 30 seconds, 504 names which.
+        When ECR or the bucket does not answer within 25 seconds, 504 names which.
         """
         for service, host in (("registry", "123456789012.dkr.ecr"), ("bucket", "starport-layer-bucket")):
             fault = self.standin.hang(service)  # type: ignore[arg-type]
             reply = self.daemon.send("GET", self.blob)
-            self.pass_time(29)
+            self.pass_time(24)
             self.assertEqual(0, reply.code)
             self.pass_time(2)
             self.assertRefused(reply, 504, "UNAVAILABLE", host)

@@ -88,10 +88,12 @@ class Answering(Resource):
             return
         if not failure.check(*_KNOWN):
             log.failure("Answering {path}", failure, path=path(request), request=request.id)
-        if request.startedWriting:
-            request.channel.forceAbortClient()  # a short body must never look whole
-        else:
+        if not request.startedWriting:
             _refuse(request, _answer_to(failure))
+        elif failure.check(DigestMismatchError):
+            request.channel.forceAbortClient()  # nobody should resume wrong bytes
+        else:
+            request.channel.break_off()
 
 
 def _refuse(request: Request, problem: RegistryError) -> None:
