@@ -247,7 +247,7 @@ class LinesTests(DaemonTestCase):
         self.daemon.send("GET", "/v2/team/app/tags/list")
         self.pass_time(31)
         line = self.line()
-        self.assertEqual((504, "unreachable", 30), (line.status, line.reason, int(line.upstream)))
+        self.assertEqual((504, "unreachable", 25), (line.status, line.reason, int(line.upstream)))
 
     def test_a_client_that_leaves_has_its_line(self) -> None:
         """

@@ -639,7 +639,6 @@ class EntryFileTests(StoreTests):
             accepts = [frozenset(each) for each in combinations(sorted(MANIFEST_TYPES), size)][:ANSWERS_LIMIT]
             route = Route(Kind.MANIFEST, "a" * 255, "b" * 128)
             data = Entry.of(REGISTRY, route, {accept: confirmed(str(accept).encode()) for accept in accepts}).to_json()
-            gc.collect()
             tracemalloc.start()
             held = [Entry.from_json(data) for _ in range(20)]
             taken, _ = tracemalloc.get_traced_memory()
