@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.error import ConnectionDone
@@ -93,7 +93,7 @@ class Answering(Resource):
         elif failure.check(DigestMismatchError):
             request.channel.forceAbortClient()  # nobody should resume wrong bytes
         else:
-            request.channel.break_off()
+            cast(Any, request.channel).break_off()
 
 
 def _refuse(request: Request, problem: RegistryError) -> None:
