@@ -298,6 +298,8 @@ class PullThrough:
             log.info("Going on with {digest} at byte {at} of {size}", digest=digest, at=left.gaps[0][0], size=left.size)
         start, stop = _first_span(left, parts, self._lanes.first_part(left.size if left else expected))
         blob = await self._upstream.blob(route, stop, start)
+        if blob.size is None:
+            blob.size = expected  # a manifest has told: the client gets a length, and the cache the blob
         if parts:
             _check_size(blob, expected)
         file = await self._cache.writer(digest, blob.size)

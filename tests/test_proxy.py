@@ -876,6 +876,20 @@ class BypassTests(BlobTestCase):
         self.assertWhole(reply, b"hello", "BYPASS")
         self.assertFalse(self.has(digest))
 
+    def test_of_a_length_that_only_a_manifest_tells(self) -> None:
+        data = noise("layer", 5000)
+        image = self.standin.push_image("team/app", "latest", layers=[data])
+        self.assertEqual(200, self.get("/v2/team/app/manifests/latest").code)
+        path = f"/v2/team/app/blobs/{image.layers[0]}"
+        head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+        for body in (data[:-1] + b"x", data):
+            reply = self.daemon.send("GET", path)
+            self.answer_with(head + b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body))
+            self.assertEqual((200, 5000), (reply.code, reply.length))
+            self.assertEqual(body == data, reply.ended == "whole", len(body))
+        self.assertWhole(reply, data, "MISS")
+        self.assertWhole(self.get(path), data, "HIT")
+
     def test_of_an_unknown_length_with_other_bytes(self) -> None:
         """
         Of a blob of unknown length that turns out to be another, no client sees a good end.
