@@ -27,7 +27,7 @@ from twisted.logger import Logger
 
 from ecrproxy.answers import ANY, Answer, Asked, CacheStatus, manifest_answer
 from ecrproxy.cache.content import Content, DigestMismatchError, UnreadError
-from ecrproxy.cache.entries import Confirmed, Entry, entry_name
+from ecrproxy.cache.entries import Confirmed, Entry, entry_name, occupied
 from ecrproxy.cache.ingest import Left
 from ecrproxy.cache.memory import Memory
 from ecrproxy.cache.store import Store
@@ -46,15 +46,17 @@ T = TypeVar("T")
 FACTS: Final = 1000
 """The most facts that one manifest gives, itself included. ECR confirms the rest when it is asked for."""
 _UNWRITTEN_SECONDS = 60
-"""How long an unchanged tag's confirmation, or a use, is in memory alone."""
+"""How long an unchanged tag's confirmation, a use, or that a manifest gave facts again, is in memory alone."""
 _BODIES_BYTES = 32 * 2**20
 _ENTRIES_BYTES = 8 * 2**20
 """Bytes of memory for manifests, for small blobs, and for entries."""
 _ORDERS_BYTES = 2**20
 _ORDER_BYTES = 2**10
 """Bytes of memory for the order of what ECR said of tags: it matters for the seconds that a question takes."""
+_LEARNT_BYTES = 2**20
+"""Bytes of memory for which manifests gave facts lately."""
 _STORING_BYTES = 64 * 2**20
-"""Bytes of manifests that may wait for a slow disk."""
+"""Bytes of memory for manifests, and for what they list, that wait for a slow disk."""
 SMALL_BLOB = 64 * 2**10
 """Blobs up to so many bytes, as image configs are, are held in memory too. Larger manifests are parsed in a thread."""
 VERIFICATIONS = 4
@@ -100,6 +102,7 @@ class Cache:
         self._orders: Memory[str, Order] = Memory(_ORDERS_BYTES)
         self._entries: Memory[str, Entry] = Memory(_ENTRIES_BYTES)
         self._touched: Memory[str, float] = Memory(_ENTRIES_BYTES)
+        self._learnt: Memory[tuple[str, Descriptor], float] = Memory(_LEARNT_BYTES)
         self._verifications: dict[tuple[Digest, int], Verification] = {}
         self._unwritten: dict[str, Entry] = {}
         self._storing = 0
@@ -438,8 +441,10 @@ class Cache:
         try:
             begin = partial(self.store.writer, digest, size)
             return await undone_if_late(self._disk.writing, begin, Writer.discard)
-        except OSError:  # which the store has told
+        except BaseException as problem:
             self._room.release(room_for(size))
+            if not isinstance(problem, OSError):  # those the store has told
+                raise
             return Reason.DISK
 
     def _left_again(self, writer: Writer | None) -> None:
@@ -459,19 +464,20 @@ class Cache:
         Keep a manifest that ECR gave, and learn what it lists: in memory at once, on the disk in its own time.
         """
         self.hold(descriptor.digest, document)
-        if self._storing + len(document.body) <= _STORING_BYTES:
+        if self._storing + _weight(document) <= _STORING_BYTES:
             on_its_own(self._keep(route, descriptor, document))
 
     async def _keep(self, route: Route, descriptor: Descriptor, document: Document) -> None:
         facts: Sequence[tuple[str, Entry]] = ()
-        self._storing += len(document.body)
+        self._storing += _weight(document)
         try:
             facts = await self._learned(route.repository, descriptor, document)
             writer = await self.writer(descriptor.digest, descriptor.size)
-            if not isinstance(writer, Reason) and await self._stored(writer, document.body):
+            stored = not isinstance(writer, Reason) and await self._stored(writer, document.body)
+            if stored and self._may_learn(route.repository, descriptor):
                 await self._save_all(facts)
         finally:
-            self._storing -= len(document.body)
+            self._storing -= _weight(document)
             self._forget_unwritten(facts)
 
     async def _stored(self, writer: Writer, body: bytes) -> bool:
@@ -504,7 +510,8 @@ class Cache:
         Note that ECR said that the repository holds a manifest, which another brought in.
         """
         await self._remember(asked, descriptor)
-        await self._save_all(await self._learned(asked.route.repository, descriptor, document))
+        if self._may_learn(asked.route.repository, descriptor):
+            await self._save_all(await self._learned(asked.route.repository, descriptor, document))
 
     async def record(self, asked: Asked, question: int, descriptor: Descriptor, document: Document | None) -> None:
         """
@@ -519,7 +526,7 @@ class Cache:
             return
         changed = known is None or known.descriptor != descriptor
         facts: Sequence[tuple[str, Entry]] = ()
-        if changed and document is not None:
+        if changed and document is not None and self._may_learn(asked.route.repository, descriptor):
             facts = await self._learned(asked.route.repository, descriptor, document)
         if changed or known is None or not 0 <= self._now() - known.when < _UNWRITTEN_SECONDS:
             await self._in_room(entry, partial(self._locks.run, name, partial(self._write_latest, name)))
@@ -532,7 +539,7 @@ class Cache:
         Give what was known, and the entry as it is now; none if the answer is outdated.
         """
         before = await self.entry(asked)
-        if not self._order(name).answer(asked.accept, question):
+        if not self._order(name).answer(asked.accept, descriptor.media_type, question):
             return None, None
         entry = before.with_answer(asked.accept, Confirmed(descriptor, self._now()))
         self._hold_entry(name, entry)
@@ -545,7 +552,9 @@ class Cache:
 
     async def forget(self, asked: Asked, question: int) -> None:
         """
-        Forget what a tag led to: ECR said that there is none. The content stays for whoever else it serves.
+        Forget what a tag led to: ECR answered 404. The content stays for whoever else it serves.
+
+        Answers of types that the client does not accept stay: ECR was not asked for them.
 
         @param question: the number of the question; what was answered to later ones stays.
         """
@@ -554,14 +563,30 @@ class Cache:
 
     async def _forget(self, name: str, asked: Asked, question: int) -> None:
         entry, order = await self.entry(asked), self._order(name)
-        later = order.forget(question, entry.answers)
-        if later:
-            self._hold_entry(name, replace(entry, answers={accept: entry.answers[accept] for accept in later}))
+        types = {accept: known.descriptor.media_type for accept, known in entry.answers.items()}
+        left = order.forget(asked.accept, question, types)
+        if types and left == types.keys():
+            return
+        if left:
+            self._hold_entry(name, replace(entry, answers={accept: entry.answers[accept] for accept in left}))
             await self._write_latest(name)
         else:
             self._entries.drop(name)
             with contextlib.suppress(OSError):
                 await self._disk.writing(self.store.forget, name)
+
+    def _may_learn(self, repository: str, descriptor: Descriptor) -> bool:
+        """
+        Tell whether the facts that a manifest gives are to be noted, and count on it that they are.
+
+        Any number of tags lead to one manifest: each of them would have all its facts written.
+        """
+        manifest, now = (repository, descriptor), self._now()
+        last = self._learnt.get(manifest)
+        if last is not None and 0 <= now - last < _UNWRITTEN_SECONDS:
+            return False
+        self._learnt.put(manifest, now, 700)
+        return True
 
     async def _learned(
         self, repository: str, descriptor: Descriptor, document: Document
@@ -593,7 +618,7 @@ class Cache:
         """
         Forget what is held in memory: the directory has less than it had.
         """
-        for memory in (self._blobs, self._documents, self._entries, self._touched, self._unwritten):
+        for memory in (self._blobs, self._documents, self._entries, self._touched, self._learnt, self._unwritten):
             memory.clear()
 
     async def _save(self, name: str, entry: Entry) -> None:
@@ -603,7 +628,7 @@ class Cache:
         """
         Call C{write} once there is room on the disk for an entry such as this one; not at all if there is none.
         """
-        room = len(entry.to_json())
+        room = occupied(len(entry.to_json()))
         if await self._has_room(room):
             try:
                 await write()
@@ -624,6 +649,14 @@ class Cache:
         entry = self._entries.get(name)
         if entry is not None:
             await self._write(name, entry)
+
+
+def _weight(document: Document) -> int:
+    """
+    Estimate the bytes of memory that a manifest takes with its facts, which have nine times the bytes of their lines.
+    """
+    size = len(document.body)
+    return size + min(9 * size, FACTS * 1000)
 
 
 def _fits(document: Document, known: Descriptor) -> bool:

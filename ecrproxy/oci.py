@@ -52,8 +52,7 @@ _COMPONENT = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
 _NAME = re.compile(rf"{_COMPONENT}(?:/{_COMPONENT})*")
 _NAME_LENGTH = 255
 _REMEMBERED_LENGTH = 512
-TAG_LENGTH = 128
-_TAG = re.compile(rf"[a-zA-Z0-9_][a-zA-Z0-9._-]{{0,{TAG_LENGTH - 1}}}")
+_TAG = re.compile(r"[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}")
 _HEX_LENGTHS = {"sha256": 64, "sha512": 128}
 _HEX = re.compile(r"[a-f0-9]+")
 _QUERY = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+,;=:@/?-]|%[0-9A-Fa-f]{2})*")
@@ -350,9 +349,15 @@ def listed(manifest: bytes, media_type: str) -> Iterator[tuple[Kind, Descriptor]
     C{manifests} of an index, C{layers} and C{config} of an image, C{blobs} of an artifact. Content that may live
     elsewhere (foreign layers, C{urls}) and a C{subject} are left out: a registry takes a manifest without having them.
 
+    A manifest in which two members of an object have one name lists nothing: the registry may have checked the other.
+    Go's readers ignore the case of names.
+
     @raise ValueError: if it is no JSON object.
     """
-    document = _json_object(manifest)
+    try:
+        document = _json_object(manifest, _told_apart)
+    except _AmbiguousError:
+        return
     for field_name, kind in _fields_of(media_type):
         found = document.get(field_name)
         items = [found] if field_name == "config" else found
@@ -392,9 +397,21 @@ def _own_descriptor(item: object) -> Descriptor | None:
         return None
 
 
-def _json_object(data: bytes) -> dict[str, Any]:
+class _AmbiguousError(Exception):
+    """
+    Two members of an object have one name.
+    """
+
+
+def _told_apart(members: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len({name.casefold() for name, _ in members}) < len(members):
+        raise _AmbiguousError
+    return dict(members)
+
+
+def _json_object(data: bytes, make: Callable[[list[tuple[str, Any]]], dict[str, Any]] | None = None) -> dict[str, Any]:
     try:
-        document = json.loads(data)
+        document = json.loads(data, object_pairs_hook=make)
     except (ValueError, RecursionError):
         raise ValueError("it is no JSON") from None
     if not isinstance(document, dict):

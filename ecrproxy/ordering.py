@@ -4,7 +4,7 @@ One change at a time to what a key names, and which of several is the newer one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Hashable, Iterable
+from collections.abc import Callable, Coroutine, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
@@ -43,27 +43,48 @@ class Order:
     """
     Which questions about one tag the newest answers were given to. Questions are numbered as they are asked.
 
-    @ivar gone: the last one to which the answer was that there is no such tag.
-    @ivar answered: the last one for each set of accepted types.
+    Some registries answer 404 if the tag has nothing that the client accepts. So a 404 denies what its client would
+    have accepted, and says nothing about what other clients were given.
+
+    @ivar gone: the last one that was answered with 404, for each set of accepted types.
+    @ivar answered: the last one that was answered otherwise, for each set of accepted types.
     """
 
-    gone: int = 0
+    gone: dict[frozenset[str], int] = field(default_factory=dict)
     answered: dict[frozenset[str], int] = field(default_factory=dict)
 
-    def answer(self, accept: frozenset[str], question: int) -> bool:
+    def answer(self, accept: frozenset[str], media_type: str, question: int) -> bool:
         """
         Note an answer; return False if it is outdated: a later question has been answered already.
         """
-        if question < max(self.gone, self.answered.get(accept, 0)):
+        denied = (number for by, number in self.gone.items() if _denies(by, accept, media_type))
+        if question < max(self.answered.get(accept, 0), *denied, 0):
             return False
-        self.answered[accept] = question
-        if len(self.answered) > KEPT:
-            del self.answered[min(self.answered, key=self.answered.__getitem__)]
+        _note(self.answered, accept, question)
         return True
 
-    def forget(self, question: int, known: Iterable[frozenset[str]]) -> set[frozenset[str]]:
+    def forget(self, by: frozenset[str], question: int, known: Mapping[frozenset[str], str]) -> set[frozenset[str]]:
         """
-        Note that there was no such tag; return which of the C{known} answers were given to later questions.
+        Note a 404 to a client that accepts C{by}; return which of the C{known} answers stay.
+
+        @param known: the media type of each answer.
         """
-        self.gone = max(self.gone, question)
-        return {accept for accept in known if self.answered.get(accept, 0) > question}
+        _note(self.gone, by, max(question, self.gone.get(by, 0)))
+        return {
+            accept
+            for accept, media_type in known.items()
+            if self.answered.get(accept, 0) > question or not _denies(by, accept, media_type)
+        }
+
+
+def _denies(by: frozenset[str], accept: frozenset[str], media_type: str) -> bool:
+    """
+    Return True if a 404 to a client that accepts C{by}, any type if empty, denies an answer given to C{accept}.
+    """
+    return not by or by == accept or media_type in by
+
+
+def _note(questions: dict[frozenset[str], int], accept: frozenset[str], question: int) -> None:
+    questions[accept] = question
+    if len(questions) > KEPT:
+        del questions[min(questions, key=questions.__getitem__)]

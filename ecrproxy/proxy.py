@@ -48,7 +48,7 @@ from ecrproxy.registry.bucket import UnavailableError
 from ecrproxy.registry.upstream import Page, Upstream, upstream_query
 from ecrproxy.threads import Disk, on_its_own
 from ecrproxy.transfer.download import Download
-from ecrproxy.transfer.inflow import SMALLEST_PART, Blob, Lanes
+from ecrproxy.transfer.inflow import SMALLEST_PART, Blob, Lanes, Urgency, Wish
 from ecrproxy.transfer.lane import drop
 from ecrproxy.transfer.passing import Passing
 from ecrproxy.transfer.unattended import Unattended
@@ -66,6 +66,8 @@ _NAMED_BYTES = 2**20
 _PAGES_BYTES = 8 * 2**20
 _PAGE_BYTES = 2**20
 """Bytes of memory for pages of tags and referrers, which are served while ECR can't be asked; and for one of them."""
+READING_AHEAD: Final = 64
+"""Manifests whose layers may wait to be fetched before anybody asks for them: of others, that is left to who asks."""
 STALE_SECONDS: Final = 5.0
 """How long ECR may take to confirm a tag or a list whose last answer is cached. containerd gives up after 30 s."""
 _JOINED = (CacheStatus.JOINED, Reason.IN_FLIGHT)
@@ -101,6 +103,7 @@ class PullThrough:
         self._arriving: dict[Digest, Download] = {}
         self._unattended = Unattended(self.transfers)
         self._ahead = 0
+        self._reading_ahead: set[tuple[str, Digest]] = set()
         self._carriers: dict[Digest, str] = {}
         self._heads: Flights[_Said[Descriptor | None]] = Flights()
         self._sizes: Flights[int] = Flights()
@@ -302,13 +305,23 @@ class PullThrough:
             blob.size = expected  # a manifest has told: the client gets a length, and the cache the blob
         if parts:
             _check_size(blob, expected)
-        file = await self._cache.writer(digest, blob.size)
+        try:
+            file = await self._cache.writer(digest, blob.size)
+        except BaseException:
+            drop(blob.first)
+            raise
         if parts and isinstance(file, Reason):
             return Passing(digest, blob, file, self._lanes.buffered)
-        return self._begin(blob, digest, file, shared=True, first_wished=bool(parts))
+        return self._begin(blob, digest, file, shared=True, urgency=_urgency(parts))
 
     def _begin(
-        self, blob: Blob, digest: Digest, file: Writer | Reason, *, shared: bool = False, first_wished: bool = False
+        self,
+        blob: Blob,
+        digest: Digest,
+        file: Writer | Reason,
+        *,
+        shared: bool = False,
+        urgency: Urgency = Urgency.NOBODY,
     ) -> Download:
         """
         Begin a transfer, into C{file}; or through a window, for a reason.
@@ -323,15 +336,20 @@ class PullThrough:
             lanes,
             unkept=unkept,
             buffered=self._lanes.buffered,
-            first_wished=first_wished,
+            urgency=urgency,
             call_later=self._call_later,
         )
         download.attendance = self._unattended.settle
+        download.split_off = partial(self._run_apart, blob)
         if shared:
             self._arriving[digest] = download
         on_its_own(self._run(download, blob, lanes, writer.room if writer is not None else 0, shared=shared))
         self._unattended.settle(download)
         return download
+
+    def _run_apart(self, blob: Blob, download: Download) -> None:
+        download.split_off = partial(self._run_apart, blob)
+        on_its_own(self._run(download, blob, self._lanes.take(0), 0, shared=False))
 
     async def _run(self, download: Download, blob: Blob, lanes: int, room: int, *, shared: bool) -> None:
         try:
@@ -355,8 +373,30 @@ class PullThrough:
         by_digest = asked.route.digest is not None
         answer = await (self._manifest_by_digest(asked) if by_digest else self._manifest_by_tag(asked))
         if self._reads_ahead and isinstance(answer.body, bytes):
-            on_its_own(self._read_ahead(asked.route.repository, answer.body, answer.media_type))
+            self._may_read_ahead(asked.route.repository, answer.digest, answer.body, answer.media_type)
         return answer
+
+    @property
+    def reading_ahead(self) -> int:
+        """
+        Tell for how many manifests transfers are yet to be begun.
+        """
+        return len(self._reading_ahead)
+
+    def _may_read_ahead(self, repository: str, digest: Digest, manifest: bytes, media_type: str) -> None:
+        """
+        Read ahead, unless that is being done for this manifest, or for as many as may be.
+        """
+        which = repository, digest
+        if which not in self._reading_ahead and self.reading_ahead < READING_AHEAD:
+            self._reading_ahead.add(which)
+            on_its_own(self._begin_ahead(which, manifest, media_type))
+
+    async def _begin_ahead(self, which: tuple[str, Digest], manifest: bytes, media_type: str) -> None:
+        try:
+            await self._read_ahead(which[0], manifest, media_type)
+        finally:
+            self._reading_ahead.remove(which)
 
     async def _read_ahead(self, repository: str, manifest: bytes, media_type: str) -> None:
         """
@@ -614,6 +654,10 @@ def _why_stale(route: Route, problem: LateError | UnavailableError) -> Reason:
         why, reason = problem.message, problem.reason
     log.warn("Serving {path} as last known: {why}", path=route.path, why=why, once=route.path)
     return reason
+
+
+def _urgency(parts: Sequence[Span]) -> Urgency:
+    return Wish(*parts[0]).urgency if parts else Urgency.NOBODY
 
 
 def _missing(known: Confirmed | None, found: Descriptor) -> Reason:

@@ -35,7 +35,7 @@ from ecrproxy.access.passwords import AT_ONCE, Passwords
 from ecrproxy.admin.api import Api
 from ecrproxy.admin.incidents import Incidents
 from ecrproxy.admin.port import make_admin_site
-from ecrproxy.admin.readings import of_cache, of_clients, of_loop, of_token, of_transfers, of_upstream
+from ecrproxy.admin.readings import of_cache, of_certificates, of_clients, of_loop, of_token, of_transfers, of_upstream
 from ecrproxy.admin.status import Asking, Status
 from ecrproxy.cache.condition import Condition
 from ecrproxy.cache.inventory import Inventory
@@ -49,6 +49,7 @@ from ecrproxy.daemon.ending import Connections, Drain, InOrder, Signals
 from ecrproxy.daemon.exhaustion import Exhaustion
 from ecrproxy.daemon.listening import Listening, admin_endpoint, endpoints
 from ecrproxy.daemon.process import most_clients, set_aside_what_stays, set_up
+from ecrproxy.daemon.renewal import Renewal
 from ecrproxy.daemon.supervision import Supervised, Supervisor, summary
 from ecrproxy.daemon.workers import HandedDown, Post, StandardInput, Workers
 from ecrproxy.http.access_log import AccessLog
@@ -300,8 +301,8 @@ def build(
         hearers = told(store.ledger, figures.served, status.incidents, crowds)
         workers = _share_work(config, inner, hearers, listening, arguments, service, reactor)
     reread = partial(supervised.rereading, partial(_reread, [*listening, admission], workers))
-    drain = Drain(connections, config.drain_seconds, reactor)
-    _face_clients(drain, listening, reread, service.leave, service, reactor)
+    _renewal(listening, figures, judging.call, reread, reactor).setServiceParent(service)
+    _face_clients(Drain(connections, config.drain_seconds, reactor), listening, reread, service.leave, service, reactor)
     _serve_admin(config, partial(make_admin_site, figures, ready, status), cache, disk.reading, service, reactor)
     return service
 
@@ -464,6 +465,20 @@ def _serve_admin(
         site = make_site(api, reactor, config.admin_hosts or frozenset())
         needed = config.admin_listen != ADMIN_LISTEN
         Listening(*named, site, needed=needed, gate=Gate(reactor)).setServiceParent(service)
+
+
+def _renewal(
+    listening: Sequence[Listening],
+    figures: Figures,
+    in_thread: InThread,
+    reread: Callable[[], None],
+    reactor: Any,  # noqa: ANN401
+) -> Renewal:
+    """
+    Make what looks for renewed certificates. Workers are told, and need not look.
+    """
+    figures.watch(*of_certificates(lambda: min((each.expires for each in listening if each.expires), default=None)))
+    return Renewal(listening, in_thread, reread, reactor)
 
 
 def _reread(parts: Sequence[Listening | Admission], workers: Workers | None) -> None:

@@ -48,6 +48,7 @@ from ecrproxy.admin.readings import of_cache, of_clients, of_token, of_transfers
 from ecrproxy.admin.status import Asking, Status
 from ecrproxy.cache.cache_key import CacheKey
 from ecrproxy.cache.condition import Condition
+from ecrproxy.cache.entries import occupied
 from ecrproxy.cache.inventory import Inventory
 from ecrproxy.cache.janitor import Janitor
 from ecrproxy.cache.purges import Purges
@@ -811,9 +812,10 @@ class DaemonTestCase(SynchronousTestCase):
 
     def used(self) -> int:
         """
-        The bytes of all files of the cache, those that arrive included.
+        The bytes that all files of the cache count with, those that arrive included.
         """
-        return sum(path.stat().st_size for path in self.files("."))
+        sizes = ((path.stat().st_size, "entries" in path.parts) for path in self.files("."))
+        return sum(occupied(size) if is_entry else size for size, is_entry in sizes)
 
     def logged(self) -> str:
         return "\n".join(f"{formatEvent(event)} {event.get('log_failure', '')}" for event in self.events)

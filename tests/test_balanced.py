@@ -10,12 +10,19 @@ import struct
 from hypothesis import given
 from hypothesis import strategies as st
 from twisted.internet.address import IPv4Address, IPv6Address
+from twisted.internet.protocol import Factory
+from twisted.internet.ssl import CertificateOptions
 from twisted.logger import LogLevel
+from twisted.protocols.tls import TLSMemoryBIOFactory
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.access.limits import Limits
 from ecrproxy.daemon.balanced import HEADER_SECONDS, LONGEST, Address, BalancedFactory, Header, parse_header
+from ecrproxy.daemon.tls import Certificate
+from ecrproxy.http.channel import LINGER_SECONDS
 from tests.daemon import CLIENT, DaemonTestCase, End, Network, Raw
+from tests.store_contract import scratch
+from tests.test_tls import Files
 
 GOOD = b"GET /v2/ HTTP/1.1\r\nHost: x\r\n\r\n"
 SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
@@ -156,6 +163,39 @@ class BalancedTests(DaemonTestCase):
         self.pass_time(1)
         self.assertIn("198.51.100.1 GET /v2/", self.logged())
         self.assertEqual(1, self.daemon.crowd.refused_connections)
+
+    def connect_securely(self, sent: bytes) -> tuple[Raw, End]:
+        """
+        Connect a client by a balancer that speaks TLS.
+        """
+        files = Files(scratch(self))
+        keys = Certificate(files.key, files.certificate)
+        listening = TLSMemoryBIOFactory(keys, isClient=False, wrappedFactory=self.factory, clock=self.clock)
+        self.daemon.front = Network(listening, self.clock)  # type: ignore[arg-type]
+        client = Raw()
+        speaking = TLSMemoryBIOFactory(
+            CertificateOptions(), isClient=True, wrappedFactory=Factory.forProtocol(lambda: client), clock=self.clock
+        )
+        wire = self.daemon.front.connect(speaking.buildProtocol(None), "proxy.example", 80, secure=False)
+        self.flush()
+        client.transport.write(sent)  # type: ignore[union-attr]
+        return client, wire
+
+    def test_a_refused_client_is_told_so_over_tls(self) -> None:
+        self.balance()
+        client, _ = self.connect_securely(CLIENT_LINE + CLIENT_LINE + GOOD)
+        self.flush()
+        self.assertIn(b" 400 Bad Request", bytes(client.got))
+        self.assertTrue(client.closed)
+
+    def test_a_refused_client_that_does_not_say_goodbye_is_not_waited_for(self) -> None:
+        self.balance()
+        _, wire = self.connect_securely(CLIENT_LINE + CLIENT_LINE + GOOD)
+        wire.protocol = Raw()
+        self.flush()
+        self.assertEqual(1, self.daemon.crowd.connected)
+        self.pass_time(LINGER_SECONDS + 1)
+        self.assertEqual(0, self.daemon.crowd.connected)
 
     def test_headers_of_both_versions_are_taken_in_any_pieces(self) -> None:
         self.balance()

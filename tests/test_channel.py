@@ -14,6 +14,7 @@ from twisted.protocols.tls import TLSMemoryBIOFactory
 from ecrproxy.daemon.balanced import BalancedFactory
 from ecrproxy.daemon.tls import Certificate, answer_plain_http
 from ecrproxy.http.channel import LENGTH_DIGITS, LINGER_SECONDS, READ_AHEAD
+from ecrproxy.http.empty_body import EMPTY_BODY_LIMIT
 from tests.daemon import BUFFER, CLIENT, MIB, DaemonTestCase, End, Hands, Network, Raw, noise
 from tests.store_contract import scratch
 from tests.test_tls import Files
@@ -224,19 +225,33 @@ class RefusalTests(ChannelTestCase):
         ):
             self.assertRefused400(line)
 
-    def test_chunks_are_never_parsed(self) -> None:
+    def test_chunks_with_content_are_refused(self) -> None:
         """
-        Extensions, odd sizes and trailers of a chunked body lead nowhere: the request is refused at its head.
+        Odd sizes, extensions and trailers lead nowhere: what could be read in two ways is refused.
         """
         for chunks in (
+            b"5",
+            b"05\r\n",
             b"5;x=y\r\nhello\r\n0\r\n\r\n",
             b"0x5\r\nhello\r\n",
+            b"00000000000000000\r\n\r\n",
             b"-1\r\n",
+            b"\r\n0\r\n\r\n",
             b"5\nhello\n0\n\n",
-            b"0\r\nA: b\r\n\r\n",
+            b"0\n\n\r\n",
+            b"0\n\r\n\r\n",
+            b"0;x\ny\r\n\r\n",
+            b"0\r\nA: b\nGET / HTTP/1.1\r\n\r\n",
+            b"0\r\n A: b\r\n\r\n",
+            b"0\r\nA : b\r\n\r\n",
+            b"0\r\nGET /v2/ HTTP/1.1\r\nHost: x\r\n\r\n",
+            b"0\r\nA: " + b"x" * EMPTY_BODY_LIMIT,
+            b"0\r\n" + b"A: b\r\n" * EMPTY_BODY_LIMIT,
+            b"0;" + b"x" * EMPTY_BODY_LIMIT,
         ):
             head = b" /v2/ HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
             self.assertRefused400(b"GET" + head + chunks)
+            self.assertRefused400(b"GET" + head, *(chunks[at : at + 1] for at in range(min(len(chunks), 30))), chunks)
             got = self.say(b"POST" + head + chunks + GOOD)
             self.assertEqual((True, 1), (got.startswith(b"HTTP/1.1 405 "), got.count(b"HTTP/1.")))
 
@@ -648,6 +663,52 @@ class GoodTests(ChannelTestCase):
         self.assertTrue(got.startswith(b"HTTP/1.1 405 "), got)
 
 
+class EmptyBodyTests(ChannelTestCase):
+    """
+    A GET or HEAD that Envoy, linkerd or Vert.x has framed as chunked, without a byte of content.
+    """
+
+    chunked = GOOD[:-2] + b"Transfer-Encoding: chunked\r\n\r\n"
+
+    def test_is_answered_and_the_connection_goes_on(self) -> None:
+        for last in (b"0", b"000", b"0 ", b"0;x=y", b'0 ; x="y z"', b"0\r\nA: b\r\nX-Trace:"):
+            for request in (self.chunked, b"HEAD" + self.chunked[3:]):
+                whole = (request + last + b"\r\n\r\n") * 2 + GOOD
+                for pieces in ([whole], [whole[at : at + 1] for at in range(len(whole))]):
+                    got = self.say(*pieces)
+                    self.assertEqual((3, 3), (got.count(b"HTTP/1."), got.count(b"HTTP/1.1 200 OK\r\n")), (last, got))
+                    self.assertFalse(self.client.closed)
+
+    def test_is_answered_whatever_is_asked_for_and_by_whom(self) -> None:
+        data = noise("chunked", 100_000)
+        path = f"/v2/team/app/blobs/{self.standin.push_blob('team/app', data)}".encode()
+        together = Together(self.standin, self.clock, self.root)
+        self.daemons.append(together)
+        for front in (self.daemon.front, together.front):
+            self.daemon.front = front
+            got = self.say(self.chunked.replace(b"/v2/", path) + b"0\r\n", b"\r\n")
+            self.assertTrue(got.startswith(b"HTTP/1.1 200 OK\r\n"), got[:200])
+            self.assertTrue(got.endswith(data))
+
+    def test_is_waited_for_as_long_as_a_head(self) -> None:
+        for come in (b"", b"0\r\n"):
+            wire = self.connect()
+            wire.write(self.chunked + come)
+            self.pass_time(HEADER_SECONDS - 1)
+            self.assertEqual((b"", False), (bytes(self.client.got), self.client.closed))
+            self.pass_time(2)
+            self.assertTrue(self.client.closed)
+            self.assertEqual(0, self.daemon.crowd.connected)
+
+    def test_that_was_announced_is_asked_for(self) -> None:
+        got = self.say(self.chunked[:-2] + b"Expect: 100-continue\r\n\r\n", b"0\r\n\r\n")
+        self.assertTrue(got.startswith(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\n"), got)
+
+    def test_goes_to_no_file(self) -> None:
+        self.patch(tempfile, "TemporaryFile", lambda *_: self.fail("a body went to a file"))
+        self.assertIn(b" 200 OK\r\n", self.say(self.chunked + b"0\r\n\r\n"))
+
+
 class HalfClosedTests(ChannelTestCase):
     """
     A client that sends no more after its request, as C{nc -N} does, is answered.
@@ -689,6 +750,18 @@ class HalfClosedTests(ChannelTestCase):
         self.flush()
         self.assertEqual(3, self.client.got.count(b"HTTP/1.1 200 OK\r\n"))
         self.assertTrue(self.client.got.endswith(b"{}\n"))
+        self.assertTrue(self.client.closed)
+
+    def test_gets_all_answers_however_late_it_reads_them(self) -> None:
+        wire = self.connect()
+        wire.reading = False
+        wire.write(GOOD * 2000)
+        self.flush()
+        wire.half_close()
+        self.flush()
+        wire.reading = True
+        self.flush()
+        self.assertEqual(2000, self.client.got.count(b"HTTP/1.1 200 OK\r\n"))
         self.assertTrue(self.client.closed)
 
     def test_between_two_requests_is_closed(self) -> None:

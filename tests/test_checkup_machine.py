@@ -106,6 +106,14 @@ class DirectoryTests(SynchronousTestCase):
         self.assertEqual(Verdict.FAILED, found.verdict)
         self.assertIn("flock does not work there: No locks available", found.said)
 
+    def test_a_file_system_without_fallocate_is_warned_of(self) -> None:
+        """
+        The cache goes on without.
+        """
+        found = list(judge_directory(replace(WELL, lacking=[("fallocate", "Operation not supported")]), 0))[1]
+        self.assertEqual(Verdict.WARNING, found.verdict)
+        self.assertIn("fallocate does not work there: Operation not supported", found.said)
+
     def test_kinds_of_file_systems_that_are_no_disk_are_warned_of(self) -> None:
         """
         Networks, containers' layers, memory.
@@ -158,6 +166,12 @@ class RoomTests(SynchronousTestCase):
         found = next(iter(judge_room(replace(WELL, inodes=10), GIB)))
         self.assertEqual(("inodes", Verdict.WARNING), (found.check, found.verdict))
         self.assertEqual(1, len(list(judge_room(replace(WELL, inodes=None), GIB))))
+
+    def test_a_disk_without_inodes_is_named(self) -> None:
+        seen = replace(WELL, inodes=0, problem="No space left on device")
+        found = next(iter(judge_directory(seen, 0)))
+        self.assertEqual(Verdict.FAILED, found.verdict)
+        self.assertIn("no inodes left", found.said)
 
 
 class SurveyTests(SynchronousTestCase):

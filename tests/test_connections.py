@@ -23,7 +23,7 @@ from twisted.web.iweb import IAgent
 from zope.interface import implementer
 
 from ecrproxy.daemon.tls import Certificate
-from ecrproxy.registry.connections import UpstreamAgent
+from ecrproxy.registry.connections import INTERIM_LIMIT, UpstreamAgent
 from ecrproxy.registry.resolver import Resolution
 from ecrproxy.registry.retries import Budget
 from tests.daemon import DaemonTestCase, Network, Reply, noise
@@ -457,6 +457,14 @@ class OddAnswerTests(DaemonTestCase):
         Interim answers count as headers: a server can't go on with them for ever.
         """
         self.assertRefusedAndClean(b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n" * 10_000)
+
+    def test_many_interim_answers(self) -> None:
+        """
+        Twisted's client writes a line of log for each of them.
+        """
+        length = b"Content-Length: %d" % len(self.image.manifest)
+        interim = b"HTTP/1.1 100 Continue\r\n\r\n" * (INTERIM_LIMIT + 1)
+        self.assertRefusedAndClean(interim + self.with_headers(length))
 
     def test_two_ways_to_tell_a_length(self) -> None:
         """

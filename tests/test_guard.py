@@ -79,12 +79,19 @@ class IsForbiddenTests(SynchronousTestCase):
 class GuardTests(SynchronousTestCase):
     def test_follows_the_registry(self) -> None:
         """
-        Targets may be at forbidden addresses as long as the registry is at one itself, and no longer.
+        Targets may be on loopback as long as the registry is there itself, and no longer.
         """
         guard = Guard()
         self.assertRaises(ForbiddenAddressError, guard.pass_target, "127.0.0.1")
         guard.pass_registry("127.0.0.1")
-        guard.pass_target("127.0.0.2")
+        for address in ("127.0.0.2", "::1", "0.0.0.0"):
+            guard.pass_target(address)
         guard.pass_registry("10.0.0.1")
         self.assertRaises(ForbiddenAddressError, guard.pass_target, "127.0.0.2")
         guard.pass_target("10.0.0.2")
+
+    def test_a_registry_behind_a_tunnel_opens_no_way_to_the_metadata_service(self) -> None:
+        guard = Guard()
+        guard.pass_registry("127.0.0.1")
+        for address in ("169.254.169.254", "::ffff:169.254.169.254", "64:ff9b::a9fe:a9fe", "fd00:ec2::254", "fe80::1"):
+            self.assertRaises(ForbiddenAddressError, guard.pass_target, address)

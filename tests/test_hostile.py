@@ -91,11 +91,6 @@ TARGETS: dict[str, tuple[bytes, ...]] = {
         b"/v2/open/app/tags/list?last=\xff",
     ),
     "empty segments": (
-        b"//v2/open/app/manifests/latest",
-        b"/v2//open/app/manifests/latest",
-        b"/v2/open//app/manifests/latest",
-        b"/v2/open/app//manifests/latest",
-        b"/v2/open/app/manifests//latest",
         b"/v2/open/app/manifests/",
         b"/v2/open/app/manifests/latest/",
         b"/v2//manifests/latest",

@@ -51,6 +51,23 @@ class IncidentsTests(SynchronousTestCase):
             [(each.text, each.times) for each in self.incidents.latest()],
         )
 
+    def test_many_of_one_format_leave_room_whatever_they_are_said_once_for(self) -> None:
+        """
+        Clients choose names of repositories, and how many.
+        """
+        log.error("the disk is full")
+        for number in range(10 * KEPT):
+            log.warn("refused {name}", name=number, once=number)
+        told = [(each.text, each.times) for each in self.incidents.latest()]
+        self.assertEqual(BURST + 1, len(told))
+        self.assertEqual((f"refused {10 * KEPT - 1}", 10 * KEPT - BURST + 1), told[0])
+        self.assertEqual(("the disk is full", 1), told[-1])
+
+    def test_what_no_page_can_show_is_escaped(self) -> None:
+        log.error("ECR denies: {said}", said="\ud800")
+        self.incidents.add([(1000, "warn", "\udfff", 1, "kind", "")])
+        self.assertEqual(["\\udfff", "ECR denies: \\ud800"], [each.text for each in self.incidents.latest()])
+
     def test_many_of_one_format_leave_room_for_others(self) -> None:
         log.error("the disk is full")
         for number in range(10 * KEPT):

@@ -21,6 +21,8 @@ from ecrproxy.transfer.inflow import (
     Gaps,
     Inflow,
     Lanes,
+    Urgency,
+    Wish,
     part_size,
 )
 from tests.daemon import MIB
@@ -149,23 +151,39 @@ class WishTests(SynchronousTestCase):
 
     def test_the_smallest_comes_first(self) -> None:
         gaps = Gaps([(0, 100 * MIB)])
-        wishes = [(10 * MIB, 90 * MIB), (99 * MIB, 100 * MIB)]
-        self.assertEqual((99 * MIB, 100 * MIB), gaps.take_wished(wishes))
-        self.assertEqual((10 * MIB, 10 * MIB + SMALLEST_PART), gaps.take_wished(wishes))
+        wishes = [Wish(10 * MIB, 90 * MIB), Wish(98 * MIB, 100 * MIB), Wish(97 * MIB, 98 * MIB)]
+        self.assertEqual((97 * MIB, 98 * MIB, Urgency.SMALL), gaps.take_wished(wishes))
+        self.assertEqual((98 * MIB, 100 * MIB, Urgency.SMALL), gaps.take_wished(wishes))
+        self.assertEqual((10 * MIB, 10 * MIB + SMALLEST_PART, Urgency.READER), gaps.take_wished(wishes))
+
+    def test_of_large_ones_the_one_with_the_least_on_its_way_comes_first(self) -> None:
+        """
+        However much remains of each. Parts on their way count as much as those that are there.
+        """
+        gaps = Gaps([(0, 100 * MIB)])
+        wishes = [Wish(0, 100 * MIB), Wish(50 * MIB, 100 * MIB), Wish(90 * MIB, 100 * MIB)]
+        starts = [part[0] // MIB for _ in range(7) if (part := gaps.take_wished(wishes)) is not None]
+        self.assertEqual([0, 50, 90, 4, 54, 94, 8], starts)
+
+    def test_equal_ones_come_in_their_order(self) -> None:
+        wishes = [Wish(50 * MIB, 100 * MIB), Wish(0, 100 * MIB)]
+        for order in (wishes, wishes[::-1]):
+            part = Gaps([(0, 100 * MIB)]).take_wished(order)
+            self.assertEqual((order[0].position, order[0].position + SMALLEST_PART, Urgency.READER), part)
 
     def test_what_is_there_is_no_wish(self) -> None:
         gaps = Gaps([(5 * MIB, 6 * MIB)])
-        self.assertIsNone(gaps.take_wished([(0, 5 * MIB), (6 * MIB, 9 * MIB)]))
-        self.assertEqual((5 * MIB, 6 * MIB), gaps.take_wished([(0, 9 * MIB)]))
+        self.assertIsNone(gaps.take_wished([Wish(0, 5 * MIB), Wish(6 * MIB, 9 * MIB)]))
+        self.assertEqual((5 * MIB, 6 * MIB, Urgency.READER), gaps.take_wished([Wish(0, 9 * MIB)]))
 
     def test_tiny_ones_leave_no_gap_each(self) -> None:
         gaps = Gaps([(0, MIB)])
-        self.assertEqual((1000, 1000 + SMALLEST_WISH), gaps.take_wished([(1000, 1001)]))
-        self.assertEqual((MIB - 1, MIB), gaps.take_wished([(MIB - 1, MIB)]))
+        self.assertEqual((1000, 1000 + SMALLEST_WISH, Urgency.SMALL), gaps.take_wished([Wish(1000, 1001)]))
+        self.assertEqual((MIB - 1, MIB, Urgency.SMALL), gaps.take_wished([Wish(MIB - 1, MIB)]))
 
     def test_are_none_where_there_are_gaps_without_number(self) -> None:
         gaps = Gaps([(at, at + 1) for at in range(0, 2 * MOST_GAPS, 2)])
-        self.assertIsNone(gaps.take_wished([(0, 1)]))
+        self.assertIsNone(gaps.take_wished([Wish(0, 1)]))
 
     def test_what_is_given_back_joins_its_neighbours(self) -> None:
         gaps = Gaps([(0, 100)])

@@ -8,7 +8,7 @@ import errno
 import os
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,9 +19,12 @@ from twisted.internet.task import Clock
 from twisted.logger import capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.cache.janitor import PAUSE_SECONDS, SHARE, Janitor, victims
+from ecrproxy.cache import allocation
+from ecrproxy.cache.entries import Entry
+from ecrproxy.cache.janitor import FILES_AT_ONCE, PAUSE_SECONDS, SHARE, Janitor, victims, victims_for_inodes
 from ecrproxy.cache.store import Store
-from ecrproxy.oci import Digest
+from ecrproxy.identity import RegistryId
+from ecrproxy.oci import Digest, Kind, Route
 from tests.store_contract import START, failing, put, read, scratch
 
 T = TypeVar("T")
@@ -63,6 +66,12 @@ class VictimsTests(SynchronousTestCase):
         self.assertIsNone(victims([("a", 10, False), ("b", 10, False)], 21))
         self.assertIsNone(victims([("a", 10, False), ("b", 10, True)], 11))
         self.assertIsNone(victims([], 1))
+
+    def test_for_inodes_the_oldest_entries_go_and_then_the_oldest_content(self) -> None:
+        files = [("content/a", 1, False), ("entries/b", 1, True), ("entries/c", 1, False), ("content/d", 1, False)]
+        self.assertEqual(["entries/c", "content/a"], victims_for_inodes(files, 2))
+        self.assertEqual(["entries/c"], victims_for_inodes(files, 1))
+        self.assertEqual(["entries/c", "content/a", "content/d"], victims_for_inodes(files, 9))
 
     def test_no_more_is_looked_at_than_is_needed(self) -> None:
         """
@@ -413,16 +422,16 @@ class SmallDisk(SmallCache):
     def setUp(self) -> None:
         self.others = 0
         self.patch(os, "statvfs", lambda _: self.status())
-        self.patch(os, "posix_fallocate", self.allocate)
+        self.patch(allocation, "fallocate", self.allocate)
         super().setUp()
 
     def free(self) -> int:
         return self.CAPACITY - self.others - self.bytes_on_disk()
 
     def status(self) -> SimpleNamespace:
-        return SimpleNamespace(f_blocks=self.CAPACITY, f_frsize=1, f_bavail=max(0, self.free()))
+        return SimpleNamespace(f_blocks=self.CAPACITY, f_frsize=1, f_bavail=max(0, self.free()), f_files=0, f_favail=0)
 
-    def allocate(self, fd: int, offset: int, size: int) -> None:
+    def allocate(self, fd: int, size: int) -> None:
         if size > self.free():
             failing(errno.ENOSPC)()
         os.ftruncate(fd, size)
@@ -448,7 +457,7 @@ class SmallDisk(SmallCache):
         self.assertLess(janitor.limit, self.limit)
 
     def test_a_disk_that_tells_nothing_lowers_nothing(self) -> None:
-        for told in (lambda _: SimpleNamespace(f_blocks=0, f_frsize=1, f_bavail=0), failing(errno.EIO)):
+        for told in (lambda _: SimpleNamespace(f_blocks=0, f_frsize=1, f_bavail=0, f_files=0), failing(errno.EIO)):
             self.patch(os, "statvfs", told)
             self.assertEqual(self.limit, self.start(self.make_store()).limit)
 
@@ -484,6 +493,86 @@ class SmallDisk(SmallCache):
         self.others = self.CAPACITY
         self.assertRaises(OSError, put, self.store, b"1" * 1000)
         self.assertIn("No space left", str(self.store.troubles.reasons()))
+
+
+class FewInodes(SmallCache):
+    """
+    A disk of many bytes, and inodes for 400 files.
+    """
+
+    limit = 2**30
+    INODES = 400
+
+    def setUp(self) -> None:
+        self.patch(os, "statvfs", lambda _: self.status())
+        self.real = os.open
+        self.patch(os, "open", self.open)
+        self.write = Path.write_bytes
+        self.patch(Path, "write_bytes", lambda path, data: self.write_bytes(path, data))  # noqa: PLW0108 (a method gets no path)
+        super().setUp()
+        self.blobs = [self.keep(b"%d" % number) for number in range(20)]
+        self.entries = self.save(range(350))
+
+    def status(self) -> SimpleNamespace:
+        return SimpleNamespace(
+            f_blocks=2**32, f_frsize=1, f_bavail=2**31, f_files=self.INODES, f_favail=max(0, self.INODES - self.files())
+        )
+
+    def files(self) -> int:
+        return sum(path.is_file() for path in self.root.rglob("*"))
+
+    def take_inode(self) -> None:
+        if self.files() >= self.INODES:
+            failing(errno.ENOSPC)()
+
+    def write_bytes(self, path: Path, data: bytes) -> int:
+        self.take_inode()
+        return self.write(path, data)
+
+    def open(self, path: Any, flags: int, *args: Any, **kwargs: Any) -> int:
+        if flags & os.O_CREAT and str(self.root) in str(path):
+            self.take_inode()
+        return self.real(path, flags, *args, **kwargs)
+
+    def save(self, numbers: Iterable[int]) -> list[str]:
+        route = Route(Kind.MANIFEST, "team/app", "latest")
+        names = [f"{number:064x}" for number in numbers]
+        for name in names:
+            self.store.save(name, Entry.of(RegistryId("x"), route))
+        return names
+
+    def test_files_go_by_number_and_entries_first(self) -> None:
+        with capturedLogs() as events:
+            self.save(range(350, 400))
+            more = [self.keep(b"more%d" % number) for number in range(20)]
+        self.assertEqual({True}, set(self.has(*self.blobs, *more)))
+        self.assertEqual(FILES_AT_ONCE, self.janitor.evicted)
+        self.assertFalse((self.root / "entries/00" / self.entries[0]).exists())
+        self.assertEqual(self.limit, self.janitor.limit)
+        self.assertEqual([], self.store.reasons())
+        self.assertEqual(["inodes"], [event["once"] for event in events if "no inodes" in event["log_format"]])
+
+    def test_content_goes_where_there_are_no_entries(self) -> None:
+        for name in self.entries:
+            self.store.forget(name)
+        self.INODES = 20
+        new = self.keep(b"new")
+        self.assertEqual([False] * 20 + [True], self.has(*self.blobs, new))
+
+    def test_where_nothing_can_go_the_reason_is_said(self) -> None:
+        self.INODES = 1
+        self.store.evict = lambda _: False
+        self.assertEqual(["the cache directory can't be written: No inodes left on device"], self.store.reasons())
+
+    def test_a_disk_that_lacks_bytes_too_is_full(self) -> None:
+        """
+        XFS makes inodes of free space: without bytes it has none.
+        """
+        full = SimpleNamespace(f_blocks=2**30, f_frsize=1, f_bavail=0, f_files=100, f_favail=0)
+        self.patch(os, "statvfs", lambda _: full)
+        self.assertFalse(self.store.lacks_inodes())
+        self.patch(os, "statvfs", failing(errno.EIO))
+        self.assertFalse(self.store.lacks_inodes())
 
 
 class RecountTests(SmallCache):

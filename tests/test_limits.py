@@ -10,7 +10,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from ecrproxy.access.crowds import SILENT_SECONDS, Crowds, Word
 from ecrproxy.access.limits import Crowd, Limits, Patience, counted
 from ecrproxy.transfer.download import STUCK_SECONDS
-from tests.daemon import MIB, DaemonTestCase, End, Raw, noise
+from tests.daemon import MIB, DaemonTestCase, End, Raw, Reply, noise
 from tests.together import Together
 
 GOOD = b"GET /v2/ HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -196,12 +196,11 @@ class LimitTests(DaemonTestCase):
         self.assertWhole(self.get(path), data)
         self.assertEqual((1, 0), (self.daemon.crowd.refused_transfers, self.daemon.crowd.transferring))
 
-    def test_a_reader_that_stops_does_not_stall_the_others_of_a_blob_that_is_not_kept(self) -> None:
+    def stop_beside_another(self, data: bytes) -> tuple[str, Reply, Reply]:
         """
-        It is left behind after some seconds, and gets a transfer of its own when it asks again.
+        Have two clients read a blob that is not kept, of which one stops for long.
         """
         self.start(limit=4 * MIB)
-        data = noise("x", 8 * MIB)
         path = f"/v2/team/app/blobs/{self.standin.push_blob('team/app', data)}"
         slow = self.daemon.send("GET", path)
         slow.stop_reading()
@@ -209,6 +208,52 @@ class LimitTests(DaemonTestCase):
         self.flush()
         self.assertEqual("", quick.ended)
         self.pass_time(STUCK_SECONDS + 1)
+        return path, slow, quick
+
+    def test_a_reader_that_stops_does_not_stall_the_others_of_a_blob_that_is_not_kept(self) -> None:
+        """
+        After some seconds it goes on by itself, from where it is. Nothing is fetched for it before it reads again.
+        """
+        data = noise("x", 8 * MIB)
+        path, slow, quick = self.stop_beside_another(data)
+        self.assertWhole(quick, data, "JOINED")
+        self.assertLess(self.standin.bytes_sent, 9 * MIB)
+        slow.read_on()
+        self.flush()
+        self.assertWhole(slow, data, "BYPASS")
+        self.assertLess(self.standin.bytes_sent, 2 * 8 * MIB)
+        self.assertEqual(0, self.daemon.lanes.buffered.size)
+        self.assertWhole(self.get(path), data, "BYPASS")
+
+    def test_a_reader_that_goes_on_by_itself_gets_no_wrong_bytes(self) -> None:
+        data = noise("x", 8 * MIB)
+        path, slow, _ = self.stop_beside_another(data)
+        self.standin.corrupt(path.rpartition("/")[2], data[:-1] + b"x")
+        slow.read_on()
+        self.flush()
+        self.assertBroken(slow, data)
+
+    def test_readers_that_stop_again_and_again_hold_up_nobody(self) -> None:
+        data = noise("x", 8 * MIB)
+        path, slow, _ = self.stop_beside_another(data)
+        others = [self.daemon.send("GET", path) for _ in range(2)]
+        others[0].stop_reading()
+        self.flush()
+        self.pass_time(STUCK_SECONDS + 1)
+        self.assertWhole(others[1], data)
+        slow.leave()
+        others[0].read_on()
+        self.flush()
+        self.assertWhole(others[0], data)
+        self.assertEqual(0, self.daemon.lanes.buffered.size)
+
+    def test_a_reader_that_stops_is_cut_off_where_the_bucket_gives_no_ranges(self) -> None:
+        """
+        The others could not go on otherwise, nor could it.
+        """
+        self.standin.quirks.ignore_range = True
+        data = noise("x", 8 * MIB)
+        path, slow, quick = self.stop_beside_another(data)
         self.assertWhole(quick, data, "JOINED")
         slow.read_on()
         self.flush()

@@ -92,6 +92,30 @@ class RereadTests(SynchronousTestCase):
             self.connect(self.others)
             self.assertEqual([LogLevel.info], [event["log_level"] for event in events])
 
+    def test_changed_files_are_noticed_until_they_are_read(self) -> None:
+        """
+        Also those that can't be used: they are told of once, and tried again when they have changed again.
+        """
+        for way in range(len(self.ways)):
+            self.setUp()
+            listening = self.listen(self.ways[way])
+            self.assertFalse(listening.changed())
+            for key in (False, True):
+                self.renew(key=key)
+                self.assertTrue(listening.changed())
+                self.assertEqual(key, listening.reread())
+                self.assertFalse(listening.changed())
+            self.connect(self.others)
+        self.assertFalse(self.listen({"PROXY_LISTEN": "tcp:5000"}).changed())
+
+    def test_tells_when_the_certificate_ends(self) -> None:
+        listening = self.listen(self.ways[0])
+        self.assertEqual(self.files.leaf.not_valid_after_utc.timestamp(), listening.expires)
+        self.renew()
+        listening.reread()
+        self.assertEqual(self.others.leaf.not_valid_after_utc.timestamp(), listening.expires)
+        self.assertIsNone(self.listen({"PROXY_LISTEN": "tcp:5000"}).expires)
+
     def test_what_cannot_be_used_changes_nothing(self) -> None:
         """
         One line of the log says what is wrong, with the setting's name.

@@ -609,6 +609,22 @@ class ListedTests(SynchronousTestCase):
         """
         self.assertEqual([], names_listed({"layers": [item(size=-1), item(size=True), item(size=2**63)]}))
 
+    def test_what_readers_may_read_differently_lists_nothing(self) -> None:
+        """
+        Of two members of one name readers take the first or the last; Go's ignore the case of names, too.
+        """
+        other = json.dumps(item(SHA512))
+        one = json.dumps(item())
+        for text in (
+            f'{{"layers": [{one}], "layers": [{other}]}}',
+            f'{{"layers": [{one}], "Layers": [{other}]}}',
+            f'{{"layers": [{one}], "layer\u017f": [{other}]}}',
+            f'{{"layers": [{{"Digest": "{SHA512}", {one[1:]}]}}',
+            f'{{"layers": [{{"digest": "{SHA512}", {one[1:]}]}}',
+        ):
+            self.assertEqual([], list(listed(text.encode(), OCI_MANIFEST)), text)
+        self.assertEqual(2, len(names_listed({"layers": [item(), item()], "annotations": {"layers": "x"}})))
+
     def test_what_is_no_json_object_lists_nothing(self) -> None:
         """
         Bytes that are no manifest are an error, not an empty list.

@@ -63,16 +63,33 @@ class KeyedLocksTests(SynchronousTestCase):
 class OrderTests(SynchronousTestCase):
     def test_an_earlier_question_is_outdated(self) -> None:
         order = Order()
-        self.assertTrue(order.answer(ONE, 5))
-        self.assertFalse(order.answer(ONE, 4))
-        self.assertTrue(order.answer(OTHER, 4))
-        self.assertTrue(order.answer(ONE, 5), "the same answer, to another who shares it")
+        self.assertTrue(order.answer(ONE, "one", 5))
+        self.assertFalse(order.answer(ONE, "one", 4))
+        self.assertTrue(order.answer(OTHER, "other", 4))
+        self.assertTrue(order.answer(ONE, "one", 5), "the same answer, to another who shares it")
 
     def test_what_is_gone_stays_gone_for_earlier_questions(self) -> None:
         order = Order()
-        self.assertEqual(set(), order.forget(5, {ONE, OTHER}))
-        self.assertFalse(order.answer(ONE, 4))
-        self.assertTrue(order.answer(ONE, 6))
+        self.assertEqual(set(), order.forget(ONE, 5, {ONE: "one", OTHER: "one"}))
+        self.assertFalse(order.answer(ONE, "one", 4))
+        self.assertFalse(order.answer(OTHER, "one", 4))
+        self.assertTrue(order.answer(ONE, "one", 6))
+
+    def test_what_the_client_does_not_accept_is_not_gone(self) -> None:
+        order = Order()
+        self.assertEqual({OTHER}, order.forget(ONE, 5, {ONE: "one", OTHER: "other"}))
+        self.assertTrue(order.answer(OTHER, "other", 4))
+
+    def test_an_answer_of_a_type_that_was_not_accepted_goes_with_a_404_to_the_same_types(self) -> None:
+        """
+        Registries may give what a client does not accept.
+        """
+        self.assertEqual(set(), Order().forget(ONE, 5, {ONE: "other"}))
+
+    def test_for_a_client_of_any_type_all_is_gone(self) -> None:
+        order = Order()
+        self.assertEqual(set(), order.forget(frozenset(), 5, {ONE: "one", OTHER: "other"}))
+        self.assertFalse(order.answer(OTHER, "other", 4))
 
     def test_is_kept_for_the_latest_answers_alone(self) -> None:
         """
@@ -80,10 +97,12 @@ class OrderTests(SynchronousTestCase):
         """
         order = Order()
         for number in range(1, 2 * KEPT):
-            self.assertTrue(order.answer(frozenset({str(number)}), number))
-        self.assertEqual(set(range(KEPT, 2 * KEPT)), set(order.answered.values()))
+            order.forget(frozenset({str(-number)}), number, {})
+            self.assertTrue(order.answer(frozenset({str(number)}), "one", number))
+        for questions in (order.answered, order.gone):
+            self.assertEqual(set(range(KEPT, 2 * KEPT)), set(questions.values()))
 
     def test_answers_to_later_questions_stay(self) -> None:
         order = Order()
-        order.answer(ONE, 6)
-        self.assertEqual({ONE}, order.forget(5, {ONE, OTHER}))
+        order.answer(ONE, "one", 6)
+        self.assertEqual({ONE}, order.forget(ONE, 5, {ONE: "one", OTHER: "one"}))

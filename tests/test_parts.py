@@ -14,6 +14,7 @@ from twisted.internet.task import deferLater
 from twisted.logger import capturedLogs, formatEvent
 
 from ecrproxy.cache.trailer import UNKNOWN_BOOT
+from ecrproxy.proxy import READING_AHEAD
 from ecrproxy.transfer.inflow import SMALLEST_PART, Lanes
 from ecrproxy.transfer.unattended import MOST
 from tests.daemon import MIB, DaemonTestCase, Reply, noise
@@ -212,6 +213,15 @@ class ColdPartTests(PartsTestCase):
         self.assertTrue(self.has(self.digest))
         self.assertLess(self.standin.bytes_sent, 1.2 * SIZE)
 
+    def test_chunks_come_in_the_order_of_the_blob(self) -> None:
+        self.standin.hold(self.digest)
+        chunks = [self.get(self.path, Range=f"bytes={start}-") for start in range(0, SIZE, 2 * MIB)]
+        self.standin.deliver(self.digest, SMALLEST_PART)
+        self.flush()
+        self.standin.deliver(self.digest, SMALLEST_PART)
+        self.flush()
+        self.assertGreater(min(len(chunk.body) for chunk in chunks[:4]), 0)
+
     def test_of_a_bucket_without_parts_comes_with_the_stream(self) -> None:
         self.standin.quirks.ignore_range = True
         reply = self.part(SIZE - FOOTER, SIZE)
@@ -283,6 +293,54 @@ class JoinedPartTests(PartsTestCase):
         self.flush()
         self.assertWhole(large, DATA[SIZE // 2 :], code=206)
         self.assertWhole(self.whole, DATA)
+
+    def deliver_each(self, size: int) -> None:
+        """
+        Have each connection bring so many bytes.
+        """
+        self.standin.deliver(self.digest, size)
+        self.flush()
+
+    def test_a_resumed_pull_and_a_reader_of_the_whole_share_the_connections(self) -> None:
+        """
+        However much one of them has still to read.
+        """
+        resumed = self.get(self.path, Range=f"bytes={SIZE // 2}-")
+        for _ in range(2):
+            self.deliver_each(SMALLEST_PART)
+        self.assertGreater(len(self.whole.body), 12 * MIB)
+        self.assertGreaterEqual(len(resumed.body), SMALLEST_PART)
+        self.standin.release(self.digest)
+        self.flush()
+        self.assertWhole(resumed, DATA[SIZE // 2 :], code=206)
+        self.assertWhole(self.whole, DATA)
+        self.assertLess(self.standin.bytes_sent, 1.2 * SIZE)
+
+    def test_readers_that_come_and_go_do_not_starve_a_reader_of_the_whole(self) -> None:
+        """
+        As containerd reads: all from a chunk's start on, and then no more than the chunk.
+        """
+        chunks: list[Reply] = []
+        for start in range(SIZE - MIB, 18 * MIB, -3 * MIB):
+            chunks.append(self.get(self.path, Range=f"bytes={start}-"))
+            self.deliver_each(MIB)
+            for chunk in chunks[:-4]:
+                chunk.leave()
+            self.flush()
+        self.assertGreater(len(self.whole.body), 8 * MIB)
+        self.standin.release(self.digest)
+        self.flush()
+        self.assertWhole(self.whole, DATA)
+        self.assertLess(self.standin.bytes_sent, 1.5 * SIZE)
+
+    def test_a_small_part_does_not_wait_for_parts_of_open_ended_ranges(self) -> None:
+        for start in range(8 * MIB, SIZE, 8 * MIB):
+            self.get(self.path, Range=f"bytes={start}-")
+        self.deliver_each(SMALLEST_PART)
+        small = self.part(SIZE - FOOTER, SIZE)
+        self.assertEqual(4, self.standin.held(self.digest))
+        self.deliver_each(FOOTER)
+        self.assertWhole(small, DATA[-FOOTER:], "JOINED", 206)
 
     def test_wrong_bytes_are_never_kept(self) -> None:
         self.standin.corrupt(self.digest, DATA[:-1] + b"x")
@@ -507,6 +565,35 @@ class UnattendedTests(RangesTestCase):
             self.standin.release(digest)
             self.flush()
         self.assertEqual(12, sum(self.has(digest) for digest in image.layers))
+
+    def test_reading_ahead_waits_once_for_each_manifest_however_often_it_is_asked_for(self) -> None:
+        self.start(read_ahead=True)
+        image = self.standin.push_image("team/app", "many", layers=self.blobs[:12])
+        for digest in image.layers:
+            self.standin.hold(digest)
+        for _ in range(20):
+            self.get("/v2/team/app/manifests/many")
+            self.get(f"/v2/team/app/manifests/{image.digest}")
+        self.assertEqual(1, self.daemon.pull_through.reading_ahead)
+        for digest in image.layers:
+            self.standin.release(digest)
+            self.flush()
+        self.assertEqual(0, self.daemon.pull_through.reading_ahead)
+
+    def test_reading_ahead_waits_for_a_bounded_number_of_manifests(self) -> None:
+        self.start(read_ahead=True)
+        image = self.standin.push_image("team/app", "first", layers=self.blobs[:12])
+        for digest in image.layers:
+            self.standin.hold(digest)
+        self.get("/v2/team/app/manifests/first")
+        for number in range(READING_AHEAD + 10):
+            self.standin.push_image("team/app", f"v{number}", layers=[b"%d" % number])
+            self.get(f"/v2/team/app/manifests/v{number}")
+        self.assertEqual(READING_AHEAD, self.daemon.pull_through.reading_ahead)
+        for digest in image.layers:
+            self.standin.release(digest)
+            self.flush()
+        self.assertEqual(0, self.daemon.pull_through.reading_ahead)
 
     def test_a_slow_disk_holds_a_bounded_number_of_bytes(self) -> None:
         """

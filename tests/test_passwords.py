@@ -26,6 +26,7 @@ from ecrproxy.access.passwords import (
     REMEMBER_SECONDS,
     REREAD_SECONDS,
     Failures,
+    Guess,
     Passwords,
     parse_basic,
 )
@@ -42,6 +43,13 @@ def basic(name: str, password: str) -> str:
     Write an Authorization header.
     """
     return f"Basic {base64.b64encode(f'{name}:{password}'.encode()).decode()}"
+
+
+def guess(number: int) -> Guess:
+    """
+    Make a wrong password.
+    """
+    return "file", b"%d" % number
 
 
 class BasicTests(SynchronousTestCase):
@@ -93,7 +101,7 @@ class FailuresTests(SynchronousTestCase):
         Fail as often as is let through, from these addresses in turn.
         """
         for each in range(FAILURES):
-            self.failures.note(addresses[each % len(addresses)])
+            self.failures.note(addresses[each % len(addresses)], guess(each))
 
     def test_the_last_one_is_told(self) -> None:
         """
@@ -101,14 +109,14 @@ class FailuresTests(SynchronousTestCase):
         """
         self.assertEqual(
             [each == FAILURES for each in range(1, FAILURES + 4)],
-            [self.failures.note(HERE) for _ in range(FAILURES + 3)],
+            [self.failures.note(HERE, guess(each)) for each in range(FAILURES + 3)],
         )
 
     def test_whoever_failed_waits_for_the_rest_of_the_minute(self) -> None:
         """
         From his first failure on, and then has all his tries again.
         """
-        self.failures.note(HERE)
+        self.failures.note(HERE, guess(-1))
         self.clock.advance(20)
         self.assertEqual(0, self.failures.wait(HERE))
         self.fail_often(HERE)
@@ -116,6 +124,16 @@ class FailuresTests(SynchronousTestCase):
         self.clock.advance(FAILURE_SECONDS - 20)
         self.assertEqual(0, self.failures.wait(HERE))
         self.assertEqual(0, self.failures.wait("192.0.2.8"))
+
+    def test_a_repeated_guess_counts_once_in_its_minute(self) -> None:
+        for each in range(2 * FAILURES):
+            self.failures.note(HERE, guess(each % 2))
+        self.assertEqual((0, True), (self.failures.wait(HERE), self.failures.knows(HERE, guess(1))))
+        self.assertEqual(
+            [False, False], [self.failures.knows(HERE, guess(2)), self.failures.knows("192.0.2.8", guess(1))]
+        )
+        self.clock.advance(FAILURE_SECONDS)
+        self.assertFalse(self.failures.knows(HERE, guess(1)))
 
     def test_a_network_of_ipv6_is_one_client(self) -> None:
         """
@@ -133,9 +151,9 @@ class FailuresTests(SynchronousTestCase):
         """
         self.fail_often(HERE)
         for number in range(KEPT):
-            self.failures.note(f"10.0.{number // 256}.{number % 256}")
+            self.failures.note(f"10.0.{number // 256}.{number % 256}", guess(0))
         self.assertFalse(self.failures.wait(HERE))
-        self.assertEqual(KEPT, len(self.failures._counts))  # noqa: SLF001
+        self.assertEqual(KEPT, len(self.failures._wrong))  # noqa: SLF001
 
 
 class PasswordsTests(SynchronousTestCase):
@@ -198,8 +216,8 @@ class PasswordsTests(SynchronousTestCase):
             return checkpw(password, hashed)
 
         self.patch(bcrypt, "checkpw", spy)
-        for name in ("ann", "mallory", "mallory"):
-            self.refusal(self.ask(name, "wrong"))
+        for name, password in (("ann", "wrong"), ("mallory", "wrong"), ("mallory", "other")):
+            self.refusal(self.ask(name, password))
         self.assertEqual(3, len(compared))
         self.assertEqual(compared[1], compared[2])
         names = [f"mallory{number}" for number in range(FAILURES - 3)]
@@ -297,6 +315,42 @@ class PasswordsTests(SynchronousTestCase):
         self.assertEqual({401, 429}, {self.refusal(each).status for each in guesses})
         self.assertEqual(429, self.refusal(mixed).status)
         self.successResultOf(honest)
+
+    def test_a_wrong_password_that_is_repeated_locks_nobody_out(self) -> None:
+        """
+        A node with an old password tries each second, behind the address that all nodes share.
+        """
+        self.successResultOf(self.ask("ann", "one"))
+        for _ in range(10 * FAILURES):
+            self.clock.advance(1)
+            self.assertEqual(401, self.refusal(self.ask("ann", "old")).status)
+            self.successResultOf(self.ask("ann", "one"))
+            self.successResultOf(self.ask("bob", "two"))
+
+    def test_a_wrong_password_that_is_repeated_is_checked_once_a_minute(self) -> None:
+        users = self.passwords._users  # noqa: SLF001
+        checked: list[bytes] = []
+        real = users.matches
+
+        def spy(_: object, name: bytes, password: bytes, chosen: int) -> bool:
+            checked.append(password)
+            return real(name, password, chosen)
+
+        self.patch(type(users), "matches", spy)
+        for _ in range(FAILURES):
+            self.assertEqual(401, self.refusal(self.ask("ann", "old")).status)
+        self.assertEqual([b"old"], checked)
+        self.assertEqual(401, self.refusal(self.ask("ann", "old", "198.51.100.1")).status)
+        self.assertEqual([b"old"] * 2, checked, "what one address has tried is not told to another")
+        self.clock.advance(FAILURE_SECONDS)
+        self.refusal(self.ask("ann", "old"))
+        self.assertEqual([b"old"] * 3, checked)
+
+    def test_what_was_wrong_by_the_former_file_is_checked_again(self) -> None:
+        self.assertEqual(401, self.refusal(self.ask("ann", "new")).status)
+        self.path.write_bytes(line("ann", "new"))
+        self.clock.advance(REREAD_SECONDS)
+        self.successResultOf(self.ask("ann", "new"))
 
     def test_guesses_from_one_address_are_limited(self) -> None:
         """

@@ -14,6 +14,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import deferLater
 
 from ecrproxy.answers import Asked
+from ecrproxy.cache import allocation
 from ecrproxy.cached import FACTS
 from ecrproxy.oci import Descriptor, Digest, parse_route
 from ecrproxy.proxy import NAMED_SECONDS
@@ -21,6 +22,7 @@ from ecrproxy.registry.ecr import Token
 from tests.daemon import MIB, DaemonTestCase, Hands, Reply, at_once, noise
 from tests.registry import StandIn, digest_of, layer
 from tests.registry_content import OCI_INDEX, OCI_MANIFEST, SCHEMA2, SCHEMA2_LIST
+from tests.registry_replies import registry_error
 
 EVERY_TYPE = f"{OCI_MANIFEST}, {SCHEMA2}, application/vnd.oci.image.index.v1+json, {SCHEMA2_LIST}"
 REPOSITORIES = ("team/app", "team/other", "third")
@@ -573,6 +575,34 @@ class PermissionTests(BlobTestCase):
             self.assertEqual(200, self.get(f"/v2/evil/manifests/tag{number}").code)
             self.assertRefused(self.get(f"/v2/evil/blobs/{self.digest}"), 404, "BLOB_UNKNOWN")
 
+    def test_a_manifest_that_readers_may_read_differently_vouches_for_nothing(self) -> None:
+        """
+        It is passed on all the same: ECR took it, by whichever of its members.
+        """
+        self.get(self.path)
+        victim = json.dumps({"mediaType": "application/octet-stream", "digest": self.digest, "size": len(self.data)})
+        for number, name in enumerate(("layers", "Layers")):
+            text = f'{{"mediaType": "{OCI_MANIFEST}", "{name}": [], "layers": [{victim}]}}'
+            self.standin.push_manifest("evil", text.encode(), OCI_MANIFEST, f"tag{number}")
+            self.assertWhole(self.get(f"/v2/evil/manifests/tag{number}"), text.encode())
+            self.assertRefused(self.get(f"/v2/evil/blobs/{self.digest}"), 404, "BLOB_UNKNOWN")
+
+    def test_what_a_manifest_vouches_for_is_written_once(self) -> None:
+        """
+        However many tags lead to it, and whatever else who asks for them takes.
+        """
+        image = self.standin.push_image("team/other", "latest", media_type=OCI_MANIFEST)
+        self.get("/v2/team/other/manifests/latest")
+        before = {path: path.stat().st_ino for path in self.files("entries")}
+        for number in range(3):
+            self.standin.push_manifest("team/other", image.manifest, OCI_MANIFEST, f"tag{number}")
+            for other in (SCHEMA2, OCI_INDEX, SCHEMA2_LIST):
+                self.head(f"/v2/team/other/manifests/tag{number}", Accept=f"{OCI_MANIFEST}, {other}")
+            self.get(f"/v2/team/other/manifests/tag{number}")
+        after = {path: path.stat().st_ino for path in self.files("entries")}
+        self.assertEqual(len(before) + 3, len(after))
+        self.assertEqual(before, {path: after[path] for path in before})
+
     def test_an_index_vouches_for_no_media_type(self) -> None:
         """
         What an index calls its manifests is not passed on where it is no manifest's type, or not their own.
@@ -815,10 +845,10 @@ class BypassTests(BlobTestCase):
         When the disk has no room for a blob it streams through.
         """
 
-        def full(fd: int, offset: int, size: int) -> None:
+        def full(fd: int, size: int) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        self.patch(os, "posix_fallocate", full)
+        self.patch(allocation, "fallocate", full)
         self.bypass()
         self.assertIn("No space left on device", self.logged())
         self.assertEqual(0, self.daemon.store.ledger.reserved)
@@ -1211,9 +1241,9 @@ class LimitTests(DaemonTestCase):
         Whatever is pulled in whatever order, the files of the cache never have more bytes than the limit.
         """
         chance = random.Random(7)
-        limit = 150_000
+        limit = 300_000
         self.start(limit=limit)
-        sizes = [chance.choice([100, 5_000, 20_000, 60_000, 140_000, 160_000]) for _ in range(20)]
+        sizes = [chance.choice([100, 5_000, 20_000, 60_000, 240_000, 310_000]) for _ in range(20)]
         blobs = {
             self.standin.push_blob("team/app", data): data for data in (noise(f"b{n}", s) for n, s in enumerate(sizes))
         }
@@ -1673,6 +1703,40 @@ class TagTests(DaemonTestCase):
         self.assertRefused(self.get(self.path), 404, "MANIFEST_UNKNOWN")
         self.standin.refuse("registry")
         self.assertRefused(self.get(self.path), 502, "UNAVAILABLE")
+
+    def test_that_ecr_has_not_for_one_client_is_kept_for_the_others(self) -> None:
+        """
+        Registries answer 404 if a tag has nothing that the client accepts: this says nothing about other types.
+        """
+        self.get(self.path, Accept=OCI_MANIFEST)
+        self.deny_once()
+        self.assertRefused(self.get(self.path, Accept=SCHEMA2), 404, "MANIFEST_UNKNOWN")
+        for _ in range(2):
+            self.standin.refuse("registry")
+            self.assertWhole(self.get(self.path, Accept=OCI_MANIFEST), self.image.manifest, "STALE")
+            self.assertRefused(self.get(self.path, Accept=SCHEMA2), 502, "UNAVAILABLE")
+            self.start()
+
+    def test_that_one_client_was_told_is_gone_is_so_for_all_who_ask_less(self) -> None:
+        for accept in (OCI_MANIFEST, f"{OCI_MANIFEST}, {SCHEMA2}"):
+            self.get(self.path, Accept=accept)
+        self.standin.delete_tag("team/app", "latest")
+        self.assertRefused(self.get(self.path, Accept=f"{OCI_MANIFEST}, {SCHEMA2}"), 404, "MANIFEST_UNKNOWN")
+        self.standin.refuse("registry")
+        for accept in (OCI_MANIFEST, f"{OCI_MANIFEST}, {SCHEMA2}"):
+            self.assertRefused(self.get(self.path, Accept=accept), 502, "UNAVAILABLE")
+
+    def test_that_ecr_denies_once_is_served(self) -> None:
+        """
+        A 404 to HEAD is asked again as GET: one that passes reaches nobody.
+        """
+        self.get(self.path)
+        self.deny_once()
+        self.assertEqual(200, self.get(self.path).code)
+
+    def deny_once(self) -> None:
+        unknown = registry_error(404, "MANIFEST_UNKNOWN", "Requested image not found")
+        self.standin.fail("registry", status=404, body=bytes(unknown.body), headers=unknown.headers, times=1)
 
     def test_that_was_denied_is_not_served(self) -> None:
         """

@@ -5,7 +5,6 @@ Each answer says why it is what it is, in a word that docs/reference/http.rst ex
 from __future__ import annotations
 
 import errno
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from ecrproxy.access.clients import Admission
 from ecrproxy.access.limits import Limits
 from ecrproxy.access.passwords import Passwords
+from ecrproxy.cache import allocation
 from ecrproxy.reasons import Reason
 from ecrproxy.registry.circuit import FAILURES
 from ecrproxy.registry.ecr import TokenUnavailableError
@@ -162,10 +162,10 @@ class ContentTests(ReasonTestCase):
         As when it is full.
         """
 
-        def full(fd: int, offset: int, size: int) -> None:
+        def full(fd: int, size: int) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        self.patch(os, "posix_fallocate", full)
+        self.patch(allocation, "fallocate", full)
         self.assertWhy(self.get(self.blob), "BYPASS", "disk")
 
     def test_what_has_no_size(self) -> None:

@@ -726,8 +726,9 @@ class UsedTests(RelayTestCase):
                 [["a", "b", "c"], 1, 1, 1.0, [0] * 9],
                 [["a", "b", "c", "d"], 1, 1, 1.0, [0]],
                 [{}, 1, 1, 1, 1],
+                [["\ud800", "b", "c", "d"], 1, 1, 1.0, [0] * 9],
             ),
-            "Saved": (["a", -1, 1], ["a" * 2000, 1, 1], [None, 1, 1], ["a", 1.5, 1]),
+            "Saved": (["a", -1, 1], ["\udfff", 1, 1], ["a" * 2000, 1, 1], [None, 1, 1], ["a", 1.5, 1]),
             "Incidents": (
                 [0, "info", "text", 1, "kind", ""],
                 [-1, "warn", "text", 1, "kind", ""],
@@ -749,7 +750,7 @@ class UsedTests(RelayTestCase):
 
     def test_a_question_without_a_cache_key_is_refused(self) -> None:
         assert self.daemon.between is not None
-        for key in ("", *(f"{KEY}: {each}\r\n" for each in ("1", "null", '"', '["a"]', "\x7f"))):
+        for key in ("", *(f"{KEY}: {each}\r\n" for each in ("1", "null", '"', '["a"]', "\x7f", r'"\ud800"'))):
             head = f"GET {self.by_tag} HTTP/1.1\r\nHost: first\r\n{key}\r\n"
             got = self.daemon.raw(head.encode(), self.daemon.between)
             self.assertEqual(b"HTTP/1.1 400 Bad Request", got.partition(b"\r\n")[0], key)

@@ -8,6 +8,8 @@ import errno
 import os
 from pathlib import Path
 
+from ecrproxy.cache import allocation
+from ecrproxy.cache.entries import occupied
 from ecrproxy.cache.ingest import LEFT_SECONDS, Ingest
 from ecrproxy.cache.trailer import TRAILER, Trailer
 from ecrproxy.transfer.inflow import SMALLEST_PART, Lanes
@@ -57,9 +59,9 @@ class ResumingTestCase(RangesTestCase):
 
     def entries_bytes(self) -> int:
         """
-        Weigh the entries.
+        Weigh the entries, in whole blocks.
         """
-        return sum(path.stat().st_size for path in self.files("entries"))
+        return sum(occupied(path.stat().st_size) for path in self.files("entries"))
 
     def again(self) -> Reply:
         """
@@ -233,7 +235,7 @@ class CrashTests(ResumingTestCase):
         self.interrupted()
         self.start()
         self.patch(Ingest, "resume", lambda *_: None)
-        self.patch(os, "posix_fallocate", failing(errno.ENOSPC))
+        self.patch(allocation, "fallocate", failing(errno.ENOSPC))
         self.assertWhole(self.get(self.path), DATA, "BYPASS")
 
 

@@ -14,6 +14,7 @@ from ecrproxy.threads import Bounded, Disk
 from tests.daemon import DaemonTestCase, Hands, Reply, at_once, noise
 
 SECONDS = 10.0
+KINDS = ("reading", "writing", "committing", "hashing", "digesting", "closing")
 
 
 class DiskTestCase(DaemonTestCase):
@@ -49,13 +50,35 @@ class DiskTestCase(DaemonTestCase):
         return Bounded(hands, size, SECONDS, self.clock)
 
 
+class BrokenTests(DiskTestCase):
+    def test_a_file_that_cannot_be_made_leaves_neither_a_connection_nor_a_promise(self) -> None:
+        """
+        Whatever the reason, such as that no thread can be started. The bucket's headers have come by then.
+        """
+
+        for size in (500_000, 3_000_000):
+            digest = self.standin.push_blob("team/app", noise(f"broken {size}", size))
+
+            def fail(blocking: Callable[..., Any], *args: Any, digest: str = digest) -> Deferred[Any]:
+                if self.standin.requests("bucket", "GET", digest):
+                    raise MemoryError
+                return at_once(blocking, *args)
+
+            self.start(disk=Disk(**{**dict.fromkeys(KINDS, at_once), "writing": fail}))
+            before = self.daemon.store.ledger.reserved
+            self.standin.hold(digest)
+            self.assertEqual(500, self.get(self.path(digest)).code)
+            self.flushLoggedErrors(MemoryError)
+            self.assertEqual((0, before), (self.standin.held(digest), self.daemon.store.ledger.reserved))
+
+
 class SlowTests(DiskTestCase):
     """
     One kind of work takes long.
     """
 
     def begin(self, **kinds: Callable[..., Deferred[Any]]) -> None:
-        usual = dict.fromkeys(("reading", "writing", "committing", "hashing", "digesting", "closing"), at_once)
+        usual = dict.fromkeys(KINDS, at_once)
         self.start(disk=Disk(**{**usual, **kinds}))
 
     def test_a_hit_does_not_wait_for_commits(self) -> None:
@@ -122,6 +145,19 @@ class SlowTests(DiskTestCase):
         hands.work_off()
         self.assertEqual(0, self.daemon.cache._storing)  # noqa: SLF001
         self.assertEqual({}, self.daemon.cache._unwritten)  # noqa: SLF001
+
+    def test_what_they_list_is_bounded_with_them(self) -> None:
+        """
+        What is known of a layer takes nine times the bytes of its line in a manifest.
+        """
+        self.begin(committing=self.bounded(Hands()), writing=at_once)
+        self.patch(cached, "_STORING_BYTES", 100_000)
+        for number in range(50):
+            layers = [b"%d of %d" % (each, number) for each in range(20)]
+            self.standin.push_image("team/app", f"tag{number}", layers=layers)
+            self.get(f"/v2/team/app/manifests/tag{number}")
+        self.assertLess(0, len(self.daemon.cache._unwritten))  # noqa: SLF001
+        self.assertLessEqual(len(self.daemon.cache._unwritten), 100)  # noqa: SLF001
 
 
 class HungTests(DiskTestCase):

@@ -4,6 +4,7 @@ The cache directory is the whole truth: whatever was done to it, it gives what i
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import gc
@@ -18,8 +19,9 @@ from typing import Any
 from twisted.logger import capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
+from ecrproxy.cache import allocation
 from ecrproxy.cache.content import DigestMismatchError
-from ecrproxy.cache.entries import ANSWERS_LIMIT, ENTRY_LIMIT, Entry, entry_name
+from ecrproxy.cache.entries import ANSWERS_LIMIT, BLOCK, ENTRY_LIMIT, Entry, entry_name
 from ecrproxy.cache.ledger import Ledger, Settled
 from ecrproxy.cache.store import Store
 from ecrproxy.identity import RegistryId
@@ -191,7 +193,7 @@ class StartTests(StoreTests):
 
     def test_the_count_is_what_the_directory_holds(self) -> None:
         """
-        Content and entries count with their bytes, arriving files do not.
+        Content counts with its bytes, an entry with its block, arriving files do not.
         """
         put(self.store, b"x" * 1000)
         self.store.save("0" * 64, entry_of(self.route, confirmed()))
@@ -200,7 +202,7 @@ class StartTests(StoreTests):
         again = Store(self.store.root, lambda: START)
         again.count()
         self.assertEqual(2, len(again.ledger))
-        self.assertEqual(1000 + len(entry_of(self.route, confirmed()).to_json()), again.ledger.total)
+        self.assertEqual(1000 + BLOCK, again.ledger.total)
         self.assertEqual(self.store.ledger.total, again.ledger.total)
 
     def test_files_that_are_not_its_own_are_neither_counted_nor_removed(self) -> None:
@@ -303,7 +305,7 @@ class WriterTests(StoreTests):
         The room is taken before the first byte comes; where there is none, nothing stays behind.
         """
         before = open_files()
-        self.patch(os, "posix_fallocate", failing(errno.ENOSPC))
+        self.patch(allocation, "fallocate", failing(errno.ENOSPC))
         problem = self.assertRaises(OSError, self.store.writer, Digest.of(b"x"), 10**9)
         self.assertEqual(errno.ENOSPC, problem.errno)
         self.assertEqual([], files_in(self.store.root))
@@ -316,6 +318,45 @@ class WriterTests(StoreTests):
         writer = self.store.writer(Digest.of(b"x"), 300_000)
         self.addCleanup(writer.discard)
         self.assertGreaterEqual(os.fstat(writer.fileno()).st_blocks * 512, 300_000)
+
+    def test_without_fallocate_a_file_begins_without_a_write(self) -> None:
+        """
+        Over NFS there is none; glibc's stand-in for it writes to each block.
+        """
+        for name in ("pwrite", "pwritev", "write", "posix_fallocate"):
+            self.patch(os, name, failing(errno.EIO))
+        for number in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+            self.patch(allocation, "fallocate", failing(number))
+            writer = self.store.writer(Digest.of(b"x"), 300_000)
+            self.addCleanup(writer.discard)
+            status = os.fstat(writer.fileno())
+            self.assertEqual((writer.room, 0), (status.st_size, status.st_blocks))
+
+    def test_where_libc_has_no_fallocate_a_file_has_its_length(self) -> None:
+        self.patch(allocation, "_call", None)
+        writer = self.store.writer(Digest.of(b"x"), 300_000)
+        self.addCleanup(writer.discard)
+        self.assertEqual(writer.room, os.fstat(writer.fileno()).st_size)
+
+    def test_what_fallocate_says_is_raised(self) -> None:
+        ends = os.pipe()
+        for end in ends:
+            self.addCleanup(os.close, end)
+        problem = self.assertRaises(OSError, allocation.fallocate, ends[1], 10)
+        self.assertIn(problem.errno, (errno.ESPIPE, errno.ENODEV))
+
+    def test_a_call_that_a_signal_interrupts_is_made_again(self) -> None:
+        numbers = [errno.EINTR, errno.EINTR]
+
+        def call(*_: int) -> int:
+            if not numbers:
+                return 0
+            ctypes.set_errno(numbers.pop())
+            return -1
+
+        self.patch(allocation, "_call", call)
+        allocation.fallocate(0, 10)
+        self.assertEqual([], numbers)
 
     def test_a_disk_that_fails_midway_keeps_what_was_written_readable(self) -> None:
         """
@@ -680,12 +721,14 @@ class EntryFileTests(StoreTests):
 
     def test_entries_are_counted(self) -> None:
         """
-        They are part of the cache's size, once each, until they are forgotten.
+        They are part of the cache's size, once each with the block that they occupy, until they are forgotten.
         """
         name, entry = "0" * 64, entry_of(self.route, confirmed())
         for _ in range(2):
             self.store.save(name, entry)
-        self.assertEqual((len(entry.to_json()), 1), (self.store.ledger.total, len(self.store.ledger)))
+        self.assertEqual((BLOCK, 1), (self.store.ledger.total, len(self.store.ledger)))
+        self.store.entry(name, REGISTRY, self.route)
+        self.assertEqual(BLOCK, self.store.ledger.total)
         self.store.forget(name)
         self.assertEqual((0, 0), (self.store.ledger.total, len(self.store.ledger)))
         self.assertEqual([], files_in(self.store.root))

@@ -18,7 +18,7 @@ from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.cache.content import Content, DigestMismatchError
-from ecrproxy.cache.entries import Entry, entry_name
+from ecrproxy.cache.entries import Entry, entry_name, occupied
 from ecrproxy.cache.janitor import Janitor
 from ecrproxy.cache.store import Store
 from ecrproxy.cache.trailer import room_for
@@ -244,7 +244,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(route=st.sampled_from(ROUTES), number=st.integers(0, 7))
     def save(self, route: Any, number: int) -> None:
         entry = entry_of(route, confirmed(BLOBS[number], self.now))
-        size = len(entry.to_json())
+        size = occupied(len(entry.to_json()))
         if self.janitor.make_room(size):
             self.store.save(entry_name(REGISTRY, "key", route), entry)
             self.janitor.release(size)
@@ -301,7 +301,7 @@ class StoreMachine(RuleBasedStateMachine):
         return sorted(path for top in tops for path in (self.root / top).rglob("*") if path.is_file())
 
     def used(self) -> int:
-        return sum(path.stat().st_size for path in self.files("content", "entries", "ingest"))
+        return sum(map(counted_with, self.files("content", "entries", "ingest")))
 
     def within_limit(self) -> bool:
         """
@@ -328,7 +328,7 @@ class StoreMachine(RuleBasedStateMachine):
         counted = {path: size for path, size, _ in self.store.ledger.oldest() if path not in self.spoiled}
         arriving = {transfer.name for transfer in self.transfers}
         there = [path for path in self.files("content", "entries", "ingest") if path.name not in arriving]
-        found = {str(path.relative_to(self.root)): path.stat().st_size for path in there}
+        found = {str(path.relative_to(self.root)): counted_with(path) for path in there}
         assert counted == {path: size for path, size in found.items() if path not in self.spoiled}
 
     @invariant()
@@ -368,3 +368,11 @@ class StoreTests(SynchronousTestCase):
         assert settings.default is not None
         fewer = settings(max_examples=settings.default.max_examples // 3)  # each has a disk to wait for
         run_state_machine_as_test(StoreMachine, settings=fewer)
+
+
+def counted_with(path: Path) -> int:
+    """
+    Tell how many bytes a file of the cache counts with.
+    """
+    size = path.stat().st_size
+    return occupied(size) if "entries" in path.parts else size

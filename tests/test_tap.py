@@ -38,12 +38,14 @@ from twisted.trial.unittest import SynchronousTestCase
 from ecrproxy import __version__
 from ecrproxy.cache.condition import FRESH_SECONDS
 from ecrproxy.daemon.process import count_steadily, open_many_files, set_aside_what_stays
+from ecrproxy.daemon.renewal import LOOK_SECONDS, Renewal
 from ecrproxy.daemon.supervision import Supervisor
 from ecrproxy.registry.ecr import CredentialsError, TokenService
 from ecrproxy.registry.resolver import ChosenServers
 from ecrproxy.settings.config import SETTINGS, Config
 from ecrproxy.settings.options import Options
 from ecrproxy.tap import build, makeService
+from tests.daemon import at_once
 from tests.store_contract import scratch
 from tests.test_ecr import KEYS, FakeAws
 from tests.test_htpasswd import line
@@ -756,6 +758,23 @@ class BuildTests(TapCase):
         asker = client(trusted=files.root, offer=(b"h2", b"http/1.1"))
         shake_with(protocol, transport, asker)
         self.assertNotEqual(b"h2", asker.get_alpn_proto_negotiated())
+        self.assertEqual("CN=cache.test", subject_of(asker))
+
+    def test_a_renewed_certificate_is_served_within_a_minute(self) -> None:
+        files, others = Files(self.folder / "tls"), Files(self.folder / "others")
+        service = self.build(PROXY_SSL_KEY=files.key, PROXY_SSL_CERTIFICATE=files.certificate)
+        (renewal,) = [each for each in service if isinstance(each, Renewal)]
+        self.patch(renewal, "_in_thread", at_once)
+        renewal.startService()
+        self.addCleanup(renewal.stopService)
+        for name in ("key.pem", "certificate.pem"):
+            (others.folder / name).rename(files.folder / name)
+        self.reactor.advance(LOOK_SECONDS)
+        server: Any
+        (server,) = self.reactor.tcpServers
+        protocol, transport = server[1].buildProtocol(IPv4Address("TCP", "192.0.2.1", 40000)), Tcp()
+        asker = client(trusted=others.root)
+        shake_with(protocol, transport, asker)
         self.assertEqual("CN=cache.test", subject_of(asker))
 
     def test_clients_are_asked_for_what_is_set(self) -> None:

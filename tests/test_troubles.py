@@ -16,6 +16,7 @@ from typing import Any
 from twisted.logger import capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
+from ecrproxy.cache import allocation
 from ecrproxy.cache.condition import FRESH_SECONDS
 from ecrproxy.cache.troubles import QUIET_SECONDS, Kind, Troubles
 from tests.daemon import DaemonTestCase, noise
@@ -124,7 +125,7 @@ class PullTests(DaemonTestCase):
         """
         Have system calls fail for a while.
         """
-        patches = [self.patch(os, name, failing(number)) for name in names]
+        patches = [self.patch(allocation if name == "fallocate" else os, name, failing(number)) for name in names]
         real = os.open
 
         def opening(path: Any, flags: int, *args: Any, **kwargs: Any) -> int:
@@ -162,7 +163,7 @@ class PullTests(DaemonTestCase):
         """
         Pulls go on, and are kept again when there is room.
         """
-        self.check_trouble(errno.ENOSPC, "posix_fallocate", saying="can't be written: No space left on device")
+        self.check_trouble(errno.ENOSPC, "fallocate", saying="can't be written: No space left on device")
 
     def test_a_read_only_disk_is_one_line_and_no_readiness(self) -> None:
         """

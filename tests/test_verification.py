@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ecrproxy.cache import verification
+from ecrproxy.cache import allocation, verification
 from ecrproxy.cache.content import Content
 from ecrproxy.cache.verification import STEP
 from ecrproxy.cached import VERIFICATIONS
@@ -277,7 +277,7 @@ class FailingDiskTests(CachedBlob):
             real(path, *args, **kwargs)
 
         patch = self.patch(Path, "unlink", unlink)
-        read_only = self.patch(os, "posix_fallocate", failing(errno.EROFS))
+        read_only = self.patch(allocation, "fallocate", failing(errno.EROFS))
         self.assertBroken(self.get(self.path), b"")
         for _ in range(3):
             self.assertWhole(self.get(self.path), self.data, "BYPASS")

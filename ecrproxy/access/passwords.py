@@ -8,6 +8,8 @@ Rules:
   for all clients that present the same name and password meanwhile. A check may wait some seconds for its turn. Of
   those that an address causes, few may come to nothing.
 - An unknown name costs what a known one does, is answered in the same words, and counts the same.
+- A wrong password counts once a minute for an address, however often the address repeats it: a node with an old one
+  tries again and again, and must not lock out those it shares an address with. A repeated guess learns nothing.
 - Who has failed too often is told to wait before anything else is looked at: a right guess would look like a wrong one.
 """
 
@@ -19,10 +21,10 @@ import hashlib
 import math
 import re
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 from twisted.application.service import Service
 from twisted.internet.defer import Deferred
@@ -74,40 +76,52 @@ def parse_basic(header: str | None) -> tuple[bytes, bytes] | None:
     return name, password
 
 
+Guess: TypeAlias = tuple[Hashable, bytes]
+"""A file's signature, and the hash of a name and a password that are wrong by it."""
+
+
 class Failures:
     """
-    How often each address has given a wrong password lately.
+    Which wrong passwords each address has given lately.
 
     A network of IPv6 that one client may have whole counts as one address.
     """
 
     def __init__(self, clock: IReactorTime) -> None:
         self._clock = clock
-        self._counts: OrderedDict[str, tuple[float, int]] = OrderedDict()
+        self._wrong: OrderedDict[str, tuple[float, frozenset[Guess]]] = OrderedDict()
 
-    def note(self, address: str) -> bool:
+    def note(self, address: str, guess: Guess) -> bool:
         """
-        Count one; tell whether it is the last that is let through for a while.
+        Count a guess; return True if it is the last that is let through for a while.
         """
-        since, count = self._recent(address)
+        since, wrong = self._recent(address)
+        if guess in wrong:
+            return False
         place = counted(address)
-        self._counts[place] = since, count + 1
-        self._counts.move_to_end(place)
-        if len(self._counts) > KEPT:
-            self._counts.popitem(last=False)
-        return count + 1 == FAILURES
+        self._wrong[place] = since, wrong | {guess}
+        self._wrong.move_to_end(place)
+        if len(self._wrong) > KEPT:
+            self._wrong.popitem(last=False)
+        return len(wrong) + 1 == FAILURES
+
+    def knows(self, address: str, guess: Guess) -> bool:
+        """
+        Return True if the same guess was wrong when this address gave it before.
+        """
+        return guess in self._recent(address)[1]
 
     def wait(self, address: str) -> int:
         """
         Tell how many seconds C{address} must wait, 0 if it need not.
         """
-        since, count = self._recent(address)
-        return math.ceil(since + FAILURE_SECONDS - self._clock.seconds()) if count >= FAILURES else 0
+        since, wrong = self._recent(address)
+        return math.ceil(since + FAILURE_SECONDS - self._clock.seconds()) if len(wrong) >= FAILURES else 0
 
-    def _recent(self, address: str) -> tuple[float, int]:
+    def _recent(self, address: str) -> tuple[float, frozenset[Guess]]:
         now = self._clock.seconds()
-        since, count = self._counts.get(counted(address), (now, 0))
-        return (since, count) if now - since < FAILURE_SECONDS else (now, 0)
+        since, wrong = self._wrong.get(counted(address), (now, frozenset()))
+        return (since, wrong) if now - since < FAILURE_SECONDS else (now, frozenset())
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +179,8 @@ class Passwords(Service):
         name = self._name(b":".join(shown))
         if self._right.get(name, 0) > self._clock.seconds():
             return
+        if self._failures.knows(address, (self._users.seen, name)):
+            raise _unauthorized()
         self._presented.setdefault(name, set()).add(address)
         verdict = await self._flights.join(name, partial(self._check, shown, name))
         if address in verdict.held_back:
@@ -184,7 +200,7 @@ class Passwords(Service):
                 right = await self._in_thread(users.matches, *shown, chosen)
                 if not right:
                     # Counted before the turn is over: the next one may be of the same address.
-                    self._count(self._presented[name] - held_back)
+                    self._count(self._presented[name] - held_back, (users.seen, name))
         except LateError:
             said = "too many passwords are being checked"
             raise RegistryError(503, "UNAVAILABLE", said, {"Retry-After": "1"}, Reason.BUSY) from None
@@ -194,9 +210,9 @@ class Passwords(Service):
             self._remember(name)
         return Verdict(right, held_back)
 
-    def _count(self, addresses: Iterable[str]) -> None:
+    def _count(self, addresses: Iterable[str], guess: Guess) -> None:
         for address in addresses:
-            if self._failures.note(address):
+            if self._failures.note(address, guess):
                 log.warn(
                     "{address} gave {count} wrong passwords within a minute",
                     address=address,

@@ -78,6 +78,7 @@ class Incidents(Service):
         """
         Keep an incident as the newest, in the place of a similar one.
         """
+        incident = replace(incident, text=_encodable(incident.text))
         with self._lock:
             at = _similar([(other, each.text) for other, each in self._kept], kind, incident.text)
             if at is not None:
@@ -109,14 +110,23 @@ class Incidents(Service):
             self._keep(Kind(told, once), Incident(when, level, text, times))
 
 
+def _encodable(text: str) -> str:
+    """
+    Escape the surrogates that JSON and the names of files can have, and UTF-8, which the page is written in, can't.
+    """
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def _similar(kept: Sequence[tuple[Kind, str]], kind: Kind, text: str) -> int | None:
     """
-    Find the incident to which another one is added: one that says the same, or one of its kind if there are too many.
+    Find the incident to which another one is added: one that says the same, or one of its format if there are too many.
+
+    What an event is said once for may be a client's choice.
 
     @param kept: kind and text of each, the newest last.
     """
-    alike = [at for at, (other, _) in enumerate(kept) if other == kind]
-    same = [at for at in alike if kind.once or kept[at][1] == text]
+    alike = [at for at, (other, _) in enumerate(kept) if other.told == kind.told]
+    same = [at for at in alike if kept[at][0] == kind and (kind.once or kept[at][1] == text)]
     if same or len(alike) >= BURST:
         return (same or alike)[-1]
     return None

@@ -12,6 +12,8 @@ from ecrproxy.registry.circuit import CircuitState
 from ecrproxy.registry.quotas import Call
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ecrproxy.access.crowds import Crowds
     from ecrproxy.cache.janitor import Janitor
     from ecrproxy.cache.store import Store
@@ -108,3 +110,11 @@ def of_loop(stall: LoopStall) -> list[Reading]:
     return [
         Reading("loop_stall_seconds", "The longest time for which the event loop stood still", lambda: stall.longest)
     ]
+
+
+def of_certificates(expires: Callable[[], float | None]) -> list[Reading]:
+    """
+    Tell when the certificate ends that clients are shown.
+    """
+    told = "When the certificate of PROXY_SSL_CERTIFICATE that is served ends, in seconds since the epoch"
+    return [Reading("certificate_expiry_timestamp_seconds", told, expires)]

@@ -16,6 +16,7 @@ from ecrproxy.oci import MANIFEST_TYPES, SIZE_LIMIT, Descriptor, Digest, Kind, R
 
 ENTRY_LIMIT: Final = 64 * 2**10
 """The most bytes that an entry's file may have: with all answers, each to all types, it has 13 KiB."""
+BLOCK: Final = 4 * 2**10
 ANSWERS_LIMIT: Final = 16
 """The most Accept sets whose answers one tag's entry keeps: clients in the field send two or three."""
 
@@ -136,6 +137,13 @@ def _confirmed(kind: Kind, item: Mapping[str, Any]) -> Confirmed:
     if kind is Kind.MANIFEST and descriptor.media_type not in MANIFEST_TYPES:
         raise ValueError("no manifest's media type")
     return Confirmed(descriptor, when)
+
+
+def occupied(size: int) -> int:
+    """
+    Reckon how many bytes of a disk an entry's file of C{size} bytes takes: most have 300, and a block of their own.
+    """
+    return -(-size // BLOCK) * BLOCK
 
 
 def entry_name(registry: RegistryId, cache_key: str, route: Route) -> str:

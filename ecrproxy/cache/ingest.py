@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from ecrproxy.cache.allocation import allocate
 from ecrproxy.cache.proofs import Proofs
 from ecrproxy.cache.trailer import TRAILER, UNKNOWN_BOOT, Stretches, Trailer
 from ecrproxy.cache.troubles import Troubles
@@ -82,14 +83,14 @@ class Ingest:
         """
         Begin a file.
 
-        @param size: in bytes; so many are taken of the disk at once.
+        @param size: in bytes; so many are taken of the disk at once, where the file system can do that.
         @raise OSError: if the disk has no room for them, or fails.
         """
         path, fd = self._new(digest)
         writer = Writer(self, digest, size, path, fd)
         try:
             if size:
-                os.posix_fallocate(fd, 0, writer.room)  # a disk too full says so now, not in the middle
+                allocate(fd, writer.room)  # a disk too full says so now, not in the middle
         except OSError:
             writer.discard()
             raise

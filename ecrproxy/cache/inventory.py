@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from ecrproxy.cache.content import DigestMismatchError
-from ecrproxy.cache.entries import Entry
+from ecrproxy.cache.entries import Entry, occupied
 from ecrproxy.cache.store import Store, entry_path, files_in, read_entry, without_waiting
 from ecrproxy.oci import MANIFEST_LIMIT, Descriptor, Digest, Kind, listed
 
@@ -68,7 +68,7 @@ class Inventory:
                         "kind": entry.kind.value,
                         "repository": entry.repository,
                         "reference": entry.reference,
-                        "bytes": size,
+                        "bytes": occupied(size),
                         "used": used / _NANOSECONDS,
                         "answers": [self._told(entry.kind, each.descriptor) for each in entry.answers.values()],
                     }
@@ -132,7 +132,8 @@ class Inventory:
             status = os.lstat(self._store.root / path)
         except OSError:
             return None, False
-        return status.st_size, unused_since is None or status.st_mtime_ns <= unused_since * _NANOSECONDS
+        size = occupied(status.st_size) if path.startswith("entries/") else status.st_size
+        return size, unused_since is None or status.st_mtime_ns <= unused_since * _NANOSECONDS
 
     def verify(self, digest: Digest, *, keep: bool) -> Iterator[Document]:
         """

@@ -8,6 +8,7 @@ Rules:
 - Counting takes a twentieth of the time at the most, however large and slow the directory is. Nobody waits for it.
   Before the first count room is given by what is known, and the directory is brought within its limit afterwards.
 - The limit is never more than the disk can hold. When the disk is full all the same, files are evicted to make room.
+- A disk may lack inodes and have bytes left. Then files are evicted by number, entries first.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ PAUSE_SECONDS: Final = 60.0
 """How long after a count the next one begins, unless counting takes long."""
 AT_ONCE: Final = 2**20
 """Bytes that are evicted at the least when the disk is full."""
+FILES_AT_ONCE: Final = 256
+"""Files that are evicted when the disk has no inode left."""
 SHARE: Final = 20
 """A pause is at least so many times as long as the count before it."""
 
@@ -54,6 +57,22 @@ def victims(files: Iterable[tuple[str, int, bool]], excess: int) -> list[str] | 
             chosen.append(path)
             excess -= size
     return chosen if excess <= 0 else None
+
+
+def victims_for_inodes(files: Iterable[tuple[str, int, bool]], count: int) -> list[str]:
+    """
+    Choose up to C{count} files to evict, however many bytes they have: entries first, which ECR can be asked for.
+
+    @param files: as for L{victims}.
+    """
+    entries, content = list[str](), list[str]()
+    for path, _, read in files:
+        chosen = entries if path.startswith("entries/") else content
+        if not read and len(chosen) < count:
+            chosen.append(path)
+        if len(entries) == count:
+            break
+    return [*entries, *content][:count]
 
 
 class Janitor(Service):
@@ -163,13 +182,24 @@ class Janitor(Service):
 
     def _evict_for(self, size: int) -> bool:
         ledger = self._store.ledger
+        by_number = self._store.lacks_inodes()
         with ledger.lock:
-            # A small file frees a block that the next small write takes: more goes, if there is more.
-            chosen = victims(ledger.oldest(), max(size, AT_ONCE)) or victims(ledger.oldest(), size)
+            if by_number:
+                chosen = victims_for_inodes(ledger.oldest(), FILES_AT_ONCE) or None
+            else:
+                # A small file frees a block that the next small write takes: more goes, if there is more.
+                chosen = victims(ledger.oldest(), max(size, AT_ONCE)) or victims(ledger.oldest(), size)
             if chosen is None:
                 return False
             sizes = {path: ledger.gone(path) for path in chosen}
         self._evict(sizes)
+        if by_number:
+            log.warn(
+                "The cache's disk has no inodes left: evicted {count} files;"
+                " use a file system with more inodes, or lower PROXY_CACHE_LIMIT",
+                count=len(sizes),
+                once="inodes",
+            )
         self._fit(size)
         return True
 

@@ -29,7 +29,7 @@ from typing import IO, Final, TypeVar
 from twisted.logger import Logger
 
 from ecrproxy.cache.content import Content, DigestMismatchError, OpenFile, content_path, is_whole
-from ecrproxy.cache.entries import ENTRY_LIMIT, Entry
+from ecrproxy.cache.entries import ENTRY_LIMIT, Entry, occupied
 from ecrproxy.cache.ingest import Ingest
 from ecrproxy.cache.ledger import Ledger, Settled, is_own, packed
 from ecrproxy.cache.proofs import Proofs, is_marked, mark
@@ -46,6 +46,7 @@ _PROBE: Final = b"ok" + bytes(2**16)
 """What a check writes: more than a disk that is called full still takes."""
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 _TRIES: Final = 4
+NO_INODES: Final = "No inodes left on device"
 _MARGIN: Final = 64 * 2**20
 """Bytes of the disk that are left free, or a hundredth of a small one: for entries, and others' files."""
 PURGED: Final = "purged"
@@ -101,8 +102,17 @@ class Store:
                 self.make()
             except OSError as problem:
                 if problem.errno not in _FULL or not self.evict(size):
-                    raise
-        return make()
+                    raise self._explained(problem) from None
+        try:
+            return make()
+        except OSError as problem:
+            raise self._explained(problem) from None
+
+    def _explained(self, problem: OSError) -> OSError:
+        """
+        Say so if it is inodes that a full disk lacks: the kernel has one error for both.
+        """
+        return OSError(errno.ENOSPC, NO_INODES) if problem.errno == errno.ENOSPC and self.lacks_inodes() else problem
 
     def check(self) -> None:
         """
@@ -130,6 +140,17 @@ class Store:
             return None
         spare = min(_MARGIN, disk.f_blocks * disk.f_frsize // 100)
         return disk.f_bavail * disk.f_frsize - spare if disk.f_blocks else None
+
+    def lacks_inodes(self) -> bool:
+        """
+        Return True if the disk has bytes left, and no inode for another file.
+        """
+        try:
+            disk = os.statvfs(self.root)
+        except OSError:
+            return False
+        # Where inodes are made of free space, as on XFS, a disk without bytes has none either.
+        return bool(disk.f_files) and disk.f_favail == 0 and disk.f_bavail * disk.f_frsize >= 2**20
 
     def reasons(self) -> list[str]:
         """
@@ -170,8 +191,9 @@ class Store:
         for folder in self.folders("content", "entries"):
             files = sorted(files_in(folder))
             uses = []
-            for name, used, size in files:
+            for name, used, length in files:
                 path = f"{folder}/{name}"[len(str(self.root)) + 1 :]
+                size = occupied(length) if path.startswith("entries/") else length
                 short = packed(path)
                 if short is None and is_own(path):
                     others.append((used, path, size))
@@ -288,7 +310,7 @@ class Store:
             with open(self.root / path, "rb", opener=without_waiting) as file:
                 entry, size = read_entry(file)
                 self.mark(file.fileno())
-                self.ledger.used(path, size)
+                self.ledger.used(path, occupied(size))
         except (OSError, ValueError):
             return None
         return entry if entry.is_of(registry, route) else None
@@ -314,7 +336,7 @@ class Store:
             with contextlib.suppress(OSError):
                 draft.unlink()
             raise
-        self.ledger.used(path, len(data))
+        self.ledger.used(path, occupied(len(data)))
 
     def last_purge(self) -> tuple[int, int]:
         """

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import enum
 import errno
-import os
 import threading
 from collections.abc import Callable, Iterator
 from typing import Final
@@ -73,7 +72,7 @@ class Troubles:
         Note that something of C{kind} could not be done.
         """
         kind = Kind.OPEN if is_exhaustion(problem) else kind
-        why = os.strerror(problem.errno) if problem.errno else str(problem)
+        why = problem.strerror or str(problem)
         with self._lock:
             begins = kind not in self._standing
             self._standing[kind] = why, self._now()

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import _thread
 import mmap
-import time
 from collections.abc import Callable
-from threading import Thread
+from threading import Event, Thread
 from typing import Final
 
 from twisted.application.service import Service
@@ -56,9 +55,10 @@ class Exhaustion(Service):
         self,
         end: Callable[[str], object],
         look: Callable[[], str | None] = look,
-        sleep: Callable[[float], object] = time.sleep,
+        sleep: Callable[[float], object] | None = None,
     ) -> None:
-        self._end, self._look, self._sleep = end, look, sleep
+        # Not time.sleep(): that may fail while the clock is being set.
+        self._end, self._look, self._sleep = end, look, sleep or Event().wait
 
     def startService(self) -> None:  # noqa: D102
         super().startService()

@@ -5,8 +5,9 @@ What the daemon listens on: made from the settings, and bound before anything el
 from __future__ import annotations
 
 import contextlib
+import re
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -23,6 +24,7 @@ from zope.interface import implementer
 from ecrproxy.daemon.accepting import Gate
 from ecrproxy.daemon.balanced import WAITING, BalancedEndpoint
 from ecrproxy.daemon.process import most_clients
+from ecrproxy.daemon.renewal import Files
 from ecrproxy.daemon.tls import Certificate, CertificateError, answer_plain_http
 from ecrproxy.daemon.workers import BACKLOG, HandedDown
 from ecrproxy.settings.config import ADMIN_LISTEN, FROM_SYSTEMD, Config, ConfigError
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from twisted.internet.interfaces import IListeningPort, IStreamServerEndpoint
 
 log = Logger()
+
+_NAMED_FILE: Final = re.compile(r":(?:privateKey|certKey|extraCertChain)=((?:\\.|[^:\\])*)")
 
 BEHIND_BALANCER: Final = "haproxy:"
 """How an endpoint string begins whose connections bring a PROXY header."""
@@ -85,6 +89,19 @@ class Listening(StreamServerEndpointService):
         log.info("{name}: key and certificate were read again", name=self._name)
         return True
 
+    def changed(self) -> bool:
+        """
+        Return True if key or certificate have other files than were read. Blocks.
+        """
+        return isinstance(self.endpoint, SecureEndpoint | DescribedSecureEndpoint) and self.endpoint.files.changed()
+
+    @property
+    def expires(self) -> float | None:
+        """
+        Return when the certificate of C{PROXY_SSL_CERTIFICATE} ends, in seconds since the epoch.
+        """
+        return self.endpoint.expires if isinstance(self.endpoint, SecureEndpoint) else None
+
     def _bound(self, port: Any) -> Any:  # noqa: ANN401
         self._port = port
         answer_plain_http(getattr(port, "factory", None))
@@ -120,6 +137,7 @@ class SecureEndpoint:
 
     def __init__(self, endpoint: Any, key: str, certificate: str, authorities: str | None) -> None:  # noqa: ANN401
         self._endpoint, self._paths = endpoint, (key, certificate, authorities)
+        self.files = Files(self._paths)
         with _as_settings(*self._paths):
             self._certificate = Certificate(*self._paths)
 
@@ -129,8 +147,16 @@ class SecureEndpoint:
 
         @raise ConfigError: if they can't be used.
         """
+        self.files.note()
         with _as_settings(*self._paths):
             self._certificate.reload()
+
+    @property
+    def expires(self) -> float:
+        """
+        Return when the certificate ends, in seconds since the epoch.
+        """
+        return self._certificate.expires
 
     def listen(self, protocolFactory: Any) -> Deferred[IListeningPort]:  # noqa: ANN401
         """
@@ -148,8 +174,9 @@ class DescribedSecureEndpoint:
     The endpoint of an C{ssl:} string. Twisted reads its files once; they are read again by describing it once more.
     """
 
-    def __init__(self, describe: Callable[[], Any]) -> None:
+    def __init__(self, describe: Callable[[], Any], paths: Iterable[str] = ()) -> None:
         self._describe = describe
+        self.files = Files(paths)
         self._endpoint = describe()
         self._contexts = self._endpoint._sslContextFactory  # noqa: SLF001 (there is no public way)
         self._endpoint._sslContextFactory = self  # noqa: SLF001
@@ -173,6 +200,7 @@ class DescribedSecureEndpoint:
 
         @raise ConfigError: if they can't be used.
         """
+        self.files.note()
         self._contexts = self._describe()._sslContextFactory  # noqa: SLF001
 
 
@@ -218,7 +246,14 @@ def _described(text: str, reactor: Any, variable: str = "PROXY_LISTEN") -> Any: 
     if isinstance(reactor, HandedDown) and text.startswith(FROM_SYSTEMD):
         return reactor  # systemd handed its sockets to the first process alone
     describe = partial(_from_string, text, reactor, variable)
-    return DescribedSecureEndpoint(describe) if text.startswith("ssl:") else describe()
+    return DescribedSecureEndpoint(describe, _files_of(text)) if text.startswith("ssl:") else describe()
+
+
+def _files_of(text: str) -> list[str]:
+    """
+    List the files that an C{ssl:} string names.
+    """
+    return [re.sub(r"\\(.)", r"\1", path) for path in _NAMED_FILE.findall(text)]
 
 
 def _from_string(text: str, reactor: Any, variable: str) -> Any:  # noqa: ANN401

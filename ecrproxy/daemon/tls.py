@@ -46,6 +46,7 @@ class Certificate:
     @param authorities_path: PEM file of the CAs that a client's certificate must be of, if it shows one. It need not:
         who answers requests may ask.
     @raise CertificateError: if they can't be read, or don't belong together.
+    @ivar expires: when the certificate ends, in seconds since the epoch.
     """
 
     def __init__(self, key_path: str, certificate_path: str, authorities_path: str | None = None) -> None:
@@ -62,7 +63,7 @@ class Certificate:
         context = _context(key_path, certificate_path)
         if authorities_path is not None:
             _ask_for_certificates(context, authorities_path)
-        self._context = context
+        self._context, self.expires = context, _expires(context)
 
     def serverConnectionForTLS(self, tlsProtocol: TLSMemoryBIOProtocol) -> SSL.Connection:  # noqa: ARG002
         """
@@ -91,6 +92,14 @@ def _context(key_path: str, certificate_path: str) -> SSL.Context:
     except SSL.Error:
         raise CertificateError("pair", "the key is not the certificate's") from None
     return context
+
+
+def _expires(context: SSL.Context) -> float:
+    """
+    Return when the certificate that C{context} serves ends.
+    """
+    served = SSL.Connection(context, None).get_certificate()
+    return served.to_cryptography().not_valid_after_utc.timestamp() if served is not None else 0.0
 
 
 def _ask_for_certificates(context: SSL.Context, path: str) -> None:

@@ -3,8 +3,8 @@ The server's side of a connection: HTTP/1.1 without what smugglers and slow clie
 
 Twisted's own channel refuses most of it. What it lets pass and a proxy must not is refused here, before a request
 is made of it: RFC 9112, 3.2 (one Host), 5.2 (folded lines), 6.1 and 6.3 (one length, or one chunked coding), and
-bodies, for which no request of a client has a use; those of the operator's are small. A refusal closes the connection:
-what follows can't be trusted.
+bodies, for which no request of a client has a use; those of the operator's are small. A GET or HEAD may have a chunked
+body that turns out to be empty. A refusal closes the connection: what follows can't be trusted.
 
 A client that speaks the wrong protocol is told so in plain HTTP, whichever way it is wrong: containerd, Docker and
 BuildKit try TLS first with an insecure registry, and fall back only if the reply begins with C{HTTP/}.
@@ -31,12 +31,14 @@ from twisted.internet.interfaces import IHalfCloseableProtocol, ITCPTransport
 from twisted.internet.protocol import connectionDone
 from twisted.logger import Logger
 from twisted.protocols.basic import LineReceiver
+from twisted.protocols.policies import ProtocolWrapper
 from twisted.protocols.tls import TLSMemoryBIOProtocol
 from twisted.python.failure import Failure
 from twisted.web.http import HTTPChannel
 from zope.interface import implementer
 
 from ecrproxy.access.limits import Crowd, Patience, counted
+from ecrproxy.http.empty_body import EmptyBody
 from ecrproxy.http.request import address_of
 from ecrproxy.http.target import HOST, parse_target
 from ecrproxy.request_id import REQUEST_ID
@@ -228,7 +230,7 @@ class StrictChannel(HTTPChannel):
         if self._buffer and not self.paused and not self._ending:
             self._await_head()
             LineReceiver.dataReceived(self, b"")
-        if self._half_closed and not self.paused:
+        if self._half_closed and not self.paused and not self._busyReceiving:  # else there may be more to answer
             self.loseConnection()
         self._regulate()
 
@@ -297,7 +299,7 @@ class StrictChannel(HTTPChannel):
         self._stop_input()
         self._regulate()  # over TLS, the client's goodbye is read
         super().loseConnection()
-        if self.connections.draining and isinstance(self.transport, TLSMemoryBIOProtocol):
+        if self.connections.draining and self._tls is not None:
             # Not every client answers TLS's goodbye while it has nothing to ask: that is not waited for.
             self._close()
 
@@ -308,7 +310,7 @@ class StrictChannel(HTTPChannel):
         A socket that is closed over unread input resets the connection, which destroys what the client has yet to read.
         """
         self._lingering.begin()
-        if isinstance(self.transport, TLSMemoryBIOProtocol):
+        if self._tls is not None:
             self.loseConnection()  # TLS reads on until the client's goodbye
             return
         self.patience.begin()
@@ -317,10 +319,18 @@ class StrictChannel(HTTPChannel):
         self.transport.loseWriteConnection()
 
     def _close(self) -> None:
-        below: Any = self.transport
-        if isinstance(below, TLSMemoryBIOProtocol):
-            below = below.transport
+        below = self.transport if self._tls is None else self._tls.transport
         below.loseConnection()
+
+    @property
+    def _tls(self) -> Any:  # noqa: ANN401
+        """
+        Give what speaks TLS below this channel, if anything does; a balancer's header may have come between.
+        """
+        below = self.transport
+        while isinstance(below, ProtocolWrapper) and not isinstance(below, TLSMemoryBIOProtocol):
+            below = below.transport
+        return below if isinstance(below, TLSMemoryBIOProtocol) else None
 
     def _finishRequestBody(self, data: bytes) -> None:
         """
@@ -369,8 +379,14 @@ class StrictChannel(HTTPChannel):
         hosts = self.requests[-1].requestHeaders.getRawHeaders(b"Host", [])
         reads = line.startswith((b"GET ", b"HEAD "))
         named = len(hosts) == 1 or (not hosts and not line.endswith(b"HTTP/1.1"))
-        if not named or not all(map(_HOST.fullmatch, hosts)) or (reads and self.length != 0) or not self._aim():
+        if not named or not all(map(_HOST.fullmatch, hosts)) or (reads and self.length) or not self._aim():
             self.refuse()
+        elif reads and self.length is None:
+            self._head.begin()  # an empty body has the time of a head
+            self._transferDecoder: Any = EmptyBody(self._finishRequestBody, self.refuse)
+            self.length = 0  # to the request: else Twisted opens a file for the body
+            super().allHeadersReceived()
+            self.length = None
         elif self.length != 0 and self.body_limit and line.startswith(b"POST "):
             if self.length is None or self.length > self.body_limit:
                 self._answer(b"413 Content Too Large")
@@ -405,7 +421,7 @@ class StrictChannel(HTTPChannel):
         """
         Ask for a body only if one is announced: HAProxy 2.6 takes a 100 without one for the end of the exchange.
         """
-        if self.length != 0:
+        if self.length != 0 or isinstance(self._transferDecoder, EmptyBody):
             super()._send100Continue()
 
     def refuse(self) -> bool:

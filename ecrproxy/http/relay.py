@@ -248,6 +248,13 @@ def _headers(request: RegistryRequest, asked: Asked) -> dict[str, str]:
     return headers
 
 
+def is_encodable(text: str) -> bool:
+    """
+    Return False for text that UTF-8 can't have, and JSON can: a half of a surrogate pair.
+    """
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 class InnerRegistry(Registry):
     """
     The first process's /v2/ for its workers, who have met the client and tell the cache key.
@@ -261,6 +268,6 @@ class InnerRegistry(Registry):
             key = json.loads(field(request, KEY.encode("ascii")) or "null")
         except (ValueError, RecursionError):
             key = None
-        if not isinstance(key, str):
+        if not isinstance(key, str) or not is_encodable(key):
             raise RegistryError(400, "UNSUPPORTED", f"no worker asks without {KEY}")
         return replace(super().asked(request, route), key=key)

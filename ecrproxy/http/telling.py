@@ -20,7 +20,7 @@ from twisted.web.http_headers import Headers
 from ecrproxy.access.limits import COUNTED
 from ecrproxy.cache.ledger import LARGEST, is_own
 from ecrproxy.http.answering import Answering, send_small
-from ecrproxy.http.relay import FIRST
+from ecrproxy.http.relay import FIRST, is_encodable
 from ecrproxy.metrics import BUCKETS
 from ecrproxy.oci import RegistryError
 
@@ -86,6 +86,10 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str) and len(value) <= TEXT
 
 
+def _is_label(value: object) -> bool:
+    return _is_text(value) and is_encodable(str(value))
+
+
 def _is_time(value: object) -> bool:
     return type(value) in (int, float) and 0 <= value < 2**40  # type: ignore[operator]
 
@@ -101,7 +105,7 @@ def _is_tally(row: object) -> bool:
     match row:
         case [[_, _, _, _] as labels, count, size, seconds, [*buckets]]:
             counts = [count, size, *buckets]
-            told = all(_is_text(label) for label in labels) and all(map(_is_count, counts))
+            told = all(map(_is_label, labels)) and all(map(_is_count, counts))
             return told and _is_time(seconds) and len(buckets) == len(BUCKETS) + 1
     return False
 
@@ -109,7 +113,7 @@ def _is_tally(row: object) -> bool:
 def _is_saving(row: object) -> bool:
     match row:
         case [name, size, count]:
-            return _is_text(name) and _is_count(size) and _is_count(count)
+            return _is_label(name) and _is_count(size) and _is_count(count)
     return False
 
 

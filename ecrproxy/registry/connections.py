@@ -38,6 +38,8 @@ IDLE_CONNECTIONS: Final = 32
 IDLE_SECONDS: Final = 90
 HEADERS_LIMIT: Final = 16 * 2**10
 """The most bytes before a body, interim answers included: twice what nginx takes, whose proxies ECR is used with."""
+INTERIM_LIMIT: Final = 5
+"""The most interim answers to one request, as Go's client takes: Twisted logs each."""
 _LENGTH: Final = re.compile(rb"[ \t]*[0-9]{1,18}[ \t]*")
 
 
@@ -54,6 +56,7 @@ class StrictClient(HTTP11ClientProtocol):
 
     _left = 0
     """How many bytes of headers may still come."""
+    _interim = 0
 
     def makeConnection(self, transport: Any) -> None:  # noqa: ANN401
         """
@@ -72,10 +75,13 @@ class StrictClient(HTTP11ClientProtocol):
         answered: Deferred[IResponse] = super().request(request)
         parser = self._parser
         if parser is not None and self._state != "QUIESCENT":
-            self._left, proceed = HEADERS_LIMIT, parser.allHeadersReceived
+            self._left, self._interim, proceed = HEADERS_LIMIT, 0, parser.allHeadersReceived
 
             def judged() -> None:
                 _judge(parser.response.code, parser.connHeaders)
+                self._interim += parser.response.code < 200  # noqa: PLR2004
+                if self._interim > INTERIM_LIMIT:
+                    raise OddAnswerError(f"more than {INTERIM_LIMIT} interim answers")
                 proceed()  # type: ignore[no-untyped-call]
 
             parser.allHeadersReceived = judged  # type: ignore[method-assign]  # (Twisted has no place to say it)

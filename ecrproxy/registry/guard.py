@@ -5,14 +5,15 @@ Rules:
 
 - What counts is the address that is about to be connected to, after every name has been resolved: a name that
   resolves to something else at the next question, or an odd spelling of an address, changes nothing.
-- The registry's own host goes anywhere: it is what the operator chose. While it is at a forbidden address itself,
-  as in tests and behind a tunnel, redirects may lead to such addresses too.
+- The registry's own host goes anywhere: it is what the operator chose. While it is on loopback itself, as in tests and
+  behind a tunnel, redirects may lead to loopback too, and to no other forbidden address.
 - Private networks are allowed: VPC endpoints live there.
 """
 
 from __future__ import annotations
 
-from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
+from collections.abc import Iterable
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import TYPE_CHECKING, Any, Final
 
 from twisted.internet.interfaces import IReactorPluggableNameResolver
@@ -26,15 +27,20 @@ if TYPE_CHECKING:
 
 log = Logger()
 
-_FORBIDDEN: Final = tuple(
+_LOOPBACK: Final = tuple(
     ip_network(network)
     for network in (
         "0.0.0.0/8",  # this host: Linux connects 0.0.0.0 to itself
         "127.0.0.0/8",
+        "::1/128",
+    )
+)
+_ELSEWHERE: Final = tuple(
+    ip_network(network)
+    for network in (
         "169.254.0.0/16",  # the metadata service, a task's credentials, the VPC's name server
         "224.0.0.0/4",
         "255.255.255.255/32",
-        "::1/128",
         "fe80::/10",
         "ff00::/8",
         "fd00:ec2::/32",  # the metadata service and its like, in IPv6
@@ -56,11 +62,22 @@ def is_forbidden(address: str) -> bool:
 
     What is no address is forbidden too.
     """
+    return _is_in(address, (*_LOOPBACK, *_ELSEWHERE))
+
+
+def is_loopback(address: str) -> bool:
+    """
+    Tell whether C{address} is this machine's own; what is no address is.
+    """
+    return _is_in(address, _LOOPBACK)
+
+
+def _is_in(address: str, networks: Iterable[IPv4Network | IPv6Network]) -> bool:
     try:
         found = ip_address(address)
     except ValueError:
         return True
-    return any(each in network for network in _FORBIDDEN for each in _meant(found))
+    return any(each in network for network in networks for each in _meant(found))
 
 
 def _meant(address: IPv4Address | IPv6Address) -> list[IPv4Address | IPv6Address]:
@@ -82,13 +99,13 @@ class Guard:
     """
 
     def __init__(self) -> None:
-        self._is_open = False
+        self._is_tunnel = False
 
     def pass_registry(self, address: str) -> None:
         """
-        Let the registry's host be connected to, and note whether others may be at such addresses.
+        Let the registry's host be connected to, and note whether others may be on loopback.
         """
-        self._is_open = is_forbidden(address)
+        self._is_tunnel = is_loopback(address)
 
     def pass_target(self, address: str) -> None:
         """
@@ -96,7 +113,7 @@ class Guard:
 
         @raise ForbiddenAddressError: if it is not to be.
         """
-        if is_forbidden(address) and not self._is_open:
+        if _is_in(address, _ELSEWHERE if self._is_tunnel else (*_LOOPBACK, *_ELSEWHERE)):
             log.error("ECR redirects to {address}, where the proxy does not go", address=address)
             raise ForbiddenAddressError(502, "UNAVAILABLE", "ECR redirects to an address where the proxy does not go")
 

@@ -23,7 +23,6 @@ from twisted.web.iweb import IResponse
 from ecrproxy.oci import (
     MANIFEST_LIMIT,
     MANIFEST_TYPES,
-    TAG_LENGTH,
     Digest,
     Kind,
     RegistryError,
@@ -46,7 +45,9 @@ LIST_LIMIT: Final = 4 * 2**20
 TAGS_LIMIT: Final = 1000
 """The most tags ECR lists a page; it refuses to be asked for more (field notes C8)."""
 ALL_TAGS: Final = 100_000
-"""Tags that are joined into one list for a client that asks for no page: 13 MB, if they are of the longest."""
+"""Tags that are joined into one list for a client that asks for no page."""
+ALL_BYTES: Final = 2**24
+"""Bytes after which no further page is joined: C{ALL_TAGS} of 128 characters fit. ECR's tags may have 300."""
 ALL_PAGES: Final = 1000
 """The most pages that are joined: enough for C{ALL_TAGS}, if ECR gives a hundred a page whatever it is asked for."""
 
@@ -218,14 +219,15 @@ class Upstream:
 
     async def _all_tags(self, route: Route, query: str) -> Page:
         """
-        Join ECR's pages of tags, for clients that follow no Link; behind C{ALL_TAGS} the Link leads on.
+        Join ECR's pages of tags, for clients that follow no Link; behind C{ALL_TAGS} or C{ALL_BYTES} the Link leads on.
         """
         page = await self._page(route, _with_n(query))
         if page.next is None:
             return page
         tags = _tags_of(page)
         count, parts, asked = len(tags), [_listed(tags)], {query}
-        while page.next is not None and count < ALL_TAGS and len(asked) < ALL_PAGES:
+        size = len(parts[0])
+        while page.next is not None and count < ALL_TAGS and size < ALL_BYTES and len(asked) < ALL_PAGES:
             if page.next in asked:
                 raise UnavailableError(502, "UNAVAILABLE", "ECR's pages of tags lead in a circle")
             asked.add(page.next)
@@ -233,6 +235,7 @@ class Upstream:
             tags = _tags_of(page)
             count += len(tags)
             parts.append(_listed(tags))
+            size += len(parts[-1])
         body = b'{"name": "%b", "tags": [%b]}' % (route.repository.encode("ascii"), b", ".join(filter(None, parts)))
         return replace(page, body=body, next=page.next and _without_n(page.next))
 
@@ -302,7 +305,7 @@ def _tags_of(page: Page) -> list[str]:
         tags = json.loads(page.body)["tags"] or []
     except (ValueError, LookupError, TypeError, RecursionError):
         tags = None
-    if not isinstance(tags, list) or not all(isinstance(tag, str) and len(tag) <= TAG_LENGTH for tag in tags):
+    if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
         raise UnavailableError(502, "UNAVAILABLE", "ECR's answer makes no sense: no list of tags")
     return tags
 

@@ -11,12 +11,14 @@ Rules:
 - The hash follows in order. Bytes become visible to a reader once they and all between its own start and
   them are written. A reader of the whole blob gets its last byte once the digest is verified: no complete
   response has wrong bytes. A reader of a part has all of it at once: clients that ask for parts verify by themselves.
-- What a reader of a part waits for is fetched before anything else: see C{_hasten}.
+- What readers wait for is fetched first, small ranges before all: see C{_hasten} and L{Gaps.take_wished}. A reader of
+  many MiB has a turn for its next part, and then waits for the others, so none has all the lanes.
 - On disk, the file is the buffer: any reader may be at any place of it, and a slow one slows nobody.
 - Off disk (the blob is larger than the cache, the disk is full or fails midway), a window of
   C{WINDOW} bytes is the buffer: the bytes come in order, wait for the slowest reader, and end with the last.
-  What had reached the file before the disk failed is still read from there. A reader that stops for C{STUCK_SECONDS}
-  while others wait for it is left behind: its response is aborted, and its next request gets a transfer of its own.
+  What had reached the file before the disk failed is still read from there. Readers that stop for C{STUCK_SECONDS}
+  while others wait for them get a transfer of their own, which goes on from the window and the hash of this one. Where
+  the bucket gives no ranges, or the size is unknown, or they are still in the file, their responses are aborted.
 - Memory: the bytes on their way into the file (C{HIGH_WATER} a lane, and C{BUFFERED} for all transfers) or the
   window, whatever the blob's size and however many follow it. What has ended holds none, whoever still refers to it:
   one that fails is often part of a cycle, through its exception's frames, and the garbage collector counts objects,
@@ -26,7 +28,7 @@ Rules:
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 from twisted.internet.defer import CancelledError, Deferred, DeferredList
@@ -42,11 +44,13 @@ from ecrproxy.reasons import Reason
 from ecrproxy.stopwatch import Stopwatch
 from ecrproxy.threads import Disk
 from ecrproxy.transfer.follower import Follower
-from ecrproxy.transfer.inflow import Blob, Buffered, Gaps, Stretch
+from ecrproxy.transfer.inflow import Blob, Buffered, Gaps, Stretch, Urgency, Wish
 from ecrproxy.transfer.lane import Lane, ShortBodyError, drop
 from ecrproxy.transfer.sources import FilePiece
 
 if TYPE_CHECKING:
+    from hashlib import _Hash
+
     from ecrproxy.oci import Digest
 
 log = Logger()
@@ -81,9 +85,10 @@ class Download:
     @param lanes: over how many connections it comes.
     @param unkept: why it isn't kept, if it isn't; a file that is given up was the disk's fault.
     @param buffered: counts what waits in memory, of all transfers together.
-    @param first_wished: whether a client waits for exactly what was asked for first.
+    @param urgency: who waits for what was asked for first.
     @param call_later: a reactor's, for the time of readers that stop; none to wait for them without end.
     @ivar attendance: called when a first reader comes or the last has left.
+    @ivar split_off: called with a transfer that goes on apart for readers that have stopped, and has to be run.
     @ivar received: how many bytes are readable, from the first on.
     @ivar verified: whether all of them are there and are what the digest names.
     @ivar failure: why there will be no more of them.
@@ -99,7 +104,7 @@ class Download:
         *,
         unkept: Reason = Reason.DISK,
         buffered: Buffered | None = None,
-        first_wished: bool = False,
+        urgency: Urgency = Urgency.NOBODY,
         call_later: Callable[..., Any] | None = None,
     ) -> None:
         self.digest, self.size, self.unkept = digest, size, unkept
@@ -111,18 +116,20 @@ class Download:
         self._hash = digest.hasher()
         self._gaps, self._lanes_end = Gaps(writer.gaps if writer is not None else ()), False
         self._buffered = buffered or Buffered()
-        self._first_wished = first_wished
+        self._first_urgency = urgency
         self._blob: Blob | None = None
         self._at_work: set[Lane] = set()
         self._window: deque[bytes] = deque()
         self._window_start = 0
         self._wake: Deferred[None] | None = None
-        self._patience = Patience(call_later or _never, STUCK_SECONDS, self._leave_behind)
-        self._followers: set[Follower] = set()
+        self._call_later = call_later or _never
+        self._patience = Patience(self._call_later, STUCK_SECONDS, self._leave_behind)
+        self._followers: dict[Follower, None] = {}  # in the order in which parts were last taken for them
         self._abandoned, self._leaves = False, False
         self._running, self.stopped = True, False
         self._parts_sent = 0
         self.attendance: Callable[[], None] = lambda: None
+        self.split_off: Callable[[Download], None] | None = None
 
     @property
     def kept(self) -> bool:
@@ -172,7 +179,7 @@ class Download:
         @param waiting: counts how long they are waited for.
         """
         follower = Follower(self, start, stop, waiting or Stopwatch(lambda: 0.0))
-        self._followers.add(follower)
+        self._followers[follower] = None
         if follower.partial:
             self._hasten(follower)
         if len(self._followers) == 1:
@@ -203,7 +210,7 @@ class Download:
         self._blob = blob
         try:
             if self._writer is None:
-                await self._stream(blob, self._from_the_start(blob))
+                await self._stream(blob, None if self.received else self._from_the_start(blob))
             elif not await self._fills(blob) and self.received != self.size:
                 await self._stream(blob, None)
             await self._finish()
@@ -256,26 +263,41 @@ class Download:
 
     async def _lane(self, blob: Blob, first: Stretch | None) -> None:
         """
-        Bring part after part, until there is none left: what readers of parts wait for, then the rest in order.
+        Bring part after part, until there is none left: what readers wait for, then the rest in order.
 
         @param first: what has been asked for already. What of it is there is not taken: it may be hashed by now.
         """
         if first is not None:
-            part = self._gaps.take_from(first.start, self.size or 0 if first.stop is None else first.stop)
-            if part is None:
+            span = self._gaps.take_from(first.start, self.size or 0 if first.stop is None else first.stop)
+            if span is None:
                 drop(first)
             else:
-                await self._part(Lane(self.digest, blob, *part, first, self._buffered, wished=self._first_wished))
+                await self._part(Lane(self.digest, blob, *span, first, self._buffered, urgency=self._first_urgency))
         while True:
-            part = self._gaps.take_wished(self._wishes()) if blob.ranged else None
-            wished = part is not None
-            part = part or self._gaps.take(self._lanes)
+            part = self._next_part(blob)
             if part is None:
                 return
-            await self._part(Lane(self.digest, blob, *part, None, self._buffered, wished=wished))
+            start, stop, urgency = part
+            await self._part(Lane(self.digest, blob, start, stop, None, self._buffered, urgency=urgency))
 
-    def _wishes(self) -> list[tuple[int, int]]:
-        return [(each.position, each.stop or 0) for each in self._followers if each.partial]
+    def _next_part(self, blob: Blob) -> tuple[int, int, Urgency] | None:
+        """
+        Take the next part. Readers of the whole take turns with those of parts, once there are any.
+        """
+        wishes = {each: wish for each in self._followers if (wish := self._wish(each)) is not None}
+        missing = {each: self._gaps.first_missing(*wish) for each, wish in wishes.items()}
+        shared = blob.ranged and any(each.partial and at is not None for each, at in missing.items())
+        part = self._gaps.take_wished(wishes.values()) if shared else None
+        if part is None and (rest := self._gaps.take(self._lanes)) is not None:
+            part = (*rest, Urgency.NOBODY)
+        for served in [each for each, at in missing.items() if part is not None and at == part[0]]:
+            del self._followers[served]
+            self._followers[served] = None
+        return part
+
+    def _wish(self, follower: Follower) -> Wish | None:
+        stop = follower.stop if follower.stop is not None else self.size
+        return Wish(follower.position, stop) if stop is not None else None
 
     def _hasten(self, follower: Follower) -> None:
         """
@@ -284,16 +306,16 @@ class Download:
         writer, blob = self._writer, self._blob
         if writer is None or blob is None or not blob.ranged or self._lanes_end:
             return
-        missing = writer.reach(follower.position)
-        if missing >= (follower.stop or 0):
+        missing, wish = writer.reach(follower.position), self._wish(follower)
+        if wish is None or missing >= wish.stop:
             return
         there = [lane for lane in self._at_work if lane.reached <= missing < (lane.stop or 0)]
-        if any(lane.wished or missing - lane.arrived <= SOON for lane in there):
+        if any(lane.urgency >= wish.urgency or missing - lane.arrived <= SOON for lane in there):
             return
         if not there and missing in self._gaps:
-            there = [lane for lane in self._at_work if not lane.wished]
+            there = [lane for lane in self._at_work if lane.urgency < wish.urgency]
         if there:
-            max(there, key=lambda lane: (lane.stop or 0) - lane.arrived).cut(self._gaps.give_back)
+            max(there, key=lambda lane: (-lane.urgency, (lane.stop or 0) - lane.arrived)).cut(self._gaps.give_back)
 
     async def _catch_up(self) -> None:
         """
@@ -371,6 +393,7 @@ class Download:
         lane = Lane(self.digest, blob, self.received, self.size, first, self._buffered)
         self._at_work.add(lane)
         try:
+            await self._room()  # what was split off has a full window already
             while batch := await lane.batch():
                 await self._disk.digesting(_hash_all, self._hash, batch)
                 self._window.extend(batch)
@@ -410,10 +433,51 @@ class Download:
         if len(stuck) == len(self._followers):
             self._patience.begin()
             return
-        said = "A reader of {digest} took nothing for {seconds} s while others waited for it: its response is aborted"
-        log.info(said, digest=self.digest, seconds=STUCK_SECONDS, once=self.digest)
+        blob, split_off = self._blob, self.split_off
+        resumable = blob is not None and blob.ranged and self.size is not None and split_off is not None
+        apart = [each for each in stuck if resumable and each.position >= start]
+        said = "A reader of {digest} took nothing for {seconds} s while others waited for it: its response {fate}"
+        fate = "goes on apart" if apart else "is aborted"
+        log.info(said, digest=self.digest, seconds=STUCK_SECONDS, fate=fate, once=self.digest)
+        if apart and split_off is not None:
+            split_off(self._split(apart))
         for each in stuck:
-            each.leave_behind(Failure(CancelledError("it kept others waiting")))
+            if each not in apart:
+                each.leave_behind(Failure(CancelledError("it kept others waiting")))
+
+    def _split(self, readers: Sequence[Follower]) -> Download:
+        """
+        Make another transfer for C{readers}, which goes on from the window and the hash of this one.
+        """
+        split = Download(
+            self.digest,
+            self.size,
+            None,
+            self._disk,
+            unkept=self.unkept,
+            buffered=self._buffered,
+            call_later=self._call_later,
+        )
+        split.take_over(self._window, self._window_start, self._hash.copy(), readers)
+        for each in readers:
+            del self._followers[each]
+        self._trim()
+        self._stir()
+        return split
+
+    def take_over(self, window: Iterable[bytes], start: int, state: _Hash, readers: Iterable[Follower]) -> None:
+        """
+        Go on for C{readers} of another transfer.
+
+        @param start: the offset of the first byte of C{window}.
+        @param state: the hash of all bytes up to the end of C{window}.
+        """
+        self._window, self._window_start, self._hash = deque(window), start, state
+        held = sum(map(len, self._window))
+        self.received, self._buffered.size = start + held, self._buffered.size + held
+        for reader in readers:
+            reader.move(self)
+            self._followers[reader] = None
 
     def _stir(self) -> None:
         wake, self._wake = self._wake, None
@@ -511,7 +575,7 @@ class Download:
         """
         Note that a reader is done or gone.
         """
-        self._followers.discard(follower)
+        self._followers.pop(follower, None)
         self._parts_sent += follower.partial and follower.done
         if self._writer is None and not self.verified:
             self._trim()

@@ -70,6 +70,12 @@ class Follower:
         """
         return self.stop is None or self.stop > max(start, self.position)
 
+    def move(self, download: Download) -> None:
+        """
+        Follow C{download}, which has the same bytes, from here on.
+        """
+        self._download = download
+
     def leave_behind(self, problem: Failure) -> None:
         """
         Go no further: the transfer goes on without it.

@@ -4,8 +4,10 @@ The connections over which a blob comes in: what they promise, how many there ar
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable
-from typing import Final, Protocol
+from enum import IntEnum
+from typing import Final, NamedTuple, Protocol
 
 from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
@@ -139,6 +141,45 @@ class Lanes:
         self._free += lanes
 
 
+class Urgency(IntEnum):
+    """
+    Who waits for the part that a lane brings. A lane leaves its part for a more urgent one.
+    """
+
+    NOBODY = 0
+    """It is the next part of the blob in order."""
+    READER = 1
+    """A client that reads on for long: the whole blob, an open-ended range, many MiB."""
+    SMALL = 2
+    """A client that needs no more than this."""
+
+
+class Wish(NamedTuple):
+    """
+    What a client has still to read.
+    """
+
+    position: int
+    stop: int
+
+    @property
+    def urgency(self) -> Urgency:
+        """
+        Return C{SMALL} if one part is all that is left to read.
+        """
+        return Urgency.SMALL if self.stop - self.position <= SMALLEST_PART else Urgency.READER
+
+    def rank(self, missing: int) -> tuple[int, int]:
+        """
+        Return the place among other wishes, least first.
+
+        @param missing: offset of the first byte that no lane has taken.
+        """
+        if self.urgency is Urgency.SMALL:
+            return -1, self.stop - self.position
+        return (missing - self.position) // SMALLEST_PART, 0
+
+
 class Gaps:
     """
     What of a blob nobody has taken on yet, in order: lanes take part after part of it.
@@ -180,20 +221,31 @@ class Gaps:
                 return start, end
         return None
 
-    def take_wished(self, wishes: Iterable[tuple[int, int]]) -> tuple[int, int] | None:
+    def first_missing(self, start: int, stop: int) -> int | None:
         """
-        Take the next part that a client waits for; none if no wish is missing.
+        Return the offset of the first byte from C{start} to C{stop} that no lane has taken.
+        """
+        at = bisect_right(self._gaps, start, key=lambda gap: gap[1])
+        if at == len(self._gaps):
+            return None
+        missing = max(start, self._gaps[at][0])
+        return missing if missing < stop else None
 
-        The smallest wish comes first: a footer of 50 bytes does not wait for another client's 100 MiB.
+    def take_wished(self, wishes: Iterable[Wish]) -> tuple[int, int, Urgency] | None:
+        """
+        Take the next part that a client waits for, with its urgency; none if all the wishes are taken.
+
+        Small ranges come first, the smallest before all. The others are served by how much is on its way to
+        them already, in parts; between equals the order of C{wishes} decides.
         """
         if len(self._gaps) >= MOST_GAPS:
             return None
-        for start, stop in sorted(wishes, key=lambda wish: wish[1] - wish[0]):
-            for first, last in self._gaps:
-                begin, end = max(start, first), min(stop, last)
-                if begin < end:
-                    return self.take_from(begin, max(begin + SMALLEST_WISH, min(end, begin + SMALLEST_PART)))
-        return None
+        missing = [(wish, at) for wish in wishes if (at := self.first_missing(*wish)) is not None]
+        if not missing:
+            return None
+        wish, start = min(missing, key=lambda each: each[0].rank(each[1]))
+        part = self.take_from(start, max(start + SMALLEST_WISH, min(wish.stop, start + SMALLEST_PART)))
+        return (*part, wish.urgency) if part is not None else None
 
     def give_back(self, start: int, stop: int) -> None:
         """

@@ -11,7 +11,7 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from ecrproxy.transfer.inflow import HIGH_WATER, Blob, Buffered, Inflow, Stretch
+from ecrproxy.transfer.inflow import HIGH_WATER, Blob, Buffered, Inflow, Stretch, Urgency
 
 if TYPE_CHECKING:
     from ecrproxy.oci import Digest
@@ -34,7 +34,7 @@ class Lane:
 
     @param stop: none for all, where the size is not known; such a lane cannot be resumed.
     @param first: what has been asked for already, from C{start} on.
-    @ivar wished: whether a client waits for exactly these bytes.
+    @ivar urgency: who waits for these bytes.
     @ivar reached: the offset behind the last byte that was handed out.
     """
 
@@ -48,10 +48,10 @@ class Lane:
         buffered: Buffered,
         *,
         high_water: int = HIGH_WATER,
-        wished: bool = False,
+        urgency: Urgency = Urgency.NOBODY,
     ) -> None:
         self.digest, self._blob, self._buffered, self._high_water = digest, blob, buffered, high_water
-        self.reached, self.stop, self.wished = start, stop, wished
+        self.reached, self.stop, self.urgency = start, stop, urgency
         self._next, self._announced = first, stop
         self._inflow: Inflow | None = None
         self._opening: Deferred[Stretch] | None = None

@@ -28,7 +28,7 @@ from .sid import Sid, make_sid
 
 PROGRAMS = (
     *("dockerd", "docker", "docker-registry", "skopeo", "podman", "containerd"),
-    *("haproxy", "debootstrap", "promtool", "curl", "htpasswd", "mandoc"),
+    *("haproxy", "nginx", "debootstrap", "promtool", "curl", "htpasswd", "mandoc"),
     *("chromium", "chromedriver", "zsh", "fish", "node", "npm", "proot"),
 )
 

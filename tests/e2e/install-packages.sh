@@ -3,7 +3,7 @@
 # distribution's own archive. Run as root; what is there already is left alone.
 set -euf
 
-packages="docker.io docker-registry skopeo podman haproxy debootstrap prometheus python3-venv containerd curl openssl apache2-utils libfaketime man-db mandoc"
+packages="docker.io docker-registry skopeo podman haproxy nginx debootstrap prometheus python3-venv containerd curl openssl apache2-utils libfaketime man-db mandoc"
 packages="$packages chromium chromium-driver fonts-inter zsh fish proot"
 
 # Newer releases keep the docker command in a package of its own, which older ones don't have.

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
+from ecrproxy.cache import allocation
 from ecrproxy.command.checkup.findings import Finding, failed, ok, warning
 from ecrproxy.command.terminal import size_in_words
 
@@ -25,6 +26,7 @@ FOLDERS: Final = ("content", "entries", "ingest")
 COUNT_SECONDS: Final = 8.0
 """How long the files of the cache are counted at the most."""
 FEW_INODES: Final = 10_000
+_MORE_INODES: Final = "use a file system with more: mkfs.ext4 -T news, or xfs"
 _SAMPLE: Final = 64 * 2**10
 _FAR: Final = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "ceph", "glusterfs", "lustre", "afs"})
 _ESCAPE = re.compile(r"\\([0-7]{3})")
@@ -112,7 +114,7 @@ def _try_file(directory: Path, *, make: bool) -> tuple[str, list[tuple[str, str]
     try:
         with tempfile.NamedTemporaryFile(dir=directory, prefix=".doctor-") as file:
             attempts: dict[str, Callable[[], object]] = {
-                "posix_fallocate": partial(os.posix_fallocate, file.fileno(), 0, _SAMPLE),
+                "fallocate": partial(allocation.fallocate, file.fileno(), _SAMPLE),
                 "flock": partial(fcntl.flock, file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB),
                 "fsync": partial(os.fsync, file.fileno()),
             }
@@ -182,6 +184,8 @@ def judge_directory(seen: Survey, user: int) -> Iterator[Finding]:
         yield failed(
             check, f"{seen.path} is on a file system that is read-only", f"mount {seen.mount.point} to be written"
         )
+    elif seen.problem and seen.inodes == 0:
+        yield failed(check, f"{seen.path} can't be written: the file system has no inodes left", _MORE_INODES)
     elif seen.problem:
         yield failed(
             check,
@@ -205,8 +209,14 @@ def judge_directory(seen: Survey, user: int) -> Iterator[Finding]:
 def _judge_kind(seen: Survey) -> Iterator[Finding]:
     check, mount = "file system", seen.mount
     for what, why in seen.lacking:
+        if what == "fallocate":  # a hint
+            yield warning(
+                check,
+                f"fallocate does not work there: {why}",
+                "a disk that is too full is noticed in the middle of a blob; give the cache a local disk",
+            )
+            continue
         consequence = {
-            "posix_fallocate": "room for a blob can't be kept free: the cache keeps nothing",
             "flock": "two daemons could write one file",
             "fsync": "a power cut may leave wrong bytes, which are then found when they are read",
         }[what]
@@ -241,7 +251,7 @@ def judge_room(seen: Survey, limit: int) -> Iterator[Finding]:
         yield warning(
             "inodes",
             f"{seen.inodes} more files can be made there",
-            "use a file system with more: mkfs.ext4 -T news, or xfs",
+            _MORE_INODES,
         )
     if limit > seen.total:
         yield warning(

@@ -31,7 +31,7 @@ from ecrproxy.command.checkup.settings import judge_files, look_at_files, look_a
 from ecrproxy.command.subcommand import FINE, MISUSED, WRONG, Call, CommandError
 from ecrproxy.oci import RegistryError, parse_route
 from ecrproxy.registry.egress import Egress, Proxy
-from ecrproxy.registry.guard import is_forbidden
+from ecrproxy.registry.guard import is_forbidden, is_loopback
 from ecrproxy.settings.config import Config, ConfigError
 from ecrproxy.settings.contradictions import load
 
@@ -263,7 +263,7 @@ class Doctor:
         addresses = found or list(self._senses.ask_system(host).addresses)
         forbidden = [address for address in addresses if is_forbidden(address)]
         registry = self._proxy(self._config.ecr_endpoint) or self._address()
-        if forbidden and not (isinstance(registry, str) and is_forbidden(registry)):
+        if forbidden and not (isinstance(registry, str) and is_loopback(registry)):
             said = f"{host} is at {forbidden[0]}, where the proxy does not go"
             yield failed(
                 "bucket", said, "see who answers for that name: redirects lead to no loopback or link-local address"

@@ -68,9 +68,9 @@ def _certificate(key: str, certificate: str, authorities: str | None, now: float
     days = (shown.until - now) / 86400
     names = ", ".join(shown.names[:4]) or "no names"
     if days < 0:
-        return failed(check, f"{certificate} ended {-days:.1f} days ago", "renew it, and send the daemon SIGHUP")
+        return failed(check, f"{certificate} ended {-days:.1f} days ago", "renew it; the daemon notices")
     if days * 86400 < SOON:
-        return warning(check, f"{certificate} ends in {days:.1f} days", "renew it, and send the daemon SIGHUP")
+        return warning(check, f"{certificate} ends in {days:.1f} days", "renew it; the daemon notices")
     return ok(check, f"for {names}, good for {days:.0f} days")
 
 
