@@ -101,7 +101,6 @@ TARGETS: dict[str, tuple[bytes, ...]] = {
         b"http://evil.example/v2/secret/app/manifests/latest",
         b"https://proxy.example/v2/secret/app/manifests/latest",
         b"HTTP://proxy.example/v2/secret/app/tags/list",
-        b"http://proxy.example//v2/open/app/manifests/latest",
         b"http://proxy.example/../v2/open/app/manifests/latest",
         b"http://user@proxy.example/v2/open/app/manifests/latest",
         b"http:///v2/open/app/manifests/latest",
