@@ -42,7 +42,7 @@ class Ranges:
         @return: none if the whole blob is to be sent: no header, another unit, bad syntax, or too many ranges.
         """
         unit, _, listed = (header or "").strip().partition("=")
-        if unit != "bytes" or listed.count(",") >= MOST:
+        if unit.lower() != "bytes" or listed.count(",") >= MOST:
             return None
         found = [_SPEC.fullmatch(each.strip()) for each in listed.split(",") if each.strip()]
         specs = tuple((_number(each[1]), _number(each[2])) for each in found if each is not None)

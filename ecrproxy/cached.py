@@ -22,7 +22,7 @@ from functools import partial
 from itertools import islice
 from typing import Any, Final, Protocol, TypeVar
 
-from twisted.internet.defer import DeferredSemaphore
+from twisted.internet.defer import Deferred, DeferredSemaphore
 from twisted.logger import Logger
 
 from ecrproxy.answers import ANY, Answer, Asked, CacheStatus, manifest_answer
@@ -60,7 +60,7 @@ _STORING_BYTES = 64 * 2**20
 SMALL_BLOB = 64 * 2**10
 """Blobs up to so many bytes, as image configs are, are held in memory too. Larger manifests are parsed in a thread."""
 VERIFICATIONS = 4
-"""How many files are hashed at the same time."""
+"""How many steps of hashing are done at the same time."""
 
 
 class Room(Protocol):
@@ -393,17 +393,22 @@ class Cache:
         file = (content.digest, content.status.st_ino)
         verification = self._verifications.get(file)
         if verification is None:
-            verification = self._verifications[file] = Verification(content.share(), self._disk.hashing)
+            verification = self._verifications[file] = Verification(content.share(), self._hash_in_turn)
             on_its_own(self._verify(file, verification))
         return verification
 
     async def _verify(self, file: tuple[Digest, int], verification: Verification) -> None:
-        await self._hashing.acquire()
         try:
             await verification.run()
         finally:
-            self._hashing.release()
             del self._verifications[file]
+
+    def _hash_in_turn(self, blocking: Callable[..., T], *args: object) -> Deferred[T]:
+        """
+        Take one step of a verification. All files advance together: their readers do, and each waits for its own hash.
+        """
+        step: Deferred[T] = self._hashing.run(self._disk.hashing, blocking, *args)
+        return step
 
     async def left(self, digest: Digest, expected: int | None) -> Left | None:
         """

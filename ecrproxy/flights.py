@@ -48,10 +48,14 @@ def within(seconds: float, work: Coroutine[Any, Any, T], call_later: Callable[..
 class Flights(Generic[T]):
     """
     At most one fetch in the air for a key; whoever asks meanwhile waits for it.
+
+    @param abandons: cancel a fetch that nobody waits for any more.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, abandons: bool = False) -> None:
+        self._abandons = abandons
         self._waiting: dict[Hashable, list[Deferred[T]]] = {}
+        self._fetching: dict[Hashable, Deferred[T]] = {}
 
     def __contains__(self, key: Hashable) -> bool:
         return key in self._waiting
@@ -63,14 +67,22 @@ class Flights(Generic[T]):
         Cancelling what this returns ends that waiting alone.
         """
         flying, waiting = key in self._waiting, self._waiting.setdefault(key, [])
-        waiter: Deferred[T] = Deferred(waiting.remove)
+        waiter: Deferred[T] = Deferred(lambda leaver: self._leave(key, waiting, leaver))
         waiting.append(waiter)
         if not flying:  # nothing is awaited between looking and registering
-            Deferred.fromCoroutine(fetch()).addBoth(self._land, key)
+            self._fetching[key] = fetching = Deferred.fromCoroutine(fetch())
+            fetching.addBoth(self._land, key, waiting)
         return waiter
 
-    def _land(self, result: T | Failure, key: Hashable) -> None:
-        waiting = self._waiting.pop(key)
+    def _leave(self, key: Hashable, waiting: list[Deferred[T]], leaver: Deferred[T]) -> None:
+        waiting.remove(leaver)
+        if self._abandons and not waiting and self._waiting.get(key) is waiting:
+            del self._waiting[key]  # whoever comes now begins anew
+            self._fetching.pop(key).cancel()
+
+    def _land(self, result: T | Failure, key: Hashable, waiting: list[Deferred[T]]) -> None:
+        if self._waiting.get(key) is waiting:
+            del self._waiting[key], self._fetching[key]
         if not waiting and isinstance(result, Failure):
             log.debug("Nobody waited any more for {key}: {problem}", key=key, problem=result.value)
         for waiter in list(waiting):

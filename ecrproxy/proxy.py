@@ -28,6 +28,7 @@ from ecrproxy.answers import ANY, Answer, Asked, CacheStatus, manifest_answer
 from ecrproxy.byte_ranges import Ranges, Span
 from ecrproxy.cache.entries import Confirmed
 from ecrproxy.cache.ingest import Left
+from ecrproxy.cache.memory import Memory
 from ecrproxy.cache.writer import Writer
 from ecrproxy.cached import FACTS, Cache
 from ecrproxy.flights import Flights, LateError, within
@@ -44,7 +45,7 @@ from ecrproxy.oci import (
 )
 from ecrproxy.reasons import Reason
 from ecrproxy.registry.bucket import UnavailableError
-from ecrproxy.registry.upstream import Page, Upstream
+from ecrproxy.registry.upstream import Page, Upstream, upstream_query
 from ecrproxy.threads import Disk, on_its_own
 from ecrproxy.transfer.download import Download
 from ecrproxy.transfer.inflow import SMALLEST_PART, Blob, Lanes, Urgency, Wish
@@ -58,10 +59,17 @@ if TYPE_CHECKING:
 log = Logger()
 T = TypeVar("T")
 
+NAMED_SECONDS: Final = 60
+"""How long a digest that ECR named for a tag, and then does not find, is asked for by that tag."""
+_NAMED_BYTES = 2**20
+"""Bytes of memory for such digests."""
+_PAGES_BYTES = 8 * 2**20
+_PAGE_BYTES = 2**20
+"""Bytes of memory for pages of tags and referrers, which are served while ECR can't be asked; and for one of them."""
 READING_AHEAD: Final = 64
 """Manifests whose layers may wait to be fetched before anybody asks for them: of others, that is left to who asks."""
 STALE_SECONDS: Final = 5.0
-"""How long ECR may take to confirm a tag whose last answer is cached. containerd gives up after 30 s."""
+"""How long ECR may take to confirm a tag or a list whose last answer is cached. containerd gives up after 30 s."""
 _JOINED = (CacheStatus.JOINED, Reason.IN_FLIGHT)
 
 
@@ -101,14 +109,38 @@ class PullThrough:
         self._sizes: Flights[int] = Flights()
         self._manifests: Flights[_Said[tuple[Descriptor, Document]]] = Flights()
         self._questions = count(1)
+        self._named: Memory[tuple[str, Digest], _Named] = Memory(_NAMED_BYTES)
+        self._pages: Flights[Page] = Flights(abandons=True)
+        self._last_pages: Memory[str, Page] = Memory(_PAGES_BYTES)
 
-    async def page(self, route: Route) -> Page:
+    async def page(self, route: Route) -> tuple[CacheStatus, Reason, Page]:
         """
-        Pass a page of tags or referrers through.
+        Ask for a page of tags or referrers, once for all who want it at the same time.
 
+        @return: how the page was had, why, and the page: the last one known if ECR can't be asked.
         @raise RegistryError: as ECR gave it.
         """
-        return await self._upstream.page(route)
+        key = f"{route.path}?{upstream_query(route)}"
+        last = self._last_pages.get(key)
+        if last is None:
+            return CacheStatus.BYPASS, Reason.LIST, await self._ask_for_page(key, route)
+        try:
+            page = await within(STALE_SECONDS, self._ask_for_page(key, route), self._call_later)
+        except (LateError, UnavailableError) as problem:
+            return CacheStatus.STALE, _why_stale(route, problem), last
+        return CacheStatus.BYPASS, Reason.LIST, page
+
+    async def _ask_for_page(self, key: str, route: Route) -> Page:
+        try:
+            page = await self._pages.join(key, lambda: self._upstream.page(route))
+        except UnavailableError:
+            raise
+        except RegistryError:
+            self._last_pages.drop(key)
+            raise
+        if len(page.body) <= _PAGE_BYTES:
+            self._last_pages.put(key, page, len(page.body) + 2 * len(key) + 500)
+        return page
 
     def transfers(self) -> list[Download]:
         """
@@ -269,6 +301,8 @@ class PullThrough:
             log.info("Going on with {digest} at byte {at} of {size}", digest=digest, at=left.gaps[0][0], size=left.size)
         start, stop = _first_span(left, parts, self._lanes.first_part(left.size if left else expected))
         blob = await self._upstream.blob(route, stop, start)
+        if blob.size is None:
+            blob.size = expected  # a manifest has told: the client gets a length, and the cache the blob
         if parts:
             _check_size(blob, expected)
         try:
@@ -409,9 +443,25 @@ class PullThrough:
         key = (asked.route, ANY)
         why = (CacheStatus.MISS, missing) if key not in self._manifests else _JOINED
         said = await self._manifests.join(key, lambda: self._numbered(self._fetch(asked.route, ANY)))
+        if isinstance(said.answer, RegistryError):
+            said = await self._fetch_as_named(asked) or said
         descriptor, document = _answered(said)
         self._cache.remember(asked, descriptor)
         return manifest_answer(*why, asked, descriptor, document.body)
+
+    async def _fetch_as_named(self, asked: Asked) -> _Said[tuple[Descriptor, Document]] | None:
+        """
+        Fetch a manifest that ECR does not find by its digest by the tag that led to it a moment ago, if one did.
+
+        So it is for some seconds after a push, and for good with what ECR converts for a client.
+        """
+        named = self._named.get((asked.route.repository, asked.digest))
+        if named is None or not 0 <= self._now() - named.when < NAMED_SECONDS:
+            return None
+        route, accept = named.route, named.accept
+        said = await self._manifests.join((route, accept), lambda: self._numbered(self._fetch(route, accept)))
+        same = not isinstance(said.answer, RegistryError) and said.answer[0].digest == asked.digest
+        return said if same else None
 
     async def _manifest_by_tag(self, asked: Asked) -> Answer:
         entry = await self._cache.entry(asked)
@@ -426,12 +476,8 @@ class PullThrough:
             return await self._ask_for_tag(asked, known)
         try:
             return await within(STALE_SECONDS, self._ask_for_tag(asked, known), self._call_later)
-        except LateError:
-            why, reason = f"ECR has not answered for {STALE_SECONDS:g} s", Reason.UNREACHABLE
-        except UnavailableError as problem:
-            why, reason = problem.message, problem.reason
-        path = asked.route.path
-        log.warn("Serving {path} as last known: {why}", path=path, why=why, once=path)
+        except (LateError, UnavailableError) as problem:
+            reason = _why_stale(asked.route, problem)
         return manifest_answer(CacheStatus.STALE, reason, asked, last.descriptor, document.body)
 
     async def _ask_for_tag(self, asked: Asked, known: Confirmed | None) -> Answer:
@@ -450,6 +496,8 @@ class PullThrough:
             if head is not None and (document is not None or asked.head):
                 on_its_own(self._cache.record(asked, question, head, document))
                 if document is None:
+                    named = _Named(route, accept, self._now())
+                    self._named.put((route.repository, head.digest), named, 2 * len(route.path) + 500)
                     return manifest_answer(CacheStatus.MISS, _missing(known, head), asked, head)
                 return manifest_answer(CacheStatus.REVALIDATED, Reason.TAG_CONFIRMED, asked, head, document.body)
         joined = (route, accept) in self._manifests
@@ -524,6 +572,20 @@ class _Said(Generic[T]):
     answer: T | RegistryError
 
 
+@dataclass(frozen=True, slots=True)
+class _Named:
+    """
+    The tag for which ECR named a digest.
+
+    @ivar accept: the manifest types of the client that asked.
+    @ivar when: seconds since the epoch.
+    """
+
+    route: Route
+    accept: frozenset[str]
+    when: float
+
+
 def _answered(said: _Said[T]) -> T:
     if isinstance(said.answer, RegistryError):
         raise said.answer
@@ -580,6 +642,18 @@ def _first_span(left: Left | None, parts: Sequence[Span], part: int | None) -> t
     start, last = gaps[0]
     stops = [stop for stop in (last, None if part is None else start + part) if stop is not None]
     return start, min(stops, default=None)
+
+
+def _why_stale(route: Route, problem: LateError | UnavailableError) -> Reason:
+    """
+    Log and return why the last answer is served.
+    """
+    if isinstance(problem, LateError):
+        why, reason = f"ECR has not answered for {STALE_SECONDS:g} s", Reason.UNREACHABLE
+    else:
+        why, reason = problem.message, problem.reason
+    log.warn("Serving {path} as last known: {why}", path=route.path, why=why, once=route.path)
+    return reason
 
 
 def _urgency(parts: Sequence[Span]) -> Urgency:

@@ -464,12 +464,14 @@ class Raw(Protocol):
     def __init__(self) -> None:
         self.got = bytearray()
         self.closed = False
+        self.lost: Failure
+        """How the connection was lost."""
 
     def dataReceived(self, data: bytes) -> None:
         self.got += data
 
     def connectionLost(self, reason: Failure = Failure(ConnectionDone())) -> None:  # noqa: B008
-        self.closed = True
+        self.closed, self.lost = True, reason
 
 
 class Daemon:

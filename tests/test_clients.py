@@ -87,7 +87,7 @@ class AdmissionTests(DaemonTestCase):
         """
         self.protect(passwords=True)
         registrys = ("/v2/", "/v2", self.by_tag, "/v2/team/app/tags/list", "/v2/_catalog", "/v2/../x", "/v2/?x")
-        others = ("/", "//v2/", "/%762/", "/used", "/metrics", "/%72eadyz", "/readyz/x", "/healthz/", "/x/../readyz")
+        others = ("/", "//v1/", "/%762/", "/used", "/metrics", "/%72eadyz", "/readyz/x", "/healthz/", "/x/../readyz")
         for path in registrys + others:
             for method in ("GET", "HEAD"):
                 reply = self.daemon.ask(method, path)

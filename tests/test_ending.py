@@ -10,11 +10,12 @@ from typing import Any
 
 from twisted.application.service import Service
 from twisted.internet.defer import Deferred
+from twisted.internet.error import ConnectionDone, ConnectionLost
 from twisted.internet.testing import MemoryReactorClock
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.daemon.ending import Drain, InOrder, Signals
-from ecrproxy.http.channel import FRESH_SECONDS
+from ecrproxy.http.channel import FRESH_SECONDS, LINGER_SECONDS
 from tests.daemon import DaemonTestCase, End, Raw, Reply
 
 LIMIT = 30.0
@@ -127,6 +128,52 @@ class DrainTests(DaemonTestCase):
         self.pass_time(LIMIT - 1)
         self.assertTrue(client.got.startswith(b"HTTP/1.1 503 "), "there was no token")
         self.assertIn(b"Connection: close\r\n", client.got)
+        self.successResultOf(ending)
+
+    def cut_short(self, version: str, path: str) -> tuple[Raw, End]:
+        """
+        Have a response be under way when the limit is reached.
+        """
+        self.standin.hold(self.digest)
+        client, wire = self.connect(f"GET {path} HTTP/{version}\r\nHost: x\r\n\r\n".encode())
+        self.standin.deliver(self.digest, len(DATA) // 2)
+        self.flush()
+        self.end()
+        self.pass_time(LIMIT)
+        return client, wire
+
+    def test_a_response_that_is_cut_ends_and_is_not_reset(self) -> None:
+        """
+        containerd goes on with a blob whose connection has ended, and gives up on one that was reset.
+        """
+        for version in ("1.1", "1.0"):
+            client, _ = self.cut_short(version, self.path)
+            self.assertTrue(client.closed)
+            client.lost.trap(ConnectionDone)
+            self.assertIn(DATA[:1000], client.got)
+            self.start_again()
+
+    def test_a_response_whose_end_would_look_like_its_bodys_is_reset(self) -> None:
+        client, wire = self.connect()
+        wire.write(f"GET {self.path} HTTP/1.0\r\n\r\n".encode())
+        head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+        self.answer_with(head + b"5\r\nhello\r\n", close=False)
+        self.end()
+        self.pass_time(LIMIT)
+        self.assertTrue(client.got.startswith(b"HTTP/1.0 200"))
+        self.assertNotIn(b"Content-Length", client.got)
+        client.lost.trap(ConnectionLost)
+
+    def test_so_is_a_client_that_does_not_read(self) -> None:
+        self.standin.hold(self.digest)
+        _, wire = self.connect(f"GET {self.path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        wire.reading = False
+        self.standin.deliver(self.digest, len(DATA) // 2)
+        self.flush()
+        ending = self.end()
+        self.pass_time(LIMIT)
+        self.assertNoResult(ending)
+        self.pass_time(LINGER_SECONDS)
         self.successResultOf(ending)
 
     def test_cuts_what_takes_too_long(self) -> None:

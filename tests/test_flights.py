@@ -93,6 +93,27 @@ class FlightsTests(SynchronousTestCase):
         self.failureResultOf(second, CancelledError)
         self.assertEqual("blob", self.successResultOf(third))
 
+    def test_what_nobody_waits_for_goes_on(self) -> None:
+        gone = self.flights.join("x", self.fetch)
+        gone.cancel()
+        self.failureResultOf(gone, CancelledError)
+        self.assertFalse(self.landing[0].called)
+        self.assertIn("x", self.flights)
+
+    def test_or_is_cancelled_and_begun_anew_for_whoever_comes(self) -> None:
+        self.flights = Flights(abandons=True)
+        first, second = self.flights.join("x", self.fetch), self.flights.join("x", self.fetch)
+        first.cancel()
+        self.assertFalse(self.landing[0].called)
+        second.cancel()
+        self.assertTrue(self.landing[0].called)
+        self.assertNotIn("x", self.flights)
+        for each in (first, second):
+            self.failureResultOf(each, CancelledError)
+        third = self.flights.join("x", self.fetch)
+        self.landing[1].callback("blob")
+        self.assertEqual("blob", self.successResultOf(third))
+
 
 class WithinTests(SynchronousTestCase):
     def setUp(self) -> None:

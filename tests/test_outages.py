@@ -17,6 +17,7 @@ from twisted.web.client import URI
 from twisted.web.iweb import IAgent, IResponse
 from zope.interface import implementer
 
+from ecrproxy.proxy import STALE_SECONDS
 from ecrproxy.registry.circuit import PAUSE
 from ecrproxy.registry.ecr import FETCH_SECONDS, PATIENCE, Token, TokenUnavailableError
 from ecrproxy.registry.resolver import ChosenServers
@@ -270,3 +271,53 @@ class NamesTests(DependencyTestCase):
         self.assertUnnoticed()
         self.assertStaleWithin(0)
         self.assertRecoversWithin(8)
+
+
+class ListTests(DependencyTestCase):
+    def setUp(self) -> None:
+        super().setUp()
+        self.tags = "/v2/team/app/tags/list"
+        self.referrers = f"/v2/team/app/referrers/{self.image.digest}"
+
+    def test_are_served_as_last_known(self) -> None:
+        """
+        Where an admission controller finds no signature, no pod starts, even if its image is served.
+        """
+        before = {path: bytes(self.get(path).body) for path in (self.tags, self.referrers, f"{self.tags}?n=1")}
+        outage = self.standin.fail("registry", status=503)
+        for path, body in before.items():
+            reply = self.daemon.send("GET", path)
+            self.pass_time(30)
+            self.assertWhole(reply, body, "STALE")
+            self.assertNotIn(reply.header("X-Cache-Reason"), (None, "list"))
+        self.assertEqual(503, self.get(f"{self.referrers}?artifactType=x").code)
+        outage.remove()
+        self.pass_time(PAUSE)
+        self.assertWhole(self.get(self.tags), before[self.tags], "BYPASS")
+
+    def test_are_served_as_last_known_when_ecr_takes_too_long(self) -> None:
+        body = bytes(self.get(self.tags).body)
+        self.standin.hang("registry")
+        reply = self.daemon.ask("GET", self.tags)
+        self.pass_time(STALE_SECONDS)
+        self.assertWhole(reply, body, "STALE")
+
+    def test_that_ecr_refuses_are_not_served_later(self) -> None:
+        self.assertEqual(200, self.get(self.tags).code)
+        self.standin.deny(times=1)
+        self.assertEqual(403, self.get(self.tags).code)
+        self.standin.fail("registry", status=503)
+        self.assertEqual(503, self.get(self.tags).code)
+
+    def test_are_asked_for_once_for_all_who_ask_at_once(self) -> None:
+        for path in (self.tags, self.referrers):
+            replies = [self.daemon.send("GET", path) for _ in range(50)]
+            self.pass_time(0)
+            self.assertEqual([200] * 50, [reply.code for reply in replies])
+            self.assertEqual(1, self.standin.count("registry", path_contains=path))
+
+    def test_are_held_in_bounded_memory(self) -> None:
+        self.standin.fail("registry", body=b'{"tags": ["' + b"x" * 2**20 + b'"]}', status=200, times=1)
+        self.assertEqual(200, self.get(f"{self.tags}?n=1").code)
+        self.standin.fail("registry", status=503)
+        self.assertEqual(503, self.get(f"{self.tags}?n=1").code)

@@ -17,6 +17,7 @@ from ecrproxy.answers import Asked
 from ecrproxy.cache import allocation
 from ecrproxy.cached import FACTS
 from ecrproxy.oci import Descriptor, Digest, parse_route
+from ecrproxy.proxy import NAMED_SECONDS
 from ecrproxy.registry.ecr import Token
 from tests.daemon import MIB, DaemonTestCase, Hands, Reply, at_once, noise
 from tests.registry import StandIn, digest_of, layer
@@ -904,6 +905,20 @@ class BypassTests(BlobTestCase):
         self.answer_with(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + body)
         self.assertWhole(reply, b"hello", "BYPASS")
         self.assertFalse(self.has(digest))
+
+    def test_of_a_length_that_only_a_manifest_tells(self) -> None:
+        data = noise("layer", 5000)
+        image = self.standin.push_image("team/app", "latest", layers=[data])
+        self.assertEqual(200, self.get("/v2/team/app/manifests/latest").code)
+        path = f"/v2/team/app/blobs/{image.layers[0]}"
+        head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+        for body in (data[:-1] + b"x", data):
+            reply = self.daemon.send("GET", path)
+            self.answer_with(head + b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body))
+            self.assertEqual((200, 5000), (reply.code, reply.length))
+            self.assertEqual(body == data, reply.ended == "whole", len(body))
+        self.assertWhole(reply, data, "MISS")
+        self.assertWhole(self.get(path), data, "HIT")
 
     def test_of_an_unknown_length_with_other_bytes(self) -> None:
         """
@@ -2195,3 +2210,33 @@ class ForgettingTests(BlobTestCase):
         self.file_of(self.digest).unlink()
         self.assertWhole(self.get(self.path), self.data, "MISS")
         self.assertEqual(Digest.parse(self.digest).hex, self.file_of(self.digest).name)
+
+
+class NamedDigestTests(DaemonTestCase):
+    def setUp(self) -> None:
+        super().setUp()
+        self.image = self.standin.push_image("team/app", "latest")
+        self.path = f"/v2/team/app/manifests/{self.image.digest}"
+        self.assertEqual(self.image.digest, self.head("/v2/team/app/manifests/latest").header("Docker-Content-Digest"))
+        said = b'{"errors": [{"code": "MANIFEST_UNKNOWN", "message": "Requested image not found"}]}'
+        self.standin.fail("registry", status=404, body=said, path_contains="manifests/sha256")
+        self.standin.forget_asked()
+
+    def test_that_ecr_does_not_find_just_after_a_push_is_fetched_by_its_tag(self) -> None:
+        self.assertWhole(self.get(self.path), self.image.manifest, "MISS")
+        self.assertWhole(self.get(self.path), self.image.manifest, "HIT")
+        self.assertEqual(2, self.standin.count("registry"))
+
+    def test_is_404_where_the_tag_has_moved(self) -> None:
+        self.standin.push_image("team/app", "latest", layers=[layer("new", b"")])
+        self.assertRefused(self.get(self.path), 404, "MANIFEST_UNKNOWN")
+
+    def test_is_404_a_minute_later(self) -> None:
+        self.pass_time(NAMED_SECONDS)
+        self.assertRefused(self.get(self.path), 404, "MANIFEST_UNKNOWN")
+
+    def test_is_404_for_any_other_and_in_any_other_repository(self) -> None:
+        other = self.image.digest.replace(self.image.digest[-4:], "0000")
+        for path in (f"/v2/team/app/manifests/{other}", self.path.replace("app", "other")):
+            self.assertRefused(self.get(path), 404, "MANIFEST_UNKNOWN")
+        self.assertEqual(2, self.standin.count("registry"))

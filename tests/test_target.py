@@ -15,6 +15,10 @@ ORIGIN: dict[bytes, Target] = {
     b"/v2/a/tags/list?n=1&last=a%2Fb?c": Target("/v2/a/tags/list", "n=1&last=a%2Fb?c"),
     b"/v2/?": Target("/v2/"),
     b"//evil.example/v2/": Target("//evil.example/v2/"),
+    b"//v2//": Target("/v2/"),
+    b"///v2//a//tags///list?last=a//b": Target("/v2/a/tags/list", "last=a//b"),
+    b"//v2x/": Target("//v2x/"),
+    b"/v2/a%2F%2Fb/tags/list": Target("/v2/a%2F%2Fb/tags/list"),
     b"/%72eadyz": Target("/%72eadyz"),
     b"/v2/\xe4": Target("/v2/\xe4"),
 }
@@ -24,7 +28,7 @@ ABSOLUTE: dict[bytes, Target] = {
     b"http://[::1]:5000/v2/": Target("/v2/", "", "[::1]:5000"),
     b"http://proxy.example": Target("/", "", "proxy.example"),
     b"http://proxy.example?a": Target("/", "a", "proxy.example"),
-    b"http://a//v2/": Target("//v2/", "", "a"),
+    b"http://a//v2/": Target("/v2/", "", "a"),
 }
 NEITHER: tuple[bytes, ...] = (
     *(b"*", b"*/v2/", b"proxy.example:443", b"proxy.example", b"v2/", b"?x", b"\\v2\\", b"%2Fv2/", b"xreadyz"),
@@ -67,6 +71,15 @@ class ChannelTests(DaemonTestCase):
         for cache in (b"MISS", b"HIT"):
             self.assertIn(b"X-Cache-Status: " + cache, self.daemon.raw(ask.encode()))
         self.assertEqual("HIT", self.get(f"/v2/team/app/blobs/{digest}", Host="one.example").cache)
+
+    def test_repeated_slashes_are_one_for_routing_access_rules_and_the_cache_key(self) -> None:
+        digest = self.standin.push_blob("team/app", b"data")
+        self.start(cache_key="$request_uri", pattern="team/app")
+        for path in (f"//v2/team/app/blobs/{digest}", f"/v2//team//app///blobs//{digest}"):
+            self.assertEqual(b"data", self.get(path).body)
+        self.assertEqual(1, self.standin.count("bucket"))
+        self.assertEqual(200, self.get("//v2//").code)
+        self.assertRefused(self.get(f"//v2/team//other/blobs/{digest}"), 403, "DENIED")
 
     def test_an_absolute_target_needs_a_host_field_as_any_other(self) -> None:
         got = self.daemon.raw(b"GET http://proxy.example/v2/ HTTP/1.1\r\n\r\n")

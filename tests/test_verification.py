@@ -10,9 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ecrproxy.cache import allocation
+from ecrproxy.cache import allocation, verification
 from ecrproxy.cache.content import Content
 from ecrproxy.cache.verification import STEP
+from ecrproxy.cached import VERIFICATIONS
 from tests.daemon import BUFFER, MIB, DaemonTestCase, Hands, Reply, noise
 from tests.store_contract import failing
 
@@ -230,6 +231,36 @@ class LargeTests(CachedBlob):
         """
         self.get(self.path)
         self.assertEqual([STEP, STEP, 7, 0], self.hashed)
+
+
+class ManyFilesTests(DaemonTestCase):
+    def test_are_hashed_in_step_so_that_no_reader_waits_for_another_file(self) -> None:
+        """
+        Clients cancel a pull whose bytes stop for a minute: cri-dockerd after one, containerd after five.
+        """
+        digests = [self.standin.push_blob("team/app", noise(f"{n}", MIB)) for n in range(3 * VERIFICATIONS)]
+        paths = [f"/v2/team/app/blobs/{digest}" for digest in digests]
+        for path in paths:
+            self.get(path)
+        self.patch(verification, "STEP", MIB // 4)
+        offsets: list[int] = []
+        hash_ = Content.hash
+
+        def noting(content: Content, state: Any, offset: int, limit: int) -> int:
+            offsets.append(offset)
+            return hash_(content, state, offset, limit)
+
+        self.patch(Content, "hash", noting)
+        hands = Hands()
+        self.start(in_thread=hands)
+        hands.idle = False
+        replies = [self.daemon.send("GET", path) for path in paths]
+        self.flush()
+        while hands.waiting:
+            hands.work()
+            self.flush()
+        self.assertEqual([0] * len(paths), offsets[: len(paths)])
+        self.assertEqual(["whole"] * len(paths), [reply.ended for reply in replies])
 
 
 class FailingDiskTests(CachedBlob):

@@ -13,6 +13,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.byte_ranges import MOST, Ranges
 from ecrproxy.cache.cache_key import CacheKey
+from ecrproxy.cached import SMALL_BLOB
 from ecrproxy.http import web
 from ecrproxy.http.answering import Missing, Ready
 from ecrproxy.http.conditions import matches
@@ -21,7 +22,7 @@ from ecrproxy.identity import RegistryId
 from ecrproxy.readiness import Readiness
 from ecrproxy.registry import upstream
 from tests.daemon import MIB, DaemonTestCase, Raw, Reply, noise
-from tests.registry import digest_of
+from tests.registry import digest_of, layer
 from tests.registry_content import OCI_INDEX, OCI_MANIFEST, SCHEMA2
 
 HEX = "a" * 64
@@ -50,6 +51,7 @@ class RangeHeaderTests(SynchronousTestCase):
             "bytes=-3": (7, 10),
             "bytes=-99": (0, 10),
             " bytes=2-4 ": (2, 5),
+            "Bytes=2-4": (2, 5),
         }.items():
             self.assertEqual([chosen], chosen_of(header, 10), header)
 
@@ -189,7 +191,7 @@ class PathTests(DaemonTestCase):
             "/v2/team/app/blobs/uploads/",
             "/v2/team/app/manifests/",
             f"/v2/manifests/sha256:{HEX}",
-            "//v2/",
+            "//v1/",
             "/V2/",
             "/%762/",
         ):
@@ -219,7 +221,7 @@ class PathTests(DaemonTestCase):
             "/v2/Team/app/manifests/latest": "NAME_INVALID",
             "/v2/team/../secret/manifests/latest": "NAME_INVALID",
             "/v2/team/./app/manifests/latest": "NAME_INVALID",
-            "/v2/team//app/manifests/latest": "NAME_INVALID",
+            "/v2/team%2F%2Fapp/manifests/latest": "NAME_INVALID",
             "/v2/team%2f..%2fapp/manifests/latest": "NAME_INVALID",
             "/v2/team%00/manifests/latest": "NAME_INVALID",
             f"/v2/{'a' * 256}/manifests/latest": "NAME_INVALID",
@@ -452,6 +454,23 @@ class HeaderTests(DaemonTestCase):
         self.assertEqual(2, got.count(self.data))
         self.assertNotIn(b"chunked", got)
 
+    def test_caches_in_front_may_keep_what_is_named_by_its_digest_alone(self) -> None:
+        by_digest = f"/v2/team/app/manifests/{self.image.digest}"
+        for path, headers in (
+            (self.blob, {}),
+            (self.blob, {"Range": "bytes=0-1"}),
+            (self.blob, {"If_None_Match": "*"}),
+            (by_digest, {}),
+        ):
+            for reply in (self.get(path, **headers), self.head(path, **headers)):
+                self.assertEqual("max-age=31536000, immutable", reply.header("Cache-Control"), (path, headers))
+        lists = ("/v2/team/app/tags/list", f"/v2/team/app/referrers/{self.image.digest}")
+        refused = (f"/v2/team/app/blobs/{digest_of(b'nothing')}", "/v2/team/app/manifests/nothing", "/v2/Bad/tags/list")
+        for path in (self.manifest, *lists, *refused, "/v2/", "/healthz", "/nothing"):
+            self.assertEqual("no-cache", self.get(path).header("Cache-Control"), path)
+        self.assertEqual("no-cache", self.get(self.blob, Range="bytes=5000-").header("Cache-Control"))
+        self.assertEqual("no-cache", self.get(self.manifest, If_None_Match="*").header("Cache-Control"))
+
     def test_server_names_no_software(self) -> None:
         """
         No answer tells which version of Twisted is behind it.
@@ -661,12 +680,26 @@ class BlobRangeTests(DaemonTestCase):
         ):
             self.assertEqual((200, 300_000, None), (reply.code, reply.length, reply.header("Content-Range")))
 
-    def test_of_a_manifest_is_the_whole(self) -> None:
+    def test_of_a_manifest_are_sent_too(self) -> None:
         """
-        Manifests are small: they are sent whole, whatever range is named.
+        Containerd 2.1.0 to 2.1.4 asks for manifests in parts, and fails where it gets the whole.
         """
-        image = self.standin.push_image("team/app", "latest")
-        self.assertWhole(self.get("/v2/team/app/manifests/latest", Range="bytes=0-1"), image.manifest)
+        small = self.standin.push_image("team/app", "small").manifest
+        large = self.standin.push_image("team/app", "large", layers=[layer(f"{n}", b"") for n in range(900)]).manifest
+        self.assertGreater(len(large), 2 * SMALL_BLOB)
+        for tag, manifest in (("small", small), ("large", large), ("small", small), ("large", large)):
+            path = f"/v2/team/app/manifests/{tag}"
+            middle = len(manifest) // 2
+            for header, part in {
+                f"bytes={middle}-": manifest[middle:],
+                f"bytes=0-{middle - 1}": manifest[:middle],
+                "bytes=-2": manifest[-2:],
+            }.items():
+                reply = self.get(path, Range=header)
+                self.assertEqual((206, part), (reply.code, bytes(reply.body)), (tag, header))
+            self.assertEqual(206, self.get(path, Range="bytes=0-1,4-5").code)
+            self.assertEqual(416, self.get(path, Range=f"bytes={len(manifest)}-").code)
+            self.assertEqual(manifest, self.get(path, Range="bytes=0-1", If_Range='"another"').body)
 
     def test_of_nothing(self) -> None:
         """

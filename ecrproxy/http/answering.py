@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.error import ConnectionDone
@@ -88,13 +88,16 @@ class Answering(Resource):
             return
         if not failure.check(*_KNOWN):
             log.failure("Answering {path}", failure, path=path(request), request=request.id)
-        if request.startedWriting:
-            request.channel.forceAbortClient()  # a short body must never look whole
-        else:
+        if not request.startedWriting:
             _refuse(request, _answer_to(failure))
+        elif failure.check(DigestMismatchError):
+            request.channel.forceAbortClient()  # nobody should resume wrong bytes
+        else:
+            cast(Any, request.channel).break_off()
 
 
 def _refuse(request: Request, problem: RegistryError) -> None:
+    request.setHeader("Cache-Control", "no-cache")
     for name, value in problem.headers.items():
         request.setHeader(name, value)
     request.setHeader("X-Cache-Reason", problem.reason)
@@ -166,6 +169,9 @@ def begin(request: Request, status: int) -> None:
     Set the status, and the headers that go with it on every answer.
     """
     request.setResponseCode(status)
+    if not request.responseHeaders.hasHeader("Cache-Control"):
+        # Without it, caches choose how long to keep an answer, a 404 as well: RFC 9111, 4.2.2.
+        request.setHeader("Cache-Control", "no-cache")
     if status in _DECORATED:
         request.setHeader("Access-Control-Allow-Origin", "*")
         if request.isSecure():

@@ -26,12 +26,14 @@ import re
 from typing import TYPE_CHECKING, Any, Final
 
 from twisted.internet.address import UNIXAddress
+from twisted.internet.error import ConnectionAborted
 from twisted.internet.interfaces import IHalfCloseableProtocol, ITCPTransport
 from twisted.internet.protocol import connectionDone
 from twisted.logger import Logger
 from twisted.protocols.basic import LineReceiver
 from twisted.protocols.policies import ProtocolWrapper
 from twisted.protocols.tls import TLSMemoryBIOProtocol
+from twisted.python.failure import Failure
 from twisted.web.http import HTTPChannel
 from zope.interface import implementer
 
@@ -42,7 +44,6 @@ from ecrproxy.http.target import HOST, parse_target
 from ecrproxy.request_id import REQUEST_ID
 
 if TYPE_CHECKING:
-    from twisted.python.failure import Failure
     from twisted.web.http import Request
 
     from ecrproxy.daemon.ending import Connections
@@ -94,6 +95,7 @@ class StrictChannel(HTTPChannel):
         self._head = Patience(self.callLater, limits.header_seconds, self._slow_head)
         self.patience = Patience(self.callLater, limits.send_seconds, self._slow_reader)
         self._lingering = Patience(self.callLater, LINGER_SECONDS, self._close)
+        self._breaking = Patience(self.callLater, LINGER_SECONDS, self._abort)
         if ITCPTransport.providedBy(self.transport):
             self.transport.setTcpKeepAlive(True)
         self.connections.opened(self)
@@ -108,6 +110,7 @@ class StrictChannel(HTTPChannel):
         self._head.end()
         self.patience.end()
         self._lingering.end()
+        self._breaking.end()
         if self._address is not None:
             self.crowd.leave(self._address)
             self._address = None
@@ -159,7 +162,24 @@ class StrictChannel(HTTPChannel):
         """
         Close at once.
         """
-        self.transport.abortConnection()
+        self.break_off()
+
+    def break_off(self) -> None:
+        """
+        Close in the middle of a response. The client must see that its end is missing.
+
+        containerd, and so Docker, resumes a blob where the connection has ended, and fails where it was reset. It is
+        reset if the end would pass for that of the body, or if the client does not take what was written before.
+        """
+        requests, self.requests = self.requests, []
+        shows = all(map(_shows_its_end, requests))
+        for request in requests:
+            request.connectionLost(Failure(ConnectionAborted()))
+        if not shows:
+            self.transport.abortConnection()
+            return
+        self._breaking.begin()
+        self.loseConnection()
 
     def checkPersistence(self, request: Request, version: bytes) -> bool:
         """
@@ -229,6 +249,9 @@ class StrictChannel(HTTPChannel):
     def _await_head(self) -> None:
         if not self.paused and not self._head.waiting:
             self._head.begin()
+
+    def _abort(self) -> None:
+        self.transport.abortConnection()
 
     def _slow_head(self) -> None:
         self.crowd.slow_heads += 1
@@ -436,6 +459,14 @@ class StrictChannel(HTTPChannel):
         length = b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body)
         self.writeSequence([head, headers, length, body])
         self._linger()
+
+
+def _shows_its_end(request: Request) -> bool:
+    """
+    Tell whether the response says where its body ends: by its length, or by the last chunk.
+    """
+    has_length = request.responseHeaders.hasHeader("Content-Length")
+    return not request.startedWriting or has_length or request.clientproto == b"HTTP/1.1"
 
 
 def _say_last(request: Request) -> None:

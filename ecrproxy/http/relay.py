@@ -66,7 +66,7 @@ AGAIN_SECONDS: Final = 0.02
 _HOP_BY_HOP: Final = frozenset(
     {b"connection", b"transfer-encoding", b"content-length", b"server", b"date", b"keep-alive"}
 )
-_RANGE = re.compile(r"bytes=[0-9 \t,-]+")
+_RANGE = re.compile(r"(?i:bytes)=[0-9 \t,-]+")
 
 
 @implementer(IStreamClientEndpoint)

@@ -13,6 +13,7 @@ from typing import Final
 HOST: Final = r"[A-Za-z0-9._~!$&'()*+,;=%:\[\]-]"
 """A character of a Host field or an authority: RFC 3986, 3.2.2. User information is not accepted."""
 
+_SLASHES = re.compile("/{2,}")
 _ABSOLUTE = re.compile(rf"https?://({HOST}+)([/?].*)?", re.IGNORECASE | re.DOTALL)
 
 
@@ -21,7 +22,7 @@ class Target:
     """
     A request target: RFC 9112, 3.2.
 
-    @ivar path: starts with a slash; percent-encoded as it was sent.
+    @ivar path: starts with a slash; percent-encoded as it was sent. Below /v2/, repeated slashes are one, as in nginx.
     @ivar query: as it was sent, without the question mark.
     @ivar authority: host and port of the absolute form; empty for the origin form.
     """
@@ -52,4 +53,12 @@ def parse_target(sent: bytes) -> Target:
         authority, text = found[1], found[2] or "/"
         text = text if text.startswith("/") else f"/{text}"
     path, _, query = text.partition("?")
-    return Target(path, query, authority)
+    return Target(_merge_slashes(path), query, authority)
+
+
+def _merge_slashes(path: str) -> str:
+    """
+    Merge the slashes of a registry's path: tools join the URL of a mirror and a path that begins with another slash.
+    """
+    merged = _SLASHES.sub("/", path)
+    return merged if merged == "/v2" or merged.startswith("/v2/") else path

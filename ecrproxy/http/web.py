@@ -42,6 +42,9 @@ if TYPE_CHECKING:
 
 log = Logger()
 
+IMMUTABLE: Final = "max-age=31536000, immutable"
+"""The Cache-Control of what is named by its digest. Shared caches keep nothing by it that a password was asked for."""
+
 # What a disk says of a file that it can't give, and no socket says.
 _UNREADABLE: Final = frozenset({errno.EIO, errno.EBADMSG, errno.ENODATA, errno.ESTALE, errno.EUCLEAN})
 
@@ -108,6 +111,8 @@ class Door(Answering):
         request.setHeader("X-Cache-Reason", answer.reason)
         if route.digest is None:  # ECR chooses by what the client accepts which manifest a tag leads to
             request.setHeader("Vary", "Accept")
+        else:
+            request.setHeader("Cache-Control", IMMUTABLE)
         if matches(fields(request, b"If-None-Match"), etag):
             _let_go(answer)
             begin(request, NOT_MODIFIED)
@@ -159,7 +164,7 @@ class Door(Answering):
         """
         Choose which parts of the answer to send, none for all, and set the headers that tell.
         """
-        if route.kind is Kind.MANIFEST or answer.size is None:
+        if answer.size is None:
             return []
         request.setHeader("Accept-Ranges", "bytes")
         ranges = _wanted(request, etag)
@@ -169,7 +174,7 @@ class Door(Answering):
             _let_go(answer)
             request.setHeader("Content-Range", f"bytes */{answer.size}")
             raise RegistryError(
-                REQUESTED_RANGE_NOT_SATISFIABLE, "RANGE_INVALID", f"the blob has {answer.size} bytes"
+                REQUESTED_RANGE_NOT_SATISFIABLE, "RANGE_INVALID", f"{route.reference} has {answer.size} bytes"
             ) from None
         if spans:
             request.setResponseCode(PARTIAL_CONTENT)
@@ -201,7 +206,7 @@ class Registry(Door):
         hit = False
         try:
             if route.kind in (Kind.TAGS, Kind.REFERRERS):
-                self._send_page(request, route, await self._pull_through.page(route))
+                self._send_page(request, route, *await self._pull_through.page(route))
                 return
             asked = self.asked(request, route)
             if route.kind is Kind.MANIFEST:
@@ -213,14 +218,16 @@ class Registry(Door):
             request.upstream.stop(counted=not hit)
         await self.answer(request, route, answer)
 
-    def _send_page(self, request: RegistryRequest, route: Route, page: Page) -> None:
+    def _send_page(
+        self, request: RegistryRequest, route: Route, status: CacheStatus, reason: Reason, page: Page
+    ) -> None:
         if page.next is not None:
             # Relative: it leads to the address that the client used, whatever stands between.
             request.setHeader("Link", f'<{route.path}?{to_query(passed_on(page.next))}>; rel="next"')
         if page.filters is not None:
             request.setHeader("OCI-Filters-Applied", page.filters)
-        request.setHeader("X-Cache-Status", CacheStatus.BYPASS)
-        request.setHeader("X-Cache-Reason", Reason.LIST)
+        request.setHeader("X-Cache-Status", status)
+        request.setHeader("X-Cache-Reason", reason)
         send_small(request, OK, page.content_type, page.body)
 
 
@@ -233,7 +240,7 @@ def _source(answer: Answer, start: int, stop: int | None, waiting: Stopwatch) ->
         case Content():
             return Shelved(answer.body, start, answer.body.size if stop is None else stop, answer.verification)
         case bytes():
-            return Held(answer.body)
+            return Held(answer.body[start:stop])
     raise TypeError(answer.body)
 
 

@@ -121,6 +121,7 @@ def test_the_daemon_understands_its_settings(rendered: Rendered) -> None:
     assert ports == {"registry": config.port, "admin": 5001}
     spec = rendered.pod["spec"]
     pause = rendered.container["lifecycle"]["preStop"]["sleep"]["seconds"]
+    assert config.drain_seconds >= 600, "a rollout lets large layers come to their end"
     assert spec["terminationGracePeriodSeconds"] >= pause + config.drain_seconds + 5
     mounts = {each["name"]: each["mountPath"] for each in rendered.container["volumeMounts"]}
     claims = {
