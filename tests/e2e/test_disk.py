@@ -146,7 +146,8 @@ def test_a_read_only_disk_keeps_no_pull_from_its_bytes(make_chain: MakeChain, im
     eventually(lambda: remounted(disk, "ro"), "nobody is writing a file")
     assert pull(chain, images).cache == "BYPASS"
     assert chain.daemon.ask(small_path(images)).headers["x-cache-status"] == "HIT"
-    assert "can't be written: Read-only file system" in reasons(chain.daemon)
+    said = "can't be written: Read-only file system"
+    eventually(lambda: said in reasons(chain.daemon), "the next look at the disk says so")
     run("mount", "-o", "remount,rw", disk)
     eventually(chain.daemon.ready, "the daemon is ready again")
     assert pull(chain, images).cache == "MISS"
