@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+from ecrproxy.cache.condition import FRESH_SECONDS
 from ecrproxy.proxy import STALE_SECONDS
 from hostile.table import Cell, Row
 from hostile.world import Got, World
@@ -31,12 +32,14 @@ class Adversity:
     @ivar begin: lets it go wrong; gives what ends it.
     @ivar cold: the statuses that a request for what is not cached may have.
     @ivar reads: whether content on the disk can be read meanwhile.
+    @ivar ready: the status that /readyz has meanwhile: a disk that can't be written is told, for an operator to act.
     """
 
     name: str
     begin: Callable[[World], Callable[[], object]]
     cold: tuple[int, ...] = (502, 503, 504)
     reads: bool = True
+    ready: int = 200
 
 
 def failing(service: str, **how: object) -> Callable[[World], Callable[[], object]]:
@@ -122,10 +125,10 @@ ADVERSITIES: Final = (
         Adversity("DNS hangs", names("hung"), cold=(200,)),
     ),
     (
-        Adversity("disk fails", disk("failing"), cold=(200,), reads=False),
-        Adversity("disk is full", disk("full"), cold=(200,)),
+        Adversity("disk fails", disk("failing"), cold=(200,), reads=False, ready=503),
+        Adversity("disk is full", disk("full"), cold=(200,), ready=503),
         Adversity("disk is slow", disk("slow"), cold=(200,)),
-        Adversity("disk hangs", disk("hung"), cold=(200,), reads=False),
+        Adversity("disk hangs", disk("hung"), cold=(200,), reads=False, ready=503),
     ),
 )
 """Those of one group come one after the other, each group over a daemon of its own."""
@@ -140,16 +143,16 @@ async def suffer(world: World, adversity: Adversity) -> Row:
         cold = asyncio.ensure_future(world.get(world.cold(), seconds=IN_TIME))
         await asyncio.sleep(0.2)  # whatever can be held up is
         large = asyncio.ensure_future(world.get(world.large, seconds=AT_ONCE))
-        small, tag, health, ready = await asyncio.gather(
-            world.get(world.small), world.get(world.tag), world.get("/healthz"), world.get("/readyz")
-        )
+        small, tag, health = await asyncio.gather(world.get(world.small), world.get(world.tag), world.get("/healthz"))
+        await asyncio.sleep(FRESH_SECONDS)
+        ready = await world.get("/readyz")
         cells = [
             at_once(small, 200),
             at_once(await large, 200) if adversity.reads else Cell(str(await large)),
             Cell(str(tag), tag.status == 200 and tag.seconds <= STALE_SECONDS + AT_ONCE),
             Cell(str(await cold), (await cold).status in adversity.cold),
             at_once(health, 200),
-            at_once(ready, 200, 503),
+            at_once(ready, adversity.ready),
         ]
     finally:
         end()
