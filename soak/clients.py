@@ -26,7 +26,7 @@ Seconds without a byte after which a client calls its answer stuck.
 Upstream may be silent for half a minute when it is asked where a blob lies, and again when it is asked for bytes;
 and what breaks off is asked for three times.
 """
-OUTSIDE: Final = ("/v2/other/app/manifests/v0", "/v2/team/app0/../app1/manifests/v0", "/v2/team%2fapp0/manifests/v0")
+OUTSIDE: Final = ("/v2/other/app/manifests/v0", "/v2/team/app0/../app1/manifests/v0", "/v2/other%2fapp0/manifests/v0")
 _HEAD: Final = b" /v2/ HTTP/1.1\r\nHost: x\r\n"
 BAD: Final = (
     b"nonsense\r\n\r\n",
