@@ -32,14 +32,14 @@ class Adversity:
     @ivar begin: lets it go wrong; gives what ends it.
     @ivar cold: the statuses that a request for what is not cached may have.
     @ivar reads: whether content on the disk can be read meanwhile.
-    @ivar ready: the status that /readyz has meanwhile: a disk that can't be written is told, for an operator to act.
+    @ivar ready: the statuses that /readyz has meanwhile: a disk that can't be written is told, for an operator to act.
     """
 
     name: str
     begin: Callable[[World], Callable[[], object]]
     cold: tuple[int, ...] = (502, 503, 504)
     reads: bool = True
-    ready: int = 200
+    ready: tuple[int, ...] = (200,)
 
 
 def failing(service: str, **how: object) -> Callable[[World], Callable[[], object]]:
@@ -125,10 +125,10 @@ ADVERSITIES: Final = (
         Adversity("DNS hangs", names("hung"), cold=(200,)),
     ),
     (
-        Adversity("disk fails", disk("failing"), cold=(200,), reads=False, ready=503),
-        Adversity("disk is full", disk("full"), cold=(200,), ready=503),
-        Adversity("disk is slow", disk("slow"), cold=(200,)),
-        Adversity("disk hangs", disk("hung"), cold=(200,), reads=False, ready=503),
+        Adversity("disk fails", disk("failing"), cold=(200,), reads=False, ready=(503,)),
+        Adversity("disk is full", disk("full"), cold=(200,), ready=(503,)),
+        Adversity("disk is slow", disk("slow"), cold=(200,), ready=(200, 503)),
+        Adversity("disk hangs", disk("hung"), cold=(200,), reads=False, ready=(503,)),
     ),
 )
 """Those of one group come one after the other, each group over a daemon of its own."""
@@ -152,7 +152,7 @@ async def suffer(world: World, adversity: Adversity) -> Row:
             Cell(str(tag), tag.status == 200 and tag.seconds <= STALE_SECONDS + AT_ONCE),
             Cell(str(await cold), (await cold).status in adversity.cold),
             at_once(health, 200),
-            at_once(ready, adversity.ready),
+            at_once(ready, *adversity.ready),
         ]
     finally:
         end()
