@@ -66,7 +66,7 @@ def test_each_line_is_an_object(make_chain: MakeChain, images: Images, processes
         daemon.ask("/healthz", headers={"X-Request-Id": f"last-{number}"})
     assert daemon.process.terminate() == 0
     lines = lines_of(daemon.process.output)
-    assert "starting up" in lines[0]["message"]
+    assert any("starting up" in each["message"] for each in lines[:3])  # what is odd about the settings may come before
     assert lines[-1]["message"] == "Server Shut Down."
     requests = [each for each in lines if each["logger"] == "access"]
     assert {f"last-{number}" for number in range(REQUESTS)} <= {each["request"] for each in requests}

@@ -173,6 +173,7 @@ def test_started_means_that_clients_are_served(unit: Unit, docker: Docker, image
     """
     As nobody in particular, with its cache where systemd keeps caches; and stopped means that it ended well.
     """
+    unit.settings["PROXY_CACHE_LIMIT"] = "4g"  # less than any disk that this runs on
     unit.start()
     assert ask(f"{unit.url}/healthz").status == 200
     pid = unit.show("MainPID")
@@ -183,7 +184,7 @@ def test_started_means_that_clients_are_served(unit: Unit, docker: Docker, image
     assert docker.pull(f"127.0.0.1:{unit.port}/{image.repository}:{image.tag}") == image.image_id
     content = unit.machine.path("var/cache/private/ecr-proxy/content")
     assert any(each.is_file() for each in content.rglob("*"))
-    unit.says("Ready; the cache holds 0.0 of 64.0 GiB")
+    unit.says("Ready; the cache holds 0.0 of 4.0 GiB")
     unit.machine.run("systemctl", "stop", SERVICE)
     found = [unit.show(name) for name in ("Result", "ExecMainStatus", "NRestarts")]
     assert found == ["success", "0", "0"]
@@ -209,6 +210,7 @@ def test_credentials_that_aws_refuses_are_a_failure(unit: Unit, refusing: str) -
     """
     systemd tells that the service has failed, and its log why.
     """
+    unit.machine.run("rm", "-rf", "/var/cache/private/ecr-proxy")  # a daemon that has content would serve it
     unit.settings |= {"PROXY_ECR_ENDPOINT": refusing, "AWS_ENDPOINT_URL": refusing}
     unit.add(SERVICE, "once", "[Service]\nRestart=no\n")
     unit.start()

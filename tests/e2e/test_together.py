@@ -68,9 +68,7 @@ def test_twenty_clients_cost_one_transfer(chain: Chain, images: Images, hold: Pa
 
 def test_a_range_joins_a_transfer_under_way(chain: Chain, images: Images, hold: Path) -> None:
     """
-    Who asks for a part gets it while it arrives, from the same transfer.
-
-    All but its very end, that is: this waits until the digest is known to be right.
+    Who asks for a part gets it while the whole arrives. Few bytes come twice, for a part is not waited for.
     """
     url = chain.daemon.url + blob_path(images)
     with ThreadPoolExecutor(2) as pool:
@@ -84,4 +82,4 @@ def test_a_range_joins_a_transfer_under_way(chain: Chain, images: Images, hold: 
     assert again.headers["x-cache-status"] == "HIT"
     wanted = hashlib.sha256(again.body[1_000_000:2_000_000]).hexdigest()
     assert part_seen.digest == f"sha256:{wanted}"
-    assert chain.counters()["bucket"]["bytes"] == len(again.body)
+    assert chain.counters()["bucket"]["bytes"] <= 1.5 * len(again.body)
