@@ -4,6 +4,7 @@ The daemon under test as a process: started, killed, ended, and looked at from o
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -117,10 +118,11 @@ class Daemon:
         """
         wrong, known = [], {}
         for path in self.files("content"):
-            number = path.stat().st_ino
-            if self._known.get(path) != number and not is_right(path):
-                wrong.append(path)
-            known[path] = number
+            with contextlib.suppress(FileNotFoundError):  # it was evicted meanwhile
+                number = path.stat().st_ino
+                if self._known.get(path) != number and not is_right(path):
+                    wrong.append(path)
+                known[path] = number
         self._known = known
         return wrong
 
