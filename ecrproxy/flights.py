@@ -26,9 +26,9 @@ class LateError(Exception):
 
 def within(seconds: float, work: Coroutine[Any, Any, T], call_later: Callable[..., IDelayedCall]) -> Deferred[T]:
     """
-    Wait for C{work} for so many seconds. It goes on whether or not somebody still waits.
+    Wait for C{work} for so many seconds. If it is late, it goes on.
 
-    @return: fires with the result, or fails with L{LateError}. Cancelling it ends the waiting alone.
+    @return: fires with the result, or fails with L{LateError}. Cancelling it in time cancels C{work}.
     """
 
     def end(outcome: T | Failure) -> None:
@@ -39,9 +39,9 @@ def within(seconds: float, work: Coroutine[Any, Any, T], call_later: Callable[..
         elif isinstance(outcome, Failure):
             log.debug("Failed when nobody waited any longer: {problem}", problem=outcome.value)
 
-    waiting: Deferred[T] = Deferred()
-    limit = call_later(seconds, lambda: None if waiting.called else waiting.errback(LateError()))
-    Deferred.fromCoroutine(work).addBoth(end)
+    waiting: Deferred[T] = Deferred(lambda _: working.cancel())
+    limit = call_later(seconds, lambda: waiting.errback(LateError()))
+    working = Deferred.fromCoroutine(work).addBoth(end)
     return waiting
 
 

@@ -52,6 +52,11 @@ class LostProtectionTests(LookCase):
         for listen in ("tcp:5000", "tcp6:5000", "haproxy:tcp:5000", "ssl:5443 tcp:5000", "tcp:1:interface=10.0.0.1"):
             self.assert_refused("it serves plain HTTP", {**TLS, "PROXY_LISTEN": listen})
 
+    def test_a_balancer_before_a_socket_of_systemds_is_refused_where_it_would_lose_tls_or_workers(self) -> None:
+        listen = {"PROXY_LISTEN": "haproxy:systemd:domain=INET:index=0"}
+        for more in (TLS, {"PROXY_WORKER_PROCESSES": "2"}):
+            self.assert_refused("speaks no TLS", {**more, **listen})
+
     def test_key_and_certificate_that_are_not_missed_are_warned_of(self) -> None:
         local = ("ssl:5443:privateKey=/k", "unix:/x", "tcp:5000:interface=127.0.0.1", r"tcp6:5:interface=\:\:1")
         for listen in (*local, "systemd:domain=INET6:name=x tcp:5000"):
@@ -197,6 +202,9 @@ class MisspeltTests(LookCase):
             "PROXY_ALLOWED_FROM": "PROXY_ALLOW_FROM",
             "PROXY_ALLOW": "PROXY_ALLOW_FROM",
             "PROXY_HTPASSWD_FILE": "PROXY_HTPASSWD",
+            "PROXY_ALLOWED_NETWORKS": "PROXY_ALLOW_FROM",
+            "PROXY_BASIC_AUTH": "PROXY_HTPASSWD",
+            "PROXY_USERS_FILE": "PROXY_HTPASSWD",
             "PROXY_TLS_KEY": "PROXY_SSL_KEY",
             "PROXY_TLS_CERT": "PROXY_SSL_CERTIFICATE",
             "PROXY_CLIENT_CA_FILE": "PROXY_CLIENT_CA",

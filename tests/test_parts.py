@@ -199,6 +199,14 @@ class ColdPartTests(PartsTestCase):
         self.flush()
         self.assertWhole(reply, DATA[:2], "MISS", 206)
 
+    def test_is_for_no_cache_in_between_until_the_whole_is_verified(self) -> None:
+        self.standin.hold(self.digest)
+        reply = self.part(0, 2)
+        self.standin.release(self.digest)
+        self.flush()
+        self.assertEqual("no-store", reply.header("Cache-Control"))
+        self.assertEqual("max-age=31536000, immutable", self.part(0, 2).header("Cache-Control"))
+
     def test_of_no_byte_begins_no_transfer(self) -> None:
         self.assertEqual(416, self.get(self.path, Range=f"bytes={SIZE}-").code)
         self.assertEqual(([], 0), (self.daemon.pull_through.transfers(), self.standin.count("bucket")))

@@ -120,6 +120,8 @@ class Door(Answering):
             return
         request.setHeader("Content-Type", answer.media_type)
         spans = self._choose_spans(request, route, answer, etag)
+        if request.code == PARTIAL_CONTENT and not _is_proved(answer):
+            request.setHeader("Cache-Control", "no-store")  # the client verifies it; a cache in between does not
         if len(spans) > 1:
             await self._send_parts(request, answer, spans)
         else:
@@ -264,6 +266,13 @@ def _parts(answer: Answer, frame: Multipart, waiting: Stopwatch) -> Source:
         case bytes():
             return Parted(frame, lambda start, stop: Held(body[start:stop]))
     raise TypeError(body)
+
+
+def _is_proved(answer: Answer) -> bool:
+    """
+    Return True if all bytes are known to be those that the digest names.
+    """
+    return isinstance(answer.body, bytes) or (isinstance(answer.body, Content) and answer.verification is None)
 
 
 def _let_go(answer: Answer) -> None:

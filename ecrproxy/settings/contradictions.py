@@ -92,6 +92,13 @@ def _lost(config: Config) -> Iterator[Complaint]:
             "set these two, or unset it",
             grave=True,
         )
+    balanced = [text for text in others if text.startswith(f"haproxy:{FROM_SYSTEMD}")]
+    if balanced and (config.ssl_key is not None or config.worker_processes > 1):
+        yield Complaint(
+            f"PROXY_LISTEN={balanced[0]!r} speaks no TLS, and works in one process alone",
+            "give haproxy:tcp: or haproxy:ssl:, or systemd: without haproxy:",
+            grave=True,
+        )
     if config.ssl_key is not None and others:
         served = f"PROXY_LISTEN={' '.join(others)!r} does not use PROXY_SSL_KEY and PROXY_SSL_CERTIFICATE"
         yield Complaint(

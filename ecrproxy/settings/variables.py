@@ -20,12 +20,19 @@ VERY_ALIKE: Final = 0.9
 """The same for a name without our prefix."""
 _PROTECTING: Final = {
     "ALLOW": "PROXY_ALLOW_FROM",
+    "ALLOWED": "PROXY_ALLOW_FROM",
+    "AUTH": "PROXY_HTPASSWD",
     "CA": "PROXY_CLIENT_CA",
     "CERT": "PROXY_SSL_CERTIFICATE",
+    "CIDR": "PROXY_ALLOW_FROM",
+    "DENY": "PROXY_ALLOW_FROM",
     "NAMESPACE": "PROXY_NAMESPACE_PATTERN",
     "NAMESPACES": "PROXY_NAMESPACE_PATTERN",
+    "REPOSITORIES": "PROXY_NAMESPACE_PATTERN",
     "SSL": "PROXY_SSL_KEY",
     "TLS": "PROXY_SSL_KEY",
+    "USERS": "PROXY_HTPASSWD",
+    "WHITELIST": "PROXY_ALLOW_FROM",
 }
 """Words by which protection is asked for, whatever the rest of the name is."""
 
