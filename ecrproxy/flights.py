@@ -39,7 +39,11 @@ def within(seconds: float, work: Coroutine[Any, Any, T], call_later: Callable[..
         elif isinstance(outcome, Failure):
             log.debug("Failed when nobody waited any longer: {problem}", problem=outcome.value)
 
-    waiting: Deferred[T] = Deferred(lambda _: working.cancel())
+    def leave(_: Deferred[T]) -> None:
+        limit.cancel()  # before the work, which may take its time to end
+        working.cancel()
+
+    waiting: Deferred[T] = Deferred(leave)
     limit = call_later(seconds, lambda: waiting.errback(LateError()))
     working = Deferred.fromCoroutine(work).addBoth(end)
     return waiting

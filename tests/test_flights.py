@@ -152,6 +152,23 @@ class WithinTests(SynchronousTestCase):
         self.coming.errback(ZeroDivisionError())
         self.assertEqual([], self.flushLoggedErrors())
 
+    def test_work_that_does_not_end_at_once_holds_up_nobody_who_leaves(self) -> None:
+        more: Deferred[None] = Deferred()
+
+        async def stubborn() -> str:
+            try:
+                return await self.coming
+            except CancelledError:
+                await more
+                raise
+
+        waiting = within(5, stubborn(), self.clock.callLater)
+        waiting.cancel()
+        self.failureResultOf(waiting, CancelledError)
+        self.clock.advance(5)  # no second outcome
+        more.callback(None)
+        self.assertEqual([], self.flushLoggedErrors())
+
     def test_nothing_is_left_of_one_who_leaves(self) -> None:
         """
         Clients may come and go by the thousand while ECR is silent.
