@@ -21,7 +21,7 @@ from .conftest import MakeChain
 from .images import Images
 from .processes import Process, environment
 from .sid import Sid
-from .test_runtimes import DEPLOY, HOSTS, PLACE, REGISTRY, Containerd, was_asked
+from .test_runtimes import DEPLOY, HOSTS, PLACE, REGISTRY, Containerd, running, was_asked
 
 CHART = "team/chart"
 NOTE = "team/note"
@@ -91,13 +91,8 @@ def containerd(sid: Sid, etc: Path, tmp_path: Path) -> Iterator[Containerd]:
         f'version = 3\nimports = ["/etc/containerd/config.toml"]\nroot = "/data/root"\nstate = "/run/containerd"\n'
         f'[grpc]\naddress = "{client.socket}"\n[ttrpc]\naddress = "{tmp_path}/ttrpc.sock"\n'
     )
-    argv = client.command(["containerd", "--config", config])
-    process = Process(argv, environment(tmp_path), tmp_path / "containerd.log", tmp_path)
-    try:
-        process.wait_until(client.ready)
+    with running(client, config):
         yield client
-    finally:
-        process.stop()
 
 
 def test_docker_28_pulls_from_localhost_over_plain_http(docker: Docker, place: str, images: Images) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
@@ -16,7 +17,7 @@ import pytest
 
 from .certificates import PROXY, make_client
 from .chain import Chain, Equipment
-from .clients import Client, Podman, adding, start_engine
+from .clients import Client, Podman, start_engine
 from .conftest import MakeChain
 from .images import Image, Images
 from .installing import CHECKOUT
@@ -121,11 +122,20 @@ def containerd(etc: Path, tmp_path: Path) -> Iterator[Containerd]:
     inner = f'[ttrpc]\naddress = "{tmp_path}/ttrpc.sock"\n'
     opt = f'[plugins."io.containerd.internal.v1.opt"]\npath = "{tmp_path}/opt"\n'
     config.write_text(f'version = 2\nimports = ["/etc/containerd/config.toml"]\n{places}{inner}{opt}')
-    argv = adding(etc, ["containerd", "--config", config])
-    process = Process(argv, environment(tmp_path), tmp_path / "containerd.log", tmp_path)
+    with running(client, config):
+        yield client
+
+
+@contextmanager
+def running(client: Containerd, config: Path) -> Iterator[None]:
+    """
+    Run a containerd for a client, until both ways are served.
+    """
+    argv = client.command(["containerd", "--config", config])
+    process = Process(argv, environment(client.home), client.home / "containerd.log", client.home)
     try:
         process.wait_until(client.ready)
-        yield client
+        yield
     finally:
         process.stop()
 
