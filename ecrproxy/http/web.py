@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import Any, Final, cast
 from urllib.parse import unquote
 
 from twisted.logger import Logger
@@ -36,9 +36,6 @@ from ecrproxy.transfer.lane import ShortBodyError
 from ecrproxy.transfer.passing import Passing
 from ecrproxy.transfer.sending import CutShortError, send
 from ecrproxy.transfer.sources import Held, Parted, Shelved, Source
-
-if TYPE_CHECKING:
-    pass
 
 log = Logger()
 
