@@ -322,6 +322,10 @@ class Cache:
 
         @param tag_ttl: seconds for which a tag's digest is taken on trust.
         """
+        answer = await self._hit(asked, tag_ttl)
+        return None if answer is None else await self.from_file(answer)
+
+    async def _hit(self, asked: Asked, tag_ttl: float) -> Answer | None:
         if asked.route.digest is None:
             return await self._fresh_tag(asked, tag_ttl) if tag_ttl else None
         answer = self.at_hand(asked)
@@ -340,6 +344,22 @@ class Cache:
     async def _manifest_hit(self, asked: Asked) -> Answer | None:
         found = await self.look_up_manifest(asked)
         return None if isinstance(found, Reason) else self.manifest(asked, *found)
+
+    async def from_file(self, answer: Answer) -> Answer:
+        """
+        Answer with the file of a manifest of more than C{SMALL_BLOB} bytes, if it is cached.
+
+        Its bytes in memory would be held until the client has taken the last of them.
+        """
+        if not isinstance(answer.body, bytes) or len(answer.body) <= SMALL_BLOB:
+            return answer
+        content = await self.opened(answer.digest)
+        if content is None:
+            return answer
+        if content.size != len(answer.body) or not content.proved:
+            content.close()
+            return answer
+        return replace(answer, body=content)
 
     def manifest(self, asked: Asked, known: Descriptor, document: Document) -> Answer:
         """

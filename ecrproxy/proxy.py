@@ -374,7 +374,7 @@ class PullThrough:
         answer = await (self._manifest_by_digest(asked) if by_digest else self._manifest_by_tag(asked))
         if self._reads_ahead and isinstance(answer.body, bytes):
             self._may_read_ahead(asked.route.repository, answer.digest, answer.body, answer.media_type)
-        return answer
+        return await self._cache.from_file(answer)
 
     @property
     def reading_ahead(self) -> int:

@@ -5,6 +5,7 @@ How bytes move to a client: at its pace, in pieces or by the kernel, and never l
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Callable
 from typing import Any, cast
@@ -25,6 +26,7 @@ from ecrproxy.transfer.download import Download
 from ecrproxy.transfer.sending import LEAST_PIECE, PIECE, TOGETHER, KernelSending, PieceSending, piece_size, send
 from ecrproxy.transfer.sources import FilePiece, Held
 from tests.daemon import BUFFER, MIB, Daemon, DaemonTestCase, End, Hands, Raw, noise
+from tests.registry_content import OCI_MANIFEST
 from tests.test_download import Source as BucketSource
 
 
@@ -95,6 +97,26 @@ class PieceTests(DaemonTestCase):
         self.flush()
         self.assertWhole(reply, self.data, "HIT")
         self.daemon.crowd.transferring -= 255
+
+    def test_a_large_manifest_is_sent_from_its_file_in_small_pieces(self) -> None:
+        """
+        Of a cached manifest of up to 4 MiB, a client that does not read holds no more than of a small one.
+        """
+        manifest = json.dumps({"schemaVersion": 2, "mediaType": OCI_MANIFEST, "text": "x" * 3 * MIB}).encode()
+        digest = self.standin.push_manifest("team/app", manifest, OCI_MANIFEST, "large")
+        paths = [f"/v2/team/app/manifests/{reference}" for reference in (digest, "large")]
+        for path in paths:
+            self.get(path)
+        sizes = self.readings()
+        for path in paths:
+            reply = self.daemon.send("GET", path)
+            reply.stop_reading()
+            self.flush()
+            self.assertLessEqual(reply.wire.peer.waiting, 2 * BUFFER)
+            reply.read_on()
+            self.flush()
+            self.assertWhole(reply, manifest)
+        self.assertEqual((LEAST_PIECE, 2 * len(manifest)), (max(sizes), sum(sizes)))
 
     def test_waiting_costs_nothing(self) -> None:
         """

@@ -34,7 +34,7 @@ from ecrproxy.threads import InThread
 from ecrproxy.transfer.download import Download
 from ecrproxy.transfer.lane import ShortBodyError
 from ecrproxy.transfer.passing import Passing
-from ecrproxy.transfer.sending import CutShortError, send
+from ecrproxy.transfer.sending import LEAST_PIECE, CutShortError, piece_size, send
 from ecrproxy.transfer.sources import Held, Parted, Shelved, Source
 
 log = Logger()
@@ -149,8 +149,10 @@ class Door(Answering):
         Send the body, and drop a cached file that can't be read: who asks again gets it anew.
         """
         crowd: Crowd = cast(Any, request.channel).crowd
+        counted = request.route is not None and request.route.kind is Kind.BLOB
+        held = (lambda: piece_size(crowd.transferring)) if counted else (lambda: LEAST_PIECE)
         try:
-            await send(request, source, self._in_thread, lambda: crowd.transferring)
+            await send(request, source, self._in_thread, held)
         except (CutShortError, OSError) as problem:
             unreadable = isinstance(problem, CutShortError) or problem.errno in _UNREADABLE
             if not unreadable or not isinstance(answer.body, Content):
