@@ -31,7 +31,7 @@ from ecrproxy.cache.ingest import Left
 from ecrproxy.cache.memory import Memory
 from ecrproxy.cache.writer import Writer
 from ecrproxy.cached import FACTS, Cache
-from ecrproxy.flights import Flights, LateError, within
+from ecrproxy.flights import DeadlineExceededError, Flights, within
 from ecrproxy.oci import (
     BLOB_TYPE,
     MANIFEST_TYPES,
@@ -126,7 +126,7 @@ class PullThrough:
             return CacheStatus.BYPASS, Reason.LIST, await self._ask_for_page(key, route)
         try:
             page = await within(STALE_SECONDS, self._ask_for_page(key, route), self._call_later)
-        except (LateError, UnavailableError) as problem:
+        except (DeadlineExceededError, UnavailableError) as problem:
             return CacheStatus.STALE, _why_stale(route, problem), last
         return CacheStatus.BYPASS, Reason.LIST, page
 
@@ -476,7 +476,7 @@ class PullThrough:
             return await self._ask_for_tag(asked, known)
         try:
             return await within(STALE_SECONDS, self._ask_for_tag(asked, known), self._call_later)
-        except (LateError, UnavailableError) as problem:
+        except (DeadlineExceededError, UnavailableError) as problem:
             reason = _why_stale(asked.route, problem)
         return manifest_answer(CacheStatus.STALE, reason, asked, last.descriptor, document.body)
 
@@ -644,11 +644,11 @@ def _first_span(left: Left | None, parts: Sequence[Span], part: int | None) -> t
     return start, min(stops, default=None)
 
 
-def _why_stale(route: Route, problem: LateError | UnavailableError) -> Reason:
+def _why_stale(route: Route, problem: DeadlineExceededError | UnavailableError) -> Reason:
     """
     Log and return why the last answer is served.
     """
-    if isinstance(problem, LateError):
+    if isinstance(problem, DeadlineExceededError):
         why, reason = f"ECR has not answered for {STALE_SECONDS:g} s", Reason.UNREACHABLE
     else:
         why, reason = problem.message, problem.reason
