@@ -17,7 +17,9 @@ from typing import Final
 MOST: Final = 1024
 """Maximum number of ranges in one request."""
 
-_SPEC: Final = re.compile(r"([0-9]{0,18})-([0-9]{0,18})")
+_SPEC: Final = re.compile(r"([0-9]*)-([0-9]*)")
+_DIGITS: Final = 18
+"""Digits of a number that is read as it is; a longer one is past the end of any blob."""
 _BOUNDARY_LENGTH: Final = 64
 
 Span = tuple[int, int]
@@ -100,7 +102,10 @@ def content_range(span: Span, size: int) -> str:
 
 
 def _number(digits: str) -> int | None:
-    return int(digits) if digits else None
+    if not digits:
+        return None
+    digits = digits.lstrip("0") or "0"
+    return int(digits) if len(digits) <= _DIGITS else 10**_DIGITS
 
 
 def _span(first: int | None, last: int | None, size: int) -> Span | None:
