@@ -195,6 +195,7 @@ class PullThrough:
                 return Answer(CacheStatus.HIT, Reason.CACHED, BLOB_TYPE, asked.digest, content.size)
         size = await self._blob_size(asked)
         if content is None:
+            missing = self._cache.why_missing(asked, missing)
             return Answer(CacheStatus.MISS, missing, BLOB_TYPE, asked.digest, size)
         return Answer(CacheStatus.REVALIDATED, Reason.REPOSITORY_CONFIRMED, BLOB_TYPE, asked.digest, content.size)
 
@@ -223,6 +224,7 @@ class PullThrough:
         if body is None:  # it has landed since we looked
             return await self.blob(asked, ranges)
         self._cache.holds(asked, body.size)
+        missing = self._cache.why_missing(asked, missing)
         if isinstance(body, Passing) or not body.kept:
             return Answer(CacheStatus.BYPASS, body.unkept, BLOB_TYPE, digest, body.size, body)
         return Answer(CacheStatus.MISS, missing, BLOB_TYPE, digest, body.size, body)
@@ -498,14 +500,23 @@ class PullThrough:
                 if document is None:
                     named = _Named(route, accept, self._now())
                     self._named.put((route.repository, head.digest), named, 2 * len(route.path) + 500)
-                    return manifest_answer(CacheStatus.MISS, _missing(known, head), asked, head)
+                    return manifest_answer(CacheStatus.MISS, self._missing(asked, known, head), asked, head)
                 return manifest_answer(CacheStatus.REVALIDATED, Reason.TAG_CONFIRMED, asked, head, document.body)
         joined = (route, accept) in self._manifests
         question, fetched = await self._of_tag(asked, self._manifests, lambda: self._fetch(route, accept))
         descriptor, document = fetched
         on_its_own(self._cache.record(asked, question, descriptor, None))
-        why = _JOINED if joined else (CacheStatus.MISS, _missing(known, descriptor))
+        missing = self._missing(asked, known, descriptor)
+        why = _JOINED if joined else (CacheStatus.MISS, missing)
         return manifest_answer(*why, asked, descriptor, document.body)
+
+    def _missing(self, asked: Asked, known: Confirmed | None, found: Descriptor) -> Reason:
+        """
+        Tell why a tag's manifest is not in the cache, by what was known of the tag.
+        """
+        if known is not None and known.descriptor.digest != found.digest:
+            return Reason.TAG_MOVED
+        return self._cache.why_missing(asked, Reason.FIRST_USE if known is None else Reason.NOT_KEPT)
 
     async def _of_tag(
         self, asked: Asked, flights: Flights[_Said[T]], ask: Callable[[], Coroutine[Any, Any, T]]
@@ -658,15 +669,6 @@ def _why_stale(route: Route, problem: DeadlineExceededError | UnavailableError) 
 
 def _urgency(parts: Sequence[Span]) -> Urgency:
     return Wish(*parts[0]).urgency if parts else Urgency.NOBODY
-
-
-def _missing(known: Confirmed | None, found: Descriptor) -> Reason:
-    """
-    Tell why a tag's manifest is not in the cache, by what was known of the tag.
-    """
-    if known is None:
-        return Reason.FIRST_USE
-    return Reason.NOT_KEPT if known.descriptor.digest == found.digest else Reason.TAG_MOVED
 
 
 def _accept_header(accept: frozenset[str]) -> str:
