@@ -10,7 +10,7 @@ Rules:
   When ECR can't be asked, the last answer holds.
 - Look, then register the flight, with no await between: between two awaits nobody else runs.
 - A part of a blob is fetched first, and the rest for the cache behind it. If the blob is not kept, the part is passed
-  on alone: the bucket is asked for these bytes and no others.
+  on alone: the bucket is asked for these bytes, and for small gaps between several of them.
 - The cache may fail in any way: what upstream gives is handed on all the same.
 """
 
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 from twisted.logger import Logger
 
 from ecrproxy.answers import ANY, Answer, Asked, CacheStatus, manifest_answer
-from ecrproxy.byte_ranges import Ranges, Span
+from ecrproxy.byte_ranges import Ranges, Span, joined, questions
 from ecrproxy.cache.entries import Confirmed
 from ecrproxy.cache.ingest import Left
 from ecrproxy.cache.memory import Memory
@@ -282,12 +282,15 @@ class PullThrough:
         """
         Hand the blob, or parts of it, through to one client: the shared transfer keeps no file and is elsewhere.
         """
-        start, stop = parts[0] if parts else (0, None)
+        wanted: Sequence[tuple[int, int | None]] = questions(parts, ranged=True) or [(0, None)]
+        start, stop = wanted[0]
         blob = await self._upstream.blob(asked.route, stop, start)
-        body: Download | Passing
         if parts:
             _check_size(blob, size)
-            body = Passing(asked.digest, blob, Reason.PASSED, self._lanes.buffered)
+        asks = questions(parts, ranged=blob.ranged)
+        body: Download | Passing
+        if asks:
+            body = Passing(asked.digest, blob, Reason.PASSED, self._lanes.buffered, asks)
         else:
             body = self._begin(blob, asked.digest, Reason.PASSED)
         return Answer(CacheStatus.BYPASS, body.unkept, BLOB_TYPE, asked.digest, body.size, body)
@@ -301,7 +304,8 @@ class PullThrough:
         left = await self._cache.left(digest, expected)
         if left is not None:
             log.info("Going on with {digest} at byte {at} of {size}", digest=digest, at=left.gaps[0][0], size=left.size)
-        start, stop = _first_span(left, parts, self._lanes.first_part(left.size if left else expected))
+        wanted = joined(parts) or parts
+        start, stop = _first_span(left, wanted, self._lanes.first_part(left.size if left else expected))
         blob = await self._upstream.blob(route, stop, start)
         if blob.size is None:
             blob.size = expected  # a manifest has told: the client gets a length, and the cache the blob
@@ -312,8 +316,8 @@ class PullThrough:
         except BaseException:
             drop(blob.first)
             raise
-        if parts and isinstance(file, Reason):
-            return Passing(digest, blob, file, self._lanes.buffered)
+        if isinstance(file, Reason) and (asks := questions(parts, ranged=blob.ranged)):
+            return Passing(digest, blob, file, self._lanes.buffered, asks)
         return self._begin(blob, digest, file, shared=True, urgency=_urgency(parts))
 
     def _begin(

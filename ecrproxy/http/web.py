@@ -18,7 +18,7 @@ from twisted.web.server import Request
 from ecrproxy.access.limits import Crowd
 from ecrproxy.access.namespaces import Namespaces
 from ecrproxy.answers import Answer, Asked, CacheStatus
-from ecrproxy.byte_ranges import Multipart, Ranges, Span, content_range
+from ecrproxy.byte_ranges import Multipart, Ranges, Span, content_range, joined
 from ecrproxy.cache.cache_key import NOBODY, CacheKey
 from ecrproxy.cache.content import Content
 from ecrproxy.cached import SMALL_BLOB
@@ -170,7 +170,7 @@ class Door(Answering):
         request.setHeader("Accept-Ranges", "bytes")
         ranges = _wanted(request, etag)
         try:
-            spans = ranges.of(answer.size) if ranges is not None else []
+            spans = _sendable(answer.body, ranges.of(answer.size)) if ranges is not None else []
         except LookupError:
             _let_go(answer)
             request.setHeader("Content-Range", f"bytes */{answer.size}")
@@ -245,15 +245,25 @@ def _source(answer: Answer, start: int, stop: int | None, waiting: Stopwatch) ->
     raise TypeError(answer.body)
 
 
+def _sendable(body: object, spans: list[Span]) -> list[Span]:
+    """
+    Return the spans, or none if only the whole can be sent: of several, a transfer must be able to fetch all.
+    """
+    whole = len(spans) > 1 and isinstance(body, Download) and not (body.kept and joined(spans))
+    return [] if whole else spans
+
+
 def _parts(answer: Answer, frame: Multipart, waiting: Stopwatch) -> Source:
     body = answer.body
     match body:
         case Download():
+            together = joined(frame.spans)
 
             def follow(start: int, stop: int) -> Source:
                 if not body.offers(start):
                     raise LookupError(f"byte {start} of {answer.digest} has passed")
-                return body.follow(start, stop, waiting)
+                until = next(last for first, last in together if first <= start and stop <= last)
+                return body.follow(start, stop, waiting, until)
 
             return Parted(frame, follow)
         case Passing():

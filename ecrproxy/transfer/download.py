@@ -172,14 +172,17 @@ class Download:
         """
         return self.offers(start) and (self.kept or start <= self.received)
 
-    def follow(self, start: int, stop: int | None, waiting: Stopwatch | None = None) -> Follower:
+    def follow(
+        self, start: int, stop: int | None, waiting: Stopwatch | None = None, until: int | None = None
+    ) -> Follower:
         """
         Read from C{start} up to, not including, C{stop}, as the bytes come.
 
         @param stop: none for all, where the size is not known.
         @param waiting: counts how long they are waited for.
+        @param until: where the last part ends that is fetched with this one, for a reader of several.
         """
-        follower = Follower(self, start, stop, waiting or Stopwatch(lambda: 0.0))
+        follower = Follower(self, start, stop, waiting or Stopwatch(lambda: 0.0), until)
         self._followers[follower] = None
         if follower.partial:
             self._hasten(follower)
@@ -297,7 +300,7 @@ class Download:
         return part
 
     def _wish(self, follower: Follower) -> Wish | None:
-        stop = follower.stop if follower.stop is not None else self.size
+        stop = follower.until if follower.until is not None else self.size
         return Wish(follower.position, stop) if stop is not None else None
 
     def _hasten(self, follower: Follower) -> None:
