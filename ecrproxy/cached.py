@@ -320,6 +320,12 @@ class Cache:
         """
         on_its_own(self._remember(asked, descriptor))
 
+    def held(self, digest: Digest) -> Document | None:
+        """
+        Return a manifest that is held in memory, whoever may have it.
+        """
+        return self._documents.get(digest)
+
     def hold(self, digest: Digest, small: bytes | Document) -> None:
         """
         Hold a small blob or a manifest in memory, verified.

@@ -138,6 +138,9 @@ class PullThrough:
         except RegistryError:
             self._last_pages.drop(key)
             raise
+        last = self._last_pages.get(key)
+        if page == last:
+            return last  # one copy for all clients that are slow to take it
         if len(page.body) <= _PAGE_BYTES:
             self._last_pages.put(key, page, len(page.body) + 2 * len(key) + 500)
         return page
@@ -566,11 +569,12 @@ class PullThrough:
         if route.digest not in (None, digest):
             said = f"ECR gave something else than {route.digest}"
             raise UnavailableError(502, "UNAVAILABLE", said, reason=Reason.WRONG_BYTES)
+        held = self._cache.held(digest)  # one copy for all clients that are slow to take it
         try:
-            document = await self._cache.parse(manifest.body, Document.read)
+            document = held if held is not None else await self._cache.parse(manifest.body, Document.read)
         except ValueError as problem:
             raise _no_manifest(problem) from None
-        descriptor = Descriptor(_checked_type(manifest.content_type, document), digest, len(manifest.body))
+        descriptor = Descriptor(_checked_type(manifest.content_type, document), digest, len(document.body))
         self._cache.keep(route, descriptor, document)
         return descriptor, document
 

@@ -207,7 +207,7 @@ class Registry(Door):
         hit = False
         try:
             if route.kind in (Kind.TAGS, Kind.REFERRERS):
-                self._send_page(request, route, *await self._pull_through.page(route))
+                await self._send_page(request, route, *await self._pull_through.page(route))
                 return
             asked = self.asked(request, route)
             if route.kind is Kind.MANIFEST:
@@ -219,7 +219,7 @@ class Registry(Door):
             request.upstream.stop(counted=not hit)
         await self.answer(request, route, answer)
 
-    def _send_page(
+    async def _send_page(
         self, request: RegistryRequest, route: Route, status: CacheStatus, reason: Reason, page: Page
     ) -> None:
         if page.next is not None:
@@ -229,7 +229,15 @@ class Registry(Door):
             request.setHeader("OCI-Filters-Applied", page.filters)
         request.setHeader("X-Cache-Status", status)
         request.setHeader("X-Cache-Reason", reason)
-        send_small(request, OK, page.content_type, page.body)
+        if len(page.body) <= SMALL_BLOB or request.method == b"HEAD":
+            send_small(request, OK, page.content_type, page.body)
+            return
+        begin(request, OK)
+        request.setHeader("Content-Type", page.content_type)
+        request.setHeader("Content-Length", str(len(page.body)))
+        request.write(b"")
+        await send(request, Held(page.body), self._in_thread, lambda: LEAST_PIECE)
+        request.finish()
 
 
 def _source(answer: Answer, start: int, stop: int | None, waiting: Stopwatch) -> Source:
