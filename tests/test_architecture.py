@@ -21,6 +21,7 @@ OURS = "ecrproxy."
 ARROWS: dict[str, set[str]] = {
     "access": {"addresses", "flights", "identity", "oci", "reasons", "threads"},
     "admin": {
+        "access.browsers",
         "access.crowds",
         "access.limits",
         "addresses",
@@ -39,6 +40,7 @@ ARROWS: dict[str, set[str]] = {
         "readiness",
         "registry",
         "threads",
+        "transfer.sending",
     },
     "answers": {"cache", "oci", "reasons", "transfer.download", "transfer.passing"},
     "cache": {"identity", "oci", "threads"},

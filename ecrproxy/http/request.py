@@ -4,6 +4,7 @@ A client's request, with what is told of it later.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from twisted.internet.interfaces import ISSLTransport
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from twisted.python.failure import Failure
 
 
+RawHeaders = Sequence[tuple[bytes, list[bytes]]]
+"""Headers as Twisted has them."""
 _SECRET: Final = frozenset({b"authorization", b"proxy-authorization", b"cookie"})
 
 
@@ -48,11 +51,13 @@ class RegistryRequest(Request):
     route: Route | None = None
     started: float
     upstream: Stopwatch
+    _headers: RawHeaders = ()
 
     def process(self) -> None:  # noqa: D102
         site: Any = self.channel.factory
         self.started = site.reactor.seconds()
         self.upstream = Stopwatch(site.reactor.seconds)
+        self._headers = site.headers
         self.id = choose_id(self.requestHeaders.getRawHeaders(REQUEST_ID, ()), site.new_id)
         self.responseHeaders.setRawHeaders(REQUEST_ID, [self.id.encode("ascii")])
         self.uri, self.path = self.target.origin.encode("latin-1"), self.target.path.encode("latin-1")
@@ -70,7 +75,8 @@ class RegistryRequest(Request):
 
     def write(self, data: bytes) -> None:  # noqa: D102
         if not self.startedWriting:
-            self.responseHeaders.setRawHeaders(b"Server", [b"ecrproxy"])
+            for name, values in self._headers:
+                self.responseHeaders.setRawHeaders(name, values)
         super().write(data)
 
     def connectionLost(self, reason: Failure) -> None:
@@ -98,6 +104,20 @@ def field(request: Request, name: bytes) -> str | None:
     return values[-1] if values else None
 
 
+def is_browsers(request: Request) -> bool:
+    """
+    Return True if a browser sent it: see L{ecrproxy.access.browsers}.
+    """
+    return bool(request.requestHeaders.hasHeader(b"Accept-Language"))
+
+
+def host_of(request: Request) -> str:
+    """
+    Return the host that was asked for, without the port.
+    """
+    return bytes(request.getRequestHostname()).decode("ascii", "replace")
+
+
 def caller_of(request: Request) -> Caller:
     """
     Tell what is known of who asks.
@@ -117,7 +137,7 @@ def asker_of(request: RegistryRequest) -> Asker:
         method=request.method.decode("ascii"),
         target=request.target.origin,
         scheme="https" if request.isSecure() else "http",
-        host=request.getRequestHostname().decode("ascii", "replace"),
+        host=host_of(request),
         address=address(request),
         headers={
             name.decode("ascii").lower(): b", ".join(values).decode("utf-8", "replace")

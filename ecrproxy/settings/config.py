@@ -35,6 +35,7 @@ from ecrproxy.settings.values import (
     parse_log_format,
     parse_log_level,
     parse_networks,
+    parse_origin,
     parse_path,
     parse_patience,
     parse_pattern,
@@ -173,6 +174,13 @@ SETTINGS: Final[Sequence[Setting]] = (
         "none",
         "networks that clients must be in; all others are refused",
     ),
+    Setting(
+        "allow-origin",
+        "PROXY_ALLOW_ORIGIN",
+        parse_origin,
+        "none",
+        "origin of web pages that may ask and read the answers, or: *",
+    ),
     Setting("listen", "PROXY_LISTEN", parse_listen, "made from port and TLS files", "Twisted endpoint strings"),
     Setting(
         "admin-listen",
@@ -194,7 +202,7 @@ SETTINGS: Final[Sequence[Setting]] = (
         "PROXY_ADMIN_HOSTS",
         parse_hosts,
         "none",
-        "names with dots under which the operator's port may be asked for",
+        "names under which the operator's port may be asked for, beside addresses and the machine's",
     ),
     Setting(
         "tag-ttl",
@@ -330,6 +338,7 @@ class Config:
     @ivar dns_resolver: name servers; none for the host's own resolver.
     @ivar cache_limit: in bytes.
     @ivar tag_ttl: in seconds.
+    @ivar allow_origin: as browsers write it, or C{*}.
     @ivar listen: Twisted endpoint strings; empty to listen on C{port}, with TLS if there is a key.
     @ivar admin_listen: a Twisted endpoint string; none to have no such port.
     @ivar admin_hosts: names that lead there, beside those that need no telling.
@@ -350,6 +359,7 @@ class Config:
     client_ca: str | None
     htpasswd: str | None
     allow_from: tuple[Network, ...] | None
+    allow_origin: str | None
     listen: Sequence[str]
     admin_listen: str | None
     admin_hosts: frozenset[str] | None
