@@ -87,7 +87,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "logs": {"http.access_log", "request_id"},
     "oci": {"reasons"},
-    "registry": {"addresses", "metrics", "oci", "reasons"},
+    "registry": {"access.turns", "addresses", "metrics", "oci", "reasons"},
     "settings": {"access.limits", "addresses", "cache.cache_key", "identity", "registry.quotas"},
     "transfer": {"access.limits", "byte_ranges", "cache", "oci", "reasons", "stopwatch", "threads"},
 }

@@ -122,6 +122,19 @@ class StuckTests(DaemonTestCase):
             self.flush()
             self.assertEqual((0, 0), (self.daemon.crowd.transferring, self.daemon.crowd.bodies.held))
 
+    def test_a_list_that_is_the_same_again_is_one(self) -> None:
+        """
+        Also one of more bytes than are kept for when ECR can't be asked.
+        """
+        self.standin.push_image("team/tags", *(f"{number:0>300}" for number in range(4000)))
+        first, second = self._stuck("/v2/team/tags/tags/list"), self._stuck("/v2/team/tags/tags/list")
+        held = self.daemon.crowd.bodies.held
+        for reply in (first, second):
+            reply.read_on()
+        self.flush()
+        self.assertEqual((held, "whole", "whole"), (first.length, first.ended, second.ended))
+        self.assertGreater(held, MIB)
+
     def test_a_client_that_leaves_lets_go(self) -> None:
         """
         What it was being sent is counted no more.

@@ -22,6 +22,7 @@ from ecrproxy.http.site import RegistrySite, make_site
 from ecrproxy.identity import RegistryId
 from ecrproxy.readiness import Readiness
 from ecrproxy.registry import upstream
+from ecrproxy.registry.upstream import LIST_SECONDS
 from tests.daemon import MIB, DaemonTestCase, Raw, Reply, noise
 from tests.registry import digest_of, layer
 from tests.registry_content import OCI_INDEX, OCI_MANIFEST, SCHEMA2
@@ -1310,6 +1311,39 @@ class TagListTests(DaemonTestCase):
         found = json.loads(reply.body)["tags"]
         self.assertEqual(tags[:2000], found)
         self.assertEqual(tags[2000:], json.loads(self.get(self.link(reply)).body)["tags"])
+
+    def test_parameters_that_ecr_does_not_know_make_no_other_list(self) -> None:
+        """
+        Made-up ones share the one list; those of a link of ECR's lead on by pages.
+        """
+        self.all_tags(2500)
+        replies = [self.daemon.send("GET", f"{self.path}?x={number}") for number in range(20)]
+        self.flush()
+        self.assertEqual({200}, {reply.code for reply in replies})
+        self.assertEqual(3, len(self.standin.asked))
+        self.patch(upstream, "ALL_TAGS", 1)
+        on = {"Link": f'<{self.path}?cursor=c&n=1000>; rel="next"'}
+        for _ in range(2):
+            self.standin.fail("registry", status=200, body=b'{"tags": ["a"]}', headers=on, times=1)
+        self.assertEqual(["cursor=c", "n=1000"], sorted(self.link(self.get(self.path)).partition("?")[2].split("&")))
+
+    def test_lists_of_one_repository_are_made_one_at_a_time(self) -> None:
+        """
+        However many begin somewhere else: other repositories need not wait for them, and who waits too long is told.
+        """
+        self.standin.push_image("team/other", "v1")
+        self.standin.hang("registry", "/team/app/")
+        replies = [self.daemon.send("GET", f"{self.path}?last={number}") for number in range(20)]
+        self.flush()
+        self.assertEqual(1, len(self.standin.asked))
+        self.assertEqual(200, self.get("/v2/team/other/tags/list").code)
+        replies[0].leave()
+        self.flush()
+        self.assertEqual(3, len(self.standin.asked))
+        self.clock.advance(LIST_SECONDS)
+        self.flush()
+        self.assertEqual({503}, {reply.code for reply in replies[2:]})
+        self.assertRefused(replies[-1], 503, "UNAVAILABLE", "n=1000")
 
     def test_a_page_that_fails_gives_no_list(self) -> None:
         """
