@@ -7,7 +7,7 @@ Rules:
   (W3C Fetch Metadata). Scripts can set neither. Container runtimes and other programs send none of them.
 - A page whose name was made to lead here (DNS rebinding) is of this site, and over plain HTTP announces nothing. But
   browsers add C{Accept-Language} to each request that has none (Fetch standard, "Fetching"), and scripts can't set
-  C{Host}. So a request with C{Accept-Language} must name a host that no stranger can own.
+  C{Host}. So a browser's request must name a host that no stranger can own.
 """
 
 from __future__ import annotations
@@ -57,13 +57,12 @@ class Pages:
     origin: str | None = None
     proved: bool = False
 
-    def may_ask(self, origin: str | None, site: str | None, *, browser: bool, secure: bool, host: str) -> bool:
+    def may_ask(self, origin: str | None, site: str | None, *, secure: bool, host: str) -> bool:
         """
-        Return False for a request that a page has caused which may not.
+        Return False for a browser's request that a page has caused which may not.
 
         @param origin: C{Origin}.
         @param site: C{Sec-Fetch-Site}.
-        @param browser: whether there is an C{Accept-Language}.
         @param secure: whether it came over TLS: there a name that is not of the certificate fails.
         @param host: C{Host} without the port.
         """
@@ -73,9 +72,7 @@ class Pages:
             return origin == self.origin
         if site not in _OWN_SITES:
             return False
-        if not browser or secure or self.proved:
-            return True
-        return has_no_dot(host) or is_ours(host, self._named)
+        return secure or self.proved or has_no_dot(host) or is_ours(host, self._named)
 
     @property
     def _named(self) -> frozenset[str]:

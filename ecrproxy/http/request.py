@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 
 RawHeaders = Sequence[tuple[bytes, list[bytes]]]
 """Headers as Twisted has them."""
+PATH_LENGTH: Final = 405
+"""Characters of a path that are logged: the longest that is served, a name of 255 with a sha512 digest."""
+METHOD_LENGTH: Final = 32
+_BROWSERS: Final = (b"Origin", b"Sec-Fetch-Site", b"Accept-Language")
+"""Headers that browsers send: at least the last is in each request of theirs."""
 _SECRET: Final = frozenset({b"authorization", b"proxy-authorization", b"cookie"})
 
 
@@ -108,7 +113,7 @@ def is_browsers(request: Request) -> bool:
     """
     Return True if a browser sent it: see L{ecrproxy.access.browsers}.
     """
-    return bool(request.requestHeaders.hasHeader(b"Accept-Language"))
+    return any(map(request.requestHeaders.hasHeader, _BROWSERS))
 
 
 def host_of(request: Request) -> str:
@@ -158,12 +163,15 @@ def path(request: http.Request) -> str:
     """
     Name what was asked for, without the query: it may hold secrets.
     """
-    return printable(request.uri.partition(b"?")[0][:1000])
+    return printable(request.uri.partition(b"?")[0], PATH_LENGTH)
 
 
-def printable(sent: bytes) -> str:
+def printable(sent: bytes, length: int) -> str:
     """
     Write what a client has sent so that it can't pass for anything else in a log.
+
+    @param length: the most characters that it is worth, escapes included.
     """
-    text = sent.decode("latin-1")
-    return text if text.isascii() and text.isprintable() else text.encode("unicode_escape").decode("ascii")
+    text = sent[:length].decode("latin-1")
+    plain = text.isascii() and text.isprintable()
+    return text if plain else text.encode("unicode_escape").decode("ascii")[:length]

@@ -19,15 +19,23 @@ from ecrproxy.daemon.ending import Connections
 from ecrproxy.http.access_log import AccessLine, AccessLog
 from ecrproxy.http.answering import Answering, Health, Missing
 from ecrproxy.http.channel import StrictChannel
-from ecrproxy.http.request import RegistryRequest, address, caller_of, field, host_of, is_browsers, path, printable
+from ecrproxy.http.request import (
+    METHOD_LENGTH,
+    RegistryRequest,
+    address,
+    caller_of,
+    field,
+    host_of,
+    is_browsers,
+    path,
+    printable,
+)
 from ecrproxy.metrics import Served
 from ecrproxy.oci import RegistryError
 from ecrproxy.ranking import SAVING
 from ecrproxy.reasons import Reason
 from ecrproxy.request_id import numbered
 
-_BROWSERS: Final = (b"Origin", b"Sec-Fetch-Site", b"Accept-Language")
-"""Headers that browsers send; at least one is in each request of theirs."""
 _METHODS: Final = frozenset({b"GET", b"HEAD"})
 _ROUTES: Final = {"blobs": "blob", "manifests": "manifest", "tags": "tags", "referrers": "referrers"}
 HEALTH: Final = frozenset({"/_health", "/healthz", "/readyz"})
@@ -85,12 +93,11 @@ class Front(Answering):
         await resource.respond(request)
 
     def _refuse_pages(self, request: RegistryRequest) -> None:
-        if not any(map(request.requestHeaders.hasHeader, _BROWSERS)):
+        if not is_browsers(request):
             return
         may = self._pages.may_ask(
             field(request, b"Origin"),
             field(request, b"Sec-Fetch-Site"),
-            browser=is_browsers(request),
             secure=request.isSecure(),
             host=host_of(request),
         )
@@ -199,7 +206,7 @@ class RegistrySite(Site):
         now, size = self.reactor.seconds(), asked.sentLength
         seconds = now - asked.started
         status = 0 if aborted and not asked.startedWriting else asked.code
-        method = asked.method.decode("ascii") if asked.method in _METHODS else printable(asked.method)
+        method = asked.method.decode("ascii") if asked.method in _METHODS else printable(asked.method, METHOD_LENGTH)
         cache, reason = _word(asked, b"X-Cache-Status"), _word(asked, b"X-Cache-Reason")
         if self._served is not None:
             told = method if asked.method in _METHODS else "other"
