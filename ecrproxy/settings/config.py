@@ -323,7 +323,7 @@ SETTINGS: Final[Sequence[Setting]] = (
         "PROXY_TRANSFERS",
         parse_count,
         "4096",
-        "answers with a blob that are under way at once; 0 for no limit",
+        "answers of more than 64 KiB, and with a blob, that are under way at once; 0 for no limit",
     ),
 )
 
