@@ -229,12 +229,25 @@ class DoctorTests(SynchronousTestCase):
 
     def test_a_bucket_where_the_proxy_does_not_go_is_told(self) -> None:
         """
-        Loopback and metadata addresses, unless the registry is at such a one itself.
+        Loopback and metadata addresses; while the registry is on loopback itself, the latter alone.
         """
-        self.world.addresses["prod.s3.eu-west-1.amazonaws.com"] = ["127.0.0.1"]
-        self.assertEqual("failed", self.verdicts("--repository", "team/app:1")["bucket"])
+        bucket = "prod.s3.eu-west-1.amazonaws.com"
+        expected = {("52.0.0.1", "127.0.0.1"): "failed", ("127.0.0.1", "127.0.0.1"): "ok"}
+        expected |= {(registry, "169.254.169.254"): "failed" for registry in ("52.0.0.1", "127.0.0.1")}
+        for (registry, at), verdict in expected.items():
+            self.world.addresses.update({ECR: [registry], bucket: [at]})
+            self.world.touched.clear()
+            self.assertEqual(verdict, self.verdicts("--repository", "team/app:1")["bucket"], (registry, at))
+            self.assertEqual(
+                verdict == "ok", at in [address for url, address, _ in self.world.touched if bucket in url]
+            )
+
+    def test_a_registry_on_loopback_is_told_to_open_loopback_to_redirects(self) -> None:
+        self.assertNotIn("redirects", self.verdicts())
         self.world.addresses[ECR] = ["127.0.0.1"]
-        self.assertEqual("ok", self.verdicts("--repository", "team/app:1")["bucket"])
+        self.assertEqual("warning", self.verdicts()["redirects"])
+        self.caller.variables["HTTPS_PROXY"] = "http://proxy.test:3128"
+        self.assertNotIn("redirects", self.verdicts())
 
     def test_registry_and_bucket_are_looked_at_through_the_egress_proxy(self) -> None:
         self.caller.variables["HTTPS_PROXY"] = "http://ann:hidden@proxy.test:3128"

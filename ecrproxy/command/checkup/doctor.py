@@ -22,6 +22,7 @@ from ecrproxy.command.checkup.findings import (
     failed,
     ok,
     skipped,
+    warning,
 )
 from ecrproxy.command.checkup.network import judge_clock, look_at_host
 from ecrproxy.command.checkup.permissions import Trial
@@ -216,6 +217,16 @@ class Doctor:
         greeting = self._greeting.get()
         url = self._config.ecr_endpoint
         yield from look_at_host("registry", url, [greeting.address], lambda _: greeting, self._now())
+        if self._is_tunnel():
+            said = f"{self._host} is at {greeting.address}: its redirects may lead to all that listens on loopback here"
+            advice = "let only a registry that you trust answer there, or have the tunnel end at another address"
+            yield warning("redirects", said, advice)
+
+    def _is_tunnel(self) -> bool:
+        """
+        Tell whether the registry is on loopback, where redirects may lead to loopback too.
+        """
+        return self._proxy(self._config.ecr_endpoint) is None and is_loopback(self._address())
 
     def _login(self) -> Iterator[Finding]:
         if not self._greeting.need("an answer of the registry").status:
@@ -261,9 +272,9 @@ class Doctor:
             return
         found = [address for answer in self._asked(host).values() for address in answer.addresses]
         addresses = found or list(self._senses.ask_system(host).addresses)
-        forbidden = [address for address in addresses if is_forbidden(address)]
-        registry = self._proxy(self._config.ecr_endpoint) or self._address()
-        if forbidden and not (isinstance(registry, str) and is_loopback(registry)):
+        tunnel = self._is_tunnel()
+        forbidden = [address for address in addresses if is_forbidden(address, tunnel=tunnel)]
+        if forbidden:
             said = f"{host} is at {forbidden[0]}, where the proxy does not go"
             yield failed(
                 "bucket", said, "see who answers for that name: redirects lead to no loopback or link-local address"
