@@ -77,7 +77,7 @@ from ecrproxy.registry.upstream import Upstream
 from ecrproxy.registry.wire import Wire
 from ecrproxy.settings.complaints import Complaint, say, write
 from ecrproxy.settings.config import ADMIN_LISTEN, Config, ConfigError
-from ecrproxy.settings.contradictions import Machine, load, look_at_settings
+from ecrproxy.settings.contradictions import Machine, load, look_at_settings, refusal
 from ecrproxy.settings.options import Options
 from ecrproxy.threads import Disk, InThread, Threads, call_unowned
 from ecrproxy.transfer.inflow import Lanes
@@ -121,7 +121,10 @@ def makeService(options: Options) -> Daemon:
             leave = partial(_abandon, complain, refused)
             service = build(config, reactor, leave, options.arguments(), supervisor, _egress(os.environ))
     except ConfigError as problem:
-        complain("; ".join([str(problem), *map(str, warnings)]))
+        for line in (*problem.warnings, *map(str, warnings)):
+            _complaining(options, LogLevel.warn)(f"warning: {line}")
+        for line in problem.errors:
+            complain(line)
         sys.exit(1)
     service.complain, service.writer = complain, _log_writer(config, options, reactor)
     Exhaustion(service.give_up).setServiceParent(service)
@@ -134,12 +137,12 @@ def _warnings(config: Config, options: Options) -> list[Complaint]:
     """
     Judge the settings together.
 
-    @raise ConfigError: if the daemon must not start with them. It tells all that is wrong.
+    @raise ConfigError: if the daemon must not start with them.
     """
     machine = Machine(len(os.sched_getaffinity(0)), _disk_size(Path(config.cache_dir)))
     found = look_at_settings(config, options.flags(), os.environ, machine)
     if any(each.grave for each in found):
-        raise ConfigError("; ".join(map(str, found)))
+        raise refusal(found)
     return found
 
 
@@ -171,17 +174,17 @@ def _disk_size(directory: Path) -> int | None:
     return None
 
 
-def _complaining(options: Options) -> Callable[[str], None]:
+def _complaining(options: Options, level: Any = LogLevel.critical) -> Callable[[str], None]:  # noqa: ANN401
     """
     Have what keeps the daemon from starting said in the shape of the log, whatever else is wrong with the settings.
     """
     chosen = options.flags().get("log-format") or os.environ.get("PROXY_LOG_FORMAT")
     if chosen != "json":
         marked = leads_to_journal(os.environ.get("JOURNAL_STREAM"), sys.__stderr__)
-        return partial(say, mark=f"<{PRIORITIES[LogLevel.critical]}>" if marked else "")
+        return partial(say, mark=f"<{PRIORITIES[level]}>" if marked else "")
 
     def say_as_json(line: str) -> None:
-        event = {"log_time": time.time(), "log_level": LogLevel.critical, "log_namespace": "ecrproxy"}
+        event = {"log_time": time.time(), "log_level": level, "log_namespace": "ecrproxy"}
         write("".join(as_json({**event, "log_format": "{line}", "line": line}, "")))
 
     return say_as_json

@@ -219,6 +219,13 @@ class DoctorTests(SynchronousTestCase):
         self.assertEqual("skipped", self.verdicts()["permissions"])
         self.assertEqual(0, self.caller.status)
 
+    def test_wrong_settings_have_a_line_each_after_the_warnings(self) -> None:
+        self.caller.variables = {"PROXY_DEBUG": "1", "PROXY_ECR_ENDPONT": ECR}
+        self.call()
+        lines = [line.removeprefix("ecr-proxy: ").split()[:2] for line in self.caller.complaint.splitlines()]
+        expected = [["warning:", "PROXY_DEBUG"], ["PROXY_ECR_ENDPOINT", "is"], ["PROXY_ECR_ENDPONT", "is"]]
+        self.assertEqual((2, expected), (self.caller.status, lines))
+
     def test_a_repository_that_the_pattern_keeps_out_is_told(self) -> None:
         """
         ECR would let it through, the proxy does not.

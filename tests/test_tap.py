@@ -195,16 +195,24 @@ class TapCase(SynchronousTestCase):
 
     def dies(self, action: Callable[[], object]) -> str:
         """
-        Give the one line with which the daemon ends.
+        Give the one line that says why the daemon ends; warnings come before it.
+        """
+        *warnings, last = self.last_lines(action)
+        self.assertTrue(all(each.startswith("warning: ") for each in warnings), warnings)
+        return last
+
+    def last_lines(self, action: Callable[[], object]) -> list[str]:
+        """
+        Give the lines with which the daemon ends.
         """
         self.stderr.truncate(0)
         self.stderr.seek(0)
         ending = self.assertRaises(SystemExit, action)
         self.assertEqual(1, ending.code)
         text = self.stderr.getvalue()
-        self.assertTrue(text.startswith("ecr-proxy: "), text)
-        self.assertEqual((1, "\n"), (text.count("\n"), text[-1:]))
-        return text.removeprefix("ecr-proxy: ").rstrip()
+        self.assertTrue(all(line.startswith("ecr-proxy: ") for line in text.splitlines()), text)
+        self.assertEqual("\n", text[-1:])
+        return [line.removeprefix("ecr-proxy: ") for line in text.splitlines()]
 
 
 class OptionsTests(TapCase):
@@ -351,17 +359,25 @@ class WrongSettingTests(TapCase):
 
     def test_settings_that_take_protection_away_are_told_with_all_that_is_wrong(self) -> None:
         tls = {"PROXY_SSL_KEY": "/key.pem", "PROXY_SSL_CERTIFICATE": "/certificate.pem", "PROXY_LISTEN": "tcp:80"}
-        line = self.dies(lambda: self.run_with(PROXY_NAMESPACE_PATERN="a", PROXY_DEBUG="1", **tls))
-        for words in ("PROXY_NAMESPACE_PATTERN", "it serves plain HTTP", "PROXY_DEBUG"):
-            self.assertIn(words, line)
+        lines = self.last_lines(lambda: self.run_with(PROXY_NAMESPACE_PATERN="a", PROXY_DEBUG="1", **tls))
+        expected = ["warning: PROXY_DEBUG", "PROXY_NAMESPACE_PATERN", "PROXY_LISTEN='tcp:80'"]
+        self.assertEqual(expected, [words[: len(begins)] for words, begins in zip(lines, expected, strict=True)])
         self.assert_dies("PROXY_ADMIN_LISTEN='tcp:5001' would let", PROXY_ADMIN_LISTEN="tcp:5001")
         self.assertFalse((self.folder / "cache").exists())
 
     def test_what_is_warned_of_is_told_where_something_else_ends_the_daemon(self) -> None:
         blocked = self.folder / "file"
         blocked.write_text("no directory")
-        line = self.dies(lambda: self.run_with(PROXY_CACHE_DIR=str(blocked), PROXY_DEBUG="1"))
-        self.assertIn("PROXY_DEBUG is not a setting", line)
+        for setting, wrong in {"PROXY_CACHE_DIR": str(blocked), "PROXY_PORT": "70000"}.items():
+            warned, line = self.last_lines(lambda: self.run_with(**{setting: wrong}, PROXY_DEBUG="1"))  # noqa: B023
+            self.assertIn("warning: PROXY_DEBUG is not a setting", warned)
+            self.assertTrue(line.startswith(setting), line)
+            self.assertNotIn("PROXY_DEBUG", line)
+
+    def test_a_warning_is_told_as_one_in_any_shape(self) -> None:
+        wrong = {"PROXY_PORT": "70000", "PROXY_DEBUG": "1"}
+        self.assertRaises(SystemExit, self.run_with, PROXY_LOG_FORMAT="json", **wrong)
+        self.assertEqual(["warn", "critical"], [each["level"] for each in validated(self.stderr.getvalue())])
 
     def test_a_proxy_that_is_none_is_told_without_its_password(self) -> None:
         line = self.dies(lambda: self.run_with(HTTPS_PROXY="socks5://ann:secret@proxy.test"))
@@ -828,13 +844,14 @@ class BuildTests(TapCase):
 
     def test_variables_of_another_proxy_are_noticed(self) -> None:
         """
-        In the log, or in the line with which the daemon ends without what they were to say.
+        In the log, or in a line before the one with which the daemon ends without what they were to say.
         """
         with capturedLogs() as events:
             self.run_with(CACHE_KEY="$uri")
         self.assertIn("PROXY_CACHE_KEY", " ".join(filter(None, map(formatEvent, events))))
         del self.environ["PROXY_ECR_ENDPOINT"]
-        self.assertIn("UPSTREAM is set", self.dies(lambda: self.run_with(UPSTREAM="https://ecr.example")))
+        warned, _ = self.last_lines(lambda: self.run_with(UPSTREAM="https://ecr.example"))
+        self.assertIn("UPSTREAM is set", warned)
 
     def test_what_is_warned_of_is_logged_and_the_daemon_starts(self) -> None:
         with capturedLogs() as events:
@@ -847,6 +864,7 @@ class BuildTests(TapCase):
         """
         Figures are not for everybody, unless the operator says so.
         """
+        self.patch(ThreadPool, "callInThreadWithCallback", call_at_once)
         self.environ.pop("PROXY_ADMIN_LISTEN")
         self.build(PROXY_LISTEN="tcp:80")
         self.assertEqual((5001, "127.0.0.1"), (self.reactor.tcpServers[1][0], self.reactor.tcpServers[1][3]))

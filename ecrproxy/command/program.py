@@ -158,16 +158,18 @@ def main(arguments: Sequence[str], world: World, subcommands: Sequence[Subcomman
     except KeyboardInterrupt:
         world.terminal.say("ecr-proxy: interrupted")
         return INTERRUPTED
-    except (CommandError, ConfigError, RefusedError, UnreachableError, OSError) as problem:
+    except ConfigError as problem:
+        for line in (*(f"warning: {each}" for each in problem.warnings), *problem.errors):
+            world.terminal.say(f"ecr-proxy: {' '.join(line.split())}")
+        return MISUSED
+    except (CommandError, RefusedError, UnreachableError, OSError) as problem:
         world.terminal.say(f"ecr-proxy: {' '.join(str(problem).split())}")
         return _status_of(problem)
     return status
 
 
 def _status_of(problem: Exception) -> int:
-    if isinstance(problem, CommandError):
-        return problem.status
-    return MISUSED if isinstance(problem, ConfigError) else UNDONE
+    return problem.status if isinstance(problem, CommandError) else UNDONE
 
 
 def _call(options: Namespace, world: World) -> int:

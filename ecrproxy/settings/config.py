@@ -52,8 +52,15 @@ from ecrproxy.settings.variables import service_of
 
 class ConfigError(Exception):
     """
-    A setting is wrong: which, its value, and what would be right, in one line.
+    Settings are wrong. Of each, one line says which, its value, and what would be right.
+
+    @ivar errors: those lines.
+    @ivar warnings: lines about other settings, which would not keep the daemon from starting.
     """
+
+    def __init__(self, *errors: str, warnings: Iterable[str] = ()) -> None:
+        super().__init__("; ".join(errors))
+        self.errors, self.warnings = errors, tuple(warnings)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 from urllib.parse import urlsplit
@@ -41,14 +41,22 @@ class Machine:
 
 def load(flags: Mapping[str, str], environ: Mapping[str, str]) -> Config:
     """
-    Read the settings as L{Config.load} does; the error names misspelt variables too, which may be what is missing.
+    Read the settings as L{Config.load} does; the error has misspelt variables too, which may be what is missing.
 
     @raise ConfigError: if they are wrong.
     """
     try:
         return Config.load(flags, environ)
     except ConfigError as problem:
-        raise ConfigError("; ".join([str(problem), *map(str, look_at_environment(environ))])) from problem
+        raise refusal(look_at_environment(environ), *problem.errors) from problem
+
+
+def refusal(found: Sequence[Complaint], *errors: str) -> ConfigError:
+    """
+    Make the error that tells C{errors}, and of what was found the grave complaints; the others are its warnings.
+    """
+    grave = [str(each) for each in found if each.grave]
+    return ConfigError(*errors, *grave, warnings=[str(each) for each in found if not each.grave])
 
 
 def look_at_environment(environ: Mapping[str, str]) -> list[Complaint]:
