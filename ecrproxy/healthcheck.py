@@ -21,6 +21,7 @@ from typing import Final
 SECONDS: Final = 4.0
 """How long the daemon may be silent: less than HEALTHCHECK's timeout."""
 PORT: Final = 5000
+LAST_PORT: Final = 65535
 PATH: Final = "/healthz"
 OK: Final = 200
 PROXY_LINE: Final = b"PROXY TCP4 127.0.0.1 127.0.0.1 1 1\r\n"
@@ -54,7 +55,7 @@ def place_from(environ: Mapping[str, str]) -> Place:
     if not endpoints:
         port = environ.get("PROXY_PORT", "")
         # Kubernetes sets PROXY_PORT=tcp://... for a Service named proxy; the daemon does not read that either.
-        number = PORT if not port or "://" in port else int(port)
+        number = PORT if not port or "://" in port else _port(port)
         return Place((_LOOPBACK["tcp"], number), secure=bool(environ.get("PROXY_SSL_KEY")))
     for text in endpoints:
         place = read_place(text)
@@ -66,6 +67,8 @@ def place_from(environ: Mapping[str, str]) -> Place:
 def read_place(text: str) -> Place | None:
     """
     Read one of Twisted's endpoint strings; none if it is of a kind that can't be asked.
+
+    @raise ValueError: if its port or path is missing or malformed.
     """
     kind, _, rest = text.partition(":")
     if kind == "haproxy":
@@ -73,17 +76,26 @@ def read_place(text: str) -> Place | None:
         return replace(inner, behind_proxy=True) if inner is not None else None
     parts = re.split(r"(?<!\\):", rest)  # a backslash takes a colon's meaning from it
     named = dict(part.split("=", 1) for part in parts if "=" in part)
-    plain = [part for part in parts if "=" not in part]
+    plain = [part for part in parts if "=" not in part and part]
     if kind == "unix":
-        return Place(_unescaped(named.get("address") or plain[0]))
+        path = named.get("address") or next(iter(plain), "")
+        if not path:
+            raise ValueError(f"{text} names no socket")
+        return Place(_unescaped(path))
     if kind not in _LOOPBACK:
         return None
     if kind == "tls":
         plain = plain[1:] or ["443"]  # the directory of certificates stands first
-    port = named.get("port") or plain[0]
+    port = named.get("port") or next(iter(plain), "")
     interface = _unescaped(named.get("interface", ""))
     host = _LOOPBACK[kind] if interface in ("", *_EVERYWHERE) else interface
-    return Place((host, int(port)), secure=kind in ("ssl", "tls"))
+    return Place((host, _port(port)), secure=kind in ("ssl", "tls"))
+
+
+def _port(text: str) -> int:
+    if not (text.isascii() and text.isdecimal()) or not 0 <= int(text[:6]) <= LAST_PORT:
+        raise ValueError(f"{text!r} is no port")
+    return int(text)
 
 
 def _unescaped(text: str) -> str:
@@ -135,14 +147,23 @@ def main(environ: Mapping[str, str], connect: Callable[[Place], socket.socket] =
     """
     try:
         place = place_from(environ)
+    except ValueError as problem:
+        return _ill(f"can't tell where the daemon listens: {problem}")
+    where = place.address if isinstance(place.address, str) else "{} port {}".format(*place.address)
+    try:
         status = ask(place, connect(place))
-    except (OSError, HTTPException, ValueError, IndexError) as problem:
-        sys.stderr.write(f"healthcheck: {problem or type(problem).__name__}\n")
-        return 1
-    if status != OK:
-        sys.stderr.write(f"healthcheck: {PATH} answers {status}\n")
-        return 1
-    return 0
+    except TimeoutError:
+        return _ill(f"no answer at {where} within {SECONDS:g} s")
+    except OSError as problem:
+        return _ill(f"no daemon answers at {where}: {problem.strerror or problem}")
+    except HTTPException:
+        return _ill(f"what answers at {where} is no HTTP")
+    return 0 if status == OK else _ill(f"{PATH} answers {status}")
+
+
+def _ill(said: str) -> int:
+    sys.stderr.write(f"healthcheck: {said}\n")
+    return 1
 
 
 if __name__ == "__main__":

@@ -87,6 +87,8 @@ MALFORMED = (
     b"PROXY TCP4 198.51.100.1 203.0.113.1 5 " + b"9" * 50 + b"\r\n",
     b"PROXY UDP4 198.51.100.1 203.0.113.1 5 80\r\n",
     b"PROXY \xff\r\n",
+    b"PROXY TCP4 \xff 203.0.113.1 5 80\r\n",
+    b"PROXY TCP4 198.51.100.1 203.0.113.1 5 \xb2\r\n",
     b"PROXY \r\n",
     b"PROXY UNKNOWN " + b"x" * 100,
     SIGNATURE + b"\x11\x11\x00\x00",
@@ -112,9 +114,14 @@ class HeaderTests(SynchronousTestCase):
         for data in (*KNOWN, *UNKNOWN):
             self.assertEqual({None}, {parse_header(data[:count]) for count in range(len(data))}, data)
 
-    def test_anything_else_is_refused(self) -> None:
+    def test_anything_else_is_refused_in_words_of_ours(self) -> None:
         for data in MALFORMED:
-            self.assertRaises(ValueError, parse_header, data)
+            problem = self.assertRaises(ValueError, parse_header, data)
+            self.assertRegex(str(problem), r"^(no|a) PROXY header( [a-zA-Z0-9 ,]+)?$")
+
+    def test_a_header_with_too_few_fields_says_how_many_it_has(self) -> None:
+        problem = self.assertRaises(ValueError, parse_header, b"PROXY TCP4 198.51.100.1 203.0.113.1 5\r\n")
+        self.assertEqual("a PROXY header with 3 fields after TCP4, which has 4", str(problem))
 
     @given(st.sampled_from([b"", b"PROXY ", b"PROXY TCP4 ", b"PROXY TCP6 ", SIGNATURE + b"\x21"]), st.binary())
     def test_whatever_comes_has_one_of_three_outcomes(self, start: bytes, rest: bytes) -> None:

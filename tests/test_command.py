@@ -125,6 +125,10 @@ class FrameTests(SynchronousTestCase):
             self.assertEqual(status, self.caller.status, problem)
             self.assertRegex(self.caller.complaint, r"\Aecr-proxy: [^\n]+\n\Z")
 
+    def test_a_file_that_can_not_be_had_is_told_without_pythons_words(self) -> None:
+        self.caller.call("do", subcommands=[failing(PermissionError(13, "Permission denied", "/cache"))])
+        self.assertEqual("ecr-proxy: /cache: Permission denied\n", self.caller.complaint)
+
     def test_a_reader_that_has_seen_enough_is_no_trouble(self) -> None:
         """
         As with head: nothing is said.

@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import io
 import socket
+import sys
 from collections.abc import Mapping
+from http.client import BadStatusLine
 from typing import cast
 
 from twisted.trial.unittest import SynchronousTestCase
@@ -66,8 +68,22 @@ class PlaceTests(SynchronousTestCase):
         """
         Variables that name nothing to ask are exit status 1.
         """
-        for variables in ({"PROXY_LISTEN": "systemd:domain=INET:index=0"}, {"PROXY_PORT": "many"}):
+        for variables, words in (
+            ({"PROXY_LISTEN": "systemd:domain=INET:index=0"}, "PROXY_LISTEN names no tcp:"),
+            ({"PROXY_PORT": "many"}, "'many' is no port"),
+            ({"PROXY_PORT": "9" * 5000}, "is no port"),
+            ({"PROXY_PORT": "65536"}, "'65536' is no port"),
+            ({"PROXY_LISTEN": "tcp"}, "'' is no port"),
+            ({"PROXY_LISTEN": "tcp:interface=a"}, "'' is no port"),
+            ({"PROXY_LISTEN": "ssl:x"}, "'x' is no port"),
+            ({"PROXY_LISTEN": "unix:mode=600"}, "unix:mode=600 names no socket"),
+        ):
+            stderr = io.StringIO()
+            self.patch(sys, "stderr", stderr)
             self.assertEqual(main(variables), 1)
+            told = stderr.getvalue()
+            self.assertTrue(told.startswith("healthcheck: can't tell where the daemon listens: "), told)
+            self.assertIn(words, told)
 
 
 class Connection:
@@ -130,7 +146,16 @@ class MainTests(SynchronousTestCase):
         A connection that is refused is exit status 1.
         """
 
-        def refuse(place: Place) -> socket.socket:
-            raise ConnectionRefusedError(place.address)
+        for problem, words in (
+            (ConnectionRefusedError(111, "Connection refused"), "no daemon answers at 127.0.0.1 port 5000: Connection"),
+            (TimeoutError("timed out"), "no answer at 127.0.0.1 port 5000 within 4 s"),
+            (BadStatusLine("hello"), "what answers at 127.0.0.1 port 5000 is no HTTP"),
+        ):
 
-        self.assertEqual(main({}, refuse), 1)
+            def fail(_: Place, problem: Exception = problem) -> socket.socket:
+                raise problem
+
+            stderr = io.StringIO()
+            self.patch(sys, "stderr", stderr)
+            self.assertEqual(main({}, fail), 1)
+            self.assertTrue(stderr.getvalue().startswith(f"healthcheck: {words}"), stderr.getvalue())

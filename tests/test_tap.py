@@ -438,9 +438,36 @@ class WrongSettingTests(TapCase):
         """
         Each as it was written, and what would be right.
         """
-        for text in ("carrier:pigeon", "tcp:port", "tcp:", "tcp:1:2:3:4:5", "ssl:443:privateKey=/nowhere", "nonsense"):
-            self.assert_dies(f"PROXY_LISTEN={text!r}: ", PROXY_LISTEN=f"tcp:5000 {text}")
-            self.assertIn("give an endpoint string", self.stderr.getvalue())
+        part = "a part of it is missing, unknown or no number"
+        not_pem = Path(__file__)
+        for text, why in {
+            "carrier:pigeon": "no such kind of endpoint",
+            "nonsense": "no such kind of endpoint",
+            "tcp": part,
+            "tcp:port": part,
+            "tcp:": part,
+            "tcp:1:2:3:4:5": part,
+            "tcp:1:backlog=x": part,
+            "tcp:1:nonsense=1": part,
+            "unix:/run/x:mode=rw": part,
+            "ssl:443:privateKey=/nowhere": "/nowhere can't be read: No such file or directory",
+            f"ssl:443:privateKey={not_pem}": "its key and certificate can't be used",
+            "systemd:domain=INET:index=5": "systemd has handed over no such socket",
+            "systemd:domain=INET:name=x": "systemd has handed over no such socket",
+        }.items():
+            self.assert_dies(f"PROXY_LISTEN={text!r}: {why}; give an endpoint string", PROXY_LISTEN=f"tcp:5000 {text}")
+
+    def test_a_port_that_is_none_and_what_is_no_address_are_told(self) -> None:
+        for problem, why in (
+            (OverflowError("bind(): port must be 0-65535."), "give a port from 0 to 65535"),
+            (UnicodeError("label empty or too long"), "it is no address"),
+        ):
+            self.reactor = TakenForAdmin()
+            self.reactor.problem = problem
+            service = self.run_with(PROXY_LISTEN="tcp:5001")
+            self.assertEqual(
+                f"PROXY_LISTEN='tcp:5001': can't listen there: {why}", self.dies(service.privilegedStartService)
+            )
 
     def test_a_port_in_use_is_told(self) -> None:
         """

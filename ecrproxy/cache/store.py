@@ -263,7 +263,7 @@ class Store:
             elif is_exhaustion(problem):
                 self.troubles.failed(Kind.OPEN, problem)
             else:  # it is there, and counts
-                log.warn("Can't read {path} from the cache: {problem}", path=path, problem=problem)
+                log.warn("Can't read {path} from the cache: {why}", path=path, why=problem.strerror or problem)
                 self.troubles.failed(Kind.READ, problem)
             return None
         self.troubles.succeeded(Kind.READ)
@@ -385,7 +385,7 @@ class Store:
         except FileNotFoundError:
             pass
         except OSError as problem:  # it goes on being counted
-            log.warn("Can't remove {path} from the cache: {problem}", path=path, problem=problem)
+            log.warn("Can't remove {path} from the cache: {why}", path=path, why=problem.strerror or problem)
             return False
         self.ledger.gone(path)
         return True

@@ -69,7 +69,7 @@ def place_of(url: str | None, admin_listen: str | None) -> Place:
         raise ValueError("PROXY_ADMIN_LISTEN is off, so the daemon can't be asked; set it, and start the daemon again")
     try:
         place = read_place(admin_listen)
-    except (ValueError, IndexError):
+    except ValueError:
         place = None
     if place is None:
         raise ValueError(f"PROXY_ADMIN_LISTEN={admin_listen!r} does not tell where to ask; give --admin-url")
@@ -145,7 +145,7 @@ class Daemon:
                 raise RefusedError(answer.status, _words(self._read(b"".join(answer.lines))))
             yield from answer.lines
         except HTTPException as problem:
-            raise UnreachableError(f"the answer from {self._where} broke off, or is none: {problem!r}") from problem
+            raise UnreachableError(f"the answer from {self._where} broke off, or is no HTTP") from problem
         except OSError as problem:
             why = problem.strerror or problem
             raise UnreachableError(f"no daemon answers at {self._where}: {why}; is it running?") from problem

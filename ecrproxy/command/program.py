@@ -158,18 +158,26 @@ def main(arguments: Sequence[str], world: World, subcommands: Sequence[Subcomman
     except KeyboardInterrupt:
         world.terminal.say("ecr-proxy: interrupted")
         return INTERRUPTED
-    except ConfigError as problem:
-        for line in (*(f"warning: {each}" for each in problem.warnings), *problem.errors):
+    except (CommandError, ConfigError, RefusedError, UnreachableError, OSError) as problem:
+        for line in _lines_of(problem):
             world.terminal.say(f"ecr-proxy: {' '.join(line.split())}")
-        return MISUSED
-    except (CommandError, RefusedError, UnreachableError, OSError) as problem:
-        world.terminal.say(f"ecr-proxy: {' '.join(str(problem).split())}")
         return _status_of(problem)
     return status
 
 
 def _status_of(problem: Exception) -> int:
-    return problem.status if isinstance(problem, CommandError) else UNDONE
+    if isinstance(problem, CommandError):
+        return problem.status
+    return MISUSED if isinstance(problem, ConfigError) else UNDONE
+
+
+def _lines_of(problem: Exception) -> list[str]:
+    match problem:
+        case ConfigError():
+            return [*(f"warning: {each}" for each in problem.warnings), *problem.errors]
+        case OSError(strerror=str()):
+            return [f"{problem.filename or 'reading or writing'}: {problem.strerror}"]
+    return [str(problem)]
 
 
 def _call(options: Namespace, world: World) -> int:

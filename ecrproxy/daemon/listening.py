@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, cast
 
+from OpenSSL import SSL, crypto
 from twisted.application.internet import StreamServerEndpointService
 from twisted.internet.defer import Deferred
 from twisted.internet.endpoints import SSL4ServerEndpoint, TCP4ServerEndpoint, TCP6ServerEndpoint, serverFromString
@@ -120,8 +121,10 @@ class Listening(StreamServerEndpointService):
             self._refused(problem.socketError)
         except OSError as problem:  # two that bind at the same moment learn of each other when they listen
             self._refused(problem)
+        except OverflowError as problem:
+            raise ConfigError(f"{self._name}: can't listen there: give a port from 0 to 65535") from problem
         except (ValueError, LookupError) as problem:
-            raise ConfigError(f"{self._name}: can't listen there: {problem}") from problem
+            raise ConfigError(f"{self._name}: can't listen there: it is no address") from problem
 
     def _refused(self, problem: object) -> None:
         why = getattr(problem, "strerror", None) or problem
@@ -266,10 +269,26 @@ def _from_string(text: str, reactor: Any, variable: str) -> Any:  # noqa: ANN401
         if isinstance(endpoint, SSL4ServerEndpoint):
             endpoint._sslContextFactory.getContext()  # noqa: SLF001 (a pair that can't be used shows only here)
     except Exception as problem:
-        why = str(problem) or type(problem).__name__
+        why = _what_is_wrong(problem)
         example = ADMIN_LISTEN if variable == "PROXY_ADMIN_LISTEN" else "tcp:5000"
         raise ConfigError(f"{variable}={text!r}: {why}; give an endpoint string such as {example}") from problem
     return endpoint
+
+
+def _what_is_wrong(problem: Exception) -> str:
+    """
+    Say why Twisted takes no endpoint of a string: its own words, and Python's, are about its code.
+    """
+    match problem:
+        case OSError():
+            return f"{problem.filename or 'its certificate'} can't be read: {problem.strerror}"
+        case SSL.Error() | crypto.Error():
+            return "its key and certificate can't be used"
+        case LookupError():
+            return "systemd has handed over no such socket"
+        case _ if str(problem).startswith("Unknown endpoint type"):
+            return "no such kind of endpoint"
+    return "a part of it is missing, unknown or no number"
 
 
 def _queued(text: str) -> str:

@@ -135,7 +135,7 @@ class Workers(Service):
                 childFDs={0: "w", 1: 1, 2: 2, **{FIRST_FD + at: fd for at, fd in enumerate(sockets)}},
             )
         except OSError as problem:
-            log.error("A worker can't be started: {problem}", problem=problem)
+            log.error("A worker can't be started: {why}", why=problem.strerror or problem)
             self._start_later()
         else:
             self._workers.add(worker)

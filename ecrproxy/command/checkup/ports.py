@@ -33,7 +33,7 @@ def look_at_ports(endpoints: Sequence[tuple[str, str]], ask: Ask, bind: Bind) ->
         check = "port" if variable != "PROXY_ADMIN_LISTEN" else "admin port"
         try:
             place = read_place(text)
-        except (ValueError, IndexError):
+        except ValueError:
             place = None
         if place is None:
             yield skipped(check, f"{variable}: {text} is of a kind that can't be looked at from here")

@@ -63,8 +63,10 @@ def _certificate(key: str, certificate: str, authorities: str | None, now: float
         return failed(
             check, f"{where}: {problem.why}", "give PEM files that belong together, and that the daemon's user can read"
         )
-    except (OSError, ValueError) as problem:
-        return failed(check, f"{certificate}: {problem}", "give a PEM certificate")
+    except OSError as problem:
+        return failed(check, f"{certificate} can't be read: {problem.strerror}", "give a PEM certificate")
+    except ValueError:
+        return failed(check, f"{certificate} holds no certificate that can be read", "give a PEM certificate")
     days = (shown.until - now) / 86400
     names = ", ".join(shown.names[:4]) or "no names"
     if days < 0:
