@@ -13,7 +13,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.command.asking import Answer, place_of
 from ecrproxy.command.subcommand import ASKS, Call, CommandError, Subcommand
-from ecrproxy.command.terminal import Progress, Terminal, age_in_words, size_in_words, table
+from ecrproxy.command.terminal import Progress, Terminal, age_in_words, counted, size_in_words, table
 from ecrproxy.healthcheck import Place
 from tests.caller import Caller, Stream
 
@@ -281,9 +281,20 @@ class WordsTests(SynchronousTestCase):
         """
         In the largest unit of which there are two.
         """
-        ages = {0: "0 seconds ago", 119: "119 seconds ago", 3600: "60 minutes ago", 90000: "25 hours ago"}
+        ages = {
+            0: "0 seconds ago",
+            1: "1 second ago",
+            119: "119 seconds ago",
+            3600: "60 minutes ago",
+            90000: "25 hours ago",
+        }
         ages |= {40 * 86400: "40 days ago", -1: "just now"}
         self.assertEqual(list(ages.values()), [age_in_words(age) for age in ages])
+
+    def test_counts(self) -> None:
+        told = [counted(0, "file"), counted(1, "file"), counted(2, "file"), counted(1, "entry", "entries")]
+        self.assertEqual(["0 files", "1 file", "2 files", "1 entry"], told)
+        self.assertEqual("2 entries", counted(2, "entry", "entries"))
 
     def test_tables(self) -> None:
         """

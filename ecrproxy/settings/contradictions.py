@@ -194,7 +194,9 @@ def _pointless(config: Config, sources: Mapping[str, str], cores: int) -> Iterat
         said = f"{sources['upstream-seconds']} is not used, for there is one try"
         yield Complaint(said, "unset it, or set PROXY_UPSTREAM_TRIES to more")
     if config.worker_processes > cores:
-        yield Complaint(f"PROXY_WORKER_PROCESSES={config.worker_processes}, on {cores} cores", "set auto")
+        yield Complaint(
+            f"PROXY_WORKER_PROCESSES={config.worker_processes}, on {cores} core{'s' * (cores != 1)}", "set auto"
+        )
 
 
 def _in_doubt(config: Config, disk: int | None) -> Iterator[Complaint]:

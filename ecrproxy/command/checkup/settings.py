@@ -12,6 +12,7 @@ from ecrproxy.access.htpasswd import HtpasswdError, read_users
 from ecrproxy.command.checkup.findings import Finding, failed, ok, warning
 from ecrproxy.command.checkup.network import SOON
 from ecrproxy.command.checkup.reach import describe
+from ecrproxy.command.terminal import counted
 from ecrproxy.daemon.process import FILES_OF_A_CLIENT, OWN_FILES
 from ecrproxy.daemon.tls import Certificate, CertificateError
 from ecrproxy.settings import contradictions
@@ -48,7 +49,7 @@ def look_at_files(config: Config, now: float) -> Iterator[Finding]:
                 "passwords", f"PROXY_HTPASSWD={config.htpasswd}: {problem}", "see that the daemon's user can read it"
             )
         else:
-            yield ok("passwords", f"{config.htpasswd} has {len(users.hashes)} names")
+            yield ok("passwords", f"{config.htpasswd} has {counted(len(users.hashes), 'name')}")
 
 
 def _certificate(key: str, certificate: str, authorities: str | None, now: float) -> Finding:
@@ -87,11 +88,10 @@ def judge_files(most: int, config: Config) -> Finding:
     wanted = clients * FILES_OF_A_CLIENT + OWN_FILES
     said = f"{most} for a process started from here"
     if not clients or wanted <= most:
-        return ok(
-            check, f"{said}; {clients or 'no limit of'} clients of a process may need {wanted if clients else 'more'}"
-        )
+        allowed = counted(clients, "client") if clients else "no limit of clients"
+        return ok(check, f"{said}; {allowed} of a process may need {wanted if clients else 'more'}")
     return warning(
         check,
-        f"{said}; {clients} clients may need {wanted}",
+        f"{said}; {counted(clients, 'client')} may need {wanted}",
         "raise it: LimitNOFILE= in the unit, --ulimit nofile= for docker; or lower PROXY_CONNECTIONS",
     )
