@@ -2227,12 +2227,25 @@ class NamedDigestTests(DaemonTestCase):
         self.assertWhole(self.get(self.path), self.image.manifest, "HIT")
         self.assertEqual(2, self.standin.count("registry"))
 
+    def test_a_head_is_answered_as_a_get_is(self) -> None:
+        reply = self.head(self.path)
+        told = (reply.header("Docker-Content-Digest"), reply.header("Content-Length"), reply.cache)
+        self.assertEqual((200, (self.image.digest, str(len(self.image.manifest)), "MISS")), (reply.code, told))
+        self.assertEqual(0, self.standin.count("registry", "GET", "latest"), "nothing is transferred for it")
+
+    def test_that_another_repository_has_brought_in_meanwhile_is_confirmed_by_its_tag(self) -> None:
+        self.standin.push_image("team/other", "latest")
+        self.assertWhole(self.get("/v2/team/other/manifests/latest"), self.image.manifest, "MISS")
+        self.assertWhole(self.get(self.path), self.image.manifest, "REVALIDATED")
+
     def test_is_404_where_the_tag_has_moved(self) -> None:
         self.standin.push_image("team/app", "latest", layers=[layer("new", b"")])
+        self.assertEqual(404, self.head(self.path).code)
         self.assertRefused(self.get(self.path), 404, "MANIFEST_UNKNOWN")
 
     def test_is_404_a_minute_later(self) -> None:
         self.pass_time(NAMED_SECONDS)
+        self.assertEqual(404, self.head(self.path).code)
         self.assertRefused(self.get(self.path), 404, "MANIFEST_UNKNOWN")
 
     def test_is_404_for_any_other_and_in_any_other_repository(self) -> None:
