@@ -141,7 +141,7 @@ def test_a_daemon_that_ends_is_seen_to(make_chain: MakeChain, browse: Open) -> N
 
 def test_an_ecr_that_is_away_is_read_first(make_chain: MakeChain, images: Images, browse: Open) -> None:
     """
-    What can't be done, why, and what goes on all the same, at the top of a page that is open already, as /readyz has it.
+    What can't be done, why, and what goes on all the same: at the top of a page that is open already.
     """
     port = free_port()
     chain = make_chain(settings={"PROXY_ADMIN_LISTEN": f"tcp:{port}:interface=127.0.0.1"})
