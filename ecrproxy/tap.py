@@ -293,17 +293,17 @@ def build(
     figures.watch(*of_clients(crowds))
     for part in (*status.services, judging, supervised, counting, probing, janitor, tokens, stall):
         part.setServiceParent(service)
-    alone = config.worker_processes == 1
+    workers, alone = None, config.worker_processes == 1
     listening = _listening(config, site, reactor, accepts=alone)
-    workers = None
     if not alone:
         inner = partial(make_site, InnerRegistry(pull_through, *shape), ready)
         hearers = told(store.ledger, figures.served, status.incidents, crowds)
         workers = _share_work(config, inner, hearers, listening, arguments, service, reactor)
+    make_admin = partial(make_admin_site, figures, ready, status)
+    listening = [*listening, *_admin(config, make_admin, cache, disk.reading, service, reactor)]  # not the workers'
     reread = partial(supervised.rereading, partial(_reread, [*listening, admission], workers))
     _renewal(listening, figures, judging.call, reread, reactor).setServiceParent(service)
     _face_clients(Drain(connections, config.drain_seconds, reactor), listening, reread, service.leave, service, reactor)
-    _serve_admin(config, partial(make_admin_site, figures, ready, status), cache, disk.reading, service, reactor)
     return service
 
 
@@ -441,30 +441,32 @@ def _face_clients(
         part.setServiceParent(service)
 
 
-def _serve_admin(
+def _admin(
     config: Config,
     make_site: Callable[[Api, Any, frozenset[str]], RegistrySite],
     cache: Cache,
     in_thread: InThread,
     service: MultiService,
     reactor: Any,  # noqa: ANN401
-) -> None:
+) -> list[Listening]:
     """
-    Listen for the operator too. Where nobody chose that port, its being taken keeps the daemon from nothing.
+    Make what listens for the operator, if there is such a port.
 
-    What he purges, or somebody else did, is forgotten. His work has threads of its own.
+    Where nobody chose it, its being taken keeps the daemon from nothing. What the operator or somebody else purges
+    is forgotten. This work has threads of its own.
     """
     purges = Purges(cache.store, cache.forget_all, in_thread, reactor)
     purges.setServiceParent(service)
     named = admin_endpoint(config, reactor)
-    if named is not None:
-        listing, hashing = Threads(1, reactor, yielding=False), Threads(1, reactor)
-        for part in (listing, hashing):
-            part.setServiceParent(service)
-        api = Api(Inventory(cache.store), purges.look, listing.call, hashing.call, reactor)
-        site = make_site(api, reactor, config.admin_hosts or frozenset())
-        needed = config.admin_listen != ADMIN_LISTEN
-        Listening(*named, site, needed=needed, gate=Gate(reactor)).setServiceParent(service)
+    if named is None:
+        return []
+    listing, hashing = Threads(1, reactor, yielding=False), Threads(1, reactor)
+    for part in (listing, hashing):
+        part.setServiceParent(service)
+    api = Api(Inventory(cache.store), purges.look, listing.call, hashing.call, reactor)
+    site = make_site(api, reactor, config.admin_hosts or frozenset())
+    needed = str(config.admin_listen) != ADMIN_LISTEN
+    return [Listening(*named, site, needed=needed, gate=Gate(reactor))]
 
 
 def _renewal(

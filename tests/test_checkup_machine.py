@@ -18,6 +18,7 @@ from ecrproxy.command.checkup.findings import Finding, Verdict
 from ecrproxy.command.checkup.ports import look_at_ports, try_to_bind
 from ecrproxy.command.checkup.reach import Contact
 from ecrproxy.command.checkup.settings import judge_files, look_at_files, look_at_settings
+from ecrproxy.endpoint_string import parse_endpoint_string
 from ecrproxy.healthcheck import Place
 from ecrproxy.settings.config import Config
 
@@ -229,7 +230,9 @@ class PortTests(SynchronousTestCase):
         """
         Look at one endpoint.
         """
-        (found,) = look_at_ports([(variable, text)], lambda place, path: contact, lambda place: bound)
+        (found,) = look_at_ports(
+            [(variable, parse_endpoint_string(text))], lambda place, path: contact, lambda place: bound
+        )
         return found
 
     def test_a_free_one_is_well(self) -> None:

@@ -52,6 +52,9 @@ class PlaceTests(SynchronousTestCase):
             r"unix:/run/a\:b.sock:mode=660": Place("/run/a:b.sock"),
             "unix:address=/run/a.sock": Place("/run/a.sock"),
             "haproxy:tcp:5001": Place(("127.0.0.1", 5001), behind_proxy=True),
+            "tcp:5001:10.0.0.7": Place(("10.0.0.7", 5001)),
+            "haproxy:ssl:5443:/k:/c": Place(("127.0.0.1", 5443), secure=True, behind_proxy=True),
+            "haproxy:unix:/run/a.sock": Place("/run/a.sock", behind_proxy=True),
         }.items():
             self.assertEqual(place_from({"PROXY_LISTEN": text, "PROXY_PORT": "1"}), place, text)
 

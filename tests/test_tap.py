@@ -422,7 +422,10 @@ class WrongSettingTests(TapCase):
         """
         Each as it was written, and what would be right.
         """
-        for text in ("carrier:pigeon", "tcp:port", "tcp:", "tcp:1:2:3:4:5", "ssl:443:privateKey=/nowhere", "nonsense"):
+        for text in ("carrier:pigeon", "tcp:port", "tcp:", "tcp:1:2:3:4:5", "nonsense"):
+            listen = f"tcp:5000 {text}"
+            self.assert_dies(f"PROXY_LISTEN={listen!r}: {text!r}: ", PROXY_LISTEN=listen)
+        for text in ("ssl:443:privateKey=/nowhere", "tcp:5000:backlog=x", "haproxy:systemd:domain=INET:name=nowhere"):
             self.assert_dies(f"PROXY_LISTEN={text!r}: ", PROXY_LISTEN=f"tcp:5000 {text}")
             self.assertIn("give an endpoint string", self.stderr.getvalue())
 

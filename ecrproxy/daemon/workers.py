@@ -25,7 +25,6 @@ from twisted.internet.main import CONNECTION_DONE
 from twisted.internet.protocol import ProcessProtocol
 from twisted.internet.unix import Port as UNIXPort
 from twisted.logger import Logger
-from twisted.protocols.tls import TLSMemoryBIOFactory
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
@@ -237,21 +236,9 @@ class HandedDown:
         """
         return self._adopt(factory)
 
-    def listenSSL(self, port: int, factory: Any, contextFactory: Any, *_: Any, **__: Any) -> Any:  # noqa: ANN401
-        """
-        Take a socket, and speak TLS over it.
-        """
-        return self._adopt(TLSMemoryBIOFactory(contextFactory, False, factory))  # noqa: FBT003
-
     def listenUNIX(self, address: str, factory: Any, *_: Any, **__: Any) -> Any:  # noqa: ANN401
         """
         Take a socket.
-        """
-        return self._adopt(factory)
-
-    def adoptStreamPort(self, fd: int, family: int, factory: Any) -> Any:  # noqa: ANN401
-        """
-        Take a socket: systemd's were handed on.
         """
         return self._adopt(factory)
 
