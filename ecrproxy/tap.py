@@ -71,6 +71,7 @@ from ecrproxy.registry.egress import Egress, OwnNames
 from ecrproxy.registry.endpoint import Endpoint
 from ecrproxy.registry.governor import Governor
 from ecrproxy.registry.metering import MeteredAgent
+from ecrproxy.registry.proxy_variables import for_botocore
 from ecrproxy.registry.resolver import ChosenServers, hosts_names
 from ecrproxy.registry.retries import Budget
 from ecrproxy.registry.upstream import Upstream
@@ -115,6 +116,7 @@ def makeService(options: Options) -> Daemon:
             warnings = _warnings(config, options)
             for each in warnings:
                 log.warn("{complaint}", complaint=each)
+            os.environ.update(for_botocore(os.environ))
             supervisor = Supervisor.from_environ(os.environ, os.getpid())
             refused: list[CredentialsError] = []
             atexit.register(_fail_after, refused)  # the first comes last: others clean up

@@ -161,6 +161,27 @@ class RereadTests(SynchronousTestCase):
             self.assertEqual(self.others.leaf, asker.get_peer_certificate(as_cryptography=True))
             protocol.connectionLost(None)
 
+    def test_files_that_are_being_written_are_told_once_and_taken_when_both_are_there(self) -> None:
+        """
+        A renewer writes one after the other, each perhaps in pieces; the former pair serves until then.
+        """
+        for way in range(len(self.ways)):
+            self.setUp()
+            listening = self.listen(self.ways[way])
+            steps = ((self.files.certificate, self.others.certificate), (self.files.key, self.others.key))
+            told = []
+            for place, source in steps:
+                whole = Path(source).read_bytes()
+                for part in (whole[: len(whole) // 2], whole):
+                    Path(place).write_bytes(part)
+                    with capturedLogs() as events:
+                        for _ in range(3):  # minutes
+                            if listening.changed():
+                                listening.reread()
+                    told.append([event["log_level"] for event in events])
+                    self.connect(self.others if len(told) == 4 else self.files)
+            self.assertEqual([[LogLevel.error]] * 3 + [[LogLevel.info]], told)
+
     def test_without_tls_there_is_nothing_to_read(self) -> None:
         """
         Nor anything to tell.

@@ -374,6 +374,7 @@ class WrongSettingTests(TapCase):
         said = " ".join(filter(None, map(formatEvent, events)))
         self.assertIn("through the egress proxy proxy.test:3128", said)
         self.assertNotIn("secret", said)
+        self.assertIn("169.254.169.254", os.environ["no_proxy"])
 
     def test_a_limit_is_held_against_the_disk(self) -> None:
         with capturedLogs() as events:
