@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import signal
 import socket
 import sys
 from dataclasses import dataclass, field
@@ -76,6 +77,7 @@ class SpawningReactor(Clock):
     def __init__(self) -> None:
         super().__init__()
         self.spawned: list[Spawned] = []
+        self.blocked: list[set[Any]] = []
         self.refuses: OSError | None = None
 
     def spawnProcess(
@@ -89,6 +91,7 @@ class SpawningReactor(Clock):
         process = Spawned(protocol, program, args, env, options.pop("childFDs"))
         assert not options, "nothing else is to be asked for"
         self.spawned.append(process)
+        self.blocked.append(set(signal.pthread_sigmask(signal.SIG_BLOCK, [])))
         protocol.makeConnection(process)
         return process
 
@@ -133,6 +136,14 @@ class WorkersTestCase(SynchronousTestCase):
 
 
 class StartTests(WorkersTestCase):
+    def test_a_worker_that_starts_keeps_being_told_to_read_again_for_later(self) -> None:
+        """
+        SIGHUP waits until it has a handler; the first process takes its own as ever.
+        """
+        self.workers.startService()
+        self.assertEqual([{signal.SIGHUP}] * 3, [each & {signal.SIGHUP} for each in self.reactor.blocked])
+        self.assertNotIn(signal.SIGHUP, signal.pthread_sigmask(signal.SIG_BLOCK, []))
+
     def test_there_are_as_many_as_were_asked_for(self) -> None:
         """
         Nothing is started before the daemon is, then as many workers as the operator wants.
