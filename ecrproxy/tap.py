@@ -44,6 +44,7 @@ from ecrproxy.cache.ledger import Notes
 from ecrproxy.cache.purges import Purges
 from ecrproxy.cache.store import Store
 from ecrproxy.cached import VERIFICATIONS, Cache
+from ecrproxy.cores import usable_cores
 from ecrproxy.daemon.accepting import Gate
 from ecrproxy.daemon.ending import Connections, Drain, InOrder, Signals
 from ecrproxy.daemon.exhaustion import Exhaustion
@@ -138,7 +139,7 @@ def _warnings(config: Config, options: Options) -> list[Complaint]:
 
     @raise ConfigError: if the daemon must not start with them. It tells all that is wrong.
     """
-    machine = Machine(len(os.sched_getaffinity(0)), _disk_size(Path(config.cache_dir)))
+    machine = Machine(usable_cores(), _disk_size(Path(config.cache_dir)))
     found = look_at_settings(config, options.flags(), os.environ, machine)
     if any(each.grave for each in found):
         raise ConfigError("; ".join(map(str, found)))

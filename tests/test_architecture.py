@@ -87,7 +87,15 @@ ARROWS: dict[str, set[str]] = {
     "logs": {"http.access_log", "request_id"},
     "oci": {"reasons"},
     "registry": {"addresses", "metrics", "oci", "reasons"},
-    "settings": {"access.limits", "addresses", "cache.cache_key", "endpoint_string", "identity", "registry.quotas"},
+    "settings": {
+        "access.limits",
+        "addresses",
+        "cache.cache_key",
+        "cores",
+        "endpoint_string",
+        "identity",
+        "registry.quotas",
+    },
     "transfer": {"access.limits", "byte_ranges", "cache", "oci", "reasons", "stopwatch", "threads"},
 }
 OUTERMOST = {"tap", "command"}

@@ -5,7 +5,6 @@ How the texts of settings are read: each parser gives the value, or says in a C{
 from __future__ import annotations
 
 import ipaddress
-import os
 import re
 from typing import Final
 from urllib.parse import urlsplit
@@ -13,6 +12,7 @@ from urllib.parse import urlsplit
 import regex
 
 from ecrproxy.addresses import is_address
+from ecrproxy.cores import usable_cores
 from ecrproxy.endpoint_string import EndpointString, parse_endpoint_string
 from ecrproxy.identity import RegistryId
 
@@ -359,7 +359,7 @@ def parse_workers(text: str) -> int:
     Read how many processes serve clients.
     """
     if text == "auto":
-        return len(os.sched_getaffinity(0))
+        return usable_cores()
     if not re.fullmatch(r"[0-9]{1,3}", text) or not int(text):
         raise ValueError("not a number of processes; give 1 or more, or auto")
     return int(text)
