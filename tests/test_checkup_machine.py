@@ -314,6 +314,21 @@ class SettingsTests(SynchronousTestCase):
         )
         self.assertEqual([], list(look_at_files(config(), 0)))
 
+    def test_the_files_of_endpoint_strings_are_read_too(self) -> None:
+        """
+        Behind a balancer, and on the operator's port; a path that is not absolute is the daemon's to know.
+        """
+        flags = {
+            "listen": "haproxy:ssl:1:/nowhere:/there ssl:2 tcp:3",
+            "admin-listen": "ssl:4:/not:interface=127.0.0.1",
+        }
+        found = list(look_at_files(config(flags), 0))
+        self.assertEqual([Verdict.FAILED] * 2, [each.verdict for each in found])
+        self.assertEqual(
+            ["haproxy:ssl:1:/nowhere:/there", "ssl:4:/not:interface=127.0.0.1"],
+            [each.said.partition(": ")[0] for each in found],
+        )
+
     def test_too_few_files_for_so_many_clients_are_warned_of(self) -> None:
         """
         For each of the processes its share.
