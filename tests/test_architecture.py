@@ -44,7 +44,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "answers": {"cache", "oci", "reasons", "transfer.download", "transfer.passing"},
     "cache": {"identity", "oci", "threads"},
-    "cached": {"answers", "cache", "identity", "oci", "ordering", "reasons", "threads"},
+    "cached": {"answers", "cache", "flights", "identity", "oci", "ordering", "reasons", "threads"},
     "daemon": {"access.limits", "addresses", "endpoint_string", "readiness", "settings.config"},
     "healthcheck": {"endpoint_string"},
     "http": {

@@ -10,7 +10,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.access.bodies import SPARED_SECONDS, Bodies, NoRoomError, Sending
 from ecrproxy.transfer.sending import LEAST_PIECE
-from tests.daemon import MIB, DaemonTestCase, Reply
+from tests.daemon import MIB, DaemonTestCase, Hands, Reply
 from tests.registry_content import OCI_MANIFEST
 
 
@@ -134,6 +134,27 @@ class StuckTests(DaemonTestCase):
         self.flush()
         self.assertEqual((held, "whole", "whole"), (first.length, first.ended, second.ended))
         self.assertGreater(held, MIB)
+
+    def test_a_manifest_is_read_once_for_all_who_ask_at_once(self) -> None:
+        """
+        A crowd that asks for what memory has not costs one reading, and one copy.
+        """
+        manifest = json.dumps({"schemaVersion": 2, "mediaType": OCI_MANIFEST, "text": "x" * MIB}).encode()
+        path = f"/v2/team/app/manifests/{self.standin.push_manifest('team/app', manifest, OCI_MANIFEST, 'large')}"
+        self.get(path)
+        hands = Hands()
+        self.start(in_thread=hands)
+        hands.idle = False
+        replies = [self.daemon.send("GET", path) for _ in range(5)]
+        self.flush()
+        looks = [blocking for _, blocking, _ in hands.waiting if blocking.__name__ == "_look_up_manifest"]
+        self.assertEqual(1, len(looks))
+        hands.work_off()
+        hands.idle = True
+        self.flush()
+        for reply in replies:
+            self.assertWhole(reply, manifest)
+            self.assertEqual("HIT", reply.cache)
 
     def test_a_client_that_leaves_lets_go(self) -> None:
         """
