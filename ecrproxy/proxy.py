@@ -696,6 +696,7 @@ def _checked_type(content_type: str, document: Document) -> str:
 
 
 def _no_manifest(problem: ValueError, named: str = "") -> RefusedAnswerError:
-    refused = RefusedAnswerError(502, "UNAVAILABLE", f"what ECR gave is no manifest: {problem}")
+    said = f"what ECR gave is no manifest: {problem}"
+    refused = RefusedAnswerError(502, "UNAVAILABLE", said, reason=Reason.NO_MANIFEST)
     refused.named = named
     return refused
