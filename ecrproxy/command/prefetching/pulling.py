@@ -143,7 +143,7 @@ class Puller:
         blobs: dict[Route, int] = {}
         offered: dict[tuple[Digest, Platform | None], Offer] = {}
         indexes: list[tuple[Route, Platform | None]] = [(route, None)]
-        noted = {(route.digest, None)}
+        noted: set[tuple[Digest | None, Platform | None]] = {(route.digest, None)}
         is_image = False
         while indexes:
             at, within = indexes.pop()
