@@ -74,12 +74,14 @@ class StrictChannel(HTTPChannel):
     @ivar crowd: all clients that are connected; the site sets it.
     @ivar connections: all connections, which end with the daemon; the site sets it.
     @ivar body_limit: the bytes that a request's body may have, if it may have one; the site sets it.
+    @ivar spare: whether it is a connection too many, which is answered about the daemon's health alone.
     @ivar patience: waits for the client to take what it is sent. Whoever sends past this channel begins and ends it.
     """
 
     crowd: Crowd
     connections: Connections
     body_limit = 0
+    spare = False
     transport: Any
     _networkProducer: Any
     _line = b""
@@ -95,7 +97,7 @@ class StrictChannel(HTTPChannel):
         self._head = Patience(self.callLater, limits.header_seconds, self._slow_head)
         self.patience = Patience(self.callLater, limits.send_seconds, self._slow_reader)
         self._lingering = Patience(self.callLater, LINGER_SECONDS, self._close)
-        self._breaking = Patience(self.callLater, LINGER_SECONDS, self._abort)
+        self._breaking = Patience(self.callLater, LINGER_SECONDS, self.abort)
         if ITCPTransport.providedBy(self.transport):
             self.transport.setTcpKeepAlive(True)
         self.connections.opened(self)
@@ -103,8 +105,13 @@ class StrictChannel(HTTPChannel):
         address = counted(str(getattr(self.transport.getPeer(), "host", "")))
         if self.crowd.enter(address):
             self._address = address
-        else:
+            self.crowd.idle_ones[self] = None
+        elif self.crowd.is_too_many(address):
             self.transport.abortConnection()
+        else:
+            self.spare = True
+            self.crowd.enter_spare(self)
+            self._head.begin()
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:  # noqa: D102
         self._head.end()
@@ -114,6 +121,8 @@ class StrictChannel(HTTPChannel):
         if self._address is not None:
             self.crowd.leave(self._address)
             self._address = None
+        self.crowd.idle_ones.pop(self, None)
+        self.crowd.spare.pop(self, None)
         self._stop_input()
         super().connectionLost(reason)
         self.patience.end()  # what is told of the end may have begun it again
@@ -185,7 +194,7 @@ class StrictChannel(HTTPChannel):
         """
         Tell whether the connection goes on after this request.
         """
-        if not self.connections.draining:
+        if not self.connections.draining and not self.spare:
             return bool(super().checkPersistence(request, version))
         _say_last(request)
         return False
@@ -195,8 +204,9 @@ class StrictChannel(HTTPChannel):
         Take bytes.
         """
         fresh, self._fresh = self._fresh, False
-        if self._address is None or self._ending:
+        if (self._address is None and not self.spare) or self._ending:
             return
+        self.crowd.idle_ones.pop(self, None)
         if fresh and data.startswith(_TLS_HANDSHAKE):
             self._refuse_protocol("{client} speaks TLS to a plain port, and is told to use HTTP", _TLS_HERE)
             return
@@ -213,7 +223,7 @@ class StrictChannel(HTTPChannel):
         self._networkProducer.unregisterProducer()
         self.transport = self._networkProducer = transport
         self._fresh = False
-        if self._address is not None:
+        if self._address is not None or self.spare:
             self._refuse_protocol("{client} speaks plain HTTP to a TLS port, and is told to use https", _PLAIN_HERE)
 
     @property
@@ -250,7 +260,10 @@ class StrictChannel(HTTPChannel):
         if not self.paused and not self._head.waiting:
             self._head.begin()
 
-    def _abort(self) -> None:
+    def abort(self) -> None:
+        """
+        Close at once, whatever was written.
+        """
         self.transport.abortConnection()
 
     def _slow_head(self) -> None:
@@ -289,6 +302,8 @@ class StrictChannel(HTTPChannel):
         Go on with the next request.
         """
         super().requestDone(request)
+        if self._address is not None and not (self.requests or self._buffer or self._ending):
+            self.crowd.idle_ones[self] = None
         self._go_on()
 
     def loseConnection(self) -> None:

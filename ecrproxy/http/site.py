@@ -13,13 +13,14 @@ from twisted.web.resource import Resource
 from twisted.web.server import Request, Site
 
 from ecrproxy.access.clients import Admission
-from ecrproxy.access.limits import Crowd, Limits
+from ecrproxy.access.limits import FULL, Crowd, Limits
 from ecrproxy.daemon.ending import Connections
 from ecrproxy.http.access_log import AccessLine, AccessLog
 from ecrproxy.http.answering import Answering, Health, Missing
 from ecrproxy.http.channel import StrictChannel
 from ecrproxy.http.request import RegistryRequest, address, caller_of, path, printable
 from ecrproxy.metrics import Served
+from ecrproxy.oci import RegistryError
 from ecrproxy.ranking import SAVING
 from ecrproxy.reasons import Reason
 from ecrproxy.request_id import numbered
@@ -70,6 +71,11 @@ class Front(Answering):
         @raise RegistryError: if it may not ask, or there is no such path.
         """
         asked = request.target.path
+        channel: Any = request.channel
+        if channel.spare and asked not in HEALTH:
+            channel.crowd.refuse_connection(FULL)
+            said = "as many connections are open as may be; ask again"
+            raise RegistryError(503, "UNAVAILABLE", said, {"Retry-After": "5"}, Reason.BUSY)
         if self._admission is not None and asked not in HEALTH:
             await self._admission.admit(caller_of(request))
         resource = self._registry if _is_registrys(asked) else self._others.get(asked) or Missing()
