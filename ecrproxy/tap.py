@@ -44,6 +44,7 @@ from ecrproxy.cache.ledger import Notes
 from ecrproxy.cache.purges import Purges
 from ecrproxy.cache.store import Store
 from ecrproxy.cached import VERIFICATIONS, Cache
+from ecrproxy.cores import usable_cores
 from ecrproxy.daemon.accepting import Gate
 from ecrproxy.daemon.ending import Connections, Drain, InOrder, Signals
 from ecrproxy.daemon.exhaustion import Exhaustion
@@ -71,6 +72,7 @@ from ecrproxy.registry.egress import Egress, OwnNames
 from ecrproxy.registry.endpoint import Endpoint
 from ecrproxy.registry.governor import Governor
 from ecrproxy.registry.metering import MeteredAgent
+from ecrproxy.registry.proxy_variables import for_botocore
 from ecrproxy.registry.resolver import ChosenServers, hosts_names
 from ecrproxy.registry.retries import Budget
 from ecrproxy.registry.upstream import Upstream
@@ -115,6 +117,7 @@ def makeService(options: Options) -> Daemon:
             warnings = _warnings(config, options)
             for each in warnings:
                 log.warn("{complaint}", complaint=each)
+            os.environ.update(for_botocore(os.environ))
             supervisor = Supervisor.from_environ(os.environ, os.getpid())
             refused: list[CredentialsError] = []
             atexit.register(_fail_after, refused)  # the first comes last: others clean up
@@ -139,7 +142,7 @@ def _warnings(config: Config, options: Options) -> list[Complaint]:
 
     @raise ConfigError: if the daemon must not start with them.
     """
-    machine = Machine(len(os.sched_getaffinity(0)), _disk_size(Path(config.cache_dir)))
+    machine = Machine(usable_cores(), _disk_size(Path(config.cache_dir)))
     found = look_at_settings(config, options.flags(), os.environ, machine)
     if any(each.grave for each in found):
         raise refusal(found)
@@ -296,17 +299,17 @@ def build(
     figures.watch(*of_clients(crowds))
     for part in (*status.services, judging, supervised, counting, probing, janitor, tokens, stall):
         part.setServiceParent(service)
-    alone = config.worker_processes == 1
+    workers, alone = None, config.worker_processes == 1
     listening = _listening(config, site, reactor, accepts=alone)
-    workers = None
     if not alone:
         inner = partial(make_site, InnerRegistry(pull_through, *shape), ready)
         hearers = told(store.ledger, figures.served, status.incidents, crowds)
         workers = _share_work(config, inner, hearers, listening, arguments, service, reactor)
+    make_admin = partial(make_admin_site, figures, ready, status)
+    listening = [*listening, *_admin(config, make_admin, cache, disk.reading, service, reactor)]  # not the workers'
     reread = partial(supervised.rereading, partial(_reread, [*listening, admission], workers))
     _renewal(listening, figures, judging.call, reread, reactor).setServiceParent(service)
     _face_clients(Drain(connections, config.drain_seconds, reactor), listening, reread, service.leave, service, reactor)
-    _serve_admin(config, partial(make_admin_site, figures, ready, status), cache, disk.reading, service, reactor)
     return service
 
 
@@ -445,30 +448,32 @@ def _face_clients(
         part.setServiceParent(service)
 
 
-def _serve_admin(
+def _admin(
     config: Config,
     make_site: Callable[[Api, Any, frozenset[str]], RegistrySite],
     cache: Cache,
     in_thread: InThread,
     service: MultiService,
     reactor: Any,  # noqa: ANN401
-) -> None:
+) -> list[Listening]:
     """
-    Listen for the operator too. Where nobody chose that port, its being taken keeps the daemon from nothing.
+    Make what listens for the operator, if there is such a port.
 
-    What he purges, or somebody else did, is forgotten. His work has threads of its own.
+    Where nobody chose it, its being taken keeps the daemon from nothing. What the operator or somebody else purges
+    is forgotten. This work has threads of its own.
     """
     purges = Purges(cache.store, cache.forget_all, in_thread, reactor)
     purges.setServiceParent(service)
     named = admin_endpoint(config, reactor)
-    if named is not None:
-        listing, hashing = Threads(1, reactor, yielding=False), Threads(1, reactor)
-        for part in (listing, hashing):
-            part.setServiceParent(service)
-        api = Api(Inventory(cache.store), purges.look, listing.call, hashing.call, reactor)
-        site = make_site(api, reactor, config.admin_hosts or frozenset())
-        needed = config.admin_listen != ADMIN_LISTEN
-        Listening(*named, site, needed=needed, gate=Gate(reactor)).setServiceParent(service)
+    if named is None:
+        return []
+    listing, hashing = Threads(1, reactor, yielding=False), Threads(1, reactor)
+    for part in (listing, hashing):
+        part.setServiceParent(service)
+    api = Api(Inventory(cache.store), purges.look, listing.call, hashing.call, reactor)
+    site = make_site(api, reactor, config.admin_hosts or frozenset())
+    needed = str(config.admin_listen) != ADMIN_LISTEN
+    return [Listening(*named, site, needed=needed, gate=Gate(reactor))]
 
 
 def _renewal(

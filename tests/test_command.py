@@ -14,6 +14,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from ecrproxy.command.asking import Answer, place_of
 from ecrproxy.command.subcommand import ASKS, Call, CommandError, Subcommand
 from ecrproxy.command.terminal import Progress, Terminal, age_in_words, counted, size_in_words, table
+from ecrproxy.endpoint_string import parse_endpoint_string
 from ecrproxy.healthcheck import Place
 from tests.caller import Caller, Stream
 
@@ -97,7 +98,12 @@ class FrameTests(SynchronousTestCase):
         self.assertEqual(1, self.caller.status)
         (call,) = self.calls
         self.assertEqual(
-            {"cache_dir": "/there", "admin_listen": "tcp:8", "instance_auth": False, "listen": ["tcp:1", "tcp:2"]},
+            {
+                "cache_dir": "/there",
+                "admin_listen": parse_endpoint_string("tcp:8"),
+                "instance_auth": False,
+                "listen": [parse_endpoint_string("tcp:1"), parse_endpoint_string("tcp:2")],
+            },
             call.settings,
         )
         self.assertEqual({"admin-listen": "tcp:8", "instance-auth": "false", "listen": "tcp:1 tcp:2"}, call.flags)
@@ -146,16 +152,20 @@ class PlaceTests(SynchronousTestCase):
         """
         A TCP port on its interface, or a socket; all interfaces are asked by loopback.
         """
-        self.assertEqual(Place(("127.0.0.1", 5001)), place_of(None, "tcp:5001:interface=127.0.0.1"))
-        self.assertEqual(Place(("127.0.0.1", 9)), place_of(None, "tcp:9"))
-        self.assertEqual(Place("/run/admin"), place_of(None, "unix:/run/admin"))
+        for text, place in {
+            "tcp:5001:interface=127.0.0.1": Place(("127.0.0.1", 5001)),
+            "tcp:9": Place(("127.0.0.1", 9)),
+            "unix:/run/admin": Place("/run/admin"),
+            "ssl:9": Place(("127.0.0.1", 9), secure=True),
+        }.items():
+            self.assertEqual(place, place_of(None, parse_endpoint_string(text)))
 
     def test_is_what_the_caller_says(self) -> None:
         """
         A URL, a bare host and port, or a socket.
         """
         self.assertEqual(Place(("there", 5001)), place_of("http://there", None))
-        self.assertEqual(Place(("::1", 7)), place_of("[::1]:7", "off"))
+        self.assertEqual(Place(("::1", 7)), place_of("[::1]:7", None))
         self.assertEqual(Place("/run/admin"), place_of("unix:/run/admin", None))
 
     def test_that_can_not_be_is_the_callers_mistake(self) -> None:
@@ -173,7 +183,7 @@ class PlaceTests(SynchronousTestCase):
             (("--admin-url", "http://there:port"), "http://127.0.0.1:5001"),
             (("--admin-listen", "off"), "PROXY_ADMIN_LISTEN is off"),
             (("--admin-listen", "systemd:domain=INET:index=1"), "--admin-url"),
-            (("--admin-listen", "tcp:x"), "--admin-url"),
+            (("--admin-listen", "tcp:x"), "not a port"),
         ):
             caller.call("do", *arguments, subcommands=[subcommand(run, *ASKS)])
             self.assertEqual(2, caller.status, arguments)

@@ -54,6 +54,9 @@ class PlaceTests(SynchronousTestCase):
             r"unix:/run/a\:b.sock:mode=660": Place("/run/a:b.sock"),
             "unix:address=/run/a.sock": Place("/run/a.sock"),
             "haproxy:tcp:5001": Place(("127.0.0.1", 5001), behind_proxy=True),
+            "tcp:5001:10.0.0.7": Place(("10.0.0.7", 5001)),
+            "haproxy:ssl:5443:/k:/c": Place(("127.0.0.1", 5443), secure=True, behind_proxy=True),
+            "haproxy:unix:/run/a.sock": Place("/run/a.sock", behind_proxy=True),
         }.items():
             self.assertEqual(place_from({"PROXY_LISTEN": text, "PROXY_PORT": "1"}), place, text)
 
@@ -73,10 +76,10 @@ class PlaceTests(SynchronousTestCase):
             ({"PROXY_PORT": "many"}, "'many' is no port"),
             ({"PROXY_PORT": "9" * 5000}, "is no port"),
             ({"PROXY_PORT": "65536"}, "'65536' is no port"),
-            ({"PROXY_LISTEN": "tcp"}, "'' is no port"),
-            ({"PROXY_LISTEN": "tcp:interface=a"}, "'' is no port"),
-            ({"PROXY_LISTEN": "ssl:x"}, "'x' is no port"),
-            ({"PROXY_LISTEN": "unix:mode=600"}, "unix:mode=600 names no socket"),
+            ({"PROXY_LISTEN": "tcp"}, "tcp: needs port"),
+            ({"PROXY_LISTEN": "tcp:interface=a"}, "tcp: needs port"),
+            ({"PROXY_LISTEN": "ssl:x"}, "'x' is not a port"),
+            ({"PROXY_LISTEN": "unix:mode=600"}, "unix: needs address"),
         ):
             stderr = io.StringIO()
             self.patch(sys, "stderr", stderr)

@@ -2125,6 +2125,28 @@ class LargeManifestTests(DaemonTestCase):
             self.assertWhole(self.get(self.path), self.image.manifest, "REVALIDATED")
         self.assertEqual([True], parsed)
 
+    def test_is_not_parsed_again_when_it_is_read_again(self) -> None:
+        """
+        More manifests than memory holds, asked for in turn, cost reading: parsing would stop the event loop.
+        """
+        start, many = b'{"mediaType": "%s", "x": "' % OCI_MANIFEST.encode(), 9  # of nearly 4 MiB: memory has room for 8
+        manifests = [start + b"%d" % number + b"x" * (4 * MIB - 100) + b'"}' for number in range(many)]
+        paths = [
+            f"/v2/team/app/manifests/{self.standin.push_manifest('team/app', manifest, OCI_MANIFEST)}"
+            for manifest in manifests
+        ]
+        for path in paths:
+            self.assertEqual(200, self.get(path).code)
+        loads = json.loads
+
+        def spy(data: Any, **options: Any) -> Any:
+            self.assertNotIn(data, manifests)
+            return loads(data, **options)
+
+        self.patch(json, "loads", spy)
+        for path in paths:
+            self.assertEqual("HIT", self.head(path).header("X-Cache-Status"))
+
 
 class OrderTests(DaemonTestCase):
     """

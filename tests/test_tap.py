@@ -390,6 +390,7 @@ class WrongSettingTests(TapCase):
         said = " ".join(filter(None, map(formatEvent, events)))
         self.assertIn("through the egress proxy proxy.test:3128", said)
         self.assertNotIn("secret", said)
+        self.assertIn("169.254.169.254", os.environ["no_proxy"])
 
     def test_a_limit_is_held_against_the_disk(self) -> None:
         with capturedLogs() as events:
@@ -438,22 +439,26 @@ class WrongSettingTests(TapCase):
         """
         Each as it was written, and what would be right.
         """
+        for text, why in {
+            "carrier:pigeon": "not an endpoint string; one begins with tcp:, tcp6:, ssl:",
+            "nonsense": "not an endpoint string; one begins with tcp:, tcp6:, ssl:",
+            "tcp": "tcp: needs port",
+            "tcp:port": "'port' is not a port; give a number from 0 to 65535",
+            "tcp:": "'' is not a port; give a number from 0 to 65535",
+            "tcp:1:2:3:4:5": "tcp: takes port, interface, backlog; not '4'",
+            "tcp:1:nonsense=1": "tcp: takes port, interface, backlog; not 'nonsense=1'",
+        }.items():
+            listen = f"tcp:5000 {text}"
+            self.assert_dies(f"PROXY_LISTEN={listen!r}: {text!r}: {why}", PROXY_LISTEN=listen)
         part = "a part of it is missing, unknown or no number"
         not_pem = Path(__file__)
         for text, why in {
-            "carrier:pigeon": "no such kind of endpoint",
-            "nonsense": "no such kind of endpoint",
-            "tcp": part,
-            "tcp:port": part,
-            "tcp:": part,
-            "tcp:1:2:3:4:5": part,
             "tcp:1:backlog=x": part,
-            "tcp:1:nonsense=1": part,
             "unix:/run/x:mode=rw": part,
             "ssl:443:privateKey=/nowhere": "/nowhere can't be read: No such file or directory",
             f"ssl:443:privateKey={not_pem}": "its key and certificate can't be used",
             "systemd:domain=INET:index=5": "systemd has handed over no such socket",
-            "systemd:domain=INET:name=x": "systemd has handed over no such socket",
+            "haproxy:systemd:domain=INET:name=x": "systemd has handed over no such socket",
         }.items():
             self.assert_dies(f"PROXY_LISTEN={text!r}: {why}; give an endpoint string", PROXY_LISTEN=f"tcp:5000 {text}")
 

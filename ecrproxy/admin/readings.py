@@ -139,5 +139,5 @@ def of_certificates(expires: Callable[[], float | None]) -> list[Reading]:
     """
     Tell when the certificate ends that clients are shown.
     """
-    told = "When the certificate of PROXY_SSL_CERTIFICATE that is served ends, in seconds since the epoch"
+    told = "When the certificate that is served ends, the first if there are several, in seconds since the epoch"
     return [Reading("certificate_expiry_timestamp_seconds", told, expires)]

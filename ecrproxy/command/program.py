@@ -35,6 +35,7 @@ from ecrproxy.command.subcommand import (
 )
 from ecrproxy.command.terminal import Terminal
 from ecrproxy.command.verify import VERIFY
+from ecrproxy.registry.proxy_variables import for_botocore
 from ecrproxy.settings.config import SETTINGS, ConfigError, Setting, read_settings
 from ecrproxy.settings.values import parse_flag
 
@@ -192,6 +193,7 @@ def run() -> NoReturn:
     Be the console script.
     """
     terminal = Terminal(sys.stdin, sys.stdout, sys.stderr)
+    os.environ.update(for_botocore(os.environ))
     world = World(os.environ, terminal, time.time, time.monotonic, time.sleep, over_http)
     status = main(sys.argv[1:], world)
     if status == CUT_OFF:  # else Python would try once more at its end, and complain

@@ -25,8 +25,6 @@ from ecrproxy.access.limits import Patience
 from ecrproxy.addresses import unmapped
 
 if TYPE_CHECKING:
-    from twisted.internet.defer import Deferred
-    from twisted.internet.interfaces import IListeningPort
     from twisted.python.failure import Failure
 
 log = Logger()
@@ -208,13 +206,13 @@ class Balanced(ProtocolWrapper):
 
     def readConnectionLost(self) -> None:
         """
-        Tell what is behind that the client sends nothing more. Without a header, nothing is.
+        Tell what is behind that the client sends nothing more. Without a header nothing is, and TLS knows no half.
         """
-        half = IHalfCloseableProtocol(self.wrappedProtocol, None)
-        if half is None:
-            self.transport.loseConnection()
+        # What it says that it provides it may have from this very connection, as TLS does.
+        if IHalfCloseableProtocol.implementedBy(type(self.wrappedProtocol)):
+            self.wrappedProtocol.readConnectionLost()
         else:
-            half.readConnectionLost()
+            self.transport.loseConnection()
 
     def writeConnectionLost(self) -> None:
         """
@@ -256,20 +254,3 @@ class BalancedFactory(WrappingFactory[Balanced]):
             del self.waiting[oldest]
             oldest.cut()
         self.waiting[connection] = None
-
-
-class BalancedEndpoint:
-    """
-    The PROXY protocol on top of another endpoint.
-    """
-
-    def __init__(self, endpoint: Any, reactor: Any, most: int = WAITING) -> None:  # noqa: ANN401
-        self._endpoint, self._reactor, self._most = endpoint, reactor, most
-
-    def listen(self, protocolFactory: Any) -> Deferred[IListeningPort]:  # noqa: ANN401
-        """
-        Listen, and take headers.
-        """
-        factory = BalancedFactory(protocolFactory, self._reactor, self._most)
-        listening: Deferred[IListeningPort] = self._endpoint.listen(factory)
-        return listening

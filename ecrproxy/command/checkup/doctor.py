@@ -30,6 +30,7 @@ from ecrproxy.command.checkup.reach import Contact, split
 from ecrproxy.command.checkup.senses import Senses
 from ecrproxy.command.checkup.settings import judge_files, look_at_files, look_at_settings
 from ecrproxy.command.subcommand import FINE, MISUSED, WRONG, Call, CommandError
+from ecrproxy.endpoint_string import parse_endpoint_string
 from ecrproxy.oci import RegistryError, parse_route
 from ecrproxy.registry.egress import Egress, Proxy
 from ecrproxy.registry.guard import is_forbidden, is_loopback
@@ -301,7 +302,8 @@ class Doctor:
     def _ports(self) -> Iterator[Finding]:
         config, senses = self._config, self._senses
         secure = "ssl" if config.ssl_key is not None else "tcp"
-        ours = [("PROXY_LISTEN", text) for text in config.listen] or [("PROXY_PORT", f"{secure}:{config.port}")]
+        alone = parse_endpoint_string(f"{secure}:{config.port}")
+        ours = [("PROXY_LISTEN", each) for each in config.listen] or [("PROXY_PORT", alone)]
         admin = [("PROXY_ADMIN_LISTEN", config.admin_listen)] if config.admin_listen else []
         return ports.look_at_ports([*ours, *admin], senses.touch_place, senses.bind)
 

@@ -41,6 +41,10 @@ def look_at_files(config: Config, now: float) -> Iterator[Finding]:
     """
     if config.ssl_key is not None and config.ssl_certificate is not None:
         yield _certificate(config.ssl_key, config.ssl_certificate, config.client_ca, now)
+    for each in filter(None, (*config.listen, config.admin_listen)):
+        key = each.options.get("privateKey", "")
+        if key.startswith("/"):  # others are beneath the daemon's directory, which is not known here
+            yield _certificate(key, each.options.get("certKey", key), None, now, each.text)
     if config.htpasswd is not None:
         try:
             users = read_users(config.htpasswd)
@@ -52,7 +56,10 @@ def look_at_files(config: Config, now: float) -> Iterator[Finding]:
             yield ok("passwords", f"{config.htpasswd} has {counted(len(users.hashes), 'name')}")
 
 
-def _certificate(key: str, certificate: str, authorities: str | None, now: float) -> Finding:
+def _certificate(key: str, certificate: str, authorities: str | None, now: float, endpoint: str = "") -> Finding:
+    """
+    Judge key and certificate of the settings, or of an endpoint string.
+    """
     check = "certificate"
     try:
         Certificate(key, certificate, authorities)
@@ -60,7 +67,7 @@ def _certificate(key: str, certificate: str, authorities: str | None, now: float
             shown = describe(x509.load_pem_x509_certificate(file.read()))
     except CertificateError as problem:
         named = {"key": f"PROXY_SSL_KEY={key}", "authorities": f"PROXY_CLIENT_CA={authorities}"}
-        where = named.get(problem.what, f"PROXY_SSL_CERTIFICATE={certificate}")
+        where = endpoint or named.get(problem.what, f"PROXY_SSL_CERTIFICATE={certificate}")
         return failed(
             check, f"{where}: {problem.why}", "give PEM files that belong together, and that the daemon's user can read"
         )

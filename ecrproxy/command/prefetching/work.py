@@ -117,7 +117,7 @@ def _as_variables(settings: Any) -> dict[str, str]:  # noqa: ANN401
     Write the settings as L{healthcheck} reads them.
     """
     return {
-        "PROXY_LISTEN": " ".join(settings["listen"]),
+        "PROXY_LISTEN": " ".join(map(str, settings["listen"])),
         "PROXY_PORT": str(settings["port"]),
         "PROXY_SSL_KEY": settings["ssl_certificate"] or "",
     }
