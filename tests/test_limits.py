@@ -10,6 +10,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.access.crowds import SILENT_SECONDS, Crowds, Word
 from ecrproxy.access.limits import SPARE, Crowd, Limits, Patience, counted
+from ecrproxy.http.channel import SETTLED_SECONDS
 from ecrproxy.transfer.download import STUCK_SECONDS
 from tests.daemon import MIB, DaemonTestCase, End, Raw, Reply, noise
 from tests.together import Together
@@ -149,6 +150,8 @@ class LimitTests(DaemonTestCase):
         self.start(limits=Limits(connections=2))
         first, wire = self.connect()
         second, _ = self.connect()
+        self.assertIn(b" 503 ", self.daemon.raw(GOOD), "both have just connected")
+        self.pass_time(SETTLED_SECONDS)
         wire.write(GOOD)
         self.flush()
         with capturedLogs() as events:

@@ -101,6 +101,10 @@ class Closable(Protocol):
     A connection.
     """
 
+    @property
+    def settled(self) -> bool:
+        """Whether it has been idle for long enough not to be about to ask."""
+
     def abort(self) -> None:
         """Close at once, whatever was written."""
 
@@ -193,7 +197,7 @@ class Crowd:
         Close the connection that has been idle longest; return True if there was one.
         """
         oldest = next(iter(self.idle_ones), None)
-        if oldest is None:
+        if oldest is None or not oldest.settled:
             return False
         del self.idle_ones[oldest]
         self.refuse_connection("as many are open as may be, idle ones are closed first")

@@ -75,7 +75,7 @@ def clients_beside_spare(files: int | None = None) -> int:
     @param files: as for L{most_clients}.
     """
     most = most_clients(files)
-    return most - min(SPARE, most // 2)
+    return most - min(2 * SPARE, most // 2)  # the oldest of the spare ones is closed for the next
 
 
 def give_memory_back() -> None:

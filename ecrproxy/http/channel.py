@@ -58,6 +58,8 @@ LENGTH_DIGITS: Final = 18
 """More digits in a Content-Length are no length, but an attempt on C{int}."""
 FRESH_SECONDS: Final = 1
 """How long a client that has just connected has for its one request when the daemon ends."""
+SETTLED_SECONDS: Final = 1
+"""How long a connection is idle before it is closed for another: a client's next request is not about to come."""
 
 _TLS_HANDSHAKE = b"\x16"
 _HOST = re.compile(rf"{HOST}*".encode())
@@ -82,6 +84,7 @@ class StrictChannel(HTTPChannel):
     connections: Connections
     body_limit = 0
     spare = False
+    _idle_since = 0.0
     transport: Any
     _networkProducer: Any
     _line = b""
@@ -105,7 +108,7 @@ class StrictChannel(HTTPChannel):
         address = counted(str(getattr(self.transport.getPeer(), "host", "")))
         if self.crowd.enter(address):
             self._address = address
-            self.crowd.idle_ones[self] = None
+            self._note_idle()
         elif self.crowd.is_too_many(address):
             self.transport.abortConnection()
         else:
@@ -162,6 +165,17 @@ class StrictChannel(HTTPChannel):
             for request in self.requests:
                 if not request.startedWriting:
                     _say_last(request)
+
+    @property
+    def settled(self) -> bool:
+        """
+        Tell whether nothing was asked on it for C{SETTLED_SECONDS}.
+        """
+        return bool(self.factory.reactor.seconds() - self._idle_since >= SETTLED_SECONDS)
+
+    def _note_idle(self) -> None:
+        self._idle_since = self.factory.reactor.seconds()
+        self.crowd.idle_ones[self] = None
 
     def _end_unused(self) -> None:
         if self._fresh:
@@ -303,7 +317,7 @@ class StrictChannel(HTTPChannel):
         """
         super().requestDone(request)
         if self._address is not None and not (self.requests or self._buffer or self._ending):
-            self.crowd.idle_ones[self] = None
+            self._note_idle()
         self._go_on()
 
     def loseConnection(self) -> None:
