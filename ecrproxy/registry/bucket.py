@@ -222,7 +222,7 @@ class Stretch:
         """
         self._begun = begun = _Begun(self._watch, self.skip)
         self._response.deliverBody(begun.transfer)
-        return await begun.wait(self._watch.clock)
+        return await begun.wait()
 
     def deliver(self, sink: Sink) -> BlobTransfer:
         """
@@ -250,14 +250,14 @@ class _Begun:
     """
 
     def __init__(self, watch: Watch, skip: int) -> None:
-        self.transfer = BlobTransfer(self, watch, skip)
+        self.transfer, self._clock = BlobTransfer(self, watch, skip), watch.clock
         self._data: list[bytes] = []
         self._size, self._over = 0, False
         self._problem: Failure | None = None
         self._came: Deferred[bool] = Deferred()
 
-    async def wait(self, clock: IReactorTime) -> bool:
-        late = clock.callLater(BEGUN_SECONDS, self._decide, came=False)
+    async def wait(self) -> bool:
+        late = self._clock.callLater(BEGUN_SECONDS, self._decide, came=False)
         try:
             return await self._came
         finally:
@@ -280,6 +280,13 @@ class _Begun:
             self._came.callback(came)
 
     def hand_over(self, sink: Sink) -> BlobTransfer:
+        """
+        Pass on what came, and what comes: soon, as from the network, for readers have yet to follow the transfer.
+        """
+        self._clock.callLater(0, self._pass_on, sink)
+        return self.transfer
+
+    def _pass_on(self, sink: Sink) -> None:
         self.transfer.sink = sink
         data, self._data = self._data, []
         if data:
@@ -288,7 +295,6 @@ class _Begun:
             sink.ended(self._problem)
         elif self._size >= BEGUN:
             self.transfer.resume()
-        return self.transfer
 
 
 class BlobTransfer(TwistedProtocol):
