@@ -16,7 +16,7 @@ Rules:
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -76,6 +76,11 @@ class Room(Protocol):
     """
 
     limit: int
+
+    def fits(self, size: int) -> bool:
+        """
+        Return True if there is room for C{size} bytes without evicting anything.
+        """
 
     async def reserve(self, size: int) -> bool:
         """
@@ -507,9 +512,13 @@ class Cache:
             return await self._disk.writing(self.store.arriving.left, digest)
         return None
 
-    async def writer(self, digest: Digest, size: int | None) -> Writer | Reason:
+    async def writer(
+        self, digest: Digest, size: int | None, begun: Callable[[], Awaitable[bool]] | None = None
+    ) -> Writer | Reason:
         """
         Begin the file of a transfer, or go on with one; or tell why the cache can't have it.
+
+        @param begun: waits for the first bytes, if other content has to be evicted; returns whether they came.
         """
         if size is None:
             return Reason.SIZE_UNKNOWN
@@ -521,8 +530,8 @@ class Cache:
                 return Reason.DISK
             if writer is not None:
                 return writer
-        if not await self._has_room(room_for(size)):
-            return Reason.TOO_LARGE if room_for(size) > self._room.limit else Reason.NO_ROOM
+        if (refused := await self._make_room(room_for(size), begun)) is not None:
+            return refused
         try:
             begin = partial(self.store.writer, digest, size)
             return await undone_if_late(self._disk.writing, begin, Writer.discard)
@@ -536,6 +545,13 @@ class Cache:
         if writer is not None:
             writer.leave()
             self._room.release(writer.room)
+
+    async def _make_room(self, size: int, begun: Callable[[], Awaitable[bool]] | None) -> Reason | None:
+        if size > self._room.limit:
+            return Reason.TOO_LARGE
+        if begun is not None and not self._room.fits(size) and not await begun():
+            return Reason.NO_ROOM
+        return None if await self._has_room(size) else Reason.NO_ROOM
 
     async def _has_room(self, size: int) -> bool:
         try:

@@ -102,7 +102,7 @@ class PullThrough:
         self._call_later = call_later
         self._openings: Flights[Download | Passing | None] = Flights()
         self._arriving: dict[Digest, Download] = {}
-        self._unattended = Unattended(self.transfers)
+        self._unattended = Unattended(self.transfers, call_later)
         self._ahead = 0
         self._reading_ahead: set[tuple[str, Digest]] = set()
         self._carriers: dict[Digest, str] = {}
@@ -318,7 +318,7 @@ class PullThrough:
         if parts:
             _check_size(blob, expected)
         try:
-            file = await self._cache.writer(digest, blob.size)
+            file = await self._cache.writer(digest, blob.size, blob.first.begin)
         except BaseException:
             drop(blob.first)
             raise

@@ -60,7 +60,7 @@ from ecrproxy.daemon.accepting import Gate
 from ecrproxy.daemon.ending import Connections, Drain, InOrder, Signals
 from ecrproxy.daemon.exhaustion import Exhaustion
 from ecrproxy.daemon.listening import Listening, admin_endpoint, endpoints
-from ecrproxy.daemon.process import most_clients, set_aside_what_stays, set_up
+from ecrproxy.daemon.process import clients_beside_spare, most_clients, set_aside_what_stays, set_up
 from ecrproxy.daemon.renewal import Renewal
 from ecrproxy.daemon.supervision import Supervised, Supervisor, summary
 from ecrproxy.daemon.workers import BACKLOG, HandedDown, Post, StandardInput, Workers
@@ -296,7 +296,7 @@ def build(
     pull_through = _pull_through(config, upstream, cache, disk, reactor)
     connections, condition = Connections(), Condition(store, probing.call, reactor)
     readiness = partial(_readiness, tokens, asking.circuit, condition, connections)
-    crowds, ready = Crowds(Crowd(config.limits), reactor.seconds), Ready(readiness)
+    crowds, ready = Crowds(Crowd(config.limits(clients_beside_spare())), reactor.seconds), Ready(readiness)
     status = Status(
         config.ecr_endpoint, figures, store, janitor, asking, pull_through, readiness, disk.reading, time.time, reactor
     )
@@ -359,11 +359,12 @@ def _listening(config: Config, site: RegistrySite, reactor: Any, *, accepts: boo
     """
     Make what listens for clients, all of it with one limit on descriptors.
     """
-    most, wanted = most_clients(), config.limits.connections
+    most, wanted = most_clients(), config.limits().connections
     if wanted > most:
         log.warn(
-            "RLIMIT_NOFILE leaves room for {most} connections, fewer than PROXY_CONNECTIONS={wanted}: more than those"
-            " wait until others close; raise LimitNOFILE= or ulimit -n, or lower PROXY_CONNECTIONS",
+            "RLIMIT_NOFILE leaves room for {most} connections, fewer than PROXY_CONNECTIONS={wanted}: for more than"
+            " those, idle ones are closed, or they are refused; raise LimitNOFILE= or ulimit -n,"
+            " or lower PROXY_CONNECTIONS",
             most=most,
             wanted=wanted,
         )
@@ -375,8 +376,8 @@ def _most_connections(config: Config) -> int | None:
     """
     Tell how many connections of clients all processes may have together, by the settings and by their descriptors.
     """
-    most = min(most_clients(), config.limits.connections or sys.maxsize)
-    return None if most == sys.maxsize else most * config.worker_processes
+    most = config.limits(clients_beside_spare()).connections
+    return most * config.worker_processes or None
 
 
 def _tokens(config: Config, reactor: Any, ends: Callable[[CredentialsError], bool]) -> TokenService:  # noqa: ANN401
@@ -544,7 +545,7 @@ def build_worker(config: Config, post: Post, reactor: Any) -> Daemon:  # noqa: A
     admission = _admission(config, reactor, service)
     registry, ready = WorkerRegistry(cache, config.tag_ttl, relay, *shape), RelayedReady(relay)
     served, connections = Served(), Connections()
-    crowd = Crowd(config.limits)
+    crowd = Crowd(config.limits(clients_beside_spare()))
     lines = _access_log(config, service, reactor)
     counted = partial(make_site, access_log=lines, served=served, pages=_pages(config))
     site = counted(registry, ready, reactor, admission=admission, crowd=crowd, connections=connections)

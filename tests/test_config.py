@@ -83,7 +83,7 @@ EXAMPLES: dict[str, tuple[str, str, Any, str, Any]] = {
     "header-bytes": ("PROXY_HEADER_BYTES", "8k", 8192, "1000", 1000),
     "header-count": ("PROXY_HEADER_COUNT", "50", 50, "0", 0),
     "connections": ("PROXY_CONNECTIONS", "500", 500, "0", 0),
-    "connections-per-address": ("PROXY_CONNECTIONS_PER_ADDRESS", "10", 10, "0", 0),
+    "connections-per-address": ("PROXY_CONNECTIONS_PER_ADDRESS", "10", 10, "auto", None),
     "transfers": ("PROXY_TRANSFERS", "5", 5, "0", 0),
 }
 # flag: texts that are wrong, and words of what would be right
@@ -233,9 +233,9 @@ class SettingsTests(SynchronousTestCase):
         """
         Each worker may give away its part of what there is; times and the size of a request are the same for all.
         """
-        limits = loaded(PROXY_WORKER_PROCESSES="3", PROXY_CONNECTIONS="100", PROXY_TRANSFERS="0").limits
-        self.assertEqual((34, 334, 0), (limits.connections, limits.connections_per_address, limits.transfers))
-        crowded = loaded(PROXY_WORKER_PROCESSES="3", PROXY_CONNECTIONS="0").limits
+        limits = loaded(PROXY_WORKER_PROCESSES="3", PROXY_CONNECTIONS="100", PROXY_TRANSFERS="0").limits()
+        self.assertEqual((34, 17, 0), (limits.connections, limits.connections_per_address, limits.transfers))
+        crowded = loaded(PROXY_WORKER_PROCESSES="3", PROXY_CONNECTIONS="0").limits()
         self.assertEqual((0, 1000), (crowded.connections, crowded.connections_per_address))
         self.assertEqual((10.0, 65.0, 300.0), (limits.header_seconds, limits.idle_seconds, limits.send_seconds))
         self.assertEqual((16384, 100), (limits.header_bytes, limits.header_count))
@@ -244,8 +244,19 @@ class SettingsTests(SynchronousTestCase):
         """
         A cluster behind NAT is refused nothing because one worker accepts most of it; and fills no worker.
         """
-        shares = [loaded(PROXY_WORKER_PROCESSES=count).limits.connections_per_address for count in ("1", "2", "4", "8")]
+        shares = [
+            loaded(PROXY_WORKER_PROCESSES=count).limits().connections_per_address for count in ("1", "2", "4", "8")
+        ]
         self.assertEqual([1000, 1000, 1000, 625], shares)
+
+    def test_one_address_has_half_of_what_there_is_unless_the_operator_says_more(self) -> None:
+        """
+        However few descriptors there are; behind NAT, where one address is everybody, the setting counts.
+        """
+        self.assertEqual([1000, 322, 1], [loaded().limits(room).connections_per_address for room in (10_000, 645, 1)])
+        chosen = loaded(PROXY_CONNECTIONS_PER_ADDRESS="1000").limits(645)
+        self.assertEqual((645, 1000), (chosen.connections, chosen.connections_per_address))
+        self.assertEqual(645, loaded(PROXY_CONNECTIONS="0").limits(645).connections)
 
     def test_each_variable_is_read(self) -> None:
         """

@@ -18,6 +18,7 @@ from ecrproxy.cache import allocation
 from ecrproxy.cached import FACTS
 from ecrproxy.oci import MANIFEST_LIMIT, Descriptor, Digest, parse_route
 from ecrproxy.proxy import NAMED_SECONDS
+from ecrproxy.registry.bucket import BEGUN, BEGUN_SECONDS
 from ecrproxy.registry.ecr import Token
 from tests.daemon import MIB, DaemonTestCase, Hands, Reply, at_once, noise
 from tests.registry import StandIn, digest_of, layer
@@ -839,6 +840,48 @@ class BypassTests(BlobTestCase):
         self.get(f"/v2/team/app/blobs/{small}")
         self.bypass()
         self.assertWhole(self.get(f"/v2/team/app/blobs/{small}"), b"small", "HIT")
+
+    def fill(self) -> list[str]:
+        """
+        Fill a small cache; return what is in it.
+        """
+        self.start(limit=400_000)
+        digests = [self.standin.push_blob("team/app", noise(f"small {number}", 30_000)) for number in range(10)]
+        for digest in digests:
+            self.get(f"/v2/team/app/blobs/{digest}")
+        self.standin.hold(self.digest)
+        return digests
+
+    def test_a_blob_that_does_not_begin_to_come_evicts_nothing(self) -> None:
+        """
+        Whether its client waits or leaves; what comes later is served all the same.
+        """
+        kept = self.fill()
+        self.daemon.send("GET", self.path).leave()
+        self.flush()
+        self.assertTrue(all(map(self.has, kept)))
+        reply = self.daemon.send("GET", self.path)
+        self.flush()
+        self.standin.deliver(self.digest, BEGUN // 2)
+        self.pass_time(int(BEGUN_SECONDS) + 1)
+        self.assertTrue(all(map(self.has, kept)))
+        self.standin.release(self.digest)
+        self.flush()
+        self.assertWhole(reply, self.data, "JOINED")
+        self.assertFalse(self.has(self.digest))
+        self.assertTrue(all(map(self.has, kept)))
+
+    def test_a_blob_that_comes_evicts_others(self) -> None:
+        kept = self.fill()
+        reply = self.daemon.send("GET", self.path)
+        self.flush()
+        self.standin.deliver(self.digest, BEGUN)
+        self.flush()
+        self.assertFalse(all(map(self.has, kept)))
+        self.standin.release(self.digest)
+        self.flush()
+        self.assertWhole(reply, self.data, "MISS")
+        self.assertTrue(self.has(self.digest))
 
     def test_a_full_disk(self) -> None:
         """

@@ -605,11 +605,12 @@ class ManifestTests(UpstreamTestCase):
         """
         asking = Deferred.fromCoroutine(self.daemon.upstream.manifest(self.tag, ""))
         self.answer_with(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nabc", close=False)
+        asked = self.daemon.back.ends[-1][0]
         self.pass_time(24)
         self.assertNoResult(asking)
         self.pass_time(2)
         self.assertEqual(504, self.failureResultOf(asking, UnavailableError).value.status)
-        self.assertFalse([wire for wire in self.daemon.back.ends if wire[0].connected])
+        self.assertFalse(asked.connected)
 
     def test_that_is_too_long_is_not_read_on(self) -> None:
         """

@@ -58,6 +58,8 @@ LENGTH_DIGITS: Final = 18
 """More digits in a Content-Length are no length, but an attempt on C{int}."""
 FRESH_SECONDS: Final = 1
 """How long a client that has just connected has for its one request when the daemon ends."""
+SETTLED_SECONDS: Final = 1
+"""How long a connection is idle before it is closed for another: a client's next request is not about to come."""
 
 _TLS_HANDSHAKE = b"\x16"
 _HOST = re.compile(rf"{HOST}*".encode())
@@ -79,12 +81,15 @@ class StrictChannel(HTTPChannel):
     @ivar crowd: all clients that are connected; the site sets it.
     @ivar connections: all connections, which end with the daemon; the site sets it.
     @ivar body_limit: the bytes that a request's body may have, if it may have one; the site sets it.
+    @ivar spare: whether it is a connection too many, which is answered about the daemon's health alone.
     @ivar patience: waits for the client to take what it is sent. Whoever sends past this channel begins and ends it.
     """
 
     crowd: Crowd
     connections: Connections
     body_limit = 0
+    spare = False
+    _idle_since = 0.0
     transport: Any
     _networkProducer: Any
     _line = b""
@@ -101,7 +106,7 @@ class StrictChannel(HTTPChannel):
         self._head = Patience(self.callLater, limits.header_seconds, self._slow_head)
         self.patience = Patience(self.callLater, limits.send_seconds, self._slow_reader)
         self._lingering = Patience(self.callLater, LINGER_SECONDS, self._close)
-        self._breaking = Patience(self.callLater, LINGER_SECONDS, self._abort)
+        self._breaking = Patience(self.callLater, LINGER_SECONDS, self.abort)
         if ITCPTransport.providedBy(self.transport):
             self.transport.setTcpKeepAlive(True)
         self.connections.opened(self)
@@ -109,8 +114,13 @@ class StrictChannel(HTTPChannel):
         address = counted(str(getattr(self.transport.getPeer(), "host", "")))
         if self.crowd.enter(address):
             self._address = address
-        else:
+            self._note_idle()
+        elif self.crowd.is_too_many(address):
             self.transport.abortConnection()
+        else:
+            self.spare = True
+            self.crowd.enter_spare(self)
+            self._head.begin()
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:  # noqa: D102
         self._head.end()
@@ -120,6 +130,8 @@ class StrictChannel(HTTPChannel):
         if self._address is not None:
             self.crowd.leave(self._address)
             self._address = None
+        self.crowd.idle_ones.pop(self, None)
+        self.crowd.spare.pop(self, None)
         self._stop_input()
         super().connectionLost(reason)
         self.patience.end()  # what is told of the end may have begun it again
@@ -160,6 +172,17 @@ class StrictChannel(HTTPChannel):
                 if not request.startedWriting:
                     _say_last(request)
 
+    @property
+    def settled(self) -> bool:
+        """
+        Tell whether nothing was asked on it for C{SETTLED_SECONDS}.
+        """
+        return bool(self.factory.reactor.seconds() - self._idle_since >= SETTLED_SECONDS)
+
+    def _note_idle(self) -> None:
+        self._idle_since = self.factory.reactor.seconds()
+        self.crowd.idle_ones[self] = None
+
     def _end_unused(self) -> None:
         if self._fresh:
             self.loseConnection()
@@ -191,7 +214,7 @@ class StrictChannel(HTTPChannel):
         """
         Tell whether the connection goes on after this request.
         """
-        if not self.connections.draining:
+        if not self.connections.draining and not self.spare:
             return bool(super().checkPersistence(request, version))
         _say_last(request)
         return False
@@ -201,8 +224,9 @@ class StrictChannel(HTTPChannel):
         Take bytes.
         """
         fresh, self._fresh = self._fresh, False
-        if self._address is None or self._ending:
+        if (self._address is None and not self.spare) or self._ending:
             return
+        self.crowd.idle_ones.pop(self, None)
         if fresh and data.startswith(_TLS_HANDSHAKE):
             self._refuse_protocol("{client} speaks TLS to a plain port, and is told to use HTTP", _TLS_HERE)
             return
@@ -219,7 +243,7 @@ class StrictChannel(HTTPChannel):
         self._networkProducer.unregisterProducer()
         self.transport = self._networkProducer = transport
         self._fresh = False
-        if self._address is not None:
+        if self._address is not None or self.spare:
             self._refuse_protocol("{client} speaks plain HTTP to a TLS port, and is told to use https", _PLAIN_HERE)
 
     @property
@@ -256,7 +280,10 @@ class StrictChannel(HTTPChannel):
         if not self.paused and not self._head.waiting:
             self._head.begin()
 
-    def _abort(self) -> None:
+    def abort(self) -> None:
+        """
+        Close at once, whatever was written.
+        """
         self.transport.abortConnection()
 
     def _slow_head(self) -> None:
@@ -295,6 +322,8 @@ class StrictChannel(HTTPChannel):
         Go on with the next request.
         """
         super().requestDone(request)
+        if self._address is not None and not (self.requests or self._buffer or self._ending):
+            self._note_idle()
         self._go_on()
 
     def loseConnection(self) -> None:

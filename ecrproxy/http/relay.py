@@ -133,6 +133,12 @@ class NoRoom:
 
     limit = 0
 
+    def fits(self, size: int) -> bool:  # noqa: ARG002
+        """
+        There is none.
+        """
+        return False
+
     async def reserve(self, size: int) -> bool:  # noqa: ARG002
         """
         There is none.

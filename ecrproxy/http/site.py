@@ -14,7 +14,7 @@ from twisted.web.server import Request, Site
 
 from ecrproxy.access.browsers import Pages
 from ecrproxy.access.clients import Admission
-from ecrproxy.access.limits import Crowd, Limits
+from ecrproxy.access.limits import FULL, Crowd, Limits
 from ecrproxy.daemon.ending import Connections
 from ecrproxy.http.access_log import AccessLine, AccessLog
 from ecrproxy.http.answering import Answering, Health, Missing
@@ -85,6 +85,11 @@ class Front(Answering):
         @raise RegistryError: if it may not ask, or there is no such path.
         """
         asked = request.target.path
+        channel: Any = request.channel
+        if channel.spare and asked not in HEALTH:
+            channel.crowd.refuse_connection(FULL)
+            said = "as many connections are open as may be; ask again"
+            raise RegistryError(503, "UNAVAILABLE", said, {"Retry-After": "5"}, Reason.BUSY)
         if asked not in HEALTH:
             self._refuse_pages(request)
             if self._admission is not None:

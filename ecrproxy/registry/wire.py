@@ -35,7 +35,10 @@ log = Logger()
 T = TypeVar("T")
 
 HEADER_SECONDS: Final = 25.0
-"""How long an upstream may take for its answer's headers, connecting included. containerd waits 30 s for ours."""
+"""
+Seconds for an upstream's headers, connecting included; for ECR, from the moment a question begins to queue, retries
+included. containerd waits 30 s for our headers.
+"""
 
 
 @implementer(IAgent)

@@ -45,6 +45,7 @@ from ecrproxy.settings.values import (
     parse_registries,
     parse_resolver,
     parse_seconds,
+    parse_share,
     parse_tries,
     parse_workers,
     region_of,
@@ -320,9 +321,9 @@ SETTINGS: Final[Sequence[Setting]] = (
     Setting(
         "connections-per-address",
         "PROXY_CONNECTIONS_PER_ADDRESS",
-        parse_count,
-        "1000",
-        "connections from one address; 0 for no limit",
+        parse_share,
+        "auto",
+        "connections from one address; 0 for no limit; auto for half of all there may be, at most 1000",
     ),
     Setting(
         "transfers",
@@ -388,16 +389,18 @@ class Config:
     header_bytes: int
     header_count: int
     connections: int
-    connections_per_address: int
+    connections_per_address: int | None
     transfers: int
 
-    @property
-    def limits(self) -> Limits:
+    def limits(self, room: int = 0) -> Limits:
         """
-        What clients may have of one process.
+        Return what clients may have of one process.
+
+        @param room: connections for which it has descriptors; 0 for no limit.
         """
-        limits = Limits(**{each.name: getattr(self, each.name) for each in fields(Limits)})
-        return limits.share(self.worker_processes)
+        given = {each.name: getattr(self, each.name) for each in fields(Limits)}
+        limits = Limits(**{name: value for name, value in given.items() if value is not None})
+        return limits.share(self.worker_processes, room, chosen=self.connections_per_address is not None)
 
     @classmethod
     def load(cls, flags: Mapping[str, str], environ: Mapping[str, str]) -> Config:

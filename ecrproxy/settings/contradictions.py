@@ -171,7 +171,7 @@ def _pointless(config: Config, sources: Mapping[str, str], cores: int) -> Iterat
         together = f"all blobs together may have PROXY_BUCKET_CONNECTIONS={config.bucket_connections}"
         yield Complaint(f"PROXY_BLOB_CONNECTIONS={config.blob_connections}, but {together}", "raise the second")
     for name in ("connections-per-address", "transfers"):
-        if name in sources and 0 < config.connections < getattr(config, name.replace("-", "_")):
+        if name in sources and 0 < config.connections < (getattr(config, name.replace("-", "_")) or 0):
             said = f"{sources[name]} is more than PROXY_CONNECTIONS, and so limits nothing"
             yield Complaint(said, "lower it, or set 0")
     if "upstream-tries" in sources and config.upstream_tries > 1 and not config.upstream_seconds:

@@ -328,6 +328,16 @@ def parse_count(text: str) -> int:
     return int(text)
 
 
+def parse_share(text: str) -> int | None:
+    """
+    Read how many of something one client may have, none for no limit; C{None} for a share of what there is.
+    """
+    try:
+        return None if text == "auto" else parse_count(text)
+    except ValueError:
+        raise ValueError("not a number; give 0 for no limit, or auto") from None
+
+
 def parse_log_format(text: str) -> str:
     """
     Read how lines of the log are written.
