@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from twisted.application.service import Service
 from twisted.internet.defer import CancelledError, Deferred
-from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
+
+from ecrproxy.periodic import Periodic
 
 if TYPE_CHECKING:
     from twisted.internet.interfaces import IDelayedCall, IReactorTime
@@ -247,19 +248,17 @@ class TokenService(Service):
         self.failed = 0
         self._refreshing = False
         self._waiting: list[Deferred[None]] = []
-        self._loop = LoopingCall(self._turn)
-        self._loop.clock = clock
+        self._loop = Periodic("Refreshing the token", self._turn, clock)
 
     def startService(self) -> None:  # noqa: D102
         super().startService()
         self._due = self._started = self._clock.seconds()
         # Once a second it looks whether a refresh is due: a plain rhythm that no refresh has to rearrange.
-        self._loop.start(1.0).addErrback(lambda failure: log.failure("The token's loop ended", failure))
+        self._loop.start(1.0)
 
     def stopService(self) -> None:  # noqa: D102
         super().stopService()
-        if self._loop.running:
-            self._loop.stop()
+        self._loop.stop()
 
     def problem(self) -> str | None:
         """
