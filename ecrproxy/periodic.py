@@ -56,8 +56,8 @@ class Periodic:
         return maybeDeferred(self._turn, *count).addCallbacks(lambda _: None, self._failed)
 
     def _failed(self, failure: Failure) -> None:
-        said = {"what": self._what, "problem": str(failure.value), "once": self._what}
-        if failure.check(OSError):  # a disk or a network: where that was says nothing
-            log.warn("{what} failed: {problem}; trying again", **said)
+        what, problem = self._what, str(failure.value)
+        if failure.check(OSError):  # a disk or a network: a traceback says nothing more
+            log.warn("{what} failed: {problem}; trying again", what=what, problem=problem, once=what)
         else:
-            log.failure("{what} failed: {problem}; trying again", failure, **said)
+            log.failure("{what} failed: {problem}; trying again", failure, what=what, problem=problem, once=what)

@@ -43,6 +43,7 @@ from ecrproxy.cache.janitor import Janitor
 from ecrproxy.cache.ledger import Notes
 from ecrproxy.cache.purges import Purges
 from ecrproxy.cache.store import Store
+from ecrproxy.cache.troubles import Kind
 from ecrproxy.cached import VERIFICATIONS, Cache
 from ecrproxy.cores import usable_cores
 from ecrproxy.daemon.accepting import Gate
@@ -81,7 +82,7 @@ from ecrproxy.settings.complaints import Complaint, say, write
 from ecrproxy.settings.config import ADMIN_LISTEN, Config, ConfigError
 from ecrproxy.settings.contradictions import Machine, load, look_at_settings, refusal
 from ecrproxy.settings.options import Options
-from ecrproxy.threads import Disk, InThread, Threads, call_unowned
+from ecrproxy.threads import Disk, InThread, Threads, call_unowned, in_time
 from ecrproxy.transfer.inflow import Lanes
 
 log = Logger()
@@ -95,6 +96,8 @@ HASHING: Final = VERIFICATIONS, 30.0
 
 A pull that meets a disk which hangs reads, and then writes: its client waits 30 s at the most."""
 DIGESTING: Final = 4
+START_SECONDS: Final = 8.0
+"""How long the start waits for the disk."""
 LAST_LINES_SECONDS: Final = 2.0
 """How long the end waits for the last lines of the log to be written."""
 
@@ -171,9 +174,15 @@ def _disk_size(directory: Path) -> int | None:
     """
     Return the size of the file system that a directory is on, or would be.
     """
-    for each in (directory, *directory.absolute().parents):
-        with contextlib.suppress(OSError):
-            return shutil.disk_usage(each).total
+
+    def look() -> int | None:
+        for each in (directory, *directory.absolute().parents):
+            with contextlib.suppress(OSError):
+                return shutil.disk_usage(each).total
+        return None
+
+    with contextlib.suppress(TimeoutError):
+        return in_time(look, START_SECONDS)
     return None
 
 
@@ -275,10 +284,10 @@ def build(
     @param supervisor: the service manager, if it wants to be told.
     """
     disk = _disk(service := Daemon(), reactor)
-    store = _prepared(Store(Path(config.cache_dir), time.time))
+    store = Store(Path(config.cache_dir), time.time)
     counting, judging, probing = Threads(1, reactor, yielding=False), Threads(1, reactor), Threads(1, reactor)
     janitor = Janitor(store, config.cache_limit, disk.writing, reactor, counting.call)
-    tokens = _tokens(config, reactor, partial(_ends, refused, warm=store.has_content()))
+    tokens = _tokens(config, reactor, partial(_ends, refused, warm=_begin(store)))
     figures, stall = Figures(__version__), LoopStall(reactor)
     upstream, asking = _upstream(config, tokens, figures, egress, reactor)
     cache = Cache(store, janitor, disk, time.time, RegistryId.of_url(config.ecr_endpoint))
@@ -583,15 +592,23 @@ def _ends(refused: Callable[[CredentialsError], None], problem: CredentialsError
     return not warm
 
 
-def _prepared(store: Store) -> Store:
+def _begin(store: Store) -> bool:
+    """
+    Prepare the cache directory; tell whether it has content, as far as is known.
+
+    A disk that is full, fails or hangs ends no daemon that runs, and keeps none from starting: L{Troubles} tells of it.
+
+    @raise ConfigError: if it can't be the cache directory.
+    """
     try:
-        store.prepare()
-        store.sweep()
+        return in_time(store.begin, START_SECONDS)
+    except TimeoutError as problem:
+        store.troubles.failed(Kind.WRITE, problem)
+        return True
     except OSError as problem:
         raise ConfigError(
             f"PROXY_CACHE_DIR={str(store.root)!r}: can't be written: {problem.strerror}; give a directory that can"
         ) from problem
-    return store
 
 
 def _admission(config: Config, reactor: Any, service: MultiService) -> Admission:  # noqa: ANN401

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 log = Logger()
 _NICE = 10
+_SILENT: Final = "the disk does not answer"
 _SUSPICIOUS_SECONDS: Final = 1.0
 _STOP_SECONDS: Final = 2.0
 T = TypeVar("T")
@@ -156,7 +157,7 @@ class Bounded:
 
 
 def _timed_out() -> Failure:
-    return Failure(TimeoutError(errno.ETIMEDOUT, "the disk does not answer"))
+    return Failure(TimeoutError(errno.ETIMEDOUT, _SILENT))
 
 
 async def undone_if_late(in_thread: InThread, blocking: Callable[[], T], undo: Callable[[T], object]) -> T:
@@ -240,6 +241,30 @@ class _Yielding(_Abandoned):
         with contextlib.suppress(OSError):  # some sandboxes forbid even this
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
         super().run()
+
+
+def in_time(blocking: Callable[[], T], seconds: float) -> T:
+    """
+    Call C{blocking()} before the reactor runs, in a thread that is left alone if it takes longer than C{seconds}.
+
+    @raise TimeoutError: if it does.
+    """
+    outcomes: list[T | Failure] = []
+
+    def call() -> None:
+        try:
+            outcomes.append(blocking())
+        except Exception:  # noqa: BLE001 (raised to who waits)
+            outcomes.append(Failure())
+
+    calling = threading.Thread(target=call, name="ecrproxy-start", daemon=True)
+    calling.start()
+    calling.join(seconds)
+    if not outcomes:
+        raise TimeoutError(errno.ETIMEDOUT, _SILENT)
+    if isinstance(outcome := outcomes[0], Failure):
+        outcome.raiseException()
+    return outcome
 
 
 def call_unowned(reactor: Any, blocking: Callable[[], T]) -> Deferred[T]:  # noqa: ANN401

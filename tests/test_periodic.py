@@ -5,7 +5,6 @@ What is done again and again goes on after a failure.
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,6 +25,7 @@ from ecrproxy.http.telling import Teller
 from ecrproxy.metrics import Figures, LoopStall
 from ecrproxy.periodic import Periodic
 from ecrproxy.registry.ecr import Token, TokenService
+from tests.daemon import at_once
 from tests.store_contract import START, scratch
 from tests.test_htpasswd import line
 
@@ -168,8 +168,7 @@ class PartsTests(SynchronousTestCase):
     def test_stalls_are_measured(self) -> None:
         clock, failing = Clock(), FailingOnce()
         stall = LoopStall(clock)
-        measure: Callable[[], None] = stall._turn  # noqa: SLF001 (it asks nobody who could fail)
-        stall._loop = Periodic("Measuring", lambda: (measure(), failing()), clock)  # noqa: SLF001
+        stall._loop = Periodic("Measuring", failing, clock)  # noqa: SLF001 (its own turn asks nobody who could fail)
         self.assert_goes_on(stall, failing, clock)
 
     def test_the_first_process_is_told(self) -> None:
@@ -194,24 +193,23 @@ class PurgesTests(SynchronousTestCase):
         """
         Somebody may have purged meanwhile: what is there then proves nothing.
         """
-        clock, told, forgotten = Clock(), list[Any](), list[bool]()
+        clock, hung, forgotten = Clock(), list[bool](), list[bool]()
         store = Store(scratch(self), lambda: START)
+        store.prepare()
 
-        def in_thread(_blocking: object, *_: object) -> Deferred[Any]:
-            return fail(TimeoutError("the disk does not answer")) if told == ["hung"] else succeed(told[0])
-
-        told[:] = [(1, 1)]
+        in_thread: Any = lambda *call: fail(TimeoutError("it does not answer")) if hung else at_once(*call)  # noqa: E731
         purges = Purges(store, lambda: forgotten.append(True), in_thread, clock)
         purges.startService()
-        self.assertEqual([], forgotten)
-        told[:] = ["hung"]
+        hung.append(True)
         clock.pump([LOOK_SECONDS] * 5)
         self.assertEqual([], forgotten)
-        told[:] = [(1, 1)]
+        hung.clear()
         clock.advance(LOOK_SECONDS)
         self.assertEqual([True], forgotten)
-        clock.advance(LOOK_SECONDS)  # once more, for what was being read
-        clock.advance(LOOK_SECONDS)
+        clock.pump([LOOK_SECONDS] * 3)  # once more, for what was being read
         self.assertEqual([True, True], forgotten)
+        store.note_purge()
+        clock.advance(LOOK_SECONDS)
+        self.assertEqual([True] * 3, forgotten)
         purges.stopService()
         self.flushLoggedErrors()
