@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, NoReturn, TypeVar
 
-from twisted.application.service import MultiService
+from twisted.application.service import MultiService, Service
 from twisted.internet.endpoints import UNIXServerEndpoint
 from twisted.internet.error import ReactorNotRunning
 from twisted.logger import ILogObserver, Logger, LogLevel
@@ -82,7 +82,7 @@ from ecrproxy.settings.complaints import Complaint, say, write
 from ecrproxy.settings.config import ADMIN_LISTEN, Config, ConfigError
 from ecrproxy.settings.contradictions import Machine, load, look_at_settings, refusal
 from ecrproxy.settings.options import Options
-from ecrproxy.threads import Disk, InThread, Threads, call_unowned, in_time
+from ecrproxy.threads import Disk, InThread, Pools, Threads, call_unowned, in_time
 from ecrproxy.transfer.inflow import Lanes
 
 log = Logger()
@@ -223,10 +223,23 @@ class Daemon(InOrder):
 
     @ivar complain: says it.
     @ivar writer: writes the log; none for twistd's own.
+    @ivar pools: the first part, for what responses stand on needs threads to its end.
     """
 
     complain: Callable[[str], None] = staticmethod(say)
     writer: LineWriter | None = None
+
+    def __init__(self, reactor: Any) -> None:  # noqa: ANN401
+        super().__init__()
+        self.pools = Pools(reactor)
+        self.pools.setServiceParent(self)
+
+    def add(self, *parts: Service) -> None:
+        """
+        Add parts; each stops once those after it have.
+        """
+        for part in parts:
+            part.setServiceParent(self)
 
     def setServiceParent(self, parent: Any) -> None:  # noqa: ANN401
         """
@@ -283,9 +296,10 @@ def build(
     @param arguments: the flags that workers are to be started with.
     @param supervisor: the service manager, if it wants to be told.
     """
-    disk = _disk(service := Daemon(), reactor)
+    service = Daemon(reactor)
+    disk, threads = _disk(service.pools), service.pools.threads
     store = Store(Path(config.cache_dir), time.time)
-    counting, judging, probing = Threads(1, reactor, yielding=False), Threads(1, reactor), Threads(1, reactor)
+    counting, judging, probing = threads(1, yielding=False), threads(1), threads(1)
     janitor = Janitor(store, config.cache_limit, disk.writing, reactor, counting.call)
     tokens = _tokens(config, reactor, partial(_ends, refused, warm=_begin(store)))
     figures, stall = Figures(__version__), LoopStall(reactor)
@@ -306,8 +320,7 @@ def build(
     site = counted(registry, ready, reactor, admission=admission, crowd=crowds.own, connections=connections)
     figures.watch(*of_cache(store, janitor), *of_token(tokens), *of_transfers(pull_through), *of_loop(stall))
     figures.watch(*of_clients(crowds))
-    for part in (*status.services, judging, supervised, counting, probing, janitor, tokens, stall):
-        part.setServiceParent(service)
+    service.add(*status.services, supervised, janitor, tokens, stall)
     workers, alone = None, config.worker_processes == 1
     listening = _listening(config, site, reactor, accepts=alone)
     if not alone:
@@ -322,23 +335,17 @@ def build(
     return service
 
 
-def _disk(service: MultiService, reactor: Any) -> Disk:  # noqa: ANN401
+def _disk(pools: Pools) -> Disk:
     """
-    Make the threads for the disk; C{service} runs them, and ends them last.
+    Make the threads for the disk.
     """
-
-    def threads(size: int) -> Threads:
-        made = Threads(size, reactor)
-        made.setServiceParent(service)
-        return made
-
     return Disk(
-        reading=threads(READING[0]).bounded(READING[1]),
-        writing=threads(WRITING[0]).bounded(WRITING[1]),
-        committing=threads(COMMITTING[0]).bounded(COMMITTING[1]),
-        hashing=threads(HASHING[0]).bounded(HASHING[1]),
-        digesting=threads(DIGESTING).call,
-        closing=threads(1).call,
+        reading=pools.threads(READING[0]).bounded(READING[1]),
+        writing=pools.threads(WRITING[0]).bounded(WRITING[1]),
+        committing=pools.threads(COMMITTING[0]).bounded(COMMITTING[1]),
+        hashing=pools.threads(HASHING[0]).bounded(HASHING[1]),
+        digesting=pools.threads(DIGESTING).call,
+        closing=pools.threads(1).call,
     )
 
 
@@ -446,14 +453,13 @@ def _face_clients(
     listening: Sequence[Listening],
     reread: Callable[[], None],
     at_once: Callable[[int], object],
-    service: MultiService,
+    service: Daemon,
     reactor: Any,  # noqa: ANN401
 ) -> None:
     """
     Let clients in, and signals. Whatever responses need comes before this, for the last are the first to stop.
     """
-    for part in (drain, *listening, Signals(reactor, partial(_stop, reactor), at_once, reread)):
-        part.setServiceParent(service)
+    service.add(drain, *listening, Signals(reactor, partial(_stop, reactor), at_once, reread))
 
 
 def _admin(
@@ -461,7 +467,7 @@ def _admin(
     make_site: Callable[[Api, Any, frozenset[str]], RegistrySite],
     cache: Cache,
     in_thread: InThread,
-    service: MultiService,
+    service: Daemon,
     reactor: Any,  # noqa: ANN401
 ) -> list[Listening]:
     """
@@ -475,9 +481,7 @@ def _admin(
     named = admin_endpoint(config, reactor)
     if named is None:
         return []
-    listing, hashing = Threads(1, reactor, yielding=False), Threads(1, reactor)
-    for part in (listing, hashing):
-        part.setServiceParent(service)
+    listing, hashing = service.pools.threads(1, yielding=False), service.pools.threads(1)
     api = Api(Inventory(cache.store), purges.look, listing.call, hashing.call, reactor)
     site = make_site(api, reactor, config.admin_hosts or frozenset())
     needed = str(config.admin_listen) != ADMIN_LISTEN
@@ -520,15 +524,15 @@ def build_worker(config: Config, post: Post, reactor: Any) -> Daemon:  # noqa: A
     """
     Wire a worker's parts.
     """
-    service = Daemon()
-    disk = _disk(service, reactor)
+    service = Daemon(reactor)
+    disk = _disk(service.pools)
     notes = Notes()
     store = Store(Path(config.cache_dir), time.time, notes)
     cache = Cache(store, NoRoom(), disk, time.time, RegistryId.of_url(config.ecr_endpoint))
     purges = Purges(store, cache.forget_all, disk.reading, reactor)
     first = Agent.usingEndpointFactory(reactor, FirstProcess(reactor, post.path), connection_pool(reactor))
     relay = Relay(first)
-    judging = Threads(1, reactor)
+    judging = service.pools.threads(1)
     shape = (_namespaces(config, judging, reactor), config.cache_key, disk.reading)
     admission = _admission(config, reactor, service)
     registry, ready = WorkerRegistry(cache, config.tag_ttl, relay, *shape), RelayedReady(relay)
@@ -539,8 +543,7 @@ def build_worker(config: Config, post: Post, reactor: Any) -> Daemon:  # noqa: A
     site = counted(registry, ready, reactor, admission=admission, crowd=crowd, connections=connections)
     incidents = Incidents(time.time)
     teller = Teller(first, told(notes, served, incidents, Word(crowd, os.getpid())), reactor)
-    for part in (incidents, judging, purges, teller):
-        part.setServiceParent(service)
+    service.add(incidents, purges, teller)
     listening = _listening(config, site, HandedDown(reactor, post.sockets))
     drain = Drain(connections, config.drain_seconds, reactor)
     # A service manager may tell all processes to end, and the first process each worker once more.
@@ -611,7 +614,7 @@ def _begin(store: Store) -> bool:
         ) from problem
 
 
-def _admission(config: Config, reactor: Any, service: MultiService) -> Admission:  # noqa: ANN401
+def _admission(config: Config, reactor: Any, service: Daemon) -> Admission:  # noqa: ANN401
     """
     Make what lets clients in; C{service} runs what of it runs by itself.
 
@@ -619,13 +622,12 @@ def _admission(config: Config, reactor: Any, service: MultiService) -> Admission
     """
     passwords = None
     if config.htpasswd is not None:
-        checking = Threads(AT_ONCE, reactor)
+        checking = service.pools.threads(AT_ONCE)
         try:
             passwords = Passwords(config.htpasswd, checking.call, reactor, secrets.token_bytes(32))
         except HtpasswdError as problem:
             raise ConfigError(f"PROXY_HTPASSWD={config.htpasswd!r}: {problem}") from problem
-        for part in (checking, passwords):
-            part.setServiceParent(service)
+        passwords.setServiceParent(service)
     return Admission(config.allow_from, certificates=config.client_ca is not None, passwords=passwords)
 
 
