@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
+from weakref import WeakValueDictionary
 
 from twisted.logger import Logger
 
@@ -112,6 +113,7 @@ class PullThrough:
         self._named: Memory[tuple[str, Digest], _Named] = Memory(_NAMED_BYTES)
         self._pages: Flights[Page] = Flights(abandons=True)
         self._last_pages: Memory[str, Page] = Memory(_PAGES_BYTES)
+        self._sent_pages: WeakValueDictionary[str, Page] = WeakValueDictionary()
 
     async def page(self, route: Route) -> tuple[CacheStatus, Reason, Page]:
         """
@@ -138,9 +140,10 @@ class PullThrough:
         except RegistryError:
             self._last_pages.drop(key)
             raise
-        last = self._last_pages.get(key)
-        if page == last:
-            return last  # one copy for all clients that are slow to take it
+        sent = self._sent_pages.get(key)
+        if page == sent:
+            page = sent  # one copy for all clients that are slow to take it
+        self._sent_pages[key] = page
         if len(page.body) <= _PAGE_BYTES:
             self._last_pages.put(key, page, len(page.body) + 2 * len(key) + 500)
         return page

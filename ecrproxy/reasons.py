@@ -47,6 +47,7 @@ class Reason(enum.StrEnum):
     ADDRESS = "address"
     CERTIFICATE = "certificate"
     PASSWORD = "password"  # noqa: S105
+    WEB_PAGE = "web-page"
     NAMESPACE = "namespace"
     NOT_FOUND = "not-found"
     ECR_DENIED = "ecr-denied"

@@ -10,6 +10,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -26,6 +27,7 @@ from twisted.names.client import Resolver
 from twisted.web.client import Agent
 
 from ecrproxy import __version__
+from ecrproxy.access.browsers import Pages
 from ecrproxy.access.clients import Admission
 from ecrproxy.access.crowds import Crowds, Word
 from ecrproxy.access.htpasswd import HtpasswdError
@@ -314,9 +316,9 @@ def build(
     )
     supervised = Supervised(supervisor, partial(_summary, readiness, store, janitor), reactor)
     shape = (_namespaces(config, judging, reactor), config.cache_key, disk.reading)
-    admission = _admission(config, reactor, service)
+    admission, pages = _admission(config, reactor, service), _pages(config)
     registry = Registry(pull_through, *shape)
-    counted = partial(make_site, access_log=_access_log(config, service, reactor), served=figures.served)
+    counted = partial(make_site, access_log=_access_log(config, service, reactor), served=figures.served, pages=pages)
     site = counted(registry, ready, reactor, admission=admission, crowd=crowds.own, connections=connections)
     figures.watch(*of_cache(store, janitor), *of_token(tokens), *of_transfers(pull_through), *of_loop(stall))
     figures.watch(*of_clients(crowds))
@@ -324,7 +326,7 @@ def build(
     workers, alone = None, config.worker_processes == 1
     listening = _listening(config, site, reactor, accepts=alone)
     if not alone:
-        inner = partial(make_site, InnerRegistry(pull_through, *shape), ready)
+        inner = partial(make_site, InnerRegistry(pull_through, *shape), ready, pages=pages)
         hearers = told(store.ledger, figures.served, status.incidents, crowds)
         workers = _share_work(config, inner, hearers, listening, arguments, service, reactor)
     make_admin = partial(make_admin_site, figures, ready, status)
@@ -483,7 +485,8 @@ def _admin(
         return []
     listing, hashing = service.pools.threads(1, yielding=False), service.pools.threads(1)
     api = Api(Inventory(cache.store), purges.look, listing.call, hashing.call, reactor)
-    site = make_site(api, reactor, config.admin_hosts or frozenset())
+    hosts = {socket.gethostname().lower(), *(config.admin_hosts or ())}
+    site = make_site(api, reactor, frozenset(hosts))
     needed = str(config.admin_listen) != ADMIN_LISTEN
     return [Listening(*named, site, needed=needed, gate=Gate(reactor))]
 
@@ -539,7 +542,7 @@ def build_worker(config: Config, post: Post, reactor: Any) -> Daemon:  # noqa: A
     served, connections = Served(), Connections()
     crowd = Crowd(config.limits)
     lines = _access_log(config, service, reactor)
-    counted = partial(make_site, access_log=lines, served=served)
+    counted = partial(make_site, access_log=lines, served=served, pages=_pages(config))
     site = counted(registry, ready, reactor, admission=admission, crowd=crowd, connections=connections)
     incidents = Incidents(time.time)
     teller = Teller(first, told(notes, served, incidents, Word(crowd, os.getpid())), reactor)
@@ -612,6 +615,10 @@ def _begin(store: Store) -> bool:
         raise ConfigError(
             f"PROXY_CACHE_DIR={str(store.root)!r}: can't be written: {problem.strerror}; give a directory that can"
         ) from problem
+
+
+def _pages(config: Config) -> Pages:
+    return Pages(config.allow_origin, proved=config.htpasswd is not None or config.client_ca is not None)
 
 
 def _admission(config: Config, reactor: Any, service: Daemon) -> Admission:  # noqa: ANN401

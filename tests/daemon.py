@@ -38,6 +38,7 @@ from twisted.web.iweb import IAgent, IAgentEndpointFactory, IBodyProducer, IResp
 from twisted.web.server import Site
 from zope.interface import alsoProvides, implementer
 
+from ecrproxy.access.browsers import Pages
 from ecrproxy.access.clients import Admission
 from ecrproxy.access.crowds import Crowds
 from ecrproxy.access.limits import Crowd, Limits
@@ -508,6 +509,7 @@ class Daemon:
         together: int = 128,
         limits: Limits | None = None,
         admin_hosts: frozenset[str] = frozenset(),
+        pages: Pages | None = None,
     ) -> None:
         self.standin, self.clock, self.limit, self.scheme = standin, clock, limit, "http"
         self.set_by = 0.0
@@ -550,6 +552,7 @@ class Daemon:
             crowd=self.crowd,
             served=self.figures.served,
             access_log=self.access_log,
+            pages=pages,
         )
         self.figures.watch(
             *of_cache(self.store, self.janitor), *of_token(self.tokens), *of_transfers(self.pull_through)

@@ -21,6 +21,7 @@ OURS = "ecrproxy."
 ARROWS: dict[str, set[str]] = {
     "access": {"addresses", "flights", "identity", "oci", "periodic", "reasons", "threads"},
     "admin": {
+        "access.browsers",
         "access.crowds",
         "access.limits",
         "addresses",
@@ -40,10 +41,11 @@ ARROWS: dict[str, set[str]] = {
         "readiness",
         "registry",
         "threads",
+        "transfer.sending",
     },
     "answers": {"cache", "oci", "reasons", "transfer.download", "transfer.passing"},
     "cache": {"identity", "oci", "periodic", "threads"},
-    "cached": {"answers", "cache", "identity", "oci", "ordering", "reasons", "threads"},
+    "cached": {"answers", "cache", "flights", "identity", "oci", "ordering", "reasons", "threads"},
     "daemon": {"access.limits", "addresses", "endpoint_string", "periodic", "readiness", "settings.config"},
     "healthcheck": {"endpoint_string"},
     "http": {
@@ -88,7 +90,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "logs": {"http.access_log", "request_id"},
     "oci": {"reasons"},
-    "registry": {"addresses", "metrics", "oci", "periodic", "reasons"},
+    "registry": {"access.turns", "addresses", "metrics", "oci", "periodic", "reasons"},
     "settings": {
         "access.limits",
         "addresses",

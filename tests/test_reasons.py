@@ -357,7 +357,7 @@ class AskerTests(ReasonTestCase):
 
     def test_the_asker(self) -> None:
         """
-        By address, certificate or password.
+        By address, certificate or password, or because a web page has asked.
         """
         path = Path(self.root.parent, f"{self.root.name}.htpasswd")
         path.write_bytes(line("ann", "client canary"))
@@ -369,6 +369,7 @@ class AskerTests(ReasonTestCase):
         ):
             self.start(admission=admission).shown = ""
             self.assertWhy(self.get(self.by_tag), None, word)
+        self.assertWhy(self.start().ask("GET", self.by_tag, Origin="http://evil.example"), None, "web-page")
 
 
 class WorkerTests(RelayTestCase):

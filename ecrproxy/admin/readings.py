@@ -121,7 +121,11 @@ def of_clients(crowds: Crowds) -> list[Reading]:
 
     return [
         Reading("client_connections", "Connections of clients", lambda: crowds.connected),
-        Reading("client_transfers", "Blobs on their way to clients", lambda: crowds.transferring),
+        Reading(
+            "client_transfers",
+            "Blobs and answers of more than 64 KiB on their way to clients",
+            lambda: crowds.transferring,
+        ),
         Reading("client_limits_total", "Connections and requests that met a limit, by which", met, "limit"),
     ]
 
