@@ -99,7 +99,8 @@ HASHING: Final = VERIFICATIONS, 30.0
 A pull that meets a disk which hangs reads, and then writes: its client waits 30 s at the most."""
 DIGESTING: Final = 4
 START_SECONDS: Final = 8.0
-"""How long the start waits for the disk."""
+SIZE_SECONDS: Final = 2.0
+"""How long the start waits for the disk, and for its size, which only warnings need."""
 LAST_LINES_SECONDS: Final = 2.0
 """How long the end waits for the last lines of the log to be written."""
 
@@ -184,7 +185,7 @@ def _disk_size(directory: Path) -> int | None:
         return None
 
     with contextlib.suppress(TimeoutError):
-        return in_time(look, START_SECONDS)
+        return in_time(look, SIZE_SECONDS)
     return None
 
 

@@ -421,7 +421,8 @@ class WrongSettingTests(TapCase):
             stores.append(store)
             return hung.wait()
 
-        self.patch(ecrproxy.tap, "START_SECONDS", 0.05)
+        for name in ("START_SECONDS", "SIZE_SECONDS"):
+            self.patch(ecrproxy.tap, name, 0.05)
         self.patch(Store, "begin", hang)
         self.patch(shutil, "disk_usage", lambda _: hung.wait())
         self.run_with()
