@@ -42,6 +42,7 @@ class Reason(enum.StrEnum):
     CIRCUIT_OPEN = "circuit-open"
     NO_TOKEN = "no-token"  # noqa: S105 (a word, no secret)
     WRONG_BYTES = "wrong-bytes"
+    NO_MANIFEST = "no-manifest"
 
     # Denied.
     ADDRESS = "address"

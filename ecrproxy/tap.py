@@ -37,7 +37,16 @@ from ecrproxy.access.passwords import AT_ONCE, Passwords
 from ecrproxy.admin.api import Api
 from ecrproxy.admin.incidents import Incidents
 from ecrproxy.admin.port import make_admin_site
-from ecrproxy.admin.readings import of_cache, of_certificates, of_clients, of_loop, of_token, of_transfers, of_upstream
+from ecrproxy.admin.readings import (
+    of_cache,
+    of_certificates,
+    of_clients,
+    of_disk,
+    of_loop,
+    of_token,
+    of_transfers,
+    of_upstream,
+)
 from ecrproxy.admin.status import Asking, Status
 from ecrproxy.cache.condition import Condition
 from ecrproxy.cache.inventory import Inventory
@@ -309,9 +318,9 @@ def build(
     upstream, asking = _upstream(config, tokens, figures, egress, reactor)
     cache = Cache(store, janitor, disk, time.time, RegistryId.of_url(config.ecr_endpoint))
     pull_through = _pull_through(config, upstream, cache, disk, reactor)
-    connections, crowds = Connections(), Crowds(Crowd(config.limits), reactor.seconds)
-    readiness = partial(_readiness, tokens, asking.circuit, Condition(store, probing.call, reactor), connections)
-    ready = Ready(readiness)
+    connections, condition = Connections(), Condition(store, probing.call, reactor)
+    readiness = partial(_readiness, tokens, asking.circuit, condition, connections)
+    crowds, ready = Crowds(Crowd(config.limits), reactor.seconds), Ready(readiness)
     status = Status(
         config.ecr_endpoint, figures, store, janitor, asking, pull_through, readiness, disk.reading, time.time, reactor
     )
@@ -322,7 +331,7 @@ def build(
     counted = partial(make_site, access_log=_access_log(config, service, reactor), served=figures.served, pages=pages)
     site = counted(registry, ready, reactor, admission=admission, crowd=crowds.own, connections=connections)
     figures.watch(*of_cache(store, janitor), *of_token(tokens), *of_transfers(pull_through), *of_loop(stall))
-    figures.watch(*of_clients(crowds))
+    figures.watch(*of_clients(crowds, _most_connections(config)), *of_disk(condition))
     service.add(*status.services, supervised, janitor, tokens, stall)
     workers, alone = None, config.worker_processes == 1
     listening = _listening(config, site, reactor, accepts=alone)
@@ -377,6 +386,14 @@ def _listening(config: Config, site: RegistrySite, reactor: Any, *, accepts: boo
         )
     gate = Gate(reactor, most)
     return [Listening(*named, site, accepts=accepts, gate=gate) for named in endpoints(config, reactor)]
+
+
+def _most_connections(config: Config) -> int | None:
+    """
+    Tell how many connections of clients all processes may have together, by the settings and by their descriptors.
+    """
+    most = min(most_clients(), config.limits.connections or sys.maxsize)
+    return None if most == sys.maxsize else most * config.worker_processes
 
 
 def _tokens(config: Config, reactor: Any, ends: Callable[[CredentialsError], bool]) -> TokenService:  # noqa: ANN401

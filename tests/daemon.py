@@ -45,7 +45,7 @@ from ecrproxy.access.limits import Crowd, Limits
 from ecrproxy.access.namespaces import Namespaces
 from ecrproxy.admin.api import Api
 from ecrproxy.admin.port import make_admin_site
-from ecrproxy.admin.readings import of_cache, of_clients, of_token, of_transfers, of_upstream
+from ecrproxy.admin.readings import of_cache, of_clients, of_disk, of_token, of_transfers, of_upstream
 from ecrproxy.admin.status import Asking, Status
 from ecrproxy.cache.cache_key import CacheKey
 from ecrproxy.cache.condition import Condition
@@ -558,7 +558,8 @@ class Daemon:
             *of_cache(self.store, self.janitor), *of_token(self.tokens), *of_transfers(self.pull_through)
         )
         self.crowds = Crowds(self.crowd, clock.seconds)
-        self.figures.watch(*of_clients(self.crowds), *of_upstream(wire, self.circuit, self.governor))
+        self.figures.watch(*of_clients(self.crowds, 100), *of_upstream(wire, self.circuit, self.governor))
+        self.figures.watch(*of_disk(self.condition))
         asking = Asking(tokens=self.tokens, wire=wire, circuit=self.circuit, governor=self.governor)
         self.status = Status(
             standin.registry,

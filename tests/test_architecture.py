@@ -25,6 +25,7 @@ ARROWS: dict[str, set[str]] = {
         "access.crowds",
         "access.limits",
         "addresses",
+        "cache.condition",
         "cache.entries",
         "cache.inventory",
         "cache.janitor",

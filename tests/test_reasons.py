@@ -23,6 +23,7 @@ from ecrproxy.registry.ecr import TokenUnavailableError
 from ecrproxy.registry.quotas import Quotas
 from tests.daemon import DaemonTestCase, Reply, at_once, noise
 from tests.registry import digest_of
+from tests.registry_content import OCI_MANIFEST
 from tests.test_htpasswd import line
 from tests.test_relay import RelayTestCase
 
@@ -290,6 +291,10 @@ class TroubleTests(ReasonTestCase):
         digest = self.standin.push_blob("team/app", b"right")
         self.standin.corrupt(digest, b"")
         self.assertWhy(self.get(f"/v2/team/app/blobs/{digest}"), None, "wrong-bytes")
+
+    def test_that_sends_no_manifest(self) -> None:
+        digest = self.standin.push_manifest("team/app", b"[]", OCI_MANIFEST)
+        self.assertWhy(self.get(f"/v2/team/app/manifests/{digest}"), None, "no-manifest")
 
 
 class DenialTests(ReasonTestCase):

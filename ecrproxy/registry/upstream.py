@@ -36,7 +36,15 @@ from ecrproxy.oci import (
 )
 from ecrproxy.reasons import Reason
 from ecrproxy.registry.bodies import discard
-from ecrproxy.registry.bucket import REDIRECT_STATUSES, Blob, UnavailableError, header, is_page, told_length
+from ecrproxy.registry.bucket import (
+    REDIRECT_STATUSES,
+    Blob,
+    RefusedAnswerError,
+    UnavailableError,
+    header,
+    is_page,
+    told_length,
+)
 from ecrproxy.registry.endpoint import Endpoint, Question, Reply
 from ecrproxy.registry.links import next_target
 from ecrproxy.registry.wire import Wire
@@ -66,21 +74,26 @@ class Head:
     What ECR says of a manifest without giving it.
 
     @ivar digest: none if it didn't say.
+    @ivar named: the digest that ECR named, as it came; empty if it named none.
     """
 
     media_type: str
     digest: Digest | None
     size: int
+    named: str
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
     """
     A manifest as ECR gave it.
+
+    @ivar named: the digest that ECR named, as it came; empty if it named none.
     """
 
     content_type: str
     body: bytes
+    named: str
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
@@ -118,15 +131,18 @@ class Upstream:
         @raise RegistryError: if none, or ECR can't say.
         """
         reply = _whole(await self._endpoint.ask(Question("HEAD", route, accept, limit=MANIFEST_LIMIT)))
-        response = reply.response
+        response, named = reply.response, header(reply.response, "Docker-Content-Digest") or ""
         if response.request.method == b"HEAD":  # or ECR refused that, and answered a GET
             media_type, size = header(response, "Content-Type") or "", told_length(response)
-            named = header(response, "Docker-Content-Digest")
             digest = _told(named) if named else None
             if size and size <= MANIFEST_LIMIT and media_type.partition(";")[0].strip().lower() in MANIFEST_TYPES:
-                return Head(media_type, digest, size)
-            reply = _whole(await self._endpoint.ask(Question("GET", route, accept, limit=MANIFEST_LIMIT)))
-        return Head(header(reply.response, "Content-Type") or "", Digest.of(reply.body), len(reply.body))
+                return Head(media_type, digest, size, named)
+            try:
+                reply = _whole(await self._endpoint.ask(Question("GET", route, accept, limit=MANIFEST_LIMIT)))
+            except RefusedAnswerError as problem:
+                problem.named = named
+                raise
+        return Head(header(reply.response, "Content-Type") or "", Digest.of(reply.body), len(reply.body), named)
 
     async def manifest(self, route: Route, accept: str) -> Manifest:
         """
@@ -135,12 +151,14 @@ class Upstream:
         @raise RegistryError: if there is none, or ECR can't give it.
         """
         reply = _whole(await self._endpoint.ask(Question("GET", route, accept, limit=MANIFEST_LIMIT)))
-        named = header(reply.response, "Docker-Content-Digest")
+        named = header(reply.response, "Docker-Content-Digest") or ""
         digest = _told(named) if named else None
         if digest is not None and Digest.of(reply.body, digest.algorithm) != digest:
             said = f"ECR calls something else {named}"
-            raise UnavailableError(502, "UNAVAILABLE", said, reason=Reason.WRONG_BYTES)
-        return Manifest(header(reply.response, "Content-Type") or "", reply.body)
+            problem = RefusedAnswerError(502, "UNAVAILABLE", said, reason=Reason.WRONG_BYTES)
+            problem.named = named
+            raise problem
+        return Manifest(header(reply.response, "Content-Type") or "", reply.body, named)
 
     async def blob_size(self, route: Route) -> int:
         """
@@ -281,7 +299,7 @@ def _whole(reply: Reply) -> Reply:
     Refuse what is no answer to a question for the whole: a part, a redirect, or nothing.
     """
     if reply.response.code != 200:  # noqa: PLR2004
-        raise UnavailableError(502, "UNAVAILABLE", f"ECR answers {reply.response.code} where the whole was asked for")
+        raise RefusedAnswerError(502, "UNAVAILABLE", f"ECR answers {reply.response.code} where the whole was asked for")
     return reply
 
 
