@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, NoReturn, TypeVar
 
-from twisted.application.service import MultiService
+from twisted.application.service import MultiService, Service
 from twisted.internet.endpoints import UNIXServerEndpoint
 from twisted.internet.error import ReactorNotRunning
 from twisted.logger import ILogObserver, Logger, LogLevel
@@ -54,6 +54,7 @@ from ecrproxy.cache.janitor import Janitor
 from ecrproxy.cache.ledger import Notes
 from ecrproxy.cache.purges import Purges
 from ecrproxy.cache.store import Store
+from ecrproxy.cache.troubles import Kind
 from ecrproxy.cached import VERIFICATIONS, Cache
 from ecrproxy.cores import usable_cores
 from ecrproxy.daemon.accepting import Gate
@@ -92,7 +93,7 @@ from ecrproxy.settings.complaints import Complaint, say, write
 from ecrproxy.settings.config import ADMIN_LISTEN, Config, ConfigError
 from ecrproxy.settings.contradictions import Machine, load, look_at_settings, refusal
 from ecrproxy.settings.options import Options
-from ecrproxy.threads import Disk, InThread, Threads, call_unowned
+from ecrproxy.threads import Disk, InThread, Pools, Threads, call_unowned, in_time
 from ecrproxy.transfer.inflow import Lanes
 
 log = Logger()
@@ -106,6 +107,9 @@ HASHING: Final = VERIFICATIONS, 30.0
 
 A pull that meets a disk which hangs reads, and then writes: its client waits 30 s at the most."""
 DIGESTING: Final = 4
+START_SECONDS: Final = 8.0
+SIZE_SECONDS: Final = 2.0
+"""How long the start waits for the disk, and for its size, which only warnings need."""
 LAST_LINES_SECONDS: Final = 2.0
 """How long the end waits for the last lines of the log to be written."""
 
@@ -182,9 +186,15 @@ def _disk_size(directory: Path) -> int | None:
     """
     Return the size of the file system that a directory is on, or would be.
     """
-    for each in (directory, *directory.absolute().parents):
-        with contextlib.suppress(OSError):
-            return shutil.disk_usage(each).total
+
+    def look() -> int | None:
+        for each in (directory, *directory.absolute().parents):
+            with contextlib.suppress(OSError):
+                return shutil.disk_usage(each).total
+        return None
+
+    with contextlib.suppress(TimeoutError):
+        return in_time(look, SIZE_SECONDS)
     return None
 
 
@@ -225,10 +235,23 @@ class Daemon(InOrder):
 
     @ivar complain: says it.
     @ivar writer: writes the log; none for twistd's own.
+    @ivar pools: the first part, for what responses stand on needs threads to its end.
     """
 
     complain: Callable[[str], None] = staticmethod(say)
     writer: LineWriter | None = None
+
+    def __init__(self, reactor: Any) -> None:  # noqa: ANN401
+        super().__init__()
+        self.pools = Pools(reactor)
+        self.pools.setServiceParent(self)
+
+    def add(self, *parts: Service) -> None:
+        """
+        Add parts; each stops once those after it have.
+        """
+        for part in parts:
+            part.setServiceParent(self)
 
     def setServiceParent(self, parent: Any) -> None:  # noqa: ANN401
         """
@@ -285,11 +308,12 @@ def build(
     @param arguments: the flags that workers are to be started with.
     @param supervisor: the service manager, if it wants to be told.
     """
-    disk = _disk(service := Daemon(), reactor)
-    store = _prepared(Store(Path(config.cache_dir), time.time))
-    counting, judging, probing = Threads(1, reactor, yielding=False), Threads(1, reactor), Threads(1, reactor)
+    service = Daemon(reactor)
+    disk, threads = _disk(service.pools), service.pools.threads
+    store = Store(Path(config.cache_dir), time.time)
+    counting, judging, probing = threads(1, yielding=False), threads(1), threads(1)
     janitor = Janitor(store, config.cache_limit, disk.writing, reactor, counting.call)
-    tokens = _tokens(config, reactor, partial(_ends, refused, warm=store.has_content()))
+    tokens = _tokens(config, reactor, partial(_ends, refused, warm=_begin(store)))
     figures, stall = Figures(__version__), LoopStall(reactor)
     upstream, asking = _upstream(config, tokens, figures, egress, reactor)
     cache = Cache(store, janitor, disk, time.time, RegistryId.of_url(config.ecr_endpoint))
@@ -308,8 +332,7 @@ def build(
     site = counted(registry, ready, reactor, admission=admission, crowd=crowds.own, connections=connections)
     figures.watch(*of_cache(store, janitor), *of_token(tokens), *of_transfers(pull_through), *of_loop(stall))
     figures.watch(*of_clients(crowds, _most_connections(config)), *of_disk(condition))
-    for part in (*status.services, judging, supervised, counting, probing, janitor, tokens, stall):
-        part.setServiceParent(service)
+    service.add(*status.services, supervised, janitor, tokens, stall)
     workers, alone = None, config.worker_processes == 1
     listening = _listening(config, site, reactor, accepts=alone)
     if not alone:
@@ -324,23 +347,17 @@ def build(
     return service
 
 
-def _disk(service: MultiService, reactor: Any) -> Disk:  # noqa: ANN401
+def _disk(pools: Pools) -> Disk:
     """
-    Make the threads for the disk; C{service} runs them, and ends them last.
+    Make the threads for the disk.
     """
-
-    def threads(size: int) -> Threads:
-        made = Threads(size, reactor)
-        made.setServiceParent(service)
-        return made
-
     return Disk(
-        reading=threads(READING[0]).bounded(READING[1]),
-        writing=threads(WRITING[0]).bounded(WRITING[1]),
-        committing=threads(COMMITTING[0]).bounded(COMMITTING[1]),
-        hashing=threads(HASHING[0]).bounded(HASHING[1]),
-        digesting=threads(DIGESTING).call,
-        closing=threads(1).call,
+        reading=pools.threads(READING[0]).bounded(READING[1]),
+        writing=pools.threads(WRITING[0]).bounded(WRITING[1]),
+        committing=pools.threads(COMMITTING[0]).bounded(COMMITTING[1]),
+        hashing=pools.threads(HASHING[0]).bounded(HASHING[1]),
+        digesting=pools.threads(DIGESTING).call,
+        closing=pools.threads(1).call,
     )
 
 
@@ -457,14 +474,13 @@ def _face_clients(
     listening: Sequence[Listening],
     reread: Callable[[], None],
     at_once: Callable[[int], object],
-    service: MultiService,
+    service: Daemon,
     reactor: Any,  # noqa: ANN401
 ) -> None:
     """
     Let clients in, and signals. Whatever responses need comes before this, for the last are the first to stop.
     """
-    for part in (drain, *listening, Signals(reactor, partial(_stop, reactor), at_once, reread)):
-        part.setServiceParent(service)
+    service.add(drain, *listening, Signals(reactor, partial(_stop, reactor), at_once, reread))
 
 
 def _admin(
@@ -472,7 +488,7 @@ def _admin(
     make_site: Callable[[Api, Any, frozenset[str]], RegistrySite],
     cache: Cache,
     in_thread: InThread,
-    service: MultiService,
+    service: Daemon,
     reactor: Any,  # noqa: ANN401
 ) -> list[Listening]:
     """
@@ -486,9 +502,7 @@ def _admin(
     named = admin_endpoint(config, reactor)
     if named is None:
         return []
-    listing, hashing = Threads(1, reactor, yielding=False), Threads(1, reactor)
-    for part in (listing, hashing):
-        part.setServiceParent(service)
+    listing, hashing = service.pools.threads(1, yielding=False), service.pools.threads(1)
     api = Api(Inventory(cache.store), purges.look, listing.call, hashing.call, reactor)
     hosts = {socket.gethostname().lower(), *(config.admin_hosts or ())}
     site = make_site(api, reactor, frozenset(hosts))
@@ -532,15 +546,15 @@ def build_worker(config: Config, post: Post, reactor: Any) -> Daemon:  # noqa: A
     """
     Wire a worker's parts.
     """
-    service = Daemon()
-    disk = _disk(service, reactor)
+    service = Daemon(reactor)
+    disk = _disk(service.pools)
     notes = Notes()
     store = Store(Path(config.cache_dir), time.time, notes)
     cache = Cache(store, NoRoom(), disk, time.time, RegistryId.of_url(config.ecr_endpoint))
     purges = Purges(store, cache.forget_all, disk.reading, reactor)
     first = Agent.usingEndpointFactory(reactor, FirstProcess(reactor, post.path), connection_pool(reactor))
     relay = Relay(first)
-    judging = Threads(1, reactor)
+    judging = service.pools.threads(1)
     shape = (_namespaces(config, judging, reactor), config.cache_key, disk.reading)
     admission = _admission(config, reactor, service)
     registry, ready = WorkerRegistry(cache, config.tag_ttl, relay, *shape), RelayedReady(relay)
@@ -551,8 +565,7 @@ def build_worker(config: Config, post: Post, reactor: Any) -> Daemon:  # noqa: A
     site = counted(registry, ready, reactor, admission=admission, crowd=crowd, connections=connections)
     incidents = Incidents(time.time)
     teller = Teller(first, told(notes, served, incidents, Word(crowd, os.getpid())), reactor)
-    for part in (incidents, judging, purges, teller):
-        part.setServiceParent(service)
+    service.add(incidents, purges, teller)
     listening = _listening(config, site, HandedDown(reactor, post.sockets))
     drain = Drain(connections, config.drain_seconds, reactor)
     # A service manager may tell all processes to end, and the first process each worker once more.
@@ -604,22 +617,30 @@ def _ends(refused: Callable[[CredentialsError], None], problem: CredentialsError
     return not warm
 
 
-def _prepared(store: Store) -> Store:
+def _begin(store: Store) -> bool:
+    """
+    Prepare the cache directory; tell whether it has content, as far as is known.
+
+    A disk that is full, fails or hangs ends no daemon that runs, and keeps none from starting: L{Troubles} tells of it.
+
+    @raise ConfigError: if it can't be the cache directory.
+    """
     try:
-        store.prepare()
-        store.sweep()
+        return in_time(store.begin, START_SECONDS)
+    except TimeoutError as problem:
+        store.troubles.failed(Kind.WRITE, problem)
+        return True
     except OSError as problem:
         raise ConfigError(
             f"PROXY_CACHE_DIR={str(store.root)!r}: can't be written: {problem.strerror}; give a directory that can"
         ) from problem
-    return store
 
 
 def _pages(config: Config) -> Pages:
     return Pages(config.allow_origin, proved=config.htpasswd is not None or config.client_ca is not None)
 
 
-def _admission(config: Config, reactor: Any, service: MultiService) -> Admission:  # noqa: ANN401
+def _admission(config: Config, reactor: Any, service: Daemon) -> Admission:  # noqa: ANN401
     """
     Make what lets clients in; C{service} runs what of it runs by itself.
 
@@ -627,13 +648,12 @@ def _admission(config: Config, reactor: Any, service: MultiService) -> Admission
     """
     passwords = None
     if config.htpasswd is not None:
-        checking = Threads(AT_ONCE, reactor)
+        checking = service.pools.threads(AT_ONCE)
         try:
             passwords = Passwords(config.htpasswd, checking.call, reactor, secrets.token_bytes(32))
         except HtpasswdError as problem:
             raise ConfigError(f"PROXY_HTPASSWD={config.htpasswd!r}: {problem}") from problem
-        for part in (checking, passwords):
-            part.setServiceParent(service)
+        passwords.setServiceParent(service)
     return Admission(config.allow_from, certificates=config.client_ca is not None, passwords=passwords)
 
 

@@ -19,7 +19,7 @@ OURS = "ecrproxy."
 # room, which is a package or a module by itself: what of ours it may import, rooms or single modules of them.
 # What is not here may import nothing of ours but what is in the same room. tap and command may import all.
 ARROWS: dict[str, set[str]] = {
-    "access": {"addresses", "flights", "identity", "oci", "reasons", "threads"},
+    "access": {"addresses", "flights", "identity", "oci", "periodic", "reasons", "threads"},
     "admin": {
         "access.browsers",
         "access.crowds",
@@ -36,6 +36,7 @@ ARROWS: dict[str, set[str]] = {
         "logs.repeats",
         "metrics",
         "oci",
+        "periodic",
         "proxy",
         "ranking",
         "readiness",
@@ -44,9 +45,9 @@ ARROWS: dict[str, set[str]] = {
         "transfer.sending",
     },
     "answers": {"cache", "oci", "reasons", "transfer.download", "transfer.passing"},
-    "cache": {"identity", "oci", "threads"},
+    "cache": {"identity", "oci", "periodic", "threads"},
     "cached": {"answers", "cache", "flights", "identity", "oci", "ordering", "reasons", "threads"},
-    "daemon": {"access.limits", "addresses", "endpoint_string", "readiness", "settings.config"},
+    "daemon": {"access.limits", "addresses", "endpoint_string", "periodic", "readiness", "settings.config"},
     "healthcheck": {"endpoint_string"},
     "http": {
         "access",
@@ -60,6 +61,7 @@ ARROWS: dict[str, set[str]] = {
         "daemon.ending",
         "metrics",
         "oci",
+        "periodic",
         "proxy",
         "ranking",
         "readiness",
@@ -71,7 +73,7 @@ ARROWS: dict[str, set[str]] = {
         "threads",
         "transfer",
     },
-    "metrics": {"ranking"},
+    "metrics": {"periodic", "ranking"},
     "proxy": {
         "answers",
         "byte_ranges",
@@ -89,7 +91,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "logs": {"http.access_log", "request_id"},
     "oci": {"reasons"},
-    "registry": {"access.turns", "addresses", "metrics", "oci", "reasons"},
+    "registry": {"access.turns", "addresses", "metrics", "oci", "periodic", "reasons"},
     "settings": {
         "access.limits",
         "addresses",
@@ -126,6 +128,7 @@ RESERVED = {
     "prometheus_client": {"metrics"},
     "twisted.web.resource": {"admin.port", "http.answering", "http.site", "http.relay", "http.telling"},
     "twisted.internet.reactor": {"tap"},
+    "twisted.internet.task.LoopingCall": {"periodic"},  # by itself it ends with the first call that fails
 }
 LONGEST = 45
 

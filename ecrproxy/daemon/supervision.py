@@ -20,9 +20,9 @@ from typing import Any, Final
 
 from twisted.application.service import Service
 from twisted.internet.defer import Deferred
-from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 
+from ecrproxy.periodic import Periodic
 from ecrproxy.readiness import Readiness
 
 log = Logger()
@@ -91,8 +91,7 @@ class Supervised(Service):
         self._supervisor, self._describe, self._reactor = supervisor, describe, reactor
         self._state, self._status = ["READY=1"], "Accepts connections"
         self._looking = False
-        self._beats = LoopingCall(self._beat)
-        self._beats.clock = reactor
+        self._beats = Periodic("Telling the service manager", self._beat, reactor)
 
     def startService(self) -> None:  # noqa: D102
         super().startService()
@@ -102,8 +101,7 @@ class Supervised(Service):
 
     def stopService(self) -> None:  # noqa: D102
         super().stopService()
-        if self._beats.running:
-            self._beats.stop()
+        self._beats.stop()
 
     def rereading(self, reread: Callable[[], object]) -> None:
         """
@@ -119,8 +117,7 @@ class Supervised(Service):
 
     def _begin(self, supervisor: Supervisor) -> None:
         if self.running:
-            beats = self._beats.start(supervisor.beat)
-            beats.addErrback(lambda failure: log.failure("Telling the service manager", failure))
+            self._beats.start(supervisor.beat)
 
     def _ending(self) -> None:
         self._enter("STOPPING=1")

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from twisted.application.service import Service
-from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 from twisted.web.http import OK
 from twisted.web.http_headers import Headers
@@ -23,6 +22,7 @@ from ecrproxy.http.answering import Answering, send_small
 from ecrproxy.http.relay import FIRST, is_encodable
 from ecrproxy.metrics import BUCKETS
 from ecrproxy.oci import RegistryError
+from ecrproxy.periodic import Periodic
 
 if TYPE_CHECKING:
     from twisted.internet.interfaces import IReactorTime
@@ -192,17 +192,15 @@ class Teller(Service):
 
     def __init__(self, agent: Agent, noters: Mapping[str, Noter], clock: IReactorTime) -> None:
         self._agent, self._noters = agent, noters
-        self._loop = LoopingCall(self._tell)
-        self._loop.clock = clock
+        self._loop = Periodic("Telling the first process", self._tell, clock)
 
     def startService(self) -> None:  # noqa: D102
         super().startService()
-        self._loop.start(TELL_SECONDS, now=False).addErrback(lambda problem: log.failure("Telling", problem))
+        self._loop.start(TELL_SECONDS, now=False)
 
     def stopService(self) -> None:  # noqa: D102
         super().stopService()
-        if self._loop.running:
-            self._loop.stop()
+        self._loop.stop()
 
     def _tell(self) -> None:
         for name, noter in self._noters.items():
