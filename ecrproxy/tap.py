@@ -43,6 +43,7 @@ from ecrproxy.cache.janitor import Janitor
 from ecrproxy.cache.ledger import Notes
 from ecrproxy.cache.purges import Purges
 from ecrproxy.cache.store import Store
+from ecrproxy.cache.sweeper import Sweeper
 from ecrproxy.cached import VERIFICATIONS, Cache
 from ecrproxy.daemon.accepting import Gate
 from ecrproxy.daemon.ending import Connections, Drain, InOrder, Signals
@@ -269,7 +270,7 @@ def build(
     @param supervisor: the service manager, if it wants to be told.
     """
     disk = _disk(service := Daemon(), reactor)
-    store = _prepared(Store(Path(config.cache_dir), time.time))
+    store = _prepared(config, disk, service, reactor)
     counting, judging, probing = Threads(1, reactor, yielding=False), Threads(1, reactor), Threads(1, reactor)
     janitor = Janitor(store, config.cache_limit, disk.writing, reactor, counting.call)
     tokens = _tokens(config, reactor, partial(_ends, refused, warm=store.has_content()))
@@ -575,14 +576,30 @@ def _ends(refused: Callable[[CredentialsError], None], problem: CredentialsError
     return not warm
 
 
-def _prepared(store: Store) -> Store:
+def _prepared(config: Config, disk: Disk, service: MultiService, reactor: Any) -> Store:  # noqa: ANN401
+    """
+    Make the cache directory ready; C{service} keeps it swept.
+
+    @raise ConfigError: if it can't be written, or not be shared by as many processes as there are to be.
+    """
+    store = Store(Path(config.cache_dir), time.time)
     try:
         store.prepare()
         store.sweep()
+        has_locks = store.has_locks()
     except OSError as problem:
         raise ConfigError(
             f"PROXY_CACHE_DIR={str(store.root)!r}: can't be written: {problem.strerror}; give a directory that can"
         ) from problem
+    if not has_locks:
+        no_locks = (
+            f"PROXY_CACHE_DIR={str(store.root)!r}: the file system has no working flock(2), so only one process may"
+            " use the directory; use a local file system, or PROXY_WORKER_PROCESSES=1 and no second daemon"
+        )
+        if config.worker_processes > 1:
+            raise ConfigError(no_locks)
+        log.warn("{problem}", problem=no_locks)
+    Sweeper(store, disk.closing, reactor).setServiceParent(service)
     return store
 
 

@@ -272,8 +272,9 @@ class JanitorTests(SmallCache):
             real(path, *args, **kwargs)
 
         self.patch(Path, "unlink", unlink)
-        self.assertTrue(self.reserve(80))
+        self.assertTrue(self.reserve(50))
         self.assertEqual([True, False], self.has(one, two))
+        self.assertFalse(self.reserve(1), "what can't be removed takes its room")
 
     def test_files_that_cannot_be_removed_go_on_being_counted(self) -> None:
         """

@@ -623,12 +623,12 @@ class CredentialsTests(TapCase):
         aws.grants()
         self.start()
         self.assertIn(b"200 OK", answer(self.reactor, b"/readyz"))
-        ingest = self.folder / "cache" / "ingest"
-        ingest.rmdir()
+        arriving = self.folder / "cache" / "arriving"
+        arriving.rmdir()
         self.reactor.advance(FRESH_SECONDS)
         self.assertIn(b"200 OK", answer(self.reactor, b"/readyz"))  # it is made anew
-        ingest.rmdir()
-        ingest.touch()
+        arriving.rmdir()
+        arriving.touch()
         self.reactor.advance(FRESH_SECONDS)
         not_ready = answer(self.reactor, b"/readyz")
         self.assertIn(b"503 Service", not_ready)
