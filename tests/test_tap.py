@@ -5,6 +5,7 @@ The daemon is put together from its settings, or ends with one line that says wh
 from __future__ import annotations
 
 import atexit
+import fcntl
 import gc
 import io
 import json
@@ -35,7 +36,7 @@ from twisted.python.failure import Failure
 from twisted.python.threadpool import ThreadPool
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy import __version__
+from ecrproxy import __version__, tap
 from ecrproxy.cache.condition import FRESH_SECONDS
 from ecrproxy.daemon.process import count_steadily, open_many_files, set_aside_what_stays
 from ecrproxy.daemon.renewal import LOOK_SECONDS, Renewal
@@ -388,6 +389,19 @@ class WrongSettingTests(TapCase):
         blocked.write_text("no directory")
         for path in (str(blocked), str(blocked / "cache")):
             self.assert_dies(f"PROXY_CACHE_DIR={path!r}: can't be written: ", PROXY_CACHE_DIR=path)
+
+    def test_a_cache_directory_without_locks_is_for_one_process(self) -> None:
+        """
+        Several would write the same file. One is told so, and goes on.
+        """
+        logged = list[str]()
+        self.patch(fcntl, "flock", lambda *_: None)
+        self.patch(tap.log, "warn", lambda text, **values: logged.append(text.format(**values)))
+        told = f"PROXY_CACHE_DIR={self.environ['PROXY_CACHE_DIR']!r}: the file system has no working flock(2)"
+        self.assert_dies(told, PROXY_WORKER_PROCESSES="2")
+        self.assertEqual([], logged)
+        self.run_with(PROXY_WORKER_PROCESSES="1")
+        self.assertEqual([told], [line[: len(told)] for line in logged if "flock" in line])
 
     def test_files_of_tls_that_cannot_be_used_are_told(self) -> None:
         """
