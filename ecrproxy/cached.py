@@ -427,9 +427,9 @@ class Cache:
         """
         return self.store.arriving.left(claim)
 
-    def unclaim(self, claim: Claim) -> None:
+    def unclaim(self, claim: Claim | PeerTransfer) -> None:
         """
-        Let go of a claim that no transfer was begun with, in its own time.
+        Let go of a claim that no transfer was begun with, or of another process's transfer, in its own time.
         """
         self._disk.closing(self._unclaim, claim).addErrback(lambda problem: log.failure("Letting go", problem))
 
@@ -525,7 +525,7 @@ class Cache:
         """
         claim = await self.claim(descriptor.digest)
         if isinstance(claim, PeerTransfer):
-            claim.close()
+            self.unclaim(claim)
         if not isinstance(claim, Claim):
             return claim is not Reason.DISK
         writer = await self.writer(claim, descriptor.digest, descriptor.size)

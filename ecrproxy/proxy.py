@@ -324,12 +324,12 @@ class PullThrough:
         """
         try:
             if ahead:
-                peer.close()
+                self._cache.unclaim(peer)
                 return None
             if expected is None:
                 expected = await self._sizes.join(route, lambda: self._upstream.blob_size(route))
         except BaseException:
-            peer.close()
+            self._cache.unclaim(peer)
             raise
         download = Download(
             digest,
@@ -340,8 +340,9 @@ class PullThrough:
             call_later=self._call_later,
         )
         if peer.size != expected or not _serves(download, parts):
-            peer.close()
+            self._cache.unclaim(peer)
             return await self._transfer(Reason.PASSED, route, digest, expected, parts)
+        download.attendance = self._unattended.settle
         self._arriving[digest] = download
         log.info("Another process brings {digest}: following it", digest=digest)
         on_its_own(self._follow(download, peer, route))
@@ -393,7 +394,6 @@ class PullThrough:
         _check_size(blob, download.size)
         lanes = self._lanes.take(writer.missing if blob.ranged else 0)
         download.split_off = partial(self._run_apart, blob)
-        download.attendance = self._unattended.settle
         try:
             await download.fetch(blob, lanes)
         finally:

@@ -125,7 +125,7 @@ class ClaimTests(ArrivingTests):
         put(self.store, DATA)
         with (self.store.root / self.store.content_path(DIGEST)).open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.assertRaises(BlockingIOError, self.store.claim, DIGEST)
+            self.assertEqual(Met.BUSY, self.store.claim(DIGEST))
         self.assertEqual(Met.CONTENT, self.store.claim(DIGEST))
 
     def test_who_asks_whether_it_is_held_is_not_taken_for_its_holder_by_others_who_ask(self) -> None:
@@ -300,7 +300,41 @@ class PeerTests(ArrivingTests):
         other.close()
         self.arriving.begin(self.claimed(), DIGEST, SIZE)
         self.assertEqual(Step.GO_ALONE, self.step(peer))
+        self.assertRaises(OSError, self.arriving.take_over, peer, DIGEST)
+
+    def test_can_be_taken_over_from_who_has_only_claimed_it(self) -> None:
+        """
+        That process was killed before it went on.
+        """
+        writer = self.begin()
+        peer = self.peer()
+        writer.write(0, [DATA[:1000]])
+        writer.close()
+        self.claimed().release()
+        self.step(peer)
+        self.assertEqual(Step.TAKE_OVER, self.step(peer))
+        again = self.arriving.take_over(peer, DIGEST)
+        assert again is not None
+        self.assertEqual([(1000, SIZE)], again.gaps)
+        again.discard()
+
+    def test_without_a_record_can_not_be_taken_over(self) -> None:
+        writer = self.begin()
+        peer = self.peer()
+        writer.close()
+        self.path.write_bytes(b"")
+        self.assertEqual(Step.TAKE_OVER, self.step(peer))
+        self.assertRaises(OSError, self.arriving.take_over, peer, DIGEST)
+
+    def test_that_was_verified_meanwhile_is_not_taken_over(self) -> None:
+        writer = self.begin()
+        peer = self.peer()
+        writer.write(0, [DATA])
+        writer.commit()
+        peer.look()
+        self.path.write_bytes(peer.record.pack())  # as if its writer had died before it removed the claim
         self.assertIsNone(self.arriving.take_over(peer, DIGEST))
+        self.assertEqual(Step.FINISH, self.step(peer))
 
     def claimed(self) -> Claim:
         claim = self.store.claim(DIGEST)

@@ -59,7 +59,7 @@ class Met(enum.Enum):
     """
 
     CONTENT = "it is content"
-    BUSY = "another process has it, and has no bytes to show yet"
+    BUSY = "another process has it, and has no bytes to show yet; or evicts it"
 
 
 class Arriving:
@@ -81,9 +81,13 @@ class Arriving:
         if claim is None:
             return PeerTransfer.open(data, self.directory.boot) or Met.BUSY
         try:
-            if self._is_content(digest):
-                claim.end() if claim.read() is None else claim.drop()
-                return Met.CONTENT
+            found = self._find_content(digest)
+            if found is Met.BUSY:
+                self.let_go(claim)
+            elif found is Met.CONTENT:
+                claim.drop()
+            if found is not None:
+                return found
             claim.record = _resumable(claim)
             if claim.record is not None:
                 with contextlib.suppress(OSError):
@@ -157,23 +161,21 @@ class Arriving:
         """
         Go on with another process's transfer, whose writer has exited; none if it has to be looked at again.
 
-        @raise OSError: if the disk fails.
+        @raise OSError: if the disk fails, or there is nothing to go on with.
         """
-        try:
-            claim = Claim.take(peer.data, make=False)
-        except FileNotFoundError:
-            return None
+        claim = Claim.take(peer.data, make=False)
         if claim is None:
             return None
-        try:
+        with contextlib.ExitStack() as undone:
+            undone.callback(claim.release)
             record = claim.read()
-            if record is None or record.state is not State.ARRIVING or not peer.is_in_place():
-                claim.release()
+            if record is not None and record.state not in (State.CLAIMED, State.ARRIVING):
                 return None
-            return self._go_on(claim, digest, os.dup(peer.fileno()), record)
-        except BaseException:
-            claim.release()
-            raise
+            if record is None or not peer.is_in_place():
+                raise OSError(errno.ESTALE, "the file or its record is another one")
+            writer = self._go_on(claim, digest, os.dup(peer.fileno()), record)
+            undone.pop_all()
+            return writer
 
     def _go_on(self, claim: Claim, digest: Digest, fd: int, record: Record) -> Writer:
         try:
@@ -186,28 +188,24 @@ class Arriving:
         self.directory.go_on_with(arriving_path(digest), writer.room)
         return writer
 
-    def _is_content(self, digest: Digest) -> bool:
+    def _find_content(self, digest: Digest) -> Met | None:
         """
-        Tell whether there is a file of content that this process would open.
+        See whether there is a file of content that this process would open, or one that is about to be evicted.
 
         One that it knows to be bad is removed: the claim is held.
-
-        @raise BlockingIOError: if a file is about to be evicted.
         """
         path = self.directory.content(digest)
         try:
             fd = open_in_place(path, os.O_RDONLY)
         except OSError:  # also what can't be opened is replaced
-            return False
+            return None
         try:
             if not share(fd, path):
-                if is_in_place(fd, path):
-                    raise BlockingIOError(errno.EBUSY, "it is being evicted", str(path))
-                return False
+                return Met.BUSY if is_in_place(fd, path) else None
             if self.directory.proofs.verdict(digest, os.fstat(fd)) is not False:
-                return True
+                return Met.CONTENT
             path.unlink()
-            return False
+            return None
         finally:
             os.close(fd)
 

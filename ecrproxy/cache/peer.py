@@ -70,12 +70,11 @@ class PeerTransfer:
         """
         Look how the transfer is getting on. Called in a thread.
         """
-        if self._see():
-            return Look(self.record, in_place=self.is_in_place(), moved=True)
-        path = claim_path(self.data)
-        in_place = is_in_place(self._claim, path) and self.is_in_place()
-        free = is_free(path)
-        moved = self._see()  # its last word comes before it lets go
+        moved, path = self._see(), claim_path(self.data)
+        in_place = self.is_in_place() and (moved or is_in_place(self._claim, path))
+        free = not moved and is_free(path)
+        if free or not in_place:
+            moved = self._see() or moved  # its last word comes before it lets go
         return Look(self.record, in_place=in_place, free=free, moved=moved)
 
     def _see(self) -> bool:

@@ -16,7 +16,7 @@ import contextlib
 import errno
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from ecrproxy.cache.content import DigestMismatchError
@@ -259,13 +259,18 @@ class Writer:
         with self._directory.troubles.noted(Kind.WRITE), self._using():
             self._enter(State.VERIFIED)  # before the disk has it for good: readers need not wait for that
             self._commit()
-            self._enter(State.CONTENT)
-            self._claim.end()
+            self._enter(State.CONTENT, then=self._claim.end)
 
-    def _enter(self, stage: State, why: Why = Why.NOTHING) -> None:
+    def _enter(self, stage: State, why: Why = Why.NOTHING, then: Callable[[], None] = lambda: None) -> None:
+        """
+        Tell how far the transfer has come.
+
+        @param then: ends the claim, which no other thread of a disk that hung may write to then.
+        """
         with self._lock:
             self._stage = stage
             self._tell_if_it_can_be(why)
+            then()
 
     def _commit(self) -> None:
         if self.hashed < self.size:
@@ -325,9 +330,8 @@ class Writer:
         """
         if self._let_go or self._committed:
             return
-        if self._stage is State.ARRIVING:  # else others may finish with what is verified
-            self._enter(State.FAILED, why)
-        self._claim.drop()
+        verified = self._stage is State.VERIFIED  # others may finish with that
+        self._enter(self._stage if verified else State.FAILED, Why.NOTHING if verified else why, self._claim.drop)
         self._let_go = True
 
     def leave(self) -> None:
