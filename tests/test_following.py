@@ -8,6 +8,7 @@ import errno
 import os
 
 from ecrproxy.cache.claim import Claim, claim_path
+from ecrproxy.cache.peer import PeerTransfer
 from ecrproxy.cache.record import POLL_SECONDS, STALLED_SECONDS
 from ecrproxy.oci import Digest
 from ecrproxy.transfer.inflow import SMALLEST_PART
@@ -229,6 +230,18 @@ class FailureTests(FollowingTestCase):
         (download,) = daemon.pull_through.transfers()
         return download.elsewhere
 
+    def test_a_disk_that_fails_its_successor_costs_the_clients_nothing(self) -> None:
+        """
+        What it had taken over, and not yet hashed, is fetched again for the hash; clients that have it already wait.
+        """
+        _, second = self.both()
+        self.kill(self.one)
+        self.patch(os, "pwrite", failing(errno.EIO))
+        self.go_on(0.1)
+        self.release()
+        self.assertWhole(second, DATA, "JOINED")
+        self.assertFalse(self.has(self.digest))
+
     def test_upstream_that_fails_its_successor_is_an_abort(self) -> None:
         _, second = self.both()
         self.standin.fail("registry", status=404)
@@ -265,6 +278,19 @@ class FailureTests(FollowingTestCase):
         self.assertWhole(second, DATA)
         self.assertLess(self.standin.bytes_sent, 2.2 * SIZE)
         self.assertFalse(self.has(self.digest))
+
+    def test_a_record_and_bytes_that_can_not_be_read_cost_the_others_a_transfer(self) -> None:
+        """
+        All of it is fetched again, for the hash; the client waits until its place is reached.
+        """
+        first, second = self.both()
+        for what in ("look", "hash"):
+            self.patch(PeerTransfer, what, failing(errno.EIO))
+        self.go_on(0.1)
+        self.release()
+        self.assertWhole(first, DATA, "MISS")
+        self.assertWhole(second, DATA, "JOINED")
+        self.assertEqual(2 * SIZE, self.standin.bytes_sent)
 
     def test_a_writer_that_gets_no_further_is_left_alone(self) -> None:
         """
