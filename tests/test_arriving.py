@@ -278,7 +278,7 @@ class PeerTests(ArrivingTests):
         again.close()
         self.assertEqual([Step.FINISH] * 2, [self.step(peer) for peer in peers])
         self.assertEqual(DATA, os.pread(peers[1].fileno(), SIZE, 0))
-        self.assertEqual(DATA, read(self.store, DIGEST, SIZE))
+        self.assertEqual(DATA, read(self.store, DIGEST))
 
     def test_tells_that_its_disk_failed_or_its_bytes_were_wrong(self) -> None:
         for why, step in ((Why.DISK, Step.GO_ALONE), (Why.DIGEST, Step.FAIL)):
@@ -448,7 +448,7 @@ class ResumeTests(ArrivingTests):
             writer.write(start, [DATA[start:stop]])
         writer.commit()
         writer.close()
-        self.assertEqual(DATA, read(self.store, DIGEST, SIZE))
+        self.assertEqual(DATA, read(self.store, DIGEST))
         self.assertEqual([], self.names())
 
     def test_shows_what_was_written_since_the_machine_started(self) -> None:
@@ -612,7 +612,7 @@ class CrashTests(SynchronousTestCase):
                 pass
             writer.commit()
             writer.close()
-            self.assertEqual(DATA, read(store, DIGEST, SIZE))
+            self.assertEqual(DATA, read(store, DIGEST))
             self.assertEqual([], list(store.arriving.folder.iterdir()))
         finally:
             shutil.rmtree(folder)

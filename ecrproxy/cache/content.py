@@ -160,19 +160,6 @@ class OpenFile:
                 self.fd = -1
 
 
-def is_whole(fd: int, digest: Digest) -> bool:
-    """
-    Hold an open file against its digest; false too if it can't be read.
-    """
-    state, offset = digest.hasher(), 0
-    try:
-        while count := hash_range(fd, state, offset, 2**20):
-            offset += count
-    except OSError:
-        return False
-    return state.hexdigest() == digest.hex
-
-
 def hash_range(fd: int, state: Any, offset: int, limit: int) -> int:  # noqa: ANN401
     """
     Hash the bytes of an open file from C{offset} on, up to C{limit}.

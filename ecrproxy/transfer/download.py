@@ -6,9 +6,9 @@ Rules:
 - A L{Download} runs on its own. No reader starts it, and none that leaves ends it.
 - With a file, the bytes come over several connections at once, each a lane that takes part after part of the
   blob and writes it in place. A lane whose connection breaks goes on from its last good byte.
-- A file may have bytes from an earlier transfer. They are hashed while the lanes bring what is missing, and shown at once
-  if they were written since the machine started, else when they are hashed. A transfer that upstream ends before its
-  time leaves its file to the next.
+- A file may have bytes from an earlier transfer. They are hashed while the lanes bring what is missing, and shown
+  at once if they were written since the machine started, else when they are hashed. A transfer that upstream ends
+  before its time leaves its file to the next.
 - The hash follows in order. Bytes become visible to a reader once they and all between its own start and
   them are written. A reader of the whole blob gets its last byte once the digest is verified: no complete
   response has wrong bytes. A reader of a part has all of it at once: clients that ask for parts verify by themselves.
