@@ -129,7 +129,8 @@ class Arriving:
         @param size: in bytes; so many are taken of the disk at once, where the file system can do that.
         @raise OSError: if the disk has no room for them, or fails. The claim is still held then.
         """
-        claim.data.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            claim.data.unlink()
         fd = open_in_place(claim.data, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         try:
             share(fd, claim.data)
@@ -204,7 +205,8 @@ class Arriving:
                 return Met.BUSY if is_in_place(fd, path) else None
             if self.directory.proofs.verdict(digest, os.fstat(fd)) is not False:
                 return Met.CONTENT
-            path.unlink()
+            with contextlib.suppress(OSError):  # it is replaced then
+                path.unlink()
             return None
         finally:
             os.close(fd)

@@ -342,8 +342,11 @@ class Store:
         self.proofs.note(digest, status, good=False)
         if isinstance(why, OSError):
             self.troubles.failed(Kind.READ, why)
-        if self._remove(path, status.st_ino):
-            log.warn("{path} in the cache is dropped: {why}", path=path, why=why)
+        with contextlib.suppress(OSError):
+            if os.lstat(self.root / path).st_ino != status.st_ino:
+                return
+        log.warn("{path} in the cache is dropped: {why}", path=path, why=why)
+        self._remove(path, status.st_ino)
 
     def entry(self, name: str, registry: RegistryId, route: Route) -> Entry | None:
         """
