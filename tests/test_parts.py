@@ -554,7 +554,7 @@ class LeftOverPartTests(PartsTestCase):
 
     def test_waits_for_the_hash_if_the_machine_was_started_anew(self) -> None:
         """
-        What the trailer tells of may not have reached the disk then.
+        What the record tells of may not have reached the disk then.
         """
         for boot in (b"another".ljust(16), UNKNOWN_BOOT):
             self.start()
