@@ -32,6 +32,8 @@ CLIENTS: Final = 5
 PIECE: Final = 2**16
 MIB: Final = 2**20
 SIZES: Final = (10_000, 300_000, MIB, 2 * MIB, 2 * MIB + 1, 6 * MIB)
+LONGEST: Final = 8
+"""Seconds that a pull may take: less than those after which a live writer is left alone."""
 EVICTS: Final = 4
 """One operation in so many is an eviction."""
 

@@ -527,10 +527,12 @@ class ResumeTests(ArrivingTests):
         """
         self.left_over((0, 1000), size=SIZE - 1)
         self.assertIsNone(self.resume())
+        self.store.count()
+        self.assertEqual(SIZE - 1 + RECORD, self.store.ledger.total)
         writer = self.begin()
         self.addCleanup(writer.discard)
         self.assertEqual([(0, SIZE)], writer.gaps)
-        self.assertEqual(SIZE, self.data.stat().st_size)
+        self.assertEqual((SIZE, 0), (self.data.stat().st_size, self.store.ledger.total))
 
     def test_is_not_of_a_file_with_another_name(self) -> None:
         """

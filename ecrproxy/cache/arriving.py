@@ -113,7 +113,7 @@ class Arriving:
         """
         Let go of a claim that nothing was brought in with; an interrupted transfer stays for the next.
         """
-        claim.end() if _resumable(claim) is None else claim.release()
+        claim.drop() if _resumable(claim) is None else claim.release()
 
     def left(self, claim: Claim) -> Left | None:
         """
@@ -131,6 +131,7 @@ class Arriving:
         """
         with contextlib.suppress(OSError):
             claim.data.unlink()
+            self.directory.ledger.gone(arriving_path(digest))
         fd = open_in_place(claim.data, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         try:
             share(fd, claim.data)
