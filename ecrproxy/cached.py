@@ -36,6 +36,7 @@ from ecrproxy.cache.record import room_for
 from ecrproxy.cache.store import Store
 from ecrproxy.cache.verification import Verification
 from ecrproxy.cache.writer import Writer
+from ecrproxy.flights import Flights
 from ecrproxy.identity import RegistryId
 from ecrproxy.oci import BLOB_TYPE, MANIFEST_TYPES, Descriptor, Digest, Document, Kind, Route, listed
 from ecrproxy.ordering import KeyedLocks, Order
@@ -115,6 +116,8 @@ class Cache:
         self._unwritten: dict[str, Entry] = {}
         self._storing = 0
         self._hashing = DeferredSemaphore(VERIFICATIONS)
+        self._looks: Flights[tuple[Descriptor, Document] | Reason] = Flights()
+        self._reads: Flights[Document | None] = Flights()
 
     def at_hand(self, asked: Asked) -> Answer | None:
         """
@@ -229,9 +232,15 @@ class Cache:
     async def look_up_manifest(self, asked: Asked) -> tuple[Descriptor, Document] | Reason:
         """
         Read a manifest that the repository may have, or give the reason why it can't be had here.
+
+        It is read once, and in memory once, for all who ask at the same time.
         """
-        try:
+
+        async def look() -> tuple[Descriptor, Document] | Reason:
             return await self._disk.reading(self._look_up_manifest, asked, self._own_types.get(asked.digest))
+
+        try:
+            return await self._looks.join((self._name(asked), asked.accept), look)
         except OSError:
             return Reason.DISK
 
@@ -251,8 +260,12 @@ class Cache:
         if document is not None:
             self._used(str(digest), self._read, digest)
             return document
+
+        async def read() -> Document | None:
+            return await self._disk.reading(self._read_document, digest, self._own_types.get(digest))
+
         with contextlib.suppress(OSError):
-            document = await self._disk.reading(self._read_document, digest, self._own_types.get(digest))
+            document = await self._reads.join(digest, read)
         if document is not None:
             self.hold(digest, document)
         return document

@@ -10,6 +10,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -26,6 +27,7 @@ from twisted.names.client import Resolver
 from twisted.web.client import Agent
 
 from ecrproxy import __version__
+from ecrproxy.access.browsers import Pages
 from ecrproxy.access.clients import Admission
 from ecrproxy.access.crowds import Crowds, Word
 from ecrproxy.access.htpasswd import HtpasswdError
@@ -35,7 +37,16 @@ from ecrproxy.access.passwords import AT_ONCE, Passwords
 from ecrproxy.admin.api import Api
 from ecrproxy.admin.incidents import Incidents
 from ecrproxy.admin.port import make_admin_site
-from ecrproxy.admin.readings import of_cache, of_certificates, of_clients, of_loop, of_token, of_transfers, of_upstream
+from ecrproxy.admin.readings import (
+    of_cache,
+    of_certificates,
+    of_clients,
+    of_disk,
+    of_loop,
+    of_token,
+    of_transfers,
+    of_upstream,
+)
 from ecrproxy.admin.status import Asking, Status
 from ecrproxy.cache.condition import Condition
 from ecrproxy.cache.inventory import Inventory
@@ -284,26 +295,26 @@ def build(
     upstream, asking = _upstream(config, tokens, figures, egress, reactor)
     cache = Cache(store, janitor, disk, time.time, RegistryId.of_url(config.ecr_endpoint))
     pull_through = _pull_through(config, upstream, cache, disk, reactor)
-    connections, crowds = Connections(), Crowds(Crowd(config.limits), reactor.seconds)
-    readiness = partial(_readiness, tokens, asking.circuit, Condition(store, probing.call, reactor), connections)
-    ready = Ready(readiness)
+    connections, condition = Connections(), Condition(store, probing.call, reactor)
+    readiness = partial(_readiness, tokens, asking.circuit, condition, connections)
+    crowds, ready = Crowds(Crowd(config.limits), reactor.seconds), Ready(readiness)
     status = Status(
         config.ecr_endpoint, figures, store, janitor, asking, pull_through, readiness, disk.reading, time.time, reactor
     )
     supervised = Supervised(supervisor, partial(_summary, readiness, store, janitor), reactor)
     shape = (_namespaces(config, judging, reactor), config.cache_key, disk.reading)
-    admission = _admission(config, reactor, service)
+    admission, pages = _admission(config, reactor, service), _pages(config)
     registry = Registry(pull_through, *shape)
-    counted = partial(make_site, access_log=_access_log(config, service, reactor), served=figures.served)
+    counted = partial(make_site, access_log=_access_log(config, service, reactor), served=figures.served, pages=pages)
     site = counted(registry, ready, reactor, admission=admission, crowd=crowds.own, connections=connections)
     figures.watch(*of_cache(store, janitor), *of_token(tokens), *of_transfers(pull_through), *of_loop(stall))
-    figures.watch(*of_clients(crowds))
+    figures.watch(*of_clients(crowds, _most_connections(config)), *of_disk(condition))
     for part in (*status.services, judging, supervised, counting, probing, janitor, tokens, stall):
         part.setServiceParent(service)
     workers, alone = None, config.worker_processes == 1
     listening = _listening(config, site, reactor, accepts=alone)
     if not alone:
-        inner = partial(make_site, InnerRegistry(pull_through, *shape), ready)
+        inner = partial(make_site, InnerRegistry(pull_through, *shape), ready, pages=pages)
         hearers = told(store.ledger, figures.served, status.incidents, crowds)
         workers = _share_work(config, inner, hearers, listening, arguments, service, reactor)
     make_admin = partial(make_admin_site, figures, ready, status)
@@ -359,6 +370,14 @@ def _listening(config: Config, site: RegistrySite, reactor: Any, *, accepts: boo
         )
     gate = Gate(reactor, most)
     return [Listening(*named, site, accepts=accepts, gate=gate) for named in endpoints(config, reactor)]
+
+
+def _most_connections(config: Config) -> int | None:
+    """
+    Tell how many connections of clients all processes may have together, by the settings and by their descriptors.
+    """
+    most = min(most_clients(), config.limits.connections or sys.maxsize)
+    return None if most == sys.maxsize else most * config.worker_processes
 
 
 def _tokens(config: Config, reactor: Any, ends: Callable[[CredentialsError], bool]) -> TokenService:  # noqa: ANN401
@@ -471,7 +490,8 @@ def _admin(
     for part in (listing, hashing):
         part.setServiceParent(service)
     api = Api(Inventory(cache.store), purges.look, listing.call, hashing.call, reactor)
-    site = make_site(api, reactor, config.admin_hosts or frozenset())
+    hosts = {socket.gethostname().lower(), *(config.admin_hosts or ())}
+    site = make_site(api, reactor, frozenset(hosts))
     needed = str(config.admin_listen) != ADMIN_LISTEN
     return [Listening(*named, site, needed=needed, gate=Gate(reactor))]
 
@@ -527,7 +547,7 @@ def build_worker(config: Config, post: Post, reactor: Any) -> Daemon:  # noqa: A
     served, connections = Served(), Connections()
     crowd = Crowd(config.limits)
     lines = _access_log(config, service, reactor)
-    counted = partial(make_site, access_log=lines, served=served)
+    counted = partial(make_site, access_log=lines, served=served, pages=_pages(config))
     site = counted(registry, ready, reactor, admission=admission, crowd=crowd, connections=connections)
     incidents = Incidents(time.time)
     teller = Teller(first, told(notes, served, incidents, Word(crowd, os.getpid())), reactor)
@@ -609,6 +629,10 @@ def _prepared(config: Config, disk: Disk, service: MultiService, reactor: Any) -
         log.warn("{problem}", problem=no_locks)
     Sweeper(store, disk.closing, reactor).setServiceParent(service)
     return store
+
+
+def _pages(config: Config) -> Pages:
+    return Pages(config.allow_origin, proved=config.htpasswd is not None or config.client_ca is not None)
 
 
 def _admission(config: Config, reactor: Any, service: MultiService) -> Admission:  # noqa: ANN401

@@ -21,9 +21,11 @@ OURS = "ecrproxy."
 ARROWS: dict[str, set[str]] = {
     "access": {"addresses", "flights", "identity", "oci", "reasons", "threads"},
     "admin": {
+        "access.browsers",
         "access.crowds",
         "access.limits",
         "addresses",
+        "cache.condition",
         "cache.entries",
         "cache.inventory",
         "cache.janitor",
@@ -39,10 +41,11 @@ ARROWS: dict[str, set[str]] = {
         "readiness",
         "registry",
         "threads",
+        "transfer.sending",
     },
     "answers": {"cache", "oci", "reasons", "transfer.download", "transfer.passing"},
     "cache": {"identity", "oci", "threads"},
-    "cached": {"answers", "cache", "identity", "oci", "ordering", "reasons", "threads"},
+    "cached": {"answers", "cache", "flights", "identity", "oci", "ordering", "reasons", "threads"},
     "daemon": {"access.limits", "addresses", "endpoint_string", "readiness", "settings.config"},
     "healthcheck": {"endpoint_string"},
     "http": {
@@ -86,7 +89,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "logs": {"http.access_log", "request_id"},
     "oci": {"reasons"},
-    "registry": {"addresses", "metrics", "oci", "reasons"},
+    "registry": {"access.turns", "addresses", "metrics", "oci", "reasons"},
     "settings": {
         "access.limits",
         "addresses",

@@ -48,6 +48,7 @@ EXAMPLES: dict[str, tuple[str, str, Any, str, Any]] = {
         "192.0.2.7",
         (ip_network("192.0.2.7/32"),),
     ),
+    "allow-origin": ("PROXY_ALLOW_ORIGIN", "https://UI.example", "https://ui.example", "*", "*"),
     "listen": (
         "PROXY_LISTEN",
         "tcp:1 \n unix:/x",
@@ -107,6 +108,10 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "namespace-pattern": (("(a", "a)|(b", "*"), "not a regular expression"),
     "port": (("0", "65536", "http", "-1"), "from 1 to 65535"),
     "allow-from": (("everywhere", "10.0.0.0/33", ","), "10.0.0.0/8"),
+    "allow-origin": (
+        ("ui.example", "https://a.example/x", "https://*.example", "null"),
+        "give one such as https://ui.example",
+    ),
     "registry-aliases": (("http://a.example", "a b/c", "a:b"), "is not the name of a registry's host"),
     "admin-hosts": (("*.example", "http://a.example", "a.example:5001"), "give one such as ecr-proxy.infra.svc"),
     "log-format": (("xml", "jsonl"), "give text or json"),

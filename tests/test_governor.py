@@ -9,6 +9,7 @@ from typing import Any
 
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.task import Clock
+from twisted.logger import LogLevel, capturedLogs, formatEvent
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.oci import parse_route
@@ -155,6 +156,21 @@ class GovernorTests(SynchronousTestCase):
         self.assertAlmostEqual(9 * LONGEST_WAIT, self.governor.waiting(Call.LIST), delta=2)
         self.pass_time(LONGEST_WAIT + 1)
         self.assertEqual(0, self.governor.waiting(Call.LIST))
+
+    def test_what_a_full_queue_refuses_is_counted_and_logged_once(self) -> None:
+        """
+        Otherwise most pulls of a cluster may be 429, and nothing says so.
+        """
+        self.govern(Quotas(lists=10))
+        with capturedLogs() as events:
+            for _ in range(150):
+                self.ask(Call.LIST).addErrback(lambda failure: failure.trap(QueueFullError))
+        told = [event for event in events if event["log_level"] is LogLevel.warn]
+        self.assertEqual({"lists"}, {event["once"] for event in told})
+        self.assertIn("Refused a question about lists: ", formatEvent(told[0]))
+        self.assertEqual((len(told), 0), (self.governor.refused(Call.LIST), self.governor.refused(Call.BLOB)))
+        self.assertGreater(len(told), 30)
+        self.pass_time(LONGEST_WAIT + 1)
 
     def test_a_kind_that_rests_is_waited_for(self) -> None:
         """

@@ -842,6 +842,7 @@ class QueryTests(SynchronousTestCase):
     def test_of_tags(self) -> None:
         """
         n, at most 1000, and decoded; last and others as they came; not containerd's ns, nor what signs.
+        Without n only where the list begins.
         """
         for query, kept in {
             "": "",
@@ -850,6 +851,9 @@ class QueryTests(SynchronousTestCase):
             "last=x&n=5&n=6&ns=y&token=z&X-Amz-Date=0": "last=x&n=5&token=z",
             "n=2%30&last=%32": "n=20&last=%32",
             "%6e=5": "n=5",
+            "x=1": "",
+            "x=1&last=a": "last=a",
+            "nextToken=a&artifactType=b": "nextToken=a",
         }.items():
             self.assertEqual(kept, self.ask(f"/v2/a/tags/list?{query}"))
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
+from ecrproxy.access.bodies import Bodies
 from ecrproxy.addresses import unmapped
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class Limits:
     @ivar header_count: of a request's headers.
     @ivar connections: in all.
     @ivar connections_per_address: from one address.
-    @ivar transfers: answers with a blob that are under way.
+    @ivar transfers: answers of more than 64 KiB, and with a blob of any size, that are under way.
     """
 
     header_seconds: float = 10
@@ -87,6 +88,7 @@ class Crowd:
 
     @ivar connected: connections now.
     @ivar transferring: transfers now.
+    @ivar bodies: what they are sent from memory.
     @ivar refused_connections: that were one too many.
     @ivar refused_transfers: likewise.
     @ivar bad_requests: that were refused at the connection.
@@ -98,6 +100,7 @@ class Crowd:
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self.connected = self.transferring = 0
+        self.bodies = Bodies()
         self.refused_connections = self.refused_transfers = self.bad_requests = 0
         self.slow_heads = self.idle = self.slow_readers = 0
         self._by_address: Counter[str] = Counter()

@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ecrproxy.access.limits import COUNTED
+from ecrproxy.cache.condition import TROUBLES
 from ecrproxy.metrics import Reading
 from ecrproxy.registry.circuit import CircuitState
 from ecrproxy.registry.quotas import Call
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ecrproxy.access.crowds import Crowds
+    from ecrproxy.cache.condition import Condition
     from ecrproxy.cache.janitor import Janitor
     from ecrproxy.cache.store import Store
     from ecrproxy.metrics import LoopStall
@@ -54,6 +56,18 @@ def _oldest_use(store: Store) -> float | None:
         return None
 
 
+def of_disk(condition: Condition) -> list[Reading]:
+    """
+    Tell what is wrong with the cache directory's disk.
+    """
+
+    def found() -> dict[str, float]:
+        return {kind: condition.has(kind) for kind in TROUBLES}
+
+    told = "1 while the cache directory can't be read or written, no more files can be opened, or its disk hangs"
+    return [Reading("disk_trouble", told, found, "kind")]
+
+
 def of_token(tokens: TokenService) -> list[Reading]:
     """
     Tell how good the token is.
@@ -75,7 +89,11 @@ def of_upstream(wire: Wire, circuit: Circuit, governor: Governor) -> list[Readin
     def waiting() -> dict[str, float]:
         return {each.value: governor.waiting(each) for each in Call}
 
+    def refused() -> dict[str, float]:
+        return {each.value: governor.refused(each) for each in Call}
+
     return [
+        Reading("upstream_queue_full_total", "Questions refused because too many wait already", refused, "call"),
         Reading("upstream_waiting", "Questions that wait for their turn within ECR's quotas", waiting, "call"),
         Reading("upstream_retries_total", "Questions asked again after a failure", lambda: wire.retried),
         Reading("circuit_state", "1 for the state of the circuit for all questions to ECR", states, "state"),
@@ -111,9 +129,12 @@ def of_transfers(pull_through: PullThrough) -> list[Reading]:
     return [Reading("transfers", "Blobs on their way from upstream", lambda: len(pull_through.transfers()))]
 
 
-def of_clients(crowds: Crowds) -> list[Reading]:
+def of_clients(crowds: Crowds, most: int | None) -> list[Reading]:
     """
     Tell who is connected, and who was refused or let go.
+
+    @param most: connections that may be open at once, by the settings and by the descriptors that there are; none if
+        nothing limits them.
     """
 
     def met() -> dict[str, float]:
@@ -121,7 +142,12 @@ def of_clients(crowds: Crowds) -> list[Reading]:
 
     return [
         Reading("client_connections", "Connections of clients", lambda: crowds.connected),
-        Reading("client_transfers", "Blobs on their way to clients", lambda: crowds.transferring),
+        Reading("client_connections_limit", "Maximum number of connections of clients", lambda: most),
+        Reading(
+            "client_transfers",
+            "Blobs and answers of more than 64 KiB on their way to clients",
+            lambda: crowds.transferring,
+        ),
         Reading("client_limits_total", "Connections and requests that met a limit, by which", met, "limit"),
     ]
 
@@ -130,9 +156,8 @@ def of_loop(stall: LoopStall) -> list[Reading]:
     """
     Tell how long the event loop stood still.
     """
-    return [
-        Reading("loop_stall_seconds", "The longest time for which the event loop stood still", lambda: stall.longest)
-    ]
+    told = "The longest time for which the event loop stood still within the last minutes, five at most"
+    return [Reading("loop_stall_seconds", told, lambda: stall.lately)]
 
 
 def of_certificates(expires: Callable[[], float | None]) -> list[Reading]:

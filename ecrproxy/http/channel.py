@@ -454,8 +454,9 @@ class StrictChannel(HTTPChannel):
         self.length = None  # to Twisted: a body of unknown length follows, so that no request is made of this
         request_id, site = self.factory.new_id(), self.factory
         site.refused(address_of(self.transport.getPeer()), int(status[:3]), len(body), request_id)
-        head = b"%b %b\r\nServer: ecrproxy\r\nDocker-Distribution-Api-Version: registry/2.0\r\n" % (version, status)
+        head = b"%b %b\r\nDocker-Distribution-Api-Version: registry/2.0\r\n" % (version, status)
         headers += b"%b: %b\r\n" % (REQUEST_ID, request_id.encode("ascii"))
+        headers += b"".join(b"%b: %b\r\n" % (name, value) for name, (value,) in site.headers)
         length = b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body)
         self.writeSequence([head, headers, length, body])
         self._linger()

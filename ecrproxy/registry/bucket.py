@@ -38,6 +38,16 @@ class UnavailableError(RegistryError):
     reason = Reason.FAILING
 
 
+class RefusedAnswerError(UnavailableError):
+    """
+    An answer came, and is not passed on: it is not what was asked for, or not what its digest names.
+
+    @ivar named: the digest that ECR named for it, as it came; empty if it named none.
+    """
+
+    named = ""
+
+
 _COUNT = re.compile(r"[0-9]{1,18}")
 _SPAN = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})")
 REDIRECT_STATUSES: Final = (301, 302, 303, 307, 308)

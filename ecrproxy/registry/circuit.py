@@ -26,6 +26,7 @@ from twisted.logger import Logger
 
 from ecrproxy.reasons import Reason
 from ecrproxy.registry.bucket import UnavailableError
+from ecrproxy.registry.denials import Denials
 from ecrproxy.registry.retries import TransientError
 
 log = Logger()
@@ -179,12 +180,14 @@ class Circuit:
     @param now: tells the time.
     @ivar whole: the one for all; its probe is not a client's question.
     @ivar answered_at: when ECR answered last, if it ever did.
+    @ivar denials: whether it answers anything but denials.
     """
 
     def __init__(self, now: Callable[[], float]) -> None:
         self._now = now
         self.whole = Switch("ECR", now)
         self.answered_at: float | None = None
+        self.denials = Denials()
         self._parts: OrderedDict[str, Switch] = OrderedDict()
         # Since the last answer:
         self._failing: set[str] = set()
@@ -206,7 +209,7 @@ class Circuit:
 
     def problem(self) -> str | None:
         """
-        Say why nothing can be fetched, if ECR is left alone or has answered nothing since the last questions failed.
+        Say why nothing can be fetched: ECR is left alone, did not answer the last questions, or denies everything.
 
         One failed question is enough, for it failed after all its tries, and at little traffic the next may be minutes
         away. It is not while ECR answered within the last C{ANSWER_SECONDS}, nor if it is about a repository that
@@ -218,7 +221,7 @@ class Circuit:
         alone = {name for name in self._failing & self._parts.keys() if self._parts[name].alone}
         new = self._unreached or self._failing - alone
         if answered_lately or not (new or self._failures >= FAILURES):
-            return None
+            return self.denials.problem()
         return f"ECR failed when it was asked last, for {' and '.join(sorted(self._failing))}: {self._last}"
 
     def check(self, repository: str) -> None:

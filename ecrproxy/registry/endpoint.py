@@ -12,6 +12,7 @@ from typing import Final, Protocol
 from twisted.internet.defer import Deferred
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
+from twisted.web.http import FORBIDDEN
 from twisted.web.http_headers import Headers
 from twisted.web.iweb import IResponse
 
@@ -194,7 +195,7 @@ class Endpoint:
         probed = self._circuit.enter(repository)
         if probed is None:
             reply = await self._send(question, secret, HEADER_SECONDS)
-            self._circuit.answered(repository)
+            self._answered(repository, reply)
             return reply
         tries.give_up()  # a probe is one try, and not a long one
         try:
@@ -207,8 +208,13 @@ class Endpoint:
         except BaseException:
             probed.probe_left()
             raise
-        self._circuit.answered(repository)
+        self._answered(repository, reply)
         return reply
+
+    def _answered(self, repository: str, reply: Reply) -> None:
+        self._circuit.answered(repository)
+        note = self._circuit.denials.denied if reply.response.code == FORBIDDEN else self._circuit.denials.granted
+        note(repository)
 
     async def _send(self, question: Question, secret: str, seconds: float) -> Reply:
         headers = _headers(secret)

@@ -18,6 +18,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Final
 
 from twisted.internet.defer import Deferred
+from twisted.logger import Logger
 
 from ecrproxy.reasons import Reason
 from ecrproxy.registry.bucket import UnavailableError
@@ -25,6 +26,8 @@ from ecrproxy.registry.quotas import Call, Quotas, TokenBucket
 
 if TYPE_CHECKING:
     from twisted.internet.interfaces import IDelayedCall, IReactorTime
+
+log = Logger()
 
 LONGEST_WAIT: Final = 10.0
 """Seconds in the queue that are still worth it."""
@@ -49,6 +52,7 @@ class Governor:
 
     def __init__(self, quotas: Quotas, together: int, clock: IReactorTime) -> None:
         self._free, self._clock = together, clock
+        self._refused = dict.fromkeys(Call, 0)
         self._buckets = {call: TokenBucket(quotas.of(call), clock.seconds()) for call in Call}
         # Ordered by when they came; a dict, for who leaves may be anywhere in a long queue.
         self._queues: dict[Call, OrderedDict[Deferred[None], str]] = {call: OrderedDict() for call in Call}
@@ -60,6 +64,12 @@ class Governor:
         Tell how many questions of a kind queue.
         """
         return len(self._queues[call])
+
+    def refused(self, call: Call) -> int:
+        """
+        Tell how many questions of a kind were refused because their queue was full.
+        """
+        return self._refused[call]
 
     @asynccontextmanager
     async def place(self, call: Call, repository: str) -> AsyncIterator[None]:
@@ -94,6 +104,15 @@ class Governor:
         queue, bucket = self._queues[call], self._buckets[call]
         wait = bucket.wait(self._clock.seconds()) + len(queue) / bucket.rate
         if wait > LONGEST_WAIT:
+            self._refused[call] += 1
+            log.warn(
+                "Refused a question about {call}: {count} wait for ECR already, as many as go within {seconds:.0f} s;"
+                " compare PROXY_ECR_QUOTAS with the account's quotas",
+                call=call.value,
+                count=len(queue),
+                seconds=LONGEST_WAIT,
+                once=call.value,
+            )
             raise QueueFullError(
                 429,
                 "TOOMANYREQUESTS",

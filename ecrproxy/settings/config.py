@@ -36,6 +36,7 @@ from ecrproxy.settings.values import (
     parse_log_format,
     parse_log_level,
     parse_networks,
+    parse_origin,
     parse_path,
     parse_patience,
     parse_pattern,
@@ -179,6 +180,13 @@ SETTINGS: Final[Sequence[Setting]] = (
         "none",
         "networks that clients must be in; all others are refused",
     ),
+    Setting(
+        "allow-origin",
+        "PROXY_ALLOW_ORIGIN",
+        parse_origin,
+        "none",
+        "origin of web pages that may ask and read the answers, or: *",
+    ),
     Setting("listen", "PROXY_LISTEN", parse_listen, "made from port and TLS files", "Twisted endpoint strings"),
     Setting(
         "admin-listen",
@@ -200,7 +208,7 @@ SETTINGS: Final[Sequence[Setting]] = (
         "PROXY_ADMIN_HOSTS",
         parse_hosts,
         "none",
-        "names with dots under which the operator's port may be asked for",
+        "names under which the operator's port may be asked for, beside addresses and the machine's",
     ),
     Setting(
         "tag-ttl",
@@ -321,7 +329,7 @@ SETTINGS: Final[Sequence[Setting]] = (
         "PROXY_TRANSFERS",
         parse_count,
         "4096",
-        "answers with a blob that are under way at once; 0 for no limit",
+        "answers of more than 64 KiB, and with a blob, that are under way at once; 0 for no limit",
     ),
 )
 
@@ -336,6 +344,7 @@ class Config:
     @ivar dns_resolver: name servers; none for the host's own resolver.
     @ivar cache_limit: in bytes.
     @ivar tag_ttl: in seconds.
+    @ivar allow_origin: as browsers write it, or C{*}.
     @ivar listen: empty to listen on C{port}, with TLS if there is a key.
     @ivar admin_listen: none to have no such port.
     @ivar admin_hosts: names that lead there, beside those that need no telling.
@@ -356,6 +365,7 @@ class Config:
     client_ca: str | None
     htpasswd: str | None
     allow_from: tuple[Network, ...] | None
+    allow_origin: str | None
     listen: Sequence[EndpointString]
     admin_listen: EndpointString | None
     admin_hosts: frozenset[str] | None

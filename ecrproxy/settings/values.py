@@ -247,6 +247,25 @@ def _network(word: str) -> Network:
     raise ValueError(f"{word!r} is not a network; give {meant}")
 
 
+def parse_origin(text: str) -> str:
+    """
+    Read an origin as browsers write it, RFC 6454, section 6.2: lower case, no default port; or C{*} for all.
+    """
+    if text == "*":
+        return text
+    word = text.lower().removesuffix("/")
+    try:
+        parts = urlsplit(word)
+        host, port = parts.hostname or "", parts.port
+    except ValueError:
+        parts, host, port = urlsplit(""), "", None
+    shown = f"[{host}]" if ":" in host else host
+    good = parts.scheme in ("http", "https") and (_HOST.fullmatch(host) or is_address(host))
+    if not good or word not in (f"{parts.scheme}://{shown}", f"{parts.scheme}://{shown}:{port}"):
+        raise ValueError(f"{text!r} is not an origin; give one such as https://ui.example, or *")
+    return f"{parts.scheme}://{shown}" if port in (None, {"http": 80, "https": 443}[parts.scheme]) else word
+
+
 def parse_hosts(text: str) -> frozenset[str]:
     """
     Read names of hosts, separated by space or commas.
