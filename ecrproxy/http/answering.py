@@ -8,6 +8,7 @@ import json
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 from twisted.internet.defer import CancelledError, Deferred, execute
@@ -38,6 +39,8 @@ T = TypeVar("T")
 
 HSTS: Final = "max-age=31536000"
 # The nginx proxy adds its headers where nginx's add_header does without C{always}.
+# Clients show the status line as it came, and programs match its words; Twisted does not know 429.
+_PHRASES: Final = {each.value: each.phrase.encode("ascii") for each in HTTPStatus}
 _DECORATED: Final = frozenset({200, 201, 204, 206, 301, 302, 303, 304, 307, 308})
 
 
@@ -175,7 +178,7 @@ def begin(request: Request, status: int) -> None:
     """
     Set the status, and the headers that go with it on every answer.
     """
-    request.setResponseCode(status)
+    request.setResponseCode(status, _PHRASES.get(status))
     if not request.responseHeaders.hasHeader("Cache-Control"):
         # Without it, caches choose how long to keep an answer, a 404 as well: RFC 9111, 4.2.2.
         request.setHeader("Cache-Control", "no-cache")

@@ -64,6 +64,11 @@ _HOST = re.compile(rf"{HOST}*".encode())
 _TLS_HERE = b"This port speaks HTTP without TLS.\n"
 _PLAIN_HERE = b"This port speaks HTTP over TLS alone: use https.\n"
 _UNSUPPORTED = b'{"errors": [{"code": "UNSUPPORTED", "message": "this proxy only reads"}]}\n'
+_FRAMING = b"the request is malformed, or could be read in more than one way (RFC 9112)"
+_LONG = b"the request line or the headers are longer than PROXY_HEADER_BYTES"
+_HOSTS = b"the request needs one Host header, with the name of a host"
+_BODY = b"a GET or HEAD must not announce a body (Content-Length)"
+_TARGET = b"the request's target is neither a path nor the URL of one"
 
 
 @implementer(IHalfCloseableProtocol)
@@ -83,6 +88,7 @@ class StrictChannel(HTTPChannel):
     transport: Any
     _networkProducer: Any
     _line = b""
+    _is_head = False
     _fresh = True
     _ending = False
     _half_closed = False
@@ -344,7 +350,7 @@ class StrictChannel(HTTPChannel):
         Take a line of a request's head.
         """
         if line and not self._line:
-            self._line = line
+            self._line, self._is_head = line, line.startswith(b"HEAD ")
             self._await_head()
         if line[:1] in (b" ", b"\t") or b"\n" in line or b"\r" in line:
             self.refuse()
@@ -355,7 +361,7 @@ class StrictChannel(HTTPChannel):
         """
         Refuse a line longer than all headers may be.
         """
-        self.refuse()
+        self.refuse(_LONG)
 
     def headerReceived(self, line: bytes) -> bool:
         """
@@ -379,8 +385,12 @@ class StrictChannel(HTTPChannel):
         hosts = self.requests[-1].requestHeaders.getRawHeaders(b"Host", [])
         reads = line.startswith((b"GET ", b"HEAD "))
         named = len(hosts) == 1 or (not hosts and not line.endswith(b"HTTP/1.1"))
-        if not named or not all(map(_HOST.fullmatch, hosts)) or (reads and self.length) or not self._aim():
-            self.refuse()
+        if not named or not all(map(_HOST.fullmatch, hosts)):
+            self.refuse(_HOSTS)
+        elif reads and self.length:
+            self.refuse(_BODY)
+        elif not self._aim():
+            self.refuse(_TARGET)
         elif reads and self.length is None:
             self._head.begin()  # an empty body has the time of a head
             self._transferDecoder: Any = EmptyBody(self._finishRequestBody, self.refuse)
@@ -424,12 +434,17 @@ class StrictChannel(HTTPChannel):
         if self.length != 0 or isinstance(self._transferDecoder, EmptyBody):
             super()._send100Continue()
 
-    def refuse(self) -> bool:
+    def refuse(self, said: bytes = _FRAMING) -> bool:
         """
-        Answer 400, and close.
+        Answer 400, and close. Whether it was a HEAD may not be known: it is not told why.
+
+        @param said: what is wrong.
         """
         self.crowd.bad_requests += 1
-        self._answer(b"400 Bad Request")
+        client, why = address_of(self.transport.getPeer()), said.decode("ascii")
+        log.info("A request of {client} is refused: {why}", client=client, why=why, once=(client, why))
+        told = b"" if self._is_head else b'{"errors": [{"code": "UNSUPPORTED", "message": "%b"}]}\n' % said
+        self._answer(b"400 Bad Request", body=told)
         return False
 
     def _respondToBadRequestAndDisconnect(self) -> None:
