@@ -26,12 +26,14 @@ from twisted.internet.defer import Deferred, DeferredSemaphore
 from twisted.logger import Logger
 
 from ecrproxy.answers import ANY, Answer, Asked, CacheStatus, manifest_answer
+from ecrproxy.cache.arriving import Left, Met
+from ecrproxy.cache.claim import Claim
 from ecrproxy.cache.content import Content, DigestMismatchError, UnreadError
 from ecrproxy.cache.entries import Confirmed, Entry, entry_name, occupied
-from ecrproxy.cache.ingest import Left
 from ecrproxy.cache.memory import Memory
+from ecrproxy.cache.peer import PeerTransfer
+from ecrproxy.cache.record import room_for
 from ecrproxy.cache.store import Store
-from ecrproxy.cache.trailer import WORTH_RESUMING, room_for
 from ecrproxy.cache.verification import Verification
 from ecrproxy.cache.writer import Writer
 from ecrproxy.flights import Flights
@@ -500,46 +502,91 @@ class Cache:
         step: Deferred[T] = self._hashing.run(self._disk.hashing, blocking, *args)
         return step
 
-    async def left(self, digest: Digest, expected: int | None) -> Left | None:
+    async def claim(self, digest: Digest) -> Claim | PeerTransfer | Met | Reason:
+        """
+        Claim a digest for a transfer; or give what is there instead, or why the cache can't have it.
+        """
+        try:
+            return await undone_if_late(self._disk.writing, partial(self.store.claim, digest), self._unclaim)
+        except OSError:
+            return Reason.DISK
+
+    def left(self, claim: Claim) -> Left | None:
         """
         See what an earlier transfer has left to go on with.
-
-        @param expected: how many bytes it has by what is known.
         """
-        if expected is not None and expected < WORTH_RESUMING:
-            return None
-        with contextlib.suppress(OSError):
-            return await self._disk.writing(self.store.arriving.left, digest)
-        return None
+        return self.store.arriving.left(claim)
+
+    def unclaim(self, claim: Claim | PeerTransfer) -> None:
+        """
+        Let go of a claim that no transfer was begun with, or of another process's transfer, in its own time.
+        """
+        self._disk.closing(self._unclaim, claim).addErrback(lambda problem: log.failure("Letting go", problem))
+
+    def _unclaim(self, claimed: Claim | PeerTransfer | Met) -> None:
+        if isinstance(claimed, Claim):
+            self.store.arriving.let_go(claimed)
+        elif isinstance(claimed, PeerTransfer):
+            claimed.close()
 
     async def writer(
-        self, digest: Digest, size: int | None, begun: Callable[[], Awaitable[bool]] | None = None
+        self,
+        claim: Claim,
+        digest: Digest,
+        size: int | None,
+        begun: Callable[[], Awaitable[bool]] | None = None,
     ) -> Writer | Reason:
         """
-        Begin the file of a transfer, or go on with one; or tell why the cache can't have it.
+        Begin the file of a transfer, or go on with what is left of one; or tell why the cache can't have it.
 
+        @param claim: the transfer's from now on.
         @param begun: waits for the first bytes, if other content has to be evicted; returns whether they came.
         """
         if size is None:
+            self.unclaim(claim)
             return Reason.SIZE_UNKNOWN
-        if size >= WORTH_RESUMING:
-            try:
-                resume = partial(self.store.arriving.resume, digest, size)
-                writer = await undone_if_late(self._disk.writing, resume, self._left_again)
-            except OSError:
-                return Reason.DISK
-            if writer is not None:
-                return writer
-        if (refused := await self._make_room(room_for(size), begun)) is not None:
+        try:
+            resume = partial(self._claimed, claim, self.store.arriving.resume, digest, size)
+            writer = await undone_if_late(self._disk.writing, resume, self._left_again)
+        except OSError:
+            return Reason.DISK
+        if writer is not None:
+            return writer
+        try:
+            refused = await self._make_room(room_for(size), begun)
+        except BaseException:
+            self.unclaim(claim)
+            raise
+        if refused is not None:
+            self.unclaim(claim)
             return refused
         try:
-            begin = partial(self.store.writer, digest, size)
+            begin = partial(self._claimed, claim, self.store.writer, digest, size)
             return await undone_if_late(self._disk.writing, begin, Writer.discard)
         except BaseException as problem:
             self._room.release(room_for(size))
             if not isinstance(problem, OSError):  # those the store has told
                 raise
             return Reason.DISK
+
+    def _claimed(self, claim: Claim, begin: Callable[[Claim, Digest, int], T], digest: Digest, size: int) -> T:
+        """
+        Begin something with a claim, which is let go if that fails. Called in a thread: it may return late.
+        """
+        try:
+            return begin(claim, digest, size)
+        except BaseException:
+            self.store.arriving.let_go(claim)
+            raise
+
+    async def take_over(self, peer: PeerTransfer, digest: Digest) -> Writer | None:
+        """
+        Go on with another process's transfer, whose writer has exited; none if it has to be looked at again.
+
+        @raise OSError: if the disk fails.
+        """
+        take_over = partial(self.store.arriving.take_over, peer, digest)
+        return await undone_if_late(self._disk.writing, take_over, self._left_again)
 
     def _left_again(self, writer: Writer | None) -> None:
         if writer is not None:
@@ -573,15 +620,27 @@ class Cache:
         self._storing += _weight(document)
         try:
             facts = await self._learned(route.repository, descriptor, document)
-            writer = await self.writer(descriptor.digest, descriptor.size)
-            stored = not isinstance(writer, Reason) and await self._stored(writer, document.body)
-            if stored and self._may_learn(route.repository, descriptor):
+            if await self._stored(descriptor, document.body) and self._may_learn(route.repository, descriptor):
                 await self._save_all(facts)
         finally:
             self._storing -= _weight(document)
             self._forget_unwritten(facts)
 
-    async def _stored(self, writer: Writer, body: bytes) -> bool:
+    async def _stored(self, descriptor: Descriptor, body: bytes) -> bool:
+        """
+        Store a manifest, unless it is content by now or another process is about to store it.
+
+        @return: whether it is stored, or will be.
+        """
+        claim = await self.claim(descriptor.digest)
+        if isinstance(claim, PeerTransfer):
+            self.unclaim(claim)
+        if not isinstance(claim, Claim):
+            return claim is not Reason.DISK
+        writer = await self.writer(claim, descriptor.digest, descriptor.size)
+        return not isinstance(writer, Reason) and await self._written(writer, body)
+
+    async def _written(self, writer: Writer, body: bytes) -> bool:
         try:
             await self._disk.committing(_write, writer, body)
         except OSError as problem:

@@ -11,6 +11,8 @@ Rules:
 - Look, then register the flight, with no await between: between two awaits nobody else runs.
 - A part of a blob is fetched first, and the rest for the cache behind it. If the blob is not kept, the part is passed
   on alone: the bucket is asked for these bytes, and for small gaps between several of them.
+- One process in a directory brings a blob in, the others follow it: see L{record}. A part that it has not come to yet
+  is passed on alone.
 - The cache may fail in any way: what upstream gives is handed on all the same.
 """
 
@@ -23,13 +25,17 @@ from itertools import count, islice
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 from weakref import WeakValueDictionary
 
+from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 
 from ecrproxy.answers import ANY, Answer, Asked, CacheStatus, manifest_answer
 from ecrproxy.byte_ranges import Ranges, Span, joined, questions
+from ecrproxy.cache.arriving import Left, Met
+from ecrproxy.cache.claim import Claim
 from ecrproxy.cache.entries import Confirmed
-from ecrproxy.cache.ingest import Left
 from ecrproxy.cache.memory import Memory
+from ecrproxy.cache.peer import PeerTransfer
+from ecrproxy.cache.record import POLL_SECONDS, STALLED_SECONDS, Step
 from ecrproxy.cache.writer import Writer
 from ecrproxy.cached import FACTS, Cache
 from ecrproxy.flights import DeadlineExceededError, Flights, within
@@ -233,6 +239,8 @@ class PullThrough:
         missing = self._cache.why_missing(asked, missing)
         if isinstance(body, Passing) or not body.kept:
             return Answer(CacheStatus.BYPASS, body.unkept, BLOB_TYPE, digest, body.size, body)
+        if body.elsewhere:
+            return Answer(CacheStatus.JOINED, Reason.IN_FLIGHT, BLOB_TYPE, digest, body.size, body)
         return Answer(CacheStatus.MISS, missing, BLOB_TYPE, digest, body.size, body)
 
     async def _join(self, asked: Asked, ranges: Ranges | None, carrier: str | None) -> Answer | None:
@@ -263,12 +271,14 @@ class PullThrough:
         return Answer(CacheStatus.JOINED, Reason.IN_FLIGHT, BLOB_TYPE, digest, body.size, body)
 
     async def _open(
-        self, route: Route, digest: Digest, expected: int | None, parts: Sequence[Span]
+        self, route: Route, digest: Digest, expected: int | None, parts: Sequence[Span], *, ahead: bool = False
     ) -> Download | Passing | None:
         """
         Open the shared transfer of C{digest}; none if it turns out to be in the cache.
 
+        @param expected: how many bytes it has by what is known; known only if the repository holds it.
         @param parts: what of it is wanted first. If the blob is not kept, only that is opened, and nothing is shared.
+        @param ahead: whether nobody has asked yet: then what another process brings is left to it.
         """
         try:
             content = await self._cache.opened(digest)
@@ -276,13 +286,126 @@ class PullThrough:
                 content.close()
                 del self._carriers[digest]
                 return None
-            body = await self._transfer(route, digest, expected, parts)
+            claimed = await self._claimed(digest)
+            if isinstance(claimed, PeerTransfer):
+                body = await self._beside(claimed, route, digest, expected, parts, ahead=ahead)
+            elif isinstance(claimed, Met):
+                body = None
+            else:
+                body = await self._transfer(claimed, route, digest, expected, parts)
         except BaseException:
             self._carriers.pop(digest, None)
             raise
-        if isinstance(body, Passing):
+        if not isinstance(body, Download):
             del self._carriers[digest]
         return body
+
+    async def _claimed(self, digest: Digest) -> Claim | PeerTransfer | Met | Reason:
+        """
+        Claim a digest, or find who has it; wait a while for a process that has no bytes to show yet.
+        """
+        for _ in range(int(STALLED_SECONDS / POLL_SECONDS)):
+            claimed = await self._cache.claim(digest)
+            if claimed is not Met.BUSY:
+                return claimed
+            await self._pause()
+        log.info("Not kept: {digest}: another process has claimed it, and gets no further", digest=digest)
+        return Reason.PASSED
+
+    async def _pause(self) -> None:
+        pause: Deferred[None] = Deferred()
+        self._call_later(POLL_SECONDS, pause.callback, None)
+        await pause
+
+    async def _beside(
+        self,
+        peer: PeerTransfer,
+        route: Route,
+        digest: Digest,
+        expected: int | None,
+        parts: Sequence[Span],
+        *,
+        ahead: bool,
+    ) -> Download | Passing | None:
+        """
+        Follow another process's transfer, once ECR has said that the repository holds the blob.
+        """
+        try:
+            if ahead:
+                self._cache.unclaim(peer)
+                return None
+            if expected is None:
+                expected = await self._sizes.join(route, lambda: self._upstream.blob_size(route))
+        except BaseException:
+            self._cache.unclaim(peer)
+            raise
+        download = Download(
+            digest,
+            peer.size,
+            peer,
+            self._disk,
+            buffered=self._lanes.buffered,
+            call_later=self._call_later,
+        )
+        if peer.size != expected or not _serves(download, parts):
+            self._cache.unclaim(peer)
+            return await self._transfer(Reason.PASSED, route, digest, expected, parts)
+        download.attendance = self._unattended.settle
+        self._arriving[digest] = download
+        log.info("Another process brings {digest}: following it", digest=digest)
+        on_its_own(self._follow(download, peer, route))
+        return download
+
+    async def _follow(self, download: Download, peer: PeerTransfer, route: Route) -> None:
+        """
+        Follow another process's transfer to its end, and finish it if the other does not.
+        """
+        taken: list[Writer] = []
+        try:
+            await download.to_the_end(self._follow_on(download, peer, route, taken))
+        finally:
+            self._ended(download, sum(each.room for each in taken))
+
+    async def _follow_on(self, download: Download, peer: PeerTransfer, route: Route, taken: list[Writer]) -> None:
+        digest, step = download.digest, await download.watch()
+        while step is Step.TAKE_OVER:
+            try:
+                writer = await self._cache.take_over(peer, digest)
+            except OSError:
+                step = Step.GO_ALONE
+                break
+            if writer is not None:
+                taken.append(writer)
+                await self._finish_for(download, writer, route)
+                return
+            await self._pause()  # another process was quicker
+            step = await download.watch()
+        if step is Step.GO_ALONE:
+            log.info("{digest} goes on alone: the process that brings it gets no further", digest=digest)
+            start = await download.go_alone()
+            blob = None if start == download.size else await self._upstream.blob(route, None, start)
+            download.split_off = None if blob is None else partial(self._run_apart, blob)
+            await download.run_alone(blob)
+        else:
+            download.end_beside(step)
+
+    async def _finish_for(self, download: Download, writer: Writer, route: Route) -> None:
+        """
+        Finish what a process has begun that has exited.
+        """
+        start, stop = writer.gaps[0]
+        log.info("Taking over {digest} at byte {at}: its writer has exited", digest=writer.digest, at=start)
+        download.continue_in(writer)
+        blob = await self._upstream.blob(route, stop, start)
+        if blob.size is None:
+            blob.size = download.size
+        _check_size(blob, download.size)
+        lanes = self._lanes.take(writer.missing if blob.ranged else 0)
+        download.split_off = partial(self._run_apart, blob)
+        try:
+            await download.fetch(blob, lanes)
+        finally:
+            self._lanes.give_back(lanes)
 
     async def _alone(self, asked: Asked, parts: Sequence[Span], size: int | None) -> Answer:
         """
@@ -302,23 +425,34 @@ class PullThrough:
         return Answer(CacheStatus.BYPASS, body.unkept, BLOB_TYPE, asked.digest, body.size, body)
 
     async def _transfer(
-        self, route: Route, digest: Digest, expected: int | None, parts: Sequence[Span]
+        self, claim: Claim | Reason, route: Route, digest: Digest, expected: int | None, parts: Sequence[Span]
     ) -> Download | Passing:
         """
         Begin the shared transfer of C{digest}: with what is wanted first, or from where an earlier one ended.
+
+        @param claim: the claim, or why the blob is not kept.
         """
-        left = await self._cache.left(digest, expected)
+        left = self._cache.left(claim) if isinstance(claim, Claim) else None
         if left is not None:
             log.info("Going on with {digest} at byte {at} of {size}", digest=digest, at=left.gaps[0][0], size=left.size)
         wanted = joined(parts) or parts
         start, stop = _first_span(left, wanted, self._lanes.first_part(left.size if left else expected))
-        blob = await self._upstream.blob(route, stop, start)
-        if blob.size is None:
-            blob.size = expected  # a manifest has told: the client gets a length, and the cache the blob
-        if parts:
-            _check_size(blob, expected)
         try:
-            file = await self._cache.writer(digest, blob.size, blob.first.begin)
+            blob = await self._upstream.blob(route, stop, start)
+            if blob.size is None:
+                blob.size = expected  # a manifest has told: the client gets a length, and the cache the blob
+            if parts:
+                _check_size(blob, expected)
+        except BaseException:
+            if isinstance(claim, Claim):
+                self._cache.unclaim(claim)
+            raise
+        try:
+            file: Writer | Reason
+            if isinstance(claim, Claim):
+                file = await self._cache.writer(claim, digest, blob.size, blob.first.begin)
+            else:
+                file = claim
         except BaseException:
             drop(blob.first)
             raise
@@ -368,11 +502,14 @@ class PullThrough:
             await download.run(blob)
         finally:
             self._lanes.give_back(lanes)
-            self._cache.release(room)
-            if shared:
-                del self._arriving[download.digest]
-                del self._carriers[download.digest]
-            self._unattended.settle()
+            self._ended(download, room, shared=shared)
+
+    def _ended(self, download: Download, room: int, *, shared: bool = True) -> None:
+        self._cache.release(room)
+        if shared:
+            del self._arriving[download.digest]
+            del self._carriers[download.digest]
+        self._unattended.settle()
 
     # Manifests.
 
@@ -422,7 +559,8 @@ class PullThrough:
                 self._carriers[blob.digest] = repository
                 self._ahead += 1
                 route = Route(Kind.BLOB, repository, str(blob.digest), blob.digest)
-                opened = self._openings.join(blob.digest, partial(self._open, route, blob.digest, blob.size, []))
+                begin = partial(self._open, route, blob.digest, blob.size, [], ahead=True)
+                opened = self._openings.join(blob.digest, begin)
                 opened.addErrback(lambda problem: log.info("Not read ahead: {problem}", problem=problem.value))
                 opened.addCallback(self._opened_ahead)
 
@@ -656,6 +794,8 @@ def _serves(download: Download, parts: Sequence[Span]) -> bool:
     """
     Tell whether a shared transfer brings what is wanted as soon as it can be had.
     """
+    if not all(download.nears(start) for start, _ in parts):
+        return False
     if not parts or download.kept:
         return download.offers(parts[0][0] if parts else 0)
     return len(parts) == 1 and download.passes(parts[0][0])

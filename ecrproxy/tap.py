@@ -54,6 +54,7 @@ from ecrproxy.cache.janitor import Janitor
 from ecrproxy.cache.ledger import Notes
 from ecrproxy.cache.purges import Purges
 from ecrproxy.cache.store import Store
+from ecrproxy.cache.sweeper import Sweeper
 from ecrproxy.cache.troubles import Kind
 from ecrproxy.cached import VERIFICATIONS, Cache
 from ecrproxy.cores import usable_cores
@@ -313,8 +314,8 @@ def build(
     store = Store(Path(config.cache_dir), time.time)
     counting, judging, probing = threads(1, yielding=False), threads(1), threads(1)
     janitor = Janitor(store, config.cache_limit, disk.writing, reactor, counting.call)
-    tokens = _tokens(config, reactor, partial(_ends, refused, warm=_begin(store)))
-    figures, stall = Figures(__version__), LoopStall(reactor)
+    tokens = _tokens(config, reactor, partial(_ends, refused, warm=_begin(store, config.worker_processes)))
+    figures, stall, sweeper = Figures(__version__), LoopStall(reactor), Sweeper(store, disk.closing, reactor)
     upstream, asking = _upstream(config, tokens, figures, egress, reactor)
     cache = Cache(store, janitor, disk, time.time, RegistryId.of_url(config.ecr_endpoint))
     pull_through = _pull_through(config, upstream, cache, disk, reactor)
@@ -332,7 +333,7 @@ def build(
     site = counted(registry, ready, reactor, admission=admission, crowd=crowds.own, connections=connections)
     figures.watch(*of_cache(store, janitor), *of_token(tokens), *of_transfers(pull_through), *of_loop(stall))
     figures.watch(*of_clients(crowds, _most_connections(config)), *of_disk(condition))
-    service.add(*status.services, supervised, janitor, tokens, stall)
+    service.add(*status.services, supervised, janitor, tokens, stall, sweeper)
     workers, alone = None, config.worker_processes == 1
     listening = _listening(config, site, reactor, accepts=alone)
     if not alone:
@@ -617,16 +618,24 @@ def _ends(refused: Callable[[CredentialsError], None], problem: CredentialsError
     return not warm
 
 
-def _begin(store: Store) -> bool:
+def _begin(store: Store, processes: int) -> bool:
     """
     Prepare the cache directory; tell whether it has content, as far as is known.
 
     A disk that is full, fails or hangs ends no daemon that runs, and keeps none from starting: L{Troubles} tells of it.
 
-    @raise ConfigError: if it can't be the cache directory.
+    @raise ConfigError: if it can't be the cache directory, or not be shared by C{processes}.
     """
+
+    def begin() -> tuple[bool, bool]:
+        warm = store.begin()
+        try:
+            return warm, store.has_locks()
+        except OSError:  # it takes no file at the moment
+            return warm, True
+
     try:
-        return in_time(store.begin, START_SECONDS)
+        warm, has_locks = in_time(begin, START_SECONDS)
     except TimeoutError as problem:
         store.troubles.failed(Kind.WRITE, problem)
         return True
@@ -634,6 +643,15 @@ def _begin(store: Store) -> bool:
         raise ConfigError(
             f"PROXY_CACHE_DIR={str(store.root)!r}: can't be written: {problem.strerror}; give a directory that can"
         ) from problem
+    if not has_locks:
+        no_locks = (
+            f"PROXY_CACHE_DIR={str(store.root)!r}: the file system has no working flock(2), so only one process may"
+            " use the directory; use a local file system, or PROXY_WORKER_PROCESSES=1 and no second daemon"
+        )
+        if processes > 1:
+            raise ConfigError(no_locks)
+        log.warn("{problem}", problem=no_locks)
+    return warm
 
 
 def _pages(config: Config) -> Pages:

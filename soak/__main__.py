@@ -114,7 +114,7 @@ class Soak:
         self.look()
         self.daemon.age()
         self.daemon.start("/healthz")
-        self.wrong += wait_for(lambda: not self.daemon.files("ingest"), "old leftovers are swept")
+        self.wrong += wait_for(lambda: not self.daemon.files("arriving"), "old leftovers are swept")
         self.end()
         if self.peak.rss > LARGEST or self.peak.threads > THREADS:
             self.wrong.append(f"it got as large as {self.peak}")

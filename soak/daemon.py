@@ -17,7 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from ecrproxy.cache.trailer import Trailer
+from ecrproxy.cache.claim import SUFFIX
+from ecrproxy.cache.record import RECORD, Record
 from tests.e2e.asking import answers
 from tests.e2e.processes import PATIENCE, Process, environment, eventually, free_port
 
@@ -131,11 +132,10 @@ class Daemon:
         Make what was left unfinished look as old as if nobody had come back for it for a month.
         """
         then = time.time() - OLD
-        for path in self.files("ingest"):
-            with path.open("r+b") as file:
-                trailer = Trailer.read(file.fileno())
-                if trailer is not None:
-                    os.pwrite(file.fileno(), replace(trailer, when=then).pack(), trailer.size)
+        for path in self.files("arriving"):
+            record = Record.unpack(path.read_bytes()[:RECORD]) if path.suffix == SUFFIX else None
+            if record is not None:
+                path.write_bytes(replace(record, when=then).pack())
             os.utime(path, (then, then))
 
 

@@ -613,8 +613,9 @@ class Daemon:
         End as by SIGKILL: the kernel closes files and connections, and nothing is tidied up.
         """
         for download in self.pull_through._arriving.values():  # noqa: SLF001
-            if download._file is not None:  # noqa: SLF001
-                download._file.close()  # noqa: SLF001
+            for file in (download._file, download._followed):  # noqa: SLF001
+                if file is not None:
+                    file.close()
         for _, server in self.back.ends:
             if server.connected:
                 server._over(ConnectionLost())  # noqa: SLF001
@@ -800,6 +801,13 @@ class DaemonTestCase(SynchronousTestCase):
 
     def files(self, top: str = "content") -> list[Path]:
         return [path for path in sorted((self.root / top).rglob("*")) if path.is_file()]
+
+    def arriving(self) -> list[Path]:
+        """
+        List what is arriving, or was interrupted: the data, without the claims beside them.
+        """
+        files = self.files("arriving")
+        return [path for path in files if path.suffix != ".claim" or path.with_suffix("") not in files]
 
     def has(self, digest: str) -> bool:
         """

@@ -13,9 +13,13 @@ from typing import Any
 
 from twisted.trial.unittest import SynchronousTestCase
 
+from ecrproxy.cache.arriving import Met
+from ecrproxy.cache.claim import Claim
 from ecrproxy.cache.content import DigestMismatchError, UnreadError
 from ecrproxy.cache.entries import Confirmed, Entry, entry_name
+from ecrproxy.cache.peer import PeerTransfer
 from ecrproxy.cache.store import Store
+from ecrproxy.cache.writer import Writer
 from ecrproxy.identity import RegistryId
 from ecrproxy.oci import MANIFEST_LIMIT, Descriptor, Digest, Route, parse_route
 
@@ -66,11 +70,26 @@ def put(store: Store, data: bytes, algorithm: str = "sha256") -> Digest:
     Bring C{data} into a store as a transfer does.
     """
     digest = Digest.of(data, algorithm)
-    writer = store.writer(digest, len(data))
-    writer.write(0, [data])
-    writer.commit()
-    writer.close()
+    claim = store.claim(digest)
+    if isinstance(claim, Claim):
+        writer = store.writer(claim, digest, len(data))
+        writer.write(0, [data])
+        writer.commit()
+        writer.close()
     return digest
+
+
+def begin(store: Store, digest: Digest, size: int) -> Writer:
+    """
+    Claim a digest, and begin its file, or go on with what is left of it.
+    """
+    claim = store.claim(digest)
+    assert isinstance(claim, Claim), claim
+    try:
+        return store.arriving.resume(claim, digest, size) or store.writer(claim, digest, size)
+    except OSError:
+        store.arriving.let_go(claim)
+        raise
 
 
 def read(store: Store, digest: Digest) -> bytes | None:
@@ -163,7 +182,7 @@ class StoreContract(SynchronousTestCase):
         Content arrives in pieces of any size, of which some may be empty.
         """
         data = bytes(range(256)) * 300
-        writer = self.store.writer(Digest.of(data), len(data))
+        writer = begin(self.store, Digest.of(data), len(data))
         writer.write(0, [data[:1], b"", data[1:1000]])
         self.assertEqual(1000, writer.hashed)
         writer.write(1000, [data[1000:]])
@@ -176,7 +195,7 @@ class StoreContract(SynchronousTestCase):
         """
         Clients follow a transfer through the file that it goes into.
         """
-        writer = self.store.writer(Digest.of(b"first second"), 12)
+        writer = begin(self.store, Digest.of(b"first second"), 12)
         self.addCleanup(writer.discard)
         writer.write(0, [b"first "])
         with open(writer.fileno(), "rb", closefd=False) as file:
@@ -187,7 +206,7 @@ class StoreContract(SynchronousTestCase):
         A transfer that loses its disk is verified all the same.
         """
         digest = Digest.of(b"first second")
-        writer = self.store.writer(digest, 12)
+        writer = begin(self.store, digest, 12)
         self.addCleanup(writer.discard)
         writer.write(0, [b"first "])
         state, _ = writer.reached
@@ -200,7 +219,7 @@ class StoreContract(SynchronousTestCase):
         Until it is verified whole, nobody finds content by its digest.
         """
         digest = Digest.of(b"whole")
-        writer = self.store.writer(digest, 5)
+        writer = begin(self.store, digest, 5)
         self.addCleanup(writer.discard)
         writer.write(0, [b"whole"])
         self.assertFalse(self.store.has(digest))
@@ -214,7 +233,7 @@ class StoreContract(SynchronousTestCase):
         """
         digest = Digest.of(b"right")
         for wrong in ([b"wrong"], [b"righ"], [b"r", b"ight"[:3], b"!"], []):
-            writer = self.store.writer(digest, 5)
+            writer = begin(self.store, digest, 5)
             writer.write(0, wrong)
             self.assertRaises(DigestMismatchError, writer.verify)
             self.assertRaises(DigestMismatchError, writer.commit)
@@ -227,7 +246,7 @@ class StoreContract(SynchronousTestCase):
         Content has the bytes that its digest names, whatever length was announced.
         """
         digest = Digest.of(b"short")
-        writer = self.store.writer(digest, 5000)
+        writer = begin(self.store, digest, 5000)
         writer.write(0, [b"short"])
         writer.commit()
         writer.close()
@@ -238,22 +257,23 @@ class StoreContract(SynchronousTestCase):
         The disk has no room promised for it, and a trailer may stand there.
         """
         digest = Digest.of(b"longer")
-        writer = self.store.writer(digest, 2)
+        writer = begin(self.store, digest, 2)
         self.assertRaises(ValueError, writer.write, 0, [b"longer"])
         writer.discard()
         self.assertFalse(self.store.has(digest))
 
-    def test_two_transfers_of_one_digest_do_not_meet(self) -> None:
+    def test_one_of_several_brings_a_digest_in(self) -> None:
         """
-        Each has its own place; either one's end leaves the other and the content alone.
+        Who else wants it meanwhile is told so, and afterwards that it is there.
         """
         digest = Digest.of(b"same")
-        one, other = self.store.writer(digest, 4), self.store.writer(digest, 4)
-        one.write(0, [b"sa"])
-        other.write(0, [b"same"])
-        other.commit()
-        other.close()
-        one.discard()
+        one = begin(self.store, digest, 4)
+        other = self.store.claim(digest)
+        self.assertIsInstance(other, PeerTransfer)
+        one.write(0, [b"same"])
+        one.commit()
+        one.close()
+        self.assertEqual(Met.CONTENT, self.store.claim(digest))
         self.assertEqual(b"same", read(self.store, digest))
 
     def test_committing_again_changes_nothing(self) -> None:
@@ -273,7 +293,7 @@ class StoreContract(SynchronousTestCase):
         What is content stays content; letting go twice is no mistake.
         """
         digest = Digest.of(b"kept")
-        writer = self.store.writer(digest, 4)
+        writer = begin(self.store, digest, 4)
         writer.write(0, [b"kept"])
         writer.commit()
         writer.discard()

@@ -32,6 +32,7 @@ from ecrproxy.transfer.follower import Follower
 from ecrproxy.transfer.inflow import HIGH_WATER, LARGEST_PART, SMALLEST_PART, Buffered, Inflow
 from ecrproxy.transfer.lane import TRIES, ShortBodyError
 from tests.daemon import Hands, noise
+from tests.store_contract import begin
 
 T = TypeVar("T")
 PWRITE = os.pwrite
@@ -197,7 +198,8 @@ class DownloadTestCase(SynchronousTestCase):
         Begin the transfer of C{data}; the bytes up to C{first} have been asked for.
         """
         digest, size = Digest.of(data), len(data) if size == -1 else size
-        writer = self.store.writer(digest, size or 0) if kept else None
+        self.store.remove(self.store.content_path(digest))
+        writer = begin(self.store, digest, size or 0) if kept else None
         download = Download(
             digest, size, writer, Disk.of(self.hands), lanes, buffered=buffered, call_later=self.clock.callLater
         )
@@ -764,7 +766,7 @@ class LanesTests(DownloadTestCase):
         A transfer that fails does not wait for parts that were asked for and have not been answered.
         """
         digest = Digest.of(self.data)
-        download = Download(digest, self.SIZE, self.store.writer(digest, self.SIZE), Disk.of(self.hands), 4)
+        download = Download(digest, self.SIZE, begin(self.store, digest, self.SIZE), Disk.of(self.hands), 4)
         self.blob = Source(self.SIZE, SMALLEST_PART)
         self.blob.late = []
         running = Deferred.fromCoroutine(download.run(self.blob))
@@ -854,7 +856,7 @@ class SpillTests(DownloadTestCase):
         left = [after]
 
         def failing(fd: int, data: Any, offset: int) -> int:
-            left[0] -= len(data)
+            left[0] -= len(data) if is_data(data) else 0
             if left[0] < 0:
                 raise OSError(errno.ENOSPC, "No space left on device")
             return PWRITE(fd, data, offset)
@@ -1275,7 +1277,8 @@ class EndedTests(DownloadTestCase):
         What a disk that fails did not take is dropped with the transfer.
         """
         for code in (errno.EIO, errno.ENOSPC):
-            self.patch(os, "pwrite", partial(fail_with, code))
+            fails = partial(fail_with, code)
+            self.patch(os, "pwrite", lambda *args, fails=fails: (fails if is_data(args[1]) else PWRITE)(*args))
             self.assertForgotten(lambda: self.tap.arrived(self.piece), kept=True)
 
     def test_forgets_what_nobody_waits_for(self) -> None:
@@ -1309,6 +1312,13 @@ class EndedTests(DownloadTestCase):
             self.assertEqual(before, sys.getrefcount(self.piece))
             self.tap.arrived(self.data[1000:])
             self.tap.ended(None)
+
+
+def is_data(written: bytes | memoryview) -> bool:
+    """
+    Tell a blob's bytes from a record.
+    """
+    return isinstance(written, memoryview)
 
 
 def fail_unforeseen(*_: object) -> NoReturn:

@@ -272,8 +272,9 @@ class JanitorTests(SmallCache):
             real(path, *args, **kwargs)
 
         self.patch(Path, "unlink", unlink)
-        self.assertTrue(self.reserve(80))
+        self.assertTrue(self.reserve(50))
         self.assertEqual([True, False], self.has(one, two))
+        self.assertFalse(self.reserve(1), "what can't be removed takes its room")
 
     def test_files_that_cannot_be_removed_go_on_being_counted(self) -> None:
         """
@@ -335,7 +336,7 @@ class CountingTests(SmallCache):
         At the start the disk may fail, or hang.
         """
         for _ in range(2):
-            left = self.root / "ingest" / "sha256-abc.1234"
+            left = self.root / "arriving" / f"sha256-{'a' * 64}"
             left.write_text("half")
             self.work()
             self.assertFalse(left.exists())

@@ -13,7 +13,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.cache.janitor import victims
 from ecrproxy.cache.ledger import PACKED, Ledger, Settled, packed, unpacked
-from ecrproxy.cache.trailer import Stretches
+from ecrproxy.cache.record import Stretches
 
 hexes = st.binary(min_size=PACKED - 1, max_size=PACKED - 1).map(bytes.hex)
 usual_paths = st.builds(

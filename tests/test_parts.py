@@ -14,7 +14,7 @@ from twisted.internet.task import deferLater
 from twisted.logger import capturedLogs, formatEvent
 
 from ecrproxy.byte_ranges import QUESTIONS, Multipart
-from ecrproxy.cache.trailer import UNKNOWN_BOOT
+from ecrproxy.cache.record import UNKNOWN_BOOT
 from ecrproxy.proxy import READING_AHEAD
 from ecrproxy.transfer.inflow import SMALLEST_PART, Lanes
 from ecrproxy.transfer.unattended import MOST, SLOW, SLOW_SECONDS
@@ -554,16 +554,16 @@ class LeftOverPartTests(PartsTestCase):
 
     def test_waits_for_the_hash_if_the_machine_was_started_anew(self) -> None:
         """
-        What the trailer tells of may not have reached the disk then.
+        What the record tells of may not have reached the disk then.
         """
         for boot in (b"another".ljust(16), UNKNOWN_BOOT):
             self.start()
-            self.daemon.store.arriving.boot = boot
+            self.daemon.store.arriving.directory.boot = boot
             reply = self.part(SIZE - FOOTER, SIZE)
             self.assertEqual((206, 0, ""), (reply.code, len(reply.body), reply.ended))
             self.daemon.kill()
         self.start()
-        self.daemon.store.arriving.boot = b"another".ljust(16)
+        self.daemon.store.arriving.directory.boot = b"another".ljust(16)
         reply = self.daemon.send("GET", self.path, Range=f"bytes=-{FOOTER}")
         self.standin.release(self.digest)
         self.flush()
@@ -600,7 +600,7 @@ class UnattendedTests(RangesTestCase):
             reply.leave()
         self.flush()
         self.assertEqual((MOST, MOST), (self.open_connections(), len(self.daemon.pull_through.transfers())))
-        self.assertEqual(self.COUNT, len(self.files("ingest")))
+        self.assertEqual(self.COUNT, len(self.arriving()))
         self.standin.release(self.digests[-1])
         self.assertWhole(self.ask(self.digests[-1]), self.blobs[-1], "MISS")
         self.assertEqual((self.COUNT - 1) * 1000 + 2 * MIB, self.standin.bytes_sent)
@@ -623,7 +623,7 @@ class UnattendedTests(RangesTestCase):
             self.pass_time(1)
         self.assertEqual(0, self.open_connections())
         self.assertEqual([], self.daemon.pull_through.transfers())
-        self.assertEqual(MOST, len(self.files("ingest")))
+        self.assertEqual(MOST, len(self.arriving()))
 
     def test_those_that_are_fast_or_read_go_on(self) -> None:
         large = self.standin.push_blob("team/app", noise("large", 15 * MIB))

@@ -829,7 +829,7 @@ class BypassTests(BlobTestCase):
         for _ in range(2):
             self.assertWhole(self.get(self.path), self.data, cache)
         self.assertFalse(self.has(self.digest))
-        self.assertEqual([], self.files("ingest"))
+        self.assertEqual([], self.arriving())
 
     def test_a_blob_larger_than_the_limit(self) -> None:
         """
@@ -924,7 +924,7 @@ class BypassTests(BlobTestCase):
             self.assertWhole(reply, self.data, word)
         self.assertEqual(1, self.transfers())
         self.assertFalse(self.has(self.digest))
-        self.assertEqual([], self.files("ingest"))
+        self.assertEqual([], self.arriving())
         self.assertEqual(0, self.daemon.store.ledger.reserved)
 
     def test_a_file_that_can_not_be_committed(self) -> None:
@@ -1271,7 +1271,7 @@ class BrokenCacheTests(BlobTestCase):
         self.patch(os, "pwrite", failing)
         path = f"/v2/team/app/manifests/{image.digest}"
         self.assertWhole(self.get(path), image.manifest, "MISS")
-        self.assertEqual(([], 0), (self.files("ingest"), self.daemon.store.ledger.reserved))
+        self.assertEqual(([], 0), (self.arriving(), self.daemon.store.ledger.reserved))
         self.start(limit=100)
         self.assertWhole(self.get(path), image.manifest, "MISS")
         for each in self.files("entries"):

@@ -244,7 +244,7 @@ class BrokenLaneTests(RangesTestCase):
         self.standin.heal()
         self.standin.release(self.digest)
         self.assertWhole(self.get(self.path), DATA, "MISS")
-        self.assertEqual((SIZE, []), (self.standin.bytes_sent, self.files("ingest")))
+        self.assertEqual((SIZE, []), (self.standin.bytes_sent, self.arriving()))
 
     def test_that_brings_nothing_is_not_asked_for_at_once(self) -> None:
         """

@@ -74,7 +74,7 @@ class ConditionTests(DaemonTestCase):
 
     def test_content_is_found_and_anything_else_is_none(self) -> None:
         (self.root / "content" / "sha256" / "ab").mkdir(parents=True)
-        (self.root / "ingest" / "sha256-abcd.1").write_bytes(b"arriving")
+        (self.root / "arriving" / f"sha256-{'ab' * 32}").write_bytes(b"arriving")
         self.assertFalse(self.daemon.store.has_content())
         self.get(f"/v2/team/app/blobs/{self.standin.push_blob('team/app', noise('x', 10))}")
         self.assertTrue(self.daemon.store.has_content())

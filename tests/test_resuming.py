@@ -9,9 +9,10 @@ import os
 from pathlib import Path
 
 from ecrproxy.cache import allocation
+from ecrproxy.cache.arriving import LEFT_SECONDS, Arriving
+from ecrproxy.cache.claim import claim_path
 from ecrproxy.cache.entries import occupied
-from ecrproxy.cache.ingest import LEFT_SECONDS, Ingest
-from ecrproxy.cache.trailer import TRAILER, Trailer
+from ecrproxy.cache.record import POLL_SECONDS, RECORD, Record
 from ecrproxy.transfer.inflow import SMALLEST_PART, Lanes
 from tests.daemon import MIB, Reply, noise
 from tests.store_contract import failing
@@ -54,7 +55,7 @@ class ResumingTestCase(RangesTestCase):
         self.begun()
         self.daemon.kill()
         self.standin.release(self.digest)
-        (left,) = self.files("ingest")
+        (left,) = self.arriving()
         return left
 
     def entries_bytes(self) -> int:
@@ -83,7 +84,7 @@ class CrashTests(ResumingTestCase):
         self.assertEqual(SIZE - 4 * EACH, self.standin.bytes_sent)
         first = self.standin.requests("bucket")[0].headers["range"]
         self.assertEqual((EACH, SMALLEST_PART), span(first))
-        self.assertEqual([], self.files("ingest"))
+        self.assertEqual([], self.arriving())
         self.assertWhole(self.get(self.path), DATA, "HIT")
 
     def test_what_is_there_is_sent_at_once(self) -> None:
@@ -161,7 +162,7 @@ class CrashTests(ResumingTestCase):
             reply = self.again()
             self.assertEqual("broken", reply.ended)
             self.assertLess(len(reply.body), SIZE)
-            self.assertEqual([], self.files("ingest"))
+            self.assertEqual([], self.arriving())
             self.assertWhole(self.get(self.path), DATA, "MISS")
             self.file_of(self.digest).unlink()
             self.standin.forget_asked()
@@ -171,17 +172,19 @@ class CrashTests(ResumingTestCase):
         A torn, cut or lengthened file is dropped, and all is fetched.
         """
         for spoil in (
-            lambda left: os.truncate(left, SIZE),
-            lambda left: os.truncate(left, SIZE + TRAILER - 1),
-            lambda left: os.truncate(left, SIZE + TRAILER + 1),
+            lambda left: os.truncate(left, SIZE - 1),
+            lambda left: os.truncate(left, SIZE + 1),
             lambda left: os.truncate(left, 0),
-            lambda left: self.scribble(left, SIZE, b"torn"),
-            lambda left: self.scribble(left, SIZE + 30, b"torn"),
+            lambda left: os.truncate(claim_path(left), 0),
+            lambda left: claim_path(left).unlink(),
+            lambda left: left.unlink(),
+            lambda left: self.scribble(claim_path(left), 0, b"torn"),
+            lambda left: self.scribble(claim_path(left), 30, b"torn"),
         ):
             spoil(self.interrupted())
             self.standin.forget_asked()
             self.assertWhole(self.again(), DATA, "MISS")
-            self.assertEqual((SIZE, []), (self.standin.bytes_sent, self.files("ingest")))
+            self.assertEqual((SIZE, []), (self.standin.bytes_sent, self.arriving()))
             self.file_of(self.digest).unlink()
             self.standin.forget_asked()
 
@@ -198,26 +201,25 @@ class CrashTests(ResumingTestCase):
         Nobody was told the old length by this daemon: the new one is told, and the old file dropped.
         """
         left = self.interrupted()
-        shorter = Trailer(SIZE - EACH, self.clock.seconds(), ((0, EACH),))
-        os.truncate(left, 0)
-        os.truncate(left, SIZE - EACH + TRAILER)
-        self.scribble(left, SIZE - EACH, shorter.pack())
+        shorter = Record(SIZE - EACH, self.clock.seconds(), there=((0, EACH),))
+        os.truncate(left, SIZE - EACH)
+        self.scribble(claim_path(left), 0, shorter.pack())
         self.standin.forget_asked()
         reply = self.again()
         self.assertEqual(SIZE, reply.length)
         self.assertWhole(reply, DATA)
-        self.assertEqual([], self.files("ingest"))
+        self.assertEqual([], self.arriving())
 
     def test_a_blob_that_is_shorter_than_what_is_there_is_begun_anew(self) -> None:
         """
         A first byte that there is not is no reason to fail.
         """
         left = self.interrupted()
-        longer = Trailer(2 * SIZE, self.clock.seconds(), ((0, SIZE + 1),))
-        os.truncate(left, 2 * SIZE + TRAILER)
-        self.scribble(left, 2 * SIZE, longer.pack())
+        longer = Record(2 * SIZE, self.clock.seconds(), there=((0, SIZE + 1),))
+        os.truncate(left, 2 * SIZE)
+        self.scribble(claim_path(left), 0, longer.pack())
         self.assertWhole(self.again(), DATA)
-        self.assertEqual([], self.files("ingest"))
+        self.assertEqual([], self.arriving())
 
     def test_an_old_file_is_swept(self) -> None:
         """
@@ -226,7 +228,7 @@ class CrashTests(ResumingTestCase):
         self.interrupted()
         self.clock.advance(LEFT_SECONDS)
         self.start()
-        self.assertEqual([], self.files("ingest"))
+        self.assertEqual([], self.arriving())
 
     def test_a_blob_that_the_cache_can_not_have_is_handed_through_from_its_start(self) -> None:
         """
@@ -234,7 +236,7 @@ class CrashTests(ResumingTestCase):
         """
         self.interrupted()
         self.start()
-        self.patch(Ingest, "resume", lambda *_: None)
+        self.patch(Arriving, "resume", lambda *_: None)
         self.patch(allocation, "fallocate", failing(errno.ENOSPC))
         self.assertWhole(self.get(self.path), DATA, "BYPASS")
 
@@ -248,10 +250,10 @@ class LimitTests(ResumingTestCase):
         """
         self.interrupted()
         ledger = self.start(limit=self.limit).store.ledger
-        self.assertEqual((SIZE + TRAILER, 0), (ledger.total - self.entries_bytes(), ledger.reserved))
+        self.assertEqual((SIZE + RECORD, 0), (ledger.total - self.entries_bytes(), ledger.reserved))
         self.standin.hold(self.digest)
         reply = self.get(self.path)
-        self.assertEqual((0, SIZE + TRAILER), (ledger.total - self.entries_bytes(), ledger.reserved))
+        self.assertEqual((0, SIZE + RECORD), (ledger.total - self.entries_bytes(), ledger.reserved))
         self.standin.release(self.digest)
         self.flush()
         self.assertWhole(reply, DATA, "MISS")
@@ -267,7 +269,7 @@ class LimitTests(ResumingTestCase):
         self.start(limit=self.limit)
         other = self.standin.push_blob("team/app", DATA[:-1])
         self.assertWhole(self.get(f"/v2/team/app/blobs/{other}"), DATA[:-1], "MISS")
-        self.assertEqual([], self.files("ingest"))
+        self.assertEqual([], self.arriving())
         self.assertTrue(self.has(other))
 
     def test_a_lowered_limit_holds_for_it(self) -> None:
@@ -277,7 +279,7 @@ class LimitTests(ResumingTestCase):
         self.interrupted()
         self.daemons.clear()
         self.start(limit=SIZE)
-        self.assertEqual([], self.files("ingest"))
+        self.assertEqual([], self.arriving())
 
     def test_it_is_not_evicted_while_it_goes_on(self) -> None:
         """
@@ -330,7 +332,7 @@ class FailureTests(ResumingTestCase):
         """
         self.failed()
         ledger = self.daemon.store.ledger
-        self.assertEqual((SIZE + TRAILER, 0), (ledger.total - self.entries_bytes(), ledger.reserved))
+        self.assertEqual((SIZE + RECORD, 0), (ledger.total - self.entries_bytes(), ledger.reserved))
         self.assertWhole(self.get(self.path), DATA, "MISS")
         self.assertEqual(SIZE - 4 * EACH, self.standin.bytes_sent)
         self.assertEqual((SIZE, 0), (self.used() - self.entries_bytes(), ledger.reserved))
@@ -349,15 +351,15 @@ class FailureTests(ResumingTestCase):
         """
         self.standin.corrupt(self.digest, bytes(SIZE))
         self.assertEqual("broken", self.get(self.path).ended)
-        self.assertEqual([], self.files("ingest"))
+        self.assertEqual([], self.arriving())
         self.standin.heal()
         self.standin.forget_asked()
         self.assertWhole(self.get(self.path), DATA, "MISS")
         self.assertEqual(SIZE, self.standin.bytes_sent)
 
-    def test_what_two_daemons_have_is_the_first_ones(self) -> None:
+    def test_two_daemons_go_on_with_it_as_one(self) -> None:
         """
-        Two daemons on one directory: the one that has the file goes on with it, the other makes its own.
+        Two daemons on one directory: the one that has the file goes on with it, the other follows.
         """
         self.failed()
         one = self.daemon
@@ -365,13 +367,14 @@ class FailureTests(ResumingTestCase):
         first = self.get(self.path)
         two = self.start()
         second = two.ask("GET", self.path)
-        self.assertEqual(2, len(self.files("ingest")))
+        self.assertEqual(1, len(self.arriving()))
         self.standin.release(self.digest)
         one.flush()
-        two.flush()
+        self.pass_time(POLL_SECONDS)
         self.assertWhole(first, DATA, "MISS")
-        self.assertWhole(second, DATA, "MISS")
-        self.assertEqual([], self.files("ingest"))
+        self.assertWhole(second, DATA, "JOINED")
+        self.assertEqual([], self.arriving())
+        self.assertEqual(SIZE - 4 * EACH, self.standin.bytes_sent)
 
     def test_a_size_that_changed_under_way_aborts_and_is_believed_afterwards(self) -> None:
         """

@@ -233,4 +233,4 @@ class HungTests(DiskTestCase):
         self.get(self.unknown)
         self.assertWhole(self.get(self.unknown), self.data, "HIT")
         self.assertEqual(0, self.daemon.store.ledger.reserved)
-        self.assertEqual([], [path for path in self.files("ingest") if path.is_file()])
+        self.assertEqual([], [path for path in self.arriving() if path.is_file()])

@@ -33,6 +33,7 @@ from tests.store_contract import (
     MANIFEST_TYPE,
     REGISTRY,
     START,
+    begin,
     confirmed,
     entry_of,
     failing,
@@ -133,8 +134,8 @@ class StartTests(StoreTests):
         blocked.write_text("a file where the directory should be")
         self.assertRaises(OSError, Store(blocked, lambda: START).prepare)
         self.store.check()
-        self.store.ingest.rmdir()
-        self.store.ingest.touch()
+        self.store.arriving.folder.rmdir()
+        self.store.arriving.folder.touch()
         self.assertRaises(OSError, self.store.check)
 
     def begun(self, number: int, *, there: bool = True) -> tuple[Store, bool]:
@@ -191,10 +192,10 @@ class StartTests(StoreTests):
         """
         Files that nobody lives behind are removed, and were never content.
         """
-        writer = self.store.writer(Digest.of(b"whole"), 5)
+        writer = begin(self.store, Digest.of(b"whole"), 5)
         writer.write(0, [b"whole"])
         writer.close()  # as a killed process does
-        self.assertEqual(1, len(files_in(self.store.arriving.folder)))
+        self.assertEqual(2, len(files_in(self.store.arriving.folder)))
         self.store = self.reopened(self.store.root)
         self.assertEqual([], files_in(self.store.root))
         self.assertIsNone(self.store.open(Digest.of(b"whole")))
@@ -203,7 +204,7 @@ class StartTests(StoreTests):
         """
         A file whose writer lives stays, and becomes content.
         """
-        writer = self.store.writer(Digest.of(b"whole"), 5)
+        writer = begin(self.store, Digest.of(b"whole"), 5)
         self.reopened(self.store.root)
         writer.write(0, [b"whole"])
         writer.commit()
@@ -212,7 +213,8 @@ class StartTests(StoreTests):
 
     def test_sweeping_survives_what_does_not_belong_there(self) -> None:
         """
-        Directories and links among the arriving files neither stop the sweep nor lead it elsewhere.
+        Directories and links among the arriving files neither stop the sweep nor lead it elsewhere; what has no name
+        of the cache's own stays.
         """
         outside = scratch(self)
         outside.write_text("not the cache's")
@@ -220,7 +222,7 @@ class StartTests(StoreTests):
         (self.store.arriving.folder / "link").symlink_to(outside.absolute())
         (self.store.arriving.folder / "left").write_text("x")
         self.store.sweep()
-        self.assertFalse((self.store.arriving.folder / "left").exists())
+        self.assertTrue((self.store.arriving.folder / "left").exists())
         self.assertTrue(outside.exists())
 
     def test_drafts_of_entries_are_swept_when_they_are_old(self) -> None:
@@ -239,7 +241,7 @@ class StartTests(StoreTests):
         """
         put(self.store, b"x" * 1000)
         self.store.save("0" * 64, entry_of(self.route, confirmed()))
-        writer = self.store.writer(Digest.of(b"y"), 5000)
+        writer = begin(self.store, Digest.of(b"y"), 5000)
         self.addCleanup(writer.discard)
         again = Store(self.store.root, lambda: START)
         again.count()
@@ -328,10 +330,11 @@ class WriterTests(StoreTests):
         Nothing partial is ever among the content, and nothing is left arriving behind it.
         """
         digest = Digest.of(b"whole")
-        writer = self.store.writer(digest, 5)
+        writer = begin(self.store, digest, 5)
         writer.write(0, [b"who"])
         self.assertEqual([], files_in(self.store.root / "content"))
-        self.assertEqual(1, len(files_in(self.store.arriving.folder)))
+        name = f"sha256-{digest.hex}"
+        self.assertEqual([name, f"{name}.claim"], files_in(self.store.arriving.folder))
         writer.write(3, [b"le"])
         writer.commit()
         writer.close()
@@ -341,7 +344,7 @@ class WriterTests(StoreTests):
         """
         What upstream corrupted costs no disk.
         """
-        writer = self.store.writer(Digest.of(b"right"), 5)
+        writer = begin(self.store, Digest.of(b"right"), 5)
         writer.write(0, [b"wrong"])
         self.assertRaises(DigestMismatchError, writer.commit)
         self.assertEqual([], files_in(self.store.root / "content"))
@@ -355,7 +358,7 @@ class WriterTests(StoreTests):
         """
         before = open_files()
         self.patch(allocation, "fallocate", failing(errno.ENOSPC))
-        problem = self.assertRaises(OSError, self.store.writer, Digest.of(b"x"), 10**9)
+        problem = self.assertRaises(OSError, begin, self.store, Digest.of(b"x"), 10**9)
         self.assertEqual(errno.ENOSPC, problem.errno)
         self.assertEqual([], files_in(self.store.root))
         self.assertEqual(before, open_files())
@@ -364,7 +367,7 @@ class WriterTests(StoreTests):
         """
         A transfer that began finds its room to the end.
         """
-        writer = self.store.writer(Digest.of(b"x"), 300_000)
+        writer = begin(self.store, Digest.of(b"x"), 300_000)
         self.addCleanup(writer.discard)
         self.assertGreaterEqual(os.fstat(writer.fileno()).st_blocks * 512, 300_000)
 
@@ -372,20 +375,20 @@ class WriterTests(StoreTests):
         """
         Over NFS there is none; glibc's stand-in for it writes to each block.
         """
-        for name in ("pwrite", "pwritev", "write", "posix_fallocate"):
+        for name in ("pwritev", "write", "posix_fallocate"):
             self.patch(os, name, failing(errno.EIO))
         for number in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
             self.patch(allocation, "fallocate", failing(number))
-            writer = self.store.writer(Digest.of(b"x"), 300_000)
+            writer = begin(self.store, Digest.of(b"x%d" % number), 300_000)
             self.addCleanup(writer.discard)
             status = os.fstat(writer.fileno())
-            self.assertEqual((writer.room, 0), (status.st_size, status.st_blocks))
+            self.assertEqual((writer.size, 0), (status.st_size, status.st_blocks))
 
     def test_where_libc_has_no_fallocate_a_file_has_its_length(self) -> None:
         self.patch(allocation, "_call", None)
-        writer = self.store.writer(Digest.of(b"x"), 300_000)
+        writer = begin(self.store, Digest.of(b"x"), 300_000)
         self.addCleanup(writer.discard)
-        self.assertEqual(writer.room, os.fstat(writer.fileno()).st_size)
+        self.assertEqual(writer.size, os.fstat(writer.fileno()).st_size)
 
     def test_what_fallocate_says_is_raised(self) -> None:
         ends = os.pipe()
@@ -411,7 +414,7 @@ class WriterTests(StoreTests):
         """
         Whoever follows goes on from there without the disk.
         """
-        writer = self.store.writer(Digest.of(b"first second"), 12)
+        writer = begin(self.store, Digest.of(b"first second"), 12)
         self.addCleanup(writer.discard)
         writer.write(0, [b"first "])
         self.patch(os, "pwrite", failing(errno.EIO))
@@ -432,7 +435,7 @@ class WriterTests(StoreTests):
         """
         Content that might not outlive a power cut is none.
         """
-        writer = self.store.writer(Digest.of(b"x"), 1)
+        writer = begin(self.store, Digest.of(b"x"), 1)
         writer.write(0, [b"x"])
         self.patch(os, "fsync", failing(errno.EIO))
         self.assertRaises(OSError, writer.commit)
@@ -470,18 +473,20 @@ class WriterTests(StoreTests):
         """
         Another process sees that somebody lives behind it, and another user sees nothing.
         """
-        writer = self.store.writer(Digest.of(b"x"), 1)
+        writer = begin(self.store, Digest.of(b"x"), 1)
         self.addCleanup(writer.discard)
-        path = next(self.store.arriving.folder.iterdir())
-        self.assertEqual(0o600, stat.S_IMODE(path.stat().st_mode))
-        with path.open("rb") as file:
-            self.assertRaises(BlockingIOError, fcntl.flock, file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        data, claim = sorted(self.store.arriving.folder.iterdir())
+        for path, kinds in ((data, [fcntl.LOCK_EX]), (claim, [fcntl.LOCK_EX, fcntl.LOCK_SH])):
+            self.assertEqual(0o600, stat.S_IMODE(path.stat().st_mode))
+            with path.open("rb") as file:
+                for kind in kinds:
+                    self.assertRaises(BlockingIOError, fcntl.flock, file, kind | fcntl.LOCK_NB)
 
     def test_content_is_being_read_by_who_followed_it_in(self) -> None:
         """
         Those who followed its arrival still read its file: it is not evicted before they are through.
         """
-        writer = self.store.writer(Digest.of(b"x"), 1)
+        writer = begin(self.store, Digest.of(b"x"), 1)
         writer.write(0, [b"x"])
         writer.commit()
         self.assertEqual([True], [being_read for _, _, being_read in self.store.ledger.oldest()])

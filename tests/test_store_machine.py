@@ -4,8 +4,6 @@ The store under operations and crashes in any order: what it gives is right, and
 
 from __future__ import annotations
 
-import contextlib
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -17,15 +15,18 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
+from ecrproxy.cache.arriving import Met
+from ecrproxy.cache.claim import Claim
 from ecrproxy.cache.content import Content, DigestMismatchError
 from ecrproxy.cache.entries import Entry, entry_name, occupied
 from ecrproxy.cache.janitor import Janitor
+from ecrproxy.cache.peer import PeerTransfer
+from ecrproxy.cache.record import RECORD, room_for
 from ecrproxy.cache.store import Store
-from ecrproxy.cache.trailer import room_for
 from ecrproxy.cache.writer import Writer
 from ecrproxy.oci import Digest, parse_route
 from tests.daemon import at_once
-from tests.store_contract import REGISTRY, START, confirmed, entry_of, put
+from tests.store_contract import REGISTRY, START, confirmed, entry_of
 
 LIMIT: Final = 3_000_000
 
@@ -58,7 +59,7 @@ class Transfer:
 
     @property
     def name(self) -> str:
-        return self.writer._path.name  # noqa: SLF001
+        return self.writer._claim.data.name  # noqa: SLF001
 
 
 class StoreMachine(RuleBasedStateMachine):
@@ -109,9 +110,9 @@ class StoreMachine(RuleBasedStateMachine):
 
     def crash(self) -> None:
         for transfer in self.transfers:
-            close(transfer.writer)
+            transfer.writer.close()
         for content, _ in self.open:
-            close(content)
+            content.close()
         self.transfers, self.open = [], []
 
     # Transfers
@@ -122,13 +123,23 @@ class StoreMachine(RuleBasedStateMachine):
         Go on with what is left over, if there is something, else begin anew.
         """
         digest, size = Digest.of(data), len(data)
-        writer = self.store.arriving.resume(digest, size)
+        claim = self.store.claim(digest)
+        if not isinstance(claim, Claim):
+            assert claim is not Met.BUSY
+            if isinstance(claim, PeerTransfer):
+                claim.close()
+            return
+        writer = self.store.arriving.resume(claim, digest, size)
         if writer is None and self.janitor.make_room(room_for(size)):
-            writer = self.store.arriving.begin(digest, size)
-        if writer is not None:
+            writer = self.store.writer(claim, digest, size)
+        if writer is None:
+            self.store.arriving.let_go(claim)
+        else:
             while writer.catch_up():
                 pass
             self.transfers.append(Transfer(writer, data))
+            if writer.missing == size:
+                self.wrong.discard(self.transfers[-1].name)
 
     @rule(data=st.sampled_from(BLOBS[-2:]), part=st.integers(1, 1_000_000), wrong=st.integers(0, 3))
     def break_off(self, data: bytes, part: int, wrong: int) -> None:
@@ -148,9 +159,13 @@ class StoreMachine(RuleBasedStateMachine):
         """
         Bring a blob in at once, and read it.
         """
-        if self.janitor.make_room(room_for(len(data))):
-            put(self.store, data)
-            self.janitor.release(room_for(len(data)))
+        self.begin(data)
+        if self.transfers and self.transfers[-1].data == data and not any(self.transfers[-1].sent):
+            transfer = self.transfers.pop()
+            self.put(transfer, 0, len(data))
+            transfer.writer.commit()
+            transfer.writer.close()
+            self.janitor.release(transfer.writer.room)
             self.spoiled.discard(self.store.content_path(Digest.of(data)))
             if read:
                 content = self.store.open(Digest.of(data))
@@ -305,7 +320,9 @@ class StoreMachine(RuleBasedStateMachine):
         return sorted(path for top in tops for path in (self.root / top).rglob("*") if path.is_file())
 
     def used(self) -> int:
-        return sum(map(counted_with, self.files("content", "entries", "ingest")))
+        return sum(
+            counted_with(path) for path in self.files("content", "entries", "arriving") if path.suffix != ".claim"
+        )
 
     def within_limit(self) -> bool:
         """
@@ -331,7 +348,8 @@ class StoreMachine(RuleBasedStateMachine):
     def what_is_counted_is_there(self) -> None:
         counted = {path: size for path, size, _ in self.store.ledger.oldest() if path not in self.spoiled}
         arriving = {transfer.name for transfer in self.transfers}
-        there = [path for path in self.files("content", "entries", "ingest") if path.name not in arriving]
+        there = [path for path in self.files("content", "entries", "arriving") if path.stem not in arriving]
+        there = [path for path in there if path.suffix != ".claim"]
         found = {str(path.relative_to(self.root)): counted_with(path) for path in there}
         assert counted == {path: size for path, size in found.items() if path not in self.spoiled}
 
@@ -352,15 +370,6 @@ class StoreMachine(RuleBasedStateMachine):
         assert self.within_limit(), "more is there or promised than there may be"
 
 
-def close(holder: Any) -> None:
-    """
-    Close a file as the kernel does when its process is killed: nobody is told.
-    """
-    with contextlib.suppress(OSError):
-        os.close(holder.fileno())
-    holder._fd, holder._open = -1, False  # noqa: SLF001 (so that nobody closes another's file of that number)
-
-
 class StoreTests(SynchronousTestCase):
     def test_operations_and_crashes_in_any_order(self) -> None:
         """
@@ -379,4 +388,6 @@ def counted_with(path: Path) -> int:
     Tell how many bytes a file of the cache counts with.
     """
     size = path.stat().st_size
+    if "arriving" in path.parts:
+        return size + RECORD
     return occupied(size) if "entries" in path.parts else size

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import atexit
 import errno
+import fcntl
 import gc
 import io
 import json
@@ -434,6 +435,19 @@ class WrongSettingTests(TapCase):
         self.patch(Path, "write_bytes", failing(errno.ENOSPC))
         self.run_with()
 
+    def test_a_cache_directory_without_locks_is_for_one_process(self) -> None:
+        """
+        Several would write the same file. One is told so, and goes on.
+        """
+        logged = list[str]()
+        self.patch(fcntl, "flock", lambda *_: None)
+        self.patch(ecrproxy.tap.log, "warn", lambda text, **values: logged.append(text.format(**values)))
+        told = f"PROXY_CACHE_DIR={self.environ['PROXY_CACHE_DIR']!r}: the file system has no working flock(2)"
+        self.assert_dies(told, PROXY_WORKER_PROCESSES="2")
+        self.assertEqual([], logged)
+        self.run_with(PROXY_WORKER_PROCESSES="1")
+        self.assertEqual([told], [line[: len(told)] for line in logged if "flock" in line])
+
     def test_files_of_tls_that_cannot_be_used_are_told(self) -> None:
         """
         The key, the certificate, or both.
@@ -699,12 +713,12 @@ class CredentialsTests(TapCase):
         aws.grants()
         self.start()
         self.assertIn(b"200 OK", answer(self.reactor, b"/readyz"))
-        ingest = self.folder / "cache" / "ingest"
-        ingest.rmdir()
+        arriving = self.folder / "cache" / "arriving"
+        arriving.rmdir()
         self.reactor.advance(FRESH_SECONDS)
         self.assertIn(b"200 OK", answer(self.reactor, b"/readyz"))  # it is made anew
-        ingest.rmdir()
-        ingest.touch()
+        arriving.rmdir()
+        arriving.touch()
         self.reactor.advance(FRESH_SECONDS)
         not_ready = answer(self.reactor, b"/readyz")
         self.assertIn(b"503 Service", not_ready)

@@ -224,7 +224,7 @@ class PullTests(DaemonTestCase):
         self.assertEqual("MISS", self.pull()[1])
         self.assertEqual("HIT", self.pull()[1])
         self.assertEqual([], self.reasons())
-        shutil.rmtree(self.root / "ingest")
+        shutil.rmtree(self.root / "arriving")
         self.assertEqual([], self.reasons())
 
     def test_a_directory_that_is_removed_in_the_middle_of_a_transfer_costs_the_file_alone(self) -> None:

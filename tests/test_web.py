@@ -863,7 +863,7 @@ class WrongBytesTests(DaemonTestCase):
         self.path = f"/v2/team/app/blobs/{self.digest}"
 
     def assertNextSucceeds(self) -> None:
-        self.assertEqual(([], []), (self.files(), self.files("ingest")))
+        self.assertEqual(([], []), (self.files(), self.arriving()))
         self.assertEqual(0, self.daemon.store.ledger.reserved)
         self.standin.heal()
         self.assertWhole(self.get(self.path), self.data, "MISS")
@@ -987,7 +987,7 @@ class WrongBytesTests(DaemonTestCase):
                 self.assertFalse(self.has(self.digest))
         logged = [formatEvent(event) for event in events]
         self.assertEqual(4, sum("1 partial responses had bytes of" in line for line in logged), logged)
-        self.assertEqual([], self.files("ingest"))
+        self.assertEqual([], self.arriving())
         self.assertNextSucceeds()
 
     def test_of_another_size_are_not_sent_as_a_part(self) -> None:

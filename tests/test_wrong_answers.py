@@ -145,7 +145,7 @@ class BlobTests(WrongAnswerTestCase):
             self.pass_time(60)
             self.assertNoAnswer(str(len(other)), reply, data)
             self.assertEqual([], self.files())
-            self.assertEqual([], self.files("ingest"))
+            self.assertEqual([], self.arriving())
             self.standin.heal()
         self.assertWhole(self.get(path), data)
 
@@ -165,7 +165,7 @@ class ReversedPartTests(DaemonTestCase):
             self.standin.break_off(start)
             self.get(path)
             self.pass_time(60)
-            self.assertEqual(1, len(self.files("ingest")))
+            self.assertEqual(1, len(self.arriving()))
             self.standin.heal()
             # Every byte but those that are there already is right: only the range can make them be written again.
             self.standin.corrupt(digest, bytes(start) + data[start:])

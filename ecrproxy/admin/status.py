@@ -173,7 +173,7 @@ def _leaving(store: Store, path: str, size: int) -> Leaving:
             return Leaving("content", f"{algorithm}:{name.rpartition('/')[2]}", size, used)
         case "entries":
             return Leaving("entry", _entry_name(store, path), size, used)
-    return Leaving("unfinished", rest.partition(".")[0].replace("-", ":", 1), size, used)
+    return Leaving("unfinished", rest.replace("-", ":", 1), size, used)
 
 
 def _entry_name(store: Store, path: str) -> str:

@@ -5,6 +5,7 @@ Verified files, as those who read them have them: open, shared, and not evicted 
 from __future__ import annotations
 
 import os
+import threading
 from typing import TYPE_CHECKING, Any
 
 from ecrproxy.cache.proofs import is_marked
@@ -73,7 +74,10 @@ class Content:
         """
         Hand out the file once more, to be closed by itself.
         """
-        return Content(self._store, self.digest, self._file.share(), self.status)
+        file = self._file.share()
+        if file is None:
+            raise UnreadError(f"{self.digest} is closed")
+        return Content(self._store, self.digest, file, self.status)
 
     def hash(self, state: Any, offset: int, limit: int) -> int:  # noqa: ANN401 (hashlib's objects have no public type)
         """
@@ -81,7 +85,7 @@ class Content:
 
         @return: how many there were.
         """
-        return _hash(self._file.fd, state, offset, limit)
+        return hash_range(self._file.fd, state, offset, limit)
 
     def settle(self, state: Any) -> bool:  # noqa: ANN401
         """
@@ -121,36 +125,47 @@ class Content:
 class OpenFile:
     """
     A file descriptor that several may hold: closed with the last of them.
+
+    @param status: tells which file it is.
     """
 
-    def __init__(self, fd: int) -> None:
-        self.fd, self._holders = fd, 1
+    def __init__(self, fd: int, status: os.stat_result) -> None:
+        self.fd, self._holders, self._lock = fd, 1, threading.Lock()
+        self._identity = status.st_ino, status.st_dev
 
-    def share(self) -> OpenFile:
+    def is_same(self, status: os.stat_result) -> bool:
         """
-        Hold it once more.
+        Tell whether C{status} is of this file.
         """
-        self._holders += 1
-        return self
+        return self._identity == (status.st_ino, status.st_dev)
+
+    def share(self) -> OpenFile | None:
+        """
+        Hold it as well; none if it has been closed.
+        """
+        with self._lock:
+            if not self._holders:
+                return None
+            self._holders += 1
+            return self
 
     def let_go(self) -> None:
         """
-        Hold it once less.
+        Release it; the last one closes it.
         """
-        self._holders -= 1
-        if not self._holders:
-            os.close(self.fd)
-            self.fd = -1
+        with self._lock:
+            self._holders -= 1
+            if not self._holders:
+                os.close(self.fd)
+                self.fd = -1
 
 
-def content_path(digest: Digest) -> str:
+def hash_range(fd: int, state: Any, offset: int, limit: int) -> int:  # noqa: ANN401
     """
-    Name the file of C{digest}, relative to the cache directory.
+    Hash the bytes of an open file from C{offset} on, up to C{limit}.
+
+    @return: how many there were.
     """
-    return f"content/{digest.algorithm}/{digest.hex[:2]}/{digest.hex}"
-
-
-def _hash(fd: int, state: Any, offset: int, limit: int) -> int:  # noqa: ANN401
     end = offset + limit
     at = offset
     while at < end and (data := os.pread(fd, min(2**20, end - at), at)):

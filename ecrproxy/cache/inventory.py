@@ -12,6 +12,7 @@ Rules:
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from collections.abc import Iterable, Iterator
@@ -20,6 +21,7 @@ from typing import Any, Final
 
 from ecrproxy.cache.content import DigestMismatchError
 from ecrproxy.cache.entries import Entry, occupied
+from ecrproxy.cache.locks import share
 from ecrproxy.cache.store import Store, entry_path, files_in, read_entry, without_waiting
 from ecrproxy.oci import MANIFEST_LIMIT, Descriptor, Digest, Kind, listed
 
@@ -147,6 +149,8 @@ class Inventory:
         path = self._store.root / self._store.content_path(digest)
         try:
             fd = without_waiting(str(path), os.O_RDONLY)
+            with contextlib.suppress(OSError):  # where there are no locks
+                share(fd, path)
         except FileNotFoundError:
             yield {"digest": str(digest), "verdict": "gone"}
             return

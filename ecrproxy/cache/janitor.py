@@ -7,6 +7,7 @@ Rules:
   on one directory keep it within the limit together, but for what each has brought since the others last counted.
 - Counting takes a twentieth of the time at the most, however large and slow the directory is. Nobody waits for it.
   Before the first count room is given by what is known, and the directory is brought within its limit afterwards.
+- What any process has open is not evicted: its lock says so, and others go instead.
 - The limit is never more than the disk can hold. When the disk is full all the same, files are evicted to make room.
 - A disk may lack inodes and have bytes left. Then files are evicted by number, entries first.
 """
@@ -14,7 +15,7 @@ Rules:
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Final
 
 from twisted.application.service import Service
@@ -73,6 +74,13 @@ def victims_for_inodes(files: Iterable[tuple[str, int, bool]], count: int) -> li
         if len(entries) == count:
             break
     return [*entries, *content][:count]
+
+
+def _but(busy: Collection[str], files: Iterable[tuple[str, int, bool]]) -> Iterator[tuple[str, int, bool]]:
+    """
+    Yield C{files}, those in C{busy} as being read.
+    """
+    return ((path, size, read or path in busy) for path, size, read in files)
 
 
 class Janitor(Service):
@@ -167,15 +175,19 @@ class Janitor(Service):
         """
         Evict until C{size} bytes fit, and reserve them. Called in a thread.
         """
-        ledger = self._store.ledger
-        with ledger.lock:
-            chosen = victims(ledger.oldest(), ledger.total + ledger.reserved + size - self.limit)
-            if chosen is None:
-                return False
-            sizes = {path: ledger.gone(path) for path in chosen}
-            ledger.reserve(size)
-        self._evict(sizes)
-        return True
+        ledger, busy = self._store.ledger, set[str]()
+        ledger.reserve(size)
+        while True:
+            with ledger.lock:
+                chosen = victims(_but(busy, ledger.oldest()), ledger.total + ledger.reserved - self.limit)
+                if chosen is None:
+                    ledger.reserve(-size)
+                    return False
+                sizes = {path: ledger.gone(path) for path in chosen}
+            stuck = self._evict(sizes)
+            if not stuck:
+                return True
+            busy |= stuck
 
     def evict(self, size: int) -> bool:
         """
@@ -214,18 +226,26 @@ class Janitor(Service):
         self._fit(size)
         return True
 
-    def _evict(self, sizes: dict[str, int]) -> None:
+    def _evict(self, sizes: dict[str, int]) -> set[str]:
+        """
+        Evict files, except those that some process has open: these are in use, and counted so.
+
+        @return: those that are still there.
+        """
+        stuck = set()
         for path, freed in sizes.items():  # the lock is not held while the disk works: the reactor may want it
-            if not self._store.remove(path):
+            if not self._store.remove_unused(path):
                 self._store.ledger.used(path, freed)
-        if sizes:
-            self.evicted += len(sizes)
+                stuck.add(path)
+        if len(sizes) > len(stuck):
+            self.evicted += len(sizes) - len(stuck)
             log.info(
                 "Evicted {count} files, the least recently used; {total} since the start",
-                count=len(sizes),
+                count=len(sizes) - len(stuck),
                 total=self.evicted,
                 once="evicted",
             )
+        return stuck
 
     def _fit(self, pending: int = 0) -> None:
         """

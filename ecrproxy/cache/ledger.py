@@ -103,7 +103,7 @@ def is_own(path: str) -> bool:
 _OWN: Final = re.compile(
     r"(?:content/sha256|entries)/([0-9a-f]{2})/\1[0-9a-f]{62}"
     r"|content/sha512/([0-9a-f]{2})/\2[0-9a-f]{126}"
-    r"|ingest/(?:sha256-[0-9a-f]{64}|sha512-[0-9a-f]{128})\.[0-9a-f]{8}"
+    r"|arriving/(?:sha256-[0-9a-f]{64}|sha512-[0-9a-f]{128})"
 )
 # fromhex() by itself would take capitals and blanks, and give another name or a shorter one.
 _FILE: Final = re.compile(r"([0-9a-f]{2})/(\1[0-9a-f]{62})")

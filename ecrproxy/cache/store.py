@@ -5,6 +5,7 @@ Rules:
 
 - The directory is the whole truth. The L{Ledger} only counts it, and is made anew at each start.
 - A file gets into C{content/} by one road alone: C{writer.Writer.commit}, which has hashed every byte of it.
+- Whoever has a file open holds a shared lock on it, in whichever process. Eviction needs the exclusive one at once.
 - What is in C{content/} and C{entries/} is never changed in place: it is replaced by rename, or unlinked.
   Whoever has a file open keeps reading the bytes that were there.
 - Nothing here waits for anything but the disk. All of it is called in threads, several at a time.
@@ -25,15 +26,20 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Final, TypeVar
+from weakref import WeakValueDictionary
 
 from twisted.logger import Logger
 
-from ecrproxy.cache.content import Content, DigestMismatchError, OpenFile, content_path
+from ecrproxy.cache import locks
+from ecrproxy.cache.arriving import Arriving, Met, sweep_ingest
+from ecrproxy.cache.claim import Claim
+from ecrproxy.cache.content import Content, DigestMismatchError, OpenFile
+from ecrproxy.cache.directory import Directory, content_path
 from ecrproxy.cache.entries import ENTRY_LIMIT, Entry, occupied
-from ecrproxy.cache.ingest import Ingest
 from ecrproxy.cache.ledger import Ledger, Settled, is_own, packed
+from ecrproxy.cache.peer import PeerTransfer
 from ecrproxy.cache.proofs import Proofs, is_marked, mark
-from ecrproxy.cache.trailer import boot_id
+from ecrproxy.cache.record import RECORD
 from ecrproxy.cache.troubles import Kind, Troubles, is_exhaustion
 from ecrproxy.cache.volume import Volume
 from ecrproxy.cache.writer import Writer
@@ -86,11 +92,11 @@ class Store:
 
     def __init__(self, root: Path, now: Callable[[], float], ledger: Ledger | None = None) -> None:
         self.root, self._now = root, now
-        self.ingest = root / "ingest"
         self.ledger = Ledger() if ledger is None else ledger
         self.proofs = Proofs()
         self.troubles = Troubles(now)
-        self.arriving = Ingest(root, now, self.ledger, self.proofs, self.troubles, boot_id())
+        self.arriving = Arriving(Directory(root, now, self.ledger, self.proofs, self.troubles))
+        self._opened: WeakValueDictionary[Digest, OpenFile] = WeakValueDictionary()
         self._volume: Volume | None = None
 
     def prepare(self) -> None:
@@ -122,7 +128,7 @@ class Store:
         """
         Make the directories that are missing.
         """
-        for name in ("content", "entries", "ingest"):
+        for name in ("content", "entries", "arriving"):
             (self.root / name).mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def _anew(self, make: Callable[[], T], size: int) -> T:
@@ -163,7 +169,7 @@ class Store:
 
         @raise OSError: if not.
         """
-        probe = self.ingest / f"probe.{secrets.token_hex(4)}"
+        probe = self.arriving.folder / f"probe.{secrets.token_hex(4)}"
         try:
             with self.troubles.noted(Kind.WRITE):
                 self._anew(lambda: probe.write_bytes(_PROBE), len(_PROBE))
@@ -203,6 +209,14 @@ class Store:
             self.check()
         return self.troubles.reasons()
 
+    def has_locks(self) -> bool:
+        """
+        Tell whether files of the directory can be locked against other processes.
+
+        @raise OSError: if no file can be made there.
+        """
+        return locks.exclude(self.arriving.folder)
+
     def has_content(self) -> bool:
         """
         Tell whether there is any content.
@@ -214,8 +228,11 @@ class Store:
 
     def sweep(self) -> None:
         """
-        Unlink what arrived for writers that are no more, but for what is worth going on with.
+        Remove what arrived for writers that have exited, but for what is worth going on with.
         """
+        removed = sweep_ingest(self.root / "ingest")
+        if removed:
+            log.info("Removed {count} unfinished transfers of an earlier version from ingest/", count=removed)
         self.arriving.sweep()
 
     def count(self) -> int:
@@ -271,15 +288,24 @@ class Store:
         except OSError:
             return False
 
-    def writer(self, digest: Digest, size: int) -> Writer:
+    def claim(self, digest: Digest) -> Claim | PeerTransfer | Met:
+        """
+        Claim a digest, to bring it in; or give what is there instead: see L{Arriving.claim}.
+
+        @raise OSError: if the disk fails, or has no locks.
+        """
+        with self.troubles.noted(Kind.WRITE):
+            return self._anew(lambda: self.arriving.claim(digest), RECORD)
+
+    def writer(self, claim: Claim, digest: Digest, size: int) -> Writer:
         """
         Begin a file that arrives.
 
         @param size: in bytes; so many are taken of the disk at once.
-        @raise OSError: if the disk has no room for them, or fails.
+        @raise OSError: if the disk has no room for them, or fails. The claim is still held then.
         """
         with self.troubles.noted(Kind.WRITE):
-            return self._anew(lambda: self.arriving.begin(digest, size), size)
+            return self._anew(lambda: self.arriving.begin(claim, digest, size), size)
 
     def content_path(self, digest: Digest) -> str:
         """
@@ -293,29 +319,60 @@ class Store:
         """
         path = self.content_path(digest)
         try:
-            fd = os.open(self.root / path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+            found = self._opened_file(digest, f"{self.root}/{path}")
         except OSError as problem:
-            if isinstance(problem, FileNotFoundError):
-                self.ledger.gone(path)
-            elif is_exhaustion(problem):
+            if is_exhaustion(problem):
                 self.troubles.failed(Kind.OPEN, problem)
             else:  # it is there, and counts
                 log.warn("Can't read {path} from the cache: {why}", path=path, why=problem.strerror or problem)
                 self.troubles.failed(Kind.READ, problem)
             return None
+        if found is None:
+            self.ledger.gone(path)
+            return None
         self.troubles.succeeded(Kind.READ)
-        status = os.fstat(fd)
+        file, status = found
         verdict = self.proofs.verdict(digest, status)
         if verdict is None and not stat.S_ISREG(status.st_mode):
             self.drop(digest, status, DigestMismatchError("it is no file"))
             verdict = False
         if verdict is False:
-            os.close(fd)
+            file.let_go()
             return None
         if verdict or is_marked(status):  # else the mark would hide that somebody has changed it
-            self.mark(fd)
+            self.mark(file.fd)
         self.ledger.used(path, status.st_size)
-        return Content(self, digest, OpenFile(fd), status)
+        return Content(self, digest, file, status)
+
+    def _opened_file(self, digest: Digest, path: str) -> tuple[OpenFile, os.stat_result] | None:
+        """
+        Open a file under a shared lock, or share the one that is open already; none if there is none.
+
+        Clients of a large file cost one descriptor, not one each.
+
+        @raise OSError: if it can't be opened.
+        """
+        file = self._opened.get(digest)
+        if file is not None and file.share():
+            with contextlib.suppress(OSError):
+                status = os.lstat(path)
+                if file.is_same(status):
+                    return file, status
+            file.let_go()
+        try:
+            fd = without_waiting(path, os.O_RDONLY)
+        except FileNotFoundError:
+            return None
+        try:
+            there = locks.share(fd, path)  # not if it is being evicted, or was just replaced
+        except OSError:  # a file system without locks: the kernel keeps the file for who has it open
+            there = True
+        status = os.fstat(fd)
+        if not there:
+            os.close(fd)
+            return None
+        file = self._opened[digest] = OpenFile(fd, status)
+        return file, status
 
     def drop(self, digest: Digest, status: os.stat_result, why: Exception) -> None:
         """
@@ -329,7 +386,7 @@ class Store:
             if os.lstat(self.root / path).st_ino != status.st_ino:
                 return
         log.warn("{path} in the cache is dropped: {why}", path=path, why=why)
-        self.remove(path)
+        self._remove(path, status.st_ino)
 
     def entry(self, name: str, registry: RegistryId, route: Route) -> Entry | None:
         """
@@ -352,7 +409,7 @@ class Store:
         @raise OSError: if the disk fails.
         """
         data, path = entry.to_json(), entry_path(name)
-        target, draft = self.root / path, self.ingest / f"entry.{secrets.token_hex(8)}"
+        target, draft = self.root / path, self.arriving.folder / f"entry.{secrets.token_hex(8)}"
 
         def write() -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -402,21 +459,52 @@ class Store:
         @param path: relative to the cache directory; one that the store cannot have made is refused.
         @return: whether it is gone.
         """
+        return self._remove(path)
+
+    def remove_unused(self, path: str) -> bool:
+        """
+        Unlink one file, unless some process has it open.
+
+        @param path: as for L{remove}.
+        @return: whether it is gone.
+        """
+        return self._remove(path, unused=True)
+
+    def _remove(self, path: str, inode: int | None = None, *, unused: bool = False) -> bool:
         if not is_own(path):
             log.error("Not removed: {path} is no name of the cache's own", path=path)
             return False
         try:
-            if path.startswith("ingest/"):
-                self.arriving.remove(path.removeprefix("ingest/"))
-            else:
-                (self.root / path).unlink()
+            gone = self._unlink(path, inode, unused=unused)
         except FileNotFoundError:
-            pass
+            gone = True
         except OSError as problem:  # it goes on being counted
             log.warn("Can't remove {path} from the cache: {why}", path=path, why=problem.strerror or problem)
             return False
-        self.ledger.gone(path)
-        return True
+        if gone:
+            self.ledger.gone(path)
+        return gone
+
+    def _unlink(self, path: str, inode: int | None, *, unused: bool) -> bool:
+        top, *between, name = path.split("/")
+        if top == "arriving":
+            return self.arriving.remove(name)
+        if top == "entries":
+            (self.root / path).unlink()
+            return True
+        if unused:
+            return locks.remove_unused(self.root / path)
+        # Under the claim: nobody brings in a good file of this name between the look and the end of the bad one.
+        claim = self.arriving.hold(Digest(between[0], name))
+        if claim is None:
+            return False
+        try:
+            if inode in (None, os.lstat(self.root / path).st_ino):
+                (self.root / path).unlink()
+                return True
+            return False
+        finally:
+            self.arriving.let_go(claim)
 
     def mark(self, fd: int) -> None:
         """

@@ -5,7 +5,9 @@ Rules:
 
 - What is there, or is being written, is never written again, whoever asks for it: it may be hashed already, and shown.
 - It becomes content by its digest alone, once every byte of it was hashed.
-- It is locked as long as it is open. Whoever it was for, it is closed, left or discarded at the end.
+- Its claim is held until it is content, left, or given up. The file itself stays open, and locked against removal,
+  until it is closed: those who follow read it.
+- The record is written behind the bytes that it tells of, so that no other process sends bytes that are not there.
 """
 
 from __future__ import annotations
@@ -14,18 +16,19 @@ import contextlib
 import errno
 import os
 import threading
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from ecrproxy.cache.content import DigestMismatchError, content_path
+from ecrproxy.cache.content import DigestMismatchError
+from ecrproxy.cache.directory import Directory, arriving_path, content_path
+from ecrproxy.cache.locks import is_in_place
 from ecrproxy.cache.proofs import mark
-from ecrproxy.cache.trailer import UNKNOWN_BOOT, Stretches, Trailer, room_for
+from ecrproxy.cache.record import WORTH_RESUMING, Record, State, Stretches, Why, room_for
 from ecrproxy.cache.troubles import Kind
-from ecrproxy.oci import Digest
 
 if TYPE_CHECKING:
-    from ecrproxy.cache.ingest import Ingest
+    from ecrproxy.cache.claim import Claim
+    from ecrproxy.oci import Digest
 
 _CATCH_UP: Final = 16 * 2**20
 """Bytes that are hashed in one go: a lane that has bytes to write waits for no more."""
@@ -35,20 +38,22 @@ class Writer:
     """
     A file that arrives, in several places at once; hashed in order; content once its digest is right.
 
+    @param claim: the claim of C{digest}, the writer's from now on.
+    @param fd: the file, open for reading and writing under a shared lock.
     @ivar room: the bytes that it takes of the disk.
     """
 
-    def __init__(self, ingest: Ingest, digest: Digest, size: int, path: Path, fd: int) -> None:
-        self._ingest, self.digest, self.size, self._path, self._fd = ingest, digest, size, path, fd
+    def __init__(self, directory: Directory, claim: Claim, digest: Digest, size: int, fd: int) -> None:
+        self._directory, self._claim, self.digest, self.size, self._fd = directory, claim, digest, size, fd
         self.room = room_for(size)
         self._state = digest.hasher(), 0
         self._there = Stretches()
         self._shown = Stretches()
-        self._claims: list[tuple[int, int]] = []
+        self._in_writing: list[tuple[int, int]] = []
         self._lock = threading.Lock()
-        self._committed: str | None = None
+        self._epoch, self._progress, self._stage = 1, 0, State.ARRIVING
         self._guard = threading.Lock()
-        self._users, self._closed = 0, False
+        self._users, self._let_go, self._closed, self._committed = 0, False, False, False
 
     @property
     def hashed(self) -> int:
@@ -63,16 +68,23 @@ class Writer:
         """
         return self._fd
 
-    def take_up(self, trailer: Trailer) -> None:
+    def begin(self, earlier: Record | None = None) -> None:
         """
-        Go on from what C{trailer} says.
+        Begin the record, or go on from an earlier writer's.
 
         What was written since the machine started may be read at once. Else it is shown when it is hashed: after
         a crash of the machine a stretch that was not synced may be full of zeros.
+
+        @raise OSError: if the disk can't take it.
         """
-        self._there = Stretches(trailer.there)
-        if trailer.boot == self._ingest.boot != UNKNOWN_BOOT:
-            self._shown = Stretches(trailer.there)
+        if earlier is not None:
+            self._epoch, self._progress = earlier.epoch + 1, earlier.progress
+            self._there = earlier.resumable
+            if earlier.is_of(self._directory.boot):
+                self._shown = Stretches(earlier.shown)
+        else:
+            self._claim.allocate()
+        self._tell()
 
     @property
     def gaps(self) -> list[tuple[int, int]]:
@@ -103,7 +115,7 @@ class Writer:
             written then.
         @raise OSError: if the disk fails; what was written before stays readable.
         """
-        with self._ingest.troubles.noted(Kind.WRITE), self._using():
+        with self._directory.troubles.noted(Kind.WRITE), self._using():
             self._write(offset, pieces)
 
     @contextlib.contextmanager
@@ -126,7 +138,7 @@ class Writer:
         end = offset + sum(map(len, pieces))
         if end == offset:
             return
-        self._claim(offset, end)
+        self._begin_writing(offset, end)
         try:
             self._put(offset, pieces)
             with self._lock:
@@ -138,17 +150,17 @@ class Writer:
                         state.update(piece)
                     self._state = state, end
                 self._hash_on()
-                self._tell()
+                self._tell_if_it_can_be()
         finally:
             with self._lock:
-                self._claims.remove((offset, end))
+                self._in_writing.remove((offset, end))
 
-    def _claim(self, start: int, stop: int) -> None:
+    def _begin_writing(self, start: int, stop: int) -> None:
         with self._lock:
-            taken = any(first < stop and start < last for first, last in (*self._there, *self._claims))
+            taken = any(first < stop and start < last for first, last in (*self._there, *self._in_writing))
             if taken or start < 0 or stop > self.size:
                 raise ValueError(f"bytes {start} to {stop} of {self.digest} are not missing: {self.gaps}")
-            self._claims.append((start, stop))
+            self._in_writing.append((start, stop))
 
     def _put(self, offset: int, pieces: Sequence[bytes]) -> None:
         for piece in pieces:
@@ -165,7 +177,10 @@ class Writer:
         @raise OSError: if the disk fails.
         """
         with self._using(), self._lock:
-            return self._hash_on()
+            try:
+                return self._hash_on()
+            finally:
+                self._tell_if_it_can_be()
 
     def _hash_on(self) -> bool:
         end = self._there.end_of(self.hashed)
@@ -178,16 +193,37 @@ class Writer:
             state.update(data)
             at += len(data)
         self._state = state, at  # at once: whoever gives the disk up goes on from there
+        if at:
+            self._shown.add(0, at)
         return stop < end
 
-    def _tell(self) -> None:
+    def _tell(self, why: Why = Why.NOTHING) -> None:
         """
-        Note in the file what is there of it; a disk that can't take that costs a transfer, another time.
+        Write the record.
+
+        @raise OSError: if the disk fails.
         """
-        there = tuple(self._there)
-        if self.room > self.size and there != ((0, self.size),):
-            with contextlib.suppress(OSError):
-                os.pwrite(self._fd, Trailer(self.size, self._ingest.now(), there, self._ingest.boot).pack(), self.size)
+        self._progress += 1
+        record = Record(
+            self.size,
+            self._directory.now(),
+            self._directory.boot,
+            tuple(self._there),
+            tuple(self._shown),
+            self.hashed,
+            self._epoch,
+            self._progress,
+            self._stage,
+            why,
+        )
+        self._claim.tell(record)
+
+    def _tell_if_it_can_be(self, why: Why = Why.NOTHING) -> None:
+        """
+        Write the record; a disk that can't take it costs those who follow elsewhere a transfer of their own.
+        """
+        with contextlib.suppress(OSError):
+            self._tell(why)
 
     def reach(self, offset: int) -> int:
         """
@@ -220,58 +256,94 @@ class Writer:
         @raise OSError: if the disk fails; the file is not content then.
         """
         self.verify()
-        with self._ingest.troubles.noted(Kind.WRITE), self._using():
+        with self._directory.troubles.noted(Kind.WRITE), self._using():
+            self._enter(State.VERIFIED)  # before the disk has it for good: readers need not wait for that
             self._commit()
+            self._enter(State.CONTENT, then=self._claim.end)
+
+    def _enter(self, stage: State, why: Why = Why.NOTHING, then: Callable[[], None] = lambda: None) -> None:
+        """
+        Tell how far the transfer has come.
+
+        @param then: ends the claim, which no other thread of a disk that hung may write to then.
+        """
+        with self._lock:
+            self._stage = stage
+            self._tell_if_it_can_be(why)
+            then()
 
     def _commit(self) -> None:
-        if self.hashed < self.room:
+        if self.hashed < self.size:
             os.ftruncate(self._fd, self.hashed)
         with contextlib.suppress(OSError):
-            mark(self._fd, self._ingest.now())
+            mark(self._fd, self._directory.now())
         os.fsync(self._fd)
         proved = os.fstat(self._fd)  # before anybody finds it, and may change it
-        path = content_path(self.digest)
-        target = self._ingest.root / path
-        os.lstat(self._path)  # gone with its directory or volume: none is made in its place
+        target = self._directory.content(self.digest)
+        if not is_in_place(self._fd, self._claim.data):  # nor is a directory made in the place of a volume that is gone
+            raise OSError(errno.ESTALE, "somebody has removed the file that was arriving")
         target.parent.mkdir(parents=True, exist_ok=True)
-        self._path.rename(target)
-        self._ingest.proofs.note(self.digest, proved, good=True)
-        self._ingest.ledger.used(path, self.hashed)
-        self._ingest.ledger.reading(path, 1)  # by those who follow, until it is closed
-        self._committed = path
+        self._claim.data.rename(target)
+        self._directory.proofs.note(self.digest, proved, good=True)
+        path = content_path(self.digest)
+        self._directory.ledger.used(path, self.hashed)
+        self._directory.ledger.reading(path, 1)  # by those who follow, until it is closed
+        self._committed = True
 
     def close(self) -> None:
         """
-        Let go of the file, committed or discarded before.
+        Let go of the file, committed, left or given up before.
         """
         with self._guard:
-            self._closed = True
+            self._closed = self._let_go = True
             self._close_unused()
 
     def _close_unused(self) -> None:
-        if self._closed and not self._users and self._fd >= 0:
+        if self._users:
+            return
+        if self._let_go:
+            self._claim.release()
+        if self._closed and self._fd >= 0:
             fd, self._fd = self._fd, -1
             os.close(fd)
-            if self._committed is not None:
-                self._ingest.ledger.reading(self._committed, -1)
+            if self._committed:
+                self._directory.ledger.reading(content_path(self.digest), -1)
+
+    def release(self) -> None:
+        """
+        Leave the transfer to whoever claims it next, if what came is worth that. The file stays open until L{close}.
+        """
+        if self._let_go or self._committed:
+            return
+        left = self._claim.read()
+        if self.size < WORTH_RESUMING or left is None or not left.there:
+            self.give_up()
+            return
+        self._directory.ledger.used(arriving_path(self.digest), self.room)
+        with self._guard:
+            self._let_go = True
+            self._close_unused()
+
+    def give_up(self, why: Why = Why.DISK) -> None:
+        """
+        Remove the file, for it is of no use. It stays open until L{close}: what came may be read.
+        """
+        if self._let_go or self._committed:
+            return
+        verified = self._stage is State.VERIFIED  # others may finish with that
+        self._enter(self._stage if verified else State.FAILED, Why.NOTHING if verified else why, self._claim.drop)
+        self._let_go = True
 
     def leave(self) -> None:
         """
-        Let go of the file, and leave it to the next transfer of its digest if it is worth that.
+        Leave the transfer to the next, and let go of the file.
         """
-        if self._closed or self._committed is not None:
-            self.close()
-        elif Trailer.read(self._fd) is None:
-            self.discard()
-        else:
-            self._ingest.ledger.used(f"ingest/{self._path.name}", self.room)
-            self.close()
+        self.release()
+        self.close()
 
     def discard(self) -> None:
         """
-        Unlink the file and let go of it.
+        Remove the file and let go of it.
         """
-        if self._committed is None:
-            with contextlib.suppress(OSError):
-                self._path.unlink()
+        self.give_up()
         self.close()

@@ -7,7 +7,8 @@ Rules:
 - With a file, the bytes come over several connections at once, each a lane that takes part after part of the
   blob and writes it in place. A lane whose connection breaks goes on from its last good byte.
 - A file may have bytes from an earlier transfer. They are hashed while the lanes bring what is missing, and shown
-  when they are hashed. A transfer that upstream ends before its time leaves its file to the next.
+  at once if they were written since the machine started, else when they are hashed. A transfer that upstream ends
+  before its time leaves its file to the next.
 - The hash follows in order. Bytes become visible to a reader once they and all between its own start and
   them are written. A reader of the whole blob gets its last byte once the digest is verified: no complete
   response has wrong bytes. A reader of a part has all of it at once: clients that ask for parts verify by themselves.
@@ -20,6 +21,9 @@ Rules:
   What had reached the file before the disk failed is still read from there. Readers that stop for C{STUCK_SECONDS}
   while others wait for them get a transfer of their own, which goes on from the window and the hash of this one. Where
   the bucket gives no ranges, or the size is unknown, or they are still in the file, their responses are aborted.
+- A blob that another process on the directory brings in is read from that one's file, as far as its record tells. If
+  the other process dies, the transfer is taken over and goes on into the same file. If it fails, or gets no further,
+  the rest is fetched off disk. Its readers notice none of this: see L{record.next_step}.
 - Memory: the bytes on their way into the file (C{HIGH_WATER} a lane, and C{BUFFERED} for all transfers) or the
   window, whatever the blob's size and however many follow it. What has ended holds none, whoever still refers to it:
   one that fails is often part of a cycle, through its exception's frames, and the garbage collector counts objects,
@@ -29,7 +33,8 @@ Rules:
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 from twisted.internet.defer import CancelledError, Deferred, DeferredList
@@ -38,14 +43,15 @@ from twisted.python.failure import Failure
 
 from ecrproxy.access.limits import Patience
 from ecrproxy.cache.content import DigestMismatchError
-from ecrproxy.cache.trailer import WORTH_RESUMING
+from ecrproxy.cache.peer import PeerTransfer
+from ecrproxy.cache.record import POLL_SECONDS, WORTH_RESUMING, Step, Why, next_step
 from ecrproxy.cache.writer import Writer
 from ecrproxy.oci import RegistryError
 from ecrproxy.reasons import Reason
 from ecrproxy.stopwatch import Stopwatch
 from ecrproxy.threads import Disk
 from ecrproxy.transfer.follower import Follower
-from ecrproxy.transfer.inflow import Blob, Buffered, Gaps, Stretch, Urgency, Wish
+from ecrproxy.transfer.inflow import SMALLEST_PART, Blob, Buffered, Gaps, Stretch, Urgency, Wish
 from ecrproxy.transfer.lane import Lane, ShortBodyError, drop
 from ecrproxy.transfer.sources import FilePiece
 
@@ -82,7 +88,7 @@ class Download:
     One transfer of the blob C{digest}.
 
     @param size: its length in bytes as announced, if it was.
-    @param writer: where it is kept; none to keep a window alone.
+    @param writer: where it is kept; none to keep a window alone. Another process's transfer, to follow it.
     @param lanes: over how many connections it comes.
     @param unkept: why it isn't kept, if it isn't; a file that is given up was the disk's fault.
     @param buffered: counts what waits in memory, of all transfers together.
@@ -99,7 +105,7 @@ class Download:
         self,
         digest: Digest,
         size: int | None,
-        writer: Writer | None,
+        writer: Writer | PeerTransfer | None,
         disk: Disk,
         lanes: int = 1,
         *,
@@ -112,10 +118,13 @@ class Download:
         self.received, self.verified = 0, False
         self.failure: Failure | None = None
         self._disk, self._lanes = disk, lanes
-        self._file, self._writer = writer, writer
+        self._file: Writer | PeerTransfer | None = writer
+        self._peer = writer if isinstance(writer, PeerTransfer) else None
+        self._writer = writer if isinstance(writer, Writer) else None
+        self._followed: PeerTransfer | None = self._peer
         self._filed = 0
         self._hash = digest.hasher()
-        self._gaps, self._lanes_end = Gaps(writer.gaps if writer is not None else ()), False
+        self._gaps, self._lanes_end = Gaps(self._writer.gaps if self._writer is not None else ()), False
         self._buffered = buffered or Buffered()
         self._first_urgency = urgency
         self._blob: Blob | None = None
@@ -126,7 +135,7 @@ class Download:
         self._call_later = call_later or _never
         self._patience = Patience(self._call_later, STUCK_SECONDS, self._leave_behind)
         self._followers: dict[Follower, None] = {}  # in the order in which parts were last taken for them
-        self._abandoned, self._leaves = False, False
+        self._abandoned, self._leaves, self._attended = False, False, False
         self._running, self.stopped = True, False
         self._parts_sent = 0
         self.attendance: Callable[[], None] = lambda: None
@@ -137,7 +146,21 @@ class Download:
         """
         Tell whether the bytes go to the cache.
         """
-        return self._writer is not None
+        return self._backing is not None
+
+    @property
+    def _backing(self) -> Writer | PeerTransfer | None:
+        """
+        Give the file that grows, whoever writes it.
+        """
+        return self._writer or self._peer
+
+    @property
+    def elsewhere(self) -> bool:
+        """
+        Tell whether another process brings it in.
+        """
+        return self._peer is not None
 
     @property
     def followers(self) -> int:
@@ -151,7 +174,7 @@ class Download:
         """
         Tell whether it goes on for the cache alone, and has a file that the next transfer could go on with.
         """
-        resumable = self.kept and (self.size or 0) >= WORTH_RESUMING
+        resumable = self._writer is not None and (self.size or 0) >= WORTH_RESUMING
         return self._running and resumable and not self._followers and not self.stopped
 
     @property
@@ -167,7 +190,7 @@ class Download:
         """
         if self.stopped:
             return False
-        if self._writer is not None or self.verified:
+        if self._backing is not None or self.verified:
             return self._file is not None
         if self._abandoned or self.failure is not None:
             return False
@@ -178,6 +201,13 @@ class Download:
         Tell whether a reader that begins at C{start} has its first bytes as soon as they come from upstream.
         """
         return self.offers(start) and (self.kept or start <= self.received)
+
+    def nears(self, start: int) -> bool:
+        """
+        Tell whether the byte at C{start} is there, or about to be: what another process fetches can't be hastened.
+        """
+        peer = self._peer
+        return peer is None or start < peer.reach(start) or start <= peer.reach(0) + SMALLEST_PART
 
     def follow(
         self, start: int, stop: int | None, waiting: Stopwatch | None = None, until: int | None = None
@@ -191,6 +221,7 @@ class Download:
         """
         follower = Follower(self, start, stop, waiting or Stopwatch(lambda: 0.0), until)
         self._followers[follower] = None
+        self._attended = True
         if follower.partial:
             self._hasten(follower)
         if len(self._followers) == 1:
@@ -202,7 +233,8 @@ class Download:
         Note that who asked for it does not read it after all.
         """
         if not self._followers:
-            if self._writer is None and self._running:
+            self._attended = True
+            if self._backing is None and self._running:
                 self._abandon()
             self.attendance()
 
@@ -218,18 +250,109 @@ class Download:
         """
         Take the transfer to its end, good or bad. Never raises: those who follow are told.
         """
-        self._blob = blob
+        await self.to_the_end(self._run(blob))
+
+    async def to_the_end(self, work: Coroutine[Any, Any, None]) -> None:
+        """
+        Let C{work} take the transfer to its end, good or bad. Never raises: those who follow are told.
+        """
         try:
-            if self._writer is None:
-                await self._stream(blob, None if self.received else self._from_the_start(blob))
-            elif not await self._fills(blob) and self.received != self.size:
-                await self._stream(blob, None)
-            await self._finish()
+            await work
         except Exception as problem:  # noqa: BLE001 (whatever it is, those who follow must be told)
             self._fail(Failure(problem))
         finally:
             self._running = False
             self._close_if_idle()
+
+    async def _run(self, blob: Blob) -> None:
+        self._blob = blob
+        if self._writer is None:
+            await self._stream(blob, None if self.received else self._from_the_start(blob))
+        elif not await self._fills(blob) and self.received != self.size:
+            await self._stream(blob, None)
+        await self._finish()
+
+    # From another process's file.
+
+    async def watch(self) -> Step | None:
+        """
+        Show what another process brings, until there is something else to do than to wait; none if nobody reads it.
+        """
+        peer, idle = self._peer, 0.0
+        while peer is not None and (self._followers or not self._attended):
+            try:
+                look = await self._disk.reading(peer.look)
+            except OSError:
+                return Step.GO_ALONE
+            idle = 0.0 if look.moved else idle + POLL_SECONDS
+            step = next_step(look, idle)
+            self.received = peer.reach(0)
+            if step is not Step.WAIT:
+                return step
+            if look.moved:
+                self._news()
+            self._wake = Deferred()
+            self._call_later(POLL_SECONDS, self._stir)
+            await self._wake
+        return None
+
+    def end_beside(self, step: Step | None) -> None:
+        """
+        End with another process's transfer, which is verified, or has failed for good.
+        """
+        if step is Step.FAIL:
+            raise DigestMismatchError(f"what arrived is not {self.digest}")
+        if step is Step.FINISH:
+            self.received, self.verified = self.size or 0, True
+            self._news()
+
+    def continue_in(self, writer: Writer) -> None:
+        """
+        Go on into the file of another process, which has exited. What was shown of it stays shown.
+        """
+        self._file = self._writer = writer
+        self._peer, self._gaps = None, Gaps(writer.gaps)
+
+    async def fetch(self, blob: Blob, lanes: int) -> None:
+        """
+        Bring what is missing of a file that was taken over.
+
+        @param lanes: over how many connections it comes.
+        """
+        self._lanes = lanes
+        await self._run(blob)
+
+    async def go_alone(self) -> int:
+        """
+        Go on without the file of another process. What it shows from the first byte on is still read from there.
+
+        @return: from where on the rest has to be fetched.
+        """
+        peer, offset = self._peer, 0
+        if peer is not None:
+            state, end = self.digest.hasher(), peer.reach(0)
+            try:
+                while offset < end:
+                    offset += await self._disk.hashing(peer.hash, state, offset, min(_STEP, end - offset))
+            except OSError:  # the disk is of no help: all of it is fetched, to be verified
+                state, offset = self.digest.hasher(), 0
+            self._hash = state
+        self._peer, self.unkept = None, Reason.PASSED
+        self.received = self._filed = self._window_start = offset
+        return offset
+
+    async def run_alone(self, blob: Blob | None) -> None:
+        """
+        Bring what is missing, in order, through the window.
+
+        @param blob: none if nothing is missing.
+        """
+        if blob is not None:
+            self._blob, first = blob, blob.first
+            if first.start != self.received:
+                drop(first)
+            await self._stream(blob, first if first.start == self.received else None)
+        await self._finish()
 
     # Into the file.
 
@@ -383,7 +506,14 @@ class Download:
         if self._writer is not None:
             self._hash, self.received = self._writer.reached
             self._filed = self._window_start = self.received
+            self._let_claim_go(self._writer.give_up, Why.DISK)
             self._writer = None
+
+    def _let_claim_go(self, let_go: Callable[..., None], *why: Why) -> None:
+        """
+        Let other processes know at once: the file is read here for as long as it is.
+        """
+        self._disk.closing(let_go, *why).addErrback(lambda problem: log.failure("Letting a claim go", problem))
 
     # Through the window.
 
@@ -507,7 +637,7 @@ class Download:
         """
         Drop of the window what every reader has passed.
         """
-        if self._writer is not None:
+        if self._backing is not None:
             return
         needed = [follower.position for follower in self._followers if follower.needs(self._window_start)]
         passed = min(needed, default=self.received if self._followers else self._window_start)
@@ -542,7 +672,11 @@ class Download:
         # What came is worth something still, unless the disk or the bytes are to blame, or nobody knows what.
         worth = failure.check(RegistryError, ShortBodyError, UnattendedError)
         self._leaves = self._writer is not None and worth is not None
-        self.failure, self._writer = failure, None
+        if self._writer is not None:
+            wrong = failure.check(DigestMismatchError) is not None
+            give_up = partial(self._writer.give_up, Why.DIGEST if wrong else Why.DISK)
+            self._let_claim_go(self._writer.release if self._leaves else give_up)
+        self.failure, self._writer, self._peer = failure, None, None
         foreseen = worth or failure.check(DigestMismatchError, CancelledError)
         why = str(failure.value) if foreseen else failure.getTraceback()
         if failure.check(UnattendedError):
@@ -566,16 +700,16 @@ class Download:
         """
         Tell up to where the bytes from C{offset} on are there.
         """
-        if self._writer is None or offset <= self.received:
-            return self.received
-        return self._writer.reach(offset)
+        backing = self._backing
+        return max(self.received, backing.reach(offset)) if backing is not None else self.received
 
     def piece(self, offset: int, count: int) -> FilePiece | bytes:
         """
         Point at up to C{count} bytes from C{offset} on, which are there.
         """
-        if self._file is not None and (self._writer is not None or offset < self._filed):
-            return self._file.fileno(), offset, count if self._writer is not None else min(count, self._filed - offset)
+        growing = self._backing is not None
+        if self._file is not None and (growing or offset < self._filed):
+            return self._file.fileno(), offset, count if growing else min(count, self._filed - offset)
         at = self._window_start
         for part in self._window:
             if at <= offset < at + len(part):
@@ -587,7 +721,7 @@ class Download:
         """
         Note that a reader has moved on.
         """
-        if self._writer is None:
+        if self._backing is None:
             self._trim()
 
     def left(self, follower: Follower) -> None:
@@ -596,7 +730,7 @@ class Download:
         """
         self._followers.pop(follower, None)
         self._parts_sent += follower.partial and follower.done
-        if self._writer is None and not self.verified:
+        if self._backing is None and not self.verified:
             self._trim()
             if not self._followers:
                 self._abandon()
@@ -622,11 +756,15 @@ class Download:
             return
         self._buffered.size -= sum(map(len, self._window))
         self._window.clear()
-        if self._file is None:
-            return
-        file, self._file = self._file, None
-        let_go = file.leave if self._leaves else file.discard if self._writer is None else file.close
-        self._disk.closing(let_go).addErrback(lambda problem: log.failure("Closing a file", problem))
+        file, self._file, followed, self._followed = self._file, None, self._followed, None
+        if followed is not None:
+            self._let_claim_go(followed.close)
+        if isinstance(file, Writer):
+            self._let_claim_go(file.leave if self._leaves else file.discard if self._writer is None else file.close)
+
+
+_STEP: Final = 4 * 2**20
+"""Bytes of another process's file that are hashed at a time."""
 
 
 def _never(*_: object) -> None:

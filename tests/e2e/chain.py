@@ -92,7 +92,7 @@ class Daemon:
         """
         Start the daemon, which is not ready yet.
         """
-        self._torn = {each for each in self._ingest() if each.name.startswith(DRAFTS)}  # their writer was killed
+        self._torn = {each for each in self._arriving() if each.name.startswith(DRAFTS)}  # their writer was killed
         return Process(
             [self._equipment.twistd, "-n", "--pidfile=", "ecr-proxy"],
             environment(self._home, self.variables),
@@ -153,7 +153,7 @@ class Daemon:
 
         Until then who asks again may still join the transfer, and what a client was given has no entry yet.
         """
-        eventually(lambda: not self._ingest() - self._torn, "nothing is arriving any more")
+        eventually(lambda: not self._arriving() - self._torn, "nothing is arriving any more")
         eventually(lambda: not self._open_files(), "the daemon has no file of the cache open")
         eventually(lambda: len(self._files("content")) <= len(self._files("entries")), "all content has an entry")
 
@@ -161,10 +161,10 @@ class Daemon:
         """
         List the transfers that are under way, or were when the daemon ended.
         """
-        return [each for each in self._ingest() if not each.name.startswith(DRAFTS)]
+        return [each for each in self._arriving() if not each.name.startswith(DRAFTS) and each.suffix != ".claim"]
 
-    def _ingest(self) -> set[Path]:
-        return self._files("ingest")
+    def _arriving(self) -> set[Path]:
+        return self._files("arriving")
 
     def _files(self, top: str) -> set[Path]:
         return {each for each in (self.cache / top).rglob("*") if each.is_file()}

@@ -79,12 +79,12 @@ def test_a_hundred_kills_in_a_storm_leave_nothing_wrong(
             asyncio.run(storm(daemon, goods, tally, chance.uniform(0, 0.6), f"{seed}-{kills}"))
         finally:
             daemon.process.kill()
-        left += bool(daemon.files("ingest"))
+        left += bool(daemon.files("arriving"))
     daemon.age()
     daemon.start()
     try:
         assert problems(daemon, tally) == []
-        assert wait_for(lambda: not daemon.files("ingest"), "old leftovers are swept") == []
+        assert wait_for(lambda: not daemon.files("arriving"), "old leftovers are swept") == []
     finally:
         daemon.process.kill()
     whole = sum(count for what, count in tally.counts.items() if what.endswith("whole"))

@@ -22,7 +22,7 @@ from ecrproxy.cache import allocation
 from ecrproxy.command.checkup.findings import Finding, failed, ok, warning
 from ecrproxy.command.terminal import counted, size_in_words
 
-FOLDERS: Final = ("content", "entries", "ingest")
+FOLDERS: Final = ("content", "entries", "arriving")
 COUNT_SECONDS: Final = 8.0
 """How long the files of the cache are counted at the most."""
 FEW_INODES: Final = 10_000

@@ -1,0 +1,345 @@
+"""
+What is arriving: a file for each digest, named by it, and a claim beside it, for all processes in the directory.
+
+Rules:
+
+- C{arriving/D} is the data, of its full size from the start; C{arriving/D.claim} has the writer's lock and its record.
+- Whoever wants a digest claims it. One process gets the claim and writes; the others follow its record.
+- The kernel drops the lock with the process. A transfer whose claim is free is I{interrupted}: the next process that
+  wants the digest takes it over, hashes what is there, and fetches what is missing.
+- Content is looked for again after the claim was had: its writer may have just finished.
+- What a record tells of is hashed before it is part of a complete response. The digest of the whole decides.
+- Only who holds the claim writes or removes the data, or removes content that is bad.
+- Whoever has data open has it locked, so nothing that is being sent is evicted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import errno
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from ecrproxy.cache.allocation import allocate
+from ecrproxy.cache.claim import SUFFIX, Claim, claim_path, read_record
+from ecrproxy.cache.directory import Directory, arriving_path
+from ecrproxy.cache.locks import is_free, is_in_place, open_in_place, own, remove_unused, share
+from ecrproxy.cache.peer import PeerTransfer
+from ecrproxy.cache.record import RECORD, WORTH_RESUMING, Record, State
+from ecrproxy.cache.writer import Writer
+from ecrproxy.oci import Digest
+
+LEFT_SECONDS: Final = 24 * 3600
+"""How long an interrupted transfer is kept: clients that want it come back sooner."""
+_DRAFTS: Final = ("entry.", "probe.")
+_YOUNG_SECONDS: Final = 60
+"""Seconds for which a draft, which has no lock, may be another process's."""
+
+
+class Left(NamedTuple):
+    """
+    What an interrupted transfer is good for.
+
+    @ivar size: the bytes that the blob was announced with.
+    @ivar gaps: the stretches of it that are missing, one at least.
+    """
+
+    size: int
+    gaps: Sequence[tuple[int, int]]
+
+
+class Met(enum.Enum):
+    """
+    What keeps a process from claiming a digest.
+    """
+
+    CONTENT = "it is content"
+    BUSY = "another process has it, and has no bytes to show yet; or evicts it"
+
+
+class Arriving:
+    """
+    The transfers under way, and those that were interrupted.
+    """
+
+    def __init__(self, directory: Directory) -> None:
+        self.directory, self.folder = directory, directory.root / "arriving"
+
+    def claim(self, digest: Digest) -> Claim | PeerTransfer | Met:
+        """
+        Claim a digest; or give what is there instead: another process's transfer, to be closed.
+
+        @raise OSError: if the disk fails, or has no locks.
+        """
+        data = self._data(digest)
+        claim = Claim.take(data)
+        if claim is None:
+            return PeerTransfer.open(data, self.directory.boot) or Met.BUSY
+        try:
+            found = self._find_content(digest)
+            if found is Met.BUSY:
+                self.let_go(claim)
+            elif found is Met.CONTENT:
+                claim.drop()
+            if found is not None:
+                return found
+            claim.record = _resumable(claim)
+            if claim.record is not None:
+                with contextlib.suppress(OSError):
+                    claim.tell(replace(claim.record, state=State.CLAIMED))
+        except BaseException:
+            claim.release()
+            raise
+        return claim
+
+    def hold(self, digest: Digest) -> Claim | None:
+        """
+        Claim a digest to remove its content; none if another process has the claim.
+
+        @raise OSError: if the disk fails.
+        """
+        try:
+            return Claim.take(self._data(digest))
+        except FileNotFoundError:
+            self.folder.mkdir(mode=0o700, exist_ok=True)
+            return Claim.take(self._data(digest))
+
+    def let_go(self, claim: Claim) -> None:
+        """
+        Let go of a claim that nothing was brought in with; an interrupted transfer stays for the next.
+        """
+        claim.drop() if _resumable(claim) is None else claim.release()
+
+    def left(self, claim: Claim) -> Left | None:
+        """
+        See what an earlier holder of a claim has left.
+        """
+        record = claim.record
+        return Left(record.size, record.resumable.gaps(record.size)) if record is not None else None
+
+    def begin(self, claim: Claim, digest: Digest, size: int) -> Writer:
+        """
+        Begin a file. What an earlier holder of the claim has left is removed.
+
+        @param size: in bytes; so many are taken of the disk at once, where the file system can do that.
+        @raise OSError: if the disk has no room for them, or fails. The claim is still held then.
+        """
+        with contextlib.suppress(OSError):
+            claim.data.unlink()
+            self.directory.ledger.gone(arriving_path(digest))
+        fd = open_in_place(claim.data, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        try:
+            share(fd, claim.data)
+            if size:
+                allocate(fd, size)  # a disk too full says so now, not in the middle
+            writer = Writer(self.directory, claim, digest, size, fd)
+            writer.begin()
+        except BaseException:
+            with contextlib.suppress(OSError):
+                claim.data.unlink()
+            os.close(fd)
+            raise
+        return writer
+
+    def resume(self, claim: Claim, digest: Digest, size: int) -> Writer | None:
+        """
+        Go on with what an earlier holder of a claim has left; none if it is of another size, or there is nothing.
+
+        What the ledger counted of it is a reservation from then on, as for any other file that arrives.
+
+        @raise OSError: if the disk fails. The claim is still held then.
+        """
+        if claim.record is None or claim.record.size != size:
+            return None
+        fd = open_in_place(claim.data, os.O_RDWR)
+        return self._go_on(claim, digest, fd, claim.record)
+
+    def take_over(self, peer: PeerTransfer, digest: Digest) -> Writer | None:
+        """
+        Go on with another process's transfer, whose writer has exited; none if it has to be looked at again.
+
+        @raise OSError: if the disk fails, or there is nothing to go on with.
+        """
+        claim = Claim.take(peer.data, make=False)
+        if claim is None:
+            return None
+        with contextlib.ExitStack() as undone:
+            undone.callback(claim.release)
+            record = claim.read()
+            if record is not None and record.state not in (State.CLAIMED, State.ARRIVING):
+                return None
+            if record is None or not peer.is_in_place():
+                raise OSError(errno.ESTALE, "the file or its record is another one")
+            writer = self._go_on(claim, digest, os.dup(peer.fileno()), record)
+            undone.pop_all()
+            return writer
+
+    def _go_on(self, claim: Claim, digest: Digest, fd: int, record: Record) -> Writer:
+        try:
+            share(fd, claim.data)
+            writer = Writer(self.directory, claim, digest, record.size, fd)
+            writer.begin(record)
+        except BaseException:
+            os.close(fd)
+            raise
+        self.directory.go_on_with(arriving_path(digest), writer.room)
+        return writer
+
+    def _find_content(self, digest: Digest) -> Met | None:
+        """
+        See whether there is a file of content that this process would open, or one that is about to be evicted.
+
+        One that it knows to be bad is removed: the claim is held.
+        """
+        path = self.directory.content(digest)
+        try:
+            fd = open_in_place(path, os.O_RDONLY)
+        except OSError:  # also what can't be opened is replaced
+            return None
+        try:
+            if not share(fd, path):
+                return Met.BUSY if is_in_place(fd, path) else None
+            if self.directory.proofs.verdict(digest, os.fstat(fd)) is not False:
+                return Met.CONTENT
+            with contextlib.suppress(OSError):  # it is replaced then
+                path.unlink()
+            return None
+        finally:
+            os.close(fd)
+
+    def sweep(self) -> None:
+        """
+        Remove what is of no use: interrupted transfers that are a day old, of no use, or of what is content.
+
+        Drafts of entries have no lock; another process may be about to rename a young one.
+        """
+        now = self.directory.now()
+        for path in self._names():
+            with contextlib.suppress(OSError):
+                if path.name.startswith(_DRAFTS):
+                    if now - path.stat().st_mtime >= _YOUNG_SECONDS:
+                        path.unlink()
+                elif (digest := _digest_of(path)) is not None:
+                    self._sweep(digest)
+
+    def _sweep(self, digest: Digest) -> None:
+        data = self._data(digest)
+        if not is_free(claim_path(data)) and os.path.lexists(claim_path(data)):
+            return
+        claim = Claim.take(data)
+        if claim is None:
+            return
+        record = _resumable(claim)
+        young = record is not None and abs(self.directory.now() - record.when) < LEFT_SECONDS
+        if young and not self.directory.content(digest).exists():
+            claim.release()
+        else:
+            claim.drop()
+            self.directory.ledger.gone(arriving_path(digest))
+
+    def count(self) -> list[tuple[float, str, int]]:
+        """
+        List what is interrupted: last write, path in the cache directory and bytes.
+        """
+        found = []
+        for path in self._names():
+            digest = _digest_of(path)
+            if digest is None or path.name.endswith(SUFFIX):
+                continue
+            with contextlib.suppress(OSError):
+                record = self._read_free(claim_path(path))
+                if record is not None:
+                    found.append((record.when, arriving_path(digest), record.size + RECORD))
+        return found
+
+    @staticmethod
+    def _read_free(path: Path) -> Record | None:
+        """
+        Read the record of a claim that nobody holds.
+        """
+        fd = open_in_place(path, os.O_RDONLY)
+        try:
+            return read_record(fd) if share(fd, path) else None
+        finally:
+            os.close(fd)
+
+    def remove(self, name: str) -> bool:
+        """
+        Remove an interrupted transfer, unless some process writes it, or waits for it to go on.
+
+        @return: whether it is gone.
+        @raise OSError: if that can't be done.
+        """
+        try:
+            claim = Claim.take(self.folder / name, make=False)
+        except FileNotFoundError:
+            return remove_unused(self.folder / name)
+        if claim is None:
+            return False
+        try:
+            gone = remove_unused(claim.data)
+            if gone:
+                claim.end()
+        finally:
+            claim.release()
+        return gone
+
+    def _data(self, digest: Digest) -> Path:
+        return self.directory.root / arriving_path(digest)
+
+    def _names(self) -> Iterator[Path]:
+        with contextlib.suppress(OSError):
+            yield from sorted(self.folder.iterdir())
+
+
+def _resumable(claim: Claim) -> Record | None:
+    """
+    Return the record of a claim whose data can be gone on with.
+    """
+    record = claim.read()
+    if record is None or record.state in (State.CONTENT, State.FAILED):
+        return None
+    if record.size < WORTH_RESUMING or not record.there:
+        return None
+    try:
+        status = os.lstat(claim.data)
+    except OSError:
+        return None
+    good = stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and status.st_size == record.size
+    return record if good else None
+
+
+def _digest_of(path: Path) -> Digest | None:
+    """
+    Return the digest that a file in arriving/ is of.
+    """
+    try:
+        return Digest.parse(path.name.removesuffix(SUFFIX).replace("-", ":", 1))
+    except ValueError:
+        return None
+
+
+def sweep_ingest(folder: Path) -> int:
+    """
+    Remove what earlier versions have left in C{ingest/}, whose files were locked by their writers.
+
+    @return: how many files went.
+    """
+    removed = 0
+    with contextlib.suppress(OSError):
+        for path in list(folder.iterdir()):
+            with contextlib.suppress(OSError):
+                fd = open_in_place(path, os.O_RDWR)
+                try:
+                    if own(fd, path):  # else a daemon of such a version runs beside this one
+                        path.unlink()
+                        removed += 1
+                finally:
+                    os.close(fd)
+        folder.rmdir()
+    return removed

@@ -1,0 +1,113 @@
+"""
+A transfer that another process writes, as this one reads it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+from ecrproxy.cache.claim import claim_path, read_record
+from ecrproxy.cache.content import hash_range
+from ecrproxy.cache.locks import is_free, is_in_place, open_in_place, share
+from ecrproxy.cache.record import Look, Record, State
+
+
+class PeerTransfer:
+    """
+    The data of another process's transfer, open and locked against removal, and its record.
+
+    @ivar data: the path of the data.
+    @ivar record: as it was at the last look.
+    """
+
+    def __init__(self, data: Path, claim: int, fd: int, record: Record, boot: bytes) -> None:
+        self.data, self._claim, self._fd, self.record, self._boot = data, claim, fd, record, boot
+
+    @classmethod
+    def open(cls, data: Path, boot: bytes) -> PeerTransfer | None:
+        """
+        Open a transfer; none if its writer has no bytes to show yet, or has finished.
+
+        @param boot: boot id of the machine.
+        """
+        with contextlib.ExitStack() as opened, contextlib.suppress(OSError):
+            claim = open_in_place(claim_path(data), os.O_RDONLY)
+            opened.callback(os.close, claim)
+            fd = open_in_place(data, os.O_RDWR)  # to write it, if it has to be taken over
+            opened.callback(os.close, fd)
+            locked = share(fd, data)
+            record = read_record(claim)
+            live = record is not None and record.state in (State.ARRIVING, State.VERIFIED)
+            if locked and record is not None and live and os.fstat(fd).st_size == record.size:
+                opened.pop_all()
+                return cls(data, claim, fd, record, boot)
+        return None
+
+    @property
+    def size(self) -> int:
+        """
+        Tell how many bytes the blob has, as announced.
+        """
+        return self.record.size
+
+    def fileno(self) -> int:
+        """
+        Hand out the file descriptor, for reading what was written.
+        """
+        return self._fd
+
+    def reach(self, offset: int) -> int:
+        """
+        Tell up to where all bytes from C{offset} on may be read.
+        """
+        return self.record.reach(offset, self._boot)
+
+    def look(self) -> Look:
+        """
+        Look how the transfer is getting on. Called in a thread.
+        """
+        moved, path = self._see(), claim_path(self.data)
+        in_place = self.is_in_place() and (moved or is_in_place(self._claim, path))
+        free = not moved and is_free(path)
+        if free or not in_place:
+            moved = self._see() or moved  # its last word comes before it lets go
+        return Look(self.record, in_place=in_place, free=free, moved=moved)
+
+    def _see(self) -> bool:
+        before, found = self.record, read_record(self._claim)
+        self.record = found or before
+        return self.record != before
+
+    def is_in_place(self) -> bool:
+        """
+        Tell whether the data is still the file that was opened.
+        """
+        return is_in_place(self._fd, self.data)
+
+    def hash(self, state: Any, offset: int, limit: int) -> int:  # noqa: ANN401 (hashlib's objects have no public type)
+        """
+        Hash C{limit} bytes from C{offset} on, which are there.
+
+        @return: how many there were.
+        @raise OSError: if they can't be read.
+        """
+        count = hash_range(self._fd, state, offset, limit)
+        if not count:
+            raise OSError(errno.EIO, "what was written can't be read")
+        return count
+
+    def close(self) -> None:
+        """
+        Let go of the transfer.
+        """
+        for fd in (self._claim, self._fd):
+            if fd >= 0:
+                os.close(fd)
+        self._claim = self._fd = -1
+
+    # A thread may have opened it for a client that has gone.
+    __del__ = close

@@ -1,0 +1,812 @@
+"""
+Files that arrive: one process writes each, and its record tells what is there. They are gone on with when that is sure.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from twisted.trial.unittest import SynchronousTestCase
+
+from ecrproxy.cache.arriving import LEFT_SECONDS, Met
+from ecrproxy.cache.claim import Claim
+from ecrproxy.cache.content import DigestMismatchError
+from ecrproxy.cache.peer import PeerTransfer
+from ecrproxy.cache.record import RECORD, WORTH_RESUMING, Record, State, Step, Why, next_step
+from ecrproxy.cache.store import Store
+from ecrproxy.cache.writer import Writer
+from ecrproxy.oci import Digest
+from tests.daemon import MIB, noise
+from tests.store_contract import START, begin, failing, put, read, scratch
+
+SIZE = 3 * MIB
+DATA = noise("ingest", SIZE)
+DIGEST = Digest.of(DATA)
+
+
+class ArrivingTests(SynchronousTestCase):
+    """
+    A cache directory with files that arrive.
+    """
+
+    def setUp(self) -> None:
+        self.now = START
+        self.store = Store(scratch(self), lambda: self.now)
+        self.store.prepare()
+        self.arriving = self.store.arriving
+        self.data = self.arriving.folder / f"sha256-{DIGEST.hex}"
+        self.path = self.data.with_name(f"{self.data.name}.claim")
+
+    def begin(self, size: int = SIZE) -> Writer:
+        return begin(self.store, DIGEST, size)
+
+    def left_over(self, *stretches: tuple[int, int], size: int = SIZE) -> None:
+        """
+        Have a writer that writes some of the blob, and dies.
+        """
+        writer = self.begin(size)
+        for start, stop in stretches:
+            writer.write(start, [DATA[start:stop]])
+        writer.close()
+
+    def resume(self, size: int = SIZE) -> Writer | None:
+        """
+        Claim the digest, and go on with what is there.
+        """
+        claim = self.store.claim(DIGEST)
+        assert isinstance(claim, Claim), claim
+        writer = self.arriving.resume(claim, DIGEST, size)
+        if writer is None:
+            self.arriving.let_go(claim)
+        return writer
+
+    def resumed(self) -> Writer:
+        writer = self.resume()
+        assert writer is not None
+        self.addCleanup(writer.discard)
+        return writer
+
+    def peer(self, store: Store | None = None) -> PeerTransfer:
+        """
+        Look at the transfer as another process does.
+        """
+        peer = (store or self.store).claim(DIGEST)
+        assert isinstance(peer, PeerTransfer), peer
+        self.addCleanup(peer.close)
+        return peer
+
+    def record(self) -> Record:
+        record = Record.unpack(self.path.read_bytes())
+        assert record is not None
+        return record
+
+    def names(self) -> list[str]:
+        return sorted(path.name for path in self.arriving.folder.iterdir())
+
+
+class ClaimTests(ArrivingTests):
+    def test_one_process_gets_a_digest(self) -> None:
+        """
+        The others are shown its transfer, or told to look again while there is nothing to show.
+        """
+        claim = self.store.claim(DIGEST)
+        assert isinstance(claim, Claim)
+        self.assertEqual(Met.BUSY, self.store.claim(DIGEST))
+        writer = self.store.writer(claim, DIGEST, SIZE)
+        self.addCleanup(writer.discard)
+        self.assertEqual(SIZE, self.peer().size)
+
+    def test_content_is_looked_for_again_under_the_claim(self) -> None:
+        """
+        Its writer may have finished between the look and the lock.
+        """
+        put(self.store, DATA)
+        self.assertEqual((Met.CONTENT, []), (self.store.claim(DIGEST), self.names()))
+
+    def test_known_bad_content_is_replaced(self) -> None:
+        put(self.store, DATA)
+        path = self.store.root / self.store.content_path(DIGEST)
+        self.store.proofs.note(DIGEST, path.stat(), good=False)
+        self.assertIsInstance(self.store.claim(DIGEST), Claim)
+        self.assertFalse(path.exists())
+
+    def test_content_that_is_being_evicted_is_not_replaced_meanwhile(self) -> None:
+        """
+        Whoever evicts it would unlink the new one.
+        """
+        put(self.store, DATA)
+        with (self.store.root / self.store.content_path(DIGEST)).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.assertEqual(Met.BUSY, self.store.claim(DIGEST))
+        self.assertEqual(Met.CONTENT, self.store.claim(DIGEST))
+
+    def test_who_asks_whether_it_is_held_is_not_taken_for_its_holder_by_others_who_ask(self) -> None:
+        self.left_over((0, 1000))
+        with self.path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            self.assertEqual([(START, f"arriving/{self.data.name}", SIZE + RECORD)], self.arriving.count())
+        self.assertIsInstance(self.store.claim(DIGEST), Claim)
+
+    def test_a_claim_that_was_swept_while_it_was_taken_is_taken_anew(self) -> None:
+        flock, met = fcntl.flock, list[int]()
+
+        def late(fd: int, operation: int) -> None:
+            if not met:
+                met.append(fd)
+                self.path.unlink()
+            flock(fd, operation)
+
+        self.patch(fcntl, "flock", late)
+        writer = self.begin()
+        self.addCleanup(writer.close)
+        self.assertEqual([self.data.name, self.path.name], self.names())
+
+    def test_nothing_is_left_where_no_lock_is_to_be_had(self) -> None:
+        """
+        A disk without locks fails the transfer at once.
+        """
+        self.patch(fcntl, "flock", failing(errno.ENOLCK))
+        self.assertRaises(OSError, self.begin)
+        self.assertEqual([], self.names())
+
+    def test_locks_that_exclude_nobody_are_noticed(self) -> None:
+        self.assertTrue(self.store.has_locks())
+        for broken in (failing(errno.ENOLCK), lambda *_: None):
+            self.patch(fcntl, "flock", broken)
+            self.assertFalse(self.store.has_locks())
+        self.assertEqual([], self.names())
+
+    def test_a_link_or_a_pipe_in_its_place_leads_nowhere_and_holds_nobody_up(self) -> None:
+        outside = scratch(self)
+        outside.write_bytes(DATA[:1000])
+        self.path.symlink_to(outside.absolute())
+        self.assertRaises(OSError, self.store.claim, DIGEST)
+        self.path.unlink()
+        os.mkfifo(self.path)
+        self.assertRaises(OSError, self.store.claim, DIGEST)
+        self.arriving.sweep()
+        self.assertEqual([], self.arriving.count())
+        self.path.unlink()
+        self.data.symlink_to(outside.absolute())
+        self.begin().discard()
+        self.assertEqual(DATA[:1000], outside.read_bytes())
+
+    def test_content_has_the_bytes_of_its_writer(self) -> None:
+        """
+        If somebody has replaced the directory, nothing else gets the name.
+        """
+        writer = self.begin()
+        writer.write(0, [DATA])
+        self.data.unlink()
+        self.data.write_bytes(bytes(SIZE))
+        self.assertRaises(OSError, writer.commit)
+        writer.discard()
+        self.assertFalse(self.store.has(DIGEST))
+
+
+class PeerTests(ArrivingTests):
+    """
+    Another process's transfer.
+    """
+
+    def step(self, peer: PeerTransfer, idle: float = 0) -> Step:
+        return next_step(peer.look(), idle)
+
+    def test_shows_what_its_writer_has_written(self) -> None:
+        writer = self.begin()
+        self.addCleanup(writer.discard)
+        peer = self.peer()
+        self.assertEqual([0, 5000], [peer.reach(offset) for offset in (0, 5000)])
+        writer.write(0, [DATA[:1000]])
+        writer.write(5000, [DATA[5000:6000]])
+        self.assertEqual(Step.WAIT, self.step(peer))
+        self.assertEqual([1000, 6000], [peer.reach(offset) for offset in (0, 5000)])
+        self.assertEqual(DATA[:1000], os.pread(peer.fileno(), 1000, 0))
+        self.assertFalse(peer.look().moved)
+
+    def test_is_finished_when_it_is_verified(self) -> None:
+        """
+        Before the disk has it for good, and also if it never does.
+        """
+        writer = self.begin()
+        writer.write(0, [DATA])
+        peer = self.peer()
+        self.assertEqual(Step.WAIT, self.step(peer))
+        steps = []
+
+        def fails(_: int) -> None:
+            steps.append(self.step(peer))
+            failing(errno.EIO)()
+
+        self.patch(os, "fsync", fails)
+        self.assertRaises(OSError, writer.commit)
+        writer.discard()
+        self.assertEqual(([Step.FINISH], Step.FINISH), (steps, self.step(peer)))
+        self.assertEqual(DATA, os.pread(peer.fileno(), SIZE, 0))
+
+    def test_is_finished_when_it_is_content(self) -> None:
+        writer = self.begin()
+        peer = self.peer()
+        writer.write(0, [DATA])
+        writer.commit()
+        writer.close()
+        self.assertEqual((Step.FINISH, State.CONTENT), (self.step(peer), peer.record.state))
+        self.assertEqual([], self.names())
+
+    def test_is_not_evicted_once_it_is_content(self) -> None:
+        """
+        From its first byte on, with no moment between its writer's lock and that of who follows.
+        """
+        writer = self.begin()
+        peer = self.peer()
+        writer.write(0, [DATA])
+        writer.commit()
+        writer.close()
+        path = self.store.content_path(DIGEST)
+        self.assertFalse(self.store.remove_unused(path))
+        peer.close()
+        self.assertTrue(self.store.remove_unused(path))
+
+    def test_is_taken_over_when_its_writer_dies(self) -> None:
+        """
+        What was shown stays shown, and the file goes on where it was.
+        """
+        writer = self.begin()
+        peers = [self.peer(), self.peer()]
+        writer.write(0, [DATA[:1000]])
+        writer.write(5000, [DATA[5000:6000]])
+        writer.close()
+        self.assertEqual([Step.WAIT] * 2, [self.step(peer) for peer in peers])  # there is something new to send
+        self.assertEqual([Step.TAKE_OVER] * 2, [self.step(peer) for peer in peers])
+        again = self.arriving.take_over(peers[0], DIGEST)
+        assert again is not None
+        self.assertIsNone(self.arriving.take_over(peers[1], DIGEST))
+        self.assertEqual(Step.WAIT, self.step(peers[1]))
+        self.assertEqual([(0, 1000), (5000, 6000)], list(self.record().shown))
+        self.assertEqual((2, [(1000, 5000), (6000, SIZE)]), (peers[1].record.epoch, again.gaps))
+        for start, stop in again.gaps:
+            again.write(start, [DATA[start:stop]])
+        again.commit()
+        again.close()
+        self.assertEqual([Step.FINISH] * 2, [self.step(peer) for peer in peers])
+        self.assertEqual(DATA, os.pread(peers[1].fileno(), SIZE, 0))
+        self.assertEqual(DATA, read(self.store, DIGEST))
+
+    def test_tells_that_its_disk_failed_or_its_bytes_were_wrong(self) -> None:
+        for why, step in ((Why.DISK, Step.GO_ALONE), (Why.DIGEST, Step.FAIL)):
+            writer = self.begin()
+            writer.write(0, [DATA[:1000]])
+            peer = self.peer()
+            writer.give_up(why)
+            self.assertEqual(([], step), (self.names(), self.step(peer)))
+            self.assertEqual(DATA[:1000], os.pread(peer.fileno(), SIZE, 0)[:1000])
+            writer.close()
+
+    def test_is_not_waited_for_if_it_has_no_name_any_more(self) -> None:
+        """
+        Somebody has removed it, or begun anew.
+        """
+        self.left_over((0, 1000))
+        other = self.begin()
+        peer = self.peer()
+        other.close()
+        self.arriving.begin(self.claimed(), DIGEST, SIZE)
+        self.assertEqual(Step.GO_ALONE, self.step(peer))
+        self.assertRaises(OSError, self.arriving.take_over, peer, DIGEST)
+
+    def test_can_be_taken_over_from_who_has_only_claimed_it(self) -> None:
+        """
+        That process was killed before it went on.
+        """
+        writer = self.begin()
+        peer = self.peer()
+        writer.write(0, [DATA[:1000]])
+        writer.close()
+        self.claimed().release()
+        self.step(peer)
+        self.assertEqual(Step.TAKE_OVER, self.step(peer))
+        again = self.arriving.take_over(peer, DIGEST)
+        assert again is not None
+        self.assertEqual([(1000, SIZE)], again.gaps)
+        again.discard()
+
+    def test_without_a_record_can_not_be_taken_over(self) -> None:
+        writer = self.begin()
+        peer = self.peer()
+        writer.close()
+        self.path.write_bytes(b"")
+        self.assertEqual(Step.TAKE_OVER, self.step(peer))
+        self.assertRaises(OSError, self.arriving.take_over, peer, DIGEST)
+
+    def test_that_was_verified_meanwhile_is_not_taken_over(self) -> None:
+        writer = self.begin()
+        peer = self.peer()
+        writer.write(0, [DATA])
+        writer.commit()
+        peer.look()
+        self.path.write_bytes(peer.record.pack())  # as if its writer had died before it removed the claim
+        self.assertIsNone(self.arriving.take_over(peer, DIGEST))
+        self.assertEqual(Step.FINISH, self.step(peer))
+
+    def claimed(self) -> Claim:
+        claim = self.store.claim(DIGEST)
+        assert isinstance(claim, Claim)
+        return claim
+
+    def test_shows_nothing_that_its_holder_has_not_begun_with(self) -> None:
+        """
+        What an earlier one left may be of another boot, or of another size.
+        """
+        self.left_over((0, 1000))
+        claim = self.claimed()
+        self.assertEqual(Met.BUSY, self.store.claim(DIGEST))
+        claim.release()  # as by a kill
+        self.assertEqual([(1000, SIZE)], self.resumed().gaps)
+
+    def test_a_record_that_is_torn_is_read_again(self) -> None:
+        writer = self.begin()
+        self.addCleanup(writer.discard)
+        peer = self.peer()
+        writer.write(0, [DATA[:1000]])
+        good, reads = os.pread, []
+
+        def torn(fd: int, count: int, offset: int) -> bytes:
+            reads.append(fd)
+            data = good(fd, count, offset)
+            return data[:100] if len(reads) == 1 else data
+
+        self.patch(os, "pread", torn)
+        self.assertEqual((Step.WAIT, 1000), (self.step(peer), peer.reach(0)))
+        self.assertEqual(2, len(reads))
+
+    def test_a_blob_of_any_size_can_be_followed(self) -> None:
+        for data in (b"", b"x", b"small" * 100):
+            digest = Digest.of(data)
+            writer = begin(self.store, digest, len(data))
+            peer = self.store.claim(digest)
+            assert isinstance(peer, PeerTransfer)
+            writer.write(0, [data])
+            writer.commit()
+            writer.close()
+            self.assertEqual(Step.FINISH, self.step(peer))
+            self.assertEqual(data, os.pread(peer.fileno(), 1000, 0))
+            peer.close()
+
+
+class LocksTests(ArrivingTests):
+    """
+    Two stores over one directory are to each other as two processes.
+    """
+
+    def test_what_another_process_reads_is_not_evicted(self) -> None:
+        put(self.store, DATA)
+        other, path = Store(self.store.root, lambda: START), self.store.content_path(DIGEST)
+        content = other.open(DIGEST)
+        assert content is not None
+        again = other.open(DIGEST)
+        assert again is not None
+        self.assertEqual(content.fileno(), again.fileno())
+        content.close()
+        self.assertFalse(self.store.remove_unused(path))
+        again.close()
+        self.assertTrue(self.store.remove_unused(path))
+        self.assertIsNone(other.open(DIGEST))
+
+    def test_what_is_evicted_just_now_is_a_miss(self) -> None:
+        put(self.store, DATA)
+        with (self.store.root / self.store.content_path(DIGEST)).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.assertIsNone(self.store.open(DIGEST))
+        self.assertEqual(DATA, read(self.store, DIGEST))
+
+    def test_what_was_purged_while_it_is_read_is_not_shared_with_others(self) -> None:
+        put(self.store, DATA)
+        content = self.store.open(DIGEST)
+        assert content is not None
+        self.assertTrue(self.store.remove(self.store.content_path(DIGEST)))
+        self.assertIsNone(self.store.open(DIGEST))
+        put(self.store, DATA)
+        again = self.store.open(DIGEST)
+        assert again is not None
+        self.assertNotEqual(content.status.st_ino, again.status.st_ino)
+        content.close()
+        self.assertEqual(DATA, os.pread(again.fileno(), SIZE, 0))
+        again.close()
+
+    def test_bad_content_is_not_removed_while_another_process_replaces_it(self) -> None:
+        put(self.store, DATA)
+        status = (self.store.root / self.store.content_path(DIGEST)).stat()
+        claim = self.arriving.hold(DIGEST)
+        assert claim is not None
+        self.store.drop(DIGEST, status, OSError())
+        self.assertTrue(self.store.has(DIGEST))
+        self.arriving.let_go(claim)
+        self.store.drop(DIGEST, status, OSError())
+        self.assertEqual((False, []), (self.store.has(DIGEST), self.names()))
+
+
+class ResumeTests(ArrivingTests):
+    def test_goes_on_to_the_whole(self) -> None:
+        """
+        What is missing is told, written, and the whole is content.
+        """
+        self.left_over((0, 1000), (5000, 6000))
+        writer = self.resumed()
+        self.assertEqual([(1000, 5000), (6000, SIZE)], writer.gaps)
+        self.assertEqual((SIZE - 2000, 0), (writer.missing, writer.hashed))
+        self.assertFalse(writer.catch_up())
+        self.assertEqual(1000, writer.hashed)
+        for start, stop in writer.gaps:
+            writer.write(start, [DATA[start:stop]])
+        writer.commit()
+        writer.close()
+        self.assertEqual(DATA, read(self.store, DIGEST))
+        self.assertEqual([], self.names())
+
+    def test_shows_what_was_written_since_the_machine_started(self) -> None:
+        """
+        To readers of a part, who verify it: the page cache has it, whether it was synced or not.
+        """
+        self.left_over((0, 1000), (5000, 6000))
+        writer = self.resumed()
+        self.assertEqual([1000, 6000], [writer.reach(offset) for offset in (0, 5000)])
+        self.assertEqual(0, writer.hashed)
+
+    def test_shows_nothing_of_before_that_is_not_hashed(self) -> None:
+        """
+        After a start of the machine what was there may be wrong: it shows when it is hashed, while what comes now
+        shows at once. So it is also for those who go on after this one.
+        """
+        self.left_over((0, 1000), (5000, 6000))
+        self.arriving.directory.boot = b"another machine's"[:16]
+        writer = self.resume()
+        assert writer is not None
+        self.assertEqual([0, 5000], [writer.reach(offset) for offset in (0, 5000)])
+        writer.write(6000, [DATA[6000:7000]])
+        self.assertEqual([5000, 7000], [writer.reach(offset) for offset in (5000, 6000)])
+        writer.close()
+        writer = self.resumed()
+        self.assertEqual([5000, 7000], [writer.reach(offset) for offset in (5000, 6000)])
+
+    def test_hashes_in_steps(self) -> None:
+        """
+        A lane that wants to write never waits for gigabytes to be hashed.
+        """
+        data = bytes(20 * MIB)
+        digest = Digest.of(data)
+        writer = begin(self.store, digest, 21 * MIB)
+        writer.write(0, [data])
+        writer.close()
+        again = begin(self.store, digest, 21 * MIB)
+        self.addCleanup(again.discard)
+        self.assertTrue(again.catch_up())
+        self.assertEqual(16 * MIB, again.hashed)
+        self.assertFalse(again.catch_up())
+        self.assertEqual(20 * MIB, again.hashed)
+
+    def test_bytes_of_another_blob_never_get_in(self) -> None:
+        """
+        The digest decides, as ever.
+        """
+        self.left_over((0, 1000))
+        with self.data.open("r+b") as file:
+            file.write(b"other bytes")
+        writer = self.resumed()
+        writer.write(1000, [DATA[1000:]])
+        self.assertRaises(DigestMismatchError, writer.commit)
+        writer.discard()
+        self.assertEqual([], self.names())
+
+    def test_of_a_file_that_has_all_its_bytes_asks_for_one_of_them(self) -> None:
+        """
+        Its writer was killed before it had verified them, or named them.
+        """
+        self.left_over((0, SIZE))
+        for state in (State.ARRIVING, State.VERIFIED):
+            self.path.write_bytes(replace(self.record(), state=state).pack())
+            claim = self.store.claim(DIGEST)
+            assert isinstance(claim, Claim)
+            self.assertEqual((SIZE, [(SIZE - 1, SIZE)]), self.arriving.left(claim))
+            claim.release()
+        writer = self.resumed()
+        writer.write(SIZE - 1, [DATA[-1:]])
+        writer.commit()
+        self.assertTrue(self.store.has(DIGEST))
+
+    def test_is_not_of_another_size(self) -> None:
+        """
+        A file of a length that upstream does not announce any more is begun anew.
+        """
+        self.left_over((0, 1000), size=SIZE - 1)
+        self.assertIsNone(self.resume())
+        self.store.count()
+        self.assertEqual(SIZE - 1 + RECORD, self.store.ledger.total)
+        writer = self.begin()
+        self.addCleanup(writer.discard)
+        self.assertEqual([(0, SIZE)], writer.gaps)
+        self.assertEqual((SIZE, 0), (self.data.stat().st_size, self.store.ledger.total))
+
+    def test_is_not_of_a_file_with_another_name(self) -> None:
+        """
+        What is content too, by a link of somebody's, is never written to.
+        """
+        self.left_over((0, 1000))
+        other = self.store.root / "other"
+        other.hardlink_to(self.data)
+        self.assertIsNone(self.resume())
+        before = other.stat().st_mtime_ns
+        self.begin().discard()
+        self.assertEqual(before, other.stat().st_mtime_ns)
+
+    def test_is_not_of_what_can_not_be_read(self) -> None:
+        """
+        A bad block where the record is costs a transfer, and fails nobody.
+        """
+        self.left_over((0, 1000))
+        self.patch(os, "pread", failing(errno.EIO))
+        self.assertIsNone(self.resume())
+        self.assertEqual([], self.arriving.count())
+
+    def test_of_small_files_is_not_worth_it(self) -> None:
+        """
+        Under a megabyte nothing is left.
+        """
+        writer = self.begin(WORTH_RESUMING - 1)
+        writer.write(0, [b"x"])
+        writer.leave()
+        self.assertEqual([], self.names())
+
+    def test_is_done_without_where_the_disk_takes_no_record(self) -> None:
+        """
+        The transfer goes on; only its leftovers are worth nothing.
+        """
+        writer = self.begin()
+        pwrite = os.pwrite
+
+        def full(fd: int, data: bytes, offset: int) -> int:
+            return failing(errno.ENOSPC)() if len(data) < 1000 else pwrite(fd, data, offset)
+
+        self.patch(os, "pwrite", full)
+        writer.write(0, [DATA[:1000]])
+        self.assertEqual(1000, writer.hashed)
+        writer.leave()
+        self.assertEqual([], self.names())
+
+
+class CrashTests(SynchronousTestCase):
+    """
+    Transfers that are interrupted again and again.
+    """
+
+    @settings(max_examples=25, deadline=None)
+    @given(st.lists(st.tuples(st.integers(0, SIZE - 1), st.integers(1, SIZE), st.booleans()), max_size=12))
+    def test_come_to_the_whole_in_the_end(self, writes: list[tuple[int, int, bool]]) -> None:
+        """
+        Whatever was written, in whatever order, before each crash: what is missing is all that has to come.
+        """
+        folder = tempfile.mkdtemp(prefix="ecrproxy-")
+        try:
+            store = Store(Path(folder), lambda: START)
+            store.prepare()
+            came, writer = 0, begin(store, DIGEST, SIZE)
+            for near, length, crashes in writes:
+                start, stop = next((gap for gap in writer.gaps if gap[1] > near), writer.gaps[-1])
+                start = max(start, min(near, stop - 1))
+                stop = min(stop, start + length)
+                if crashes or stop - start == writer.missing:
+                    writer.close()
+                    writer = begin(store, DIGEST, SIZE)
+                    continue
+                writer.write(start, [DATA[start:stop]])
+                came += stop - start
+                self.assertEqual(SIZE - came, writer.missing)
+            for start, stop in writer.gaps:
+                writer.write(start, [DATA[start:stop]])
+            while writer.catch_up():
+                pass
+            writer.commit()
+            writer.close()
+            self.assertEqual(DATA, read(store, DIGEST))
+            self.assertEqual([], list(store.arriving.folder.iterdir()))
+        finally:
+            shutil.rmtree(folder)
+
+
+class WrittenOnceTests(ArrivingTests):
+    """
+    Bytes that may have been hashed are never changed.
+    """
+
+    def test_what_is_there_is_not_written_again(self) -> None:
+        writer = self.begin()
+        self.addCleanup(writer.discard)
+        writer.write(0, [DATA[:1000]])
+        writer.write(2000, [DATA[2000:3000]])
+        for start, stop in ((0, 1000), (0, 1), (999, 1001), (500, 600), (1500, 2001), (2999, 3001), (1000, 4000)):
+            self.assertRaises(ValueError, writer.write, start, [b"x" * (stop - start)])
+        writer.write(1000, [DATA[1000:2000]])
+        writer.write(3000, [DATA[3000:]])
+        writer.commit()
+        self.assertEqual(DATA, os.pread(writer.fileno(), SIZE, 0))
+
+    def test_what_an_earlier_transfer_left_is_not_written_again(self) -> None:
+        self.left_over((0, MIB), (2 * MIB, SIZE))
+        writer = self.resumed()
+        self.assertRaises(ValueError, writer.write, 1, [b"x" * (SIZE - 1)])
+        self.assertRaises(ValueError, writer.write, 2 * MIB - 1, [b"xx"])
+        writer.write(MIB, [DATA[MIB : 2 * MIB]])
+        while writer.catch_up():
+            pass
+        writer.verify()
+
+    def test_content_is_not_written(self) -> None:
+        writer = self.begin()
+        writer.write(0, [DATA])
+        writer.commit()
+        for offset in (0, SIZE - 1, SIZE):
+            self.assertRaises(ValueError, writer.write, offset, [b"x"])
+        writer.close()
+        self.assertEqual(DATA, read(self.store, DIGEST))
+
+    def test_nothing_is_written_outside_the_blob(self) -> None:
+        writer = self.begin()
+        self.addCleanup(writer.discard)
+        for offset, count in ((SIZE, 1), (SIZE - 1, 2), (-1, 1), (-2, 4)):
+            self.assertRaises(ValueError, writer.write, offset, [b"x" * count])
+        self.assertEqual([(0, SIZE)], writer.gaps)
+
+    def test_what_another_thread_writes_is_not_written(self) -> None:
+        """
+        Whichever came first would be hashed, and the other would be on the disk.
+        """
+        writer = self.begin()
+        self.addCleanup(writer.discard)
+        refused, pwrite = [], os.pwrite
+
+        def meanwhile(fd: int, data: bytes, offset: int) -> int:
+            self.patch(os, "pwrite", pwrite)
+            refused.append(self.assertRaises(ValueError, writer.write, 500, [b"x" * 1000]))
+            return pwrite(fd, data, offset)
+
+        self.patch(os, "pwrite", meanwhile)
+        writer.write(0, [DATA[:1000]])
+        self.assertEqual(1, len(refused))
+        writer.write(1000, [DATA[1000:]])
+        writer.verify()
+
+    def test_what_the_disk_did_not_take_may_be_written_again(self) -> None:
+        writer = self.begin()
+        self.addCleanup(writer.discard)
+        pwrite = os.pwrite
+        self.patch(os, "pwrite", failing(errno.EIO))
+        self.assertRaises(OSError, writer.write, 0, [DATA])
+        self.patch(os, "pwrite", pwrite)
+        writer.write(0, [DATA])
+        writer.verify()
+
+
+class LeftOverTests(ArrivingTests):
+    def test_counts_from_when_it_is_left(self) -> None:
+        """
+        It counts as used then, with all that it takes of the disk; who goes on with it has that reserved.
+        """
+        ledger = self.store.ledger
+        writer = self.begin()
+        writer.write(0, [DATA[:1000]])
+        self.assertEqual(0, ledger.total)
+        writer.leave()
+        writer.leave()
+        self.assertEqual((SIZE + RECORD, 1), (ledger.total, len(ledger)))
+        self.assertEqual(ledger.total, sum(path.stat().st_size for path in self.arriving.folder.iterdir()))
+        self.resumed()
+        self.assertEqual((0, SIZE + RECORD), (ledger.total, ledger.reserved))
+
+    def test_is_found_by_the_count(self) -> None:
+        """
+        A daemon that starts counts what the one before left.
+        """
+        self.left_over((0, 1000))
+        store = Store(self.store.root, lambda: self.now)
+        store.count()
+        self.assertEqual([(f"arriving/{self.data.name}", SIZE + RECORD, False)], list(store.ledger.oldest()))
+
+    def test_is_evicted_like_any_other_file(self) -> None:
+        """
+        Unless somebody goes on with it, or waits for it to go on.
+        """
+        self.left_over((0, 1000))
+        self.store.count()
+        path = f"arriving/{self.data.name}"
+        writer = self.resume()
+        assert writer is not None
+        self.assertFalse(self.store.remove_unused(path))
+        peer = self.peer()
+        writer.leave()
+        self.assertFalse(self.store.remove_unused(path))
+        self.assertEqual(Step.TAKE_OVER, next_step(peer.look(), 0))
+        peer.close()
+        self.assertTrue(self.store.remove_unused(path))
+        self.assertEqual(([], 0), (self.names(), self.store.ledger.total))
+
+    def test_that_was_discarded_is_gone(self) -> None:
+        """
+        A file that was gone on with and failed is not left again.
+        """
+        self.left_over((0, 1000))
+        writer = self.resumed()
+        writer.discard()
+        writer.leave()
+        self.assertEqual(([], 0), (self.names(), self.store.ledger.total))
+
+    def test_is_swept_after_a_day(self) -> None:
+        """
+        By the time of its last write, whatever its dates say, and by clocks that are wrong either way.
+        """
+        self.left_over((0, 1000))
+        for away, there in ((LEFT_SECONDS - 1, True), (-LEFT_SECONDS + 1, True), (LEFT_SECONDS, False)):
+            self.now = START + away
+            self.arriving.sweep()
+            self.assertEqual([self.data.name, self.path.name] if there else [], self.names(), away)
+        self.now = START
+        self.left_over((0, 1000))
+        self.now = START - LEFT_SECONDS
+        self.arriving.sweep()
+        self.assertEqual([], self.names())
+
+    def test_of_what_is_content_is_swept(self) -> None:
+        """
+        What came by another way need not be gone on with.
+        """
+        self.left_over((0, 1000))
+        path = self.store.root / self.store.content_path(DIGEST)
+        path.parent.mkdir(parents=True)
+        path.write_bytes(DATA)
+        self.arriving.sweep()
+        self.assertEqual([], self.names())
+
+    def test_without_a_use_is_swept(self) -> None:
+        """
+        What has no record, or no data, or too little of it; what some process holds stays.
+        """
+        self.left_over()
+        other, lonely = (f"sha256-{Digest.of(each).hex}" for each in (b"other", b"lonely"))
+        (self.arriving.folder / other).write_bytes(bytes(MIB))
+        (self.arriving.folder / f"{lonely}.claim").write_bytes(b"garbage")
+        held = begin(self.store, Digest.of(b"held"), 4)
+        self.addCleanup(held.discard)
+        self.arriving.sweep()
+        name = f"sha256-{Digest.of(b'held').hex}"
+        self.assertEqual([name, f"{name}.claim"], self.names())
+
+    def test_of_a_folder_that_is_gone_is_none(self) -> None:
+        """
+        Who removed the directory has removed what was left.
+        """
+        self.left_over((0, 1000))
+        shutil.rmtree(self.arriving.folder)
+        self.arriving.sweep()
+        self.assertEqual([], self.arriving.count())
+        self.assertIsNone(self.resume())
+
+    def test_of_an_earlier_version_is_removed(self) -> None:
+        """
+        Unless a daemon of that version, which runs beside this one, has it locked.
+        """
+        ingest = self.store.root / "ingest"
+        ingest.mkdir()
+        for name in ("left", "live"):
+            (ingest / f"sha256-{DIGEST.hex}.{name}").write_bytes(DATA)
+        with (ingest / f"sha256-{DIGEST.hex}.live").open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            self.store.sweep()
+            self.assertEqual([f"sha256-{DIGEST.hex}.live"], [path.name for path in ingest.iterdir()])
+        self.store.sweep()
+        self.assertFalse(ingest.exists())
