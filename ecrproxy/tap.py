@@ -10,62 +10,67 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import sys
-import tempfile
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, NoReturn, TypeVar
 
 from twisted.application.service import MultiService
-from twisted.internet.endpoints import UNIXServerEndpoint
 from twisted.internet.error import ReactorNotRunning
+from twisted.internet.protocol import Factory
 from twisted.logger import ILogObserver, Logger, LogLevel
 from twisted.names.client import Resolver
-from twisted.web.client import Agent
 
 from ecrproxy import __version__
 from ecrproxy.access.clients import Admission
-from ecrproxy.access.crowds import Crowds, Word
-from ecrproxy.access.htpasswd import HtpasswdError
-from ecrproxy.access.limits import BOUNDLESS, Crowd
+from ecrproxy.access.htpasswd import HtpasswdError, read_users
+from ecrproxy.access.limits import Crowd
 from ecrproxy.access.namespaces import Namespaces
 from ecrproxy.access.passwords import AT_ONCE, Passwords
 from ecrproxy.admin.api import Api
 from ecrproxy.admin.incidents import Incidents
 from ecrproxy.admin.port import make_admin_site
-from ecrproxy.admin.readings import of_cache, of_certificates, of_clients, of_loop, of_token, of_transfers, of_upstream
-from ecrproxy.admin.status import Asking, Status
+from ecrproxy.admin.readings import (
+    FIGURES,
+    of_cache,
+    of_certificates,
+    of_clients,
+    of_loop,
+    of_token,
+    of_transfers,
+    of_upstream,
+)
+from ecrproxy.admin.status import Asking, Process, Status
 from ecrproxy.cache.condition import Condition
 from ecrproxy.cache.inventory import Inventory
 from ecrproxy.cache.janitor import Janitor
-from ecrproxy.cache.ledger import Notes
 from ecrproxy.cache.purges import Purges
 from ecrproxy.cache.store import Store
 from ecrproxy.cached import VERIFICATIONS, Cache
 from ecrproxy.daemon.accepting import Gate
 from ecrproxy.daemon.ending import Connections, Drain, InOrder, Signals
 from ecrproxy.daemon.exhaustion import Exhaustion
+from ecrproxy.daemon.inherited import CHANNEL_FD, VARIABLE, Inherited, inherited_sockets
 from ecrproxy.daemon.listening import Listening, admin_endpoint, endpoints
 from ecrproxy.daemon.process import most_clients, set_aside_what_stays, set_up
-from ecrproxy.daemon.renewal import Renewal
+from ecrproxy.daemon.renewal import Renewal, generation
 from ecrproxy.daemon.supervision import Supervised, Supervisor, summary
-from ecrproxy.daemon.workers import BACKLOG, HandedDown, Post, StandardInput, Workers
 from ecrproxy.http.access_log import AccessLog
 from ecrproxy.http.answering import Ready
-from ecrproxy.http.relay import FirstProcess, InnerRegistry, NoRoom, Relay, RelayedReady, WorkerRegistry
 from ecrproxy.http.site import RegistrySite, make_site
-from ecrproxy.http.telling import USED, Teller, Used, told
 from ecrproxy.http.web import Registry
 from ecrproxy.identity import RegistryId
 from ecrproxy.logs.shapes import PRIORITIES, as_json
 from ecrproxy.logs.writing import LineWriter, choose_writer, leads_to_journal
-from ecrproxy.metrics import Figures, LoopStall, Served
+from ecrproxy.metrics import Figures, Gathered, LoopStall
 from ecrproxy.proxy import PullThrough
 from ecrproxy.readiness import Readiness, judge
 from ecrproxy.registry.circuit import Circuit
-from ecrproxy.registry.connections import UpstreamAgent, connection_pool
+from ecrproxy.registry.connections import UpstreamAgent
 from ecrproxy.registry.ecr import CredentialsError, Token, TokenService, fetch_token
 from ecrproxy.registry.egress import Egress, OwnNames
 from ecrproxy.registry.endpoint import Endpoint
@@ -79,8 +84,14 @@ from ecrproxy.settings.complaints import Complaint, say, write
 from ecrproxy.settings.config import ADMIN_LISTEN, Config, ConfigError
 from ecrproxy.settings.contradictions import Machine, load, look_at_settings
 from ecrproxy.settings.options import Options
-from ecrproxy.threads import Disk, InThread, Threads, call_unowned
-from ecrproxy.transfer.inflow import Lanes
+from ecrproxy.shares import share
+from ecrproxy.threads import Disk, Threads, call_unowned
+from ecrproxy.transfer.inflow import BUFFERED, Lanes
+from ecrproxy.transfer.unattended import MOST
+from ecrproxy.workers.channel import Channel, adopt
+from ecrproxy.workers.messages import Counted, FromParent, Refused, Reread
+from ecrproxy.workers.processes import Workers
+from ecrproxy.workers.worker import Reports
 
 log = Logger()
 T = TypeVar("T")
@@ -99,7 +110,7 @@ LAST_LINES_SECONDS: Final = 2.0
 
 def makeService(options: Options) -> Daemon:
     """
-    Build the daemon.
+    Build the daemon, its parent, or one of its workers.
     """
     from twisted.internet import reactor  # noqa: PLC0415 (twistd may have chosen another before)
 
@@ -108,9 +119,9 @@ def makeService(options: Options) -> Daemon:
     warnings: list[Complaint] = []
     try:
         config = load(options.flags(), os.environ)
-        post = Post.from_environ(os.environ)
-        if post is not None:
-            service = build_worker(config, post, reactor)
+        sockets = inherited_sockets(os.environ)
+        if sockets is not None:
+            service = build_worker(config, sockets, reactor, _egress(os.environ))
         else:
             warnings = _warnings(config, options)
             for each in warnings:
@@ -119,7 +130,11 @@ def makeService(options: Options) -> Daemon:
             refused: list[CredentialsError] = []
             atexit.register(_fail_after, refused)  # the first comes last: others clean up
             leave = partial(_abandon, complain, refused)
-            service = build(config, reactor, leave, options.arguments(), supervisor, _egress(os.environ))
+            egress = _told(_egress(os.environ))
+            if config.worker_processes == 1:
+                service = build(config, reactor, leave, supervisor, egress)
+            else:
+                service = build_parent(config, reactor, leave, supervisor, options.arguments())
     except ConfigError as problem:
         complain("; ".join([str(problem), *map(str, warnings)]))
         sys.exit(1)
@@ -150,9 +165,12 @@ def _egress(environ: Mapping[str, str]) -> Egress:
     @raise ConfigError: if the proxy's URL is none.
     """
     try:
-        egress = Egress.read(environ)
+        return Egress.read(environ)
     except ValueError as problem:
         raise ConfigError(f"HTTPS_PROXY: {problem}") from None
+
+
+def _told(egress: Egress) -> Egress:
     if egress.proxy is not None:
         log.info(
             "Registry and buckets are asked through the egress proxy {proxy}, except for what NO_PROXY names",
@@ -253,22 +271,36 @@ class Daemon(InOrder):
             os._exit(1)
 
 
-def build(
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """
+    What serves clients in this process, but for the sockets that they come to.
+    """
+
+    site: RegistrySite
+    connections: Connections
+    admission: Admission
+    figures: Figures
+    process: Process
+    cache: Cache
+    judging: Threads
+
+
+def _serving(
     config: Config,
+    service: MultiService,
     reactor: Any,  # noqa: ANN401
     refused: Callable[[CredentialsError], None],
-    arguments: Sequence[str] = (),
-    supervisor: Supervisor | None = None,
-    egress: Egress = Egress(),  # noqa: B008 (it is frozen)
-) -> Daemon:
+    egress: Egress,
+    processes: int,
+) -> Serving:
     """
-    Wire the parts; each line makes one object from earlier ones.
+    Wire all that serves clients; each line makes one object from earlier ones.
 
     @param refused: ends the daemon, for AWS refuses its credentials.
-    @param arguments: the flags that workers are to be started with.
-    @param supervisor: the service manager, if it wants to be told.
+    @param processes: how many there are that do the same, each its part.
     """
-    disk = _disk(service := Daemon(), reactor)
+    disk = _disk(service, reactor)
     store = _prepared(Store(Path(config.cache_dir), time.time))
     counting, judging, probing = Threads(1, reactor, yielding=False), Threads(1, reactor), Threads(1, reactor)
     janitor = Janitor(store, config.cache_limit, disk.writing, reactor, counting.call)
@@ -276,35 +308,166 @@ def build(
     figures, stall = Figures(__version__), LoopStall(reactor)
     upstream, asking = _upstream(config, tokens, figures, egress, reactor)
     cache = Cache(store, janitor, disk, time.time, RegistryId.of_url(config.ecr_endpoint))
-    pull_through = _pull_through(config, upstream, cache, disk, reactor)
-    connections, crowds = Connections(), Crowds(Crowd(config.limits), reactor.seconds)
+    pull_through = _pull_through(config, upstream, cache, disk, reactor, processes)
+    connections, crowd = Connections(), Crowd(config.limits, processes)
     readiness = partial(_readiness, tokens, asking.circuit, Condition(store, probing.call, reactor), connections)
-    ready = Ready(readiness)
-    status = Status(
-        config.ecr_endpoint, figures, store, janitor, asking, pull_through, readiness, disk.reading, time.time, reactor
+    admission = _admission(config, reactor, service, processes)
+    registry = Registry(pull_through, _namespaces(config, judging, reactor), config.cache_key, disk.reading)
+    site = make_site(
+        registry,
+        Ready(readiness),
+        reactor,
+        admission=admission,
+        crowd=crowd,
+        access_log=_access_log(config, service, reactor),
+        served=figures.served,
+        connections=connections,
     )
-    supervised = Supervised(supervisor, partial(_summary, readiness, store, janitor), reactor)
-    shape = (_namespaces(config, judging, reactor), config.cache_key, disk.reading)
-    admission = _admission(config, reactor, service)
-    registry = Registry(pull_through, *shape)
-    counted = partial(make_site, access_log=_access_log(config, service, reactor), served=figures.served)
-    site = counted(registry, ready, reactor, admission=admission, crowd=crowds.own, connections=connections)
     figures.watch(*of_cache(store, janitor), *of_token(tokens), *of_transfers(pull_through), *of_loop(stall))
-    figures.watch(*of_clients(crowds))
-    for part in (*status.services, judging, supervised, counting, probing, janitor, tokens, stall):
+    figures.watch(*of_clients(crowd))
+    for part in (judging, counting, probing, janitor, tokens, stall):
         part.setServiceParent(service)
-    alone = config.worker_processes == 1
-    listening = _listening(config, site, reactor, accepts=alone)
-    workers = None
-    if not alone:
-        inner = partial(make_site, InnerRegistry(pull_through, *shape), ready)
-        hearers = told(store.ledger, figures.served, status.incidents, crowds)
-        workers = _share_work(config, inner, hearers, listening, arguments, service, reactor)
-    reread = partial(supervised.rereading, partial(_reread, [*listening, admission], workers))
-    _renewal(listening, figures, judging.call, reread, reactor).setServiceParent(service)
-    _face_clients(Drain(connections, config.drain_seconds, reactor), listening, reread, service.leave, service, reactor)
-    _serve_admin(config, partial(make_admin_site, figures, ready, status), cache, disk.reading, service, reactor)
+    process = Process(store, janitor, asking, pull_through, readiness, disk.reading)
+    return Serving(site, connections, admission, figures, process, cache, judging)
+
+
+def build(
+    config: Config,
+    reactor: Any,  # noqa: ANN401
+    refused: Callable[[CredentialsError], None],
+    supervisor: Supervisor | None = None,
+    egress: Egress = Egress(),  # noqa: B008 (it is frozen)
+) -> Daemon:
+    """
+    Wire a daemon of one process.
+
+    @param refused: ends the daemon, for AWS refuses its credentials.
+    @param supervisor: the service manager, if it wants to be told.
+    """
+    serving = _serving(config, service := Daemon(), reactor, refused, egress, 1)
+    process, store = serving.process, serving.cache.store
+    incidents = Incidents(time.time)
+    status = Status(config.ecr_endpoint, serving.figures, process.standing, incidents, time.time, reactor)
+    describe = partial(_summary, process.readiness, store, process.janitor)
+    supervised = Supervised(supervisor, describe, reactor)
+    purges = Purges(store, serving.cache.forget_all, process.in_thread, reactor)
+    for part in (*status.services, supervised):
+        part.setServiceParent(service)
+    listening = _listening(config, serving.site, reactor)
+    serving.figures.watch(*of_certificates(partial(_expires, listening)))
+    reread = partial(supervised.rereading, partial(_reread, [*listening, serving.admission]))
+    Renewal(listening, serving.judging.call, reread, reactor).setServiceParent(service)
+    drain = Drain(serving.connections, config.drain_seconds, reactor)
+    _face_clients(drain, listening, reread, service.leave, service, reactor)
+    purges.setServiceParent(service)
+    make = partial(make_admin_site, serving.figures, Ready(process.readiness), status)
+    _serve_admin(config, make, store, purges.look, service, reactor)
     return service
+
+
+def build_worker(config: Config, sockets: int, reactor: Any, egress: Egress) -> Daemon:  # noqa: ANN401
+    """
+    Wire a worker: what serves clients, on the sockets and with the channel that it has inherited.
+
+    @raise ConfigError: if it has not.
+    """
+    channel, service, processes = Channel(FromParent), Daemon(), config.worker_processes
+    refused: Callable[[CredentialsError], None] = lambda problem: channel.tell(Refused(str(problem)))  # noqa: E731
+    serving = _serving(config.share(), service, reactor, refused, egress, processes)
+    process, figures, connections = serving.process, serving.figures, serving.connections
+    listening = _listening(config.share(), serving.site, Inherited(reactor, sockets))
+    figures.watch(*of_certificates(partial(_expires, listening)))
+    incidents = Incidents(time.time)
+    reports = Reports(
+        channel,
+        figures,
+        incidents,
+        readiness=process.readiness,
+        standing=process.standing,
+        reread=partial(_reread_as_told, listening, serving.admission),
+        orphaned=partial(_orphaned, connections, service.leave, reactor),
+        reactor=reactor,
+    )
+    purges = Purges(serving.cache.store, serving.cache.forget_all, process.in_thread, reactor)
+    for part in (incidents, reports, purges):
+        part.setServiceParent(service)
+    # A service manager may tell all processes to end, and the parent each worker once more. A terminal that hangs up
+    # tells all of them: the parent says what is to be read again.
+    drain = Drain(connections, config.drain_seconds, reactor)
+    _face_clients(drain, listening, lambda: None, lambda _: None, service, reactor)
+    try:
+        adopt(socket.socket(fileno=CHANNEL_FD), channel, reactor)
+    except OSError as problem:
+        raise ConfigError(f"{VARIABLE} is for the daemon's own workers: unset it") from problem
+    return service
+
+
+def build_parent(
+    config: Config,
+    reactor: Any,  # noqa: ANN401
+    refused: Callable[[CredentialsError], None],
+    supervisor: Supervisor | None,
+    arguments: Sequence[str],
+) -> Daemon:
+    """
+    Wire the parent of workers: sockets that it binds and does not accept from, workers, the operator's port.
+
+    What would keep workers from starting is found here, once.
+
+    @param arguments: the flags that workers are to be started with.
+    """
+    service = Daemon()
+    reading, renewing = Threads(1, reactor), Threads(1, reactor)
+    store = _prepared(Store(Path(config.cache_dir), time.time))
+    _check_passwords(config)
+    listening = [Listening(*named, Nobody(), accepts=False) for named in endpoints(config, reactor)]
+    gathered = Gathered(FIGURES)
+    figures, incidents = Figures(__version__, gathered.workers), Incidents(time.time)
+    workers = Workers(
+        config.worker_processes,
+        listening,
+        arguments,
+        gathered,
+        partial(_add_up, figures, incidents),
+        lambda problem: refused(CredentialsError(problem)),
+        reactor,
+        drain=config.drain_seconds,
+    )
+    status = Status(config.ecr_endpoint, figures, workers.standing, incidents, time.time, reactor)
+    figures.watch(*gathered.readings())
+    supervised = Supervised(supervisor, partial(_summary_of_all, workers), reactor, workers.listen)
+    reread = partial(supervised.rereading, partial(_have_reread, listening, workers))
+    renewal = Renewal(listening, renewing.call, reread, reactor)
+    for part in (reading, renewing, *status.services, supervised, renewal, workers):
+        part.setServiceParent(service)
+    _face_clients(None, listening, reread, service.leave, service, reactor)
+    make = partial(make_admin_site, figures, Ready(workers.readiness), status)
+    _serve_admin(config, partial(make, gather=workers.gather), store, _nothing_held, service, reactor)
+    return service
+
+
+class Nobody(Factory):
+    """
+    What is behind a socket that is bound here and accepted from by workers.
+    """
+
+    noisy = False
+
+
+async def _nothing_held() -> None:
+    """
+    Forget nothing: workers see for themselves that the directory was purged.
+    """
+
+
+def _add_up(figures: Figures, incidents: Incidents, counted: Counted) -> None:
+    """
+    Add what a worker has counted.
+    """
+    figures.served.requests.add(counted.requests)
+    figures.served.saved.add(counted.saved)
+    figures.upstream.add(counted.upstream)
+    incidents.add(counted.incidents)
 
 
 def _disk(service: MultiService, reactor: Any) -> Disk:  # noqa: ANN401
@@ -338,7 +501,7 @@ def _access_log(config: Config, service: MultiService, reactor: Any) -> AccessLo
     return access_log
 
 
-def _listening(config: Config, site: RegistrySite, reactor: Any, *, accepts: bool = True) -> list[Listening]:  # noqa: ANN401
+def _listening(config: Config, site: RegistrySite, reactor: Any) -> list[Listening]:  # noqa: ANN401
     """
     Make what listens for clients, all of it with one limit on descriptors.
     """
@@ -351,7 +514,7 @@ def _listening(config: Config, site: RegistrySite, reactor: Any, *, accepts: boo
             wanted=wanted,
         )
     gate = Gate(reactor, most)
-    return [Listening(*named, site, accepts=accepts, gate=gate) for named in endpoints(config, reactor)]
+    return [Listening(*named, site, gate=gate) for named in endpoints(config, reactor)]
 
 
 def _tokens(config: Config, reactor: Any, ends: Callable[[CredentialsError], bool]) -> TokenService:  # noqa: ANN401
@@ -378,14 +541,21 @@ def _upstream(
     figures.watch(*of_upstream(wire, circuit, governor))
     endpoint = Endpoint(config.ecr_endpoint, wire, tokens, governor, circuit)
     upstream = Upstream(endpoint, wire, stall_seconds=config.stall_seconds)
-    return upstream, Asking(tokens=tokens, wire=wire, circuit=circuit, governor=governor)
+    return upstream, Asking(tokens=tokens, wire=wire, circuit=circuit, governor=governor, clock=reactor)
 
 
-def _pull_through(config: Config, upstream: Upstream, cache: Cache, disk: Disk, reactor: Any) -> PullThrough:  # noqa: ANN401
+def _pull_through(
+    config: Config,
+    upstream: Upstream,
+    cache: Cache,
+    disk: Disk,
+    reactor: Any,  # noqa: ANN401
+    processes: int,
+) -> PullThrough:
     """
     Wire what answers from the cache, or through it.
     """
-    lanes = Lanes(config.blob_connections, config.bucket_connections)
+    lanes = Lanes(config.blob_connections, config.bucket_connections, share(BUFFERED, processes))
     return PullThrough(
         upstream,
         cache,
@@ -394,6 +564,7 @@ def _pull_through(config: Config, upstream: Upstream, cache: Cache, disk: Disk, 
         tag_ttl=config.tag_ttl,
         lanes=lanes,
         read_ahead=config.read_ahead,
+        unattended=share(MOST, processes),
         call_later=reactor.callLater,
     )
 
@@ -403,31 +574,8 @@ def _namespaces(config: Config, judging: Threads, reactor: Any) -> Namespaces:  
     return Namespaces(config.namespace_pattern, judging.call, reactor, registries)
 
 
-def _share_work(
-    config: Config,
-    make_inner: Callable[..., RegistrySite],
-    hearers: Mapping[str, Any],
-    listening: Sequence[Listening],
-    arguments: Sequence[str],
-    service: MultiService,
-    reactor: Any,  # noqa: ANN401
-) -> Workers:
-    """
-    Have workers serve the clients, and this process the workers.
-    """
-    folder = tempfile.mkdtemp(prefix="ecrproxy-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    path = str(Path(folder) / "first")
-    inner = make_inner(reactor=reactor, crowd=Crowd(BOUNDLESS), others={USED: Used(hearers)})
-    endpoint = UNIXServerEndpoint(reactor, path, BACKLOG, mode=0o600)
-    Listening(path, endpoint, inner, gate=Gate(reactor)).setServiceParent(service)
-    workers = Workers(config.worker_processes, listening, path, arguments, reactor, drain=config.drain_seconds)
-    workers.setServiceParent(service)
-    return workers
-
-
 def _face_clients(
-    drain: Drain,
+    drain: Drain | None,
     listening: Sequence[Listening],
     reread: Callable[[], None],
     at_once: Callable[[int], object],
@@ -436,58 +584,74 @@ def _face_clients(
 ) -> None:
     """
     Let clients in, and signals. Whatever responses need comes before this, for the last are the first to stop.
+
+    @param drain: none where nobody is let in.
     """
-    for part in (drain, *listening, Signals(reactor, partial(_stop, reactor), at_once, reread)):
+    for part in (
+        *([drain] if drain is not None else []),
+        *listening,
+        Signals(reactor, partial(_stop, reactor), at_once, reread),
+    ):
         part.setServiceParent(service)
 
 
 def _serve_admin(
     config: Config,
-    make_site: Callable[[Api, Any, frozenset[str]], RegistrySite],
-    cache: Cache,
-    in_thread: InThread,
+    make_site: Callable[..., RegistrySite],
+    store: Store,
+    purged: Callable[[], Awaitable[None]],
     service: MultiService,
     reactor: Any,  # noqa: ANN401
 ) -> None:
     """
     Listen for the operator too. Where nobody chose that port, its being taken keeps the daemon from nothing.
 
-    What he purges, or somebody else did, is forgotten. His work has threads of its own.
+    His work on the cache has threads of its own.
+
+    @param purged: has what this process holds in memory forgotten.
     """
-    purges = Purges(cache.store, cache.forget_all, in_thread, reactor)
-    purges.setServiceParent(service)
     named = admin_endpoint(config, reactor)
     if named is not None:
         listing, hashing = Threads(1, reactor, yielding=False), Threads(1, reactor)
         for part in (listing, hashing):
             part.setServiceParent(service)
-        api = Api(Inventory(cache.store), purges.look, listing.call, hashing.call, reactor)
+        api = Api(Inventory(store), purged, listing.call, hashing.call, reactor)
         site = make_site(api, reactor, config.admin_hosts or frozenset())
         needed = config.admin_listen != ADMIN_LISTEN
         Listening(*named, site, needed=needed, gate=Gate(reactor)).setServiceParent(service)
 
 
-def _renewal(
-    listening: Sequence[Listening],
-    figures: Figures,
-    in_thread: InThread,
-    reread: Callable[[], None],
-    reactor: Any,  # noqa: ANN401
-) -> Renewal:
+def _expires(listening: Sequence[Listening]) -> float | None:
     """
-    Make what looks for renewed certificates. Workers are told, and need not look.
+    Tell when the certificate that clients are shown ends, the first if there are several.
     """
-    figures.watch(*of_certificates(lambda: min((each.expires for each in listening if each.expires), default=None)))
-    return Renewal(listening, in_thread, reread, reactor)
+    return min((each.expires for each in listening if each.expires), default=None)
 
 
-def _reread(parts: Sequence[Listening | Admission], workers: Workers | None) -> None:
+def _reread(parts: Sequence[Listening | Admission]) -> None:
     """
-    Read certificates and passwords again, here and in the workers.
+    Read certificates and passwords again.
     """
-    news = [each.reread() for each in parts]
-    if workers is not None and any(news):
-        workers.reread()
+    for each in parts:
+        each.reread()
+
+
+def _have_reread(listening: Sequence[Listening], workers: Workers) -> None:
+    """
+    See whether the certificates can be used, and have workers read them, and passwords, again.
+    """
+    found = generation(listening)  # before they are read: what changes in between is none that was found good
+    news = [each.reread() for each in listening]
+    workers.tell(Reread(found if any(news) else ""))
+
+
+def _reread_as_told(listening: Sequence[Listening], admission: Admission, certificates: str) -> None:
+    """
+    Read passwords again, and the certificates that the parent has found good, if they are still those.
+    """
+    if certificates == generation(listening):
+        _reread(listening)
+    admission.reread()
 
 
 def _fetch(config: Config) -> Token:
@@ -499,42 +663,9 @@ def _fetch(config: Config) -> Token:
     return token
 
 
-def build_worker(config: Config, post: Post, reactor: Any) -> Daemon:  # noqa: ANN401
-    """
-    Wire a worker's parts.
-    """
-    service = Daemon()
-    disk = _disk(service, reactor)
-    notes = Notes()
-    store = Store(Path(config.cache_dir), time.time, notes)
-    cache = Cache(store, NoRoom(), disk, time.time, RegistryId.of_url(config.ecr_endpoint))
-    purges = Purges(store, cache.forget_all, disk.reading, reactor)
-    first = Agent.usingEndpointFactory(reactor, FirstProcess(reactor, post.path), connection_pool(reactor))
-    relay = Relay(first)
-    judging = Threads(1, reactor)
-    shape = (_namespaces(config, judging, reactor), config.cache_key, disk.reading)
-    admission = _admission(config, reactor, service)
-    registry, ready = WorkerRegistry(cache, config.tag_ttl, relay, *shape), RelayedReady(relay)
-    served, connections = Served(), Connections()
-    crowd = Crowd(config.limits)
-    lines = _access_log(config, service, reactor)
-    counted = partial(make_site, access_log=lines, served=served)
-    site = counted(registry, ready, reactor, admission=admission, crowd=crowd, connections=connections)
-    incidents = Incidents(time.time)
-    teller = Teller(first, told(notes, served, incidents, Word(crowd, os.getpid())), reactor)
-    for part in (incidents, judging, purges, teller):
-        part.setServiceParent(service)
-    listening = _listening(config, site, HandedDown(reactor, post.sockets))
-    drain = Drain(connections, config.drain_seconds, reactor)
-    # A service manager may tell all processes to end, and the first process each worker once more.
-    _face_clients(drain, listening, partial(_reread, [*listening, admission], None), lambda _: None, service, reactor)
-    reactor.addReader(StandardInput(partial(_orphaned, connections, service.leave, reactor)))
-    return service
-
-
 def _orphaned(connections: Connections, leave: Callable[[int], object], reactor: Any) -> None:  # noqa: ANN401
     """
-    End a worker whose first process has gone.
+    End a worker whose parent has gone.
     """
     if connections.draining:
         leave(signal.SIGTERM)
@@ -566,6 +697,11 @@ async def _summary(readiness: Callable[[], Awaitable[Readiness]], store: Store, 
     return summary(await readiness(), store.ledger.total, janitor.limit)
 
 
+async def _summary_of_all(workers: Workers) -> str:
+    standing = await workers.standing()
+    return summary(standing.readiness, standing.cache.bytes, standing.cache.limit)
+
+
 def _ends(refused: Callable[[CredentialsError], None], problem: CredentialsError, *, warm: bool) -> bool:
     """
     End the daemon if it can serve nothing without AWS; tell whether it ends.
@@ -586,19 +722,31 @@ def _prepared(store: Store) -> Store:
     return store
 
 
-def _admission(config: Config, reactor: Any, service: MultiService) -> Admission:  # noqa: ANN401
+def _check_passwords(config: Config) -> None:
+    """
+    See that the passwords can be used.
+
+    @raise ConfigError: if not.
+    """
+    try:
+        if config.htpasswd is not None:
+            read_users(config.htpasswd)
+    except HtpasswdError as problem:
+        raise ConfigError(f"PROXY_HTPASSWD={config.htpasswd!r}: {problem}") from problem
+
+
+def _admission(config: Config, reactor: Any, service: MultiService, processes: int) -> Admission:  # noqa: ANN401
     """
     Make what lets clients in; C{service} runs what of it runs by itself.
 
+    @param processes: how many there are that do the same, each its part.
     @raise ConfigError: if the passwords can't be used.
     """
     passwords = None
     if config.htpasswd is not None:
         checking = Threads(AT_ONCE, reactor)
-        try:
-            passwords = Passwords(config.htpasswd, checking.call, reactor, secrets.token_bytes(32))
-        except HtpasswdError as problem:
-            raise ConfigError(f"PROXY_HTPASSWD={config.htpasswd!r}: {problem}") from problem
+        _check_passwords(config)
+        passwords = Passwords(config.htpasswd, checking.call, reactor, secrets.token_bytes(32), processes)
         for part in (checking, passwords):
             part.setServiceParent(service)
     return Admission(config.allow_from, certificates=config.client_ca is not None, passwords=passwords)
@@ -628,6 +776,8 @@ def _abandon(complain: Callable[[str], None], refused: list[CredentialsError], p
     """
     from twisted.internet import reactor  # noqa: PLC0415
 
+    if refused:  # by another worker
+        return
     log.critical("{problem}", problem=problem)
     complain(str(problem))
     refused.append(problem)

@@ -221,10 +221,15 @@ class SettingsTests(SynchronousTestCase):
         """
         Each worker may give away its part of what there is; times and the size of a request are the same for all.
         """
-        limits = loaded(PROXY_WORKER_PROCESSES="3", PROXY_CONNECTIONS="100", PROXY_TRANSFERS="0").limits
-        self.assertEqual((34, 334, 0), (limits.connections, limits.connections_per_address, limits.transfers))
-        crowded = loaded(PROXY_WORKER_PROCESSES="3", PROXY_CONNECTIONS="0").limits
+        alone = loaded(PROXY_WORKER_PROCESSES="3", PROXY_CONNECTIONS="100", PROXY_TRANSFERS="0")
+        config, limits = alone.share(), alone.share().limits
+        self.assertEqual((100, 64), (alone.limits.connections, alone.bucket_connections))
+        self.assertEqual((42, 417, 0), (limits.connections, limits.connections_per_address, limits.transfers))
+        crowded = loaded(PROXY_WORKER_PROCESSES="3", PROXY_CONNECTIONS="0").share().limits
         self.assertEqual((0, 1000), (crowded.connections, crowded.connections_per_address))
+        self.assertEqual((4, 27, 54), (config.blob_connections, config.bucket_connections, config.ecr_connections))
+        self.assertEqual(Quotas(733, 366, 1100, 36), config.ecr_quotas)
+        self.assertEqual(alone.cache_limit, config.cache_limit)
         self.assertEqual((10.0, 65.0, 300.0), (limits.header_seconds, limits.idle_seconds, limits.send_seconds))
         self.assertEqual((16384, 100), (limits.header_bytes, limits.header_count))
 
@@ -232,8 +237,11 @@ class SettingsTests(SynchronousTestCase):
         """
         A cluster behind NAT is refused nothing because one worker accepts most of it; and fills no worker.
         """
-        shares = [loaded(PROXY_WORKER_PROCESSES=count).limits.connections_per_address for count in ("1", "2", "4", "8")]
-        self.assertEqual([1000, 1000, 1000, 625], shares)
+        shares = [
+            loaded(PROXY_WORKER_PROCESSES=count).share().limits.connections_per_address
+            for count in ("1", "2", "4", "8")
+        ]
+        self.assertEqual([1000, 1000, 1000, 781], shares)
 
     def test_each_variable_is_read(self) -> None:
         """

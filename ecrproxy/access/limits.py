@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from ecrproxy.addresses import unmapped
+from ecrproxy.shares import share
 
 if TYPE_CHECKING:
     from twisted.internet.interfaces import IDelayedCall
@@ -46,28 +47,15 @@ class Limits:
         """
         Return the limits of one of several processes.
 
-        The kernel does not deal connections out evenly, so an address, which may be that of a whole cluster behind NAT,
-        is not held to an even part of its limit. It may have half of the process's connections; the rest is for others.
+        An address, which may be that of a whole cluster behind NAT, may have more than its part of the limit: half of
+        the process's connections; the rest is for others.
         """
         connections, address, transfers = (
-            -(-limit // processes) for limit in (self.connections, self.connections_per_address, self.transfers)
+            share(limit, processes) for limit in (self.connections, self.connections_per_address, self.transfers)
         )
         half = connections // 2 or self.connections_per_address
         address = min(self.connections_per_address, max(address, half))
         return replace(self, connections=connections, connections_per_address=address, transfers=transfers)
-
-
-BOUNDLESS = Limits(
-    header_seconds=0,
-    idle_seconds=0,
-    send_seconds=0,
-    header_bytes=2**17,
-    header_count=0,
-    connections=0,
-    connections_per_address=0,
-    transfers=0,
-)
-"""For those whose clients are kept within limits elsewhere."""
 
 
 COUNTED: Final = {
@@ -85,6 +73,7 @@ class Crowd:
     """
     Who is connected, how many transfers are under way, and what was refused.
 
+    @param processes: how many such crowds there are, each with its part of the limits.
     @ivar connected: connections now.
     @ivar transferring: transfers now.
     @ivar refused_connections: that were one too many.
@@ -95,12 +84,19 @@ class Crowd:
     @ivar slow_readers: connections that were closed because nothing of an answer was taken.
     """
 
-    def __init__(self, limits: Limits) -> None:
-        self.limits = limits
+    def __init__(self, limits: Limits, processes: int = 1) -> None:
+        self.limits, self._processes = limits, processes
         self.connected = self.transferring = 0
         self.refused_connections = self.refused_transfers = self.bad_requests = 0
         self.slow_heads = self.idle = self.slow_readers = 0
         self._by_address: Counter[str] = Counter()
+
+    @property
+    def transferring_everywhere(self) -> int:
+        """
+        Return how many transfers there are now, if the other processes have as many.
+        """
+        return self.transferring * self._processes
 
     def met(self, limit: str) -> int:
         """

@@ -13,6 +13,7 @@ Rules:
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Final
 
 from twisted.web.resource import Resource
@@ -128,15 +129,22 @@ class Metrics(Answering):
     The figures, for Prometheus to fetch.
     """
 
-    def __init__(self, figures: Figures) -> None:
+    def __init__(self, figures: Figures, gather: Callable[[], Awaitable[object]]) -> None:
         super().__init__()
-        self._figures = figures
+        self._figures, self._gather = figures, gather
 
     async def respond(self, request: Request) -> None:
         """
         Give them.
         """
+        await self._gather()
         send_small(request, 200, TEXT_FORMAT, self._figures.page())
+
+
+async def have_all() -> None:
+    """
+    Gather nothing: a process without workers reads its own figures as it writes the page.
+    """
 
 
 class Document(Answering):
@@ -195,6 +203,7 @@ def make_admin_site(
     api: Resource,
     reactor: Any,  # noqa: ANN401
     hosts: frozenset[str] = frozenset(),
+    gather: Callable[[], Awaitable[object]] = have_all,
 ) -> RegistrySite:
     """
     Build the Resource tree of the operator's port, and what serves it.
@@ -203,12 +212,13 @@ def make_admin_site(
     @param status: asked by the page and by /status.json.
     @param api: answers what is below /api/.
     @param hosts: names under which the port may be asked for, beside those that need no telling.
+    @param gather: asks workers for their figures, before these are told.
     """
     root = OperatorsRoot(hosts)
     root.putChild(b"", StatusPage(status))
     for name, content_type in PARTS.items():
         root.putChild(name.encode(), Part(name, content_type))
-    root.putChild(b"metrics", Metrics(figures))
+    root.putChild(b"metrics", Metrics(figures, gather))
     root.putChild(b"status.json", Document(status))
     root.putChild(b"healthz", Health())
     root.putChild(b"readyz", ready)

@@ -1,20 +1,23 @@
 """
 What the parts of the daemon know about themselves, as figures.
+
+With workers each of them knows its own parts. L{FIGURES} says how theirs become the daemon's: most add up; of what each
+finds out about the same thing, the cache directory or the registry, the one that matters is told.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from ecrproxy.access.limits import COUNTED
-from ecrproxy.metrics import Reading
+from ecrproxy.metrics import Figure, Reading
 from ecrproxy.registry.circuit import CircuitState
 from ecrproxy.registry.quotas import Call
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ecrproxy.access.crowds import Crowds
+    from ecrproxy.access.limits import Crowd
     from ecrproxy.cache.janitor import Janitor
     from ecrproxy.cache.store import Store
     from ecrproxy.metrics import LoopStall
@@ -24,6 +27,36 @@ if TYPE_CHECKING:
     from ecrproxy.registry.governor import Governor
     from ecrproxy.registry.wire import Wire
 
+CACHE_FILES: Final = Figure("cache_files", "Files of content and entries in the cache", combine=max)
+CACHE_BYTES: Final = Figure("cache_bytes", "Bytes of the files in the cache", combine=max)
+CACHE_RESERVED: Final = Figure("cache_reserved_bytes", "Bytes promised to what is arriving")
+CACHE_LIMIT: Final = Figure("cache_limit_bytes", "The most bytes that the cache may hold", combine=min)
+EVICTIONS: Final = Figure("cache_evictions_total", "Files evicted to make room")
+OLDEST_USE: Final = Figure(
+    "cache_oldest_use_timestamp_seconds", "When the least recently used file was used last", combine=max
+)
+TOKEN_EXPIRY: Final = Figure("token_expiry_timestamp_seconds", "When the token for ECR expires", combine=min)
+TOKEN_FAILURES: Final = Figure("token_refresh_failures_total", "Refreshes of the token that failed")
+WAITING: Final = Figure("upstream_waiting", "Questions that wait for their turn within ECR's quotas", "call")
+RETRIES: Final = Figure("upstream_retries_total", "Questions asked again after a failure")
+CIRCUIT: Final = Figure("circuit_state", "1 for the state in which questions to ECR are", "state", max)
+TRANSFERS: Final = Figure("transfers", "Blobs on their way from upstream")
+CONNECTIONS: Final = Figure("client_connections", "Connections of clients")
+SENDING: Final = Figure("client_transfers", "Blobs on their way to clients")
+LIMITS: Final = Figure("client_limits_total", "Connections and requests that met a limit, by which", "limit")
+LOOP_STALL: Final = Figure("loop_stall_seconds", "The longest time for which the event loop stood still", combine=max)
+CERTIFICATE_EXPIRY: Final = Figure(
+    "certificate_expiry_timestamp_seconds",
+    "When the certificate of PROXY_SSL_CERTIFICATE that is served ends, in seconds since the epoch",
+    combine=min,
+)
+FIGURES: Final = (
+    *(CACHE_FILES, CACHE_BYTES, CACHE_RESERVED, CACHE_LIMIT, EVICTIONS, OLDEST_USE),
+    *(TOKEN_EXPIRY, TOKEN_FAILURES, WAITING, RETRIES, CIRCUIT, TRANSFERS, CONNECTIONS, SENDING, LIMITS),
+    *(LOOP_STALL, CERTIFICATE_EXPIRY),
+)
+"""All of them."""
+
 
 def of_cache(store: Store, janitor: Janitor) -> list[Reading]:
     """
@@ -31,16 +64,12 @@ def of_cache(store: Store, janitor: Janitor) -> list[Reading]:
     """
     ledger = store.ledger
     return [
-        Reading("cache_files", "Files of content and entries in the cache", lambda: len(ledger)),
-        Reading("cache_bytes", "Bytes of the files in the cache", lambda: ledger.total),
-        Reading("cache_reserved_bytes", "Bytes promised to what is arriving", lambda: ledger.reserved),
-        Reading("cache_limit_bytes", "The most bytes that the cache may hold", lambda: janitor.limit),
-        Reading("cache_evictions_total", "Files evicted to make room", lambda: janitor.evicted),
-        Reading(
-            "cache_oldest_use_timestamp_seconds",
-            "When the least recently used file was used last",
-            lambda: _oldest_use(store),
-        ),
+        Reading(CACHE_FILES, lambda: len(ledger)),
+        Reading(CACHE_BYTES, lambda: ledger.total),
+        Reading(CACHE_RESERVED, lambda: ledger.reserved),
+        Reading(CACHE_LIMIT, lambda: janitor.limit),
+        Reading(EVICTIONS, lambda: janitor.evicted),
+        Reading(OLDEST_USE, lambda: _oldest_use(store)),
     ]
 
 
@@ -57,10 +86,7 @@ def of_token(tokens: TokenService) -> list[Reading]:
     """
     Tell how good the token is.
     """
-    return [
-        Reading("token_expiry_timestamp_seconds", "When the token for ECR expires", lambda: tokens.expires),
-        Reading("token_refresh_failures_total", "Refreshes of the token that failed", lambda: tokens.failed),
-    ]
+    return [Reading(TOKEN_EXPIRY, lambda: tokens.expires), Reading(TOKEN_FAILURES, lambda: tokens.failed)]
 
 
 def of_upstream(wire: Wire, circuit: Circuit, governor: Governor) -> list[Reading]:
@@ -74,32 +100,28 @@ def of_upstream(wire: Wire, circuit: Circuit, governor: Governor) -> list[Readin
     def waiting() -> dict[str, float]:
         return {each.value: governor.waiting(each) for each in Call}
 
-    return [
-        Reading("upstream_waiting", "Questions that wait for their turn within ECR's quotas", waiting, "call"),
-        Reading("upstream_retries_total", "Questions asked again after a failure", lambda: wire.retried),
-        Reading("circuit_state", "1 for the state in which questions to ECR are", states, "state"),
-    ]
+    return [Reading(WAITING, waiting), Reading(RETRIES, lambda: wire.retried), Reading(CIRCUIT, states)]
 
 
 def of_transfers(pull_through: PullThrough) -> list[Reading]:
     """
     Tell what is on its way from upstream.
     """
-    return [Reading("transfers", "Blobs on their way from upstream", lambda: len(pull_through.transfers()))]
+    return [Reading(TRANSFERS, lambda: len(pull_through.transfers()))]
 
 
-def of_clients(crowds: Crowds) -> list[Reading]:
+def of_clients(crowd: Crowd) -> list[Reading]:
     """
     Tell who is connected, and who was refused or let go.
     """
 
     def met() -> dict[str, float]:
-        return {limit: crowds.met(limit) for limit in COUNTED}
+        return {limit: crowd.met(limit) for limit in COUNTED}
 
     return [
-        Reading("client_connections", "Connections of clients", lambda: crowds.connected),
-        Reading("client_transfers", "Blobs on their way to clients", lambda: crowds.transferring),
-        Reading("client_limits_total", "Connections and requests that met a limit, by which", met, "limit"),
+        Reading(CONNECTIONS, lambda: crowd.connected),
+        Reading(SENDING, lambda: crowd.transferring),
+        Reading(LIMITS, met),
     ]
 
 
@@ -107,14 +129,11 @@ def of_loop(stall: LoopStall) -> list[Reading]:
     """
     Tell how long the event loop stood still.
     """
-    return [
-        Reading("loop_stall_seconds", "The longest time for which the event loop stood still", lambda: stall.longest)
-    ]
+    return [Reading(LOOP_STALL, lambda: stall.longest)]
 
 
 def of_certificates(expires: Callable[[], float | None]) -> list[Reading]:
     """
     Tell when the certificate ends that clients are shown.
     """
-    told = "When the certificate of PROXY_SSL_CERTIFICATE that is served ends, in seconds since the epoch"
-    return [Reading("certificate_expiry_timestamp_seconds", told, expires)]
+    return [Reading(CERTIFICATE_EXPIRY, expires)]

@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import re
 import socket
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -23,10 +23,10 @@ from zope.interface import implementer
 
 from ecrproxy.daemon.accepting import Gate
 from ecrproxy.daemon.balanced import WAITING, BalancedEndpoint
+from ecrproxy.daemon.inherited import BACKLOG, Inherited
 from ecrproxy.daemon.process import most_clients
 from ecrproxy.daemon.renewal import Files
 from ecrproxy.daemon.tls import Certificate, CertificateError, answer_plain_http
-from ecrproxy.daemon.workers import BACKLOG, HandedDown
 from ecrproxy.settings.config import ADMIN_LISTEN, FROM_SYSTEMD, Config, ConfigError
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Listening(StreamServerEndpointService):
     Listens from the start, or there is no start.
 
     @param name: what the operator knows the endpoint by.
-    @param accepts: whether this process accepts connections; if not, its workers do.
+    @param accepts: whether this process accepts connections; if not, its workers do, with the same socket.
     @param needed: whether the daemon can't do without it.
     @param gate: pauses it while there is no descriptor for a connection.
     """
@@ -89,6 +89,12 @@ class Listening(StreamServerEndpointService):
             return False
         log.info("{name}: key and certificate were read again", name=self._name)
         return True
+
+    def seen(self) -> Sequence[object]:
+        """
+        Describe the files of key and certificate as they are now. Blocks.
+        """
+        return self.endpoint.files.seen() if isinstance(self.endpoint, SecureEndpoint | DescribedSecureEndpoint) else ()
 
     def changed(self) -> bool:
         """
@@ -244,8 +250,8 @@ def admin_endpoint(config: Config, reactor: Any) -> tuple[str, Any] | None:  # n
 
 
 def _described(text: str, reactor: Any, variable: str = "PROXY_LISTEN") -> Any:  # noqa: ANN401
-    if isinstance(reactor, HandedDown) and text.startswith(FROM_SYSTEMD):
-        return reactor  # systemd handed its sockets to the first process alone
+    if isinstance(reactor, Inherited) and text.startswith(FROM_SYSTEMD):
+        return reactor  # systemd handed its sockets to the parent alone
     describe = partial(_from_string, text, reactor, variable)
     return DescribedSecureEndpoint(describe, _files_of(text)) if text.startswith("ssl:") else describe()
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Final
 
 import regex
@@ -48,6 +48,7 @@ from ecrproxy.settings.values import (
     region_of,
 )
 from ecrproxy.settings.variables import service_of
+from ecrproxy.shares import share
 
 
 class ConfigError(Exception):
@@ -378,10 +379,26 @@ class Config:
     @property
     def limits(self) -> Limits:
         """
-        What clients may have of one process.
+        What clients may have of this process.
         """
-        limits = Limits(**{each.name: getattr(self, each.name) for each in fields(Limits)})
-        return limits.share(self.worker_processes)
+        return Limits(**{each.name: getattr(self, each.name) for each in fields(Limits)})
+
+    def share(self) -> Config:
+        """
+        Return the settings of a worker: its part of what all of them may have together.
+
+        The cache's limit is that of the directory, which all of them keep to.
+        """
+        count, limits = self.worker_processes, self.limits.share(self.worker_processes)
+        return replace(
+            self,
+            connections=limits.connections,
+            connections_per_address=limits.connections_per_address,
+            transfers=limits.transfers,
+            ecr_connections=share(self.ecr_connections, count),
+            ecr_quotas=self.ecr_quotas.share(count),
+            bucket_connections=share(self.bucket_connections, count),
+        )
 
     @classmethod
     def load(cls, flags: Mapping[str, str], environ: Mapping[str, str]) -> Config:
