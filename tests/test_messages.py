@@ -56,6 +56,7 @@ OF_PARENTS = (Question(4, "standing"), Reread("ab" * 32))
 
 
 WRONG_TEXTS: list[Any] = [None, 1, ["x"], {}, "x" * (TEXT + 1), "\ud800"]
+WRONG_FIGURES: list[Any] = [[], {"a": 1}, {"a": {"": "1"}}, {"a": {"": True}}]
 WRONG_NUMBERS: list[Any] = ["1", 1.0, True, None, 2**64]
 
 
@@ -127,10 +128,7 @@ class MessagesTests(SynchronousTestCase):
             text_of("ReadinessTold", number=True, readiness={"can_serve": True, "can_fetch": True, "reasons": []}),
             text_of("ReadinessTold", number=1, readiness={"can_serve": 1, "can_fetch": True, "reasons": []}),
             text_of("ReadinessTold", number=1, readiness={"can_serve": True, "can_fetch": True, "reasons": "no"}),
-            *(
-                text_of("FiguresTold", number=1, figures=each)
-                for each in ([], {"a": 1}, {"a": {"": "1"}}, {"a": {"": True}})
-            ),
+            *(text_of("FiguresTold", number=1, figures=each) for each in WRONG_FIGURES),
             text_of("FiguresTold", number=2**64, figures={}),
             text_of("FiguresTold", number=1, figures={str(each): {} for each in range(ITEMS + 1)}),
         ):
