@@ -76,6 +76,7 @@ class World:
     One daemon and its surroundings.
 
     @param settings: variables besides the usual ones.
+    @ivar processes: how many serve clients.
     """
 
     def __init__(self, reactor: Any, twistd: str, home: Path, **settings: str) -> None:
@@ -102,6 +103,7 @@ class World:
         }
         self.daemon = Daemon(twistd, home, registry, LIMIT, **(surroundings | settings))
         self._cold = 0
+        self.processes = int(settings.get("PROXY_WORKER_PROCESSES", "1"))
         self.small = self.push("team/app", "small", SMALL_BYTES)
         self.large = self.push("team/app", "large", LARGE_BYTES)
         self.image = self.standin.push_image("team/app", "latest")
@@ -138,6 +140,8 @@ class World:
             for _ in range(WARMING):
                 got = await self.get(path, *lines)
                 assert got.status == 200, (path, got, self.daemon.process.tail())
+        for _ in range(WARMING):  # every worker has been to the bucket, and knows where it is
+            assert (await self.get(self.cold(), *lines)).status == 200
 
     async def get(self, path: str, *lines: str, method: str = "GET", seconds: float = 60) -> Got:
         """
