@@ -371,11 +371,11 @@ def build_worker(config: Config, sockets: int, reactor: Any, egress: Egress) -> 
 
     @raise ConfigError: if it has not.
     """
-    channel, service, processes = Channel(FromParent), Daemon(), config.worker_processes
+    channel, service, shared = Channel(FromParent), Daemon(), config.share()
     refused: Callable[[CredentialsError], None] = lambda problem: channel.tell(Refused(str(problem)))  # noqa: E731
-    serving = _serving(config.share(), service, reactor, refused, egress, processes)
+    serving = _serving(shared, service, reactor, refused, egress, config.worker_processes)
     process, figures, connections = serving.process, serving.figures, serving.connections
-    listening = _listening(config.share(), serving.site, Inherited(reactor, sockets))
+    listening = _listening(shared, serving.site, Inherited(reactor, sockets))
     figures.watch(*of_certificates(partial(_expires, listening)))
     incidents = Incidents(time.time)
     reports = Reports(

@@ -10,7 +10,7 @@ from typing import Any
 from twisted.logger import LogLevel
 
 from ecrproxy.access.limits import Limits
-from ecrproxy.workers.worker import TELL_SECONDS, TOGETHER
+from ecrproxy.workers.worker import CLOSE_SECONDS, TELL_SECONDS, TOGETHER
 from tests.daemon import DaemonTestCase, noise
 from tests.several import Several
 
@@ -124,6 +124,21 @@ class FiguresTests(SeveralTestCase):
         self.several.daemons[0].ask("GET", self.blob)
         self.several.machine.running[0].end_in_order()
         self.assertEqual(1, self.status()["answers"]["MISS"]["count"])
+
+    def test_a_worker_ends_though_its_parent_reads_nothing(self) -> None:
+        """
+        It waits for two seconds, and no longer.
+        """
+        worker = self.several.machine.running[0]
+        worker.hangs = True
+        worker.reports.running = False
+        stopping = worker.reports.stopService()
+        self.clock.advance(CLOSE_SECONDS - 0.1)
+        self.assertNoResult(stopping)
+        self.clock.advance(0.1)
+        worker.hangs = False
+        self.several.flush()
+        self.successResultOf(stopping)
 
     def test_a_worker_waits_for_a_parent_that_is_slow(self) -> None:
         """

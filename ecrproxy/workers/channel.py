@@ -86,7 +86,7 @@ class Channel(Int32StringReceiver):
     def _break(self, problem: str) -> None:
         log.error("The channel between parent and worker broke: {problem}", problem=problem)
         self.connected = 0
-        self.transport.abortConnection()
+        self.abort()
 
     def close(self) -> None:
         """
@@ -94,6 +94,12 @@ class Channel(Int32StringReceiver):
         """
         self.transport.unregisterProducer()
         self.transport.loseConnection()
+
+    def abort(self) -> None:
+        """
+        Close at once.
+        """
+        self.transport.abortConnection()
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:  # noqa: ARG002
         """

@@ -36,13 +36,15 @@ if TYPE_CHECKING:
 log = Logger()
 
 TELL_SECONDS: Final = 1.0
+CLOSE_SECONDS: Final = 2.0
+"""How long the parent has to read what was told last."""
 TOGETHER: Final = 500
 """Rows of a kind that are told in one message."""
 
 
 class Reports(Service):
     """
-    Tells the parent how this worker does, as long as it runs: it is to be the last that stops.
+    Tells the parent how this worker does, until it stops: that is to be after its clients have gone.
 
     @param channel: this worker's end of the channel.
     @param reread: reads passwords and, where the parent names their files, certificates again.
@@ -83,7 +85,7 @@ class Reports(Service):
         """
         Tell what was counted last.
 
-        @return: fires when it has been sent.
+        @return: fires when it has been sent, or was not read in time.
         """
         super().stopService()
         if self._loop.running:
@@ -92,7 +94,8 @@ class Reports(Service):
             return succeed(None)
         self._tell()
         self._channel.close()
-        return self._closed
+        late = self._reactor.callLater(CLOSE_SECONDS, self._channel.abort)
+        return self._closed.addCallback(lambda _: late.cancel() if late.active() else None)
 
     def _tell(self) -> None:
         if self._channel.full:  # what is counted meanwhile is told later
