@@ -46,6 +46,7 @@ class AdoptingReactor:
     answer: int = 42
 
     accepted: int = 0
+    numberAccepts: int = 0
     socket: socket.socket = field(default_factory=socket.socket)
 
     def adoptStreamPort(self, fd: int, family: int, factory: Any) -> AdoptingReactor:
@@ -141,8 +142,11 @@ class InheritedTests(SynchronousTestCase):
         with port.socket as listening:
             listening.bind(("127.0.0.1", 0))
             listening.listen()
+            port.numberAccepts = 100
             self.assertIsNone(port.doRead())
-            self.assertEqual(1, port.accepted)
+            self.assertEqual(
+                (1, 1), (port.accepted, port.numberAccepts), "others are to have a burst's connections too"
+            )
             listening.shutdown(socket.SHUT_RDWR)
             self.assertIs(CONNECTION_DONE, port.doRead())
             self.assertEqual(1, port.accepted)

@@ -133,6 +133,8 @@ def _until_shut_down(port: Any) -> Any:  # noqa: ANN401
     def accept_or_end() -> object:
         if not port.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
             return CONNECTION_DONE
+        # One at a time: else a burst of clients would come to the worker that wakes first.
+        port.numberAccepts = 1
         accept()
         return None
 
