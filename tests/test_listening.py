@@ -167,7 +167,7 @@ class BehindBalancerTests(SynchronousTestCase):
 
 class FromSystemdTests(SynchronousTestCase):
     """
-    A socket that systemd has bound. In a worker, where such a one was handed down.
+    A socket that systemd has bound. In a worker, where such a one was inherited.
     """
 
     def listened_on(self, **environ: str) -> Any:
