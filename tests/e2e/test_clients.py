@@ -221,7 +221,6 @@ def test_no_secret_is_written_anywhere(
     texts += [each.body + repr(each.headers).encode() for each in replies]
     texts += [bytes(each) for each in chain.daemon.cache.rglob("*")]
     texts += [each.read_bytes() for each in chain.daemon.cache.rglob("*") if each.is_file()]
-    texts += [Path(f"/proc/{pid}/environ").read_bytes() for pid in pids[1:]]
     assert len(texts) > 20
     secrets = (PASSWORD, shown["Authorization"][6:], AWS_SECRET, TOKEN, "X-Amz-Signature", "X-Amz-Credential")
     for secret in secrets:
