@@ -55,6 +55,8 @@ _ORDER_BYTES = 2**10
 """Bytes of memory for the order of what ECR said of tags: it matters for the seconds that a question takes."""
 _LEARNT_BYTES = 2**20
 """Bytes of memory for which manifests gave facts lately."""
+_OWN_TYPES_BYTES = 2**20
+"""Bytes of memory for what manifests call themselves: those that are read again are not parsed again."""
 _STORING_BYTES = 64 * 2**20
 """Bytes of memory for manifests, and for what they list, that wait for a slow disk."""
 SMALL_BLOB = 64 * 2**10
@@ -98,6 +100,7 @@ class Cache:
         self._registry = registry
         self._blobs: Memory[Digest, bytes] = Memory(_BODIES_BYTES)
         self._documents: Memory[Digest, Document] = Memory(_BODIES_BYTES)
+        self._own_types: Memory[Digest, Document] = Memory(_OWN_TYPES_BYTES)
         self._locks = KeyedLocks()
         self._orders: Memory[str, Order] = Memory(_ORDERS_BYTES)
         self._entries: Memory[str, Entry] = Memory(_ENTRIES_BYTES)
@@ -160,16 +163,38 @@ class Cache:
         """
         known, missing = self._known(asked, self._name(asked), lambda name, _: self._unwritten.get(name))
         try:
-            return await self._disk.reading(self._look_up, asked, known, missing)
+            known, content, missing = await self._disk.reading(self._look_up, asked, known, missing)
         except OSError:
             return known, None, Reason.DISK
+        if known is not None and content is not None and known.size != content.size and not content.proved:
+            return known, await self._if_right(content), missing
+        return known, content, missing
 
     def _look_up(
         self, asked: Asked, known: Descriptor | None, missing: Reason
     ) -> tuple[Descriptor | None, Content | None, Reason]:
         if known is None:
             known, missing = self._known(asked, self._name(asked), self._entry_on_disk)
-        return known, self.store.open(asked.digest, known.size if known else None), missing
+        return known, self.store.open(asked.digest), missing
+
+    async def _if_right(self, content: Content) -> Content | None:
+        """
+        Give content of another size than was told once it is known to be right; none if it is bad.
+
+        It may have been cut behind our back, or what was told is wrong.
+        """
+        verification, verdict = self._verification(content), Deferred[None]()
+
+        def news() -> None:
+            verdict.callback(None)
+
+        if not verification.over:
+            verification.follow(news)
+            try:
+                await verdict
+            finally:
+                verification.leave(news)
+        return content if verification.proved else None  # what was opened closes itself
 
     async def opened(self, digest: Digest) -> Content | None:
         """
@@ -201,13 +226,13 @@ class Cache:
         Read a manifest that the repository may have, or give the reason why it can't be had here.
         """
         try:
-            return await self._disk.reading(self._look_up_manifest, asked)
+            return await self._disk.reading(self._look_up_manifest, asked, self._own_types.get(asked.digest))
         except OSError:
             return Reason.DISK
 
-    def _look_up_manifest(self, asked: Asked) -> tuple[Descriptor, Document] | Reason:
+    def _look_up_manifest(self, asked: Asked, parsed: Document | None) -> tuple[Descriptor, Document] | Reason:
         known, missing = self._known(asked, self._name(asked), self._entry_on_disk)
-        document = self._read_document(asked.digest) if known is not None else None
+        document = self._read_document(asked.digest, parsed) if known is not None else None
         if known is None or document is None:
             return missing
         # Which type it has was told by an index that lists it: ECR decides if the manifest says otherwise.
@@ -222,18 +247,22 @@ class Cache:
             self._used(str(digest), self._read, digest)
             return document
         with contextlib.suppress(OSError):
-            document = await self._disk.reading(self._read_document, digest)
+            document = await self._disk.reading(self._read_document, digest, self._own_types.get(digest))
         if document is not None:
             self.hold(digest, document)
         return document
 
-    def _read_document(self, digest: Digest) -> Document | None:
+    def _read_document(self, digest: Digest, parsed: Document | None) -> Document | None:
         """
-        Read and parse a manifest. Called in a thread.
+        Read a manifest, and parse it unless it was parsed already. Called in a thread.
         """
         body = self._read(digest)
+        if body is None:
+            return None
+        if parsed is not None:
+            return replace(parsed, body=body)
         try:
-            return None if body is None else Document.read(body)
+            return Document.read(body)
         except ValueError:  # a blob
             return None
 
@@ -310,6 +339,7 @@ class Cache:
         """
         if isinstance(small, Document):
             self._documents.put(digest, small, len(small.body) + 500)
+            self._own_types.put(digest, replace(small, body=b""), 500)
         else:
             self._blobs.put(digest, small, len(small) + 400)
 

@@ -429,8 +429,7 @@ class PullThrough:
         here = await self._cache.has(asked.digest)
         if not here and not asked.head:
             return await self._fetch_by_digest(asked, found)
-        said = await self._heads.join((asked.route, ANY), lambda: self._numbered(self._head(asked.route, ANY)))
-        head = _answered(said)
+        head = await self._of_digest(asked, self._heads, self._head, lambda found: found.digest if found else None)
         if head is None:
             raise UnavailableError(502, "UNAVAILABLE", "ECR does not say which manifest it has")
         document = await self._cache.document(asked.digest) if here else None
@@ -442,28 +441,33 @@ class PullThrough:
         return manifest_answer(CacheStatus.REVALIDATED, Reason.REPOSITORY_CONFIRMED, asked, descriptor, document.body)
 
     async def _fetch_by_digest(self, asked: Asked, missing: Reason) -> Answer:
-        key = (asked.route, ANY)
-        why = (CacheStatus.MISS, missing) if key not in self._manifests else _JOINED
-        said = await self._manifests.join(key, lambda: self._numbered(self._fetch(asked.route, ANY)))
-        if isinstance(said.answer, RegistryError):
-            said = await self._fetch_as_named(asked) or said
-        descriptor, document = _answered(said)
+        why = (CacheStatus.MISS, missing) if (asked.route, ANY) not in self._manifests else _JOINED
+        descriptor, document = await self._of_digest(asked, self._manifests, self._fetch, lambda found: found[0].digest)
         self._cache.remember(asked, descriptor)
         return manifest_answer(*why, asked, descriptor, document.body)
 
-    async def _fetch_as_named(self, asked: Asked) -> _Said[tuple[Descriptor, Document]] | None:
+    async def _of_digest(
+        self,
+        asked: Asked,
+        flights: Flights[_Said[T]],
+        ask: Callable[[Route, frozenset[str]], Coroutine[Any, Any, T]],
+        digest_of: Callable[[T], Digest | None],
+    ) -> T:
         """
-        Fetch a manifest that ECR does not find by its digest by the tag that led to it a moment ago, if one did.
+        Ask about a manifest by its digest; if ECR does not find that, by the tag that led to it a moment ago.
 
-        So it is for some seconds after a push, and for good with what ECR converts for a client.
+        ECR finds tags before digests for some seconds after a push, and what it converts for a client by its tag alone.
         """
+        said = await flights.join((asked.route, ANY), lambda: self._numbered(ask(asked.route, ANY)))
         named = self._named.get((asked.route.repository, asked.digest))
-        if named is None or not 0 <= self._now() - named.when < NAMED_SECONDS:
-            return None
-        route, accept = named.route, named.accept
-        said = await self._manifests.join((route, accept), lambda: self._numbered(self._fetch(route, accept)))
-        same = not isinstance(said.answer, RegistryError) and said.answer[0].digest == asked.digest
-        return said if same else None
+        lately = named is not None and 0 <= self._now() - named.when < NAMED_SECONDS
+        if not isinstance(said.answer, RegistryError) or named is None or not lately:
+            return _answered(said)
+        tag, accept = named.route, named.accept
+        by_tag = await flights.join((tag, accept), lambda: self._numbered(ask(tag, accept)))
+        if isinstance(by_tag.answer, RegistryError) or digest_of(by_tag.answer) != asked.digest:
+            return _answered(said)
+        return by_tag.answer
 
     async def _manifest_by_tag(self, asked: Asked) -> Answer:
         entry = await self._cache.entry(asked)

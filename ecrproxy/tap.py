@@ -51,6 +51,7 @@ from ecrproxy.cache.janitor import Janitor
 from ecrproxy.cache.purges import Purges
 from ecrproxy.cache.store import Store
 from ecrproxy.cached import VERIFICATIONS, Cache
+from ecrproxy.cores import usable_cores
 from ecrproxy.daemon.accepting import Gate
 from ecrproxy.daemon.ending import Connections, Drain, InOrder, Signals
 from ecrproxy.daemon.exhaustion import Exhaustion
@@ -76,13 +77,14 @@ from ecrproxy.registry.egress import Egress, OwnNames
 from ecrproxy.registry.endpoint import Endpoint
 from ecrproxy.registry.governor import Governor
 from ecrproxy.registry.metering import MeteredAgent
+from ecrproxy.registry.proxy_variables import for_botocore
 from ecrproxy.registry.resolver import ChosenServers, hosts_names
 from ecrproxy.registry.retries import Budget
 from ecrproxy.registry.upstream import Upstream
 from ecrproxy.registry.wire import Wire
 from ecrproxy.settings.complaints import Complaint, say, write
 from ecrproxy.settings.config import ADMIN_LISTEN, Config, ConfigError
-from ecrproxy.settings.contradictions import Machine, load, look_at_settings
+from ecrproxy.settings.contradictions import Machine, load, look_at_settings, refusal
 from ecrproxy.settings.options import Options
 from ecrproxy.shares import share
 from ecrproxy.threads import Disk, Threads, call_unowned
@@ -126,6 +128,7 @@ def makeService(options: Options) -> Daemon:
             warnings = _warnings(config, options)
             for each in warnings:
                 log.warn("{complaint}", complaint=each)
+            os.environ.update(for_botocore(os.environ))
             supervisor = Supervisor.from_environ(os.environ, os.getpid())
             refused: list[CredentialsError] = []
             atexit.register(_fail_after, refused)  # the first comes last: others clean up
@@ -136,7 +139,10 @@ def makeService(options: Options) -> Daemon:
             else:
                 service = build_parent(config, reactor, leave, supervisor, options.arguments())
     except ConfigError as problem:
-        complain("; ".join([str(problem), *map(str, warnings)]))
+        for line in (*problem.warnings, *map(str, warnings)):
+            _complaining(options, LogLevel.warn)(f"warning: {line}")
+        for line in problem.errors:
+            complain(line)
         sys.exit(1)
     service.complain, service.writer = complain, _log_writer(config, options, reactor)
     Exhaustion(service.give_up).setServiceParent(service)
@@ -149,12 +155,12 @@ def _warnings(config: Config, options: Options) -> list[Complaint]:
     """
     Judge the settings together.
 
-    @raise ConfigError: if the daemon must not start with them. It tells all that is wrong.
+    @raise ConfigError: if the daemon must not start with them.
     """
-    machine = Machine(len(os.sched_getaffinity(0)), _disk_size(Path(config.cache_dir)))
+    machine = Machine(usable_cores(), _disk_size(Path(config.cache_dir)))
     found = look_at_settings(config, options.flags(), os.environ, machine)
     if any(each.grave for each in found):
-        raise ConfigError("; ".join(map(str, found)))
+        raise refusal(found)
     return found
 
 
@@ -189,17 +195,17 @@ def _disk_size(directory: Path) -> int | None:
     return None
 
 
-def _complaining(options: Options) -> Callable[[str], None]:
+def _complaining(options: Options, level: Any = LogLevel.critical) -> Callable[[str], None]:  # noqa: ANN401
     """
     Have what keeps the daemon from starting said in the shape of the log, whatever else is wrong with the settings.
     """
     chosen = options.flags().get("log-format") or os.environ.get("PROXY_LOG_FORMAT")
     if chosen != "json":
         marked = leads_to_journal(os.environ.get("JOURNAL_STREAM"), sys.__stderr__)
-        return partial(say, mark=f"<{PRIORITIES[LogLevel.critical]}>" if marked else "")
+        return partial(say, mark=f"<{PRIORITIES[level]}>" if marked else "")
 
     def say_as_json(line: str) -> None:
-        event = {"log_time": time.time(), "log_level": LogLevel.critical, "log_namespace": "ecrproxy"}
+        event = {"log_time": time.time(), "log_level": level, "log_namespace": "ecrproxy"}
         write("".join(as_json({**event, "log_format": "{line}", "line": line}, "")))
 
     return say_as_json
@@ -347,21 +353,21 @@ def build(
     serving = _serving(config, service := Daemon(), reactor, refused, egress, 1)
     process, store = serving.process, serving.cache.store
     incidents = Incidents(time.time)
-    status = Status(config.ecr_endpoint, serving.figures, process.standing, incidents, time.time, reactor)
+    registry, now = config.ecr_endpoint, time.time
+    status = Status(registry, serving.figures, process.readiness, process.standing, incidents, now, reactor)
     describe = partial(_summary, process.readiness, store, process.janitor)
     supervised = Supervised(supervisor, describe, reactor)
     purges = Purges(store, serving.cache.forget_all, process.in_thread, reactor)
-    for part in (*status.services, supervised):
+    for part in (*status.services, supervised, purges):
         part.setServiceParent(service)
+    make = partial(make_admin_site, serving.figures, Ready(process.readiness), status)
     listening = _listening(config, serving.site, reactor)
+    listening += _admin(config, make, store, purges.look, service, reactor)
     serving.figures.watch(*of_certificates(partial(_expires, listening)))
     reread = partial(supervised.rereading, partial(_reread, [*listening, serving.admission]))
     Renewal(listening, serving.judging.call, reread, reactor).setServiceParent(service)
     drain = Drain(serving.connections, config.drain_seconds, reactor)
     _face_clients(drain, listening, reread, service.leave, service, reactor)
-    purges.setServiceParent(service)
-    make = partial(make_admin_site, serving.figures, Ready(process.readiness), status)
-    _serve_admin(config, make, store, purges.look, service, reactor)
     return service
 
 
@@ -376,7 +382,6 @@ def build_worker(config: Config, sockets: int, reactor: Any, egress: Egress) -> 
     serving = _serving(shared, service, reactor, refused, egress, config.worker_processes)
     process, figures, connections = serving.process, serving.figures, serving.connections
     listening = _listening(shared, serving.site, Inherited(reactor, sockets))
-    figures.watch(*of_certificates(partial(_expires, listening)))
     incidents = Incidents(time.time)
     reports = Reports(
         channel,
@@ -433,16 +438,17 @@ def build_parent(
         reactor,
         drain=config.drain_seconds,
     )
-    status = Status(config.ecr_endpoint, figures, workers.standing, incidents, time.time, reactor)
-    figures.watch(*gathered.readings())
+    registry, now = config.ecr_endpoint, time.time
+    status = Status(registry, figures, workers.readiness, workers.standing, incidents, now, reactor)
     supervised = Supervised(supervisor, partial(_summary_of_all, workers), reactor, workers.listen)
-    reread = partial(supervised.rereading, partial(_have_reread, listening, workers))
-    renewal = Renewal(listening, renewing.call, reread, reactor)
+    make = partial(make_admin_site, figures, Ready(workers.readiness), status, gather=workers.gather)
+    admin = _admin(config, make, store, _nothing_held, service, reactor)
+    figures.watch(*gathered.readings(), *of_certificates(partial(_expires, [*listening, *admin])))
+    reread = partial(supervised.rereading, partial(_have_reread, listening, admin, workers))
+    renewal = Renewal([*listening, *admin], renewing.call, reread, reactor)
     for part in (reading, renewing, *status.services, supervised, renewal, workers):
         part.setServiceParent(service)
-    _face_clients(None, listening, reread, service.leave, service, reactor)
-    make = partial(make_admin_site, figures, Ready(workers.readiness), status)
-    _serve_admin(config, partial(make, gather=workers.gather), store, _nothing_held, service, reactor)
+    _face_clients(None, [*listening, *admin], reread, service.leave, service, reactor)
     return service
 
 
@@ -595,30 +601,31 @@ def _face_clients(
         part.setServiceParent(service)
 
 
-def _serve_admin(
+def _admin(
     config: Config,
     make_site: Callable[..., RegistrySite],
     store: Store,
     purged: Callable[[], Awaitable[None]],
     service: MultiService,
     reactor: Any,  # noqa: ANN401
-) -> None:
+) -> list[Listening]:
     """
-    Listen for the operator too. Where nobody chose that port, its being taken keeps the daemon from nothing.
+    Make what listens for the operator, if there is such a port.
 
-    His work on the cache has threads of its own.
+    Where nobody chose it, its being taken keeps the daemon from nothing. The work on the cache has threads of its own.
 
     @param purged: has what this process holds in memory forgotten.
     """
     named = admin_endpoint(config, reactor)
-    if named is not None:
-        listing, hashing = Threads(1, reactor, yielding=False), Threads(1, reactor)
-        for part in (listing, hashing):
-            part.setServiceParent(service)
-        api = Api(Inventory(store), purged, listing.call, hashing.call, reactor)
-        site = make_site(api, reactor, config.admin_hosts or frozenset())
-        needed = config.admin_listen != ADMIN_LISTEN
-        Listening(*named, site, needed=needed, gate=Gate(reactor)).setServiceParent(service)
+    if named is None:
+        return []
+    listing, hashing = Threads(1, reactor, yielding=False), Threads(1, reactor)
+    for part in (listing, hashing):
+        part.setServiceParent(service)
+    api = Api(Inventory(store), purged, listing.call, hashing.call, reactor)
+    site = make_site(api, reactor, config.admin_hosts or frozenset())
+    needed = str(config.admin_listen) != ADMIN_LISTEN
+    return [Listening(*named, site, needed=needed, gate=Gate(reactor))]
 
 
 def _expires(listening: Sequence[Listening]) -> float | None:
@@ -636,10 +643,11 @@ def _reread(parts: Sequence[Listening | Admission]) -> None:
         each.reread()
 
 
-def _have_reread(listening: Sequence[Listening], workers: Workers) -> None:
+def _have_reread(listening: Sequence[Listening], admin: Sequence[Listening], workers: Workers) -> None:
     """
-    See whether the certificates can be used, and have workers read them, and passwords, again.
+    See whether the certificates can be used, and have workers read those for clients, and passwords, again.
     """
+    _reread(admin)
     found = generation(listening)  # before they are read: what changes in between is none that was found good
     news = [each.reread() for each in listening]
     workers.tell(Reread(found if any(news) else ""))

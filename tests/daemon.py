@@ -603,7 +603,9 @@ class Daemon(Administered):
         asking = Asking(tokens=self.tokens, wire=wire, circuit=self.circuit, governor=self.governor, clock=clock)
         self.process = Process(self.store, self.janitor, asking, self.pull_through, self.readiness, in_thread)
         incidents = Incidents(self.now)
-        self.status = Status(standin.registry, self.figures, self.process.standing, incidents, self.now, clock)
+        self.status = Status(
+            standin.registry, self.figures, self.readiness, self.process.standing, incidents, self.now, clock
+        )
         # By itself, so that tests which count or hold calls in threads see their own.
         # At once: tests that count or hold what is done in threads mean other things.
         self.purges = Purges(self.store, self.cache.forget_all, at_once, clock)

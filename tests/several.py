@@ -169,7 +169,8 @@ class Several(Administered):
         counted = partial(_add_up, figures, self.incidents)
         reactor = self.machine
         self.workers = Workers(count, [], [], self.gathered, counted, self.refusals.append, reactor, drain=20)
-        self.status = Status(standin.registry, figures, self.workers.standing, self.incidents, now, self.clock)
+        ask = self.workers.readiness, self.workers.standing
+        self.status = Status(standin.registry, figures, *ask, self.incidents, now, self.clock)
         figures.watch(*self.gathered.readings())
         api = Api(Inventory(case.daemon.store), _nothing_held, at_once, at_once, self.clock)
         ready = Ready(self.workers.readiness)

@@ -73,11 +73,11 @@ def put(store: Store, data: bytes, algorithm: str = "sha256") -> Digest:
     return digest
 
 
-def read(store: Store, digest: Digest, size: int | None = None) -> bytes | None:
+def read(store: Store, digest: Digest) -> bytes | None:
     """
     Read content as an answer does; none for a miss.
     """
-    content = store.open(digest, size)
+    content = store.open(digest)
     if content is None:
         return None
     try:
@@ -110,7 +110,6 @@ class StoreContract(SynchronousTestCase):
         route = parse_route("/v2/a/manifests/latest")
         self.assertFalse(self.store.has(Digest.of(b"x")))
         self.assertIsNone(self.store.open(Digest.of(b"x")))
-        self.assertIsNone(self.store.open(Digest.of(b"x"), 1))
         self.assertIsNone(self.store.entry(entry_name(REGISTRY, "key", route), REGISTRY, route))
 
     def test_what_was_committed_is_given_back(self) -> None:
@@ -121,7 +120,7 @@ class StoreContract(SynchronousTestCase):
             digest = put(self.store, b"some content", algorithm)
             self.assertTrue(self.store.has(digest))
             self.assertEqual(b"some content", read(self.store, digest))
-            self.assertEqual(b"some content", read(self.store, digest, 12))
+            self.assertEqual(b"some content", read(self.store, digest))
 
     def test_only_small_content_is_read_into_memory(self) -> None:
         """
@@ -157,7 +156,7 @@ class StoreContract(SynchronousTestCase):
         """
         digest = put(self.store, b"")
         self.assertTrue(self.store.has(digest))
-        self.assertEqual(b"", read(self.store, digest, 0))
+        self.assertEqual(b"", read(self.store, digest))
 
     def test_pieces_come_together(self) -> None:
         """
@@ -232,7 +231,7 @@ class StoreContract(SynchronousTestCase):
         writer.write(0, [b"short"])
         writer.commit()
         writer.close()
-        self.assertEqual(b"short", read(self.store, digest, 5))
+        self.assertEqual(b"short", read(self.store, digest))
 
     def test_more_than_was_announced_is_not_written(self) -> None:
         """
@@ -312,14 +311,6 @@ class StoreContract(SynchronousTestCase):
         """
         self.store.remove(self.store.content_path(Digest.of(b"x")))
         self.store.forget("0" * 64)
-
-    def test_content_of_a_wrongly_described_size_is_served(self) -> None:
-        """
-        A descriptor may lie about the size; the digest does not.
-        """
-        digest = put(self.store, b"right content")
-        self.assertEqual(b"right content", read(self.store, digest, 5))
-        self.assertTrue(self.store.has(digest))
 
     def test_an_entry_is_given_back_as_it_was_saved(self) -> None:
         """

@@ -4,14 +4,17 @@ The operator's port, asked over HTTP.
 
 from __future__ import annotations
 
+import json
 import os
 
 from tables import all_readings
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.admin.readings import FIGURES
+from ecrproxy.admin.readings import CAN_FETCH, CAN_SERVE, CERTIFICATE_EXPIRY, FIGURES
+from ecrproxy.cache.condition import FRESH_SECONDS
 from ecrproxy.http.site import route_of
 from ecrproxy.metrics import Figure, Figures, Reading, Tally
+from ecrproxy.registry.circuit import FAILURES
 from tests.daemon import DaemonTestCase, noise
 
 
@@ -104,6 +107,27 @@ class MetricsTests(DaemonTestCase):
         self.assertEqual(1, self.daemon.figure('ecr_proxy_circuit_state{state="open"}'))
         self.assertEqual(0, self.daemon.figure('ecr_proxy_circuit_state{state="closed"}'))
 
+    def test_figures_document_and_page_say_what_readyz_says(self) -> None:
+        """
+        While ECR fails for the one repository that is asked for, and the circuit is closed to no other.
+        """
+        self.standin.fail("registry", status=503)
+        for expected in (True, False):
+            self.pass_time(FRESH_SECONDS)
+            said = json.loads(self.get("/readyz").body)
+            self.assertEqual((True, expected), (said["can_serve"], said["can_fetch"]))
+            told = (self.daemon.figure("ecr_proxy_can_serve"), self.daemon.figure("ecr_proxy_can_fetch"))
+            self.assertEqual((1, expected), told)
+            status = json.loads(self.daemon.ask_admin("/status.json").body)
+            self.assertEqual((True, expected), (status["can_serve"], status["can_fetch"]))
+            page = self.daemon.ask_admin("/").body.decode()
+            self.assertEqual(expected, "Can't fetch from ECR" not in page)
+            for _ in range(FAILURES):
+                self.get(self.blob)
+        self.assertEqual(1, self.daemon.figure("ecr_proxy_circuit_open_repositories"))
+        self.assertEqual(1, self.daemon.figure('ecr_proxy_circuit_state{state="closed"}'))
+        self.assertIn("1 repository left alone", page)
+
     def test_no_label_grows_with_what_clients_ask_for(self) -> None:
         """
         Whatever is asked, in whatever way, there are as many series as before.
@@ -164,7 +188,8 @@ class FiguresTests(SynchronousTestCase):
         """
         A figure that is not listed would be missing where there are workers.
         """
-        self.assertEqual(set(FIGURES), {each.figure for each in all_readings()})
+        parents = {CAN_SERVE, CAN_FETCH, CERTIFICATE_EXPIRY}
+        self.assertEqual({*FIGURES, *parents}, {each.figure for each in all_readings()})
         self.assertEqual(len(FIGURES), len({each.name for each in FIGURES}))
 
     def test_processes_of_workers_count_with_the_parents(self) -> None:

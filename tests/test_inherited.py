@@ -12,18 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from twisted.internet.address import IPv4Address
 from twisted.internet.endpoints import serverFromString
 from twisted.internet.main import CONNECTION_DONE
-from twisted.internet.protocol import Factory, Protocol, ServerFactory
-from twisted.internet.testing import StringTransport
-from twisted.protocols.tls import TLSMemoryBIOFactory
+from twisted.internet.protocol import ServerFactory
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.daemon import inherited
 from ecrproxy.daemon.inherited import VARIABLE, Inherited, inherited_sockets
-from tests.store_contract import scratch
-from tests.test_tls import Files
 
 HANDED = 700
 """Where the sockets that were inherited begin in these tests: nothing else has such numbers here."""
@@ -74,7 +69,7 @@ class AdoptingReactor:
         """
         raise AssertionError("a worker binds nothing")
 
-    listenUNIX = listenSSL = listenTCP
+    listenUNIX = listenTCP
 
 
 class InheritedTests(SynchronousTestCase):
@@ -138,7 +133,7 @@ class InheritedTests(SynchronousTestCase):
         """
         That is the end of the port, and no error: nothing more is accepted there.
         """
-        port = self.inherit(socket.AF_INET).adoptStreamPort(99, socket.AF_INET, ServerFactory())
+        port = self.inherit(socket.AF_INET).listenTCP(5000, ServerFactory())
         with port.socket as listening:
             listening.bind(("127.0.0.1", 0))
             listening.listen()
@@ -151,31 +146,6 @@ class InheritedTests(SynchronousTestCase):
             self.assertIs(CONNECTION_DONE, port.doRead())
             self.assertEqual(1, port.accepted)
             self.assertRaises(BlockingIOError, port.socket.accept)
-
-    def test_are_systemds_as_well(self) -> None:
-        """
-        A socket that systemd gave to the parent is one of those that workers inherit.
-        """
-        taken = self.inherit(socket.AF_INET)
-        factory = ServerFactory()
-        taken.adoptStreamPort(99, socket.AF_UNIX, factory)
-        self.assertEqual([(HANDED, socket.AF_INET, factory)], self.reactor.adopted)
-
-    def test_of_tls_speak_it(self) -> None:
-        """
-        Where the endpoint is one of TLS, TLS is spoken over the socket, as a server.
-        """
-        taken = self.inherit(socket.AF_INET)
-        files, factory = Files(scratch(self)), Factory.forProtocol(Protocol)
-        text = f"ssl:5000:privateKey={files.key}:certKey={files.certificate}"
-        self.successResultOf(serverFromString(taken, text).listen(factory))
-        ((fd, family, adopted),) = self.reactor.adopted
-        self.assertEqual((HANDED, socket.AF_INET), (fd, family))
-        self.assertIsInstance(adopted, TLSMemoryBIOFactory)
-        self.assertIs(factory, adopted.wrappedFactory)
-        protocol, transport = adopted.buildProtocol(IPv4Address("TCP", "127.0.0.1", 1)), StringTransport()
-        protocol.makeConnection(transport)
-        self.assertEqual(b"", transport.value(), "a client would have said hello")
 
     def test_leave_the_rest_to_the_reactor(self) -> None:
         """

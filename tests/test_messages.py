@@ -42,7 +42,7 @@ STANDING = Standing(
     Fill(10, 20, 30, 2, 1, (Leaving("entry", "team/app:latest", 5, None), Leaving("content", "sha256:0", 5, 7.5))),
     (Transfer("team/app", "sha256:0", None, 5, 2, kept=True),),
     TokenState(None, 1e9, 60.0, 0),
-    UpstreamState("closed", None, {"blobs": 1}, 3, {"bucket": {"206": 1}}),
+    UpstreamState("closed", 2, None, {"blobs": 1}, 3, {"bucket": {"206": 1}}),
 )
 OF_WORKERS = (
     Listens(),

@@ -115,6 +115,7 @@ class SpawningReactor(Clock):
     def __init__(self) -> None:
         super().__init__()
         self.spawned: list[Spawned] = []
+        self.blocked: list[set[Any]] = []
         self.refuses: OSError | None = None
         self.adopted: list[tuple[int, int, bool]] = []
 
@@ -131,6 +132,7 @@ class SpawningReactor(Clock):
         process.kinds = {fd: str(Path(f"/proc/self/fd/{process.descriptors[fd]}").readlink()) for fd in (0, CHANNEL_FD)}
         process.closed = not os.get_inheritable(process.descriptors[CHANNEL_FD])
         self.spawned.append(process)
+        self.blocked.append(set(signal.pthread_sigmask(signal.SIG_BLOCK, [])))
         protocol.makeConnection(process)
         return process
 
@@ -187,6 +189,22 @@ class WorkersTestCase(SynchronousTestCase):
 
 
 class StartTests(WorkersTestCase):
+    def test_a_worker_that_starts_keeps_being_told_to_read_again_for_later(self) -> None:
+        """
+        SIGHUP waits until it has a handler; the first process takes its own as ever.
+        """
+        self.workers.startService()
+        self.assertEqual([{signal.SIGHUP}] * 3, [each & {signal.SIGHUP} for each in self.reactor.blocked])
+        self.assertNotIn(signal.SIGHUP, signal.pthread_sigmask(signal.SIG_BLOCK, []))
+
+    def test_sighup_does_not_end_a_worker_that_starts(self) -> None:
+        """
+        It waits until there is a handler; the parent takes its own as ever.
+        """
+        self.workers.startService()
+        self.assertEqual([{signal.SIGHUP}] * 3, [each & {signal.SIGHUP} for each in self.reactor.blocked])
+        self.assertNotIn(signal.SIGHUP, signal.pthread_sigmask(signal.SIG_BLOCK, []))
+
     def test_there_are_as_many_as_were_asked_for(self) -> None:
         """
         Nothing is started before the daemon is, then as many workers as the operator wants.

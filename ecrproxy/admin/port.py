@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Final
 
+from twisted.internet.defer import Deferred
 from twisted.web.resource import Resource
 from twisted.web.template import flattenString
 
@@ -23,6 +24,7 @@ from ecrproxy.access.limits import Crowd, Limits
 from ecrproxy.addresses import is_address
 from ecrproxy.admin.api import BODY_LIMIT
 from ecrproxy.admin.page import DOCTYPE, Page, part
+from ecrproxy.admin.readings import of_readiness
 from ecrproxy.http.answering import Answering, Health, Missing, send_small
 from ecrproxy.http.request import RegistryRequest
 from ecrproxy.http.site import RegistrySite
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
     from ecrproxy.admin.status import Status
     from ecrproxy.metrics import Figures
+    from ecrproxy.readiness import Readiness
 
 TEXT_FORMAT: Final = "text/plain; version=0.0.4; charset=utf-8"
 """Prometheus' own name for what its servers are given: Prometheus docs, "Exposition formats"."""
@@ -126,18 +129,22 @@ class Unknown(Answering):
 
 class Metrics(Answering):
     """
-    The figures, for Prometheus to fetch.
+    The figures, for Prometheus to fetch; can_serve and can_fetch are found out for each page.
     """
 
-    def __init__(self, figures: Figures, gather: Callable[[], Awaitable[object]]) -> None:
+    def __init__(self, figures: Figures, status: Status, gather: Callable[[], Awaitable[object]]) -> None:
         super().__init__()
-        self._figures, self._gather = figures, gather
+        self._figures, self._status, self._gather = figures, status, gather
+        self._found: Readiness | None = None
+        figures.watch(*of_readiness(lambda: self._found))
 
     async def respond(self, request: Request) -> None:
         """
         Give them.
         """
+        found: Deferred[Readiness] = Deferred.fromCoroutine(self._status.readiness())
         await self._gather()
+        self._found = await found
         send_small(request, 200, TEXT_FORMAT, self._figures.page())
 
 
@@ -209,7 +216,7 @@ def make_admin_site(
     Build the Resource tree of the operator's port, and what serves it.
 
     @param ready: answers /readyz.
-    @param status: asked by the page and by /status.json.
+    @param status: asked by the page, /status.json and /metrics.
     @param api: answers what is below /api/.
     @param hosts: names under which the port may be asked for, beside those that need no telling.
     @param gather: asks workers for their figures, before these are told.
@@ -218,7 +225,7 @@ def make_admin_site(
     root.putChild(b"", StatusPage(status))
     for name, content_type in PARTS.items():
         root.putChild(name.encode(), Part(name, content_type))
-    root.putChild(b"metrics", Metrics(figures, gather))
+    root.putChild(b"metrics", Metrics(figures, status, gather))
     root.putChild(b"status.json", Document(status))
     root.putChild(b"healthz", Health())
     root.putChild(b"readyz", ready)

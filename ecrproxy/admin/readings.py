@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ecrproxy.cache.store import Store
     from ecrproxy.metrics import LoopStall
     from ecrproxy.proxy import PullThrough
+    from ecrproxy.readiness import Readiness
     from ecrproxy.registry.circuit import Circuit
     from ecrproxy.registry.ecr import TokenService
     from ecrproxy.registry.governor import Governor
@@ -39,7 +40,10 @@ TOKEN_EXPIRY: Final = Figure("token_expiry_timestamp_seconds", "When the token f
 TOKEN_FAILURES: Final = Figure("token_refresh_failures_total", "Refreshes of the token that failed")
 WAITING: Final = Figure("upstream_waiting", "Questions that wait for their turn within ECR's quotas", "call")
 RETRIES: Final = Figure("upstream_retries_total", "Questions asked again after a failure")
-CIRCUIT: Final = Figure("circuit_state", "1 for the state in which questions to ECR are", "state", max)
+CIRCUIT: Final = Figure("circuit_state", "1 for the state of the circuit for all questions to ECR", "state", max)
+OPEN_REPOSITORIES: Final = Figure(
+    "circuit_open_repositories", "Repositories that are left alone, each by itself", combine=max
+)
 TRANSFERS: Final = Figure("transfers", "Blobs on their way from upstream")
 CONNECTIONS: Final = Figure("client_connections", "Connections of clients")
 SENDING: Final = Figure("client_transfers", "Blobs on their way to clients")
@@ -47,15 +51,15 @@ LIMITS: Final = Figure("client_limits_total", "Connections and requests that met
 LOOP_STALL: Final = Figure("loop_stall_seconds", "The longest time for which the event loop stood still", combine=max)
 CERTIFICATE_EXPIRY: Final = Figure(
     "certificate_expiry_timestamp_seconds",
-    "When the certificate of PROXY_SSL_CERTIFICATE that is served ends, in seconds since the epoch",
-    combine=min,
+    "When the certificate that is served ends, the first if there are several, in seconds since the epoch",
 )
+CAN_SERVE: Final = Figure("can_serve", "1 if the daemon can serve clients, as /readyz tells")
+CAN_FETCH: Final = Figure("can_fetch", "1 if the daemon can fetch from ECR, as /readyz tells")
 FIGURES: Final = (
-    *(CACHE_FILES, CACHE_BYTES, CACHE_RESERVED, CACHE_LIMIT, EVICTIONS, OLDEST_USE),
-    *(TOKEN_EXPIRY, TOKEN_FAILURES, WAITING, RETRIES, CIRCUIT, TRANSFERS, CONNECTIONS, SENDING, LIMITS),
-    *(LOOP_STALL, CERTIFICATE_EXPIRY),
+    *(CACHE_FILES, CACHE_BYTES, CACHE_RESERVED, CACHE_LIMIT, EVICTIONS, OLDEST_USE, TOKEN_EXPIRY, TOKEN_FAILURES),
+    *(WAITING, RETRIES, CIRCUIT, OPEN_REPOSITORIES, TRANSFERS, CONNECTIONS, SENDING, LIMITS, LOOP_STALL),
 )
-"""All of them."""
+"""Those that workers know; of the others the parent knows by itself."""
 
 
 def of_cache(store: Store, janitor: Janitor) -> list[Reading]:
@@ -100,7 +104,26 @@ def of_upstream(wire: Wire, circuit: Circuit, governor: Governor) -> list[Readin
     def waiting() -> dict[str, float]:
         return {each.value: governor.waiting(each) for each in Call}
 
-    return [Reading(WAITING, waiting), Reading(RETRIES, lambda: wire.retried), Reading(CIRCUIT, states)]
+    return [
+        Reading(WAITING, waiting),
+        Reading(RETRIES, lambda: wire.retried),
+        Reading(CIRCUIT, states),
+        Reading(OPEN_REPOSITORIES, lambda: circuit.open_repositories),
+    ]
+
+
+def of_readiness(latest: Callable[[], Readiness | None]) -> list[Reading]:
+    """
+    Tell what C{/readyz} tells.
+
+    @param latest: what was found last.
+    """
+
+    def can(what: str) -> float | None:
+        found = latest()
+        return None if found is None else float(getattr(found, what))
+
+    return [Reading(CAN_SERVE, lambda: can("can_serve")), Reading(CAN_FETCH, lambda: can("can_fetch"))]
 
 
 def of_transfers(pull_through: PullThrough) -> list[Reading]:

@@ -108,7 +108,8 @@ class UpstreamState:
     """
     How well ECR answers.
 
-    @ivar circuit: closed, open or probing.
+    @ivar circuit: for all questions: closed, open or probing.
+    @ivar open_repositories: how many repositories are left alone, each by itself.
     @ivar answered_seconds: since ECR answered last, if it ever did.
     @ivar waiting: questions that queue for their quota, by kind.
     @ivar retries: questions that were asked again.
@@ -116,6 +117,7 @@ class UpstreamState:
     """
 
     circuit: str
+    open_repositories: int
     answered_seconds: float | None
     waiting: Mapping[str, int]
     retries: int
@@ -184,6 +186,7 @@ def _upstream(states: Sequence[UpstreamState]) -> UpstreamState:
     circuits, waiting = {each.circuit for each in states}, [each.waiting for each in states]
     return UpstreamState(
         next((each for each in _GRAVEST if each in circuits), "closed"),
+        max((each.open_repositories for each in states), default=0),
         _least(each.answered_seconds for each in states),
         {call: sum(each.waiting.get(call, 0) for each in states) for call in dict.fromkeys(chain(*waiting))},
         sum(each.retries for each in states),

@@ -4,10 +4,10 @@ Asks the parts of the daemon how they stand.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from ecrproxy.admin.history import History, Sampler
 from ecrproxy.admin.incidents import Incidents
@@ -72,6 +72,7 @@ class Asking:
         answered = self.circuit.answered_at
         return UpstreamState(
             self.circuit.state.value,
+            self.circuit.open_repositories,
             None if answered is None else self.clock.seconds() - answered,
             {each.value: self.governor.waiting(each) for each in Call},
             self.wire.retried,
@@ -91,7 +92,7 @@ class Process:
     janitor: Janitor
     asking: Asking
     pull_through: PullThrough
-    readiness: Callable[[], Awaitable[Readiness]]
+    readiness: Callable[[], Coroutine[Any, Any, Readiness]]
     in_thread: InThread
 
     async def standing(self) -> Standing:
@@ -128,7 +129,8 @@ class Status:
     What a snapshot is made of: how all processes stand, and what was counted.
 
     @ivar registry: ECR's URL.
-    @ivar standing: asks all processes.
+    @ivar readiness: asks all processes what the daemon can do.
+    @ivar standing: asks them how they stand.
     @ivar incidents: what went wrong in all processes.
     @ivar now: seconds since the epoch.
     @ivar clock: the one that timers go by.
@@ -137,6 +139,7 @@ class Status:
 
     registry: str
     figures: Figures
+    readiness: Callable[[], Coroutine[Any, Any, Readiness]]
     standing: Callable[[], Awaitable[Standing]]
     incidents: Incidents
     now: Callable[[], float]

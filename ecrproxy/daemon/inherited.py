@@ -16,7 +16,6 @@ from typing import Any, Final
 from twisted.internet.defer import Deferred, succeed
 from twisted.internet.main import CONNECTION_DONE
 from twisted.internet.unix import Port as UNIXPort
-from twisted.protocols.tls import TLSMemoryBIOFactory
 
 VARIABLE: Final = "ECRPROXY_WORKER"
 """Tells a worker that it is one, by the number of listening sockets that it has inherited."""
@@ -84,21 +83,9 @@ class Inherited:
         """
         return self._adopt(factory)
 
-    def listenSSL(self, port: int, factory: Any, contextFactory: Any, *_: Any, **__: Any) -> Any:  # noqa: ANN401
-        """
-        Take a socket, and speak TLS over it.
-        """
-        return self._adopt(TLSMemoryBIOFactory(contextFactory, False, factory))  # noqa: FBT003
-
     def listenUNIX(self, address: str, factory: Any, *_: Any, **__: Any) -> Any:  # noqa: ANN401
         """
         Take a socket.
-        """
-        return self._adopt(factory)
-
-    def adoptStreamPort(self, fd: int, family: int, factory: Any) -> Any:  # noqa: ANN401
-        """
-        Take a socket: the parent has systemd's.
         """
         return self._adopt(factory)
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final, Protocol
 
 from twisted.application.service import Service
@@ -22,7 +22,7 @@ LOOK_SECONDS: Final = 60.0
 
 class Files:
     """
-    Files as they were when they were last noted.
+    Files, and all files below directories, as they were when they were last noted.
     """
 
     def __init__(self, paths: Iterable[str | None]) -> None:
@@ -45,7 +45,12 @@ class Files:
         """
         Describe the files as they are now. Blocks.
         """
-        return [_signature(path) for path in self._paths]
+        return [_signature(each) for path in self._paths for each in (path, *_below(path))]
+
+
+def _below(path: str) -> Iterator[str]:
+    for folder, _, names in os.walk(path):
+        yield from (f"{folder}/{name}" for name in sorted(names))
 
 
 def _signature(path: str) -> tuple[int, ...]:

@@ -8,11 +8,13 @@ does, which is when the parent does, however that ended.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
+import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -171,7 +173,7 @@ class Workers(Service):
         try:
             self._spawn(worker)
         except OSError as problem:
-            log.error("A worker can't be started: {problem}", problem=problem)
+            log.error("A worker can't be started: {why}", why=problem.strerror or problem)
             self._start_later(place, next_pause(pause, 0.0))
         else:
             self._workers[place] = worker
@@ -180,7 +182,7 @@ class Workers(Service):
         sockets = [each.fileno() for each in self._listening]
         ours, theirs = socket.socketpair()
         try:
-            with theirs, Path(os.devnull).open("rb") as nothing:
+            with theirs, Path(os.devnull).open("rb") as nothing, _blocked(signal.SIGHUP):
                 inherited = {SOCKETS_FD + at: fd for at, fd in enumerate(sockets)}
                 self._reactor.spawnProcess(
                     worker,
@@ -221,6 +223,20 @@ class Workers(Service):
     def _look(self) -> None:
         for each in self._workers.values():
             each.look()
+
+
+@contextlib.contextmanager
+def _blocked(number: signal.Signals) -> Iterator[None]:
+    """
+    Block a signal here, and in what is started meanwhile: it waits there until it is unblocked.
+
+    A worker that was told by SIGHUP, as all processes of a terminal are, would end if it had no handler yet.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Worker(ProcessProtocol):
