@@ -105,8 +105,7 @@ class FiguresTests(SeveralTestCase):
         self.assertEqual((2, 1), (self.several.figure(met), self.several.figure("ecr_proxy_client_connections")))
 
     def test_those_of_a_worker_that_hangs_stay_as_they_were(self) -> None:
-        self.several.daemons[0].send("GET", "/v2/")
-        self.several.flush()
+        self.several.daemons[0].raw(b"")
         self.assertEqual(1, self.several.figure("ecr_proxy_client_connections"))
         self.several.machine.running[0].hangs = True
         asked = self.several.ask_admin("/metrics")
