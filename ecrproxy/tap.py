@@ -422,7 +422,7 @@ def build_parent(
     @param arguments: the flags that workers are to be started with.
     """
     service = Daemon()
-    reading, renewing = Threads(1, reactor), Threads(1, reactor)
+    renewing = Threads(1, reactor)
     store = _prepared(Store(Path(config.cache_dir), time.time))
     _check_passwords(config)
     listening = [Listening(*named, Nobody(), accepts=False) for named in endpoints(config, reactor)]
@@ -446,7 +446,7 @@ def build_parent(
     figures.watch(*gathered.readings(), *of_certificates(partial(_expires, [*listening, *admin])))
     reread = partial(supervised.rereading, partial(_have_reread, listening, admin, workers))
     renewal = Renewal([*listening, *admin], renewing.call, reread, reactor)
-    for part in (reading, renewing, *status.services, supervised, renewal, workers):
+    for part in (renewing, *status.services, supervised, renewal, workers):
         part.setServiceParent(service)
     _face_clients(None, [*listening, *admin], reread, service.leave, service, reactor)
     return service
