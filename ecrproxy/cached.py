@@ -53,6 +53,8 @@ _ENTRIES_BYTES = 8 * 2**20
 _ORDERS_BYTES = 2**20
 _ORDER_BYTES = 2**10
 """Bytes of memory for the order of what ECR said of tags: it matters for the seconds that a question takes."""
+_ONLY_HEADS_BYTES = 2**20
+"""Bytes of memory for what only HEADs have asked for."""
 _LEARNT_BYTES = 2**20
 """Bytes of memory for which manifests gave facts lately."""
 _OWN_TYPES_BYTES = 2**20
@@ -106,6 +108,7 @@ class Cache:
         self._entries: Memory[str, Entry] = Memory(_ENTRIES_BYTES)
         self._touched: Memory[str, float] = Memory(_ENTRIES_BYTES)
         self._learnt: Memory[tuple[str, Descriptor], float] = Memory(_LEARNT_BYTES)
+        self._only_heads: Memory[tuple[str, frozenset[str]], bool] = Memory(_ONLY_HEADS_BYTES)
         self._verifications: dict[tuple[Digest, int], Verification] = {}
         self._unwritten: dict[str, Entry] = {}
         self._storing = 0
@@ -321,6 +324,19 @@ class Cache:
     def _entry_of(self, route: Route, descriptor: Descriptor) -> Entry:
         return Entry.of(self._registry, route, {ANY: Confirmed(descriptor, self._now())})
 
+    def why_missing(self, asked: Asked, reason: Reason) -> Reason:
+        """
+        Return C{FIRST_USE} in place of C{NOT_KEPT} for what only HEADs have asked for: nothing was fetched for them.
+        """
+        key = self._name(asked), asked.accept if asked.route.digest is None else ANY
+        if reason is Reason.NOT_KEPT and self._only_heads.get(key):
+            reason = Reason.FIRST_USE
+        if asked.head and reason is Reason.FIRST_USE:
+            self._only_heads.put(key, True, 500 + 100 * len(key[1]))  # noqa: FBT003 (a value)
+        else:
+            self._only_heads.drop(key)
+        return reason
+
     def release(self, size: int) -> None:
         """
         Give back room that a writer had.
@@ -332,6 +348,12 @@ class Cache:
         Note that ECR said that the repository holds what was asked for by its digest.
         """
         on_its_own(self._remember(asked, descriptor))
+
+    def held(self, digest: Digest) -> Document | None:
+        """
+        Return a manifest that is held in memory, whoever may have it.
+        """
+        return self._documents.get(digest)
 
     def hold(self, digest: Digest, small: bytes | Document) -> None:
         """
@@ -345,6 +367,22 @@ class Cache:
 
     def _hold_entry(self, name: str, entry: Entry) -> None:
         self._entries.put(name, entry, entry.weight)
+
+    async def from_file(self, answer: Answer) -> Answer:
+        """
+        Answer with the file of a manifest of more than C{SMALL_BLOB} bytes, if it is cached.
+
+        Its bytes in memory would be held until the client has taken the last of them.
+        """
+        if not isinstance(answer.body, bytes) or len(answer.body) <= SMALL_BLOB:
+            return answer
+        content = await self.opened(answer.digest)
+        if content is None:
+            return answer
+        if content.size != len(answer.body) or not content.proved:
+            content.close()
+            return answer
+        return replace(answer, body=content)
 
     def manifest(self, asked: Asked, known: Descriptor, document: Document) -> Answer:
         """

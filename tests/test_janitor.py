@@ -720,7 +720,7 @@ class RaceTests(SmallCache):
         """
         Read a blob, or bring it in if there is room for it; tells whether what was read is right.
         """
-        found = read(self.store, Digest.of(data), len(data))
+        found = read(self.store, Digest.of(data))
         if found is None and self.janitor.make_room(len(data)):
             put(self.store, data)
             self.janitor.release(len(data))

@@ -125,7 +125,8 @@ class Blob:
         if size != self.size:
             stretch.drop()
             raise UnavailableError(502, "UNAVAILABLE", f"{self._route.reference} has changed its size upstream")
-        self.ranged = self.ranged and not stretch.skip
+        more = stop is not None and (stretch.stop or 0) > stop
+        self.ranged = self.ranged and not (stretch.skip or more)
         return stretch
 
     async def _ask(self, span: str) -> IResponse:
