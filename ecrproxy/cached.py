@@ -16,7 +16,7 @@ Rules:
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -34,6 +34,7 @@ from ecrproxy.cache.store import Store
 from ecrproxy.cache.trailer import WORTH_RESUMING, room_for
 from ecrproxy.cache.verification import Verification
 from ecrproxy.cache.writer import Writer
+from ecrproxy.flights import Flights
 from ecrproxy.identity import RegistryId
 from ecrproxy.oci import BLOB_TYPE, MANIFEST_TYPES, Descriptor, Digest, Document, Kind, Route, listed
 from ecrproxy.ordering import KeyedLocks, Order
@@ -76,6 +77,11 @@ class Room(Protocol):
 
     limit: int
 
+    def fits(self, size: int) -> bool:
+        """
+        Return True if there is room for C{size} bytes without evicting anything.
+        """
+
     async def reserve(self, size: int) -> bool:
         """
         Make room for C{size} bytes, if it can be had; release it when they are files, or won't be.
@@ -113,6 +119,8 @@ class Cache:
         self._unwritten: dict[str, Entry] = {}
         self._storing = 0
         self._hashing = DeferredSemaphore(VERIFICATIONS)
+        self._looks: Flights[tuple[Descriptor, Document] | Reason] = Flights()
+        self._reads: Flights[Document | None] = Flights()
 
     def at_hand(self, asked: Asked) -> Answer | None:
         """
@@ -227,9 +235,15 @@ class Cache:
     async def look_up_manifest(self, asked: Asked) -> tuple[Descriptor, Document] | Reason:
         """
         Read a manifest that the repository may have, or give the reason why it can't be had here.
+
+        It is read once, and in memory once, for all who ask at the same time.
         """
-        try:
+
+        async def look() -> tuple[Descriptor, Document] | Reason:
             return await self._disk.reading(self._look_up_manifest, asked, self._own_types.get(asked.digest))
+
+        try:
+            return await self._looks.join((self._name(asked), asked.accept), look)
         except OSError:
             return Reason.DISK
 
@@ -249,8 +263,12 @@ class Cache:
         if document is not None:
             self._used(str(digest), self._read, digest)
             return document
+
+        async def read() -> Document | None:
+            return await self._disk.reading(self._read_document, digest, self._own_types.get(digest))
+
         with contextlib.suppress(OSError):
-            document = await self._disk.reading(self._read_document, digest, self._own_types.get(digest))
+            document = await self._reads.join(digest, read)
         if document is not None:
             self.hold(digest, document)
         return document
@@ -453,9 +471,13 @@ class Cache:
             return await self._disk.writing(self.store.arriving.left, digest)
         return None
 
-    async def writer(self, digest: Digest, size: int | None) -> Writer | Reason:
+    async def writer(
+        self, digest: Digest, size: int | None, begun: Callable[[], Awaitable[bool]] | None = None
+    ) -> Writer | Reason:
         """
         Begin the file of a transfer, or go on with one; or tell why the cache can't have it.
+
+        @param begun: waits for the first bytes, if other content has to be evicted; returns whether they came.
         """
         if size is None:
             return Reason.SIZE_UNKNOWN
@@ -467,8 +489,8 @@ class Cache:
                 return Reason.DISK
             if writer is not None:
                 return writer
-        if not await self._has_room(room_for(size)):
-            return Reason.TOO_LARGE if room_for(size) > self._room.limit else Reason.NO_ROOM
+        if (refused := await self._make_room(room_for(size), begun)) is not None:
+            return refused
         try:
             begin = partial(self.store.writer, digest, size)
             return await undone_if_late(self._disk.writing, begin, Writer.discard)
@@ -482,6 +504,13 @@ class Cache:
         if writer is not None:
             writer.leave()
             self._room.release(writer.room)
+
+    async def _make_room(self, size: int, begun: Callable[[], Awaitable[bool]] | None) -> Reason | None:
+        if size > self._room.limit:
+            return Reason.TOO_LARGE
+        if begun is not None and not self._room.fits(size) and not await begun():
+            return Reason.NO_ROOM
+        return None if await self._has_room(size) else Reason.NO_ROOM
 
     async def _has_room(self, size: int) -> bool:
         try:

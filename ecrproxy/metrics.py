@@ -36,6 +36,8 @@ log = Logger()
 
 TICK_SECONDS: Final = 0.02
 """How often the event loop is asked for its turn."""
+STALL_SECONDS: Final = 150.0
+"""For how long a stall is told at least: Prometheus asks more often."""
 BUCKETS: Final = (0.005, 0.025, 0.1, 0.5, 2.5, 10.0, 60.0, 300.0)
 """Seconds: from a hit in memory to the largest layer over a slow network."""
 
@@ -157,7 +159,8 @@ class Reading:
         told = self.read()
         if told is None:
             return {}
-        return told if isinstance(told, Mapping) else {"": told}
+        several = told if isinstance(told, Mapping) else {"": told}
+        return {label: float(number) for label, number in several.items()}  # parts may know a yes or no
 
 
 class Figures(Collector):
@@ -318,14 +321,22 @@ class LoopStall(Service):
     How long the event loop stood still at the most: the time by which its turns come late.
 
     @param clock: counts seconds that nobody sets.
-    @ivar longest: in seconds.
+    @ivar longest: in seconds, since the start.
     """
 
     def __init__(self, clock: IReactorTime) -> None:
         self.longest = 0.0
+        self._before, self._lately, self._until = 0.0, 0.0, 0.0
         self._clock, self._last = clock, 0.0
         self._loop = LoopingCall(self._turn)
         self._loop.clock = clock
+
+    @property
+    def lately(self) -> float:
+        """
+        The longest of the last C{STALL_SECONDS} to twice as many, in seconds.
+        """
+        return max(self._before, self._lately)
 
     def startService(self) -> None:  # noqa: D102
         super().startService()
@@ -340,5 +351,8 @@ class LoopStall(Service):
 
     def _turn(self) -> None:
         now = self._clock.seconds()
-        self.longest = max(self.longest, now - self._last - TICK_SECONDS)
+        if now >= self._until:
+            self._before, self._lately, self._until = self._lately, 0.0, now + STALL_SECONDS
+        self._lately = max(self._lately, now - self._last - TICK_SECONDS)
+        self.longest = max(self.longest, self._lately)
         self._last = now

@@ -190,6 +190,13 @@ class Route:
         return replace(self, reference=str(digest), digest=digest)
 
 
+def first_component(repository: str) -> str:
+    """
+    Return what comes before the first slash of a repository's name: of a pull-through cache, the rule's prefix.
+    """
+    return repository.partition("/")[0]
+
+
 def _remembering(parse: Callable[[str], Route]) -> Callable[[str], Route]:
     """
     Keep the routes of short targets at hand: 4 MiB at most, for a query may have as many bytes as a request.

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
+from weakref import WeakValueDictionary
 
 from twisted.logger import Logger
 
@@ -44,7 +45,7 @@ from ecrproxy.oci import (
     listed,
 )
 from ecrproxy.reasons import Reason
-from ecrproxy.registry.bucket import UnavailableError
+from ecrproxy.registry.bucket import RefusedAnswerError, UnavailableError
 from ecrproxy.registry.upstream import Page, Upstream, upstream_query
 from ecrproxy.threads import Disk, on_its_own
 from ecrproxy.transfer.download import Download
@@ -103,7 +104,7 @@ class PullThrough:
         self._call_later = call_later
         self._openings: Flights[Download | Passing | None] = Flights()
         self._arriving: dict[Digest, Download] = {}
-        self._unattended = Unattended(self.transfers, unattended)
+        self._unattended = Unattended(self.transfers, call_later, unattended)
         self._ahead = 0
         self._reading_ahead: set[tuple[str, Digest]] = set()
         self._carriers: dict[Digest, str] = {}
@@ -114,6 +115,7 @@ class PullThrough:
         self._named: Memory[tuple[str, Digest], _Named] = Memory(_NAMED_BYTES)
         self._pages: Flights[Page] = Flights(abandons=True)
         self._last_pages: Memory[str, Page] = Memory(_PAGES_BYTES)
+        self._sent_pages: WeakValueDictionary[str, Page] = WeakValueDictionary()
 
     async def page(self, route: Route) -> tuple[CacheStatus, Reason, Page]:
         """
@@ -140,9 +142,10 @@ class PullThrough:
         except RegistryError:
             self._last_pages.drop(key)
             raise
-        last = self._last_pages.get(key)
-        if page == last:
-            return last  # one copy for all clients that are slow to take it
+        sent = self._sent_pages.get(key)
+        if page == sent:
+            page = sent  # one copy for all clients that are slow to take it
+        self._sent_pages[key] = page
         if len(page.body) <= _PAGE_BYTES:
             self._last_pages.put(key, page, len(page.body) + 2 * len(key) + 500)
         return page
@@ -317,7 +320,7 @@ class PullThrough:
         if parts:
             _check_size(blob, expected)
         try:
-            file = await self._cache.writer(digest, blob.size)
+            file = await self._cache.writer(digest, blob.size, blob.first.begin)
         except BaseException:
             drop(blob.first)
             raise
@@ -492,6 +495,8 @@ class PullThrough:
         try:
             return await within(STALE_SECONDS, self._ask_for_tag(asked, known), self._call_later)
         except (DeadlineExceededError, UnavailableError) as problem:
+            if isinstance(problem, RefusedAnswerError) and problem.named not in ("", str(last.descriptor.digest)):
+                raise  # ECR is not silent: the tag leads elsewhere now
             reason = _why_stale(asked.route, problem)
         return manifest_answer(CacheStatus.STALE, reason, asked, last.descriptor, document.body)
 
@@ -502,7 +507,7 @@ class PullThrough:
         A tag that was never asked for is fetched straight away. It is fetched by its tag in any case:
         what ECR converts for a client is not to be had by its digest (field notes C7).
         """
-        route, accept = asked.route, asked.accept
+        route, accept, head = asked.route, asked.accept, None
         if known is not None or asked.head:
             question, head = await self._of_tag(asked, self._heads, lambda: self._head(route, accept))
             document = await self._cache.document(head.digest) if head is not None else None
@@ -516,7 +521,12 @@ class PullThrough:
                     return manifest_answer(CacheStatus.MISS, self._missing(asked, known, head), asked, head)
                 return manifest_answer(CacheStatus.REVALIDATED, Reason.TAG_CONFIRMED, asked, head, document.body)
         joined = (route, accept) in self._manifests
-        question, fetched = await self._of_tag(asked, self._manifests, lambda: self._fetch(route, accept))
+        try:
+            question, fetched = await self._of_tag(asked, self._manifests, lambda: self._fetch(route, accept))
+        except RefusedAnswerError as problem:
+            if head is not None:  # ECR names a digest in answers to HEAD alone: aws/containers-roadmap#1931
+                problem.named = str(head.digest)
+            raise
         descriptor, document = fetched
         on_its_own(self._cache.record(asked, question, descriptor, None))
         missing = self._missing(asked, known, descriptor)
@@ -563,7 +573,7 @@ class PullThrough:
             raise UnavailableError(502, "UNAVAILABLE", f"ECR speaks of {told} when asked for {asked}")
         digest, media_type = asked or told, head.media_type.partition(";")[0].strip().lower()
         if digest is not None and media_type not in MANIFEST_TYPES:
-            raise UnavailableError(502, "UNAVAILABLE", f"what ECR speaks of is no manifest: {media_type[:80]!r}")
+            raise _no_manifest(ValueError(f"its media type is {media_type[:80]!r}"), head.named)
         return Descriptor(media_type, digest, head.size) if digest else None
 
     async def _fetch(self, route: Route, accept: frozenset[str]) -> tuple[Descriptor, Document]:
@@ -574,13 +584,14 @@ class PullThrough:
         digest = Digest.of(manifest.body, route.digest.algorithm if route.digest else "sha256")
         if route.digest not in (None, digest):
             said = f"ECR gave something else than {route.digest}"
-            raise UnavailableError(502, "UNAVAILABLE", said, reason=Reason.WRONG_BYTES)
+            raise RefusedAnswerError(502, "UNAVAILABLE", said, reason=Reason.WRONG_BYTES)
         held = self._cache.held(digest)  # one copy for all clients that are slow to take it
         try:
             document = held if held is not None else await self._cache.parse(manifest.body, Document.read)
+            media_type = document.type_as(manifest.content_type)
         except ValueError as problem:
-            raise _no_manifest(problem) from None
-        descriptor = Descriptor(_checked_type(manifest.content_type, document), digest, len(document.body))
+            raise _no_manifest(problem, manifest.named) from None
+        descriptor = Descriptor(media_type, digest, len(document.body))
         self._cache.keep(route, descriptor, document)
         return descriptor, document
 
@@ -699,5 +710,8 @@ def _checked_type(content_type: str, document: Document) -> str:
         raise _no_manifest(problem) from None
 
 
-def _no_manifest(problem: ValueError) -> UnavailableError:
-    return UnavailableError(502, "UNAVAILABLE", f"what ECR gave is no manifest: {problem}")
+def _no_manifest(problem: ValueError, named: str = "") -> RefusedAnswerError:
+    said = f"what ECR gave is no manifest: {problem}"
+    refused = RefusedAnswerError(502, "UNAVAILABLE", said, reason=Reason.NO_MANIFEST)
+    refused.named = named
+    return refused

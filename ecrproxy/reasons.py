@@ -42,11 +42,13 @@ class Reason(enum.StrEnum):
     CIRCUIT_OPEN = "circuit-open"
     NO_TOKEN = "no-token"  # noqa: S105 (a word, no secret)
     WRONG_BYTES = "wrong-bytes"
+    NO_MANIFEST = "no-manifest"
 
     # Denied.
     ADDRESS = "address"
     CERTIFICATE = "certificate"
     PASSWORD = "password"  # noqa: S105
+    WEB_PAGE = "web-page"
     NAMESPACE = "namespace"
     NOT_FOUND = "not-found"
     ECR_DENIED = "ecr-denied"

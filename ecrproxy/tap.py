@@ -26,6 +26,7 @@ from twisted.logger import ILogObserver, Logger, LogLevel
 from twisted.names.client import Resolver
 
 from ecrproxy import __version__
+from ecrproxy.access.browsers import Pages
 from ecrproxy.access.clients import Admission
 from ecrproxy.access.htpasswd import HtpasswdError, read_users
 from ecrproxy.access.limits import Crowd
@@ -39,6 +40,7 @@ from ecrproxy.admin.readings import (
     of_cache,
     of_certificates,
     of_clients,
+    of_disk,
     of_loop,
     of_token,
     of_transfers,
@@ -57,7 +59,7 @@ from ecrproxy.daemon.ending import Connections, Drain, InOrder, Signals
 from ecrproxy.daemon.exhaustion import Exhaustion
 from ecrproxy.daemon.inherited import CHANNEL_FD, VARIABLE, Inherited, inherited_sockets
 from ecrproxy.daemon.listening import Listening, admin_endpoint, endpoints
-from ecrproxy.daemon.process import most_clients, set_aside_what_stays, set_up
+from ecrproxy.daemon.process import clients_beside_spare, most_clients, set_aside_what_stays, set_up
 from ecrproxy.daemon.renewal import Renewal, generation
 from ecrproxy.daemon.supervision import Supervised, Supervisor, summary
 from ecrproxy.http.access_log import AccessLog
@@ -315,8 +317,9 @@ def _serving(
     upstream, asking = _upstream(config, tokens, figures, egress, reactor)
     cache = Cache(store, janitor, disk, time.time, RegistryId.of_url(config.ecr_endpoint))
     pull_through = _pull_through(config, upstream, cache, disk, reactor, processes)
-    connections, crowd = Connections(), Crowd(config.limits, processes)
-    readiness = partial(_readiness, tokens, asking.circuit, Condition(store, probing.call, reactor), connections)
+    connections, condition = Connections(), Condition(store, probing.call, reactor)
+    readiness = partial(_readiness, tokens, asking.circuit, condition, connections)
+    crowd = Crowd(config.limits(clients_beside_spare()), processes)
     admission = _admission(config, reactor, service, processes)
     registry = Registry(pull_through, _namespaces(config, judging, reactor), config.cache_key, disk.reading)
     site = make_site(
@@ -328,9 +331,10 @@ def _serving(
         access_log=_access_log(config, service, reactor),
         served=figures.served,
         connections=connections,
+        pages=_pages(config),
     )
     figures.watch(*of_cache(store, janitor), *of_token(tokens), *of_transfers(pull_through), *of_loop(stall))
-    figures.watch(*of_clients(crowd))
+    figures.watch(*of_clients(crowd, crowd.limits.connections or None), *of_disk(condition))
     for part in (judging, counting, probing, janitor, tokens, stall):
         part.setServiceParent(service)
     process = Process(store, janitor, asking, pull_through, readiness, disk.reading)
@@ -511,11 +515,12 @@ def _listening(config: Config, site: RegistrySite, reactor: Any) -> list[Listeni
     """
     Make what listens for clients, all of it with one limit on descriptors.
     """
-    most, wanted = most_clients(), config.limits.connections
+    most, wanted = most_clients(), config.limits().connections
     if wanted > most:
         log.warn(
-            "RLIMIT_NOFILE leaves room for {most} connections, fewer than PROXY_CONNECTIONS={wanted}: more than those"
-            " wait until others close; raise LimitNOFILE= or ulimit -n, or lower PROXY_CONNECTIONS",
+            "RLIMIT_NOFILE leaves room for {most} connections, fewer than PROXY_CONNECTIONS={wanted}: for more than"
+            " those, idle ones are closed, or they are refused; raise LimitNOFILE= or ulimit -n,"
+            " or lower PROXY_CONNECTIONS",
             most=most,
             wanted=wanted,
         )
@@ -623,7 +628,8 @@ def _admin(
     for part in (listing, hashing):
         part.setServiceParent(service)
     api = Api(Inventory(store), purged, listing.call, hashing.call, reactor)
-    site = make_site(api, reactor, config.admin_hosts or frozenset())
+    hosts = {socket.gethostname().lower(), *(config.admin_hosts or ())}
+    site = make_site(api, reactor, frozenset(hosts))
     needed = str(config.admin_listen) != ADMIN_LISTEN
     return [Listening(*named, site, needed=needed, gate=Gate(reactor))]
 
@@ -728,6 +734,10 @@ def _prepared(store: Store) -> Store:
             f"PROXY_CACHE_DIR={str(store.root)!r}: can't be written: {problem.strerror}; give a directory that can"
         ) from problem
     return store
+
+
+def _pages(config: Config) -> Pages:
+    return Pages(config.allow_origin, proved=config.htpasswd is not None or config.client_ca is not None)
 
 
 def _check_passwords(config: Config) -> None:

@@ -38,13 +38,14 @@ from twisted.web.iweb import IAgent, IAgentEndpointFactory, IBodyProducer, IResp
 from twisted.web.server import Site
 from zope.interface import alsoProvides, implementer
 
+from ecrproxy.access.browsers import Pages
 from ecrproxy.access.clients import Admission
 from ecrproxy.access.limits import Crowd, Limits
 from ecrproxy.access.namespaces import Namespaces
 from ecrproxy.admin.api import Api
 from ecrproxy.admin.incidents import Incidents
 from ecrproxy.admin.port import make_admin_site
-from ecrproxy.admin.readings import of_cache, of_clients, of_token, of_transfers, of_upstream
+from ecrproxy.admin.readings import of_cache, of_clients, of_disk, of_token, of_transfers, of_upstream
 from ecrproxy.admin.status import Asking, Process, Status
 from ecrproxy.cache.cache_key import CacheKey
 from ecrproxy.cache.condition import Condition
@@ -552,6 +553,7 @@ class Daemon(Administered):
         together: int = 128,
         limits: Limits | None = None,
         admin_hosts: frozenset[str] = frozenset(),
+        pages: Pages | None = None,
     ) -> None:
         self.standin, self.clock, self.limit, self.scheme = standin, clock, limit, "http"
         self.set_by = 0.0
@@ -595,11 +597,13 @@ class Daemon(Administered):
             crowd=self.crowd,
             served=self.figures.served,
             access_log=self.access_log,
+            pages=pages,
         )
         self.figures.watch(
             *of_cache(self.store, self.janitor), *of_token(self.tokens), *of_transfers(self.pull_through)
         )
-        self.figures.watch(*of_clients(self.crowd), *of_upstream(wire, self.circuit, self.governor))
+        self.figures.watch(*of_clients(self.crowd, 100), *of_upstream(wire, self.circuit, self.governor))
+        self.figures.watch(*of_disk(self.condition))
         asking = Asking(tokens=self.tokens, wire=wire, circuit=self.circuit, governor=self.governor, clock=clock)
         self.process = Process(self.store, self.janitor, asking, self.pull_through, self.readiness, in_thread)
         incidents = Incidents(self.now)

@@ -8,8 +8,8 @@ from twisted.internet.task import Clock
 from twisted.logger import capturedLogs, formatEvent
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.http.access_log import GATHER_SECONDS, AccessLine, AccessLog
-from ecrproxy.http.request import printable
+from ecrproxy.http.access_log import GATHER_SECONDS, REFUSED, AccessLine, AccessLog
+from ecrproxy.http.request import PATH_LENGTH, printable
 from ecrproxy.request_id import LONGEST, choose_id
 from ecrproxy.stopwatch import Stopwatch
 from tests.daemon import DaemonTestCase, noise
@@ -88,7 +88,33 @@ class AccessLogTests(SynchronousTestCase):
         """
         Control characters and what is no ASCII are written as escapes.
         """
-        self.assertEqual(r"/a\x1b[2J\x7f\xff", printable(b"/a\x1b[2J\x7f\xff"))
+        self.assertEqual(r"/a\x1b[2J\x7f\xff", printable(b"/a\x1b[2J\x7f\xff", 100))
+
+    def test_nothing_becomes_longer_by_escapes(self) -> None:
+        """
+        A path is as long as one that is served may be, however it is written.
+        """
+        for sent in (b"/" + b"\x85" * 999, b"/" * 999):
+            self.assertEqual(PATH_LENGTH, len(printable(sent, PATH_LENGTH)))
+        longest = f"/v2/{'a' * 255}/manifests/sha512:{'0' * 128}".encode()
+        self.assertEqual(longest.decode(), printable(longest, PATH_LENGTH))
+
+    def test_refused_requests_of_a_client_are_counted(self) -> None:
+        """
+        Whoever floods the log with them hides nobody: others have their lines, and so has what was answered.
+        """
+        flood = [line_of(f"/{number}")._replace(status=401, client="2001:db8::1") for number in range(50)]
+        others = [line_of("/other")._replace(status=404), line_of("/answered")._replace(client="2001:db8::1")]
+        with capturedLogs() as events:
+            for line in (*flood, *others):
+                self.access_log.write(line)
+            self.clock.advance(GATHER_SECONDS)
+            self.clock.advance(GATHER_SECONDS)
+            self.access_log.write(flood[0])
+        first, counted, gathered, again = [str(formatEvent(event)) for event in events]
+        self.assertEqual(f"{50 - REFUSED} more requests of 2001:db8::/64 were refused, and have no line", counted)
+        self.assertEqual(REFUSED - 1 + 2, len(gathered.splitlines()))
+        self.assertEqual(first, again)
 
 
 class IdTests(SynchronousTestCase):

@@ -15,6 +15,7 @@ from ecrproxy.cache.condition import FRESH_SECONDS
 from ecrproxy.http.site import route_of
 from ecrproxy.metrics import Figure, Figures, Reading, Tally
 from ecrproxy.registry.circuit import FAILURES
+from ecrproxy.workers.messages import FiguresTold, FromWorker, decode, encode
 from tests.daemon import DaemonTestCase, noise
 
 
@@ -216,7 +217,11 @@ class FiguresTests(SynchronousTestCase):
         figures.watch(
             Reading(Figure("refused_total", "Refused", "why"), lambda: {"slow": 2, "many": 3}),
             Reading(Figure("nothing_yet", "Nothing"), lambda: None),
+            Reading(Figure("is_so", "Whether it is"), lambda: True),
         )
+        told = figures.values()
+        self.assertEqual(told, decode(encode(FiguresTold(1, told)), FromWorker).figures)
+        self.assertIs(float, type(told["is_so"][""]))
         page = figures.page().decode()
         self.assertIn('ecr_proxy_refused_total{why="many"} 3.0', page)
         self.assertIn('ecr_proxy_build_info{version="1.2.3"} 1.0', page)

@@ -9,8 +9,9 @@ import os
 from typing import Any
 
 from ecrproxy.oci import Digest
+from ecrproxy.transfer.sending import LEAST_PIECE
 from tests.daemon import DaemonTestCase, Hands, Reply, noise
-from tests.registry_content import Image
+from tests.registry_content import OCI_LAYER, OCI_MANIFEST, Image
 
 SHOWN = {"X-Ecrproxy-Api": "1"}
 MIB = 2**20
@@ -112,6 +113,32 @@ class ListingTests(ApiTestCase):
         os.mkfifo(self.files("entries")[0].parent / ("1" * 64))
         self.assertEqual(before, (self.ask("entries"), self.ask("content")))
         (folder / "notes.txt").unlink()  # so that what always holds of content does
+
+    def test_long_documents_are_told_in_small_pieces(self) -> None:
+        """
+        Whatever manifests list, a reader that stops has little of the answer.
+        """
+        layers = [
+            {"mediaType": OCI_LAYER, "size": 1, "digest": self.standin.push_blob("team/app", bytes([number, 1]))}
+            for number in range(256)
+        ]
+        for number in range(20):
+            manifest = {"schemaVersion": 2, "mediaType": OCI_MANIFEST, "layers": layers, "text": str(number)}
+            digest = self.standin.push_manifest("team/app", manifest, OCI_MANIFEST, f"large-{number}")
+            self.get(f"/v2/team/app/manifests/{digest}")
+        hands = Hands()
+        daemon = self.start(in_thread=hands)
+        hands.idle = False
+        daemon.ask_admin("/api/entries", headers=SHOWN)
+        ((client, server),) = daemon.admin.ends
+        client.reading = False
+        while hands.waiting:
+            hands.work()
+            daemon.flush()
+            self.assertLessEqual(server.waiting, 2 * LEAST_PIECE + 1000)
+        self.assertGreater(server.waiting, LEAST_PIECE)
+        hands.idle = client.reading = True
+        daemon.flush()
 
     def test_a_large_directory_is_told_step_by_step(self) -> None:
         """

@@ -21,8 +21,10 @@ OURS = "ecrproxy."
 ARROWS: dict[str, set[str]] = {
     "access": {"addresses", "flights", "identity", "oci", "reasons", "shares", "threads"},
     "admin": {
+        "access.browsers",
         "access.limits",
         "addresses",
+        "cache.condition",
         "cache.entries",
         "cache.inventory",
         "cache.janitor",
@@ -38,10 +40,11 @@ ARROWS: dict[str, set[str]] = {
         "readiness",
         "registry",
         "threads",
+        "transfer.sending",
     },
     "answers": {"cache", "oci", "reasons", "transfer.download", "transfer.passing"},
     "cache": {"identity", "oci", "threads"},
-    "cached": {"answers", "cache", "identity", "oci", "ordering", "reasons", "threads"},
+    "cached": {"answers", "cache", "flights", "identity", "oci", "ordering", "reasons", "threads"},
     "daemon": {"access.limits", "addresses", "endpoint_string", "readiness", "settings.config"},
     "healthcheck": {"endpoint_string"},
     "http": {
@@ -84,7 +87,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "logs": {"http.access_log", "request_id"},
     "oci": {"reasons"},
-    "registry": {"addresses", "metrics", "oci", "reasons"},
+    "registry": {"access.turns", "addresses", "metrics", "oci", "reasons"},
     "settings": {
         "access.limits",
         "addresses",

@@ -4,6 +4,7 @@ What a connection refuses before a request is made of it, and what it takes.
 
 from __future__ import annotations
 
+import json
 import tempfile
 
 from twisted.internet.protocol import Factory
@@ -71,6 +72,22 @@ class ChannelTestCase(DaemonTestCase):
 
 
 class RefusalTests(ChannelTestCase):
+    def test_says_what_is_wrong(self) -> None:
+        """
+        In the JSON of the distribution spec, and in the log, once for each client; an answer to HEAD has no body.
+        """
+        for head, said in (
+            (b"GET /v2/ HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n", "must not announce a body"),
+            (b"GET /v2/ HTTP/1.1\r\nHost: x\r\nHost: x\r\n\r\n", "needs one Host"),
+            (b"GET v2 HTTP/1.1\r\nHost: x\r\n\r\n", "neither a path"),
+            (b"GET /v2/ HTTP/1.1\r\nA: " + b"a" * 2**15 + b"\r\n", "PROXY_HEADER_BYTES"),
+            (b"GET /v2/ HTTP/1.1\r\n B: c\r\n", "RFC 9112"),
+        ):
+            body = self.say(head).partition(b"\r\n\r\n")[2]
+            self.assertIn(said, json.loads(body)["errors"][0]["message"])
+            self.assertIn(said, self.logged())
+        self.assertEqual(b"", self.say(b"HEAD /v2/ HTTP/1.1\r\n\r\n").partition(b"\r\n\r\n")[2])
+
     def test_two_ways_to_tell_a_length(self) -> None:
         """
         Content-Length beside Transfer-Encoding, in either order, is refused: two servers could read it in two ways.

@@ -254,6 +254,18 @@ class CircuitTests(SynchronousTestCase):
         self.circuit.answered("bad")
         self.assertEqual([], self.refused("bad"))
 
+    def test_repositories_below_one_component_are_evidence_once_the_daemons_own_question_fails(self) -> None:
+        self.fail("one", "team/a", "team/b", "team/c")
+        self.assertEqual([], self.refused("team/a", "good"))
+        self.assertTrue(self.circuit.suspects)
+        self.circuit.vouched()
+        self.assertFalse(self.circuit.suspects)
+        self.assertIsNotNone(self.circuit.problem(), "no repository was answered")
+        self.fail("team/d", "team/e")
+        self.assertIsNone(self.circuit.doubted(PROBLEM))
+        self.fail("team/f")
+        self.assertEqual(["team/a", "good"], self.refused("team/a", "good"))
+
     def test_several_repositories_that_fail_without_an_answer_mean_ecr(self) -> None:
         self.fail("one", "two", "three")
         self.assertEqual(["one", "good"], self.refused("one", "good"))
@@ -461,14 +473,36 @@ class FailingRegistryTests(FailingTestCase):
         """
         ECR answers the probe, and fails all else: each pause is longer than the last.
         """
+        everywhere = ("team/app", "other/app", "third")
         self.standin.fail("registry", path_contains="/blobs/")
-        self.blobs(REPOSITORIES)
+        self.blobs(REPOSITORIES, everywhere)
         for pause in (5, 10, 20):
             self.pass_time(pause - 1)
             self.assertIs(CircuitState.OPEN, self.daemon.circuit.state)
             self.pass_time(1)
             self.assertIs(CircuitState.CLOSED, self.daemon.circuit.state)
-            self.blobs(REPOSITORIES)
+            self.blobs(REPOSITORIES, everywhere)
+
+    def test_are_served_while_made_up_names_fail_below_one_prefix(self) -> None:
+        """
+        However many of them fail between two answers: ECR says that it is well when it is asked itself.
+        """
+        self.standin.fail("registry", status=500, path_contains="/pull-through/")
+        for number in range(30):
+            made_up = [f"pull-through/{number}-{name}" for name in range(10)]
+            self.assertEqual({502}, {reply.code for reply in self.blobs(10, made_up)})
+            self.assertEqual([200], [reply.code for reply in self.blobs(1)])
+            self.pass_time(1)
+        self.assertIs(CircuitState.CLOSED, self.daemon.circuit.state)
+        self.assertLessEqual(self.probes(), 30 * 4)
+
+    def test_are_not_refused_because_of_silence_about_made_up_names(self) -> None:
+        self.standin.hang("registry", "/pull-through/")
+        self.blobs(50, [f"pull-through/{number}" for number in range(50)])
+        self.pass_time(26)
+        self.assertIs(CircuitState.CLOSED, self.daemon.circuit.state)
+        self.assertEqual([200], [reply.code for reply in self.blobs(1)])
+        self.assertLess(self.probes(), 5)
 
     def test_leave_the_daemon_ready(self) -> None:
         """

@@ -128,6 +128,8 @@ class AdmissionTests(DaemonTestCase):
         reply = self.get("/v2/", Authorization=ANN, X_Forwarded_For="10.0.0.99")
         self.assertRefused(reply, 429, "TOOMANYREQUESTS")
         self.assertEqual("60", reply.header("Retry-After"))
+        asked = f"GET /v2/ HTTP/1.1\r\nHost: x\r\nAuthorization: {ANN}\r\n\r\n"
+        self.assertTrue(self.daemon.raw(asked.encode()).startswith(b"HTTP/1.1 429 Too Many Requests\r\n"))
         self.daemon.front.client = "192.0.2.8"
         self.assertEqual(200, self.get("/v2/", Authorization=ANN).code)
 

@@ -48,6 +48,7 @@ EXAMPLES: dict[str, tuple[str, str, Any, str, Any]] = {
         "192.0.2.7",
         (ip_network("192.0.2.7/32"),),
     ),
+    "allow-origin": ("PROXY_ALLOW_ORIGIN", "https://UI.example", "https://ui.example", "*", "*"),
     "listen": (
         "PROXY_LISTEN",
         "tcp:1 \n unix:/x",
@@ -82,7 +83,7 @@ EXAMPLES: dict[str, tuple[str, str, Any, str, Any]] = {
     "header-bytes": ("PROXY_HEADER_BYTES", "8k", 8192, "1000", 1000),
     "header-count": ("PROXY_HEADER_COUNT", "50", 50, "0", 0),
     "connections": ("PROXY_CONNECTIONS", "500", 500, "0", 0),
-    "connections-per-address": ("PROXY_CONNECTIONS_PER_ADDRESS", "10", 10, "0", 0),
+    "connections-per-address": ("PROXY_CONNECTIONS_PER_ADDRESS", "10", 10, "auto", None),
     "transfers": ("PROXY_TRANSFERS", "5", 5, "0", 0),
 }
 # flag: texts that are wrong, and words of what would be right
@@ -107,6 +108,10 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "namespace-pattern": (("(a", "a)|(b", "*"), "not a regular expression"),
     "port": (("0", "65536", "http", "-1"), "from 1 to 65535"),
     "allow-from": (("everywhere", "10.0.0.0/33", ","), "10.0.0.0/8"),
+    "allow-origin": (
+        ("ui.example", "https://a.example/x", "https://*.example", "null"),
+        "give one such as https://ui.example",
+    ),
     "registry-aliases": (("http://a.example", "a b/c", "a:b"), "is not the name of a registry's host"),
     "admin-hosts": (("*.example", "http://a.example", "a.example:5001"), "give one such as ecr-proxy.infra.svc"),
     "log-format": (("xml", "jsonl"), "give text or json"),
@@ -229,10 +234,10 @@ class SettingsTests(SynchronousTestCase):
         Each worker may give away its part of what there is; times and the size of a request are the same for all.
         """
         alone = loaded(PROXY_WORKER_PROCESSES="3", PROXY_CONNECTIONS="100", PROXY_TRANSFERS="0")
-        config, limits = alone.share(), alone.share().limits
-        self.assertEqual((100, 64), (alone.limits.connections, alone.bucket_connections))
-        self.assertEqual((42, 417, 0), (limits.connections, limits.connections_per_address, limits.transfers))
-        crowded = loaded(PROXY_WORKER_PROCESSES="3", PROXY_CONNECTIONS="0").share().limits
+        config, limits = alone.share(), alone.limits()
+        self.assertEqual(64, alone.bucket_connections)
+        self.assertEqual((42, 21, 0), (limits.connections, limits.connections_per_address, limits.transfers))
+        crowded = loaded(PROXY_WORKER_PROCESSES="3", PROXY_CONNECTIONS="0").limits()
         self.assertEqual((0, 1000), (crowded.connections, crowded.connections_per_address))
         self.assertEqual((4, 27, 54), (config.blob_connections, config.bucket_connections, config.ecr_connections))
         self.assertEqual(Quotas(733, 366, 1100, 36), config.ecr_quotas)
@@ -245,10 +250,18 @@ class SettingsTests(SynchronousTestCase):
         A cluster behind NAT is refused nothing because one worker accepts most of it; and fills no worker.
         """
         shares = [
-            loaded(PROXY_WORKER_PROCESSES=count).share().limits.connections_per_address
-            for count in ("1", "2", "4", "8")
+            loaded(PROXY_WORKER_PROCESSES=count).limits().connections_per_address for count in ("1", "2", "4", "8")
         ]
         self.assertEqual([1000, 1000, 1000, 781], shares)
+
+    def test_one_address_has_half_of_what_there_is_unless_the_operator_says_more(self) -> None:
+        """
+        However few descriptors there are; behind NAT, where one address is everybody, the setting counts.
+        """
+        self.assertEqual([1000, 322, 1], [loaded().limits(room).connections_per_address for room in (10_000, 645, 1)])
+        chosen = loaded(PROXY_CONNECTIONS_PER_ADDRESS="1000").limits(645)
+        self.assertEqual((645, 1000), (chosen.connections, chosen.connections_per_address))
+        self.assertEqual(645, loaded(PROXY_CONNECTIONS="0").limits(645).connections)
 
     def test_each_variable_is_read(self) -> None:
         """

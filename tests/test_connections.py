@@ -15,7 +15,7 @@ from twisted.internet.error import ConnectionRefusedError as RefusedError
 from twisted.internet.interfaces import IAddress, IHostnameResolver, IHostResolution, IResolutionReceiver
 from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.task import Clock
-from twisted.internet.testing import MemoryReactorClock
+from twisted.internet.testing import MemoryReactorClock, StringTransport
 from twisted.protocols import tls
 from twisted.python.failure import Failure
 from twisted.web.client import BrowserLikePolicyForHTTPS
@@ -79,11 +79,13 @@ class Wired(MemoryReactorClock):
 
     def connectTCP(self, host: str, port: int, factory: Any, timeout: float = 30, bindAddress: Any = None) -> Any:
         connector = super().connectTCP(host, port, factory, timeout, bindAddress)
+        here = IPv4Address("TCP", self.network.client, 31337)
+        connector.transport = StringTransport(here, connector.getDestination())
         self.connected.append(host)
         if host in self.dead:
             factory.clientConnectionFailed(connector, Failure(RefusedError()))
-        else:
-            self.network.connect(factory.buildProtocol(None), host, port, secure=False)
+        elif (protocol := factory.buildProtocol(None)) is not None:
+            self.network.connect(protocol, host, port, secure=False)
         return connector
 
 
@@ -174,6 +176,16 @@ class AgentTests(DaemonTestCase):
             self.standin.fail("registry", status=307, headers={"Location": f"http://{host}/latest/meta-data/"})
             self.assertRefused(self.pull(), 502, "UNAVAILABLE")
             self.assertEqual(["10.0.0.1"], self.reactor.connected)
+
+    def test_an_own_address_is_refused_before_anything_is_sent(self) -> None:
+        """
+        Which addresses this machine has shows when one is connected to: its own services are not asked.
+        """
+        self.names["bucket.example"] = [self.daemon.back.client]
+        before = len(self.daemon.back.ends)
+        self.assertUnreached(self.pull(), ["10.0.0.1", self.daemon.back.client])
+        self.assertEqual(before + 1, len(self.daemon.back.ends), "the registry's alone")
+        self.assertEqual(0, self.standin.count("bucket"))
 
     def test_later_redirects_are_refused_too(self) -> None:
         """

@@ -191,6 +191,14 @@ class DoubtfulValueTests(LookCase):
         self.assert_warned("eu-wset-1", {**plain, "AWS_REGION": "eu-wset-1"})
         self.assert_well({**plain, "AWS_REGION": "eusc-de-east-1"})
 
+    def test_another_registry_as_an_alias_is_warned_of(self) -> None:
+        self.assert_warned("docker.io: what clients ask of", {"PROXY_REGISTRY_ALIASES": "docker.io"})
+        self.assert_well({"PROXY_REGISTRY_ALIASES": "registry.example"})
+
+    def test_a_registry_without_a_dot_is_warned_of(self) -> None:
+        self.assert_warned("without a dot", {"PROXY_ECR_ENDPOINT": "https://team", "AWS_REGION": "eu-west-1"})
+        self.assert_well({"PROXY_ECR_ENDPOINT": "http://localhost:5000", "AWS_REGION": "eu-west-1"})
+
     def test_only_regions_that_aws_has_are_known(self) -> None:
         data = botocore.session.Session().get_component("data_loader").load_data("partitions")
         there = {region for partition in data["partitions"] for region in partition["regions"]}

@@ -22,6 +22,7 @@ from twisted.logger import ILogObserver, capturedLogs, formatEvent, globalLogPub
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.registry.ecr import (
+    ASKED_RETRY,
     FETCH_SECONDS,
     OVERDUE,
     PATIENCE,
@@ -672,6 +673,40 @@ class TokenServiceTests(SynchronousTestCase):
         count = len(self.fetches)
         self.pass_time(4)
         self.assertEqual(count + 1, len(self.fetches))
+
+    def test_requests_that_fail_for_want_of_a_token_bring_the_retry_forward(self) -> None:
+        """
+        AWS is asked ten seconds after it failed, however long it has failed, and no sooner however many ask.
+        """
+        self.failing_for(600, 1.0)
+        self.refuse_next()
+        for _ in range(3):
+            failed_at = self.clock.seconds()
+            while self.fetches[-1].called:
+                self.failureResultOf(self.get(), TokenUnavailableError)
+                self.clock.advance(1)
+            self.assertEqual(ASKED_RETRY, self.clock.seconds() - failed_at)
+            self.refuse()
+
+    def test_rejected_tokens_bring_the_retry_forward_too(self) -> None:
+        self.chance = 1.0
+        self.start("first")
+        self.clock.advance(21_600)
+        for _ in range(10):
+            self.refuse_next()
+        self.pass_time(20)
+        self.assertTrue(self.fetches[-1].called)
+        self.assertEqual("first", self.successResultOf(self.renew("first")))
+        self.pass_time(1)
+        self.assertFalse(self.fetches[-1].called)
+
+    def refuse_next(self) -> None:
+        """
+        Wait until AWS is asked, and have it fail.
+        """
+        while self.fetches[-1].called:
+            self.clock.advance(1)
+        self.refuse()
 
     def test_the_old_token_stays_in_use_while_aws_fails(self) -> None:
         """

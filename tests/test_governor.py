@@ -9,12 +9,14 @@ from typing import Any
 
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.task import Clock
+from twisted.logger import LogLevel, capturedLogs, formatEvent
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.oci import parse_route
 from ecrproxy.registry.circuit import FAILURES, CircuitOpenError
 from ecrproxy.registry.governor import LONGEST_WAIT, TICK, Governor, QueueFullError
 from ecrproxy.registry.quotas import Call, Quotas
+from ecrproxy.registry.wire import HEADER_SECONDS
 from tests.registry import digest_of
 from tests.test_upstream import UpstreamTestCase
 
@@ -37,8 +39,8 @@ class GovernorTests(SynchronousTestCase):
         self.governor = Governor(quotas, together, self.clock)
         return self.governor
 
-    async def question(self, call: Call, name: str, answer: Deferred[None] | None) -> None:
-        async with self.governor.place(call, "team/app"):
+    async def question(self, call: Call, name: str, about: str, answer: Deferred[None] | None) -> None:
+        async with self.governor.place(call, about):
             self.went.append((name, self.clock.seconds()))
             if answer is not None:
                 self.under_way[name] = answer
@@ -48,11 +50,21 @@ class GovernorTests(SynchronousTestCase):
                 finally:
                     del self.under_way[name]
 
-    def ask(self, call: Call, name: str = "", *, held: bool = False) -> Deferred[None]:
+    def ask(self, call: Call, name: str = "", about: str = "team/app", *, held: bool = False) -> Deferred[None]:
         """
         Ask; a question that is held takes its place until it is answered.
         """
-        return Deferred.fromCoroutine(self.question(call, name, Deferred() if held else None))
+        return Deferred.fromCoroutine(self.question(call, name, about, Deferred() if held else None))
+
+    def hold(self, count: int, *repositories: str) -> int:
+        """
+        Ask so many silent questions about each of these repositories, in turn; return how many have places.
+        """
+        before = len(self.under_way)
+        for number in range(count):
+            for repository in repositories:
+                self.ask(Call.MANIFEST, f"{repository} {number}", repository, held=True).addErrback(lambda _: None)
+        return len(self.under_way) - before
 
     def names(self) -> list[str]:
         return [name for name, _ in self.went]
@@ -102,7 +114,7 @@ class GovernorTests(SynchronousTestCase):
         No more questions are under way than may be; each that ends lets the next go.
         """
         self.govern(MANY, 3)
-        asked = [self.ask(Call.BLOB, str(number), held=True) for number in range(20)]
+        asked = [self.ask(Call.BLOB, str(number), held=True, about=f"{number}") for number in range(20)]
         while self.under_way:
             self.assertLessEqual(len(self.under_way), 3)
             next(iter(self.under_way.values())).callback(None)
@@ -153,8 +165,98 @@ class GovernorTests(SynchronousTestCase):
         for each in refused[1:-1]:
             self.failureResultOf(each, QueueFullError)
         self.assertAlmostEqual(9 * LONGEST_WAIT, self.governor.waiting(Call.LIST), delta=2)
-        self.pass_time(LONGEST_WAIT + 1)
+        self.pass_time(LONGEST_WAIT)
         self.assertEqual(0, self.governor.waiting(Call.LIST))
+        self.assertGreater(len(self.went), 80)
+        for each in asked[len(self.went) : 1 - len(refused)]:
+            self.failureResultOf(each, QueueFullError)  # the estimate was off by less than a second
+
+    def test_a_silent_repository_has_a_quarter_of_the_places_and_a_prefix_half(self) -> None:
+        """
+        Of 128 places; made-up names below one prefix have no more than their prefix.
+        """
+        self.govern(MANY)
+        self.assertEqual(32, self.hold(200, "slow/one"))
+        self.assertEqual(32, self.hold(1, *(f"slow/{number}" for number in range(600))))
+        self.assertEqual(16, self.hold(200, "other/one"))
+        self.successResultOf(self.ask(Call.LIST, "well", "team/app"))
+
+    def test_prefixes_that_are_silent_leave_places_to_one_more(self) -> None:
+        self.govern(MANY)
+        for number in range(6):
+            self.hold(1, *(f"slow{number}/{name}" for name in range(200)))
+        self.assertLess(len(self.under_way), 128)
+        self.successResultOf(self.ask(Call.BLOB, "well", "team/app"))
+
+    def test_many_repositories_of_one_prefix_start_without_waiting(self) -> None:
+        """
+        Two hundred repositories of one prefix, answered in 50 ms each, take no more turns than half of the places need.
+        """
+        self.govern(MANY)
+        asked = [self.ask(Call.MANIFEST, str(number), f"team/{number}", held=True) for number in range(200)]
+        turns = 0
+        while self.under_way:
+            turns += 1
+            for answer in list(self.under_way.values()):
+                answer.callback(None)
+        for each in asked:
+            self.successResultOf(each)
+        self.assertEqual(4, turns)
+
+    def test_prefixes_take_turns_and_so_do_their_repositories(self) -> None:
+        self.govern(MANY, 2)
+        self.ask(Call.BLOB, "first", held=True)
+        self.ask(Call.BLOB, "second", "other", held=True)
+        for about in ("a/x", "a/x", "a/x", "a/y", "a/y", "b/z", "b/z"):
+            self.ask(Call.BLOB, about, about)
+        self.under_way["first"].callback(None)
+        self.assertEqual(["a/x", "b/z", "a/y", "b/z", "a/x", "a/y", "a/x"], self.names()[2:])
+
+    def test_none_waits_for_a_place_longer_than_ten_seconds(self) -> None:
+        """
+        Those about a repository that keeps its places, that is.
+        """
+        self.govern(MANY)
+        asked = [self.ask(Call.BLOB, str(number), held=True) for number in range(140)]
+        self.clock.advance(LONGEST_WAIT - 1)
+        late = self.ask(Call.BLOB, "late", held=True)
+        self.clock.advance(1)
+        refused = [each for each in asked if each.called]
+        self.assertEqual((140 - 32, 1), (len(refused), self.governor.waiting(Call.BLOB)))
+        problem = self.failureResultOf(refused[0], QueueFullError).value
+        self.assertEqual((429, "10"), (problem.status, problem.headers["Retry-After"]))
+        for each in refused[1:]:
+            self.failureResultOf(each, QueueFullError)
+        self.clock.advance(LONGEST_WAIT - 1)
+        self.failureResultOf(late, QueueFullError)
+        self.assertEqual([], self.clock.getDelayedCalls())
+
+    def test_a_queue_that_is_full_of_one_prefix_takes_others(self) -> None:
+        """
+        Who would be served within ten seconds is let in, however long others wait.
+        """
+        self.govern(Quotas(lists=10))
+        for number in range(100):
+            self.ask(Call.LIST, str(number)).addErrback(lambda _: None)
+        well = self.ask(Call.LIST, "well", "other/app")
+        self.assertNoResult(well)
+        self.pass_time(0.4)
+        self.successResultOf(well)
+
+    def test_what_a_full_queue_refuses_is_counted_and_logged_once(self) -> None:
+        """
+        Otherwise most pulls of a cluster may be 429, and nothing says so.
+        """
+        self.govern(Quotas(lists=10))
+        with capturedLogs() as events:
+            for _ in range(150):
+                self.ask(Call.LIST).addErrback(lambda failure: failure.trap(QueueFullError))
+        told = [event for event in events if event["log_level"] is LogLevel.warn]
+        self.assertEqual({"lists"}, {event["once"] for event in told})
+        self.assertIn("Refused a question about lists: ", formatEvent(told[0]))
+        self.assertEqual((len(told), 0), (self.governor.refused(Call.LIST), self.governor.refused(Call.BLOB)))
+        self.assertGreater(len(told), 30)
+        self.pass_time(LONGEST_WAIT + 1)
 
     def test_a_kind_that_rests_is_waited_for(self) -> None:
         """
@@ -188,6 +290,30 @@ class StormTests(UpstreamTestCase):
     """
     The real questions, to the stand-in.
     """
+
+    def test_a_silent_repository_keeps_nobody_else_from_an_answer(self) -> None:
+        self.standin.push_image("other/app", "latest")
+        self.standin.hang("registry", "team/app")
+        silent = [self.daemon.send("HEAD", f"/v2/team/app/manifests/{number}") for number in range(200)]
+        made_up = [self.daemon.send("HEAD", f"/v2/team/app{number}/manifests/v") for number in range(200)]
+        self.flush()
+        self.assertEqual(200, self.get("/v2/other/app/manifests/latest").code)
+        self.pass_time(LONGEST_WAIT)
+        queued = [reply for reply in silent + made_up if reply.ended]
+        self.assertEqual((400 - 64, {429}), (len(queued), {reply.code for reply in queued}))
+
+    def test_time_in_the_queue_counts_as_time_for_the_answer(self) -> None:
+        self.start(together=1)
+        self.standin.hang("registry", "team/app")
+        first = self.daemon.send("GET", "/v2/team/app/manifests/latest")
+        self.flush()
+        self.pass_time(HEADER_SECONDS - 9)
+        second = self.daemon.send("GET", "/v2/team/app/manifests/second")
+        self.flush()
+        self.pass_time(9)
+        self.assertEqual((504, False), (first.code, bool(second.ended)))
+        self.pass_time(HEADER_SECONDS - 9)
+        self.assertEqual(504, second.code)
 
     def locate(self, count: int) -> list[Deferred[Any]]:
         """
@@ -280,12 +406,15 @@ class StormTests(UpstreamTestCase):
         """
         What waits when ECR is given up is refused at once, without being asked, though the places are taken.
         """
-        self.start(together=FAILURES)
+        self.start(together=4 * FAILURES)
         self.standin.hang("registry")
+        self.locate(FAILURES)
+        self.pass_time(HEADER_SECONDS - 1)
         asked = self.locate(3000)
-        self.assertEqual(FAILURES, self.standin.count("registry"))
-        self.pass_time(30)
+        self.assertEqual(FAILURES, self.standin.count("registry", path_contains="/blobs/"))
+        self.pass_time(2)
         refused = [each for each in asked if each.called and isinstance(each.result, CircuitOpenError)]
-        self.assertEqual((2 * FAILURES, 3000 - 2 * FAILURES), (self.standin.count("registry"), len(refused)))
+        asked_ecr = self.standin.count("registry", path_contains="/blobs/")
+        self.assertEqual((2 * FAILURES, 3000 - FAILURES), (asked_ecr, len(refused)))
         self.pass_time(30)
         self.assertTrue(all(each.called for each in asked))

@@ -33,6 +33,18 @@ FORBIDDEN = (
     "64:ff9b::a9fe:a9fe",
     "2002:7f00:1::",
     "2002:a9fe:a9fe::1",
+    "::ffff:0:169.254.169.254",
+    "64:ff9b:1::a9fe:a9fe",
+    "64:ff9b:1:a9fe:a9:fe00::",
+    "64:ff9b:1:1a9:fe:a9fe::",
+    "64:ff9b:1:1:a9:fea9:fe00:0",
+    "2001:0:102:304::5601:5601",
+    "2001:0:7f00:1::f5ff:fffe",
+    "100.100.100.200",
+    "168.63.129.16",
+    "192.0.0.192",
+    "fd20:ce::254",
+    "::ffff:100.100.100.200",
     "",
     "localhost",
     "127.1",
@@ -56,6 +68,11 @@ ALLOWED = (
     "fd12:3456::1",
     "::ffff:10.0.0.1",
     "64:ff9b::52.95.110.1",
+    "64:ff9b:1::52.95.110.1",
+    "64:ff9b:1::10.0.0.1",
+    "::ffff:0:52.95.110.1",
+    "100.100.100.201",
+    "168.63.129.17",
     "2002:a00:1::",
 )
 
@@ -89,6 +106,19 @@ class GuardTests(SynchronousTestCase):
         guard.pass_registry("10.0.0.1")
         self.assertRaises(ForbiddenAddressError, guard.pass_target, "127.0.0.2")
         guard.pass_target("10.0.0.2")
+
+    def test_this_machines_own_addresses_are_refused_unless_the_registry_is_at_one(self) -> None:
+        guard = Guard()
+        guard.pass_registry("127.0.0.1")
+        guard.met_registry("127.0.0.1", "127.0.0.1")
+        guard.met_target("127.0.0.1", "127.0.0.1")  # that is judged before
+        guard.met_target("192.0.2.2", "192.0.2.3")
+        self.assertRaises(ForbiddenAddressError, guard.met_target, "192.0.2.2", "192.0.2.2")
+        self.assertRaises(ForbiddenAddressError, guard.met_target, "2001:db8::2", "2001:db8::2")
+        guard.met_registry("192.0.2.2", "192.0.2.2")
+        guard.met_target("192.0.2.2", "192.0.2.2")
+        guard.met_registry("192.0.2.2", "192.0.2.9")
+        self.assertRaises(ForbiddenAddressError, guard.met_target, "192.0.2.2", "192.0.2.2")
 
     def test_a_registry_behind_a_tunnel_opens_no_way_to_the_metadata_service(self) -> None:
         guard = Guard()

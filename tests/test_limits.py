@@ -5,9 +5,11 @@ What clients may have of the daemon, and what becomes of those who want more.
 from __future__ import annotations
 
 from twisted.internet.task import Clock
+from twisted.logger import capturedLogs, formatEvent
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.access.limits import Crowd, Limits, Patience, counted
+from ecrproxy.access.limits import SPARE, Crowd, Limits, Patience, counted
+from ecrproxy.http.channel import SETTLED_SECONDS
 from ecrproxy.shares import share
 from ecrproxy.transfer.download import STUCK_SECONDS
 from tests.daemon import MIB, DaemonTestCase, End, Raw, Reply, noise
@@ -41,7 +43,7 @@ class CountingTests(SynchronousTestCase):
         self.assertEqual([True, True, False, True, False], [crowd.enter(each) for each in "aaabc"])
         crowd.leave("a")
         self.assertEqual([False, True], [crowd.enter("c") and crowd.enter("d"), crowd.connected == 3])
-        self.assertEqual(3, crowd.refused_connections)
+        self.assertEqual(1, crowd.refused_connections, "the others may be told of the daemon's health")
         for address in "abc":
             crowd.leave(address)
         self.assertEqual((0, 0), (crowd.connected, len(crowd._by_address)))  # noqa: SLF001
@@ -121,9 +123,42 @@ class LimitTests(DaemonTestCase):
         """
         What it sent at once is no request.
         """
-        self.start(limits=Limits(connections=1))
+        self.start(limits=Limits(connections_per_address=1))
         self.connect()
         self.assertEqual(b"", self.daemon.raw(GOOD))
+
+    def test_the_connection_that_is_idle_longest_makes_room(self) -> None:
+        self.start(limits=Limits(connections=2))
+        first, wire = self.connect()
+        second, _ = self.connect()
+        self.assertIn(b" 503 ", self.daemon.raw(GOOD), "both have just connected")
+        self.pass_time(SETTLED_SECONDS)
+        wire.write(GOOD)
+        self.flush()
+        with capturedLogs() as events:
+            self.assertIn(b" 200 OK", self.daemon.raw(GOOD))
+        self.assertEqual((False, True), (first.closed, second.closed))
+        self.assertEqual(1, sum("idle ones are closed" in formatEvent(event) for event in events))
+
+    def test_health_is_told_though_all_connections_are_taken(self) -> None:
+        """
+        Others get 503 and when to ask again, and are closed; who asks nothing is closed for the next.
+        """
+        self.start(limits=Limits(connections=2))
+        busy = [self.connect() for _ in range(2)]
+        for _, wire in busy:
+            wire.write(GOOD[:20])
+        self.flush()
+        self.assertIn(b" 200 OK", self.daemon.raw(b"GET /healthz HTTP/1.1\r\nHost: proxy\r\n\r\n"))
+        answer = self.daemon.raw(b"GET /v2/ HTTP/1.1\r\nHost: proxy\r\n\r\n")
+        for part in (b" 503 ", b"Retry-After: 5", b"Connection: close", b"X-Cache-Reason: busy"):
+            self.assertIn(part, answer)
+        silent = [self.connect() for _ in range(SPARE + 1)]
+        self.assertEqual([True] + [False] * SPARE, [client.closed for client, _ in silent])
+        self.assertIn(b" 200 OK", self.daemon.raw(b"GET /readyz HTTP/1.1\r\nHost: proxy\r\n\r\n"))
+        self.pass_time(11)
+        self.assertTrue(all(client.closed for client, _ in silent))
+        self.assertEqual({}, self.daemon.crowd.spare)
 
     def test_an_idle_connection_is_closed(self) -> None:
         """

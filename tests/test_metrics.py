@@ -8,7 +8,7 @@ from twisted.internet.task import Clock
 from twisted.logger import capturedLogs, formatEvent
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.metrics import TICK_SECONDS, LoopStall
+from ecrproxy.metrics import STALL_SECONDS, TICK_SECONDS, LoopStall
 
 
 class LoopStallTests(SynchronousTestCase):
@@ -40,6 +40,18 @@ class LoopStallTests(SynchronousTestCase):
             self.clock.advance(TICK_SECONDS + late)
             self.run_for(1)
             self.assertAlmostEqual(longest, self.stall.longest)
+
+    def test_is_told_for_some_minutes_and_no_longer(self) -> None:
+        """
+        An alert stands on it: one pause must not page somebody for as long as the daemon runs.
+        """
+        self.stall.startService()
+        self.clock.advance(TICK_SECONDS + 2)
+        self.run_for(STALL_SECONDS)
+        self.assertAlmostEqual(2, self.stall.lately)
+        self.run_for(STALL_SECONDS + 1)
+        self.assertAlmostEqual(0, self.stall.lately)
+        self.assertAlmostEqual(2, self.stall.longest)
 
     def test_is_told_at_the_end(self) -> None:
         """

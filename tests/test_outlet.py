@@ -67,11 +67,25 @@ class OutletTests(SynchronousTestCase):
         self.start()
         for _ in range(150):
             self.outlet.write(b"a line\nand another\n")
-        self.assertEqual(0, self.outlet.take_lost())
+        self.assertEqual((0, 0), self.outlet.take_lost())
         self.file.reading.set()
         self.outlet.drain(PATIENCE)
-        self.assertEqual(300 - 2 * (1000 // 19), self.outlet.take_lost())
-        self.assertEqual(0, self.outlet.take_lost())
+        self.assertEqual((300 - 2 * (1000 // 19), 0), self.outlet.take_lost())
+        self.assertEqual((0, 0), self.outlet.take_lost())
+
+    def test_lines_of_requests_leave_room_for_others(self) -> None:
+        """
+        A client that makes many loses none but its own; those that are lost are counted by kind.
+        """
+        self.start()
+        for _ in range(100):
+            self.outlet.write(b"request..\n", of_requests=True)
+        for _ in range(20):
+            self.outlet.write(b"warning..\n")
+        self.file.reading.set()
+        self.outlet.drain(PATIENCE)
+        self.assertEqual((75, 20), (self.file.getvalue().count(b"req"), self.file.getvalue().count(b"warn")))
+        self.assertEqual((25, 25), self.outlet.take_lost())
 
     def test_a_reader_that_has_gone_is_no_failure(self) -> None:
         self.start()
@@ -79,7 +93,7 @@ class OutletTests(SynchronousTestCase):
         self.file.reading.set()
         self.outlet.write(b"lost\n")
         self.assertTrue(self.outlet.drain(PATIENCE))
-        self.assertEqual(1, self.outlet.take_lost())
+        self.assertEqual((1, 0), self.outlet.take_lost())
         self.file.problem = None
         self.outlet.write(b"so\n")
         self.assertTrue(self.outlet.drain(PATIENCE))

@@ -17,7 +17,7 @@ from ecrproxy.byte_ranges import QUESTIONS, Multipart
 from ecrproxy.cache.trailer import UNKNOWN_BOOT
 from ecrproxy.proxy import READING_AHEAD
 from ecrproxy.transfer.inflow import SMALLEST_PART, Lanes
-from ecrproxy.transfer.unattended import MOST
+from ecrproxy.transfer.unattended import MOST, SLOW, SLOW_SECONDS
 from tests.daemon import MIB, DaemonTestCase, Reply, noise
 from tests.test_ranges import DATA, SIZE, RangesTestCase
 
@@ -608,6 +608,34 @@ class UnattendedTests(RangesTestCase):
             self.standin.release(digest)
         self.flush()
         self.assertEqual(MOST + 1, sum(self.has(digest) for digest in self.digests))
+
+    def test_those_that_trickle_stop(self) -> None:
+        """
+        A few bytes a second are enough for a stall's limit and not for a transfer that nobody reads: its file is left.
+        """
+        slow = self.digests[:MOST]
+        for digest in slow:
+            self.ask(digest).leave()
+            self.flush()
+        for _ in range(int(2 * SLOW_SECONDS)):
+            for digest in slow:
+                self.standin.deliver(digest, 1000)
+            self.pass_time(1)
+        self.assertEqual(0, self.open_connections())
+        self.assertEqual([], self.daemon.pull_through.transfers())
+        self.assertEqual(MOST, len(self.files("ingest")))
+
+    def test_those_that_are_fast_or_read_go_on(self) -> None:
+        large = self.standin.push_blob("team/app", noise("large", 15 * MIB))
+        self.standin.hold(large)
+        self.ask(large).leave()
+        reader = self.ask(self.digests[0])
+        for _ in range(int(3 * SLOW_SECONDS)):
+            self.standin.deliver(large, SLOW // 20)
+            self.standin.deliver(self.digests[0], 1000)
+            self.pass_time(1)
+        self.assertEqual((1, 1), (self.standin.held(large), self.standin.held(self.digests[0])))
+        self.assertEqual("", reader.ended)
 
     def test_those_of_clients_who_left_before_the_first_byte_are_bounded_too(self) -> None:
         for digest in self.digests:

@@ -195,6 +195,26 @@ class PasswordsTests(SynchronousTestCase):
         self.successResultOf(self.ask("bob", "two"))
         self.assertEqual(401, self.refusal(self.ask("ann", "two")).status)
 
+    def test_tokens_of_ecr_hold_nobody_back(self) -> None:
+        """
+        Nodes behind one address show a token each, where nobody is called AWS: the right password is let in still.
+        """
+        self.hands.idle = False
+        for number in range(3 * FAILURES):
+            self.assertEqual(401, self.refusal(self.ask("AWS", f"token{number}")).status)
+        self.hands.idle = True
+        self.successResultOf(self.ask("ann", "one"))
+
+    def test_guesses_for_a_user_called_aws_count(self) -> None:
+        """
+        The name is only special where it is nobody's.
+        """
+        self.path.write_bytes(line("AWS", "one"))
+        self.passwords.reread()
+        for number in range(FAILURES):
+            self.refusal(self.ask("AWS", f"guess{number}"))
+        self.assertEqual(429, self.refusal(self.ask("AWS", "one")).status)
+
     def test_unknown_names_wrong_passwords_and_none_at_all_are_refused_alike(self) -> None:
         """
         Status, words, headers: nothing tells who has an account here.

@@ -19,12 +19,13 @@ from ecrproxy.command.prefetching.crew import Crew
 from ecrproxy.command.prefetching.door import Reply
 from ecrproxy.command.prefetching.images import Image, parse_image
 from ecrproxy.command.prefetching.platforms import Platform
-from ecrproxy.command.prefetching.pulling import Hands, Puller, PullError
+from ecrproxy.command.prefetching.pulling import BLOBS, INDEXES, OFFERED, Hands, Puller, PullError
 from ecrproxy.oci import Digest
 
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 INDEX = "application/vnd.oci.image.index.v1+json"
 AMD64 = Platform.parse("linux/amd64")
+LINUX = {"os": "linux", "architecture": "amd64"}
 LAYER = random.Random(1).randbytes(5 * 2**20)
 
 
@@ -252,6 +253,52 @@ class PullerTests(SynchronousTestCase):
         plan = self.puller.plan(self.nested(*listed))
         self.assertEqual({Digest.of(b"{}"), Digest.of(b"ours")}, {route.digest for route in plan.blobs})
         self.assertEqual([], [path for _, path, _ in self.proxy.asked if path.endswith(listed[0]["digest"])])
+
+    def test_an_index_that_is_listed_many_times_is_asked_for_once(self) -> None:
+        """
+        A hostile image of a few hundred kilobytes kept the command busy for ever.
+        """
+        image = descriptor(MANIFEST, self.proxy.manifest("app", b"ours"), platform=LINUX)
+        inner = self.index(*[{**image, "annotations": {"n": str(number)}} for number in range(400)])
+        plan = self.puller.plan(self.nested(*[inner] * 400))
+        self.assertEqual((3, 2), (plan.manifests, len(plan.blobs)))
+        self.assertEqual(3, len(self.proxy.asked))
+
+    def test_an_index_is_looked_at_for_each_platform_that_it_is_listed_for(self) -> None:
+        inner = self.index(descriptor(MANIFEST, self.proxy.manifest("app", b"ours")))
+        arm = {"os": "linux", "architecture": "arm64"}
+        image = self.nested({**inner, "platform": arm}, {**inner, "platform": LINUX})
+        everything = Puller(Hands(self.proxy.ask, lambda: 0, self.slept.append, lambda: 0), [], self.moved.append)
+        self.assertEqual((2, 3), (len(self.puller.plan(image).blobs), everything.plan(image).manifests))
+
+    def test_an_image_that_lists_more_than_anybody_pulls_is_refused(self) -> None:
+        """
+        Of each thing there is a most: indexes, manifests, blobs.
+        """
+        many = [{**self.index(), "digest": str(Digest.of(b"%d" % number))} for number in range(BLOBS + 1)]
+        self.assertEqual("lists more than 100 indexes", self.refused(self.nested(*many[: INDEXES + 1])))
+        images = [{**each, "mediaType": MANIFEST} for each in many[: OFFERED + 1]]
+        self.assertEqual("lists more than 1000 manifests", self.refused(self.nested(*images)))
+        layers = [{**each, "mediaType": "application/vnd.oci.image.layer.v1.tar"} for each in many]
+        inner = [self.index(*layers[at : at + 10_000]) for at in range(0, len(layers), 10_000)]
+        self.assertEqual("lists more than 100000 blobs", self.refused(self.nested(*inner)))
+
+    def test_of_many_platforms_a_few_are_named(self) -> None:
+        image = descriptor(MANIFEST, self.proxy.manifest("app", b"ours"))
+        kinds = [{"os": "linux", "architecture": f"{'x' * 999}{number}"} for number in range(500)]
+        said = self.refused(self.nested(*[{**image, "platform": kind} for kind in kinds]))
+        self.assertLess(len(said), 2000)
+        self.assertTrue(said.endswith("and 480 more"), said)
+
+    def test_what_is_no_manifest_is_not_asked_for_again(self) -> None:
+        """
+        Its digest names these bytes: the next try brings the same.
+        """
+        image = self.image()
+        odd = refusal(502, "UNAVAILABLE", "what ECR gave is no manifest", x_cache_reason="no-manifest")
+        self.proxy.faults["GET", "/v2/app/manifests/1"] = [lambda _: odd]
+        self.assertEqual("UNAVAILABLE: what ECR gave is no manifest", self.refused(image))
+        self.assertEqual([], self.slept)
 
     def test_a_platform_that_is_in_no_inner_index_is_told_with_those_that_are(self) -> None:
         arm = {"os": "linux", "architecture": "arm64"}

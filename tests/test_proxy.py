@@ -16,8 +16,9 @@ from twisted.internet.task import deferLater
 from ecrproxy.answers import Asked
 from ecrproxy.cache import allocation
 from ecrproxy.cached import FACTS
-from ecrproxy.oci import Descriptor, Digest, parse_route
+from ecrproxy.oci import MANIFEST_LIMIT, Descriptor, Digest, parse_route
 from ecrproxy.proxy import NAMED_SECONDS
+from ecrproxy.registry.bucket import BEGUN, BEGUN_SECONDS
 from ecrproxy.registry.ecr import Token
 from tests.daemon import MIB, DaemonTestCase, Hands, Reply, at_once, noise
 from tests.registry import StandIn, digest_of, layer
@@ -839,6 +840,48 @@ class BypassTests(BlobTestCase):
         self.get(f"/v2/team/app/blobs/{small}")
         self.bypass()
         self.assertWhole(self.get(f"/v2/team/app/blobs/{small}"), b"small", "HIT")
+
+    def fill(self) -> list[str]:
+        """
+        Fill a small cache; return what is in it.
+        """
+        self.start(limit=400_000)
+        digests = [self.standin.push_blob("team/app", noise(f"small {number}", 30_000)) for number in range(10)]
+        for digest in digests:
+            self.get(f"/v2/team/app/blobs/{digest}")
+        self.standin.hold(self.digest)
+        return digests
+
+    def test_a_blob_that_does_not_begin_to_come_evicts_nothing(self) -> None:
+        """
+        Whether its client waits or leaves; what comes later is served all the same.
+        """
+        kept = self.fill()
+        self.daemon.send("GET", self.path).leave()
+        self.flush()
+        self.assertTrue(all(map(self.has, kept)))
+        reply = self.daemon.send("GET", self.path)
+        self.flush()
+        self.standin.deliver(self.digest, BEGUN // 2)
+        self.pass_time(int(BEGUN_SECONDS) + 1)
+        self.assertTrue(all(map(self.has, kept)))
+        self.standin.release(self.digest)
+        self.flush()
+        self.assertWhole(reply, self.data, "JOINED")
+        self.assertFalse(self.has(self.digest))
+        self.assertTrue(all(map(self.has, kept)))
+
+    def test_a_blob_that_comes_evicts_others(self) -> None:
+        kept = self.fill()
+        reply = self.daemon.send("GET", self.path)
+        self.flush()
+        self.standin.deliver(self.digest, BEGUN)
+        self.flush()
+        self.assertFalse(all(map(self.has, kept)))
+        self.standin.release(self.digest)
+        self.flush()
+        self.assertWhole(reply, self.data, "MISS")
+        self.assertTrue(self.has(self.digest))
 
     def test_a_full_disk(self) -> None:
         """
@@ -1823,6 +1866,31 @@ class StaleTests(DaemonTestCase):
         reply = self.daemon.send("GET", self.path)
         self.pass_time(11)
         self.assertWhole(reply, self.image.manifest, "STALE")
+
+    def test_is_not_served_where_ecr_names_another_manifest_that_is_refused(self) -> None:
+        """
+        ECR has answered: the tag has moved, to what can't be passed on. A client must not run the old image for ever.
+        """
+        body = json.dumps({**json.loads(self.image.manifest), "mediaType": OCI_INDEX}).encode()
+        large = b" " * MANIFEST_LIMIT + self.image.manifest
+        usual = {"Content-Type": OCI_MANIFEST, "Docker-Content-Digest": digest_of(b"another")}
+        self.standin.push_manifest("team/app", body, OCI_MANIFEST, "latest")
+        self.assertRefused(self.get(self.path), 502, "UNAVAILABLE", "no manifest")
+        self.standin.push_manifest("team/app", large, OCI_MANIFEST, "latest")
+        self.assertRefused(self.get(self.path), 502, "UNAVAILABLE")
+        for headers in (usual, {**usual, "Content-Type": "application/zip"}):
+            fault = self.standin.fail("registry", status=200, headers=headers, body=self.image.manifest)
+            self.assertRefused(self.get(self.path), 502, "UNAVAILABLE")
+            fault.remove()
+
+    def test_is_served_where_something_refused_names_no_other_manifest(self) -> None:
+        """
+        A gateway's page, or bytes that broke on the way, are not ECR's word.
+        """
+        for headers in ({"Content-Type": "text/html"}, {"Docker-Content-Digest": self.image.digest}):
+            fault = self.standin.fail("registry", status=200, headers=headers, body=b"<html>Sign in</html>")
+            self.assertWhole(self.get(self.path), self.image.manifest, "STALE")
+            fault.remove()
 
     def test_needs_the_manifest(self) -> None:
         """

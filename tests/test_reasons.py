@@ -23,6 +23,7 @@ from ecrproxy.registry.ecr import TokenUnavailableError
 from ecrproxy.registry.quotas import Quotas
 from tests.daemon import DaemonTestCase, Reply, at_once, noise
 from tests.registry import digest_of
+from tests.registry_content import OCI_MANIFEST
 from tests.test_htpasswd import line
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -290,6 +291,10 @@ class TroubleTests(ReasonTestCase):
         self.standin.corrupt(digest, b"")
         self.assertWhy(self.get(f"/v2/team/app/blobs/{digest}"), None, "wrong-bytes")
 
+    def test_that_sends_no_manifest(self) -> None:
+        digest = self.standin.push_manifest("team/app", b"[]", OCI_MANIFEST)
+        self.assertWhy(self.get(f"/v2/team/app/manifests/{digest}"), None, "no-manifest")
+
 
 class DenialTests(ReasonTestCase):
     """
@@ -356,7 +361,7 @@ class AskerTests(ReasonTestCase):
 
     def test_the_asker(self) -> None:
         """
-        By address, certificate or password.
+        By address, certificate or password, or because a web page has asked.
         """
         path = Path(self.root.parent, f"{self.root.name}.htpasswd")
         path.write_bytes(line("ann", "client canary"))
@@ -368,6 +373,7 @@ class AskerTests(ReasonTestCase):
         ):
             self.start(admission=admission).shown = ""
             self.assertWhy(self.get(self.by_tag), None, word)
+        self.assertWhy(self.start().ask("GET", self.by_tag, Origin="http://evil.example"), None, "web-page")
 
 
 class WordsTests(SynchronousTestCase):

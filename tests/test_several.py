@@ -93,7 +93,7 @@ class FiguresTests(SeveralTestCase):
         """
         Its clients are gone with it.
         """
-        self.several = self.make(limits=Limits(connections=1))
+        self.several = self.make(limits=Limits(connections_per_address=1))
         for daemon in self.several.daemons:
             for _ in range(2):
                 daemon.raw(b"")

@@ -9,7 +9,7 @@ from typing import Any
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.admin.port import is_ours
+from ecrproxy.access.browsers import is_ours
 from ecrproxy.admin.snapshot import TRANSFERS
 from ecrproxy.admin.status import NEXT
 from ecrproxy.cache.condition import FRESH_SECONDS
@@ -208,6 +208,17 @@ class PortTests(StatusTestCase):
         self.assertEqual(200, self.daemon.ask_admin("/status.json", host="ecr-proxy.infra.example").code)
         self.assertEqual(403, self.daemon.ask_admin("/status.json", host="evil.example").code)
 
+    def test_a_name_without_a_dot_is_for_programs(self) -> None:
+        """
+        Containers and Services have such names; a page in a browser may have one from whoever answers for names there.
+        """
+        for language, status in (({}, 200), ({"Accept-Language": "en"}, 403)):
+            self.assertEqual(status, self.daemon.ask_admin("/status.json", headers=language, host="printer").code)
+            self.assertEqual(200, self.daemon.ask_admin("/metrics", headers=language, host="printer").code)
+        self.start(admin_hosts=frozenset({"buildhost"}))
+        reply = self.daemon.ask_admin("/status.json", headers={"Accept-Language": "en"}, host="buildhost")
+        self.assertEqual(200, reply.code)
+
     def test_who_names_no_host_is_answered(self) -> None:
         """
         HTTP/1.0 needs no Host, and behind it is no browser; where the port is a socket, there is no address either.
@@ -236,12 +247,13 @@ class PortTests(StatusTestCase):
 class NameTests(SynchronousTestCase):
     def test_of_which_no_stranger_can_be_the_owner(self) -> None:
         """
-        Addresses, localhost, and names without a dot.
+        Addresses, localhost, and names below it.
         """
-        for host in ("127.0.0.1", "[::1]", "10.0.0.7", "localhost", "LOCALHOST", "a.localhost", "ecr-proxy"):
+        for host in ("127.0.0.1", "[::1]", "10.0.0.7", "localhost", "LOCALHOST", "a.localhost"):
             self.assertTrue(is_ours(host), host)
         for host in (
             *(
+                "printer",
                 "evil.example",
                 "localhost.evil.example",
                 "evillocalhost.example",

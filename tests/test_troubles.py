@@ -56,6 +56,14 @@ class TroublesTests(SynchronousTestCase):
         self.assertEqual(1, self.told(FULL, FULL, None, FULL, None))
         self.assertEqual(["the cache directory can't be written: No space left on device"], self.troubles.reasons())
 
+    def test_the_kinds_that_stand_are_told_apart(self) -> None:
+        """
+        For figures, which have no words.
+        """
+        self.told(FULL)
+        self.troubles.failed(Kind.READ, OSError(errno.EMFILE, "Too many open files"))
+        self.assertEqual({Kind.WRITE, Kind.OPEN}, self.troubles.standing())
+
     def test_its_end_is_told_too(self) -> None:
         """
         After a while without another failure.
@@ -119,6 +127,16 @@ class PullTests(DaemonTestCase):
         reasons: list[str] = json.loads(reply.body)["reasons"]
         self.assertEqual(503 if reasons else 200, reply.code)
         return reasons
+
+    def test_figures_tell_which_kind_of_trouble_there_is(self) -> None:
+        """
+        As long as /readyz does: an alert stands on them.
+        """
+        names = [f'ecr_proxy_disk_trouble{{kind="{kind}"}}' for kind in ("write", "read", "open", "hang")]
+        self.assertEqual([0, 0, 0, 0], [self.daemon.figure(name) for name in names])
+        with self.broken(errno.EROFS, "pwrite"):
+            self.reasons()
+            self.assertEqual([1, 0, 0, 0], [self.daemon.figure(name) for name in names])
 
     @contextmanager
     def broken(self, number: int, *names: str) -> Iterator[None]:

@@ -605,11 +605,12 @@ class ManifestTests(UpstreamTestCase):
         """
         asking = Deferred.fromCoroutine(self.daemon.upstream.manifest(self.tag, ""))
         self.answer_with(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nabc", close=False)
+        asked = self.daemon.back.ends[-1][0]
         self.pass_time(24)
         self.assertNoResult(asking)
         self.pass_time(2)
         self.assertEqual(504, self.failureResultOf(asking, UnavailableError).value.status)
-        self.assertFalse([wire for wire in self.daemon.back.ends if wire[0].connected])
+        self.assertFalse(asked.connected)
 
     def test_that_is_too_long_is_not_read_on(self) -> None:
         """
@@ -842,6 +843,7 @@ class QueryTests(SynchronousTestCase):
     def test_of_tags(self) -> None:
         """
         n, at most 1000, and decoded; last and others as they came; not containerd's ns, nor what signs.
+        Without n only where the list begins.
         """
         for query, kept in {
             "": "",
@@ -850,6 +852,9 @@ class QueryTests(SynchronousTestCase):
             "last=x&n=5&n=6&ns=y&token=z&X-Amz-Date=0": "last=x&n=5&token=z",
             "n=2%30&last=%32": "n=20&last=%32",
             "%6e=5": "n=5",
+            "x=1": "",
+            "x=1&last=a": "last=a",
+            "nextToken=a&artifactType=b": "nextToken=a",
         }.items():
             self.assertEqual(kept, self.ask(f"/v2/a/tags/list?{query}"))
 

@@ -14,6 +14,7 @@ from ecrproxy.settings.values import (
     parse_endpoint,
     parse_flag,
     parse_networks,
+    parse_origin,
     parse_path,
     parse_patience,
     parse_pattern,
@@ -78,6 +79,11 @@ class ParserTests(SynchronousTestCase):
             "https://ecr.test#x",
             "https://user:secret@ecr.test",
             "user@ecr.test",
+            "5000",
+            "https://123456789012",
+            "https://127.1:443",
+            "https://0x7f000001",
+            "https://ecr.1",
             "https://ecr.test:0",
             "https://ecr.test:65536",
             "https://ecr.test:port",
@@ -88,6 +94,33 @@ class ParserTests(SynchronousTestCase):
             "https://[::1",
             "https://[nonsense]",
             "https://é.test",
+        )
+
+    def test_an_origin_is_as_browsers_write_it(self) -> None:
+        """
+        In lower case and without the default port; a path, a user or a pattern is in no origin.
+        """
+        expected = {
+            "*": "*",
+            "HTTPS://UI.example:443/": "https://ui.example",
+            "http://ui.example:443": "http://ui.example:443",
+            "http://[::1]:8080": "http://[::1]:8080",
+        }
+        self.assertEqual(expected, {text: parse_origin(text) for text in expected})
+        self.assert_refused(
+            parse_origin,
+            "",
+            "null",
+            "ui.example",
+            "https://",
+            "ftp://ui.example",
+            "https://ui.example/x",
+            "https://ui.example?x",
+            "https://user@ui.example",
+            "https://*.example",
+            "https://ui.example:port",
+            "https://ui.example:080",
+            "https://a.example https://b.example",
         )
 
     def test_sizes_are_in_powers_of_1024(self) -> None:

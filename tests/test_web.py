@@ -11,6 +11,7 @@ from urllib.parse import parse_qs, quote, urlsplit
 from twisted.logger import capturedLogs, formatEvent
 from twisted.trial.unittest import SynchronousTestCase
 
+from ecrproxy.access.browsers import Pages
 from ecrproxy.byte_ranges import MOST, QUESTIONS, SMALL_GAP, Ranges, joined, questions
 from ecrproxy.cache.cache_key import CacheKey
 from ecrproxy.cached import SMALL_BLOB
@@ -21,6 +22,7 @@ from ecrproxy.http.site import RegistrySite, make_site
 from ecrproxy.identity import RegistryId
 from ecrproxy.readiness import Readiness
 from ecrproxy.registry import upstream
+from ecrproxy.registry.upstream import LIST_SECONDS
 from tests.daemon import MIB, DaemonTestCase, Raw, Reply, noise
 from tests.registry import digest_of, layer
 from tests.registry_content import OCI_INDEX, OCI_MANIFEST, SCHEMA2
@@ -514,9 +516,9 @@ class HeaderTests(DaemonTestCase):
         self.assertEqual("ecrproxy", self.head(self.blob).header("Server"))
         self.assertNotIn(b"Twisted", self.daemon.raw(b"nonsense\r\n\r\n"))
 
-    def test_nginx_headers_are_where_nginx_adds_them(self) -> None:
+    def test_the_cache_status_is_where_nginx_adds_it(self) -> None:
         """
-        Access-Control-Allow-Origin and X-Cache-Status are on 200, 206 and 304, and on no error.
+        X-Cache-Status is on 200, 206 and 304, and on no error.
         """
         for headers, status in (
             ({}, 200),
@@ -524,8 +526,12 @@ class HeaderTests(DaemonTestCase):
             ({"If_None_Match": f'"{self.digest}"'}, 304),
         ):
             reply = self.get(self.blob, **headers)
-            self.assertEqual((status, "*"), (reply.code, reply.header("Access-Control-Allow-Origin")))
+            self.assertEqual(status, reply.code)
             self.assertIn(reply.cache, ("HIT", "MISS"))
+        for reply in self._errors():
+            self.assertIsNone(reply.cache)
+
+    def _errors(self) -> list[Reply]:
         errors = [
             self.get(self.blob, Range="bytes=5000-"),
             self.get("/v2/team/app/manifests/nothing"),
@@ -535,8 +541,80 @@ class HeaderTests(DaemonTestCase):
         self.standin.refuse("registry")
         errors.append(self.get("/v2/team/app/manifests/other"))
         self.assertEqual([416, 404, 400, 405, 502], [reply.code for reply in errors])
-        for reply in errors:
-            self.assertEqual((None, None), (reply.header("Access-Control-Allow-Origin"), reply.cache))
+        return errors
+
+    def test_no_web_page_of_another_site_may_read_an_answer(self) -> None:
+        """
+        No answer invites other sites' scripts, nor may one be embedded or taken for something else.
+        """
+        replies = [
+            self.get(self.blob),
+            self.get(self.manifest),
+            self.get("/v2/team/app/tags/list"),
+            self.get("/healthz"),
+        ]
+        for reply in (*replies, *self._errors()):
+            self.assertIsNone(reply.header("Access-Control-Allow-Origin"))
+            self.assertEqual("nosniff", reply.header("X-Content-Type-Options"))
+            self.assertEqual("same-origin", reply.header("Cross-Origin-Resource-Policy"))
+        self.assertIn(b"Cross-Origin-Resource-Policy: same-origin\r\n", self.daemon.raw(b"nonsense\r\n\r\n"))
+
+    def test_a_web_page_that_may_not_ask_is_refused(self) -> None:
+        """
+        Of another site, or of one whose name was made to lead here; nothing is asked of ECR for it.
+        """
+        asked = len(self.standin.asked)
+        for headers in (
+            {"Origin": "http://evil.example"},
+            {"Origin": "null"},
+            {"Sec_Fetch_Site": "cross-site"},
+            {"Sec_Fetch_Site": "same-site"},
+            {"Accept_Language": "en", "Host": "evil.example:5000"},
+            {"Accept_Language": "", "Host": "evil.example"},
+        ):
+            reply = self.get("/v2/team/app/tags/list", **headers)
+            self.assertEqual((403, "web-page"), (reply.code, reply.header("X-Cache-Reason")), headers)
+            self.assertEqual(200, self.get("/healthz", **headers).code)
+        self.assertEqual(asked, len(self.standin.asked))
+
+    def test_programs_and_who_looks_for_himself_are_answered(self) -> None:
+        """
+        By whatever name programs ask; a person in a browser by an address, localhost or a name without a dot.
+        """
+        for headers in (
+            {"Host": "registry.example:5000"},
+            {"Accept_Language": "en", "Host": "192.0.2.1:5000"},
+            {"Accept_Language": "en", "Host": "[::1]:5000", "Sec_Fetch_Site": "none"},
+            {"Accept_Language": "en", "Host": "localhost:5000", "Sec_Fetch_Site": "same-origin"},
+            {"Accept_Language": "en", "Host": "ecr-proxy:5000"},
+        ):
+            self.assertEqual(200, self.get(self.manifest, **headers).code, headers)
+
+    def test_the_origin_that_the_operator_names_may_ask(self) -> None:
+        """
+        Its pages may read every answer, and people may look by its name; those of other sites get none.
+        """
+        self.start(pages=Pages("http://ui.example:8080"))
+        reply = self.get(self.manifest, Origin="http://ui.example:8080")
+        self.assertEqual((200, "http://ui.example:8080"), (reply.code, reply.header("Access-Control-Allow-Origin")))
+        self.assertIsNone(reply.header("Cross-Origin-Resource-Policy"))
+        self.assertEqual(200, self.get(self.manifest, Accept_Language="en", Host="ui.example").code)
+        self.assertEqual(403, self.get(self.manifest, Origin="http://evil.example").code)
+        self.start(pages=Pages("*"))
+        reply = self.get(self.manifest, Origin="http://any.example", Accept_Language="en", Host="any.example")
+        self.assertEqual((200, "*"), (reply.code, reply.header("Access-Control-Allow-Origin")))
+
+    def test_a_page_that_can_not_know_the_password_need_not_be_told_apart(self) -> None:
+        """
+        Where clients prove who they are, or over TLS, people may look by any name.
+        """
+        named = {"Accept_Language": "en", "Host": "registry.example"}
+        self.start(pages=Pages(proved=True))
+        self.assertEqual(200, self.get(self.manifest, **named).code)
+        self.assertEqual(403, self.get(self.manifest, Origin="http://evil.example", **named).code)
+        self.start()
+        self.daemon.scheme = "https"
+        self.assertEqual(200, self.get(self.manifest, **named).code)
 
     def test_hsts_is_for_tls(self) -> None:
         """
@@ -595,6 +673,7 @@ class HeaderTests(DaemonTestCase):
                 Cookie="a=b",
                 X_Forwarded_For="192.0.2.9",
                 Accept_Language="de",
+                Host="localhost",
             )
             self.assertEqual(200, reply.code)
         for asked in self.standin.asked:
@@ -1232,6 +1311,39 @@ class TagListTests(DaemonTestCase):
         found = json.loads(reply.body)["tags"]
         self.assertEqual(tags[:2000], found)
         self.assertEqual(tags[2000:], json.loads(self.get(self.link(reply)).body)["tags"])
+
+    def test_parameters_that_ecr_does_not_know_make_no_other_list(self) -> None:
+        """
+        Made-up ones share the one list; those of a link of ECR's lead on by pages.
+        """
+        self.all_tags(2500)
+        replies = [self.daemon.send("GET", f"{self.path}?x={number}") for number in range(20)]
+        self.flush()
+        self.assertEqual({200}, {reply.code for reply in replies})
+        self.assertEqual(3, len(self.standin.asked))
+        self.patch(upstream, "ALL_TAGS", 1)
+        on = {"Link": f'<{self.path}?cursor=c&n=1000>; rel="next"'}
+        for _ in range(2):
+            self.standin.fail("registry", status=200, body=b'{"tags": ["a"]}', headers=on, times=1)
+        self.assertEqual(["cursor=c", "n=1000"], sorted(self.link(self.get(self.path)).partition("?")[2].split("&")))
+
+    def test_lists_of_one_repository_are_made_one_at_a_time(self) -> None:
+        """
+        However many begin somewhere else: other repositories need not wait for them, and who waits too long is told.
+        """
+        self.standin.push_image("team/other", "v1")
+        self.standin.hang("registry", "/team/app/")
+        replies = [self.daemon.send("GET", f"{self.path}?last={number}") for number in range(20)]
+        self.flush()
+        self.assertEqual(1, len(self.standin.asked))
+        self.assertEqual(200, self.get("/v2/team/other/tags/list").code)
+        replies[0].leave()
+        self.flush()
+        self.assertEqual(3, len(self.standin.asked))
+        self.clock.advance(LIST_SECONDS)
+        self.flush()
+        self.assertEqual({503}, {reply.code for reply in replies[2:]})
+        self.assertRefused(replies[-1], 503, "UNAVAILABLE", "n=1000")
 
     def test_a_page_that_fails_gives_no_list(self) -> None:
         """

@@ -10,13 +10,18 @@ import ipaddress
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from twisted.logger import Logger
+
+from ecrproxy.access.bodies import BODIES_BYTES, Bodies
 from ecrproxy.addresses import unmapped
 from ecrproxy.shares import share
 
 if TYPE_CHECKING:
     from twisted.internet.interfaces import IDelayedCall
+
+log = Logger()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,7 +36,7 @@ class Limits:
     @ivar header_count: of a request's headers.
     @ivar connections: in all.
     @ivar connections_per_address: from one address.
-    @ivar transfers: answers with a blob that are under way.
+    @ivar transfers: answers of more than 64 KiB, and with a blob of any size, that are under way.
     """
 
     header_seconds: float = 10
@@ -43,18 +48,23 @@ class Limits:
     connections_per_address: int = 1000
     transfers: int = 4096
 
-    def share(self, processes: int) -> Limits:
+    def share(self, processes: int, room: int = 0, *, chosen: bool = False) -> Limits:
         """
         Return the limits of one of several processes.
 
-        An address, which may be that of a whole cluster behind NAT, may have more than its part of the limit: half of
-        the process's connections; the rest is for others.
+        An address may have half of the process's connections; the rest is for others. A limit for an address that the
+        operator chose counts, for the address may be that of a whole cluster behind NAT.
+
+        @param room: connections for which the process has descriptors; 0 for no limit.
+        @param chosen: whether the operator chose the limit of an address.
         """
         connections, address, transfers = (
             share(limit, processes) for limit in (self.connections, self.connections_per_address, self.transfers)
         )
-        half = connections // 2 or self.connections_per_address
-        address = min(self.connections_per_address, max(address, half))
+        if room:
+            connections = min(connections or room, room)
+        half = max(1, connections // 2) if connections else self.connections_per_address
+        address = min(self.connections_per_address, max(address, half) if chosen else half)
         return replace(self, connections=connections, connections_per_address=address, transfers=transfers)
 
 
@@ -69,6 +79,24 @@ COUNTED: Final = {
 """How figures name the limits, and where a L{Crowd} counts those who met them."""
 
 
+SPARE: Final = 16
+"""Connections beyond the limit, so that a kubelet's probe is answered by a daemon that is full of slow clients."""
+FULL: Final = "as many are open as PROXY_CONNECTIONS or RLIMIT_NOFILE allow, and none is idle"
+
+
+class Closable(Protocol):
+    """
+    A connection.
+    """
+
+    @property
+    def settled(self) -> bool:
+        """Whether it has been idle for long enough not to be about to ask."""
+
+    def abort(self) -> None:
+        """Close at once, whatever was written."""
+
+
 class Crowd:
     """
     Who is connected, how many transfers are under way, and what was refused.
@@ -76,20 +104,26 @@ class Crowd:
     @param processes: how many such crowds there are, each with its part of the limits.
     @ivar connected: connections now.
     @ivar transferring: transfers now.
+    @ivar bodies: what they are sent from memory.
     @ivar refused_connections: that were one too many.
     @ivar refused_transfers: likewise.
     @ivar bad_requests: that were refused at the connection.
     @ivar slow_heads: connections that were closed in the middle of a request's head.
     @ivar idle: connections that were closed between requests.
     @ivar slow_readers: connections that were closed because nothing of an answer was taken.
+    @ivar idle_ones: connections that wait for a request, the one that has waited longest first.
+    @ivar spare: connections beyond the limit, the oldest first: these get an answer about the daemon's health alone.
     """
 
     def __init__(self, limits: Limits, processes: int = 1) -> None:
         self.limits, self._processes = limits, processes
         self.connected = self.transferring = 0
+        self.bodies = Bodies(share(BODIES_BYTES, processes))
         self.refused_connections = self.refused_transfers = self.bad_requests = 0
         self.slow_heads = self.idle = self.slow_readers = 0
         self._by_address: Counter[str] = Counter()
+        self.idle_ones: dict[Closable, None] = {}
+        self.spare: dict[Closable, None] = {}
 
     @property
     def transferring_everywhere(self) -> int:
@@ -110,11 +144,14 @@ class Crowd:
         """
         Take a connection in, unless it is one too many; who is let in leaves by C{leave}.
 
+        Where all there may be are open, the one that has been idle longest is closed for it.
+
         @param address: as L{counted} gives it; empty for who has none.
         """
-        full = 0 < self.limits.connections <= self.connected
-        if full or (address and 0 < self.limits.connections_per_address <= self._by_address[address]):
-            self.refused_connections += 1
+        if self.is_too_many(address):
+            self.refuse_connection("an address has as many as PROXY_CONNECTIONS_PER_ADDRESS allows", address)
+            return False
+        if 0 < self.limits.connections <= self.connected and not self._close_an_idle_one():
             return False
         self.connected += 1
         self._by_address[address] += 1
@@ -128,6 +165,42 @@ class Crowd:
         self._by_address[address] -= 1
         if not self._by_address[address]:
             del self._by_address[address]
+
+    def is_too_many(self, address: str) -> bool:
+        """
+        Return True if an address has as many connections as it may.
+        """
+        return bool(address) and 0 < self.limits.connections_per_address <= self._by_address[address]
+
+    def refuse_connection(self, why: str, address: str = "") -> None:
+        """
+        Count and log a connection that is closed for being one too many.
+        """
+        self.refused_connections += 1
+        log.warn("Connections are refused: {why}; {address}", why=why, address=address or "all", once=why)
+
+    def enter_spare(self, connection: Closable) -> None:
+        """
+        Let a connection stay beyond the limit, for as long as no more than C{SPARE} have come after it.
+        """
+        if len(self.spare) >= SPARE:
+            oldest = next(iter(self.spare))
+            del self.spare[oldest]
+            self.refuse_connection(FULL)
+            oldest.abort()
+        self.spare[connection] = None
+
+    def _close_an_idle_one(self) -> bool:
+        """
+        Close the connection that has been idle longest; return True if there was one.
+        """
+        oldest = next(iter(self.idle_ones), None)
+        if oldest is None or not oldest.settled:
+            return False
+        del self.idle_ones[oldest]
+        self.refuse_connection("as many are open as may be, idle ones are closed first")
+        oldest.abort()
+        return True
 
     def begin_transfer(self) -> bool:
         """

@@ -83,6 +83,13 @@ Guess: TypeAlias = tuple[Hashable, bytes]
 """A file's signature, and the hash of a name and a password that are wrong by it."""
 
 
+ECR_USER: Final = b"AWS"
+"""
+The name that goes with ECR's own tokens, of which each node has others. The kubelet's credential provider shows them to
+a mirror that asks for a password: that is no guess, and must not hold back who shares the node's address.
+"""
+
+
 class Failures:
     """
     Which wrong passwords each address has given lately.
@@ -179,7 +186,7 @@ class Passwords(Service):
         @raise RegistryError: if not.
         """
         shown = parse_basic(header)
-        if shown is None:
+        if shown is None or (shown[0] == ECR_USER and ECR_USER not in self._users.hashes):
             raise _unauthorized()
         self._hold_back(address)
         name = self._name(b":".join(shown))

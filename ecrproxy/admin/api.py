@@ -28,9 +28,10 @@ from twisted.web.http import OK
 from zope.interface import implementer
 
 from ecrproxy.cache.inventory import STEP, Document, Inventory
-from ecrproxy.http.answering import Answering, begin, send_small
+from ecrproxy.http.answering import Answering, begin, send_body
 from ecrproxy.http.request import field
 from ecrproxy.oci import Digest, RegistryError
+from ecrproxy.transfer.sending import LEAST_PIECE
 
 if TYPE_CHECKING:
     from twisted.internet.interfaces import IReactorTime
@@ -105,7 +106,7 @@ class Api(Answering):
         removed = await self._listing(self._inventory.remove, entries, content, unused_since)
         await self._purged()
         log.info("Purged {files} files, {bytes} bytes", files=removed.files, bytes=removed.bytes)
-        send_small(request, OK, "application/json", _line(dataclasses.asdict(removed)))
+        await send_body(request, OK, "application/json", _line(dataclasses.asdict(removed)))
 
     async def _verify(self, request: Request, document: Document) -> None:
         keep, rate = document.get("keep") is True, _number(document, "rate")
@@ -127,8 +128,9 @@ class Api(Answering):
             lines, hashed = await in_thread(_step, documents)
             if not lines:
                 break
-            request.write(lines)
-            await flow.open()
+            for start in range(0, len(lines), LEAST_PIECE):
+                request.write(lines[start : start + LEAST_PIECE])
+                await flow.open()
             if rate and hashed:
                 await deferLater(self._clock, hashed / rate)
         request.unregisterProducer()
@@ -178,13 +180,13 @@ def _step(documents: Iterator[Document]) -> tuple[bytes, int]:
 
     @return: their lines, none when there are no more, and the bytes that were hashed for them.
     """
-    lines, hashed = [], 0
+    lines, hashed = bytearray(), 0
     for each in itertools.islice(documents, _TOGETHER):
-        lines.append(_line(each))
+        lines += _line(each)
         hashed += each.get("hashed", 0)
-        if hashed >= STEP:
+        if hashed >= STEP or len(lines) >= LEAST_PIECE:
             break
-    return b"".join(lines), hashed
+    return bytes(lines), hashed
 
 
 def _line(document: Document) -> bytes:

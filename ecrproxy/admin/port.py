@@ -5,8 +5,9 @@ Rules:
 
 - Nothing here is for other sites: no header lets their scripts read an answer, and no answer may be put into a frame.
 - A name can be made to lead here by whoever owns it (DNS rebinding), and his scripts would then be of this site. So
-  whoever asks has to call this port by an address, by C{localhost}, or by a name without a dot, which no stranger owns,
-  or by one that the operator says is his.
+  whoever asks has to call this port by an address, by C{localhost}, by the machine's name, or by one that the operator
+  says is his. Programs may use any name without a dot, as of a container or a Service; a page could have one from
+  whoever answers for names on its reader's network.
   Whoever names nothing is no browser: HTTP/1.0 without a Host is answered.
   What Prometheus and probes ask for is open to any name: they know daemons by all sorts of them.
 """
@@ -20,13 +21,13 @@ from twisted.internet.defer import Deferred
 from twisted.web.resource import Resource
 from twisted.web.template import flattenString
 
+from ecrproxy.access.browsers import has_no_dot, is_ours
 from ecrproxy.access.limits import Crowd, Limits
-from ecrproxy.addresses import is_address
 from ecrproxy.admin.api import BODY_LIMIT
 from ecrproxy.admin.page import DOCTYPE, Page, part
 from ecrproxy.admin.readings import of_readiness
-from ecrproxy.http.answering import Answering, Health, Missing, send_small
-from ecrproxy.http.request import RegistryRequest
+from ecrproxy.http.answering import Answering, Health, Missing, send_body
+from ecrproxy.http.request import host_of, is_browsers
 from ecrproxy.http.site import RegistrySite
 from ecrproxy.oci import RegistryError
 
@@ -57,35 +58,11 @@ HEADERS: Final = {
 }
 
 
-def is_ours(host: str, named: frozenset[str] = frozenset()) -> bool:
-    """
-    Tell whether C{host} is a name that no stranger can have lead here.
-
-    @param named: names that the operator says are his.
-    """
-    bare, name = host.removeprefix("[").removesuffix("]"), host.lower()
-    return is_address(bare) or "." not in host or name.endswith(".localhost") or name in named
-
-
-class OperatorsRequest(RegistryRequest):
-    """
-    A request whose answer is for no other site.
-    """
-
-    def write(self, data: bytes) -> None:  # noqa: D102
-        if not self.startedWriting:
-            self.responseHeaders.removeHeader("Access-Control-Allow-Origin")
-            for name, value in HEADERS.items():
-                self.setHeader(name, value)
-        super().write(data)
-
-
 class OperatorsSite(RegistrySite):
     """
     What serves the operator's port.
     """
 
-    requestFactory = OperatorsRequest
     body_limit = BODY_LIMIT
 
 
@@ -101,10 +78,14 @@ class OperatorsRoot(Resource):
         self._hosts = hosts
 
     def getChildWithDefault(self, path: bytes, request: Request) -> Resource:  # noqa: D102
-        if path not in OPEN and not is_ours(request.getRequestHostname().decode("ascii", "replace"), self._hosts):
+        if path not in OPEN and not self._is_named_well(request):
             return Unknown()
         child: Resource = super().getChildWithDefault(path, request)
         return Missing() if request.postpath and path != API else child
+
+    def _is_named_well(self, request: Request) -> bool:
+        host = host_of(request)
+        return is_ours(host, self._hosts) or (has_no_dot(host) and not is_browsers(request))
 
     def getChild(self, path: bytes, request: Request) -> Resource:  # noqa: ARG002
         """
@@ -123,7 +104,7 @@ class Unknown(Answering):
         Say so.
         """
         raise RegistryError(
-            403, "DENIED", "ask for this by address, as localhost, by a name without a dot or in PROXY_ADMIN_HOSTS"
+            403, "DENIED", "ask for this by address, as localhost, or by a name that is in PROXY_ADMIN_HOSTS"
         )
 
 
@@ -145,7 +126,7 @@ class Metrics(Answering):
         found: Deferred[Readiness] = Deferred.fromCoroutine(self._status.readiness())
         await self._gather()
         self._found = await found
-        send_small(request, 200, TEXT_FORMAT, self._figures.page())
+        await send_body(request, 200, TEXT_FORMAT, self._figures.page())
 
 
 async def have_all() -> None:
@@ -167,7 +148,7 @@ class Document(Answering):
         """
         Give a snapshot.
         """
-        send_small(request, 200, "application/json", (await self._status.snapshot()).to_json())
+        await send_body(request, 200, "application/json", (await self._status.snapshot()).to_json())
 
 
 class StatusPage(Answering):
@@ -184,7 +165,7 @@ class StatusPage(Answering):
         Give a page of a snapshot.
         """
         page = await flattenString(request, Page(await self._status.snapshot()))
-        send_small(request, 200, "text/html; charset=utf-8", DOCTYPE + page)
+        await send_body(request, 200, "text/html; charset=utf-8", DOCTYPE + page)
 
 
 class Part(Answering):
@@ -200,7 +181,7 @@ class Part(Answering):
         """
         Give it.
         """
-        send_small(request, 200, self._content_type, self._body)
+        await send_body(request, 200, self._content_type, self._body)
 
 
 def make_admin_site(
@@ -230,4 +211,4 @@ def make_admin_site(
     root.putChild(b"healthz", Health())
     root.putChild(b"readyz", ready)
     root.putChild(API, api)
-    return OperatorsSite(root, reactor, Crowd(Limits()))
+    return OperatorsSite(root, reactor, Crowd(Limits()), headers=HEADERS)

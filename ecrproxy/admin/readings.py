@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from ecrproxy.access.limits import COUNTED
+from ecrproxy.cache.condition import TROUBLES
 from ecrproxy.metrics import Figure, Reading
 from ecrproxy.registry.circuit import CircuitState
 from ecrproxy.registry.quotas import Call
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ecrproxy.access.limits import Crowd
+    from ecrproxy.cache.condition import Condition
     from ecrproxy.cache.janitor import Janitor
     from ecrproxy.cache.store import Store
     from ecrproxy.metrics import LoopStall
@@ -36,8 +38,15 @@ EVICTIONS: Final = Figure("cache_evictions_total", "Files evicted to make room")
 OLDEST_USE: Final = Figure(
     "cache_oldest_use_timestamp_seconds", "When the least recently used file was used last", combine=max
 )
+DISK_TROUBLE: Final = Figure(
+    "disk_trouble",
+    "1 while the cache directory can't be read or written, no more files can be opened, or its disk hangs",
+    "kind",
+    max,
+)
 TOKEN_EXPIRY: Final = Figure("token_expiry_timestamp_seconds", "When the token for ECR expires", combine=min)
 TOKEN_FAILURES: Final = Figure("token_refresh_failures_total", "Refreshes of the token that failed")
+QUEUE_FULL: Final = Figure("upstream_queue_full_total", "Questions refused because too many wait already", "call")
 WAITING: Final = Figure("upstream_waiting", "Questions that wait for their turn within ECR's quotas", "call")
 RETRIES: Final = Figure("upstream_retries_total", "Questions asked again after a failure")
 CIRCUIT: Final = Figure("circuit_state", "1 for the state of the circuit for all questions to ECR", "state", max)
@@ -46,9 +55,14 @@ OPEN_REPOSITORIES: Final = Figure(
 )
 TRANSFERS: Final = Figure("transfers", "Blobs on their way from upstream")
 CONNECTIONS: Final = Figure("client_connections", "Connections of clients")
-SENDING: Final = Figure("client_transfers", "Blobs on their way to clients")
+CONNECTIONS_LIMIT: Final = Figure("client_connections_limit", "Maximum number of connections of clients")
+SENDING: Final = Figure("client_transfers", "Blobs and answers of more than 64 KiB on their way to clients")
 LIMITS: Final = Figure("client_limits_total", "Connections and requests that met a limit, by which", "limit")
-LOOP_STALL: Final = Figure("loop_stall_seconds", "The longest time for which the event loop stood still", combine=max)
+LOOP_STALL: Final = Figure(
+    "loop_stall_seconds",
+    "The longest time for which the event loop stood still within the last minutes, five at most",
+    combine=max,
+)
 CERTIFICATE_EXPIRY: Final = Figure(
     "certificate_expiry_timestamp_seconds",
     "When the certificate that is served ends, the first if there are several, in seconds since the epoch",
@@ -57,7 +71,8 @@ CAN_SERVE: Final = Figure("can_serve", "1 if the daemon can serve clients, as /r
 CAN_FETCH: Final = Figure("can_fetch", "1 if the daemon can fetch from ECR, as /readyz tells")
 FIGURES: Final = (
     *(CACHE_FILES, CACHE_BYTES, CACHE_RESERVED, CACHE_LIMIT, EVICTIONS, OLDEST_USE, TOKEN_EXPIRY, TOKEN_FAILURES),
-    *(WAITING, RETRIES, CIRCUIT, OPEN_REPOSITORIES, TRANSFERS, CONNECTIONS, SENDING, LIMITS, LOOP_STALL),
+    *(QUEUE_FULL, WAITING, RETRIES, CIRCUIT, OPEN_REPOSITORIES, TRANSFERS, CONNECTIONS, CONNECTIONS_LIMIT, SENDING),
+    *(LIMITS, LOOP_STALL, DISK_TROUBLE),
 )
 """Those that workers know; of the others the parent knows by itself."""
 
@@ -86,6 +101,17 @@ def _oldest_use(store: Store) -> float | None:
         return None
 
 
+def of_disk(condition: Condition) -> list[Reading]:
+    """
+    Tell what is wrong with the cache directory's disk.
+    """
+
+    def found() -> dict[str, float]:
+        return {kind: condition.has(kind) for kind in TROUBLES}
+
+    return [Reading(DISK_TROUBLE, found)]
+
+
 def of_token(tokens: TokenService) -> list[Reading]:
     """
     Tell how good the token is.
@@ -104,7 +130,11 @@ def of_upstream(wire: Wire, circuit: Circuit, governor: Governor) -> list[Readin
     def waiting() -> dict[str, float]:
         return {each.value: governor.waiting(each) for each in Call}
 
+    def refused() -> dict[str, float]:
+        return {each.value: governor.refused(each) for each in Call}
+
     return [
+        Reading(QUEUE_FULL, refused),
         Reading(WAITING, waiting),
         Reading(RETRIES, lambda: wire.retried),
         Reading(CIRCUIT, states),
@@ -133,9 +163,12 @@ def of_transfers(pull_through: PullThrough) -> list[Reading]:
     return [Reading(TRANSFERS, lambda: len(pull_through.transfers()))]
 
 
-def of_clients(crowd: Crowd) -> list[Reading]:
+def of_clients(crowd: Crowd, most: int | None) -> list[Reading]:
     """
     Tell who is connected, and who was refused or let go.
+
+    @param most: connections that may be open at once, by the settings and by the descriptors that there are; none if
+        nothing limits them.
     """
 
     def met() -> dict[str, float]:
@@ -143,6 +176,7 @@ def of_clients(crowd: Crowd) -> list[Reading]:
 
     return [
         Reading(CONNECTIONS, lambda: crowd.connected),
+        Reading(CONNECTIONS_LIMIT, lambda: most),
         Reading(SENDING, lambda: crowd.transferring),
         Reading(LIMITS, met),
     ]
@@ -152,7 +186,7 @@ def of_loop(stall: LoopStall) -> list[Reading]:
     """
     Tell how long the event loop stood still.
     """
-    return [Reading(LOOP_STALL, lambda: stall.longest)]
+    return [Reading(LOOP_STALL, lambda: stall.lately)]
 
 
 def of_certificates(expires: Callable[[], float | None]) -> list[Reading]:

@@ -13,6 +13,8 @@ from twisted.internet.defer import TimeoutError as DeferredTimeoutError
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from ecrproxy.cache.troubles import Kind
+
 if TYPE_CHECKING:
     from twisted.internet.interfaces import IReactorTime
 
@@ -25,6 +27,10 @@ FRESH_SECONDS: Final = 2.0
 """How long a look is good for."""
 PATIENCE: Final = 2.0
 """Seconds that a look may take before the disk is said to hang; it goes on, and no other begins meanwhile."""
+
+HANGS: Final = "hang"
+TROUBLES: Final = (*(kind.name.lower() for kind in Kind), HANGS)
+"""How figures name what can be wrong: a kind of call that fails, or a look that takes longer than C{PATIENCE}."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +58,14 @@ class Condition:
         self._last, self._fresh_until = Look(), float("-inf")
         self._began: float | None = None
         self._waiting: list[Deferred[None]] = []
+
+    def has(self, trouble: str) -> bool:
+        """
+        Return True while there is a trouble of C{TROUBLES}.
+        """
+        if trouble == HANGS:
+            return self._began is not None and self._clock.seconds() >= self._began + PATIENCE
+        return Kind[trouble.upper()] in self._store.troubles.standing()
 
     async def latest(self) -> Look:
         """

@@ -131,6 +131,13 @@ class Janitor(Service):
         await self._in_thread(self._fit)
         await self._in_thread(self.make_room, 0)  # the limit may be lower than it was
 
+    def fits(self, size: int) -> bool:
+        """
+        Return True if there is room for C{size} bytes without evicting anything.
+        """
+        ledger = self._store.ledger
+        return ledger.total + ledger.reserved + size <= self.limit
+
     async def reserve(self, size: int) -> bool:
         """
         Make room for C{size} bytes that will arrive; false if it can't be had.
@@ -139,7 +146,7 @@ class Janitor(Service):
             return False
         ledger = self._store.ledger
         with ledger.lock:
-            if ledger.total + ledger.reserved + size <= self.limit:
+            if self.fits(size):
                 ledger.reserve(size)
                 return True
         return await undone_if_late(

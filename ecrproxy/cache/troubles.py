@@ -93,6 +93,13 @@ class Troubles:
                 del self._standing[kind]
             log.info("No more: {what}", what=kind.value)
 
+    def standing(self) -> set[Kind]:
+        """
+        Tell what can't be done.
+        """
+        with self._lock:
+            return set(self._standing)
+
     def reasons(self) -> list[str]:
         """
         Say what is wrong.

@@ -15,6 +15,8 @@ from typing import Any, Final
 
 from twisted.internet.base import ReactorBase
 
+from ecrproxy.access.limits import SPARE
+
 OWN_FILES: Final = 64
 """Descriptors that are left for all but clients: listening sockets, AWS, ECR and its buckets, files that arrive."""
 FILES_OF_A_CLIENT: Final = 3
@@ -64,6 +66,16 @@ def most_clients(files: int | None = None) -> int:
     if soft == resource.RLIM_INFINITY:
         return sys.maxsize
     return max(1, (soft - OWN_FILES) // FILES_OF_A_CLIENT)
+
+
+def clients_beside_spare(files: int | None = None) -> int:
+    """
+    Give the number of connections that clients may have, so that a few are left to be told that there are no more.
+
+    @param files: as for L{most_clients}.
+    """
+    most = most_clients(files)
+    return most - min(2 * SPARE, most // 2)  # the oldest of the spare ones is closed for the next
 
 
 def give_memory_back() -> None:

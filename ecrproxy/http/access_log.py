@@ -4,22 +4,32 @@ One line a request, at little cost.
 A line by itself is logged at once. In a rush the lines of C{GATHER_SECONDS} go to the log together, for it is the
 log's work on each event, not the line, that costs: a sixth of all work on cached manifests, if done for each.
 Who reads the log finds the single lines in the event's C{lines}.
+
+Refused requests cost a client nothing, so they don't fill the log: beyond C{REFUSED} in that time, those of a client
+are counted in one line.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from twisted.application.service import Service
 from twisted.logger import Logger
 
+from ecrproxy.access.limits import counted
+
 if TYPE_CHECKING:
     from twisted.internet.interfaces import IDelayedCall, IReactorTime
 
 log = Logger(namespace="access")
+log_of_others = Logger()
 
 GATHER_SECONDS: Final = 0.1
+REFUSED: Final = 10
+"""Lines of refused requests that a client's network has in C{GATHER_SECONDS}."""
+_REFUSALS: Final = range(400, 600)
 
 
 class AccessLine(NamedTuple):
@@ -84,6 +94,7 @@ class AccessLog(Service):
         self._clock = clock
         self._gathered: list[AccessLine] = []
         self._timer: IDelayedCall | None = None
+        self._refused: Counter[str] = Counter()
         self._over = False
 
     def stopService(self) -> None:  # noqa: D102
@@ -97,6 +108,11 @@ class AccessLog(Service):
         """
         Log C{line}.
         """
+        if line.status in _REFUSALS and not self._over:
+            network = counted(line.client)
+            self._refused[network] += 1
+            if self._refused[network] > REFUSED:
+                return
         if self._timer is not None:
             self._gathered.append(line)
             return
@@ -109,6 +125,11 @@ class AccessLog(Service):
     def _flush(self) -> None:
         self._timer = None
         gathered, self._gathered = self._gathered, []
+        refused, self._refused = self._refused, Counter()
+        for network, count in refused.items():
+            if count > REFUSED:
+                said = "{count} more requests of {network} were refused, and have no line"
+                log_of_others.info(said, count=count - REFUSED, network=network or "a socket")
         if gathered:
             self._log(gathered)
             self._wait()

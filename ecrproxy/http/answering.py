@@ -5,17 +5,20 @@ Resources that answer with a coroutine, and what all answers have in common.
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, Final, cast
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
-from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.defer import CancelledError, Deferred, execute
 from twisted.internet.error import ConnectionDone
 from twisted.logger import Logger
 from twisted.web.http import OK, SERVICE_UNAVAILABLE
 from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET, Request
 
+from ecrproxy.access.bodies import NoRoomError
 from ecrproxy.cache.content import DigestMismatchError
 from ecrproxy.http.request import RegistryRequest, path
 from ecrproxy.oci import RegistryError
@@ -23,14 +26,21 @@ from ecrproxy.readiness import Readiness
 from ecrproxy.reasons import Reason
 from ecrproxy.request_id import current
 from ecrproxy.transfer.lane import ShortBodyError
+from ecrproxy.transfer.sending import LEAST_PIECE, send
+from ecrproxy.transfer.sources import Held
 
 if TYPE_CHECKING:
     from twisted.python.failure import Failure
 
+    from ecrproxy.access.limits import Crowd
+
 log = Logger()
+T = TypeVar("T")
 
 HSTS: Final = "max-age=31536000"
 # The nginx proxy adds its headers where nginx's add_header does without C{always}.
+# Clients show the status line as it came, and programs match its words; Twisted does not know 429.
+_PHRASES: Final = {each.value: each.phrase.encode("ascii") for each in HTTPStatus}
 _DECORATED: Final = frozenset({200, 201, 204, 206, 301, 302, 303, 304, 307, 308})
 
 
@@ -168,21 +178,85 @@ def begin(request: Request, status: int) -> None:
     """
     Set the status, and the headers that go with it on every answer.
     """
-    request.setResponseCode(status)
+    request.setResponseCode(status, _PHRASES.get(status))
     if not request.responseHeaders.hasHeader("Cache-Control"):
         # Without it, caches choose how long to keep an answer, a 404 as well: RFC 9111, 4.2.2.
         request.setHeader("Cache-Control", "no-cache")
     if status in _DECORATED:
-        request.setHeader("Access-Control-Allow-Origin", "*")
         if request.isSecure():
             request.setHeader("Strict-Transport-Security", HSTS)
     else:
         request.responseHeaders.removeHeader("X-Cache-Status")
 
 
+@contextmanager
+def transferring(request: Request) -> Iterator[None]:
+    """
+    Count a response as a transfer.
+
+    @raise RegistryError: if it is one too many.
+    """
+    crowd: Crowd = cast(Any, request.channel).crowd
+    if not crowd.begin_transfer():
+        raise _busy("as many large answers are being sent as may be; ask again")
+    try:
+        yield
+    finally:
+        crowd.end_transfer()
+
+
+@contextmanager
+def holding(request: Request, body: bytes) -> Iterator[None]:
+    """
+    Count a response whose C{body} stays in memory until it is sent, as that and as a transfer.
+
+    @raise RegistryError: if it is one too many.
+    """
+    channel: Any = request.channel
+    bodies, now = channel.crowd.bodies, channel.factory.reactor.seconds()
+    with transferring(request):
+        try:
+            sending = bodies.begin(body, now, channel.break_off)
+        except NoRoomError:
+            raise _busy("too many large answers are being sent; ask again") from None
+        try:
+            yield
+        finally:
+            bodies.end(sending)
+
+
+def _busy(said: str) -> RegistryError:
+    return RegistryError(503, "UNAVAILABLE", said, {"Retry-After": "5"}, Reason.BUSY)
+
+
+def _here(blocking: Callable[..., T], *args: Any) -> Deferred[T]:  # noqa: ANN401 (InThread)
+    """
+    Call what would block in a thread: nothing of what is in memory does.
+    """
+    return execute(blocking, *args)
+
+
+async def send_body(request: Request, status: int, content_type: str, body: bytes) -> None:
+    """
+    Send a whole answer of any size, at the client's pace.
+
+    @raise RegistryError: if too many large ones are being sent.
+    """
+    if len(body) <= LEAST_PIECE or request.method == b"HEAD":
+        send_small(request, status, content_type, body)
+        return
+    with holding(request, body):
+        begin(request, status)
+        request.setHeader("Content-Type", content_type)
+        request.setHeader("Content-Length", str(len(body)))
+        request.write(b"")
+        await send(request, Held(body), _here, lambda: LEAST_PIECE)
+    request.finish()
+
+
 def send_small(request: Request, status: int, content_type: str, body: bytes) -> None:
     """
-    Send a whole small answer.
+    Send a whole answer of at most C{LEAST_PIECE} bytes.
     """
     begin(request, status)
     request.setHeader("Content-Type", content_type)

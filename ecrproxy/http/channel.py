@@ -58,12 +58,19 @@ LENGTH_DIGITS: Final = 18
 """More digits in a Content-Length are no length, but an attempt on C{int}."""
 FRESH_SECONDS: Final = 1
 """How long a client that has just connected has for its one request when the daemon ends."""
+SETTLED_SECONDS: Final = 1
+"""How long a connection is idle before it is closed for another: a client's next request is not about to come."""
 
 _TLS_HANDSHAKE = b"\x16"
 _HOST = re.compile(rf"{HOST}*".encode())
 _TLS_HERE = b"This port speaks HTTP without TLS.\n"
 _PLAIN_HERE = b"This port speaks HTTP over TLS alone: use https.\n"
 _UNSUPPORTED = b'{"errors": [{"code": "UNSUPPORTED", "message": "this proxy only reads"}]}\n'
+_FRAMING = b"the request is malformed, or could be read in more than one way (RFC 9112)"
+_LONG = b"the request line or the headers are longer than PROXY_HEADER_BYTES"
+_HOSTS = b"the request needs one Host header, with the name of a host"
+_BODY = b"a GET or HEAD must not announce a body (Content-Length)"
+_TARGET = b"the request's target is neither a path nor the URL of one"
 
 
 @implementer(IHalfCloseableProtocol)
@@ -74,15 +81,19 @@ class StrictChannel(HTTPChannel):
     @ivar crowd: all clients that are connected; the site sets it.
     @ivar connections: all connections, which end with the daemon; the site sets it.
     @ivar body_limit: the bytes that a request's body may have, if it may have one; the site sets it.
+    @ivar spare: whether it is a connection too many, which is answered about the daemon's health alone.
     @ivar patience: waits for the client to take what it is sent. Whoever sends past this channel begins and ends it.
     """
 
     crowd: Crowd
     connections: Connections
     body_limit = 0
+    spare = False
+    _idle_since = 0.0
     transport: Any
     _networkProducer: Any
     _line = b""
+    _is_head = False
     _fresh = True
     _ending = False
     _half_closed = False
@@ -95,7 +106,7 @@ class StrictChannel(HTTPChannel):
         self._head = Patience(self.callLater, limits.header_seconds, self._slow_head)
         self.patience = Patience(self.callLater, limits.send_seconds, self._slow_reader)
         self._lingering = Patience(self.callLater, LINGER_SECONDS, self._close)
-        self._breaking = Patience(self.callLater, LINGER_SECONDS, self._abort)
+        self._breaking = Patience(self.callLater, LINGER_SECONDS, self.abort)
         if ITCPTransport.providedBy(self.transport):
             self.transport.setTcpKeepAlive(True)
         self.connections.opened(self)
@@ -103,8 +114,13 @@ class StrictChannel(HTTPChannel):
         address = counted(str(getattr(self.transport.getPeer(), "host", "")))
         if self.crowd.enter(address):
             self._address = address
-        else:
+            self._note_idle()
+        elif self.crowd.is_too_many(address):
             self.transport.abortConnection()
+        else:
+            self.spare = True
+            self.crowd.enter_spare(self)
+            self._head.begin()
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:  # noqa: D102
         self._head.end()
@@ -114,6 +130,8 @@ class StrictChannel(HTTPChannel):
         if self._address is not None:
             self.crowd.leave(self._address)
             self._address = None
+        self.crowd.idle_ones.pop(self, None)
+        self.crowd.spare.pop(self, None)
         self._stop_input()
         super().connectionLost(reason)
         self.patience.end()  # what is told of the end may have begun it again
@@ -154,6 +172,17 @@ class StrictChannel(HTTPChannel):
                 if not request.startedWriting:
                     _say_last(request)
 
+    @property
+    def settled(self) -> bool:
+        """
+        Tell whether nothing was asked on it for C{SETTLED_SECONDS}.
+        """
+        return bool(self.factory.reactor.seconds() - self._idle_since >= SETTLED_SECONDS)
+
+    def _note_idle(self) -> None:
+        self._idle_since = self.factory.reactor.seconds()
+        self.crowd.idle_ones[self] = None
+
     def _end_unused(self) -> None:
         if self._fresh:
             self.loseConnection()
@@ -185,7 +214,7 @@ class StrictChannel(HTTPChannel):
         """
         Tell whether the connection goes on after this request.
         """
-        if not self.connections.draining:
+        if not self.connections.draining and not self.spare:
             return bool(super().checkPersistence(request, version))
         _say_last(request)
         return False
@@ -195,8 +224,9 @@ class StrictChannel(HTTPChannel):
         Take bytes.
         """
         fresh, self._fresh = self._fresh, False
-        if self._address is None or self._ending:
+        if (self._address is None and not self.spare) or self._ending:
             return
+        self.crowd.idle_ones.pop(self, None)
         if fresh and data.startswith(_TLS_HANDSHAKE):
             self._refuse_protocol("{client} speaks TLS to a plain port, and is told to use HTTP", _TLS_HERE)
             return
@@ -213,7 +243,7 @@ class StrictChannel(HTTPChannel):
         self._networkProducer.unregisterProducer()
         self.transport = self._networkProducer = transport
         self._fresh = False
-        if self._address is not None:
+        if self._address is not None or self.spare:
             self._refuse_protocol("{client} speaks plain HTTP to a TLS port, and is told to use https", _PLAIN_HERE)
 
     @property
@@ -250,7 +280,10 @@ class StrictChannel(HTTPChannel):
         if not self.paused and not self._head.waiting:
             self._head.begin()
 
-    def _abort(self) -> None:
+    def abort(self) -> None:
+        """
+        Close at once, whatever was written.
+        """
         self.transport.abortConnection()
 
     def _slow_head(self) -> None:
@@ -289,6 +322,8 @@ class StrictChannel(HTTPChannel):
         Go on with the next request.
         """
         super().requestDone(request)
+        if self._address is not None and not (self.requests or self._buffer or self._ending):
+            self._note_idle()
         self._go_on()
 
     def loseConnection(self) -> None:
@@ -344,7 +379,7 @@ class StrictChannel(HTTPChannel):
         Take a line of a request's head.
         """
         if line and not self._line:
-            self._line = line
+            self._line, self._is_head = line, line.startswith(b"HEAD ")
             self._await_head()
         if line[:1] in (b" ", b"\t") or b"\n" in line or b"\r" in line:
             self.refuse()
@@ -355,7 +390,7 @@ class StrictChannel(HTTPChannel):
         """
         Refuse a line longer than all headers may be.
         """
-        self.refuse()
+        self.refuse(_LONG)
 
     def headerReceived(self, line: bytes) -> bool:
         """
@@ -379,8 +414,12 @@ class StrictChannel(HTTPChannel):
         hosts = self.requests[-1].requestHeaders.getRawHeaders(b"Host", [])
         reads = line.startswith((b"GET ", b"HEAD "))
         named = len(hosts) == 1 or (not hosts and not line.endswith(b"HTTP/1.1"))
-        if not named or not all(map(_HOST.fullmatch, hosts)) or (reads and self.length) or not self._aim():
-            self.refuse()
+        if not named or not all(map(_HOST.fullmatch, hosts)):
+            self.refuse(_HOSTS)
+        elif reads and self.length:
+            self.refuse(_BODY)
+        elif not self._aim():
+            self.refuse(_TARGET)
         elif reads and self.length is None:
             self._head.begin()  # an empty body has the time of a head
             self._transferDecoder: Any = EmptyBody(self._finishRequestBody, self.refuse)
@@ -424,12 +463,17 @@ class StrictChannel(HTTPChannel):
         if self.length != 0 or isinstance(self._transferDecoder, EmptyBody):
             super()._send100Continue()
 
-    def refuse(self) -> bool:
+    def refuse(self, said: bytes = _FRAMING) -> bool:
         """
-        Answer 400, and close.
+        Answer 400, and close. Whether it was a HEAD may not be known: it is not told why.
+
+        @param said: what is wrong.
         """
         self.crowd.bad_requests += 1
-        self._answer(b"400 Bad Request")
+        client, why = address_of(self.transport.getPeer()), said.decode("ascii")
+        log.info("A request of {client} is refused: {why}", client=client, why=why, once=(client, why))
+        told = b"" if self._is_head else b'{"errors": [{"code": "UNSUPPORTED", "message": "%b"}]}\n' % said
+        self._answer(b"400 Bad Request", body=told)
         return False
 
     def _respondToBadRequestAndDisconnect(self) -> None:
@@ -454,8 +498,9 @@ class StrictChannel(HTTPChannel):
         self.length = None  # to Twisted: a body of unknown length follows, so that no request is made of this
         request_id, site = self.factory.new_id(), self.factory
         site.refused(address_of(self.transport.getPeer()), int(status[:3]), len(body), request_id)
-        head = b"%b %b\r\nServer: ecrproxy\r\nDocker-Distribution-Api-Version: registry/2.0\r\n" % (version, status)
+        head = b"%b %b\r\nDocker-Distribution-Api-Version: registry/2.0\r\n" % (version, status)
         headers += b"%b: %b\r\n" % (REQUEST_ID, request_id.encode("ascii"))
+        headers += b"".join(b"%b: %b\r\n" % (name, value) for name, (value,) in site.headers)
         length = b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body)
         self.writeSequence([head, headers, length, body])
         self._linger()

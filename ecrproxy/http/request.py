@@ -4,6 +4,7 @@ A client's request, with what is told of it later.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from twisted.internet.interfaces import ISSLTransport
@@ -22,6 +23,13 @@ if TYPE_CHECKING:
     from twisted.python.failure import Failure
 
 
+RawHeaders = Sequence[tuple[bytes, list[bytes]]]
+"""Headers as Twisted has them."""
+PATH_LENGTH: Final = 405
+"""Characters of a path that are logged: the longest that is served, a name of 255 with a sha512 digest."""
+METHOD_LENGTH: Final = 32
+_BROWSERS: Final = (b"Origin", b"Sec-Fetch-Site", b"Accept-Language")
+"""Headers that browsers send: at least the last is in each request of theirs."""
 _SECRET: Final = frozenset({b"authorization", b"proxy-authorization", b"cookie"})
 
 
@@ -48,11 +56,13 @@ class RegistryRequest(Request):
     route: Route | None = None
     started: float
     upstream: Stopwatch
+    _headers: RawHeaders = ()
 
     def process(self) -> None:  # noqa: D102
         site: Any = self.channel.factory
         self.started = site.reactor.seconds()
         self.upstream = Stopwatch(site.reactor.seconds)
+        self._headers = site.headers
         self.id = choose_id(self.requestHeaders.getRawHeaders(REQUEST_ID, ()), site.new_id)
         self.responseHeaders.setRawHeaders(REQUEST_ID, [self.id.encode("ascii")])
         self.uri, self.path = self.target.origin.encode("latin-1"), self.target.path.encode("latin-1")
@@ -70,7 +80,8 @@ class RegistryRequest(Request):
 
     def write(self, data: bytes) -> None:  # noqa: D102
         if not self.startedWriting:
-            self.responseHeaders.setRawHeaders(b"Server", [b"ecrproxy"])
+            for name, values in self._headers:
+                self.responseHeaders.setRawHeaders(name, values)
         super().write(data)
 
     def connectionLost(self, reason: Failure) -> None:
@@ -98,6 +109,20 @@ def field(request: Request, name: bytes) -> str | None:
     return values[-1] if values else None
 
 
+def is_browsers(request: Request) -> bool:
+    """
+    Return True if a browser sent it: see L{ecrproxy.access.browsers}.
+    """
+    return any(map(request.requestHeaders.hasHeader, _BROWSERS))
+
+
+def host_of(request: Request) -> str:
+    """
+    Return the host that was asked for, without the port.
+    """
+    return bytes(request.getRequestHostname()).decode("ascii", "replace")
+
+
 def caller_of(request: Request) -> Caller:
     """
     Tell what is known of who asks.
@@ -117,7 +142,7 @@ def asker_of(request: RegistryRequest) -> Asker:
         method=request.method.decode("ascii"),
         target=request.target.origin,
         scheme="https" if request.isSecure() else "http",
-        host=request.getRequestHostname().decode("ascii", "replace"),
+        host=host_of(request),
         address=address(request),
         headers={
             name.decode("ascii").lower(): b", ".join(values).decode("utf-8", "replace")
@@ -138,12 +163,15 @@ def path(request: http.Request) -> str:
     """
     Name what was asked for, without the query: it may hold secrets.
     """
-    return printable(request.uri.partition(b"?")[0][:1000])
+    return printable(request.uri.partition(b"?")[0], PATH_LENGTH)
 
 
-def printable(sent: bytes) -> str:
+def printable(sent: bytes, length: int) -> str:
     """
     Write what a client has sent so that it can't pass for anything else in a log.
+
+    @param length: the most characters that it is worth, escapes included.
     """
-    text = sent.decode("latin-1")
-    return text if text.isascii() and text.isprintable() else text.encode("unicode_escape").decode("ascii")
+    text = sent[:length].decode("latin-1")
+    plain = text.isascii() and text.isprintable()
+    return text if plain else text.encode("unicode_escape").decode("ascii")[:length]

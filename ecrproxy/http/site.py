@@ -12,14 +12,26 @@ from twisted.web import http
 from twisted.web.resource import Resource
 from twisted.web.server import Request, Site
 
+from ecrproxy.access.browsers import Pages
 from ecrproxy.access.clients import Admission
-from ecrproxy.access.limits import Crowd, Limits
+from ecrproxy.access.limits import FULL, Crowd, Limits
 from ecrproxy.daemon.ending import Connections
 from ecrproxy.http.access_log import AccessLine, AccessLog
 from ecrproxy.http.answering import Answering, Health, Missing
 from ecrproxy.http.channel import StrictChannel
-from ecrproxy.http.request import RegistryRequest, address, caller_of, path, printable
+from ecrproxy.http.request import (
+    METHOD_LENGTH,
+    RegistryRequest,
+    address,
+    caller_of,
+    field,
+    host_of,
+    is_browsers,
+    path,
+    printable,
+)
 from ecrproxy.metrics import Served
+from ecrproxy.oci import RegistryError
 from ecrproxy.ranking import SAVING
 from ecrproxy.reasons import Reason
 from ecrproxy.request_id import numbered
@@ -52,11 +64,14 @@ class Front(Answering):
     @param registry: answers /v2/ and below.
     @param others: what else there is, by exact path. Those of L{HEALTH} are outside the gate.
     @param admission: lets in clients; none for all.
+    @param pages: the web pages that may ask.
     """
 
-    def __init__(self, registry: Answering, others: Mapping[str, Answering], admission: Admission | None) -> None:
+    def __init__(
+        self, registry: Answering, others: Mapping[str, Answering], admission: Admission | None, pages: Pages
+    ) -> None:
         super().__init__()
-        self._registry, self._others, self._admission = registry, others, admission
+        self._registry, self._others, self._admission, self._pages = registry, others, admission, pages
 
     def render(self, request: Request) -> int:  # noqa: D102
         if _is_registrys(cast(RegistryRequest, request).target.path):
@@ -70,17 +85,37 @@ class Front(Answering):
         @raise RegistryError: if it may not ask, or there is no such path.
         """
         asked = request.target.path
-        if self._admission is not None and asked not in HEALTH:
-            await self._admission.admit(caller_of(request))
+        channel: Any = request.channel
+        if channel.spare and asked not in HEALTH:
+            channel.crowd.refuse_connection(FULL)
+            said = "as many connections are open as may be; ask again"
+            raise RegistryError(503, "UNAVAILABLE", said, {"Retry-After": "5"}, Reason.BUSY)
+        if asked not in HEALTH:
+            self._refuse_pages(request)
+            if self._admission is not None:
+                await self._admission.admit(caller_of(request))
         resource = self._registry if _is_registrys(asked) else self._others.get(asked) or Missing()
         await resource.respond(request)
+
+    def _refuse_pages(self, request: RegistryRequest) -> None:
+        if not is_browsers(request):
+            return
+        may = self._pages.may_ask(
+            field(request, b"Origin"),
+            field(request, b"Sec-Fetch-Site"),
+            secure=request.isSecure(),
+            host=host_of(request),
+        )
+        if not may:
+            said = "this is not for web pages; PROXY_ALLOW_ORIGIN names the origin of those that may ask"
+            raise RegistryError(403, "DENIED", said, reason=Reason.WEB_PAGE)
 
 
 def _is_registrys(path: str) -> bool:
     return path == "/v2" or path.startswith("/v2/")
 
 
-def make_site(
+def make_site(  # noqa: PLR0913 (what a port is made of)
     registry: Answering,
     ready: Answering,
     reactor: Any,  # noqa: ANN401
@@ -91,6 +126,7 @@ def make_site(
     others: Mapping[str, Answering] | None = None,
     served: Served | None = None,
     connections: Connections | None = None,
+    pages: Pages | None = None,
 ) -> RegistrySite:
     """
     Build the client port and what serves it.
@@ -102,16 +138,18 @@ def make_site(
     @param others: what else there is, by its path.
     @param served: where it is counted what clients were given, if it is.
     @param connections: is told of the connections.
+    @param pages: the web pages that may ask; none for those of no other site.
     """
-    health = Health()
+    health, pages = Health(), pages or Pages()
     paths = {"/_health": health, "/healthz": health, "/readyz": ready, **(others or {})}
     return RegistrySite(
-        Front(registry, paths, admission),
+        Front(registry, paths, admission, pages),
         reactor,
         crowd or Crowd(Limits()),
         access_log=access_log,
         served=served,
         connections=connections,
+        headers=pages.headers(),
     )
 
 
@@ -120,6 +158,7 @@ class RegistrySite(Site):
     HTTP/1.1 alone, with an access log of its own that has no query strings.
 
     @ivar new_id: makes an id for a request that has none.
+    @ivar headers: those of every answer.
     @cvar body_limit: the bytes that a request's body may have; 0 for requests that have none.
     """
 
@@ -138,12 +177,15 @@ class RegistrySite(Site):
         access_log: AccessLog | None = None,
         served: Served | None = None,
         connections: Connections | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         idle = crowd.limits.idle_seconds or None
         super().__init__(resource, reactor=reactor, timeout=idle, parsePOSTFormSubmission=False)
         self.crowd, self.connections = crowd, Connections() if connections is None else connections
         self._access_log = access_log
         self._served, self.new_id = served, numbered(secrets.token_hex(6))
+        told = {"Server": "ecrproxy", **(headers or {})}
+        self.headers = [(name.encode("ascii"), [value.encode("ascii")]) for name, value in told.items()]
 
     def buildProtocol(self, addr: Any) -> Any:  # noqa: ANN401
         """
@@ -169,7 +211,7 @@ class RegistrySite(Site):
         now, size = self.reactor.seconds(), asked.sentLength
         seconds = now - asked.started
         status = 0 if aborted and not asked.startedWriting else asked.code
-        method = asked.method.decode("ascii") if asked.method in _METHODS else printable(asked.method)
+        method = asked.method.decode("ascii") if asked.method in _METHODS else printable(asked.method, METHOD_LENGTH)
         cache, reason = _word(asked, b"X-Cache-Status"), _word(asked, b"X-Cache-Reason")
         if self._served is not None:
             told = method if asked.method in _METHODS else "other"

@@ -7,7 +7,8 @@ The channel has parsed the request's target; its path is understood here, once, 
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, Final, cast
 from urllib.parse import unquote
 
@@ -22,7 +23,7 @@ from ecrproxy.byte_ranges import Multipart, Ranges, Span, content_range, joined
 from ecrproxy.cache.cache_key import NOBODY, CacheKey
 from ecrproxy.cache.content import Content
 from ecrproxy.cached import SMALL_BLOB
-from ecrproxy.http.answering import Answering, begin, send_small
+from ecrproxy.http.answering import Answering, begin, holding, send_body, send_small, transferring
 from ecrproxy.http.conditions import matches
 from ecrproxy.http.request import RegistryRequest, asker_of, field, fields
 from ecrproxy.oci import Kind, RegistryError, Route, accepted_types, parse_route, passed_on, query_values, to_query
@@ -41,6 +42,8 @@ log = Logger()
 
 IMMUTABLE: Final = "max-age=31536000, immutable"
 """The Cache-Control of what is named by its digest. Shared caches keep nothing by it that a password was asked for."""
+
+_UNCOUNTED: Final = nullcontext()
 
 # What a disk says of a file that it can't give, and no socket says.
 _UNREADABLE: Final = frozenset({errno.EIO, errno.EBADMSG, errno.ENODATA, errno.ESTALE, errno.EUCLEAN})
@@ -75,19 +78,10 @@ class Registry(Answering):
             self._namespaces.admit_registry(unquote(ns))
         await self._namespaces.admit(route.repository)
         if route.kind is Kind.BLOB and request.method == b"GET":
-            await self._transfer(request, route)
+            with transferring(request):
+                await self._serve(request, route)
         else:
             await self._serve(request, route)
-
-    async def _transfer(self, request: RegistryRequest, route: Route) -> None:
-        crowd: Crowd = cast(Any, request.channel).crowd
-        if not crowd.begin_transfer():
-            said = "as many blobs are being sent as may be; ask again"
-            raise RegistryError(503, "UNAVAILABLE", said, {"Retry-After": "5"}, Reason.BUSY)
-        try:
-            await self._serve(request, route)
-        finally:
-            crowd.end_transfer()
 
     async def _serve(self, request: RegistryRequest, route: Route) -> None:
         """
@@ -107,7 +101,7 @@ class Registry(Answering):
             hit = answer.status is CacheStatus.HIT
         finally:
             request.upstream.stop(counted=not hit)
-        await self._answer(request, route, answer)
+        await self._send_answer(request, route, answer)
 
     async def _send_page(
         self, request: RegistryRequest, route: Route, status: CacheStatus, reason: Reason, page: Page
@@ -119,15 +113,7 @@ class Registry(Answering):
             request.setHeader("OCI-Filters-Applied", page.filters)
         request.setHeader("X-Cache-Status", status)
         request.setHeader("X-Cache-Reason", reason)
-        if len(page.body) <= SMALL_BLOB or request.method == b"HEAD":
-            send_small(request, OK, page.content_type, page.body)
-            return
-        begin(request, OK)
-        request.setHeader("Content-Type", page.content_type)
-        request.setHeader("Content-Length", str(len(page.body)))
-        request.write(b"")
-        await send(request, Held(page.body), self._in_thread, lambda: LEAST_PIECE)
-        request.finish()
+        await send_body(request, OK, page.content_type, page.body)
 
     def _asked(self, request: RegistryRequest, route: Route) -> Asked:
         """
@@ -138,10 +124,16 @@ class Registry(Answering):
         key = self._cache_key.expand(route, asker_of(request) if self._asks else NOBODY)
         return Asked(route, key, accept, head=request.method == b"HEAD")
 
-    async def _answer(self, request: RegistryRequest, route: Route, answer: Answer) -> None:
+    async def _send_answer(self, request: RegistryRequest, route: Route, answer: Answer) -> None:
         """
         Make a response of an answer.
+
+        @raise RegistryError: for a range that it doesn't have, and if too many large answers are being sent.
         """
+        with _counted(request, route, answer):
+            await self._answer(request, route, answer)
+
+    async def _answer(self, request: RegistryRequest, route: Route, answer: Answer) -> None:
         etag = f'"{answer.digest}"'
         request.setHeader("Docker-Content-Digest", str(answer.digest))
         request.setHeader("ETag", etag)
@@ -225,6 +217,28 @@ class Registry(Answering):
         return spans
 
 
+def _counted(request: RegistryRequest, route: Route, answer: Answer) -> AbstractContextManager[None]:
+    """
+    Count the response, if it is a large one. Those with blobs are transfers already.
+    """
+    body = answer.body
+    if route.kind is Kind.BLOB or body is None or (isinstance(body, bytes) and len(body) <= SMALL_BLOB):
+        return _UNCOUNTED
+    return _UNCOUNTED if request.method == b"HEAD" else _large(request, answer)
+
+
+@contextmanager
+def _large(request: RegistryRequest, answer: Answer) -> Iterator[None]:
+    with ExitStack() as stack:
+        try:
+            held = isinstance(answer.body, bytes)
+            stack.enter_context(holding(request, cast(bytes, answer.body)) if held else transferring(request))
+        except RegistryError:
+            _let_go(answer)
+            raise
+        yield
+
+
 def _source(answer: Answer, start: int, stop: int | None, waiting: Stopwatch) -> Source:
     match answer.body:
         case Download():
@@ -234,7 +248,7 @@ def _source(answer: Answer, start: int, stop: int | None, waiting: Stopwatch) ->
         case Content():
             return Shelved(answer.body, start, answer.body.size if stop is None else stop, answer.verification)
         case bytes():
-            return Held(answer.body[start:stop])
+            return Held(answer.body, start, stop)
     raise TypeError(answer.body)
 
 
@@ -266,7 +280,7 @@ def _parts(answer: Answer, frame: Multipart, waiting: Stopwatch) -> Source:
                 frame, lambda start, stop: Shelved(body.share(), start, stop, answer.verification), body.close
             )
         case bytes():
-            return Parted(frame, lambda start, stop: Held(body[start:stop]))
+            return Parted(frame, lambda start, stop: Held(body, start, stop))
     raise TypeError(body)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import select
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import Final, Protocol
 
@@ -70,7 +70,8 @@ class Outlet:
         self._file, self._limit = file, limit
         self._changed = threading.Condition()  # reentrant: a signal handler may log, too
         self._queue: deque[bytes | Callable[[], object]] = deque()
-        self._bytes = self._lost = 0
+        self._bytes = 0
+        self._lost: Counter[bool] = Counter()
         self._threaded = False
 
     def start(self, tick: Callable[[], object]) -> None:
@@ -82,13 +83,16 @@ class Outlet:
         self._threaded = True
         threading.Thread(target=self._run, args=(tick,), name="ecrproxy-log", daemon=True).start()
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes, *, of_requests: bool = False) -> None:
         """
         Write whole lines, or count them as lost if too much is waiting already.
+
+        @param of_requests: whether clients make them, who can make any number: a part of the room is not for them.
         """
+        room = self._limit * 3 // 4 if of_requests else self._limit
         with self._changed:
-            if self._threaded and self._bytes + len(data) > self._limit:
-                self._lost += data.count(b"\n")
+            if self._threaded and self._bytes + len(data) > room:
+                self._lost[of_requests] += data.count(b"\n")
                 return
         self._enqueue(data, len(data))
 
@@ -98,15 +102,17 @@ class Outlet:
         """
         self._enqueue(work, 0)
 
-    def take_lost(self) -> int:
+    def take_lost(self) -> tuple[int, int]:
         """
-        Return the number of lines lost since this was last asked, once there is room to tell of them.
+        Return how many lines were lost since this was last asked, once there is room to tell of them.
+
+        @return: all, and those of requests.
         """
         with self._changed:
             if self._bytes > self._limit // 2:
-                return 0
-            lost, self._lost = self._lost, 0
-        return lost
+                return 0, 0
+            lost, self._lost = self._lost, Counter()
+        return lost.total(), lost[True]
 
     def drain(self, seconds: float) -> bool:
         """
@@ -148,4 +154,4 @@ class Outlet:
         except OSError:  # the reader has gone, or the disk is full
             if isinstance(item, bytes):
                 with self._changed:
-                    self._lost += item.count(b"\n")
+                    self._lost[False] += item.count(b"\n")

@@ -36,6 +36,7 @@ PRIORITIES: Final = {
 }
 """What the levels are to syslog, the gravest first: sd-daemon(3)."""
 
+_REFUSED: Final = 400
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 
@@ -101,9 +102,10 @@ def _access(line: AccessLine, time: float, process: int) -> str:
     """
     _, client, method, path, status, size, seconds, cache, reason, upstream, request, aborted = line
     method, path = _encode(method)[1:-1], _encode(path)[1:-1]
+    about = f"{method} {path}" if status < _REFUSED else method  # what costs a client nothing is told once
     return (
         f'{{"time":"{_iso(time)}","level":"info","logger":"access","process":{process},'
-        f'"message":"{method} {path} {status or "-"}","request":"{request}","client":{_encode(client)},'
+        f'"message":"{about} {status or "-"}","request":"{request}","client":{_encode(client)},'
         f'"method":"{method}","path":"{path}","status":{status or "null"},"bytes":{size},'
         f'"seconds":{seconds:.6f},"upstream_seconds":{upstream:.6f},"cache":{_word(cache)},"reason":{_word(reason)},'
         f'"aborted":{"true" if aborted else "false"}}}'

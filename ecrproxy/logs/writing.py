@@ -22,7 +22,10 @@ from ecrproxy.logs.repeats import Repeats
 from ecrproxy.logs.shapes import Shape, as_journal, as_json, as_text, priority_of
 from ecrproxy.request_id import current
 
-_LOST: Final = "{lost} log lines were dropped: its reader is too slow, or its disk is full; check where the log goes"
+_LOST: Final = (
+    "{lost} log lines were dropped, {requests} of them of requests: its reader is too slow, or its disk is full;"
+    " check where the log goes"
+)
 
 
 @implementer(ILogObserver)
@@ -68,9 +71,10 @@ class LineWriter:
         with self._lock:
             for event in self._repeats.due(at_once=at_once):
                 self._write({**event, "log_time": time.time()})
-            if lost := self._outlet.take_lost():
+            lost, requests = self._outlet.take_lost()
+            if lost:
                 told = {"log_time": time.time(), "log_level": LogLevel.warn, "log_namespace": __name__}
-                self._write({**told, "log_format": _LOST, "lost": lost})
+                self._write({**told, "log_format": _LOST, "lost": lost, "requests": requests})
 
     def end(self, seconds: float) -> None:
         """
@@ -81,7 +85,7 @@ class LineWriter:
 
     def _write(self, event: LogEvent) -> None:
         for piece in _pieces(self._shape(event, event.get("request") or current.get())):
-            self._outlet.write(piece)
+            self._outlet.write(piece, of_requests="lines" in event)
 
 
 def _pieces(lines: Sequence[str]) -> Iterator[bytes]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final, Protocol, cast
 from urllib.parse import urlsplit
 
 from OpenSSL import SSL
+from twisted.internet.defer import Deferred
 from twisted.internet.error import ConnectError, ConnectionClosed, ConnectionDone
 from twisted.internet.error import TimeoutError as NotConnectedError
 from twisted.internet.interfaces import IPushProducer
@@ -38,6 +39,16 @@ class UnavailableError(RegistryError):
     reason = Reason.FAILING
 
 
+class RefusedAnswerError(UnavailableError):
+    """
+    An answer came, and is not passed on: it is not what was asked for, or not what its digest names.
+
+    @ivar named: the digest that ECR named for it, as it came; empty if it named none.
+    """
+
+    named = ""
+
+
 _COUNT = re.compile(r"[0-9]{1,18}")
 _SPAN = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})")
 REDIRECT_STATUSES: Final = (301, 302, 303, 307, 308)
@@ -45,6 +56,10 @@ REFUSED_STATUSES: Final = (400, 401, 403, 404, 410)
 """What a bucket answers to a presigned URL that is no good, or no longer."""
 TRICKLE: Final = 1024
 """Bytes that a body must bring within the stall time: fewer are as good as none."""
+
+BEGUN: Final = 64 * 2**10
+BEGUN_SECONDS: Final = 5.0
+"""Bytes that a blob must bring, and in how many seconds, before other content is evicted for it."""
 
 log = Logger()
 
@@ -207,11 +222,24 @@ class Stretch:
     def __init__(self, response: IResponse, watch: Watch, start: int, stop: int | None, *, skip: int = 0) -> None:
         self._response, self._watch = response, watch
         self.start, self.stop, self.skip = start, stop, skip
+        self._begun: _Begun | None = None
+
+    async def begin(self) -> bool:
+        """
+        Wait for the first C{BEGUN} bytes, or all if there are fewer; they are kept until the stretch is delivered.
+
+        @return: whether they came within C{BEGUN_SECONDS}.
+        """
+        self._begun = begun = _Begun(self._watch, self.skip)
+        self._response.deliverBody(begun.transfer)
+        return await begun.wait()
 
     def deliver(self, sink: Sink) -> BlobTransfer:
         """
         Let the bytes come.
         """
+        if self._begun is not None:
+            return self._begun.hand_over(sink)
         transfer = BlobTransfer(sink, self._watch, self.skip)
         self._response.deliverBody(transfer)
         return transfer
@@ -220,7 +248,63 @@ class Stretch:
         """
         Do without them.
         """
+        if self._begun is not None:
+            self._begun.transfer.abort()
+            return
         discard(self._response, self._watch.clock)
+
+
+class _Begun:
+    """
+    The first bytes of a stretch, until somebody takes it.
+    """
+
+    def __init__(self, watch: Watch, skip: int) -> None:
+        self.transfer, self._clock = BlobTransfer(self, watch, skip), watch.clock
+        self._data: list[bytes] = []
+        self._size, self._over = 0, False
+        self._problem: Failure | None = None
+        self._came: Deferred[bool] = Deferred()
+
+    async def wait(self) -> bool:
+        late = self._clock.callLater(BEGUN_SECONDS, self._decide, came=False)
+        try:
+            return await self._came
+        finally:
+            if late.active():
+                late.cancel()
+
+    def arrived(self, data: bytes) -> None:
+        self._data.append(data)
+        self._size += len(data)
+        if self._size >= BEGUN:
+            self.transfer.pause()
+            self._decide(came=True)
+
+    def ended(self, problem: Failure | None) -> None:
+        self._over, self._problem = True, problem
+        self._decide(came=problem is None)
+
+    def _decide(self, *, came: bool) -> None:
+        if not self._came.called:
+            self._came.callback(came)
+
+    def hand_over(self, sink: Sink) -> BlobTransfer:
+        """
+        Pass on what came, and what comes: soon, as from the network, for readers have yet to follow the transfer.
+        """
+        self._clock.callLater(0, self._pass_on, sink)
+        return self.transfer
+
+    def _pass_on(self, sink: Sink) -> None:
+        self.transfer.sink = sink
+        data, self._data = self._data, []
+        if data:
+            sink.arrived(b"".join(data))
+        if self._over:
+            sink.ended(self._problem)
+        elif self._size >= BEGUN:
+            self.transfer.resume()
 
 
 class BlobTransfer(TwistedProtocol):
@@ -229,7 +313,7 @@ class BlobTransfer(TwistedProtocol):
     """
 
     def __init__(self, sink: Sink, watch: Watch, skip: int = 0) -> None:
-        self._sink, self._watch, self._skip = sink, watch, skip
+        self.sink, self._watch, self._skip = sink, watch, skip
         self._timer: IDelayedCall | None = None
         self._stalled = False
         self._since = 0
@@ -245,7 +329,7 @@ class BlobTransfer(TwistedProtocol):
         if self._skip:
             data, self._skip = data[self._skip :], max(0, self._skip - len(data))
         if data:
-            self._sink.arrived(data)
+            self.sink.arrived(data)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:  # noqa: D102
         self._wait_no_more()
@@ -254,12 +338,12 @@ class BlobTransfer(TwistedProtocol):
             what = f"{self._watch.host} has sent {sent} for {self._watch.seconds:g} s"
             reason = Failure(UnavailableError(504, "UNAVAILABLE", what))
         elif reason.check(ResponseDone, PotentialDataLoss):
-            self._sink.ended(None)  # that it is whole is for the digest to say
+            self.sink.ended(None)  # that it is whole is for the digest to say
             return
         else:
             what = f"{self._watch.host} broke off: {describe(reason.value)}"
             reason = Failure(UnavailableError(502, "UNAVAILABLE", what))
-        self._sink.ended(reason)
+        self.sink.ended(reason)
 
     def pause(self) -> None:
         """

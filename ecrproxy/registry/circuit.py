@@ -8,6 +8,8 @@ Rules:
   one question at a time is the probe.
 - When several repositories have failed and none was answered meanwhile, or ECR can't be reached at all, it is ECR that
   is left alone. Then the daemon itself asks, something that is about no repository, until there is an answer.
+- Repositories below one first component are no evidence against ECR, for a client can make up their names, and the
+  upstream of a pull-through cache rule may be what fails. The daemon asks its own question before ECR is left alone.
 - An answer ends it. A failure after a pause makes the next one twice as long, but a pause only spares those who are
   reached: while ECR can't be reached, pauses stay short.
 - Whether an answer is a failure is for who asks to say: throttling and refusals are none.
@@ -24,8 +26,10 @@ from typing import Final
 
 from twisted.logger import Logger
 
+from ecrproxy.oci import first_component
 from ecrproxy.reasons import Reason
 from ecrproxy.registry.bucket import UnavailableError
+from ecrproxy.registry.denials import Denials
 from ecrproxy.registry.retries import TransientError
 
 log = Logger()
@@ -33,7 +37,10 @@ log = Logger()
 FAILURES: Final = 5
 """Failures in a row before a repository is left alone; and ECR, where they did not reach it."""
 REPOSITORIES: Final = 3
-"""Repositories that fail, with no answer to any between, before ECR is left alone."""
+"""
+Repositories, each below another first component, that fail with no answer to any between before ECR is left alone;
+where the daemon's own question failed as well, just repositories.
+"""
 PAUSE: Final = 5.0
 LONGEST_PAUSE: Final = 20.0
 """Seconds that clients may be refused after ECR is well again; one probe in that time spares ECR enough."""
@@ -179,16 +186,22 @@ class Circuit:
     @param now: tells the time.
     @ivar whole: the one for all; its probe is not a client's question.
     @ivar answered_at: when ECR answered last, if it ever did.
+    @ivar denials: whether it answers anything but denials.
     """
 
     def __init__(self, now: Callable[[], float]) -> None:
         self._now = now
         self.whole = Switch("ECR", now)
         self.answered_at: float | None = None
+        self.denials = Denials()
         self._parts: OrderedDict[str, Switch] = OrderedDict()
         # Since the last answer:
         self._failing: set[str] = set()
         self._failures, self._unreached, self._last = 0, 0, ""
+        # Since the last answer, also to the daemon's own question:
+        self._evidence: set[str] = set()
+        self._doubted = False
+        self._vouched_at: float | None = None
 
     @property
     def state(self) -> CircuitState:
@@ -206,7 +219,7 @@ class Circuit:
 
     def problem(self) -> str | None:
         """
-        Say why nothing can be fetched, if ECR is left alone or has answered nothing since the last questions failed.
+        Say why nothing can be fetched: ECR is left alone, did not answer the last questions, or denies everything.
 
         One failed question is enough, for it failed after all its tries, and at little traffic the next may be minutes
         away. It is not while ECR answered within the last C{ANSWER_SECONDS}, nor if it is about a repository that
@@ -218,7 +231,7 @@ class Circuit:
         alone = {name for name in self._failing & self._parts.keys() if self._parts[name].alone}
         new = self._unreached or self._failing - alone
         if answered_lately or not (new or self._failures >= FAILURES):
-            return None
+            return self.denials.problem()
         return f"ECR failed when it was asked last, for {' and '.join(sorted(self._failing))}: {self._last}"
 
     def check(self, repository: str) -> None:
@@ -261,16 +274,45 @@ class Circuit:
         """
         if self.state is not CircuitState.CLOSED:
             return None
-        self._failing.add(repository)
+        if len(self._failing) < REPOSITORIES:
+            self._failing.add(repository)
+        self._evidence.add(repository)
         self._failures, self._last = self._failures + 1, problem.message
         self._unreached = 0 if problem.reached else self._unreached + 1
-        if len(self._failing) >= REPOSITORIES or self._unreached >= FAILURES:
-            self._forget_failures()
-            self.whole.open(problem)
-            return self.whole
+        if self._convinced():
+            return self._open(problem)
         if problem.reached and (part := self._part(repository)).failed(problem):
             return part
         return None
+
+    @property
+    def suspects(self) -> bool:
+        """
+        Whether the daemon's own question would tell if ECR is to be left alone.
+        """
+        return self.state is CircuitState.CLOSED and len(self._evidence) >= REPOSITORIES
+
+    def heard_since(self, moment: float) -> bool:
+        """
+        Return True if ECR answered any question after C{moment}.
+        """
+        return any(at is not None and at > moment for at in (self.answered_at, self._vouched_at))
+
+    def doubted(self, problem: UnavailableError) -> Switch | None:
+        """
+        Note that the daemon's own question has failed while all questions go; return the switch that this opened.
+        """
+        self._doubted = True
+        return self._open(problem) if self.state is CircuitState.CLOSED and self._convinced() else None
+
+    def vouched(self) -> None:
+        """
+        Note that ECR answered the daemon's own question while all questions go.
+
+        What failed until now was the fault of its repositories. It remains one: no repository was answered.
+        """
+        self._vouched_at = self._now()
+        self._forget_evidence()
 
     def recovered(self) -> None:
         """
@@ -280,9 +322,28 @@ class Circuit:
         self._parts.clear()
         self.whole.close()
 
+    def _convinced(self) -> bool:
+        """
+        Return True if the failures since the last answer mean ECR.
+        """
+        if self._unreached >= FAILURES:
+            return True
+        components = {first_component(repository) for repository in self._evidence}
+        return len(components if not self._doubted else self._evidence) >= REPOSITORIES
+
+    def _open(self, problem: UnavailableError) -> Switch:
+        self._forget_failures()
+        self.whole.open(problem)
+        return self.whole
+
     def _forget_failures(self) -> None:
+        self._forget_evidence()
         self._failing.clear()
         self._failures, self._unreached, self._last = 0, 0, ""
+
+    def _forget_evidence(self) -> None:
+        self._evidence.clear()
+        self._doubted = False
 
     def _part(self, repository: str) -> Switch:
         part = self._parts.setdefault(repository, Switch(f"ECR's repository {repository}", self._now))

@@ -159,8 +159,8 @@ class UpstreamAgent:
         self._host, self._forget, self._egress = _host(registry.encode()), forget, egress
         guard, pool, policy = Guard(), connection_pool(reactor), policy or BrowserLikePolicyForHTTPS()
         self._registry, self._targets = (
-            Agent(GuardedReactor(reactor, ask), policy, connectTimeout=CONNECT_SECONDS, pool=pool)
-            for ask in (guard.pass_registry, guard.pass_target)
+            Agent(GuardedReactor(reactor, *judges), policy, connectTimeout=CONNECT_SECONDS, pool=pool)
+            for judges in ((guard.pass_registry, guard.met_registry), (guard.pass_target, guard.met_target))
         )
         if egress.proxy is not None:
             tunnels = Tunnels(outside or reactor, egress.proxy, policy)

@@ -36,6 +36,8 @@ FETCH_SECONDS: Final = 30.0
 """Deadline for one fetch: a C{credential_process} may never return."""
 OVERDUE: Final = 4
 """Maximum number of fetches past their deadline; each keeps a thread, and perhaps a process, until it returns."""
+ASKED_RETRY: Final = 10.0
+"""Shortest time from a failed fetch to the next while requests fail for want of a token."""
 RENEW_SECONDS: Final = 60.0
 """Shortest time between two refreshes that ECR's rejections cause."""
 
@@ -243,7 +245,8 @@ class TokenService(Service):
         self._renewed = float("-inf")
         self._overdue = 0
         self._problem = "AWS has not answered yet"
-        self._failures, self._due, self._started, self._received = 0, 0.0, 0.0, 0.0
+        self._failures, self._failed_at = 0, 0.0
+        self._due, self._started, self._received = 0.0, 0.0, 0.0
         self.failed = 0
         self._refreshing = False
         self._waiting: list[Deferred[None]] = []
@@ -295,6 +298,7 @@ class TokenService(Service):
         if self._token is None and self._clock.seconds() < self._started + PATIENCE:
             await self._wait()
         if self._token is None:
+            self._hurry()
             raise TokenUnavailableError(self._problem)
         return self._token.secret
 
@@ -309,7 +313,9 @@ class TokenService(Service):
         """
         if self._token is not None and self._token.secret == refused:
             self._rejected = self._token
-            if not self._failures:
+            if self._failures:
+                self._hurry()
+            else:
                 self._due = min(self._due, self._renewed + RENEW_SECONDS)
                 self._turn()
                 if self._refreshing:
@@ -333,6 +339,13 @@ class TokenService(Service):
         finally:
             if limit.active():
                 limit.cancel()
+
+    def _hurry(self) -> None:
+        """
+        Bring the next retry forward: a request fails for want of a token.
+        """
+        if self._failures and self._due != float("inf"):
+            self._due = min(self._due, self._failed_at + ASKED_RETRY)
 
     def _turn(self) -> None:
         if self._clock.seconds() >= self._due or self._has_been_overtaken():
@@ -407,7 +420,8 @@ class TokenService(Service):
         self._failures += 1
         self.failed += 1
         wait = next_retry(self._failures, self._chance())
-        self._due = self._clock.seconds() + wait
+        self._failed_at = self._clock.seconds()
+        self._due = self._failed_at + wait
         self._problem = _brief(problem) or type(problem).__name__
         if self._token is None and isinstance(problem, CredentialsError) and self._refused(problem):
             self._due = float("inf")

@@ -12,6 +12,7 @@ from typing import Final, Protocol
 from twisted.internet.defer import Deferred
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
+from twisted.web.http import FORBIDDEN
 from twisted.web.http_headers import Headers
 from twisted.web.iweb import IResponse
 
@@ -19,7 +20,7 @@ from ecrproxy.oci import Route
 from ecrproxy.reasons import Reason
 from ecrproxy.registry.bodies import ERROR_LIMIT
 from ecrproxy.registry.bucket import UnavailableError
-from ecrproxy.registry.circuit import Circuit, CircuitState
+from ecrproxy.registry.circuit import Circuit, CircuitState, Switch
 from ecrproxy.registry.ecr import TokenUnavailableError
 from ecrproxy.registry.governor import Governor
 from ecrproxy.registry.quotas import call_of
@@ -85,6 +86,7 @@ class Endpoint:
     def __init__(self, url: str, wire: Wire, tokens: Tokens, governor: Governor, circuit: Circuit) -> None:
         self.url, self._wire, self._tokens = url, wire, tokens
         self._governor, self._circuit = governor, circuit
+        self._doubting = False
 
     async def ask(self, question: Question) -> Reply:
         """
@@ -137,7 +139,11 @@ class Endpoint:
         """
         Note a failure; where that was one too many, send those away who wait in vain.
         """
-        opened = self._circuit.failed(repository, problem)
+        self._act_on(self._circuit.failed(repository, problem), repository)
+        if self._circuit.suspects:
+            self._doubt()
+
+    def _act_on(self, opened: Switch | None, repository: str | None = None) -> None:
         if opened is None:
             return
         whole = opened is self._circuit.whole
@@ -146,26 +152,50 @@ class Endpoint:
             probing = Deferred.fromCoroutine(self._probe_until_answered())
             probing.addErrback(lambda failure: log.failure("Probing ECR", failure))
 
+    def _doubt(self) -> None:
+        """
+        Find out whether it is ECR that fails, or just what clients ask about.
+        """
+        if not self._doubting:
+            self._doubting = True
+            asking = Deferred.fromCoroutine(self._ask_itself())
+            asking.addErrback(lambda failure: log.failure("Probing ECR", failure))
+
+    async def _ask_itself(self) -> None:
+        try:
+            problem = await self._probed()
+        finally:
+            self._doubting = False
+        if problem is None:
+            self._circuit.vouched()
+        else:
+            self._act_on(self._circuit.doubted(problem))
+
     async def _probe_until_answered(self) -> None:
         whole = self._circuit.whole
         while whole.state is not CircuitState.CLOSED:
             await deferLater(self._wire.clock, whole.rest)
             if whole.rest or not whole.enter():
                 continue
-            try:
-                await self._probe()
-            except UnavailableError as problem:
-                if problem.status != 429:  # noqa: PLR2004
-                    whole.probe_failed(problem)
-                    continue
-            self._circuit.recovered()
+            problem = await self._probed()
+            if problem is not None:
+                whole.probe_failed(problem)
+            else:
+                self._circuit.recovered()
 
-    async def _probe(self) -> None:
+    async def _probed(self) -> UnavailableError | None:
         """
         Ask what is about no repository; any answer will do.
 
-        @raise UnavailableError: if there is none.
+        @return: why there is none.
         """
+        try:
+            await self._probe()
+        except UnavailableError as problem:
+            return problem if problem.status != 429 else None  # noqa: PLR2004
+        return None
+
+    async def _probe(self) -> None:
         try:
             headers = _headers(await self._tokens.get())
         except TokenUnavailableError:
@@ -193,8 +223,9 @@ class Endpoint:
         repository = question.route.repository
         probed = self._circuit.enter(repository)
         if probed is None:
-            reply = await self._send(question, secret, HEADER_SECONDS)
-            self._circuit.answered(repository)
+            waited = tries.seconds(self._wire.clock.seconds())
+            reply = await self._watched(question, secret, max(PROBE_SECONDS, HEADER_SECONDS - waited))
+            self._answered(repository, reply)
             return reply
         tries.give_up()  # a probe is one try, and not a long one
         try:
@@ -207,8 +238,31 @@ class Endpoint:
         except BaseException:
             probed.probe_left()
             raise
-        self._circuit.answered(repository)
+        self._answered(repository, reply)
         return reply
+
+    def _answered(self, repository: str, reply: Reply) -> None:
+        self._circuit.answered(repository)
+        note = self._circuit.denials.denied if reply.response.code == FORBIDDEN else self._circuit.denials.granted
+        note(repository)
+
+    def _note_silence(self, began: float) -> None:
+        if not self._circuit.heard_since(began):
+            self._doubt()
+
+    async def _watched(self, question: Question, secret: str, seconds: float) -> Reply:
+        """
+        Ask; C{PROBE_SECONDS} before its time is up, have the daemon ask itself, if ECR has answered nothing meanwhile.
+
+        So an ECR that is silent is left alone as soon as clients' questions have failed.
+        """
+        clock = self._wire.clock
+        silence = clock.callLater(max(0.0, seconds - PROBE_SECONDS), self._note_silence, clock.seconds())
+        try:
+            return await self._send(question, secret, seconds)
+        finally:
+            if silence.active():
+                silence.cancel()
 
     async def _send(self, question: Question, secret: str, seconds: float) -> Reply:
         headers = _headers(secret)

@@ -1,24 +1,31 @@
 """
-Keeps the questions to ECR within the account's quotas: a storm queues here instead of being throttled there.
+Limits the questions to ECR: by the account's quotas, and by how many may be in flight at once.
 
 Rules:
 
-- A question goes when its kind's quota lets it and there is a place free among those under way; until then it queues.
-- Within a kind they go as they came. Where kinds compete for places, manifests go first.
-- A queue is as long as what can go in C{LONGEST_WAIT}: who would wait longer is told so at once.
-- Who leaves while he queues leaves the queue; who had a place gives it back, however the question ended.
+- A question goes when the quota of its kind allows it and there is a place for it; until then it queues.
+- Places are shared fairly. One repository about which ECR is silent keeps each place for many seconds, so what holds
+  places leaves as many free: see L{Held}. That holds for the first component of a repository's name, under which a
+  client can make up any number of names, and below it for each repository.
+- Within a kind, first components take turns, and so do the repositories of each. Kinds that compete for places go by
+  urgency: manifests first.
+- A question waits in the queue for C{LONGEST_WAIT} at most. One whose quota makes it wait longer is refused at once.
+- A question that is cancelled leaves the queue; its place is released, however it ends.
 """
 
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Final
 
 from twisted.internet.defer import Deferred
+from twisted.logger import Logger
+from twisted.python.failure import Failure
 
+from ecrproxy.oci import first_component
 from ecrproxy.reasons import Reason
 from ecrproxy.registry.bucket import UnavailableError
 from ecrproxy.registry.quotas import Call, Quotas, TokenBucket
@@ -26,8 +33,10 @@ from ecrproxy.registry.quotas import Call, Quotas, TokenBucket
 if TYPE_CHECKING:
     from twisted.internet.interfaces import IDelayedCall, IReactorTime
 
+log = Logger()
+
 LONGEST_WAIT: Final = 10.0
-"""Seconds in the queue that are still worth it."""
+"""Maximum seconds in the queue."""
 TICK: Final = 0.01
 """Seconds between two looks at the queues: often enough, for a bucket holds ten times as much."""
 
@@ -40,6 +49,150 @@ class QueueFullError(UnavailableError):
     reason = Reason.QUEUE_FULL
 
 
+class Held:
+    """
+    Which questions hold places, by the first component of their repositories' names and by repository.
+
+    The dynamic thresholds of shared-memory switches (Choudhury and Hahne, 1998), in two levels: a first component may
+    hold no more places than are free, and a repository no more than its first component may still take. So of 128
+    places one component gets 64 at most and one repository 32. A second component gets half of what the first leaves,
+    or as much as the first if they come together; some places are always free for another.
+    """
+
+    def __init__(self, places: int) -> None:
+        self.free = places
+        self._components: Counter[str] = Counter()
+        self._repositories: Counter[str] = Counter()
+
+    def room(self, component: str) -> int:
+        """
+        Return how many places a first component may still take.
+        """
+        return max(0, (self.free - self._components[component] + 1) // 2)
+
+    def allows(self, component: str, repository: str) -> bool:
+        """
+        Return True if a repository, whose name begins with C{component}, may take another place.
+        """
+        return self._repositories[repository] < self.room(component)
+
+    def take(self, repository: str) -> None:
+        """
+        Take a place.
+        """
+        self._change(repository, 1)
+
+    def release(self, repository: str) -> None:
+        """
+        Release a place.
+        """
+        self._change(repository, -1)
+
+    def _change(self, repository: str, count: int) -> None:
+        self.free -= count
+        for counter, key in ((self._components, first_component(repository)), (self._repositories, repository)):
+            counter[key] += count
+            if not counter[key]:
+                del counter[key]
+
+
+Waiting = OrderedDict[Deferred[None], None]
+"""The questions about one repository, oldest first; a dict, for any of them may leave."""
+
+
+class Queue:
+    """
+    The questions of one kind that wait, by first component and repository; those that went last are at the end.
+    """
+
+    def __init__(self) -> None:
+        self._components: OrderedDict[str, OrderedDict[str, Waiting]] = OrderedDict()
+        self._sizes: Counter[str] = Counter()
+        self._size = 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    def ahead(self, repository: str) -> int:
+        """
+        Return how many questions, at most, go before the next about C{repository}.
+        """
+        component = first_component(repository)
+        repositories = self._components.get(component, OrderedDict())
+        before = len(repositories.get(repository, ()))
+        in_component = min(self._sizes[component], (before + 1) * len(repositories))
+        return min(self._size, (in_component + 1) * len(self._components))
+
+    def add(self, repository: str, place: Deferred[None]) -> None:
+        """
+        Queue a question.
+        """
+        component = first_component(repository)
+        self._components.setdefault(component, OrderedDict()).setdefault(repository, OrderedDict())[place] = None
+        self._count(component, 1)
+
+    def remove(self, repository: str, place: Deferred[None]) -> bool:
+        """
+        Remove a question; return True if it was there.
+        """
+        component = first_component(repository)
+        repositories = self._components.get(component)
+        waiting = repositories.get(repository) if repositories is not None else None
+        if repositories is None or waiting is None or place not in waiting:
+            return False
+        del waiting[place]
+        self._count(component, -1)
+        if not waiting:
+            del repositories[repository]
+        if not repositories:
+            del self._components[component]
+        return True
+
+    def next(self, held: Held) -> str | None:
+        """
+        Choose the repository whose turn it is; none if no question may take a place.
+
+        Only what holds places is passed over, so the search is no longer than the number of places.
+        """
+        for component, repositories in self._components.items():
+            if not held.room(component):
+                continue
+            for repository in repositories:
+                if held.allows(component, repository):
+                    return repository
+        return None
+
+    def pop(self, repository: str) -> Deferred[None]:
+        """
+        Remove the oldest question about a repository; its next turn, and that of its first component, come last.
+        """
+        component = first_component(repository)
+        repositories = self._components[component]
+        place = next(iter(repositories[repository]))
+        self._components.move_to_end(component)
+        repositories.move_to_end(repository)
+        self.remove(repository, place)
+        return place
+
+    def about(self, repository: str | None) -> list[tuple[str, Deferred[None]]]:
+        """
+        List the questions, all or those about C{repository}, with what they are about.
+        """
+        return [
+            (name, place)
+            for repositories in self._components.values()
+            for name, waiting in repositories.items()
+            if repository in (None, name)
+            for place in waiting
+        ]
+
+    def _count(self, component: str, count: int) -> None:
+        self._size += count
+        self._sizes[component] += count
+        if not self._sizes[component]:
+            del self._sizes[component]
+
+
 class Governor:
     """
     The places for questions to ECR.
@@ -48,11 +201,14 @@ class Governor:
     """
 
     def __init__(self, quotas: Quotas, together: int, clock: IReactorTime) -> None:
-        self._free, self._clock = together, clock
+        self._refused = dict.fromkeys(Call, 0)
+        self._held, self._clock = Held(together), clock
         self._buckets = {call: TokenBucket(quotas.of(call), clock.seconds()) for call in Call}
-        # Ordered by when they came; a dict, for who leaves may be anywhere in a long queue.
-        self._queues: dict[Call, OrderedDict[Deferred[None], str]] = {call: OrderedDict() for call in Call}
+        self._queues = {call: Queue() for call in Call}
+        # Those who wait, the oldest first: until when, for what.
+        self._waiting: OrderedDict[Deferred[None], tuple[float, Call, str]] = OrderedDict()
         self._timer: IDelayedCall | None = None
+        self._expiry: IDelayedCall | None = None
         self._letting_go = False
 
     def waiting(self, call: Call) -> int:
@@ -61,18 +217,24 @@ class Governor:
         """
         return len(self._queues[call])
 
+    def refused(self, call: Call) -> int:
+        """
+        Tell how many questions of a kind were refused because their queue was full.
+        """
+        return self._refused[call]
+
     @asynccontextmanager
     async def place(self, call: Call, repository: str) -> AsyncIterator[None]:
         """
         Wait for a place for a question about C{repository}, and have it.
 
-        @raise QueueFullError: if that would take too long.
+        @raise QueueFullError: if that takes too long.
         """
         await self._enter(call, repository)
         try:
             yield
         finally:
-            self._free += 1
+            self._held.release(repository)
             self._let_go()
 
     def rest(self, call: Call, seconds: float) -> None:
@@ -86,28 +248,61 @@ class Governor:
         Refuse all that queue, or all that ask about C{repository}: those under way may keep their places for long.
         """
         for queue in self._queues.values():
-            for place in [place for place, about in queue.items() if repository in (None, about)]:
-                if queue.pop(place, None) is not None:  # one may leave because of what another does
+            for about, place in queue.about(repository):
+                if queue.remove(about, place):  # one may leave because of what another does
                     place.errback(refusal())
 
     def _enter(self, call: Call, repository: str) -> Deferred[None]:
         queue, bucket = self._queues[call], self._buckets[call]
-        wait = bucket.wait(self._clock.seconds()) + len(queue) / bucket.rate
+        wait = bucket.wait(self._clock.seconds()) + queue.ahead(repository) / bucket.rate
         if wait > LONGEST_WAIT:
-            raise QueueFullError(
-                429,
-                "TOOMANYREQUESTS",
-                f"too many questions about {call.value} wait for ECR",
-                {"Retry-After": str(math.ceil(wait))},
-            )
+            raise self._full(call, wait)
 
         def leave(left: Deferred[None]) -> None:
-            queue.pop(left, None)
+            queue.remove(repository, left)
 
         place: Deferred[None] = Deferred(leave)
-        queue[place] = repository
+        queue.add(repository, place)
         self._let_go()
+        if not place.called:
+            self._waiting[place] = (self._clock.seconds() + LONGEST_WAIT, call, repository)
+            self._expire()
+            place.addBoth(self._ended, place)
         return place
+
+    def _full(self, call: Call, wait: float) -> QueueFullError:
+        """
+        Count a refusal, and make the error.
+        """
+        self._refused[call] += 1
+        log.warn(
+            "Refused a question about {call}: {count} wait for ECR already, and it can't go within {seconds:.0f} s;"
+            " compare PROXY_ECR_QUOTAS with the account's quotas",
+            call=call.value,
+            count=len(self._queues[call]),
+            seconds=LONGEST_WAIT,
+            once=call.value,
+        )
+        said = f"too many questions about {call.value} wait for ECR"
+        return QueueFullError(429, "TOOMANYREQUESTS", said, {"Retry-After": str(math.ceil(wait))})
+
+    def _ended(self, result: Failure | None, place: Deferred[None]) -> Failure | None:
+        self._waiting.pop(place, None)
+        return result
+
+    def _expire(self) -> None:
+        """
+        Refuse those who have waited too long. All wait equally long, so one timer for the oldest does for all.
+        """
+        while self._waiting:
+            place, (until, call, repository) = next(iter(self._waiting.items()))
+            if until > self._clock.seconds():
+                if self._expiry is None or not self._expiry.active():
+                    self._expiry = self._clock.callLater(until - self._clock.seconds(), self._expire)
+                return
+            del self._waiting[place]
+            if self._queues[call].remove(repository, place):
+                place.errback(self._full(call, LONGEST_WAIT))
 
     def _let_go(self) -> None:
         """
@@ -121,7 +316,6 @@ class Governor:
         self._letting_go = True
         try:
             while (place := self._next()) is not None:
-                self._free -= 1
                 place.callback(None)
         finally:
             self._letting_go = False
@@ -132,13 +326,15 @@ class Governor:
         """
         waits = []
         for call, queue in self._queues.items():
-            if not (queue and self._free):
+            repository = queue.next(self._held) if self._held.free else None
+            if repository is None:
                 continue
             bucket = self._buckets[call]
             wait = bucket.wait(self._clock.seconds())
             if not wait:
                 bucket.take()
-                return queue.popitem(last=False)[0]
+                self._held.take(repository)
+                return queue.pop(repository)
             waits.append(wait)
         if waits:
             self._look_again(max(TICK, min(waits)))

@@ -64,6 +64,12 @@ class Tries:
     def __init__(self, budget: Budget, began: float) -> None:
         self._budget, self._began, self._failed = budget, began, 0
 
+    def seconds(self, now: float) -> float:
+        """
+        Return the seconds since the first try, or since it began to wait for its turn.
+        """
+        return now - self._began
+
     def give_up(self) -> None:
         """
         Let there be no other try, whatever the budget says.

@@ -16,10 +16,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
 from urllib.parse import unquote, urljoin, urlsplit
+from weakref import WeakValueDictionary
 
 from twisted.web.http_headers import Headers
 from twisted.web.iweb import IResponse
 
+from ecrproxy.access.turns import QueueTimeoutError, Turns
 from ecrproxy.oci import (
     MANIFEST_LIMIT,
     MANIFEST_TYPES,
@@ -34,7 +36,15 @@ from ecrproxy.oci import (
 )
 from ecrproxy.reasons import Reason
 from ecrproxy.registry.bodies import discard
-from ecrproxy.registry.bucket import REDIRECT_STATUSES, Blob, UnavailableError, header, is_page, told_length
+from ecrproxy.registry.bucket import (
+    REDIRECT_STATUSES,
+    Blob,
+    RefusedAnswerError,
+    UnavailableError,
+    header,
+    is_page,
+    told_length,
+)
 from ecrproxy.registry.endpoint import Endpoint, Question, Reply
 from ecrproxy.registry.links import next_target
 from ecrproxy.registry.wire import Wire
@@ -48,6 +58,12 @@ ALL_TAGS: Final = 100_000
 """Tags that are joined into one list for a client that asks for no page."""
 ALL_BYTES: Final = 2**24
 """Bytes after which no further page is joined: C{ALL_TAGS} of 128 characters fit. ECR's tags may have 300."""
+JOINABLE: Final = frozenset({"last", "nextToken"})
+"""What a client may say of a list that is joined: where it begins, by the specification's name and by ECR's own."""
+JOINS: Final = 4
+"""Lists that are joined at the same time, each up to C{ALL_BYTES} in memory."""
+LIST_SECONDS: Final = 10.0
+"""Seconds that a list waits for another of its repository, and then for its place among C{JOINS}."""
 ALL_PAGES: Final = 1000
 """The most pages that are joined: enough for C{ALL_TAGS}, if ECR gives a hundred a page whatever it is asked for."""
 
@@ -58,24 +74,29 @@ class Head:
     What ECR says of a manifest without giving it.
 
     @ivar digest: none if it didn't say.
+    @ivar named: the digest that ECR named, as it came; empty if it named none.
     """
 
     media_type: str
     digest: Digest | None
     size: int
+    named: str
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
     """
     A manifest as ECR gave it.
+
+    @ivar named: the digest that ECR named, as it came; empty if it named none.
     """
 
     content_type: str
     body: bytes
+    named: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class Page:
     """
     A page of tags or referrers.
@@ -100,6 +121,8 @@ class Upstream:
 
     def __init__(self, endpoint: Endpoint, wire: Wire, *, stall_seconds: float = 30) -> None:
         self._endpoint, self._wire, self.clock, self.stall_seconds = endpoint, wire, wire.clock, stall_seconds
+        self._joining = Turns(JOINS, LIST_SECONDS, self.clock)
+        self._listing: WeakValueDictionary[str, Turns] = WeakValueDictionary()
 
     async def head_manifest(self, route: Route, accept: str) -> Head:
         """
@@ -108,15 +131,18 @@ class Upstream:
         @raise RegistryError: if none, or ECR can't say.
         """
         reply = _whole(await self._endpoint.ask(Question("HEAD", route, accept, limit=MANIFEST_LIMIT)))
-        response = reply.response
+        response, named = reply.response, header(reply.response, "Docker-Content-Digest") or ""
         if response.request.method == b"HEAD":  # or ECR refused that, and answered a GET
             media_type, size = header(response, "Content-Type") or "", told_length(response)
-            named = header(response, "Docker-Content-Digest")
             digest = _told(named) if named else None
             if size and size <= MANIFEST_LIMIT and media_type.partition(";")[0].strip().lower() in MANIFEST_TYPES:
-                return Head(media_type, digest, size)
-            reply = _whole(await self._endpoint.ask(Question("GET", route, accept, limit=MANIFEST_LIMIT)))
-        return Head(header(reply.response, "Content-Type") or "", Digest.of(reply.body), len(reply.body))
+                return Head(media_type, digest, size, named)
+            try:
+                reply = _whole(await self._endpoint.ask(Question("GET", route, accept, limit=MANIFEST_LIMIT)))
+            except RefusedAnswerError as problem:
+                problem.named = named
+                raise
+        return Head(header(reply.response, "Content-Type") or "", Digest.of(reply.body), len(reply.body), named)
 
     async def manifest(self, route: Route, accept: str) -> Manifest:
         """
@@ -125,12 +151,14 @@ class Upstream:
         @raise RegistryError: if there is none, or ECR can't give it.
         """
         reply = _whole(await self._endpoint.ask(Question("GET", route, accept, limit=MANIFEST_LIMIT)))
-        named = header(reply.response, "Docker-Content-Digest")
+        named = header(reply.response, "Docker-Content-Digest") or ""
         digest = _told(named) if named else None
         if digest is not None and Digest.of(reply.body, digest.algorithm) != digest:
             said = f"ECR calls something else {named}"
-            raise UnavailableError(502, "UNAVAILABLE", said, reason=Reason.WRONG_BYTES)
-        return Manifest(header(reply.response, "Content-Type") or "", reply.body)
+            problem = RefusedAnswerError(502, "UNAVAILABLE", said, reason=Reason.WRONG_BYTES)
+            problem.named = named
+            raise problem
+        return Manifest(header(reply.response, "Content-Type") or "", reply.body, named)
 
     async def blob_size(self, route: Route) -> int:
         """
@@ -220,10 +248,25 @@ class Upstream:
     async def _all_tags(self, route: Route, query: str) -> Page:
         """
         Join ECR's pages of tags, for clients that follow no Link; behind C{ALL_TAGS} or C{ALL_BYTES} the Link leads on.
+
+        Clients can ask for as many different lists as they like by C{last}, and each costs up to a hundred questions:
+        one at a time is made of a repository.
         """
-        page = await self._page(route, _with_n(query))
-        if page.next is None:
-            return page
+        turns = self._listing.get(route.repository)
+        if turns is None:
+            turns = self._listing[route.repository] = Turns(1, LIST_SECONDS, self.clock)
+        try:
+            async with turns.turn():
+                page = await self._page(route, _with_n(query))
+                if page.next is None:
+                    return page
+                async with self._joining.turn():
+                    return await self._joined(route, query, page)
+        except QueueTimeoutError as problem:
+            said = "too many lists of tags are being made; ask again, or for pages of it (n=1000)"
+            raise UnavailableError(503, "UNAVAILABLE", said, {"Retry-After": "5"}, Reason.QUEUE_FULL) from problem
+
+    async def _joined(self, route: Route, query: str, page: Page) -> Page:
         tags = _tags_of(page)
         count, parts, asked = len(tags), [_listed(tags)], {query}
         size = len(parts[0])
@@ -237,7 +280,7 @@ class Upstream:
             parts.append(_listed(tags))
             size += len(parts[-1])
         body = b'{"name": "%b", "tags": [%b]}' % (route.repository.encode("ascii"), b", ".join(filter(None, parts)))
-        return replace(page, body=body, next=page.next and _without_n(page.next))
+        return replace(page, body=body, next=page.next and _led_on(page.next))
 
     async def _page(self, route: Route, query: str) -> Page:
         reply = _whole(await self._endpoint.ask(Question("GET", route, query=query, limit=LIST_LIMIT)))
@@ -256,7 +299,7 @@ def _whole(reply: Reply) -> Reply:
     Refuse what is no answer to a question for the whole: a part, a redirect, or nothing.
     """
     if reply.response.code != 200:  # noqa: PLR2004
-        raise UnavailableError(502, "UNAVAILABLE", f"ECR answers {reply.response.code} where the whole was asked for")
+        raise RefusedAnswerError(502, "UNAVAILABLE", f"ECR answers {reply.response.code} where the whole was asked for")
     return reply
 
 
@@ -321,18 +364,29 @@ def _with_n(query: str) -> str:
     return to_query({**passed_on(query), "n": str(TAGS_LIMIT)})
 
 
-def _without_n(query: str) -> str:
-    return to_query({name: value for name, value in passed_on(query).items() if name != "n"})
+def _led_on(query: str) -> str:
+    """
+    Return the query of what follows a joined list: another one, if that takes all that ECR's link has.
+    """
+    rest = {name: value for name, value in passed_on(query).items() if name != "n"}
+    return to_query(rest) if rest.keys() <= JOINABLE else _with_n(query)
 
 
 def upstream_query(route: Route) -> str:
     """
     Choose what of a client's query goes to ECR.
 
+    A page may have any parameter, for ECR's links may. A list that is joined has those of C{JOINABLE}: of others,
+    clients could make up as many lists as they like.
+
     @raise RegistryError: if C{n} is no number.
     """
     values = passed_on(route.query)
-    if route.kind is Kind.TAGS and "n" in values:
+    if route.kind is not Kind.TAGS:
+        return to_query(values)
+    if "n" not in values:
+        values = {name: value for name, value in values.items() if name in JOINABLE}
+    else:
         given = unquote(values["n"])
         if not given.isdecimal() or not given.isascii() or len(given) > 18:  # noqa: PLR2004
             raise RegistryError(400, "PAGINATION_NUMBER_INVALID", "n is not a number of tags")

@@ -25,7 +25,7 @@ from zope.interface import implementer
 
 from ecrproxy.oci import RegistryError
 from ecrproxy.registry.bodies import discard
-from ecrproxy.registry.bucket import UnavailableError, describe, first_cause, header
+from ecrproxy.registry.bucket import RefusedAnswerError, UnavailableError, describe, first_cause, header
 from ecrproxy.registry.retries import FIRST_WAIT, TRANSIENT_STATUSES, Budget, TransientError, Tries, asked_wait, failure
 
 if TYPE_CHECKING:
@@ -35,7 +35,10 @@ log = Logger()
 T = TypeVar("T")
 
 HEADER_SECONDS: Final = 25.0
-"""How long an upstream may take for its answer's headers, connecting included. containerd waits 30 s for ours."""
+"""
+Seconds for an upstream's headers, connecting included; for ECR, from the moment a question begins to queue, retries
+included. containerd waits 30 s for our headers.
+"""
 
 
 @implementer(IAgent)
@@ -54,7 +57,7 @@ class PlainAgent:
         self, method: bytes, uri: bytes, headers: Headers | None = None, bodyProducer: IBodyProducer | None = None
     ) -> Deferred[IResponse]:
         """
-        Send the request. Fails with L{UnavailableError} for an encoded answer.
+        Send the request. Fails with L{RefusedAnswerError} for an encoded answer.
         """
         headers = Headers() if headers is None else headers.copy()
         headers.setRawHeaders("Accept-Encoding", ["identity"])
@@ -67,7 +70,7 @@ def _plain(response: IResponse, clock: IReactorTime) -> IResponse:
     encoding = header(response, "Content-Encoding")
     if encoding not in (None, "identity"):
         discard(response, clock)
-        raise UnavailableError(502, "UNAVAILABLE", f"upstream sends {encoding!r} where plain bytes were asked for")
+        raise RefusedAnswerError(502, "UNAVAILABLE", f"upstream sends {encoding!r} where plain bytes were asked for")
     return response
 
 
@@ -186,7 +189,7 @@ class Wire:
         """
         Read a small body.
 
-        @raise UnavailableError: if it is longer than C{limit}.
+        @raise RefusedAnswerError: if it is longer than C{limit}.
         @raise TransientError: if it does not come to its end.
         """
         collected = _Collect(limit, self.clock)
@@ -208,7 +211,7 @@ class _Collect(TwistedProtocol):
         self._size += len(data)
         if self._size > self._limit:
             what = f"an answer of ECR has more than the {self._limit} bytes that it may have"
-            self._fail(UnavailableError(502, "UNAVAILABLE", what))
+            self._fail(RefusedAnswerError(502, "UNAVAILABLE", what))
         else:
             self._parts.append(data)
 

@@ -36,6 +36,7 @@ from ecrproxy.settings.values import (
     parse_log_format,
     parse_log_level,
     parse_networks,
+    parse_origin,
     parse_path,
     parse_patience,
     parse_pattern,
@@ -44,6 +45,7 @@ from ecrproxy.settings.values import (
     parse_registries,
     parse_resolver,
     parse_seconds,
+    parse_share,
     parse_tries,
     parse_workers,
     region_of,
@@ -180,6 +182,13 @@ SETTINGS: Final[Sequence[Setting]] = (
         "none",
         "networks that clients must be in; all others are refused",
     ),
+    Setting(
+        "allow-origin",
+        "PROXY_ALLOW_ORIGIN",
+        parse_origin,
+        "none",
+        "origin of web pages that may ask and read the answers, or: *",
+    ),
     Setting("listen", "PROXY_LISTEN", parse_listen, "made from port and TLS files", "Twisted endpoint strings"),
     Setting(
         "admin-listen",
@@ -201,7 +210,7 @@ SETTINGS: Final[Sequence[Setting]] = (
         "PROXY_ADMIN_HOSTS",
         parse_hosts,
         "none",
-        "names with dots under which the operator's port may be asked for",
+        "names under which the operator's port may be asked for, beside addresses and the machine's",
     ),
     Setting(
         "tag-ttl",
@@ -313,16 +322,16 @@ SETTINGS: Final[Sequence[Setting]] = (
     Setting(
         "connections-per-address",
         "PROXY_CONNECTIONS_PER_ADDRESS",
-        parse_count,
-        "1000",
-        "connections from one address; 0 for no limit",
+        parse_share,
+        "auto",
+        "connections from one address; 0 for no limit; auto for half of all there may be, at most 1000",
     ),
     Setting(
         "transfers",
         "PROXY_TRANSFERS",
         parse_count,
         "4096",
-        "answers with a blob that are under way at once; 0 for no limit",
+        "answers of more than 64 KiB, and with a blob, that are under way at once; 0 for no limit",
     ),
 )
 
@@ -337,6 +346,7 @@ class Config:
     @ivar dns_resolver: name servers; none for the host's own resolver.
     @ivar cache_limit: in bytes.
     @ivar tag_ttl: in seconds.
+    @ivar allow_origin: as browsers write it, or C{*}.
     @ivar listen: empty to listen on C{port}, with TLS if there is a key.
     @ivar admin_listen: none to have no such port.
     @ivar admin_hosts: names that lead there, beside those that need no telling.
@@ -357,6 +367,7 @@ class Config:
     client_ca: str | None
     htpasswd: str | None
     allow_from: tuple[Network, ...] | None
+    allow_origin: str | None
     listen: Sequence[EndpointString]
     admin_listen: EndpointString | None
     admin_hosts: frozenset[str] | None
@@ -379,28 +390,28 @@ class Config:
     header_bytes: int
     header_count: int
     connections: int
-    connections_per_address: int
+    connections_per_address: int | None
     transfers: int
 
-    @property
-    def limits(self) -> Limits:
+    def limits(self, room: int = 0) -> Limits:
         """
-        What clients may have of this process.
+        Return what clients may have of one process.
+
+        @param room: connections for which it has descriptors; 0 for no limit.
         """
-        return Limits(**{each.name: getattr(self, each.name) for each in fields(Limits)})
+        given = {each.name: getattr(self, each.name) for each in fields(Limits)}
+        limits = Limits(**{name: value for name, value in given.items() if value is not None})
+        return limits.share(self.worker_processes, room, chosen=self.connections_per_address is not None)
 
     def share(self) -> Config:
         """
-        Return the settings of a worker: its part of what all of them may have together.
+        Return the settings of a worker: its part of what all of them may ask of ECR and buckets together.
 
         The cache's limit is that of the directory, which all of them keep to.
         """
-        count, limits = self.worker_processes, self.limits.share(self.worker_processes)
+        count = self.worker_processes
         return replace(
             self,
-            connections=limits.connections,
-            connections_per_address=limits.connections_per_address,
-            transfers=limits.transfers,
             ecr_connections=share(self.ecr_connections, count),
             ecr_quotas=self.ecr_quotas.share(count),
             bucket_connections=share(self.bucket_connections, count),

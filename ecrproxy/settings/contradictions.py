@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from ecrproxy.endpoint_string import PARAMETERS, SYSTEMD, is_loopback
 from ecrproxy.settings.complaints import Complaint
 from ecrproxy.settings.config import SETTINGS, Config, ConfigError, given
-from ecrproxy.settings.values import REGIONS, endpoint_in_doubt, pattern_in_doubt
+from ecrproxy.settings.values import REGIONS, endpoint_in_doubt, is_other_registry, pattern_in_doubt
 from ecrproxy.settings.variables import look_at_variables
 
 LONG_TAG_TTL: Final = 86400.0
@@ -171,7 +171,7 @@ def _pointless(config: Config, sources: Mapping[str, str], cores: int) -> Iterat
         together = f"all blobs together may have PROXY_BUCKET_CONNECTIONS={config.bucket_connections}"
         yield Complaint(f"PROXY_BLOB_CONNECTIONS={config.blob_connections}, but {together}", "raise the second")
     for name in ("connections-per-address", "transfers"):
-        if name in sources and 0 < config.connections < getattr(config, name.replace("-", "_")):
+        if name in sources and 0 < config.connections < (getattr(config, name.replace("-", "_")) or 0):
             said = f"{sources[name]} is more than PROXY_CONNECTIONS, and so limits nothing"
             yield Complaint(said, "lower it, or set 0")
     if "upstream-tries" in sources and config.upstream_tries > 1 and not config.upstream_seconds:
@@ -193,6 +193,11 @@ def _in_doubt(config: Config, disk: int | None) -> Iterator[Complaint]:
     """
     if doubt := endpoint_in_doubt(config.ecr_endpoint):
         yield Complaint(f"PROXY_ECR_ENDPOINT={config.ecr_endpoint}: {doubt}", "see that it is your registry's name")
+    for alias in sorted(map(str, config.registry_aliases or ())):
+        host = alias.rpartition(":")[0]
+        if is_other_registry(host):
+            said = f"PROXY_REGISTRY_ALIASES has {host}: what clients ask of that registry is answered from ECR"
+            yield Complaint(said, "leave it out, unless ECR's repositories are its copies")
     if config.region not in REGIONS:
         yield Complaint(
             f"AWS_REGION={config.region} is a region that this version does not know", "see how it is spelt"

@@ -27,6 +27,9 @@ _AWS_HOST = re.compile(
     r".*\.(?:amazonaws\.com|amazonaws\.com\.cn|amazonaws\.eu|on\.aws|on\.amazonwebservices\.com\.cn)"
 )
 _ISOLATED_HOST = re.compile(r".*\.(?:c2s\.ic\.gov|sc2s\.sgov\.gov|cloud\.adc-e\.uk|csp\.hci\.ic\.gov|on\.aws\.\w.*)")
+# A host that ends with a number is read as an address by what connects: 5000 is 0.0.19.136.
+_NUMBER = re.compile(r"(?:.*\.)?(?:[0-9]+|0x[0-9a-f]*)", re.IGNORECASE)
+_NUMBERS: Final = {**dict.fromkeys(range(1, 6), "a port alone"), 12: "an account, not the host of its registry"}
 _OTHER_REGISTRY = re.compile(
     r"(?:.+\.)?(?:docker\.io|docker\.com|public\.ecr\.aws|ghcr\.io|quay\.io|gcr\.io|pkg\.dev|registry\.k8s\.io"
     r"|mcr\.microsoft\.com|azurecr\.io|registry\.gitlab\.com)"
@@ -90,8 +93,10 @@ def _no_registry_of_ecr(scheme: str, host: str) -> str | None:
     """
     first, _, rest = host.partition(".")
     why = None
-    if _OTHER_REGISTRY.fullmatch(host):
+    if is_other_registry(host):
         why = "not a private registry of ECR"
+    elif _NUMBER.fullmatch(host) and not is_address(host):
+        why = _NUMBERS.get(len(host), "neither a name nor an address")
     elif not _AWS_HOST.fullmatch(host) or first.startswith("vpce-"):
         pass
     elif scheme == "http":
@@ -105,11 +110,20 @@ def _no_registry_of_ecr(scheme: str, host: str) -> str | None:
     return why
 
 
+def is_other_registry(host: str) -> bool:
+    """
+    Return True if a host is that of a public registry, or another vendor's.
+    """
+    return _OTHER_REGISTRY.fullmatch(host) is not None
+
+
 def endpoint_in_doubt(endpoint: str) -> str | None:
     """
     Say what is odd about a registry's URL that looks almost like ECR's.
     """
     host = urlsplit(endpoint).hostname or ""
+    if "." not in host and host != "localhost" and not is_address(host):
+        return "a name without a dot is no registry of ECR"
     if ".ecr." not in host or _AWS_HOST.fullmatch(host) or _ISOLATED_HOST.fullmatch(host):
         return None
     return "the name resembles ECR's, but its end is none of AWS's"
@@ -247,6 +261,25 @@ def _network(word: str) -> Network:
     raise ValueError(f"{word!r} is not a network; give {meant}")
 
 
+def parse_origin(text: str) -> str:
+    """
+    Read an origin as browsers write it, RFC 6454, section 6.2: lower case, no default port; or C{*} for all.
+    """
+    if text == "*":
+        return text
+    word = text.lower().removesuffix("/")
+    try:
+        parts = urlsplit(word)
+        host, port = parts.hostname or "", parts.port
+    except ValueError:
+        parts, host, port = urlsplit(""), "", None
+    shown = f"[{host}]" if ":" in host else host
+    good = parts.scheme in ("http", "https") and (_HOST.fullmatch(host) or is_address(host))
+    if not good or word not in (f"{parts.scheme}://{shown}", f"{parts.scheme}://{shown}:{port}"):
+        raise ValueError(f"{text!r} is not an origin; give one such as https://ui.example, or *")
+    return f"{parts.scheme}://{shown}" if port in (None, {"http": 80, "https": 443}[parts.scheme]) else word
+
+
 def parse_hosts(text: str) -> frozenset[str]:
     """
     Read names of hosts, separated by space or commas.
@@ -293,6 +326,16 @@ def parse_count(text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,9}", text):
         raise ValueError("not a number; give 0 for no limit")
     return int(text)
+
+
+def parse_share(text: str) -> int | None:
+    """
+    Read how many of something one client may have, none for no limit; C{None} for a share of what there is.
+    """
+    try:
+        return None if text == "auto" else parse_count(text)
+    except ValueError:
+        raise ValueError("not a number; give 0 for no limit, or auto") from None
 
 
 def parse_log_format(text: str) -> str:

@@ -67,7 +67,7 @@ SOON: Final = 256 * 2**10
 
 class UnattendedError(Exception):
     """
-    Nobody reads a transfer, and too many others are in the same case.
+    Nobody reads a transfer, and it is slow, or too many others are in the same case.
     """
 
 
@@ -154,6 +154,13 @@ class Download:
         resumable = self.kept and (self.size or 0) >= WORTH_RESUMING
         return self._running and resumable and not self._followers and not self.stopped
 
+    @property
+    def missing(self) -> int:
+        """
+        Return how many bytes are not in the file yet; 0 without one.
+        """
+        return self._writer.missing if self._writer is not None else 0
+
     def offers(self, start: int) -> bool:
         """
         Tell whether a reader can still begin at C{start}.
@@ -205,7 +212,7 @@ class Download:
         """
         if self._at_work and self.unattended:
             self.stopped = True
-            self._end_lanes(Failure(UnattendedError("nobody reads it, nor others; the next request continues it")))
+            self._end_lanes(Failure(UnattendedError("nobody reads it; the next request continues it")))
 
     async def run(self, blob: Blob) -> None:
         """

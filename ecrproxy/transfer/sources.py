@@ -52,26 +52,27 @@ HELD_PIECE: Final = 2**16
 
 class Held:
     """
-    Bytes in memory, as a source.
+    A range of bytes in memory, as a source.
     """
 
     failure: Failure | None = None
 
-    def __init__(self, data: bytes) -> None:
-        self._data, self._position = data, 0
+    def __init__(self, data: bytes, start: int = 0, stop: int | None = None) -> None:
+        self._data, self._position = data, start
+        self._stop = len(data) if stop is None else stop
 
     @property
     def done(self) -> bool:
         """
         Tell whether all was sent.
         """
-        return self._position >= len(self._data)
+        return self._position >= self._stop
 
     def piece(self, limit: int) -> FilePiece | bytes | None:
         """
         Give the next bytes.
         """
-        return self._data[self._position : self._position + min(limit, HELD_PIECE)]
+        return self._data[self._position : min(self._stop, self._position + min(limit, HELD_PIECE))]
 
     def sent(self, count: int) -> None:
         """

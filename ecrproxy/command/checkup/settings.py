@@ -91,7 +91,7 @@ def judge_files(most: int, config: Config) -> Finding:
     @param most: how many it may have; the daemon raises its own limit so far.
     """
     check = "open files"
-    clients = config.share().limits.connections
+    clients = config.limits().connections
     wanted = clients * FILES_OF_A_CLIENT + OWN_FILES
     said = f"{most} for a process started from here"
     if not clients or wanted <= most:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -26,6 +26,10 @@ _MACHINES: Final = {
 }
 _PLAIN: Final = {"amd64": "v1", "arm64": "v8", "arm": "v7"}
 """The variant that is meant where none is named."""
+SHOWN: Final = 20
+"""Platforms of an index that are named where it has not the one that is wanted."""
+LONGEST: Final = 50
+"""Characters of each of them."""
 _PLATFORM = re.compile(r"([a-z0-9_.-]+)/([a-z0-9_.-]+)(?:/([a-z0-9_.-]+))?", re.IGNORECASE)
 _LEVEL = re.compile(r"v(\d{1,3})")
 
@@ -144,11 +148,20 @@ def choose(offered: Collection[Offer], wanted: Collection[Platform]) -> Sequence
         ranks = [(_rank(each, platform), descriptor) for descriptor, each in told]
         fitting = [(rank, descriptor) for rank, descriptor in ranks if rank is not None]
         if not fitting:
-            there = ", ".join(dict.fromkeys(str(each) for _, each in told)) or "none"
-            raise ValueError(f"not for {platform}; its platforms: {there}")
+            raise ValueError(f"not for {platform}; its platforms: {_listing(each for _, each in told)}")
         best = max(rank for rank, _ in fitting)
         chosen[next(descriptor for rank, descriptor in fitting if rank == best)] = None
     return list(chosen)
+
+
+def _listing(platforms: Iterable[Platform]) -> str:
+    """
+    Name platforms in a line of bounded length: an index can list thousands.
+    """
+    names = list(dict.fromkeys(str(each) for each in platforms))
+    shown = [name if len(name) <= LONGEST else f"{name[:LONGEST]}..." for name in names[:SHOWN]]
+    left = [f"and {len(names) - SHOWN} more"] if len(names) > SHOWN else []
+    return ", ".join([*shown, *left]) or "none"
 
 
 def _rank(offered: Platform, wanted: Platform) -> int | None:

@@ -11,7 +11,7 @@ Rules:
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sized
 from dataclasses import dataclass
 from functools import partial
 from http.client import HTTPException
@@ -21,6 +21,7 @@ from ecrproxy.command.prefetching.door import Ask, Reply
 from ecrproxy.command.prefetching.images import Image
 from ecrproxy.command.prefetching.platforms import Offer, Platform, choose, may_hold, offers
 from ecrproxy.oci import INDEX_TYPES, MANIFEST_LIMIT, MANIFEST_TYPES, Descriptor, Digest, Kind, Route, listed
+from ecrproxy.reasons import Reason
 from ecrproxy.registry.refusals import Refusal
 from ecrproxy.registry.retries import TRANSIENT_STATUSES, Budget, TransientError, asked_wait, next_try
 
@@ -32,6 +33,12 @@ BUDGET: Final = Budget(tries=8, seconds=300.0)
 """With the waits between them a minute at the least: a daemon that is restarted has so long."""
 IN_CACHE: Final = frozenset({"HIT", "REVALIDATED"})
 """What X-Cache-Status says to the HEAD of a blob whose bytes are there."""
+INDEXES: Final = 100
+"""The most indexes that an image may consist of, each counted for each platform that it is listed for."""
+OFFERED: Final = 1000
+"""The most manifests that these may list. Large images are for some twenty platforms, with an attestation for each."""
+BLOBS: Final = 100_000
+"""The most blobs that all these may list."""
 _OK, _PARTIAL = 200, 206
 
 
@@ -132,35 +139,38 @@ class Puller:
         """
         @raise ValueError: if something is no manifest, or there is none for a platform.
         """
-        seen: dict[Digest, None] = {}
+        manifests: set[Digest] = set()
         blobs: dict[Route, int] = {}
-        images: dict[Route, tuple[str, bytes]] = {}
-        offered: list[Offer] = []
+        offered: dict[tuple[Digest, Platform | None], Offer] = {}
         indexes: list[tuple[Route, Platform | None]] = [(route, None)]
+        noted: set[tuple[Digest | None, Platform | None]] = {(route.digest, None)}
+        is_image = False
         while indexes:
             at, within = indexes.pop()
             media_type, body = self._manifest(at)
-            seen[Digest.of(body)] = None
+            manifests.add(Digest.of(body))
             if media_type not in INDEX_TYPES:
-                images[at] = media_type, body
+                is_image = True
+                blobs.update(_blobs(route, media_type, body))
                 continue
             for offer in offers(body, within):
-                where = route.at(offer.descriptor.digest)
+                which = offer.descriptor.digest, offer.platform
                 if not offer.is_manifest:
                     blobs[_blob(route, offer.descriptor)] = offer.descriptor.size
                 elif not offer.is_index:
-                    offered.append(offer)
-                elif offer.descriptor.digest not in seen and may_hold(offer, self._platforms):
-                    indexes.append((where, offer.platform))
+                    offered.setdefault(which, offer)
+                elif which not in noted and may_hold(offer, self._platforms):
+                    noted.add(which)
+                    indexes.append((route.at(offer.descriptor.digest), offer.platform))
+                _check_extent(noted, offered, blobs)
         # What lists layers and no image, as a BuildKit cache does, has no platforms to choose from.
-        if offered or not (images or blobs):
-            for each in choose(offered, self._platforms):
-                images[route.at(each.digest)] = self._manifest(route.at(each.digest))
-                seen[each.digest] = None
-        for media_type, body in images.values():
-            lists = listed(body, media_type)
-            blobs.update({_blob(route, each): each.size for kind, each in lists if kind is Kind.BLOB})
-        return Plan(len(seen), blobs)
+        if offered or not (is_image or blobs):
+            for each in choose(offered.values(), self._platforms):
+                media_type, body = self._manifest(route.at(each.digest))
+                manifests.add(each.digest)
+                blobs.update(_blobs(route, media_type, body))
+                _check_extent(noted, offered, blobs)
+        return Plan(len(manifests), blobs)
 
     def bring(self, route: Route, size: int) -> bool:
         """
@@ -266,6 +276,19 @@ class _Arriving:
             raise PullError(f"what came is not {self._digest}")
 
 
+def _check_extent(indexes: Sized, offered: Sized, blobs: Sized) -> None:
+    """
+    @raise ValueError: if an image is larger than any that somebody would pull.
+    """
+    for what, found, most in (("indexes", indexes, INDEXES), ("manifests", offered, OFFERED), ("blobs", blobs, BLOBS)):
+        if len(found) > most:
+            raise ValueError(f"lists more than {most} {what}")
+
+
+def _blobs(manifest: Route, media_type: str, body: bytes) -> dict[Route, int]:
+    return {_blob(manifest, each): each.size for kind, each in listed(body, media_type) if kind is Kind.BLOB}
+
+
 def _blob(manifest: Route, descriptor: Descriptor) -> Route:
     return Route(Kind.BLOB, manifest.repository, str(descriptor.digest), descriptor.digest)
 
@@ -298,7 +321,7 @@ def _must_be(reply: Reply, *statuses: int) -> None:
     if reply.status in statuses:
         return
     said = _words(reply) or f"the proxy answers {reply.status}"
-    if reply.status not in TRANSIENT_STATUSES:
+    if reply.status not in TRANSIENT_STATUSES or reply.headers.get("x-cache-reason") == Reason.NO_MANIFEST:
         raise PullError(said)
     problem = TransientError(reply.status, "UNAVAILABLE", said)
     problem.wait = asked_wait(reply.headers.get("retry-after"), reply.headers.get("date"))
