@@ -29,7 +29,7 @@ VOLUME /cache
 EXPOSE 5000
 WORKDIR /
 USER 65532:65532
-# docker stop waits for 10 s by default: PROXY_DRAIN_SECONDS wants --stop-timeout 40.
+# docker stop waits for 10 s by default: PROXY_DRAIN_SECONDS wants --stop-timeout 45.
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=5s --start-period=10s --retries=3 \
     CMD ["/opt/ecrproxy/bin/python", "-m", "ecrproxy.healthcheck"]

@@ -23,9 +23,9 @@ from prometheus_client import PLATFORM_COLLECTOR, CollectorRegistry, ProcessColl
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, InfoMetricFamily
 from prometheus_client.registry import Collector
 from twisted.application.service import Service
-from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 
+from ecrproxy.periodic import Periodic
 from ecrproxy.ranking import Ranking
 
 if TYPE_CHECKING:
@@ -328,8 +328,7 @@ class LoopStall(Service):
         self.longest = 0.0
         self._before, self._lately, self._until = 0.0, 0.0, 0.0
         self._clock, self._last = clock, 0.0
-        self._loop = LoopingCall(self._turn)
-        self._loop.clock = clock
+        self._loop = Periodic("Measuring stalls", self._turn, clock)
 
     @property
     def lately(self) -> float:
@@ -341,12 +340,11 @@ class LoopStall(Service):
     def startService(self) -> None:  # noqa: D102
         super().startService()
         self._last = self._clock.seconds()
-        self._loop.start(TICK_SECONDS, now=False).addErrback(lambda failure: log.failure("Measuring stalls", failure))
+        self._loop.start(TICK_SECONDS, now=False)
 
     def stopService(self) -> None:  # noqa: D102
         super().stopService()
-        if self._loop.running:
-            self._loop.stop()
+        self._loop.stop()
         log.info("The event loop stood still for {longest:.3f} s at the most", longest=self.longest)
 
     def _turn(self) -> None:

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, NoReturn, TypeVar
 
-from twisted.application.service import MultiService
+from twisted.application.service import Service
 from twisted.internet.error import ReactorNotRunning
 from twisted.internet.protocol import Factory
 from twisted.logger import ILogObserver, Logger, LogLevel
@@ -52,6 +52,7 @@ from ecrproxy.cache.inventory import Inventory
 from ecrproxy.cache.janitor import Janitor
 from ecrproxy.cache.purges import Purges
 from ecrproxy.cache.store import Store
+from ecrproxy.cache.troubles import Kind
 from ecrproxy.cached import VERIFICATIONS, Cache
 from ecrproxy.cores import usable_cores
 from ecrproxy.daemon.accepting import Gate
@@ -89,7 +90,7 @@ from ecrproxy.settings.config import ADMIN_LISTEN, Config, ConfigError
 from ecrproxy.settings.contradictions import Machine, load, look_at_settings, refusal
 from ecrproxy.settings.options import Options
 from ecrproxy.shares import share
-from ecrproxy.threads import Disk, Threads, call_unowned
+from ecrproxy.threads import Disk, Pools, Threads, call_unowned, in_time
 from ecrproxy.transfer.inflow import BUFFERED, Lanes
 from ecrproxy.transfer.unattended import MOST
 from ecrproxy.workers.channel import Channel, adopt
@@ -108,6 +109,9 @@ HASHING: Final = VERIFICATIONS, 30.0
 
 A pull that meets a disk which hangs reads, and then writes: its client waits 30 s at the most."""
 DIGESTING: Final = 4
+START_SECONDS: Final = 8.0
+SIZE_SECONDS: Final = 2.0
+"""How long the start waits for the disk, and for its size, which only warnings need."""
 LAST_LINES_SECONDS: Final = 2.0
 """How long the end waits for the last lines of the log to be written."""
 
@@ -191,9 +195,15 @@ def _disk_size(directory: Path) -> int | None:
     """
     Return the size of the file system that a directory is on, or would be.
     """
-    for each in (directory, *directory.absolute().parents):
-        with contextlib.suppress(OSError):
-            return shutil.disk_usage(each).total
+
+    def look() -> int | None:
+        for each in (directory, *directory.absolute().parents):
+            with contextlib.suppress(OSError):
+                return shutil.disk_usage(each).total
+        return None
+
+    with contextlib.suppress(TimeoutError):
+        return in_time(look, SIZE_SECONDS)
     return None
 
 
@@ -234,10 +244,23 @@ class Daemon(InOrder):
 
     @ivar complain: says it.
     @ivar writer: writes the log; none for twistd's own.
+    @ivar pools: the first part, for what responses stand on needs threads to its end.
     """
 
     complain: Callable[[str], None] = staticmethod(say)
     writer: LineWriter | None = None
+
+    def __init__(self, reactor: Any) -> None:  # noqa: ANN401
+        super().__init__()
+        self.pools = Pools(reactor)
+        self.pools.setServiceParent(self)
+
+    def add(self, *parts: Service) -> None:
+        """
+        Add parts; each stops once those after it have.
+        """
+        for part in parts:
+            part.setServiceParent(self)
 
     def setServiceParent(self, parent: Any) -> None:  # noqa: ANN401
         """
@@ -296,7 +319,7 @@ class Serving:
 
 def _serving(
     config: Config,
-    service: MultiService,
+    service: Daemon,
     reactor: Any,  # noqa: ANN401
     refused: Callable[[CredentialsError], None],
     egress: Egress,
@@ -308,11 +331,11 @@ def _serving(
     @param refused: ends the daemon, for AWS refuses its credentials.
     @param processes: how many there are that do the same, each its part.
     """
-    disk = _disk(service, reactor)
-    store = _prepared(Store(Path(config.cache_dir), time.time))
-    counting, judging, probing = Threads(1, reactor, yielding=False), Threads(1, reactor), Threads(1, reactor)
+    disk, threads = _disk(service.pools), service.pools.threads
+    store = Store(Path(config.cache_dir), time.time)
+    counting, judging, probing = threads(1, yielding=False), threads(1), threads(1)
     janitor = Janitor(store, config.cache_limit, disk.writing, reactor, counting.call)
-    tokens = _tokens(config, reactor, partial(_ends, refused, warm=store.has_content()))
+    tokens = _tokens(config, reactor, partial(_ends, refused, warm=_begin(store)))
     figures, stall = Figures(__version__), LoopStall(reactor)
     upstream, asking = _upstream(config, tokens, figures, egress, reactor)
     cache = Cache(store, janitor, disk, time.time, RegistryId.of_url(config.ecr_endpoint))
@@ -335,8 +358,7 @@ def _serving(
     )
     figures.watch(*of_cache(store, janitor), *of_token(tokens), *of_transfers(pull_through), *of_loop(stall))
     figures.watch(*of_clients(crowd, crowd.limits.connections or None), *of_disk(condition))
-    for part in (judging, counting, probing, janitor, tokens, stall):
-        part.setServiceParent(service)
+    service.add(janitor, tokens, stall)
     process = Process(store, janitor, asking, pull_through, readiness, disk.reading)
     return Serving(site, connections, admission, figures, process, cache, judging)
 
@@ -354,7 +376,7 @@ def build(
     @param refused: ends the daemon, for AWS refuses its credentials.
     @param supervisor: the service manager, if it wants to be told.
     """
-    serving = _serving(config, service := Daemon(), reactor, refused, egress, 1)
+    serving = _serving(config, service := Daemon(reactor), reactor, refused, egress, 1)
     process, store = serving.process, serving.cache.store
     incidents = Incidents(time.time)
     registry, now = config.ecr_endpoint, time.time
@@ -362,8 +384,7 @@ def build(
     describe = partial(_summary, process.readiness, store, process.janitor)
     supervised = Supervised(supervisor, describe, reactor)
     purges = Purges(store, serving.cache.forget_all, process.in_thread, reactor)
-    for part in (*status.services, supervised, purges):
-        part.setServiceParent(service)
+    service.add(*status.services, supervised, purges)
     make = partial(make_admin_site, serving.figures, Ready(process.readiness), status)
     listening = _listening(config, serving.site, reactor)
     listening += _admin(config, make, store, purges.look, service, reactor)
@@ -381,7 +402,7 @@ def build_worker(config: Config, sockets: int, reactor: Any, egress: Egress) -> 
 
     @raise ConfigError: if it has not.
     """
-    channel, service, shared = Channel(FromParent), Daemon(), config.share()
+    channel, service, shared = Channel(FromParent), Daemon(reactor), config.share()
     refused: Callable[[CredentialsError], None] = lambda problem: channel.tell(Refused(str(problem)))  # noqa: E731
     serving = _serving(shared, service, reactor, refused, egress, config.worker_processes)
     process, figures, connections = serving.process, serving.figures, serving.connections
@@ -398,8 +419,7 @@ def build_worker(config: Config, sockets: int, reactor: Any, egress: Egress) -> 
         reactor=reactor,
     )
     purges = Purges(serving.cache.store, serving.cache.forget_all, process.in_thread, reactor)
-    for part in (incidents, reports, purges):
-        part.setServiceParent(service)
+    service.add(incidents, reports, purges)
     # A service manager may tell all processes to end, and the parent each worker once more. A terminal that hangs up
     # tells all of them: the parent says what is to be read again.
     drain = Drain(connections, config.drain_seconds, reactor)
@@ -425,9 +445,10 @@ def build_parent(
 
     @param arguments: the flags that workers are to be started with.
     """
-    service = Daemon()
-    renewing = Threads(1, reactor)
-    store = _prepared(Store(Path(config.cache_dir), time.time))
+    service = Daemon(reactor)
+    renewing = service.pools.threads(1)
+    store = Store(Path(config.cache_dir), time.time)
+    _begin(store)
     _check_passwords(config)
     listening = [Listening(*named, Nobody(), accepts=False) for named in endpoints(config, reactor)]
     gathered = Gathered(FIGURES)
@@ -450,8 +471,7 @@ def build_parent(
     figures.watch(*gathered.readings(), *of_certificates(partial(_expires, [*listening, *admin])))
     reread = partial(supervised.rereading, partial(_have_reread, listening, admin, workers))
     renewal = Renewal([*listening, *admin], renewing.call, reread, reactor)
-    for part in (renewing, *status.services, supervised, renewal, workers):
-        part.setServiceParent(service)
+    service.add(*status.services, supervised, renewal, workers)
     _face_clients(None, [*listening, *admin], reread, service.leave, service, reactor)
     return service
 
@@ -480,27 +500,21 @@ def _add_up(figures: Figures, incidents: Incidents, counted: Counted) -> None:
     incidents.add(counted.incidents)
 
 
-def _disk(service: MultiService, reactor: Any) -> Disk:  # noqa: ANN401
+def _disk(pools: Pools) -> Disk:
     """
-    Make the threads for the disk; C{service} runs them, and ends them last.
+    Make the threads for the disk.
     """
-
-    def threads(size: int) -> Threads:
-        made = Threads(size, reactor)
-        made.setServiceParent(service)
-        return made
-
     return Disk(
-        reading=threads(READING[0]).bounded(READING[1]),
-        writing=threads(WRITING[0]).bounded(WRITING[1]),
-        committing=threads(COMMITTING[0]).bounded(COMMITTING[1]),
-        hashing=threads(HASHING[0]).bounded(HASHING[1]),
-        digesting=threads(DIGESTING).call,
-        closing=threads(1).call,
+        reading=pools.threads(READING[0]).bounded(READING[1]),
+        writing=pools.threads(WRITING[0]).bounded(WRITING[1]),
+        committing=pools.threads(COMMITTING[0]).bounded(COMMITTING[1]),
+        hashing=pools.threads(HASHING[0]).bounded(HASHING[1]),
+        digesting=pools.threads(DIGESTING).call,
+        closing=pools.threads(1).call,
     )
 
 
-def _access_log(config: Config, service: MultiService, reactor: Any) -> AccessLog | None:  # noqa: ANN401
+def _access_log(config: Config, service: Daemon, reactor: Any) -> AccessLog | None:  # noqa: ANN401
     """
     Have a line logged for each request, if lines of its level are written.
     """
@@ -590,7 +604,7 @@ def _face_clients(
     listening: Sequence[Listening],
     reread: Callable[[], None],
     at_once: Callable[[int], object],
-    service: MultiService,
+    service: Daemon,
     reactor: Any,  # noqa: ANN401
 ) -> None:
     """
@@ -598,12 +612,9 @@ def _face_clients(
 
     @param drain: none where nobody is let in.
     """
-    for part in (
-        *([drain] if drain is not None else []),
-        *listening,
-        Signals(reactor, partial(_stop, reactor), at_once, reread),
-    ):
-        part.setServiceParent(service)
+    if drain is not None:
+        service.add(drain)
+    service.add(*listening, Signals(reactor, partial(_stop, reactor), at_once, reread))
 
 
 def _admin(
@@ -611,7 +622,7 @@ def _admin(
     make_site: Callable[..., RegistrySite],
     store: Store,
     purged: Callable[[], Awaitable[None]],
-    service: MultiService,
+    service: Daemon,
     reactor: Any,  # noqa: ANN401
 ) -> list[Listening]:
     """
@@ -624,9 +635,7 @@ def _admin(
     named = admin_endpoint(config, reactor)
     if named is None:
         return []
-    listing, hashing = Threads(1, reactor, yielding=False), Threads(1, reactor)
-    for part in (listing, hashing):
-        part.setServiceParent(service)
+    listing, hashing = service.pools.threads(1, yielding=False), service.pools.threads(1)
     api = Api(Inventory(store), purged, listing.call, hashing.call, reactor)
     hosts = {socket.gethostname().lower(), *(config.admin_hosts or ())}
     site = make_site(api, reactor, frozenset(hosts))
@@ -725,15 +734,23 @@ def _ends(refused: Callable[[CredentialsError], None], problem: CredentialsError
     return not warm
 
 
-def _prepared(store: Store) -> Store:
+def _begin(store: Store) -> bool:
+    """
+    Prepare the cache directory; tell whether it has content, as far as is known.
+
+    A disk that is full, fails or hangs ends no daemon that runs, and keeps none from starting: L{Troubles} tells of it.
+
+    @raise ConfigError: if it can't be the cache directory.
+    """
     try:
-        store.prepare()
-        store.sweep()
+        return in_time(store.begin, START_SECONDS)
+    except TimeoutError as problem:
+        store.troubles.failed(Kind.WRITE, problem)
+        return True
     except OSError as problem:
         raise ConfigError(
             f"PROXY_CACHE_DIR={str(store.root)!r}: can't be written: {problem.strerror}; give a directory that can"
         ) from problem
-    return store
 
 
 def _pages(config: Config) -> Pages:
@@ -753,7 +770,7 @@ def _check_passwords(config: Config) -> None:
         raise ConfigError(f"PROXY_HTPASSWD={config.htpasswd!r}: {problem}") from problem
 
 
-def _admission(config: Config, reactor: Any, service: MultiService, processes: int) -> Admission:  # noqa: ANN401
+def _admission(config: Config, reactor: Any, service: Daemon, processes: int) -> Admission:  # noqa: ANN401
     """
     Make what lets clients in; C{service} runs what of it runs by itself.
 
@@ -762,11 +779,10 @@ def _admission(config: Config, reactor: Any, service: MultiService, processes: i
     """
     passwords = None
     if config.htpasswd is not None:
-        checking = Threads(AT_ONCE, reactor)
+        checking = service.pools.threads(AT_ONCE)
         _check_passwords(config)
         passwords = Passwords(config.htpasswd, checking.call, reactor, secrets.token_bytes(32), processes)
-        for part in (checking, passwords):
-            part.setServiceParent(service)
+        passwords.setServiceParent(service)
     return Admission(config.allow_from, certificates=config.client_ca is not None, passwords=passwords)
 
 

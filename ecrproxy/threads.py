@@ -8,6 +8,7 @@ import contextlib
 import errno
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 log = Logger()
 _NICE = 10
+_SILENT: Final = "the disk does not answer"
 _SUSPICIOUS_SECONDS: Final = 1.0
 _STOP_SECONDS: Final = 2.0
 T = TypeVar("T")
@@ -156,7 +158,7 @@ class Bounded:
 
 
 def _timed_out() -> Failure:
-    return Failure(TimeoutError(errno.ETIMEDOUT, "the disk does not answer"))
+    return Failure(TimeoutError(errno.ETIMEDOUT, _SILENT))
 
 
 async def undone_if_late(in_thread: InThread, blocking: Callable[[], T], undo: Callable[[T], object]) -> T:
@@ -184,20 +186,13 @@ async def undone_if_late(in_thread: InThread, blocking: Callable[[], T], undo: C
         raise
 
 
-class Threads(Service):
+class Threads:
     """
-    A pool of threads of its own, whose waiting never holds up the pool that resolves names.
-
-    The daemon's end does not wait long for calls that do not return.
-
-    @param yielding: whether they leave the processor to the event loop. Not those that are busy with Python itself:
-        the event loop waits for the interpreter's lock, and on a busy machine with it for a thread that has the lock
-        and no processor.
+    A pool of threads of its own, whose waiting never holds up the pool that resolves names. See L{Pools.threads}.
     """
 
-    def __init__(self, size: int, reactor: Any, *, yielding: bool = True) -> None:  # noqa: ANN401
-        self._pool, self._reactor, self._size = ThreadPool(0, size, "ecrproxy"), reactor, size
-        self._pool.threadFactory = _Yielding if yielding else _Abandoned
+    def __init__(self, pool: ThreadPool, size: int, reactor: Any) -> None:  # noqa: ANN401
+        self._pool, self._size, self._reactor = pool, size, reactor
 
     def call(self, blocking: Callable[..., T], *args: Any) -> Deferred[T]:  # noqa: ANN401
         """
@@ -211,15 +206,45 @@ class Threads(Service):
         """
         return Bounded(self.call, self._size, seconds, self._reactor)
 
+
+class Pools(Service):
+    """
+    All pools of threads of a process: the first to start, and the last to stop.
+
+    The end does not wait long for calls that do not return: C{_STOP_SECONDS} for all pools together.
+    """
+
+    def __init__(self, reactor: Any) -> None:  # noqa: ANN401
+        self._reactor = reactor
+        self._pools: list[ThreadPool] = []
+
+    def threads(self, size: int, *, yielding: bool = True) -> Threads:
+        """
+        Make a pool, before any is started.
+
+        @param size: the most threads.
+        @param yielding: whether they leave the processor to the event loop. Not those that are busy with Python itself:
+            the event loop waits for the interpreter's lock, and on a busy machine with it for a thread that has the
+            lock and no processor.
+        """
+        pool = ThreadPool(0, size, "ecrproxy")
+        pool.threadFactory = _Yielding if yielding else _Abandoned
+        self._pools.append(pool)
+        return Threads(pool, size, self._reactor)
+
     def startService(self) -> None:  # noqa: D102
         super().startService()
-        self._pool.start()
+        for pool in self._pools:
+            pool.start()
 
     def stopService(self) -> None:  # noqa: D102
         super().stopService()
-        stopping = threading.Thread(target=self._pool.stop, name="ecrproxy-stop", daemon=True)
-        stopping.start()
-        stopping.join(_STOP_SECONDS)
+        stopping = [threading.Thread(target=pool.stop, name="ecrproxy-stop", daemon=True) for pool in self._pools]
+        for each in stopping:
+            each.start()
+        deadline = time.monotonic() + _STOP_SECONDS
+        for each in stopping:
+            each.join(max(0.0, deadline - time.monotonic()))
 
 
 class _Abandoned(threading.Thread):
@@ -240,6 +265,30 @@ class _Yielding(_Abandoned):
         with contextlib.suppress(OSError):  # some sandboxes forbid even this
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
         super().run()
+
+
+def in_time(blocking: Callable[[], T], seconds: float) -> T:
+    """
+    Call C{blocking()} before the reactor runs, in a thread that is left alone if it takes longer than C{seconds}.
+
+    @raise TimeoutError: if it does.
+    """
+    outcomes: list[T | Failure] = []
+
+    def call() -> None:
+        try:
+            outcomes.append(blocking())
+        except Exception:  # noqa: BLE001 (raised to who waits)
+            outcomes.append(Failure())
+
+    calling = threading.Thread(target=call, name="ecrproxy-start", daemon=True)
+    calling.start()
+    calling.join(seconds)
+    if not outcomes:
+        raise TimeoutError(errno.ETIMEDOUT, _SILENT)
+    if isinstance(outcome := outcomes[0], Failure):
+        outcome.raiseException()
+    return outcome
 
 
 def call_unowned(reactor: Any, blocking: Callable[[], T]) -> Deferred[T]:  # noqa: ANN401

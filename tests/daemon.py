@@ -560,7 +560,6 @@ class Daemon(Administered):
         self.back = Network(QuietSite(standin.resource, reactor=clock), clock)
         self.store = Store(root, self.now)
         self.store.prepare()
-        self.store.sweep()
         disk = disk or Disk.of(in_thread)
         self.janitor = Janitor(self.store, limit, disk.writing, clock)
         self.condition = Condition(self.store, at_once, clock)

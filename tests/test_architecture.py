@@ -19,7 +19,7 @@ OURS = "ecrproxy."
 # room, which is a package or a module by itself: what of ours it may import, rooms or single modules of them.
 # What is not here may import nothing of ours but what is in the same room. tap and command may import all.
 ARROWS: dict[str, set[str]] = {
-    "access": {"addresses", "flights", "identity", "oci", "reasons", "shares", "threads"},
+    "access": {"addresses", "flights", "identity", "oci", "periodic", "reasons", "shares", "threads"},
     "admin": {
         "access.browsers",
         "access.limits",
@@ -35,6 +35,7 @@ ARROWS: dict[str, set[str]] = {
         "logs.repeats",
         "metrics",
         "oci",
+        "periodic",
         "proxy",
         "ranking",
         "readiness",
@@ -43,9 +44,9 @@ ARROWS: dict[str, set[str]] = {
         "transfer.sending",
     },
     "answers": {"cache", "oci", "reasons", "transfer.download", "transfer.passing"},
-    "cache": {"identity", "oci", "threads"},
+    "cache": {"identity", "oci", "periodic", "threads"},
     "cached": {"answers", "cache", "flights", "identity", "oci", "ordering", "reasons", "threads"},
-    "daemon": {"access.limits", "addresses", "endpoint_string", "readiness", "settings.config"},
+    "daemon": {"access.limits", "addresses", "endpoint_string", "periodic", "readiness", "settings.config"},
     "healthcheck": {"endpoint_string"},
     "http": {
         "access",
@@ -58,6 +59,7 @@ ARROWS: dict[str, set[str]] = {
         "daemon.ending",
         "metrics",
         "oci",
+        "periodic",
         "proxy",
         "ranking",
         "readiness",
@@ -69,7 +71,7 @@ ARROWS: dict[str, set[str]] = {
         "threads",
         "transfer",
     },
-    "metrics": {"ranking"},
+    "metrics": {"periodic", "ranking"},
     "proxy": {
         "answers",
         "byte_ranges",
@@ -87,7 +89,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "logs": {"http.access_log", "request_id"},
     "oci": {"reasons"},
-    "registry": {"access.turns", "addresses", "metrics", "oci", "reasons"},
+    "registry": {"access.turns", "addresses", "metrics", "oci", "periodic", "reasons"},
     "settings": {
         "access.limits",
         "addresses",
@@ -99,7 +101,7 @@ ARROWS: dict[str, set[str]] = {
         "shares",
     },
     "transfer": {"access.limits", "byte_ranges", "cache", "oci", "reasons", "stopwatch", "threads"},
-    "workers": {"admin.incidents", "admin.snapshot", "daemon.inherited", "metrics", "readiness", "threads"},
+    "workers": {"admin.incidents", "admin.snapshot", "daemon.inherited", "metrics", "periodic", "readiness", "threads"},
 }
 OUTERMOST = {"tap", "command"}
 TYPES_ONLY = {
@@ -126,6 +128,7 @@ RESERVED = {
     "prometheus_client": {"metrics"},
     "twisted.web.resource": {"admin.port", "http.answering", "http.site"},
     "twisted.internet.reactor": {"tap"},
+    "twisted.internet.task.LoopingCall": {"periodic"},  # by itself it ends with the first call that fails
 }
 LONGEST = 45
 

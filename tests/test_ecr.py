@@ -4,9 +4,11 @@ The registry token is fetched through botocore and kept fresh, whatever AWS does
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
+import select
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,10 +23,13 @@ from twisted.internet.task import Clock
 from twisted.logger import ILogObserver, capturedLogs, formatEvent, globalLogPublisher
 from twisted.trial.unittest import SynchronousTestCase
 
+from ecrproxy.registry.credential_process import Process
 from ecrproxy.registry.ecr import (
     ASKED_RETRY,
     FETCH_SECONDS,
+    MOST_OVERDUE,
     OVERDUE,
+    OVERDUE_SECONDS,
     PATIENCE,
     CredentialsError,
     Token,
@@ -297,6 +302,61 @@ class FetchTests(SynchronousTestCase):
         FakeAws(self, {})
         Path(os.environ["AWS_CONFIG_FILE"]).write_text("no configuration")
         self.assertIn("config", str(self.assertRaises(CredentialsError, fetch)))
+
+
+class CredentialProcessTests(SynchronousTestCase):
+    """
+    A profile's program that hangs is ended with all that it started, and its thread is free.
+    """
+
+    def setUp(self) -> None:
+        self.aws = FakeAws(self, {})
+        self.config = Path(os.environ["AWS_CONFIG_FILE"])
+        self.child = self.config.with_name("child")
+        self.program = self.config.with_name("program")
+        self.patch(Process, "seconds", 0.3)
+
+    def write(self, script: str, config: str) -> None:
+        """
+        Set up a program, and profiles that use it.
+        """
+        self.program.write_text(f"#!/bin/sh\n{script}\n")
+        self.program.chmod(0o700)
+        self.config.write_text(config.format(program=self.program))
+
+    def assert_ended(self) -> None:
+        """
+        Hold that the program that hung has left no child.
+        """
+        self.write(f"sleep 1000 & echo $! > {self.child}; wait", self.config.read_text())
+        problem = self.assertRaises(TokenUnavailableError, fetch)
+        self.assertIn(f"credential_process {self.program} has not answered for 0.3 s and was killed", str(problem))
+        with contextlib.suppress(ProcessLookupError):
+            ended = select.poll()
+            ended.register(os.pidfd_open(int(self.child.read_text())))
+            self.assertTrue(ended.poll(10_000))
+
+    def test_what_hangs_is_ended(self) -> None:
+        self.write("", "[default]\ncredential_process = {program}\n")
+        self.assert_ended()
+
+    def test_what_hangs_for_a_role_is_ended(self) -> None:
+        self.write(
+            "",
+            "[default]\nrole_arn = arn:aws:iam::123456789012:role/r\nsource_profile = base\nregion = eu-west-1\n"
+            "[profile base]\ncredential_process = {program}\n",
+        )
+        self.assert_ended()
+
+    def test_what_answers_is_used(self) -> None:
+        self.patch(Process, "seconds", 30.0)
+        self.aws.grants()
+        self.write(
+            f"""echo '{{"Version": 1, "AccessKeyId": "AKIDPROGRAM", "SecretAccessKey": "{SECRET}"}}'""",
+            "[default]\ncredential_process = {program}\n",
+        )
+        fetch()
+        self.assertEqual("AKIDPROGRAM", self.aws.signed_with())
 
 
 class InstanceAuthTests(SynchronousTestCase):
@@ -594,12 +654,33 @@ class TokenServiceTests(SynchronousTestCase):
         Each keeps a thread. When one returns, another is made.
         """
         self.start()
-        self.pass_time(3600)
+        self.pass_time(int(OVERDUE_SECONDS / 2))
         self.assertEqual(OVERDUE, len(self.fetches))
         self.assertIn("has not answered", self.service.problem() or "")
         self.fetches[0].errback(TokenUnavailableError("at last"))
         self.pass_time(70)
         self.assertEqual(OVERDUE + 1, len(self.fetches))
+
+    def test_fetches_that_never_return_are_counted_out_after_a_while(self) -> None:
+        """
+        What kept them may be well since: tries go on, and each thread is counted to the end.
+        """
+        self.start()
+        self.pass_time(3600)
+        known = len(self.fetches)
+        self.pass_time(int(OVERDUE_SECONDS) + 70)
+        self.assertLessEqual(known + 1, len(self.fetches))
+        self.answer("well again")
+        self.assertEqual(("well again", None), (self.successResultOf(self.get()), self.service.problem()))
+
+    def test_there_is_an_end_to_threads_that_never_return(self) -> None:
+        self.start()
+        self.clock.pump([1.0] * 4 * 3600)
+        self.assertEqual(MOST_OVERDUE, len(self.fetches))
+        self.assertIn("has not answered 32 times; check the way to AWS", self.service.problem() or "")
+        self.fetches[0].errback(TokenUnavailableError("at last"))
+        self.pass_time(70)
+        self.assertEqual(MOST_OVERDUE + 1, len(self.fetches))
 
     def test_a_token_that_comes_after_the_deadline_is_used(self) -> None:
         self.start()

@@ -330,6 +330,17 @@ class CountingTests(SmallCache):
         self.assertFalse(self.successResultOf(self.after(self.ask(101))))
         self.assertEqual([False, True], self.has(self.old, digest))
 
+    def test_what_a_dead_daemon_left_is_swept_with_each_count(self) -> None:
+        """
+        At the start the disk may fail, or hang.
+        """
+        for _ in range(2):
+            left = self.root / "ingest" / "sha256-abc.1234"
+            left.write_text("half")
+            self.work()
+            self.assertFalse(left.exists())
+            self.clock.advance(PAUSE_SECONDS)
+
     def test_what_is_known_before_the_count_is_kept_to(self) -> None:
         self.assertTrue(self.successResultOf(self.ask(60)))
         other = self.ask(60)

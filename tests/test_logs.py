@@ -426,7 +426,7 @@ class WriterTests(ShapeTestCase):
         """
         output = self.enterContext(tempfile.TemporaryFile("w+"))
         self.patch(sys, "stdout", output)
-        service, application = Daemon(), Application("x")
+        service, application = Daemon(None), Application("x")
         service.writer = self.choose(json=True, nodaemon=1)
         service.setServiceParent(application)
         observer = application.getComponent(ILogObserver)

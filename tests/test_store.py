@@ -137,6 +137,48 @@ class StartTests(StoreTests):
         self.store.ingest.touch()
         self.assertRaises(OSError, self.store.check)
 
+    def begun(self, number: int, *, there: bool = True) -> tuple[Store, bool]:
+        """
+        Begin while the disk fails so, with content from before or without a directory.
+        """
+        root = scratch(self)
+        if there:
+            put(self.reopened(root), b"x")
+        store = Store(root, lambda: self.now)
+        patches = [self.patch(Path, "write_bytes", failing(number))]
+        if not there:
+            patches.append(self.patch(Path, "mkdir", failing(number)))
+        try:
+            return store, store.begin()
+        finally:
+            for patch in patches:
+                patch.restore()
+
+    def test_a_disk_that_fails_keeps_no_daemon_from_starting(self) -> None:
+        """
+        As it ends none that runs. What it has is served; the trouble is told.
+        """
+        for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE):
+            store, warm = self.begun(number)
+            self.assertTrue(warm)
+            self.assertIn(os.strerror(number), str(store.troubles.reasons()))
+            self.assertTrue(store.has(Digest.of(b"x")))
+        for number in (errno.ENOSPC, errno.EIO):
+            store, warm = self.begun(number, there=False)
+            self.assertFalse(warm)
+            self.assertIn(os.strerror(number), str(store.troubles.reasons()))
+            put(store, b"y")  # its directories are made when that is possible again
+
+    def test_a_directory_that_is_a_wrong_setting_keeps_the_daemon_from_starting(self) -> None:
+        for number in (errno.EACCES, errno.EPERM):
+            self.assertRaises(OSError, self.begun, number)
+        for number in (errno.ENOENT, errno.EROFS):
+            self.assertRaises(OSError, self.begun, number, there=False)
+        blocked = scratch(self)
+        blocked.touch()
+        for path in (blocked, blocked / "cache"):
+            self.assertRaises(NotADirectoryError, Store(path, lambda: START).begin)
+
     def test_a_full_disk_is_told_and_leaves_nothing(self) -> None:
         """
         A check that fails midway takes its file away.

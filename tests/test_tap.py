@@ -5,11 +5,13 @@ The daemon is put together from its settings, or ends with one line that says wh
 from __future__ import annotations
 
 import atexit
+import errno
 import gc
 import io
 import json
 import os
 import resource
+import shutil
 import signal
 import sys
 import threading
@@ -34,10 +36,12 @@ from twisted.python.failure import Failure
 from twisted.python.threadpool import ThreadPool
 from twisted.trial.unittest import SynchronousTestCase
 
+import ecrproxy.tap
 from ecrproxy import __version__, tap
 from ecrproxy.cache.condition import FRESH_SECONDS
 from ecrproxy.cache.janitor import Janitor
 from ecrproxy.cache.purges import Purges
+from ecrproxy.cache.store import Store
 from ecrproxy.daemon.inherited import SOCKETS_FD, VARIABLE
 from ecrproxy.daemon.listening import Listening
 from ecrproxy.daemon.process import count_steadily, open_many_files, set_aside_what_stays
@@ -52,7 +56,7 @@ from ecrproxy.workers.channel import Channel
 from ecrproxy.workers.messages import Refused
 from ecrproxy.workers.processes import Workers
 from tests.daemon import at_once
-from tests.store_contract import scratch
+from tests.store_contract import failing, scratch
 from tests.test_ecr import KEYS, FakeAws
 from tests.test_htpasswd import line
 from tests.test_logs import validated
@@ -466,6 +470,30 @@ class WrongSettingTests(TapCase):
         blocked.write_text("no directory")
         for path in (str(blocked), str(blocked / "cache")):
             self.assert_dies(f"PROXY_CACHE_DIR={path!r}: can't be written: ", PROXY_CACHE_DIR=path)
+
+    def test_a_disk_that_hangs_keeps_the_daemon_from_nothing(self) -> None:
+        """
+        It is waited for, a while; what it is in time to say is that it does not answer.
+        """
+        hung, stores = threading.Event(), list[Store]()
+        self.addCleanup(hung.set)
+
+        def hang(store: Store) -> bool:
+            stores.append(store)
+            return hung.wait()
+
+        for name in ("START_SECONDS", "SIZE_SECONDS"):
+            self.patch(ecrproxy.tap, name, 0.05)
+        self.patch(Store, "begin", hang)
+        self.patch(shutil, "disk_usage", lambda _: hung.wait())
+        self.run_with()
+        self.assertEqual(
+            ["the cache directory can't be written: the disk does not answer"], stores[0].troubles.reasons()
+        )
+
+    def test_a_full_disk_keeps_the_daemon_from_nothing(self) -> None:
+        self.patch(Path, "write_bytes", failing(errno.ENOSPC))
+        self.run_with()
 
     def test_files_of_tls_that_cannot_be_used_are_told(self) -> None:
         """
@@ -1085,13 +1113,3 @@ class BuildTests(TapCase):
         self.assertIs(self.reactor.first, self.reactor.nameResolver)
         self.build()
         self.assertIsInstance(self.reactor.nameResolver, ChosenServers)
-
-    def test_what_a_dead_daemon_left_is_swept(self) -> None:
-        """
-        Before anybody is served.
-        """
-        left = Path(self.environ["PROXY_CACHE_DIR"]) / "ingest" / "sha256-abc.1234"
-        left.parent.mkdir(parents=True)
-        left.write_text("half")
-        self.build()
-        self.assertFalse(left.exists())

@@ -14,7 +14,7 @@ from twisted.logger import capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
 import ecrproxy.threads
-from ecrproxy.threads import Bounded, Threads, undone_if_late
+from ecrproxy.threads import Bounded, Pools, Threads, undone_if_late
 
 SECONDS = 10.0
 
@@ -138,18 +138,49 @@ class UndoneTests(SynchronousTestCase):
         self.assertEqual([7], self.undone)
 
 
-class ThreadsTests(SynchronousTestCase):
-    def test_the_end_does_not_wait_for_what_hangs(self) -> None:
-        self.patch(ecrproxy.threads, "_STOP_SECONDS", 0.1)
-        threads, hung, begun = Threads(1, reactor), threading.Event(), threading.Event()
-        self.addCleanup(hung.set)
+class PoolsTests(SynchronousTestCase):
+    def setUp(self) -> None:
+        self.pools, self.goes_on = Pools(reactor), threading.Event()
+        self.addCleanup(self.goes_on.set)
+        self.done: list[bool] = []
 
-        def hang() -> None:
-            begun.set()
-            hung.wait()
+    def work_on(self, begun: threading.Event) -> None:
+        begun.set()
+        self.goes_on.wait(20)
+        self.done.append(True)
 
-        threads.startService()
-        threads.call(hang)
-        self.assertTrue(begun.wait(20))
-        threads.stopService()
-        self.assertTrue(all(each.daemon for each in threads._pool.threads))  # noqa: SLF001
+    def busy(self, count: int) -> list[Threads]:
+        """
+        Start pools, and have a call in each that ends when it may.
+        """
+        made = [self.pools.threads(1) for _ in range(count)]
+        self.pools.startService()
+        for each in made:
+            begun = threading.Event()
+            each.call(self.work_on, begun)
+            self.assertTrue(begun.wait(20))
+        return made
+
+    def test_the_end_waits_for_all_that_hang_together_and_not_long(self) -> None:
+        self.patch(ecrproxy.threads, "_STOP_SECONDS", 0.2)
+        waited, real = list[float](), threading.Thread.join
+
+        def join(thread: threading.Thread, seconds: float | None = None) -> None:
+            if seconds is not None:
+                waited.append(seconds)
+            real(thread, seconds)
+
+        made = self.busy(8)
+        self.patch(threading.Thread, "join", join)
+        self.pools.stopService()
+        self.assertEqual((8, 7), (len(waited), waited.count(0.0)))
+        self.assertTrue(0 < waited[0] <= 0.2)
+        self.assertTrue(all(each.daemon for one in made for each in one._pool.threads))  # noqa: SLF001
+
+    def test_what_is_at_work_is_waited_for(self) -> None:
+        self.patch(ecrproxy.threads, "_STOP_SECONDS", 20.0)
+        last = self.pools.threads(1)
+        self.busy(1)
+        last.call(self.goes_on.set)
+        self.pools.stopService()
+        self.assertEqual([True], self.done)

@@ -27,8 +27,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from twisted.application.service import Service
-from twisted.internet.defer import Deferred
-from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 
 from ecrproxy.access.htpasswd import HtpasswdError, read_users, signature
@@ -36,6 +34,7 @@ from ecrproxy.access.limits import counted
 from ecrproxy.access.turns import QueueTimeoutError, Turns
 from ecrproxy.flights import Flights
 from ecrproxy.oci import RegistryError
+from ecrproxy.periodic import Periodic
 from ecrproxy.reasons import Reason
 from ecrproxy.shares import share
 from ecrproxy.threads import InThread, on_its_own
@@ -166,18 +165,15 @@ class Passwords(Service):
         self._flights: Flights[Verdict] = Flights()
         self._presented: dict[bytes, set[str]] = {}
         self._turns = Turns(share(AT_ONCE, processes), LONGEST_WAIT, clock)
-        self._loop = LoopingCall(self._look)
-        self._loop.clock = clock
+        self._loop = Periodic("Looking for new passwords", self._look, clock)
 
     def startService(self) -> None:  # noqa: D102
         super().startService()
-        looking = self._loop.start(REREAD_SECONDS, now=False)
-        looking.addErrback(lambda problem: log.failure("Reading passwords", problem))
+        self._loop.start(REREAD_SECONDS, now=False)
 
     def stopService(self) -> None:  # noqa: D102
         super().stopService()
-        if self._loop.running:
-            self._loop.stop()
+        self._loop.stop()
 
     async def admit(self, address: str, header: str | None) -> None:
         """
@@ -253,10 +249,7 @@ class Passwords(Service):
         """
         on_its_own(self._reread())
 
-    def _look(self) -> Deferred[None]:
-        return Deferred.fromCoroutine(self._look_at_file())
-
-    async def _look_at_file(self) -> None:
+    async def _look(self) -> None:
         if await self._in_thread(signature, self._path) != self._seen:
             await self._reread()
 

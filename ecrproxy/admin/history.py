@@ -11,9 +11,9 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from twisted.application.service import Service
-from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 
+from ecrproxy.periodic import Periodic
 from ecrproxy.ranking import SAVING
 
 if TYPE_CHECKING:
@@ -146,18 +146,15 @@ class Sampler(Service):
 
     def __init__(self, history: History, figures: Figures, clock: IReactorTime) -> None:
         self._history, self._figures = history, figures
-        self._loop = LoopingCall.withCount(self._turn)
-        self._loop.clock = clock
+        self._loop = Periodic("Taking samples", self._turn, clock, counted=True)
 
     def startService(self) -> None:  # noqa: D102
         super().startService()
-        sampling = self._loop.start(SAMPLE_SECONDS, now=False)
-        sampling.addErrback(lambda failure: log.failure("Taking samples", failure))
+        self._loop.start(SAMPLE_SECONDS, now=False)
 
     def stopService(self) -> None:  # noqa: D102
         super().stopService()
-        if self._loop.running:
-            self._loop.stop()
+        self._loop.stop()
 
     def _turn(self, turns: int) -> None:
         self._history.note(totals(self._figures.served.requests.rows(), self._figures.upstream.rows()), turns)

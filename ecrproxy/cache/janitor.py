@@ -120,7 +120,7 @@ class Janitor(Service):
             self._next = self._clock.callLater(max(PAUSE_SECONDS, SHARE * took), self._begin)
 
     async def _count(self) -> None:
-        unknown = await self._counting(self._store.count)
+        unknown = await self._counting(self._sweep_and_count)
         first, self._counted = not self._counted, True
         ledger = self._store.ledger
         if first:
@@ -130,6 +130,10 @@ class Janitor(Service):
             log.info("Somebody else brought {count} bytes into the cache: another daemon uses it too?", count=unknown)
         await self._in_thread(self._fit)
         await self._in_thread(self.make_room, 0)  # the limit may be lower than it was
+
+    def _sweep_and_count(self) -> int:
+        self._store.sweep()  # each time: at the start the disk may fail
+        return self._store.count()
 
     def fits(self, size: int) -> bool:
         """

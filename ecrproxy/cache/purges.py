@@ -7,11 +7,11 @@ That may have been this process, another daemon on the directory, or a command t
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from twisted.application.service import Service
-from twisted.internet.task import LoopingCall
-from twisted.logger import Logger
+
+from ecrproxy.periodic import Periodic
 
 if TYPE_CHECKING:
     from twisted.internet.interfaces import IReactorTime
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from ecrproxy.cache.store import Store
     from ecrproxy.threads import InThread
 
-log = Logger()
-
 LOOK_SECONDS: Final = 1.0
+_UNKNOWN: Final = -1, -1
+"""What is told of no directory."""
 
 
 class Purges(Service):
@@ -35,30 +35,29 @@ class Purges(Service):
         self._store, self._forget, self._in_thread = store, forget, in_thread
         self._last: tuple[int, int] | None = None
         self._again = False
-        self._loop = LoopingCall(self._turn)
-        self._loop.clock = clock
+        self._loop = Periodic("Looking for purges", self.look, clock)
 
     def startService(self) -> None:  # noqa: D102
         super().startService()
-        self._loop.start(LOOK_SECONDS).addErrback(lambda failure: log.failure("Looking for purges", failure))
+        self._loop.start(LOOK_SECONDS)
 
     def stopService(self) -> None:  # noqa: D102
         super().stopService()
-        if self._loop.running:
-            self._loop.stop()
+        self._loop.stop()
 
-    def _turn(self) -> Any:  # noqa: ANN401 (a Deferred of nothing)
-        return self._in_thread(self._store.last_purge).addCallback(self._learn)
+    async def look(self) -> None:
+        """
+        Look now.
 
-    def _learn(self, last: tuple[int, int]) -> None:
+        @raise OSError: if the disk doesn't answer. What is in memory is forgotten when it answers again.
+        """
+        try:
+            last = await self._in_thread(self._store.last_purge)
+        except OSError:
+            self._last = _UNKNOWN
+            raise
         # Once more a second later: what was being read when it was removed may have got into memory since.
         purged = self._last not in (None, last)
         if purged or self._again:
             self._forget()
         self._last, self._again = last, purged
-
-    async def look(self) -> None:
-        """
-        Look now.
-        """
-        self._learn(await self._in_thread(self._store.last_purge))

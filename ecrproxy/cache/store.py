@@ -35,6 +35,7 @@ from ecrproxy.cache.ledger import Ledger, Settled, is_own, packed
 from ecrproxy.cache.proofs import Proofs, is_marked, mark
 from ecrproxy.cache.trailer import boot_id
 from ecrproxy.cache.troubles import Kind, Troubles, is_exhaustion
+from ecrproxy.cache.volume import Volume
 from ecrproxy.cache.writer import Writer
 from ecrproxy.identity import RegistryId
 from ecrproxy.oci import Digest, Route
@@ -48,6 +49,20 @@ T = TypeVar("T")
 _PROBE: Final = b"ok" + bytes(2**16)
 """What a check writes: more than a disk that is called full still takes."""
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
+_UNUSABLE: Final = frozenset(
+    {
+        errno.EACCES,
+        errno.EEXIST,
+        errno.EINVAL,
+        errno.EISDIR,
+        errno.ELOOP,
+        errno.ENAMETOOLONG,
+        errno.ENOENT,
+        errno.ENOTDIR,
+        errno.EPERM,
+    }
+)
+"""Errors of a directory that is none, can't be made or belongs to others. All others are a disk's, and may pass."""
 _TRIES: Final = 4
 NO_INODES: Final = "No inodes left on device"
 _MARGIN: Final = 64 * 2**20
@@ -76,6 +91,7 @@ class Store:
         self.proofs = Proofs()
         self.troubles = Troubles(now)
         self.arriving = Ingest(root, now, self.ledger, self.proofs, self.troubles, boot_id())
+        self._volume: Volume | None = None
 
     def prepare(self) -> None:
         """
@@ -83,8 +99,24 @@ class Store:
 
         @raise OSError: if not.
         """
-        self.make()
+        with self.troubles.noted(Kind.WRITE):
+            self._volume = Volume(self.root)
+            self.make()
         self.check()
+
+    def begin(self) -> bool:
+        """
+        Prepare the directory, whatever its disk can do at the moment; tell whether there is any content.
+
+        @raise OSError: if it can't be the cache directory.
+        """
+        try:
+            self.prepare()
+        except OSError as problem:
+            missing = problem.errno == errno.EROFS and not self.root.is_dir()
+            if missing or problem.errno in _UNUSABLE:
+                raise
+        return self.has_content()
 
     def make(self) -> None:
         """
@@ -99,6 +131,7 @@ class Store:
         """
         for _ in range(_TRIES):
             try:
+                self._see_volume()
                 return make()
             except FileNotFoundError:
                 log.warn("{root} is not what it was: its directories are made anew", root=str(self.root))
@@ -110,6 +143,13 @@ class Store:
             return make()
         except OSError as problem:
             raise self._explained(problem) from None
+
+    def _see_volume(self) -> None:
+        """
+        Raise C{OSError} if the directory's file system is not mounted any more: the one underneath is not written to.
+        """
+        if self._volume is not None and self._volume.is_gone():
+            raise OSError(errno.ENODEV, f"its file system is not mounted on {self._volume.mount} any more")
 
     def _explained(self, problem: OSError) -> OSError:
         """
@@ -344,6 +384,7 @@ class Store:
 
         @raise OSError: if the disk fails.
         """
+        self._see_volume()
         draft = self.root / f"{PURGED}.{secrets.token_hex(4)}"
         draft.touch(mode=0o600)
         draft.rename(self.root / PURGED)  # another file each time: not all file systems tell times finely

@@ -232,6 +232,7 @@ class Writer:
         proved = os.fstat(self._fd)  # before anybody finds it, and may change it
         path = content_path(self.digest)
         target = self._ingest.root / path
+        os.lstat(self._path)  # gone with its directory or volume: none is made in its place
         target.parent.mkdir(parents=True, exist_ok=True)
         self._path.rename(target)
         self._ingest.proofs.note(self.digest, proved, good=True)

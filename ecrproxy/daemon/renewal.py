@@ -11,8 +11,9 @@ from typing import Any, Final, Protocol
 
 from twisted.application.service import Service
 from twisted.internet.defer import Deferred
-from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
+
+from ecrproxy.periodic import Periodic
 
 log = Logger()
 
@@ -107,8 +108,7 @@ class Renewal(Service):
         clock: Any,  # noqa: ANN401
     ) -> None:
         self._parts, self._in_thread, self._reread = parts, in_thread, reread
-        self._looking = LoopingCall(self._look)
-        self._looking.clock = clock
+        self._looking = Periodic("Looking for renewed certificates", self._look, clock)
 
     def startService(self) -> None:  # noqa: D102
         super().startService()
@@ -119,9 +119,7 @@ class Renewal(Service):
         self._looking.stop()
 
     def _look(self) -> Deferred[None]:
-        looked = self._in_thread(lambda: [each.changed() for each in self._parts])
-        looked.addCallback(self._looked)
-        return looked.addErrback(lambda failure: log.failure("Looking for renewed certificates", failure))
+        return self._in_thread(lambda: [each.changed() for each in self._parts]).addCallback(self._looked)
 
     def _looked(self, changed: Sequence[bool]) -> None:
         if self.running and any(changed):

@@ -20,9 +20,9 @@ from typing import Any, Final
 
 from twisted.application.service import Service
 from twisted.internet.defer import Deferred, succeed
-from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 
+from ecrproxy.periodic import Periodic
 from ecrproxy.readiness import Readiness
 
 log = Logger()
@@ -94,8 +94,7 @@ class Supervised(Service):
         self._ready = succeed(None) if ready is None else ready
         self._state, self._status = ["READY=1"], "Accepts connections"
         self._looking = False
-        self._beats = LoopingCall(self._beat)
-        self._beats.clock = reactor
+        self._beats = Periodic("Telling the service manager", self._beat, reactor)
 
     def startService(self) -> None:  # noqa: D102
         super().startService()
@@ -105,8 +104,7 @@ class Supervised(Service):
 
     def stopService(self) -> None:  # noqa: D102
         super().stopService()
-        if self._beats.running:
-            self._beats.stop()
+        self._beats.stop()
 
     def rereading(self, reread: Callable[[], object]) -> None:
         """
@@ -125,8 +123,7 @@ class Supervised(Service):
 
     def _begin(self, supervisor: Supervisor) -> None:
         if self.running:
-            beats = self._beats.start(supervisor.beat)
-            beats.addErrback(lambda failure: log.failure("Telling the service manager", failure))
+            self._beats.start(supervisor.beat)
 
     def _ending(self) -> None:
         self._enter("STOPPING=1")

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 from twisted.application.service import Service
 from twisted.internet.defer import CancelledError, Deferred
-from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
+
+from ecrproxy.periodic import Periodic
+from ecrproxy.registry.credential_process import CredentialProcessError, Process
 
 if TYPE_CHECKING:
     from twisted.internet.interfaces import IDelayedCall, IReactorTime
@@ -35,7 +37,11 @@ PATIENCE: Final = 10.0
 FETCH_SECONDS: Final = 30.0
 """Deadline for one fetch: a C{credential_process} may never return."""
 OVERDUE: Final = 4
-"""Maximum number of fetches past their deadline; each keeps a thread, and perhaps a process, until it returns."""
+"""Most fetches past their deadline by less than C{OVERDUE_SECONDS}: each keeps a thread until it returns."""
+OVERDUE_SECONDS: Final = 600.0
+"""Seconds after which a fetch no longer keeps another from being tried: it may never return."""
+MOST_OVERDUE: Final = 32
+"""Most fetches past their deadline, however long: after more than an hour no other is tried until one returns."""
 ASKED_RETRY: Final = 10.0
 """Shortest time from a failed fetch to the next while requests fail for want of a token."""
 RENEW_SECONDS: Final = 60.0
@@ -62,6 +68,8 @@ _REFUSALS: Final = frozenset(
         "UnrecognizedClientException",
     }
 )
+_SOURCE: Final = "AWS, or what gives the credentials,"
+_LOOK: Final = "check the way to AWS and the file system of the credentials' files"
 CLOCK_WORDS: Final = ("signature expired", "signature not yet current")
 """What AWS says of a request that was signed at a wrong time."""
 
@@ -109,11 +117,13 @@ def fetch_token(region: str, *, instance_auth: bool) -> Token:
     # One attempt: retrying is the service's business, and a thread that waits can't be stopped.
     settings = Config(connect_timeout=5, read_timeout=10, retries={"mode": "standard", "total_max_attempts": 1})
     try:
-        session = open_session(instance_auth=instance_auth)
+        session = open_session(instance_auth=instance_auth, popen=Process)
         client: Any = session.create_client("ecr", region_name=region, config=settings)
         data = client.get_authorization_token()["authorizationData"][0]
     except exceptions.ClientError as problem:
         raise _judged(problem) from problem
+    except CredentialProcessError as problem:
+        raise TokenUnavailableError(str(problem)) from problem
     except unusable() as problem:
         raise CredentialsError(f"AWS credentials: {_brief(problem)}") from problem
     return Token(data["authorizationToken"].strip(), data["expiresAt"].timestamp())
@@ -136,11 +146,12 @@ def unusable() -> tuple[type[Exception], ...]:
     )
 
 
-def open_session(*, instance_auth: bool) -> Any:  # noqa: ANN401 (botocore's stubs are not installed with it)
+def open_session(*, instance_auth: bool, popen: Callable[..., Any] | None = None) -> Any:  # noqa: ANN401 (it has no stubs)
     """
     Open a session that has credentials. Blocks.
 
     @param instance_auth: use the role of the instance, container or pod alone.
+    @param popen: runs a C{credential_process}; none for botocore's own, which may ask a person at a terminal.
     @raise CredentialsError: if there are none.
     @raise TokenUnavailableError: if there is no role now.
     """
@@ -149,6 +160,8 @@ def open_session(*, instance_auth: bool) -> Any:  # noqa: ANN401 (botocore's stu
     session = Session()
     if instance_auth:
         _only_instance_roles(session)
+    elif popen is not None:
+        _run_programs_with(popen, session.get_component("credential_provider").providers)
     if session.get_credentials() is None:
         raise _none_found(instance_auth=instance_auth)
     return session
@@ -162,6 +175,22 @@ def _only_instance_roles(session: Any) -> None:  # noqa: ANN401
     chain = session.get_component("credential_provider")
     kept = [provider for provider in chain.providers if provider.METHOD in INSTANCE_PROVIDERS]
     session.register_component("credential_provider", CredentialResolver(kept))
+
+
+def _run_programs_with(popen: Callable[..., Any], providers: list[Any]) -> list[Any]:
+    """
+    Have a C{credential_process} run by C{popen}, a profile's own and that of its C{source_profile}.
+
+    botocore lets nobody hand it over: these are its private names, and the tests run real programs through both ways.
+    """
+    for each in providers:
+        if each.METHOD == "custom-process":
+            each._popen = popen  # noqa: SLF001
+        builder = getattr(each, "_profile_provider_builder", None)
+        if builder is not None:
+            make = builder.providers
+            builder.providers = lambda *args, make=make, **more: _run_programs_with(popen, make(*args, **more))
+    return providers
 
 
 def _none_found(*, instance_auth: bool) -> Exception:
@@ -243,26 +272,24 @@ class TokenService(Service):
         self._token: Token | None = None
         self._rejected: Token | None = None
         self._renewed = float("-inf")
-        self._overdue = 0
+        self._overdue: dict[Deferred[Token], float] = {}  # when their time was up
         self._problem = "AWS has not answered yet"
         self._failures, self._failed_at = 0, 0.0
         self._due, self._started, self._received = 0.0, 0.0, 0.0
         self.failed = 0
         self._refreshing = False
         self._waiting: list[Deferred[None]] = []
-        self._loop = LoopingCall(self._turn)
-        self._loop.clock = clock
+        self._loop = Periodic("Refreshing the token", self._turn, clock)
 
     def startService(self) -> None:  # noqa: D102
         super().startService()
         self._due = self._started = self._clock.seconds()
         # Once a second it looks whether a refresh is due: a plain rhythm that no refresh has to rearrange.
-        self._loop.start(1.0).addErrback(lambda failure: log.failure("The token's loop ended", failure))
+        self._loop.start(1.0)
 
     def stopService(self) -> None:  # noqa: D102
         super().stopService()
-        if self._loop.running:
-            self._loop.stop()
+        self._loop.stop()
 
     def problem(self) -> str | None:
         """
@@ -382,8 +409,10 @@ class TokenService(Service):
         """
         Fetch a token; fails after C{FETCH_SECONDS}. A token that comes later is used all the same.
         """
-        if self._overdue >= OVERDUE:
-            raise TokenUnavailableError(f"AWS, or what gives the credentials, has not answered {OVERDUE} times")
+        began = self._clock.seconds()
+        recent = sum(began - each < OVERDUE_SECONDS for each in self._overdue.values())
+        if recent >= OVERDUE or len(self._overdue) >= MOST_OVERDUE:
+            raise TokenUnavailableError(f"{_SOURCE} has not answered {len(self._overdue)} times; {_LOOK}")
         answer: Deferred[Token] = Deferred()
         limit = self._clock.callLater(FETCH_SECONDS, self._give_up, answer)
         try:
@@ -395,16 +424,15 @@ class TokenService(Service):
         return answer
 
     def _give_up(self, answer: Deferred[Token]) -> None:
-        self._overdue += 1
-        who = "AWS, or what gives the credentials,"
-        answer.errback(TokenUnavailableError(f"{who} has not answered for {FETCH_SECONDS:.0f} s"))
+        self._overdue[answer] = self._clock.seconds()
+        answer.errback(TokenUnavailableError(f"{_SOURCE} has not answered for {FETCH_SECONDS:.0f} s; {_LOOK}"))
 
     def _fetched(self, outcome: Token | Failure, answer: Deferred[Token], limit: IDelayedCall) -> None:
         if limit.active():
             limit.cancel()
             answer.callback(outcome)
             return
-        self._overdue -= 1
+        del self._overdue[answer]
         if isinstance(outcome, Token) and (self._token is None or outcome.expires > self._token.expires):
             self._receive(outcome)
 

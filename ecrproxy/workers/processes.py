@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from twisted.application.service import Service
 from twisted.internet.defer import Deferred, DeferredList, succeed
 from twisted.internet.protocol import ProcessProtocol
-from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from ecrproxy.admin.snapshot import Standing, together
 from ecrproxy.daemon.inherited import CHANNEL_FD, SOCKETS_FD, VARIABLE
 from ecrproxy.metrics import Gathered
+from ecrproxy.periodic import Periodic
 from ecrproxy.readiness import Readiness, judge_all
 from ecrproxy.workers.channel import Channel, adopt
 from ecrproxy.workers.messages import (
@@ -105,8 +105,7 @@ class Workers(Service):
         self._workers: dict[int, _Worker] = {}
         self._restarts: dict[int, IDelayedCall] = {}
         self.listen: Deferred[None] = Deferred()
-        self._watch = LoopingCall(self._look)
-        self._watch.clock = reactor
+        self._watch = Periodic("Watching workers", self._look, reactor)
 
     @property
     def pids(self) -> list[int]:
@@ -119,7 +118,7 @@ class Workers(Service):
         super().startService()
         for place in range(self._count):
             self._start(place, 0.0)
-        self._watch.start(1.0, now=False).addErrback(lambda failure: log.failure("Watching workers", failure))
+        self._watch.start(1.0, now=False)
 
     def stopService(self) -> Deferred[Any]:
         """
@@ -128,8 +127,7 @@ class Workers(Service):
         @return: fires when they have ended.
         """
         super().stopService()
-        if self._watch.running:
-            self._watch.stop()
+        self._watch.stop()
         for restart in self._restarts.values():
             if restart.active():
                 restart.cancel()

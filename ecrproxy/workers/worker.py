@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from twisted.application.service import Service
 from twisted.internet.defer import Deferred, succeed
-from twisted.internet.task import LoopingCall
-from twisted.logger import Logger
 
+from ecrproxy.periodic import Periodic
 from ecrproxy.threads import on_its_own
 from ecrproxy.workers.messages import (
     About,
@@ -32,8 +31,6 @@ if TYPE_CHECKING:
     from ecrproxy.metrics import Figures
     from ecrproxy.readiness import Readiness
     from ecrproxy.workers.channel import Channel
-
-log = Logger()
 
 TELL_SECONDS: Final = 1.0
 CLOSE_SECONDS: Final = 2.0
@@ -69,8 +66,7 @@ class Reports(Service):
         self._channel = channel
         channel.heard, channel.lost = self._heard, self._lost
         self._closed: Deferred[None] = Deferred()
-        self._loop = LoopingCall(self._tell)
-        self._loop.clock = reactor
+        self._loop = Periodic("Telling the parent", self._tell, reactor)
 
     def startService(self) -> None:  # noqa: D102
         super().startService()
@@ -79,7 +75,7 @@ class Reports(Service):
     def _begin(self) -> None:
         # All that listens has begun to before the reactor runs, and signals are heeded from now on.
         self._channel.tell(Listens())
-        self._loop.start(TELL_SECONDS, now=False).addErrback(lambda failure: log.failure("Telling", failure))
+        self._loop.start(TELL_SECONDS, now=False)
 
     def stopService(self) -> Deferred[None]:
         """
@@ -88,8 +84,7 @@ class Reports(Service):
         @return: fires when it has been sent, or was not read in time.
         """
         super().stopService()
-        if self._loop.running:
-            self._loop.stop()
+        self._loop.stop()
         if not self._channel.connected:
             return succeed(None)
         self._tell()

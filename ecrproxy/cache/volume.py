@@ -1,0 +1,49 @@
+"""
+Which file system the cache directory is on, and whether that is still mounted.
+
+A volume can be unmounted while it is used: C{umount -l}, a disk that is detached, NFS. Its mount point is then a
+directory of the file system underneath, which the cache must not fill.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+
+class Volume:
+    """
+    The file system that a directory is on, or would be made on.
+
+    @ivar mount: where it is mounted.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        nearest = _nearest(directory)
+        self._device = nearest.stat().st_dev
+        self.mount = next(each for each in (nearest, *nearest.parents) if os.path.ismount(each))
+
+    def is_gone(self) -> bool:
+        """
+        Return True if the directory is on another file system, and its own is not mounted.
+
+        Mounted again, its device may have another number.
+        """
+        with contextlib.suppress(OSError):
+            if self._directory.stat().st_dev == self._device:
+                return False
+        device = _nearest(self._directory).stat().st_dev
+        if device != self._device and not os.path.ismount(self.mount):
+            return True
+        self._device = device
+        return False
+
+
+def _nearest(directory: Path) -> Path:
+    """
+    Resolve a directory, or the nearest of its parents that exists.
+    """
+    resolved = Path(os.path.realpath(directory))
+    return next(each for each in (resolved, *resolved.parents) if each.exists())
