@@ -156,6 +156,33 @@ def memory(ground: Ground, sizes: Sizes, peer: str, figures: Figures) -> None:
             figures.add("memory connections", peer, resident(one.pid))
 
 
+def workers(ground: Ground, sizes: Sizes, peer: str, figures: Figures) -> None:
+    """
+    Measure two workers on two processors as multiples of one process that may use both. Clients have one of the two.
+    """
+    one, two = (_of_processes(ground, sizes, peer, count) for count in ("1", "2"))
+    for name, speed in one.items():
+        figures.add(f"workers {name}", peer, two[name] / speed)
+
+
+def _of_processes(ground: Ground, sizes: Sizes, peer: str, count: str) -> dict[str, float]:
+    found: dict[str, float] = {}
+    settings = {"PROXY_WORKER_PROCESSES": count}
+    with ground.upstream() as upstream, served(peer, ground, upstream, settings=settings) as one:
+        pull(ground, one.url)
+        for name, reference in (("digest", ground.shelf.manifest), ("tag", TAG)):
+            hammer(ground, one, manifest(reference), 2)
+            found[name] = hammer(ground, one, manifest(reference), sizes.hammering).requests
+    with ground.upstream() as upstream, served(peer, ground, upstream, secure=True, settings=settings) as one:
+        path = blob(ground.shelf.large)
+        for _ in range(2):
+            download(ground, one, path, sizes.large_bytes, STREAMS, 1)
+        time.sleep(0.5)
+        seconds = download(ground, one, path, sizes.large_bytes, STREAMS, sizes.shares[1])
+        found["tls"] = sizes.large_bytes * STREAMS * sizes.shares[1] / GB / seconds
+    return found
+
+
 PEERS = (NGINX, DISTRIBUTION, OURS)
 MEASURES: dict[str, tuple[Measure, Sequence[str]]] = {
     "tcp": (hot, PEERS),
@@ -164,4 +191,5 @@ MEASURES: dict[str, tuple[Measure, Sequence[str]]] = {
     "cold": (cold, (DIRECT, *PEERS)),
     "storm": (storm, PEERS),
     "memory": (memory, PEERS),
+    "workers": (workers, (OURS,)),
 }

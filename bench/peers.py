@@ -194,14 +194,16 @@ def ours(
     ground: Ground, upstream: Upstream, home: Path, cache: Path, secure: bool, settings: Mapping[str, str]
 ) -> Iterator[Served]:
     """
-    Run the daemon, as it is installed beside the interpreter that runs the bench.
+    Run the daemon, as it is installed beside the interpreter that runs the bench; where the number of its processes is
+    set, on the clients' processor too.
     """
     port = free_port()
     tls = {"PROXY_SSL_KEY": str(ground.certificate.key), "PROXY_SSL_CERTIFICATE": str(ground.certificate.chain)}
     env = our_environment(upstream, home, cache, port, {**(tls if secure else {}), **settings})
     output = home / "ecrproxy.log"
     argv = [str(twistd()), "-n", "--pidfile=", "ecr-proxy"]
-    with running(argv, cpu=ground.processors.server, env=env, output=output) as process:
+    cpu = ground.processors.both if "PROXY_WORKER_PROCESSES" in settings else ground.processors.server
+    with running(argv, cpu=cpu, env=env, output=output) as process:
         wait_until(lambda: listens(port), process, output)
         one = Served(OURS, process.pid, port, secure, "/_health")
         wait_until(lambda: _has_token(ground, one), process, output)

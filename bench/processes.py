@@ -34,6 +34,13 @@ class Processors:
     server: int
     others: int
 
+    @property
+    def both(self) -> str:
+        """
+        List them for taskset.
+        """
+        return f"{self.server},{self.others}"
+
     @classmethod
     def choose(cls) -> Processors:
         """
@@ -74,7 +81,7 @@ def said(output: Path) -> str:
 def running(
     argv: Sequence[str],
     *,
-    cpu: int,
+    cpu: int | str,
     env: Mapping[str, str],
     output: Path,
     cwd: Path | None = None,
@@ -83,6 +90,7 @@ def running(
     """
     Run a program on one processor, and end it whatever happens.
 
+    @param cpu: or on several, as taskset lists them.
     @param stdout: where its standard output goes, if not into C{output} like its complaints.
     """
     with output.open("ab") as sink:

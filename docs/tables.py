@@ -13,7 +13,7 @@ from argparse import Action, ArgumentParser
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from textwrap import indent
-from typing import Any, ClassVar, Final
+from typing import ClassVar, Final
 
 from docutils import nodes
 from prometheus_client import PLATFORM_COLLECTOR, PROCESS_COLLECTOR
@@ -98,6 +98,9 @@ class Anybody:
     def __call__(self, *_: object) -> Anybody:  # noqa: D102
         return self
 
+    def __float__(self) -> float:
+        return 0.0
+
 
 def all_readings() -> Iterator[Reading]:
     """
@@ -117,8 +120,8 @@ def metrics() -> Iterator[tuple[str, str, str, str]]:
         labels: Iterable[str] = getattr(family, "_labelnames", ())
         yield family.name + suffix, family.type, ", ".join(f"``{each}``" for each in labels), family.documentation
     for reading in all_readings():
-        kind = "counter" if reading.name.endswith("_total") else "gauge"
-        yield f"ecr_proxy_{reading.name}", kind, _label(reading), reading.help
+        figure = reading.figure
+        yield f"ecr_proxy_{figure.name}", "counter" if figure.counts else "gauge", _label(reading), figure.help
     for collector in (PROCESS_COLLECTOR, PLATFORM_COLLECTOR):
         for family in collector.collect():
             suffix = "_total" if family.type == "counter" else ""
@@ -126,10 +129,8 @@ def metrics() -> Iterator[tuple[str, str, str, str]]:
 
 
 def _label(reading: Reading) -> str:
-    if not reading.label:
-        return ""
-    values: Any = reading.read()
-    return f"``{reading.label}`` ({', '.join(f'``{each}``' for each in values)})"
+    label = reading.figure.label
+    return f"``{label}`` ({', '.join(f'``{each}``' for each in reading.values())})" if label else ""
 
 
 class Metrics(SphinxDirective):

@@ -388,35 +388,6 @@ class Cache:
     def _hold_entry(self, name: str, entry: Entry) -> None:
         self._entries.put(name, entry, entry.weight)
 
-    async def hit(self, asked: Asked, tag_ttl: float) -> Answer | None:
-        """
-        Answer without ECR, if that is possible.
-
-        @param tag_ttl: seconds for which a tag's digest is taken on trust.
-        """
-        answer = await self._hit(asked, tag_ttl)
-        return None if answer is None else await self.from_file(answer)
-
-    async def _hit(self, asked: Asked, tag_ttl: float) -> Answer | None:
-        if asked.route.digest is None:
-            return await self._fresh_tag(asked, tag_ttl) if tag_ttl else None
-        answer = self.at_hand(asked)
-        if answer is not None:
-            return answer
-        return await (self._blob_hit(asked) if asked.route.kind is Kind.BLOB else self._manifest_hit(asked))
-
-    async def _blob_hit(self, asked: Asked) -> Answer | None:
-        known, content, _ = await self.look_up(asked)
-        if content is None or known is None:
-            return None  # what was opened closes itself
-        if not asked.head:
-            return await self.shelved(asked, known, content)
-        return Answer(CacheStatus.HIT, Reason.CACHED, BLOB_TYPE, asked.digest, content.size)
-
-    async def _manifest_hit(self, asked: Asked) -> Answer | None:
-        found = await self.look_up_manifest(asked)
-        return None if isinstance(found, Reason) else self.manifest(asked, *found)
-
     async def from_file(self, answer: Answer) -> Answer:
         """
         Answer with the file of a manifest of more than C{SMALL_BLOB} bytes, if it is cached.
@@ -440,18 +411,6 @@ class Cache:
         self.hold(asked.digest, document)
         self.note(asked, known)
         return manifest_answer(CacheStatus.HIT, Reason.CACHED, asked, known, document.body)
-
-    async def _fresh_tag(self, asked: Asked, tag_ttl: float) -> Answer | None:
-        entry = None
-        with contextlib.suppress(OSError):
-            entry = await self._disk.reading(self._entry_on_disk, self._name(asked), asked.route)
-        known = entry.answers.get(asked.accept) if entry else None
-        if known is None or not 0 <= self._now() - known.when < tag_ttl:
-            return None
-        document = await self.document(known.descriptor.digest)
-        if document is None:
-            return None
-        return manifest_answer(CacheStatus.HIT, Reason.TAG_TTL, asked, known.descriptor, document.body)
 
     async def shelved(
         self, asked: Asked, known: Descriptor | None, content: Content, *, confirmed: bool = False

@@ -7,7 +7,8 @@ Rules:
   asks.
 - What a part knows anyway is not counted twice: it is read from the part when somebody asks, see L{Reading}.
 - Labels have few values: never a repository, a digest, a host or an address.
-- A worker's counts are added to the first process's, so that one page tells of all.
+- Workers' counts are added up by their parent, so that one page tells of all; a figure that each of them knows says how
+  theirs become one, see L{Figure}.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from prometheus_client import PLATFORM_COLLECTOR, PROCESS_COLLECTOR, CollectorRegistry, generate_latest
+from prometheus_client import PLATFORM_COLLECTOR, CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, InfoMetricFamily
 from prometheus_client.registry import Collector
 from twisted.application.service import Service
@@ -83,7 +85,7 @@ class Tally:
 
     def take(self) -> list[Row]:
         """
-        Give what was counted, once: for who adds it to his own.
+        Return what was counted since the last call.
         """
         rows = list(self.rows())
         self._rows.clear()
@@ -91,7 +93,7 @@ class Tally:
 
     def add(self, rows: Iterable[Row]) -> None:
         """
-        Take in what another has counted.
+        Add what another process has counted.
         """
         for key, count, size, seconds, buckets in rows:
             row = self._row(tuple(key))
@@ -113,35 +115,70 @@ class Served:
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class Figure:
     """
-    A figure that a part of the daemon knows.
+    Something that a part of the daemon knows in figures.
 
     @ivar name: without the prefix; C{_total} at its end makes it a counter.
-    @ivar read: gives it, none if there is none now; or several, by the value of the label C{label}.
+    @ivar label: the label whose values tell several figures apart; empty if there is one.
+    @ivar combine: makes one of the figures of several processes.
     """
 
     name: str
     help: str
-    read: Callable[[], float | Mapping[str, float] | None]
     label: str = ""
+    combine: Callable[[Iterable[float]], float] = sum
+
+    @property
+    def counts(self) -> bool:
+        """
+        Return True if it only grows.
+        """
+        return self.name.endswith("_total")
+
+
+Values = Mapping[str, float]
+"""A figure by the value of its label; by the empty text if it has none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """
+    A figure, and how it is read.
+
+    @ivar read: gives it, none if there is none now; or several, by the value of the label.
+    """
+
+    figure: Figure
+    read: Callable[[], float | Values | None]
+
+    def values(self) -> Values:
+        """
+        Read it.
+        """
+        told = self.read()
+        if told is None:
+            return {}
+        several = told if isinstance(told, Mapping) else {"": told}
+        return {label: float(number) for label, number in several.items()}  # parts may know a yes or no
 
 
 class Figures(Collector):
     """
     The figures, for Prometheus.
 
+    @param workers: lists the process ids of workers, whose memory, time and files count with this process's.
     @ivar version: of what runs here.
     @ivar served: what clients were given.
     @ivar upstream: requests to the registry and to buckets, by kind of host and outcome.
     """
 
-    def __init__(self, version: str) -> None:
+    def __init__(self, version: str, workers: Callable[[], Iterable[int]] = tuple) -> None:
         self.version = version
         self.served, self.upstream = Served(), Tally()
         self._readings: list[Reading] = []
         self._registry = CollectorRegistry()
-        for collector in (self, PROCESS_COLLECTOR, PLATFORM_COLLECTOR):
+        for collector in (self, Processes(workers), PLATFORM_COLLECTOR):
             self._registry.register(collector)
 
     def watch(self, *readings: Reading) -> None:
@@ -149,6 +186,12 @@ class Figures(Collector):
         Tell these too.
         """
         self._readings += readings
+
+    def values(self) -> dict[str, Values]:
+        """
+        Read what the parts know, by the names of the figures.
+        """
+        return {each.figure.name: each.values() for each in self._readings}
 
     def page(self) -> bytes:
         """
@@ -193,14 +236,84 @@ def _families(
 
 
 def _family(reading: Reading) -> Iterator[Metric]:
-    told = reading.read()
-    if told is None:
+    figure, values = reading.figure, reading.values()
+    if not values:
         return
-    kind = CounterMetricFamily if reading.name.endswith("_total") else GaugeMetricFamily
-    family = kind(f"ecr_proxy_{reading.name}", reading.help, labels=[reading.label] if reading.label else [])
-    for value, figure in told.items() if isinstance(told, Mapping) else [("", told)]:
-        family.add_metric([value] if reading.label else [], figure)
+    kind = CounterMetricFamily if figure.counts else GaugeMetricFamily
+    family = kind(f"ecr_proxy_{figure.name}", figure.help, labels=[figure.label] if figure.label else [])
+    for value, number in values.items():
+        family.add_metric([value] if figure.label else [], number)
     yield family
+
+
+class Processes(Collector):
+    """
+    What the kernel knows of this process and its workers, added up; they began when the first of them did.
+    """
+
+    def __init__(self, workers: Callable[[], Iterable[int]]) -> None:
+        self._workers = workers
+
+    def collect(self) -> Iterator[Metric]:
+        """
+        Yield it.
+        """
+        found: dict[str, list[Metric]] = {}
+        for pid in ("self", *self._workers()):
+            of_one = ProcessCollector(pid=lambda pid=pid: pid, registry=None)  # type: ignore[misc]
+            for family in of_one.collect():
+                found.setdefault(family.name, []).append(family)
+        for name, (family, *others) in found.items():
+            values = [each.samples[0].value for each in (family, *others)]
+            value = min(values) if name == "process_start_time_seconds" else sum(values)
+            family.samples = [family.samples[0]._replace(value=value)]
+            yield family
+
+
+class Gathered:
+    """
+    The figures of workers, as they told them last, as figures of one daemon.
+
+    What a worker counted stays counted when it has ended.
+    """
+
+    def __init__(self, figures: Iterable[Figure]) -> None:
+        self._figures = list(figures)
+        self._told: dict[int, Mapping[str, Values]] = {}
+        self._past: dict[str, dict[str, float]] = {}
+
+    def workers(self) -> list[int]:
+        """
+        List the process ids of those that run.
+        """
+        return list(self._told)
+
+    def tell(self, worker: int, values: Mapping[str, Values]) -> None:
+        """
+        Take in what the worker with this process id knows.
+        """
+        self._told[worker] = values
+
+    def ended(self, worker: int) -> None:
+        """
+        Note that a worker has ended.
+        """
+        last = self._told.pop(worker, {})
+        for each in self._figures:
+            past = self._past.setdefault(each.name, {})
+            for label, count in last.get(each.name, {}).items() if each.counts else ():
+                past[label] = past.get(label, 0) + count
+
+    def readings(self) -> list[Reading]:
+        """
+        Give what reads them.
+        """
+        return [Reading(each, partial(self._values, each)) for each in self._figures]
+
+    def _values(self, figure: Figure) -> Values:
+        parts = [each.get(figure.name, {}) for each in (*self._told.values(), self._past)]
+        labels = dict.fromkeys(label for part in parts for label in part)
+        return {label: figure.combine([part[label] for part in parts if label in part]) for label in labels}
 
 
 class LoopStall(Service):

@@ -58,7 +58,7 @@ from ecrproxy.transfer.download import Download
 from ecrproxy.transfer.inflow import SMALLEST_PART, Blob, Lanes, Urgency, Wish
 from ecrproxy.transfer.lane import drop
 from ecrproxy.transfer.passing import Passing
-from ecrproxy.transfer.unattended import Unattended
+from ecrproxy.transfer.unattended import MOST, Unattended
 
 if TYPE_CHECKING:
     from twisted.internet.interfaces import IDelayedCall
@@ -88,6 +88,7 @@ class PullThrough:
     @param tag_ttl: seconds for which a tag's digest is taken on trust.
     @param lanes: the connections that blobs may come over.
     @param read_ahead: fetch what a manifest lists as soon as it is asked for.
+    @param unattended: how many transfers go on that nobody reads.
     @param call_later: a reactor's.
     """
 
@@ -102,13 +103,14 @@ class PullThrough:
         tag_ttl: float = 0,
         lanes: Lanes | None = None,
         read_ahead: bool = False,
+        unattended: int = MOST,
     ) -> None:
         self._upstream, self._cache, self._disk, self._now = upstream, cache, disk, now
         self._tag_ttl, self._lanes, self._reads_ahead = tag_ttl, lanes or Lanes(), read_ahead
         self._call_later = call_later
         self._openings: Flights[Download | Passing | None] = Flights()
         self._arriving: dict[Digest, Download] = {}
-        self._unattended = Unattended(self.transfers, call_later)
+        self._unattended = Unattended(self.transfers, call_later, unattended)
         self._ahead = 0
         self._reading_ahead: set[tuple[str, Digest]] = set()
         self._carriers: dict[Digest, str] = {}

@@ -53,7 +53,7 @@ class Ranking:
 
     def take(self) -> list[Saved]:
         """
-        Give all rows, once: for who adds them to his own.
+        Return all rows since the last call.
         """
         rows = self.top(self._limit)
         self._rows.clear()
@@ -61,7 +61,7 @@ class Ranking:
 
     def add(self, rows: Iterable[Saved]) -> None:
         """
-        Take in what another has counted.
+        Add what another process has counted.
         """
         for name, size, count in rows:
             self.note(name, size, count)

@@ -2,7 +2,7 @@
 What the daemon can do at this moment, and what keeps it from more. Pure.
 
 I{Alive}, I{can serve} and I{can fetch} are three answers: whoever answers at all is alive; a token or a cache with
-content lets it serve; a token that ECR accepts, and an ECR that answers, let it fetch.
+content lets it serve; a token that ECR accepts, and an ECR that answers, let it fetch. Each process answers for itself.
 """
 
 from __future__ import annotations
@@ -40,4 +40,20 @@ def judge(*, draining: bool, token: str | None, ecr: str | None, disk: Sequence[
         can_serve=not draining and not disk and (token is None or filled),
         can_fetch=token is None and ecr is None,
         reasons=(*reasons, *disk),
+    )
+
+
+def judge_all(found: Sequence[Readiness], expected: int) -> Readiness:
+    """
+    Tell what a daemon of several processes can do: what each of those that answer can, as long as one does.
+
+    @param expected: how many processes should have answered.
+    """
+    missing = expected - len(found)
+    reasons = [f"{missing} of {expected} worker processes do not answer"] if missing else []
+    reasons += [reason for each in found for reason in each.reasons]
+    return Readiness(
+        can_serve=bool(found) and all(each.can_serve for each in found),
+        can_fetch=bool(found) and all(each.can_fetch for each in found),
+        reasons=tuple(dict.fromkeys(reasons)),
     )

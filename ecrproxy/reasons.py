@@ -56,5 +56,4 @@ class Reason(enum.StrEnum):
 
     # The proxy's own.
     BUSY = "busy"
-    STARTING = "starting"
     FAILED = "failed"

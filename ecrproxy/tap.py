@@ -12,32 +12,31 @@ import shutil
 import signal
 import socket
 import sys
-import tempfile
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, NoReturn, TypeVar
 
-from twisted.application.service import MultiService, Service
-from twisted.internet.endpoints import UNIXServerEndpoint
+from twisted.application.service import Service
 from twisted.internet.error import ReactorNotRunning
+from twisted.internet.protocol import Factory
 from twisted.logger import ILogObserver, Logger, LogLevel
 from twisted.names.client import Resolver
-from twisted.web.client import Agent
 
 from ecrproxy import __version__
 from ecrproxy.access.browsers import Pages
 from ecrproxy.access.clients import Admission
-from ecrproxy.access.crowds import Crowds, Word
-from ecrproxy.access.htpasswd import HtpasswdError
-from ecrproxy.access.limits import BOUNDLESS, Crowd
+from ecrproxy.access.htpasswd import HtpasswdError, read_users
+from ecrproxy.access.limits import Crowd
 from ecrproxy.access.namespaces import Namespaces
 from ecrproxy.access.passwords import AT_ONCE, Passwords
 from ecrproxy.admin.api import Api
 from ecrproxy.admin.incidents import Incidents
 from ecrproxy.admin.port import make_admin_site
 from ecrproxy.admin.readings import (
+    FIGURES,
     of_cache,
     of_certificates,
     of_clients,
@@ -47,11 +46,10 @@ from ecrproxy.admin.readings import (
     of_transfers,
     of_upstream,
 )
-from ecrproxy.admin.status import Asking, Status
+from ecrproxy.admin.status import Asking, Process, Status
 from ecrproxy.cache.condition import Condition
 from ecrproxy.cache.inventory import Inventory
 from ecrproxy.cache.janitor import Janitor
-from ecrproxy.cache.ledger import Notes
 from ecrproxy.cache.purges import Purges
 from ecrproxy.cache.store import Store
 from ecrproxy.cache.sweeper import Sweeper
@@ -61,25 +59,23 @@ from ecrproxy.cores import usable_cores
 from ecrproxy.daemon.accepting import Gate
 from ecrproxy.daemon.ending import Connections, Drain, InOrder, Signals
 from ecrproxy.daemon.exhaustion import Exhaustion
+from ecrproxy.daemon.inherited import CHANNEL_FD, VARIABLE, Inherited, inherited_sockets
 from ecrproxy.daemon.listening import Listening, admin_endpoint, endpoints
 from ecrproxy.daemon.process import clients_beside_spare, most_clients, set_aside_what_stays, set_up
-from ecrproxy.daemon.renewal import Renewal
+from ecrproxy.daemon.renewal import Renewal, generation
 from ecrproxy.daemon.supervision import Supervised, Supervisor, summary
-from ecrproxy.daemon.workers import BACKLOG, HandedDown, Post, StandardInput, Workers
 from ecrproxy.http.access_log import AccessLog
 from ecrproxy.http.answering import Ready
-from ecrproxy.http.relay import FirstProcess, InnerRegistry, NoRoom, Relay, RelayedReady, WorkerRegistry
 from ecrproxy.http.site import RegistrySite, make_site
-from ecrproxy.http.telling import USED, Teller, Used, told
 from ecrproxy.http.web import Registry
 from ecrproxy.identity import RegistryId
 from ecrproxy.logs.shapes import PRIORITIES, as_json
 from ecrproxy.logs.writing import LineWriter, choose_writer, leads_to_journal
-from ecrproxy.metrics import Figures, LoopStall, Served
+from ecrproxy.metrics import Figures, Gathered, LoopStall
 from ecrproxy.proxy import PullThrough
 from ecrproxy.readiness import Readiness, judge
 from ecrproxy.registry.circuit import Circuit
-from ecrproxy.registry.connections import UpstreamAgent, connection_pool
+from ecrproxy.registry.connections import UpstreamAgent
 from ecrproxy.registry.ecr import CredentialsError, Token, TokenService, fetch_token
 from ecrproxy.registry.egress import Egress, OwnNames
 from ecrproxy.registry.endpoint import Endpoint
@@ -94,8 +90,14 @@ from ecrproxy.settings.complaints import Complaint, say, write
 from ecrproxy.settings.config import ADMIN_LISTEN, Config, ConfigError
 from ecrproxy.settings.contradictions import Machine, load, look_at_settings, refusal
 from ecrproxy.settings.options import Options
-from ecrproxy.threads import Disk, InThread, Pools, Threads, call_unowned, in_time
-from ecrproxy.transfer.inflow import Lanes
+from ecrproxy.shares import share
+from ecrproxy.threads import Disk, Pools, Threads, call_unowned, in_time
+from ecrproxy.transfer.inflow import BUFFERED, Lanes
+from ecrproxy.transfer.unattended import MOST
+from ecrproxy.workers.channel import Channel, adopt
+from ecrproxy.workers.messages import Counted, FromParent, Refused, Reread
+from ecrproxy.workers.processes import Workers
+from ecrproxy.workers.worker import Reports
 
 log = Logger()
 T = TypeVar("T")
@@ -117,7 +119,7 @@ LAST_LINES_SECONDS: Final = 2.0
 
 def makeService(options: Options) -> Daemon:
     """
-    Build the daemon.
+    Build the daemon, its parent, or one of its workers.
     """
     from twisted.internet import reactor  # noqa: PLC0415 (twistd may have chosen another before)
 
@@ -126,9 +128,9 @@ def makeService(options: Options) -> Daemon:
     warnings: list[Complaint] = []
     try:
         config = load(options.flags(), os.environ)
-        post = Post.from_environ(os.environ)
-        if post is not None:
-            service = build_worker(config, post, reactor)
+        sockets = inherited_sockets(os.environ)
+        if sockets is not None:
+            service = build_worker(config, sockets, reactor, _egress(os.environ))
         else:
             warnings = _warnings(config, options)
             for each in warnings:
@@ -138,7 +140,11 @@ def makeService(options: Options) -> Daemon:
             refused: list[CredentialsError] = []
             atexit.register(_fail_after, refused)  # the first comes last: others clean up
             leave = partial(_abandon, complain, refused)
-            service = build(config, reactor, leave, options.arguments(), supervisor, _egress(os.environ))
+            egress = _told(_egress(os.environ))
+            if config.worker_processes == 1:
+                service = build(config, reactor, leave, supervisor, egress)
+            else:
+                service = build_parent(config, reactor, leave, supervisor, options.arguments())
     except ConfigError as problem:
         for line in (*problem.warnings, *map(str, warnings)):
             _complaining(options, LogLevel.warn)(f"warning: {line}")
@@ -172,9 +178,12 @@ def _egress(environ: Mapping[str, str]) -> Egress:
     @raise ConfigError: if the proxy's URL is none.
     """
     try:
-        egress = Egress.read(environ)
+        return Egress.read(environ)
     except ValueError as problem:
         raise ConfigError(f"HTTPS_PROXY: {problem}") from None
+
+
+def _told(egress: Egress) -> Egress:
     if egress.proxy is not None:
         log.info(
             "Registry and buckets are asked through the egress proxy {proxy}, except for what NO_PROXY names",
@@ -294,58 +303,202 @@ class Daemon(InOrder):
             os._exit(1)
 
 
-def build(
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """
+    What serves clients in this process, but for the sockets that they come to.
+    """
+
+    site: RegistrySite
+    connections: Connections
+    admission: Admission
+    figures: Figures
+    process: Process
+    cache: Cache
+    judging: Threads
+
+
+def _serving(
     config: Config,
+    service: Daemon,
     reactor: Any,  # noqa: ANN401
     refused: Callable[[CredentialsError], None],
-    arguments: Sequence[str] = (),
-    supervisor: Supervisor | None = None,
-    egress: Egress = Egress(),  # noqa: B008 (it is frozen)
-) -> Daemon:
+    egress: Egress,
+    processes: int,
+) -> Serving:
     """
-    Wire the parts; each line makes one object from earlier ones.
+    Wire all that serves clients; each line makes one object from earlier ones.
 
     @param refused: ends the daemon, for AWS refuses its credentials.
-    @param arguments: the flags that workers are to be started with.
-    @param supervisor: the service manager, if it wants to be told.
+    @param processes: how many there are that do the same, each its part.
     """
-    service = Daemon(reactor)
     disk, threads = _disk(service.pools), service.pools.threads
     store = Store(Path(config.cache_dir), time.time)
     counting, judging, probing = threads(1, yielding=False), threads(1), threads(1)
     janitor = Janitor(store, config.cache_limit, disk.writing, reactor, counting.call)
-    tokens = _tokens(config, reactor, partial(_ends, refused, warm=_begin(store, config.worker_processes)))
+    tokens = _tokens(config, reactor, partial(_ends, refused, warm=_begin(store, processes)))
     figures, stall, sweeper = Figures(__version__), LoopStall(reactor), Sweeper(store, disk.closing, reactor)
     upstream, asking = _upstream(config, tokens, figures, egress, reactor)
     cache = Cache(store, janitor, disk, time.time, RegistryId.of_url(config.ecr_endpoint))
-    pull_through = _pull_through(config, upstream, cache, disk, reactor)
+    pull_through = _pull_through(config, upstream, cache, disk, reactor, processes)
     connections, condition = Connections(), Condition(store, probing.call, reactor)
     readiness = partial(_readiness, tokens, asking.circuit, condition, connections)
-    crowds, ready = Crowds(Crowd(config.limits(clients_beside_spare())), reactor.seconds), Ready(readiness)
-    status = Status(
-        config.ecr_endpoint, figures, store, janitor, asking, pull_through, readiness, disk.reading, time.time, reactor
+    crowd = Crowd(config.limits(clients_beside_spare()), processes)
+    admission = _admission(config, reactor, service, processes)
+    registry = Registry(pull_through, _namespaces(config, judging, reactor), config.cache_key, disk.reading)
+    site = make_site(
+        registry,
+        Ready(readiness),
+        reactor,
+        admission=admission,
+        crowd=crowd,
+        access_log=_access_log(config, service, reactor),
+        served=figures.served,
+        connections=connections,
+        pages=_pages(config),
     )
-    supervised = Supervised(supervisor, partial(_summary, readiness, store, janitor), reactor)
-    shape = (_namespaces(config, judging, reactor), config.cache_key, disk.reading)
-    admission, pages = _admission(config, reactor, service), _pages(config)
-    registry = Registry(pull_through, *shape)
-    counted = partial(make_site, access_log=_access_log(config, service, reactor), served=figures.served, pages=pages)
-    site = counted(registry, ready, reactor, admission=admission, crowd=crowds.own, connections=connections)
     figures.watch(*of_cache(store, janitor), *of_token(tokens), *of_transfers(pull_through), *of_loop(stall))
-    figures.watch(*of_clients(crowds, _most_connections(config)), *of_disk(condition))
-    service.add(*status.services, supervised, janitor, tokens, stall, sweeper)
-    workers, alone = None, config.worker_processes == 1
-    listening = _listening(config, site, reactor, accepts=alone)
-    if not alone:
-        inner = partial(make_site, InnerRegistry(pull_through, *shape), ready, pages=pages)
-        hearers = told(store.ledger, figures.served, status.incidents, crowds)
-        workers = _share_work(config, inner, hearers, listening, arguments, service, reactor)
-    make_admin = partial(make_admin_site, figures, ready, status)
-    listening = [*listening, *_admin(config, make_admin, cache, disk.reading, service, reactor)]  # not the workers'
-    reread = partial(supervised.rereading, partial(_reread, [*listening, admission], workers))
-    _renewal(listening, figures, judging.call, reread, reactor).setServiceParent(service)
-    _face_clients(Drain(connections, config.drain_seconds, reactor), listening, reread, service.leave, service, reactor)
+    figures.watch(*of_clients(crowd, crowd.limits.connections or None), *of_disk(condition))
+    service.add(janitor, tokens, stall, sweeper)
+    process = Process(store, janitor, asking, pull_through, readiness, disk.reading)
+    return Serving(site, connections, admission, figures, process, cache, judging)
+
+
+def build(
+    config: Config,
+    reactor: Any,  # noqa: ANN401
+    refused: Callable[[CredentialsError], None],
+    supervisor: Supervisor | None = None,
+    egress: Egress = Egress(),  # noqa: B008 (it is frozen)
+) -> Daemon:
+    """
+    Wire a daemon of one process.
+
+    @param refused: ends the daemon, for AWS refuses its credentials.
+    @param supervisor: the service manager, if it wants to be told.
+    """
+    serving = _serving(config, service := Daemon(reactor), reactor, refused, egress, 1)
+    process, store = serving.process, serving.cache.store
+    incidents = Incidents(time.time)
+    registry, now = config.ecr_endpoint, time.time
+    status = Status(registry, serving.figures, process.readiness, process.standing, incidents, now, reactor)
+    describe = partial(_summary, process.readiness, store, process.janitor)
+    supervised = Supervised(supervisor, describe, reactor)
+    purges = Purges(store, serving.cache.forget_all, process.in_thread, reactor)
+    service.add(*status.services, supervised, purges)
+    make = partial(make_admin_site, serving.figures, Ready(process.readiness), status)
+    listening = _listening(config, serving.site, reactor)
+    listening += _admin(config, make, store, purges.look, service, reactor)
+    serving.figures.watch(*of_certificates(partial(_expires, listening)))
+    reread = partial(supervised.rereading, partial(_reread, [*listening, serving.admission]))
+    Renewal(listening, serving.judging.call, reread, reactor).setServiceParent(service)
+    drain = Drain(serving.connections, config.drain_seconds, reactor)
+    _face_clients(drain, listening, reread, service.leave, service, reactor)
     return service
+
+
+def build_worker(config: Config, sockets: int, reactor: Any, egress: Egress) -> Daemon:  # noqa: ANN401
+    """
+    Wire a worker: what serves clients, on the sockets and with the channel that it has inherited.
+
+    @raise ConfigError: if it has not.
+    """
+    channel, service, shared = Channel(FromParent), Daemon(reactor), config.share()
+    refused: Callable[[CredentialsError], None] = lambda problem: channel.tell(Refused(str(problem)))  # noqa: E731
+    serving = _serving(shared, service, reactor, refused, egress, config.worker_processes)
+    process, figures, connections = serving.process, serving.figures, serving.connections
+    listening = _listening(shared, serving.site, Inherited(reactor, sockets))
+    incidents = Incidents(time.time)
+    reports = Reports(
+        channel,
+        figures,
+        incidents,
+        readiness=process.readiness,
+        standing=process.standing,
+        reread=partial(_reread_as_told, listening, serving.admission),
+        orphaned=partial(_orphaned, connections, service.leave, reactor),
+        reactor=reactor,
+    )
+    purges = Purges(serving.cache.store, serving.cache.forget_all, process.in_thread, reactor)
+    service.add(incidents, reports, purges)
+    # A service manager may tell all processes to end, and the parent each worker once more. A terminal that hangs up
+    # tells all of them: the parent says what is to be read again.
+    drain = Drain(connections, config.drain_seconds, reactor)
+    _face_clients(drain, listening, lambda: None, lambda _: None, service, reactor)
+    try:
+        adopt(socket.socket(fileno=CHANNEL_FD), channel, reactor)
+    except OSError as problem:
+        raise ConfigError(f"{VARIABLE} is for the daemon's own workers: unset it") from problem
+    return service
+
+
+def build_parent(
+    config: Config,
+    reactor: Any,  # noqa: ANN401
+    refused: Callable[[CredentialsError], None],
+    supervisor: Supervisor | None,
+    arguments: Sequence[str],
+) -> Daemon:
+    """
+    Wire the parent of workers: sockets that it binds and does not accept from, workers, the operator's port.
+
+    What would keep workers from starting is found here, once.
+
+    @param arguments: the flags that workers are to be started with.
+    """
+    service = Daemon(reactor)
+    renewing = service.pools.threads(1)
+    store = Store(Path(config.cache_dir), time.time)
+    _begin(store, config.worker_processes)
+    _check_passwords(config)
+    listening = [Listening(*named, Nobody(), accepts=False) for named in endpoints(config, reactor)]
+    gathered = Gathered(FIGURES)
+    figures, incidents = Figures(__version__, gathered.workers), Incidents(time.time)
+    workers = Workers(
+        config.worker_processes,
+        listening,
+        arguments,
+        gathered,
+        partial(_add_up, figures, incidents),
+        lambda problem: refused(CredentialsError(problem)),
+        reactor,
+        drain=config.drain_seconds,
+    )
+    registry, now = config.ecr_endpoint, time.time
+    status = Status(registry, figures, workers.readiness, workers.standing, incidents, now, reactor)
+    supervised = Supervised(supervisor, partial(_summary_of_all, workers), reactor, workers.listen)
+    make = partial(make_admin_site, figures, Ready(workers.readiness), status, gather=workers.gather)
+    admin = _admin(config, make, store, _nothing_held, service, reactor)
+    figures.watch(*gathered.readings(), *of_certificates(partial(_expires, [*listening, *admin])))
+    reread = partial(supervised.rereading, partial(_have_reread, listening, admin, workers))
+    renewal = Renewal([*listening, *admin], renewing.call, reread, reactor)
+    service.add(*status.services, supervised, renewal, workers)
+    _face_clients(None, [*listening, *admin], reread, service.leave, service, reactor)
+    return service
+
+
+class Nobody(Factory):
+    """
+    What is behind a socket that is bound here and accepted from by workers.
+    """
+
+    noisy = False
+
+
+async def _nothing_held() -> None:
+    """
+    Forget nothing: workers see for themselves that the directory was purged.
+    """
+
+
+def _add_up(figures: Figures, incidents: Incidents, counted: Counted) -> None:
+    """
+    Add what a worker has counted.
+    """
+    figures.served.requests.add(counted.requests)
+    figures.served.saved.add(counted.saved)
+    figures.upstream.add(counted.upstream)
+    incidents.add(counted.incidents)
 
 
 def _disk(pools: Pools) -> Disk:
@@ -362,7 +515,7 @@ def _disk(pools: Pools) -> Disk:
     )
 
 
-def _access_log(config: Config, service: MultiService, reactor: Any) -> AccessLog | None:  # noqa: ANN401
+def _access_log(config: Config, service: Daemon, reactor: Any) -> AccessLog | None:  # noqa: ANN401
     """
     Have a line logged for each request, if lines of its level are written.
     """
@@ -373,7 +526,7 @@ def _access_log(config: Config, service: MultiService, reactor: Any) -> AccessLo
     return access_log
 
 
-def _listening(config: Config, site: RegistrySite, reactor: Any, *, accepts: bool = True) -> list[Listening]:  # noqa: ANN401
+def _listening(config: Config, site: RegistrySite, reactor: Any) -> list[Listening]:  # noqa: ANN401
     """
     Make what listens for clients, all of it with one limit on descriptors.
     """
@@ -387,15 +540,7 @@ def _listening(config: Config, site: RegistrySite, reactor: Any, *, accepts: boo
             wanted=wanted,
         )
     gate = Gate(reactor, most)
-    return [Listening(*named, site, accepts=accepts, gate=gate) for named in endpoints(config, reactor)]
-
-
-def _most_connections(config: Config) -> int | None:
-    """
-    Tell how many connections of clients all processes may have together, by the settings and by their descriptors.
-    """
-    most = config.limits(clients_beside_spare()).connections
-    return most * config.worker_processes or None
+    return [Listening(*named, site, gate=gate) for named in endpoints(config, reactor)]
 
 
 def _tokens(config: Config, reactor: Any, ends: Callable[[CredentialsError], bool]) -> TokenService:  # noqa: ANN401
@@ -422,14 +567,21 @@ def _upstream(
     figures.watch(*of_upstream(wire, circuit, governor))
     endpoint = Endpoint(config.ecr_endpoint, wire, tokens, governor, circuit)
     upstream = Upstream(endpoint, wire, stall_seconds=config.stall_seconds)
-    return upstream, Asking(tokens=tokens, wire=wire, circuit=circuit, governor=governor)
+    return upstream, Asking(tokens=tokens, wire=wire, circuit=circuit, governor=governor, clock=reactor)
 
 
-def _pull_through(config: Config, upstream: Upstream, cache: Cache, disk: Disk, reactor: Any) -> PullThrough:  # noqa: ANN401
+def _pull_through(
+    config: Config,
+    upstream: Upstream,
+    cache: Cache,
+    disk: Disk,
+    reactor: Any,  # noqa: ANN401
+    processes: int,
+) -> PullThrough:
     """
     Wire what answers from the cache, or through it.
     """
-    lanes = Lanes(config.blob_connections, config.bucket_connections)
+    lanes = Lanes(config.blob_connections, config.bucket_connections, share(BUFFERED, processes))
     return PullThrough(
         upstream,
         cache,
@@ -438,6 +590,7 @@ def _pull_through(config: Config, upstream: Upstream, cache: Cache, disk: Disk, 
         tag_ttl=config.tag_ttl,
         lanes=lanes,
         read_ahead=config.read_ahead,
+        unattended=share(MOST, processes),
         call_later=reactor.callLater,
     )
 
@@ -447,31 +600,8 @@ def _namespaces(config: Config, judging: Threads, reactor: Any) -> Namespaces:  
     return Namespaces(config.namespace_pattern, judging.call, reactor, registries)
 
 
-def _share_work(
-    config: Config,
-    make_inner: Callable[..., RegistrySite],
-    hearers: Mapping[str, Any],
-    listening: Sequence[Listening],
-    arguments: Sequence[str],
-    service: MultiService,
-    reactor: Any,  # noqa: ANN401
-) -> Workers:
-    """
-    Have workers serve the clients, and this process the workers.
-    """
-    folder = tempfile.mkdtemp(prefix="ecrproxy-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    path = str(Path(folder) / "first")
-    inner = make_inner(reactor=reactor, crowd=Crowd(BOUNDLESS), others={USED: Used(hearers)})
-    endpoint = UNIXServerEndpoint(reactor, path, BACKLOG, mode=0o600)
-    Listening(path, endpoint, inner, gate=Gate(reactor)).setServiceParent(service)
-    workers = Workers(config.worker_processes, listening, path, arguments, reactor, drain=config.drain_seconds)
-    workers.setServiceParent(service)
-    return workers
-
-
 def _face_clients(
-    drain: Drain,
+    drain: Drain | None,
     listening: Sequence[Listening],
     reread: Callable[[], None],
     at_once: Callable[[int], object],
@@ -480,58 +610,72 @@ def _face_clients(
 ) -> None:
     """
     Let clients in, and signals. Whatever responses need comes before this, for the last are the first to stop.
+
+    @param drain: none where nobody is let in.
     """
-    service.add(drain, *listening, Signals(reactor, partial(_stop, reactor), at_once, reread))
+    if drain is not None:
+        service.add(drain)
+    service.add(*listening, Signals(reactor, partial(_stop, reactor), at_once, reread))
 
 
 def _admin(
     config: Config,
-    make_site: Callable[[Api, Any, frozenset[str]], RegistrySite],
-    cache: Cache,
-    in_thread: InThread,
+    make_site: Callable[..., RegistrySite],
+    store: Store,
+    purged: Callable[[], Awaitable[None]],
     service: Daemon,
     reactor: Any,  # noqa: ANN401
 ) -> list[Listening]:
     """
     Make what listens for the operator, if there is such a port.
 
-    Where nobody chose it, its being taken keeps the daemon from nothing. What the operator or somebody else purges
-    is forgotten. This work has threads of its own.
+    Where nobody chose it, its being taken keeps the daemon from nothing. The work on the cache has threads of its own.
+
+    @param purged: has what this process holds in memory forgotten.
     """
-    purges = Purges(cache.store, cache.forget_all, in_thread, reactor)
-    purges.setServiceParent(service)
     named = admin_endpoint(config, reactor)
     if named is None:
         return []
     listing, hashing = service.pools.threads(1, yielding=False), service.pools.threads(1)
-    api = Api(Inventory(cache.store), purges.look, listing.call, hashing.call, reactor)
+    api = Api(Inventory(store), purged, listing.call, hashing.call, reactor)
     hosts = {socket.gethostname().lower(), *(config.admin_hosts or ())}
     site = make_site(api, reactor, frozenset(hosts))
     needed = str(config.admin_listen) != ADMIN_LISTEN
     return [Listening(*named, site, needed=needed, gate=Gate(reactor))]
 
 
-def _renewal(
-    listening: Sequence[Listening],
-    figures: Figures,
-    in_thread: InThread,
-    reread: Callable[[], None],
-    reactor: Any,  # noqa: ANN401
-) -> Renewal:
+def _expires(listening: Sequence[Listening]) -> float | None:
     """
-    Make what looks for renewed certificates. Workers are told, and need not look.
+    Tell when the certificate that clients are shown ends, the first if there are several.
     """
-    figures.watch(*of_certificates(lambda: min((each.expires for each in listening if each.expires), default=None)))
-    return Renewal(listening, in_thread, reread, reactor)
+    return min((each.expires for each in listening if each.expires), default=None)
 
 
-def _reread(parts: Sequence[Listening | Admission], workers: Workers | None) -> None:
+def _reread(parts: Sequence[Listening | Admission]) -> None:
     """
-    Read certificates and passwords again, here and in the workers.
+    Read certificates and passwords again.
     """
-    news = [each.reread() for each in parts]
-    if workers is not None and any(news):
-        workers.reread()
+    for each in parts:
+        each.reread()
+
+
+def _have_reread(listening: Sequence[Listening], admin: Sequence[Listening], workers: Workers) -> None:
+    """
+    See whether the certificates can be used, and have workers read those for clients, and passwords, again.
+    """
+    _reread(admin)
+    found = generation(listening)  # before they are read: what changes in between is none that was found good
+    news = [each.reread() for each in listening]
+    workers.tell(Reread(found if any(news) else ""))
+
+
+def _reread_as_told(listening: Sequence[Listening], admission: Admission, certificates: str) -> None:
+    """
+    Read passwords again, and the certificates that the parent has found good, if they are still those.
+    """
+    if certificates == generation(listening):
+        _reread(listening)
+    admission.reread()
 
 
 def _fetch(config: Config) -> Token:
@@ -543,41 +687,9 @@ def _fetch(config: Config) -> Token:
     return token
 
 
-def build_worker(config: Config, post: Post, reactor: Any) -> Daemon:  # noqa: ANN401
-    """
-    Wire a worker's parts.
-    """
-    service = Daemon(reactor)
-    disk = _disk(service.pools)
-    notes = Notes()
-    store = Store(Path(config.cache_dir), time.time, notes)
-    cache = Cache(store, NoRoom(), disk, time.time, RegistryId.of_url(config.ecr_endpoint))
-    purges = Purges(store, cache.forget_all, disk.reading, reactor)
-    first = Agent.usingEndpointFactory(reactor, FirstProcess(reactor, post.path), connection_pool(reactor))
-    relay = Relay(first)
-    judging = service.pools.threads(1)
-    shape = (_namespaces(config, judging, reactor), config.cache_key, disk.reading)
-    admission = _admission(config, reactor, service)
-    registry, ready = WorkerRegistry(cache, config.tag_ttl, relay, *shape), RelayedReady(relay)
-    served, connections = Served(), Connections()
-    crowd = Crowd(config.limits(clients_beside_spare()))
-    lines = _access_log(config, service, reactor)
-    counted = partial(make_site, access_log=lines, served=served, pages=_pages(config))
-    site = counted(registry, ready, reactor, admission=admission, crowd=crowd, connections=connections)
-    incidents = Incidents(time.time)
-    teller = Teller(first, told(notes, served, incidents, Word(crowd, os.getpid())), reactor)
-    service.add(incidents, purges, teller)
-    listening = _listening(config, site, HandedDown(reactor, post.sockets))
-    drain = Drain(connections, config.drain_seconds, reactor)
-    # A service manager may tell all processes to end, and the first process each worker once more.
-    _face_clients(drain, listening, partial(_reread, [*listening, admission], None), lambda _: None, service, reactor)
-    reactor.addReader(StandardInput(partial(_orphaned, connections, service.leave, reactor)))
-    return service
-
-
 def _orphaned(connections: Connections, leave: Callable[[int], object], reactor: Any) -> None:  # noqa: ANN401
     """
-    End a worker whose first process has gone.
+    End a worker whose parent has gone.
     """
     if connections.draining:
         leave(signal.SIGTERM)
@@ -607,6 +719,11 @@ async def _readiness(
 
 async def _summary(readiness: Callable[[], Awaitable[Readiness]], store: Store, janitor: Janitor) -> str:
     return summary(await readiness(), store.ledger.total, janitor.limit)
+
+
+async def _summary_of_all(workers: Workers) -> str:
+    standing = await workers.standing()
+    return summary(standing.readiness, standing.cache.bytes, standing.cache.limit)
 
 
 def _ends(refused: Callable[[CredentialsError], None], problem: CredentialsError, *, warm: bool) -> bool:
@@ -658,19 +775,31 @@ def _pages(config: Config) -> Pages:
     return Pages(config.allow_origin, proved=config.htpasswd is not None or config.client_ca is not None)
 
 
-def _admission(config: Config, reactor: Any, service: Daemon) -> Admission:  # noqa: ANN401
+def _check_passwords(config: Config) -> None:
+    """
+    See that the passwords can be used.
+
+    @raise ConfigError: if not.
+    """
+    try:
+        if config.htpasswd is not None:
+            read_users(config.htpasswd)
+    except HtpasswdError as problem:
+        raise ConfigError(f"PROXY_HTPASSWD={config.htpasswd!r}: {problem}") from problem
+
+
+def _admission(config: Config, reactor: Any, service: Daemon, processes: int) -> Admission:  # noqa: ANN401
     """
     Make what lets clients in; C{service} runs what of it runs by itself.
 
+    @param processes: how many there are that do the same, each its part.
     @raise ConfigError: if the passwords can't be used.
     """
     passwords = None
     if config.htpasswd is not None:
         checking = service.pools.threads(AT_ONCE)
-        try:
-            passwords = Passwords(config.htpasswd, checking.call, reactor, secrets.token_bytes(32))
-        except HtpasswdError as problem:
-            raise ConfigError(f"PROXY_HTPASSWD={config.htpasswd!r}: {problem}") from problem
+        _check_passwords(config)
+        passwords = Passwords(config.htpasswd, checking.call, reactor, secrets.token_bytes(32), processes)
         passwords.setServiceParent(service)
     return Admission(config.allow_from, certificates=config.client_ca is not None, passwords=passwords)
 
@@ -699,6 +828,8 @@ def _abandon(complain: Callable[[str], None], refused: list[CredentialsError], p
     """
     from twisted.internet import reactor  # noqa: PLC0415
 
+    if refused:  # by another worker
+        return
     log.critical("{problem}", problem=problem)
     complain(str(problem))
     refused.append(problem)

@@ -1,7 +1,7 @@
 """
 Run one target: C{python -m fuzz TARGET [CORPUS...] [libFuzzer's options]}.
 
-- C{front}: a client's bytes on a connection to the whole daemon, in memory; the same to one with a worker.
+- C{front}: a client's bytes on a connection to the whole daemon, in memory.
 - C{back}: upstream's bytes as the answer to the daemon, in memory.
 - C{parsers}: whatever else reads text or bytes: routes, ranges, settings, manifests, entries.
 """

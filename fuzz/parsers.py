@@ -11,10 +11,9 @@ from typing import Final
 from ecrproxy.byte_ranges import Ranges
 from ecrproxy.cache.cache_key import Asker, CacheKey
 from ecrproxy.cache.entries import Entry
-from ecrproxy.cache.ledger import is_own, packed, unpacked
+from ecrproxy.cache.ledger import packed, unpacked
 from ecrproxy.http.conditions import matches
 from ecrproxy.http.target import parse_target
-from ecrproxy.http.telling import ROWS, read_rows
 from ecrproxy.oci import Digest, Document, RegistryError, accepted_types, listed, parse_route, query_values
 from ecrproxy.registry.bucket import told_part
 from ecrproxy.registry.bucket_errors import said_by_bucket
@@ -22,6 +21,7 @@ from ecrproxy.registry.links import next_target
 from ecrproxy.registry.refusals import Refusal
 from ecrproxy.registry.retries import LONGEST_ASKED, asked_wait
 from ecrproxy.settings.config import SETTINGS, ConfigError
+from ecrproxy.workers.messages import FromParent, FromWorker, decode, encode
 
 
 def route(data: bytes) -> None:
@@ -39,10 +39,10 @@ def target(data: bytes) -> None:
 
 
 def told(data: bytes) -> None:
-    name, _, rows = data.decode("latin-1").partition("\n")
-    with contextlib.suppress(ValueError):
-        for row in read_rows(name, rows) if name in ROWS else []:
-            assert name != "Used" or is_own(row[0])
+    for known in (FromWorker, FromParent):
+        with contextlib.suppress(ValueError):
+            message = decode(data, known)
+            assert decode(encode(message), known) == message
 
 
 def span(data: bytes) -> None:

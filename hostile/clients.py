@@ -50,7 +50,7 @@ async def herd(world: World) -> Row:
 
 async def same(world: World) -> Row:
     """
-    Ask for one cold blob with as many clients.
+    Ask for one cold blob with as many clients: one worker fetches it, for all.
     """
     path = world.push("team/app", "herd", 4 * 2**20)
     before = world.standin.bytes_sent
@@ -58,7 +58,8 @@ async def same(world: World) -> Row:
     statuses = Counter(each.status if right(each.body, path) else 0 for each in got)
     fetched = (world.standin.bytes_sent - before) / (4 * 2**20)
     return Row(
-        f"{HERD} clients, one cold blob", [counted(statuses, {200}), Cell(f"fetched {fetched:.2f} x", fetched < 1.1)]
+        f"{HERD} clients, one cold blob",
+        [counted(statuses, {200}), Cell(f"fetched {fetched:.2f} x", fetched < 1.1)],
     )
 
 

@@ -138,6 +138,8 @@ class World:
             for _ in range(WARMING):
                 got = await self.get(path, *lines)
                 assert got.status == 200, (path, got, self.daemon.process.tail())
+        for _ in range(WARMING):  # every worker has been to the bucket, and knows where it is
+            assert (await self.get(self.cold(), *lines)).status == 200
 
     async def get(self, path: str, *lines: str, method: str = "GET", seconds: float = 60) -> Got:
         """

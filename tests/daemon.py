@@ -40,13 +40,13 @@ from zope.interface import alsoProvides, implementer
 
 from ecrproxy.access.browsers import Pages
 from ecrproxy.access.clients import Admission
-from ecrproxy.access.crowds import Crowds
 from ecrproxy.access.limits import Crowd, Limits
 from ecrproxy.access.namespaces import Namespaces
 from ecrproxy.admin.api import Api
+from ecrproxy.admin.incidents import Incidents
 from ecrproxy.admin.port import make_admin_site
 from ecrproxy.admin.readings import of_cache, of_clients, of_disk, of_token, of_transfers, of_upstream
-from ecrproxy.admin.status import Asking, Status
+from ecrproxy.admin.status import Asking, Process, Status
 from ecrproxy.cache.cache_key import CacheKey
 from ecrproxy.cache.condition import Condition
 from ecrproxy.cache.entries import occupied
@@ -475,7 +475,51 @@ class Raw(Protocol):
         self.closed, self.lost = True, reason
 
 
-class Daemon:
+class Administered:
+    """
+    What has an operator's port.
+
+    @ivar admin: the network to it.
+    """
+
+    admin: Network
+
+    def flush(self) -> None:
+        """
+        Let everything happen that can happen now.
+        """
+        raise NotImplementedError
+
+    def ask_admin(
+        self,
+        path: str,
+        method: str = "GET",
+        host: str = "localhost",
+        body: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Reply:
+        """
+        Ask on the operator's port.
+        """
+        reply, url = Reply(), f"http://{host}:5001{path}"
+        fields = Headers({name: [value] for name, value in (headers or {}).items()})
+        producer = None if body is None else _Body(body)
+        agent = self.admin.agent(persistent=False)
+        asked: Deferred[IResponse] = agent.request(method.encode(), url.encode(), fields, producer)
+        asked.addCallbacks(reply.begin, reply.fail)
+        self.flush()
+        return reply
+
+    def figure(self, line: str) -> float:
+        """
+        Read a figure, named with its labels as /metrics has it.
+        """
+        page = self.ask_admin("/metrics").body.decode()
+        (value,) = [each.rpartition(" ")[2] for each in page.splitlines() if each.rpartition(" ")[0] == line]
+        return float(value)
+
+
+class Daemon(Administered):
     """
     The daemon over a stand-in ECR.
 
@@ -557,21 +601,13 @@ class Daemon:
         self.figures.watch(
             *of_cache(self.store, self.janitor), *of_token(self.tokens), *of_transfers(self.pull_through)
         )
-        self.crowds = Crowds(self.crowd, clock.seconds)
-        self.figures.watch(*of_clients(self.crowds, 100), *of_upstream(wire, self.circuit, self.governor))
+        self.figures.watch(*of_clients(self.crowd, 100), *of_upstream(wire, self.circuit, self.governor))
         self.figures.watch(*of_disk(self.condition))
-        asking = Asking(tokens=self.tokens, wire=wire, circuit=self.circuit, governor=self.governor)
+        asking = Asking(tokens=self.tokens, wire=wire, circuit=self.circuit, governor=self.governor, clock=clock)
+        self.process = Process(self.store, self.janitor, asking, self.pull_through, self.readiness, in_thread)
+        incidents = Incidents(self.now)
         self.status = Status(
-            standin.registry,
-            self.figures,
-            self.store,
-            self.janitor,
-            asking,
-            self.pull_through,
-            self.readiness,
-            in_thread,
-            self.now,
-            clock,
+            standin.registry, self.figures, self.readiness, self.process.standing, incidents, self.now, clock
         )
         # By itself, so that tests which count or hold calls in threads see their own.
         # At once: tests that count or hold what is done in threads mean other things.
@@ -652,34 +688,6 @@ class Daemon:
         reply.wire = self.front.ends[-1][0]
         return reply
 
-    def ask_admin(
-        self,
-        path: str,
-        method: str = "GET",
-        host: str = "localhost",
-        body: bytes | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> Reply:
-        """
-        Ask on the operator's port.
-        """
-        reply, url = Reply(), f"http://{host}:5001{path}"
-        fields = Headers({name: [value] for name, value in (headers or {}).items()})
-        producer = None if body is None else _Body(body)
-        agent = self.admin.agent(persistent=False)
-        asked: Deferred[IResponse] = agent.request(method.encode(), url.encode(), fields, producer)
-        asked.addCallbacks(reply.begin, reply.fail)
-        self.flush()
-        return reply
-
-    def figure(self, line: str) -> float:
-        """
-        Read a figure, named with its labels as /metrics has it.
-        """
-        page = self.ask_admin("/metrics").body.decode()
-        (value,) = [each.rpartition(" ")[2] for each in page.splitlines() if each.rpartition(" ")[0] == line]
-        return float(value)
-
     def raw(self, data: bytes, network: Network | None = None) -> bytes:
         """
         Send bytes on a connection of their own, and say what came back.
@@ -703,7 +711,7 @@ class DaemonTestCase(SynchronousTestCase):
     - no token, no presigned query and no client's password is in any log event, in any answer to a client,
       in the figures, in what else upstream was asked, or in what the daemon's own objects say of themselves.
 
-    @cvar kind: what is started: a daemon of one process, or L{tests.together.Together}.
+    @cvar kind: what is started: L{Daemon}, or a kind of it.
     """
 
     kind: Callable[..., Any] = Daemon

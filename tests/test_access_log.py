@@ -13,7 +13,6 @@ from ecrproxy.http.request import PATH_LENGTH, printable
 from ecrproxy.request_id import LONGEST, choose_id
 from ecrproxy.stopwatch import Stopwatch
 from tests.daemon import DaemonTestCase, noise
-from tests.test_relay import RelayTestCase
 
 
 def line_of(path: str) -> AccessLine:
@@ -329,31 +328,3 @@ class LinesTests(DaemonTestCase):
             self.daemon.front.ends[-1][0].abortConnection()
             self.flush()
         self.assertEqual([], self.lines())
-
-
-class WorkerLinesTests(RelayTestCase):
-    """
-    With workers.
-    """
-
-    def test_the_first_process_has_the_same_id(self) -> None:
-        """
-        Whether the client brought it or the worker made it; the client is told it once.
-        """
-        for headers in ({"X_Request_Id": "mine"}, {}):
-            reply = self.get("/v2/team/app/manifests/missing", **headers)
-            self.assertEqual([reply.header("X-Request-Id")], [self.daemon.seen.pop().getHeader("X-Request-Id")])
-
-    def test_upstream_is_waited_for_by_way_of_the_first_process(self) -> None:
-        """
-        The worker's line has the seconds.
-        """
-        self.standin.hold(self.digest)
-        self.daemon.send("GET", self.blob)
-        self.flush()
-        self.pass_time(4)
-        self.standin.release(self.digest)
-        self.flush()
-        self.pass_time(GATHER_SECONDS)
-        (line,) = [line for event in self.events for line in getattr(event.get("lines"), "lines", ())]
-        self.assertEqual(("MISS", "first-use", 4), (line.cache, line.reason, int(line.upstream)))

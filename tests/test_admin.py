@@ -5,13 +5,17 @@ The operator's port, asked over HTTP.
 from __future__ import annotations
 
 import json
+import os
 
+from tables import all_readings
 from twisted.trial.unittest import SynchronousTestCase
 
+from ecrproxy.admin.readings import CAN_FETCH, CAN_SERVE, CERTIFICATE_EXPIRY, FIGURES
 from ecrproxy.cache.condition import FRESH_SECONDS
 from ecrproxy.http.site import route_of
-from ecrproxy.metrics import Figures, Reading, Tally
+from ecrproxy.metrics import Figure, Figures, Reading, Tally
 from ecrproxy.registry.circuit import FAILURES
+from ecrproxy.workers.messages import FiguresTold, FromWorker, decode, encode
 from tests.daemon import DaemonTestCase, noise
 
 
@@ -181,15 +185,43 @@ class FiguresTests(SynchronousTestCase):
     Figures that parts know.
     """
 
+    def test_of_each_it_is_known_how_workers_become_one(self) -> None:
+        """
+        A figure that is not listed would be missing where there are workers.
+        """
+        parents = {CAN_SERVE, CAN_FETCH, CERTIFICATE_EXPIRY}
+        self.assertEqual({*FIGURES, *parents}, {each.figure for each in all_readings()})
+        self.assertEqual(len(FIGURES), len({each.name for each in FIGURES}))
+
+    def test_processes_of_workers_count_with_the_parents(self) -> None:
+        """
+        Memory, time and files add up; a worker that has just ended is left out.
+        """
+
+        def figure(figures: Figures, name: str) -> float:
+            (line,) = [each for each in figures.page().decode().splitlines() if each.startswith(f"{name} ")]
+            return float(line.partition(" ")[2])
+
+        one, three = Figures("1"), Figures("1", lambda: [os.getpid(), os.getpid(), 2**22])
+        most = "process_max_fds"
+        self.assertEqual(3 * figure(one, most), figure(three, most))
+        self.assertGreater(figure(three, "process_open_fds"), 2.5 * figure(one, "process_open_fds"))
+        start = "process_start_time_seconds"
+        self.assertEqual(figure(one, start), figure(three, start))
+
     def test_several_by_label_and_one_that_is_not_there(self) -> None:
         """
         A reading may give a figure for each value of a label, or none for now.
         """
         figures = Figures("1.2.3")
         figures.watch(
-            Reading("refused_total", "Refused", lambda: {"slow": 2, "many": 3}, "why"),
-            Reading("nothing_yet", "Nothing", lambda: None),
+            Reading(Figure("refused_total", "Refused", "why"), lambda: {"slow": 2, "many": 3}),
+            Reading(Figure("nothing_yet", "Nothing"), lambda: None),
+            Reading(Figure("is_so", "Whether it is"), lambda: True),
         )
+        told = figures.values()
+        self.assertEqual(told, decode(encode(FiguresTold(1, told)), FromWorker).figures)
+        self.assertIs(float, type(told["is_so"][""]))
         page = figures.page().decode()
         self.assertIn('ecr_proxy_refused_total{why="many"} 3.0', page)
         self.assertIn('ecr_proxy_build_info{version="1.2.3"} 1.0', page)

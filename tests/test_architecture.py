@@ -19,10 +19,9 @@ OURS = "ecrproxy."
 # room, which is a package or a module by itself: what of ours it may import, rooms or single modules of them.
 # What is not here may import nothing of ours but what is in the same room. tap and command may import all.
 ARROWS: dict[str, set[str]] = {
-    "access": {"addresses", "flights", "identity", "oci", "periodic", "reasons", "threads"},
+    "access": {"addresses", "flights", "identity", "oci", "periodic", "reasons", "shares", "threads"},
     "admin": {
         "access.browsers",
-        "access.crowds",
         "access.limits",
         "addresses",
         "cache.condition",
@@ -56,7 +55,6 @@ ARROWS: dict[str, set[str]] = {
         "byte_ranges",
         "cache.cache_key",
         "cache.content",
-        "cache.ledger",
         "cached",
         "daemon.ending",
         "metrics",
@@ -100,8 +98,10 @@ ARROWS: dict[str, set[str]] = {
         "endpoint_string",
         "identity",
         "registry.quotas",
+        "shares",
     },
     "transfer": {"access.limits", "byte_ranges", "cache", "oci", "reasons", "stopwatch", "threads"},
+    "workers": {"admin.incidents", "admin.snapshot", "daemon.inherited", "metrics", "periodic", "readiness", "threads"},
 }
 OUTERMOST = {"tap", "command"}
 TYPES_ONLY = {
@@ -127,7 +127,7 @@ RESERVED = {
     "botocore": {"command.checkup.aws", "registry.ecr"},
     "bcrypt": {"access.htpasswd"},
     "prometheus_client": {"metrics"},
-    "twisted.web.resource": {"admin.port", "http.answering", "http.site", "http.relay", "http.telling"},
+    "twisted.web.resource": {"admin.port", "http.answering", "http.site"},
     "twisted.internet.reactor": {"tap"},
     "twisted.internet.task.LoopingCall": {"periodic"},  # by itself it ends with the first call that fails
 }
@@ -269,7 +269,7 @@ class ArchitectureTests(SynchronousTestCase):
 
     def test_each_large_dependency_is_met_in_one_place(self) -> None:
         """
-        Only wire speaks treq, only ecr botocore, only web, site and relay resources, only tap the global reactor.
+        Only wire speaks treq, only ecr botocore, only port, answering and site resources, only tap the global reactor.
         """
         wrong = {
             f"{name} imports {each}"
@@ -282,7 +282,7 @@ class ArchitectureTests(SynchronousTestCase):
 
     def test_the_environment_is_read_in_one_place(self) -> None:
         """
-        Only tap looks at os.environ; workers hands it on, health check and command are programs of their own.
+        Only tap looks at os.environ; processes hands it on, health check and command are programs of their own.
         """
         readers = {
             name
@@ -291,7 +291,7 @@ class ArchitectureTests(SynchronousTestCase):
             if (isinstance(node, ast.Attribute) and node.attr in ("environ", "environb", "getenv"))
             or (isinstance(node, ast.ImportFrom) and node.module == "os")
         }
-        self.assertEqual(set(), readers - {"tap", "daemon.workers", "healthcheck", "command.program"})
+        self.assertEqual(set(), readers - {"tap", "workers.processes", "healthcheck", "command.program"})
 
     def test_all_that_is_public_is_described(self) -> None:
         """

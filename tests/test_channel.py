@@ -19,7 +19,6 @@ from ecrproxy.http.empty_body import EMPTY_BODY_LIMIT
 from tests.daemon import BUFFER, CLIENT, MIB, DaemonTestCase, End, Hands, Network, Raw, noise
 from tests.store_contract import scratch
 from tests.test_tls import Files
-from tests.together import Together
 
 HEADER_SECONDS = 10
 HELLO = b"\x16\x03\x01\x02\x00\x01"
@@ -463,18 +462,14 @@ class BoundTests(ChannelTestCase):
 
     def test_reading_stops_whatever_is_in_progress(self) -> None:
         """
-        A response that the client does not read, one that ECR is slow to give, one behind a worker or a balancer.
+        A response that the client does not read, one that ECR is slow to give, one behind a balancer.
         """
         large = noise("y", 4 * MIB)
         path = f"/v2/team/app/blobs/{self.standin.push_blob('team/app', large)}"
         asked = f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
-        together = Together(self.standin, self.clock, self.root)
         balanced = Network(BalancedFactory(self.daemon.site, self.clock), self.clock)  # type: ignore[arg-type]
-        for front, greeting in ((self.daemon.front, b""), (balanced, PROXY_LINE), (together.front, b"")):
+        for front, greeting in ((self.daemon.front, b""), (balanced, PROXY_LINE)):
             self.daemon.front = front
-            if front is together.front:
-                self.daemon = together
-                self.daemons.append(together)
             wire = self.connect()
             wire.reading = False
             wire.write(greeting + asked)
@@ -693,16 +688,12 @@ class EmptyBodyTests(ChannelTestCase):
                     self.assertEqual((3, 3), (got.count(b"HTTP/1."), got.count(b"HTTP/1.1 200 OK\r\n")), (last, got))
                     self.assertFalse(self.client.closed)
 
-    def test_is_answered_whatever_is_asked_for_and_by_whom(self) -> None:
+    def test_is_answered_whatever_is_asked_for(self) -> None:
         data = noise("chunked", 100_000)
         path = f"/v2/team/app/blobs/{self.standin.push_blob('team/app', data)}".encode()
-        together = Together(self.standin, self.clock, self.root)
-        self.daemons.append(together)
-        for front in (self.daemon.front, together.front):
-            self.daemon.front = front
-            got = self.say(self.chunked.replace(b"/v2/", path) + b"0\r\n", b"\r\n")
-            self.assertTrue(got.startswith(b"HTTP/1.1 200 OK\r\n"), got[:200])
-            self.assertTrue(got.endswith(data))
+        got = self.say(self.chunked.replace(b"/v2/", path) + b"0\r\n", b"\r\n")
+        self.assertTrue(got.startswith(b"HTTP/1.1 200 OK\r\n"), got[:200])
+        self.assertTrue(got.endswith(data))
 
     def test_is_waited_for_as_long_as_a_head(self) -> None:
         for come in (b"", b"0\r\n"):

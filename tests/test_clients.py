@@ -15,8 +15,6 @@ from ecrproxy.access.passwords import FAILURES, Passwords
 from tests.daemon import DaemonTestCase, at_once
 from tests.test_htpasswd import line
 from tests.test_passwords import basic
-from tests.test_relay import RelayTestCase
-from tests.together import Together
 
 NETWORKS = [ip_network("10.0.0.0/8"), ip_network("fd00::/8"), ip_network("192.0.2.7/32")]
 ANN = basic("ann", "client canary")
@@ -214,34 +212,3 @@ class AdmissionTests(DaemonTestCase):
         self.assertTrue(self.admission.reread())
         self.assertEqual(401, self.get("/v2/", Authorization=ANN).code)
         self.assertFalse(Admission().reread())
-
-
-class WorkersRulesTests(AdmissionTests):
-    """
-    The same holds with workers.
-    """
-
-    kind = Together
-
-
-class WorkerAdmissionTests(RelayTestCase):
-    """
-    With workers, the one that meets the client asks, and the first process is told nothing.
-    """
-
-    def test_a_worker_lets_in_and_keeps_what_it_was_shown(self) -> None:
-        """
-        What is refused comes no further, and what goes on has no password with it.
-        """
-        self.standin.push_image("team/app", "latest")
-        path = Path(self.root.parent, f"{self.root.name}.htpasswd")
-        path.write_bytes(line("ann", "client canary"))
-        self.addCleanup(path.unlink)
-        self.start(admission=Admission(passwords=Passwords(str(path), at_once, self.clock, b"key"))).shown = ""
-        by_tag = "/v2/team/app/manifests/latest"
-        self.assertRefused(self.get(by_tag), 401, "UNAUTHORIZED")
-        self.assertEqual([], self.daemon.seen)
-        self.assertEqual(200, self.get(by_tag, Authorization=ANN, Cookie="client=1").code)
-        (seen,) = self.daemon.seen
-        for header in ("Authorization", "Cookie"):
-            self.assertFalse(seen.requestHeaders.hasHeader(header))

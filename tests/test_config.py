@@ -233,10 +233,15 @@ class SettingsTests(SynchronousTestCase):
         """
         Each worker may give away its part of what there is; times and the size of a request are the same for all.
         """
-        limits = loaded(PROXY_WORKER_PROCESSES="3", PROXY_CONNECTIONS="100", PROXY_TRANSFERS="0").limits()
-        self.assertEqual((34, 17, 0), (limits.connections, limits.connections_per_address, limits.transfers))
+        alone = loaded(PROXY_WORKER_PROCESSES="3", PROXY_CONNECTIONS="100", PROXY_TRANSFERS="0")
+        config, limits = alone.share(), alone.limits()
+        self.assertEqual(64, alone.bucket_connections)
+        self.assertEqual((42, 21, 0), (limits.connections, limits.connections_per_address, limits.transfers))
         crowded = loaded(PROXY_WORKER_PROCESSES="3", PROXY_CONNECTIONS="0").limits()
         self.assertEqual((0, 1000), (crowded.connections, crowded.connections_per_address))
+        self.assertEqual((4, 27, 54), (config.blob_connections, config.bucket_connections, config.ecr_connections))
+        self.assertEqual(Quotas(733, 366, 1100, 36), config.ecr_quotas)
+        self.assertEqual(alone.cache_limit, config.cache_limit)
         self.assertEqual((10.0, 65.0, 300.0), (limits.header_seconds, limits.idle_seconds, limits.send_seconds))
         self.assertEqual((16384, 100), (limits.header_bytes, limits.header_count))
 
@@ -247,7 +252,7 @@ class SettingsTests(SynchronousTestCase):
         shares = [
             loaded(PROXY_WORKER_PROCESSES=count).limits().connections_per_address for count in ("1", "2", "4", "8")
         ]
-        self.assertEqual([1000, 1000, 1000, 625], shares)
+        self.assertEqual([1000, 1000, 1000, 781], shares)
 
     def test_one_address_has_half_of_what_there_is_unless_the_operator_says_more(self) -> None:
         """

@@ -6,14 +6,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import cast
 
 from twisted.logger import LogLevel
 from twisted.trial.unittest import SynchronousTestCase
 
-from fuzz.wires import ask, scenes_of_all
+from fuzz.wires import ask, scene_of_all
 from tests.daemon import DaemonTestCase
-from tests.together import Together
 
 HEX = "a" * 64
 HEALTH = (b"readyz", b"healthz", b"_health")
@@ -281,22 +279,6 @@ class HostileTests(DaemonTestCase):
             self.assertEqual(200, self.status(b"/v2/", b"GET", b"Host: " + good), good)
 
 
-class WorkersHostileTests(HostileTests):
-    """
-    The same requests, through a worker: nothing that is refused reaches the first process either.
-    """
-
-    kind = Together
-
-    def tearDown(self) -> None:
-        """
-        Only what may be asked for has been handed on.
-        """
-        handed_on = {each.uri for each in cast(Together, self.daemon).seen}
-        self.assertEqual(set(), handed_on - {b"/readyz"}, "the first process heard of it")
-        super().tearDown()
-
-
 class GamesTests(DaemonTestCase):
     """
     What a client says of itself changes nothing for others.
@@ -317,23 +299,14 @@ class GamesTests(DaemonTestCase):
             self.assertNotIn("open.example", asked.headers["host"])
 
 
-class WorkersGamesTests(GamesTests):
-    """
-    Nor does it with workers.
-    """
-
-    kind = Together
-
-
 class ExampleTests(SynchronousTestCase):
     def test_what_fuzzing_starts_from_holds(self) -> None:
         """
-        What must hold of any bytes of a client holds of the examples, alone and through a worker.
+        What must hold of any bytes of a client holds of the examples.
         """
         examples = sorted((Path(__file__).parents[1] / "fuzz" / "corpus" / "front").iterdir())
         self.assertIn("slashless", [path.name for path in examples])
         for path in examples:
             ask(path.read_bytes())
-        for scene in scenes_of_all():
-            scene.close()
-        scenes_of_all.cache_clear()
+        scene_of_all().close()
+        scene_of_all.cache_clear()

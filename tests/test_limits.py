@@ -8,12 +8,11 @@ from twisted.internet.task import Clock
 from twisted.logger import capturedLogs, formatEvent
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.access.crowds import SILENT_SECONDS, Crowds, Word
 from ecrproxy.access.limits import SPARE, Crowd, Limits, Patience, counted
 from ecrproxy.http.channel import SETTLED_SECONDS
+from ecrproxy.shares import share
 from ecrproxy.transfer.download import STUCK_SECONDS
 from tests.daemon import MIB, DaemonTestCase, End, Raw, Reply, noise
-from tests.together import Together
 
 GOOD = b"GET /v2/ HTTP/1.1\r\nHost: x\r\n\r\n"
 
@@ -57,36 +56,18 @@ class CountingTests(SynchronousTestCase):
         self.assertTrue(all(crowd.enter("a") and crowd.begin_transfer() for _ in range(10_000)))
         self.assertTrue(all(Crowd(Limits(connections_per_address=1)).enter("") for _ in range(2)))
 
-    def test_the_crowds_of_workers_are_one(self) -> None:
+    def test_one_of_several_processes_has_its_part_and_a_quarter_of_it_more(self) -> None:
         """
-        All that is told of now adds up with one's own; a worker in the place of a dead one begins anew, limits go on.
+        The kernel does not deal connections out evenly; what is unlimited stays so.
         """
-        clock, own = Clock(), Crowd(Limits())
-        crowds, others = Crowds(own, clock.seconds), [Crowd(Limits(connections_per_address=1)) for _ in range(3)]
-        words = [Word(crowd, number) for number, crowd in enumerate(others)]
-        for crowd in (own, *others):
-            self.assertEqual((True, True), (crowd.enter("a"), crowd.begin_transfer()))
-        self.assertEqual([True, False, False, False], [crowd.enter("a") for crowd in (own, *others)])
-        for word in words[:2]:
-            crowds.add(word.take())
-        self.assertEqual((4, 3, 2), (crowds.connected, crowds.transferring, crowds.met("connections")))
-        clock.advance(SILENT_SECONDS - 1)
-        for word in words[1:]:
-            crowds.add(word.take())
-        clock.advance(1)
-        self.assertEqual((4, 3, 3), (crowds.connected, crowds.transferring, crowds.met("connections")))
+        parts = [(each.connections, each.transfers) for each in map(Limits(transfers=0).share, (1, 2, 3, 8))]
+        self.assertEqual([(10_000, 0), (6250, 0), (4167, 0), (1563, 0)], parts)
+        self.assertEqual([1, 1, 1], [share(1, count) for count in (1, 2, 64)])
 
-    def test_a_worker_without_clients_has_nothing_to_say(self) -> None:
-        """
-        That nobody is there any more is said once.
-        """
-        crowd = Crowd(Limits())
-        word = Word(crowd, 1)
-        self.assertEqual([], word.take())
-        crowd.enter("a")
-        self.assertEqual([[(1, 1, 0, {})]] * 2, [word.take() for _ in range(2)])
-        crowd.leave("a")
-        self.assertEqual([[(1, 0, 0, {})], [], []], [word.take() for _ in range(3)])
+    def test_memory_of_answers_is_shared_by_the_processes(self) -> None:
+        crowd = Crowd(Limits(), 4)
+        self.assertEqual((True, True), (crowd.begin_transfer(), crowd.begin_transfer()))
+        self.assertEqual((2, 8), (crowd.transferring, crowd.transferring_everywhere))
 
     def test_patience_ends_once(self) -> None:
         """
@@ -294,27 +275,6 @@ class LimitTests(DaemonTestCase):
         self.flush()
         self.assertBroken(slow, data)
         self.assertWhole(self.get(path), data, "BYPASS")
-
-    def test_a_slow_reader_of_a_worker_is_given_up(self) -> None:
-        """
-        What a worker passes on, or serves itself, ends with a client that takes nothing; the first process goes on.
-        """
-        daemon = Together(self.standin, self.clock, self.root)
-        self.daemon = daemon
-        self.daemons.append(daemon)
-        daemon.flush()
-        data = noise("x", 8 * MIB)
-        path = f"/v2/team/app/blobs/{self.standin.push_blob('team/app', data)}"
-        for expected in (1, 2):
-            slow = daemon.send("GET", path)
-            slow.stop_reading()
-            self.flush()
-            self.pass_time(310)
-            slow.read_on()
-            self.flush()
-            self.assertBroken(slow, data)
-            self.assertEqual((expected, 0), (daemon.crowd.slow_readers, daemon.crowd.transferring))
-            self.assertWhole(self.get(path), data)
 
     def test_who_never_takes_the_end_is_given_up(self) -> None:
         """

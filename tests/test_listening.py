@@ -19,8 +19,8 @@ from twisted.web.resource import Resource
 
 from ecrproxy.access.limits import Crowd, Limits
 from ecrproxy.daemon.balanced import BalancedFactory
+from ecrproxy.daemon.inherited import BACKLOG, Inherited
 from ecrproxy.daemon.listening import Listening, endpoints
-from ecrproxy.daemon.workers import BACKLOG, HandedDown
 from ecrproxy.http.site import RegistrySite
 from ecrproxy.settings.config import Config, ConfigError
 from tests.store_contract import scratch
@@ -216,7 +216,7 @@ class BehindBalancerTests(SynchronousTestCase):
 
 class FromSystemdTests(SynchronousTestCase):
     """
-    A socket that systemd has bound. In a worker, where such a one was handed down.
+    A socket that systemd has bound. In a worker, where such a one was inherited.
     """
 
     def listened_on(self, **environ: str) -> Any:
@@ -225,7 +225,7 @@ class FromSystemdTests(SynchronousTestCase):
         """
         settings = {"PROXY_ECR_ENDPOINT": "http://ecr.test", "AWS_REGION": "eu-west-1"}
         config = Config.load({}, {**settings, "PROXY_LISTEN": "systemd:domain=INET6:name=ecr-proxy", **environ})
-        reactor = HandedDown(MemoryReactorClock(), 0)
+        reactor = Inherited(MemoryReactorClock(), 0)
         adopted: list[Any] = []
         self.patch(reactor, "_adopt", adopted.append)
         ((_, endpoint),) = endpoints(config, reactor)

@@ -18,8 +18,17 @@ from ecrproxy.admin.history import Point
 from ecrproxy.admin.incidents import Incident
 from ecrproxy.admin.page import Page
 from ecrproxy.admin.port import PARTS
-from ecrproxy.admin.snapshot import Answers, Fill, Leaving, Saving, Snapshot, TokenState, Transfer, UpstreamState
-from ecrproxy.admin.status import TRANSFERS
+from ecrproxy.admin.snapshot import (
+    TRANSFERS,
+    Answers,
+    Fill,
+    Leaving,
+    Saving,
+    Snapshot,
+    TokenState,
+    Transfer,
+    UpstreamState,
+)
 from ecrproxy.admin.units import ago, clean, moment, share, short, size, span, stamp
 from tests.daemon import noise
 from tests.test_status import StatusTestCase

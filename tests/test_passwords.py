@@ -21,6 +21,7 @@ from ecrproxy.access.passwords import (
     AT_ONCE,
     FAILURE_SECONDS,
     FAILURES,
+    FEWEST_FAILURES,
     KEPT,
     LONGEST_WAIT,
     REMEMBER_SECONDS,
@@ -388,6 +389,15 @@ class PasswordsTests(SynchronousTestCase):
         self.successResultOf(self.ask("ann", "one", "198.51.100.1"))
         self.clock.advance(FAILURE_SECONDS)
         self.successResultOf(self.ask("ann", "one"))
+
+    def test_each_of_several_processes_allows_its_part_of_the_guesses(self) -> None:
+        """
+        And a quarter of it more, but no fewer than three: who mistypes is not locked out.
+        """
+        for processes, most in ((2, 7), (4, 4), (64, FEWEST_FAILURES)):
+            self.passwords = Passwords(str(self.path), self.hands, self.clock, b"key", processes)
+            refused = [self.refusal(self.ask("ann", f"guess{number}")).status for number in range(most + 1)]
+            self.assertEqual([401] * most + [429], refused)
 
     def test_guesses_that_come_together_are_limited_too(self) -> None:
         """

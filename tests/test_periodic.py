@@ -21,10 +21,12 @@ from ecrproxy.cache.purges import LOOK_SECONDS, Purges
 from ecrproxy.cache.store import Store
 from ecrproxy.daemon.renewal import Renewal
 from ecrproxy.daemon.supervision import Supervised, Supervisor
-from ecrproxy.http.telling import Teller
 from ecrproxy.metrics import Figures, LoopStall
 from ecrproxy.periodic import Periodic
 from ecrproxy.registry.ecr import Token, TokenService
+from ecrproxy.workers.channel import Channel
+from ecrproxy.workers.messages import FromParent
+from ecrproxy.workers.worker import Reports
 from tests.daemon import at_once
 from tests.store_contract import START, scratch
 from tests.test_htpasswd import line
@@ -171,15 +173,27 @@ class PartsTests(SynchronousTestCase):
         stall._loop = Periodic("Measuring", failing, clock)  # noqa: SLF001 (its own turn asks nobody who could fail)
         self.assert_goes_on(stall, failing, clock)
 
-    def test_the_first_process_is_told(self) -> None:
-        clock, failing = Clock(), FailingOnce([])
+    def test_the_parent_is_told(self) -> None:
+        reactor, failing = MemoryReactorClock(), FailingOnce([])
 
-        class Noter:
+        class Noted:
             def take(self) -> Any:
                 return failing()
 
-        agent: Any = None
-        self.assert_goes_on(Teller(agent, {"noted": Noter()}, clock), failing, clock)
+        incidents: Any = Noted()
+        nothing: Any = None
+        reactor.run()
+        reports = Reports(
+            Channel(FromParent),
+            Figures("0"),
+            incidents,
+            readiness=nothing,
+            standing=nothing,
+            reread=nothing,
+            orphaned=nothing,
+            reactor=reactor,
+        )
+        self.assert_goes_on(reports, failing, reactor)
 
     def test_a_due_token_is_looked_for(self) -> None:
         clock, now = Clock(), FailingOnce(START)

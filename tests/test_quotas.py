@@ -35,6 +35,19 @@ class QuotasTests(SynchronousTestCase):
     What an operator writes.
     """
 
+    def test_processes_that_share_them_keep_within_them_together(self) -> None:
+        """
+        Each lets go nine tenths of its part, see L{TokenBucket}; the least is one call a second.
+        """
+        for processes in (1, 2, 3, 7, 64):
+            part = Quotas(lists=5).share(processes)
+            for call in (Call.MANIFEST, Call.CHECK, Call.BLOB):
+                together = processes * TokenBucket(part.of(call), 0).rate
+                self.assertLessEqual(together, Quotas().of(call))
+                self.assertGreater(together, 0.8 * Quotas().of(call))
+            self.assertGreaterEqual(part.lists, 1)
+        self.assertEqual(Quotas(), Quotas().share(1))
+
     def test_what_is_not_named_keeps_its_default(self) -> None:
         """
         One kind may be set without the others, in any order, with blanks or commas between.

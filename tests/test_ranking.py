@@ -55,12 +55,12 @@ class RankingTests(SynchronousTestCase):
 
     def test_what_was_taken_can_be_added_elsewhere(self) -> None:
         """
-        A worker's rows become the first process's, and are told once.
+        A worker's rows become its parent's, and are told once.
         """
-        worker, first = Ranking(), Ranking()
-        first.note("team/app", 5)
+        worker, parent = Ranking(), Ranking()
+        parent.note("team/app", 5)
         worker.note("team/app", 7)
         worker.note("team/base", 1)
-        first.add(worker.take())
-        first.add(worker.take())
-        self.assertEqual([("team/app", 12, 2), ("team/base", 1, 1)], first.top(5))
+        parent.add(worker.take())
+        parent.add(worker.take())
+        self.assertEqual([("team/app", 12, 2), ("team/base", 1, 1)], parent.top(5))

@@ -25,7 +25,6 @@ from tests.daemon import DaemonTestCase, Reply, at_once, noise
 from tests.registry import digest_of
 from tests.registry_content import OCI_MANIFEST
 from tests.test_htpasswd import line
-from tests.test_relay import RelayTestCase
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 ROW = re.compile(r"^``([a-z-]+)`` +[A-Zn]", re.MULTILINE)
@@ -375,28 +374,6 @@ class AskerTests(ReasonTestCase):
             self.start(admission=admission).shown = ""
             self.assertWhy(self.get(self.by_tag), None, word)
         self.assertWhy(self.start().ask("GET", self.by_tag, Origin="http://evil.example"), None, "web-page")
-
-
-class WorkerTests(RelayTestCase):
-    """
-    With workers.
-    """
-
-    def test_the_word_is_passed_on(self) -> None:
-        """
-        From the first process, or the worker's own.
-        """
-        paths = (self.blob, self.blob, "/v2/team/app/manifests/missing", "/v2/_catalog")
-        told = [self.get(path).header("X-Cache-Reason") for path in paths]
-        self.assertEqual(["first-use", "cached", "not-found", "bad-request"], told)
-
-    def test_a_first_process_that_is_not_there(self) -> None:
-        """
-        It is starting again.
-        """
-        assert self.daemon.between is not None
-        self.daemon.between.down = ConnectionRefusedError()
-        self.assertEqual("starting", self.get(self.blob).header("X-Cache-Reason"))
 
 
 class WordsTests(SynchronousTestCase):

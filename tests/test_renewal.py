@@ -13,7 +13,7 @@ from twisted.internet.task import Clock
 from twisted.logger import capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.daemon.renewal import LOOK_SECONDS, Files, Renewal
+from ecrproxy.daemon.renewal import LOOK_SECONDS, Files, Renewal, generation
 from tests.daemon import at_once
 from tests.store_contract import scratch
 
@@ -36,6 +36,17 @@ class FilesTests(SynchronousTestCase):
         self.assertTrue(files.changed())
         files.note()
         self.assertFalse(files.changed())
+
+    def test_have_a_name_that_others_who_see_the_same_find_too(self) -> None:
+        """
+        So a worker reads what its parent has found good, and nothing that was put in its place meanwhile.
+        """
+        named = generation([self.files()])
+        self.assertEqual(named, generation([self.files()]))
+        self.assertEqual(64, len(named))
+        self.path.write_text("renewed")
+        self.assertNotEqual(named, generation([self.files()]))
+        self.assertNotEqual(generation([]), generation([self.files()]))
 
     def test_have_changed_when_the_folder_behind_a_link_is_another(self) -> None:
         """

@@ -10,7 +10,8 @@ from typing import Any
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.access.browsers import is_ours
-from ecrproxy.admin.status import NEXT, TRANSFERS
+from ecrproxy.admin.snapshot import TRANSFERS
+from ecrproxy.admin.status import NEXT
 from ecrproxy.cache.condition import FRESH_SECONDS
 from tests.daemon import DaemonTestCase, noise
 

@@ -111,6 +111,24 @@ class SupervisedTests(SynchronousTestCase):
         """
         return self.said
 
+    def test_it_is_ready_once_all_that_it_waits_for_is(self) -> None:
+        """
+        As all workers listen; a daemon that ends before that says so, and is never ready.
+        """
+        for ends in (False, True):
+            ready, supervisor = Deferred[None](), Recorded(patience=8.0)
+            self.reactor = MemoryReactorClock()
+            Supervised(supervisor, self.describe, self.reactor, ready).startService()
+            self.run_reactor()
+            self.reactor.advance(100)
+            self.assertEqual([], supervisor.messages)
+            if ends:
+                self.end()
+                self.assertIn("STOPPING=1", supervisor.messages[-1])
+            else:
+                ready.callback(None)
+                self.assertIn("READY=1", supervisor.messages[0])
+
     def run_reactor(self) -> None:
         """
         Let the reactor begin to run.

@@ -15,7 +15,6 @@ import resource
 import shutil
 import signal
 import sys
-import tempfile
 import threading
 import time
 import weakref
@@ -32,24 +31,31 @@ from twisted.internet.address import IPv4Address
 from twisted.internet.base import ReactorBase
 from twisted.internet.error import CannotListenError
 from twisted.internet.interfaces import IHostnameResolver
-from twisted.internet.testing import MemoryReactorClock
+from twisted.internet.testing import MemoryReactorClock, StringTransport
 from twisted.logger import LogLevel, capturedLogs, formatEvent
 from twisted.python.failure import Failure
 from twisted.python.threadpool import ThreadPool
 from twisted.trial.unittest import SynchronousTestCase
 
 import ecrproxy.tap
-from ecrproxy import __version__
+from ecrproxy import __version__, tap
 from ecrproxy.cache.condition import FRESH_SECONDS
+from ecrproxy.cache.janitor import Janitor
+from ecrproxy.cache.purges import Purges
 from ecrproxy.cache.store import Store
+from ecrproxy.daemon.inherited import SOCKETS_FD, VARIABLE
+from ecrproxy.daemon.listening import Listening
 from ecrproxy.daemon.process import count_steadily, open_many_files, set_aside_what_stays
-from ecrproxy.daemon.renewal import LOOK_SECONDS, Renewal
+from ecrproxy.daemon.renewal import LOOK_SECONDS, Renewal, generation
 from ecrproxy.daemon.supervision import Supervisor
 from ecrproxy.registry.ecr import CredentialsError, TokenService
 from ecrproxy.registry.resolver import ChosenServers
 from ecrproxy.settings.config import SETTINGS, Config
 from ecrproxy.settings.options import Options
 from ecrproxy.tap import build, makeService
+from ecrproxy.workers.channel import Channel
+from ecrproxy.workers.messages import Refused
+from ecrproxy.workers.processes import Workers
 from tests.daemon import at_once
 from tests.store_contract import failing, scratch
 from tests.test_ecr import KEYS, FakeAws
@@ -120,6 +126,61 @@ class TakenForAdmin(Reactor):
         if port == 5001:
             raise self.problem
         return super().listenTCP(port, factory, backlog, interface)
+
+
+class BoundPort:
+    """
+    A port, and whether anything is accepted there.
+    """
+
+    factory: Any = None
+    reads = True
+
+    def stopReading(self) -> None:
+        """
+        Accept nothing.
+        """
+        self.reads = False
+
+    def fileno(self) -> int:
+        """
+        Give the socket's number.
+        """
+        return 70
+
+
+class Spawning(Reactor):
+    """
+    A reactor that starts workers, in a test's idea of them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spawned: list[dict[str, Any]] = []
+        self.channels: list[Channel] = []
+        self.ports: list[BoundPort] = []
+
+    def listenTCP(self, port: int, factory: Any, backlog: int = 50, interface: str = "") -> Any:
+        """
+        Bind.
+        """
+        super().listenTCP(port, factory, backlog, interface)
+        self.ports.append(BoundPort())
+        return self.ports[-1]
+
+    def spawnProcess(self, protocol: Any, *args: Any, **options: Any) -> None:
+        """
+        Start a process.
+        """
+        self.spawned.append({"arguments": args[1], "environ": args[2], **options})
+
+    def adoptStreamConnection(self, fd: int, family: int, factory: Any) -> None:
+        """
+        Give it a channel.
+        """
+        channel = factory.buildProtocol(None)
+        self.channels.append(channel)
+        channel.makeConnection(StringTransport())
 
 
 class AtOnce:
@@ -611,20 +672,20 @@ class CredentialsTests(TapCase):
             self.at_exit.pop()()
         return statuses
 
-    def test_a_daemon_that_is_refused_leaves_nothing_behind(self) -> None:
+    def test_a_worker_that_is_refused_ends_the_daemon_once(self) -> None:
         """
-        Such as the folder of the socket that workers were to have.
+        With the line of its parent, whatever the other workers tell.
         """
-        FakeAws(self, {})
-        made = self.folder / "temporary"
-        made.mkdir()
-        self.patch(tempfile, "tempdir", str(made))
+        self.reactor = Spawning()
         service = self.run_with(**os.environ, PROXY_WORKER_PROCESSES="2")
-        self.assertEqual(1, len(list(made.iterdir())))
-        (tokens,) = (each for each in service if isinstance(each, TokenService))
-        tokens.startService()
-        self.addCleanup(tokens.stopService)
-        self.assertEqual(([1], []), (self.exit(), list(made.iterdir())))
+        service.privilegedStartService()
+        (workers,) = (each for each in service if isinstance(each, Workers))
+        workers.startService()
+        self.addCleanup(workers.stopService)
+        for channel in self.reactor.channels:
+            channel.heard(Refused("AWS refuses these credentials"))
+        self.assertEqual("ecr-proxy: AWS refuses these credentials\n", self.stderr.getvalue())
+        self.assertEqual((1, [1]), (self.reactor.stopped, self.exit()))
 
     def test_credentials_that_aws_refuses_end_the_daemon(self) -> None:
         """
@@ -791,6 +852,103 @@ class ClockTests(TapCase):
         self.reactor = reactor
         self.assertRaises(SystemExit, self.run_with, PROXY_ECR_ENDPOINT="nothing")
         self.assertIs(time.monotonic, reactor.seconds)
+
+
+class WorkersTests(TapCase):
+    """
+    The parent of workers, and a worker.
+    """
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.spawning = self.reactor = Spawning()
+        self.environ["PROXY_WORKER_PROCESSES"] = "2"
+
+    def start(self, **environ: str) -> MultiService:
+        """
+        Have the parent listen, and start its workers.
+        """
+        service = self.run_with("--log-level=warn", **environ)
+        service.privilegedStartService()
+        (workers,) = (each for each in service if isinstance(each, Workers))
+        workers.startService()
+        self.addCleanup(workers.stopService)
+        return service
+
+    def test_the_parent_binds_and_accepts_nothing_but_the_operator(self) -> None:
+        """
+        It has no token, no cache in memory and nothing that would ask ECR.
+        """
+        del self.environ["PROXY_ADMIN_LISTEN"]
+        service = self.start()
+        self.assertEqual([False, True], [port.reads for port in self.spawning.ports])
+        self.assertIn(b"ecr_proxy_build_info", answer(self.reactor, b"/metrics", 1))
+        kinds = {type(each) for each in service}
+        self.assertEqual(set(), kinds & {TokenService, Janitor, Purges})
+
+    def test_workers_are_started_with_its_flags_and_sockets(self) -> None:
+        self.start()
+        self.assertEqual(2, len(self.spawning.spawned))
+        for process in self.spawning.spawned:
+            self.assertEqual(["ecr-proxy", "--log-level=warn"], process["arguments"][-2:])
+            self.assertEqual(70, process["childFDs"][SOCKETS_FD])
+            self.assertEqual("1", process["environ"][VARIABLE])
+
+    def test_what_would_keep_workers_from_starting_is_told_once(self) -> None:
+        """
+        By the parent, which starts none.
+        """
+        blocked, files = self.folder / "file", Files(self.folder / "tls")
+        blocked.write_text("no directory")
+        for environ in (
+            {"PROXY_CACHE_DIR": str(blocked)},
+            {"PROXY_HTPASSWD": "/nowhere"},
+            {"PROXY_SSL_KEY": "/nowhere", "PROXY_SSL_CERTIFICATE": files.certificate},
+        ):
+            self.dies(partial(self.run_with, **environ))
+            self.assertEqual([], self.spawning.spawned)
+
+    def test_a_process_that_has_no_parent_is_no_worker(self) -> None:
+        self.patch(tap, "CHANNEL_FD", 799)
+        said = self.dies(lambda: self.run_with(**{VARIABLE: "0", "PROXY_LISTEN": "unix:/nowhere"}))
+        self.assertIn("ECRPROXY_WORKER is for the daemon's own workers", said)
+
+    def test_workers_are_told_of_certificates_that_were_found_good(self) -> None:
+        """
+        And to keep what they have where their parent found nothing new, or nothing that can be used; passwords are read
+        again in any case.
+        """
+        files, others = Files(self.folder / "tls"), Files(self.folder / "others")
+        told: list[str] = []
+        service = self.start(PROXY_SSL_KEY=files.key, PROXY_SSL_CERTIFICATE=files.certificate)
+        listening = [each for each in service if isinstance(each, Listening)]
+        (workers,) = (each for each in service if isinstance(each, Workers))
+        self.patch(workers, "tell", lambda message: told.append(message.certificates))
+        tap._have_reread(listening, [], workers)  # noqa: SLF001
+        self.assertEqual(generation(listening), told.pop())
+        (others.folder / "key.pem").rename(files.folder / "key.pem")
+        tap._have_reread(listening, [], workers)  # noqa: SLF001
+        self.assertEqual("", told.pop())
+
+    def test_a_worker_reads_those_that_its_parent_has_found_good(self) -> None:
+        """
+        What was put in their place meanwhile is not read: the parent looks at it first.
+        """
+        files, others = Files(self.folder / "tls"), Files(self.folder / "others")
+        service = self.start(PROXY_SSL_KEY=files.key, PROXY_SSL_CERTIFICATE=files.certificate)
+        listening = [each for each in service if isinstance(each, Listening)]
+        read: list[str] = []
+        self.patch(listening[0], "reread", lambda: read.append("certificates"))
+        admission: Any = type("Admission", (), {"reread": lambda _: read.append("passwords")})()
+        found = generation(listening)
+        tap._reread_as_told(listening, admission, found)  # noqa: SLF001
+        self.assertEqual(["certificates", "passwords"], read)
+        for name in ("key.pem", "certificate.pem"):
+            (others.folder / name).rename(files.folder / name)
+        for told in (found, ""):
+            read.clear()
+            tap._reread_as_told(listening, admission, told)  # noqa: SLF001
+            self.assertEqual(["passwords"], read)
 
 
 class BuildTests(TapCase):

@@ -1,11 +1,9 @@
 """
-The worker processes, as the first process starts and ends them, and what a worker makes of what it was handed.
+The worker processes, as the parent starts, hears and ends them.
 """
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import os
 import signal
 import socket
@@ -14,30 +12,42 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from twisted.internet.endpoints import serverFromString
-from twisted.internet.error import ConnectionDone, ProcessDone, ProcessTerminated
-from twisted.internet.main import CONNECTION_DONE
-from twisted.internet.protocol import ProcessProtocol, ServerFactory
+from twisted.internet.defer import Deferred
+from twisted.internet.error import ProcessDone, ProcessTerminated
+from twisted.internet.protocol import ProcessProtocol
 from twisted.internet.task import Clock
+from twisted.internet.testing import StringTransportWithDisconnection
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.daemon import workers
-from ecrproxy.daemon.workers import (
+from ecrproxy.admin.readings import FIGURES
+from ecrproxy.daemon.inherited import CHANNEL_FD, SOCKETS_FD, VARIABLE
+from ecrproxy.metrics import Gathered
+from ecrproxy.readiness import Readiness
+from ecrproxy.settings.options import Options
+from ecrproxy.workers.messages import (
+    LIMIT,
+    Counted,
+    FromParent,
+    FromWorker,
+    Listens,
+    ReadinessTold,
+    Refused,
+    Reread,
+    decode,
+    encode,
+)
+from ecrproxy.workers.processes import (
+    ANSWER_SECONDS,
     END_SECONDS,
-    FIRST_FD,
-    RESTART_SECONDS,
-    VARIABLE,
-    HandedDown,
-    Post,
-    StandardInput,
+    FIRST_PAUSE,
+    LONGEST_PAUSE,
+    SILENT_SECONDS,
+    STEADY_SECONDS,
     Workers,
 )
-from ecrproxy.settings.options import Options
 
 DRAIN = 20.0
-HANDED = 700
-"""Where the sockets that were handed down begin in these tests: nothing else has such numbers here."""
 
 
 @dataclass
@@ -52,7 +62,11 @@ class Spawned:
     environ: dict[str, str]
     descriptors: dict[int, Any]
     signals: list[str] = field(default_factory=list)
+    kinds: dict[int, str] = field(default_factory=dict)
+    closed: bool = False
     pid: int | None = 4711
+    channel: Any = None
+    wire: Any = None
 
     def signalProcess(self, name: str) -> None:
         """
@@ -68,6 +82,30 @@ class Spawned:
         self.pid = None
         self.protocol.processEnded(Failure(reason or ProcessTerminated(1)))
 
+    def tell(self, message: FromWorker) -> None:
+        """
+        Have it tell its parent something.
+        """
+        self.send(encode(message))
+
+    def send(self, data: bytes) -> None:
+        """
+        Have it send bytes as a message.
+        """
+        self.channel.dataReceived(len(data).to_bytes(4, "big") + data)
+
+    def told(self) -> list[Any]:
+        """
+        What it was told since the last look.
+        """
+        data, messages = self.wire.value(), []
+        self.wire.clear()
+        while data:
+            size = int.from_bytes(data[:4], "big")
+            messages.append(decode(data[4 : 4 + size], FromParent))
+            data = data[4 + size :]
+        return messages
+
 
 class SpawningReactor(Clock):
     """
@@ -79,6 +117,7 @@ class SpawningReactor(Clock):
         self.spawned: list[Spawned] = []
         self.blocked: list[set[Any]] = []
         self.refuses: OSError | None = None
+        self.adopted: list[tuple[int, int, bool]] = []
 
     def spawnProcess(
         self, protocol: ProcessProtocol, program: str, args: list[str], env: dict[str, str], **options: Any
@@ -88,12 +127,24 @@ class SpawningReactor(Clock):
         """
         if self.refuses is not None:
             raise self.refuses
-        process = Spawned(protocol, program, args, env, options.pop("childFDs"))
+        process = Spawned(protocol, program, args, env, options.pop("childFDs"), pid=4711 + len(self.spawned))
         assert not options, "nothing else is to be asked for"
+        process.kinds = {fd: str(Path(f"/proc/self/fd/{process.descriptors[fd]}").readlink()) for fd in (0, CHANNEL_FD)}
+        process.closed = not os.get_inheritable(process.descriptors[CHANNEL_FD])
         self.spawned.append(process)
         self.blocked.append(set(signal.pthread_sigmask(signal.SIG_BLOCK, [])))
         protocol.makeConnection(process)
         return process
+
+    def adoptStreamConnection(self, fd: int, family: int, factory: Any) -> None:
+        """
+        Have the parent's end of the channel to the process that was started last.
+        """
+        process = self.spawned[-1]
+        process.channel, process.wire = factory.buildProtocol(None), StringTransportWithDisconnection()
+        process.wire.protocol = process.channel
+        process.channel.makeConnection(process.wire)
+        self.adopted.append((fd, family, os.get_blocking(fd)))
 
     @property
     def running(self) -> list[Spawned]:
@@ -120,7 +171,7 @@ class Bound:
 
 class WorkersTestCase(SynchronousTestCase):
     """
-    A first process with three workers.
+    A parent with three workers.
     """
 
     def setUp(self) -> None:
@@ -132,13 +183,23 @@ class WorkersTestCase(SynchronousTestCase):
         """
         Make workers that were not started.
         """
-        return Workers(count, [Bound(11), Bound(7)], "/run/x/first", arguments, self.reactor, drain=DRAIN)
+        self.gathered, self.counted, self.refused = Gathered(FIGURES), list[Counted](), list[str]()
+        hear = self.counted.append, self.refused.append
+        return Workers(count, [Bound(11), Bound(7)], arguments, self.gathered, *hear, self.reactor, drain=DRAIN)
 
 
 class StartTests(WorkersTestCase):
     def test_a_worker_that_starts_keeps_being_told_to_read_again_for_later(self) -> None:
         """
         SIGHUP waits until it has a handler; the first process takes its own as ever.
+        """
+        self.workers.startService()
+        self.assertEqual([{signal.SIGHUP}] * 3, [each & {signal.SIGHUP} for each in self.reactor.blocked])
+        self.assertNotIn(signal.SIGHUP, signal.pthread_sigmask(signal.SIG_BLOCK, []))
+
+    def test_sighup_does_not_end_a_worker_that_starts(self) -> None:
+        """
+        It waits until there is a handler; the parent takes its own as ever.
         """
         self.workers.startService()
         self.assertEqual([{signal.SIGHUP}] * 3, [each & {signal.SIGHUP} for each in self.reactor.blocked])
@@ -167,50 +228,55 @@ class StartTests(WorkersTestCase):
         self.assertIn("twistd", process.arguments[2])
         self.assertEqual(["-n", "--pidfile=", "ecr-proxy", *flags], process.arguments[3:])
 
-    def test_each_has_the_listening_sockets(self) -> None:
+    def test_each_inherits_what_is_named_and_nothing_else(self) -> None:
         """
-        The sockets lie side by side from number 3 on, in the order of the endpoints; standard input is a pipe whose end
-        is the first process's, the logs go where the first process's go.
+        Nothing to read, the streams of the log, its end of a channel, and the listening sockets side by side, in the
+        order of the endpoints. The parent keeps no descriptor of the worker's end.
         """
+        before = len(list(Path("/proc/self/fd").iterdir()))
         self.workers.startService()
         for process in self.reactor.spawned:
-            self.assertEqual({0: "w", 1: 1, 2: 2, FIRST_FD: 11, FIRST_FD + 1: 7}, process.descriptors)
-            post = Post.from_environ(process.environ)
-            self.assertEqual(Post("/run/x/first", 2), post)
+            channel = process.descriptors.pop(CHANNEL_FD)
+            self.assertEqual(
+                {1: 1, 2: 2, SOCKETS_FD: 11, SOCKETS_FD + 1: 7}, dict(list(process.descriptors.items())[1:])
+            )
+            self.assertEqual("/dev/null", process.kinds[0])
+            self.assertTrue(process.kinds[CHANNEL_FD].startswith("socket:"))
+            self.assertTrue(process.closed, "another worker would inherit it")
+            self.assertEqual("2", process.environ[VARIABLE])
+            self.assertRaises(OSError, os.fstat, channel)
+        self.assertEqual({(socket.AF_UNIX, False)}, {adopted[1:] for adopted in self.reactor.adopted})
+        self.assertEqual(before, len(list(Path("/proc/self/fd").iterdir())))
 
     def test_each_has_the_settings(self) -> None:
         """
-        The environment is the daemon's own, with one variable more, and the daemon's own is not touched.
+        The environment is the daemon's own, credentials too, with one variable more; the daemon's own is not touched.
         """
+        os.environ["AWS_SECRET_ACCESS_KEY"] = "secret"
         self.workers.startService()
         for process in self.reactor.spawned:
-            self.assertEqual(os.environ | {VARIABLE: process.environ[VARIABLE]}, process.environ)
+            self.assertEqual(os.environ | {VARIABLE: "2"}, process.environ)
+            self.assertNotIn("secret", str(process.arguments))
         self.assertNotIn(VARIABLE, os.environ)
 
-    def test_none_has_credentials(self) -> None:
-        """
-        A worker never speaks to AWS: what would let it is not in its environment.
-        """
-        names = (
-            "AWS_ACCESS_KEY_ID",
-            "AWS_SECRET_ACCESS_KEY",
-            "AWS_SESSION_TOKEN",
-        )
-        os.environ.update({name: f"secret of {name}" for name in names})
+    def test_all_listen_once_each_has_said_so(self) -> None:
         self.workers.startService()
         for process in self.reactor.spawned:
-            self.assertNotIn("secret", str(process.environ))
-            self.assertNotIn("secret", str(process.arguments))
+            self.assertNoResult(self.workers.listen)
+            process.tell(Listens())
+        self.successResultOf(self.workers.listen)
 
-    def test_none_has_the_credentials_of_a_container(self) -> None:
-        """
-        Nor is the token in it that a container fetches its role's credentials with, or an older name of a token.
-        """
-        names = ("AWS_CONTAINER_AUTHORIZATION_TOKEN", "AWS_SECURITY_TOKEN")
-        os.environ.update({name: f"secret of {name}" for name in names})
+    def test_one_that_died_before_it_listened_is_waited_for(self) -> None:
         self.workers.startService()
-        for process in self.reactor.spawned:
-            self.assertNotIn("secret", str(process.environ))
+        first, *others = self.reactor.spawned
+        first.tell(Listens())
+        first.end()
+        for process in others:
+            process.tell(Listens())
+        self.assertNoResult(self.workers.listen)
+        self.reactor.advance(FIRST_PAUSE)
+        self.reactor.spawned[-1].tell(Listens())
+        self.successResultOf(self.workers.listen)
 
 
 class RestartTests(WorkersTestCase):
@@ -222,31 +288,45 @@ class RestartTests(WorkersTestCase):
         """
         A second after a worker has ended, for whatever reason, another like it takes its place.
         """
-        for reason in (ProcessTerminated(1), ProcessTerminated(None, 9), ProcessDone(0)):
+        for reason in (ProcessTerminated(1), ProcessTerminated(None, signal.SIGBUS), ProcessDone(0)):
+            self.reactor.advance(STEADY_SECONDS)
             ended = self.reactor.running[0]
             ended.end(reason)
-            self.reactor.advance(RESTART_SECONDS * 0.9)
+            self.reactor.advance(FIRST_PAUSE * 0.9)
             self.assertEqual(2, len(self.reactor.running))
-            self.reactor.advance(RESTART_SECONDS * 0.1 + 0.001)
+            self.reactor.advance(FIRST_PAUSE * 0.1 + 0.001)
             self.assertEqual(3, len(self.reactor.running))
             started = self.reactor.running[-1]
-            self.assertEqual(
-                (ended.arguments, ended.environ, ended.descriptors),
-                (started.arguments, started.environ, started.descriptors),
-            )
-        self.assertEqual(1.0, RESTART_SECONDS)
+            self.assertEqual((ended.arguments, ended.environ), (started.arguments, started.environ))
 
-    def test_follows_each_death(self) -> None:
+    def test_comes_later_each_time_while_they_keep_dying(self) -> None:
         """
-        However many end at once, and however often, their number is made up.
+        One that can't run costs little; a place whose worker ran for a minute is filled after a second again.
         """
-        for _ in range(5):
+        waited = []
+        for _ in range(8):
             for process in self.reactor.running:
                 process.end()
-            self.assertEqual([], self.reactor.running)
-            self.reactor.pump([0.5, 0.6])
-            self.assertEqual(3, len(self.reactor.running))
-        self.assertEqual(18, len(self.reactor.spawned))
+            began = self.reactor.seconds()
+            while not self.reactor.running:
+                self.reactor.advance(0.5)
+            waited.append(self.reactor.seconds() - began)
+        self.assertEqual([1, 2, 4, 8, 16, 32, 60, 60], waited)
+        self.reactor.advance(STEADY_SECONDS)
+        self.reactor.running[0].end()
+        self.reactor.advance(FIRST_PAUSE)
+        self.assertEqual(3, len(self.reactor.running))
+
+    def test_is_of_each_place_by_itself(self) -> None:
+        """
+        A worker that keeps dying does not delay another's successor.
+        """
+        for _ in range(3):
+            self.reactor.running[-1].end()
+            self.reactor.advance(10)
+        self.reactor.running[0].end()
+        self.reactor.advance(FIRST_PAUSE)
+        self.assertEqual(3, len(self.reactor.running))
 
     def test_that_fails_is_tried_again(self) -> None:
         """
@@ -255,11 +335,9 @@ class RestartTests(WorkersTestCase):
         self.reactor.refuses = BlockingIOError(11, "Resource temporarily unavailable")
         self.reactor.running[0].end()
         for _ in range(3):
-            with contextlib.suppress(BlockingIOError):  # which a reactor would log
-                self.reactor.advance(RESTART_SECONDS)
-        self.flushLoggedErrors()
+            self.reactor.advance(LONGEST_PAUSE)
         self.reactor.refuses = None
-        self.reactor.advance(RESTART_SECONDS)
+        self.reactor.advance(LONGEST_PAUSE)
         found = len(self.reactor.running)
         stopping = self.workers.stopService()
         for process in self.reactor.running:
@@ -304,25 +382,17 @@ class EndTests(WorkersTestCase):
         self.successResultOf(stopping)
         self.assertEqual(3.0, END_SECONDS)
 
-    def test_is_not_what_sighup_asks_for(self) -> None:
-        """
-        It is handed on to the workers that are there, who read their certificates again.
-        """
-        self.reactor.spawned[0].end()
-        self.workers.reread()
-        self.assertEqual([[], ["HUP"], ["HUP"]], [process.signals for process in self.reactor.spawned])
-
     def test_starts_no_others(self) -> None:
         """
         A worker that was about to be replaced isn't, once the daemon ends, nor one that ends meanwhile.
         """
         self.reactor.spawned[0].end()
-        self.reactor.advance(RESTART_SECONDS / 2)
+        self.reactor.advance(FIRST_PAUSE / 2)
         stopping = self.workers.stopService()
         self.reactor.spawned[1].end()
-        self.reactor.advance(2 * RESTART_SECONDS)
+        self.reactor.advance(2 * FIRST_PAUSE)
         self.reactor.spawned[2].end()
-        self.reactor.advance(2 * RESTART_SECONDS)
+        self.reactor.advance(2 * FIRST_PAUSE)
         self.successResultOf(stopping)
         self.assertEqual(3, len(self.reactor.spawned))
 
@@ -336,20 +406,109 @@ class EndTests(WorkersTestCase):
         self.assertEqual([], self.reactor.getDelayedCalls())
 
 
-class PostTests(SynchronousTestCase):
-    def test_is_read_as_it_was_written(self) -> None:
-        """
-        What a worker is told passes through one variable, whatever is in it.
-        """
-        for post in (Post("/tmp/a b/ü\n/first ", 3), Post("", 0)):
-            self.assertEqual(post, Post.from_environ({VARIABLE: post.to_json()}))
+class ChannelTests(WorkersTestCase):
+    """
+    What workers tell, and what becomes of those that tell nonsense or nothing.
+    """
 
-    def test_is_a_workers_alone(self) -> None:
+    def setUp(self) -> None:
+        super().setUp()
+        self.workers.startService()
+        for process in self.reactor.spawned:
+            process.tell(Listens())
+
+    def test_counts_and_refusals_are_handed_on(self) -> None:
+        counted = Counted((), (), (("team/app", 5, 1),), ())
+        self.reactor.spawned[1].tell(counted)
+        self.reactor.spawned[2].tell(Refused("no credentials"))
+        self.assertEqual(([counted], ["no credentials"]), (self.counted, self.refused))
+
+    def test_nonsense_ends_a_worker_and_another_takes_its_place(self) -> None:
         """
-        A process that was told nothing is the first.
+        Nothing of it is believed, and nothing that comes after it is heard; so it is with a message that is too large.
         """
-        for environ in ({}, {VARIABLE: ""}, {"PATH": "/bin"}):
-            self.assertIsNone(Post.from_environ(environ))
+        for at, nonsense in enumerate((b'["Counted",{}]', b"\xff", b"[" * 5000)):
+            process = self.reactor.running[0]
+            after = encode(Counted((), (), (), ()))
+            process.channel.dataReceived(b"".join(len(each).to_bytes(4, "big") + each for each in (nonsense, after)))
+            self.assertFalse(process.channel.connected)
+            self.reactor.advance(END_SECONDS)
+            self.assertEqual(["KILL"], process.signals)
+            process.end(ProcessTerminated(None, 9))
+            self.reactor.advance(LONGEST_PAUSE)
+            self.assertEqual((3, 4 + at), (len(self.reactor.running), len(self.reactor.spawned)))
+        process = self.reactor.running[0]
+        process.channel.dataReceived((LIMIT + 1).to_bytes(4, "big"))
+        self.reactor.advance(END_SECONDS)
+        self.assertEqual(["KILL"], process.signals)
+        self.assertEqual([], self.counted)
+
+    def test_a_worker_whose_channel_has_ended_has_a_moment_to_end(self) -> None:
+        process = self.reactor.spawned[0]
+        process.channel.transport.loseConnection()
+        self.reactor.advance(END_SECONDS - 0.1)
+        self.assertEqual([], process.signals)
+        process.end(ProcessDone(0))
+        self.reactor.advance(1)
+        self.assertEqual([], process.signals)
+
+    def test_a_worker_that_tells_nothing_any_more_is_killed(self) -> None:
+        """
+        As systemd does with a daemon whose event loop stands still; a parent that stood still itself kills nobody.
+        """
+        silent, *others = self.reactor.spawned
+        for _ in range(SILENT_SECONDS):
+            self.assertEqual([], silent.signals)
+            for process in others:
+                process.tell(Counted((), (), (), ()))
+            self.reactor.advance(1)
+        self.assertEqual([["KILL"], [], []], [process.signals for process in self.reactor.spawned])
+        self.reactor.advance(10 * SILENT_SECONDS)
+        self.assertEqual([[], []], [process.signals for process in others])
+
+    def test_a_worker_that_starts_slowly_is_not_killed_for_it(self) -> None:
+        self.reactor.spawned[0].end()
+        self.reactor.advance(FIRST_PAUSE)
+        for _ in range(2 * SILENT_SECONDS):
+            self.reactor.advance(1)
+        self.assertEqual([], self.reactor.spawned[-1].signals)
+
+    def test_all_are_told_what_to_read_again(self) -> None:
+        self.reactor.spawned[0].end()
+        self.workers.tell(Reread("certificates"))
+        self.assertEqual([[Reread("certificates")]] * 2, [process.told() for process in self.reactor.running])
+
+    def test_those_that_do_not_answer_are_not_waited_for(self) -> None:
+        """
+        One answers, one hangs, one dies meanwhile: what is known is told, and who is missing.
+        """
+        asked = Deferred.fromCoroutine(self.workers.readiness())
+        answers, hangs, dies = self.reactor.spawned
+        ((question,), _, _) = [process.told() for process in self.reactor.spawned]
+        well = Readiness(can_serve=True, can_fetch=True, reasons=())
+        answers.tell(ReadinessTold(question.number, well))
+        dies.end()
+        self.assertNoResult(asked)
+        self.reactor.advance(ANSWER_SECONDS)
+        found = self.successResultOf(asked)
+        self.assertEqual((True, ("2 of 3 worker processes do not answer",)), (found.can_serve, found.reasons))
+        hangs.tell(ReadinessTold(0, well))  # too late: nobody waits for it
+
+    def test_an_answer_of_another_kind_is_none(self) -> None:
+        asked = Deferred.fromCoroutine(self.workers.gather())
+        for process in self.reactor.spawned:
+            (question,) = process.told()
+            process.tell(ReadinessTold(question.number, Readiness(can_serve=True, can_fetch=True, reasons=())))
+        self.successResultOf(asked)
+        self.assertEqual([], self.gathered.workers())
+
+    def test_a_daemon_without_workers_can_do_nothing(self) -> None:
+        for process in self.reactor.spawned:
+            process.end()
+        found = self.successResultOf(Deferred.fromCoroutine(self.workers.readiness()))
+        self.assertEqual((False, False), (found.can_serve, found.can_fetch))
+        standing = self.successResultOf(Deferred.fromCoroutine(self.workers.standing()))
+        self.assertEqual(("closed", ()), (standing.upstream.circuit, standing.transfers))
 
 
 class FlagsTests(SynchronousTestCase):
@@ -370,172 +529,3 @@ class FlagsTests(SynchronousTestCase):
             handed.parseOptions(given.arguments())
             self.assertEqual(given.flags(), handed.flags(), flags)
             self.assertEqual(len(given.flags()), len(given.flags().keys() & handed.flags().keys()))
-
-
-@dataclass
-class AdoptingReactor:
-    """
-    A reactor of a worker.
-    """
-
-    adopted: list[tuple[int, int, Any]] = field(default_factory=list)
-    answer: int = 42
-
-    accepted: int = 0
-    socket: socket.socket = field(default_factory=socket.socket)
-
-    def adoptStreamPort(self, fd: int, family: int, factory: Any) -> AdoptingReactor:
-        """
-        Adopt a socket, and be the port of it.
-        """
-        self.adopted.append((fd, family, factory))
-        return self
-
-    def close(self) -> None:
-        """
-        Close the socket that the port has by now.
-        """
-        self.socket.close()
-
-    def doRead(self) -> None:
-        """
-        Accept.
-        """
-        self.accepted += 1
-
-    def listenTCP(self, *args: Any, **kwargs: Any) -> None:
-        """
-        Bind what must not be bound.
-        """
-        raise AssertionError("a worker binds nothing")
-
-    listenUNIX = listenTCP
-
-
-class HandedDownTests(SynchronousTestCase):
-    """
-    A worker's sockets: unbound ones here.
-    """
-
-    def hand_down(self, *families: int) -> HandedDown:
-        """
-        Put sockets where a worker finds them.
-        """
-        self.patch(workers, "FIRST_FD", HANDED)
-        for number, family in enumerate(families):
-            with socket.socket(family) as made:
-                os.dup2(made.fileno(), HANDED + number)
-            self.addCleanup(self.close, HANDED + number)
-        self.reactor = AdoptingReactor()
-        self.addCleanup(self.reactor.close)
-        return HandedDown(self.reactor, len(families))
-
-    def close(self, fd: int) -> None:
-        """
-        Close what no endpoint has taken.
-        """
-        with contextlib.suppress(OSError):
-            os.close(fd)
-
-    def open_files(self) -> int:
-        """
-        Count the descriptors of this process.
-        """
-        gc.collect()  # what earlier tests left would go at any time
-        return len(list(Path("/proc/self/fd").iterdir()))
-
-    def test_are_taken_in_order(self) -> None:
-        """
-        Each endpoint takes the next socket, in the order in which they were configured; nothing is bound.
-
-        Sockets that have a path are real ones: tests/e2e has them.
-        """
-        handed = self.hand_down(socket.AF_INET6, socket.AF_INET, socket.AF_INET)
-        before = self.open_files()
-        factories = [ServerFactory() for _ in range(3)]
-        texts = ("tcp6:5000", "tcp:5001:interface=127.0.0.1:backlog=9")
-        for text, factory in zip(texts, factories, strict=False):
-            self.successResultOf(serverFromString(handed, text).listen(factory))
-        self.successResultOf(handed.listen(factories[2]))
-        families = (socket.AF_INET6, socket.AF_INET, socket.AF_INET)
-        expected = [(HANDED + at, families[at], factories[at]) for at in range(3)]
-        self.assertEqual(expected, self.reactor.adopted)
-        self.assertEqual(before - len(families), self.open_files(), "an adopted port has a descriptor of its own")
-
-    def test_are_closed_once_their_ports_have_descriptors_of_their_own(self) -> None:
-        """
-        A worker whose first process is gone, and which still sends, keeps nobody from listening there.
-        """
-        self.hand_down(socket.AF_INET).listenTCP(5000, ServerFactory())
-        self.assertRaises(OSError, os.fstat, HANDED)
-
-    def test_end_when_the_first_process_shuts_them_down(self) -> None:
-        """
-        That is the end of the port, and no error: nothing more is accepted there.
-        """
-        port = self.hand_down(socket.AF_INET).listenTCP(5000, ServerFactory())
-        with port.socket as listening:
-            listening.bind(("127.0.0.1", 0))
-            listening.listen()
-            self.assertIsNone(port.doRead())
-            self.assertEqual(1, port.accepted)
-            listening.shutdown(socket.SHUT_RDWR)
-            self.assertIs(CONNECTION_DONE, port.doRead())
-            self.assertEqual(1, port.accepted)
-            self.assertRaises(BlockingIOError, port.socket.accept)
-
-    def test_leave_the_rest_to_the_reactor(self) -> None:
-        """
-        Whatever else an endpoint asks for, the real reactor has.
-        """
-        self.assertEqual(42, self.hand_down().answer)
-
-    def test_that_are_not_there_are_an_error(self) -> None:
-        """
-        An endpoint more than there are sockets is a mistake that does not pass silently.
-        """
-        with self.assertRaises(LookupError):
-            self.hand_down().listen(ServerFactory())
-
-
-class StandardInputTests(SynchronousTestCase):
-    def setUp(self) -> None:
-        self.ended: list[int] = []
-        self.input = StandardInput(lambda: self.ended.append(1))
-
-    def test_that_ends_ends_the_worker(self) -> None:
-        """
-        When the first process goes, in whatever way, its end of the pipe closes, and the worker ends; it reads no more.
-        """
-        asked: list[int] = []
-
-        def read(fd: int, count: int) -> bytes:
-            asked.append(fd)
-            return b""
-
-        self.patch(os, "read", read)
-        found = self.input.doRead()
-        assert isinstance(found, Failure)
-        self.input.connectionLost(found)
-        self.assertEqual(([1], [0], 0), (self.ended, asked, self.input.fileno()))
-
-    def test_that_hangs_up_ends_the_worker(self) -> None:
-        """
-        Where a reactor sees the end without reading, as epoll's does for a pipe, the worker ends as well.
-        """
-        self.input.connectionLost(Failure(ConnectionDone()))
-        self.assertEqual([1], self.ended)
-
-    def test_that_goes_on_means_nothing(self) -> None:
-        """
-        Bytes on it are dropped.
-        """
-        self.patch(os, "read", lambda *_: b"x")
-        self.assertIsNone(self.input.doRead())
-        self.assertEqual([], self.ended)
-
-    def test_has_a_name_for_the_log(self) -> None:
-        """
-        A reactor's log can tell what it was.
-        """
-        self.assertEqual("first process", self.input.logPrefix())

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from twisted.logger import Logger
 
-from ecrproxy.access.bodies import Bodies
+from ecrproxy.access.bodies import BODIES_BYTES, Bodies
 from ecrproxy.addresses import unmapped
+from ecrproxy.shares import share
 
 if TYPE_CHECKING:
     from twisted.internet.interfaces import IDelayedCall
@@ -52,33 +53,19 @@ class Limits:
         Return the limits of one of several processes.
 
         An address may have half of the process's connections; the rest is for others. A limit for an address that the
-        operator chose counts, for the address may be that of a whole cluster behind NAT. The kernel does not deal
-        connections out evenly, so it is not divided evenly either.
+        operator chose counts, for the address may be that of a whole cluster behind NAT.
 
         @param room: connections for which the process has descriptors; 0 for no limit.
         @param chosen: whether the operator chose the limit of an address.
         """
         connections, address, transfers = (
-            -(-limit // processes) for limit in (self.connections, self.connections_per_address, self.transfers)
+            share(limit, processes) for limit in (self.connections, self.connections_per_address, self.transfers)
         )
         if room:
             connections = min(connections or room, room)
         half = max(1, connections // 2) if connections else self.connections_per_address
         address = min(self.connections_per_address, max(address, half) if chosen else half)
         return replace(self, connections=connections, connections_per_address=address, transfers=transfers)
-
-
-BOUNDLESS = Limits(
-    header_seconds=0,
-    idle_seconds=0,
-    send_seconds=0,
-    header_bytes=2**17,
-    header_count=0,
-    connections=0,
-    connections_per_address=0,
-    transfers=0,
-)
-"""For those whose clients are kept within limits elsewhere."""
 
 
 COUNTED: Final = {
@@ -114,6 +101,7 @@ class Crowd:
     """
     Who is connected, how many transfers are under way, and what was refused.
 
+    @param processes: how many such crowds there are, each with its part of the limits.
     @ivar connected: connections now.
     @ivar transferring: transfers now.
     @ivar bodies: what they are sent from memory.
@@ -127,15 +115,22 @@ class Crowd:
     @ivar spare: connections beyond the limit, the oldest first: these get an answer about the daemon's health alone.
     """
 
-    def __init__(self, limits: Limits) -> None:
-        self.limits = limits
+    def __init__(self, limits: Limits, processes: int = 1) -> None:
+        self.limits, self._processes = limits, processes
         self.connected = self.transferring = 0
-        self.bodies = Bodies()
+        self.bodies = Bodies(share(BODIES_BYTES, processes))
         self.refused_connections = self.refused_transfers = self.bad_requests = 0
         self.slow_heads = self.idle = self.slow_readers = 0
         self._by_address: Counter[str] = Counter()
         self.idle_ones: dict[Closable, None] = {}
         self.spare: dict[Closable, None] = {}
+
+    @property
+    def transferring_everywhere(self) -> int:
+        """
+        Return how many transfers there are now, if the other processes have as many.
+        """
+        return self.transferring * self._processes
 
     def met(self, limit: str) -> int:
         """

@@ -36,6 +36,7 @@ from ecrproxy.flights import Flights
 from ecrproxy.oci import RegistryError
 from ecrproxy.periodic import Periodic
 from ecrproxy.reasons import Reason
+from ecrproxy.shares import share
 from ecrproxy.threads import InThread, on_its_own
 
 if TYPE_CHECKING:
@@ -44,11 +45,13 @@ if TYPE_CHECKING:
 log = Logger()
 
 AT_ONCE: Final = 2
-"""Passwords that are checked at the same time."""
+"""Passwords that are checked at the same time, by all processes together."""
 LONGEST_WAIT: Final = 20.0
 """Seconds that a password may wait to be checked; clients that have waited longer are told to come again."""
 FAILURES: Final = 10
 """Wrong passwords that an address may give in C{FAILURE_SECONDS}."""
+FEWEST_FAILURES: Final = 3
+"""Those that each of several processes allows at least: fewer would lock out who mistypes."""
 FAILURE_SECONDS: Final = 60.0
 REMEMBER_SECONDS: Final = 300.0
 """How long a right password need not be checked again."""
@@ -91,10 +94,12 @@ class Failures:
     Which wrong passwords each address has given lately.
 
     A network of IPv6 that one client may have whole counts as one address.
+
+    @param most: wrong passwords that an address may give in C{FAILURE_SECONDS}.
     """
 
-    def __init__(self, clock: IReactorTime) -> None:
-        self._clock = clock
+    def __init__(self, clock: IReactorTime, most: int = FAILURES) -> None:
+        self._clock, self.most = clock, most
         self._wrong: OrderedDict[str, tuple[float, frozenset[Guess]]] = OrderedDict()
 
     def note(self, address: str, guess: Guess) -> bool:
@@ -109,7 +114,7 @@ class Failures:
         self._wrong.move_to_end(place)
         if len(self._wrong) > KEPT:
             self._wrong.popitem(last=False)
-        return len(wrong) + 1 == FAILURES
+        return len(wrong) + 1 == self.most
 
     def knows(self, address: str, guess: Guess) -> bool:
         """
@@ -122,7 +127,7 @@ class Failures:
         Tell how many seconds C{address} must wait, 0 if it need not.
         """
         since, wrong = self._recent(address)
-        return math.ceil(since + FAILURE_SECONDS - self._clock.seconds()) if len(wrong) >= FAILURES else 0
+        return math.ceil(since + FAILURE_SECONDS - self._clock.seconds()) if len(wrong) >= self.most else 0
 
     def _recent(self, address: str) -> tuple[float, frozenset[Guess]]:
         now = self._clock.seconds()
@@ -147,18 +152,19 @@ class Passwords(Service):
     Asks clients for a name and a password of a file, which is read again when it has changed.
 
     @param key: random bytes that are nobody else's.
+    @param processes: how many do the same, each its part.
     @raise HtpasswdError: if the file can't be used.
     """
 
-    def __init__(self, path: str, in_thread: InThread, clock: IReactorTime, key: bytes) -> None:
+    def __init__(self, path: str, in_thread: InThread, clock: IReactorTime, key: bytes, processes: int = 1) -> None:
         self._path, self._in_thread, self._clock, self._key = path, in_thread, clock, key
         self._users = read_users(path)
         self._seen = self._users.seen
         self._right: OrderedDict[bytes, float] = OrderedDict()
-        self._failures = Failures(clock)
+        self._failures = Failures(clock, max(FEWEST_FAILURES, share(FAILURES, processes)))
         self._flights: Flights[Verdict] = Flights()
         self._presented: dict[bytes, set[str]] = {}
-        self._turns = Turns(AT_ONCE, LONGEST_WAIT, clock)
+        self._turns = Turns(share(AT_ONCE, processes), LONGEST_WAIT, clock)
         self._loop = Periodic("Looking for new passwords", self._look, clock)
 
     def startService(self) -> None:  # noqa: D102
@@ -219,7 +225,7 @@ class Passwords(Service):
                 log.warn(
                     "{address} gave {count} wrong passwords within a minute",
                     address=address,
-                    count=FAILURES,
+                    count=self._failures.most,
                     once=address,
                 )
 

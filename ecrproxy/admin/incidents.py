@@ -95,7 +95,7 @@ class Incidents(Service):
 
     def take(self) -> list[Row]:
         """
-        Give them, once, the oldest first: for who adds them to his own.
+        Return those since the last call, the oldest first.
         """
         with self._lock:
             rows = [(each.when, each.level, each.text, each.times, *kind) for kind, each in self._kept]
@@ -104,7 +104,7 @@ class Incidents(Service):
 
     def add(self, rows: Iterable[Row]) -> None:
         """
-        Take in what another process has kept.
+        Add what another process has kept.
         """
         for when, level, text, times, told, once in rows:
             self._keep(Kind(told, once), Incident(when, level, text, times))

@@ -14,8 +14,10 @@ Rules:
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Final
 
+from twisted.internet.defer import Deferred
 from twisted.web.resource import Resource
 from twisted.web.template import flattenString
 
@@ -111,9 +113,9 @@ class Metrics(Answering):
     The figures, for Prometheus to fetch; can_serve and can_fetch are found out for each page.
     """
 
-    def __init__(self, figures: Figures, status: Status) -> None:
+    def __init__(self, figures: Figures, status: Status, gather: Callable[[], Awaitable[object]]) -> None:
         super().__init__()
-        self._figures, self._status = figures, status
+        self._figures, self._status, self._gather = figures, status, gather
         self._found: Readiness | None = None
         figures.watch(*of_readiness(lambda: self._found))
 
@@ -121,8 +123,16 @@ class Metrics(Answering):
         """
         Give them.
         """
-        self._found = await self._status.readiness()
+        found: Deferred[Readiness] = Deferred.fromCoroutine(self._status.readiness())
+        await self._gather()
+        self._found = await found
         await send_body(request, 200, TEXT_FORMAT, self._figures.page())
+
+
+async def have_all() -> None:
+    """
+    Gather nothing: a process without workers reads its own figures as it writes the page.
+    """
 
 
 class Document(Answering):
@@ -181,6 +191,7 @@ def make_admin_site(
     api: Resource,
     reactor: Any,  # noqa: ANN401
     hosts: frozenset[str] = frozenset(),
+    gather: Callable[[], Awaitable[object]] = have_all,
 ) -> RegistrySite:
     """
     Build the Resource tree of the operator's port, and what serves it.
@@ -189,12 +200,13 @@ def make_admin_site(
     @param status: asked by the page, /status.json and /metrics.
     @param api: answers what is below /api/.
     @param hosts: names under which the port may be asked for, beside those that need no telling.
+    @param gather: asks workers for their figures, before these are told.
     """
     root = OperatorsRoot(hosts)
     root.putChild(b"", StatusPage(status))
     for name, content_type in PARTS.items():
         root.putChild(name.encode(), Part(name, content_type))
-    root.putChild(b"metrics", Metrics(figures, status))
+    root.putChild(b"metrics", Metrics(figures, status, gather))
     root.putChild(b"status.json", Document(status))
     root.putChild(b"healthz", Health())
     root.putChild(b"readyz", ready)

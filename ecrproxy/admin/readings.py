@@ -1,21 +1,24 @@
 """
 What the parts of the daemon know about themselves, as figures.
+
+With workers each of them knows its own parts. L{FIGURES} says how theirs become the daemon's: most add up; of what each
+finds out about the same thing, the cache directory or the registry, the one that matters is told.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from ecrproxy.access.limits import COUNTED
 from ecrproxy.cache.condition import TROUBLES
-from ecrproxy.metrics import Reading
+from ecrproxy.metrics import Figure, Reading
 from ecrproxy.registry.circuit import CircuitState
 from ecrproxy.registry.quotas import Call
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ecrproxy.access.crowds import Crowds
+    from ecrproxy.access.limits import Crowd
     from ecrproxy.cache.condition import Condition
     from ecrproxy.cache.janitor import Janitor
     from ecrproxy.cache.store import Store
@@ -27,6 +30,52 @@ if TYPE_CHECKING:
     from ecrproxy.registry.governor import Governor
     from ecrproxy.registry.wire import Wire
 
+CACHE_FILES: Final = Figure("cache_files", "Files of content and entries in the cache", combine=max)
+CACHE_BYTES: Final = Figure("cache_bytes", "Bytes of the files in the cache", combine=max)
+CACHE_RESERVED: Final = Figure("cache_reserved_bytes", "Bytes promised to what is arriving")
+CACHE_LIMIT: Final = Figure("cache_limit_bytes", "The most bytes that the cache may hold", combine=min)
+EVICTIONS: Final = Figure("cache_evictions_total", "Files evicted to make room")
+OLDEST_USE: Final = Figure(
+    "cache_oldest_use_timestamp_seconds", "When the least recently used file was used last", combine=max
+)
+DISK_TROUBLE: Final = Figure(
+    "disk_trouble",
+    "1 while the cache directory can't be read or written, no more files can be opened, or its disk hangs",
+    "kind",
+    max,
+)
+TOKEN_EXPIRY: Final = Figure("token_expiry_timestamp_seconds", "When the token for ECR expires", combine=min)
+TOKEN_FAILURES: Final = Figure("token_refresh_failures_total", "Refreshes of the token that failed")
+QUEUE_FULL: Final = Figure("upstream_queue_full_total", "Questions refused because too many wait already", "call")
+WAITING: Final = Figure("upstream_waiting", "Questions that wait for their turn within ECR's quotas", "call")
+RETRIES: Final = Figure("upstream_retries_total", "Questions asked again after a failure")
+CIRCUIT: Final = Figure("circuit_state", "1 for the state of the circuit for all questions to ECR", "state", max)
+OPEN_REPOSITORIES: Final = Figure(
+    "circuit_open_repositories", "Repositories that are left alone, each by itself", combine=max
+)
+TRANSFERS: Final = Figure("transfers", "Blobs on their way from upstream")
+CONNECTIONS: Final = Figure("client_connections", "Connections of clients")
+CONNECTIONS_LIMIT: Final = Figure("client_connections_limit", "Maximum number of connections of clients")
+SENDING: Final = Figure("client_transfers", "Blobs and answers of more than 64 KiB on their way to clients")
+LIMITS: Final = Figure("client_limits_total", "Connections and requests that met a limit, by which", "limit")
+LOOP_STALL: Final = Figure(
+    "loop_stall_seconds",
+    "The longest time for which the event loop stood still within the last minutes, five at most",
+    combine=max,
+)
+CERTIFICATE_EXPIRY: Final = Figure(
+    "certificate_expiry_timestamp_seconds",
+    "When the certificate that is served ends, the first if there are several, in seconds since the epoch",
+)
+CAN_SERVE: Final = Figure("can_serve", "1 if the daemon can serve clients, as /readyz tells")
+CAN_FETCH: Final = Figure("can_fetch", "1 if the daemon can fetch from ECR, as /readyz tells")
+FIGURES: Final = (
+    *(CACHE_FILES, CACHE_BYTES, CACHE_RESERVED, CACHE_LIMIT, EVICTIONS, OLDEST_USE, TOKEN_EXPIRY, TOKEN_FAILURES),
+    *(QUEUE_FULL, WAITING, RETRIES, CIRCUIT, OPEN_REPOSITORIES, TRANSFERS, CONNECTIONS, CONNECTIONS_LIMIT, SENDING),
+    *(LIMITS, LOOP_STALL, DISK_TROUBLE),
+)
+"""Those that workers know; of the others the parent knows by itself."""
+
 
 def of_cache(store: Store, janitor: Janitor) -> list[Reading]:
     """
@@ -34,16 +83,12 @@ def of_cache(store: Store, janitor: Janitor) -> list[Reading]:
     """
     ledger = store.ledger
     return [
-        Reading("cache_files", "Files of content and entries in the cache", lambda: len(ledger)),
-        Reading("cache_bytes", "Bytes of the files in the cache", lambda: ledger.total),
-        Reading("cache_reserved_bytes", "Bytes promised to what is arriving", lambda: ledger.reserved),
-        Reading("cache_limit_bytes", "The most bytes that the cache may hold", lambda: janitor.limit),
-        Reading("cache_evictions_total", "Files evicted to make room", lambda: janitor.evicted),
-        Reading(
-            "cache_oldest_use_timestamp_seconds",
-            "When the least recently used file was used last",
-            lambda: _oldest_use(store),
-        ),
+        Reading(CACHE_FILES, lambda: len(ledger)),
+        Reading(CACHE_BYTES, lambda: ledger.total),
+        Reading(CACHE_RESERVED, lambda: ledger.reserved),
+        Reading(CACHE_LIMIT, lambda: janitor.limit),
+        Reading(EVICTIONS, lambda: janitor.evicted),
+        Reading(OLDEST_USE, lambda: _oldest_use(store)),
     ]
 
 
@@ -64,18 +109,14 @@ def of_disk(condition: Condition) -> list[Reading]:
     def found() -> dict[str, float]:
         return {kind: condition.has(kind) for kind in TROUBLES}
 
-    told = "1 while the cache directory can't be read or written, no more files can be opened, or its disk hangs"
-    return [Reading("disk_trouble", told, found, "kind")]
+    return [Reading(DISK_TROUBLE, found)]
 
 
 def of_token(tokens: TokenService) -> list[Reading]:
     """
     Tell how good the token is.
     """
-    return [
-        Reading("token_expiry_timestamp_seconds", "When the token for ECR expires", lambda: tokens.expires),
-        Reading("token_refresh_failures_total", "Refreshes of the token that failed", lambda: tokens.failed),
-    ]
+    return [Reading(TOKEN_EXPIRY, lambda: tokens.expires), Reading(TOKEN_FAILURES, lambda: tokens.failed)]
 
 
 def of_upstream(wire: Wire, circuit: Circuit, governor: Governor) -> list[Reading]:
@@ -93,15 +134,11 @@ def of_upstream(wire: Wire, circuit: Circuit, governor: Governor) -> list[Readin
         return {each.value: governor.refused(each) for each in Call}
 
     return [
-        Reading("upstream_queue_full_total", "Questions refused because too many wait already", refused, "call"),
-        Reading("upstream_waiting", "Questions that wait for their turn within ECR's quotas", waiting, "call"),
-        Reading("upstream_retries_total", "Questions asked again after a failure", lambda: wire.retried),
-        Reading("circuit_state", "1 for the state of the circuit for all questions to ECR", states, "state"),
-        Reading(
-            "circuit_open_repositories",
-            "Repositories that are left alone, each by itself",
-            lambda: circuit.open_repositories,
-        ),
+        Reading(QUEUE_FULL, refused),
+        Reading(WAITING, waiting),
+        Reading(RETRIES, lambda: wire.retried),
+        Reading(CIRCUIT, states),
+        Reading(OPEN_REPOSITORIES, lambda: circuit.open_repositories),
     ]
 
 
@@ -116,20 +153,17 @@ def of_readiness(latest: Callable[[], Readiness | None]) -> list[Reading]:
         found = latest()
         return None if found is None else float(getattr(found, what))
 
-    return [
-        Reading("can_serve", "1 if the daemon can serve clients, as /readyz tells", lambda: can("can_serve")),
-        Reading("can_fetch", "1 if the daemon can fetch from ECR, as /readyz tells", lambda: can("can_fetch")),
-    ]
+    return [Reading(CAN_SERVE, lambda: can("can_serve")), Reading(CAN_FETCH, lambda: can("can_fetch"))]
 
 
 def of_transfers(pull_through: PullThrough) -> list[Reading]:
     """
     Tell what is on its way from upstream.
     """
-    return [Reading("transfers", "Blobs on their way from upstream", lambda: len(pull_through.transfers()))]
+    return [Reading(TRANSFERS, lambda: len(pull_through.transfers()))]
 
 
-def of_clients(crowds: Crowds, most: int | None) -> list[Reading]:
+def of_clients(crowd: Crowd, most: int | None) -> list[Reading]:
     """
     Tell who is connected, and who was refused or let go.
 
@@ -138,17 +172,13 @@ def of_clients(crowds: Crowds, most: int | None) -> list[Reading]:
     """
 
     def met() -> dict[str, float]:
-        return {limit: crowds.met(limit) for limit in COUNTED}
+        return {limit: crowd.met(limit) for limit in COUNTED}
 
     return [
-        Reading("client_connections", "Connections of clients", lambda: crowds.connected),
-        Reading("client_connections_limit", "Maximum number of connections of clients", lambda: most),
-        Reading(
-            "client_transfers",
-            "Blobs and answers of more than 64 KiB on their way to clients",
-            lambda: crowds.transferring,
-        ),
-        Reading("client_limits_total", "Connections and requests that met a limit, by which", met, "limit"),
+        Reading(CONNECTIONS, lambda: crowd.connected),
+        Reading(CONNECTIONS_LIMIT, lambda: most),
+        Reading(SENDING, lambda: crowd.transferring),
+        Reading(LIMITS, met),
     ]
 
 
@@ -156,13 +186,11 @@ def of_loop(stall: LoopStall) -> list[Reading]:
     """
     Tell how long the event loop stood still.
     """
-    told = "The longest time for which the event loop stood still within the last minutes, five at most"
-    return [Reading("loop_stall_seconds", told, lambda: stall.lately)]
+    return [Reading(LOOP_STALL, lambda: stall.lately)]
 
 
 def of_certificates(expires: Callable[[], float | None]) -> list[Reading]:
     """
     Tell when the certificate ends that clients are shown.
     """
-    told = "When the certificate that is served ends, the first if there are several, in seconds since the epoch"
-    return [Reading("certificate_expiry_timestamp_seconds", told, expires)]
+    return [Reading(CERTIFICATE_EXPIRY, expires)]

@@ -1,15 +1,24 @@
 """
 How the daemon stands at one moment, as plain data: what the status page shows and /status.json tells. Pure.
+
+A L{Standing} is what one process knows; L{together} makes one of those of several.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import chain, islice
+from typing import Final
 
 from ecrproxy.admin.history import Point
 from ecrproxy.admin.incidents import Incident
+from ecrproxy.readiness import Readiness, judge_all
+
+TRANSFERS: Final = 100
+"""The most transfers that are told."""
+_GRAVEST: Final = ("open", "probing", "closed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +121,80 @@ class UpstreamState:
     answered_seconds: float | None
     waiting: Mapping[str, int]
     retries: int
-    outcomes: Mapping[str, Mapping[str, int]]
+    outcomes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """
+    How one process stands.
+
+    @ivar upstream: without the outcomes, which are counted.
+    """
+
+    readiness: Readiness
+    cache: Fill
+    transfers: tuple[Transfer, ...]
+    token: TokenState
+    upstream: UpstreamState
+
+
+def together(standings: Sequence[Standing], expected: int) -> Standing:
+    """
+    Make one of the standings of all processes.
+
+    @param expected: how many there should be. What is to be told of none at all is that nobody answers.
+    """
+    readiness = judge_all([each.readiness for each in standings], expected)
+    return Standing(
+        readiness,
+        _filled([each.cache for each in standings]),
+        tuple(islice(chain.from_iterable(each.transfers for each in standings), TRANSFERS)),
+        _token([each.token for each in standings]),
+        _upstream([each.upstream for each in standings]),
+    )
+
+
+def _filled(fills: Sequence[Fill]) -> Fill:
+    """
+    All count the same directory; each has promised room, and evicted, for itself.
+    """
+    return Fill(
+        max((each.bytes for each in fills), default=0),
+        sum(each.reserved for each in fills),
+        min((each.limit for each in fills), default=0),
+        max((each.files for each in fills), default=0),
+        sum(each.evicted for each in fills),
+        fills[0].next if fills else (),
+    )
+
+
+def _token(states: Sequence[TokenState]) -> TokenState:
+    """
+    Each process has its own: the one that is worst off counts.
+    """
+    problems = [each.problem for each in states if each.problem is not None]
+    return TokenState(
+        problems[0] if problems else None,
+        _least(each.expires for each in states),
+        _least(each.refresh_seconds for each in states) or 0.0,
+        sum(each.failures for each in states),
+    )
+
+
+def _upstream(states: Sequence[UpstreamState]) -> UpstreamState:
+    circuits, waiting = {each.circuit for each in states}, [each.waiting for each in states]
+    return UpstreamState(
+        next((each for each in _GRAVEST if each in circuits), "closed"),
+        max((each.open_repositories for each in states), default=0),
+        _least(each.answered_seconds for each in states),
+        {call: sum(each.waiting.get(call, 0) for each in states) for call in dict.fromkeys(chain(*waiting))},
+        sum(each.retries for each in states),
+    )
+
+
+def _least(figures: Iterable[float | None]) -> float | None:
+    return min((each for each in figures if each is not None), default=None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,14 +4,25 @@ Asks the parts of the daemon how they stand.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from ecrproxy.admin.history import History, Sampler
 from ecrproxy.admin.incidents import Incidents
-from ecrproxy.admin.snapshot import Answers, Fill, Leaving, Saving, Snapshot, TokenState, Transfer, UpstreamState
+from ecrproxy.admin.snapshot import (
+    TRANSFERS,
+    Answers,
+    Fill,
+    Leaving,
+    Saving,
+    Snapshot,
+    Standing,
+    TokenState,
+    Transfer,
+    UpstreamState,
+)
 from ecrproxy.cache.store import read_entry, without_waiting
 from ecrproxy.readiness import Readiness
 from ecrproxy.registry.quotas import Call
@@ -33,8 +44,6 @@ NEXT: Final = 6
 """How many files that would be evicted next are told."""
 TOP: Final = 10
 """How many repositories are told."""
-TRANSFERS: Final = 100
-"""The most transfers that are told."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +56,7 @@ class Asking:
     wire: Wire
     circuit: Circuit
     governor: Governor
+    clock: IReactorTime
 
     def token(self) -> TokenState:
         """
@@ -55,59 +65,43 @@ class Asking:
         tokens = self.tokens
         return TokenState(tokens.problem(), tokens.expires, tokens.refresh_seconds(), tokens.failed)
 
+    def upstream(self) -> UpstreamState:
+        """
+        Tell how well ECR answers.
+        """
+        answered = self.circuit.answered_at
+        return UpstreamState(
+            self.circuit.state.value,
+            self.circuit.open_repositories,
+            None if answered is None else self.clock.seconds() - answered,
+            {each.value: self.governor.waiting(each) for each in Call},
+            self.wire.retried,
+        )
 
-@dataclass
-class Status:
+
+@dataclass(frozen=True, slots=True)
+class Process:
     """
-    The parts that a snapshot is taken of.
+    The parts of one process that serves clients.
 
-    @ivar registry: ECR's URL.
-    @ivar readiness: asks what the daemon can do.
-    @ivar now: seconds since the epoch.
-    @ivar clock: the one that timers go by.
-    @ivar services: what keeps notes for the next snapshots, while it runs.
+    @ivar readiness: asks what it can do.
+    @ivar in_thread: calls what asks the disk.
     """
 
-    registry: str
-    figures: Figures
     store: Store
     janitor: Janitor
     asking: Asking
     pull_through: PullThrough
-    readiness: Callable[[], Awaitable[Readiness]]
+    readiness: Callable[[], Coroutine[Any, Any, Readiness]]
     in_thread: InThread
-    now: Callable[[], float]
-    clock: IReactorTime
 
-    def __post_init__(self) -> None:
-        self.history, self.incidents = History(), Incidents(self.now)
-        self.services = self.incidents, Sampler(self.history, self.figures, self.clock)
-        self._started = self.clock.seconds()
-
-    async def snapshot(self) -> Snapshot:
+    async def standing(self) -> Standing:
         """
-        Take one.
+        Tell how it stands.
         """
         readiness = await self.readiness()
         leaving = await self.in_thread(next_to_go, self.store, NEXT)
-        return Snapshot(
-            version=self.figures.version,
-            registry=self.registry,
-            when=self.now(),
-            uptime=self.clock.seconds() - self._started,
-            can_serve=readiness.can_serve,
-            can_fetch=readiness.can_fetch,
-            reasons=readiness.reasons,
-            cache=self._fill(leaving),
-            transfers=self._transfers(),
-            repositories=tuple(Saving(*each) for each in self.figures.served.saved.top(TOP)),
-            token=self.asking.token(),
-            upstream=self._upstream(),
-            answers=self._answers(),
-            now=self.history.latest(),
-            history=self.history.points(),
-            incidents=self.incidents.latest(),
-        )
+        return Standing(readiness, self._fill(leaving), self._transfers(), self.asking.token(), self.asking.upstream())
 
     def _fill(self, leaving: Sequence[Leaving]) -> Fill:
         ledger = self.store.ledger
@@ -128,20 +122,64 @@ class Status:
             for each in islice(self.pull_through.transfers(), TRANSFERS)
         )
 
-    def _upstream(self) -> UpstreamState:
-        asking = self.asking
-        answered = asking.circuit.answered_at
+
+@dataclass
+class Status:
+    """
+    What a snapshot is made of: how all processes stand, and what was counted.
+
+    @ivar registry: ECR's URL.
+    @ivar readiness: asks all processes what the daemon can do.
+    @ivar standing: asks them how they stand.
+    @ivar incidents: what went wrong in all processes.
+    @ivar now: seconds since the epoch.
+    @ivar clock: the one that timers go by.
+    @ivar services: what keeps notes for the next snapshots, while it runs.
+    """
+
+    registry: str
+    figures: Figures
+    readiness: Callable[[], Coroutine[Any, Any, Readiness]]
+    standing: Callable[[], Awaitable[Standing]]
+    incidents: Incidents
+    now: Callable[[], float]
+    clock: IReactorTime
+
+    def __post_init__(self) -> None:
+        self.history = History()
+        self.services = self.incidents, Sampler(self.history, self.figures, self.clock)
+        self._started = self.clock.seconds()
+
+    async def snapshot(self) -> Snapshot:
+        """
+        Take one.
+        """
+        standing = await self.standing()
+        readiness = standing.readiness
+        return Snapshot(
+            version=self.figures.version,
+            registry=self.registry,
+            when=self.now(),
+            uptime=self.clock.seconds() - self._started,
+            can_serve=readiness.can_serve,
+            can_fetch=readiness.can_fetch,
+            reasons=readiness.reasons,
+            cache=standing.cache,
+            transfers=standing.transfers,
+            repositories=tuple(Saving(*each) for each in self.figures.served.saved.top(TOP)),
+            token=standing.token,
+            upstream=replace(standing.upstream, outcomes=self._outcomes()),
+            answers=self._answers(),
+            now=self.history.latest(),
+            history=self.history.points(),
+            incidents=self.incidents.latest(),
+        )
+
+    def _outcomes(self) -> dict[str, dict[str, int]]:
         outcomes: dict[str, dict[str, int]] = {}
         for (host, outcome), count, _, _, _ in self.figures.upstream.rows():
             outcomes.setdefault(host, {})[outcome] = count
-        return UpstreamState(
-            asking.circuit.state.value,
-            asking.circuit.open_repositories,
-            None if answered is None else self.clock.seconds() - answered,
-            {each.value: asking.governor.waiting(each) for each in Call},
-            asking.wire.retried,
-            outcomes,
-        )
+        return outcomes
 
     def _answers(self) -> dict[str, Answers]:
         counted: dict[str, tuple[int, int]] = {}

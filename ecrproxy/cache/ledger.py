@@ -8,7 +8,7 @@ import re
 import threading
 from array import array
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 
@@ -89,10 +89,6 @@ def unpacked(name: bytes) -> str:
     return f"{_FOLDERS[name[:1]]}{digits[:2]}/{digits}"
 
 
-LARGEST: Final = 2**48
-"""The most bytes that one file of the cache can have."""
-
-
 def is_own(path: str) -> bool:
     """
     Return True if the store can have made a file of this name: content, an entry, or what arrives.
@@ -141,13 +137,6 @@ class Ledger:
             self._used[path] = size
             self.total += size
             self._note(path, size)
-
-    def add(self, used: Iterable[tuple[str, int]]) -> None:
-        """
-        Take in path and bytes of what another process has used.
-        """
-        for path, size in used:
-            self.used(path, size)
 
     def gone(self, path: str) -> int:
         """
@@ -226,35 +215,3 @@ class Ledger:
             yield path, size, path in self._readers
         for path, size in self._used.items():
             yield path, size, path in self._readers
-
-
-class Notes(Ledger):
-    """
-    A worker's ledger: it keeps no count, and notes what was used for who does.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._noted: dict[str, int] = {}
-
-    def used(self, path: str, size: int) -> None:
-        """
-        Note it.
-        """
-        with self.lock:
-            self._noted[path] = size
-
-    def gone(self, path: str) -> int:
-        """
-        Forget that it was used.
-        """
-        with self.lock:
-            return self._noted.pop(path, 0)
-
-    def take(self) -> list[tuple[str, int]]:
-        """
-        Give what was noted, once.
-        """
-        with self.lock:
-            used, self._noted = self._noted, {}
-        return list(used.items())

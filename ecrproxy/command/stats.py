@@ -66,7 +66,7 @@ def _ready(status: Mapping[str, Any]) -> str:
 
 def _lines(status: Mapping[str, Any]) -> list[str]:
     cache, token, upstream, now = status["cache"], status["token"], status["upstream"], status["now"]
-    share = 100 * cache["bytes"] // cache["limit"]
+    share = 100 * cache["bytes"] // (cache["limit"] or 1)  # no limit is known while no worker answers
     fill = f"{size_in_words(cache['bytes'])} of {size_in_words(cache['limit'])} ({share} %)"
     rows = [
         ("registry", f"{status['registry']}, ecr-proxy {status['version']}, up for {_time(status['uptime'])}"),

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,9 +20,9 @@ from twisted.logger import Logger
 
 from ecrproxy.daemon.accepting import Gate
 from ecrproxy.daemon.balanced import WAITING, BalancedFactory
+from ecrproxy.daemon.inherited import BACKLOG, Inherited
 from ecrproxy.daemon.process import most_clients
 from ecrproxy.daemon.tls import CertificateError, SecuredFactory, ServerTLS, server_context
-from ecrproxy.daemon.workers import BACKLOG, HandedDown
 from ecrproxy.endpoint_string import SYSTEMD, EndpointString
 from ecrproxy.settings.config import ADMIN_LISTEN, Config, ConfigError
 
@@ -38,7 +38,7 @@ class Listening(StreamServerEndpointService):
     Listens from the start, or there is no start.
 
     @param name: what the operator knows the endpoint by.
-    @param accepts: whether this process accepts connections; if not, its workers do.
+    @param accepts: whether this process accepts connections; if not, its workers do, with the same socket.
     @param needed: whether the daemon can't do without it.
     @param gate: pauses it while there is no descriptor for a connection.
     """
@@ -82,6 +82,12 @@ class Listening(StreamServerEndpointService):
             return False
         log.info("{name}: key and certificate were read again", name=self._name)
         return True
+
+    def seen(self) -> Sequence[object]:
+        """
+        Describe the files of key and certificate as they are now. Blocks.
+        """
+        return self._tls.files.seen() if self._tls is not None else ()
 
     def changed(self) -> bool:
         """
@@ -187,8 +193,8 @@ def _described(described: EndpointString, variable: str, config: Config | None, 
         tls = ServerTLS(described.files(), partial(_context_of, described, variable, reactor))
     elif described.kind == SYSTEMD and config is not None:
         tls = _own_tls(config)
-    if described.kind == SYSTEMD and isinstance(reactor, HandedDown):
-        bound: Any = reactor  # systemd handed its sockets to the first process alone
+    if described.kind == SYSTEMD and isinstance(reactor, Inherited):
+        bound: Any = reactor  # systemd handed its sockets to the parent alone
     else:
         with _as_setting(described, variable):
             bound = serverFromString(reactor, described.socket().to_twisted(backlog=str(BACKLOG)))

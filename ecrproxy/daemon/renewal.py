@@ -4,6 +4,7 @@ Files that the daemon has read, and reads again when they have changed.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final, Protocol
@@ -33,15 +34,18 @@ class Files:
         """
         Take the files as they are for known. Call this before they are read: what changes in between is read again.
         """
-        self._seen = self._look()
+        self._noted = self.seen()
 
     def changed(self) -> bool:
         """
         Return True if a path leads to something else than it did. Blocks.
         """
-        return self._look() != self._seen
+        return self.seen() != self._noted
 
-    def _look(self) -> list[tuple[int, ...]]:
+    def seen(self) -> list[tuple[int, ...]]:
+        """
+        Describe the files as they are now. Blocks.
+        """
         return [_signature(each) for path in self._paths for each in (path, *_below(path))]
 
 
@@ -60,6 +64,22 @@ def _signature(path: str) -> tuple[int, ...]:
         return ()
     # The change time tells of permissions, too.
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+class Seen(Protocol):
+    """
+    Something that is read from files.
+    """
+
+    def seen(self) -> Sequence[object]:
+        """Describe the files as they are now. Blocks."""
+
+
+def generation(parts: Iterable[Seen]) -> str:
+    """
+    Name the files that C{parts} are read from: whoever gets the same name reads the same files. Blocks.
+    """
+    return hashlib.sha256(repr([each.seen() for each in parts]).encode()).hexdigest()
 
 
 class Changing(Protocol):

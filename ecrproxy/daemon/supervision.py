@@ -3,8 +3,8 @@ What a service manager is told of the daemon while it runs: systemd's sd_notify(
 
 Rules:
 
-- Ready means that clients' connections are accepted, not that ECR answers: a daemon that starts while ECR is away
-  serves what it has.
+- Ready means that clients' connections are accepted, by all workers if there are any, not that ECR answers: a daemon
+  that starts while ECR is away serves what it has.
 - It is the event loop that tells the watchdog: a loop that stands still is what the watchdog is there to find.
 - Each message tells all: one that the service manager was too busy to take is made up for by the next.
 - To tell never waits, and a service manager that does not listen is no trouble of the daemon's.
@@ -19,7 +19,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final
 
 from twisted.application.service import Service
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, succeed
 from twisted.logger import Logger
 
 from ecrproxy.periodic import Periodic
@@ -80,6 +80,7 @@ class Supervised(Service):
     @param supervisor: none to tell nobody.
     @param describe: says how the daemon is, for people, in one line.
     @param reactor: counts on a clock that nobody sets.
+    @param ready: fires when the daemon is; none if it is when the reactor runs.
     """
 
     def __init__(
@@ -87,8 +88,10 @@ class Supervised(Service):
         supervisor: Supervisor | None,
         describe: Callable[[], Awaitable[str]],
         reactor: Any,  # noqa: ANN401
+        ready: Deferred[None] | None = None,
     ) -> None:
         self._supervisor, self._describe, self._reactor = supervisor, describe, reactor
+        self._ready = succeed(None) if ready is None else ready
         self._state, self._status = ["READY=1"], "Accepts connections"
         self._looking = False
         self._beats = Periodic("Telling the service manager", self._beat, reactor)
@@ -97,7 +100,7 @@ class Supervised(Service):
         super().startService()
         if self._supervisor is not None:
             self._reactor.addSystemEventTrigger("before", "shutdown", self._ending)
-            self._reactor.callWhenRunning(self._begin, self._supervisor)
+            self._reactor.callWhenRunning(self._wait, self._supervisor)
 
     def stopService(self) -> None:  # noqa: D102
         super().stopService()
@@ -114,6 +117,9 @@ class Supervised(Service):
             reread()
         finally:
             self._enter(*state)
+
+    def _wait(self, supervisor: Supervisor) -> None:
+        self._ready.addCallback(lambda _: self._begin(supervisor))
 
     def _begin(self, supervisor: Supervisor) -> None:
         if self.running:

@@ -141,7 +141,7 @@ class StrictChannel(HTTPChannel):
         """
         Answer what was asked, then close: the client sends nothing more, but may still read.
 
-        On a socket with a path this is the end: programs of this machine, workers among them, cancel by closing.
+        On a socket with a path this is the end: programs of this machine cancel by closing.
         """
         if isinstance(self.transport.getPeer(), UNIXAddress):
             self.transport.abortConnection()

@@ -49,13 +49,20 @@ _UNCOUNTED: Final = nullcontext()
 _UNREADABLE: Final = frozenset({errno.EIO, errno.EBADMSG, errno.ENODATA, errno.ESTALE, errno.EUCLEAN})
 
 
-class Door(Answering):
+class Registry(Answering):
     """
-    /v2/, for the repositories that C{namespaces} lets in.
+    /v2/, the pull side of the distribution protocol, for the repositories that C{namespaces} lets in.
     """
 
-    def __init__(self, namespaces: Namespaces, cache_key: CacheKey, in_thread: InThread) -> None:
+    def __init__(
+        self,
+        pull_through: PullThrough,
+        namespaces: Namespaces,
+        cache_key: CacheKey,
+        in_thread: InThread,
+    ) -> None:
         super().__init__()
+        self._pull_through = pull_through
         self._namespaces, self._cache_key, self._in_thread = namespaces, cache_key, in_thread
         self._asks = cache_key.asks
 
@@ -72,17 +79,43 @@ class Door(Answering):
         await self._namespaces.admit(route.repository)
         if route.kind is Kind.BLOB and request.method == b"GET":
             with transferring(request):
-                await self.serve(request, route)
+                await self._serve(request, route)
         else:
-            await self.serve(request, route)
+            await self._serve(request, route)
 
-    async def serve(self, request: RegistryRequest, route: Route) -> None:
+    async def _serve(self, request: RegistryRequest, route: Route) -> None:
         """
-        Answer by the route, and finish the request.
+        Answer from the cache, or through it.
         """
-        raise NotImplementedError
+        request.upstream.start()
+        hit = False
+        try:
+            if route.kind in (Kind.TAGS, Kind.REFERRERS):
+                await self._send_page(request, route, *await self._pull_through.page(route))
+                return
+            asked = self._asked(request, route)
+            if route.kind is Kind.MANIFEST:
+                answer = await self._pull_through.manifest(asked)
+            else:
+                answer = await self._pull_through.blob(asked, _wanted(request, f'"{route.digest}"'))
+            hit = answer.status is CacheStatus.HIT
+        finally:
+            request.upstream.stop(counted=not hit)
+        await self._send_answer(request, route, answer)
 
-    def asked(self, request: RegistryRequest, route: Route) -> Asked:
+    async def _send_page(
+        self, request: RegistryRequest, route: Route, status: CacheStatus, reason: Reason, page: Page
+    ) -> None:
+        if page.next is not None:
+            # Relative: it leads to the address that the client used, whatever stands between.
+            request.setHeader("Link", f'<{route.path}?{to_query(passed_on(page.next))}>; rel="next"')
+        if page.filters is not None:
+            request.setHeader("OCI-Filters-Applied", page.filters)
+        request.setHeader("X-Cache-Status", status)
+        request.setHeader("X-Cache-Reason", reason)
+        await send_body(request, OK, page.content_type, page.body)
+
+    def _asked(self, request: RegistryRequest, route: Route) -> Asked:
         """
         Understand a request for content.
         """
@@ -91,7 +124,7 @@ class Door(Answering):
         key = self._cache_key.expand(route, asker_of(request) if self._asks else NOBODY)
         return Asked(route, key, accept, head=request.method == b"HEAD")
 
-    async def answer(self, request: RegistryRequest, route: Route, answer: Answer) -> None:
+    async def _send_answer(self, request: RegistryRequest, route: Route, answer: Answer) -> None:
         """
         Make a response of an answer.
 
@@ -150,7 +183,7 @@ class Door(Answering):
         """
         crowd: Crowd = cast(Any, request.channel).crowd
         counted = request.route is not None and request.route.kind is Kind.BLOB
-        held = (lambda: piece_size(crowd.transferring)) if counted else (lambda: LEAST_PIECE)
+        held = (lambda: piece_size(crowd.transferring_everywhere)) if counted else (lambda: LEAST_PIECE)
         try:
             await send(request, source, self._in_thread, held)
         except (CutShortError, OSError) as problem:
@@ -182,54 +215,6 @@ class Door(Answering):
         if len(spans) == 1:
             request.setHeader("Content-Range", content_range(spans[0], answer.size))
         return spans
-
-
-class Registry(Door):
-    """
-    The pull side of the distribution protocol.
-    """
-
-    def __init__(
-        self,
-        pull_through: PullThrough,
-        namespaces: Namespaces,
-        cache_key: CacheKey,
-        in_thread: InThread,
-    ) -> None:
-        super().__init__(namespaces, cache_key, in_thread)
-        self._pull_through = pull_through
-
-    async def serve(self, request: RegistryRequest, route: Route) -> None:
-        """
-        Answer from the cache, or through it.
-        """
-        request.upstream.start()
-        hit = False
-        try:
-            if route.kind in (Kind.TAGS, Kind.REFERRERS):
-                await self._send_page(request, route, *await self._pull_through.page(route))
-                return
-            asked = self.asked(request, route)
-            if route.kind is Kind.MANIFEST:
-                answer = await self._pull_through.manifest(asked)
-            else:
-                answer = await self._pull_through.blob(asked, _wanted(request, f'"{route.digest}"'))
-            hit = answer.status is CacheStatus.HIT
-        finally:
-            request.upstream.stop(counted=not hit)
-        await self.answer(request, route, answer)
-
-    async def _send_page(
-        self, request: RegistryRequest, route: Route, status: CacheStatus, reason: Reason, page: Page
-    ) -> None:
-        if page.next is not None:
-            # Relative: it leads to the address that the client used, whatever stands between.
-            request.setHeader("Link", f'<{route.path}?{to_query(passed_on(page.next))}>; rel="next"')
-        if page.filters is not None:
-            request.setHeader("OCI-Filters-Applied", page.filters)
-        request.setHeader("X-Cache-Status", status)
-        request.setHeader("X-Cache-Reason", reason)
-        await send_body(request, OK, page.content_type, page.body)
 
 
 def _counted(request: RegistryRequest, route: Route, answer: Answer) -> AbstractContextManager[None]:

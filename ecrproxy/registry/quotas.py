@@ -68,6 +68,15 @@ class Quotas:
             found[quota[1]] = int(quota[2])
         return cls(**found)
 
+    def share(self, processes: int) -> Quotas:
+        """
+        Return the quotas of one of several processes: a tenth more than an even part.
+
+        So much L{TokenBucket} leaves of a quota: all processes together stay within the account's.
+        """
+        quotas = {each.name: getattr(self, each.name) for each in fields(self)}
+        return Quotas(**{name: min(quota, max(1, quota * 11 // (10 * processes))) for name, quota in quotas.items()})
+
     def of(self, call: Call) -> int:
         """
         Give the quota of a kind.

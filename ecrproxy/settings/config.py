@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Final
 
 import regex
@@ -51,6 +51,7 @@ from ecrproxy.settings.values import (
     region_of,
 )
 from ecrproxy.settings.variables import service_of
+from ecrproxy.shares import share
 
 
 class ConfigError(Exception):
@@ -401,6 +402,20 @@ class Config:
         given = {each.name: getattr(self, each.name) for each in fields(Limits)}
         limits = Limits(**{name: value for name, value in given.items() if value is not None})
         return limits.share(self.worker_processes, room, chosen=self.connections_per_address is not None)
+
+    def share(self) -> Config:
+        """
+        Return the settings of a worker: its part of what all of them may ask of ECR and buckets together.
+
+        The cache's limit is that of the directory, which all of them keep to.
+        """
+        count = self.worker_processes
+        return replace(
+            self,
+            ecr_connections=share(self.ecr_connections, count),
+            ecr_quotas=self.ecr_quotas.share(count),
+            bucket_connections=share(self.bucket_connections, count),
+        )
 
     @classmethod
     def load(cls, flags: Mapping[str, str], environ: Mapping[str, str]) -> Config:

@@ -111,12 +111,13 @@ class Lanes:
     """
     The connections to buckets that the daemon may have, and what a single blob may have of them.
 
+    @param buffered: bytes that may wait in memory.
     @ivar buffered: counts what has come over them and waits in memory.
     """
 
-    def __init__(self, each: int = 4, together: int = 64) -> None:
+    def __init__(self, each: int = 4, together: int = 64, buffered: int = BUFFERED) -> None:
         self._each, self._free = each, together
-        self.buffered = Buffered()
+        self.buffered = Buffered(buffered)
 
     def first_part(self, expected: int | None) -> int | None:
         """

@@ -15,7 +15,7 @@ from typing import Any
 from .asking import Reply, answers, ask
 from .certificates import Certificates
 from .installing import CHECKOUT
-from .processes import Process, environment, eventually, free_port
+from .processes import Process, children, environment, eventually, free_port
 
 PATTERN = "team/.*"
 DRAFTS = ("entry.", "probe.")
@@ -171,9 +171,10 @@ class Daemon:
 
     def _open_files(self) -> list[str]:
         found = []
-        for each in Path(f"/proc/{self.process.pid}/fd").iterdir():
-            with contextlib.suppress(FileNotFoundError):  # it was closed meanwhile
-                found.append(str(each.readlink()))
+        for pid in (self.process.pid, *children(self.process.pid)):
+            for each in Path(f"/proc/{pid}/fd").iterdir():
+                with contextlib.suppress(FileNotFoundError):  # it was closed meanwhile
+                    found.append(str(each.readlink()))
         return [each for each in found if each.startswith(f"{self.cache}/")]
 
 

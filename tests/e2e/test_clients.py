@@ -76,14 +76,14 @@ def test_no_target_leads_past_the_password(
     make_chain: MakeChain, htpasswd: Path, images: Images, processes: str
 ) -> None:
     """
-    Nor to what workers ask of the first process.
+    In one process or in a worker.
     """
     closed = make_chain(settings={"PROXY_HTPASSWD": str(htpasswd), "PROXY_WORKER_PROCESSES": processes})
     path = f"/v2/{images.single.repository}/manifests/{images.single.tag}"
     for target, status in (
         *((f"{mark}readyz{path}", b"400") for mark in ("x", ":", "@")),
-        *((target, b"400") for target in (path[1:], "xreadyz/used", "*", "proxy:80")),
-        *((target, b"401") for target in (path, f"http://first{path}", f"/readyz/..{path}", "/used")),
+        *((target, b"400") for target in (path[1:], "xreadyz/v2/", "*", "proxy:80")),
+        *((target, b"401") for target in (path, f"http://first{path}", f"/readyz/..{path}", "/elsewhere")),
     ):
         with socket.create_connection(("127.0.0.1", closed.daemon.port), PATIENCE) as client:
             client.sendall(f"GET {target} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
@@ -221,7 +221,6 @@ def test_no_secret_is_written_anywhere(
     texts += [each.body + repr(each.headers).encode() for each in replies]
     texts += [bytes(each) for each in chain.daemon.cache.rglob("*")]
     texts += [each.read_bytes() for each in chain.daemon.cache.rglob("*") if each.is_file()]
-    texts += [Path(f"/proc/{pid}/environ").read_bytes() for pid in pids[1:]]
     assert len(texts) > 20
     secrets = (PASSWORD, shown["Authorization"][6:], AWS_SECRET, TOKEN, "X-Amz-Signature", "X-Amz-Credential")
     for secret in secrets:

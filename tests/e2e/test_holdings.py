@@ -141,8 +141,12 @@ def test_ls_and_stats_tell_what_is_there(chain: Chain, call: Call, images: Image
     assert tags == {(images.single.repository, images.single.tag), (images.big.repository, images.big.tag)}
     assert told(call("ls", "--json", "--offline")) == listed
     assert images.big.tag in call("ls").output
-    stats = told(call("stats", "--json"))
-    assert stats["cache"]["bytes"] >= on_disk
+
+    def counted() -> int:
+        return int(told(call("stats", "--json"))["cache"]["bytes"])
+
+    # A worker knows what it has brought itself, and of the others' what it finds when it counts, each minute.
+    eventually(lambda: counted() >= on_disk, "all is counted")
     assert "ready" in call("stats").output
 
 

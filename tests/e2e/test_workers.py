@@ -48,6 +48,41 @@ def wait_for_workers(chain: Chain, count: int = 2) -> list[int]:
     return workers(chain)
 
 
+def sockets_of(pid: int) -> set[str]:
+    """
+    List a process's sockets, by their numbers.
+    """
+    links = [str(each.readlink()) for each in Path(f"/proc/{pid}/fd").iterdir()]
+    return {each.removeprefix("socket:[").removesuffix("]") for each in links if each.startswith("socket:")}
+
+
+def tcp_sockets(pid: int) -> list[tuple[int, str]]:
+    """
+    List the local ports and the states of a process's TCP sockets: proc_pid_net(5).
+    """
+    own, rows = sockets_of(pid), list[list[str]]()
+    for name in ("tcp", "tcp6"):
+        rows += [line.split() for line in Path(f"/proc/{pid}/net/{name}").read_text().splitlines()[1:]]
+    return [(int(row[1].rpartition(":")[2], 16), row[3]) for row in rows if row[9] in own]
+
+
+def listening(pid: int) -> set[int | str]:
+    """
+    List the ports that a process listens on, and the paths.
+    """
+    own = sockets_of(pid)
+    rows = [line.split() for line in Path(f"/proc/{pid}/net/unix").read_text().splitlines()[1:]]
+    paths = {row[-1] for row in rows if row[6] in own and int(row[3], 16) & 0x10000}
+    return {port for port, state in tcp_sockets(pid) if state == "0A"} | paths
+
+
+def connected(pid: int) -> int:
+    """
+    Count a process's TCP connections.
+    """
+    return sum(state != "0A" for _, state in tcp_sockets(pid))
+
+
 def ask_unix(path: Path, target: str) -> bytes:
     """
     Make one request over a UNIX socket, and give the status line.
@@ -62,7 +97,7 @@ def ask_unix(path: Path, target: str) -> bytes:
 @pytest.mark.parametrize("tls", [False, True], ids=["http", "https"])
 def test_docker_pulls(make_chain: MakeChain, docker: Docker, images: Images, tls: bool) -> None:
     """
-    An image comes whole through workers, and a second time from the cache; AWS is asked for one token for all.
+    An image comes whole through workers, and a second time from the cache; each worker asks AWS for a token, once.
     """
     chain = make_chain(tls=tls, settings=SEVERAL)
     assert docker.pull(reference(chain, images.single)) == images.single.image_id
@@ -72,12 +107,12 @@ def test_docker_pulls(make_chain: MakeChain, docker: Docker, images: Images, tls
     second = chain.counters()
     assert second["bucket"] == first["bucket"]
     assert len(workers(chain)) == 2
-    assert second["token_calls"] == 1
+    assert second["token_calls"] == 2
 
 
 def test_twenty_clients_cost_one_transfer(make_chain: MakeChain, images: Images, hold: Path) -> None:
     """
-    Whichever worker the clients come to, a cold blob is brought once, and all have the right bytes.
+    Whichever worker the clients come to, a cold blob is brought once for all of them, and all have the right bytes.
     """
     chain = make_chain(front=("--hold", str(hold)), settings=SEVERAL)
     wait_for_workers(chain)
@@ -88,12 +123,34 @@ def test_twenty_clients_cost_one_transfer(make_chain: MakeChain, images: Images,
     assert sorted(each.cache for each in transfers) == ["JOINED"] * (CLIENTS - 1) + ["MISS"]
 
 
+def test_nothing_listens_but_for_clients_and_the_operator(make_chain: MakeChain) -> None:
+    """
+    In all processes there are two listening sockets, and each worker has the clients' one; the parent, which has both,
+    has no connection of a client's. There is nothing else through which somebody could come to a worker.
+    """
+    admin = free_port()
+    chain = make_chain(settings=SEVERAL | {"PROXY_ADMIN_LISTEN": f"tcp:{admin}:interface=127.0.0.1"})
+    clients, parent = chain.daemon.port, chain.daemon.process.pid
+    pids = wait_for_workers(chain)
+    with contextlib.ExitStack() as stack:
+        for _ in range(20):
+            client = stack.enter_context(socket.create_connection(("127.0.0.1", clients), PATIENCE))
+            client.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert client.recv(12) == b"HTTP/1.1 200"
+        assert listening(parent) == {clients, admin}
+        assert {frozenset(listening(each)) for each in pids} == {frozenset({clients})}
+        assert connected(parent) == 0
+        assert sum(map(connected, pids)) >= 20
+
+
 def test_a_crowd_is_refused_nothing(make_chain: MakeChain) -> None:
     """
-    Each asks for what only the first process knows, at the same moment.
+    All of them come at the same moment, and each asks for what a worker has to look at the disk for.
     """
     chain = make_chain(settings=SEVERAL)
     wait_for_workers(chain)
+    # Whichever worker answers, it has a token by now.
+    eventually(lambda: {chain.daemon.ask("/readyz").status for _ in range(40)} == {200}, "all workers are ready")
     with contextlib.ExitStack() as stack:
         clients = [
             stack.enter_context(socket.create_connection(("127.0.0.1", chain.daemon.port))) for _ in range(CROWD)
@@ -105,13 +162,16 @@ def test_a_crowd_is_refused_nothing(make_chain: MakeChain) -> None:
     assert statuses == {b"HTTP/1.1 200 OK"}
 
 
-def test_a_worker_that_is_killed_is_replaced(make_chain: MakeChain, docker: Docker, images: Images) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGBUS])
+def test_a_worker_that_is_killed_is_replaced(
+    make_chain: MakeChain, docker: Docker, images: Images, number: signal.Signals
+) -> None:
     """
-    Another takes its place, and pulls go on.
+    Another takes its place, and pulls go on. Whoever cuts a file that is mapped into memory has the kernel do it.
     """
     chain = make_chain(settings=SEVERAL)
     before = wait_for_workers(chain)
-    os.kill(before[0], signal.SIGKILL)
+    os.kill(before[0], number)
     eventually(lambda: set(workers(chain)) - set(before) != set() and len(workers(chain)) == 2, "a worker in its place")
     assert docker.pull(reference(chain, images.single)) == images.single.image_id
 
@@ -130,7 +190,7 @@ def test_sigterm_ends_all(make_chain: MakeChain, images: Images) -> None:
 
 def test_a_kill_ends_all(make_chain: MakeChain) -> None:
     """
-    Workers do not outlive a first process that was killed: their standard input ends.
+    Workers do not outlive a parent that was killed: their channels end.
     """
     chain = make_chain(settings=SEVERAL)
     pids = wait_for_workers(chain)
@@ -283,7 +343,7 @@ class TestSystemdSocket:
 
     def test_is_served_by_workers(self, process: tuple[Process, Path]) -> None:
         """
-        The socket that was handed to the first process is handed on.
+        The socket that was handed to the parent is handed on.
         """
         activated, path = process
         activated.wait_until(lambda: TestUnixSocket.ready(path))

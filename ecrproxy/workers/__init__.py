@@ -1,0 +1,3 @@
+"""
+The parent and its worker processes: started, replaced and ended; and what they tell each other.
+"""

@@ -1,0 +1,223 @@
+"""
+What the parent and its workers tell each other: messages of known types, as JSON. Pure.
+
+Rules:
+
+- A message is a frozen dataclass; its annotations say what each field may be, and L{decode} believes no more than that.
+- Whatever is encoded can be decoded: texts are cut to C{TEXT} characters and lists to C{ITEMS}, and a text is one that
+  UTF-8 can have. So nothing that a client or ECR chooses makes a worker say what its parent refuses.
+- Nothing in a message came from a client unparsed, and no message carries a request, a header or a secret.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
+from itertools import islice
+from types import NoneType, UnionType
+from typing import Any, Final, Literal, NoReturn, TypeAlias, Union, get_args, get_origin, get_type_hints
+
+from ecrproxy.admin.snapshot import Standing
+from ecrproxy.metrics import BUCKETS
+from ecrproxy.readiness import Readiness
+
+LIMIT: Final = 2**20
+"""Bytes of a message. The largest is a standing with as many transfers as are told: a tenth of it."""
+TEXT: Final = 1000
+"""Characters of a text: names of repositories have 256, an incident's text 300."""
+ITEMS: Final = 1000
+"""Items of a list."""
+LARGEST: Final = 2.0**63
+"""Numbers are below."""
+_LABELS: Final = {"requests": 4, "upstream": 2}
+
+About: TypeAlias = Literal["readiness", "standing", "figures"]
+Counts: TypeAlias = tuple[tuple[str, ...], int, int, float, tuple[int, ...]]
+"""A row of a L{metrics.Tally}."""
+
+
+@dataclass(frozen=True, slots=True)
+class Listens:
+    """
+    A worker accepts connections.
+    """
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """
+    AWS refuses a worker's credentials, and there is nothing in the cache: the daemon can't do anything.
+    """
+
+    problem: str
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """
+    What a worker has counted since it told last; also the sign that its event loop runs.
+
+    @ivar requests: of clients, as L{metrics.Served} has them.
+    @ivar upstream: to the registry and to buckets.
+    @ivar saved: repositories, the bytes that were saved, in how many answers.
+    @ivar incidents: when, level, text, how often, and the two words that tell its kind.
+    """
+
+    requests: tuple[Counts, ...]
+    upstream: tuple[Counts, ...]
+    saved: tuple[tuple[str, int, int], ...]
+    incidents: tuple[tuple[float, Literal["warn", "error", "critical"], str, int, str, str], ...]
+
+    def __post_init__(self) -> None:
+        for name, count in _LABELS.items():
+            for labels, _, _, _, buckets in getattr(self, name):
+                if len(labels) != count or len(buckets) != len(BUCKETS) + 1:
+                    raise ValueError(f"{name} with other labels or buckets than they have")
+
+
+@dataclass(frozen=True, slots=True)
+class ReadinessTold:
+    """
+    The answer to a L{Question} of this number.
+    """
+
+    number: int
+    readiness: Readiness
+
+
+@dataclass(frozen=True, slots=True)
+class StandingTold:
+    """
+    The answer to a L{Question} of this number.
+    """
+
+    number: int
+    standing: Standing
+
+
+@dataclass(frozen=True, slots=True)
+class FiguresTold:
+    """
+    The answer to a L{Question} of this number: figures by name, and by the value of their label.
+    """
+
+    number: int
+    figures: Mapping[str, Mapping[str, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """
+    The parent asks how a worker stands.
+    """
+
+    number: int
+    about: About
+
+
+@dataclass(frozen=True, slots=True)
+class Reread:
+    """
+    The parent has a worker read its passwords again, and its certificates.
+
+    @ivar certificates: names the files that the parent has found good: see L{daemon.renewal.generation}. Others are not
+        read; empty to keep what is in use.
+    """
+
+    certificates: str
+
+
+Answer: TypeAlias = ReadinessTold | StandingTold | FiguresTold
+FromWorker: TypeAlias = Listens | Refused | Counted | Answer
+FromParent: TypeAlias = Question | Reread
+Message: TypeAlias = FromWorker | FromParent
+
+
+def encode(message: Message) -> bytes:
+    """
+    Write a message.
+
+    @raise ValueError: if it is larger than C{LIMIT}.
+    """
+    data = json.dumps([type(message).__name__, _plain(message)], separators=(",", ":"), allow_nan=False).encode()
+    if len(data) > LIMIT:
+        raise ValueError(f"{type(message).__name__} of {len(data)} bytes")
+    return data
+
+
+def decode(data: bytes, known: Any) -> Any:  # noqa: ANN401 (one of C{known})
+    """
+    Read a message.
+
+    @param known: the types that the other side may send: C{FromWorker} or C{FromParent}.
+    @raise ValueError: if it is none.
+    """
+    try:
+        name, content = json.loads(data, parse_constant=_refuse)
+        (kind,) = (each for each in get_args(known) if each.__name__ == name)
+        return _checked(kind, content)
+    except (ValueError, TypeError, RecursionError) as problem:
+        raise ValueError(f"no message: {str(problem)[:200]}") from None
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401
+    """
+    Bring a value into the bounds in which it is read.
+    """
+    if is_dataclass(value):
+        return {each.name: _plain(getattr(value, each.name)) for each in fields(value)}
+    if isinstance(value, str):
+        return value[:TEXT].encode("utf-8", "replace").decode("utf-8")
+    if isinstance(value, Mapping):
+        return {_plain(key): _plain(each) for key, each in islice(value.items(), ITEMS)}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value[:ITEMS]]
+    if isinstance(value, float):
+        return 0.0 if math.isnan(value) else min(max(value, -LARGEST / 2), LARGEST / 2)
+    return value
+
+
+@cache
+def _fields(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def _checked(kind: Any, value: Any) -> Any:  # noqa: ANN401
+    """
+    Make what an annotation describes of what JSON gave.
+
+    @raise ValueError: if it is something else.
+    """
+    origin, inner = get_origin(kind), get_args(kind)
+    if isinstance(kind, type) and is_dataclass(kind):
+        expected = _fields(kind)
+        found = value if isinstance(value, dict) else {}
+        if found.keys() != expected.keys():
+            raise ValueError(f"no {kind.__name__}")
+        return kind(**{name: _checked(each, found[name]) for name, each in expected.items()})
+    if origin is tuple and isinstance(value, list) and len(value) <= ITEMS:
+        kinds = [inner[0]] * len(value) if inner[-1] is ... else inner
+        return tuple(_checked(*each) for each in zip(kinds, value, strict=True))
+    if origin is Mapping and isinstance(value, dict) and len(value) <= ITEMS:
+        return {_checked(inner[0], key): _checked(inner[1], each) for key, each in value.items()}
+    if origin in (Union, UnionType):
+        (other,) = (each for each in inner if each is not NoneType)
+        return None if value is None else _checked(other, value)
+    if (origin is Literal and value in inner) or _is_plain(kind, value):
+        return value
+    raise ValueError(f"no {getattr(kind, '__name__', kind)}")
+
+
+def _is_plain(kind: object, value: object) -> bool:
+    if kind is str:
+        return isinstance(value, str) and len(value) <= TEXT and not any("\ud800" <= each <= "\udfff" for each in value)
+    if kind is float:
+        return type(value) in (int, float) and abs(value) < LARGEST  # type: ignore[arg-type]
+    return type(value) is kind and (kind is bool or (kind is int and abs(value) < LARGEST))  # type: ignore[arg-type]
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"no number: {constant}")

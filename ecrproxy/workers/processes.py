@@ -1,0 +1,351 @@
+"""
+The parent's side: so many worker processes, started, replaced and ended with the daemon, and asked how they do.
+
+A worker is C{twistd ecr-proxy} once more, told by one variable what it is. It inherits the descriptors that are named
+here and no others: the streams of the log, its end of the channel, the listening sockets. It ends when its channel
+does, which is when the parent does, however that ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from twisted.application.service import Service
+from twisted.internet.defer import Deferred, DeferredList, succeed
+from twisted.internet.protocol import ProcessProtocol
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+from ecrproxy.admin.snapshot import Standing, together
+from ecrproxy.daemon.inherited import CHANNEL_FD, SOCKETS_FD, VARIABLE
+from ecrproxy.metrics import Gathered
+from ecrproxy.periodic import Periodic
+from ecrproxy.readiness import Readiness, judge_all
+from ecrproxy.workers.channel import Channel, adopt
+from ecrproxy.workers.messages import (
+    About,
+    Answer,
+    Counted,
+    FiguresTold,
+    FromParent,
+    FromWorker,
+    Listens,
+    Question,
+    ReadinessTold,
+    Refused,
+    StandingTold,
+)
+
+if TYPE_CHECKING:
+    from twisted.internet.interfaces import IDelayedCall
+
+log = Logger()
+T = TypeVar("T", bound=Answer)
+
+FIRST_PAUSE: Final = 1.0
+"""Seconds until a worker that has ended is replaced."""
+LONGEST_PAUSE: Final = 60.0
+STEADY_SECONDS: Final = 60.0
+"""A worker that ran for so long did not end because it can't run."""
+END_SECONDS: Final = 3.0
+"""How long a worker may take to end once its clients had their time, or its channel has broken."""
+SILENT_SECONDS: Final = 30
+"""A worker that tells nothing for so long is replaced: its event loop stands still."""
+ANSWER_SECONDS: Final = 4.0
+"""How long a worker's answer is waited for: a disk that hangs is told after two."""
+_TWISTD: Final = "from twisted.scripts.twistd import run; run()"
+
+
+def next_pause(last: float, lasted: float) -> float:
+    """
+    Choose how long to wait before a worker is replaced: longer each time, as long as they keep dying.
+
+    @param last: seconds that were waited before it.
+    @param lasted: seconds for which it ran.
+    """
+    return FIRST_PAUSE if lasted >= STEADY_SECONDS else min(LONGEST_PAUSE, max(FIRST_PAUSE, 2 * last))
+
+
+class Workers(Service):
+    """
+    So many workers, as long as the daemon runs.
+
+    @param listening: tells the file descriptors of the listening sockets, once they are bound.
+    @param arguments: the daemon's own flags.
+    @param gathered: told the figures that workers answer with.
+    @param counted: told what workers have counted.
+    @param refused: told why no worker can do anything with its credentials.
+    @param drain: how long workers leave their clients when they end.
+    @ivar listen: fires once all workers accept connections.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        listening: Sequence[Any],
+        arguments: Sequence[str],
+        gathered: Gathered,
+        counted: Callable[[Counted], object],
+        refused: Callable[[str], object],
+        reactor: Any,  # noqa: ANN401
+        *,
+        drain: float,
+    ) -> None:
+        self._count, self._listening, self._arguments = count, listening, list(arguments)
+        self._gathered, self._counted, self._refused = gathered, counted, refused
+        self._reactor, self._drain = reactor, drain
+        self._workers: dict[int, _Worker] = {}
+        self._restarts: dict[int, IDelayedCall] = {}
+        self.listen: Deferred[None] = Deferred()
+        self._watch = Periodic("Watching workers", self._look, reactor)
+
+    @property
+    def pids(self) -> list[int]:
+        """
+        List their process ids.
+        """
+        return [each.pid for each in self._workers.values() if each.pid is not None]
+
+    def startService(self) -> None:  # noqa: D102
+        super().startService()
+        for place in range(self._count):
+            self._start(place, 0.0)
+        self._watch.start(1.0, now=False)
+
+    def stopService(self) -> Deferred[Any]:
+        """
+        End the workers.
+
+        @return: fires when they have ended.
+        """
+        super().stopService()
+        self._watch.stop()
+        for restart in self._restarts.values():
+            if restart.active():
+                restart.cancel()
+        return DeferredList([each.end(self._drain + END_SECONDS) for each in self._workers.values()])
+
+    def tell(self, message: FromParent) -> None:
+        """
+        Tell all workers something.
+        """
+        for each in self._workers.values():
+            each.channel.tell(message)
+
+    async def readiness(self) -> Readiness:
+        """
+        Ask what the daemon can do.
+        """
+        told = await self._ask("readiness", ReadinessTold)
+        return judge_all([each.readiness for _, each in told], self._count)
+
+    async def standing(self) -> Standing:
+        """
+        Ask how the daemon stands.
+        """
+        told = await self._ask("standing", StandingTold)
+        return together([each.standing for _, each in told], self._count)
+
+    async def gather(self) -> None:
+        """
+        Ask for figures; those of workers that don't answer stay as they were told last.
+        """
+        for pid, each in await self._ask("figures", FiguresTold):
+            self._gathered.tell(pid, each.figures)
+
+    async def _ask(self, about: About, kind: type[T]) -> list[tuple[int, T]]:
+        asked = [(each.pid, each.ask(about)) for each in self._workers.values() if each.listens]
+        answers = [(pid, await answer) for pid, answer in asked]
+        return [(pid, each) for pid, each in answers if isinstance(each, kind) and pid in self.pids]
+
+    def _start(self, place: int, pause: float) -> None:
+        worker = _Worker(self._heard, lambda reason: self._ended(place, worker, reason), pause, self._reactor)
+        try:
+            self._spawn(worker)
+        except OSError as problem:
+            log.error("A worker can't be started: {why}", why=problem.strerror or problem)
+            self._start_later(place, next_pause(pause, 0.0))
+        else:
+            self._workers[place] = worker
+
+    def _spawn(self, worker: _Worker) -> None:
+        sockets = [each.fileno() for each in self._listening]
+        ours, theirs = socket.socketpair()
+        try:
+            with theirs, Path(os.devnull).open("rb") as nothing, _blocked(signal.SIGHUP):
+                inherited = {SOCKETS_FD + at: fd for at, fd in enumerate(sockets)}
+                self._reactor.spawnProcess(
+                    worker,
+                    sys.executable,
+                    [sys.executable, "-c", _TWISTD, "-n", "--pidfile=", "ecr-proxy", *self._arguments],
+                    {**os.environ, VARIABLE: str(len(sockets))},
+                    childFDs={0: nothing.fileno(), 1: 1, 2: 2, CHANNEL_FD: theirs.fileno(), **inherited},
+                )
+        except OSError:
+            ours.close()
+            raise
+        adopt(ours, worker.channel, self._reactor)
+
+    def _ended(self, place: int, worker: _Worker, reason: Failure) -> None:
+        if self._workers.get(place) is worker:
+            del self._workers[place]
+        if worker.number is not None:
+            self._gathered.ended(worker.number)
+        if self.running:
+            pause = next_pause(worker.pause, self._reactor.seconds() - worker.began)
+            said = "A worker has ended, another takes its place in {pause:g} s: {reason}"
+            log.error(said, pause=pause, reason=reason.value)
+            self._start_later(place, pause)
+
+    def _start_later(self, place: int, pause: float) -> None:
+        self._restarts[place] = self._reactor.callLater(pause, self._start, place, pause)
+
+    def _heard(self, message: FromWorker) -> None:
+        if isinstance(message, Counted):
+            self._counted(message)
+        elif isinstance(message, Refused):
+            self._refused(message.problem)
+        elif isinstance(message, Listens) and not self.listen.called:
+            everybody = [each for each in self._workers.values() if each.listens]
+            if len(everybody) == self._count:
+                self.listen.callback(None)
+
+    def _look(self) -> None:
+        for each in self._workers.values():
+            each.look()
+
+
+@contextlib.contextmanager
+def _blocked(number: signal.Signals) -> Iterator[None]:
+    """
+    Block a signal here, and in what is started meanwhile: it waits there until it is unblocked.
+
+    A worker that was told by SIGHUP, as all processes of a terminal are, would end if it had no handler yet.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class _Worker(ProcessProtocol):
+    """
+    One worker, as the parent sees it.
+
+    @ivar channel: the parent's end of the channel.
+    @ivar number: its process id, also when it has ended.
+    @ivar listens: whether it has said that it accepts connections.
+    @ivar pause: how long its place was empty before it.
+    @ivar began: when it was started.
+    """
+
+    def __init__(
+        self,
+        heard: Callable[[FromWorker], None],
+        ended: Callable[[Failure], None],
+        pause: float,
+        reactor: Any,  # noqa: ANN401
+    ) -> None:
+        self._on_message, self._on_end, self._reactor = heard, ended, reactor
+        self.pause, self.began = pause, reactor.seconds()
+        self.channel = Channel(FromWorker)
+        self.channel.heard, self.channel.lost = self._heard, self._lost
+        self.listens = False
+        self.number: int | None = None
+        self._silent = 0
+        self._numbers = itertools.count()
+        self._asked: dict[int, tuple[Deferred[Answer | None], IDelayedCall]] = {}
+        self._gone: Deferred[None] = Deferred()
+        self._limit: IDelayedCall | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """
+        Return its process id, none once it has ended.
+        """
+        pid: int | None = self.transport.pid if self.transport is not None else None
+        return pid
+
+    def connectionMade(self) -> None:
+        """
+        Note that it has begun.
+        """
+        self.number = self.pid
+
+    def ask(self, about: About) -> Deferred[Answer | None]:
+        """
+        Ask it something.
+
+        @return: its answer; none if there is none in time.
+        """
+        number = next(self._numbers)
+        answer: Deferred[Answer | None] = Deferred()
+        self._asked[number] = answer, self._reactor.callLater(ANSWER_SECONDS, self._answered, number, None)
+        self.channel.tell(Question(number, about))
+        return answer
+
+    def _answered(self, number: int, answer: Answer | None) -> None:
+        if number not in self._asked:  # it came too late
+            return
+        asked, late = self._asked.pop(number)
+        if late.active():
+            late.cancel()
+        asked.callback(answer)
+
+    def _heard(self, message: FromWorker) -> None:
+        self._silent = 0
+        if isinstance(message, ReadinessTold | StandingTold | FiguresTold):
+            self._answered(message.number, message)
+            return
+        if isinstance(message, Listens):
+            self.listens = True
+        self._on_message(message)
+
+    def look(self) -> None:
+        """
+        Look, each second, whether its event loop runs.
+        """
+        self._silent += self.listens
+        if self._silent == SILENT_SECONDS:
+            log.error("A worker has told nothing for {seconds} s, and is killed", seconds=SILENT_SECONDS)
+            self._signal("KILL")
+
+    def _lost(self) -> None:
+        if self.pid is not None and self._limit is None:
+            self._limit = self._reactor.callLater(END_SECONDS, self._signal, "KILL")
+
+    def _signal(self, name: str) -> None:
+        if self.transport is not None and self.pid is not None:
+            self.transport.signalProcess(name)
+
+    def end(self, seconds: float) -> Deferred[None]:
+        """
+        End it; by force if it takes longer.
+        """
+        if self.pid is None:
+            return succeed(None)
+        # Not by a message: a worker that has just been started heeds a signal at once.
+        self._signal("TERM")
+        if self._limit is None:
+            self._limit = self._reactor.callLater(seconds, self._signal, "KILL")
+        return self._gone
+
+    def processEnded(self, reason: Failure) -> None:
+        """
+        Note its end.
+        """
+        if self._limit is not None and self._limit.active():
+            self._limit.cancel()
+        for number in list(self._asked):
+            self._answered(number, None)
+        self._gone.callback(None)
+        self._on_end(reason)

@@ -1,0 +1,129 @@
+"""
+A worker's side of its channel: it tells what it counts each second, and answers its parent's questions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any, Final
+
+from twisted.application.service import Service
+from twisted.internet.defer import Deferred, succeed
+
+from ecrproxy.periodic import Periodic
+from ecrproxy.threads import on_its_own
+from ecrproxy.workers.messages import (
+    About,
+    Answer,
+    Counted,
+    FiguresTold,
+    FromParent,
+    Listens,
+    Question,
+    ReadinessTold,
+    Reread,
+    StandingTold,
+)
+
+if TYPE_CHECKING:
+    from ecrproxy.admin.incidents import Incidents
+    from ecrproxy.admin.snapshot import Standing
+    from ecrproxy.metrics import Figures
+    from ecrproxy.readiness import Readiness
+    from ecrproxy.workers.channel import Channel
+
+TELL_SECONDS: Final = 1.0
+CLOSE_SECONDS: Final = 2.0
+"""How long the parent has to read what was told last."""
+TOGETHER: Final = 500
+"""Rows of a kind that are told in one message."""
+
+
+class Reports(Service):
+    """
+    Tells the parent how this worker does, until it stops: that is to be after its clients have gone.
+
+    @param channel: this worker's end of the channel.
+    @param reread: reads passwords and, where the parent names their files, certificates again.
+    @param orphaned: told when the parent has gone while this runs.
+    """
+
+    def __init__(
+        self,
+        channel: Channel,
+        figures: Figures,
+        incidents: Incidents,
+        *,
+        readiness: Callable[[], Awaitable[Readiness]],
+        standing: Callable[[], Awaitable[Standing]],
+        reread: Callable[[str], object],
+        orphaned: Callable[[], object],
+        reactor: Any,  # noqa: ANN401
+    ) -> None:
+        self._figures, self._incidents, self._reactor = figures, incidents, reactor
+        self._readiness, self._standing = readiness, standing
+        self._reread, self._orphaned = reread, orphaned
+        self._channel = channel
+        channel.heard, channel.lost = self._heard, self._lost
+        self._closed: Deferred[None] = Deferred()
+        self._loop = Periodic("Telling the parent", self._tell, reactor)
+
+    def startService(self) -> None:  # noqa: D102
+        super().startService()
+        self._reactor.callWhenRunning(self._begin)
+
+    def _begin(self) -> None:
+        # All that listens has begun to before the reactor runs, and signals are heeded from now on.
+        self._channel.tell(Listens())
+        self._loop.start(TELL_SECONDS, now=False)
+
+    def stopService(self) -> Deferred[None]:
+        """
+        Tell what was counted last.
+
+        @return: fires when it has been sent, or was not read in time.
+        """
+        super().stopService()
+        self._loop.stop()
+        if not self._channel.connected:
+            return succeed(None)
+        self._tell()
+        self._channel.close()
+        late = self._reactor.callLater(CLOSE_SECONDS, self._channel.abort)
+        return self._closed.addCallback(lambda _: late.cancel() if late.active() else None)
+
+    def _tell(self) -> None:
+        if self._channel.full:  # what is counted meanwhile is told later
+            return
+        served = self._figures.served
+        requests, upstream = served.requests.take(), self._figures.upstream.take()
+        saved, incidents = tuple(served.saved.take()), tuple(self._incidents.take())
+        while True:
+            told, requests = requests[:TOGETHER], requests[TOGETHER:]
+            asked, upstream = upstream[:TOGETHER], upstream[TOGETHER:]
+            self._channel.tell(Counted(tuple(told), tuple(asked), saved, incidents))  # type: ignore[arg-type]
+            if not (requests or upstream):
+                break
+            saved, incidents = (), ()
+
+    def _heard(self, message: FromParent) -> None:
+        if isinstance(message, Question):
+            on_its_own(self._answer(message.number, message.about))
+        elif isinstance(message, Reread):
+            self._reread(message.certificates)
+
+    async def _answer(self, number: int, about: About) -> None:
+        answer: Answer
+        if about == "readiness":
+            answer = ReadinessTold(number, await self._readiness())
+        elif about == "standing":
+            answer = StandingTold(number, await self._standing())
+        else:
+            answer = FiguresTold(number, self._figures.values())
+        self._channel.tell(answer)
+
+    def _lost(self) -> None:
+        if self.running:
+            self._orphaned()
+        else:
+            self._closed.callback(None)

@@ -1,0 +1,277 @@
+"""
+A parent and its workers as one daemon: what the operator sees of them, and what workers see of each other.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from twisted.logger import LogLevel
+
+from ecrproxy.access.limits import Limits
+from ecrproxy.workers.worker import CLOSE_SECONDS, TELL_SECONDS, TOGETHER
+from tests.daemon import DaemonTestCase, noise
+from tests.several import Several
+
+
+class SeveralTestCase(DaemonTestCase):
+    """
+    A parent with two workers.
+    """
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.data = noise("several", 300_000)
+        self.digest = self.standin.push_blob("team/app", self.data)
+        self.blob = f"/v2/team/app/blobs/{self.digest}"
+        self.several = self.make()
+
+    def make(self, **options: Any) -> Several:
+        """
+        Start another parent.
+        """
+        return Several(self, **options)
+
+    def status(self) -> dict[str, Any]:
+        """
+        Read /status.json of the parent.
+        """
+        reply = self.several.ask_admin("/status.json")
+        self.assertEqual(200, reply.code)
+        document: dict[str, Any] = json.loads(reply.body)
+        return document
+
+    def second(self) -> None:
+        """
+        Let workers tell what they have counted.
+        """
+        self.several.pass_time(int(TELL_SECONDS))
+
+
+class FiguresTests(SeveralTestCase):
+    def test_requests_of_all_workers_are_counted(self) -> None:
+        """
+        Once each, no more than a second late; so are requests upstream.
+        """
+        for daemon in (*self.several.daemons, self.several.daemons[0]):
+            self.assertWhole(daemon.ask("GET", self.blob), self.data)
+        for _ in range(3):
+            self.second()
+        counted = 'ecr_proxy_requests_total{cache="%s",method="GET",route="blob",status="200"}'
+        self.assertEqual((1, 2), tuple(self.several.figure(counted % word) for word in ("MISS", "HIT")))
+        self.assertEqual(900_000, self.several.figure('ecr_proxy_client_bytes_total{route="blob"}'))
+        received = self.several.figure('ecr_proxy_upstream_received_bytes_total{host="bucket"}')
+        self.assertEqual(300_000, received)
+        saved = {"repository": "team/app", "bytes": 600_000, "answers": 2}
+        self.assertEqual([saved], self.status()["repositories"])
+        self.assertEqual({"registry": {"307": 1}, "bucket": {"206": 1}}, self.status()["upstream"]["outcomes"])
+
+    def test_gauges_become_one_by_what_they_mean(self) -> None:
+        """
+        Clients and transfers add up; of what each knows of the same directory, one is told; of tokens, the worst.
+        """
+        self.several.daemons[0].ask("GET", self.blob)
+        for number, daemon in enumerate(self.several.daemons):
+            another = self.standin.push_blob("team/app", noise(f"another{number}", 300_000))
+            self.standin.hold(another)
+            daemon.send("GET", f"/v2/team/app/blobs/{another}")
+        self.several.pass_time(1)
+        self.assertEqual(2, self.several.figure("ecr_proxy_client_connections"))
+        self.assertEqual(2, self.several.figure("ecr_proxy_client_transfers"))
+        self.assertEqual(2, self.several.figure("ecr_proxy_transfers"))
+        totals = [daemon.store.ledger.total for daemon in self.several.daemons]
+        self.assertEqual(max(totals), self.several.figure("ecr_proxy_cache_bytes"))
+        self.assertEqual(2**30, self.several.figure("ecr_proxy_cache_limit_bytes"))
+        self.assertEqual(1, self.several.figure('ecr_proxy_circuit_state{state="closed"}'))
+        expiries = [daemon.tokens.expires or 0 for daemon in self.several.daemons]
+        self.assertEqual(min(expiries), self.several.figure("ecr_proxy_token_expiry_timestamp_seconds"))
+        self.standin.heal()
+        self.several.flush()
+
+    def test_what_a_worker_refused_stays_counted_when_it_has_died(self) -> None:
+        """
+        Its clients are gone with it.
+        """
+        self.several = self.make(limits=Limits(connections_per_address=1))
+        for daemon in self.several.daemons:
+            for _ in range(2):
+                daemon.raw(b"")
+        met = 'ecr_proxy_client_limits_total{limit="connections"}'
+        self.assertEqual((2, 2), (self.several.figure(met), self.several.figure("ecr_proxy_client_connections")))
+        self.several.machine.running[0].end()
+        self.assertEqual((2, 1), (self.several.figure(met), self.several.figure("ecr_proxy_client_connections")))
+        self.several.pass_time(2)
+        self.assertEqual((2, 1), (self.several.figure(met), self.several.figure("ecr_proxy_client_connections")))
+
+    def test_those_of_a_worker_that_hangs_stay_as_they_were(self) -> None:
+        self.several.daemons[0].raw(b"")
+        self.assertEqual(1, self.several.figure("ecr_proxy_client_connections"))
+        self.several.machine.running[0].hangs = True
+        asked = self.several.ask_admin("/metrics")
+        self.several.pass_time(5)
+        self.assertIn(b"ecr_proxy_client_connections 1.0", asked.body)
+
+    def test_more_rows_than_a_message_has_are_told_in_several(self) -> None:
+        figures = self.several.daemons[0].figures
+        for number in range(3 * TOGETHER):
+            figures.upstream.note(("bucket", str(number)), 0.1, 1)
+        self.second()
+        self.assertEqual(3 * TOGETHER, len(self.status()["upstream"]["outcomes"]["bucket"]))
+        self.assertEqual(2, len(self.several.machine.running))
+
+    def test_the_last_of_a_worker_that_ends_in_order_are_told(self) -> None:
+        self.several.daemons[0].ask("GET", self.blob)
+        self.several.machine.running[0].end_in_order()
+        self.assertEqual(1, self.status()["answers"]["MISS"]["count"])
+
+    def test_a_worker_ends_though_its_parent_reads_nothing(self) -> None:
+        """
+        It waits for two seconds, and no longer.
+        """
+        worker = self.several.machine.running[0]
+        worker.hangs = True
+        worker.reports.running = False
+        stopping = worker.reports.stopService()
+        self.clock.advance(CLOSE_SECONDS - 0.1)
+        self.assertNoResult(stopping)
+        self.clock.advance(0.1)
+        worker.hangs = False
+        self.several.flush()
+        self.successResultOf(stopping)
+
+    def test_a_worker_waits_for_a_parent_that_is_slow(self) -> None:
+        """
+        It goes on counting, and tells all of it when the parent has caught up.
+        """
+        worker = self.several.machine.running[0]
+        worker.channel._flow.pauseProducing()  # noqa: SLF001
+        self.several.daemons[0].ask("GET", self.blob)
+        self.several.pass_time(3)
+        self.assertEqual({}, self.status()["answers"])
+        worker.channel._flow.resumeProducing()  # noqa: SLF001
+        self.second()
+        self.assertEqual(1, self.status()["answers"]["MISS"]["count"])
+
+
+class StatusTests(SeveralTestCase):
+    def test_transfers_of_all_workers_are_told(self) -> None:
+        digests = [self.standin.push_blob("team/app", noise(f"held{number}", 300_000)) for number in range(2)]
+        for daemon, digest in zip(self.several.daemons, digests, strict=True):
+            self.standin.hold(digest)
+            daemon.send("GET", f"/v2/team/app/blobs/{digest}")
+        self.several.flush()
+        self.assertEqual(set(digests), {each["digest"] for each in self.status()["transfers"]})
+        for digest in digests:
+            self.standin.release(digest)
+        self.several.flush()
+
+    def test_the_last_hour_is_that_of_all(self) -> None:
+        for daemon in self.several.daemons:
+            daemon.ask("GET", self.blob)
+        self.several.pass_time(10)
+        (point,) = self.status()["history"]
+        self.assertEqual((2, 1, 600_000), (point["asked"], point["hits"], point["sent"]))
+
+    def test_what_went_wrong_in_a_worker_is_told(self) -> None:
+        """
+        With what is only a part of a character escaped, so that the page can show it.
+        """
+        incidents = self.several.daemons[1].status.incidents
+        for _ in range(3):
+            incidents({"log_level": LogLevel.warn, "log_format": "bad \udfff {why}", "why": "disk"})
+        self.second()
+        (told,) = self.status()["incidents"]
+        self.assertEqual((3, "warn"), (told["times"], told["level"]))
+        self.assertEqual(200, self.several.ask_admin("/").code)
+
+    def test_readiness_is_that_of_all(self) -> None:
+        """
+        As long as one worker can't serve, some clients are refused, and the operator's port says so; each worker's own
+        port speaks of that worker alone.
+        """
+        self.assertEqual(200, self.several.ask_admin("/readyz").code)
+        worse, better = self.several.daemons
+        self.patch(worse.store, "reasons", lambda: ["the disk fails"])
+        self.several.pass_time(3)
+        found = self.several.ask_admin("/readyz")
+        self.assertEqual(503, found.code)
+        self.assertEqual(["the disk fails"], json.loads(found.body)["reasons"])
+        self.assertEqual((503, 200), (worse.ask("GET", "/readyz").code, better.ask("GET", "/readyz").code))
+
+    def test_a_worker_that_is_not_there_is_told(self) -> None:
+        """
+        The others serve; a second later it is replaced.
+        """
+        self.several.machine.running[0].end()
+        found = json.loads(self.several.ask_admin("/readyz").body)
+        self.assertEqual((True, ["1 of 2 worker processes do not answer"]), (found["can_serve"], found["reasons"]))
+        self.several.pass_time(1)
+        self.assertEqual([], json.loads(self.several.ask_admin("/readyz").body)["reasons"])
+
+    def test_a_worker_whose_parent_has_gone_ends(self) -> None:
+        worker = self.several.machine.running[0]
+        worker.ends[0]._over(ConnectionError())  # noqa: SLF001
+        worker.ends[0].peer._fin = True  # noqa: SLF001
+        self.several.flush()
+        self.assertEqual(1, worker.orphaned)
+
+
+class DirectoryTests(SeveralTestCase):
+    """
+    The directory that all workers have.
+    """
+
+    def test_what_one_brought_the_other_has(self) -> None:
+        """
+        With the permission: it asks nobody.
+        """
+        one, other = self.several.daemons
+        self.assertWhole(one.ask("GET", self.blob), self.data, "MISS")
+        self.standin.forget_asked()
+        self.assertWhole(other.ask("GET", self.blob), self.data, "HIT")
+        self.assertEqual([], self.standin.asked)
+
+    def test_a_cold_blob_is_brought_once(self) -> None:
+        """
+        By the worker that is asked first; clients of the other have its bytes as they come.
+        """
+        self.standin.hold(self.digest)
+        exchanges = [daemon.send("GET", self.blob) for daemon in self.several.daemons]
+        self.several.flush()
+        self.standin.release(self.digest)
+        for _ in range(3):
+            self.several.pass_time(1)
+        for exchange, word in zip(exchanges, ("MISS", "JOINED"), strict=True):
+            self.assertWhole(exchange, self.data, word)
+        self.assertEqual(len(self.data), self.standin.bytes_sent)
+
+    def test_a_worker_drops_what_was_altered(self) -> None:
+        """
+        Whichever meets it; the next request gets it anew, from any of them.
+        """
+        one, other = self.several.daemons
+        one.ask("GET", self.blob)
+        path = self.file_of(self.digest)
+        path.write_bytes(self.data[::-1])
+        self.assertBroken(other.ask("GET", self.blob), b"")
+        self.assertFalse(path.exists())
+        self.assertWhole(other.ask("GET", self.blob), self.data, "MISS")
+        for daemon in (one, other):
+            self.assertWhole(daemon.ask("GET", self.blob), self.data, "HIT")
+
+    def test_what_the_operator_purged_is_asked_for_afresh(self) -> None:
+        """
+        By each worker, within two seconds; the parent has removed it.
+        """
+        image = self.standin.push_image("team/app", "latest")
+        by_digest = f"/v2/team/app/manifests/{image.digest}"
+        for daemon in self.several.daemons:
+            self.assertEqual(200, daemon.ask("GET", by_digest).code)
+        told = {"X-Ecrproxy-Api": "1", "Content-Type": "application/json"}
+        entries = [path.name for path in self.files("entries")]
+        body = json.dumps({"content": [image.digest], "entries": entries}).encode()
+        self.assertEqual(200, self.several.ask_admin("/api/remove", "POST", body=body, headers=told).code)
+        self.several.pass_time(2)
+        for daemon, word in zip(self.several.daemons, ("MISS", "HIT"), strict=True):
+            self.assertEqual(word, daemon.ask("GET", by_digest).cache)
