@@ -343,20 +343,19 @@ class PullThrough:
         download.split_off = partial(self._run_apart, blob)
         if shared:
             self._arriving[digest] = download
-        on_its_own(self._run(download, blob, lanes, writer.room if writer is not None else 0, shared=shared))
+        on_its_own(self._run(download, blob, lanes, shared=shared))
         self._unattended.settle(download)
         return download
 
     def _run_apart(self, blob: Blob, download: Download) -> None:
         download.split_off = partial(self._run_apart, blob)
-        on_its_own(self._run(download, blob, self._lanes.take(0), 0, shared=False))
+        on_its_own(self._run(download, blob, self._lanes.take(0), shared=False))
 
-    async def _run(self, download: Download, blob: Blob, lanes: int, room: int, *, shared: bool) -> None:
+    async def _run(self, download: Download, blob: Blob, lanes: int, *, shared: bool) -> None:
         try:
             await download.run(blob)
         finally:
             self._lanes.give_back(lanes)
-            self._cache.release(room)
             if shared:
                 del self._arriving[download.digest]
                 del self._carriers[download.digest]

@@ -40,8 +40,8 @@ from ecrproxy.admin.status import Asking, Status
 from ecrproxy.cache.condition import Condition
 from ecrproxy.cache.inventory import Inventory
 from ecrproxy.cache.janitor import Janitor
-from ecrproxy.cache.ledger import Notes
 from ecrproxy.cache.purges import Purges
+from ecrproxy.cache.scrub import Scrub
 from ecrproxy.cache.store import Store
 from ecrproxy.cached import VERIFICATIONS, Cache
 from ecrproxy.daemon.accepting import Gate
@@ -56,7 +56,7 @@ from ecrproxy.http.access_log import AccessLog
 from ecrproxy.http.answering import Ready
 from ecrproxy.http.relay import FirstProcess, InnerRegistry, NoRoom, Relay, RelayedReady, WorkerRegistry
 from ecrproxy.http.site import RegistrySite, make_site
-from ecrproxy.http.telling import USED, Teller, Used, told
+from ecrproxy.http.telling import TELL, Teller, Told, told
 from ecrproxy.http.web import Registry
 from ecrproxy.identity import RegistryId
 from ecrproxy.logs.shapes import PRIORITIES, as_json
@@ -269,9 +269,10 @@ def build(
     @param supervisor: the service manager, if it wants to be told.
     """
     disk = _disk(service := Daemon(), reactor)
-    store = _prepared(Store(Path(config.cache_dir), time.time))
-    counting, judging, probing = Threads(1, reactor, yielding=False), Threads(1, reactor), Threads(1, reactor)
-    janitor = Janitor(store, config.cache_limit, disk.writing, reactor, counting.call)
+    store = _prepared(config)
+    scrubbing, judging, probing = Threads(1, reactor), Threads(1, reactor), Threads(1, reactor)
+    janitor = Janitor(store, config.cache_limit, disk.writing, reactor)
+    scrub = Scrub(store, janitor.tidy, scrubbing.call, reactor)
     tokens = _tokens(config, reactor, partial(_ends, refused, warm=store.has_content()))
     figures, stall = Figures(__version__), LoopStall(reactor)
     upstream, asking = _upstream(config, tokens, figures, egress, reactor)
@@ -283,7 +284,7 @@ def build(
     status = Status(
         config.ecr_endpoint, figures, store, janitor, asking, pull_through, readiness, disk.reading, time.time, reactor
     )
-    supervised = Supervised(supervisor, partial(_summary, readiness, store, janitor), reactor)
+    supervised = Supervised(supervisor, partial(_summary, readiness, janitor), reactor)
     shape = (_namespaces(config, judging, reactor), config.cache_key, disk.reading)
     admission = _admission(config, reactor, service)
     registry = Registry(pull_through, *shape)
@@ -291,19 +292,19 @@ def build(
     site = counted(registry, ready, reactor, admission=admission, crowd=crowds.own, connections=connections)
     figures.watch(*of_cache(store, janitor), *of_token(tokens), *of_transfers(pull_through), *of_loop(stall))
     figures.watch(*of_clients(crowds))
-    for part in (*status.services, judging, supervised, counting, probing, janitor, tokens, stall):
+    for part in (*status.services, judging, supervised, scrubbing, probing, janitor, scrub, tokens, stall):
         part.setServiceParent(service)
     alone = config.worker_processes == 1
     listening = _listening(config, site, reactor, accepts=alone)
     workers = None
     if not alone:
         inner = partial(make_site, InnerRegistry(pull_through, *shape), ready)
-        hearers = told(store.ledger, figures.served, status.incidents, crowds)
+        hearers = told(figures.served, status.incidents, crowds)
         workers = _share_work(config, inner, hearers, listening, arguments, service, reactor)
     reread = partial(supervised.rereading, partial(_reread, [*listening, admission], workers))
     _renewal(listening, figures, judging.call, reread, reactor).setServiceParent(service)
     _face_clients(Drain(connections, config.drain_seconds, reactor), listening, reread, service.leave, service, reactor)
-    _serve_admin(config, partial(make_admin_site, figures, ready, status), cache, disk.reading, service, reactor)
+    _serve_admin(config, partial(make_admin_site, figures, ready, status), cache, disk.writing, service, reactor)
     return service
 
 
@@ -418,7 +419,7 @@ def _share_work(
     folder = tempfile.mkdtemp(prefix="ecrproxy-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     path = str(Path(folder) / "first")
-    inner = make_inner(reactor=reactor, crowd=Crowd(BOUNDLESS), others={USED: Used(hearers)})
+    inner = make_inner(reactor=reactor, crowd=Crowd(BOUNDLESS), others={TELL: Told(hearers)})
     endpoint = UNIXServerEndpoint(reactor, path, BACKLOG, mode=0o600)
     Listening(path, endpoint, inner, gate=Gate(reactor)).setServiceParent(service)
     workers = Workers(config.worker_processes, listening, path, arguments, reactor, drain=config.drain_seconds)
@@ -454,7 +455,7 @@ def _serve_admin(
 
     What he purges, or somebody else did, is forgotten. His work has threads of its own.
     """
-    purges = Purges(cache.store, cache.forget_all, in_thread, reactor)
+    purges = Purges(cache.store.index, cache.forget_purged, in_thread, reactor)
     purges.setServiceParent(service)
     named = admin_endpoint(config, reactor)
     if named is not None:
@@ -505,10 +506,9 @@ def build_worker(config: Config, post: Post, reactor: Any) -> Daemon:  # noqa: A
     """
     service = Daemon()
     disk = _disk(service, reactor)
-    notes = Notes()
-    store = Store(Path(config.cache_dir), time.time, notes)
+    store = Store(Path(config.cache_dir), time.time)
     cache = Cache(store, NoRoom(), disk, time.time, RegistryId.of_url(config.ecr_endpoint))
-    purges = Purges(store, cache.forget_all, disk.reading, reactor)
+    purges = Purges(store.index, cache.forget_purged, disk.writing, reactor)
     first = Agent.usingEndpointFactory(reactor, FirstProcess(reactor, post.path), connection_pool(reactor))
     relay = Relay(first)
     judging = Threads(1, reactor)
@@ -521,7 +521,7 @@ def build_worker(config: Config, post: Post, reactor: Any) -> Daemon:  # noqa: A
     counted = partial(make_site, access_log=lines, served=served)
     site = counted(registry, ready, reactor, admission=admission, crowd=crowd, connections=connections)
     incidents = Incidents(time.time)
-    teller = Teller(first, told(notes, served, incidents, Word(crowd, os.getpid())), reactor)
+    teller = Teller(first, told(served, incidents, Word(crowd, os.getpid())), reactor)
     for part in (incidents, judging, purges, teller):
         part.setServiceParent(service)
     listening = _listening(config, site, HandedDown(reactor, post.sockets))
@@ -562,8 +562,8 @@ async def _readiness(
     )
 
 
-async def _summary(readiness: Callable[[], Awaitable[Readiness]], store: Store, janitor: Janitor) -> str:
-    return summary(await readiness(), store.ledger.total, janitor.limit)
+async def _summary(readiness: Callable[[], Awaitable[Readiness]], janitor: Janitor) -> str:
+    return summary(await readiness(), janitor.held, janitor.limit)
 
 
 def _ends(refused: Callable[[CredentialsError], None], problem: CredentialsError, *, warm: bool) -> bool:
@@ -575,14 +575,26 @@ def _ends(refused: Callable[[CredentialsError], None], problem: CredentialsError
     return not warm
 
 
-def _prepared(store: Store) -> Store:
+def _prepared(config: Config) -> Store:
+    """
+    Open the cache directory.
+
+    @raise ConfigError: if it can't be written, or not by several processes.
+    """
+    root = Path(config.cache_dir)
     try:
+        root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        store = Store(root, time.time)
         store.prepare()
-        store.sweep()
     except OSError as problem:
         raise ConfigError(
-            f"PROXY_CACHE_DIR={str(store.root)!r}: can't be written: {problem.strerror}; give a directory that can"
+            f"PROXY_CACHE_DIR={config.cache_dir!r}: can't be written: {problem.strerror}; give a directory that can"
         ) from problem
+    if config.worker_processes > 1 and not store.index.shared:
+        raise ConfigError(
+            f"PROXY_CACHE_DIR={config.cache_dir!r}: {store.index.problem};"
+            " several processes need that, PROXY_WORKER_PROCESSES=1 does not"
+        )
     return store
 
 

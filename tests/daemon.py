@@ -48,10 +48,12 @@ from ecrproxy.admin.readings import of_cache, of_clients, of_token, of_transfers
 from ecrproxy.admin.status import Asking, Status
 from ecrproxy.cache.cache_key import CacheKey
 from ecrproxy.cache.condition import Condition
-from ecrproxy.cache.entries import occupied
+from ecrproxy.cache.index import Index
 from ecrproxy.cache.inventory import Inventory
 from ecrproxy.cache.janitor import Janitor
 from ecrproxy.cache.purges import Purges
+from ecrproxy.cache.scrub import Scrub
+from ecrproxy.cache.sqlite import on_disk
 from ecrproxy.cache.store import Store
 from ecrproxy.cached import Cache
 from ecrproxy.http.access_log import AccessLog
@@ -508,15 +510,16 @@ class Daemon:
         together: int = 128,
         limits: Limits | None = None,
         admin_hosts: frozenset[str] = frozenset(),
+        index: Index | None = None,
     ) -> None:
         self.standin, self.clock, self.limit, self.scheme = standin, clock, limit, "http"
         self.set_by = 0.0
         self.back = Network(QuietSite(standin.resource, reactor=clock), clock)
-        self.store = Store(root, self.now)
+        self.store = Store(root, self.now, index)
         self.store.prepare()
-        self.store.sweep()
         disk = disk or Disk.of(in_thread)
         self.janitor = Janitor(self.store, limit, disk.writing, clock)
+        self.scrub = Scrub(self.store, self.janitor.tidy, at_once, clock)
         self.condition = Condition(self.store, at_once, clock)
         self.tokens = TokenService(fetch or self._issue, clock, self.now, chance=lambda: 0.5)
         self.governor = Governor(quotas, together, clock)
@@ -572,7 +575,7 @@ class Daemon:
         )
         # By itself, so that tests which count or hold calls in threads see their own.
         # At once: tests that count or hold what is done in threads mean other things.
-        self.purges = Purges(self.store, self.cache.forget_all, at_once, clock)
+        self.purges = Purges(self.store.index, self.cache.forget_purged, at_once, clock)
         api = Api(Inventory(self.store), self.purges.look, in_thread, in_thread, clock)
         self.admin = Network(make_admin_site(self.figures, ready, self.status, api, clock, admin_hosts), clock)
         self.front = Network(self.site, clock)
@@ -582,6 +585,7 @@ class Daemon:
         self.shown = SHOWN
         """The Authorization header of clients, unless a test says otherwise."""
         self.janitor.startService()
+        self.scrub.startService()
         self.purges.startService()
         self.tokens.startService()
         _, sampler = self.status.services  # the other hears the log, which outlives this daemon: see DaemonTestCase
@@ -712,6 +716,8 @@ class DaemonTestCase(SynchronousTestCase):
         self.addCleanup(shutil.rmtree, self.root)
         self.events: list[LogEvent] = []
         self.daemons: list[Daemon] = []
+        self.index = Index(self.root, lambda: self.daemon.now() if self.daemons else START, memory=True)
+        self.addCleanup(self.index.close)
         observer = cast(ILogObserver, self.note)
         globalLogPublisher.addObserver(observer)
         self.addCleanup(globalLogPublisher.removeObserver, observer)
@@ -729,7 +735,7 @@ class DaemonTestCase(SynchronousTestCase):
         """
         Start a daemon over the test's cache directory; the test's other helpers ask this one from now on.
         """
-        self.daemon = self.kind(self.standin, self.clock, self.root, **options)
+        self.daemon = self.kind(self.standin, self.clock, self.root, **{"index": self.index, **options})
         self.daemons.append(self.daemon)
         self.daemon.flush()
         return self.daemon
@@ -812,10 +818,9 @@ class DaemonTestCase(SynchronousTestCase):
 
     def used(self) -> int:
         """
-        The bytes that all files of the cache count with, those that arrive included.
+        The bytes of disk that all files of the cache take, those that arrive included.
         """
-        sizes = ((path.stat().st_size, "entries" in path.parts) for path in self.files("."))
-        return sum(occupied(size) if is_entry else size for size, is_entry in sizes)
+        return sum(on_disk(path.stat().st_size) for path in self.files("."))
 
     def logged(self) -> str:
         return "\n".join(f"{formatEvent(event)} {event.get('log_failure', '')}" for event in self.events)

@@ -12,13 +12,13 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from ecrproxy.cache.ledger import Ledger
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.cache.content import DigestMismatchError
 from ecrproxy.cache.ingest import LEFT_SECONDS, Ingest
-from ecrproxy.cache.ledger import Ledger
 from ecrproxy.cache.proofs import Proofs
 from ecrproxy.cache.store import Store
 from ecrproxy.cache.trailer import TRAILER, WORTH_RESUMING

@@ -7,12 +7,12 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 
+from ecrproxy.cache.ledger import PACKED, Ledger, Settled, packed, unpacked
 from hypothesis import example, given
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.cache.janitor import victims
-from ecrproxy.cache.ledger import PACKED, Ledger, Settled, packed, unpacked
 from ecrproxy.cache.trailer import Stretches
 
 hexes = st.binary(min_size=PACKED - 1, max_size=PACKED - 1).map(bytes.hex)

@@ -16,13 +16,13 @@ from itertools import combinations, islice
 from pathlib import Path
 from typing import Any
 
+from ecrproxy.cache.ledger import Ledger, Settled
 from twisted.logger import capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.cache import allocation
 from ecrproxy.cache.content import DigestMismatchError
 from ecrproxy.cache.entries import ANSWERS_LIMIT, BLOCK, ENTRY_LIMIT, Entry, entry_name
-from ecrproxy.cache.ledger import Ledger, Settled
 from ecrproxy.cache.store import Store
 from ecrproxy.identity import RegistryId
 from ecrproxy.oci import MANIFEST_TYPES, Digest, Kind, Route, parse_route

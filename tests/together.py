@@ -16,7 +16,6 @@ from ecrproxy.access.limits import BOUNDLESS, Crowd
 from ecrproxy.access.namespaces import Namespaces
 from ecrproxy.admin.incidents import Incidents
 from ecrproxy.cache.cache_key import CacheKey
-from ecrproxy.cache.ledger import Notes
 from ecrproxy.cache.store import Store
 from ecrproxy.cached import Cache
 from ecrproxy.http.access_log import AccessLog
@@ -24,7 +23,7 @@ from ecrproxy.http.answering import Ready
 from ecrproxy.http.relay import InnerRegistry, NoRoom, Relay, RelayedReady, WorkerRegistry
 from ecrproxy.http.request import RegistryRequest
 from ecrproxy.http.site import make_site
-from ecrproxy.http.telling import USED, Teller, Used, told
+from ecrproxy.http.telling import TELL, Teller, Told, told
 from ecrproxy.identity import RegistryId
 from ecrproxy.metrics import Served
 from ecrproxy.settings.values import parse_pattern
@@ -83,14 +82,14 @@ class Together(Daemon):
         )
         inner, self.seen = Seen(self.pull_through, *shape), list[Request]()
         inner.seen, ready = self.seen, Ready(self.readiness)
-        hearers = told(self.store.ledger, self.figures.served, self.status.incidents, self.crowds)
-        others = {USED: Used(hearers)}
+        hearers = told(self.figures.served, self.status.incidents, self.crowds)
+        others = {TELL: Told(hearers)}
         site = make_site(inner, ready, self.clock, crowd=Crowd(BOUNDLESS), others=others)
         self.between = Between(site, self.clock)
         agent = self.between.agent(persistent=True)
-        self.notes, relay = Notes(), Relay(agent)
+        relay = Relay(agent)
         self.worker_cache = Cache(
-            Store(self.store.root, self.clock.seconds, self.notes),
+            Store(self.store.root, self.clock.seconds, self.store.index),
             NoRoom(),
             Disk.of(at_once),
             self.clock.seconds,
@@ -98,7 +97,7 @@ class Together(Daemon):
         )
         self.counted, self.incidents = Served(), Incidents(self.clock.seconds)
         self.crowd = Crowd(self.crowd.limits)
-        noters = told(self.notes, self.counted, self.incidents, Word(self.crowd, 1))
+        noters = told(self.counted, self.incidents, Word(self.crowd, 1))
         self.teller = Teller(agent, noters, self.clock)
         self.teller.startService()
         registry = WorkerRegistry(self.worker_cache, tag_ttl, relay, *shape)

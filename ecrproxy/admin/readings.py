@@ -29,28 +29,26 @@ def of_cache(store: Store, janitor: Janitor) -> list[Reading]:
     """
     Tell how full the cache is.
     """
-    ledger = store.ledger
+    index = store.index
     return [
-        Reading("cache_files", "Files of content and entries in the cache", lambda: len(ledger)),
-        Reading("cache_bytes", "Bytes of the files in the cache", lambda: ledger.total),
-        Reading("cache_reserved_bytes", "Bytes promised to what is arriving", lambda: ledger.reserved),
+        Reading("cache_files", "Files of content in the cache", lambda: index.totals.files),
+        Reading(
+            "cache_bytes", "Bytes of disk that content and the index take", lambda: index.totals.blocks + index.size
+        ),
+        Reading(
+            "cache_reserved_bytes",
+            "Bytes of disk promised to what is arriving, or taken by what transfers have left",
+            lambda: index.totals.arriving,
+        ),
         Reading("cache_limit_bytes", "The most bytes that the cache may hold", lambda: janitor.limit),
         Reading("cache_evictions_total", "Files evicted to make room", lambda: janitor.evicted),
+        Reading("cache_index_busy_total", "Changes of the index that waited for another process", lambda: index.busy),
         Reading(
             "cache_oldest_use_timestamp_seconds",
             "When the least recently used file was used last",
-            lambda: _oldest_use(store),
+            lambda: index.totals.oldest_use,
         ),
     ]
-
-
-def _oldest_use(store: Store) -> float | None:
-    with store.ledger.lock:
-        path = next((path for path, _, _ in store.ledger.oldest()), None)
-    try:
-        return (store.root / path).stat().st_mtime if path is not None else None
-    except OSError:  # it has just gone
-        return None
 
 
 def of_token(tokens: TokenService) -> list[Reading]:

@@ -17,15 +17,15 @@ class Leaving:
     """
     A file of the cache that is among the next to be evicted.
 
-    @ivar kind: content, entry or unfinished.
-    @ivar name: a digest, or what the entry is about.
-    @ivar used: its last use, in seconds since the epoch, if that can be told.
+    @ivar kind: content or unfinished.
+    @ivar name: a digest.
+    @ivar used: its last use, in seconds since the epoch.
     """
 
     kind: str
     name: str
     bytes: int
-    used: float | None
+    used: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,8 @@ class Fill:
     """
     How full the cache is.
 
-    @ivar reserved: bytes promised to what is arriving.
+    @ivar bytes: bytes of disk that content and the index take.
+    @ivar reserved: those that are promised to what is arriving, or taken by what transfers have left.
     @ivar evicted: how many files went since the start.
     @ivar next: the next to go, the first first.
     """

@@ -5,6 +5,9 @@ Verified files, as those who read them have them: open, shared, and not evicted 
 from __future__ import annotations
 
 import os
+import threading
+from collections import Counter
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ecrproxy.cache.proofs import is_marked
@@ -38,7 +41,7 @@ class Content:
         self._store, self.digest, self._file, self.status = store, digest, file, status
         self.size = status.st_size
         self._open = True
-        store.ledger.reading(store.content_path(digest), 1)
+        store.readers.add(digest, 1)
 
     @property
     def proved(self) -> bool:
@@ -97,6 +100,7 @@ class Content:
         if not changed:
             self._store.proofs.note(self.digest, self.status, good=True)
             self._store.mark(self._file.fd)
+            self._store.index.verified(self.digest)
         return not changed
 
     def drop(self, why: Exception) -> None:
@@ -112,10 +116,36 @@ class Content:
         if self._open:
             self._open = False
             self._file.let_go()
-            self._store.ledger.reading(self._store.content_path(self.digest), -1)
+            self._store.readers.add(self.digest, -1)
 
     # A thread may open a file for a client who has gone meanwhile: nobody is left to close it then.
     __del__ = close
+
+
+class Readers:
+    """
+    Which content this process has open, counted by threads.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: Counter[Digest] = Counter()
+
+    def add(self, digest: Digest, readers: int) -> None:
+        """
+        Note so many readers more, or fewer.
+        """
+        with self._lock:
+            self._counts[digest] += readers
+            if not self._counts[digest]:
+                del self._counts[digest]
+
+    def __contains__(self, digest: Digest) -> bool:
+        return digest in self._counts
+
+    def __iter__(self) -> Iterator[Digest]:
+        with self._lock:
+            return iter(list(self._counts))
 
 
 class OpenFile:

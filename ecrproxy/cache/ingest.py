@@ -27,17 +27,18 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from ecrproxy.cache.allocation import allocate
 from ecrproxy.cache.proofs import Proofs
-from ecrproxy.cache.trailer import TRAILER, UNKNOWN_BOOT, Stretches, Trailer
+from ecrproxy.cache.trailer import UNKNOWN_BOOT, Stretches, Trailer, room_for
 from ecrproxy.cache.troubles import Troubles
 from ecrproxy.cache.writer import Writer
 
 if TYPE_CHECKING:
-    from ecrproxy.cache.ledger import Ledger
+    from ecrproxy.cache.content import Readers
+    from ecrproxy.cache.index import Index
     from ecrproxy.oci import Digest
 
 LEFT_SECONDS: Final = 24 * 3600
 """How long a file that is left over is of use: clients that want it come back sooner."""
-_DRAFTS: Final = ("entry.", "probe.")
+_PROBE: Final = "probe."
 _YOUNG_SECONDS: Final = 60
 _TRIES: Final = 10
 """New files that are made, if others are quicker to lock them: each time that is less than likely."""
@@ -61,7 +62,8 @@ class Ingest:
 
     @param root: the cache directory.
     @param now: seconds since the epoch.
-    @param ledger: where what is left over is counted.
+    @param index: where what arrives, and what is left over, is counted.
+    @param readers: who reads what has become content.
     @param proofs: what is told of what has become content.
     @param troubles: what is told of a disk that fails.
     @param boot: the current start of the machine: see L{trailer.boot_id}.
@@ -71,22 +73,31 @@ class Ingest:
         self,
         root: Path,
         now: Callable[[], float],
-        ledger: Ledger,
+        index: Index,
+        readers: Readers,
         proofs: Proofs,
         troubles: Troubles,
         boot: bytes = UNKNOWN_BOOT,
     ) -> None:
-        self.root, self.now, self.ledger, self.proofs, self.troubles = root, now, ledger, proofs, troubles
+        self.root, self.now, self.index, self.readers = root, now, index, readers
+        self.proofs, self.troubles = proofs, troubles
         self.folder, self.boot = root / "ingest", boot
+        self._absent: set[str] = set()
 
-    def begin(self, digest: Digest, size: int) -> Writer:
+    def begin(self, digest: Digest, size: int, name: str | None = None) -> Writer:
         """
         Begin a file.
 
         @param size: in bytes; so many are taken of the disk at once, where the file system can do that.
+        @param name: what room was reserved for, see L{new_name}; the reservation ends with the file.
         @raise OSError: if the disk has no room for them, or fails.
         """
-        path, fd = self._new(digest)
+        name = name or new_name(digest)
+        try:
+            path, fd = self._new(name)
+        except OSError:
+            self.index.drop(arriving=[name])
+            raise
         writer = Writer(self, digest, size, path, fd)
         try:
             if size:
@@ -107,14 +118,13 @@ class Ingest:
     def resume(self, digest: Digest, size: int) -> Writer | None:
         """
         Go on with what is left over of C{digest}; what is of no use is dropped.
-
-        What the ledger counted of it is a reservation from then on, as for any other file that arrives.
         """
         found = sorted(self._left_of(digest), key=lambda each: _worth(each[1]), reverse=True)
         for path, seen in found:
             if seen is None or seen.size != size:
                 with contextlib.suppress(OSError):
-                    self.remove(path.name)
+                    if self.remove(path.name):
+                        self.index.drop(arriving=[path.name])
                 continue
             fd = self._locked(path)
             if fd is None:
@@ -125,58 +135,57 @@ class Ingest:
                 continue
             writer = Writer(self, digest, size, path, fd)
             writer.take_up(trailer)
-            with self.ledger.lock:
-                self.ledger.gone(f"ingest/{path.name}")
-                self.ledger.reserve(writer.room)
+            self.index.arrive(path.name, writer.room)  # it may not be counted yet
             return writer
         return None
 
     def sweep(self) -> None:
         """
-        Unlink what arrived for writers that are no more, but for what is worth going on with.
+        Unlink what arrived for writers that are no more, but for what is worth going on with; count that.
 
-        Drafts of entries have no lock; another daemon on this directory may be about to rename a young one.
+        A reservation without a file ends after a minute: its writer may be about to make the file.
         """
+        there, gone = set(), set()
         for path in self._names():
             with contextlib.suppress(OSError):
-                if path.name.startswith(_DRAFTS) and self.now() - path.stat().st_mtime < _YOUNG_SECONDS:
+                if path.name.startswith(_PROBE) and self.now() - path.stat().st_mtime < _YOUNG_SECONDS:
                     continue
+            there.add(path.name)
             fd = self._locked(path)
             if fd is None:
                 continue
             with contextlib.suppress(OSError):
-                if not self._is_of_use(path, Trailer.read(fd)):
+                trailer = Trailer.read(fd)
+                if trailer is not None and self._is_of_use(path, trailer):
+                    self.index.arrive(path.name, room_for(trailer.size), trailer.when)
+                else:
                     path.unlink()
+                    gone.add(path.name)
             os.close(fd)
+        with contextlib.suppress(OSError):
+            absent = {name for name, _, _ in self.index.arriving()} - there
+            self.index.drop(arriving=gone | (absent & self._absent))
+            self._absent = absent
 
-    def count(self) -> list[tuple[float, str, int]]:
+    def remove(self, name: str) -> bool:
         """
-        List what is left over: last write, path in the cache directory and bytes.
-        """
-        found = []
-        for path in self._names():
-            trailer = self._trailer(path)
-            if trailer is not None:
-                found.append((trailer.when, f"ingest/{path.name}", trailer.size + TRAILER))
-        return found
+        Unlink a file whose writer has exited.
 
-    def remove(self, name: str) -> None:
-        """
-        Unlink a file that nobody lives behind.
-
+        @return: whether it is gone.
         @raise OSError: if that can't be done.
         """
         path = self.folder / name
         fd = self._locked(path)
-        if fd is not None:
-            try:
-                path.unlink()
-            finally:
-                os.close(fd)
-            self.ledger.gone(f"ingest/{name}")
+        if fd is None:
+            return not path.exists()
+        try:
+            path.unlink()
+        finally:
+            os.close(fd)
+        return True
 
-    def _is_of_use(self, path: Path, trailer: Trailer | None) -> bool:
-        if trailer is None or not abs(self.now() - trailer.when) < LEFT_SECONDS:
+    def _is_of_use(self, path: Path, trailer: Trailer) -> bool:
+        if not abs(self.now() - trailer.when) < LEFT_SECONDS:
             return False
         algorithm, _, rest = path.name.partition("-")
         digits = rest.partition(".")[0]
@@ -188,14 +197,14 @@ class Ingest:
             if path.name.startswith(prefix):
                 yield path, self._trailer(path)
 
-    def _new(self, digest: Digest) -> tuple[Path, int]:
+    def _new(self, name: str) -> tuple[Path, int]:
         """
         Make a file, and lock it: that says that somebody lives behind it.
 
-        Who counts or sweeps may meet the file before it is locked, and take it for left over: then another is made.
+        Who sweeps may meet the file before it is locked, and take it for left over: then another is made.
         """
+        path = self.folder / name
         for _ in range(_TRIES):
-            path = self.folder / f"{digest.algorithm}-{digest.hex}.{secrets.token_hex(4)}"
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
             try:
                 if _claimed(fd, path):
@@ -236,6 +245,13 @@ class Ingest:
     def _names(self) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             yield from self.folder.iterdir()
+
+
+def new_name(digest: Digest) -> str:
+    """
+    Name a file that will arrive.
+    """
+    return f"{digest.algorithm}-{digest.hex}.{secrets.token_hex(4)}"
 
 
 def _claimed(fd: int, path: Path) -> bool:

@@ -1,22 +1,23 @@
 """
-Have what is held in memory forgotten when somebody has purged the directory.
+Each second: write what the index has gathered, and have memory forget what somebody has purged.
 
-That may have been this process, another daemon on the directory, or a command that worked on it without one.
+That may have been this process, another one on the directory, or a command that worked on it without a daemon.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from twisted.application.service import Service
 from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 
 if TYPE_CHECKING:
+    from twisted.internet.defer import Deferred
     from twisted.internet.interfaces import IReactorTime
 
-    from ecrproxy.cache.store import Store
+    from ecrproxy.cache.index import Index, News
     from ecrproxy.threads import InThread
 
 log = Logger()
@@ -28,13 +29,14 @@ class Purges(Service):
     """
     Looks each second whether there was a purge.
 
-    @param forget: forgets what is held in memory.
+    @param forget: forgets what is held in memory of what was purged.
     """
 
-    def __init__(self, store: Store, forget: Callable[[], object], in_thread: InThread, clock: IReactorTime) -> None:
-        self._store, self._forget, self._in_thread = store, forget, in_thread
-        self._last: tuple[int, int] | None = None
-        self._again = False
+    def __init__(
+        self, index: Index, forget: Callable[[News], object], in_thread: InThread, clock: IReactorTime
+    ) -> None:
+        self._index, self._forget, self._in_thread = index, forget, in_thread
+        self._again: News | None = None
         self._loop = LoopingCall(self._turn)
         self._loop.clock = clock
 
@@ -47,18 +49,20 @@ class Purges(Service):
         if self._loop.running:
             self._loop.stop()
 
-    def _turn(self) -> Any:  # noqa: ANN401 (a Deferred of nothing)
-        return self._in_thread(self._store.last_purge).addCallback(self._learn)
+    def _turn(self) -> Deferred[None]:
+        turn = self._in_thread(self._index.settle).addCallback(self._learn)
+        turn.addErrback(lambda failure: failure.trap(TimeoutError))  # L{Bounded} has told of it
+        return turn.addErrback(lambda failure: log.failure("Looking for purges", failure))
 
-    def _learn(self, last: tuple[int, int]) -> None:
+    def _learn(self, news: News) -> None:
         # Once more a second later: what was being read when it was removed may have got into memory since.
-        purged = self._last not in (None, last)
-        if purged or self._again:
-            self._forget()
-        self._last, self._again = last, purged
+        again, self._again = self._again, news
+        for each in (again, news):
+            if each:
+                self._forget(each)
 
     async def look(self) -> None:
         """
         Look now.
         """
-        self._learn(await self._in_thread(self._store.last_purge))
+        self._learn(await self._in_thread(self._index.settle))

@@ -46,7 +46,7 @@ class Writer:
         self._shown = Stretches()
         self._claims: list[tuple[int, int]] = []
         self._lock = threading.Lock()
-        self._committed: str | None = None
+        self._committed = False
         self._guard = threading.Lock()
         self._users, self._closed = 0, False
 
@@ -235,9 +235,9 @@ class Writer:
         target.parent.mkdir(parents=True, exist_ok=True)
         self._path.rename(target)
         self._ingest.proofs.note(self.digest, proved, good=True)
-        self._ingest.ledger.used(path, self.hashed)
-        self._ingest.ledger.reading(path, 1)  # by those who follow, until it is closed
-        self._committed = path
+        self._ingest.readers.add(self.digest, 1)  # by those who follow, until it is closed
+        self._committed = True
+        self._ingest.index.add(self.digest, self.hashed, self._path.name)
 
     def close(self) -> None:
         """
@@ -251,26 +251,27 @@ class Writer:
         if self._closed and not self._users and self._fd >= 0:
             fd, self._fd = self._fd, -1
             os.close(fd)
-            if self._committed is not None:
-                self._ingest.ledger.reading(self._committed, -1)
+            if self._committed:
+                self._ingest.readers.add(self.digest, -1)
 
     def leave(self) -> None:
         """
         Let go of the file, and leave it to the next transfer of its digest if it is worth that.
         """
-        if self._closed or self._committed is not None:
+        if self._closed or self._committed:
             self.close()
         elif Trailer.read(self._fd) is None:
             self.discard()
         else:
-            self._ingest.ledger.used(f"ingest/{self._path.name}", self.room)
+            self._ingest.index.arrive(self._path.name, self.room, self._ingest.now())
             self.close()
 
     def discard(self) -> None:
         """
         Unlink the file and let go of it.
         """
-        if self._committed is None:
+        if not self._committed and not self._closed:
             with contextlib.suppress(OSError):
                 self._path.unlink()
+                self._ingest.index.drop(arriving=[self._path.name])
         self.close()

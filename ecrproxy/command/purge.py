@@ -15,6 +15,7 @@ from ecrproxy.command.survey import Survey
 from ecrproxy.command.terminal import Progress, size_in_words, table
 
 _MOST_TAGS: Final = 5
+_OUTCOMES: Final = ("entries", "files", "bytes", "used", "stuck")
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -45,7 +46,7 @@ def run(call: Call) -> int:
     holdings = holdings_of(call)
     survey = survey_of(call, holdings)
     going = chosen(survey, targets, before)
-    size = sum(each.bytes for each in going.entries) + survey.size(going.content)
+    size = survey.size(going.content)
     if not (going.entries or going.content):
         call.terminal.say("ecr-proxy: the cache has nothing of it")
     wanted = bool(options.yes and (going.entries or going.content))
@@ -101,12 +102,13 @@ def _show(call: Call, going: Chosen, size: int) -> None:
         for line in table(rows, right=[1]):
             call.terminal.print(line)
     if going.entries or going.content:
-        files = f"{len(going.entries)} entries and {len(going.content)} files of content"
-        call.terminal.print(f"{files}, {size_in_words(size)}")
+        what = f"{len(going.entries)} entries and {len(going.content)} files of content"
+        call.terminal.print(f"{what}, {size_in_words(size)}")
 
 
 def _sum_up(call: Call, outcome: Counter[str]) -> None:
-    call.terminal.print(f"removed {outcome['files']} files, {size_in_words(outcome['bytes'])}")
+    size = size_in_words(outcome["bytes"])
+    call.terminal.print(f"removed {outcome['entries']} entries and {outcome['files']} files of content, {size}")
     if outcome["used"]:
         call.terminal.print(f"{outcome['used']} were used meanwhile, and stay")
     if outcome["stuck"]:
@@ -122,7 +124,9 @@ def _tell(call: Call, survey: Survey, going: Chosen, size: int, outcome: Counter
         ],
         "content": [{"digest": each, "bytes": survey.content[each].bytes} for each in going.content],
         "bytes": size,
-        "removed": None if outcome is None else {name: outcome[name] for name in ("files", "bytes", "used", "stuck")},
+        "removed": None
+        if outcome is None
+        else {name: outcome[name] for name in ("entries", "files", "bytes", "used", "stuck")},
     }
     call.terminal.tell(document)
 

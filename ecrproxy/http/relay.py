@@ -133,16 +133,11 @@ class NoRoom:
 
     limit = 0
 
-    async def reserve(self, size: int) -> bool:  # noqa: ARG002
+    async def reserve(self, name: str, size: int) -> bool:  # noqa: ARG002
         """
         There is none.
         """
         return False
-
-    def release(self, size: int) -> None:
-        """
-        There was none.
-        """
 
 
 class Relay:

@@ -1,5 +1,5 @@
 """
-What workers tell the first process each second: which files they used, what clients got, who is there, what went wrong.
+What workers tell the first process each second: what clients got, who is there, what went wrong.
 
 Nothing that is told is taken on trust: L{ROWS} says what a row of each kind may be, and a note with any other row is
 refused as a whole.
@@ -18,7 +18,6 @@ from twisted.web.http import OK
 from twisted.web.http_headers import Headers
 
 from ecrproxy.access.limits import COUNTED
-from ecrproxy.cache.ledger import LARGEST, is_own
 from ecrproxy.http.answering import Answering, send_small
 from ecrproxy.http.relay import FIRST, is_encodable
 from ecrproxy.metrics import BUCKETS
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 
 log = Logger()
 
-USED: Final = "/used"
+TELL: Final = "/told"
 TOLD: Final = "X-Ecrproxy-"
 """Begins the headers that things are told in."""
 TELL_SECONDS: Final = 1.0
@@ -65,12 +64,11 @@ class Noter(Protocol):
         """
 
 
-def told(used: Any, served: Served, incidents: Any, clients: Any) -> dict[str, Any]:  # noqa: ANN401
+def told(served: Served, incidents: Any, clients: Any) -> dict[str, Any]:  # noqa: ANN401
     """
     Name what is told, on either side: L{Noter}s for workers, L{Hearer}s for the first process.
     """
     return {
-        "Used": used,
         "Requests": served.requests,
         "Saved": served.saved,
         "Incidents": incidents,
@@ -92,13 +90,6 @@ def _is_label(value: object) -> bool:
 
 def _is_time(value: object) -> bool:
     return type(value) in (int, float) and 0 <= value < 2**40  # type: ignore[operator]
-
-
-def _is_use(row: object) -> bool:
-    match row:
-        case [str() as path, int() as size]:
-            return is_own(path) and 0 <= size <= LARGEST
-    return False
 
 
 def _is_tally(row: object) -> bool:
@@ -132,7 +123,6 @@ def _is_word(row: object) -> bool:
 
 
 ROWS: Final[Mapping[str, Callable[[object], bool]]] = {
-    "Used": _is_use,
     "Requests": _is_tally,
     "Saved": _is_saving,
     "Incidents": _is_incident,
@@ -156,9 +146,9 @@ def read_rows(name: str, text: str) -> list[Any]:
     return rows
 
 
-class Used(Answering):
+class Told(Answering):
     """
-    Where workers tell which files they used, so that the janitor knows, and what else there is to be told of them.
+    Where workers tell what there is to be told of them.
 
     @param hearers: keep it, by the name of what is told.
     """
@@ -187,7 +177,7 @@ class Teller(Service):
     """
     Tells the first process now and then what this worker has noted.
 
-    @param noters: what it is told, by the names that L{Used} knows.
+    @param noters: what it is told, by the names that L{Told} knows.
     """
 
     def __init__(self, agent: Agent, noters: Mapping[str, Noter], clock: IReactorTime) -> None:
@@ -209,5 +199,5 @@ class Teller(Service):
             notes = noter.take()
             for at in range(0, len(notes), TOGETHER):
                 headers = Headers({TOLD + name: [json.dumps(notes[at : at + TOGETHER])]})
-                told = self._agent.request(b"GET", FIRST + USED.encode("ascii"), headers)
+                told = self._agent.request(b"GET", FIRST + TELL.encode("ascii"), headers)
                 told.addErrback(lambda problem: log.debug("Not told: {problem}", problem=problem.value))
