@@ -48,6 +48,7 @@ from ecrproxy.admin.readings import of_cache, of_clients, of_token, of_transfers
 from ecrproxy.admin.status import Asking, Status
 from ecrproxy.cache.cache_key import CacheKey
 from ecrproxy.cache.condition import Condition
+from ecrproxy.cache.entries import Entry, EntryKey
 from ecrproxy.cache.index import Index
 from ecrproxy.cache.inventory import Inventory
 from ecrproxy.cache.janitor import Janitor
@@ -821,6 +822,25 @@ class DaemonTestCase(SynchronousTestCase):
         The bytes of disk that all files of the cache take, those that arrive included.
         """
         return sum(on_disk(path.stat().st_size) for path in self.files("."))
+
+    def entries(self) -> dict[EntryKey, Entry]:
+        """
+        What the index knows of repositories.
+        """
+        return {key: entry for key, entry, _ in self.index.entries()}
+
+    def lose_index(self) -> None:
+        """
+        Have the next daemon find no index.
+        """
+        self.index = Index(self.root, self.daemon.now, memory=True)
+        self.addCleanup(self.index.close)
+
+    def promised(self) -> int:
+        """
+        The bytes of disk that are promised to what arrives, or taken by what transfers have left.
+        """
+        return self.index.totals.arriving
 
     def logged(self) -> str:
         return "\n".join(f"{formatEvent(event)} {event.get('log_failure', '')}" for event in self.events)

@@ -12,14 +12,16 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from ecrproxy.cache.ledger import Ledger
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.cache.content import DigestMismatchError
-from ecrproxy.cache.ingest import LEFT_SECONDS, Ingest
+from ecrproxy.cache import allocation
+from ecrproxy.cache.content import DigestMismatchError, Readers
+from ecrproxy.cache.index import Index
+from ecrproxy.cache.ingest import LEFT_SECONDS, Ingest, new_name
 from ecrproxy.cache.proofs import Proofs
+from ecrproxy.cache.sqlite import on_disk
 from ecrproxy.cache.store import Store
 from ecrproxy.cache.trailer import TRAILER, WORTH_RESUMING
 from ecrproxy.cache.troubles import Troubles
@@ -42,7 +44,10 @@ class IngestTests(SynchronousTestCase):
         An empty one.
         """
         self.now = START
-        self.store = Store(scratch(self), lambda: self.now)
+        root = scratch(self)
+        self.index = Index(root, lambda: self.now, memory=True)
+        self.addCleanup(self.index.close)
+        self.store = Store(root, lambda: self.now, self.index)
         self.store.prepare()
         self.ingest = self.store.arriving
 
@@ -162,7 +167,7 @@ class ResumeTests(IngestTests):
         writer.write(0, [DATA[:1000]])
         self.assertIsNone(self.ingest.left(DIGEST))
         self.assertIsNone(self.ingest.resume(DIGEST, SIZE))
-        self.assertEqual([], self.ingest.count())
+        self.assertEqual([], self.index.arriving())
         self.assertEqual(1, len(self.names()))
 
     def test_is_not_of_another_size(self) -> None:
@@ -228,7 +233,7 @@ class ResumeTests(IngestTests):
         self.assertIsNone(self.ingest.left(DIGEST))
         self.assertIsNone(self.ingest.resume(DIGEST, SIZE))
         self.ingest.sweep()
-        self.assertEqual([], self.ingest.count())
+        self.assertEqual([], self.index.arriving())
         self.assertTrue(outside.exists())
 
     def test_is_not_of_what_can_not_be_read(self) -> None:
@@ -456,46 +461,45 @@ class BeginTests(IngestTests):
 
 
 class LeftOverTests(IngestTests):
-    def test_counts_from_when_it_is_left(self) -> None:
+    def test_counts_with_all_that_it_takes_of_the_disk(self) -> None:
         """
-        It counts as used then, with all that it takes of the disk; who goes on with it has that reserved.
+        From when it is left, or was found; and as what arrives once somebody goes on with it.
         """
-        ledger = self.store.ledger
         writer = self.ingest.begin(DIGEST, SIZE)
         writer.write(0, [DATA[:1000]])
-        self.assertEqual(0, ledger.total)
+        self.now += 5
         writer.leave()
         writer.leave()
-        self.assertEqual((SIZE + TRAILER, 1), (ledger.total, len(ledger)))
-        self.assertEqual(ledger.total, sum(path.stat().st_size for path in self.ingest.folder.iterdir()))
+        (name,) = self.names()
+        self.assertEqual([(name, on_disk(SIZE + TRAILER), self.now)], self.index.arriving())
         again = self.ingest.resume(DIGEST, SIZE)
         assert again is not None
         self.addCleanup(again.discard)
-        self.assertEqual((0, SIZE + TRAILER), (ledger.total, ledger.reserved))
+        self.assertEqual([(name, on_disk(SIZE + TRAILER), 0)], self.index.arriving())
 
-    def test_is_found_by_the_count(self) -> None:
+    def test_is_found_by_the_sweep(self) -> None:
         """
-        A daemon that starts counts what the one before left.
+        A daemon that starts counts what the one before left, by the time of its last write.
         """
         path = self.left_over((0, 1000))
-        store = Store(self.store.root, lambda: self.now)
-        store.count()
-        self.assertEqual([(f"ingest/{path.name}", SIZE + TRAILER, False)], list(store.ledger.oldest()))
+        self.now += 60
+        self.ingest.sweep()
+        self.assertEqual([(path.name, on_disk(SIZE + TRAILER), START)], self.index.arriving())
 
     def test_is_removed_like_any_other_file(self) -> None:
         """
         Eviction takes it, unless somebody goes on with it.
         """
         path = self.left_over((0, 1000))
-        self.store.count()
+        self.ingest.sweep()
         writer = self.ingest.resume(DIGEST, SIZE)
         assert writer is not None
-        self.assertTrue(self.store.remove(f"ingest/{path.name}"))
+        self.assertEqual([], self.store.remove([path.name]))
         self.assertTrue(path.exists())
         writer.leave()
-        self.assertTrue(self.store.remove(f"ingest/{path.name}"))
+        self.assertEqual([path.name], self.store.remove([path.name]))
         self.assertFalse(path.exists())
-        self.assertEqual(0, self.store.ledger.total)
+        self.assertEqual(0, self.index.totals.arriving)
 
     def test_that_was_discarded_is_gone(self) -> None:
         """
@@ -506,7 +510,31 @@ class LeftOverTests(IngestTests):
         assert writer is not None
         writer.discard()
         writer.leave()
-        self.assertEqual(([], 0), (self.names(), self.store.ledger.total))
+        self.assertEqual(([], 0), (self.names(), self.index.totals.arriving))
+
+    def test_a_reservation_whose_file_never_came_ends(self) -> None:
+        """
+        At the second sweep: at the first its writer may be about to make the file.
+        """
+        self.index.reserve(new_name(DIGEST), SIZE, 2**30)
+        self.ingest.sweep()
+        self.assertEqual(on_disk(SIZE), self.index.totals.arriving)
+        self.ingest.sweep()
+        self.assertEqual(0, self.index.totals.arriving)
+
+    def test_a_reservation_ends_with_a_file_that_can_not_be_made(self) -> None:
+        """
+        The disk may take none.
+        """
+        for call in ("open", "ftruncate"):
+            name = new_name(DIGEST)
+            self.index.reserve(name, SIZE, 2**30)
+            self.patch(allocation, "fallocate", failing(errno.ENOSPC))
+            if call == "open":
+                self.ingest.folder.rename(self.ingest.folder.with_name("elsewhere"))
+            self.assertRaises(OSError, self.ingest.begin, DIGEST, SIZE, name)
+            self.assertEqual(0, self.index.totals.arriving)
+            self.ingest.folder.mkdir(exist_ok=True)
 
     def test_is_swept_after_a_day(self) -> None:
         """
@@ -543,13 +571,13 @@ class LeftOverTests(IngestTests):
         for name, data in ((f"sha256-{DIGEST.hex}.x", b"garbage"), ("sha256-abc.1234", b""), ("whatever", bytes(MIB))):
             (self.ingest.folder / name).write_bytes(data)
         self.ingest.sweep()
-        self.assertEqual([], self.names())
+        self.assertEqual(([], 0), (self.names(), self.index.totals.arriving))
 
     def test_of_a_folder_that_is_gone_is_none(self) -> None:
         """
         Who removed the directory has removed what was left.
         """
-        ingest = Ingest(scratch(self), lambda: START, Ledger(), Proofs(), Troubles(lambda: START))
+        ingest = Ingest(scratch(self), lambda: START, self.index, Readers(), Proofs(), Troubles(lambda: START))
         ingest.sweep()
-        self.assertEqual(([], None), (ingest.count(), ingest.left(DIGEST)))
+        self.assertEqual(([], None), (self.index.arriving(), ingest.left(DIGEST)))
         self.assertIsNone(ingest.resume(DIGEST, SIZE))

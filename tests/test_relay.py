@@ -16,8 +16,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.access.crowds import SILENT_SECONDS
 from ecrproxy.access.turns import LateError
-from ecrproxy.cache.entries import entry_name
-from ecrproxy.cache.store import entry_path
+from ecrproxy.cache.entries import EntryKey
 from ecrproxy.http.relay import AGAIN_SECONDS, CONNECT_SECONDS, CONNECTING, KEY, Queued
 from ecrproxy.http.telling import TELL_SECONDS
 from ecrproxy.identity import RegistryId
@@ -27,7 +26,6 @@ from tests.registry_content import OCI_INDEX, SCHEMA2
 from tests.together import Together
 
 LARGE = 8 * MIB
-ENTRY, ANOTHER = entry_path("ab" * 32), entry_path("cd" * 32)
 
 
 class RelayTestCase(DaemonTestCase):
@@ -89,7 +87,7 @@ class AlteredTests(RelayTestCase):
         self.assertWhole(self.get(self.blob), self.data, "MISS")
         self.assertWhole(self.get(self.blob), self.data, "HIT")
         self.pass_time(TELL_SECONDS)
-        self.assertEqual(self.used(), self.daemon.store.ledger.total)
+        self.assertEqual(self.used(), self.index.totals.blocks)
 
 
 class HitTests(RelayTestCase):
@@ -381,7 +379,7 @@ class RequestTests(RelayTestCase):
         key = f"192.0.2.7|proxy.example|http|a|GET|{self.blob}"
         route = parse_route(self.blob)
         registry = RegistryId.of_url(self.standin.registry)
-        self.assertIsNotNone(self.daemon.store.entry(entry_name(registry, key, route), registry, route))
+        self.assertIsNotNone(self.daemon.store.entry(EntryKey.of(registry, route, key)))
         self.daemon.seen.clear()
         self.assertWhole(self.get(self.blob, X_Team="a"), self.data, "HIT")
         self.assertEqual([], self.handed_on)
@@ -650,35 +648,28 @@ class QueuedTests(SynchronousTestCase):
             self.failureResultOf(each)
 
 
-class UsedTests(RelayTestCase):
+class ToldTests(RelayTestCase):
     """
-    What the workers use, the first process's ledger hears of.
+    What the first process is told of the workers.
     """
 
     def order(self) -> list[str]:
         """
         The files of content, the least recently used first.
         """
-        with self.daemon.store.ledger.lock:
-            paths = [path for path, _, _ in self.daemon.store.ledger.oldest()]
-        return [path.rpartition("/")[2] for path in paths if path.startswith("content")]
+        return [each.digest.hex for each in self.index.least_recently_used()]
 
-    def test_is_told_each_second(self) -> None:
+    def test_what_only_a_workers_clients_use_is_used(self) -> None:
         """
-        What only a worker's clients use is the most recently used a second later.
+        The index says so to all processes, so that it is not evicted first.
         """
         others = [self.standin.push_blob("team/app", noise(f"other{number}", 100_000)) for number in range(3)]
         for digest in (self.digest, *others):
             self.get(f"/v2/team/app/blobs/{digest}")
-        self.pass_time(2 * TELL_SECONDS)
-        total = self.daemon.store.ledger.total
         mine = self.digest.removeprefix("sha256:")
         self.assertNotEqual(mine, self.order()[-1])
         self.assertEqual("HIT", self.get(self.blob).cache)
-        self.assertNotEqual(mine, self.order()[-1])
-        self.pass_time(TELL_SECONDS)
         self.assertEqual(mine, self.order()[-1])
-        self.assertEqual(total, self.daemon.store.ledger.total)
 
     def test_what_clients_got_is_told_too(self) -> None:
         """
@@ -745,36 +736,30 @@ class UsedTests(RelayTestCase):
 
     def test_is_told_once(self) -> None:
         """
-        A use is told once, in requests of fifty files; without any there is no request, and one connection does.
+        In requests of fifty rows; without any there is no request, and one connection does.
         """
-        told: list[int] = []
-        ledger = self.daemon.store.ledger
-        self.patch(ledger, "used", lambda path, size: told.append(size))
-        for number in range(120):
-            self.daemon.notes.used(entry_path(f"{number:064x}"), number)
+        told: list[object] = []
+        self.patch(self.daemon.figures.served.saved, "add", told.extend)
+        for number in range(60):
+            self.daemon.counted.saved.note(f"team/app{number}", number + 1)
         self.pass_time(TELL_SECONDS)
-        self.assertEqual(list(range(120)), sorted(told))
+        self.assertEqual(60, len(told))
         self.pass_time(10 * TELL_SECONDS)
-        self.assertEqual(120, len(told))
-        for number in range(10):
-            self.daemon.notes.used(entry_path(f"{number:064x}"), number)
-            self.pass_time(TELL_SECONDS)
+        self.assertEqual(60, len(told))
         assert self.daemon.between is not None
         self.assertLessEqual(len(self.daemon.between.ends), 3)
-        self.assertEqual(130, len(told))
 
     def test_is_not_missed_while_the_first_process_is_away(self) -> None:
         """
-        When it can't be told that is no failure, and later uses are told.
+        When it can't be told that is no failure, and later rows are told.
         """
         assert self.daemon.between is not None
         self.daemon.between.down = ConnectionRefusedError()
-        self.daemon.notes.used(ENTRY, 1)
         self.pass_time(3 * TELL_SECONDS)
         self.daemon.between.down = None
-        self.daemon.notes.used(ANOTHER, 2)
-        self.pass_time(TELL_SECONDS)
-        self.assertEqual(2, self.daemon.store.ledger.gone(ANOTHER))
+        self.get(self.blob)
+        self.pass_time(2 * TELL_SECONDS)
+        self.assertEqual(1, len(list(self.daemon.figures.served.requests.rows())))
         self.assertEqual([], self.flushLoggedErrors())
 
     def test_is_told_no_more_by_a_worker_that_has_stopped(self) -> None:
@@ -782,19 +767,17 @@ class UsedTests(RelayTestCase):
         A worker that was stopped asks nobody.
         """
         self.daemon.teller.stopService()
-        self.daemon.notes.used(ENTRY, 1)
+        self.get(self.blob)
         self.pass_time(3 * TELL_SECONDS)
-        self.assertEqual(0, self.daemon.store.ledger.gone(ENTRY))
+        self.assertEqual(0, len(list(self.daemon.figures.served.requests.rows())))
         self.daemon.teller.stopService()
 
     def test_that_no_worker_can_have_noted_is_refused(self) -> None:
         """
-        Whoever speaks on the workers' socket can have no file deleted, and no figure falsified.
+        Whoever speaks on the workers' socket can have no figure falsified.
         """
         assert self.daemon.between is not None
-        ledger, before = self.daemon.store.ledger, len(self.daemon.store.ledger)
         for name, rows in {
-            "Used": (["/any/file", 10**15], ["../any/file", 1], [ENTRY, -1], [ENTRY, 10**15], [ENTRY], [1, 1], ENTRY),
             "Requests": (
                 [["a", "b", "c"], 1, 1, 1.0, [0] * 9],
                 [["a", "b", "c", "d"], 1, 1, 1.0, [0]],
@@ -813,13 +796,12 @@ class UsedTests(RelayTestCase):
             "Clients": ([1, 1, 1, {"none": 1}], [1, 1, -1, {}], [1, 1, 1, []], [1, 1, {}]),
         }.items():
             for told in (*([json.dumps([row])] for row in rows), ["{}"], ["null"], ["["], ["[" * 6000]):
-                head = f"GET /used HTTP/1.1\r\nHost: first\r\nX-Ecrproxy-{name}: {told[0]}\r\n\r\n"
+                head = f"GET /told HTTP/1.1\r\nHost: first\r\nX-Ecrproxy-{name}: {told[0]}\r\n\r\n"
                 got = self.daemon.raw(head.encode(), self.daemon.between)
                 self.assertEqual(b"HTTP/1.1 400 Bad Request", got.partition(b"\r\n")[0], (name, told))
-        self.assertEqual(before, len(ledger))
-        good = f"GET /used HTTP/1.1\r\nHost: first\r\nX-Ecrproxy-Used: {json.dumps([[ENTRY, 7]])}\r\n\r\n"
+        good = f"GET /told HTTP/1.1\r\nHost: first\r\nX-Ecrproxy-Saved: {json.dumps([['a', 7, 1]])}\r\n\r\n"
         self.assertIn(b" 200 ", self.daemon.raw(good.encode(), self.daemon.between).partition(b"\r\n")[0])
-        self.assertEqual(7, ledger.gone(ENTRY))
+        self.assertEqual([("a", 7, 1)], self.daemon.figures.served.saved.top(1))
 
     def test_a_question_without_a_cache_key_is_refused(self) -> None:
         assert self.daemon.between is not None
@@ -835,13 +817,13 @@ class UsedTests(RelayTestCase):
         """
         alone = Daemon(self.standin, self.clock, self.root / "alone")
         alone.flush()
-        told = {"X_Ecrproxy_Used": json.dumps([[ENTRY, 1000]])}
+        told = {"X_Ecrproxy_Saved": json.dumps([["a", 1000, 1]])}
         for daemon in (self.daemon, alone):
-            for path in ("/used", "/used/", "//used", "/v2/../used", "/%75sed"):
+            for path in ("/told", "/told/", "//told", "/v2/../told", "/%74old"):
                 reply = daemon.ask("GET", path, **told)
                 self.assertIn(reply.code, (400, 404), path)
-            for target in (b"xreadyz/used", b":readyz/used", b"@readyz/used", b"xused", b"http://a/used", b"used"):
-                head = b"GET " + target + b" HTTP/1.1\r\nHost: x\r\nX-Ecrproxy-Used: "
-                got = daemon.raw(head + told["X_Ecrproxy_Used"].encode() + b"\r\n\r\n")
+            for target in (b"xreadyz/told", b":readyz/told", b"@readyz/told", b"xtold", b"http://a/told", b"told"):
+                head = b"GET " + target + b" HTTP/1.1\r\nHost: x\r\nX-Ecrproxy-Saved: "
+                got = daemon.raw(head + told["X_Ecrproxy_Saved"].encode() + b"\r\n\r\n")
                 self.assertIn(got[9:12], (b"400", b"404"), target)
-            self.assertEqual(0, daemon.store.ledger.gone(ENTRY))
+            self.assertEqual([], list(daemon.figures.served.saved.top(1)))

@@ -9,8 +9,8 @@ import os
 from pathlib import Path
 
 from ecrproxy.cache import allocation
-from ecrproxy.cache.entries import occupied
 from ecrproxy.cache.ingest import LEFT_SECONDS, Ingest
+from ecrproxy.cache.sqlite import on_disk
 from ecrproxy.cache.trailer import TRAILER, Trailer
 from ecrproxy.transfer.inflow import SMALLEST_PART, Lanes
 from tests.daemon import MIB, Reply, noise
@@ -56,12 +56,6 @@ class ResumingTestCase(RangesTestCase):
         self.standin.release(self.digest)
         (left,) = self.files("ingest")
         return left
-
-    def entries_bytes(self) -> int:
-        """
-        Weigh the entries, in whole blocks.
-        """
-        return sum(occupied(path.stat().st_size) for path in self.files("entries"))
 
     def again(self) -> Reply:
         """
@@ -247,17 +241,17 @@ class LimitTests(ResumingTestCase):
         It is part of what the directory holds, and of no more once a transfer goes on with it.
         """
         self.interrupted()
-        ledger = self.start(limit=self.limit).store.ledger
-        self.assertEqual((SIZE + TRAILER, 0), (ledger.total - self.entries_bytes(), ledger.reserved))
+        self.start(limit=self.limit)
+        self.assertEqual((0, on_disk(SIZE + TRAILER)), (self.index.totals.blocks, self.promised()))
         self.standin.hold(self.digest)
         reply = self.get(self.path)
-        self.assertEqual((0, SIZE + TRAILER), (ledger.total - self.entries_bytes(), ledger.reserved))
+        self.assertEqual((0, on_disk(SIZE + TRAILER)), (self.index.totals.blocks, self.promised()))
         self.standin.release(self.digest)
         self.flush()
         self.assertWhole(reply, DATA, "MISS")
-        self.assertEqual(0, ledger.reserved)
+        self.assertEqual(0, self.promised())
         self.assertTrue(self.has(self.digest))
-        self.assertEqual(self.used(), ledger.total)
+        self.assertEqual(self.used(), self.index.totals.blocks)
 
     def test_it_makes_room_for_others(self) -> None:
         """
@@ -329,11 +323,10 @@ class FailureTests(ResumingTestCase):
         When upstream has failed too often, the client is aborted; who asks next gets what came, and the rest.
         """
         self.failed()
-        ledger = self.daemon.store.ledger
-        self.assertEqual((SIZE + TRAILER, 0), (ledger.total - self.entries_bytes(), ledger.reserved))
+        self.assertEqual((0, on_disk(SIZE + TRAILER)), (self.index.totals.blocks, self.promised()))
         self.assertWhole(self.get(self.path), DATA, "MISS")
         self.assertEqual(SIZE - 4 * EACH, self.standin.bytes_sent)
-        self.assertEqual((SIZE, 0), (self.used() - self.entries_bytes(), ledger.reserved))
+        self.assertEqual((on_disk(SIZE), 0), (self.used(), self.promised()))
 
     def test_a_daemon_that_starts_goes_on_as_well(self) -> None:
         """

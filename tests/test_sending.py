@@ -173,7 +173,7 @@ class PieceTests(DaemonTestCase):
             self.hands.idle = True
             self.hands.work_off()
             self.flush()
-            self.assertEqual({}, dict(self.daemon.store.ledger._readers))  # noqa: SLF001
+            self.assertEqual(set(), set(self.daemon.store.readers))
             self.flushLoggedErrors(OSError)
 
     def test_the_connection_stays_of_use(self) -> None:
@@ -781,10 +781,10 @@ class KernelTests(DaemonTestCase):
         self.get(self.path)
         self.ask()
         self.connection.turn()
-        self.assertEqual(1, len(self.daemon.store.ledger._readers))  # noqa: SLF001
+        self.assertEqual(1, len(set(self.daemon.store.readers)))
         self.connection.shut()
         self.flush()
-        self.assertEqual({}, dict(self.daemon.store.ledger._readers))  # noqa: SLF001
+        self.assertEqual(set(), set(self.daemon.store.readers))
         self.assertEqual([], [event for event in self.events if event.get("log_failure")])
 
     def aborted(self) -> None:

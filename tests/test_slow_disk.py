@@ -65,11 +65,11 @@ class BrokenTests(DiskTestCase):
                 return at_once(blocking, *args)
 
             self.start(disk=Disk(**{**dict.fromkeys(KINDS, at_once), "writing": fail}))
-            before = self.daemon.store.ledger.reserved
+            before = self.promised()
             self.standin.hold(digest)
             self.assertEqual(500, self.get(self.path(digest)).code)
             self.flushLoggedErrors(MemoryError)
-            self.assertEqual((0, before), (self.standin.held(digest), self.daemon.store.ledger.reserved))
+            self.assertEqual((0, before), (self.standin.held(digest), self.promised()))
 
 
 class SlowTests(DiskTestCase):
@@ -232,5 +232,5 @@ class HungTests(DiskTestCase):
         self.assertWhole(self.get(self.pulled), self.blob, "HIT")
         self.get(self.unknown)
         self.assertWhole(self.get(self.unknown), self.data, "HIT")
-        self.assertEqual(0, self.daemon.store.ledger.reserved)
+        self.assertEqual(0, self.promised())
         self.assertEqual([], [path for path in self.files("ingest") if path.is_file()])

@@ -157,7 +157,7 @@ class PullTests(DaemonTestCase):
         self.assertEqual(1, self.logged().count("No more: "))
         self.pull()
         self.assertEqual("HIT", self.pull()[1])
-        self.assertEqual(0, self.daemon.store.ledger.reserved)
+        self.assertEqual(0, self.promised())
 
     def test_a_full_disk_is_one_line_and_no_readiness(self) -> None:
         """

@@ -338,7 +338,7 @@ class Index:
                 there = [File(each, seen.st_size, uses[each]) for each, seen in found if seen is not None]
                 if there:
                     self.adopt(there)
-            absent = [each for each in gone if self._status(each) is None]
+            absent = [each for each in gone if is_gone(self._root / content_path(each))]
             if absent:
                 self._ask(lambda rows: rows.drop(absent))
         except OSError:
@@ -537,6 +537,19 @@ def status_of(path: Path) -> os.stat_result | None:
         return path.lstat()
     except OSError:
         return None
+
+
+def is_gone(path: Path) -> bool:
+    """
+    Return True if there is no such file; False if that can't be told.
+    """
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def _refuse_far(root: Path) -> None:

@@ -142,8 +142,9 @@ class Janitor(Service):
                 if excess > index.totals.blocks + index.totals.arriving:
                     return False
                 chosen = victims(self._store.candidates(), excess)
-                if not chosen or not self._evict(chosen):
+                if not chosen:
                     return False
+                self._evict(chosen)
         return False
 
     def _excess(self, name: str, size: int) -> int:
@@ -197,7 +198,7 @@ class Janitor(Service):
         self._fit(size)
         return True
 
-    def _evict(self, chosen: Sequence[Candidate]) -> set[Digest | str]:
+    def _evict(self, chosen: Sequence[Candidate]) -> None:
         gone = set(self._store.remove(each.what for each in chosen))
         for each in chosen:
             if each.what not in gone:
@@ -210,7 +211,6 @@ class Janitor(Service):
                 total=self.evicted,
                 once="evicted",
             )
-        return gone
 
     def _pass_over(self, each: Candidate) -> None:
         """

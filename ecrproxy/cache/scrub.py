@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final
 from twisted.application.service import Service
 from twisted.logger import Logger
 
-from ecrproxy.cache.index import status_of
+from ecrproxy.cache.index import is_gone
 from ecrproxy.cache.store import names_in
 from ecrproxy.cache.takeover import take_over
 from ecrproxy.oci import HEX_LENGTHS, Digest
@@ -57,14 +57,21 @@ def scrub(store: Store, tidy: Callable[[], None]) -> Iterator[None]:
     store.index.check()
     yield
     yield from take_over(store)
+    adopted = 0
     for algorithm, folder in store.folders():
         if _PREFIX.fullmatch(folder.name):
-            yield from _compare(store, algorithm, folder, tidy)
-            yield
+            for count in _compare(store, algorithm, folder, tidy):
+                adopted += count
+                yield
     store.index.forget_absent(store.now() - ABSENT_SECONDS)
+    if adopted:
+        log.info("Adopted {count} files of content that the cache's index did not know", count=adopted)
 
 
-def _compare(store: Store, algorithm: str, folder: Path, tidy: Callable[[], None]) -> Iterator[None]:
+def _compare(store: Store, algorithm: str, folder: Path, tidy: Callable[[], None]) -> Iterator[int]:
+    """
+    Compare a folder, and yield after each step how many files were adopted.
+    """
     length = HEX_LENGTHS[algorithm] - len(folder.name)
     first, last = (Digest(algorithm, folder.name + each * length) for each in "0f")
     there = names_in(algorithm, folder)
@@ -73,14 +80,16 @@ def _compare(store: Store, algorithm: str, folder: Path, tidy: Callable[[], None
     while page:
         known.update(each.digest for each in page)
         page = store.index.files(page[-1].digest, last)
-    gone = [each for each in known - there if status_of(store.root / store.content_path(each)) is None]
+    gone = [each for each in known - there if is_gone(store.root / store.content_path(each))]
     if gone:
         store.index.drop(gone)
     unknown = sorted(there - known, key=str)
     for at in range(0, len(unknown), STEP):
-        store.index.adopt([file for file in map(store.found, unknown[at : at + STEP]) if file is not None])
+        found = [file for file in map(store.found, unknown[at : at + STEP]) if file is not None]
+        store.index.adopt(found)
         tidy()
-        yield
+        yield len(found)
+    yield 0
 
 
 class Scrub(Service):

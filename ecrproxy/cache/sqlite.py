@@ -330,7 +330,10 @@ class Rows:
         @return: by how many bytes: zero if they are promised now.
         """
         with self._transaction() as connection:
-            (taken,) = connection.execute("SELECT blocks + arriving FROM total").fetchone()
+            (taken,) = connection.execute(
+                "SELECT blocks + arriving - coalesce((SELECT blocks FROM arriving WHERE name = ?), 0) FROM total",
+                (name,),
+            ).fetchone()
             excess = max(0, taken + on_disk(size) - limit)
             if not excess:
                 _arrive(connection, name, size, 0)
@@ -635,6 +638,8 @@ def _arrive(connection: sqlite3.Connection, name: str, size: int, written: int) 
 def _entry(rows: Sequence[tuple[str, bytes, str | None, int, int, bytes | None]]) -> Entry | None:
     answers = {}
     for accepts, digest, media_type, size, confirmed, manifest in rows:
+        if media_type is not None and media_type not in MANIFEST_TYPES:  # whoever wrote that
+            continue
         descriptor = Descriptor(media_type or BLOB_TYPE, _unpacked(digest), size)
         through = _unpacked(manifest) if manifest else None
         # Of these strings: each is in memory once.

@@ -86,12 +86,11 @@ def read_entry(name: str, data: bytes) -> tuple[EntryKey, Entry] | None:
         kind, repository, reference = Kind(document["kind"]), document["repository"], document["reference"]
         key = EntryKey(RegistryId(document["registry"]), kind, repository, reference)
         fact = name == old_name("\0fact", key)
-        if not fact and name != old_name(f"/v2/{repository}/{kind.value}/{reference}", key):
-            return None
         answers = {_accept(item): _confirmed(key, item, fact=fact) for item in document["answers"]}
     except (KeyError, TypeError, AttributeError, OverflowError, RecursionError) as problem:
         raise ValueError(f"no entry: {problem!r}") from None
-    return (key, Entry(answers)) if answers else None
+    known = fact or name == old_name(f"/v2/{repository}/{kind.value}/{reference}", key)
+    return (key, Entry(answers)) if known and answers else None
 
 
 def old_name(cache_key: str, key: EntryKey) -> str:
