@@ -708,6 +708,8 @@ class DaemonTestCase(SynchronousTestCase):
     """
 
     kind: Callable[..., Any] = Daemon
+    index_in_memory = True
+    """Whether no other process needs the index."""
 
     def setUp(self) -> None:
         self.clock = Clock()
@@ -717,12 +719,20 @@ class DaemonTestCase(SynchronousTestCase):
         self.addCleanup(shutil.rmtree, self.root)
         self.events: list[LogEvent] = []
         self.daemons: list[Daemon] = []
-        self.index = Index(self.root, lambda: self.daemon.now() if self.daemons else START, memory=True)
-        self.addCleanup(self.index.close)
+        self.index = self.make_index()
         observer = cast(ILogObserver, self.note)
         globalLogPublisher.addObserver(observer)
         self.addCleanup(globalLogPublisher.removeObserver, observer)
         self.daemon = self.start()
+
+    def make_index(self) -> Index:
+        """
+        Open the index as a process does; one in memory is empty.
+        """
+        now = self.clock.seconds
+        index = Index(self.root, lambda: self.daemon.now() if self.daemons else now(), memory=self.index_in_memory)
+        self.addCleanup(index.close)
+        return index
 
     def note(self, event: LogEvent) -> None:
         """
@@ -736,6 +746,8 @@ class DaemonTestCase(SynchronousTestCase):
         """
         Start a daemon over the test's cache directory; the test's other helpers ask this one from now on.
         """
+        if self.daemons and not self.index_in_memory:
+            self.index = self.make_index()
         self.daemon = self.kind(self.standin, self.clock, self.root, **{"index": self.index, **options})
         self.daemons.append(self.daemon)
         self.daemon.flush()
@@ -821,7 +833,7 @@ class DaemonTestCase(SynchronousTestCase):
         """
         The bytes of disk that all files of the cache take, those that arrive included.
         """
-        return sum(on_disk(path.stat().st_size) for path in self.files("."))
+        return sum(on_disk(path.stat().st_size) for path in [*self.files("content"), *self.files("ingest")])
 
     def entries(self) -> dict[EntryKey, Entry]:
         """
@@ -833,8 +845,7 @@ class DaemonTestCase(SynchronousTestCase):
         """
         Have the next daemon find no index.
         """
-        self.index = Index(self.root, self.daemon.now, memory=True)
-        self.addCleanup(self.index.close)
+        self.index = self.make_index()
 
     def promised(self) -> int:
         """
