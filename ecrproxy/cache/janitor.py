@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from twisted.internet.interfaces import IReactorTime
 
     from ecrproxy.cache.store import Candidate, Store
-    from ecrproxy.oci import Digest
     from ecrproxy.threads import InThread
 
 log = Logger()
