@@ -415,8 +415,18 @@ class Cache:
         try:
             begin = partial(self.store.writer, digest, size, name)
             return await undone_if_late(self._disk.writing, begin, Writer.discard)
-        except OSError:  # the store has told of it
+        except BaseException as problem:
+            on_its_own(self._release(name))
+            if not isinstance(problem, OSError):  # those the store has told
+                raise
             return Reason.DISK
+
+    async def _release(self, name: str) -> None:
+        """
+        Give back room for a file that does not come.
+        """
+        with contextlib.suppress(OSError):
+            await self._disk.closing(self.store.index.drop, [], [name])
 
     async def _has_room(self, name: str, size: int) -> bool:
         try:

@@ -270,7 +270,7 @@ def build(
     """
     disk = _disk(service := Daemon(), reactor)
     store = _prepared(config)
-    scrubbing, judging, probing = Threads(1, reactor), Threads(1, reactor), Threads(1, reactor)
+    scrubbing, judging, probing = (Threads(1, reactor) for _ in range(3))
     janitor = Janitor(store, config.cache_limit, disk.writing, reactor)
     scrub = Scrub(store, janitor.tidy, scrubbing.call, reactor)
     tokens = _tokens(config, reactor, partial(_ends, refused, warm=store.has_content()))
@@ -280,14 +280,13 @@ def build(
     pull_through = _pull_through(config, upstream, cache, disk, reactor)
     connections, crowds = Connections(), Crowds(Crowd(config.limits), reactor.seconds)
     readiness = partial(_readiness, tokens, asking.circuit, Condition(store, probing.call, reactor), connections)
-    ready = Ready(readiness)
     status = Status(
         config.ecr_endpoint, figures, store, janitor, asking, pull_through, readiness, disk.reading, time.time, reactor
     )
     supervised = Supervised(supervisor, partial(_summary, readiness, janitor), reactor)
     shape = (_namespaces(config, judging, reactor), config.cache_key, disk.reading)
     admission = _admission(config, reactor, service)
-    registry = Registry(pull_through, *shape)
+    registry, ready = Registry(pull_through, *shape), Ready(readiness)
     counted = partial(make_site, access_log=_access_log(config, service, reactor), served=figures.served)
     site = counted(registry, ready, reactor, admission=admission, crowd=crowds.own, connections=connections)
     figures.watch(*of_cache(store, janitor), *of_token(tokens), *of_transfers(pull_through), *of_loop(stall))
@@ -586,6 +585,7 @@ def _prepared(config: Config) -> Store:
         root.mkdir(parents=True, exist_ok=True, mode=0o700)
         store = Store(root, time.time)
         store.prepare()
+        store.sweep()
     except OSError as problem:
         raise ConfigError(
             f"PROXY_CACHE_DIR={config.cache_dir!r}: can't be written: {problem.strerror}; give a directory that can"

@@ -51,7 +51,6 @@ ARROWS: dict[str, set[str]] = {
         "byte_ranges",
         "cache.cache_key",
         "cache.content",
-        "cache.ledger",
         "cached",
         "daemon.ending",
         "metrics",
@@ -93,7 +92,7 @@ OUTERMOST = {"tap", "command"}
 TYPES_ONLY = {
     ("http.channel", "daemon.ending"),
     ("access.clients", "access.passwords"),
-    ("cache.ingest", "cache.ledger"),
+    ("cache.ingest", "cache.index"),
     ("cache.content", "cache.store"),
     ("cache.condition", "cache.store"),
     ("cache.condition", "threads"),

@@ -454,7 +454,7 @@ class BoundTests(ChannelTestCase):
         large = noise("y", 4 * MIB)
         path = f"/v2/team/app/blobs/{self.standin.push_blob('team/app', large)}"
         asked = f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
-        together = Together(self.standin, self.clock, self.root)
+        together = Together(self.standin, self.clock, self.root, index=self.index)
         balanced = Network(BalancedFactory(self.daemon.site, self.clock), self.clock)  # type: ignore[arg-type]
         for front, greeting in ((self.daemon.front, b""), (balanced, PROXY_LINE), (together.front, b"")):
             self.daemon.front = front
@@ -682,7 +682,7 @@ class EmptyBodyTests(ChannelTestCase):
     def test_is_answered_whatever_is_asked_for_and_by_whom(self) -> None:
         data = noise("chunked", 100_000)
         path = f"/v2/team/app/blobs/{self.standin.push_blob('team/app', data)}".encode()
-        together = Together(self.standin, self.clock, self.root)
+        together = Together(self.standin, self.clock, self.root, index=self.index)
         self.daemons.append(together)
         for front in (self.daemon.front, together.front):
             self.daemon.front = front

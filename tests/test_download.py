@@ -23,6 +23,7 @@ from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.cache.content import DigestMismatchError
+from ecrproxy.cache.index import Index
 from ecrproxy.cache.store import Store
 from ecrproxy.cache.writer import Writer
 from ecrproxy.oci import Digest
@@ -170,7 +171,9 @@ class DownloadTestCase(SynchronousTestCase):
     def setUp(self) -> None:
         self.root = Path(tempfile.mkdtemp(prefix="ecrproxy-test-"))
         self.addCleanup(shutil.rmtree, self.root)
-        self.store = Store(self.root, lambda: 4e9)
+        index = Index(self.root, lambda: 4e9, memory=True)
+        self.addCleanup(index.close)
+        self.store = Store(self.root, lambda: 4e9, index)
         self.store.prepare()
         self.hands, self.clock = Hands(), Clock()
         self.blob: Source
@@ -523,12 +526,9 @@ class KeptTests(DownloadTestCase):
         self.tap.arrived(data)
         self.tap.ended(None)
 
-        def being_read() -> list[bool]:
-            return [read for _, _, read in self.store.ledger.oldest()]
-
-        self.assertEqual([True], being_read())
+        self.assertEqual([], list(self.store.candidates()))
         slow.follower.close()
-        self.assertEqual([False], being_read())
+        self.assertEqual([Digest.of(data)], [each.what for each in self.store.candidates()])
 
     def test_a_slow_disk_bounds_memory(self) -> None:
         """

@@ -13,7 +13,9 @@ import sqlite3
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
+from typing import Any
 
 from twisted.logger import capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
@@ -23,7 +25,7 @@ from ecrproxy.cache.entries import Entry, EntryKey
 from ecrproxy.cache.index import AGAIN_SECONDS, LATE, LOCK, POINTER, Index
 from ecrproxy.cache.mounts import find_mount
 from ecrproxy.cache.scrub import scrub
-from ecrproxy.cache.sqlite import Rows, UnusableError
+from ecrproxy.cache.sqlite import File, Rows, UnusableError
 from ecrproxy.cache.store import Store
 from ecrproxy.cache.takeover import old_name
 from ecrproxy.oci import Digest, Kind
@@ -149,7 +151,12 @@ class WhileOpenTests(LossTestCase):
         """
         opened: list[str] = []
         real = os.open
-        self.patch(os, "open", lambda path, *args, **kwargs: opened.append(str(path)) or real(path, *args, **kwargs))
+
+        def noting(path: str, *args: Any, **kwargs: Any) -> int:
+            opened.append(str(path))
+            return real(path, *args, **kwargs)
+
+        self.patch(os, "open", noting)
         self.index.settle()
         self.repaired(self.store)
         self.assertEqual([], [path for path in opened if ".sqlite3" in path])
@@ -247,7 +254,7 @@ class UnusableTests(LossTestCase):
 
     def test_where_locks_do_not_work(self) -> None:
         for flock in (failing(errno.ENOLCK), lambda *_: None):
-            patch = self.patch(index_module.fcntl, "flock", flock)
+            patch = self.patch(fcntl, "flock", flock)
             with capturedLogs() as events:
                 store = Store(self.root, lambda: self.now)
                 self.addCleanup(store.index.close)
@@ -292,7 +299,7 @@ class UnusableTests(LossTestCase):
         for closes in (False, True):
             if closes:
                 self.index.close()
-            patch = self.patch(index_module.os, "open", failing(errno.EROFS))
+            patch = self.patch(os, "open", failing(errno.EROFS))
             index = Index(self.root, lambda: self.now)
             patch.restore()
             self.addCleanup(index.close)
@@ -330,6 +337,7 @@ class UnusableTests(LossTestCase):
 WRITER = """
     import sys, time
     from pathlib import Path
+from typing import Any
     from ecrproxy.cache.store import Store
     from ecrproxy.cache.ingest import new_name
     from ecrproxy.cache.janitor import Janitor
@@ -405,10 +413,12 @@ class KillTests(SynchronousTestCase):
         os.truncate(path, chance.randrange(path.stat().st_size + 1))
 
     def hold(self, root: Path) -> None:
-        store = Store(root, lambda: START)
+        now = [time.time()]
+        store = Store(root, lambda: now[0])
         store.prepare()
         for _ in range(2):
             store.sweep()
+            now[0] += 60
         for _ in range(2):  # damage that the first one meets begins another index
             try:
                 for _ in scrub(store, lambda: None):
@@ -428,7 +438,7 @@ class KillTests(SynchronousTestCase):
             self.assertEqual(1, len(entry.answers), key)
         store.index.close()
 
-    def pages(self, store: Store) -> list[list[index_module.File]]:
+    def pages(self, store: Store) -> list[list[File]]:
         found = [store.index.files()]
         while found[-1]:
             found.append(store.index.files(found[-1][-1].digest))

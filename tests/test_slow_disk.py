@@ -65,6 +65,7 @@ class BrokenTests(DiskTestCase):
                 return at_once(blocking, *args)
 
             self.start(disk=Disk(**{**dict.fromkeys(KINDS, at_once), "writing": fail}))
+            self.daemon.janitor._in_thread = at_once  # noqa: SLF001 (without room the blob is passed through)
             before = self.promised()
             self.standin.hold(digest)
             self.assertEqual(500, self.get(self.path(digest)).code)

@@ -36,13 +36,14 @@ from twisted.python.threadpool import ThreadPool
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy import __version__
+from ecrproxy.cache import index
 from ecrproxy.cache.condition import FRESH_SECONDS
 from ecrproxy.daemon.process import count_steadily, open_many_files, set_aside_what_stays
 from ecrproxy.daemon.renewal import LOOK_SECONDS, Renewal
 from ecrproxy.daemon.supervision import Supervisor
 from ecrproxy.registry.ecr import CredentialsError, TokenService
 from ecrproxy.registry.resolver import ChosenServers
-from ecrproxy.settings.config import SETTINGS, Config
+from ecrproxy.settings.config import SETTINGS, Config, ConfigError
 from ecrproxy.settings.options import Options
 from ecrproxy.tap import build, makeService
 from tests.daemon import at_once
@@ -877,6 +878,15 @@ class BuildTests(TapCase):
         self.assertIs(self.reactor.first, self.reactor.nameResolver)
         self.build()
         self.assertIsInstance(self.reactor.nameResolver, ChosenServers)
+
+    def test_several_processes_need_an_index_that_they_share(self) -> None:
+        """
+        One process runs on with an index in memory.
+        """
+        self.patch(index, "mountinfo", lambda: "1 2 0:3 / / rw - nfs4 server:/x rw")
+        with self.assertRaisesRegex(ConfigError, "nfs4.*; several processes need that, PROXY_WORKER_PROCESSES=1"):
+            self.build(PROXY_WORKER_PROCESSES="2")
+        self.build()
 
     def test_what_a_dead_daemon_left_is_swept(self) -> None:
         """

@@ -82,7 +82,7 @@ class Ingest:
         self.root, self.now, self.index, self.readers = root, now, index, readers
         self.proofs, self.troubles = proofs, troubles
         self.folder, self.boot = root / "ingest", boot
-        self._absent: set[str] = set()
+        self._absent: dict[str, float] = {}
 
     def begin(self, digest: Digest, size: int, name: str | None = None) -> Writer:
         """
@@ -163,9 +163,10 @@ class Ingest:
                     gone.add(path.name)
             os.close(fd)
         with contextlib.suppress(OSError):
-            absent = {name for name, _, _ in self.index.arriving()} - there
-            self.index.drop(arriving=gone | (absent & self._absent))
-            self._absent = absent
+            absent = {name for name, _, _ in self.index.arriving()} - there - gone
+            self._absent = {name: self._absent.get(name, self.now()) for name in absent}
+            old = {name for name, since in self._absent.items() if not 0 <= self.now() - since < _YOUNG_SECONDS}
+            self.index.drop(arriving=gone | old)
 
     def remove(self, name: str) -> bool:
         """
