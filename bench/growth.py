@@ -3,7 +3,7 @@ The daemon over a large cache, against the same over an empty one: C{python -m b
 
 The large cache has an entry and a sparse content file for each name, made as the store makes them. Everything is
 seen from outside: when the first answer comes, how long answers take while the daemon compares its cache with the
-index, how fast hits are, and how long a pull takes that must evict others to fit. The file system's own caches are warm.
+index, how fast hits are, and how long a pull takes that must evict others to fit. The file system's caches are warm.
 """
 
 from __future__ import annotations

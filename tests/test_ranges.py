@@ -550,6 +550,7 @@ class MemoryTests(DaemonTestCase):
             self.read(path)
             self.pass_time(30)
             used = self.daemon.now()
+            self.threads.calls.clear()
             self.get(path)
             self.assertEqual([], self.threads.calls)
             self.pass_time(1)
