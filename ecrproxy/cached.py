@@ -55,8 +55,12 @@ _ENTRIES_BYTES = 8 * 2**20
 _ORDERS_BYTES = 2**20
 _ORDER_BYTES = 2**10
 """Bytes of memory for the order of what ECR said of tags: it matters for the seconds that a question takes."""
+_ONLY_HEADS_BYTES = 2**20
+"""Bytes of memory for what only HEADs have asked for."""
 _LEARNT_BYTES = 2**20
 """Bytes of memory for which manifests gave facts lately."""
+_OWN_TYPES_BYTES = 2**20
+"""Bytes of memory for what manifests call themselves: those that are read again are not parsed again."""
 _STORING_BYTES = 64 * 2**20
 """Bytes of memory for manifests, and for what they list, that wait for a slow disk."""
 SMALL_BLOB = 64 * 2**10
@@ -95,10 +99,12 @@ class Cache:
         self._registry = registry
         self._blobs: Memory[Digest, bytes] = Memory(_BODIES_BYTES)
         self._documents: Memory[Digest, Document] = Memory(_BODIES_BYTES)
+        self._own_types: Memory[Digest, Document] = Memory(_OWN_TYPES_BYTES)
         self._locks = KeyedLocks()
         self._orders: Memory[EntryKey, Order] = Memory(_ORDERS_BYTES)
         self._entries: Memory[EntryKey, Entry] = Memory(_ENTRIES_BYTES)
         self._learnt: Memory[tuple[str, Descriptor], float] = Memory(_LEARNT_BYTES)
+        self._only_heads: Memory[tuple[EntryKey, frozenset[str]], bool] = Memory(_ONLY_HEADS_BYTES)
         self._verifications: dict[tuple[Digest, int], Verification] = {}
         self._unwritten: dict[EntryKey, Entry] = {}
         self._storing = 0
@@ -143,16 +149,38 @@ class Cache:
         """
         known, missing = self._known(asked, self._entry_at_hand)
         try:
-            return await self._disk.reading(self._look_up, asked, known, missing)
+            known, content, missing = await self._disk.reading(self._look_up, asked, known, missing)
         except OSError:
             return known, None, Reason.DISK
+        if known is not None and content is not None and known.size != content.size and not content.proved:
+            return known, await self._if_right(content), missing
+        return known, content, missing
 
     def _look_up(
         self, asked: Asked, known: Descriptor | None, missing: Reason
     ) -> tuple[Descriptor | None, Content | None, Reason]:
         if known is None:
             known, missing = self._known(asked, self.store.entry)
-        return known, self.store.open(asked.digest, known.size if known else None), missing
+        return known, self.store.open(asked.digest), missing
+
+    async def _if_right(self, content: Content) -> Content | None:
+        """
+        Give content of another size than was told once it is known to be right; none if it is bad.
+
+        It may have been cut behind our back, or what was told is wrong.
+        """
+        verification, verdict = self._verification(content), Deferred[None]()
+
+        def news() -> None:
+            verdict.callback(None)
+
+        if not verification.over:
+            verification.follow(news)
+            try:
+                await verdict
+            finally:
+                verification.leave(news)
+        return content if verification.proved else None  # what was opened closes itself
 
     async def opened(self, digest: Digest) -> Content | None:
         """
@@ -182,13 +210,13 @@ class Cache:
         Read a manifest that the repository may have, or give the reason why it can't be had here.
         """
         try:
-            return await self._disk.reading(self._look_up_manifest, asked)
+            return await self._disk.reading(self._look_up_manifest, asked, self._own_types.get(asked.digest))
         except OSError:
             return Reason.DISK
 
-    def _look_up_manifest(self, asked: Asked) -> tuple[Descriptor, Document] | Reason:
+    def _look_up_manifest(self, asked: Asked, parsed: Document | None) -> tuple[Descriptor, Document] | Reason:
         known, missing = self._known(asked, self.store.entry)
-        document = self._read_document(asked.digest) if known is not None else None
+        document = self._read_document(asked.digest, parsed) if known is not None else None
         if known is None or document is None:
             return missing
         # Which type it has was told by an index that lists it: ECR decides if the manifest says otherwise.
@@ -203,18 +231,22 @@ class Cache:
             self.store.index.use(digest)
             return document
         with contextlib.suppress(OSError):
-            document = await self._disk.reading(self._read_document, digest)
+            document = await self._disk.reading(self._read_document, digest, self._own_types.get(digest))
         if document is not None:
             self.hold(digest, document)
         return document
 
-    def _read_document(self, digest: Digest) -> Document | None:
+    def _read_document(self, digest: Digest, parsed: Document | None) -> Document | None:
         """
-        Read and parse a manifest. Called in a thread.
+        Read a manifest, and parse it unless it was parsed already. Called in a thread.
         """
         body = self._read(digest)
+        if body is None:
+            return None
+        if parsed is not None:
+            return replace(parsed, body=body)
         try:
-            return None if body is None else Document.read(body)
+            return Document.read(body)
         except ValueError:  # a blob
             return None
 
@@ -271,11 +303,30 @@ class Cache:
     def _entry_of(self, descriptor: Descriptor, manifest: Digest | None = None) -> Entry:
         return Entry({ANY: Confirmed(descriptor, self._now(), manifest)})
 
+    def why_missing(self, asked: Asked, reason: Reason) -> Reason:
+        """
+        Return C{FIRST_USE} in place of C{NOT_KEPT} for what only HEADs have asked for: nothing was fetched for them.
+        """
+        key = self._key(asked), asked.accept if asked.route.digest is None else ANY
+        if reason is Reason.NOT_KEPT and self._only_heads.get(key):
+            reason = Reason.FIRST_USE
+        if asked.head and reason is Reason.FIRST_USE:
+            self._only_heads.put(key, True, 500 + 100 * len(key[1]))  # noqa: FBT003 (a value)
+        else:
+            self._only_heads.drop(key)
+        return reason
+
     def remember(self, asked: Asked, descriptor: Descriptor) -> None:
         """
         Note that ECR said that the repository holds what was asked for by its digest.
         """
         on_its_own(self._remember(asked, descriptor))
+
+    def held(self, digest: Digest) -> Document | None:
+        """
+        Return a manifest that is held in memory, whoever may have it.
+        """
+        return self._documents.get(digest)
 
     def hold(self, digest: Digest, small: bytes | Document) -> None:
         """
@@ -283,6 +334,7 @@ class Cache:
         """
         if isinstance(small, Document):
             self._documents.put(digest, small, len(small.body) + 500)
+            self._own_types.put(digest, replace(small, body=b""), 500)
         else:
             self._blobs.put(digest, small, len(small) + 400)
 
@@ -295,6 +347,10 @@ class Cache:
 
         @param tag_ttl: seconds for which a tag's digest is taken on trust.
         """
+        answer = await self._hit(asked, tag_ttl)
+        return None if answer is None else await self.from_file(answer)
+
+    async def _hit(self, asked: Asked, tag_ttl: float) -> Answer | None:
         if asked.route.digest is None:
             return await self._fresh_tag(asked, tag_ttl) if tag_ttl else None
         answer = self.at_hand(asked)
@@ -313,6 +369,22 @@ class Cache:
     async def _manifest_hit(self, asked: Asked) -> Answer | None:
         found = await self.look_up_manifest(asked)
         return None if isinstance(found, Reason) else self.manifest(asked, *found)
+
+    async def from_file(self, answer: Answer) -> Answer:
+        """
+        Answer with the file of a manifest of more than C{SMALL_BLOB} bytes, if it is cached.
+
+        Its bytes in memory would be held until the client has taken the last of them.
+        """
+        if not isinstance(answer.body, bytes) or len(answer.body) <= SMALL_BLOB:
+            return answer
+        content = await self.opened(answer.digest)
+        if content is None:
+            return answer
+        if content.size != len(answer.body) or not content.proved:
+            content.close()
+            return answer
+        return replace(answer, body=content)
 
     def manifest(self, asked: Asked, known: Descriptor, document: Document) -> Answer:
         """

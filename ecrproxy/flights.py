@@ -18,9 +18,9 @@ log = Logger()
 T = TypeVar("T")
 
 
-class LateError(Exception):
+class DeadlineExceededError(Exception):
     """
-    What was waited for takes too long; it goes on.
+    The work has not finished within its deadline; it goes on.
     """
 
 
@@ -28,7 +28,7 @@ def within(seconds: float, work: Coroutine[Any, Any, T], call_later: Callable[..
     """
     Wait for C{work} for so many seconds. If it is late, it goes on.
 
-    @return: fires with the result, or fails with L{LateError}. Cancelling it in time cancels C{work}.
+    @return: fires with the result, or fails with L{DeadlineExceededError}. Cancelling it in time cancels C{work}.
     """
 
     def end(outcome: T | Failure) -> None:
@@ -44,7 +44,7 @@ def within(seconds: float, work: Coroutine[Any, Any, T], call_later: Callable[..
         working.cancel()
 
     waiting: Deferred[T] = Deferred(leave)
-    limit = call_later(seconds, lambda: waiting.errback(LateError()))
+    limit = call_later(seconds, lambda: waiting.errback(DeadlineExceededError()))
     working = Deferred.fromCoroutine(work).addBoth(end)
     return waiting
 

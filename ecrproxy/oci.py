@@ -23,6 +23,11 @@ if TYPE_CHECKING:
     from hashlib import _Hash
 
 MANIFEST_LIMIT = 4 * 2**20
+VALUES_LIMIT = 100_000
+"""
+The most values that a manifest may have, reckoned at a glance. Python's parser lets no other thread run, and its
+garbage collector looks at all that it makes: 4 MiB of empty lists stop everything for seconds.
+"""
 """The most bytes a manifest may have: what the spec asks registries to accept, and ECR's own limit."""
 
 SIZE_LIMIT = 2**62
@@ -292,7 +297,7 @@ def accepted_types(accept: Sequence[str]) -> frozenset[str]:
 @dataclass(frozen=True, slots=True)
 class Document:
     """
-    A manifest's bytes and the media type that it gives itself, parsed once: 4 MiB of JSON take a second.
+    A manifest's bytes and the media type that it gives itself.
 
     @ivar own_type: none if it gives none.
     """
@@ -410,6 +415,8 @@ def _told_apart(members: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _json_object(data: bytes, make: Callable[[list[tuple[str, Any]]], dict[str, Any]] | None = None) -> dict[str, Any]:
+    if sum(map(data.count, (b",", b"[", b"{"))) > VALUES_LIMIT:
+        raise ValueError(f"it has more than {VALUES_LIMIT:,} values")
     try:
         document = json.loads(data, object_pairs_hook=make)
     except (ValueError, RecursionError):

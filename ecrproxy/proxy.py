@@ -10,7 +10,7 @@ Rules:
   When ECR can't be asked, the last answer holds.
 - Look, then register the flight, with no await between: between two awaits nobody else runs.
 - A part of a blob is fetched first, and the rest for the cache behind it. If the blob is not kept, the part is passed
-  on alone: the bucket is asked for these bytes and no others.
+  on alone: the bucket is asked for these bytes, and for small gaps between several of them.
 - The cache may fail in any way: what upstream gives is handed on all the same.
 """
 
@@ -25,13 +25,13 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 from twisted.logger import Logger
 
 from ecrproxy.answers import ANY, Answer, Asked, CacheStatus, manifest_answer
-from ecrproxy.byte_ranges import Ranges, Span
+from ecrproxy.byte_ranges import Ranges, Span, joined, questions
 from ecrproxy.cache.entries import Confirmed
 from ecrproxy.cache.ingest import Left
 from ecrproxy.cache.memory import Memory
 from ecrproxy.cache.writer import Writer
 from ecrproxy.cached import FACTS, Cache
-from ecrproxy.flights import Flights, LateError, within
+from ecrproxy.flights import DeadlineExceededError, Flights, within
 from ecrproxy.oci import (
     BLOB_TYPE,
     MANIFEST_TYPES,
@@ -126,7 +126,7 @@ class PullThrough:
             return CacheStatus.BYPASS, Reason.LIST, await self._ask_for_page(key, route)
         try:
             page = await within(STALE_SECONDS, self._ask_for_page(key, route), self._call_later)
-        except (LateError, UnavailableError) as problem:
+        except (DeadlineExceededError, UnavailableError) as problem:
             return CacheStatus.STALE, _why_stale(route, problem), last
         return CacheStatus.BYPASS, Reason.LIST, page
 
@@ -138,6 +138,9 @@ class PullThrough:
         except RegistryError:
             self._last_pages.drop(key)
             raise
+        last = self._last_pages.get(key)
+        if page == last:
+            return last  # one copy for all clients that are slow to take it
         if len(page.body) <= _PAGE_BYTES:
             self._last_pages.put(key, page, len(page.body) + 2 * len(key) + 500)
         return page
@@ -195,6 +198,7 @@ class PullThrough:
                 return Answer(CacheStatus.HIT, Reason.CACHED, BLOB_TYPE, asked.digest, content.size)
         size = await self._blob_size(asked)
         if content is None:
+            missing = self._cache.why_missing(asked, missing)
             return Answer(CacheStatus.MISS, missing, BLOB_TYPE, asked.digest, size)
         return Answer(CacheStatus.REVALIDATED, Reason.REPOSITORY_CONFIRMED, BLOB_TYPE, asked.digest, content.size)
 
@@ -223,6 +227,7 @@ class PullThrough:
         if body is None:  # it has landed since we looked
             return await self.blob(asked, ranges)
         self._cache.holds(asked, body.size)
+        missing = self._cache.why_missing(asked, missing)
         if isinstance(body, Passing) or not body.kept:
             return Answer(CacheStatus.BYPASS, body.unkept, BLOB_TYPE, digest, body.size, body)
         return Answer(CacheStatus.MISS, missing, BLOB_TYPE, digest, body.size, body)
@@ -280,12 +285,15 @@ class PullThrough:
         """
         Hand the blob, or parts of it, through to one client: the shared transfer keeps no file and is elsewhere.
         """
-        start, stop = parts[0] if parts else (0, None)
+        wanted: Sequence[tuple[int, int | None]] = questions(parts, ranged=True) or [(0, None)]
+        start, stop = wanted[0]
         blob = await self._upstream.blob(asked.route, stop, start)
-        body: Download | Passing
         if parts:
             _check_size(blob, size)
-            body = Passing(asked.digest, blob, Reason.PASSED, self._lanes.buffered)
+        asks = questions(parts, ranged=blob.ranged)
+        body: Download | Passing
+        if asks:
+            body = Passing(asked.digest, blob, Reason.PASSED, self._lanes.buffered, asks)
         else:
             body = self._begin(blob, asked.digest, Reason.PASSED)
         return Answer(CacheStatus.BYPASS, body.unkept, BLOB_TYPE, asked.digest, body.size, body)
@@ -299,7 +307,8 @@ class PullThrough:
         left = await self._cache.left(digest, expected)
         if left is not None:
             log.info("Going on with {digest} at byte {at} of {size}", digest=digest, at=left.gaps[0][0], size=left.size)
-        start, stop = _first_span(left, parts, self._lanes.first_part(left.size if left else expected))
+        wanted = joined(parts) or parts
+        start, stop = _first_span(left, wanted, self._lanes.first_part(left.size if left else expected))
         blob = await self._upstream.blob(route, stop, start)
         if blob.size is None:
             blob.size = expected  # a manifest has told: the client gets a length, and the cache the blob
@@ -310,8 +319,8 @@ class PullThrough:
         except BaseException:
             drop(blob.first)
             raise
-        if parts and isinstance(file, Reason):
-            return Passing(digest, blob, file, self._lanes.buffered)
+        if isinstance(file, Reason) and (asks := questions(parts, ranged=blob.ranged)):
+            return Passing(digest, blob, file, self._lanes.buffered, asks)
         return self._begin(blob, digest, file, shared=True, urgency=_urgency(parts))
 
     def _begin(
@@ -373,7 +382,7 @@ class PullThrough:
         answer = await (self._manifest_by_digest(asked) if by_digest else self._manifest_by_tag(asked))
         if self._reads_ahead and isinstance(answer.body, bytes):
             self._may_read_ahead(asked.route.repository, answer.digest, answer.body, answer.media_type)
-        return answer
+        return await self._cache.from_file(answer)
 
     @property
     def reading_ahead(self) -> int:
@@ -426,8 +435,7 @@ class PullThrough:
         here = await self._cache.has(asked.digest)
         if not here and not asked.head:
             return await self._fetch_by_digest(asked, found)
-        said = await self._heads.join((asked.route, ANY), lambda: self._numbered(self._head(asked.route, ANY)))
-        head = _answered(said)
+        head = await self._of_digest(asked, self._heads, self._head, lambda found: found.digest if found else None)
         if head is None:
             raise UnavailableError(502, "UNAVAILABLE", "ECR does not say which manifest it has")
         document = await self._cache.document(asked.digest) if here else None
@@ -439,28 +447,33 @@ class PullThrough:
         return manifest_answer(CacheStatus.REVALIDATED, Reason.REPOSITORY_CONFIRMED, asked, descriptor, document.body)
 
     async def _fetch_by_digest(self, asked: Asked, missing: Reason) -> Answer:
-        key = (asked.route, ANY)
-        why = (CacheStatus.MISS, missing) if key not in self._manifests else _JOINED
-        said = await self._manifests.join(key, lambda: self._numbered(self._fetch(asked.route, ANY)))
-        if isinstance(said.answer, RegistryError):
-            said = await self._fetch_as_named(asked) or said
-        descriptor, document = _answered(said)
+        why = (CacheStatus.MISS, missing) if (asked.route, ANY) not in self._manifests else _JOINED
+        descriptor, document = await self._of_digest(asked, self._manifests, self._fetch, lambda found: found[0].digest)
         self._cache.remember(asked, descriptor)
         return manifest_answer(*why, asked, descriptor, document.body)
 
-    async def _fetch_as_named(self, asked: Asked) -> _Said[tuple[Descriptor, Document]] | None:
+    async def _of_digest(
+        self,
+        asked: Asked,
+        flights: Flights[_Said[T]],
+        ask: Callable[[Route, frozenset[str]], Coroutine[Any, Any, T]],
+        digest_of: Callable[[T], Digest | None],
+    ) -> T:
         """
-        Fetch a manifest that ECR does not find by its digest by the tag that led to it a moment ago, if one did.
+        Ask about a manifest by its digest; if ECR does not find that, by the tag that led to it a moment ago.
 
-        So it is for some seconds after a push, and for good with what ECR converts for a client.
+        ECR finds tags before digests for some seconds after a push, and what it converts for a client by its tag alone.
         """
+        said = await flights.join((asked.route, ANY), lambda: self._numbered(ask(asked.route, ANY)))
         named = self._named.get((asked.route.repository, asked.digest))
-        if named is None or not 0 <= self._now() - named.when < NAMED_SECONDS:
-            return None
-        route, accept = named.route, named.accept
-        said = await self._manifests.join((route, accept), lambda: self._numbered(self._fetch(route, accept)))
-        same = not isinstance(said.answer, RegistryError) and said.answer[0].digest == asked.digest
-        return said if same else None
+        lately = named is not None and 0 <= self._now() - named.when < NAMED_SECONDS
+        if not isinstance(said.answer, RegistryError) or named is None or not lately:
+            return _answered(said)
+        tag, accept = named.route, named.accept
+        by_tag = await flights.join((tag, accept), lambda: self._numbered(ask(tag, accept)))
+        if isinstance(by_tag.answer, RegistryError) or digest_of(by_tag.answer) != asked.digest:
+            return _answered(said)
+        return by_tag.answer
 
     async def _manifest_by_tag(self, asked: Asked) -> Answer:
         entry = await self._cache.entry(asked)
@@ -475,7 +488,7 @@ class PullThrough:
             return await self._ask_for_tag(asked, known)
         try:
             return await within(STALE_SECONDS, self._ask_for_tag(asked, known), self._call_later)
-        except (LateError, UnavailableError) as problem:
+        except (DeadlineExceededError, UnavailableError) as problem:
             reason = _why_stale(asked.route, problem)
         return manifest_answer(CacheStatus.STALE, reason, asked, last.descriptor, document.body)
 
@@ -497,14 +510,23 @@ class PullThrough:
                 if document is None:
                     named = _Named(route, accept, self._now())
                     self._named.put((route.repository, head.digest), named, 2 * len(route.path) + 500)
-                    return manifest_answer(CacheStatus.MISS, _missing(known, head), asked, head)
+                    return manifest_answer(CacheStatus.MISS, self._missing(asked, known, head), asked, head)
                 return manifest_answer(CacheStatus.REVALIDATED, Reason.TAG_CONFIRMED, asked, head, document.body)
         joined = (route, accept) in self._manifests
         question, fetched = await self._of_tag(asked, self._manifests, lambda: self._fetch(route, accept))
         descriptor, document = fetched
         on_its_own(self._cache.record(asked, question, descriptor, None))
-        why = _JOINED if joined else (CacheStatus.MISS, _missing(known, descriptor))
+        missing = self._missing(asked, known, descriptor)
+        why = _JOINED if joined else (CacheStatus.MISS, missing)
         return manifest_answer(*why, asked, descriptor, document.body)
+
+    def _missing(self, asked: Asked, known: Confirmed | None, found: Descriptor) -> Reason:
+        """
+        Tell why a tag's manifest is not in the cache, by what was known of the tag.
+        """
+        if known is not None and known.descriptor.digest != found.digest:
+            return Reason.TAG_MOVED
+        return self._cache.why_missing(asked, Reason.FIRST_USE if known is None else Reason.NOT_KEPT)
 
     async def _of_tag(
         self, asked: Asked, flights: Flights[_Said[T]], ask: Callable[[], Coroutine[Any, Any, T]]
@@ -550,11 +572,12 @@ class PullThrough:
         if route.digest not in (None, digest):
             said = f"ECR gave something else than {route.digest}"
             raise UnavailableError(502, "UNAVAILABLE", said, reason=Reason.WRONG_BYTES)
+        held = self._cache.held(digest)  # one copy for all clients that are slow to take it
         try:
-            document = await self._cache.parse(manifest.body, Document.read)
+            document = held if held is not None else await self._cache.parse(manifest.body, Document.read)
         except ValueError as problem:
             raise _no_manifest(problem) from None
-        descriptor = Descriptor(_checked_type(manifest.content_type, document), digest, len(manifest.body))
+        descriptor = Descriptor(_checked_type(manifest.content_type, document), digest, len(document.body))
         self._cache.keep(route, descriptor, document)
         return descriptor, document
 
@@ -643,11 +666,11 @@ def _first_span(left: Left | None, parts: Sequence[Span], part: int | None) -> t
     return start, min(stops, default=None)
 
 
-def _why_stale(route: Route, problem: LateError | UnavailableError) -> Reason:
+def _why_stale(route: Route, problem: DeadlineExceededError | UnavailableError) -> Reason:
     """
     Log and return why the last answer is served.
     """
-    if isinstance(problem, LateError):
+    if isinstance(problem, DeadlineExceededError):
         why, reason = f"ECR has not answered for {STALE_SECONDS:g} s", Reason.UNREACHABLE
     else:
         why, reason = problem.message, problem.reason
@@ -657,15 +680,6 @@ def _why_stale(route: Route, problem: LateError | UnavailableError) -> Reason:
 
 def _urgency(parts: Sequence[Span]) -> Urgency:
     return Wish(*parts[0]).urgency if parts else Urgency.NOBODY
-
-
-def _missing(known: Confirmed | None, found: Descriptor) -> Reason:
-    """
-    Tell why a tag's manifest is not in the cache, by what was known of the tag.
-    """
-    if known is None:
-        return Reason.FIRST_USE
-    return Reason.NOT_KEPT if known.descriptor.digest == found.digest else Reason.TAG_MOVED
 
 
 def _accept_header(accept: frozenset[str]) -> str:

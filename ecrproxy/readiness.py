@@ -29,13 +29,13 @@ def judge(*, draining: bool, token: str | None, ecr: str | None, disk: Sequence[
     Tell what can be done.
 
     @param token: why there is no token that ECR accepts, if so.
-    @param ecr: why ECR is not asked, if so.
+    @param ecr: why nothing can be fetched from ECR, if so.
     @param disk: what is wrong with the cache directory.
     @param filled: whether the cache directory has content.
     """
     reasons = ["draining: the daemon ends"] if draining else []
     reasons += [f"no token: {token}"] if token is not None else []
-    reasons += [f"ECR is left alone: {ecr}"] if ecr is not None else []
+    reasons += [ecr] if ecr is not None else []
     return Readiness(
         can_serve=not draining and not disk and (token is None or filled),
         can_fetch=token is None and ecr is None,

@@ -44,6 +44,7 @@ from ecrproxy.cache.purges import Purges
 from ecrproxy.cache.scrub import Scrub
 from ecrproxy.cache.store import Store
 from ecrproxy.cached import VERIFICATIONS, Cache
+from ecrproxy.cores import usable_cores
 from ecrproxy.daemon.accepting import Gate
 from ecrproxy.daemon.ending import Connections, Drain, InOrder, Signals
 from ecrproxy.daemon.exhaustion import Exhaustion
@@ -71,13 +72,14 @@ from ecrproxy.registry.egress import Egress, OwnNames
 from ecrproxy.registry.endpoint import Endpoint
 from ecrproxy.registry.governor import Governor
 from ecrproxy.registry.metering import MeteredAgent
+from ecrproxy.registry.proxy_variables import for_botocore
 from ecrproxy.registry.resolver import ChosenServers, hosts_names
 from ecrproxy.registry.retries import Budget
 from ecrproxy.registry.upstream import Upstream
 from ecrproxy.registry.wire import Wire
 from ecrproxy.settings.complaints import Complaint, say, write
 from ecrproxy.settings.config import ADMIN_LISTEN, Config, ConfigError
-from ecrproxy.settings.contradictions import Machine, load, look_at_settings
+from ecrproxy.settings.contradictions import Machine, load, look_at_settings, refusal
 from ecrproxy.settings.options import Options
 from ecrproxy.threads import Disk, InThread, Threads, call_unowned
 from ecrproxy.transfer.inflow import Lanes
@@ -115,13 +117,17 @@ def makeService(options: Options) -> Daemon:
             warnings = _warnings(config, options)
             for each in warnings:
                 log.warn("{complaint}", complaint=each)
+            os.environ.update(for_botocore(os.environ))
             supervisor = Supervisor.from_environ(os.environ, os.getpid())
             refused: list[CredentialsError] = []
             atexit.register(_fail_after, refused)  # the first comes last: others clean up
             leave = partial(_abandon, complain, refused)
             service = build(config, reactor, leave, options.arguments(), supervisor, _egress(os.environ))
     except ConfigError as problem:
-        complain("; ".join([str(problem), *map(str, warnings)]))
+        for line in (*problem.warnings, *map(str, warnings)):
+            _complaining(options, LogLevel.warn)(f"warning: {line}")
+        for line in problem.errors:
+            complain(line)
         sys.exit(1)
     service.complain, service.writer = complain, _log_writer(config, options, reactor)
     Exhaustion(service.give_up).setServiceParent(service)
@@ -134,12 +140,12 @@ def _warnings(config: Config, options: Options) -> list[Complaint]:
     """
     Judge the settings together.
 
-    @raise ConfigError: if the daemon must not start with them. It tells all that is wrong.
+    @raise ConfigError: if the daemon must not start with them.
     """
-    machine = Machine(len(os.sched_getaffinity(0)), _disk_size(Path(config.cache_dir)))
+    machine = Machine(usable_cores(), _disk_size(Path(config.cache_dir)))
     found = look_at_settings(config, options.flags(), os.environ, machine)
     if any(each.grave for each in found):
-        raise ConfigError("; ".join(map(str, found)))
+        raise refusal(found)
     return found
 
 
@@ -171,17 +177,17 @@ def _disk_size(directory: Path) -> int | None:
     return None
 
 
-def _complaining(options: Options) -> Callable[[str], None]:
+def _complaining(options: Options, level: Any = LogLevel.critical) -> Callable[[str], None]:  # noqa: ANN401
     """
     Have what keeps the daemon from starting said in the shape of the log, whatever else is wrong with the settings.
     """
     chosen = options.flags().get("log-format") or os.environ.get("PROXY_LOG_FORMAT")
     if chosen != "json":
         marked = leads_to_journal(os.environ.get("JOURNAL_STREAM"), sys.__stderr__)
-        return partial(say, mark=f"<{PRIORITIES[LogLevel.critical]}>" if marked else "")
+        return partial(say, mark=f"<{PRIORITIES[level]}>" if marked else "")
 
     def say_as_json(line: str) -> None:
-        event = {"log_time": time.time(), "log_level": LogLevel.critical, "log_namespace": "ecrproxy"}
+        event = {"log_time": time.time(), "log_level": level, "log_namespace": "ecrproxy"}
         write("".join(as_json({**event, "log_format": "{line}", "line": line}, "")))
 
     return say_as_json
@@ -293,17 +299,17 @@ def build(
     figures.watch(*of_clients(crowds))
     for part in (*status.services, judging, supervised, scrubbing, probing, janitor, scrub, tokens, stall):
         part.setServiceParent(service)
-    alone = config.worker_processes == 1
+    workers, alone = None, config.worker_processes == 1
     listening = _listening(config, site, reactor, accepts=alone)
-    workers = None
     if not alone:
         inner = partial(make_site, InnerRegistry(pull_through, *shape), ready)
         hearers = told(figures.served, status.incidents, crowds)
         workers = _share_work(config, inner, hearers, listening, arguments, service, reactor)
+    make_admin = partial(make_admin_site, figures, ready, status)
+    listening = [*listening, *_admin(config, make_admin, cache, disk.writing, service, reactor)]  # not the workers'
     reread = partial(supervised.rereading, partial(_reread, [*listening, admission], workers))
     _renewal(listening, figures, judging.call, reread, reactor).setServiceParent(service)
     _face_clients(Drain(connections, config.drain_seconds, reactor), listening, reread, service.leave, service, reactor)
-    _serve_admin(config, partial(make_admin_site, figures, ready, status), cache, disk.writing, service, reactor)
     return service
 
 
@@ -441,30 +447,32 @@ def _face_clients(
         part.setServiceParent(service)
 
 
-def _serve_admin(
+def _admin(
     config: Config,
     make_site: Callable[[Api, Any, frozenset[str]], RegistrySite],
     cache: Cache,
     in_thread: InThread,
     service: MultiService,
     reactor: Any,  # noqa: ANN401
-) -> None:
+) -> list[Listening]:
     """
-    Listen for the operator too. Where nobody chose that port, its being taken keeps the daemon from nothing.
+    Make what listens for the operator, if there is such a port.
 
-    What he purges, or somebody else did, is forgotten. His work has threads of its own.
+    Where nobody chose it, its being taken keeps the daemon from nothing. What the operator or somebody else purges
+    is forgotten. This work has threads of its own.
     """
     purges = Purges(cache.store.index, cache.forget_purged, in_thread, reactor)
     purges.setServiceParent(service)
     named = admin_endpoint(config, reactor)
-    if named is not None:
-        listing, hashing = Threads(1, reactor, yielding=False), Threads(1, reactor)
-        for part in (listing, hashing):
-            part.setServiceParent(service)
-        api = Api(Inventory(cache.store), purges.look, listing.call, hashing.call, reactor)
-        site = make_site(api, reactor, config.admin_hosts or frozenset())
-        needed = config.admin_listen != ADMIN_LISTEN
-        Listening(*named, site, needed=needed, gate=Gate(reactor)).setServiceParent(service)
+    if named is None:
+        return []
+    listing, hashing = Threads(1, reactor, yielding=False), Threads(1, reactor)
+    for part in (listing, hashing):
+        part.setServiceParent(service)
+    api = Api(Inventory(cache.store), purges.look, listing.call, hashing.call, reactor)
+    site = make_site(api, reactor, config.admin_hosts or frozenset())
+    needed = str(config.admin_listen) != ADMIN_LISTEN
+    return [Listening(*named, site, needed=needed, gate=Gate(reactor))]
 
 
 def _renewal(

@@ -23,6 +23,8 @@ from tests.registry_server import LOCAL, QuietSite, listen, noise
 LIMIT: Final = 256 * 2**20
 SMALL_BYTES: Final = 60_000
 LARGE_BYTES: Final = 16 * 2**20
+WARMING: Final = 40
+"""How often each thing is asked for first: enough that every worker has answered, and so has it in memory."""
 DISK: Final = Path(__file__).parent / "disk"
 
 
@@ -133,7 +135,7 @@ class World:
         """
         await asyncio.to_thread(self.daemon.start)
         for path in (self.tag, self.small, self.large):
-            for _ in range(2):
+            for _ in range(WARMING):
                 got = await self.get(path, *lines)
                 assert got.status == 200, (path, got, self.daemon.process.tail())
 

@@ -80,11 +80,11 @@ def put(store: Store, data: bytes, algorithm: str = "sha256") -> Digest:
     return digest
 
 
-def read(store: Store, digest: Digest, size: int | None = None) -> bytes | None:
+def read(store: Store, digest: Digest) -> bytes | None:
     """
     Read content as an answer does; none for a miss.
     """
-    content = store.open(digest, size)
+    content = store.open(digest)
     if content is None:
         return None
     try:
@@ -116,7 +116,6 @@ class StoreContract(SynchronousTestCase):
         """
         self.assertFalse(self.store.has(Digest.of(b"x")))
         self.assertIsNone(self.store.open(Digest.of(b"x")))
-        self.assertIsNone(self.store.open(Digest.of(b"x"), 1))
         self.assertIsNone(self.store.entry(key_of("/v2/a/manifests/latest")))
 
     def test_what_was_committed_is_given_back(self) -> None:
@@ -127,7 +126,7 @@ class StoreContract(SynchronousTestCase):
             digest = put(self.store, b"some content", algorithm)
             self.assertTrue(self.store.has(digest))
             self.assertEqual(b"some content", read(self.store, digest))
-            self.assertEqual(b"some content", read(self.store, digest, 12))
+            self.assertEqual(b"some content", read(self.store, digest))
 
     def test_only_small_content_is_read_into_memory(self) -> None:
         """
@@ -163,7 +162,7 @@ class StoreContract(SynchronousTestCase):
         """
         digest = put(self.store, b"")
         self.assertTrue(self.store.has(digest))
-        self.assertEqual(b"", read(self.store, digest, 0))
+        self.assertEqual(b"", read(self.store, digest))
 
     def test_pieces_come_together(self) -> None:
         """
@@ -238,7 +237,7 @@ class StoreContract(SynchronousTestCase):
         writer.write(0, [b"short"])
         writer.commit()
         writer.close()
-        self.assertEqual(b"short", read(self.store, digest, 5))
+        self.assertEqual(b"short", read(self.store, digest))
 
     def test_more_than_was_announced_is_not_written(self) -> None:
         """
@@ -318,14 +317,6 @@ class StoreContract(SynchronousTestCase):
         """
         self.store.remove([Digest.of(b"x")])
         self.store.index.forget(key_of("/v2/a/manifests/latest"))
-
-    def test_content_of_a_wrongly_described_size_is_served(self) -> None:
-        """
-        A descriptor may lie about the size; the digest does not.
-        """
-        digest = put(self.store, b"right content")
-        self.assertEqual(b"right content", read(self.store, digest, 5))
-        self.assertTrue(self.store.has(digest))
 
     def test_a_saved_entry_replaces_the_one_before(self) -> None:
         """

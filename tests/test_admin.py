@@ -4,10 +4,14 @@ The operator's port, asked over HTTP.
 
 from __future__ import annotations
 
+import json
+
 from twisted.trial.unittest import SynchronousTestCase
 
+from ecrproxy.cache.condition import FRESH_SECONDS
 from ecrproxy.http.site import route_of
 from ecrproxy.metrics import Figures, Reading, Tally
+from ecrproxy.registry.circuit import FAILURES
 from tests.daemon import DaemonTestCase, noise
 
 
@@ -99,6 +103,27 @@ class MetricsTests(DaemonTestCase):
         self.assertGreaterEqual(self.daemon.figure("ecr_proxy_upstream_retries_total"), 5)
         self.assertEqual(1, self.daemon.figure('ecr_proxy_circuit_state{state="open"}'))
         self.assertEqual(0, self.daemon.figure('ecr_proxy_circuit_state{state="closed"}'))
+
+    def test_figures_document_and_page_say_what_readyz_says(self) -> None:
+        """
+        While ECR fails for the one repository that is asked for, and the circuit is closed to no other.
+        """
+        self.standin.fail("registry", status=503)
+        for expected in (True, False):
+            self.pass_time(FRESH_SECONDS)
+            said = json.loads(self.get("/readyz").body)
+            self.assertEqual((True, expected), (said["can_serve"], said["can_fetch"]))
+            told = (self.daemon.figure("ecr_proxy_can_serve"), self.daemon.figure("ecr_proxy_can_fetch"))
+            self.assertEqual((1, expected), told)
+            status = json.loads(self.daemon.ask_admin("/status.json").body)
+            self.assertEqual((True, expected), (status["can_serve"], status["can_fetch"]))
+            page = self.daemon.ask_admin("/").body.decode()
+            self.assertEqual(expected, "Can't fetch from ECR" not in page)
+            for _ in range(FAILURES):
+                self.get(self.blob)
+        self.assertEqual(1, self.daemon.figure("ecr_proxy_circuit_open_repositories"))
+        self.assertEqual(1, self.daemon.figure('ecr_proxy_circuit_state{state="closed"}'))
+        self.assertIn("1 repository left alone", page)
 
     def test_no_label_grows_with_what_clients_ask_for(self) -> None:
         """

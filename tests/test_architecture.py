@@ -43,7 +43,8 @@ ARROWS: dict[str, set[str]] = {
     "answers": {"cache", "oci", "reasons", "transfer.download", "transfer.passing"},
     "cache": {"identity", "oci", "threads"},
     "cached": {"answers", "cache", "identity", "oci", "ordering", "reasons", "threads"},
-    "daemon": {"access.limits", "addresses", "readiness", "settings.config"},
+    "daemon": {"access.limits", "addresses", "endpoint_string", "readiness", "settings.config"},
+    "healthcheck": {"endpoint_string"},
     "http": {
         "access",
         "addresses",
@@ -85,7 +86,15 @@ ARROWS: dict[str, set[str]] = {
     "logs": {"http.access_log", "request_id"},
     "oci": {"reasons"},
     "registry": {"addresses", "metrics", "oci", "reasons"},
-    "settings": {"access.limits", "addresses", "cache.cache_key", "identity", "registry.quotas"},
+    "settings": {
+        "access.limits",
+        "addresses",
+        "cache.cache_key",
+        "cores",
+        "endpoint_string",
+        "identity",
+        "registry.quotas",
+    },
     "transfer": {"access.limits", "byte_ranges", "cache", "oci", "reasons", "stopwatch", "threads"},
 }
 OUTERMOST = {"tap", "command"}

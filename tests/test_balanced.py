@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import socket
 import struct
+from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,12 +14,13 @@ from twisted.internet.address import IPv4Address, IPv6Address
 from twisted.internet.protocol import Factory
 from twisted.internet.ssl import CertificateOptions
 from twisted.logger import LogLevel
+from twisted.protocols.policies import ProtocolWrapper, WrappingFactory
 from twisted.protocols.tls import TLSMemoryBIOFactory
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.access.limits import Limits
 from ecrproxy.daemon.balanced import HEADER_SECONDS, LONGEST, Address, BalancedFactory, Header, parse_header
-from ecrproxy.daemon.tls import Certificate
+from ecrproxy.daemon.tls import Certificate, SecuredFactory
 from ecrproxy.http.channel import LINGER_SECONDS
 from tests.daemon import CLIENT, DaemonTestCase, End, Network, Raw
 from tests.store_contract import scratch
@@ -87,6 +89,8 @@ MALFORMED = (
     b"PROXY TCP4 198.51.100.1 203.0.113.1 5 " + b"9" * 50 + b"\r\n",
     b"PROXY UDP4 198.51.100.1 203.0.113.1 5 80\r\n",
     b"PROXY \xff\r\n",
+    b"PROXY TCP4 \xff 203.0.113.1 5 80\r\n",
+    b"PROXY TCP4 198.51.100.1 203.0.113.1 5 \xb2\r\n",
     b"PROXY \r\n",
     b"PROXY UNKNOWN " + b"x" * 100,
     SIGNATURE + b"\x11\x11\x00\x00",
@@ -112,9 +116,14 @@ class HeaderTests(SynchronousTestCase):
         for data in (*KNOWN, *UNKNOWN):
             self.assertEqual({None}, {parse_header(data[:count]) for count in range(len(data))}, data)
 
-    def test_anything_else_is_refused(self) -> None:
+    def test_anything_else_is_refused_in_words_of_ours(self) -> None:
         for data in MALFORMED:
-            self.assertRaises(ValueError, parse_header, data)
+            problem = self.assertRaises(ValueError, parse_header, data)
+            self.assertRegex(str(problem), r"^(no|a) PROXY header( [a-zA-Z0-9 ,]+)?$")
+
+    def test_a_header_with_too_few_fields_says_how_many_it_has(self) -> None:
+        problem = self.assertRaises(ValueError, parse_header, b"PROXY TCP4 198.51.100.1 203.0.113.1 5\r\n")
+        self.assertEqual("a PROXY header with 3 fields after TCP4, which has 4", str(problem))
 
     @given(st.sampled_from([b"", b"PROXY ", b"PROXY TCP4 ", b"PROXY TCP6 ", SIGNATURE + b"\x21"]), st.binary())
     def test_whatever_comes_has_one_of_three_outcomes(self, start: bytes, rest: bytes) -> None:
@@ -123,6 +132,20 @@ class HeaderTests(SynchronousTestCase):
         except ValueError:
             return
         self.assertTrue(found is None or found.size <= len(start + rest))
+
+
+class Behind(ProtocolWrapper):
+    """
+    A client's side of a connection whose first bytes a balancer's header comes before, in one piece with them.
+    """
+
+    def __init__(self, wrapped: Any, header: bytes) -> None:
+        super().__init__(WrappingFactory(Factory()), wrapped)
+        self._header = header
+
+    def write(self, data: bytes) -> None:
+        header, self._header = self._header, b""
+        super().write(header + data)
 
 
 class BalancedTests(DaemonTestCase):
@@ -164,33 +187,78 @@ class BalancedTests(DaemonTestCase):
         self.assertIn("198.51.100.1 GET /v2/", self.logged())
         self.assertEqual(1, self.daemon.crowd.refused_connections)
 
-    def connect_securely(self, sent: bytes) -> tuple[Raw, End]:
+    def secure(self) -> None:
         """
-        Connect a client by a balancer that speaks TLS.
+        Speak TLS behind the header.
         """
         files = Files(scratch(self))
         keys = Certificate(files.key, files.certificate)
-        listening = TLSMemoryBIOFactory(keys, isClient=False, wrappedFactory=self.factory, clock=self.clock)
-        self.daemon.front = Network(listening, self.clock)  # type: ignore[arg-type]
+        self.factory.wrappedFactory = SecuredFactory(keys, self.daemon.site, self.clock)
+
+    def connect_securely(self, header: bytes, sent: bytes) -> tuple[Raw, End]:
+        """
+        Connect a client that speaks TLS, by a balancer that passes it on behind its header.
+        """
         client = Raw()
         speaking = TLSMemoryBIOFactory(
             CertificateOptions(), isClient=True, wrappedFactory=Factory.forProtocol(lambda: client), clock=self.clock
         )
-        wire = self.daemon.front.connect(speaking.buildProtocol(None), "proxy.example", 80, secure=False)
+        behind = Behind(speaking.buildProtocol(None), header)
+        wire = self.daemon.front.connect(behind, "proxy.example", 80, secure=False)
         self.flush()
         client.transport.write(sent)  # type: ignore[union-attr]
         return client, wire
 
+    def test_tls_begins_behind_the_header(self) -> None:
+        """
+        Under the client's address, with headers of both versions, and with a hello that comes along with them.
+        """
+        self.balance(connections_per_address=1)
+        self.secure()
+        headers = (CLIENT_LINE, *KNOWN)
+        for header in headers:
+            client, wire = self.connect_securely(header, GOOD)
+            self.flush()
+            self.assertIn(b" 200 OK", bytes(client.got), header)
+            wire.abortConnection()
+            self.flush()
+        self.pass_time(1)
+        lines = [line for line in self.logged().splitlines() if "GET /v2/" in line]
+        self.assertEqual(len(headers), len(lines))
+        self.assertFalse([line for line in lines if CLIENT in line])
+
+    def test_a_client_of_tls_that_closes_is_gone(self) -> None:
+        """
+        TLS has no half-closed connections.
+        """
+        self.balance()
+        self.secure()
+        client, wire = self.connect_securely(CLIENT_LINE, GOOD)
+        self.flush()
+        wire.half_close()
+        self.flush()
+        self.assertTrue(client.closed)
+        self.assertEqual(0, self.daemon.crowd.connected)
+
+    def test_plain_http_behind_the_header_of_a_tls_port_is_answered(self) -> None:
+        self.balance()
+        self.secure()
+        client, _ = self.connect(CLIENT_LINE, GOOD)
+        self.assertTrue(client.got.startswith(b"HTTP/1.0 400 Bad Request\r\n"), client.got)
+        self.assertTrue(client.closed)
+
     def test_a_refused_client_is_told_so_over_tls(self) -> None:
         self.balance()
-        client, _ = self.connect_securely(CLIENT_LINE + CLIENT_LINE + GOOD)
+        self.secure()
+        client, _ = self.connect_securely(CLIENT_LINE, CLIENT_LINE + GOOD)
         self.flush()
         self.assertIn(b" 400 Bad Request", bytes(client.got))
         self.assertTrue(client.closed)
 
     def test_a_refused_client_that_does_not_say_goodbye_is_not_waited_for(self) -> None:
         self.balance()
-        _, wire = self.connect_securely(CLIENT_LINE + CLIENT_LINE + GOOD)
+        self.secure()
+        _, wire = self.connect_securely(CLIENT_LINE, CLIENT_LINE + GOOD)
         wire.protocol = Raw()
         self.flush()
         self.assertEqual(1, self.daemon.crowd.connected)

@@ -12,7 +12,7 @@ from twisted.logger import LogLevel
 from twisted.protocols.tls import TLSMemoryBIOFactory
 
 from ecrproxy.daemon.balanced import BalancedFactory
-from ecrproxy.daemon.tls import Certificate, answer_plain_http
+from ecrproxy.daemon.tls import Certificate, SecuredFactory
 from ecrproxy.http.channel import LENGTH_DIGITS, LINGER_SECONDS, READ_AHEAD
 from ecrproxy.http.empty_body import EMPTY_BODY_LIMIT
 from tests.daemon import BUFFER, CLIENT, MIB, DaemonTestCase, End, Hands, Network, Raw, noise
@@ -387,10 +387,7 @@ class BoundTests(ChannelTestCase):
         Speak TLS from now on.
         """
         files = Files(scratch(self))
-        factory = TLSMemoryBIOFactory(
-            Certificate(files.key, files.certificate), isClient=False, wrappedFactory=self.daemon.site, clock=self.clock
-        )
-        answer_plain_http(factory)
+        factory = SecuredFactory(Certificate(files.key, files.certificate), self.daemon.site, self.clock)
         self.daemon.front = Network(factory, self.clock)  # type: ignore[arg-type]
 
     def connect_securely(self) -> tuple[End, TLSMemoryBIOFactory]:

@@ -19,6 +19,7 @@ from ecrproxy.command.checkup.findings import Finding, Verdict
 from ecrproxy.command.checkup.ports import look_at_ports, try_to_bind
 from ecrproxy.command.checkup.reach import Contact
 from ecrproxy.command.checkup.settings import judge_files, look_at_files, look_at_settings
+from ecrproxy.endpoint_string import parse_endpoint_string
 from ecrproxy.healthcheck import Place
 from ecrproxy.settings.config import Config
 
@@ -230,7 +231,9 @@ class PortTests(SynchronousTestCase):
         """
         Look at one endpoint.
         """
-        (found,) = look_at_ports([(variable, text)], lambda place, path: contact, lambda place: bound)
+        (found,) = look_at_ports(
+            [(variable, parse_endpoint_string(text))], lambda place, path: contact, lambda place: bound
+        )
         return found
 
     def test_a_free_one_is_well(self) -> None:
@@ -311,6 +314,21 @@ class SettingsTests(SynchronousTestCase):
             [("certificate", Verdict.FAILED), ("passwords", Verdict.FAILED)], [(e.check, e.verdict) for e in found]
         )
         self.assertEqual([], list(look_at_files(config(), 0)))
+
+    def test_the_files_of_endpoint_strings_are_read_too(self) -> None:
+        """
+        Behind a balancer, and on the operator's port; a path that is not absolute is the daemon's to know.
+        """
+        flags = {
+            "listen": "haproxy:ssl:1:/nowhere:/there ssl:2 tcp:3",
+            "admin-listen": "ssl:4:/not:interface=127.0.0.1",
+        }
+        found = list(look_at_files(config(flags), 0))
+        self.assertEqual([Verdict.FAILED] * 2, [each.verdict for each in found])
+        self.assertEqual(
+            ["haproxy:ssl:1:/nowhere:/there", "ssl:4:/not:interface=127.0.0.1"],
+            [each.said.partition(": ")[0] for each in found],
+        )
 
     def test_too_few_files_for_so_many_clients_are_warned_of(self) -> None:
         """

@@ -13,6 +13,7 @@ from twisted.logger import formatEvent
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.registry.circuit import (
+    ANSWER_SECONDS,
     FAILURES,
     KEPT,
     LONGEST_PAUSE,
@@ -190,16 +191,55 @@ class CircuitTests(SynchronousTestCase):
         self.assertIs(CircuitState.CLOSED, self.circuit.state)
         self.assertIsNone(self.circuit.problem())
 
-    def test_a_repository_that_fails_is_a_problem_until_ecr_answers_anything(self) -> None:
-        self.fail(*["a"] * (FAILURES - 1))
-        self.assertIsNone(self.circuit.problem())
-        self.fail("a")
-        self.assertEqual(f"a failed, nothing else was asked: {PROBLEM.message}", self.circuit.problem())
+    def test_one_failed_question_is_a_problem_until_ecr_answers_anything(self) -> None:
+        for problem in (PROBLEM, UNREACHED):
+            self.fail("a", problem=problem)
+            self.assertEqual(f"ECR failed when it was asked last, for a: {problem.message}", self.circuit.problem())
+            self.circuit.answered("b")
+            self.assertIsNone(self.circuit.problem())
+            self.clock.advance(ANSWER_SECONDS)
+            self.assertIsNone(self.circuit.problem())
+            self.setUp()
+
+    def test_a_repository_that_is_left_alone_stays_a_problem_while_it_is_probed(self) -> None:
+        self.fail(*["a"] * FAILURES)
+        self.assertEqual(1, self.circuit.open_repositories)
         self.clock.advance(PAUSE)
         self.assertIsNotNone(self.circuit.enter("a"))
         self.assertIsNotNone(self.circuit.problem())
-        self.circuit.answered("b")
+        self.circuit.answered("a")
+        self.assertEqual((None, 0), (self.circuit.problem(), self.circuit.open_repositories))
+
+    def test_failures_are_no_problem_while_ecr_answered_lately(self) -> None:
+        self.circuit.answered("good")
+        self.fail("a")
+        self.clock.advance(ANSWER_SECONDS - 1)
         self.assertIsNone(self.circuit.problem())
+        self.clock.advance(1)
+        self.assertIsNotNone(self.circuit.problem())
+
+    def test_a_repository_that_failed_while_ecr_answered_about_others_says_little_of_ecr(self) -> None:
+        self.fail("bad")
+        self.circuit.answered("good")
+        self.clock.advance(600)
+        self.fail(*["bad"] * (FAILURES - 1))
+        self.assertIsNone(self.circuit.problem())
+        self.fail("good")
+        self.assertIn("bad and good", str(self.circuit.problem()))
+        self.circuit.answered("good")
+        self.clock.advance(600)
+        self.fail(*["bad"] * FAILURES)
+        self.assertIsNotNone(self.circuit.problem(), "nothing else was asked")
+
+    def test_seldom_asked_repositories_do_not_make_it_flap_if_one_of_them_is_broken(self) -> None:
+        told = []
+        for _ in range(20):
+            self.fail("bad")
+            self.clock.advance(60)
+            told.append(self.circuit.problem() is None)
+            self.circuit.answered("good")
+            self.clock.advance(60)
+        self.assertEqual([False] + [True] * 19, told)
 
     def test_its_probe_is_one_of_its_own_questions(self) -> None:
         self.fail(*["bad"] * FAILURES)
@@ -217,7 +257,7 @@ class CircuitTests(SynchronousTestCase):
     def test_several_repositories_that_fail_without_an_answer_mean_ecr(self) -> None:
         self.fail("one", "two", "three")
         self.assertEqual(["one", "good"], self.refused("one", "good"))
-        self.assertEqual("ECR answers 503", self.circuit.problem())
+        self.assertEqual("ECR keeps failing, and is left alone for a while: ECR answers 503", self.circuit.problem())
 
     def test_an_answer_between_says_that_ecr_is_well(self) -> None:
         for _ in range(20):

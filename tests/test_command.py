@@ -13,7 +13,8 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.command.asking import Answer, place_of
 from ecrproxy.command.subcommand import ASKS, Call, CommandError, Subcommand
-from ecrproxy.command.terminal import Progress, Terminal, age_in_words, size_in_words, table
+from ecrproxy.command.terminal import Progress, Terminal, age_in_words, counted, size_in_words, table
+from ecrproxy.endpoint_string import parse_endpoint_string
 from ecrproxy.healthcheck import Place
 from tests.caller import Caller, Stream
 
@@ -97,7 +98,12 @@ class FrameTests(SynchronousTestCase):
         self.assertEqual(1, self.caller.status)
         (call,) = self.calls
         self.assertEqual(
-            {"cache_dir": "/there", "admin_listen": "tcp:8", "instance_auth": False, "listen": ["tcp:1", "tcp:2"]},
+            {
+                "cache_dir": "/there",
+                "admin_listen": parse_endpoint_string("tcp:8"),
+                "instance_auth": False,
+                "listen": [parse_endpoint_string("tcp:1"), parse_endpoint_string("tcp:2")],
+            },
             call.settings,
         )
         self.assertEqual({"admin-listen": "tcp:8", "instance-auth": "false", "listen": "tcp:1 tcp:2"}, call.flags)
@@ -125,6 +131,10 @@ class FrameTests(SynchronousTestCase):
             self.assertEqual(status, self.caller.status, problem)
             self.assertRegex(self.caller.complaint, r"\Aecr-proxy: [^\n]+\n\Z")
 
+    def test_a_file_that_can_not_be_had_is_told_without_pythons_words(self) -> None:
+        self.caller.call("do", subcommands=[failing(PermissionError(13, "Permission denied", "/cache"))])
+        self.assertEqual("ecr-proxy: /cache: Permission denied\n", self.caller.complaint)
+
     def test_a_reader_that_has_seen_enough_is_no_trouble(self) -> None:
         """
         As with head: nothing is said.
@@ -142,16 +152,20 @@ class PlaceTests(SynchronousTestCase):
         """
         A TCP port on its interface, or a socket; all interfaces are asked by loopback.
         """
-        self.assertEqual(Place(("127.0.0.1", 5001)), place_of(None, "tcp:5001:interface=127.0.0.1"))
-        self.assertEqual(Place(("127.0.0.1", 9)), place_of(None, "tcp:9"))
-        self.assertEqual(Place("/run/admin"), place_of(None, "unix:/run/admin"))
+        for text, place in {
+            "tcp:5001:interface=127.0.0.1": Place(("127.0.0.1", 5001)),
+            "tcp:9": Place(("127.0.0.1", 9)),
+            "unix:/run/admin": Place("/run/admin"),
+            "ssl:9": Place(("127.0.0.1", 9), secure=True),
+        }.items():
+            self.assertEqual(place, place_of(None, parse_endpoint_string(text)))
 
     def test_is_what_the_caller_says(self) -> None:
         """
         A URL, a bare host and port, or a socket.
         """
         self.assertEqual(Place(("there", 5001)), place_of("http://there", None))
-        self.assertEqual(Place(("::1", 7)), place_of("[::1]:7", "off"))
+        self.assertEqual(Place(("::1", 7)), place_of("[::1]:7", None))
         self.assertEqual(Place("/run/admin"), place_of("unix:/run/admin", None))
 
     def test_that_can_not_be_is_the_callers_mistake(self) -> None:
@@ -169,7 +183,7 @@ class PlaceTests(SynchronousTestCase):
             (("--admin-url", "http://there:port"), "http://127.0.0.1:5001"),
             (("--admin-listen", "off"), "PROXY_ADMIN_LISTEN is off"),
             (("--admin-listen", "systemd:domain=INET:index=1"), "--admin-url"),
-            (("--admin-listen", "tcp:x"), "--admin-url"),
+            (("--admin-listen", "tcp:x"), "not a port"),
         ):
             caller.call("do", *arguments, subcommands=[subcommand(run, *ASKS)])
             self.assertEqual(2, caller.status, arguments)
@@ -277,9 +291,20 @@ class WordsTests(SynchronousTestCase):
         """
         In the largest unit of which there are two.
         """
-        ages = {0: "0 seconds ago", 119: "119 seconds ago", 3600: "60 minutes ago", 90000: "25 hours ago"}
+        ages = {
+            0: "0 seconds ago",
+            1: "1 second ago",
+            119: "119 seconds ago",
+            3600: "60 minutes ago",
+            90000: "25 hours ago",
+        }
         ages |= {40 * 86400: "40 days ago", -1: "just now"}
         self.assertEqual(list(ages.values()), [age_in_words(age) for age in ages])
+
+    def test_counts(self) -> None:
+        told = [counted(0, "file"), counted(1, "file"), counted(2, "file"), counted(1, "entry", "entries")]
+        self.assertEqual(["0 files", "1 file", "2 files", "1 entry"], told)
+        self.assertEqual("2 entries", counted(2, "entry", "entries"))
 
     def test_tables(self) -> None:
         """

@@ -4,15 +4,16 @@ Settings are read from flags and variables, and what is wrong with one is said i
 
 from __future__ import annotations
 
-import os
 from ipaddress import ip_network
 from typing import Any
 
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.cache.cache_key import CacheKey
+from ecrproxy.endpoint_string import parse_endpoint_string
 from ecrproxy.identity import RegistryId
 from ecrproxy.registry.quotas import Quotas
+from ecrproxy.settings import values
 from ecrproxy.settings.config import SETTINGS, Config, ConfigError
 
 ECR = "https://123456789012.dkr.ecr.eu-west-1.amazonaws.com"
@@ -47,8 +48,14 @@ EXAMPLES: dict[str, tuple[str, str, Any, str, Any]] = {
         "192.0.2.7",
         (ip_network("192.0.2.7/32"),),
     ),
-    "listen": ("PROXY_LISTEN", "tcp:1 \n unix:/x", ["tcp:1", "unix:/x"], "tcp:2", ["tcp:2"]),
-    "admin-listen": ("PROXY_ADMIN_LISTEN", "tcp:9", "tcp:9", "off", None),
+    "listen": (
+        "PROXY_LISTEN",
+        "tcp:1 \n unix:/x",
+        [parse_endpoint_string("tcp:1"), parse_endpoint_string("unix:/x")],
+        "tcp:2",
+        [parse_endpoint_string("tcp:2")],
+    ),
+    "admin-listen": ("PROXY_ADMIN_LISTEN", "tcp:9", parse_endpoint_string("tcp:9"), "off", None),
     "admin-hosts": (
         "PROXY_ADMIN_HOSTS",
         "a.example, B.example",
@@ -214,7 +221,7 @@ class SettingsTests(SynchronousTestCase):
         """
         With auto there are as many workers as processors that this process may use.
         """
-        self.patch(os, "sched_getaffinity", lambda _: {0, 2, 5})
+        self.patch(values, "usable_cores", lambda: 3)
         self.assertEqual(3, loaded(PROXY_WORKER_PROCESSES="auto").worker_processes)
 
     def test_limits_are_shared_among_workers(self) -> None:

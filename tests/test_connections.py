@@ -23,7 +23,7 @@ from twisted.web.iweb import IAgent
 from zope.interface import implementer
 
 from ecrproxy.daemon.tls import Certificate
-from ecrproxy.registry.connections import INTERIM_LIMIT, UpstreamAgent
+from ecrproxy.registry.connections import IDLE_SECONDS, INTERIM_LIMIT, UpstreamAgent
 from ecrproxy.registry.resolver import Resolution
 from ecrproxy.registry.retries import Budget
 from tests.daemon import DaemonTestCase, Network, Reply, noise
@@ -309,6 +309,17 @@ class TlsTests(DaemonTestCase):
         A certificate that names the host, and that a trusted authority signed, is believed.
         """
         self.assertWhole(self.pull(), self.data)
+
+    def test_connections_that_the_registry_has_closed_are_forgotten(self) -> None:
+        """
+        After a while, without an error; the next pull is well.
+        """
+        self.assertWhole(self.pull(), self.data)
+        self.pass_time(IDLE_SECONDS + 70)  # the registry closes idle connections after 60 s
+        self.assertEqual([], self.flushLoggedErrors())
+        other = noise("other", 1000)
+        self.path = f"/v2/team/app/blobs/{self.standin.push_blob('team/app', other)}"
+        self.assertWhole(self.pull(), other)
 
     def test_certificates_that_are_not(self) -> None:
         """

@@ -49,13 +49,15 @@ class LookCase(SynchronousTestCase):
 
 class LostProtectionTests(LookCase):
     def test_key_and_certificate_that_a_plain_endpoint_does_not_use_are_refused(self) -> None:
-        for listen in ("tcp:5000", "tcp6:5000", "haproxy:tcp:5000", "ssl:5443 tcp:5000", "tcp:1:interface=10.0.0.1"):
+        for listen in (
+            "tcp:5000",
+            "tcp6:5000",
+            "TCP6:5000",
+            "haproxy:tcp:5000",
+            "ssl:5443 tcp:5000",
+            "tcp:1:interface=10.0.0.1",
+        ):
             self.assert_refused("it serves plain HTTP", {**TLS, "PROXY_LISTEN": listen})
-
-    def test_a_balancer_before_a_socket_of_systemds_is_refused_where_it_would_lose_tls_or_workers(self) -> None:
-        listen = {"PROXY_LISTEN": "haproxy:systemd:domain=INET:index=0"}
-        for more in (TLS, {"PROXY_WORKER_PROCESSES": "2"}):
-            self.assert_refused("speaks no TLS", {**more, **listen})
 
     def test_key_and_certificate_that_are_not_missed_are_warned_of(self) -> None:
         local = ("ssl:5443:privateKey=/k", "unix:/x", "tcp:5000:interface=127.0.0.1", r"tcp6:5:interface=\:\:1")
@@ -64,7 +66,8 @@ class LostProtectionTests(LookCase):
 
     def test_key_and_certificate_that_are_used_are_well(self) -> None:
         self.assert_well(TLS)
-        self.assert_well({**TLS, "PROXY_LISTEN": "systemd:domain=INET6:name=x"})
+        for listen in ("systemd:domain=INET6:name=x", "haproxy:systemd:domain=INET:index=0"):
+            self.assert_well({**TLS, "PROXY_LISTEN": listen, "PROXY_WORKER_PROCESSES": "2"})
         self.assert_well({"PROXY_LISTEN": "tcp:5000 unix:/x haproxy:tcp:5001 ssl:5443:privateKey=/k"})
 
     def test_client_certificates_need_our_own_tls(self) -> None:
@@ -80,11 +83,19 @@ class LostProtectionTests(LookCase):
             ("tcp:5001", "tcp:5001:interface=127.0.0.1"),
             ("ssl:5001:privateKey=/k", "interface=127.0.0.1"),
             ("tcp6:5001", r"tcp6:5001:interface=\:\:1"),
+            ("TCP6:5001", r"TCP6:5001:interface=\:\:1"),
+            ("tls:/pems:5001", r"tls:/pems:5001:interface=\:\:1"),
         ):
             self.assert_refused(meant, {"PROXY_ADMIN_LISTEN": listen})
         for listen in ("tcp:5001:interface=0.0.0.0", r"tcp6:5001:interface=\:\:", "tcp:5001:interface=10.0.0.5"):
             self.assert_warned("can be reached from other machines", {"PROXY_ADMIN_LISTEN": listen})
-        for listen in ("off", "unix:/x", "tcp:5001:interface=localhost", r"tcp6:5001:interface=\:\:1"):
+        for listen in (
+            "off",
+            "unix:/x",
+            "tcp:5001:localhost",
+            "tcp:5001:interface=localhost",
+            r"tcp6:5001:interface=\:\:1",
+        ):
             self.assert_well({"PROXY_ADMIN_LISTEN": listen})
 
 
@@ -104,9 +115,16 @@ class ExposedTests(LookCase):
         for networks in ("0.0.0.0/0", "10.0.0.0/8 ::/0"):
             self.assert_warned("keeps nobody out", {"PROXY_ALLOW_FROM": networks})
         allowed = {"PROXY_ALLOW_FROM": "10.0.0.0/8"}
-        self.assert_warned("refuses everybody", {**allowed, "PROXY_LISTEN": "unix:/x"})
-        self.assert_warned("believes whatever address", {**allowed, "PROXY_LISTEN": "haproxy:tcp:5000"})
-        self.assert_well({**allowed, "PROXY_LISTEN": "tcp:5000 haproxy:tcp:5001:interface=127.0.0.1"})
+        for listen in ("unix:/x", "systemd:domain=UNIX:index=0"):
+            self.assert_warned("refuses everybody", {**allowed, "PROXY_LISTEN": listen})
+        for listen in ("haproxy:tcp:5000", "HAProxy:tcp:5000", "haproxy:systemd:domain=INET:index=0"):
+            self.assert_warned("believes whatever address", {**allowed, "PROXY_LISTEN": listen})
+        for listen in (
+            "tcp:5000 haproxy:tcp:5001:interface=127.0.0.1",
+            "haproxy:unix:/x",
+            "haproxy:tcp:5000:127.0.0.1",
+        ):
+            self.assert_well({**allowed, "PROXY_LISTEN": listen})
 
     def test_a_token_without_tls_is_warned_of_beyond_this_machine(self) -> None:
         region = {"AWS_REGION": "eu-west-1"}

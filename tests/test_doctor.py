@@ -219,6 +219,13 @@ class DoctorTests(SynchronousTestCase):
         self.assertEqual("skipped", self.verdicts()["permissions"])
         self.assertEqual(0, self.caller.status)
 
+    def test_wrong_settings_have_a_line_each_after_the_warnings(self) -> None:
+        self.caller.variables = {"PROXY_DEBUG": "1", "PROXY_ECR_ENDPONT": ECR}
+        self.call()
+        lines = [line.removeprefix("ecr-proxy: ").split()[:2] for line in self.caller.complaint.splitlines()]
+        expected = [["warning:", "PROXY_DEBUG"], ["PROXY_ECR_ENDPOINT", "is"], ["PROXY_ECR_ENDPONT", "is"]]
+        self.assertEqual((2, expected), (self.caller.status, lines))
+
     def test_a_repository_that_the_pattern_keeps_out_is_told(self) -> None:
         """
         ECR would let it through, the proxy does not.
@@ -229,12 +236,25 @@ class DoctorTests(SynchronousTestCase):
 
     def test_a_bucket_where_the_proxy_does_not_go_is_told(self) -> None:
         """
-        Loopback and metadata addresses, unless the registry is at such a one itself.
+        Loopback and metadata addresses; while the registry is on loopback itself, the latter alone.
         """
-        self.world.addresses["prod.s3.eu-west-1.amazonaws.com"] = ["127.0.0.1"]
-        self.assertEqual("failed", self.verdicts("--repository", "team/app:1")["bucket"])
+        bucket = "prod.s3.eu-west-1.amazonaws.com"
+        expected = {("52.0.0.1", "127.0.0.1"): "failed", ("127.0.0.1", "127.0.0.1"): "ok"}
+        expected |= {(registry, "169.254.169.254"): "failed" for registry in ("52.0.0.1", "127.0.0.1")}
+        for (registry, at), verdict in expected.items():
+            self.world.addresses.update({ECR: [registry], bucket: [at]})
+            self.world.touched.clear()
+            self.assertEqual(verdict, self.verdicts("--repository", "team/app:1")["bucket"], (registry, at))
+            self.assertEqual(
+                verdict == "ok", at in [address for url, address, _ in self.world.touched if bucket in url]
+            )
+
+    def test_a_registry_on_loopback_is_told_to_open_loopback_to_redirects(self) -> None:
+        self.assertNotIn("redirects", self.verdicts())
         self.world.addresses[ECR] = ["127.0.0.1"]
-        self.assertEqual("ok", self.verdicts("--repository", "team/app:1")["bucket"])
+        self.assertEqual("warning", self.verdicts()["redirects"])
+        self.caller.variables["HTTPS_PROXY"] = "http://proxy.test:3128"
+        self.assertNotIn("redirects", self.verdicts())
 
     def test_registry_and_bucket_are_looked_at_through_the_egress_proxy(self) -> None:
         self.caller.variables["HTTPS_PROXY"] = "http://ann:hidden@proxy.test:3128"

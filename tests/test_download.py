@@ -30,7 +30,7 @@ from ecrproxy.oci import Digest
 from ecrproxy.threads import Disk
 from ecrproxy.transfer.download import STUCK_SECONDS, WINDOW, Download
 from ecrproxy.transfer.follower import Follower
-from ecrproxy.transfer.inflow import HIGH_WATER, LARGEST_PART, SMALLEST_PART, Inflow
+from ecrproxy.transfer.inflow import HIGH_WATER, LARGEST_PART, SMALLEST_PART, Buffered, Inflow
 from ecrproxy.transfer.lane import TRIES, ShortBodyError
 from tests.daemon import Hands, noise
 
@@ -194,13 +194,16 @@ class DownloadTestCase(SynchronousTestCase):
         lanes: int = 1,
         first: int | None = -1,
         early: Sequence[bytes] = (),
+        buffered: Buffered | None = None,
     ) -> Download:
         """
         Begin the transfer of C{data}; the bytes up to C{first} have been asked for.
         """
         digest, size = Digest.of(data), len(data) if size == -1 else size
         writer = self.store.writer(digest, size or 0) if kept else None
-        download = Download(digest, size, writer, Disk.of(self.hands), lanes, call_later=self.clock.callLater)
+        download = Download(
+            digest, size, writer, Disk.of(self.hands), lanes, buffered=buffered, call_later=self.clock.callLater
+        )
         self.blob = Source(size, size if first == -1 else first)
         self.tap.early = list(early)
         Deferred.fromCoroutine(download.run(self.blob))
@@ -1044,7 +1047,7 @@ class WindowTests(DownloadTestCase):
                 self.tap.arrived(data[arrived : arrived + 2**16])
                 arrived += 2**16
             # What waits to be hashed, what is being hashed, and what waits to be read.
-            self.assertLessEqual(arrived - len(slow.got), 2 * HIGH_WATER + WINDOW)
+            self.assertLessEqual(arrived - len(slow.got), 3 * WINDOW + 2 * 2**16)
             rounds += 1
             slow.read(WINDOW)
         self.tap.ended(None)
@@ -1060,7 +1063,7 @@ class WindowTests(DownloadTestCase):
         data = noise("x", 12 * WINDOW)
         download = self.begin(data, kept=False)
         quick, slow = Reader(download.follow(0, len(data))), Reader(download.follow(0, len(data)), eager=False)
-        pour(self.tap, data)
+        pour(self.tap, data[:-1])
         for _ in range(3):
             self.clock.advance(STUCK_SECONDS - 1)
             slow.read(2**16)
@@ -1068,6 +1071,7 @@ class WindowTests(DownloadTestCase):
         with capturedLogs() as events:
             self.clock.advance(STUCK_SECONDS)
         self.assertGreater(len(quick.got), 4 * WINDOW)
+        self.tap.arrived(data[-1:])
         self.tap.ended(None)
         self.assertEqual(data, bytes(quick.got))
         assert slow.follower.failure is not None
@@ -1090,6 +1094,43 @@ class WindowTests(DownloadTestCase):
         self.clock.advance(STUCK_SECONDS)
         self.tap.ended(None)
         self.assertEqual(data, bytes(quick.got))
+
+    def test_many_whose_readers_stop_hold_together_what_is_allowed_and_a_read_each(self) -> None:
+        data, count, most = noise("x", 4 * WINDOW), 40, 8 * WINDOW
+        buffered, taps, arrived = Buffered(most), [], 0
+        for _ in range(count):
+            download = self.begin(data, kept=False, buffered=buffered)
+            Reader(download.follow(0, len(data)), eager=False)
+            taps.append(self.tap)
+        for at in range(0, len(data), 2**16):
+            for tap in taps:
+                if not tap.paused:
+                    tap.arrived(data[at : at + 2**16])
+                    arrived += 2**16
+        self.assertLessEqual(arrived, most + count * 2**16)
+        self.assertTrue(all(tap.paused for tap in taps))
+
+    def test_beside_many_that_stop_a_reader_gets_all(self) -> None:
+        data = noise("x", 2 * WINDOW)
+        buffered = Buffered()
+        buffered.size = buffered.most + 1
+        download = self.begin(data, kept=False, buffered=buffered)
+        slow = Reader(download.follow(0, len(data)), eager=False)
+        for at in range(0, len(data), 2**16):
+            self.assertFalse(self.tap.paused)
+            self.tap.arrived(data[at : at + 2**16])
+            slow.read()
+        self.tap.ended(None)
+        slow.read()
+        self.assertEqual(data, bytes(slow.got))
+        self.assertTrue(download.verified)
+
+    def test_more_bytes_than_a_window_at_the_end_are_verified(self) -> None:
+        data = noise("x", WINDOW + 2)
+        download = self.begin(data, kept=False)
+        reader = Reader(download.follow(0, len(data)))
+        self.tap.arrived(data + b"more")  # cut to the blob's size, they are one piece
+        self.assertEqual(data, bytes(reader.got))
 
     def test_goes_on_when_the_slowest_leaves(self) -> None:
         """

@@ -5,8 +5,10 @@ The registry and its buckets, reached through an egress proxy.
 from __future__ import annotations
 
 import base64
+import os
 from typing import Any
 
+from botocore.utils import get_environ_proxies
 from cryptography.hazmat.primitives.serialization import Encoding
 from twisted.internet import ssl
 from twisted.internet.protocol import Factory, Protocol
@@ -20,6 +22,7 @@ from twisted.web.iweb import IAgent
 from ecrproxy.daemon.tls import Certificate
 from ecrproxy.registry.connections import UpstreamAgent
 from ecrproxy.registry.egress import Egress, OwnNames, Proxy, is_plain_name
+from ecrproxy.registry.proxy_variables import for_botocore
 from tests.daemon import DaemonTestCase, Network, Reply, noise
 from tests.registry import StandIn
 from tests.store_contract import scratch
@@ -27,6 +30,8 @@ from tests.test_connections import METADATA, Wired
 from tests.test_tls import Files
 
 PASSWORD = "p@ss:word"
+SECONDS = 27
+"""In which a pull ends whatever the proxy does: 15 for the tunnel, or 25 until headers come of what is behind it."""
 
 
 class VariablesTests(SynchronousTestCase):
@@ -94,7 +99,30 @@ class VariablesTests(SynchronousTestCase):
         self.assertEqual([], self.proxied("x,*", *places))
 
     def test_this_machine_is_never_reached_through_a_proxy(self) -> None:
-        self.assertEqual([], self.proxied("", "localhost:443", "127.0.0.1:443", "[::1]:443"))
+        self.assertEqual([], self.proxied("", "localhost:443", "a.localhost:443", "127.0.0.1:443", "[::1]:443"))
+
+    def test_botocore_reaches_this_machine_and_its_metadata_itself(self) -> None:
+        """
+        With botocore's own rules, which know of no exemption but C{no_proxy}; what is exempt already stays so.
+        """
+        theirs = {
+            "HTTPS_PROXY": "http://proxy.test",
+            "HTTP_PROXY": "http://proxy.test",
+            "NO_PROXY": "ecr.test, .b.test",
+        }
+        environ = theirs | for_botocore(theirs)
+        self.patch(os, "environ", environ)
+        for url in (
+            *("https://localhost:4566", "http://127.0.0.1:4566", "https://[::1]:4566", "https://ecr.test"),
+            *("http://169.254.169.254/", "http://[fd00:ec2::254]/", "http://169.254.170.2/", "https://a.b.test"),
+        ):
+            self.assertEqual({}, get_environ_proxies(url), url)
+        self.assertIn("https", get_environ_proxies("https://api.ecr.eu-west-1.amazonaws.com"))
+        self.assertIn("https", get_environ_proxies("https://1127.0.0.1"))
+
+    def test_botocore_is_told_nothing_without_a_proxy(self) -> None:
+        for environ in ({}, {"NO_PROXY": "a"}, {"HTTPS_PROXY": "http://p.test", "NO_PROXY": "*"}, {"http_proxy": " "}):
+            self.assertEqual({}, for_botocore(environ))
 
     def test_names_that_a_resolver_takes_for_addresses_are_none(self) -> None:
         for host in (
@@ -135,6 +163,9 @@ class ConnectProxy(Protocol):
         if b" 200 " in answer:
             self._inner = self._case.behind.buildProtocol(None)
             self._inner.makeConnection(self.transport)
+        if self._case.drip:
+            self._case.drip_on(self.transport, answer)
+            return
         for part in (answer[:5], answer[5:]):
             self.transport.write(part)
         if self._case.closing:
@@ -161,6 +192,7 @@ class ProxyCase(DaemonTestCase):
         self.asked: list[str] = []
         self.answers: list[bytes] = []
         self.closing = False
+        self.drip = 0
         self.standin = StandIn(self.clock, registry=self.REGISTRY, bucket="https://cache.test:8443")
         self.start(agent=self.agent)
         self.data = noise("blob", 100_000)
@@ -185,6 +217,14 @@ class ProxyCase(DaemonTestCase):
 
     def speaking_tls(self, certificate: str) -> Any:
         return tls.TLSMemoryBIOFactory(Certificate(self.files_of.key, certificate), False, self.plain, clock=self.clock)
+
+    def drip_on(self, transport: Any, answer: bytes) -> None:
+        """
+        Send a byte each C{drip} seconds.
+        """
+        transport.write(answer[:1])
+        if answer[1:]:
+            self.clock.callLater(self.drip, self.drip_on, transport, answer[1:])
 
     def pull(self) -> Reply:
         reply = self.daemon.send("GET", self.path)
@@ -264,6 +304,38 @@ class TunnelTests(ProxyCase):
         self.answers.clear()
         self.pass_time(30)
         self.assertWhole(self.pull(), self.data)
+
+    def test_each_way_to_hang_ends_in_one_error_and_hits_notice_nothing(self) -> None:
+        """
+        An answer that drips or breaks off, and a tunnel that leads to silence.
+        """
+        broken = [b"HTTP/1.1 20"] * 9
+        for answers, drip, closing, silent, words, status in (
+            ([], 5, False, False, "has not connected to cache.test:443 for 15 s", 504),
+            (broken, 0, True, False, "egress proxy proxy.test:3128 closed the connection", 502),
+            ([], 0, False, True, "cache.test has not answered for 25 s", 504),
+        ):
+            self.start(agent=self.agent)
+            warm = noise(words, 200_000)
+            self.data = noise(f"not {words}", 100_000)
+            path, self.path = (
+                f"/v2/team/app/blobs/{self.standin.push_blob('team/app', each)}" for each in (self.data, warm)
+            )
+            self.assertWhole(self.pull(), warm)
+            self.pass_time(600)  # tunnels that nobody uses are closed
+            behind = self.behind
+            self.answers, self.drip, self.closing = answers, drip, closing
+            if silent:
+                self.behind = Factory.forProtocol(Protocol)
+            cold = self.daemon.send("GET", path)
+            for _ in range(SECONDS):
+                self.pass_time(1)
+                self.assertEqual(200, self.get(self.path).code)
+            self.assertRefused(cold, status, "UNAVAILABLE", words)
+            self.answers, self.drip, self.closing, self.behind = [], 0, False, behind
+            self.pass_time(60)
+            self.path = path
+            self.assertWhole(self.pull(), self.data)
 
     def test_no_redirect_leads_through_it_to_an_address(self) -> None:
         for host in (METADATA, "127.1:8443", "2130706433", "localhost.", "[::ffff:169.254.169.254]"):

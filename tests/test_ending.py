@@ -345,6 +345,12 @@ class SignalsTests(SynchronousTestCase):
         self.run_reactor()
         self.assertEqual({signal.SIGTERM, signal.SIGINT, signal.SIGHUP}, self.installed.keys())
 
+    def test_that_waited_for_a_handler_come_when_there_is_one(self) -> None:
+        self.addCleanup(signal.pthread_sigmask, signal.SIG_SETMASK, signal.pthread_sigmask(signal.SIG_BLOCK, []))
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+        self.run_reactor()
+        self.assertNotIn(signal.SIGHUP, signal.pthread_sigmask(signal.SIG_BLOCK, []))
+
     def test_that_end_the_daemon_do_so_in_the_reactor(self) -> None:
         """
         A handler may run in the midst of anything: it only leaves word.

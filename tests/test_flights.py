@@ -8,7 +8,7 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.flights import Flights, LateError, within
+from ecrproxy.flights import DeadlineExceededError, Flights, within
 
 
 class FlightsTests(SynchronousTestCase):
@@ -141,14 +141,14 @@ class WithinTests(SynchronousTestCase):
     def test_what_is_late_goes_on(self) -> None:
         waiting = self.wait()
         self.clock.advance(5)
-        self.failureResultOf(waiting, LateError)
+        self.failureResultOf(waiting, DeadlineExceededError)
         self.coming.callback("x")
         self.assertEqual(["x"], self.done)
 
     def test_what_fails_late_is_no_error_of_anybody(self) -> None:
         waiting = self.wait()
         self.clock.advance(5)
-        self.failureResultOf(waiting, LateError)
+        self.failureResultOf(waiting, DeadlineExceededError)
         self.coming.errback(ZeroDivisionError())
         self.assertEqual([], self.flushLoggedErrors())
 

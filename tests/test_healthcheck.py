@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import io
 import socket
+import sys
 from collections.abc import Mapping
+from http.client import BadStatusLine
 from typing import cast
 
 from twisted.trial.unittest import SynchronousTestCase
@@ -52,6 +54,9 @@ class PlaceTests(SynchronousTestCase):
             r"unix:/run/a\:b.sock:mode=660": Place("/run/a:b.sock"),
             "unix:address=/run/a.sock": Place("/run/a.sock"),
             "haproxy:tcp:5001": Place(("127.0.0.1", 5001), behind_proxy=True),
+            "tcp:5001:10.0.0.7": Place(("10.0.0.7", 5001)),
+            "haproxy:ssl:5443:/k:/c": Place(("127.0.0.1", 5443), secure=True, behind_proxy=True),
+            "haproxy:unix:/run/a.sock": Place("/run/a.sock", behind_proxy=True),
         }.items():
             self.assertEqual(place_from({"PROXY_LISTEN": text, "PROXY_PORT": "1"}), place, text)
 
@@ -66,8 +71,22 @@ class PlaceTests(SynchronousTestCase):
         """
         Variables that name nothing to ask are exit status 1.
         """
-        for variables in ({"PROXY_LISTEN": "systemd:domain=INET:index=0"}, {"PROXY_PORT": "many"}):
+        for variables, words in (
+            ({"PROXY_LISTEN": "systemd:domain=INET:index=0"}, "PROXY_LISTEN names no tcp:"),
+            ({"PROXY_PORT": "many"}, "'many' is no port"),
+            ({"PROXY_PORT": "9" * 5000}, "is no port"),
+            ({"PROXY_PORT": "65536"}, "'65536' is no port"),
+            ({"PROXY_LISTEN": "tcp"}, "tcp: needs port"),
+            ({"PROXY_LISTEN": "tcp:interface=a"}, "tcp: needs port"),
+            ({"PROXY_LISTEN": "ssl:x"}, "'x' is not a port"),
+            ({"PROXY_LISTEN": "unix:mode=600"}, "unix: needs address"),
+        ):
+            stderr = io.StringIO()
+            self.patch(sys, "stderr", stderr)
             self.assertEqual(main(variables), 1)
+            told = stderr.getvalue()
+            self.assertTrue(told.startswith("healthcheck: can't tell where the daemon listens: "), told)
+            self.assertIn(words, told)
 
 
 class Connection:
@@ -130,7 +149,16 @@ class MainTests(SynchronousTestCase):
         A connection that is refused is exit status 1.
         """
 
-        def refuse(place: Place) -> socket.socket:
-            raise ConnectionRefusedError(place.address)
+        for problem, words in (
+            (ConnectionRefusedError(111, "Connection refused"), "no daemon answers at 127.0.0.1 port 5000: Connection"),
+            (TimeoutError("timed out"), "no answer at 127.0.0.1 port 5000 within 4 s"),
+            (BadStatusLine("hello"), "what answers at 127.0.0.1 port 5000 is no HTTP"),
+        ):
 
-        self.assertEqual(main({}, refuse), 1)
+            def fail(_: Place, problem: Exception = problem) -> socket.socket:
+                raise problem
+
+            stderr = io.StringIO()
+            self.patch(sys, "stderr", stderr)
+            self.assertEqual(main({}, fail), 1)
+            self.assertTrue(stderr.getvalue().startswith(f"healthcheck: {words}"), stderr.getvalue())

@@ -99,6 +99,11 @@ class LsTests(HoldingsTestCase):
         self.assertEqual(["v1", "v2"], [each["tag"] for each in app["images"]])
         self.assertEqual([[self.v1.digest], [self.v2.digest]], [each["digests"] for each in app["images"]])
 
+    def test_one_of_a_thing_is_told_as_one(self) -> None:
+        self.call("purge", "--yes", "team/app:v2", "team/other")
+        self.assertIn("\n1 image of 1 repository, ", self.call("ls"))
+        self.assertRegex(self.call("purge", "team/app:v1", "--dry-run"), r"\n\d+ entries and \d+ files of content, ")
+
     def test_may_be_asked_for_some_repositories(self) -> None:
         """
         By name or by pattern; of nothing there is nothing, and that is status 1.
@@ -123,7 +128,7 @@ class LsTests(HoldingsTestCase):
         self.caller.at_a_terminal()
         self.caller.step = 1
         self.call("ls")
-        self.assertIn("Reading 1 files, ", self.caller.complaint)
+        self.assertIn("Reading 1 file, ", self.caller.complaint)
 
     def test_an_empty_cache_is_no_trouble(self) -> None:
         """

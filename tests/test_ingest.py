@@ -86,7 +86,7 @@ class ResumeTests(IngestTests):
             writer.write(start, [DATA[start:stop]])
         writer.commit()
         writer.close()
-        self.assertEqual(DATA, read(self.store, DIGEST, SIZE))
+        self.assertEqual(DATA, read(self.store, DIGEST))
         self.assertEqual([], self.names())
 
     def test_shows_what_was_written_since_the_machine_started(self) -> None:
@@ -307,7 +307,7 @@ class CrashTests(SynchronousTestCase):
                 pass
             writer.commit()
             writer.close()
-            self.assertEqual(DATA, read(store, DIGEST, SIZE))
+            self.assertEqual(DATA, read(store, DIGEST))
             self.assertEqual([], list(ingest.folder.iterdir()))
         finally:
             shutil.rmtree(folder)
@@ -430,7 +430,7 @@ class BeginTests(IngestTests):
         self.assertEqual(1, len(self.names()))
         writer.write(0, [DATA])
         writer.commit()
-        self.assertEqual(DATA, read(self.store, DIGEST, SIZE))
+        self.assertEqual(DATA, read(self.store, DIGEST))
 
     def test_makes_another_for_one_that_was_swept(self) -> None:
         """
@@ -441,7 +441,7 @@ class BeginTests(IngestTests):
         self.addCleanup(writer.close)
         writer.write(0, [DATA])
         writer.commit()
-        self.assertEqual(DATA, read(self.store, DIGEST, SIZE))
+        self.assertEqual(DATA, read(self.store, DIGEST))
 
     def test_gives_up_where_each_is_locked(self) -> None:
         """

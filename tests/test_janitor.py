@@ -716,7 +716,7 @@ class RaceTests(SmallCache):
         Read a blob, or bring it in if there is room for it; tells whether what was read is right.
         """
         digest = Digest.of(data)
-        found, name = read(self.store, digest, len(data)), new_name(digest)
+        found, name = read(self.store, digest), new_name(digest)
         if found is None and self.janitor.make_room(name, len(data)):
             writer = self.store.writer(digest, len(data), name)
             writer.write(0, [data])

@@ -4,9 +4,11 @@ What the daemon listens on is read again when it is told to.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
+from cryptography.hazmat.primitives.serialization import Encoding
 from twisted.internet.address import IPv4Address
 from twisted.internet.protocol import ServerFactory
 from twisted.internet.testing import MemoryReactorClock
@@ -38,9 +40,12 @@ class RereadTests(SynchronousTestCase):
         folder.mkdir()
         self.files, self.others = Files(folder / "files"), Files(folder / "others")
         key, certificate = self.files.key, self.files.certificate
+        escaped = str(folder / "files").replace("/", "\\/")
         self.ways = (
             {"PROXY_SSL_KEY": key, "PROXY_SSL_CERTIFICATE": certificate},
             {"PROXY_LISTEN": f"ssl:5443:privateKey={key}:certKey={certificate}:extraCertChain={certificate}"},
+            {"PROXY_LISTEN": f"ssl:5443:{key}:{certificate}:extraCertChain={certificate}:sslmethod=TLS_METHOD"},
+            {"PROXY_LISTEN": f"haproxy:ssl:5443:{escaped}/key.pem:{certificate}:extraCertChain={certificate}"},
         )
         self.begun: list[Any] = []
 
@@ -66,14 +71,11 @@ class RereadTests(SynchronousTestCase):
         """
         Shake hands, as a client that trusts C{trusted} alone.
         """
-        factory: Any
-        if self.reactor.sslServers:  # as the real one makes it
-            _, wrapped, contexts, *_ = self.reactor.sslServers[-1]
-            factory = TLSMemoryBIOFactory(contexts, isClient=False, wrappedFactory=wrapped)
-        else:
-            _, factory, *_ = self.reactor.tcpServers[-1]
+        _, factory, *_ = self.reactor.tcpServers[-1]
+        if isinstance(factory, BalancedFactory):
+            factory = factory.wrappedFactory
         transport = Tcp()
-        protocol = factory.buildProtocol(ADDRESS)
+        protocol: Any = factory.buildProtocol(ADDRESS)
         shake_with(protocol, transport, client(trusted=trusted.root))
         self.begun.append(protocol)
         self.addCleanup(protocol.connectionLost, None)
@@ -132,6 +134,53 @@ class RereadTests(SynchronousTestCase):
             (event,) = events
             self.assertEqual(LogLevel.error, event["log_level"])
             self.assertTrue(any(name in str(event["problem"]) for name in environ), event)
+            self.assertFalse(listening.changed())
+
+    def test_files_without_a_name_in_the_string_are_watched_too(self) -> None:
+        """
+        Twisted's own default, key and certificate in one file, and a directory of such files.
+        """
+        folder = Path(scratch(self))
+        folder.mkdir()
+        files = [folder / "server.pem", folder / "pems" / "a.pem"]
+        files[1].parent.mkdir()
+        self.addCleanup(os.chdir, Path.cwd())
+        os.chdir(folder)
+        for text, file in zip(("ssl:5443", f"tls:{folder}/pems:5443"), files, strict=True):
+            for each in (self.files, self.others):
+                file.write_bytes(Path(each.key).read_bytes() + each.leaf.public_bytes(Encoding.PEM))
+                if each is self.files:
+                    listening = self.listen({"PROXY_LISTEN": text})
+            self.assertTrue(listening.changed(), text)
+            self.assertTrue(listening.reread())
+            self.assertEqual(self.others.leaf.not_valid_after_utc.timestamp(), listening.expires)
+            _, factory, *_ = self.reactor.tcpServers[-1]
+            asker = client()
+            protocol: Any = factory.buildProtocol(ADDRESS)
+            shake_with(protocol, Tcp(), asker)
+            self.assertEqual(self.others.leaf, asker.get_peer_certificate(as_cryptography=True))
+            protocol.connectionLost(None)
+
+    def test_files_that_are_being_written_are_told_once_and_taken_when_both_are_there(self) -> None:
+        """
+        A renewer writes one after the other, each perhaps in pieces; the former pair serves until then.
+        """
+        for way in range(len(self.ways)):
+            self.setUp()
+            listening = self.listen(self.ways[way])
+            steps = ((self.files.certificate, self.others.certificate), (self.files.key, self.others.key))
+            told = []
+            for place, source in steps:
+                whole = Path(source).read_bytes()
+                for part in (whole[: len(whole) // 2], whole):
+                    Path(place).write_bytes(part)
+                    with capturedLogs() as events:
+                        for _ in range(3):  # minutes
+                            if listening.changed():
+                                listening.reread()
+                    told.append([event["log_level"] for event in events])
+                    self.connect(self.others if len(told) == 4 else self.files)
+            self.assertEqual([[LogLevel.error]] * 3 + [[LogLevel.info]], told)
 
     def test_without_tls_there_is_nothing_to_read(self) -> None:
         """

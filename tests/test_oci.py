@@ -15,6 +15,7 @@ from ecrproxy.oci import (
     INDEX_TYPES,
     MANIFEST_LIMIT,
     MANIFEST_TYPES,
+    VALUES_LIMIT,
     Descriptor,
     Digest,
     Document,
@@ -465,6 +466,25 @@ class ManifestTypeTests(SynchronousTestCase):
         self.assertEqual(SCHEMA2, type_of(f"{SCHEMA2.upper()}; charset=utf-8", b"{}"))
         for media_type in MANIFEST_TYPES:
             self.assertEqual(media_type, type_of(media_type, json.dumps({"mediaType": media_type}).encode()))
+
+    def test_more_values_than_any_manifest_has_are_refused_unparsed(self) -> None:
+        """
+        Parsing keeps every other thread from running: 4,200 layers with annotations pass, 100,000 empty lists do not.
+        """
+        annotated = {
+            "mediaType": LAYER,
+            "digest": "sha256:" + "a" * 64,
+            "size": 1,
+            "annotations": dict.fromkeys("abcdefgh", ""),
+        }
+        self.assertEqual(OCI_MANIFEST, type_of(OCI_MANIFEST, json.dumps({"layers": [annotated] * 4200}).encode()))
+        for filler in (b"[],", b"{},", b"1,"):
+            huge = b'{"a":[' + filler * VALUES_LIMIT + b"1]}"
+            self.patch(json, "loads", lambda *_, **__: self.fail("it was parsed"))
+            with self.assertRaisesRegex(ValueError, "100,000 values"):
+                type_of(OCI_MANIFEST, huge)
+            with self.assertRaisesRegex(ValueError, "100,000 values"):
+                list(listed(huge, OCI_MANIFEST))
 
     def test_what_is_no_manifests_type_is_refused(self) -> None:
         """

@@ -35,7 +35,7 @@ EMPTY = Snapshot(
     transfers=(),
     repositories=(),
     token=TokenState(None, 1_800_010_000.0, 5000.0, 0),
-    upstream=UpstreamState("closed", None, {"manifests": 0}, 0, {}),
+    upstream=UpstreamState("closed", 0, None, {"manifests": 0}, 0, {}),
     answers={},
     now=Point(0),
     history=(),
@@ -49,7 +49,9 @@ FULL = replace(
         Transfer("team/big", DIGEST, None, 9, 1, kept=False),
     ),
     repositories=(Saving("team/app", 2**30, 12), Saving("team/base", 2**29, 3)),
-    upstream=UpstreamState("closed", 2.0, {"manifests": 1}, 4, {"registry": {"200": 5, "404": 2, "429": 1, "503": 3}}),
+    upstream=UpstreamState(
+        "closed", 0, 2.0, {"manifests": 1}, 4, {"registry": {"200": 5, "404": 2, "429": 1, "503": 3}}
+    ),
     answers={"HIT": Answers(30, 300), "MISS": Answers(10, 100)},
     now=Point(5, 2, 1, 5 * 2**20, 2**20),
     history=(Point(30, 10, 9, 100, 10), Point(5, 2, 1, 5 * 2**20, 2**20)),
@@ -179,7 +181,7 @@ class PageTests(PageTestCase):
         page = self.page(FULL)
         self.assertIn("State good Expires in 2 h 46 min Next refresh in 1 h 23 min", self.section(page, "Token").text)
         ecr = self.section(page, "ECR")
-        self.assertIn("Circuit closed Answered last 2 s ago Asked again 4", ecr.text)
+        self.assertIn("Can fetch yes Circuit closed Answered last 2 s ago Asked again 4", ecr.text)
         self.assertEqual([["registry", "5", "2", "1", "3"]], self.rows(ecr))
         self.assertEqual(
             [["1 min ago error", "the disk is full (3 times)"]], self.rows(self.section(page, "Warnings and errors"))
@@ -199,8 +201,8 @@ class PageTests(PageTestCase):
         """
         page = self.page(FULL)
         self.assertEqual("ecrproxy: ready", page.all("title")[0].text)
-        left = replace(EMPTY, can_fetch=False, upstream=UpstreamState("open", 60.0, {}, 0, {}))
-        self.assertEqual("ecrproxy: ready, without ecr", self.page(left).all("title")[0].text)
+        left = replace(EMPTY, can_fetch=False, upstream=UpstreamState("open", 0, 60.0, {}, 0, {}))
+        self.assertEqual("ecrproxy: can't fetch from ECR, serves what is cached", self.page(left).all("title")[0].text)
         page = self.page(replace(EMPTY, can_serve=False, reasons=("the disk is full",)))
         (health,) = [each for each in page.all("div") if each.attributes.get("role") == "status"]
         self.assertEqual("Not ready the disk is full", health.text)

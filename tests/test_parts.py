@@ -13,6 +13,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import deferLater
 from twisted.logger import capturedLogs, formatEvent
 
+from ecrproxy.byte_ranges import QUESTIONS, Multipart
 from ecrproxy.cache.trailer import UNKNOWN_BOOT
 from ecrproxy.proxy import READING_AHEAD
 from ecrproxy.transfer.inflow import SMALLEST_PART, Lanes
@@ -116,11 +117,36 @@ class SeveralRangesTests(DaemonTestCase):
         self.start(limit=100_000)
         self.get(self.path, Range="bytes=0-0")  # tells the size
         before = self.standin.bytes_sent
-        header = "bytes=250000-250099,10-19,60000-69999"
+        header = "bytes=250000-250099,10-19,100000-109999"
         reply = self.get(self.path, Range=header)
         self.assertParts(reply, header)
         self.assertEqual("BYPASS", reply.cache)
         self.assertEqual(100 + 10 + 10_000, self.standin.bytes_sent - before)
+
+    def test_close_to_each_other_of_a_blob_that_is_not_kept_are_one_question(self) -> None:
+        self.start(limit=100_000)
+        self.get(self.path, Range="bytes=0-0")
+        self.standin.forget_asked()
+        header = ranges_of([(at, at + 10) for at in range(1000, 1000 + 1024 * 290, 290)])
+        self.assertParts(self.get(self.path, Range=header), header)
+        self.assertEqual(1, self.standin.count("bucket"))
+
+    def test_that_go_back_often_are_the_whole_unless_it_is_cached(self) -> None:
+        """
+        Each that starts before the end of the one before would cost another question to the bucket.
+        """
+        header = ranges_of([(at, at + 10) for at in range(20_000, 0, -1000)])
+        for limit in (100_000, 2**30):
+            self.start(limit=limit)
+            for _ in range(2):
+                self.head(self.path)
+                self.standin.forget_asked()
+                reply = self.get(self.path, Range=header)
+                if reply.cache == "HIT":
+                    self.assertParts(reply, header)
+                else:
+                    self.assertWhole(reply, self.data)
+                    self.assertLessEqual(self.standin.count("bucket"), 3)
 
     def test_as_many_as_podman_sends(self) -> None:
         self.start(in_thread=lambda blocking, *args: deferLater(self.clock, 0, blocking, *args))
@@ -220,6 +246,20 @@ class ColdPartTests(PartsTestCase):
             self.assertWhole(reply, DATA[at : at + 10_000], code=206)
         self.assertTrue(self.has(self.digest))
         self.assertLess(self.standin.bytes_sent, 1.2 * SIZE)
+
+    def test_many_parts_ask_no_more_of_the_bucket_than_the_whole_and_a_few(self) -> None:
+        """
+        Parts that are far from each other are fetched together with what is between them: all of it is kept.
+        """
+        for step in (60_000, 100_000, 400_000):
+            for path in self.files():
+                path.unlink()
+            self.standin.forget_asked()
+            spans = [(at, at + 10) for at in range(0, SIZE - 10, step)]
+            reply = self.get(self.path, Range=ranges_of(spans))
+            self.assertEqual((206, "whole", reply.length), (reply.code, reply.ended, len(reply.body)))
+            self.assertLessEqual(self.standin.count("bucket"), SIZE // SMALLEST_PART + 3 * QUESTIONS)
+            self.assertTrue(self.has(self.digest))
 
     def test_chunks_come_in_the_order_of_the_blob(self) -> None:
         self.standin.hold(self.digest)
@@ -434,6 +474,56 @@ class UnkeptPartTests(PartsTestCase):
         reply.read_on()
         self.flush()
         self.assertTrue(bytes(reply.body) == DATA[1:])
+
+    def assertParts(self, spans: list[tuple[int, int]]) -> Reply:
+        """
+        The response has exactly these parts.
+        """
+        reply = self.get(self.path, Range=ranges_of(spans))
+        self.assertEqual((206, "whole", reply.length), (reply.code, reply.ended, len(reply.body)))
+        frame = Multipart(spans, SIZE, "application/octet-stream", self.digest.partition(":")[2])
+        body = b"".join(head + DATA[start:stop] for head, (start, stop) in zip(frame.heads, spans, strict=True))
+        self.assertTrue(body + frame.end == reply.body, "other bytes came")
+        return reply
+
+    def test_many_parts_are_few_questions(self) -> None:
+        """
+        However many ranges a client asks for at once: the smallest gaps are read, and dropped.
+        """
+        for step, size in ((SIZE // 800, 10), (400 * 1024, 40_000), (MIB, MIB // 2)):
+            self.standin.forget_asked()
+            self.assertParts([(at, at + size) for at in range(0, SIZE - size, step)])
+            self.assertLessEqual(self.standin.count("bucket"), QUESTIONS)
+
+    def test_parts_may_go_back(self) -> None:
+        self.assertParts([(30 * MIB, 31 * MIB), (MIB, MIB + 5), (MIB + 2, MIB + 9), (7, 8), (39 * MIB, SIZE)])
+        self.assertLessEqual(self.standin.count("bucket"), 6)
+
+    def test_many_parts_of_a_bucket_without_parts_are_one_stream(self) -> None:
+        self.standin.quirks.ignore_range = True
+        self.assertParts([(at, at + 10) for at in range(MIB, SIZE, MIB)])
+        self.assertEqual(1, self.standin.count("bucket"))
+
+    def test_many_parts_of_a_bucket_that_stops_giving_parts_are_one_more_stream(self) -> None:
+        spans = [(at, at + 2 * MIB) for at in range(0, SIZE, 4 * MIB)]
+        reply = self.daemon.send("GET", self.path, Range=ranges_of(spans))
+        reply.stop_reading()
+        self.flush()
+        asked = self.standin.count("bucket")
+        self.standin.quirks.ignore_range = True
+        reply.read_on()
+        self.flush()
+        self.assertEqual((206, "whole", reply.length), (reply.code, reply.ended, len(reply.body)))
+        self.assertEqual(1, self.standin.count("bucket") - asked)
+
+    def test_a_client_of_many_parts_that_leaves_ends_it(self) -> None:
+        reply = self.daemon.send("GET", self.path, Range=ranges_of([(at, at + MIB) for at in range(0, SIZE, 4 * MIB)]))
+        reply.stop_reading()
+        self.flush()
+        reply.leave()
+        self.flush()
+        self.assertLess(self.fetched(), 6 * MIB)
+        self.assertEqual(0, self.daemon.lanes.buffered.size)
 
     def test_the_whole_as_a_range_is_verified(self) -> None:
         self.standin.corrupt(self.digest, DATA[:-1] + b"x")

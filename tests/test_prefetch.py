@@ -63,10 +63,10 @@ class PrefetchTests(SynchronousTestCase):
         """
         What came of it is told in a line, and the second run moves nothing.
         """
-        self.assertEqual("1 images, 0 failed; 5.0 MiB brought in, 0 B were there; 0 s\n", self.prefetch("team/app:1"))
+        self.assertEqual("1 image, 0 failed; 5.0 MiB brought in, 0 B were there; 0 s\n", self.prefetch("team/app:1"))
         self.assertEqual(0, self.caller.status)
         self.assertIn("team/app:1: 5.0 MiB brought in, 0 B were there\n", self.caller.complaint)
-        self.assertEqual("1 images, 0 failed; 0 B brought in, 5.0 MiB were there; 0 s\n", self.prefetch("team/app:1"))
+        self.assertEqual("1 image, 0 failed; 0 B brought in, 5.0 MiB were there; 0 s\n", self.prefetch("team/app:1"))
 
     def test_one_that_can_not_be_had_keeps_back_none_of_the_others(self) -> None:
         """
@@ -113,7 +113,7 @@ class PrefetchTests(SynchronousTestCase):
         self.prefetch("--file", self.file("# what we run\nteam/app:1\n\n"))
         self.assertEqual(0, self.caller.status)
         self.caller.at_a_terminal("team/app:1 # again\n")
-        self.assertIn("1 images, 0 failed", self.prefetch("--file", "-"))
+        self.assertIn("1 image, 0 failed", self.prefetch("--file", "-"))
 
     def test_of_a_manifest_the_registrys_own_images_are_taken(self) -> None:
         """
@@ -121,7 +121,7 @@ class PrefetchTests(SynchronousTestCase):
         """
         text = f"spec: {{containers: [{{image: {ECR}/team/app:1}}, {{image: nginx}}, {{image: quay.io/x/y}}]}}"
         said = self.prefetch("--manifest", self.file(text))
-        self.assertIn("1 images, 0 failed", said)
+        self.assertIn("1 image, 0 failed", said)
         self.assertIn("nginx: left out: of Docker Hub", self.caller.complaint)
         self.assertIn("quay.io/x/y: left out: of another registry", self.caller.complaint)
         self.prefetch("--manifest", self.file("image: proxy.example:5000/team/app:1"), "--host", "proxy.example:5000")
@@ -134,7 +134,7 @@ class PrefetchTests(SynchronousTestCase):
         By its port, as docker here would name it; another port is another registry's.
         """
         said = self.prefetch("localhost:5000/team/app:1", "127.0.0.1:5000/team/app:1")
-        self.assertIn("1 images, 0 failed", said)
+        self.assertIn("1 image, 0 failed", said)
         self.prefetch("localhost:5001/team/app:1")
         self.assertEqual(2, self.caller.status)
 

@@ -9,7 +9,9 @@ import json
 import random
 import re
 import string
+from collections import deque
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Final
 from urllib.parse import unquote
 
@@ -17,7 +19,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.byte_ranges import Ranges
+from ecrproxy.byte_ranges import SMALL_GAP, Ranges, joined
 from ecrproxy.cache.cache_key import Asker, CacheKey
 from ecrproxy.cache.entries import Confirmed, Entry, EntryKey
 from ecrproxy.cache.sqlite import Rows
@@ -232,6 +234,26 @@ class RangeTests(SynchronousTestCase):
             self.assertRaises(LookupError, ranges.of, size)
         else:
             self.assertEqual([(named[0], named[-1] + 1)], ranges.of(size))
+
+    @given(st.lists(st.tuples(st.integers(0, 30 * SMALL_GAP), st.integers(1, SMALL_GAP))), st.integers(1, 8))
+    def test_joined_ranges_have_all_the_bytes_in_their_order(self, spans: list[tuple[int, int]], most: int) -> None:
+        """
+        No more than may be, each before the next, and each range is read with what comes of one of them, forwards.
+        """
+        ranges = [(start, start + size) for start, size in spans]
+        asked = deque(joined(ranges, most))
+        if not asked:
+            self.assertTrue(not ranges or sum(stop > start for (_, stop), (start, _) in pairwise(ranges)) >= most)
+            return
+        self.assertLessEqual(len(asked), most)
+        at = asked[0][0]
+        for start, stop in ranges:
+            if not at <= start < stop <= asked[0][1]:
+                asked.popleft()
+                at = asked[0][0]
+            self.assertTrue(at <= start < stop <= asked[0][1])
+            at = stop
+        self.assertEqual(1, len(asked))
 
     @given(st.text() | st.text(alphabet="bytes=0123456789-, \u0663"), st.integers(0, 2**62))
     @example("bytes=\u0663-", 10)

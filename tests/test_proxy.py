@@ -2042,6 +2042,28 @@ class LargeManifestTests(DaemonTestCase):
             self.assertWhole(self.get(self.path), self.image.manifest, "REVALIDATED")
         self.assertEqual([True], parsed)
 
+    def test_is_not_parsed_again_when_it_is_read_again(self) -> None:
+        """
+        More manifests than memory holds, asked for in turn, cost reading: parsing would stop the event loop.
+        """
+        start, many = b'{"mediaType": "%s", "x": "' % OCI_MANIFEST.encode(), 9  # of nearly 4 MiB: memory has room for 8
+        manifests = [start + b"%d" % number + b"x" * (4 * MIB - 100) + b'"}' for number in range(many)]
+        paths = [
+            f"/v2/team/app/manifests/{self.standin.push_manifest('team/app', manifest, OCI_MANIFEST)}"
+            for manifest in manifests
+        ]
+        for path in paths:
+            self.assertEqual(200, self.get(path).code)
+        loads = json.loads
+
+        def spy(data: Any, **options: Any) -> Any:
+            self.assertNotIn(data, manifests)
+            return loads(data, **options)
+
+        self.patch(json, "loads", spy)
+        for path in paths:
+            self.assertEqual("HIT", self.head(path).header("X-Cache-Status"))
+
 
 class OrderTests(DaemonTestCase):
     """
@@ -2171,12 +2193,25 @@ class NamedDigestTests(DaemonTestCase):
         self.assertWhole(self.get(self.path), self.image.manifest, "HIT")
         self.assertEqual(2, self.standin.count("registry"))
 
+    def test_a_head_is_answered_as_a_get_is(self) -> None:
+        reply = self.head(self.path)
+        told = (reply.header("Docker-Content-Digest"), reply.header("Content-Length"), reply.cache)
+        self.assertEqual((200, (self.image.digest, str(len(self.image.manifest)), "MISS")), (reply.code, told))
+        self.assertEqual(0, self.standin.count("registry", "GET", "latest"), "nothing is transferred for it")
+
+    def test_that_another_repository_has_brought_in_meanwhile_is_confirmed_by_its_tag(self) -> None:
+        self.standin.push_image("team/other", "latest")
+        self.assertWhole(self.get("/v2/team/other/manifests/latest"), self.image.manifest, "MISS")
+        self.assertWhole(self.get(self.path), self.image.manifest, "REVALIDATED")
+
     def test_is_404_where_the_tag_has_moved(self) -> None:
         self.standin.push_image("team/app", "latest", layers=[layer("new", b"")])
+        self.assertEqual(404, self.head(self.path).code)
         self.assertRefused(self.get(self.path), 404, "MANIFEST_UNKNOWN")
 
     def test_is_404_a_minute_later(self) -> None:
         self.pass_time(NAMED_SECONDS)
+        self.assertEqual(404, self.head(self.path).code)
         self.assertRefused(self.get(self.path), 404, "MANIFEST_UNKNOWN")
 
     def test_is_404_for_any_other_and_in_any_other_repository(self) -> None:

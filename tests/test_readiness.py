@@ -12,9 +12,12 @@ from twisted.internet.defer import Deferred
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.cache.condition import FRESH_SECONDS, PATIENCE, Condition, Look
+from ecrproxy.proxy import STALE_SECONDS
 from ecrproxy.readiness import Readiness, judge
+from ecrproxy.registry.circuit import LONGEST_PAUSE
 from ecrproxy.registry.ecr import FETCH_SECONDS, RENEW_SECONDS, CredentialsError, Token, TokenUnavailableError
-from tests.daemon import DaemonTestCase, Hands, noise
+from ecrproxy.registry.wire import HEADER_SECONDS
+from tests.daemon import DaemonTestCase, Hands, Reply, noise
 
 WELL: dict[str, Any] = {"draining": False, "token": None, "ecr": None, "disk": (), "filled": False}
 
@@ -42,7 +45,7 @@ class JudgeTests(SynchronousTestCase):
 
     def test_all_reasons_are_given(self) -> None:
         found = judge(draining=True, token="none", ecr="ECR answers 500", disk=("full", "slow"), filled=True)
-        expected = ("draining: the daemon ends", "no token: none", "ECR is left alone: ECR answers 500", "full", "slow")
+        expected = ("draining: the daemon ends", "no token: none", "ECR answers 500", "full", "slow")
         self.assertEqual(expected, found.reasons)
 
 
@@ -108,11 +111,7 @@ class ConditionTests(DaemonTestCase):
         self.assertEqual(({200}, 1), ({reply.code for reply in replies}, len(written)))
 
 
-class ReadyTests(DaemonTestCase):
-    """
-    /readyz while AWS gives no token, with content in the cache and without.
-    """
-
+class ReadyTestCase(DaemonTestCase):
     def setUp(self) -> None:
         super().setUp()
         self.asked: list[Deferred[Token]] = []
@@ -134,6 +133,12 @@ class ReadyTests(DaemonTestCase):
         reply = self.get("/readyz")
         said = json.loads(reply.body)
         return reply.code, said["can_serve"], said["can_fetch"], "; ".join(said["reasons"])
+
+
+class ReadyTests(ReadyTestCase):
+    """
+    /readyz while AWS gives no token, with content in the cache and without.
+    """
 
     def test_without_token_and_content_it_can_do_nothing(self) -> None:
         self.start(fetch=self.fetch)
@@ -197,7 +202,69 @@ class ReadyTests(DaemonTestCase):
             self.daemon.send("GET", f"/v2/team/app{number}/manifests/latest")
         self.pass_time(1)
         self.assertEqual((200, True, False), self.ready()[:3])
-        self.assertIn("ECR is left alone", self.ready()[3])
+        self.assertIn("ECR keeps failing, and is left alone for a while: ", self.ready()[3])
         self.standin.heal()
         self.pass_time(10)
         self.assertEqual((200, True, True, ""), self.ready())
+
+    def test_one_failed_question_keeps_it_from_fetching_until_ecr_answers(self) -> None:
+        self.standin.fail("registry", status=503)
+        self.get(self.blob)
+        can_fetch, why = self.ready()[2:]
+        self.assertEqual((False, "ECR failed when it was asked last, for team/app:"), (can_fetch, why[:48]))
+        self.standin.heal()
+        self.assertEqual(200, self.get(self.blob).code)
+        self.assertEqual((200, True, True, ""), self.ready())
+
+
+class HangingTests(ReadyTestCase):
+    """
+    An ECR that takes questions for two minutes and answers none, while clients ask for known tags.
+    """
+
+    HUNG = 120
+
+    def hang(self, repositories: int, every: int) -> tuple[int, int, int]:
+        """
+        Let it hang, and then be well.
+
+        @param every: seconds after which each repository's tag is asked for again.
+        @return: seconds until it was seen, until it was over, and what clients waited at the most.
+        """
+        images = [self.standin.push_image(f"team/app{number}", "latest") for number in range(repositories)]
+        paths = [f"/v2/team/app{number}/manifests/latest" for number in range(repositories)]
+        for path, image in zip(paths, images, strict=True):
+            self.assertWhole(self.get(path), image.manifest)
+        self.pass_time(60)
+        self.standin.hang("registry")
+        seen: list[int] = []
+        over: list[int] = []
+        asked: list[tuple[int, Reply]] = []
+        waited = 0
+        for second in range(self.HUNG + 60):
+            if second == self.HUNG:
+                self.standin.heal()
+            if second % every == 0:
+                asked += [(second, self.daemon.send("GET", path)) for path in paths]
+            self.pass_time(1)
+            waited = max([waited, *(second + 1 - since for since, reply in asked if not reply.ended)])
+            asked = [(since, reply) for since, reply in asked if not reply.ended]
+            said = json.loads(self.get("/readyz").body)
+            self.assertTrue(said["can_serve"])
+            (over if said["can_fetch"] else seen).append(second + 1)
+        self.assertEqual(list(range(seen[0], seen[-1] + 1)), seen, "it is said without a break")
+        self.assertEqual({200}, {reply.code for reply in self.daemon.replies if isinstance(reply, Reply)})
+        self.assertWhole(self.get(paths[0]), images[0].manifest, "REVALIDATED")
+        return seen[0], seen[-1] + 1 - self.HUNG, waited
+
+    def test_is_seen_in_half_a_minute_however_seldom_one_tag_is_asked_for(self) -> None:
+        for every in (10, 60):
+            seen, over, waited = self.hang(1, every)
+            self.assertLessEqual((seen, over, waited), (HEADER_SECONDS + 1, 2, STALE_SECONDS))
+
+    def test_is_over_seconds_after_ecr_is_back_however_much_is_asked_for(self) -> None:
+        for repositories, every in ((2, 5), (5, 1), (5, 30)):
+            seen, over, waited = self.hang(repositories, every)
+            self.assertLessEqual(seen, HEADER_SECONDS + 1)
+            self.assertLessEqual(over, LONGEST_PAUSE + 1)
+            self.assertLessEqual(waited, STALE_SECONDS)

@@ -17,6 +17,7 @@ from ecrproxy.access.clients import Admission
 from ecrproxy.access.limits import Limits
 from ecrproxy.access.passwords import Passwords
 from ecrproxy.cache import allocation
+from ecrproxy.cache.index import News
 from ecrproxy.reasons import Reason
 from ecrproxy.registry.circuit import FAILURES
 from ecrproxy.registry.ecr import TokenUnavailableError
@@ -66,6 +67,21 @@ class ContentTests(ReasonTestCase):
         for path in ("manifests/" + digest, "blobs/" + self.standin.push_blob("team/app", b"head")):
             self.assertWhy(self.head(f"/v2/team/app/{path}"), "MISS", "first-use")
         self.assertWhy(self.get(f"/v2/team/app/manifests/{digest}"), "MISS", "first-use")
+
+    def test_what_only_heads_have_asked_for(self) -> None:
+        """
+        A HEAD fetches nothing: what it asked for is not missing from the cache, but new.
+        """
+        for path in (self.blob, self.by_tag):
+            for _ in range(2):
+                self.assertWhy(self.head(path), "MISS", "first-use")
+            self.assertWhy(self.get(path), "MISS", "first-use")
+            for file in self.files():
+                file.unlink()
+            self.daemon.cache.forget_purged(News(everything=True))
+            for _ in range(2):
+                self.assertWhy(self.head(path), "MISS", "not-kept")
+            self.assertWhy(self.get(path), "MISS", "not-kept")
 
     def test_what_is_cached(self) -> None:
         """

@@ -15,7 +15,7 @@ from twisted.logger import LogLevel
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.access.crowds import SILENT_SECONDS
-from ecrproxy.access.turns import LateError
+from ecrproxy.access.turns import QueueTimeoutError
 from ecrproxy.cache.entries import EntryKey
 from ecrproxy.http.relay import AGAIN_SECONDS, CONNECT_SECONDS, CONNECTING, KEY, Queued
 from ecrproxy.http.telling import TELL_SECONDS
@@ -560,7 +560,7 @@ class GoneTests(RelayTestCase):
 
     def test_is_told_apart_from_one_that_is_busy(self) -> None:
         assert self.daemon.between is not None
-        self.daemon.between.down = LateError()
+        self.daemon.between.down = QueueTimeoutError()
         reply = self.get(self.by_tag)
         self.assertRefused(reply, 503, "UNAVAILABLE", "too busy")
         self.assertEqual(("1", "busy"), (reply.header("Retry-After"), reply.header("X-Cache-Reason")))
@@ -630,7 +630,7 @@ class QueuedTests(SynchronousTestCase):
         crowd = [self.queued.connect(str(number)) for number in range(2 * CONNECTING)]
         self.clock.pump([AGAIN_SECONDS] * int(CONNECT_SECONDS / AGAIN_SECONDS + 1))
         for each in crowd:
-            self.failureResultOf(each, LateError)
+            self.failureResultOf(each, QueueTimeoutError)
 
     def test_a_socket_that_nobody_listens_on_is_an_error_at_once(self) -> None:
         self.listener.problem = ConnectionRefusedError(111)

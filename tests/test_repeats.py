@@ -12,7 +12,7 @@ from twisted.python.failure import Failure
 from twisted.python.log import LogPublisher as OldPublisher
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.logs.repeats import BURST, LONGEST, MINUTE, MOST, Repeats, summary_of
+from ecrproxy.logs.repeats import BURST, DIFFERENT, LONGEST, MINUTE, MOST, Repeats, summary_of
 
 
 class RepeatsTests(SynchronousTestCase):
@@ -77,6 +77,20 @@ class RepeatsTests(SynchronousTestCase):
         self.log.info("otherwise", once="a")
         Logger("ecrproxy.y", observer=cast(ILogObserver, self.note)).info("so", once="a")
         self.assertEqual(5, len(self.written()))
+
+    def test_clients_that_choose_what_is_said_once_do_not_fill_the_log(self) -> None:
+        written: list[tuple[str, int]] = []
+        for minute in range(3):
+            for number in range(1000):
+                self.log.warn("Refused {name}", name=f"name{minute}-{number}", once=f"name{minute}-{number}")
+            self.log.warn("something else", once=minute)
+            self.pass_time(MINUTE)
+            self.assertIn(("something else", 0), self.lines)
+            self.assertLessEqual(len(self.lines), DIFFERENT + 3)
+            written += self.written()
+        self.pass_time(MINUTE)
+        written += self.written()
+        self.assertEqual(3003, len(written) + sum(omitted for _, omitted in written))
 
     def test_a_trouble_has_a_few_lines_and_then_a_count(self) -> None:
         for number in range(300_000 // 100):

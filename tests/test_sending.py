@@ -5,6 +5,7 @@ How bytes move to a client: at its pace, in pieces or by the kernel, and never l
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Callable
 from typing import Any, cast
@@ -19,12 +20,14 @@ from twisted.trial.unittest import SynchronousTestCase
 from twisted.web.http import HTTPChannel
 
 from ecrproxy.access.limits import Limits, Patience
-from ecrproxy.oci import Digest
+from ecrproxy.answers import Asked
+from ecrproxy.oci import Digest, parse_route
 from ecrproxy.threads import Disk
 from ecrproxy.transfer.download import Download
 from ecrproxy.transfer.sending import LEAST_PIECE, PIECE, TOGETHER, KernelSending, PieceSending, piece_size, send
 from ecrproxy.transfer.sources import FilePiece, Held
 from tests.daemon import BUFFER, MIB, Daemon, DaemonTestCase, End, Hands, Raw, noise
+from tests.registry_content import OCI_MANIFEST
 from tests.test_download import Source as BucketSource
 
 
@@ -95,6 +98,61 @@ class PieceTests(DaemonTestCase):
         self.flush()
         self.assertWhole(reply, self.data, "HIT")
         self.daemon.crowd.transferring -= 255
+
+    def test_a_large_manifest_is_sent_from_its_file_in_small_pieces(self) -> None:
+        """
+        Of a cached manifest of up to 4 MiB, a client that does not read holds no more than of a small one.
+        """
+        manifest = json.dumps({"schemaVersion": 2, "mediaType": OCI_MANIFEST, "text": "x" * 3 * MIB}).encode()
+        digest = self.standin.push_manifest("team/app", manifest, OCI_MANIFEST, "large")
+        paths = [f"/v2/team/app/manifests/{reference}" for reference in (digest, "large")]
+        for path in paths:
+            self.get(path)
+        sizes = self.readings()
+        for path in paths:
+            reply = self.daemon.send("GET", path)
+            reply.stop_reading()
+            self.flush()
+            self.assertLessEqual(reply.wire.peer.waiting, 2 * BUFFER)
+            reply.read_on()
+            self.flush()
+            self.assertWhole(reply, manifest)
+        self.assertEqual((LEAST_PIECE, 2 * len(manifest)), (max(sizes), sum(sizes)))
+
+    def test_a_large_list_is_sent_in_small_pieces(self) -> None:
+        """
+        Of tags, of which there may be megabytes, a client that does not read has no more than of anything else.
+        """
+        self.standin.push_image("team/tags", *(f"{number:0>100}" for number in range(900)))
+        path = "/v2/team/tags/tags/list"
+        self.assertGreater(len(self.get(path).body), LEAST_PIECE)
+        reply = self.daemon.send("GET", path)
+        reply.stop_reading()
+        self.flush()
+        self.assertLessEqual(reply.wire.peer.waiting, LEAST_PIECE + 2000)
+        reply.read_on()
+        self.flush()
+        self.assertEqual((reply.length, "whole"), (len(reply.body), reply.ended))
+        self.assertEqual(reply.length, self.daemon.ask("HEAD", path).length)
+
+    def test_clients_that_do_not_read_share_what_they_are_sent(self) -> None:
+        """
+        What ECR is asked for again, and gives again, is in memory once.
+        """
+        manifest = json.dumps({"schemaVersion": 2, "mediaType": OCI_MANIFEST, "text": "x" * MIB}).encode()
+        digest = self.standin.push_manifest("team/app", manifest, OCI_MANIFEST, "large")
+        self.standin.push_image("team/tags", *(f"{number:0>100}" for number in range(900)))
+        self.start(limit=1000)  # too small to keep anything
+        manifests, pages = list[Any](), list[Any]()
+        for reference in (digest, "large", digest):
+            asked = Asked(parse_route(f"/v2/team/app/manifests/{reference}"), "key")
+            Deferred.fromCoroutine(self.daemon.pull_through.manifest(asked)).addCallback(manifests.append)
+            page = self.daemon.pull_through.page(parse_route("/v2/team/tags/tags/list"))
+            Deferred.fromCoroutine(page).addCallback(pages.append)
+            self.flush()
+        self.assertEqual((3, 3), (len(manifests), len(pages)))
+        self.assertEqual(1, len({id(answer.body) for answer in manifests}))
+        self.assertEqual(1, len({id(page.body) for _, _, page in pages}))
 
     def test_waiting_costs_nothing(self) -> None:
         """

@@ -7,7 +7,7 @@ from __future__ import annotations
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.cache.store import Store
-from ecrproxy.transfer.sources import Held, Shelved
+from ecrproxy.transfer.sources import HELD_PIECE, Held, Shelved
 from tests.store_contract import START, put, scratch
 
 
@@ -25,6 +25,9 @@ class HeldTests(SynchronousTestCase):
         self.assertTrue(held.done)
         self.assertIsNone(held.failure)
         held.close()
+
+    def test_is_copied_in_small_pieces(self) -> None:
+        self.assertEqual(bytes(HELD_PIECE), Held(bytes(2**20)).piece(2**20))
 
 
 class ShelvedTests(SynchronousTestCase):

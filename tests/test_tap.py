@@ -196,16 +196,24 @@ class TapCase(SynchronousTestCase):
 
     def dies(self, action: Callable[[], object]) -> str:
         """
-        Give the one line with which the daemon ends.
+        Give the one line that says why the daemon ends; warnings come before it.
+        """
+        *warnings, last = self.last_lines(action)
+        self.assertTrue(all(each.startswith("warning: ") for each in warnings), warnings)
+        return last
+
+    def last_lines(self, action: Callable[[], object]) -> list[str]:
+        """
+        Give the lines with which the daemon ends.
         """
         self.stderr.truncate(0)
         self.stderr.seek(0)
         ending = self.assertRaises(SystemExit, action)
         self.assertEqual(1, ending.code)
         text = self.stderr.getvalue()
-        self.assertTrue(text.startswith("ecr-proxy: "), text)
-        self.assertEqual((1, "\n"), (text.count("\n"), text[-1:]))
-        return text.removeprefix("ecr-proxy: ").rstrip()
+        self.assertTrue(all(line.startswith("ecr-proxy: ") for line in text.splitlines()), text)
+        self.assertEqual("\n", text[-1:])
+        return [line.removeprefix("ecr-proxy: ") for line in text.splitlines()]
 
 
 class OptionsTests(TapCase):
@@ -352,17 +360,25 @@ class WrongSettingTests(TapCase):
 
     def test_settings_that_take_protection_away_are_told_with_all_that_is_wrong(self) -> None:
         tls = {"PROXY_SSL_KEY": "/key.pem", "PROXY_SSL_CERTIFICATE": "/certificate.pem", "PROXY_LISTEN": "tcp:80"}
-        line = self.dies(lambda: self.run_with(PROXY_NAMESPACE_PATERN="a", PROXY_DEBUG="1", **tls))
-        for words in ("PROXY_NAMESPACE_PATTERN", "it serves plain HTTP", "PROXY_DEBUG"):
-            self.assertIn(words, line)
+        lines = self.last_lines(lambda: self.run_with(PROXY_NAMESPACE_PATERN="a", PROXY_DEBUG="1", **tls))
+        expected = ["warning: PROXY_DEBUG", "PROXY_NAMESPACE_PATERN", "PROXY_LISTEN='tcp:80'"]
+        self.assertEqual(expected, [words[: len(begins)] for words, begins in zip(lines, expected, strict=True)])
         self.assert_dies("PROXY_ADMIN_LISTEN='tcp:5001' would let", PROXY_ADMIN_LISTEN="tcp:5001")
         self.assertFalse((self.folder / "cache").exists())
 
     def test_what_is_warned_of_is_told_where_something_else_ends_the_daemon(self) -> None:
         blocked = self.folder / "file"
         blocked.write_text("no directory")
-        line = self.dies(lambda: self.run_with(PROXY_CACHE_DIR=str(blocked), PROXY_DEBUG="1"))
-        self.assertIn("PROXY_DEBUG is not a setting", line)
+        for setting, wrong in {"PROXY_CACHE_DIR": str(blocked), "PROXY_PORT": "70000"}.items():
+            warned, line = self.last_lines(lambda: self.run_with(**{setting: wrong}, PROXY_DEBUG="1"))  # noqa: B023
+            self.assertIn("warning: PROXY_DEBUG is not a setting", warned)
+            self.assertTrue(line.startswith(setting), line)
+            self.assertNotIn("PROXY_DEBUG", line)
+
+    def test_a_warning_is_told_as_one_in_any_shape(self) -> None:
+        wrong = {"PROXY_PORT": "70000", "PROXY_DEBUG": "1"}
+        self.assertRaises(SystemExit, self.run_with, PROXY_LOG_FORMAT="json", **wrong)
+        self.assertEqual(["warn", "critical"], [each["level"] for each in validated(self.stderr.getvalue())])
 
     def test_a_proxy_that_is_none_is_told_without_its_password(self) -> None:
         line = self.dies(lambda: self.run_with(HTTPS_PROXY="socks5://ann:secret@proxy.test"))
@@ -375,6 +391,7 @@ class WrongSettingTests(TapCase):
         said = " ".join(filter(None, map(formatEvent, events)))
         self.assertIn("through the egress proxy proxy.test:3128", said)
         self.assertNotIn("secret", said)
+        self.assertIn("169.254.169.254", os.environ["no_proxy"])
 
     def test_a_limit_is_held_against_the_disk(self) -> None:
         with capturedLogs() as events:
@@ -423,9 +440,40 @@ class WrongSettingTests(TapCase):
         """
         Each as it was written, and what would be right.
         """
-        for text in ("carrier:pigeon", "tcp:port", "tcp:", "tcp:1:2:3:4:5", "ssl:443:privateKey=/nowhere", "nonsense"):
-            self.assert_dies(f"PROXY_LISTEN={text!r}: ", PROXY_LISTEN=f"tcp:5000 {text}")
-            self.assertIn("give an endpoint string", self.stderr.getvalue())
+        for text, why in {
+            "carrier:pigeon": "not an endpoint string; one begins with tcp:, tcp6:, ssl:",
+            "nonsense": "not an endpoint string; one begins with tcp:, tcp6:, ssl:",
+            "tcp": "tcp: needs port",
+            "tcp:port": "'port' is not a port; give a number from 0 to 65535",
+            "tcp:": "'' is not a port; give a number from 0 to 65535",
+            "tcp:1:2:3:4:5": "tcp: takes port, interface, backlog; not '4'",
+            "tcp:1:nonsense=1": "tcp: takes port, interface, backlog; not 'nonsense=1'",
+        }.items():
+            listen = f"tcp:5000 {text}"
+            self.assert_dies(f"PROXY_LISTEN={listen!r}: {text!r}: {why}", PROXY_LISTEN=listen)
+        part = "a part of it is missing, unknown or no number"
+        not_pem = Path(__file__)
+        for text, why in {
+            "tcp:1:backlog=x": part,
+            "unix:/run/x:mode=rw": part,
+            "ssl:443:privateKey=/nowhere": "/nowhere can't be read: No such file or directory",
+            f"ssl:443:privateKey={not_pem}": "its key and certificate can't be used",
+            "systemd:domain=INET:index=5": "systemd has handed over no such socket",
+            "haproxy:systemd:domain=INET:name=x": "systemd has handed over no such socket",
+        }.items():
+            self.assert_dies(f"PROXY_LISTEN={text!r}: {why}; give an endpoint string", PROXY_LISTEN=f"tcp:5000 {text}")
+
+    def test_a_port_that_is_none_and_what_is_no_address_are_told(self) -> None:
+        for problem, why in (
+            (OverflowError("bind(): port must be 0-65535."), "give a port from 0 to 65535"),
+            (UnicodeError("label empty or too long"), "it is no address"),
+        ):
+            self.reactor = TakenForAdmin()
+            self.reactor.problem = problem
+            service = self.run_with(PROXY_LISTEN="tcp:5001")
+            self.assertEqual(
+                f"PROXY_LISTEN='tcp:5001': can't listen there: {why}", self.dies(service.privilegedStartService)
+            )
 
     def test_a_port_in_use_is_told(self) -> None:
         """
@@ -829,13 +877,14 @@ class BuildTests(TapCase):
 
     def test_variables_of_another_proxy_are_noticed(self) -> None:
         """
-        In the log, or in the line with which the daemon ends without what they were to say.
+        In the log, or in a line before the one with which the daemon ends without what they were to say.
         """
         with capturedLogs() as events:
             self.run_with(CACHE_KEY="$uri")
         self.assertIn("PROXY_CACHE_KEY", " ".join(filter(None, map(formatEvent, events))))
         del self.environ["PROXY_ECR_ENDPOINT"]
-        self.assertIn("UPSTREAM is set", self.dies(lambda: self.run_with(UPSTREAM="https://ecr.example")))
+        warned, _ = self.last_lines(lambda: self.run_with(UPSTREAM="https://ecr.example"))
+        self.assertIn("UPSTREAM is set", warned)
 
     def test_what_is_warned_of_is_logged_and_the_daemon_starts(self) -> None:
         with capturedLogs() as events:
@@ -848,6 +897,7 @@ class BuildTests(TapCase):
         """
         Figures are not for everybody, unless the operator says so.
         """
+        self.patch(ThreadPool, "callInThreadWithCallback", call_at_once)
         self.environ.pop("PROXY_ADMIN_LISTEN")
         self.build(PROXY_LISTEN="tcp:80")
         self.assertEqual((5001, "127.0.0.1"), (self.reactor.tcpServers[1][0], self.reactor.tcpServers[1][3]))

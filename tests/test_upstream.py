@@ -8,8 +8,10 @@ import json
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+from OpenSSL import SSL
 from twisted.internet.defer import CancelledError, Deferred
-from twisted.internet.error import ConnectionLost, DNSLookupError
+from twisted.internet.error import ConnectionDone, ConnectionLost, ConnectionRefusedError, DNSLookupError
+from twisted.internet.error import TimeoutError as NotConnectedError
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 from twisted.web.client import ResponseFailed
@@ -871,6 +873,18 @@ class DescribeTests(SynchronousTestCase):
         """
         inner = Failure(ResponseFailed([Failure(ConnectionLost("reset by peer"))]))
         self.assertIn("reset by peer", describe(ResponseFailed([inner])))
+
+    def test_in_words_that_are_not_about_code(self) -> None:
+        errors = [("SSL routines", "", "certificate verify failed")]
+        for problem, words in {
+            ConnectionRefusedError(111, "Connection refused"): "Connection refused",
+            ConnectionLost(): "the connection was lost",
+            ConnectionDone(): "the connection was closed",
+            NotConnectedError(): "the connection is not accepted",
+            SSL.Error(errors): "TLS failed: certificate verify failed",
+            SSL.Error(): "Error",
+        }.items():
+            self.assertEqual(words, describe(problem))
 
     def test_always_a_short_line(self) -> None:
         """

@@ -5,6 +5,7 @@ What happened to a cached file behind the daemon's back is found out before a cl
 from __future__ import annotations
 
 import errno
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from ecrproxy.cache.content import Content
 from ecrproxy.cache.verification import STEP
 from ecrproxy.cached import VERIFICATIONS
 from tests.daemon import BUFFER, MIB, DaemonTestCase, Hands, Reply, noise
+from tests.registry_content import OCI_MANIFEST
 from tests.store_contract import failing
 
 
@@ -231,6 +233,22 @@ class LargeTests(CachedBlob):
         """
         self.get(self.path)
         self.assertEqual([STEP, STEP, 7, 0], self.hashed)
+
+    def test_that_a_manifest_gives_a_wrong_size_are_hashed_in_steps_and_once_for_all_who_ask(self) -> None:
+        """
+        Whoever can push a manifest could keep all threads that read busy, by a few HEADs.
+        """
+        layer = {"mediaType": "application/vnd.oci.image.layer.v1.tar", "digest": self.digest, "size": 7}
+        lie = json.dumps({"layers": [layer]}).encode()
+        manifest = self.standin.push_manifest("team/liar", lie, OCI_MANIFEST)
+        self.get(f"/v2/team/liar/manifests/{manifest}")
+        self.standin.forget_asked()
+        self.hands.idle = False
+        replies = [self.daemon.send("HEAD", f"/v2/team/liar/blobs/{self.digest}") for _ in range(3)]
+        self.come_to_a_verdict()
+        self.assertEqual([(200, "HIT", self.size)] * 3, [(each.code, each.cache, each.length) for each in replies])
+        self.assertEqual([STEP, STEP, 7, 0], self.hashed)
+        self.assertEqual([], self.standin.asked)
 
 
 class ManyFilesTests(DaemonTestCase):

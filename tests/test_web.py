@@ -11,7 +11,7 @@ from urllib.parse import parse_qs, quote, urlsplit
 from twisted.logger import capturedLogs, formatEvent
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.byte_ranges import MOST, Ranges
+from ecrproxy.byte_ranges import MOST, QUESTIONS, SMALL_GAP, Ranges, joined, questions
 from ecrproxy.cache.cache_key import CacheKey
 from ecrproxy.cached import SMALL_BLOB
 from ecrproxy.http import web
@@ -48,6 +48,9 @@ class RangeHeaderTests(SynchronousTestCase):
             "bytes=2-4": (2, 5),
             "bytes=9-": (9, 10),
             "bytes=0-99": (0, 10),
+            "bytes=2-" + "9" * 5000: (2, 10),
+            "bytes=-" + "9" * 5000: (0, 10),
+            "bytes=" + "0" * 5000 + "2-4": (2, 5),
             "bytes=-3": (7, 10),
             "bytes=-99": (0, 10),
             " bytes=2-4 ": (2, 5),
@@ -76,6 +79,36 @@ class RangeHeaderTests(SynchronousTestCase):
         self.assertEqual(MOST, len(chosen_of(header, 10_000) or ()))
         self.assertIsNone(chosen_of(header + ",9000-9000", 10_000))
 
+    def test_neighbours_are_joined_across_small_gaps(self) -> None:
+        gap = SMALL_GAP
+        for spans, expected in (
+            ([], []),
+            ([(5, 9)], [(5, 9)]),
+            ([(0, 1), (1, 2), (gap, gap + 1)], [(0, gap + 1)]),
+            ([(0, 1), (gap + 1, gap + 2)], [(0, 1), (gap + 1, gap + 2)]),
+            ([(5, 9), (0, 1)], [(5, 9), (0, 1)]),
+            ([(0, 9), (5, 12), (12, 13)], [(0, 9), (5, 13)]),
+        ):
+            self.assertEqual(expected, joined(spans), spans)
+
+    def test_the_smallest_gaps_are_closed_where_there_are_too_many(self) -> None:
+        a, b, c = 2 * SMALL_GAP, 5 * SMALL_GAP, 9 * SMALL_GAP  # gaps of 2, 3 and 4
+        self.assertEqual([(0, a + 1), (b, b + 1), (c, c + 1)], joined([(0, 1), (a, a + 1), (b, b + 1), (c, c + 1)], 3))
+        self.assertEqual([(0, b + 1), (c, c + 1)], joined([(0, 1), (a, a + 1), (b, b + 1), (c, c + 1)], 2))
+        self.assertEqual([(0, c + 1)], joined([(0, 1), (a, a + 1), (b, b + 1), (c, c + 1)], 1))
+        self.assertEqual([(9, 10), (1, 9)], joined([(9, 10), (1, 2), (8, 9)], 2))
+        self.assertEqual([], joined([(9, 10), (1, 2)], 1))
+
+    def test_no_more_is_read_in_vain_than_is_wanted(self) -> None:
+        """
+        Or than many small gaps have. Beyond, the whole is sent: its client has to take it.
+        """
+        spans = [(at, at + 10) for at in range(0, 2**30, 2**24)]
+        self.assertEqual([], questions(spans, ranged=True))
+        self.assertEqual([(0, spans[-1][1])], questions(spans, ranged=False))
+        half = [(at, at + 2**23) for at in range(0, 2**30, 2**24)]
+        self.assertEqual(QUESTIONS, len(questions(half, ranged=True)))
+
     def test_leaves_aside_what_is_none(self) -> None:
         """
         No header, other units and nonsense ask for the whole.
@@ -91,7 +124,6 @@ class RangeHeaderTests(SynchronousTestCase):
             "bytes=a-b",
             "lines=0-1",
             "0-1",
-            "bytes=0-" + "9" * 5000,
             "bytes=\u0661-\u0662x",
         ):
             self.assertIsNone(chosen_of(header, 10), header)
@@ -103,6 +135,8 @@ class RangeHeaderTests(SynchronousTestCase):
         for header, size in (
             ("bytes=10-", 10),
             ("bytes=10-12", 10),
+            ("bytes=" + "9" * 5000 + "-", 10),
+            ("bytes=" + "9" * 19 + "-" + "9" * 5000, 10**18 - 1),
             ("bytes=-0", 10),
             ("bytes=0-0", 0),
             ("bytes=-5", 0),

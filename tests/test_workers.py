@@ -7,20 +7,18 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import signal
 import socket
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from twisted.internet.address import IPv4Address
 from twisted.internet.endpoints import serverFromString
 from twisted.internet.error import ConnectionDone, ProcessDone, ProcessTerminated
 from twisted.internet.main import CONNECTION_DONE
-from twisted.internet.protocol import Factory, ProcessProtocol, Protocol, ServerFactory
+from twisted.internet.protocol import ProcessProtocol, ServerFactory
 from twisted.internet.task import Clock
-from twisted.internet.testing import StringTransport
-from twisted.protocols.tls import TLSMemoryBIOFactory
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
@@ -36,8 +34,6 @@ from ecrproxy.daemon.workers import (
     Workers,
 )
 from ecrproxy.settings.options import Options
-from tests.store_contract import scratch
-from tests.test_tls import Files
 
 DRAIN = 20.0
 HANDED = 700
@@ -81,6 +77,7 @@ class SpawningReactor(Clock):
     def __init__(self) -> None:
         super().__init__()
         self.spawned: list[Spawned] = []
+        self.blocked: list[set[Any]] = []
         self.refuses: OSError | None = None
 
     def spawnProcess(
@@ -94,6 +91,7 @@ class SpawningReactor(Clock):
         process = Spawned(protocol, program, args, env, options.pop("childFDs"))
         assert not options, "nothing else is to be asked for"
         self.spawned.append(process)
+        self.blocked.append(set(signal.pthread_sigmask(signal.SIG_BLOCK, [])))
         protocol.makeConnection(process)
         return process
 
@@ -138,6 +136,14 @@ class WorkersTestCase(SynchronousTestCase):
 
 
 class StartTests(WorkersTestCase):
+    def test_a_worker_that_starts_keeps_being_told_to_read_again_for_later(self) -> None:
+        """
+        SIGHUP waits until it has a handler; the first process takes its own as ever.
+        """
+        self.workers.startService()
+        self.assertEqual([{signal.SIGHUP}] * 3, [each & {signal.SIGHUP} for each in self.reactor.blocked])
+        self.assertNotIn(signal.SIGHUP, signal.pthread_sigmask(signal.SIG_BLOCK, []))
+
     def test_there_are_as_many_as_were_asked_for(self) -> None:
         """
         Nothing is started before the daemon is, then as many workers as the operator wants.
@@ -403,7 +409,7 @@ class AdoptingReactor:
         """
         raise AssertionError("a worker binds nothing")
 
-    listenUNIX = listenSSL = listenTCP
+    listenUNIX = listenTCP
 
 
 class HandedDownTests(SynchronousTestCase):
@@ -467,7 +473,7 @@ class HandedDownTests(SynchronousTestCase):
         """
         That is the end of the port, and no error: nothing more is accepted there.
         """
-        port = self.hand_down(socket.AF_INET).adoptStreamPort(99, socket.AF_INET, ServerFactory())
+        port = self.hand_down(socket.AF_INET).listenTCP(5000, ServerFactory())
         with port.socket as listening:
             listening.bind(("127.0.0.1", 0))
             listening.listen()
@@ -477,31 +483,6 @@ class HandedDownTests(SynchronousTestCase):
             self.assertIs(CONNECTION_DONE, port.doRead())
             self.assertEqual(1, port.accepted)
             self.assertRaises(BlockingIOError, port.socket.accept)
-
-    def test_are_systemds_as_well(self) -> None:
-        """
-        A socket that systemd gave to the first process is one of those that were handed on.
-        """
-        handed = self.hand_down(socket.AF_INET)
-        factory = ServerFactory()
-        handed.adoptStreamPort(99, socket.AF_UNIX, factory)
-        self.assertEqual([(HANDED, socket.AF_INET, factory)], self.reactor.adopted)
-
-    def test_of_tls_speak_it(self) -> None:
-        """
-        Where the endpoint is one of TLS, TLS is spoken over the socket, as a server.
-        """
-        handed = self.hand_down(socket.AF_INET)
-        files, factory = Files(scratch(self)), Factory.forProtocol(Protocol)
-        text = f"ssl:5000:privateKey={files.key}:certKey={files.certificate}"
-        self.successResultOf(serverFromString(handed, text).listen(factory))
-        ((fd, family, adopted),) = self.reactor.adopted
-        self.assertEqual((HANDED, socket.AF_INET), (fd, family))
-        self.assertIsInstance(adopted, TLSMemoryBIOFactory)
-        self.assertIs(factory, adopted.wrappedFactory)
-        protocol, transport = adopted.buildProtocol(IPv4Address("TCP", "127.0.0.1", 1)), StringTransport()
-        protocol.makeConnection(transport)
-        self.assertEqual(b"", transport.value(), "a client would have said hello")
 
     def test_leave_the_rest_to_the_reactor(self) -> None:
         """

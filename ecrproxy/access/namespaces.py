@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 import regex
 from twisted.logger import Logger
 
-from ecrproxy.access.turns import LateError, Turns
+from ecrproxy.access.turns import QueueTimeoutError, Turns
 from ecrproxy.flights import Flights
 from ecrproxy.identity import RegistryId
 from ecrproxy.oci import RegistryError
@@ -96,7 +96,7 @@ class Namespaces:
         try:
             async with self._turns.turn():
                 verdict: bool = await self._in_thread(self._matches, repository)
-        except LateError:
+        except QueueTimeoutError:
             raise _undecided() from None
         except TimeoutError:
             # Not remembered: a machine that was very busy would lock a repository out for good.

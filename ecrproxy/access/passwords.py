@@ -33,7 +33,7 @@ from twisted.logger import Logger
 
 from ecrproxy.access.htpasswd import HtpasswdError, read_users, signature
 from ecrproxy.access.limits import counted
-from ecrproxy.access.turns import LateError, Turns
+from ecrproxy.access.turns import QueueTimeoutError, Turns
 from ecrproxy.flights import Flights
 from ecrproxy.oci import RegistryError
 from ecrproxy.reasons import Reason
@@ -201,7 +201,7 @@ class Passwords(Service):
                 if not right:
                     # Counted before the turn is over: the next one may be of the same address.
                     self._count(self._presented[name] - held_back, (users.seen, name))
-        except LateError:
+        except QueueTimeoutError:
             said = "too many passwords are being checked"
             raise RegistryError(503, "UNAVAILABLE", said, {"Retry-After": "1"}, Reason.BUSY) from None
         finally:

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from twisted.internet.interfaces import IReactorTime
 
 
-class LateError(Exception):
+class QueueTimeoutError(Exception):
     """
-    A turn did not come in time.
+    No turn came in time.
     """
 
 
@@ -40,12 +40,12 @@ class Turns:
         """
         Wait for a turn, first come first served.
 
-        @raise LateError: if none comes in time.
+        @raise QueueTimeoutError: if none comes in time.
         """
         place: Deferred[None] = Deferred(lambda left: self._waiting.pop(left, None))
         self._waiting[place] = None
         self._give()
-        await place.addTimeout(self._seconds, self._clock, lambda *_: Failure(LateError()))
+        await place.addTimeout(self._seconds, self._clock, lambda *_: Failure(QueueTimeoutError()))
         try:
             yield
         finally:

@@ -75,7 +75,7 @@ def health(snapshot: Snapshot) -> tuple[str, str]:
     if not snapshot.can_serve:
         return "bad", "Not ready"
     if not snapshot.can_fetch:
-        return "warn", "Ready, without ECR"
+        return "warn", "Can't fetch from ECR, serves what is cached"
     return "ok", "Ready"
 
 
@@ -85,7 +85,7 @@ def values_of(snapshot: Snapshot) -> Values:
     """
     level, words = health(snapshot)
     return {
-        "title": f"ecrproxy: {words.lower()}",
+        "title": f"ecrproxy: {words[0].lower()}{words[1:]}",
         "level": level,
         "health": words,
         "registry": clean(snapshot.registry.partition("://")[2]),
@@ -94,7 +94,7 @@ def values_of(snapshot: Snapshot) -> Values:
         "stamp": stamp(snapshot.when),
         "moment": moment(snapshot.when),
         "transfers": f"{len(snapshot.transfers)}",
-        "followers": _many(sum(each.followers for each in snapshot.transfers), "client"),
+        "followers": _many(sum(each.followers for each in snapshot.transfers), "client", "clients"),
         **_traffic(snapshot),
         **_cache(snapshot),
         **_ecr(snapshot),
@@ -139,10 +139,13 @@ def _cache(snapshot: Snapshot) -> Values:
 
 def _ecr(snapshot: Snapshot) -> Values:
     upstream, token = snapshot.upstream, snapshot.token
-    answered = upstream.answered_seconds
+    answered, alone = upstream.answered_seconds, upstream.open_repositories
+    level = _CIRCUIT[upstream.circuit] if snapshot.can_fetch or upstream.circuit != "closed" else ""
     return {
-        "circuit": upstream.circuit,
-        "circuit_level": _CIRCUIT[upstream.circuit],
+        "fetches": "yes" if snapshot.can_fetch else "no",
+        "fetches_level": "ok" if snapshot.can_fetch else "bad",
+        "circuit": upstream.circuit + (f", {_many(alone, 'repository', 'repositories')} left alone" if alone else ""),
+        "circuit_level": "warn" if alone and level == "ok" else level,
         "answered": "never yet" if answered is None else ago(answered),
         "retries": f"{upstream.retries:,}",
         "token_level": "bad" if token.problem else "ok",
@@ -259,5 +262,5 @@ def _outcomes(host: str, outcomes: Mapping[str, int]) -> Values:
     }
 
 
-def _many(count: int, what: str) -> str:
-    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
+def _many(count: int, one: str, many: str) -> str:
+    return f"{count:,} {one if count == 1 else many}"

@@ -22,6 +22,7 @@ from ecrproxy.access.limits import Crowd, Limits
 from ecrproxy.addresses import is_address
 from ecrproxy.admin.api import BODY_LIMIT
 from ecrproxy.admin.page import DOCTYPE, Page, part
+from ecrproxy.admin.readings import of_readiness
 from ecrproxy.http.answering import Answering, Health, Missing, send_small
 from ecrproxy.http.request import RegistryRequest
 from ecrproxy.http.site import RegistrySite
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
     from ecrproxy.admin.status import Status
     from ecrproxy.metrics import Figures
+    from ecrproxy.readiness import Readiness
 
 TEXT_FORMAT: Final = "text/plain; version=0.0.4; charset=utf-8"
 """Prometheus' own name for what its servers are given: Prometheus docs, "Exposition formats"."""
@@ -125,17 +127,20 @@ class Unknown(Answering):
 
 class Metrics(Answering):
     """
-    The figures, for Prometheus to fetch.
+    The figures, for Prometheus to fetch; can_serve and can_fetch are found out for each page.
     """
 
-    def __init__(self, figures: Figures) -> None:
+    def __init__(self, figures: Figures, status: Status) -> None:
         super().__init__()
-        self._figures = figures
+        self._figures, self._status = figures, status
+        self._found: Readiness | None = None
+        figures.watch(*of_readiness(lambda: self._found))
 
     async def respond(self, request: Request) -> None:
         """
         Give them.
         """
+        self._found = await self._status.readiness()
         send_small(request, 200, TEXT_FORMAT, self._figures.page())
 
 
@@ -200,7 +205,7 @@ def make_admin_site(
     Build the Resource tree of the operator's port, and what serves it.
 
     @param ready: answers /readyz.
-    @param status: asked by the page and by /status.json.
+    @param status: asked by the page, /status.json and /metrics.
     @param api: answers what is below /api/.
     @param hosts: names under which the port may be asked for, beside those that need no telling.
     """
@@ -208,7 +213,7 @@ def make_admin_site(
     root.putChild(b"", StatusPage(status))
     for name, content_type in PARTS.items():
         root.putChild(name.encode(), Part(name, content_type))
-    root.putChild(b"metrics", Metrics(figures))
+    root.putChild(b"metrics", Metrics(figures, status))
     root.putChild(b"status.json", Document(status))
     root.putChild(b"healthz", Health())
     root.putChild(b"readyz", ready)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ecrproxy.cache.store import Store
     from ecrproxy.metrics import LoopStall
     from ecrproxy.proxy import PullThrough
+    from ecrproxy.readiness import Readiness
     from ecrproxy.registry.circuit import Circuit
     from ecrproxy.registry.ecr import TokenService
     from ecrproxy.registry.governor import Governor
@@ -75,7 +76,29 @@ def of_upstream(wire: Wire, circuit: Circuit, governor: Governor) -> list[Readin
     return [
         Reading("upstream_waiting", "Questions that wait for their turn within ECR's quotas", waiting, "call"),
         Reading("upstream_retries_total", "Questions asked again after a failure", lambda: wire.retried),
-        Reading("circuit_state", "1 for the state in which questions to ECR are", states, "state"),
+        Reading("circuit_state", "1 for the state of the circuit for all questions to ECR", states, "state"),
+        Reading(
+            "circuit_open_repositories",
+            "Repositories that are left alone, each by itself",
+            lambda: circuit.open_repositories,
+        ),
+    ]
+
+
+def of_readiness(latest: Callable[[], Readiness | None]) -> list[Reading]:
+    """
+    Tell what C{/readyz} tells.
+
+    @param latest: what was found last.
+    """
+
+    def can(what: str) -> float | None:
+        found = latest()
+        return None if found is None else float(getattr(found, what))
+
+    return [
+        Reading("can_serve", "1 if the daemon can serve clients, as /readyz tells", lambda: can("can_serve")),
+        Reading("can_fetch", "1 if the daemon can fetch from ECR, as /readyz tells", lambda: can("can_fetch")),
     ]
 
 
@@ -114,5 +137,5 @@ def of_certificates(expires: Callable[[], float | None]) -> list[Reading]:
     """
     Tell when the certificate ends that clients are shown.
     """
-    told = "When the certificate of PROXY_SSL_CERTIFICATE that is served ends, in seconds since the epoch"
+    told = "When the certificate that is served ends, the first if there are several, in seconds since the epoch"
     return [Reading("certificate_expiry_timestamp_seconds", told, expires)]

@@ -100,7 +100,8 @@ class UpstreamState:
     """
     How well ECR answers.
 
-    @ivar circuit: closed, open or probing.
+    @ivar circuit: for all questions: closed, open or probing.
+    @ivar open_repositories: how many repositories are left alone, each by itself.
     @ivar answered_seconds: since ECR answered last, if it ever did.
     @ivar waiting: questions that queue for their quota, by kind.
     @ivar retries: questions that were asked again.
@@ -108,6 +109,7 @@ class UpstreamState:
     """
 
     circuit: str
+    open_repositories: int
     answered_seconds: float | None
     waiting: Mapping[str, int]
     retries: int

@@ -136,6 +136,7 @@ class Status:
             outcomes.setdefault(host, {})[outcome] = count
         return UpstreamState(
             asking.circuit.state.value,
+            asking.circuit.open_repositories,
             None if answered is None else self.clock.seconds() - answered,
             {each.value: asking.governor.waiting(each) for each in Call},
             asking.wire.retried,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from twisted.internet.defer import Deferred
-from twisted.internet.defer import TimeoutError as LateError
+from twisted.internet.defer import TimeoutError as DeferredTimeoutError
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
@@ -88,5 +88,5 @@ class Condition:
     async def _wait(self, seconds: float) -> None:
         waiter: Deferred[None] = Deferred(self._waiting.remove)
         self._waiting.append(waiter)
-        with contextlib.suppress(LateError):
+        with contextlib.suppress(DeferredTimeoutError):
             await waiter.addTimeout(seconds, self._clock)

@@ -180,19 +180,6 @@ def content_path(digest: Digest) -> str:
     return f"content/{digest.algorithm}/{digest.hex[:2]}/{digest.hex}"
 
 
-def is_whole(fd: int, digest: Digest) -> bool:
-    """
-    Hold an open file against its digest; false too if it can't be read.
-    """
-    state, offset = digest.hasher(), 0
-    try:
-        while count := _hash(fd, state, offset, 2**20):
-            offset += count
-    except OSError:
-        return False
-    return state.hexdigest() == digest.hex
-
-
 def _hash(fd: int, state: Any, offset: int, limit: int) -> int:  # noqa: ANN401
     end = offset + limit
     at = offset

@@ -27,7 +27,7 @@ from typing import Final, NamedTuple, TypeVar
 
 from twisted.logger import Logger
 
-from ecrproxy.cache.content import Content, DigestMismatchError, OpenFile, Readers, content_path, is_whole
+from ecrproxy.cache.content import Content, DigestMismatchError, OpenFile, Readers, content_path
 from ecrproxy.cache.entries import Entry, EntryKey
 from ecrproxy.cache.index import Index, status_of
 from ecrproxy.cache.ingest import Ingest
@@ -249,12 +249,9 @@ class Store:
         """
         return content_path(digest)
 
-    def open(self, digest: Digest, size: int | None = None) -> Content | None:
+    def open(self, digest: Digest) -> Content | None:
         """
         Open content and note its use. Whether it is right still, L{Content.proved} tells.
-
-        @param size: what its descriptor says that it has, if there is one. If the file has another, it is
-            hashed: it may have been cut behind our back, or the descriptor may be wrong.
         """
         path = self.content_path(digest)
         try:
@@ -265,12 +262,15 @@ class Store:
             elif is_exhaustion(problem):
                 self.troubles.failed(Kind.OPEN, problem)
             else:  # it is there, and counts
-                log.warn("Can't read {path} from the cache: {problem}", path=path, problem=problem)
+                log.warn("Can't read {path} from the cache: {why}", path=path, why=problem.strerror or problem)
                 self.troubles.failed(Kind.READ, problem)
             return None
         self.troubles.succeeded(Kind.READ)
         status = os.fstat(fd)
-        verdict = self._verdict(fd, digest, status, size)
+        verdict = self.proofs.verdict(digest, status)
+        if verdict is None and not stat.S_ISREG(status.st_mode):
+            self.drop(digest, status, DigestMismatchError("it is no file"))
+            verdict = False
         if verdict is False:
             os.close(fd)
             return None
@@ -278,19 +278,6 @@ class Store:
             self.mark(fd)
         self.index.use(digest)
         return Content(self, digest, OpenFile(fd), status)
-
-    def _verdict(self, fd: int, digest: Digest, status: os.stat_result, size: int | None) -> bool | None:
-        """
-        Tell whether an open file is what its digest names, so far as that is known or seen at a glance.
-        """
-        verdict = self.proofs.verdict(digest, status)
-        regular = stat.S_ISREG(status.st_mode)
-        if verdict is None and (not regular or size not in (None, status.st_size)):
-            verdict = regular and is_whole(fd, digest)
-            self.proofs.note(digest, status, good=verdict)
-            if not verdict:
-                self.drop(digest, status, DigestMismatchError("it is not what it was"))
-        return verdict
 
     def drop(self, digest: Digest, status: os.stat_result, why: Exception) -> None:
         """
@@ -345,7 +332,7 @@ class Store:
         except FileNotFoundError:
             pass
         except OSError as problem:  # it goes on being counted
-            log.warn("Can't remove {path} from the cache: {problem}", path=path, problem=problem)
+            log.warn("Can't remove {path} from the cache: {why}", path=path, why=problem.strerror or problem)
             return False
         return True
 

@@ -42,6 +42,13 @@ class Verification:
         self.failure: Failure | None = None
         self._followers: set[Callable[[], None]] = set()
 
+    @property
+    def over(self) -> bool:
+        """
+        Tell whether there is a verdict.
+        """
+        return self.proved or self.failure is not None
+
     def follow(self, news: Callable[[], None]) -> None:
         """
         Call C{news} when there is a verdict.

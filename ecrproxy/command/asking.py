@@ -11,7 +11,8 @@ from http.client import HTTPConnection, HTTPException
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from ecrproxy.healthcheck import Place, connect, read_place
+from ecrproxy.endpoint_string import EndpointString
+from ecrproxy.healthcheck import Place, connect, place_at
 
 OK: Final = 200
 SILENT_SECONDS: Final = 60.0
@@ -55,7 +56,7 @@ Exchange = Callable[[str, str, Mapping[str, str], bytes], Answer]
 """Sends method, path, headers and body, and gives the answer. Raises C{OSError} or C{HTTPException}."""
 
 
-def place_of(url: str | None, admin_listen: str | None) -> Place:
+def place_of(url: str | None, admin_listen: EndpointString | None) -> Place:
     """
     Tell where the daemon's operator's port is.
 
@@ -67,12 +68,9 @@ def place_of(url: str | None, admin_listen: str | None) -> Place:
         return _from_url(url)
     if admin_listen is None:
         raise ValueError("PROXY_ADMIN_LISTEN is off, so the daemon can't be asked; set it, and start the daemon again")
-    try:
-        place = read_place(admin_listen)
-    except (ValueError, IndexError):
-        place = None
+    place = place_at(admin_listen)
     if place is None:
-        raise ValueError(f"PROXY_ADMIN_LISTEN={admin_listen!r} does not tell where to ask; give --admin-url")
+        raise ValueError(f"PROXY_ADMIN_LISTEN={admin_listen.text!r} does not tell where to ask; give --admin-url")
     return place
 
 
@@ -145,7 +143,7 @@ class Daemon:
                 raise RefusedError(answer.status, _words(self._read(b"".join(answer.lines))))
             yield from answer.lines
         except HTTPException as problem:
-            raise UnreachableError(f"the answer from {self._where} broke off, or is none: {problem!r}") from problem
+            raise UnreachableError(f"the answer from {self._where} broke off, or is no HTTP") from problem
         except OSError as problem:
             why = problem.strerror or problem
             raise UnreachableError(f"no daemon answers at {self._where}: {why}; is it running?") from problem

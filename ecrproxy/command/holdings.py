@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from ecrproxy.command.asking import Daemon
 from ecrproxy.command.subcommand import ASKS, Call, CommandError
 from ecrproxy.command.survey import Survey
-from ecrproxy.command.terminal import Progress
+from ecrproxy.command.terminal import Progress, counted
 
 if TYPE_CHECKING:
     from ecrproxy.cache.inventory import Inventory
@@ -91,15 +91,15 @@ def survey_of(call: Call, holdings: Holdings) -> Survey:
     """
     Look at all of it; who waits is told how far it is.
     """
-    progress = Progress(call.terminal, "Reading", None, call.world.seconds, lambda count: f"{count:.0f} files")
+    progress = Progress(call.terminal, "Reading", None, call.world.seconds, lambda count: counted(int(count), "file"))
 
-    def counted(documents: Iterator[Any]) -> Iterator[Any]:
+    def noted(documents: Iterator[Any]) -> Iterator[Any]:
         for each in documents:
             progress.advance(1)
             yield each
 
     with progress:
-        return Survey.of(counted(holdings.entries()), counted(holdings.content()))
+        return Survey.of(noted(holdings.entries()), noted(holdings.content()))
 
 
 class Running:

@@ -12,7 +12,7 @@ from typing import Any, Final
 from ecrproxy.command.holdings import SETTINGS, add_offline, holdings_of, survey_of
 from ecrproxy.command.subcommand import FINE, WRONG, Call, Subcommand
 from ecrproxy.command.survey import Held, Image, Survey
-from ecrproxy.command.terminal import age_in_words, size_in_words, table
+from ecrproxy.command.terminal import age_in_words, counted, size_in_words, table
 
 _SHORT: Final = len("sha256:") + 12
 
@@ -81,9 +81,8 @@ def _print(call: Call, images: Sequence[Image], repositories: int, total: int) -
             row.insert(2, digests)
     for line in table(rows, right=[len(rows[0]) - 2]):
         call.terminal.print(line)
-    call.terminal.print(
-        f"{len(images)} images of {repositories} repositories, {size_in_words(total)}; what several share counts once"
-    )
+    held = f"{counted(len(images), 'image')} of {counted(repositories, 'repository', 'repositories')}"
+    call.terminal.print(f"{held}, {size_in_words(total)}; what several share counts once")
 
 
 LS: Final = Subcommand(

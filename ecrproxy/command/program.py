@@ -35,6 +35,7 @@ from ecrproxy.command.subcommand import (
 )
 from ecrproxy.command.terminal import Terminal
 from ecrproxy.command.verify import VERIFY
+from ecrproxy.registry.proxy_variables import for_botocore
 from ecrproxy.settings.config import SETTINGS, ConfigError, Setting, read_settings
 from ecrproxy.settings.values import parse_flag
 
@@ -159,7 +160,8 @@ def main(arguments: Sequence[str], world: World, subcommands: Sequence[Subcomman
         world.terminal.say("ecr-proxy: interrupted")
         return INTERRUPTED
     except (CommandError, ConfigError, RefusedError, UnreachableError, OSError) as problem:
-        world.terminal.say(f"ecr-proxy: {' '.join(str(problem).split())}")
+        for line in _lines_of(problem):
+            world.terminal.say(f"ecr-proxy: {' '.join(line.split())}")
         return _status_of(problem)
     return status
 
@@ -168,6 +170,15 @@ def _status_of(problem: Exception) -> int:
     if isinstance(problem, CommandError):
         return problem.status
     return MISUSED if isinstance(problem, ConfigError) else UNDONE
+
+
+def _lines_of(problem: Exception) -> list[str]:
+    match problem:
+        case ConfigError():
+            return [*(f"warning: {each}" for each in problem.warnings), *problem.errors]
+        case OSError(strerror=str()):
+            return [f"{problem.filename or 'reading or writing'}: {problem.strerror}"]
+    return [str(problem)]
 
 
 def _call(options: Namespace, world: World) -> int:
@@ -182,6 +193,7 @@ def run() -> NoReturn:
     Be the console script.
     """
     terminal = Terminal(sys.stdin, sys.stdout, sys.stderr)
+    os.environ.update(for_botocore(os.environ))
     world = World(os.environ, terminal, time.time, time.monotonic, time.sleep, over_http)
     status = main(sys.argv[1:], world)
     if status == CUT_OFF:  # else Python would try once more at its end, and complain

@@ -12,7 +12,7 @@ from ecrproxy.command.choosing import Chosen, Target, chosen, parse_age
 from ecrproxy.command.holdings import SETTINGS, Holdings, add_offline, holdings_of, survey_of
 from ecrproxy.command.subcommand import FINE, MISUSED, WRONG, Call, CommandError, Subcommand
 from ecrproxy.command.survey import Survey
-from ecrproxy.command.terminal import Progress, size_in_words, table
+from ecrproxy.command.terminal import Progress, counted, size_in_words, table
 
 _MOST_TAGS: Final = 5
 _OUTCOMES: Final = ("entries", "files", "bytes", "used", "stuck")
@@ -102,17 +102,17 @@ def _show(call: Call, going: Chosen, size: int) -> None:
         for line in table(rows, right=[1]):
             call.terminal.print(line)
     if going.entries or going.content:
-        what = f"{len(going.entries)} entries and {len(going.content)} files of content"
+        what = f"{counted(len(going.entries), 'entry', 'entries')} and {counted(len(going.content), 'file')} of content"
         call.terminal.print(f"{what}, {size_in_words(size)}")
 
 
 def _sum_up(call: Call, outcome: Counter[str]) -> None:
-    size = size_in_words(outcome["bytes"])
-    call.terminal.print(f"removed {outcome['entries']} entries and {outcome['files']} files of content, {size}")
+    gone = f"{counted(outcome['entries'], 'entry', 'entries')} and {counted(outcome['files'], 'file')} of content"
+    call.terminal.print(f"removed {gone}, {size_in_words(outcome['bytes'])}")
     if outcome["used"]:
-        call.terminal.print(f"{outcome['used']} were used meanwhile, and stay")
+        call.terminal.print(f"{counted(outcome['used'], 'file')} used meanwhile: kept")
     if outcome["stuck"]:
-        call.terminal.say(f"ecr-proxy: {outcome['stuck']} can't be removed; the daemon's log says why")
+        call.terminal.say(f"ecr-proxy: {counted(outcome['stuck'], 'file')} can't be removed; the daemon's log says why")
 
 
 def _tell(call: Call, survey: Survey, going: Chosen, size: int, outcome: Counter[str] | None) -> None:

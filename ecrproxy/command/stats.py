@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from ecrproxy.command.subcommand import ASKS, FINE, MISUSED, WRONG, Call, CommandError, Subcommand
-from ecrproxy.command.terminal import age_in_words, size_in_words, table
+from ecrproxy.command.terminal import age_in_words, counted, size_in_words, table
 from ecrproxy.ranking import SAVING
 from ecrproxy.settings.values import parse_patience
 
@@ -71,7 +71,7 @@ def _lines(status: Mapping[str, Any]) -> list[str]:
     rows = [
         ("registry", f"{status['registry']}, ecr-proxy {status['version']}, up for {_time(status['uptime'])}"),
         ("ready", _ready(status)),
-        ("cache", f"{fill}, {cache['files']} files, {cache['evicted']} evicted"),
+        ("cache", f"{fill}, {counted(cache['files'], 'file')}, {cache['evicted']} evicted"),
         ("hits", _hits(status["answers"])),
         ("now", f"{_rate(now, 'sent')} to clients, {_rate(now, 'received')} from upstream"),
         ("token", _token(token, status["when"])),
@@ -88,7 +88,7 @@ def _hits(answers: Mapping[str, Any]) -> str:
     total = sum(each["count"] for each in answers.values())
     saved = [each for word, each in answers.items() if word in SAVING]
     count, size = sum(each["count"] for each in saved), sum(each["bytes"] for each in saved)
-    share = f"{100 * count // total} % of {total} answers" if total else "no answers yet"
+    share = f"{100 * count // total} % of {counted(total, 'answer')}" if total else "no answers yet"
     return f"{share}, {size_in_words(size)} saved"
 
 
@@ -101,14 +101,17 @@ def _token(token: Mapping[str, Any], when: float) -> str:
         return f"none: {token['problem']}"
     if token["expires"] is None:
         return "none yet"
-    return f"expires in {_time(token['expires'] - when)}, {token['failures']} refreshes failed"
+    return f"expires in {_time(token['expires'] - when)}, {counted(token['failures'], 'refresh', 'refreshes')} failed"
 
 
 def _upstream(upstream: Mapping[str, Any]) -> str:
     since = upstream["answered_seconds"]
     answered = "has not answered yet" if since is None else f"answered {age_in_words(since)}"
     waiting = sum(upstream["waiting"].values())
-    return f"circuit {upstream['circuit']}, {answered}, {upstream['retries']} retries, {waiting} questions waiting"
+    alone = upstream["open_repositories"]
+    circuit = upstream["circuit"] + (f", {counted(alone, 'repository', 'repositories')} left alone" if alone else "")
+    retries = counted(upstream["retries"], "retry", "retries")
+    return f"circuit {circuit}, {answered}, {retries}, {counted(waiting, 'question')} waiting"
 
 
 def _transfers(status: Mapping[str, Any]) -> Iterator[str]:

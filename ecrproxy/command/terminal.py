@@ -13,7 +13,7 @@ from typing import Final, Self, TextIO
 _UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 _KIBI: Final = 1024
 _TEN: Final = 10
-_AGES: Final = ((86400 * 2, 86400, "days"), (3600 * 2, 3600, "hours"), (60 * 2, 60, "minutes"), (0, 1, "seconds"))
+_AGES: Final = ((86400 * 2, 86400, "day"), (3600 * 2, 3600, "hour"), (60 * 2, 60, "minute"), (0, 1, "second"))
 _DRAWN_SECONDS: Final = 0.1
 """How often a bar is drawn at the most."""
 _TOLD_SECONDS: Final = 10.0
@@ -33,13 +33,22 @@ def size_in_words(size: float) -> str:
     return f"{size:.0f} {unit}" if unit == "B" or size >= _TEN * _TEN else f"{size:.1f} {unit}"
 
 
+def counted(count: int, one: str, many: str = "") -> str:
+    """
+    Write how many there are of something.
+
+    @param many: its plural, if that has more than an s behind C{one}.
+    """
+    return f"{count} {one if count == 1 else many or f'{one}s'}"
+
+
 def age_in_words(seconds: float) -> str:
     """
     Write how long ago something was.
     """
     for least, unit, name in _AGES:
         if seconds >= least:
-            return f"{seconds // unit:.0f} {name} ago"
+            return f"{counted(int(seconds // unit), name)} ago"
     return "just now"  # by a clock that was set back
 
 

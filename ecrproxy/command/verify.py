@@ -12,7 +12,7 @@ from typing import Any, Final
 from ecrproxy.command.asking import UnreachableError
 from ecrproxy.command.holdings import SETTINGS, Holdings, add_offline, holdings_of
 from ecrproxy.command.subcommand import FINE, INTERRUPTED, MISUSED, UNDONE, WRONG, Call, CommandError, Subcommand
-from ecrproxy.command.terminal import Progress, size_in_words
+from ecrproxy.command.terminal import Progress, counted, size_in_words
 from ecrproxy.settings.values import parse_size
 
 
@@ -101,7 +101,7 @@ def _sum_up(call: Call, found: Found) -> None:
         call.terminal.tell(document)
         return
     bad = f"{len(found.bad)} bad" if found.bad else "none bad"
-    call.terminal.print(f"{found.good + len(found.bad)} files, {size_in_words(found.hashed)}: {bad}")
+    call.terminal.print(f"{counted(found.good + len(found.bad), 'file')}, {size_in_words(found.hashed)}: {bad}")
 
 
 VERIFY: Final = Subcommand(

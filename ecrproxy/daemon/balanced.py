@@ -25,8 +25,6 @@ from ecrproxy.access.limits import Patience
 from ecrproxy.addresses import unmapped
 
 if TYPE_CHECKING:
-    from twisted.internet.defer import Deferred
-    from twisted.internet.interfaces import IListeningPort
     from twisted.python.failure import Failure
 
 log = Logger()
@@ -40,6 +38,7 @@ LONGEST: Final = 4096
 
 _TEXT: Final = b"PROXY "
 _TEXT_LONGEST: Final = 107
+_VERSIONS: Final = {"TCP4": ipaddress.IPv4Address, "TCP6": ipaddress.IPv6Address}
 _SIGNATURE: Final = b"\r\n\r\n\0\r\nQUIT\n"
 _FIXED: Final = 16
 _LOCAL, _PROXY = 0x20, 0x21
@@ -84,21 +83,34 @@ def _parse_text(data: bytes) -> Header | None:
         if len(data) >= _TEXT_LONGEST:
             raise ValueError("a PROXY header without end")
         return None
-    family, *fields = data[len(_TEXT) : end].decode("ascii").split(" ")
+    family, *fields = data[len(_TEXT) : end].decode("latin-1").split(" ")
     if family == "UNKNOWN":
         return Header(end + 2)
-    versions = {"TCP4": ipaddress.IPv4Address, "TCP6": ipaddress.IPv6Address}
-    if family not in versions or any("%" in field for field in fields):
+    if family not in _VERSIONS:
         raise ValueError("a PROXY header of an unknown kind")
-    source, destination, *ports = fields
-    from_port, to_port = map(_port, ports)
-    kind = versions[family]
-    return Header(end + 2, _address(kind(source), from_port), _address(kind(destination), to_port))
+    if len(fields) != 4:  # noqa: PLR2004 (two addresses, two ports)
+        raise ValueError(f"a PROXY header with {len(fields)} fields after {family}, which has 4")
+    source, destination, from_port, to_port = fields
+    return Header(
+        end + 2,
+        _address(_ip(family, source), _port(from_port)),
+        _address(_ip(family, destination), _port(to_port)),
+    )
+
+
+def _ip(family: str, text: str) -> object:
+    try:
+        found = _VERSIONS[family](text)
+    except ValueError:
+        found = None
+    if found is None or "%" in text:
+        raise ValueError(f"a PROXY header with an address that is none of {family}")
+    return found
 
 
 def _port(text: str) -> int:
-    if not text.isdecimal() or len(text) > len("65535"):
-        raise ValueError("a port that is none")
+    if not (text.isascii() and text.isdecimal()) or len(text) > len("65535"):
+        raise ValueError("a PROXY header with a port that is none")
     return int(text)
 
 
@@ -194,13 +206,13 @@ class Balanced(ProtocolWrapper):
 
     def readConnectionLost(self) -> None:
         """
-        Tell what is behind that the client sends nothing more. Without a header, nothing is.
+        Tell what is behind that the client sends nothing more. Without a header nothing is, and TLS knows no half.
         """
-        half = IHalfCloseableProtocol(self.wrappedProtocol, None)
-        if half is None:
-            self.transport.loseConnection()
+        # What it says that it provides it may have from this very connection, as TLS does.
+        if IHalfCloseableProtocol.implementedBy(type(self.wrappedProtocol)):
+            self.wrappedProtocol.readConnectionLost()
         else:
-            half.readConnectionLost()
+            self.transport.loseConnection()
 
     def writeConnectionLost(self) -> None:
         """
@@ -242,20 +254,3 @@ class BalancedFactory(WrappingFactory[Balanced]):
             del self.waiting[oldest]
             oldest.cut()
         self.waiting[connection] = None
-
-
-class BalancedEndpoint:
-    """
-    The PROXY protocol on top of another endpoint.
-    """
-
-    def __init__(self, endpoint: Any, reactor: Any, most: int = WAITING) -> None:  # noqa: ANN401
-        self._endpoint, self._reactor, self._most = endpoint, reactor, most
-
-    def listen(self, protocolFactory: Any) -> Deferred[IListeningPort]:  # noqa: ANN401
-        """
-        Listen, and take headers.
-        """
-        factory = BalancedFactory(protocolFactory, self._reactor, self._most)
-        listening: Deferred[IListeningPort] = self._endpoint.listen(factory)
-        return listening

@@ -179,6 +179,7 @@ class Signals(Service):
         for number in ENDING:
             signal.signal(number, self.told_to_end)
         signal.signal(signal.SIGHUP, lambda *_: self._reactor.callFromThread(self._reread))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})  # a worker begins with it blocked
 
     def told_to_end(self, number: int, _frame: object = None) -> None:
         """

@@ -5,40 +5,32 @@ What the daemon listens on: made from the settings, and bound before anything el
 from __future__ import annotations
 
 import contextlib
-import re
 import socket
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, cast
 
+from OpenSSL import SSL, crypto
 from twisted.application.internet import StreamServerEndpointService
 from twisted.internet.defer import Deferred
-from twisted.internet.endpoints import SSL4ServerEndpoint, TCP4ServerEndpoint, TCP6ServerEndpoint, serverFromString
+from twisted.internet.endpoints import TCP4ServerEndpoint, TCP6ServerEndpoint, serverFromString
 from twisted.internet.error import CannotListenError
-from twisted.internet.interfaces import IOpenSSLContextFactory
 from twisted.internet.tcp import Port
 from twisted.logger import Logger
-from twisted.protocols.tls import TLSMemoryBIOFactory
-from zope.interface import implementer
 
 from ecrproxy.daemon.accepting import Gate
-from ecrproxy.daemon.balanced import WAITING, BalancedEndpoint
+from ecrproxy.daemon.balanced import WAITING, BalancedFactory
 from ecrproxy.daemon.process import most_clients
-from ecrproxy.daemon.renewal import Files
-from ecrproxy.daemon.tls import Certificate, CertificateError, answer_plain_http
+from ecrproxy.daemon.tls import CertificateError, SecuredFactory, ServerTLS, server_context
 from ecrproxy.daemon.workers import BACKLOG, HandedDown
-from ecrproxy.settings.config import ADMIN_LISTEN, FROM_SYSTEMD, Config, ConfigError
+from ecrproxy.endpoint_string import SYSTEMD, EndpointString
+from ecrproxy.settings.config import ADMIN_LISTEN, Config, ConfigError
 
 if TYPE_CHECKING:
-    from twisted.internet.interfaces import IListeningPort, IStreamServerEndpoint
+    from OpenSSL import SSL
+    from twisted.internet.interfaces import IListeningPort
 
 log = Logger()
-
-_NAMED_FILE: Final = re.compile(r":(?:privateKey|certKey|extraCertChain)=((?:\\.|[^:\\])*)")
-
-BEHIND_BALANCER: Final = "haproxy:"
-"""How an endpoint string begins whose connections bring a PROXY header."""
-_BACKLOG: Final = re.compile(r"(?<!\\):backlog=")
 
 
 class Listening(StreamServerEndpointService):
@@ -56,7 +48,7 @@ class Listening(StreamServerEndpointService):
     def __init__(
         self,
         name: str,
-        endpoint: IStreamServerEndpoint,
+        endpoint: Any,  # noqa: ANN401
         site: Any,  # noqa: ANN401
         *,
         accepts: bool = True,
@@ -65,6 +57,7 @@ class Listening(StreamServerEndpointService):
     ) -> None:
         super().__init__(endpoint, site)
         self._name, self._accepts, self._needed, self._gate = name, accepts, needed, gate
+        self._tls = endpoint.tls if isinstance(endpoint, LayeredEndpoint) else None
         self._port: Any = None
 
     def fileno(self) -> int:
@@ -80,10 +73,10 @@ class Listening(StreamServerEndpointService):
 
         @return: whether there is something new.
         """
-        if not isinstance(self.endpoint, SecureEndpoint | DescribedSecureEndpoint):
+        if self._tls is None:
             return False
         try:
-            self.endpoint.reread()
+            self._tls.reload()
         except ConfigError as problem:
             log.error("{problem}; what was read before stays in use", problem=problem)
             return False
@@ -94,18 +87,17 @@ class Listening(StreamServerEndpointService):
         """
         Return True if key or certificate have other files than were read. Blocks.
         """
-        return isinstance(self.endpoint, SecureEndpoint | DescribedSecureEndpoint) and self.endpoint.files.changed()
+        return self._tls is not None and self._tls.files.changed()
 
     @property
     def expires(self) -> float | None:
         """
-        Return when the certificate of C{PROXY_SSL_CERTIFICATE} ends, in seconds since the epoch.
+        Return when the certificate that is served ends, in seconds since the epoch; None without TLS.
         """
-        return self.endpoint.expires if isinstance(self.endpoint, SecureEndpoint) else None
+        return self._tls.expires if self._tls is not None else None
 
     def _bound(self, port: Any) -> Any:  # noqa: ANN401
         self._port = port
-        answer_plain_http(getattr(port, "factory", None))
         if not self._accepts:
             port.stopReading()
         elif self._gate is not None and isinstance(port, Port):
@@ -120,8 +112,10 @@ class Listening(StreamServerEndpointService):
             self._refused(problem.socketError)
         except OSError as problem:  # two that bind at the same moment learn of each other when they listen
             self._refused(problem)
+        except OverflowError as problem:
+            raise ConfigError(f"{self._name}: can't listen there: give a port from 0 to 65535") from problem
         except (ValueError, LookupError) as problem:
-            raise ConfigError(f"{self._name}: can't listen there: {problem}") from problem
+            raise ConfigError(f"{self._name}: can't listen there: it is no address") from problem
 
     def _refused(self, problem: object) -> None:
         why = getattr(problem, "strerror", None) or problem
@@ -131,153 +125,137 @@ class Listening(StreamServerEndpointService):
         log.warn("{said}", said=said)
 
 
-class SecureEndpoint:
+class LayeredEndpoint:
     """
-    TLS on top of another endpoint.
+    A socket with what is spoken on its connections before HTTP.
+
+    A balancer sends its PROXY header before all else: TLS is between the client and this server, the balancer may only
+    pass it on (proxy-protocol.txt, section 2; AWS's NLB, HAProxy and nginx alike).
+
+    @param header: wraps a factory in one that takes PROXY headers.
+    @ivar tls: None for plain connections.
     """
 
-    def __init__(self, endpoint: Any, key: str, certificate: str, authorities: str | None) -> None:  # noqa: ANN401
-        self._endpoint, self._paths = endpoint, (key, certificate, authorities)
-        self.files = Files(self._paths)
-        with _as_settings(*self._paths):
-            self._certificate = Certificate(*self._paths)
-
-    def reread(self) -> None:
-        """
-        Read the files again.
-
-        @raise ConfigError: if they can't be used.
-        """
-        self.files.note()
-        with _as_settings(*self._paths):
-            self._certificate.reload()
-
-    @property
-    def expires(self) -> float:
-        """
-        Return when the certificate ends, in seconds since the epoch.
-        """
-        return self._certificate.expires
+    def __init__(self, bound: Any, tls: ServerTLS | None, header: Callable[[Any], Any] | None = None) -> None:  # noqa: ANN401
+        self._bound, self.tls, self._header = bound, tls, header
 
     def listen(self, protocolFactory: Any) -> Deferred[IListeningPort]:  # noqa: ANN401
         """
-        Listen, and speak TLS.
+        Listen.
         """
-        listening: Deferred[IListeningPort] = self._endpoint.listen(
-            TLSMemoryBIOFactory(self._certificate, isClient=False, wrappedFactory=protocolFactory)
-        )
+        factory = SecuredFactory(self.tls, protocolFactory) if self.tls is not None else protocolFactory
+        listening: Deferred[IListeningPort] = self._bound.listen(self._header(factory) if self._header else factory)
         return listening
 
 
-@implementer(IOpenSSLContextFactory)
-class DescribedSecureEndpoint:
-    """
-    The endpoint of an C{ssl:} string. Twisted reads its files once; they are read again by describing it once more.
-    """
-
-    def __init__(self, describe: Callable[[], Any], paths: Iterable[str] = ()) -> None:
-        self._describe = describe
-        self.files = Files(paths)
-        self._endpoint = describe()
-        self._contexts = self._endpoint._sslContextFactory  # noqa: SLF001 (there is no public way)
-        self._endpoint._sslContextFactory = self  # noqa: SLF001
-
-    def getContext(self) -> Any:  # noqa: ANN401
-        """
-        Give what a new connection is to be made with.
-        """
-        return self._contexts.getContext()
-
-    def listen(self, protocolFactory: Any) -> Deferred[IListeningPort]:  # noqa: ANN401
-        """
-        Listen, and speak TLS.
-        """
-        listening: Deferred[IListeningPort] = self._endpoint.listen(protocolFactory)
-        return listening
-
-    def reread(self) -> None:
-        """
-        Read the files again.
-
-        @raise ConfigError: if they can't be used.
-        """
-        self.files.note()
-        self._contexts = self._describe()._sslContextFactory  # noqa: SLF001
-
-
-def endpoints(config: Config, reactor: Any) -> list[tuple[str, Any]]:  # noqa: ANN401
+def endpoints(config: Config, reactor: Any) -> list[tuple[str, LayeredEndpoint]]:  # noqa: ANN401
     """
     Make what the settings say to listen on, each with the name that the operator knows it by.
 
     @raise ConfigError: if one can't be.
     """
     if config.listen:
-        return [(f"PROXY_LISTEN={text!r}", _chosen(text, config, reactor)) for text in config.listen]
+        return [
+            (f"PROXY_LISTEN={each.text!r}", _described(each, "PROXY_LISTEN", config, reactor)) for each in config.listen
+        ]
     every = "::" if socket.has_dualstack_ipv6() else "0.0.0.0"  # noqa: S104 (a proxy for other machines)
     kind = TCP6ServerEndpoint if every == "::" else TCP4ServerEndpoint
-    endpoint = _secured(kind(reactor, config.port, backlog=BACKLOG, interface=every), config)
-    return [(f"PROXY_PORT={config.port}", endpoint)]
+    bound = kind(reactor, config.port, backlog=BACKLOG, interface=every)
+    return [(f"PROXY_PORT={config.port}", LayeredEndpoint(bound, _own_tls(config)))]
 
 
-def _chosen(text: str, config: Config, reactor: Any) -> Any:  # noqa: ANN401
-    """
-    Make what a string says. Of a socket that systemd has bound it does not say whether TLS is spoken there.
-    """
-    endpoint = _described(text, reactor)
-    return _secured(endpoint, config) if text.startswith(FROM_SYSTEMD) else endpoint
-
-
-def _secured(endpoint: Any, config: Config) -> Any:  # noqa: ANN401
-    if config.ssl_key is None or config.ssl_certificate is None:
-        return endpoint
-    return SecureEndpoint(endpoint, config.ssl_key, config.ssl_certificate, config.client_ca)
-
-
-def admin_endpoint(config: Config, reactor: Any) -> tuple[str, Any] | None:  # noqa: ANN401
+def admin_endpoint(config: Config, reactor: Any) -> tuple[str, LayeredEndpoint] | None:  # noqa: ANN401
     """
     Make what the operator's pages are on, if they are to be had.
 
     @raise ConfigError: if it can't be.
     """
-    text = config.admin_listen
-    return (f"PROXY_ADMIN_LISTEN={text!r}", _described(text, reactor, "PROXY_ADMIN_LISTEN")) if text else None
+    variable, described = "PROXY_ADMIN_LISTEN", config.admin_listen
+    if described is None:
+        return None
+    return f"{variable}={described.text!r}", _described(described, variable, None, reactor)
 
 
-def _described(text: str, reactor: Any, variable: str = "PROXY_LISTEN") -> Any:  # noqa: ANN401
-    if isinstance(reactor, HandedDown) and text.startswith(FROM_SYSTEMD):
-        return reactor  # systemd handed its sockets to the first process alone
-    describe = partial(_from_string, text, reactor, variable)
-    return DescribedSecureEndpoint(describe, _files_of(text)) if text.startswith("ssl:") else describe()
-
-
-def _files_of(text: str) -> list[str]:
+def _described(described: EndpointString, variable: str, config: Config | None, reactor: Any) -> LayeredEndpoint:  # noqa: ANN401
     """
-    List the files that an C{ssl:} string names.
+    Make what a string says.
+
+    @param config: has the TLS of systemd's sockets, whose strings do not say whether it is spoken there.
     """
-    return [re.sub(r"\\(.)", r"\1", path) for path in _NAMED_FILE.findall(text)]
+    tls = None
+    if described.secure:
+        tls = ServerTLS(described.files(), partial(_context_of, described, variable, reactor))
+    elif described.kind == SYSTEMD and config is not None:
+        tls = _own_tls(config)
+    if described.kind == SYSTEMD and isinstance(reactor, HandedDown):
+        bound: Any = reactor  # systemd handed its sockets to the first process alone
+    else:
+        with _as_setting(described, variable):
+            bound = serverFromString(reactor, described.socket().to_twisted(backlog=str(BACKLOG)))
+    return LayeredEndpoint(bound, tls, partial(_taking_headers, reactor) if described.balanced else None)
 
 
-def _from_string(text: str, reactor: Any, variable: str) -> Any:  # noqa: ANN401
-    if text.startswith(BEHIND_BALANCER):
-        inner = _from_string(text.removeprefix(BEHIND_BALANCER), reactor, variable)
-        return BalancedEndpoint(inner, reactor, min(WAITING, max(1, most_clients() // 4)))
+def _taking_headers(reactor: Any, wrapped: Any) -> BalancedFactory:  # noqa: ANN401
+    return BalancedFactory(wrapped, reactor, min(WAITING, max(1, most_clients() // 4)))
+
+
+def _context_of(described: EndpointString, variable: str, reactor: Any) -> SSL.Context:  # noqa: ANN401
+    """
+    Read the files that an C{ssl:} or C{tls:} string names, as Twisted does.
+    """
+    with _as_setting(described, variable):
+        endpoint: Any = serverFromString(reactor, described.to_twisted())
+        if described.kind == "tls":
+            made = endpoint.connectionCreator.defaultContext
+        else:
+            made = endpoint._sslContextFactory.getContext()  # noqa: SLF001 (there is no public way)
+        return cast("SSL.Context", made)
+
+
+@contextlib.contextmanager
+def _as_setting(described: EndpointString, variable: str) -> Iterator[None]:
+    """
+    Tell of a string that Twisted can't make anything of, or of files that it can't use, as of the setting.
+    """
     try:
-        endpoint: Any = serverFromString(reactor, _queued(text))
-        if isinstance(endpoint, SSL4ServerEndpoint):
-            endpoint._sslContextFactory.getContext()  # noqa: SLF001 (a pair that can't be used shows only here)
+        yield
     except Exception as problem:
-        why = str(problem) or type(problem).__name__
+        why = _what_is_wrong(problem)
         example = ADMIN_LISTEN if variable == "PROXY_ADMIN_LISTEN" else "tcp:5000"
-        raise ConfigError(f"{variable}={text!r}: {why}; give an endpoint string such as {example}") from problem
-    return endpoint
+        raise ConfigError(
+            f"{variable}={described.text!r}: {why}; give an endpoint string such as {example}"
+        ) from problem
 
 
-def _queued(text: str) -> str:
+def _what_is_wrong(problem: Exception) -> str:
     """
-    Give an endpoint string that says nothing of its backlog the daemon's own: Twisted's holds 50 connections.
+    Say why Twisted takes no endpoint of a string: its own words, and Python's, are about its code.
     """
-    described = text.startswith(("tcp:", "tcp6:", "ssl:", "unix:")) and not _BACKLOG.search(text)
-    return f"{text}:backlog={BACKLOG}" if described else text
+    match problem:
+        case OSError():
+            return f"{problem.filename or 'its certificate'} can't be read: {problem.strerror}"
+        case SSL.Error() | crypto.Error():
+            return "its key and certificate can't be used"
+        case LookupError():
+            return "systemd has handed over no such socket"
+        case _ if str(problem).startswith("Unknown endpoint type"):
+            return "no such kind of endpoint"
+    return "a part of it is missing, unknown or no number"
+
+
+def _own_tls(config: Config) -> ServerTLS | None:
+    """
+    Make the TLS of C{PROXY_SSL_KEY} and C{PROXY_SSL_CERTIFICATE}, if they are set.
+    """
+    key, certificate, authorities = config.ssl_key, config.ssl_certificate, config.client_ca
+    if key is None or certificate is None:
+        return None
+
+    def make() -> SSL.Context:
+        with _as_settings(key, certificate, authorities):
+            return server_context(key, certificate, authorities)
+
+    return ServerTLS((key, certificate, authorities), make)
 
 
 @contextlib.contextmanager

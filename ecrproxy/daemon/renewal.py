@@ -5,7 +5,7 @@ Files that the daemon has read, and reads again when they have changed.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final, Protocol
 
 from twisted.application.service import Service
@@ -21,7 +21,7 @@ LOOK_SECONDS: Final = 60.0
 
 class Files:
     """
-    Files as they were when they were last noted.
+    Files, and all files below directories, as they were when they were last noted.
     """
 
     def __init__(self, paths: Iterable[str | None]) -> None:
@@ -41,7 +41,12 @@ class Files:
         return self._look() != self._seen
 
     def _look(self) -> list[tuple[int, ...]]:
-        return [_signature(path) for path in self._paths]
+        return [_signature(each) for path in self._paths for each in (path, *_below(path))]
+
+
+def _below(path: str) -> Iterator[str]:
+    for folder, _, names in os.walk(path):
+        yield from (f"{folder}/{name}" for name in sorted(names))
 
 
 def _signature(path: str) -> tuple[int, ...]:

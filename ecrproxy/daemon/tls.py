@@ -5,6 +5,8 @@ The server's side of TLS: one certificate with its chain, TLS 1.2 and 1.3.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +14,10 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from OpenSSL import SSL
 from twisted.internet.interfaces import IOpenSSLServerConnectionCreator
-from twisted.protocols.policies import WrappingFactory
 from twisted.protocols.tls import BufferingTLSTransport, TLSMemoryBIOFactory
 from zope.interface import implementer
+
+from ecrproxy.daemon.renewal import Files
 
 if TYPE_CHECKING:
     from twisted.protocols.tls import TLSMemoryBIOProtocol
@@ -39,30 +42,26 @@ class CertificateError(Exception):
 
 
 @implementer(IOpenSSLServerConnectionCreator)
-class Certificate:
+class ServerTLS:
     """
-    Serve with the key and certificate of two PEM files.
+    TLS as a server speaks it with what some files hold. They are read again when it is told to.
 
-    @param authorities_path: PEM file of the CAs that a client's certificate must be of, if it shows one. It need not:
-        who answers requests may ask.
-    @raise CertificateError: if they can't be read, or don't belong together.
+    @param paths: the files.
+    @param make: makes an OpenSSL context of them; what it raises, this raises.
+    @ivar files: whether they have changed since they were read.
     @ivar expires: when the certificate ends, in seconds since the epoch.
     """
 
-    def __init__(self, key_path: str, certificate_path: str, authorities_path: str | None = None) -> None:
-        self._paths = key_path, certificate_path, authorities_path
+    def __init__(self, paths: Iterable[str | None], make: Callable[[], SSL.Context]) -> None:
+        self.files, self._make = Files(paths), make
         self.reload()
 
     def reload(self) -> None:
         """
-        Read the files again, for the connections that begin from now on.
-
-        @raise CertificateError: as at the start; then all is as it was.
+        Read the files again, for the connections that begin from now on. If they can't be used, all is as it was.
         """
-        key_path, certificate_path, authorities_path = self._paths
-        context = _context(key_path, certificate_path)
-        if authorities_path is not None:
-            _ask_for_certificates(context, authorities_path)
+        self.files.note()  # before they are read: what changes meanwhile is read again
+        context = self._make()
         self._context, self.expires = context, _expires(context)
 
     def serverConnectionForTLS(self, tlsProtocol: TLSMemoryBIOProtocol) -> SSL.Connection:  # noqa: ARG002
@@ -70,6 +69,32 @@ class Certificate:
         Begin a connection.
         """
         return SSL.Connection(self._context, None)
+
+
+class Certificate(ServerTLS):
+    """
+    Serve with the key and certificate of two PEM files.
+
+    @param authorities_path: PEM file of the CAs that a client's certificate must be of, if it shows one. It need not:
+        who answers requests may ask.
+    @raise CertificateError: if they can't be read, or don't belong together.
+    """
+
+    def __init__(self, key_path: str, certificate_path: str, authorities_path: str | None = None) -> None:
+        paths = key_path, certificate_path, authorities_path
+        super().__init__(paths, partial(server_context, *paths))
+
+
+def server_context(key_path: str, certificate_path: str, authorities_path: str | None = None) -> SSL.Context:
+    """
+    Make what connections are begun with, of PEM files as L{Certificate} takes them.
+
+    @raise CertificateError: if they can't be read, or don't belong together.
+    """
+    context = _context(key_path, certificate_path)
+    if authorities_path is not None:
+        _ask_for_certificates(context, authorities_path)
+    return context
 
 
 def _context(key_path: str, certificate_path: str) -> SSL.Context:
@@ -146,13 +171,12 @@ class Secured(BufferingTLSTransport):
             super().dataReceived(data)  # type: ignore[no-untyped-call]
 
 
-def answer_plain_http(factory: object) -> None:
+class SecuredFactory(TLSMemoryBIOFactory):
     """
-    Have plain HTTP answered wherever C{factory} speaks TLS.
+    Speaks TLS before what it wraps.
+    """
 
-    @param factory: a port's. Whoever made it, TLS is one of the factories that wrap the site.
-    """
-    while isinstance(factory, WrappingFactory):
-        if isinstance(factory, TLSMemoryBIOFactory):
-            factory.protocol = Secured
-        factory = factory.wrappedFactory
+    protocol = Secured
+
+    def __init__(self, tls: ServerTLS, wrapped: Any, clock: Any = None) -> None:  # noqa: ANN401
+        super().__init__(tls, isClient=False, wrappedFactory=wrapped, clock=clock)

@@ -7,13 +7,15 @@ more, told by one variable what it is. It ends when its standard input does, whi
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import re
+import signal
 import socket
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -25,7 +27,6 @@ from twisted.internet.main import CONNECTION_DONE
 from twisted.internet.protocol import ProcessProtocol
 from twisted.internet.unix import Port as UNIXPort
 from twisted.logger import Logger
-from twisted.protocols.tls import TLSMemoryBIOFactory
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
@@ -127,15 +128,16 @@ class Workers(Service):
         environ[VARIABLE] = Post(self._path, len(sockets)).to_json()
         worker = _Worker(self._ended, self._reactor)
         try:
-            self._reactor.spawnProcess(
-                worker,
-                sys.executable,
-                [sys.executable, "-c", _TWISTD, "-n", "--pidfile=", "ecr-proxy", *self._arguments],
-                environ,
-                childFDs={0: "w", 1: 1, 2: 2, **{FIRST_FD + at: fd for at, fd in enumerate(sockets)}},
-            )
+            with _blocked(signal.SIGHUP):
+                self._reactor.spawnProcess(
+                    worker,
+                    sys.executable,
+                    [sys.executable, "-c", _TWISTD, "-n", "--pidfile=", "ecr-proxy", *self._arguments],
+                    environ,
+                    childFDs={0: "w", 1: 1, 2: 2, **{FIRST_FD + at: fd for at, fd in enumerate(sockets)}},
+                )
         except OSError as problem:
-            log.error("A worker can't be started: {problem}", problem=problem)
+            log.error("A worker can't be started: {why}", why=problem.strerror or problem)
             self._start_later()
         else:
             self._workers.add(worker)
@@ -149,6 +151,21 @@ class Workers(Service):
     def _start_later(self) -> None:
         self._restarts = {restart for restart in self._restarts if restart.active()}
         self._restarts.add(self._reactor.callLater(RESTART_SECONDS, self._start))
+
+
+@contextlib.contextmanager
+def _blocked(number: signal.Signals) -> Iterator[None]:
+    """
+    Block a signal here, and in what is started meanwhile: it waits there until it is unblocked.
+
+    A worker that is told to read its files again before it has a handler would end by SIGHUP. It may have read them
+    already, so the signal must not be lost either.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Worker(ProcessProtocol):
@@ -237,21 +254,9 @@ class HandedDown:
         """
         return self._adopt(factory)
 
-    def listenSSL(self, port: int, factory: Any, contextFactory: Any, *_: Any, **__: Any) -> Any:  # noqa: ANN401
-        """
-        Take a socket, and speak TLS over it.
-        """
-        return self._adopt(TLSMemoryBIOFactory(contextFactory, False, factory))  # noqa: FBT003
-
     def listenUNIX(self, address: str, factory: Any, *_: Any, **__: Any) -> Any:  # noqa: ANN401
         """
         Take a socket.
-        """
-        return self._adopt(factory)
-
-    def adoptStreamPort(self, fd: int, family: int, factory: Any) -> Any:  # noqa: ANN401
-        """
-        Take a socket: systemd's were handed on.
         """
         return self._adopt(factory)
 

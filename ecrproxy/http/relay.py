@@ -32,7 +32,7 @@ from twisted.web.iweb import UNKNOWN_LENGTH, IAgentEndpointFactory, IResponse
 from zope.interface import implementer
 
 from ecrproxy.access.namespaces import Namespaces
-from ecrproxy.access.turns import LateError, Turns
+from ecrproxy.access.turns import QueueTimeoutError, Turns
 from ecrproxy.answers import Asked
 from ecrproxy.cache.cache_key import CacheKey
 from ecrproxy.cached import Cache
@@ -99,7 +99,7 @@ class Queued:
                     if not _is_full(problem):
                         raise
                     if self._clock.seconds() >= deadline:
-                        raise LateError from problem
+                        raise QueueTimeoutError from problem
                 await deferLater(self._clock, AGAIN_SECONDS)
 
 
@@ -160,7 +160,7 @@ class Relay:
         request.upstream.start()
         try:
             response = await self._agent.request(request.method, FIRST + target.encode("ascii"), sent)
-        except LateError as problem:
+        except QueueTimeoutError as problem:
             said = "the proxy is too busy; ask once more"
             raise UnavailableError(503, "UNAVAILABLE", said, {"Retry-After": "1"}, Reason.BUSY) from problem
         except Exception as problem:

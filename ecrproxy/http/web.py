@@ -18,7 +18,7 @@ from twisted.web.server import Request
 from ecrproxy.access.limits import Crowd
 from ecrproxy.access.namespaces import Namespaces
 from ecrproxy.answers import Answer, Asked, CacheStatus
-from ecrproxy.byte_ranges import Multipart, Ranges, Span, content_range
+from ecrproxy.byte_ranges import Multipart, Ranges, Span, content_range, joined
 from ecrproxy.cache.cache_key import NOBODY, CacheKey
 from ecrproxy.cache.content import Content
 from ecrproxy.cached import SMALL_BLOB
@@ -34,7 +34,7 @@ from ecrproxy.threads import InThread
 from ecrproxy.transfer.download import Download
 from ecrproxy.transfer.lane import ShortBodyError
 from ecrproxy.transfer.passing import Passing
-from ecrproxy.transfer.sending import CutShortError, send
+from ecrproxy.transfer.sending import LEAST_PIECE, CutShortError, piece_size, send
 from ecrproxy.transfer.sources import Held, Parted, Shelved, Source
 
 log = Logger()
@@ -149,8 +149,10 @@ class Door(Answering):
         Send the body, and drop a cached file that can't be read: who asks again gets it anew.
         """
         crowd: Crowd = cast(Any, request.channel).crowd
+        counted = request.route is not None and request.route.kind is Kind.BLOB
+        held = (lambda: piece_size(crowd.transferring)) if counted else (lambda: LEAST_PIECE)
         try:
-            await send(request, source, self._in_thread, lambda: crowd.transferring)
+            await send(request, source, self._in_thread, held)
         except (CutShortError, OSError) as problem:
             unreadable = isinstance(problem, CutShortError) or problem.errno in _UNREADABLE
             if not unreadable or not isinstance(answer.body, Content):
@@ -168,7 +170,7 @@ class Door(Answering):
         request.setHeader("Accept-Ranges", "bytes")
         ranges = _wanted(request, etag)
         try:
-            spans = ranges.of(answer.size) if ranges is not None else []
+            spans = _sendable(answer.body, ranges.of(answer.size)) if ranges is not None else []
         except LookupError:
             _let_go(answer)
             request.setHeader("Content-Range", f"bytes */{answer.size}")
@@ -205,7 +207,7 @@ class Registry(Door):
         hit = False
         try:
             if route.kind in (Kind.TAGS, Kind.REFERRERS):
-                self._send_page(request, route, *await self._pull_through.page(route))
+                await self._send_page(request, route, *await self._pull_through.page(route))
                 return
             asked = self.asked(request, route)
             if route.kind is Kind.MANIFEST:
@@ -217,7 +219,7 @@ class Registry(Door):
             request.upstream.stop(counted=not hit)
         await self.answer(request, route, answer)
 
-    def _send_page(
+    async def _send_page(
         self, request: RegistryRequest, route: Route, status: CacheStatus, reason: Reason, page: Page
     ) -> None:
         if page.next is not None:
@@ -227,7 +229,15 @@ class Registry(Door):
             request.setHeader("OCI-Filters-Applied", page.filters)
         request.setHeader("X-Cache-Status", status)
         request.setHeader("X-Cache-Reason", reason)
-        send_small(request, OK, page.content_type, page.body)
+        if len(page.body) <= SMALL_BLOB or request.method == b"HEAD":
+            send_small(request, OK, page.content_type, page.body)
+            return
+        begin(request, OK)
+        request.setHeader("Content-Type", page.content_type)
+        request.setHeader("Content-Length", str(len(page.body)))
+        request.write(b"")
+        await send(request, Held(page.body), self._in_thread, lambda: LEAST_PIECE)
+        request.finish()
 
 
 def _source(answer: Answer, start: int, stop: int | None, waiting: Stopwatch) -> Source:
@@ -243,15 +253,25 @@ def _source(answer: Answer, start: int, stop: int | None, waiting: Stopwatch) ->
     raise TypeError(answer.body)
 
 
+def _sendable(body: object, spans: list[Span]) -> list[Span]:
+    """
+    Return the spans, or none if only the whole can be sent: of several, a transfer must be able to fetch all.
+    """
+    whole = len(spans) > 1 and isinstance(body, Download) and not (body.kept and joined(spans))
+    return [] if whole else spans
+
+
 def _parts(answer: Answer, frame: Multipart, waiting: Stopwatch) -> Source:
     body = answer.body
     match body:
         case Download():
+            together = joined(frame.spans)
 
             def follow(start: int, stop: int) -> Source:
                 if not body.offers(start):
                     raise LookupError(f"byte {start} of {answer.digest} has passed")
-                return body.follow(start, stop, waiting)
+                until = next(last for first, last in together if first <= start and stop <= last)
+                return body.follow(start, stop, waiting, until)
 
             return Parted(frame, follow)
         case Passing():

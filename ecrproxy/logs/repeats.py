@@ -3,16 +3,18 @@ Which events become lines: the first of a kind, and after that a count.
 
 Rules:
 
-- An event with the field C{once} is of the kind (namespace, format, once), and has one line a minute.
+- An event with the field C{once} is of the kind (namespace, format, once), and has one line a minute. What it is said
+  once for may be a client's to choose: beyond C{DIFFERENT} kinds of one namespace and format, the others are one.
 - A trouble, which is a warning or graver, is of the kind (namespace, format), and has a few lines a minute.
 - What is left out is counted. The count goes with the next line of that kind, or has a line after the minute.
 - Everything else passes.
-- Memory is bounded: beyond C{MOST} kinds, those that differ in C{once} alone are taken together, then all of them.
+- Memory is bounded: beyond C{MOST} kinds, those of one namespace and format are taken together, then all of them.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final, NamedTuple
@@ -23,6 +25,8 @@ from twisted.python.failure import Failure
 MINUTE: Final = 60.0
 BURST: Final = 5
 """Lines a minute of a kind of trouble."""
+DIFFERENT: Final = 20
+"""Lines a minute that differ in C{once} alone."""
 MOST: Final = 1000
 """Kinds that are told apart."""
 LONGEST: Final = 1000
@@ -96,6 +100,7 @@ class Repeats:
     def __init__(self, seconds: Callable[[], float]) -> None:
         self._seconds = seconds
         self._minutes: dict[Kind, _Minute] = {}  # in the order in which they end
+        self._different: Counter[str] = Counter()  # kinds among them, by what is told
 
     def admit(self, event: LogEvent) -> LogEvent | None:
         """
@@ -128,21 +133,28 @@ class Repeats:
         for kind, minute in list(self._minutes.items()):
             if now < minute.ends and not at_once:
                 return
-            del self._minutes[kind]
+            self._end(kind)
             if minute.last is not None:
                 self._begin(kind, now).written = 1
                 yield {**minute.last, "log_omitted": minute.omitted - 1}
 
     def _begin(self, kind: Kind, now: float) -> _Minute:
-        self._minutes.pop(kind, None)
+        self._end(kind)
         minute = self._minutes[kind] = _Minute(now + MINUTE)
+        self._different[kind.told] += 1
         return minute
+
+    def _end(self, kind: Kind) -> None:
+        if self._minutes.pop(kind, None) is not None:
+            self._different[kind.told] -= 1
+            if not self._different[kind.told]:
+                del self._different[kind.told]
 
     def _tracked(self, kind: Kind) -> Kind:
         """
         Choose under which kind an event is counted.
         """
-        if kind in self._minutes or len(self._minutes) < MOST:
+        if kind in self._minutes or (len(self._minutes) < MOST and self._different[kind.told] < DIFFERENT):
             return kind
         wider = Kind(kind.told, "")
         return wider if wider in self._minutes or len(self._minutes) < 2 * MOST else Kind("", "")

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol, cast
 from urllib.parse import urlsplit
 
+from OpenSSL import SSL
+from twisted.internet.error import ConnectError, ConnectionClosed, ConnectionDone
+from twisted.internet.error import TimeoutError as NotConnectedError
 from twisted.internet.interfaces import IPushProducer
 from twisted.internet.protocol import Protocol as TwistedProtocol
 from twisted.internet.protocol import connectionDone
@@ -122,7 +125,8 @@ class Blob:
         if size != self.size:
             stretch.drop()
             raise UnavailableError(502, "UNAVAILABLE", f"{self._route.reference} has changed its size upstream")
-        self.ranged = self.ranged and not stretch.skip
+        more = stop is not None and (stretch.stop or 0) > stop
+        self.ranged = self.ranged and not (stretch.skip or more)
         return stretch
 
     async def _ask(self, span: str) -> IResponse:
@@ -320,8 +324,25 @@ def describe(problem: BaseException | None) -> str:
     Name a network's trouble in a line, by its first cause.
     """
     problem = first_cause(problem)
-    text = str(problem).strip().rstrip(".") or type(problem).__name__
+    text = _words_of(problem).strip().rstrip(".") or type(problem).__name__
     return text.splitlines()[0][:200]
+
+
+def _words_of(problem: BaseException | None) -> str:
+    """
+    Say what Twisted and pyOpenSSL write in terms of their own code; of what the system said, the system's words.
+    """
+    match problem:
+        case NotConnectedError():
+            return "the connection is not accepted"
+        case ConnectError(args=(str() as said, *_)) if said:
+            return said
+        case ConnectionClosed(args=args):
+            how = "closed" if isinstance(problem, ConnectionDone) else "lost"
+            return ": ".join([f"the connection was {how}", *map(str, args)])
+        case SSL.Error(args=([*errors], *_)) if errors:
+            return f"TLS failed: {errors[-1][-1]}"
+    return str(problem)
 
 
 def told_part(content_range: str | None, start: int, stop: int | None) -> tuple[int, int] | None:

@@ -11,6 +11,7 @@ Rules:
 - An answer ends it. A failure after a pause makes the next one twice as long, but a pause only spares those who are
   reached: while ECR can't be reached, pauses stay short.
 - Whether an answer is a failure is for who asks to say: throttling and refusals are none.
+- Whether ECR can be fetched from is another matter, and is told sooner than a circuit opens: see L{Circuit.problem}.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ REPOSITORIES: Final = 3
 PAUSE: Final = 5.0
 LONGEST_PAUSE: Final = 20.0
 """Seconds that clients may be refused after ECR is well again; one probe in that time spares ECR enough."""
+ANSWER_SECONDS: Final = 10.0
+"""For so long after an answer, failures of one or two repositories are not taken for ECR's."""
 KEPT: Final = 1000
 """Maximum number of failing repositories that are remembered."""
 
@@ -66,12 +69,13 @@ class Switch:
     @param now: tells the time.
     @ivar state: which questions go now.
     @ivar problem: the failure that opened it last.
+    @ivar alone: whether ECR answered about others while this kept failing.
     """
 
     def __init__(self, who: str, now: Callable[[], float]) -> None:
         self._who, self._now = who, now
         self.state = CircuitState.CLOSED
-        self.problem = ""
+        self.problem, self.alone = "", False
         self._failures, self._until, self._pause = 0, 0.0, PAUSE
 
     @property
@@ -182,8 +186,9 @@ class Circuit:
         self.whole = Switch("ECR", now)
         self.answered_at: float | None = None
         self._parts: OrderedDict[str, Switch] = OrderedDict()
+        # Since the last answer:
         self._failing: set[str] = set()
-        self._unreached = 0
+        self._failures, self._unreached, self._last = 0, 0, ""
 
     @property
     def state(self) -> CircuitState:
@@ -192,16 +197,29 @@ class Circuit:
         """
         return self.whole.state
 
+    @property
+    def open_repositories(self) -> int:
+        """
+        Count the repositories that are left alone, each by itself.
+        """
+        return sum(part.state is not CircuitState.CLOSED for part in self._parts.values())
+
     def problem(self) -> str | None:
         """
-        Say why ECR is left alone, if it is, or all of it that was asked for since its last answer.
+        Say why nothing can be fetched, if ECR is left alone or has answered nothing since the last questions failed.
+
+        One failed question is enough, for it failed after all its tries, and at little traffic the next may be minutes
+        away. It is not while ECR answered within the last C{ANSWER_SECONDS}, nor if it is about a repository that
+        failed before ECR answered about others: then it takes C{FAILURES} of them.
         """
         if self.state is not CircuitState.CLOSED:
-            return self.whole.problem
-        alone = [name for name in sorted(self._failing) if name in self._parts and self._parts[name].problem]
-        return (
-            f"{' and '.join(alone)} failed, nothing else was asked: {self._parts[alone[0]].problem}" if alone else None
-        )
+            return f"ECR keeps failing, and is left alone for a while: {self.whole.problem}"
+        answered_lately = self.answered_at is not None and self._now() - self.answered_at < ANSWER_SECONDS
+        alone = {name for name in self._failing & self._parts.keys() if self._parts[name].alone}
+        new = self._unreached or self._failing - alone
+        if answered_lately or not (new or self._failures >= FAILURES):
+            return None
+        return f"ECR failed when it was asked last, for {' and '.join(sorted(self._failing))}: {self._last}"
 
     def check(self, repository: str) -> None:
         """
@@ -230,6 +248,8 @@ class Circuit:
         Note that ECR answered a question about C{repository}.
         """
         self.answered_at = self._now()
+        for name in self._failing & self._parts.keys():
+            self._parts[name].alone = True
         self._forget_failures()
         if (part := self._parts.pop(repository, None)) is not None:
             part.answered()
@@ -242,6 +262,7 @@ class Circuit:
         if self.state is not CircuitState.CLOSED:
             return None
         self._failing.add(repository)
+        self._failures, self._last = self._failures + 1, problem.message
         self._unreached = 0 if problem.reached else self._unreached + 1
         if len(self._failing) >= REPOSITORIES or self._unreached >= FAILURES:
             self._forget_failures()
@@ -261,7 +282,7 @@ class Circuit:
 
     def _forget_failures(self) -> None:
         self._failing.clear()
-        self._unreached = 0
+        self._failures, self._unreached, self._last = 0, 0, ""
 
     def _part(self, repository: str) -> Switch:
         part = self._parts.setdefault(repository, Switch(f"ECR's repository {repository}", self._now))

@@ -63,9 +63,15 @@ class StrictClient(HTTP11ClientProtocol):
         Begin to use a connection, which is closed at once when it is closed.
 
         Over TLS, C{loseConnection} waits for the peer to agree, for ever if the peer is silent. Nothing that a
-        connection still brings is wanted by then, and no request is sent in more than one write.
+        connection still brings is wanted by then, and no request is sent in more than one write. The pool closes
+        connections, too, that the peer has closed long ago; TLS has nothing left to abort then.
         """
-        transport.loseConnection = transport.abortConnection
+
+        def close() -> None:
+            if self.state != "CONNECTION_LOST":
+                transport.abortConnection()
+
+        transport.loseConnection = close
         super().makeConnection(transport)  # type: ignore[no-untyped-call]
 
     def request(self, request: Any) -> Deferred[IResponse]:  # noqa: ANN401

@@ -31,6 +31,7 @@ from zope.interface import implementer
 
 from ecrproxy.addresses import is_address
 from ecrproxy.registry.bucket import UnavailableError, describe
+from ecrproxy.registry.proxy_variables import proxy_variable
 from ecrproxy.registry.retries import TransientError
 
 if TYPE_CHECKING:
@@ -167,10 +168,10 @@ class Egress:
 
         @raise ValueError: if the proxy's URL is none.
         """
-        text = _variable("https_proxy", environ)
+        text = proxy_variable("https_proxy", environ)
         if not text.strip():
             return cls()
-        words = _variable("no_proxy", environ).lower().replace(",", " ").split()
+        words = proxy_variable("no_proxy", environ).lower().replace(",", " ").split()
         return cls(Proxy.parse(text), tuple(each for each in map(_exempt, words) if each is not None))
 
     def proxy_for(self, host: str, port: int) -> Proxy | None:
@@ -178,13 +179,9 @@ class Egress:
         Return the proxy through which https to a host goes; None to connect to the host itself.
         """
         host = host.lower()
-        if host == "localhost" or (is_address(host) and ip_address(host).is_loopback):
+        if host == "localhost" or host.endswith(".localhost") or (is_address(host) and ip_address(host).is_loopback):
             return None
         return None if any(each.covers(host, port) for each in self.exempt) else self.proxy
-
-
-def _variable(name: str, environ: Mapping[str, str]) -> str:
-    return environ[name] if name in environ else environ.get(name.upper(), "")
 
 
 def is_plain_name(host: str) -> bool:

@@ -56,13 +56,15 @@ class ForbiddenAddressError(UnavailableError):
     """
 
 
-def is_forbidden(address: str) -> bool:
+def is_forbidden(address: str, *, tunnel: bool = False) -> bool:
     """
     Tell whether C{address} is one that no redirect leads to: loopback, link-local, metadata, unspecified, multicast.
 
     What is no address is forbidden too.
+
+    @param tunnel: whether the registry is on loopback itself.
     """
-    return _is_in(address, (*_LOOPBACK, *_ELSEWHERE))
+    return _is_in(address, _ELSEWHERE if tunnel else (*_LOOPBACK, *_ELSEWHERE))
 
 
 def is_loopback(address: str) -> bool:
@@ -113,7 +115,7 @@ class Guard:
 
         @raise ForbiddenAddressError: if it is not to be.
         """
-        if _is_in(address, _ELSEWHERE if self._is_tunnel else (*_LOOPBACK, *_ELSEWHERE)):
+        if is_forbidden(address, tunnel=self._is_tunnel):
             log.error("ECR redirects to {address}, where the proxy does not go", address=address)
             raise ForbiddenAddressError(502, "UNAVAILABLE", "ECR redirects to an address where the proxy does not go")
 

@@ -17,6 +17,7 @@ import regex
 
 from ecrproxy.access.limits import Limits
 from ecrproxy.cache.cache_key import CacheKey
+from ecrproxy.endpoint_string import EndpointString
 from ecrproxy.identity import RegistryId
 from ecrproxy.registry.quotas import Quotas
 from ecrproxy.settings.values import (
@@ -52,8 +53,15 @@ from ecrproxy.settings.variables import service_of
 
 class ConfigError(Exception):
     """
-    A setting is wrong: which, its value, and what would be right, in one line.
+    Settings are wrong. Of each, one line says which, its value, and what would be right.
+
+    @ivar errors: those lines.
+    @ivar warnings: lines about other settings, which would not keep the daemon from starting.
     """
+
+    def __init__(self, *errors: str, warnings: Iterable[str] = ()) -> None:
+        super().__init__("; ".join(errors))
+        self.errors, self.warnings = errors, tuple(warnings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +104,6 @@ class Setting:
 
 ADMIN_LISTEN: Final = "tcp:5001:interface=127.0.0.1"
 """Where the operator's pages are if nobody says otherwise: to be reached from this machine alone."""
-FROM_SYSTEMD: Final = "systemd:"
-"""How an endpoint string begins whose socket systemd has bound."""
 
 SETTINGS: Final[Sequence[Setting]] = (
     Setting(
@@ -330,8 +336,8 @@ class Config:
     @ivar dns_resolver: name servers; none for the host's own resolver.
     @ivar cache_limit: in bytes.
     @ivar tag_ttl: in seconds.
-    @ivar listen: Twisted endpoint strings; empty to listen on C{port}, with TLS if there is a key.
-    @ivar admin_listen: a Twisted endpoint string; none to have no such port.
+    @ivar listen: empty to listen on C{port}, with TLS if there is a key.
+    @ivar admin_listen: none to have no such port.
     @ivar admin_hosts: names that lead there, beside those that need no telling.
     """
 
@@ -350,8 +356,8 @@ class Config:
     client_ca: str | None
     htpasswd: str | None
     allow_from: tuple[Network, ...] | None
-    listen: Sequence[str]
-    admin_listen: str | None
+    listen: Sequence[EndpointString]
+    admin_listen: EndpointString | None
     admin_hosts: frozenset[str] | None
     log_format: str
     log_level: str

@@ -6,23 +6,19 @@ The daemon asks at its start, and does not start if protection would be lost; th
 
 from __future__ import annotations
 
-import ipaddress
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 from urllib.parse import urlsplit
 
+from ecrproxy.endpoint_string import PARAMETERS, SYSTEMD, is_loopback
 from ecrproxy.settings.complaints import Complaint
-from ecrproxy.settings.config import FROM_SYSTEMD, SETTINGS, Config, ConfigError, given
+from ecrproxy.settings.config import SETTINGS, Config, ConfigError, given
 from ecrproxy.settings.values import REGIONS, endpoint_in_doubt, pattern_in_doubt
 from ecrproxy.settings.variables import look_at_variables
 
 LONG_TAG_TTL: Final = 86400.0
 SMALL_CACHE: Final = 2**30
-_INTERFACE = re.compile(r"interface=((?:\\.|[^:])*)")
-_TLS: Final = ("ssl", "tls")
-_NETWORKED: Final = ("tcp", "tcp6", *_TLS)
 _OURS: Final = frozenset({*(each.variable for each in SETTINGS), "AWS_DEFAULT_REGION"})
 
 
@@ -41,14 +37,22 @@ class Machine:
 
 def load(flags: Mapping[str, str], environ: Mapping[str, str]) -> Config:
     """
-    Read the settings as L{Config.load} does; the error names misspelt variables too, which may be what is missing.
+    Read the settings as L{Config.load} does; the error has misspelt variables too, which may be what is missing.
 
     @raise ConfigError: if they are wrong.
     """
     try:
         return Config.load(flags, environ)
     except ConfigError as problem:
-        raise ConfigError("; ".join([str(problem), *map(str, look_at_environment(environ))])) from problem
+        raise refusal(look_at_environment(environ), *problem.errors) from problem
+
+
+def refusal(found: Sequence[Complaint], *errors: str) -> ConfigError:
+    """
+    Make the error that tells C{errors}, and of what was found the grave complaints; the others are its warnings.
+    """
+    grave = [str(each) for each in found if each.grave]
+    return ConfigError(*errors, *grave, warnings=[str(each) for each in found if not each.grave])
 
 
 def look_at_environment(environ: Mapping[str, str]) -> list[Complaint]:
@@ -82,9 +86,9 @@ def _lost(config: Config) -> Iterator[Complaint]:
     """
     Find protection that was asked for, and that something else takes away.
     """
-    own_tls = [text for text in config.listen if text.startswith(FROM_SYSTEMD)]
-    others = [text for text in config.listen if not text.startswith(FROM_SYSTEMD)]
-    plain = [text for text in others if _is_plain(text) and not is_local(text)]
+    own_tls = [each for each in config.listen if each.kind == SYSTEMD]
+    others = [each for each in config.listen if each.kind != SYSTEMD]
+    plain = [each for each in others if not each.secure and not each.is_local]
     if config.client_ca is not None and (config.ssl_key is None or others):
         yield Complaint(
             f"PROXY_CLIENT_CA={config.client_ca!r}: certificates are asked for where PROXY_SSL_KEY and"
@@ -92,30 +96,24 @@ def _lost(config: Config) -> Iterator[Complaint]:
             "set these two, or unset it",
             grave=True,
         )
-    balanced = [text for text in others if text.startswith(f"haproxy:{FROM_SYSTEMD}")]
-    if balanced and (config.ssl_key is not None or config.worker_processes > 1):
-        yield Complaint(
-            f"PROXY_LISTEN={balanced[0]!r} speaks no TLS, and works in one process alone",
-            "give haproxy:tcp: or haproxy:ssl:, or systemd: without haproxy:",
-            grave=True,
-        )
     if config.ssl_key is not None and others:
-        served = f"PROXY_LISTEN={' '.join(others)!r} does not use PROXY_SSL_KEY and PROXY_SSL_CERTIFICATE"
+        served = f"PROXY_LISTEN={' '.join(map(str, others))!r} does not use PROXY_SSL_KEY and PROXY_SSL_CERTIFICATE"
         yield Complaint(
             f"{served}: it serves plain HTTP" if plain else served,
             "unset PROXY_LISTEN and set PROXY_PORT, give an ssl: endpoint there, or unset these two",
             grave=bool(plain) and not own_tls,
         )
-    if config.admin_listen and _is_networked(config.admin_listen) and not _interface(config.admin_listen):
-        loopback, every = (r"\:\:1", r"\:\:") if _kind(config.admin_listen) == "tcp6" else ("127.0.0.1", "0.0.0.0")  # noqa: S104
+    admin = config.admin_listen
+    if admin is not None and "interface" in PARAMETERS[admin.kind] and not admin.interface:
+        loopback, every = ("127.0.0.1", "0.0.0.0") if admin.socket().kind == "tcp" else (r"\:\:1", r"\:\:")  # noqa: S104
         yield Complaint(
-            f"PROXY_ADMIN_LISTEN={config.admin_listen!r} would let every network purge the cache",
-            f"give {config.admin_listen}:interface={loopback}, or, if every network is meant, interface={every}",
+            f"PROXY_ADMIN_LISTEN={admin.text!r} would let every network purge the cache",
+            f"give {admin}:interface={loopback}, or, if every network is meant, interface={every}",
             grave=True,
         )
-    if config.allow_from and config.listen and all(text.startswith("unix:") for text in config.listen):
+    if config.allow_from and config.listen and not any(each.has_addresses or each.balanced for each in config.listen):
         yield Complaint(
-            "PROXY_ALLOW_FROM refuses everybody: clients of a unix: socket have no address",
+            "PROXY_ALLOW_FROM refuses everybody: clients of a socket that has a path have no address",
             "unset it, or give an endpoint with addresses in PROXY_LISTEN",
         )
 
@@ -124,21 +122,19 @@ def _exposed(config: Config) -> Iterator[Complaint]:
     """
     Find what others could read, reach or pretend.
     """
-    plain = [text for text in config.listen if _is_plain(text) and not is_local(text)]
-    in_the_open = [text for text in plain if not text.startswith("haproxy:")]
-    if config.ssl_key is None:
-        in_the_open += [text for text in config.listen if text.startswith(FROM_SYSTEMD) and "domain=INET" in text]
+    plain = [each for each in config.listen if not each.secure and (each.kind != SYSTEMD or config.ssl_key is None)]
+    in_the_open = [each for each in plain if not each.is_local and not each.balanced]
     if config.htpasswd and (in_the_open or (not config.listen and config.ssl_key is None)):
         yield Complaint(
             "PROXY_HTPASSWD without TLS: passwords go over the network as they are",
             "set PROXY_SSL_KEY and PROXY_SSL_CERTIFICATE too",
         )
-    if config.admin_listen and _interface(config.admin_listen) and not is_local(config.admin_listen):
+    if config.admin_listen and config.admin_listen.interface and not config.admin_listen.is_local:
         yield Complaint(
             f"PROXY_ADMIN_LISTEN={config.admin_listen} can be reached from other machines, and asks for no password",
             "let a firewall or a NetworkPolicy keep others from it",
         )
-    behind = [text for text in config.listen if text.startswith("haproxy:") and not is_local(text)]
+    behind = [each for each in config.listen if each.balanced and not each.is_local]
     if config.allow_from and behind:
         yield Complaint(
             f"PROXY_ALLOW_FROM believes whatever address is told to PROXY_LISTEN={behind[0]}",
@@ -147,7 +143,7 @@ def _exposed(config: Config) -> Iterator[Complaint]:
     if config.allow_from and any(not network.prefixlen for network in config.allow_from):
         yield Complaint("PROXY_ALLOW_FROM has a network of all addresses, and so keeps nobody out", "name yours")
     parts = urlsplit(config.ecr_endpoint)
-    if parts.scheme == "http" and not _is_loopback(parts.hostname or ""):
+    if parts.scheme == "http" and not is_loopback(parts.hostname or ""):
         yield Complaint("PROXY_ECR_ENDPOINT is http: the token goes over the network as it is", "give an https URL")
 
 
@@ -186,7 +182,9 @@ def _pointless(config: Config, sources: Mapping[str, str], cores: int) -> Iterat
         said = f"{sources['upstream-seconds']} is not used, for there is one try"
         yield Complaint(said, "unset it, or set PROXY_UPSTREAM_TRIES to more")
     if config.worker_processes > cores:
-        yield Complaint(f"PROXY_WORKER_PROCESSES={config.worker_processes}, on {cores} cores", "set auto")
+        yield Complaint(
+            f"PROXY_WORKER_PROCESSES={config.worker_processes}, on {cores} core{'s' * (cores != 1)}", "set auto"
+        )
 
 
 def _in_doubt(config: Config, disk: int | None) -> Iterator[Complaint]:
@@ -212,34 +210,3 @@ def _in_doubt(config: Config, disk: int | None) -> Iterator[Complaint]:
         yield Complaint(said, "give it more, as 64g")
     if config.tag_ttl > LONG_TAG_TTL:
         yield Complaint(f"PROXY_TAG_TTL={config.tag_ttl:g}: tags may be out of date for so many seconds", "lower it")
-
-
-def _kind(text: str) -> str:
-    return text.removeprefix("haproxy:").partition(":")[0]
-
-
-def _is_networked(text: str) -> bool:
-    return _kind(text) in _NETWORKED
-
-
-def _is_plain(text: str) -> bool:
-    return _kind(text) not in _TLS
-
-
-def _interface(text: str) -> str:
-    named = _INTERFACE.search(text)
-    return named[1].replace("\\", "") if named else ""
-
-
-def is_local(text: str) -> bool:
-    """
-    Return True if an endpoint string is of a socket in the file system, or of a loopback address.
-    """
-    return not _is_networked(text) or _is_loopback(_interface(text))
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -5,7 +5,6 @@ How the texts of settings are read: each parser gives the value, or says in a C{
 from __future__ import annotations
 
 import ipaddress
-import os
 import re
 from typing import Final
 from urllib.parse import urlsplit
@@ -13,6 +12,8 @@ from urllib.parse import urlsplit
 import regex
 
 from ecrproxy.addresses import is_address
+from ecrproxy.cores import usable_cores
+from ecrproxy.endpoint_string import EndpointString, parse_endpoint_string
 from ecrproxy.identity import RegistryId
 
 _UNITS: Final = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
@@ -312,7 +313,7 @@ def parse_log_level(text: str) -> str:
     return text.lower()
 
 
-def parse_admin(text: str) -> str | None:
+def parse_admin(text: str) -> EndpointString | None:
     """
     Read an endpoint string; none for C{off}.
     """
@@ -321,18 +322,22 @@ def parse_admin(text: str) -> str | None:
     meant = _endpoint_meant(text, "127.0.0.1") if text else "one such as tcp:5001:interface=127.0.0.1"
     if meant is not None:
         raise ValueError(f"not an endpoint string; give {meant}, or off")
-    return text
+    return parse_endpoint_string(text)
 
 
-def parse_listen(text: str) -> list[str]:
+def parse_listen(text: str) -> list[EndpointString]:
     """
     Read endpoint strings, separated by space.
     """
-    words = text.split()
-    for word in words:
+    endpoints = []
+    for word in text.split():
         if (meant := _endpoint_meant(word)) is not None:
             raise ValueError(f"{word!r} is not an endpoint string; give {meant}")
-    return words
+        try:
+            endpoints.append(parse_endpoint_string(word))
+        except ValueError as problem:
+            raise ValueError(f"{word!r}: {problem}") from None
+    return endpoints
 
 
 def _endpoint_meant(text: str, interface: str = "") -> str | None:
@@ -354,7 +359,7 @@ def parse_workers(text: str) -> int:
     Read how many processes serve clients.
     """
     if text == "auto":
-        return len(os.sched_getaffinity(0))
+        return usable_cores()
     if not re.fullmatch(r"[0-9]{1,3}", text) or not int(text):
         raise ValueError("not a number of processes; give 1 or more, or auto")
     return int(text)

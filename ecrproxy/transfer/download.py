@@ -16,6 +16,7 @@ Rules:
 - On disk, the file is the buffer: any reader may be at any place of it, and a slow one slows nobody.
 - Off disk (the blob is larger than the cache, the disk is full or fails midway), a window of
   C{WINDOW} bytes is the buffer: the bytes come in order, wait for the slowest reader, and end with the last.
+  Once all transfers hold C{BUFFERED} bytes, a window takes one read, and the next when its readers have taken that.
   What had reached the file before the disk failed is still read from there. Readers that stop for C{STUCK_SECONDS}
   while others wait for them get a transfer of their own, which goes on from the window and the hash of this one. Where
   the bucket gives no ranges, or the size is unknown, or they are still in the file, their responses are aborted.
@@ -57,7 +58,7 @@ log = Logger()
 T = TypeVar("T")
 
 WINDOW: Final = 2**20
-"""Bytes held for readers of a transfer that has no file."""
+"""Bytes held for readers of a transfer that has no file; one read while all transfers hold C{BUFFERED} bytes."""
 STUCK_SECONDS: Final = 5
 """How long one reader of a window may keep all others waiting."""
 SOON: Final = 256 * 2**10
@@ -171,14 +172,17 @@ class Download:
         """
         return self.offers(start) and (self.kept or start <= self.received)
 
-    def follow(self, start: int, stop: int | None, waiting: Stopwatch | None = None) -> Follower:
+    def follow(
+        self, start: int, stop: int | None, waiting: Stopwatch | None = None, until: int | None = None
+    ) -> Follower:
         """
         Read from C{start} up to, not including, C{stop}, as the bytes come.
 
         @param stop: none for all, where the size is not known.
         @param waiting: counts how long they are waited for.
+        @param until: where the last part ends that is fetched with this one, for a reader of several.
         """
-        follower = Follower(self, start, stop, waiting or Stopwatch(lambda: 0.0))
+        follower = Follower(self, start, stop, waiting or Stopwatch(lambda: 0.0), until)
         self._followers[follower] = None
         if follower.partial:
             self._hasten(follower)
@@ -296,7 +300,7 @@ class Download:
         return part
 
     def _wish(self, follower: Follower) -> Wish | None:
-        stop = follower.stop if follower.stop is not None else self.size
+        stop = follower.until if follower.until is not None else self.size
         return Wish(follower.position, stop) if stop is not None else None
 
     def _hasten(self, follower: Follower) -> None:
@@ -390,7 +394,7 @@ class Download:
         """
         Bring the bytes in order, at the pace of those who follow.
         """
-        lane = Lane(self.digest, blob, self.received, self.size, first, self._buffered)
+        lane = Lane(self.digest, blob, self.received, self.size, first, self._buffered, high_water=WINDOW)
         self._at_work.add(lane)
         try:
             await self._room()  # what was split off has a full window already
@@ -414,15 +418,23 @@ class Download:
 
         @raise CancelledError: when there is none any more.
         """
-        while self.received - self._window_start > WINDOW and not self._abandoned:
-            if not self._followers:
-                break
+        while self._is_ahead and self._followers and not self._abandoned:
             self._patience.begin()
             self._wake = Deferred()
             await self._wake
         self._patience.end()
         if self._abandoned or (not self._followers and self.received - self._window_start > WINDOW):
             raise CancelledError("nobody follows, and there is no file to go on for")
+
+    @property
+    def _is_ahead(self) -> bool:
+        """
+        Return True if the window may take no more bytes before its readers have taken some.
+
+        At the end there is nothing to wait for: a reader of the whole gets its last byte after the verification.
+        """
+        room = 0 if self._buffered.full else WINDOW
+        return self.received - self._window_start > room and self.received != self.size
 
     def _leave_behind(self) -> None:
         """

@@ -21,11 +21,15 @@ class Follower:
     One reader of a L{Download}: a source of bytes for C{sending}.
 
     @ivar position: the offset of the next byte that it will read.
+    @ivar until: up to where bytes are fetched for it; see L{Download.follow}.
     @ivar partial: whether it reads a part of the blob: then it gets its last byte before the whole is verified.
     """
 
-    def __init__(self, download: Download, start: int, stop: int | None, waiting: Stopwatch) -> None:
+    def __init__(
+        self, download: Download, start: int, stop: int | None, waiting: Stopwatch, until: int | None = None
+    ) -> None:
         self._download, self.position, self.stop, self._waiting = download, start, stop, waiting
+        self.until = stop if until is None else until
         self.partial = stop is not None and (start, stop) != (0, download.size)
         self._left_behind: Failure | None = None
         self._on_news: Callable[[], None] = lambda: None

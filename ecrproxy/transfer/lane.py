@@ -34,6 +34,7 @@ class Lane:
 
     @param stop: none for all, where the size is not known; such a lane cannot be resumed.
     @param first: what has been asked for already, from C{start} on.
+    @param reads_on: the end instead of C{stop}, if the bucket turns out to give no parts: it sends all anyway.
     @ivar urgency: who waits for these bytes.
     @ivar reached: the offset behind the last byte that was handed out.
     """
@@ -49,10 +50,11 @@ class Lane:
         *,
         high_water: int = HIGH_WATER,
         urgency: Urgency = Urgency.NOBODY,
+        reads_on: int | None = None,
     ) -> None:
         self.digest, self._blob, self._buffered, self._high_water = digest, blob, buffered, high_water
         self.reached, self.stop, self.urgency = start, stop, urgency
-        self._next, self._announced = first, stop
+        self._next, self._announced, self._reads_on = first, stop, reads_on
         self._inflow: Inflow | None = None
         self._opening: Deferred[Stretch] | None = None
         self._brought, self._barren = False, 0
@@ -90,6 +92,8 @@ class Lane:
         if self._inflow is None:
             stretch = self._next or await self._open()
             self._next, self._brought, self._announced = None, False, stretch.stop
+            if self._reads_on is not None and not self._blob.ranged:
+                self.stop = self._reads_on
             self._inflow = Inflow(self._buffered, self._high_water)
             self._inflow.begin(stretch)
         batch = await self._inflow.batch()

@@ -64,12 +64,12 @@ def piece_size(under_way: int) -> int:
 
 
 def send(
-    request: Request, source: Source, in_thread: InThread, under_way: Callable[[], int] = lambda: 1
+    request: Request, source: Source, in_thread: InThread, held: Callable[[], int] = lambda: PIECE
 ) -> Deferred[None]:
     """
     Send C{source} as the rest of the response, whose headers have a length or are still to be written.
 
-    @param under_way: tells how many responses are being sent.
+    @param held: tells how many bytes the response may hold in memory; see L{piece_size}.
     @return: fires when all was handed to the transport, fails if it never will be. Cancelling it ends the sending.
     """
     transport = request.channel.transport
@@ -77,8 +77,8 @@ def send(
     if direct and isinstance(transport, Connection) and not transport.TLS:
         return KernelSending(request, source, in_thread, transport).start()
     if direct and isinstance(transport, BufferingTLSTransport) and isinstance(transport.transport, Connection):
-        return SealedSending(request, source, in_thread, transport, under_way).start()
-    return PieceSending(request, source, in_thread, under_way).start()
+        return SealedSending(request, source, in_thread, transport, held).start()
+    return PieceSending(request, source, in_thread, held).start()
 
 
 class Sending:
@@ -121,9 +121,9 @@ class PieceSending(Sending):
     Send by way of memory, a piece at a time: over TLS, and whatever else is no plain socket.
     """
 
-    def __init__(self, request: Request, source: Source, in_thread: InThread, under_way: Callable[[], int]) -> None:
+    def __init__(self, request: Request, source: Source, in_thread: InThread, held: Callable[[], int]) -> None:
         super().__init__(request, source)
-        self._in_thread, self._under_way = in_thread, under_way
+        self._in_thread, self._held = in_thread, held
         self._paused = self._reading = False
 
     def start(self) -> Deferred[None]:
@@ -155,7 +155,7 @@ class PieceSending(Sending):
             elif self._source.done:
                 self._end(None)
             else:
-                piece = self._source.piece(piece_size(self._under_way()))
+                piece = self._source.piece(self._held())
                 if piece is None:
                     return
                 if isinstance(piece, bytes):
@@ -366,14 +366,14 @@ class SealedSending(SlotSending):
         source: Source,
         in_thread: InThread,
         tls: TLSMemoryBIOProtocol,
-        under_way: Callable[[], int],
+        held: Callable[[], int],
     ) -> None:
         super().__init__(request, source, in_thread, cast(Connection, tls.transport))
         self._tls: Any = tls
-        self._under_way = under_way
+        self._held = held
 
     def _most(self) -> int:
-        return piece_size(self._under_way())
+        return self._held()
 
     def _take_slot(self) -> None:
         self._tls._aggregator.flush()  # noqa: SLF001 (the headers wait there; there is no public way to send them)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from twisted.python.failure import Failure
 
@@ -46,6 +46,10 @@ class Source(Protocol):
         """Let go."""
 
 
+HELD_PIECE: Final = 2**16
+"""Bytes of a body in memory that are copied to a transport at once: more would be held twice for a slow client."""
+
+
 class Held:
     """
     Bytes in memory, as a source.
@@ -67,7 +71,7 @@ class Held:
         """
         Give the next bytes.
         """
-        return self._data[self._position : self._position + limit]
+        return self._data[self._position : self._position + min(limit, HELD_PIECE)]
 
     def sent(self, count: int) -> None:
         """

@@ -99,6 +99,7 @@ ANSWERS = (
 )
 UPSTREAM = UpstreamState(
     "closed",
+    0,
     2.2,
     {"manifests": 3, "checks": 0, "blobs": 1, "lists": 0},
     17,

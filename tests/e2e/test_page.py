@@ -139,6 +139,33 @@ def test_a_daemon_that_ends_is_seen_to(make_chain: MakeChain, browse: Open) -> N
     eventually(lambda: browser.texts("#stale") == [""], "the page is well again")
 
 
+def test_an_ecr_that_is_away_is_read_first(make_chain: MakeChain, images: Images, browse: Open) -> None:
+    """
+    What can't be done, why, and what goes on all the same: at the top of a page that is open already.
+    """
+    port = free_port()
+    chain = make_chain(settings={"PROXY_ADMIN_LISTEN": f"tcp:{port}:interface=127.0.0.1"})
+    path = f"/v2/{images.single.repository}/manifests/{images.single.tag}"
+    assert chain.daemon.ask(path).status == 200
+    browser = browse()
+    browser.driver.get(f"http://127.0.0.1:{port}/")
+    assert browser.texts(".word") == ["Ready"]
+    chain.cut()
+    assert chain.daemon.ask(path).status == 200
+    eventually(lambda: browser.texts(".word") == ["Can't fetch from ECR, serves what is cached"], "the page tells")
+    assert browser.driver.title == "ecrproxy: can't fetch from ECR, serves what is cached"
+    reasons = ask(f"http://127.0.0.1:{port}/readyz").json()["reasons"]
+    assert browser.texts(".health li") == reasons
+    assert images.single.repository in reasons[0]
+    assert "can't be reached" in reasons[0]
+    for width in (320, 1200):
+        browser.size(width, 800)
+        assert browser.run("return document.documentElement.scrollWidth") == width
+        assert browser.run("return document.querySelector('.health').getBoundingClientRect().top") < 100
+    ratio, text = browser.worst_contrast()
+    assert ratio >= READABLE, text
+
+
 def test_without_scripts_it_shows_all_and_loads_itself_again(example: str, browse: Open) -> None:
     """
     Charts, bars and tables are there, and later figures too.

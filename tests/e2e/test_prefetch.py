@@ -34,7 +34,7 @@ def test_what_was_prefetched_is_pulled_with_ecr_away(
     chain = make_chain(tls=scheme == "https")
     done = prefetch(chain, tmp_path, f"{images.single.repository}@{images.single.digest}")
     assert done.status == 0, done
-    assert "1 images, 0 failed" in done.output
+    assert "1 image, 0 failed" in done.output
     chain.daemon.settle()
     chain.cut()
     manifest = f"/v2/{images.single.repository}/manifests/{images.single.digest}"

@@ -20,7 +20,7 @@ from typing import Final
 from ecrproxy.cache import allocation
 from ecrproxy.cache.mounts import Mount, find_mount, mountinfo
 from ecrproxy.command.checkup.findings import Finding, failed, ok, warning
-from ecrproxy.command.terminal import size_in_words
+from ecrproxy.command.terminal import counted, size_in_words
 
 FOLDERS: Final = ("content", "ingest")
 COUNT_SECONDS: Final = 8.0
@@ -212,7 +212,7 @@ def judge_room(seen: Survey, limit: int) -> Iterator[Finding]:
     if seen.inodes is not None and seen.inodes < FEW_INODES:
         yield warning(
             "inodes",
-            f"{seen.inodes} more files can be made there",
+            f"{counted(seen.inodes, 'more file')} can be made there",
             _MORE_INODES,
         )
     if limit > seen.total:

@@ -22,6 +22,7 @@ from ecrproxy.command.checkup.findings import (
     failed,
     ok,
     skipped,
+    warning,
 )
 from ecrproxy.command.checkup.network import judge_clock, look_at_host
 from ecrproxy.command.checkup.permissions import Trial
@@ -29,6 +30,7 @@ from ecrproxy.command.checkup.reach import Contact, split
 from ecrproxy.command.checkup.senses import Senses
 from ecrproxy.command.checkup.settings import judge_files, look_at_files, look_at_settings
 from ecrproxy.command.subcommand import FINE, MISUSED, WRONG, Call, CommandError
+from ecrproxy.endpoint_string import parse_endpoint_string
 from ecrproxy.oci import RegistryError, parse_route
 from ecrproxy.registry.egress import Egress, Proxy
 from ecrproxy.registry.guard import is_forbidden, is_loopback
@@ -216,6 +218,16 @@ class Doctor:
         greeting = self._greeting.get()
         url = self._config.ecr_endpoint
         yield from look_at_host("registry", url, [greeting.address], lambda _: greeting, self._now())
+        if self._is_tunnel():
+            said = f"{self._host} is at {greeting.address}: its redirects may lead to all that listens on loopback here"
+            advice = "let only a registry that you trust answer there, or have the tunnel end at another address"
+            yield warning("redirects", said, advice)
+
+    def _is_tunnel(self) -> bool:
+        """
+        Tell whether the registry is on loopback, where redirects may lead to loopback too.
+        """
+        return self._proxy(self._config.ecr_endpoint) is None and is_loopback(self._address())
 
     def _login(self) -> Iterator[Finding]:
         if not self._greeting.need("an answer of the registry").status:
@@ -261,9 +273,9 @@ class Doctor:
             return
         found = [address for answer in self._asked(host).values() for address in answer.addresses]
         addresses = found or list(self._senses.ask_system(host).addresses)
-        forbidden = [address for address in addresses if is_forbidden(address)]
-        registry = self._proxy(self._config.ecr_endpoint) or self._address()
-        if forbidden and not (isinstance(registry, str) and is_loopback(registry)):
+        tunnel = self._is_tunnel()
+        forbidden = [address for address in addresses if is_forbidden(address, tunnel=tunnel)]
+        if forbidden:
             said = f"{host} is at {forbidden[0]}, where the proxy does not go"
             yield failed(
                 "bucket", said, "see who answers for that name: redirects lead to no loopback or link-local address"
@@ -290,7 +302,8 @@ class Doctor:
     def _ports(self) -> Iterator[Finding]:
         config, senses = self._config, self._senses
         secure = "ssl" if config.ssl_key is not None else "tcp"
-        ours = [("PROXY_LISTEN", text) for text in config.listen] or [("PROXY_PORT", f"{secure}:{config.port}")]
+        alone = parse_endpoint_string(f"{secure}:{config.port}")
+        ours = [("PROXY_LISTEN", each) for each in config.listen] or [("PROXY_PORT", alone)]
         admin = [("PROXY_ADMIN_LISTEN", config.admin_listen)] if config.admin_listen else []
         return ports.look_at_ports([*ours, *admin], senses.touch_place, senses.bind)
 

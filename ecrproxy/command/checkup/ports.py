@@ -12,7 +12,8 @@ from typing import Final
 
 from ecrproxy.command.checkup.findings import Finding, failed, ok, skipped, warning
 from ecrproxy.command.checkup.reach import Contact
-from ecrproxy.healthcheck import Place, read_place
+from ecrproxy.endpoint_string import EndpointString
+from ecrproxy.healthcheck import Place, place_at
 
 OURS: Final = "ecrproxy"
 """What our Server header says."""
@@ -23,18 +24,16 @@ Bind = Callable[[Place], int]
 """Tries to listen there, and gives the number of the error, or 0."""
 
 
-def look_at_ports(endpoints: Sequence[tuple[str, str]], ask: Ask, bind: Bind) -> Iterator[Finding]:
+def look_at_ports(endpoints: Sequence[tuple[str, EndpointString]], ask: Ask, bind: Bind) -> Iterator[Finding]:
     """
     See who is at each of the endpoints.
 
-    @param endpoints: Twisted's strings, each with the variable that named it.
+    @param endpoints: each with the variable that named it.
     """
-    for variable, text in endpoints:
+    for variable, endpoint in endpoints:
+        text = endpoint.text
         check = "port" if variable != "PROXY_ADMIN_LISTEN" else "admin port"
-        try:
-            place = read_place(text)
-        except (ValueError, IndexError):
-            place = None
+        place = place_at(endpoint)
         if place is None:
             yield skipped(check, f"{variable}: {text} is of a kind that can't be looked at from here")
             continue

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from cryptography import x509
 from cryptography.x509.oid import NameOID
 
-from ecrproxy.healthcheck import PROXY_LINE, Place, connect
+from ecrproxy.healthcheck import Place, connect
 from ecrproxy.registry.egress import ANSWER_LIMIT, Proxy, refusal
 
 SECONDS: Final = 5.0
@@ -108,8 +108,6 @@ def touch_place(place: Place, path: str) -> Contact:
     address = place.address if isinstance(place.address, str) else ":".join(map(str, place.address))
     try:
         with connect(place) as connected:
-            if place.behind_proxy:
-                connected.sendall(PROXY_LINE)
             return _ask(f"http://localhost{path}", address, {}, "GET", connected, None)
     except (OSError, HTTPException) as problem:
         return Contact(address, _why(problem))

@@ -15,6 +15,7 @@ from ecrproxy.command.checkup import metadata, names, ports
 from ecrproxy.command.checkup.aws import Aws, Identity, Provider
 from ecrproxy.command.checkup.disk import Survey, survey
 from ecrproxy.command.checkup.reach import Contact, touch, touch_place
+from ecrproxy.cores import usable_cores
 from ecrproxy.healthcheck import Place
 from ecrproxy.registry.egress import Proxy
 
@@ -73,6 +74,6 @@ class Senses:
     ask_metadata: metadata.Ask = metadata.over_http
     survey: Callable[[str, Callable[[], float]], Survey] = survey
     most_files: Callable[[], int] = lambda: resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    cores: Callable[[], int] = lambda: len(os.sched_getaffinity(0))
+    cores: Callable[[], int] = usable_cores
     user: Callable[[], int] = os.geteuid
     start: Callable[[Callable[[], None]], object] = lambda run: Thread(target=run, daemon=True).start()

@@ -12,6 +12,7 @@ from ecrproxy.access.htpasswd import HtpasswdError, read_users
 from ecrproxy.command.checkup.findings import Finding, failed, ok, warning
 from ecrproxy.command.checkup.network import SOON
 from ecrproxy.command.checkup.reach import describe
+from ecrproxy.command.terminal import counted
 from ecrproxy.daemon.process import FILES_OF_A_CLIENT, OWN_FILES
 from ecrproxy.daemon.tls import Certificate, CertificateError
 from ecrproxy.settings import contradictions
@@ -40,6 +41,10 @@ def look_at_files(config: Config, now: float) -> Iterator[Finding]:
     """
     if config.ssl_key is not None and config.ssl_certificate is not None:
         yield _certificate(config.ssl_key, config.ssl_certificate, config.client_ca, now)
+    for each in filter(None, (*config.listen, config.admin_listen)):
+        key = each.options.get("privateKey", "")
+        if key.startswith("/"):  # others are beneath the daemon's directory, which is not known here
+            yield _certificate(key, each.options.get("certKey", key), None, now, each.text)
     if config.htpasswd is not None:
         try:
             users = read_users(config.htpasswd)
@@ -48,10 +53,13 @@ def look_at_files(config: Config, now: float) -> Iterator[Finding]:
                 "passwords", f"PROXY_HTPASSWD={config.htpasswd}: {problem}", "see that the daemon's user can read it"
             )
         else:
-            yield ok("passwords", f"{config.htpasswd} has {len(users.hashes)} names")
+            yield ok("passwords", f"{config.htpasswd} has {counted(len(users.hashes), 'name')}")
 
 
-def _certificate(key: str, certificate: str, authorities: str | None, now: float) -> Finding:
+def _certificate(key: str, certificate: str, authorities: str | None, now: float, endpoint: str = "") -> Finding:
+    """
+    Judge key and certificate of the settings, or of an endpoint string.
+    """
     check = "certificate"
     try:
         Certificate(key, certificate, authorities)
@@ -59,12 +67,14 @@ def _certificate(key: str, certificate: str, authorities: str | None, now: float
             shown = describe(x509.load_pem_x509_certificate(file.read()))
     except CertificateError as problem:
         named = {"key": f"PROXY_SSL_KEY={key}", "authorities": f"PROXY_CLIENT_CA={authorities}"}
-        where = named.get(problem.what, f"PROXY_SSL_CERTIFICATE={certificate}")
+        where = endpoint or named.get(problem.what, f"PROXY_SSL_CERTIFICATE={certificate}")
         return failed(
             check, f"{where}: {problem.why}", "give PEM files that belong together, and that the daemon's user can read"
         )
-    except (OSError, ValueError) as problem:
-        return failed(check, f"{certificate}: {problem}", "give a PEM certificate")
+    except OSError as problem:
+        return failed(check, f"{certificate} can't be read: {problem.strerror}", "give a PEM certificate")
+    except ValueError:
+        return failed(check, f"{certificate} holds no certificate that can be read", "give a PEM certificate")
     days = (shown.until - now) / 86400
     names = ", ".join(shown.names[:4]) or "no names"
     if days < 0:
@@ -85,11 +95,10 @@ def judge_files(most: int, config: Config) -> Finding:
     wanted = clients * FILES_OF_A_CLIENT + OWN_FILES
     said = f"{most} for a process started from here"
     if not clients or wanted <= most:
-        return ok(
-            check, f"{said}; {clients or 'no limit of'} clients of a process may need {wanted if clients else 'more'}"
-        )
+        allowed = counted(clients, "client") if clients else "no limit of clients"
+        return ok(check, f"{said}; {allowed} of a process may need {wanted if clients else 'more'}")
     return warning(
         check,
-        f"{said}; {clients} clients may need {wanted}",
+        f"{said}; {counted(clients, 'client')} may need {wanted}",
         "raise it: LimitNOFILE= in the unit, --ulimit nofile= for docker; or lower PROXY_CONNECTIONS",
     )

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import base64
 import json
-import socket
 import ssl
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from http.client import HTTPConnection, HTTPResponse
 from typing import Final, Self
 from urllib.parse import urlsplit
 
-from ecrproxy.healthcheck import PROXY_LINE, Place
+from ecrproxy.healthcheck import Place, connect
 
 SECONDS: Final = 60.0
 """How long the daemon may be silent: longer than it waits for ECR, or for a bucket."""
@@ -65,7 +64,7 @@ class Door:
         Ask. Nothing is kept for the next question, so that a daemon may be restarted meanwhile.
         """
         connection = HTTPConnection(self.name)
-        connection.sock = self._connect()
+        connection.sock = connect(self.place, self.context, urlsplit(f"//{self.name}").hostname or "", SECONDS)
         try:
             connection.request(method, path, headers={**headers, **self._authorization(), "Connection": "close"})
             response: HTTPResponse = connection.getresponse()
@@ -84,23 +83,6 @@ class Door:
         if self.login is None:
             return {}
         return {"Authorization": "Basic " + base64.b64encode(":".join(self.login).encode()).decode()}
-
-    def _connect(self) -> socket.socket:
-        if isinstance(self.place.address, str):
-            connected = socket.socket(socket.AF_UNIX)
-            connected.settimeout(SECONDS)
-            connected.connect(self.place.address)
-        else:
-            connected = socket.create_connection(self.place.address, SECONDS)
-        try:
-            if self.place.behind_proxy:
-                connected.sendall(PROXY_LINE)
-            if self.context is None:
-                return connected
-            return self.context.wrap_socket(connected, server_hostname=urlsplit(f"//{self.name}").hostname)
-        except BaseException:
-            connected.close()
-            raise
 
 
 def place_of(url: str) -> tuple[Place, str]:

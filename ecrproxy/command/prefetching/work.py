@@ -23,7 +23,7 @@ from ecrproxy.command.prefetching.images import ForeignImageError, Image, listed
 from ecrproxy.command.prefetching.platforms import Platform
 from ecrproxy.command.prefetching.pulling import Hands, Plan, Puller, PullError
 from ecrproxy.command.subcommand import FINE, MISUSED, WRONG, Call, CommandError
-from ecrproxy.command.terminal import Progress, Terminal, size_in_words
+from ecrproxy.command.terminal import Progress, Terminal, counted, size_in_words
 from ecrproxy.healthcheck import place_from
 from ecrproxy.oci import Route
 
@@ -117,7 +117,7 @@ def _as_variables(settings: Any) -> dict[str, str]:  # noqa: ANN401
     Write the settings as L{healthcheck} reads them.
     """
     return {
-        "PROXY_LISTEN": " ".join(settings["listen"]),
+        "PROXY_LISTEN": " ".join(map(str, settings["listen"])),
         "PROXY_PORT": str(settings["port"]),
         "PROXY_SSL_KEY": settings["ssl_certificate"] or "",
     }
@@ -274,6 +274,6 @@ def _report(works: Sequence[Work], terminal: Terminal, sizes: str) -> None:
     Say what came of it all, for people.
     """
     failed = [work for work in works if work.problem]
-    terminal.print(f"{len(works)} images, {len(failed)} failed; {sizes}")
+    terminal.print(f"{counted(len(works), 'image')}, {len(failed)} failed; {sizes}")
     for each in failed:
         terminal.print(f"failed: {each.image.name}: {each.problem}")
