@@ -205,6 +205,8 @@ class Index:
         try:
             rows = Rows(root / name)
             draft.write_text(f"{name}\n", "ascii")
+            for each in (*files, draft):
+                give(each, root)
             draft.rename(root / POINTER)
         except BaseException:
             for each in (*files, draft):
@@ -503,11 +505,13 @@ class Index:
         """
         return self._each(Rows.entries)
 
-    def forget_absent(self, before: float) -> None:
+    def forget_absent(self, before: float) -> Iterator[None]:
         """
-        Drop entries that ECR confirmed last before this moment, and whose content is not there.
+        Drop entries that ECR confirmed last before this moment, and whose content is not there; in short steps.
+
+        @raise OSError: if the index can't be read or written.
         """
-        self._change(lambda rows: rows.forget_absent(before))
+        return self._each(lambda rows: rows.forget_absent(before))
 
     # The operator
 
@@ -537,6 +541,16 @@ def status_of(path: Path) -> os.stat_result | None:
         return path.lstat()
     except OSError:
         return None
+
+
+def give(path: Path, root: Path) -> None:
+    """
+    Give a file that root has made to the owner of the cache directory, so that root's commands lock no daemon out.
+    """
+    if os.geteuid() == 0:
+        with contextlib.suppress(OSError):
+            owner = root.stat()
+            os.chown(path, owner.st_uid, owner.st_gid)
 
 
 def is_gone(path: Path) -> bool:
@@ -571,6 +585,7 @@ def locked(path: Path) -> Iterator[None]:
     @raise OSError: if locks do not work there, or another process holds it for seconds.
     """
     fd, other = (os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600) for _ in range(2))
+    give(path, path.parent)
     try:
         for _ in range(_LOCK_TRIES):
             with contextlib.suppress(BlockingIOError):

@@ -44,10 +44,14 @@ class Purges(Service):
         super().startService()
         self._loop.start(LOOK_SECONDS).addErrback(lambda failure: log.failure("Looking for purges", failure))
 
-    def stopService(self) -> None:  # noqa: D102
+    def stopService(self) -> Deferred[None]:
+        """
+        Stop, once what was gathered is written.
+        """
         super().stopService()
         if self._loop.running:
             self._loop.stop()
+        return self._turn()
 
     def _turn(self) -> Deferred[None]:
         turn = self._in_thread(self._index.settle).addCallback(self._learn)

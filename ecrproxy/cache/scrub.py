@@ -63,7 +63,7 @@ def scrub(store: Store, tidy: Callable[[], None]) -> Iterator[None]:
             for count in _compare(store, algorithm, folder, tidy):
                 adopted += count
                 yield
-    store.index.forget_absent(store.now() - ABSENT_SECONDS)
+    yield from store.index.forget_absent(store.now() - ABSENT_SECONDS)
     if adopted:
         log.info("Adopted {count} files of content that the cache's index did not know", count=adopted)
 
