@@ -337,7 +337,6 @@ class UnusableTests(LossTestCase):
 WRITER = """
     import sys, time
     from pathlib import Path
-from typing import Any
     from ecrproxy.cache.store import Store
     from ecrproxy.cache.ingest import new_name
     from ecrproxy.cache.janitor import Janitor
