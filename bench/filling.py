@@ -10,7 +10,9 @@ import time
 from pathlib import Path
 
 from bench.ground import Ground, say
-from ecrproxy.cache.entries import Confirmed, Entry, entry_name
+from ecrproxy.cache.entries import Confirmed, Entry, EntryKey
+from ecrproxy.cache.scrub import scrub
+from ecrproxy.cache.sqlite import on_disk
 from ecrproxy.cache.store import Store
 from ecrproxy.identity import RegistryId
 from ecrproxy.oci import BLOB_TYPE, Descriptor, Digest, parse_route
@@ -26,31 +28,36 @@ def make_cache(root: Path, count: int, each: int) -> None:
     store = Store(root, time.time)
     store.prepare()
     before, registry = time.time() - AGE, RegistryId.of_host("filler.test")
+    entries = []
     for number in range(count):
         digest = Digest("sha256", hashlib.sha256(f"{number}".encode()).hexdigest())
         route = parse_route(f"/v2/filler/app{number % 100}/blobs/{digest}")
         known = Confirmed(Descriptor(BLOB_TYPE, digest, each), before)
-        entry = Entry.of(registry, route, {frozenset(): known})
-        store.save(entry_name(registry, route.path, route), entry)
+        entries.append((EntryKey.of(registry, route), Entry({frozenset(): known})))
         path = root / store.content_path(digest)
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as file:
             file.truncate(each)
         os.utime(path, (before, before))
-        if number % 20000 == 19999:
+        if number % 20000 == 19999 or number + 1 == count:
+            store.save(*entries)
+            entries.clear()
             say(f"made {number + 1} of {count} entries")
+    for _ in scrub(store, lambda: None):
+        pass
+    store.index.close()
 
 
 def bytes_in(root: Path) -> int:
     """
-    Tell how many bytes the files of a cache directory have.
+    Tell how many bytes the cache reckons its files at.
     """
-    return sum(
-        os.lstat(os.path.join(folder, name)).st_size  # noqa: PTH118 (a Path each would take its time)
-        for top in ("content", "entries")
-        for folder, _, names in os.walk(root / top)
+    content = sum(
+        on_disk(os.lstat(os.path.join(folder, name)).st_size)  # noqa: PTH118 (a Path each would take its time)
+        for folder, _, names in os.walk(root / "content")
         for name in names
     )
+    return content + sum(path.stat().st_blocks * 512 for path in root.glob("index-*"))
 
 
 def layers(ground: Ground) -> list[str]:

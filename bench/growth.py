@@ -2,8 +2,8 @@
 The daemon over a large cache, against the same over an empty one: C{python -m bench.growth}.
 
 The large cache has an entry and a sparse content file for each name, made as the store makes them. Everything is
-seen from outside: when the first answer comes, how long answers take while the daemon counts its cache, how fast
-hits are, and how long a pull takes that must evict others to fit. The file system's own caches are warm.
+seen from outside: when the first answer comes, how long answers take while the daemon compares its cache with the
+index, how fast hits are, and how long a pull takes that must evict others to fit. The file system's caches are warm.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def connected(port: int) -> Callable[[], bool]:
 
 def start(ground: Ground, upstream: Upstream, who: str, cache: Path, watch: float, figures: Figures) -> None:
     """
-    Start the daemon and watch it from the first moment until it has counted its cache, for a while at least.
+    Start the daemon and watch it from the first moment, for a while at least.
     """
     home, port = ground.fresh("start"), free_port()
     env = our_environment(upstream, home, cache, port, {"PROXY_CACHE_LIMIT": "1t"})
@@ -163,7 +163,6 @@ def start(ground: Ground, upstream: Upstream, who: str, cache: Path, watch: floa
         figures.add("answering", who, time.monotonic() - began)
         with Probe(port) as probe:
             until = time.monotonic() + watch
-            # Kept: so its room is reserved, so the cache was counted.
             wait_until(answered(port, manifest(ground.shelf.manifest)), process, output)
             figures.add("first miss", who, time.monotonic() - began)
             time.sleep(max(0.5, until - time.monotonic()))
@@ -175,11 +174,11 @@ def start(ground: Ground, upstream: Upstream, who: str, cache: Path, watch: floa
 
 def hits(ground: Ground, upstream: Upstream, who: str, cache: Path, figures: Figures, seconds: int) -> None:
     """
-    Measure hits, once the cache was counted.
+    Measure hits.
     """
     forget_layers(ground, cache)
     with served(OURS, ground, upstream, cache=cache, settings={"PROXY_CACHE_LIMIT": "1t"}) as one:
-        fetch(one.port, blob(ground.shelf.large))  # a miss, so its room is reserved, so the cache was counted
+        fetch(one.port, blob(ground.shelf.large))  # a miss: it is there from now on
         time.sleep(0.5)
         for name, path in (("manifest", manifest(ground.shelf.manifest)), ("blob", blob(ground.shelf.large))):
             hammer(ground, one, path, 1)
@@ -194,7 +193,7 @@ def pulls(ground: Ground, upstream: Upstream, cache: Path, limit: int) -> list[f
     Pull each layer by itself into a cache of C{limit} bytes, and tell the milliseconds of each.
     """
     with served(OURS, ground, upstream, cache=cache, settings={"PROXY_CACHE_LIMIT": str(limit)}) as one:
-        fetch(one.port, blob(ground.shelf.large))  # not there yet, or so it was: the cache is counted by now
+        fetch(one.port, blob(ground.shelf.large))
         time.sleep(0.5)
         return [1000 * fetch(one.port, blob(digest)) for digest in layers(ground)]
 
@@ -207,7 +206,7 @@ def evicting(ground: Ground, upstream: Upstream, who: str, cache: Path, figures:
     if who == EMPTY:
         figures.add("roomy", who, statistics.median(pulls(ground, upstream, cache, 2**40)))
         return
-    limit = bytes_in(cache) + 2**16
+    limit = bytes_in(cache) + 8 * 2**20  # the log of the index grows to 4 MiB
     found = pulls(ground, upstream, cache, limit)
     if bytes_in(cache) > limit:
         raise RuntimeError(f"the {who} cache has outgrown its limit")

@@ -4,7 +4,7 @@ What the cache can answer by itself, and what it is told.
 Rules:
 
 - What is named by its digest is good for as long as it is there. A repository may have it when ECR said so: to a
-  request with the same cache key (its I{entry}), or by a manifest of the repository that lists it (a I{fact}).
+  request with the same cache key, or by a manifest of the repository that lists it (a I{fact}).
   Both are about one registry, one repository, and one kind: a layer that a repository holds is no manifest of it.
 - Nothing is read before it is known that the repository may have it.
 - Small content is verified each time it is read from the disk, and held in memory then. Larger content is verified
@@ -16,11 +16,11 @@ Rules:
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
-from typing import Any, Final, Protocol, TypeVar
+from typing import Final, Protocol, TypeVar
 
 from twisted.internet.defer import Deferred, DeferredSemaphore
 from twisted.logger import Logger
@@ -29,10 +29,11 @@ from ecrproxy.answers import ANY, Answer, Asked, CacheStatus, manifest_answer
 from ecrproxy.cache.arriving import Left, Met
 from ecrproxy.cache.claim import Claim
 from ecrproxy.cache.content import Content, DigestMismatchError, UnreadError
-from ecrproxy.cache.entries import Confirmed, Entry, entry_name, occupied
+from ecrproxy.cache.entries import Confirmed, Entry, EntryKey
+from ecrproxy.cache.index import News
 from ecrproxy.cache.memory import Memory
 from ecrproxy.cache.peer import PeerTransfer
-from ecrproxy.cache.record import room_for
+from ecrproxy.cache.record import Reservation, room_for
 from ecrproxy.cache.store import Store
 from ecrproxy.cache.verification import Verification
 from ecrproxy.cache.writer import Writer
@@ -46,10 +47,11 @@ from ecrproxy.threads import Disk, on_its_own, undone_if_late
 log = Logger()
 T = TypeVar("T")
 
+Facts = Sequence[tuple[EntryKey, Entry]]
 FACTS: Final = 1000
 """The most facts that one manifest gives, itself included. ECR confirms the rest when it is asked for."""
 _UNWRITTEN_SECONDS = 60
-"""How long an unchanged tag's confirmation, a use, or that a manifest gave facts again, is in memory alone."""
+"""How long an unchanged tag's confirmation, or that a manifest gave facts again, is in memory alone."""
 _BODIES_BYTES = 32 * 2**20
 _ENTRIES_BYTES = 8 * 2**20
 """Bytes of memory for manifests, for small blobs, and for entries."""
@@ -84,14 +86,9 @@ class Room(Protocol):
         Return True if there is room for C{size} bytes without evicting anything.
         """
 
-    async def reserve(self, size: int) -> bool:
+    async def reserve(self, what: Reservation, size: int) -> bool:
         """
-        Make room for C{size} bytes, if it can be had; release it when they are files, or won't be.
-        """
-
-    def release(self, size: int) -> None:
-        """
-        Give back what was reserved.
+        Make room for C{size} bytes that will arrive, if it can be had; it is released with that file.
         """
 
 
@@ -112,13 +109,12 @@ class Cache:
         self._documents: Memory[Digest, Document] = Memory(_BODIES_BYTES)
         self._own_types: Memory[Digest, Document] = Memory(_OWN_TYPES_BYTES)
         self._locks = KeyedLocks()
-        self._orders: Memory[str, Order] = Memory(_ORDERS_BYTES)
-        self._entries: Memory[str, Entry] = Memory(_ENTRIES_BYTES)
-        self._touched: Memory[str, float] = Memory(_ENTRIES_BYTES)
+        self._orders: Memory[EntryKey, Order] = Memory(_ORDERS_BYTES)
+        self._entries: Memory[EntryKey, Entry] = Memory(_ENTRIES_BYTES)
         self._learnt: Memory[tuple[str, Descriptor], float] = Memory(_LEARNT_BYTES)
-        self._only_heads: Memory[tuple[str, frozenset[str]], bool] = Memory(_ONLY_HEADS_BYTES)
+        self._only_heads: Memory[tuple[EntryKey, frozenset[str]], bool] = Memory(_ONLY_HEADS_BYTES)
         self._verifications: dict[tuple[Digest, int], Verification] = {}
-        self._unwritten: dict[str, Entry] = {}
+        self._unwritten: dict[EntryKey, Entry] = {}
         self._storing = 0
         self._hashing = DeferredSemaphore(VERIFICATIONS)
         self._looks: Flights[tuple[Descriptor, Document] | Reason] = Flights()
@@ -133,40 +129,27 @@ class Cache:
         body = self._blobs.get(asked.digest) if document is None else document.body
         if body is None or (is_manifest and document is None):
             return None
-        name = self._name(asked)
-        known = self._known(asked, name, self._entry_at_hand)[0]
+        known = self._known(asked, self._entry_at_hand)[0]
         if known is None or (document is not None and not _fits(document, known)):
             return None
-        self._used(name, self._touch, asked)
+        self.store.index.use(asked.digest)
         media_type = known.media_type if is_manifest else BLOB_TYPE
         return Answer(CacheStatus.HIT, Reason.CACHED, media_type, asked.digest, len(body), None if asked.head else body)
 
-    def _touch(self, asked: Asked) -> None:
-        self._known(asked, self._name(asked), self._entry_on_disk)
-        self._read(asked.digest)
+    def _key(self, asked: Asked) -> EntryKey:
+        return EntryKey.of(self._registry, asked.route, asked.key)
 
-    def _name(self, asked: Asked) -> str:
-        return entry_name(self._registry, asked.key, asked.route)
-
-    def _fact_name(self, route: Route) -> str:
-        return entry_name(self._registry, "\0fact", route)
-
-    def _entry_at_hand(self, name: str, route: Route) -> Entry | None:  # noqa: ARG002 (as _entry_on_disk)
-        return self._entries.get(name) or self._unwritten.get(name)
-
-    def _entry_on_disk(self, name: str, route: Route) -> Entry | None:
-        return self.store.entry(name, self._registry, route)
-
-    def _used(self, name: str, look: Callable[..., object], *args: object) -> None:
+    def _entry_at_hand(self, key: EntryKey) -> Entry | None:
         """
-        Have C{look} note on the disk, now and then, what is used from memory, so that it isn't evicted first.
+        Recall what is known; a fact is one whatever the cache key.
         """
-        now, last = self._now(), self._touched.get(name)
-        if last is None or not 0 <= now - last < _UNWRITTEN_SECONDS:
-            self._touched.put(name, now, 400)
-            if last is not None:  # it was read just now
-                looked = self._disk.reading(look, *args)
-                looked.addErrback(lambda problem: log.warn("Can't note a use: {problem}", problem=problem.value))
+        found = self._entries.get(key) or self._unwritten.get(key)
+        if found is None and key.variant and not key.is_tag:
+            key = key._replace(variant="")
+            found = self._entries.get(key) or self._unwritten.get(key)
+            known = found.answers.get(ANY) if found else None
+            return found if known is not None and known.manifest is not None else None
+        return found
 
     async def look_up(self, asked: Asked) -> tuple[Descriptor | None, Content | None, Reason]:
         """
@@ -174,7 +157,7 @@ class Cache:
 
         @return: what is known, what is there, and why it isn't, if it isn't.
         """
-        known, missing = self._known(asked, self._name(asked), lambda name, _: self._unwritten.get(name))
+        known, missing = self._known(asked, self._entry_at_hand)
         try:
             known, content, missing = await self._disk.reading(self._look_up, asked, known, missing)
         except OSError:
@@ -187,7 +170,7 @@ class Cache:
         self, asked: Asked, known: Descriptor | None, missing: Reason
     ) -> tuple[Descriptor | None, Content | None, Reason]:
         if known is None:
-            known, missing = self._known(asked, self._name(asked), self._entry_on_disk)
+            known, missing = self._known(asked, self.store.entry)
         return known, self.store.open(asked.digest), missing
 
     async def _if_right(self, content: Content) -> Content | None:
@@ -225,14 +208,12 @@ class Cache:
             return await self._disk.reading(self.store.has, digest)
         return False
 
-    def _known(
-        self, asked: Asked, name: str, look: Callable[[str, Route], Entry | None]
-    ) -> tuple[Descriptor | None, Reason]:
-        # The fact is named only when the entry says nothing: naming is a hash, and hits from memory are many.
-        known = _said(asked, look(name, asked.route))
-        if known is not None:
-            return known, Reason.NOT_KEPT
-        return _said(asked, look(self._fact_name(asked.route), asked.route)), Reason.FIRST_USE
+    def _known(self, asked: Asked, look: Callable[[EntryKey], Entry | None]) -> tuple[Descriptor | None, Reason]:
+        entry = look(self._key(asked))
+        known = entry.answers.get(ANY) if entry else None
+        if known is None:
+            return None, Reason.FIRST_USE
+        return known.descriptor, Reason.NOT_KEPT if known.manifest is None else Reason.FIRST_USE
 
     async def look_up_manifest(self, asked: Asked) -> tuple[Descriptor, Document] | Reason:
         """
@@ -245,12 +226,12 @@ class Cache:
             return await self._disk.reading(self._look_up_manifest, asked, self._own_types.get(asked.digest))
 
         try:
-            return await self._looks.join((self._name(asked), asked.accept), look)
+            return await self._looks.join((self._key(asked), asked.accept), look)
         except OSError:
             return Reason.DISK
 
     def _look_up_manifest(self, asked: Asked, parsed: Document | None) -> tuple[Descriptor, Document] | Reason:
-        known, missing = self._known(asked, self._name(asked), self._entry_on_disk)
+        known, missing = self._known(asked, self.store.entry)
         document = self._read_document(asked.digest, parsed) if known is not None else None
         if known is None or document is None:
             return missing
@@ -263,7 +244,7 @@ class Cache:
         """
         document = self._documents.get(digest)
         if document is not None:
-            self._used(str(digest), self._read, digest)
+            self.store.index.use(digest)
             return document
 
         async def read() -> Document | None:
@@ -326,29 +307,27 @@ class Cache:
         """
         Recall or read what is known of a tag; an empty entry if nothing is.
         """
-        name = self._name(asked)
-        entry = self._entries.get(name)
-        if entry is not None:
-            self._used(name, self._entry_on_disk, name, asked.route)
-            return entry
-        with contextlib.suppress(OSError):
-            entry = await self._disk.reading(self._entry_on_disk, name, asked.route)
-        return entry or Entry.of(self._registry, asked.route)
+        key = self._key(asked)
+        entry = self._entries.get(key)
+        if entry is None:
+            with contextlib.suppress(OSError):
+                entry = await self._disk.reading(self.store.entry, key)
+        return entry or Entry()
 
     def note(self, asked: Asked, known: Descriptor) -> None:
         """
         Hold in memory what an entry or a fact on the disk said.
         """
-        self._hold_entry(self._name(asked), self._entry_of(asked.route, known))
+        self._hold_entry(self._key(asked), self._entry_of(known))
 
-    def _entry_of(self, route: Route, descriptor: Descriptor) -> Entry:
-        return Entry.of(self._registry, route, {ANY: Confirmed(descriptor, self._now())})
+    def _entry_of(self, descriptor: Descriptor, manifest: Digest | None = None) -> Entry:
+        return Entry({ANY: Confirmed(descriptor, self._now(), manifest)})
 
     def why_missing(self, asked: Asked, reason: Reason) -> Reason:
         """
         Return C{FIRST_USE} in place of C{NOT_KEPT} for what only HEADs have asked for: nothing was fetched for them.
         """
-        key = self._name(asked), asked.accept if asked.route.digest is None else ANY
+        key = self._key(asked), asked.accept if asked.route.digest is None else ANY
         if reason is Reason.NOT_KEPT and self._only_heads.get(key):
             reason = Reason.FIRST_USE
         if asked.head and reason is Reason.FIRST_USE:
@@ -356,12 +335,6 @@ class Cache:
         else:
             self._only_heads.drop(key)
         return reason
-
-    def release(self, size: int) -> None:
-        """
-        Give back room that a writer had.
-        """
-        self._room.release(size)
 
     def remember(self, asked: Asked, descriptor: Descriptor) -> None:
         """
@@ -385,8 +358,8 @@ class Cache:
         else:
             self._blobs.put(digest, small, len(small) + 400)
 
-    def _hold_entry(self, name: str, entry: Entry) -> None:
-        self._entries.put(name, entry, entry.weight)
+    def _hold_entry(self, key: EntryKey, entry: Entry) -> None:
+        self._entries.put(key, entry, entry.weight)
 
     async def from_file(self, answer: Answer) -> Answer:
         """
@@ -506,13 +479,13 @@ class Cache:
             return Reason.SIZE_UNKNOWN
         try:
             resume = partial(self._claimed, claim, self.store.arriving.resume, digest, size)
-            writer = await undone_if_late(self._disk.writing, resume, self._left_again)
+            writer = await undone_if_late(self._disk.writing, resume, _leave)
         except OSError:
             return Reason.DISK
         if writer is not None:
             return writer
         try:
-            refused = await self._make_room(room_for(size), begun)
+            refused = await self._make_room(claim.reservation, room_for(size), begun)
         except BaseException:
             self.unclaim(claim)
             raise
@@ -523,7 +496,7 @@ class Cache:
             begin = partial(self._claimed, claim, self.store.writer, digest, size)
             return await undone_if_late(self._disk.writing, begin, Writer.discard)
         except BaseException as problem:
-            self._room.release(room_for(size))
+            on_its_own(self._release(claim.reservation))
             if not isinstance(problem, OSError):  # those the store has told
                 raise
             return Reason.DISK
@@ -545,23 +518,30 @@ class Cache:
         @raise OSError: if the disk fails.
         """
         take_over = partial(self.store.arriving.take_over, peer, digest)
-        return await undone_if_late(self._disk.writing, take_over, self._left_again)
+        return await undone_if_late(self._disk.writing, take_over, _leave)
 
-    def _left_again(self, writer: Writer | None) -> None:
-        if writer is not None:
-            writer.leave()
-            self._room.release(writer.room)
-
-    async def _make_room(self, size: int, begun: Callable[[], Awaitable[bool]] | None) -> Reason | None:
+    async def _make_room(
+        self, what: Reservation, size: int, begun: Callable[[], Awaitable[bool]] | None
+    ) -> Reason | None:
         if size > self._room.limit:
             return Reason.TOO_LARGE
         if begun is not None and not self._room.fits(size) and not await begun():
             return Reason.NO_ROOM
-        return None if await self._has_room(size) else Reason.NO_ROOM
+        return None if await self._has_room(what, size) else Reason.NO_ROOM
 
-    async def _has_room(self, size: int) -> bool:
+    async def _release(self, what: Reservation) -> None:
+        """
+        Give back room for a file that does not come.
+        """
+        with contextlib.suppress(OSError):
+            await self._disk.closing(self.store.index.drop, [], [what])
+
+    async def _has_room(self, what: Reservation, size: int) -> bool:
         try:
-            return await self._room.reserve(size)
+            return await self._room.reserve(what, size)
+        except OSError as problem:
+            log.debug("No room: {problem}", problem=str(problem))
+            return False
         except Exception:  # noqa: BLE001 (whatever the janitor's trouble, a pull goes on without it)
             log.failure("Making room in the cache")
             return False
@@ -575,12 +555,12 @@ class Cache:
             on_its_own(self._keep(route, descriptor, document))
 
     async def _keep(self, route: Route, descriptor: Descriptor, document: Document) -> None:
-        facts: Sequence[tuple[str, Entry]] = ()
+        facts: Facts = ()
         self._storing += _weight(document)
         try:
             facts = await self._learned(route.repository, descriptor, document)
             if await self._stored(descriptor, document.body) and self._may_learn(route.repository, descriptor):
-                await self._save_all(facts)
+                await self._save(facts)
         finally:
             self._storing -= _weight(document)
             self._forget_unwritten(facts)
@@ -605,15 +585,13 @@ class Cache:
         except OSError as problem:
             log.info("Not kept: {digest}: {problem}", digest=writer.digest, problem=problem)
             return False
-        finally:
-            self._room.release(writer.room)
         return True
 
     async def _remember(self, asked: Asked, descriptor: Descriptor) -> None:
         """
         Note that ECR said that the repository holds what was asked for by its digest.
         """
-        await self._save(self._name(asked), self._entry_of(asked.route, descriptor))
+        await self._save([(self._key(asked), self._entry_of(descriptor))])
 
     def holds(self, asked: Asked, size: int | None) -> None:
         """
@@ -630,7 +608,7 @@ class Cache:
         """
         await self._remember(asked, descriptor)
         if self._may_learn(asked.route.repository, descriptor):
-            await self._save_all(await self._learned(asked.route.repository, descriptor, document))
+            await self._save(await self._learned(asked.route.repository, descriptor, document))
 
     async def record(self, asked: Asked, question: int, descriptor: Descriptor, document: Document | None) -> None:
         """
@@ -639,34 +617,34 @@ class Cache:
         @param question: the number of the question; an answer to an earlier one than was answered last is outdated.
         @param document: the manifest, where the cache had it already: what it lists is the repository's too.
         """
-        name = self._name(asked)
-        known, entry = await self._locks.run(name, partial(self._record, name, asked, question, descriptor))
+        key = self._key(asked)
+        known, entry = await self._locks.run(key, partial(self._record, key, asked, question, descriptor))
         if entry is None:
             return
         changed = known is None or known.descriptor != descriptor
-        facts: Sequence[tuple[str, Entry]] = ()
+        facts: Facts = ()
         if changed and document is not None and self._may_learn(asked.route.repository, descriptor):
             facts = await self._learned(asked.route.repository, descriptor, document)
         if changed or known is None or not 0 <= self._now() - known.when < _UNWRITTEN_SECONDS:
-            await self._in_room(entry, partial(self._locks.run, name, partial(self._write_latest, name)))
-        await self._save_all(facts)
+            await self._locks.run(key, partial(self._write_latest, key))
+        await self._save(facts)
 
     async def _record(
-        self, name: str, asked: Asked, question: int, descriptor: Descriptor
+        self, key: EntryKey, asked: Asked, question: int, descriptor: Descriptor
     ) -> tuple[Confirmed | None, Entry | None]:
         """
         Give what was known, and the entry as it is now; none if the answer is outdated.
         """
         before = await self.entry(asked)
-        if not self._order(name).answer(asked.accept, descriptor.media_type, question):
+        if not self._order(key).answer(asked.accept, descriptor.media_type, question):
             return None, None
         entry = before.with_answer(asked.accept, Confirmed(descriptor, self._now()))
-        self._hold_entry(name, entry)
+        self._hold_entry(key, entry)
         return before.answers.get(asked.accept), entry
 
-    def _order(self, name: str) -> Order:
-        order = self._orders.get(name) or Order()
-        self._orders.put(name, order, _ORDER_BYTES)
+    def _order(self, key: EntryKey) -> Order:
+        order = self._orders.get(key) or Order()
+        self._orders.put(key, order, _ORDER_BYTES)
         return order
 
     async def forget(self, asked: Asked, question: int) -> None:
@@ -677,22 +655,22 @@ class Cache:
 
         @param question: the number of the question; what was answered to later ones stays.
         """
-        name = self._name(asked)
-        await self._locks.run(name, partial(self._forget, name, asked, question))
+        key = self._key(asked)
+        await self._locks.run(key, partial(self._forget, key, asked, question))
 
-    async def _forget(self, name: str, asked: Asked, question: int) -> None:
-        entry, order = await self.entry(asked), self._order(name)
+    async def _forget(self, key: EntryKey, asked: Asked, question: int) -> None:
+        entry, order = await self.entry(asked), self._order(key)
         types = {accept: known.descriptor.media_type for accept, known in entry.answers.items()}
         left = order.forget(asked.accept, question, types)
         if types and left == types.keys():
             return
         if left:
-            self._hold_entry(name, replace(entry, answers={accept: entry.answers[accept] for accept in left}))
-            await self._write_latest(name)
+            self._hold_entry(key, replace(entry, answers={accept: entry.answers[accept] for accept in left}))
+            await self._write_latest(key)
         else:
-            self._entries.drop(name)
+            self._entries.drop(key)
             with contextlib.suppress(OSError):
-                await self._disk.writing(self.store.forget, name)
+                await self._disk.writing(self.store.index.forget, key)
 
     def _may_learn(self, repository: str, descriptor: Descriptor) -> bool:
         """
@@ -707,67 +685,60 @@ class Cache:
         self._learnt.put(manifest, now, 700)
         return True
 
-    async def _learned(
-        self, repository: str, descriptor: Descriptor, document: Document
-    ) -> Sequence[tuple[str, Entry]]:
+    async def _learned(self, repository: str, descriptor: Descriptor, document: Document) -> Facts:
         """
         Note in memory as facts that the repository holds a manifest, and what it lists; they are yet to be saved.
         """
         lists = await self.parse(document.body, partial(_listed, media_type=descriptor.media_type))
         facts = []
         for kind, each in [(Kind.MANIFEST, descriptor), *lists][:FACTS]:
-            route = Route(kind, repository, str(each.digest), each.digest)
-            facts.append((self._fact_name(route), self._entry_of(route, each)))
+            key = EntryKey(self._registry, kind, repository, str(each.digest))
+            facts.append((key, self._entry_of(each, descriptor.digest)))
         self._unwritten.update(facts)
         return facts
 
-    async def _save_all(self, facts: Sequence[tuple[str, Entry]]) -> None:
+    def _forget_unwritten(self, facts: Facts) -> None:
+        for key, entry in facts:
+            if self._unwritten.get(key) is entry:
+                del self._unwritten[key]
+
+    def forget_purged(self, news: News) -> None:
+        """
+        Forget what is held in memory of what was purged.
+        """
+        if news.everything:
+            for memory in (self._blobs, self._documents, self._entries, self._unwritten):
+                memory.clear()
+        for each in news.purged:
+            if isinstance(each, Digest):
+                self._blobs.drop(each)
+                self._documents.drop(each)
+            else:
+                self._entries.drop(each)
+                self._unwritten.pop(each, None)
+        self._learnt.clear()
+
+    async def _save(self, entries: Facts) -> None:
+        """
+        Note entries on the disk and in memory.
+        """
         try:
-            for name, entry in facts:
-                await self._save(name, entry)
-        finally:
-            self._forget_unwritten(facts)
-
-    def _forget_unwritten(self, facts: Sequence[tuple[str, Entry]]) -> None:
-        for name, entry in facts:
-            if self._unwritten.get(name) is entry:
-                del self._unwritten[name]
-
-    def forget_all(self) -> None:
-        """
-        Forget what is held in memory: the directory has less than it had.
-        """
-        for memory in (self._blobs, self._documents, self._entries, self._touched, self._learnt, self._unwritten):
-            memory.clear()
-
-    async def _save(self, name: str, entry: Entry) -> None:
-        await self._in_room(entry, partial(self._write, name, entry))
-
-    async def _in_room(self, entry: Entry, write: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """
-        Call C{write} once there is room on the disk for an entry such as this one; not at all if there is none.
-        """
-        room = occupied(len(entry.to_json()))
-        if await self._has_room(room):
-            try:
-                await write()
-            finally:
-                self._room.release(room)
-
-    async def _write(self, name: str, entry: Entry) -> None:
-        try:
-            await self._disk.writing(self.store.save, name, entry)
-            self._hold_entry(name, entry)
+            if entries:
+                await self._disk.writing(self.store.save, *entries)
+            for key, entry in entries:
+                self._hold_entry(key, entry)
         except OSError as problem:
             log.debug("Not noted on the disk: {problem}", problem=problem)
+        finally:
+            self._forget_unwritten(entries)
 
-    async def _write_latest(self, name: str) -> None:
+    async def _write_latest(self, key: EntryKey) -> None:
         """
         Write what is known by now: a late write brings back nothing that was forgotten or purged meanwhile.
         """
-        entry = self._entries.get(name)
+        entry = self._entries.get(key)
         if entry is not None:
-            await self._write(name, entry)
+            await self._save([(key, entry)])
 
 
 def _weight(document: Document) -> int:
@@ -793,12 +764,9 @@ def _listed(body: bytes, media_type: str) -> Sequence[tuple[Kind, Descriptor]]:
     return list(islice(known, FACTS))
 
 
-def _said(asked: Asked, entry: Entry | None) -> Descriptor | None:
-    """
-    Tell what an entry says of the digest that was asked for.
-    """
-    confirmed = entry.answers.get(ANY) if entry else None
-    return confirmed.descriptor if confirmed is not None and confirmed.descriptor.digest == asked.digest else None
+def _leave(writer: Writer | None) -> None:
+    if writer is not None:
+        writer.leave()
 
 
 def _write(writer: Writer, body: bytes) -> None:

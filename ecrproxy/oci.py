@@ -58,7 +58,7 @@ _NAME = re.compile(rf"{_COMPONENT}(?:/{_COMPONENT})*")
 _NAME_LENGTH = 255
 _REMEMBERED_LENGTH = 512
 _TAG = re.compile(r"[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}")
-_HEX_LENGTHS = {"sha256": 64, "sha512": 128}
+HEX_LENGTHS = {"sha256": 64, "sha512": 128}
 _HEX = re.compile(r"[a-f0-9]+")
 _QUERY = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+,;=:@/?-]|%[0-9A-Fa-f]{2})*")
 _PARAMETER = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
@@ -114,7 +114,7 @@ class Digest:
         @raise ValueError: if it is not a digest of an algorithm that the proxy can verify.
         """
         algorithm, colon, digits = text.partition(":")
-        if not colon or len(digits) != _HEX_LENGTHS.get(algorithm) or not _HEX.fullmatch(digits):
+        if not colon or len(digits) != HEX_LENGTHS.get(algorithm) or not _HEX.fullmatch(digits):
             raise ValueError(f"not a sha256 or sha512 digest: {text[:150]!r}")
         return cls(algorithm, digits)
 

@@ -362,13 +362,12 @@ class PullThrough:
         """
         Follow another process's transfer to its end, and finish it if the other does not.
         """
-        taken: list[Writer] = []
         try:
-            await download.to_the_end(self._follow_on(download, peer, route, taken))
+            await download.to_the_end(self._follow_on(download, peer, route))
         finally:
-            self._ended(download, sum(each.room for each in taken))
+            self._ended(download)
 
-    async def _follow_on(self, download: Download, peer: PeerTransfer, route: Route, taken: list[Writer]) -> None:
+    async def _follow_on(self, download: Download, peer: PeerTransfer, route: Route) -> None:
         digest, step = download.digest, await download.watch()
         while step is Step.TAKE_OVER:
             try:
@@ -377,7 +376,6 @@ class PullThrough:
                 step = Step.GO_ALONE
                 break
             if writer is not None:
-                taken.append(writer)
                 await self._finish_for(download, writer, route)
                 return
             await self._pause()  # another process was quicker
@@ -491,23 +489,22 @@ class PullThrough:
         download.split_off = partial(self._run_apart, blob)
         if shared:
             self._arriving[digest] = download
-        on_its_own(self._run(download, blob, lanes, writer.room if writer is not None else 0, shared=shared))
+        on_its_own(self._run(download, blob, lanes, shared=shared))
         self._unattended.settle(download)
         return download
 
     def _run_apart(self, blob: Blob, download: Download) -> None:
         download.split_off = partial(self._run_apart, blob)
-        on_its_own(self._run(download, blob, self._lanes.take(0), 0, shared=False))
+        on_its_own(self._run(download, blob, self._lanes.take(0), shared=False))
 
-    async def _run(self, download: Download, blob: Blob, lanes: int, room: int, *, shared: bool) -> None:
+    async def _run(self, download: Download, blob: Blob, lanes: int, *, shared: bool) -> None:
         try:
             await download.run(blob)
         finally:
             self._lanes.give_back(lanes)
-            self._ended(download, room, shared=shared)
+            self._ended(download, shared=shared)
 
-    def _ended(self, download: Download, room: int, *, shared: bool = True) -> None:
-        self._cache.release(room)
+    def _ended(self, download: Download, *, shared: bool = True) -> None:
         if shared:
             del self._arriving[download.digest]
             del self._carriers[download.digest]

@@ -51,8 +51,8 @@ from ecrproxy.cache.condition import Condition
 from ecrproxy.cache.inventory import Inventory
 from ecrproxy.cache.janitor import Janitor
 from ecrproxy.cache.purges import Purges
+from ecrproxy.cache.scrub import Scrub
 from ecrproxy.cache.store import Store
-from ecrproxy.cache.sweeper import Sweeper
 from ecrproxy.cache.troubles import Kind
 from ecrproxy.cached import VERIFICATIONS, Cache
 from ecrproxy.cores import usable_cores
@@ -315,6 +315,7 @@ class Serving:
     figures: Figures
     process: Process
     cache: Cache
+    purges: Purges
     judging: Threads
 
 
@@ -334,12 +335,14 @@ def _serving(
     """
     disk, threads = _disk(service.pools), service.pools.threads
     store = Store(Path(config.cache_dir), time.time)
-    counting, judging, probing = threads(1, yielding=False), threads(1), threads(1)
-    janitor = Janitor(store, config.cache_limit, disk.writing, reactor, counting.call)
+    scrubbing, judging, probing = threads(1), threads(1), threads(1)
+    janitor = Janitor(store, config.cache_limit, disk.writing, reactor)
     tokens = _tokens(config, reactor, partial(_ends, refused, warm=_begin(store, processes)))
-    figures, stall, sweeper = Figures(__version__), LoopStall(reactor), Sweeper(store, disk.closing, reactor)
+    figures, stall = Figures(__version__), LoopStall(reactor)
     upstream, asking = _upstream(config, tokens, figures, egress, reactor)
     cache = Cache(store, janitor, disk, time.time, RegistryId.of_url(config.ecr_endpoint))
+    scrub = Scrub(store, janitor.tidy, scrubbing.call, reactor)
+    purges = Purges(store.index, cache.forget_purged, disk.writing, reactor)
     pull_through = _pull_through(config, upstream, cache, disk, reactor, processes)
     connections, condition = Connections(), Condition(store, probing.call, reactor)
     readiness = partial(_readiness, tokens, asking.circuit, condition, connections)
@@ -359,9 +362,9 @@ def _serving(
     )
     figures.watch(*of_cache(store, janitor), *of_token(tokens), *of_transfers(pull_through), *of_loop(stall))
     figures.watch(*of_clients(crowd, crowd.limits.connections or None), *of_disk(condition))
-    service.add(janitor, tokens, stall, sweeper)
+    service.add(purges, janitor, scrub, tokens, stall)
     process = Process(store, janitor, asking, pull_through, readiness, disk.reading)
-    return Serving(site, connections, admission, figures, process, cache, judging)
+    return Serving(site, connections, admission, figures, process, cache, purges, judging)
 
 
 def build(
@@ -382,13 +385,12 @@ def build(
     incidents = Incidents(time.time)
     registry, now = config.ecr_endpoint, time.time
     status = Status(registry, serving.figures, process.readiness, process.standing, incidents, now, reactor)
-    describe = partial(_summary, process.readiness, store, process.janitor)
+    describe = partial(_summary, process.readiness, process.janitor)
     supervised = Supervised(supervisor, describe, reactor)
-    purges = Purges(store, serving.cache.forget_all, process.in_thread, reactor)
-    service.add(*status.services, supervised, purges)
+    service.add(*status.services, supervised)
     make = partial(make_admin_site, serving.figures, Ready(process.readiness), status)
     listening = _listening(config, serving.site, reactor)
-    listening += _admin(config, make, store, purges.look, service, reactor)
+    listening += _admin(config, make, store, serving.purges.look, service, reactor)
     serving.figures.watch(*of_certificates(partial(_expires, listening)))
     reread = partial(supervised.rereading, partial(_reread, [*listening, serving.admission]))
     Renewal(listening, serving.judging.call, reread, reactor).setServiceParent(service)
@@ -419,8 +421,7 @@ def build_worker(config: Config, sockets: int, reactor: Any, egress: Egress) -> 
         orphaned=partial(_orphaned, connections, service.leave, reactor),
         reactor=reactor,
     )
-    purges = Purges(serving.cache.store, serving.cache.forget_all, process.in_thread, reactor)
-    service.add(incidents, reports, purges)
+    service.add(incidents, reports)
     # A service manager may tell all processes to end, and the parent each worker once more. A terminal that hangs up
     # tells all of them: the parent says what is to be read again.
     drain = Drain(connections, config.drain_seconds, reactor)
@@ -447,7 +448,7 @@ def build_parent(
     @param arguments: the flags that workers are to be started with.
     """
     service = Daemon(reactor)
-    renewing = service.pools.threads(1)
+    renewing, settling = service.pools.threads(1), service.pools.threads(1)
     store = Store(Path(config.cache_dir), time.time)
     _begin(store, config.worker_processes)
     _check_passwords(config)
@@ -468,11 +469,12 @@ def build_parent(
     status = Status(registry, figures, workers.readiness, workers.standing, incidents, now, reactor)
     supervised = Supervised(supervisor, partial(_summary_of_all, workers), reactor, workers.listen)
     make = partial(make_admin_site, figures, Ready(workers.readiness), status, gather=workers.gather)
-    admin = _admin(config, make, store, _nothing_held, service, reactor)
+    purges = Purges(store.index, lambda _: None, settling.call, reactor)  # workers see for themselves
+    admin = _admin(config, make, store, purges.look, service, reactor)
     figures.watch(*gathered.readings(), *of_certificates(partial(_expires, [*listening, *admin])))
     reread = partial(supervised.rereading, partial(_have_reread, listening, admin, workers))
     renewal = Renewal([*listening, *admin], renewing.call, reread, reactor)
-    service.add(*status.services, supervised, renewal, workers)
+    service.add(purges, *status.services, supervised, renewal, workers)
     _face_clients(None, [*listening, *admin], reread, service.leave, service, reactor)
     return service
 
@@ -483,12 +485,6 @@ class Nobody(Factory):
     """
 
     noisy = False
-
-
-async def _nothing_held() -> None:
-    """
-    Forget nothing: workers see for themselves that the directory was purged.
-    """
 
 
 def _add_up(figures: Figures, incidents: Incidents, counted: Counted) -> None:
@@ -717,8 +713,8 @@ async def _readiness(
     )
 
 
-async def _summary(readiness: Callable[[], Awaitable[Readiness]], store: Store, janitor: Janitor) -> str:
-    return summary(await readiness(), store.ledger.total, janitor.limit)
+async def _summary(readiness: Callable[[], Awaitable[Readiness]], janitor: Janitor) -> str:
+    return summary(await readiness(), janitor.held, janitor.limit)
 
 
 async def _summary_of_all(workers: Workers) -> str:
@@ -768,6 +764,11 @@ def _begin(store: Store, processes: int) -> bool:
         if processes > 1:
             raise ConfigError(no_locks)
         log.warn("{problem}", problem=no_locks)
+    if processes > 1 and store.index.unfit:
+        raise ConfigError(
+            f"PROXY_CACHE_DIR={str(store.root)!r}: {store.index.problem};"
+            " several processes need that, PROXY_WORKER_PROCESSES=1 does not"
+        )
     return warm
 
 

@@ -55,7 +55,7 @@ class Client:
         while time.monotonic() < until:
             digest = self.chance.choice(list(self.blobs))
             if self.chance.randrange(EVICTS) == 0:
-                if self.store.has(digest) and self.store.remove_unused(self.store.content_path(digest)):
+                if self.store.has(digest) and self.store.evict_unused([digest]):
                     self.note("evicted")
                 continue
             began = time.monotonic()

@@ -49,10 +49,13 @@ from ecrproxy.admin.readings import of_cache, of_clients, of_disk, of_token, of_
 from ecrproxy.admin.status import Asking, Process, Status
 from ecrproxy.cache.cache_key import CacheKey
 from ecrproxy.cache.condition import Condition
-from ecrproxy.cache.entries import occupied
+from ecrproxy.cache.entries import Entry, EntryKey
+from ecrproxy.cache.index import Index
 from ecrproxy.cache.inventory import Inventory
 from ecrproxy.cache.janitor import Janitor
 from ecrproxy.cache.purges import Purges
+from ecrproxy.cache.scrub import Scrub
+from ecrproxy.cache.sqlite import on_disk
 from ecrproxy.cache.store import Store
 from ecrproxy.cached import Cache
 from ecrproxy.http.access_log import AccessLog
@@ -554,14 +557,16 @@ class Daemon(Administered):
         limits: Limits | None = None,
         admin_hosts: frozenset[str] = frozenset(),
         pages: Pages | None = None,
+        index: Index | None = None,
     ) -> None:
         self.standin, self.clock, self.limit, self.scheme = standin, clock, limit, "http"
         self.set_by = 0.0
         self.back = Network(QuietSite(standin.resource, reactor=clock), clock)
-        self.store = Store(root, self.now)
+        self.store = Store(root, self.now, index)
         self.store.prepare()
         disk = disk or Disk.of(in_thread)
         self.janitor = Janitor(self.store, limit, disk.writing, clock)
+        self.scrub = Scrub(self.store, self.janitor.tidy, at_once, clock)
         self.condition = Condition(self.store, at_once, clock)
         self.tokens = TokenService(fetch or self._issue, clock, self.now, chance=lambda: 0.5)
         self.governor = Governor(quotas, together, clock)
@@ -611,7 +616,7 @@ class Daemon(Administered):
         )
         # By itself, so that tests which count or hold calls in threads see their own.
         # At once: tests that count or hold what is done in threads mean other things.
-        self.purges = Purges(self.store, self.cache.forget_all, at_once, clock)
+        self.purges = Purges(self.store.index, self.cache.forget_purged, at_once, clock)
         api = Api(Inventory(self.store), self.purges.look, in_thread, in_thread, clock)
         self.admin = Network(make_admin_site(self.figures, ready, self.status, api, clock, admin_hosts), clock)
         self.front = Network(self.site, clock)
@@ -621,6 +626,7 @@ class Daemon(Administered):
         self.shown = SHOWN
         """The Authorization header of clients, unless a test says otherwise."""
         self.janitor.startService()
+        self.scrub.startService()
         self.purges.startService()
         self.tokens.startService()
         _, sampler = self.status.services  # the other hears the log, which outlives this daemon: see DaemonTestCase
@@ -715,6 +721,8 @@ class DaemonTestCase(SynchronousTestCase):
     """
 
     kind: Callable[..., Any] = Daemon
+    index_in_memory = True
+    """Whether no other process needs the index."""
 
     def setUp(self) -> None:
         self.clock = Clock()
@@ -724,10 +732,20 @@ class DaemonTestCase(SynchronousTestCase):
         self.addCleanup(shutil.rmtree, self.root)
         self.events: list[LogEvent] = []
         self.daemons: list[Daemon] = []
+        self.index = self.make_index()
         observer = cast(ILogObserver, self.note)
         globalLogPublisher.addObserver(observer)
         self.addCleanup(globalLogPublisher.removeObserver, observer)
         self.daemon = self.start()
+
+    def make_index(self) -> Index:
+        """
+        Open the index as a process does; one in memory is empty.
+        """
+        now = self.clock.seconds
+        index = Index(self.root, lambda: self.daemon.now() if self.daemons else now(), memory=self.index_in_memory)
+        self.addCleanup(index.close)
+        return index
 
     def note(self, event: LogEvent) -> None:
         """
@@ -741,7 +759,9 @@ class DaemonTestCase(SynchronousTestCase):
         """
         Start a daemon over the test's cache directory; the test's other helpers ask this one from now on.
         """
-        self.daemon = self.kind(self.standin, self.clock, self.root, **options)
+        if self.daemons and not self.index_in_memory:
+            self.index = self.make_index()
+        self.daemon = self.kind(self.standin, self.clock, self.root, **{"index": self.index, **options})
         self.daemons.append(self.daemon)
         self.daemon.flush()
         return self.daemon
@@ -831,10 +851,27 @@ class DaemonTestCase(SynchronousTestCase):
 
     def used(self) -> int:
         """
-        The bytes that all files of the cache count with, those that arrive included.
+        The bytes of disk that all files of the cache take, those that arrive included.
         """
-        sizes = ((path.stat().st_size, "entries" in path.parts) for path in self.files("."))
-        return sum(occupied(size) if is_entry else size for size, is_entry in sizes)
+        return sum(on_disk(path.stat().st_size) for path in [*self.files("content"), *self.files("ingest")])
+
+    def entries(self) -> dict[EntryKey, Entry]:
+        """
+        What the index knows of repositories.
+        """
+        return {key: entry for key, entry, _ in self.index.entries()}
+
+    def lose_index(self) -> None:
+        """
+        Have the next daemon find no index.
+        """
+        self.index = self.make_index()
+
+    def promised(self) -> int:
+        """
+        The bytes of disk that are promised to what arrives, or taken by what transfers have left.
+        """
+        return self.index.totals.arriving
 
     def logged(self) -> str:
         return "\n".join(f"{formatEvent(event)} {event.get('log_failure', '')}" for event in self.events)

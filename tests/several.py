@@ -24,7 +24,7 @@ from ecrproxy.admin.status import Status
 from ecrproxy.cache.inventory import Inventory
 from ecrproxy.http.answering import Ready
 from ecrproxy.metrics import Figures, Gathered
-from ecrproxy.tap import _add_up, _nothing_held
+from ecrproxy.tap import _add_up
 from ecrproxy.workers.channel import Channel
 from ecrproxy.workers.messages import FromParent
 from ecrproxy.workers.processes import Workers
@@ -172,7 +172,7 @@ class Several(Administered):
         ask = self.workers.readiness, self.workers.standing
         self.status = Status(standin.registry, figures, *ask, self.incidents, now, self.clock)
         figures.watch(*self.gathered.readings())
-        api = Api(Inventory(case.daemon.store), _nothing_held, at_once, at_once, self.clock)
+        api = Api(Inventory(case.daemon.store), case.daemon.purges.look, at_once, at_once, self.clock)
         ready = Ready(self.workers.readiness)
         site = make_admin_site(figures, ready, self.status, api, self.clock, gather=self.workers.gather)
         self.admin = Network(site, self.clock)

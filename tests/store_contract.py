@@ -16,12 +16,12 @@ from twisted.trial.unittest import SynchronousTestCase
 from ecrproxy.cache.arriving import Met
 from ecrproxy.cache.claim import Claim
 from ecrproxy.cache.content import DigestMismatchError, UnreadError
-from ecrproxy.cache.entries import Confirmed, Entry, entry_name
+from ecrproxy.cache.entries import Confirmed, Entry, EntryKey
 from ecrproxy.cache.peer import PeerTransfer
 from ecrproxy.cache.store import Store
 from ecrproxy.cache.writer import Writer
 from ecrproxy.identity import RegistryId
-from ecrproxy.oci import MANIFEST_LIMIT, Descriptor, Digest, Route, parse_route
+from ecrproxy.oci import MANIFEST_LIMIT, Descriptor, Digest, parse_route
 
 START = 1_767_225_600.0
 """A moment in January 2026: dates before 1970 or at 1970 hide mistakes."""
@@ -58,11 +58,18 @@ def confirmed(data: bytes = b"manifest", when: float = START, media_type: str = 
     return Confirmed(Descriptor(media_type, Digest.of(data), len(data)), when)
 
 
-def entry_of(route: Route, *answers: Confirmed) -> Entry:
+def entry_of(*answers: Confirmed) -> Entry:
     """
-    Make what C{route} led to.
+    Make what a tag led to.
     """
-    return Entry.of(REGISTRY, route, {frozenset({each.descriptor.media_type}): each for each in answers})
+    return Entry({frozenset({each.descriptor.media_type}): each for each in answers})
+
+
+def key_of(path: str) -> EntryKey:
+    """
+    Name the entry of what C{path} asks for.
+    """
+    return EntryKey.of(REGISTRY, parse_route(path))
 
 
 def put(store: Store, data: bytes, algorithm: str = "sha256") -> Digest:
@@ -90,6 +97,13 @@ def begin(store: Store, digest: Digest, size: int) -> Writer:
     except OSError:
         store.arriving.let_go(claim)
         raise
+
+
+def being_read(store: Store) -> set[Digest]:
+    """
+    Tell which content a store has open.
+    """
+    return {digest for digest, file in store._opened.items() if file._holders}  # noqa: SLF001
 
 
 def read(store: Store, digest: Digest) -> bytes | None:
@@ -126,10 +140,9 @@ class StoreContract(SynchronousTestCase):
         """
         What never came is a miss, for content and for entries.
         """
-        route = parse_route("/v2/a/manifests/latest")
         self.assertFalse(self.store.has(Digest.of(b"x")))
         self.assertIsNone(self.store.open(Digest.of(b"x")))
-        self.assertIsNone(self.store.entry(entry_name(REGISTRY, "key", route), REGISTRY, route))
+        self.assertIsNone(self.store.entry(key_of("/v2/a/manifests/latest")))
 
     def test_what_was_committed_is_given_back(self) -> None:
         """
@@ -314,13 +327,14 @@ class StoreContract(SynchronousTestCase):
 
     def test_removed_content_is_gone_but_for_who_reads_it(self) -> None:
         """
-        Evicting content cuts no answer short.
+        Evicting passes it over; purging cuts no answer short.
         """
         digest = put(self.store, b"evicted")
         content = self.store.open(digest)
         assert content is not None
         self.addCleanup(content.close)
-        self.store.remove(self.store.content_path(digest))
+        self.assertEqual([], self.store.evict_unused([digest]))
+        self.assertTrue(self.store.unlink(digest))
         self.assertFalse(self.store.has(digest))
         self.assertIsNone(self.store.open(digest))
         self.assertEqual(b"evicted", content.read())
@@ -329,50 +343,15 @@ class StoreContract(SynchronousTestCase):
         """
         Two who drop the same thing don't hinder each other.
         """
-        self.store.remove(self.store.content_path(Digest.of(b"x")))
-        self.store.forget("0" * 64)
-
-    def test_an_entry_is_given_back_as_it_was_saved(self) -> None:
-        """
-        Every answer is there again, each for its Accept set, with its type, digest, size and time.
-        """
-        route = parse_route("/v2/team/a/manifests/latest")
-        saved = entry_of(route, confirmed(b"one", START + 0.25), confirmed(b"two", START, INDEX_TYPE)).with_answer(
-            ANY, confirmed(b"three")
-        )
-        self.store.save(entry_name(REGISTRY, "key", route), saved)
-        self.assertEqual(saved, self.store.entry(entry_name(REGISTRY, "key", route), REGISTRY, route))
+        self.store.evict_unused([Digest.of(b"x")])
+        self.assertTrue(self.store.unlink(Digest.of(b"x")))
+        self.store.index.forget(key_of("/v2/a/manifests/latest"))
 
     def test_a_saved_entry_replaces_the_one_before(self) -> None:
         """
         The latest word counts.
         """
-        route = parse_route("/v2/a/manifests/latest")
-        name = entry_name(REGISTRY, "key", route)
+        key = key_of("/v2/a/manifests/latest")
         for data in (b"old", b"new"):
-            self.store.save(name, entry_of(route, confirmed(data)))
-        self.assertEqual(entry_of(route, confirmed(b"new")), self.store.entry(name, REGISTRY, route))
-
-    def test_a_forgotten_entry_is_a_miss(self) -> None:
-        """
-        What ECR has no more is dropped.
-        """
-        route = parse_route("/v2/a/manifests/latest")
-        self.store.save("0" * 64, entry_of(route, confirmed()))
-        self.store.forget("0" * 64)
-        self.assertIsNone(self.store.entry("0" * 64, REGISTRY, route))
-
-    def test_an_entry_of_something_else_is_a_miss(self) -> None:
-        """
-        An entry in the wrong place gives no repository, tag or kind the answer of another.
-        """
-        route = parse_route("/v2/a/manifests/latest")
-        self.store.save("0" * 64, entry_of(route, confirmed()))
-        for other in (
-            "/v2/b/manifests/latest",
-            "/v2/a/manifests/older",
-            f"/v2/a/manifests/{Digest.of(b'x')}",
-            f"/v2/a/blobs/{Digest.of(b'x')}",
-        ):
-            self.assertIsNone(self.store.entry("0" * 64, REGISTRY, parse_route(other)), other)
-        self.assertIsNotNone(self.store.entry("0" * 64, REGISTRY, route))
+            self.store.save((key, entry_of(confirmed(data))))
+        self.assertEqual(entry_of(confirmed(b"new")), self.store.entry(key))

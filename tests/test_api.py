@@ -8,6 +8,8 @@ import json
 import os
 from typing import Any
 
+from ecrproxy.cache.inventory import Inventory
+from ecrproxy.cache.sqlite import on_disk
 from ecrproxy.oci import Digest
 from ecrproxy.transfer.sending import LEAST_PIECE
 from tests.daemon import DaemonTestCase, Hands, Reply, noise
@@ -68,7 +70,7 @@ class ListingTests(ApiTestCase):
 
     def test_entries_tell_of_repositories_and_what_they_hold(self) -> None:
         """
-        A tag leads to its manifest, a manifest to what it lists; each with its bytes and its last use.
+        A tag leads to its manifest, a manifest to what it lists; each with its last use.
         """
         self.get("/v2/team/app/manifests/v1")
         found = self.ask("entries")
@@ -76,16 +78,16 @@ class ListingTests(ApiTestCase):
         self.assertEqual(("manifests", "team/app"), (tag["kind"], tag["repository"]))
         self.assertEqual([self.image.digest], [each["digest"] for each in tag["answers"]])
         self.assertEqual([sorted([self.image.config, *self.image.layers])], [each["lists"] for each in tag["answers"]])
-        path = self.root / "entries" / tag["name"][:2] / tag["name"]
-        self.assertEqual(path.stat().st_mtime, tag["used"])
-        self.assertEqual(len(self.files("entries")), len(found))
-        self.assertEqual(4096 * len(self.files("entries")), sum(e["bytes"] for e in found), "a block each")
+        self.assertEqual(self.daemon.now(), tag["used"])
+        self.assertEqual({str(key) for key in self.entries()}, {each["name"] for each in found})
+        self.assertEqual(len(self.image.layers) + 3, len(found))
 
     def test_content_is_told_by_digest_in_order(self) -> None:
         """
-        Each file once, with its bytes and its last use.
+        Each file once, with its bytes, its last use, and when it was verified.
         """
         found = self.ask("content")
+        self.assertEqual({self.daemon.now()}, {round(each[what]) for each in found for what in ("used", "verified")})
         self.assertEqual(sorted(each["digest"] for each in found), [each["digest"] for each in found])
         self.assertEqual({self.image.digest, self.image.config, *self.image.layers}, {e["digest"] for e in found})
         sizes = {path.name: path.stat().st_size for path in self.files()}
@@ -96,21 +98,25 @@ class ListingTests(ApiTestCase):
         What is listed, and verified, is as old as before: it goes when it would have gone.
         """
         self.clock.advance(1000)
-        before = [(path, path.stat().st_mtime_ns) for path in [*self.files(), *self.files("entries")]]
+        before = [(path, path.stat().st_mtime_ns) for path in self.files()], self.ask("content")
         self.ask("entries")
-        self.ask("content")
         self.verify(self.image.digest, *self.image.layers)
-        self.assertEqual(before, [(path, path.stat().st_mtime_ns) for path in [*self.files(), *self.files("entries")]])
+        self.pass_time(2)
+        after = self.ask("content")
+        self.assertEqual([each["used"] for each in before[1]], [each["used"] for each in after])
+        self.assertEqual(before[0], [(path, path.stat().st_mtime_ns) for path in self.files()])
+        verified = {each["digest"] for each in after if each["verified"] > self.daemon.now() - 10}
+        self.assertEqual({self.image.digest, *self.image.layers}, verified)
 
-    def test_what_is_no_entry_or_no_content_is_passed_over(self) -> None:
+    def test_what_is_no_content_is_passed_over(self) -> None:
         """
         Others may leave files there.
         """
         before = self.ask("entries"), self.ask("content")
         folder = self.files()[0].parent
-        for path in (folder / "notes.txt", self.files("entries")[0].parent / ("0" * 64)):
-            path.write_text("mine")
-        os.mkfifo(self.files("entries")[0].parent / ("1" * 64))
+        (folder / "notes.txt").write_text("mine")
+        os.mkfifo(folder / f"{folder.name}{'0' * 62}")
+        self.start()
         self.assertEqual(before, (self.ask("entries"), self.ask("content")))
         (folder / "notes.txt").unlink()  # so that what always holds of content does
 
@@ -146,9 +152,8 @@ class ListingTests(ApiTestCase):
         """
         hands = Hands()
         daemon = self.start(in_thread=hands)
-        entry = self.files("entries")[0]
-        for number in range(2000):
-            (entry.parent / f"{entry.name[:2]}{number:062x}").write_bytes(entry.read_bytes())
+        (key, entry) = next(iter(self.entries().items()))
+        self.index.save([(key._replace(repository=f"team/app{number}"), entry) for number in range(2000)])
         hands.idle = False
         daemon.ask_admin("/api/entries", headers=SHOWN)
         steps = 0
@@ -177,6 +182,8 @@ class RemovingTests(ApiTestCase):
     What goes.
     """
 
+    index_in_memory = False
+
     def names(self, *references: str) -> list[str]:
         return [each["name"] for each in self.ask("entries") if each["reference"] in references]
 
@@ -186,11 +193,14 @@ class RemovingTests(ApiTestCase):
         """
         before = self.used()
         layer = self.image.layers[0]
+        data = self.file_of(layer).read_bytes()
         names = self.names("v1", layer)
         told = self.remove(entries=names, content=[layer])
         self.assertFalse(self.has(layer))
-        self.assertEqual({"files": len(names) + 1, "bytes": before - self.used(), "used": 0, "stuck": 0}, told)
-        self.assertEqual(self.used(), self.daemon.store.ledger.total)
+        gone = {"entries": len(names), "files": 1, "bytes": len(data), "used": 0, "stuck": 0}
+        self.assertEqual(gone, told)
+        self.assertEqual(on_disk(len(data)), before - self.used())
+        self.assertEqual(self.used(), self.index.totals.blocks)
 
     def test_what_is_removed_is_asked_for_afresh(self) -> None:
         """
@@ -214,20 +224,15 @@ class RemovingTests(ApiTestCase):
         reply = self.daemon.send("GET", f"/v2/team/app/manifests/{self.image.digest}")
         self.flush()
         hands.work()  # it has been read, and is not in memory yet
-        names, content = self.names_on_disk(), [str(Digest("sha256", path.name)) for path in self.files()]
-        self.daemon.store.note_purge()
-        for path in [*self.files(), *self.files("entries")]:
-            path.unlink()
-        self.assertTrue(names and content)
+        content = [Digest("sha256", path.name) for path in self.files()]
+        Inventory(self.daemon.store).remove(list(self.entries()), content)
+        self.assertEqual([], self.files())
         hands.idle = True
         hands.work_off()
         self.flush()
         self.assertEqual("HIT", reply.cache)
         self.pass_time(3)
         self.assertEqual("MISS", self.get(f"/v2/team/app/manifests/{self.image.digest}").cache)
-
-    def names_on_disk(self) -> list[str]:
-        return [path.name for path in self.files("entries")]
 
     def test_another_daemon_on_the_directory_forgets_it_too(self) -> None:
         """
@@ -274,8 +279,8 @@ class RemovingTests(ApiTestCase):
         """
         Somebody else was quicker.
         """
-        told = self.remove(entries=["0" * 64], content=[f"sha256:{'0' * 64}"])
-        self.assertEqual({"files": 0, "bytes": 0, "used": 0, "stuck": 0}, told)
+        told = self.remove(entries=["aws:x:1 manifests team/none latest "], content=[f"sha256:{'0' * 64}"])
+        self.assertEqual({"entries": 0, "files": 0, "bytes": 0, "used": 0, "stuck": 0}, told)
 
     def test_what_can_not_go_is_told(self) -> None:
         """
@@ -446,7 +451,7 @@ class RefusalTests(ApiTestCase):
             ({"content": good}, "content is no list"),
             ({"content": [good, "sha256:../../etc"]}, "no digest"),
             ({"content": [good, 5]}, "no digest"),
-            ({"entries": ["../content/x"], "content": [good]}, "64 hexadecimal digits"),
+            ({"entries": ["../content/x"], "content": [good]}, "no name of an entry"),
             ({"content": [good], "unused_since": "now"}, "unused_since"),
             ({"content": [good], "unused_since": True}, "unused_since"),
         ):

@@ -112,7 +112,7 @@ TYPES_ONLY = {
     ("cache.condition", "threads"),
     ("cache.directory", "oci"),
     ("cache.proofs", "oci"),
-    ("cache.sweeper", "cache.store"),
+    ("cache.directory", "cache.index"),
     ("cache.writer", "cache.claim"),
     ("cache.writer", "oci"),
     ("transfer.follower", "transfer.download"),

@@ -19,8 +19,10 @@ from twisted.trial.unittest import SynchronousTestCase
 from ecrproxy.cache.arriving import LEFT_SECONDS, Met
 from ecrproxy.cache.claim import Claim
 from ecrproxy.cache.content import DigestMismatchError
+from ecrproxy.cache.locks import is_free
 from ecrproxy.cache.peer import PeerTransfer
-from ecrproxy.cache.record import RECORD, WORTH_RESUMING, Record, State, Step, Why, next_step
+from ecrproxy.cache.record import RECORD, WORTH_RESUMING, Record, Reservation, State, Step, Why, next_step
+from ecrproxy.cache.sqlite import on_disk
 from ecrproxy.cache.store import Store
 from ecrproxy.cache.writer import Writer
 from ecrproxy.oci import Digest
@@ -88,6 +90,12 @@ class ArrivingTests(SynchronousTestCase):
         assert record is not None
         return record
 
+    def counted(self) -> list[tuple[int, float]]:
+        """
+        Tell what the index knows of the transfer: bytes of disk, and when it was interrupted.
+        """
+        return [(size, written) for _, size, written in self.store.index.arriving()]
+
     def names(self) -> list[str]:
         return sorted(path.name for path in self.arriving.folder.iterdir())
 
@@ -132,7 +140,7 @@ class ClaimTests(ArrivingTests):
         self.left_over((0, 1000))
         with self.path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            self.assertEqual([(START, f"arriving/{self.data.name}", SIZE + RECORD)], self.arriving.count())
+            self.assertTrue(is_free(self.path))
         self.assertIsInstance(self.store.claim(DIGEST), Claim)
 
     def test_a_claim_that_was_swept_while_it_was_taken_is_taken_anew(self) -> None:
@@ -173,7 +181,7 @@ class ClaimTests(ArrivingTests):
         os.mkfifo(self.path)
         self.assertRaises(OSError, self.store.claim, DIGEST)
         self.arriving.sweep()
-        self.assertEqual([], self.arriving.count())
+        self.assertEqual([], self.counted())
         self.path.unlink()
         self.data.symlink_to(outside.absolute())
         self.begin().discard()
@@ -250,10 +258,9 @@ class PeerTests(ArrivingTests):
         writer.write(0, [DATA])
         writer.commit()
         writer.close()
-        path = self.store.content_path(DIGEST)
-        self.assertFalse(self.store.remove_unused(path))
+        self.assertFalse(self.store.evict_unused([DIGEST]))
         peer.close()
-        self.assertTrue(self.store.remove_unused(path))
+        self.assertTrue(self.store.evict_unused([DIGEST]))
 
     def test_is_taken_over_when_its_writer_dies(self) -> None:
         """
@@ -388,16 +395,16 @@ class LocksTests(ArrivingTests):
 
     def test_what_another_process_reads_is_not_evicted(self) -> None:
         put(self.store, DATA)
-        other, path = Store(self.store.root, lambda: START), self.store.content_path(DIGEST)
+        other = Store(self.store.root, lambda: START)
         content = other.open(DIGEST)
         assert content is not None
         again = other.open(DIGEST)
         assert again is not None
         self.assertEqual(content.fileno(), again.fileno())
         content.close()
-        self.assertFalse(self.store.remove_unused(path))
+        self.assertFalse(self.store.evict_unused([DIGEST]))
         again.close()
-        self.assertTrue(self.store.remove_unused(path))
+        self.assertTrue(self.store.evict_unused([DIGEST]))
         self.assertIsNone(other.open(DIGEST))
 
     def test_what_is_evicted_just_now_is_a_miss(self) -> None:
@@ -411,7 +418,7 @@ class LocksTests(ArrivingTests):
         put(self.store, DATA)
         content = self.store.open(DIGEST)
         assert content is not None
-        self.assertTrue(self.store.remove(self.store.content_path(DIGEST)))
+        self.assertTrue(self.store.unlink(DIGEST))
         self.assertIsNone(self.store.open(DIGEST))
         put(self.store, DATA)
         again = self.store.open(DIGEST)
@@ -527,12 +534,12 @@ class ResumeTests(ArrivingTests):
         """
         self.left_over((0, 1000), size=SIZE - 1)
         self.assertIsNone(self.resume())
-        self.store.count()
-        self.assertEqual(SIZE - 1 + RECORD, self.store.ledger.total)
+        self.arriving.sweep()
+        self.assertEqual([(on_disk(SIZE - 1 + RECORD), START)], self.counted())
         writer = self.begin()
         self.addCleanup(writer.discard)
         self.assertEqual([(0, SIZE)], writer.gaps)
-        self.assertEqual((SIZE, 0), (self.data.stat().st_size, self.store.ledger.total))
+        self.assertEqual(SIZE, self.data.stat().st_size)
 
     def test_is_not_of_a_file_with_another_name(self) -> None:
         """
@@ -553,7 +560,7 @@ class ResumeTests(ArrivingTests):
         self.left_over((0, 1000))
         self.patch(os, "pread", failing(errno.EIO))
         self.assertIsNone(self.resume())
-        self.assertEqual([], self.arriving.count())
+        self.assertEqual([], self.counted())
 
     def test_of_small_files_is_not_worth_it(self) -> None:
         """
@@ -694,47 +701,80 @@ class WrittenOnceTests(ArrivingTests):
 
 
 class LeftOverTests(ArrivingTests):
+    def evict(self) -> bool:
+        """
+        Evict what the index knows of.
+        """
+        return bool(self.store.evict_unused(each.what for each in self.store.index.arriving()))
+
     def test_counts_from_when_it_is_left(self) -> None:
         """
         It counts as used then, with all that it takes of the disk; who goes on with it has that reserved.
         """
-        ledger = self.store.ledger
         writer = self.begin()
         writer.write(0, [DATA[:1000]])
-        self.assertEqual(0, ledger.total)
+        self.assertEqual([], self.counted())
+        self.now += 5
         writer.leave()
         writer.leave()
-        self.assertEqual((SIZE + RECORD, 1), (ledger.total, len(ledger)))
-        self.assertEqual(ledger.total, sum(path.stat().st_size for path in self.arriving.folder.iterdir()))
+        self.assertEqual([(on_disk(SIZE + RECORD), START + 5)], self.counted())
+        self.assertEqual(on_disk(SIZE) + RECORD, sum(on_disk(p.stat().st_size) for p in self.arriving.folder.iterdir()))
         self.resumed()
-        self.assertEqual((0, SIZE + RECORD), (ledger.total, ledger.reserved))
+        self.assertEqual([(on_disk(SIZE + RECORD), 0)], self.counted())
 
-    def test_is_found_by_the_count(self) -> None:
+    def test_is_counted_by_a_sweep(self) -> None:
         """
-        A daemon that starts counts what the one before left.
+        As what its writer was killed over; what goes on meanwhile stays as it is.
         """
         self.left_over((0, 1000))
-        store = Store(self.store.root, lambda: self.now)
-        store.count()
-        self.assertEqual([(f"arriving/{self.data.name}", SIZE + RECORD, False)], list(store.ledger.oldest()))
+        for _ in range(2):
+            self.arriving.sweep()
+            self.assertEqual([(on_disk(SIZE + RECORD), START)], self.counted())
+        self.resumed()
+        self.arriving.sweep()
+        self.assertEqual([(on_disk(SIZE + RECORD), 0)], self.counted())
+
+    def test_of_a_killed_writer_is_no_transfer_under_way_any_more(self) -> None:
+        """
+        Its reservation goes with its file.
+        """
+        self.left_over((0, 1000))
+        self.store.index.arrive(Reservation(self.data.name, "killed"), SIZE + RECORD)
+        self.arriving.sweep()
+        self.assertEqual([(on_disk(SIZE + RECORD), START)], self.counted())
+        self.now += LEFT_SECONDS
+        self.arriving.sweep()
+        self.assertEqual([], self.counted())
+
+    def test_a_reservation_ends_with_a_sweep_that_finds_nothing_of_it(self) -> None:
+        """
+        Its writer was killed before it made a file. Who holds the claim is about to make one.
+        """
+        claim = self.store.claim(DIGEST)
+        assert isinstance(claim, Claim)
+        self.store.index.arrive(claim.reservation, SIZE)
+        self.store.index.arrive(Reservation("sha256-" + "0" * 64, "killed"), SIZE)
+        self.arriving.sweep()
+        self.assertEqual([(on_disk(SIZE), 0)], self.counted())
+        claim.release()
+        self.arriving.sweep()
+        self.assertEqual(([], []), (self.counted(), self.names()))
 
     def test_is_evicted_like_any_other_file(self) -> None:
         """
         Unless somebody goes on with it, or waits for it to go on.
         """
         self.left_over((0, 1000))
-        self.store.count()
-        path = f"arriving/{self.data.name}"
         writer = self.resume()
         assert writer is not None
-        self.assertFalse(self.store.remove_unused(path))
+        self.assertFalse(self.evict())
         peer = self.peer()
         writer.leave()
-        self.assertFalse(self.store.remove_unused(path))
+        self.assertFalse(self.evict())
         self.assertEqual(Step.TAKE_OVER, next_step(peer.look(), 0))
         peer.close()
-        self.assertTrue(self.store.remove_unused(path))
-        self.assertEqual(([], 0), (self.names(), self.store.ledger.total))
+        self.assertTrue(self.evict())
+        self.assertEqual(([], []), (self.names(), self.counted()))
 
     def test_that_was_discarded_is_gone(self) -> None:
         """
@@ -744,7 +784,7 @@ class LeftOverTests(ArrivingTests):
         writer = self.resumed()
         writer.discard()
         writer.leave()
-        self.assertEqual(([], 0), (self.names(), self.store.ledger.total))
+        self.assertEqual(([], []), (self.names(), self.counted()))
 
     def test_is_swept_after_a_day(self) -> None:
         """
@@ -793,7 +833,7 @@ class LeftOverTests(ArrivingTests):
         self.left_over((0, 1000))
         shutil.rmtree(self.arriving.folder)
         self.arriving.sweep()
-        self.assertEqual([], self.arriving.count())
+        self.assertEqual([], self.counted())
         self.assertIsNone(self.resume())
 
     def test_of_an_earlier_version_is_removed(self) -> None:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.command.checkup.disk import Mount, Survey, find_mount, judge_directory, judge_room, survey
+from ecrproxy.cache.mounts import Mount, find_mount
+from ecrproxy.command.checkup.disk import Survey, judge_directory, judge_room, survey
 from ecrproxy.command.checkup.findings import Finding, Verdict
 from ecrproxy.command.checkup.ports import look_at_ports, try_to_bind
 from ecrproxy.command.checkup.reach import Contact
@@ -202,7 +203,7 @@ class SurveyTests(SynchronousTestCase):
         """
         Those of the cache; and not without end.
         """
-        for name, size in (("content/a/x", 10), ("entries/y", 5), ("other/z", 7)):
+        for name, size in (("content/a/x", 10), ("arriving/y", 5), ("other/z", 7)):
             (self.folder / name).parent.mkdir(parents=True)
             (self.folder / name).write_bytes(bytes(size))
         seen = survey(str(self.folder), lambda: 0)

@@ -23,6 +23,7 @@ from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.cache.content import DigestMismatchError
+from ecrproxy.cache.index import Index
 from ecrproxy.cache.store import Store
 from ecrproxy.cache.writer import Writer
 from ecrproxy.oci import Digest
@@ -171,7 +172,9 @@ class DownloadTestCase(SynchronousTestCase):
     def setUp(self) -> None:
         self.root = Path(tempfile.mkdtemp(prefix="ecrproxy-test-"))
         self.addCleanup(shutil.rmtree, self.root)
-        self.store = Store(self.root, lambda: 4e9)
+        index = Index(self.root, lambda: 4e9, memory=True)
+        self.addCleanup(index.close)
+        self.store = Store(self.root, lambda: 4e9, index)
         self.store.prepare()
         self.hands, self.clock = Hands(), Clock()
         self.blob: Source
@@ -198,7 +201,7 @@ class DownloadTestCase(SynchronousTestCase):
         Begin the transfer of C{data}; the bytes up to C{first} have been asked for.
         """
         digest, size = Digest.of(data), len(data) if size == -1 else size
-        self.store.remove(self.store.content_path(digest))
+        self.store.unlink(digest)
         writer = begin(self.store, digest, size or 0) if kept else None
         download = Download(
             digest, size, writer, Disk.of(self.hands), lanes, buffered=buffered, call_later=self.clock.callLater
@@ -528,12 +531,9 @@ class KeptTests(DownloadTestCase):
         self.tap.arrived(data)
         self.tap.ended(None)
 
-        def being_read() -> list[bool]:
-            return [read for _, _, read in self.store.ledger.oldest()]
-
-        self.assertEqual([True], being_read())
+        self.assertEqual([], self.store.evict_unused([Digest.of(data)]))
         slow.follower.close()
-        self.assertEqual([False], being_read())
+        self.assertEqual([Digest.of(data)], self.store.evict_unused([Digest.of(data)]))
 
     def test_a_slow_disk_bounds_memory(self) -> None:
         """

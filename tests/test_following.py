@@ -138,11 +138,11 @@ class TogetherTests(FollowingTestCase):
         second.stop_reading()
         self.release()
         self.assertWhole(first, DATA)
-        self.assertFalse(self.one.store.remove_unused(self.one.store.content_path(Digest.parse(self.digest))))
+        self.assertFalse(self.one.store.evict_unused([Digest.parse(self.digest)]))
         second.read_on()
         self.go_on()
         self.assertWhole(second, DATA)
-        self.assertTrue(self.one.store.remove_unused(self.one.store.content_path(Digest.parse(self.digest))))
+        self.assertTrue(self.one.store.evict_unused([Digest.parse(self.digest)]))
 
     def test_no_layer_is_read_ahead_that_another_process_brings(self) -> None:
         """
@@ -209,7 +209,7 @@ class FailureTests(FollowingTestCase):
         self.assertWhole(second, DATA, "JOINED")
         self.assertEqual((SIZE, []), (self.standin.bytes_sent, self.arriving()))
         self.assertWhole(self.ask(self.two), DATA, "HIT")
-        self.assertEqual(0, self.two.store.ledger.reserved)
+        self.assertEqual(0, self.two.store.index.totals.arriving)
 
     def test_one_of_the_others_succeeds_and_is_followed(self) -> None:
         three = self.start()

@@ -39,7 +39,7 @@ INCIDENT = (1000.5, "warn", "the disk fails", 3, "kind", "once")
 COUNTED = Counted((ROW,), ((("bucket", "206"), *ROW[1:]),), (("team/app", 300, 1),), (INCIDENT,))  # type: ignore[arg-type]
 STANDING = Standing(
     Readiness(can_serve=True, can_fetch=False, reasons=("no token: denied",)),
-    Fill(10, 20, 30, 2, 1, (Leaving("entry", "team/app:latest", 5, None), Leaving("content", "sha256:0", 5, 7.5))),
+    Fill(10, 20, 30, 2, 1, (Leaving("unfinished", "sha256:1", 5, 6.5), Leaving("content", "sha256:0", 5, 7.5))),
     (Transfer("team/app", "sha256:0", None, 5, 2, kept=True),),
     TokenState(None, 1e9, 60.0, 0),
     UpstreamState("closed", 2, None, {"blobs": 1}, 3, {"bucket": {"206": 1}}),

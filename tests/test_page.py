@@ -256,7 +256,7 @@ class HostileTests(PageTestCase):
                 FULL,
                 registry=f"https://{evil}",
                 reasons=(evil,),
-                cache=replace(FULL.cache, next=(Leaving("entry", evil, 1, None),)),
+                cache=replace(FULL.cache, next=(Leaving("content", evil, 1, 0),)),
                 transfers=(Transfer(evil, DIGEST, 2, 1, 1, kept=True),),
                 repositories=(Saving(evil, 1, 1),),
                 token=TokenState(evil, None, 0.0, 1),

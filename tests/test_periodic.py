@@ -17,11 +17,12 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.access.passwords import Passwords
 from ecrproxy.admin.history import History, Sampler
+from ecrproxy.cache.index import Index, News
 from ecrproxy.cache.purges import LOOK_SECONDS, Purges
-from ecrproxy.cache.store import Store
 from ecrproxy.daemon.renewal import Renewal
 from ecrproxy.daemon.supervision import Supervised, Supervisor
 from ecrproxy.metrics import Figures, LoopStall
+from ecrproxy.oci import Digest
 from ecrproxy.periodic import Periodic
 from ecrproxy.registry.ecr import Token, TokenService
 from ecrproxy.workers.channel import Channel
@@ -132,9 +133,9 @@ class PartsTests(SynchronousTestCase):
         self.flushLoggedErrors()
 
     def test_purges_are_looked_for(self) -> None:
-        clock, thread = Clock(), FailingThread((1, 1))
-        store = Store(scratch(self), lambda: START)
-        self.assert_goes_on(Purges(store, lambda: None, thread, clock), thread, clock)
+        clock, thread = Clock(), FailingThread(News())
+        index = Index(scratch(self), lambda: START, memory=True)
+        self.assert_goes_on(Purges(index, lambda _: None, thread, clock), thread, clock)
 
     def test_samples_are_taken(self) -> None:
         clock, failing, history = Clock(), FailingOnce(), History()
@@ -207,23 +208,20 @@ class PurgesTests(SynchronousTestCase):
         """
         Somebody may have purged meanwhile: what is there then proves nothing.
         """
-        clock, hung, forgotten = Clock(), list[bool](), list[bool]()
-        store = Store(scratch(self), lambda: START)
-        store.prepare()
+        clock, hung, forgotten = Clock(), list[bool](), list[News]()
+        index = Index(scratch(self), lambda: START, memory=True)
 
         in_thread: Any = lambda *call: fail(TimeoutError("it does not answer")) if hung else at_once(*call)  # noqa: E731
-        purges = Purges(store, lambda: forgotten.append(True), in_thread, clock)
+        purges = Purges(index, forgotten.append, in_thread, clock)
         purges.startService()
         hung.append(True)
         clock.pump([LOOK_SECONDS] * 5)
         self.assertEqual([], forgotten)
         hung.clear()
         clock.advance(LOOK_SECONDS)
-        self.assertEqual([True], forgotten)
-        clock.pump([LOOK_SECONDS] * 3)  # once more, for what was being read
-        self.assertEqual([True, True], forgotten)
-        store.note_purge()
-        clock.advance(LOOK_SECONDS)
-        self.assertEqual([True] * 3, forgotten)
+        self.assertEqual([News(everything=True)], forgotten)
+        index.purge([], [Digest.of(b"x")])
+        clock.pump([LOOK_SECONDS] * 3)  # a purge is told once more, for what was being read
+        self.assertEqual([News(purged=[Digest.of(b"x")])] * 2, forgotten[1:])
         purges.stopService()
         self.flushLoggedErrors()

@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import random
+from dataclasses import replace
 from typing import Any
 
 from twisted.internet.defer import Deferred
@@ -15,6 +16,7 @@ from twisted.internet.task import deferLater
 
 from ecrproxy.answers import Asked
 from ecrproxy.cache import allocation
+from ecrproxy.cache.entries import Entry
 from ecrproxy.cached import FACTS
 from ecrproxy.oci import MANIFEST_LIMIT, Descriptor, Digest, parse_route
 from ecrproxy.proxy import NAMED_SECONDS
@@ -24,6 +26,7 @@ from tests.daemon import MIB, DaemonTestCase, Hands, Reply, at_once, noise
 from tests.registry import StandIn, digest_of, layer
 from tests.registry_content import OCI_INDEX, OCI_MANIFEST, SCHEMA2, SCHEMA2_LIST
 from tests.registry_replies import registry_error
+from tests.store_contract import being_read
 
 EVERY_TYPE = f"{OCI_MANIFEST}, {SCHEMA2}, application/vnd.oci.image.index.v1+json, {SCHEMA2_LIST}"
 REPOSITORIES = ("team/app", "team/other", "third")
@@ -394,7 +397,7 @@ class TogetherTests(BlobTestCase):
         self.pass_time(2)
         for reply in replies:
             self.assertBroken(reply, self.data)
-        self.assertEqual(0, self.daemon.store.ledger.reserved)
+        self.assertEqual(0, self.promised())
         self.standin.release(self.digest)
         self.assertWhole(self.get(self.path), self.data, "MISS")
 
@@ -594,15 +597,16 @@ class PermissionTests(BlobTestCase):
         """
         image = self.standin.push_image("team/other", "latest", media_type=OCI_MANIFEST)
         self.get("/v2/team/other/manifests/latest")
-        before = {path: path.stat().st_ino for path in self.files("entries")}
+        before = self.entries()
+        self.clock.advance(0.1)
         for number in range(3):
             self.standin.push_manifest("team/other", image.manifest, OCI_MANIFEST, f"tag{number}")
             for other in (SCHEMA2, OCI_INDEX, SCHEMA2_LIST):
                 self.head(f"/v2/team/other/manifests/tag{number}", Accept=f"{OCI_MANIFEST}, {other}")
             self.get(f"/v2/team/other/manifests/tag{number}")
-        after = {path: path.stat().st_ino for path in self.files("entries")}
+        after = self.entries()
         self.assertEqual(len(before) + 3, len(after))
-        self.assertEqual(before, {path: after[path] for path in before})
+        self.assertEqual(before, {key: after[key] for key in before})
 
     def test_an_index_vouches_for_no_media_type(self) -> None:
         """
@@ -621,20 +625,23 @@ class PermissionTests(BlobTestCase):
             for _ in range(2):
                 reply = self.get(f"/v2/team/app/manifests/{image.digest}")
                 self.assertEqual((200, OCI_MANIFEST), (reply.code, reply.header("Content-Type")))
-            for path in self.files("entries"):
-                path.unlink()
+            self.lose_index()
 
     def test_what_a_stored_entry_calls_a_manifest_is_not_passed_on(self) -> None:
         """
-        Only a manifest's media type is, whoever wrote the file.
+        Only a manifest's media type is, whoever wrote the row.
         """
         image = self.standin.push_image("team/app", "latest", media_type=OCI_MANIFEST)
         path = f"/v2/team/app/manifests/{image.digest}"
         self.get("/v2/team/app/manifests/latest")
         self.get(path)
         for media_type in ("text/html", "", OCI_INDEX):
-            for file in self.files("entries"):
-                file.write_text(file.read_text().replace(OCI_MANIFEST, media_type))
+            for key, entry in self.entries().items():
+                answers = {
+                    accept: replace(known, descriptor=replace(known.descriptor, media_type=media_type))
+                    for accept, known in entry.answers.items()
+                }
+                self.index.save([(key, Entry(answers))])
             self.start()
             self.standin.refuse("registry")
             self.assertRefused(self.get("/v2/team/app/manifests/latest"), 502, "UNAVAILABLE")
@@ -743,20 +750,6 @@ class OtherRegistryTests(DaemonTestCase):
     def test_by_another_of_its_names_is_the_same(self) -> None:
         found = self.ask("123456789012.dkr-ecr.eu-west-1.on.aws")
         self.assertEqual([(200, "HIT"), (200, "HIT"), (200, "STALE")], found)
-
-    def test_entries_of_no_registry_are_none(self) -> None:
-        """
-        Directories of old do not say whose they are: what they know is asked for once, and nothing is fetched again.
-        """
-        for file in self.files("entries"):
-            entry = json.loads(file.read_bytes())
-            del entry["registry"]
-            file.write_text(json.dumps(entry))
-        self.start()
-        self.standin.forget_asked()
-        for path in reversed(self.paths):
-            self.assertEqual("MISS" if "latest" in path else "REVALIDATED", self.get(path).cache)
-        self.assertEqual([], self.standin.requests("bucket"))
 
 
 class SharedKeyTests(DaemonTestCase):
@@ -894,7 +887,7 @@ class BypassTests(BlobTestCase):
         self.patch(allocation, "fallocate", full)
         self.bypass()
         self.assertIn("No space left on device", self.logged())
-        self.assertEqual(0, self.daemon.store.ledger.reserved)
+        self.assertEqual(0, self.promised())
 
     def test_a_disk_that_fails_midway(self) -> None:
         """
@@ -925,7 +918,7 @@ class BypassTests(BlobTestCase):
         self.assertEqual(1, self.transfers())
         self.assertFalse(self.has(self.digest))
         self.assertEqual([], self.arriving())
-        self.assertEqual(0, self.daemon.store.ledger.reserved)
+        self.assertEqual(0, self.promised())
 
     def test_a_file_that_can_not_be_committed(self) -> None:
         """
@@ -1098,46 +1091,30 @@ class BrokenCacheTests(BlobTestCase):
     A failure of the cache never fails a pull that ECR could serve.
     """
 
-    def test_entries_that_can_not_be_used(self) -> None:
+    def test_an_index_that_is_lost(self) -> None:
         """
-        With the entries' directory unusable, pulls work; what is cached is served after ECR's confirmation.
+        What is cached is served after ECR's confirmation, and fetched by nobody again.
         """
         image = self.standin.push_image("team/app", "latest")
-        (self.root / "entries").rmdir()
-        (self.root / "entries").write_bytes(b"")
-        self.assertWhole(self.get(self.path), self.data, "MISS")
+        self.get(self.path)
+        self.get("/v2/team/app/manifests/latest")
+        self.lose_index()
+        self.start()
+        self.standin.forget_asked()
         self.assertWhole(self.get(self.path), self.data, "REVALIDATED")
-        self.assertWhole(self.get("/v2/team/app/manifests/latest"), image.manifest, "MISS")
         self.assertWhole(self.get(f"/v2/team/app/manifests/{image.digest}"), image.manifest, "REVALIDATED")
+        self.assertEqual([], self.standin.requests("bucket"))
 
-    def test_an_entry_that_can_not_be_forgotten(self) -> None:
+    def test_an_index_that_can_not_be_used(self) -> None:
         """
-        A tag that ECR doesn't have is MANIFEST_UNKNOWN even if the cache can't forget it.
+        Pulls work, and nothing is kept of which nobody knows whether there is room for it.
         """
-        (self.root / "entries").rmdir()
-        (self.root / "entries").write_bytes(b"")
-        self.assertRefused(self.get("/v2/team/app/manifests/latest"), 404, "MANIFEST_UNKNOWN")
-
-    def test_entries_of_nonsense(self) -> None:
-        """
-        Entries that don't parse are as good as none.
-        """
-        self.get(self.path)
-        for number, path in enumerate(self.files("entries")):
-            path.write_bytes([b"", b"{}", b"[1]", b"\xff", b'{"answers": 3}'][number % 5])
-        self.assertWhole(self.get(self.path), self.data, "REVALIDATED")
-
-    def test_entries_of_impossible_values(self) -> None:
-        """
-        Entries whose JSON is an entry's and whose values are not are as good as none.
-        """
-        self.get(self.path)
-        (path,) = self.files("entries")
-        entry = json.loads(path.read_bytes())
-        for changed in ({"size": 1e999}, {"size": "x"}, {"confirmed": None}, {"digest": 3}, {"accept": [["x"]]}):
-            text = json.dumps({**entry, "answers": [{**entry["answers"][0], **changed}]})
-            path.write_text(text)
-            self.assertWhole(self.get(self.path), self.data, "REVALIDATED")
+        image = self.standin.push_image("team/app", "latest")
+        self.index._rows.close()  # noqa: SLF001
+        self.assertWhole(self.get(self.path), self.data, "BYPASS")
+        self.assertWhole(self.get("/v2/team/app/manifests/latest"), image.manifest, "MISS")
+        self.assertRefused(self.get("/v2/team/app/manifests/other"), 404, "MANIFEST_UNKNOWN")
+        self.assertEqual([], self.files())
 
     def test_a_janitor_that_fails(self) -> None:
         """
@@ -1146,28 +1123,14 @@ class BrokenCacheTests(BlobTestCase):
         image = self.standin.push_image("team/app", "latest")
         self.start(limit=100_000)
 
-        def failing(size: int) -> bool:
+        def failing(name: str, size: int) -> bool:
             raise ZeroDivisionError
 
         self.patch(self.daemon.janitor, "make_room", failing)
-        self.daemon.store.ledger.reserve(99_999)
         small = self.standin.push_blob("team/app", noise("small", 50_000))
         self.assertWhole(self.get(f"/v2/team/app/blobs/{small}"), noise("small", 50_000), "BYPASS")
         self.assertWhole(self.get("/v2/team/app/manifests/latest"), image.manifest, "MISS")
         self.flushLoggedErrors(ZeroDivisionError)
-
-    def test_entries_that_lead_elsewhere(self) -> None:
-        """
-        An entry that leads to another digest than was asked for is as good as none.
-        """
-        self.get(self.path)
-        other = self.standin.push_blob("secret", b"secret")
-        self.get(f"/v2/secret/blobs/{other}")
-        for path in self.files("entries"):
-            entry = json.loads(path.read_bytes())
-            entry["answers"][0].update(digest=other, size=6)
-            path.write_bytes(json.dumps(entry).encode())
-        self.assertWhole(self.get(self.path), self.data, "REVALIDATED")
 
     def test_a_content_file_that_can_not_be_opened(self) -> None:
         """
@@ -1271,11 +1234,9 @@ class BrokenCacheTests(BlobTestCase):
         self.patch(os, "pwrite", failing)
         path = f"/v2/team/app/manifests/{image.digest}"
         self.assertWhole(self.get(path), image.manifest, "MISS")
-        self.assertEqual(([], 0), (self.arriving(), self.daemon.store.ledger.reserved))
+        self.assertEqual(([], 0), (self.arriving(), self.promised()))
         self.start(limit=100)
         self.assertWhole(self.get(path), image.manifest, "MISS")
-        for each in self.files("entries"):
-            each.unlink()
 
 
 class LimitTests(DaemonTestCase):
@@ -1310,7 +1271,7 @@ class LimitTests(DaemonTestCase):
             self.assertLessEqual(self.used(), limit)
             self.clock.advance(1)
         self.assertGreater(self.used(), limit / 4)
-        self.assertEqual(0, self.daemon.store.ledger.reserved)
+        self.assertEqual(0, self.promised())
 
     def test_what_was_used_last_stays(self) -> None:
         """
@@ -1392,7 +1353,7 @@ class LandedTests(BlobTestCase):
         hands.idle = True
         hands.work_off()
         self.flush()
-        self.assertEqual({}, dict(daemon.store.ledger._readers))  # noqa: SLF001
+        self.assertEqual(set(), being_read(daemon.store))
 
     def test_what_lands_while_one_looks_is_served(self) -> None:
         """
@@ -2111,7 +2072,7 @@ class LargeManifestTests(DaemonTestCase):
 
     def test_gives_a_thousand_facts_and_ecr_confirms_the_rest(self) -> None:
         self.get(self.path)
-        self.assertEqual(FACTS + 1, len(self.files("entries")))  # and the tag
+        self.assertEqual(FACTS + 1, len(self.entries()))  # and the tag
         self.standin.forget_asked()
         self.assertWhole(self.get(f"/v2/team/app/blobs/{self.image.layers[-1]}"), self.layers[-1], "MISS")
         self.assertWhole(self.get(f"/v2/team/app/blobs/{self.image.layers[-1]}"), self.layers[-1], "HIT")
@@ -2223,23 +2184,6 @@ class OrderTests(DaemonTestCase):
         self.standin.refuse("registry")
         self.assertRefused(self.get(self.path), 502, "UNAVAILABLE")
 
-    def test_what_waits_for_room_keeps_no_client_waiting(self) -> None:
-        """
-        Neither the one whose answer is noted, nor the next one, who is told that the tag is gone; and it stays gone.
-        """
-        self.get(self.path)
-        self.start()
-        self.pass_time(61)
-        counted: Deferred[bool] = Deferred()
-        self.patch(self.daemon.janitor, "reserve", lambda _: counted)
-        self.assertEqual("REVALIDATED", self.get(self.path).cache)
-        self.standin.delete_tag("team/app", "latest")
-        self.assertEqual(404, self.get(self.path).code)
-        counted.callback(True)
-        self.start()
-        self.standin.refuse("registry")
-        self.assertRefused(self.get(self.path), 502, "UNAVAILABLE")
-
     def test_outdated_answers_change_nothing(self) -> None:
         """
         Of a question that was asked before the one that was answered last.
@@ -2281,21 +2225,22 @@ class ForgettingTests(BlobTestCase):
         """
         self.standin.push_image("team/app", "latest")
         self.get("/v2/team/app/manifests/latest")
-        before = {path: path.stat().st_ino for path in self.files("entries")}
+        before = self.entries()
+        self.pass_time(1)
         self.get("/v2/team/app/manifests/latest")
-        self.assertEqual(before, {path: path.stat().st_ino for path in self.files("entries")})
+        self.assertEqual(before, self.entries())
         self.pass_time(61)
         self.get("/v2/team/app/manifests/latest")
-        after = {path: path.stat().st_ino for path in self.files("entries")}
-        self.assertEqual(1, sum(before[path] != after[path] for path in before))
+        after = self.entries()
+        self.assertEqual(1, sum(before[key] != after[key] for key in before))
 
     def test_confirmed_twice_after_the_content_is_deleted(self) -> None:
         """
         Any file of the directory may be deleted: what is missing is fetched or confirmed anew.
         """
         self.get(self.path)
-        for path in self.files("entries"):
-            path.unlink()
+        self.lose_index()
+        self.start()
         self.assertWhole(self.get(self.path), self.data, "REVALIDATED")
         self.file_of(self.digest).unlink()
         self.assertWhole(self.get(self.path), self.data, "MISS")

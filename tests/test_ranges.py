@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from twisted.internet.defer import Deferred
 from twisted.internet.task import deferLater
 
+from ecrproxy.oci import Digest
 from ecrproxy.transfer.inflow import SMALLEST_PART, SPLIT, Lanes, part_size
 from tests.daemon import MIB, Daemon, DaemonTestCase, Reply, at_once, noise
 
@@ -541,18 +542,21 @@ class MemoryTests(DaemonTestCase):
             self.assertEqual("HIT", self.head(path).cache)
             self.assertEqual([], self.threads.calls)
 
-    def test_a_use_reaches_the_disk_now_and_then(self) -> None:
+    def test_a_use_is_in_the_index_a_second_later(self) -> None:
         """
-        What is used from memory is noted on the disk once a minute at the most, and while it is used not less often.
+        What is used from memory, too; without a thread of the request's own.
         """
-        for path in (self.by_digest, self.config):
+        for path, digest in ((self.by_digest, self.image.digest), (self.config, self.image.config)):
             self.read(path)
-            for seconds, noted in ((30, 0), (31, 1), (30, 0), (31, 1), (59, 0), (600, 1)):
-                self.pass_time(seconds)
-                self.threads.calls.clear()
-                for _ in range(10):
-                    self.get(path)
-                self.assertEqual(noted, len(self.threads.calls), (path, seconds))
+            self.pass_time(30)
+            used = self.daemon.now()
+            self.threads.calls.clear()
+            self.get(path)
+            self.assertEqual([], self.threads.calls)
+            self.pass_time(1)
+            known = self.index.known(Digest.parse(digest))
+            assert known is not None
+            self.assertEqual(used, known.used)
 
     def test_a_use_is_seen_by_who_makes_room(self) -> None:
         """
@@ -564,9 +568,8 @@ class MemoryTests(DaemonTestCase):
             self.get(f"/v2/team/app/blobs/{other}")
         self.pass_time(61)
         self.get(self.config)
-        with self.daemon.store.ledger.lock:
-            order = [path.rpartition("/")[2] for path, _, _ in self.daemon.store.ledger.oldest()]
-        places = [order.index(each.removeprefix("sha256:")) for each in (*others, self.image.config)]
+        order = [str(each.what) for each in self.daemon.store.candidates()]
+        places = [order.index(each) for each in (*others, self.image.config)]
         self.assertEqual(places[-1], max(places))
 
     def test_a_large_blob_is_not_held(self) -> None:

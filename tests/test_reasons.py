@@ -17,6 +17,7 @@ from ecrproxy.access.clients import Admission
 from ecrproxy.access.limits import Limits
 from ecrproxy.access.passwords import Passwords
 from ecrproxy.cache import allocation
+from ecrproxy.cache.index import News
 from ecrproxy.reasons import Reason
 from ecrproxy.registry.circuit import FAILURES
 from ecrproxy.registry.ecr import TokenUnavailableError
@@ -77,7 +78,7 @@ class ContentTests(ReasonTestCase):
             self.assertWhy(self.get(path), "MISS", "first-use")
             for file in self.files():
                 file.unlink()
-            self.daemon.cache.forget_all()
+            self.daemon.cache.forget_purged(News(everything=True))
             for _ in range(2):
                 self.assertWhy(self.head(path), "MISS", "not-kept")
             self.assertWhy(self.get(path), "MISS", "not-kept")

@@ -160,3 +160,18 @@ class GapTests(SynchronousTestCase):
         ):
             self.assertEqual(gaps, Stretches(there).gaps(10))
         self.assertEqual([], Stretches().gaps(0))
+
+
+class StretchesTests(SynchronousTestCase):
+    @given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 12)), max_size=15))
+    def test_they_are_a_set_of_bytes(self, parts: list[tuple[int, int]]) -> None:
+        """
+        From any byte on, they tell the first that is missing.
+        """
+        stretches, there = Stretches(), set[int]()
+        for start, length in parts:
+            stretches.add(start, start + length)
+            there |= set(range(start, start + length))
+            for offset in range(54):
+                missing = next(byte for byte in range(offset, 60) if byte not in there)
+                self.assertEqual(missing, stretches.end_of(offset))

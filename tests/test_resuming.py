@@ -11,8 +11,8 @@ from pathlib import Path
 from ecrproxy.cache import allocation
 from ecrproxy.cache.arriving import LEFT_SECONDS, Arriving
 from ecrproxy.cache.claim import claim_path
-from ecrproxy.cache.entries import occupied
 from ecrproxy.cache.record import POLL_SECONDS, RECORD, Record
+from ecrproxy.cache.sqlite import on_disk
 from ecrproxy.transfer.inflow import SMALLEST_PART, Lanes
 from tests.daemon import MIB, Reply, noise
 from tests.store_contract import failing
@@ -57,12 +57,6 @@ class ResumingTestCase(RangesTestCase):
         self.standin.release(self.digest)
         (left,) = self.arriving()
         return left
-
-    def entries_bytes(self) -> int:
-        """
-        Weigh the entries, in whole blocks.
-        """
-        return sum(occupied(path.stat().st_size) for path in self.files("entries"))
 
     def again(self) -> Reply:
         """
@@ -249,17 +243,17 @@ class LimitTests(ResumingTestCase):
         It is part of what the directory holds, and of no more once a transfer goes on with it.
         """
         self.interrupted()
-        ledger = self.start(limit=self.limit).store.ledger
-        self.assertEqual((SIZE + RECORD, 0), (ledger.total - self.entries_bytes(), ledger.reserved))
+        self.start(limit=self.limit)
+        self.assertEqual((0, on_disk(SIZE + RECORD)), (self.index.totals.blocks, self.promised()))
         self.standin.hold(self.digest)
         reply = self.get(self.path)
-        self.assertEqual((0, SIZE + RECORD), (ledger.total - self.entries_bytes(), ledger.reserved))
+        self.assertEqual((0, on_disk(SIZE + RECORD)), (self.index.totals.blocks, self.promised()))
         self.standin.release(self.digest)
         self.flush()
         self.assertWhole(reply, DATA, "MISS")
-        self.assertEqual(0, ledger.reserved)
+        self.assertEqual(0, self.promised())
         self.assertTrue(self.has(self.digest))
-        self.assertEqual(self.used(), ledger.total)
+        self.assertEqual(self.used(), self.index.totals.blocks)
 
     def test_it_makes_room_for_others(self) -> None:
         """
@@ -331,11 +325,10 @@ class FailureTests(ResumingTestCase):
         When upstream has failed too often, the client is aborted; who asks next gets what came, and the rest.
         """
         self.failed()
-        ledger = self.daemon.store.ledger
-        self.assertEqual((SIZE + RECORD, 0), (ledger.total - self.entries_bytes(), ledger.reserved))
+        self.assertEqual((0, on_disk(SIZE + RECORD)), (self.index.totals.blocks, self.promised()))
         self.assertWhole(self.get(self.path), DATA, "MISS")
         self.assertEqual(SIZE - 4 * EACH, self.standin.bytes_sent)
-        self.assertEqual((SIZE, 0), (self.used() - self.entries_bytes(), ledger.reserved))
+        self.assertEqual((on_disk(SIZE), 0), (self.used(), self.promised()))
 
     def test_a_daemon_that_starts_goes_on_as_well(self) -> None:
         """

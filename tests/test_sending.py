@@ -28,6 +28,7 @@ from ecrproxy.transfer.sending import LEAST_PIECE, PIECE, TOGETHER, KernelSendin
 from ecrproxy.transfer.sources import FilePiece, Held
 from tests.daemon import BUFFER, MIB, Daemon, DaemonTestCase, End, Hands, Raw, noise
 from tests.registry_content import OCI_MANIFEST
+from tests.store_contract import being_read
 from tests.test_download import Source as BucketSource
 
 
@@ -231,7 +232,7 @@ class PieceTests(DaemonTestCase):
             self.hands.idle = True
             self.hands.work_off()
             self.flush()
-            self.assertEqual({}, dict(self.daemon.store.ledger._readers))  # noqa: SLF001
+            self.assertEqual(set(), being_read(self.daemon.store))
             self.flushLoggedErrors(OSError)
 
     def test_the_connection_stays_of_use(self) -> None:
@@ -839,10 +840,10 @@ class KernelTests(DaemonTestCase):
         self.get(self.path)
         self.ask()
         self.connection.turn()
-        self.assertEqual(1, len(self.daemon.store.ledger._readers))  # noqa: SLF001
+        self.assertEqual(1, len(being_read(self.daemon.store)))
         self.connection.shut()
         self.flush()
-        self.assertEqual({}, dict(self.daemon.store.ledger._readers))  # noqa: SLF001
+        self.assertEqual(set(), being_read(self.daemon.store))
         self.assertEqual([], [event for event in self.events if event.get("log_failure")])
 
     def aborted(self) -> None:

@@ -20,6 +20,8 @@ class SeveralTestCase(DaemonTestCase):
     A parent with two workers.
     """
 
+    index_in_memory = False
+
     def setUp(self) -> None:
         super().setUp()
         self.data = noise("several", 300_000)
@@ -80,8 +82,9 @@ class FiguresTests(SeveralTestCase):
         self.assertEqual(2, self.several.figure("ecr_proxy_client_connections"))
         self.assertEqual(2, self.several.figure("ecr_proxy_client_transfers"))
         self.assertEqual(2, self.several.figure("ecr_proxy_transfers"))
-        totals = [daemon.store.ledger.total for daemon in self.several.daemons]
-        self.assertEqual(max(totals), self.several.figure("ecr_proxy_cache_bytes"))
+        indexes = [daemon.store.index for daemon in self.several.daemons]
+        held = max(each.totals.blocks + each.size for each in indexes)
+        self.assertEqual(held, self.several.figure("ecr_proxy_cache_bytes"))
         self.assertEqual(2**30, self.several.figure("ecr_proxy_cache_limit_bytes"))
         self.assertEqual(1, self.several.figure('ecr_proxy_circuit_state{state="closed"}'))
         expiries = [daemon.tokens.expires or 0 for daemon in self.several.daemons]
@@ -269,7 +272,7 @@ class DirectoryTests(SeveralTestCase):
         for daemon in self.several.daemons:
             self.assertEqual(200, daemon.ask("GET", by_digest).code)
         told = {"X-Ecrproxy-Api": "1", "Content-Type": "application/json"}
-        entries = [path.name for path in self.files("entries")]
+        entries = [str(key) for key in self.entries()]
         body = json.dumps({"content": [image.digest], "entries": entries}).encode()
         self.assertEqual(200, self.several.ask_admin("/api/remove", "POST", body=body, headers=told).code)
         self.several.pass_time(2)

@@ -11,8 +11,7 @@ import gc
 import os
 import stat
 import tracemalloc
-from array import array
-from itertools import combinations, islice
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,12 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.cache import allocation
 from ecrproxy.cache.content import DigestMismatchError
-from ecrproxy.cache.entries import ANSWERS_LIMIT, BLOCK, ENTRY_LIMIT, Entry, entry_name
-from ecrproxy.cache.ledger import Ledger, Settled
+from ecrproxy.cache.entries import ANSWERS_LIMIT, Entry, EntryKey
+from ecrproxy.cache.index import Index
+from ecrproxy.cache.scrub import scrub
+from ecrproxy.cache.sqlite import Rows
 from ecrproxy.cache.store import Store
-from ecrproxy.identity import RegistryId
-from ecrproxy.oci import MANIFEST_TYPES, Digest, Kind, Route, parse_route
+from ecrproxy.oci import MANIFEST_TYPES, Digest, Kind
 from tests import store_contract
 from tests.store_contract import (
     ANY,
@@ -34,9 +34,11 @@ from tests.store_contract import (
     REGISTRY,
     START,
     begin,
+    being_read,
     confirmed,
     entry_of,
     failing,
+    key_of,
     put,
     read,
     scratch,
@@ -83,16 +85,18 @@ class StoreTests(SynchronousTestCase):
         """
         self.now = START
         self.store = self.reopened(scratch(self))
-        self.route = parse_route("/v2/a/manifests/latest")
+        self.key = key_of("/v2/a/manifests/latest")
 
     def reopened(self, root: Path) -> Store:
         """
         Open a directory as a daemon does that starts.
         """
-        store = Store(root, lambda: self.now)
+        store = Store(root, lambda: self.now, Index(root, lambda: self.now, memory=True))
+        self.addCleanup(store.index.close)
         store.prepare()
         store.sweep()
-        store.count()
+        for _ in scrub(store, lambda: None):
+            pass
         return store
 
     def path_of(self, digest: Digest) -> Path:
@@ -121,8 +125,9 @@ class StartTests(StoreTests):
         """
         root = scratch(self) / "deep" / "cache"
         store = Store(root, lambda: START)
+        self.addCleanup(store.index.close)
         store.prepare()
-        self.assertEqual([], files_in(root))
+        self.assertEqual([], [name for name in files_in(root) if not name.startswith("index")])
         self.assertEqual(0o700, stat.S_IMODE((root / "content").stat().st_mode))
         put(store, b"x")
 
@@ -225,49 +230,41 @@ class StartTests(StoreTests):
         self.assertTrue((self.store.arriving.folder / "left").exists())
         self.assertTrue(outside.exists())
 
-    def test_drafts_of_entries_are_swept_when_they_are_old(self) -> None:
+    def test_a_probe_is_swept_when_it_is_old(self) -> None:
         """
-        Another daemon on the same directory may be about to finish a young one.
+        Another daemon on the same directory may be about to read a young one.
         """
-        for name, age in (("entry.young", 10), ("entry.old", 1000), ("probe.old", 1000)):
-            (self.store.arriving.folder / name).write_text("draft")
+        for name, age in (("probe.young", 10), ("probe.old", 1000)):
+            (self.store.arriving.folder / name).write_text("probe")
             os.utime(self.store.arriving.folder / name, (START - age, START - age))
         self.store.sweep()
-        self.assertEqual(["entry.young"], files_in(self.store.arriving.folder))
+        self.assertEqual(["probe.young"], files_in(self.store.arriving.folder))
 
-    def test_the_count_is_what_the_directory_holds(self) -> None:
+    def test_what_is_found_is_what_the_directory_holds(self) -> None:
         """
-        Content counts with its bytes, an entry with its block, arriving files do not.
+        Content counts with its blocks, whether its arrival was seen or not.
         """
-        put(self.store, b"x" * 1000)
-        self.store.save("0" * 64, entry_of(self.route, confirmed()))
+        put(self.store, b"x" * 5000)
         writer = begin(self.store, Digest.of(b"y"), 5000)
         self.addCleanup(writer.discard)
-        again = Store(self.store.root, lambda: START)
-        again.count()
-        self.assertEqual(2, len(again.ledger))
-        self.assertEqual(1000 + BLOCK, again.ledger.total)
-        self.assertEqual(self.store.ledger.total, again.ledger.total)
+        again = self.reopened(self.store.root)
+        self.assertEqual((1, 8192), again.index.totals[:2])
+        self.assertEqual(self.store.index.totals[:2], again.index.totals[:2])
 
     def test_files_that_are_not_its_own_are_neither_counted_nor_removed(self) -> None:
         digest = Digest.of(b"data")
         mine = self.store.root / self.store.content_path(digest)
-        others = ("content/sha256/ab/notes.txt", f"content/sha256/cd/{'ab' * 32}", f"entries/ab/{'ab' * 32}.bak")
+        others = ("content/sha256/ab/notes.txt", f"content/sha256/cd/{'ab' * 32}", f"content/ab/{'ab' * 32}")
         for path in (mine, *(self.store.root / each for each in others)):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(b"data")
-        outside = self.store.root.parent / f"{self.store.root.name}.outside"
-        outside.write_bytes(b"data")
-        self.addCleanup(outside.unlink)
-        self.store.count()
-        self.assertEqual((4, 1), (self.store.ledger.total, len(self.store.ledger)))
-        for name in (*others, str(outside), f"../{outside.name}", f"ingest/../../{outside.name}", "ingest/x", "", "."):
-            self.assertFalse(self.store.remove(name), name)
-        self.assertTrue(outside.exists() and all((self.store.root / each).exists() for each in others))
-        self.assertTrue(self.store.remove(self.store.content_path(digest)))
+        again = self.reopened(self.store.root)
+        self.assertEqual((1, 4096), again.index.totals[:2])
+        self.assertEqual([digest], again.evict_unused(each.what for each in again.candidates()))
+        self.assertTrue(all((self.store.root / each).exists() for each in others))
         self.assertFalse(mine.exists())
 
-    def test_recency_survives_a_restart(self) -> None:
+    def test_recency_survives_a_lost_index(self) -> None:
         """
         What was used last goes last, whatever came first.
         """
@@ -279,45 +276,18 @@ class StartTests(StoreTests):
         self.now += 1
         read(self.store, digests[0])
         again = self.reopened(self.store.root)
-        self.assertEqual(
-            [self.store.content_path(digest) for digest in (digests[1], digests[2], digests[0])],
-            [path for path, _, _ in again.ledger.oldest()],
-        )
+        self.assertEqual([digests[1], digests[2], digests[0]], [each.what for each in again.candidates()])
 
-    def test_what_is_used_while_the_count_runs_is_the_most_recent(self) -> None:
+    def test_files_from_before_1970_and_from_the_future_are_counted(self) -> None:
         """
-        A daemon answers before it has counted, and neither forgets that nor counts twice.
+        A clock that was wrong once neither hides content nor drops it, nor makes it the last to go.
         """
-        digests = []
-        for data in (b"one", b"two", b"three"):
-            digests.append(put(self.store, data))
-            self.now += 1
-            read(self.store, digests[-1])
-        again = Store(self.store.root, lambda: self.now)
-        read(again, digests[0])
-        again.count()
-        self.assertEqual(
-            [again.content_path(digest) for digest in (digests[1], digests[2], digests[0])],
-            [path for path, _, _ in again.ledger.oldest()],
-        )
-        self.assertEqual(len(b"onetwothree"), again.ledger.total)
-
-    def test_files_from_before_1970_are_counted_as_the_oldest(self) -> None:
         old, new = put(self.store, b"x"), put(self.store, b"yz")
         os.utime(self.path_of(old), (-5, -5))
+        os.utime(self.path_of(new), (START * 2, START * 2))
         again = self.reopened(self.store.root)
-        self.assertEqual([1, 2], [size for _, size, _ in again.ledger.oldest()])
+        self.assertEqual([(old, 0.0), (new, START)], [(each.what, each.used) for each in again.candidates()])
         self.assertEqual((b"x", b"yz"), (read(again, old), read(again, new)))
-
-    def test_files_from_the_future_are_counted(self) -> None:
-        """
-        A clock that was wrong once neither hides content nor drops it.
-        """
-        digest = put(self.store, b"x")
-        os.utime(self.path_of(digest), (START * 2, START * 2))
-        again = self.reopened(self.store.root)
-        self.assertEqual(1, again.ledger.total)
-        self.assertEqual(b"x", read(again, digest))
 
 
 class WriterTests(StoreTests):
@@ -350,7 +320,7 @@ class WriterTests(StoreTests):
         self.assertEqual([], files_in(self.store.root / "content"))
         writer.discard()
         self.assertEqual([], files_in(self.store.root))
-        self.assertEqual(0, self.store.ledger.total)
+        self.assertEqual(0, self.store.index.totals.blocks)
 
     def test_a_disk_without_room_says_so_at_once(self) -> None:
         """
@@ -441,7 +411,7 @@ class WriterTests(StoreTests):
         self.assertRaises(OSError, writer.commit)
         writer.discard()
         self.assertEqual([], files_in(self.store.root))
-        self.assertEqual(0, self.store.ledger.total)
+        self.assertEqual(0, self.store.index.totals.blocks)
 
     def test_content_that_is_changed_as_soon_as_it_has_its_name_is_not_proved(self) -> None:
         """
@@ -489,10 +459,10 @@ class WriterTests(StoreTests):
         writer = begin(self.store, Digest.of(b"x"), 1)
         writer.write(0, [b"x"])
         writer.commit()
-        self.assertEqual([True], [being_read for _, _, being_read in self.store.ledger.oldest()])
+        self.assertEqual([], self.store.evict_unused([Digest.of(b"x")]))
         writer.close()
         writer.close()
-        self.assertEqual([False], [being_read for _, _, being_read in self.store.ledger.oldest()])
+        self.assertEqual([Digest.of(b"x")], self.store.evict_unused([Digest.of(b"x")]))
 
     def test_committed_content_is_counted(self) -> None:
         """
@@ -500,7 +470,7 @@ class WriterTests(StoreTests):
         """
         for _ in range(2):
             put(self.store, b"12345")
-        self.assertEqual((5, 1), (self.store.ledger.total, len(self.store.ledger)))
+        self.assertEqual((1, 4096), self.store.index.totals[:2])
 
 
 class ContentTests(StoreTests):
@@ -515,7 +485,8 @@ class ContentTests(StoreTests):
         digest = put(self.store, b"x")
         self.path_of(digest).unlink()
         self.assertIsNone(self.store.open(digest))
-        self.assertEqual(0, self.store.ledger.total)
+        self.store.index.settle()
+        self.assertEqual(0, self.store.index.totals.blocks)
 
     def test_a_link_in_contents_place_leads_nowhere(self) -> None:
         """
@@ -571,17 +542,15 @@ class ContentTests(StoreTests):
         with capturedLogs() as events:
             self.assertIsNone(self.store.open(digest))
         self.assertEqual([True], [digest.hex in event["path"] for event in events if "path" in event])
-        self.assertEqual((1, 1), (len(self.store.ledger), self.store.ledger.total))  # it is still there
+        self.assertEqual((1, 4096), self.store.index.totals[:2])  # it is still there
 
     def test_a_disk_without_writing_serves_what_it_has(self) -> None:
         """
         That a use can't be noted keeps nobody from the bytes.
         """
         digest = put(self.store, b"x")
-        self.store.save("0" * 64, entry_of(self.route, confirmed()))
         self.patch(os, "utime", failing(errno.EROFS))
         self.assertEqual(b"x", read(self.store, digest))
-        self.assertIsNotNone(self.store.entry("0" * 64, REGISTRY, self.route))
 
     def test_open_content_is_being_read_until_it_is_closed(self) -> None:
         """
@@ -602,247 +571,17 @@ class ContentTests(StoreTests):
         """
         Tell whether the one file of the store is being read.
         """
-        ((_, _, being_read),) = self.store.ledger.oldest()
-        return being_read
+        return being_read(self.store) != set()
 
     def test_a_use_is_noted(self) -> None:
         """
-        Opening content, or reading an entry, makes it the most recently used, for the next daemon too.
+        Opening content makes it the most recently used, in the index and for who has lost that.
         """
-        digest = put(self.store, b"x")
-        self.store.save("0" * 64, entry_of(self.route, confirmed()))
+        digest, other = put(self.store, b"x"), put(self.store, b"y")
         self.now = START + 1000
         read(self.store, digest)
         self.assertEqual(START + 1000, self.path_of(digest).stat().st_mtime)
-        self.assertEqual(self.store.content_path(digest), [path for path, _, _ in self.store.ledger.oldest()][-1])
-        self.store.entry("0" * 64, REGISTRY, self.route)
-        self.assertIn("0" * 64, [path for path, _, _ in self.store.ledger.oldest()][-1])
-        self.assertEqual(START + 1000, (self.store.root / "entries" / "00" / ("0" * 64)).stat().st_mtime)
-
-
-class EntryFileTests(StoreTests):
-    """
-    An entry that is not what it should be is a miss.
-    """
-
-    def test_a_corrupt_entry_is_a_miss(self) -> None:
-        """
-        Whatever bytes are in its file.
-        """
-        name = "0" * 64
-        self.store.save(name, entry_of(self.route, confirmed()))
-        path = self.store.root / "entries" / "00" / name
-        good = path.read_bytes()
-        digest = str(Digest.of(b"manifest")).encode()
-        broken = (
-            b"",
-            b"\0" * len(good),
-            good[: len(good) // 2],
-            b"[]",
-            b"null",
-            b"5",
-            b'"x"',
-            b"\xff\xfe",
-            b"[" * 100_000,
-            b"{}",
-            good.replace(b'"kind": "manifests"', b'"kind": "images"'),
-            good.replace(b'"repository"', b'"repo"'),
-            good.replace(digest, b"sha256:abc"),
-            good.replace(b'"' + digest + b'"', b"5"),
-            good.replace(b'"size": 8', b'"size": "many"'),
-            good.replace(b'"size": 8', b'"size": null'),
-            good.replace(b'"confirmed": ', b'"when": '),
-            good.replace(b'"answers": [', b'"answers": [5, '),
-            good.replace(b'"accept": [', b'"accept": [{}, '),
-        )
-        for data in broken:
-            self.assertNotEqual(good, data)
-            path.write_bytes(data)
-            self.assertIsNone(self.store.entry(name, REGISTRY, self.route), data[:200])
-        path.write_bytes(good)
-        self.assertIsNotNone(self.store.entry(name, REGISTRY, self.route))
-
-    def test_registries_have_entries_of_their_own(self) -> None:
-        other = RegistryId.of_host("123456789012.dkr.ecr.eu-west-2.amazonaws.com")
-        name = entry_name(REGISTRY, "key", self.route)
-        self.assertNotEqual(name, entry_name(other, "key", self.route))
-        self.store.save(name, entry_of(self.route, confirmed()))
-        self.assertIsNone(self.store.entry(name, other, self.route))
-
-    def test_an_entry_that_is_too_large_is_a_miss(self) -> None:
-        """
-        It is not read into memory to find that out.
-        """
-        name = "0" * 64
-        self.store.save(name, entry_of(self.route, confirmed()))
-        path = self.store.root / "entries" / "00" / name
-        path.write_bytes(path.read_bytes() + b" " * ENTRY_LIMIT)
-        self.assertIsNone(self.store.entry(name, REGISTRY, self.route))
-
-    def test_the_largest_entry_is_read(self) -> None:
-        accepts = [frozenset(each) for each in combinations(sorted(MANIFEST_TYPES), 5)][:ANSWERS_LIMIT]
-        self.assertEqual(ANSWERS_LIMIT, len(accepts))
-        largest = Entry.of(REGISTRY, Route(Kind.MANIFEST, "a" * 255, "b" * 128), dict.fromkeys(accepts, confirmed()))
-        self.assertLess(len(largest.to_json()), ENTRY_LIMIT)
-        self.assertEqual(largest, Entry.from_json(largest.to_json()))
-
-    def test_an_entry_weighs_what_it_takes_of_memory(self) -> None:
-        """
-        Memory is bounded by what is reckoned.
-        """
-        for size in range(len(MANIFEST_TYPES) + 1):
-            accepts = [frozenset(each) for each in combinations(sorted(MANIFEST_TYPES), size)][:ANSWERS_LIMIT]
-            route = Route(Kind.MANIFEST, "a" * 255, "b" * 128)
-            data = Entry.of(REGISTRY, route, {accept: confirmed(str(accept).encode()) for accept in accepts}).to_json()
-            tracemalloc.start()
-            held = [Entry.from_json(data) for _ in range(20)]
-            taken, _ = tracemalloc.get_traced_memory()
-            tracemalloc.stop()
-            self.assertLess(taken / 20, held[0].weight, size)
-
-    def test_an_entry_with_numbers_beyond_all_bounds_is_a_miss(self) -> None:
-        """
-        JSON has larger numbers than files have bytes.
-        """
-        name = "0" * 64
-        self.store.save(name, entry_of(self.route, confirmed()))
-        path = self.store.root / "entries" / "00" / name
-        good = path.read_bytes()
-        for number in (b"1e999", b"Infinity", b"NaN"):
-            path.write_bytes(good.replace(b'"size": 8', b'"size": ' + number))
-            self.assertIsNone(self.store.entry(name, REGISTRY, self.route), number)
-        for number in (b"9" * 400, b"1e999", b"-Infinity", b"NaN"):
-            path.write_bytes(good.replace(b"%.1f" % START, number))
-            self.assertIsNone(self.store.entry(name, REGISTRY, self.route), number)
-
-    def test_a_directory_in_an_entrys_place_is_a_miss(self) -> None:
-        """
-        It is no failure of the request that found it.
-        """
-        (self.store.root / "entries" / "00" / ("0" * 64)).mkdir(parents=True)
-        self.assertIsNone(self.store.entry("0" * 64, REGISTRY, self.route))
-
-    def test_an_entry_is_written_whole_or_not_at_all(self) -> None:
-        """
-        A disk that fails leaves the entry that was there, and no draft.
-        """
-        name = "0" * 64
-        self.store.save(name, entry_of(self.route, confirmed(b"old")))
-        self.patch(Path, "rename", failing(errno.EIO))
-        self.assertRaises(OSError, self.store.save, name, entry_of(self.route, confirmed(b"new")))
-        self.assertEqual(entry_of(self.route, confirmed(b"old")), self.store.entry(name, REGISTRY, self.route))
-        self.assertEqual([f"entries/00/{name}"], files_in(self.store.root))
-
-    def test_entries_are_counted(self) -> None:
-        """
-        They are part of the cache's size, once each with the block that they occupy, until they are forgotten.
-        """
-        name, entry = "0" * 64, entry_of(self.route, confirmed())
-        for _ in range(2):
-            self.store.save(name, entry)
-        self.assertEqual((BLOCK, 1), (self.store.ledger.total, len(self.store.ledger)))
-        self.store.entry(name, REGISTRY, self.route)
-        self.assertEqual(BLOCK, self.store.ledger.total)
-        self.store.forget(name)
-        self.assertEqual((0, 0), (self.store.ledger.total, len(self.store.ledger)))
-        self.assertEqual([], files_in(self.store.root))
-
-
-class EntryNameTests(SynchronousTestCase):
-    """
-    The name of an entry says what was asked for.
-    """
-
-    def test_a_name_depends_on_all_that_was_asked_for(self) -> None:
-        """
-        A cache key that requests share leads none of them to another's entry.
-        """
-        digest = Digest.of(b"x")
-        asked = [
-            ("key", Route(Kind.MANIFEST, "a", "latest")),
-            ("other", Route(Kind.MANIFEST, "a", "latest")),
-            ("key", Route(Kind.MANIFEST, "b", "latest")),
-            ("key", Route(Kind.MANIFEST, "a", "older")),
-            ("key", Route(Kind.MANIFEST, "a", str(digest), digest)),
-            ("key", Route(Kind.BLOB, "a", str(digest), digest)),
-            ("key", Route(Kind.BLOB, "b", str(digest), digest)),
-            ("keymanifests", Route(Kind.MANIFEST, "a", "latest")),
-            ("key", Route(Kind.MANIFEST, "alatest", "")),
-        ]
-        self.assertEqual(len(asked), len({entry_name(REGISTRY, key, route) for key, route in asked}))
-
-    def test_a_name_is_always_the_same_and_fit_for_a_file(self) -> None:
-        """
-        Whatever a client put into the key, the file is called by hexadecimal digits.
-        """
-        route = parse_route("/v2/a/manifests/latest")
-        for key in ("/v2/a/manifests/latest", "../../etc/passwd", "a\0b", "\udcff", "ä" * 10_000, ""):
-            self.assertRegex(entry_name(REGISTRY, key, route), r"\A[0-9a-f]{64}\Z")
-            other = parse_route("/v2/a/manifests/latest?x=1")
-            self.assertEqual(entry_name(REGISTRY, key, route), entry_name(REGISTRY, key, other))
-
-
-class LedgerTests(SynchronousTestCase):
-    """
-    The ledger counts what is there, what is read and what is promised.
-    """
-
-    def test_a_file_counts_with_its_latest_size(self) -> None:
-        """
-        Files that change their size, or go, change the total by just that.
-        """
-        ledger = Ledger()
-        ledger.used("a", 10)
-        ledger.used("b", 5)
-        ledger.used("a", 3)
-        self.assertEqual((8, 2), (ledger.total, len(ledger)))
-        ledger.gone("a")
-        ledger.gone("a")
-        self.assertEqual((5, 1), (ledger.total, len(ledger)))
-
-    def test_files_come_in_the_order_of_their_use(self) -> None:
-        """
-        The least recently used is the first, and readers are told of.
-        """
-        ledger = Ledger()
-        for path in ("a", "b", "c", "a"):
-            ledger.used(path, 1)
-        ledger.reading("c", 1)
-        ledger.reading("c", 1)
-        ledger.reading("c", -1)
-        self.assertEqual([("b", 1, False), ("c", 1, True), ("a", 1, False)], list(ledger.oldest()))
-        ledger.reading("c", -1)
-        self.assertEqual([("b", 1, False), ("c", 1, False), ("a", 1, False)], list(ledger.oldest()))
-
-    def test_two_hundred_thousand_files_are_few_bytes_each(self) -> None:
-        """
-        A large directory is counted compactly, and looked up and evicted from as a small one is.
-        """
-        count = 200_000
-        names = b"".join(b"\1" + number.to_bytes(32, "big") for number in range(count))
-        sizes, order = array("Q", range(count)), array("I", reversed(range(count)))
-        ledger = Ledger()
-        ledger.load(Settled(names, sizes, order), sum(sizes))
-        self.assertLess(len(names) + sizes.itemsize * count + order.itemsize * count + count, 50 * count)
-        path = f"entries/00/{123_456:064x}"
-        ledger.used(path, 1)
-        self.assertEqual((count, sum(sizes) - 123_455), (len(ledger), ledger.total))
-        oldest = [path for path, _, _ in islice(ledger.oldest(), 3)]
-        self.assertEqual([f"entries/00/{count - number:064x}" for number in (1, 2, 3)], oldest)
-        for each in oldest:
-            ledger.gone(each)
-        self.assertEqual(f"entries/00/{count - 4:064x}", next(ledger.oldest())[0])
-        self.assertEqual(path, list(ledger.oldest())[-1][0])
-
-    def test_promises_are_taken_back(self) -> None:
-        """
-        What is reserved counts apart from what is there.
-        """
-        ledger = Ledger()
-        ledger.reserve(10)
-        ledger.reserve(5)
-        ledger.reserve(-10)
-        self.assertEqual((5, 0), (ledger.reserved, ledger.total))
+        self.assertEqual([other, digest], [each.what for each in self.store.candidates()])
 
 
 class EntryTests(SynchronousTestCase):
@@ -850,28 +589,29 @@ class EntryTests(SynchronousTestCase):
     An entry remembers the answers that a reference had, by what the client takes.
     """
 
-    def setUp(self) -> None:
+    def test_an_entry_weighs_what_it_takes_of_memory(self) -> None:
         """
-        A tag.
+        Memory is bounded by what is reckoned.
         """
-        self.route = parse_route("/v2/a/manifests/latest")
-
-    def test_an_entry_is_of_what_was_asked_for(self) -> None:
-        """
-        Kind, repository and reference must all be the same.
-        """
-        entry = entry_of(self.route)
-        self.assertTrue(entry.is_of(REGISTRY, parse_route("/v2/a/manifests/latest?x=1")))
-        self.assertFalse(entry.is_of(REGISTRY, Route(Kind.BLOB, "a", "latest")))
-        self.assertFalse(entry.is_of(REGISTRY, Route(Kind.MANIFEST, "b", "latest")))
-        self.assertFalse(entry.is_of(REGISTRY, Route(Kind.MANIFEST, "a", "other")))
+        key = EntryKey(REGISTRY, Kind.MANIFEST, "a" * 255, "b" * 128)
+        rows = Rows()
+        self.addCleanup(rows.close)
+        for size in range(len(MANIFEST_TYPES) + 1):
+            accepts = [frozenset(each) for each in combinations(sorted(MANIFEST_TYPES), size)][:ANSWERS_LIMIT]
+            rows.save([(key, Entry({accept: confirmed(str(accept).encode()) for accept in accepts}))])
+            tracemalloc.start()
+            held = [rows.entry(key) for _ in range(20)]
+            taken, _ = tracemalloc.get_traced_memory()
+            tracemalloc.stop()
+            assert held[0] is not None
+            self.assertLess(taken / 20, held[0].weight, size)
 
     def test_the_latest_answer_fits_the_client(self) -> None:
         """
         The very same Accept set comes first, then the newest answer of a type that the client takes.
         """
         same = frozenset({INDEX_TYPE, MANIFEST_TYPE})
-        entry = entry_of(self.route, confirmed(b"manifest", START + 5), confirmed(b"index", START, INDEX_TYPE))
+        entry = entry_of(confirmed(b"manifest", START + 5), confirmed(b"index", START, INDEX_TYPE))
         entry = entry.with_answer(same, confirmed(b"same", START - 5))
         for accept, data in (
             (same, b"same"),
@@ -883,23 +623,21 @@ class EntryTests(SynchronousTestCase):
             assert latest is not None
             self.assertEqual(Digest.of(data), latest.descriptor.digest)
         self.assertIsNone(entry.latest(frozenset({"other/type"})))
-        self.assertIsNone(entry_of(self.route).latest(ANY))
+        self.assertIsNone(entry_of().latest(ANY))
 
     def test_a_new_answer_replaces_the_one_for_the_same_clients(self) -> None:
         """
         Others keep theirs.
         """
-        entry = entry_of(self.route, confirmed(b"old"), confirmed(b"index", START, INDEX_TYPE))
+        entry = entry_of(confirmed(b"old"), confirmed(b"index", START, INDEX_TYPE))
         newer = entry.with_answer(frozenset({MANIFEST_TYPE}), confirmed(b"new", START + 1))
-        self.assertEqual(
-            entry_of(self.route, confirmed(b"new", START + 1), confirmed(b"index", START, INDEX_TYPE)), newer
-        )
+        self.assertEqual(entry_of(confirmed(b"new", START + 1), confirmed(b"index", START, INDEX_TYPE)), newer)
 
     def test_answers_that_were_not_confirmed_for_longest_make_room(self) -> None:
         """
         Clients that make up Accept headers don't make an entry grow for ever.
         """
-        entry = entry_of(self.route)
+        entry = entry_of()
         for number in range(ANSWERS_LIMIT + 3):
             entry = entry.with_answer(frozenset({f"type/{number}"}), confirmed(b"x", START + number))
         self.assertEqual(ANSWERS_LIMIT, len(entry.answers))

@@ -7,7 +7,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -18,15 +18,19 @@ from twisted.trial.unittest import SynchronousTestCase
 from ecrproxy.cache.arriving import Met
 from ecrproxy.cache.claim import Claim
 from ecrproxy.cache.content import Content, DigestMismatchError
-from ecrproxy.cache.entries import Entry, entry_name, occupied
+from ecrproxy.cache.entries import Entry, EntryKey
+from ecrproxy.cache.index import Index
 from ecrproxy.cache.janitor import Janitor
+from ecrproxy.cache.locks import is_in_place
 from ecrproxy.cache.peer import PeerTransfer
-from ecrproxy.cache.record import RECORD, room_for
+from ecrproxy.cache.record import Reservation, room_for
+from ecrproxy.cache.scrub import scrub
+from ecrproxy.cache.sqlite import on_disk
 from ecrproxy.cache.store import Store
 from ecrproxy.cache.writer import Writer
-from ecrproxy.oci import Digest, parse_route
+from ecrproxy.oci import Digest
 from tests.daemon import at_once
-from tests.store_contract import REGISTRY, START, confirmed, entry_of
+from tests.store_contract import START, confirmed, entry_of, key_of
 
 LIMIT: Final = 3_000_000
 
@@ -43,7 +47,7 @@ class Blob(bytes):
 # The largest two are worth resuming.
 BLOBS: Final = [Blob(bytes([65 + number]) * (number * 200_000)) for number in range(8)]
 NAMES: Final = {Digest.of(data): data for data in BLOBS}
-ROUTES: Final = [parse_route(f"/v2/team/app/manifests/tag{number}") for number in range(3)]
+KEYS: Final = [key_of(f"/v2/team/app/manifests/tag{number}") for number in range(3)]
 
 
 class Transfer:
@@ -77,35 +81,50 @@ class StoreMachine(RuleBasedStateMachine):
         """Files that were changed behind the store's back since it was counted."""
         self.wrong: set[str] = set()
         """Files that wrong bytes arrived in."""
+        self.index = Index(self.root, lambda: self.now, memory=True)
+        self.entries: dict[EntryKey, Entry] = {}
         self.start()
 
     def teardown(self) -> None:
         self.crash()
+        self.index.close()
         shutil.rmtree(self.root)
 
     def start(self) -> None:
         """
         Start a daemon's store over what there is.
         """
-        self.store = Store(self.root, lambda: self.now)
+        self.store = Store(self.root, lambda: self.now, self.index)
         self.store.prepare()
-        self.store.sweep()
         self.janitor = Janitor(self.store, LIMIT, at_once, Clock())
-        self.store.count()
-        assert self.store.ledger.total == self.used(), "the count is not what the disk has"
-        self.spoiled.clear()
-        assert self.janitor.make_room(0)
+        self.store.sweep()
+        for _ in scrub(self.store, self.janitor.tidy):
+            pass
+        self.counted()
+        assert self.janitor.make_room(None, 0)
+
+    def counted(self) -> None:
+        """
+        Hold the index against the disk: what somebody has cut or lengthened is seen when it is opened.
+        """
+        there = {Digest.parse(f"sha256:{path.name}"): path.stat().st_size for path in self.files("content")}
+        assert {each.digest for each in self.index.files()} == there.keys()
+        self.spoiled = {path for path in self.spoiled if (self.root / path).exists()}
 
     @rule()
     def pass_time(self) -> None:
         self.now += 10
 
-    @rule()
-    def crash_and_restart(self) -> None:
+    @rule(lost=st.booleans())
+    def crash_and_restart(self, lost: bool) -> None:
         """
-        The kernel closes what a killed process had open, and that is all that happens.
+        The kernel closes what a killed process had open, and that is all that happens; its index may be lost, too.
         """
         self.crash()
+        if lost:
+            self.index.close()
+            self.index = Index(self.root, lambda: self.now, memory=True)
+            self.entries.clear()
         self.start()
 
     def crash(self) -> None:
@@ -130,7 +149,7 @@ class StoreMachine(RuleBasedStateMachine):
                 claim.close()
             return
         writer = self.store.arriving.resume(claim, digest, size)
-        if writer is None and self.janitor.make_room(room_for(size)):
+        if writer is None and self.janitor.make_room(claim.reservation, room_for(size)):
             writer = self.store.writer(claim, digest, size)
         if writer is None:
             self.store.arriving.let_go(claim)
@@ -152,7 +171,6 @@ class StoreMachine(RuleBasedStateMachine):
             start = transfer.sent.find(0)
             self.put(transfer, start, min(len(data), start + part), wrong=not wrong)
             transfer.writer.leave()
-            self.janitor.release(transfer.writer.room)
 
     @rule(data=st.sampled_from(BLOBS), read=st.booleans())
     def bring(self, data: bytes, read: bool) -> None:
@@ -165,7 +183,6 @@ class StoreMachine(RuleBasedStateMachine):
             self.put(transfer, 0, len(data))
             transfer.writer.commit()
             transfer.writer.close()
-            self.janitor.release(transfer.writer.room)
             self.spoiled.discard(self.store.content_path(Digest.of(data)))
             if read:
                 content = self.store.open(Digest.of(data))
@@ -215,7 +232,6 @@ class StoreMachine(RuleBasedStateMachine):
             self.spoiled.discard(self.store.content_path(Digest.of(transfer.data)))
             transfer.writer.close()
         self.transfers.remove(transfer)
-        self.janitor.release(transfer.writer.room)
 
     @precondition(lambda self: self.transfers)
     @rule(draw=st.data(), for_good=st.booleans())
@@ -229,7 +245,6 @@ class StoreMachine(RuleBasedStateMachine):
         else:
             transfer.writer.leave()
         self.transfers.remove(transfer)
-        self.janitor.release(transfer.writer.room)
 
     # Readers
 
@@ -260,52 +275,39 @@ class StoreMachine(RuleBasedStateMachine):
 
     # Entries
 
-    @rule(route=st.sampled_from(ROUTES), number=st.integers(0, 7))
-    def save(self, route: Any, number: int) -> None:
-        entry = entry_of(route, confirmed(BLOBS[number], self.now))
-        size = occupied(len(entry.to_json()))
-        if self.janitor.make_room(size):
-            self.store.save(entry_name(REGISTRY, "key", route), entry)
-            self.janitor.release(size)
-            self.spoiled.discard(self.entry_path(route))
+    @rule(key=st.sampled_from(KEYS), number=st.integers(0, 7))
+    def save(self, key: EntryKey, number: int) -> None:
+        self.entries[key] = entry_of(confirmed(BLOBS[number], self.now))
+        self.store.save((key, self.entries[key]))
 
-    @rule(route=st.sampled_from(ROUTES))
-    def forget(self, route: Any) -> None:
-        self.store.forget(entry_name(REGISTRY, "key", route))
-        self.spoiled.discard(self.entry_path(route))
-        assert self.store.entry(entry_name(REGISTRY, "key", route), REGISTRY, route) is None
+    @rule(key=st.sampled_from(KEYS))
+    def forget(self, key: EntryKey) -> None:
+        self.store.index.forget(key)
+        self.entries.pop(key, None)
 
-    @rule(route=st.sampled_from(ROUTES), other=st.sampled_from(ROUTES))
-    def recall(self, route: Any, other: Any) -> None:
-        """
-        An entry speaks of what was asked for, or there is none.
-        """
-        entry = self.store.entry(entry_name(REGISTRY, "key", route), REGISTRY, other)
-        assert entry is None or (route == other and isinstance(entry, Entry) and entry.is_of(REGISTRY, route))
-
-    @staticmethod
-    def entry_path(route: Any) -> str:
-        name = entry_name(REGISTRY, "key", route)
-        return f"entries/{name[:2]}/{name}"
+    @invariant()
+    def entries_are_what_was_saved(self) -> None:
+        for key in KEYS:
+            assert self.store.entry(key) == self.entries.get(key)
 
     # The janitor, and the disk
 
     @rule(size=st.sampled_from([0, LIMIT // 4, LIMIT // 2, LIMIT, LIMIT + 1]))
     def make_room(self, size: int) -> None:
-        read = [self.store.content_path(Digest.of(data)) for _, data in self.open]
-        there = [path for path in read if (self.root / path).exists()]
-        if self.janitor.make_room(size):
+        read = [(self.root / self.store.content_path(content.digest), content.fileno()) for content, _ in self.open]
+        there = [path for path, fd in read if is_in_place(fd, path)]  # not if somebody has deleted it, and it came anew
+        if self.janitor.make_room(Reservation("room"), size):
             assert self.within_limit()
-            self.janitor.release(size)
-        assert all((self.root / path).exists() for path in there), "what is being read was evicted"
+            self.index.drop(arriving=[Reservation("room")])
+        assert all(path.exists() for path in there), "what is being read was evicted"
 
-    @precondition(lambda self: self.files("content", "entries"))
+    @precondition(lambda self: self.files("content"))
     @rule(draw=st.data(), how=st.sampled_from(["unlink", "cut", "lengthen"]))
     def spoil(self, draw: st.DataObject, how: str) -> None:
         """
         Somebody deletes, cuts or lengthens a file behind the store's back.
         """
-        path = draw.draw(st.sampled_from(self.files("content", "entries")))
+        path = draw.draw(st.sampled_from(self.files("content")))
         self.spoiled.add(str(path.relative_to(self.root)))
         if how == "unlink":
             path.unlink()
@@ -319,17 +321,11 @@ class StoreMachine(RuleBasedStateMachine):
     def files(self, *tops: str) -> list[Path]:
         return sorted(path for top in tops for path in (self.root / top).rglob("*") if path.is_file())
 
-    def used(self) -> int:
-        return sum(
-            counted_with(path) for path in self.files("content", "entries", "arriving") if path.suffix != ".claim"
-        )
-
     def within_limit(self) -> bool:
         """
         Tell whether what is counted and promised is within the limit; what was lengthened is not known yet.
         """
-        ledger = self.store.ledger
-        return ledger.total + ledger.reserved <= LIMIT
+        return self.janitor.held <= LIMIT
 
     @invariant()
     def what_is_content_is_what_its_name_says(self) -> None:
@@ -346,17 +342,17 @@ class StoreMachine(RuleBasedStateMachine):
 
     @invariant()
     def what_is_counted_is_there(self) -> None:
-        counted = {path: size for path, size, _ in self.store.ledger.oldest() if path not in self.spoiled}
-        arriving = {transfer.name for transfer in self.transfers}
-        there = [path for path in self.files("content", "entries", "arriving") if path.stem not in arriving]
-        there = [path for path in there if path.suffix != ".claim"]
-        found = {str(path.relative_to(self.root)): counted_with(path) for path in there}
-        assert counted == {path: size for path, size in found.items() if path not in self.spoiled}
+        counted = {self.store.content_path(each.digest): each.size for each in self.index.files()}
+        found = {str(path.relative_to(self.root)): path.stat().st_size for path in self.files("content")}
+        assert {path: size for path, size in counted.items() if path not in self.spoiled} == {
+            path: size for path, size in found.items() if path not in self.spoiled
+        }
 
     @invariant()
-    def who_reads_is_known(self) -> None:
-        read = {path for path, _, read in self.store.ledger.oldest() if read}
-        assert read <= {self.store.content_path(Digest.of(data)) for _, data in self.open}
+    def totals_are_those_of_the_rows(self) -> None:
+        sizes = [on_disk(each.size) for each in self.index.files()]
+        promised = sum(size for _, size, _ in self.index.arriving())
+        assert self.index.totals[:3] == (len(sizes), sum(sizes), promised)
 
     @invariant()
     def what_was_opened_stays_readable(self) -> None:
@@ -365,8 +361,9 @@ class StoreMachine(RuleBasedStateMachine):
 
     @invariant()
     def what_arrives_is_promised(self) -> None:
-        promised = sum(transfer.writer.room for transfer in self.transfers)
-        assert self.store.ledger.reserved == promised
+        arriving = {what.name: size for what, size, _ in self.index.arriving()}
+        there = [path for path in self.files("arriving") if path.suffix != ".claim"]
+        assert arriving == {path.name: on_disk(room_for(path.stat().st_size)) for path in there}
         assert self.within_limit(), "more is there or promised than there may be"
 
 
@@ -381,13 +378,3 @@ class StoreTests(SynchronousTestCase):
         assert settings.default is not None
         fewer = settings(max_examples=settings.default.max_examples // 3)  # each has a disk to wait for
         run_state_machine_as_test(StoreMachine, settings=fewer)
-
-
-def counted_with(path: Path) -> int:
-    """
-    Tell how many bytes a file of the cache counts with.
-    """
-    size = path.stat().st_size
-    if "arriving" in path.parts:
-        return size + RECORD
-    return occupied(size) if "entries" in path.parts else size

@@ -39,9 +39,10 @@ from twisted.trial.unittest import SynchronousTestCase
 
 import ecrproxy.tap
 from ecrproxy import __version__, tap
+from ecrproxy.cache import index
 from ecrproxy.cache.condition import FRESH_SECONDS
 from ecrproxy.cache.janitor import Janitor
-from ecrproxy.cache.purges import Purges
+from ecrproxy.cache.scrub import Scrub
 from ecrproxy.cache.store import Store
 from ecrproxy.daemon.inherited import SOCKETS_FD, VARIABLE
 from ecrproxy.daemon.listening import Listening
@@ -509,6 +510,15 @@ class WrongSettingTests(TapCase):
         self.run_with(PROXY_WORKER_PROCESSES="1")
         self.assertEqual([told], [line[: len(told)] for line in logged if "flock" in line])
 
+    def test_several_processes_need_an_index_that_they_share(self) -> None:
+        """
+        One process runs on with an index in memory.
+        """
+        self.patch(index, "mountinfo", lambda: "1 2 0:3 / / rw - nfs4 server:/x rw")
+        told = f"PROXY_CACHE_DIR={self.environ['PROXY_CACHE_DIR']!r}: {self.environ['PROXY_CACHE_DIR']} is on nfs4"
+        self.assert_dies(told, PROXY_WORKER_PROCESSES="2")
+        self.run_with(PROXY_WORKER_PROCESSES="1")
+
     def test_files_of_tls_that_cannot_be_used_are_told(self) -> None:
         """
         The key, the certificate, or both.
@@ -884,7 +894,7 @@ class WorkersTests(TapCase):
         self.assertEqual([False, True], [port.reads for port in self.spawning.ports])
         self.assertIn(b"ecr_proxy_build_info", answer(self.reactor, b"/metrics", 1))
         kinds = {type(each) for each in service}
-        self.assertEqual(set(), kinds & {TokenService, Janitor, Purges})
+        self.assertEqual(set(), kinds & {TokenService, Janitor, Scrub})
 
     def test_workers_are_started_with_its_flags_and_sockets(self) -> None:
         self.start()

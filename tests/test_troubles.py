@@ -175,7 +175,7 @@ class PullTests(DaemonTestCase):
         self.assertEqual(1, self.logged().count("No more: "))
         self.pull()
         self.assertEqual("HIT", self.pull()[1])
-        self.assertEqual(0, self.daemon.store.ledger.reserved)
+        self.assertEqual(0, self.promised())
 
     def test_a_full_disk_is_one_line_and_no_readiness(self) -> None:
         """
@@ -203,11 +203,11 @@ class PullTests(DaemonTestCase):
         """
         self.pull()
         self.start()  # with nothing in memory
-        before = self.daemon.store.ledger.total
+        before = self.index.totals.blocks
         with self.broken(errno.EMFILE):
             self.assertEqual("BYPASS", self.pull()[1])
             self.assertIn("no more files can be opened: Too many open files", self.reasons())
-        self.assertEqual(before, self.daemon.store.ledger.total)
+        self.assertEqual(before, self.index.totals.blocks)
         self.assertEqual(1, self.logged().count("going on without it"))
         self.pass_time(QUIET_SECONDS)
         self.assertEqual("HIT", self.pull()[1])

@@ -17,7 +17,7 @@ from ecrproxy.cache.verification import STEP
 from ecrproxy.cached import VERIFICATIONS
 from tests.daemon import BUFFER, MIB, DaemonTestCase, Hands, Reply, noise
 from tests.registry_content import OCI_MANIFEST
-from tests.store_contract import failing
+from tests.store_contract import being_read, failing
 
 
 class CachedBlob(DaemonTestCase):
@@ -115,7 +115,7 @@ class AlteredTests(CachedBlob):
         self.assertEqual(1, self.dropped())
         self.assertWhole(self.get(self.path), self.data, "MISS")
         self.assertWhole(self.get(self.path), self.data, "HIT")
-        self.assertEqual(0, self.daemon.store.ledger.reserved)
+        self.assertEqual(0, self.promised())
 
     def test_content_that_rotted_while_nobody_ran_completes_no_answer(self) -> None:
         """
@@ -185,7 +185,7 @@ class AlteredTests(CachedBlob):
         self.come_to_a_verdict()
         self.assertWhole(other, self.data, "HIT")
         self.assertEqual(self.size, sum(self.hashed))
-        self.assertEqual({}, dict(self.daemon.store.ledger._readers))  # noqa: SLF001
+        self.assertEqual(set(), being_read(self.daemon.store))
 
     def test_what_arrived_just_now_is_proved(self) -> None:
         """

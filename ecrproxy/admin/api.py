@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import re
 from collections.abc import Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
@@ -27,6 +26,7 @@ from twisted.logger import Logger
 from twisted.web.http import OK
 from zope.interface import implementer
 
+from ecrproxy.cache.entries import EntryKey
 from ecrproxy.cache.inventory import STEP, Document, Inventory
 from ecrproxy.http.answering import Answering, begin, send_body
 from ecrproxy.http.request import field
@@ -47,7 +47,6 @@ BODY_LIMIT: Final = 2**16
 """Bytes of a request's body: hundreds of names. Twisted holds so much in memory."""
 _TOGETHER: Final = 256
 """How many documents are made in one step: that many small files are read in milliseconds."""
-_NAME: Final = re.compile(r"[0-9a-f]{64}")
 _MOST: Final = 10**18
 """The largest number that is taken: of bytes a second, or of seconds since the epoch."""
 
@@ -101,11 +100,16 @@ class Api(Answering):
                 )
 
     async def _remove(self, request: Request, document: Document) -> None:
-        entries, content = _names(document, "entries"), _digests(document, "content")
+        entries, content = _keys(document, "entries"), _digests(document, "content")
         unused_since = _number(document, "unused_since")
         removed = await self._listing(self._inventory.remove, entries, content, unused_since)
         await self._purged()
-        log.info("Purged {files} files, {bytes} bytes", files=removed.files, bytes=removed.bytes)
+        log.info(
+            "Purged {entries} entries and {files} files of content, {bytes} bytes",
+            entries=removed.entries,
+            files=removed.files,
+            bytes=removed.bytes,
+        )
         await send_body(request, OK, "application/json", _line(dataclasses.asdict(removed)))
 
     async def _verify(self, request: Request, document: Document) -> None:
@@ -228,11 +232,11 @@ def _list(document: Document, name: str) -> list[Any]:
     return found
 
 
-def _names(document: Document, name: str) -> list[str]:
-    found = _list(document, name)
-    if not all(isinstance(each, str) and _NAME.fullmatch(each) for each in found):
-        raise _wrong(f"{name} has something in it that is no name of an entry: 64 hexadecimal digits")
-    return found
+def _keys(document: Document, name: str) -> list[EntryKey]:
+    try:
+        return [EntryKey.parse(each) for each in _list(document, name)]
+    except (ValueError, AttributeError):
+        raise _wrong(f"{name} has something in it that is no name of an entry, as /api/entries gives them") from None
 
 
 def _digests(document: Document, name: str) -> list[Digest]:

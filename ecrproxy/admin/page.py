@@ -230,7 +230,7 @@ def _leaving(leaving: Leaving, when: float) -> Values:
         "short": short(name),
         "kind": leaving.kind,
         "size": size(leaving.bytes),
-        "ago": NONE if leaving.used is None else ago(when - leaving.used),
+        "ago": ago(when - leaving.used),
     }
 
 

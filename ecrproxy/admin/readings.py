@@ -30,11 +30,16 @@ if TYPE_CHECKING:
     from ecrproxy.registry.governor import Governor
     from ecrproxy.registry.wire import Wire
 
-CACHE_FILES: Final = Figure("cache_files", "Files of content and entries in the cache", combine=max)
-CACHE_BYTES: Final = Figure("cache_bytes", "Bytes of the files in the cache", combine=max)
-CACHE_RESERVED: Final = Figure("cache_reserved_bytes", "Bytes promised to what is arriving")
+CACHE_FILES: Final = Figure("cache_files", "Files of content in the cache", combine=max)
+CACHE_BYTES: Final = Figure("cache_bytes", "Bytes of disk that content and the index take", combine=max)
+CACHE_RESERVED: Final = Figure(
+    "cache_reserved_bytes",
+    "Bytes of disk promised to what is arriving, or taken by what transfers have left",
+    combine=max,
+)
 CACHE_LIMIT: Final = Figure("cache_limit_bytes", "The most bytes that the cache may hold", combine=min)
 EVICTIONS: Final = Figure("cache_evictions_total", "Files evicted to make room")
+INDEX_BUSY: Final = Figure("cache_index_busy_total", "Changes of the index that waited for another process")
 OLDEST_USE: Final = Figure(
     "cache_oldest_use_timestamp_seconds", "When the least recently used file was used last", combine=max
 )
@@ -70,9 +75,9 @@ CERTIFICATE_EXPIRY: Final = Figure(
 CAN_SERVE: Final = Figure("can_serve", "1 if the daemon can serve clients, as /readyz tells")
 CAN_FETCH: Final = Figure("can_fetch", "1 if the daemon can fetch from ECR, as /readyz tells")
 FIGURES: Final = (
-    *(CACHE_FILES, CACHE_BYTES, CACHE_RESERVED, CACHE_LIMIT, EVICTIONS, OLDEST_USE, TOKEN_EXPIRY, TOKEN_FAILURES),
-    *(QUEUE_FULL, WAITING, RETRIES, CIRCUIT, OPEN_REPOSITORIES, TRANSFERS, CONNECTIONS, CONNECTIONS_LIMIT, SENDING),
-    *(LIMITS, LOOP_STALL, DISK_TROUBLE),
+    *(CACHE_FILES, CACHE_BYTES, CACHE_RESERVED, CACHE_LIMIT, EVICTIONS, INDEX_BUSY, OLDEST_USE, TOKEN_EXPIRY),
+    *(TOKEN_FAILURES, QUEUE_FULL, WAITING, RETRIES, CIRCUIT, OPEN_REPOSITORIES, TRANSFERS, CONNECTIONS),
+    *(CONNECTIONS_LIMIT, SENDING, LIMITS, LOOP_STALL, DISK_TROUBLE),
 )
 """Those that workers know; of the others the parent knows by itself."""
 
@@ -81,24 +86,16 @@ def of_cache(store: Store, janitor: Janitor) -> list[Reading]:
     """
     Tell how full the cache is.
     """
-    ledger = store.ledger
+    index = store.index
     return [
-        Reading(CACHE_FILES, lambda: len(ledger)),
-        Reading(CACHE_BYTES, lambda: ledger.total),
-        Reading(CACHE_RESERVED, lambda: ledger.reserved),
+        Reading(CACHE_FILES, lambda: index.totals.files),
+        Reading(CACHE_BYTES, lambda: index.totals.blocks + index.size),
+        Reading(CACHE_RESERVED, lambda: index.totals.arriving),
         Reading(CACHE_LIMIT, lambda: janitor.limit),
         Reading(EVICTIONS, lambda: janitor.evicted),
-        Reading(OLDEST_USE, lambda: _oldest_use(store)),
+        Reading(INDEX_BUSY, lambda: index.busy),
+        Reading(OLDEST_USE, lambda: index.totals.oldest_use),
     ]
-
-
-def _oldest_use(store: Store) -> float | None:
-    with store.ledger.lock:
-        path = next((path for path, _, _ in store.ledger.oldest()), None)
-    try:
-        return (store.root / path).stat().st_mtime if path is not None else None
-    except OSError:  # it has just gone
-        return None
 
 
 def of_disk(condition: Condition) -> list[Reading]:

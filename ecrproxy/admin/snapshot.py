@@ -26,15 +26,15 @@ class Leaving:
     """
     A file of the cache that is among the next to be evicted.
 
-    @ivar kind: content, entry or unfinished.
-    @ivar name: a digest, or what the entry is about.
-    @ivar used: its last use, in seconds since the epoch, if that can be told.
+    @ivar kind: content or unfinished.
+    @ivar name: a digest.
+    @ivar used: its last use, in seconds since the epoch.
     """
 
     kind: str
     name: str
     bytes: int
-    used: float | None
+    used: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,8 @@ class Fill:
     """
     How full the cache is.
 
-    @ivar reserved: bytes promised to what is arriving.
+    @ivar bytes: bytes of disk that content and the index take.
+    @ivar reserved: those that are promised to what is arriving, or taken by what transfers have left.
     @ivar evicted: how many files went since the start.
     @ivar next: the next to go, the first first.
     """
@@ -157,11 +158,11 @@ def together(standings: Sequence[Standing], expected: int) -> Standing:
 
 def _filled(fills: Sequence[Fill]) -> Fill:
     """
-    All count the same directory; each has promised room, and evicted, for itself.
+    All read the same index, at most a second late; each has evicted for itself.
     """
     return Fill(
         max((each.bytes for each in fills), default=0),
-        sum(each.reserved for each in fills),
+        max((each.reserved for each in fills), default=0),
         min((each.limit for each in fills), default=0),
         max((each.files for each in fills), default=0),
         sum(each.evicted for each in fills),

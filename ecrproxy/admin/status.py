@@ -4,6 +4,7 @@ Asks the parts of the daemon how they stand.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -23,7 +24,7 @@ from ecrproxy.admin.snapshot import (
     Transfer,
     UpstreamState,
 )
-from ecrproxy.cache.store import read_entry, without_waiting
+from ecrproxy.oci import Digest
 from ecrproxy.readiness import Readiness
 from ecrproxy.registry.quotas import Call
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from twisted.internet.interfaces import IReactorTime
 
     from ecrproxy.cache.janitor import Janitor
-    from ecrproxy.cache.store import Store
+    from ecrproxy.cache.store import Candidate, Store
     from ecrproxy.metrics import Figures
     from ecrproxy.proxy import PullThrough
     from ecrproxy.registry.circuit import Circuit
@@ -104,10 +105,9 @@ class Process:
         return Standing(readiness, self._fill(leaving), self._transfers(), self.asking.token(), self.asking.upstream())
 
     def _fill(self, leaving: Sequence[Leaving]) -> Fill:
-        ledger = self.store.ledger
-        return Fill(
-            ledger.total, ledger.reserved, self.janitor.limit, len(ledger), self.janitor.evicted, tuple(leaving)
-        )
+        index = self.store.index
+        held, evicted = index.totals.blocks + index.size, self.janitor.evicted
+        return Fill(held, index.totals.arriving, self.janitor.limit, index.totals.files, evicted, tuple(leaving))
 
     def _transfers(self) -> tuple[Transfer, ...]:
         return tuple(
@@ -194,33 +194,12 @@ def next_to_go(store: Store, count: int) -> list[Leaving]:
     """
     Tell which files would be evicted next. Called in a thread.
     """
-    with store.ledger.lock:
-        files = list(islice(((path, size) for path, size, read in store.ledger.oldest() if not read), count))
-    return [_leaving(store, path, size) for path, size in files]
+    with contextlib.suppress(OSError):
+        return [_leaving(each) for each in islice(store.candidates(), count)]
+    return []
 
 
-def _leaving(store: Store, path: str, size: int) -> Leaving:
-    try:
-        used = (store.root / path).stat().st_mtime
-    except OSError:  # it has just gone
-        used = None
-    top, _, rest = path.partition("/")
-    match top:
-        case "content":
-            algorithm, _, name = rest.partition("/")
-            return Leaving("content", f"{algorithm}:{name.rpartition('/')[2]}", size, used)
-        case "entries":
-            return Leaving("entry", _entry_name(store, path), size, used)
-    return Leaving("unfinished", rest.replace("-", ":", 1), size, used)
-
-
-def _entry_name(store: Store, path: str) -> str:
-    """
-    Say what an entry is about, if it can be read.
-    """
-    try:
-        with open(store.root / path, "rb", opener=without_waiting) as file:
-            entry, _ = read_entry(file)
-    except (OSError, ValueError):
-        return path.rpartition("/")[2]
-    return f"{entry.repository}{'@' if ':' in entry.reference else ':'}{entry.reference}"
+def _leaving(each: Candidate) -> Leaving:
+    if isinstance(each.what, Digest):
+        return Leaving("content", str(each.what), each.size, each.used)
+    return Leaving("unfinished", each.what.name.replace("-", ":", 1), each.size, each.used)

@@ -26,19 +26,19 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from ecrproxy.cache.allocation import allocate
-from ecrproxy.cache.claim import SUFFIX, Claim, claim_path, read_record
+from ecrproxy.cache.claim import SUFFIX, Claim, claim_path
 from ecrproxy.cache.directory import Directory, arriving_path
 from ecrproxy.cache.locks import is_free, is_in_place, open_in_place, own, remove_unused, share
 from ecrproxy.cache.peer import PeerTransfer
-from ecrproxy.cache.record import RECORD, WORTH_RESUMING, Record, State
+from ecrproxy.cache.record import WORTH_RESUMING, Record, Reserved, State, room_for
 from ecrproxy.cache.writer import Writer
 from ecrproxy.oci import Digest
 
 LEFT_SECONDS: Final = 24 * 3600
 """How long an interrupted transfer is kept: clients that want it come back sooner."""
-_DRAFTS: Final = ("entry.", "probe.")
+_PROBE: Final = "probe."
 _YOUNG_SECONDS: Final = 60
-"""Seconds for which a draft, which has no lock, may be another process's."""
+"""Seconds for which a probe, which has no lock, may be another process's."""
 
 
 class Left(NamedTuple):
@@ -131,7 +131,6 @@ class Arriving:
         """
         with contextlib.suppress(OSError):
             claim.data.unlink()
-            self.directory.ledger.gone(arriving_path(digest))
         fd = open_in_place(claim.data, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         try:
             share(fd, claim.data)
@@ -149,8 +148,6 @@ class Arriving:
     def resume(self, claim: Claim, digest: Digest, size: int) -> Writer | None:
         """
         Go on with what an earlier holder of a claim has left; none if it is of another size, or there is nothing.
-
-        What the ledger counted of it is a reservation from then on, as for any other file that arrives.
 
         @raise OSError: if the disk fails. The claim is still held then.
         """
@@ -187,7 +184,7 @@ class Arriving:
         except BaseException:
             os.close(fd)
             raise
-        self.directory.go_on_with(arriving_path(digest), writer.room)
+        self.directory.index.arrive(claim.reservation, writer.room)  # it may not be counted yet
         return writer
 
     def _find_content(self, digest: Digest) -> Met | None:
@@ -214,59 +211,55 @@ class Arriving:
 
     def sweep(self) -> None:
         """
-        Remove what is of no use: interrupted transfers that are a day old, of no use, or of what is content.
+        Remove what is of no use, and count the interrupted transfers that stay.
 
-        Drafts of entries have no lock; another process may be about to rename a young one.
+        Of no use are those that are a day old, can't be gone on with, or are of what is content; and reservations of
+        which nothing is there. Probes have no lock; another process may be about to read a young one.
         """
-        now = self.directory.now()
+        reserved: dict[str, Reserved] = {}
+        with contextlib.suppress(OSError):  # before the look: a claim is there before its reservation
+            reserved = {each.what.name: each for each in self.directory.index.arriving()}
+        names = set(reserved)
         for path in self._names():
-            with contextlib.suppress(OSError):
-                if path.name.startswith(_DRAFTS):
-                    if now - path.stat().st_mtime >= _YOUNG_SECONDS:
-                        path.unlink()
-                elif (digest := _digest_of(path)) is not None:
-                    self._sweep(digest)
+            if path.name.startswith(_PROBE):
+                self._sweep_probe(path)
+            else:
+                names.add(path.name.removesuffix(SUFFIX))
+        gone = [name for name in names if self._is_of_no_use(name, reserved.get(name))]
+        if not reserved.keys().isdisjoint(gone):
+            self.directory.index.drop(arriving=[reserved[name].what for name in gone if name in reserved])
 
-    def _sweep(self, digest: Digest) -> None:
-        data = self._data(digest)
-        if not is_free(claim_path(data)) and os.path.lexists(claim_path(data)):
-            return
-        claim = Claim.take(data)
+    def _sweep_probe(self, path: Path) -> None:
+        with contextlib.suppress(OSError):
+            if self.directory.now() - path.stat().st_mtime >= _YOUNG_SECONDS:
+                path.unlink()
+
+    def _is_of_no_use(self, name: str, known: Reserved | None) -> bool:
+        """
+        Return True if there is nothing of a transfer, or nothing any more.
+
+        @param known: what the index knew of it before.
+        """
+        digest, data = _digest_of(self.folder / name), self.folder / name
+        if digest is None or not (os.path.lexists(data) or os.path.lexists(claim_path(data))):
+            return known is not None
+        try:
+            if os.path.lexists(claim_path(data)) and not is_free(claim_path(data)):
+                return False
+            claim = Claim.take(data)
+        except OSError:
+            return False
         if claim is None:
-            return
+            return False
         record = _resumable(claim)
         young = record is not None and abs(self.directory.now() - record.when) < LEFT_SECONDS
-        if young and not self.directory.content(digest).exists():
-            claim.release()
-        else:
+        if record is None or not young or self.directory.content(digest).exists():
             claim.drop()
-            self.directory.ledger.gone(arriving_path(digest))
-
-    def count(self) -> list[tuple[float, str, int]]:
-        """
-        List what is interrupted: last write, path in the cache directory and bytes.
-        """
-        found = []
-        for path in self._names():
-            digest = _digest_of(path)
-            if digest is None or path.name.endswith(SUFFIX):
-                continue
-            with contextlib.suppress(OSError):
-                record = self._read_free(claim_path(path))
-                if record is not None:
-                    found.append((record.when, arriving_path(digest), record.size + RECORD))
-        return found
-
-    @staticmethod
-    def _read_free(path: Path) -> Record | None:
-        """
-        Read the record of a claim that nobody holds.
-        """
-        fd = open_in_place(path, os.O_RDONLY)
-        try:
-            return read_record(fd) if share(fd, path) else None
-        finally:
-            os.close(fd)
+            return True
+        if known is None or not known.written:
+            self.directory.index.arrive(claim.reservation, room_for(record.size), record.when)
+        claim.release()
+        return False
 
     def remove(self, name: str) -> bool:
         """

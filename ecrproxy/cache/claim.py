@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 from pathlib import Path
 from typing import Final
 
 from ecrproxy.cache.locks import is_in_place, open_in_place, own
-from ecrproxy.cache.record import RECORD, UNKNOWN_BOOT, Record
+from ecrproxy.cache.record import RECORD, UNKNOWN_BOOT, Record, Reservation
 
 SUFFIX: Final = ".claim"
 _READS: Final = 3
@@ -24,11 +25,13 @@ class Claim:
     @ivar data: the path of the data.
     @ivar path: the path of the claim.
     @ivar record: what an earlier holder has left, if its data can be gone on with.
+    @ivar reservation: names the room that the data takes.
     """
 
     def __init__(self, data: Path, fd: int) -> None:
         self.data, self.path, self._fd = data, claim_path(data), fd
         self.record: Record | None = None
+        self.reservation = Reservation(data.name, secrets.token_hex(4))
 
     @classmethod
     def take(cls, data: Path, *, make: bool = True) -> Claim | None:

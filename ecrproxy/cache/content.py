@@ -39,7 +39,6 @@ class Content:
         self._store, self.digest, self._file, self.status = store, digest, file, status
         self.size = status.st_size
         self._open = True
-        store.ledger.reading(store.content_path(digest), 1)
 
     @property
     def proved(self) -> bool:
@@ -101,6 +100,7 @@ class Content:
         if not changed:
             self._store.proofs.note(self.digest, self.status, good=True)
             self._store.mark(self._file.fd)
+            self._store.index.verified(self.digest)
         return not changed
 
     def drop(self, why: Exception) -> None:
@@ -116,7 +116,6 @@ class Content:
         if self._open:
             self._open = False
             self._file.let_go()
-            self._store.ledger.reading(self._store.content_path(self.digest), -1)
 
     # A thread may open a file for a client who has gone meanwhile: nobody is left to close it then.
     __del__ = close

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ecrproxy.cache.claim import boot_id
-from ecrproxy.cache.ledger import Ledger
 from ecrproxy.cache.proofs import Proofs
 from ecrproxy.cache.troubles import Troubles
 
 if TYPE_CHECKING:
+    from ecrproxy.cache.index import Index
     from ecrproxy.oci import Digest
 
 
@@ -24,7 +24,7 @@ class Directory:
     A cache directory and what is known of it.
 
     @ivar now: seconds since the epoch.
-    @ivar ledger: counts what is there.
+    @ivar index: counts what is there.
     @ivar proofs: told of what has become content.
     @ivar troubles: told of a disk that fails.
     @ivar boot: boot id of the machine.
@@ -32,7 +32,7 @@ class Directory:
 
     root: Path
     now: Callable[[], float]
-    ledger: Ledger
+    index: Index
     proofs: Proofs
     troubles: Troubles
     boot: bytes = field(default_factory=boot_id)
@@ -42,14 +42,6 @@ class Directory:
         Return the path of the verified file of C{digest}.
         """
         return self.root / content_path(digest)
-
-    def go_on_with(self, path: str, room: int) -> None:
-        """
-        Count an interrupted transfer as one under way: what it takes of the disk is reserved from now on.
-        """
-        with self.ledger.lock:
-            self.ledger.gone(path)
-            self.ledger.reserve(room)
 
 
 def content_path(digest: Digest) -> str:

@@ -1,13 +1,13 @@
 """
-What is in the cache directory, file by file, and what the operator does about it.
+What is in the cache, as its index knows it, and what the operator does about it.
 
 Rules:
 
 - Nothing here is a use: looking at a file changes nothing about when it goes.
-- It works on the files alone, while daemons serve from them. What comes or goes meanwhile may be told or not.
+- It works while daemons serve from the directory. What comes or goes meanwhile may be told or not.
 - Each step of what yields is short. All of it is called in threads.
-- What is removed stays readable for whoever has it open. That a daemon has some of it in memory is seen to
-  by L{Store.note_purge}.
+- Files are unlinked first; then one transaction forgets them and the entries, and all processes hear of it.
+  What is removed stays readable for whoever has it open.
 """
 
 from __future__ import annotations
@@ -15,19 +15,18 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from ecrproxy.cache.content import DigestMismatchError
-from ecrproxy.cache.entries import Entry, occupied
+from ecrproxy.cache.entries import EntryKey
 from ecrproxy.cache.locks import share
-from ecrproxy.cache.store import Store, entry_path, files_in, read_entry, without_waiting
+from ecrproxy.cache.store import Store, without_waiting
 from ecrproxy.oci import MANIFEST_LIMIT, Descriptor, Digest, Kind, listed
 
 STEP: Final = 4 * 2**20
 """Bytes that are hashed in a step."""
-_NANOSECONDS: Final = 10**9
 
 Document = dict[str, Any]
 """What is told of one thing, as JSON has it."""
@@ -36,13 +35,15 @@ Document = dict[str, Any]
 @dataclass(frozen=True, slots=True)
 class Removed:
     """
-    What has become of files that were to go.
+    What has become of what was to go.
 
-    @ivar files: that went, and how many C{bytes} they had.
+    @ivar entries: that went.
+    @ivar files: of content that went, and how many C{bytes} they had.
     @ivar used: that stayed, because they were used meanwhile.
     @ivar stuck: that stayed, because the disk did not let them go.
     """
 
+    entries: int = 0
     files: int = 0
     bytes: int = 0
     used: int = 0
@@ -51,7 +52,7 @@ class Removed:
 
 class Inventory:
     """
-    The files of a cache directory.
+    What a cache directory holds.
     """
 
     def __init__(self, store: Store) -> None:
@@ -61,39 +62,26 @@ class Inventory:
         """
         Yield what is known of repositories, entry by entry; a manifest with the digests that it lists.
         """
-        for folder in self._store.folders("entries"):
-            for name, used, size in sorted(files_in(folder)):
-                entry = self._entry(f"{folder}/{name}")
-                if entry is not None:
-                    yield {
-                        "name": name,
-                        "kind": entry.kind.value,
-                        "repository": entry.repository,
-                        "reference": entry.reference,
-                        "bytes": occupied(size),
-                        "used": used / _NANOSECONDS,
-                        "answers": [self._told(entry.kind, each.descriptor) for each in entry.answers.values()],
-                    }
+        for key, entry, used in self._store.index.entries():
+            yield {
+                "name": str(key),
+                "kind": key.kind.value,
+                "repository": key.repository,
+                "reference": key.reference,
+                "used": used,
+                "answers": [self._told(key.kind, each.descriptor) for each in entry.answers.values()],
+            }
 
     def content(self) -> Iterator[Document]:
         """
         Yield the files of content, in the order of their digests.
         """
-        for folder in self._store.folders("content"):
-            algorithm = os.path.basename(os.path.dirname(folder))  # noqa: PTH119, PTH120 (text, not a file)
-            for name, used, size in sorted(files_in(folder)):
-                try:
-                    digest = Digest.parse(f"{algorithm}:{name}")
-                except ValueError:  # somebody else's
-                    continue
-                yield {"digest": str(digest), "bytes": size, "used": used / _NANOSECONDS}
-
-    def _entry(self, path: str) -> Entry | None:
-        try:
-            with open(path, "rb", opener=without_waiting) as file:
-                return read_entry(file)[0]
-        except (OSError, ValueError):
-            return None
+        page = self._store.index.files()
+        while page:
+            for each in page:
+                verified = {} if each.verified is None else {"verified": each.verified}
+                yield {"digest": str(each.digest), "bytes": each.size, "used": each.used, **verified}
+            page = self._store.index.files(page[-1].digest)
 
     def _told(self, kind: Kind, descriptor: Descriptor) -> Document:
         told: Document = {"digest": str(descriptor.digest), "mediaType": descriptor.media_type}
@@ -111,31 +99,33 @@ class Inventory:
         except (OSError, ValueError):  # it went, or is a signed one of old
             return []
 
-    def remove(self, entries: Iterable[str], content: Iterable[Digest], unused_since: float | None = None) -> Removed:
+    def remove(
+        self, entries: Sequence[EntryKey], content: Iterable[Digest], unused_since: float | None = None
+    ) -> Removed:
         """
-        Remove entries by their names, and content.
+        Remove entries and content.
 
         @param unused_since: what was used after this time stays; none for all to go.
-        @raise OSError: if the disk can't be written.
+        @raise OSError: if the index can't be written.
         """
-        paths = [entry_path(name) for name in entries] + [self._store.content_path(digest) for digest in content]
-        fates = [(path, *self._fate(path, unused_since)) for path in paths]
-        gone = [size for path, size, goes in fates if goes and self._store.remove(path)]
-        self._store.note_purge()
-        there = [each for each in fates if each[1] is not None]
-        used = sum(not goes for _, _, goes in there)
-        return Removed(len(gone), sum(size or 0 for size in gone), used, len(there) - used - len(gone))
+        index = self._store.index
+        index.settle_uses()
+        keys = [key for key in entries if unused_since is None or not self._confirmed_since(key, unused_since)]
+        gone, size, used, stuck = list[Digest](), 0, len(entries) - len(keys), 0
+        for digest in content:
+            found = index.known(digest) or self._store.found(digest)
+            if found is not None and unused_since is not None and found.used > unused_since:
+                used += 1
+            elif not self._store.unlink(digest):
+                stuck += 1
+            elif found is not None:
+                gone.append(digest)
+                size += found.size
+        return Removed(index.purge(keys, gone), len(gone), size, used, stuck)
 
-    def _fate(self, path: str, unused_since: float | None) -> tuple[int | None, bool]:
-        """
-        Tell the bytes of a file, if it is there, and whether it goes.
-        """
-        try:
-            status = os.lstat(self._store.root / path)
-        except OSError:
-            return None, False
-        size = occupied(status.st_size) if path.startswith("entries/") else status.st_size
-        return size, unused_since is None or status.st_mtime_ns <= unused_since * _NANOSECONDS
+    def _confirmed_since(self, key: EntryKey, when: float) -> bool:
+        entry = self._store.index.entry(key)
+        return entry is not None and any(each.when > when for each in entry.answers.values())
 
     def verify(self, digest: Digest, *, keep: bool) -> Iterator[Document]:
         """
@@ -181,6 +171,7 @@ class Inventory:
         if verdict == "good":
             if (before.st_mtime_ns, before.st_size) == (after.st_mtime_ns, after.st_size):
                 self._store.proofs.note(digest, after, good=True)
+                self._store.index.verified(digest)
         elif keep:
             self._store.proofs.note(digest, after, good=False)
         else:

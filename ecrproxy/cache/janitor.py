@@ -3,191 +3,161 @@ Keep the cache directory within its limit: the least recently used goes first, w
 
 Rules:
 
-- The directory is counted at start, and again and again: others may delete files of it, or bring some. Several daemons
-  on one directory keep it within the limit together, but for what each has brought since the others last counted.
-- Counting takes a twentieth of the time at the most, however large and slow the directory is. Nobody waits for it.
-  Before the first count room is given by what is known, and the directory is brought within its limit afterwards.
+- The index says how much there is, for all processes together; whoever needs room makes it, one process at a time.
+- A file is unlinked first, and leaves the index then: totals may be too high after a crash, never too low.
 - What any process has open is not evicted: its lock says so, and others go instead.
-- The limit is never more than the disk can hold. When the disk is full all the same, files are evicted to make room.
-- A disk may lack inodes and have bytes left. Then files are evicted by number, entries first.
+- The limit is in bytes of disk, and counts the index and what is arriving. It is never more than the disk can hold.
+- When the disk is full all the same, files are evicted to make room. If it lacks inodes, files are evicted by number.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Final
 
 from twisted.application.service import Service
-from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 
+from ecrproxy.cache.index import locked
+from ecrproxy.cache.record import Reservation
+from ecrproxy.cache.sqlite import on_disk
+from ecrproxy.periodic import Periodic
 from ecrproxy.threads import undone_if_late
 
 if TYPE_CHECKING:
-    from twisted.internet.interfaces import IDelayedCall, IReactorTime
+    from twisted.internet.interfaces import IReactorTime
 
-    from ecrproxy.cache.store import Store
+    from ecrproxy.cache.store import Candidate, Store
     from ecrproxy.threads import InThread
 
 log = Logger()
 
 PAUSE_SECONDS: Final = 60.0
-"""How long after a count the next one begins, unless counting takes long."""
+"""How often the limit is held against the disk, and what transfers have left is swept."""
 AT_ONCE: Final = 2**20
 """Bytes that are evicted at the least when the disk is full."""
 FILES_AT_ONCE: Final = 256
 """Files that are evicted when the disk has no inode left."""
-SHARE: Final = 20
-"""A pause is at least so many times as long as the count before it."""
+EVICTING: Final = "evict.lock"
+_ROUNDS: Final = 8
+"""How often room is made for one file, if others take it: each time that is less than likely."""
 
 
-def victims(files: Iterable[tuple[str, int, bool]], excess: int) -> list[str] | None:
+def victims(candidates: Iterable[Candidate], excess: int) -> list[Candidate] | None:
     """
     Choose what to evict.
 
-    @param files: path, bytes and whether it is being read, the least recently used first.
+    @param candidates: the least recently used first.
     @param excess: the bytes to gain.
-    @return: paths; none if all that may go isn't enough, in which case nothing should.
+    @return: none if all that may go isn't enough, in which case nothing should.
     """
     chosen = []
-    for path, size, read in files:
+    for each in candidates:
         if excess <= 0:
             break
-        if not read:
-            chosen.append(path)
-            excess -= size
+        chosen.append(each)
+        excess -= each.size
     return chosen if excess <= 0 else None
-
-
-def victims_for_inodes(files: Iterable[tuple[str, int, bool]], count: int) -> list[str]:
-    """
-    Choose up to C{count} files to evict, however many bytes they have: entries first, which ECR can be asked for.
-
-    @param files: as for L{victims}.
-    """
-    entries, content = list[str](), list[str]()
-    for path, _, read in files:
-        chosen = entries if path.startswith("entries/") else content
-        if not read and len(chosen) < count:
-            chosen.append(path)
-        if len(entries) == count:
-            break
-    return [*entries, *content][:count]
-
-
-def _but(busy: Collection[str], files: Iterable[tuple[str, int, bool]]) -> Iterator[tuple[str, int, bool]]:
-    """
-    Yield C{files}, those in C{busy} as being read.
-    """
-    return ((path, size, read or path in busy) for path, size, read in files)
 
 
 class Janitor(Service):
     """
-    Counts the cache directory, at start and now and then, and makes room in it.
+    Makes room in the cache directory.
 
-    @param limit: the most bytes that the files of the cache may have, those that arrive included.
-    @param counting: in which thread it counts: that is busy with Python itself for seconds, if there are many files.
+    @param limit: the most bytes of disk for the cache, with what arrives.
     @ivar limit: the same, or less if the disk can't hold that much.
     @ivar evicted: how many files went for others.
     """
 
-    def __init__(
-        self, store: Store, limit: int, in_thread: InThread, clock: IReactorTime, counting: InThread | None = None
-    ) -> None:
-        self._store, self._wanted, self._in_thread, self._clock = store, limit, in_thread, clock
+    def __init__(self, store: Store, limit: int, in_thread: InThread, clock: IReactorTime) -> None:
+        self._store, self._wanted, self._in_thread = store, limit, in_thread
         self.limit = limit
-        self._counting = counting or in_thread
-        self._counted = self._shared = False
         self.evicted = 0
-        self._next: IDelayedCall | None = None
         self._evicting = threading.Lock()
+        self._turns = Periodic("Keeping the limit", lambda: in_thread(self.tidy), clock)
         store.evict = self.evict
 
     def startService(self) -> None:  # noqa: D102
         super().startService()
-        self._begin()
+        self._turns.start(PAUSE_SECONDS)
 
     def stopService(self) -> None:  # noqa: D102
         super().stopService()
-        if self._next is not None:
-            self._next.cancel()
-            self._next = None
+        self._turns.stop()
 
-    def _begin(self) -> None:
-        self._next = None
-        began = self._clock.seconds()
-        counting = Deferred.fromCoroutine(self._count())
-        counting.addErrback(lambda failure: failure.trap(TimeoutError))  # L{Bounded} has told of it
-        counting.addErrback(lambda failure: log.failure("Counting the cache", failure))
-        counting.addCallback(lambda _: self._go_on(self._clock.seconds() - began))
+    def tidy(self) -> None:
+        """
+        Sweep, and bring the directory within its limit: it may be lower than it was. Called in a thread.
+        """
+        self._store.sweep()
+        self._fit()
+        self.make_room(None, 0)
 
-    def _go_on(self, took: float) -> None:
-        if self.running:
-            self._next = self._clock.callLater(max(PAUSE_SECONDS, SHARE * took), self._begin)
-
-    async def _count(self) -> None:
-        unknown = await self._counting(self._sweep_and_count)
-        first, self._counted = not self._counted, True
-        ledger = self._store.ledger
-        if first:
-            log.info("The cache holds {total} bytes in {count} files", total=ledger.total, count=len(ledger))
-        elif unknown > 0 and not self._shared:
-            self._shared = True
-            log.info("Somebody else brought {count} bytes into the cache: another daemon uses it too?", count=unknown)
-        await self._in_thread(self._fit)
-        await self._in_thread(self.make_room, 0)  # the limit may be lower than it was
-
-    def _sweep_and_count(self) -> int:
-        self._store.sweep()  # each time: at the start the disk may fail
-        return self._store.count()
+    @property
+    def held(self) -> int:
+        """
+        The bytes of disk that the cache takes, with the index and what is arriving.
+        """
+        index = self._store.index
+        return index.totals.blocks + index.totals.arriving + index.size
 
     def fits(self, size: int) -> bool:
         """
         Return True if there is room for C{size} bytes without evicting anything.
         """
-        ledger = self._store.ledger
-        return ledger.total + ledger.reserved + size <= self.limit
+        return self.held + on_disk(size) <= self.limit
 
-    async def reserve(self, size: int) -> bool:
+    async def reserve(self, what: Reservation, size: int) -> bool:
         """
-        Make room for C{size} bytes that will arrive; false if it can't be had.
+        Make room for C{size} bytes that will arrive, whose claim is held; false if it can't be had.
         """
-        if size > self.limit:
+        if on_disk(size) > self.limit:
             return False
-        ledger = self._store.ledger
-        with ledger.lock:
-            if self.fits(size):
-                ledger.reserve(size)
-                return True
+        index = self._store.index
         return await undone_if_late(
-            self._in_thread, lambda: self.make_room(size), lambda made: self.release(size) if made else None
+            self._in_thread,
+            lambda: self.make_room(what, size),
+            lambda made: index.drop(arriving=[what]) if made else None,
         )
 
-    def release(self, size: int) -> None:
-        """
-        Give back what was reserved.
-        """
-        self._store.ledger.reserve(-size)
-
-    def make_room(self, size: int) -> bool:
+    def make_room(self, what: Reservation | None, size: int) -> bool:
         """
         Evict until C{size} bytes fit, and reserve them. Called in a thread.
+
+        @param what: what they are for; none if they are for nothing.
+        @raise OSError: if the index can't be written.
         """
-        ledger, busy = self._store.ledger, set[str]()
-        ledger.reserve(size)
-        while True:
-            with ledger.lock:
-                chosen = victims(_but(busy, ledger.oldest()), ledger.total + ledger.reserved - self.limit)
-                if chosen is None:
-                    ledger.reserve(-size)
+        if not self._excess(what, size):
+            return True
+        with self._alone():
+            for _ in range(_ROUNDS):
+                excess = self._excess(what, size)
+                if not excess:
+                    return True
+                index = self._store.index
+                if excess > index.totals.blocks + index.totals.arriving:
                     return False
-                sizes = {path: ledger.gone(path) for path in chosen}
-            stuck = self._evict(sizes)
-            if not stuck:
-                return True
-            busy |= stuck
+                chosen = victims(self._store.candidates(), excess)
+                if not chosen:
+                    return False
+                self._evict(chosen)
+        return False
+
+    def _excess(self, what: Reservation | None, size: int) -> int:
+        return self._store.index.reserve(what, size, self.limit) if what else max(0, self.held - self.limit)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """
+        Keep other threads, and other processes, from evicting.
+        """
+        with self._evicting, contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError):  # together they evict more than is needed
+                stack.enter_context(locked(self._store.root / EVICTING))
+            yield
 
     def evict(self, size: int) -> bool:
         """
@@ -200,52 +170,55 @@ class Janitor(Service):
                 return True
         try:
             return self._evict_for(size)
+        except OSError as problem:
+            log.warn("Can't choose what to evict: {problem}", problem=str(problem), once="choosing")
+            return False
         finally:
             self._evicting.release()
 
     def _evict_for(self, size: int) -> bool:
-        ledger = self._store.ledger
-        by_number = self._store.lacks_inodes()
-        with ledger.lock:
-            if by_number:
-                chosen = victims_for_inodes(ledger.oldest(), FILES_AT_ONCE) or None
-            else:
-                # A small file frees a block that the next small write takes: more goes, if there is more.
-                chosen = victims(ledger.oldest(), max(size, AT_ONCE)) or victims(ledger.oldest(), size)
-            if chosen is None:
-                return False
-            sizes = {path: ledger.gone(path) for path in chosen}
-        self._evict(sizes)
+        candidates, by_number = self._store.candidates, self._store.lacks_inodes()
+        chosen: Sequence[Candidate] | None
+        if by_number:
+            chosen = list(islice(candidates(), FILES_AT_ONCE))
+        else:
+            # A small file frees a block that the next small write takes: more goes, if there is more.
+            chosen = victims(candidates(), max(size, AT_ONCE)) or victims(candidates(), size)
+        if not chosen:
+            return False
+        self._evict(chosen)
         if by_number:
             log.warn(
                 "The cache's disk has no inodes left: evicted {count} files;"
                 " use a file system with more inodes, or lower PROXY_CACHE_LIMIT",
-                count=len(sizes),
+                count=len(chosen),
                 once="inodes",
             )
         self._fit(size)
         return True
 
-    def _evict(self, sizes: dict[str, int]) -> set[str]:
-        """
-        Evict files, except those that some process has open: these are in use, and counted so.
-
-        @return: those that are still there.
-        """
-        stuck = set()
-        for path, freed in sizes.items():  # the lock is not held while the disk works: the reactor may want it
-            if not self._store.remove_unused(path):
-                self._store.ledger.used(path, freed)
-                stuck.add(path)
-        if len(sizes) > len(stuck):
-            self.evicted += len(sizes) - len(stuck)
+    def _evict(self, chosen: Sequence[Candidate]) -> None:
+        gone = set(self._store.evict_unused(each.what for each in chosen))
+        for each in chosen:
+            if each.what not in gone:
+                self._pass_over(each)
+        if gone:
+            self.evicted += len(gone)
             log.info(
                 "Evicted {count} files, the least recently used; {total} since the start",
-                count=len(sizes) - len(stuck),
+                count=len(gone),
                 total=self.evicted,
                 once="evicted",
             )
-        return stuck
+
+    def _pass_over(self, each: Candidate) -> None:
+        """
+        Have a file that some process has open, or that can't be removed, come last, not first again.
+        """
+        if isinstance(each.what, Reservation):
+            self._store.index.pass_over(each.what)
+        else:
+            self._store.index.use(each.what)
 
     def _fit(self, pending: int = 0) -> None:
         """
@@ -253,10 +226,10 @@ class Janitor(Service):
 
         @param pending: bytes that are reserved and not allocated: the disk calls them free.
         """
-        free, ledger = self._store.free(), self._store.ledger
-        if free is None or not self._counted:
+        free = self._store.free()
+        if free is None or not self._store.counted:
             return
-        limit = max(0, min(self._wanted, ledger.total + ledger.reserved - pending + free))
+        limit = max(0, min(self._wanted, self.held - pending + free))
         if limit < self._wanted == self.limit:
             log.warn(
                 "The cache is limited to {limit} bytes: the disk holds no more, PROXY_CACHE_LIMIT is {wanted};"

@@ -1,7 +1,7 @@
 """
-Have what is held in memory forgotten when somebody has purged the directory.
+Each second: write what the index has gathered, and have memory forget what somebody has purged.
 
-That may have been this process, another daemon on the directory, or a command that worked on it without one.
+That may have been this process, another one on the directory, or a command that worked on it without a daemon.
 """
 
 from __future__ import annotations
@@ -11,39 +11,45 @@ from typing import TYPE_CHECKING, Final
 
 from twisted.application.service import Service
 
+from ecrproxy.cache.index import News
 from ecrproxy.periodic import Periodic
 
 if TYPE_CHECKING:
+    from twisted.internet.defer import Deferred
     from twisted.internet.interfaces import IReactorTime
 
-    from ecrproxy.cache.store import Store
+    from ecrproxy.cache.index import Index
     from ecrproxy.threads import InThread
 
 LOOK_SECONDS: Final = 1.0
-_UNKNOWN: Final = -1, -1
-"""What is told of no directory."""
 
 
 class Purges(Service):
     """
     Looks each second whether there was a purge.
 
-    @param forget: forgets what is held in memory.
+    @param forget: forgets what is held in memory of what was purged.
     """
 
-    def __init__(self, store: Store, forget: Callable[[], object], in_thread: InThread, clock: IReactorTime) -> None:
-        self._store, self._forget, self._in_thread = store, forget, in_thread
-        self._last: tuple[int, int] | None = None
-        self._again = False
+    def __init__(
+        self, index: Index, forget: Callable[[News], object], in_thread: InThread, clock: IReactorTime
+    ) -> None:
+        self._index, self._forget, self._in_thread = index, forget, in_thread
+        self._again: News | None = None
         self._loop = Periodic("Looking for purges", self.look, clock)
 
     def startService(self) -> None:  # noqa: D102
         super().startService()
         self._loop.start(LOOK_SECONDS)
 
-    def stopService(self) -> None:  # noqa: D102
+    def stopService(self) -> Deferred[object]:
+        """
+        Stop, once what was gathered is written.
+        """
         super().stopService()
         self._loop.stop()
+        written: Deferred[object] = self._in_thread(self._index.settle)
+        return written.addErrback(lambda failure: failure.trap(OSError))
 
     async def look(self) -> None:
         """
@@ -52,12 +58,12 @@ class Purges(Service):
         @raise OSError: if the disk doesn't answer. What is in memory is forgotten when it answers again.
         """
         try:
-            last = await self._in_thread(self._store.last_purge)
+            news = await self._in_thread(self._index.settle)
         except OSError:
-            self._last = _UNKNOWN
+            self._again = News(everything=True)
             raise
         # Once more a second later: what was being read when it was removed may have got into memory since.
-        purged = self._last not in (None, last)
-        if purged or self._again:
-            self._forget()
-        self._last, self._again = last, purged
+        again, self._again = self._again, news
+        for each in (again, news):
+            if each:
+                self._forget(each)

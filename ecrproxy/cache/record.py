@@ -37,6 +37,31 @@ _END_OF_TIME: Final = 2.0**34
 Spans = tuple[tuple[int, int], ...]
 
 
+class Reservation(NamedTuple):
+    """
+    Room on the disk that is reserved for one holder of a claim, or taken by what it has left.
+
+    @ivar name: of the file in C{arriving/}; holders that follow each other have the same.
+    @ivar token: tells the holders apart: what one of them changes too late is not its successor's.
+    """
+
+    name: str
+    token: str = ""
+
+
+class Reserved(NamedTuple):
+    """
+    A reservation as the index has it.
+
+    @ivar size: in bytes of disk.
+    @ivar written: when an interrupted transfer was written last, in seconds since the epoch; zero for one under way.
+    """
+
+    what: Reservation
+    size: int
+    written: float
+
+
 class State(enum.IntEnum):
     """
     How far a transfer has come.

@@ -1,12 +1,12 @@
 """
-The cache directory: verified content by digest, entries by cache key, and what is still arriving.
+The cache directory: verified content by digest, what is still arriving, and an index of both.
 
 Rules:
 
-- The directory is the whole truth. The L{Ledger} only counts it, and is made anew at each start.
+- The content is the truth. The L{Index} is knowledge about it, and may be lost.
 - A file gets into C{content/} by one road alone: C{writer.Writer.commit}, which has hashed every byte of it.
 - Whoever has a file open holds a shared lock on it, in whichever process. Eviction needs the exclusive one at once.
-- What is in C{content/} and C{entries/} is never changed in place: it is replaced by rename, or unlinked.
+- What is in C{content/} is never changed in place: it is replaced by rename, or unlinked.
   Whoever has a file open keeps reading the bytes that were there.
 - Nothing here waits for anything but the disk. All of it is called in threads, several at a time.
 - What can't be read, doesn't parse or has the wrong size is as good as absent: a miss, never a failure.
@@ -22,10 +22,10 @@ import heapq
 import os
 import secrets
 import stat
-from array import array
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import IO, Final, TypeVar
+from typing import Final, NamedTuple, TypeVar
 from weakref import WeakValueDictionary
 
 from twisted.logger import Logger
@@ -35,21 +35,19 @@ from ecrproxy.cache.arriving import Arriving, Met, sweep_ingest
 from ecrproxy.cache.claim import Claim
 from ecrproxy.cache.content import Content, DigestMismatchError, OpenFile
 from ecrproxy.cache.directory import Directory, content_path
-from ecrproxy.cache.entries import ENTRY_LIMIT, Entry, occupied
-from ecrproxy.cache.ledger import Ledger, Settled, is_own, packed
+from ecrproxy.cache.entries import Entry, EntryKey
+from ecrproxy.cache.index import Index, status_of
 from ecrproxy.cache.peer import PeerTransfer
 from ecrproxy.cache.proofs import Proofs, is_marked, mark
-from ecrproxy.cache.record import RECORD
+from ecrproxy.cache.record import RECORD, Reservation
+from ecrproxy.cache.sqlite import File, on_disk
 from ecrproxy.cache.troubles import Kind, Troubles, is_exhaustion
 from ecrproxy.cache.volume import Volume
 from ecrproxy.cache.writer import Writer
-from ecrproxy.identity import RegistryId
-from ecrproxy.oci import Digest, Route
+from ecrproxy.oci import Digest
 
 log = Logger()
 
-LATEST: Final = 2**64 - 1
-"""The latest use that is counted, in nanoseconds; a restored or foreign file may have any time, also before 1970."""
 T = TypeVar("T")
 
 _PROBE: Final = b"ok" + bytes(2**16)
@@ -73,8 +71,20 @@ _TRIES: Final = 4
 NO_INODES: Final = "No inodes left on device"
 _MARGIN: Final = 64 * 2**20
 """Bytes of the disk that are left free, or a hundredth of a small one: for entries, and others' files."""
-PURGED: Final = "purged"
-"""The file that says, by being another one, that somebody has purged the directory."""
+
+
+class Candidate(NamedTuple):
+    """
+    A file that may be evicted.
+
+    @ivar what: the digest of content, or the reservation of what a transfer has left.
+    @ivar size: the bytes of disk that it takes.
+    @ivar used: its last use, or when it was written last.
+    """
+
+    what: Digest | Reservation
+    size: int
+    used: float
 
 
 class Store:
@@ -83,19 +93,20 @@ class Store:
 
     @param root: where it is; made if it is missing.
     @param now: seconds since the epoch.
-    @param ledger: where it is counted.
+    @param index: what is known about it; its own if none is given.
     @ivar arriving: the files that arrive.
+    @ivar counted: whether all files were compared with the index since the start.
     @ivar evict: takes a number of bytes out of the directory when the disk is full; false if it can't.
     """
 
+    counted = False
     evict: Callable[[int], bool] = staticmethod(lambda _: False)
 
-    def __init__(self, root: Path, now: Callable[[], float], ledger: Ledger | None = None) -> None:
-        self.root, self._now = root, now
-        self.ledger = Ledger() if ledger is None else ledger
-        self.proofs = Proofs()
-        self.troubles = Troubles(now)
-        self.arriving = Arriving(Directory(root, now, self.ledger, self.proofs, self.troubles))
+    def __init__(self, root: Path, now: Callable[[], float], index: Index | None = None) -> None:
+        self.root, self.now = root, now
+        self.index = Index(root, now, before_opening=self._see_volume) if index is None else index
+        self.proofs, self.troubles = Proofs(), Troubles(now)
+        self.arriving = Arriving(Directory(root, now, self.index, self.proofs, self.troubles))
         self._opened: WeakValueDictionary[Digest, OpenFile] = WeakValueDictionary()
         self._volume: Volume | None = None
 
@@ -108,6 +119,7 @@ class Store:
         with self.troubles.noted(Kind.WRITE):
             self._volume = Volume(self.root)
             self.make()
+        self.index.open()
         self.check()
 
     def begin(self) -> bool:
@@ -128,7 +140,7 @@ class Store:
         """
         Make the directories that are missing.
         """
-        for name in ("content", "entries", "arriving"):
+        for name in ("content", "arriving"):
             (self.root / name).mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def _anew(self, make: Callable[[], T], size: int) -> T:
@@ -235,49 +247,24 @@ class Store:
             log.info("Removed {count} unfinished transfers of an earlier version from ingest/", count=removed)
         self.arriving.sweep()
 
-    def count(self) -> int:
+    def candidates(self) -> Iterator[Candidate]:
         """
-        Fill the ledger from the directory: its files by their last use, which is their mtime.
+        Yield what may be evicted, unless some process has it open, the least recently used first.
 
-        Folder by folder, and in small steps: sorting it all at once would keep every other thread waiting.
-
-        @return: by how many bytes the ledger was wrong: negative if it had too many.
-        @raise OSError: if too many files are open, and the ledger is as it was.
+        @raise OSError: if the index can't be read.
         """
-        self.ledger.begin()
-        names, sizes, total = bytearray(), array("Q"), 0
-        by_use: list[tuple[array[int], array[int]]] = []  # a list of so many pairs would never be given back
-        others: list[tuple[int, str, int]] = []
-        for folder in self.folders("content", "entries"):
-            files = sorted(files_in(folder))
-            uses = []
-            for name, used, length in files:
-                path = f"{folder}/{name}"[len(str(self.root)) + 1 :]
-                size = occupied(length) if path.startswith("entries/") else length
-                short = packed(path)
-                if short is None and is_own(path):
-                    others.append((used, path, size))
-                elif short is not None:
-                    uses.append((min(max(0, used), LATEST), len(sizes)))
-                    names += short
-                    sizes.append(size)
-                    total += size
-            uses.sort()
-            by_use.append((array("Q", (used for used, _ in uses)), array("I", (place for _, place in uses))))
-        # What is left over was written until a while ago: as a use, that is more recent than most.
-        others += ((int(when * 1e9), path, size) for when, path, size in self.arriving.count() if is_own(path))
-        order = array("I", (place for _, place in heapq.merge(*(zip(*each, strict=True) for each in by_use))))
-        return self.ledger.load(Settled(names, sizes, order), total, [(path, size) for _, path, size in sorted(others)])
+        content = (Candidate(each.digest, on_disk(each.size), each.used) for each in self.index.least_recently_used())
+        left = (Candidate(*each) for each in self.index.arriving() if each[2])
+        return heapq.merge(content, left, key=lambda each: each.used)
 
-    def folders(self, *tops: str) -> Iterator[str]:
+    def folders(self) -> Iterator[tuple[str, Path]]:
         """
-        Yield the folders that may hold files, in the order of their names as the ledger packs them.
-
-        @param tops: of what: content, entries.
+        Yield the folders that may hold content, each with the algorithm of its digests.
         """
-        for top in ("content/sha256", "content/sha512", "entries"):
-            if top.partition("/")[0] in tops:
-                yield from (str(folder) for folder in sorted(self._names(self.root / top)))
+        for algorithm in ("sha256", "sha512"):
+            with _all_but_exhaustion():
+                for folder in sorted((self.root / "content" / algorithm).iterdir()):
+                    yield algorithm, folder
 
     def has(self, digest: Digest) -> bool:
         """
@@ -287,6 +274,15 @@ class Store:
             return stat.S_ISREG(os.lstat(self.root / self.content_path(digest)).st_mode)
         except OSError:
             return False
+
+    def found(self, digest: Digest) -> File | None:
+        """
+        Look at a file of content that nothing is known of; its last use is its mtime, if that is not in the future.
+        """
+        status = status_of(self.root / self.content_path(digest))
+        if status is None or not stat.S_ISREG(status.st_mode):
+            return None
+        return File(digest, status.st_size, max(0.0, min(status.st_mtime, self.now())))
 
     def claim(self, digest: Digest) -> Claim | PeerTransfer | Met:
         """
@@ -328,7 +324,7 @@ class Store:
                 self.troubles.failed(Kind.READ, problem)
             return None
         if found is None:
-            self.ledger.gone(path)
+            self.index.gone(digest)
             return None
         self.troubles.succeeded(Kind.READ)
         file, status = found
@@ -341,7 +337,7 @@ class Store:
             return None
         if verdict or is_marked(status):  # else the mark would hide that somebody has changed it
             self.mark(file.fd)
-        self.ledger.used(path, status.st_size)
+        self.index.use(digest)
         return Content(self, digest, file, status)
 
     def _opened_file(self, digest: Digest, path: str) -> tuple[OpenFile, os.stat_result] | None:
@@ -386,123 +382,72 @@ class Store:
             if os.lstat(self.root / path).st_ino != status.st_ino:
                 return
         log.warn("{path} in the cache is dropped: {why}", path=path, why=why)
-        self._remove(path, status.st_ino)
+        if self._removed(digest, partial(self._unlink_content, digest, status.st_ino)):
+            self.index.drop([digest])
 
-    def entry(self, name: str, registry: RegistryId, route: Route) -> Entry | None:
+    def entry(self, key: EntryKey) -> Entry | None:
         """
-        Read the entry called C{name}, if there is one of what C{route} asks of C{registry}; note its use.
+        Look up what is known of C{key}.
         """
-        path = entry_path(name)
-        try:
-            with open(self.root / path, "rb", opener=without_waiting) as file:
-                entry, size = read_entry(file)
-                self.mark(file.fileno())
-                self.ledger.used(path, occupied(size))
-        except (OSError, ValueError):
-            return None
-        return entry if entry.is_of(registry, route) else None
+        return self.index.entry(key)
 
-    def save(self, name: str, entry: Entry) -> None:
+    def save(self, *entries: tuple[EntryKey, Entry]) -> None:
         """
-        Write an entry, whole or not at all.
-
-        @raise OSError: if the disk fails.
+        Note what is known, all of it or nothing.
         """
-        data, path = entry.to_json(), entry_path(name)
-        target, draft = self.root / path, self.arriving.folder / f"entry.{secrets.token_hex(8)}"
+        self.index.save(entries)
 
-        def write() -> None:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            draft.write_bytes(data)
-            draft.rename(target)
-
-        try:
-            with self.troubles.noted(Kind.WRITE):
-                self._anew(write, len(data))
-        except OSError:
-            with contextlib.suppress(OSError):
-                draft.unlink()
-            raise
-        self.ledger.used(path, occupied(len(data)))
-
-    def last_purge(self) -> tuple[int, int]:
+    def evict_unused(self, files: Iterable[Digest | Reservation]) -> list[Digest | Reservation]:
         """
-        Tell by a value, which changes with it, when somebody last purged the directory; zeros if nobody did.
-        """
-        try:
-            status = (self.root / PURGED).stat()
-        except OSError:
-            return 0, 0
-        return status.st_ino, status.st_mtime_ns
+        Unlink files of content, and what transfers have left, unless some process has them open.
 
-    def note_purge(self) -> None:
+        @return: those that are gone.
         """
-        Note that something was purged, for all daemons on the directory.
-
-        @raise OSError: if the disk fails.
-        """
-        self._see_volume()
-        draft = self.root / f"{PURGED}.{secrets.token_hex(4)}"
-        draft.touch(mode=0o600)
-        draft.rename(self.root / PURGED)  # another file each time: not all file systems tell times finely
-
-    def forget(self, name: str) -> None:
-        """
-        Drop the entry called C{name}.
-        """
-        self.remove(entry_path(name))
-
-    def remove(self, path: str) -> bool:
-        """
-        Unlink one file; those who have it open go on reading it.
-
-        @param path: relative to the cache directory; one that the store cannot have made is refused.
-        @return: whether it is gone.
-        """
-        return self._remove(path)
-
-    def remove_unused(self, path: str) -> bool:
-        """
-        Unlink one file, unless some process has it open.
-
-        @param path: as for L{remove}.
-        @return: whether it is gone.
-        """
-        return self._remove(path, unused=True)
-
-    def _remove(self, path: str, inode: int | None = None, *, unused: bool = False) -> bool:
-        if not is_own(path):
-            log.error("Not removed: {path} is no name of the cache's own", path=path)
-            return False
-        try:
-            gone = self._unlink(path, inode, unused=unused)
-        except FileNotFoundError:
-            gone = True
-        except OSError as problem:  # it goes on being counted
-            log.warn("Can't remove {path} from the cache: {why}", path=path, why=problem.strerror or problem)
-            return False
+        gone = [each for each in files if self._removed(each, partial(self._unlink_unused, each))]
         if gone:
-            self.ledger.gone(path)
+            content = [each for each in gone if isinstance(each, Digest)]
+            self.index.drop(content, [each for each in gone if isinstance(each, Reservation)])
         return gone
 
-    def _unlink(self, path: str, inode: int | None, *, unused: bool) -> bool:
-        top, *between, name = path.split("/")
-        if top == "arriving":
-            return self.arriving.remove(name)
-        if top == "entries":
-            (self.root / path).unlink()
+    def unlink(self, digest: Digest) -> bool:
+        """
+        Unlink a file of content, and leave it in the index; those who have it open go on reading it.
+
+        @return: whether it is gone.
+        """
+        return self._removed(digest, partial(self._unlink_content, digest))
+
+    def _removed(self, what: Digest | Reservation, unlink: Callable[[], bool]) -> bool:
+        try:
+            self._see_volume()
+            return unlink()
+        except FileNotFoundError:
             return True
-        if unused:
-            return locks.remove_unused(self.root / path)
-        # Under the claim: nobody brings in a good file of this name between the look and the end of the bad one.
-        claim = self.arriving.hold(Digest(between[0], name))
+        except OSError as problem:  # it goes on being counted
+            path = self.content_path(what) if isinstance(what, Digest) else f"arriving/{what.name}"
+            log.warn("Can't remove {path} from the cache: {why}", path=path, why=problem.strerror or problem)
+            return False
+
+    def _unlink_unused(self, what: Digest | Reservation) -> bool:
+        if isinstance(what, Reservation):
+            return self.arriving.remove(what.name)
+        return locks.remove_unused(self.root / self.content_path(what))
+
+    def _unlink_content(self, digest: Digest, inode: int | None = None) -> bool:
+        """
+        Unlink a file of content, if it is still the one with this inode.
+
+        Under the claim: nobody brings in a good file of this name between the look and the end of the bad one.
+        """
+        path = self.root / self.content_path(digest)
+        claim = self.arriving.hold(digest)
         if claim is None:
             return False
         try:
-            if inode in (None, os.lstat(self.root / path).st_ino):
-                (self.root / path).unlink()
-                return True
-            return False
+            if inode not in (None, os.lstat(path).st_ino):
+                return False
+            path.unlink()
+            return True
         finally:
             self.arriving.let_go(claim)
 
@@ -511,32 +456,7 @@ class Store:
         Note in a file that it is used, if that can be.
         """
         with contextlib.suppress(OSError):  # a read-only disk still serves what it has
-            mark(fd, self._now())
-
-    @staticmethod
-    def _names(folder: Path) -> Iterable[Path]:
-        with _all_but_exhaustion():
-            yield from folder.iterdir()
-
-
-def read_entry(file: IO[bytes]) -> tuple[Entry, int]:
-    """
-    Read an entry's file.
-
-    @return: the entry, and how many bytes it has.
-    @raise ValueError: if it is none, or larger than any that is written.
-    """
-    data = file.read(ENTRY_LIMIT + 1)
-    if len(data) > ENTRY_LIMIT:
-        raise ValueError("too large for an entry")
-    return Entry.from_json(data), len(data)
-
-
-def entry_path(name: str) -> str:
-    """
-    Name the file of the entry called C{name}, relative to the cache directory.
-    """
-    return f"entries/{name[:2]}/{name}"
+            mark(fd, self.now())
 
 
 def without_waiting(path: str, flags: int) -> int:
@@ -546,15 +466,17 @@ def without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
 
 
-def files_in(folder: str) -> Iterator[tuple[str, int, int]]:
+def names_in(algorithm: str, folder: Path) -> set[Digest]:
     """
-    Yield name, last use in nanoseconds and bytes of a folder's files.
+    List the content of a folder; files of other names are somebody else's.
     """
-    with _all_but_exhaustion(), os.scandir(folder) as found:
-        for file in found:
-            with contextlib.suppress(OSError):
-                status = file.stat(follow_symlinks=False)
-                yield file.name, status.st_mtime_ns, status.st_size
+    found = set()
+    with _all_but_exhaustion(), os.scandir(folder) as files:
+        for file in files:
+            with contextlib.suppress(ValueError):
+                if file.name.startswith(folder.name):
+                    found.add(Digest.parse(f"{algorithm}:{file.name}"))
+    return found
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from ecrproxy.cache.content import DigestMismatchError
-from ecrproxy.cache.directory import Directory, arriving_path, content_path
+from ecrproxy.cache.directory import Directory
 from ecrproxy.cache.locks import is_in_place
 from ecrproxy.cache.proofs import mark
 from ecrproxy.cache.record import WORTH_RESUMING, Record, State, Stretches, Why, room_for
@@ -285,10 +285,8 @@ class Writer:
         target.parent.mkdir(parents=True, exist_ok=True)
         self._claim.data.rename(target)
         self._directory.proofs.note(self.digest, proved, good=True)
-        path = content_path(self.digest)
-        self._directory.ledger.used(path, self.hashed)
-        self._directory.ledger.reading(path, 1)  # by those who follow, until it is closed
         self._committed = True
+        self._directory.index.add(self.digest, self.hashed, self._claim.reservation)
 
     def close(self) -> None:
         """
@@ -306,8 +304,6 @@ class Writer:
         if self._closed and self._fd >= 0:
             fd, self._fd = self._fd, -1
             os.close(fd)
-            if self._committed:
-                self._directory.ledger.reading(content_path(self.digest), -1)
 
     def release(self) -> None:
         """
@@ -319,7 +315,7 @@ class Writer:
         if self.size < WORTH_RESUMING or left is None or not left.there:
             self.give_up()
             return
-        self._directory.ledger.used(arriving_path(self.digest), self.room)
+        self._directory.index.arrive(self._claim.reservation, self.room, self._directory.now())
         with self._guard:
             self._let_go = True
             self._close_unused()
@@ -332,6 +328,7 @@ class Writer:
             return
         verified = self._stage is State.VERIFIED  # others may finish with that
         self._enter(self._stage if verified else State.FAILED, Why.NOTHING if verified else why, self._claim.drop)
+        self._directory.index.drop(arriving=[self._claim.reservation])
         self._let_go = True
 
     def leave(self) -> None:

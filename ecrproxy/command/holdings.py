@@ -4,8 +4,8 @@ What a cache holds, looked at and worked on: through the daemon that runs, or in
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import itertools
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 SETTINGS: Final = (*ASKS, "cache-dir")
 """The settings of a subcommand that looks at a cache."""
 _TOGETHER: Final = 400
-"""How many names go into one request: the daemon takes 64 KiB."""
+_TOGETHER_BYTES: Final = 48 * 2**10
+"""How many names, and bytes of names, go into one request: the daemon takes 64 KiB."""
 
 
 class Holdings(Protocol):
@@ -71,15 +72,19 @@ def holdings_of(call: Call) -> Holdings:
     if not call.options.offline:
         return Running(call.daemon())
     from ecrproxy.cache.inventory import Inventory  # noqa: PLC0415 (it brings Twisted)
+    from ecrproxy.cache.scrub import scrub  # noqa: PLC0415
     from ecrproxy.cache.store import Store  # noqa: PLC0415
 
     root = Path(call.settings["cache_dir"])
-    for name in ("entries", "content"):  # who may not read it would take it for empty
-        try:
-            next((root / name).iterdir(), None)
-        except OSError as problem:
-            raise CommandError(f"{root}: not a cache directory that can be read: {problem.strerror}") from problem
-    return Idle(Inventory(Store(root, call.world.now)), call.world.sleep)
+    try:  # who may not read it would take it for empty
+        next((root / "content").iterdir(), None)
+    except OSError as problem:
+        raise CommandError(f"{root}: not a cache directory that can be read: {problem.strerror}") from problem
+    store = Store(root, call.world.now)
+    with contextlib.suppress(OSError):  # who may not write it sees what a daemon has noted
+        for _ in scrub(store, lambda: None):
+            pass
+    return Idle(Inventory(store), call.world.sleep)
 
 
 def survey_of(call: Call, holdings: Holdings) -> Survey:
@@ -157,8 +162,10 @@ class Idle:
         """
         Remove what is named.
         """
+        from ecrproxy.cache.entries import EntryKey  # noqa: PLC0415
+
         for some in _batches(entries):
-            yield dataclasses.asdict(self._inventory.remove(some, [], unused_since))
+            yield dataclasses.asdict(self._inventory.remove(list(map(EntryKey.parse, some)), [], unused_since))
         for some in _batches(content):
             yield dataclasses.asdict(self._inventory.remove([], _parsed(some), unused_since))
 
@@ -174,9 +181,15 @@ class Idle:
 
 
 def _batches(names: Iterable[str]) -> Iterator[list[str]]:
-    left = iter(names)
-    while some := list(itertools.islice(left, _TOGETHER)):
-        yield some
+    batch, size = list[str](), 0
+    for name in names:
+        if len(batch) == _TOGETHER or size + len(name) > _TOGETHER_BYTES:
+            yield batch
+            batch, size = [], 0
+        batch.append(name)
+        size += len(name) + 4  # quotes, a comma and a space
+    if batch:
+        yield batch
 
 
 def _parsed(digests: Iterable[str]) -> Iterator[Any]:

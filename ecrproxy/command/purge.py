@@ -15,6 +15,7 @@ from ecrproxy.command.survey import Survey
 from ecrproxy.command.terminal import Progress, counted, size_in_words, table
 
 _MOST_TAGS: Final = 5
+_OUTCOMES: Final = ("entries", "files", "bytes", "used", "stuck")
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -45,7 +46,7 @@ def run(call: Call) -> int:
     holdings = holdings_of(call)
     survey = survey_of(call, holdings)
     going = chosen(survey, targets, before)
-    size = sum(each.bytes for each in going.entries) + survey.size(going.content)
+    size = survey.size(going.content)
     if not (going.entries or going.content):
         call.terminal.say("ecr-proxy: the cache has nothing of it")
     wanted = bool(options.yes and (going.entries or going.content))
@@ -101,14 +102,13 @@ def _show(call: Call, going: Chosen, size: int) -> None:
         for line in table(rows, right=[1]):
             call.terminal.print(line)
     if going.entries or going.content:
-        files = (
-            f"{counted(len(going.entries), 'entry', 'entries')} and {counted(len(going.content), 'file')} of content"
-        )
-        call.terminal.print(f"{files}, {size_in_words(size)}")
+        what = f"{counted(len(going.entries), 'entry', 'entries')} and {counted(len(going.content), 'file')} of content"
+        call.terminal.print(f"{what}, {size_in_words(size)}")
 
 
 def _sum_up(call: Call, outcome: Counter[str]) -> None:
-    call.terminal.print(f"removed {counted(outcome['files'], 'file')}, {size_in_words(outcome['bytes'])}")
+    gone = f"{counted(outcome['entries'], 'entry', 'entries')} and {counted(outcome['files'], 'file')} of content"
+    call.terminal.print(f"removed {gone}, {size_in_words(outcome['bytes'])}")
     if outcome["used"]:
         call.terminal.print(f"{counted(outcome['used'], 'file')} used meanwhile: kept")
     if outcome["stuck"]:
@@ -124,7 +124,9 @@ def _tell(call: Call, survey: Survey, going: Chosen, size: int, outcome: Counter
         ],
         "content": [{"digest": each, "bytes": survey.content[each].bytes} for each in going.content],
         "bytes": size,
-        "removed": None if outcome is None else {name: outcome[name] for name in ("files", "bytes", "used", "stuck")},
+        "removed": None
+        if outcome is None
+        else {name: outcome[name] for name in ("entries", "files", "bytes", "used", "stuck")},
     }
     call.terminal.tell(document)
 

@@ -17,7 +17,7 @@ class Held(NamedTuple):
     """
     An entry: that a repository's reference led to something.
 
-    @ivar name: of its file.
+    @ivar name: tells it from all others.
     @ivar tag: the reference, if it is none by digest.
     @ivar digests: what it leads to.
     @ivar used: its last use, in seconds since the epoch.
@@ -28,7 +28,6 @@ class Held(NamedTuple):
     repository: str
     tag: str | None
     digests: tuple[str, ...]
-    bytes: int
     used: float
 
 
@@ -89,7 +88,7 @@ class Survey:
         tag = None if ":" in told["reference"] else told["reference"]
         repository = sys.intern(told["repository"])
         manifest = told["kind"] == Kind.MANIFEST.value
-        self.entries.append(Held(told["name"], manifest, repository, tag, digests, told["bytes"], told["used"]))
+        self.entries.append(Held(told["name"], manifest, repository, tag, digests, told["used"]))
 
     def reached(self, roots: Iterable[str]) -> set[str]:
         """

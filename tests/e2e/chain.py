@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import sqlite3
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -155,7 +156,7 @@ class Daemon:
         """
         eventually(lambda: not self._arriving() - self._torn, "nothing is arriving any more")
         eventually(lambda: not self._open_files(), "the daemon has no file of the cache open")
-        eventually(lambda: len(self._files("content")) <= len(self._files("entries")), "all content has an entry")
+        eventually(lambda: len(self._files("content")) <= self._entries(), "all content has an entry")
 
     def arriving(self) -> list[Path]:
         """
@@ -166,6 +167,17 @@ class Daemon:
     def _arriving(self) -> set[Path]:
         return self._files("arriving")
 
+    def _entries(self) -> int:
+        """
+        Count the content that an entry of the index leads to.
+        """
+        (path,) = self.cache.glob("index-*.sqlite3")
+        with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as index:
+            (count,) = index.execute(
+                "SELECT count(*) FROM (SELECT digest FROM holds UNION SELECT digest FROM tag)"
+            ).fetchone()
+        return int(count)
+
     def _files(self, top: str) -> set[Path]:
         return {each for each in (self.cache / top).rglob("*") if each.is_file()}
 
@@ -175,7 +187,7 @@ class Daemon:
             for each in Path(f"/proc/{pid}/fd").iterdir():
                 with contextlib.suppress(FileNotFoundError):  # it was closed meanwhile
                     found.append(str(each.readlink()))
-        return [each for each in found if each.startswith(f"{self.cache}/")]
+        return [each for each in found if each.startswith((f"{self.cache}/content", f"{self.cache}/arriving"))]
 
 
 def hash_of(path: Path) -> str:

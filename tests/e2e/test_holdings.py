@@ -145,7 +145,7 @@ def test_ls_and_stats_tell_what_is_there(chain: Chain, call: Call, images: Image
     def counted() -> int:
         return int(told(call("stats", "--json"))["cache"]["bytes"])
 
-    # A worker knows what it has brought itself, and of the others' what it finds when it counts, each minute.
+    # Each process reads the totals of the index once a second.
     eventually(lambda: counted() >= on_disk, "all is counted")
     assert "ready" in call("stats").output
 

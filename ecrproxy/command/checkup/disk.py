@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,28 +18,16 @@ from pathlib import Path
 from typing import Final
 
 from ecrproxy.cache import allocation
+from ecrproxy.cache.mounts import Mount, find_mount, mountinfo
 from ecrproxy.command.checkup.findings import Finding, failed, ok, warning
 from ecrproxy.command.terminal import counted, size_in_words
 
-FOLDERS: Final = ("content", "entries", "arriving")
+FOLDERS: Final = ("content", "arriving")
 COUNT_SECONDS: Final = 8.0
 """How long the files of the cache are counted at the most."""
 FEW_INODES: Final = 10_000
 _MORE_INODES: Final = "use a file system with more: mkfs.ext4 -T news, or xfs"
 _SAMPLE: Final = 64 * 2**10
-_FAR: Final = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "ceph", "glusterfs", "lustre", "afs"})
-_ESCAPE = re.compile(r"\\([0-7]{3})")
-
-
-@dataclass(frozen=True, slots=True)
-class Mount:
-    """
-    What a directory is on.
-    """
-
-    point: str
-    kind: str
-    options: frozenset[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +74,7 @@ def survey(path: str, seconds: Callable[[], float]) -> Survey:
         sorted({each for each in strangers if each is not None and each != os.geteuid()}),
         problem,
         lacking,
-        find_mount(_mounts(), os.path.realpath(standing)),
+        find_mount(mountinfo(), os.path.realpath(standing)),
         room.f_blocks * room.f_frsize,
         room.f_bavail * room.f_frsize,
         room.f_favail if room.f_files else None,  # btrfs and its like have no number of them
@@ -145,31 +132,6 @@ def _count(place: Path, until: float, seconds: Callable[[], float]) -> tuple[int
     return used, True
 
 
-def _mounts() -> str:
-    try:
-        return Path("/proc/self/mountinfo").read_text("utf-8", "surrogateescape")
-    except OSError:
-        return ""
-
-
-def find_mount(mountinfo: str, path: str) -> Mount | None:
-    """
-    Find what a path is on: proc(5), /proc/pid/mountinfo.
-    """
-    found = None
-    for line in mountinfo.splitlines():
-        before, dash, after = line.partition(" - ")
-        words, rest = before.split(" "), after.split(" ")
-        if not dash or len(words) < 6 or len(rest) < 3:  # noqa: PLR2004
-            continue
-        point = _ESCAPE.sub(lambda octal: chr(int(octal[1], 8)), words[4])
-        inside = path == point or path.startswith(point.rstrip("/") + "/")
-        # The last of several on one another is what is seen.
-        if inside and (found is None or len(point) >= len(found.point)):
-            found = Mount(point, rest[0], frozenset(words[5].split(",")) | frozenset(rest[2].split(",")))
-    return found
-
-
 def judge_directory(seen: Survey, user: int) -> Iterator[Finding]:
     """
     Read what was seen of the directory.
@@ -223,7 +185,7 @@ def _judge_kind(seen: Survey) -> Iterator[Finding]:
         yield failed(check, f"{what} does not work there: {why}", f"{consequence}; give the cache a local disk")
     if mount is None:
         yield ok(check, "of what kind it is can't be told here")
-    elif mount.kind in _FAR or (mount.kind.startswith("fuse.") and mount.kind != "fuse.overlayfs"):
+    elif mount.is_far:
         yield warning(
             check,
             f"{mount.kind}, on another machine or in a program",

@@ -1,0 +1,628 @@
+"""
+The index of a cache directory: knowledge about its content, in one SQLite database that may be lost.
+
+Rules:
+
+- The content is the truth. Absence of a row proves nothing: a file without a row is adopted, a row without a file is
+  dropped. A lost index costs questions to ECR, and never makes an answer wrong.
+- A new index has a new file name. C{index-1}, replaced by rename, names the one in use: nobody ever writes to a
+  database that another process has put in the place of the one it opened.
+- The files are opened by SQLite alone: closing any other descriptor of them would drop its locks.
+- Whatever is wrong with the index, the daemon goes on: with a new one if it is damaged, with rows in memory while no
+  file can be opened. Changes that fail because another process writes, or the disk is full, are tried again.
+- Uses are gathered, and written once a second. All other changes are written at once, in the order they came.
+- C{index.lock} is held while an index is opened or replaced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import secrets
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, TypeVar
+
+from twisted.logger import Logger
+
+from ecrproxy.cache.directory import content_path
+from ecrproxy.cache.entries import Entry, EntryKey
+from ecrproxy.cache.mounts import find_mount, mountinfo
+from ecrproxy.cache.record import Reservation, Reserved
+from ecrproxy.cache.sqlite import LAYOUT, BusyError, DamagedError, File, Rows, Totals, UnfitError, UnusableError
+from ecrproxy.oci import Digest
+
+log = Logger()
+T = TypeVar("T")
+
+POINTER: Final = f"index-{LAYOUT}"
+LOCK: Final = "index.lock"
+LATE: Final = 10_000
+"""Changes that wait for another try; the oldest are lost when there are more."""
+AGAIN_SECONDS: Final = 5.0
+"""How often a database that can't be opened is tried again."""
+_NAME: Final = re.compile(rf"{POINTER}-[0-9a-f]{{8}}\.sqlite3")
+_SUFFIXES: Final = "", "-wal", "-shm"
+_LOCK_TRIES: Final = 250
+_LOCK_PAUSE: Final = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """
+    What others, or this process, have purged: whoever has it in memory is to forget it.
+
+    @ivar everything: whether it is not known what.
+    """
+
+    everything: bool = False
+    purged: Sequence[EntryKey | Digest] = ()
+
+    def __bool__(self) -> bool:
+        return self.everything or bool(self.purged)
+
+
+class Index:
+    """
+    The index of one cache directory, shared by threads.
+
+    The event loop may look at its attributes, and call C{use} and C{gone}; all other calls may block.
+
+    @param root: the cache directory.
+    @param now: seconds since the epoch.
+    @param memory: whether to keep the rows in memory alone.
+    @param before_opening: called before files are opened or made; whatever it raises is a reason not to.
+    @ivar shared: whether other processes see it.
+    @ivar unfit: whether the file system can't have an index that processes share.
+    @ivar size: bytes of disk that it takes.
+    @ivar busy: how many changes had to wait because another process wrote.
+    @ivar opened: how many databases it has been: a scrub begins anew with each.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        now: Callable[[], float],
+        *,
+        memory: bool = False,
+        before_opening: Callable[[], object] = lambda: None,
+    ) -> None:
+        self._root, self._now, self._memory, self._before_opening = root, now, memory, before_opening
+        self.busy = self.opened = self.size = 0
+        self._swapping, self._changing, self._noting = threading.RLock(), threading.RLock(), threading.Lock()
+        self._uses: OrderedDict[Digest, float] = OrderedDict()
+        self._verified: dict[Digest, float] = {}
+        self._gone: set[Digest] = set()
+        self._late: deque[Callable[[Rows], object]] = deque(maxlen=LATE)
+        self._rows, self._files, self._seen = Rows(), tuple[Path, ...](), tuple[object, ...]()
+        self._heights = [0, 0]
+        self._generation = 0
+        self._everything, self._tried = False, float("-inf")
+        self.shared, self.unfit, self._problem = False, False, ""
+
+    @property
+    def totals(self) -> Totals:
+        """
+        What there is, by what this process has seen: at most a second old.
+        """
+        return self._rows.totals
+
+    @property
+    def problem(self) -> str:
+        """
+        Why rows are kept in memory alone, if they are.
+        """
+        return self._problem
+
+    def close(self) -> None:
+        """
+        Write what is gathered, and close the database.
+        """
+        with contextlib.suppress(OSError):
+            self.settle_uses()
+        self._rows.close()
+
+    # The database that is in use
+
+    def open(self) -> None:
+        """
+        Open the database, if that was not tried yet: the first call that asks does it, too.
+        """
+        if not self.opened and not self._memory:
+            with self._swapping:
+                if not self.opened:
+                    self._open()
+
+    def _open(self) -> None:
+        """
+        Open the database that the pointer names, or a new one in its place.
+        """
+        root, self._tried = self._root, self._now()
+        with self._swapping:
+            old = self._rows
+            try:
+                self._before_opening()
+                _refuse_far(root)
+                with locked(root / LOCK):
+                    self._rows = self._found(root) or self._made(root)
+            except OSError as problem:
+                self._fall_back(problem, old)
+                return
+            if self._problem:
+                log.info("Recovered: the cache's index can be used")
+            self.shared, self.unfit, self._problem = True, False, ""
+            self._became(old)
+
+    def _fall_back(self, problem: OSError, old: Rows) -> None:
+        """
+        Go on with a database that can only be read, or with one in memory.
+        """
+        if not self._problem:
+            log.warn("The cache's index can't be used: {problem}; going on with one in memory", problem=str(problem))
+        self._problem, self.unfit = str(problem), isinstance(problem, UnfitError)
+        if self.shared or not self.opened:
+            self.shared, self._files, self._rows = False, (), Rows()
+            if not isinstance(problem, UnusableError):  # the directory is read-only, or another user's
+                with contextlib.suppress(OSError):
+                    self._rows = Rows(self._root / self._pointed(), read_only=True)
+            self._became(old)
+
+    def _became(self, old: Rows) -> None:
+        self.opened += 1
+        self._everything = self.opened > 1
+        old.close()
+        with contextlib.suppress(OSError):
+            self._generation = self._rows.refresh()
+        self._note_files()
+
+    def _found(self, root: Path) -> Rows | None:
+        """
+        Open the database that the pointer names; none if it is of no use.
+        """
+        try:
+            name = self._pointed()
+        except FileNotFoundError:
+            return None
+        path = root / name
+        if not path.is_file():
+            log.warn("The cache's index is lost: beginning a new one")
+            return None
+        if self._files and path == self._files[0]:
+            log.warn("The cache's index was changed while it was open: beginning a new one")
+            return None
+        try:
+            rows = Rows(path)
+        except DamagedError as problem:
+            log.warn("The cache's index is damaged: {problem}; beginning a new one", problem=str(problem))
+            return None
+        self._files = tuple(root / f"{name}{each}" for each in _SUFFIXES)
+        return rows
+
+    def _pointed(self) -> str:
+        """
+        Read which database is in use.
+
+        @raise OSError: if that can't be told.
+        """
+        name = (self._root / POINTER).read_bytes().strip().decode("ascii", "replace")
+        return name if _NAME.fullmatch(name) else "no-index"
+
+    def _made(self, root: Path) -> Rows:
+        """
+        Make a new database, and have the pointer name it; older ones go.
+        """
+        name = f"{POINTER}-{secrets.token_hex(4)}.sqlite3"
+        files = tuple(root / f"{name}{each}" for each in _SUFFIXES)
+        draft = root / f"{POINTER}.{secrets.token_hex(4)}"
+        try:
+            rows = Rows(root / name)
+            draft.write_text(f"{name}\n", "ascii")
+            for each in (*files, draft):
+                give(each, root)
+            draft.rename(root / POINTER)
+        except BaseException:
+            for each in (*files, draft):
+                with contextlib.suppress(OSError):
+                    each.unlink()
+            raise
+        self._files = files
+        for each in root.glob(f"{POINTER}-*.sqlite3*"):
+            if each not in files:
+                with contextlib.suppress(OSError):
+                    each.unlink()
+        return rows
+
+    def _note_files(self) -> None:
+        self._seen, self._heights = self._look()
+
+    def _look(self) -> tuple[tuple[object, ...], list[int]]:
+        """
+        Return what tells the files from others, and the sizes of those that only grow.
+        """
+        if not self._files:
+            return (), [0, 0]
+        found = [status_of(path) for path in (self._root / POINTER, *self._files)]
+        self.size = sum(each.st_blocks * 512 for each in found if each is not None)
+        identities = tuple((each.st_dev, each.st_ino) if each else None for each in found)
+        return identities, [each.st_size if each else 0 for each in (found[1], found[3])]
+
+    def _see(self) -> None:
+        """
+        See that the files are still those that were opened; open others if not.
+        """
+        if self._memory:
+            return
+        with self._swapping:
+            if not self.shared:
+                if not 0 <= self._now() - self._tried < AGAIN_SECONDS:
+                    self._open()
+                return
+            seen, heights = self._look()
+            if seen == self._seen and all(was <= now for was, now in zip(self._heights, heights, strict=True)):
+                self._heights = heights
+            else:
+                self._open()
+
+    def _replace(self, rows: Rows, problem: OSError) -> None:
+        """
+        Begin a new database, unless that has happened: C{rows} are damaged.
+        """
+        with self._swapping:
+            if rows is self._rows and not self._memory:
+                log.warn("The cache's index is damaged: {problem}", problem=str(problem))
+                self._open()
+
+    def _ask(self, question: Callable[[Rows], T]) -> T:
+        """
+        Ask the database, once more if it turned out to be damaged.
+
+        @raise OSError: if it can't be asked.
+        """
+        self.open()
+        rows = self._rows
+        try:
+            return question(rows)
+        except DamagedError as problem:
+            self._replace(rows, problem)
+        except BusyError:
+            if rows is self._rows:
+                raise
+        return question(self._rows)
+
+    def _each(self, listed: Callable[[Rows], Iterator[T]]) -> Iterator[T]:
+        """
+        Yield a list that is read by pages.
+
+        @raise OSError: if the index can't be read; it has been replaced if it is damaged.
+        """
+        self.open()
+        rows = self._rows
+        try:
+            yield from listed(rows)
+        except DamagedError as problem:
+            self._replace(rows, problem)
+            raise
+
+    def _change(self, change: Callable[[Rows], object]) -> None:
+        """
+        Have something changed, now or when that can be.
+        """
+        with self._changing:
+            self._late.append(change)
+            self._catch_up()
+
+    def _catch_up(self) -> None:
+        with self._changing:
+            while self._late:
+                try:
+                    self._ask(self._late[0])
+                except BusyError:
+                    self.busy += 1
+                    return
+                except OSError as problem:
+                    log.warn("The cache's index can't be written: {problem}", problem=str(problem), once="index")
+                    return
+                self._late.popleft()
+
+    # Once a second
+
+    def settle(self) -> News:
+        """
+        Write what was gathered, and tell what was purged. Called each second, in a thread.
+        """
+        self._see()
+        self._catch_up()
+        with contextlib.suppress(OSError):
+            self.settle_uses()
+            return self._news()
+        return News()
+
+    def settle_uses(self) -> None:
+        """
+        Write which files were used, verified or found gone.
+
+        @raise OSError: if that can't be done: it is tried again.
+        """
+        with self._noting:
+            uses, self._uses = self._uses, OrderedDict()
+            verified, self._verified = self._verified, {}
+            gone, self._gone = self._gone, set()
+        try:
+            if uses or verified:
+                unknown = self._ask(lambda rows: rows.use(uses, verified))
+                found = [(each, self._status(each)) for each in unknown]
+                there = [File(each, seen.st_size, uses[each]) for each, seen in found if seen is not None]
+                if there:
+                    self.adopt(there)
+            absent = [each for each in gone if is_gone(self._root / content_path(each))]
+            if absent:
+                self._ask(lambda rows: rows.drop(absent))
+        except OSError:
+            self.busy += 1
+            with self._noting:
+                self._uses = OrderedDict([*uses.items(), *self._uses.items()][-LATE:])
+                if len(self._verified) + len(self._gone) < LATE:
+                    self._verified, self._gone = {**verified, **self._verified}, gone | self._gone
+            raise
+
+    def _status(self, digest: Digest) -> os.stat_result | None:
+        return status_of(self._root / content_path(digest))
+
+    def _news(self) -> News:
+        everything, self._everything = self._everything, False
+        before, self._generation = self._generation, self._ask(lambda rows: rows.refresh())
+        if everything or self._generation < before:
+            return News(everything=True)
+        if self._generation == before:
+            return News()
+        purged = self._ask(lambda rows: rows.purged_since(before))
+        return News(everything=purged is None, purged=purged or ())
+
+    # Content
+
+    def use(self, digest: Digest) -> None:
+        """
+        Note that a file of content is used now.
+        """
+        with self._noting:
+            self._gone.discard(digest)
+            self._uses[digest] = self._now()
+            self._uses.move_to_end(digest)
+
+    def verified(self, digest: Digest) -> None:
+        """
+        Note that a file of content was seen to be what its digest names; that is no use.
+        """
+        with self._noting:
+            self._verified[digest] = self._now()
+
+    def gone(self, digest: Digest) -> None:
+        """
+        Note that a file of content was not found.
+        """
+        with self._noting:
+            self._uses.pop(digest, None)
+            self._gone.add(digest)
+
+    def add(self, digest: Digest, size: int, arriving: Reservation | None = None) -> None:
+        """
+        Note that a file of content has come, verified; the reservation that it had ends.
+        """
+        with self._noting:
+            self._gone.discard(digest)
+        now = self._now()
+        self._change(lambda rows: rows.add(File(digest, size, now, now), arriving))
+
+    def adopt(self, files: Sequence[File]) -> None:
+        """
+        Note files that were found, unless something is known of them.
+
+        @raise OSError: if that can't be noted.
+        """
+        self._ask(lambda rows: rows.add_all(files))
+
+    def drop(self, digests: Iterable[Digest] = (), arriving: Iterable[Reservation] = ()) -> None:
+        """
+        Note that files are gone.
+        """
+        digests, arriving = list(digests), list(arriving)
+        with self._noting:
+            for each in digests:
+                self._uses.pop(each, None)
+        self._change(lambda rows: rows.drop(digests, arriving))
+
+    def files(self, after: Digest | None = None, up_to: Digest | None = None) -> list[File]:
+        """
+        List content in the order of digests, up to a thousand files.
+
+        @param after: the last of the page before.
+        @param up_to: the last one wanted.
+        @raise OSError: if the index can't be read.
+        """
+        return self._ask(lambda rows: rows.files(after, up_to))
+
+    def known(self, digest: Digest) -> File | None:
+        """
+        Look a file of content up.
+
+        @raise OSError: if the index can't be read.
+        """
+        return self._ask(lambda rows: rows.known(digest))
+
+    def least_recently_used(self) -> Iterator[File]:
+        """
+        Yield content, the least recently used first.
+
+        @raise OSError: if the index can't be read.
+        """
+        with contextlib.suppress(OSError):
+            self.settle_uses()
+        yield from self._each(Rows.least_recently_used)
+
+    # What is arriving
+
+    def reserve(self, what: Reservation, size: int, limit: int) -> int:
+        """
+        Promise C{size} bytes to what will arrive. Its claim is held.
+
+        @param limit: the most bytes of disk for all files together, and the index.
+        @return: by how many bytes that would be too much: zero if they are promised.
+        @raise OSError: if the index can't be written.
+        """
+        self._catch_up()
+        return self._ask(lambda rows: rows.reserve(what, size, limit - self.size))
+
+    def arrive(self, what: Reservation, size: int, written: float = 0) -> None:
+        """
+        Note a file that arrives, whatever the limit; or one that is left over. Its claim is held.
+
+        @param written: when it was written last; zero as long as it is being written.
+        """
+        self._change(lambda rows: rows.arrive(what, size, written))
+
+    def pass_over(self, what: Reservation) -> None:
+        """
+        Count an interrupted transfer, which some process has open, as one under way until the next sweep.
+        """
+        self._change(lambda rows: rows.pass_over(what))
+
+    def arriving(self) -> list[Reserved]:
+        """
+        List what is arriving, or was interrupted, the longest unwritten first.
+
+        @raise OSError: if the index can't be read.
+        """
+        return self._ask(lambda rows: rows.arriving())
+
+    # Entries
+
+    def entry(self, key: EntryKey) -> Entry | None:
+        """
+        Look an entry up. What can't be read is as good as absent.
+        """
+        with contextlib.suppress(OSError):
+            return self._ask(lambda rows: rows.entry(key))
+        return None
+
+    def save(self, entries: Sequence[tuple[EntryKey, Entry]]) -> None:
+        """
+        Note entries, each in place of what was known, in one transaction.
+        """
+        self._change(lambda rows: rows.save(entries))
+
+    def forget(self, *keys: EntryKey) -> None:
+        """
+        Drop entries.
+        """
+        self._change(lambda rows: rows.forget(keys))
+
+    def entries(self) -> Iterator[tuple[EntryKey, Entry, float]]:
+        """
+        Yield all entries with their last use.
+
+        @raise OSError: if the index can't be read.
+        """
+        return self._each(Rows.entries)
+
+    def forget_absent(self, before: float) -> Iterator[None]:
+        """
+        Drop entries that ECR confirmed last before this moment, and whose content is not there; in short steps.
+
+        @raise OSError: if the index can't be read or written.
+        """
+        return self._each(lambda rows: rows.forget_absent(before))
+
+    # The operator
+
+    def purge(self, keys: Sequence[EntryKey], digests: Sequence[Digest]) -> int:
+        """
+        Forget entries, and content whose files are gone, for all processes.
+
+        @return: how many entries there were.
+        @raise OSError: if the index can't be written.
+        """
+        self._catch_up()
+        return self._ask(lambda rows: rows.purge(keys, digests))
+
+    def check(self) -> None:
+        """
+        Look for damage that no statement has met yet; begin a new index if there is some.
+        """
+        with contextlib.suppress(OSError):
+            self._ask(lambda rows: rows.check())
+
+
+def status_of(path: Path) -> os.stat_result | None:
+    """
+    Look at a file; none if that can't be done.
+    """
+    try:
+        return path.lstat()
+    except OSError:
+        return None
+
+
+def give(path: Path, root: Path) -> None:
+    """
+    Give a file that root has made to the owner of the cache directory, so that root's commands lock no daemon out.
+    """
+    if os.geteuid() == 0:
+        with contextlib.suppress(OSError):
+            owner = root.stat()
+            os.chown(path, owner.st_uid, owner.st_gid)
+
+
+def is_gone(path: Path) -> bool:
+    """
+    Return True if there is no such file; False if that can't be told.
+    """
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _refuse_far(root: Path) -> None:
+    """
+    Refuse a file system whose locks and shared memory may not hold.
+
+    @raise UnfitError: if it is one.
+    """
+    mount = find_mount(mountinfo(), os.path.realpath(root))
+    if mount is not None and mount.is_far:
+        raise UnfitError(f"{root} is on {mount.kind}, whose locks and shared memory may not hold; use a local disk")
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """
+    Hold a lock file.
+
+    @raise OSError: if locks do not work there, or another process holds it for seconds.
+    """
+    fd, other = (os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600) for _ in range(2))
+    give(path, path.parent)
+    try:
+        for _ in range(_LOCK_TRIES):
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            time.sleep(_LOCK_PAUSE)
+        else:
+            raise UnusableError(f"{path} is locked by another process")
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            raise UnfitError(f"locks do not hold on the file system of {path}; use a local disk")
+        yield
+    finally:
+        os.close(fd)
+        os.close(other)

@@ -1,0 +1,724 @@
+"""
+The rows of the index, in a SQLite database. All SQL of the project is here.
+
+Rules:
+
+- Every write is one transaction that begins with BEGIN IMMEDIATE: one that read first could not be retried
+  (SQLITE_BUSY_SNAPSHOT). Triggers keep the totals, so no statement can forget them.
+- One connection reads, another writes, each behind a lock, so no more than two page caches are in memory.
+  In WAL mode neither waits for the other. No transaction outlives a call: a list is read by pages.
+- Migrations only add: an older daemon may have the same database open. All columns are named.
+- Times are whole microseconds since the epoch. A digest is a byte for its algorithm and the hash.
+- sqlite3's errors leave as L{BusyError}, L{DamagedError} or L{UnusableError}, which are OSErrors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import sqlite3
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from ecrproxy.cache.entries import Confirmed, Entry, EntryKey
+from ecrproxy.cache.record import Reservation, Reserved
+from ecrproxy.identity import RegistryId
+from ecrproxy.oci import BLOB_TYPE, MANIFEST_TYPES, Descriptor, Digest, Kind
+
+BUSY_SECONDS: Final = 2.0
+"""How long a write waits for the write lock of another process: it is held for milliseconds."""
+PAGE: Final = 1000
+"""Rows that are read in one statement."""
+PURGES: Final = 10_000
+"""Purged things that are remembered, for processes to forget them one by one."""
+_BLOCK: Final = 4096
+_DAMAGED: Final = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
+_BUSY: Final = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
+_DAMAGED_IN_DETAIL: Final = frozenset({sqlite3.SQLITE_IOERR_SHORT_READ, sqlite3.SQLITE_READONLY_DBMOVED})
+_ALGORITHMS: Final = ("sha256", "sha512")
+_KINDS: Final = (Kind.MANIFEST, Kind.BLOB)
+
+_STATE: Final = (
+    "SELECT files, blocks, arriving, (SELECT min(used) / 1e6 FROM content),"
+    " coalesce((SELECT seq FROM sqlite_sequence WHERE name = 'purge'), 0) FROM total"
+)
+_MIGRATIONS: Final = (
+    """
+    CREATE TABLE content (
+        digest BLOB PRIMARY KEY, size INTEGER NOT NULL, blocks INTEGER NOT NULL, used INTEGER NOT NULL, verified INTEGER
+    ) WITHOUT ROWID;
+    CREATE INDEX content_by_use ON content (used);
+    CREATE TABLE arriving (
+        name TEXT PRIMARY KEY, token TEXT NOT NULL, blocks INTEGER NOT NULL, written INTEGER NOT NULL
+    ) WITHOUT ROWID;
+    CREATE TABLE repository (
+        id INTEGER PRIMARY KEY, registry TEXT NOT NULL, name TEXT NOT NULL, UNIQUE (registry, name)
+    );
+    CREATE TABLE holds (
+        repository INTEGER NOT NULL, digest BLOB NOT NULL, kind INTEGER NOT NULL, variant TEXT NOT NULL,
+        media_type TEXT, size INTEGER NOT NULL, manifest BLOB, confirmed INTEGER NOT NULL,
+        PRIMARY KEY (repository, digest, kind, variant)
+    ) WITHOUT ROWID;
+    CREATE TABLE tag (
+        repository INTEGER NOT NULL, tag TEXT NOT NULL, variant TEXT NOT NULL, accepts TEXT NOT NULL,
+        digest BLOB NOT NULL, media_type TEXT NOT NULL, size INTEGER NOT NULL, confirmed INTEGER NOT NULL,
+        PRIMARY KEY (repository, tag, variant, accepts)
+    ) WITHOUT ROWID;
+    CREATE TABLE tag_move (
+        id INTEGER PRIMARY KEY, repository INTEGER NOT NULL, tag TEXT NOT NULL, from_digest BLOB NOT NULL,
+        to_digest BLOB NOT NULL, seen INTEGER NOT NULL
+    );
+    CREATE TRIGGER tag_moved AFTER UPDATE OF digest ON tag WHEN old.digest <> new.digest BEGIN
+        INSERT INTO tag_move (repository, tag, from_digest, to_digest, seen)
+            VALUES (new.repository, new.tag, old.digest, new.digest, new.confirmed);
+        DELETE FROM tag_move WHERE id <= last_insert_rowid() - 10000;  -- so many are remembered
+    END;
+    CREATE TABLE purge (generation INTEGER PRIMARY KEY AUTOINCREMENT, what TEXT NOT NULL);
+    CREATE TABLE total (
+        id INTEGER PRIMARY KEY, files INTEGER NOT NULL, blocks INTEGER NOT NULL, arriving INTEGER NOT NULL
+    );
+    INSERT INTO total (id, files, blocks, arriving) VALUES (0, 0, 0, 0);
+    CREATE TRIGGER content_in AFTER INSERT ON content BEGIN
+        UPDATE total SET files = files + 1, blocks = blocks + new.blocks; END;
+    CREATE TRIGGER content_out AFTER DELETE ON content BEGIN
+        UPDATE total SET files = files - 1, blocks = blocks - old.blocks; END;
+    CREATE TRIGGER content_resized AFTER UPDATE OF blocks ON content WHEN old.blocks <> new.blocks BEGIN
+        UPDATE total SET blocks = blocks - old.blocks + new.blocks; END;
+    CREATE TRIGGER arriving_in AFTER INSERT ON arriving BEGIN
+        UPDATE total SET arriving = arriving + new.blocks; END;
+    CREATE TRIGGER arriving_out AFTER DELETE ON arriving BEGIN
+        UPDATE total SET arriving = arriving - old.blocks; END;
+    CREATE TRIGGER arriving_resized AFTER UPDATE OF blocks ON arriving WHEN old.blocks <> new.blocks BEGIN
+        UPDATE total SET arriving = arriving - old.blocks + new.blocks; END;
+    """,
+)
+"""What brings a database from each version, its PRAGMA user_version, to the next."""
+LAYOUT: Final = 1
+"""Part of the file's name. A change that an older daemon can't live with raises it, and makes another file."""
+
+
+class BusyError(OSError):
+    """
+    Another process writes; a later try will succeed.
+    """
+
+
+class DamagedError(OSError):
+    """
+    The database is not what was written: it is of no more use.
+    """
+
+
+class UnusableError(OSError):
+    """
+    The database can't be opened, or can't be written at the moment.
+    """
+
+
+class UnfitError(UnusableError):
+    """
+    The file system can't have a database that several processes use.
+    """
+
+
+class Totals(NamedTuple):
+    """
+    What the cache directory holds.
+
+    @ivar files: how many files of content there are.
+    @ivar blocks: bytes of disk that they take.
+    @ivar arriving: bytes of disk that are promised to what is arriving, or taken by what transfers have left.
+    @ivar oldest_use: the least recent use of a file, in seconds since the epoch, if there is one.
+    """
+
+    files: int = 0
+    blocks: int = 0
+    arriving: int = 0
+    oldest_use: float | None = None
+
+
+class File(NamedTuple):
+    """
+    A file of content. Times are in seconds since the epoch.
+
+    @ivar verified: when its bytes were last seen to be what the digest names, if they were.
+    """
+
+    digest: Digest
+    size: int
+    used: float
+    verified: float | None = None
+
+
+class Rows:
+    """
+    One database.
+
+    @param path: its file; none to keep it in memory.
+    @param read_only: whether its directory can't be written.
+    @raise OSError: if it can't be opened, is damaged, or its file system can't do WAL (see L{UnusableError}).
+    """
+
+    def __init__(self, path: Path | None = None, *, read_only: bool = False) -> None:
+        self._reading, self._writing = threading.RLock(), threading.RLock()
+        self.totals, self._last, self._path = Totals(), 0, path
+        self._repositories: dict[tuple[str, str], int] = {}
+        with _explained():
+            self._writer = self._reader = _connect(path, read_only=read_only)
+            try:
+                if path is None or read_only:
+                    self._reading = self._writing
+                else:
+                    self._reader = _connect(path)
+                if not read_only:
+                    self._prepare(wal=path is not None)
+                self.refresh()
+            except BaseException:
+                self.close()
+                raise
+
+    def _prepare(self, *, wal: bool) -> None:
+        if wal:
+            (mode,) = self._writer.execute("PRAGMA journal_mode = WAL").fetchone()
+            if mode != "wal":
+                raise UnfitError(f"SQLite can't use write-ahead logging there, only {mode}")
+        with self._transaction() as connection:
+            (version,) = connection.execute("PRAGMA user_version").fetchone()
+            for each in _MIGRATIONS[version:]:
+                for statement in _statements(each):
+                    connection.execute(statement)
+            if version < len(_MIGRATIONS):
+                connection.execute(f"PRAGMA user_version = {len(_MIGRATIONS)}")
+            (self._last,) = connection.execute("SELECT coalesce(max(used), 0) FROM content").fetchone()
+
+    def close(self) -> None:
+        """
+        Close the database. Calls that come later raise L{BusyError}.
+        """
+        with self._writing, self._reading, contextlib.suppress(sqlite3.Error):
+            self._reader.close()
+            self._writer.close()
+
+    @contextlib.contextmanager
+    def _transaction(self, *, durable: bool = False) -> Iterator[sqlite3.Connection]:
+        """
+        Write in one transaction, which is undone if the block fails.
+
+        @param durable: whether it must outlive a crash of the machine, too.
+        """
+        with _explained(), self._writing:
+            connection = self._writer
+            if durable:
+                connection.execute("PRAGMA synchronous = FULL")
+            try:
+                connection.execute("BEGIN IMMEDIATE")
+                yield connection
+                *totals, _ = connection.execute(_STATE).fetchone()
+                connection.execute("COMMIT")
+            except BaseException:
+                if connection.in_transaction:  # some errors, such as a full disk, have ended it
+                    connection.execute("ROLLBACK")
+                self._repositories.clear()
+                raise
+            finally:
+                if durable:
+                    connection.execute("PRAGMA synchronous = NORMAL")
+            self.totals = Totals(*totals)
+
+    def _query(self, statement: str, *values: object) -> list[Any]:
+        with _explained(), self._reading:
+            return self._reader.execute(statement, values).fetchall()
+
+    def _stamp(self, when: float) -> int:
+        """
+        Return a use later than all before it, also after the clock was set back.
+        """
+        self._last = max(_moment(when), self._last + 1)
+        return self._last
+
+    # Content
+
+    def add(self, file: File, arriving: Reservation | None = None) -> None:
+        """
+        Note that a file is there, used later than any other.
+
+        @param arriving: its reservation, which ends.
+        """
+        with self._transaction() as connection:
+            connection.execute(
+                "INSERT INTO content (digest, size, blocks, used, verified) VALUES (?, ?, ?, ?, ?)"
+                " ON CONFLICT (digest) DO UPDATE SET size = excluded.size, blocks = excluded.blocks,"
+                " used = max(used, excluded.used), verified = coalesce(excluded.verified, verified)",
+                (
+                    *(_packed(file.digest), file.size, on_disk(file.size), self._stamp(file.used)),
+                    None if file.verified is None else _moment(file.verified),
+                ),
+            )
+            _drop(connection, [], [] if arriving is None else [arriving])
+
+    def add_all(self, files: Iterable[File]) -> None:
+        """
+        Note that files are there of which nothing is known; what is known of others stays.
+        """
+        with self._transaction() as connection:
+            connection.executemany(
+                "INSERT OR IGNORE INTO content (digest, size, blocks, used, verified) VALUES (?, ?, ?, ?, ?)",
+                [(_packed(each.digest), each.size, on_disk(each.size), _moment(each.used), None) for each in files],
+            )
+
+    def use(self, uses: Mapping[Digest, float], verified: Mapping[Digest, float]) -> list[Digest]:
+        """
+        Note when content was used, in this order, and when it was verified.
+
+        @return: what was used, and nothing is known of.
+        """
+        with self._transaction() as connection:
+            change = "UPDATE content SET used = ? WHERE digest = ?"
+            unknown = [
+                digest
+                for digest, when in uses.items()
+                if not connection.execute(change, (self._stamp(when), _packed(digest))).rowcount
+            ]
+            connection.executemany(
+                "UPDATE content SET verified = ? WHERE digest = ?",
+                [(_moment(when), _packed(digest)) for digest, when in verified.items()],
+            )
+        return unknown
+
+    def drop(self, digests: Iterable[Digest], arriving: Iterable[Reservation] = ()) -> None:
+        """
+        Note that files of content, and those that reservations were of, are gone.
+        """
+        with self._transaction() as connection:
+            _drop(connection, digests, arriving)
+
+    def files(self, after: Digest | None = None, up_to: Digest | None = None, limit: int = PAGE) -> list[File]:
+        """
+        List content in the order of digests.
+
+        @param after: the last of the page before.
+        @param up_to: the last one wanted.
+        """
+        rows = self._query(
+            "SELECT digest, size, used, verified FROM content WHERE digest > ? AND digest <= ? ORDER BY digest LIMIT ?",
+            b"" if after is None else _packed(after),
+            b"\xff" if up_to is None else _packed(up_to),
+            limit,
+        )
+        return [_file(*row) for row in rows]
+
+    def known(self, digest: Digest) -> File | None:
+        """
+        Look a file of content up.
+        """
+        rows = self._query("SELECT digest, size, used, verified FROM content WHERE digest = ?", _packed(digest))
+        return _file(*rows[0]) if rows else None
+
+    def least_recently_used(self) -> Iterator[File]:
+        """
+        Yield content, the least recently used first.
+        """
+        last = (-(2**63), b"")
+        while rows := self._query(
+            "SELECT digest, size, used, verified FROM content WHERE (used, digest) > (?, ?)"
+            " ORDER BY used, digest LIMIT ?",
+            *last,
+            PAGE // 4,
+        ):
+            yield from (_file(*row) for row in rows)
+            last = rows[-1][2], rows[-1][0]
+
+    # What is arriving
+
+    def reserve(self, what: Reservation, size: int, limit: int) -> int:
+        """
+        Promise C{size} bytes to what arrives, unless content and all that is promised were beyond C{limit}.
+
+        What its name had before is its own from then on.
+
+        @return: by how many bytes: zero if they are promised now.
+        """
+        with self._transaction() as connection:
+            (taken,) = connection.execute(
+                "SELECT blocks + arriving - coalesce((SELECT blocks FROM arriving WHERE name = ?), 0) FROM total",
+                (what.name,),
+            ).fetchone()
+            excess = max(0, taken + on_disk(size) - limit)
+            if not excess:
+                _arrive(connection, what, size, 0)
+        return int(excess)
+
+    def arrive(self, what: Reservation, size: int, written: float) -> None:
+        """
+        Note a file that arrives, or is left over, whatever the limit; in place of what its name had.
+        """
+        with self._transaction() as connection:
+            _arrive(connection, what, size, _moment(written))
+
+    def pass_over(self, what: Reservation) -> None:
+        """
+        Count an interrupted transfer as one under way.
+        """
+        with self._transaction() as connection:
+            connection.execute("UPDATE arriving SET written = 0 WHERE name = ? AND token = ?", what)
+
+    def arriving(self) -> list[Reserved]:
+        """
+        List what is arriving, or was interrupted, the longest unwritten first.
+        """
+        rows = self._query("SELECT name, token, blocks, written FROM arriving ORDER BY written, name")
+        return [Reserved(Reservation(name, token), blocks, written / 1e6) for name, token, blocks, written in rows]
+
+    # Entries
+
+    def entry(self, key: EntryKey) -> Entry | None:
+        """
+        Look an entry up; a fact is one of every variant.
+        """
+        repository = self._repository(key)
+        if repository is None:
+            return None
+        if key.is_tag:
+            rows = self._query(
+                "SELECT accepts, digest, media_type, size, confirmed, NULL FROM tag"
+                " WHERE repository = ? AND tag = ? AND variant = ?",
+                *(repository, key.reference, key.variant),
+            )
+        else:
+            rows = self._query(
+                "SELECT '', digest, media_type, size, confirmed, manifest FROM holds"
+                " WHERE repository = ? AND digest = ? AND kind = ? AND"
+                " (variant = ? OR variant = '' AND manifest IS NOT NULL) ORDER BY variant DESC LIMIT 1",
+                *(repository, _packed(Digest.parse(key.reference)), _KINDS.index(key.kind), key.variant),
+            )
+        return _entry(rows)
+
+    def save(self, entries: Iterable[tuple[EntryKey, Entry]]) -> None:
+        """
+        Note entries, each in place of what was known.
+        """
+        with self._transaction() as connection:
+            for key, entry in entries:
+                repository = self._made(connection, key)
+                if key.is_tag:
+                    _save_tag(connection, repository, key, entry)
+                else:
+                    _save_held(connection, repository, key, entry)
+
+    def forget(self, keys: Iterable[EntryKey]) -> None:
+        """
+        Drop entries.
+        """
+        with self._transaction() as connection:
+            self._forget(connection, keys)
+
+    def _forget(self, connection: sqlite3.Connection, keys: Iterable[EntryKey]) -> int:
+        before = connection.total_changes
+        for key in keys:
+            repository = self._repository(key)
+            if key.is_tag:
+                connection.execute(
+                    "DELETE FROM tag WHERE repository = ? AND tag = ? AND variant = ?",
+                    (repository, key.reference, key.variant),
+                )
+            else:
+                connection.execute(
+                    "DELETE FROM holds WHERE repository = ? AND digest = ? AND kind = ? AND variant = ?",
+                    (repository, _packed(Digest.parse(key.reference)), _KINDS.index(key.kind), key.variant),
+                )
+        return connection.total_changes - before
+
+    def _repository(self, key: EntryKey) -> int | None:
+        names = str(key.registry), key.repository
+        if names not in self._repositories:
+            rows = self._query("SELECT id FROM repository WHERE registry = ? AND name = ?", *names)
+            if not rows:
+                return None
+            self._remember_repository(names, rows[0][0])
+        return self._repositories.get(names)
+
+    def _made(self, connection: sqlite3.Connection, key: EntryKey) -> int:
+        names = str(key.registry), key.repository
+        if names not in self._repositories:
+            connection.execute("INSERT OR IGNORE INTO repository (registry, name) VALUES (?, ?)", names)
+            row = connection.execute("SELECT id FROM repository WHERE registry = ? AND name = ?", names).fetchone()
+            self._remember_repository(names, row[0])
+        return self._repositories[names]
+
+    def _remember_repository(self, names: tuple[str, str], number: int) -> None:
+        if len(self._repositories) >= PAGE:
+            self._repositories.clear()
+        self._repositories[names] = number
+
+    def entries(self) -> Iterator[tuple[EntryKey, Entry, float]]:
+        """
+        Yield all entries with their last use: of content, or when ECR confirmed them, what is later.
+        """
+        repositories = self._query("SELECT id, registry, name FROM repository ORDER BY name, registry")
+        for number, registry, name in repositories:
+            yield from self._tags(number, RegistryId(registry), name)
+            yield from self._held(number, RegistryId(registry), name)
+
+    def _tags(self, repository: int, registry: RegistryId, name: str) -> Iterator[tuple[EntryKey, Entry, float]]:
+        last = "", "", ""
+        while rows := self._query(
+            "SELECT tag, variant, accepts, digest, media_type, size, confirmed FROM tag"
+            " WHERE repository = ? AND (tag, variant, accepts) > (?, ?, ?) ORDER BY tag, variant, accepts LIMIT ?",
+            *(repository, *last, PAGE),
+        ):
+            if len(rows) == PAGE:  # the last entry may go on: it begins the next page
+                rows = [row for row in rows if row[:2] != rows[-1][:2]]
+            last = *rows[-1][:2], "\U0010ffff"
+            for (tag, variant), some in itertools.groupby(rows, lambda row: row[:2]):
+                answers = list(some)
+                entry = _entry([(*row[2:], None) for row in answers]) or Entry()
+                key = EntryKey(registry, Kind.MANIFEST, name, tag, variant)
+                yield key, entry, max(row[6] for row in answers) / 1e6
+
+    def _held(self, repository: int, registry: RegistryId, name: str) -> Iterator[tuple[EntryKey, Entry, float]]:
+        last: tuple[object, ...] = b"", -1, ""
+        while rows := self._query(
+            "SELECT holds.digest, kind, variant, media_type, holds.size, confirmed, manifest, coalesce(used, 0)"
+            " FROM holds LEFT JOIN content ON content.digest = holds.digest"
+            " WHERE repository = ? AND (holds.digest, kind, variant) > (?, ?, ?)"
+            " ORDER BY holds.digest, kind, variant LIMIT ?",
+            *(repository, *last, PAGE),
+        ):
+            for digest, kind, variant, media_type, size, confirmed, manifest, used in rows:
+                key = EntryKey(registry, _KINDS[kind], name, str(_unpacked(digest)), variant)
+                entry = _entry([("", digest, media_type, size, confirmed, manifest)]) or Entry()
+                yield key, entry, max(used, confirmed) / 1e6
+            last = rows[-1][:3]
+
+    def forget_absent(self, before: float) -> Iterator[None]:
+        """
+        Drop entries that ECR confirmed last before this moment, and whose content is not there; page by page.
+        """
+        yield from self._forget_absent(before, "holds", {"repository": -1, "digest": b"", "kind": -1, "variant": ""})
+        yield from self._forget_absent(before, "tag", {"repository": -1, "tag": "", "variant": "", "accepts": ""})
+
+    def _forget_absent(self, before: float, table: str, first: Mapping[str, object]) -> Iterator[None]:
+        keys, marks, last = ", ".join(first), ", ".join("?" * len(first)), tuple(first.values())
+        while rows := self._query(
+            f"SELECT {keys}, confirmed < ? AND digest NOT IN (SELECT digest FROM content) FROM {table}"  # noqa: S608
+            f" WHERE ({keys}) > ({marks}) ORDER BY {keys} LIMIT ?",
+            *(_moment(before), *last, PAGE),
+        ):
+            last = rows[-1][:-1]
+            absent = [row[:-1] for row in rows if row[-1]]
+            if absent:
+                with self._transaction() as connection:
+                    connection.executemany(f"DELETE FROM {table} WHERE ({keys}) = ({marks})", absent)  # noqa: S608
+            yield
+
+    # Purges
+
+    def purge(self, keys: Sequence[EntryKey], digests: Sequence[Digest]) -> int:
+        """
+        Forget entries, and content whose files are gone, for all processes.
+
+        @return: how many entries there were.
+        """
+        with self._transaction(durable=True) as connection:
+            count = self._forget(connection, keys)
+            _drop(connection, digests)
+            purged = [(str(each),) for each in (*keys, *digests)]
+            connection.executemany("INSERT INTO purge (what) VALUES (?)", purged)
+            connection.execute(
+                "DELETE FROM purge WHERE generation <= (SELECT max(generation) FROM purge) - ?", (PURGES,)
+            )
+        return count
+
+    def purged_since(self, generation: int) -> list[EntryKey | Digest] | None:
+        """
+        List what was purged since; none if that isn't known any more.
+        """
+        rows = self._query("SELECT generation, what FROM purge WHERE generation > ? ORDER BY generation", generation)
+        if rows and rows[0][0] != generation + 1:
+            return None
+        return [EntryKey.parse(what) if " " in what else Digest.parse(what) for _, what in rows]
+
+    def moves(self, registry: RegistryId, repository: str, tag: str) -> list[tuple[Digest, Digest, float]]:
+        """
+        List where a tag led from and to, and when that was seen, the newest first.
+        """
+        rows = self._query(
+            "SELECT from_digest, to_digest, seen FROM tag_move JOIN repository ON repository.id = repository"
+            " WHERE registry = ? AND name = ? AND tag = ? ORDER BY tag_move.id DESC LIMIT ?",
+            *(str(registry), repository, tag, PAGE),
+        )
+        return [(_unpacked(before), _unpacked(after), seen / 1e6) for before, after, seen in rows]
+
+    # The whole
+
+    def refresh(self) -> int:
+        """
+        Read the totals again, which other processes change, too.
+
+        @return: how many things were ever purged.
+        """
+        ((*totals, generation),) = self._query(_STATE)
+        self.totals = Totals(*totals)
+        return int(generation)
+
+    def check(self) -> None:
+        """
+        Look for damaged pages, which takes 0.2 s for a million rows; other calls go on meanwhile.
+
+        @raise DamagedError: if there are any.
+        """
+        if self._path is None:
+            return
+        with _explained(), contextlib.closing(_connect(self._path)) as connection:
+            (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+        if found != "ok":
+            raise DamagedError(f"the index is damaged: {found}")
+
+
+def on_disk(size: int) -> int:
+    """
+    Return the bytes of disk that a file of C{size} bytes takes: whole blocks.
+    """
+    return -(-size // _BLOCK) * _BLOCK
+
+
+def _connect(path: Path | None, *, read_only: bool = False) -> sqlite3.Connection:
+    name = ":memory:" if path is None else f"{path.absolute().as_uri()}?mode=rw{'' if path.exists() else 'c'}"
+    if path is not None and read_only:
+        log = Path(f"{path}-wal")
+        # Without a log nobody writes, and the database can be read where no file can be made.
+        name = f"{path.absolute().as_uri()}?{'mode=ro' if log.exists() and log.stat().st_size else 'immutable=1'}"
+    connection = sqlite3.connect(
+        name, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False, uri=path is not None
+    )
+    for pragma in ("synchronous = NORMAL", "mmap_size = 0", "journal_size_limit = 4194304", "cache_size = -1024"):
+        connection.execute(f"PRAGMA {pragma}")
+    return connection
+
+
+def _statements(script: str) -> Iterator[str]:
+    """
+    Take a script apart; executescript() would commit first.
+    """
+    lines = ""
+    for line in script.splitlines():
+        lines += line + "\n"
+        if sqlite3.complete_statement(lines):
+            yield lines
+            lines = ""
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """
+    Raise sqlite3's errors as what they mean here.
+    """
+    try:
+        yield
+    except sqlite3.ProgrammingError as problem:  # closed meanwhile, because the index is another file now
+        raise BusyError(str(problem)) from None
+    except sqlite3.Error as problem:
+        raise explained(problem) from None
+
+
+def explained(problem: sqlite3.Error) -> OSError:
+    """
+    Translate an error of sqlite3.
+    """
+    detailed = getattr(problem, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
+    code = detailed & 0xFF
+    if code in _BUSY:
+        return BusyError(str(problem))
+    lacks = code == sqlite3.SQLITE_ERROR and str(problem).startswith(("no such", "table"))  # it is another's database
+    if lacks or code in _DAMAGED or detailed in _DAMAGED_IN_DETAIL:
+        return DamagedError(str(problem))
+    return UnusableError(str(problem))
+
+
+def _packed(digest: Digest) -> bytes:
+    return bytes([_ALGORITHMS.index(digest.algorithm)]) + bytes.fromhex(digest.hex)
+
+
+def _unpacked(data: bytes) -> Digest:
+    return Digest(_ALGORITHMS[data[0]], data[1:].hex())
+
+
+def _moment(when: float) -> int:
+    return round(when * 1e6)
+
+
+def _file(digest: bytes, size: int, used: int, verified: int | None) -> File:
+    return File(_unpacked(digest), size, used / 1e6, None if verified is None else verified / 1e6)
+
+
+def _drop(connection: sqlite3.Connection, digests: Iterable[Digest], arriving: Iterable[Reservation] = ()) -> None:
+    connection.executemany("DELETE FROM content WHERE digest = ?", [(_packed(each),) for each in digests])
+    connection.executemany("DELETE FROM arriving WHERE name = ? AND token = ?", arriving)
+
+
+def _arrive(connection: sqlite3.Connection, what: Reservation, size: int, written: int) -> None:
+    connection.execute(
+        "INSERT INTO arriving (name, token, blocks, written) VALUES (?, ?, ?, ?) ON CONFLICT (name)"
+        " DO UPDATE SET token = excluded.token, blocks = excluded.blocks, written = excluded.written",
+        (*what, on_disk(size), written),
+    )
+
+
+def _entry(rows: Sequence[tuple[str, bytes, str | None, int, int, bytes | None]]) -> Entry | None:
+    answers = {}
+    for accepts, digest, media_type, size, confirmed, manifest in rows:
+        if media_type is not None and media_type not in MANIFEST_TYPES:  # whoever wrote that
+            continue
+        descriptor = Descriptor(media_type or BLOB_TYPE, _unpacked(digest), size)
+        through = _unpacked(manifest) if manifest else None
+        # Of these strings: each is in memory once.
+        accept = MANIFEST_TYPES.intersection(accepts.split())
+        answers[accept] = Confirmed(descriptor, confirmed / 1e6, through)
+    return Entry(answers) if answers else None
+
+
+def _save_tag(connection: sqlite3.Connection, repository: int, key: EntryKey, entry: Entry) -> None:
+    answers = {" ".join(sorted(accept)): known for accept, known in entry.answers.items()}
+    kept = connection.execute(
+        "SELECT accepts FROM tag WHERE repository = ? AND tag = ? AND variant = ?",
+        (repository, key.reference, key.variant),
+    ).fetchall()
+    connection.executemany(
+        "DELETE FROM tag WHERE repository = ? AND tag = ? AND variant = ? AND accepts = ?",
+        [(repository, key.reference, key.variant, each) for (each,) in kept if each not in answers],
+    )
+    connection.executemany(
+        "INSERT INTO tag (repository, tag, variant, accepts, digest, media_type, size, confirmed)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (repository, tag, variant, accepts) DO UPDATE SET"
+        " digest = excluded.digest, media_type = excluded.media_type, size = excluded.size,"
+        " confirmed = excluded.confirmed",
+        [
+            (
+                *(repository, key.reference, key.variant, accepts),
+                *(_packed(known.descriptor.digest), known.descriptor.media_type, known.descriptor.size),
+                _moment(known.when),
+            )
+            for accepts, known in answers.items()
+        ],
+    )
+
+
+def _save_held(connection: sqlite3.Connection, repository: int, key: EntryKey, entry: Entry) -> None:
+    """
+    Note what a repository holds. What ECR was asked for by itself does not become a fact again.
+    """
+    for known in entry.answers.values():
+        descriptor = known.descriptor
+        connection.execute(
+            "INSERT INTO holds (repository, digest, kind, variant, media_type, size, manifest, confirmed)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (repository, digest, kind, variant) DO UPDATE SET"
+            " media_type = excluded.media_type, size = excluded.size, confirmed = excluded.confirmed,"
+            " manifest = CASE WHEN manifest IS NULL THEN NULL ELSE excluded.manifest END",
+            (
+                *(repository, _packed(descriptor.digest), _KINDS.index(key.kind), key.variant),
+                *(descriptor.media_type if key.kind is Kind.MANIFEST else None, descriptor.size),
+                *(None if known.manifest is None else _packed(known.manifest), _moment(known.when)),
+            ),
+        )

@@ -1,0 +1,458 @@
+"""
+The index gives back what it was told, wherever it keeps its rows: one suite for the file and for memory.
+"""
+
+from __future__ import annotations
+
+import errno
+import sqlite3
+from collections.abc import Sequence
+from pathlib import Path
+
+from twisted.trial.unittest import SynchronousTestCase
+
+from ecrproxy.cache.directory import content_path
+from ecrproxy.cache.entries import ANSWERS_LIMIT, Confirmed, Entry, EntryKey
+from ecrproxy.cache.index import AGAIN_SECONDS, POINTER, Index, News
+from ecrproxy.cache.record import Reservation
+from ecrproxy.cache.sqlite import PAGE, PURGES, BusyError, DamagedError, UnusableError, explained, on_disk
+from ecrproxy.identity import RegistryId
+from ecrproxy.oci import BLOB_TYPE, INDEX_TYPE, Descriptor, Digest, Kind, parse_route
+from tests.store_contract import ANY, MANIFEST_TYPE, REGISTRY, START, scratch
+
+A = Digest.of(b"a")
+ONE, OTHER = Reservation("one"), Reservation("other")
+B = Digest.of(b"b")
+C = Digest.of(b"c", "sha512")
+BOTH = frozenset({MANIFEST_TYPE, INDEX_TYPE})
+
+
+def tag(name: str = "latest", repository: str = "team/app", variant: str = "") -> EntryKey:
+    return EntryKey(REGISTRY, Kind.MANIFEST, repository, name, variant)
+
+
+def held(digest: Digest, kind: Kind = Kind.BLOB, repository: str = "team/app", variant: str = "") -> EntryKey:
+    return EntryKey(REGISTRY, kind, repository, str(digest), variant)
+
+
+def confirmed(digest: Digest, when: float = START, manifest: Digest | None = None) -> Confirmed:
+    return Confirmed(Descriptor(MANIFEST_TYPE, digest, 5), when, manifest)
+
+
+class IndexContract:
+    """
+    What holds for each index.
+    """
+
+    root: Path
+    now: float
+    index: Index
+
+    def make(self) -> Index:
+        raise NotImplementedError
+
+    def setUp(self) -> None:
+        self.root = scratch(self)  # type: ignore[arg-type]
+        self.root.mkdir()
+        self.now = START
+        self.index = self.make()
+        self.addCleanup(self.index.close)  # type: ignore[attr-defined]
+
+    def file(self, digest: Digest, size: int = 1) -> Path:
+        path = self.root / content_path(digest)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(size))
+        return path
+
+    def order(self) -> list[Digest]:
+        return [each.digest for each in self.index.least_recently_used()]
+
+
+class ContentContract(IndexContract):
+    def test_files_are_listed_by_digest_with_size_use_and_verification(self) -> None:
+        self.index.add(A, 7)
+        self.index.add(C, 9)
+        files = self.index.files()
+        assert [(each.digest, each.size) for each in files] == [(A, 7), (C, 9)]
+        assert [round(each.used) for each in files] == [START, START]
+        assert [each.verified is not None for each in files] == [True, True]
+        assert self.index.files(after=A) == files[1:]
+        assert self.index.files(up_to=A) == files[:1]
+        assert self.index.known(B) is None
+
+    def test_totals_count_whole_blocks_and_are_those_of_the_rows(self) -> None:
+        assert self.index.totals[:3] == (0, 0, 0)
+        for digest, size in ((A, 1), (B, 4096), (C, 4097), (A, 5000)):
+            self.index.add(digest, size)
+        assert self.index.totals[:3] == (3, 8192 + 4096 + 8192, 0)
+        self.index.drop([A, Digest.of(b"unknown")])
+        assert self.index.totals[:3] == (2, 4096 + 8192, 0)
+
+    def test_the_least_recently_used_comes_first_also_after_uses_that_are_not_written_yet(self) -> None:
+        for digest in (A, B, C):
+            self.index.add(digest, 1)
+        assert self.order() == [A, B, C]
+        self.index.use(A)
+        assert self.order() == [B, C, A]
+
+    def test_a_clock_that_is_set_back_makes_no_new_use_an_old_one(self) -> None:
+        self.index.add(A, 1)
+        self.now -= 3600
+        self.index.add(B, 1)
+        self.index.use(A)
+        assert self.order() == [B, A]
+
+    def test_more_files_than_a_page_are_all_listed_in_order(self) -> None:
+        digests = [Digest.of(str(number).encode()) for number in range(PAGE + 10)]
+        for digest in digests:
+            self.index.use(digest)
+            self.file(digest)
+        self.index.settle()
+        assert set(self.order()) == set(digests)
+        pages = [self.index.files()]
+        while pages[-1]:
+            pages.append(self.index.files(after=pages[-1][-1].digest))
+        listed = [each.digest for page in pages for each in page]
+        assert listed == sorted(digests, key=str)
+
+    def test_a_use_of_an_unknown_file_adopts_it_if_it_is_there(self) -> None:
+        self.file(A, 10)
+        self.index.use(A)
+        self.index.use(B)
+        self.index.settle()
+        assert [(each.digest, each.size) for each in self.index.files()] == [(A, 10)]
+
+    def test_a_row_of_a_file_that_is_gone_is_dropped_when_that_is_noticed(self) -> None:
+        self.file(B)
+        for digest in (A, B):
+            self.index.add(digest, 1)
+            self.index.gone(digest)
+        self.index.settle()
+        assert self.order() == [B]
+
+    def test_a_file_that_comes_back_is_not_dropped(self) -> None:
+        self.index.gone(A)
+        self.index.add(A, 1)
+        self.index.settle()
+        assert self.order() == [A]
+
+    def test_a_later_verification_is_noted_and_is_no_use(self) -> None:
+        for digest in (A, B):
+            self.index.add(digest, 1)
+        self.now += 60
+        self.index.verified(A)
+        self.index.settle()
+        assert [each.verified for each in self.index.files() if each.digest == A] == [START + 60]
+        assert self.order() == [A, B]
+
+
+class ArrivingContract(IndexContract):
+    def test_a_reservation_is_granted_while_all_stays_within_the_limit(self) -> None:
+        limit = 5 * 4096 + self.index.size
+        self.index.add(A, 4096)
+        assert self.index.reserve(ONE, 8192, limit) == 0
+        assert self.index.reserve(OTHER, 12288, limit) == 4096
+        assert self.index.totals[:3] == (1, 4096, 8192)
+        assert self.index.reserve(OTHER, 8192, limit) == 0
+
+    def test_a_reservation_ends_when_its_file_becomes_content_or_is_dropped(self) -> None:
+        for each in (ONE, OTHER):
+            self.index.reserve(each, 4096, 2**30)
+        self.index.add(A, 4000, ONE)
+        assert self.index.totals[:3] == (1, 4096, 4096)
+        self.index.drop(arriving=[OTHER])
+        self.index.drop(arriving=[OTHER])
+        assert self.index.totals[:3] == (1, 4096, 0)
+
+    def test_what_comes_late_from_one_holder_of_a_claim_leaves_its_successor_the_room(self) -> None:
+        """
+        Both have the same name. The room of a successor is in place of that of who had the claim before.
+        """
+        limit = 8192 + self.index.size
+        before, after = Reservation("one", "before"), Reservation("one", "after")
+        assert self.index.reserve(before, 8192, limit) == 0
+        assert self.index.reserve(after, 8192, limit) == 0
+        self.index.drop(arriving=[before])
+        self.index.add(A, 0, before)
+        self.index.pass_over(before)
+        assert self.index.arriving() == [(after, 8192, 0)]
+        self.index.drop(arriving=[after])
+        assert self.index.totals[:3] == (1, 0, 0)
+
+    def test_an_interrupted_transfer_that_is_passed_over_is_none_until_it_is_noted_again(self) -> None:
+        self.index.arrive(ONE, 4096, START)
+        self.index.pass_over(ONE)
+        assert self.index.arriving() == [(ONE, 4096, 0)]
+        self.index.arrive(ONE, 4096, START)
+        assert self.index.arriving() == [(ONE, 4096, START)]
+
+    def test_what_arrives_is_listed_by_its_last_write(self) -> None:
+        self.index.arrive(ONE, 1, START + 1)
+        self.index.arrive(OTHER, 5000, START - 1)
+        self.index.arrive(ONE, 2, START + 2)
+        assert self.index.arriving() == [(OTHER, 8192, START - 1), (ONE, 4096, START + 2)]
+        assert self.index.totals.arriving == 12288
+
+
+class EntriesContract(IndexContract):
+    def saved(self, key: EntryKey, *answers: tuple[frozenset[str], Confirmed]) -> Entry:
+        entry = Entry(dict(answers))
+        self.index.save([(key, entry)])
+        return entry
+
+    def test_the_answers_of_a_tag_are_given_back_each_for_its_types(self) -> None:
+        entry = self.saved(
+            tag(), (ANY, confirmed(A)), (BOTH, confirmed(B, START + 0.25)), (frozenset({INDEX_TYPE}), confirmed(C))
+        )
+        assert self.index.entry(tag()) == entry
+
+    def test_what_a_repository_holds_is_given_back(self) -> None:
+        entry = self.saved(held(A, Kind.MANIFEST), (ANY, confirmed(A)))
+        assert self.index.entry(held(A, Kind.MANIFEST)) == entry
+
+    def test_nothing_else_is_answered_by_an_entry(self) -> None:
+        self.saved(tag(), (ANY, confirmed(A)))
+        self.saved(held(A, Kind.MANIFEST), (ANY, confirmed(A)))
+        others: Sequence[EntryKey] = [
+            tag("older"),
+            tag(repository="team/other"),
+            tag()._replace(registry=RegistryId.of_host("other.example")),
+            tag(variant="0" * 64),
+            held(A, Kind.BLOB),
+            held(B, Kind.MANIFEST),
+            held(A, Kind.MANIFEST, "team/other"),
+            held(A, Kind.MANIFEST, variant="0" * 64),
+        ]
+        for key in others:
+            assert self.index.entry(key) is None, key
+
+    def test_a_saved_entry_replaces_all_answers_of_the_one_before(self) -> None:
+        self.saved(tag(), (ANY, confirmed(A)), (BOTH, confirmed(A)))
+        entry = self.saved(tag(), (BOTH, confirmed(B)))
+        assert self.index.entry(tag()) == entry
+
+    def test_a_fact_is_one_whatever_the_cache_key(self) -> None:
+        self.saved(held(A), (ANY, confirmed(A, manifest=B)))
+        found = self.index.entry(held(A, variant="0" * 64))
+        assert found is not None
+        assert found.answers[ANY].manifest == B
+
+    def test_what_ecr_was_asked_for_by_itself_does_not_become_a_fact(self) -> None:
+        self.saved(held(A), (ANY, confirmed(A, manifest=B)))
+        self.saved(held(A), (ANY, confirmed(A, START + 1)))
+        self.saved(held(A), (ANY, confirmed(A, START + 2, manifest=B)))
+        found = self.index.entry(held(A))
+        assert found is not None
+        assert found.answers[ANY].manifest is None
+        assert found.answers[ANY].when == START + 2
+
+    def test_a_blob_has_the_type_of_blobs(self) -> None:
+        self.saved(held(A), (ANY, Confirmed(Descriptor("application/x-layer", A, 5), START)))
+        found = self.index.entry(held(A))
+        assert found is not None
+        assert found.answers[ANY].descriptor == Descriptor(BLOB_TYPE, A, 5)
+
+    def test_a_forgotten_entry_is_a_miss(self) -> None:
+        keys = tag(), held(A)
+        for key in keys:
+            self.saved(key, (ANY, confirmed(A)))
+        self.index.forget(*keys, tag("unknown"))
+        assert [self.index.entry(key) for key in keys] == [None, None]
+
+    def test_entries_are_listed_whole_with_their_last_use(self) -> None:
+        accepts = [frozenset({each}) for each in sorted(BOTH)]
+        tags = {tag(f"t{number:04}"): accepts for number in range(PAGE // 2)}
+        self.index.save([(key, Entry(dict.fromkeys(each, confirmed(A)))) for key, each in tags.items()])
+        self.index.save([(tag("u"), Entry({ANY: confirmed(A, START + 5)}))])
+        blobs = [Digest.of(str(number).encode()) for number in range(PAGE + 5)]
+        self.index.save([(held(each, repository="a"), Entry({ANY: confirmed(each)})) for each in blobs])
+        self.now += 60
+        self.index.add(blobs[0], 1)
+        listed = {key: (entry, used) for key, entry, used in self.index.entries()}
+        assert len(listed) == PAGE // 2 + 1 + len(blobs)
+        assert all(len(listed[key][0].answers) == 2 for key in tags)
+        assert listed[tag("u")][1] == START + 5
+        assert round(listed[held(blobs[0], repository="a")][1]) == START + 60
+        assert listed[held(blobs[1], repository="a")][1] == START
+
+    def test_entries_that_lead_to_nothing_any_more_go_after_a_time(self) -> None:
+        self.index.add(A, 1)
+        for digest in (A, B):
+            self.saved(held(digest), (ANY, confirmed(digest)))
+            self.saved(tag(digest.hex[:8]), (ANY, confirmed(digest)))
+        self.saved(held(C), (ANY, confirmed(C, START + 100)))
+        for _ in self.index.forget_absent(START + 50):
+            pass
+        assert {key.reference for key, _, _ in self.index.entries()} == {str(A), A.hex[:8], str(C)}
+
+    def test_as_many_answers_as_an_entry_may_have_are_kept(self) -> None:
+        entry = Entry()
+        for number in range(ANSWERS_LIMIT + 3):
+            accept = frozenset(sorted(BOTH)[: number % 3]) if number < 3 else BOTH
+            entry = entry.with_answer(accept, confirmed(A, START + number))
+        self.index.save([(tag(), entry)])
+        assert self.index.entry(tag()) == entry
+
+
+class PurgeContract(IndexContract):
+    def test_a_purge_is_told_row_by_row_and_once(self) -> None:
+        self.index.save([(tag(), Entry({ANY: confirmed(A)})), (held(A), Entry({ANY: confirmed(A)}))])
+        self.index.add(A, 1)
+        assert self.index.settle() == News()
+        assert self.index.purge([tag(), held(A), held(B)], [A]) == 2
+        assert self.index.totals[:3] == (0, 0, 0)
+        assert list(self.index.entries()) == []
+        assert self.index.settle() == News(purged=[tag(), held(A), held(B), A])
+        assert self.index.settle() == News()
+
+    def test_a_purge_of_very_much_is_told_as_everything(self) -> None:
+        digests = [Digest.of(str(number).encode()) for number in range(PURGES + 1)]
+        self.index.purge([], digests)
+        assert self.index.settle() == News(everything=True)
+
+
+class MemoryTests(ContentContract, ArrivingContract, EntriesContract, PurgeContract, SynchronousTestCase):
+    """
+    An index in memory.
+    """
+
+    def make(self) -> Index:
+        return Index(self.root, lambda: self.now, memory=True)
+
+    def test_leaves_no_file_and_takes_no_disk(self) -> None:
+        assert (list(self.root.iterdir()), self.index.size, self.index.shared) == ([], 0, False)
+
+
+class FileTests(ContentContract, ArrivingContract, EntriesContract, PurgeContract, SynchronousTestCase):
+    """
+    An index on a disk.
+    """
+
+    def make(self) -> Index:
+        index = Index(self.root, lambda: self.now)
+        index.open()
+        return index
+
+    def other(self) -> Index:
+        """
+        Open the index as another process does.
+        """
+        index = Index(self.root, lambda: self.now)
+        index.open()
+        self.addCleanup(index.close)
+        return index
+
+    def test_nothing_is_made_before_somebody_asks(self) -> None:
+        """
+        A daemon whose disk hangs when it starts makes its parts all the same.
+        """
+        index = Index(self.root / "new", lambda: self.now)
+        self.addCleanup(index.close)
+        index.use(A)
+        assert (index.shared, index.totals.files, (self.root / "new").exists()) == (False, 0, False)
+
+    def test_nothing_is_made_where_a_volume_is_not_mounted_any_more(self) -> None:
+        """
+        The index is kept in memory until it is mounted again.
+        """
+        gone, root = [OSError(errno.ENODEV, "not mounted")], self.root / "mount"
+        root.mkdir()
+
+        def look() -> None:
+            for each in gone:
+                raise each
+
+        index = Index(root, lambda: self.now, before_opening=look)
+        self.addCleanup(index.close)
+        index.add(A, 1)
+        assert (index.shared, list(root.iterdir())) == (False, [])
+        assert "not mounted" in index.problem
+        gone.clear()
+        self.now += AGAIN_SECONDS
+        index.settle()
+        assert (index.shared, index.unfit, index.problem) == (True, False, "")
+
+    def test_another_process_sees_all_rows_within_a_second(self) -> None:
+        other = self.other()
+        self.index.add(A, 1)
+        self.index.save([(tag(), Entry({ANY: confirmed(A)}))])
+        assert other.known(A) is not None
+        assert other.entry(tag()) is not None
+        other.settle()
+        assert other.totals[:3] == (1, 4096, 0)
+
+    def test_another_process_hears_of_a_purge(self) -> None:
+        other = self.other()
+        other.settle()
+        self.index.purge([tag()], [A])
+        assert other.settle() == News(purged=[tag(), A])
+        assert other.settle() == News()
+
+    def test_two_processes_do_not_promise_the_same_room(self) -> None:
+        other, limit = self.other(), 8192 + self.index.size
+        assert self.index.reserve(ONE, 8192, limit) == 0
+        assert other.reserve(OTHER, 4096, limit) > 0
+
+    def test_what_was_written_is_there_after_a_kill(self) -> None:
+        self.index.add(A, 1)
+        self.index.use(A)  # not written: it is lost
+        assert [each.digest for each in self.other().files()] == [A]
+
+    def test_its_files_count(self) -> None:
+        self.index.add(A, 1)
+        self.index.settle()
+        taken = sum(path.stat().st_blocks * 512 for path in self.root.glob(f"{POINTER}*"))
+        assert self.index.size == taken > 4096
+
+    def test_a_change_that_meets_another_writer_is_made_later_and_in_order(self) -> None:
+        blocker = sqlite3.connect(next(self.root.glob("*.sqlite3")), isolation_level=None)
+        self.addCleanup(blocker.close)
+        self.index._rows._writer.execute("PRAGMA busy_timeout = 0")  # noqa: SLF001
+        blocker.execute("BEGIN IMMEDIATE")
+        self.index.save([(tag(), Entry({ANY: confirmed(A)}))])
+        self.index.save([(tag(), Entry({ANY: confirmed(B)}))])
+        self.index.use(B)
+        self.index.settle()
+        assert self.index.entry(tag()) is None
+        assert self.index.busy > 0
+        self.assertRaises(BusyError, self.index.reserve, "one", 1, 2**30)
+        blocker.execute("ROLLBACK")
+        self.index.settle()
+        found = self.index.entry(tag())
+        assert found is not None
+        assert found.answers[ANY].descriptor.digest == B
+
+
+class ErrorTests(SynchronousTestCase):
+    def test_errors_of_sqlite_are_told_as_what_they_mean(self) -> None:
+        for code, kind in (
+            (sqlite3.SQLITE_BUSY, BusyError),
+            (sqlite3.SQLITE_BUSY_SNAPSHOT, BusyError),
+            (sqlite3.SQLITE_CORRUPT, DamagedError),
+            (sqlite3.SQLITE_NOTADB, DamagedError),
+            (sqlite3.SQLITE_IOERR_SHORT_READ, DamagedError),
+            (sqlite3.SQLITE_FULL, UnusableError),
+            (sqlite3.SQLITE_READONLY, UnusableError),
+            (sqlite3.SQLITE_ERROR, UnusableError),
+        ):
+            problem = sqlite3.OperationalError("said")
+            problem.sqlite_errorcode = code
+            self.assertIs(kind, type(explained(problem)))
+
+    def test_a_file_takes_whole_blocks(self) -> None:
+        self.assertEqual([0, 4096, 4096, 8192], [on_disk(size) for size in (0, 1, 4096, 4097)])
+
+
+class EntryKeyTests(SynchronousTestCase):
+    def test_a_key_is_read_as_it_was_written(self) -> None:
+        for key in (tag(), held(A, variant="0" * 64)):
+            self.assertEqual(key, EntryKey.parse(str(key)))
+        for wrong in ("", "a b c", f"{tag()} x", str(tag()).replace("manifests", "other")):
+            self.assertRaises(ValueError, EntryKey.parse, wrong)
+
+    def test_the_default_cache_key_is_no_variant(self) -> None:
+        route = parse_route("/v2/a/manifests/latest")
+        self.assertEqual("", EntryKey.of(REGISTRY, route, route.path).variant)
+        variant = EntryKey.of(REGISTRY, route, "other").variant
+        self.assertEqual(64, len(variant))
+        self.assertNotEqual(variant, EntryKey.of(REGISTRY, route, "another").variant)

@@ -1,0 +1,517 @@
+"""
+The index may be lost, swapped, damaged, cut, newer, unreadable, on a full or read-only disk: nothing else is.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import random
+import shutil
+import sqlite3
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+from twisted.logger import capturedLogs
+from twisted.trial.unittest import SynchronousTestCase
+
+from ecrproxy.cache import index as index_module
+from ecrproxy.cache.entries import Entry, EntryKey
+from ecrproxy.cache.index import AGAIN_SECONDS, LATE, LOCK, POINTER, Index
+from ecrproxy.cache.mounts import find_mount
+from ecrproxy.cache.record import Reservation
+from ecrproxy.cache.scrub import scrub
+from ecrproxy.cache.sqlite import File, Rows, UnusableError
+from ecrproxy.cache.store import Store
+from ecrproxy.cache.takeover import old_name
+from ecrproxy.oci import Digest, Kind
+from tests.daemon import DaemonTestCase, noise
+from tests.store_contract import ANY, REGISTRY, START, confirmed, failing, key_of, put, read, scratch
+
+KEY = EntryKey(REGISTRY, Kind.MANIFEST, "team/app", "latest")
+ENTRY = Entry({ANY: confirmed()})
+
+
+class LossTestCase(SynchronousTestCase):
+    """
+    A store with some content and entries.
+    """
+
+    def setUp(self) -> None:
+        self.now = START
+        self.root = scratch(self)
+        self.store = self.open()
+        self.digests = [put(self.store, b"%d" % number) for number in range(50)]
+        self.store.save((KEY, ENTRY))
+        self.index = self.store.index
+
+    def open(self) -> Store:
+        """
+        Open the directory as a process does that starts.
+        """
+        store = Store(self.root, lambda: self.now)
+        self.addCleanup(store.index.close)
+        store.prepare()
+        return store
+
+    def files(self) -> list[Path]:
+        """
+        The files of the database that is in use: itself, its log, its shared memory.
+        """
+        name = (self.root / POINTER).read_text().strip()
+        return [self.root / f"{name}{suffix}" for suffix in ("", "-wal", "-shm")]
+
+    def repaired(self, store: Store) -> None:
+        """
+        See that the index works, and that the scrub brings back what it knew of content.
+        """
+        store.index.settle()
+        for _ in scrub(store, lambda: None):
+            pass
+        self.assertEqual((50, 50 * 4096), store.index.totals[:2])
+        self.assertIn(store.index.entry(KEY), (None, ENTRY))
+        store.save((KEY, ENTRY))
+        self.assertEqual(ENTRY, store.index.entry(KEY))
+        self.assertTrue(store.index.shared)
+        for digest in self.digests:
+            self.assertIsNotNone(read(store, digest))
+
+
+class WhileOpenTests(LossTestCase):
+    """
+    What happens to the files while a daemon has them open is noticed within a second.
+    """
+
+    def test_deleted(self) -> None:
+        for gone in ([0, 1, 2], [0], [1], [2]):
+            files = self.files()
+            for number in gone:
+                files[number].unlink()
+            news = self.index.settle()
+            self.assertTrue(news.everything, "memory may have what is not known any more")
+            self.assertNotEqual(files, self.files())
+            self.repaired(self.store)
+
+    def test_with_its_pointer(self) -> None:
+        (self.root / POINTER).unlink()
+        self.assertTrue(self.index.settle().everything)
+        self.repaired(self.store)
+
+    def test_swapped(self) -> None:
+        """
+        By an older copy of itself, with or without its log.
+        """
+        files = self.files()
+        copies = [shutil.copy(path, path.with_name(f"copy{path.name}")) for path in files]
+        self.store.save((KEY, Entry({ANY: confirmed(b"newer")})))
+        for copy, path in zip(copies, files, strict=True):
+            Path(copy).rename(path)
+        self.assertTrue(self.index.settle().everything)
+        self.assertIsNone(self.index.entry(KEY))
+        self.repaired(self.store)
+
+    def test_cut(self) -> None:
+        for number, size in ((0, 5000), (0, 0), (2, 0)):
+            os.truncate(self.files()[number], size)
+            if number == 2:  # reading from it would be a SIGBUS: a worker that dies of it is replaced
+                self.index._see()  # noqa: SLF001
+            self.repaired(self.store)
+
+    def test_damaged(self) -> None:
+        """
+        It is found by a statement that meets it, or by the scrub.
+        """
+        self.index._rows._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # noqa: SLF001
+        with self.files()[0].open("r+b") as file:
+            file.seek(4096)
+            file.write(b"\xff" * 60_000)
+        self.index._rows.close()  # noqa: SLF001 (what is in a page cache hides it)
+        self.repaired(self.open())
+
+    def test_replaced_by_another_process(self) -> None:
+        """
+        All processes come to use the same one.
+        """
+        other = self.open()
+        for path in self.files():
+            path.unlink()
+        other.index.settle()
+        self.index.settle()
+        self.assertEqual(other.index._files, self.index._files)  # noqa: SLF001
+        self.repaired(other)
+        self.assertEqual(ENTRY, self.index.entry(KEY))
+
+    def test_no_other_descriptor_of_it_is_ever_closed(self) -> None:
+        """
+        That would drop the locks that SQLite has on it.
+        """
+        opened: list[str] = []
+        real = os.open
+
+        def noting(path: str, *args: Any, **kwargs: Any) -> int:
+            opened.append(str(path))
+            return real(path, *args, **kwargs)
+
+        self.patch(os, "open", noting)
+        self.index.settle()
+        self.repaired(self.store)
+        self.assertEqual([], [path for path in opened if ".sqlite3" in path])
+
+
+class AtStartTests(LossTestCase):
+    """
+    What happened to the files while no daemon ran.
+    """
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.index.close()
+
+    def test_cut_at_any_byte(self) -> None:
+        size = self.files()[0].stat().st_size
+        for cut in (0, 1, 99, 100, 4096, size // 2, size - 1):
+            os.truncate(self.files()[0], min(cut, self.files()[0].stat().st_size))
+            store = self.open()
+            self.repaired(store)
+            store.index.close()
+
+    def test_nonsense_in_its_place(self) -> None:
+        for data in (b"", b"nonsense" * 1000, b"SQLite format 3\0" + bytes(5000)):
+            self.files()[0].write_bytes(data)
+            store = self.open()
+            self.repaired(store)
+            store.index.close()
+
+    def test_a_pointer_to_nowhere(self) -> None:
+        for data in (b"", b"\xff\xfe", b"../../etc/passwd", b"index-1-00000000.sqlite3", b"index-1-zz.sqlite3"):
+            (self.root / POINTER).write_bytes(data)
+            store = self.open()
+            self.repaired(store)
+            store.index.close()
+
+    def test_another_schema_in_its_place(self) -> None:
+        for script in ("CREATE TABLE content (x)", "CREATE TABLE other (x); PRAGMA user_version = 1"):
+            path = self.files()[0]
+            path.unlink()
+            connection = sqlite3.connect(path)
+            connection.executescript(script)
+            connection.close()
+            store = self.open()
+            self.repaired(store)
+            store.index.close()
+
+    def test_a_newer_version_of_it_is_used(self) -> None:
+        """
+        Migrations add: what an older version knows is still there.
+        """
+        connection = sqlite3.connect(self.files()[0])
+        connection.executescript("ALTER TABLE content ADD COLUMN more; CREATE TABLE new (x); PRAGMA user_version = 7")
+        connection.close()
+        files = self.files()
+        store = self.open()
+        self.assertEqual(files, self.files())
+        self.assertEqual(ENTRY, store.index.entry(KEY))
+        self.repaired(store)
+
+    def test_older_databases_go(self) -> None:
+        """
+        And those of another layout stay: a newer daemon may come back.
+        """
+        newer = self.root / "index-2-01234567.sqlite3"
+        newer.touch()
+        self.files()[0].write_bytes(b"nonsense")
+        store = self.open()
+        names = {path.name for path in self.root.glob("index-*.sqlite3")}
+        self.assertEqual({newer.name, self.files()[0].name}, names)
+        self.repaired(store)
+
+
+class UnusableTests(LossTestCase):
+    """
+    The daemon runs on with rows in memory, and comes back to a file once that can be.
+    """
+
+    def fall_back(self) -> Store:
+        store = self.open()
+        self.assertFalse(store.index.shared)
+        digest = put(store, b"while in memory")
+        self.assertIsNotNone(read(store, digest))
+        self.assertEqual((1, 4096), store.index.totals[:2])
+        self.digests.append(digest)
+        return store
+
+    def recovered(self, store: Store) -> None:
+        self.now += AGAIN_SECONDS
+        store.index.settle()
+        self.assertTrue(store.index.shared)
+        for _ in scrub(store, lambda: None):
+            pass
+        self.assertEqual(len(self.digests), store.index.totals.files)
+
+    def test_where_locks_do_not_work(self) -> None:
+        for flock in (failing(errno.ENOLCK), lambda *_: None):
+            patch = self.patch(fcntl, "flock", flock)
+            with capturedLogs() as events:
+                store = Store(self.root, lambda: self.now)
+                self.addCleanup(store.index.close)
+                for _ in range(20):
+                    self.now += 1
+                    store.index.settle()
+            self.assertFalse(store.index.shared)
+            self.assertEqual(1, sum("in memory" in event["log_format"] for event in events))
+            patch.restore()
+            self.now += AGAIN_SECONDS
+            store.index.settle()
+            self.assertTrue(store.index.shared)
+
+    def test_on_a_file_system_that_is_far(self) -> None:
+        """
+        Its locks and its shared memory may seem to work.
+        """
+        line = f"1 2 0:3 / {os.path.realpath(self.root)} rw - nfs4 server:/x rw"
+        patch = self.patch(index_module, "mountinfo", lambda: line)
+        store = self.fall_back()
+        self.assertIn("nfs4", store.index.problem)
+        patch.restore()
+        self.recovered(store)
+
+    def test_without_write_ahead_logging(self) -> None:
+        real = Rows.__init__
+
+        def opened(rows: Rows, path: Path | None = None, **options: bool) -> None:
+            if path is not None:
+                raise UnusableError("SQLite can't use write-ahead logging there, only delete")
+            real(rows, path, **options)
+
+        patch = self.patch(Rows, "__init__", opened)
+        store = self.fall_back()
+        patch.restore()
+        self.recovered(store)
+
+    def test_a_directory_that_can_only_be_read(self) -> None:
+        """
+        What the index knows is known; what happens is not noted. With its log, and without.
+        """
+        for closes in (False, True):
+            if closes:
+                self.index.close()
+            patch = self.patch(os, "open", failing(errno.EROFS))
+            index = Index(self.root, lambda: self.now)
+            index.open()
+            patch.restore()
+            self.addCleanup(index.close)
+            self.assertEqual(ENTRY, index.entry(KEY))
+            self.assertEqual(50, index.totals.files)
+            self.assertRaises(UnusableError, index.reserve, Reservation("name"), 1, 2**30)
+            index.use(self.digests[0])
+            index.settle()
+
+    def test_a_full_disk(self) -> None:
+        """
+        Files are unlinked first, rows follow once that is possible.
+        """
+        self.index._rows._writer.execute("PRAGMA max_page_count = 1")  # noqa: SLF001
+        with capturedLogs() as events:
+            for number in range(3000):
+                self.store.save((key_of(f"/v2/a/manifests/{number:0120}"), ENTRY))
+        self.assertEqual(1, len({event.get("once") for event in events if "can't be written" in event["log_format"]}))
+        self.assertEqual([self.digests[0]], self.store.evict_unused([self.digests[0]]))
+        self.assertFalse(self.store.has(self.digests[0]))
+        self.index._rows._writer.execute("PRAGMA max_page_count = 100000")  # noqa: SLF001
+        self.index.settle()
+        self.assertIsNone(self.index.known(self.digests[0]))
+        self.assertIsNotNone(self.index.entry(key_of(f"/v2/a/manifests/{2999:0120}")))
+        self.assertLessEqual(len(self.index._late), LATE)  # noqa: SLF001
+
+    def test_a_lock_that_another_process_keeps_is_not_waited_for(self) -> None:
+        self.patch(index_module, "_LOCK_PAUSE", 0)
+        with (self.root / LOCK).open("r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            store = self.fall_back()
+        self.recovered(store)
+
+
+WRITER = """
+    import sys, time
+    from pathlib import Path
+    from ecrproxy.cache.store import Store
+    from ecrproxy.cache.claim import Claim
+    from ecrproxy.cache.janitor import Janitor
+    from ecrproxy.oci import Digest
+    from tests.store_contract import confirmed, entry_of, key_of
+    store = Store(Path(sys.argv[1]), time.time)
+    store.prepare()
+    janitor = Janitor(store, 1000 * 4096, None, None)
+    print("ready", flush=True)
+    number = 0
+    while True:
+        number += 1
+        data = f"{sys.argv[2]} {number}".encode() * 1000
+        digest = Digest.of(data)
+        claim = store.claim(digest)
+        if isinstance(claim, Claim):
+            if janitor.make_room(claim.reservation, len(data)):
+                writer = store.writer(claim, digest, len(data))
+                writer.write(0, [data])
+                writer.commit()
+                writer.close()
+            else:
+                store.arriving.let_go(claim)
+        store.save((key_of(f"/v2/a/manifests/{number % 50}"), entry_of(confirmed(data))))
+        content = store.open(digest)
+        if content is not None:  # the other one may have evicted it
+            content.close()
+        if not number % 20:
+            store.index.settle()
+            store.sweep()
+"""
+
+
+class KillTests(SynchronousTestCase):
+    """
+    Processes that are killed at any instant, and files that are cut at any byte.
+    """
+
+    rounds = int(os.environ.get("INDEX_ROUNDS", "4"))
+
+    def test_nothing_is_wrong_after_kills_and_cuts(self) -> None:
+        """
+        Two processes write, one of them is killed, and both are once in a while, with the database cut at a random
+        offset: what is content is right, and the index comes back to be what the directory holds.
+
+        INDEX_ROUNDS=200 does what SQLite does to test itself.
+        """
+        chance, root = random.Random(3), scratch(self)
+        root.mkdir()
+        for turn in range(self.rounds):
+            writers = [self.write(root, f"{turn} {each}") for each in range(2)]
+            for writer in writers:
+                assert writer.stdout is not None
+                self.assertEqual(b"ready\n", writer.stdout.readline())
+            for writer in writers:
+                with self.assertRaises(subprocess.TimeoutExpired):
+                    writer.wait(chance.random() * 0.4)
+                writer.kill()
+                writer.wait()
+            if turn % 2:
+                self.cut(root, chance)
+            self.hold(root)
+
+    def write(self, root: Path, name: str) -> subprocess.Popen[bytes]:
+        argv = [sys.executable, "-c", textwrap.dedent(WRITER), str(root), name]
+        writer = subprocess.Popen(argv, stdout=subprocess.PIPE, cwd=Path(__file__).parent.parent)
+        assert writer.stdout is not None
+        self.addCleanup(writer.stdout.close)
+        self.addCleanup(writer.wait)
+        self.addCleanup(writer.kill)
+        return writer
+
+    def cut(self, root: Path, chance: random.Random) -> None:
+        paths = sorted(root.glob(f"{POINTER}-*.sqlite3*"))
+        path = chance.choice([each for each in paths if not each.name.endswith("-shm")])
+        os.truncate(path, chance.randrange(path.stat().st_size + 1))
+
+    def hold(self, root: Path) -> None:
+        now = [time.time()]
+        store = Store(root, lambda: now[0])
+        store.prepare()
+        for _ in range(2):
+            store.sweep()
+            now[0] += 60
+        for _ in range(2):  # damage that the first one meets begins another index
+            try:
+                for _ in scrub(store, lambda: None):
+                    pass
+            except OSError:
+                continue
+        files = {path.name: path for path in (root / "content").rglob("*") if path.is_file()}
+        for name, path in files.items():
+            self.assertEqual(name, Digest.of(path.read_bytes()).hex)
+        listed = [each for page in self.pages(store) for each in page]
+        self.assertEqual(files.keys(), {each.digest.hex for each in listed})
+        sizes = sum(-(-each.size // 4096) * 4096 for each in listed)
+        arriving = sum(size for _, size, _ in store.index.arriving())
+        self.assertEqual((len(files), sizes, arriving), store.index.totals[:3])
+        self.assertEqual(arriving, sum(-(-p.stat().st_size // 4096) * 4096 for p in store.arriving.folder.iterdir()))
+        for key, entry, _ in store.index.entries():
+            self.assertEqual(1, len(entry.answers), key)
+        store.index.close()
+
+    def pages(self, store: Store) -> list[list[File]]:
+        found = [store.index.files()]
+        while found[-1]:
+            found.append(store.index.files(found[-1][-1].digest))
+        return found
+
+
+class TakeOverTests(DaemonTestCase):
+    """
+    A cache directory of a version that kept entries in files.
+    """
+
+    def plant(self, key: EntryKey, cache_key: str, digest: Digest, size: int, accept: str = "[]") -> Path:
+        name = old_name(cache_key, key)
+        path = self.root / "entries" / name[:2] / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        media_type = "application/vnd.oci.image.manifest.v1+json" if key.kind is Kind.MANIFEST else "x/y"
+        path.write_text(
+            f'{{"registry": "{key.registry}", "kind": "{key.kind.value}", "repository": "{key.repository}",'
+            f' "reference": "{key.reference}", "answers": [{{"accept": {accept}, "mediaType": "{media_type}",'
+            f' "digest": "{digest}", "size": {size}, "confirmed": {self.clock.seconds() - 60}}}]}}'
+        )
+        return path
+
+    def test_serves_what_it_has_without_ecr(self) -> None:
+        """
+        Content is adopted, entries are imported, and the log says how many; what else there was is gone.
+        """
+        layer, registry = noise("layer", 100_000), self.daemon.cache._registry  # noqa: SLF001
+        image = self.standin.push_image("team/app", "v1", layers=[layer])
+        manifest = Digest.parse(image.digest)
+        for data in (layer, image.manifest):
+            path = self.root / "content/sha256" / Digest.of(data).hex[:2] / Digest.of(data).hex
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+        tag, digest = EntryKey(registry, Kind.MANIFEST, "team/app", "v1"), Digest.of(layer)
+        fact = EntryKey(registry, Kind.BLOB, "team/app", str(digest))
+        held = EntryKey(registry, Kind.MANIFEST, "team/app", str(manifest))
+        self.plant(tag, "/v2/team/app/manifests/v1", manifest, len(image.manifest))
+        self.plant(fact, "\0fact", digest, len(layer))
+        self.plant(held, f"/v2/team/app/manifests/{manifest}", manifest, len(image.manifest))
+        self.plant(tag._replace(reference="other"), "a client's", manifest, len(image.manifest))
+        self.plant(tag._replace(reference="x"), "/v2/team/app/manifests/x", manifest, 1, '["no type"]')
+        (self.root / "entries/00").mkdir(exist_ok=True)
+        (self.root / "entries/00/nonsense").write_bytes(b"\xff")
+        (self.root / "purged").touch()
+        self.start()
+        self.standin.refuse("registry")
+        self.assertWhole(self.get("/v2/team/app/manifests/v1"), image.manifest, "STALE")
+        self.assertWhole(self.get(f"/v2/team/app/manifests/{manifest}"), image.manifest, "HIT")
+        self.assertWhole(self.get(f"/v2/team/app/blobs/{digest}"), layer, "HIT")
+        self.assertEqual({tag, fact, held}, self.entries().keys())
+        self.assertFalse((self.root / "entries").exists() or (self.root / "purged").exists())
+        self.assertIn("3 entries imported, 3 dropped", self.logged())
+        self.assertEqual(2, self.index.totals.files)
+
+    def test_what_is_known_better_by_now_stays(self) -> None:
+        registry = self.daemon.cache._registry  # noqa: SLF001
+        tag = EntryKey(registry, Kind.MANIFEST, "team/app", "v1")
+        entry = Entry({ANY: confirmed(when=self.clock.seconds())})
+        self.index.save([(tag, entry)])
+        self.plant(tag, "/v2/team/app/manifests/v1", Digest.of(b"old"), 3)
+        self.start()
+        self.assertEqual({tag: entry}, self.entries())
+
+
+class MountTests(SynchronousTestCase):
+    def test_which_are_far(self) -> None:
+        kinds: dict[str, bool] = {"ext4": False, "overlay": False, "fuse.overlayfs": False, "nfs": True, "9p": True}
+        for kind, far in {**kinds, "fuse.sshfs": True, "cifs": True}.items():
+            mount = find_mount(f"1 2 0:3 / /cache rw - {kind} x rw", "/cache/dir")
+            assert mount is not None
+            self.assertEqual(far, mount.is_far, kind)
