@@ -483,6 +483,20 @@ class SmallDisk(SmallCache):
         self.assertEqual([], self.store.troubles.reasons())
         self.assertLessEqual(self.janitor.limit, self.CAPACITY - self.others)
 
+    def test_on_a_full_disk_what_is_open_stays_and_others_go(self) -> None:
+        """
+        Though what is open was used longer ago.
+        """
+        one, two = self.keep(40), self.keep(40)
+        content = self.store.open(one)
+        assert content is not None
+        self.addCleanup(content.close)
+        self.now += 1
+        read(self.store, two)
+        self.others = 80 * 1024  # nothing is left
+        three = self.keep(10)
+        self.assertEqual([True, False, True], self.has(one, two, three))
+
     def test_any_small_file_has_room_made_too(self) -> None:
         one = self.keep(70)
         self.others = 120 * 1024

@@ -177,27 +177,39 @@ class Janitor(Service):
             self._evicting.release()
 
     def _evict_for(self, size: int) -> bool:
-        candidates, by_number = self._store.candidates, self._store.lacks_inodes()
-        chosen: Sequence[Candidate] | None
-        if by_number:
-            chosen = list(islice(candidates(), FILES_AT_ONCE))
-        else:
-            # A small file frees a block that the next small write takes: more goes, if there is more.
-            chosen = victims(candidates(), max(size, AT_ONCE)) or victims(candidates(), size)
-        if not chosen:
+        by_number = self._store.lacks_inodes()
+        for _ in range(_ROUNDS):
+            chosen = self._chosen_for(size, by_number=by_number)
+            if not chosen:
+                return False
+            count = self._evict(chosen)
+            if count:
+                break
+        else:  # all of these are open, or can't be removed
             return False
-        self._evict(chosen)
         if by_number:
             log.warn(
                 "The cache's disk has no inodes left: evicted {count} files;"
                 " use a file system with more inodes, or lower PROXY_CACHE_LIMIT",
-                count=len(chosen),
+                count=count,
                 once="inodes",
             )
         self._fit(size)
         return True
 
-    def _evict(self, chosen: Sequence[Candidate]) -> None:
+    def _chosen_for(self, size: int, *, by_number: bool) -> Sequence[Candidate] | None:
+        candidates = self._store.candidates
+        if by_number:
+            return list(islice(candidates(), FILES_AT_ONCE))
+        # A small file frees a block that the next small write takes: more goes, if there is more.
+        return victims(candidates(), max(size, AT_ONCE)) or victims(candidates(), size)
+
+    def _evict(self, chosen: Sequence[Candidate]) -> int:
+        """
+        Evict files, except those that some process has open: others go before these from then on.
+
+        @return: how many are gone.
+        """
         gone = set(self._store.evict_unused(each.what for each in chosen))
         for each in chosen:
             if each.what not in gone:
@@ -210,6 +222,7 @@ class Janitor(Service):
                 total=self.evicted,
                 once="evicted",
             )
+        return len(gone)
 
     def _pass_over(self, each: Candidate) -> None:
         """
