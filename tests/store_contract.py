@@ -267,7 +267,7 @@ class StoreContract(SynchronousTestCase):
 
     def test_more_than_was_announced_is_not_written(self) -> None:
         """
-        The disk has no room promised for it, and a trailer may stand there.
+        The disk has no room promised for it.
         """
         digest = Digest.of(b"longer")
         writer = begin(self.store, digest, 2)
