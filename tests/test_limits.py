@@ -159,6 +159,26 @@ class LimitTests(DaemonTestCase):
         self.assertEqual((False, True), (first.closed, second.closed))
         self.assertEqual(1, sum("idle ones are closed" in formatEvent(event) for event in events))
 
+    def test_an_address_with_idle_connections_gets_another(self) -> None:
+        """
+        As a cluster behind NAT, whose nodes keep what they do not use. Those of others stay open.
+        """
+        self.start(limits=Limits(connections_per_address=2))
+        usual, self.daemon.front.client = self.daemon.front.client, "192.0.2.9"
+        other_client, other = self.connect()
+        self.daemon.front.client = usual
+        first, wire = self.connect()
+        second, _ = self.connect()
+        self.assertEqual(b"", self.daemon.raw(GOOD), "both have just connected")
+        self.pass_time(SETTLED_SECONDS)
+        wire.write(GOOD)
+        self.flush()
+        self.assertIn(b" 200 OK", self.daemon.raw(GOOD))
+        self.assertEqual((False, True, False), (first.closed, second.closed, other_client.closed))
+        other.write(GOOD)
+        self.flush()
+        self.assertIn(b" 200 OK", bytes(other_client.got))
+
     def test_health_is_told_though_all_connections_are_taken(self) -> None:
         """
         Others get 503 and when to ask again, and are closed; who asks nothing is closed for the next.

@@ -181,7 +181,7 @@ class StrictChannel(HTTPChannel):
 
     def _note_idle(self) -> None:
         self._idle_since = self.factory.reactor.seconds()
-        self.crowd.idle_ones[self] = None
+        self.crowd.idle_ones[self] = self._address or ""
 
     def _end_unused(self) -> None:
         if self._fresh:
