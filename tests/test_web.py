@@ -571,6 +571,10 @@ class HeaderTests(DaemonTestCase):
             {"Sec_Fetch_Site": "same-site"},
             {"Accept_Language": "en", "Host": "evil.example:5000"},
             {"Accept_Language": "", "Host": "evil.example"},
+            # An image or a frame of another site, over plain HTTP: Chromium sends nothing else that tells.
+            {"Accept_Language": "en", "Host": "192.0.2.1:5000"},
+            {"Accept_Language": "en", "Host": "ecr-proxy:5000"},
+            {"Accept_Language": "*", "Sec_Fetch_Mode": "no-cors", "Sec_Fetch_Site": "cross-site"},
         ):
             reply = self.get("/v2/team/app/tags/list", **headers)
             self.assertEqual((403, "web-page"), (reply.code, reply.header("X-Cache-Reason")), headers)
@@ -579,14 +583,14 @@ class HeaderTests(DaemonTestCase):
 
     def test_programs_and_who_looks_for_himself_are_answered(self) -> None:
         """
-        By whatever name programs ask; a person in a browser by an address, localhost or a name without a dot.
+        By whatever name programs ask, Node's fetch among them; a person in a browser where it says who caused that.
         """
         for headers in (
             {"Host": "registry.example:5000"},
-            {"Accept_Language": "en", "Host": "192.0.2.1:5000"},
+            {"Accept_Language": "*", "Sec_Fetch_Mode": "cors", "Host": "registry.example:5000"},
             {"Accept_Language": "en", "Host": "[::1]:5000", "Sec_Fetch_Site": "none"},
             {"Accept_Language": "en", "Host": "localhost:5000", "Sec_Fetch_Site": "same-origin"},
-            {"Accept_Language": "en", "Host": "ecr-proxy:5000"},
+            {"Accept_Language": "en", "Host": "registry.example", "Sec_Fetch_Site": "none"},  # TLS ends before here
         ):
             self.assertEqual(200, self.get(self.manifest, **headers).code, headers)
 
@@ -673,6 +677,7 @@ class HeaderTests(DaemonTestCase):
                 Cookie="a=b",
                 X_Forwarded_For="192.0.2.9",
                 Accept_Language="de",
+                Sec_Fetch_Site="none",
                 Host="localhost",
             )
             self.assertEqual(200, reply.code)
