@@ -109,6 +109,9 @@ class Closable(Protocol):
     def abort(self) -> None:
         """Close at once, whatever was written."""
 
+    def yield_place(self) -> None:
+        """Close an idle one: what the kernel has of the last answer is still sent."""
+
 
 class Crowd:
     """
@@ -204,7 +207,7 @@ class Crowd:
             return False
         del self.idle_ones[oldest]
         self.refuse_connection("as many are open as may be, idle ones are closed first")
-        oldest.abort()
+        oldest.yield_place()
         return True
 
     def begin_transfer(self) -> bool:
