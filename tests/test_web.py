@@ -22,7 +22,7 @@ from ecrproxy.http.site import RegistrySite, make_site
 from ecrproxy.identity import RegistryId
 from ecrproxy.readiness import Readiness
 from ecrproxy.registry import upstream
-from ecrproxy.registry.upstream import LIST_SECONDS
+from ecrproxy.registry.upstream import JOINS, LIST_SECONDS
 from tests.daemon import MIB, DaemonTestCase, Raw, Reply, noise
 from tests.registry import digest_of, layer
 from tests.registry_content import OCI_INDEX, OCI_MANIFEST, SCHEMA2
@@ -1349,6 +1349,37 @@ class TagListTests(DaemonTestCase):
         self.flush()
         self.assertEqual({503}, {reply.code for reply in replies[2:]})
         self.assertRefused(replies[-1], 503, "UNAVAILABLE", "n=1000")
+
+    def test_a_list_from_the_beginning_waits_for_none_that_begin_elsewhere(self) -> None:
+        """
+        Clients can make up as many of those as they like.
+        """
+        tags = self.all_tags(1002)
+        self.standin.hang("registry", "/team/app/", times=1)
+        replies = [self.daemon.send("GET", f"{self.path}?last={number}") for number in range(20)]
+        self.flush()
+        self.assertEqual(tags, json.loads(self.get(self.path).body)["tags"])
+        for reply in replies:
+            reply.leave()
+        self.flush()
+
+    def test_a_list_from_the_beginning_waits_for_none_of_others_that_begin_elsewhere(self) -> None:
+        tags = self.all_tags(1002)
+        paths = [f"/v2/other/{number}/tags/list" for number in range(JOINS)]
+        for number in range(JOINS):
+            self.standin.push_image(f"other/{number}", *tags)
+        queries = [parse_qs(urlsplit(self.link(self.get(f"{path}?n=1"))).query)["last"][0] for path in paths]
+        self.standin.quirks.latency = 1
+        replies = [
+            self.daemon.send("GET", f"{path}?last={quote(last)}") for path, last in zip(paths, queries, strict=True)
+        ]
+        self.flush()
+        self.pass_time(1)
+        self.standin.quirks.latency = 0
+        self.assertEqual(tags, json.loads(self.get(self.path).body)["tags"])
+        for reply in replies:
+            reply.leave()
+        self.flush()
 
     def test_a_page_that_fails_gives_no_list(self) -> None:
         """
