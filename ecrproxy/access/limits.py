@@ -109,6 +109,9 @@ class Closable(Protocol):
     def abort(self) -> None:
         """Close at once, whatever was written."""
 
+    def yield_place(self) -> None:
+        """Close an idle one: what the kernel has of the last answer is still sent."""
+
 
 class Crowd:
     """
@@ -209,7 +212,7 @@ class Crowd:
             if address in (None, whose):
                 del self.idle_ones[each]
                 self.refuse_connection("as many are open as may be, idle ones are closed first", address or "")
-                each.abort()
+                each.yield_place()
                 return True
         return False
 
