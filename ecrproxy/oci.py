@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from hashlib import _Hash
 
 MANIFEST_LIMIT = 4 * 2**20
+"""The most bytes a manifest may have: what the spec asks registries to accept, and ECR's own limit."""
 VALUES_LIMIT = 100_000
 """
 The most values that a manifest may have, reckoned at a glance. Python's parser lets no other thread run, and its
 garbage collector looks at all that it makes: 4 MiB of empty lists stop everything for seconds.
 """
-"""The most bytes a manifest may have: what the spec asks registries to accept, and ECR's own limit."""
 
 SIZE_LIMIT = 2**62
 """The most bytes that anything is said to have: files can't have many more."""

@@ -853,7 +853,7 @@ class DaemonTestCase(SynchronousTestCase):
         """
         The bytes of disk that all files of the cache take, those that arrive included.
         """
-        return sum(on_disk(path.stat().st_size) for path in [*self.files("content"), *self.files("ingest")])
+        return sum(on_disk(path.stat().st_size) for path in [*self.files("content"), *self.arriving()])
 
     def entries(self) -> dict[EntryKey, Entry]:
         """

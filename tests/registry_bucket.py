@@ -160,6 +160,7 @@ class BucketSide:
             refused = bucket_error(416, "InvalidRange", "The requested range is not satisfiable")
             unsatisfied = {"Content-Range": f"bytes */{len(data)}"}
             return Reply(416, {**refused.headers, **unsatisfied}, refused.body)
+        end = min(end, start + self.quirks.longest_part)
         headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(data)}"
         return Reply(206, headers, memoryview(data)[start:end])
 

@@ -69,6 +69,8 @@ class Quirks:
     """What HEAD of a blob gives: 200, 307 (to a URL signed for GET), or 401 as public.ecr.aws does."""
     ignore_range: bool = False
     """The bucket sends everything, whatever range was asked for."""
+    longest_part: int = 2**62
+    """Bytes that the bucket gives of a range at most: RFC 9110, 15.3.7 lets it give fewer than were asked for."""
     etag: str = ""
     """What the bucket calls every blob's state; empty for a name of each one's own."""
     page_size: int = 100

@@ -21,6 +21,7 @@ from ecrproxy.registry.bodies import ERROR_LIMIT, SECONDS, discard, excerpt
 from ecrproxy.registry.bucket import TRICKLE, Blob, BlobTransfer, Stretch, UnavailableError, Watch, told_part
 from ecrproxy.registry.bucket_errors import said_by_bucket
 from ecrproxy.registry.connections import IDLE_SECONDS
+from ecrproxy.transfer.inflow import Buffered, Inflow
 from tests.daemon import MIB, End
 from tests.registry import Fault, Reply
 from tests.registry_bucket import bucket_error
@@ -340,6 +341,29 @@ class LaterPartTests(BlobTestCase):
         self.opened(blob, PART, None).drop()
         self.flush()
         self.assertLess(self.standin.bytes_sent, 2 * MIB)
+
+
+class BegunTests(BlobTestCase):
+    """
+    A body whose first bytes are waited for before anybody takes it.
+    """
+
+    def test_is_paused_at_its_first_bytes_while_too_many_wait(self) -> None:
+        """
+        The memory for what waits for disks is full: not a byte more is taken before that changes.
+        """
+        self.digest = self.standin.push_blob("team/app", bytes(8 * MIB))
+        first = self.begun(None).first
+        self.assertTrue(self.successResultOf(self.asking(first.begin())))
+        inflow = Inflow(Buffered(0))
+        inflow.begin(first)
+        self.pass_time(1)
+        self.flush()
+        self.assertLess(inflow.waiting, MIB)
+        size = 0
+        while batch := self.successResultOf(self.asking(inflow.batch())):
+            size += sum(map(len, batch))
+        self.assertEqual(8 * MIB, size)
 
 
 class SilenceTests(BlobTestCase):

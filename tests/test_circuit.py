@@ -5,13 +5,16 @@ What becomes of questions to ECR while it keeps failing.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
-from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.defer import CancelledError, Deferred, fail
 from twisted.internet.error import ConnectionRefusedError, DNSLookupError
 from twisted.internet.task import Clock
 from twisted.logger import formatEvent
 from twisted.trial.unittest import SynchronousTestCase
+from twisted.web.iweb import IAgent, IResponse
 
+from ecrproxy.oci import RegistryError
 from ecrproxy.registry.circuit import (
     ANSWER_SECONDS,
     FAILURES,
@@ -26,7 +29,7 @@ from ecrproxy.registry.circuit import (
 )
 from ecrproxy.registry.endpoint import PROBE_SECONDS
 from ecrproxy.registry.retries import TransientError
-from tests.daemon import Reply
+from tests.daemon import Network, Reply
 from tests.test_upstream import UpstreamTestCase
 
 PROBLEM = TransientError(503, "UNAVAILABLE", "ECR answers 503")
@@ -295,6 +298,18 @@ class CircuitTests(SynchronousTestCase):
         self.assertEqual(KEPT, len(self.circuit._parts))  # noqa: SLF001
 
 
+class Breaking:
+    """
+    An agent whose next requests fail with C{problems}.
+    """
+
+    def __init__(self, agent: IAgent, problems: list[Exception]) -> None:
+        self._agent, self._problems = agent, problems
+
+    def request(self, *args: Any) -> Deferred[IResponse]:
+        return fail(self._problems.pop()) if self._problems else self._agent.request(*args)
+
+
 class FailingTestCase(UpstreamTestCase):
     path = "/v2/team/app/manifests/latest"
 
@@ -443,6 +458,22 @@ class FailingRegistryTests(FailingTestCase):
         self.standin.fail("registry", status=200, headers={"Content-Encoding": "gzip"}, times=1)
         self.pass_time(PAUSE)
         self.assertIs(CircuitState.OPEN, self.daemon.circuit.state)
+        self.pass_time(2 * PAUSE)
+        self.assertIs(CircuitState.CLOSED, self.daemon.circuit.state)
+
+    def test_are_asked_again_after_a_probe_that_ended_as_none_should(self) -> None:
+        broken: list[Exception] = []
+
+        def agent(back: Network) -> IAgent:
+            return cast(IAgent, Breaking(back.agent(persistent=False), broken))
+
+        self.start(agent=agent)
+        self.open()
+        self.standin.heal()
+        broken.append(RegistryError(400, "UNSUPPORTED", "nobody expects this"))
+        self.pass_time(PAUSE)
+        self.assertIs(CircuitState.OPEN, self.daemon.circuit.state)
+        self.assertEqual(1, len(self.flushLoggedErrors(RegistryError)))
         self.pass_time(2 * PAUSE)
         self.assertIs(CircuitState.CLOSED, self.daemon.circuit.state)
 

@@ -42,10 +42,20 @@ class DenialsTests(SynchronousTestCase):
         self.assertIsNone(self.denials.problem())
 
     def test_in_a_row_are_a_problem_if_nothing_was_ever_granted(self) -> None:
-        for _ in range(DENIALS):
+        for number in range(DENIALS):
             self.assertIsNone(self.denials.problem())
-            self.denials.denied("a")
-        self.assertIn("denies every question: HTTP 403", str(self.denials.problem()))
+            self.denials.denied("ab"[number % 2])
+        self.assertIn("denies every question about a and b: HTTP 403", str(self.denials.problem()))
+
+    def test_of_one_repository_are_no_problem_before_others_are_asked_for(self) -> None:
+        """
+        After a start, with all that others ask for in the cache: one Deployment with a forbidden image is no outage.
+        """
+        for _ in range(100):
+            self.denials.denied("forbidden/app")
+        self.assertIsNone(self.denials.problem())
+        self.denials.denied("team/app")
+        self.assertIn("forbidden/app and team/app", str(self.denials.problem()))
 
     def test_what_is_remembered_is_bounded(self) -> None:
         for number in range(KEPT + 10):

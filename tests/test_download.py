@@ -1082,6 +1082,17 @@ class WindowTests(DownloadTestCase):
         slow.follower.close()
         self.assertEqual([], self.clock.getDelayedCalls())
 
+    def test_goes_on_without_a_reader_that_stops_while_others_come_and_leave(self) -> None:
+        data = noise("x", 12 * WINDOW)
+        download = self.begin(data, kept=False)
+        quick, _ = Reader(download.follow(0, len(data))), Reader(download.follow(0, len(data)), eager=False)
+        pour(self.tap, data)
+        for _ in range(2):
+            self.clock.advance(STUCK_SECONDS - 1)
+            if download.offers(WINDOW):
+                Reader(download.follow(WINDOW, WINDOW + 1)).follower.close()
+        self.assertGreater(len(quick.got), 4 * WINDOW)
+
     def test_waits_for_readers_that_nobody_else_waits_for(self) -> None:
         """
         However long: that is for the client's own limit. One that waits for them later has them left behind.

@@ -20,6 +20,7 @@ from twisted.web.client import BrowserLikePolicyForHTTPS
 from twisted.web.iweb import IAgent
 
 from ecrproxy.daemon.tls import Certificate
+from ecrproxy.registry.circuit import CircuitState
 from ecrproxy.registry.connections import UpstreamAgent
 from ecrproxy.registry.egress import Egress, OwnNames, Proxy, is_plain_name
 from ecrproxy.registry.proxy_variables import for_botocore
@@ -304,6 +305,25 @@ class TunnelTests(ProxyCase):
         self.answers.clear()
         self.pass_time(30)
         self.assertWhole(self.pull(), self.data)
+
+    def test_one_that_was_silent_for_long_is_used_when_it_answers_again(self) -> None:
+        """
+        Whatever was asked meanwhile, by clients and by the daemon itself; and what queued for long has its own error.
+        """
+        self.answers = [b""] * 99
+        blobs = {f"{name}/app": noise(name, 1000) for name in "abcdef"}
+        paths = {f"/v2/{name}/blobs/{self.standin.push_blob(name, data)}": data for name, data in blobs.items()}
+        for _ in range(3):
+            replies = [self.daemon.send("GET", path) for path in paths]
+            self.pass_time(40)
+            for reply in replies:
+                self.assertIn(reply.code, (503, 504))
+        self.assertIs(CircuitState.OPEN, self.daemon.circuit.state)
+        self.answers.clear()
+        self.pass_time(30)
+        self.assertIs(CircuitState.CLOSED, self.daemon.circuit.state)
+        for path, data in paths.items():
+            self.assertWhole(self.get(path), data)
 
     def test_each_way_to_hang_ends_in_one_error_and_hits_notice_nothing(self) -> None:
         """

@@ -4,12 +4,13 @@ What clients may have of the daemon, and what becomes of those who want more.
 
 from __future__ import annotations
 
+from twisted.internet.error import ConnectionDone
 from twisted.internet.task import Clock
 from twisted.logger import capturedLogs, formatEvent
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.access.limits import SPARE, Crowd, Limits, Patience, counted
-from ecrproxy.http.channel import SETTLED_SECONDS
+from ecrproxy.http.channel import SETTLED_SECONDS, YIELD_SECONDS
 from ecrproxy.shares import share
 from ecrproxy.transfer.download import STUCK_SECONDS
 from tests.daemon import MIB, DaemonTestCase, End, Raw, Reply, noise
@@ -138,7 +139,39 @@ class LimitTests(DaemonTestCase):
         with capturedLogs() as events:
             self.assertIn(b" 200 OK", self.daemon.raw(GOOD))
         self.assertEqual((False, True), (first.closed, second.closed))
+        self.assertIsInstance(second.lost.value, ConnectionDone, "a reset would cut what the kernel has yet to send")
         self.assertEqual(1, sum("idle ones are closed" in formatEvent(event) for event in events))
+
+    def test_an_address_with_idle_connections_gets_another(self) -> None:
+        """
+        As a cluster behind NAT, whose nodes keep what they do not use. Those of others stay open.
+        """
+        self.start(limits=Limits(connections_per_address=2))
+        usual, self.daemon.front.client = self.daemon.front.client, "192.0.2.9"
+        other_client, other = self.connect()
+        self.daemon.front.client = usual
+        first, wire = self.connect()
+        second, _ = self.connect()
+        self.assertEqual(b"", self.daemon.raw(GOOD), "both have just connected")
+        self.pass_time(SETTLED_SECONDS)
+        wire.write(GOOD)
+        self.flush()
+        self.assertIn(b" 200 OK", self.daemon.raw(GOOD))
+        self.assertEqual((False, True, False), (first.closed, second.closed, other_client.closed))
+        other.write(GOOD)
+        self.flush()
+        self.assertIn(b" 200 OK", bytes(other_client.got))
+
+    def test_an_idle_connection_whose_client_does_not_read_makes_room_too(self) -> None:
+        self.start(limits=Limits(connections=1))
+        stuck, wire = self.connect()
+        wire.pauseProducing()
+        wire.write(GOOD)
+        self.flush()
+        self.pass_time(SETTLED_SECONDS)
+        self.assertIn(b" 200 OK", self.daemon.raw(GOOD))
+        self.pass_time(2 * YIELD_SECONDS)
+        self.assertEqual((False, b""), (wire.peer.connected, bytes(stuck.got)))
 
     def test_health_is_told_though_all_connections_are_taken(self) -> None:
         """

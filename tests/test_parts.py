@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from email import message_from_bytes
 from email.message import Message
+from random import Random
 from typing import Any, TypeVar, cast
 
 from twisted.internet.defer import Deferred
@@ -528,6 +529,43 @@ class UnkeptPartTests(PartsTestCase):
     def test_the_whole_as_a_range_is_verified(self) -> None:
         self.standin.corrupt(self.digest, DATA[:-1] + b"x")
         self.assertBroken(self.get(self.path, Range="bytes=0-"), DATA)
+
+
+class AnyPartsTests(DaemonTestCase):
+    """
+    Any ranges, of a blob that is kept or not, from a bucket that gives ranges, shorter ones, or all.
+    """
+
+    def test_are_the_bytes_of_the_blob(self) -> None:
+        data, chance = noise("any parts", MIB), Random(4)
+        self.digest = self.standin.push_blob("team/app", data)
+        for _ in range(60):
+            self.start(limit=chance.choice((MIB // 2, 2**30)))
+            for path in self.files():
+                path.unlink()
+            if chance.random() < 0.5:
+                self.head(f"/v2/team/app/blobs/{self.digest}")
+            self.compare(data, chance)
+
+    def compare(self, data: bytes, chance: Random) -> None:
+        quirks = self.standin.quirks
+        quirks.ignore_range = chance.random() < 0.3
+        quirks.longest_part = chance.choice((100_000, 2**62, 2**62))
+        starts = [chance.randrange(MIB) for _ in range(chance.choice((2, 3, 10)))]
+        spans = [(at, min(MIB, at + chance.choice((1, 1000, 90_000)))) for at in starts]
+        spans = spans if chance.random() < 0.5 else sorted(spans)
+        path = f"/v2/team/app/blobs/{self.digest}"
+        replies = [self.daemon.send("GET", path, Range=ranges_of(spans)) for _ in range(2)]
+        replies[0].stop_reading()
+        self.flush()
+        quirks.ignore_range = quirks.ignore_range or chance.random() < 0.3
+        replies[0].read_on()
+        self.flush()
+        frame = Multipart(spans, MIB, "application/octet-stream", self.digest.partition(":")[2])
+        parts = b"".join(head + data[start:stop] for head, (start, stop) in zip(frame.heads, spans, strict=True))
+        for reply in replies:
+            self.assertEqual("whole", reply.ended, (spans, quirks))
+            self.assertTrue(bytes(reply.body) == (data if reply.code == 200 else parts + frame.end), (spans, quirks))
 
 
 class LeftOverPartTests(PartsTestCase):

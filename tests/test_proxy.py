@@ -876,6 +876,21 @@ class BypassTests(BlobTestCase):
         self.assertWhole(reply, self.data, "MISS")
         self.assertTrue(self.has(self.digest))
 
+    def test_a_blob_that_comes_over_a_slow_link_evicts_others(self) -> None:
+        """
+        A dozen blobs come at the same time over a link of one Mbit/s: some 10 kB/s each.
+        """
+        self.fill()
+        reply = self.daemon.send("GET", self.path)
+        self.flush()
+        for _ in range(10):
+            self.standin.deliver(self.digest, 10_000)
+            self.pass_time(1)
+        self.standin.release(self.digest)
+        self.flush()
+        self.assertWhole(reply, self.data, "MISS")
+        self.assertTrue(self.has(self.digest))
+
     def test_a_full_disk(self) -> None:
         """
         When the disk has no room for a blob it streams through.

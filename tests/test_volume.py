@@ -81,6 +81,31 @@ class VolumeTests(SynchronousTestCase):
         self.mounts.device = None
         self.assertTrue(volume.is_gone())
 
+    def test_a_link_that_leads_to_another_volume_is_not_gone_with_the_first(self) -> None:
+        """
+        And is gone with the other.
+        """
+        other, link = Path(os.path.realpath(scratch(self))), scratch(self)
+        other.mkdir()
+        link.symlink_to(self.point)
+        volume = Volume(link)
+        link.unlink()
+        link.symlink_to(other)
+        others = Mounts(self, other)
+        others.device = 815
+        self.mounts.device = None
+        self.assertFalse(volume.is_gone())
+        others.device = None
+        self.assertTrue(volume.is_gone())
+
+    def test_a_volume_that_is_mounted_after_the_start_is_gone_when_it_is_unmounted(self) -> None:
+        self.mounts.device = None
+        volume = Volume(self.point)
+        self.mounts.device = 4711
+        self.assertFalse(volume.is_gone())
+        self.mounts.device = None
+        self.assertTrue(volume.is_gone())
+
     def test_a_directory_of_the_root_is_never_gone(self) -> None:
         self.mounts.device = None
         volume = Volume(self.point / "deep" / "cache")

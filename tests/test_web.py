@@ -22,7 +22,7 @@ from ecrproxy.http.site import RegistrySite, make_site
 from ecrproxy.identity import RegistryId
 from ecrproxy.readiness import Readiness
 from ecrproxy.registry import upstream
-from ecrproxy.registry.upstream import LIST_SECONDS
+from ecrproxy.registry.upstream import JOINS, LIST_SECONDS
 from tests.daemon import MIB, DaemonTestCase, Raw, Reply, noise
 from tests.registry import digest_of, layer
 from tests.registry_content import OCI_INDEX, OCI_MANIFEST, SCHEMA2
@@ -572,6 +572,10 @@ class HeaderTests(DaemonTestCase):
             {"Sec_Fetch_Site": "same-site"},
             {"Accept_Language": "en", "Host": "evil.example:5000"},
             {"Accept_Language": "", "Host": "evil.example"},
+            # An image or a frame of another site, over plain HTTP: Chromium sends nothing else that tells.
+            {"Accept_Language": "en", "Host": "192.0.2.1:5000"},
+            {"Accept_Language": "en", "Host": "ecr-proxy:5000"},
+            {"Accept_Language": "*", "Sec_Fetch_Mode": "no-cors", "Sec_Fetch_Site": "cross-site"},
         ):
             reply = self.get("/v2/team/app/tags/list", **headers)
             self.assertEqual((403, "web-page"), (reply.code, reply.header("X-Cache-Reason")), headers)
@@ -580,14 +584,14 @@ class HeaderTests(DaemonTestCase):
 
     def test_programs_and_who_looks_for_himself_are_answered(self) -> None:
         """
-        By whatever name programs ask; a person in a browser by an address, localhost or a name without a dot.
+        By whatever name programs ask, Node's fetch among them; a person in a browser where it says who caused that.
         """
         for headers in (
             {"Host": "registry.example:5000"},
-            {"Accept_Language": "en", "Host": "192.0.2.1:5000"},
+            {"Accept_Language": "*", "Sec_Fetch_Mode": "cors", "Host": "registry.example:5000"},
             {"Accept_Language": "en", "Host": "[::1]:5000", "Sec_Fetch_Site": "none"},
             {"Accept_Language": "en", "Host": "localhost:5000", "Sec_Fetch_Site": "same-origin"},
-            {"Accept_Language": "en", "Host": "ecr-proxy:5000"},
+            {"Accept_Language": "en", "Host": "registry.example", "Sec_Fetch_Site": "none"},  # TLS ends before here
         ):
             self.assertEqual(200, self.get(self.manifest, **headers).code, headers)
 
@@ -674,6 +678,7 @@ class HeaderTests(DaemonTestCase):
                 Cookie="a=b",
                 X_Forwarded_For="192.0.2.9",
                 Accept_Language="de",
+                Sec_Fetch_Site="none",
                 Host="localhost",
             )
             self.assertEqual(200, reply.code)
@@ -1345,6 +1350,37 @@ class TagListTests(DaemonTestCase):
         self.flush()
         self.assertEqual({503}, {reply.code for reply in replies[2:]})
         self.assertRefused(replies[-1], 503, "UNAVAILABLE", "n=1000")
+
+    def test_a_list_from_the_beginning_waits_for_none_that_begin_elsewhere(self) -> None:
+        """
+        Clients can make up as many of those as they like.
+        """
+        tags = self.all_tags(1002)
+        self.standin.hang("registry", "/team/app/", times=1)
+        replies = [self.daemon.send("GET", f"{self.path}?last={number}") for number in range(20)]
+        self.flush()
+        self.assertEqual(tags, json.loads(self.get(self.path).body)["tags"])
+        for reply in replies:
+            reply.leave()
+        self.flush()
+
+    def test_a_list_from_the_beginning_waits_for_none_of_others_that_begin_elsewhere(self) -> None:
+        tags = self.all_tags(1002)
+        paths = [f"/v2/other/{number}/tags/list" for number in range(JOINS)]
+        for number in range(JOINS):
+            self.standin.push_image(f"other/{number}", *tags)
+        queries = [parse_qs(urlsplit(self.link(self.get(f"{path}?n=1"))).query)["last"][0] for path in paths]
+        self.standin.quirks.latency = 1
+        replies = [
+            self.daemon.send("GET", f"{path}?last={quote(last)}") for path, last in zip(paths, queries, strict=True)
+        ]
+        self.flush()
+        self.pass_time(1)
+        self.standin.quirks.latency = 0
+        self.assertEqual(tags, json.loads(self.get(self.path).body)["tags"])
+        for reply in replies:
+            reply.leave()
+        self.flush()
 
     def test_a_page_that_fails_gives_no_list(self) -> None:
         """

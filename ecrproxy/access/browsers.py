@@ -3,11 +3,13 @@ Requests that browsers send on behalf of web pages: which pages may ask, and rea
 
 Rules:
 
-- A page of another site announces itself: by C{Origin} (Fetch standard, "Origin header") or by C{Sec-Fetch-Site}
-  (W3C Fetch Metadata). Scripts can set neither. Container runtimes and other programs send none of them.
-- A page whose name was made to lead here (DNS rebinding) is of this site, and over plain HTTP announces nothing. But
+- A page that fetches with CORS announces itself by C{Origin} (Fetch standard, "Origin header"); any page of another
+  site by C{Sec-Fetch-Site} (W3C Fetch Metadata). Scripts can set neither. Container runtimes and other programs send
+  none of them.
+- C{Sec-Fetch-Site} is sent over TLS and to loopback alone. Over plain HTTP an image, a frame or a fetch without CORS of
+  another site looks like the address bar, and so does a page whose name was made to lead here (DNS rebinding). But
   browsers add C{Accept-Language} to each request that has none (Fetch standard, "Fetching"), and scripts can't set
-  C{Host}. So a browser's request must name a host that no stranger can own.
+  C{Host}. So a browser's request without C{Sec-Fetch-Site} must name the host of the origin that may ask.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from ecrproxy.addresses import is_address
 
 ANY: Final = "*"
 """Allows every origin."""
-_OWN_SITES: Final = (None, "none", "same-origin")
+_OWN_SITES: Final = ("none", "same-origin")
 """Values of C{Sec-Fetch-Site} of a request that no other origin caused; C{none} is the address bar."""
 
 
@@ -70,9 +72,9 @@ class Pages:
             return True
         if origin is not None:
             return origin == self.origin
-        if site not in _OWN_SITES:
-            return False
-        return secure or self.proved or has_no_dot(host) or is_ours(host, self._named)
+        if site is not None:
+            return site in _OWN_SITES
+        return secure or self.proved or host.lower() in self._named
 
     @property
     def _named(self) -> frozenset[str]:

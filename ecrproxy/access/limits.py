@@ -96,6 +96,9 @@ class Closable(Protocol):
     def abort(self) -> None:
         """Close at once, whatever was written."""
 
+    def yield_place(self) -> None:
+        """Close an idle one: what the kernel has of the last answer is still sent."""
+
 
 class Crowd:
     """
@@ -111,7 +114,7 @@ class Crowd:
     @ivar slow_heads: connections that were closed in the middle of a request's head.
     @ivar idle: connections that were closed between requests.
     @ivar slow_readers: connections that were closed because nothing of an answer was taken.
-    @ivar idle_ones: connections that wait for a request, the one that has waited longest first.
+    @ivar idle_ones: connections that wait for a request, with their addresses; the one that has waited longest first.
     @ivar spare: connections beyond the limit, the oldest first: these get an answer about the daemon's health alone.
     """
 
@@ -122,7 +125,7 @@ class Crowd:
         self.refused_connections = self.refused_transfers = self.bad_requests = 0
         self.slow_heads = self.idle = self.slow_readers = 0
         self._by_address: Counter[str] = Counter()
-        self.idle_ones: dict[Closable, None] = {}
+        self.idle_ones: dict[Closable, str] = {}
         self.spare: dict[Closable, None] = {}
 
     @property
@@ -144,14 +147,16 @@ class Crowd:
         """
         Take a connection in, unless it is one too many; who is let in leaves by C{leave}.
 
-        Where all there may be are open, the one that has been idle longest is closed for it.
+        Where all there may be are open, or all that the address may have, the one of them that has been idle longest is
+        closed for it: nodes keep connections that they do not use, and behind NAT a whole cluster has one address.
 
         @param address: as L{counted} gives it; empty for who has none.
         """
-        if self.is_too_many(address):
-            self.refuse_connection("an address has as many as PROXY_CONNECTIONS_PER_ADDRESS allows", address)
-            return False
-        if 0 < self.limits.connections <= self.connected and not self._close_an_idle_one():
+        too_many = self.is_too_many(address)
+        full = 0 < self.limits.connections <= self.connected
+        if (too_many or full) and not self._close_an_idle_one(address if too_many else None):
+            if too_many:
+                self.refuse_connection("an address has as many as PROXY_CONNECTIONS_PER_ADDRESS allows", address)
             return False
         self.connected += 1
         self._by_address[address] += 1
@@ -190,17 +195,21 @@ class Crowd:
             oldest.abort()
         self.spare[connection] = None
 
-    def _close_an_idle_one(self) -> bool:
+    def _close_an_idle_one(self, address: str | None) -> bool:
         """
         Close the connection that has been idle longest; return True if there was one.
+
+        @param address: whose connections may be closed; everybody's if none.
         """
-        oldest = next(iter(self.idle_ones), None)
-        if oldest is None or not oldest.settled:
-            return False
-        del self.idle_ones[oldest]
-        self.refuse_connection("as many are open as may be, idle ones are closed first")
-        oldest.abort()
-        return True
+        for each, whose in self.idle_ones.items():
+            if not each.settled:
+                break
+            if address in (None, whose):
+                del self.idle_ones[each]
+                self.refuse_connection("as many are open as may be, idle ones are closed first", address or "")
+                each.yield_place()
+                return True
+        return False
 
     def begin_transfer(self) -> bool:
         """

@@ -21,7 +21,10 @@ class Volume:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        nearest = _nearest(directory)
+        self._look()
+
+    def _look(self) -> None:
+        nearest = _nearest(self._directory)
         self._device = nearest.stat().st_dev
         self.mount = next(each for each in (nearest, *nearest.parents) if os.path.ismount(each))
 
@@ -29,15 +32,17 @@ class Volume:
         """
         Return True if the directory is on another file system, and its own is not mounted.
 
-        Mounted again, its device may have another number.
+        Mounted again, its device may have another number. A symbolic link may lead to another file system by now.
         """
         with contextlib.suppress(OSError):
             if self._directory.stat().st_dev == self._device:
                 return False
-        device = _nearest(self._directory).stat().st_dev
-        if device != self._device and not os.path.ismount(self.mount):
+        if _nearest(self._directory).stat().st_dev == self._device:
+            return False
+        is_there = Path(os.path.realpath(self._directory)).is_relative_to(self.mount)
+        if is_there and not os.path.ismount(self.mount):
             return True
-        self._device = device
+        self._look()
         return False
 
 

@@ -60,6 +60,8 @@ FRESH_SECONDS: Final = 1
 """How long a client that has just connected has for its one request when the daemon ends."""
 SETTLED_SECONDS: Final = 1
 """How long a connection is idle before it is closed for another: a client's next request is not about to come."""
+YIELD_SECONDS: Final = 0.1
+"""How long the kernel has to take what an idle connection has yet to send, before that is closed for another."""
 
 _TLS_HANDSHAKE = b"\x16"
 _HOST = re.compile(rf"{HOST}*".encode())
@@ -181,7 +183,7 @@ class StrictChannel(HTTPChannel):
 
     def _note_idle(self) -> None:
         self._idle_since = self.factory.reactor.seconds()
-        self.crowd.idle_ones[self] = None
+        self.crowd.idle_ones[self] = self._address or ""
 
     def _end_unused(self) -> None:
         if self._fresh:
@@ -285,6 +287,17 @@ class StrictChannel(HTTPChannel):
         Close at once, whatever was written.
         """
         self.transport.abortConnection()
+
+    def yield_place(self) -> None:
+        """
+        Close an idle connection for another.
+
+        The kernel may hold megabytes of the last answer, and still sends them: a reset would cut a blob that was sent.
+        """
+        self._stop_input()
+        self._breaking = Patience(self.callLater, YIELD_SECONDS, self.abort)
+        self._breaking.begin()
+        self._close()
 
     def _slow_head(self) -> None:
         self.crowd.slow_heads += 1

@@ -112,7 +112,13 @@ def field(request: Request, name: bytes) -> str | None:
 def is_browsers(request: Request) -> bool:
     """
     Return True if a browser sent it: see L{ecrproxy.access.browsers}.
+
+    Node's C{fetch} sends C{Accept-Language}, and C{Sec-Fetch-Mode} without the C{Sec-Fetch-Site} that browsers send
+    with it (W3C Fetch Metadata, 2.5). Scripts in browsers can set neither.
     """
+    mode, site = map(request.requestHeaders.hasHeader, (b"Sec-Fetch-Mode", b"Sec-Fetch-Site"))
+    if mode and not site and not request.requestHeaders.hasHeader(b"Origin"):
+        return False
     return any(map(request.requestHeaders.hasHeader, _BROWSERS))
 
 

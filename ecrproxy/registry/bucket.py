@@ -57,9 +57,13 @@ REFUSED_STATUSES: Final = (400, 401, 403, 404, 410)
 TRICKLE: Final = 1024
 """Bytes that a body must bring within the stall time: fewer are as good as none."""
 
-BEGUN: Final = 64 * 2**10
-BEGUN_SECONDS: Final = 5.0
-"""Bytes that a blob must bring, and in how many seconds, before other content is evicted for it."""
+BEGUN: Final = 8 * 2**10
+BEGUN_SECONDS: Final = 10.0
+"""
+Bytes that a blob must bring, and in how many seconds, before other content is evicted for it.
+
+What does not come so fast is not kept, and is fetched for each client: a slow link that a hundred blobs share must do.
+"""
 
 log = Logger()
 
@@ -297,20 +301,25 @@ class _Begun:
         return self.transfer
 
     def _pass_on(self, sink: Sink) -> None:
-        self.transfer.sink = sink
-        data, self._data = self._data, []
+        transfer, data, self._data = self.transfer, self._data, []
+        transfer.sink = sink
+        was_paused, transfer.paused = transfer.paused, False
         if data:
             sink.arrived(b"".join(data))
         if self._over:
             sink.ended(self._problem)
-        elif self._size >= BEGUN:
-            self.transfer.resume()
+        elif was_paused and not transfer.paused:  # the sink may have enough for now
+            transfer.resume()
 
 
 class BlobTransfer(TwistedProtocol):
     """
     A body on its way into a L{Sink}; given up when it brings nothing, or next to nothing, for too long.
+
+    @ivar paused: whether it is to send nothing for now.
     """
+
+    paused = False
 
     def __init__(self, sink: Sink, watch: Watch, skip: int = 0) -> None:
         self.sink, self._watch, self._skip = sink, watch, skip
@@ -349,6 +358,7 @@ class BlobTransfer(TwistedProtocol):
         """
         Send nothing for now.
         """
+        self.paused = True
         self._wait_no_more()
         cast(IPushProducer, self.transport).pauseProducing()
 
@@ -356,6 +366,7 @@ class BlobTransfer(TwistedProtocol):
         """
         Go on.
         """
+        self.paused = False
         self._wait()
         cast(IPushProducer, self.transport).resumeProducing()
 

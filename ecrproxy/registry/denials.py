@@ -6,7 +6,8 @@ Rules:
 - A 403 for one repository says nothing about the others: it may have a policy of its own, or a client may ask for what
   it should not. So only repositories count that ECR has granted before.
 - Any other answer about any repository means that not all is denied.
-- While ECR has granted nothing yet, as after a start with a wrong role, so many denials in a row do.
+- While ECR has granted nothing yet, as after a start with a wrong role, so many denials in a row do, if they are about
+  several repositories: after a start with a full cache, one that is forbidden may be all that is asked about.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from typing import Final
 REPOSITORIES: Final = 3
 """Repositories that were granted before and are denied now, with no other answer between; or all of them, if fewer."""
 DENIALS: Final = 5
-"""Denials in a row, while nothing was ever granted."""
+SEVERAL: Final = 2
+"""Denials in a row, and of how many repositories, while nothing was ever granted."""
 KEPT: Final = 1000
 """Maximum number of granted repositories that are remembered."""
 
@@ -48,15 +50,18 @@ class Denials:
         Note a 403.
         """
         self._count += 1
-        if repository in self._granted:
+        if repository in self._granted or (not self._granted and len(self._denied) < SEVERAL):
             self._denied.add(repository)
 
     def problem(self) -> str | None:
         """
         Say that everything is denied, if so.
         """
-        enough = len(self._denied) >= min(REPOSITORIES, len(self._granted)) if self._granted else self._count >= DENIALS
+        if self._granted:
+            enough = len(self._denied) >= min(REPOSITORIES, len(self._granted))
+        else:
+            enough = self._count >= DENIALS and len(self._denied) >= SEVERAL
         if not enough:
             return None
-        about = f" about {' and '.join(sorted(self._denied)[:REPOSITORIES])}" if self._denied else ""
-        return f"ECR denies every question{about}: HTTP 403; check the IAM policy, and that of the repositories"
+        about = " and ".join(sorted(self._denied)[:REPOSITORIES])
+        return f"ECR denies every question about {about}: HTTP 403; check the IAM policy, and that of the repositories"

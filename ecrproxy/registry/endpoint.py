@@ -193,6 +193,9 @@ class Endpoint:
             await self._probe()
         except UnavailableError as problem:
             return problem if problem.status != 429 else None  # noqa: PLR2004
+        except Exception:  # noqa: BLE001 (who probes goes on: nothing else lets clients' questions go again)
+            log.failure("Probing ECR")
+            return UnavailableError(502, "UNAVAILABLE", "the proxy failed to ask ECR; its log says why")
         return None
 
     async def _probe(self) -> None:

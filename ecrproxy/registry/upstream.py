@@ -60,10 +60,10 @@ ALL_BYTES: Final = 2**24
 """Bytes after which no further page is joined: C{ALL_TAGS} of 128 characters fit. ECR's tags may have 300."""
 JOINABLE: Final = frozenset({"last", "nextToken"})
 """What a client may say of a list that is joined: where it begins, by the specification's name and by ECR's own."""
-JOINS: Final = 4
-"""Lists that are joined at the same time, each up to C{ALL_BYTES} in memory."""
+JOINS: Final = 3
+"""Lists from the beginning that are joined at the same time, each up to C{ALL_BYTES} in memory; and one other."""
 LIST_SECONDS: Final = 10.0
-"""Seconds that a list waits for another of its repository, and then for its place among C{JOINS}."""
+"""Seconds that a list waits for another of its repository, and then for its place among those that are joined."""
 ALL_PAGES: Final = 1000
 """The most pages that are joined: enough for C{ALL_TAGS}, if ECR gives a hundred a page whatever it is asked for."""
 
@@ -121,8 +121,8 @@ class Upstream:
 
     def __init__(self, endpoint: Endpoint, wire: Wire, *, stall_seconds: float = 30) -> None:
         self._endpoint, self._wire, self.clock, self.stall_seconds = endpoint, wire, wire.clock, stall_seconds
-        self._joining = Turns(JOINS, LIST_SECONDS, self.clock)
-        self._listing: WeakValueDictionary[str, Turns] = WeakValueDictionary()
+        self._joining = {whole: Turns(JOINS if whole else 1, LIST_SECONDS, self.clock) for whole in (True, False)}
+        self._listing: WeakValueDictionary[tuple[str, bool], Turns] = WeakValueDictionary()
 
     async def head_manifest(self, route: Route, accept: str) -> Head:
         """
@@ -250,17 +250,18 @@ class Upstream:
         Join ECR's pages of tags, for clients that follow no Link; behind C{ALL_TAGS} or C{ALL_BYTES} the Link leads on.
 
         Clients can ask for as many different lists as they like by C{last}, and each costs up to a hundred questions:
-        one at a time is made of a repository.
+        one at a time is made of a repository. The one from the beginning, which most ask for, waits for none of these.
         """
-        turns = self._listing.get(route.repository)
+        whole = not query
+        turns = self._listing.get((route.repository, whole))
         if turns is None:
-            turns = self._listing[route.repository] = Turns(1, LIST_SECONDS, self.clock)
+            turns = self._listing[route.repository, whole] = Turns(1, LIST_SECONDS, self.clock)
         try:
             async with turns.turn():
                 page = await self._page(route, _with_n(query))
                 if page.next is None:
                     return page
-                async with self._joining.turn():
+                async with self._joining[whole].turn():
                     return await self._joined(route, query, page)
         except QueueTimeoutError as problem:
             said = "too many lists of tags are being made; ask again, or for pages of it (n=1000)"

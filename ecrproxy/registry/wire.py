@@ -91,14 +91,22 @@ def _unless_cancelled(asked: Deferred[T]) -> Deferred[T]:
     Wait for C{asked}; whoever cancels that sees a C{CancelledError}, and not what becomes of the request then.
 
     treq tells both its own troubles and a request that was cancelled as a C{ResponseFailed}; one is tried again.
+    A request whose time was up may end as cancelled: that is its failure, and nobody's who waits for it.
     """
 
     def cancel(waiting: Deferred[T]) -> None:
         waiting.errback(CancelledError())
         asked.cancel()
 
+    def ended(result: T | Failure) -> None:
+        if waiting.called:
+            return
+        if isinstance(result, Failure) and result.check(CancelledError):
+            result = Failure(TimeoutError("it was given up"))
+        waiting.callback(result)
+
     waiting: Deferred[T] = Deferred(cancel)
-    asked.addBoth(lambda result: None if waiting.called else waiting.callback(result))
+    asked.addBoth(ended)
     return waiting
 
 

@@ -555,8 +555,11 @@ class Download:
 
         @raise CancelledError: when there is none any more.
         """
+        start = -1
         while self._is_ahead and self._followers and not self._abandoned:
-            self._patience.begin()
+            if start != self._window_start:  # else a reader has come or left: the others wait for the same ones still
+                start = self._window_start
+                self._patience.begin()
             self._wake = Deferred()
             await self._wake
         self._patience.end()
