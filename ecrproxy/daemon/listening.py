@@ -27,7 +27,6 @@ from ecrproxy.endpoint_string import SYSTEMD, EndpointString
 from ecrproxy.settings.config import ADMIN_LISTEN, Config, ConfigError
 
 if TYPE_CHECKING:
-    from OpenSSL import SSL
     from twisted.internet.interfaces import IListeningPort
 
 log = Logger()
@@ -244,8 +243,6 @@ def _what_is_wrong(problem: Exception) -> str:
             return "its key and certificate can't be used"
         case LookupError():
             return "systemd has handed over no such socket"
-        case _ if str(problem).startswith("Unknown endpoint type"):
-            return "no such kind of endpoint"
     return "a part of it is missing, unknown or no number"
 
 

@@ -38,9 +38,9 @@ log = Logger()
 T = TypeVar("T")
 
 HSTS: Final = "max-age=31536000"
-# The nginx proxy adds its headers where nginx's add_header does without C{always}.
 # Clients show the status line as it came, and programs match its words; Twisted does not know 429.
 _PHRASES: Final = {each.value: each.phrase.encode("ascii") for each in HTTPStatus}
+# The nginx proxy adds its headers where nginx's add_header does without C{always}.
 _DECORATED: Final = frozenset({200, 201, 204, 206, 301, 302, 303, 304, 307, 308})
 
 

@@ -150,7 +150,7 @@ def test_without_descriptors_connections_wait(make_chain: MakeChain, images: Ima
     """
     Each of sixty clients is served in the end, and the log does not grow with the time.
     """
-    chain = make_chain()
+    chain = make_chain(settings={"PROXY_IDLE_SECONDS": "5"})
     assert chain.daemon.ask(blob_path(images)).status == 200
     chain.daemon.settle()
     log, pid = chain.daemon.process.output, chain.daemon.process.pid

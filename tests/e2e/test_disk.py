@@ -226,7 +226,7 @@ def test_no_more_file_descriptors_pass(make_chain: MakeChain, images: Images) ->
     """
     While clients hold all of them others wait or are turned away; then all is as before, with the cache intact.
     """
-    chain = make_chain()
+    chain = make_chain(settings={"PROXY_IDLE_SECONDS": "5"})
     pull(chain, images)
     chain.daemon.settle()
     pid = chain.daemon.process.pid
