@@ -32,7 +32,7 @@ demo: $(STAMP)
 	$(VENV)/bin/python -m tests.demo
 
 test: $(STAMP)
-	$(VENV)/bin/python -m pytest --quiet
+	$(VENV)/bin/python -m pytest --quiet --numprocesses auto --dist worksteal
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
