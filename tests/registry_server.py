@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import random
 import sys
 from collections.abc import Callable, Sequence
 from typing import cast
@@ -83,6 +84,18 @@ def push_samples(standin: StandIn, layers: int, layer_bytes: int) -> dict[str, s
     return {"demo/app:latest": app.digest, "demo/multi:latest": index}
 
 
+def push_many(standin: StandIn, total: int) -> dict[str, str]:
+    """
+    Push many blobs into one repository, until they have so many bytes together: each has from 16 KiB to 4 MiB.
+    """
+    chance, pushed, names = random.Random("many"), 0, dict[str, str]()
+    while pushed < total:
+        size = int(2 ** chance.uniform(14, 22))
+        names[f"demo/many/{len(names)}"] = standin.push_blob("demo/many", noise(f"many{len(names)}", size))
+        pushed += size
+    return names
+
+
 def listen(reactor: _Reactor, port: int, site: QuietSite) -> int:
     """
     Listen on this machine alone, and say on which port it came to be.
@@ -107,6 +120,8 @@ def serve(reactor: _Reactor, options: argparse.Namespace) -> dict[str, object]:
     images = push_samples(standin, options.layers, options.layer_bytes)
     if options.blob_bytes:
         images["demo/blob"] = standin.push_blob("demo/blob", noise("blob", options.blob_bytes))
+    if options.many_bytes:
+        images |= push_many(standin, options.many_bytes)
     api = f"http://localhost:{port}"
     return {
         "registry": registry,
@@ -129,6 +144,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=4, help="layers of demo/app")
     parser.add_argument("--layer-bytes", type=int, default=2**20, help="size of each layer")
     parser.add_argument("--blob-bytes", type=int, default=0, help="size of one blob in demo/blob")
+    parser.add_argument("--many-bytes", type=int, default=0, help="size of many blobs in demo/many, all together")
     return parser.parse_args(arguments)
 
 

@@ -8,6 +8,7 @@ import hashlib
 import http.client
 import json
 import ssl
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,8 @@ class Transfer:
     cache: str
     digest: str
     size: int
+    pause: float
+    """The longest time between two pieces of it, in seconds."""
 
 
 def connect(url: str, ca: Path | None, timeout: float) -> http.client.HTTPConnection:
@@ -92,26 +95,32 @@ def answers(url: str, status: int = 200) -> Callable[[], bool]:
 
 
 def download(
-    url: str, headers: Mapping[str, str] | None = None, begun: Callable[[], object] = lambda: None
+    url: str,
+    headers: Mapping[str, str] | None = None,
+    begun: Callable[[], object] = lambda: None,
+    connection: http.client.HTTPConnection | None = None,
 ) -> Transfer:
     """
     Read a large answer without keeping it.
 
     @param begun: is called when the first bytes have come.
+    @param connection: on which it comes, if not on one of its own.
     """
-    connection = connect(url, None, timeout=PATIENCE)
+    connection = connection or connect(url, None, timeout=PATIENCE)
     try:
         connection.request("GET", urlsplit(url).path, headers=dict(headers or {}))
         response = connection.getresponse()
-        sha, size = hashlib.sha256(), 0
+        sha, size, pause, last = hashlib.sha256(), 0, 0.0, time.monotonic()
         # read1 gives what is there: the first byte is not kept for the first piece.
         while piece := response.read1(PIECE):
+            now = time.monotonic()
+            pause, last = max(pause, now - last), now
             if not size:
                 begun()
             sha.update(piece)
             size += len(piece)
         cache = response.getheader("X-Cache-Status", "")
         digest = f"sha256:{sha.hexdigest()}"
-        return Transfer(response.status, cache, digest, size)
+        return Transfer(response.status, cache, digest, size, pause)
     finally:
         connection.close()

@@ -113,6 +113,20 @@ def hears(pid: int, number: signal.Signals) -> bool:
     return caught is not None and bool(int(caught[1], 16) >> number - 1 & 1)
 
 
+def serving(pid: int, count: int) -> list[int]:
+    """
+    Wait until all workers of a daemon serve, and list them. They listen before they heed signals, which would end them
+    until then.
+    """
+
+    def serve() -> bool:
+        pids = children(pid)
+        return len(pids) == count and all(hears(each, signal.SIGHUP) for each in pids)
+
+    eventually(serve, "all workers serve")
+    return children(pid)
+
+
 class Process:
     """
     One running program, whose output goes to a file.

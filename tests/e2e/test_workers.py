@@ -19,7 +19,8 @@ from .chain import Chain, Equipment, standard_settings
 from .clients import Docker
 from .conftest import MakeChain
 from .images import Images
-from .processes import PATH, PATIENCE, Process, alive, children, environment, eventually, free_port, hears
+from .processes import PATH, PATIENCE, Process, alive, children, environment, eventually, free_port, serving
+from .sockets import connected, descendants, listening
 from .test_pull import reference
 from .test_together import blob_path, download_together
 
@@ -37,50 +38,9 @@ def workers(chain: Chain) -> list[int]:
 
 def wait_for_workers(chain: Chain, count: int = 2) -> list[int]:
     """
-    Wait until all workers serve, and list them. They listen before they heed signals, which would end them until then.
+    Wait until all workers serve, and list them.
     """
-
-    def serve() -> bool:
-        pids = workers(chain)
-        return len(pids) == count and all(hears(each, signal.SIGHUP) for each in pids)
-
-    eventually(serve, "all workers serve")
-    return workers(chain)
-
-
-def sockets_of(pid: int) -> set[str]:
-    """
-    List a process's sockets, by their numbers.
-    """
-    links = [str(each.readlink()) for each in Path(f"/proc/{pid}/fd").iterdir()]
-    return {each.removeprefix("socket:[").removesuffix("]") for each in links if each.startswith("socket:")}
-
-
-def tcp_sockets(pid: int) -> list[tuple[int, str]]:
-    """
-    List the local ports and the states of a process's TCP sockets: proc_pid_net(5).
-    """
-    own, rows = sockets_of(pid), list[list[str]]()
-    for name in ("tcp", "tcp6"):
-        rows += [line.split() for line in Path(f"/proc/{pid}/net/{name}").read_text().splitlines()[1:]]
-    return [(int(row[1].rpartition(":")[2], 16), row[3]) for row in rows if row[9] in own]
-
-
-def listening(pid: int) -> set[int | str]:
-    """
-    List the ports that a process listens on, and the paths.
-    """
-    own = sockets_of(pid)
-    rows = [line.split() for line in Path(f"/proc/{pid}/net/unix").read_text().splitlines()[1:]]
-    paths = {row[-1] for row in rows if row[6] in own and int(row[3], 16) & 0x10000}
-    return {port for port, state in tcp_sockets(pid) if state == "0A"} | paths
-
-
-def connected(pid: int) -> int:
-    """
-    Count a process's TCP connections.
-    """
-    return sum(state != "0A" for _, state in tcp_sockets(pid))
+    return serving(chain.daemon.process.pid, count)
 
 
 def ask_unix(path: Path, target: str) -> bytes:
@@ -123,24 +83,55 @@ def test_twenty_clients_cost_one_transfer(make_chain: MakeChain, images: Images,
     assert sorted(each.cache for each in transfers) == ["JOINED"] * (CLIENTS - 1) + ["MISS"]
 
 
-def test_nothing_listens_but_for_clients_and_the_operator(make_chain: MakeChain) -> None:
+@pytest.mark.parametrize("kind", ["tcp", "unix"])
+def test_nothing_listens_but_for_clients_and_the_operator(make_chain: MakeChain, tmp_path: Path, kind: str) -> None:
     """
     In all processes there are two listening sockets, and each worker has the clients' one; the parent, which has both,
-    has no connection of a client's. There is nothing else through which somebody could come to a worker.
+    has no connection of a client's. There is nothing else through which somebody could come to a worker: no other TCP
+    port, no UNIX socket with or without a file, no socket for datagrams.
     """
-    admin = free_port()
-    chain = make_chain(settings=SEVERAL | {"PROXY_ADMIN_LISTEN": f"tcp:{admin}:interface=127.0.0.1"})
-    clients, parent = chain.daemon.port, chain.daemon.process.pid
-    pids = wait_for_workers(chain)
+    admin, path = free_port(), tmp_path / "clients"
+    if kind == "unix":
+        listen = {"PROXY_LISTEN": f"unix:{path}", "PROXY_ADMIN_LISTEN": f"unix:{tmp_path}/operators"}
+        chain = make_chain(wait=False, settings=SEVERAL | listen)
+        chain.daemon.process.wait_until(lambda: TestUnixSocket.ready(path))
+    else:
+        chain = make_chain(settings=SEVERAL | {"PROXY_ADMIN_LISTEN": f"tcp:{admin}:interface=127.0.0.1"})
+    clients, operators = (str(path), f"{tmp_path}/operators") if kind == "unix" else (chain.daemon.port, admin)
+    address = str(path) if kind == "unix" else ("127.0.0.1", chain.daemon.port)
+    parent, pids = chain.daemon.process.pid, wait_for_workers(chain)
     with contextlib.ExitStack() as stack:
         for _ in range(20):
-            client = stack.enter_context(socket.create_connection(("127.0.0.1", clients), PATIENCE))
+            client = stack.enter_context(socket.socket(socket.AF_UNIX if kind == "unix" else socket.AF_INET))
+            client.settimeout(PATIENCE)
+            client.connect(address)
             client.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
             assert client.recv(12) == b"HTTP/1.1 200"
-        assert listening(parent) == {clients, admin}
+        assert listening(parent) == {clients, operators}
         assert {frozenset(listening(each)) for each in pids} == {frozenset({clients})}
-        assert connected(parent) == 0
-        assert sum(map(connected, pids)) >= 20
+        assert sorted(descendants(parent)) == sorted([parent, *pids])
+        if kind == "tcp":
+            assert connected(parent) == 0
+            assert sum(map(connected, pids)) >= 20
+
+
+def test_what_listens_is_seen_whatever_its_kind(tmp_path: Path) -> None:
+    """
+    The test before this one is blind to none.
+    """
+    before, abstract = listening(os.getpid()), f"\0e2e-{os.getpid()}"
+    with contextlib.ExitStack() as stack:
+        ports = {stack.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1]}
+        ports.add(stack.enter_context(socket.create_server(("::1", 0), family=socket.AF_INET6)).getsockname()[1])
+        for path in (str(tmp_path / "path"), abstract, ""):  # the kernel names the last one, abstract as well
+            listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+            listener.bind(path)
+            listener.listen()
+        named = listener.getsockname().decode()
+        datagrams = stack.enter_context(socket.socket(type=socket.SOCK_DGRAM))
+        datagrams.bind(("127.0.0.1", 0))
+        expected = {*ports, str(tmp_path / "path"), abstract.replace("\0", "@"), named.replace("\0", "@")}
+        assert listening(os.getpid()) - before == expected | {f"udp {datagrams.getsockname()[1]}"}
 
 
 def test_a_crowd_is_refused_nothing(make_chain: MakeChain) -> None:

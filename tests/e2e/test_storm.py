@@ -1,0 +1,149 @@
+"""
+A storm of blobs, several times what the cache may hold, over several processes on one directory.
+
+C{ECRPROXY_E2E_STORM_MB=2000} does it with so many bytes, and a limit of 15 hundredths of them: 300 MB.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import http.client
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from .conftest import Figures
+from .group import DAEMONS, WORKERS, Group, StandIn, standing_in
+from .installing import CHECKOUT
+from .processes import PATIENCE, eventually
+
+STORM = int(os.environ.get("ECRPROXY_E2E_STORM_MB", "500")) * 10**6
+LIMIT = STORM * 15 // 100
+CLIENTS = 4
+"""Clients of each process."""
+HELD = 6 * 2**20
+"""More than the kernel buffers: a client that reads no more has the rest of it sent while the storm goes on."""
+
+
+@pytest.fixture
+def standin() -> Iterator[StandIn]:
+    """
+    Run a stand-in with many blobs, and a larger one that is read slowly.
+    """
+    with standing_in("--many-bytes", str(STORM), "--blob-bytes", str(HELD)) as running:
+        yield running
+
+
+@pytest.fixture(params=[WORKERS, DAEMONS])
+def group(home: Path, twistd: Path, standin: StandIn, request: pytest.FixtureRequest) -> Iterator[Group]:
+    """
+    Start the processes.
+    """
+    group = Group(request.param, twistd, home / request.node.name, standin, LIMIT)
+    yield group
+    group.stop()
+
+
+@contextlib.contextmanager
+def weighed(folder: Path) -> Iterator[dict[str, int]]:
+    """
+    Look all the while at what a directory takes of the disk; what was seen is there afterwards.
+    """
+    argv, seen = [sys.executable, "-m", "tests.e2e.weighing", str(folder)], dict[str, int]()
+    with subprocess.Popen(argv, cwd=CHECKOUT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield seen
+        finally:
+            said, _ = process.communicate(timeout=PATIENCE)
+    seen |= json.loads(said)
+
+
+class Slow:
+    """
+    A client that has read the beginning of a blob, and rests.
+    """
+
+    def __init__(self, connection: http.client.HTTPConnection, digest: str) -> None:
+        if connection.sock is None:
+            connection.connect()
+        connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**16)
+        connection.request("GET", f"/v2/demo/blob/blobs/{digest}")
+        self._connection, self._response = connection, connection.getresponse()
+        self._begun = self._response.read(2**16)
+
+    def rest(self) -> str:
+        """
+        Read on to the end, and give the digest of all.
+        """
+        with contextlib.closing(self._connection):
+            return f"sha256:{hashlib.sha256(self._begun + self._response.read()).hexdigest()}"
+
+
+def pull_all(connection: http.client.HTTPConnection, digests: list[str]) -> Counter[str]:
+    """
+    Pull blobs on one connection, and count how the cache took part; what is wrong is counted by its own word.
+    """
+    counts = Counter[str]()
+    with contextlib.closing(connection):
+        for digest in digests:
+            connection.request("GET", f"/v2/demo/many/blobs/{digest}")
+            response = connection.getresponse()
+            data = response.read()
+            right = response.status == 200 and f"sha256:{hashlib.sha256(data).hexdigest()}" == digest
+            counts[response.getheader("X-Cache-Status", "") if right else f"wrong: {response.status}"] += 1
+    return counts
+
+
+def orders(digests: list[str], number: int) -> list[list[str]]:
+    """
+    Say in which order so many clients ask: each blob is asked for once by some client, and often once more by another.
+    """
+    chance, lists = random.Random("storm"), [list[str]() for _ in range(number)]
+    for digest in digests:
+        for each in chance.sample(lists, chance.randint(1, 2)):
+            each.append(digest)
+    for each in lists:
+        chance.shuffle(each)
+    return lists
+
+
+def test_a_storm_keeps_to_the_limit_and_breaks_off_nobody(standin: StandIn, group: Group, figures: Figures) -> None:
+    """
+    The directory, with all that is in it, never takes more than 5 % above the limit; nothing is unlinked while it is
+    being sent, by whichever process; all clients get the right bytes.
+    """
+    large, many = standin.names["demo/blob"], standin.named("demo/many/")
+    clients = [client for each in group.connect(CLIENTS).values() for client in each]
+    slow = [Slow(client, large) for (client,) in group.connect(1).values()]
+    path = group.content(large)
+    eventually(path.exists, "what is read slowly is content")
+    inode, began = path.stat().st_ino, time.monotonic()
+    with weighed(group.cache) as seen, ThreadPoolExecutor(len(clients)) as pool:
+        running = [pool.submit(pull_all, *each) for each in zip(clients, orders(many, len(clients)), strict=True)]
+        counts = sum((each.result(timeout=20 * PATIENCE) for each in running), Counter[str]())
+        took = time.monotonic() - began
+        time.sleep(0.5)  # what is still being tidied is looked at, too
+    assert path.stat().st_ino == inode, "it was unlinked while it was sent"
+    assert [each.rest() for each in slow] == [large] * len(slow)
+    figures.append(
+        f"{group.kind}, {STORM / 1e6:.0f} MB of {len(many)} blobs, a limit of {LIMIT / 1e6:.0f} MB: du at most"
+        f" {seen['most'] / LIMIT:.3f} of it in {seen['looks']} looks; {took:.0f} s; {dict(sorted(counts.items()))}"
+    )
+    assert [each for each in counts if each.startswith("wrong")] == []
+    assert seen["looks"] > took, "that was not often"
+    assert seen["most"] <= 1.05 * LIMIT
+    assert standin.sent >= STORM
+    assert sum(group.content(each).exists() for each in many) < len(many) / 2, "there was no need to evict"
+    assert "Traceback" not in group.said()
+    assert group.one.wrong_content() == []
