@@ -16,6 +16,7 @@ Rules:
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -115,6 +116,7 @@ class Cache:
         self._only_heads: Memory[tuple[EntryKey, frozenset[str]], bool] = Memory(_ONLY_HEADS_BYTES)
         self._verifications: dict[tuple[Digest, int], Verification] = {}
         self._unwritten: dict[EntryKey, Entry] = {}
+        self._recording = Counter[EntryKey]()
         self._storing = 0
         self._hashing = DeferredSemaphore(VERIFICATIONS)
         self._looks: Flights[tuple[Descriptor, Document] | Reason] = Flights()
@@ -313,6 +315,18 @@ class Cache:
             with contextlib.suppress(OSError):
                 entry = await self._disk.reading(self.store.entry, key)
         return entry or Entry()
+
+    async def last_known(self, asked: Asked) -> Entry:
+        """
+        Return what ECR said last of a tag, to whichever process; an empty entry if it said that there is none.
+
+        The memory does not hear of what others are told: it is for what ECR is asked about all the same.
+        """
+        key = self._key(asked)
+        if not self._recording[key]:  # else the memory is ahead of the index
+            with contextlib.suppress(OSError):
+                return await self._disk.reading(self.store.index.written, key) or Entry()
+        return await self.entry(asked)
 
     def note(self, asked: Asked, known: Descriptor) -> None:
         """
@@ -618,16 +632,22 @@ class Cache:
         @param document: the manifest, where the cache had it already: what it lists is the repository's too.
         """
         key = self._key(asked)
-        known, entry = await self._locks.run(key, partial(self._record, key, asked, question, descriptor))
-        if entry is None:
-            return
-        changed = known is None or known.descriptor != descriptor
-        facts: Facts = ()
-        if changed and document is not None and self._may_learn(asked.route.repository, descriptor):
-            facts = await self._learned(asked.route.repository, descriptor, document)
-        if changed or known is None or not 0 <= self._now() - known.when < _UNWRITTEN_SECONDS:
-            await self._locks.run(key, partial(self._write_latest, key))
-        await self._save(facts)
+        self._recording[key] += 1
+        try:
+            known, entry = await self._locks.run(key, partial(self._record, key, asked, question, descriptor))
+            if entry is None:
+                return
+            changed = known is None or known.descriptor != descriptor
+            facts: Facts = ()
+            if changed and document is not None and self._may_learn(asked.route.repository, descriptor):
+                facts = await self._learned(asked.route.repository, descriptor, document)
+            if changed or known is None or not 0 <= self._now() - known.when < _UNWRITTEN_SECONDS:
+                await self._locks.run(key, partial(self._write_latest, key, asked.accept))
+            await self._save(facts)
+        finally:
+            self._recording[key] -= 1
+            if not self._recording[key]:
+                del self._recording[key]
 
     async def _record(
         self, key: EntryKey, asked: Asked, question: int, descriptor: Descriptor
@@ -659,18 +679,18 @@ class Cache:
         await self._locks.run(key, partial(self._forget, key, asked, question))
 
     async def _forget(self, key: EntryKey, asked: Asked, question: int) -> None:
-        entry, order = await self.entry(asked), self._order(key)
+        entry, order = await self.last_known(asked), self._order(key)
         types = {accept: known.descriptor.media_type for accept, known in entry.answers.items()}
         left = order.forget(asked.accept, question, types)
         if types and left == types.keys():
             return
+        self._entries.drop(key)
+        if not types:
+            return
         if left:
             self._hold_entry(key, replace(entry, answers={accept: entry.answers[accept] for accept in left}))
-            await self._write_latest(key)
-        else:
-            self._entries.drop(key)
-            with contextlib.suppress(OSError):
-                await self._disk.writing(self.store.index.forget, key)
+        with contextlib.suppress(OSError):
+            await self._disk.writing(self.store.index.forget_answers, key, types.keys() - left)
 
     def _may_learn(self, repository: str, descriptor: Descriptor) -> bool:
         """
@@ -732,13 +752,16 @@ class Cache:
         finally:
             self._forget_unwritten(entries)
 
-    async def _write_latest(self, key: EntryKey) -> None:
+    async def _write_latest(self, key: EntryKey, accept: frozenset[str]) -> None:
         """
-        Write what is known by now: a late write brings back nothing that was forgotten or purged meanwhile.
+        Write what a tag leads to by now for one set of types: other processes may know others better.
+
+        A late write brings back nothing that was forgotten or purged meanwhile.
         """
         entry = self._entries.get(key)
-        if entry is not None:
-            await self._save([(key, entry)])
+        if entry is not None and accept in entry.answers:
+            with contextlib.suppress(OSError):
+                await self._disk.writing(self.store.save, (key, Entry({accept: entry.answers[accept]})))
 
 
 def _weight(document: Document) -> int:

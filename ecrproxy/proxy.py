@@ -32,7 +32,7 @@ from ecrproxy.answers import ANY, Answer, Asked, CacheStatus, manifest_answer
 from ecrproxy.byte_ranges import Ranges, Span, joined, questions
 from ecrproxy.cache.arriving import Left, Met
 from ecrproxy.cache.claim import Claim
-from ecrproxy.cache.entries import Confirmed
+from ecrproxy.cache.entries import Confirmed, Entry
 from ecrproxy.cache.memory import Memory
 from ecrproxy.cache.peer import PeerTransfer
 from ecrproxy.cache.record import POLL_SECONDS, STALLED_SECONDS, Step
@@ -75,6 +75,8 @@ _PAGE_BYTES = 2**20
 """Bytes of memory for pages of tags and referrers, which are served while ECR can't be asked; and for one of them."""
 READING_AHEAD: Final = 64
 """Manifests whose layers may wait to be fetched before anybody asks for them: of others, that is left to who asks."""
+INDEX_SECONDS: Final = 1.0
+"""How long the index has, where ECR can't be asked, to say what other processes know of a tag."""
 STALE_SECONDS: Final = 5.0
 """How long ECR may take to confirm a tag or a list whose last answer is cached. containerd gives up after 30 s."""
 _JOINED = (CacheStatus.JOINED, Reason.IN_FLIGHT)
@@ -623,17 +625,45 @@ class PullThrough:
             document = await self._cache.document(known.descriptor.digest)
             if document is not None:
                 return manifest_answer(CacheStatus.HIT, Reason.TAG_TTL, asked, known.descriptor, document.body)
-        last = entry.latest(asked.accept)
-        document = await self._cache.document(last.descriptor.digest) if last is not None else None
-        if last is None or document is None:
+        found = await self._latest(asked, entry)
+        if found is None and entry.answers:  # another process may have been told for such a client
+            found = await self._latest(asked, await self._last_known(asked, entry))
+        if found is None:
             return await self._ask_for_tag(asked, known)
         try:
             return await within(STALE_SECONDS, self._ask_for_tag(asked, known), self._call_later)
         except (DeadlineExceededError, UnavailableError) as problem:
+            found = await self._latest(asked, await self._last_known(asked, entry), found)
+            if found is None:
+                raise
+            last, document = found
             if isinstance(problem, RefusedAnswerError) and problem.named not in ("", str(last.descriptor.digest)):
                 raise  # ECR is not silent: the tag leads elsewhere now
             reason = _why_stale(asked.route, problem)
         return manifest_answer(CacheStatus.STALE, reason, asked, last.descriptor, document.body)
+
+    async def _last_known(self, asked: Asked, entry: Entry) -> Entry:
+        """
+        Return what any process was told of a tag; what this one knows if the disk does not say that soon.
+        """
+        try:
+            return await within(INDEX_SECONDS, self._cache.last_known(asked), self._call_later)
+        except DeadlineExceededError:
+            return entry
+
+    async def _latest(
+        self, asked: Asked, entry: Entry, before: tuple[Confirmed, Document] | None = None
+    ) -> tuple[Confirmed, Document] | None:
+        """
+        Choose the last known answer for a client, with its manifest.
+
+        @param before: the one that was read before.
+        """
+        last = entry.latest(asked.accept)
+        if last is None or (before is not None and last.descriptor == before[0].descriptor):
+            return before if last is not None else None
+        document = await self._cache.document(last.descriptor.digest)
+        return None if document is None else (last, document)
 
     async def _ask_for_tag(self, asked: Asked, known: Confirmed | None) -> Answer:
         """

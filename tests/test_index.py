@@ -5,6 +5,7 @@ The index gives back what it was told, wherever it keeps its rows: one suite for
 from __future__ import annotations
 
 import errno
+import itertools
 import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from ecrproxy.cache.index import AGAIN_SECONDS, POINTER, Index, News
 from ecrproxy.cache.record import Reservation
 from ecrproxy.cache.sqlite import PAGE, PURGES, BusyError, DamagedError, UnusableError, explained, on_disk
 from ecrproxy.identity import RegistryId
-from ecrproxy.oci import BLOB_TYPE, INDEX_TYPE, Descriptor, Digest, Kind, parse_route
+from ecrproxy.oci import BLOB_TYPE, INDEX_TYPE, MANIFEST_TYPES, Descriptor, Digest, Kind, parse_route
 from tests.store_contract import ANY, MANIFEST_TYPE, REGISTRY, START, scratch
 
 A = Digest.of(b"a")
@@ -226,10 +227,23 @@ class EntriesContract(IndexContract):
         for key in others:
             assert self.index.entry(key) is None, key
 
-    def test_a_saved_entry_replaces_all_answers_of_the_one_before(self) -> None:
+    def test_a_saved_answer_replaces_that_to_the_same_types_and_no_other(self) -> None:
+        """
+        Processes are told for different clients: none takes another's answers away.
+        """
         self.saved(tag(), (ANY, confirmed(A)), (BOTH, confirmed(A)))
-        entry = self.saved(tag(), (BOTH, confirmed(B)))
-        assert self.index.entry(tag()) == entry
+        self.saved(tag(), (BOTH, confirmed(B)))
+        assert self.index.entry(tag()) == Entry({ANY: confirmed(A), BOTH: confirmed(B)})
+
+    def test_single_answers_of_a_tag_are_forgotten(self) -> None:
+        for key in (tag(), tag("older")):
+            self.saved(key, (ANY, confirmed(A)), (BOTH, confirmed(B)))
+        self.index.forget_answers(tag(), [BOTH, frozenset({INDEX_TYPE})])
+        self.index.forget_answers(tag("unknown", "team/other"), [BOTH])
+        assert self.index.entry(tag()) == Entry({ANY: confirmed(A)})
+        assert self.index.entry(tag("older")) == Entry({ANY: confirmed(A), BOTH: confirmed(B)})
+        self.index.forget_answers(tag(), [ANY])
+        assert self.index.entry(tag()) is None
 
     def test_a_fact_is_one_whatever_the_cache_key(self) -> None:
         self.saved(held(A), (ANY, confirmed(A, manifest=B)))
@@ -286,12 +300,17 @@ class EntriesContract(IndexContract):
         assert {key.reference for key, _, _ in self.index.entries()} == {str(A), A.hex[:8], str(C)}
 
     def test_as_many_answers_as_an_entry_may_have_are_kept(self) -> None:
-        entry = Entry()
-        for number in range(ANSWERS_LIMIT + 3):
-            accept = frozenset(sorted(BOTH)[: number % 3]) if number < 3 else BOTH
-            entry = entry.with_answer(accept, confirmed(A, START + number))
-        self.index.save([(tag(), entry)])
-        assert self.index.entry(tag()) == entry
+        """
+        The longest unconfirmed ones make room for others, whoever saves them.
+        """
+        kinds = sorted(MANIFEST_TYPES)
+        accepts = [frozenset(each) for size in range(len(kinds)) for each in itertools.combinations(kinds, size)]
+        number = ANSWERS_LIMIT + 3
+        answers = {accept: confirmed(A, START + at) for at, accept in enumerate(itertools.islice(accepts, number))}
+        assert len(answers) == number
+        for accept, answer in answers.items():
+            self.saved(tag(), (accept, answer))
+        assert self.index.entry(tag()) == Entry(dict(list(answers.items())[3:]))
 
 
 class PurgeContract(IndexContract):
@@ -414,11 +433,12 @@ class FileTests(ContentContract, ArrivingContract, EntriesContract, PurgeContrac
         self.index.use(B)
         self.index.settle()
         assert self.index.entry(tag()) is None
+        self.assertRaises(BusyError, self.index.written, tag())
         assert self.index.busy > 0
         self.assertRaises(BusyError, self.index.reserve, "one", 1, 2**30)
         blocker.execute("ROLLBACK")
         self.index.settle()
-        found = self.index.entry(tag())
+        found = self.index.written(tag())
         assert found is not None
         assert found.answers[ANY].descriptor.digest == B
 

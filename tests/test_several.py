@@ -10,8 +10,11 @@ from typing import Any
 from twisted.logger import LogLevel
 
 from ecrproxy.access.limits import Limits
+from ecrproxy.proxy import INDEX_SECONDS
+from ecrproxy.threads import Disk
 from ecrproxy.workers.worker import CLOSE_SECONDS, TELL_SECONDS, TOGETHER
-from tests.daemon import DaemonTestCase, noise
+from tests.daemon import DaemonTestCase, Hands, noise
+from tests.registry_content import OCI_MANIFEST, SCHEMA2, layer
 from tests.several import Several
 
 
@@ -278,3 +281,68 @@ class DirectoryTests(SeveralTestCase):
         self.several.pass_time(2)
         for daemon, word in zip(self.several.daemons, ("MISS", "HIT"), strict=True):
             self.assertEqual(word, daemon.ask("GET", by_digest).cache)
+
+
+class TagsTests(SeveralTestCase):
+    """
+    What ECR said of a tag to one worker, when another can't ask.
+    """
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.image = self.standin.push_image("team/app", "latest")
+        self.path = "/v2/team/app/manifests/latest"
+
+    def test_of_a_tag_that_is_gone_no_worker_serves_the_image(self) -> None:
+        one, other = self.several.daemons
+        for daemon in (one, other):
+            self.assertWhole(daemon.ask("GET", self.path), self.image.manifest)
+        self.standin.delete_tag("team/app", "latest")
+        self.assertRefused(one.ask("GET", self.path), 404, "MANIFEST_UNKNOWN")
+        self.standin.refuse("registry")
+        for daemon in (other, one):
+            self.assertRefused(daemon.ask("GET", self.path), 502, "UNAVAILABLE")
+
+    def test_of_a_tag_that_has_moved_every_worker_serves_where_it_leads(self) -> None:
+        one, other = self.several.daemons
+        for daemon in (one, other):
+            daemon.ask("GET", self.path)
+        moved = self.standin.push_image("team/app", "latest", layers=[layer("new", b"moved")])
+        self.assertWhole(one.ask("GET", self.path), moved.manifest, "MISS")
+        self.standin.refuse("registry")
+        for daemon in (other, one):
+            self.assertWhole(daemon.ask("GET", self.path), moved.manifest, "STALE")
+
+    def test_answers_to_clients_of_each_worker_are_known_to_all_and_after_a_start(self) -> None:
+        """
+        ECR converts manifests: clients of different types are given different ones. No worker takes away what another
+        was told.
+        """
+        one, other = self.several.daemons
+        digests = {}
+        for daemon, accept in ((one, OCI_MANIFEST), (other, OCI_MANIFEST), (one, SCHEMA2), (other, OCI_MANIFEST)):
+            self.several.pass_time(61)  # a confirmation is written again after a minute
+            digests[accept] = daemon.ask("GET", self.path, Accept=accept).header("Docker-Content-Digest")
+        self.assertEqual(2, len(set(digests.values())))
+        self.standin.refuse("registry")
+        for daemon in (one, other, self.start()):
+            for accept, digest in digests.items():
+                reply = daemon.ask("GET", self.path, Accept=accept)
+                self.assertEqual((200, "STALE"), (reply.code, reply.cache))
+                self.assertEqual(digest, reply.header("Docker-Content-Digest"))
+
+    def test_a_disk_that_hangs_keeps_no_worker_from_what_it_knows(self) -> None:
+        """
+        The index is asked for a second.
+        """
+        hands = Hands()
+        daemon = self.start(disk=Disk.of(hands))
+        self.assertWhole(daemon.ask("GET", self.path), self.image.manifest)
+        self.standin.refuse("registry")
+        hands.idle = False
+        reply = daemon.ask("GET", self.path)
+        self.assertEqual("", reply.ended)
+        self.pass_time(INDEX_SECONDS)
+        self.assertWhole(reply, self.image.manifest, "STALE")
+        hands.idle = True
+        hands.work_off()

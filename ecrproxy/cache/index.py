@@ -510,9 +510,19 @@ class Index:
             return self._ask(lambda rows: rows.entry(key))
         return None
 
+    def written(self, key: EntryKey) -> Entry | None:
+        """
+        Look an entry up, as the last of all processes has left it.
+
+        @raise OSError: if that can't be told: the index can't be read, or changes wait to be made.
+        """
+        if self._late:
+            raise BusyError("changes of the index wait for another try")
+        return self._ask(lambda rows: rows.entry(key))
+
     def save(self, entries: Sequence[tuple[EntryKey, Entry]]) -> None:
         """
-        Note entries, each in place of what was known, in one transaction.
+        Note entries in one transaction: each answer in place of the one that was known to the same set of types.
         """
         self._change(lambda rows: rows.save(entries))
 
@@ -521,6 +531,13 @@ class Index:
         Drop entries.
         """
         self._change(lambda rows: rows.forget(keys))
+
+    def forget_answers(self, key: EntryKey, accepts: Iterable[frozenset[str]]) -> None:
+        """
+        Drop what a tag led to for some sets of types.
+        """
+        accepts = list(accepts)
+        self._change(lambda rows: rows.forget_answers(key, accepts))
 
     def entries(self) -> Iterator[tuple[EntryKey, Entry, float]]:
         """

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from ecrproxy.cache.entries import Confirmed, Entry, EntryKey
+from ecrproxy.cache.entries import ANSWERS_LIMIT, Confirmed, Entry, EntryKey
 from ecrproxy.cache.record import Reservation, Reserved
 from ecrproxy.identity import RegistryId
 from ecrproxy.oci import BLOB_TYPE, MANIFEST_TYPES, Descriptor, Digest, Kind
@@ -397,7 +397,7 @@ class Rows:
 
     def save(self, entries: Iterable[tuple[EntryKey, Entry]]) -> None:
         """
-        Note entries, each in place of what was known.
+        Note entries: each answer in place of the one that was known to the same set of types.
         """
         with self._transaction() as connection:
             for key, entry in entries:
@@ -406,6 +406,17 @@ class Rows:
                     _save_tag(connection, repository, key, entry)
                 else:
                     _save_held(connection, repository, key, entry)
+
+    def forget_answers(self, key: EntryKey, accepts: Iterable[frozenset[str]]) -> None:
+        """
+        Drop what a tag led to for some sets of types.
+        """
+        with self._transaction() as connection:
+            repository = self._repository(key)
+            connection.executemany(
+                "DELETE FROM tag WHERE repository = ? AND tag = ? AND variant = ? AND accepts = ?",
+                [(repository, key.reference, key.variant, " ".join(sorted(accept))) for accept in accepts],
+            )
 
     def forget(self, keys: Iterable[EntryKey]) -> None:
         """
@@ -680,15 +691,10 @@ def _entry(rows: Sequence[tuple[str, bytes, str | None, int, int, bytes | None]]
 
 
 def _save_tag(connection: sqlite3.Connection, repository: int, key: EntryKey, entry: Entry) -> None:
+    """
+    Note what ECR said of a tag to each set of types. Other processes have been told of others, which stay.
+    """
     answers = {" ".join(sorted(accept)): known for accept, known in entry.answers.items()}
-    kept = connection.execute(
-        "SELECT accepts FROM tag WHERE repository = ? AND tag = ? AND variant = ?",
-        (repository, key.reference, key.variant),
-    ).fetchall()
-    connection.executemany(
-        "DELETE FROM tag WHERE repository = ? AND tag = ? AND variant = ? AND accepts = ?",
-        [(repository, key.reference, key.variant, each) for (each,) in kept if each not in answers],
-    )
     connection.executemany(
         "INSERT INTO tag (repository, tag, variant, accepts, digest, media_type, size, confirmed)"
         " VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (repository, tag, variant, accepts) DO UPDATE SET"
@@ -702,6 +708,11 @@ def _save_tag(connection: sqlite3.Connection, repository: int, key: EntryKey, en
             )
             for accepts, known in answers.items()
         ],
+    )
+    connection.execute(
+        "DELETE FROM tag WHERE (repository, tag, variant) = (?, ?, ?) AND accepts NOT IN (SELECT accepts FROM tag"
+        " WHERE (repository, tag, variant) = (?, ?, ?) ORDER BY confirmed DESC LIMIT ?)",
+        (repository, key.reference, key.variant) * 2 + (ANSWERS_LIMIT,),
     )
 
 
