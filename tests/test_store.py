@@ -488,6 +488,23 @@ class ContentTests(StoreTests):
         self.store.index.settle()
         self.assertEqual(0, self.store.index.totals.blocks)
 
+    def test_a_bad_file_that_is_gone_says_nothing_of_one_that_has_its_inode(self) -> None:
+        """
+        The kernel gives the inode to the next file, which may be the good one that another process has brought.
+        """
+        for replaced in (False, True):
+            digest = put(self.store, b"content")
+            content = self.store.open(digest)
+            assert content is not None
+            if replaced:
+                good = self.path_of(digest).with_name("good")
+                good.write_bytes(b"content")
+                good.rename(self.path_of(digest))
+            content.drop(DigestMismatchError("other bytes"))
+            self.assertEqual(replaced, self.path_of(digest).exists())
+            self.assertIsNone(self.store.proofs.verdict(digest, content.status))
+            content.close()
+
     def test_a_link_in_contents_place_leads_nowhere(self) -> None:
         """
         Nothing outside the cache is served, even where it has the right bytes.

@@ -62,6 +62,13 @@ class Proofs:
         with self._lock:
             self._verdicts.put(digest, (status.st_ino, status.st_size, status.st_mtime_ns, good), _RECKONED)
 
+    def forget(self, digest: Digest) -> None:
+        """
+        Forget a file that is gone: another may have its inode.
+        """
+        with self._lock:
+            self._verdicts.drop(digest)
+
     def verdict(self, digest: Digest, status: os.stat_result) -> bool | None:
         """
         Tell whether the file of C{status} is what C{digest} names; none if that isn't known.

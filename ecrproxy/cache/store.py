@@ -380,10 +380,12 @@ class Store:
             self.troubles.failed(Kind.READ, why)
         with contextlib.suppress(OSError):
             if os.lstat(self.root / path).st_ino != status.st_ino:
+                self.proofs.forget(digest)
                 return
         log.warn("{path} in the cache is dropped: {why}", path=path, why=why)
         if self._removed(digest, partial(self._unlink_content, digest, status.st_ino)):
             self.index.drop([digest])
+            self.proofs.forget(digest)
 
     def entry(self, key: EntryKey) -> Entry | None:
         """
