@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
+import signal
 import sqlite3
 import sys
 from collections.abc import Mapping
@@ -16,9 +18,10 @@ from typing import Any
 from .asking import Reply, answers, ask
 from .certificates import Certificates
 from .installing import CHECKOUT
-from .processes import Process, children, environment, eventually, free_port
+from .processes import Process, alive, children, environment, eventually, free_port
 
 PATTERN = "team/.*"
+LOOKS = 20
 DRAFTS = ("entry.", "probe.")
 """How the names of small files begin that are being written: a kill may leave some."""
 
@@ -109,9 +112,10 @@ class Daemon:
 
     def ready(self) -> bool:
         """
-        Say whether the daemon calls itself ready.
+        Say whether the daemon calls itself ready: each of its workers, as far as several questions can tell.
         """
-        return self.answers("/readyz", 200)
+        times = 1 if self.variables.get("PROXY_WORKER_PROCESSES", "1") == "1" else LOOKS
+        return all(self.answers("/readyz", 200) for _ in range(times))
 
     def answers(self, path: str, status: int) -> bool:
         """
@@ -127,6 +131,17 @@ class Daemon:
         Wait until the daemon is ready.
         """
         self.process.wait_until(self.ready)
+
+    def kill(self) -> None:
+        """
+        Kill the daemon with all its workers, as a power cut would: the parent first, or it would replace them.
+        """
+        workers = children(self.process.pid)
+        self.process.kill()
+        for pid in filter(alive, workers):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        eventually(lambda: not any(map(alive, workers)), "the workers are gone")
 
     def restart(self) -> None:
         """

@@ -87,7 +87,8 @@ class Group:
             "PROXY_CACHE_DIR": str(self.cache),
             "PROXY_NAMESPACE_PATTERN": "demo/.*",
             "PROXY_STALL_SECONDS": "60",
-            "PROXY_IDLE_SECONDS": "600",
+            "PROXY_IDLE_SECONDS": "0",
+            "PROXY_SEND_SECONDS": "0",
             "PROXY_WORKER_PROCESSES": str(_COUNTS[kind]) if kind == WORKERS else "1",
         }
         try:

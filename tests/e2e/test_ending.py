@@ -17,7 +17,7 @@ import pytest
 from .asking import ask, connect, download
 from .certificates import Certificates, make_certificates
 from .chain import Chain, Equipment, standard_settings
-from .conftest import MakeChain
+from .conftest import COUNTS, MakeChain
 from .images import Images
 from .processes import PATIENCE, Process, alive, children, environment, eventually
 from .test_together import blob_path
@@ -92,16 +92,17 @@ def trusts(chain: Chain, made: Certificates) -> bool:
         return False
 
 
+@COUNTS
 def test_a_kill_in_the_middle_of_a_transfer_leaves_nothing_wrong(
-    make_chain: MakeChain, images: Images, hold: Path
+    make_chain: MakeChain, images: Images, hold: Path, count: str
 ) -> None:
     """
     After the restart nothing unverified is in the cache, and the next pull is correct.
     """
-    chain = make_chain(front=("--hold", str(hold)))
+    chain = make_chain(front=("--hold", str(hold)), settings={"PROXY_WORKER_PROCESSES": count})
     with reading(chain, blob_path(images), HELD):
         assert chain.daemon.arriving()
-        chain.daemon.process.kill()
+        chain.daemon.kill()
     hold.unlink()
     assert chain.daemon.process.status == -signal.SIGKILL
     assert chain.daemon.wrong_content() == []
@@ -115,13 +116,14 @@ def test_a_kill_in_the_middle_of_a_transfer_leaves_nothing_wrong(
     assert chain.daemon.wrong_content() == []
 
 
-def test_a_transfer_goes_on_after_a_kill(make_chain: MakeChain, images: Images, hold: Path) -> None:
+@COUNTS
+def test_a_transfer_goes_on_after_a_kill(make_chain: MakeChain, images: Images, hold: Path, count: str) -> None:
     """
     What is on the disk is not fetched again: the bucket sends the rest alone.
     """
-    chain = make_chain(front=("--hold", str(hold)))
+    chain = make_chain(front=("--hold", str(hold)), settings={"PROXY_WORKER_PROCESSES": count})
     with reading(chain, blob_path(images), HELD):
-        chain.daemon.process.kill()
+        chain.daemon.kill()
     (left,) = chain.daemon.arriving()
 
     chain.daemon.restart()
@@ -136,15 +138,16 @@ def test_a_transfer_goes_on_after_a_kill(make_chain: MakeChain, images: Images, 
     assert chain.daemon.holds(images.big.layers[0])
 
 
-def test_what_was_whole_before_a_kill_is_served_after_it(make_chain: MakeChain, images: Images) -> None:
+@COUNTS
+def test_what_was_whole_before_a_kill_is_served_after_it(make_chain: MakeChain, images: Images, count: str) -> None:
     """
     The directory is the whole truth: it needs no orderly end.
     """
-    chain = make_chain()
+    chain = make_chain(settings={"PROXY_WORKER_PROCESSES": count})
     path = blob_path(images)
     assert chain.daemon.ask(path).status == 200
     chain.daemon.settle()
-    chain.daemon.process.kill()
+    chain.daemon.kill()
     chain.daemon.restart()
     again = chain.daemon.ask(path)
     assert (again.status, again.headers["x-cache-status"]) == (200, "HIT")
@@ -219,7 +222,6 @@ def test_a_socket_of_systemd_loses_no_connection(
             assert (first.wait(), second.terminate()) == (0, 0)
 
 
-COUNTS = pytest.mark.parametrize("count", ["1", "2"], ids=["one process", "workers"])
 TLS = pytest.mark.parametrize("tls", [False, True], ids=["http", "https"])
 
 

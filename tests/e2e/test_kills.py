@@ -1,11 +1,16 @@
 """
-Kill -9 at a random instant of a storm, a hundred times over.
+Kill -9 at a random instant of a storm, a hundred times over; with workers, and with two daemons on one directory, too.
+
+C{ECRPROXY_E2E_KILLS=100} is the number for each of them.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import random
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,9 +23,13 @@ from soak.goods import Goods, fill
 from tests.registry_content import Shelves
 
 from .conftest import Figures
+from .processes import alive, children, eventually
 
-KILLS = 100
-"""When to stop, on a machine too slow for all of them."""
+ONE, WORKERS, DAEMONS = "one process", "two workers", "two daemons"
+KILLS = {ONE: 100, WORKERS: 15, DAEMONS: 15}
+"""How often all are killed; of several, one is killed a moment before."""
+LONGEST = {ONE: 0.6, WORKERS: 1.5, DAEMONS: 1.5}
+"""Seconds until a kill, at the most: two processes need longer than one until both can fetch."""
 CLIENTS = 12
 LIMIT = 48 * 2**20
 RATE = 24 * 2**20
@@ -37,16 +46,64 @@ def standin() -> Iterator[StandIn]:
     standin.stop()
 
 
-async def storm(daemon: Daemon, goods: Goods, tally: Tally, seconds: float, seed: str) -> None:
+def make(kind: str, twistd: Path, home: Path, registry: str) -> list[Daemon]:
     """
-    Have clients pull until the daemon is killed, in the middle of it.
+    Make the daemons, which are yet to be started.
     """
-    crowd = asyncio.ensure_future(Crowd(daemon.port, goods, tally).run(CLIENTS, seed))
-    await asyncio.sleep(seconds)
-    daemon.process.kill()
+    more = {"PROXY_CACHE_DIR": str(home / "cache"), "PROXY_WORKER_PROCESSES": "2" if kind == WORKERS else "1"}
+    made = []
+    for number in range(2 if kind == DAEMONS else 1):
+        folder = home / str(number)
+        folder.mkdir(parents=True)
+        daemon = Daemon(twistd, folder, registry, LIMIT, **more)
+        daemon.cache = home / "cache"
+        made.append(daemon)
+    return made
+
+
+def processes(daemons: list[Daemon]) -> list[int]:
+    """
+    List what serves clients.
+    """
+    return [pid for each in daemons for pid in children(each.process.pid) or [each.process.pid]]
+
+
+def kill_all(daemons: list[Daemon]) -> None:
+    """
+    Kill daemons, each with its workers: the parent first, or it would replace them.
+    """
+    for daemon in daemons:
+        if not hasattr(daemon, "process"):  # the one before it did not start
+            continue
+        workers = children(daemon.process.pid) if daemon.process.status is None else []
+        daemon.process.kill()
+        for pid in filter(alive, workers):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        eventually(lambda: not any(map(alive, workers)), "they are gone")  # noqa: B023
+
+
+async def storm(
+    daemons: list[Daemon], goods: Goods, tally: Tally, chance: random.Random, longest: float, seed: str
+) -> None:
+    """
+    Have clients pull until all is killed, in the middle of it; where there are several processes, first one of them.
+    """
+    crowds = [
+        asyncio.ensure_future(Crowd(each.port, goods, tally).run(CLIENTS // len(daemons), f"{seed}-{each.port}"))
+        for each in daemons
+    ]
+    await asyncio.sleep(chance.uniform(0, longest))
+    running = processes(daemons)
+    if len(running) > 1:
+        victim = chance.choice(running)
+        os.kill(victim, signal.SIGKILL)
+        await asyncio.sleep(chance.uniform(0, 0.6))
+    kill_all(daemons)
     await asyncio.sleep(0)
-    crowd.cancel()
-    await asyncio.wait([crowd])
+    for each in crowds:
+        each.cancel()
+    await asyncio.wait(crowds)
 
 
 def problems(daemon: Daemon, tally: Tally) -> list[str]:
@@ -58,38 +115,39 @@ def problems(daemon: Daemon, tally: Tally) -> list[str]:
     return wrong + tally.wrong
 
 
+@pytest.mark.parametrize("kind", KILLS)
 def test_a_hundred_kills_in_a_storm_leave_nothing_wrong(
-    home: Path, twistd: Path, standin: StandIn, figures: Figures
+    home: Path, twistd: Path, standin: StandIn, figures: Figures, kind: str
 ) -> None:
     """
     After each start all content is right and within the limit, nobody got anything partial, and leftovers are swept.
     """
-    seed = random.randrange(2**32)
+    seed, times = random.randrange(2**32), int(os.environ.get("ECRPROXY_E2E_KILLS", KILLS[kind]))
     print(f"seed {seed}")
     chance, goods, tally = random.Random(seed), fill(Shelves()), Tally()
     assert goods.size > 2 * LIMIT, "all of it would fit"
-    directory = home / "kills"
-    directory.mkdir()
-    daemon = Daemon(twistd, directory, standin.registry, LIMIT)
+    daemons = make(kind, twistd, home / f"kills {kind}", standin.registry)
     left, started = 0, time.monotonic()
-    for kills in range(KILLS):
-        daemon.start()
+    for kills in range(times):
         try:
-            assert problems(daemon, tally) == [], f"after kill {kills} of seed {seed}"
-            asyncio.run(storm(daemon, goods, tally, chance.uniform(0, 0.6), f"{seed}-{kills}"))
+            for each in daemons:
+                each.start()
+            assert problems(daemons[0], tally) == [], f"after kill {kills} of seed {seed}"
+            asyncio.run(storm(daemons, goods, tally, chance, LONGEST[kind], f"{seed}-{kills}"))
         finally:
-            daemon.process.kill()
-        left += bool(daemon.files("arriving"))
-    daemon.age()
-    daemon.start()
+            kill_all(daemons)
+        left += bool(daemons[0].files("arriving"))
+    daemons[0].age()
     try:
-        assert problems(daemon, tally) == []
-        assert wait_for(lambda: not daemon.files("arriving"), "old leftovers are swept") == []
+        for each in daemons:
+            each.start()
+        assert problems(daemons[0], tally) == []
+        assert wait_for(lambda: not daemons[0].files("arriving"), "old leftovers are swept") == []
     finally:
-        daemon.process.kill()
+        kill_all(daemons)
     whole = sum(count for what, count in tally.counts.items() if what.endswith("whole"))
     figures.append(
-        f"{KILLS} kills in {time.monotonic() - started:.0f} s, {left} of them in the middle of transfers; "
+        f"{kind}: {times} kills in {time.monotonic() - started:.0f} s, {left} of them in the middle of transfers; "
         f"{whole} answers and {tally.bytes / 2**20:.0f} MiB were whole and right; seed {seed}"
     )
     assert left, "no kill hit a transfer"

@@ -10,7 +10,7 @@ import pytest
 
 from .chain import Chain
 from .clients import Docker, Podman, Skopeo
-from .conftest import MakeChain
+from .conftest import COUNTS, MakeChain
 from .images import INDEX, Images
 from .test_pull import by_digest, layout_digests, reference, trust
 
@@ -85,3 +85,26 @@ def test_what_was_never_pulled_is_an_upstream_failure(chain: Chain, images: Imag
     """
     missing = chain.daemon.ask(f"/v2/{images.big.repository}/manifests/{images.big.tag}")
     assert missing.status in (502, 503, 504)
+
+
+@COUNTS
+def test_a_start_without_ecr_serves_what_was_pulled(
+    make_chain: MakeChain, docker: Docker, images: Images, count: str
+) -> None:
+    """
+    Neither AWS nor ECR is there when the daemon starts: whichever process a client comes to serves the image.
+    """
+    chain = make_chain(settings={"PROXY_WORKER_PROCESSES": count})
+    assert docker.pull(reference(chain, images.single)) == images.single.image_id
+    docker.forget()
+    chain.daemon.settle()
+    chain.daemon.kill()
+    chain.cut()
+    chain.daemon.restart()
+    base = f"/v2/{images.single.repository}"
+    for _ in range(20):
+        blob = chain.daemon.ask(f"{base}/blobs/{images.single.layers[0]}")
+        assert (blob.status, blob.headers["x-cache-status"]) == (200, "HIT")
+    tag = chain.daemon.ask(f"{base}/manifests/{images.single.tag}")
+    assert (tag.status, tag.headers["x-cache-status"]) == (200, "STALE")
+    assert docker.pull(reference(chain, images.single)) == images.single.image_id

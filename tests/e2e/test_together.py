@@ -14,7 +14,7 @@ import pytest
 
 from .asking import Transfer, download
 from .chain import Chain
-from .conftest import MakeChain
+from .conftest import COUNTS, MakeChain
 from .images import Images
 from .processes import PATIENCE
 
@@ -66,10 +66,13 @@ def test_twenty_clients_cost_one_transfer(chain: Chain, images: Images, hold: Pa
     assert sorted(each.cache for each in transfers) == ["JOINED"] * (CLIENTS - 1) + ["MISS"]
 
 
-def test_a_range_joins_a_transfer_under_way(chain: Chain, images: Images, hold: Path) -> None:
+@COUNTS
+def test_a_range_joins_a_transfer_under_way(make_chain: MakeChain, images: Images, hold: Path, count: str) -> None:
     """
     Who asks for a part gets it while the whole arrives. Few bytes come twice, for a part is not waited for.
     """
+    settings = {"PROXY_STALL_SECONDS": "300", "PROXY_WORKER_PROCESSES": count}
+    chain = make_chain(front=("--hold", str(hold)), settings=settings)
     url = chain.daemon.url + blob_path(images)
     with ThreadPoolExecutor(2) as pool:
         whole = pool.submit(download, url)
