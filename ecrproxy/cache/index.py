@@ -165,6 +165,8 @@ class Index:
                 self._before_opening()
                 _refuse_far(root)
                 with locked(root / LOCK):
+                    if old.read_only:  # SQLite would hand its memory, mapped for reading alone, to the next one
+                        old.close()
                     self._rows = self._found(root) or self._made(root)
             except OSError as problem:
                 self._fall_back(problem, old)
@@ -181,7 +183,7 @@ class Index:
         if not self._problem:
             log.warn("The cache's index can't be used: {problem}; going on with one in memory", problem=str(problem))
         self._problem, self.unfit = str(problem), isinstance(problem, UnfitError)
-        if self.shared or not self.opened:
+        if self.shared or not self.opened or old.closed:
             self.shared, self._files, self._rows = False, (), Rows()
             if not isinstance(problem, UnusableError):  # the directory is read-only, or another user's
                 with contextlib.suppress(OSError):

@@ -165,12 +165,15 @@ class Rows:
 
     @param path: its file; none to keep it in memory.
     @param read_only: whether its directory can't be written.
+    @ivar read_only: the same.
+    @ivar closed: whether it was closed.
     @raise OSError: if it can't be opened, is damaged, or its file system can't do WAL (see L{UnusableError}).
     """
 
     def __init__(self, path: Path | None = None, *, read_only: bool = False) -> None:
         self._reading, self._writing = threading.RLock(), threading.RLock()
         self.totals, self._last, self._path = Totals(), 0, path
+        self.read_only, self.closed = read_only, False
         self._repositories: dict[tuple[str, str], int] = {}
         with _explained():
             self._writer = self._reader = _connect(path, read_only=read_only)
@@ -204,6 +207,7 @@ class Rows:
         """
         Close the database. Calls that come later raise L{BusyError}.
         """
+        self.closed = True
         with self._writing, self._reading, contextlib.suppress(sqlite3.Error):
             self._reader.close()
             self._writer.close()
