@@ -71,7 +71,7 @@ ARROWS: dict[str, set[str]] = {
         "threads",
         "transfer",
     },
-    "metrics": {"periodic", "ranking"},
+    "metrics": {"ranking"},
     "proxy": {
         "answers",
         "byte_ranges",

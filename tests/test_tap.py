@@ -722,7 +722,7 @@ class CredentialsTests(TapCase):
         self.start()
         for hook, args, kwargs in self.reactor.whenRunningHooks:
             hook(*args, **kwargs)
-        self.assertEqual({signal.SIGTERM, signal.SIGINT, signal.SIGHUP}, told[0])
+        self.assertEqual({signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1}, told[0])
 
     def test_aws_being_down_does_not_end_the_daemon(self) -> None:
         """

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import re
+import signal
 import socket
 from collections.abc import Mapping
 from typing import Any, Final
@@ -23,6 +24,9 @@ CHANNEL_FD: Final = 3
 """A worker's end of the channel to its parent."""
 SOCKETS_FD: Final = 4
 """Where the listening sockets begin in a worker."""
+HELD_BACK: Final = frozenset({signal.SIGHUP, signal.SIGINT, signal.SIGUSR1})
+"""Signals that are blocked in a worker until it has its handlers. A terminal, or a service manager, sends them to all
+processes at once; the default is to end, with SIGINT in a traceback. SIGTERM is not among them: to end is right."""
 BACKLOG: Final = 4096
 """Connections that the kernel may keep waiting for a listening socket; it takes no more than net.core.somaxconn."""
 

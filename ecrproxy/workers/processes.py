@@ -14,7 +14,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -25,7 +25,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from ecrproxy.admin.snapshot import Standing, together
-from ecrproxy.daemon.inherited import CHANNEL_FD, SOCKETS_FD, VARIABLE
+from ecrproxy.daemon.inherited import CHANNEL_FD, HELD_BACK, SOCKETS_FD, VARIABLE
 from ecrproxy.metrics import Gathered
 from ecrproxy.periodic import Periodic
 from ecrproxy.readiness import Readiness, judge_all
@@ -59,9 +59,12 @@ END_SECONDS: Final = 3.0
 """How long a worker may take to end once its clients had their time, or its channel has broken."""
 SILENT_SECONDS: Final = 30
 """A worker that tells nothing for so long is replaced: its event loop stands still."""
+STARTING_SECONDS: Final = 300
+"""A worker that does not listen within so many seconds is replaced: it hangs, for a start takes some seconds."""
 ANSWER_SECONDS: Final = 4.0
 """How long a worker's answer is waited for: a disk that hangs is told after two."""
-_TWISTD: Final = "from twisted.scripts.twistd import run; run()"
+# -P, as for the script twistd: the working directory must not become a place that modules are imported from.
+_TWISTD: Final = ("-P", "-c", "from twisted.scripts.twistd import run; run()", "-n", "--pidfile=", "ecr-proxy")
 
 
 def next_pause(last: float, lasted: float) -> float:
@@ -169,30 +172,43 @@ class Workers(Service):
     def _start(self, place: int, pause: float) -> None:
         worker = _Worker(self._heard, lambda reason: self._ended(place, worker, reason), pause, self._reactor)
         try:
-            self._spawn(worker)
+            ours = self._spawn(worker)
         except OSError as problem:
-            log.error("A worker can't be started: {why}", why=problem.strerror or problem)
-            self._start_later(place, next_pause(pause, 0.0))
-        else:
-            self._workers[place] = worker
+            pause = next_pause(pause, 0.0)
+            said = "A worker can't be started: {program}: {why}; trying again in {pause:g} s"
+            log.error(said, program=sys.executable, why=problem.strerror or problem, pause=pause)
+            self._start_later(place, pause)
+            return
+        self._workers[place] = worker
+        try:
+            adopt(ours, worker.channel, self._reactor)
+        except OSError as problem:  # no descriptor is left; replaced once it has ended, like any other
+            log.error("Worker {pid} can't be heard: {why}: killing it", pid=worker.pid, why=problem.strerror or problem)
+            worker.kill()
 
-    def _spawn(self, worker: _Worker) -> None:
+    def _spawn(self, worker: _Worker) -> socket.socket:
+        """
+        Start a process.
+
+        @return: the parent's end of its channel.
+        @raise OSError: if there is no process.
+        """
         sockets = [each.fileno() for each in self._listening]
         ours, theirs = socket.socketpair()
         try:
-            with theirs, Path(os.devnull).open("rb") as nothing, _blocked(signal.SIGHUP):
+            with theirs, Path(os.devnull).open("rb") as nothing, _blocked(HELD_BACK):
                 inherited = {SOCKETS_FD + at: fd for at, fd in enumerate(sockets)}
                 self._reactor.spawnProcess(
                     worker,
                     sys.executable,
-                    [sys.executable, "-c", _TWISTD, "-n", "--pidfile=", "ecr-proxy", *self._arguments],
+                    [sys.executable, *_TWISTD, *self._arguments],
                     {**os.environ, VARIABLE: str(len(sockets))},
                     childFDs={0: nothing.fileno(), 1: 1, 2: 2, CHANNEL_FD: theirs.fileno(), **inherited},
                 )
         except OSError:
             ours.close()
             raise
-        adopt(ours, worker.channel, self._reactor)
+        return ours
 
     def _ended(self, place: int, worker: _Worker, reason: Failure) -> None:
         if self._workers.get(place) is worker:
@@ -201,8 +217,8 @@ class Workers(Service):
             self._gathered.ended(worker.number)
         if self.running:
             pause = next_pause(worker.pause, self._reactor.seconds() - worker.began)
-            said = "A worker has ended, another takes its place in {pause:g} s: {reason}"
-            log.error(said, pause=pause, reason=reason.value)
+            said = "Worker {pid} has ended; another takes its place in {pause:g} s: {reason}"
+            log.error(said, pid=worker.number, pause=pause, reason=reason.value)
             self._start_later(place, pause)
 
     def _start_later(self, place: int, pause: float) -> None:
@@ -224,13 +240,11 @@ class Workers(Service):
 
 
 @contextlib.contextmanager
-def _blocked(number: signal.Signals) -> Iterator[None]:
+def _blocked(numbers: Iterable[signal.Signals]) -> Iterator[None]:
     """
-    Block a signal here, and in what is started meanwhile: it waits there until it is unblocked.
-
-    A worker that was told by SIGHUP, as all processes of a terminal are, would end if it had no handler yet.
+    Block signals here, and in what is started meanwhile: there they stay pending until they are unblocked.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
         yield
     finally:
@@ -312,16 +326,23 @@ class _Worker(ProcessProtocol):
 
     def look(self) -> None:
         """
-        Look, each second, whether its event loop runs.
+        Kill it if it has told nothing for too long. Called each second, so a parent that stood still kills nobody.
         """
-        self._silent += self.listens
-        if self._silent == SILENT_SECONDS:
-            log.error("A worker has told nothing for {seconds} s, and is killed", seconds=SILENT_SECONDS)
-            self._signal("KILL")
+        self._silent += 1
+        if self._silent == (SILENT_SECONDS if self.listens else STARTING_SECONDS):
+            what = "has told nothing for" if self.listens else "does not listen after"
+            log.error("Worker {pid} {what} {seconds} s: killing it", pid=self.pid, what=what, seconds=self._silent)
+            self.kill()
 
     def _lost(self) -> None:
         if self.pid is not None and self._limit is None:
-            self._limit = self._reactor.callLater(END_SECONDS, self._signal, "KILL")
+            self._limit = self._reactor.callLater(END_SECONDS, self.kill)
+
+    def kill(self) -> None:
+        """
+        End it at once.
+        """
+        self._signal("KILL")
 
     def _signal(self, name: str) -> None:
         if self.transport is not None and self.pid is not None:
@@ -336,7 +357,7 @@ class _Worker(ProcessProtocol):
         # Not by a message: a worker that has just been started heeds a signal at once.
         self._signal("TERM")
         if self._limit is None:
-            self._limit = self._reactor.callLater(seconds, self._signal, "KILL")
+            self._limit = self._reactor.callLater(seconds, self.kill)
         return self._gone
 
     def processEnded(self, reason: Failure) -> None:
