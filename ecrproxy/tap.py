@@ -88,7 +88,7 @@ from ecrproxy.registry.upstream import Upstream
 from ecrproxy.registry.wire import Wire
 from ecrproxy.settings.complaints import Complaint, say, write
 from ecrproxy.settings.config import ADMIN_LISTEN, Config, ConfigError
-from ecrproxy.settings.contradictions import Machine, load, look_at_settings, refusal
+from ecrproxy.settings.contradictions import Machine, load, look_at_log, look_at_settings, refusal
 from ecrproxy.settings.options import Options
 from ecrproxy.shares import share
 from ecrproxy.threads import Disk, Pools, Threads, call_unowned, in_time
@@ -166,6 +166,7 @@ def _warnings(config: Config, options: Options) -> list[Complaint]:
     """
     machine = Machine(usable_cores(), _disk_size(Path(config.cache_dir)))
     found = look_at_settings(config, options.flags(), os.environ, machine)
+    found += look_at_log(config, options.parent or {})
     if any(each.grave for each in found):
         raise refusal(found)
     return found
