@@ -296,9 +296,8 @@ class StartTests(StoreTests):
         given = dict[str, tuple[int, int]]()
         self.patch(os, "geteuid", lambda: 0)
         self.patch(os, "chown", lambda path, *ids: given.update({Path(path).name: ids}))
-        root = Path(self.mktemp())
-        root.mkdir()
-        Store(root, lambda: 0.0).prepare()
+        root = scratch(self)
+        self.reopened(root)
         owner = root.stat().st_uid, root.stat().st_gid
         self.assertEqual((owner, owner), (given["content"], given["arriving"]))
 

@@ -24,9 +24,10 @@ from twisted.internet.protocol import ProcessProtocol
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from ecrproxy.admin.incidents import Incidents
 from ecrproxy.admin.snapshot import Standing, together
 from ecrproxy.daemon.inherited import CHANNEL_FD, HELD_BACK, SOCKETS_FD, VARIABLE
-from ecrproxy.metrics import Gathered
+from ecrproxy.metrics import Figures, Gathered
 from ecrproxy.periodic import Periodic
 from ecrproxy.readiness import Readiness, judge_all
 from ecrproxy.workers.channel import Channel, adopt
@@ -237,6 +238,16 @@ class Workers(Service):
     def _look(self) -> None:
         for each in self._workers.values():
             each.look()
+
+
+def add_up(figures: Figures, incidents: Incidents, counted: Counted) -> None:
+    """
+    Add what a worker has counted.
+    """
+    figures.served.requests.add(counted.requests)
+    figures.served.saved.add(counted.saved)
+    figures.upstream.add(counted.upstream)
+    incidents.add(counted.incidents)
 
 
 @contextlib.contextmanager
