@@ -28,7 +28,7 @@ class Readiness:
 
 def judge(*, draining: bool, token: str | None, ecr: str | None, disk: Sequence[str], filled: bool) -> Readiness:
     """
-    Tell what can be done.
+    Judge what a process can do.
 
     @param token: why there is no token that ECR accepts, if so.
     @param ecr: why nothing can be fetched from ECR, if so.

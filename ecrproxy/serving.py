@@ -161,7 +161,7 @@ def _disk(pools: Pools) -> Disk:
 
 def _access_log(config: Config, service: Daemon, reactor: Any) -> AccessLog | None:  # noqa: ANN401
     """
-    Have a line logged for each request, if lines of its level are written.
+    Make the log of requests; None if lines of its level are not written.
     """
     if config.log_level not in ("debug", "info"):
         return None
@@ -240,7 +240,7 @@ async def _readiness(
     tokens: TokenService, circuit: Circuit, condition: Condition, connections: Connections
 ) -> Readiness:
     """
-    Tell what the daemon can do.
+    Return what this process can do at the moment.
     """
     found = await condition.latest()
     return judge(
@@ -337,7 +337,7 @@ def _admission(config: Config, reactor: Any, service: Daemon, processes: int) ->
 
 def _install_resolver(config: Config, reactor: Any) -> Callable[[str], None]:  # noqa: ANN401
     """
-    Have the chosen servers asked.
+    Resolve upstream names with the chosen servers.
 
     @return: makes them forget a name.
     """

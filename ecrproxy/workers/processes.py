@@ -1,9 +1,9 @@
 """
-The parent's side: so many worker processes, started, replaced and ended with the daemon, and asked how they do.
+The parent's side: starts, watches, replaces and stops the worker processes, and asks them for their state.
 
-A worker is C{twistd ecr-proxy} once more, told by one variable what it is. It inherits the descriptors that are named
-here and no others: the streams of the log, its end of the channel, the listening sockets. It ends when its channel
-does, which is when the parent does, however that ended.
+A worker is another C{twistd ecr-proxy}, told by an environment variable what it is. It inherits the descriptors that
+are named here and no others: standard output and error, its end of the channel, the listening sockets. It shuts down
+when the channel closes, so it does not outlive its parent, however that ends.
 """
 
 from __future__ import annotations
@@ -55,39 +55,39 @@ FIRST_PAUSE: Final = 1.0
 """Seconds until a worker that has ended is replaced."""
 LONGEST_PAUSE: Final = 60.0
 STEADY_SECONDS: Final = 60.0
-"""A worker that ran for so long did not end because it can't run."""
+"""A worker that ran for at least so many seconds does not count as failing at start."""
 END_SECONDS: Final = 3.0
-"""How long a worker may take to end once its clients had their time, or its channel has broken."""
+"""Seconds for a worker to exit after the drain, or after its channel has closed; then it is killed."""
 SILENT_SECONDS: Final = 30
-"""A worker that tells nothing for so long is replaced: its event loop stands still."""
+"""A worker that sends nothing for so many seconds is killed and replaced: its event loop hangs."""
 STARTING_SECONDS: Final = 300
-"""A worker that does not listen within so many seconds is replaced: it hangs, for a start takes some seconds."""
+"""A worker that does not listen within so many seconds is killed and replaced. A normal start takes a few."""
 ANSWER_SECONDS: Final = 4.0
-"""How long a worker's answer is waited for: a disk that hangs is told after two."""
+"""Timeout for a worker's answer, in seconds. Its look at a disk that hangs takes two."""
 # -P, as for the script twistd: the working directory must not become a place that modules are imported from.
 _TWISTD: Final = ("-P", "-c", "from twisted.scripts.twistd import run; run()", "-n", "--pidfile=", "ecr-proxy")
 
 
 def next_pause(last: float, lasted: float) -> float:
     """
-    Choose how long to wait before a worker is replaced: longer each time, as long as they keep dying.
+    Return the seconds to wait before replacing a worker: twice as many each time while they keep dying.
 
-    @param last: seconds that were waited before it.
-    @param lasted: seconds for which it ran.
+    @param last: the pause before the worker that has ended.
+    @param lasted: seconds for which that worker ran.
     """
     return FIRST_PAUSE if lasted >= STEADY_SECONDS else min(LONGEST_PAUSE, max(FIRST_PAUSE, 2 * last))
 
 
 class Workers(Service):
     """
-    So many workers, as long as the daemon runs.
+    Keeps C{count} workers running for as long as the daemon runs.
 
-    @param listening: tells the file descriptors of the listening sockets, once they are bound.
+    @param listening: have the file descriptors of the listening sockets, once they are bound.
     @param arguments: the daemon's own flags.
-    @param gathered: told the figures that workers answer with.
-    @param counted: told what workers have counted.
-    @param refused: told why no worker can do anything with its credentials.
-    @param drain: how long workers leave their clients when they end.
+    @param gathered: receives the figures that workers answer with.
+    @param counted: called with what a worker has counted.
+    @param refused: called with the reason when AWS refuses a worker's credentials and the cache is empty.
+    @param drain: seconds that workers give their clients on shutdown.
     @ivar listen: fires once all workers accept connections.
     """
 
@@ -114,7 +114,7 @@ class Workers(Service):
     @property
     def pids(self) -> list[int]:
         """
-        List their process ids.
+        Return the process ids of the workers that run.
         """
         return [each.pid for each in self._workers.values() if each.pid is not None]
 
@@ -126,9 +126,9 @@ class Workers(Service):
 
     def stopService(self) -> Deferred[Any]:
         """
-        End the workers.
+        Stop the workers.
 
-        @return: fires when they have ended.
+        @return: fires once all have exited.
         """
         super().stopService()
         self._watch.stop()
@@ -139,28 +139,28 @@ class Workers(Service):
 
     def tell(self, message: FromParent) -> None:
         """
-        Tell all workers something.
+        Send a message to all workers.
         """
         for each in self._workers.values():
             each.channel.tell(message)
 
     async def readiness(self) -> Readiness:
         """
-        Ask what the daemon can do.
+        Return what the daemon can do, all workers together.
         """
         told = await self._ask("readiness", ReadinessTold)
         return judge_all([each.readiness for _, each in told], self._count)
 
     async def standing(self) -> Standing:
         """
-        Ask how the daemon stands.
+        Return the state of all workers as that of one daemon.
         """
         told = await self._ask("standing", StandingTold)
         return together([each.standing for _, each in told], self._count)
 
     async def gather(self) -> None:
         """
-        Ask for figures; those of workers that don't answer stay as they were told last.
+        Fetch the workers' figures. A worker that does not answer in time keeps its last ones.
         """
         for pid, each in await self._ask("figures", FiguresTold):
             self._gathered.tell(pid, each.figures)
@@ -242,7 +242,7 @@ class Workers(Service):
 
 def add_up(figures: Figures, incidents: Incidents, counted: Counted) -> None:
     """
-    Add what a worker has counted.
+    Add what a worker has counted to the figures of the daemon.
     """
     figures.served.requests.add(counted.requests)
     figures.served.saved.add(counted.saved)
@@ -267,10 +267,10 @@ class _Worker(ProcessProtocol):
     One worker, as the parent sees it.
 
     @ivar channel: the parent's end of the channel.
-    @ivar number: its process id, also when it has ended.
-    @ivar listens: whether it has said that it accepts connections.
-    @ivar pause: how long its place was empty before it.
-    @ivar began: when it was started.
+    @ivar number: its process id, also after it has ended.
+    @ivar listens: True once it accepts connections.
+    @ivar pause: seconds for which its place was empty before.
+    @ivar began: when it was started, on the reactor's clock.
     """
 
     def __init__(
@@ -295,22 +295,22 @@ class _Worker(ProcessProtocol):
     @property
     def pid(self) -> int | None:
         """
-        Return its process id, none once it has ended.
+        Return its process id, None once it has ended.
         """
         pid: int | None = self.transport.pid if self.transport is not None else None
         return pid
 
     def connectionMade(self) -> None:
         """
-        Note that it has begun.
+        Remember the process id.
         """
         self.number = self.pid
 
     def ask(self, about: About) -> Deferred[Answer | None]:
         """
-        Ask it something.
+        Send a question.
 
-        @return: its answer; none if there is none in time.
+        @return: fires with the answer, or with None after C{ANSWER_SECONDS} or when the worker ends.
         """
         number = next(self._numbers)
         answer: Deferred[Answer | None] = Deferred()
@@ -319,7 +319,7 @@ class _Worker(ProcessProtocol):
         return answer
 
     def _answered(self, number: int, answer: Answer | None) -> None:
-        if number not in self._asked:  # it came too late
+        if number not in self._asked:  # too late
             return
         asked, late = self._asked.pop(number)
         if late.active():
@@ -351,7 +351,7 @@ class _Worker(ProcessProtocol):
 
     def kill(self) -> None:
         """
-        End it at once.
+        Send SIGKILL.
         """
         self._signal("KILL")
 
@@ -361,11 +361,11 @@ class _Worker(ProcessProtocol):
 
     def end(self, seconds: float) -> Deferred[None]:
         """
-        End it; by force if it takes longer.
+        Send SIGTERM, and SIGKILL if the worker still runs after C{seconds}.
         """
         if self.pid is None:
             return succeed(None)
-        # Not by a message: a worker that has just been started heeds a signal at once.
+        # Not by a message: a signal also stops a worker that is still starting.
         self._signal("TERM")
         if self._limit is None:
             self._limit = self._reactor.callLater(seconds, self.kill)
@@ -373,7 +373,7 @@ class _Worker(ProcessProtocol):
 
     def processEnded(self, reason: Failure) -> None:
         """
-        Note its end.
+        Release whoever waits for an answer, or for the end.
         """
         if self._limit is not None and self._limit.active():
             self._limit.cancel()
