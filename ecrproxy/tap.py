@@ -38,7 +38,7 @@ from ecrproxy.cache.store import Store
 from ecrproxy.cores import usable_cores
 from ecrproxy.daemon.accepting import Gate
 from ecrproxy.daemon.ending import Connections, Drain, Signals
-from ecrproxy.daemon.exhaustion import Exhaustion
+from ecrproxy.daemon.exhaustion import Exhaustion, Orphaned, look
 from ecrproxy.daemon.inherited import CHANNEL_FD, VARIABLE, Inherited, inherited_sockets
 from ecrproxy.daemon.listening import Listening, admin_endpoint, endpoints
 from ecrproxy.daemon.process import most_clients, set_up
@@ -62,7 +62,7 @@ from ecrproxy.settings.options import Options
 from ecrproxy.threads import in_time
 from ecrproxy.workers.channel import Channel, adopt
 from ecrproxy.workers.messages import FromParent, Refused, Reread
-from ecrproxy.workers.processes import Workers, add_up
+from ecrproxy.workers.processes import END_SECONDS, Workers, add_up
 from ecrproxy.workers.worker import Reports
 
 log = Logger()
@@ -107,7 +107,8 @@ def makeService(options: Options) -> Daemon:
             complain(line)
         sys.exit(1)
     service.complain, service.writer = complain, _log_writer(config, options, reactor)
-    Exhaustion(service.give_up).setServiceParent(service)
+    looks = look if sockets is None else Orphaned(config.drain_seconds + END_SECONDS)
+    Exhaustion(service.give_up, looks).setServiceParent(service)
     if service.writer is not None:
         atexit.register(service.writer.end, LAST_LINES_SECONDS)
     return service
