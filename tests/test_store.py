@@ -289,6 +289,18 @@ class StartTests(StoreTests):
         self.assertEqual([(old, 0.0), (new, START)], [(each.what, each.used) for each in again.candidates()])
         self.assertEqual((b"x", b"yz"), (read(again, old), read(again, new)))
 
+    def test_what_root_makes_belongs_to_the_owner_of_the_directory(self) -> None:
+        """
+        twistd --uid starts as root, and is another user when the first file comes.
+        """
+        given = dict[str, tuple[int, int]]()
+        self.patch(os, "geteuid", lambda: 0)
+        self.patch(os, "chown", lambda path, *ids: given.update({Path(path).name: ids}))
+        root = scratch(self)
+        self.reopened(root)
+        owner = root.stat().st_uid, root.stat().st_gid
+        self.assertEqual((owner, owner), (given["content"], given["arriving"]))
+
 
 class WriterTests(StoreTests):
     """

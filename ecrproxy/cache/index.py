@@ -591,7 +591,9 @@ def status_of(path: Path) -> os.stat_result | None:
 
 def give(path: Path, root: Path) -> None:
     """
-    Give a file that root has made to the owner of the cache directory, so that root's commands lock no daemon out.
+    Give what root has made to the owner of the cache directory.
+
+    Root's commands must not lock a daemon out, nor a daemon itself that begins as root (C{twistd --uid}).
     """
     if os.geteuid() == 0:
         with contextlib.suppress(OSError):

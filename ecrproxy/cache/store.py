@@ -36,7 +36,7 @@ from ecrproxy.cache.claim import Claim
 from ecrproxy.cache.content import Content, DigestMismatchError, OpenFile
 from ecrproxy.cache.directory import Directory, content_path
 from ecrproxy.cache.entries import Entry, EntryKey
-from ecrproxy.cache.index import Index, status_of
+from ecrproxy.cache.index import Index, give, status_of
 from ecrproxy.cache.peer import PeerTransfer
 from ecrproxy.cache.proofs import Proofs, is_marked, mark
 from ecrproxy.cache.record import RECORD, Reservation
@@ -141,7 +141,10 @@ class Store:
         Make the directories that are missing.
         """
         for name in ("content", "arriving"):
-            (self.root / name).mkdir(parents=True, exist_ok=True, mode=0o700)
+            path = self.root / name
+            if not path.is_dir():
+                path.mkdir(parents=True, exist_ok=True, mode=0o700)
+                give(path, self.root)
 
     def _anew(self, make: Callable[[], T], size: int) -> T:
         """
