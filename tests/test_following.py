@@ -211,6 +211,21 @@ class FailureTests(FollowingTestCase):
         self.assertWhole(self.ask(self.two), DATA, "HIT")
         self.assertEqual(0, self.two.store.index.totals.arriving)
 
+    def test_a_writer_of_nothing_that_is_killed_is_succeeded(self) -> None:
+        """
+        An empty blob has no byte that is missing: there is nothing to go on with.
+        """
+        digest = self.standin.push_blob("team/app", b"")
+        claim = self.one.store.claim(Digest.parse(digest))
+        assert isinstance(claim, Claim)
+        writer = self.one.store.writer(claim, Digest.parse(digest), 0)
+        reply = self.ask(self.two, f"/v2/team/app/blobs/{digest}")
+        writer.close()
+        self.go_on(0.1)
+        self.assertWhole(reply, b"", "JOINED")
+        self.assertWhole(self.ask(self.two, f"/v2/team/app/blobs/{digest}"), b"", "MISS")
+        self.assertTrue(self.has(digest))
+
     def test_one_of_the_others_succeeds_and_is_followed(self) -> None:
         three = self.start()
         _, second = self.both()

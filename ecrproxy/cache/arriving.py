@@ -133,7 +133,7 @@ class Arriving:
             claim.data.unlink()
         fd = open_in_place(claim.data, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         try:
-            share(fd, claim.data)
+            _share(fd, claim)
             if size:
                 allocate(fd, size)  # a disk too full says so now, not in the middle
             writer = Writer(self.directory, claim, digest, size, fd)
@@ -170,15 +170,15 @@ class Arriving:
             record = claim.read()
             if record is not None and record.state not in (State.CLAIMED, State.ARRIVING):
                 return None
-            if record is None or not peer.is_in_place():
-                raise OSError(errno.ESTALE, "the file or its record is another one")
+            if record is None or not record.size or not peer.is_in_place():
+                raise OSError(errno.ESTALE, "there is nothing to go on with, or another file")
             writer = self._go_on(claim, digest, os.dup(peer.fileno()), record)
             undone.pop_all()
             return writer
 
     def _go_on(self, claim: Claim, digest: Digest, fd: int, record: Record) -> Writer:
         try:
-            share(fd, claim.data)
+            _share(fd, claim)
             writer = Writer(self.directory, claim, digest, record.size, fd)
             writer.begin(record)
         except BaseException:
@@ -288,6 +288,16 @@ class Arriving:
     def _names(self) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             yield from sorted(self.folder.iterdir())
+
+
+def _share(fd: int, claim: Claim) -> None:
+    """
+    Lock the data of a claim against removal.
+
+    @raise OSError: if it is about to be removed, or was: somebody has removed the claim before.
+    """
+    if not share(fd, claim.data):
+        raise OSError(errno.ESTALE, "the file that arrives is another one")
 
 
 def _resumable(claim: Claim) -> Record | None:

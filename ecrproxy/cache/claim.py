@@ -44,13 +44,16 @@ class Claim:
         """
         path = claim_path(data)
         while True:
-            fd = open_in_place(path, os.O_RDWR | (os.O_CREAT if make else 0))
+            fd, made = _open(path, make=make)
             try:
                 if own(fd, path):
                     return cls(data, fd)
                 replaced = not is_in_place(fd, path)
             except OSError:
-                _undo(fd, path)
+                if made:  # leave no claim on a file system without locks
+                    with contextlib.suppress(OSError):
+                        path.unlink()
+                os.close(fd)
                 raise
             os.close(fd)
             if not replaced:
@@ -88,11 +91,12 @@ class Claim:
 
     def drop(self) -> None:
         """
-        Remove data and claim.
+        Remove data and claim, unless somebody has removed the claim: the data may be the next holder's then.
         """
         if self._fd >= 0:
             with contextlib.suppress(OSError):
-                self.data.unlink(missing_ok=True)
+                if is_in_place(self._fd, self.path):
+                    self.data.unlink(missing_ok=True)
             self.end()
 
     def end(self) -> None:
@@ -109,14 +113,18 @@ class Claim:
     __del__ = release
 
 
-def _undo(fd: int, path: Path) -> None:
+def _open(path: Path, *, make: bool) -> tuple[int, bool]:
     """
-    Leave no claim on a file system without locks.
+    Open a claim, or make one; returns the descriptor, and whether it was made.
     """
-    with contextlib.suppress(OSError):
-        if not os.fstat(fd).st_size:
-            path.unlink()
-    os.close(fd)
+    while True:
+        try:
+            return open_in_place(path, os.O_RDWR), False
+        except FileNotFoundError:
+            if not make:
+                raise
+        with contextlib.suppress(FileExistsError):  # another process has made it just now
+            return open_in_place(path, os.O_RDWR | os.O_CREAT | os.O_EXCL), True
 
 
 def read_record(fd: int) -> Record | None:

@@ -41,8 +41,7 @@ class PeerTransfer:
             opened.callback(os.close, fd)
             locked = share(fd, data)
             record = read_record(claim)
-            live = record is not None and record.state in (State.ARRIVING, State.VERIFIED)
-            if locked and record is not None and live and os.fstat(fd).st_size == record.size:
+            if locked and record is not None and _is_shown(record, boot) and os.fstat(fd).st_size == record.size:
                 opened.pop_all()
                 return cls(data, claim, fd, record, boot)
         return None
@@ -111,3 +110,12 @@ class PeerTransfer:
 
     # A thread may have opened it for a client that has gone.
     __del__ = close
+
+
+def _is_shown(record: Record, boot: bytes) -> bool:
+    """
+    Return True if a transfer may be followed.
+
+    What a writer had verified that was killed before a crash of the machine may not have reached the disk.
+    """
+    return record.state is State.ARRIVING or (record.state is State.VERIFIED and record.is_of(boot))

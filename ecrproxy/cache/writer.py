@@ -280,13 +280,23 @@ class Writer:
         os.fsync(self._fd)
         proved = os.fstat(self._fd)  # before anybody finds it, and may change it
         target = self._directory.content(self.digest)
-        if not is_in_place(self._fd, self._claim.data):  # nor is a directory made in the place of a volume that is gone
-            raise OSError(errno.ESTALE, "somebody has removed the file that was arriving")
+        self._check_place()  # nor is a directory made in the place of a volume that is gone
         target.parent.mkdir(parents=True, exist_ok=True)
-        self._claim.data.rename(target)
+        with self._lock:  # whoever gives a disk up that hangs does it before or afterwards
+            self._check_place()
+            self._claim.data.rename(target)
+            self._committed = True
         self._directory.proofs.note(self.digest, proved, good=True)
-        self._committed = True
         self._directory.index.add(self.digest, self.hashed, self._claim.reservation)
+
+    def _check_place(self) -> None:
+        """
+        See that the file still has its name, which is the next writer's once this one has been given up.
+
+        @raise OSError: if it has not.
+        """
+        if not is_in_place(self._fd, self._claim.data):
+            raise OSError(errno.ESTALE, "somebody has removed the file that was arriving")
 
     def close(self) -> None:
         """
