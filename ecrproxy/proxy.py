@@ -186,19 +186,20 @@ class PullThrough:
             known, content, missing = await self._cache.look_up(asked)
             size = known.size if known else size
             carrier = self._carriers.get(asked.digest)
-            if content is None and carrier is None and (ranges is None or size is not None):
-                return await self._carry(asked, size, missing, ranges)
+            absent = content is None and carrier is None
             allowed = known is not None or confirmed or (content is None and carrier == asked.route.repository)
-            if not allowed or (content is None and carrier is None):
+            if absent and (ranges is None or size is not None):
+                answer = await self._carry(asked, size, missing, ranges)
+            elif absent or not allowed:
                 if content is not None:
                     content.close()
                 size = await self._blob_size(asked)
                 confirmed = True
             elif content is not None:
                 answer = await self._cache.shelved(asked, known, content, confirmed=confirmed)
-                if answer is not None:
-                    return answer
-            elif (answer := await self._join(asked, ranges, carrier)) is not None:
+            else:
+                answer = await self._join(asked, ranges, carrier)
+            if answer is not None:
                 return answer
 
     async def _blob_head(self, asked: Asked) -> Answer:
@@ -221,9 +222,9 @@ class PullThrough:
         self._cache.holds(asked, size)
         return size
 
-    async def _carry(self, asked: Asked, expected: int | None, missing: Reason, ranges: Ranges | None) -> Answer:
+    async def _carry(self, asked: Asked, expected: int | None, missing: Reason, ranges: Ranges | None) -> Answer | None:
         """
-        Begin the transfer that all who ask for this digest meanwhile will follow.
+        Begin the transfer that all who ask for this digest meanwhile will follow; none if it has landed since the look.
 
         @param expected: how many bytes it has by what is known.
         @param missing: why it has to be begun.
@@ -234,9 +235,10 @@ class PullThrough:
         except LookupError:  # nothing to send, and nothing to fetch for it
             return Answer(CacheStatus.MISS, missing, BLOB_TYPE, digest, expected)
         self._carriers[digest] = route.repository
-        body = await self._openings.join(digest, lambda: self._open(route, digest, expected, parts))
-        if body is None:  # it has landed since we looked
-            return await self.blob(asked, ranges)
+        unread = missing is Reason.DISK
+        body = await self._openings.join(digest, lambda: self._open(route, digest, expected, parts, unread=unread))
+        if body is None:
+            return None
         self._cache.holds(asked, body.size)
         missing = self._cache.why_missing(asked, missing)
         if isinstance(body, Passing) or not body.kept:
@@ -273,7 +275,14 @@ class PullThrough:
         return Answer(CacheStatus.JOINED, Reason.IN_FLIGHT, BLOB_TYPE, digest, body.size, body)
 
     async def _open(
-        self, route: Route, digest: Digest, expected: int | None, parts: Sequence[Span], *, ahead: bool = False
+        self,
+        route: Route,
+        digest: Digest,
+        expected: int | None,
+        parts: Sequence[Span],
+        *,
+        ahead: bool = False,
+        unread: bool = False,
     ) -> Download | Passing | None:
         """
         Open the shared transfer of C{digest}; none if it turns out to be in the cache.
@@ -281,14 +290,17 @@ class PullThrough:
         @param expected: how many bytes it has by what is known; known only if the repository holds it.
         @param parts: what of it is wanted first. If the blob is not kept, only that is opened, and nothing is shared.
         @param ahead: whether nobody has asked yet: then what another process brings is left to it.
+        @param unread: whether the disk could not give it: if it is there, it is passed on, and not kept.
         """
         try:
-            content = await self._cache.opened(digest)
+            content = await self._cache.opened(digest) if not unread else None
             if content is not None:
                 content.close()
                 del self._carriers[digest]
                 return None
             claimed = await self._claimed(digest)
+            if claimed is Met.CONTENT and unread:
+                claimed = Reason.DISK
             if isinstance(claimed, PeerTransfer):
                 body = await self._beside(claimed, route, digest, expected, parts, ahead=ahead)
             elif isinstance(claimed, Met):
