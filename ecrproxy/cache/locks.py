@@ -16,6 +16,7 @@ import errno
 import fcntl
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -103,15 +104,26 @@ def exclude(folder: Path) -> bool:
     @raise OSError: if no file can be made there.
     """
     probe = folder / f"probe.{os.urandom(4).hex()}"
-    fds = [os.open(probe, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600) for _ in range(2)]
     try:
-        with contextlib.suppress(OSError):
-            return _lock(fds[0], fcntl.LOCK_EX) and not _lock(fds[1], fcntl.LOCK_SH)
+        with opened(probe) as one, opened(probe) as other, contextlib.suppress(OSError):
+            return _lock(one, fcntl.LOCK_EX) and not _lock(other, fcntl.LOCK_SH)
         return False
     finally:
-        for fd in fds:
-            os.close(fd)
         probe.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[int]:
+    """
+    Open a file for its lock alone, made if it is missing, and close it.
+
+    @raise OSError: if it can't be opened.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def _lock(fd: int, kind: int) -> bool:
