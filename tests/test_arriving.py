@@ -20,6 +20,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from ecrproxy.cache.arriving import LEFT_SECONDS, Met
 from ecrproxy.cache.claim import Claim
 from ecrproxy.cache.content import DigestMismatchError
+from ecrproxy.cache.index import locked
 from ecrproxy.cache.locks import is_free
 from ecrproxy.cache.peer import PeerTransfer
 from ecrproxy.cache.record import RECORD, UNKNOWN_BOOT, WORTH_RESUMING, Record, Reservation, State, Step, Why, next_step
@@ -172,6 +173,22 @@ class ClaimTests(ArrivingTests):
             self.patch(fcntl, "flock", broken)
             self.assertFalse(self.store.has_locks())
         self.assertEqual([], self.names())
+
+    def test_locks_take_no_descriptor_for_good_where_there_are_few(self) -> None:
+        """
+        One file more may be opened, and two are needed.
+        """
+        before, opens = set(Path("/proc/self/fd").iterdir()), os.open
+
+        def one(*args: Any) -> int:
+            self.patch(os, "open", failing(errno.EMFILE))
+            return opens(*args)
+
+        for lock in (self.store.has_locks, locked(self.store.root / "evict.lock").__enter__):
+            self.patch(os, "open", one)
+            self.assertRaises(OSError, lock)
+        self.patch(os, "open", opens)
+        self.assertEqual(before, set(Path("/proc/self/fd").iterdir()))
 
     def test_a_link_or_a_pipe_in_its_place_leads_nowhere_and_holds_nobody_up(self) -> None:
         outside = scratch(self)
