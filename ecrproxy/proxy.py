@@ -57,6 +57,7 @@ from ecrproxy.threads import Disk, on_its_own
 from ecrproxy.transfer.download import Download
 from ecrproxy.transfer.inflow import SMALLEST_PART, Blob, Lanes, Urgency, Wish
 from ecrproxy.transfer.lane import drop
+from ecrproxy.transfer.looks import Looks
 from ecrproxy.transfer.passing import Passing
 from ecrproxy.transfer.unattended import MOST, Unattended
 
@@ -111,6 +112,7 @@ class PullThrough:
         self._openings: Flights[Download | Passing | None] = Flights()
         self._arriving: dict[Digest, Download] = {}
         self._unattended = Unattended(self.transfers, call_later, unattended)
+        self._looks = Looks(disk.reading, call_later)
         self._ahead = 0
         self._reading_ahead: set[tuple[str, Digest]] = set()
         self._carriers: dict[Digest, str] = {}
@@ -317,18 +319,22 @@ class PullThrough:
     async def _claimed(self, digest: Digest) -> Claim | PeerTransfer | Met | Reason:
         """
         Claim a digest, or find who has it; wait a while for a process that has no bytes to show yet.
+
+        It is asked for less and less often: ECR may be slow to answer for many blobs at once.
         """
-        for _ in range(int(STALLED_SECONDS / POLL_SECONDS)):
-            claimed = await self._cache.claim(digest)
-            if claimed is not Met.BUSY:
-                return claimed
-            await self._pause()
+        waited = 0.0
+        while (claimed := await self._cache.claim(digest)) is Met.BUSY and waited < STALLED_SECONDS:
+            pause = max(POLL_SECONDS, waited / 8)
+            await self._pause(pause)
+            waited += pause
+        if claimed is not Met.BUSY:
+            return claimed
         log.info("Not kept: {digest}: another process has claimed it, and gets no further", digest=digest)
         return Reason.PASSED
 
-    async def _pause(self) -> None:
+    async def _pause(self, seconds: float) -> None:
         pause: Deferred[None] = Deferred()
-        self._call_later(POLL_SECONDS, pause.callback, None)
+        self._call_later(seconds, pause.callback, None)
         await pause
 
     async def _beside(
@@ -380,7 +386,7 @@ class PullThrough:
             self._ended(download)
 
     async def _follow_on(self, download: Download, peer: PeerTransfer, route: Route) -> None:
-        digest, step = download.digest, await download.watch()
+        digest, step = download.digest, await download.watch(self._looks.at)
         while step is Step.TAKE_OVER:
             try:
                 writer = await self._cache.take_over(peer, digest)
@@ -390,8 +396,7 @@ class PullThrough:
             if writer is not None:
                 await self._finish_for(download, writer, route)
                 return
-            await self._pause()  # another process was quicker
-            step = await download.watch()
+            step = await download.watch(self._looks.at)  # another process was quicker
         if step is Step.GO_ALONE:
             log.info("{digest} goes on alone: the process that brings it gets no further", digest=digest)
             start = await download.go_alone()
