@@ -456,13 +456,13 @@ class Cache:
         """
         return self.store.arriving.left(claim)
 
-    def unclaim(self, claim: Claim | PeerTransfer) -> None:
+    def unclaim(self, claim: Claim | PeerTransfer | Met | Reason) -> None:
         """
         Let go of a claim that no transfer was begun with, or of another process's transfer, in its own time.
         """
         self._disk.closing(self._unclaim, claim).addErrback(lambda problem: log.failure("Letting go", problem))
 
-    def _unclaim(self, claimed: Claim | PeerTransfer | Met) -> None:
+    def _unclaim(self, claimed: Claim | PeerTransfer | Met | Reason) -> None:
         if isinstance(claimed, Claim):
             self.store.arriving.let_go(claimed)
         elif isinstance(claimed, PeerTransfer):

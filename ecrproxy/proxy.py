@@ -291,7 +291,8 @@ class PullThrough:
 
         @param expected: how many bytes it has by what is known; known only if the repository holds it.
         @param parts: what of it is wanted first. If the blob is not kept, only that is opened, and nothing is shared.
-        @param ahead: whether nobody has asked yet: then what another process brings is left to it.
+        @param ahead: whether nobody has asked yet: then what another process brings is left to it, and what could
+            not be kept to who asks.
         @param unread: whether the disk could not give it: if it is there, it is passed on, and not kept.
         """
         try:
@@ -300,13 +301,14 @@ class PullThrough:
                 content.close()
                 del self._carriers[digest]
                 return None
-            claimed = await self._claimed(digest)
+            claimed = await self._claimed(digest, waits=not ahead)
             if claimed is Met.CONTENT and unread:
                 claimed = Reason.DISK
-            if isinstance(claimed, PeerTransfer):
-                body = await self._beside(claimed, route, digest, expected, parts, ahead=ahead)
-            elif isinstance(claimed, Met):
+            if isinstance(claimed, Met) or (ahead and not isinstance(claimed, Claim)):
+                self._cache.unclaim(claimed)
                 body = None
+            elif isinstance(claimed, PeerTransfer):
+                body = await self._beside(claimed, route, digest, expected, parts)
             else:
                 body = await self._transfer(claimed, route, digest, expected, parts)
         except BaseException:
@@ -316,18 +318,18 @@ class PullThrough:
             del self._carriers[digest]
         return body
 
-    async def _claimed(self, digest: Digest) -> Claim | PeerTransfer | Met | Reason:
+    async def _claimed(self, digest: Digest, *, waits: bool) -> Claim | PeerTransfer | Met | Reason:
         """
         Claim a digest, or find who has it; wait a while for a process that has no bytes to show yet.
 
         It is asked for less and less often: ECR may be slow to answer for many blobs at once.
         """
         waited = 0.0
-        while (claimed := await self._cache.claim(digest)) is Met.BUSY and waited < STALLED_SECONDS:
+        while (claimed := await self._cache.claim(digest)) is Met.BUSY and waits and waited < STALLED_SECONDS:
             pause = max(POLL_SECONDS, waited / 8)
             await self._pause(pause)
             waited += pause
-        if claimed is not Met.BUSY:
+        if claimed is not Met.BUSY or not waits:
             return claimed
         log.info("Not kept: {digest}: another process has claimed it, and gets no further", digest=digest)
         return Reason.PASSED
@@ -344,16 +346,11 @@ class PullThrough:
         digest: Digest,
         expected: int | None,
         parts: Sequence[Span],
-        *,
-        ahead: bool,
-    ) -> Download | Passing | None:
+    ) -> Download | Passing:
         """
         Follow another process's transfer, once ECR has said that the repository holds the blob.
         """
         try:
-            if ahead:
-                self._cache.unclaim(peer)
-                return None
             if expected is None:
                 expected = await self._sizes.join(route, lambda: self._upstream.blob_size(route))
         except BaseException:
@@ -413,6 +410,7 @@ class PullThrough:
         start, stop = writer.gaps[0]
         log.info("Taking over {digest} at byte {at}: its writer has exited", digest=writer.digest, at=start)
         download.continue_in(writer)
+        self._unattended.settle()  # its readers may have left meanwhile
         blob = await self._upstream.blob(route, stop, start)
         if blob.size is None:
             blob.size = download.size

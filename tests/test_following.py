@@ -12,8 +12,10 @@ from ecrproxy.cache.claim import Claim, claim_path
 from ecrproxy.cache.peer import PeerTransfer
 from ecrproxy.cache.record import POLL_SECONDS, STALLED_SECONDS
 from ecrproxy.oci import Digest
+from ecrproxy.threads import Disk
 from ecrproxy.transfer.inflow import SMALLEST_PART
-from tests.daemon import MIB, Daemon, Reply, noise
+from ecrproxy.transfer.unattended import SLOW_SECONDS
+from tests.daemon import MIB, Daemon, Hands, Reply, at_once, noise
 from tests.store_contract import failing
 from tests.test_ranges import RangesTestCase
 
@@ -159,6 +161,21 @@ class TogetherTests(FollowingTestCase):
         self.assertWhole(reply, DATA, "JOINED")
         self.assertLess(self.standin.bytes_sent, SIZE + 1000)  # with its config
 
+    def test_no_layer_is_read_ahead_that_another_process_is_about_to_bring(self) -> None:
+        """
+        Nor one that could not be kept: nothing waits for the other process, and ECR is not asked.
+        """
+        three = self.start(read_ahead=True)
+        image = self.standin.push_image("team/app", "latest", layers=[DATA])
+        claim = self.one.store.claim(Digest.parse(self.digest))
+        assert isinstance(claim, Claim)
+        self.assertEqual(200, self.ask(three, f"/v2/team/app/manifests/{image.digest}").code)
+        self.go_on(1.2 * STALLED_SECONDS)
+        self.assertEqual(0, self.standin.count("bucket", "GET", self.digest))
+        claim.end()
+        self.release()
+        self.assertWhole(self.ask(three), DATA, "MISS")
+
 
 class PartsTests(FollowingTestCase):
     """
@@ -226,6 +243,30 @@ class FailureTests(FollowingTestCase):
         self.assertWhole(reply, b"", "JOINED")
         self.assertWhole(self.ask(self.two, f"/v2/team/app/blobs/{digest}"), b"", "MISS")
         self.assertTrue(self.has(digest))
+
+    def test_a_successor_whose_clients_have_left_meanwhile_is_watched(self) -> None:
+        """
+        It goes on for the cache, and stops if it trickles.
+        """
+        hands = Hands()
+        two = self.start(disk=Disk(at_once, hands, at_once, at_once, at_once, at_once))
+        self.ask(self.one)
+        reply = self.ask(two)
+        self.deliver()
+        hands.idle = False
+        self.kill(self.one)
+        self.go_on(0.1)
+        self.assertEqual(1, len(hands.waiting))
+        reply.leave()
+        self.go_on()
+        hands.work_off()
+        hands.idle = True
+        self.go_on()
+        self.assertEqual(1, len(two.pull_through.transfers()))
+        for _ in range(12):
+            self.clock.advance(SLOW_SECONDS / 4)
+            self.deliver(5000)
+        self.assertEqual([], two.pull_through.transfers())
 
     def test_one_of_the_others_succeeds_and_is_followed(self) -> None:
         three = self.start()
