@@ -25,7 +25,8 @@ class PeerTransfer:
     """
 
     def __init__(self, data: Path, claim: int, fd: int, record: Record, boot: bytes) -> None:
-        self.data, self._claim, self._fd, self.record, self._boot = data, claim, fd, record, boot
+        self.data, self._path = data, claim_path(data)
+        self._claim, self._fd, self.record, self._boot = claim, fd, record, boot
 
     @classmethod
     def open(cls, data: Path, boot: bytes) -> PeerTransfer | None:
@@ -69,9 +70,9 @@ class PeerTransfer:
         """
         Look how the transfer is getting on. Called in a thread.
         """
-        moved, path = self._see(), claim_path(self.data)
-        in_place = self.is_in_place() and (moved or is_in_place(self._claim, path))
-        free = not moved and is_free(path)
+        moved = self._see()
+        in_place = self.is_in_place() and (moved or is_in_place(self._claim, self._path))
+        free = not moved and is_free(self._path)
         if free or not in_place:
             moved = self._see() or moved  # its last word comes before it lets go
         return Look(self.record, in_place=in_place, free=free, moved=moved)
