@@ -4,8 +4,10 @@ Several daemons on one cache directory: one of them brings a blob in, the client
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+from pathlib import Path
 from typing import Any
 
 from ecrproxy.cache.claim import Claim, claim_path
@@ -24,6 +26,17 @@ DATA = noise("following", SIZE)
 EACH = MIB
 
 
+def opened() -> list[str]:
+    """
+    List the files that this process has open.
+    """
+    links = []
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # the folder itself
+            links.append(str(link.readlink()))
+    return links
+
+
 class FollowingTestCase(RangesTestCase):
     """
     Two daemons on one directory, and a blob of 24 MiB that comes over four connections.
@@ -35,6 +48,14 @@ class FollowingTestCase(RangesTestCase):
         self.path = f"/v2/team/app/blobs/{self.digest}"
         self.one, self.two = self.daemon, self.start()
         self.standin.hold(self.digest)
+
+    def tearDown(self) -> None:
+        """
+        Once all transfers have ended, no file of the directory is open.
+        """
+        super().tearDown()
+        if not any(daemon.pull_through.transfers() for daemon in self.daemons):
+            self.assertEqual([], [path for path in opened() if path.startswith(str(self.root))])
 
     def ask(self, daemon: Daemon, path: str | None = None, **headers: str) -> Reply:
         reply = daemon.ask("GET", path or self.path, **headers)
