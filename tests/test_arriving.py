@@ -229,6 +229,22 @@ class ClaimTests(ArrivingTests):
         writer.discard()
         self.assertEqual([self.data.name, self.path.name], self.names())
 
+    def test_that_somebody_has_removed_begins_nothing_and_resumes_nothing(self) -> None:
+        """
+        Its holder was asking ECR meanwhile; another process has claimed the digest since, and writes.
+        """
+        self.left_over((0, 1000))
+        claim = self.store.claim(DIGEST)
+        assert isinstance(claim, Claim)
+        self.path.unlink()
+        self.data.unlink()
+        other = self.begin()
+        self.addCleanup(other.discard)
+        for begin_or_resume in (self.arriving.begin, self.arriving.resume):
+            self.assertRaises(OSError, begin_or_resume, claim, DIGEST, SIZE)
+        other.write(0, [DATA])
+        other.commit()
+
     def test_is_no_transfer_if_its_data_is_about_to_be_removed(self) -> None:
         self.left_over((0, 1000))
         claim = self.store.claim(DIGEST)

@@ -129,6 +129,7 @@ class Arriving:
         @param size: in bytes; allocated at once, where the file system supports that.
         @raise OSError: if the disk is full, or fails. The claim is still held then.
         """
+        claim.check()
         with contextlib.suppress(OSError):
             claim.data.unlink()
         fd = open_in_place(claim.data, os.O_RDWR | os.O_CREAT | os.O_EXCL)
@@ -178,6 +179,7 @@ class Arriving:
 
     def _go_on(self, claim: Claim, digest: Digest, fd: int, record: Record) -> Writer:
         try:
+            claim.check()
             _share(fd, claim)
             writer = Writer(self.directory, claim, digest, record.size, fd)
             writer.begin(record)
@@ -294,7 +296,7 @@ def _share(fd: int, claim: Claim) -> None:
     """
     Lock the data of a claim against removal.
 
-    @raise OSError: if it is being removed, or was: that takes a claim that was removed before.
+    @raise OSError: if it is being removed.
     """
     if not share(fd, claim.data):
         raise OSError(errno.ESTALE, "the data is another file")

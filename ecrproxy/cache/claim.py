@@ -5,6 +5,7 @@ The right to write the file of one digest: a lock that one process in the direct
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 from pathlib import Path
@@ -89,14 +90,23 @@ class Claim:
             fd, self._fd = self._fd, -1
             os.close(fd)
 
+    def check(self) -> None:
+        """
+        Check that the claim was not removed by others: another process may hold the next one.
+
+        @raise OSError: if it was.
+        """
+        if not is_in_place(self._fd, self.path):
+            raise OSError(errno.ESTALE, "the claim was removed")
+
     def drop(self) -> None:
         """
         Remove data and claim. If the claim was removed by others, the data may belong to the next holder, and stays.
         """
         if self._fd >= 0:
             with contextlib.suppress(OSError):
-                if is_in_place(self._fd, self.path):
-                    self.data.unlink(missing_ok=True)
+                self.check()
+                self.data.unlink()
             self.end()
 
     def end(self) -> None:
@@ -105,8 +115,8 @@ class Claim:
         """
         if self._fd >= 0:
             with contextlib.suppress(OSError):
-                if is_in_place(self._fd, self.path):  # else it was removed, perhaps with the directory
-                    self.path.unlink()
+                self.check()
+                self.path.unlink()
             self.release()
 
     # A thread may have taken it for a transfer that was given up in the meantime.
