@@ -1,8 +1,8 @@
 """
-Looks at the transfers that other processes write: at all of them in one call, each C{POLL_SECONDS}.
+Look at the transfers that other processes write: at all of them in one call in a thread, each C{POLL_SECONDS}.
 
-The way to a thread and back costs four times what a look does: a hundred transfers that each went by themselves
-kept a core busy.
+A look takes 50 microseconds of processor time this way, and 190 with a call each: most of that is the way to a thread
+and back.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Watched(Protocol):
 
 class Looks:
     """
-    Takes the next look at any number of transfers.
+    Looks at any number of transfers at once.
 
     @param call_later: a reactor's.
     """
@@ -41,7 +41,7 @@ class Looks:
 
     def at(self, transfer: Watched) -> Deferred[Look]:
         """
-        Look at a transfer when all are looked at next; fails with C{OSError} if the disk does.
+        Return the next look at a transfer, up to C{POLL_SECONDS} later. Fails with C{OSError} if the disk does.
         """
         if not self._waiting:
             self._call_later(POLL_SECONDS, self._look)
