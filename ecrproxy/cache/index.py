@@ -33,6 +33,7 @@ from twisted.logger import Logger
 
 from ecrproxy.cache.directory import content_path
 from ecrproxy.cache.entries import Entry, EntryKey
+from ecrproxy.cache.locks import opened
 from ecrproxy.cache.mounts import find_mount, mountinfo
 from ecrproxy.cache.record import Reservation, Reserved
 from ecrproxy.cache.sqlite import (
@@ -632,9 +633,8 @@ def locked(path: Path) -> Iterator[None]:
 
     @raise OSError: if locks do not work there, or another process holds it for seconds.
     """
-    fd, other = (os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600) for _ in range(2))
-    give(path, path.parent)
-    try:
+    with opened(path) as fd, opened(path) as other:
+        give(path, path.parent)
         for _ in range(_LOCK_TRIES):
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -646,6 +646,3 @@ def locked(path: Path) -> Iterator[None]:
             fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
             raise UnfitError(f"locks do not hold on the file system of {path}; use a local disk")
         yield
-    finally:
-        os.close(fd)
-        os.close(other)

@@ -388,7 +388,7 @@ class Store:
             if os.lstat(self.root / path).st_ino != status.st_ino:
                 return
         log.warn("{path} in the cache is dropped: {why}", path=path, why=why)
-        if self._removed(digest, partial(self._unlink_content, digest, status.st_ino)):
+        if self._removed(digest, partial(self._unlink_bad, digest, status.st_ino)):
             self.index.drop([digest])
 
     def entry(self, key: EntryKey) -> Entry | None:
@@ -421,12 +421,17 @@ class Store:
 
         @return: whether it is gone.
         """
-        return self._removed(digest, partial(self._unlink_content, digest))
+        return self._removed(digest, (self.root / self.content_path(digest)).unlink)
 
-    def _removed(self, what: Digest | Reservation, unlink: Callable[[], bool]) -> bool:
+    def _removed(self, what: Digest | Reservation, unlink: Callable[[], bool | None]) -> bool:
+        """
+        Return whether a file is gone.
+
+        @param unlink: returns False if it has to stay.
+        """
         try:
             self._see_volume()
-            return unlink()
+            return unlink() is not False
         except FileNotFoundError:
             return True
         except OSError as problem:  # it goes on being counted
@@ -439,7 +444,7 @@ class Store:
             return self.arriving.remove(what.name)
         return locks.remove_unused(self.root / self.content_path(what))
 
-    def _unlink_content(self, digest: Digest, inode: int | None = None) -> bool:
+    def _unlink_bad(self, digest: Digest, inode: int) -> bool:
         """
         Unlink a file of content, if it is still the one with this inode.
 
@@ -450,7 +455,7 @@ class Store:
         if claim is None:
             return False
         try:
-            if inode not in (None, os.lstat(path).st_ino):
+            if inode != os.lstat(path).st_ino:
                 return False
             path.unlink()
             return True
