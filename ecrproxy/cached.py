@@ -164,9 +164,12 @@ class Cache:
             known, content, missing = await self._disk.reading(self._look_up, asked, known, missing)
         except OSError:
             return known, None, Reason.DISK
-        if known is not None and content is not None and known.size != content.size and not content.proved:
+        if known is None or content is None or known.size == content.size or content.proved:
+            return known, content, missing
+        try:
             return known, await self._if_right(content), missing
-        return known, content, missing
+        except OSError:
+            return known, None, Reason.DISK
 
     def _look_up(
         self, asked: Asked, known: Descriptor | None, missing: Reason
@@ -180,6 +183,8 @@ class Cache:
         Give content of another size than was told once it is known to be right; none if it is bad.
 
         It may have been cut behind our back, or what was told is wrong.
+
+        @raise TimeoutError: if the disk does not answer.
         """
         verification, verdict = self._verification(content), Deferred[None]()
 
@@ -192,6 +197,8 @@ class Cache:
                 await verdict
             finally:
                 verification.leave(news)
+        if verification.failure is not None and verification.failure.check(TimeoutError):
+            verification.failure.raiseException()
         return content if verification.proved else None  # what was opened closes itself
 
     async def opened(self, digest: Digest) -> Content | None:
@@ -463,13 +470,13 @@ class Cache:
         """
         return self.store.arriving.left(claim)
 
-    def unclaim(self, claim: Claim | PeerTransfer) -> None:
+    def unclaim(self, claim: Claim | PeerTransfer | Met | Reason) -> None:
         """
         Let go of a claim that no transfer was begun with, or of another process's transfer, in its own time.
         """
         self._disk.closing(self._unclaim, claim).addErrback(lambda problem: log.failure("Letting go", problem))
 
-    def _unclaim(self, claimed: Claim | PeerTransfer | Met) -> None:
+    def _unclaim(self, claimed: Claim | PeerTransfer | Met | Reason) -> None:
         if isinstance(claimed, Claim):
             self.store.arriving.let_go(claimed)
         elif isinstance(claimed, PeerTransfer):

@@ -13,6 +13,7 @@ Rules:
 
 from __future__ import annotations
 
+import resource
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,12 +26,11 @@ from prometheus_client.registry import Collector
 from twisted.application.service import Service
 from twisted.logger import Logger
 
-from ecrproxy.periodic import Periodic
 from ecrproxy.ranking import Ranking
 
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
-    from twisted.internet.interfaces import IReactorTime
+    from twisted.internet.interfaces import IDelayedCall, IReactorTime
 
 log = Logger()
 
@@ -249,6 +249,9 @@ def _family(reading: Reading) -> Iterator[Metric]:
 class Processes(Collector):
     """
     What the kernel knows of this process and its workers, added up; they began when the first of them did.
+
+    The processor time of workers that have ended stays counted: the kernel adds it up for their parent. A counter that
+    goes back would look to Prometheus like a restart, and its rate jump by all that was ever used.
     """
 
     def __init__(self, workers: Callable[[], Iterable[int]]) -> None:
@@ -266,6 +269,9 @@ class Processes(Collector):
         for name, (family, *others) in found.items():
             values = [each.samples[0].value for each in (family, *others)]
             value = min(values) if name == "process_start_time_seconds" else sum(values)
+            if name == "process_cpu_seconds":
+                ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+                value += ended.ru_utime + ended.ru_stime
             family.samples = [family.samples[0]._replace(value=value)]
             yield family
 
@@ -328,7 +334,7 @@ class LoopStall(Service):
         self.longest = 0.0
         self._before, self._lately, self._until = 0.0, 0.0, 0.0
         self._clock, self._last = clock, 0.0
-        self._loop = Periodic("Measuring stalls", self._turn, clock)
+        self._next: IDelayedCall | None = None
 
     @property
     def lately(self) -> float:
@@ -340,14 +346,18 @@ class LoopStall(Service):
     def startService(self) -> None:  # noqa: D102
         super().startService()
         self._last = self._clock.seconds()
-        self._loop.start(TICK_SECONDS, now=False)
+        self._next = self._clock.callLater(TICK_SECONDS, self._turn)
 
     def stopService(self) -> None:  # noqa: D102
         super().stopService()
-        self._loop.stop()
+        if self._next is not None:
+            self._next.cancel()
+            self._next = None
         log.info("The event loop stood still for {longest:.3f} s at the most", longest=self.longest)
 
     def _turn(self) -> None:
+        # Not Periodic: at this rate its Deferreds would be most of what an idle process does.
+        self._next = self._clock.callLater(TICK_SECONDS, self._turn)
         now = self._clock.seconds()
         if now >= self._until:
             self._before, self._lately, self._until = self._lately, 0.0, now + STALL_SECONDS

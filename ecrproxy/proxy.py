@@ -57,6 +57,7 @@ from ecrproxy.threads import Disk, on_its_own
 from ecrproxy.transfer.download import Download
 from ecrproxy.transfer.inflow import SMALLEST_PART, Blob, Lanes, Urgency, Wish
 from ecrproxy.transfer.lane import drop
+from ecrproxy.transfer.looks import Looks
 from ecrproxy.transfer.passing import Passing
 from ecrproxy.transfer.unattended import MOST, Unattended
 
@@ -113,6 +114,7 @@ class PullThrough:
         self._openings: Flights[Download | Passing | None] = Flights()
         self._arriving: dict[Digest, Download] = {}
         self._unattended = Unattended(self.transfers, call_later, unattended)
+        self._looks = Looks(disk.reading, call_later)
         self._ahead = 0
         self._reading_ahead: set[tuple[str, Digest]] = set()
         self._carriers: dict[Digest, str] = {}
@@ -188,19 +190,20 @@ class PullThrough:
             known, content, missing = await self._cache.look_up(asked)
             size = known.size if known else size
             carrier = self._carriers.get(asked.digest)
-            if content is None and carrier is None and (ranges is None or size is not None):
-                return await self._carry(asked, size, missing, ranges)
+            absent = content is None and carrier is None
             allowed = known is not None or confirmed or (content is None and carrier == asked.route.repository)
-            if not allowed or (content is None and carrier is None):
+            if absent and (ranges is None or size is not None):
+                answer = await self._carry(asked, size, missing, ranges)
+            elif absent or not allowed:
                 if content is not None:
                     content.close()
                 size = await self._blob_size(asked)
                 confirmed = True
             elif content is not None:
                 answer = await self._cache.shelved(asked, known, content, confirmed=confirmed)
-                if answer is not None:
-                    return answer
-            elif (answer := await self._join(asked, ranges, carrier)) is not None:
+            else:
+                answer = await self._join(asked, ranges, carrier)
+            if answer is not None:
                 return answer
 
     async def _blob_head(self, asked: Asked) -> Answer:
@@ -223,9 +226,9 @@ class PullThrough:
         self._cache.holds(asked, size)
         return size
 
-    async def _carry(self, asked: Asked, expected: int | None, missing: Reason, ranges: Ranges | None) -> Answer:
+    async def _carry(self, asked: Asked, expected: int | None, missing: Reason, ranges: Ranges | None) -> Answer | None:
         """
-        Begin the transfer that all who ask for this digest meanwhile will follow.
+        Begin the transfer that all who ask for this digest meanwhile will follow; none if it has landed since the look.
 
         @param expected: how many bytes it has by what is known.
         @param missing: why it has to be begun.
@@ -236,9 +239,10 @@ class PullThrough:
         except LookupError:  # nothing to send, and nothing to fetch for it
             return Answer(CacheStatus.MISS, missing, BLOB_TYPE, digest, expected)
         self._carriers[digest] = route.repository
-        body = await self._openings.join(digest, lambda: self._open(route, digest, expected, parts))
-        if body is None:  # it has landed since we looked
-            return await self.blob(asked, ranges)
+        unread = missing is Reason.DISK
+        body = await self._openings.join(digest, lambda: self._open(route, digest, expected, parts, unread=unread))
+        if body is None:
+            return None
         self._cache.holds(asked, body.size)
         missing = self._cache.why_missing(asked, missing)
         if isinstance(body, Passing) or not body.kept:
@@ -275,26 +279,38 @@ class PullThrough:
         return Answer(CacheStatus.JOINED, Reason.IN_FLIGHT, BLOB_TYPE, digest, body.size, body)
 
     async def _open(
-        self, route: Route, digest: Digest, expected: int | None, parts: Sequence[Span], *, ahead: bool = False
+        self,
+        route: Route,
+        digest: Digest,
+        expected: int | None,
+        parts: Sequence[Span],
+        *,
+        ahead: bool = False,
+        unread: bool = False,
     ) -> Download | Passing | None:
         """
         Open the shared transfer of C{digest}; none if it turns out to be in the cache.
 
         @param expected: how many bytes it has by what is known; known only if the repository holds it.
         @param parts: what of it is wanted first. If the blob is not kept, only that is opened, and nothing is shared.
-        @param ahead: whether nobody has asked yet: then what another process brings is left to it.
+        @param ahead: whether nobody has asked yet: then what another process brings is left to it, and what could
+            not be kept to who asks.
+        @param unread: whether the disk could not give it: if it is there, it is passed on, and not kept.
         """
         try:
-            content = await self._cache.opened(digest)
+            content = await self._cache.opened(digest) if not unread else None
             if content is not None:
                 content.close()
                 del self._carriers[digest]
                 return None
-            claimed = await self._claimed(digest)
-            if isinstance(claimed, PeerTransfer):
-                body = await self._beside(claimed, route, digest, expected, parts, ahead=ahead)
-            elif isinstance(claimed, Met):
+            claimed = await self._claimed(digest, waits=not ahead)
+            if claimed is Met.CONTENT and unread:
+                claimed = Reason.DISK
+            if isinstance(claimed, Met) or (ahead and not isinstance(claimed, Claim)):
+                self._cache.unclaim(claimed)
                 body = None
+            elif isinstance(claimed, PeerTransfer):
+                body = await self._beside(claimed, route, digest, expected, parts)
             else:
                 body = await self._transfer(claimed, route, digest, expected, parts)
         except BaseException:
@@ -304,21 +320,25 @@ class PullThrough:
             del self._carriers[digest]
         return body
 
-    async def _claimed(self, digest: Digest) -> Claim | PeerTransfer | Met | Reason:
+    async def _claimed(self, digest: Digest, *, waits: bool) -> Claim | PeerTransfer | Met | Reason:
         """
         Claim a digest, or find who has it; wait a while for a process that has no bytes to show yet.
+
+        It is asked for less and less often: ECR may be slow to answer for many blobs at once.
         """
-        for _ in range(int(STALLED_SECONDS / POLL_SECONDS)):
-            claimed = await self._cache.claim(digest)
-            if claimed is not Met.BUSY:
-                return claimed
-            await self._pause()
+        waited = 0.0
+        while (claimed := await self._cache.claim(digest)) is Met.BUSY and waits and waited < STALLED_SECONDS:
+            pause = max(POLL_SECONDS, waited / 8)
+            await self._pause(pause)
+            waited += pause
+        if claimed is not Met.BUSY or not waits:
+            return claimed
         log.info("Not kept: {digest}: another process has claimed it, and gets no further", digest=digest)
         return Reason.PASSED
 
-    async def _pause(self) -> None:
+    async def _pause(self, seconds: float) -> None:
         pause: Deferred[None] = Deferred()
-        self._call_later(POLL_SECONDS, pause.callback, None)
+        self._call_later(seconds, pause.callback, None)
         await pause
 
     async def _beside(
@@ -328,16 +348,11 @@ class PullThrough:
         digest: Digest,
         expected: int | None,
         parts: Sequence[Span],
-        *,
-        ahead: bool,
-    ) -> Download | Passing | None:
+    ) -> Download | Passing:
         """
         Follow another process's transfer, once ECR has said that the repository holds the blob.
         """
         try:
-            if ahead:
-                self._cache.unclaim(peer)
-                return None
             if expected is None:
                 expected = await self._sizes.join(route, lambda: self._upstream.blob_size(route))
         except BaseException:
@@ -370,7 +385,7 @@ class PullThrough:
             self._ended(download)
 
     async def _follow_on(self, download: Download, peer: PeerTransfer, route: Route) -> None:
-        digest, step = download.digest, await download.watch()
+        digest, step = download.digest, await download.watch(self._looks.at)
         while step is Step.TAKE_OVER:
             try:
                 writer = await self._cache.take_over(peer, digest)
@@ -380,8 +395,7 @@ class PullThrough:
             if writer is not None:
                 await self._finish_for(download, writer, route)
                 return
-            await self._pause()  # another process was quicker
-            step = await download.watch()
+            step = await download.watch(self._looks.at)  # another process was quicker
         if step is Step.GO_ALONE:
             log.info("{digest} goes on alone: the process that brings it gets no further", digest=digest)
             start = await download.go_alone()
@@ -398,6 +412,7 @@ class PullThrough:
         start, stop = writer.gaps[0]
         log.info("Taking over {digest} at byte {at}: its writer has exited", digest=writer.digest, at=start)
         download.continue_in(writer)
+        self._unattended.settle()  # its readers may have left meanwhile
         blob = await self._upstream.blob(route, stop, start)
         if blob.size is None:
             blob.size = download.size

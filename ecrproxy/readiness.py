@@ -17,16 +17,18 @@ class Readiness:
     Which of the answers hold.
 
     @ivar reasons: what is wrong, also where it does not keep the daemon from serving.
+    @ivar draining: whether the process accepts no more connections and is about to end.
     """
 
     can_serve: bool
     can_fetch: bool
     reasons: tuple[str, ...]
+    draining: bool = False
 
 
 def judge(*, draining: bool, token: str | None, ecr: str | None, disk: Sequence[str], filled: bool) -> Readiness:
     """
-    Tell what can be done.
+    Judge what a process can do.
 
     @param token: why there is no token that ECR accepts, if so.
     @param ecr: why nothing can be fetched from ECR, if so.
@@ -40,20 +42,24 @@ def judge(*, draining: bool, token: str | None, ecr: str | None, disk: Sequence[
         can_serve=not draining and not disk and (token is None or filled),
         can_fetch=token is None and ecr is None,
         reasons=(*reasons, *disk),
+        draining=draining,
     )
 
 
 def judge_all(found: Sequence[Readiness], expected: int) -> Readiness:
     """
-    Tell what a daemon of several processes can do: what each of those that answer can, as long as one does.
+    Judge a daemon of several processes: it can do what every process can that accepts connections.
 
-    @param expected: how many processes should have answered.
+    @param found: the answers of those that answered.
+    @param expected: how many processes there should be.
     """
-    missing = expected - len(found)
+    accepting = [each for each in found if not each.draining]
+    missing, draining = expected - len(found), len(found) - len(accepting)
     reasons = [f"{missing} of {expected} worker processes do not answer"] if missing else []
-    reasons += [reason for each in found for reason in each.reasons]
+    reasons += [f"{draining} of {expected} worker processes are draining"] if draining else []
+    reasons += [reason for each in accepting for reason in each.reasons]
     return Readiness(
-        can_serve=bool(found) and all(each.can_serve for each in found),
-        can_fetch=bool(found) and all(each.can_fetch for each in found),
+        can_serve=bool(accepting) and all(each.can_serve for each in accepting),
+        can_fetch=bool(accepting) and all(each.can_fetch for each in accepting),
         reasons=tuple(dict.fromkeys(reasons)),
     )

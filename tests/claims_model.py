@@ -36,6 +36,10 @@ LONGEST: Final = 8
 """Seconds that a pull may take: less than those after which a live writer is left alone."""
 EVICTS: Final = 4
 """One operation in so many is an eviction."""
+SWEEPS: Final = 20
+"""One pull in so many comes after a sweep, which a daemon does each minute."""
+LEAVES: Final = 300
+"""One piece in so many does not come: upstream fails."""
 
 
 class Client:
@@ -58,6 +62,8 @@ class Client:
                 if self.store.has(digest) and self.store.evict_unused([digest]):
                     self.note("evicted")
                 continue
+            if self.chance.randrange(SWEEPS) == 0:
+                self.store.sweep()
             began = time.monotonic()
             while not self.pull(digest):
                 time.sleep(POLL_SECONDS / 4)
@@ -106,6 +112,10 @@ class Client:
             self.read(writer.fileno(), position, reach, data)
             position = max(position, reach)
             time.sleep(self.chance.uniform(0, 0.002))
+            if self.chance.randrange(LEAVES) == 0:
+                self.note("upstream failed")
+                writer.leave()
+                return
         while writer.catch_up():
             pass
         writer.commit()

@@ -24,10 +24,9 @@ from ecrproxy.admin.status import Status
 from ecrproxy.cache.inventory import Inventory
 from ecrproxy.http.answering import Ready
 from ecrproxy.metrics import Figures, Gathered
-from ecrproxy.tap import _add_up
 from ecrproxy.workers.channel import Channel
 from ecrproxy.workers.messages import FromParent
-from ecrproxy.workers.processes import Workers
+from ecrproxy.workers.processes import Workers, add_up
 from ecrproxy.workers.worker import Reports
 from tests.daemon import Administered, Daemon, DaemonTestCase, End, Network, at_once
 
@@ -166,7 +165,7 @@ class Several(Administered):
         self.gathered, self.refusals = Gathered(FIGURES), list[str]()
         now = self.clock.seconds
         figures, self.incidents = Figures("0"), Incidents(now)
-        counted = partial(_add_up, figures, self.incidents)
+        counted = partial(add_up, figures, self.incidents)
         reactor = self.machine
         self.workers = Workers(count, [], [], self.gathered, counted, self.refusals.append, reactor, drain=20)
         ask = self.workers.readiness, self.workers.standing

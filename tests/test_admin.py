@@ -6,6 +6,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import subprocess
+import sys
 
 from tables import all_readings
 from twisted.trial.unittest import SynchronousTestCase
@@ -208,6 +211,28 @@ class FiguresTests(SynchronousTestCase):
         self.assertGreater(figure(three, "process_open_fds"), 2.5 * figure(one, "process_open_fds"))
         start = "process_start_time_seconds"
         self.assertEqual(figure(one, start), figure(three, start))
+
+    def test_the_time_of_workers_that_have_ended_stays_counted(self) -> None:
+        """
+        A counter never goes back.
+        """
+        workers = list[int]()
+        figures = Figures("1", lambda: workers)
+
+        def seconds() -> float:
+            found = re.search(r"^process_cpu_seconds_total (\S+)", figures.page().decode(), re.MULTILINE)
+            assert found is not None
+            return float(found[1])
+
+        busy = "import time\nwhile time.process_time() < 0.2: pass\nprint(flush=True); input()"
+        with subprocess.Popen([sys.executable, "-c", busy], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            before = seconds()
+            workers.append(process.pid)
+            self.assertGreater(alive := seconds(), before + 0.15)
+        workers.clear()
+        self.assertGreaterEqual(seconds(), alive)
 
     def test_several_by_label_and_one_that_is_not_there(self) -> None:
         """

@@ -17,7 +17,7 @@ PACKAGE = Path(ecrproxy.__file__).parent
 OURS = "ecrproxy."
 
 # room, which is a package or a module by itself: what of ours it may import, rooms or single modules of them.
-# What is not here may import nothing of ours but what is in the same room. tap and command may import all.
+# What is not here may import nothing of ours but what is in the same room. tap, serving and command may import all.
 ARROWS: dict[str, set[str]] = {
     "access": {"addresses", "flights", "identity", "oci", "periodic", "reasons", "shares", "threads"},
     "admin": {
@@ -46,7 +46,17 @@ ARROWS: dict[str, set[str]] = {
     "answers": {"cache", "oci", "reasons", "transfer.download", "transfer.passing"},
     "cache": {"identity", "oci", "periodic", "threads"},
     "cached": {"answers", "cache", "flights", "identity", "oci", "ordering", "reasons", "threads"},
-    "daemon": {"access.limits", "addresses", "endpoint_string", "periodic", "readiness", "settings.config"},
+    "daemon": {
+        "access.limits",
+        "addresses",
+        "endpoint_string",
+        "logs.writing",
+        "periodic",
+        "readiness",
+        "settings.complaints",
+        "settings.config",
+        "threads",
+    },
     "healthcheck": {"endpoint_string"},
     "http": {
         "access",
@@ -71,7 +81,7 @@ ARROWS: dict[str, set[str]] = {
         "threads",
         "transfer",
     },
-    "metrics": {"periodic", "ranking"},
+    "metrics": {"ranking"},
     "proxy": {
         "answers",
         "byte_ranges",
@@ -103,7 +113,7 @@ ARROWS: dict[str, set[str]] = {
     "transfer": {"access.limits", "byte_ranges", "cache", "oci", "reasons", "stopwatch", "threads"},
     "workers": {"admin.incidents", "admin.snapshot", "daemon.inherited", "metrics", "periodic", "readiness", "threads"},
 }
-OUTERMOST = {"tap", "command"}
+OUTERMOST = {"tap", "serving", "command"}
 TYPES_ONLY = {
     ("http.channel", "daemon.ending"),
     ("access.clients", "access.passwords"),

@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,9 +20,10 @@ from twisted.trial.unittest import SynchronousTestCase
 from ecrproxy.cache.arriving import LEFT_SECONDS, Met
 from ecrproxy.cache.claim import Claim
 from ecrproxy.cache.content import DigestMismatchError
+from ecrproxy.cache.index import locked
 from ecrproxy.cache.locks import is_free
 from ecrproxy.cache.peer import PeerTransfer
-from ecrproxy.cache.record import RECORD, WORTH_RESUMING, Record, Reservation, State, Step, Why, next_step
+from ecrproxy.cache.record import RECORD, UNKNOWN_BOOT, WORTH_RESUMING, Record, Reservation, State, Step, Why, next_step
 from ecrproxy.cache.sqlite import on_disk
 from ecrproxy.cache.store import Store
 from ecrproxy.cache.writer import Writer
@@ -172,6 +174,22 @@ class ClaimTests(ArrivingTests):
             self.assertFalse(self.store.has_locks())
         self.assertEqual([], self.names())
 
+    def test_locks_take_no_descriptor_for_good_where_there_are_few(self) -> None:
+        """
+        One file more may be opened, and two are needed.
+        """
+        before, opens = set(Path("/proc/self/fd").iterdir()), os.open
+
+        def one(*args: Any) -> int:
+            self.patch(os, "open", failing(errno.EMFILE))
+            return opens(*args)
+
+        for lock in (self.store.has_locks, locked(self.store.root / "evict.lock").__enter__):
+            self.patch(os, "open", one)
+            self.assertRaises(OSError, lock)
+        self.patch(os, "open", opens)
+        self.assertEqual(before, set(Path("/proc/self/fd").iterdir()))
+
     def test_a_link_or_a_pipe_in_its_place_leads_nowhere_and_holds_nobody_up(self) -> None:
         outside = scratch(self)
         outside.write_bytes(DATA[:1000])
@@ -187,6 +205,56 @@ class ClaimTests(ArrivingTests):
         self.begin().discard()
         self.assertEqual(DATA[:1000], outside.read_bytes())
 
+    def test_that_can_not_be_locked_may_be_another_process_s(self) -> None:
+        """
+        An empty claim is removed by whoever has made it: its holder writes nothing there before ECR has answered.
+        """
+        claim = self.store.claim(DIGEST)
+        assert isinstance(claim, Claim)
+        self.patch(fcntl, "flock", failing(errno.ENOLCK))
+        self.assertRaises(OSError, self.store.claim, DIGEST)
+        self.assertEqual([self.path.name], self.names())
+        claim.end()
+        self.assertEqual([], self.names())
+
+    def test_that_somebody_has_removed_says_nothing_about_the_data(self) -> None:
+        """
+        It is the next holder's.
+        """
+        writer = self.begin()
+        self.path.unlink()
+        self.data.unlink()
+        other = self.begin()
+        self.addCleanup(other.discard)
+        writer.discard()
+        self.assertEqual([self.data.name, self.path.name], self.names())
+
+    def test_that_somebody_has_removed_begins_nothing_and_resumes_nothing(self) -> None:
+        """
+        Its holder was asking ECR meanwhile; another process has claimed the digest since, and writes.
+        """
+        self.left_over((0, 1000))
+        claim = self.store.claim(DIGEST)
+        assert isinstance(claim, Claim)
+        self.path.unlink()
+        self.data.unlink()
+        other = self.begin()
+        self.addCleanup(other.discard)
+        for begin_or_resume in (self.arriving.begin, self.arriving.resume):
+            self.assertRaises(OSError, begin_or_resume, claim, DIGEST, SIZE)
+        other.write(0, [DATA])
+        other.commit()
+
+    def test_is_no_transfer_if_its_data_is_about_to_be_removed(self) -> None:
+        self.left_over((0, 1000))
+        claim = self.store.claim(DIGEST)
+        assert isinstance(claim, Claim)
+        with self.data.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.assertRaises(OSError, self.arriving.resume, claim, DIGEST, SIZE)
+        claim.release()
+        self.assertEqual([], self.store.index.arriving())
+
     def test_content_has_the_bytes_of_its_writer(self) -> None:
         """
         If somebody has replaced the directory, nothing else gets the name.
@@ -198,6 +266,26 @@ class ClaimTests(ArrivingTests):
         self.assertRaises(OSError, writer.commit)
         writer.discard()
         self.assertFalse(self.store.has(DIGEST))
+
+    def test_content_has_the_bytes_of_its_writer_also_if_the_disk_hung_meanwhile(self) -> None:
+        """
+        The writer is given up, another one begins, and then the disk does what it was asked to.
+        """
+        writer = self.begin()
+        writer.write(0, [DATA])
+        self.addCleanup(writer.close)
+        mkdir = Path.mkdir
+
+        def hang(path: Path, *args: Any, **options: Any) -> None:
+            self.patch(Path, "mkdir", mkdir)
+            writer.give_up()
+            self.addCleanup(self.begin().discard)
+            mkdir(path, *args, **options)
+
+        self.patch(Path, "mkdir", hang)
+        self.assertRaises(OSError, writer.commit)
+        self.assertFalse(self.store.has(DIGEST))
+        self.assertTrue(self.data.exists())
 
 
 class PeerTests(ArrivingTests):
@@ -239,6 +327,20 @@ class PeerTests(ArrivingTests):
         writer.discard()
         self.assertEqual(([Step.FINISH], Step.FINISH), (steps, self.step(peer)))
         self.assertEqual(DATA, os.pread(peer.fileno(), SIZE, 0))
+
+    def test_of_before_a_crash_of_the_machine_is_not_finished(self) -> None:
+        """
+        It was verified, and may not have reached the disk. Another process has just got the claim.
+        """
+        self.left_over((0, SIZE))
+        for boot, shown in ((self.record().boot, True), (b"another".ljust(16), False), (UNKNOWN_BOOT, False)):
+            self.path.write_bytes(replace(self.record(), state=State.VERIFIED, boot=boot).pack())
+            with self.path.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                found = self.store.claim(DIGEST)
+            self.assertEqual(shown, isinstance(found, PeerTransfer))
+            if isinstance(found, PeerTransfer):
+                found.close()
 
     def test_is_finished_when_it_is_content(self) -> None:
         writer = self.begin()

@@ -240,7 +240,7 @@ class SettingsTests(SynchronousTestCase):
         crowded = loaded(PROXY_WORKER_PROCESSES="3", PROXY_CONNECTIONS="0").limits()
         self.assertEqual((0, 1000), (crowded.connections, crowded.connections_per_address))
         self.assertEqual((4, 27, 54), (config.blob_connections, config.bucket_connections, config.ecr_connections))
-        self.assertEqual(Quotas(733, 366, 1100, 36), config.ecr_quotas)
+        self.assertEqual(Quotas(2000 / 3, 1000 / 3, 1000, 100 / 3), config.ecr_quotas)
         self.assertEqual(alone.cache_limit, config.cache_limit)
         self.assertEqual((10.0, 65.0, 300.0), (limits.header_seconds, limits.idle_seconds, limits.send_seconds))
         self.assertEqual((16384, 100), (limits.header_bytes, limits.header_count))

@@ -11,7 +11,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.settings.complaints import Complaint
 from ecrproxy.settings.config import SETTINGS, Config, ConfigError
-from ecrproxy.settings.contradictions import Machine, load, look_at_environment, look_at_settings
+from ecrproxy.settings.contradictions import Machine, load, look_at_environment, look_at_log, look_at_settings
 from ecrproxy.settings.values import REGIONS
 
 ENDPOINT = {"PROXY_ECR_ENDPOINT": "https://123456789012.dkr.ecr.eu-west-1.amazonaws.com"}
@@ -130,6 +130,28 @@ class ExposedTests(LookCase):
         region = {"AWS_REGION": "eu-west-1"}
         self.assert_warned("token goes over", {**region, "PROXY_ECR_ENDPOINT": "http://registry.test"})
         self.assert_well({**region, "PROXY_ECR_ENDPOINT": "http://127.0.0.1:5000"})
+
+
+class LogTests(SynchronousTestCase):
+    """
+    Twistd's flags beside worker processes, whose log goes to standard output.
+    """
+
+    def find(self, twistd: Mapping[str, object], processes: str = "2") -> list[Complaint]:
+        environ = {"PROXY_ECR_ENDPOINT": "https://123456789012.dkr.ecr.eu-west-1.amazonaws.com"}
+        return look_at_log(Config.load({"worker-processes": processes}, environ), twistd)
+
+    def test_a_daemon_whose_standard_output_is_closed_is_refused(self) -> None:
+        (found,) = self.find({"nodaemon": 0, "logfile": "/var/log/proxy.log"})
+        self.assertTrue(found.grave)
+        self.assertEqual([], self.find({"nodaemon": 0}, "1"))
+
+    def test_a_log_elsewhere_is_warned_of(self) -> None:
+        for flag, value in (("logfile", "x"), ("syslog", 1), ("logger", "ours.log")):
+            (found,) = self.find({"nodaemon": 1, flag: value})
+            self.assertEqual((False, True), (found.grave, f"--{flag}" in found.said))
+        for twistd in ({"nodaemon": 1, "logfile": None}, {"nodaemon": 1, "logfile": "-"}, {}):
+            self.assertEqual([], self.find(twistd))
 
 
 class IgnoredTests(LookCase):

@@ -15,6 +15,7 @@ from twisted.internet.testing import MemoryReactorClock
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.daemon.ending import Drain, InOrder, Signals
+from ecrproxy.daemon.inherited import HELD_BACK
 from ecrproxy.http.channel import FRESH_SECONDS, LINGER_SECONDS
 from tests.daemon import DaemonTestCase, End, Raw, Reply
 
@@ -343,13 +344,23 @@ class SignalsTests(SynchronousTestCase):
         """
         self.assertEqual({}, self.installed)
         self.run_reactor()
-        self.assertEqual({signal.SIGTERM, signal.SIGINT, signal.SIGHUP}, self.installed.keys())
+        self.assertEqual({signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1}, self.installed.keys())
+
+    def test_sigusr1_ends_nothing(self) -> None:
+        """
+        It asks for a new log file. Where the log is one, its handler stays.
+        """
+        self.run_reactor()
+        self.assertEqual(signal.SIG_IGN, self.installed.pop(signal.SIGUSR1))
+        self.patch(signal, "getsignal", lambda _: lambda *_: None)
+        self.run_reactor()
+        self.assertNotIn(signal.SIGUSR1, self.installed)
 
     def test_that_waited_for_a_handler_come_when_there_is_one(self) -> None:
         self.addCleanup(signal.pthread_sigmask, signal.SIG_SETMASK, signal.pthread_sigmask(signal.SIG_BLOCK, []))
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+        signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)
         self.run_reactor()
-        self.assertNotIn(signal.SIGHUP, signal.pthread_sigmask(signal.SIG_BLOCK, []))
+        self.assertEqual(set(), HELD_BACK & signal.pthread_sigmask(signal.SIG_BLOCK, []))
 
     def test_that_end_the_daemon_do_so_in_the_reactor(self) -> None:
         """

@@ -7,10 +7,11 @@ from __future__ import annotations
 import _thread
 from typing import Any
 
+from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.daemon import exhaustion
-from ecrproxy.daemon.exhaustion import TRIES, Exhaustion, look
+from ecrproxy.daemon.exhaustion import TRIES, Exhaustion, Orphaned, look
 
 
 class LookTests(SynchronousTestCase):
@@ -63,3 +64,19 @@ class ExhaustionTests(SynchronousTestCase):
     def test_nobody_looks_after_the_end(self) -> None:
         watch = Exhaustion(self.fail, lambda: "no memory", lambda _: None)
         watch.watch()
+
+
+class OrphanedTests(SynchronousTestCase):
+    def test_a_worker_does_not_outlive_its_parent_for_long(self) -> None:
+        """
+        Its event loop may hang, and there is no parent any more that would kill it.
+        """
+        clock, parents = Clock(), [7]
+        orphaned = Orphaned(30.0, lambda: parents[-1], clock.seconds)
+        clock.advance(1000)
+        self.assertIsNone(orphaned())
+        parents.append(1)
+        clock.advance(30)
+        self.assertIsNone(orphaned())
+        clock.advance(1)
+        self.assertIn("parent has exited", str(orphaned()))

@@ -4,21 +4,37 @@ Several daemons on one cache directory: one of them brings a blob in, the client
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+from pathlib import Path
+from typing import Any
 
 from ecrproxy.cache.claim import Claim, claim_path
 from ecrproxy.cache.peer import PeerTransfer
 from ecrproxy.cache.record import POLL_SECONDS, STALLED_SECONDS
 from ecrproxy.oci import Digest
+from ecrproxy.threads import Disk
 from ecrproxy.transfer.inflow import SMALLEST_PART
-from tests.daemon import MIB, Daemon, Reply, noise
+from ecrproxy.transfer.unattended import SLOW_SECONDS
+from tests.daemon import MIB, Daemon, Hands, Reply, at_once, noise
 from tests.store_contract import failing
 from tests.test_ranges import RangesTestCase
 
 SIZE = 24 * MIB
 DATA = noise("following", SIZE)
 EACH = MIB
+
+
+def opened() -> list[str]:
+    """
+    List the files that this process has open.
+    """
+    links = []
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # the folder itself
+            links.append(str(link.readlink()))
+    return links
 
 
 class FollowingTestCase(RangesTestCase):
@@ -32,6 +48,14 @@ class FollowingTestCase(RangesTestCase):
         self.path = f"/v2/team/app/blobs/{self.digest}"
         self.one, self.two = self.daemon, self.start()
         self.standin.hold(self.digest)
+
+    def tearDown(self) -> None:
+        """
+        Once all transfers have ended, no file of the directory is open.
+        """
+        super().tearDown()
+        if not any(daemon.pull_through.transfers() for daemon in self.daemons):
+            self.assertEqual([], [path for path in opened() if path.startswith(str(self.root))])
 
     def ask(self, daemon: Daemon, path: str | None = None, **headers: str) -> Reply:
         reply = daemon.ask("GET", path or self.path, **headers)
@@ -158,6 +182,21 @@ class TogetherTests(FollowingTestCase):
         self.assertWhole(reply, DATA, "JOINED")
         self.assertLess(self.standin.bytes_sent, SIZE + 1000)  # with its config
 
+    def test_no_layer_is_read_ahead_that_another_process_is_about_to_bring(self) -> None:
+        """
+        Nor one that could not be kept: nothing waits for the other process, and ECR is not asked.
+        """
+        three = self.start(read_ahead=True)
+        image = self.standin.push_image("team/app", "latest", layers=[DATA])
+        claim = self.one.store.claim(Digest.parse(self.digest))
+        assert isinstance(claim, Claim)
+        self.assertEqual(200, self.ask(three, f"/v2/team/app/manifests/{image.digest}").code)
+        self.go_on(1.2 * STALLED_SECONDS)
+        self.assertEqual(0, self.standin.count("bucket", "GET", self.digest))
+        claim.end()
+        self.release()
+        self.assertWhole(self.ask(three), DATA, "MISS")
+
 
 class PartsTests(FollowingTestCase):
     """
@@ -210,6 +249,45 @@ class FailureTests(FollowingTestCase):
         self.assertEqual((SIZE, []), (self.standin.bytes_sent, self.arriving()))
         self.assertWhole(self.ask(self.two), DATA, "HIT")
         self.assertEqual(0, self.two.store.index.totals.arriving)
+
+    def test_a_writer_of_nothing_that_is_killed_is_succeeded(self) -> None:
+        """
+        An empty blob has no byte that is missing: there is nothing to go on with.
+        """
+        digest = self.standin.push_blob("team/app", b"")
+        claim = self.one.store.claim(Digest.parse(digest))
+        assert isinstance(claim, Claim)
+        writer = self.one.store.writer(claim, Digest.parse(digest), 0)
+        reply = self.ask(self.two, f"/v2/team/app/blobs/{digest}")
+        writer.close()
+        self.go_on(0.1)
+        self.assertWhole(reply, b"", "JOINED")
+        self.assertWhole(self.ask(self.two, f"/v2/team/app/blobs/{digest}"), b"", "MISS")
+        self.assertTrue(self.has(digest))
+
+    def test_a_successor_whose_clients_have_left_meanwhile_is_watched(self) -> None:
+        """
+        It goes on for the cache, and stops if it trickles.
+        """
+        hands = Hands()
+        two = self.start(disk=Disk(at_once, hands, at_once, at_once, at_once, at_once))
+        self.ask(self.one)
+        reply = self.ask(two)
+        self.deliver()
+        hands.idle = False
+        self.kill(self.one)
+        self.go_on(0.1)
+        self.assertEqual(1, len(hands.waiting))
+        reply.leave()
+        self.go_on()
+        hands.work_off()
+        hands.idle = True
+        self.go_on()
+        self.assertEqual(1, len(two.pull_through.transfers()))
+        for _ in range(12):
+            self.clock.advance(SLOW_SECONDS / 4)
+            self.deliver(5000)
+        self.assertEqual([], two.pull_through.transfers())
 
     def test_one_of_the_others_succeeds_and_is_followed(self) -> None:
         three = self.start()
@@ -312,9 +390,17 @@ class FailureTests(FollowingTestCase):
         """
         claim = self.one.store.claim(Digest.parse(self.digest))
         assert isinstance(claim, Claim)
+        look, looks = self.two.store.claim, list[Digest]()
+
+        def count(digest: Digest) -> Any:
+            looks.append(digest)
+            return look(digest)
+
+        self.patch(self.two.store, "claim", count)
         reply = self.ask(self.two)
         self.assertEqual(0, self.standin.held(self.digest))
-        self.go_on(STALLED_SECONDS)
+        self.go_on(1.2 * STALLED_SECONDS)
+        self.assertLess(len(looks), 60)  # many may wait for a slow ECR
         self.assertEqual(1, self.standin.held(self.digest))
         self.release()
         self.assertWhole(reply, DATA, "BYPASS")

@@ -16,7 +16,7 @@ from ecrproxy.cache.directory import content_path
 from ecrproxy.cache.entries import ANSWERS_LIMIT, Confirmed, Entry, EntryKey
 from ecrproxy.cache.index import AGAIN_SECONDS, POINTER, Index, News
 from ecrproxy.cache.record import Reservation
-from ecrproxy.cache.sqlite import PAGE, PURGES, BusyError, DamagedError, UnusableError, explained, on_disk
+from ecrproxy.cache.sqlite import PAGE, PURGES, BusyError, DamagedError, FullError, UnusableError, explained, on_disk
 from ecrproxy.identity import RegistryId
 from ecrproxy.oci import BLOB_TYPE, INDEX_TYPE, MANIFEST_TYPES, Descriptor, Digest, Kind, parse_route
 from tests.store_contract import ANY, MANIFEST_TYPE, REGISTRY, START, scratch
@@ -451,7 +451,8 @@ class ErrorTests(SynchronousTestCase):
             (sqlite3.SQLITE_CORRUPT, DamagedError),
             (sqlite3.SQLITE_NOTADB, DamagedError),
             (sqlite3.SQLITE_IOERR_SHORT_READ, DamagedError),
-            (sqlite3.SQLITE_FULL, UnusableError),
+            (sqlite3.SQLITE_FULL, FullError),
+            (sqlite3.SQLITE_IOERR_SHMSIZE, FullError),
             (sqlite3.SQLITE_READONLY, UnusableError),
             (sqlite3.SQLITE_ERROR, UnusableError),
         ):

@@ -310,6 +310,9 @@ class UnusableTests(LossTestCase):
             self.assertRaises(UnusableError, index.reserve, Reservation("name"), 1, 2**30)
             index.use(self.digests[0])
             index.settle()
+            self.now += AGAIN_SECONDS
+            index.settle()
+            self.assertEqual(0, index.reserve(Reservation("name"), 1, 2**30))
 
     def test_a_full_disk(self) -> None:
         """

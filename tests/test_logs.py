@@ -25,6 +25,7 @@ from twisted.python.log import LogPublisher as OldPublisher
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.answers import CacheStatus
+from ecrproxy.daemon.service import Daemon
 from ecrproxy.http.access_log import AccessLine, AccessLines
 from ecrproxy.logs.outlet import Outlet
 from ecrproxy.logs.repeats import BURST, MINUTE
@@ -32,7 +33,6 @@ from ecrproxy.logs.shapes import PRIORITIES, Shape, as_journal, as_json, as_text
 from ecrproxy.logs.writing import LineWriter, choose_writer, leads_to_journal
 from ecrproxy.reasons import Reason
 from ecrproxy.request_id import current
-from ecrproxy.tap import Daemon
 from tests.daemon import DaemonTestCase, noise
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"

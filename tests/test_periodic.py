@@ -21,7 +21,7 @@ from ecrproxy.cache.index import Index, News
 from ecrproxy.cache.purges import LOOK_SECONDS, Purges
 from ecrproxy.daemon.renewal import Renewal
 from ecrproxy.daemon.supervision import Supervised, Supervisor
-from ecrproxy.metrics import Figures, LoopStall
+from ecrproxy.metrics import Figures
 from ecrproxy.oci import Digest
 from ecrproxy.periodic import Periodic
 from ecrproxy.registry.ecr import Token, TokenService
@@ -167,12 +167,6 @@ class PartsTests(SynchronousTestCase):
         supervised = Supervised(cast("Supervisor", Manager()), describe, reactor)
         reactor.run()
         self.assert_goes_on(supervised, tell, reactor)
-
-    def test_stalls_are_measured(self) -> None:
-        clock, failing = Clock(), FailingOnce()
-        stall = LoopStall(clock)
-        stall._loop = Periodic("Measuring", failing, clock)  # noqa: SLF001 (its own turn asks nobody who could fail)
-        self.assert_goes_on(stall, failing, clock)
 
     def test_the_parent_is_told(self) -> None:
         reactor, failing = MemoryReactorClock(), FailingOnce([])

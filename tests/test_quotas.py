@@ -37,16 +37,33 @@ class QuotasTests(SynchronousTestCase):
 
     def test_processes_that_share_them_keep_within_them_together(self) -> None:
         """
-        Each lets go nine tenths of its part, see L{TokenBucket}; the least is one call a second.
+        In the first second, for which their buckets are full, and in each later one, however small the quota.
         """
-        for processes in (1, 2, 3, 7, 64):
-            part = Quotas(lists=5).share(processes)
-            for call in (Call.MANIFEST, Call.CHECK, Call.BLOB):
-                together = processes * TokenBucket(part.of(call), 0).rate
-                self.assertLessEqual(together, Quotas().of(call))
-                self.assertGreater(together, 0.8 * Quotas().of(call))
-            self.assertGreaterEqual(part.lists, 1)
+        for processes in (1, 2, 3, 7, 8, 64):
+            whole = Quotas(lists=5)
+            part = whole.share(processes)
+            for call in Call:
+                buckets = [TokenBucket(part.of(call), 0) for _ in range(processes)]
+                first, second = (sum(self.calls(each, now) for each in buckets) for now in (0, 1))
+                spare = processes if part.of(call) < 10 else 0  # a bucket holds one call at the least
+                self.assertLessEqual(first, whole.of(call) + spare)
+                self.assertLessEqual(second, whole.of(call) + spare)
+                self.assertGreater(second + processes, 0.85 * whole.of(call))
         self.assertEqual(Quotas(), Quotas().share(1))
+
+    @staticmethod
+    def calls(bucket: TokenBucket, now: float) -> int:
+        """
+        Let go whatever may go within a second.
+        """
+        end, count = now + 1, 0
+        while now < end:
+            if wait := bucket.wait(now):
+                now += wait + 1e-9
+            else:
+                bucket.take()
+                count += 1
+        return count
 
     def test_what_is_not_named_keeps_its_default(self) -> None:
         """

@@ -13,7 +13,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.cache.condition import FRESH_SECONDS, PATIENCE, Condition, Look
 from ecrproxy.proxy import STALE_SECONDS
-from ecrproxy.readiness import Readiness, judge
+from ecrproxy.readiness import Readiness, judge, judge_all
 from ecrproxy.registry.circuit import LONGEST_PAUSE
 from ecrproxy.registry.ecr import FETCH_SECONDS, RENEW_SECONDS, CredentialsError, Token, TokenUnavailableError
 from ecrproxy.registry.wire import HEADER_SECONDS
@@ -47,6 +47,25 @@ class JudgeTests(SynchronousTestCase):
         found = judge(draining=True, token="none", ecr="ECR answers 500", disk=("full", "slow"), filled=True)
         expected = ("draining: the daemon ends", "no token: none", "ECR answers 500", "full", "slow")
         self.assertEqual(expected, found.reasons)
+
+
+class JudgeAllTests(SynchronousTestCase):
+    """
+    A daemon of several processes.
+    """
+
+    well = judge(**WELL)
+
+    def test_one_that_drains_keeps_no_client_from_the_others(self) -> None:
+        """
+        It accepts nobody any more: whoever comes is served.
+        """
+        found = judge_all([self.well, judge(**{**WELL, "draining": True})], 2)
+        self.assertEqual((True, True), (found.can_serve, found.can_fetch))
+        self.assertEqual(("1 of 2 worker processes are draining",), found.reasons)
+
+    def test_when_all_drain_nobody_is_served(self) -> None:
+        self.assertFalse(judge_all([judge(**{**WELL, "draining": True})] * 2, 2).can_serve)
 
 
 class ConditionTests(DaemonTestCase):

@@ -172,11 +172,11 @@ class HungTests(DiskTestCase):
         self.start(disk=Disk(bounded, bounded, bounded, bounded, at_once, hands))
         return hands
 
-    def patiently(self, path: str) -> Reply:
+    def patiently(self, path: str, **headers: str) -> Reply:
         """
         Ask, and wait for as long as it takes.
         """
-        reply = self.get(path)
+        reply = self.get(path, **headers)
         for _ in range(120):
             if reply.ended:
                 break
@@ -204,6 +204,29 @@ class HungTests(DiskTestCase):
         self.hang()
         self.assertWhole(self.patiently("/v2/team/app/manifests/cached"), self.cached.manifest)
         self.assertWhole(self.patiently(self.pulled), self.blob)
+
+    def test_what_is_cached_is_pulled_also_if_no_read_returns(self) -> None:
+        """
+        Threads that write still see that it is there. It is sent and not kept.
+        """
+        hands = Hands()
+        self.start(disk=Disk(self.bounded(hands), at_once, at_once, at_once, at_once, at_once))
+        for _ in range(2):
+            self.assertWhole(self.patiently(self.pulled), self.blob, "BYPASS")
+            self.assertWhole(self.patiently(self.pulled, Range="bytes=7-2999"), self.blob[7:3000], "BYPASS", 206)
+        self.assertTrue(self.has(self.pulled.rpartition("/")[2]))
+
+    def test_what_is_cached_is_pulled_also_if_no_file_can_be_hashed(self) -> None:
+        """
+        A file of another size than was told has to be.
+        """
+        digest = self.pulled.rpartition("/")[2]
+        with self.file_of(digest).open("r+b") as file:
+            file.truncate(1000)
+        hands = Hands()
+        self.start(disk=Disk(at_once, at_once, at_once, self.bounded(hands), at_once, at_once))
+        self.assertWhole(self.patiently(self.pulled), self.blob, "BYPASS")
+        self.file_of(digest).write_bytes(self.blob)
 
     def test_once_it_is_known_nobody_waits(self) -> None:
         self.hang()

@@ -19,7 +19,9 @@ from twisted.logger import capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.cache import allocation
+from ecrproxy.cache.claim import Claim
 from ecrproxy.cache.content import DigestMismatchError
+from ecrproxy.cache.directory import arriving_path
 from ecrproxy.cache.entries import ANSWERS_LIMIT, Entry, EntryKey
 from ecrproxy.cache.index import Index
 from ecrproxy.cache.scrub import scrub
@@ -289,6 +291,18 @@ class StartTests(StoreTests):
         self.assertEqual([(old, 0.0), (new, START)], [(each.what, each.used) for each in again.candidates()])
         self.assertEqual((b"x", b"yz"), (read(again, old), read(again, new)))
 
+    def test_what_root_makes_belongs_to_the_owner_of_the_directory(self) -> None:
+        """
+        twistd --uid starts as root, and is another user when the first file comes.
+        """
+        given = dict[str, tuple[int, int]]()
+        self.patch(os, "geteuid", lambda: 0)
+        self.patch(os, "chown", lambda path, *ids: given.update({Path(path).name: ids}))
+        root = scratch(self)
+        self.reopened(root)
+        owner = root.stat().st_uid, root.stat().st_gid
+        self.assertEqual((owner, owner), (given["content"], given["arriving"]))
+
 
 class WriterTests(StoreTests):
     """
@@ -504,6 +518,25 @@ class ContentTests(StoreTests):
             self.assertEqual(replaced, self.path_of(digest).exists())
             self.assertIsNone(self.store.proofs.verdict(digest, content.status))
             content.close()
+
+    def test_is_purged_also_while_a_process_has_the_claim_or_no_file_can_be_made(self) -> None:
+        """
+        Its writer is about to end its claim, or another process looks whether it is there; the disk has no inode.
+        """
+        digest = put(self.store, b"x")
+        path = self.store.root / arriving_path(digest)
+        claim = Claim.take(path)
+        assert claim is not None
+        self.assertTrue(self.store.unlink(digest))
+        claim.end()
+        digest = put(self.store, b"y")
+        opens = os.open
+
+        def full(path: Any, flags: int, *args: Any) -> int:
+            return failing(errno.ENOSPC)() if flags & os.O_CREAT else opens(path, flags, *args)
+
+        self.patch(os, "open", full)
+        self.assertTrue(self.store.unlink(digest))
 
     def test_a_link_in_contents_place_leads_nowhere(self) -> None:
         """

@@ -37,8 +37,7 @@ from twisted.python.failure import Failure
 from twisted.python.threadpool import ThreadPool
 from twisted.trial.unittest import SynchronousTestCase
 
-import ecrproxy.tap
-from ecrproxy import __version__, tap
+from ecrproxy import __version__, serving, tap
 from ecrproxy.cache import index
 from ecrproxy.cache.condition import FRESH_SECONDS
 from ecrproxy.cache.janitor import Janitor
@@ -484,8 +483,8 @@ class WrongSettingTests(TapCase):
             stores.append(store)
             return hung.wait()
 
-        for name in ("START_SECONDS", "SIZE_SECONDS"):
-            self.patch(ecrproxy.tap, name, 0.05)
+        self.patch(serving, "START_SECONDS", 0.05)
+        self.patch(tap, "SIZE_SECONDS", 0.05)
         self.patch(Store, "begin", hang)
         self.patch(shutil, "disk_usage", lambda _: hung.wait())
         self.run_with()
@@ -503,7 +502,7 @@ class WrongSettingTests(TapCase):
         """
         logged = list[str]()
         self.patch(fcntl, "flock", lambda *_: None)
-        self.patch(ecrproxy.tap.log, "warn", lambda text, **values: logged.append(text.format(**values)))
+        self.patch(serving.log, "warn", lambda text, **values: logged.append(text.format(**values)))
         told = f"PROXY_CACHE_DIR={self.environ['PROXY_CACHE_DIR']!r}: the file system has no working flock(2)"
         self.assert_dies(told, PROXY_WORKER_PROCESSES="2")
         self.assertEqual([], logged)
@@ -722,7 +721,7 @@ class CredentialsTests(TapCase):
         self.start()
         for hook, args, kwargs in self.reactor.whenRunningHooks:
             hook(*args, **kwargs)
-        self.assertEqual({signal.SIGTERM, signal.SIGINT, signal.SIGHUP}, told[0])
+        self.assertEqual({signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1}, told[0])
 
     def test_aws_being_down_does_not_end_the_daemon(self) -> None:
         """

@@ -4,12 +4,15 @@ The worker processes, as the parent starts, hears and ends them.
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
+import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from twisted.internet.defer import Deferred
@@ -21,7 +24,7 @@ from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.admin.readings import FIGURES
-from ecrproxy.daemon.inherited import CHANNEL_FD, SOCKETS_FD, VARIABLE
+from ecrproxy.daemon.inherited import CHANNEL_FD, HELD_BACK, SOCKETS_FD, VARIABLE
 from ecrproxy.metrics import Gathered
 from ecrproxy.readiness import Readiness
 from ecrproxy.settings.options import Options
@@ -43,6 +46,7 @@ from ecrproxy.workers.processes import (
     FIRST_PAUSE,
     LONGEST_PAUSE,
     SILENT_SECONDS,
+    STARTING_SECONDS,
     STEADY_SECONDS,
     Workers,
 )
@@ -189,21 +193,14 @@ class WorkersTestCase(SynchronousTestCase):
 
 
 class StartTests(WorkersTestCase):
-    def test_a_worker_that_starts_keeps_being_told_to_read_again_for_later(self) -> None:
+    def test_signals_to_all_processes_do_not_end_a_worker_that_starts(self) -> None:
         """
-        SIGHUP waits until it has a handler; the first process takes its own as ever.
-        """
-        self.workers.startService()
-        self.assertEqual([{signal.SIGHUP}] * 3, [each & {signal.SIGHUP} for each in self.reactor.blocked])
-        self.assertNotIn(signal.SIGHUP, signal.pthread_sigmask(signal.SIG_BLOCK, []))
-
-    def test_sighup_does_not_end_a_worker_that_starts(self) -> None:
-        """
-        It waits until there is a handler; the parent takes its own as ever.
+        They stay pending until there is a handler; the parent takes its own as ever.
         """
         self.workers.startService()
-        self.assertEqual([{signal.SIGHUP}] * 3, [each & {signal.SIGHUP} for each in self.reactor.blocked])
-        self.assertNotIn(signal.SIGHUP, signal.pthread_sigmask(signal.SIG_BLOCK, []))
+        self.assertEqual({signal.SIGHUP, signal.SIGINT, signal.SIGUSR1}, HELD_BACK)
+        self.assertEqual([HELD_BACK] * 3, [each & HELD_BACK for each in self.reactor.blocked])
+        self.assertEqual(set(), HELD_BACK & signal.pthread_sigmask(signal.SIG_BLOCK, []))
 
     def test_there_are_as_many_as_were_asked_for(self) -> None:
         """
@@ -224,9 +221,23 @@ class StartTests(WorkersTestCase):
         self.make(1, flags).startService()
         (process,) = self.reactor.spawned
         self.assertEqual(sys.executable, process.program)
-        self.assertEqual([sys.executable, "-c"], process.arguments[:2])
-        self.assertIn("twistd", process.arguments[2])
-        self.assertEqual(["-n", "--pidfile=", "ecr-proxy", *flags], process.arguments[3:])
+        self.assertEqual([sys.executable, "-P", "-c"], process.arguments[:3])
+        self.assertIn("twistd", process.arguments[3])
+        self.assertEqual(["-n", "--pidfile=", "ecr-proxy", *flags], process.arguments[4:])
+
+    def test_nothing_is_imported_from_the_working_directory(self) -> None:
+        """
+        Whoever can write there would run code in a worker, and a file like C{secrets.py} keep it from starting.
+        """
+        self.make(1).startService()
+        (process,) = self.reactor.spawned
+        python = process.arguments[: process.arguments.index("-c")]
+        with TemporaryDirectory() as folder:
+            found = subprocess.run(
+                [*python, "-c", "import sys; print(sys.path)"], cwd=folder, capture_output=True, check=True, text=True
+            )
+            self.assertNotIn("''", found.stdout)
+            self.assertNotIn(folder, found.stdout)
 
     def test_each_inherits_what_is_named_and_nothing_else(self) -> None:
         """
@@ -327,6 +338,25 @@ class RestartTests(WorkersTestCase):
         self.reactor.running[0].end()
         self.reactor.advance(FIRST_PAUSE)
         self.assertEqual(3, len(self.reactor.running))
+
+    def test_of_one_that_cannot_be_heard_is_once(self) -> None:
+        """
+        The parent has no descriptor left for the channel: the worker is killed, and its place filled as ever.
+        """
+        adopt = self.reactor.adoptStreamConnection
+        self.reactor.running[0].end()
+
+        def refuse(*_: object) -> None:
+            raise OSError(errno.EMFILE, "Too many open files")
+
+        self.reactor.adoptStreamConnection = refuse  # type: ignore[method-assign,assignment]
+        self.reactor.advance(FIRST_PAUSE)
+        deaf = self.reactor.spawned[-1]
+        self.assertEqual(["KILL"], deaf.signals)
+        self.reactor.adoptStreamConnection = adopt  # type: ignore[method-assign]
+        deaf.end(ProcessTerminated(None, 9))
+        self.reactor.advance(LONGEST_PAUSE)
+        self.assertEqual((3, 5), (len(self.reactor.running), len(self.reactor.spawned)))
 
     def test_that_fails_is_tried_again(self) -> None:
         """
@@ -466,12 +496,14 @@ class ChannelTests(WorkersTestCase):
         self.reactor.advance(10 * SILENT_SECONDS)
         self.assertEqual([[], []], [process.signals for process in others])
 
-    def test_a_worker_that_starts_slowly_is_not_killed_for_it(self) -> None:
+    def test_a_worker_that_starts_slowly_is_killed_only_when_it_hangs(self) -> None:
         self.reactor.spawned[0].end()
         self.reactor.advance(FIRST_PAUSE)
-        for _ in range(2 * SILENT_SECONDS):
+        for _ in range(STARTING_SECONDS - 1):
             self.reactor.advance(1)
         self.assertEqual([], self.reactor.spawned[-1].signals)
+        self.reactor.advance(1)
+        self.assertEqual(["KILL"], self.reactor.spawned[-1].signals)
 
     def test_all_are_told_what_to_read_again(self) -> None:
         self.reactor.spawned[0].end()

@@ -1,16 +1,16 @@
 """
-What is arriving: a file for each digest, named by it, and a claim beside it, for all processes in the directory.
+Files that are being downloaded: one for each digest, with a claim beside it, for all processes on the directory.
 
 Rules:
 
 - C{arriving/D} is the data, of its full size from the start; C{arriving/D.claim} has the writer's lock and its record.
-- Whoever wants a digest claims it. One process gets the claim and writes; the others follow its record.
-- The kernel drops the lock with the process. A transfer whose claim is free is I{interrupted}: the next process that
-  wants the digest takes it over, hashes what is there, and fetches what is missing.
-- Content is looked for again after the claim was had: its writer may have just finished.
-- What a record tells of is hashed before it is part of a complete response. The digest of the whole decides.
-- Only who holds the claim writes or removes the data, or removes content that is bad.
-- Whoever has data open has it locked, so nothing that is being sent is evicted.
+- A process that needs a digest claims it. One gets the claim and writes; the others follow its record.
+- The kernel releases the lock with the process. A transfer whose claim is free is I{interrupted}: the next process that
+  needs the digest resumes it, hashes the data, and fetches what is missing.
+- After taking a claim, look for the content again: its writer may have just finished.
+- Bytes that a record tells of are hashed before they complete a response. The digest of the whole decides.
+- Only the holder of the claim writes or removes the data, or removes bad content.
+- Whoever has the data open holds a shared lock on it, so that nothing is evicted while it is sent.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ from ecrproxy.cache.writer import Writer
 from ecrproxy.oci import Digest
 
 LEFT_SECONDS: Final = 24 * 3600
-"""How long an interrupted transfer is kept: clients that want it come back sooner."""
+"""Seconds for which an interrupted transfer is kept: clients that need it retry sooner."""
 _PROBE: Final = "probe."
 _YOUNG_SECONDS: Final = 60
-"""Seconds for which a probe, which has no lock, may be another process's."""
+"""Seconds for which a probe may still be in use by another process: probes have no lock."""
 
 
 class Left(NamedTuple):
     """
-    What an interrupted transfer is good for.
+    What can be resumed of an interrupted transfer.
 
-    @ivar size: the bytes that the blob was announced with.
-    @ivar gaps: the stretches of it that are missing, one at least.
+    @ivar size: announced size of the blob, in bytes.
+    @ivar gaps: the ranges that are missing, at least one.
     """
 
     size: int
@@ -55,7 +55,7 @@ class Left(NamedTuple):
 
 class Met(enum.Enum):
     """
-    What keeps a process from claiming a digest.
+    Why a digest can't be claimed.
     """
 
     CONTENT = "it is content"
@@ -64,7 +64,7 @@ class Met(enum.Enum):
 
 class Arriving:
     """
-    The transfers under way, and those that were interrupted.
+    The transfers in progress, and those that were interrupted.
     """
 
     def __init__(self, directory: Directory) -> None:
@@ -72,9 +72,9 @@ class Arriving:
 
     def claim(self, digest: Digest) -> Claim | PeerTransfer | Met:
         """
-        Claim a digest; or give what is there instead: another process's transfer, to be closed.
+        Claim a digest. If another process holds the claim, return its transfer, which has to be closed.
 
-        @raise OSError: if the disk fails, or has no locks.
+        @raise OSError: if the disk fails, or does not support locks.
         """
         data = self._data(digest)
         claim = Claim.take(data)
@@ -91,7 +91,7 @@ class Arriving:
             claim.record = _resumable(claim)
             if claim.record is not None:
                 with contextlib.suppress(OSError):
-                    claim.tell(replace(claim.record, state=State.CLAIMED))
+                    claim.write(replace(claim.record, state=State.CLAIMED))
         except BaseException:
             claim.release()
             raise
@@ -99,7 +99,7 @@ class Arriving:
 
     def hold(self, digest: Digest) -> Claim | None:
         """
-        Claim a digest to remove its content; none if another process has the claim.
+        Claim a digest in order to remove its content. None if another process holds the claim.
 
         @raise OSError: if the disk fails.
         """
@@ -111,31 +111,32 @@ class Arriving:
 
     def let_go(self, claim: Claim) -> None:
         """
-        Let go of a claim that nothing was brought in with; an interrupted transfer stays for the next.
+        Release a claim without having written. An interrupted transfer is kept for the next holder, all else removed.
         """
         claim.drop() if _resumable(claim) is None else claim.release()
 
     def left(self, claim: Claim) -> Left | None:
         """
-        See what an earlier holder of a claim has left.
+        Return what an earlier holder of the claim left to resume.
         """
         record = claim.record
         return Left(record.size, record.resumable.gaps(record.size)) if record is not None else None
 
     def begin(self, claim: Claim, digest: Digest, size: int) -> Writer:
         """
-        Begin a file. What an earlier holder of the claim has left is removed.
+        Create the data. Data of an earlier holder of the claim is removed.
 
-        @param size: in bytes; so many are taken of the disk at once, where the file system can do that.
-        @raise OSError: if the disk has no room for them, or fails. The claim is still held then.
+        @param size: in bytes; allocated at once, where the file system supports that.
+        @raise OSError: if the disk is full, or fails. The claim is still held then.
         """
+        claim.check()
         with contextlib.suppress(OSError):
             claim.data.unlink()
         fd = open_in_place(claim.data, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         try:
-            share(fd, claim.data)
+            _share(fd, claim)
             if size:
-                allocate(fd, size)  # a disk too full says so now, not in the middle
+                allocate(fd, size)  # so that a full disk fails the transfer now, not in the middle
             writer = Writer(self.directory, claim, digest, size, fd)
             writer.begin()
         except BaseException:
@@ -147,7 +148,7 @@ class Arriving:
 
     def resume(self, claim: Claim, digest: Digest, size: int) -> Writer | None:
         """
-        Go on with what an earlier holder of a claim has left; none if it is of another size, or there is nothing.
+        Resume the data of an earlier holder of the claim. None if there is none, or its size is another.
 
         @raise OSError: if the disk fails. The claim is still held then.
         """
@@ -158,9 +159,9 @@ class Arriving:
 
     def take_over(self, peer: PeerTransfer, digest: Digest) -> Writer | None:
         """
-        Go on with another process's transfer, whose writer has exited; none if it has to be looked at again.
+        Resume another process's transfer, whose writer has exited. None if it has to be looked at again.
 
-        @raise OSError: if the disk fails, or there is nothing to go on with.
+        @raise OSError: if the disk fails, or there is nothing to resume.
         """
         claim = Claim.take(peer.data, make=False)
         if claim is None:
@@ -170,15 +171,16 @@ class Arriving:
             record = claim.read()
             if record is not None and record.state not in (State.CLAIMED, State.ARRIVING):
                 return None
-            if record is None or not peer.is_in_place():
-                raise OSError(errno.ESTALE, "the file or its record is another one")
+            if record is None or not record.size or not peer.is_in_place():
+                raise OSError(errno.ESTALE, "nothing can be resumed, or the file is another one")
             writer = self._go_on(claim, digest, os.dup(peer.fileno()), record)
             undone.pop_all()
             return writer
 
     def _go_on(self, claim: Claim, digest: Digest, fd: int, record: Record) -> Writer:
         try:
-            share(fd, claim.data)
+            claim.check()
+            _share(fd, claim)
             writer = Writer(self.directory, claim, digest, record.size, fd)
             writer.begin(record)
         except BaseException:
@@ -189,14 +191,14 @@ class Arriving:
 
     def _find_content(self, digest: Digest) -> Met | None:
         """
-        See whether there is a file of content that this process would open, or one that is about to be evicted.
+        Find out whether the digest is content, or is being evicted. The claim is held.
 
-        One that it knows to be bad is removed: the claim is held.
+        Content that this process knows to be bad is removed, and does not count.
         """
         path = self.directory.content(digest)
         try:
             fd = open_in_place(path, os.O_RDONLY)
-        except OSError:  # also what can't be opened is replaced
+        except OSError:  # content that can't be opened is replaced
             return None
         try:
             if not share(fd, path):
@@ -211,13 +213,13 @@ class Arriving:
 
     def sweep(self) -> None:
         """
-        Remove what is of no use, and count the interrupted transfers that stay.
+        Remove what can't be used, and add the interrupted transfers that stay to the index.
 
-        Of no use are those that are a day old, can't be gone on with, or are of what is content; and reservations of
-        which nothing is there. Probes have no lock; another process may be about to read a young one.
+        Removed are transfers that are a day old, can't be resumed, or whose digest is content by now; reservations
+        without a file; and old probes.
         """
         reserved: dict[str, Reserved] = {}
-        with contextlib.suppress(OSError):  # before the look: a claim is there before its reservation
+        with contextlib.suppress(OSError):  # first: a claim exists before its reservation
             reserved = {each.what.name: each for each in self.directory.index.arriving()}
         names = set(reserved)
         for path in self._names():
@@ -236,9 +238,9 @@ class Arriving:
 
     def _is_of_no_use(self, name: str, known: Reserved | None) -> bool:
         """
-        Return True if there is nothing of a transfer, or nothing any more.
+        Return True if nothing is left of a transfer; what can't be used is removed.
 
-        @param known: what the index knew of it before.
+        @param known: its reservation in the index, as of the begin of the sweep.
         """
         digest, data = _digest_of(self.folder / name), self.folder / name
         if digest is None or not (os.path.lexists(data) or os.path.lexists(claim_path(data))):
@@ -263,10 +265,10 @@ class Arriving:
 
     def remove(self, name: str) -> bool:
         """
-        Remove an interrupted transfer, unless some process writes it, or waits for it to go on.
+        Remove an interrupted transfer, unless a process has claimed or follows it.
 
         @return: whether it is gone.
-        @raise OSError: if that can't be done.
+        @raise OSError: if it can't be removed.
         """
         try:
             claim = Claim.take(self.folder / name, make=False)
@@ -290,9 +292,19 @@ class Arriving:
             yield from sorted(self.folder.iterdir())
 
 
+def _share(fd: int, claim: Claim) -> None:
+    """
+    Lock the data of a claim against removal.
+
+    @raise OSError: if it is being removed.
+    """
+    if not share(fd, claim.data):
+        raise OSError(errno.ESTALE, "the data is another file")
+
+
 def _resumable(claim: Claim) -> Record | None:
     """
-    Return the record of a claim whose data can be gone on with.
+    Return the record of a claim if its data can be resumed.
     """
     record = claim.read()
     if record is None or record.state in (State.CONTENT, State.FAILED):
@@ -309,7 +321,7 @@ def _resumable(claim: Claim) -> Record | None:
 
 def _digest_of(path: Path) -> Digest | None:
     """
-    Return the digest that a file in arriving/ is of.
+    Return the digest of a file in arriving/. None if its name is of another kind.
     """
     try:
         return Digest.parse(path.name.removesuffix(SUFFIX).replace("-", ":", 1))
@@ -319,9 +331,9 @@ def _digest_of(path: Path) -> Digest | None:
 
 def sweep_ingest(folder: Path) -> int:
     """
-    Remove what earlier versions have left in C{ingest/}, whose files were locked by their writers.
+    Remove what earlier versions left in C{ingest/}. Files that a running daemon of such a version writes are locked.
 
-    @return: how many files went.
+    @return: how many files were removed.
     """
     removed = 0
     with contextlib.suppress(OSError):
@@ -329,7 +341,7 @@ def sweep_ingest(folder: Path) -> int:
             with contextlib.suppress(OSError):
                 fd = open_in_place(path, os.O_RDWR)
                 try:
-                    if own(fd, path):  # else a daemon of such a version runs beside this one
+                    if own(fd, path):  # else a daemon of such a version is running
                         path.unlink()
                         removed += 1
                 finally:

@@ -5,6 +5,7 @@ The right to write the file of one digest: a lock that one process in the direct
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 from pathlib import Path
@@ -15,17 +16,17 @@ from ecrproxy.cache.record import RECORD, UNKNOWN_BOOT, Record, Reservation
 
 SUFFIX: Final = ".claim"
 _READS: Final = 3
-"""Times that a record is read if it was being written meanwhile."""
+"""Attempts to read a record that is being written."""
 
 
 class Claim:
     """
-    A claim that this process holds: only its holder writes the record, and writes or removes the data.
+    A claim that this process holds. Only the holder writes the record, and writes or removes the data.
 
     @ivar data: the path of the data.
     @ivar path: the path of the claim.
-    @ivar record: what an earlier holder has left, if its data can be gone on with.
-    @ivar reservation: names the room that the data takes.
+    @ivar record: what an earlier holder left, if its data can be resumed.
+    @ivar reservation: identifies the disk space that the data takes.
     """
 
     def __init__(self, data: Path, fd: int) -> None:
@@ -36,21 +37,24 @@ class Claim:
     @classmethod
     def take(cls, data: Path, *, make: bool = True) -> Claim | None:
         """
-        Claim the digest whose data is, or will be, at C{data}; none if another process holds the claim.
+        Claim the digest whose data is, or will be, at C{data}. None if another process holds the claim.
 
-        @param make: whether to make a claim where there is none.
-        @raise FileNotFoundError: if there is none, or no folder for it.
-        @raise OSError: if the disk fails, or has no locks.
+        @param make: whether to create the claim if it does not exist.
+        @raise FileNotFoundError: if it does not exist and is not to be created, or its folder does not exist.
+        @raise OSError: if the disk fails, or does not support locks.
         """
         path = claim_path(data)
         while True:
-            fd = open_in_place(path, os.O_RDWR | (os.O_CREAT if make else 0))
+            fd, made = _open(path, make=make)
             try:
                 if own(fd, path):
                     return cls(data, fd)
                 replaced = not is_in_place(fd, path)
             except OSError:
-                _undo(fd, path)
+                if made:  # on a file system without locks, leave no claim behind
+                    with contextlib.suppress(OSError):
+                        path.unlink()
+                os.close(fd)
                 raise
             os.close(fd)
             if not replaced:
@@ -62,9 +66,9 @@ class Claim:
         """
         return read_record(self._fd)
 
-    def tell(self, record: Record) -> None:
+    def write(self, record: Record) -> None:
         """
-        Write the record.
+        Write the record, over the one before.
 
         @raise OSError: if the disk fails.
         """
@@ -72,7 +76,7 @@ class Claim:
 
     def allocate(self) -> None:
         """
-        Give the claim its full length, so that no later record lacks room.
+        Allocate the full length of the claim, so that later records fit even on a full disk.
 
         @raise OSError: if the disk fails.
         """
@@ -80,48 +84,62 @@ class Claim:
 
     def release(self) -> None:
         """
-        Let others claim it. What is there stays for them.
+        Release the claim. The data stays for the next holder.
         """
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
             os.close(fd)
 
+    def check(self) -> None:
+        """
+        Check that the claim was not removed by others: another process may hold the next one.
+
+        @raise OSError: if it was.
+        """
+        if not is_in_place(self._fd, self.path):
+            raise OSError(errno.ESTALE, "the claim was removed")
+
     def drop(self) -> None:
         """
-        Remove data and claim.
+        Remove data and claim. If the claim was removed by others, the data may belong to the next holder, and stays.
         """
         if self._fd >= 0:
             with contextlib.suppress(OSError):
-                self.data.unlink(missing_ok=True)
+                self.check()
+                self.data.unlink()
             self.end()
 
     def end(self) -> None:
         """
-        Remove the claim. The data has its place, or there is none.
+        Remove the claim, and leave the data.
         """
         if self._fd >= 0:
             with contextlib.suppress(OSError):
-                if is_in_place(self._fd, self.path):  # else somebody has removed the directory
-                    self.path.unlink()
+                self.check()
+                self.path.unlink()
             self.release()
 
-    # A thread may have claimed it for a transfer that was given up meanwhile.
+    # A thread may have taken it for a transfer that was given up in the meantime.
     __del__ = release
 
 
-def _undo(fd: int, path: Path) -> None:
+def _open(path: Path, *, make: bool) -> tuple[int, bool]:
     """
-    Leave no claim on a file system without locks.
+    Open a claim, or create it. Returns the descriptor, and whether it was created.
     """
-    with contextlib.suppress(OSError):
-        if not os.fstat(fd).st_size:
-            path.unlink()
-    os.close(fd)
+    while True:
+        try:
+            return open_in_place(path, os.O_RDWR), False
+        except FileNotFoundError:
+            if not make:
+                raise
+        with contextlib.suppress(FileExistsError):  # another process has just created it
+            return open_in_place(path, os.O_RDWR | os.O_CREAT | os.O_EXCL), True
 
 
 def read_record(fd: int) -> Record | None:
     """
-    Read an open claim's record; none if it has none, or it can't be read.
+    Read the record of an open claim. None if there is none, or it can't be read.
     """
     for _ in range(_READS):
         with contextlib.suppress(OSError):
@@ -133,14 +151,16 @@ def read_record(fd: int) -> Record | None:
 
 def claim_path(data: Path) -> Path:
     """
-    Name the claim of the data at C{data}.
+    Return the path of the claim for the data at C{data}.
     """
     return data.with_name(data.name + SUFFIX)
 
 
 def boot_id() -> bytes:
     """
-    Name the current start of the machine. Bytes that were written since then are as they were written, synced or not.
+    Return an id that changes with each start of the machine.
+
+    Bytes that were written under the current id can be read back, whether they were synced or not.
     """
     try:
         return bytes.fromhex(Path("/proc/sys/kernel/random/boot_id").read_text("ascii").replace("-", ""))

@@ -1,5 +1,5 @@
 """
-Verified files, as those who read them have them: open, shared, and not evicted meanwhile.
+Verified files that are open for reading. They are shared, and not evicted meanwhile.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 class DigestMismatchError(Exception):
     """
-    The bytes are not those that the digest names.
+    The bytes do not match the digest.
     """
 
 
 class UnreadError(Exception):
     """
-    Content was not read whole, for a reason that says nothing about its bytes.
+    Content was not read to its end, for a reason that says nothing about its bytes.
     """
 
 
@@ -31,7 +31,7 @@ class Content:
     """
     One open file of content. While it is open it stays readable and is not evicted.
 
-    @param status: what the file was when it was opened.
+    @param status: of the file when it was opened.
     @ivar size: in bytes.
     """
 
@@ -43,19 +43,19 @@ class Content:
     @property
     def proved(self) -> bool:
         """
-        Tell whether it is known to be what its digest names.
+        Return True if the content was verified since it was modified last.
         """
         return self._store.proofs.verdict(self.digest, self.status) is True
 
     def fileno(self) -> int:
         """
-        Hand out the file descriptor, for reading at offsets.
+        Return the file descriptor, for reading at offsets.
         """
         return self._file.fd
 
     def read(self) -> bytes:
         """
-        Read all of it: small content, which is held in memory.
+        Read small content to its end.
 
         @raise UnreadError: if it has more than C{MANIFEST_LIMIT} bytes, or fewer than when it was opened.
         """
@@ -71,7 +71,9 @@ class Content:
 
     def share(self) -> Content:
         """
-        Hand out the file once more, to be closed by itself.
+        Return another handle to the same file. Each has to be closed.
+
+        @raise UnreadError: if this one is closed.
         """
         file = self._file.share()
         if file is None:
@@ -82,19 +84,19 @@ class Content:
         """
         Hash the bytes from C{offset} on, up to C{limit}.
 
-        @return: how many there were.
+        @return: the number of bytes hashed, 0 at the end.
         """
         return hash_range(self._file.fd, state, offset, limit)
 
     def settle(self, state: Any) -> bool:  # noqa: ANN401
         """
-        Hold the hash of all its bytes against the digest, and note that it was found right.
+        Compare the hash of all bytes with the digest, and note that the content is verified.
 
-        @return: false if the file was changed meanwhile: then nothing is said.
-        @raise DigestMismatchError: if it is not what its digest names.
+        @return: False if the file was modified meanwhile: then nothing is noted.
+        @raise DigestMismatchError: if they differ.
         """
         if state.hexdigest() != self.digest.hex:
-            raise DigestMismatchError("it is not what it was")
+            raise DigestMismatchError("its bytes have changed")
         before, self.status = self.status, os.fstat(self._file.fd)
         changed = self.status.st_mtime_ns != before.st_mtime_ns and not is_marked(self.status)
         if not changed:
@@ -105,27 +107,27 @@ class Content:
 
     def drop(self, why: Exception) -> None:
         """
-        Take the file out of the cache: it is bad. If it can't be, it is not opened again.
+        Remove the file, which is bad, from the cache. If that fails, this process does not open it again.
         """
         self._store.drop(self.digest, self.status, why)
 
     def close(self) -> None:
         """
-        Let go of the file.
+        Close this handle.
         """
         if self._open:
             self._open = False
             self._file.let_go()
 
-    # A thread may open a file for a client who has gone meanwhile: nobody is left to close it then.
+    # A thread may have opened the file for a client that has disconnected: nothing else closes it then.
     __del__ = close
 
 
 class OpenFile:
     """
-    A file descriptor that several may hold: closed with the last of them.
+    A file descriptor with a reference count.
 
-    @param status: tells which file it is.
+    @param status: of the file.
     """
 
     def __init__(self, fd: int, status: os.stat_result) -> None:
@@ -134,13 +136,13 @@ class OpenFile:
 
     def is_same(self, status: os.stat_result) -> bool:
         """
-        Tell whether C{status} is of this file.
+        Return True if C{status} is of this file.
         """
         return self._identity == (status.st_ino, status.st_dev)
 
     def share(self) -> OpenFile | None:
         """
-        Hold it as well; none if it has been closed.
+        Add a reference. None if the descriptor is closed.
         """
         with self._lock:
             if not self._holders:
@@ -150,7 +152,7 @@ class OpenFile:
 
     def let_go(self) -> None:
         """
-        Release it; the last one closes it.
+        Release one reference; close the descriptor with the last.
         """
         with self._lock:
             self._holders -= 1
@@ -163,7 +165,7 @@ def hash_range(fd: int, state: Any, offset: int, limit: int) -> int:  # noqa: AN
     """
     Hash the bytes of an open file from C{offset} on, up to C{limit}.
 
-    @return: how many there were.
+    @return: the number of bytes hashed, 0 at the end.
     """
     end = offset + limit
     at = offset

@@ -1,5 +1,5 @@
 """
-What all that brings files into the cache directory has in common.
+What writers of the cache directory have in common.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 @dataclass(slots=True)
 class Directory:
     """
-    A cache directory and what is known of it.
+    A cache directory, and what is known about it.
 
-    @ivar now: seconds since the epoch.
-    @ivar index: counts what is there.
-    @ivar proofs: told of what has become content.
-    @ivar troubles: told of a disk that fails.
-    @ivar boot: boot id of the machine.
+    @ivar now: returns seconds since the epoch.
+    @ivar index: is told of each file.
+    @ivar proofs: is told of files that were verified.
+    @ivar troubles: is told of disk errors.
+    @ivar boot: see L{claim.boot_id}.
     """
 
     root: Path
@@ -39,20 +39,20 @@ class Directory:
 
     def content(self, digest: Digest) -> Path:
         """
-        Return the path of the verified file of C{digest}.
+        Return the path of the content of C{digest}.
         """
         return self.root / content_path(digest)
 
 
 def content_path(digest: Digest) -> str:
     """
-    Name the file of C{digest}, relative to the cache directory.
+    Return the path of the content of C{digest}, relative to the cache directory.
     """
     return f"content/{digest.algorithm}/{digest.hex[:2]}/{digest.hex}"
 
 
 def arriving_path(digest: Digest) -> str:
     """
-    Name the file that C{digest} arrives in, relative to the cache directory.
+    Return the path of the data of C{digest} while it is downloaded, relative to the cache directory.
     """
     return f"arriving/{digest.algorithm}-{digest.hex}"

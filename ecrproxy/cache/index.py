@@ -33,9 +33,20 @@ from twisted.logger import Logger
 
 from ecrproxy.cache.directory import content_path
 from ecrproxy.cache.entries import Entry, EntryKey
+from ecrproxy.cache.locks import opened
 from ecrproxy.cache.mounts import find_mount, mountinfo
 from ecrproxy.cache.record import Reservation, Reserved
-from ecrproxy.cache.sqlite import LAYOUT, BusyError, DamagedError, File, Rows, Totals, UnfitError, UnusableError
+from ecrproxy.cache.sqlite import (
+    LAYOUT,
+    BusyError,
+    DamagedError,
+    File,
+    FullError,
+    Rows,
+    Totals,
+    UnfitError,
+    UnusableError,
+)
 from ecrproxy.oci import Digest
 
 log = Logger()
@@ -45,6 +56,8 @@ POINTER: Final = f"index-{LAYOUT}"
 LOCK: Final = "index.lock"
 LATE: Final = 10_000
 """Changes that wait for another try; the oldest are lost when there are more."""
+ROOM: Final = 2**16
+"""Bytes that are evicted where changes find the disk full: pages of the database and of its log."""
 AGAIN_SECONDS: Final = 5.0
 """How often a database that can't be opened is tried again."""
 _NAME: Final = re.compile(rf"{POINTER}-[0-9a-f]{{8}}\.sqlite3")
@@ -83,7 +96,10 @@ class Index:
     @ivar size: bytes of disk that it takes.
     @ivar busy: how many changes had to wait because another process wrote.
     @ivar opened: how many databases it has been: a scrub begins anew with each.
+    @ivar evict: takes a number of bytes out of the directory when the disk is full; false if it can't.
     """
+
+    evict: Callable[[int], bool] = staticmethod(lambda _: False)
 
     def __init__(
         self,
@@ -103,7 +119,7 @@ class Index:
         self._rows, self._files, self._seen = Rows(), tuple[Path, ...](), tuple[object, ...]()
         self._heights = [0, 0]
         self._generation = 0
-        self._everything, self._tried = False, float("-inf")
+        self._everything, self._full, self._tried = False, False, float("-inf")
         self.shared, self.unfit, self._problem = False, False, ""
 
     @property
@@ -150,6 +166,8 @@ class Index:
                 self._before_opening()
                 _refuse_far(root)
                 with locked(root / LOCK):
+                    if old.read_only:  # SQLite would hand its memory, mapped for reading alone, to the next one
+                        old.close()
                     self._rows = self._found(root) or self._made(root)
             except OSError as problem:
                 self._fall_back(problem, old)
@@ -166,7 +184,7 @@ class Index:
         if not self._problem:
             log.warn("The cache's index can't be used: {problem}; going on with one in memory", problem=str(problem))
         self._problem, self.unfit = str(problem), isinstance(problem, UnfitError)
-        if self.shared or not self.opened:
+        if self.shared or not self.opened or old.closed:
             self.shared, self._files, self._rows = False, (), Rows()
             if not isinstance(problem, UnusableError):  # the directory is read-only, or another user's
                 with contextlib.suppress(OSError):
@@ -319,6 +337,7 @@ class Index:
 
     def _catch_up(self) -> None:
         with self._changing:
+            self._full = False
             while self._late:
                 try:
                     self._ask(self._late[0])
@@ -326,6 +345,7 @@ class Index:
                     self.busy += 1
                     return
                 except OSError as problem:
+                    self._full = isinstance(problem, FullError)
                     log.warn("The cache's index can't be written: {problem}", problem=str(problem), once="index")
                     return
                 self._late.popleft()
@@ -338,6 +358,8 @@ class Index:
         """
         self._see()
         self._catch_up()
+        if self._full and self.evict(ROOM):  # not before: whoever evicts has changes to make himself
+            self._catch_up()
         with contextlib.suppress(OSError):
             self.settle_uses()
             return self._news()
@@ -587,7 +609,9 @@ def status_of(path: Path) -> os.stat_result | None:
 
 def give(path: Path, root: Path) -> None:
     """
-    Give a file that root has made to the owner of the cache directory, so that root's commands lock no daemon out.
+    Give what root has made to the owner of the cache directory.
+
+    Root's commands must not lock a daemon out, nor a daemon itself that begins as root (C{twistd --uid}).
     """
     if os.geteuid() == 0:
         with contextlib.suppress(OSError):
@@ -626,9 +650,8 @@ def locked(path: Path) -> Iterator[None]:
 
     @raise OSError: if locks do not work there, or another process holds it for seconds.
     """
-    fd, other = (os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600) for _ in range(2))
-    give(path, path.parent)
-    try:
+    with opened(path) as fd, opened(path) as other:
+        give(path, path.parent)
         for _ in range(_LOCK_TRIES):
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -640,6 +663,3 @@ def locked(path: Path) -> Iterator[None]:
             fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
             raise UnfitError(f"locks do not hold on the file system of {path}; use a local disk")
         yield
-    finally:
-        os.close(fd)
-        os.close(other)

@@ -3,10 +3,12 @@ Locks on files, by flock(2): shared by whoever has a file open, exclusive for wh
 
 Rules:
 
-- A lock belongs to an open file, and goes with its last descriptor: also when its process is killed.
-- It says something about a path only if the path still leads to the locked file: that is looked at afterwards.
-- None is waited for, converted, or released but by close: a conversion that fails would drop the former lock.
-- Whether a file is locked is asked with a shared lock, so that those who ask don't take each other for its owner.
+- A lock belongs to an open file description. The kernel releases it with the last descriptor, also when a process
+  is killed.
+- A lock on an open file says nothing about a path: after locking, compare the open file with what the path leads to.
+- Never wait for a lock, and never convert one: a failed conversion releases the lock that was held. Release it by
+  closing the file only.
+- To find out whether a file is locked exclusively, try a shared lock: those who probe do not see each other.
 """
 
 from __future__ import annotations
@@ -16,14 +18,15 @@ import errno
 import fcntl
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 
 def open_in_place(path: Path | str, flags: int) -> int:
     """
-    Open a regular file, which somebody may have replaced by something else.
+    Open a regular file. Links, pipes and folders in its place are refused, without waiting for anybody.
 
-    @raise OSError: if there is none.
+    @raise OSError: if there is no such file, or it can't be opened.
     """
     fd = os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
@@ -34,25 +37,25 @@ def open_in_place(path: Path | str, flags: int) -> int:
 
 def share(fd: int, path: Path | str) -> bool:
     """
-    Lock an open file against its removal; false if it is about to be removed, or is at C{path} no more.
+    Take a shared lock, which keeps a file from being evicted. False if it is being removed, or C{path} leads elsewhere.
 
-    @raise OSError: if the file system has no locks.
+    @raise OSError: if the file system does not support locks.
     """
     return _lock(fd, fcntl.LOCK_SH) and is_in_place(fd, path)
 
 
 def own(fd: int, path: Path | str) -> bool:
     """
-    Lock an open file for itself; false if others have it open, or it is at C{path} no more.
+    Take the exclusive lock. False if any other open file has a lock on it, or C{path} leads elsewhere.
 
-    @raise OSError: if the file system has no locks.
+    @raise OSError: if the file system does not support locks.
     """
     return _lock(fd, fcntl.LOCK_EX) and is_in_place(fd, path)
 
 
 def is_in_place(fd: int, path: Path | str) -> bool:
     """
-    Tell whether C{path} leads to an open file.
+    Return True if C{path} leads to the open file.
     """
     try:
         return os.path.samestat(os.fstat(fd), os.lstat(path))
@@ -62,7 +65,7 @@ def is_in_place(fd: int, path: Path | str) -> bool:
 
 def is_free(path: Path | str) -> bool:
     """
-    Tell whether nobody owns the file at C{path}; false too if there is none.
+    Return True if the file at C{path} exists, and no process has locked it exclusively.
     """
     try:
         fd = open_in_place(path, os.O_RDONLY)
@@ -78,10 +81,10 @@ def is_free(path: Path | str) -> bool:
 
 def remove_unused(path: Path) -> bool:
     """
-    Unlink a file, unless some process has it open under a lock.
+    Unlink a file, unless a process holds a lock on it.
 
     @return: whether it is gone.
-    @raise OSError: if that can't be done.
+    @raise OSError: if it can't be opened or unlinked.
     """
     try:
         fd = open_in_place(path, os.O_RDONLY)
@@ -98,20 +101,31 @@ def remove_unused(path: Path) -> bool:
 
 def exclude(folder: Path) -> bool:
     """
-    Tell whether locks in C{folder} exclude others: some file systems refuse them, or grant them to everybody.
+    Return True if locks work in C{folder}: some file systems refuse them, or grant each of them.
 
-    @raise OSError: if no file can be made there.
+    @raise OSError: if no file can be created there.
     """
     probe = folder / f"probe.{os.urandom(4).hex()}"
-    fds = [os.open(probe, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600) for _ in range(2)]
     try:
-        with contextlib.suppress(OSError):
-            return _lock(fds[0], fcntl.LOCK_EX) and not _lock(fds[1], fcntl.LOCK_SH)
+        with opened(probe) as one, opened(probe) as other, contextlib.suppress(OSError):
+            return _lock(one, fcntl.LOCK_EX) and not _lock(other, fcntl.LOCK_SH)
         return False
     finally:
-        for fd in fds:
-            os.close(fd)
         probe.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[int]:
+    """
+    Open a file that is there to be locked, created if it is missing, for the duration of the block.
+
+    @raise OSError: if it can't be opened.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def _lock(fd: int, kind: int) -> bool:

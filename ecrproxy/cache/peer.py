@@ -1,5 +1,5 @@
 """
-A transfer that another process writes, as this one reads it.
+Read a transfer that another process writes.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ from ecrproxy.cache.record import Look, Record, State
 
 class PeerTransfer:
     """
-    The data of another process's transfer, open and locked against removal, and its record.
+    The data of another process's transfer, open under a shared lock, and its record.
 
     @ivar data: the path of the data.
-    @ivar record: as it was at the last look.
+    @ivar record: as of the last look.
     """
 
     def __init__(self, data: Path, claim: int, fd: int, record: Record, boot: bytes) -> None:
-        self.data, self._claim, self._fd, self.record, self._boot = data, claim, fd, record, boot
+        self.data, self._path = data, claim_path(data)
+        self._claim, self._fd, self.record, self._boot = claim, fd, record, boot
 
     @classmethod
     def open(cls, data: Path, boot: bytes) -> PeerTransfer | None:
         """
-        Open a transfer; none if its writer has no bytes to show yet, or has finished.
+        Open a transfer. None if its writer has no bytes to show yet, or has finished.
 
-        @param boot: boot id of the machine.
+        @param boot: see L{claim.boot_id}.
         """
         with contextlib.ExitStack() as opened, contextlib.suppress(OSError):
             claim = open_in_place(claim_path(data), os.O_RDONLY)
             opened.callback(os.close, claim)
-            fd = open_in_place(data, os.O_RDWR)  # to write it, if it has to be taken over
+            fd = open_in_place(data, os.O_RDWR)  # writable, for the case that it has to be taken over
             opened.callback(os.close, fd)
             locked = share(fd, data)
             record = read_record(claim)
-            live = record is not None and record.state in (State.ARRIVING, State.VERIFIED)
-            if locked and record is not None and live and os.fstat(fd).st_size == record.size:
+            if locked and record is not None and _is_shown(record, boot) and os.fstat(fd).st_size == record.size:
                 opened.pop_all()
                 return cls(data, claim, fd, record, boot)
         return None
@@ -50,31 +50,31 @@ class PeerTransfer:
     @property
     def size(self) -> int:
         """
-        Tell how many bytes the blob has, as announced.
+        Return the announced size of the blob in bytes.
         """
         return self.record.size
 
     def fileno(self) -> int:
         """
-        Hand out the file descriptor, for reading what was written.
+        Return the file descriptor of the data, for reading.
         """
         return self._fd
 
     def reach(self, offset: int) -> int:
         """
-        Tell up to where all bytes from C{offset} on may be read.
+        Return the offset up to which all bytes from C{offset} on may be read.
         """
         return self.record.reach(offset, self._boot)
 
     def look(self) -> Look:
         """
-        Look how the transfer is getting on. Called in a thread.
+        Read the record again, and probe the claim. Blocks.
         """
-        moved, path = self._see(), claim_path(self.data)
-        in_place = self.is_in_place() and (moved or is_in_place(self._claim, path))
-        free = not moved and is_free(path)
+        moved = self._see()
+        in_place = self.is_in_place() and (moved or is_in_place(self._claim, self._path))
+        free = not moved and is_free(self._path)
         if free or not in_place:
-            moved = self._see() or moved  # its last word comes before it lets go
+            moved = self._see() or moved  # the last record is written before the claim is released
         return Look(self.record, in_place=in_place, free=free, moved=moved)
 
     def _see(self) -> bool:
@@ -84,15 +84,15 @@ class PeerTransfer:
 
     def is_in_place(self) -> bool:
         """
-        Tell whether the data is still the file that was opened.
+        Return True if the path of the data still leads to the file that was opened.
         """
         return is_in_place(self._fd, self.data)
 
     def hash(self, state: Any, offset: int, limit: int) -> int:  # noqa: ANN401 (hashlib's objects have no public type)
         """
-        Hash C{limit} bytes from C{offset} on, which are there.
+        Hash C{limit} bytes from C{offset} on, which may be read.
 
-        @return: how many there were.
+        @return: the number of bytes hashed.
         @raise OSError: if they can't be read.
         """
         count = hash_range(self._fd, state, offset, limit)
@@ -102,12 +102,21 @@ class PeerTransfer:
 
     def close(self) -> None:
         """
-        Let go of the transfer.
+        Close data and claim.
         """
         for fd in (self._claim, self._fd):
             if fd >= 0:
                 os.close(fd)
         self._claim = self._fd = -1
 
-    # A thread may have opened it for a client that has gone.
+    # A thread may have opened it for a client that has disconnected.
     __del__ = close
+
+
+def _is_shown(record: Record, boot: bytes) -> bool:
+    """
+    Return True if the transfer can be followed.
+
+    Verified bytes of before a crash of the machine may not have reached the disk: their writer was killed before fsync.
+    """
+    return record.state is State.ARRIVING or (record.state is State.VERIFIED and record.is_of(boot))

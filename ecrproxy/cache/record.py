@@ -1,9 +1,10 @@
 """
-The record of a transfer, and what those who read it do next. Pure.
+The record of a transfer, and what its readers do next. Pure.
 
 A record stands in the claim of an arriving file. The process that writes the file writes the record after each piece;
 other processes read it to know which bytes they may send. A record proves nothing: a torn one fails its checksum and
-is read again, and a wrong one costs a transfer its head start, never its bytes' rightness.
+is read again. With a wrong one more bytes are fetched than necessary, or the digest does not match and the file is
+dropped.
 """
 
 from __future__ import annotations
@@ -16,21 +17,21 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 WORTH_RESUMING: Final = 2**20
-"""Bytes from which on an interrupted transfer keeps what came: less is fetched again sooner than looked for."""
+"""Smallest blob in bytes whose interrupted transfer is kept: smaller ones are fetched again."""
 UNKNOWN_BOOT: Final = bytes(16)
-"""The boot id on a machine that has none."""
+"""The boot id where the kernel tells none."""
 RECORD: Final = 4096
-"""Bytes of a claim."""
+"""Size of a claim in bytes."""
 POLL_SECONDS: Final = 0.02
-"""Seconds between two looks at a record."""
+"""Seconds between two reads of a record."""
 STALLED_SECONDS: Final = 10.0
-"""How long a writer may make no progress before others fetch the rest without keeping it."""
+"""Seconds without progress of the writer after which others fetch the rest by themselves, without keeping it."""
 _VERSION: Final = 1
 _MAGIC: Final = b"ecrclaim"
 _HEAD: Final = struct.Struct(">8sHBB16sQQQQdHH")
 _SPAN: Final = struct.Struct(">QQ")
 _MOST_SPANS: Final = (RECORD - _HEAD.size - 4) // (2 * _SPAN.size)
-"""A lane leaves one gap; more come of small ranges that were fetched first, and are not told."""
+"""One gap per lane is usual. More come from small ranges that were fetched first; those beyond this are left out."""
 _END_OF_TIME: Final = 2.0**34
 """Seconds since the epoch that are no moment of ours: in nanoseconds they still fit 64 bits."""
 
@@ -39,10 +40,10 @@ Spans = tuple[tuple[int, int], ...]
 
 class Reservation(NamedTuple):
     """
-    Room on the disk that is reserved for one holder of a claim, or taken by what it has left.
+    Disk space that is reserved for the holder of a claim, or taken by what it left.
 
-    @ivar name: of the file in C{arriving/}; holders that follow each other have the same.
-    @ivar token: tells the holders apart: what one of them changes too late is not its successor's.
+    @ivar name: of the file in C{arriving/}; the same for all holders of the claim.
+    @ivar token: different for each holder: a late change of one holder does not affect its successor.
     """
 
     name: str
@@ -51,7 +52,7 @@ class Reservation(NamedTuple):
 
 class Reserved(NamedTuple):
     """
-    A reservation as the index has it.
+    A reservation in the index.
 
     @ivar size: in bytes of disk.
     @ivar written: when an interrupted transfer was written last, in seconds since the epoch; zero for one under way.
@@ -64,18 +65,18 @@ class Reserved(NamedTuple):
 
 class State(enum.IntEnum):
     """
-    How far a transfer has come.
+    The state of a transfer.
     """
 
     CLAIMED = 0
-    """A process has claimed what another has left, and nothing of it may be sent yet."""
+    """A process has claimed what another left, and has not begun to write."""
     ARRIVING = 1
     VERIFIED = 2
-    """All bytes are there and are what the digest names; they may not have reached the disk yet."""
+    """All bytes were written and match the digest. They may not have reached the disk yet."""
     CONTENT = 3
-    """The file has its place in content/."""
+    """The file is in content/."""
     FAILED = 4
-    """The file is of no use."""
+    """The file is removed."""
 
 
 class Why(enum.IntEnum):
@@ -85,9 +86,9 @@ class Why(enum.IntEnum):
 
     NOTHING = 0
     DISK = 1
-    """The bytes that the record shows are right as far as they go."""
+    """The disk failed; the bytes that the record shows can be used."""
     DIGEST = 2
-    """The bytes are not what the digest names."""
+    """The bytes do not match the digest."""
 
 
 _STATES: Final = frozenset(map(int, State))
@@ -96,7 +97,7 @@ _WHYS: Final = frozenset(map(int, Why))
 
 class Stretches:
     """
-    Which bytes of a file are there, where they come in several places at once.
+    The ranges of a file that were written, where several are written at once.
     """
 
     def __init__(self, stretches: Sequence[tuple[int, int]] = ()) -> None:
@@ -107,9 +108,9 @@ class Stretches:
 
     def add(self, start: int, stop: int) -> None:
         """
-        Note that the bytes from C{start} to C{stop} are there.
+        Add the bytes from C{start} to C{stop}.
 
-        @raise ValueError: if there are none between them.
+        @raise ValueError: if the range is empty or reversed.
         """
         if start >= stop:
             raise ValueError(f"no bytes from {start} to {stop}")
@@ -123,13 +124,13 @@ class Stretches:
 
     def end_of(self, offset: int) -> int:
         """
-        Tell up to where all bytes from C{offset} on are there.
+        Return the offset up to which all bytes from C{offset} on were written.
         """
         return next((stop for start, stop in self._stretches if start <= offset <= stop), offset)
 
     def gaps(self, size: int) -> list[tuple[int, int]]:
         """
-        Tell which of the first C{size} bytes are not there.
+        Return which of the first C{size} bytes are missing.
         """
         bounds = [0, *(edge for stretch in self._stretches for edge in stretch), size]
         pairs = zip(bounds[::2], bounds[1::2], strict=True)
@@ -139,16 +140,16 @@ class Stretches:
 @dataclass(frozen=True, slots=True)
 class Record:
     """
-    What a claim says of its transfer.
+    What a claim tells about its transfer.
 
-    @ivar size: bytes of the blob, as announced.
+    @ivar size: announced size of the blob, in bytes.
     @ivar when: time of the last write, in seconds since the epoch.
-    @ivar boot: boot id of the machine when C{shown} was written: see L{claim.boot_id}.
-    @ivar there: the stretches that were written, in order. Under another boot they may not have reached the disk.
-    @ivar shown: the stretches that may be sent, in order: written, or hashed again, under this boot.
-    @ivar hashed: bytes that the writer has hashed, from the first on.
-    @ivar epoch: the writers that the transfer has had.
-    @ivar progress: grows with each write of the record.
+    @ivar boot: the boot id under which C{shown} was written; see L{claim.boot_id}.
+    @ivar there: the ranges that were written, in order. After a restart of the machine they may be lost.
+    @ivar shown: the ranges that may be sent, in order: written, or hashed again, since the machine started.
+    @ivar hashed: bytes that the writer has hashed, from offset 0 on.
+    @ivar epoch: number of writers that the transfer has had.
+    @ivar progress: increases with each write of the record.
     """
 
     size: int
@@ -164,7 +165,7 @@ class Record:
 
     def pack(self) -> bytes:
         """
-        Write it in C{RECORD} bytes at most. Stretches beyond the first hundred are left out.
+        Return the record in C{RECORD} bytes at most. Ranges beyond the first hundred are left out.
         """
         there, shown = self.there[:_MOST_SPANS], self.shown[:_MOST_SPANS]
         counts = (self.epoch, self.progress, self.size, self.hashed, self.when, len(there), len(shown))
@@ -175,7 +176,7 @@ class Record:
     @classmethod
     def unpack(cls, data: bytes) -> Record | None:
         """
-        Read what L{pack} wrote; none if it is anything else, or makes no sense.
+        Read what L{pack} returned. None if it is anything else, or inconsistent.
         """
         if len(data) < _HEAD.size:
             return None
@@ -195,20 +196,20 @@ class Record:
 
     def reach(self, offset: int, boot: bytes) -> int:
         """
-        Tell up to where all bytes from C{offset} on may be sent under C{boot}.
+        Return the offset up to which all bytes from C{offset} on may be sent under C{boot}.
         """
         return Stretches(self.shown if self.is_of(boot) else ()).end_of(offset)
 
     def is_of(self, boot: bytes) -> bool:
         """
-        Return True if what was written is as it was written, whether it has reached the disk or not.
+        Return True if the machine was not restarted since: what was written can be read back.
         """
         return self.boot == boot != UNKNOWN_BOOT
 
     @property
     def resumable(self) -> Stretches:
         """
-        What the next writer takes for there. One byte is always missing: what it costs is that ECR is asked for it.
+        The ranges that the next writer does not fetch. At least one byte is fetched, so that ECR is asked for the blob.
         """
         stretches = Stretches(self.there)
         if stretches.gaps(self.size):
@@ -223,12 +224,12 @@ def _are_spans(spans: Spans, size: int) -> bool:
 
 class Look(NamedTuple):
     """
-    What a process sees of another one's transfer.
+    What a process finds out about another process's transfer.
 
-    @ivar record: none if it never could be read.
-    @ivar in_place: whether claim and data are the files that they were.
+    @ivar record: None if it could never be read.
+    @ivar in_place: whether the paths of claim and data still lead to the same files.
     @ivar free: whether no process holds the claim.
-    @ivar moved: whether the record is another one than at the look before.
+    @ivar moved: whether the record has changed since the last look.
     """
 
     record: Record | None
@@ -239,7 +240,7 @@ class Look(NamedTuple):
 
 class Step(enum.Enum):
     """
-    What a process does that follows another one's transfer.
+    What a follower of another process's transfer does next.
     """
 
     WAIT = "look again"
@@ -251,9 +252,9 @@ class Step(enum.Enum):
 
 def next_step(look: Look, idle: float) -> Step:
     """
-    Choose what to do after a look.
+    Choose what a follower does after a look.
 
-    @param idle: seconds for which the record has not changed.
+    @param idle: seconds since the record changed last.
     """
     record = look.record
     if record is not None and record.state in (State.VERIFIED, State.CONTENT):
@@ -269,8 +270,8 @@ def next_step(look: Look, idle: float) -> Step:
 
 def room_for(size: int) -> int:
     """
-    Tell how many bytes of the disk a blob of C{size} bytes takes while it arrives.
+    Return the bytes of disk to reserve for a blob of C{size} bytes.
 
-    The claim of a small one counts for nothing: it is there for moments.
+    The claim of a small blob is not counted: it exists for moments only.
     """
     return size + RECORD if size >= WORTH_RESUMING else size

@@ -96,7 +96,7 @@ class Scrub(Service):
     """
     Compares the cache directory with its index.
 
-    @param tidy: makes room again, where files were adopted.
+    @param tidy: makes room again, where files were adopted, and once it is known how much there is.
     @param in_thread: where it works; a thread of its own.
     """
 
@@ -157,4 +157,5 @@ class Scrub(Service):
         if not self._store.counted:
             self._store.counted, totals = True, self._store.index.totals
             log.info("The cache holds {total} bytes in {count} files", total=totals.blocks, count=totals.files)
+            self._tidy()
         return False

@@ -36,6 +36,7 @@ PURGES: Final = 10_000
 _BLOCK: Final = 4096
 _DAMAGED: Final = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 _BUSY: Final = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
+_FULL_IN_DETAIL: Final = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE})
 _DAMAGED_IN_DETAIL: Final = frozenset({sqlite3.SQLITE_IOERR_SHORT_READ, sqlite3.SQLITE_READONLY_DBMOVED})
 _ALGORITHMS: Final = ("sha256", "sha512")
 _KINDS: Final = (Kind.MANIFEST, Kind.BLOB)
@@ -117,6 +118,12 @@ class UnusableError(OSError):
     """
 
 
+class FullError(UnusableError):
+    """
+    The disk has no room for what is to be written.
+    """
+
+
 class UnfitError(UnusableError):
     """
     The file system can't have a database that several processes use.
@@ -158,12 +165,15 @@ class Rows:
 
     @param path: its file; none to keep it in memory.
     @param read_only: whether its directory can't be written.
+    @ivar read_only: the same.
+    @ivar closed: whether it was closed.
     @raise OSError: if it can't be opened, is damaged, or its file system can't do WAL (see L{UnusableError}).
     """
 
     def __init__(self, path: Path | None = None, *, read_only: bool = False) -> None:
         self._reading, self._writing = threading.RLock(), threading.RLock()
         self.totals, self._last, self._path = Totals(), 0, path
+        self.read_only, self.closed = read_only, False
         self._repositories: dict[tuple[str, str], int] = {}
         with _explained():
             self._writer = self._reader = _connect(path, read_only=read_only)
@@ -197,6 +207,7 @@ class Rows:
         """
         Close the database. Calls that come later raise L{BusyError}.
         """
+        self.closed = True
         with self._writing, self._reading, contextlib.suppress(sqlite3.Error):
             self._reader.close()
             self._writer.close()
@@ -645,7 +656,7 @@ def explained(problem: sqlite3.Error) -> OSError:
     lacks = code == sqlite3.SQLITE_ERROR and str(problem).startswith(("no such", "table"))  # it is another's database
     if lacks or code in _DAMAGED or detailed in _DAMAGED_IN_DETAIL:
         return DamagedError(str(problem))
-    return UnusableError(str(problem))
+    return (FullError if detailed in _FULL_IN_DETAIL else UnusableError)(str(problem))
 
 
 def _packed(digest: Digest) -> bytes:

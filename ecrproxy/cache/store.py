@@ -36,7 +36,7 @@ from ecrproxy.cache.claim import Claim
 from ecrproxy.cache.content import Content, DigestMismatchError, OpenFile
 from ecrproxy.cache.directory import Directory, content_path
 from ecrproxy.cache.entries import Entry, EntryKey
-from ecrproxy.cache.index import Index, status_of
+from ecrproxy.cache.index import Index, give, status_of
 from ecrproxy.cache.peer import PeerTransfer
 from ecrproxy.cache.proofs import Proofs, is_marked, mark
 from ecrproxy.cache.record import RECORD, Reservation
@@ -141,7 +141,10 @@ class Store:
         Make the directories that are missing.
         """
         for name in ("content", "arriving"):
-            (self.root / name).mkdir(parents=True, exist_ok=True, mode=0o700)
+            path = self.root / name
+            if not path.is_dir():
+                path.mkdir(parents=True, exist_ok=True, mode=0o700)
+                give(path, self.root)
 
     def _anew(self, make: Callable[[], T], size: int) -> T:
         """
@@ -191,16 +194,19 @@ class Store:
             with contextlib.suppress(OSError):
                 probe.unlink()
 
-    def free(self) -> int | None:
+    def holds(self, held: int) -> int | None:
         """
-        Tell how many bytes more the disk can hold, with some to spare: negative if it is too full; none if unknown.
+        Tell how many bytes the disk can hold of the cache, with some to spare; none if unknown.
+
+        @param held: what the cache takes already. As long as that is not known, the disk's size is the answer.
         """
         try:
             disk = os.statvfs(self.root)
         except OSError:
             return None
-        spare = min(_MARGIN, disk.f_blocks * disk.f_frsize // 100)
-        return disk.f_bavail * disk.f_frsize - spare if disk.f_blocks else None
+        size = disk.f_blocks * disk.f_frsize
+        spare = min(_MARGIN, size // 100)
+        return (held + disk.f_bavail * disk.f_frsize if self.counted else size) - spare if size else None
 
     def lacks_inodes(self) -> bool:
         """
@@ -383,7 +389,7 @@ class Store:
                 self.proofs.forget(digest)
                 return
         log.warn("{path} in the cache is dropped: {why}", path=path, why=why)
-        if self._removed(digest, partial(self._unlink_content, digest, status.st_ino)):
+        if self._removed(digest, partial(self._unlink_bad, digest, status.st_ino)):
             self.index.drop([digest])
             self.proofs.forget(digest)
 
@@ -417,12 +423,17 @@ class Store:
 
         @return: whether it is gone.
         """
-        return self._removed(digest, partial(self._unlink_content, digest))
+        return self._removed(digest, (self.root / self.content_path(digest)).unlink)
 
-    def _removed(self, what: Digest | Reservation, unlink: Callable[[], bool]) -> bool:
+    def _removed(self, what: Digest | Reservation, unlink: Callable[[], bool | None]) -> bool:
+        """
+        Return whether a file is gone.
+
+        @param unlink: returns False if it has to stay.
+        """
         try:
             self._see_volume()
-            return unlink()
+            return unlink() is not False
         except FileNotFoundError:
             return True
         except OSError as problem:  # it goes on being counted
@@ -435,7 +446,7 @@ class Store:
             return self.arriving.remove(what.name)
         return locks.remove_unused(self.root / self.content_path(what))
 
-    def _unlink_content(self, digest: Digest, inode: int | None = None) -> bool:
+    def _unlink_bad(self, digest: Digest, inode: int) -> bool:
         """
         Unlink a file of content, if it is still the one with this inode.
 
@@ -446,7 +457,7 @@ class Store:
         if claim is None:
             return False
         try:
-            if inode not in (None, os.lstat(path).st_ino):
+            if inode != os.lstat(path).st_ino:
                 return False
             path.unlink()
             return True

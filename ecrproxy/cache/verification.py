@@ -1,12 +1,12 @@
 """
-One cached file held against its digest, while those who asked for it read it already.
+Verify a cached file while clients are already sent from it.
 
 Rules:
 
-- Nobody starts it twice, and no reader that leaves ends it: what it finds is of use to the next.
-- It goes through the file in steps, each a call of its own, so that other work for the disk has its turn in between.
-- Until the verdict every reader of the whole is kept from its last byte, as with a transfer. If the file is bad they
-  fail, and it is dropped before they hear of it: who asks again gets it anew.
+- There is one verification of a file at a time. Readers that leave do not end it: the next one needs the result.
+- The file is hashed in steps, each a call in a thread, so that other calls get their turn in between.
+- Until the result is known, readers of the whole wait for their last byte, as with a download. If the file is bad, it
+  is dropped first, and then the readers fail: clients that retry get it from ECR.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
     from ecrproxy.threads import InThread
 
 STEP: Final = 4 * 2**20
-"""Bytes hashed at a time."""
+"""Bytes hashed in one call."""
 
 
 class Verification:
     """
-    The verification of one file.
+    Verifies one file.
 
-    @param content: the file, to be closed here.
-    @ivar proved: whether it is what its digest names.
-    @ivar failure: why it isn't.
+    @param content: the file, closed at the end.
+    @ivar proved: whether it matches its digest.
+    @ivar failure: why it does not, or could not be read.
     """
 
     def __init__(self, content: Content, in_thread: InThread) -> None:
@@ -45,38 +45,38 @@ class Verification:
     @property
     def over(self) -> bool:
         """
-        Tell whether there is a verdict.
+        Return True once the result is known.
         """
         return self.proved or self.failure is not None
 
     def follow(self, news: Callable[[], None]) -> None:
         """
-        Call C{news} when there is a verdict.
+        Call C{news} when the result is known.
         """
         self._followers.add(news)
 
     def leave(self, news: Callable[[], None]) -> None:
         """
-        Call it no more.
+        Do not call C{news} any more.
         """
         self._followers.discard(news)
 
     async def run(self) -> None:
         """
-        Come to a verdict. Never raises: those who follow are told.
+        Verify the file. Never raises: failures go to the followers.
         """
         content = self._content
         try:
             while not await self._in_thread(content.settle, await self._hash()):
-                pass  # somebody has changed it meanwhile
+                pass  # it was modified meanwhile
             self.proved = True
-        except TimeoutError as problem:  # a disk that hangs says nothing about the file
+        except TimeoutError as problem:  # the disk hangs: nothing is known about the file
             self.failure = Failure(problem)
         except (OSError, DigestMismatchError) as problem:
             with contextlib.suppress(OSError):
                 await self._in_thread(content.drop, problem)
             self.failure = Failure(problem)
-        except Exception:  # noqa: BLE001 (whatever it is, those who follow must be told)
+        except Exception:  # noqa: BLE001 (whatever it is, followers must be told)
             self.failure = Failure()
         finally:
             content.close()

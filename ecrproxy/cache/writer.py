@@ -1,13 +1,13 @@
 """
-One file that arrives, written in several places at once.
+Write one file that is being downloaded, in several places at once.
 
 Rules:
 
-- What is there, or is being written, is never written again, whoever asks for it: it may be hashed already, and shown.
-- It becomes content by its digest alone, once every byte of it was hashed.
-- Its claim is held until it is content, left, or given up. The file itself stays open, and locked against removal,
-  until it is closed: those who follow read it.
-- The record is written behind the bytes that it tells of, so that no other process sends bytes that are not there.
+- Bytes that were written, or are being written, are never written again: they may have been hashed, and sent.
+- The file becomes content once every byte was hashed and the digest matches.
+- The claim is held until the file is content, left to others, or given up. The file stays open under a shared lock
+  until L{Writer.close}: clients are sent from it.
+- The record is written after the bytes that it tells of, so that no other process sends bytes that are missing.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ if TYPE_CHECKING:
     from ecrproxy.oci import Digest
 
 _CATCH_UP: Final = 16 * 2**20
-"""Bytes that are hashed in one go: a lane that has bytes to write waits for no more."""
+"""Most bytes that are hashed in one call: lanes that have bytes to write wait for it."""
 
 
 class Writer:
     """
-    A file that arrives, in several places at once; hashed in order; content once its digest is right.
+    A file that is written in several places at once, and hashed in order.
 
-    @param claim: the claim of C{digest}, the writer's from now on.
+    @param claim: the claim of C{digest}, which the writer releases.
     @param fd: the file, open for reading and writing under a shared lock.
-    @ivar room: the bytes that it takes of the disk.
+    @ivar room: bytes of disk that it takes.
     """
 
     def __init__(self, directory: Directory, claim: Claim, digest: Digest, size: int, fd: int) -> None:
@@ -58,24 +58,24 @@ class Writer:
     @property
     def hashed(self) -> int:
         """
-        Tell how many bytes are there and hashed, from the first on.
+        Return how many bytes were hashed, from offset 0 on.
         """
         return self._state[1]
 
     def fileno(self) -> int:
         """
-        Hand out the file descriptor, for reading what was written.
+        Return the file descriptor, for reading what was written.
         """
         return self._fd
 
     def begin(self, earlier: Record | None = None) -> None:
         """
-        Begin the record, or go on from an earlier writer's.
+        Write the first record, or resume from the record of an earlier writer.
 
-        What was written since the machine started may be read at once. Else it is shown when it is hashed: after
-        a crash of the machine a stretch that was not synced may be full of zeros.
+        Bytes that were written since the machine started may be sent at once, others after they were hashed: after
+        a crash of the machine, a range that was not synced may be full of zeros.
 
-        @raise OSError: if the disk can't take it.
+        @raise OSError: if the disk fails.
         """
         if earlier is not None:
             self._epoch, self._progress = earlier.epoch + 1, earlier.progress
@@ -84,35 +84,35 @@ class Writer:
                 self._shown = Stretches(earlier.shown)
         else:
             self._claim.allocate()
-        self._tell()
+        self._write_record()
 
     @property
     def gaps(self) -> list[tuple[int, int]]:
         """
-        Tell which bytes are missing.
+        Return the ranges that are missing.
         """
         return self._there.gaps(self.size)
 
     @property
     def missing(self) -> int:
         """
-        Tell how many bytes are missing.
+        Return the number of bytes that are missing.
         """
         return sum(stop - start for start, stop in self.gaps)
 
     @property
     def front(self) -> int:
         """
-        Tell up to where all bytes from the first on are there.
+        Return the offset up to which all bytes from 0 on were written.
         """
         return self._there.end_of(0)
 
     def write(self, offset: int, pieces: Sequence[bytes]) -> None:
         """
-        Write C{pieces} from C{offset} on. Threads may do so at the same time, in different places.
+        Write C{pieces} from C{offset} on. Several threads may write at the same time, in different places.
 
-        @raise ValueError: if some of these bytes are there or are being written, or lie outside the blob. Nothing is
-            written then.
+        @raise ValueError: if some of these bytes were written or are being written, or are outside the blob. Nothing
+            is written then.
         @raise OSError: if the disk fails; what was written before stays readable.
         """
         with self._directory.troubles.noted(Kind.WRITE), self._using():
@@ -121,7 +121,7 @@ class Writer:
     @contextlib.contextmanager
     def _using(self) -> Iterator[None]:
         """
-        Keep the file descriptor open: when the disk has been given up, a thread may still be at it.
+        Keep the file descriptor open: a thread may still use it after the disk was given up.
         """
         with self._guard:
             if self._closed:
@@ -144,13 +144,13 @@ class Writer:
             with self._lock:
                 self._there.add(offset, end)
                 self._shown.add(offset, end)
-                if offset == self.hashed:  # as it comes, from memory
+                if offset == self.hashed:  # from memory, without reading it again
                     state, _ = self.reached
                     for piece in pieces:
                         state.update(piece)
                     self._state = state, end
                 self._hash_on()
-                self._tell_if_it_can_be()
+                self._write_record_if_possible()
         finally:
             with self._lock:
                 self._in_writing.remove((offset, end))
@@ -171,16 +171,16 @@ class Writer:
 
     def catch_up(self) -> bool:
         """
-        Hash some of what came before its turn, or was there from the start.
+        Hash some of the bytes that came out of order, or from an earlier writer.
 
-        @return: whether there is more of it.
+        @return: whether there is more to hash.
         @raise OSError: if the disk fails.
         """
         with self._using(), self._lock:
             try:
                 return self._hash_on()
             finally:
-                self._tell_if_it_can_be()
+                self._write_record_if_possible()
 
     def _hash_on(self) -> bool:
         end = self._there.end_of(self.hashed)
@@ -192,12 +192,12 @@ class Writer:
                 raise OSError(errno.EIO, "what was written can't be read")
             state.update(data)
             at += len(data)
-        self._state = state, at  # at once: whoever gives the disk up goes on from there
+        self._state = state, at  # one assignment: a transfer that gives the disk up goes on from there
         if at:
             self._shown.add(0, at)
         return stop < end
 
-    def _tell(self, why: Why = Why.NOTHING) -> None:
+    def _write_record(self, why: Why = Why.NOTHING) -> None:
         """
         Write the record.
 
@@ -216,32 +216,32 @@ class Writer:
             self._stage,
             why,
         )
-        self._claim.tell(record)
+        self._claim.write(record)
 
-    def _tell_if_it_can_be(self, why: Why = Why.NOTHING) -> None:
+    def _write_record_if_possible(self, why: Why = Why.NOTHING) -> None:
         """
-        Write the record; a disk that can't take it costs those who follow elsewhere a transfer of their own.
+        Write the record. If the disk fails, followers in other processes fetch the blob by themselves.
         """
         with contextlib.suppress(OSError):
-            self._tell(why)
+            self._write_record(why)
 
     def reach(self, offset: int) -> int:
         """
-        Tell up to where all bytes from C{offset} on may be read.
+        Return the offset up to which all bytes from C{offset} on may be read.
         """
         return self._shown.end_of(offset)
 
     @property
     def reached(self) -> tuple[Any, int]:
         """
-        Give the state of the hash, and over how many bytes it is, also while a thread is at it.
+        Return a copy of the hash, and how many bytes it is over. A thread may be hashing meanwhile.
         """
         state, hashed = self._state
         return state.copy(), hashed
 
     def verify(self) -> None:
         """
-        Hold the hash against the digest.
+        Compare the hash with the digest.
 
         @raise DigestMismatchError: if they differ.
         """
@@ -250,26 +250,26 @@ class Writer:
 
     def commit(self) -> None:
         """
-        Make the file content, for good. The file descriptor stays open until L{close}.
+        Sync the file, and make it content. The file descriptor stays open until L{close}.
 
         @raise DigestMismatchError: if it is not what its digest names.
-        @raise OSError: if the disk fails; the file is not content then.
+        @raise OSError: if the disk fails. The file is not content then.
         """
         self.verify()
         with self._directory.troubles.noted(Kind.WRITE), self._using():
-            self._enter(State.VERIFIED)  # before the disk has it for good: readers need not wait for that
+            self._enter(State.VERIFIED)  # before fsync: readers need not wait for that
             self._commit()
             self._enter(State.CONTENT, then=self._claim.end)
 
     def _enter(self, stage: State, why: Why = Why.NOTHING, then: Callable[[], None] = lambda: None) -> None:
         """
-        Tell how far the transfer has come.
+        Write the record with another state.
 
-        @param then: ends the claim, which no other thread of a disk that hung may write to then.
+        @param then: ends the claim, under the lock: a thread that hung may be about to write a record.
         """
         with self._lock:
             self._stage = stage
-            self._tell_if_it_can_be(why)
+            self._write_record_if_possible(why)
             then()
 
     def _commit(self) -> None:
@@ -278,19 +278,29 @@ class Writer:
         with contextlib.suppress(OSError):
             mark(self._fd, self._directory.now())
         os.fsync(self._fd)
-        proved = os.fstat(self._fd)  # before anybody finds it, and may change it
+        proved = os.fstat(self._fd)  # before others can open it, and change it
         target = self._directory.content(self.digest)
-        if not is_in_place(self._fd, self._claim.data):  # nor is a directory made in the place of a volume that is gone
-            raise OSError(errno.ESTALE, "somebody has removed the file that was arriving")
+        self._check_place()  # else a folder might be created where a volume was unmounted
         target.parent.mkdir(parents=True, exist_ok=True)
-        self._claim.data.rename(target)
+        with self._lock:  # if the disk hung, the writer is given up before or afterwards
+            self._check_place()
+            self._claim.data.rename(target)
+            self._committed = True
         self._directory.proofs.note(self.digest, proved, good=True)
-        self._committed = True
         self._directory.index.add(self.digest, self.hashed, self._claim.reservation)
+
+    def _check_place(self) -> None:
+        """
+        Check that the data is still this file. The next writer creates another once this one was given up.
+
+        @raise OSError: if it is not.
+        """
+        if not is_in_place(self._fd, self._claim.data):
+            raise OSError(errno.ESTALE, "the data was removed")
 
     def close(self) -> None:
         """
-        Let go of the file, committed, left or given up before.
+        Close the file, after L{commit}, L{release} or L{give_up}.
         """
         with self._guard:
             self._closed = self._let_go = True
@@ -307,7 +317,7 @@ class Writer:
 
     def release(self) -> None:
         """
-        Leave the transfer to whoever claims it next, if what came is worth that. The file stays open until L{close}.
+        Release the claim, and keep the data for the next writer if there is enough. The file stays open until L{close}.
         """
         if self._let_go or self._committed:
             return
@@ -322,25 +332,25 @@ class Writer:
 
     def give_up(self, why: Why = Why.DISK) -> None:
         """
-        Remove the file, for it is of no use. It stays open until L{close}: what came may be read.
+        Remove the data and release the claim. The file stays open until L{close}, and may be read.
         """
         if self._let_go or self._committed:
             return
-        verified = self._stage is State.VERIFIED  # others may finish with that
+        verified = self._stage is State.VERIFIED  # followers may have finished with that
         self._enter(self._stage if verified else State.FAILED, Why.NOTHING if verified else why, self._claim.drop)
         self._directory.index.drop(arriving=[self._claim.reservation])
         self._let_go = True
 
     def leave(self) -> None:
         """
-        Leave the transfer to the next, and let go of the file.
+        L{release} and close.
         """
         self.release()
         self.close()
 
     def discard(self) -> None:
         """
-        Remove the file and let go of it.
+        L{give_up} and close.
         """
         self.give_up()
         self.close()

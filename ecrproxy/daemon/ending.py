@@ -18,6 +18,8 @@ from twisted.application.service import MultiService, Service
 from twisted.internet.defer import Deferred, maybeDeferred
 from twisted.logger import Logger
 
+from ecrproxy.daemon.inherited import HELD_BACK
+
 if TYPE_CHECKING:
     from twisted.internet.interfaces import IReactorTime
 
@@ -179,7 +181,9 @@ class Signals(Service):
         for number in ENDING:
             signal.signal(number, self.told_to_end)
         signal.signal(signal.SIGHUP, lambda *_: self._reactor.callFromThread(self._reread))
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})  # a worker begins with it blocked
+        if signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL:  # it means a new log file, and there is none
+            signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_BACK)
 
     def told_to_end(self, number: int, _frame: object = None) -> None:
         """

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import _thread
 import mmap
+import os
+import time
 from collections.abc import Callable
 from threading import Event, Thread
 from typing import Final
@@ -40,6 +42,35 @@ def look() -> str | None:
         return _THREADS
     # Not Thread.start(): that waits for ever for a thread that has no memory to begin with.
     return None if begun.acquire(timeout=PAUSE_SECONDS) else _THREADS
+
+
+class Orphaned:
+    """
+    A look that finds a worker still there long after its parent has exited: its event loop hangs, and keeps the port.
+
+    @param limit: seconds for which a worker may outlive its parent.
+    @param parent: returns the id of the parent process.
+    @param seconds: the time, on a clock that nobody sets.
+    """
+
+    def __init__(
+        self,
+        limit: float,
+        parent: Callable[[], int] = os.getppid,
+        seconds: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._limit, self._parent, self._seconds = limit, parent, seconds
+        self._first, self._since = parent(), seconds()
+
+    def __call__(self) -> str | None:
+        """
+        Look at the parent, and at what L{look} looks at.
+        """
+        if self._parent() == self._first:
+            self._since = self._seconds()
+        elif self._seconds() - self._since > self._limit:
+            return "The parent has exited, and this worker does not end: ending now"
+        return look()
 
 
 class Exhaustion(Service):

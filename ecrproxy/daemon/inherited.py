@@ -1,14 +1,15 @@
 """
-The listening sockets that a worker has from its parent, in the place of those that it would bind.
+The listening sockets that a worker inherits from its parent, instead of binding its own.
 
-All workers have the same ones, so each connection comes to whoever accepts it first, and none is lost with a worker.
-With a socket of its own each (SO_REUSEPORT), those that wait in the queue of a worker that ends would be reset.
+All workers share them: the first to call accept(2) gets a connection, and none is lost when a worker ends. With a
+socket for each worker (SO_REUSEPORT), the kernel would reset those that are queued at a worker that ends.
 """
 
 from __future__ import annotations
 
 import errno
 import re
+import signal
 import socket
 from collections.abc import Mapping
 from typing import Any, Final
@@ -18,18 +19,21 @@ from twisted.internet.main import CONNECTION_DONE
 from twisted.internet.unix import Port as UNIXPort
 
 VARIABLE: Final = "ECRPROXY_WORKER"
-"""Tells a worker that it is one, by the number of listening sockets that it has inherited."""
+"""Set in a worker's environment, to the number of listening sockets that it inherits."""
 CHANNEL_FD: Final = 3
 """A worker's end of the channel to its parent."""
 SOCKETS_FD: Final = 4
-"""Where the listening sockets begin in a worker."""
+"""The first of the listening sockets in a worker; the others follow."""
+HELD_BACK: Final = frozenset({signal.SIGHUP, signal.SIGINT, signal.SIGUSR1})
+"""Signals that are blocked in a worker until it has its handlers. A terminal, or a service manager, sends them to all
+processes at once; the default is to end, with SIGINT in a traceback. SIGTERM is not among them: to end is right."""
 BACKLOG: Final = 4096
 """Connections that the kernel may keep waiting for a listening socket; it takes no more than net.core.somaxconn."""
 
 
 def inherited_sockets(environ: Mapping[str, str]) -> int | None:
     """
-    Return the number of listening sockets that this process has inherited; none if it is no worker.
+    Return the number of listening sockets that this process has inherited; None if it is no worker.
     """
     text = environ.get(VARIABLE, "")
     return int(text) if re.fullmatch(r"[0-9]{1,4}", text, re.ASCII) else None
@@ -37,7 +41,7 @@ def inherited_sockets(environ: Mapping[str, str]) -> int | None:
 
 class Inherited:
     """
-    A reactor for a worker's endpoints: where they would bind, they take the next socket that was inherited.
+    A reactor for a worker's endpoints that returns the next inherited socket instead of binding one.
     """
 
     def __init__(self, reactor: Any, count: int) -> None:  # noqa: ANN401
@@ -48,7 +52,7 @@ class Inherited:
 
     def listen(self, factory: Any) -> Deferred[Any]:  # noqa: ANN401
         """
-        Be an endpoint: take a socket.
+        Take the next socket, as an endpoint.
         """
         return succeed(self._adopt(factory))
 
@@ -109,9 +113,9 @@ class _Shared(socket.socket):
 
 def _until_shut_down(port: Any) -> Any:  # noqa: ANN401
     """
-    Have a port take the shutdown of its socket for its end: the parent may do that before this process has stopped.
+    Close a port when its socket is shut down: the parent may do that before this process has stopped.
 
-    Twisted would go on accepting there, and log each failure with a traceback.
+    Twisted would call accept(2) again and again, and log each failure with a traceback.
     """
     accept, port.socket = port.doRead, _Shared(fileno=port.socket.detach())
     port.socket.settimeout(0)

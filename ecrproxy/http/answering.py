@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
@@ -169,7 +168,13 @@ class Ready(Answering):
         Answer 200 if it can serve, else 503.
         """
         found = await self._readiness()
-        said = {"ready": found.can_serve, "alive": True, **asdict(found)}
+        said = {
+            "ready": found.can_serve,
+            "alive": True,
+            "can_serve": found.can_serve,
+            "can_fetch": found.can_fetch,
+            "reasons": found.reasons,
+        }
         status = OK if found.can_serve else SERVICE_UNAVAILABLE
         send_small(request, status, "application/json", json.dumps(said).encode() + b"\n")
 

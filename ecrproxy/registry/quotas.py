@@ -47,10 +47,10 @@ class Quotas:
     @ivar lists: tags and referrers; AWS tells no figure for them, this is a careful one.
     """
 
-    manifests: int = 2000
-    checks: int = 1000
-    blobs: int = 3000
-    lists: int = 100
+    manifests: float = 2000
+    checks: float = 1000
+    blobs: float = 3000
+    lists: float = 100
 
     @classmethod
     def parse(cls, text: str) -> Quotas:
@@ -60,7 +60,7 @@ class Quotas:
         @raise ValueError: with what would be right.
         """
         names = [each.name for each in fields(cls)]
-        found: dict[str, int] = {}
+        found: dict[str, float] = {}
         for word in text.replace(",", " ").split() or [""]:
             quota = _QUOTA.fullmatch(word)
             if quota is None or quota[1] not in names or quota[1] in found or not int(quota[2]):
@@ -70,18 +70,17 @@ class Quotas:
 
     def share(self, processes: int) -> Quotas:
         """
-        Return the quotas of one of several processes: a tenth more than an even part.
+        Return the quotas of one of several processes: an even part, so that together they have what one alone has.
 
-        So much L{TokenBucket} leaves of a quota: all processes together stay within the account's.
+        A quota may be less than one call a second then.
         """
-        quotas = {each.name: getattr(self, each.name) for each in fields(self)}
-        return Quotas(**{name: min(quota, max(1, quota * 11 // (10 * processes))) for name, quota in quotas.items()})
+        return Quotas(**{each.name: getattr(self, each.name) / processes for each in fields(self)})
 
-    def of(self, call: Call) -> int:
+    def of(self, call: Call) -> float:
         """
         Give the quota of a kind.
         """
-        quota: int = getattr(self, call.value)
+        quota: float = getattr(self, call.value)
         return quota
 
 
@@ -93,8 +92,8 @@ class TokenBucket:
     the quota says; quotas below ten hold one call, and may be passed by it.
     """
 
-    def __init__(self, quota: int, now: float) -> None:
-        self.rate: float = 0.9 * quota
+    def __init__(self, quota: float, now: float) -> None:
+        self.rate = 0.9 * quota
         self._capacity = self._level = max(1.0, quota / 10)
         self._filled = self._rests_until = now
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 from urllib.parse import urlsplit
 
 from ecrproxy.endpoint_string import PARAMETERS, SYSTEMD, is_loopback
@@ -80,6 +80,27 @@ def look_at_settings(
         *_in_doubt(config, machine.disk),
     ]
     return sorted(found, key=lambda each: not each.grave)
+
+
+def look_at_log(config: Config, twistd: Mapping[str, Any]) -> list[Complaint]:
+    """
+    Find where twistd's flags lose the log of worker processes, which goes to standard output.
+
+    A file of twistd's can't have it: what one process renames when it is full, the others would go on writing to.
+
+    @param twistd: its options; empty if nobody has said where the log goes.
+    """
+    if not twistd or config.worker_processes == 1:
+        return []
+    several = f"PROXY_WORKER_PROCESSES={config.worker_processes}"
+    if not twistd.get("nodaemon"):
+        said = f"{several}: without twistd -n, standard output is closed, and the log of all requests goes there"
+        return [Complaint(said, "start twistd -n, or set PROXY_WORKER_PROCESSES=1", grave=True)]
+    flag = next((each for each in ("logfile", "syslog", "logger") if twistd.get(each) not in (None, "", "-")), None)
+    if flag is None:
+        return []
+    said = f"{several}: the log of all requests goes to standard output, and twistd's --{flag} has that of the parent"
+    return [Complaint(said, "have standard output kept as well")]
 
 
 def _lost(config: Config) -> Iterator[Complaint]:

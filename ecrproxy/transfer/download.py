@@ -44,7 +44,7 @@ from twisted.python.failure import Failure
 from ecrproxy.access.limits import Patience
 from ecrproxy.cache.content import DigestMismatchError
 from ecrproxy.cache.peer import PeerTransfer
-from ecrproxy.cache.record import POLL_SECONDS, WORTH_RESUMING, Step, Why, next_step
+from ecrproxy.cache.record import POLL_SECONDS, WORTH_RESUMING, Look, Step, Why, next_step
 from ecrproxy.cache.writer import Writer
 from ecrproxy.oci import RegistryError
 from ecrproxy.reasons import Reason
@@ -274,14 +274,16 @@ class Download:
 
     # From another process's file.
 
-    async def watch(self) -> Step | None:
+    async def watch(self, look_at: Callable[[PeerTransfer], Deferred[Look]]) -> Step | None:
         """
         Show what another process brings, until there is something else to do than to wait; none if nobody reads it.
+
+        @param look_at: takes the next look: see L{looks}.
         """
         peer, idle = self._peer, 0.0
         while peer is not None and (self._followers or not self._attended):
             try:
-                look = await self._disk.reading(peer.look)
+                look = await look_at(peer)
             except OSError:
                 return Step.GO_ALONE
             idle = 0.0 if look.moved else idle + POLL_SECONDS
@@ -291,9 +293,6 @@ class Download:
                 return step
             if look.moved:
                 self._news()
-            self._wake = Deferred()
-            self._call_later(POLL_SECONDS, self._stir)
-            await self._wake
         return None
 
     def end_beside(self, step: Step | None) -> None:

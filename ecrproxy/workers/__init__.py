@@ -1,3 +1,3 @@
 """
-The parent and its worker processes: started, replaced and ended; and what they tell each other.
+The parent and its worker processes: how they are started, replaced and ended, and the messages between them.
 """

@@ -1,7 +1,7 @@
 """
-The channel between the parent and one worker: messages, each with its length before it, over an inherited socket.
+The channel between the parent and one worker: length-prefixed messages over an inherited socket pair.
 
-Nobody else can come to it: it has no name, and it is open in these two processes alone.
+No other process can connect: the socket has no name, and is open in these two processes only.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ log = Logger()
 
 class Channel(Int32StringReceiver):
     """
-    One end of it.
+    One end of the channel.
 
     @param known: the types of messages that the other end may send.
-    @ivar heard: told each message.
-    @ivar lost: told when the other end has gone, or has said what it never should: nothing more is heard then.
+    @ivar heard: called with each message.
+    @ivar lost: called when the other end has closed, or has sent something invalid. No message follows.
     """
 
     MAX_LENGTH: Final = LIMIT  # type: ignore[misc]
@@ -41,34 +41,38 @@ class Channel(Int32StringReceiver):
 
     def connectionMade(self) -> None:
         """
-        Learn of what waits to be read by the other end.
+        Register for back-pressure, see C{full}.
         """
         self.transport.registerProducer(self._flow, True)  # noqa: FBT003 (Twisted's signature)
 
     @property
     def full(self) -> bool:
         """
-        Return True if the other end is slow to read what it was told.
+        Return True if more is waiting to be sent than the transport's buffer holds (64 KiB).
         """
         return self._flow.paused
 
     def tell(self, message: Message) -> None:
         """
-        Send a message; one that is too large is left out, and logged.
+        Send a message. Never blocks; a message that is too large is dropped and logged.
         """
         try:
             data = encode(message)
         except ValueError as problem:
-            log.error("Not told, for it is too large: {problem}", problem=problem, once="channel")
+            log.error(
+                "Message between parent and worker dropped, too large: {problem}",
+                problem=problem,
+                once="channel",
+            )
             return
         if self.connected:
             self.sendString(data)  # type: ignore[no-untyped-call]
 
     def stringReceived(self, string: bytes) -> None:
         """
-        Take a message in.
+        Decode a message and pass it on; an invalid one closes the channel.
         """
-        if not self.connected:  # it came with something that never should have
+        if not self.connected:  # it was in one piece with an invalid message
             return
         try:
             message = decode(string, self._known)
@@ -79,18 +83,18 @@ class Channel(Int32StringReceiver):
 
     def lengthLimitExceeded(self, length: int) -> None:
         """
-        Refuse a message that is too large.
+        Close the channel: the other end never sends so much.
         """
         self._break(f"a message of {length} bytes")
 
     def _break(self, problem: str) -> None:
-        log.error("The channel between parent and worker broke: {problem}", problem=problem)
+        log.error("Channel between parent and worker closed: invalid message: {problem}", problem=problem)
         self.connected = 0
         self.abort()
 
     def close(self) -> None:
         """
-        Close once all has been sent.
+        Close once everything has been sent.
         """
         self.transport.unregisterProducer()
         self.transport.loseConnection()
@@ -103,7 +107,7 @@ class Channel(Int32StringReceiver):
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:  # noqa: ARG002
         """
-        Tell of it.
+        Pass it on.
         """
         self.connected = 0
         self.lost()
@@ -112,7 +116,7 @@ class Channel(Int32StringReceiver):
 @implementer(IPushProducer)
 class _Flow:
     """
-    Knows whether the other end is slow to read.
+    Notes whether the transport has asked to pause.
     """
 
     paused = False
@@ -125,7 +129,7 @@ class _Flow:
 
     def stopProducing(self) -> None:
         """
-        Do nothing: the end of the connection is told by itself.
+        Do nothing: C{connectionLost} follows.
         """
 
 
@@ -141,7 +145,9 @@ class _One(Factory):
 
 def adopt(end: socket.socket, channel: Channel, reactor: Any) -> None:  # noqa: ANN401
     """
-    Have a channel speak over its end of a pair of sockets, which is closed here: the reactor has its own descriptor.
+    Connect a channel to its end of a socket pair. Closes C{end}: the reactor has a descriptor of its own.
+
+    @raise OSError: if there is no descriptor left.
     """
     with end:
         end.setblocking(False)  # noqa: FBT003

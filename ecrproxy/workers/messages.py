@@ -1,12 +1,12 @@
 """
-What the parent and its workers tell each other: messages of known types, as JSON. Pure.
+The messages between the parent and its workers: typed, bounded, encoded as JSON. Pure.
 
 Rules:
 
-- A message is a frozen dataclass; its annotations say what each field may be, and L{decode} believes no more than that.
-- Whatever is encoded can be decoded: texts are cut to C{TEXT} characters and lists to C{ITEMS}, and a text is one that
-  UTF-8 can have. So nothing that a client or ECR chooses makes a worker say what its parent refuses.
-- Nothing in a message came from a client unparsed, and no message carries a request, a header or a secret.
+- A message is a frozen dataclass. L{decode} checks each field against its annotation and accepts nothing else.
+- Whatever is encoded can be decoded: texts are cut to C{TEXT} characters and lists to C{ITEMS}, and surrogates are
+  replaced. So no text that a client or ECR chooses makes the parent reject a worker's message.
+- No message carries a request, a header, a secret or unparsed bytes of a client.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ Counts: TypeAlias = tuple[tuple[str, ...], int, int, float, tuple[int, ...]]
 @dataclass(frozen=True, slots=True)
 class Listens:
     """
-    A worker accepts connections.
+    The worker accepts connections.
     """
 
 
 @dataclass(frozen=True, slots=True)
 class Refused:
     """
-    AWS refuses a worker's credentials, and there is nothing in the cache: the daemon can't do anything.
+    AWS refuses the worker's credentials and the cache is empty, so the worker can serve nothing.
     """
 
     problem: str
@@ -58,7 +58,7 @@ class Refused:
 @dataclass(frozen=True, slots=True)
 class Counted:
     """
-    What a worker has counted since it told last; also the sign that its event loop runs.
+    What the worker has counted since its last message. Sent each second, also as the sign that its event loop runs.
 
     @ivar requests: of clients, as L{metrics.Served} has them.
     @ivar upstream: to the registry and to buckets.
@@ -111,7 +111,7 @@ class FiguresTold:
 @dataclass(frozen=True, slots=True)
 class Question:
     """
-    The parent asks how a worker stands.
+    The parent asks for a part of the worker's state; the answer has the same number.
     """
 
     number: int
@@ -121,10 +121,10 @@ class Question:
 @dataclass(frozen=True, slots=True)
 class Reread:
     """
-    The parent has a worker read its passwords again, and its certificates.
+    The worker reads its passwords again, and its certificates.
 
-    @ivar certificates: names the files that the parent has found good: see L{daemon.renewal.generation}. Others are not
-        read; empty to keep what is in use.
+    @ivar certificates: the generation of the files that the parent could use, see L{daemon.renewal.generation}. The
+        worker reads no other; empty to keep the certificates in use.
     """
 
     certificates: str
@@ -138,7 +138,7 @@ Message: TypeAlias = FromWorker | FromParent
 
 def encode(message: Message) -> bytes:
     """
-    Write a message.
+    Encode a message.
 
     @raise ValueError: if it is larger than C{LIMIT}.
     """
@@ -150,10 +150,10 @@ def encode(message: Message) -> bytes:
 
 def decode(data: bytes, known: Any) -> Any:  # noqa: ANN401 (one of C{known})
     """
-    Read a message.
+    Decode and check a message.
 
     @param known: the types that the other side may send: C{FromWorker} or C{FromParent}.
-    @raise ValueError: if it is none.
+    @raise ValueError: if C{data} is no such message.
     """
     try:
         name, content = json.loads(data, parse_constant=_refuse)
@@ -165,7 +165,7 @@ def decode(data: bytes, known: Any) -> Any:  # noqa: ANN401 (one of C{known})
 
 def _plain(value: Any) -> Any:  # noqa: ANN401
     """
-    Bring a value into the bounds in which it is read.
+    Convert a value to what JSON has, within the bounds that L{decode} accepts.
     """
     if is_dataclass(value):
         return {each.name: _plain(getattr(value, each.name)) for each in fields(value)}
@@ -187,9 +187,9 @@ def _fields(kind: type) -> dict[str, Any]:
 
 def _checked(kind: Any, value: Any) -> Any:  # noqa: ANN401
     """
-    Make what an annotation describes of what JSON gave.
+    Convert what JSON gave to the type of an annotation.
 
-    @raise ValueError: if it is something else.
+    @raise ValueError: if it does not fit.
     """
     origin, inner = get_origin(kind), get_args(kind)
     if isinstance(kind, type) and is_dataclass(kind):

@@ -1,9 +1,9 @@
 """
-The parent's side: so many worker processes, started, replaced and ended with the daemon, and asked how they do.
+The parent's side: starts, watches, replaces and stops the worker processes, and asks them for their state.
 
-A worker is C{twistd ecr-proxy} once more, told by one variable what it is. It inherits the descriptors that are named
-here and no others: the streams of the log, its end of the channel, the listening sockets. It ends when its channel
-does, which is when the parent does, however that ended.
+A worker is another C{twistd ecr-proxy}, told by an environment variable what it is. It inherits the descriptors that
+are named here and no others: standard output and error, its end of the channel, the listening sockets. It shuts down
+when the channel closes, so it does not outlive its parent, however that ends.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -24,9 +24,10 @@ from twisted.internet.protocol import ProcessProtocol
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from ecrproxy.admin.incidents import Incidents
 from ecrproxy.admin.snapshot import Standing, together
-from ecrproxy.daemon.inherited import CHANNEL_FD, SOCKETS_FD, VARIABLE
-from ecrproxy.metrics import Gathered
+from ecrproxy.daemon.inherited import CHANNEL_FD, HELD_BACK, SOCKETS_FD, VARIABLE
+from ecrproxy.metrics import Figures, Gathered
 from ecrproxy.periodic import Periodic
 from ecrproxy.readiness import Readiness, judge_all
 from ecrproxy.workers.channel import Channel, adopt
@@ -54,36 +55,39 @@ FIRST_PAUSE: Final = 1.0
 """Seconds until a worker that has ended is replaced."""
 LONGEST_PAUSE: Final = 60.0
 STEADY_SECONDS: Final = 60.0
-"""A worker that ran for so long did not end because it can't run."""
+"""A worker that ran for at least so many seconds does not count as failing at start."""
 END_SECONDS: Final = 3.0
-"""How long a worker may take to end once its clients had their time, or its channel has broken."""
+"""Seconds for a worker to exit after the drain, or after its channel has closed; then it is killed."""
 SILENT_SECONDS: Final = 30
-"""A worker that tells nothing for so long is replaced: its event loop stands still."""
+"""A worker that sends nothing for so many seconds is killed and replaced: its event loop hangs."""
+STARTING_SECONDS: Final = 300
+"""A worker that does not listen within so many seconds is killed and replaced. A normal start takes a few."""
 ANSWER_SECONDS: Final = 4.0
-"""How long a worker's answer is waited for: a disk that hangs is told after two."""
-_TWISTD: Final = "from twisted.scripts.twistd import run; run()"
+"""Timeout for a worker's answer, in seconds. Its look at a disk that hangs takes two."""
+# -P, as for the script twistd: the working directory must not become a place that modules are imported from.
+_TWISTD: Final = ("-P", "-c", "from twisted.scripts.twistd import run; run()", "-n", "--pidfile=", "ecr-proxy")
 
 
 def next_pause(last: float, lasted: float) -> float:
     """
-    Choose how long to wait before a worker is replaced: longer each time, as long as they keep dying.
+    Return the seconds to wait before replacing a worker: twice as many each time while they keep dying.
 
-    @param last: seconds that were waited before it.
-    @param lasted: seconds for which it ran.
+    @param last: the pause before the worker that has ended.
+    @param lasted: seconds for which that worker ran.
     """
     return FIRST_PAUSE if lasted >= STEADY_SECONDS else min(LONGEST_PAUSE, max(FIRST_PAUSE, 2 * last))
 
 
 class Workers(Service):
     """
-    So many workers, as long as the daemon runs.
+    Keeps C{count} workers running for as long as the daemon runs.
 
-    @param listening: tells the file descriptors of the listening sockets, once they are bound.
+    @param listening: have the file descriptors of the listening sockets, once they are bound.
     @param arguments: the daemon's own flags.
-    @param gathered: told the figures that workers answer with.
-    @param counted: told what workers have counted.
-    @param refused: told why no worker can do anything with its credentials.
-    @param drain: how long workers leave their clients when they end.
+    @param gathered: receives the figures that workers answer with.
+    @param counted: called with what a worker has counted.
+    @param refused: called with the reason when AWS refuses a worker's credentials and the cache is empty.
+    @param drain: seconds that workers give their clients on shutdown.
     @ivar listen: fires once all workers accept connections.
     """
 
@@ -110,7 +114,7 @@ class Workers(Service):
     @property
     def pids(self) -> list[int]:
         """
-        List their process ids.
+        Return the process ids of the workers that run.
         """
         return [each.pid for each in self._workers.values() if each.pid is not None]
 
@@ -122,9 +126,9 @@ class Workers(Service):
 
     def stopService(self) -> Deferred[Any]:
         """
-        End the workers.
+        Stop the workers.
 
-        @return: fires when they have ended.
+        @return: fires once all have exited.
         """
         super().stopService()
         self._watch.stop()
@@ -135,28 +139,28 @@ class Workers(Service):
 
     def tell(self, message: FromParent) -> None:
         """
-        Tell all workers something.
+        Send a message to all workers.
         """
         for each in self._workers.values():
             each.channel.tell(message)
 
     async def readiness(self) -> Readiness:
         """
-        Ask what the daemon can do.
+        Return what the daemon can do, all workers together.
         """
         told = await self._ask("readiness", ReadinessTold)
         return judge_all([each.readiness for _, each in told], self._count)
 
     async def standing(self) -> Standing:
         """
-        Ask how the daemon stands.
+        Return the state of all workers as that of one daemon.
         """
         told = await self._ask("standing", StandingTold)
         return together([each.standing for _, each in told], self._count)
 
     async def gather(self) -> None:
         """
-        Ask for figures; those of workers that don't answer stay as they were told last.
+        Fetch the workers' figures. A worker that does not answer in time keeps its last ones.
         """
         for pid, each in await self._ask("figures", FiguresTold):
             self._gathered.tell(pid, each.figures)
@@ -169,30 +173,43 @@ class Workers(Service):
     def _start(self, place: int, pause: float) -> None:
         worker = _Worker(self._heard, lambda reason: self._ended(place, worker, reason), pause, self._reactor)
         try:
-            self._spawn(worker)
+            ours = self._spawn(worker)
         except OSError as problem:
-            log.error("A worker can't be started: {why}", why=problem.strerror or problem)
-            self._start_later(place, next_pause(pause, 0.0))
-        else:
-            self._workers[place] = worker
+            pause = next_pause(pause, 0.0)
+            said = "A worker can't be started: {program}: {why}; trying again in {pause:g} s"
+            log.error(said, program=sys.executable, why=problem.strerror or problem, pause=pause)
+            self._start_later(place, pause)
+            return
+        self._workers[place] = worker
+        try:
+            adopt(ours, worker.channel, self._reactor)
+        except OSError as problem:  # no descriptor is left; replaced once it has ended, like any other
+            log.error("Worker {pid} can't be heard: {why}: killing it", pid=worker.pid, why=problem.strerror or problem)
+            worker.kill()
 
-    def _spawn(self, worker: _Worker) -> None:
+    def _spawn(self, worker: _Worker) -> socket.socket:
+        """
+        Start a process.
+
+        @return: the parent's end of its channel.
+        @raise OSError: if there is no process.
+        """
         sockets = [each.fileno() for each in self._listening]
         ours, theirs = socket.socketpair()
         try:
-            with theirs, Path(os.devnull).open("rb") as nothing, _blocked(signal.SIGHUP):
+            with theirs, Path(os.devnull).open("rb") as nothing, _blocked(HELD_BACK):
                 inherited = {SOCKETS_FD + at: fd for at, fd in enumerate(sockets)}
                 self._reactor.spawnProcess(
                     worker,
                     sys.executable,
-                    [sys.executable, "-c", _TWISTD, "-n", "--pidfile=", "ecr-proxy", *self._arguments],
+                    [sys.executable, *_TWISTD, *self._arguments],
                     {**os.environ, VARIABLE: str(len(sockets))},
                     childFDs={0: nothing.fileno(), 1: 1, 2: 2, CHANNEL_FD: theirs.fileno(), **inherited},
                 )
         except OSError:
             ours.close()
             raise
-        adopt(ours, worker.channel, self._reactor)
+        return ours
 
     def _ended(self, place: int, worker: _Worker, reason: Failure) -> None:
         if self._workers.get(place) is worker:
@@ -201,8 +218,8 @@ class Workers(Service):
             self._gathered.ended(worker.number)
         if self.running:
             pause = next_pause(worker.pause, self._reactor.seconds() - worker.began)
-            said = "A worker has ended, another takes its place in {pause:g} s: {reason}"
-            log.error(said, pause=pause, reason=reason.value)
+            said = "Worker {pid} has ended; another takes its place in {pause:g} s: {reason}"
+            log.error(said, pid=worker.number, pause=pause, reason=reason.value)
             self._start_later(place, pause)
 
     def _start_later(self, place: int, pause: float) -> None:
@@ -223,14 +240,22 @@ class Workers(Service):
             each.look()
 
 
-@contextlib.contextmanager
-def _blocked(number: signal.Signals) -> Iterator[None]:
+def add_up(figures: Figures, incidents: Incidents, counted: Counted) -> None:
     """
-    Block a signal here, and in what is started meanwhile: it waits there until it is unblocked.
+    Add what a worker has counted to the figures of the daemon.
+    """
+    figures.served.requests.add(counted.requests)
+    figures.served.saved.add(counted.saved)
+    figures.upstream.add(counted.upstream)
+    incidents.add(counted.incidents)
 
-    A worker that was told by SIGHUP, as all processes of a terminal are, would end if it had no handler yet.
+
+@contextlib.contextmanager
+def _blocked(numbers: Iterable[signal.Signals]) -> Iterator[None]:
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+    Block signals here, and in what is started meanwhile: there they stay pending until they are unblocked.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
         yield
     finally:
@@ -242,10 +267,10 @@ class _Worker(ProcessProtocol):
     One worker, as the parent sees it.
 
     @ivar channel: the parent's end of the channel.
-    @ivar number: its process id, also when it has ended.
-    @ivar listens: whether it has said that it accepts connections.
-    @ivar pause: how long its place was empty before it.
-    @ivar began: when it was started.
+    @ivar number: its process id, also after it has ended.
+    @ivar listens: True once it accepts connections.
+    @ivar pause: seconds for which its place was empty before.
+    @ivar began: when it was started, on the reactor's clock.
     """
 
     def __init__(
@@ -270,22 +295,22 @@ class _Worker(ProcessProtocol):
     @property
     def pid(self) -> int | None:
         """
-        Return its process id, none once it has ended.
+        Return its process id, None once it has ended.
         """
         pid: int | None = self.transport.pid if self.transport is not None else None
         return pid
 
     def connectionMade(self) -> None:
         """
-        Note that it has begun.
+        Remember the process id.
         """
         self.number = self.pid
 
     def ask(self, about: About) -> Deferred[Answer | None]:
         """
-        Ask it something.
+        Send a question.
 
-        @return: its answer; none if there is none in time.
+        @return: fires with the answer, or with None after C{ANSWER_SECONDS} or when the worker ends.
         """
         number = next(self._numbers)
         answer: Deferred[Answer | None] = Deferred()
@@ -294,7 +319,7 @@ class _Worker(ProcessProtocol):
         return answer
 
     def _answered(self, number: int, answer: Answer | None) -> None:
-        if number not in self._asked:  # it came too late
+        if number not in self._asked:  # too late
             return
         asked, late = self._asked.pop(number)
         if late.active():
@@ -312,16 +337,23 @@ class _Worker(ProcessProtocol):
 
     def look(self) -> None:
         """
-        Look, each second, whether its event loop runs.
+        Kill it if it has told nothing for too long. Called each second, so a parent that stood still kills nobody.
         """
-        self._silent += self.listens
-        if self._silent == SILENT_SECONDS:
-            log.error("A worker has told nothing for {seconds} s, and is killed", seconds=SILENT_SECONDS)
-            self._signal("KILL")
+        self._silent += 1
+        if self._silent == (SILENT_SECONDS if self.listens else STARTING_SECONDS):
+            what = "has told nothing for" if self.listens else "does not listen after"
+            log.error("Worker {pid} {what} {seconds} s: killing it", pid=self.pid, what=what, seconds=self._silent)
+            self.kill()
 
     def _lost(self) -> None:
         if self.pid is not None and self._limit is None:
-            self._limit = self._reactor.callLater(END_SECONDS, self._signal, "KILL")
+            self._limit = self._reactor.callLater(END_SECONDS, self.kill)
+
+    def kill(self) -> None:
+        """
+        Send SIGKILL.
+        """
+        self._signal("KILL")
 
     def _signal(self, name: str) -> None:
         if self.transport is not None and self.pid is not None:
@@ -329,19 +361,19 @@ class _Worker(ProcessProtocol):
 
     def end(self, seconds: float) -> Deferred[None]:
         """
-        End it; by force if it takes longer.
+        Send SIGTERM, and SIGKILL if the worker still runs after C{seconds}.
         """
         if self.pid is None:
             return succeed(None)
-        # Not by a message: a worker that has just been started heeds a signal at once.
+        # Not by a message: a signal also stops a worker that is still starting.
         self._signal("TERM")
         if self._limit is None:
-            self._limit = self._reactor.callLater(seconds, self._signal, "KILL")
+            self._limit = self._reactor.callLater(seconds, self.kill)
         return self._gone
 
     def processEnded(self, reason: Failure) -> None:
         """
-        Note its end.
+        Release whoever waits for an answer, or for the end.
         """
         if self._limit is not None and self._limit.active():
             self._limit.cancel()

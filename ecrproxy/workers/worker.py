@@ -1,5 +1,5 @@
 """
-A worker's side of its channel: it tells what it counts each second, and answers its parent's questions.
+A worker's side of the channel: sends what was counted each second, and answers the parent's questions.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ if TYPE_CHECKING:
 
 TELL_SECONDS: Final = 1.0
 CLOSE_SECONDS: Final = 2.0
-"""How long the parent has to read what was told last."""
+"""Seconds for the parent to read the last message."""
 TOGETHER: Final = 500
-"""Rows of a kind that are told in one message."""
+"""Maximum number of rows of a kind in one message."""
 
 
 class Reports(Service):
     """
-    Tells the parent how this worker does, until it stops: that is to be after its clients have gone.
+    Reports to the parent. Must stop after the clients' connections, so that all requests are counted.
 
     @param channel: this worker's end of the channel.
-    @param reread: reads passwords and, where the parent names their files, certificates again.
-    @param orphaned: told when the parent has gone while this runs.
+    @param reread: reads passwords again, and certificates if their files are those that it is called with.
+    @param orphaned: called if the channel closes while this runs: the parent has exited.
     """
 
     def __init__(
@@ -73,15 +73,15 @@ class Reports(Service):
         self._reactor.callWhenRunning(self._begin)
 
     def _begin(self) -> None:
-        # All that listens has begun to before the reactor runs, and signals are heeded from now on.
+        # All sockets have been listening since before the reactor ran, and the signal handlers are installed.
         self._channel.tell(Listens())
         self._loop.start(TELL_SECONDS, now=False)
 
     def stopService(self) -> Deferred[None]:
         """
-        Tell what was counted last.
+        Send what has been counted since the last message, and close the channel.
 
-        @return: fires when it has been sent, or was not read in time.
+        @return: fires once it is closed, after C{CLOSE_SECONDS} at the latest.
         """
         super().stopService()
         self._loop.stop()
@@ -93,7 +93,7 @@ class Reports(Service):
         return self._closed.addCallback(lambda _: late.cancel() if late.active() else None)
 
     def _tell(self) -> None:
-        if self._channel.full:  # what is counted meanwhile is told later
+        if self._channel.full:  # the counts stay here, and go with a later message
             return
         served = self._figures.served
         requests, upstream = served.requests.take(), self._figures.upstream.take()
