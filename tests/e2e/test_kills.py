@@ -22,6 +22,8 @@ from soak.daemon import Daemon, StandIn, wait_for
 from soak.goods import Goods, fill
 from tests.registry_content import Shelves
 
+from .asking import answers
+from .chain import LOOKS
 from .conftest import Figures
 from .processes import alive, children, eventually
 
@@ -59,6 +61,13 @@ def make(kind: str, twistd: Path, home: Path, registry: str) -> list[Daemon]:
         daemon.cache = home / "cache"
         made.append(daemon)
     return made
+
+
+def ready(port: int) -> bool:
+    """
+    Say whether a daemon, or one of its workers, can serve.
+    """
+    return answers(f"http://127.0.0.1:{port}/readyz")()
 
 
 def processes(daemons: list[Daemon]) -> list[int]:
@@ -132,6 +141,8 @@ def test_a_hundred_kills_in_a_storm_leave_nothing_wrong(
         try:
             for each in daemons:
                 each.start()
+                # Whichever worker answers, it has a token by then.
+                each.process.wait_until(lambda: all(map(ready, [each.port] * LOOKS)))  # noqa: B023
             assert problems(daemons[0], tally) == [], f"after kill {kills} of seed {seed}"
             asyncio.run(storm(daemons, goods, tally, chance, LONGEST[kind], f"{seed}-{kills}"))
         finally:
