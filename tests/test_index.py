@@ -15,7 +15,7 @@ from ecrproxy.cache.directory import content_path
 from ecrproxy.cache.entries import ANSWERS_LIMIT, Confirmed, Entry, EntryKey
 from ecrproxy.cache.index import AGAIN_SECONDS, POINTER, Index, News
 from ecrproxy.cache.record import Reservation
-from ecrproxy.cache.sqlite import PAGE, PURGES, BusyError, DamagedError, UnusableError, explained, on_disk
+from ecrproxy.cache.sqlite import PAGE, PURGES, BusyError, DamagedError, File, UnusableError, explained, on_disk
 from ecrproxy.identity import RegistryId
 from ecrproxy.oci import BLOB_TYPE, INDEX_TYPE, Descriptor, Digest, Kind, parse_route
 from tests.store_contract import ANY, MANIFEST_TYPE, REGISTRY, START, scratch
@@ -77,7 +77,6 @@ class ContentContract(IndexContract):
         assert [round(each.used) for each in files] == [START, START]
         assert [each.verified is not None for each in files] == [True, True]
         assert self.index.files(after=A) == files[1:]
-        assert self.index.files(up_to=A) == files[:1]
         assert self.index.known(B) is None
 
     def test_totals_count_whole_blocks_and_are_those_of_the_rows(self) -> None:
@@ -115,6 +114,16 @@ class ContentContract(IndexContract):
         listed = [each.digest for page in pages for each in page]
         assert listed == sorted(digests, key=str)
 
+    def test_names_of_a_folder_are_listed_whole_and_alone(self) -> None:
+        digests = [Digest("sha256", f"ab{number:062x}") for number in range(PAGE + 10)]
+        others = [Digest("sha256", "aa" + "f" * 62), Digest("sha256", "ac" + "0" * 62), Digest("sha512", "ab" * 64)]
+        self.index.adopt([File(each, 1, START) for each in (*digests, *others)])
+        pages = list(self.index.names("sha256", "ab"))
+        assert [len(each) for each in pages] == [PAGE, 10]
+        assert set().union(*pages) == {each.hex for each in digests}
+        assert list(self.index.names("sha512", "ab")) == [{"ab" * 64}]
+        assert list(self.index.names("sha256", "ff")) == []
+
     def test_a_use_of_an_unknown_file_adopts_it_if_it_is_there(self) -> None:
         self.file(A, 10)
         self.index.use(A)
@@ -131,9 +140,15 @@ class ContentContract(IndexContract):
         assert self.order() == [B]
 
     def test_a_file_that_comes_back_is_not_dropped(self) -> None:
+        """
+        Whoever found it gone, evicted or purged it, and comes to say so only after another process has brought it in.
+        """
         self.index.gone(A)
         self.index.add(A, 1)
+        self.file(A)
         self.index.settle()
+        self.index.drop([A, B])
+        self.index.purge([], [A])
         assert self.order() == [A]
 
     def test_a_later_verification_is_noted_and_is_no_use(self) -> None:

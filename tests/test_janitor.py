@@ -134,7 +134,7 @@ class SmallCache(SynchronousTestCase):
         """
         Start a janitor, on a directory that was compared with its index.
         """
-        store.counted = True
+        store.index.note_compared(self.now, store.index.opened)
         janitor = Janitor(store, limit or self.limit, self.in_thread, self.clock)
         janitor.startService()
         return janitor
@@ -515,8 +515,8 @@ class SmallDisk(SmallCache):
         """
         How much the cache holds is not known then.
         """
-        store = self.make_store()
-        janitor = Janitor(store, self.limit, self.in_thread, self.clock)
+        self.index.note_compared(0, self.index.opened)
+        janitor = Janitor(self.make_store(), self.limit, self.in_thread, self.clock)
         janitor.startService()
         self.assertEqual(self.limit, janitor.limit)
 
@@ -605,9 +605,11 @@ class ScrubTests(SmallCache):
         """
         Let it go over the directory once.
         """
-        self.clock.advance(SCRUB_SECONDS)
-        for _ in range(50):
-            self.clock.advance(LOOK_SECONDS)
+        self.pass_time(SCRUB_SECONDS)
+
+    def pass_time(self, seconds: float) -> None:
+        self.now += seconds
+        self.clock.advance(seconds)
 
     def bring(self, blocks: int) -> Digest:
         """
@@ -647,9 +649,8 @@ class ScrubTests(SmallCache):
         """
         self.keep(60)
         for module, name, number in (
-            (os, "scandir", errno.EMFILE),
-            (os, "scandir", errno.EIO),
-            (Path, "iterdir", errno.EMFILE),
+            (os, "listdir", errno.EMFILE),
+            (os, "listdir", errno.EIO),
         ):
             patches = self.patch(module, name, failing(number)), self.patch(Path, "lstat", failing(errno.EIO))
             self.compare()
@@ -678,7 +679,7 @@ class ScrubTests(SmallCache):
             return True
 
         self.patch(self.scrub, "_work", working)
-        self.clock.advance(SCRUB_SECONDS)
+        self.pass_time(SCRUB_SECONDS)
         for _ in range(2 * 10 * SHARE + 30):
             self.clock.advance(1)
         self.assertEqual([10 * (SHARE + 1)] * 2, [after - before for before, after in pairwise(steps)])

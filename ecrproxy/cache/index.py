@@ -360,9 +360,9 @@ class Index:
                 there = [File(each, seen.st_size, uses[each]) for each, seen in found if seen is not None]
                 if there:
                     self.adopt(there)
-            absent = [each for each in gone if is_gone(self._root / content_path(each))]
+            absent = [each for each in gone if not self._is_there(each)]
             if absent:
-                self._ask(lambda rows: rows.drop(absent))
+                self._ask(lambda rows: rows.drop(absent, (), self._is_there))
         except OSError:
             self.busy += 1
             with self._noting:
@@ -373,6 +373,18 @@ class Index:
 
     def _status(self, digest: Digest) -> os.stat_result | None:
         return status_of(self._root / content_path(digest))
+
+    def _is_there(self, digest: Digest) -> bool:
+        """
+        Return True if there is a file of this name, or if that can't be told.
+        """
+        try:
+            (self._root / content_path(digest)).lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError:
+            return True
+        return True
 
     def _news(self) -> News:
         everything, self._everything = self._everything, False
@@ -429,23 +441,31 @@ class Index:
 
     def drop(self, digests: Iterable[Digest] = (), arriving: Iterable[Reservation] = ()) -> None:
         """
-        Note that files are gone.
+        Note that files are gone. One that has come back meanwhile stays.
         """
         digests, arriving = list(digests), list(arriving)
         with self._noting:
             for each in digests:
                 self._uses.pop(each, None)
-        self._change(lambda rows: rows.drop(digests, arriving))
+        self._change(lambda rows: rows.drop(digests, arriving, self._is_there))
 
-    def files(self, after: Digest | None = None, up_to: Digest | None = None) -> list[File]:
+    def files(self, after: Digest | None = None) -> list[File]:
         """
         List content in the order of digests, up to a thousand files.
 
         @param after: the last of the page before.
-        @param up_to: the last one wanted.
         @raise OSError: if the index can't be read.
         """
-        return self._ask(lambda rows: rows.files(after, up_to))
+        return self._ask(lambda rows: rows.files(after))
+
+    def names(self, algorithm: str, prefix: str) -> Iterator[set[str]]:
+        """
+        Yield the hashes of content that begin with C{prefix}, up to a thousand at once.
+
+        @param prefix: an even number of hexadecimal digits.
+        @raise OSError: if the index can't be read.
+        """
+        return self._each(lambda rows: rows.names(algorithm, prefix))
 
     def known(self, digest: Digest) -> File | None:
         """
@@ -548,7 +568,29 @@ class Index:
         @raise OSError: if the index can't be written.
         """
         self._catch_up()
-        return self._ask(lambda rows: rows.purge(keys, digests))
+        return self._ask(lambda rows: rows.purge(keys, digests, self._is_there))
+
+    def refresh(self) -> None:
+        """
+        Read the totals now.
+
+        @raise OSError: if the index can't be read.
+        """
+        self._ask(lambda rows: rows.refresh())
+
+    def note_compared(self, began: float, opened: int) -> None:
+        """
+        Note that all files were compared with the index, unless it is another one by now.
+
+        @param began: when that began.
+        @param opened: what C{opened} was then.
+        @raise OSError: if the index can't be written.
+        """
+        with self._swapping:
+            if self.opened != opened:
+                return
+            rows = self._rows
+        rows.note_compared(began)
 
     def check(self) -> None:
         """
@@ -576,19 +618,6 @@ def give(path: Path, root: Path) -> None:
         with contextlib.suppress(OSError):
             owner = root.stat()
             os.chown(path, owner.st_uid, owner.st_gid)
-
-
-def is_gone(path: Path) -> bool:
-    """
-    Return True if there is no such file; False if that can't be told.
-    """
-    try:
-        path.lstat()
-    except (FileNotFoundError, NotADirectoryError):
-        return True
-    except OSError:
-        return False
-    return False
 
 
 def _refuse_far(root: Path) -> None:

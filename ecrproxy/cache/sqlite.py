@@ -18,7 +18,7 @@ import contextlib
 import itertools
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -41,7 +41,7 @@ _ALGORITHMS: Final = ("sha256", "sha512")
 _KINDS: Final = (Kind.MANIFEST, Kind.BLOB)
 
 _STATE: Final = (
-    "SELECT files, blocks, arriving, (SELECT min(used) / 1e6 FROM content),"
+    "SELECT files, blocks, arriving, (SELECT min(used) / 1e6 FROM content), compared / 1e6,"
     " coalesce((SELECT seq FROM sqlite_sequence WHERE name = 'purge'), 0) FROM total"
 )
 _MIGRATIONS: Final = (
@@ -77,9 +77,10 @@ _MIGRATIONS: Final = (
     END;
     CREATE TABLE purge (generation INTEGER PRIMARY KEY AUTOINCREMENT, what TEXT NOT NULL);
     CREATE TABLE total (
-        id INTEGER PRIMARY KEY, files INTEGER NOT NULL, blocks INTEGER NOT NULL, arriving INTEGER NOT NULL
+        id INTEGER PRIMARY KEY, files INTEGER NOT NULL, blocks INTEGER NOT NULL, arriving INTEGER NOT NULL,
+        compared INTEGER NOT NULL
     );
-    INSERT INTO total (id, files, blocks, arriving) VALUES (0, 0, 0, 0);
+    INSERT INTO total (id, files, blocks, arriving, compared) VALUES (0, 0, 0, 0, 0);
     CREATE TRIGGER content_in AFTER INSERT ON content BEGIN
         UPDATE total SET files = files + 1, blocks = blocks + new.blocks; END;
     CREATE TRIGGER content_out AFTER DELETE ON content BEGIN
@@ -131,12 +132,14 @@ class Totals(NamedTuple):
     @ivar blocks: bytes of disk that they take.
     @ivar arriving: bytes of disk that are promised to what is arriving, or taken by what transfers have left.
     @ivar oldest_use: the least recent use of a file, in seconds since the epoch, if there is one.
+    @ivar compared: when some process began to compare all files with the rows, and came to the end; zero if none has.
     """
 
     files: int = 0
     blocks: int = 0
     arriving: int = 0
     oldest_use: float | None = None
+    compared: float = 0.0
 
 
 class File(NamedTuple):
@@ -287,27 +290,53 @@ class Rows:
             )
         return unknown
 
-    def drop(self, digests: Iterable[Digest], arriving: Iterable[Reservation] = ()) -> None:
+    def drop(
+        self,
+        digests: Iterable[Digest],
+        arriving: Iterable[Reservation] = (),
+        is_there: Callable[[Digest], bool] = lambda _: False,
+    ) -> None:
         """
         Note that files of content, and those that reservations were of, are gone.
+
+        @param is_there: whether a file has come back: looked at within the transaction, so that whoever brings it
+            later notes it later.
         """
         with self._transaction() as connection:
-            _drop(connection, digests, arriving)
+            _drop(connection, [each for each in digests if not is_there(each)], arriving)
 
-    def files(self, after: Digest | None = None, up_to: Digest | None = None, limit: int = PAGE) -> list[File]:
+    def files(self, after: Digest | None = None, limit: int = PAGE) -> list[File]:
         """
         List content in the order of digests.
 
         @param after: the last of the page before.
-        @param up_to: the last one wanted.
         """
         rows = self._query(
-            "SELECT digest, size, used, verified FROM content WHERE digest > ? AND digest <= ? ORDER BY digest LIMIT ?",
+            "SELECT digest, size, used, verified FROM content WHERE digest > ? ORDER BY digest LIMIT ?",
             b"" if after is None else _packed(after),
-            b"\xff" if up_to is None else _packed(up_to),
             limit,
         )
         return [_file(*row) for row in rows]
+
+    def names(self, algorithm: str, prefix: str) -> Iterator[set[str]]:
+        """
+        Yield the hashes of content that begin with C{prefix}, page by page.
+
+        SQLite makes one text of a page: a row each would take the interpreter a hundred times as long.
+
+        @param prefix: an even number of hexadecimal digits.
+        """
+        first = bytes([_ALGORITHMS.index(algorithm)]) + bytes.fromhex(prefix)
+        last = first + b"\xff" * 64
+        while True:
+            ((names, first),) = self._query(
+                "SELECT lower(group_concat(hex(substr(digest, 2)), ' ')), max(digest) FROM"
+                " (SELECT digest FROM content WHERE digest > ? AND digest <= ? ORDER BY digest LIMIT ?)",
+                *(first, last, PAGE),
+            )
+            if names is None:
+                return
+            yield set(names.split())
 
     def known(self, digest: Digest) -> File | None:
         """
@@ -501,29 +530,44 @@ class Rows:
 
     def _forget_absent(self, before: float, table: str, first: Mapping[str, object]) -> Iterator[None]:
         keys, marks, last = ", ".join(first), ", ".join("?" * len(first)), tuple(first.values())
-        while rows := self._query(
-            f"SELECT {keys}, confirmed < ? AND digest NOT IN (SELECT digest FROM content) FROM {table}"  # noqa: S608
-            f" WHERE ({keys}) > ({marks}) ORDER BY {keys} LIMIT ?",
-            *(_moment(before), *last, PAGE),
-        ):
-            last = rows[-1][:-1]
-            absent = [row[:-1] for row in rows if row[-1]]
-            if absent:
+        page = f"{table} WHERE ({keys}) > ({marks}) AND ({keys}) <= ({marks})"
+        absent = f"{page} AND confirmed < ? AND digest NOT IN (SELECT digest FROM content)"  # noqa: S608
+        while True:
+            # The page's last row, and whether any must go: no row of those that stay gets out of SQLite.
+            ends = self._query(
+                f"SELECT {keys} FROM {table} WHERE ({keys}) > ({marks}) ORDER BY {keys} LIMIT 1 OFFSET ?",  # noqa: S608
+                *(*last, PAGE - 1),
+            ) or self._query(
+                f"SELECT {keys} FROM {table} WHERE ({keys}) > ({marks})"  # noqa: S608
+                f" ORDER BY {', '.join(f'{each} DESC' for each in first)} LIMIT 1",
+                *last,
+            )
+            if not ends:
+                return
+            values = (*last, *ends[0], _moment(before))
+            if self._query(f"SELECT 1 FROM {absent} LIMIT 1", *values):  # noqa: S608
                 with self._transaction() as connection:
-                    connection.executemany(f"DELETE FROM {table} WHERE ({keys}) = ({marks})", absent)  # noqa: S608
+                    connection.execute(f"DELETE FROM {absent}", values)  # noqa: S608
+            last = ends[0]
             yield
 
     # Purges
 
-    def purge(self, keys: Sequence[EntryKey], digests: Sequence[Digest]) -> int:
+    def purge(
+        self,
+        keys: Sequence[EntryKey],
+        digests: Sequence[Digest],
+        is_there: Callable[[Digest], bool] = lambda _: False,
+    ) -> int:
         """
         Forget entries, and content whose files are gone, for all processes.
 
+        @param is_there: see L{drop}.
         @return: how many entries there were.
         """
         with self._transaction(durable=True) as connection:
             count = self._forget(connection, keys)
-            _drop(connection, digests)
+            _drop(connection, [each for each in digests if not is_there(each)])
             purged = [(str(each),) for each in (*keys, *digests)]
             connection.executemany("INSERT INTO purge (what) VALUES (?)", purged)
             connection.execute(
@@ -552,6 +596,13 @@ class Rows:
         return [(_unpacked(before), _unpacked(after), seen / 1e6) for before, after, seen in rows]
 
     # The whole
+
+    def note_compared(self, began: float) -> None:
+        """
+        Note that all files were compared with the rows, from this moment on.
+        """
+        with self._transaction() as connection:
+            connection.execute("UPDATE total SET compared = ?", (_moment(began),))
 
     def refresh(self) -> int:
         """
