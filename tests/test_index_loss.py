@@ -163,6 +163,116 @@ class WhileOpenTests(LossTestCase):
         self.assertEqual([], [path for path in opened if ".sqlite3" in path])
 
 
+class TransfersTests(LossTestCase):
+    """
+    The index is lost while two processes have transfers under way: what they were promised is theirs.
+    """
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.other = self.open().index
+        self.one, self.two = Reservation("one", "1"), Reservation("two", "2")
+        self.limit = 2**40
+        self.assertEqual(0, self.index.reserve(self.one, 4096, self.limit))
+        self.assertEqual(0, self.other.reserve(self.two, 8192, self.limit))
+
+    def lose(self) -> None:
+        for path in self.files():
+            path.unlink()
+
+    def arriving(self) -> list[tuple[Reservation, int]]:
+        for each in (self.index, self.other):
+            each.settle()
+        self.index.settle()
+        self.assertEqual(self.index.totals.arriving, sum(each.size for each in self.index.arriving()))
+        self.assertEqual(self.index.arriving(), self.other.arriving())
+        return [(each.what, each.size) for each in self.index.arriving()]
+
+    def test_each_puts_back_its_own(self) -> None:
+        for happens in (self.lose, (self.root / POINTER).unlink, lambda: os.truncate(self.files()[0], 0)):
+            happens()
+            self.assertEqual([(self.one, 4096), (self.two, 8192)], self.arriving())
+        self.index.drop(arriving=[self.one])
+        self.assertEqual([(self.two, 8192)], self.arriving())
+
+    def test_before_anything_else_is_promised(self) -> None:
+        """
+        Also where the promise is what finds the index damaged.
+        """
+        limit = self.index.size + 12288 + 4096 * 50
+        self.lose()
+        self.index.settle()
+        limit += self.index.size
+        self.assertLess(0, self.index.reserve(Reservation("big"), limit - 4096, limit))
+        self.other.settle()
+        rows = self.index._rows  # noqa: SLF001
+        rows._writer.execute("DROP TABLE arriving")  # noqa: SLF001
+        self.assertLess(0, self.index.reserve(Reservation("big"), limit - 4096, limit))
+        self.assertIsNot(rows, self.index._rows)  # noqa: SLF001
+
+    def test_what_has_ended_does_not_come_back(self) -> None:
+        """
+        Whichever way it ended: it is content, was given up, or was left for the next, which counts it by its file.
+        """
+        more = [Reservation(f"more{number}") for number in range(3)]
+        for each in more:
+            self.index.arrive(each, 4096)
+        self.index.add(Digest.of(b"more"), 4096, more[0])
+        self.index.drop(arriving=more[1:2])
+        self.index.arrive(more[2], 4096, START)
+        self.assertLess(0, self.index.reserve(Reservation("more3"), 2**40, 2**20))
+        self.lose()
+        self.assertEqual([(self.one, 4096), (self.two, 8192)], self.arriving())
+
+    def test_the_room_of_who_has_claimed_it_since_is_not_taken(self) -> None:
+        """
+        A process that was stopped for long enough believes that it holds a claim which another has.
+        """
+        since = Reservation("one", "since")
+        self.lose()
+        self.other.settle()
+        self.assertEqual(0, self.other.reserve(since, 4096, self.limit))
+        self.assertEqual([(since, 4096), (self.two, 8192)], self.arriving())
+
+    def test_with_rows_in_memory_and_back(self) -> None:
+        far = f"1 2 0:3 / {os.path.realpath(self.root)} rw - nfs4 server:/x rw"
+        patch = self.patch(index_module, "mountinfo", lambda: far)
+        self.lose()
+        self.index.settle()
+        self.assertFalse(self.index.shared)
+        self.assertEqual([(self.one, 4096, 0)], self.index.arriving())
+        patch.restore()
+        self.now += AGAIN_SECONDS
+        self.assertEqual([(self.one, 4096), (self.two, 8192)], self.arriving())
+
+    def test_a_promise_while_the_index_is_being_replaced(self) -> None:
+        """
+        It was written into the old one, which another thread has just put away.
+        """
+        real, three = Rows.reserve, Reservation("three")
+
+        def reserve(rows: Rows, *args: Any) -> int:
+            excess = real(rows, *args)
+            self.lose()
+            self.index.settle()
+            return excess
+
+        patch = self.patch(Rows, "reserve", reserve)
+        self.assertEqual(0, self.index.reserve(three, 4096, self.limit))
+        patch.restore()
+        self.assertEqual([(self.one, 4096), (three, 4096), (self.two, 8192)], self.arriving())
+
+    def test_content_that_came_into_an_index_that_is_gone_counts(self) -> None:
+        """
+        Another process has begun a new one, and may have compared its folder already.
+        """
+        self.lose()
+        self.other.settle()
+        digest = put(self.store, b"meanwhile")
+        self.index.settle()
+        self.assertIsNotNone(self.other.known(digest))
+
+
 class AtStartTests(LossTestCase):
     """
     What happened to the files while no daemon ran.

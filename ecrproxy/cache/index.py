@@ -10,6 +10,7 @@ Rules:
 - The files are opened by SQLite alone: closing any other descriptor of them would drop its locks.
 - Whatever is wrong with the index, the daemon goes on: with a new one if it is damaged, with rows in memory while no
   file can be opened. Changes that fail because another process writes, or the disk is full, are tried again.
+- Each process puts what it was promised for its transfers into an index that it opens in another's place.
 - Uses are gathered, and written once a second. All other changes are written at once, in the order they came.
 - C{index.lock} is held while an index is opened or replaced.
 """
@@ -99,6 +100,7 @@ class Index:
         self._uses: OrderedDict[Digest, float] = OrderedDict()
         self._verified: dict[Digest, float] = {}
         self._gone: set[Digest] = set()
+        self._promised: dict[str, tuple[Reservation, int]] = {}
         self._late: deque[Callable[[Rows], object]] = deque(maxlen=LATE)
         self._rows, self._files, self._seen = Rows(), tuple[Path, ...](), tuple[object, ...]()
         self._heights = [0, 0]
@@ -179,7 +181,20 @@ class Index:
         old.close()
         with contextlib.suppress(OSError):
             self._generation = self._rows.refresh()
+        try:
+            self._put_back(self._rows)
+        except OSError:
+            self._late.append(self._put_back)
         self._note_files()
+
+    def _put_back(self, rows: Rows) -> None:
+        """
+        Note what was promised to this process's transfers: the database may be another than they were noted in.
+        """
+        with self._noting:
+            promised = list(self._promised.values())
+        if promised:
+            rows.put_back(promised)
 
     def _found(self, root: Path) -> Rows | None:
         """
@@ -426,9 +441,13 @@ class Index:
         """
         Note that a file of content has come, verified; the reservation that it had ends.
         """
+        now = self._now()
         with self._noting:
             self._gone.discard(digest)
-        now = self._now()
+            # Once more in a second: the database may be one that another process has just put another in place of.
+            self._uses[digest] = now
+            self._uses.move_to_end(digest)
+            self._end_promises([] if arriving is None else [arriving])
         self._change(lambda rows: rows.add(File(digest, size, now, now), arriving))
 
     def adopt(self, files: Sequence[File]) -> None:
@@ -447,6 +466,7 @@ class Index:
         with self._noting:
             for each in digests:
                 self._uses.pop(each, None)
+            self._end_promises(arriving)
         self._change(lambda rows: rows.drop(digests, arriving, self._is_there))
 
     def files(self, after: Digest | None = None) -> list[File]:
@@ -496,7 +516,14 @@ class Index:
         @raise OSError: if the index can't be written.
         """
         self._catch_up()
-        return self._ask(lambda rows: rows.reserve(what, size, limit - self.size))
+        opened = self.opened
+        excess = self._ask(lambda rows: rows.reserve(what, size, limit - self.size))
+        if not excess:
+            with self._noting:
+                self._promised[what.name] = what, size
+            if opened not in (0, self.opened):  # it may have been noted in the one before
+                self._change(self._put_back)
+        return excess
 
     def arrive(self, what: Reservation, size: int, written: float = 0) -> None:
         """
@@ -504,7 +531,17 @@ class Index:
 
         @param written: when it was written last; zero as long as it is being written.
         """
+        with self._noting:
+            if written:
+                self._end_promises([what])
+            else:
+                self._promised[what.name] = what, size
         self._change(lambda rows: rows.arrive(what, size, written))
+
+    def _end_promises(self, arriving: Iterable[Reservation]) -> None:
+        for each in arriving:
+            if self._promised.get(each.name, (None, 0))[0] == each:
+                del self._promised[each.name]
 
     def pass_over(self, what: Reservation) -> None:
         """

@@ -386,6 +386,16 @@ class Rows:
         with self._transaction() as connection:
             _arrive(connection, what, size, _moment(written))
 
+    def put_back(self, promised: Iterable[tuple[Reservation, int]]) -> None:
+        """
+        Note what was promised before, whatever the limit, unless somebody else has the name by now.
+        """
+        with self._transaction() as connection:
+            connection.executemany(
+                "INSERT OR IGNORE INTO arriving (name, token, blocks, written) VALUES (?, ?, ?, 0)",
+                [(*what, on_disk(size)) for what, size in promised],
+            )
+
     def pass_over(self, what: Reservation) -> None:
         """
         Count an interrupted transfer as one under way.
