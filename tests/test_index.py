@@ -15,7 +15,16 @@ from ecrproxy.cache.directory import content_path
 from ecrproxy.cache.entries import ANSWERS_LIMIT, Confirmed, Entry, EntryKey
 from ecrproxy.cache.index import AGAIN_SECONDS, POINTER, Index, News
 from ecrproxy.cache.record import Reservation
-from ecrproxy.cache.sqlite import PAGE, PURGES, BusyError, DamagedError, File, UnusableError, explained, on_disk
+from ecrproxy.cache.sqlite import (
+    PAGE,
+    PURGES,
+    BusyError,
+    DamagedError,
+    File,
+    UnusableError,
+    explained,
+    on_disk,
+)
 from ecrproxy.identity import RegistryId
 from ecrproxy.oci import BLOB_TYPE, INDEX_TYPE, Descriptor, Digest, Kind, parse_route
 from tests.store_contract import ANY, MANIFEST_TYPE, REGISTRY, START, scratch
@@ -24,6 +33,7 @@ A = Digest.of(b"a")
 ONE, OTHER = Reservation("one"), Reservation("other")
 B = Digest.of(b"b")
 C = Digest.of(b"c", "sha512")
+MOVES, MOVES_OF_A_TAG = 10_000, 100
 BOTH = frozenset({MANIFEST_TYPE, INDEX_TYPE})
 
 
@@ -267,6 +277,43 @@ class EntriesContract(IndexContract):
         assert found is not None
         assert found.answers[ANY].descriptor == Descriptor(BLOB_TYPE, A, 5)
 
+    def moved(self, digest: Digest, when: float, name: str = "latest", accept: frozenset[str] = ANY) -> None:
+        """
+        Have ECR say where a tag leads.
+        """
+        entry = self.index.entry(tag(name)) or Entry()
+        self.index.save([(tag(name), entry.with_answer(accept, confirmed(digest, when)))])
+
+    def test_a_move_of_a_tag_is_noted_once_the_newest_first(self) -> None:
+        for when, digest in enumerate((A, A, B, B, A, B)):
+            self.moved(digest, START + when)
+        assert self.index.moves(tag()) == [(A, B, START + 5), (B, A, START + 4), (A, B, START + 2)]
+        assert self.index.moves(tag("other")) == []
+        assert self.index.moves(tag(repository="team/other")) == []
+
+    def test_a_move_that_clients_of_several_types_see_is_one(self) -> None:
+        for when, digest in enumerate((A, B, A)):
+            for number, accept in enumerate((ANY, BOTH, frozenset({INDEX_TYPE}))):
+                self.moved(digest, START + when + number / 10, accept=accept)
+        assert [each[:2] for each in self.index.moves(tag())] == [(B, A), (A, B)]
+
+    def test_so_many_moves_of_a_tag_and_of_all_are_kept(self) -> None:
+        """
+        A tag that moves all the time does not drive out the moves of others.
+        """
+        self.moved(A, START, "other")
+        self.moved(B, START, "other")
+        entries = [Entry({ANY: confirmed((A, B)[number % 2], START + number)}) for number in range(MOVES_OF_A_TAG + 5)]
+        self.index.save([(tag(), each) for each in entries])
+        assert len(self.index.moves(tag())) == MOVES_OF_A_TAG
+        assert self.index.moves(tag())[0][2] == START + MOVES_OF_A_TAG + 4
+        assert len(self.index.moves(tag("other"))) == 1
+        names = [f"t{number}" for number in range(MOVES // (MOVES_OF_A_TAG - 1) + 1)]
+        for name in names:
+            self.index.save([(tag(name), each) for each in entries[:MOVES_OF_A_TAG]])
+        assert self.index.moves(tag("other")) == []
+        assert MOVES - MOVES_OF_A_TAG <= sum(len(self.index.moves(tag(name))) for name in names) <= MOVES
+
     def test_a_forgotten_entry_is_a_miss(self) -> None:
         keys = tag(), held(A)
         for key in keys:
@@ -416,7 +463,6 @@ class FileTests(ContentContract, ArrivingContract, EntriesContract, PurgeContrac
     def test_its_files_count(self) -> None:
         self.index.add(A, 1)
         self.index.settle()
-        self.index.settle()  # of what was written then
         taken = sum(path.stat().st_blocks * 512 for path in self.root.glob(f"{POINTER}*"))
         assert self.index.size == taken > 4096
 

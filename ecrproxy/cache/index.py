@@ -36,7 +36,7 @@ from ecrproxy.cache.directory import content_path
 from ecrproxy.cache.entries import Entry, EntryKey
 from ecrproxy.cache.mounts import find_mount, mountinfo
 from ecrproxy.cache.record import Reservation, Reserved
-from ecrproxy.cache.sqlite import LAYOUT, BusyError, DamagedError, File, Rows, Totals, UnfitError, UnusableError
+from ecrproxy.cache.sqlite import LAYOUT, BusyError, DamagedError, File, Move, Rows, Totals, UnfitError, UnusableError
 from ecrproxy.oci import Digest
 
 log = Logger()
@@ -101,6 +101,7 @@ class Index:
         self._verified: dict[Digest, float] = {}
         self._gone: set[Digest] = set()
         self._promised: dict[str, tuple[Reservation, int]] = {}
+        self._added: dict[Digest, File] = {}
         self._late: deque[Callable[[Rows], object]] = deque(maxlen=LATE)
         self._rows, self._files, self._seen = Rows(), tuple[Path, ...](), tuple[object, ...]()
         self._heights = [0, 0]
@@ -189,12 +190,17 @@ class Index:
 
     def _put_back(self, rows: Rows) -> None:
         """
-        Note what was promised to this process's transfers: the database may be another than they were noted in.
+        Note what may have been noted in the database before: what was promised to this process's transfers.
+
+        And the files that it brought in since it looked whether that database is still the one in use.
         """
         with self._noting:
-            promised = list(self._promised.values())
+            promised, added = list(self._promised.values()), list(self._added.values())
         if promised:
             rows.put_back(promised)
+        there = [each for each in added if self._is_there(each.digest)]
+        if there:
+            rows.add_all(there)
 
     def _found(self, root: Path) -> Rows | None:
         """
@@ -351,7 +357,12 @@ class Index:
         """
         Write what was gathered, and tell what was purged. Called each second, in a thread.
         """
+        with self._noting:
+            added = list(self._added)
         self._see()
+        with self._noting:
+            for each in added:
+                self._added.pop(each, None)
         self._catch_up()
         with contextlib.suppress(OSError):
             self.settle_uses()
@@ -444,9 +455,7 @@ class Index:
         now = self._now()
         with self._noting:
             self._gone.discard(digest)
-            # Once more in a second: the database may be one that another process has just put another in place of.
-            self._uses[digest] = now
-            self._uses.move_to_end(digest)
+            self._added[digest] = File(digest, size, now)
             self._end_promises([] if arriving is None else [arriving])
         self._change(lambda rows: rows.add(File(digest, size, now, now), arriving))
 
@@ -586,6 +595,14 @@ class Index:
         @raise OSError: if the index can't be read.
         """
         return self._each(Rows.entries)
+
+    def moves(self, key: EntryKey) -> list[Move]:
+        """
+        List the moves of a tag that were seen, the newest first.
+
+        @raise OSError: if the index can't be read.
+        """
+        return self._ask(lambda rows: rows.moves(key))
 
     def forget_absent(self, before: float) -> Iterator[None]:
         """

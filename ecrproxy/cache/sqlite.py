@@ -70,10 +70,18 @@ _MIGRATIONS: Final = (
         id INTEGER PRIMARY KEY, repository INTEGER NOT NULL, tag TEXT NOT NULL, from_digest BLOB NOT NULL,
         to_digest BLOB NOT NULL, seen INTEGER NOT NULL
     );
-    CREATE TRIGGER tag_moved AFTER UPDATE OF digest ON tag WHEN old.digest <> new.digest BEGIN
+    CREATE INDEX tag_move_by_tag ON tag_move (repository, tag);
+    -- A move that another row of the tag, one of other types, has shown since this one was confirmed is the same.
+    CREATE TRIGGER tag_moved AFTER UPDATE OF digest ON tag WHEN old.digest <> new.digest AND NOT EXISTS (
+        SELECT 1 FROM tag_move WHERE repository = new.repository AND tag = new.tag
+            AND from_digest = old.digest AND to_digest = new.digest AND seen > old.confirmed
+    ) BEGIN
         INSERT INTO tag_move (repository, tag, from_digest, to_digest, seen)
             VALUES (new.repository, new.tag, old.digest, new.digest, new.confirmed);
-        DELETE FROM tag_move WHERE id <= last_insert_rowid() - 10000;  -- so many are remembered
+        DELETE FROM tag_move WHERE repository = new.repository AND tag = new.tag AND id <= (
+            SELECT id FROM tag_move WHERE repository = new.repository AND tag = new.tag
+                ORDER BY id DESC LIMIT 1 OFFSET 100);  -- it does not drive out the moves of others
+        DELETE FROM tag_move WHERE id <= (SELECT id FROM tag_move ORDER BY id DESC LIMIT 1 OFFSET 10000);
     END;
     CREATE TABLE purge (generation INTEGER PRIMARY KEY AUTOINCREMENT, what TEXT NOT NULL);
     CREATE TABLE total (
@@ -153,6 +161,18 @@ class File(NamedTuple):
     size: int
     used: float
     verified: float | None = None
+
+
+class Move(NamedTuple):
+    """
+    That ECR answered a tag with another digest than before.
+
+    @ivar seen: when it first did, in seconds since the epoch.
+    """
+
+    before: Digest
+    after: Digest
+    seen: float
 
 
 class Rows:
@@ -594,16 +614,15 @@ class Rows:
             return None
         return [EntryKey.parse(what) if " " in what else Digest.parse(what) for _, what in rows]
 
-    def moves(self, registry: RegistryId, repository: str, tag: str) -> list[tuple[Digest, Digest, float]]:
+    def moves(self, key: EntryKey) -> list[Move]:
         """
-        List where a tag led from and to, and when that was seen, the newest first.
+        List the moves of a tag, the newest first.
         """
         rows = self._query(
-            "SELECT from_digest, to_digest, seen FROM tag_move JOIN repository ON repository.id = repository"
-            " WHERE registry = ? AND name = ? AND tag = ? ORDER BY tag_move.id DESC LIMIT ?",
-            *(str(registry), repository, tag, PAGE),
+            "SELECT from_digest, to_digest, seen FROM tag_move WHERE repository = ? AND tag = ? ORDER BY id DESC",
+            *(self._repository(key), key.reference),
         )
-        return [(_unpacked(before), _unpacked(after), seen / 1e6) for before, after, seen in rows]
+        return [Move(_unpacked(before), _unpacked(after), seen / 1e6) for before, after, seen in rows]
 
     # The whole
 
