@@ -443,6 +443,24 @@ class FileTests(ContentContract, ArrivingContract, EntriesContract, PurgeContrac
         other.settle()
         assert other.totals[:3] == (1, 4096, 0)
 
+    def test_a_clock_that_is_set_back_makes_no_new_use_of_any_process_an_old_one(self) -> None:
+        other = self.other()
+        self.now += 3600
+        for digest in (A, B):
+            self.index.add(digest, 1)
+        self.now -= 7200
+        other.use(A)
+        other.settle()
+        other.add(C, 1)
+        assert self.order() == [B, A, C]
+
+    def test_what_a_newer_version_has_purged_is_told_as_everything(self) -> None:
+        self.index.settle()
+        writer = self.index._rows._writer  # noqa: SLF001
+        writer.execute("INSERT INTO purge (what) VALUES ('something of the next version')")
+        assert self.index.settle() == News(everything=True)
+        assert self.index.settle() == News()
+
     def test_another_process_hears_of_a_purge(self) -> None:
         other = self.other()
         other.settle()
@@ -483,6 +501,36 @@ class FileTests(ContentContract, ArrivingContract, EntriesContract, PurgeContrac
         found = self.index.entry(tag())
         assert found is not None
         assert found.answers[ANY].descriptor.digest == B
+
+    def test_more_repositories_than_are_remembered_are_saved(self) -> None:
+        """
+        While other threads look for more.
+        """
+        keys = [tag(repository=f"team/app{number}") for number in range(PAGE + 10)]
+        rows = self.index._rows  # noqa: SLF001
+        real = rows._remember_repository  # noqa: SLF001
+
+        def remember(names: tuple[str, str], number: int) -> None:
+            real(names, number)
+            if number == PAGE:
+                rows._repositories.clear()  # noqa: SLF001
+
+        self.patch(rows, "_remember_repository", remember)
+        self.index.save([(key, Entry({ANY: confirmed(A)})) for key in keys])
+        assert all(self.index.entry(key) is not None for key in keys)
+
+    def test_what_comes_late_does_not_bring_back_what_was_purged_meanwhile(self) -> None:
+        other = self.other()
+        other.settle()
+        other._rows._writer.execute("PRAGMA busy_timeout = 0")  # noqa: SLF001
+        writer = self.index._rows._writer  # noqa: SLF001
+        writer.execute("BEGIN IMMEDIATE")
+        other.save([(tag(), Entry({ANY: confirmed(A)})), (tag("kept"), Entry({ANY: confirmed(A)}))])
+        writer.execute("ROLLBACK")
+        self.index.purge([tag()], [])
+        assert other.settle() == News(purged=[tag()])
+        assert (other.entry(tag()), self.index.entry(tag())) == (None, None)
+        assert other.entry(tag("kept")) is not None
 
 
 class ErrorTests(SynchronousTestCase):

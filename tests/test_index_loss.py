@@ -4,6 +4,7 @@ The index may be lost, swapped, damaged, cut, newer, unreadable, on a full or re
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -22,7 +23,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.cache import index as index_module
 from ecrproxy.cache.entries import Entry, EntryKey
-from ecrproxy.cache.index import AGAIN_SECONDS, LATE, LOCK, POINTER, Index
+from ecrproxy.cache.index import AGAIN_SECONDS, LATE, LATE_SAVES, LOCK, POINTER, Index
 from ecrproxy.cache.mounts import find_mount
 from ecrproxy.cache.record import Reservation
 from ecrproxy.cache.scrub import scrub
@@ -161,6 +162,29 @@ class WhileOpenTests(LossTestCase):
         self.index.settle()
         self.repaired(self.store)
         self.assertEqual([], [path for path in opened if ".sqlite3" in path])
+
+    def test_values_that_nobody_wrote(self) -> None:
+        """
+        A page that is sound and holds nonsense, as SQLite has no checksums: it is damage, no answer and no failure.
+        """
+        for change in (
+            "UPDATE tag SET digest = x'00ab'",
+            "UPDATE tag SET digest = x''",
+            "UPDATE tag SET digest = x'07' || digest",
+            "UPDATE tag SET digest = 'text'",
+            "UPDATE holds SET kind = 7",
+            "UPDATE content SET digest = x'00' WHERE digest = (SELECT max(digest) FROM content)",
+        ):
+            held = key_of(f"/v2/team/app/blobs/{self.digests[0]}")
+            self.store.save((held, Entry({ANY: confirmed(b"0")})))
+            rows = self.index._rows  # noqa: SLF001
+            rows._writer.execute(change)  # noqa: SLF001
+            with contextlib.suppress(OSError):  # the list that meets it is broken off
+                for _ in (*self.index.entries(), *self.index.least_recently_used()):
+                    pass
+            self.assertIn(self.index.entry(KEY), (None, ENTRY))
+            self.assertIsNot(rows, self.index._rows, change)  # noqa: SLF001
+            self.repaired(self.store)
 
 
 class TransfersTests(LossTestCase):
@@ -420,6 +444,36 @@ class UnusableTests(LossTestCase):
             self.assertRaises(UnusableError, index.reserve, Reservation("name"), 1, 2**30)
             index.use(self.digests[0])
             index.settle()
+
+    def test_a_directory_that_can_only_be_read_and_that_others_write_later(self) -> None:
+        """
+        What was opened as if it never changed is opened anew when it does.
+        """
+        self.index.close()
+        patch = self.patch(os, "open", failing(errno.EROFS))
+        index = Index(self.root, lambda: self.now)
+        index.open()
+        self.addCleanup(index.close)
+        self.assertEqual(ENTRY, index.entry(KEY))
+        patch.restore()
+        newer = Entry({ANY: confirmed(b"newer")})
+        other = self.open()
+        other.save((KEY, newer))
+        self.patch(os, "open", failing(errno.EROFS))
+        self.now += AGAIN_SECONDS
+        self.assertTrue(index.settle().everything)
+        self.assertEqual(newer, index.entry(KEY))
+
+    def test_what_waits_is_bounded(self) -> None:
+        """
+        What ECR can be asked again for gives way to what counts.
+        """
+        self.index._rows._writer.execute("PRAGMA query_only = 1")  # noqa: SLF001
+        for _ in range(LATE_SAVES + 10):
+            self.store.save((KEY, ENTRY))
+        self.assertEqual(LATE_SAVES, len(self.index._late))  # noqa: SLF001
+        self.index.drop([self.digests[0]])
+        self.assertEqual(LATE_SAVES + 1, len(self.index._late))  # noqa: SLF001
 
     def test_a_full_disk(self) -> None:
         """

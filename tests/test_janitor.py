@@ -718,6 +718,20 @@ class TwoDaemonsTests(SmallCache):
             self.assertLessEqual(taken, self.limit + 2**20)  # the log of the index may grow between two looks
         self.assertGreater(sum(janitor.evicted for janitor in janitors), 30)
 
+    def test_do_not_both_make_the_room_that_is_needed_once(self) -> None:
+        """
+        A limit that was lowered, at the same moment: who comes second looks again.
+        """
+        for _ in range(10):
+            self.keep(20)
+        stores = [self.store, self.make_store()]
+        janitors = [self.janitor, self.start(stores[1])]
+        for each, store in zip(janitors, stores, strict=True):
+            each.limit = 100 * BLOCK + store.index.size
+        for each in janitors:
+            self.assertTrue(each.make_room(None, 0))
+        self.assertEqual([5, 0], [each.evicted for each in janitors])
+
 
 class RaceTests(SmallCache):
     """

@@ -46,6 +46,8 @@ POINTER: Final = f"index-{LAYOUT}"
 LOCK: Final = "index.lock"
 LATE: Final = 10_000
 """Changes that wait for another try; the oldest are lost when there are more."""
+LATE_SAVES: Final = LATE // 10
+"""Changes that wait, from which on entries don't: one may have a thousand of them."""
 AGAIN_SECONDS: Final = 5.0
 """How often a database that can't be opened is tried again."""
 _NAME: Final = re.compile(rf"{POINTER}-[0-9a-f]{{8}}\.sqlite3")
@@ -169,7 +171,7 @@ class Index:
         if not self._problem:
             log.warn("The cache's index can't be used: {problem}; going on with one in memory", problem=str(problem))
         self._problem, self.unfit = str(problem), isinstance(problem, UnfitError)
-        if self.shared or not self.opened:
+        if self.shared or not self.opened or self._rows.outdated:
             self.shared, self._files, self._rows = False, (), Rows()
             if not isinstance(problem, UnusableError):  # the directory is read-only, or another user's
                 with contextlib.suppress(OSError):
@@ -363,10 +365,14 @@ class Index:
         with self._noting:
             for each in added:
                 self._added.pop(each, None)
+        late = bool(self._late)
         self._catch_up()
         with contextlib.suppress(OSError):
             self.settle_uses()
-            return self._news()
+            news = self._news()
+            if late:  # what was purged may have been among it
+                self.forget(*(each for each in news.purged if isinstance(each, EntryKey)))
+            return news
         return News()
 
     def settle_uses(self) -> None:
@@ -579,8 +585,11 @@ class Index:
     def save(self, entries: Sequence[tuple[EntryKey, Entry]]) -> None:
         """
         Note entries, each in place of what was known, in one transaction.
+
+        They are lost if much waits for another try: ECR can be asked again.
         """
-        self._change(lambda rows: rows.save(entries))
+        if len(self._late) < LATE_SAVES:
+            self._change(lambda rows: rows.save(entries))
 
     def forget(self, *keys: EntryKey) -> None:
         """

@@ -133,6 +133,7 @@ class Janitor(Service):
         if not self._excess(what, size):
             return True
         with self._alone():
+            self._store.index.refresh()  # whoever was alone before may have made all the room that is needed
             for _ in range(_ROUNDS):
                 excess = self._excess(what, size)
                 if not excess:

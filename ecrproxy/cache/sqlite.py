@@ -25,7 +25,7 @@ from typing import Any, Final, NamedTuple
 from ecrproxy.cache.entries import Confirmed, Entry, EntryKey
 from ecrproxy.cache.record import Reservation, Reserved
 from ecrproxy.identity import RegistryId
-from ecrproxy.oci import BLOB_TYPE, MANIFEST_TYPES, Descriptor, Digest, Kind
+from ecrproxy.oci import BLOB_TYPE, HEX_LENGTHS, MANIFEST_TYPES, Descriptor, Digest, Kind
 
 BUSY_SECONDS: Final = 2.0
 """How long a write waits for the write lock of another process: it is held for milliseconds."""
@@ -186,9 +186,10 @@ class Rows:
 
     def __init__(self, path: Path | None = None, *, read_only: bool = False) -> None:
         self._reading, self._writing = threading.RLock(), threading.RLock()
-        self.totals, self._last, self._path = Totals(), 0, path
+        self.totals, self._path = Totals(), path
         self._repositories: dict[tuple[str, str], int] = {}
         with _explained():
+            self._log = _log_of(path) if read_only and path is not None else None
             self._writer = self._reader = _connect(path, read_only=read_only)
             try:
                 if path is None or read_only:
@@ -214,7 +215,13 @@ class Rows:
                     connection.execute(statement)
             if version < len(_MIGRATIONS):
                 connection.execute(f"PRAGMA user_version = {len(_MIGRATIONS)}")
-            (self._last,) = connection.execute("SELECT coalesce(max(used), 0) FROM content").fetchone()
+
+    @property
+    def outdated(self) -> bool:
+        """
+        Whether somebody writes a database that was opened as if nobody did.
+        """
+        return self._log == 0 and self._path is not None and _log_of(self._path) > 0
 
     def close(self) -> None:
         """
@@ -254,12 +261,18 @@ class Rows:
         with _explained(), self._reading:
             return self._reader.execute(statement, values).fetchall()
 
-    def _stamp(self, when: float) -> int:
+    def _stamps(self, connection: sqlite3.Connection) -> Callable[[float], int]:
         """
-        Return a use later than all before it, also after the clock was set back.
+        Return what makes a time a use later than all before it, by any process, also after the clock was set back.
         """
-        self._last = max(_moment(when), self._last + 1)
-        return self._last
+        ((last,),) = connection.execute("SELECT coalesce(max(used), 0) FROM content")
+
+        def stamp(when: float) -> int:
+            nonlocal last
+            last = max(_moment(when), last + 1)
+            return int(last)
+
+        return stamp
 
     # Content
 
@@ -275,7 +288,7 @@ class Rows:
                 " ON CONFLICT (digest) DO UPDATE SET size = excluded.size, blocks = excluded.blocks,"
                 " used = max(used, excluded.used), verified = coalesce(excluded.verified, verified)",
                 (
-                    *(_packed(file.digest), file.size, on_disk(file.size), self._stamp(file.used)),
+                    *(_packed(file.digest), file.size, on_disk(file.size), self._stamps(connection)(file.used)),
                     None if file.verified is None else _moment(file.verified),
                 ),
             )
@@ -298,11 +311,11 @@ class Rows:
         @return: what was used, and nothing is known of.
         """
         with self._transaction() as connection:
-            change = "UPDATE content SET used = ? WHERE digest = ?"
+            change, stamp = "UPDATE content SET used = ? WHERE digest = ?", self._stamps(connection)
             unknown = [
                 digest
                 for digest, when in uses.items()
-                if not connection.execute(change, (self._stamp(when), _packed(digest))).rowcount
+                if not connection.execute(change, (stamp(when), _packed(digest))).rowcount
             ]
             connection.executemany(
                 "UPDATE content SET verified = ? WHERE digest = ?",
@@ -491,20 +504,23 @@ class Rows:
 
     def _repository(self, key: EntryKey) -> int | None:
         names = str(key.registry), key.repository
-        if names not in self._repositories:
-            rows = self._query("SELECT id FROM repository WHERE registry = ? AND name = ?", *names)
-            if not rows:
-                return None
-            self._remember_repository(names, rows[0][0])
-        return self._repositories.get(names)
+        known = self._repositories.get(names)
+        if known is not None:
+            return known
+        for (found,) in self._query("SELECT id FROM repository WHERE registry = ? AND name = ?", *names):
+            self._remember_repository(names, found)
+            return int(found)
+        return None
 
     def _made(self, connection: sqlite3.Connection, key: EntryKey) -> int:
         names = str(key.registry), key.repository
-        if names not in self._repositories:
+        known = self._repositories.get(names)  # another thread may forget it at any time
+        if known is None:
             connection.execute("INSERT OR IGNORE INTO repository (registry, name) VALUES (?, ?)", names)
-            row = connection.execute("SELECT id FROM repository WHERE registry = ? AND name = ?", names).fetchone()
-            self._remember_repository(names, row[0])
-        return self._repositories[names]
+            (found,) = connection.execute("SELECT id FROM repository WHERE registry = ? AND name = ?", names).fetchone()
+            self._remember_repository(names, found)
+            return int(found)
+        return known
 
     def _remember_repository(self, names: tuple[str, str], number: int) -> None:
         if len(self._repositories) >= PAGE:
@@ -546,6 +562,8 @@ class Rows:
             *(repository, *last, PAGE),
         ):
             for digest, kind, variant, media_type, size, confirmed, manifest, used in rows:
+                if kind not in range(len(_KINDS)):
+                    raise DamagedError("the index has something in the place of a kind")
                 key = EntryKey(registry, _KINDS[kind], name, str(_unpacked(digest)), variant)
                 entry = _entry([("", digest, media_type, size, confirmed, manifest)]) or Entry()
                 yield key, entry, max(used, confirmed) / 1e6
@@ -612,7 +630,10 @@ class Rows:
         rows = self._query("SELECT generation, what FROM purge WHERE generation > ? ORDER BY generation", generation)
         if rows and rows[0][0] != generation + 1:
             return None
-        return [EntryKey.parse(what) if " " in what else Digest.parse(what) for _, what in rows]
+        try:
+            return [EntryKey.parse(what) if " " in what else Digest.parse(what) for _, what in rows]
+        except ValueError:  # a newer version has purged something else
+            return None
 
     def moves(self, key: EntryKey) -> list[Move]:
         """
@@ -667,15 +688,24 @@ def on_disk(size: int) -> int:
 def _connect(path: Path | None, *, read_only: bool = False) -> sqlite3.Connection:
     name = ":memory:" if path is None else f"{path.absolute().as_uri()}?mode=rw{'' if path.exists() else 'c'}"
     if path is not None and read_only:
-        log = Path(f"{path}-wal")
         # Without a log nobody writes, and the database can be read where no file can be made.
-        name = f"{path.absolute().as_uri()}?{'mode=ro' if log.exists() and log.stat().st_size else 'immutable=1'}"
+        name = f"{path.absolute().as_uri()}?{'mode=ro' if _log_of(path) else 'immutable=1'}"
     connection = sqlite3.connect(
         name, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False, uri=path is not None
     )
     for pragma in ("synchronous = NORMAL", "mmap_size = 0", "journal_size_limit = 4194304", "cache_size = -1024"):
         connection.execute(f"PRAGMA {pragma}")
     return connection
+
+
+def _log_of(path: Path) -> int:
+    """
+    Tell how many bytes the log of a database has.
+    """
+    try:
+        return Path(f"{path}-wal").stat().st_size
+    except OSError:
+        return 0
 
 
 def _statements(script: str) -> Iterator[str]:
@@ -711,8 +741,9 @@ def explained(problem: sqlite3.Error) -> OSError:
     code = detailed & 0xFF
     if code in _BUSY:
         return BusyError(str(problem))
-    lacks = code == sqlite3.SQLITE_ERROR and str(problem).startswith(("no such", "table"))  # it is another's database
-    if lacks or code in _DAMAGED or detailed in _DAMAGED_IN_DETAIL:
+    # It is another's database, or a text is none.
+    wrong = code == sqlite3.SQLITE_ERROR and str(problem).startswith(("no such", "table", "Could not decode"))
+    if wrong or code in _DAMAGED or detailed in _DAMAGED_IN_DETAIL:
         return DamagedError(str(problem))
     return UnusableError(str(problem))
 
@@ -722,7 +753,16 @@ def _packed(digest: Digest) -> bytes:
 
 
 def _unpacked(data: bytes) -> Digest:
-    return Digest(_ALGORITHMS[data[0]], data[1:].hex())
+    """
+    Read what L{_packed} wrote.
+
+    @raise DamagedError: if it is anything else: SQLite does not notice a page that is sound and holds nonsense.
+    """
+    if isinstance(data, bytes) and data and data[0] < len(_ALGORITHMS):
+        algorithm = _ALGORITHMS[data[0]]
+        if 2 * len(data) - 2 == HEX_LENGTHS[algorithm]:
+            return Digest(algorithm, data[1:].hex())
+    raise DamagedError("the index has something in the place of a digest")
 
 
 def _moment(when: float) -> int:
