@@ -21,6 +21,7 @@ from ecrproxy.cache.sqlite import (
     BusyError,
     DamagedError,
     File,
+    FullError,
     UnusableError,
     explained,
     on_disk,
@@ -541,7 +542,8 @@ class ErrorTests(SynchronousTestCase):
             (sqlite3.SQLITE_CORRUPT, DamagedError),
             (sqlite3.SQLITE_NOTADB, DamagedError),
             (sqlite3.SQLITE_IOERR_SHORT_READ, DamagedError),
-            (sqlite3.SQLITE_FULL, UnusableError),
+            (sqlite3.SQLITE_FULL, FullError),
+            (sqlite3.SQLITE_IOERR_SHMSIZE, FullError),
             (sqlite3.SQLITE_READONLY, UnusableError),
             (sqlite3.SQLITE_ERROR, UnusableError),
         ):

@@ -32,7 +32,7 @@ from ecrproxy.cache.peer import PeerTransfer
 from ecrproxy.cache.record import Reservation
 from ecrproxy.cache.scrub import LOOK_SECONDS, SHARE, Scrub
 from ecrproxy.cache.scrub import PAUSE_SECONDS as SCRUB_SECONDS
-from ecrproxy.cache.sqlite import BusyError, on_disk
+from ecrproxy.cache.sqlite import BusyError, FullError, Rows, on_disk
 from ecrproxy.cache.store import Candidate, Store
 from ecrproxy.oci import Digest
 from tests.store_contract import START, begin, failing, put, read, scratch
@@ -511,14 +511,63 @@ class SmallDisk(SmallCache):
         self.store.check()
         self.assertEqual([False], self.has(one))
 
-    def test_a_directory_that_was_not_compared_yet_lowers_nothing(self) -> None:
+    def fill_the_disk_of_the_index(self) -> None:
+        """
+        Have others take what is left, so that the index can't be written either.
+        """
+        self.others = self.free() + self.others
+        for name in ("reserve", "add"):
+            real = getattr(Rows, name)
+
+            def change(*args: Any, real: Callable[..., Any] = real) -> Any:
+                if self.free() < BLOCK:
+                    raise FullError("database or disk is full")
+                return real(*args)
+
+            self.patch(Rows, name, change)
+
+    def test_room_is_made_for_the_index_too(self) -> None:
+        """
+        It is written before any file is.
+        """
+        one = self.keep(40)
+        self.fill_the_disk_of_the_index()
+        self.assertEqual([False, True], self.has(one, self.keep(10)))
+
+    def test_changes_that_found_the_disk_full_are_made_a_second_later(self) -> None:
+        one = self.keep(40)
+        self.fill_the_disk_of_the_index()
+        self.index.add(Digest.of(b"other"), BLOCK)
+        self.assertIsNone(self.index.known(Digest.of(b"other")))
+        self.index.settle()
+        self.assertIsNotNone(self.index.known(Digest.of(b"other")))
+        self.assertEqual([False], self.has(one))
+
+    def test_where_nothing_can_go_changes_wait(self) -> None:
+        self.fill_the_disk_of_the_index()
+        self.index.add(Digest.of(b"other"), BLOCK)
+        self.index.settle()
+        self.assertIsNone(self.index.known(Digest.of(b"other")))
+        self.others = 0
+        self.index.settle()
+        self.assertIsNotNone(self.index.known(Digest.of(b"other")))
+
+    def test_until_the_directory_was_compared_the_size_of_the_disk_is_the_limit(self) -> None:
         """
         How much the cache holds is not known then.
         """
         self.index.note_compared(0, self.index.opened)
-        janitor = Janitor(self.make_store(), self.limit, self.in_thread, self.clock)
+        self.keep(10)
+        self.others = 80 * 1024
+        store = self.make_store()
+        janitor = Janitor(store, self.limit, self.in_thread, self.clock)
         janitor.startService()
-        self.assertEqual(self.limit, janitor.limit)
+        self.assertEqual(self.CAPACITY - self.CAPACITY // 100, janitor.limit)
+        scrub = Scrub(store, janitor.tidy, self.in_thread, self.clock)
+        scrub.startService()
+        self.clock.advance(LOOK_SECONDS)
+        self.assertTrue(store.counted)
+        self.assertEqual(self.CAPACITY - self.CAPACITY // 100 - self.others, janitor.limit)
 
     def test_where_nothing_can_go_the_disk_is_full(self) -> None:
         self.others = self.CAPACITY

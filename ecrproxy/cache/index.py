@@ -36,7 +36,18 @@ from ecrproxy.cache.directory import content_path
 from ecrproxy.cache.entries import Entry, EntryKey
 from ecrproxy.cache.mounts import find_mount, mountinfo
 from ecrproxy.cache.record import Reservation, Reserved
-from ecrproxy.cache.sqlite import LAYOUT, BusyError, DamagedError, File, Move, Rows, Totals, UnfitError, UnusableError
+from ecrproxy.cache.sqlite import (
+    LAYOUT,
+    BusyError,
+    DamagedError,
+    File,
+    FullError,
+    Move,
+    Rows,
+    Totals,
+    UnfitError,
+    UnusableError,
+)
 from ecrproxy.oci import Digest
 
 log = Logger()
@@ -48,6 +59,8 @@ LATE: Final = 10_000
 """Changes that wait for another try; the oldest are lost when there are more."""
 LATE_SAVES: Final = LATE // 10
 """Changes that wait, from which on entries don't: one may have a thousand of them."""
+ROOM: Final = 2**16
+"""Bytes that are evicted where changes find the disk full: pages of the database and of its log."""
 AGAIN_SECONDS: Final = 5.0
 """How often a database that can't be opened is tried again."""
 _NAME: Final = re.compile(rf"{POINTER}-[0-9a-f]{{8}}\.sqlite3")
@@ -86,7 +99,10 @@ class Index:
     @ivar size: bytes of disk that it takes.
     @ivar busy: how many changes had to wait because another process wrote.
     @ivar opened: how many databases it has been: a scrub begins anew with each.
+    @ivar evict: takes a number of bytes out of the directory when the disk is full; false if it can't.
     """
+
+    evict: Callable[[int], bool] = staticmethod(lambda _: False)
 
     def __init__(
         self,
@@ -108,7 +124,7 @@ class Index:
         self._rows, self._files, self._seen = Rows(), tuple[Path, ...](), tuple[object, ...]()
         self._heights = [0, 0]
         self._generation = 0
-        self._everything, self._tried = False, float("-inf")
+        self._everything, self._full, self._tried = False, False, float("-inf")
         self.shared, self.unfit, self._problem = False, False, ""
 
     @property
@@ -342,6 +358,7 @@ class Index:
 
     def _catch_up(self) -> None:
         with self._changing:
+            self._full = False
             while self._late:
                 try:
                     self._ask(self._late[0])
@@ -349,6 +366,7 @@ class Index:
                     self.busy += 1
                     return
                 except OSError as problem:
+                    self._full = isinstance(problem, FullError)
                     log.warn("The cache's index can't be written: {problem}", problem=str(problem), once="index")
                     return
                 self._late.popleft()
@@ -367,6 +385,8 @@ class Index:
                 self._added.pop(each, None)
         late = bool(self._late)
         self._catch_up()
+        if self._full and self.evict(ROOM):  # not before: whoever evicts has changes to make himself
+            self._catch_up()
         with contextlib.suppress(OSError):
             self.settle_uses()
             news = self._news()

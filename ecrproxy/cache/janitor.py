@@ -23,7 +23,7 @@ from twisted.logger import Logger
 
 from ecrproxy.cache.index import locked
 from ecrproxy.cache.record import Reservation
-from ecrproxy.cache.sqlite import on_disk
+from ecrproxy.cache.sqlite import FullError, on_disk
 from ecrproxy.periodic import Periodic
 from ecrproxy.threads import undone_if_late
 
@@ -78,7 +78,7 @@ class Janitor(Service):
         self.evicted = 0
         self._evicting = threading.Lock()
         self._turns = Periodic("Keeping the limit", lambda: in_thread(self.tidy), clock)
-        store.evict = self.evict
+        store.evict = store.index.evict = self.evict
 
     def startService(self) -> None:  # noqa: D102
         super().startService()
@@ -93,6 +93,12 @@ class Janitor(Service):
         Sweep, and bring the directory within its limit: it may be lower than it was. Called in a thread.
         """
         self._store.sweep()
+        self.fit()
+
+    def fit(self) -> None:
+        """
+        Bring the directory within its limit, which is never more than the disk holds. Called in a thread.
+        """
         self._fit()
         self.make_room(None, 0)
 
@@ -130,8 +136,12 @@ class Janitor(Service):
         @param what: what they are for; none if they are for nothing.
         @raise OSError: if the index can't be written.
         """
-        if not self._excess(what, size):
-            return True
+        try:
+            if not self._excess(what, size):
+                return True
+        except FullError:
+            if not self.evict(size):
+                raise
         with self._alone():
             self._store.index.refresh()  # whoever was alone before may have made all the room that is needed
             for _ in range(_ROUNDS):
@@ -240,10 +250,10 @@ class Janitor(Service):
 
         @param pending: bytes that are reserved and not allocated: the disk calls them free.
         """
-        free = self._store.free()
-        if free is None or not self._store.counted:
+        holds = self._store.holds(self.held - pending)
+        if holds is None:
             return
-        limit = max(0, min(self._wanted, self.held - pending + free))
+        limit = max(0, min(self._wanted, holds))
         if limit < self._wanted == self.limit:
             log.warn(
                 "The cache is limited to {limit} bytes: the disk holds no more, PROXY_CACHE_LIMIT is {wanted};"

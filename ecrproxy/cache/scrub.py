@@ -151,7 +151,7 @@ class Scrub(Service):
     """
     Compares the cache directory with its index.
 
-    @param make_room: called where files were adopted.
+    @param make_room: called where files were adopted, and once it is known how much there is.
     @param in_thread: where it works; a thread of its own.
     """
 
@@ -238,6 +238,7 @@ class Scrub(Service):
         if not self._told:
             self._told, totals = True, index.totals
             log.info("The cache holds {total} bytes in {count} files", total=totals.blocks, count=totals.files)
+            self._make_room()
         self._end()
         return False
 

@@ -36,6 +36,7 @@ PURGES: Final = 10_000
 _BLOCK: Final = 4096
 _DAMAGED: Final = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 _BUSY: Final = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
+_FULL_IN_DETAIL: Final = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE})
 _DAMAGED_IN_DETAIL: Final = frozenset({sqlite3.SQLITE_IOERR_SHORT_READ, sqlite3.SQLITE_READONLY_DBMOVED})
 _ALGORITHMS: Final = ("sha256", "sha512")
 _KINDS: Final = (Kind.MANIFEST, Kind.BLOB)
@@ -123,6 +124,12 @@ class DamagedError(OSError):
 class UnusableError(OSError):
     """
     The database can't be opened, or can't be written at the moment.
+    """
+
+
+class FullError(UnusableError):
+    """
+    The disk has no room for what is to be written.
     """
 
 
@@ -745,7 +752,7 @@ def explained(problem: sqlite3.Error) -> OSError:
     wrong = code == sqlite3.SQLITE_ERROR and str(problem).startswith(("no such", "table", "Could not decode"))
     if wrong or code in _DAMAGED or detailed in _DAMAGED_IN_DETAIL:
         return DamagedError(str(problem))
-    return UnusableError(str(problem))
+    return (FullError if detailed in _FULL_IN_DETAIL else UnusableError)(str(problem))
 
 
 def _packed(digest: Digest) -> bytes:

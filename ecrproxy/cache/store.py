@@ -196,16 +196,19 @@ class Store:
         """
         return self.index.totals.compared > 0
 
-    def free(self) -> int | None:
+    def holds(self, held: int) -> int | None:
         """
-        Tell how many bytes more the disk can hold, with some to spare: negative if it is too full; none if unknown.
+        Tell how many bytes the disk can hold of the cache, with some to spare; none if unknown.
+
+        @param held: what the cache takes already. As long as that is not known, the disk's size is the answer.
         """
         try:
             disk = os.statvfs(self.root)
         except OSError:
             return None
-        spare = min(_MARGIN, disk.f_blocks * disk.f_frsize // 100)
-        return disk.f_bavail * disk.f_frsize - spare if disk.f_blocks else None
+        size = disk.f_blocks * disk.f_frsize
+        spare = min(_MARGIN, size // 100)
+        return (held + disk.f_bavail * disk.f_frsize if self.counted else size) - spare if size else None
 
     def lacks_inodes(self) -> bool:
         """

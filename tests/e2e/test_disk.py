@@ -13,6 +13,7 @@ import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -53,13 +54,6 @@ def run(*argv: str | Path) -> None:
     subprocess.run([str(each) for each in argv], check=True, timeout=PATIENCE)
 
 
-def remounted(disk: Path, how: str) -> bool:
-    """
-    Mount a disk another way; that can't be while a file of it is being written.
-    """
-    return subprocess.run(["mount", "-o", f"remount,{how}", disk], check=False, timeout=PATIENCE).returncode == 0
-
-
 def pull(chain: Chain, images: Images) -> Transfer:
     """
     Pull the large blob, whose bytes must be right.
@@ -82,6 +76,15 @@ def reasons(daemon: Daemon) -> str:
     Ask why the daemon isn't ready.
     """
     return ", ".join(daemon.ask("/readyz").json()["reasons"])
+
+
+def says(daemon: Daemon, why: str) -> bool:
+    """
+    Return True if the daemon answers that it isn't ready for that reason.
+    """
+    with contextlib.suppress(OSError):
+        return why in reasons(daemon)
+    return False
 
 
 def begun(daemon: Daemon) -> int:
@@ -142,15 +145,17 @@ def test_a_read_only_disk_keeps_no_pull_from_its_bytes(make_chain: MakeChain, im
     chain = make_chain(settings={"PROXY_CACHE_DIR": str(disk)})
     chain.daemon.cache = disk
     assert chain.daemon.ask(small_path(images)).status == 200
+    eventually(lambda: chain.daemon.holds(images.big.digest), "it is kept")
     chain.daemon.settle()
-    eventually(lambda: remounted(disk, "ro"), "nobody is writing a file")
-    assert pull(chain, images).cache == "BYPASS"
+    chain.daemon.process.terminate()  # the index is open as long as it runs
+    run("mount", "-o", "remount,ro", disk)
+    chain.daemon.process = chain.daemon.start()
+    chain.daemon.process.wait_until(partial(says, chain.daemon, "can't be written: Read-only file system"))
     assert chain.daemon.ask(small_path(images)).headers["x-cache-status"] == "HIT"
-    said = "can't be written: Read-only file system"
-    eventually(lambda: said in reasons(chain.daemon), "the next look at the disk says so")
+    assert pull(chain, images).cache == "BYPASS"
     run("mount", "-o", "remount,rw", disk)
     eventually(chain.daemon.ready, "the daemon is ready again")
-    assert pull(chain, images).cache == "MISS"
+    eventually(lambda: pull(chain, images).cache == "MISS", "its index is opened again")
     chain.daemon.settle()  # else the second may still follow the first one's transfer
     assert pull(chain, images).cache == "HIT"
 
