@@ -119,7 +119,7 @@ def wire(
     figures, stall = Figures(__version__), LoopStall(reactor)
     upstream, asking = _upstream(config, tokens, figures, egress, reactor)
     cache = Cache(store, janitor, disk, time.time, RegistryId.of_url(config.ecr_endpoint))
-    scrub = Scrub(store, janitor.tidy, scrubbing.call, reactor)
+    scrub = Scrub(store, janitor.fit, scrubbing.call, reactor)
     purges = Purges(store.index, cache.forget_purged, disk.writing, reactor)
     pull_through = _pull_through(config, upstream, cache, disk, reactor, processes)
     connections, condition = Connections(), Condition(store, probing.call, reactor)

@@ -82,6 +82,18 @@ class ListingTests(ApiTestCase):
         self.assertEqual({str(key) for key in self.entries()}, {each["name"] for each in found})
         self.assertEqual(len(self.image.layers) + 3, len(found))
 
+    def test_a_tag_that_moved_tells_from_where_and_when(self) -> None:
+        self.get("/v2/team/app/manifests/v1")
+        moved = self.standin.push_image("team/app", "v1", layers=[noise("moved", 100)])
+        self.clock.advance(1000)
+        self.get("/v2/team/app/manifests/v1")
+        (tag,) = [each for each in self.ask("entries") if each["reference"] == "v1"]
+        self.assertEqual(
+            [{"from": self.image.digest, "to": moved.digest, "seen": round(self.daemon.now())}],
+            [{**each, "seen": round(each["seen"])} for each in tag["moves"]],
+        )
+        self.assertEqual([tag], [each for each in self.ask("entries") if "moves" in each])
+
     def test_content_is_told_by_digest_in_order(self) -> None:
         """
         Each file once, with its bytes, its last use, and when it was verified.

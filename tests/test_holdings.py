@@ -99,6 +99,15 @@ class LsTests(HoldingsTestCase):
         self.assertEqual(["v1", "v2"], [each["tag"] for each in app["images"]])
         self.assertEqual([[self.v1.digest], [self.v2.digest]], [each["digests"] for each in app["images"]])
 
+    def test_tells_programs_where_a_tag_led_before(self) -> None:
+        moved = self.standin.push_image("team/app", "v2", layers=[self.shared, noise("moved", 100)])
+        self.clock.advance(1000)
+        self.get("/v2/team/app/manifests/v2")
+        v1, v2 = self.document("ls", "team/app")["repositories"][0]["images"][:2]
+        self.assertEqual([], v1["moves"])
+        self.assertEqual([(self.v2.digest, moved.digest)], [(each["from"], each["to"]) for each in v2["moves"]])
+        self.call("ls")
+
     def test_one_of_a_thing_is_told_as_one(self) -> None:
         self.call("purge", "--yes", "team/app:v2", "team/other")
         self.assertIn("\n1 image of 1 repository, ", self.call("ls"))

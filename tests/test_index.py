@@ -16,7 +16,17 @@ from ecrproxy.cache.directory import content_path
 from ecrproxy.cache.entries import ANSWERS_LIMIT, Confirmed, Entry, EntryKey
 from ecrproxy.cache.index import AGAIN_SECONDS, POINTER, Index, News
 from ecrproxy.cache.record import Reservation
-from ecrproxy.cache.sqlite import PAGE, PURGES, BusyError, DamagedError, FullError, UnusableError, explained, on_disk
+from ecrproxy.cache.sqlite import (
+    PAGE,
+    PURGES,
+    BusyError,
+    DamagedError,
+    File,
+    FullError,
+    UnusableError,
+    explained,
+    on_disk,
+)
 from ecrproxy.identity import RegistryId
 from ecrproxy.oci import BLOB_TYPE, INDEX_TYPE, MANIFEST_TYPES, Descriptor, Digest, Kind, parse_route
 from tests.store_contract import ANY, MANIFEST_TYPE, REGISTRY, START, scratch
@@ -25,6 +35,7 @@ A = Digest.of(b"a")
 ONE, OTHER = Reservation("one"), Reservation("other")
 B = Digest.of(b"b")
 C = Digest.of(b"c", "sha512")
+MOVES, MOVES_OF_A_TAG = 10_000, 100
 BOTH = frozenset({MANIFEST_TYPE, INDEX_TYPE})
 
 
@@ -78,7 +89,6 @@ class ContentContract(IndexContract):
         assert [round(each.used) for each in files] == [START, START]
         assert [each.verified is not None for each in files] == [True, True]
         assert self.index.files(after=A) == files[1:]
-        assert self.index.files(up_to=A) == files[:1]
         assert self.index.known(B) is None
 
     def test_totals_count_whole_blocks_and_are_those_of_the_rows(self) -> None:
@@ -116,6 +126,16 @@ class ContentContract(IndexContract):
         listed = [each.digest for page in pages for each in page]
         assert listed == sorted(digests, key=str)
 
+    def test_names_of_a_folder_are_listed_whole_and_alone(self) -> None:
+        digests = [Digest("sha256", f"ab{number:062x}") for number in range(PAGE + 10)]
+        others = [Digest("sha256", "aa" + "f" * 62), Digest("sha256", "ac" + "0" * 62), Digest("sha512", "ab" * 64)]
+        self.index.adopt([File(each, 1, START) for each in (*digests, *others)])
+        pages = list(self.index.names("sha256", "ab"))
+        assert [len(each) for each in pages] == [PAGE, 10]
+        assert set().union(*pages) == {each.hex for each in digests}
+        assert list(self.index.names("sha512", "ab")) == [{"ab" * 64}]
+        assert list(self.index.names("sha256", "ff")) == []
+
     def test_a_use_of_an_unknown_file_adopts_it_if_it_is_there(self) -> None:
         self.file(A, 10)
         self.index.use(A)
@@ -132,9 +152,15 @@ class ContentContract(IndexContract):
         assert self.order() == [B]
 
     def test_a_file_that_comes_back_is_not_dropped(self) -> None:
+        """
+        Whoever found it gone, evicted or purged it, and comes to say so only after another process has brought it in.
+        """
         self.index.gone(A)
         self.index.add(A, 1)
+        self.file(A)
         self.index.settle()
+        self.index.drop([A, B])
+        self.index.purge([], [A])
         assert self.order() == [A]
 
     def test_a_later_verification_is_noted_and_is_no_use(self) -> None:
@@ -265,6 +291,43 @@ class EntriesContract(IndexContract):
         found = self.index.entry(held(A))
         assert found is not None
         assert found.answers[ANY].descriptor == Descriptor(BLOB_TYPE, A, 5)
+
+    def moved(self, digest: Digest, when: float, name: str = "latest", accept: frozenset[str] = ANY) -> None:
+        """
+        Have ECR say where a tag leads.
+        """
+        entry = self.index.entry(tag(name)) or Entry()
+        self.index.save([(tag(name), entry.with_answer(accept, confirmed(digest, when)))])
+
+    def test_a_move_of_a_tag_is_noted_once_the_newest_first(self) -> None:
+        for when, digest in enumerate((A, A, B, B, A, B)):
+            self.moved(digest, START + when)
+        assert self.index.moves(tag()) == [(A, B, START + 5), (B, A, START + 4), (A, B, START + 2)]
+        assert self.index.moves(tag("other")) == []
+        assert self.index.moves(tag(repository="team/other")) == []
+
+    def test_a_move_that_clients_of_several_types_see_is_one(self) -> None:
+        for when, digest in enumerate((A, B, A)):
+            for number, accept in enumerate((ANY, BOTH, frozenset({INDEX_TYPE}))):
+                self.moved(digest, START + when + number / 10, accept=accept)
+        assert [each[:2] for each in self.index.moves(tag())] == [(B, A), (A, B)]
+
+    def test_so_many_moves_of_a_tag_and_of_all_are_kept(self) -> None:
+        """
+        A tag that moves all the time does not drive out the moves of others.
+        """
+        self.moved(A, START, "other")
+        self.moved(B, START, "other")
+        entries = [Entry({ANY: confirmed((A, B)[number % 2], START + number)}) for number in range(MOVES_OF_A_TAG + 5)]
+        self.index.save([(tag(), each) for each in entries])
+        assert len(self.index.moves(tag())) == MOVES_OF_A_TAG
+        assert self.index.moves(tag())[0][2] == START + MOVES_OF_A_TAG + 4
+        assert len(self.index.moves(tag("other"))) == 1
+        names = [f"t{number}" for number in range(MOVES // (MOVES_OF_A_TAG - 1) + 1)]
+        for name in names:
+            self.index.save([(tag(name), each) for each in entries[:MOVES_OF_A_TAG]])
+        assert self.index.moves(tag("other")) == []
+        assert MOVES - MOVES_OF_A_TAG <= sum(len(self.index.moves(tag(name))) for name in names) <= MOVES
 
     def test_a_forgotten_entry_is_a_miss(self) -> None:
         keys = tag(), held(A)
@@ -400,6 +463,24 @@ class FileTests(ContentContract, ArrivingContract, EntriesContract, PurgeContrac
         other.settle()
         assert other.totals[:3] == (1, 4096, 0)
 
+    def test_a_clock_that_is_set_back_makes_no_new_use_of_any_process_an_old_one(self) -> None:
+        other = self.other()
+        self.now += 3600
+        for digest in (A, B):
+            self.index.add(digest, 1)
+        self.now -= 7200
+        other.use(A)
+        other.settle()
+        other.add(C, 1)
+        assert self.order() == [B, A, C]
+
+    def test_what_a_newer_version_has_purged_is_told_as_everything(self) -> None:
+        self.index.settle()
+        writer = self.index._rows._writer  # noqa: SLF001
+        writer.execute("INSERT INTO purge (what) VALUES ('something of the next version')")
+        assert self.index.settle() == News(everything=True)
+        assert self.index.settle() == News()
+
     def test_another_process_hears_of_a_purge(self) -> None:
         other = self.other()
         other.settle()
@@ -441,6 +522,36 @@ class FileTests(ContentContract, ArrivingContract, EntriesContract, PurgeContrac
         found = self.index.written(tag())
         assert found is not None
         assert found.answers[ANY].descriptor.digest == B
+
+    def test_more_repositories_than_are_remembered_are_saved(self) -> None:
+        """
+        While other threads look for more.
+        """
+        keys = [tag(repository=f"team/app{number}") for number in range(PAGE + 10)]
+        rows = self.index._rows  # noqa: SLF001
+        real = rows._remember_repository  # noqa: SLF001
+
+        def remember(names: tuple[str, str], number: int) -> None:
+            real(names, number)
+            if number == PAGE:
+                rows._repositories.clear()  # noqa: SLF001
+
+        self.patch(rows, "_remember_repository", remember)
+        self.index.save([(key, Entry({ANY: confirmed(A)})) for key in keys])
+        assert all(self.index.entry(key) is not None for key in keys)
+
+    def test_what_comes_late_does_not_bring_back_what_was_purged_meanwhile(self) -> None:
+        other = self.other()
+        other.settle()
+        other._rows._writer.execute("PRAGMA busy_timeout = 0")  # noqa: SLF001
+        writer = self.index._rows._writer  # noqa: SLF001
+        writer.execute("BEGIN IMMEDIATE")
+        other.save([(tag(), Entry({ANY: confirmed(A)})), (tag("kept"), Entry({ANY: confirmed(A)}))])
+        writer.execute("ROLLBACK")
+        self.index.purge([tag()], [])
+        assert other.settle() == News(purged=[tag()])
+        assert (other.entry(tag()), self.index.entry(tag())) == (None, None)
+        assert other.entry(tag("kept")) is not None
 
 
 class ErrorTests(SynchronousTestCase):

@@ -4,6 +4,7 @@ The index may be lost, swapped, damaged, cut, newer, unreadable, on a full or re
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -22,7 +23,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.cache import index as index_module
 from ecrproxy.cache.entries import Entry, EntryKey
-from ecrproxy.cache.index import AGAIN_SECONDS, LATE, LOCK, POINTER, Index
+from ecrproxy.cache.index import AGAIN_SECONDS, LATE_SAVES, LOCK, POINTER, Index
 from ecrproxy.cache.mounts import find_mount
 from ecrproxy.cache.record import Reservation
 from ecrproxy.cache.scrub import scrub
@@ -161,6 +162,139 @@ class WhileOpenTests(LossTestCase):
         self.index.settle()
         self.repaired(self.store)
         self.assertEqual([], [path for path in opened if ".sqlite3" in path])
+
+    def test_values_that_nobody_wrote(self) -> None:
+        """
+        A page that is sound and holds nonsense, as SQLite has no checksums: it is damage, no answer and no failure.
+        """
+        for change in (
+            "UPDATE tag SET digest = x'00ab'",
+            "UPDATE tag SET digest = x''",
+            "UPDATE tag SET digest = x'07' || digest",
+            "UPDATE tag SET digest = 'text'",
+            "UPDATE holds SET kind = 7",
+            "UPDATE content SET digest = x'00' WHERE digest = (SELECT max(digest) FROM content)",
+        ):
+            held = key_of(f"/v2/team/app/blobs/{self.digests[0]}")
+            self.store.save((held, Entry({ANY: confirmed(b"0")})))
+            rows = self.index._rows  # noqa: SLF001
+            rows._writer.execute(change)  # noqa: SLF001
+            with contextlib.suppress(OSError):  # the list that meets it is broken off
+                for _ in (*self.index.entries(), *self.index.least_recently_used()):
+                    pass
+            self.assertIn(self.index.entry(KEY), (None, ENTRY))
+            self.assertIsNot(rows, self.index._rows, change)  # noqa: SLF001
+            self.repaired(self.store)
+
+
+class TransfersTests(LossTestCase):
+    """
+    The index is lost while two processes have transfers under way: what they were promised is theirs.
+    """
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.other = self.open().index
+        self.one, self.two = Reservation("one", "1"), Reservation("two", "2")
+        self.limit = 2**40
+        self.assertEqual(0, self.index.reserve(self.one, 4096, self.limit))
+        self.assertEqual(0, self.other.reserve(self.two, 8192, self.limit))
+
+    def lose(self) -> None:
+        for path in self.files():
+            path.unlink()
+
+    def arriving(self) -> list[tuple[Reservation, int]]:
+        for each in (self.index, self.other):
+            each.settle()
+        self.index.settle()
+        self.assertEqual(self.index.totals.arriving, sum(each.size for each in self.index.arriving()))
+        self.assertEqual(self.index.arriving(), self.other.arriving())
+        return [(each.what, each.size) for each in self.index.arriving()]
+
+    def test_each_puts_back_its_own(self) -> None:
+        for happens in (self.lose, (self.root / POINTER).unlink, lambda: os.truncate(self.files()[0], 0)):
+            happens()
+            self.assertEqual([(self.one, 4096), (self.two, 8192)], self.arriving())
+        self.index.drop(arriving=[self.one])
+        self.assertEqual([(self.two, 8192)], self.arriving())
+
+    def test_before_anything_else_is_promised(self) -> None:
+        """
+        Also where the promise is what finds the index damaged.
+        """
+        limit = self.index.size + 12288 + 4096 * 50
+        self.lose()
+        self.index.settle()
+        limit += self.index.size
+        self.assertLess(0, self.index.reserve(Reservation("big"), limit - 4096, limit))
+        self.other.settle()
+        rows = self.index._rows  # noqa: SLF001
+        rows._writer.execute("DROP TABLE arriving")  # noqa: SLF001
+        self.assertLess(0, self.index.reserve(Reservation("big"), limit - 4096, limit))
+        self.assertIsNot(rows, self.index._rows)  # noqa: SLF001
+
+    def test_what_has_ended_does_not_come_back(self) -> None:
+        """
+        Whichever way it ended: it is content, was given up, or was left for the next, which counts it by its file.
+        """
+        more = [Reservation(f"more{number}") for number in range(3)]
+        for each in more:
+            self.index.arrive(each, 4096)
+        self.index.add(Digest.of(b"more"), 4096, more[0])
+        self.index.drop(arriving=more[1:2])
+        self.index.arrive(more[2], 4096, START)
+        self.assertLess(0, self.index.reserve(Reservation("more3"), 2**40, 2**20))
+        self.lose()
+        self.assertEqual([(self.one, 4096), (self.two, 8192)], self.arriving())
+
+    def test_the_room_of_who_has_claimed_it_since_is_not_taken(self) -> None:
+        """
+        A process that was stopped for long enough believes that it holds a claim which another has.
+        """
+        since = Reservation("one", "since")
+        self.lose()
+        self.other.settle()
+        self.assertEqual(0, self.other.reserve(since, 4096, self.limit))
+        self.assertEqual([(since, 4096), (self.two, 8192)], self.arriving())
+
+    def test_with_rows_in_memory_and_back(self) -> None:
+        far = f"1 2 0:3 / {os.path.realpath(self.root)} rw - nfs4 server:/x rw"
+        patch = self.patch(index_module, "mountinfo", lambda: far)
+        self.lose()
+        self.index.settle()
+        self.assertFalse(self.index.shared)
+        self.assertEqual([(self.one, 4096, 0)], self.index.arriving())
+        patch.restore()
+        self.now += AGAIN_SECONDS
+        self.assertEqual([(self.one, 4096), (self.two, 8192)], self.arriving())
+
+    def test_a_promise_while_the_index_is_being_replaced(self) -> None:
+        """
+        It was written into the old one, which another thread has just put away.
+        """
+        real, three = Rows.reserve, Reservation("three")
+
+        def reserve(rows: Rows, *args: Any) -> int:
+            excess = real(rows, *args)
+            self.lose()
+            self.index.settle()
+            return excess
+
+        patch = self.patch(Rows, "reserve", reserve)
+        self.assertEqual(0, self.index.reserve(three, 4096, self.limit))
+        patch.restore()
+        self.assertEqual([(self.one, 4096), (three, 4096), (self.two, 8192)], self.arriving())
+
+    def test_content_that_came_into_an_index_that_is_gone_counts(self) -> None:
+        """
+        Another process has begun a new one, and may have compared its folder already.
+        """
+        self.lose()
+        self.other.settle()
+        digest = put(self.store, b"meanwhile")
+        self.index.settle()
+        self.assertIsNotNone(self.other.known(digest))
 
 
 class AtStartTests(LossTestCase):
@@ -314,9 +448,39 @@ class UnusableTests(LossTestCase):
             index.settle()
             self.assertEqual(0, index.reserve(Reservation("name"), 1, 2**30))
 
+    def test_a_directory_that_can_only_be_read_and_that_others_write_later(self) -> None:
+        """
+        What was opened as if it never changed is opened anew when it does.
+        """
+        self.index.close()
+        patch = self.patch(os, "open", failing(errno.EROFS))
+        index = Index(self.root, lambda: self.now)
+        index.open()
+        self.addCleanup(index.close)
+        self.assertEqual(ENTRY, index.entry(KEY))
+        patch.restore()
+        newer = Entry({ANY: confirmed(b"newer")})
+        other = self.open()
+        other.save((KEY, newer))
+        self.patch(os, "open", failing(errno.EROFS))
+        self.now += AGAIN_SECONDS
+        self.assertTrue(index.settle().everything)
+        self.assertEqual(newer, index.entry(KEY))
+
+    def test_what_waits_is_bounded(self) -> None:
+        """
+        What ECR can be asked again for gives way to what counts.
+        """
+        self.index._rows._writer.execute("PRAGMA query_only = 1")  # noqa: SLF001
+        for _ in range(LATE_SAVES + 10):
+            self.store.save((KEY, ENTRY))
+        self.assertEqual(LATE_SAVES, len(self.index._late))  # noqa: SLF001
+        self.index.drop([self.digests[0]])
+        self.assertEqual(LATE_SAVES + 1, len(self.index._late))  # noqa: SLF001
+
     def test_a_full_disk(self) -> None:
         """
-        Files are unlinked first, rows follow once that is possible.
+        Files are unlinked first, rows follow once that is possible; so do entries, if not too many wait.
         """
         self.index._rows._writer.execute("PRAGMA max_page_count = 1")  # noqa: SLF001
         with capturedLogs() as events:
@@ -328,8 +492,9 @@ class UnusableTests(LossTestCase):
         self.index._rows._writer.execute("PRAGMA max_page_count = 100000")  # noqa: SLF001
         self.index.settle()
         self.assertIsNone(self.index.known(self.digests[0]))
-        self.assertIsNotNone(self.index.entry(key_of(f"/v2/a/manifests/{2999:0120}")))
-        self.assertLessEqual(len(self.index._late), LATE)  # noqa: SLF001
+        for number in range(LATE_SAVES):
+            self.assertIsNotNone(self.index.entry(key_of(f"/v2/a/manifests/{number:0120}")))
+        self.assertEqual(0, len(self.index._late))  # noqa: SLF001
 
     def test_a_lock_that_another_process_keeps_is_not_waited_for(self) -> None:
         self.patch(index_module, "_LOCK_PAUSE", 0)

@@ -63,9 +63,11 @@ class IndexMachine(RuleBasedStateMachine):
         path = self.root / content_path(digest)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(bytes(size))
-        self.processes[by].add(digest, size, None if arriving is None else Reservation(arriving))
+        name = f"{arriving} of {by}"  # whose claim it is
+        self.processes[by].add(digest, size, None if arriving is None else Reservation(name))
         self.content[digest] = size
-        self.arriving.pop(arriving or "", None)
+        if arriving is not None:
+            self.arriving.pop(name, None)
 
     @rule(by=which, digest=digests)
     def use(self, by: int, digest: Digest) -> None:
@@ -84,7 +86,7 @@ class IndexMachine(RuleBasedStateMachine):
 
     @rule(by=which, name=st.sampled_from(NAMES), size=st.integers(0, 30_000))
     def reserve(self, by: int, name: str, size: int) -> None:
-        index = self.processes[by]
+        index, name = self.processes[by], f"{name} of {by}"
         others = sum(each for other, each in self.arriving.items() if other != name)
         taken = sum(map(on_disk, self.content.values())) + others + on_disk(size)
         excess = index.reserve(Reservation(name), size, LIMIT + index.size)
@@ -128,13 +130,14 @@ class IndexMachine(RuleBasedStateMachine):
     @rule(by=which, suffix=st.sampled_from(["", "-wal", "-shm"]))
     def lose(self, by: int, suffix: str) -> None:
         """
-        A file of the database is deleted; who notices first begins another, which knows nothing.
+        A file of the database is deleted; who notices first begins another, which knows what was promised, alone.
         """
         name = (self.root / POINTER).read_text().strip()
         (self.root / f"{name}{suffix}").unlink()
         for index in (self.processes[by], self.processes[1 - by]):
             assert index.settle().everything
-        self.arriving.clear()
+        promised = [each for index in self.processes for each in index._promised.values()]  # noqa: SLF001
+        self.arriving = {what.name: on_disk(size) for what, size in promised}
         self.entries.clear()
         self.used.clear()
         for each in self.killed:

@@ -134,7 +134,7 @@ class SmallCache(SynchronousTestCase):
         """
         Start a janitor, on a directory that was compared with its index.
         """
-        store.counted = True
+        store.index.note_compared(self.now, store.index.opened)
         janitor = Janitor(store, limit or self.limit, self.in_thread, self.clock)
         janitor.startService()
         return janitor
@@ -556,6 +556,7 @@ class SmallDisk(SmallCache):
         """
         How much the cache holds is not known then.
         """
+        self.index.note_compared(0, self.index.opened)
         self.keep(10)
         self.others = 80 * 1024
         store = self.make_store()
@@ -653,9 +654,11 @@ class ScrubTests(SmallCache):
         """
         Let it go over the directory once.
         """
-        self.clock.advance(SCRUB_SECONDS)
-        for _ in range(50):
-            self.clock.advance(LOOK_SECONDS)
+        self.pass_time(SCRUB_SECONDS)
+
+    def pass_time(self, seconds: float) -> None:
+        self.now += seconds
+        self.clock.advance(seconds)
 
     def bring(self, blocks: int) -> Digest:
         """
@@ -695,9 +698,8 @@ class ScrubTests(SmallCache):
         """
         self.keep(60)
         for module, name, number in (
-            (os, "scandir", errno.EMFILE),
-            (os, "scandir", errno.EIO),
-            (Path, "iterdir", errno.EMFILE),
+            (os, "listdir", errno.EMFILE),
+            (os, "listdir", errno.EIO),
         ):
             patches = self.patch(module, name, failing(number)), self.patch(Path, "lstat", failing(errno.EIO))
             self.compare()
@@ -726,7 +728,7 @@ class ScrubTests(SmallCache):
             return True
 
         self.patch(self.scrub, "_work", working)
-        self.clock.advance(SCRUB_SECONDS)
+        self.pass_time(SCRUB_SECONDS)
         for _ in range(2 * 10 * SHARE + 30):
             self.clock.advance(1)
         self.assertEqual([10 * (SHARE + 1)] * 2, [after - before for before, after in pairwise(steps)])
@@ -764,6 +766,20 @@ class TwoDaemonsTests(SmallCache):
             taken = sum(path.stat().st_blocks * 512 for path in self.root.rglob("*") if path.is_file())
             self.assertLessEqual(taken, self.limit + 2**20)  # the log of the index may grow between two looks
         self.assertGreater(sum(janitor.evicted for janitor in janitors), 30)
+
+    def test_do_not_both_make_the_room_that_is_needed_once(self) -> None:
+        """
+        A limit that was lowered, at the same moment: who comes second looks again.
+        """
+        for _ in range(10):
+            self.keep(20)
+        stores = [self.store, self.make_store()]
+        janitors = [self.janitor, self.start(stores[1])]
+        for each, store in zip(janitors, stores, strict=True):
+            each.limit = 100 * BLOCK + store.index.size
+        for each in janitors:
+            self.assertTrue(each.make_room(None, 0))
+        self.assertEqual([5, 0], [each.evicted for each in janitors])
 
 
 class RaceTests(SmallCache):

@@ -10,6 +10,7 @@ Rules:
 - The files are opened by SQLite alone: closing any other descriptor of them would drop its locks.
 - Whatever is wrong with the index, the daemon goes on: with a new one if it is damaged, with rows in memory while no
   file can be opened. Changes that fail because another process writes, or the disk is full, are tried again.
+- Each process puts what it was promised for its transfers into an index that it opens in another's place.
 - Uses are gathered, and written once a second. All other changes are written at once, in the order they came.
 - C{index.lock} is held while an index is opened or replaced.
 """
@@ -42,6 +43,7 @@ from ecrproxy.cache.sqlite import (
     DamagedError,
     File,
     FullError,
+    Move,
     Rows,
     Totals,
     UnfitError,
@@ -56,6 +58,8 @@ POINTER: Final = f"index-{LAYOUT}"
 LOCK: Final = "index.lock"
 LATE: Final = 10_000
 """Changes that wait for another try; the oldest are lost when there are more."""
+LATE_SAVES: Final = LATE // 10
+"""Changes that wait, from which on entries don't: one may have a thousand of them."""
 ROOM: Final = 2**16
 """Bytes that are evicted where changes find the disk full: pages of the database and of its log."""
 AGAIN_SECONDS: Final = 5.0
@@ -115,6 +119,8 @@ class Index:
         self._uses: OrderedDict[Digest, float] = OrderedDict()
         self._verified: dict[Digest, float] = {}
         self._gone: set[Digest] = set()
+        self._promised: dict[str, tuple[Reservation, int]] = {}
+        self._added: dict[Digest, File] = {}
         self._late: deque[Callable[[Rows], object]] = deque(maxlen=LATE)
         self._rows, self._files, self._seen = Rows(), tuple[Path, ...](), tuple[object, ...]()
         self._heights = [0, 0]
@@ -184,7 +190,7 @@ class Index:
         if not self._problem:
             log.warn("The cache's index can't be used: {problem}; going on with one in memory", problem=str(problem))
         self._problem, self.unfit = str(problem), isinstance(problem, UnfitError)
-        if self.shared or not self.opened or old.closed:
+        if self.shared or not self.opened or old.closed or self._rows.outdated:
             self.shared, self._files, self._rows = False, (), Rows()
             if not isinstance(problem, UnusableError):  # the directory is read-only, or another user's
                 with contextlib.suppress(OSError):
@@ -197,7 +203,25 @@ class Index:
         old.close()
         with contextlib.suppress(OSError):
             self._generation = self._rows.refresh()
+        try:
+            self._put_back(self._rows)
+        except OSError:
+            self._late.append(self._put_back)
         self._note_files()
+
+    def _put_back(self, rows: Rows) -> None:
+        """
+        Note what may have been noted in the database before: what was promised to this process's transfers.
+
+        And the files that it brought in since it looked whether that database is still the one in use.
+        """
+        with self._noting:
+            promised, added = list(self._promised.values()), list(self._added.values())
+        if promised:
+            rows.put_back(promised)
+        there = [each for each in added if self._is_there(each.digest)]
+        if there:
+            rows.add_all(there)
 
     def _found(self, root: Path) -> Rows | None:
         """
@@ -356,13 +380,22 @@ class Index:
         """
         Write what was gathered, and tell what was purged. Called each second, in a thread.
         """
+        with self._noting:
+            added = list(self._added)
         self._see()
+        with self._noting:
+            for each in added:
+                self._added.pop(each, None)
+        late = bool(self._late)
         self._catch_up()
         if self._full and self.evict(ROOM):  # not before: whoever evicts has changes to make himself
             self._catch_up()
         with contextlib.suppress(OSError):
             self.settle_uses()
-            return self._news()
+            news = self._news()
+            if late:  # what was purged may have been among it
+                self.forget(*(each for each in news.purged if isinstance(each, EntryKey)))
+            return news
         return News()
 
     def settle_uses(self) -> None:
@@ -382,9 +415,9 @@ class Index:
                 there = [File(each, seen.st_size, uses[each]) for each, seen in found if seen is not None]
                 if there:
                     self.adopt(there)
-            absent = [each for each in gone if is_gone(self._root / content_path(each))]
+            absent = [each for each in gone if not self._is_there(each)]
             if absent:
-                self._ask(lambda rows: rows.drop(absent))
+                self._ask(lambda rows: rows.drop(absent, (), self._is_there))
         except OSError:
             self.busy += 1
             with self._noting:
@@ -395,6 +428,18 @@ class Index:
 
     def _status(self, digest: Digest) -> os.stat_result | None:
         return status_of(self._root / content_path(digest))
+
+    def _is_there(self, digest: Digest) -> bool:
+        """
+        Return True if there is a file of this name, or if that can't be told.
+        """
+        try:
+            (self._root / content_path(digest)).lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError:
+            return True
+        return True
 
     def _news(self) -> News:
         everything, self._everything = self._everything, False
@@ -436,9 +481,11 @@ class Index:
         """
         Note that a file of content has come, verified; the reservation that it had ends.
         """
+        now = self._now()
         with self._noting:
             self._gone.discard(digest)
-        now = self._now()
+            self._added[digest] = File(digest, size, now)
+            self._end_promises([] if arriving is None else [arriving])
         self._change(lambda rows: rows.add(File(digest, size, now, now), arriving))
 
     def adopt(self, files: Sequence[File]) -> None:
@@ -451,23 +498,32 @@ class Index:
 
     def drop(self, digests: Iterable[Digest] = (), arriving: Iterable[Reservation] = ()) -> None:
         """
-        Note that files are gone.
+        Note that files are gone. One that has come back meanwhile stays.
         """
         digests, arriving = list(digests), list(arriving)
         with self._noting:
             for each in digests:
                 self._uses.pop(each, None)
-        self._change(lambda rows: rows.drop(digests, arriving))
+            self._end_promises(arriving)
+        self._change(lambda rows: rows.drop(digests, arriving, self._is_there))
 
-    def files(self, after: Digest | None = None, up_to: Digest | None = None) -> list[File]:
+    def files(self, after: Digest | None = None) -> list[File]:
         """
         List content in the order of digests, up to a thousand files.
 
         @param after: the last of the page before.
-        @param up_to: the last one wanted.
         @raise OSError: if the index can't be read.
         """
-        return self._ask(lambda rows: rows.files(after, up_to))
+        return self._ask(lambda rows: rows.files(after))
+
+    def names(self, algorithm: str, prefix: str) -> Iterator[set[str]]:
+        """
+        Yield the hashes of content that begin with C{prefix}, up to a thousand at once.
+
+        @param prefix: an even number of hexadecimal digits.
+        @raise OSError: if the index can't be read.
+        """
+        return self._each(lambda rows: rows.names(algorithm, prefix))
 
     def known(self, digest: Digest) -> File | None:
         """
@@ -498,7 +554,14 @@ class Index:
         @raise OSError: if the index can't be written.
         """
         self._catch_up()
-        return self._ask(lambda rows: rows.reserve(what, size, limit - self.size))
+        opened = self.opened
+        excess = self._ask(lambda rows: rows.reserve(what, size, limit - self.size))
+        if not excess:
+            with self._noting:
+                self._promised[what.name] = what, size
+            if opened not in (0, self.opened):  # it may have been noted in the one before
+                self._change(self._put_back)
+        return excess
 
     def arrive(self, what: Reservation, size: int, written: float = 0) -> None:
         """
@@ -506,7 +569,17 @@ class Index:
 
         @param written: when it was written last; zero as long as it is being written.
         """
+        with self._noting:
+            if written:
+                self._end_promises([what])
+            else:
+                self._promised[what.name] = what, size
         self._change(lambda rows: rows.arrive(what, size, written))
+
+    def _end_promises(self, arriving: Iterable[Reservation]) -> None:
+        for each in arriving:
+            if self._promised.get(each.name, (None, 0))[0] == each:
+                del self._promised[each.name]
 
     def pass_over(self, what: Reservation) -> None:
         """
@@ -545,8 +618,11 @@ class Index:
     def save(self, entries: Sequence[tuple[EntryKey, Entry]]) -> None:
         """
         Note entries in one transaction: each answer in place of the one that was known to the same set of types.
+
+        They are lost if much waits for another try: ECR can be asked again.
         """
-        self._change(lambda rows: rows.save(entries))
+        if len(self._late) < LATE_SAVES:
+            self._change(lambda rows: rows.save(entries))
 
     def forget(self, *keys: EntryKey) -> None:
         """
@@ -569,6 +645,14 @@ class Index:
         """
         return self._each(Rows.entries)
 
+    def moves(self, key: EntryKey) -> list[Move]:
+        """
+        List the moves of a tag that were seen, the newest first.
+
+        @raise OSError: if the index can't be read.
+        """
+        return self._ask(lambda rows: rows.moves(key))
+
     def forget_absent(self, before: float) -> Iterator[None]:
         """
         Drop entries that ECR confirmed last before this moment, and whose content is not there; in short steps.
@@ -587,7 +671,29 @@ class Index:
         @raise OSError: if the index can't be written.
         """
         self._catch_up()
-        return self._ask(lambda rows: rows.purge(keys, digests))
+        return self._ask(lambda rows: rows.purge(keys, digests, self._is_there))
+
+    def refresh(self) -> None:
+        """
+        Read the totals now.
+
+        @raise OSError: if the index can't be read.
+        """
+        self._ask(lambda rows: rows.refresh())
+
+    def note_compared(self, began: float, opened: int) -> None:
+        """
+        Note that all files were compared with the index, unless it is another one by now.
+
+        @param began: when that began.
+        @param opened: what C{opened} was then.
+        @raise OSError: if the index can't be written.
+        """
+        with self._swapping:
+            if self.opened != opened:
+                return
+            rows = self._rows
+        rows.note_compared(began)
 
     def check(self) -> None:
         """
@@ -617,19 +723,6 @@ def give(path: Path, root: Path) -> None:
         with contextlib.suppress(OSError):
             owner = root.stat()
             os.chown(path, owner.st_uid, owner.st_gid)
-
-
-def is_gone(path: Path) -> bool:
-    """
-    Return True if there is no such file; False if that can't be told.
-    """
-    try:
-        path.lstat()
-    except (FileNotFoundError, NotADirectoryError):
-        return True
-    except OSError:
-        return False
-    return False
 
 
 def _refuse_far(root: Path) -> None:

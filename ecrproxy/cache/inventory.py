@@ -60,7 +60,7 @@ class Inventory:
 
     def entries(self) -> Iterator[Document]:
         """
-        Yield what is known of repositories, entry by entry; a manifest with the digests that it lists.
+        Yield what is known of repositories, entry by entry; a manifest with what it lists, a tag with its moves.
         """
         for key, entry, used in self._store.index.entries():
             yield {
@@ -70,7 +70,13 @@ class Inventory:
                 "reference": key.reference,
                 "used": used,
                 "answers": [self._told(key.kind, each.descriptor) for each in entry.answers.values()],
+                **self._moves(key),
             }
+
+    def _moves(self, key: EntryKey) -> Document:
+        moves = self._store.index.moves(key) if key.is_tag else []
+        told = [{"from": str(each.before), "to": str(each.after), "seen": each.seen} for each in moves]
+        return {"moves": told} if told else {}
 
     def content(self) -> Iterator[Document]:
         """

@@ -93,6 +93,12 @@ class Janitor(Service):
         Sweep, and bring the directory within its limit: it may be lower than it was. Called in a thread.
         """
         self._store.sweep()
+        self.fit()
+
+    def fit(self) -> None:
+        """
+        Bring the directory within its limit, which is never more than the disk holds. Called in a thread.
+        """
         self._fit()
         self.make_room(None, 0)
 
@@ -137,6 +143,7 @@ class Janitor(Service):
             if not self.evict(size):
                 raise
         with self._alone():
+            self._store.index.refresh()  # whoever was alone before may have made all the room that is needed
             for _ in range(_ROUNDS):
                 excess = self._excess(what, size)
                 if not excess:

@@ -18,14 +18,14 @@ import contextlib
 import itertools
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from ecrproxy.cache.entries import ANSWERS_LIMIT, Confirmed, Entry, EntryKey
 from ecrproxy.cache.record import Reservation, Reserved
 from ecrproxy.identity import RegistryId
-from ecrproxy.oci import BLOB_TYPE, MANIFEST_TYPES, Descriptor, Digest, Kind
+from ecrproxy.oci import BLOB_TYPE, HEX_LENGTHS, MANIFEST_TYPES, Descriptor, Digest, Kind
 
 BUSY_SECONDS: Final = 2.0
 """How long a write waits for the write lock of another process: it is held for milliseconds."""
@@ -42,7 +42,7 @@ _ALGORITHMS: Final = ("sha256", "sha512")
 _KINDS: Final = (Kind.MANIFEST, Kind.BLOB)
 
 _STATE: Final = (
-    "SELECT files, blocks, arriving, (SELECT min(used) / 1e6 FROM content),"
+    "SELECT files, blocks, arriving, (SELECT min(used) / 1e6 FROM content), compared / 1e6,"
     " coalesce((SELECT seq FROM sqlite_sequence WHERE name = 'purge'), 0) FROM total"
 )
 _MIGRATIONS: Final = (
@@ -71,16 +71,25 @@ _MIGRATIONS: Final = (
         id INTEGER PRIMARY KEY, repository INTEGER NOT NULL, tag TEXT NOT NULL, from_digest BLOB NOT NULL,
         to_digest BLOB NOT NULL, seen INTEGER NOT NULL
     );
-    CREATE TRIGGER tag_moved AFTER UPDATE OF digest ON tag WHEN old.digest <> new.digest BEGIN
+    CREATE INDEX tag_move_by_tag ON tag_move (repository, tag);
+    -- A move that another row of the tag, one of other types, has shown since this one was confirmed is the same.
+    CREATE TRIGGER tag_moved AFTER UPDATE OF digest ON tag WHEN old.digest <> new.digest AND NOT EXISTS (
+        SELECT 1 FROM tag_move WHERE repository = new.repository AND tag = new.tag
+            AND from_digest = old.digest AND to_digest = new.digest AND seen > old.confirmed
+    ) BEGIN
         INSERT INTO tag_move (repository, tag, from_digest, to_digest, seen)
             VALUES (new.repository, new.tag, old.digest, new.digest, new.confirmed);
-        DELETE FROM tag_move WHERE id <= last_insert_rowid() - 10000;  -- so many are remembered
+        DELETE FROM tag_move WHERE repository = new.repository AND tag = new.tag AND id <= (
+            SELECT id FROM tag_move WHERE repository = new.repository AND tag = new.tag
+                ORDER BY id DESC LIMIT 1 OFFSET 100);  -- it does not drive out the moves of others
+        DELETE FROM tag_move WHERE id <= (SELECT id FROM tag_move ORDER BY id DESC LIMIT 1 OFFSET 10000);
     END;
     CREATE TABLE purge (generation INTEGER PRIMARY KEY AUTOINCREMENT, what TEXT NOT NULL);
     CREATE TABLE total (
-        id INTEGER PRIMARY KEY, files INTEGER NOT NULL, blocks INTEGER NOT NULL, arriving INTEGER NOT NULL
+        id INTEGER PRIMARY KEY, files INTEGER NOT NULL, blocks INTEGER NOT NULL, arriving INTEGER NOT NULL,
+        compared INTEGER NOT NULL
     );
-    INSERT INTO total (id, files, blocks, arriving) VALUES (0, 0, 0, 0);
+    INSERT INTO total (id, files, blocks, arriving, compared) VALUES (0, 0, 0, 0, 0);
     CREATE TRIGGER content_in AFTER INSERT ON content BEGIN
         UPDATE total SET files = files + 1, blocks = blocks + new.blocks; END;
     CREATE TRIGGER content_out AFTER DELETE ON content BEGIN
@@ -138,12 +147,14 @@ class Totals(NamedTuple):
     @ivar blocks: bytes of disk that they take.
     @ivar arriving: bytes of disk that are promised to what is arriving, or taken by what transfers have left.
     @ivar oldest_use: the least recent use of a file, in seconds since the epoch, if there is one.
+    @ivar compared: when some process began to compare all files with the rows, and came to the end; zero if none has.
     """
 
     files: int = 0
     blocks: int = 0
     arriving: int = 0
     oldest_use: float | None = None
+    compared: float = 0.0
 
 
 class File(NamedTuple):
@@ -159,6 +170,18 @@ class File(NamedTuple):
     verified: float | None = None
 
 
+class Move(NamedTuple):
+    """
+    That ECR answered a tag with another digest than before.
+
+    @ivar seen: when it first did, in seconds since the epoch.
+    """
+
+    before: Digest
+    after: Digest
+    seen: float
+
+
 class Rows:
     """
     One database.
@@ -172,10 +195,11 @@ class Rows:
 
     def __init__(self, path: Path | None = None, *, read_only: bool = False) -> None:
         self._reading, self._writing = threading.RLock(), threading.RLock()
-        self.totals, self._last, self._path = Totals(), 0, path
+        self.totals, self._path = Totals(), path
         self.read_only, self.closed = read_only, False
         self._repositories: dict[tuple[str, str], int] = {}
         with _explained():
+            self._log = _log_of(path) if read_only and path is not None else None
             self._writer = self._reader = _connect(path, read_only=read_only)
             try:
                 if path is None or read_only:
@@ -201,7 +225,13 @@ class Rows:
                     connection.execute(statement)
             if version < len(_MIGRATIONS):
                 connection.execute(f"PRAGMA user_version = {len(_MIGRATIONS)}")
-            (self._last,) = connection.execute("SELECT coalesce(max(used), 0) FROM content").fetchone()
+
+    @property
+    def outdated(self) -> bool:
+        """
+        Whether somebody writes a database that was opened as if nobody did.
+        """
+        return self._log == 0 and self._path is not None and _log_of(self._path) > 0
 
     def close(self) -> None:
         """
@@ -242,12 +272,18 @@ class Rows:
         with _explained(), self._reading:
             return self._reader.execute(statement, values).fetchall()
 
-    def _stamp(self, when: float) -> int:
+    def _stamps(self, connection: sqlite3.Connection) -> Callable[[float], int]:
         """
-        Return a use later than all before it, also after the clock was set back.
+        Return what makes a time a use later than all before it, by any process, also after the clock was set back.
         """
-        self._last = max(_moment(when), self._last + 1)
-        return self._last
+        ((last,),) = connection.execute("SELECT coalesce(max(used), 0) FROM content")
+
+        def stamp(when: float) -> int:
+            nonlocal last
+            last = max(_moment(when), last + 1)
+            return int(last)
+
+        return stamp
 
     # Content
 
@@ -263,7 +299,7 @@ class Rows:
                 " ON CONFLICT (digest) DO UPDATE SET size = excluded.size, blocks = excluded.blocks,"
                 " used = max(used, excluded.used), verified = coalesce(excluded.verified, verified)",
                 (
-                    *(_packed(file.digest), file.size, on_disk(file.size), self._stamp(file.used)),
+                    *(_packed(file.digest), file.size, on_disk(file.size), self._stamps(connection)(file.used)),
                     None if file.verified is None else _moment(file.verified),
                 ),
             )
@@ -286,11 +322,11 @@ class Rows:
         @return: what was used, and nothing is known of.
         """
         with self._transaction() as connection:
-            change = "UPDATE content SET used = ? WHERE digest = ?"
+            change, stamp = "UPDATE content SET used = ? WHERE digest = ?", self._stamps(connection)
             unknown = [
                 digest
                 for digest, when in uses.items()
-                if not connection.execute(change, (self._stamp(when), _packed(digest))).rowcount
+                if not connection.execute(change, (stamp(when), _packed(digest))).rowcount
             ]
             connection.executemany(
                 "UPDATE content SET verified = ? WHERE digest = ?",
@@ -298,27 +334,53 @@ class Rows:
             )
         return unknown
 
-    def drop(self, digests: Iterable[Digest], arriving: Iterable[Reservation] = ()) -> None:
+    def drop(
+        self,
+        digests: Iterable[Digest],
+        arriving: Iterable[Reservation] = (),
+        is_there: Callable[[Digest], bool] = lambda _: False,
+    ) -> None:
         """
         Note that files of content, and those that reservations were of, are gone.
+
+        @param is_there: whether a file has come back: looked at within the transaction, so that whoever brings it
+            later notes it later.
         """
         with self._transaction() as connection:
-            _drop(connection, digests, arriving)
+            _drop(connection, [each for each in digests if not is_there(each)], arriving)
 
-    def files(self, after: Digest | None = None, up_to: Digest | None = None, limit: int = PAGE) -> list[File]:
+    def files(self, after: Digest | None = None, limit: int = PAGE) -> list[File]:
         """
         List content in the order of digests.
 
         @param after: the last of the page before.
-        @param up_to: the last one wanted.
         """
         rows = self._query(
-            "SELECT digest, size, used, verified FROM content WHERE digest > ? AND digest <= ? ORDER BY digest LIMIT ?",
+            "SELECT digest, size, used, verified FROM content WHERE digest > ? ORDER BY digest LIMIT ?",
             b"" if after is None else _packed(after),
-            b"\xff" if up_to is None else _packed(up_to),
             limit,
         )
         return [_file(*row) for row in rows]
+
+    def names(self, algorithm: str, prefix: str) -> Iterator[set[str]]:
+        """
+        Yield the hashes of content that begin with C{prefix}, page by page.
+
+        SQLite makes one text of a page: a row each would take the interpreter a hundred times as long.
+
+        @param prefix: an even number of hexadecimal digits.
+        """
+        first = bytes([_ALGORITHMS.index(algorithm)]) + bytes.fromhex(prefix)
+        last = first + b"\xff" * 64
+        while True:
+            ((names, first),) = self._query(
+                "SELECT lower(group_concat(hex(substr(digest, 2)), ' ')), max(digest) FROM"
+                " (SELECT digest FROM content WHERE digest > ? AND digest <= ? ORDER BY digest LIMIT ?)",
+                *(first, last, PAGE),
+            )
+            if names is None:
+                return
+            yield set(names.split())
 
     def known(self, digest: Digest) -> File | None:
         """
@@ -367,6 +429,16 @@ class Rows:
         """
         with self._transaction() as connection:
             _arrive(connection, what, size, _moment(written))
+
+    def put_back(self, promised: Iterable[tuple[Reservation, int]]) -> None:
+        """
+        Note what was promised before, whatever the limit, unless somebody else has the name by now.
+        """
+        with self._transaction() as connection:
+            connection.executemany(
+                "INSERT OR IGNORE INTO arriving (name, token, blocks, written) VALUES (?, ?, ?, 0)",
+                [(*what, on_disk(size)) for what, size in promised],
+            )
 
     def pass_over(self, what: Reservation) -> None:
         """
@@ -454,20 +526,23 @@ class Rows:
 
     def _repository(self, key: EntryKey) -> int | None:
         names = str(key.registry), key.repository
-        if names not in self._repositories:
-            rows = self._query("SELECT id FROM repository WHERE registry = ? AND name = ?", *names)
-            if not rows:
-                return None
-            self._remember_repository(names, rows[0][0])
-        return self._repositories.get(names)
+        known = self._repositories.get(names)
+        if known is not None:
+            return known
+        for (found,) in self._query("SELECT id FROM repository WHERE registry = ? AND name = ?", *names):
+            self._remember_repository(names, found)
+            return int(found)
+        return None
 
     def _made(self, connection: sqlite3.Connection, key: EntryKey) -> int:
         names = str(key.registry), key.repository
-        if names not in self._repositories:
+        known = self._repositories.get(names)  # another thread may forget it at any time
+        if known is None:
             connection.execute("INSERT OR IGNORE INTO repository (registry, name) VALUES (?, ?)", names)
-            row = connection.execute("SELECT id FROM repository WHERE registry = ? AND name = ?", names).fetchone()
-            self._remember_repository(names, row[0])
-        return self._repositories[names]
+            (found,) = connection.execute("SELECT id FROM repository WHERE registry = ? AND name = ?", names).fetchone()
+            self._remember_repository(names, found)
+            return int(found)
+        return known
 
     def _remember_repository(self, names: tuple[str, str], number: int) -> None:
         if len(self._repositories) >= PAGE:
@@ -509,6 +584,8 @@ class Rows:
             *(repository, *last, PAGE),
         ):
             for digest, kind, variant, media_type, size, confirmed, manifest, used in rows:
+                if kind not in range(len(_KINDS)):
+                    raise DamagedError("the index has something in the place of a kind")
                 key = EntryKey(registry, _KINDS[kind], name, str(_unpacked(digest)), variant)
                 entry = _entry([("", digest, media_type, size, confirmed, manifest)]) or Entry()
                 yield key, entry, max(used, confirmed) / 1e6
@@ -523,29 +600,44 @@ class Rows:
 
     def _forget_absent(self, before: float, table: str, first: Mapping[str, object]) -> Iterator[None]:
         keys, marks, last = ", ".join(first), ", ".join("?" * len(first)), tuple(first.values())
-        while rows := self._query(
-            f"SELECT {keys}, confirmed < ? AND digest NOT IN (SELECT digest FROM content) FROM {table}"  # noqa: S608
-            f" WHERE ({keys}) > ({marks}) ORDER BY {keys} LIMIT ?",
-            *(_moment(before), *last, PAGE),
-        ):
-            last = rows[-1][:-1]
-            absent = [row[:-1] for row in rows if row[-1]]
-            if absent:
+        page = f"{table} WHERE ({keys}) > ({marks}) AND ({keys}) <= ({marks})"
+        absent = f"{page} AND confirmed < ? AND digest NOT IN (SELECT digest FROM content)"  # noqa: S608
+        while True:
+            # The page's last row, and whether any must go: no row of those that stay gets out of SQLite.
+            ends = self._query(
+                f"SELECT {keys} FROM {table} WHERE ({keys}) > ({marks}) ORDER BY {keys} LIMIT 1 OFFSET ?",  # noqa: S608
+                *(*last, PAGE - 1),
+            ) or self._query(
+                f"SELECT {keys} FROM {table} WHERE ({keys}) > ({marks})"  # noqa: S608
+                f" ORDER BY {', '.join(f'{each} DESC' for each in first)} LIMIT 1",
+                *last,
+            )
+            if not ends:
+                return
+            values = (*last, *ends[0], _moment(before))
+            if self._query(f"SELECT 1 FROM {absent} LIMIT 1", *values):  # noqa: S608
                 with self._transaction() as connection:
-                    connection.executemany(f"DELETE FROM {table} WHERE ({keys}) = ({marks})", absent)  # noqa: S608
+                    connection.execute(f"DELETE FROM {absent}", values)  # noqa: S608
+            last = ends[0]
             yield
 
     # Purges
 
-    def purge(self, keys: Sequence[EntryKey], digests: Sequence[Digest]) -> int:
+    def purge(
+        self,
+        keys: Sequence[EntryKey],
+        digests: Sequence[Digest],
+        is_there: Callable[[Digest], bool] = lambda _: False,
+    ) -> int:
         """
         Forget entries, and content whose files are gone, for all processes.
 
+        @param is_there: see L{drop}.
         @return: how many entries there were.
         """
         with self._transaction(durable=True) as connection:
             count = self._forget(connection, keys)
-            _drop(connection, digests)
+            _drop(connection, [each for each in digests if not is_there(each)])
             purged = [(str(each),) for each in (*keys, *digests)]
             connection.executemany("INSERT INTO purge (what) VALUES (?)", purged)
             connection.execute(
@@ -560,20 +652,29 @@ class Rows:
         rows = self._query("SELECT generation, what FROM purge WHERE generation > ? ORDER BY generation", generation)
         if rows and rows[0][0] != generation + 1:
             return None
-        return [EntryKey.parse(what) if " " in what else Digest.parse(what) for _, what in rows]
+        try:
+            return [EntryKey.parse(what) if " " in what else Digest.parse(what) for _, what in rows]
+        except ValueError:  # a newer version has purged something else
+            return None
 
-    def moves(self, registry: RegistryId, repository: str, tag: str) -> list[tuple[Digest, Digest, float]]:
+    def moves(self, key: EntryKey) -> list[Move]:
         """
-        List where a tag led from and to, and when that was seen, the newest first.
+        List the moves of a tag, the newest first.
         """
         rows = self._query(
-            "SELECT from_digest, to_digest, seen FROM tag_move JOIN repository ON repository.id = repository"
-            " WHERE registry = ? AND name = ? AND tag = ? ORDER BY tag_move.id DESC LIMIT ?",
-            *(str(registry), repository, tag, PAGE),
+            "SELECT from_digest, to_digest, seen FROM tag_move WHERE repository = ? AND tag = ? ORDER BY id DESC",
+            *(self._repository(key), key.reference),
         )
-        return [(_unpacked(before), _unpacked(after), seen / 1e6) for before, after, seen in rows]
+        return [Move(_unpacked(before), _unpacked(after), seen / 1e6) for before, after, seen in rows]
 
     # The whole
+
+    def note_compared(self, began: float) -> None:
+        """
+        Note that all files were compared with the rows, from this moment on.
+        """
+        with self._transaction() as connection:
+            connection.execute("UPDATE total SET compared = ?", (_moment(began),))
 
     def refresh(self) -> int:
         """
@@ -609,15 +710,24 @@ def on_disk(size: int) -> int:
 def _connect(path: Path | None, *, read_only: bool = False) -> sqlite3.Connection:
     name = ":memory:" if path is None else f"{path.absolute().as_uri()}?mode=rw{'' if path.exists() else 'c'}"
     if path is not None and read_only:
-        log = Path(f"{path}-wal")
         # Without a log nobody writes, and the database can be read where no file can be made.
-        name = f"{path.absolute().as_uri()}?{'mode=ro' if log.exists() and log.stat().st_size else 'immutable=1'}"
+        name = f"{path.absolute().as_uri()}?{'mode=ro' if _log_of(path) else 'immutable=1'}"
     connection = sqlite3.connect(
         name, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False, uri=path is not None
     )
     for pragma in ("synchronous = NORMAL", "mmap_size = 0", "journal_size_limit = 4194304", "cache_size = -1024"):
         connection.execute(f"PRAGMA {pragma}")
     return connection
+
+
+def _log_of(path: Path) -> int:
+    """
+    Tell how many bytes the log of a database has.
+    """
+    try:
+        return Path(f"{path}-wal").stat().st_size
+    except OSError:
+        return 0
 
 
 def _statements(script: str) -> Iterator[str]:
@@ -653,8 +763,9 @@ def explained(problem: sqlite3.Error) -> OSError:
     code = detailed & 0xFF
     if code in _BUSY:
         return BusyError(str(problem))
-    lacks = code == sqlite3.SQLITE_ERROR and str(problem).startswith(("no such", "table"))  # it is another's database
-    if lacks or code in _DAMAGED or detailed in _DAMAGED_IN_DETAIL:
+    # It is another's database, or a text is none.
+    wrong = code == sqlite3.SQLITE_ERROR and str(problem).startswith(("no such", "table", "Could not decode"))
+    if wrong or code in _DAMAGED or detailed in _DAMAGED_IN_DETAIL:
         return DamagedError(str(problem))
     return (FullError if detailed in _FULL_IN_DETAIL else UnusableError)(str(problem))
 
@@ -664,7 +775,16 @@ def _packed(digest: Digest) -> bytes:
 
 
 def _unpacked(data: bytes) -> Digest:
-    return Digest(_ALGORITHMS[data[0]], data[1:].hex())
+    """
+    Read what L{_packed} wrote.
+
+    @raise DamagedError: if it is anything else: SQLite does not notice a page that is sound and holds nonsense.
+    """
+    if isinstance(data, bytes) and data and data[0] < len(_ALGORITHMS):
+        algorithm = _ALGORITHMS[data[0]]
+        if 2 * len(data) - 2 == HEX_LENGTHS[algorithm]:
+            return Digest(algorithm, data[1:].hex())
+    raise DamagedError("the index has something in the place of a digest")
 
 
 def _moment(when: float) -> int:

@@ -36,7 +36,7 @@ from ecrproxy.cache.claim import Claim
 from ecrproxy.cache.content import Content, DigestMismatchError, OpenFile
 from ecrproxy.cache.directory import Directory, content_path
 from ecrproxy.cache.entries import Entry, EntryKey
-from ecrproxy.cache.index import Index, give, status_of
+from ecrproxy.cache.index import Index, give
 from ecrproxy.cache.peer import PeerTransfer
 from ecrproxy.cache.proofs import Proofs, is_marked, mark
 from ecrproxy.cache.record import RECORD, Reservation
@@ -95,11 +95,9 @@ class Store:
     @param now: seconds since the epoch.
     @param index: what is known about it; its own if none is given.
     @ivar arriving: the files that arrive.
-    @ivar counted: whether all files were compared with the index since the start.
     @ivar evict: takes a number of bytes out of the directory when the disk is full; false if it can't.
     """
 
-    counted = False
     evict: Callable[[int], bool] = staticmethod(lambda _: False)
 
     def __init__(self, root: Path, now: Callable[[], float], index: Index | None = None) -> None:
@@ -194,6 +192,13 @@ class Store:
             with contextlib.suppress(OSError):
                 probe.unlink()
 
+    @property
+    def counted(self) -> bool:
+        """
+        Whether all files were compared with the index, by whichever process.
+        """
+        return self.index.totals.compared > 0
+
     def holds(self, held: int) -> int | None:
         """
         Tell how many bytes the disk can hold of the cache, with some to spare; none if unknown.
@@ -263,14 +268,20 @@ class Store:
         left = (Candidate(*each) for each in self.index.arriving() if each[2])
         return heapq.merge(content, left, key=lambda each: each.used)
 
-    def folders(self) -> Iterator[tuple[str, Path]]:
+    def names(self, algorithm: str, prefix: str) -> set[str]:
         """
-        Yield the folders that may hold content, each with the algorithm of its digests.
+        List the files of the folder for digests whose hashes begin with C{prefix}; some may be somebody else's.
+
+        What the disk can't give is not listed.
+
+        @raise OSError: if a folder could be listed if fewer files were open.
         """
-        for algorithm in ("sha256", "sha512"):
-            with _all_but_exhaustion():
-                for folder in sorted((self.root / "content" / algorithm).iterdir()):
-                    yield algorithm, folder
+        try:
+            return set(os.listdir(self.root / "content" / algorithm / prefix))  # noqa: PTH208 (a Path each takes its time)
+        except OSError as problem:
+            if is_exhaustion(problem):
+                raise
+            return set()
 
     def has(self, digest: Digest) -> bool:
         """
@@ -285,8 +296,11 @@ class Store:
         """
         Look at a file of content that nothing is known of; its last use is its mtime, if that is not in the future.
         """
-        status = status_of(self.root / self.content_path(digest))
-        if status is None or not stat.S_ISREG(status.st_mode):
+        try:
+            status = os.lstat(f"{self.root}/{content_path(digest)}")
+        except OSError:
+            return None
+        if not stat.S_ISREG(status.st_mode):
             return None
         return File(digest, status.st_size, max(0.0, min(status.st_mtime, self.now())))
 
@@ -477,28 +491,3 @@ def without_waiting(path: str, flags: int) -> int:
     Open a file that somebody may have replaced by something else.
     """
     return os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
-
-
-def names_in(algorithm: str, folder: Path) -> set[Digest]:
-    """
-    List the content of a folder; files of other names are somebody else's.
-    """
-    found = set()
-    with _all_but_exhaustion(), os.scandir(folder) as files:
-        for file in files:
-            with contextlib.suppress(ValueError):
-                if file.name.startswith(folder.name):
-                    found.add(Digest.parse(f"{algorithm}:{file.name}"))
-    return found
-
-
-@contextlib.contextmanager
-def _all_but_exhaustion() -> Iterator[None]:
-    """
-    Pass over what a disk can't give; not over what could be had if fewer files were open.
-    """
-    try:
-        yield
-    except OSError as problem:
-        if is_exhaustion(problem):
-            raise

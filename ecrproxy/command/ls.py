@@ -64,7 +64,13 @@ def _told(survey: Survey, name: str, entries: Sequence[Held]) -> dict[str, Any]:
         "bytes": survey.size(_all(survey, entries)),
         "used": max(each.used for each in entries),
         "images": [
-            {"tag": image.tag, "digests": list(image.digests), "bytes": image.bytes, "used": image.used}
+            {
+                "tag": image.tag,
+                "digests": list(image.digests),
+                "bytes": image.bytes,
+                "used": image.used,
+                "moves": list(image.moves),
+            }
             for image in survey.images(entries)
         ],
     }
@@ -97,6 +103,7 @@ LS: Final = Subcommand(
         ("ecr-proxy ls", "all of it"),
         ("ecr-proxy ls 'team/*' --digests", "the repositories of a team, with digests"),
         ("ecr-proxy ls --json | jq '.repositories[] | {repository, bytes}'", "for a program"),
+        ("ecr-proxy ls --json | jq '.repositories[].images[] | select(.moves != [])'", "the tags that have moved"),
         ("ecr-proxy ls --offline --cache-dir /var/cache/ecr-proxy", "while no daemon runs"),
     ),
     settings=SETTINGS,

@@ -21,6 +21,7 @@ class Held(NamedTuple):
     @ivar tag: the reference, if it is none by digest.
     @ivar digests: what it leads to.
     @ivar used: its last use, in seconds since the epoch.
+    @ivar moves: where a tag led before, the newest first.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Held(NamedTuple):
     tag: str | None
     digests: tuple[str, ...]
     used: float
+    moves: Sequence[Any] = ()
 
 
 class File(NamedTuple):
@@ -54,6 +56,7 @@ class Image:
     digests: Sequence[str]
     bytes: int
     used: float
+    moves: Sequence[Any] = ()
 
 
 @dataclass(slots=True)
@@ -88,7 +91,8 @@ class Survey:
         tag = None if ":" in told["reference"] else told["reference"]
         repository = sys.intern(told["repository"])
         manifest = told["kind"] == Kind.MANIFEST.value
-        self.entries.append(Held(told["name"], manifest, repository, tag, digests, told["used"]))
+        moves = told.get("moves", ())
+        self.entries.append(Held(told["name"], manifest, repository, tag, digests, told["used"], moves))
 
     def reached(self, roots: Iterable[str]) -> set[str]:
         """
@@ -142,4 +146,5 @@ class Survey:
     def _image(self, tag: str | None, entries: Sequence[Held]) -> Image:
         digests = sorted({digest for each in entries for digest in each.digests})
         used = max(each.used for each in entries)
-        return Image(entries[0].repository, tag, digests, self.size(self.reached(digests)), used)
+        moves = entries[0].moves if tag is not None else ()  # those of a tag are the same, whatever the cache key
+        return Image(entries[0].repository, tag, digests, self.size(self.reached(digests)), used, moves)
