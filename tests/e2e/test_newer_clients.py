@@ -112,6 +112,25 @@ def test_docker_28_pulls_by_the_registrys_name(docker: Docker, chain: Chain, ima
     was_asked(chain, image)
 
 
+def test_docker_28_keeps_the_names_of_a_registry_that_ecr_caches(
+    docker: Docker, make_chain: MakeChain, etc: Path, images: Images
+) -> None:
+    """
+    As docs/howto/containerd.rst says of ECR's pull-through cache: the mirror's URL has the rule's prefix.
+    """
+    name, image = "cached.example", images.single
+    chain = make_chain(settings={"PROXY_REGISTRY_ALIASES": name})
+    prefix, _, rest = image.repository.partition("/")
+    hosts = etc / "docker/certs.d" / name / "hosts.toml"
+    hosts.parent.mkdir()
+    hosts.write_text(
+        f'server = "https://{name}"\n[host."http://{PROXY}:{chain.daemon.port}/v2/{prefix}"]\n'
+        'capabilities = ["pull", "resolve"]\noverride_path = true\n'
+    )
+    assert docker.pull(f"{name}/{rest}:{image.tag}") == image.digest
+    was_asked(chain, image)
+
+
 def test_containerd_2_pulls_from_localhost_over_plain_http(containerd: Containerd, place: str, images: Images) -> None:
     """
     As it does with a registry of a developer's own.
