@@ -216,7 +216,7 @@ class Circuit:
     @property
     def open_repositories(self) -> int:
         """
-        Count the repositories that are left alone, each by itself.
+        Count the repositories, and the lists of repositories, that are left alone, each by itself.
         """
         return sum(part.state is not CircuitState.CLOSED for part in self._parts.values())
 
