@@ -82,6 +82,11 @@ class Room(Protocol):
         Return True if there is room for C{size} bytes without evicting anything.
         """
 
+    async def can_hold(self, size: int) -> bool:
+        """
+        Return True if C{size} bytes are within the limit, were all else evicted.
+        """
+
     async def reserve(self, size: int) -> bool:
         """
         Make room for C{size} bytes, if it can be had; release it when they are files, or won't be.
@@ -547,7 +552,7 @@ class Cache:
             self._room.release(writer.room)
 
     async def _make_room(self, size: int, begun: Callable[[], Awaitable[bool]] | None) -> Reason | None:
-        if size > self._room.limit:
+        if not await self._room.can_hold(size):
             return Reason.TOO_LARGE
         if begun is not None and not self._room.fits(size) and not await begun():
             return Reason.NO_ROOM

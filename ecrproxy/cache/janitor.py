@@ -8,11 +8,16 @@ Rules:
 - Counting takes a twentieth of the time at the most, however large and slow the directory is. Nobody waits for it.
   Before the first count room is given by what is known, and the directory is brought within its limit afterwards.
 - The limit is never more than the disk can hold. When the disk is full all the same, files are evicted to make room.
+  A limit that was lowered for that is looked at again before anything is evicted or refused for it: others may have
+  given room back, and the next count may be many minutes away.
+- A disk that leaves the cache less than is left free for others is full, also where a small file still has room.
 - A disk may lack inodes and have bytes left. Then files are evicted by number, entries first.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import threading
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final
@@ -95,7 +100,7 @@ class Janitor(Service):
         self.evicted = 0
         self._next: IDelayedCall | None = None
         self._evicting = threading.Lock()
-        store.evict = self.evict
+        store.evict, store.see_room = self.evict, self.see_room
 
     def startService(self) -> None:  # noqa: D102
         super().startService()
@@ -146,7 +151,7 @@ class Janitor(Service):
         """
         Make room for C{size} bytes that will arrive; false if it can't be had.
         """
-        if size > self.limit:
+        if size > self._wanted:
             return False
         ledger = self._store.ledger
         with ledger.lock:
@@ -157,16 +162,38 @@ class Janitor(Service):
             self._in_thread, lambda: self.make_room(size), lambda made: self.release(size) if made else None
         )
 
+    async def can_hold(self, size: int) -> bool:
+        """
+        Return True if C{size} bytes are within the limit, were all else evicted: it may have been raised by now.
+        """
+        if self.limit < size <= self._wanted:
+            with contextlib.suppress(OSError):
+                await self._in_thread(self._fit)
+        return size <= self.limit
+
     def release(self, size: int) -> None:
         """
         Give back what was reserved.
         """
         self._store.ledger.reserve(-size)
 
+    def see_room(self) -> None:
+        """
+        See that the disk has room for a cache. Called in a thread.
+
+        @raise OSError: if others have taken it.
+        """
+        if self.limit < self._wanted:
+            self._fit()
+        if self.limit < min(self._wanted, self._store.spare()):
+            raise OSError(errno.ENOSPC, f"No space left on device: other files leave the cache {self.limit} bytes")
+
     def make_room(self, size: int) -> bool:
         """
         Evict until C{size} bytes fit, and reserve them. Called in a thread.
         """
+        if self.limit < self._wanted:
+            self._fit()
         ledger = self._store.ledger
         with ledger.lock:
             chosen = victims(ledger.oldest(), ledger.total + ledger.reserved + size - self.limit)

@@ -80,9 +80,11 @@ class Store:
     @param ledger: where it is counted.
     @ivar arriving: the files that arrive.
     @ivar evict: takes a number of bytes out of the directory when the disk is full; false if it can't.
+    @ivar see_room: raises C{OSError} if others have taken the disk's room.
     """
 
     evict: Callable[[int], bool] = staticmethod(lambda _: False)
+    see_room: Callable[[], None] = staticmethod(lambda: None)
 
     def __init__(self, root: Path, now: Callable[[], float], ledger: Ledger | None = None) -> None:
         self.root, self._now = root, now
@@ -159,13 +161,14 @@ class Store:
 
     def check(self) -> None:
         """
-        See that a file can be written, and read.
+        See that a file can be written, and read, and that there is room for more than that.
 
         @raise OSError: if not.
         """
         probe = self.ingest / f"probe.{secrets.token_hex(4)}"
         try:
             with self.troubles.noted(Kind.WRITE):
+                self.see_room()
                 self._anew(lambda: probe.write_bytes(_PROBE), len(_PROBE))
             with self.troubles.noted(Kind.READ):
                 probe.read_bytes()
@@ -181,8 +184,16 @@ class Store:
             disk = os.statvfs(self.root)
         except OSError:
             return None
-        spare = min(_MARGIN, disk.f_blocks * disk.f_frsize // 100)
-        return disk.f_bavail * disk.f_frsize - spare if disk.f_blocks else None
+        return disk.f_bavail * disk.f_frsize - _spare(disk) if disk.f_blocks else None
+
+    def spare(self) -> int:
+        """
+        Tell how many bytes of the disk are left free, for entries and others' files; 0 if its size is unknown.
+        """
+        try:
+            return _spare(os.statvfs(self.root))
+        except OSError:
+            return 0
 
     def lacks_inodes(self) -> bool:
         """
@@ -479,3 +490,7 @@ def _all_but_exhaustion() -> Iterator[None]:
     except OSError as problem:
         if is_exhaustion(problem):
             raise
+
+
+def _spare(disk: os.statvfs_result) -> int:
+    return min(_MARGIN, disk.f_blocks * disk.f_frsize // 100)

@@ -139,6 +139,12 @@ class NoRoom:
         """
         return False
 
+    async def can_hold(self, size: int) -> bool:  # noqa: ARG002
+        """
+        It can't.
+        """
+        return False
+
     async def reserve(self, size: int) -> bool:  # noqa: ARG002
         """
         There is none.
