@@ -261,6 +261,18 @@ class AnswerTests(RelayTestCase):
         self.assertEqual((b"", None), (bytes(passed.body), passed.header("Content-Length")))
         self.assertEqual([f"GET {self.by_tag}"] * 2, self.handed_on)
 
+    def test_304_has_no_length_on_the_wire(self) -> None:
+        """
+        RFC 9110, 8.6: a length in a 304 is that of the 200. Twisted's client hides the header, so bytes are compared.
+        """
+        self.compare("GET", self.by_tag, 200)
+        asked = f'GET {self.by_tag} HTTP/1.1\r\nHost: x\r\nIf-None-Match: "{self.image.digest}"\r\n\r\n'.encode()
+        for daemon in (self.alone, self.together):
+            answer = daemon.raw(asked)
+            self.assertTrue(answer.startswith(b"HTTP/1.1 304 "), answer)
+            self.assertNotIn(b"content-length", answer.lower())
+            self.assertNotIn(b"transfer-encoding", answer.lower())
+
     def test_that_are_refusals_are_the_same(self) -> None:
         """
         What ECR refuses passes with its status, its words and Retry-After; so does a method that is none.
@@ -335,6 +347,15 @@ class RequestTests(RelayTestCase):
             found = self.headers()
             accept = {"accept": f"{SCHEMA2}, {OCI_INDEX}"} if "Accept" in sent else {}
             self.assertEqual({**passed, **accept, "x-request-id": tag, KEY.lower(): json.dumps(blob)}, found)
+
+    def test_of_a_tag_has_no_range_that_depends_on_a_made_up_digest(self) -> None:
+        """
+        Before its answer a tag has no digest: no If-Range can be seen to match, so the whole is asked for.
+        """
+        for held in ('"None"', f'"{self.image.digest}"'):
+            reply = self.get(self.by_tag, Range="bytes=1-2", If_Range=held)
+            self.assertWhole(reply, self.image.manifest)
+            self.assertNotIn("range", self.headers())
 
     def test_has_no_credentials(self) -> None:
         """

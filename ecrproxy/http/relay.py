@@ -27,6 +27,7 @@ from twisted.internet.task import deferLater
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 from twisted.web.client import URI, Agent, ResponseDone
+from twisted.web.http import NO_BODY_CODES
 from twisted.web.http_headers import Headers
 from twisted.web.iweb import UNKNOWN_LENGTH, IAgentEndpointFactory, IResponse
 from zope.interface import implementer
@@ -192,7 +193,9 @@ async def _pass(request: RegistryRequest, response: IResponse) -> None:
     for name, values in response.headers.getAllRawHeaders():
         if name.lower() not in _HOP_BY_HOP:
             request.responseHeaders.setRawHeaders(name, values)
-    if response.length is not UNKNOWN_LENGTH and request.method != b"HEAD":
+    if response.code in NO_BODY_CODES:
+        pass  # Twisted's client says 0; in a 304 that would be the length of what the client has: RFC 9110, 8.6
+    elif response.length is not UNKNOWN_LENGTH and request.method != b"HEAD":
         request.setHeader(b"Content-Length", b"%d" % response.length)
     elif response.headers.hasHeader(b"Content-Length"):
         request.responseHeaders.setRawHeaders(b"Content-Length", response.headers.getRawHeaders(b"Content-Length"))
@@ -309,7 +312,8 @@ def _headers(request: RegistryRequest, asked: Asked) -> dict[str, str]:
     if known := tags(fields(request, b"If-None-Match")):
         headers["If-None-Match"] = ", ".join(known)
     wanted, held = field(request, b"Range"), field(request, b"If-Range")
-    if wanted is not None and _RANGE.fullmatch(wanted) and held in (None, f'"{asked.route.digest}"'):
+    applies = held is None or (asked.route.digest is not None and held == f'"{asked.route.digest}"')
+    if wanted is not None and _RANGE.fullmatch(wanted) and applies:
         headers["Range"] = wanted
     return headers
 
