@@ -31,7 +31,7 @@ from ecrproxy.access.browsers import Pages
 from ecrproxy.access.clients import Admission
 from ecrproxy.access.crowds import Crowds, Word
 from ecrproxy.access.htpasswd import HtpasswdError
-from ecrproxy.access.limits import BOUNDLESS, Crowd
+from ecrproxy.access.limits import Crowd, for_workers
 from ecrproxy.access.namespaces import Namespaces
 from ecrproxy.access.passwords import AT_ONCE, Passwords
 from ecrproxy.admin.api import Api
@@ -461,9 +461,9 @@ def _share_work(
     folder = tempfile.mkdtemp(prefix="ecrproxy-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     path = str(Path(folder) / "first")
-    inner = make_inner(reactor=reactor, crowd=Crowd(BOUNDLESS), others={USED: Used(hearers)})
+    inner = make_inner(reactor=reactor, crowd=Crowd(for_workers(clients_beside_spare())), others={USED: Used(hearers)})
     endpoint = UNIXServerEndpoint(reactor, path, BACKLOG, mode=0o600)
-    Listening(path, endpoint, inner, gate=Gate(reactor)).setServiceParent(service)
+    Listening(path, endpoint, inner, gate=Gate(reactor, most_clients())).setServiceParent(service)
     workers = Workers(config.worker_processes, listening, path, arguments, reactor, drain=config.drain_seconds)
     workers.setServiceParent(service)
     return workers

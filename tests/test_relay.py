@@ -18,6 +18,7 @@ from ecrproxy.access.crowds import SILENT_SECONDS
 from ecrproxy.access.turns import QueueTimeoutError
 from ecrproxy.cache.entries import entry_name
 from ecrproxy.cache.store import entry_path
+from ecrproxy.http.channel import SETTLED_SECONDS
 from ecrproxy.http.relay import AGAIN_SECONDS, CONNECT_SECONDS, CONNECTING, KEY, Queued
 from ecrproxy.http.telling import TELL_SECONDS
 from ecrproxy.identity import RegistryId
@@ -607,6 +608,49 @@ class GoneTests(RelayTestCase):
         self.wire()[1].abortConnection()
         self.flush()
         self.assertWhole(self.get(self.by_tag), self.image.manifest, "REVALIDATED")
+
+
+class RoomTests(RelayTestCase):
+    """
+    The first process has descriptors for fewer connections than its workers have clients.
+    """
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.get(self.blob)
+        self.start(room=2)
+
+    def test_what_is_beyond_is_told_to_ask_again(self) -> None:
+        """
+        Hits, health and what workers tell go on, and so does the rest once there is room again.
+        """
+        for _ in range(2):
+            self.daemon.send("GET", self.by_tag)
+        self.standin.hang("registry")
+        self.flush()
+        self.assertWhole(self.get(self.blob), self.data, "HIT")
+        beyond = self.get("/v2/team/app/manifests/other")
+        self.assertRefused(beyond, 503, "UNAVAILABLE", "ask again")
+        self.assertEqual("5", beyond.header("Retry-After"))
+        self.assertEqual(200, self.get("/readyz").code)
+        served = self.daemon.figures.served.requests
+        before = sum(row[1] for row in served.rows())
+        self.pass_time(TELL_SECONDS)
+        self.assertLess(before, sum(row[1] for row in served.rows()), "what workers tell is heard")
+        self.standin.heal()
+        self.pass_time(60)
+        self.assertWhole(self.get(self.by_tag), self.image.manifest)
+
+    def test_idle_connections_of_a_worker_are_closed_for_anothers(self) -> None:
+        first = [self.daemon.send("GET", path) for path in (self.by_tag, self.by_digest)]
+        self.flush()
+        self.assertEqual([200, 200], [reply.code for reply in first])
+        self.clock.advance(SETTLED_SECONDS)
+        for _ in range(3):
+            answer = self.daemon.raw(b"GET /v2/ HTTP/1.1\r\nHost: first\r\n\r\n", self.daemon.between)
+            self.assertTrue(answer.startswith(b"HTTP/1.1 200 "), answer)
+            self.clock.advance(SETTLED_SECONDS)
+        self.assertWhole(self.get(self.by_tag), self.image.manifest)
 
 
 class Listener:

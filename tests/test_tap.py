@@ -41,7 +41,12 @@ import ecrproxy.tap
 from ecrproxy import __version__
 from ecrproxy.cache.condition import FRESH_SECONDS
 from ecrproxy.cache.store import Store
-from ecrproxy.daemon.process import count_steadily, open_many_files, set_aside_what_stays
+from ecrproxy.daemon.process import (
+    clients_beside_spare,
+    count_steadily,
+    open_many_files,
+    set_aside_what_stays,
+)
 from ecrproxy.daemon.renewal import LOOK_SECONDS, Renewal
 from ecrproxy.daemon.supervision import Supervisor
 from ecrproxy.registry.ecr import CredentialsError, TokenService
@@ -810,6 +815,11 @@ class BuildTests(TapCase):
         self.assertGreaterEqual(backlog, 1000)
         self.assertIn(b"200 OK", answer(self.reactor, b"/v2/"))
         self.assertIn(b"404 Not Found", answer(self.reactor, b"/elsewhere"))
+
+    def test_workers_have_as_many_connections_as_the_first_process_has_descriptors_for(self) -> None:
+        self.build(PROXY_WORKER_PROCESSES="2")
+        ((_, factory, *_),) = self.reactor.unixServers
+        self.assertEqual(clients_beside_spare(), factory.crowd.limits.connections)
 
     def test_namespaces_are_kept_to(self) -> None:
         """

@@ -12,7 +12,7 @@ from twisted.web.server import Request, Site
 
 from ecrproxy.access.clients import Admission
 from ecrproxy.access.crowds import Word
-from ecrproxy.access.limits import BOUNDLESS, Crowd
+from ecrproxy.access.limits import Crowd, for_workers
 from ecrproxy.access.namespaces import Namespaces
 from ecrproxy.admin.incidents import Incidents
 from ecrproxy.cache.cache_key import CacheKey
@@ -61,6 +61,7 @@ class Together(Daemon):
     """
     A first process and a worker on one cache directory; the clients come to the worker.
 
+    @param room: the connections that the first process may have from workers; 0 for no limit.
     @ivar between: the network from the worker to the first process.
     @ivar seen: the requests that came to the first process.
     """
@@ -72,6 +73,7 @@ class Together(Daemon):
         cache_key: str = "$uri",
         tag_ttl: float = 0,
         admission: Admission | None = None,
+        room: int = 0,
         **options: Any,
     ) -> None:
         self.between: Between | None = None
@@ -85,7 +87,7 @@ class Together(Daemon):
         inner.seen, ready = self.seen, Ready(self.readiness)
         hearers = told(self.store.ledger, self.figures.served, self.status.incidents, self.crowds)
         others = {USED: Used(hearers)}
-        site = make_site(inner, ready, self.clock, crowd=Crowd(BOUNDLESS), others=others)
+        site = make_site(inner, ready, self.clock, crowd=Crowd(for_workers(room)), others=others)
         self.between = Between(site, self.clock)
         agent = self.between.agent(persistent=True)
         self.notes, relay = Notes(), Relay(agent)

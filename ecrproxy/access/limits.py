@@ -81,6 +81,18 @@ BOUNDLESS = Limits(
 """For those whose clients are kept within limits elsewhere."""
 
 
+def for_workers(room: int) -> Limits:
+    """
+    Return what the first process gives its workers, who keep their clients within limits.
+
+    Each worker has descriptors of its own for its clients. All of them together may want more connections here than
+    this process has descriptors for, and then nothing could come from upstream, or from the disk.
+
+    @param room: connections for which there are descriptors; 0 for no limit.
+    """
+    return replace(BOUNDLESS, connections=room)
+
+
 COUNTED: Final = {
     "connections": "refused_connections",
     "transfers": "refused_transfers",
