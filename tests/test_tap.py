@@ -41,6 +41,7 @@ import ecrproxy.tap
 from ecrproxy import __version__
 from ecrproxy.cache.condition import FRESH_SECONDS
 from ecrproxy.cache.store import Store
+from ecrproxy.daemon.listening import Listening
 from ecrproxy.daemon.process import (
     clients_beside_spare,
     count_steadily,
@@ -817,6 +818,7 @@ class BuildTests(TapCase):
         self.assertIn(b"404 Not Found", answer(self.reactor, b"/elsewhere"))
 
     def test_workers_have_as_many_connections_as_the_first_process_has_descriptors_for(self) -> None:
+        self.patch(Listening, "_bound", lambda _, port: port)  # ports in memory can't stop reading
         self.build(PROXY_WORKER_PROCESSES="2")
         ((_, factory, *_),) = self.reactor.unixServers
         self.assertEqual(clients_beside_spare(), factory.crowd.limits.connections)
