@@ -87,6 +87,11 @@ class Room(Protocol):
         Return True if there is room for C{size} bytes without evicting anything.
         """
 
+    async def can_hold(self, size: int) -> bool:
+        """
+        Return True if C{size} bytes are within the limit, were all else evicted.
+        """
+
     async def reserve(self, what: Reservation, size: int) -> bool:
         """
         Make room for C{size} bytes that will arrive, if it can be had; it is released with that file.
@@ -544,7 +549,7 @@ class Cache:
     async def _make_room(
         self, what: Reservation, size: int, begun: Callable[[], Awaitable[bool]] | None
     ) -> Reason | None:
-        if size > self._room.limit:
+        if not await self._room.can_hold(size):
             return Reason.TOO_LARGE
         if begun is not None and not self._room.fits(size) and not await begun():
             return Reason.NO_ROOM

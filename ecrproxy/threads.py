@@ -189,16 +189,41 @@ async def undone_if_late(in_thread: InThread, blocking: Callable[[], T], undo: C
 class Threads:
     """
     A pool of threads of its own, whose waiting never holds up the pool that resolves names. See L{Pools.threads}.
+
+    Threads are started when they are needed, and the machine may give none more for a while. Then those that there are
+    do the work; where there are none, calls fail with C{OSError}.
     """
 
     def __init__(self, pool: ThreadPool, size: int, reactor: Any) -> None:  # noqa: ANN401
         self._pool, self._size, self._reactor = pool, size, reactor
+        self._busy = 0
+        self._waiting: deque[_Call] = deque()
 
     def call(self, blocking: Callable[..., T], *args: Any) -> Deferred[T]:  # noqa: ANN401
         """
         Call C{blocking(*args)} in one of them.
         """
-        return deferToThreadPool(self._reactor, self._pool, blocking, *args)
+        call = _Call(partial(blocking, *args))
+        self._begin(call)
+        return call.result
+
+    def _begin(self, call: _Call) -> None:
+        try:
+            done = deferToThreadPool(self._reactor, self._pool, call.blocking)
+        except RuntimeError as problem:  # as threading has it
+            if self._busy:
+                self._waiting.append(call)
+            else:
+                call.end(Failure(OSError(errno.EAGAIN, f"{os.strerror(errno.EAGAIN)}: {problem}")))
+        else:
+            self._busy += 1
+            done.addBoth(self._returned, call)
+
+    def _returned(self, outcome: object, call: _Call) -> None:
+        self._busy -= 1
+        if self._waiting:
+            self._begin(self._waiting.popleft())
+        call.end(outcome)
 
     def bounded(self, seconds: float) -> InThread:
         """

@@ -286,6 +286,12 @@ class CircuitTests(SynchronousTestCase):
         self.fail("one", problem=UNREACHED)
         self.assertEqual(["one", "good"], self.refused("one", "good"))
 
+    def test_failures_of_lists_mean_ecr_only_if_it_was_not_reached(self) -> None:
+        for problem, opened in ((PROBLEM, []), (UNREACHED, ["one"])):
+            for name in ("one", "two", "three", "one", "one"):
+                self.circuit.failed(name, problem, lists=True)
+            self.assertEqual(opened, self.refused("one"))
+
     def test_recovery_gives_every_repository_another_chance(self) -> None:
         self.fail(*["bad"] * FAILURES, "two", "three")
         self.circuit.recovered()
@@ -652,5 +658,73 @@ class FailingRepositoryTests(FailingTestCase):
         self.standin.heal()
         self.standin.throttle("registry", times=1, retry_after="17")
         self.pass_time(PAUSE)
-        self.assertEqual(429, self.get("/v2/team/app/tags/list").code)
+        self.assertEqual(429, self.get("/v2/team/app/manifests/other").code)
         self.assertIn("ECR's repository team/app answers again", self.said())
+
+
+class FailingListsTests(FailingTestCase):
+    """
+    Clients that pull while ECR fails for lists of tags and referrers alone: ListImages and ListImageReferrers are calls
+    of their own, and of a pull-through cache ECR asks the upstream for referrers.
+    """
+
+    def lists(self, repositories: Sequence[str], count: int = 1) -> list[int]:
+        """
+        Ask for lists of each of these repositories.
+        """
+        paths, replies = ["tags/list", f"referrers/{self.image.digest}"], []
+        for turn in range(count):
+            replies += [self.daemon.send("GET", f"/v2/{name}/{paths[turn % 2]}") for name in repositories]
+            self.pass_time(1)  # quotas of lists are small
+        return [reply.code for reply in replies]
+
+    def setUp(self) -> None:
+        super().setUp()
+        for path in ("/tags/", "/referrers/"):
+            self.standin.fail("registry", status=500, path_contains=path)
+
+    def test_do_not_notice(self) -> None:
+        """
+        Neither in that repository nor, however many repositories' lists fail with no answer between, in any.
+        """
+        repositories = ["team/app", "other/app", "third", "fourth"]
+        self.assertNotIn(200, self.lists(repositories, FAILURES))
+        self.assertIs(CircuitState.CLOSED, self.daemon.circuit.state)
+        self.assertEqual({200}, {reply.code for reply in self.blobs(4, repositories)})
+        self.assertWhole(self.get(self.path), self.image.manifest, "REVALIDATED")
+
+    def test_are_not_said_to_get_nothing(self) -> None:
+        self.pass_time(ANSWER_SECONDS)
+        self.lists(["team/app", "other/app"], FAILURES)
+        self.assertIsNone(self.daemon.circuit.problem())
+
+    def test_have_those_lists_left_alone(self) -> None:
+        self.lists(["team/app"], FAILURES)
+        self.standin.forget_asked()
+        said = "team/app (tags and referrers) keeps failing, and is left alone"
+        self.assertRefused(self.get("/v2/team/app/tags/list"), 503, "UNAVAILABLE", said)
+        self.assertEqual(0, self.standin.count("registry"))
+        self.standin.heal()
+        self.pass_time(PAUSE)
+        self.assertEqual([200], self.lists(["team/app"]))
+
+    def test_have_lists_refused_while_their_repository_is_left_alone(self) -> None:
+        self.standin.heal()
+        self.standin.fail("registry", status=500, path_contains="/v2/team/app/")
+        self.blobs(FAILURES, ["team/app"])
+        self.standin.forget_asked()
+        self.assertEqual([503], self.lists(["team/app"]))
+        self.assertEqual(0, self.standin.count("registry"))
+
+    def test_have_the_daemon_find_out_whether_ecr_fails(self) -> None:
+        """
+        Lists may be all that is asked for.
+        """
+        self.standin.fail("registry", status=500)
+        self.pass_time(ANSWER_SECONDS)
+        self.lists(["team/app"])
+        self.pass_time(PROBE_SECONDS)
+        self.assertIn("when it was asked last, for the proxy itself", str(self.daemon.circuit.problem()))
+        self.standin.heal()
+        self.assertEqual([200], self.lists(["team/app"]))
+        self.assertIsNone(self.daemon.circuit.problem())

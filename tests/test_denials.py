@@ -83,3 +83,24 @@ class DeniedTests(DaemonTestCase):
         denial.remove()
         self.assertEqual(200, self.get(paths[0]).code)
         self.assertTrue(json.loads(self.get("/readyz").body)["can_fetch"])
+
+    def test_what_iam_says_of_lists_says_nothing_about_pulls(self) -> None:
+        """
+        The documented policy for pulls has no ListImages, and registries of others may deny it: a program that lists
+        the tags of many repositories is no outage, nor does a list that is granted hide one.
+        """
+        names = [f"team/app{number}" for number in range(DENIALS)]
+        for name in names:
+            self.standin.push_image(name, "latest")
+        for pulled in (False, True):
+            denial = self.standin.deny("ecr:ListImages", path_contains="/tags/list")
+            self.assertEqual({403}, {self.get(f"/v2/{name}/tags/list").code for name in names})
+            self.assertIsNone(self.daemon.circuit.problem(), f"pulled before: {pulled}")
+            denial.remove()
+            self.assertEqual({200}, {self.get(f"/v2/{name}/manifests/latest").code for name in names})
+            self.pass_time(1)
+        self.standin.deny(path_contains="/manifests/")
+        for name in names:
+            self.assertEqual(403, self.get(f"/v2/{name}/manifests/latest").code)
+            self.assertEqual(200, self.get(f"/v2/{name}/tags/list").code)
+        self.assertIn("ECR denies every question", str(self.daemon.circuit.problem()))

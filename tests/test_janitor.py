@@ -34,6 +34,7 @@ from ecrproxy.cache.scrub import LOOK_SECONDS, SHARE, Scrub
 from ecrproxy.cache.scrub import PAUSE_SECONDS as SCRUB_SECONDS
 from ecrproxy.cache.sqlite import BusyError, FullError, Rows, on_disk
 from ecrproxy.cache.store import Candidate, Store
+from ecrproxy.cache.troubles import QUIET_SECONDS
 from ecrproxy.oci import Digest
 from tests.store_contract import START, begin, failing, put, read, scratch
 
@@ -573,6 +574,40 @@ class SmallDisk(SmallCache):
         self.others = self.CAPACITY
         self.assertRaises(OSError, put, self.store, b"1" * 1000)
         self.assertIn("No space left", str(self.store.troubles.reasons()))
+
+    def test_room_that_others_give_back_is_used_at_once(self) -> None:
+        """
+        Not after the next count, which may be many minutes away.
+        """
+        one = self.keep(10)
+        self.others = 320 * 1024
+        self.clock.advance(PAUSE_SECONDS)
+        self.assertFalse(self.reserve(40))
+        self.others = 0
+        self.assertTrue(self.reserve(40))
+        self.assertEqual([True], self.has(one))
+
+    def test_nothing_is_evicted_for_room_that_others_have_given_back(self) -> None:
+        one = self.keep(10)
+        self.others = 320 * 1024
+        self.clock.advance(PAUSE_SECONDS)
+        self.others = 0
+        self.assertTrue(self.reserve(15))
+        self.assertEqual([True], self.has(one))
+
+    def test_a_disk_that_others_have_filled_up_is_told_until_it_is_over(self) -> None:
+        """
+        Though there is room for a small file, which was made by evicting.
+        """
+        self.keep(10)
+        self.others = self.CAPACITY
+        for _ in range(3):
+            self.clock.advance(PAUSE_SECONDS)
+            self.assertIn("other files leave the cache", str(self.store.reasons()))
+        self.others = 0
+        self.now += QUIET_SECONDS
+        self.assertEqual([], self.store.reasons())
+        self.assertEqual(self.CAPACITY - self.CAPACITY // 100, self.janitor.limit)
 
 
 class FewInodes(SmallCache):

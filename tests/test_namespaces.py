@@ -9,6 +9,7 @@ from typing import Any
 
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
+from twisted.logger import formatEvent
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.access import namespaces
@@ -172,6 +173,13 @@ class PatternTests(DaemonTestCase):
         self.assertEqual(2, len(refused), refused)
         for name, line in zip(("other/app", "another"), refused, strict=True):
             self.assertIn(f"Refused {name}:", line)
+
+    def test_a_refused_registry_is_logged_once(self) -> None:
+        for name in ("docker.io", "docker%2Eio", "123456789012.dkr.ecr.eu-west-1.amazonaws.com"):
+            self.daemon.ask("HEAD", f"/v2/docker-hub/library/nginx/manifests/latest?ns={name}")
+        refused = [event for event in self.events if event.get("registry")]
+        self.assertEqual({("ns", "docker.io")}, {event["once"] for event in refused}, "which the log writes once")
+        self.assertIn("'docker.io': add that name to PROXY_REGISTRY_ALIASES", formatEvent(refused[0]))
 
     def test_a_client_is_told_that_the_pattern_is_too_slow(self) -> None:
         """

@@ -9,6 +9,7 @@ import json
 import os
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 from twisted.internet.defer import Deferred
@@ -833,6 +834,21 @@ class BypassTests(BlobTestCase):
         self.get(f"/v2/team/app/blobs/{small}")
         self.bypass()
         self.assertWhole(self.get(f"/v2/team/app/blobs/{small}"), b"small", "HIT")
+
+    def test_a_blob_that_a_full_disk_had_no_room_for_is_kept_once_there_is(self) -> None:
+        """
+        Not only after the next count of the directory.
+        """
+        free = [0]
+        status = {"f_blocks": 2**30, "f_frsize": 1, "f_files": 0, "f_favail": 0}
+        self.patch(os, "statvfs", lambda _: SimpleNamespace(f_bavail=free[0], **status))
+        self.start(limit=2**29)
+        self.flush()
+        self.bypass()
+        self.assertEqual(503, self.get("/readyz").code)
+        free[0] = 2**30
+        self.assertWhole(self.get(self.path), self.data, "MISS")
+        self.assertWhole(self.get(self.path), self.data, "HIT")
 
     def fill(self) -> list[str]:
         """

@@ -11,6 +11,7 @@ from twisted.internet import reactor
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.task import Clock
 from twisted.logger import capturedLogs
+from twisted.python.threadpool import ThreadPool
 from twisted.trial.unittest import SynchronousTestCase
 
 import ecrproxy.threads
@@ -136,6 +137,58 @@ class UndoneTests(SynchronousTestCase):
         self.asked.cancel()
         self.failureResultOf(self.asked, CancelledError)
         self.assertEqual([7], self.undone)
+
+
+class NoMoreThreadsTests(SynchronousTestCase):
+    """
+    The machine starts no thread for a while.
+    """
+
+    def setUp(self) -> None:
+        self.begun: list[tuple[Deferred[Any], Any]] = []
+        self.left = 0
+        self.patch(ecrproxy.threads, "deferToThreadPool", self.defer)
+        self.clock = Clock()
+        self.threads = Threads(ThreadPool(), 2, self.clock)
+        self.bounded = self.threads.bounded(SECONDS)
+
+    def defer(self, _reactor: object, _pool: object, blocking: Any) -> Deferred[Any]:
+        """
+        Begin a call as Twisted's pool does, as long as threads are left.
+        """
+        if not self.left:
+            raise RuntimeError("can't start new thread")
+        self.left -= 1
+        self.begun.append((Deferred(), blocking))
+        return self.begun[-1][0]
+
+    def end(self) -> None:
+        """
+        End the first call; its thread is there for another.
+        """
+        done, blocking = self.begun.pop(0)
+        self.left += 1
+        done.callback(blocking())
+
+    def test_those_that_there_are_do_the_work(self) -> None:
+        self.left = 1
+        calls = [self.bounded(int, str(number)) for number in range(4)]
+        for _ in calls:
+            self.end()
+        self.assertEqual([0, 1, 2, 3], [self.successResultOf(call) for call in calls])
+        self.assertEqual([], self.clock.getDelayedCalls())
+
+    def test_where_there_are_none_a_disk_fails_and_does_not_hang(self) -> None:
+        """
+        For ever, as if each call had been left with a thread that does not return.
+        """
+        for _ in range(10):
+            self.assertTrue(self.failureResultOf(self.bounded(int, "1")).check(OSError))
+            self.clock.advance(SECONDS)
+        self.left = 1
+        call = self.bounded(int, "1")
+        self.end()
+        self.assertEqual(1, self.successResultOf(call))
 
 
 class PoolsTests(SynchronousTestCase):

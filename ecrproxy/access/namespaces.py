@@ -68,7 +68,15 @@ class Namespaces:
         except ValueError:
             ours = False
         if not ours:
-            said = f"this proxy is no mirror of {name[:255]!r}; if it is, add that name to PROXY_REGISTRY_ALIASES"
+            name = name[:255]
+            # containerd asks the next host without a word, and by HEAD, whose answer has no body.
+            log.warn(
+                "Refused a client that takes this proxy for a mirror of {registry!r}: add that name to"
+                " PROXY_REGISTRY_ALIASES if it is one, else take the proxy out of the client's hosts.toml for it",
+                registry=name,
+                once=("ns", name),
+            )
+            said = f"this proxy is no mirror of {name!r}; if it is, add that name to PROXY_REGISTRY_ALIASES"
             raise RegistryError(404, "NAME_UNKNOWN", said, reason=Reason.NAMESPACE)
 
     async def admit(self, repository: str) -> None:

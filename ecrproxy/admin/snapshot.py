@@ -110,7 +110,7 @@ class UpstreamState:
     How well ECR answers.
 
     @ivar circuit: for all questions: closed, open or probing.
-    @ivar open_repositories: how many repositories are left alone, each by itself.
+    @ivar open_repositories: how many repositories, or their lists, are left alone, each by itself.
     @ivar answered_seconds: since ECR answered last, if it ever did.
     @ivar waiting: questions that queue for their quota, by kind.
     @ivar retries: questions that were asked again.

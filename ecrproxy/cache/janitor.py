@@ -8,11 +8,14 @@ Rules:
 - What any process has open is not evicted: its lock says so, and others go instead.
 - The limit is in bytes of disk, and counts the index and what is arriving. It is never more than the disk can hold.
 - When the disk is full all the same, files are evicted to make room. If it lacks inodes, files are evicted by number.
+- A limit that was lowered for that is looked at again before anything is evicted or refused for it: others may have
+  given room back. A disk that leaves the cache less than is left free for others is full, even if a small file fits.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -79,6 +82,7 @@ class Janitor(Service):
         self._evicting = threading.Lock()
         self._turns = Periodic("Keeping the limit", lambda: in_thread(self.tidy), clock)
         store.evict = store.index.evict = self.evict
+        store.see_room = self.see_room
 
     def startService(self) -> None:  # noqa: D102
         super().startService()
@@ -120,7 +124,7 @@ class Janitor(Service):
         """
         Make room for C{size} bytes that will arrive, whose claim is held; false if it can't be had.
         """
-        if on_disk(size) > self.limit:
+        if on_disk(size) > self._wanted:
             return False
         index = self._store.index
         return await undone_if_late(
@@ -128,6 +132,26 @@ class Janitor(Service):
             lambda: self.make_room(what, size),
             lambda made: index.drop(arriving=[what]) if made else None,
         )
+
+    async def can_hold(self, size: int) -> bool:
+        """
+        Return True if C{size} bytes are within the limit, were all else evicted: it may have been raised by now.
+        """
+        if self.limit < size <= self._wanted:
+            with contextlib.suppress(OSError):
+                await self._in_thread(self._fit)
+        return size <= self.limit
+
+    def see_room(self) -> None:
+        """
+        See that the disk has room for a cache. Called in a thread.
+
+        @raise OSError: if others have taken it.
+        """
+        if self.limit < self._wanted:
+            self._fit()
+        if self.limit < min(self._wanted, self._store.spare()):
+            raise OSError(errno.ENOSPC, f"No space left on device: other files leave the cache {self.limit} bytes")
 
     def make_room(self, what: Reservation | None, size: int) -> bool:
         """
@@ -144,6 +168,8 @@ class Janitor(Service):
                 raise
         with self._alone():
             self._store.index.refresh()  # whoever was alone before may have made all the room that is needed
+            if self.limit < self._wanted:
+                self._fit()
             for _ in range(_ROUNDS):
                 excess = self._excess(what, size)
                 if not excess:

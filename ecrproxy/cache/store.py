@@ -96,9 +96,11 @@ class Store:
     @param index: what is known about it; its own if none is given.
     @ivar arriving: the files that arrive.
     @ivar evict: takes a number of bytes out of the directory when the disk is full; false if it can't.
+    @ivar see_room: raises C{OSError} if others have taken the disk's room.
     """
 
     evict: Callable[[int], bool] = staticmethod(lambda _: False)
+    see_room: Callable[[], None] = staticmethod(lambda: None)
 
     def __init__(self, root: Path, now: Callable[[], float], index: Index | None = None) -> None:
         self.root, self.now = root, now
@@ -178,13 +180,14 @@ class Store:
 
     def check(self) -> None:
         """
-        See that a file can be written, and read.
+        See that a file can be written, and read, and that there is room for more than that.
 
         @raise OSError: if not.
         """
         probe = self.arriving.folder / f"probe.{secrets.token_hex(4)}"
         try:
             with self.troubles.noted(Kind.WRITE):
+                self.see_room()
                 self._anew(lambda: probe.write_bytes(_PROBE), len(_PROBE))
             with self.troubles.noted(Kind.READ):
                 probe.read_bytes()
@@ -210,8 +213,16 @@ class Store:
         except OSError:
             return None
         size = disk.f_blocks * disk.f_frsize
-        spare = min(_MARGIN, size // 100)
-        return (held + disk.f_bavail * disk.f_frsize if self.counted else size) - spare if size else None
+        return (held + disk.f_bavail * disk.f_frsize if self.counted else size) - _spare(disk) if size else None
+
+    def spare(self) -> int:
+        """
+        Tell how many bytes of the disk are left free, for others' files; 0 if its size is unknown.
+        """
+        try:
+            return _spare(os.statvfs(self.root))
+        except OSError:
+            return 0
 
     def lacks_inodes(self) -> bool:
         """
@@ -491,3 +502,7 @@ def without_waiting(path: str, flags: int) -> int:
     Open a file that somebody may have replaced by something else.
     """
     return os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+
+def _spare(disk: os.statvfs_result) -> int:
+    return min(_MARGIN, disk.f_blocks * disk.f_frsize // 100)

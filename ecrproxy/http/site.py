@@ -86,7 +86,7 @@ class Front(Answering):
         """
         asked = request.target.path
         channel: Any = request.channel
-        if channel.spare and asked not in HEALTH:
+        if channel.spare and asked not in self._others:
             channel.crowd.refuse_connection(FULL)
             said = "as many connections are open as may be; ask again"
             raise RegistryError(503, "UNAVAILABLE", said, {"Retry-After": "5"}, Reason.BUSY)

@@ -6,6 +6,9 @@ Rules:
 - A repository whose questions fail so many times in a row, each after its retries, is left alone: its questions are
   refused at once, so that what the cache has can be served without waiting. The others do not notice. After a pause
   one question at a time is the probe.
+- A repository's lists of tags and referrers have a switch of their own: ECR may fail for these calls alone, as where
+  the upstream of a pull-through cache has to be asked for referrers. Their failures are no evidence about pulls,
+  neither here nor for ECR as a whole, unless ECR was not reached; but the daemon asks its own question then.
 - When several repositories have failed and none was answered meanwhile, or ECR can't be reached at all, it is ECR that
   is left alone. Then the daemon itself asks, something that is about no repository, until there is an answer.
 - Repositories below one first component are no evidence against ECR, for a client can make up their names, and the
@@ -213,7 +216,7 @@ class Circuit:
     @property
     def open_repositories(self) -> int:
         """
-        Count the repositories that are left alone, each by itself.
+        Count the repositories, and the lists of repositories, that are left alone, each by itself.
         """
         return sum(part.state is not CircuitState.CLOSED for part in self._parts.values())
 
@@ -229,34 +232,37 @@ class Circuit:
             return f"ECR keeps failing, and is left alone for a while: {self.whole.problem}"
         answered_lately = self.answered_at is not None and self._now() - self.answered_at < ANSWER_SECONDS
         alone = {name for name in self._failing & self._parts.keys() if self._parts[name].alone}
-        new = self._unreached or self._failing - alone
+        new = self._unreached or self._failing - alone or self._doubted
         if answered_lately or not (new or self._failures >= FAILURES):
             return self.denials.problem()
-        return f"ECR failed when it was asked last, for {' and '.join(sorted(self._failing))}: {self._last}"
+        about = " and ".join(sorted(self._failing)) or "the proxy itself"
+        return f"ECR failed when it was asked last, for {about}: {self._last}"
 
-    def check(self, repository: str) -> None:
+    def check(self, repository: str, *, lists: bool = False) -> None:
         """
         Make sure that a question about C{repository} would go.
 
+        @param lists: whether it is about its tags or referrers, here and below.
         @raise CircuitOpenError: if not.
         """
         if self.state is not CircuitState.CLOSED:
             raise self.whole.refusal()
-        if (part := self._parts.get(repository)) is not None:
-            part.check()
+        for name in {repository, _named(repository, lists=lists)}:
+            if (part := self._parts.get(name)) is not None:
+                part.check()
 
-    def enter(self, repository: str) -> Switch | None:
+    def enter(self, repository: str, *, lists: bool = False) -> Switch | None:
         """
         Let a question about C{repository} go.
 
         @return: the switch whose probe it is, if it is one: how that ends must be told.
         @raise CircuitOpenError: if it must not go.
         """
-        self.check(repository)
-        part = self._parts.get(repository)
+        self.check(repository, lists=lists)
+        part = self._parts.get(_named(repository, lists=lists))
         return part if part is not None and part.enter() else None
 
-    def answered(self, repository: str) -> None:
+    def answered(self, repository: str, *, lists: bool = False) -> None:
         """
         Note that ECR answered a question about C{repository}.
         """
@@ -264,16 +270,19 @@ class Circuit:
         for name in self._failing & self._parts.keys():
             self._parts[name].alone = True
         self._forget_failures()
-        if (part := self._parts.pop(repository, None)) is not None:
+        if (part := self._parts.pop(_named(repository, lists=lists), None)) is not None:
             part.answered()
         self.whole.answered()
 
-    def failed(self, repository: str, problem: TransientError) -> Switch | None:
+    def failed(self, repository: str, problem: TransientError, *, lists: bool = False) -> Switch | None:
         """
         Note that a question about C{repository} has failed, after all its tries; return the switch that this opened.
         """
         if self.state is not CircuitState.CLOSED:
             return None
+        if lists and problem.reached:
+            part = self._part(_named(repository, lists=True))
+            return part if part.failed(problem) else None
         if len(self._failing) < REPOSITORIES:
             self._failing.add(repository)
         self._evidence.add(repository)
@@ -302,7 +311,7 @@ class Circuit:
         """
         Note that the daemon's own question has failed while all questions go; return the switch that this opened.
         """
-        self._doubted = True
+        self._doubted, self._last = True, problem.message
         return self._open(problem) if self.state is CircuitState.CLOSED and self._convinced() else None
 
     def vouched(self) -> None:
@@ -351,3 +360,10 @@ class Circuit:
         if len(self._parts) > KEPT:
             self._parts.popitem(last=False)
         return part
+
+
+def _named(repository: str, *, lists: bool) -> str:
+    """
+    Name a switch, for people too: no repository's name has a blank.
+    """
+    return f"{repository} (tags and referrers)" if lists else repository

@@ -23,7 +23,7 @@ from ecrproxy.registry.bucket import UnavailableError
 from ecrproxy.registry.circuit import Circuit, CircuitState, Switch
 from ecrproxy.registry.ecr import TokenUnavailableError
 from ecrproxy.registry.governor import Governor
-from ecrproxy.registry.quotas import call_of
+from ecrproxy.registry.quotas import Call, call_of
 from ecrproxy.registry.refusals import Refusal
 from ecrproxy.registry.retries import TransientError, Tries
 from ecrproxy.registry.wire import HEADER_SECONDS, Wire
@@ -63,6 +63,13 @@ class Question:
     query: str = ""
     limit: int | None = None
 
+    @property
+    def is_list(self) -> bool:
+        """
+        Return True if tags or referrers are asked for: AWS counts, permits and answers these calls by themselves.
+        """
+        return call_of(self.method, self.route.kind) is Call.LIST
+
 
 @dataclass(frozen=True, slots=True)
 class Reply:
@@ -97,7 +104,7 @@ class Endpoint:
 
         @raise RegistryError: if the answer is a refusal, or there is none.
         """
-        self._circuit.check(question.route.repository)
+        self._circuit.check(question.route.repository, lists=question.is_list)
         secret = await self._secret(self._tokens.get())
         tries = self._wire.tries()
         for last in (False, True):
@@ -132,15 +139,18 @@ class Endpoint:
             return await self._wire.persist(tries, partial(self._try, tries, question, secret))
         except TransientError as problem:
             if not problem.throttled:
-                self._note(question.route.repository, problem)
+                self._note(question, problem)
             raise
 
-    def _note(self, repository: str, problem: TransientError) -> None:
+    def _note(self, question: Question, problem: TransientError) -> None:
         """
         Note a failure; where that was one too many, send those away who wait in vain.
         """
-        self._act_on(self._circuit.failed(repository, problem), repository)
-        if self._circuit.suspects:
+        repository, lists = question.route.repository, question.is_list
+        opened = self._circuit.failed(repository, problem, lists=lists)
+        if not lists or opened is self._circuit.whole:  # what queues beside a list may be a pull
+            self._act_on(opened, repository)
+        if lists or self._circuit.suspects:
             self._doubt()
 
     def _act_on(self, opened: Switch | None, repository: str | None = None) -> None:
@@ -223,31 +233,33 @@ class Endpoint:
         """
         Ask, if the circuit lets; tell it what came of that.
         """
-        repository = question.route.repository
-        probed = self._circuit.enter(repository)
+        repository, lists = question.route.repository, question.is_list
+        probed = self._circuit.enter(repository, lists=lists)
         if probed is None:
             waited = tries.seconds(self._wire.clock.seconds())
             reply = await self._watched(question, secret, max(PROBE_SECONDS, HEADER_SECONDS - waited))
-            self._answered(repository, reply)
+            self._answered(question, reply)
             return reply
         tries.give_up()  # a probe is one try, and not a long one
         try:
             reply = await self._send(question, secret, PROBE_SECONDS)
         except TransientError as problem:
             if problem.throttled:
-                self._circuit.answered(repository)
+                self._circuit.answered(repository, lists=lists)
             probed.probe_failed(problem)
             raise
         except BaseException:
             probed.probe_left()
             raise
-        self._answered(repository, reply)
+        self._answered(question, reply)
         return reply
 
-    def _answered(self, repository: str, reply: Reply) -> None:
-        self._circuit.answered(repository)
-        note = self._circuit.denials.denied if reply.response.code == FORBIDDEN else self._circuit.denials.granted
-        note(repository)
+    def _answered(self, question: Question, reply: Reply) -> None:
+        repository = question.route.repository
+        self._circuit.answered(repository, lists=question.is_list)
+        if not question.is_list:  # another permission: it says nothing about pulls
+            denials = self._circuit.denials
+            (denials.denied if reply.response.code == FORBIDDEN else denials.granted)(repository)
 
     def _note_silence(self, began: float) -> None:
         if not self._circuit.heard_since(began):

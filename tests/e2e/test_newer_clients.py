@@ -25,6 +25,8 @@ from .test_runtimes import DEPLOY, HOSTS, PLACE, REGISTRY, Containerd, running, 
 
 CHART = "team/chart"
 NOTE = "team/note"
+CACHED, PREFIX = "cached.example", "team/"
+"""A registry of which ECR might have a pull-through cache, and the rule's prefix."""
 
 
 @pytest.fixture
@@ -32,7 +34,7 @@ def chain(make_chain: MakeChain) -> Chain:
     """
     Give a chain that the clients pull through.
     """
-    return make_chain()
+    return make_chain(settings={"PROXY_REGISTRY_ALIASES": f"{REGISTRY} {CACHED}"})
 
 
 @pytest.fixture
@@ -52,6 +54,12 @@ def etc(chain: Chain, tmp_path: Path) -> Path:
     shutil.copytree(DEPLOY / "containerd/certs.d", directory / "containerd/certs.d")
     shutil.copytree(DEPLOY / "docker/certs.d", directory / "docker/certs.d")
     shutil.copytree(DEPLOY / "containers", directory / "containers")
+    hosts = directory / "docker/certs.d" / CACHED / "hosts.toml"
+    hosts.parent.mkdir()
+    hosts.write_text(
+        f'server = "https://{CACHED}"\n[host."http://{PLACE}/v2/{PREFIX.rstrip("/")}"]\n'
+        'capabilities = ["pull", "resolve"]\noverride_path = true\n'
+    )
     for each in directory.rglob("*"):
         if each.is_file():
             each.write_text(each.read_text().replace(PLACE, f"{PROXY}:{chain.daemon.port}"))
@@ -109,6 +117,17 @@ def test_docker_28_pulls_by_the_registrys_name(docker: Docker, chain: Chain, ima
     """
     image = images.single
     assert docker.pull(f"{REGISTRY}/{image.repository}:{image.tag}") == image.digest
+    was_asked(chain, image)
+
+
+def test_docker_28_pulls_by_the_name_of_a_registry_that_ecr_caches(
+    docker: Docker, chain: Chain, images: Images
+) -> None:
+    """
+    As docs/howto/containerd.rst says of ECR's pull-through cache: the mirror's URL has the rule's prefix.
+    """
+    image = images.single
+    assert docker.pull(f"{CACHED}/{image.repository.removeprefix(PREFIX)}:{image.tag}") == image.digest
     was_asked(chain, image)
 
 
