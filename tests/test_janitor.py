@@ -811,7 +811,7 @@ class TwoDaemonsTests(SmallCache):
         stores = [self.store, self.make_store()]
         janitors = [self.janitor, self.start(stores[1])]
         for each, store in zip(janitors, stores, strict=True):
-            each.limit = 100 * BLOCK + store.index.size
+            each.limit = each._wanted = 100 * BLOCK + store.index.size  # noqa: SLF001
         for each in janitors:
             self.assertTrue(each.make_room(None, 0))
         self.assertEqual([5, 0], [each.evicted for each in janitors])
