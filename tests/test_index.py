@@ -12,9 +12,9 @@ from pathlib import Path
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.cache.directory import content_path
 from ecrproxy.cache.entries import ANSWERS_LIMIT, Confirmed, Entry, EntryKey
 from ecrproxy.cache.index import AGAIN_SECONDS, POINTER, Index, News
+from ecrproxy.cache.paths import content_path
 from ecrproxy.cache.record import Reservation
 from ecrproxy.cache.sqlite import (
     PAGE,

@@ -19,7 +19,7 @@ from twisted.internet.task import Clock
 from twisted.logger import capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.cache.directory import content_path
+from ecrproxy.cache.paths import content_path
 from ecrproxy.cache.scrub import (
     LOOK_SECONDS,
     PAUSE_SECONDS,

@@ -21,9 +21,9 @@ from twisted.trial.unittest import SynchronousTestCase
 from ecrproxy.cache import allocation
 from ecrproxy.cache.claim import Claim
 from ecrproxy.cache.content import DigestMismatchError
-from ecrproxy.cache.directory import arriving_path
 from ecrproxy.cache.entries import ANSWERS_LIMIT, Entry, EntryKey
 from ecrproxy.cache.index import Index
+from ecrproxy.cache.paths import arriving_path
 from ecrproxy.cache.scrub import scrub
 from ecrproxy.cache.sqlite import Rows
 from ecrproxy.cache.store import Store

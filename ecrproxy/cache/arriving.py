@@ -27,8 +27,9 @@ from typing import Final, NamedTuple
 
 from ecrproxy.cache.allocation import allocate
 from ecrproxy.cache.claim import SUFFIX, Claim, claim_path
-from ecrproxy.cache.directory import Directory, arriving_path
+from ecrproxy.cache.directory import Directory
 from ecrproxy.cache.locks import is_free, is_in_place, open_in_place, own, remove_unused, share
+from ecrproxy.cache.paths import arriving_path
 from ecrproxy.cache.peer import PeerTransfer
 from ecrproxy.cache.record import WORTH_RESUMING, Record, Reserved, State, room_for
 from ecrproxy.cache.writer import Writer

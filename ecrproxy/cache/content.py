@@ -6,13 +6,10 @@ from __future__ import annotations
 
 import os
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from ecrproxy.cache.proofs import is_marked
 from ecrproxy.oci import MANIFEST_LIMIT, Digest
-
-if TYPE_CHECKING:
-    from ecrproxy.cache.store import Store
 
 
 class DigestMismatchError(Exception):
@@ -27,16 +24,38 @@ class UnreadError(Exception):
     """
 
 
+class Shelf(Protocol):
+    """
+    Where content comes from, which is told what it turns out to be.
+    """
+
+    def is_proved(self, digest: Digest, status: os.stat_result) -> bool:
+        """
+        Return True if the file of this status was verified since it was modified last.
+        """
+
+    def prove(self, digest: Digest, status: os.stat_result, fd: int) -> None:
+        """
+        Note that a file was verified.
+        """
+
+    def drop(self, digest: Digest, status: os.stat_result, why: Exception) -> None:
+        """
+        Remove a bad file.
+        """
+
+
 class Content:
     """
     One open file of content. While it is open it stays readable and is not evicted.
 
+    @param shelf: where it comes from.
     @param status: of the file when it was opened.
     @ivar size: in bytes.
     """
 
-    def __init__(self, store: Store, digest: Digest, file: OpenFile, status: os.stat_result) -> None:
-        self._store, self.digest, self._file, self.status = store, digest, file, status
+    def __init__(self, shelf: Shelf, digest: Digest, file: OpenFile, status: os.stat_result) -> None:
+        self._shelf, self.digest, self._file, self.status = shelf, digest, file, status
         self.size = status.st_size
         self._open = True
 
@@ -45,7 +64,7 @@ class Content:
         """
         Return True if the content was verified since it was modified last.
         """
-        return self._store.proofs.verdict(self.digest, self.status) is True
+        return self._shelf.is_proved(self.digest, self.status)
 
     def fileno(self) -> int:
         """
@@ -78,7 +97,7 @@ class Content:
         file = self._file.share()
         if file is None:
             raise UnreadError(f"{self.digest} is closed")
-        return Content(self._store, self.digest, file, self.status)
+        return Content(self._shelf, self.digest, file, self.status)
 
     def hash(self, state: Any, offset: int, limit: int) -> int:  # noqa: ANN401 (hashlib's objects have no public type)
         """
@@ -100,16 +119,14 @@ class Content:
         before, self.status = self.status, os.fstat(self._file.fd)
         changed = self.status.st_mtime_ns != before.st_mtime_ns and not is_marked(self.status)
         if not changed:
-            self._store.proofs.note(self.digest, self.status, good=True)
-            self._store.mark(self._file.fd)
-            self._store.index.verified(self.digest)
+            self._shelf.prove(self.digest, self.status, self._file.fd)
         return not changed
 
     def drop(self, why: Exception) -> None:
         """
         Remove the file, which is bad, from the cache. If that fails, this process does not open it again.
         """
-        self._store.drop(self.digest, self.status, why)
+        self._shelf.drop(self.digest, self.status, why)
 
     def close(self) -> None:
         """

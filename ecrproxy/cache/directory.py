@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ecrproxy.cache.claim import boot_id
+from ecrproxy.cache.paths import content_path
 from ecrproxy.cache.proofs import Proofs
 from ecrproxy.cache.troubles import Troubles
 
@@ -42,17 +43,3 @@ class Directory:
         Return the path of the content of C{digest}.
         """
         return self.root / content_path(digest)
-
-
-def content_path(digest: Digest) -> str:
-    """
-    Return the path of the content of C{digest}, relative to the cache directory.
-    """
-    return f"content/{digest.algorithm}/{digest.hex[:2]}/{digest.hex}"
-
-
-def arriving_path(digest: Digest) -> str:
-    """
-    Return the path of the data of C{digest} while it is downloaded, relative to the cache directory.
-    """
-    return f"arriving/{digest.algorithm}-{digest.hex}"

@@ -32,10 +32,10 @@ from typing import Final, TypeVar
 
 from twisted.logger import Logger
 
-from ecrproxy.cache.directory import content_path
 from ecrproxy.cache.entries import Entry, EntryKey
 from ecrproxy.cache.locks import opened
 from ecrproxy.cache.mounts import find_mount, mountinfo
+from ecrproxy.cache.paths import content_path
 from ecrproxy.cache.record import Reservation, Reserved
 from ecrproxy.cache.sqlite import (
     LAYOUT,

@@ -34,9 +34,10 @@ from ecrproxy.cache import locks
 from ecrproxy.cache.arriving import Arriving, Met, sweep_ingest
 from ecrproxy.cache.claim import Claim
 from ecrproxy.cache.content import Content, DigestMismatchError, OpenFile
-from ecrproxy.cache.directory import Directory, content_path
+from ecrproxy.cache.directory import Directory
 from ecrproxy.cache.entries import Entry, EntryKey
 from ecrproxy.cache.index import Index, give
+from ecrproxy.cache.paths import content_path
 from ecrproxy.cache.peer import PeerTransfer
 from ecrproxy.cache.proofs import Proofs, is_marked, mark
 from ecrproxy.cache.record import RECORD, Reservation
@@ -400,6 +401,20 @@ class Store:
             return None
         file = self._opened[digest] = OpenFile(fd, status)
         return file, status
+
+    def is_proved(self, digest: Digest, status: os.stat_result) -> bool:
+        """
+        Return True if the file of this status was verified since it was modified last.
+        """
+        return self.proofs.verdict(digest, status) is True
+
+    def prove(self, digest: Digest, status: os.stat_result, fd: int) -> None:
+        """
+        Note that a file was verified.
+        """
+        self.proofs.note(digest, status, good=True)
+        self.mark(fd)
+        self.index.verified(digest)
 
     def drop(self, digest: Digest, status: os.stat_result, why: Exception) -> None:
         """

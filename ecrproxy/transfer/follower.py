@@ -5,28 +5,68 @@ One reader of a transfer that is under way.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from twisted.python.failure import Failure
 
 from ecrproxy.stopwatch import Stopwatch
 from ecrproxy.transfer.sources import FilePiece
 
-if TYPE_CHECKING:
-    from ecrproxy.transfer.download import Download
+
+class Followed(Protocol):
+    """
+    A transfer under way, as those who read it see it: a C{Download}.
+
+    @ivar size: of the blob, in bytes, if it is known.
+    @ivar received: how many bytes have come, from the first one on without a gap.
+    @ivar verified: whether all bytes are there, and are what the digest names.
+    @ivar failure: why it has ended, if it has failed.
+    """
+
+    @property
+    def size(self) -> int | None: ...  # noqa: D102
+
+    @property
+    def received(self) -> int: ...  # noqa: D102
+
+    @property
+    def verified(self) -> bool: ...  # noqa: D102
+
+    @property
+    def failure(self) -> Failure | None: ...  # noqa: D102
+
+    def reach(self, position: int) -> int:
+        """
+        Tell up to where there are bytes from C{position} on.
+        """
+
+    def piece(self, position: int, count: int) -> FilePiece | bytes:
+        """
+        Point at C{count} bytes from C{position} on.
+        """
+
+    def progressed(self) -> None:
+        """
+        Note that one who reads got further.
+        """
+
+    def left(self, follower: Follower) -> None:
+        """
+        Note that one reads no more.
+        """
 
 
 class Follower:
     """
-    One reader of a L{Download}: a source of bytes for C{sending}.
+    One reader of a transfer: a source of bytes for C{sending}.
 
     @ivar position: the offset of the next byte that it will read.
-    @ivar until: up to where bytes are fetched for it; see L{Download.follow}.
+    @ivar until: up to where bytes are fetched for it; see C{Download.follow}.
     @ivar partial: whether it reads a part of the blob: then it gets its last byte before the whole is verified.
     """
 
     def __init__(
-        self, download: Download, start: int, stop: int | None, waiting: Stopwatch, until: int | None = None
+        self, download: Followed, start: int, stop: int | None, waiting: Stopwatch, until: int | None = None
     ) -> None:
         self._download, self.position, self.stop, self._waiting = download, start, stop, waiting
         self.until = stop if until is None else until
@@ -74,7 +114,7 @@ class Follower:
         """
         return self.stop is None or self.stop > max(start, self.position)
 
-    def move(self, download: Download) -> None:
+    def move(self, download: Followed) -> None:
         """
         Follow C{download}, which has the same bytes, from here on.
         """
