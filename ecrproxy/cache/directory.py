@@ -4,6 +4,7 @@ What writers of the cache directory have in common.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,3 +57,10 @@ def arriving_path(digest: Digest) -> str:
     Return the path of the data of C{digest} while it is downloaded, relative to the cache directory.
     """
     return f"arriving/{digest.algorithm}-{digest.hex}"
+
+
+def without_waiting(path: str, flags: int) -> int:
+    """
+    Open a file that somebody may have replaced by something else.
+    """
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
