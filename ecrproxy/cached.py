@@ -337,7 +337,7 @@ class Cache:
         key = self._key(asked)
         if not self._recording[key]:  # else the memory is ahead of the index
             with contextlib.suppress(OSError):
-                return await self._disk.reading(self.store.index.written, key) or Entry()
+                return await self._disk.reading(self.store.written, key) or Entry()
         return await self.entry(asked)
 
     def note(self, asked: Asked, known: Descriptor) -> None:

@@ -675,6 +675,51 @@ class TakeOverTests(DaemonTestCase):
         self.start()
         self.assertEqual({tag: entry}, self.entries())
 
+    def test_what_an_earlier_version_has_learned_since_counts(self) -> None:
+        """
+        It ran again, or beside this one.
+        """
+        registry = self.daemon.cache._registry  # noqa: SLF001
+        tag = EntryKey(registry, Kind.MANIFEST, "team/app", "v1")
+        self.index.save([(tag, Entry({ANY: confirmed(when=self.clock.seconds() - 3600)}))])
+        self.plant(tag, "/v2/team/app/manifests/v1", Digest.of(b"newer"), 5)
+        self.start()
+        self.assertEqual(Digest.of(b"newer"), self.entries()[tag].answers[ANY].descriptor.digest)
+
+    def test_what_is_asked_for_is_imported_at_once(self) -> None:
+        """
+        Whoever asks does not wait for thousands of other entries, and what is forgotten then does not come back.
+        """
+        store, registry = self.daemon.store, self.daemon.cache._registry  # noqa: SLF001
+        tag = EntryKey(registry, Kind.MANIFEST, "team/app", "v1")
+        digest = Digest.of(b"layer")
+        fact = EntryKey(registry, Kind.BLOB, "team/app", str(digest), "another variant")
+        paths = [
+            self.plant(tag, "/v2/team/app/manifests/v1", Digest.of(b"manifest"), 8),
+            self.plant(fact, "\0fact", digest, 5),
+        ]
+        for key in (tag, fact):
+            self.assertIsNotNone(store.entry(key), key)
+        self.assertFalse(any(path.exists() for path in paths))
+        store.index.forget(tag)
+        self.assertIsNone(store.written(tag))
+        self.plant(tag, "/v2/team/app/manifests/v1", Digest.of(b"manifest"), 8)
+        self.assertIsNotNone(store.written(tag))
+
+    def test_content_is_counted_first(self) -> None:
+        """
+        The limit is kept while entries are still imported: there may be hundreds of thousands.
+        """
+        put(self.daemon.store, b"content")
+        content = self.root / "content/sha256" / Digest.of(b"more").hex[:2] / Digest.of(b"more").hex
+        content.parent.mkdir(parents=True, exist_ok=True)
+        content.write_bytes(b"more")
+        tag = EntryKey(self.daemon.cache._registry, Kind.MANIFEST, "team/app", "v1")  # noqa: SLF001
+        path = self.plant(tag, "/v2/team/app/manifests/v1", Digest.of(b"manifest"), 8)
+        there = [(path.exists(), self.index.totals.files) for _ in scrub(self.daemon.store, lambda: None)]
+        self.assertEqual((True, 2), [each for each in there if each[0]][-1])
+        self.assertFalse(path.exists())
+
 
 class MountTests(SynchronousTestCase):
     def test_which_are_far(self) -> None:

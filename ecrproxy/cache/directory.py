@@ -4,6 +4,7 @@ What writers of the cache directory have in common.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,3 +44,10 @@ class Directory:
         Return the path of the content of C{digest}.
         """
         return self.root / content_path(digest)
+
+
+def without_waiting(path: str, flags: int) -> int:
+    """
+    Open a file that somebody may have replaced by something else.
+    """
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)

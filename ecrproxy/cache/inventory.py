@@ -20,9 +20,10 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from ecrproxy.cache.content import DigestMismatchError
+from ecrproxy.cache.directory import without_waiting
 from ecrproxy.cache.entries import EntryKey
 from ecrproxy.cache.locks import share
-from ecrproxy.cache.store import Store, without_waiting
+from ecrproxy.cache.store import Store
 from ecrproxy.oci import MANIFEST_LIMIT, Descriptor, Digest, Kind, listed
 
 STEP: Final = 4 * 2**20

@@ -66,7 +66,6 @@ def scrub(store: Store, make_room: Callable[[], object]) -> Iterator[None]:
     """
     store.index.check()
     yield
-    yield from take_over(store)
     adopted = 0
     for algorithm in HEX_LENGTHS:
         for number in range(256):
@@ -75,6 +74,7 @@ def scrub(store: Store, make_room: Callable[[], object]) -> Iterator[None]:
                     make_room()
                 adopted += count
                 yield
+    yield from take_over(store.root, store.index)  # last: it keeps no limit, and what is asked for is imported before
     yield from store.index.forget_absent(store.now() - ABSENT_SECONDS)
     if adopted:
         log.info("Adopted {count} files of content that the cache's index did not know", count=adopted)

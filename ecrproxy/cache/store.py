@@ -34,7 +34,7 @@ from ecrproxy.cache import locks
 from ecrproxy.cache.arriving import Arriving, Met, sweep_ingest
 from ecrproxy.cache.claim import Claim
 from ecrproxy.cache.content import Content, DigestMismatchError, OpenFile
-from ecrproxy.cache.directory import Directory
+from ecrproxy.cache.directory import Directory, without_waiting
 from ecrproxy.cache.entries import Entry, EntryKey
 from ecrproxy.cache.index import Index, give
 from ecrproxy.cache.paths import content_path
@@ -42,6 +42,7 @@ from ecrproxy.cache.peer import PeerTransfer
 from ecrproxy.cache.proofs import Proofs, is_marked, mark
 from ecrproxy.cache.record import RECORD, Reservation
 from ecrproxy.cache.sqlite import File, on_disk
+from ecrproxy.cache.takeover import take_over_one
 from ecrproxy.cache.troubles import Kind, Troubles, is_exhaustion
 from ecrproxy.cache.volume import Volume
 from ecrproxy.cache.writer import Writer
@@ -437,7 +438,17 @@ class Store:
         """
         Look up what is known of C{key}.
         """
+        take_over_one(self.root, self.index, key)
         return self.index.entry(key)
+
+    def written(self, key: EntryKey) -> Entry | None:
+        """
+        Look up what is known of C{key}, as the last of all processes has left it.
+
+        @raise OSError: if that can't be told: see L{Index.written}.
+        """
+        take_over_one(self.root, self.index, key)
+        return self.index.written(key)
 
     def save(self, *entries: tuple[EntryKey, Entry]) -> None:
         """
@@ -510,13 +521,6 @@ class Store:
         """
         with contextlib.suppress(OSError):  # a read-only disk still serves what it has
             mark(fd, self.now())
-
-
-def without_waiting(path: str, flags: int) -> int:
-    """
-    Open a file that somebody may have replaced by something else.
-    """
-    return os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
 
 
 def _spare(disk: os.statvfs_result) -> int:

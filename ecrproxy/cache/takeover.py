@@ -3,6 +3,9 @@ What earlier versions have left in a cache directory: entries, each in a small J
 
 What an entry's file was called is a hash over the cache key and over what was asked for. So those of the default key
 and the facts are known by their names. Others can be of any client's key: they are dropped, and asked of ECR again.
+
+To import all of them takes a while, for it is done in the background; what somebody asks for is imported then.
+An earlier version may run again, or beside this one: what it has learned of a tag since counts.
 """
 
 from __future__ import annotations
@@ -11,14 +14,16 @@ import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from twisted.logger import Logger
 
+from ecrproxy.cache.directory import without_waiting
 from ecrproxy.cache.entries import Confirmed, Entry, EntryKey
-from ecrproxy.cache.store import Store, without_waiting
+from ecrproxy.cache.index import Index
 from ecrproxy.identity import RegistryId
 from ecrproxy.oci import MANIFEST_TYPES, SIZE_LIMIT, Descriptor, Digest, Kind
 
@@ -30,32 +35,68 @@ LIMIT: Final = 64 * 2**10
 """The most bytes that an entry's file may have."""
 
 
-def take_over(store: Store) -> Iterator[None]:
+def take_over(root: Path, index: Index) -> Iterator[None]:
     """
     Import the entries of earlier versions, in short steps, and remove their files. Called in a thread.
+
+    @param root: the cache directory.
     """
-    folder = store.root / "entries"
+    folder = root / "entries"
     if not folder.is_dir():
         return
     imported = dropped = 0
     for some in _batches(folder):
-        entries = [found for found in map(_read, some) if found is not None]
-        store.index.save([(key, entry) for key, entry in entries if store.index.entry(key) is None])
-        imported, dropped = imported + len(entries), dropped + len(some) - len(entries)
-        for path in some:
-            with contextlib.suppress(OSError):
-                path.unlink()
+        count = _import(index, some)
+        imported, dropped = imported + count, dropped + len(some) - count
         yield
     for path in (*folder.glob("*"), folder):
         with contextlib.suppress(OSError):
             path.rmdir()
     with contextlib.suppress(OSError):
-        (store.root / "purged").unlink()
+        (root / "purged").unlink()
     log.info(
         "The cache directory of an earlier version was taken over: {imported} entries imported, {dropped} dropped",
         imported=imported,
         dropped=dropped,
     )
+
+
+def take_over_one(root: Path, index: Index, key: EntryKey) -> None:
+    """
+    Import what earlier versions knew of C{key} as L{take_over} does, ahead of all others. Called in a thread.
+    """
+    folder = f"{root}/entries"
+    if os.path.isdir(folder):  # noqa: PTH112 (a Path takes its time, and this is done for each question)
+        names = [old_name("\0fact", key)]
+        if not key.variant:
+            names.append(old_name(f"/v2/{key.repository}/{key.kind.value}/{key.reference}", key))
+        paths = [Path(folder, name[:2], name) for name in names]
+        there = [path for path in paths if path.is_file()]
+        if there:
+            _import(index, there)
+
+
+def _import(index: Index, paths: Sequence[Path]) -> int:
+    """
+    Import files and remove them; return how many were entries.
+    """
+    entries = [found for found in map(_read, paths) if found is not None]
+    news = [(key, _news(key, entry, index.entry(key))) for key, entry in entries]
+    index.save([(key, entry) for key, entry in news if entry.answers])
+    for path in paths:
+        with contextlib.suppress(OSError):
+            path.unlink()
+    return len(entries)
+
+
+def _news(key: EntryKey, entry: Entry, known: Entry | None) -> Entry:
+    """
+    Choose of an imported entry what is to be noted: what ECR said of a tag after the last that is known.
+    """
+    if known is None:
+        return entry
+    last = max((each.when for each in known.answers.values()), default=0.0)
+    return Entry({accept: each for accept, each in entry.answers.items() if key.is_tag and each.when > last})
 
 
 def _batches(folder: Path) -> Iterator[list[Path]]:
