@@ -523,6 +523,34 @@ class FileTests(ContentContract, ArrivingContract, EntriesContract, PurgeContrac
         assert found is not None
         assert found.answers[ANY].descriptor.digest == B
 
+    def test_of_those_who_meet_another_writer_one_waits_for_all(self) -> None:
+        """
+        It may have been stopped in the middle: pulls go on without the index, and not each after so many seconds.
+        """
+        blocker = sqlite3.connect(next(self.root.glob("*.sqlite3")), isolation_level=None)
+        self.addCleanup(blocker.close)
+        self.index._rows._writer.execute("PRAGMA busy_timeout = 100")  # noqa: SLF001
+        blocker.execute("BEGIN IMMEDIATE")
+        waiting = self.index._rows._transaction  # noqa: SLF001
+        waits: list[object] = []
+
+        def counted(**options: bool) -> object:
+            waits.append(options)
+            return waiting(**options)
+
+        self.patch(self.index._rows, "_transaction", counted)  # noqa: SLF001
+        for number in range(20):
+            self.assertRaises(BusyError, self.index.reserve, Reservation(f"{number}"), 1, 2**30)
+            self.index.save([(tag(repository=f"team/app{number}"), Entry({ANY: confirmed(A)}))])
+        assert len(waits) == 1
+        self.index.settle()
+        assert len(waits) == 2
+        assert self.index.entry(tag(repository="team/app0")) is None
+        blocker.execute("ROLLBACK")
+        self.index.settle()
+        assert self.index.written(tag(repository="team/app19")) is not None
+        assert self.index.reserve(Reservation("name"), 1, 2**30) == 0
+
     def test_more_repositories_than_are_remembered_are_saved(self) -> None:
         """
         While other threads look for more.
