@@ -7,6 +7,7 @@ from __future__ import annotations
 import errno
 import itertools
 import sqlite3
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -534,6 +535,9 @@ class FileTests(ContentContract, ArrivingContract, EntriesContract, PurgeContrac
         waiting = self.index._rows._transaction  # noqa: SLF001
         waits: list[object] = []
 
+        def refused() -> None:
+            self.assertRaises(BusyError, self.index.reserve, Reservation("late"), 1, 2**30)
+
         def counted(**options: bool) -> object:
             waits.append(options)
             return waiting(**options)
@@ -543,6 +547,13 @@ class FileTests(ContentContract, ArrivingContract, EntriesContract, PurgeContrac
             self.assertRaises(BusyError, self.index.reserve, Reservation(f"{number}"), 1, 2**30)
             self.index.save([(tag(repository=f"team/app{number}"), Entry({ANY: confirmed(A)}))])
         assert len(waits) == 1
+        with self.index._changing:  # noqa: SLF001 (as a thread has it that waits for the other process)
+            late = threading.Thread(target=self.index.save, args=([(tag(), Entry({ANY: confirmed(B)}))],), daemon=True)
+            reserving = threading.Thread(target=refused, daemon=True)
+            for each in (late, reserving):
+                each.start()
+                each.join(5)
+                assert not each.is_alive()
         self.index.settle()
         assert len(waits) == 2
         assert self.index.entry(tag(repository="team/app0")) is None

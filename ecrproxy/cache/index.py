@@ -379,6 +379,10 @@ class Index:
         """
         return time.monotonic() < self._occupied
 
+    def _refuse_if_occupied(self) -> None:
+        if self._is_occupied():
+            raise BusyError("another process has been writing to the index for seconds")
+
     def _is_busy(self) -> None:
         self.busy += 1
         self._occupied = time.monotonic() + OCCUPIED_SECONDS
@@ -389,8 +393,10 @@ class Index:
 
         @param waiting: whether to wait for another process where others have waited in vain.
         """
+        if not waiting and self._is_occupied():
+            return
         with self._changing:
-            if not waiting and self._is_occupied():
+            if not waiting and self._is_occupied():  # seen by whoever had the lock
                 return
             self._full = False
             while self._late:
@@ -592,9 +598,9 @@ class Index:
         @raise OSError: if the index can't be written.
         """
         self._catch_up()
+        self._refuse_if_occupied()
         with self._changing:
-            if self._is_occupied():
-                raise BusyError("another process has been writing to the index for seconds")
+            self._refuse_if_occupied()
             opened = self.opened
             try:
                 excess = self._ask(lambda rows: rows.reserve(what, size, limit - self.size))
