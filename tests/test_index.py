@@ -562,6 +562,20 @@ class FileTests(ContentContract, ArrivingContract, EntriesContract, PurgeContrac
         assert self.index.written(tag(repository="team/app19")) is not None
         assert self.index.reserve(Reservation("name"), 1, 2**30) == 0
 
+    def test_it_is_opened_while_another_process_writes(self) -> None:
+        """
+        A worker that is replaced knows what the others know.
+        """
+        self.index.save([(tag(), Entry({ANY: confirmed(A)}))])
+        blocker = sqlite3.connect(next(self.root.glob("*.sqlite3")), isolation_level=None)
+        self.addCleanup(blocker.close)
+        blocker.execute("BEGIN IMMEDIATE")
+        other = Index(self.root, lambda: START)
+        self.addCleanup(other.close)
+        other.open()
+        assert other.shared
+        assert other.entry(tag()) is not None
+
     def test_more_repositories_than_are_remembered_are_saved(self) -> None:
         """
         While other threads look for more.

@@ -228,6 +228,9 @@ class Rows:
             (mode,) = self._writer.execute("PRAGMA journal_mode = WAL").fetchone()
             if mode != "wal":
                 raise UnfitError(f"SQLite can't use write-ahead logging there, only {mode}")
+        (version,) = self._writer.execute("PRAGMA user_version").fetchone()
+        if version >= len(_MIGRATIONS):  # and it can be read while another process writes, however long
+            return
         with self._transaction() as connection:
             (version,) = connection.execute("PRAGMA user_version").fetchone()
             for each in _MIGRATIONS[version:]:
