@@ -7,6 +7,7 @@ from __future__ import annotations
 import errno
 import itertools
 import sqlite3
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -522,6 +523,58 @@ class FileTests(ContentContract, ArrivingContract, EntriesContract, PurgeContrac
         found = self.index.written(tag())
         assert found is not None
         assert found.answers[ANY].descriptor.digest == B
+
+    def test_of_those_who_meet_another_writer_one_waits_for_all(self) -> None:
+        """
+        It may have been stopped in the middle: pulls go on without the index, and not each after so many seconds.
+        """
+        blocker = sqlite3.connect(next(self.root.glob("*.sqlite3")), isolation_level=None)
+        self.addCleanup(blocker.close)
+        self.index._rows._writer.execute("PRAGMA busy_timeout = 100")  # noqa: SLF001
+        blocker.execute("BEGIN IMMEDIATE")
+        waiting = self.index._rows._transaction  # noqa: SLF001
+        waits: list[object] = []
+
+        def refused() -> None:
+            self.assertRaises(BusyError, self.index.reserve, Reservation("late"), 1, 2**30)
+
+        def counted(**options: bool) -> object:
+            waits.append(options)
+            return waiting(**options)
+
+        self.patch(self.index._rows, "_transaction", counted)  # noqa: SLF001
+        for number in range(20):
+            self.assertRaises(BusyError, self.index.reserve, Reservation(f"{number}"), 1, 2**30)
+            self.index.save([(tag(repository=f"team/app{number}"), Entry({ANY: confirmed(A)}))])
+        assert len(waits) == 1
+        with self.index._changing:  # noqa: SLF001 (as a thread has it that waits for the other process)
+            late = threading.Thread(target=self.index.save, args=([(tag(), Entry({ANY: confirmed(B)}))],), daemon=True)
+            reserving = threading.Thread(target=refused, daemon=True)
+            for each in (late, reserving):
+                each.start()
+                each.join(5)
+                assert not each.is_alive()
+        self.index.settle()
+        assert len(waits) == 2
+        assert self.index.entry(tag(repository="team/app0")) is None
+        blocker.execute("ROLLBACK")
+        self.index.settle()
+        assert self.index.written(tag(repository="team/app19")) is not None
+        assert self.index.reserve(Reservation("name"), 1, 2**30) == 0
+
+    def test_it_is_opened_while_another_process_writes(self) -> None:
+        """
+        A worker that is replaced knows what the others know.
+        """
+        self.index.save([(tag(), Entry({ANY: confirmed(A)}))])
+        blocker = sqlite3.connect(next(self.root.glob("*.sqlite3")), isolation_level=None)
+        self.addCleanup(blocker.close)
+        blocker.execute("BEGIN IMMEDIATE")
+        other = Index(self.root, lambda: START)
+        self.addCleanup(other.close)
+        other.open()
+        assert other.shared
+        assert other.entry(tag()) is not None
 
     def test_more_repositories_than_are_remembered_are_saved(self) -> None:
         """

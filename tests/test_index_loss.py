@@ -15,6 +15,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,11 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.cache import index as index_module
 from ecrproxy.cache.entries import Entry, EntryKey
-from ecrproxy.cache.index import AGAIN_SECONDS, LATE_SAVES, LOCK, POINTER, Index
+from ecrproxy.cache.index import AGAIN_SECONDS, LATE_SAVES, LOCK, POINTER, Index, give
+from ecrproxy.cache.janitor import EVICTING
 from ecrproxy.cache.mounts import find_mount
 from ecrproxy.cache.record import Reservation
-from ecrproxy.cache.scrub import scrub
+from ecrproxy.cache.scrub import SCRUBBING, Turn, scrub
 from ecrproxy.cache.sqlite import File, Rows, UnusableError
 from ecrproxy.cache.store import Store
 from ecrproxy.cache.takeover import old_name
@@ -36,6 +38,19 @@ from tests.store_contract import ANY, REGISTRY, START, confirmed, failing, key_o
 
 KEY = EntryKey(REGISTRY, Kind.MANIFEST, "team/app", "latest")
 ENTRY = Entry({ANY: confirmed()})
+
+
+def reading_only(real: Callable[..., int]) -> Callable[..., int]:
+    """
+    Make an C{os.open} of a directory that can only be read.
+    """
+
+    def opened(path: str, flags: int, *args: Any, **kwargs: Any) -> int:
+        if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return real(path, flags, *args, **kwargs)
+
+    return opened
 
 
 class LossTestCase(SynchronousTestCase):
@@ -174,17 +189,47 @@ class WhileOpenTests(LossTestCase):
             "UPDATE tag SET digest = 'text'",
             "UPDATE holds SET kind = 7",
             "UPDATE content SET digest = x'00' WHERE digest = (SELECT max(digest) FROM content)",
+            "UPDATE content SET used = 'text'",
+            "UPDATE content SET used = 9223372036854775807",
+            "UPDATE content SET size = x'00'",
+            "UPDATE content SET verified = 'text'",
+            "UPDATE holds SET confirmed = 'text'",
+            "UPDATE holds SET size = -1",
+            "UPDATE tag SET size = 1e300",
+            "UPDATE total SET blocks = -1",
+            "UPDATE total SET blocks = 'text'",
+            "DELETE FROM total",
+            "INSERT INTO arriving VALUES (x'00', 'token', 1, 5)",
+            "INSERT INTO arriving VALUES ('name', 'token', 'text', 'text')",
+            "UPDATE sqlite_sequence SET seq = 'text'",
+            "CREATE TRIGGER bad BEFORE INSERT ON tag BEGIN SELECT RAISE(ABORT, 'no'); END",
         ):
             held = key_of(f"/v2/team/app/blobs/{self.digests[0]}")
             self.store.save((held, Entry({ANY: confirmed(b"0")})))
+            self.index.purge([], [Digest.of(b"purged")])
             rows = self.index._rows  # noqa: SLF001
             rows._writer.execute(change)  # noqa: SLF001
-            with contextlib.suppress(OSError):  # the list that meets it is broken off
-                for _ in (*self.index.entries(), *self.index.least_recently_used()):
-                    pass
+            self.store.save((KEY._replace(reference="other"), ENTRY))
+            for listed in (self.index.entries, self.index.least_recently_used, self.index.arriving):
+                with contextlib.suppress(OSError):  # the list that meets it is broken off
+                    list(listed())
+            self.index.settle()
             self.assertIn(self.index.entry(KEY), (None, ENTRY))
             self.assertIsNot(rows, self.index._rows, change)  # noqa: SLF001
             self.repaired(self.store)
+
+    def test_a_change_that_nobody_can_make_keeps_no_other_from_being_made(self) -> None:
+        def fail(rows: Rows) -> object:
+            raise OverflowError("an error of ours")
+
+        self.assertRaises(OverflowError, self.index._change, fail)  # noqa: SLF001
+        self.store.save((KEY, Entry({ANY: confirmed(b"newer")})))
+        self.assertEqual(Entry({ANY: confirmed(b"newer")}), self.index.written(KEY))
+
+    def test_totals_of_another_time_than_the_rows(self) -> None:
+        self.index._rows._writer.execute("UPDATE total SET files = 7, blocks = 4096, arriving = 12288")  # noqa: SLF001
+        self.repaired(self.store)
+        self.assertEqual(0, self.index.totals.arriving)
 
 
 class TransfersTests(LossTestCase):
@@ -328,6 +373,75 @@ class AtStartTests(LossTestCase):
             self.repaired(store)
             store.index.close()
 
+    def test_a_log_that_was_cut_gives_no_repository_what_another_holds(self) -> None:
+        """
+        SQLite brings the pages of its first part back, over newer ones that had got into the database: no row of the
+        other repository is left, and what it holds is. Nothing is damaged for SQLite.
+        """
+        secret = EntryKey(REGISTRY, Kind.BLOB, "team/secret", str(self.digests[0]))
+        for turn, cut in enumerate((False, True)):
+            store = self.open()
+            rows = store.index._rows  # noqa: SLF001
+            rows._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # noqa: SLF001
+            store.save((KEY._replace(repository=f"team/first{turn}"), ENTRY))
+            size = self.files()[1].stat().st_size
+            store.save((secret._replace(repository=f"team/secret{turn}"), Entry({ANY: confirmed(b"0")})))
+            rows._writer.execute("PRAGMA wal_checkpoint(PASSIVE)")  # noqa: SLF001
+            copies = [path.read_bytes() for path in self.files()[:2]]
+            store.index.close()
+            for path, data in zip(self.files(), copies, strict=False):
+                path.write_bytes(data[:size] if cut and path.name.endswith("-wal") else data)
+            store = self.open()
+            stranger = f"team/stranger{turn}"
+            store.save((KEY._replace(repository=stranger), ENTRY))
+            self.assertIsNone(store.index.entry(secret._replace(repository=stranger)))
+            if cut:
+                self.assertIsNone(store.index.entry(secret._replace(repository=f"team/secret{turn}")))
+            store.index.close()
+
+    def test_what_is_no_file_in_the_place_of_one(self) -> None:
+        """
+        Nobody waits for the other end of a pipe, or reads what has no end.
+        """
+        for number in range(3):
+            path = self.files()[number]
+            path.unlink(missing_ok=True)
+            os.mkfifo(path)
+            store = self.open()
+            self.repaired(store)
+            store.index.close()
+        for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
+            (self.root / POINTER).unlink()
+            make(self.root / POINTER)
+            store = self.open()
+            self.assertFalse(store.index.shared)
+            self.assertIsNotNone(read(store, self.digests[0]))
+            store.index.close()
+
+    def test_a_link_in_the_place_of_a_lock_gives_nothing_away(self) -> None:
+        """
+        Whoever owns the directory must not be given what root's commands were led to.
+        """
+        victim = self.root.parent / "victim"
+        victim.touch(0o600)
+        given: list[str] = []
+
+        def chown(path: Path, *_: object, follow_symlinks: bool = True) -> None:
+            given.append(os.path.realpath(path) if follow_symlinks else os.fspath(path))
+
+        self.patch(os, "geteuid", lambda: 0)
+        self.patch(os, "chown", chown)
+        for name in (LOCK, SCRUBBING, EVICTING):
+            (self.root / name).unlink(missing_ok=True)
+            (self.root / name).symlink_to(victim)
+        store = self.open()
+        self.assertFalse(store.index.shared)
+        for _ in scrub(store, lambda: None):
+            pass
+        Turn(self.root).take()
+        give(self.root / LOCK, self.root)
+        self.assertNotIn(str(victim), given)
+
     def test_another_schema_in_its_place(self) -> None:
         for script in ("CREATE TABLE content (x)", "CREATE TABLE other (x); PRAGMA user_version = 1"):
             path = self.files()[0]
@@ -434,7 +548,7 @@ class UnusableTests(LossTestCase):
         for closes in (False, True):
             if closes:
                 self.index.close()
-            patch = self.patch(os, "open", failing(errno.EROFS))
+            patch = self.patch(os, "open", reading_only(os.open))
             index = Index(self.root, lambda: self.now)
             index.open()
             patch.restore()
@@ -453,7 +567,7 @@ class UnusableTests(LossTestCase):
         What was opened as if it never changed is opened anew when it does.
         """
         self.index.close()
-        patch = self.patch(os, "open", failing(errno.EROFS))
+        patch = self.patch(os, "open", reading_only(os.open))
         index = Index(self.root, lambda: self.now)
         index.open()
         self.addCleanup(index.close)
@@ -462,7 +576,7 @@ class UnusableTests(LossTestCase):
         newer = Entry({ANY: confirmed(b"newer")})
         other = self.open()
         other.save((KEY, newer))
-        self.patch(os, "open", failing(errno.EROFS))
+        self.patch(os, "open", reading_only(os.open))
         self.now += AGAIN_SECONDS
         self.assertTrue(index.settle().everything)
         self.assertEqual(newer, index.entry(KEY))

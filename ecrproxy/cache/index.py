@@ -22,6 +22,7 @@ import fcntl
 import os
 import re
 import secrets
+import stat
 import threading
 import time
 from collections import OrderedDict, deque
@@ -33,7 +34,7 @@ from typing import Final, TypeVar
 from twisted.logger import Logger
 
 from ecrproxy.cache.entries import Entry, EntryKey
-from ecrproxy.cache.locks import opened
+from ecrproxy.cache.locks import open_in_place, opened
 from ecrproxy.cache.mounts import find_mount, mountinfo
 from ecrproxy.cache.paths import content_path
 from ecrproxy.cache.record import Reservation, Reserved
@@ -65,6 +66,10 @@ ROOM: Final = 2**16
 AGAIN_SECONDS: Final = 5.0
 """How often a database that can't be opened is tried again."""
 _NAME: Final = re.compile(rf"{POINTER}-[0-9a-f]{{8}}\.sqlite3")
+OCCUPIED_SECONDS: Final = 5.0
+"""For how long nobody but C{settle} waits for another process that was waited for in vain: longer than that waits."""
+_POINTER_BYTES: Final = 100
+"""More than its name and a line's end."""
 _SUFFIXES: Final = "", "-wal", "-shm"
 _LOCK_TRIES: Final = 250
 _LOCK_PAUSE: Final = 0.02
@@ -126,6 +131,7 @@ class Index:
         self._heights = [0, 0]
         self._generation = 0
         self._everything, self._full, self._tried = False, False, float("-inf")
+        self._occupied = float("-inf")
         self.shared, self.unfit, self._problem = False, False, ""
 
     @property
@@ -231,8 +237,9 @@ class Index:
             name = self._pointed()
         except FileNotFoundError:
             return None
-        path = root / name
-        if not path.is_file():
+        path, files = root / name, tuple(root / f"{name}{each}" for each in _SUFFIXES)
+        found = [status_of(each) for each in files]
+        if found[0] is None or not all(each is None or stat.S_ISREG(each.st_mode) for each in found):
             log.warn("The cache's index is lost: beginning a new one")
             return None
         if self._files and path == self._files[0]:
@@ -243,7 +250,7 @@ class Index:
         except DamagedError as problem:
             log.warn("The cache's index is damaged: {problem}; beginning a new one", problem=str(problem))
             return None
-        self._files = tuple(root / f"{name}{each}" for each in _SUFFIXES)
+        self._files = files
         return rows
 
     def _pointed(self) -> str:
@@ -252,7 +259,11 @@ class Index:
 
         @raise OSError: if that can't be told.
         """
-        name = (self._root / POINTER).read_bytes().strip().decode("ascii", "replace")
+        fd = open_in_place(self._root / POINTER, os.O_RDONLY)
+        try:
+            name = os.read(fd, _POINTER_BYTES).strip().decode("ascii", "replace")
+        finally:
+            os.close(fd)
         return name if _NAME.fullmatch(name) else "no-index"
 
     def _made(self, root: Path) -> Rows:
@@ -355,24 +366,54 @@ class Index:
         """
         Have something changed, now or when that can be.
         """
+        if self._is_occupied():
+            self._late.append(change)
+            return
         with self._changing:
             self._late.append(change)
             self._catch_up()
 
-    def _catch_up(self) -> None:
+    def _is_occupied(self) -> bool:
+        """
+        Return True if another process was seen to write for long: not everybody is to wait for it, one after the other.
+        """
+        return time.monotonic() < self._occupied
+
+    def _refuse_if_occupied(self) -> None:
+        if self._is_occupied():
+            raise BusyError("another process has been writing to the index for seconds")
+
+    def _is_busy(self) -> None:
+        self.busy += 1
+        self._occupied = time.monotonic() + OCCUPIED_SECONDS
+
+    def _catch_up(self, *, waiting: bool = False) -> None:
+        """
+        Make the changes that are late.
+
+        @param waiting: whether to wait for another process where others have waited in vain.
+        """
+        if not waiting and self._is_occupied():
+            return
         with self._changing:
+            if not waiting and self._is_occupied():  # seen by whoever had the lock
+                return
             self._full = False
             while self._late:
                 try:
                     self._ask(self._late[0])
                 except BusyError:
-                    self.busy += 1
+                    self._is_busy()
                     return
                 except OSError as problem:
                     self._full = isinstance(problem, FullError)
                     log.warn("The cache's index can't be written: {problem}", problem=str(problem), once="index")
                     return
+                except Exception:  # which no later try would mend: those behind it are not to wait for ever
+                    self._late.popleft()
+                    raise
                 self._late.popleft()
+                self._occupied = float("-inf")
 
     # Once a second
 
@@ -387,11 +428,12 @@ class Index:
             for each in added:
                 self._added.pop(each, None)
         late = bool(self._late)
-        self._catch_up()
+        self._catch_up(waiting=True)
         if self._full and self.evict(ROOM):  # not before: whoever evicts has changes to make himself
             self._catch_up()
         with contextlib.suppress(OSError):
-            self.settle_uses()
+            if not (late and self._is_occupied()):
+                self.settle_uses()
             news = self._news()
             if late:  # what was purged may have been among it
                 self.forget(*(each for each in news.purged if isinstance(each, EntryKey)))
@@ -411,6 +453,7 @@ class Index:
         try:
             if uses or verified:
                 unknown = self._ask(lambda rows: rows.use(uses, verified))
+                self._occupied = float("-inf")
                 found = [(each, self._status(each)) for each in unknown]
                 there = [File(each, seen.st_size, uses[each]) for each, seen in found if seen is not None]
                 if there:
@@ -418,8 +461,9 @@ class Index:
             absent = [each for each in gone if not self._is_there(each)]
             if absent:
                 self._ask(lambda rows: rows.drop(absent, (), self._is_there))
-        except OSError:
-            self.busy += 1
+        except OSError as problem:
+            if isinstance(problem, BusyError):
+                self._is_busy()
             with self._noting:
                 self._uses = OrderedDict([*uses.items(), *self._uses.items()][-LATE:])
                 if len(self._verified) + len(self._gone) < LATE:
@@ -554,8 +598,15 @@ class Index:
         @raise OSError: if the index can't be written.
         """
         self._catch_up()
-        opened = self.opened
-        excess = self._ask(lambda rows: rows.reserve(what, size, limit - self.size))
+        self._refuse_if_occupied()
+        with self._changing:
+            self._refuse_if_occupied()
+            opened = self.opened
+            try:
+                excess = self._ask(lambda rows: rows.reserve(what, size, limit - self.size))
+            except BusyError:
+                self._is_busy()
+                raise
         if not excess:
             with self._noting:
                 self._promised[what.name] = what, size
@@ -722,7 +773,8 @@ def give(path: Path, root: Path) -> None:
     if os.geteuid() == 0:
         with contextlib.suppress(OSError):
             owner = root.stat()
-            os.chown(path, owner.st_uid, owner.st_gid)
+            # Whoever owns it may have put links into it.
+            os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
 
 
 def _refuse_far(root: Path) -> None:

@@ -119,9 +119,9 @@ def opened(path: Path) -> Iterator[int]:
     """
     Open a file that is there to be locked, created if it is missing, for the duration of the block.
 
-    @raise OSError: if it can't be opened.
+    @raise OSError: if it can't be opened, or something else is in its place.
     """
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fd = open_in_place(path, os.O_RDWR | os.O_CREAT)
     try:
         yield fd
     finally:

@@ -9,12 +9,15 @@ Rules:
   In WAL mode neither waits for the other. No transaction outlives a call: a list is read by pages.
 - Migrations only add: an older daemon may have the same database open. All columns are named.
 - Times are whole microseconds since the epoch. A digest is a byte for its algorithm and the hash.
+- Any rows may be lost, and come back as they were, without SQLite noticing it: no row's meaning depends on another's
+  having stayed. What is read is checked, and is damage if nobody can have written it.
 - sqlite3's errors leave as L{BusyError}, L{DamagedError} or L{UnusableError}, which are OSErrors.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import sqlite3
 import threading
@@ -25,7 +28,7 @@ from typing import Any, Final, NamedTuple
 from ecrproxy.cache.entries import ANSWERS_LIMIT, Confirmed, Entry, EntryKey
 from ecrproxy.cache.record import Reservation, Reserved
 from ecrproxy.identity import RegistryId
-from ecrproxy.oci import BLOB_TYPE, HEX_LENGTHS, MANIFEST_TYPES, Descriptor, Digest, Kind
+from ecrproxy.oci import BLOB_TYPE, HEX_LENGTHS, MANIFEST_TYPES, SIZE_LIMIT, Descriptor, Digest, Kind
 
 BUSY_SECONDS: Final = 2.0
 """How long a write waits for the write lock of another process: it is held for milliseconds."""
@@ -34,7 +37,10 @@ PAGE: Final = 1000
 PURGES: Final = 10_000
 """Purged things that are remembered, for processes to forget them one by one."""
 _BLOCK: Final = 4096
-_DAMAGED: Final = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
+_DAMAGED: Final = frozenset(
+    {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH}
+)
+"""No statement here breaks a constraint of what is made here: some other rule is in its place."""
 _BUSY: Final = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
 _FULL_IN_DETAIL: Final = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE})
 _DAMAGED_IN_DETAIL: Final = frozenset({sqlite3.SQLITE_IOERR_SHORT_READ, sqlite3.SQLITE_READONLY_DBMOVED})
@@ -42,8 +48,12 @@ _ALGORITHMS: Final = ("sha256", "sha512")
 _KINDS: Final = (Kind.MANIFEST, Kind.BLOB)
 
 _STATE: Final = (
-    "SELECT files, blocks, arriving, (SELECT min(used) / 1e6 FROM content), compared / 1e6,"
-    " coalesce((SELECT seq FROM sqlite_sequence WHERE name = 'purge'), 0) FROM total"
+    "SELECT files, blocks, arriving, (SELECT min(used) FROM content), compared,"
+    " coalesce((SELECT seq FROM sqlite_sequence WHERE name = 'purge'), 0) FROM total WHERE id = 0"
+)
+_TRUE_TOTALS: Final = (
+    "(SELECT count(*) FROM content), (SELECT cast(total(blocks) AS INTEGER) FROM content),"
+    " (SELECT cast(total(blocks) AS INTEGER) FROM arriving)"
 )
 _MIGRATIONS: Final = (
     """
@@ -218,6 +228,9 @@ class Rows:
             (mode,) = self._writer.execute("PRAGMA journal_mode = WAL").fetchone()
             if mode != "wal":
                 raise UnfitError(f"SQLite can't use write-ahead logging there, only {mode}")
+        (version,) = self._writer.execute("PRAGMA user_version").fetchone()
+        if version >= len(_MIGRATIONS):  # and it can be read while another process writes, however long
+            return
         with self._transaction() as connection:
             (version,) = connection.execute("PRAGMA user_version").fetchone()
             for each in _MIGRATIONS[version:]:
@@ -256,7 +269,7 @@ class Rows:
             try:
                 connection.execute("BEGIN IMMEDIATE")
                 yield connection
-                *totals, _ = connection.execute(_STATE).fetchone()
+                totals, _ = _state(connection.execute(_STATE))
                 connection.execute("COMMIT")
             except BaseException:
                 if connection.in_transaction:  # some errors, such as a full disk, have ended it
@@ -266,7 +279,7 @@ class Rows:
             finally:
                 if durable:
                     connection.execute("PRAGMA synchronous = NORMAL")
-            self.totals = Totals(*totals)
+            self.totals = totals
 
     def _query(self, statement: str, *values: object) -> list[Any]:
         with _explained(), self._reading:
@@ -276,7 +289,8 @@ class Rows:
         """
         Return what makes a time a use later than all before it, by any process, also after the clock was set back.
         """
-        ((last,),) = connection.execute("SELECT coalesce(max(used), 0) FROM content")
+        (last,) = _one(connection.execute("SELECT coalesce(max(used), 0) FROM content"))
+        last = _number(last)
 
         def stamp(when: float) -> int:
             nonlocal last
@@ -414,11 +428,14 @@ class Rows:
         @return: by how many bytes: zero if they are promised now.
         """
         with self._transaction() as connection:
-            (taken,) = connection.execute(
-                "SELECT blocks + arriving - coalesce((SELECT blocks FROM arriving WHERE name = ?), 0) FROM total",
-                (what.name,),
-            ).fetchone()
-            excess = max(0, taken + on_disk(size) - limit)
+            (taken,) = _one(
+                connection.execute(
+                    "SELECT blocks + arriving - coalesce((SELECT blocks FROM arriving WHERE name = ?), 0) FROM total"
+                    " WHERE id = 0",
+                    (what.name,),
+                )
+            )
+            excess = max(0, _number(taken) + on_disk(size) - limit)
             if not excess:
                 _arrive(connection, what, size, 0)
         return int(excess)
@@ -452,7 +469,10 @@ class Rows:
         List what is arriving, or was interrupted, the longest unwritten first.
         """
         rows = self._query("SELECT name, token, blocks, written FROM arriving ORDER BY written, name")
-        return [Reserved(Reservation(name, token), blocks, written / 1e6) for name, token, blocks, written in rows]
+        return [
+            Reserved(Reservation(_text(name), _text(token)), _number(blocks), _number(written) / 1e6)
+            for name, token, blocks, written in rows
+        ]
 
     # Entries
 
@@ -538,8 +558,10 @@ class Rows:
         names = str(key.registry), key.repository
         known = self._repositories.get(names)  # another thread may forget it at any time
         if known is None:
-            connection.execute("INSERT OR IGNORE INTO repository (registry, name) VALUES (?, ?)", names)
-            (found,) = connection.execute("SELECT id FROM repository WHERE registry = ? AND name = ?", names).fetchone()
+            connection.execute(
+                "INSERT OR IGNORE INTO repository (id, registry, name) VALUES (?, ?, ?)", (number_of(*names), *names)
+            )
+            (found,) = _one(connection.execute("SELECT id FROM repository WHERE registry = ? AND name = ?", names))
             self._remember_repository(names, found)
             return int(found)
         return known
@@ -555,8 +577,8 @@ class Rows:
         """
         repositories = self._query("SELECT id, registry, name FROM repository ORDER BY name, registry")
         for number, registry, name in repositories:
-            yield from self._tags(number, RegistryId(registry), name)
-            yield from self._held(number, RegistryId(registry), name)
+            yield from self._tags(number, RegistryId(_text(registry)), _text(name))
+            yield from self._held(number, RegistryId(_text(registry)), _text(name))
 
     def _tags(self, repository: int, registry: RegistryId, name: str) -> Iterator[tuple[EntryKey, Entry, float]]:
         last = "", "", ""
@@ -571,7 +593,7 @@ class Rows:
             for (tag, variant), some in itertools.groupby(rows, lambda row: row[:2]):
                 answers = list(some)
                 entry = _entry([(*row[2:], None) for row in answers]) or Entry()
-                key = EntryKey(registry, Kind.MANIFEST, name, tag, variant)
+                key = EntryKey(registry, Kind.MANIFEST, name, _text(tag), _text(variant))
                 yield key, entry, max(row[6] for row in answers) / 1e6
 
     def _held(self, repository: int, registry: RegistryId, name: str) -> Iterator[tuple[EntryKey, Entry, float]]:
@@ -586,9 +608,9 @@ class Rows:
             for digest, kind, variant, media_type, size, confirmed, manifest, used in rows:
                 if kind not in range(len(_KINDS)):
                     raise DamagedError("the index has something in the place of a kind")
-                key = EntryKey(registry, _KINDS[kind], name, str(_unpacked(digest)), variant)
+                key = EntryKey(registry, _KINDS[kind], name, str(_unpacked(digest)), _text(variant))
                 entry = _entry([("", digest, media_type, size, confirmed, manifest)]) or Entry()
-                yield key, entry, max(used, confirmed) / 1e6
+                yield key, entry, max(_number(used), confirmed) / 1e6
             last = rows[-1][:3]
 
     def forget_absent(self, before: float) -> Iterator[None]:
@@ -654,7 +676,7 @@ class Rows:
             return None
         try:
             return [EntryKey.parse(what) if " " in what else Digest.parse(what) for _, what in rows]
-        except ValueError:  # a newer version has purged something else
+        except (TypeError, ValueError):  # a newer version has purged something else
             return None
 
     def moves(self, key: EntryKey) -> list[Move]:
@@ -665,7 +687,7 @@ class Rows:
             "SELECT from_digest, to_digest, seen FROM tag_move WHERE repository = ? AND tag = ? ORDER BY id DESC",
             *(self._repository(key), key.reference),
         )
-        return [Move(_unpacked(before), _unpacked(after), seen / 1e6) for before, after, seen in rows]
+        return [Move(_unpacked(before), _unpacked(after), _number(seen) / 1e6) for before, after, seen in rows]
 
     # The whole
 
@@ -682,13 +704,14 @@ class Rows:
 
         @return: how many things were ever purged.
         """
-        ((*totals, generation),) = self._query(_STATE)
-        self.totals = Totals(*totals)
-        return int(generation)
+        self.totals, generation = _state(self._query(_STATE))
+        return generation
 
     def check(self) -> None:
         """
-        Look for damaged pages, which takes 0.2 s for a million rows; other calls go on meanwhile.
+        Look for damaged pages, which takes 0.2 s for a million rows; other calls go on meanwhile. And correct totals.
+
+        Where a log was cut they may be those of an older page than the rows are on.
 
         @raise DamagedError: if there are any.
         """
@@ -696,8 +719,15 @@ class Rows:
             return
         with _explained(), contextlib.closing(_connect(self._path)) as connection:
             (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
-        if found != "ok":
-            raise DamagedError(f"the index is damaged: {found}")
+            if found != "ok":
+                raise DamagedError(f"the index is damaged: {found}")
+            wrong = f"SELECT 1 FROM total WHERE id = 0 AND (files, blocks, arriving) <> ({_TRUE_TOTALS})"  # noqa: S608
+            if not connection.execute(wrong).fetchone():
+                return
+        with self._transaction() as connection:
+            connection.execute(
+                f"UPDATE total SET (files, blocks, arriving) = (SELECT {_TRUE_TOTALS}) WHERE id = 0"  # noqa: S608
+            )
 
 
 def on_disk(size: int) -> int:
@@ -705,6 +735,16 @@ def on_disk(size: int) -> int:
     Return the bytes of disk that a file of C{size} bytes takes: whole blocks.
     """
     return -(-size // _BLOCK) * _BLOCK
+
+
+def number_of(registry: str, repository: str) -> int:
+    """
+    Number a repository by its names: where rows are lost, those that are left must not become another's.
+
+    A log that was cut brings older pages back: a number that is given to the next one who comes would be given twice.
+    """
+    names = hashlib.sha256(f"{registry}\0{repository}".encode("utf-8", "surrogateescape"))
+    return int.from_bytes(names.digest()[:8], "big") >> 1
 
 
 def _connect(path: Path | None, *, read_only: bool = False) -> sqlite3.Connection:
@@ -787,12 +827,56 @@ def _unpacked(data: bytes) -> Digest:
     raise DamagedError("the index has something in the place of a digest")
 
 
+def _number(value: object) -> int:
+    """
+    Read a number of bytes, of things or of microseconds.
+
+    @raise DamagedError: if it is anything else: whatever its column's type, SQLite may hold any value there.
+    """
+    if type(value) is int and 0 <= value <= SIZE_LIMIT:
+        return value
+    raise DamagedError("the index has something in the place of a number")
+
+
+def _text(value: object) -> str:
+    """
+    Read a text.
+
+    @raise DamagedError: if it is anything else.
+    """
+    if isinstance(value, str):
+        return value
+    raise DamagedError("the index has something in the place of a text")
+
+
+def _one(rows: Iterable[tuple[Any, ...]]) -> tuple[Any, ...]:
+    """
+    Read a row that is always there.
+
+    @raise DamagedError: if it isn't.
+    """
+    for row in rows:
+        return row
+    raise DamagedError("the index lacks a row")
+
+
+def _state(rows: Iterable[tuple[Any, ...]]) -> tuple[Totals, int]:
+    """
+    Read the totals, and how many things were ever purged.
+    """
+    files, blocks, arriving, oldest, compared, generation = _one(rows)
+    used = None if oldest is None else _number(oldest) / 1e6
+    totals = Totals(_number(files), _number(blocks), _number(arriving), used, _number(compared) / 1e6)
+    return totals, _number(generation)
+
+
 def _moment(when: float) -> int:
     return round(when * 1e6)
 
 
 def _file(digest: bytes, size: int, used: int, verified: int | None) -> File:
-    return File(_unpacked(digest), size, used / 1e6, None if verified is None else verified / 1e6)
+    known = None if verified is None else _number(verified) / 1e6
+    return File(_unpacked(digest), _number(size), _number(used) / 1e6, known)
 
 
 def _drop(connection: sqlite3.Connection, digests: Iterable[Digest], arriving: Iterable[Reservation] = ()) -> None:
@@ -813,11 +897,11 @@ def _entry(rows: Sequence[tuple[str, bytes, str | None, int, int, bytes | None]]
     for accepts, digest, media_type, size, confirmed, manifest in rows:
         if media_type is not None and media_type not in MANIFEST_TYPES:  # whoever wrote that
             continue
-        descriptor = Descriptor(media_type or BLOB_TYPE, _unpacked(digest), size)
+        descriptor = Descriptor(media_type or BLOB_TYPE, _unpacked(digest), _number(size))
         through = _unpacked(manifest) if manifest else None
         # Of these strings: each is in memory once.
-        accept = MANIFEST_TYPES.intersection(accepts.split())
-        answers[accept] = Confirmed(descriptor, confirmed / 1e6, through)
+        accept = MANIFEST_TYPES.intersection(_text(accepts).split())
+        answers[accept] = Confirmed(descriptor, _number(confirmed) / 1e6, through)
     return Entry(answers) if answers else None
 
 
