@@ -297,7 +297,7 @@ class StartTests(StoreTests):
         """
         given = dict[str, tuple[int, int]]()
         self.patch(os, "geteuid", lambda: 0)
-        self.patch(os, "chown", lambda path, *ids: given.update({Path(path).name: ids}))
+        self.patch(os, "chown", lambda path, *ids, follow_symlinks: given.update({Path(path).name: ids}))
         root = scratch(self)
         self.reopened(root)
         owner = root.stat().st_uid, root.stat().st_gid
