@@ -736,6 +736,7 @@ class DaemonTestCase(SynchronousTestCase):
         observer = cast(ILogObserver, self.note)
         globalLogPublisher.addObserver(observer)
         self.addCleanup(globalLogPublisher.removeObserver, observer)
+        self.addCleanup(self.check_all)  # not tearDown: trial calls that once all cleanups are done, and the files gone
         self.daemon = self.start()
 
     def make_index(self) -> Index:
@@ -878,7 +879,7 @@ class DaemonTestCase(SynchronousTestCase):
 
     # What holds after every test.
 
-    def tearDown(self) -> None:
+    def check_all(self) -> None:
         self.check_content()
         self.assertLessEqual(self.used(), max(daemon.limit for daemon in self.daemons))
         self.check_credentials()
