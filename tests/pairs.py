@@ -86,9 +86,9 @@ class TwoDaemons(DaemonTestCase):
         self.twins.append(twin)
         return Pair(standin, clock, root, twin=twin, **options)
 
-    def tearDown(self) -> None:
+    def check_all(self) -> None:
         self.daemons += self.twins
-        super().tearDown()
+        super().check_all()
 
 
 def without(**tests: str) -> Callable[[C], C]:

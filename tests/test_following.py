@@ -49,11 +49,11 @@ class FollowingTestCase(RangesTestCase):
         self.one, self.two = self.daemon, self.start()
         self.standin.hold(self.digest)
 
-    def tearDown(self) -> None:
+    def check_all(self) -> None:
         """
         Once all transfers have ended, no file of the directory is open.
         """
-        super().tearDown()
+        super().check_all()
         if not any(daemon.pull_through.transfers() for daemon in self.daemons):
             self.assertEqual([], [path for path in opened() if path.startswith(str(self.root))])
 
