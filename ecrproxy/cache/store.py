@@ -219,7 +219,7 @@ class Store:
 
     def spare(self) -> int:
         """
-        Tell how many bytes of the disk are left free, for others' files; 0 if its size is unknown.
+        Return how many bytes of the disk are left free, for others' files; 0 if its size is unknown.
         """
         try:
             return _spare(os.statvfs(self.root))
