@@ -8,7 +8,6 @@ import atexit
 import contextlib
 import os
 import shutil
-import signal
 import socket
 import sys
 import time
@@ -37,7 +36,7 @@ from ecrproxy.cache.purges import Purges
 from ecrproxy.cache.store import Store
 from ecrproxy.cores import usable_cores
 from ecrproxy.daemon.accepting import Gate
-from ecrproxy.daemon.ending import Connections, Drain, Signals
+from ecrproxy.daemon.ending import Drain, Signals
 from ecrproxy.daemon.exhaustion import Exhaustion, Orphaned, look
 from ecrproxy.daemon.inherited import CHANNEL_FD, VARIABLE, Inherited, inherited_sockets
 from ecrproxy.daemon.listening import Listening, admin_endpoint, endpoints
@@ -237,7 +236,7 @@ def build_worker(config: Config, sockets: int, reactor: Any, egress: Egress) -> 
     channel, service, shared = Channel(FromParent), Daemon(reactor), config.share()
     refused: Callable[[CredentialsError], None] = lambda problem: channel.tell(Refused(str(problem)))  # noqa: E731
     serving = wire(shared, service, reactor, refused, egress, config.worker_processes)
-    process, figures, connections = serving.process, serving.figures, serving.connections
+    process, figures = serving.process, serving.figures
     listening = _listening(shared, serving.site, Inherited(reactor, sockets))
     incidents = Incidents(time.time)
     reports = Reports(
@@ -247,13 +246,13 @@ def build_worker(config: Config, sockets: int, reactor: Any, egress: Egress) -> 
         readiness=process.readiness,
         standing=process.standing,
         reread=partial(_reread_as_told, listening, serving.admission),
-        orphaned=partial(_orphaned, connections, service.leave, reactor),
+        orphaned=partial(_stop, reactor),
         reactor=reactor,
     )
     service.add(incidents, reports)
     # A service manager may tell all processes to end, and the parent each worker once more. A terminal that hangs up
     # tells all of them: the parent says what is to be read again.
-    drain = Drain(connections, config.drain_seconds, reactor)
+    drain = Drain(serving.connections, config.drain_seconds, reactor)
     _face_clients(drain, listening, lambda: None, lambda _: None, service, reactor)
     try:
         adopt(socket.socket(fileno=CHANNEL_FD), channel, reactor)
@@ -304,7 +303,7 @@ def build_parent(
     reread = partial(supervised.rereading, partial(_have_reread, listening, admin, workers))
     renewal = Renewal([*listening, *admin], renewing.call, reread, reactor)
     service.add(purges, *status.services, supervised, renewal, workers)
-    _face_clients(None, [*listening, *admin], reread, service.leave, service, reactor)
+    _face_clients(None, [*listening, *admin], reread, partial(_leave_with, workers, service.leave), service, reactor)
     return service
 
 
@@ -411,13 +410,12 @@ def _reread_as_told(listening: Sequence[Listening], admission: Admission, certif
     admission.reread()
 
 
-def _orphaned(connections: Connections, leave: Callable[[int], object], reactor: Any) -> None:  # noqa: ANN401
+def _leave_with(workers: Workers, leave: Callable[[int], object], number: int) -> None:
     """
-    End a worker whose parent has gone.
+    End at once, and the workers before: without their parent they would let clients have what is under way.
     """
-    if connections.draining:
-        leave(signal.SIGTERM)
-    _stop(reactor)
+    workers.kill()
+    leave(number)
 
 
 def _stop(reactor: Any) -> None:  # noqa: ANN401

@@ -505,6 +505,11 @@ class ChannelTests(WorkersTestCase):
         self.reactor.advance(1)
         self.assertEqual(["KILL"], self.reactor.spawned[-1].signals)
 
+    def test_all_that_run_are_killed_where_the_end_must_not_wait(self) -> None:
+        self.reactor.spawned[0].end()
+        self.workers.kill()
+        self.assertEqual([[], ["KILL"], ["KILL"]], [process.signals for process in self.reactor.spawned])
+
     def test_all_are_told_what_to_read_again(self) -> None:
         self.reactor.spawned[0].end()
         self.workers.tell(Reread("certificates"))

@@ -137,6 +137,13 @@ class Workers(Service):
                 restart.cancel()
         return DeferredList([each.end(self._drain + END_SECONDS) for each in self._workers.values()])
 
+    def kill(self) -> None:
+        """
+        Send SIGKILL to all workers. May be called in a signal handler.
+        """
+        for each in self._workers.values():
+            each.kill()
+
     def tell(self, message: FromParent) -> None:
         """
         Send a message to all workers.
