@@ -6,8 +6,6 @@ Rules:
 - What is named by its digest is asked of ECR once for each repository, and never again while it is in the cache.
 - Content is shared, permission is not. A repository gets what another brought in only after ECR has said
   that this one holds it too, or a cached manifest of this one lists it (a I{fact}, see L{cached}).
-- A tag is asked for each time, or once its time to live is over: one question for all who ask at once.
-  When ECR can't be asked, the last answer holds.
 - Look, then register the flight, with no await between: between two awaits nobody else runs.
 - A part of a blob is fetched first, and the rest for the cache behind it. If the blob is not kept, the part is passed
   on alone: the bucket is asked for these bytes, and for small gaps between several of them.
@@ -18,41 +16,29 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import count, islice
-from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
-from weakref import WeakValueDictionary
+from itertools import islice
+from typing import TYPE_CHECKING, Final
 
 from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 
-from ecrproxy.answers import ANY, Answer, Asked, CacheStatus, manifest_answer
+from ecrproxy.answers import Answer, Asked, CacheStatus
 from ecrproxy.byte_ranges import Ranges, Span, joined, questions
 from ecrproxy.cache.arriving import Left, Met
 from ecrproxy.cache.claim import Claim
-from ecrproxy.cache.entries import Confirmed, Entry
-from ecrproxy.cache.memory import Memory
 from ecrproxy.cache.peer import PeerTransfer
 from ecrproxy.cache.record import POLL_SECONDS, STALLED_SECONDS, Step
 from ecrproxy.cache.writer import Writer
 from ecrproxy.cached import FACTS, Cache
-from ecrproxy.flights import DeadlineExceededError, Flights, within
-from ecrproxy.oci import (
-    BLOB_TYPE,
-    MANIFEST_TYPES,
-    Descriptor,
-    Digest,
-    Document,
-    Kind,
-    RegistryError,
-    Route,
-    listed,
-)
+from ecrproxy.flights import Flights
+from ecrproxy.lists import Lists
+from ecrproxy.manifests import Manifests
+from ecrproxy.oci import BLOB_TYPE, Descriptor, Digest, Kind, RegistryError, Route, listed
 from ecrproxy.reasons import Reason
-from ecrproxy.registry.bucket import RefusedAnswerError, UnavailableError
-from ecrproxy.registry.upstream import Page, Upstream, upstream_query
+from ecrproxy.registry.bucket import UnavailableError
+from ecrproxy.registry.upstream import Upstream
 from ecrproxy.threads import Disk, on_its_own
 from ecrproxy.transfer.download import Download
 from ecrproxy.transfer.inflow import SMALLEST_PART, Blob, Lanes, Urgency, Wish
@@ -65,22 +51,9 @@ if TYPE_CHECKING:
     from twisted.internet.interfaces import IDelayedCall
 
 log = Logger()
-T = TypeVar("T")
 
-NAMED_SECONDS: Final = 60
-"""How long a digest that ECR named for a tag, and then does not find, is asked for by that tag."""
-_NAMED_BYTES = 2**20
-"""Bytes of memory for such digests."""
-_PAGES_BYTES = 8 * 2**20
-_PAGE_BYTES = 2**20
-"""Bytes of memory for pages of tags and referrers, which are served while ECR can't be asked; and for one of them."""
 READING_AHEAD: Final = 64
 """Manifests whose layers may wait to be fetched before anybody asks for them: of others, that is left to who asks."""
-INDEX_SECONDS: Final = 1.0
-"""How long the index has, where ECR can't be asked, to say what other processes know of a tag."""
-STALE_SECONDS: Final = 5.0
-"""How long ECR may take to confirm a tag or a list whose last answer is cached. containerd gives up after 30 s."""
-_JOINED = (CacheStatus.JOINED, Reason.IN_FLIGHT)
 
 
 class PullThrough:
@@ -93,6 +66,7 @@ class PullThrough:
     @param read_ahead: fetch what a manifest lists as soon as it is asked for.
     @param unattended: how many transfers go on that nobody reads.
     @param call_later: a reactor's.
+    @ivar page: answers a request for tags or referrers, see L{Lists}.
     """
 
     def __init__(
@@ -108,8 +82,8 @@ class PullThrough:
         read_ahead: bool = False,
         unattended: int = MOST,
     ) -> None:
-        self._upstream, self._cache, self._disk, self._now = upstream, cache, disk, now
-        self._tag_ttl, self._lanes, self._reads_ahead = tag_ttl, lanes or Lanes(), read_ahead
+        self._upstream, self._cache, self._disk = upstream, cache, disk
+        self._lanes, self._reads_ahead = lanes or Lanes(), read_ahead
         self._call_later = call_later
         self._openings: Flights[Download | Passing | None] = Flights()
         self._arriving: dict[Digest, Download] = {}
@@ -118,47 +92,9 @@ class PullThrough:
         self._ahead = 0
         self._reading_ahead: set[tuple[str, Digest]] = set()
         self._carriers: dict[Digest, str] = {}
-        self._heads: Flights[_Said[Descriptor | None]] = Flights()
         self._sizes: Flights[int] = Flights()
-        self._manifests: Flights[_Said[tuple[Descriptor, Document]]] = Flights()
-        self._questions = count(1)
-        self._named: Memory[tuple[str, Digest], _Named] = Memory(_NAMED_BYTES)
-        self._pages: Flights[Page] = Flights(abandons=True)
-        self._last_pages: Memory[str, Page] = Memory(_PAGES_BYTES)
-        self._sent_pages: WeakValueDictionary[str, Page] = WeakValueDictionary()
-
-    async def page(self, route: Route) -> tuple[CacheStatus, Reason, Page]:
-        """
-        Ask for a page of tags or referrers, once for all who want it at the same time.
-
-        @return: how the page was had, why, and the page: the last one known if ECR can't be asked.
-        @raise RegistryError: as ECR gave it.
-        """
-        key = f"{route.path}?{upstream_query(route)}"
-        last = self._last_pages.get(key)
-        if last is None:
-            return CacheStatus.BYPASS, Reason.LIST, await self._ask_for_page(key, route)
-        try:
-            page = await within(STALE_SECONDS, self._ask_for_page(key, route), self._call_later)
-        except (DeadlineExceededError, UnavailableError) as problem:
-            return CacheStatus.STALE, _why_stale(route, problem), last
-        return CacheStatus.BYPASS, Reason.LIST, page
-
-    async def _ask_for_page(self, key: str, route: Route) -> Page:
-        try:
-            page = await self._pages.join(key, lambda: self._upstream.page(route))
-        except UnavailableError:
-            raise
-        except RegistryError:
-            self._last_pages.drop(key)
-            raise
-        sent = self._sent_pages.get(key)
-        if page == sent:
-            page = sent  # one copy for all clients that are slow to take it
-        self._sent_pages[key] = page
-        if len(page.body) <= _PAGE_BYTES:
-            self._last_pages.put(key, page, len(page.body) + 2 * len(key) + 500)
-        return page
+        self._manifests = Manifests(upstream, cache, now, call_later, tag_ttl)
+        self.page = Lists(upstream, call_later).page
 
     def transfers(self) -> list[Download]:
         """
@@ -535,8 +471,7 @@ class PullThrough:
 
         @raise RegistryError: if the repository doesn't hold it, or ECR can't give it.
         """
-        by_digest = asked.route.digest is not None
-        answer = await (self._manifest_by_digest(asked) if by_digest else self._manifest_by_tag(asked))
+        answer = await self._manifests.answer(asked)
         if self._reads_ahead and isinstance(answer.body, bytes):
             self._may_read_ahead(asked.route.repository, answer.digest, answer.body, answer.media_type)
         return await self._cache.from_file(answer)
@@ -583,229 +518,6 @@ class PullThrough:
     def _opened_ahead(self, _: object) -> None:
         self._ahead -= 1
         self._unattended.settle()
-
-    async def _manifest_by_digest(self, asked: Asked) -> Answer:
-        if (answer := self._cache.at_hand(asked)) is not None:
-            return answer
-        found = await self._cache.look_up_manifest(asked)
-        if not isinstance(found, Reason):
-            return self._cache.manifest(asked, *found)
-        here = await self._cache.has(asked.digest)
-        if not here and not asked.head:
-            return await self._fetch_by_digest(asked, found)
-        head = await self._of_digest(asked, self._heads, self._head, lambda found: found.digest if found else None)
-        if head is None:
-            raise UnavailableError(502, "UNAVAILABLE", "ECR does not say which manifest it has")
-        document = await self._cache.document(asked.digest) if here else None
-        if document is None:
-            answer = manifest_answer(CacheStatus.MISS, found, asked, head)
-            return answer if asked.head else await self._fetch_by_digest(asked, found)
-        descriptor = Descriptor(_checked_type(head.media_type, document), asked.digest, len(document.body))
-        on_its_own(self._cache.confirm(asked, descriptor, document))
-        return manifest_answer(CacheStatus.REVALIDATED, Reason.REPOSITORY_CONFIRMED, asked, descriptor, document.body)
-
-    async def _fetch_by_digest(self, asked: Asked, missing: Reason) -> Answer:
-        why = (CacheStatus.MISS, missing) if (asked.route, ANY) not in self._manifests else _JOINED
-        descriptor, document = await self._of_digest(asked, self._manifests, self._fetch, lambda found: found[0].digest)
-        self._cache.remember(asked, descriptor)
-        return manifest_answer(*why, asked, descriptor, document.body)
-
-    async def _of_digest(
-        self,
-        asked: Asked,
-        flights: Flights[_Said[T]],
-        ask: Callable[[Route, frozenset[str]], Coroutine[Any, Any, T]],
-        digest_of: Callable[[T], Digest | None],
-    ) -> T:
-        """
-        Ask about a manifest by its digest; if ECR does not find that, by the tag that led to it a moment ago.
-
-        ECR finds tags before digests for some seconds after a push, and what it converts for a client by its tag alone.
-        """
-        said = await flights.join((asked.route, ANY), lambda: self._numbered(ask(asked.route, ANY)))
-        named = self._named.get((asked.route.repository, asked.digest))
-        lately = named is not None and 0 <= self._now() - named.when < NAMED_SECONDS
-        if not isinstance(said.answer, RegistryError) or named is None or not lately:
-            return _answered(said)
-        tag, accept = named.route, named.accept
-        by_tag = await flights.join((tag, accept), lambda: self._numbered(ask(tag, accept)))
-        if isinstance(by_tag.answer, RegistryError) or digest_of(by_tag.answer) != asked.digest:
-            return _answered(said)
-        return by_tag.answer
-
-    async def _manifest_by_tag(self, asked: Asked) -> Answer:
-        entry = await self._cache.entry(asked)
-        known = entry.answers.get(asked.accept)
-        if known is not None and 0 <= self._now() - known.when < self._tag_ttl:
-            document = await self._cache.document(known.descriptor.digest)
-            if document is not None:
-                return manifest_answer(CacheStatus.HIT, Reason.TAG_TTL, asked, known.descriptor, document.body)
-        found = await self._latest(asked, entry)
-        if found is None and entry.answers:  # another process may have been told for such a client
-            found = await self._latest(asked, await self._last_known(asked, entry))
-        if found is None:
-            return await self._ask_for_tag(asked, known)
-        try:
-            return await within(STALE_SECONDS, self._ask_for_tag(asked, known), self._call_later)
-        except (DeadlineExceededError, UnavailableError) as problem:
-            found = await self._latest(asked, await self._last_known(asked, entry), found)
-            if found is None:
-                raise
-            last, document = found
-            if isinstance(problem, RefusedAnswerError) and problem.named not in ("", str(last.descriptor.digest)):
-                raise  # ECR is not silent: the tag leads elsewhere now
-            reason = _why_stale(asked.route, problem)
-        return manifest_answer(CacheStatus.STALE, reason, asked, last.descriptor, document.body)
-
-    async def _last_known(self, asked: Asked, entry: Entry) -> Entry:
-        """
-        Return what any process was told of a tag; what this one knows if the disk does not say that soon.
-        """
-        try:
-            return await within(INDEX_SECONDS, self._cache.last_known(asked), self._call_later)
-        except DeadlineExceededError:
-            return entry
-
-    async def _latest(
-        self, asked: Asked, entry: Entry, before: tuple[Confirmed, Document] | None = None
-    ) -> tuple[Confirmed, Document] | None:
-        """
-        Choose the last known answer for a client, with its manifest.
-
-        @param before: the one that was read before.
-        """
-        last = entry.latest(asked.accept)
-        if last is None or (before is not None and last.descriptor == before[0].descriptor):
-            return before if last is not None else None
-        document = await self._cache.document(last.descriptor.digest)
-        return None if document is None else (last, document)
-
-    async def _ask_for_tag(self, asked: Asked, known: Confirmed | None) -> Answer:
-        """
-        Have ECR say what a tag leads to; fetch it if it isn't in the cache.
-
-        A tag that was never asked for is fetched straight away. It is fetched by its tag in any case:
-        what ECR converts for a client is not to be had by its digest (field notes C7).
-        """
-        route, accept, head = asked.route, asked.accept, None
-        if known is not None or asked.head:
-            question, head = await self._of_tag(asked, self._heads, lambda: self._head(route, accept))
-            document = await self._cache.document(head.digest) if head is not None else None
-            if head is not None and document is not None:
-                head = Descriptor(_checked_type(head.media_type, document), head.digest, len(document.body))
-            if head is not None and (document is not None or asked.head):
-                on_its_own(self._cache.record(asked, question, head, document))
-                if document is None:
-                    named = _Named(route, accept, self._now())
-                    self._named.put((route.repository, head.digest), named, 2 * len(route.path) + 500)
-                    return manifest_answer(CacheStatus.MISS, self._missing(asked, known, head), asked, head)
-                return manifest_answer(CacheStatus.REVALIDATED, Reason.TAG_CONFIRMED, asked, head, document.body)
-        joined = (route, accept) in self._manifests
-        try:
-            question, fetched = await self._of_tag(asked, self._manifests, lambda: self._fetch(route, accept))
-        except RefusedAnswerError as problem:
-            if head is not None:  # ECR names a digest in answers to HEAD alone: aws/containers-roadmap#1931
-                problem.named = str(head.digest)
-            raise
-        descriptor, document = fetched
-        on_its_own(self._cache.record(asked, question, descriptor, None))
-        missing = self._missing(asked, known, descriptor)
-        why = _JOINED if joined else (CacheStatus.MISS, missing)
-        return manifest_answer(*why, asked, descriptor, document.body)
-
-    def _missing(self, asked: Asked, known: Confirmed | None, found: Descriptor) -> Reason:
-        """
-        Tell why a tag's manifest is not in the cache, by what was known of the tag.
-        """
-        if known is not None and known.descriptor.digest != found.digest:
-            return Reason.TAG_MOVED
-        return self._cache.why_missing(asked, Reason.FIRST_USE if known is None else Reason.NOT_KEPT)
-
-    async def _of_tag(
-        self, asked: Asked, flights: Flights[_Said[T]], ask: Callable[[], Coroutine[Any, Any, T]]
-    ) -> tuple[int, T]:
-        """
-        Ask about a tag, or share the answer to whoever asks already; a tag that ECR does not have is forgotten.
-
-        @return: the number of the question, and its answer.
-        """
-        said = await flights.join((asked.route, asked.accept), lambda: self._numbered(ask()))
-        if isinstance(said.answer, RegistryError):
-            await self._cache.forget(asked, said.question)
-        return said.question, _answered(said)
-
-    async def _numbered(self, question: Coroutine[Any, Any, T]) -> _Said[T]:
-        number = next(self._questions)
-        try:
-            return _Said(number, await question)
-        except RegistryError as problem:
-            if problem.status == 404:  # noqa: PLR2004
-                return _Said(number, problem)
-            raise
-
-    async def _head(self, route: Route, accept: frozenset[str]) -> Descriptor | None:
-        """
-        Ask ECR what C{route} leads to; none if it has it, but doesn't say its digest.
-        """
-        head = await self._upstream.head_manifest(route, _accept_header(accept))
-        asked, told = route.digest, head.digest
-        if asked is not None and told is not None and asked != told and asked.algorithm == told.algorithm:
-            raise UnavailableError(502, "UNAVAILABLE", f"ECR speaks of {told} when asked for {asked}")
-        digest, media_type = asked or told, head.media_type.partition(";")[0].strip().lower()
-        if digest is not None and media_type not in MANIFEST_TYPES:
-            raise _no_manifest(ValueError(f"its media type is {media_type[:80]!r}"), head.named)
-        return Descriptor(media_type, digest, head.size) if digest else None
-
-    async def _fetch(self, route: Route, accept: frozenset[str]) -> tuple[Descriptor, Document]:
-        """
-        Fetch a manifest; keeping it takes its own time.
-        """
-        manifest = await self._upstream.manifest(route, _accept_header(accept))
-        digest = Digest.of(manifest.body, route.digest.algorithm if route.digest else "sha256")
-        if route.digest not in (None, digest):
-            said = f"ECR gave something else than {route.digest}"
-            raise RefusedAnswerError(502, "UNAVAILABLE", said, reason=Reason.WRONG_BYTES)
-        held = self._cache.held(digest)  # one copy for all clients that are slow to take it
-        try:
-            document = held if held is not None else await self._cache.parse(manifest.body, Document.read)
-            media_type = document.type_as(manifest.content_type)
-        except ValueError as problem:
-            raise _no_manifest(problem, manifest.named) from None
-        descriptor = Descriptor(media_type, digest, len(document.body))
-        self._cache.keep(route, descriptor, document)
-        return descriptor, document
-
-
-@dataclass(frozen=True, slots=True)
-class _Said(Generic[T]):
-    """
-    What ECR answered to a question: that it has no such thing, or what was asked for.
-
-    @ivar question: its number, larger than those of all that were asked before.
-    """
-
-    question: int
-    answer: T | RegistryError
-
-
-@dataclass(frozen=True, slots=True)
-class _Named:
-    """
-    The tag for which ECR named a digest.
-
-    @ivar accept: the manifest types of the client that asked.
-    @ivar when: seconds since the epoch.
-    """
-
-    route: Route
-    accept: frozenset[str]
-    when: float
-
-
-def _answered(said: _Said[T]) -> T:
-    if isinstance(said.answer, RegistryError):
-        raise said.answer
-    return said.answer
 
 
 def _blobs(manifest: bytes, media_type: str) -> Sequence[Descriptor]:
@@ -862,38 +574,5 @@ def _first_span(left: Left | None, parts: Sequence[Span], part: int | None) -> t
     return start, min(stops, default=None)
 
 
-def _why_stale(route: Route, problem: DeadlineExceededError | UnavailableError) -> Reason:
-    """
-    Log and return why the last answer is served.
-    """
-    if isinstance(problem, DeadlineExceededError):
-        why, reason = f"ECR has not answered for {STALE_SECONDS:g} s", Reason.UNREACHABLE
-    else:
-        why, reason = problem.message, problem.reason
-    log.warn("Serving {path} as last known: {why}", path=route.path, why=why, once=route.path)
-    return reason
-
-
 def _urgency(parts: Sequence[Span]) -> Urgency:
     return Wish(*parts[0]).urgency if parts else Urgency.NOBODY
-
-
-def _accept_header(accept: frozenset[str]) -> str:
-    """
-    Write the types that a client takes. Who takes any is spelled out: registries don't all read C{*/*}.
-    """
-    return ", ".join(sorted(accept)) or ", ".join([*sorted(MANIFEST_TYPES), "*/*"])
-
-
-def _checked_type(content_type: str, document: Document) -> str:
-    try:
-        return document.type_as(content_type)
-    except ValueError as problem:
-        raise _no_manifest(problem) from None
-
-
-def _no_manifest(problem: ValueError, named: str = "") -> RefusedAnswerError:
-    said = f"what ECR gave is no manifest: {problem}"
-    refused = RefusedAnswerError(502, "UNAVAILABLE", said, reason=Reason.NO_MANIFEST)
-    refused.named = named
-    return refused

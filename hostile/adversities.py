@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from ecrproxy.cache.condition import FRESH_SECONDS
-from ecrproxy.proxy import STALE_SECONDS
+from ecrproxy.stale import STALE_SECONDS
 from hostile.table import Cell, Row
 from hostile.world import Got, World
 

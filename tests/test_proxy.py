@@ -19,8 +19,8 @@ from ecrproxy.answers import Asked
 from ecrproxy.cache import allocation
 from ecrproxy.cache.entries import Entry
 from ecrproxy.cached import FACTS
+from ecrproxy.manifests import NAMED_SECONDS
 from ecrproxy.oci import MANIFEST_LIMIT, Descriptor, Digest, parse_route
-from ecrproxy.proxy import NAMED_SECONDS
 from ecrproxy.registry.bucket import BEGUN, BEGUN_SECONDS
 from ecrproxy.registry.ecr import Token
 from tests.daemon import MIB, DaemonTestCase, Hands, Reply, at_once, noise

@@ -12,11 +12,11 @@ from twisted.internet.defer import Deferred
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.cache.condition import FRESH_SECONDS, PATIENCE, Condition, Look
-from ecrproxy.proxy import STALE_SECONDS
 from ecrproxy.readiness import Readiness, judge, judge_all
 from ecrproxy.registry.circuit import LONGEST_PAUSE
 from ecrproxy.registry.ecr import FETCH_SECONDS, RENEW_SECONDS, CredentialsError, Token, TokenUnavailableError
 from ecrproxy.registry.wire import HEADER_SECONDS
+from ecrproxy.stale import STALE_SECONDS
 from tests.daemon import DaemonTestCase, Hands, Reply, noise
 
 WELL: dict[str, Any] = {"draining": False, "token": None, "ecr": None, "disk": (), "filled": False}

@@ -10,7 +10,7 @@ from typing import Any
 from twisted.logger import LogLevel
 
 from ecrproxy.access.limits import Limits
-from ecrproxy.proxy import INDEX_SECONDS
+from ecrproxy.manifests import INDEX_SECONDS
 from ecrproxy.threads import Disk
 from ecrproxy.workers.worker import CLOSE_SECONDS, TELL_SECONDS, TOGETHER
 from tests.daemon import DaemonTestCase, Hands, noise

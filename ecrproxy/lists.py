@@ -1,0 +1,72 @@
+"""
+Lists of tags and of referrers, page by page. They change with each push, so ECR is asked each time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
+
+from ecrproxy.answers import CacheStatus
+from ecrproxy.cache.memory import Memory
+from ecrproxy.flights import DeadlineExceededError, Flights, within
+from ecrproxy.oci import RegistryError, Route
+from ecrproxy.reasons import Reason
+from ecrproxy.registry.bucket import UnavailableError
+from ecrproxy.registry.upstream import Page, Upstream, upstream_query
+from ecrproxy.stale import STALE_SECONDS, why_stale
+
+if TYPE_CHECKING:
+    from twisted.internet.interfaces import IDelayedCall
+
+_PAGES_BYTES = 8 * 2**20
+_PAGE_BYTES = 2**20
+"""Bytes of memory for pages, which are served while ECR can't be asked; and for one of them."""
+
+
+class Lists:
+    """
+    The lists of one registry.
+
+    @param call_later: a reactor's.
+    """
+
+    def __init__(self, upstream: Upstream, call_later: Callable[..., IDelayedCall]) -> None:
+        self._upstream, self._call_later = upstream, call_later
+        self._pages: Flights[Page] = Flights(abandons=True)
+        self._last_pages: Memory[str, Page] = Memory(_PAGES_BYTES)
+        self._sent_pages: WeakValueDictionary[str, Page] = WeakValueDictionary()
+
+    async def page(self, route: Route) -> tuple[CacheStatus, Reason, Page]:
+        """
+        Ask for a page of tags or referrers, once for all who want it at the same time.
+
+        @return: how the page was had, why, and the page: the last one known if ECR can't be asked.
+        @raise RegistryError: as ECR gave it.
+        """
+        key = f"{route.path}?{upstream_query(route)}"
+        last = self._last_pages.get(key)
+        if last is None:
+            return CacheStatus.BYPASS, Reason.LIST, await self._ask_for_page(key, route)
+        try:
+            page = await within(STALE_SECONDS, self._ask_for_page(key, route), self._call_later)
+        except (DeadlineExceededError, UnavailableError) as problem:
+            return CacheStatus.STALE, why_stale(route, problem), last
+        return CacheStatus.BYPASS, Reason.LIST, page
+
+    async def _ask_for_page(self, key: str, route: Route) -> Page:
+        try:
+            page = await self._pages.join(key, lambda: self._upstream.page(route))
+        except UnavailableError:
+            raise
+        except RegistryError:
+            self._last_pages.drop(key)
+            raise
+        sent = self._sent_pages.get(key)
+        if page == sent:
+            page = sent  # one copy for all clients that are slow to take it
+        self._sent_pages[key] = page
+        if len(page.body) <= _PAGE_BYTES:
+            self._last_pages.put(key, page, len(page.body) + 2 * len(key) + 500)
+        return page

@@ -1,0 +1,318 @@
+"""
+Manifests, by tag and by digest.
+
+Rules:
+
+- A tag is asked for each time, or once its time to live is over: one question for all who ask at once.
+  When ECR can't be asked, the last answer holds.
+- What is named by its digest is asked for once in each repository, as blobs are: see L{proxy}.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from itertools import count
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
+
+from ecrproxy.answers import ANY, Answer, Asked, CacheStatus, manifest_answer
+from ecrproxy.cache.entries import Confirmed, Entry
+from ecrproxy.cache.memory import Memory
+from ecrproxy.cached import Cache
+from ecrproxy.flights import DeadlineExceededError, Flights, within
+from ecrproxy.oci import MANIFEST_TYPES, Descriptor, Digest, Document, RegistryError, Route
+from ecrproxy.reasons import Reason
+from ecrproxy.registry.bucket import RefusedAnswerError, UnavailableError
+from ecrproxy.registry.upstream import Upstream
+from ecrproxy.stale import STALE_SECONDS, why_stale
+from ecrproxy.threads import on_its_own
+
+if TYPE_CHECKING:
+    from twisted.internet.interfaces import IDelayedCall
+
+T = TypeVar("T")
+
+NAMED_SECONDS: Final = 60
+"""How long a digest that ECR named for a tag, and then does not find, is asked for by that tag."""
+_NAMED_BYTES = 2**20
+"""Bytes of memory for such digests."""
+INDEX_SECONDS: Final = 1.0
+"""How long the index has, where ECR can't be asked, to say what other processes know of a tag."""
+_JOINED = (CacheStatus.JOINED, Reason.IN_FLIGHT)
+
+
+class Manifests:
+    """
+    The manifests of one registry, through the cache.
+
+    @param now: seconds since the epoch.
+    @param tag_ttl: seconds for which a tag's digest is taken on trust.
+    @param call_later: a reactor's.
+    """
+
+    def __init__(
+        self,
+        upstream: Upstream,
+        cache: Cache,
+        now: Callable[[], float],
+        call_later: Callable[..., IDelayedCall],
+        tag_ttl: float,
+    ) -> None:
+        self._upstream, self._cache, self._now = upstream, cache, now
+        self._call_later, self._tag_ttl = call_later, tag_ttl
+        self._heads: Flights[_Said[Descriptor | None]] = Flights()
+        self._manifests: Flights[_Said[tuple[Descriptor, Document]]] = Flights()
+        self._questions = count(1)
+        self._named: Memory[tuple[str, Digest], _Named] = Memory(_NAMED_BYTES)
+
+    async def answer(self, asked: Asked) -> Answer:
+        """
+        Answer a request for a manifest; its body may still be in a file.
+
+        @raise RegistryError: if the repository doesn't hold it, or ECR can't give it.
+        """
+        return await (self._by_digest(asked) if asked.route.digest is not None else self._by_tag(asked))
+
+    async def _by_digest(self, asked: Asked) -> Answer:
+        if (answer := self._cache.at_hand(asked)) is not None:
+            return answer
+        found = await self._cache.look_up_manifest(asked)
+        if not isinstance(found, Reason):
+            return self._cache.manifest(asked, *found)
+        here = await self._cache.has(asked.digest)
+        if not here and not asked.head:
+            return await self._fetch_by_digest(asked, found)
+        head = await self._of_digest(asked, self._heads, self._head, lambda found: found.digest if found else None)
+        if head is None:
+            raise UnavailableError(502, "UNAVAILABLE", "ECR does not say which manifest it has")
+        document = await self._cache.document(asked.digest) if here else None
+        if document is None:
+            answer = manifest_answer(CacheStatus.MISS, found, asked, head)
+            return answer if asked.head else await self._fetch_by_digest(asked, found)
+        descriptor = Descriptor(_checked_type(head.media_type, document), asked.digest, len(document.body))
+        on_its_own(self._cache.confirm(asked, descriptor, document))
+        return manifest_answer(CacheStatus.REVALIDATED, Reason.REPOSITORY_CONFIRMED, asked, descriptor, document.body)
+
+    async def _fetch_by_digest(self, asked: Asked, missing: Reason) -> Answer:
+        why = (CacheStatus.MISS, missing) if (asked.route, ANY) not in self._manifests else _JOINED
+        descriptor, document = await self._of_digest(asked, self._manifests, self._fetch, lambda found: found[0].digest)
+        self._cache.remember(asked, descriptor)
+        return manifest_answer(*why, asked, descriptor, document.body)
+
+    async def _of_digest(
+        self,
+        asked: Asked,
+        flights: Flights[_Said[T]],
+        ask: Callable[[Route, frozenset[str]], Coroutine[Any, Any, T]],
+        digest_of: Callable[[T], Digest | None],
+    ) -> T:
+        """
+        Ask about a manifest by its digest; if ECR does not find that, by the tag that led to it a moment ago.
+
+        ECR finds tags before digests for some seconds after a push, and what it converts for a client by its tag alone.
+        """
+        said = await flights.join((asked.route, ANY), lambda: self._numbered(ask(asked.route, ANY)))
+        named = self._named.get((asked.route.repository, asked.digest))
+        lately = named is not None and 0 <= self._now() - named.when < NAMED_SECONDS
+        if not isinstance(said.answer, RegistryError) or named is None or not lately:
+            return _answered(said)
+        tag, accept = named.route, named.accept
+        by_tag = await flights.join((tag, accept), lambda: self._numbered(ask(tag, accept)))
+        if isinstance(by_tag.answer, RegistryError) or digest_of(by_tag.answer) != asked.digest:
+            return _answered(said)
+        return by_tag.answer
+
+    async def _by_tag(self, asked: Asked) -> Answer:
+        entry = await self._cache.entry(asked)
+        known = entry.answers.get(asked.accept)
+        if known is not None and 0 <= self._now() - known.when < self._tag_ttl:
+            document = await self._cache.document(known.descriptor.digest)
+            if document is not None:
+                return manifest_answer(CacheStatus.HIT, Reason.TAG_TTL, asked, known.descriptor, document.body)
+        found = await self._latest(asked, entry)
+        if found is None and entry.answers:  # another process may have been told for such a client
+            found = await self._latest(asked, await self._last_known(asked, entry))
+        if found is None:
+            return await self._ask_for_tag(asked, known)
+        try:
+            return await within(STALE_SECONDS, self._ask_for_tag(asked, known), self._call_later)
+        except (DeadlineExceededError, UnavailableError) as problem:
+            found = await self._latest(asked, await self._last_known(asked, entry), found)
+            if found is None:
+                raise
+            last, document = found
+            if isinstance(problem, RefusedAnswerError) and problem.named not in ("", str(last.descriptor.digest)):
+                raise  # ECR is not silent: the tag leads elsewhere now
+            reason = why_stale(asked.route, problem)
+        return manifest_answer(CacheStatus.STALE, reason, asked, last.descriptor, document.body)
+
+    async def _last_known(self, asked: Asked, entry: Entry) -> Entry:
+        """
+        Return what any process was told of a tag; what this one knows if the disk does not say that soon.
+        """
+        try:
+            return await within(INDEX_SECONDS, self._cache.last_known(asked), self._call_later)
+        except DeadlineExceededError:
+            return entry
+
+    async def _latest(
+        self, asked: Asked, entry: Entry, before: tuple[Confirmed, Document] | None = None
+    ) -> tuple[Confirmed, Document] | None:
+        """
+        Choose the last known answer for a client, with its manifest.
+
+        @param before: the one that was read before.
+        """
+        last = entry.latest(asked.accept)
+        if last is None or (before is not None and last.descriptor == before[0].descriptor):
+            return before if last is not None else None
+        document = await self._cache.document(last.descriptor.digest)
+        return None if document is None else (last, document)
+
+    async def _ask_for_tag(self, asked: Asked, known: Confirmed | None) -> Answer:
+        """
+        Have ECR say what a tag leads to; fetch it if it isn't in the cache.
+
+        A tag that was never asked for is fetched straight away. It is fetched by its tag in any case:
+        what ECR converts for a client is not to be had by its digest (field notes C7).
+        """
+        route, accept, head = asked.route, asked.accept, None
+        if known is not None or asked.head:
+            question, head = await self._of_tag(asked, self._heads, lambda: self._head(route, accept))
+            document = await self._cache.document(head.digest) if head is not None else None
+            if head is not None and document is not None:
+                head = Descriptor(_checked_type(head.media_type, document), head.digest, len(document.body))
+            if head is not None and (document is not None or asked.head):
+                on_its_own(self._cache.record(asked, question, head, document))
+                if document is None:
+                    named = _Named(route, accept, self._now())
+                    self._named.put((route.repository, head.digest), named, 2 * len(route.path) + 500)
+                    return manifest_answer(CacheStatus.MISS, self._missing(asked, known, head), asked, head)
+                return manifest_answer(CacheStatus.REVALIDATED, Reason.TAG_CONFIRMED, asked, head, document.body)
+        joined = (route, accept) in self._manifests
+        try:
+            question, fetched = await self._of_tag(asked, self._manifests, lambda: self._fetch(route, accept))
+        except RefusedAnswerError as problem:
+            if head is not None:  # ECR names a digest in answers to HEAD alone: aws/containers-roadmap#1931
+                problem.named = str(head.digest)
+            raise
+        descriptor, document = fetched
+        on_its_own(self._cache.record(asked, question, descriptor, None))
+        missing = self._missing(asked, known, descriptor)
+        why = _JOINED if joined else (CacheStatus.MISS, missing)
+        return manifest_answer(*why, asked, descriptor, document.body)
+
+    def _missing(self, asked: Asked, known: Confirmed | None, found: Descriptor) -> Reason:
+        """
+        Tell why a tag's manifest is not in the cache, by what was known of the tag.
+        """
+        if known is not None and known.descriptor.digest != found.digest:
+            return Reason.TAG_MOVED
+        return self._cache.why_missing(asked, Reason.FIRST_USE if known is None else Reason.NOT_KEPT)
+
+    async def _of_tag(
+        self, asked: Asked, flights: Flights[_Said[T]], ask: Callable[[], Coroutine[Any, Any, T]]
+    ) -> tuple[int, T]:
+        """
+        Ask about a tag, or share the answer to whoever asks already; a tag that ECR does not have is forgotten.
+
+        @return: the number of the question, and its answer.
+        """
+        said = await flights.join((asked.route, asked.accept), lambda: self._numbered(ask()))
+        if isinstance(said.answer, RegistryError):
+            await self._cache.forget(asked, said.question)
+        return said.question, _answered(said)
+
+    async def _numbered(self, question: Coroutine[Any, Any, T]) -> _Said[T]:
+        number = next(self._questions)
+        try:
+            return _Said(number, await question)
+        except RegistryError as problem:
+            if problem.status == 404:  # noqa: PLR2004
+                return _Said(number, problem)
+            raise
+
+    async def _head(self, route: Route, accept: frozenset[str]) -> Descriptor | None:
+        """
+        Ask ECR what C{route} leads to; none if it has it, but doesn't say its digest.
+        """
+        head = await self._upstream.head_manifest(route, _accept_header(accept))
+        asked, told = route.digest, head.digest
+        if asked is not None and told is not None and asked != told and asked.algorithm == told.algorithm:
+            raise UnavailableError(502, "UNAVAILABLE", f"ECR speaks of {told} when asked for {asked}")
+        digest, media_type = asked or told, head.media_type.partition(";")[0].strip().lower()
+        if digest is not None and media_type not in MANIFEST_TYPES:
+            raise _no_manifest(ValueError(f"its media type is {media_type[:80]!r}"), head.named)
+        return Descriptor(media_type, digest, head.size) if digest else None
+
+    async def _fetch(self, route: Route, accept: frozenset[str]) -> tuple[Descriptor, Document]:
+        """
+        Fetch a manifest; keeping it takes its own time.
+        """
+        manifest = await self._upstream.manifest(route, _accept_header(accept))
+        digest = Digest.of(manifest.body, route.digest.algorithm if route.digest else "sha256")
+        if route.digest not in (None, digest):
+            said = f"ECR gave something else than {route.digest}"
+            raise RefusedAnswerError(502, "UNAVAILABLE", said, reason=Reason.WRONG_BYTES)
+        held = self._cache.held(digest)  # one copy for all clients that are slow to take it
+        try:
+            document = held if held is not None else await self._cache.parse(manifest.body, Document.read)
+            media_type = document.type_as(manifest.content_type)
+        except ValueError as problem:
+            raise _no_manifest(problem, manifest.named) from None
+        descriptor = Descriptor(media_type, digest, len(document.body))
+        self._cache.keep(route, descriptor, document)
+        return descriptor, document
+
+
+@dataclass(frozen=True, slots=True)
+class _Said(Generic[T]):
+    """
+    What ECR answered to a question: that it has no such thing, or what was asked for.
+
+    @ivar question: its number, larger than those of all that were asked before.
+    """
+
+    question: int
+    answer: T | RegistryError
+
+
+@dataclass(frozen=True, slots=True)
+class _Named:
+    """
+    The tag for which ECR named a digest.
+
+    @ivar accept: the manifest types of the client that asked.
+    @ivar when: seconds since the epoch.
+    """
+
+    route: Route
+    accept: frozenset[str]
+    when: float
+
+
+def _answered(said: _Said[T]) -> T:
+    if isinstance(said.answer, RegistryError):
+        raise said.answer
+    return said.answer
+
+
+def _accept_header(accept: frozenset[str]) -> str:
+    """
+    Write the types that a client takes. Who takes any is spelled out: registries don't all read C{*/*}.
+    """
+    return ", ".join(sorted(accept)) or ", ".join([*sorted(MANIFEST_TYPES), "*/*"])
+
+
+def _checked_type(content_type: str, document: Document) -> str:
+    try:
+        return document.type_as(content_type)
+    except ValueError as problem:
+        raise _no_manifest(problem) from None
+
+
+def _no_manifest(problem: ValueError, named: str = "") -> RefusedAnswerError:
+    said = f"what ECR gave is no manifest: {problem}"
+    refused = RefusedAnswerError(502, "UNAVAILABLE", said, reason=Reason.NO_MANIFEST)
+    refused.named = named
+    return refused

@@ -1,0 +1,31 @@
+"""
+What is served while ECR can't be asked: the last answer.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from twisted.logger import Logger
+
+from ecrproxy.flights import DeadlineExceededError
+from ecrproxy.oci import Route
+from ecrproxy.reasons import Reason
+from ecrproxy.registry.bucket import UnavailableError
+
+log = Logger()
+
+STALE_SECONDS: Final = 5.0
+"""How long ECR may take to confirm a tag or a list whose last answer is cached. containerd gives up after 30 s."""
+
+
+def why_stale(route: Route, problem: DeadlineExceededError | UnavailableError) -> Reason:
+    """
+    Log and return why the last answer is served.
+    """
+    if isinstance(problem, DeadlineExceededError):
+        why, reason = f"ECR has not answered for {STALE_SECONDS:g} s", Reason.UNREACHABLE
+    else:
+        why, reason = problem.message, problem.reason
+    log.warn("Serving {path} as last known: {why}", path=route.path, why=why, once=route.path)
+    return reason
