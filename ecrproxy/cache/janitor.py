@@ -139,7 +139,7 @@ class Janitor(Service):
         """
         if self.limit < size <= self._wanted:
             with contextlib.suppress(OSError):
-                await self._in_thread(self._fit)
+                await self._in_thread(self._look_again)
         return size <= self.limit
 
     def see_room(self) -> None:
@@ -148,8 +148,7 @@ class Janitor(Service):
 
         @raise OSError: if others have taken it.
         """
-        if self.limit < self._wanted:
-            self._fit()
+        self._look_again()
         if self.limit < min(self._wanted, self._store.spare()):
             raise OSError(errno.ENOSPC, f"No space left on device: other files leave the cache {self.limit} bytes")
 
@@ -168,8 +167,7 @@ class Janitor(Service):
                 raise
         with self._alone():
             self._store.index.refresh()  # whoever was alone before may have made all the room that is needed
-            if self.limit < self._wanted:
-                self._fit()
+            self._look_again()
             for _ in range(_ROUNDS):
                 excess = self._excess(what, size)
                 if not excess:
@@ -269,6 +267,13 @@ class Janitor(Service):
             self._store.index.pass_over(each.what)
         else:
             self._store.index.use(each.what)
+
+    def _look_again(self) -> None:
+        """
+        Raise a limit that was lowered, as far as others have given room back. Called in a thread.
+        """
+        if self.limit < self._wanted:
+            self._fit()
 
     def _fit(self, pending: int = 0) -> None:
         """
