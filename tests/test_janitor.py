@@ -526,6 +526,24 @@ class SmallDisk(SmallCache):
         self.assertTrue(self.reserve(15 * 1024))
         self.assertEqual([True], self.has(one))
 
+    def test_room_that_is_promised_and_not_taken_yet_is_promised_to_nobody_else(self) -> None:
+        """
+        The disk calls it free; many pulls at once would have found the disk full, and the daemon not ready.
+        """
+        self.assertEqual([True, True, False], [self.reserve(40 * 1024) for _ in range(3)])
+        self.assertEqual(self.CAPACITY - self.CAPACITY // 100, self.janitor.limit)
+
+    def test_room_that_others_give_back_is_used_while_something_arrives(self) -> None:
+        self.others = 50 * 1024
+        self.clock.advance(PAUSE_SECONDS)
+        data = b"1" * 40 * 1024
+        self.assertTrue(self.reserve(len(data)))
+        writer = self.store.writer(Digest.of(data), len(data))
+        self.addCleanup(writer.discard)
+        self.assertFalse(self.reserve(10 * 1024))
+        self.others = 0
+        self.assertTrue(self.reserve(10 * 1024))
+
     def test_a_disk_that_others_have_filled_up_is_told_until_it_is_over(self) -> None:
         """
         Though there is room for a small file, which was made by evicting.

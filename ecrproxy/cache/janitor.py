@@ -258,12 +258,17 @@ class Janitor(Service):
         """
         Lower the limit to what the disk can hold, or raise it again. Called in a thread.
 
-        @param pending: bytes that are reserved and not allocated: the disk calls them free.
+        Of what is reserved nobody knows how much is allocated, and the disk calls the rest free. So the disk holds
+        anything between two figures, and a limit between them is left as it is.
+
+        @param pending: bytes that are reserved, and known not to be allocated.
         """
         free, ledger = self._store.free(), self._store.ledger
         if free is None or not self._counted:
             return
-        limit = max(0, min(self._wanted, ledger.total + ledger.reserved - pending + free))
+        least = ledger.total + free
+        most = least + ledger.reserved - pending
+        limit = max(0, min(self._wanted, max(least, min(self.limit, most))))
         if limit < self._wanted == self.limit:
             log.warn(
                 "The cache is limited to {limit} bytes: the disk holds no more, PROXY_CACHE_LIMIT is {wanted};"
