@@ -716,6 +716,21 @@ class FailingListsTests(FailingTestCase):
         self.assertEqual([503], self.lists(["team/app"]))
         self.assertEqual(0, self.standin.count("registry"))
 
+    def test_are_told_that_pulls_fail_where_lists_are_answered(self) -> None:
+        """
+        A program that asks for lists each second would have hidden it for ever.
+        """
+        self.standin.heal()
+        for path in ("/manifests/", "/blobs/"):
+            self.standin.fail("registry", status=500, path_contains=path)
+        self.pass_time(ANSWER_SECONDS)
+        self.assertEqual([502], [reply.code for reply in self.blobs(1, ["team/app"])])
+        self.assertEqual([200], self.lists(["team/app"]))
+        self.assertIn("when it was asked last, for team/app", str(self.daemon.circuit.problem()))
+        self.standin.heal()
+        self.assertEqual([200], [reply.code for reply in self.blobs(1, ["team/app"])])
+        self.assertIsNone(self.daemon.circuit.problem())
+
     def test_have_the_daemon_find_out_whether_ecr_fails(self) -> None:
         """
         Lists may be all that is asked for.
