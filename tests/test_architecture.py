@@ -47,7 +47,7 @@ ARROWS: dict[str, set[str]] = {
     "answers": {"cache", "oci", "reasons", "transfer.download", "transfer.passing"},
     "cache": {"identity", "oci", "periodic", "threads"},
     "cached": {"answers", "cache", "flights", "identity", "oci", "ordering", "reasons", "threads"},
-    "daemon": {"access.limits", "addresses", "endpoint_string", "periodic", "readiness", "settings.config"},
+    "daemon": {"access.limits", "addresses", "endpoint_string", "periodic", "readiness", "settings.config", "threads"},
     "healthcheck": {"endpoint_string"},
     "http": {
         "access",
