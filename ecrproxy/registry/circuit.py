@@ -315,8 +315,10 @@ class Circuit:
         """
         Note that the daemon's own question has failed while all questions go; return the switch that this opened.
         """
+        if self.state is not CircuitState.CLOSED:  # it was asked before that, and says nothing new
+            return None
         self._doubted, self._last = True, problem.message
-        return self._open(problem) if self.state is CircuitState.CLOSED and self._convinced() else None
+        return self._open(problem) if self._convinced() else None
 
     def vouched(self) -> None:
         """
