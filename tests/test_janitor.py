@@ -558,6 +558,20 @@ class SmallDisk(SmallCache):
         self.assertEqual([], self.store.reasons())
         self.assertEqual(self.CAPACITY - self.CAPACITY // 100, self.janitor.limit)
 
+    def test_a_disk_that_others_fill_up_is_told_before_the_next_count(self) -> None:
+        self.start(self.store, self.CAPACITY // 2)
+        self.others = self.CAPACITY
+        self.assertIn("other files leave the cache", str(self.store.reasons()))
+
+    def test_small_files_that_are_written_meanwhile_do_not_end_it(self) -> None:
+        self.others = self.CAPACITY - self.CAPACITY // 100 - 100
+        with capturedLogs() as events:
+            for number in range(3):
+                self.assertIn("other files leave the cache", str(self.store.reasons()))
+                self.now += QUIET_SECONDS
+                self.keep(b"%d" % number)
+        self.assertEqual(1, sum(event["log_namespace"] == "ecrproxy.cache.troubles" for event in events))
+
 
 class FewInodes(SmallCache):
     """

@@ -64,7 +64,7 @@ def of_disk(condition: Condition) -> list[Reading]:
     def found() -> dict[str, float]:
         return {kind: condition.has(kind) for kind in TROUBLES}
 
-    told = "1 while the cache directory can't be read or written, no more files can be opened, or its disk hangs"
+    told = "1 while the cache directory can't be read or written, its disk is full or hangs, or files can't be opened"
     return [Reading("disk_trouble", told, found, "kind")]
 
 

@@ -183,8 +183,7 @@ class Janitor(Service):
 
         @raise OSError: if others have taken it.
         """
-        if self.limit < self._wanted:
-            self._fit()
+        self._fit()
         if self.limit < min(self._wanted, self._store.spare()):
             raise OSError(errno.ENOSPC, f"No space left on device: other files leave the cache {self.limit} bytes")
 
