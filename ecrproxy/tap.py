@@ -31,7 +31,7 @@ from ecrproxy.access.browsers import Pages
 from ecrproxy.access.clients import Admission
 from ecrproxy.access.crowds import Crowds, Word
 from ecrproxy.access.htpasswd import HtpasswdError
-from ecrproxy.access.limits import Crowd, for_workers
+from ecrproxy.access.limits import Crowd, for_workers, handed_on
 from ecrproxy.access.namespaces import Namespaces
 from ecrproxy.access.passwords import AT_ONCE, Passwords
 from ecrproxy.admin.api import Api
@@ -557,9 +557,10 @@ def build_worker(config: Config, post: Post, reactor: Any) -> Daemon:  # noqa: A
     judging = service.pools.threads(1)
     shape = (_namespaces(config, judging, reactor), config.cache_key, disk.reading)
     admission = _admission(config, reactor, service)
-    registry, ready = WorkerRegistry(cache, config.tag_ttl, relay, *shape), RelayedReady(relay)
-    served, connections = Served(), Connections()
-    crowd = Crowd(config.limits(clients_beside_spare()))
+    room = clients_beside_spare()
+    share = handed_on(room, config.worker_processes, config.connections_per_address)
+    registry, ready = WorkerRegistry(cache, config.tag_ttl, relay, *shape, share), RelayedReady(relay)
+    served, connections, crowd = Served(), Connections(), Crowd(config.limits(room))
     lines = _access_log(config, service, reactor)
     counted = partial(make_site, access_log=lines, served=served, pages=_pages(config))
     site = counted(registry, ready, reactor, admission=admission, crowd=crowd, connections=connections)

@@ -10,7 +10,7 @@ from twisted.logger import capturedLogs, formatEvent
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.access.crowds import SILENT_SECONDS, Crowds, Word
-from ecrproxy.access.limits import SPARE, Crowd, Limits, Patience, counted
+from ecrproxy.access.limits import SPARE, Crowd, Limits, Patience, counted, handed_on
 from ecrproxy.http.channel import SETTLED_SECONDS, YIELD_SECONDS
 from ecrproxy.transfer.download import STUCK_SECONDS
 from tests.daemon import MIB, DaemonTestCase, End, Raw, Reply, noise
@@ -49,6 +49,15 @@ class CountingTests(SynchronousTestCase):
         for address in "abc":
             crowd.leave(address)
         self.assertEqual((0, 0), (crowd.connected, len(crowd._by_address)))  # noqa: SLF001
+
+    def test_an_address_has_half_of_the_first_process_through_all_workers(self) -> None:
+        """
+        Or as much as the operator gives an address.
+        """
+        self.assertEqual(
+            [11, 1, 20, 11, 0],
+            [handed_on(46, 2, None), handed_on(3, 8, None)] + [handed_on(46, 2, chosen) for chosen in (40, 4, 0)],
+        )
 
     def test_zero_is_no_limit(self) -> None:
         """

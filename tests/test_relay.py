@@ -652,6 +652,21 @@ class RoomTests(RelayTestCase):
             self.clock.advance(SETTLED_SECONDS)
         self.assertWhole(self.get(self.by_tag), self.image.manifest)
 
+    def test_one_address_leaves_some_of_it_to_others(self) -> None:
+        self.start(room=4, share=2)
+        self.standin.hang("registry")
+        for _ in range(2):
+            self.daemon.send("GET", "/v2/team/app/manifests/other")
+        self.flush()
+        beyond = self.get(self.by_tag)
+        self.assertRefused(beyond, 503, "UNAVAILABLE", "your requests")
+        self.assertEqual("5", beyond.header("Retry-After"))
+        self.assertWhole(self.get(self.blob), self.data, "HIT")
+        self.assertEqual(2, len(self.handed_on))
+        self.standin.heal()
+        self.pass_time(60)
+        self.assertWhole(self.get(self.by_tag), self.image.manifest)
+
 
 class Listener:
     """

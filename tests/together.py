@@ -62,6 +62,7 @@ class Together(Daemon):
     A first process and a worker on one cache directory; the clients come to the worker.
 
     @param room: the connections that the first process may have from workers; 0 for no limit.
+    @param share: the requests of an address that a worker hands on at the same time; 0 for no limit.
     @ivar between: the network from the worker to the first process.
     @ivar seen: the requests that came to the first process.
     """
@@ -74,6 +75,7 @@ class Together(Daemon):
         tag_ttl: float = 0,
         admission: Admission | None = None,
         room: int = 0,
+        share: int = 0,
         **options: Any,
     ) -> None:
         self.between: Between | None = None
@@ -103,7 +105,7 @@ class Together(Daemon):
         noters = told(self.notes, self.counted, self.incidents, Word(self.crowd, 1))
         self.teller = Teller(agent, noters, self.clock)
         self.teller.startService()
-        registry = WorkerRegistry(self.worker_cache, tag_ttl, relay, *shape)
+        registry = WorkerRegistry(self.worker_cache, tag_ttl, relay, *shape, share)
         told_of = partial(make_site, crowd=self.crowd, served=self.counted, access_log=AccessLog(self.clock))
         site = told_of(registry, RelayedReady(relay), self.clock, admission=admission)
         self.front = Network(site, self.clock)

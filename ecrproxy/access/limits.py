@@ -93,6 +93,20 @@ def for_workers(room: int) -> Limits:
     return replace(BOUNDLESS, connections=room)
 
 
+def handed_on(room: int, processes: int, chosen: int | None) -> int:
+    """
+    Return how many requests of one address each worker hands on to the first process at the same time; 0 for no limit.
+
+    From all workers that is half of what the first process has room for, or as much as the operator chose for an
+    address: the rest is for others, as of a process's connections. See L{Limits.share}.
+
+    @param room: as for L{for_workers}.
+    @param chosen: the limit of an address, if the operator chose it.
+    """
+    half = max(1, room // (2 * processes))
+    return half if chosen is None else chosen and max(half, -(-chosen // processes))
+
+
 COUNTED: Final = {
     "connections": "refused_connections",
     "transfers": "refused_transfers",

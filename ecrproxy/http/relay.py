@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from twisted.internet.defer import Deferred
 from twisted.internet.endpoints import UNIXClientEndpoint
@@ -32,6 +34,7 @@ from twisted.web.http_headers import Headers
 from twisted.web.iweb import UNKNOWN_LENGTH, IAgentEndpointFactory, IResponse
 from zope.interface import implementer
 
+from ecrproxy.access.limits import counted
 from ecrproxy.access.namespaces import Namespaces
 from ecrproxy.access.turns import QueueTimeoutError, Turns
 from ecrproxy.answers import Asked
@@ -39,7 +42,7 @@ from ecrproxy.cache.cache_key import CacheKey
 from ecrproxy.cached import Cache
 from ecrproxy.http.answering import Answering, begin
 from ecrproxy.http.conditions import tags
-from ecrproxy.http.request import RegistryRequest, field, fields
+from ecrproxy.http.request import RegistryRequest, address, field, fields
 from ecrproxy.http.web import Door, Registry
 from ecrproxy.oci import Kind, RegistryError, Route
 from ecrproxy.reasons import Reason
@@ -273,6 +276,8 @@ class RelayedReady(Answering):
 class WorkerRegistry(Door):
     """
     A worker's /v2/: hits from the cache directory, all else from the first process.
+
+    @param share: requests of one address that the first process may be at; 0 for no limit.
     """
 
     def __init__(
@@ -283,9 +288,11 @@ class WorkerRegistry(Door):
         namespaces: Namespaces,
         cache_key: CacheKey,
         in_thread: InThread,
+        share: int = 0,
     ) -> None:
         super().__init__(namespaces, cache_key, in_thread)
         self._cache, self._tag_ttl, self._relay = cache, tag_ttl, relay
+        self._share, self._handed_on = share, Counter[str]()
 
     async def serve(self, request: RegistryRequest, route: Route) -> None:
         """
@@ -299,7 +306,23 @@ class WorkerRegistry(Door):
                 await self.answer(request, route, answer)
                 return
             headers = _headers(request, asked)
-        await self._relay.ask(request, f"{route.path}?{route.query}" if route.query else route.path, headers)
+        with self._within_share(request):
+            await self._relay.ask(request, f"{route.path}?{route.query}" if route.query else route.path, headers)
+
+    @contextmanager
+    def _within_share(self, request: RegistryRequest) -> Iterator[None]:
+        whose, channel = counted(address(request)), cast(Any, request.channel)
+        if whose and 0 < self._share <= self._handed_on[whose]:
+            channel.crowd.refuse_connection("an address is at half of what RLIMIT_NOFILE lets workers ask for", whose)
+            said = "as many of your requests are being fetched as may be; ask again"
+            raise RegistryError(503, "UNAVAILABLE", said, {"Retry-After": "5"}, Reason.BUSY)
+        self._handed_on[whose] += 1
+        try:
+            yield
+        finally:
+            self._handed_on[whose] -= 1
+            if not self._handed_on[whose]:
+                del self._handed_on[whose]
 
 
 def _headers(request: RegistryRequest, asked: Asked) -> dict[str, str]:
