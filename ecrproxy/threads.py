@@ -189,47 +189,47 @@ async def undone_if_late(in_thread: InThread, blocking: Callable[[], T], undo: C
 class Threads:
     """
     A pool of threads of its own, whose waiting never holds up the pool that resolves names. See L{Pools.threads}.
-
-    Threads are started when they are needed, and the machine may give none more for a while. Then those that there are
-    do the work; where there are none, calls fail with C{OSError}.
     """
 
     def __init__(self, pool: ThreadPool, size: int, reactor: Any) -> None:  # noqa: ANN401
         self._pool, self._size, self._reactor = pool, size, reactor
-        self._busy = 0
-        self._waiting: deque[_Call] = deque()
 
     def call(self, blocking: Callable[..., T], *args: Any) -> Deferred[T]:  # noqa: ANN401
         """
         Call C{blocking(*args)} in one of them.
         """
-        call = _Call(partial(blocking, *args))
-        self._begin(call)
-        return call.result
-
-    def _begin(self, call: _Call) -> None:
-        try:
-            done = deferToThreadPool(self._reactor, self._pool, call.blocking)
-        except RuntimeError as problem:  # as threading has it
-            if self._busy:
-                self._waiting.append(call)
-            else:
-                call.end(Failure(OSError(errno.EAGAIN, f"{os.strerror(errno.EAGAIN)}: {problem}")))
-        else:
-            self._busy += 1
-            done.addBoth(self._returned, call)
-
-    def _returned(self, outcome: object, call: _Call) -> None:
-        self._busy -= 1
-        if self._waiting:
-            self._begin(self._waiting.popleft())
-        call.end(outcome)
+        return deferToThreadPool(self._reactor, self._pool, blocking, *args)
 
     def bounded(self, seconds: float) -> InThread:
         """
         Give these threads to calls that may take C{seconds} each. There must be no others.
         """
         return Bounded(self.call, self._size, seconds, self._reactor)
+
+
+def content_with_few(pool: ThreadPool) -> ThreadPool:
+    """
+    Have a pool do with the threads that it has, where the machine gives no other for a while.
+
+    Others are started when they are needed, and Twisted lets a call fail for which none can be. One there is from the
+    start. Calls wait in the pool itself, which alone knows when a thread is free: that is later than its outcome.
+    """
+    call = pool.callInThreadWithCallback
+
+    def call_or_wait(*args: Any, **more: Any) -> None:  # noqa: ANN401
+        try:
+            call(*args, **more)
+        except RuntimeError:  # as threading has it
+            pool.threads.pop()  # it never began, and can't be joined
+            most, pool.max = pool.max, 0
+            try:
+                call(*args, **more)
+            finally:
+                pool.max = most
+
+    pool.callInThreadWithCallback = call_or_wait  # type: ignore[method-assign]
+    pool.min = 1
+    return pool
 
 
 class Pools(Service):
@@ -252,7 +252,7 @@ class Pools(Service):
             the event loop waits for the interpreter's lock, and on a busy machine with it for a thread that has the
             lock and no processor.
         """
-        pool = ThreadPool(0, size, "ecrproxy")
+        pool = content_with_few(ThreadPool(1, size, "ecrproxy"))
         pool.threadFactory = _Yielding if yielding else _Abandoned
         self._pools.append(pool)
         return Threads(pool, size, self._reactor)
@@ -265,10 +265,13 @@ class Pools(Service):
     def stopService(self) -> None:  # noqa: D102
         super().stopService()
         stopping = [threading.Thread(target=pool.stop, name="ecrproxy-stop", daemon=True) for pool in self._pools]
+        begun = []
         for each in stopping:
-            each.start()
+            with contextlib.suppress(RuntimeError):  # the machine gives no more threads: that pool is left as it is
+                each.start()
+                begun.append(each)
         deadline = time.monotonic() + _STOP_SECONDS
-        for each in stopping:
+        for each in begun:
             each.join(max(0.0, deadline - time.monotonic()))
 
 

@@ -175,7 +175,7 @@ class CircuitTests(SynchronousTestCase):
         self.clock = Clock()
         self.circuit = Circuit(self.clock.seconds)
 
-    def fail(self, *repositories: str, problem: TransientError = PROBLEM) -> None:  # type: ignore[override]
+    def failing(self, *repositories: str, problem: TransientError = PROBLEM) -> None:
         for repository in repositories:
             self.circuit.failed(repository, problem)
 
@@ -189,14 +189,15 @@ class CircuitTests(SynchronousTestCase):
         return found
 
     def test_a_repository_that_fails_is_left_alone_by_itself(self) -> None:
-        self.fail(*["bad"] * 100)
+        self.failing(*["bad"] * 100)
         self.assertEqual(["bad"], self.refused("bad", "good"))
         self.assertIs(CircuitState.CLOSED, self.circuit.state)
+        self.circuit.answered("good")
         self.assertIsNone(self.circuit.problem())
 
     def test_one_failed_question_is_a_problem_until_ecr_answers_anything(self) -> None:
         for problem in (PROBLEM, UNREACHED):
-            self.fail("a", problem=problem)
+            self.failing("a", problem=problem)
             self.assertEqual(f"ECR failed when it was asked last, for a: {problem.message}", self.circuit.problem())
             self.circuit.answered("b")
             self.assertIsNone(self.circuit.problem())
@@ -205,7 +206,7 @@ class CircuitTests(SynchronousTestCase):
             self.setUp()
 
     def test_a_repository_that_is_left_alone_stays_a_problem_while_it_is_probed(self) -> None:
-        self.fail(*["a"] * FAILURES)
+        self.failing(*["a"] * FAILURES)
         self.assertEqual(1, self.circuit.open_repositories)
         self.clock.advance(PAUSE)
         self.assertIsNotNone(self.circuit.enter("a"))
@@ -215,29 +216,29 @@ class CircuitTests(SynchronousTestCase):
 
     def test_failures_are_no_problem_while_ecr_answered_lately(self) -> None:
         self.circuit.answered("good")
-        self.fail("a")
+        self.failing("a")
         self.clock.advance(ANSWER_SECONDS - 1)
         self.assertIsNone(self.circuit.problem())
         self.clock.advance(1)
         self.assertIsNotNone(self.circuit.problem())
 
     def test_a_repository_that_failed_while_ecr_answered_about_others_says_little_of_ecr(self) -> None:
-        self.fail("bad")
+        self.failing("bad")
         self.circuit.answered("good")
         self.clock.advance(600)
-        self.fail(*["bad"] * (FAILURES - 1))
+        self.failing(*["bad"] * (FAILURES - 1))
         self.assertIsNone(self.circuit.problem())
-        self.fail("good")
+        self.failing("good")
         self.assertIn("bad and good", str(self.circuit.problem()))
         self.circuit.answered("good")
         self.clock.advance(600)
-        self.fail(*["bad"] * FAILURES)
+        self.failing(*["bad"] * FAILURES)
         self.assertIsNotNone(self.circuit.problem(), "nothing else was asked")
 
     def test_seldom_asked_repositories_do_not_make_it_flap_if_one_of_them_is_broken(self) -> None:
         told = []
         for _ in range(20):
-            self.fail("bad")
+            self.failing("bad")
             self.clock.advance(60)
             told.append(self.circuit.problem() is None)
             self.circuit.answered("good")
@@ -245,7 +246,7 @@ class CircuitTests(SynchronousTestCase):
         self.assertEqual([False] + [True] * 19, told)
 
     def test_its_probe_is_one_of_its_own_questions(self) -> None:
-        self.fail(*["bad"] * FAILURES)
+        self.failing(*["bad"] * FAILURES)
         self.clock.advance(PAUSE)
         self.assertIsNone(self.circuit.enter("good"))
         self.assertIsNotNone(probed := self.circuit.enter("bad"))
@@ -258,32 +259,32 @@ class CircuitTests(SynchronousTestCase):
         self.assertEqual([], self.refused("bad"))
 
     def test_repositories_below_one_component_are_evidence_once_the_daemons_own_question_fails(self) -> None:
-        self.fail("one", "team/a", "team/b", "team/c")
+        self.failing("one", "team/a", "team/b", "team/c")
         self.assertEqual([], self.refused("team/a", "good"))
         self.assertTrue(self.circuit.suspects)
         self.circuit.vouched()
         self.assertFalse(self.circuit.suspects)
         self.assertIsNotNone(self.circuit.problem(), "no repository was answered")
-        self.fail("team/d", "team/e")
+        self.failing("team/d", "team/e")
         self.assertIsNone(self.circuit.doubted(PROBLEM))
-        self.fail("team/f")
+        self.failing("team/f")
         self.assertEqual(["team/a", "good"], self.refused("team/a", "good"))
 
     def test_several_repositories_that_fail_without_an_answer_mean_ecr(self) -> None:
-        self.fail("one", "two", "three")
+        self.failing("one", "two", "three")
         self.assertEqual(["one", "good"], self.refused("one", "good"))
         self.assertEqual("ECR keeps failing, and is left alone for a while: ECR answers 503", self.circuit.problem())
 
     def test_an_answer_between_says_that_ecr_is_well(self) -> None:
         for _ in range(20):
-            self.fail("one", "two")
+            self.failing("one", "two")
             self.circuit.answered("good")
         self.assertIs(CircuitState.CLOSED, self.circuit.state)
 
     def test_failures_to_reach_it_mean_ecr_whatever_the_repository(self) -> None:
-        self.fail(*["one"] * (FAILURES - 1), problem=UNREACHED)
+        self.failing(*["one"] * (FAILURES - 1), problem=UNREACHED)
         self.assertEqual([], self.refused("one"))
-        self.fail("one", problem=UNREACHED)
+        self.failing("one", problem=UNREACHED)
         self.assertEqual(["one", "good"], self.refused("one", "good"))
 
     def test_failures_of_lists_mean_ecr_only_if_it_was_not_reached(self) -> None:
@@ -292,14 +293,21 @@ class CircuitTests(SynchronousTestCase):
                 self.circuit.failed(name, problem, lists=True)
             self.assertEqual(opened, self.refused("one"))
 
+    def test_a_doubt_that_comes_true_when_ecr_is_left_alone_already_ends_with_that(self) -> None:
+        self.failing("one", "two", "three")
+        self.circuit.doubted(PROBLEM)
+        self.circuit.recovered()
+        self.clock.advance(ANSWER_SECONDS)
+        self.assertIsNone(self.circuit.problem())
+
     def test_recovery_gives_every_repository_another_chance(self) -> None:
-        self.fail(*["bad"] * FAILURES, "two", "three")
+        self.failing(*["bad"] * FAILURES, "two", "three")
         self.circuit.recovered()
         self.assertEqual([], self.refused("bad", "two"))
 
     def test_what_is_remembered_of_repositories_is_bounded(self) -> None:
         for number in range(KEPT + 10):
-            self.fail(f"bad{number}")
+            self.failing(f"bad{number}")
             self.circuit.answered("good")
         self.assertEqual(KEPT, len(self.circuit._parts))  # noqa: SLF001
 
@@ -554,7 +562,7 @@ class FailingRepositoryTests(FailingTestCase):
     Clients of the daemon while ECR fails for one repository, and is well.
     """
 
-    def fail(self) -> None:  # type: ignore[override]
+    def failing(self) -> None:
         """
         Let it fail until it is left alone.
         """
@@ -580,7 +588,7 @@ class FailingRepositoryTests(FailingTestCase):
         self.assertEqual({504}, {reply.code for reply in bad})
 
     def test_are_served_stale_content_at_once_and_refused_the_rest(self) -> None:
-        self.fail()
+        self.failing()
         self.assertWhole(self.get(self.path), self.image.manifest, "STALE")
         reply = self.get("/v2/team/app/manifests/other")
         self.assertRefused(reply, 503, "UNAVAILABLE", "team/app keeps failing, and is left alone")
@@ -591,7 +599,7 @@ class FailingRepositoryTests(FailingTestCase):
         """
         Of many who ask after the pause one asks ECR, once; when it is answered, all do.
         """
-        self.fail()
+        self.failing()
         for _ in range(2):
             self.pass_time(PAUSE)
             self.blobs(50, ["team/app"])
@@ -614,7 +622,7 @@ class FailingRepositoryTests(FailingTestCase):
         """
         A client whose question happens to be the probe gets stale content after five seconds of silence.
         """
-        self.fail()
+        self.failing()
         self.standin.heal()
         self.standin.hang("registry")
         self.pass_time(PAUSE)
@@ -640,7 +648,7 @@ class FailingRepositoryTests(FailingTestCase):
         """
         When the probe's asker leaves, the next to ask is the probe.
         """
-        self.fail()
+        self.failing()
         self.standin.heal()
         self.standin.hang("registry", times=1)
         self.pass_time(PAUSE)
@@ -654,7 +662,7 @@ class FailingRepositoryTests(FailingTestCase):
         """
         A probe that is throttled was answered.
         """
-        self.fail()
+        self.failing()
         self.standin.heal()
         self.standin.throttle("registry", times=1, retry_after="17")
         self.pass_time(PAUSE)
@@ -715,6 +723,21 @@ class FailingListsTests(FailingTestCase):
         self.standin.forget_asked()
         self.assertEqual([503], self.lists(["team/app"]))
         self.assertEqual(0, self.standin.count("registry"))
+
+    def test_are_told_that_pulls_fail_where_lists_are_answered(self) -> None:
+        """
+        A program that asks for lists each second would have hidden it for ever.
+        """
+        self.standin.heal()
+        for path in ("/manifests/", "/blobs/"):
+            self.standin.fail("registry", status=500, path_contains=path)
+        self.pass_time(ANSWER_SECONDS)
+        self.assertEqual([502], [reply.code for reply in self.blobs(1, ["team/app"])])
+        self.assertEqual([200], self.lists(["team/app"]))
+        self.assertIn("when it was asked last, for team/app", str(self.daemon.circuit.problem()))
+        self.standin.heal()
+        self.assertEqual([200], [reply.code for reply in self.blobs(1, ["team/app"])])
+        self.assertIsNone(self.daemon.circuit.problem())
 
     def test_have_the_daemon_find_out_whether_ecr_fails(self) -> None:
         """

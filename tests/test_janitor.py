@@ -595,6 +595,27 @@ class SmallDisk(SmallCache):
         self.assertTrue(self.reserve(15))
         self.assertEqual([True], self.has(one))
 
+    def test_room_that_is_promised_and_not_taken_yet_is_promised_to_nobody_else(self) -> None:
+        """
+        The disk calls it free; many pulls at once would have found the disk full, and the daemon not ready.
+        """
+        self.assertEqual([True, True, False], [self.reserve(40, each) for each in "abc"])
+        self.assertEqual(self.CAPACITY - self.CAPACITY // 100, self.janitor.limit)
+
+    def test_room_that_others_give_back_is_used_while_something_arrives(self) -> None:
+        self.others = 200 * 1024
+        self.clock.advance(PAUSE_SECONDS)
+        digest, size = Digest.of(b"1"), 40 * BLOCK
+        claim = self.store.claim(digest)
+        assert isinstance(claim, Claim)
+        asked = self.janitor.reserve(claim.reservation, size)
+        self.assertTrue(self.successResultOf(Deferred.fromCoroutine(asked)))
+        writer = self.store.writer(claim, digest, size)
+        self.addCleanup(writer.discard)
+        self.assertFalse(self.reserve(10))
+        self.others = 0
+        self.assertTrue(self.reserve(10))
+
     def test_a_disk_that_others_have_filled_up_is_told_until_it_is_over(self) -> None:
         """
         Though there is room for a small file, which was made by evicting.
@@ -608,6 +629,20 @@ class SmallDisk(SmallCache):
         self.now += QUIET_SECONDS
         self.assertEqual([], self.store.reasons())
         self.assertEqual(self.CAPACITY - self.CAPACITY // 100, self.janitor.limit)
+
+    def test_a_disk_that_others_fill_up_is_told_before_the_next_count(self) -> None:
+        self.start(self.store, self.CAPACITY // 2)
+        self.others = self.CAPACITY
+        self.assertIn("other files leave the cache", str(self.store.reasons()))
+
+    def test_small_files_that_are_written_meanwhile_do_not_end_it(self) -> None:
+        self.others = self.CAPACITY - self.CAPACITY // 100 - 100
+        with capturedLogs() as events:
+            for number in range(2):
+                self.assertIn("other files leave the cache", str(self.store.reasons()))
+                self.now += QUIET_SECONDS
+                put(self.store, b"%d" % number)
+        self.assertEqual(1, sum(event["log_namespace"] == "ecrproxy.cache.troubles" for event in events))
 
 
 class FewInodes(SmallCache):

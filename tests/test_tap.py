@@ -861,6 +861,7 @@ class ClockTests(TapCase):
         self.reactor = reactor
         self.assertRaises(SystemExit, self.run_with, PROXY_ECR_ENDPOINT="nothing")
         self.assertIs(time.monotonic, reactor.seconds)
+        self.assertEqual(1, reactor.getThreadPool().min, "names have a thread, whatever the machine gives")
 
 
 class WorkersTests(TapCase):

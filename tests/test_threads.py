@@ -4,6 +4,7 @@ Calls in threads that may never return.
 
 from __future__ import annotations
 
+import queue
 import threading
 from typing import Any
 
@@ -15,7 +16,7 @@ from twisted.python.threadpool import ThreadPool
 from twisted.trial.unittest import SynchronousTestCase
 
 import ecrproxy.threads
-from ecrproxy.threads import Bounded, Pools, Threads, undone_if_late
+from ecrproxy.threads import Bounded, Pools, Threads, content_with_few, undone_if_late
 
 SECONDS = 10.0
 
@@ -139,56 +140,66 @@ class UndoneTests(SynchronousTestCase):
         self.assertEqual([7], self.undone)
 
 
+class Reactor(Clock):
+    """
+    A reactor whose calls from threads are made there and then, before the pool has its thread back.
+    """
+
+    def callFromThread(self, call: Any, *args: Any) -> None:
+        call(*args)
+
+
 class NoMoreThreadsTests(SynchronousTestCase):
     """
-    The machine starts no thread for a while.
+    The machine starts no thread for a while, but the first one of a pool.
     """
 
     def setUp(self) -> None:
-        self.begun: list[tuple[Deferred[Any], Any]] = []
-        self.left = 0
-        self.patch(ecrproxy.threads, "deferToThreadPool", self.defer)
-        self.clock = Clock()
-        self.threads = Threads(ThreadPool(), 2, self.clock)
-        self.bounded = self.threads.bounded(SECONDS)
+        self.left, self.goes_on = 1, threading.Event()
+        self.pool = content_with_few(ThreadPool(0, 2))
+        self.patch(self.pool, "threadFactory", self.thread)
+        self.pool.start()
+        self.addCleanup(self.pool.stop)
+        self.addCleanup(self.goes_on.set)
+        self.threads = Threads(self.pool, 2, Reactor())
+        self.outcomes: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
-    def defer(self, _reactor: object, _pool: object, blocking: Any) -> Deferred[Any]:
-        """
-        Begin a call as Twisted's pool does, as long as threads are left.
-        """
+    def thread(self, **how: Any) -> threading.Thread:
+        made = threading.Thread(**how, daemon=True)
         if not self.left:
-            raise RuntimeError("can't start new thread")
-        self.left -= 1
-        self.begun.append((Deferred(), blocking))
-        return self.begun[-1][0]
+            self.patch(made, "start", self.start)
+        self.left = max(0, self.left - 1)
+        return made
 
-    def end(self) -> None:
+    @staticmethod
+    def start(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    def call(self, number: int) -> None:
         """
-        End the first call; its thread is there for another.
+        Make a call that lasts for as long as it must not go on.
         """
-        done, blocking = self.begun.pop(0)
-        self.left += 1
-        done.callback(blocking())
+        self.threads.call(lambda: (self.goes_on.wait(20), number)[1]).addBoth(self.outcomes.put)
+
+    def finish(self, count: int) -> list[Any]:
+        self.goes_on.set()
+        return [self.outcomes.get(timeout=20) for _ in range(count)]
 
     def test_those_that_there_are_do_the_work(self) -> None:
-        self.left = 1
-        calls = [self.bounded(int, str(number)) for number in range(4)]
-        for _ in calls:
-            self.end()
-        self.assertEqual([0, 1, 2, 3], [self.successResultOf(call) for call in calls])
-        self.assertEqual([], self.clock.getDelayedCalls())
+        """
+        All of it, in its order: none fails, and none is left for ever.
+        """
+        for number in range(6):
+            self.call(number)
+        self.assertEqual([0, 1, 2, 3, 4, 5], self.finish(6))
 
-    def test_where_there_are_none_a_disk_fails_and_does_not_hang(self) -> None:
-        """
-        For ever, as if each call had been left with a thread that does not return.
-        """
-        for _ in range(10):
-            self.assertTrue(self.failureResultOf(self.bounded(int, "1")).check(OSError))
-            self.clock.advance(SECONDS)
+    def test_there_are_more_once_the_machine_gives_some(self) -> None:
+        for number in range(3):
+            self.call(number)
         self.left = 1
-        call = self.bounded(int, "1")
-        self.end()
-        self.assertEqual(1, self.successResultOf(call))
+        self.call(3)
+        self.assertEqual(2, len(self.pool.threads))
+        self.assertEqual([0, 1, 2, 3], sorted(self.finish(4)))
 
 
 class PoolsTests(SynchronousTestCase):
@@ -229,6 +240,12 @@ class PoolsTests(SynchronousTestCase):
         self.assertEqual((8, 7), (len(waited), waited.count(0.0)))
         self.assertTrue(0 < waited[0] <= 0.2)
         self.assertTrue(all(each.daemon for one in made for each in one._pool.threads))  # noqa: SLF001
+
+    def test_the_end_does_without_threads(self) -> None:
+        self.busy(2)
+        self.patch(threading.Thread, "start", NoMoreThreadsTests.start)
+        self.pools.stopService()
+        self.assertEqual([], self.done)
 
     def test_what_is_at_work_is_waited_for(self) -> None:
         self.patch(ecrproxy.threads, "_STOP_SECONDS", 20.0)

@@ -45,7 +45,7 @@ OLDEST_USE: Final = Figure(
 )
 DISK_TROUBLE: Final = Figure(
     "disk_trouble",
-    "1 while the cache directory can't be read or written, no more files can be opened, or its disk hangs",
+    "1 while the cache directory can't be read or written, its disk is full or hangs, or files can't be opened",
     "kind",
     max,
 )

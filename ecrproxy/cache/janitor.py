@@ -148,7 +148,7 @@ class Janitor(Service):
 
         @raise OSError: if others have taken it.
         """
-        self._look_again()
+        self._fit()
         if self.limit < min(self._wanted, self._store.spare()):
             raise OSError(errno.ENOSPC, f"No space left on device: other files leave the cache {self.limit} bytes")
 
@@ -279,12 +279,17 @@ class Janitor(Service):
         """
         Lower the limit to what the disk can hold, or raise it again. Called in a thread.
 
-        @param pending: bytes that are reserved and not allocated: the disk calls them free.
+        Of what is reserved nobody knows how much is allocated, and the disk calls the rest free. So the disk holds
+        anything between two figures, and a limit between them is left as it is.
+
+        @param pending: bytes that are reserved, and known not to be allocated.
         """
-        holds = self._store.holds(self.held - pending)
-        if holds is None:
+        index = self._store.index
+        least = self._store.holds(self.held - index.totals.arriving)
+        if least is None:
             return
-        limit = max(0, min(self._wanted, holds))
+        most = least + index.totals.arriving - pending
+        limit = max(0, min(self._wanted, max(least, min(self.limit, most))))
         if limit < self._wanted == self.limit:
             log.warn(
                 "The cache is limited to {limit} bytes: the disk holds no more, PROXY_CACHE_LIMIT is {wanted};"

@@ -186,13 +186,18 @@ class Store:
 
         @raise OSError: if not.
         """
+        try:
+            self.see_room()
+        except OSError as problem:  # not as of a write: small ones that succeed would end it
+            self.troubles.failed(Kind.ROOM, problem)
+            raise
         probe = self.arriving.folder / f"probe.{secrets.token_hex(4)}"
         try:
             with self.troubles.noted(Kind.WRITE):
-                self.see_room()
                 self._anew(lambda: probe.write_bytes(_PROBE), len(_PROBE))
             with self.troubles.noted(Kind.READ):
                 probe.read_bytes()
+            self.troubles.succeeded(Kind.ROOM)
         finally:
             with contextlib.suppress(OSError):
                 probe.unlink()

@@ -34,6 +34,7 @@ class Kind(enum.Enum):
     WRITE = "the cache directory can't be written"
     READ = "the cache directory can't be read"
     OPEN = "no more files can be opened"
+    ROOM = "the cache directory has no room"
 
 
 def is_exhaustion(problem: OSError) -> bool:

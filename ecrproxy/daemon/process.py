@@ -16,6 +16,7 @@ from typing import Any, Final
 from twisted.internet.base import ReactorBase
 
 from ecrproxy.access.limits import SPARE
+from ecrproxy.threads import content_with_few
 
 OWN_FILES: Final = 64
 """Descriptors that are left for all but clients: listening sockets, AWS, ECR and its buckets, files that arrive."""
@@ -30,6 +31,7 @@ def set_up(reactor: Any) -> None:  # noqa: ANN401
     Do all of it that comes before anything runs.
     """
     count_steadily(reactor)
+    resolve_with_few_threads(reactor)
     open_many_files()
     give_memory_back()
     set_aside_what_was_imported()
@@ -45,6 +47,14 @@ def count_steadily(reactor: Any) -> None:  # noqa: ANN401
     """
     if isinstance(reactor, ReactorBase):
         reactor.seconds = time.monotonic  # (timers ask the instance, in each reactor)
+
+
+def resolve_with_few_threads(reactor: Any) -> None:  # noqa: ANN401
+    """
+    Have names wait for a thread where the machine gives no more: Twisted's resolver would never answer.
+    """
+    if isinstance(reactor, ReactorBase):
+        content_with_few(reactor.getThreadPool())
 
 
 def open_many_files() -> None:

@@ -9,6 +9,7 @@ Rules:
 - A repository's lists of tags and referrers have a switch of their own: ECR may fail for these calls alone, as where
   the upstream of a pull-through cache has to be asked for referrers. Their failures are no evidence about pulls,
   neither here nor for ECR as a whole, unless ECR was not reached; but the daemon asks its own question then.
+  An answer to them says as much of ECR as one to that question does.
 - When several repositories have failed and none was answered meanwhile, or ECR can't be reached at all, it is ECR that
   is left alone. Then the daemon itself asks, something that is about no repository, until there is an answer.
 - Repositories below one first component are no evidence against ECR, for a client can make up their names, and the
@@ -266,12 +267,15 @@ class Circuit:
         """
         Note that ECR answered a question about C{repository}.
         """
+        if (part := self._parts.pop(_named(repository, lists=lists), None)) is not None:
+            part.answered()
+        if lists:
+            self.vouched()
+            return
         self.answered_at = self._now()
         for name in self._failing & self._parts.keys():
             self._parts[name].alone = True
         self._forget_failures()
-        if (part := self._parts.pop(_named(repository, lists=lists), None)) is not None:
-            part.answered()
         self.whole.answered()
 
     def failed(self, repository: str, problem: TransientError, *, lists: bool = False) -> Switch | None:
@@ -311,16 +315,18 @@ class Circuit:
         """
         Note that the daemon's own question has failed while all questions go; return the switch that this opened.
         """
+        if self.state is not CircuitState.CLOSED:  # it was asked before that, and says nothing new
+            return None
         self._doubted, self._last = True, problem.message
-        return self._open(problem) if self.state is CircuitState.CLOSED and self._convinced() else None
+        return self._open(problem) if self._convinced() else None
 
     def vouched(self) -> None:
         """
-        Note that ECR answered the daemon's own question while all questions go.
+        Note that ECR answered the daemon's own question while all questions go, or gave a list.
 
-        What failed until now was the fault of its repositories. It remains one: no repository was answered.
+        What failed until now was the fault of its repositories. It remains one: no pull was answered.
         """
-        self._vouched_at = self._now()
+        self._vouched_at, self._unreached = self._now(), 0
         self._forget_evidence()
 
     def recovered(self) -> None:
