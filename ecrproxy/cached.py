@@ -566,7 +566,7 @@ class Cache:
         try:
             return await self._room.reserve(what, size)
         except OSError as problem:
-            log.debug("No room: {problem}", problem=str(problem))
+            log.warn("Not kept: room in the cache can't be promised: {problem}", problem=str(problem), once="no room")
             return False
         except Exception:  # noqa: BLE001 (whatever the janitor's trouble, a pull goes on without it)
             log.failure("Making room in the cache")

@@ -36,6 +36,7 @@ from ecrproxy.cache.sqlite import BusyError, FullError, Rows, on_disk
 from ecrproxy.cache.store import Candidate, Store
 from ecrproxy.cache.troubles import QUIET_SECONDS
 from ecrproxy.oci import Digest
+from tests.daemon import Hands
 from tests.store_contract import START, begin, failing, put, read, scratch
 
 T = TypeVar("T")
@@ -242,6 +243,29 @@ class JanitorTests(SmallCache):
         self.index.drop(arriving=[Reservation("arriving")])
         self.assertTrue(self.reserve(99, "third"))
         self.assertFalse(self.reserve(1, "fourth"))
+
+    def test_a_client_waits_for_room_for_two_seconds(self) -> None:
+        """
+        What is promised later is given back; what was evicted for it is room for the next one.
+        """
+        one = self.keep(90)
+        hands = Hands()
+        hands.idle = False
+        self.janitor._in_thread = hands  # noqa: SLF001
+        asked = Deferred.fromCoroutine(self.janitor.reserve(Reservation("arriving"), 20 * BLOCK))
+        self.clock.advance(1.9)
+        self.assertNoResult(asked)
+        self.clock.advance(0.1)
+        self.failureResultOf(asked, TimeoutError)
+        hands.work_off()
+        self.assertEqual(([False], 0), (self.has(one), self.index.totals.arriving))
+
+    def test_room_is_made_for_all_who_wait_for_it(self) -> None:
+        old = [self.keep(10) for _ in range(10)]
+        self.janitor._awaited["another"] = 30 * BLOCK  # noqa: SLF001 (as a thread has it that waits for its turn)
+        self.assertTrue(self.reserve(20))
+        self.assertEqual([False] * 5 + [True] * 5, self.has(*old))
+        del self.janitor._awaited["another"]  # noqa: SLF001
 
     def test_nothing_is_no_question(self) -> None:
         """
