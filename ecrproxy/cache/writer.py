@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ecrproxy.cache.content import DigestMismatchError
 from ecrproxy.cache.directory import Directory
+from ecrproxy.cache.flushing import write_back
 from ecrproxy.cache.locks import is_in_place
 from ecrproxy.cache.proofs import mark
 from ecrproxy.cache.record import WORTH_RESUMING, Record, State, Stretches, Why, room_for
@@ -52,6 +53,7 @@ class Writer:
         self._in_writing: list[tuple[int, int]] = []
         self._lock = threading.Lock()
         self._epoch, self._progress, self._stage = 1, 0, State.ARRIVING
+        self._flushed = 0
         self._guard = threading.Lock()
         self._users, self._let_go, self._closed, self._committed = 0, False, False, False
 
@@ -247,6 +249,22 @@ class Writer:
         """
         if self._state[0].hexdigest() != self.digest.hex:
             raise DigestMismatchError(f"what arrived is not {self.digest}")
+
+    def flush(self, piece: int) -> bool:
+        """
+        Write some of a file that is whole to the disk. To be called until nothing is left to write, before L{commit}.
+
+        @return: whether there is more.
+        @raise DigestMismatchError: if it is not what its digest names.
+        @raise OSError: if the disk fails.
+        """
+        self.verify()
+        with self._directory.troubles.noted(Kind.WRITE), self._using():
+            if not self._flushed:
+                self._enter(State.VERIFIED)  # readers need not wait for that
+            write_back(self._fd, self._flushed, piece)
+        self._flushed += piece
+        return self._flushed < self.size
 
     def commit(self) -> None:
         """

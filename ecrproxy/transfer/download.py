@@ -43,6 +43,7 @@ from twisted.python.failure import Failure
 
 from ecrproxy.access.limits import Patience
 from ecrproxy.cache.content import DigestMismatchError
+from ecrproxy.cache.flushing import PIECE
 from ecrproxy.cache.peer import PeerTransfer
 from ecrproxy.cache.record import POLL_SECONDS, WORTH_RESUMING, Look, Step, Why, next_step
 from ecrproxy.cache.writer import Writer
@@ -665,6 +666,8 @@ class Download:
         self._news()  # before the disk has it for good: readers need not wait for that
         if self._writer is not None:
             try:
+                while self._writer.size > PIECE and await self._disk.committing(self._writer.flush, PIECE):
+                    pass
                 await self._disk.committing(self._writer.commit)
             except OSError as problem:
                 log.info("Not kept: {digest}: {problem}", digest=self.digest, problem=str(problem))
