@@ -282,12 +282,15 @@ class Download:
         @param look_at: takes the next look: see L{looks}.
         """
         peer, idle = self._peer, 0.0
+        last = peer.record if peer is not None else None
         while peer is not None and (self._followers or not self._attended):
             try:
                 look = await look_at(peer)
             except OSError:
                 return Step.GO_ALONE
-            idle = 0.0 if look.moved else idle + POLL_SECONDS
+            idle += POLL_SECONDS
+            if last is None or (look.record is not None and look.record.is_progress_since(last)):
+                last, idle = look.record, 0.0
             step = next_step(look, idle)
             self.received = peer.reach(0)
             if step is not Step.WAIT:
