@@ -28,7 +28,6 @@ from ecrproxy.cache.index import locked
 from ecrproxy.cache.record import Reservation
 from ecrproxy.cache.sqlite import FullError, on_disk
 from ecrproxy.periodic import Periodic
-from ecrproxy.threads import undone_if_late
 
 if TYPE_CHECKING:
     from twisted.internet.interfaces import IReactorTime
@@ -119,19 +118,6 @@ class Janitor(Service):
         Return True if there is room for C{size} bytes without evicting anything.
         """
         return self.held + on_disk(size) <= self.limit
-
-    async def reserve(self, what: Reservation, size: int) -> bool:
-        """
-        Make room for C{size} bytes that will arrive, whose claim is held; false if it can't be had.
-        """
-        if on_disk(size) > self._wanted:
-            return False
-        index = self._store.index
-        return await undone_if_late(
-            self._in_thread,
-            lambda: self.make_room(what, size),
-            lambda made: index.drop(arriving=[what]) if made else None,
-        )
 
     async def can_hold(self, size: int) -> bool:
         """
