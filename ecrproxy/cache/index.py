@@ -726,7 +726,7 @@ class Index:
         @return: by how many bytes that would be too much: zero if they are promised.
         @raise OSError: if the index can't be written.
         """
-        if self._has_plenty(on_disk(size), limit):
+        if self.has_plenty(on_disk(size), limit):
             self.arrive(what, size)
             return 0
         opened = self.opened
@@ -758,7 +758,7 @@ class Index:
         with self._noting:
             return sum(each.promised for each in (*self._making, *self._late))
 
-    def _has_plenty(self, size: int, limit: int) -> bool:
+    def has_plenty(self, size: int, limit: int) -> bool:
         """
         Return True if there is so much free room that some of it can be promised before that is written.
         """

@@ -125,6 +125,13 @@ class Janitor(Service):
         """
         return self.held + on_disk(size) <= self.limit
 
+    def is_prompt(self, size: int) -> bool:
+        """
+        Return True if L{make_room} does not have to wait for the index.
+        """
+        index = self._store.index
+        return index.elsewhere is None or index.has_plenty(on_disk(size), self.limit)
+
     async def reserve(self, what: Reservation, size: int) -> bool:
         """
         Make room for C{size} bytes that will arrive, whose claim is held; false if it can't be had.

@@ -102,6 +102,12 @@ class Writer:
         """
         return sum(stop - start for start, stop in self.gaps)
 
+    def lacks_only(self, start: int, stop: int) -> bool:
+        """
+        Return True if the bytes from C{start} to C{stop} complete the blob, and all before them were hashed.
+        """
+        return start == self.hashed and stop == self.size and self.missing == stop - start
+
     @property
     def front(self) -> int:
         """
@@ -278,6 +284,24 @@ class Writer:
             self._enter(State.VERIFIED)  # before fsync: readers need not wait for that
             self._commit()
             self._enter(State.CONTENT, then=self._claim.end)
+
+    def finish(self, offset: int, rest: bytes, *, closes: bool) -> None:
+        """
+        Write what is missing, and L{commit}.
+
+        @param closes: whether nobody reads the file: it is closed then, and discarded if it does not become content.
+        @raise DigestMismatchError: if it is not what its digest names.
+        @raise OSError: if the disk fails. The file is not content then.
+        """
+        try:
+            self.write(offset, [rest])
+            self.commit()
+        except BaseException:
+            if closes:
+                self.discard()
+            raise
+        if closes:
+            self.close()
 
     def _enter(self, stage: State, why: Why = Why.NOTHING, then: Callable[[], None] = lambda: None) -> None:
         """
