@@ -502,7 +502,7 @@ class Download:
         if writer is None:  # another lane has met a disk that fails
             raise CancelledError
         end = offset + sum(map(len, batch))
-        if end - offset <= TAIL and writer.lacks_only(offset, end):
+        if end - offset <= TAIL and writer.size <= PIECE and writer.lacks_only(offset, end):
             await self._complete(writer, offset, b"".join(batch))
             return end
         try:
