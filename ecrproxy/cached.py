@@ -92,9 +92,23 @@ class Room(Protocol):
         Return True if C{size} bytes are within the limit, were all else evicted.
         """
 
+    def is_prompt(self, size: int) -> bool:
+        """
+        Return True if L{make_room} does not have to wait for the index.
+        """
+
     async def reserve(self, what: Reservation, size: int) -> bool:
         """
-        Make room for C{size} bytes that will arrive, if it can be had; it is released with that file.
+        Make room as L{make_room} does, and wait for it, but not for long.
+
+        @raise OSError: if that can't be told, or takes too long.
+        """
+
+    def make_room(self, what: Reservation, size: int) -> bool:
+        """
+        Make room for C{size} bytes that will arrive, if it can be had; it is released with that file. May block.
+
+        @raise OSError: if that can't be told.
         """
 
 
@@ -387,6 +401,10 @@ class Cache:
     def _hold_entry(self, key: EntryKey, entry: Entry) -> None:
         self._entries.put(key, entry, entry.weight)
 
+    def _hold_entries(self, entries: Facts) -> None:
+        for key, entry in entries:
+            self._hold_entry(key, entry)
+
     async def from_file(self, answer: Answer) -> Answer:
         """
         Answer with the file of a manifest of more than C{SMALL_BLOB} bytes, if it is cached.
@@ -493,48 +511,85 @@ class Cache:
         digest: Digest,
         size: int | None,
         begun: Callable[[], Awaitable[bool]] | None = None,
+        asked: Asked | None = None,
     ) -> Writer | Reason:
         """
         Begin the file of a transfer, or go on with what is left of one; or tell why the cache can't have it.
 
         @param claim: the transfer's from now on.
         @param begun: waits for the first bytes, if other content has to be evicted; returns whether they came.
+        @param asked: what ECR said just now that the repository holds: it is noted if there is a file.
         """
-        if size is None:
-            self.unclaim(claim)
-            return Reason.SIZE_UNKNOWN
         try:
-            resume = partial(self._claimed, claim, self.store.arriving.resume, digest, size)
-            writer = await undone_if_late(self._disk.writing, resume, _leave)
-        except OSError:
-            return Reason.DISK
-        if writer is not None:
-            return writer
-        try:
-            refused = await self._make_room(claim.reservation, room_for(size), begun)
+            refused = await self._refused(claim, size, begun)
+            reserved = refused is None and size is not None and not claim.resumes(size)
+            reserved = reserved and not self._room.is_prompt(room_for(size or 0))
+            if reserved and not await self._reserved(claim.reservation, room_for(size or 0)):
+                refused = Reason.NO_ROOM
         except BaseException:
             self.unclaim(claim)
             raise
-        if refused is not None:
+        if size is None or refused is not None:
             self.unclaim(claim)
-            return refused
+            return refused or Reason.SIZE_UNKNOWN
+        held = [] if asked is None else [(self._key(asked), self._entry_of(Descriptor(BLOB_TYPE, digest, size)))]
         try:
-            begin = partial(self._claimed, claim, self.store.writer, digest, size)
-            return await undone_if_late(self._disk.writing, begin, Writer.discard)
+            begin = partial(self._begin_or_resume, claim, digest, size, held, reserved=reserved)
+            writer = await undone_if_late(self._disk.writing, begin, _leave)
         except BaseException as problem:
             on_its_own(self._release(claim.reservation))
             if not isinstance(problem, OSError):  # those the store has told
                 raise
             return Reason.DISK
+        if isinstance(writer, Writer):
+            self._hold_entries(held)
+        return writer
 
-    def _claimed(self, claim: Claim, begin: Callable[[Claim, Digest, int], T], digest: Digest, size: int) -> T:
+    async def _refused(
+        self, claim: Claim, size: int | None, begun: Callable[[], Awaitable[bool]] | None
+    ) -> Reason | None:
         """
-        Begin something with a claim, which is let go if that fails. Called in a thread: it may return late.
+        Tell why the cache can't have a blob, as far as the event loop can know.
+        """
+        if size is None:
+            return Reason.SIZE_UNKNOWN
+        if claim.resumes(size):
+            return None
+        if not await self._room.can_hold(room_for(size)):
+            return Reason.TOO_LARGE
+        if begun is not None and not self._room.fits(room_for(size)) and not await begun():
+            return Reason.NO_ROOM
+        return None
+
+    def _begin_or_resume(
+        self, claim: Claim, digest: Digest, size: int, held: Facts, *, reserved: bool
+    ) -> Writer | Reason:
+        """
+        Do all that the disk has to do before the first byte. Called in a thread: it may return late.
         """
         try:
-            return begin(claim, digest, size)
+            left = self.store.arriving.resume(claim, digest, size)
+            writer = left or self._begin(claim, digest, size, reserved=reserved)
         except BaseException:
             self.store.arriving.let_go(claim)
+            raise
+        if held and isinstance(writer, Writer):
+            self.store.save(*held)
+        return writer
+
+    def _begin(self, claim: Claim, digest: Digest, size: int, *, reserved: bool = False) -> Writer | Reason:
+        """
+        Make room for a file, unless there is, and begin it. Called in a thread.
+
+        @raise OSError: if the disk fails. The claim is still held then.
+        """
+        if not reserved and not self._has_room(claim.reservation, room_for(size)):
+            self.store.arriving.let_go(claim)
+            return Reason.NO_ROOM
+        try:
+            return self.store.writer(claim, digest, size)
+        except BaseException:
+            self.store.index.drop(arriving=[claim.reservation])
             raise
 
     async def take_over(self, peer: PeerTransfer, digest: Digest) -> Writer | None:
@@ -546,15 +601,6 @@ class Cache:
         take_over = partial(self.store.arriving.take_over, peer, digest)
         return await undone_if_late(self._disk.writing, take_over, _leave)
 
-    async def _make_room(
-        self, what: Reservation, size: int, begun: Callable[[], Awaitable[bool]] | None
-    ) -> Reason | None:
-        if not await self._room.can_hold(size):
-            return Reason.TOO_LARGE
-        if begun is not None and not self._room.fits(size) and not await begun():
-            return Reason.NO_ROOM
-        return None if await self._has_room(what, size) else Reason.NO_ROOM
-
     async def _release(self, what: Reservation) -> None:
         """
         Give back room for a file that does not come.
@@ -562,15 +608,17 @@ class Cache:
         with contextlib.suppress(OSError):
             await self._disk.closing(self.store.index.drop, [], [what])
 
-    async def _has_room(self, what: Reservation, size: int) -> bool:
+    async def _reserved(self, what: Reservation, size: int) -> bool:
         try:
             return await self._room.reserve(what, size)
-        except OSError as problem:
-            log.debug("No room: {problem}", problem=str(problem))
-            return False
-        except Exception:  # noqa: BLE001 (whatever the janitor's trouble, a pull goes on without it)
-            log.failure("Making room in the cache")
-            return False
+        except Exception as problem:  # noqa: BLE001 (see _no_room)
+            return _no_room(problem)
+
+    def _has_room(self, what: Reservation, size: int) -> bool:
+        try:
+            return self._room.make_room(what, size)
+        except Exception as problem:  # noqa: BLE001 (see _no_room)
+            return _no_room(problem)
 
     def keep(self, route: Route, descriptor: Descriptor, document: Document) -> None:
         """
@@ -585,32 +633,50 @@ class Cache:
         self._storing += _weight(document)
         try:
             facts = await self._learned(route.repository, descriptor, document)
-            if await self._stored(descriptor, document.body) and self._may_learn(route.repository, descriptor):
-                await self._save(facts)
+            new = facts if self._may_learn(route.repository, descriptor) else ()
+            if await self._stored(descriptor, document.body, new):
+                self._hold_entries(new)
+            elif new:
+                self._learnt.drop((route.repository, descriptor))
         finally:
             self._storing -= _weight(document)
             self._forget_unwritten(facts)
 
-    async def _stored(self, descriptor: Descriptor, body: bytes) -> bool:
+    async def _stored(self, descriptor: Descriptor, body: bytes, facts: Facts) -> bool:
         """
-        Store a manifest, unless it is content by now or another process is about to store it.
+        Store a manifest and the facts that it gives.
 
         @return: whether it is stored, or will be.
         """
-        claim = await self.claim(descriptor.digest)
-        if isinstance(claim, PeerTransfer):
-            self.unclaim(claim)
-        if not isinstance(claim, Claim):
-            return claim is not Reason.DISK
-        writer = await self.writer(claim, descriptor.digest, descriptor.size)
-        return not isinstance(writer, Reason) and await self._written(writer, body)
-
-    async def _written(self, writer: Writer, body: bytes) -> bool:
-        try:
-            await self._disk.committing(_write, writer, body)
-        except OSError as problem:
-            log.info("Not kept: {digest}: {problem}", digest=writer.digest, problem=problem)
+        if not await self._room.can_hold(room_for(len(body))):
             return False
+        try:
+            return await self._disk.committing(self._store, descriptor.digest, body, facts)
+        except OSError as problem:
+            log.info("Not kept: {digest}: {problem}", digest=descriptor.digest, problem=problem)
+            return False
+
+    def _store(self, digest: Digest, body: bytes, facts: Facts) -> bool:
+        """
+        Store small content, unless it is there by now or another process is about to store it. Called in a thread.
+
+        @return: whether it is stored, or will be.
+        @raise OSError: if the disk fails.
+        """
+        claim = self.store.claim(digest)
+        if isinstance(claim, Claim):
+            try:
+                writer = self._begin(claim, digest, len(body))
+            except BaseException:
+                self.store.arriving.let_go(claim)
+                raise
+            if isinstance(writer, Reason):
+                return False
+            writer.finish(0, body, closes=True)
+        elif isinstance(claim, PeerTransfer):
+            claim.close()
+        if facts:
+            self.store.save(*facts)
         return True
 
     async def _remember(self, asked: Asked, descriptor: Descriptor) -> None:
@@ -757,8 +823,7 @@ class Cache:
         try:
             if entries:
                 await self._disk.writing(self.store.save, *entries)
-            for key, entry in entries:
-                self._hold_entry(key, entry)
+            self._hold_entries(entries)
         except OSError as problem:
             log.debug("Not noted on the disk: {problem}", problem=problem)
         finally:
@@ -799,19 +864,17 @@ def _listed(body: bytes, media_type: str) -> Sequence[tuple[Kind, Descriptor]]:
     return list(islice(known, FACTS))
 
 
-def _leave(writer: Writer | None) -> None:
-    if writer is not None:
+def _no_room(problem: Exception) -> bool:
+    """
+    Tell why there is no room: whatever the janitor's trouble, a pull goes on without it.
+    """
+    if isinstance(problem, OSError):
+        log.warn("Not kept: room in the cache can't be promised: {problem}", problem=str(problem), once="no room")
+    else:
+        log.failure("Making room in the cache")
+    return False
+
+
+def _leave(writer: Writer | Reason | None) -> None:
+    if isinstance(writer, Writer):
         writer.leave()
-
-
-def _write(writer: Writer, body: bytes) -> None:
-    """
-    Write small content in one go. Called in a thread.
-    """
-    try:
-        writer.write(0, [body])
-        writer.commit()
-    except BaseException:
-        writer.discard()
-        raise
-    writer.close()

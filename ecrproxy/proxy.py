@@ -176,10 +176,12 @@ class PullThrough:
             return Answer(CacheStatus.MISS, missing, BLOB_TYPE, digest, expected)
         self._carriers[digest] = route.repository
         unread = missing is Reason.DISK
-        body = await self._openings.join(digest, lambda: self._open(route, digest, expected, parts, unread=unread))
+        begin = partial(self._open, route, digest, expected, parts, unread=unread, asked=asked)
+        body = await self._openings.join(digest, begin)
         if body is None:
             return None
-        self._cache.holds(asked, body.size)
+        if isinstance(body, Passing) or not body.kept or body.elsewhere:  # else it was noted with the file
+            self._cache.holds(asked, body.size)
         missing = self._cache.why_missing(asked, missing)
         if isinstance(body, Passing) or not body.kept:
             return Answer(CacheStatus.BYPASS, body.unkept, BLOB_TYPE, digest, body.size, body)
@@ -223,6 +225,7 @@ class PullThrough:
         *,
         ahead: bool = False,
         unread: bool = False,
+        asked: Asked | None = None,
     ) -> Download | Passing | None:
         """
         Open the shared transfer of C{digest}; none if it turns out to be in the cache.
@@ -232,13 +235,9 @@ class PullThrough:
         @param ahead: whether nobody has asked yet: then what another process brings is left to it, and what could
             not be kept to who asks.
         @param unread: whether the disk could not give it: if it is there, it is passed on, and not kept.
+        @param asked: whose request it is, if it is one's.
         """
         try:
-            content = await self._cache.opened(digest) if not unread else None
-            if content is not None:
-                content.close()
-                del self._carriers[digest]
-                return None
             claimed = await self._claimed(digest, waits=not ahead)
             if claimed is Met.CONTENT and unread:
                 claimed = Reason.DISK
@@ -248,7 +247,7 @@ class PullThrough:
             elif isinstance(claimed, PeerTransfer):
                 body = await self._beside(claimed, route, digest, expected, parts)
             else:
-                body = await self._transfer(claimed, route, digest, expected, parts)
+                body = await self._transfer(claimed, route, digest, expected, parts, asked)
         except BaseException:
             self._carriers.pop(digest, None)
             raise
@@ -378,7 +377,13 @@ class PullThrough:
         return Answer(CacheStatus.BYPASS, body.unkept, BLOB_TYPE, asked.digest, body.size, body)
 
     async def _transfer(
-        self, claim: Claim | Reason, route: Route, digest: Digest, expected: int | None, parts: Sequence[Span]
+        self,
+        claim: Claim | Reason,
+        route: Route,
+        digest: Digest,
+        expected: int | None,
+        parts: Sequence[Span],
+        asked: Asked | None = None,
     ) -> Download | Passing:
         """
         Begin the shared transfer of C{digest}: with what is wanted first, or from where an earlier one ended.
@@ -403,7 +408,7 @@ class PullThrough:
         try:
             file: Writer | Reason
             if isinstance(claim, Claim):
-                file = await self._cache.writer(claim, digest, blob.size, blob.first.begin)
+                file = await self._cache.writer(claim, digest, blob.size, blob.first.begin, asked)
             else:
                 file = claim
         except BaseException:

@@ -35,6 +35,7 @@ from ecrproxy.admin.status import Asking, Process
 from ecrproxy.cache.condition import Condition
 from ecrproxy.cache.janitor import Janitor
 from ecrproxy.cache.purges import Purges
+from ecrproxy.cache.scribe import Scribe
 from ecrproxy.cache.scrub import Scrub
 from ecrproxy.cache.store import Store
 from ecrproxy.cache.troubles import Kind
@@ -73,6 +74,8 @@ READING: Final = 8, 5.0
 WRITING: Final = 8, 8.0
 COMMITTING: Final = 4, 60.0
 HASHING: Final = VERIFICATIONS, 30.0
+KEEPING: Final = 4, 8.0
+SETTLING: Final = 1, 8.0
 """Threads for the disk, by the kind of work; and for how many seconds a call is waited for: the disk may hang.
 
 A pull that meets a disk which hangs reads, and then writes: its client waits 30 s at the most."""
@@ -114,13 +117,14 @@ def wire(
     disk, threads = _disk(service.pools), service.pools.threads
     store = Store(Path(config.cache_dir), time.time)
     scrubbing, judging, probing = threads(1), threads(1), threads(1)
-    janitor = Janitor(store, config.cache_limit, disk.writing, reactor)
+    keeping, settling = threads(KEEPING[0]).bounded(KEEPING[1]), threads(SETTLING[0]).bounded(SETTLING[1])
+    janitor = Janitor(store, config.cache_limit, keeping, reactor)
     tokens = _tokens(config, reactor, partial(_ends, refused, warm=begin(store, processes)))
     figures, stall = Figures(__version__), LoopStall(reactor)
     upstream, asking = _upstream(config, tokens, figures, egress, reactor)
     cache = Cache(store, janitor, disk, time.time, RegistryId.of_url(config.ecr_endpoint))
     scrub = Scrub(store, janitor.fit, scrubbing.call, reactor)
-    purges = Purges(store.index, cache.forget_purged, disk.writing, reactor)
+    purges = Purges(store.index, cache.forget_purged, settling, reactor)
     pull_through = _pull_through(config, upstream, cache, disk, reactor, processes)
     connections, condition = Connections(), Condition(store, probing.call, reactor)
     readiness = partial(_readiness, tokens, asking.circuit, condition, connections)
@@ -140,7 +144,7 @@ def wire(
     )
     figures.watch(*of_cache(store, janitor), *of_token(tokens), *of_transfers(pull_through), *of_loop(stall))
     figures.watch(*of_clients(crowd, crowd.limits.connections or None), *of_disk(condition))
-    service.add(purges, janitor, scrub, tokens, stall)
+    service.add(Scribe(store.index, threads(1, yielding=False).post), purges, janitor, scrub, tokens, stall)
     process = Process(store, janitor, asking, pull_through, readiness, disk.reading)
     return Serving(site, connections, admission, figures, process, cache, purges, judging)
 

@@ -200,6 +200,14 @@ class Threads:
         """
         return deferToThreadPool(self._reactor, self._pool, blocking, *args)
 
+    def post(self, blocking: Callable[[], None]) -> None:
+        """
+        Call C{blocking()}, which does not fail, in one of them. May itself be called in any thread.
+
+        @raise RuntimeError: if no thread can be started.
+        """
+        self._pool.callInThreadWithCallback(lambda _, __: None, blocking)
+
     def bounded(self, seconds: float) -> InThread:
         """
         Give these threads to calls that may take C{seconds} each. There must be no others.

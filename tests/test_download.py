@@ -28,12 +28,12 @@ from ecrproxy.cache.store import Store
 from ecrproxy.cache.writer import Writer
 from ecrproxy.oci import Digest
 from ecrproxy.threads import Disk
-from ecrproxy.transfer.download import STUCK_SECONDS, WINDOW, Download
+from ecrproxy.transfer.download import STUCK_SECONDS, TAIL, WINDOW, Download
 from ecrproxy.transfer.follower import Follower
 from ecrproxy.transfer.inflow import HIGH_WATER, LARGEST_PART, SMALLEST_PART, Buffered, Inflow
 from ecrproxy.transfer.lane import TRIES, ShortBodyError
 from tests.daemon import Hands, noise
-from tests.store_contract import begin
+from tests.store_contract import begin, failing
 
 T = TypeVar("T")
 PWRITE = os.pwrite
@@ -321,18 +321,18 @@ class KeptTests(DownloadTestCase):
 
     def test_other_bytes_fail(self) -> None:
         """
-        Bytes that are not the digest's fail, are no content, and their reader is told, short of a byte.
+        Bytes that are not the digest's fail, are no content, and their reader is told, short of a byte at least.
         """
-        data = noise("x", 1000)
-        download = self.begin(data)
-        reader = Reader(download.follow(0, 1000))
-        self.tap.arrived(bytes(1000))
-        self.tap.ended(None)
-        self.assertEqual(999, len(reader.got))
-        self.assertIs(download.failure, reader.follower.failure)
-        reader.follower.close()
-        self.assertFailed(download, DigestMismatchError)
-        self.assertEqual([], self.open_files())
+        for size, got in ((1000, 0), (TAIL, 0), (TAIL + 1, TAIL)):
+            download = self.begin(noise("x", size))
+            reader = Reader(download.follow(0, size))
+            self.tap.arrived(bytes(size))
+            self.tap.ended(None)
+            self.assertEqual(got, len(reader.got))
+            self.assertIs(download.failure, reader.follower.failure)
+            reader.follower.close()
+            self.assertFailed(download, DigestMismatchError)
+            self.assertEqual([], self.open_files())
 
     def test_fewer_bytes_fail(self) -> None:
         """
@@ -483,9 +483,9 @@ class KeptTests(DownloadTestCase):
         """
         The answer is complete once the digest is proved, before the disk has the file for good.
         """
-        data = noise("x", 1000)
+        data = noise("x", TAIL + 1)
         download = self.begin(data)
-        reader = Reader(download.follow(0, 1000))
+        reader = Reader(download.follow(0, TAIL + 1))
         self.hands.idle = False
         self.tap.arrived(data)
         self.tap.ended(None)
@@ -844,6 +844,69 @@ class LanesTests(DownloadTestCase):
         self.assertEqual([], self.open_files())
 
 
+class LastBytesTests(DownloadTestCase):
+    """
+    What completes a file is sent from memory, and written and committed in one call.
+    """
+
+    def test_a_small_blob_costs_one_call(self) -> None:
+        data = noise("x", 1000)
+        download = self.begin(data)
+        self.hands.idle = False
+        self.tap.arrived(data)
+        self.tap.ended(None)
+        self.assertFalse(self.tap.aborted)  # the connection can be used again
+        readers = [Reader(download.follow(0, 1000)), Reader(download.follow(500, 700))]
+        self.assertEqual([data, data[500:700]], [bytes(each.got) for each in readers])
+        self.assertTrue(all(each.follower.done for each in readers))
+        self.hands.work()
+        for each in readers:
+            each.follower.close()
+        self.assertEqual([0, []], [len(self.hands.waiting), self.open_files()])
+        content = self.store.open(download.digest)
+        assert content is not None
+        content.close()
+
+    def test_readers_of_what_was_written_before_go_on(self) -> None:
+        buffered, data = Buffered(), noise("x", 1000)
+        download = self.begin(data, buffered=buffered)
+        slow = Reader(download.follow(0, 1000), eager=False)
+        self.tap.arrived(data[:400])
+        self.hands.idle = False
+        self.tap.arrived(data[400:])
+        self.tap.ended(None)
+        slow.read(300)
+        late = Reader(download.follow(350, 1000))
+        self.assertEqual(data[350:], bytes(late.got))
+        self.hands.idle = True
+        self.hands.work_off()
+        self.assertEqual(0, buffered.size)
+        slow.read()
+        self.assertEqual(data, bytes(slow.got))
+        for each in (slow, late):
+            each.follower.close()
+        self.assertEqual([], self.open_files())
+
+    def test_a_disk_that_fails_then_keeps_no_reader_from_them(self) -> None:
+        for before in (0, 400):
+            buffered, data = Buffered(), noise("x", 1000)
+            download = self.begin(data, buffered=buffered)
+            if before:
+                self.tap.arrived(data[:before])
+            readers = [Reader(download.follow(start, 1000), eager=False) for start in (0, 700)] if before else []
+            self.patch(os, "fsync", failing(errno.EIO))
+            self.tap.arrived(data[before:])
+            self.tap.ended(None)
+            for each in readers:
+                each.read()
+            self.assertEqual([data, data[700:]][: len(readers)], [bytes(each.got) for each in readers])
+            for each in readers:
+                each.follower.close()
+            self.assertIsNone(self.store.open(download.digest))
+            self.assertEqual([0, [], False], [buffered.size, self.open_files(), download.kept])
+            self.assertEqual([], [path for path in self.root.rglob("*") if path.is_file()])
+
+
 class SpillTests(DownloadTestCase):
     """
     A disk that fails in the middle.
@@ -867,17 +930,18 @@ class SpillTests(DownloadTestCase):
         """
         Wherever the disk fails, between batches, within one, or at the first byte, every reader gets all.
         """
-        data = noise("x", 1000)
-        for taken in (0, 99, 100, 150, 600, 999):
+        size = TAIL + 1000
+        data = noise("x", size)
+        for taken in (0, 99, 100, 150, 600, size - 1):
             self.breaking(taken)
             download = self.begin(data)
-            quick, slow = Reader(download.follow(0, 1000)), Reader(download.follow(0, 1000), eager=False)
+            quick, slow = Reader(download.follow(0, size)), Reader(download.follow(0, size), eager=False)
             part = Reader(download.follow(500, 700), eager=False)
             self.hands.idle = False
             feed(self.tap, data)  # all but the first arrive in one batch, as pieces
             self.hands.idle = True
             self.hands.work_off()
-            self.assertEqual((download.received, 1000), (self.tap.start, self.tap.stop))
+            self.assertEqual((download.received, size), (self.tap.start, self.tap.stop))
             feed(self.tap, data)
             self.tap.ended(None)
             slow.read()
@@ -894,15 +958,16 @@ class SpillTests(DownloadTestCase):
         """
         The hash goes on over what the file took and what it did not: other bytes fail.
         """
+        size = 400 + TAIL + 1
         self.breaking(500)
-        download = self.begin(noise("x", 1000))
-        reader = Reader(download.follow(0, 1000))
+        download = self.begin(noise("x", size))
+        reader = Reader(download.follow(0, size))
         self.tap.arrived(bytes(400))
-        self.tap.arrived(bytes(600))
-        self.assertEqual([(0, 1000), (400, 1000)], self.blob.spans)
-        self.tap.arrived(bytes(600))
+        self.tap.arrived(bytes(TAIL + 1))
+        self.assertEqual([(0, size), (400, size)], self.blob.spans)
+        self.tap.arrived(bytes(TAIL + 1))
         self.tap.ended(None)
-        self.assertEqual(999, len(reader.got))
+        self.assertEqual(size - 1, len(reader.got))
         reader.follower.close()
         self.assertFailed(download, DigestMismatchError)
 

@@ -384,6 +384,30 @@ class FailureTests(FollowingTestCase):
         self.assertEqual(before + 2 * SIZE - 5 * EACH, self.standin.bytes_sent)
         self.assertTrue(self.has(self.digest))
 
+    def test_a_writer_to_which_a_byte_comes_now_and_then_is_left_alone(self) -> None:
+        """
+        As a bucket is that sends less than 1 KiB within its time. Its own patience may be longer.
+        """
+        first, second = self.both()
+        for _ in range(round(STALLED_SECONDS) + 1):
+            self.standin.deliver(self.digest, 4)
+            self.go_on(1)
+        self.assertTrue([each for each in self.two.pull_through.transfers() if not each.elsewhere])
+        self.release()
+        self.assertWhole(second, DATA, "JOINED")
+        self.assertWhole(first, DATA, "MISS")
+
+    def test_a_writer_that_is_slow_is_followed(self) -> None:
+        first, second = self.both()
+        for _ in range(2 * round(STALLED_SECONDS)):
+            self.standin.deliver(self.digest, 1024)
+            self.go_on(1)
+        self.assertTrue(all(each.elsewhere for each in self.two.pull_through.transfers()))
+        self.release()
+        self.assertWhole(second, DATA, "JOINED")
+        self.assertWhole(first, DATA, "MISS")
+        self.assertEqual(SIZE, self.standin.bytes_sent)
+
     def test_a_claim_without_bytes_is_waited_for_and_then_passed_by(self) -> None:
         """
         A process asks ECR, and then is stopped.

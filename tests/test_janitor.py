@@ -35,7 +35,13 @@ from ecrproxy.cache.scrub import PAUSE_SECONDS as SCRUB_SECONDS
 from ecrproxy.cache.sqlite import BusyError, FullError, Rows, on_disk
 from ecrproxy.cache.store import Candidate, Store
 from ecrproxy.cache.troubles import QUIET_SECONDS
+from ecrproxy.cache.writer import Writer
+from ecrproxy.cached import Cache
+from ecrproxy.identity import RegistryId
 from ecrproxy.oci import Digest
+from ecrproxy.reasons import Reason
+from ecrproxy.threads import Disk
+from tests.daemon import Hands
 from tests.store_contract import START, begin, failing, put, read, scratch
 
 T = TypeVar("T")
@@ -144,8 +150,7 @@ class SmallCache(SynchronousTestCase):
         """
         Ask for room, and have the answer.
         """
-        asked = self.janitor.reserve(Reservation(name), blocks * BLOCK)
-        return self.successResultOf(Deferred.fromCoroutine(asked))
+        return self.janitor.make_room(Reservation(name), blocks * BLOCK)
 
     def keep(self, blocks: int) -> Digest:
         """
@@ -156,9 +161,7 @@ class SmallCache(SynchronousTestCase):
         digest = Digest.of(data)
         claim = self.store.claim(digest)
         assert isinstance(claim, Claim)
-        self.assertTrue(
-            self.successResultOf(Deferred.fromCoroutine(self.janitor.reserve(claim.reservation, len(data))))
-        )
+        self.assertTrue(self.janitor.make_room(claim.reservation, len(data)))
         writer = self.store.writer(claim, digest, len(data))
         writer.write(0, [data])
         writer.commit()
@@ -242,6 +245,29 @@ class JanitorTests(SmallCache):
         self.index.drop(arriving=[Reservation("arriving")])
         self.assertTrue(self.reserve(99, "third"))
         self.assertFalse(self.reserve(1, "fourth"))
+
+    def test_a_client_waits_for_room_for_two_seconds(self) -> None:
+        """
+        What is promised later is given back; what was evicted for it is room for the next one.
+        """
+        one = self.keep(90)
+        hands = Hands()
+        hands.idle = False
+        self.janitor._in_thread = hands  # noqa: SLF001
+        asked = Deferred.fromCoroutine(self.janitor.reserve(Reservation("arriving"), 20 * BLOCK))
+        self.clock.advance(1.9)
+        self.assertNoResult(asked)
+        self.clock.advance(0.1)
+        self.failureResultOf(asked, TimeoutError)
+        hands.work_off()
+        self.assertEqual(([False], 0), (self.has(one), self.index.totals.arriving))
+
+    def test_room_is_made_for_all_who_wait_for_it(self) -> None:
+        old = [self.keep(10) for _ in range(10)]
+        self.janitor._awaited["another"] = 30 * BLOCK  # noqa: SLF001 (as a thread has it that waits for its turn)
+        self.assertTrue(self.reserve(20))
+        self.assertEqual([False] * 5 + [True] * 5, self.has(*old))
+        del self.janitor._awaited["another"]  # noqa: SLF001
 
     def test_nothing_is_no_question(self) -> None:
         """
@@ -356,7 +382,8 @@ class JanitorTests(SmallCache):
         Nobody knows then whether there is any.
         """
         self.index._rows.close()  # noqa: SLF001
-        self.failureResultOf(Deferred.fromCoroutine(self.janitor.reserve(Reservation("name"), 1)), BusyError)
+        with self.assertRaises(BusyError):
+            self.janitor.make_room(Reservation("name"), 1)
 
     def test_nothing_is_done_after_the_end(self) -> None:
         """
@@ -375,7 +402,8 @@ class WaitingTests(SmallCache):
         super().setUp()
         self.keep(80)
         self.threads: list[tuple[Callable[[], Any], Deferred[Any]]] = []
-        self.janitor = Janitor(self.store, self.limit, self.later, self.clock)
+        registry = RegistryId.of_url("https://registry.example")
+        self.cache = Cache(self.store, self.janitor, Disk.of(self.later), lambda: self.now, registry)
 
     def later(self, blocking: Callable[..., T], *args: Any) -> Deferred[T]:
         """
@@ -393,32 +421,51 @@ class WaitingTests(SmallCache):
             blocking, deferred = self.threads.pop(0)
             execute(blocking).chainDeferred(deferred)
 
-    def ask(self, blocks: int) -> Deferred[bool]:
+    def ask(self, blocks: int) -> Deferred[Writer | Reason]:
         """
-        Ask for room.
+        Ask for a file that arrives.
         """
-        return Deferred.fromCoroutine(self.janitor.reserve(Reservation("arriving"), blocks * BLOCK))
+        digest = Digest.of(b"arriving")
+        claim = self.store.claim(digest)
+        assert isinstance(claim, Claim)
+        return Deferred.fromCoroutine(self.cache.writer(claim, digest, blocks * BLOCK))
+
+    def assert_nothing_arrives(self) -> None:
+        """
+        See that neither room nor files are left.
+        """
+        self.assertEqual(0, self.index.totals.arriving)
+        self.assertEqual([], list(self.store.arriving.folder.iterdir()))
 
     def test_what_can_never_fit_waits_for_nothing(self) -> None:
         """
         A blob larger than the limit streams through at once.
         """
-        self.assertFalse(self.successResultOf(self.ask(101)))
+        self.assertIs(Reason.TOO_LARGE, self.successResultOf(self.ask(101)))
 
     def test_who_leaves_while_room_is_made_takes_none(self) -> None:
         gone = self.ask(90)
         gone.cancel()
         self.failureResultOf(gone, CancelledError)
         self.work()
-        self.assertEqual(0, self.index.totals.arriving)
+        self.assert_nothing_arrives()
 
     def test_a_disk_that_hangs_while_room_is_made_takes_none(self) -> None:
         asked = self.ask(90)
         (make, hung), self.threads = self.threads[0], []
         hung.errback(TimeoutError())
-        self.failureResultOf(asked, TimeoutError)
+        self.assertIs(Reason.DISK, self.successResultOf(asked))
+        self.work()
         make()
-        self.assertEqual(0, self.index.totals.arriving)
+        self.assert_nothing_arrives()
+
+    def test_a_file_that_can_not_be_begun_takes_none(self) -> None:
+        asked = self.ask(90)
+        self.patch(allocation, "fallocate", failing(errno.EIO))
+        self.work()
+        self.assertIs(Reason.DISK, self.successResultOf(asked))
+        self.work()
+        self.assert_nothing_arrives()
 
 
 class SmallDisk(SmallCache):

@@ -98,6 +98,21 @@ class RecordTests(SynchronousTestCase):
         self.assertEqual([(5, 7), (9, SIZE - 1)], GOOD.resumable.gaps(SIZE))
 
 
+class ProgressTests(SynchronousTestCase):
+    def test_a_byte_now_and_then_is_none(self) -> None:
+        before = replace(GOOD, size=2**30, there=((0, 2**20),), hashed=2**20)
+        for more, progress in (
+            ({"when": before.when + 1, "progress": before.progress + 1}, False),
+            ({"there": ((0, 2**20 + 1023),)}, False),
+            ({"there": ((0, 2**20 + 1024),)}, True),
+            ({"there": ((0, 2**20), (2**21, 2**21 + 2**10))}, True),
+            ({"hashed": 0}, True),
+            ({"epoch": before.epoch + 1}, True),
+            ({"state": State.VERIFIED}, before.state is not State.VERIFIED),
+        ):
+            self.assertIs(progress, replace(before, **more).is_progress_since(before), more)
+
+
 class NextStepTests(SynchronousTestCase):
     """
     What a process does that follows another one's transfer.

@@ -4,13 +4,16 @@ A disk that is slow or hangs delays what needs it, and nothing else.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from typing import Any
 
 from twisted.internet.defer import Deferred
 
 from ecrproxy import cached
+from ecrproxy.cache import writer
 from ecrproxy.threads import Bounded, Disk
+from ecrproxy.transfer import download
 from tests.daemon import DaemonTestCase, Hands, Reply, at_once, noise
 
 SECONDS = 10.0
@@ -93,6 +96,34 @@ class SlowTests(DiskTestCase):
         self.assertWhole(self.get(self.unknown), self.data, "MISS")
         hands.work_off()
         self.assertWhole(self.get(self.unknown), self.data, "HIT")
+
+    def test_a_large_file_is_flushed_a_piece_at_a_time(self) -> None:
+        """
+        However long all of it takes: no call has more to do than is done in its time.
+        """
+        hands = Hands()
+        self.patch(download, "PIECE", 2**20)
+        self.begin(committing=self.bounded(hands))
+        self.assertWhole(self.get(self.unknown), self.data, "MISS")
+        for _ in range(3):
+            self.assertFalse(self.has(self.unknown.rpartition("/")[2]))
+            self.pass_time(SECONDS - 1)
+            hands.work()
+            self.flush()
+        self.assertEqual(1, len(hands.waiting))
+        hands.work()
+        self.assertWhole(self.get(self.unknown), self.data, "HIT")
+
+    def test_a_large_file_that_can_not_be_flushed_is_not_kept(self) -> None:
+        def fail(fd: int, start: int, size: int) -> None:
+            raise OSError(errno.EIO, f"{size} bytes of {fd} from {start} on")
+
+        self.patch(download, "PIECE", 2**20)
+        self.patch(writer, "write_back", fail)
+        self.begin()
+        self.assertWhole(self.get(self.unknown), self.data, "MISS")
+        self.assertFalse(self.has(self.unknown.rpartition("/")[2]))
+        self.assertEqual(0, self.promised())
 
     def test_a_hit_does_not_wait_for_what_is_written(self) -> None:
         hands = Hands()

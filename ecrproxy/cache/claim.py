@@ -60,6 +60,12 @@ class Claim:
             if not replaced:
                 return None
 
+    def resumes(self, size: int) -> bool:
+        """
+        Return True if an earlier holder left data of a blob of this size to resume.
+        """
+        return self.record is not None and self.record.size == size
+
     def read(self) -> Record | None:
         """
         Read the record.

@@ -11,7 +11,10 @@ Rules:
 - Whatever is wrong with the index, the daemon goes on: with a new one if it is damaged, with rows in memory while no
   file can be opened. Changes that fail because another process writes, or the disk is full, are tried again.
 - Each process puts what it was promised for its transfers into an index that it opens in another's place.
-- Uses are gathered, and written once a second. All other changes are written at once, in the order they came.
+- Uses are gathered, and written once a second. All other changes are written at once, in the order they came: those
+  that wait for each other in one transaction.
+- In a daemon one thread writes (see L{Scribe}), and nobody waits for it but who needs room that there may not be, and
+  not for long. What was forgotten is not told, whether that is written or not.
 - C{index.lock} is held while an index is opened or replaced.
 """
 
@@ -27,9 +30,10 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final, TypeVar, cast
 
 from twisted.logger import Logger
 
@@ -49,6 +53,7 @@ from ecrproxy.cache.sqlite import (
     Totals,
     UnfitError,
     UnusableError,
+    on_disk,
 )
 from ecrproxy.oci import Digest
 
@@ -67,7 +72,18 @@ AGAIN_SECONDS: Final = 5.0
 """How often a database that can't be opened is tried again."""
 _NAME: Final = re.compile(rf"{POINTER}-[0-9a-f]{{8}}\.sqlite3")
 OCCUPIED_SECONDS: Final = 5.0
-"""For how long nobody but C{settle} waits for another process that was waited for in vain: longer than that waits."""
+"""For how long nobody but C{settle} waits for what was waited for in vain: another process, or the disk."""
+WAIT_SECONDS: Final = 2.0
+"""How long somebody waits for what another thread writes."""
+TOGETHER: Final = 1000
+"""The most changes that are made in one transaction."""
+PLENTY: Final = 64
+"""
+What part of the free room is promised before that is written. Other processes do the same, and their promises
+are seen a second late: so many of them together stay within the limit.
+"""
+_LATE_SECONDS: Final = 0.25
+"""From how long on what waited to be written may have been purged meanwhile by another process."""
 _POINTER_BYTES: Final = 100
 """More than its name and a line's end."""
 _SUFFIXES: Final = "", "-wal", "-shm"
@@ -90,6 +106,32 @@ class News:
         return self.everything or bool(self.purged)
 
 
+@dataclass(eq=False, slots=True)
+class _Change:
+    """
+    A change that waits to be made.
+
+    @ivar promised: bytes of disk that it promises.
+    @ivar since: when it began to wait.
+    @ivar over: told when it was made, or could not be; none if it is to be tried until it can.
+    @ivar outcome: what came of it.
+    """
+
+    make: Callable[[Rows], object]
+    promised: int = 0
+    since: float = 0.0
+    over: threading.Event | None = None
+    outcome: object = None
+
+    def end(self, outcome: object) -> None:
+        """
+        Tell who waits what came of it.
+        """
+        self.outcome = outcome
+        if self.over is not None:
+            self.over.set()
+
+
 class Index:
     """
     The index of one cache directory, shared by threads.
@@ -106,9 +148,11 @@ class Index:
     @ivar busy: how many changes had to wait because another process wrote.
     @ivar opened: how many databases it has been: a scrub begins anew with each.
     @ivar evict: takes a number of bytes out of the directory when the disk is full; false if it can't.
+    @ivar elsewhere: has another thread call C{catch_up}; none if whoever has something changed does it himself.
     """
 
     evict: Callable[[int], bool] = staticmethod(lambda _: False)
+    elsewhere: Callable[[], object] | None = None
 
     def __init__(
         self,
@@ -126,7 +170,10 @@ class Index:
         self._gone: set[Digest] = set()
         self._promised: dict[str, tuple[Reservation, int]] = {}
         self._added: dict[Digest, File] = {}
-        self._late: deque[Callable[[Rows], object]] = deque(maxlen=LATE)
+        self._late: deque[_Change] = deque(maxlen=LATE)
+        self._making: Sequence[_Change] = ()
+        self._singly, self._was_late = 0, False
+        self._forgotten: dict[EntryKey, set[frozenset[str]]] = {}
         self._rows, self._files, self._seen = Rows(), tuple[Path, ...](), tuple[object, ...]()
         self._heights = [0, 0]
         self._generation = 0
@@ -212,7 +259,7 @@ class Index:
         try:
             self._put_back(self._rows)
         except OSError:
-            self._late.append(self._put_back)
+            self._wait_in_line(_Change(self._put_back))
         self._note_files()
 
     def _put_back(self, rows: Rows) -> None:
@@ -362,16 +409,53 @@ class Index:
             self._replace(rows, problem)
             raise
 
-    def _change(self, change: Callable[[Rows], object]) -> None:
+    def _change(self, change: Callable[[Rows], object], promised: int = 0) -> None:
         """
         Have something changed, now or when that can be.
         """
-        if self._is_occupied():
+        self._wait_in_line(_Change(change, promised))
+        self._go_on()
+
+    def _change_now(self, change: Callable[[Rows], T]) -> T:
+        """
+        Have something changed now, after all that waits.
+
+        @raise OSError: if that can't be done, or takes too long. It is not made then, or may have been.
+        """
+        waiting = _Change(change, over=(over := threading.Event()))
+        self._refuse_if_occupied()
+        self._wait_in_line(waiting)
+        self._go_on()
+        if not over.wait(0 if self.elsewhere is None else WAIT_SECONDS):
+            with self._noting, contextlib.suppress(ValueError):
+                self._late.remove(waiting)
+            if self.elsewhere is not None and not self._is_occupied():
+                self._is_busy()
+            raise BusyError("the index takes too long to be written")
+        if isinstance(waiting.outcome, OSError):
+            raise waiting.outcome
+        return cast("T", waiting.outcome)
+
+    def wait(self) -> None:
+        """
+        Wait until all that was to be changed is.
+
+        @raise OSError: if it isn't in time.
+        """
+        if self._waits:
+            self._change_now(lambda _: None)
+
+    @property
+    def _waits(self) -> bool:
+        return bool(self._late or self._making)
+
+    def _wait_in_line(self, change: _Change) -> None:
+        change.since = time.monotonic()
+        with self._noting:
             self._late.append(change)
-            return
-        with self._changing:
-            self._late.append(change)
-            self._catch_up()
+
+    def _go_on(self) -> None:
+        (self.elsewhere or self.catch_up)()
 
     def _is_occupied(self) -> bool:
         """
@@ -387,9 +471,9 @@ class Index:
         self.busy += 1
         self._occupied = time.monotonic() + OCCUPIED_SECONDS
 
-    def _catch_up(self, *, waiting: bool = False) -> None:
+    def catch_up(self, *, waiting: bool = False) -> None:
         """
-        Make the changes that are late.
+        Make the changes that wait.
 
         @param waiting: whether to wait for another process where others have waited in vain.
         """
@@ -399,21 +483,57 @@ class Index:
             if not waiting and self._is_occupied():  # seen by whoever had the lock
                 return
             self._full = False
-            while self._late:
+            while some := self._take():
                 try:
-                    self._ask(self._late[0])
-                except BusyError:
-                    self._is_busy()
-                    return
+                    outcomes = self._ask(partial(_make, some))
                 except OSError as problem:
-                    self._full = isinstance(problem, FullError)
-                    log.warn("The cache's index can't be written: {problem}", problem=str(problem), once="index")
+                    self._put_off(some, problem)
                     return
                 except Exception:  # which no later try would mend: those behind it are not to wait for ever
-                    self._late.popleft()
-                    raise
-                self._late.popleft()
-                self._occupied = float("-inf")
+                    if len(some) == 1:
+                        self._end(some, [BusyError("it can't be changed")])
+                        raise
+                    self._singly = len(some)
+                    self._put_back_in_line(some)
+                else:
+                    self._end(some, outcomes)
+                    self._occupied = float("-inf")
+
+    def _take(self) -> Sequence[_Change]:
+        """
+        Take what is made together from those that wait.
+        """
+        with self._noting:
+            count = min(len(self._late), 1 if self._singly else TOGETHER)
+            self._making = [self._late.popleft() for _ in range(count)]
+            self._singly = max(0, self._singly - 1)
+            if not self._making:
+                self._forgotten.clear()
+            return self._making
+
+    def _end(self, some: Sequence[_Change], outcomes: Sequence[object]) -> None:
+        self._making = ()
+        self._was_late = self._was_late or time.monotonic() - some[0].since > _LATE_SECONDS
+        for each, outcome in zip(some, outcomes, strict=True):
+            each.end(outcome)
+
+    def _put_off(self, some: Sequence[_Change], problem: OSError) -> None:
+        """
+        Have changes tried again later, but for those that somebody waits for.
+        """
+        if isinstance(problem, BusyError):
+            self._is_busy()
+        else:
+            self._full = isinstance(problem, FullError)
+            log.warn("The cache's index can't be written: {problem}", problem=str(problem), once="index")
+        self._put_back_in_line([each for each in some if each.over is None])
+        for each in some:
+            each.end(problem)
+
+    def _put_back_in_line(self, some: Sequence[_Change]) -> None:
+        with self._noting:
+            self._making = ()
+            self._late.extendleft(reversed(some))
 
     # Once a second
 
@@ -427,10 +547,10 @@ class Index:
         with self._noting:
             for each in added:
                 self._added.pop(each, None)
-        late = bool(self._late)
-        self._catch_up(waiting=True)
+        late, self._was_late = self._waits or self._was_late, False
+        self.catch_up(waiting=True)
         if self._full and self.evict(ROOM):  # not before: whoever evicts has changes to make himself
-            self._catch_up()
+            self.catch_up()
         with contextlib.suppress(OSError):
             if not (late and self._is_occupied()):
                 self.settle_uses()
@@ -583,9 +703,18 @@ class Index:
 
         @raise OSError: if the index can't be read.
         """
-        with contextlib.suppress(OSError):
-            self.settle_uses()
-        yield from self._each(Rows.least_recently_used)
+        if self.elsewhere is None:
+            with contextlib.suppress(OSError):
+                self.settle_uses()
+        with self._noting:
+            uses = dict(self._uses)
+        used: dict[Digest, File] = {}
+        for each in self._each(Rows.least_recently_used):
+            if each.digest in uses:
+                used[each.digest] = each
+            else:
+                yield each
+        yield from (used[each]._replace(used=when) for each, when in uses.items() if each in used)
 
     # What is arriving
 
@@ -597,22 +726,46 @@ class Index:
         @return: by how many bytes that would be too much: zero if they are promised.
         @raise OSError: if the index can't be written.
         """
-        self._catch_up()
-        self._refuse_if_occupied()
-        with self._changing:
-            self._refuse_if_occupied()
-            opened = self.opened
-            try:
-                excess = self._ask(lambda rows: rows.reserve(what, size, limit - self.size))
-            except BusyError:
-                self._is_busy()
-                raise
+        if self.has_plenty(on_disk(size), limit):
+            self.arrive(what, size)
+            return 0
+        opened = self.opened
+        try:
+            excess = self._change_now(lambda rows: rows.reserve(what, size, limit - self.size))
+        except BusyError:
+            if self.elsewhere is not None:  # it may be being made
+                self.drop(arriving=[what])
+            raise
         if not excess:
             with self._noting:
                 self._promised[what.name] = what, size
             if opened not in (0, self.opened):  # it may have been noted in the one before
                 self._change(self._put_back)
         return excess
+
+    def promised(self, what: Reservation) -> int:
+        """
+        Tell how many bytes of disk this process was promised for what has the same name.
+        """
+        with self._noting:
+            return on_disk(self._promised.get(what.name, (what, 0))[1])
+
+    @property
+    def unwritten(self) -> int:
+        """
+        Bytes of disk that are promised, which the totals do not count yet.
+        """
+        with self._noting:
+            return sum(each.promised for each in (*self._making, *self._late))
+
+    def has_plenty(self, size: int, limit: int) -> bool:
+        """
+        Return True if there is so much free room that some of it can be promised before that is written.
+        """
+        if self.elsewhere is None or len(self._late) >= LATE_SAVES:
+            return False
+        free = limit - self.size - self.totals.blocks - self.totals.arriving
+        return (self.unwritten + size) * PLENTY <= free
 
     def arrive(self, what: Reservation, size: int, written: float = 0) -> None:
         """
@@ -625,7 +778,7 @@ class Index:
                 self._end_promises([what])
             else:
                 self._promised[what.name] = what, size
-        self._change(lambda rows: rows.arrive(what, size, written))
+        self._change(lambda rows: rows.arrive(what, size, written), on_disk(size))
 
     def _end_promises(self, arriving: Iterable[Reservation]) -> None:
         for each in arriving:
@@ -653,8 +806,17 @@ class Index:
         Look an entry up. What can't be read is as good as absent.
         """
         with contextlib.suppress(OSError):
-            return self._ask(lambda rows: rows.entry(key))
+            return self._entry(key)
         return None
+
+    def _entry(self, key: EntryKey) -> Entry | None:
+        with self._noting:  # first: it may be written meanwhile
+            forgotten = frozenset(self._forgotten.get(key, ()))
+        entry = self._ask(lambda rows: rows.entry(key))
+        if entry is None or not forgotten:
+            return entry
+        answers = {accept: known for accept, known in entry.answers.items() if accept not in forgotten}
+        return replace(entry, answers=answers) if answers else None
 
     def written(self, key: EntryKey) -> Entry | None:
         """
@@ -662,9 +824,8 @@ class Index:
 
         @raise OSError: if that can't be told: the index can't be read, or changes wait to be made.
         """
-        if self._late:
-            raise BusyError("changes of the index wait for another try")
-        return self._ask(lambda rows: rows.entry(key))
+        self.wait()
+        return self._entry(key)
 
     def save(self, entries: Sequence[tuple[EntryKey, Entry]]) -> None:
         """
@@ -673,7 +834,11 @@ class Index:
         They are lost if much waits for another try: ECR can be asked again.
         """
         if len(self._late) < LATE_SAVES:
-            self._change(lambda rows: rows.save(entries))
+            self._wait_in_line(_Change(lambda rows: rows.save(entries)))
+            with self._noting:
+                for key, entry in entries:
+                    self._forgotten.get(key, set()).difference_update(entry.answers)
+            self._go_on()
 
     def forget(self, *keys: EntryKey) -> None:
         """
@@ -686,7 +851,10 @@ class Index:
         Drop what a tag led to for some sets of types.
         """
         accepts = list(accepts)
-        self._change(lambda rows: rows.forget_answers(key, accepts))
+        self._wait_in_line(_Change(lambda rows: rows.forget_answers(key, accepts)))
+        with self._noting:
+            self._forgotten.setdefault(key, set()).update(accepts)
+        self._go_on()
 
     def entries(self) -> Iterator[tuple[EntryKey, Entry, float]]:
         """
@@ -721,7 +889,7 @@ class Index:
         @return: how many entries there were.
         @raise OSError: if the index can't be written.
         """
-        self._catch_up()
+        self.catch_up()
         return self._ask(lambda rows: rows.purge(keys, digests, self._is_there))
 
     def refresh(self) -> None:
@@ -752,6 +920,16 @@ class Index:
         """
         with contextlib.suppress(OSError):
             self._ask(lambda rows: rows.check())
+
+
+def _make(some: Sequence[_Change], rows: Rows) -> Sequence[object]:
+    """
+    Make changes, all of them or none.
+    """
+    if len(some) == 1:
+        return [some[0].make(rows)]
+    with rows.together():
+        return [each.make(rows) for each in some]
 
 
 def status_of(path: Path) -> os.stat_result | None:

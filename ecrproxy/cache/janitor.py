@@ -22,6 +22,8 @@ from itertools import islice
 from typing import TYPE_CHECKING, Final
 
 from twisted.application.service import Service
+from twisted.internet import defer
+from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 
 from ecrproxy.cache.index import locked
@@ -40,6 +42,8 @@ log = Logger()
 
 PAUSE_SECONDS: Final = 60.0
 """How often the limit is held against the disk, and what transfers have left is swept."""
+ROOM_SECONDS: Final = 2.0
+"""How long a client waits for room for what it wants; what is evicted later is for the next one."""
 AT_ONCE: Final = 2**20
 """Bytes that are evicted at the least when the disk is full."""
 FILES_AT_ONCE: Final = 256
@@ -79,7 +83,8 @@ class Janitor(Service):
         self._store, self._wanted, self._in_thread = store, limit, in_thread
         self.limit = limit
         self.evicted = 0
-        self._evicting = threading.Lock()
+        self._evicting, self._awaited = threading.Lock(), dict[object, int]()
+        self._clock = clock
         self._turns = Periodic("Keeping the limit", lambda: in_thread(self.tidy), clock)
         store.evict = store.index.evict = self.evict
         store.see_room = self.see_room
@@ -112,13 +117,20 @@ class Janitor(Service):
         The bytes of disk that the cache takes, with the index and what is arriving.
         """
         index = self._store.index
-        return index.totals.blocks + index.totals.arriving + index.size
+        return index.totals.blocks + index.totals.arriving + index.unwritten + index.size
 
     def fits(self, size: int) -> bool:
         """
         Return True if there is room for C{size} bytes without evicting anything.
         """
         return self.held + on_disk(size) <= self.limit
+
+    def is_prompt(self, size: int) -> bool:
+        """
+        Return True if L{make_room} does not have to wait for the index.
+        """
+        index = self._store.index
+        return index.elsewhere is None or index.has_plenty(on_disk(size), self.limit)
 
     async def reserve(self, what: Reservation, size: int) -> bool:
         """
@@ -127,11 +139,15 @@ class Janitor(Service):
         if on_disk(size) > self._wanted:
             return False
         index = self._store.index
-        return await undone_if_late(
+        making = undone_if_late(
             self._in_thread,
             lambda: self.make_room(what, size),
             lambda made: index.drop(arriving=[what]) if made else None,
         )
+        try:
+            return await Deferred.fromCoroutine(making).addTimeout(ROOM_SECONDS, self._clock)
+        except defer.TimeoutError:
+            raise TimeoutError(errno.ETIMEDOUT, f"no room was made within {ROOM_SECONDS:g} s") from None
 
     async def can_hold(self, size: int) -> bool:
         """
@@ -165,21 +181,39 @@ class Janitor(Service):
         except FullError:
             if not self.evict(size):
                 raise
-        with self._alone():
-            self._store.index.refresh()  # whoever was alone before may have made all the room that is needed
-            self._look_again()
+        waiter = object()
+        self._awaited[waiter] = on_disk(size)
+        try:
             for _ in range(_ROUNDS):
-                excess = self._excess(what, size)
-                if not excess:
+                with self._alone():
+                    if not self._made_room(what, size):
+                        return False
+                if not self._excess(what, size):  # of all who wait for room in one transaction
                     return True
-                index = self._store.index
-                if excess > index.totals.blocks + index.totals.arriving:
-                    return False
-                chosen = victims(self._store.candidates(), excess)
-                if not chosen:
-                    return False
-                self._evict(chosen)
+        finally:
+            del self._awaited[waiter]
         return False
+
+    def _made_room(self, what: Reservation | None, size: int) -> bool:
+        """
+        Evict for this and for whoever else waits, unless whoever was alone before has; false if it can't be done.
+        """
+        index = self._store.index
+        index.refresh()
+        self._look_again()
+        own = index.promised(what) if what else 0
+        excess = self.held - own + on_disk(size) - self.limit
+        awaited = max(0, self.held - own + sum(self._awaited.values()) - self.limit)
+        if excess <= 0 and awaited <= 0:
+            return True
+        if excess > index.totals.blocks + index.totals.arriving:
+            return False
+        chosen = victims(self._store.candidates(), awaited) or victims(self._store.candidates(), excess)
+        if chosen is None:
+            return False
+        self._evict(chosen)
+        index.wait()  # else they are counted still
+        return True
 
     def _excess(self, what: Reservation | None, size: int) -> int:
         return self._store.index.reserve(what, size, self.limit) if what else max(0, self.held - self.limit)
@@ -222,6 +256,8 @@ class Janitor(Service):
                 break
         else:  # all of these are open, or can't be removed
             return False
+        with contextlib.suppress(OSError):
+            self._store.index.wait()  # what is counted still would be taken for room
         if by_number:
             log.warn(
                 "The cache's disk has no inodes left: evicted {count} files;"
@@ -285,10 +321,11 @@ class Janitor(Service):
         @param pending: bytes that are reserved, and known not to be allocated.
         """
         index = self._store.index
-        least = self._store.holds(self.held - index.totals.arriving)
+        kept = index.totals.blocks + index.size
+        least = self._store.holds(kept)
         if least is None:
             return
-        most = least + index.totals.arriving - pending
+        most = least + self.held - kept - pending
         limit = max(0, min(self._wanted, max(least, min(self.limit, most))))
         if limit < self._wanted == self.limit:
             log.warn(

@@ -26,6 +26,8 @@ POLL_SECONDS: Final = 0.02
 """Seconds between two reads of a record."""
 STALLED_SECONDS: Final = 10.0
 """Seconds without progress of the writer after which others fetch the rest by themselves, without keeping it."""
+TRICKLE: Final = 2**10
+"""Bytes within that time that are no progress, as of a bucket: fewer are as good as none."""
 _VERSION: Final = 1
 _MAGIC: Final = b"ecrclaim"
 _HEAD: Final = struct.Struct(">8sHBB16sQQQQdHH")
@@ -206,6 +208,17 @@ class Record:
         """
         return self.boot == boot != UNKNOWN_BOOT
 
+    def is_progress_since(self, earlier: Record) -> bool:
+        """
+        Return True if the transfer has got further since C{earlier}: a byte now and then is not worth waiting for.
+        """
+        came = self._known - earlier._known
+        return (self.epoch, self.state) != (earlier.epoch, earlier.state) or not 0 <= came < TRICKLE
+
+    @property
+    def _known(self) -> int:
+        return self.hashed + sum(stop - start for start, stop in self.there)
+
     @property
     def resumable(self) -> Stretches:
         """
@@ -254,7 +267,7 @@ def next_step(look: Look, idle: float) -> Step:
     """
     Choose what a follower does after a look.
 
-    @param idle: seconds since the record changed last.
+    @param idle: seconds since the record told of progress: see L{Record.is_progress_since}.
     """
     record = look.record
     if record is not None and record.state in (State.VERIFIED, State.CONTENT):

@@ -206,7 +206,7 @@ class Rows:
     def __init__(self, path: Path | None = None, *, read_only: bool = False) -> None:
         self._reading, self._writing = threading.RLock(), threading.RLock()
         self.totals, self._path = Totals(), path
-        self.read_only, self.closed = read_only, False
+        self.read_only, self.closed, self._together = read_only, False, False
         self._repositories: dict[tuple[str, str], int] = {}
         with _explained():
             self._log = _log_of(path) if read_only and path is not None else None
@@ -264,6 +264,9 @@ class Rows:
         """
         with _explained(), self._writing:
             connection = self._writer
+            if self._together:  # by this thread, for it has the lock
+                yield connection
+                return
             if durable:
                 connection.execute("PRAGMA synchronous = FULL")
             try:
@@ -280,6 +283,18 @@ class Rows:
                 if durable:
                     connection.execute("PRAGMA synchronous = NORMAL")
             self.totals = totals
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """
+        Make all changes of the block in one transaction.
+        """
+        with self._transaction():
+            self._together = True
+            try:
+                yield
+            finally:
+                self._together = False
 
     def _query(self, statement: str, *values: object) -> list[Any]:
         with _explained(), self._reading:

@@ -83,6 +83,8 @@ def _import(index: Index, paths: Sequence[Path]) -> int:
     entries = [found for found in map(_read, paths) if found is not None]
     news = [(key, _news(key, entry, index.entry(key))) for key, entry in entries]
     index.save([(key, entry) for key, entry in news if entry.answers])
+    with contextlib.suppress(OSError):  # then it is written later
+        index.wait()
     for path in paths:
         with contextlib.suppress(OSError):
             path.unlink()

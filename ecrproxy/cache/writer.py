@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ecrproxy.cache.content import DigestMismatchError
 from ecrproxy.cache.directory import Directory
+from ecrproxy.cache.flushing import write_back
 from ecrproxy.cache.locks import is_in_place
 from ecrproxy.cache.proofs import mark
 from ecrproxy.cache.record import WORTH_RESUMING, Record, State, Stretches, Why, room_for
@@ -52,6 +53,7 @@ class Writer:
         self._in_writing: list[tuple[int, int]] = []
         self._lock = threading.Lock()
         self._epoch, self._progress, self._stage = 1, 0, State.ARRIVING
+        self._flushed = 0
         self._guard = threading.Lock()
         self._users, self._let_go, self._closed, self._committed = 0, False, False, False
 
@@ -99,6 +101,12 @@ class Writer:
         Return the number of bytes that are missing.
         """
         return sum(stop - start for start, stop in self.gaps)
+
+    def lacks_only(self, start: int, stop: int) -> bool:
+        """
+        Return True if the bytes from C{start} to C{stop} complete the blob, and all before them were hashed.
+        """
+        return start == self.hashed and stop == self.size and self.missing == stop - start
 
     @property
     def front(self) -> int:
@@ -248,6 +256,22 @@ class Writer:
         if self._state[0].hexdigest() != self.digest.hex:
             raise DigestMismatchError(f"what arrived is not {self.digest}")
 
+    def flush(self, piece: int) -> bool:
+        """
+        Write some of a file that is whole to the disk. To be called until nothing is left to write, before L{commit}.
+
+        @return: whether there is more.
+        @raise DigestMismatchError: if it is not what its digest names.
+        @raise OSError: if the disk fails.
+        """
+        self.verify()
+        with self._directory.troubles.noted(Kind.WRITE), self._using():
+            if not self._flushed:
+                self._enter(State.VERIFIED)  # readers need not wait for that
+            write_back(self._fd, self._flushed, piece)
+        self._flushed += piece
+        return self._flushed < self.size
+
     def commit(self) -> None:
         """
         Sync the file, and make it content. The file descriptor stays open until L{close}.
@@ -260,6 +284,24 @@ class Writer:
             self._enter(State.VERIFIED)  # before fsync: readers need not wait for that
             self._commit()
             self._enter(State.CONTENT, then=self._claim.end)
+
+    def finish(self, offset: int, rest: bytes, *, closes: bool) -> None:
+        """
+        Write what is missing, and L{commit}.
+
+        @param closes: whether nobody reads the file: it is closed then, and discarded if it does not become content.
+        @raise DigestMismatchError: if it is not what its digest names.
+        @raise OSError: if the disk fails. The file is not content then.
+        """
+        try:
+            self.write(offset, [rest])
+            self.commit()
+        except BaseException:
+            if closes:
+                self.discard()
+            raise
+        if closes:
+            self.close()
 
     def _enter(self, stage: State, why: Why = Why.NOTHING, then: Callable[[], None] = lambda: None) -> None:
         """

@@ -14,6 +14,8 @@ Rules:
   response has wrong bytes. A reader of a part has all of it at once: clients that ask for parts verify by themselves.
 - What readers wait for is fetched first, small ranges before all: see C{_hasten} and L{Gaps.take_wished}. A reader of
   many MiB has a turn for its next part, and then waits for the others, so none has all the lanes.
+- What completes a file, up to C{TAIL} bytes, is verified in the event loop and sent from memory. One call in a thread
+  then writes it and commits the file, so a small blob costs one call once its bytes are there.
 - On disk, the file is the buffer: any reader may be at any place of it, and a slow one slows nobody.
 - Off disk (the blob is larger than the cache, the disk is full or fails midway), a window of
   C{WINDOW} bytes is the buffer: the bytes come in order, wait for the slowest reader, and end with the last.
@@ -43,6 +45,7 @@ from twisted.python.failure import Failure
 
 from ecrproxy.access.limits import Patience
 from ecrproxy.cache.content import DigestMismatchError
+from ecrproxy.cache.flushing import PIECE
 from ecrproxy.cache.peer import PeerTransfer
 from ecrproxy.cache.record import POLL_SECONDS, WORTH_RESUMING, Look, Step, Why, next_step
 from ecrproxy.cache.writer import Writer
@@ -67,6 +70,8 @@ WINDOW: Final = 2**20
 """Bytes held for readers of a transfer that has no file; one read while all transfers hold C{BUFFERED} bytes."""
 STUCK_SECONDS: Final = 5
 """How long one reader of a window may keep all others waiting."""
+TAIL: Final = 64 * 2**10
+"""Most bytes that are hashed in the event loop and sent from memory, when they complete the file."""
 SOON: Final = 256 * 2**10
 """Bytes that a lane may be short of what a client waits for, so that a new connection would not be faster."""
 
@@ -131,6 +136,7 @@ class Download:
         self._at_work: set[Lane] = set()
         self._window: deque[bytes] = deque()
         self._window_start = 0
+        self._tail = b""
         self._wake: Deferred[None] | None = None
         self._call_later = call_later or _never
         self._patience = Patience(self._call_later, STUCK_SECONDS, self._leave_behind)
@@ -190,6 +196,8 @@ class Download:
         """
         if self.stopped:
             return False
+        if self._tail and start >= self._filed:
+            return True
         if self._backing is not None or self.verified:
             return self._file is not None
         if self._abandoned or self.failure is not None:
@@ -281,12 +289,15 @@ class Download:
         @param look_at: takes the next look: see L{looks}.
         """
         peer, idle = self._peer, 0.0
+        last = peer.record if peer is not None else None
         while peer is not None and (self._followers or not self._attended):
             try:
                 look = await look_at(peer)
             except OSError:
                 return Step.GO_ALONE
-            idle = 0.0 if look.moved else idle + POLL_SECONDS
+            idle += POLL_SECONDS
+            if last is None or (look.record is not None and look.record.is_progress_since(last)):
+                last, idle = look.record, 0.0
             step = next_step(look, idle)
             self.received = peer.reach(0)
             if step is not Step.WAIT:
@@ -490,13 +501,35 @@ class Download:
         writer = self._writer
         if writer is None:  # another lane has met a disk that fails
             raise CancelledError
+        end = offset + sum(map(len, batch))
+        if end - offset <= TAIL and writer.size <= PIECE and writer.lacks_only(offset, end):
+            await self._complete(writer, offset, b"".join(batch))
+            return end
         try:
             await self._disk.writing(writer.write, offset, batch)
         except OSError as problem:
             raise _DiskError(problem.with_traceback(None)) from problem
         self.received = self._filed = writer.hashed
         self._news()
-        return offset + sum(map(len, batch))
+        return end
+
+    async def _complete(self, writer: Writer, offset: int, tail: bytes) -> None:
+        """
+        Verify what completes the file, and show it from memory; then write it and commit the file, in one call.
+        """
+        state, _ = writer.reached
+        state.update(tail)
+        if state.hexdigest() != self.digest.hex:
+            raise DigestMismatchError(f"what arrived is not {self.digest}")
+        self._tail, self._filed = tail, offset
+        self.received, self.verified = offset + len(tail), True
+        self._news()
+        unread = not offset and not self._followers
+        if unread:  # who comes meanwhile is sent all of it from memory
+            self._file = None
+        await self._commit(writer, partial(writer.finish, offset, tail, closes=unread))
+        if self._file is not None and self._writer is not None:
+            self._tail, self._filed = b"", self.received
 
     def _spill(self) -> None:
         """
@@ -657,6 +690,8 @@ class Download:
     async def _finish(self) -> None:
         if self.size is not None and self.received != self.size:
             raise ShortBodyError(f"{self.received} bytes of {self.digest} came, {self.size} were announced")
+        if self.verified:
+            return
         if self._writer is not None:
             self._writer.verify()
         elif self._hash.hexdigest() != self.digest.hex:
@@ -664,11 +699,18 @@ class Download:
         self.verified = True
         self._news()  # before the disk has it for good: readers need not wait for that
         if self._writer is not None:
-            try:
-                await self._disk.committing(self._writer.commit)
-            except OSError as problem:
-                log.info("Not kept: {digest}: {problem}", digest=self.digest, problem=str(problem))
-                self._writer = None
+            await self._commit(self._writer, self._writer.commit)
+
+    async def _commit(self, writer: Writer, commit: Callable[[], None]) -> None:
+        try:
+            while writer.size > PIECE and await self._disk.committing(writer.flush, PIECE):
+                pass
+            await self._disk.committing(commit)
+        except OSError as problem:
+            log.info("Not kept: {digest}: {problem}", digest=self.digest, problem=str(problem))
+            self._writer = None
+            if self._file is None:
+                self._let_claim_go(writer.discard)
 
     def _fail(self, failure: Failure) -> None:
         # What came is worth something still, unless the disk or the bytes are to blame, or nobody knows what.
@@ -709,7 +751,9 @@ class Download:
         """
         Point at up to C{count} bytes from C{offset} on, which are there.
         """
-        growing = self._backing is not None
+        if self._tail and offset >= self._filed:
+            return self._tail[offset - self._filed : offset - self._filed + count]
+        growing = self._backing is not None and not self._tail
         if self._file is not None and (growing or offset < self._filed):
             return self._file.fileno(), offset, count if growing else min(count, self._filed - offset)
         at = self._window_start
@@ -758,6 +802,7 @@ class Download:
             return
         self._buffered.size -= sum(map(len, self._window))
         self._window.clear()
+        self._tail = b""
         file, self._file, followed, self._followed = self._file, None, self._followed, None
         if followed is not None:
             self._let_claim_go(followed.close)

@@ -1,0 +1,242 @@
+"""
+An index that takes long to be written delays nobody who does not need it.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from twisted.trial.unittest import SynchronousTestCase
+
+from ecrproxy.answers import ANY
+from ecrproxy.cache import index as index_module
+from ecrproxy.cache.entries import Confirmed, Entry, EntryKey
+from ecrproxy.cache.index import PLENTY, Index
+from ecrproxy.cache.record import Reservation
+from ecrproxy.cache.scribe import Scribe
+from ecrproxy.cache.sqlite import BusyError, Rows
+from ecrproxy.identity import RegistryId
+from ecrproxy.oci import Descriptor, Digest, Kind
+from tests.daemon import DaemonTestCase, noise
+from tests.store_contract import START, scratch
+
+REGISTRY = RegistryId("registry")
+A, B = Digest.of(b"a"), Digest.of(b"b")
+BLOCK = 4096
+LIMIT = 1000 * PLENTY * BLOCK
+TYPE = "application/vnd.oci.image.manifest.v1+json"
+
+
+def tag(name: str = "latest") -> EntryKey:
+    return EntryKey(REGISTRY, Kind.MANIFEST, "team/app", name)
+
+
+def leads_to(digest: Digest) -> Entry:
+    return Entry({ANY: Confirmed(Descriptor(TYPE, digest, 1), START)})
+
+
+class IndexTests(SynchronousTestCase):
+    """
+    An index that another thread writes, which has not come to it yet.
+    """
+
+    def setUp(self) -> None:
+        self.root = scratch(self)
+        self.root.mkdir()
+        self.index = Index(self.root, lambda: START)
+        self.addCleanup(self.index.close)
+        self.index.open()
+        self.kicks = 0
+        self.index.elsewhere = self.kicked
+        self.patch(index_module, "WAIT_SECONDS", 0.0)
+        self.begun: list[str] = []
+        self.index._rows._writer.set_trace_callback(self.traced)  # noqa: SLF001 (what SQLite is told)
+
+    def go_on(self) -> None:
+        """
+        Have everything written.
+        """
+        self.index.elsewhere = None
+        self.index.settle()
+
+    def kicked(self) -> None:
+        self.kicks += 1
+
+    def traced(self, statement: str) -> None:
+        if statement.startswith("BEGIN"):
+            self.begun.append(statement)
+
+    def test_nobody_waits_for_what_can_be_written_later(self) -> None:
+        self.assertEqual(0, self.index.reserve(Reservation("one"), BLOCK, LIMIT))
+        self.index.add(A, 10, Reservation("one"))
+        self.index.save([(tag(), leads_to(A))])
+        self.index.forget_answers(tag("other"), [ANY])
+        self.index.drop([B], [Reservation("two")])
+        self.index.arrive(Reservation("two"), BLOCK)
+        self.assertEqual([], self.begun)
+        self.assertEqual(6, self.kicks)
+
+    def test_all_that_waits_is_one_transaction(self) -> None:
+        for number in range(20):
+            what = Reservation(f"{number}")
+            self.assertEqual(0, self.index.reserve(what, BLOCK, LIMIT))
+            self.index.add(Digest.of(b"%d" % number), BLOCK, what)
+            self.index.save([(tag(f"{number}"), leads_to(A))])
+        self.index.catch_up()
+        self.assertEqual(1, len(self.begun))
+        self.assertEqual((20, 20 * BLOCK, 0), self.index.totals[:3])
+        self.assertEqual(leads_to(A), self.index.entry(tag("19")))
+
+    def test_no_more_is_promised_unwritten_than_others_leave_free(self) -> None:
+        promised = 0
+        with self.assertRaises(BusyError):
+            while True:
+                self.index.reserve(Reservation(f"{promised}"), 100 * BLOCK, LIMIT)
+                promised += 1
+        self.assertEqual(9, promised)
+        self.assertEqual(900 * BLOCK, self.index.unwritten)
+        self.go_on()
+        self.assertEqual((0, 900 * BLOCK), (self.index.unwritten, self.index.totals.arriving))
+
+    def test_room_that_there_may_not_be_is_waited_for_and_not_for_long(self) -> None:
+        """
+        What is written after that promises nothing, and the next who comes does not wait at all.
+        """
+        self.assertRaises(BusyError, self.index.reserve, Reservation("one"), BLOCK, 2 * BLOCK)
+        before = self.kicks
+        self.assertRaises(BusyError, self.index.reserve, Reservation("two"), BLOCK, 2 * BLOCK)
+        self.assertEqual(before, self.kicks - 1)  # that it does not hold it
+        self.go_on()
+        self.assertEqual(0, self.index.totals.arriving)
+        self.assertEqual([], self.index.arriving())
+        self.assertEqual(0, self.index.reserve(Reservation("three"), BLOCK, LIMIT))
+
+    def test_room_that_is_being_promised_when_nobody_waits_any_more_is_given_back(self) -> None:
+        making: list[Any] = []
+
+        def take() -> None:
+            making.extend(() if making else self.index._take())  # noqa: SLF001
+
+        self.index.elsewhere = take
+        self.assertRaises(BusyError, self.index.reserve, Reservation("one"), BLOCK, self.index.size + 8 * BLOCK)
+        (reserving,) = making
+        self.assertEqual(0, reserving.make(self.index._rows))  # noqa: SLF001
+        self.assertEqual(1, len(self.index.arriving()))
+        self.go_on()
+        self.assertEqual([], self.index.arriving())
+
+    def test_what_was_forgotten_is_not_told_though_it_is_not_written(self) -> None:
+        self.index.elsewhere = None
+        self.index.save([(tag(), leads_to(A))])
+        self.index.elsewhere = self.kicked
+        self.index.forget_answers(tag(), [ANY])
+        self.assertIs(None, self.index.entry(tag()))
+        self.assertRaises(BusyError, self.index.written, tag())
+        self.index.save([(tag(), leads_to(B))])
+        self.go_on()
+        self.assertEqual(leads_to(B), self.index.written(tag()))
+
+    def test_a_change_that_nobody_can_make_undoes_none_that_came_with_it(self) -> None:
+        def fail(_: Rows) -> None:
+            raise ZeroDivisionError
+
+        self.index.add(A, 1)
+        self.index._change(fail)  # noqa: SLF001
+        self.index.add(B, 1)
+        self.assertRaises(ZeroDivisionError, self.index.catch_up)
+        self.index.catch_up()
+        self.assertEqual({A, B}, {each.digest for each in self.index.files()})
+
+    def test_what_another_process_purged_while_it_waited_is_forgotten(self) -> None:
+        other = Index(self.root, lambda: START)
+        self.addCleanup(other.close)
+        self.index.settle()
+        self.patch(index_module, "_LATE_SECONDS", -1.0)
+        self.index.save([(tag(), leads_to(A))])
+        other.purge([tag()], [])
+        self.index.catch_up()
+        self.assertTrue(self.index.settle())
+        self.go_on()
+        self.assertIs(None, self.index.entry(tag()))
+
+    def test_it_evicts_what_was_used_last_though_no_use_is_written(self) -> None:
+        self.index.elsewhere = None
+        for each in (A, B):
+            self.index.add(each, 1)
+        self.index.elsewhere = self.kicked
+        self.index.use(A)
+        self.assertEqual([B, A], [each.digest for each in self.index.least_recently_used()])
+
+
+class ScribeTests(SynchronousTestCase):
+    def test_one_thread_writes(self) -> None:
+        """
+        And goes on when one change fails.
+        """
+        root = scratch(self)
+        root.mkdir()
+        index = Index(root, lambda: START)
+        self.addCleanup(index.close)
+        index.open()
+        scribe = Scribe(index, lambda write: threading.Thread(target=write, daemon=True).start())
+        scribe.startService()
+        self.addCleanup(scribe.stopService)
+        index._change(lambda _: 1 // 0)  # noqa: SLF001
+        index.add(A, 1)
+        index.wait()
+        self.assertEqual([A], [each.digest for each in index.files()])
+        self.assertEqual(1, len(self.flushLoggedErrors(ZeroDivisionError)))
+
+
+class PullTests(DaemonTestCase):
+    """
+    A daemon whose index's disk does not answer.
+    """
+
+    def hang(self) -> None:
+        self.patch(index_module, "WAIT_SECONDS", 0.0)
+        self.index.elsewhere = lambda: None
+
+    def go_on(self) -> None:
+        self.index.elsewhere = None
+        self.index.settle()
+
+    def test_cold_content_is_pulled_and_kept(self) -> None:
+        blobs = [noise(f"{number}", 100_000) for number in range(20)]
+        paths = [f"/v2/team/app/blobs/{self.standin.push_blob('team/app', each)}" for each in blobs]
+        self.hang()
+        for path, data in zip(paths, blobs, strict=True):
+            self.assertWhole(self.get(path), data, "MISS")
+        asked = self.standin.count()
+        for path, data in zip(paths, blobs, strict=True):
+            self.assertWhole(self.get(path), data, "HIT")
+        self.assertEqual(asked, self.standin.count())
+        self.go_on()
+        self.assertEqual((20, 0), (self.index.totals.files, self.promised()))
+
+    def test_what_there_may_be_no_room_for_is_pulled_and_not_kept(self) -> None:
+        """
+        The log has one line of it.
+        """
+        self.start(limit=2_000_000)
+        self.hang()
+        for number in range(3):
+            data = noise(f"{number}", 500_000)
+            self.assertWhole(self.get(f"/v2/team/app/blobs/{self.standin.push_blob('team/app', data)}"), data, "BYPASS")
+        said = [event for event in self.events if "can't be promised" in (event["log_format"] or "")]
+        self.assertEqual({"no room"}, {event["once"] for event in said})
+        self.go_on()
+        self.assertEqual((0, 0), (self.index.totals.files, self.promised()))
+
+    def test_a_tag_that_ecr_no_longer_has_is_not_served_as_last_known(self) -> None:
+        self.standin.push_image("team/app", "v1")
+        self.assertEqual(200, self.get("/v2/team/app/manifests/v1").code)
+        self.hang()
+        self.standin.delete_tag("team/app", "v1")
+        self.assertEqual(404, self.get("/v2/team/app/manifests/v1").code)
+        self.standin.quirks.latency = 60
+        reply = self.get("/v2/team/app/manifests/v1")
+        self.pass_time(60)
+        self.assertLess(499, reply.code)
+        self.go_on()
