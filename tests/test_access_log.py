@@ -311,12 +311,13 @@ class LinesTests(DaemonTestCase):
 
     def test_an_answer_that_is_broken_off_has_its_line(self) -> None:
         """
-        As one with a wrong digest: all but its last byte was sent.
+        As one with a wrong digest: all but its last bytes were sent.
         """
         self.standin.corrupt(self.digest, self.data[::-1])
         self.assertBroken(self.get(self.blob), self.data[::-1])
         line = self.line()
-        self.assertEqual((200, 299_999, True), (line.status, line.size, line.aborted))
+        self.assertEqual((200, True), (line.status, line.aborted))
+        self.assertTrue(0 < line.size < len(self.data))
         self.assertEqual(1, self.counted(status="200", cache="MISS"))
 
     def test_nobody_who_asked_for_nothing_has_a_line(self) -> None:

@@ -28,7 +28,7 @@ from .group import DAEMONS, WORKERS, Group, StandIn, standing_in
 from .installing import CHECKOUT
 from .processes import PATIENCE, eventually
 
-STORM = int(os.environ.get("ECRPROXY_E2E_STORM_MB", "500")) * 10**6
+STORM = int(os.environ.get("ECRPROXY_E2E_STORM_MB", "700")) * 10**6
 LIMIT = STORM * 15 // 100
 CLIENTS = 4
 """Clients of each process."""
