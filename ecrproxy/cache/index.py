@@ -735,6 +735,7 @@ class Index:
             self.arrive(what, size)
             return 0
         opened = self.opened
+        self._refuse_if_occupied()  # here, for then nothing is being made that would have to be undone
         try:
             excess = self._change_now(lambda rows: rows.reserve(what, size, limit - self.size))
         except BusyError:
