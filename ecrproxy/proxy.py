@@ -56,6 +56,12 @@ READING_AHEAD: Final = 64
 """Manifests whose layers may wait to be fetched before anybody asks for them: of others, that is left to who asks."""
 
 
+class OtherSizeError(UnavailableError):
+    """
+    A blob has another size than is known of it.
+    """
+
+
 class PullThrough:
     """
     One registry's content, through the cache.
@@ -117,19 +123,23 @@ class PullThrough:
         @param ranges: the parts wanted; none for all.
         @raise RegistryError: if the repository doesn't hold it, or ECR can't give it.
         """
-        if (answer := self._cache.at_hand(asked)) is not None:
-            return answer
-        if asked.head:
-            return await self._blob_head(asked)
+        answer = self._cache.at_hand(asked)
+        if answer is None and asked.head:
+            answer = await self._blob_head(asked)
         confirmed, size = False, None
-        while True:
+        while answer is None:
             known, content, missing = await self._cache.look_up(asked)
-            size = known.size if known else size
+            size = known.size if known and not confirmed else size
             carrier = self._carriers.get(asked.digest)
             absent = content is None and carrier is None
             allowed = known is not None or confirmed or (content is None and carrier == asked.route.repository)
             if absent and (ranges is None or size is not None):
-                answer = await self._carry(asked, size, missing, ranges)
+                try:
+                    answer = await self._carry(asked, size, missing, ranges, confirmed=confirmed)
+                except OtherSizeError:
+                    if confirmed:
+                        raise
+                    size, confirmed = await self._blob_size(asked), True
             elif absent or not allowed:
                 if content is not None:
                     content.close()
@@ -139,8 +149,7 @@ class PullThrough:
                 answer = await self._cache.shelved(asked, known, content, confirmed=confirmed)
             else:
                 answer = await self._join(asked, ranges, carrier)
-            if answer is not None:
-                return answer
+        return answer
 
     async def _blob_head(self, asked: Asked) -> Answer:
         known, content, missing = await self._cache.look_up(asked)
@@ -162,17 +171,23 @@ class PullThrough:
         self._cache.holds(asked, size)
         return size
 
-    async def _carry(self, asked: Asked, expected: int | None, missing: Reason, ranges: Ranges | None) -> Answer | None:
+    async def _carry(
+        self, asked: Asked, expected: int | None, missing: Reason, ranges: Ranges | None, *, confirmed: bool
+    ) -> Answer | None:
         """
         Begin the transfer that all who ask for this digest meanwhile will follow; none if it has landed since the look.
 
         @param expected: how many bytes it has by what is known.
         @param missing: why it has to be begun.
+        @param confirmed: whether ECR has said so just now; else it may be what a bucket told that was wrong.
+        @raise OtherSizeError: if it has another size, or may have.
         """
         route, digest = asked.route, asked.digest
         try:
             parts = _parts(ranges, expected)
         except LookupError:  # nothing to send, and nothing to fetch for it
+            if not confirmed:
+                raise OtherSizeError(502, "UNAVAILABLE", "the size of the blob is not certain") from None
             return Answer(CacheStatus.MISS, missing, BLOB_TYPE, digest, expected)
         self._carriers[digest] = route.repository
         unread = missing is Reason.DISK
@@ -543,12 +558,12 @@ def _check_size(blob: Blob, expected: int | None) -> None:
     """
     Refuse what has another size than the blob of which parts were asked for: parts are not verified here.
 
-    @raise UnavailableError: if it has.
+    @raise OtherSizeError: if it has.
     """
     if blob.size != expected:
         drop(blob.first)
         said = f"a bucket has {blob.size} bytes where a blob of {expected} was asked for"
-        raise UnavailableError(502, "UNAVAILABLE", said, reason=Reason.WRONG_BYTES)
+        raise OtherSizeError(502, "UNAVAILABLE", said, reason=Reason.WRONG_BYTES)
 
 
 def _serves(download: Download, parts: Sequence[Span]) -> bool:

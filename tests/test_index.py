@@ -489,6 +489,30 @@ class FileTests(ContentContract, ArrivingContract, EntriesContract, PurgeContrac
         assert other.settle() == News(purged=[tag(), A])
         assert other.settle() == News()
 
+    def test_a_purge_is_heard_of_while_uses_can_not_be_written(self) -> None:
+        other = self.other()
+        other.settle()
+        other._rows._writer.execute("PRAGMA busy_timeout = 0")  # noqa: SLF001
+        self.index.purge([tag()], [A])
+        self.index._rows._writer.execute("BEGIN IMMEDIATE")  # noqa: SLF001
+        other.use(B)
+        assert other.settle() == News(purged=[tag(), A])
+
+    def test_a_purge_that_could_not_be_read_is_told_as_everything_afterwards(self) -> None:
+        other = self.other()
+        other.settle()
+        self.index.purge([tag()], [A])
+        real = other._rows.purged_since  # noqa: SLF001
+
+        def fails(_: int) -> None:
+            other._rows.purged_since = real  # type: ignore[method-assign]  # noqa: SLF001
+            raise UnusableError("disk I/O error")
+
+        other._rows.purged_since = fails  # type: ignore[assignment,method-assign]  # noqa: SLF001
+        assert other.settle() == News()
+        assert other.settle() == News(everything=True)
+        assert other.settle() == News()
+
     def test_two_processes_do_not_promise_the_same_room(self) -> None:
         other, limit = self.other(), 8192 + self.index.size
         assert self.index.reserve(ONE, 8192, limit) == 0

@@ -21,6 +21,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.cache.paths import content_path
 from ecrproxy.cache.scrub import (
+    BUSY_SECONDS,
     LOOK_SECONDS,
     PAUSE_SECONDS,
     SCRUBBING,
@@ -31,7 +32,7 @@ from ecrproxy.cache.scrub import (
     Scrub,
     scrub,
 )
-from ecrproxy.cache.sqlite import PAGE
+from ecrproxy.cache.sqlite import PAGE, BusyError
 from ecrproxy.cache.store import Store
 from ecrproxy.oci import Digest
 from tests.store_contract import START, failing, put, scratch
@@ -45,6 +46,13 @@ fcntl.flock(fd, fcntl.LOCK_EX)
 print("held", flush=True)
 sys.stdin.read()
 """
+
+
+def busy(*_: object) -> None:
+    """
+    Meet another process that writes.
+    """
+    raise BusyError("database is locked")
 
 
 class DirectoryTestCase(SynchronousTestCase):
@@ -254,6 +262,26 @@ class ServiceTests(DirectoryTestCase):
         patch.restore()
         self.pass_time(PAUSE_SECONDS)
         self.assertEqual([service], self.done)
+
+    def meets_another_process(self, what: str) -> None:
+        self.bring("a")
+        patch = self.patch(self.store.index, what, busy)
+        self.start(self.store)
+        self.pass_time(PAUSE_SECONDS, self.store)
+        self.assertFalse(self.store.counted)
+        patch.restore()
+        self.pass_time(BUSY_SECONDS + LOOK_SECONDS, self.store)
+        self.assertTrue(self.store.counted)
+        self.assertEqual(1, self.store.index.totals.files)
+
+    def test_one_that_another_process_was_in_the_way_of_is_made_again_soon(self) -> None:
+        """
+        Until then the limit counts what is known, and no more.
+        """
+        self.meets_another_process("adopt")
+
+    def test_one_whose_end_could_not_be_noted_is_made_again_soon(self) -> None:
+        self.meets_another_process("note_compared")
 
     def test_another_index_is_filled_at_once(self) -> None:
         digest = self.bring("a")

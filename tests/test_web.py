@@ -1007,6 +1007,21 @@ class WrongBytesTests(DaemonTestCase):
             self.get("/v2/team/app/manifests/latest")
             self.assertEqual(502, self.get(f"/v2/team/app/blobs/{image.layers[0]}", Range="bytes=0-9").code)
 
+    def test_of_another_size_mislead_no_reader_of_a_part_afterwards(self) -> None:
+        """
+        What a bucket told once is held against ECR before a part is refused for it.
+        """
+        for wrong in (self.data[:-1], self.data + b"more", b""):
+            self.start()
+            self.standin.corrupt(self.digest, wrong)
+            self.get(self.path)
+            self.standin.heal()
+            for path in self.files():
+                path.unlink()
+            self.assertWhole(self.get(self.path, Range="bytes=10-19"), self.data[10:20], "MISS", 206)
+            for path in self.files():
+                path.unlink()
+
     def test_a_part_does_not_wait_for_the_whole(self) -> None:
         self.standin.hold(self.digest)
         whole, part = self.get(self.path), self.get(self.path, Range="bytes=10-19")

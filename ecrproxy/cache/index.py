@@ -554,6 +554,7 @@ class Index:
         with contextlib.suppress(OSError):
             if not (late and self._is_occupied()):
                 self.settle_uses()
+        with contextlib.suppress(OSError):  # what was purged can be read while nothing can be written
             news = self._news()
             if late:  # what was purged may have been among it
                 self.forget(*(each for each in news.purged if isinstance(each, EntryKey)))
@@ -607,12 +608,16 @@ class Index:
 
     def _news(self) -> News:
         everything, self._everything = self._everything, False
-        before, self._generation = self._generation, self._ask(lambda rows: rows.refresh())
-        if everything or self._generation < before:
-            return News(everything=True)
-        if self._generation == before:
-            return News()
-        purged = self._ask(lambda rows: rows.purged_since(before))
+        try:
+            before, self._generation = self._generation, self._ask(lambda rows: rows.refresh())
+            if everything or self._generation < before:
+                return News(everything=True)
+            if self._generation == before:
+                return News()
+            purged = self._ask(lambda rows: rows.purged_since(before))
+        except OSError:
+            self._everything = True  # what was purged is not known, and not asked for again
+            raise
         return News(everything=purged is None, purged=purged or ())
 
     # Content
@@ -730,6 +735,7 @@ class Index:
             self.arrive(what, size)
             return 0
         opened = self.opened
+        self._refuse_if_occupied()  # here, for then nothing is being made that would have to be undone
         try:
             excess = self._change_now(lambda rows: rows.reserve(what, size, limit - self.size))
         except BusyError:

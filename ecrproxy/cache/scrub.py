@@ -25,6 +25,7 @@ from twisted.logger import Logger
 
 from ecrproxy.cache.index import give
 from ecrproxy.cache.locks import open_in_place, own
+from ecrproxy.cache.sqlite import BusyError, UnusableError
 from ecrproxy.cache.takeover import take_over
 from ecrproxy.oci import HEX_LENGTHS, Digest
 
@@ -42,6 +43,8 @@ log = Logger()
 
 PAUSE_SECONDS: Final = 600.0
 """How long after its beginning it begins again."""
+BUSY_SECONDS: Final = 30.0
+"""How long after one that met another process's writing."""
 TOGETHER_SECONDS: Final = 10.0
 """Processes that start within this time need it once."""
 LOOK_SECONDS: Final = 1.0
@@ -182,6 +185,8 @@ class Scrub(Service):
 
     def _failed(self, failure: Failure) -> bool:
         self._end()
+        if failure.check(BusyError):  # until then the limit counts what is known
+            self._rest = self._clock.seconds() + BUSY_SECONDS
         if failure.check(OSError):
             log.warn("Can't compare the cache with its index: {problem}", problem=str(failure.value), once="scrub")
         else:
@@ -233,7 +238,7 @@ class Scrub(Service):
         for _ in self._steps:
             if self._clock.seconds() >= until:
                 return True
-        with contextlib.suppress(OSError):  # one that can only be read; or another process will do it again
+        with contextlib.suppress(UnusableError):  # one that can only be read
             index.note_compared(self._began, self._opened)
         if not self._told:
             self._told, totals = True, index.totals
