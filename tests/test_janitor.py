@@ -5,9 +5,11 @@ The cache keeps within its limit: what was used least recently goes first, and w
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import random
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -27,7 +29,7 @@ from ecrproxy.cache import writer as writer_module
 from ecrproxy.cache.arriving import LEFT_SECONDS
 from ecrproxy.cache.claim import Claim
 from ecrproxy.cache.index import Index
-from ecrproxy.cache.janitor import FILES_AT_ONCE, PAUSE_SECONDS, Janitor, victims
+from ecrproxy.cache.janitor import EVICTING, FILES_AT_ONCE, PAUSE_SECONDS, Janitor, victims
 from ecrproxy.cache.peer import PeerTransfer
 from ecrproxy.cache.record import Reservation
 from ecrproxy.cache.scrub import LOOK_SECONDS, SHARE, Scrub
@@ -245,6 +247,28 @@ class JanitorTests(SmallCache):
         self.index.drop(arriving=[Reservation("arriving")])
         self.assertTrue(self.reserve(99, "third"))
         self.assertFalse(self.reserve(1, "fourth"))
+
+    def test_another_process_that_stands_still_while_it_evicts_is_waited_for_once(self) -> None:
+        """
+        It may be stopped, with the lock: room is made without it. Once the lock was had again, it is waited for again.
+        """
+        pauses = list[float]()
+        self.patch(time, "sleep", pauses.append)
+        one, two = self.keep(50), self.keep(50)
+        with (self.root / EVICTING).open("wb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            three, waited = self.keep(50), sum(pauses)
+            self.assertGreater(waited, 1)
+            four = self.keep(50)
+            self.assertLess(sum(pauses), waited + 0.1)
+        self.assertEqual([False, False, True, True], self.has(one, two, three, four))
+        pauses.clear()
+        self.keep(50)
+        self.assertEqual([], pauses)
+        with (self.root / EVICTING).open("wb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            self.keep(50)
+        self.assertEqual(waited, sum(pauses))
 
     def test_a_client_waits_for_room_for_two_seconds(self) -> None:
         """

@@ -973,15 +973,16 @@ def _refuse_far(root: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, *, waiting: bool = True) -> Iterator[None]:
     """
     Hold a lock file.
 
-    @raise OSError: if locks do not work there, or another process holds it for seconds.
+    @param waiting: whether to wait for another process that holds it.
+    @raise OSError: if locks do not work there, or another process holds it, for seconds if it is waited for.
     """
     with opened(path) as fd, opened(path) as other:
         give(path, path.parent)
-        for _ in range(_LOCK_TRIES):
+        for _ in range(_LOCK_TRIES if waiting else 1):
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break

@@ -84,6 +84,7 @@ class Janitor(Service):
         self.limit = limit
         self.evicted = 0
         self._evicting, self._awaited = threading.Lock(), dict[object, int]()
+        self._waited_in_vain = False
         self._clock = clock
         self._turns = Periodic("Keeping the limit", lambda: in_thread(self.tidy), clock)
         store.evict = store.index.evict = self.evict
@@ -222,10 +223,15 @@ class Janitor(Service):
     def _alone(self) -> Iterator[None]:
         """
         Keep other threads, and other processes, from evicting.
+
+        Another process may stand still with the lock: it is waited for once, and not again until the lock was had.
         """
         with self._evicting, contextlib.ExitStack() as stack:
-            with contextlib.suppress(OSError):  # together they evict more than is needed
-                stack.enter_context(locked(self._store.root / EVICTING))
+            try:
+                stack.enter_context(locked(self._store.root / EVICTING, waiting=not self._waited_in_vain))
+                self._waited_in_vain = False
+            except OSError:  # together they evict more than is needed
+                self._waited_in_vain = True
             yield
 
     def evict(self, size: int) -> bool:
