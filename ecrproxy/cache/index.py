@@ -322,6 +322,7 @@ class Index:
         draft = root / f"{POINTER}.{secrets.token_hex(4)}"
         try:
             rows = Rows(root / name)
+            draft.touch(mode=0o600)
             draft.write_text(f"{name}\n", "ascii")
             for each in (*files, draft):
                 give(each, root)
