@@ -692,11 +692,14 @@ class Index:
 
     def known(self, digest: Digest) -> File | None:
         """
-        Look a file of content up.
+        Look a file of content up. A use that is yet to be written is one.
 
         @raise OSError: if the index can't be read.
         """
-        return self._ask(lambda rows: rows.known(digest))
+        with self._noting:
+            used = self._uses.get(digest, float("-inf"))
+        found = self._ask(lambda rows: rows.known(digest))
+        return None if found is None else found._replace(used=max(found.used, used))
 
     def least_recently_used(self) -> Iterator[File]:
         """
