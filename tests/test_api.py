@@ -214,6 +214,33 @@ class RemovingTests(ApiTestCase):
         self.assertEqual(on_disk(len(data)), before - self.used())
         self.assertEqual(self.used(), self.index.totals.blocks)
 
+    def test_where_the_index_can_not_be_written_content_goes_and_the_rest_is_told(self) -> None:
+        """
+        On a full disk that is what makes room for the index.
+        """
+        layer, config = self.image.layers[0], self.image.config
+        self.get(f"/v2/team/app/blobs/{layer}")  # a use that is yet to be written
+        self.index._rows._writer.execute("PRAGMA query_only = 1")  # noqa: SLF001
+        for document in ({"content": [layer]}, {"entries": self.names("v1")}):
+            reply = self.post("remove", document)
+            self.assertEqual(503, reply.code)
+            self.assertIn(b"can't be written", reply.body)
+        self.assertEqual([False, True], [self.has(layer), self.has(config)])
+        self.index._rows._writer.execute("PRAGMA query_only = 0")  # noqa: SLF001
+        self.assertEqual(1, self.remove(content=[layer], entries=self.names("v1"))["entries"])
+
+    def test_a_use_that_is_yet_to_be_written_is_one(self) -> None:
+        """
+        What was used after the caller looked stays, also where the index can't be written.
+        """
+        layer = self.image.layers[0]
+        looked = self.daemon.now() + 1
+        self.pass_time(100)
+        self.get(f"/v2/team/app/blobs/{layer}")
+        self.index._rows._writer.execute("PRAGMA query_only = 1")  # noqa: SLF001
+        self.assertEqual(1, self.remove(content=[layer], unused_since=looked)["used"])
+        self.assertTrue(self.has(layer))
+
     def test_what_is_removed_is_asked_for_afresh(self) -> None:
         """
         Memory does not bring back what the directory has lost.

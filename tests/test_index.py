@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import os
 import sqlite3
 import threading
 from collections.abc import Sequence
@@ -522,6 +523,19 @@ class FileTests(ContentContract, ArrivingContract, EntriesContract, PurgeContrac
         self.index.add(A, 1)
         self.index.use(A)  # not written: it is lost
         assert [each.digest for each in self.other().files()] == [A]
+
+    def test_its_files_are_its_users_alone(self) -> None:
+        """
+        They tell what there is in a private registry, and whoever can read one can keep its log from ever ending.
+        """
+        self.addCleanup(os.umask, os.umask(0o022))
+        self.other()
+        self.index.add(A, 1)
+        for lost in self.root.glob(f"{POINTER}*"):
+            lost.unlink()
+        self.other().add(B, 1)
+        readable = [each.name for each in self.root.iterdir() if each.is_file() and each.stat().st_mode & 0o077]
+        assert readable == []
 
     def test_its_files_count(self) -> None:
         self.index.add(A, 1)

@@ -102,7 +102,10 @@ class Api(Answering):
     async def _remove(self, request: Request, document: Document) -> None:
         entries, content = _keys(document, "entries"), _digests(document, "content")
         unused_since = _number(document, "unused_since")
-        removed = await self._listing(self._inventory.remove, entries, content, unused_since)
+        try:
+            removed = await self._listing(self._inventory.remove, entries, content, unused_since)
+        except OSError as problem:
+            raise RegistryError(503, "UNAVAILABLE", f"the cache's index can't be written: {problem}") from problem
         await self._purged()
         log.info(
             "Purged {entries} entries and {files} files of content, {bytes} bytes",

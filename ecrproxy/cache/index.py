@@ -322,6 +322,7 @@ class Index:
         draft = root / f"{POINTER}.{secrets.token_hex(4)}"
         try:
             rows = Rows(root / name)
+            draft.touch(mode=0o600)
             draft.write_text(f"{name}\n", "ascii")
             for each in (*files, draft):
                 give(each, root)
@@ -696,11 +697,14 @@ class Index:
 
     def known(self, digest: Digest) -> File | None:
         """
-        Look a file of content up.
+        Look a file of content up. A use that is yet to be written is one.
 
         @raise OSError: if the index can't be read.
         """
-        return self._ask(lambda rows: rows.known(digest))
+        with self._noting:
+            used = self._uses.get(digest, float("-inf"))
+        found = self._ask(lambda rows: rows.known(digest))
+        return None if found is None else found._replace(used=max(found.used, used))
 
     def least_recently_used(self) -> Iterator[File]:
         """

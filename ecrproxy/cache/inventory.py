@@ -110,13 +110,14 @@ class Inventory:
         self, entries: Sequence[EntryKey], content: Iterable[Digest], unused_since: float | None = None
     ) -> Removed:
         """
-        Remove entries and content.
+        Remove entries and content. Files go first, whatever becomes of the index.
 
         @param unused_since: what was used after this time stays; none for all to go.
         @raise OSError: if the index can't be written.
         """
         index = self._store.index
-        index.settle_uses()
+        with contextlib.suppress(OSError):  # a full disk: what goes makes room for that
+            index.settle_uses()
         keys = [key for key in entries if unused_since is None or not self._confirmed_since(key, unused_since)]
         gone, size, used, stuck = list[Digest](), 0, len(entries) - len(keys), 0
         for digest in content:
@@ -128,7 +129,8 @@ class Inventory:
             elif found is not None:
                 gone.append(digest)
                 size += found.size
-        return Removed(index.purge(keys, gone), len(gone), size, used, stuck)
+        entries_gone = index.purge(keys, gone) if keys or gone else 0
+        return Removed(entries_gone, len(gone), size, used, stuck)
 
     def _confirmed_since(self, key: EntryKey, when: float) -> bool:
         entry = self._store.index.entry(key)

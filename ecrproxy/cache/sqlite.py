@@ -763,7 +763,9 @@ def number_of(registry: str, repository: str) -> int:
 
 
 def _connect(path: Path | None, *, read_only: bool = False) -> sqlite3.Connection:
-    name = ":memory:" if path is None else f"{path.absolute().as_uri()}?mode=rw{'' if path.exists() else 'c'}"
+    name = ":memory:" if path is None else f"{path.absolute().as_uri()}?mode=rw"
+    if path is not None and not read_only and not path.exists():
+        _create(path)
     if path is not None and read_only:
         # Without a log nobody writes, and the database can be read where no file can be made.
         name = f"{path.absolute().as_uri()}?{'mode=ro' if _log_of(path) else 'immutable=1'}"
@@ -773,6 +775,18 @@ def _connect(path: Path | None, *, read_only: bool = False) -> sqlite3.Connectio
     for pragma in ("synchronous = NORMAL", "mmap_size = 0", "journal_size_limit = 4194304", "cache_size = -1024"):
         connection.execute(f"PRAGMA {pragma}")
     return connection
+
+
+def _create(path: Path) -> None:
+    """
+    Create an empty database for this user alone. SQLite gives the files beside it the same mode.
+
+    @raise UnusableError: if it can't be created.
+    """
+    try:
+        path.touch(mode=0o600)
+    except OSError as problem:
+        raise UnusableError(str(problem)) from None
 
 
 def _log_of(path: Path) -> int:

@@ -124,9 +124,9 @@ class Running:
 
     def remove(self, entries: Sequence[str], content: Sequence[str], unused_since: float | None) -> Iterator[Any]:
         """
-        Remove what is named.
+        Remove what is named: content first, which makes room on a full disk.
         """
-        for kind, names in (("entries", entries), ("content", content)):
+        for kind, names in (("content", content), ("entries", entries)):
             for some in _batches(names):
                 yield self._daemon.ask("POST", "/api/remove", {kind: some, "unused_since": unused_since})
 
@@ -164,10 +164,10 @@ class Idle:
         """
         from ecrproxy.cache.entries import EntryKey  # noqa: PLC0415
 
-        for some in _batches(entries):
-            yield dataclasses.asdict(self._inventory.remove(list(map(EntryKey.parse, some)), [], unused_since))
         for some in _batches(content):
             yield dataclasses.asdict(self._inventory.remove([], _parsed(some), unused_since))
+        for some in _batches(entries):
+            yield dataclasses.asdict(self._inventory.remove(list(map(EntryKey.parse, some)), [], unused_since))
 
     def verify(self, digests: Sequence[str], rate: float | None, *, keep: bool) -> Iterator[Any]:
         """

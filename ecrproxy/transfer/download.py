@@ -142,7 +142,7 @@ class Download:
         self._patience = Patience(self._call_later, STUCK_SECONDS, self._leave_behind)
         self._followers: dict[Follower, None] = {}  # in the order in which parts were last taken for them
         self._abandoned, self._leaves, self._attended = False, False, False
-        self._running, self.stopped = True, False
+        self._running, self.stopped, self._failed_filing = True, False, False
         self._parts_sent = 0
         self.attendance: Callable[[], None] = lambda: None
         self.split_off: Callable[[Download], None] | None = None
@@ -150,9 +150,9 @@ class Download:
     @property
     def kept(self) -> bool:
         """
-        Tell whether the bytes go to the cache.
+        Tell whether the bytes go to the cache; or did, when the transfer failed.
         """
-        return self._backing is not None
+        return self._backing is not None or self._failed_filing
 
     @property
     def _backing(self) -> Writer | PeerTransfer | None:
@@ -720,6 +720,7 @@ class Download:
             wrong = failure.check(DigestMismatchError) is not None
             give_up = partial(self._writer.give_up, Why.DIGEST if wrong else Why.DISK)
             self._let_claim_go(self._writer.release if self._leaves else give_up)
+        self._failed_filing = self._backing is not None
         self.failure, self._writer, self._peer = failure, None, None
         foreseen = worth or failure.check(DigestMismatchError, CancelledError)
         why = str(failure.value) if foreseen else failure.getTraceback()
