@@ -520,18 +520,22 @@ class Cache:
         @param begun: waits for the first bytes, if other content has to be evicted; returns whether they came.
         @param asked: what ECR said just now that the repository holds: it is noted if there is a file.
         """
+        if size is None:
+            self.unclaim(claim)
+            return Reason.SIZE_UNKNOWN
+        refused, reserved, room = None, False, room_for(size)
         try:
-            refused = await self._refused(claim, size, begun)
-            reserved = refused is None and size is not None and not claim.resumes(size)
-            reserved = reserved and not self._room.is_prompt(room_for(size or 0))
-            if reserved and not await self._reserved(claim.reservation, room_for(size or 0)):
-                refused = Reason.NO_ROOM
+            if not claim.resumes(size):
+                refused = await self._refused(room, begun)
+                if refused is None and not self._room.is_prompt(room):
+                    reserved = await self._reserved(claim.reservation, room)
+                    refused = None if reserved else Reason.NO_ROOM
         except BaseException:
             self.unclaim(claim)
             raise
-        if size is None or refused is not None:
+        if refused is not None:
             self.unclaim(claim)
-            return refused or Reason.SIZE_UNKNOWN
+            return refused
         held = [] if asked is None else [(self._key(asked), self._entry_of(Descriptor(BLOB_TYPE, digest, size)))]
         try:
             begin = partial(self._begin_or_resume, claim, digest, size, held, reserved=reserved)
@@ -545,19 +549,13 @@ class Cache:
             self._hold_entries(held)
         return writer
 
-    async def _refused(
-        self, claim: Claim, size: int | None, begun: Callable[[], Awaitable[bool]] | None
-    ) -> Reason | None:
+    async def _refused(self, room: int, begun: Callable[[], Awaitable[bool]] | None) -> Reason | None:
         """
-        Tell why the cache can't have a blob, as far as the event loop can know.
+        Return why the cache can't have a blob that takes C{room} bytes, as far as the event loop can know.
         """
-        if size is None:
-            return Reason.SIZE_UNKNOWN
-        if claim.resumes(size):
-            return None
-        if not await self._room.can_hold(room_for(size)):
+        if not await self._room.can_hold(room):
             return Reason.TOO_LARGE
-        if begun is not None and not self._room.fits(room_for(size)) and not await begun():
+        if begun is not None and not self._room.fits(room) and not await begun():
             return Reason.NO_ROOM
         return None
 
@@ -866,7 +864,7 @@ def _listed(body: bytes, media_type: str) -> Sequence[tuple[Kind, Descriptor]]:
 
 def _no_room(problem: Exception) -> bool:
     """
-    Tell why there is no room: whatever the janitor's trouble, a pull goes on without it.
+    Log why there is no room, and return False: whatever the janitor's trouble, a pull goes on without it.
     """
     if isinstance(problem, OSError):
         log.warn("Not kept: room in the cache can't be promised: {problem}", problem=str(problem), once="no room")

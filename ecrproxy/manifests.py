@@ -204,7 +204,7 @@ class Manifests:
 
     def _missing(self, asked: Asked, known: Confirmed | None, found: Descriptor) -> Reason:
         """
-        Tell why a tag's manifest is not in the cache, by what was known of the tag.
+        Return why a tag's manifest is not in the cache, by what was known of the tag.
         """
         if known is not None and known.descriptor.digest != found.digest:
             return Reason.TAG_MOVED

@@ -412,7 +412,7 @@ def _reread_as_told(listening: Sequence[Listening], admission: Admission, certif
 
 def _leave_with(workers: Workers, leave: Callable[[int], object], number: int) -> None:
     """
-    End at once, and the workers before: without their parent they would let clients have what is under way.
+    End at once, and the workers before: without their parent they would go on with the responses in progress.
     """
     workers.kill()
     leave(number)

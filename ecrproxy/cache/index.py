@@ -755,7 +755,7 @@ class Index:
 
     def promised(self, what: Reservation) -> int:
         """
-        Tell how many bytes of disk this process was promised for what has the same name.
+        Return how many bytes of disk this process was promised for what has the same name.
         """
         with self._noting:
             return on_disk(self._promised.get(what.name, (what, 0))[1])

@@ -150,7 +150,7 @@ class Download:
     @property
     def kept(self) -> bool:
         """
-        Tell whether the bytes go to the cache; or did, when the transfer failed.
+        Return True if the bytes go to the cache, or did when the transfer failed.
         """
         return self._backing is not None or self._failed_filing
 
