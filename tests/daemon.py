@@ -113,6 +113,7 @@ class Hands:
 
     def __init__(self) -> None:
         self.waiting: deque[tuple[Deferred[Any], Callable[..., Any], tuple[Any, ...]]] = deque()
+        self.untold: deque[tuple[Deferred[Any], Deferred[Any]]] = deque()
         self.idle = True
         """Whether calls are done at once."""
 
@@ -128,13 +129,31 @@ class Hands:
         Do the next calls.
         """
         for _ in range(count):
-            done, blocking, args = self.waiting.popleft()
-            execute(blocking, *args).addBoth(done.callback)
+            self.do()
+            self.tell(-1)
+
+    def do(self, which: int = 0) -> None:
+        """
+        Do one of the calls. As with a thread, the event loop hears of it later: see L{tell}.
+        """
+        done, blocking, args = self.waiting[which]
+        del self.waiting[which]
+        self.untold.append((done, execute(blocking, *args)))
+
+    def tell(self, which: int = 0) -> None:
+        """
+        Pass the outcome of one of the calls that were done on.
+        """
+        done, outcome = self.untold[which]
+        del self.untold[which]
+        outcome.addBoth(done.callback)
 
     def work_off(self) -> None:
         """
         Do all calls, and what they lead to.
         """
+        while self.untold:
+            self.tell()
         while self.waiting:
             self.work()
 

@@ -473,8 +473,7 @@ class Download:
                 more = await self._disk.hashing(writer.catch_up)
             except OSError as problem:
                 raise _DiskError(problem) from problem
-            self.received = self._filed = writer.hashed
-            self._news()
+            self._show_hashed(writer)
 
     async def _part(self, lane: Lane) -> None:
         """
@@ -509,9 +508,16 @@ class Download:
             await self._disk.writing(writer.write, offset, batch)
         except OSError as problem:
             raise _DiskError(problem.with_traceback(None)) from problem
-        self.received = self._filed = writer.hashed
-        self._news()
+        self._show_hashed(writer)
         return end
+
+    def _show_hashed(self, writer: Writer) -> None:
+        """
+        Show what the file has of the blob. The tail, once it is there, is ahead of that, and stays shown.
+        """
+        if not self.verified:
+            self.received = self._filed = writer.hashed
+            self._news()
 
     async def _complete(self, writer: Writer, offset: int, tail: bytes) -> None:
         """

@@ -1,0 +1,139 @@
+"""
+A transfer whose connections, threads and readers act in any order.
+
+A thread's outcome reaches the event loop later than its work is done: what other threads and connections did between
+the two must not be undone.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from functools import partial
+from random import Random
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ecrproxy.cache.content import DigestMismatchError
+from ecrproxy.transfer.download import TAIL, Download
+from ecrproxy.transfer.inflow import SMALLEST_PART
+from tests.daemon import noise
+from tests.test_download import PWRITE, DownloadTestCase, Reader, Source, Tap, is_data
+
+SIZES = (1, TAIL, TAIL + 1, 3 * TAIL, SMALLEST_PART + TAIL, 3 * SMALLEST_PART + 17)
+"""Bytes of the blob: of one batch, of a tail and little more, and of several parts."""
+CHUNKS = (1, TAIL // 2, TAIL, SMALLEST_PART)
+
+
+class InterleavingTests(DownloadTestCase):
+    """
+    Any order of what happens.
+    """
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.arrived: dict[Tap, int] = {}
+
+    def bring(self, data: bytes, tap: Tap, count: int) -> None:
+        """
+        Let a connection bring so many bytes more, and end with its last.
+        """
+        at = tap.start + self.arrived.get(tap, 0)
+        stop = len(data) if tap.stop is None else tap.stop
+        piece = data[at : min(at + count, stop)]
+        self.arrived[tap] = self.arrived.get(tap, 0) + len(piece)
+        for start in range(0, len(piece), 2**16):
+            tap.arrived(piece[start : start + 2**16])
+        if at + len(piece) == stop and not tap.over:
+            tap.ended(None)
+
+    def events(self, data: bytes, blob: Source, chunk: int) -> list[Callable[[], None]]:
+        """
+        What may happen next.
+        """
+        hands = self.hands
+        return [
+            *(partial(self.bring, data, tap, chunk) for tap in blob.taps if tap.began and not (tap.over or tap.paused)),
+            *(partial(hands.do, which) for which in range(len(hands.waiting))),
+            *(partial(hands.tell, which) for which in range(len(hands.untold))),
+        ]
+
+    def play(self, data: bytes, download: Download, chance: Random) -> None:
+        """
+        Let everything happen that can, in the order that C{chance} has; what was shown stays shown.
+        """
+        shown = 0
+        while events := self.events(data, self.blob, chance.choice(CHUNKS)):
+            chance.choice(events)()
+            self.assertGreaterEqual(download.received, shown)
+            shown = download.received
+
+    @settings(max_examples=100)
+    @given(st.sampled_from(SIZES), st.integers(1, 4), st.integers(0, 2**32))
+    def test_ends_with_every_byte(self, size: int, lanes: int, seed: int) -> None:
+        """
+        Each reader gets all, the blob is content, and no file stays open.
+        """
+        data = noise("x", size)
+        self.hands.idle = False
+        download = self.begin(data, lanes=lanes, first=min(size, SMALLEST_PART))
+        readers = [Reader(download.follow(start, size)) for start in (0, size // 2)]
+        self.play(data, download, Random(seed))
+        self.assertEqual([data, data[size // 2 :]], [bytes(each.got) for each in readers])
+        self.assertIsNone(download.failure)
+        self.leave(readers)
+        self.assertEqual(data, (self.root / self.store.content_path(download.digest)).read_bytes())
+
+    @settings(max_examples=100)
+    @given(st.sampled_from(SIZES), st.integers(1, 4), st.integers(0, 2**32))
+    def test_a_full_disk_loses_nothing(self, size: int, lanes: int, seed: int) -> None:
+        """
+        Each reader gets all, wherever the disk was full, and nothing is left of the file.
+        """
+        data, chance = noise("x", size), Random(seed)
+        room = [chance.randrange(size)]
+
+        def write(fd: int, piece: Any, offset: int) -> int:
+            if is_data(piece):
+                room[0] -= len(piece)
+            if room[0] < 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return PWRITE(fd, piece, offset)
+
+        self.hands.idle = False
+        download = self.begin(data, lanes=lanes, first=min(size, SMALLEST_PART))
+        readers = [Reader(download.follow(start, size)) for start in (0, size // 2)]
+        patch = self.patch(os, "pwrite", write)
+        self.play(data, download, chance)
+        patch.restore()
+        self.assertEqual([data, data[size // 2 :]], [bytes(each.got) for each in readers])
+        self.leave(readers)
+        self.assertEqual([], [path for path in self.root.rglob("*") if path.is_file()])
+
+    @settings(max_examples=60)
+    @given(st.sampled_from(SIZES), st.integers(1, 4), st.integers(0, 2**32))
+    def test_other_bytes_complete_no_answer(self, size: int, lanes: int, seed: int) -> None:
+        """
+        If one byte is another, no reader of the whole gets the last one, and nothing is left of the file.
+        """
+        data, chance = bytearray(noise("x", size)), Random(seed)
+        self.hands.idle = False
+        download = self.begin(bytes(data), lanes=lanes, first=min(size, SMALLEST_PART))
+        reader = Reader(download.follow(0, size))
+        data[chance.randrange(size)] ^= 1
+        self.play(bytes(data), download, chance)
+        self.assertLess(len(reader.got), size)
+        self.leave([reader])
+        self.assertFailed(download, DigestMismatchError)
+
+    def leave(self, readers: list[Reader]) -> None:
+        """
+        Let all readers go; no file stays open.
+        """
+        for each in readers:
+            each.follower.close()
+        self.hands.work_off()
+        self.assertEqual([], self.open_files())
