@@ -934,7 +934,8 @@ class DaemonTestCase(SynchronousTestCase):
         told = [*map(all_of, self.events), *(all_of_reply(each) for each in self.replies())]
         told += [repr(each) for daemon in self.daemons for each in ours(daemon)]
         told += [daemon.figures.page().decode() for daemon in self.daemons]
-        told += [daemon.ask_admin(path).body.decode() for path in ("/", "/status.json") for daemon in self.daemons]
+        # The page shows the same snapshot.
+        told += [daemon.ask_admin("/status.json").body.decode() for daemon in self.daemons]
         told += [f"{asked.path} {asked.query}" for asked in self.standin.asked if asked.service == "registry"]
         for asked in self.standin.asked:
             told.append(repr({name: value for name, value in asked.headers.items() if name != "authorization"}))

@@ -25,6 +25,8 @@ from tests.test_download import PWRITE, DownloadTestCase, Reader, Source, Tap, i
 
 SIZES = (1, TAIL, TAIL + 1, 3 * TAIL, SMALLEST_PART + TAIL, 3 * SMALLEST_PART + 17)
 """Bytes of the blob: of one batch, of a tail and little more, and of several parts."""
+assert settings.default is not None
+FEWER = settings(max_examples=settings.default.max_examples // 2)
 CHUNKS = (1, TAIL // 2, TAIL, SMALLEST_PART)
 
 
@@ -71,7 +73,7 @@ class InterleavingTests(DownloadTestCase):
             self.assertGreaterEqual(download.received, shown)
             shown = download.received
 
-    @settings(max_examples=100)
+    @FEWER
     @given(st.sampled_from(SIZES), st.integers(1, 4), st.integers(0, 2**32))
     def test_ends_with_every_byte(self, size: int, lanes: int, seed: int) -> None:
         """
@@ -87,7 +89,7 @@ class InterleavingTests(DownloadTestCase):
         self.leave(readers)
         self.assertEqual(data, (self.root / self.store.content_path(download.digest)).read_bytes())
 
-    @settings(max_examples=100)
+    @FEWER
     @given(st.sampled_from(SIZES), st.integers(1, 4), st.integers(0, 2**32))
     def test_a_full_disk_loses_nothing(self, size: int, lanes: int, seed: int) -> None:
         """
@@ -113,7 +115,7 @@ class InterleavingTests(DownloadTestCase):
         self.leave(readers)
         self.assertEqual([], [path for path in self.root.rglob("*") if path.is_file()])
 
-    @settings(max_examples=60)
+    @FEWER
     @given(st.sampled_from(SIZES), st.integers(1, 4), st.integers(0, 2**32))
     def test_other_bytes_complete_no_answer(self, size: int, lanes: int, seed: int) -> None:
         """

@@ -718,11 +718,11 @@ class SmallDisk(SmallCache):
 
 class FewInodes(SmallCache):
     """
-    A disk of many bytes, and inodes for 400 files.
+    A disk of many bytes, and inodes for 300 files.
     """
 
     limit = 2**30
-    INODES = 400
+    INODES = 300
 
     def setUp(self) -> None:
         self.patch(os, "statvfs", lambda _: self.status())
@@ -755,7 +755,7 @@ class FewInodes(SmallCache):
 
     def test_files_go_by_number(self) -> None:
         with capturedLogs() as events:
-            digests = [self.keep(1) for _ in range(420)]
+            digests = [self.keep(1) for _ in range(310)]
         self.assertEqual([False] * FILES_AT_ONCE, self.has(*digests[:FILES_AT_ONCE]))
         self.assertEqual({True}, set(self.has(*digests[FILES_AT_ONCE:])))
         self.assertEqual(FILES_AT_ONCE, self.janitor.evicted)

@@ -246,7 +246,7 @@ class TapCase(SynchronousTestCase):
         self.folder = scratch(self)
         self.folder.mkdir()
         self.environ = {"PROXY_ECR_ENDPOINT": ECR, "PROXY_CACHE_DIR": str(self.folder / "cache")}
-        self.environ["PROXY_ADMIN_LISTEN"] = "off"
+        self.environ |= {"PROXY_ADMIN_LISTEN": "off", "PROXY_CACHE_LIMIT": "1G"}  # on a disk of any size
         self.reactor = Reactor()
 
     def run_with(self, *flags: str, **environ: str) -> MultiService:

@@ -70,7 +70,7 @@ def scrub(store: Store, make_room: Callable[[], object]) -> Iterator[None]:
     store.index.check()
     yield
     adopted = 0
-    for algorithm in HEX_LENGTHS:
+    for algorithm in filter(store.has_any, HEX_LENGTHS):
         for number in range(256):
             for count in _compare(store, algorithm, f"{number:02x}"):
                 if count:

@@ -286,6 +286,14 @@ class Store:
         left = (Candidate(*each) for each in self.index.arriving() if each[2])
         return heapq.merge(content, left, key=lambda each: each.used)
 
+    def has_any(self, algorithm: str) -> bool:
+        """
+        Return True if the directory or its index may have content whose digests are of C{algorithm}.
+
+        @raise OSError: if the index can't be read.
+        """
+        return (self.root / "content" / algorithm).exists() or next(self.index.names(algorithm, ""), None) is not None
+
     def names(self, algorithm: str, prefix: str) -> set[str]:
         """
         List the files of the folder for digests whose hashes begin with C{prefix}; some may be somebody else's.
