@@ -48,6 +48,7 @@ from ecrproxy.workers.processes import (
     SILENT_SECONDS,
     STARTING_SECONDS,
     STEADY_SECONDS,
+    STILL_SECONDS,
     Workers,
 )
 
@@ -530,6 +531,23 @@ class ChannelTests(WorkersTestCase):
         found = self.successResultOf(asked)
         self.assertEqual((True, ("2 of 3 worker processes do not answer",)), (found.can_serve, found.reasons))
         hangs.tell(ReadinessTold(0, well))  # too late: nobody waits for it
+
+    def test_one_that_stands_still_is_not_waited_for(self) -> None:
+        """
+        Kubernetes gives a probe one second. Once it sends again, it is asked again.
+        """
+        still, *others = self.reactor.spawned
+        for _ in range(STILL_SECONDS):
+            self.reactor.advance(1)
+            for process in others:
+                process.tell(Counted((), (), (), ()))
+        for running, missing in ((others, ("1 of 3 worker processes do not answer",)), (self.reactor.spawned, ())):
+            asked = Deferred.fromCoroutine(self.workers.readiness())
+            for process in running:
+                well = Readiness(can_serve=True, can_fetch=True, reasons=())
+                process.tell(ReadinessTold(process.told()[-1].number, well))
+            self.assertEqual(missing, self.successResultOf(asked).reasons)
+            still.tell(Counted((), (), (), ()))
 
     def test_an_answer_of_another_kind_is_none(self) -> None:
         asked = Deferred.fromCoroutine(self.workers.gather())

@@ -62,6 +62,8 @@ SILENT_SECONDS: Final = 30
 """A worker that sends nothing for so many seconds is killed and replaced: its event loop hangs."""
 STARTING_SECONDS: Final = 300
 """A worker that does not listen within so many seconds is killed and replaced. A normal start takes a few."""
+STILL_SECONDS: Final = 3
+"""A worker that has sent nothing for so many seconds is not asked: each sends its counts once a second."""
 ANSWER_SECONDS: Final = 4.0
 """Timeout for a worker's answer, in seconds. Its look at a disk that hangs takes two."""
 # -P, as for the script twistd: the working directory must not become a place that modules are imported from.
@@ -317,8 +319,11 @@ class _Worker(ProcessProtocol):
         """
         Send a question.
 
-        @return: fires with the answer, or with None after C{ANSWER_SECONDS} or when the worker ends.
+        @return: fires with the answer, or with None after C{ANSWER_SECONDS} or when the worker ends; at once if it
+            stands still.
         """
+        if self._silent >= STILL_SECONDS:
+            return succeed(None)
         number = next(self._numbers)
         answer: Deferred[Answer | None] = Deferred()
         self._asked[number] = answer, self._reactor.callLater(ANSWER_SECONDS, self._answered, number, None)
