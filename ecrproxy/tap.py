@@ -55,8 +55,9 @@ from ecrproxy.registry.egress import Egress
 from ecrproxy.registry.proxy_variables import for_botocore
 from ecrproxy.serving import begin, check_passwords, wire
 from ecrproxy.settings.complaints import Complaint, say, write
-from ecrproxy.settings.config import ADMIN_LISTEN, Config, ConfigError
+from ecrproxy.settings.config import ADMIN_LISTEN, NO_FILE, Config, ConfigError, Given, given
 from ecrproxy.settings.contradictions import Machine, load, look_at_log, look_at_settings, refusal
+from ecrproxy.settings.file import read_file
 from ecrproxy.settings.options import Options
 from ecrproxy.threads import in_time
 from ecrproxy.workers.channel import Channel, adopt
@@ -78,15 +79,17 @@ def makeService(options: Options) -> Daemon:
     from twisted.internet import reactor  # noqa: PLC0415 (twistd may have chosen another before)
 
     set_up(reactor)
-    complain = _complaining(options)
-    warnings: list[Complaint] = []
+    file, warnings = NO_FILE, list[Complaint]()
     try:
-        config = load(options.flags(), os.environ)
+        file = read_file(options.flags(), os.environ)
+        complain = _complaining(options, file)
+        config = load(options.flags(), os.environ, file)
         sockets = inherited_sockets(os.environ)
         if sockets is not None:
             service = build_worker(config, sockets, reactor, _egress(os.environ))
         else:
-            warnings = _warnings(config, options)
+            settings = given(options.flags(), os.environ, file)
+            warnings = _warnings(config, settings, options)
             for each in warnings:
                 log.warn("{complaint}", complaint=each)
             os.environ.update(for_botocore(os.environ))
@@ -98,12 +101,14 @@ def makeService(options: Options) -> Daemon:
             if config.worker_processes == 1:
                 service = build(config, reactor, leave, supervisor, egress)
             else:
-                service = build_parent(config, reactor, leave, supervisor, options.arguments())
+                # It is read once: a worker that is replaced later is like the others, whatever the file says by then.
+                filed = {name: text for name, (text, _) in settings.items() if settings[name] is file.get(name)}
+                service = build_parent(config, reactor, leave, supervisor, options.arguments(filed))
     except ConfigError as problem:
         for line in (*problem.warnings, *map(str, warnings)):
-            _complaining(options, LogLevel.warn)(f"warning: {line}")
+            _complaining(options, file, LogLevel.warn)(f"warning: {line}")
         for line in problem.errors:
-            complain(line)
+            _complaining(options, file)(line)
         sys.exit(1)
     service.complain, service.writer = complain, _log_writer(config, options, reactor)
     looks = look if sockets is None else Orphaned(config.drain_seconds + END_SECONDS)
@@ -113,14 +118,15 @@ def makeService(options: Options) -> Daemon:
     return service
 
 
-def _warnings(config: Config, options: Options) -> list[Complaint]:
+def _warnings(config: Config, settings: Given, options: Options) -> list[Complaint]:
     """
     Judge the settings together.
 
+    @param settings: what C{config} was loaded from.
     @raise ConfigError: if the daemon must not start with them.
     """
     machine = Machine(usable_cores(), _disk_size(Path(config.cache_dir)))
-    found = look_at_settings(config, options.flags(), os.environ, machine)
+    found = look_at_settings(config, settings, os.environ, machine)
     found += look_at_log(config, options.parent or {})
     if any(each.grave for each in found):
         raise refusal(found)
@@ -164,11 +170,15 @@ def _disk_size(directory: Path) -> int | None:
     return None
 
 
-def _complaining(options: Options, level: Any = LogLevel.critical) -> Callable[[str], None]:  # noqa: ANN401
+def _complaining(
+    options: Options,
+    file: Given,
+    level: Any = LogLevel.critical,  # noqa: ANN401
+) -> Callable[[str], None]:
     """
     Have what keeps the daemon from starting said in the shape of the log, whatever else is wrong with the settings.
     """
-    chosen = options.flags().get("log-format") or os.environ.get("PROXY_LOG_FORMAT")
+    chosen, _ = given(options.flags(), os.environ, file).get("log-format", ("text", ""))
     if chosen != "json":
         marked = leads_to_journal(os.environ.get("JOURNAL_STREAM"), sys.__stderr__)
         return partial(say, mark=f"<{PRIORITIES[level]}>" if marked else "")

@@ -21,7 +21,7 @@ from ecrproxy.command.checkup.reach import Contact
 from ecrproxy.command.checkup.settings import judge_files, look_at_files, look_at_settings
 from ecrproxy.endpoint_string import parse_endpoint_string
 from ecrproxy.healthcheck import Place
-from ecrproxy.settings.config import Config
+from ecrproxy.settings.config import Config, given
 
 GIB = 2**30
 ECR = "123456789012.dkr.ecr.eu-west-1.amazonaws.com"
@@ -298,7 +298,7 @@ class SettingsTests(SynchronousTestCase):
 
     def test_what_the_daemon_refuses_fails_and_what_it_warns_of_is_a_warning(self) -> None:
         flags, environ = {"admin-listen": "tcp:5001", "htpasswd": "x"}, {"CACHE_MAX_SIZE": "1g"}
-        found = list(look_at_settings(config(flags), flags, environ, 2))
+        found = list(look_at_settings(config(flags), given(flags, environ), environ, 2))
         verdicts = [each.verdict for each in found]
         self.assertEqual([Verdict.FAILED, Verdict.WARNING, Verdict.WARNING], verdicts)
         self.assertTrue(all(each.advice for each in found))

@@ -21,6 +21,7 @@ MINIMUM = {"PROXY_ECR_ENDPOINT": ECR, "HOME": "/home/me"}
 
 # flag: its variable, a text for the variable, what it comes to, another text for the flag, what that comes to
 EXAMPLES: dict[str, tuple[str, str, Any, str, Any]] = {
+    "config": ("PROXY_CONFIG", "/one.toml", "/one.toml", "two.toml", "two.toml"),
     "ecr-endpoint": ("PROXY_ECR_ENDPOINT", "http://moto:5000", "http://moto:5000", "ecr.test", "https://ecr.test"),
     "region": ("AWS_REGION", "us-east-2", "us-east-2", "us-gov-west-1", "us-gov-west-1"),
     "instance-auth": ("AWS_INSTANCE_AUTH", "true", True, "false", False),

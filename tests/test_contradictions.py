@@ -10,7 +10,7 @@ import botocore.session
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.settings.complaints import Complaint
-from ecrproxy.settings.config import SETTINGS, Config, ConfigError
+from ecrproxy.settings.config import SETTINGS, Config, ConfigError, given
 from ecrproxy.settings.contradictions import Machine, load, look_at_environment, look_at_log, look_at_settings
 from ecrproxy.settings.values import REGIONS
 
@@ -23,9 +23,9 @@ class LookCase(SynchronousTestCase):
     def look(
         self, environ: Mapping[str, str], flags: Mapping[str, str] | None = None, disk: int | None = None
     ) -> list[Complaint]:
-        given = {name.replace("_", "-"): value for name, value in (flags or {}).items()}
+        flags = {name.replace("_", "-"): value for name, value in (flags or {}).items()}
         all_of_it = {**ENDPOINT, **environ}
-        return look_at_settings(Config.load(given, all_of_it), given, all_of_it, Machine(2, disk))
+        return look_at_settings(Config.load(flags, all_of_it), given(flags, all_of_it), all_of_it, Machine(2, disk))
 
     def assert_refused(self, words: str, environ: Mapping[str, str]) -> None:
         """

@@ -414,6 +414,13 @@ class WrongSettingTests(TapCase):
         """
         self.assert_dies(r"PROXY_PORT='1\n2\n3': ", PROXY_PORT="1\n2\n3")
 
+    def test_what_is_wrong_with_the_configuration_file_is_told_in_the_shape_that_it_asks_for(self) -> None:
+        file = self.folder / "settings.toml"
+        file.write_text('log-format = "json"\nport = 70000\n')
+        self.assertRaises(SystemExit, self.run_with, PROXY_CONFIG=str(file))
+        (event,) = validated(self.stderr.getvalue())
+        self.assertEqual(f"{file}: port='70000': not a port; give a number from 1 to 65535", event["message"])
+
     def test_what_is_missing_is_told(self) -> None:
         """
         The endpoint, the region, and the other half of key and certificate.
@@ -903,6 +910,17 @@ class WorkersTests(TapCase):
             self.assertEqual(["ecr-proxy", "--log-level=warn"], process["arguments"][-2:])
             self.assertEqual(70, process["childFDs"][SOCKETS_FD])
             self.assertEqual("1", process["environ"][VARIABLE])
+
+    def test_workers_are_started_with_what_the_configuration_file_says(self) -> None:
+        """
+        As flags, but for what a variable says; and without the file, which may say something else by then.
+        """
+        file = self.folder / "settings.toml"
+        file.write_text('tag-ttl = 7\ncache-limit = "2g"\nworker-processes = 3\n')
+        self.start(PROXY_CONFIG=str(file))
+        for process in self.spawning.spawned:
+            self.assertEqual(["ecr-proxy", "--tag-ttl=7", "--log-level=warn"], process["arguments"][-3:])
+            self.assertEqual("", process["environ"]["PROXY_CONFIG"])
 
     def test_what_would_keep_workers_from_starting_is_told_once(self) -> None:
         """

@@ -267,7 +267,7 @@ class StartTests(WorkersTestCase):
         os.environ["AWS_SECRET_ACCESS_KEY"] = "secret"
         self.workers.startService()
         for process in self.reactor.spawned:
-            self.assertEqual(os.environ | {VARIABLE: "2"}, process.environ)
+            self.assertEqual(os.environ | {VARIABLE: "2", "PROXY_CONFIG": ""}, process.environ)
             self.assertNotIn("secret", str(process.arguments))
         self.assertNotIn(VARIABLE, os.environ)
 
@@ -581,6 +581,16 @@ class FlagsTests(SynchronousTestCase):
         ):
             given, handed = Options(), Options()
             given.parseOptions(flags)
-            handed.parseOptions(given.arguments())
+            handed.parseOptions(given.arguments({}))
             self.assertEqual(given.flags(), handed.flags(), flags)
             self.assertEqual(len(given.flags()), len(given.flags().keys() & handed.flags().keys()))
+
+    def test_what_the_file_says_is_handed_on_as_flags(self) -> None:
+        """
+        And not the file, which may say something else by the time a worker is replaced. Flags win over it.
+        """
+        given, handed = Options(), Options()
+        given.parseOptions(["--config=/etc/x.toml", "--port=80"])
+        filed = {"port": "1", "listen": "tcp:5000 unix:/x", "read-ahead": "yes", "instance-auth": "0", "tag-ttl": "3"}
+        handed.parseOptions(given.arguments(filed))
+        self.assertEqual({**filed, "port": "80", "read-ahead": "true", "instance-auth": "false"}, handed.flags())

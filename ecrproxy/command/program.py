@@ -17,6 +17,7 @@ from typing import Any, Final, NoReturn
 from ecrproxy import __version__
 from ecrproxy.command.asking import RefusedError, UnreachableError, over_http
 from ecrproxy.command.completion import COMPLETION
+from ecrproxy.command.config import CONFIG_COMMAND
 from ecrproxy.command.doctor import DOCTOR
 from ecrproxy.command.ls import LS
 from ecrproxy.command.prefetch import PREFETCH
@@ -36,10 +37,11 @@ from ecrproxy.command.subcommand import (
 from ecrproxy.command.terminal import Terminal
 from ecrproxy.command.verify import VERIFY
 from ecrproxy.registry.proxy_variables import for_botocore
-from ecrproxy.settings.config import SETTINGS, ConfigError, Setting, read_settings
+from ecrproxy.settings.config import CONFIG, SETTINGS, ConfigError, Setting, read_settings
+from ecrproxy.settings.file import read_file
 from ecrproxy.settings.values import parse_flag
 
-SUBCOMMANDS: Final[Sequence[Subcommand]] = (LS, PURGE, VERIFY, STATS, PREFETCH, DOCTOR, COMPLETION)
+SUBCOMMANDS: Final[Sequence[Subcommand]] = (LS, PURGE, VERIFY, STATS, PREFETCH, DOCTOR, CONFIG_COMMAND, COMPLETION)
 """All of them, in the order of the help."""
 CUT_OFF: Final = 141
 """What shells give to an end by SIGPIPE."""
@@ -106,9 +108,9 @@ def _add_settings(parser: ArgumentParser, subcommand: Subcommand) -> None:
     """
     Add the settings that a subcommand takes, as the daemon's own flags.
     """
-    named = [each for each in SETTINGS if each.name in subcommand.settings]
-    if not named:
+    if not subcommand.settings:
         return
+    named = [each for each in SETTINGS if each.name in (CONFIG, *subcommand.settings)]
     group = parser.add_argument_group("settings", "The daemon's own, by the same names; a flag wins over its variable.")
     for each in named:
         told = f"{each.help} [{each.variable}, default: {each.default}]".replace("%", "%%")
@@ -184,8 +186,9 @@ def _lines_of(problem: Exception) -> list[str]:
 def _call(options: Namespace, world: World) -> int:
     subcommand: Subcommand = options.chosen
     flags = _flags(options)
-    settings = read_settings(subcommand.settings, flags, world.variables)
-    return subcommand.run(Call(options, flags, settings, world))
+    file = read_file(flags, world.variables)
+    settings = read_settings(subcommand.settings, flags, world.variables, file)
+    return subcommand.run(Call(options, flags, file, settings, world))
 
 
 def run() -> NoReturn:

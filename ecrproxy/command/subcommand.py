@@ -12,6 +12,7 @@ from typing import Any, Final
 from ecrproxy.command.asking import Daemon, Exchange, place_of
 from ecrproxy.command.terminal import Terminal
 from ecrproxy.healthcheck import Place
+from ecrproxy.settings.config import Given
 
 FINE: Final = 0
 WRONG: Final = 1
@@ -68,11 +69,13 @@ class Call:
 
     @ivar options: what it was called with.
     @ivar flags: the settings among it as text, by setting name: what C{Config.load} takes.
+    @ivar file: what the configuration file says.
     @ivar settings: the values of the settings that it names, by attribute of C{Config}.
     """
 
     options: Namespace
     flags: Mapping[str, str]
+    file: Given
     settings: Mapping[str, Any]
     world: World
 

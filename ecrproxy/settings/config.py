@@ -1,8 +1,8 @@
 """
 Everything an operator may set: one table gives flag, variable, default, parser and help.
 
-A L{Config} is frozen and complete before anything listens. Pure, but that it is handed the environment
-and looks into no file: what only the machine can tell (a key that can't be read, a port in use) is
+A L{Config} is frozen and complete before anything listens. Pure: it is handed flags, environment and what a
+configuration file says, see L{file}. What only the machine can tell (a key that can't be read, a port in use) is
 found by C{tap}.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from types import MappingProxyType
 from typing import Any, Final
 
 import regex
@@ -52,6 +53,12 @@ from ecrproxy.settings.values import (
 )
 from ecrproxy.settings.variables import service_of
 from ecrproxy.shares import share
+
+Given = Mapping[str, tuple[str, str]]
+"""Settings as text, each with where it was given, by setting name."""
+NO_FILE: Final[Given] = MappingProxyType({})
+CONFIG: Final = "config"
+"""The setting that names the configuration file."""
 
 
 class ConfigError(Exception):
@@ -109,6 +116,13 @@ ADMIN_LISTEN: Final = "tcp:5001:interface=127.0.0.1"
 """Where the operator's pages are if nobody says otherwise: to be reached from this machine alone."""
 
 SETTINGS: Final[Sequence[Setting]] = (
+    Setting(
+        CONFIG,
+        "PROXY_CONFIG",
+        parse_path,
+        "none",
+        "TOML file of settings, each named like its flag; variables and flags win",
+    ),
     Setting(
         "ecr-endpoint",
         "PROXY_ECR_ENDPOINT",
@@ -352,6 +366,7 @@ class Config:
     @ivar admin_hosts: names that lead there, beside those that need no telling.
     """
 
+    config: str | None
     ecr_endpoint: str
     region: str
     instance_auth: bool
@@ -418,14 +433,14 @@ class Config:
         )
 
     @classmethod
-    def load(cls, flags: Mapping[str, str], environ: Mapping[str, str]) -> Config:
+    def load(cls, flags: Mapping[str, str], environ: Mapping[str, str], file: Given = NO_FILE) -> Config:
         """
-        Read the settings; a flag wins over its variable, an empty variable is none.
+        Read the settings; a flag wins over its variable, a variable over the file, an empty variable is none.
 
         @param flags: by setting name.
         @raise ConfigError: for the first that is wrong.
         """
-        texts = _texts(flags, environ)
+        texts = texts_of(flags, environ, file)
         values = _values(texts, SETTINGS)
         if values["ecr_endpoint"] is None:
             raise ConfigError("PROXY_ECR_ENDPOINT is not set: give the URL of your ECR registry")
@@ -434,39 +449,47 @@ class Config:
         return cls(**values)
 
 
-def read_settings(names: Iterable[str], flags: Mapping[str, str], environ: Mapping[str, str]) -> dict[str, Any]:
+def config_file(flags: Mapping[str, str], environ: Mapping[str, str]) -> str | None:
+    """
+    Return the path of the configuration file; None if there is none.
+
+    @raise ConfigError: if it is no path.
+    """
+    path: str | None = read_settings([CONFIG], flags, environ)[CONFIG]
+    return path
+
+
+def read_settings(
+    names: Iterable[str], flags: Mapping[str, str], environ: Mapping[str, str], file: Given = NO_FILE
+) -> dict[str, Any]:
     """
     Read a few settings each by itself, by L{Config}'s attribute: for who needs no more, and can do without the others.
 
     @raise ConfigError: for the first that is wrong.
     """
-    return _values(_texts(flags, environ), [each for each in SETTINGS if each.name in set(names)])
+    return _values(texts_of(flags, environ, file), [each for each in SETTINGS if each.name in set(names)])
 
 
-def given(flags: Mapping[str, str], environ: Mapping[str, str]) -> dict[str, str]:
+def given(flags: Mapping[str, str], environ: Mapping[str, str], file: Given = NO_FILE) -> Given:
     """
-    Return the flag or variable that each setting is given by, by setting name; defaults are left out.
+    Return what is set, and where: by a flag, a variable, or in the file; defaults are left out.
     """
-    return {name: source for name, (_, source) in _given(flags, environ).items()}
-
-
-def _given(flags: Mapping[str, str], environ: Mapping[str, str]) -> dict[str, tuple[str, str]]:
     by_flag = {each.name: (flags[each.name], f"--{each.name}") for each in SETTINGS if flags.get(each.name) is not None}
-    return {**_from_environment(environ), **by_flag}
+    return {**file, **_from_environment(environ), **by_flag}
 
 
-def _texts(flags: Mapping[str, str], environ: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+def texts_of(flags: Mapping[str, str], environ: Mapping[str, str], file: Given = NO_FILE) -> Given:
     """
-    Give what is set, and where.
+    Return the text of each setting, and where it was given; a default as if its variable had it.
     """
-    return {**_defaults(environ), **_given(flags, environ)}
+    return {**_defaults(environ), **given(flags, environ, file)}
 
 
-def _values(texts: Mapping[str, tuple[str, str]], settings: Iterable[Setting]) -> dict[str, Any]:
+def _values(texts: Given, settings: Iterable[Setting]) -> dict[str, Any]:
     return {each.attribute: each.read(*texts[each.name]) if each.name in texts else None for each in settings}
 
 
-def _defaults(environ: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+def _defaults(environ: Mapping[str, str]) -> Given:
     """
     Give the defaults as if they had been set.
     """
@@ -480,7 +503,7 @@ def _defaults(environ: Mapping[str, str]) -> dict[str, tuple[str, str]]:
     return texts
 
 
-def _from_environment(environ: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+def _from_environment(environ: Mapping[str, str]) -> Given:
     texts = {
         each.name: (environ[each.variable], each.variable)
         for each in SETTINGS
@@ -499,7 +522,7 @@ def _check_tls(values: Mapping[str, Any]) -> None:
         raise ConfigError(f"{missing} is not set, but {given} is: TLS needs both, plain HTTP neither")
 
 
-def _region(values: Mapping[str, Any], texts: Mapping[str, tuple[str, str]]) -> str:
+def _region(values: Mapping[str, Any], texts: Given) -> str:
     own, given = region_of(values["ecr_endpoint"]), values["region"]
     if given is None and own is None:
         raise ConfigError("AWS_REGION is not set, and PROXY_ECR_ENDPOINT does not tell it: give the registry's region")

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from ecrproxy.endpoint_string import PARAMETERS, SYSTEMD, is_loopback
 from ecrproxy.settings.complaints import Complaint
-from ecrproxy.settings.config import SETTINGS, Config, ConfigError, given
+from ecrproxy.settings.config import NO_FILE, SETTINGS, Config, ConfigError, Given
 from ecrproxy.settings.values import REGIONS, endpoint_in_doubt, is_other_registry, pattern_in_doubt
 from ecrproxy.settings.variables import look_at_variables
 
@@ -35,14 +35,14 @@ class Machine:
     disk: int | None = None
 
 
-def load(flags: Mapping[str, str], environ: Mapping[str, str]) -> Config:
+def load(flags: Mapping[str, str], environ: Mapping[str, str], file: Given = NO_FILE) -> Config:
     """
     Read the settings as L{Config.load} does; the error has misspelt variables too, which may be what is missing.
 
     @raise ConfigError: if they are wrong.
     """
     try:
-        return Config.load(flags, environ)
+        return Config.load(flags, environ, file)
     except ConfigError as problem:
         raise refusal(look_at_environment(environ), *problem.errors) from problem
 
@@ -62,15 +62,13 @@ def look_at_environment(environ: Mapping[str, str]) -> list[Complaint]:
     return look_at_variables(environ, _OURS)
 
 
-def look_at_settings(
-    config: Config, flags: Mapping[str, str], environ: Mapping[str, str], machine: Machine
-) -> list[Complaint]:
+def look_at_settings(config: Config, given: Given, environ: Mapping[str, str], machine: Machine) -> list[Complaint]:
     """
     Find all that is wrong with the settings; grave complaints come first.
 
-    @param flags: by setting name, as C{config} was loaded from them.
+    @param given: what C{config} was loaded from.
     """
-    sources = given(flags, environ)
+    sources = {name: source for name, (_, source) in given.items()}
     found = [
         *look_at_environment(environ),
         *_lost(config),

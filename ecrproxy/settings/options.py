@@ -5,13 +5,13 @@ The command line of C{twistd ecr-proxy}, made from the table of settings.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from twisted.python import usage
 
 from ecrproxy import __version__
 from ecrproxy.settings.complaints import die
-from ecrproxy.settings.config import SETTINGS, Setting
+from ecrproxy.settings.config import CONFIG, SETTINGS, Setting
 from ecrproxy.settings.values import parse_flag
 
 
@@ -73,16 +73,20 @@ class Options(usage.Options):
         except usage.UsageError as problem:
             die(f"{problem}; see twistd ecr-proxy --help")
 
-    def arguments(self) -> list[str]:
+    def arguments(self, more: Mapping[str, str]) -> list[str]:
         """
-        Write the flags that were given, as another process is to be given them.
+        Write the flags that were given, as another process is to be given them; not the configuration file.
+
+        @param more: of other settings, by name: what that file says.
         """
         written = []
-        for name, value in self.flags().items():
+        for name, value in {**more, **self.flags()}.items():
+            if name == CONFIG:
+                continue
             if name == "listen":
-                written += [f"--listen={endpoint}" for endpoint in self.listen]
+                written += [f"--listen={endpoint}" for endpoint in value.split()]
             elif name in self.flagNames:
-                written.append(f"--{name}" if value == "true" else f"--no-{name}")
+                written.append(f"--{name}" if parse_flag(value) else f"--no-{name}")
             else:
                 written.append(f"--{name}={value}")
         return written

@@ -212,7 +212,7 @@ class Workers(Service):
                     worker,
                     sys.executable,
                     [sys.executable, *_TWISTD, *self._arguments],
-                    {**os.environ, VARIABLE: str(len(sockets))},
+                    {**os.environ, VARIABLE: str(len(sockets)), "PROXY_CONFIG": ""},  # the arguments have what it says
                     childFDs={0: nothing.fileno(), 1: 1, 2: 2, CHANNEL_FD: theirs.fileno(), **inherited},
                 )
         except OSError:

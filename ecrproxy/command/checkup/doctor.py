@@ -34,7 +34,7 @@ from ecrproxy.endpoint_string import parse_endpoint_string
 from ecrproxy.oci import RegistryError, parse_route
 from ecrproxy.registry.egress import Egress, Proxy
 from ecrproxy.registry.guard import is_forbidden, is_loopback
-from ecrproxy.settings.config import Config, ConfigError
+from ecrproxy.settings.config import Config, ConfigError, given
 from ecrproxy.settings.contradictions import load
 
 
@@ -43,7 +43,7 @@ def run(call: Call, senses: Senses | None = None) -> int:
     Look at everything.
     """
     senses = senses or Senses()
-    checks = Doctor(call, load(call.flags, call.world.variables), senses).checks()
+    checks = Doctor(call, load(call.flags, call.world.variables, call.file), senses).checks()
     limit = _seconds(call.options.seconds)
     found: list[Finding] = []
     width = max(len(each.name) for each in checks)
@@ -88,7 +88,8 @@ class Doctor:
     """
 
     def __init__(self, call: Call, config: Config, senses: Senses) -> None:
-        self._config, self._flags, self._senses = config, call.flags, senses
+        self._config, self._senses = config, senses
+        self._given = given(call.flags, call.world.variables, call.file)
         self._variables, self._now, self._seconds = call.world.variables, call.world.now, call.world.seconds
         aws = senses.account(config.region, config.instance_auth)
         self._aws = aws
@@ -111,7 +112,7 @@ class Doctor:
         registry = self._host.partition(".")[0]
         owner = registry if registry.isdecimal() else None
         return (
-            Check("settings", lambda: look_at_settings(config, self._flags, self._variables, senses.cores())),
+            Check("settings", lambda: look_at_settings(config, self._given, self._variables, senses.cores())),
             Check("files", lambda: look_at_files(config, self._now())),
             Check("credentials", self._credentials, slow),
             Check("metadata", self._metadata),

@@ -16,19 +16,18 @@ from ecrproxy.command.terminal import counted
 from ecrproxy.daemon.process import FILES_OF_A_CLIENT, OWN_FILES
 from ecrproxy.daemon.tls import Certificate, CertificateError
 from ecrproxy.settings import contradictions
-from ecrproxy.settings.config import SETTINGS, Config
+from ecrproxy.settings.config import SETTINGS, Config, Given
 
 
-def look_at_settings(
-    config: Config, flags: Mapping[str, str], environ: Mapping[str, str], cores: int
-) -> Iterator[Finding]:
+def look_at_settings(config: Config, given: Given, environ: Mapping[str, str], cores: int) -> Iterator[Finding]:
     """
     Say what the daemon would say at its start.
 
+    @param given: what C{config} was loaded from.
     @param cores: of the machine. Its disk is looked at by the check of the cache directory.
     """
     check = "settings"
-    found = contradictions.look_at_settings(config, flags, environ, contradictions.Machine(cores))
+    found = contradictions.look_at_settings(config, given, environ, contradictions.Machine(cores))
     for each in found:
         yield (failed if each.grave else warning)(check, each.said, each.advice)
     if not found:

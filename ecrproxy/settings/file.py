@@ -1,0 +1,90 @@
+"""
+The configuration file: any setting, named like its flag, in TOML 1.0.
+
+Flags and variables win over it, so that one file can serve many machines.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Final
+
+from ecrproxy.settings.config import CONFIG, NO_FILE, SETTINGS, ConfigError, Given, config_file, given
+
+LIMIT: Final = 2**20
+"""Most bytes of the file."""
+_NAMES: Final = tuple(each.name for each in SETTINGS if each.name != CONFIG)
+
+
+def read_file(flags: Mapping[str, str], environ: Mapping[str, str]) -> Given:
+    """
+    Read the configuration file that flags or variables name; without one, nothing is given.
+
+    @raise ConfigError: if it can't be read, or is wrong.
+    """
+    path = config_file(flags, environ)
+    if path is None:
+        return NO_FILE
+    try:
+        with Path(path).open("rb") as file:
+            data = file.read(LIMIT + 1)
+    except OSError as problem:
+        source = given(flags, environ)[CONFIG][1]
+        raise ConfigError(f"{source}={path!r}: can't be read: {problem.strerror}; give a TOML file") from None
+    return parse_file(path, data)
+
+
+def parse_file(name: str, data: bytes) -> Given:
+    """
+    Read the settings of a file.
+
+    @param name: of the file, for the errors.
+    @return: the text of each, as a flag would have it, and where it stands, by setting name.
+    @raise ConfigError: for all of its keys that are wrong; their texts are judged like those of flags.
+    """
+    if len(data) > LIMIT:
+        raise ConfigError(f"{name}: has more than {LIMIT} bytes; give a file of settings")
+    try:
+        table = tomllib.loads(data.decode())
+    except UnicodeDecodeError:
+        raise ConfigError(f"{name}: not UTF-8, as TOML is; write it anew") from None
+    except (tomllib.TOMLDecodeError, RecursionError) as problem:
+        raise ConfigError(f"{name}: not TOML: {problem}; see docs/reference/daemon.rst") from None
+    errors = list(_unknown(name, table))
+    texts = {}
+    for key in _NAMES:
+        if key in table:
+            try:
+                texts[key] = _text(table[key]), f"{name}: {key}"
+            except ValueError as problem:
+                errors.append(f"{name}: {key}: {problem}")
+    if errors:
+        raise ConfigError(*errors)
+    return texts
+
+
+def _unknown(name: str, table: Mapping[str, object]) -> Iterator[str]:
+    for key in table:
+        if key not in _NAMES:
+            near = get_close_matches(key.lower().replace("_", "-").removeprefix("proxy-"), _NAMES, 1)
+            advice = f"set {near[0]} if that is meant" if near else "settings are named like the flags of --help"
+            yield f"{name}: {key!r} is not a setting; {advice}"
+
+
+def _text(value: object) -> str:
+    """
+    Write a value as a flag has it.
+
+    @raise ValueError: if it is none of a setting.
+    """
+    match value:
+        case bool():
+            return str(value).lower()
+        case str() | int() | float():
+            return str(value)
+        case list() if all(isinstance(each, str) for each in value):
+            return " ".join(value)
+    raise ValueError("give a text, a number, true, false, or a list of texts")

@@ -1,0 +1,153 @@
+"""
+The configuration file, and what C{ecr-proxy config} makes of it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import tomllib
+
+from twisted.trial.unittest import SynchronousTestCase
+
+from ecrproxy.settings.config import CONFIG, NO_FILE, SETTINGS, Config, ConfigError
+from ecrproxy.settings.file import LIMIT, parse_file, read_file
+from tests.caller import Caller
+from tests.store_contract import scratch
+from tests.test_config import ECR, EXAMPLES, MINIMUM, pair_for, value_of
+
+NAMES = tuple(name for name in EXAMPLES if name != CONFIG)
+
+
+def parsed(text: str) -> dict[str, str]:
+    """
+    The texts of settings in a file.
+    """
+    return {name: text for name, (text, _) in parse_file("x.toml", text.encode()).items()}
+
+
+class FileTests(SynchronousTestCase):
+    def problems(self, text: str | bytes) -> tuple[str, ...]:
+        data = text.encode() if isinstance(text, str) else text
+        problem: ConfigError = self.assertRaises(ConfigError, parse_file, "x.toml", data)
+        return problem.errors
+
+    def test_has_any_setting_by_the_name_of_its_flag(self) -> None:
+        for name in NAMES:
+            variable, text, value, *_ = EXAMPLES[name]
+            environ = pair_for(name, {variable: text})
+            del environ[variable]
+            file = {**parse_file("x.toml", f"{name} = '''{text}'''".encode())}
+            self.assertEqual(value, value_of(Config.load({}, environ, file), name), name)
+
+    def test_gives_way_to_variables_and_flags(self) -> None:
+        """
+        One file serves machines that differ in a setting. An empty variable is none.
+        """
+        file = parse_file("x.toml", b"port = 1\nconnections = 2\ntransfers = 3")
+        config = Config.load({"port": "80"}, {**MINIMUM, "PROXY_CONNECTIONS": "90", "PROXY_TRANSFERS": ""}, file)
+        self.assertEqual((80, 90, 3), (config.port, config.connections, config.transfers))
+
+    def test_has_numbers_truths_and_lists(self) -> None:
+        text = 'port = 80\ntag-ttl = 0.5\nread-ahead = true\ninstance-auth = false\nlisten = ["tcp:1", "unix:/x"]\n'
+        expected = {"port": "80", "tag-ttl": "0.5", "read-ahead": "true", "instance-auth": "false"}
+        self.assertEqual({**expected, "listen": "tcp:1 unix:/x"}, parsed(text))
+
+    def test_all_that_is_wrong_is_told_at_once(self) -> None:
+        """
+        What is no setting, with what may be meant, and values that no setting has.
+        """
+        text = 'cache-limt = 1\nPROXY_PORT = 2\nmoon = 3\nconfig = "y.toml"\nport = {a = 1}\nlisten = ["tcp:1", 2]\n'
+        form = "give a text, a number, true, false, or a list of texts"
+        self.assertEqual(
+            (
+                "x.toml: 'cache-limt' is not a setting; set cache-limit if that is meant",
+                "x.toml: 'PROXY_PORT' is not a setting; set port if that is meant",
+                "x.toml: 'moon' is not a setting; settings are named like the flags of --help",
+                "x.toml: 'config' is not a setting; settings are named like the flags of --help",
+                f"x.toml: port: {form}",
+                f"x.toml: listen: {form}",
+            ),
+            tuple(sorted(self.problems(text), key=lambda line: "not a setting" not in line)),
+        )
+
+    def test_a_wrong_value_is_told_with_its_place(self) -> None:
+        file = parse_file("x.toml", b"cache-limit = '64 parsecs'")
+        problem = self.assertRaises(ConfigError, Config.load, {}, MINIMUM, file)
+        self.assertIn("x.toml: cache-limit='64 parsecs': not a size", str(problem))
+        secret = parse_file("x.toml", b"htpasswd = 'ann:$2y$05$secret'")
+        problem = self.assertRaises(ConfigError, Config.load, {}, MINIMUM, secret)
+        self.assertEqual("x.toml: htpasswd: give the path of a file, not what is in it", str(problem))
+
+    def test_what_is_no_toml_is_one_line(self) -> None:
+        for data in (b"a b", b"\xff", b"a = " + b"[" * 100_000, b"#" * (LIMIT + 1), b"port = 1\nport = 2"):
+            (line,) = self.problems(data)
+            self.assertTrue(line.startswith("x.toml: "), line)
+            self.assertNotIn("\n", line)
+            self.assertLess(len(line), 300)
+
+    def test_one_that_cannot_be_read_is_told_with_what_named_it(self) -> None:
+        nowhere, why = "/nowhere/settings.toml", os.strerror(errno.ENOENT)
+        for flags, environ, named in (
+            ({"config": nowhere}, {}, "--config"),
+            ({}, {"PROXY_CONFIG": nowhere}, "PROXY_CONFIG"),
+        ):
+            problem = self.assertRaises(ConfigError, read_file, flags, environ)
+            self.assertEqual(f"{named}={nowhere!r}: can't be read: {why}; give a TOML file", str(problem))
+        self.assertEqual(NO_FILE, read_file({}, {}))
+
+
+class CommandTests(SynchronousTestCase):
+    """
+    C{ecr-proxy config}.
+    """
+
+    def setUp(self) -> None:
+        self.caller = Caller()
+        self.file = scratch(self)
+        self.file.write_text(f'ecr-endpoint = "{ECR}"\ncache-limit = "2g"\nport = 5005\n')
+        self.caller.variables = {"PROXY_CONFIG": str(self.file), "PROXY_TAG_TTL": "3", "HOME": "/home/me"}
+
+    def test_shows_each_setting_and_where_it_comes_from(self) -> None:
+        told = self.caller.call("config", "--port=80").splitlines()
+        self.assertEqual((0, ""), (self.caller.status, self.caller.complaint))
+        for line in (
+            f'cache-limit = "2g"  # {self.file}: cache-limit',
+            'tag-ttl = "3"  # PROXY_TAG_TTL',
+            'port = "80"  # --port',
+            'connections = "10000"  # default',
+            'cache-dir = "/home/me/.cache/ecr-proxy"  # default',
+        ):
+            self.assertIn(line, told)
+
+    def test_what_it_shows_is_a_file_that_says_the_same(self) -> None:
+        for name in NAMES:
+            variable, text, *_ = EXAMPLES[name]
+            environ = pair_for(name, {variable: text})
+            self.caller.variables = environ
+            shown = self.caller.call("config")
+            again = Config.load({}, {}, parse_file("x.toml", shown.encode()))
+            for each in SETTINGS:
+                one, other = (value_of(config, each.name) for config in (Config.load({}, environ), again))
+                self.assertEqual(one, other, f"{each.name} with {name}")
+            self.assertLessEqual({name}, set(tomllib.loads(shown)))
+
+    def test_a_check_writes_only_what_is_wrong(self) -> None:
+        """
+        Status 0 for warnings alone, 1 if the daemon would not start, 2 if a setting can't be read.
+        """
+        for flags, status, words in (
+            ((), 0, ""),
+            (("--cache-limit=2m",), 0, "warning: PROXY_CACHE_LIMIT is 2097152 bytes"),
+            (("--admin-listen=tcp:5001",), 1, "ecr-proxy: PROXY_ADMIN_LISTEN='tcp:5001' would let"),
+            (("--port=70000",), 2, "--port='70000': not a port"),
+            (("--config=/nowhere",), 2, "--config='/nowhere': can't be read"),
+        ):
+            self.assertEqual("", self.caller.call("config", "--check", *flags), flags)
+            self.assertEqual(status, self.caller.status, flags)
+            self.assertIn(words, self.caller.complaint)
+
+    def test_other_subcommands_read_the_file(self) -> None:
+        self.file.write_text("admin-listen = 'off'\n")
+        self.caller.call("stats")
+        self.assertIn("PROXY_ADMIN_LISTEN is off", self.caller.complaint)
