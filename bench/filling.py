@@ -31,9 +31,9 @@ def make_cache(root: Path, count: int, each: int) -> None:
     entries = []
     for number in range(count):
         digest = Digest("sha256", hashlib.sha256(f"{number}".encode()).hexdigest())
-        route = parse_route(f"/v2/filler/app{number % 100}/blobs/{digest}")
+        route = parse_route(f"/v2/filler/app{number % 100}/blobs/{digest}", registry)
         known = Confirmed(Descriptor(BLOB_TYPE, digest, each), before)
-        entries.append((EntryKey.of(registry, route), Entry({frozenset(): known})))
+        entries.append((EntryKey.of(route), Entry({frozenset(): known})))
         path = root / store.content_path(digest)
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as file:

@@ -39,7 +39,7 @@ from ecrproxy.cache.store import Store
 from ecrproxy.cache.verification import Verification
 from ecrproxy.cache.writer import Writer
 from ecrproxy.flights import Flights
-from ecrproxy.identity import RegistryId
+from ecrproxy.identity import Repository
 from ecrproxy.oci import BLOB_TYPE, MANIFEST_TYPES, Descriptor, Digest, Document, Kind, Route, listed
 from ecrproxy.ordering import KeyedLocks, Order
 from ecrproxy.reasons import Reason
@@ -114,24 +114,22 @@ class Room(Protocol):
 
 class Cache:
     """
-    What the cache directory and the memory in front of it know of one registry, and what they are told.
+    What the cache directory and the memory in front of it know, and what they are told.
 
     Only a disk's trouble can go wrong here, and that is logged, never raised.
 
     @param now: seconds since the epoch.
-    @param registry: the one that all of it is about.
     """
 
-    def __init__(self, store: Store, room: Room, disk: Disk, now: Callable[[], float], registry: RegistryId) -> None:
+    def __init__(self, store: Store, room: Room, disk: Disk, now: Callable[[], float]) -> None:
         self.store, self._room, self._disk, self._now = store, room, disk, now
-        self._registry = registry
         self._blobs: Memory[Digest, bytes] = Memory(_BODIES_BYTES)
         self._documents: Memory[Digest, Document] = Memory(_BODIES_BYTES)
         self._own_types: Memory[Digest, Document] = Memory(_OWN_TYPES_BYTES)
         self._locks = KeyedLocks()
         self._orders: Memory[EntryKey, Order] = Memory(_ORDERS_BYTES)
         self._entries: Memory[EntryKey, Entry] = Memory(_ENTRIES_BYTES)
-        self._learnt: Memory[tuple[str, Descriptor], float] = Memory(_LEARNT_BYTES)
+        self._learnt: Memory[tuple[Repository, Descriptor], float] = Memory(_LEARNT_BYTES)
         self._only_heads: Memory[tuple[EntryKey, frozenset[str]], bool] = Memory(_ONLY_HEADS_BYTES)
         self._verifications: dict[tuple[Digest, int], Verification] = {}
         self._unwritten: dict[EntryKey, Entry] = {}
@@ -156,9 +154,6 @@ class Cache:
         self.store.index.use(asked.digest)
         media_type = known.media_type if is_manifest else BLOB_TYPE
         return Answer(CacheStatus.HIT, Reason.CACHED, media_type, asked.digest, len(body), None if asked.head else body)
-
-    def _key(self, asked: Asked) -> EntryKey:
-        return EntryKey.of(self._registry, asked.route, asked.key)
 
     def _entry_at_hand(self, key: EntryKey) -> Entry | None:
         """
@@ -237,7 +232,7 @@ class Cache:
         return False
 
     def _known(self, asked: Asked, look: Callable[[EntryKey], Entry | None]) -> tuple[Descriptor | None, Reason]:
-        entry = look(self._key(asked))
+        entry = look(EntryKey.of(asked.route, asked.key))
         known = entry.answers.get(ANY) if entry else None
         if known is None:
             return None, Reason.FIRST_USE
@@ -254,7 +249,7 @@ class Cache:
             return await self._disk.reading(self._look_up_manifest, asked, self._own_types.get(asked.digest))
 
         try:
-            return await self._looks.join((self._key(asked), asked.accept), look)
+            return await self._looks.join((EntryKey.of(asked.route, asked.key), asked.accept), look)
         except OSError:
             return Reason.DISK
 
@@ -335,7 +330,7 @@ class Cache:
         """
         Recall or read what is known of a tag; an empty entry if nothing is.
         """
-        key = self._key(asked)
+        key = EntryKey.of(asked.route, asked.key)
         entry = self._entries.get(key)
         if entry is None:
             with contextlib.suppress(OSError):
@@ -348,7 +343,7 @@ class Cache:
 
         The memory does not hear of what others are told: it is for what ECR is asked about all the same.
         """
-        key = self._key(asked)
+        key = EntryKey.of(asked.route, asked.key)
         if not self._recording[key]:  # else the memory is ahead of the index
             with contextlib.suppress(OSError):
                 return await self._disk.reading(self.store.written, key) or Entry()
@@ -358,7 +353,7 @@ class Cache:
         """
         Hold in memory what an entry or a fact on the disk said.
         """
-        self._hold_entry(self._key(asked), self._entry_of(known))
+        self._hold_entry(EntryKey.of(asked.route, asked.key), self._entry_of(known))
 
     def _entry_of(self, descriptor: Descriptor, manifest: Digest | None = None) -> Entry:
         return Entry({ANY: Confirmed(descriptor, self._now(), manifest)})
@@ -367,7 +362,7 @@ class Cache:
         """
         Return C{FIRST_USE} in place of C{NOT_KEPT} for what only HEADs have asked for: nothing was fetched for them.
         """
-        key = self._key(asked), asked.accept if asked.route.digest is None else ANY
+        key = EntryKey.of(asked.route, asked.key), asked.accept if asked.route.digest is None else ANY
         if reason is Reason.NOT_KEPT and self._only_heads.get(key):
             reason = Reason.FIRST_USE
         if asked.head and reason is Reason.FIRST_USE:
@@ -536,7 +531,9 @@ class Cache:
         if refused is not None:
             self.unclaim(claim)
             return refused
-        held = [] if asked is None else [(self._key(asked), self._entry_of(Descriptor(BLOB_TYPE, digest, size)))]
+        held = []
+        if asked is not None:
+            held.append((EntryKey.of(asked.route, asked.key), self._entry_of(Descriptor(BLOB_TYPE, digest, size))))
         try:
             begin = partial(self._begin_or_resume, claim, digest, size, held, reserved=reserved)
             writer = await undone_if_late(self._disk.writing, begin, _leave)
@@ -681,7 +678,7 @@ class Cache:
         """
         Note that ECR said that the repository holds what was asked for by its digest.
         """
-        await self._save([(self._key(asked), self._entry_of(descriptor))])
+        await self._save([(EntryKey.of(asked.route, asked.key), self._entry_of(descriptor))])
 
     def holds(self, asked: Asked, size: int | None) -> None:
         """
@@ -707,7 +704,7 @@ class Cache:
         @param question: the number of the question; an answer to an earlier one than was answered last is outdated.
         @param document: the manifest, where the cache had it already: what it lists is the repository's too.
         """
-        key = self._key(asked)
+        key = EntryKey.of(asked.route, asked.key)
         self._recording[key] += 1
         try:
             known, entry = await self._locks.run(key, partial(self._record, key, asked, question, descriptor))
@@ -751,7 +748,7 @@ class Cache:
 
         @param question: the number of the question; what was answered to later ones stays.
         """
-        key = self._key(asked)
+        key = EntryKey.of(asked.route, asked.key)
         await self._locks.run(key, partial(self._forget, key, asked, question))
 
     async def _forget(self, key: EntryKey, asked: Asked, question: int) -> None:
@@ -768,7 +765,7 @@ class Cache:
         with contextlib.suppress(OSError):
             await self._disk.writing(self.store.index.forget_answers, key, types.keys() - left)
 
-    def _may_learn(self, repository: str, descriptor: Descriptor) -> bool:
+    def _may_learn(self, repository: Repository, descriptor: Descriptor) -> bool:
         """
         Tell whether the facts that a manifest gives are to be noted, and count on it that they are.
 
@@ -781,14 +778,14 @@ class Cache:
         self._learnt.put(manifest, now, 700)
         return True
 
-    async def _learned(self, repository: str, descriptor: Descriptor, document: Document) -> Facts:
+    async def _learned(self, repository: Repository, descriptor: Descriptor, document: Document) -> Facts:
         """
         Note in memory as facts that the repository holds a manifest, and what it lists; they are yet to be saved.
         """
         lists = await self.parse(document.body, partial(_listed, media_type=descriptor.media_type))
         facts = []
         for kind, each in [(Kind.MANIFEST, descriptor), *lists][:FACTS]:
-            key = EntryKey(self._registry, kind, repository, str(each.digest))
+            key = EntryKey(repository.registry, kind, repository.name, str(each.digest))
             facts.append((key, self._entry_of(each, descriptor.digest)))
         self._unwritten.update(facts)
         return facts

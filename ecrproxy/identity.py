@@ -69,3 +69,15 @@ class RegistryId:
 
     def __str__(self) -> str:
         return self.text
+
+
+@dataclass(frozen=True, slots=True)
+class Repository:
+    """
+    A repository of a registry. Another registry's of the same name is another one.
+
+    @ivar name: its whole name.
+    """
+
+    registry: RegistryId
+    name: str

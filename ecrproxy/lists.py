@@ -5,7 +5,7 @@ Lists of tags and of referrers, page by page. They change with each push, so ECR
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakValueDictionary
 
 from ecrproxy.answers import CacheStatus
@@ -25,6 +25,17 @@ _PAGE_BYTES = 2**20
 """Bytes of memory for pages, which are served while ECR can't be asked; and for one of them."""
 
 
+class _Key(NamedTuple):
+    """
+    Which page is meant.
+
+    @ivar query: what of the client's goes to ECR.
+    """
+
+    route: Route
+    query: str
+
+
 class Lists:
     """
     The lists of one registry.
@@ -35,8 +46,8 @@ class Lists:
     def __init__(self, upstream: Upstream, call_later: Callable[..., IDelayedCall]) -> None:
         self._upstream, self._call_later = upstream, call_later
         self._pages: Flights[Page] = Flights(abandons=True)
-        self._last_pages: Memory[str, Page] = Memory(_PAGES_BYTES)
-        self._sent_pages: WeakValueDictionary[str, Page] = WeakValueDictionary()
+        self._last_pages: Memory[_Key, Page] = Memory(_PAGES_BYTES)
+        self._sent_pages: WeakValueDictionary[_Key, Page] = WeakValueDictionary()
 
     async def page(self, route: Route) -> tuple[CacheStatus, Reason, Page]:
         """
@@ -45,19 +56,19 @@ class Lists:
         @return: how the page was had, why, and the page: the last one known if ECR can't be asked.
         @raise RegistryError: as ECR gave it.
         """
-        key = f"{route.path}?{upstream_query(route)}"
+        key = _Key(route, upstream_query(route))
         last = self._last_pages.get(key)
         if last is None:
-            return CacheStatus.BYPASS, Reason.LIST, await self._ask_for_page(key, route)
+            return CacheStatus.BYPASS, Reason.LIST, await self._ask_for_page(key)
         try:
-            page = await within(STALE_SECONDS, self._ask_for_page(key, route), self._call_later)
+            page = await within(STALE_SECONDS, self._ask_for_page(key), self._call_later)
         except (DeadlineExceededError, UnavailableError) as problem:
             return CacheStatus.STALE, why_stale(route, problem), last
         return CacheStatus.BYPASS, Reason.LIST, page
 
-    async def _ask_for_page(self, key: str, route: Route) -> Page:
+    async def _ask_for_page(self, key: _Key) -> Page:
         try:
-            page = await self._pages.join(key, lambda: self._upstream.page(route))
+            page = await self._pages.join(key, lambda: self._upstream.page(key.route))
         except UnavailableError:
             raise
         except RegistryError:
@@ -68,5 +79,5 @@ class Lists:
             page = sent  # one copy for all clients that are slow to take it
         self._sent_pages[key] = page
         if len(page.body) <= _PAGE_BYTES:
-            self._last_pages.put(key, page, len(page.body) + 2 * len(key) + 500)
+            self._last_pages.put(key, page, len(page.body) + 2 * len(key.query) + 1000)
         return page

@@ -20,6 +20,7 @@ from ecrproxy.cache.entries import Confirmed, Entry
 from ecrproxy.cache.memory import Memory
 from ecrproxy.cached import Cache
 from ecrproxy.flights import DeadlineExceededError, Flights, within
+from ecrproxy.identity import Repository
 from ecrproxy.oci import MANIFEST_TYPES, Descriptor, Digest, Document, RegistryError, Route
 from ecrproxy.reasons import Reason
 from ecrproxy.registry.bucket import RefusedAnswerError, UnavailableError
@@ -63,7 +64,7 @@ class Manifests:
         self._heads: Flights[_Said[Descriptor | None]] = Flights()
         self._manifests: Flights[_Said[tuple[Descriptor, Document]]] = Flights()
         self._questions = count(1)
-        self._named: Memory[tuple[str, Digest], _Named] = Memory(_NAMED_BYTES)
+        self._named: Memory[tuple[Repository, Digest], _Named] = Memory(_NAMED_BYTES)
 
     async def answer(self, asked: Asked) -> Answer:
         """

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, unquote_plus
 
+from ecrproxy.identity import RegistryId, Repository
 from ecrproxy.reasons import Reason
 
 if TYPE_CHECKING:
@@ -164,14 +165,13 @@ class Route:
     """
     A request path under /v2/, understood.
 
-    @ivar repository: the repository's whole name.
     @ivar reference: a tag, or the text of C{digest}; C{list} for tags.
     @ivar digest: the reference, if it is one.
     @ivar query: the raw query string, without C{?}.
     """
 
     kind: Kind
-    repository: str
+    repository: Repository
     reference: str
     digest: Digest | None = None
     query: str = field(default="", compare=False)
@@ -181,7 +181,7 @@ class Route:
         """
         The path in its one canonical spelling: what nginx calls C{$uri}.
         """
-        return f"/v2/{self.repository}/{self.kind.value}/{self.reference}"
+        return f"/v2/{self.repository.name}/{self.kind.value}/{self.reference}"
 
     def at(self, digest: Digest) -> Route:
         """
@@ -197,23 +197,23 @@ def first_component(repository: str) -> str:
     return repository.partition("/")[0]
 
 
-def _remembering(parse: Callable[[str], Route]) -> Callable[[str], Route]:
+def _remembering(parse: Callable[[str, RegistryId], Route]) -> Callable[[str, RegistryId], Route]:
     """
     Keep the routes of short targets at hand: 4 MiB at most, for a query may have as many bytes as a request.
     """
     recent = functools.lru_cache(maxsize=2048)(parse)
 
     @functools.wraps(parse)
-    def parsed(target: str) -> Route:
-        return recent(target) if len(target) <= _REMEMBERED_LENGTH else parse(target)
+    def parsed(target: str, registry: RegistryId) -> Route:
+        return recent(target, registry) if len(target) <= _REMEMBERED_LENGTH else parse(target, registry)
 
     return parsed
 
 
 @_remembering
-def parse_route(target: str) -> Route:
+def parse_route(target: str, registry: RegistryId) -> Route:
     """
-    Understand a raw origin-form request target under /v2/.
+    Understand a raw origin-form request target under /v2/ of C{registry}.
 
     The path is split as it came; then the name and the reference are percent-decoded, once, and must be of the grammar.
 
@@ -235,8 +235,8 @@ def parse_route(target: str) -> Route:
     if not _QUERY.fullmatch(query):
         raise RegistryError(400, "UNSUPPORTED", "the query string has characters that belong in no URL")
     if kind is Kind.TAGS:
-        return Route(kind, name, reference, None, query)
-    return _with_reference(Route(kind, name, reference, None, query))
+        return Route(kind, Repository(registry, name), reference, None, query)
+    return _with_reference(Route(kind, Repository(registry, name), reference, None, query))
 
 
 def _with_reference(route: Route) -> Route:

@@ -33,6 +33,7 @@ from ecrproxy.cache.record import POLL_SECONDS, STALLED_SECONDS, Step
 from ecrproxy.cache.writer import Writer
 from ecrproxy.cached import FACTS, Cache
 from ecrproxy.flights import Flights
+from ecrproxy.identity import Repository
 from ecrproxy.lists import Lists
 from ecrproxy.manifests import Manifests
 from ecrproxy.oci import BLOB_TYPE, Descriptor, Digest, Kind, RegistryError, Route, listed
@@ -96,8 +97,8 @@ class PullThrough:
         self._unattended = Unattended(self.transfers, call_later, unattended)
         self._looks = Looks(disk.reading, call_later)
         self._ahead = 0
-        self._reading_ahead: set[tuple[str, Digest]] = set()
-        self._carriers: dict[Digest, str] = {}
+        self._reading_ahead: set[tuple[Repository, Digest]] = set()
+        self._carriers: dict[Digest, Repository] = {}
         self._sizes: Flights[int] = Flights()
         self._manifests = Manifests(upstream, cache, now, call_later, tag_ttl)
         self.page = Lists(upstream, call_later).page
@@ -112,7 +113,8 @@ class PullThrough:
         """
         Name the repository in which what is on its way was asked for first.
         """
-        return self._carriers.get(digest, "")
+        carrier = self._carriers.get(digest)
+        return carrier.name if carrier is not None else ""
 
     # Blobs.
 
@@ -204,7 +206,7 @@ class PullThrough:
             return Answer(CacheStatus.JOINED, Reason.IN_FLIGHT, BLOB_TYPE, digest, body.size, body)
         return Answer(CacheStatus.MISS, missing, BLOB_TYPE, digest, body.size, body)
 
-    async def _join(self, asked: Asked, ranges: Ranges | None, carrier: str | None) -> Answer | None:
+    async def _join(self, asked: Asked, ranges: Ranges | None, carrier: Repository | None) -> Answer | None:
         """
         Follow the transfer that C{carrier} began; none if the answer has to be looked for again.
         """
@@ -503,7 +505,7 @@ class PullThrough:
         """
         return len(self._reading_ahead)
 
-    def _may_read_ahead(self, repository: str, digest: Digest, manifest: bytes, media_type: str) -> None:
+    def _may_read_ahead(self, repository: Repository, digest: Digest, manifest: bytes, media_type: str) -> None:
         """
         Read ahead, unless that is being done for this manifest, or for as many as may be.
         """
@@ -512,13 +514,13 @@ class PullThrough:
             self._reading_ahead.add(which)
             on_its_own(self._begin_ahead(which, manifest, media_type))
 
-    async def _begin_ahead(self, which: tuple[str, Digest], manifest: bytes, media_type: str) -> None:
+    async def _begin_ahead(self, which: tuple[Repository, Digest], manifest: bytes, media_type: str) -> None:
         try:
             await self._read_ahead(which[0], manifest, media_type)
         finally:
             self._reading_ahead.remove(which)
 
-    async def _read_ahead(self, repository: str, manifest: bytes, media_type: str) -> None:
+    async def _read_ahead(self, repository: Repository, manifest: bytes, media_type: str) -> None:
         """
         Begin the transfers of the config and the layers that C{manifest} lists.
         """

@@ -122,7 +122,7 @@ def wire(
     tokens = _tokens(config, reactor, partial(_ends, refused, warm=begin(store, processes)))
     figures, stall = Figures(__version__), LoopStall(reactor)
     upstream, asking = _upstream(config, tokens, figures, egress, reactor)
-    cache = Cache(store, janitor, disk, time.time, RegistryId.of_url(config.ecr_endpoint))
+    cache = Cache(store, janitor, disk, time.time)
     scrub = Scrub(store, janitor.fit, scrubbing.call, reactor)
     purges = Purges(store.index, cache.forget_purged, settling, reactor)
     pull_through = _pull_through(config, upstream, cache, disk, reactor, processes)
@@ -130,7 +130,8 @@ def wire(
     readiness = partial(_readiness, tokens, asking.circuit, condition, connections)
     crowd = Crowd(config.limits(clients_beside_spare()), processes)
     admission = _admission(config, reactor, service, processes)
-    registry = Registry(pull_through, _namespaces(config, judging, reactor), config.cache_key, disk.reading)
+    namespaces, name = _namespaces(config, judging, reactor), RegistryId.of_url(config.ecr_endpoint)
+    registry = Registry(pull_through, namespaces, config.cache_key, disk.reading, name)
     site = make_site(
         registry,
         Ready(readiness),

@@ -14,6 +14,7 @@ from ecrproxy.cache.entries import EntryKey
 from ecrproxy.cache.takeover import read_entry
 from ecrproxy.http.conditions import matches
 from ecrproxy.http.target import parse_target
+from ecrproxy.identity import RegistryId
 from ecrproxy.oci import Digest, Document, RegistryError, accepted_types, listed, parse_route, query_values
 from ecrproxy.registry.bucket import told_part
 from ecrproxy.registry.bucket_errors import said_by_bucket
@@ -23,11 +24,13 @@ from ecrproxy.registry.retries import LONGEST_ASKED, asked_wait
 from ecrproxy.settings.config import SETTINGS, ConfigError
 from ecrproxy.workers.messages import FromParent, FromWorker, decode, encode
 
+REGISTRY = RegistryId("registry.test:443")
+
 
 def route(data: bytes) -> None:
     with contextlib.suppress(RegistryError):
-        found = parse_route(data.decode("ascii", "replace"))
-        assert parse_route(found.path) == found
+        found = parse_route(data.decode("ascii", "replace"), REGISTRY)
+        assert parse_route(found.path, REGISTRY) == found
 
 
 def target(data: bytes) -> None:
@@ -87,7 +90,8 @@ def setting(data: bytes) -> None:
 def key(data: bytes) -> None:
     text = data.decode("utf-8", "replace")
     with contextlib.suppress(ValueError):
-        CacheKey.parse(text).expand(parse_route("/v2/team/app/manifests/latest"), Asker(target=text, host=text))
+        asker = Asker(target=text, host=text)
+        CacheKey.parse(text).expand(parse_route("/v2/team/app/manifests/latest", REGISTRY), asker)
 
 
 def entry_key(data: bytes) -> None:

@@ -596,8 +596,8 @@ class Daemon(Administered):
         wire = Wire(metered, clock, budget, chance=lambda: chance)
         self.upstream = Upstream(Endpoint(standin.registry, wire, self.tokens, self.governor, self.circuit), wire)
         self.lanes = lanes or Lanes()
-        registry_id = RegistryId.of_url(standin.registry)
-        self.cache = Cache(self.store, self.janitor, disk, self.now, registry_id)
+        self.registry = RegistryId.of_url(standin.registry)
+        self.cache = Cache(self.store, self.janitor, disk, self.now)
         self.pull_through = PullThrough(
             self.upstream,
             self.cache,
@@ -608,8 +608,8 @@ class Daemon(Administered):
             read_ahead=read_ahead,
             call_later=clock.callLater,
         )
-        namespaces = Namespaces(parse_pattern(pattern), at_once, clock, {registry_id, *aliases})
-        registry = Registry(self.pull_through, namespaces, CacheKey.parse(cache_key), disk.reading)
+        namespaces = Namespaces(parse_pattern(pattern), at_once, clock, {self.registry, *aliases})
+        registry = Registry(self.pull_through, namespaces, CacheKey.parse(cache_key), disk.reading, self.registry)
         ready, self.crowd = Ready(self.readiness), Crowd(limits or Limits())
         self.access_log = AccessLog(clock)
         self.site = make_site(

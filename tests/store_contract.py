@@ -20,12 +20,11 @@ from ecrproxy.cache.entries import Confirmed, Entry, EntryKey
 from ecrproxy.cache.peer import PeerTransfer
 from ecrproxy.cache.store import Store
 from ecrproxy.cache.writer import Writer
-from ecrproxy.identity import RegistryId
-from ecrproxy.oci import MANIFEST_LIMIT, Descriptor, Digest, parse_route
+from ecrproxy.oci import MANIFEST_LIMIT, Descriptor, Digest
+from tests.routes import route_to
 
 START = 1_767_225_600.0
 """A moment in January 2026: dates before 1970 or at 1970 hide mistakes."""
-REGISTRY = RegistryId.of_host("123456789012.dkr.ecr.eu-west-1.amazonaws.com")
 MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
 INDEX_TYPE = "application/vnd.oci.image.index.v1+json"
 ANY: frozenset[str] = frozenset()
@@ -69,7 +68,7 @@ def key_of(path: str) -> EntryKey:
     """
     Name the entry of what C{path} asks for.
     """
-    return EntryKey.of(REGISTRY, parse_route(path))
+    return EntryKey.of(route_to(path))
 
 
 def put(store: Store, data: bytes, algorithm: str = "sha256") -> Digest:

@@ -7,7 +7,7 @@ from __future__ import annotations
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.cache.cache_key import _NAMES, NOBODY, Asker, CacheKey
-from ecrproxy.oci import parse_route
+from tests.routes import route_to
 
 DIGEST = "sha256:" + "ab" * 32
 TARGET = "/v2/team/image1/manifests/latest?n=5&last=a%2Fb&n=6"
@@ -31,7 +31,7 @@ def expanded(template: str, target: str = TARGET) -> str:
     """
     Expand a template for a request.
     """
-    return CacheKey.parse(template).expand(parse_route(target), asker())
+    return CacheKey.parse(template).expand(route_to(target), asker())
 
 
 class CacheKeyTests(SynchronousTestCase):
@@ -43,7 +43,7 @@ class CacheKeyTests(SynchronousTestCase):
         """
         For the others nobody is asked who he is: the key is the same, whoever it is.
         """
-        route = parse_route(TARGET)
+        route = route_to(TARGET)
         for name in (*_NAMES, "arg_n", "http_x_tenant"):
             key = CacheKey.parse(f"${name}")
             self.assertEqual(key.asks, key.expand(route, asker()) != key.expand(route, NOBODY), name)
@@ -112,7 +112,7 @@ class CacheKeyTests(SynchronousTestCase):
         """
         key = CacheKey.parse("$http_x-$host")
         sly = Asker(host="h", headers={"x": "$host"})
-        self.assertEqual("$host-h", key.expand(parse_route("/v2/a/tags/list"), sly))
+        self.assertEqual("$host-h", key.expand(route_to("/v2/a/tags/list"), sly))
 
     def test_an_unknown_variable_is_an_error_that_lists_the_known(self) -> None:
         """

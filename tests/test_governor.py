@@ -12,12 +12,12 @@ from twisted.internet.task import Clock
 from twisted.logger import LogLevel, capturedLogs, formatEvent
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.oci import parse_route
 from ecrproxy.registry.circuit import FAILURES, CircuitOpenError
 from ecrproxy.registry.governor import LONGEST_WAIT, TICK, Governor, QueueFullError
 from ecrproxy.registry.quotas import Call, Quotas
 from ecrproxy.registry.wire import HEADER_SECONDS
 from tests.registry import digest_of
+from tests.routes import route_to
 from tests.test_upstream import UpstreamTestCase
 
 MANY = Quotas(10**6, 10**6, 10**6, 10**6)
@@ -319,7 +319,7 @@ class StormTests(UpstreamTestCase):
         """
         Ask where so many blobs lie.
         """
-        routes = [parse_route(f"/v2/team/app/blobs/{digest_of(b'%d' % number)}") for number in range(count)]
+        routes = [route_to(f"/v2/team/app/blobs/{digest_of(b'%d' % number)}") for number in range(count)]
         asked: list[Deferred[Any]] = [Deferred.fromCoroutine(self.daemon.upstream.locate(route)) for route in routes]
         for each in asked:
             each.addErrback(lambda failure: failure.value)

@@ -30,8 +30,9 @@ from ecrproxy.cache.sqlite import (
     on_disk,
 )
 from ecrproxy.identity import RegistryId
-from ecrproxy.oci import BLOB_TYPE, INDEX_TYPE, MANIFEST_TYPES, Descriptor, Digest, Kind, parse_route
-from tests.store_contract import ANY, MANIFEST_TYPE, REGISTRY, START, scratch
+from ecrproxy.oci import BLOB_TYPE, INDEX_TYPE, MANIFEST_TYPES, Descriptor, Digest, Kind
+from tests.routes import REGISTRY, route_to
+from tests.store_contract import ANY, MANIFEST_TYPE, START, scratch
 
 A = Digest.of(b"a")
 ONE, OTHER = Reservation("one"), Reservation("other")
@@ -674,8 +675,8 @@ class EntryKeyTests(SynchronousTestCase):
             self.assertRaises(ValueError, EntryKey.parse, wrong)
 
     def test_the_default_cache_key_is_no_variant(self) -> None:
-        route = parse_route("/v2/a/manifests/latest")
-        self.assertEqual("", EntryKey.of(REGISTRY, route, route.path).variant)
-        variant = EntryKey.of(REGISTRY, route, "other").variant
+        route = route_to("/v2/a/manifests/latest")
+        self.assertEqual("", EntryKey.of(route, route.path).variant)
+        variant = EntryKey.of(route, "other").variant
         self.assertEqual(64, len(variant))
-        self.assertNotEqual(variant, EntryKey.of(REGISTRY, route, "another").variant)
+        self.assertNotEqual(variant, EntryKey.of(route, "another").variant)

@@ -34,7 +34,8 @@ from ecrproxy.cache.store import Store
 from ecrproxy.cache.takeover import old_name
 from ecrproxy.oci import Digest, Kind
 from tests.daemon import DaemonTestCase, noise
-from tests.store_contract import ANY, REGISTRY, START, confirmed, failing, key_of, put, read, scratch
+from tests.routes import REGISTRY
+from tests.store_contract import ANY, START, confirmed, failing, key_of, put, read, scratch
 
 KEY = EntryKey(REGISTRY, Kind.MANIFEST, "team/app", "latest")
 ENTRY = Entry({ANY: confirmed()})
@@ -752,7 +753,7 @@ class TakeOverTests(DaemonTestCase):
         """
         Content is adopted, entries are imported, and the log says how many; what else there was is gone.
         """
-        layer, registry = noise("layer", 100_000), self.daemon.cache._registry  # noqa: SLF001
+        layer, registry = noise("layer", 100_000), self.daemon.registry
         image = self.standin.push_image("team/app", "v1", layers=[layer])
         manifest = Digest.parse(image.digest)
         for data in (layer, image.manifest):
@@ -781,7 +782,7 @@ class TakeOverTests(DaemonTestCase):
         self.assertEqual(2, self.index.totals.files)
 
     def test_what_is_known_better_by_now_stays(self) -> None:
-        registry = self.daemon.cache._registry  # noqa: SLF001
+        registry = self.daemon.registry
         tag = EntryKey(registry, Kind.MANIFEST, "team/app", "v1")
         entry = Entry({ANY: confirmed(when=self.clock.seconds())})
         self.index.save([(tag, entry)])
@@ -793,7 +794,7 @@ class TakeOverTests(DaemonTestCase):
         """
         It ran again, or beside this one.
         """
-        registry = self.daemon.cache._registry  # noqa: SLF001
+        registry = self.daemon.registry
         tag = EntryKey(registry, Kind.MANIFEST, "team/app", "v1")
         self.index.save([(tag, Entry({ANY: confirmed(when=self.clock.seconds() - 3600)}))])
         self.plant(tag, "/v2/team/app/manifests/v1", Digest.of(b"newer"), 5)
@@ -804,7 +805,7 @@ class TakeOverTests(DaemonTestCase):
         """
         Whoever asks does not wait for thousands of other entries, and what is forgotten then does not come back.
         """
-        store, registry = self.daemon.store, self.daemon.cache._registry  # noqa: SLF001
+        store, registry = self.daemon.store, self.daemon.registry
         tag = EntryKey(registry, Kind.MANIFEST, "team/app", "v1")
         digest = Digest.of(b"layer")
         fact = EntryKey(registry, Kind.BLOB, "team/app", str(digest), "another variant")
@@ -828,7 +829,7 @@ class TakeOverTests(DaemonTestCase):
         content = self.root / "content/sha256" / Digest.of(b"more").hex[:2] / Digest.of(b"more").hex
         content.parent.mkdir(parents=True, exist_ok=True)
         content.write_bytes(b"more")
-        tag = EntryKey(self.daemon.cache._registry, Kind.MANIFEST, "team/app", "v1")  # noqa: SLF001
+        tag = EntryKey(self.daemon.registry, Kind.MANIFEST, "team/app", "v1")
         path = self.plant(tag, "/v2/team/app/manifests/v1", Digest.of(b"manifest"), 8)
         there = [(path.exists(), self.index.totals.files) for _ in scrub(self.daemon.store, lambda: None)]
         self.assertEqual((True, 2), [each for each in there if each[0]][-1])

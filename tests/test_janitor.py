@@ -39,7 +39,6 @@ from ecrproxy.cache.store import Candidate, Store
 from ecrproxy.cache.troubles import QUIET_SECONDS
 from ecrproxy.cache.writer import Writer
 from ecrproxy.cached import Cache
-from ecrproxy.identity import RegistryId
 from ecrproxy.oci import Digest
 from ecrproxy.reasons import Reason
 from ecrproxy.threads import Disk
@@ -426,8 +425,7 @@ class WaitingTests(SmallCache):
         super().setUp()
         self.keep(80)
         self.threads: list[tuple[Callable[[], Any], Deferred[Any]]] = []
-        registry = RegistryId.of_url("https://registry.example")
-        self.cache = Cache(self.store, self.janitor, Disk.of(self.later), lambda: self.now, registry)
+        self.cache = Cache(self.store, self.janitor, Disk.of(self.later), lambda: self.now)
 
     def later(self, blocking: Callable[..., T], *args: Any) -> Deferred[T]:
         """

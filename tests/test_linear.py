@@ -12,12 +12,13 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.byte_ranges import Ranges
 from ecrproxy.http.conditions import matches
-from ecrproxy.oci import RegistryError, accepted_types, parse_route, query_values
+from ecrproxy.oci import RegistryError, accepted_types, query_values
 from ecrproxy.registry.bucket import told_part
 from ecrproxy.registry.bucket_errors import said_by_bucket
 from ecrproxy.registry.links import next_target
 from ecrproxy.registry.refusals import Refusal
 from ecrproxy.registry.retries import asked_wait
+from tests.routes import route_to
 
 LENGTH = 2 * 16 * 2**10
 """Twice what headers may have; what is read in a time that grows with the square of this takes seconds."""
@@ -27,9 +28,9 @@ PIECES = (
     *("token ", "1 ", "Mon, ", "Jan ", "0", "9-", "bytes=", "(", ")", "+", "#", "?", "://"),
 )
 READERS: dict[str, Callable[[str], object]] = {
-    "a target": lambda text: parse_route("/v2/" + text),
-    "a name": lambda text: parse_route(f"/v2/{text}/manifests/latest"),
-    "a reference": lambda text: parse_route("/v2/a/manifests/" + text),
+    "a target": lambda text: route_to("/v2/" + text),
+    "a name": lambda text: route_to(f"/v2/{text}/manifests/latest"),
+    "a reference": lambda text: route_to("/v2/a/manifests/" + text),
     "a query": query_values,
     "Accept": lambda text: accepted_types([text]),
     "If-None-Match": lambda text: matches(text, '"x"'),

@@ -11,6 +11,7 @@ from typing import Any
 
 from twisted.trial.unittest import SynchronousTestCase
 
+from ecrproxy.identity import Repository
 from ecrproxy.oci import (
     INDEX_TYPES,
     MANIFEST_LIMIT,
@@ -24,9 +25,9 @@ from ecrproxy.oci import (
     Route,
     accepted_types,
     listed,
-    parse_route,
     query_values,
 )
+from tests.routes import REGISTRY, route_to
 
 HEX = "0123456789abcdef" * 4
 SHA256 = f"sha256:{HEX}"
@@ -49,10 +50,10 @@ def understood(target: str) -> tuple[Any, ...]:
     Give what a target leads to, or how it is refused.
     """
     try:
-        route = parse_route(target)
+        route = route_to(target)
     except RegistryError as problem:
         return problem.status, problem.code
-    return route.kind, route.repository, route.reference
+    return route.kind, route.repository.name, route.reference
 
 
 class RouteTests(SynchronousTestCase):
@@ -258,27 +259,27 @@ class RouteTests(SynchronousTestCase):
         """
         However a digest was spelled, the route and its path are the same, and the query tells no routes apart.
         """
-        escaped, plain = parse_route(f"/v2/a/blobs/sha256%3A{HEX}?x=1"), parse_route(f"/v2/a/blobs/{SHA256}")
+        escaped, plain = route_to(f"/v2/a/blobs/sha256%3A{HEX}?x=1"), route_to(f"/v2/a/blobs/{SHA256}")
         self.assertEqual(escaped, plain)
         self.assertEqual(f"/v2/a/blobs/{SHA256}", escaped.path)
         self.assertEqual("x=1", escaped.query)
-        self.assertEqual("/v2/a/tags/list", parse_route("/v2/a/tags/list?n=5").path)
+        self.assertEqual("/v2/a/tags/list", route_to("/v2/a/tags/list?n=5").path)
 
     def test_a_digest_in_a_path_is_parsed(self) -> None:
         """
         A route by digest knows its digest; a route by tag has none.
         """
-        self.assertEqual(Digest("sha256", HEX), parse_route(f"/v2/a/manifests/{SHA256}").digest)
-        self.assertIsNone(parse_route("/v2/a/manifests/latest").digest)
-        self.assertIsNone(parse_route("/v2/a/tags/list").digest)
+        self.assertEqual(Digest("sha256", HEX), route_to(f"/v2/a/manifests/{SHA256}").digest)
+        self.assertIsNone(route_to("/v2/a/manifests/latest").digest)
+        self.assertIsNone(route_to("/v2/a/tags/list").digest)
 
     def test_a_route_is_pointed_at_another_digest(self) -> None:
         """
         What a tag leads to is in the same repository, under the digest's own name.
         """
         self.assertEqual(
-            parse_route(f"/v2/a/manifests/{SHA256}"),
-            Route(Kind.MANIFEST, "a", "latest").at(Digest("sha256", HEX)),
+            route_to(f"/v2/a/manifests/{SHA256}"),
+            Route(Kind.MANIFEST, Repository(REGISTRY, "a"), "latest").at(Digest("sha256", HEX)),
         )
 
     def test_queries_with_characters_of_no_url_are_refused(self) -> None:
@@ -306,7 +307,7 @@ class RouteTests(SynchronousTestCase):
         An opaque continuation is handed on escaped as it was.
         """
         for query in ("", "n=1000&last=a%2Fb%3D", "last=YQ==", "artifactType=a/b%2Bc", "a?b"):
-            self.assertEqual(query, parse_route(f"/v2/a/tags/list?{query}").query)
+            self.assertEqual(query, route_to(f"/v2/a/tags/list?{query}").query)
 
 
 class QueryTests(SynchronousTestCase):
@@ -392,13 +393,13 @@ class RememberedTests(SynchronousTestCase):
         before, _ = tracemalloc.get_traced_memory()
         for size, count in ((400, 4096), (15_000, 400)):
             for number in range(count):
-                parse_route(f"/v2/team/app/manifests/latest?{number:0{size}}")
+                route_to(f"/v2/team/app/manifests/latest?{number:0{size}}")
         after, _ = tracemalloc.get_traced_memory()
         self.assertLess(after - before, 4 * 2**20)
 
     def test_the_same_target_gives_the_same_route(self) -> None:
-        self.assertIs(parse_route("/v2/team/app/manifests/v1?x"), parse_route("/v2/team/app/manifests/v1?x"))
-        self.assertEqual("x" * 600, parse_route("/v2/a/manifests/v1?" + "x" * 600).query)
+        self.assertIs(route_to("/v2/team/app/manifests/v1?x"), route_to("/v2/team/app/manifests/v1?x"))
+        self.assertEqual("x" * 600, route_to("/v2/a/manifests/v1?" + "x" * 600).query)
 
 
 class AcceptTests(SynchronousTestCase):

@@ -2219,7 +2219,10 @@ class OrderTests(DaemonTestCase):
         """
         Of a question that was asked before the one that was answered last.
         """
-        asked = [Asked(parse_route(self.path), self.path, frozenset({each})) for each in (OCI_MANIFEST, SCHEMA2)]
+        asked = [
+            Asked(parse_route(self.path, self.daemon.registry), self.path, frozenset({each}))
+            for each in (OCI_MANIFEST, SCHEMA2)
+        ]
         old, new = (Descriptor(OCI_MANIFEST, Digest.of(data), 3) for data in (b"old", b"new"))
         cache = self.daemon.cache
 

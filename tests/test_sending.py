@@ -146,9 +146,9 @@ class PieceTests(DaemonTestCase):
         self.start(limit=1000)  # too small to keep anything
         manifests, pages = list[Any](), list[Any]()
         for reference in (digest, "large", digest):
-            asked = Asked(parse_route(f"/v2/team/app/manifests/{reference}"), "key")
+            asked = Asked(parse_route(f"/v2/team/app/manifests/{reference}", self.daemon.registry), "key")
             Deferred.fromCoroutine(self.daemon.pull_through.manifest(asked)).addCallback(manifests.append)
-            page = self.daemon.pull_through.page(parse_route("/v2/team/tags/tags/list"))
+            page = self.daemon.pull_through.page(parse_route("/v2/team/tags/tags/list", self.daemon.registry))
             Deferred.fromCoroutine(page).addCallback(pages.append)
             self.flush()
         self.assertEqual((3, 3), (len(manifests), len(pages)))

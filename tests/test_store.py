@@ -29,11 +29,11 @@ from ecrproxy.cache.sqlite import Rows
 from ecrproxy.cache.store import Store
 from ecrproxy.oci import MANIFEST_TYPES, Digest, Kind
 from tests import store_contract
+from tests.routes import REGISTRY
 from tests.store_contract import (
     ANY,
     INDEX_TYPE,
     MANIFEST_TYPE,
-    REGISTRY,
     START,
     begin,
     being_read,

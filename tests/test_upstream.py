@@ -16,7 +16,7 @@ from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 from twisted.web.client import ResponseFailed
 
-from ecrproxy.oci import Digest, RegistryError, Route, parse_route
+from ecrproxy.oci import Digest, RegistryError, Route
 from ecrproxy.registry.bucket import UnavailableError, describe
 from ecrproxy.registry.ecr import RENEW_SECONDS
 from ecrproxy.registry.upstream import upstream_query
@@ -24,6 +24,7 @@ from ecrproxy.registry.wire import PlainAgent
 from tests.daemon import MIB, Daemon, DaemonTestCase, noise
 from tests.registry import StandIn, digest_of
 from tests.registry_content import OCI_MANIFEST
+from tests.routes import route_to
 
 T = TypeVar("T")
 NO_LENGTHS = b"-5", b"+5", b"5_0", b"0x5", b"5.0", b"1e3", b"5, 6", b"\xb2", b"9" * 19, b"9" * 5000
@@ -44,11 +45,11 @@ class UpstreamTestCase(DaemonTestCase):
 
     @property
     def blob(self) -> Route:
-        return parse_route(f"/v2/team/app/blobs/{self.digest}")
+        return route_to(f"/v2/team/app/blobs/{self.digest}")
 
     @property
     def tag(self) -> Route:
-        return parse_route("/v2/team/app/manifests/latest")
+        return route_to("/v2/team/app/manifests/latest")
 
     def asking(self, question: Coroutine[Any, Any, T]) -> Deferred[T]:
         """
@@ -838,7 +839,7 @@ class QueryTests(SynchronousTestCase):
     """
 
     def ask(self, path: str) -> str:
-        return upstream_query(parse_route(path))
+        return upstream_query(route_to(path))
 
     def test_of_tags(self) -> None:
         """

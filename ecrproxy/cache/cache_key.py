@@ -116,7 +116,7 @@ def _value(name: str, route: Route, asker: Asker) -> str:  # noqa: C901, PLR0911
         case "remote_addr":
             return asker.address
         case "repository":
-            return route.repository
+            return route.repository.name
         case "reference":
             return route.reference if route.kind is not Kind.TAGS else ""
         case "digest":

@@ -31,13 +31,14 @@ class EntryKey(NamedTuple):
     variant: str = ""
 
     @classmethod
-    def of(cls, registry: RegistryId, route: Route, cache_key: str = "") -> EntryKey:
+    def of(cls, route: Route, cache_key: str = "") -> EntryKey:
         """
-        Make the key of what C{route} asks of C{registry}.
+        Make the key of what C{route} asks for.
 
         @param cache_key: what PROXY_CACHE_KEY expands to.
         """
-        return cls(registry, route.kind, route.repository, route.reference, variant_of(route, cache_key))
+        registry, name = route.repository.registry, route.repository.name
+        return cls(registry, route.kind, name, route.reference, variant_of(route, cache_key))
 
     @property
     def is_tag(self) -> bool:

@@ -217,7 +217,7 @@ class RegistrySite(Site):
             told = method if asked.method in _METHODS else "other"
             self._served.requests.note((route_of(asked.target.path), told, str(status or "-"), cache), seconds, size)
             if cache in SAVING and size and asked.route is not None:
-                self._served.saved.note(asked.route.repository, size)
+                self._served.saved.note(asked.route.repository.name, size)
         if self._access_log is not None:
             answered = (status, size, seconds, cache, reason, asked.upstream.seconds)
             self._access_log.write(AccessLine(now, address(asked), method, path(asked), *answered, asked.id, aborted))

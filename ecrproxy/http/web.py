@@ -26,6 +26,7 @@ from ecrproxy.cached import SMALL_BLOB
 from ecrproxy.http.answering import Answering, begin, holding, send_body, send_small, transferring
 from ecrproxy.http.conditions import matches
 from ecrproxy.http.request import RegistryRequest, asker_of, field, fields
+from ecrproxy.identity import RegistryId
 from ecrproxy.oci import Kind, RegistryError, Route, accepted_types, parse_route, passed_on, query_values, to_query
 from ecrproxy.proxy import PullThrough
 from ecrproxy.reasons import Reason
@@ -60,9 +61,10 @@ class Registry(Answering):
         namespaces: Namespaces,
         cache_key: CacheKey,
         in_thread: InThread,
+        registry: RegistryId,
     ) -> None:
         super().__init__()
-        self._pull_through = pull_through
+        self._pull_through, self._registry = pull_through, registry
         self._namespaces, self._cache_key, self._in_thread = namespaces, cache_key, in_thread
         self._asks = cache_key.asks
 
@@ -73,10 +75,10 @@ class Registry(Answering):
         if request.target.path in ("/v2", "/v2/"):
             send_small(request, OK, "application/json", b"{}\n")
             return
-        route = request.route = parse_route(request.target.origin)
+        route = request.route = parse_route(request.target.origin, self._registry)
         if route.query and (ns := query_values(route.query).get("ns")) is not None:
             self._namespaces.admit_registry(unquote(ns))
-        await self._namespaces.admit(route.repository)
+        await self._namespaces.admit(route.repository.name)
         if route.kind is Kind.BLOB and request.method == b"GET":
             with transferring(request):
                 await self._serve(request, route)

@@ -104,7 +104,7 @@ class Endpoint:
 
         @raise RegistryError: if the answer is a refusal, or there is none.
         """
-        self._circuit.check(question.route.repository, lists=question.is_list)
+        self._circuit.check(question.route.repository.name, lists=question.is_list)
         secret = await self._secret(self._tokens.get())
         tries = self._wire.tries()
         for last in (False, True):
@@ -146,7 +146,7 @@ class Endpoint:
         """
         Note a failure; where that was one too many, send those away who wait in vain.
         """
-        repository, lists = question.route.repository, question.is_list
+        repository, lists = question.route.repository.name, question.is_list
         opened = self._circuit.failed(repository, problem, lists=lists)
         if not lists or opened is self._circuit.whole:  # what queues beside a list may be a pull
             self._act_on(opened, repository)
@@ -221,7 +221,7 @@ class Endpoint:
         Ask once, when there is a place for it.
         """
         call = call_of(question.method, question.route.kind)
-        async with self._governor.place(call, question.route.repository):
+        async with self._governor.place(call, question.route.repository.name):
             try:
                 return await self._through_circuit(tries, question, secret)
             except TransientError as problem:
@@ -233,7 +233,7 @@ class Endpoint:
         """
         Ask, if the circuit lets; tell it what came of that.
         """
-        repository, lists = question.route.repository, question.is_list
+        repository, lists = question.route.repository.name, question.is_list
         probed = self._circuit.enter(repository, lists=lists)
         if probed is None:
             waited = tries.seconds(self._wire.clock.seconds())
@@ -255,7 +255,7 @@ class Endpoint:
         return reply
 
     def _answered(self, question: Question, reply: Reply) -> None:
-        repository = question.route.repository
+        repository = question.route.repository.name
         self._circuit.answered(repository, lists=question.is_list)
         if not question.is_list:  # another permission: it says nothing about pulls
             denials = self._circuit.denials

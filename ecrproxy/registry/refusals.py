@@ -117,7 +117,7 @@ class Refusal:
                 raise RegistryError(404, self.code, said, reason=Reason.NOT_FOUND)
             case 403:
                 log.error("ECR denies {path}: {said}", path=route.path, said=self.message, once=route.path)
-                said = f"ECR denies the proxy access to {route.repository}; its log says why"
+                said = f"ECR denies the proxy access to {route.repository.name}; its log says why"
                 raise RegistryError(403, "DENIED", said, reason=Reason.ECR_DENIED)
             case 405 | 406 if route.kind is Kind.REFERRERS:  # clients fall back to tags for it
                 raise RegistryError(self.status, self.code or "UNSUPPORTED", self.message or "ECR lists no referrers")

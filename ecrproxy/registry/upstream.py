@@ -253,9 +253,9 @@ class Upstream:
         one at a time is made of a repository. The one from the beginning, which most ask for, waits for none of these.
         """
         whole = not query
-        turns = self._listing.get((route.repository, whole))
+        turns = self._listing.get((route.repository.name, whole))
         if turns is None:
-            turns = self._listing[route.repository, whole] = Turns(1, LIST_SECONDS, self.clock)
+            turns = self._listing[route.repository.name, whole] = Turns(1, LIST_SECONDS, self.clock)
         try:
             async with turns.turn():
                 page = await self._page(route, _with_n(query))
@@ -280,7 +280,8 @@ class Upstream:
             count += len(tags)
             parts.append(_listed(tags))
             size += len(parts[-1])
-        body = b'{"name": "%b", "tags": [%b]}' % (route.repository.encode("ascii"), b", ".join(filter(None, parts)))
+        name = route.repository.name.encode("ascii")
+        body = b'{"name": "%b", "tags": [%b]}' % (name, b", ".join(filter(None, parts)))
         return replace(page, body=body, next=page.next and _led_on(page.next))
 
     async def _page(self, route: Route, query: str) -> Page:

@@ -31,6 +31,7 @@ from ecrproxy.command.checkup.senses import Senses
 from ecrproxy.command.checkup.settings import judge_files, look_at_files, look_at_settings
 from ecrproxy.command.subcommand import FINE, MISUSED, WRONG, Call, CommandError
 from ecrproxy.endpoint_string import parse_endpoint_string
+from ecrproxy.identity import RegistryId
 from ecrproxy.oci import RegistryError, parse_route
 from ecrproxy.registry.egress import Egress, Proxy
 from ecrproxy.registry.guard import is_forbidden, is_loopback
@@ -330,7 +331,7 @@ def _image(text: str | None) -> tuple[str | None, str | None]:
     repository, colon, tag = name.rpartition(":")
     reference = digest if at else tag if colon else None
     try:
-        parse_route(f"/v2/{repository if colon else name}/manifests/{reference or 'latest'}")
+        parse_route(f"/v2/{repository if colon else name}/manifests/{reference or 'latest'}", RegistryId("any"))
     except RegistryError as problem:
         raise CommandError(f"--repository={text!r}: {problem.message}", MISUSED) from None
     return repository if colon else name, reference

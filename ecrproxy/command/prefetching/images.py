@@ -9,8 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from typing import Final
 
+from ecrproxy.identity import RegistryId
 from ecrproxy.oci import RegistryError, Route, parse_route
+
+_REGISTRY: Final = RegistryId("the daemon's")
+"""Which one it is, the daemon knows."""
 
 
 class ForeignImageError(ValueError):
@@ -54,7 +59,7 @@ def parse_image(text: str, hosts: Collection[str], *, bare: bool = True) -> Imag
     if at and ":" not in digest:
         raise ValueError("what follows the @ is not a digest")
     try:
-        return Image(text, parse_route(f"/v2/{repository}/manifests/{digest if at else tag}"))
+        return Image(text, parse_route(f"/v2/{repository}/manifests/{digest if at else tag}", _REGISTRY))
     except RegistryError as problem:
         raise ValueError(problem.message) from None
 

@@ -295,8 +295,8 @@ def _blob(manifest: Route, descriptor: Descriptor) -> Route:
 
 def _called(route: Route) -> str:
     if route.digest is None:
-        return f"{route.repository}:{route.reference}"
-    return f"{route.repository} {route.digest.algorithm}:{route.digest.hex[:12]}"
+        return f"{route.repository.name}:{route.reference}"
+    return f"{route.repository.name} {route.digest.algorithm}:{route.digest.hex[:12]}"
 
 
 def _all_of(reply: Reply) -> bytes:
