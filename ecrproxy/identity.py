@@ -19,6 +19,7 @@ _ECR_HOST: Final = re.compile(
     r"(amazonaws\.(?:com|com\.cn|eu)|on\.aws|on\.amazonwebservices\.(?:com\.cn|eu)"
     r"|c2s\.ic\.gov|sc2s\.sgov\.gov|cloud\.adc-e\.uk|csp\.hci\.ic\.gov)"
 )
+_ECR_IDENTITY: Final = re.compile(r"aws[a-z-]*:([a-z0-9-]+):([0-9]{12})")
 _PARTITIONS: Final = {
     "cn-": "aws-cn",
     "us-gov-": "aws-us-gov",
@@ -67,8 +68,28 @@ class RegistryId:
         parts = urlsplit(endpoint)
         return cls.of_host(parts.netloc, 80 if parts.scheme == "http" else _HTTPS)
 
+    @property
+    def account_and_region(self) -> tuple[str, str] | None:
+        """
+        The account and the region of a private registry of ECR; None of any other.
+        """
+        found = _ECR_IDENTITY.fullmatch(self.text)
+        return (found[2], found[1]) if found else None
+
     def __str__(self) -> str:
         return self.text
+
+
+_COMPONENT: Final = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
+_NAME: Final = re.compile(rf"{_COMPONENT}(?:/{_COMPONENT})*")
+_NAME_LENGTH: Final = 255
+
+
+def is_repository_name(text: str) -> bool:
+    """
+    Return True if C{text} is in the grammar of repositories' names: OCI distribution spec 1.1, "Pulling manifests".
+    """
+    return len(text) <= _NAME_LENGTH and _NAME.fullmatch(text) is not None
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, unquote_plus
 
-from ecrproxy.identity import RegistryId, Repository
+from ecrproxy.identity import RegistryId, Repository, is_repository_name
 from ecrproxy.reasons import Reason
 
 if TYPE_CHECKING:
@@ -54,9 +54,6 @@ MANIFEST_TYPES = (
 )
 _KNOWN_TYPES = {media_type: media_type for media_type in MANIFEST_TYPES}
 
-_COMPONENT = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
-_NAME = re.compile(rf"{_COMPONENT}(?:/{_COMPONENT})*")
-_NAME_LENGTH = 255
 _REMEMBERED_LENGTH = 512
 _TAG = re.compile(r"[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}")
 HEX_LENGTHS = {"sha256": 64, "sha512": 128}
@@ -228,7 +225,7 @@ def parse_route(target: str, registry: RegistryId) -> Route:
     if word not in {kind.value for kind in Kind} or (word == Kind.TAGS.value and reference != "list"):
         raise _no_such_path()
     kind = Kind(word)
-    if len(name) > _NAME_LENGTH or not _NAME.fullmatch(name):
+    if not is_repository_name(name):
         raise RegistryError(
             400, "NAME_INVALID", "the repository's name is outside the grammar of the distribution spec"
         )

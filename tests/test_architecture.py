@@ -114,6 +114,7 @@ ARROWS: dict[str, set[str]] = {
         "threads",
         "transfer",
     },
+    "registries": {"identity", "oci", "reasons", "settings.registries"},
     "stale": {"flights", "oci", "reasons", "registry.bucket"},
     "logs": {"http.access_log", "request_id"},
     "oci": {"identity", "reasons"},

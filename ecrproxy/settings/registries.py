@@ -1,0 +1,296 @@
+"""
+The tables of registries in the configuration file: C{[registry."NAME"]}. Pure.
+
+A registry is one of three kinds: a private registry of ECR, ECR Public, or any other that speaks the distribution
+protocol. What is reached through ECR's own pull-through cache is a private registry of ECR under another name.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import regex
+
+from ecrproxy.identity import RegistryId, is_repository_name
+from ecrproxy.settings.values import (
+    parse_endpoint,
+    parse_hosts,
+    parse_path,
+    parse_pattern,
+    parse_region,
+    region_of,
+)
+
+PUBLIC: Final = "public.ecr.aws"
+ROLE: Final = re.compile(r"arn:aws[a-z-]*:iam::[0-9]{12}:role/[\w+=,.@/-]{1,512}", re.ASCII)
+_WILDCARD: Final = re.compile(r"\*\.dkr\.ecr\.([a-z]+(?:-[a-z]+)+-[0-9]+)\.amazonaws\.com(?:\.cn)?")
+
+
+class Protocol(enum.Enum):
+    """
+    Whose token a registry takes.
+    """
+
+    ECR = "ecr"
+    ECR_PUBLIC = "ecr-public"
+    OCI = "oci"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RegistryTable:
+    """
+    One table, checked.
+
+    @ivar name: as clients call the registry; of a wildcard, with an asterisk for the account.
+    @ivar endpoint: its URL; None for a wildcard, whose registries each have their own.
+    @ivar region: of the token, if ECR's.
+    @ivar default: whether it is meant where a client does not say which one is.
+    @ivar role: an ARN to assume with the credentials that there are; C{external_id} goes with it.
+    @ivar path_prefix: a repository's first component by which clients can say that they mean this one.
+    @ivar hosts: names of this proxy that mean this registry, without ports.
+    @ivar namespaces: what a repository's whole name must match; None for PROXY_NAMESPACE_PATTERN.
+    @ivar repository_prefix: what comes before each name at the endpoint: of ECR's own pull-through cache rule.
+    """
+
+    name: str
+    protocol: Protocol
+    endpoint: str | None
+    region: str | None = None
+    default: bool = False
+    role: str | None = None
+    external_id: str | None = None
+    profile: str | None = None
+    instance_auth: bool = False
+    path_prefix: str | None = None
+    hosts: frozenset[str] = frozenset()
+    namespaces: regex.Pattern[str] | None = field(default=None, compare=False)
+    replicas: tuple[str, ...] = ()
+    anonymous: bool = False
+    username: str | None = None
+    password_file: str | None = None
+    repository_prefix: str | None = None
+
+    @property
+    def is_wildcard(self) -> bool:
+        """
+        Return True if it stands for all accounts of a region.
+        """
+        return self.endpoint is None
+
+
+def parse_registries(file: str, tables: object) -> tuple[tuple[RegistryTable, ...], list[str]]:
+    """
+    Read all tables.
+
+    @param file: its name, for the errors.
+    @return: those that are right, and a line for each thing that is wrong.
+    """
+    if not isinstance(tables, Mapping) or not all(isinstance(each, Mapping) for each in tables.values()):
+        return (), [f'{file}: registry: give a table for each registry: [registry."NAME"]']
+    found, errors = [], []
+    for name, table in tables.items():
+        where = f'{file}: registry."{name}"'
+        values, problems = _values(table)
+        try:
+            found.append(_made(name.lower(), values))
+        except ValueError as problem:
+            problems.append(str(problem))
+        errors += [f"{where}{each if each.startswith('.') else f': {each}'}" for each in problems]
+    return tuple(found), [*errors, *(f"{file}: {each}" for each in _together(found))]
+
+
+def _values(table: Mapping[str, object]) -> tuple[dict[str, Any], list[str]]:
+    values, problems = dict[str, Any](), []
+    for key, value in table.items():
+        read = _KEYS.get(key)
+        if read is None:
+            near = get_close_matches(key.lower().replace("_", "-"), _KEYS, 1)
+            advice = f"set {near[0]} if that is meant" if near else f"there are {', '.join(_KEYS)}"
+            problems.append(f".{key} is not known; {advice}")
+            continue
+        try:
+            values[key] = read(value)
+        except ValueError as problem:
+            problems.append(f".{key}: {problem}")
+    return values, problems
+
+
+def _made(name: str, values: Mapping[str, Any]) -> RegistryTable:
+    """
+    Make a registry of what its table says.
+
+    @raise ValueError: if that contradicts itself.
+    """
+    wildcard = _WILDCARD.fullmatch(name)
+    if wildcard is None:
+        parse_hosts(name.partition(":")[0])
+        RegistryId.of_host(name)
+    endpoint = None if wildcard else values.get("endpoint") or f"https://{name}"
+    own_region = wildcard[1] if wildcard else region_of(endpoint or "")
+    if name == PUBLIC and "endpoint" not in values:
+        protocol = Protocol.ECR_PUBLIC
+    elif wildcard or own_region or values.get("region"):
+        protocol = Protocol.ECR
+    else:
+        protocol = Protocol.OCI
+    table = RegistryTable(
+        name=name,
+        protocol=protocol,
+        endpoint=endpoint,
+        region=values.get("region") or own_region,
+        default=values.get("default", False),
+        role=values.get("role"),
+        external_id=values.get("external-id"),
+        profile=values.get("profile"),
+        instance_auth=values.get("instance-auth", False),
+        path_prefix=values.get("path-prefix"),
+        hosts=values.get("hosts", frozenset()),
+        namespaces=values.get("namespaces"),
+        replicas=values.get("replicas", ()),
+        anonymous="username" not in values if protocol is Protocol.OCI else values.get("credentials") == "anonymous",
+        username=values.get("username"),
+        password_file=values.get("password-file"),
+        repository_prefix=values.get("ecr-repository-prefix"),
+    )
+    for said in _contradictions(table, values, own_region):
+        raise ValueError(said)
+    return table
+
+
+def _contradictions(table: RegistryTable, values: Mapping[str, Any], own_region: str | None) -> Iterator[str]:
+    meaningless = {
+        **dict.fromkeys(_OF_ONE if table.is_wildcard else (), "a wildcard stands for many; give a table for the one"),
+        **dict.fromkeys(_FOREIGN[table.protocol], "only a registry of ECR has that; if it is one, give its region"),
+        **({} if table.protocol is Protocol.ECR_PUBLIC else {"credentials": f"is for {PUBLIC}; leave it out"}),
+        **(
+            {}
+            if table.protocol is Protocol.OCI
+            else {"username": "AWS gives the tokens of this registry; leave it out"}
+        ),
+    }
+    for key in sorted(values.keys() & meaningless.keys()):
+        yield f".{key}: {meaningless[key]}"
+    if own_region and table.region != own_region:
+        yield f".region: the registry is in {own_region}, and a token is good in one region; leave it out"
+    if table.external_id and not table.role:
+        yield ".external-id: goes with a role; set role, or leave it out"
+    if table.instance_auth and table.profile:
+        yield ".instance-auth: contradicts profile; leave one out"
+    if (table.username is None) != (table.password_file is None):
+        yield ".username: goes with password-file; set both, or neither"
+
+
+_OF_ONE: Final = ("endpoint", "default", "hosts", "path-prefix", "replicas")
+_CREDENTIALS: Final = frozenset({"role", "external-id", "profile", "instance-auth"})
+_FOREIGN: Final = {
+    Protocol.ECR: frozenset[str](),
+    Protocol.ECR_PUBLIC: frozenset({"replicas", "ecr-repository-prefix"}),
+    Protocol.OCI: _CREDENTIALS | {"replicas", "ecr-repository-prefix"},
+}
+
+
+def _together(tables: Sequence[RegistryTable]) -> Iterator[str]:
+    """
+    Find what several tables claim.
+    """
+    defaults = [each.name for each in tables if each.default]
+    if len(defaults) > 1:
+        yield f"registry: {' and '.join(defaults)} are both the default; leave it at one"
+    claims: dict[tuple[str, str], str] = {}
+    for table in tables:
+        identity = table.name if table.is_wildcard else str(RegistryId.of_host(table.name))
+        own = [("name", identity), *(("host", each) for each in sorted(table.hosts))]
+        own += [("path-prefix", table.path_prefix)] if table.path_prefix else []
+        for kind, word in own:
+            other = claims.setdefault((kind, word), table.name)
+            if other != table.name:
+                what = "are one registry" if kind == "name" else f"both have the {kind} {word}"
+                yield f"registry: {other} and {table.name} {what}; leave one out"
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError("give a text")  # noqa: TRY004 (it is told to the operator)
+    return value
+
+
+def _flag(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("give true or false")  # noqa: TRY004
+    return value
+
+
+def _of_text(parse: Callable[[str], Any]) -> Callable[[object], Any]:
+    return lambda value: parse(_text(value))
+
+
+def _listed(value: object) -> list[str]:
+    if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+        raise ValueError("give a list of texts")
+    return value
+
+
+def _hosts(value: object) -> frozenset[str]:
+    return parse_hosts(" ".join(_listed(value)))
+
+
+def _replicas(value: object) -> tuple[str, ...]:
+    return tuple(parse_endpoint(each) for each in _listed(value))
+
+
+def _role(text: str) -> str:
+    if not ROLE.fullmatch(text):
+        raise ValueError("not a role's ARN; give one such as arn:aws:iam::123456789012:role/pull")
+    return text
+
+
+def _prefix(text: str) -> str:
+    if not is_repository_name(text):
+        raise ValueError("outside the grammar of repositories' names")
+    return text
+
+
+def _component(text: str) -> str:
+    if "/" in _prefix(text):
+        raise ValueError("give one component, without /")
+    return text
+
+
+def _credentials(text: str) -> str:
+    if text not in ("anonymous", "aws"):
+        raise ValueError("give anonymous or aws")
+    return text
+
+
+def _url(text: str) -> str:
+    url = text if "://" in text else f"https://{text}"
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or parts.path not in ("", "/") or parts.query or "@" in parts.netloc:
+        raise ValueError("not the URL of a registry; give one such as https://registry.example")
+    RegistryId.of_url(url)
+    return url.rstrip("/")
+
+
+_KEYS: Final[Mapping[str, Callable[[object], Any]]] = {
+    "default": _flag,
+    "endpoint": _of_text(_url),
+    "region": _of_text(parse_region),
+    "role": _of_text(_role),
+    "external-id": _text,
+    "profile": _text,
+    "instance-auth": _flag,
+    "path-prefix": _of_text(_component),
+    "hosts": _hosts,
+    "namespaces": _of_text(parse_pattern),
+    "replicas": _replicas,
+    "credentials": _of_text(_credentials),
+    "username": _text,
+    "password-file": _of_text(parse_path),
+    "ecr-repository-prefix": _of_text(_prefix),
+}
