@@ -224,7 +224,8 @@ class PullThrough:
         if body is None:
             return None
         if isinstance(body, Download) and body.stopped:
-            await self._unattended.change()
+            if digest in self._arriving:  # else it has ended already, and nobody tells that again
+                await self._unattended.change()
             return None
         size = confirmed if confirmed is not None and body.size is not None else body.size
         try:
