@@ -1062,6 +1062,28 @@ class WrongBytesTests(DaemonTestCase):
             self.assertEqual((416, "bytes */200000"), (replies[1].code, replies[1].header("Content-Range")))
             self.assertIncomplete(whole)
 
+    def test_of_another_size_mislead_nobody_who_asks_at_the_same_time(self) -> None:
+        """
+        Nor those who wait for the same answer of the bucket.
+        """
+        for wrong in (self.data[:-1], self.data + b"more", b""):
+            self.start()
+            self.standin.corrupt(self.digest, wrong)
+            self.get(self.path)
+            self.standin.heal()
+            for path in self.files():
+                path.unlink()
+            self.standin.quirks.latency = 1
+            replies = [self.get(self.path, Range="bytes=10-19") for _ in range(4)]
+            whole = self.get(self.path)
+            self.standin.quirks.latency = 0
+            self.pass_time(10)
+            for reply in replies:
+                self.assertWhole(reply, self.data[10:20], None, 206)
+            self.assertWhole(whole, self.data)
+            for path in self.files():
+                path.unlink()
+
     def test_a_part_does_not_wait_for_the_whole(self) -> None:
         self.standin.hold(self.digest)
         whole, part = self.get(self.path), self.get(self.path, Range="bytes=10-19")
