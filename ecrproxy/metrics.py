@@ -326,14 +326,14 @@ class LoopStall(Service):
     """
     How long the event loop stood still at the most: the time by which its turns come late.
 
-    @param clock: counts seconds that nobody sets.
+    @param now: seconds that nobody sets, and that go on while the process stands still.
     @ivar longest: in seconds, since the start.
     """
 
-    def __init__(self, clock: IReactorTime) -> None:
+    def __init__(self, clock: IReactorTime, now: Callable[[], float]) -> None:
         self.longest = 0.0
         self._before, self._lately, self._until = 0.0, 0.0, 0.0
-        self._clock, self._last = clock, 0.0
+        self._clock, self._now, self._last = clock, now, 0.0
         self._next: IDelayedCall | None = None
 
     @property
@@ -345,7 +345,7 @@ class LoopStall(Service):
 
     def startService(self) -> None:  # noqa: D102
         super().startService()
-        self._last = self._clock.seconds()
+        self._last = self._now()
         self._next = self._clock.callLater(TICK_SECONDS, self._turn)
 
     def stopService(self) -> None:  # noqa: D102
@@ -358,7 +358,7 @@ class LoopStall(Service):
     def _turn(self) -> None:
         # Not Periodic: at this rate its Deferreds would be most of what an idle process does.
         self._next = self._clock.callLater(TICK_SECONDS, self._turn)
-        now = self._clock.seconds()
+        now = self._now()
         if now >= self._until:
             self._before, self._lately, self._until = self._lately, 0.0, now + STALL_SECONDS
         self._lately = max(self._lately, now - self._last - TICK_SECONDS)

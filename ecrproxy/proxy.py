@@ -128,29 +128,28 @@ class PullThrough:
         answer = self._cache.at_hand(asked)
         if answer is None and asked.head:
             answer = await self._blob_head(asked)
-        confirmed, size = False, None
+        confirmed, doubted, size = False, False, None
         while answer is None:
             known, content, missing = await self._cache.look_up(asked)
             size = known.size if known and not confirmed else size
             carrier = self._carriers.get(asked.digest)
             absent = content is None and carrier is None
             allowed = known is not None or confirmed or (content is None and carrier == asked.route.repository)
-            if absent and (ranges is None or size is not None):
-                try:
+            try:
+                if absent and (ranges is None or size is not None):
                     answer = await self._carry(asked, size, missing, ranges, confirmed=confirmed)
-                except OtherSizeError:
-                    if confirmed:
-                        raise
+                elif absent or not allowed:
+                    if content is not None:
+                        content.close()
                     size, confirmed = await self._blob_size(asked), True
-            elif absent or not allowed:
-                if content is not None:
-                    content.close()
-                size = await self._blob_size(asked)
-                confirmed = True
-            elif content is not None:
-                answer = await self._cache.shelved(asked, known, content, confirmed=confirmed)
-            else:
-                answer = await self._join(asked, ranges, carrier)
+                elif content is not None:
+                    answer = await self._cache.shelved(asked, known, content, confirmed=confirmed)
+                else:
+                    answer = await self._join(asked, ranges, carrier, size if confirmed else None)
+            except OtherSizeError:  # by what is known, or what the one says who began the transfer
+                if doubted:
+                    raise
+                size, confirmed, doubted = await self._blob_size(asked), True, True
         return answer
 
     async def _blob_head(self, asked: Asked) -> Answer:
@@ -189,7 +188,7 @@ class PullThrough:
             parts = _parts(ranges, expected)
         except LookupError:  # nothing to send, and nothing to fetch for it
             if not confirmed:
-                raise OtherSizeError(502, "UNAVAILABLE", "the size of the blob is not certain") from None
+                raise _uncertain() from None
             return Answer(CacheStatus.MISS, missing, BLOB_TYPE, digest, expected)
         self._carriers[digest] = route.repository
         unread = missing is Reason.DISK
@@ -206,9 +205,14 @@ class PullThrough:
             return Answer(CacheStatus.JOINED, Reason.IN_FLIGHT, BLOB_TYPE, digest, body.size, body)
         return Answer(CacheStatus.MISS, missing, BLOB_TYPE, digest, body.size, body)
 
-    async def _join(self, asked: Asked, ranges: Ranges | None, carrier: Repository | None) -> Answer | None:
+    async def _join(
+        self, asked: Asked, ranges: Ranges | None, carrier: Repository | None, confirmed: int | None
+    ) -> Answer | None:
         """
         Follow the transfer that C{carrier} began; none if the answer has to be looked for again.
+
+        @param confirmed: how many bytes it has, if ECR has said so just now; a transfer has what a bucket told.
+        @raise OtherSizeError: if it has another size, or may have.
         """
         digest = asked.digest
         body: Download | Passing | None = self._arriving.get(digest)
@@ -222,14 +226,18 @@ class PullThrough:
         if body is None:
             return None
         if isinstance(body, Download) and body.stopped:
-            await self._unattended.change()
+            if digest in self._arriving:  # else it has ended already, and nobody tells that again
+                await self._unattended.change()
             return None
+        size = confirmed if confirmed is not None and body.size is not None else body.size
         try:
-            parts = _parts(ranges, body.size)
+            parts = _parts(ranges, size)
         except LookupError:
-            return Answer(CacheStatus.JOINED, Reason.IN_FLIGHT, BLOB_TYPE, digest, body.size)
-        if isinstance(body, Passing) or not _serves(body, parts):
-            return await self._alone(asked, parts, body.size)
+            if confirmed is None:
+                raise _uncertain() from None
+            return Answer(CacheStatus.JOINED, Reason.IN_FLIGHT, BLOB_TYPE, digest, size)
+        if isinstance(body, Passing) or body.size != size or not _serves(body, parts):
+            return await self._alone(asked, parts, size)
         self._cache.holds(asked, body.size)
         return Answer(CacheStatus.JOINED, Reason.IN_FLIGHT, BLOB_TYPE, digest, body.size, body)
 
@@ -554,6 +562,10 @@ def _parts(ranges: Ranges | None, size: int | None) -> list[Span]:
     """
     spans = ranges.of(size) if ranges is not None and size is not None else []
     return [] if spans == [(0, size)] else spans
+
+
+def _uncertain() -> OtherSizeError:
+    return OtherSizeError(502, "UNAVAILABLE", "the size of the blob is not certain")
 
 
 def _check_size(blob: Blob, expected: int | None) -> None:

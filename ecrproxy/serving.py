@@ -120,7 +120,7 @@ def wire(
     keeping, settling = threads(KEEPING[0]).bounded(KEEPING[1]), threads(SETTLING[0]).bounded(SETTLING[1])
     janitor = Janitor(store, config.cache_limit, keeping, reactor)
     tokens = _tokens(config, reactor, partial(_ends, refused, warm=begin(store, processes)))
-    figures, stall = Figures(__version__), LoopStall(reactor)
+    figures, stall = Figures(__version__), LoopStall(reactor, time.monotonic)
     upstream, asking = _upstream(config, tokens, figures, egress, reactor)
     cache = Cache(store, janitor, disk, time.time)
     scrub = Scrub(store, janitor.fit, scrubbing.call, reactor)

@@ -24,7 +24,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.cache import index as index_module
 from ecrproxy.cache.entries import Entry, EntryKey
-from ecrproxy.cache.index import AGAIN_SECONDS, LATE_SAVES, LOCK, POINTER, Index, give
+from ecrproxy.cache.index import AGAIN_SECONDS, LATE_ENTRIES, LATE_SAVES, LOCK, POINTER, Index, give
 from ecrproxy.cache.janitor import EVICTING
 from ecrproxy.cache.mounts import find_mount
 from ecrproxy.cache.record import Reservation
@@ -592,6 +592,21 @@ class UnusableTests(LossTestCase):
         self.assertEqual(LATE_SAVES, len(self.index._late))  # noqa: SLF001
         self.index.drop([self.digests[0]])
         self.assertEqual(LATE_SAVES + 1, len(self.index._late))  # noqa: SLF001
+
+    def test_what_waits_is_bounded_by_its_entries(self) -> None:
+        """
+        A manifest may give a thousand entries at once.
+        """
+        writer = self.index._rows._writer  # noqa: SLF001
+        writer.execute("PRAGMA query_only = 1")
+        facts = [(key_of(f"/v2/a/manifests/{number}"), ENTRY) for number in range(1000)]
+        for _ in range(LATE_SAVES):
+            self.store.save(*facts)
+        self.assertEqual(LATE_ENTRIES // 1000, len(self.index._late))  # noqa: SLF001
+        writer.execute("PRAGMA query_only = 0")
+        self.index.settle()
+        self.store.save((KEY, ENTRY))
+        self.assertEqual(ENTRY, self.index.entry(KEY))
 
     def test_a_full_disk(self) -> None:
         """

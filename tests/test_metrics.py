@@ -15,7 +15,7 @@ class LoopStallTests(SynchronousTestCase):
     def setUp(self) -> None:
         self.clock = Clock()
         self.clock.advance(1000)
-        self.stall = LoopStall(self.clock)
+        self.stall = LoopStall(self.clock, self.clock.seconds)
 
     def run_for(self, seconds: float) -> None:
         """

@@ -102,7 +102,7 @@ class SupervisedTests(SynchronousTestCase):
         Start under this one.
         """
         self.supervisor = supervisor
-        self.supervised = Supervised(supervisor, self.describe, self.reactor)
+        self.supervised = Supervised(supervisor, self.describe, self.reactor, monotonic=self.reactor.seconds)
         self.supervised.startService()
 
     async def describe(self) -> str:

@@ -45,7 +45,7 @@ from ecrproxy.cache.scrub import Scrub
 from ecrproxy.cache.store import Store
 from ecrproxy.daemon.inherited import SOCKETS_FD, VARIABLE
 from ecrproxy.daemon.listening import Listening
-from ecrproxy.daemon.process import count_steadily, open_many_files, set_aside_what_stays
+from ecrproxy.daemon.process import Running, count_steadily, open_many_files, set_aside_what_stays
 from ecrproxy.daemon.renewal import LOOK_SECONDS, Renewal, generation
 from ecrproxy.daemon.supervision import Supervisor
 from ecrproxy.registry.ecr import CredentialsError, TokenService
@@ -851,14 +851,67 @@ class ClockTests(TapCase):
         fired: list[str] = []
         timer = reactor.callLater(5, fired.append, "moved")
         reactor.callLater(10, fired.append, "second")
-        self.assertEqual(5, reactor.timeout())
         timer.reset(7)
-        seconds[0] = 106.9
-        reactor.runUntilCurrent()
-        self.assertEqual([], fired)
-        seconds[0] = 110.0
-        reactor.runUntilCurrent()
-        self.assertEqual(["moved", "second"], fired)
+
+        def turn(at: float) -> list[str]:
+            while seconds[0] < at:  # a reactor that runs has something to do each second
+                seconds[0] = min(at, seconds[0] + 1)
+                reactor.runUntilCurrent()
+            return fired
+
+        self.assertEqual([], turn(106.9))
+        self.assertEqual(["moved", "second"], turn(110))
+
+    def test_a_reactor_that_has_nothing_to_do_does_not_stand_still(self) -> None:
+        """
+        A timer that is the only one is due in time.
+        """
+        reactor = Counting()
+        seconds = [100.0]
+        self.patch(time, "monotonic", lambda: seconds[0])
+        count_steadily(reactor)
+        fired: list[float] = []
+        reactor.callLater(60, lambda: fired.append(seconds[0]))
+        while not fired:
+            seconds[0] += reactor.timeout() or 0
+            reactor.runUntilCurrent()
+        self.assertEqual([160.0], fired)
+
+    def test_a_standstill_counts_for_no_timer(self) -> None:
+        """
+        A process that was stopped for an hour has been silent itself: nobody else is cut off for it.
+        """
+        reactor = Counting()
+        seconds = [100.0]
+        self.patch(time, "monotonic", lambda: seconds[0])
+        count_steadily(reactor)
+        fired: list[str] = []
+
+        def turn(at: float) -> list[str]:
+            seconds[0] = at
+            reactor.runUntilCurrent()
+            return fired
+
+        reactor.callLater(5, fired.append, "silence")
+        self.assertEqual([], turn(101))
+        self.assertEqual([], turn(3701))
+        self.assertEqual([], turn(3702.9))
+        self.assertEqual(["silence"], turn(3703))
+
+    def test_timers_of_a_reactor_whose_turns_are_slow_fire_all_the_same(self) -> None:
+        """
+        Of each turn some of the time counts, however late it comes.
+        """
+        reactor = Counting()
+        seconds = [100.0]
+        self.patch(time, "monotonic", lambda: seconds[0])
+        count_steadily(reactor)
+        fired: list[str] = []
+        reactor.callLater(5, fired.append, "at last")
+        for _ in range(3):
+            seconds[0] += 10
+            reactor.runUntilCurrent()
+        self.assertEqual(["at last"], fired)
 
     def test_a_real_reactor_is_told_before_it_has_timers(self) -> None:
         """
@@ -867,7 +920,7 @@ class ClockTests(TapCase):
         reactor: Any = Counting()
         self.reactor = reactor
         self.assertRaises(SystemExit, self.run_with, PROXY_ECR_ENDPOINT="nothing")
-        self.assertIs(time.monotonic, reactor.seconds)
+        self.assertIsInstance(reactor.seconds, Running)
         self.assertEqual(1, reactor.getThreadPool().min, "names have a thread, whatever the machine gives")
 
 

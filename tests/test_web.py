@@ -1022,6 +1022,68 @@ class WrongBytesTests(DaemonTestCase):
             for path in self.files():
                 path.unlink()
 
+    def test_of_another_size_mislead_none_of_several_at_once_afterwards(self) -> None:
+        """
+        Who waits for what another reader has begun is not refused for what that one was told.
+        """
+        headers = [{"Range": "bytes=10-19"}, {"Range": "bytes=150-159"}, {}]
+        for wrong in (self.data[:100], self.data + b"more"):
+            for limit in (2**30, 1000):
+                self.start(limit=limit)
+                self.standin.corrupt(self.digest, wrong)
+                self.get(self.path)
+                self.standin.heal()
+                for path in self.files():
+                    path.unlink()
+                replies = [self.daemon.send("GET", self.path, **each) for each in headers]
+                self.flush()
+                self.assertWhole(replies[0], self.data[10:20], code=206)
+                self.assertWhole(replies[1], self.data[150:160], code=206)
+                self.assertWhole(replies[2], self.data)
+                for path in self.files():
+                    path.unlink()
+
+    def test_of_another_size_under_way_have_no_part_refused(self) -> None:
+        """
+        What is beyond the end that a bucket tells is asked for apart, if ECR says that it is there.
+        """
+        for limit in (2**30, 1000):
+            self.start(limit=limit)
+            self.standin.corrupt(self.digest, self.data[:100])
+            self.standin.hold(self.digest)
+            whole = self.daemon.send("GET", self.path)
+            self.flush()
+            self.standin.heal()
+            replies = [self.daemon.send("GET", self.path, Range=each) for each in ("bytes=150-159", "bytes=200000-")]
+            self.flush()
+            self.standin.release(self.digest)
+            self.flush()
+            self.assertWhole(replies[0], self.data[150:160], "BYPASS", 206)
+            self.assertEqual((416, "bytes */200000"), (replies[1].code, replies[1].header("Content-Range")))
+            self.assertIncomplete(whole)
+
+    def test_of_another_size_mislead_nobody_who_asks_at_the_same_time(self) -> None:
+        """
+        Nor those who wait for the same answer of the bucket.
+        """
+        for wrong in (self.data[:-1], self.data + b"more", b""):
+            self.start()
+            self.standin.corrupt(self.digest, wrong)
+            self.get(self.path)
+            self.standin.heal()
+            for path in self.files():
+                path.unlink()
+            self.standin.quirks.latency = 1
+            replies = [self.get(self.path, Range="bytes=10-19") for _ in range(4)]
+            whole = self.get(self.path)
+            self.standin.quirks.latency = 0
+            self.pass_time(10)
+            for reply in replies:
+                self.assertWhole(reply, self.data[10:20], None, 206)
+            self.assertWhole(whole, self.data)
+            for path in self.files():
+                path.unlink()
+
     def test_a_part_does_not_wait_for_the_whole(self) -> None:
         self.standin.hold(self.digest)
         whole, part = self.get(self.path), self.get(self.path, Range="bytes=10-19")

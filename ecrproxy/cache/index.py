@@ -65,7 +65,9 @@ LOCK: Final = "index.lock"
 LATE: Final = 10_000
 """Changes that wait for another try; the oldest are lost when there are more."""
 LATE_SAVES: Final = LATE // 10
-"""Changes that wait, from which on entries don't: one may have a thousand of them."""
+"""Changes that wait, from which on entries don't."""
+LATE_ENTRIES: Final = 20_000
+"""Entries that wait, from which on others don't: a change may have a thousand, of a kilobyte of memory each."""
 ROOM: Final = 2**16
 """Bytes that are evicted where changes find the disk full: pages of the database and of its log."""
 AGAIN_SECONDS: Final = 5.0
@@ -112,6 +114,7 @@ class _Change:
     A change that waits to be made.
 
     @ivar promised: bytes of disk that it promises.
+    @ivar entries: how many entries it saves.
     @ivar since: when it began to wait.
     @ivar over: told when it was made, or could not be; none if it is to be tried until it can.
     @ivar outcome: what came of it.
@@ -119,6 +122,7 @@ class _Change:
 
     make: Callable[[Rows], object]
     promised: int = 0
+    entries: int = 0
     since: float = 0.0
     over: threading.Event | None = None
     outcome: object = None
@@ -843,8 +847,10 @@ class Index:
 
         They are lost if much waits for another try: ECR can be asked again.
         """
-        if len(self._late) < LATE_SAVES:
-            self._wait_in_line(_Change(lambda rows: rows.save(entries)))
+        with self._noting:
+            waiting = sum(each.entries for each in (*self._making, *self._late))
+        if len(self._late) < LATE_SAVES and waiting < LATE_ENTRIES:
+            self._wait_in_line(_Change(lambda rows: rows.save(entries), entries=len(entries)))
             with self._noting:
                 for key, entry in entries:
                     self._forgotten.get(key, set()).difference_update(entry.answers)

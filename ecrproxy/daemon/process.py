@@ -22,6 +22,8 @@ OWN_FILES: Final = 64
 """Descriptors that are left for all but clients: listening sockets, AWS, ECR and its buckets, files that arrive."""
 FILES_OF_A_CLIENT: Final = 3
 """A client's socket, the file that it is sent, and a connection upstream."""
+STILL_SECONDS: Final = 2.0
+"""The most seconds that count of those in which nobody looked at the clock. A reactor that runs does twice as often."""
 _M_MMAP_THRESHOLD: Final = -3
 """glibc's malloc.h."""
 
@@ -39,14 +41,46 @@ def set_up(reactor: Any) -> None:  # noqa: ANN401
 
 def count_steadily(reactor: Any) -> None:  # noqa: ANN401
     """
-    Have a reactor's timers go by a clock that nobody sets.
+    Have a reactor's timers go by a clock that nobody sets, and that stands still with the process.
 
     Twisted's reactors count by the time of the day: set forward, it would fire each timer at once; set back, it would
     freeze all of them, limits of time and the token's refresh among them. No timer has been made yet. A reactor in
     memory has a clock of its own.
     """
     if isinstance(reactor, ReactorBase):
-        reactor.seconds = time.monotonic  # (timers ask the instance, in each reactor)
+        reactor.seconds = Running()  # (timers ask the instance, in each reactor)
+        _look_each_second(reactor)
+
+
+def _look_each_second(reactor: Any) -> None:  # noqa: ANN401
+    """
+    Have a reactor look at its clock while it waits for a timer that is due later: that is no standstill.
+    """
+    reactor.callLater(STILL_SECONDS / 2, _look_each_second, reactor)
+
+
+class Running:
+    """
+    Counts the seconds for which this process runs; of each standstill C{STILL_SECONDS}, for it may be a slow turn.
+
+    What was stopped, frozen, or had no processor, would go on with timers that are overdue: they would end each request
+    and each call of the disk, whose answers wait to be read.
+
+    Any thread may ask.
+    """
+
+    def __init__(self) -> None:
+        self._state = time.monotonic(), 0.0
+
+    def __call__(self) -> float:
+        """
+        Return the count, in seconds since whenever.
+        """
+        now, (last, lost) = time.monotonic(), self._state
+        lost += max(0.0, now - last - STILL_SECONDS)
+        if now > self._state[0]:  # another thread may have been quicker
+            self._state = now, lost
+        return now - lost
 
 
 def resolve_with_few_threads(reactor: Any) -> None:  # noqa: ANN401

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import re
 import socket
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final
 
@@ -81,6 +82,7 @@ class Supervised(Service):
     @param describe: says how the daemon is, for people, in one line.
     @param reactor: counts on a clock that nobody sets.
     @param ready: fires when the daemon is; none if it is when the reactor runs.
+    @param monotonic: the clock that the service manager has, too.
     """
 
     def __init__(
@@ -89,8 +91,10 @@ class Supervised(Service):
         describe: Callable[[], Awaitable[str]],
         reactor: Any,  # noqa: ANN401
         ready: Deferred[None] | None = None,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._supervisor, self._describe, self._reactor = supervisor, describe, reactor
+        self._monotonic = monotonic
         self._ready = succeed(None) if ready is None else ready
         self._state, self._status = ["READY=1"], "Accepts connections"
         self._looking = False
@@ -112,7 +116,7 @@ class Supervised(Service):
         """
         state = self._state
         if state == ["READY=1"]:
-            self._enter("RELOADING=1", f"MONOTONIC_USEC={int(self._reactor.seconds() * 1e6)}")
+            self._enter("RELOADING=1", f"MONOTONIC_USEC={int(self._monotonic() * 1e6)}")
         try:
             reread()
         finally:
