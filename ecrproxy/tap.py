@@ -55,7 +55,7 @@ from ecrproxy.registry.egress import Egress
 from ecrproxy.registry.proxy_variables import for_botocore
 from ecrproxy.serving import begin, check_passwords, wire
 from ecrproxy.settings.complaints import Complaint, say, write
-from ecrproxy.settings.config import ADMIN_LISTEN, NO_FILE, Config, ConfigError, Given, given
+from ecrproxy.settings.config import ADMIN_LISTEN, NO_FILE, Config, ConfigError, Filed, Given, given
 from ecrproxy.settings.contradictions import Machine, load, look_at_log, look_at_settings, refusal
 from ecrproxy.settings.file import read_file
 from ecrproxy.settings.options import Options
@@ -102,7 +102,7 @@ def makeService(options: Options) -> Daemon:
                 service = build(config, reactor, leave, supervisor, egress)
             else:
                 # It is read once: a worker that is replaced later is like the others, whatever the file says by then.
-                filed = {name: text for name, (text, _) in settings.items() if settings[name] is file.get(name)}
+                filed = {name: each[0] for name, each in settings.items() if each is file.settings.get(name)}
                 service = build_parent(config, reactor, leave, supervisor, options.arguments(filed))
     except ConfigError as problem:
         for line in (*problem.warnings, *map(str, warnings)):
@@ -172,7 +172,7 @@ def _disk_size(directory: Path) -> int | None:
 
 def _complaining(
     options: Options,
-    file: Given,
+    file: Filed,
     level: Any = LogLevel.critical,  # noqa: ANN401
 ) -> Callable[[str], None]:
     """

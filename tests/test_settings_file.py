@@ -23,7 +23,7 @@ def parsed(text: str) -> dict[str, str]:
     """
     The texts of settings in a file.
     """
-    return {name: text for name, (text, _) in parse_file("x.toml", text.encode()).items()}
+    return {name: text for name, (text, _) in parse_file("x.toml", text.encode()).settings.items()}
 
 
 class FileTests(SynchronousTestCase):
@@ -37,7 +37,7 @@ class FileTests(SynchronousTestCase):
             variable, text, value, *_ = EXAMPLES[name]
             environ = pair_for(name, {variable: text})
             del environ[variable]
-            file = {**parse_file("x.toml", f"{name} = '''{text}'''".encode())}
+            file = parse_file("x.toml", f"{name} = '''{text}'''".encode())
             self.assertEqual(value, value_of(Config.load({}, environ, file), name), name)
 
     def test_gives_way_to_variables_and_flags(self) -> None:
@@ -95,6 +95,46 @@ class FileTests(SynchronousTestCase):
             problem = self.assertRaises(ConfigError, read_file, flags, environ)
             self.assertEqual(f"{named}={nowhere!r}: can't be read: {why}; give a TOML file", str(problem))
         self.assertEqual(NO_FILE, read_file({}, {}))
+
+
+class RegistriesTests(SynchronousTestCase):
+    ONE, TWO = "111122223333.dkr.ecr.eu-west-1.amazonaws.com", "444455556666.dkr.ecr.us-east-1.amazonaws.com"
+
+    def load(self, text: str, **environ: str) -> Config:
+        return Config.load({}, {"HOME": "/home/me", **environ}, parse_file("x.toml", text.encode()))
+
+    def test_the_default_comes_first_and_is_what_the_settings_say(self) -> None:
+        """
+        AWS_REGION, which is set on many machines for other reasons, says nothing about a table.
+        """
+        config = self.load(f'[registry."{self.TWO}"]\n[registry."{self.ONE}"]\ndefault = true', AWS_REGION="us-west-1")
+        self.assertEqual([self.ONE, self.TWO], [each.name for each in config.registries])
+        self.assertEqual((f"https://{self.ONE}", "eu-west-1"), (config.ecr_endpoint, config.region))
+
+    def test_a_setting_names_the_default_too(self) -> None:
+        """
+        One of the tables, or another registry.
+        """
+        text = f'[registry."{self.TWO}"]\ninstance-auth = true'
+        for endpoint, names in ((self.ONE, [self.ONE, self.TWO]), (self.TWO, [self.TWO])):
+            config = self.load(text, PROXY_ECR_ENDPOINT=endpoint)
+            self.assertEqual(names, [each.name for each in config.registries])
+            self.assertEqual([True, False][: len(names)], [each.default for each in config.registries])
+            self.assertEqual(endpoint == self.TWO, config.instance_auth)
+        self.assertEqual([ECR.removeprefix("https://")], [each.name for each in Config.load({}, MINIMUM).registries])
+
+    def test_what_contradicts_is_told(self) -> None:
+        for text, environ, said in (
+            (f'[registry."{self.TWO}"]', {}, "PROXY_ECR_ENDPOINT is not set"),
+            (
+                f'[registry."{self.TWO}"]\ndefault = true',
+                {"PROXY_ECR_ENDPOINT": self.ONE},
+                f"PROXY_ECR_ENDPOINT='https://{self.ONE}': the file says that {self.TWO} is the default; leave one out",
+            ),
+            ('[registry."quay.io"]\ndefault = true', {}, "quay.io is the default, and no registry of ECR"),
+        ):
+            problem = self.assertRaises(ConfigError, self.load, text, **environ)
+            self.assertIn(said, str(problem))
 
 
 class CommandTests(SynchronousTestCase):

@@ -12,7 +12,7 @@ from typing import Any, Final
 from ecrproxy.command.asking import Daemon, Exchange, place_of
 from ecrproxy.command.terminal import Terminal
 from ecrproxy.healthcheck import Place
-from ecrproxy.settings.config import Given
+from ecrproxy.settings.config import Filed
 
 FINE: Final = 0
 WRONG: Final = 1
@@ -75,7 +75,7 @@ class Call:
 
     options: Namespace
     flags: Mapping[str, str]
-    file: Given
+    file: Filed
     settings: Mapping[str, Any]
     world: World
 

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from types import MappingProxyType
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final
 
 import regex
@@ -21,6 +20,7 @@ from ecrproxy.cache.cache_key import CacheKey
 from ecrproxy.endpoint_string import EndpointString
 from ecrproxy.identity import RegistryId
 from ecrproxy.registry.quotas import Quotas
+from ecrproxy.settings.registries import RegistryTable, default_of
 from ecrproxy.settings.values import (
     Network,
     SecretError,
@@ -56,9 +56,24 @@ from ecrproxy.shares import share
 
 Given = Mapping[str, tuple[str, str]]
 """Settings as text, each with where it was given, by setting name."""
-NO_FILE: Final[Given] = MappingProxyType({})
 CONFIG: Final = "config"
 """The setting that names the configuration file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Filed:
+    """
+    What a configuration file says.
+
+    @ivar settings: those that it has.
+    @ivar registries: its tables of registries.
+    """
+
+    settings: Given = field(default_factory=dict)
+    registries: tuple[RegistryTable, ...] = ()
+
+
+NO_FILE: Final = Filed()
 
 
 class ConfigError(Exception):
@@ -364,6 +379,7 @@ class Config:
     @ivar listen: empty to listen on C{port}, with TLS if there is a key.
     @ivar admin_listen: none to have no such port.
     @ivar admin_hosts: names that lead there, beside those that need no telling.
+    @ivar registries: the default first. Of it, C{ecr_endpoint}, C{region} and C{instance_auth} say the same.
     """
 
     config: str | None
@@ -407,6 +423,7 @@ class Config:
     connections: int
     connections_per_address: int | None
     transfers: int
+    registries: tuple[RegistryTable, ...]
 
     def limits(self, room: int = 0) -> Limits:
         """
@@ -433,7 +450,7 @@ class Config:
         )
 
     @classmethod
-    def load(cls, flags: Mapping[str, str], environ: Mapping[str, str], file: Given = NO_FILE) -> Config:
+    def load(cls, flags: Mapping[str, str], environ: Mapping[str, str], file: Filed = NO_FILE) -> Config:
         """
         Read the settings; a flag wins over its variable, a variable over the file, an empty variable is none.
 
@@ -442,11 +459,10 @@ class Config:
         """
         texts = texts_of(flags, environ, file)
         values = _values(texts, SETTINGS)
-        if values["ecr_endpoint"] is None:
-            raise ConfigError("PROXY_ECR_ENDPOINT is not set: give the URL of your ECR registry")
-        values["region"] = _region(values, texts)
         _check_tls(values)
-        return cls(**values)
+        default, *others = _registries(values, texts, file.registries)
+        values |= {"ecr_endpoint": default.endpoint, "region": default.region, "instance_auth": default.instance_auth}
+        return cls(**values, registries=(default, *others))
 
 
 def config_file(flags: Mapping[str, str], environ: Mapping[str, str]) -> str | None:
@@ -460,7 +476,7 @@ def config_file(flags: Mapping[str, str], environ: Mapping[str, str]) -> str | N
 
 
 def read_settings(
-    names: Iterable[str], flags: Mapping[str, str], environ: Mapping[str, str], file: Given = NO_FILE
+    names: Iterable[str], flags: Mapping[str, str], environ: Mapping[str, str], file: Filed = NO_FILE
 ) -> dict[str, Any]:
     """
     Read a few settings each by itself, by L{Config}'s attribute: for who needs no more, and can do without the others.
@@ -470,15 +486,15 @@ def read_settings(
     return _values(texts_of(flags, environ, file), [each for each in SETTINGS if each.name in set(names)])
 
 
-def given(flags: Mapping[str, str], environ: Mapping[str, str], file: Given = NO_FILE) -> Given:
+def given(flags: Mapping[str, str], environ: Mapping[str, str], file: Filed = NO_FILE) -> Given:
     """
     Return what is set, and where: by a flag, a variable, or in the file; defaults are left out.
     """
     by_flag = {each.name: (flags[each.name], f"--{each.name}") for each in SETTINGS if flags.get(each.name) is not None}
-    return {**file, **_from_environment(environ), **by_flag}
+    return {**file.settings, **_from_environment(environ), **by_flag}
 
 
-def texts_of(flags: Mapping[str, str], environ: Mapping[str, str], file: Given = NO_FILE) -> Given:
+def texts_of(flags: Mapping[str, str], environ: Mapping[str, str], file: Filed = NO_FILE) -> Given:
     """
     Return the text of each setting, and where it was given; a default as if its variable had it.
     """
@@ -522,8 +538,28 @@ def _check_tls(values: Mapping[str, Any]) -> None:
         raise ConfigError(f"{missing} is not set, but {given} is: TLS needs both, plain HTTP neither")
 
 
-def _region(values: Mapping[str, Any], texts: Given) -> str:
-    own, given = region_of(values["ecr_endpoint"]), values["region"]
+def _registries(values: Mapping[str, Any], texts: Given, tables: Sequence[RegistryTable]) -> tuple[RegistryTable, ...]:
+    """
+    Return all registries, the default first: a table's, or the one that PROXY_ECR_ENDPOINT names.
+
+    @raise ConfigError: if there is none, or its region is not known.
+    """
+    endpoint, default = values["ecr_endpoint"], next((each for each in tables if each.default), None)
+    if endpoint is None and default is None:
+        raise ConfigError("PROXY_ECR_ENDPOINT is not set: give the URL of your ECR registry")
+    if default is not None and default.region is None:
+        raise ConfigError(f"{default.name} is the default, and no registry of ECR; make one of ECR's the default")
+    if default is not None and endpoint not in (None, default.endpoint):
+        said = f"{texts['ecr-endpoint'][1]}={endpoint!r}: the file says that {default.name} is the default"
+        raise ConfigError(f"{said}; leave one out")
+    if default is None:
+        region = _region(endpoint, values["region"], texts)
+        default = default_of(endpoint, region, tables, instance_auth=values["instance_auth"])
+    return (default, *(each for each in tables if each.name != default.name))
+
+
+def _region(endpoint: str, given: str | None, texts: Given) -> str:
+    own = region_of(endpoint)
     if given is None and own is None:
         raise ConfigError("AWS_REGION is not set, and PROXY_ECR_ENDPOINT does not tell it: give the registry's region")
     if given is not None and own is not None and given != own:

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from ecrproxy.endpoint_string import PARAMETERS, SYSTEMD, is_loopback
 from ecrproxy.settings.complaints import Complaint
-from ecrproxy.settings.config import NO_FILE, SETTINGS, Config, ConfigError, Given
+from ecrproxy.settings.config import NO_FILE, SETTINGS, Config, ConfigError, Filed, Given
 from ecrproxy.settings.values import REGIONS, endpoint_in_doubt, is_other_registry, pattern_in_doubt
 from ecrproxy.settings.variables import look_at_variables
 
@@ -35,7 +35,7 @@ class Machine:
     disk: int | None = None
 
 
-def load(flags: Mapping[str, str], environ: Mapping[str, str], file: Given = NO_FILE) -> Config:
+def load(flags: Mapping[str, str], environ: Mapping[str, str], file: Filed = NO_FILE) -> Config:
     """
     Read the settings as L{Config.load} does; the error has misspelt variables too, which may be what is missing.
 

@@ -1,5 +1,5 @@
 """
-The configuration file: any setting, named like its flag, in TOML 1.0.
+The configuration file: any setting, named like its flag, and tables of registries, in TOML 1.0.
 
 Flags and variables win over it, so that one file can serve many machines.
 """
@@ -12,14 +12,15 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Final
 
-from ecrproxy.settings.config import CONFIG, NO_FILE, SETTINGS, ConfigError, Given, config_file, given
+from ecrproxy.settings.config import CONFIG, NO_FILE, SETTINGS, ConfigError, Filed, config_file, given
+from ecrproxy.settings.registries import parse_registries
 
 LIMIT: Final = 2**20
 """Most bytes of the file."""
 _NAMES: Final = tuple(each.name for each in SETTINGS if each.name != CONFIG)
 
 
-def read_file(flags: Mapping[str, str], environ: Mapping[str, str]) -> Given:
+def read_file(flags: Mapping[str, str], environ: Mapping[str, str]) -> Filed:
     """
     Read the configuration file that flags or variables name; without one, nothing is given.
 
@@ -37,13 +38,13 @@ def read_file(flags: Mapping[str, str], environ: Mapping[str, str]) -> Given:
     return parse_file(path, data)
 
 
-def parse_file(name: str, data: bytes) -> Given:
+def parse_file(name: str, data: bytes) -> Filed:
     """
-    Read the settings of a file.
+    Read a configuration file.
 
     @param name: of the file, for the errors.
-    @return: the text of each, as a flag would have it, and where it stands, by setting name.
-    @raise ConfigError: for all of its keys that are wrong; their texts are judged like those of flags.
+    @return: the text of each setting, as a flag would have it, and where it stands; and its registries.
+    @raise ConfigError: for all of its keys that are wrong; the texts of settings are judged like those of flags.
     """
     if len(data) > LIMIT:
         raise ConfigError(f"{name}: has more than {LIMIT} bytes; give a file of settings")
@@ -53,8 +54,8 @@ def parse_file(name: str, data: bytes) -> Given:
         raise ConfigError(f"{name}: not UTF-8, as TOML is; write it anew") from None
     except (tomllib.TOMLDecodeError, RecursionError) as problem:
         raise ConfigError(f"{name}: not TOML: {problem}; see docs/reference/daemon.rst") from None
-    errors = list(_unknown(name, table))
-    texts = {}
+    registries, wrong = parse_registries(name, table.pop("registry", {}))
+    errors, texts = [*_unknown(name, table), *wrong], {}
     for key in _NAMES:
         if key in table:
             try:
@@ -63,7 +64,7 @@ def parse_file(name: str, data: bytes) -> Given:
                 errors.append(f"{name}: {key}: {problem}")
     if errors:
         raise ConfigError(*errors)
-    return texts
+    return Filed(texts, registries)
 
 
 def _unknown(name: str, table: Mapping[str, object]) -> Iterator[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -105,6 +105,23 @@ def parse_registries(file: str, tables: object) -> tuple[tuple[RegistryTable, ..
     return tuple(found), [*errors, *(f"{file}: {each}" for each in _together(found))]
 
 
+def default_of(endpoint: str, region: str, tables: Sequence[RegistryTable], *, instance_auth: bool) -> RegistryTable:
+    """
+    Make the default registry of the settings that name one: it is one of C{tables}, or another.
+    """
+    for each in tables:
+        if each.endpoint == endpoint and each.repository_prefix is None:
+            return replace(each, default=True)
+    return RegistryTable(
+        name=urlsplit(endpoint).netloc,
+        protocol=Protocol.ECR,
+        endpoint=endpoint,
+        region=region,
+        default=True,
+        instance_auth=instance_auth,
+    )
+
+
 def _values(table: Mapping[str, object]) -> tuple[dict[str, Any], list[str]]:
     values, problems = dict[str, Any](), []
     for key, value in table.items():
@@ -168,11 +185,7 @@ def _contradictions(table: RegistryTable, values: Mapping[str, Any], own_region:
         **dict.fromkeys(_OF_ONE if table.is_wildcard else (), "a wildcard stands for many; give a table for the one"),
         **dict.fromkeys(_FOREIGN[table.protocol], "only a registry of ECR has that; if it is one, give its region"),
         **({} if table.protocol is Protocol.ECR_PUBLIC else {"credentials": f"is for {PUBLIC}; leave it out"}),
-        **(
-            {}
-            if table.protocol is Protocol.OCI
-            else {"username": "AWS gives the tokens of this registry; leave it out"}
-        ),
+        **({} if table.protocol is Protocol.OCI else {"username": "AWS gives its tokens; leave it out"}),
     }
     for key in sorted(values.keys() & meaningless.keys()):
         yield f".{key}: {meaningless[key]}"
