@@ -8,7 +8,9 @@ ends its own request, and its connection with it; nothing else.
 
 from __future__ import annotations
 
+import contextlib
 import re
+import socket
 from typing import TYPE_CHECKING, Any, Final
 
 from twisted.internet.defer import fail
@@ -67,6 +69,9 @@ class StrictClient(HTTP11ClientProtocol):
         Over TLS, C{loseConnection} waits for the peer to agree, for ever if the peer is silent. Nothing that a
         connection still brings is wanted by then, and no request is sent in more than one write. The pool closes
         connections, too, that the peer has closed long ago; TLS has nothing left to abort then.
+
+        Where nobody acknowledges the request, the kernel gives the connection up; Twisted asks again over a new one
+        what was asked over one that had been idle.
         """
 
         def close() -> None:
@@ -74,6 +79,8 @@ class StrictClient(HTTP11ClientProtocol):
                 transport.abortConnection()
 
         transport.loseConnection = close
+        with contextlib.suppress(AttributeError, OSError):  # no socket; a kernel without the option
+            transport.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(SILENT_SECONDS * 1000))
         super().makeConnection(transport)  # type: ignore[no-untyped-call]
 
     def request(self, request: Any) -> Deferred[IResponse]:  # noqa: ANN401
