@@ -4,6 +4,7 @@ To whom connections are made, and what is taken for an answer.
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -12,6 +13,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from twisted.internet import ssl
 from twisted.internet.address import IPv4Address, IPv6Address
 from twisted.internet.error import ConnectionRefusedError as RefusedError
+from twisted.internet.error import TCPTimedOutError
 from twisted.internet.interfaces import IAddress, IHostnameResolver, IHostResolution, IResolutionReceiver
 from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.task import Clock
@@ -23,7 +25,7 @@ from twisted.web.iweb import IAgent
 from zope.interface import implementer
 
 from ecrproxy.daemon.tls import Certificate
-from ecrproxy.registry.connections import IDLE_SECONDS, INTERIM_LIMIT, UpstreamAgent
+from ecrproxy.registry.connections import IDLE_SECONDS, INTERIM_LIMIT, SILENT_SECONDS, StrictClient, UpstreamAgent
 from ecrproxy.registry.resolver import Resolution
 from ecrproxy.registry.retries import Budget
 from tests.daemon import DaemonTestCase, Network, Reply, noise
@@ -232,6 +234,66 @@ class AgentTests(DaemonTestCase):
         self.assertEqual({"bucket.example"}, set(self.forgotten))
         self.names["bucket.example"] = ["10.0.0.3"]
         self.assertWhole(self.pull(), self.data)
+
+    def test_connections_that_were_forgotten_on_the_way_are_left(self) -> None:
+        """
+        As by a NAT that starts again: who gets one waits in vain, but nobody later does, nor does the daemon itself.
+        """
+        images = [self.standin.push_image(f"team/app-{number}", layers=[layer("a", b"a")]) for number in range(8)]
+        paths = [f"/v2/team/app-{number}/manifests/{image.digest}" for number, image in enumerate(images)]
+        early = [self.daemon.send("GET", path) for path in paths[:4]]
+        self.flush()
+        self.assertEqual({200}, {reply.code for reply in early})
+        self.daemon.back.ends.clear()  # nothing moves there any more, and neither side is told
+        unlucky = self.daemon.send("GET", paths[4])
+        self.flush()
+        self.pass_time(SILENT_SECONDS)
+        for path, image in zip(paths[5:7], images[5:7], strict=True):
+            self.assertWhole(self.get(path), image.manifest)
+        self.pass_time(25)
+        self.assertRefused(unlucky, 504, "UNAVAILABLE", "has not answered")
+        self.assertWhole(self.get(paths[7]), images[7].manifest)
+
+    def test_a_request_that_nobody_acknowledges_is_given_up_by_the_kernel(self) -> None:
+        """
+        And asked again over a new connection, if it went over one that had been idle: its client notices little.
+        """
+        with socket.socket() as own:
+            transport = StringTransport()
+            transport.socket = own  # type: ignore[attr-defined]
+            StrictClient(lambda _: None).makeConnection(transport)
+            limit = own.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+        self.assertEqual(SILENT_SECONDS * 1000, limit)
+        images = [self.standin.push_image(f"team/app-{number}", layers=[layer("a", b"a")]) for number in range(2)]
+        paths = [f"/v2/team/app-{number}/manifests/{image.digest}" for number, image in enumerate(images)]
+        self.assertWhole(self.get(paths[0]), images[0].manifest)
+        ((idle, _),) = self.daemon.back.ends
+        self.daemon.back.ends.clear()
+        reply = self.daemon.send("GET", paths[1])
+        self.flush()
+        idle.protocol.connectionLost(Failure(TCPTimedOutError()))
+        self.flush()
+        self.assertWhole(reply, images[1].manifest)
+
+    def test_connections_that_answer_are_kept_while_another_request_waits(self) -> None:
+        """
+        ECR takes its time for one image: what others are answered over meanwhile is used on.
+        """
+        images = [self.standin.push_image(f"team/app-{number}", layers=[layer("a", b"a")]) for number in range(4)]
+        paths = [f"/v2/team/app-{number}/manifests/{image.digest}" for number, image in enumerate(images)]
+        self.assertWhole(self.get(paths[0]), images[0].manifest)
+        slow = self.daemon.back.ends.pop()
+        waiting = self.daemon.send("GET", paths[1])
+        self.flush()
+        self.pass_time(1)
+        self.assertWhole(self.get(paths[2]), images[2].manifest)
+        self.pass_time(SILENT_SECONDS)
+        made = len(self.reactor.connected)
+        self.assertWhole(self.get(paths[3]), images[3].manifest)
+        self.assertEqual(made, len(self.reactor.connected))
+        self.daemon.back.ends.append(slow)
+        self.flush()
+        self.assertWhole(waiting, images[1].manifest)
 
     def test_a_name_that_resolves_to_nothing(self) -> None:
         """

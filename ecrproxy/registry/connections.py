@@ -8,7 +8,9 @@ ends its own request, and its connection with it; nothing else.
 
 from __future__ import annotations
 
+import contextlib
 import re
+import socket
 from typing import TYPE_CHECKING, Any, Final
 
 from twisted.internet.defer import fail
@@ -36,6 +38,8 @@ log = Logger()
 IDLE_CONNECTIONS: Final = 32
 """Idle upstream connections kept for each host."""
 IDLE_SECONDS: Final = 90
+SILENT_SECONDS: Final = 4.0
+"""Seconds without an answer after which connections that have been idle all the while are left; a probe has more."""
 HEADERS_LIMIT: Final = 16 * 2**10
 """The most bytes before a body, interim answers included: twice what nginx takes, whose proxies ECR is used with."""
 INTERIM_LIMIT: Final = 5
@@ -65,6 +69,9 @@ class StrictClient(HTTP11ClientProtocol):
         Over TLS, C{loseConnection} waits for the peer to agree, for ever if the peer is silent. Nothing that a
         connection still brings is wanted by then, and no request is sent in more than one write. The pool closes
         connections, too, that the peer has closed long ago; TLS has nothing left to abort then.
+
+        Where nobody acknowledges the request, the kernel gives the connection up; Twisted asks again over a new one
+        what was asked over one that had been idle.
         """
 
         def close() -> None:
@@ -72,6 +79,8 @@ class StrictClient(HTTP11ClientProtocol):
                 transport.abortConnection()
 
         transport.loseConnection = close
+        with contextlib.suppress(AttributeError, OSError):  # no socket; a kernel without the option
+            transport.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(SILENT_SECONDS * 1000))
         super().makeConnection(transport)  # type: ignore[no-untyped-call]
 
     def request(self, request: Any) -> Deferred[IResponse]:  # noqa: ANN401
@@ -125,11 +134,27 @@ class _Factory(_HTTP11ClientFactory):
         return StrictClient(self._quiescentCallback)  # type: ignore[no-untyped-call]
 
 
-def connection_pool(reactor: IReactorTime, *, persistent: bool = True) -> HTTPConnectionPool:
+class Pool(HTTPConnectionPool):
+    """
+    Keeps connections for the next request.
+    """
+
+    def distrust(self, key: tuple[bytes, bytes, int], since: float) -> None:
+        """
+        Close the connections to a place, C{key}, that have been idle since that time or longer.
+        """
+        for connection in [*self._connections.get(key, ())]:
+            end = self._timeouts[connection]
+            if end.getTime() - self.cachedConnectionTimeout <= since:
+                end.cancel()
+                self._removeConnection(key, connection)  # type: ignore[no-untyped-call]
+
+
+def connection_pool(reactor: IReactorTime, *, persistent: bool = True) -> Pool:
     """
     Make what keeps connections for the next request.
     """
-    pool = HTTPConnectionPool(reactor, persistent)
+    pool = Pool(reactor, persistent)  # type: ignore[no-untyped-call]
     # There is no public way; and two lines a connection in the log drown all others.
     pool._factory = _Factory  # noqa: SLF001
     pool.maxPersistentPerHost, pool.cachedConnectionTimeout = IDLE_CONNECTIONS, IDLE_SECONDS
@@ -140,6 +165,9 @@ def connection_pool(reactor: IReactorTime, *, persistent: bool = True) -> HTTPCo
 class UpstreamAgent:
     """
     Sends requests to the registry, and to where it redirects, if that is a place to go.
+
+    A NAT, firewall or balancer that restarts forgets connections, and tells nobody. While a request waits for its
+    answer, all that have been idle since before it are left: others, and the daemon's own question, get new ones.
 
     @param registry: the registry's URL.
     @param forget: told the name of a host that can't be connected to: what it resolved to may be out of date.
@@ -158,6 +186,7 @@ class UpstreamAgent:
     ) -> None:
         self._host, self._forget, self._egress = _host(registry.encode()), forget, egress
         guard, pool, policy = Guard(), connection_pool(reactor), policy or BrowserLikePolicyForHTTPS()
+        self._clock, self._pool = reactor, pool
         self._registry, self._targets = (
             Agent(GuardedReactor(reactor, *judges), policy, connectTimeout=CONNECT_SECONDS, pool=pool)
             for judges in ((guard.pass_registry, guard.met_registry), (guard.pass_target, guard.met_target))
@@ -181,7 +210,19 @@ class UpstreamAgent:
                 return fail(ForbiddenAddressError(502, "UNAVAILABLE", said))
             agent = self._tunnels
         asked: Deferred[IResponse] = agent.request(method, uri, headers, bodyProducer)
-        return asked.addErrback(self._failed, host)
+        return self._watched(asked, uri).addErrback(self._failed, host)
+
+    def _watched(self, asked: Deferred[IResponse], uri: bytes) -> Deferred[IResponse]:
+        parts, now = URI.fromBytes(uri), self._clock.seconds()
+        key = parts.scheme, parts.host, parts.port
+        silence = self._clock.callLater(SILENT_SECONDS, self._pool.distrust, key, now)
+
+        def ended(result: IResponse | Failure) -> IResponse | Failure:
+            if silence.active():
+                silence.cancel()
+            return result
+
+        return asked.addBoth(ended)
 
     def _is_behind_proxy(self, uri: bytes) -> bool:
         parts = URI.fromBytes(uri)
