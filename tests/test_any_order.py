@@ -10,7 +10,7 @@ from functools import partial
 from random import Random
 from typing import Any
 
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from ecrproxy import proxy
@@ -67,7 +67,7 @@ class AnyOrderTests(DaemonTestCase):
     def teardown_example(self, _: object) -> None:
         self.doCleanups()
 
-    @settings(max_examples=8, phases=[__import__("hypothesis").Phase.generate])
+    @settings(max_examples=8, phases=[Phase.generate])
     @given(st.integers(1, 2), st.booleans(), st.integers(0, 2**32))
     def test_each_client_gets_what_it_asked_for(self, count: int, parts: bool, seed: int) -> None:
         """
