@@ -991,6 +991,7 @@ class SpillTests(DownloadTestCase):
         self.tap.arrived(data[8000:])
         self.tap.ended(None)
         self.assertEqual((data, data[:-1]), (bytes(late.got), bytes(first.got) + data[len(first.got) : -1]))
+        self.assertEqual([False] * 2, [download.offers(start) for start in (0, 9000)], "the end has passed")
         first.read()
         self.assertEqual(data, bytes(first.got))
 
