@@ -536,7 +536,7 @@ class Cache:
             held.append((EntryKey.of(asked.route, asked.key), self._entry_of(Descriptor(BLOB_TYPE, digest, size))))
         try:
             begin = partial(self._begin_or_resume, claim, digest, size, held, reserved=reserved)
-            writer = await undone_if_late(self._disk.writing, begin, _leave)
+            writer = await undone_if_late(self._disk.writing, begin, _leave, partial(self.unclaim, claim))
         except BaseException as problem:
             on_its_own(self._release(claim.reservation))
             if not isinstance(problem, OSError):  # those the store has told

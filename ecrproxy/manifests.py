@@ -63,6 +63,7 @@ class Manifests:
         self._call_later, self._tag_ttl = call_later, tag_ttl
         self._heads: Flights[_Said[Descriptor | None]] = Flights()
         self._manifests: Flights[_Said[tuple[Descriptor, Document]]] = Flights()
+        self._forgetting: Flights[None] = Flights()
         self._questions = count(1)
         self._named: Memory[tuple[Repository, Digest], _Named] = Memory(_NAMED_BYTES)
 
@@ -220,8 +221,9 @@ class Manifests:
         @return: the number of the question, and its answer.
         """
         said = await flights.join((asked.route, asked.accept), lambda: self._numbered(ask()))
-        if isinstance(said.answer, RegistryError):
-            await self._cache.forget(asked, said.question)
+        if isinstance(said.answer, RegistryError):  # it is forgotten whether or not the client waits for that
+            key = asked.route, asked.key, asked.accept, said.question
+            await self._forgetting.join(key, lambda: self._cache.forget(asked, said.question))
         return said.question, _answered(said)
 
     async def _numbered(self, question: Coroutine[Any, Any, T]) -> _Said[T]:

@@ -60,7 +60,11 @@ READING_AHEAD: Final = 64
 class OtherSizeError(UnavailableError):
     """
     A blob has another size than is known of it.
+
+    @ivar certain: whether ECR has told whoever asked the bucket how large it is; else it may be that which is wrong.
     """
+
+    certain = False
 
 
 class PullThrough:
@@ -128,7 +132,7 @@ class PullThrough:
         answer = self._cache.at_hand(asked)
         if answer is None and asked.head:
             answer = await self._blob_head(asked)
-        confirmed, doubted, size = False, False, None
+        confirmed, size = False, None
         while answer is None:
             known, content, missing = await self._cache.look_up(asked)
             size = known.size if known and not confirmed else size
@@ -146,10 +150,11 @@ class PullThrough:
                     answer = await self._cache.shelved(asked, known, content, confirmed=confirmed)
                 else:
                     answer = await self._join(asked, ranges, carrier, size if confirmed else None)
-            except OtherSizeError:  # by what is known, or what the one says who began the transfer
-                if doubted:
+            except OtherSizeError as problem:
+                if problem.certain:
                     raise
-                size, confirmed, doubted = await self._blob_size(asked), True, True
+                if not confirmed:  # else who began the transfer knew less
+                    size, confirmed = await self._blob_size(asked), True
         return answer
 
     async def _blob_head(self, asked: Asked) -> Answer:
@@ -193,7 +198,11 @@ class PullThrough:
         self._carriers[digest] = route.repository
         unread = missing is Reason.DISK
         begin = partial(self._open, route, digest, expected, parts, unread=unread, asked=asked)
-        body = await self._openings.join(digest, begin)
+        try:
+            body = await self._openings.join(digest, begin)
+        except OtherSizeError as problem:  # which those who joined are told after this
+            problem.certain = confirmed
+            raise
         if body is None:
             return None
         if isinstance(body, Passing) or not body.kept or body.elsewhere:  # else it was noted with the file
@@ -237,7 +246,7 @@ class PullThrough:
                 raise _uncertain() from None
             return Answer(CacheStatus.JOINED, Reason.IN_FLIGHT, BLOB_TYPE, digest, size)
         if isinstance(body, Passing) or body.size != size or not _serves(body, parts):
-            return await self._alone(asked, parts, size)
+            return await self._alone(asked, parts, size, confirmed=confirmed is not None)
         self._cache.holds(asked, body.size)
         return Answer(CacheStatus.JOINED, Reason.IN_FLIGHT, BLOB_TYPE, digest, body.size, body)
 
@@ -384,15 +393,18 @@ class PullThrough:
         finally:
             self._lanes.give_back(lanes)
 
-    async def _alone(self, asked: Asked, parts: Sequence[Span], size: int | None) -> Answer:
+    async def _alone(self, asked: Asked, parts: Sequence[Span], size: int | None, *, confirmed: bool) -> Answer:
         """
         Hand the blob, or parts of it, through to one client: the shared transfer keeps no file and is elsewhere.
+
+        @param confirmed: whether ECR has told the size just now.
+        @raise OtherSizeError: if a bucket has another size.
         """
         wanted: Sequence[tuple[int, int | None]] = questions(parts, ranged=True) or [(0, None)]
         start, stop = wanted[0]
         blob = await self._upstream.blob(asked.route, stop, start)
         if parts:
-            _check_size(blob, size)
+            _check_size(blob, size, certain=confirmed)
         asks = questions(parts, ranged=blob.ranged)
         body: Download | Passing
         if asks:
@@ -568,7 +580,7 @@ def _uncertain() -> OtherSizeError:
     return OtherSizeError(502, "UNAVAILABLE", "the size of the blob is not certain")
 
 
-def _check_size(blob: Blob, expected: int | None) -> None:
+def _check_size(blob: Blob, expected: int | None, *, certain: bool = False) -> None:
     """
     Refuse what has another size than the blob of which parts were asked for: parts are not verified here.
 
@@ -577,7 +589,9 @@ def _check_size(blob: Blob, expected: int | None) -> None:
     if blob.size != expected:
         drop(blob.first)
         said = f"a bucket has {blob.size} bytes where a blob of {expected} was asked for"
-        raise OtherSizeError(502, "UNAVAILABLE", said, reason=Reason.WRONG_BYTES)
+        problem = OtherSizeError(502, "UNAVAILABLE", said, reason=Reason.WRONG_BYTES)
+        problem.certain = certain
+        raise problem
 
 
 def _serves(download: Download, parts: Sequence[Span]) -> bool:

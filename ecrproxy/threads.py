@@ -16,7 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 from twisted.application.service import Service
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.threads import deferToThreadPool
 from twisted.logger import Logger
 from twisted.python.failure import Failure
@@ -161,13 +161,25 @@ def _timed_out() -> Failure:
     return Failure(TimeoutError(errno.ETIMEDOUT, _SILENT))
 
 
-async def undone_if_late(in_thread: InThread, blocking: Callable[[], T], undo: Callable[[T], object]) -> T:
+async def undone_if_late(
+    in_thread: InThread,
+    blocking: Callable[[], T],
+    undo: Callable[[T], object],
+    unbegun: Callable[[], object] = lambda: None,
+) -> T:
     """
     Call C{blocking()} in a thread, and C{undo(result)} if whoever waits for the result leaves, or gives the disk up.
+
+    @param unbegun: called instead if that had not begun by then: it never does.
     """
-    lock, results, left = threading.Lock(), list[T](), False
+    lock, results, begun, left = threading.Lock(), list[T](), False, False
 
     def call() -> T:
+        nonlocal begun
+        with lock:
+            if left:
+                raise CancelledError
+            begun = True
         result = blocking()
         with lock:
             results.append(result)
@@ -180,9 +192,11 @@ async def undone_if_late(in_thread: InThread, blocking: Callable[[], T], undo: C
         return await in_thread(call)
     except BaseException:
         with lock:
-            left, early = True, list(results)
+            left, early, never = True, list(results), not begun
         for result in early:
             undo(result)
+        if never:
+            unbegun()
         raise
 
 

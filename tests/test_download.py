@@ -196,6 +196,7 @@ class DownloadTestCase(SynchronousTestCase):
         first: int | None = -1,
         early: Sequence[bytes] = (),
         buffered: Buffered | None = None,
+        disk: Disk | None = None,
     ) -> Download:
         """
         Begin the transfer of C{data}; the bytes up to C{first} have been asked for.
@@ -203,9 +204,8 @@ class DownloadTestCase(SynchronousTestCase):
         digest, size = Digest.of(data), len(data) if size == -1 else size
         self.store.unlink(digest)
         writer = begin(self.store, digest, size or 0) if kept else None
-        download = Download(
-            digest, size, writer, Disk.of(self.hands), lanes, buffered=buffered, call_later=self.clock.callLater
-        )
+        disk = disk or Disk.of(self.hands)
+        download = Download(digest, size, writer, disk, lanes, buffered=buffered, call_later=self.clock.callLater)
         self.blob = Source(size, size if first == -1 else first)
         self.tap.early = list(early)
         Deferred.fromCoroutine(download.run(self.blob))
@@ -991,6 +991,7 @@ class SpillTests(DownloadTestCase):
         self.tap.arrived(data[8000:])
         self.tap.ended(None)
         self.assertEqual((data, data[:-1]), (bytes(late.got), bytes(first.got) + data[len(first.got) : -1]))
+        self.assertEqual([False] * 2, [download.offers(start) for start in (0, 9000)], "the end has passed")
         first.read()
         self.assertEqual(data, bytes(first.got))
 

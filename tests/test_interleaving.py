@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import islice
 from random import Random
 from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from twisted.internet.error import ConnectionLost
+from twisted.python.failure import Failure
 
 from ecrproxy.cache.content import DigestMismatchError
+from ecrproxy.threads import Bounded, Disk
 from ecrproxy.transfer.download import TAIL, Download
 from ecrproxy.transfer.inflow import SMALLEST_PART
 from tests.daemon import noise
@@ -28,6 +32,10 @@ SIZES = (1, TAIL, TAIL + 1, 3 * TAIL, SMALLEST_PART + TAIL, 3 * SMALLEST_PART + 
 assert settings.default is not None
 FEWER = settings(max_examples=settings.default.max_examples // 2)
 CHUNKS = (1, TAIL // 2, TAIL, SMALLEST_PART)
+SECONDS = 10.0
+"""How long a call in a thread may take where the disk may hang."""
+BREAKS, HANGS, STAYS = 0.05, 0.05, 0.7
+"""How likely it is that a connection breaks, that the disk hangs, and that a reader stays to the end."""
 
 
 class InterleavingTests(DownloadTestCase):
@@ -130,6 +138,85 @@ class InterleavingTests(DownloadTestCase):
         self.assertLess(len(reader.got), size)
         self.leave([reader])
         self.assertFailed(download, DigestMismatchError)
+
+    @settings(max_examples=60)
+    @given(st.sampled_from(SIZES), st.integers(1, 4), st.integers(0, 2**32))
+    def test_readers_come_and_go_and_connections_break(self, size: int, lanes: int, seed: int) -> None:
+        """
+        Each reader gets what it asked for, whenever it comes, wherever it reads, and whoever else leaves.
+        """
+        data, chance = noise("x", size), Random(seed)
+        self.hands.idle = False
+        download = self.begin(data, lanes=lanes, first=min(size, SMALLEST_PART))
+        self.blob.late = []
+        visits = [self.visit(data, download, chance) for _ in range(3)]
+        breaks = 2
+        while events := [*self.events(data, self.blob, chance.choice(CHUNKS)), *self.answers()]:
+            event = chance.choice(events)
+            if breaks and chance.random() < BREAKS:
+                breaks -= 1
+                event = partial(self.break_off, chance)
+            event()
+            next(chance.choice(visits), None)
+        self.assertIsNone(download.failure)
+        for each in visits:
+            self.assertLess(sum(1 for _ in islice(each, 1000)), 1000, "a reader waits for ever")
+        self.leave([])
+        self.assertEqual(data, (self.root / self.store.content_path(download.digest)).read_bytes())
+
+    @settings(max_examples=60)
+    @given(st.sampled_from(SIZES), st.integers(1, 4), st.integers(0, 2**32))
+    def test_a_disk_that_hangs_for_a_while_loses_nothing(self, size: int, lanes: int, seed: int) -> None:
+        """
+        Each reader gets all, though the disk was given up, and its threads do later what they were at.
+        """
+        data, chance = noise("x", size), Random(seed)
+        self.hands.idle = False
+        reading, writing, committing, hashing = (Bounded(self.hands, 4, SECONDS, self.clock) for _ in range(4))
+        disk = Disk(reading, writing, committing, hashing, digesting=self.hands, closing=self.hands)
+        download = self.begin(data, lanes=lanes, first=min(size, SMALLEST_PART), disk=disk)
+        readers = [Reader(download.follow(start, size)) for start in (0, size // 2)]
+        hangs = 2
+        while events := self.events(data, self.blob, chance.choice(CHUNKS)):
+            event = chance.choice(events)
+            if hangs and chance.random() < HANGS:
+                hangs -= 1
+                event = partial(self.clock.advance, SECONDS)
+            event()
+        self.assertEqual([data, data[size // 2 :]], [bytes(each.got) for each in readers])
+        self.leave(readers)
+        self.assertEqual([], list((self.root / "arriving").iterdir()))
+
+    def visit(self, data: bytes, download: Download, chance: Random) -> Iterator[None]:
+        """
+        Have readers come, now and then, of all or of a part; some leave early.
+        """
+        size = len(data)
+        for _ in range(6):
+            start = chance.choice([0, chance.randrange(size)])
+            stop = chance.choice([size, min(size, start + chance.choice(CHUNKS))])
+            if not download.offers(start):
+                return
+            reader, stays = Reader(download.follow(start, stop)), chance.random() < STAYS
+            for _ in range(chance.randrange(20)):
+                yield
+            while stays and not reader.follower.done:
+                yield
+            self.assertEqual(data[start : stop if stays else start + len(reader.got)], bytes(reader.got))
+            reader.follower.close()
+
+    def answers(self) -> list[Callable[[], None]]:
+        """
+        The bucket's answers that are to come.
+        """
+        return [partial(each.callback, None) for each in self.blob.late or [] if not each.called]
+
+    def break_off(self, chance: Random) -> None:
+        """
+        Break a connection, if there is one.
+        """
+        if there := [tap for tap in self.blob.taps if tap.began and not tap.over]:
+            chance.choice(there).ended(Failure(ConnectionLost()))
 
     def leave(self, readers: list[Reader]) -> None:
         """

@@ -1739,6 +1739,36 @@ class TagTests(DaemonTestCase):
         self.standin.refuse("registry")
         self.assertRefused(self.get(self.path), 502, "UNAVAILABLE")
 
+    def test_that_ecr_has_no_more_is_forgotten_though_the_client_has_left(self) -> None:
+        """
+        Whatever it waited for when it left.
+        """
+        hands, told = Hands(), 0
+        self.start(in_thread=hands)
+        for steps in range(6):
+            path = f"/v2/team/app/manifests/left{steps}"
+            self.standin.push_image("team/app", f"left{steps}")
+            self.get(path)
+            self.standin.delete_tag("team/app", f"left{steps}")
+            asked = len(self.standin.asked)
+            hands.idle = False
+            reply = self.daemon.send("GET", path)
+            self.flush()
+            for _ in range(min(steps, len(hands.waiting))):
+                hands.work()
+                self.flush()
+            reply.leave()
+            self.flush()
+            hands.idle = True
+            hands.work_off()
+            self.flush()
+            if len(self.standin.asked) > asked:
+                told += 1
+                self.standin.refuse("registry")
+                self.assertRefused(self.get(path), 502, "UNAVAILABLE")
+                self.standin.heal()
+        self.assertGreater(told, 2)
+
     def test_that_ecr_has_not_for_one_client_is_kept_for_the_others(self) -> None:
         """
         Registries answer 404 if a tag has nothing that the client accepts: this says nothing about other types.

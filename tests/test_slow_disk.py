@@ -5,6 +5,7 @@ A disk that is slow or hangs delays what needs it, and nothing else.
 from __future__ import annotations
 
 import errno
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -54,6 +55,29 @@ class DiskTestCase(DaemonTestCase):
 
 
 class BrokenTests(DiskTestCase):
+    def test_a_claim_is_let_go_where_its_file_is_never_begun(self) -> None:
+        """
+        All threads hang while the file waits for one: the claim is not left to the garbage collector.
+        """
+        hands = Hands()
+        disk = Disk(**{**dict.fromkeys(KINDS, at_once), "writing": self.bounded(hands, 1)})
+        hands.idle = True
+        self.start(disk=disk)
+        hands.idle = False
+        other = self.path(self.standin.push_blob("team/app", noise("other", 3_000_000)))
+        gc.disable()
+        self.addCleanup(gc.enable)
+        replies = [self.daemon.send("GET", path) for path in (self.unknown, other)]
+        self.flush()
+        hands.work()
+        self.flush()
+        self.clock.advance(SECONDS)
+        self.flush()
+        self.assertEqual([], self.files("arriving"))
+        for reply, data in zip(replies, (self.data, noise("other", 3_000_000)), strict=True):
+            self.assertWhole(reply, data, "BYPASS")
+        hands.work_off()
+
     def test_a_file_that_cannot_be_made_leaves_neither_a_connection_nor_a_promise(self) -> None:
         """
         Whatever the reason, such as that no thread can be started. The bucket's headers have come by then.

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from functools import partial
 from typing import Any
 
 from twisted.internet import reactor
@@ -117,7 +118,14 @@ class UndoneTests(SynchronousTestCase):
         self.undone: list[int] = []
         self.done: Deferred[int] = Deferred()
         self.call: Any = None
-        self.asked = Deferred.fromCoroutine(undone_if_late(self.begin, lambda: 7, self.undone.append))
+        self.during: Any = lambda: None
+        self.unbegun: list[str] = []
+        unbegun = partial(self.unbegun.append, "unbegun")
+        self.asked = Deferred.fromCoroutine(undone_if_late(self.begin, self.block, self.undone.append, unbegun))
+
+    def block(self) -> int:
+        self.during()
+        return 7
 
     def begin(self, blocking: Any, *args: Any) -> Deferred[Any]:
         self.call = blocking
@@ -128,10 +136,16 @@ class UndoneTests(SynchronousTestCase):
         self.assertEqual((7, []), (self.successResultOf(self.asked), self.undone))
 
     def test_a_result_that_comes_late_is_undone(self) -> None:
+        self.during = lambda: self.done.errback(TimeoutError())
+        self.call()
+        self.failureResultOf(self.asked, TimeoutError)
+        self.assertEqual(([7], []), (self.undone, self.unbegun))
+
+    def test_what_has_not_begun_when_its_asker_leaves_never_does(self) -> None:
         self.done.errback(TimeoutError())
         self.failureResultOf(self.asked, TimeoutError)
-        self.call()
-        self.assertEqual([7], self.undone)
+        self.assertRaises(CancelledError, self.call)
+        self.assertEqual(([], ["unbegun"]), (self.undone, self.unbegun))
 
     def test_a_result_on_its_way_when_its_asker_leaves_is_undone(self) -> None:
         self.call()

@@ -198,8 +198,10 @@ class Download:
             return False
         if self._tail and start >= self._filed:
             return True
-        if self._backing is not None or self.verified:
+        if self._backing is not None:
             return self._file is not None
+        if self.verified:
+            return self._file is not None and (self._filed == self.size or bool(self._tail))
         if self._abandoned or self.failure is not None:
             return False
         return start >= self._window_start or (start < self._filed and self._window_start == self._filed)
