@@ -38,12 +38,13 @@ class _Key(NamedTuple):
 
 class Lists:
     """
-    The lists of one registry.
+    The registries' lists.
 
+    @param upstream: gives the registry of a route.
     @param call_later: a reactor's.
     """
 
-    def __init__(self, upstream: Upstream, call_later: Callable[..., IDelayedCall]) -> None:
+    def __init__(self, upstream: Callable[[Route], Upstream], call_later: Callable[..., IDelayedCall]) -> None:
         self._upstream, self._call_later = upstream, call_later
         self._pages: Flights[Page] = Flights(abandons=True)
         self._last_pages: Memory[_Key, Page] = Memory(_PAGES_BYTES)
@@ -68,7 +69,7 @@ class Lists:
 
     async def _ask_for_page(self, key: _Key) -> Page:
         try:
-            page = await self._pages.join(key, lambda: self._upstream.page(key.route))
+            page = await self._pages.join(key, lambda: self._upstream(key.route).page(key.route))
         except UnavailableError:
             raise
         except RegistryError:

@@ -44,8 +44,9 @@ _JOINED = (CacheStatus.JOINED, Reason.IN_FLIGHT)
 
 class Manifests:
     """
-    The manifests of one registry, through the cache.
+    The registries' manifests, through the cache.
 
+    @param upstream: gives the registry of a route.
     @param now: seconds since the epoch.
     @param tag_ttl: seconds for which a tag's digest is taken on trust.
     @param call_later: a reactor's.
@@ -53,7 +54,7 @@ class Manifests:
 
     def __init__(
         self,
-        upstream: Upstream,
+        upstream: Callable[[Route], Upstream],
         cache: Cache,
         now: Callable[[], float],
         call_later: Callable[..., IDelayedCall],
@@ -239,7 +240,7 @@ class Manifests:
         """
         Ask ECR what C{route} leads to; none if it has it, but doesn't say its digest.
         """
-        head = await self._upstream.head_manifest(route, _accept_header(accept))
+        head = await self._upstream(route).head_manifest(route, _accept_header(accept))
         asked, told = route.digest, head.digest
         if asked is not None and told is not None and asked != told and asked.algorithm == told.algorithm:
             raise UnavailableError(502, "UNAVAILABLE", f"ECR speaks of {told} when asked for {asked}")
@@ -252,7 +253,7 @@ class Manifests:
         """
         Fetch a manifest; keeping it takes its own time.
         """
-        manifest = await self._upstream.manifest(route, _accept_header(accept))
+        manifest = await self._upstream(route).manifest(route, _accept_header(accept))
         digest = Digest.of(manifest.body, route.digest.algorithm if route.digest else "sha256")
         if route.digest not in (None, digest):
             said = f"ECR gave something else than {route.digest}"

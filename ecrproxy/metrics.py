@@ -120,7 +120,8 @@ class Figure:
     Something that a part of the daemon knows in figures.
 
     @ivar name: without the prefix; C{_total} at its end makes it a counter.
-    @ivar label: the label whose values tell several figures apart; empty if there is one.
+    @ivar label: the label whose values tell several figures apart, or several, separated by commas; empty if there is
+        one figure.
     @ivar combine: makes one of the figures of several processes.
     """
 
@@ -138,7 +139,7 @@ class Figure:
 
 
 Values = Mapping[str, float]
-"""A figure by the value of its label; by the empty text if it has none."""
+"""A figure by the value of its label, or by their values, separated by commas; by the empty text if it has none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,9 +241,9 @@ def _family(reading: Reading) -> Iterator[Metric]:
     if not values:
         return
     kind = CounterMetricFamily if figure.counts else GaugeMetricFamily
-    family = kind(f"ecr_proxy_{figure.name}", figure.help, labels=[figure.label] if figure.label else [])
+    family = kind(f"ecr_proxy_{figure.name}", figure.help, labels=figure.label.split(",") if figure.label else [])
     for value, number in values.items():
-        family.add_metric([value] if figure.label else [], number)
+        family.add_metric(value.split(",") if figure.label else [], number)
     yield family
 
 

@@ -8,7 +8,6 @@ further in ever sees a raw path. The grammar is that of the OCI distribution spe
 from __future__ import annotations
 
 import enum
-import functools
 import hashlib
 import json
 import re
@@ -54,7 +53,6 @@ MANIFEST_TYPES = (
 )
 _KNOWN_TYPES = {media_type: media_type for media_type in MANIFEST_TYPES}
 
-_REMEMBERED_LENGTH = 512
 _TAG = re.compile(r"[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}")
 HEX_LENGTHS = {"sha256": 64, "sha512": 128}
 _HEX = re.compile(r"[a-f0-9]+")
@@ -194,20 +192,6 @@ def first_component(repository: str) -> str:
     return repository.partition("/")[0]
 
 
-def _remembering(parse: Callable[[str, RegistryId], Route]) -> Callable[[str, RegistryId], Route]:
-    """
-    Keep the routes of short targets at hand: 4 MiB at most, for a query may have as many bytes as a request.
-    """
-    recent = functools.lru_cache(maxsize=2048)(parse)
-
-    @functools.wraps(parse)
-    def parsed(target: str, registry: RegistryId) -> Route:
-        return recent(target, registry) if len(target) <= _REMEMBERED_LENGTH else parse(target, registry)
-
-    return parsed
-
-
-@_remembering
 def parse_route(target: str, registry: RegistryId) -> Route:
     """
     Understand a raw origin-form request target under /v2/ of C{registry}.

@@ -69,8 +69,9 @@ class OtherSizeError(UnavailableError):
 
 class PullThrough:
     """
-    One registry's content, through the cache.
+    The registries' content, through the cache.
 
+    @param upstream: gives the registry of a route.
     @param now: seconds since the epoch.
     @param tag_ttl: seconds for which a tag's digest is taken on trust.
     @param lanes: the connections that blobs may come over.
@@ -82,7 +83,7 @@ class PullThrough:
 
     def __init__(
         self,
-        upstream: Upstream,
+        upstream: Callable[[Route], Upstream],
         cache: Cache,
         disk: Disk,
         now: Callable[[], float],
@@ -173,7 +174,7 @@ class PullThrough:
         """
         Have ECR confirm that the repository holds the blob.
         """
-        size = await self._sizes.join(asked.route, lambda: self._upstream.blob_size(asked.route))
+        size = await self._sizes.join(asked.route, lambda: self._upstream(asked.route).blob_size(asked.route))
         self._cache.holds(asked, size)
         return size
 
@@ -323,7 +324,7 @@ class PullThrough:
         """
         try:
             if expected is None:
-                expected = await self._sizes.join(route, lambda: self._upstream.blob_size(route))
+                expected = await self._sizes.join(route, lambda: self._upstream(route).blob_size(route))
         except BaseException:
             self._cache.unclaim(peer)
             raise
@@ -368,7 +369,7 @@ class PullThrough:
         if step is Step.GO_ALONE:
             log.info("{digest} goes on alone: the process that brings it gets no further", digest=digest)
             start = await download.go_alone()
-            blob = None if start == download.size else await self._upstream.blob(route, None, start)
+            blob = None if start == download.size else await self._upstream(route).blob(route, None, start)
             download.split_off = None if blob is None else partial(self._run_apart, blob)
             await download.run_alone(blob)
         else:
@@ -382,7 +383,7 @@ class PullThrough:
         log.info("Taking over {digest} at byte {at}: its writer has exited", digest=writer.digest, at=start)
         download.continue_in(writer)
         self._unattended.settle()  # its readers may have left meanwhile
-        blob = await self._upstream.blob(route, stop, start)
+        blob = await self._upstream(route).blob(route, stop, start)
         if blob.size is None:
             blob.size = download.size
         _check_size(blob, download.size)
@@ -402,7 +403,7 @@ class PullThrough:
         """
         wanted: Sequence[tuple[int, int | None]] = questions(parts, ranged=True) or [(0, None)]
         start, stop = wanted[0]
-        blob = await self._upstream.blob(asked.route, stop, start)
+        blob = await self._upstream(asked.route).blob(asked.route, stop, start)
         if parts:
             _check_size(blob, size, certain=confirmed)
         asks = questions(parts, ranged=blob.ranged)
@@ -433,7 +434,7 @@ class PullThrough:
         wanted = joined(parts) or parts
         start, stop = _first_span(left, wanted, self._lanes.first_part(left.size if left else expected))
         try:
-            blob = await self._upstream.blob(route, stop, start)
+            blob = await self._upstream(route).blob(route, stop, start)
             if blob.size is None:
                 blob.size = expected  # a manifest has told: the client gets a length, and the cache the blob
             if parts:

@@ -26,21 +26,37 @@ class Readiness:
     draining: bool = False
 
 
-def judge(*, draining: bool, token: str | None, ecr: str | None, disk: Sequence[str], filled: bool) -> Readiness:
+@dataclass(frozen=True, slots=True)
+class Source:
     """
-    Judge what a process can do.
+    What keeps a registry from being fetched from.
 
-    @param token: why there is no token that ECR accepts, if so.
-    @param ecr: why nothing can be fetched from ECR, if so.
+    @ivar name: of the registry.
+    @ivar token: why there is no token that it accepts, if so.
+    @ivar silence: why nothing can be fetched all the same, if so.
+    """
+
+    name: str
+    token: str | None = None
+    silence: str | None = None
+
+
+def judge(*, draining: bool, sources: Sequence[Source], disk: Sequence[str], filled: bool) -> Readiness:
+    """
+    Judge what a process can do: with one registry that it can fetch from, it can fetch.
+
+    @param sources: all registries.
     @param disk: what is wrong with the cache directory.
     @param filled: whether the cache directory has content.
     """
     reasons = ["draining: the daemon ends"] if draining else []
-    reasons += [f"no token: {token}"] if token is not None else []
-    reasons += [ecr] if ecr is not None else []
+    for each in sources:
+        whose = f"{each.name}: " if len(sources) > 1 else ""
+        reasons += [f"{whose}no token: {each.token}"] if each.token is not None else []
+        reasons += [f"{whose}{each.silence}"] if each.silence is not None else []
     return Readiness(
-        can_serve=not draining and not disk and (token is None or filled),
-        can_fetch=token is None and ecr is None,
+        can_serve=not draining and not disk and (filled or any(each.token is None for each in sources)),
+        can_fetch=any(each.token is None and each.silence is None for each in sources),
         reasons=(*reasons, *disk),
         draining=draining,
     )

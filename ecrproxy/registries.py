@@ -11,7 +11,7 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -52,29 +52,61 @@ class Chosen:
     route: Route
 
 
+class UnknownRegistryError(RegistryError):
+    """
+    A registry that no table names.
+    """
+
+    def __init__(self, name: str) -> None:
+        advice = "if it is, add that name to PROXY_REGISTRY_ALIASES, or give it a table"
+        said = f"this proxy is no mirror of {name!r}; {advice}"
+        super().__init__(404, "NAME_UNKNOWN", said, reason=Reason.NAMESPACE)
+        self.name = name
+
+
 class Registries:
     """
     The registries that the operator named.
 
-    @param tables: one of them the default.
+    @param tables: the default first.
+    @param aliases: other names of the default.
+    @ivar named: those that have a table of their own, by what is asked: the default first.
     """
 
-    def __init__(self, tables: Sequence[RegistryTable]) -> None:
-        self._by_identity: dict[str, Known] = {}
+    def __init__(self, tables: Sequence[RegistryTable], aliases: Collection[RegistryId] = ()) -> None:
+        self._by_name: dict[RegistryId, Known] = {}
         self._by_host: dict[str, Known] = {}
         self._by_prefix: dict[str, Known] = {}
-        self._wildcards: list[RegistryTable] = []
+        self._wildcards = [each for each in tables if each.is_wildcard]
         for table in tables:
-            if table.endpoint is None:
-                self._wildcards.append(table)
-                continue
-            known = Known(table, RegistryId.of_url(table.endpoint))
-            self._by_identity[str(RegistryId.of_host(table.name))] = known
-            self._by_host |= dict.fromkeys(table.hosts, known)
-            if table.path_prefix is not None:
-                self._by_prefix[table.path_prefix] = known
-            if table.default:
-                self.default = known
+            if table.endpoint is not None:
+                known = Known(table, RegistryId.of_url(table.endpoint))
+                self._by_name[RegistryId.of_host(table.name)] = known
+                self._by_host |= dict.fromkeys(table.hosts, known)
+                if table.path_prefix is not None:
+                    self._by_prefix[table.path_prefix] = known
+        self.default = next(iter(self._by_name.values()))
+        plain = {each.identity: each for each in reversed(self._by_name.values()) if not each.table.repository_prefix}
+        self._by_identity = {**{each.identity: each for each in self._by_name.values()}, **plain}
+        self._by_name = {**plain, **dict.fromkeys(aliases, self.default), **self._by_name}
+        self.named = [self.default, *(each for each in self._by_identity.values() if each is not self.default)]
+
+    def of(self, identity: RegistryId) -> Known:
+        """
+        Return the registry that was chosen.
+
+        @raise LookupError: if it is none that is named.
+        """
+        known = self._by_identity.get(identity) or self._by_wildcard(identity)
+        if known is None:
+            raise LookupError(f"{identity} is no registry of the configuration")
+        return known
+
+    def is_by_wildcard(self, identity: RegistryId) -> bool:
+        """
+        Return True if no table names a registry itself.
+        """
+        return identity not in self._by_identity
 
     def choose(self, route: Route, ns: str | None, host: str) -> Chosen:
         """
@@ -83,11 +115,14 @@ class Registries:
         @param route: as its path has it.
         @param ns: the value of its parameter of that name, decoded; None without one.
         @param host: the host that it was sent to, without a port; empty if it names none.
-        @raise RegistryError: if it is none that is named.
+        @raise UnknownRegistryError: if it is none that is named.
         """
         name = route.repository.name
         if ns is not None:
-            return self._of(self._named(ns), name, route)
+            known = self._called(ns)
+            if known is None:
+                raise UnknownRegistryError(ns[:255])
+            return self._of(known, name, route)
         known = self._by_host.get(host.lower()) or self._called(host)
         if known is not None:
             return self._of(known, name, route)
@@ -104,13 +139,6 @@ class Registries:
             raise RegistryError(400, "NAME_INVALID", "the repository's name is too long")
         return Chosen(known, name, replace(route, repository=Repository(known.identity, full)))
 
-    def _named(self, ns: str) -> Known:
-        known = self._called(ns)
-        if known is None:
-            said = f"this proxy is no mirror of {ns[:255]!r}; name it in the configuration file if it should be"
-            raise RegistryError(404, "NAME_UNKNOWN", said, reason=Reason.NAMESPACE)
-        return known
-
     def _called(self, name: str) -> Known | None:
         """
         Find a registry by its own name, or one of its others.
@@ -121,9 +149,9 @@ class Registries:
             identity = RegistryId.of_host(_HUB if name.lower() in _HUBS else name)
         except ValueError:
             return None
-        known = self._by_identity.get(str(identity))
-        if known is not None:
-            return known
+        return self._by_name.get(identity) or self._by_wildcard(identity)
+
+    def _by_wildcard(self, identity: RegistryId) -> Known | None:
         account, region = identity.account_and_region or ("", "")
         for table in self._wildcards:
             if region == table.region:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,9 +27,8 @@ from ecrproxy.admin.readings import (
     of_clients,
     of_disk,
     of_loop,
-    of_token,
+    of_registries,
     of_transfers,
-    of_upstream,
 )
 from ecrproxy.admin.status import Asking, Process
 from ecrproxy.cache.condition import Condition
@@ -47,13 +46,13 @@ from ecrproxy.http.access_log import AccessLog
 from ecrproxy.http.answering import Ready
 from ecrproxy.http.site import RegistrySite, make_site
 from ecrproxy.http.web import Registry
-from ecrproxy.identity import RegistryId
 from ecrproxy.metrics import Figures, LoopStall
 from ecrproxy.proxy import PullThrough
 from ecrproxy.readiness import Readiness, judge
+from ecrproxy.registries import Known, Registries
 from ecrproxy.registry.circuit import Circuit
 from ecrproxy.registry.connections import UpstreamAgent
-from ecrproxy.registry.ecr import CredentialsError, Token, TokenService, fetch_token
+from ecrproxy.registry.ecr import Credentials, CredentialsError, Token, TokenService, fetch_token
 from ecrproxy.registry.egress import Egress, OwnNames
 from ecrproxy.registry.endpoint import Endpoint
 from ecrproxy.registry.governor import Governor
@@ -63,10 +62,12 @@ from ecrproxy.registry.retries import Budget
 from ecrproxy.registry.upstream import Upstream
 from ecrproxy.registry.wire import Wire
 from ecrproxy.settings.config import Config, ConfigError
+from ecrproxy.settings.registries import RegistryTable
 from ecrproxy.shares import share
 from ecrproxy.threads import Disk, Pools, Threads, call_unowned, in_time
 from ecrproxy.transfer.inflow import BUFFERED, Lanes
 from ecrproxy.transfer.unattended import MOST
+from ecrproxy.upstreams import Upstreams
 
 log = Logger()
 
@@ -121,17 +122,18 @@ def wire(
     janitor = Janitor(store, config.cache_limit, keeping, reactor)
     tokens = _tokens(config, reactor, partial(_ends, refused, warm=begin(store, processes)))
     figures, stall = Figures(__version__), LoopStall(reactor, time.monotonic)
-    upstream, asking = _upstream(config, tokens, figures, egress, reactor)
+    registries = Registries(config.registries, config.registry_aliases or ())
+    upstreams = _upstreams(config, registries, tokens, figures, egress, reactor)
     cache = Cache(store, janitor, disk, time.time)
     scrub = Scrub(store, janitor.fit, scrubbing.call, reactor)
     purges = Purges(store.index, cache.forget_purged, settling, reactor)
-    pull_through = _pull_through(config, upstream, cache, disk, reactor, processes)
+    pull_through = _pull_through(config, upstreams, cache, disk, reactor, processes)
     connections, condition = Connections(), Condition(store, probing.call, reactor)
-    readiness = partial(_readiness, tokens, asking.circuit, condition, connections)
+    readiness = partial(_readiness, upstreams, condition, connections)
     crowd = Crowd(config.limits(clients_beside_spare()), processes)
     admission = _admission(config, reactor, service, processes)
-    namespaces, name = _namespaces(config, judging, reactor), RegistryId.of_url(config.ecr_endpoint)
-    registry = Registry(pull_through, namespaces, config.cache_key, disk.reading, name)
+    namespaces = _namespaces(config, judging, reactor)
+    registry = Registry(pull_through, registries, namespaces, config.cache_key, disk.reading)
     site = make_site(
         registry,
         Ready(readiness),
@@ -143,10 +145,12 @@ def wire(
         connections=connections,
         pages=_pages(config),
     )
-    figures.watch(*of_cache(store, janitor), *of_token(tokens), *of_transfers(pull_through), *of_loop(stall))
+    figures.watch(
+        *of_cache(store, janitor), *of_registries(upstreams.askings), *of_transfers(pull_through), *of_loop(stall)
+    )
     figures.watch(*of_clients(crowd, crowd.limits.connections or None), *of_disk(condition))
-    service.add(Scribe(store.index, threads(1, yielding=False).post), purges, janitor, scrub, tokens, stall)
-    process = Process(store, janitor, asking, pull_through, readiness, disk.reading)
+    service.add(Scribe(store.index, threads(1, yielding=False).post), purges, janitor, scrub, *tokens.values(), stall)
+    process = Process(store, janitor, upstreams.askings, pull_through, readiness, disk.reading)
     return Serving(site, connections, admission, figures, process, cache, purges, judging)
 
 
@@ -175,36 +179,66 @@ def _access_log(config: Config, service: Daemon, reactor: Any) -> AccessLog | No
     return access_log
 
 
-def _tokens(config: Config, reactor: Any, ends: Callable[[CredentialsError], bool]) -> TokenService:  # noqa: ANN401
-    return TokenService(lambda: call_unowned(reactor, lambda: _fetch(config)), reactor, time.time, ends)
-
-
-def _upstream(
+def _tokens(
     config: Config,
-    tokens: TokenService,
+    reactor: Any,  # noqa: ANN401
+    ends: Callable[[CredentialsError], bool],
+) -> Mapping[tuple[Credentials, str], TokenService]:
+    """
+    Make what keeps a token for each of the credentials in each region, the default registry's first.
+
+    @param ends: told of credentials of the default registry that AWS refuses; returns whether that ends the daemon.
+    """
+    tokens: dict[tuple[Credentials, str], TokenService] = {}
+    for table in config.registries:
+        key = credentials, region = _credentials(table)
+        if key not in tokens:
+            fetch = partial(call_unowned, reactor, partial(_fetch, credentials, region))
+            tokens[key] = TokenService(fetch, reactor, time.time, (lambda _: False) if tokens else ends)
+    return tokens
+
+
+def _credentials(table: RegistryTable) -> tuple[Credentials, str]:
+    """
+    Return the credentials for a registry, and the region in which their token is good.
+    """
+    return Credentials(table.role, table.external_id, table.profile, table.instance_auth), table.region or ""
+
+
+def _upstreams(
+    config: Config,
+    registries: Registries,
+    tokens: Mapping[tuple[Credentials, str], TokenService],
     figures: Figures,
     egress: Egress,
     reactor: Any,  # noqa: ANN401
-) -> tuple[Upstream, Asking]:
+) -> Upstreams:
     """
-    Wire what asks ECR and its buckets.
+    Wire what asks registries and their buckets.
     """
     outside = OwnNames(reactor)  # before the chosen servers are installed
     forget = _install_resolver(config, reactor)
-    agent = UpstreamAgent(reactor, config.ecr_endpoint, forget, egress=egress, outside=outside)
-    metered = MeteredAgent(agent, config.ecr_endpoint, figures.upstream, reactor)
-    wire = Wire(metered, reactor, Budget(config.upstream_tries, config.upstream_seconds))
-    governor = Governor(config.ecr_quotas, config.ecr_connections, reactor)
-    circuit = Circuit(reactor.seconds)
-    figures.watch(*of_upstream(wire, circuit, governor))
-    endpoint = Endpoint(config.ecr_endpoint, wire, tokens, governor, circuit)
-    upstream = Upstream(endpoint, wire, stall_seconds=config.stall_seconds)
-    return upstream, Asking(tokens=tokens, wire=wire, circuit=circuit, governor=governor, clock=reactor)
+    budget = Budget(config.upstream_tries, config.upstream_seconds)
+
+    def make(known: Known) -> tuple[Upstream, Asking]:
+        url, its_tokens = known.table.endpoint or "", tokens[_credentials(known.table)]
+        agent = UpstreamAgent(reactor, url, forget, egress=egress, outside=outside)
+        wire = Wire(MeteredAgent(agent, url, figures.upstream, reactor), reactor, budget)
+        governor, circuit = Governor(config.ecr_quotas, config.ecr_connections, reactor), Circuit(reactor.seconds)
+        upstream = Upstream(
+            Endpoint(url, wire, its_tokens, governor, circuit), wire, stall_seconds=config.stall_seconds
+        )
+        asking = Asking(
+            name=known.table.name, tokens=its_tokens, wire=wire, circuit=circuit, governor=governor, clock=reactor
+        )
+        return upstream, asking
+
+    return Upstreams(registries, make)
 
 
 def _pull_through(
     config: Config,
-    upstream: Upstream,
+    upstreams: Upstreams,
     cache: Cache,
     disk: Disk,
     reactor: Any,  # noqa: ANN401
@@ -215,7 +249,7 @@ def _pull_through(
     """
     lanes = Lanes(config.blob_connections, config.bucket_connections, share(BUFFERED, processes))
     return PullThrough(
-        upstream,
+        upstreams,
         cache,
         disk,
         time.time,
@@ -227,31 +261,32 @@ def _pull_through(
     )
 
 
-def _namespaces(config: Config, judging: Threads, reactor: Any) -> Namespaces:  # noqa: ANN401
-    registries = {RegistryId.of_url(config.ecr_endpoint), *(config.registry_aliases or ())}
-    return Namespaces(config.namespace_pattern, judging.call, reactor, registries)
+def _namespaces(config: Config, judging: Threads, reactor: Any) -> Callable[[Known], Namespaces]:  # noqa: ANN401
+    """
+    Give the namespaces of a registry.
+    """
+    patterns = {each.namespaces or config.namespace_pattern for each in config.registries}
+    judges = {pattern: Namespaces(pattern, judging.call, reactor) for pattern in patterns}
+    return lambda known: judges[known.table.namespaces or config.namespace_pattern]
 
 
-def _fetch(config: Config) -> Token:
+def _fetch(credentials: Credentials, region: str) -> Token:
     """
     Fetch a token, in a thread.
     """
-    token = fetch_token(config.region, instance_auth=config.instance_auth)
+    token = fetch_token(region, credentials)
     set_aside_what_stays()
     return token
 
 
-async def _readiness(
-    tokens: TokenService, circuit: Circuit, condition: Condition, connections: Connections
-) -> Readiness:
+async def _readiness(upstreams: Upstreams, condition: Condition, connections: Connections) -> Readiness:
     """
     Return what this process can do at the moment.
     """
     found = await condition.latest()
     return judge(
         draining=connections.draining,
-        token=tokens.problem(),
-        ecr=circuit.problem(),
+        sources=[each.source() for each in upstreams.askings()],
         disk=found.reasons,
         filled=found.filled,
     )

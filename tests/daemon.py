@@ -45,7 +45,7 @@ from ecrproxy.access.namespaces import Namespaces
 from ecrproxy.admin.api import Api
 from ecrproxy.admin.incidents import Incidents
 from ecrproxy.admin.port import make_admin_site
-from ecrproxy.admin.readings import of_cache, of_clients, of_disk, of_token, of_transfers, of_upstream
+from ecrproxy.admin.readings import of_cache, of_clients, of_disk, of_registries, of_transfers
 from ecrproxy.admin.status import Asking, Process, Status
 from ecrproxy.cache.cache_key import CacheKey
 from ecrproxy.cache.condition import Condition
@@ -67,6 +67,7 @@ from ecrproxy.metrics import Figures
 from ecrproxy.oci import Digest
 from ecrproxy.proxy import PullThrough
 from ecrproxy.readiness import Readiness, judge
+from ecrproxy.registries import Registries
 from ecrproxy.registry.circuit import Circuit
 from ecrproxy.registry.connections import connection_pool
 from ecrproxy.registry.ecr import Token, TokenService
@@ -77,6 +78,7 @@ from ecrproxy.registry.quotas import Quotas
 from ecrproxy.registry.retries import Budget
 from ecrproxy.registry.upstream import Upstream
 from ecrproxy.registry.wire import Wire
+from ecrproxy.settings.registries import default_of
 from ecrproxy.settings.values import parse_pattern
 from ecrproxy.threads import Disk, InThread
 from ecrproxy.transfer.inflow import Lanes
@@ -599,7 +601,7 @@ class Daemon(Administered):
         self.registry = RegistryId.of_url(standin.registry)
         self.cache = Cache(self.store, self.janitor, disk, self.now)
         self.pull_through = PullThrough(
-            self.upstream,
+            lambda _: self.upstream,
             self.cache,
             disk,
             self.now,
@@ -608,8 +610,11 @@ class Daemon(Administered):
             read_ahead=read_ahead,
             call_later=clock.callLater,
         )
-        namespaces = Namespaces(parse_pattern(pattern), at_once, clock, {self.registry, *aliases})
-        registry = Registry(self.pull_through, namespaces, CacheKey.parse(cache_key), disk.reading, self.registry)
+        namespaces = Namespaces(parse_pattern(pattern), at_once, clock)
+        table = default_of(standin.registry, "eu-west-1", (), instance_auth=False)
+        registries = Registries([table], aliases)
+        key = CacheKey.parse(cache_key)
+        registry = Registry(self.pull_through, registries, lambda _: namespaces, key, disk.reading)
         ready, self.crowd = Ready(self.readiness), Crowd(limits or Limits())
         self.access_log = AccessLog(clock)
         self.site = make_site(
@@ -622,13 +627,18 @@ class Daemon(Administered):
             access_log=self.access_log,
             pages=pages,
         )
-        self.figures.watch(
-            *of_cache(self.store, self.janitor), *of_token(self.tokens), *of_transfers(self.pull_through)
-        )
-        self.figures.watch(*of_clients(self.crowd, 100), *of_upstream(wire, self.circuit, self.governor))
+        self.figures.watch(*of_cache(self.store, self.janitor), *of_transfers(self.pull_through))
+        self.figures.watch(*of_clients(self.crowd, 100), *of_registries(self.askings))
         self.figures.watch(*of_disk(self.condition))
-        asking = Asking(tokens=self.tokens, wire=wire, circuit=self.circuit, governor=self.governor, clock=clock)
-        self.process = Process(self.store, self.janitor, asking, self.pull_through, self.readiness, in_thread)
+        self.asking = Asking(
+            name=table.name,
+            tokens=self.tokens,
+            wire=wire,
+            circuit=self.circuit,
+            governor=self.governor,
+            clock=clock,
+        )
+        self.process = Process(self.store, self.janitor, self.askings, self.pull_through, self.readiness, in_thread)
         incidents = Incidents(self.now)
         self.status = Status(
             standin.registry, self.figures, self.readiness, self.process.standing, incidents, self.now, clock
@@ -666,8 +676,14 @@ class Daemon(Administered):
         What the daemon can do, told as tap tells it.
         """
         found = await self.condition.latest()
-        token, ecr = self.tokens.problem(), self.circuit.problem()
-        return judge(draining=False, token=token, ecr=ecr, disk=found.reasons, filled=found.filled)
+        sources = [each.source() for each in self.askings()]
+        return judge(draining=False, sources=sources, disk=found.reasons, filled=found.filled)
+
+    def askings(self) -> list[Asking]:
+        """
+        The registries, as tap lists them.
+        """
+        return [self.asking]
 
     def kill(self) -> None:
         """

@@ -31,6 +31,7 @@ from ecrproxy.registry.ecr import (
     OVERDUE,
     OVERDUE_SECONDS,
     PATIENCE,
+    Credentials,
     CredentialsError,
     Token,
     TokenService,
@@ -165,7 +166,7 @@ def fetch(*, instance_auth: bool = False) -> Token:
     """
     Ask for the token of a region.
     """
-    return fetch_token("eu-west-1", instance_auth=instance_auth)
+    return fetch_token("eu-west-1", Credentials(instance_auth=instance_auth))
 
 
 class FetchTests(SynchronousTestCase):

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.admin.snapshot import Fill, Leaving, Standing, TokenState, Transfer, UpstreamState
+from ecrproxy.admin.snapshot import Fill, Leaving, RegistryState, Standing, TokenState, Transfer, UpstreamState
 from ecrproxy.metrics import BUCKETS, Tally
 from ecrproxy.readiness import Readiness
 from ecrproxy.workers.messages import (
@@ -41,8 +41,13 @@ STANDING = Standing(
     Readiness(can_serve=True, can_fetch=False, reasons=("no token: denied",)),
     Fill(10, 20, 30, 2, 1, (Leaving("unfinished", "sha256:1", 5, 6.5), Leaving("content", "sha256:0", 5, 7.5))),
     (Transfer("team/app", "sha256:0", None, 5, 2, kept=True),),
-    TokenState(None, 1e9, 60.0, 0),
-    UpstreamState("closed", 2, None, {"blobs": 1}, 3, {"bucket": {"206": 1}}),
+    (
+        RegistryState(
+            "one.test",
+            TokenState(None, 1e9, 60.0, 0),
+            UpstreamState("closed", 2, None, {"blobs": 1}, 3, {"bucket": {"206": 1}}),
+        ),
+    ),
 )
 OF_WORKERS = (
     Listens(),

@@ -14,8 +14,6 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.access import namespaces
 from ecrproxy.access.namespaces import LONGEST_WAIT, MATCH_SECONDS, Namespaces
-from ecrproxy.identity import RegistryId
-from ecrproxy.oci import RegistryError
 from ecrproxy.settings.values import parse_pattern
 from tests.daemon import DaemonTestCase, Hands
 
@@ -27,9 +25,6 @@ SLOW_NAME = "a" * 26 + "c"
 LONG = "a" * 200
 SHORT = 0.05
 """Seconds that are too few for that, and plenty for a name that is judged at once."""
-
-
-OURS = RegistryId.of_host("123456789012.dkr.ecr.eu-west-1.amazonaws.com")
 
 
 class Counted:
@@ -51,29 +46,7 @@ class NamespacesTests(SynchronousTestCase):
         self.threads, self.clock = Counted(), Clock()
 
     def make(self, pattern: str, seconds: float = MATCH_SECONDS) -> Namespaces:
-        return Namespaces(parse_pattern(pattern), self.threads, self.clock, {OURS}, seconds=seconds)
-
-    def test_another_registrys_repositories_are_none_of_ours(self) -> None:
-        """
-        Whatever they are called: the same name may hold something else there.
-        """
-        judge = Namespaces(
-            parse_pattern(".*"), self.threads, self.clock, {OURS, RegistryId.of_host("mirror.test:5000")}
-        )
-        for ours in ("123456789012.dkr.ecr.eu-west-1.amazonaws.com", "123456789012.dkr-ecr.eu-west-1.on.aws"):
-            judge.admit_registry(ours)
-        judge.admit_registry("MIRROR.test:5000")
-        others = (
-            "docker.io",
-            "public.ecr.aws",
-            "210987654321.dkr.ecr.eu-west-1.amazonaws.com",
-            "mirror.test",
-            "",
-            "a/b",
-        )
-        for other in others:
-            problem = self.assertRaises(RegistryError, judge.admit_registry, other)
-            self.assertEqual((404, "NAME_UNKNOWN", "namespace"), (problem.status, problem.code, problem.reason))
+        return Namespaces(parse_pattern(pattern), self.threads, self.clock, seconds=seconds)
 
     def status(self, judge: Namespaces, name: str) -> int:
         """

@@ -45,6 +45,7 @@ EMPTY = Snapshot(
     repositories=(),
     token=TokenState(None, 1_800_010_000.0, 5000.0, 0),
     upstream=UpstreamState("closed", 0, None, {"manifests": 0}, 0, {}),
+    registries=(),
     answers={},
     now=Point(0),
     history=(),

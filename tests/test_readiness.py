@@ -12,14 +12,14 @@ from twisted.internet.defer import Deferred
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.cache.condition import FRESH_SECONDS, PATIENCE, Condition, Look
-from ecrproxy.readiness import Readiness, judge, judge_all
+from ecrproxy.readiness import Readiness, Source, judge, judge_all
 from ecrproxy.registry.circuit import LONGEST_PAUSE
 from ecrproxy.registry.ecr import FETCH_SECONDS, RENEW_SECONDS, CredentialsError, Token, TokenUnavailableError
 from ecrproxy.registry.wire import HEADER_SECONDS
 from ecrproxy.stale import STALE_SECONDS
 from tests.daemon import DaemonTestCase, Hands, Reply, noise
 
-WELL: dict[str, Any] = {"draining": False, "token": None, "ecr": None, "disk": (), "filled": False}
+WELL: dict[str, Any] = {"draining": False, "sources": [Source("one")], "disk": (), "filled": False}
 
 
 class JudgeTests(SynchronousTestCase):
@@ -30,21 +30,38 @@ class JudgeTests(SynchronousTestCase):
         self.assertEqual(Readiness(can_serve=True, can_fetch=True, reasons=()), judge(**WELL))
 
     def test_a_token_or_content_lets_it_serve(self) -> None:
-        found = {(token, filled): self.serves(token=token, filled=filled) for token in (None, "x") for filled in (0, 1)}
+        found = {
+            (token, filled): self.serves(sources=[Source("one", token)], filled=filled)
+            for token in (None, "x")
+            for filled in (0, 1)
+        }
         self.assertEqual({(None, 0): True, (None, 1): True, ("x", 0): False, ("x", 1): True}, found)
 
     def test_a_token_and_an_ecr_that_answers_let_it_fetch(self) -> None:
         for token, ecr in itertools.product((None, "AWS is down"), (None, "ECR answers 500")):
-            found = judge(**{**WELL, "token": token, "ecr": ecr, "filled": True})
+            found = judge(**{**WELL, "sources": [Source("one", token, ecr)], "filled": True})
             self.assertEqual(token is None and ecr is None, found.can_fetch)
             self.assertEqual((token is not None) + (ecr is not None), len(found.reasons))
+
+    def test_one_of_several_registries_is_enough(self) -> None:
+        """
+        Another that fails is named, and makes the daemon no less ready.
+        """
+        ill, well = Source("one.test", "denied", "it answers 500"), Source("two.test")
+        found = judge(**{**WELL, "sources": [ill, well]})
+        reasons = ("one.test: no token: denied", "one.test: it answers 500")
+        self.assertEqual(Readiness(can_serve=True, can_fetch=True, reasons=reasons), found)
+        found = judge(**{**WELL, "sources": [ill, ill]})
+        self.assertEqual((False, False), (found.can_serve, found.can_fetch))
 
     def test_one_that_ends_or_whose_disk_fails_gets_nothing_new(self) -> None:
         self.assertFalse(self.serves(draining=True, filled=True))
         self.assertFalse(self.serves(disk=("the cache directory can't be written",), filled=True))
 
     def test_all_reasons_are_given(self) -> None:
-        found = judge(draining=True, token="none", ecr="ECR answers 500", disk=("full", "slow"), filled=True)
+        found = judge(
+            draining=True, sources=[Source("one", "none", "ECR answers 500")], disk=("full", "slow"), filled=True
+        )
         expected = ("draining: the daemon ends", "no token: none", "ECR answers 500", "full", "slow")
         self.assertEqual(expected, found.reasons)
 

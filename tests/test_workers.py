@@ -563,7 +563,7 @@ class ChannelTests(WorkersTestCase):
         found = self.successResultOf(Deferred.fromCoroutine(self.workers.readiness()))
         self.assertEqual((False, False), (found.can_serve, found.can_fetch))
         standing = self.successResultOf(Deferred.fromCoroutine(self.workers.standing()))
-        self.assertEqual(("closed", ()), (standing.upstream.circuit, standing.transfers))
+        self.assertEqual(((), ()), (standing.registries, standing.transfers))
 
 
 class FlagsTests(SynchronousTestCase):

@@ -8,7 +8,6 @@ one at a time and for half a second at most. Verdicts are remembered.
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import TYPE_CHECKING, Final
 
 import regex
@@ -16,7 +15,6 @@ from twisted.logger import Logger
 
 from ecrproxy.access.turns import QueueTimeoutError, Turns
 from ecrproxy.flights import Flights
-from ecrproxy.identity import RegistryId
 from ecrproxy.oci import RegistryError
 from ecrproxy.reasons import Reason
 from ecrproxy.threads import InThread
@@ -41,7 +39,6 @@ class Namespaces:
     The repositories whose whole name C{pattern} matches.
 
     @param in_thread: calls slow matching; not a disk's thread, which a bad pattern would keep from its work.
-    @param registries: what clients may call the registry behind: its own identity, and aliases.
     """
 
     def __init__(
@@ -49,35 +46,12 @@ class Namespaces:
         pattern: regex.Pattern[str],
         in_thread: InThread,
         clock: IReactorTime,
-        registries: Collection[RegistryId],
         seconds: float = MATCH_SECONDS,
     ) -> None:
-        self._pattern, self._in_thread, self._registries, self._seconds = pattern, in_thread, registries, seconds
+        self._pattern, self._in_thread, self._seconds = pattern, in_thread, seconds
         self._verdicts: dict[str, bool] = {}
         self._flights: Flights[bool] = Flights()
         self._turns = Turns(1, LONGEST_WAIT, clock)
-
-    def admit_registry(self, name: str) -> None:
-        """
-        Let the name of the registry pass that a client takes this proxy for a mirror of: containerd's C{ns}.
-
-        @raise RegistryError: if it is another one's. Its repositories may be called the same, and hold something else.
-        """
-        try:
-            ours = RegistryId.of_host(name) in self._registries
-        except ValueError:
-            ours = False
-        if not ours:
-            name = name[:255]
-            # containerd asks the next host without a word, and by HEAD, whose answer has no body.
-            log.warn(
-                "Refused a client that takes this proxy for a mirror of {registry!r}: add that name to"
-                " PROXY_REGISTRY_ALIASES if it is one, else take the proxy out of the client's hosts.toml for it",
-                registry=name,
-                once=("ns", name),
-            )
-            said = f"this proxy is no mirror of {name!r}; if it is, add that name to PROXY_REGISTRY_ALIASES"
-            raise RegistryError(404, "NAME_UNKNOWN", said, reason=Reason.NAMESPACE)
 
     async def admit(self, repository: str) -> None:
         """

@@ -16,19 +16,16 @@ from ecrproxy.registry.circuit import CircuitState
 from ecrproxy.registry.quotas import Call
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from ecrproxy.access.limits import Crowd
+    from ecrproxy.admin.status import Asking
     from ecrproxy.cache.condition import Condition
     from ecrproxy.cache.janitor import Janitor
     from ecrproxy.cache.store import Store
     from ecrproxy.metrics import LoopStall
     from ecrproxy.proxy import PullThrough
     from ecrproxy.readiness import Readiness
-    from ecrproxy.registry.circuit import Circuit
-    from ecrproxy.registry.ecr import TokenService
-    from ecrproxy.registry.governor import Governor
-    from ecrproxy.registry.wire import Wire
 
 CACHE_FILES: Final = Figure("cache_files", "Files of content in the cache", combine=max)
 CACHE_BYTES: Final = Figure("cache_bytes", "Bytes of disk that content and the index take", combine=max)
@@ -49,14 +46,18 @@ DISK_TROUBLE: Final = Figure(
     "kind",
     max,
 )
-TOKEN_EXPIRY: Final = Figure("token_expiry_timestamp_seconds", "When the token for ECR expires", combine=min)
-TOKEN_FAILURES: Final = Figure("token_refresh_failures_total", "Refreshes of the token that failed")
-QUEUE_FULL: Final = Figure("upstream_queue_full_total", "Questions refused because too many wait already", "call")
-WAITING: Final = Figure("upstream_waiting", "Questions that wait for their turn within ECR's quotas", "call")
-RETRIES: Final = Figure("upstream_retries_total", "Questions asked again after a failure")
-CIRCUIT: Final = Figure("circuit_state", "1 for the state of the circuit for all questions to ECR", "state", max)
+TOKEN_EXPIRY: Final = Figure("token_expiry_timestamp_seconds", "When the token expires", "registry", min)
+TOKEN_FAILURES: Final = Figure("token_refresh_failures_total", "Refreshes of the token that failed", "registry")
+QUEUE_FULL: Final = Figure(
+    "upstream_queue_full_total", "Questions refused because too many wait already", "registry,call"
+)
+WAITING: Final = Figure("upstream_waiting", "Questions that wait for their turn within ECR's quotas", "registry,call")
+RETRIES: Final = Figure("upstream_retries_total", "Questions asked again after a failure", "registry")
+CIRCUIT: Final = Figure(
+    "circuit_state", "1 for the state of the circuit for all questions to a registry", "registry,state", max
+)
 OPEN_REPOSITORIES: Final = Figure(
-    "circuit_open_repositories", "Repositories that are left alone, each by itself", combine=max
+    "circuit_open_repositories", "Repositories that are left alone, each by itself", "registry", max
 )
 TRANSFERS: Final = Figure("transfers", "Blobs on their way from upstream")
 CONNECTIONS: Final = Figure("client_connections", "Connections of clients")
@@ -109,33 +110,27 @@ def of_disk(condition: Condition) -> list[Reading]:
     return [Reading(DISK_TROUBLE, found)]
 
 
-def of_token(tokens: TokenService) -> list[Reading]:
+def of_registries(askings: Callable[[], Iterable[Asking]]) -> list[Reading]:
     """
-    Tell how good the token is.
-    """
-    return [Reading(TOKEN_EXPIRY, lambda: tokens.expires), Reading(TOKEN_FAILURES, lambda: tokens.failed)]
+    Tell how good the tokens are, and how well the registries answer.
 
-
-def of_upstream(wire: Wire, circuit: Circuit, governor: Governor) -> list[Reading]:
-    """
-    Tell how well ECR answers.
+    @param askings: those that were asked by now.
     """
 
-    def states() -> dict[str, float]:
-        return {each.value: float(each is circuit.state) for each in CircuitState}
+    def of_each(read: Callable[[Asking], float | None]) -> Callable[[], dict[str, float]]:
+        return lambda: {each.name: told for each in askings() if (told := read(each)) is not None}
 
-    def waiting() -> dict[str, float]:
-        return {each.value: governor.waiting(each) for each in Call}
-
-    def refused() -> dict[str, float]:
-        return {each.value: governor.refused(each) for each in Call}
+    def by_word(read: Callable[[Asking], dict[str, float]]) -> Callable[[], dict[str, float]]:
+        return lambda: {f"{each.name},{word}": told for each in askings() for word, told in read(each).items()}
 
     return [
-        Reading(QUEUE_FULL, refused),
-        Reading(WAITING, waiting),
-        Reading(RETRIES, lambda: wire.retried),
-        Reading(CIRCUIT, states),
-        Reading(OPEN_REPOSITORIES, lambda: circuit.open_repositories),
+        Reading(TOKEN_EXPIRY, of_each(lambda each: each.tokens.expires)),
+        Reading(TOKEN_FAILURES, of_each(lambda each: each.tokens.failed)),
+        Reading(QUEUE_FULL, by_word(lambda each: {call.value: each.governor.refused(call) for call in Call})),
+        Reading(WAITING, by_word(lambda each: {call.value: each.governor.waiting(call) for call in Call})),
+        Reading(RETRIES, of_each(lambda each: each.wire.retried)),
+        Reading(CIRCUIT, by_word(lambda each: {state.value: state is each.circuit.state for state in CircuitState})),
+        Reading(OPEN_REPOSITORIES, of_each(lambda each: each.circuit.open_repositories)),
     ]
 
 

@@ -7,7 +7,7 @@ A L{Standing} is what one process knows; L{together} makes one of those of sever
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import chain, islice
 from typing import Final
@@ -114,7 +114,7 @@ class UpstreamState:
     @ivar answered_seconds: since ECR answered last, if it ever did.
     @ivar waiting: questions that queue for their quota, by kind.
     @ivar retries: questions that were asked again.
-    @ivar outcomes: requests by kind of host, then by status or C{failed}.
+    @ivar outcomes: requests by kind of host, then by status or C{failed}: of all registries.
     """
 
     circuit: str
@@ -126,18 +126,31 @@ class UpstreamState:
 
 
 @dataclass(frozen=True, slots=True)
+class RegistryState:
+    """
+    How a registry stands.
+
+    @ivar name: as the operator calls it.
+    @ivar upstream: without the outcomes, which are counted.
+    """
+
+    name: str
+    token: TokenState
+    upstream: UpstreamState
+
+
+@dataclass(frozen=True, slots=True)
 class Standing:
     """
     How one process stands.
 
-    @ivar upstream: without the outcomes, which are counted.
+    @ivar registries: the default first.
     """
 
     readiness: Readiness
     cache: Fill
     transfers: tuple[Transfer, ...]
-    token: TokenState
-    upstream: UpstreamState
+    registries: tuple[RegistryState, ...]
 
 
 def together(standings: Sequence[Standing], expected: int) -> Standing:
@@ -151,9 +164,16 @@ def together(standings: Sequence[Standing], expected: int) -> Standing:
         readiness,
         _filled([each.cache for each in standings]),
         tuple(islice(chain.from_iterable(each.transfers for each in standings), TRANSFERS)),
-        _token([each.token for each in standings]),
-        _upstream([each.upstream for each in standings]),
+        tuple(_registries([each.registries for each in standings])),
     )
+
+
+def _registries(found: Sequence[Sequence[RegistryState]]) -> Iterator[RegistryState]:
+    for name in dict.fromkeys(each.name for states in found for each in states):
+        states = [each for several in found for each in several if each.name == name]
+        yield RegistryState(
+            name, _token([each.token for each in states]), _upstream([each.upstream for each in states])
+        )
 
 
 def _filled(fills: Sequence[Fill]) -> Fill:
@@ -219,6 +239,8 @@ class Snapshot:
     @ivar can_serve: whether it can serve clients.
     @ivar can_fetch: whether it can fetch from ECR.
     @ivar reasons: what is wrong, if anything is.
+    @ivar token: of the default registry, as C{upstream} is.
+    @ivar registries: all of them, the default first.
     @ivar answers: with content, by the word of X-Cache-Status.
     @ivar now: the last few seconds.
     @ivar history: the last hour.
@@ -237,6 +259,7 @@ class Snapshot:
     repositories: tuple[Saving, ...]
     token: TokenState
     upstream: UpstreamState
+    registries: tuple[RegistryState, ...]
     answers: Mapping[str, Answers]
     now: Point
     history: tuple[Point, ...]

@@ -17,6 +17,7 @@ from ecrproxy.admin.snapshot import (
     Answers,
     Fill,
     Leaving,
+    RegistryState,
     Saving,
     Snapshot,
     Standing,
@@ -25,7 +26,7 @@ from ecrproxy.admin.snapshot import (
     UpstreamState,
 )
 from ecrproxy.oci import Digest
-from ecrproxy.readiness import Readiness
+from ecrproxy.readiness import Readiness, Source
 from ecrproxy.registry.quotas import Call
 
 if TYPE_CHECKING:
@@ -45,39 +46,45 @@ NEXT: Final = 6
 """How many files that would be evicted next are told."""
 TOP: Final = 10
 """How many repositories are told."""
+_NOBODY: Final = RegistryState("", TokenState(None, None, 0.0, 0), UpstreamState("closed", 0, None, {}, 0))
+"""What is told while no worker answers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Asking:
     """
-    What asks ECR: its parts that know how that goes.
+    What asks a registry: its parts that know how that goes.
+
+    @ivar name: of the registry.
     """
 
+    name: str
     tokens: TokenService
     wire: Wire
     circuit: Circuit
     governor: Governor
     clock: IReactorTime
 
-    def token(self) -> TokenState:
+    def source(self) -> Source:
         """
-        Tell of the token, never the token.
+        Tell what keeps it from being fetched from.
         """
-        tokens = self.tokens
-        return TokenState(tokens.problem(), tokens.expires, tokens.refresh_seconds(), tokens.failed)
+        return Source(self.name, self.tokens.problem(), self.circuit.problem())
 
-    def upstream(self) -> UpstreamState:
+    def state(self) -> RegistryState:
         """
-        Tell how well ECR answers.
+        Tell how it stands; of the token, never the token.
         """
-        answered = self.circuit.answered_at
-        return UpstreamState(
+        tokens, answered = self.tokens, self.circuit.answered_at
+        token = TokenState(tokens.problem(), tokens.expires, tokens.refresh_seconds(), tokens.failed)
+        upstream = UpstreamState(
             self.circuit.state.value,
             self.circuit.open_repositories,
             None if answered is None else self.clock.seconds() - answered,
             {each.value: self.governor.waiting(each) for each in Call},
             self.wire.retried,
         )
+        return RegistryState(self.name, token, upstream)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +92,14 @@ class Process:
     """
     The parts of one process that serves clients.
 
+    @ivar askings: the registries that were asked by now, the default first.
     @ivar readiness: asks what it can do.
     @ivar in_thread: calls what asks the disk.
     """
 
     store: Store
     janitor: Janitor
-    asking: Asking
+    askings: Callable[[], Sequence[Asking]]
     pull_through: PullThrough
     readiness: Callable[[], Coroutine[Any, Any, Readiness]]
     in_thread: InThread
@@ -102,7 +110,8 @@ class Process:
         """
         readiness = await self.readiness()
         leaving = await self.in_thread(next_to_go, self.store, NEXT)
-        return Standing(readiness, self._fill(leaving), self._transfers(), self.asking.token(), self.asking.upstream())
+        registries = tuple(each.state() for each in self.askings())
+        return Standing(readiness, self._fill(leaving), self._transfers(), registries)
 
     def _fill(self, leaving: Sequence[Leaving]) -> Fill:
         index = self.store.index
@@ -156,6 +165,7 @@ class Status:
         """
         standing = await self.standing()
         readiness = standing.readiness
+        default = standing.registries[0] if standing.registries else _NOBODY
         return Snapshot(
             version=self.figures.version,
             registry=self.registry,
@@ -167,8 +177,9 @@ class Status:
             cache=standing.cache,
             transfers=standing.transfers,
             repositories=tuple(Saving(*each) for each in self.figures.served.saved.top(TOP)),
-            token=standing.token,
-            upstream=replace(standing.upstream, outcomes=self._outcomes()),
+            token=default.token,
+            upstream=replace(default.upstream, outcomes=self._outcomes()),
+            registries=standing.registries,
             answers=self._answers(),
             now=self.history.latest(),
             history=self.history.points(),

@@ -7,8 +7,9 @@ The channel has parsed the request's target; its path is understood here, once, 
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import lru_cache
 from typing import Any, Final, cast
 from urllib.parse import unquote
 
@@ -25,11 +26,11 @@ from ecrproxy.cache.content import Content
 from ecrproxy.cached import SMALL_BLOB
 from ecrproxy.http.answering import Answering, begin, holding, send_body, send_small, transferring
 from ecrproxy.http.conditions import matches
-from ecrproxy.http.request import RegistryRequest, asker_of, field, fields
-from ecrproxy.identity import RegistryId
+from ecrproxy.http.request import RegistryRequest, asker_of, field, fields, host_of
 from ecrproxy.oci import Kind, RegistryError, Route, accepted_types, parse_route, passed_on, query_values, to_query
 from ecrproxy.proxy import PullThrough
 from ecrproxy.reasons import Reason
+from ecrproxy.registries import Chosen, Known, Registries, UnknownRegistryError
 from ecrproxy.registry.upstream import Page
 from ecrproxy.stopwatch import Stopwatch
 from ecrproxy.threads import InThread
@@ -45,6 +46,8 @@ IMMUTABLE: Final = "max-age=31536000, immutable"
 """The Cache-Control of what is named by its digest. Shared caches keep nothing by it that a password was asked for."""
 
 _UNCOUNTED: Final = nullcontext()
+_REMEMBERED_LENGTH: Final = 512
+"""Characters of targets whose meaning is remembered."""
 
 # What a disk says of a file that it can't give, and no socket says.
 _UNREADABLE: Final = frozenset({errno.EIO, errno.EBADMSG, errno.ENODATA, errno.ESTALE, errno.EUCLEAN})
@@ -52,19 +55,23 @@ _UNREADABLE: Final = frozenset({errno.EIO, errno.EBADMSG, errno.ENODATA, errno.E
 
 class Registry(Answering):
     """
-    /v2/, the pull side of the distribution protocol, for the repositories that C{namespaces} lets in.
+    /v2/, the pull side of the distribution protocol.
+
+    @param namespaces: gives which repositories of a registry are let in.
     """
 
     def __init__(
         self,
         pull_through: PullThrough,
-        namespaces: Namespaces,
+        registries: Registries,
+        namespaces: Callable[[Known], Namespaces],
         cache_key: CacheKey,
         in_thread: InThread,
-        registry: RegistryId,
     ) -> None:
         super().__init__()
-        self._pull_through, self._registry = pull_through, registry
+        self._pull_through, self._registries = pull_through, registries
+        # 4 MiB at most: a query may have as many bytes as a request.
+        self._recent = lru_cache(maxsize=2048)(self._choose)
         self._namespaces, self._cache_key, self._in_thread = namespaces, cache_key, in_thread
         self._asks = cache_key.asks
 
@@ -75,15 +82,46 @@ class Registry(Answering):
         if request.target.path in ("/v2", "/v2/"):
             send_small(request, OK, "application/json", b"{}\n")
             return
-        route = request.route = parse_route(request.target.origin, self._registry)
-        if route.query and (ns := query_values(route.query).get("ns")) is not None:
-            self._namespaces.admit_registry(unquote(ns))
-        await self._namespaces.admit(route.repository.name)
+        route = request.route = await self._admitted(request)
         if route.kind is Kind.BLOB and request.method == b"GET":
             with transferring(request):
                 await self._serve(request, route)
         else:
             await self._serve(request, route)
+
+    async def _admitted(self, request: RegistryRequest) -> Route:
+        """
+        Understand what is asked for, of which registry, and let it in.
+        """
+        try:
+            chosen, ns = self._understood(request.target.origin, host_of(request))
+        except UnknownRegistryError as problem:
+            # containerd asks the next host without a word, and by HEAD, whose answer has no body.
+            log.warn(
+                "Refused a client that takes this proxy for a mirror of {registry!r}: add that name to"
+                " PROXY_REGISTRY_ALIASES if it is one, or give it a table in the configuration file, else take the"
+                " proxy out of the client's hosts.toml for it",
+                registry=problem.name,
+                once=("ns", problem.name),
+            )
+            raise
+        await self._namespaces(chosen.registry).admit(chosen.name)
+        if ns is not None:
+            request.setHeader("OCI-Namespace", ns)
+        return chosen.route
+
+    def _choose(self, target: str, host: str) -> tuple[Chosen, str | None]:
+        """
+        Find out what a target means to a client that calls this proxy C{host}; and which registry it names, if it does.
+        """
+        asked = parse_route(target, self._registries.default.identity)
+        told = query_values(asked.query).get("ns") if asked.query else None
+        ns = unquote(told) if told is not None else None
+        return self._registries.choose(asked, ns, host), ns
+
+    def _understood(self, target: str, host: str) -> tuple[Chosen, str | None]:
+        remembered = len(target) + len(host) <= _REMEMBERED_LENGTH
+        return self._recent(target, host) if remembered else self._choose(target, host)
 
     async def _serve(self, request: RegistryRequest, route: Route) -> None:
         """
@@ -110,7 +148,7 @@ class Registry(Answering):
     ) -> None:
         if page.next is not None:
             # Relative: it leads to the address that the client used, whatever stands between.
-            request.setHeader("Link", f'<{route.path}?{to_query(passed_on(page.next))}>; rel="next"')
+            request.setHeader("Link", f'<{request.target.path}?{to_query(passed_on(page.next))}>; rel="next"')
         if page.filters is not None:
             request.setHeader("OCI-Filters-Applied", page.filters)
         request.setHeader("X-Cache-Status", status)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from twisted.application.service import Service
@@ -68,6 +69,8 @@ _REFUSALS: Final = frozenset(
         "UnrecognizedClientException",
     }
 )
+_SESSION: Final = "ecrproxy"
+"""What CloudTrail calls a session of an assumed role."""
 _SOURCE: Final = "AWS, or what gives the credentials,"
 _LOOK: Final = "check the way to AWS and the file system of the credentials' files"
 CLOCK_WORDS: Final = ("signature expired", "signature not yet current")
@@ -102,11 +105,27 @@ class TokenUnavailableError(Exception):
     """
 
 
-def fetch_token(region: str, *, instance_auth: bool) -> Token:
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """
+    Which of AWS's credentials to use.
+
+    @ivar role: to assume with them: an ARN.
+    @ivar external_id: for that role.
+    @ivar profile: of AWS's configuration files.
+    @ivar instance_auth: the role of the instance, container or pod alone.
+    """
+
+    role: str | None = None
+    external_id: str | None = None
+    profile: str | None = None
+    instance_auth: bool = False
+
+
+def fetch_token(region: str, credentials: Credentials) -> Token:
     """
     Ask AWS for a token. Blocks: call it in a thread.
 
-    @param instance_auth: use the role of the instance, container or pod alone.
     @raise CredentialsError: if there are no credentials, or AWS refuses them for good.
     @raise TokenUnavailableError: if there is no role now, or AWS gives no token now.
     @raise Exception: whatever else botocore raises: worth another try.
@@ -117,8 +136,9 @@ def fetch_token(region: str, *, instance_auth: bool) -> Token:
     # One attempt: retrying is the service's business, and a thread that waits can't be stopped.
     settings = Config(connect_timeout=5, read_timeout=10, retries={"mode": "standard", "total_max_attempts": 1})
     try:
-        session = open_session(instance_auth=instance_auth, popen=Process)
-        client: Any = session.create_client("ecr", region_name=region, config=settings)
+        session = open_session(credentials.profile, instance_auth=credentials.instance_auth, popen=Process)
+        make = partial(session.create_client, region_name=region, config=settings)
+        client: Any = make("ecr", **_assumed(make, credentials))
         data = client.get_authorization_token()["authorizationData"][0]
     except exceptions.ClientError as problem:
         raise _judged(problem) from problem
@@ -127,6 +147,21 @@ def fetch_token(region: str, *, instance_auth: bool) -> Token:
     except unusable() as problem:
         raise CredentialsError(f"AWS credentials: {_brief(problem)}") from problem
     return Token(data["authorizationToken"].strip(), data["expiresAt"].timestamp())
+
+
+def _assumed(make: Callable[..., Any], credentials: Credentials) -> dict[str, str]:
+    """
+    Assume the role, if there is one to assume; its keys are good for an hour, and used at once.
+    """
+    if credentials.role is None:
+        return {}
+    more = {"ExternalId": credentials.external_id} if credentials.external_id is not None else {}
+    given = make("sts").assume_role(RoleArn=credentials.role, RoleSessionName=_SESSION, **more)["Credentials"]
+    return {
+        "aws_access_key_id": given["AccessKeyId"],
+        "aws_secret_access_key": given["SecretAccessKey"],
+        "aws_session_token": given["SessionToken"],
+    }
 
 
 def unusable() -> tuple[type[Exception], ...]:
@@ -146,10 +181,11 @@ def unusable() -> tuple[type[Exception], ...]:
     )
 
 
-def open_session(*, instance_auth: bool, popen: Callable[..., Any] | None = None) -> Any:  # noqa: ANN401 (it has no stubs)
+def open_session(profile: str | None = None, *, instance_auth: bool, popen: Callable[..., Any] | None = None) -> Any:  # noqa: ANN401 (it has no stubs)
     """
     Open a session that has credentials. Blocks.
 
+    @param profile: of AWS's configuration files; None for the one of the environment.
     @param instance_auth: use the role of the instance, container or pod alone.
     @param popen: runs a C{credential_process}; none for botocore's own, which may ask a person at a terminal.
     @raise CredentialsError: if there are none.
@@ -157,7 +193,7 @@ def open_session(*, instance_auth: bool, popen: Callable[..., Any] | None = None
     """
     from botocore.session import Session  # noqa: PLC0415
 
-    session = Session()
+    session = Session(profile=profile)
     if instance_auth:
         _only_instance_roles(session)
     elif popen is not None:

@@ -74,6 +74,7 @@ class Example:
             repositories=tuple(Saving(name, int(size * GIB), count) for name, size, count in REPOSITORIES),
             token=TokenState(None, now + 8.02 * HOUR, 2.03 * HOUR, 2),
             upstream=UPSTREAM,
+            registries=(),
             answers={status: Answers(count, int(size * GIB)) for status, count, size in ANSWERS},
             now=Point(5, 12, 11, 180 * MIB, 60 * MIB),
             history=self._history,

@@ -1,0 +1,58 @@
+"""
+The registries as they are asked: each with its own connections, circuit and quotas. Tokens are shared.
+
+A registry is wired when it is asked for first. Those that a wildcard stands for are forgotten, the least recently asked
+first, when there are more than C{MOST}.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from ecrproxy.admin.status import Asking
+from ecrproxy.identity import RegistryId
+from ecrproxy.oci import Route
+from ecrproxy.registries import Known, Registries
+from ecrproxy.registry.upstream import Upstream
+
+MOST: Final = 1000
+"""Registries that are wired at the same time."""
+
+
+class Upstreams:
+    """
+    Gives the upstream of a route.
+
+    @param registries: those that may be asked.
+    @param make: wires one.
+    """
+
+    def __init__(self, registries: Registries, make: Callable[[Known], tuple[Upstream, Asking]]) -> None:
+        self._registries, self._make = registries, make
+        self._made: OrderedDict[RegistryId, tuple[Upstream, Asking]] = OrderedDict()
+        for known in registries.named:
+            self._of(known.identity)
+
+    def __call__(self, route: Route) -> Upstream:
+        """
+        Return the upstream of the registry that C{route} is about.
+        """
+        return self._of(route.repository.registry)[0]
+
+    def askings(self) -> Sequence[Asking]:
+        """
+        List what asks, the default first.
+        """
+        return [asking for _, asking in self._made.values()]
+
+    def _of(self, identity: RegistryId) -> tuple[Upstream, Asking]:
+        made = self._made.get(identity)
+        if made is None:
+            made = self._made[identity] = self._make(self._registries.of(identity))
+            if len(self._made) > MOST:
+                del self._made[next(each for each in self._made if self._registries.is_by_wildcard(each))]
+        elif self._registries.is_by_wildcard(identity):
+            self._made.move_to_end(identity)
+        return made
