@@ -165,19 +165,19 @@ async def undone_if_late(
     in_thread: InThread,
     blocking: Callable[[], T],
     undo: Callable[[T], object],
-    unbegun: Callable[[], object] = lambda: None,
+    unbegun: Callable[[], object] | None = None,
 ) -> T:
     """
     Call C{blocking()} in a thread, and C{undo(result)} if whoever waits for the result leaves, or gives the disk up.
 
-    @param unbegun: called instead if that had not begun by then: it never does.
+    @param unbegun: called instead if that had not begun by then: it never does. Without, it is done late, and undone.
     """
     lock, results, begun, left = threading.Lock(), list[T](), False, False
 
     def call() -> T:
         nonlocal begun
         with lock:
-            if left:
+            if left and unbegun is not None:
                 raise CancelledError
             begun = True
         result = blocking()
@@ -195,7 +195,7 @@ async def undone_if_late(
             left, early, never = True, list(results), not begun
         for result in early:
             undo(result)
-        if never:
+        if never and unbegun is not None:
             unbegun()
         raise
 

@@ -478,7 +478,7 @@ class WaitingTests(SmallCache):
         hung.errback(TimeoutError())
         self.assertIs(Reason.DISK, self.successResultOf(asked))
         self.work()
-        make()
+        self.assertRaises(CancelledError, make)
         self.assert_nothing_arrives()
 
     def test_a_file_that_can_not_be_begun_takes_none(self) -> None:

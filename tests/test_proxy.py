@@ -1745,7 +1745,7 @@ class TagTests(DaemonTestCase):
         """
         hands, told = Hands(), 0
         self.start(in_thread=hands)
-        for steps in range(6):
+        for steps in range(8):
             path = f"/v2/team/app/manifests/left{steps}"
             self.standin.push_image("team/app", f"left{steps}")
             self.get(path)
@@ -1754,8 +1754,8 @@ class TagTests(DaemonTestCase):
             hands.idle = False
             reply = self.daemon.send("GET", path)
             self.flush()
-            for _ in range(min(steps, len(hands.waiting))):
-                hands.work()
+            for _ in range(steps):
+                hands.work(min(1, len(hands.waiting)))
                 self.flush()
             reply.leave()
             self.flush()
