@@ -101,6 +101,9 @@ class Anybody:
     def __float__(self) -> float:
         return 0.0
 
+    def __iter__(self) -> Iterator[Anybody]:
+        return iter((self,))
+
 
 def all_readings() -> Iterator[Reading]:
     """
@@ -129,8 +132,14 @@ def metrics() -> Iterator[tuple[str, str, str, str]]:
 
 
 def _label(reading: Reading) -> str:
-    label = reading.figure.label
-    return f"``{label}`` ({', '.join(f'``{each}``' for each in reading.values())})" if label else ""
+    labels = reading.figure.label.split(",")
+    words = (
+        dict.fromkeys(each.rpartition(",")[2] for each in reading.values())
+        if labels[-1] not in ("", "registry")
+        else {}
+    )
+    told = f" ({', '.join(f'``{each}``' for each in words)})" if words else ""
+    return ", ".join(f"``{each}``" for each in labels if each) + told
 
 
 class Metrics(SphinxDirective):

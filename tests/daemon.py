@@ -15,6 +15,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 import shutil
 import tempfile
 from collections import deque
@@ -536,9 +537,10 @@ class Administered:
 
     def figure(self, line: str) -> float:
         """
-        Read a figure, named with its labels as /metrics has it.
+        Read a figure, named with its labels as /metrics has it, but for the registry, of which there is one.
         """
-        page = self.ask_admin("/metrics").body.decode()
+        page = re.sub(r"\{registry=\"[^\"]*\"\}", "", self.ask_admin("/metrics").body.decode())
+        page = re.sub(r"\{registry=\"[^\"]*\",", "{", page)
         (value,) = [each.rpartition(" ")[2] for each in page.splitlines() if each.rpartition(" ")[0] == line]
         return float(value)
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tracemalloc
 from typing import Any
 
 from twisted.trial.unittest import SynchronousTestCase
@@ -381,25 +380,6 @@ class ErrorTests(SynchronousTestCase):
         )
         self.assertEqual({"Retry-After": "1"}, error.headers)
         self.assertEqual({}, RegistryError(404, "X", "y").headers)
-
-
-class RememberedTests(SynchronousTestCase):
-    def test_long_targets_are_not_remembered(self) -> None:
-        """
-        Clients could fill the memory with them: what is remembered has 4 MiB at most.
-        """
-        tracemalloc.start()
-        self.addCleanup(tracemalloc.stop)
-        before, _ = tracemalloc.get_traced_memory()
-        for size, count in ((400, 4096), (15_000, 400)):
-            for number in range(count):
-                route_to(f"/v2/team/app/manifests/latest?{number:0{size}}")
-        after, _ = tracemalloc.get_traced_memory()
-        self.assertLess(after - before, 4 * 2**20)
-
-    def test_the_same_target_gives_the_same_route(self) -> None:
-        self.assertIs(route_to("/v2/team/app/manifests/v1?x"), route_to("/v2/team/app/manifests/v1?x"))
-        self.assertEqual("x" * 600, route_to("/v2/a/manifests/v1?" + "x" * 600).query)
 
 
 class AcceptTests(SynchronousTestCase):

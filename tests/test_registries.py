@@ -5,11 +5,15 @@ The tables of registries, and which of them a request means.
 from __future__ import annotations
 
 import tomllib
+import tracemalloc
+from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
+from ecrproxy.cache.cache_key import CacheKey
+from ecrproxy.http.web import Registry
 from ecrproxy.identity import RegistryId, Repository
 from ecrproxy.oci import RegistryError, parse_route
 from ecrproxy.registries import Chosen, Registries
@@ -177,3 +181,28 @@ class ChooseTests(SynchronousTestCase):
         found = self.chosen(first + name, ns, host)
         self.assertEqual(found, self.chosen(found.name, found.registry.table.name))
         self.assertEqual(RegistryId.of_url(found.registry.table.endpoint or ""), found.route.repository.registry)
+
+
+class RememberedTests(SynchronousTestCase):
+    def setUp(self) -> None:
+        nothing: Any = None
+        self.resource = Registry(nothing, Registries(parsed(COMPANY)[0]), nothing, CacheKey.parse("$uri"), nothing)
+
+    def test_long_targets_are_not_remembered(self) -> None:
+        """
+        Clients could fill the memory with them: what is remembered has 6 MiB at most.
+        """
+        tracemalloc.start()
+        self.addCleanup(tracemalloc.stop)
+        before, _ = tracemalloc.get_traced_memory()
+        for size, count in ((400, 4096), (15_000, 400)):
+            for number in range(count):
+                self.resource._understood(f"/v2/team/app/manifests/latest?{number:0{size}}", "x")  # noqa: SLF001
+        after, _ = tracemalloc.get_traced_memory()
+        self.assertLess(after - before, 6 * 2**20)
+
+    def test_the_same_target_means_the_same_to_who_calls_the_proxy_the_same(self) -> None:
+        ask = self.resource._understood  # noqa: SLF001
+        self.assertIs(ask("/v2/team/app/manifests/v1", ""), ask("/v2/team/app/manifests/v1", ""))
+        here, there = (ask("/v2/team/app/manifests/v1", host)[0] for host in ("", "us.registry.example"))
+        self.assertNotEqual(here.route.repository, there.route.repository)

@@ -70,7 +70,7 @@ class Registry(Answering):
     ) -> None:
         super().__init__()
         self._pull_through, self._registries = pull_through, registries
-        # 4 MiB at most: a query may have as many bytes as a request.
+        # 6 MiB at most: a query may have as many bytes as a request.
         self._recent = lru_cache(maxsize=2048)(self._choose)
         self._namespaces, self._cache_key, self._in_thread = namespaces, cache_key, in_thread
         self._asks = cache_key.asks
