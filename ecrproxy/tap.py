@@ -57,7 +57,7 @@ from ecrproxy.serving import begin, check_passwords, wire
 from ecrproxy.settings.complaints import Complaint, say, write
 from ecrproxy.settings.config import ADMIN_LISTEN, NO_FILE, Config, ConfigError, Filed, Given, given
 from ecrproxy.settings.contradictions import Machine, load, look_at_log, look_at_settings, refusal
-from ecrproxy.settings.file import read_file
+from ecrproxy.settings.file import for_worker, read_file
 from ecrproxy.settings.options import Options
 from ecrproxy.threads import in_time
 from ecrproxy.workers.channel import Channel, adopt
@@ -103,7 +103,7 @@ def makeService(options: Options) -> Daemon:
             else:
                 # It is read once: a worker that is replaced later is like the others, whatever the file says by then.
                 filed = {name: each[0] for name, each in settings.items() if each is file.settings.get(name)}
-                service = build_parent(config, reactor, leave, supervisor, options.arguments(filed))
+                service = build_parent(config, reactor, leave, supervisor, options.arguments(filed), for_worker(file))
     except ConfigError as problem:
         for line in (*problem.warnings, *map(str, warnings)):
             _complaining(options, file, LogLevel.warn)(f"warning: {line}")
@@ -277,6 +277,7 @@ def build_parent(
     refused: Callable[[CredentialsError], None],
     supervisor: Supervisor | None,
     arguments: Sequence[str],
+    variables: Mapping[str, str],
 ) -> Daemon:
     """
     Wire the parent of workers: sockets that it binds and does not accept from, workers, the operator's port.
@@ -284,6 +285,7 @@ def build_parent(
     What would keep workers from starting is found here, once.
 
     @param arguments: the flags that workers are to be started with.
+    @param variables: what is to be otherwise in their environment.
     """
     service = Daemon(reactor)
     renewing, settling = service.pools.threads(1), service.pools.threads(1)
@@ -297,6 +299,7 @@ def build_parent(
         config.worker_processes,
         listening,
         arguments,
+        variables,
         gathered,
         partial(add_up, figures, incidents),
         lambda problem: refused(CredentialsError(problem)),

@@ -167,7 +167,7 @@ class Several(Administered):
         figures, self.incidents = Figures("0"), Incidents(now)
         counted = partial(add_up, figures, self.incidents)
         reactor = self.machine
-        self.workers = Workers(count, [], [], self.gathered, counted, self.refusals.append, reactor, drain=20)
+        self.workers = Workers(count, [], [], {}, self.gathered, counted, self.refusals.append, reactor, drain=20)
         ask = self.workers.readiness, self.workers.standing
         self.status = Status(standin.registry, figures, *ask, self.incidents, now, self.clock)
         figures.watch(*self.gathered.readings())

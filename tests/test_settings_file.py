@@ -11,7 +11,7 @@ import tomllib
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.settings.config import CONFIG, NO_FILE, SETTINGS, Config, ConfigError
-from ecrproxy.settings.file import LIMIT, parse_file, read_file
+from ecrproxy.settings.file import LIMIT, for_worker, parse_file, read_file
 from tests.caller import Caller
 from tests.store_contract import scratch
 from tests.test_config import ECR, EXAMPLES, MINIMUM, pair_for, value_of
@@ -122,6 +122,15 @@ class RegistriesTests(SynchronousTestCase):
             self.assertEqual([True, False][: len(names)], [each.default for each in config.registries])
             self.assertEqual(endpoint == self.TWO, config.instance_auth)
         self.assertEqual([ECR.removeprefix("https://")], [each.name for each in Config.load({}, MINIMUM).registries])
+
+    def test_are_handed_on_to_workers(self) -> None:
+        """
+        Who read no file, which may say something else by then.
+        """
+        text = f'[registry."{self.TWO}"]\ndefault = true\nhosts = ["a.test"]\n[registry."quay.io"]'
+        filed = parse_file("x.toml", text.encode())
+        self.assertEqual(filed.registries, read_file({}, for_worker(filed)).registries)
+        self.assertEqual(NO_FILE, read_file({}, for_worker(NO_FILE)))
 
     def test_what_contradicts_is_told(self) -> None:
         for text, environ, said in (

@@ -190,7 +190,9 @@ class WorkersTestCase(SynchronousTestCase):
         """
         self.gathered, self.counted, self.refused = Gathered(FIGURES), list[Counted](), list[str]()
         hear = self.counted.append, self.refused.append
-        return Workers(count, [Bound(11), Bound(7)], arguments, self.gathered, *hear, self.reactor, drain=DRAIN)
+        variables = {"PROXY_CONFIG": ""}
+        sockets = [Bound(11), Bound(7)]
+        return Workers(count, sockets, arguments, variables, self.gathered, *hear, self.reactor, drain=DRAIN)
 
 
 class StartTests(WorkersTestCase):

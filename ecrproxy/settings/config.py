@@ -67,10 +67,12 @@ class Filed:
 
     @ivar settings: those that it has.
     @ivar registries: its tables of registries.
+    @ivar tables: the same, as they stand there.
     """
 
     settings: Given = field(default_factory=dict)
     registries: tuple[RegistryTable, ...] = ()
+    tables: Mapping[str, Any] = field(default_factory=dict)
 
 
 NO_FILE: Final = Filed()

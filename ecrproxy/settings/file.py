@@ -6,6 +6,7 @@ Flags and variables win over it, so that one file can serve many machines.
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
@@ -15,8 +16,10 @@ from typing import Final
 from ecrproxy.settings.config import CONFIG, NO_FILE, SETTINGS, ConfigError, Filed, config_file, given
 from ecrproxy.settings.registries import parse_registries
 
-LIMIT: Final = 2**20
-"""Most bytes of the file."""
+LIMIT: Final = 2**16
+"""Most bytes of the file: what it says of registries has room in a variable, for which Linux has 128 KiB."""
+REGISTRIES: Final = "ECRPROXY_REGISTRIES"
+"""The variable in which a worker finds its tables of registries, as JSON."""
 _NAMES: Final = tuple(each.name for each in SETTINGS if each.name != CONFIG)
 
 
@@ -24,11 +27,14 @@ def read_file(flags: Mapping[str, str], environ: Mapping[str, str]) -> Filed:
     """
     Read the configuration file that flags or variables name; without one, nothing is given.
 
+    A worker reads none: it has the settings as flags, and the registries in a variable.
+
     @raise ConfigError: if it can't be read, or is wrong.
     """
     path = config_file(flags, environ)
     if path is None:
-        return NO_FILE
+        tables = json.loads(environ.get(REGISTRIES) or "{}")
+        return Filed(registries=parse_registries("the parent", tables)[0], tables=tables) if tables else NO_FILE
     try:
         with Path(path).open("rb") as file:
             data = file.read(LIMIT + 1)
@@ -36,6 +42,13 @@ def read_file(flags: Mapping[str, str], environ: Mapping[str, str]) -> Filed:
         source = given(flags, environ)[CONFIG][1]
         raise ConfigError(f"{source}={path!r}: can't be read: {problem.strerror}; give a TOML file") from None
     return parse_file(path, data)
+
+
+def for_worker(filed: Filed) -> dict[str, str]:
+    """
+    Return the variables of a worker: what it is not to read anew, for the file may say something else by then.
+    """
+    return {"PROXY_CONFIG": "", REGISTRIES: json.dumps(filed.tables)}
 
 
 def parse_file(name: str, data: bytes) -> Filed:
@@ -54,7 +67,8 @@ def parse_file(name: str, data: bytes) -> Filed:
         raise ConfigError(f"{name}: not UTF-8, as TOML is; write it anew") from None
     except (tomllib.TOMLDecodeError, RecursionError) as problem:
         raise ConfigError(f"{name}: not TOML: {problem}; see docs/reference/daemon.rst") from None
-    registries, wrong = parse_registries(name, table.pop("registry", {}))
+    tables = table.pop("registry", {})
+    registries, wrong = parse_registries(name, tables)
     errors, texts = [*_unknown(name, table), *wrong], {}
     for key in _NAMES:
         if key in table:
@@ -64,7 +78,7 @@ def parse_file(name: str, data: bytes) -> Filed:
                 errors.append(f"{name}: {key}: {problem}")
     if errors:
         raise ConfigError(*errors)
-    return Filed(texts, registries)
+    return Filed(texts, registries, tables)
 
 
 def _unknown(name: str, table: Mapping[str, object]) -> Iterator[str]:

@@ -14,7 +14,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -86,6 +86,7 @@ class Workers(Service):
 
     @param listening: have the file descriptors of the listening sockets, once they are bound.
     @param arguments: the daemon's own flags.
+    @param variables: what is otherwise in a worker's environment.
     @param gathered: receives the figures that workers answer with.
     @param counted: called with what a worker has counted.
     @param refused: called with the reason when AWS refuses a worker's credentials and the cache is empty.
@@ -98,6 +99,7 @@ class Workers(Service):
         count: int,
         listening: Sequence[Any],
         arguments: Sequence[str],
+        variables: Mapping[str, str],
         gathered: Gathered,
         counted: Callable[[Counted], object],
         refused: Callable[[str], object],
@@ -105,7 +107,8 @@ class Workers(Service):
         *,
         drain: float,
     ) -> None:
-        self._count, self._listening, self._arguments = count, listening, list(arguments)
+        self._count, self._listening = count, listening
+        self._arguments, self._variables = list(arguments), dict(variables)
         self._gathered, self._counted, self._refused = gathered, counted, refused
         self._reactor, self._drain = reactor, drain
         self._workers: dict[int, _Worker] = {}
@@ -212,7 +215,7 @@ class Workers(Service):
                     worker,
                     sys.executable,
                     [sys.executable, *_TWISTD, *self._arguments],
-                    {**os.environ, VARIABLE: str(len(sockets)), "PROXY_CONFIG": ""},  # the arguments have what it says
+                    {**os.environ, **self._variables, VARIABLE: str(len(sockets))},
                     childFDs={0: nothing.fileno(), 1: 1, 2: 2, CHANNEL_FD: theirs.fileno(), **inherited},
                 )
         except OSError:
