@@ -64,11 +64,11 @@ from ecrproxy.http.answering import Ready
 from ecrproxy.http.site import make_site
 from ecrproxy.http.web import Registry
 from ecrproxy.identity import RegistryId
-from ecrproxy.metrics import Figures
+from ecrproxy.metrics import Figures, Tally
 from ecrproxy.oci import Digest
 from ecrproxy.proxy import PullThrough
 from ecrproxy.readiness import Readiness, judge
-from ecrproxy.registries import Registries
+from ecrproxy.registries import Known, Registries
 from ecrproxy.registry.circuit import Circuit
 from ecrproxy.registry.connections import connection_pool
 from ecrproxy.registry.ecr import Token, TokenService
@@ -79,10 +79,11 @@ from ecrproxy.registry.quotas import Quotas
 from ecrproxy.registry.retries import Budget
 from ecrproxy.registry.upstream import Upstream
 from ecrproxy.registry.wire import Wire
-from ecrproxy.settings.registries import default_of
+from ecrproxy.settings.registries import RegistryTable, default_of
 from ecrproxy.settings.values import parse_pattern
 from ecrproxy.threads import Disk, InThread
 from ecrproxy.transfer.inflow import Lanes
+from ecrproxy.upstreams import Upstreams
 from tests.registry import StandIn
 from tests.registry_server import QuietSite, noise
 
@@ -545,6 +546,28 @@ class Administered:
         return float(value)
 
 
+class Other:
+    """
+    What asks a registry beside the default one.
+    """
+
+    def __init__(self, table: RegistryTable, standin: StandIn, clock: Clock, tally: Tally) -> None:
+        self.standin, self.back = standin, Network(QuietSite(standin.resource, reactor=clock), clock)
+
+        def issue() -> Deferred[Token]:
+            return deferLater(clock, 0, lambda: Token(standin.issue_token(), clock.seconds() + 12 * 3600))
+
+        self.tokens = TokenService(issue, clock, clock.seconds, chance=lambda: 0.5)
+        wire = Wire(
+            MeteredAgent(self.back.agent(persistent=True), standin.registry, tally, clock), clock, chance=lambda: 0.0
+        )
+        governor, circuit = Governor(Quotas(), 128, clock), Circuit(clock.seconds)
+        self.upstream = Upstream(Endpoint(standin.registry, wire, self.tokens, governor, circuit), wire)
+        self.asking = Asking(
+            name=table.name, tokens=self.tokens, wire=wire, circuit=circuit, governor=governor, clock=clock
+        )
+
+
 class Daemon(Administered):
     """
     The daemon over a stand-in ECR.
@@ -581,6 +604,7 @@ class Daemon(Administered):
         admin_hosts: frozenset[str] = frozenset(),
         pages: Pages | None = None,
         index: Index | None = None,
+        others: Mapping[RegistryTable, StandIn] | None = None,
     ) -> None:
         self.standin, self.clock, self.limit, self.scheme = standin, clock, limit, "http"
         self.set_by = 0.0
@@ -602,8 +626,26 @@ class Daemon(Administered):
         self.lanes = lanes or Lanes()
         self.registry = RegistryId.of_url(standin.registry)
         self.cache = Cache(self.store, self.janitor, disk, self.now)
+        table, others = default_of(standin.registry, "eu-west-1", (), instance_auth=False), others or {}
+        registries = Registries([table, *others], aliases)
+        self.others = {each.name: Other(each, other, clock, self.figures.upstream) for each, other in others.items()}
+
+        def make(known: Known) -> tuple[Upstream, Asking]:
+            other = self.others.get(known.table.name)
+            return (self.upstream, self.asking) if other is None else (other.upstream, other.asking)
+
+        self.asking = Asking(
+            name=table.name,
+            tokens=self.tokens,
+            wire=wire,
+            circuit=self.circuit,
+            governor=self.governor,
+            clock=clock,
+        )
+        upstreams = Upstreams(registries, make)
+        self.askings = upstreams.askings
         self.pull_through = PullThrough(
-            lambda _: self.upstream,
+            upstreams,
             self.cache,
             disk,
             self.now,
@@ -613,8 +655,6 @@ class Daemon(Administered):
             call_later=clock.callLater,
         )
         namespaces = Namespaces(parse_pattern(pattern), at_once, clock)
-        table = default_of(standin.registry, "eu-west-1", (), instance_auth=False)
-        registries = Registries([table], aliases)
         key = CacheKey.parse(cache_key)
         registry = Registry(self.pull_through, registries, lambda _: namespaces, key, disk.reading)
         ready, self.crowd = Ready(self.readiness), Crowd(limits or Limits())
@@ -632,14 +672,6 @@ class Daemon(Administered):
         self.figures.watch(*of_cache(self.store, self.janitor), *of_transfers(self.pull_through))
         self.figures.watch(*of_clients(self.crowd, 100), *of_registries(self.askings))
         self.figures.watch(*of_disk(self.condition))
-        self.asking = Asking(
-            name=table.name,
-            tokens=self.tokens,
-            wire=wire,
-            circuit=self.circuit,
-            governor=self.governor,
-            clock=clock,
-        )
         self.process = Process(self.store, self.janitor, self.askings, self.pull_through, self.readiness, in_thread)
         incidents = Incidents(self.now)
         self.status = Status(
@@ -660,6 +692,8 @@ class Daemon(Administered):
         self.scrub.startService()
         self.purges.startService()
         self.tokens.startService()
+        for other in self.others.values():
+            other.tokens.startService()
         _, sampler = self.status.services  # the other hears the log, which outlives this daemon: see DaemonTestCase
         sampler.startService()
 
@@ -681,12 +715,6 @@ class Daemon(Administered):
         sources = [each.source() for each in self.askings()]
         return judge(draining=False, sources=sources, disk=found.reasons, filled=found.filled)
 
-    def askings(self) -> list[Asking]:
-        """
-        The registries, as tap lists them.
-        """
-        return [self.asking]
-
     def kill(self) -> None:
         """
         End as by SIGKILL: the kernel closes files and connections, and nothing is tidied up.
@@ -705,7 +733,8 @@ class Daemon(Administered):
         """
         for _ in range(100_000):
             self.clock.advance(0)
-            if not (self.back.move() | self.front.move() | self.admin.move()):
+            networks = self.back, self.front, self.admin, *(other.back for other in self.others.values())
+            if not sum(each.move() for each in networks):
                 return
         raise AssertionError("it never comes to rest")
 
