@@ -578,7 +578,7 @@ class Daemon(Administered):
     @ivar set_by: by how many seconds the time of the day was set; the clock that timers go by is never set.
     """
 
-    def __init__(  # noqa: PLR0913 (what a test may want otherwise)
+    def __init__(  # noqa: PLR0913, PLR0915 (what a test may want otherwise)
         self,
         standin: StandIn,
         clock: Clock,

@@ -127,7 +127,7 @@ class RegistriesTests(SynchronousTestCase):
         """
         Who read no file, which may say something else by then.
         """
-        text = f'[registry."{self.TWO}"]\ndefault = true\nhosts = ["a.test"]\n[registry."quay.io"]'
+        text = f'[registry."{self.TWO}"]\ndefault = true\nhosts = ["a.test"]'
         filed = parse_file("x.toml", text.encode())
         self.assertEqual(filed.registries, read_file({}, for_worker(filed)).registries)
         self.assertEqual(NO_FILE, read_file({}, for_worker(NO_FILE)))
@@ -140,7 +140,7 @@ class RegistriesTests(SynchronousTestCase):
                 {"PROXY_ECR_ENDPOINT": self.ONE},
                 f"PROXY_ECR_ENDPOINT='https://{self.ONE}': the file says that {self.TWO} is the default; leave one out",
             ),
-            ('[registry."quay.io"]\ndefault = true', {}, "quay.io is the default, and no registry of ECR"),
+            ('[registry."quay.io"]\ndefault = true', {}, "quay.io: only private registries of ECR are served so far"),
         ):
             problem = self.assertRaises(ConfigError, self.load, text, **environ)
             self.assertIn(said, str(problem))

@@ -131,7 +131,7 @@ class Registry(Answering):
         hit = False
         try:
             if route.kind in (Kind.TAGS, Kind.REFERRERS):
-                await self._send_page(request, route, *await self._pull_through.page(route))
+                await self._send_page(request, *await self._pull_through.page(route))
                 return
             asked = self._asked(request, route)
             if route.kind is Kind.MANIFEST:
@@ -143,9 +143,7 @@ class Registry(Answering):
             request.upstream.stop(counted=not hit)
         await self._send_answer(request, route, answer)
 
-    async def _send_page(
-        self, request: RegistryRequest, route: Route, status: CacheStatus, reason: Reason, page: Page
-    ) -> None:
+    async def _send_page(self, request: RegistryRequest, status: CacheStatus, reason: Reason, page: Page) -> None:
         if page.next is not None:
             # Relative: it leads to the address that the client used, whatever stands between.
             request.setHeader("Link", f'<{request.target.path}?{to_query(passed_on(page.next))}>; rel="next"')

@@ -94,7 +94,7 @@ class Workers(Service):
     @ivar listen: fires once all workers accept connections.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0917 (one for each thing that a worker is started with, and that it tells)
         self,
         count: int,
         listening: Sequence[Any],
