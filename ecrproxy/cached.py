@@ -23,7 +23,7 @@ from functools import partial
 from itertools import islice
 from typing import Final, Protocol, TypeVar
 
-from twisted.internet.defer import Deferred, DeferredSemaphore
+from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 
 from ecrproxy.answers import ANY, Answer, Asked, CacheStatus, manifest_answer
@@ -41,7 +41,7 @@ from ecrproxy.cache.writer import Writer
 from ecrproxy.flights import Flights
 from ecrproxy.identity import RegistryId
 from ecrproxy.oci import BLOB_TYPE, MANIFEST_TYPES, Descriptor, Digest, Document, Kind, Route, listed
-from ecrproxy.ordering import KeyedLocks, Order
+from ecrproxy.ordering import KeyedLocks, Order, Places
 from ecrproxy.reasons import Reason
 from ecrproxy.threads import Disk, on_its_own, undone_if_late
 
@@ -137,7 +137,7 @@ class Cache:
         self._unwritten: dict[EntryKey, Entry] = {}
         self._recording = Counter[EntryKey]()
         self._storing = 0
-        self._hashing = DeferredSemaphore(VERIFICATIONS)
+        self._hashing = Places(VERIFICATIONS)
         self._looks: Flights[tuple[Descriptor, Document] | Reason] = Flights()
         self._reads: Flights[Document | None] = Flights()
 
@@ -475,8 +475,12 @@ class Cache:
         """
         Take one step of a verification. All files advance together: their readers do, and each waits for its own hash.
         """
-        step: Deferred[T] = self._hashing.run(self._disk.hashing, blocking, *args)
-        return step
+
+        async def step() -> T:
+            async with self._hashing.turn():
+                return await self._disk.hashing(blocking, *args)
+
+        return Deferred.fromCoroutine(step())
 
     async def claim(self, digest: Digest) -> Claim | PeerTransfer | Met | Reason:
         """
