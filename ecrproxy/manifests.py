@@ -10,6 +10,7 @@ Rules:
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from itertools import count
@@ -37,7 +38,7 @@ NAMED_SECONDS: Final = 60
 _NAMED_BYTES = 2**20
 """Bytes of memory for such digests."""
 INDEX_SECONDS: Final = 1.0
-"""How long the index has, where ECR can't be asked, to say what other processes know of a tag."""
+"""How long the index has to say what other processes know of a tag where ECR can't be asked, and to forget one."""
 _JOINED = (CacheStatus.JOINED, Reason.IN_FLIGHT)
 
 
@@ -220,10 +221,17 @@ class Manifests:
         @return: the number of the question, and its answer.
         """
         said = await flights.join((asked.route, asked.accept), lambda: self._numbered(ask()))
-        if isinstance(said.answer, RegistryError):  # it is forgotten whether or not the client waits for that
-            key = asked.route, asked.key, asked.accept, said.question
-            await self._forgetting.join(key, lambda: self._cache.forget(asked, said.question))
+        if isinstance(said.answer, RegistryError):
+            with contextlib.suppress(DeadlineExceededError):  # of a slow disk: what ECR said is told all the same
+                await within(INDEX_SECONDS, self._forget(asked, said.question), self._call_later)
         return said.question, _answered(said)
+
+    async def _forget(self, asked: Asked, question: int) -> None:
+        """
+        Have a tag forgotten, whether or not the client waits for that.
+        """
+        key = asked.route, asked.key, asked.accept, question
+        await self._forgetting.join(key, lambda: self._cache.forget(asked, question))
 
     async def _numbered(self, question: Coroutine[Any, Any, T]) -> _Said[T]:
         number = next(self._questions)

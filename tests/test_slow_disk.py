@@ -215,6 +215,21 @@ class SlowTests(DiskTestCase):
         self.assertLess(0, len(self.daemon.cache._unwritten))  # noqa: SLF001
         self.assertLessEqual(len(self.daemon.cache._unwritten), 100)  # noqa: SLF001
 
+    def test_a_tag_that_ecr_no_longer_has_is_not_served_as_last_known(self) -> None:
+        hands = Hands()
+        self.begin(writing=hands)
+        path = "/v2/team/app/manifests/cached"
+        self.get(path)
+        hands.idle = False
+        self.standin.delete_tag("team/app", "cached")
+        reply = self.get(path)
+        self.pass_time(2)
+        self.assertRefused(reply, 404, "MANIFEST_UNKNOWN")
+        hands.idle = True
+        hands.work_off()
+        self.standin.refuse("registry")
+        self.assertRefused(self.get(path), 502, "UNAVAILABLE")
+
 
 class HungTests(DiskTestCase):
     """
