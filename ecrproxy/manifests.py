@@ -140,6 +140,8 @@ class Manifests:
             return await within(STALE_SECONDS, self._ask_for_tag(asked, known), self._call_later)
         except (DeadlineExceededError, UnavailableError) as problem:
             found = await self._latest(asked, await self._last_known(asked, entry), found)
+            if found is None and isinstance(problem, DeadlineExceededError):  # it was forgotten or purged meanwhile
+                return await self._ask_for_tag(asked, known)
             if found is None:
                 raise
             last, document = found

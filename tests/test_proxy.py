@@ -1844,6 +1844,20 @@ class StaleTests(DaemonTestCase):
         self.assertWhole(reply, self.image.manifest, "STALE")
         self.assertEqual("unreachable", reply.header("X-Cache-Reason"))
 
+    def test_who_waits_while_the_last_answer_is_forgotten_waits_for_ecr(self) -> None:
+        """
+        As when another process is told that there is no such tag, or somebody purges it.
+        """
+        self.standin.quirks.latency = 8
+        reply = self.daemon.send("GET", self.path)
+        self.pass_time(2)
+        for key, entry in self.entries().items():
+            self.index.forget_answers(key, entry.answers)
+        self.pass_time(5)
+        self.assertEqual(0, reply.code)
+        self.pass_time(5)
+        self.assertWhole(reply, self.image.manifest, "REVALIDATED")
+
     def test_an_answer_that_comes_late_counts_for_the_next_request(self) -> None:
         moved = self.standin.push_image("team/app", "latest", layers=(b"another",))
         self.standin.quirks.latency = 8
