@@ -222,18 +222,21 @@ class Manifests:
 
         @return: the number of the question, and its answer.
         """
-        said = await flights.join((asked.route, asked.accept), lambda: self._numbered(ask()))
+        said = await flights.join((asked.route, asked.accept), lambda: self._noted(asked, ask()))
         if isinstance(said.answer, RegistryError):
             with contextlib.suppress(DeadlineExceededError):  # of a slow disk: what ECR said is told all the same
                 await within(INDEX_SECONDS, self._forget(asked, said.question), self._call_later)
         return said.question, _answered(said)
 
     async def _forget(self, asked: Asked, question: int) -> None:
-        """
-        Have a tag forgotten, whether or not the client waits for that.
-        """
         key = asked.route, asked.key, asked.accept, question
         await self._forgetting.join(key, lambda: self._cache.forget(asked, question))
+
+    async def _noted(self, asked: Asked, question: Coroutine[Any, Any, T]) -> _Said[T]:
+        said = await self._numbered(question)
+        if isinstance(said.answer, RegistryError):  # it is forgotten, too, if nobody waits for the answer any more
+            on_its_own(self._forget(asked, said.question))
+        return said
 
     async def _numbered(self, question: Coroutine[Any, Any, T]) -> _Said[T]:
         number = next(self._questions)
