@@ -61,6 +61,8 @@ _ORDER_BYTES = 2**10
 """Bytes of memory for the order of what ECR said of tags: it matters for the seconds that a question takes."""
 _ONLY_HEADS_BYTES = 2**20
 """Bytes of memory for what only HEADs have asked for."""
+_WRITTEN_BYTES = 2**20
+"""Bytes of memory for which tags were written to the index lately."""
 _LEARNT_BYTES = 2**20
 """Bytes of memory for which manifests gave facts lately."""
 _OWN_TYPES_BYTES = 2**20
@@ -133,6 +135,7 @@ class Cache:
         self._entries: Memory[EntryKey, Entry] = Memory(_ENTRIES_BYTES)
         self._learnt: Memory[tuple[str, Descriptor], float] = Memory(_LEARNT_BYTES)
         self._only_heads: Memory[tuple[EntryKey, frozenset[str]], bool] = Memory(_ONLY_HEADS_BYTES)
+        self._written: Memory[tuple[EntryKey, frozenset[str]], float] = Memory(_WRITTEN_BYTES)
         self._verifications: dict[tuple[Digest, int], Verification] = {}
         self._unwritten: dict[EntryKey, Entry] = {}
         self._recording = Counter[EntryKey]()
@@ -721,7 +724,8 @@ class Cache:
             facts: Facts = ()
             if changed and document is not None and self._may_learn(asked.route.repository, descriptor):
                 facts = await self._learned(asked.route.repository, descriptor, document)
-            if changed or known is None or not 0 <= self._now() - known.when < _UNWRITTEN_SECONDS:
+            written = self._written.get((key, asked.accept))
+            if changed or written is None or not 0 <= self._now() - written < _UNWRITTEN_SECONDS:
                 await self._locks.run(key, partial(self._write_latest, key, asked.accept))
             await self._save(facts)
         finally:
@@ -838,9 +842,17 @@ class Cache:
         A late write brings back nothing that was forgotten or purged meanwhile.
         """
         entry = self._entries.get(key)
-        if entry is not None and accept in entry.answers:
-            with contextlib.suppress(OSError):
-                await self._disk.writing(self.store.save, (key, Entry({accept: entry.answers[accept]})))
+        if entry is None or accept not in entry.answers:
+            return
+        self._written.put((key, accept), self._now(), 500 + 100 * len(accept))
+        noted = False
+        try:
+            noted = await self._disk.writing(self.store.save, (key, Entry({accept: entry.answers[accept]})))
+        except OSError as problem:
+            log.debug("Not noted on the disk: {problem}", problem=problem)
+        finally:
+            if not noted:  # the next confirmation tries again: the index may name what the tag led to before
+                self._written.drop((key, accept))
 
 
 def _weight(document: Document) -> int:

@@ -9,10 +9,10 @@ import gc
 from collections.abc import Callable
 from typing import Any
 
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, fail
 
 from ecrproxy import cached
-from ecrproxy.cache import writer
+from ecrproxy.cache import index, writer
 from ecrproxy.threads import Bounded, Disk
 from ecrproxy.transfer import download
 from tests.daemon import DaemonTestCase, Hands, Reply, at_once, noise
@@ -77,6 +77,35 @@ class BrokenTests(DiskTestCase):
         for reply, data in zip(replies, (self.data, noise("other", 3_000_000)), strict=True):
             self.assertWhole(reply, data, "BYPASS")
         hands.work_off()
+
+    def test_what_a_tag_leads_to_is_written_once_that_can_be(self) -> None:
+        """
+        However often the tag is asked for meanwhile: else the image of before would be served when ECR is silent.
+        """
+
+        def writing(blocking: Callable[..., Any], *args: Any) -> Deferred[Any]:
+            return fail(TimeoutError(errno.ETIMEDOUT, "")) if hangs else at_once(blocking, *args)
+
+        for broken in ("a disk that hangs", "an index for which too much waits"):
+            hangs = False
+            self.start(disk=Disk(**{**dict.fromkeys(KINDS, at_once), "writing": writing}))
+            path = "/v2/team/app/manifests/cached"
+            self.standin.push_image("team/app", "cached", layers=[])
+            self.get(path)
+            self.pass_time(100)
+            moved = self.standin.push_image("team/app", "cached")
+            self.get(self.manifest(moved.digest))
+            hangs = broken == "a disk that hangs"
+            patch = self.patch(index, "LATE_ENTRIES", index.LATE_ENTRIES if hangs else 0)
+            self.assertWhole(self.get(path), moved.manifest)
+            hangs = False
+            patch.restore()
+            for _ in range(8):
+                self.pass_time(10)
+                self.assertWhole(self.get(path), moved.manifest, "REVALIDATED")
+            self.standin.refuse("registry")
+            self.assertWhole(self.get(path), moved.manifest, "STALE")
+            self.standin.heal()
 
     def test_a_file_that_cannot_be_made_leaves_neither_a_connection_nor_a_promise(self) -> None:
         """

@@ -841,20 +841,22 @@ class Index:
         self.wait()
         return self._entry(key)
 
-    def save(self, entries: Sequence[tuple[EntryKey, Entry]]) -> None:
+    def save(self, entries: Sequence[tuple[EntryKey, Entry]]) -> bool:
         """
         Note entries in one transaction: each answer in place of the one that was known to the same set of types.
 
-        They are lost if much waits for another try: ECR can be asked again.
+        @return: False if they are lost, for much waits for another try: ECR can be asked again.
         """
         with self._noting:
             waiting = sum(each.entries for each in (*self._making, *self._late))
-        if len(self._late) < LATE_SAVES and waiting < LATE_ENTRIES:
-            self._wait_in_line(_Change(lambda rows: rows.save(entries), entries=len(entries)))
-            with self._noting:
-                for key, entry in entries:
-                    self._forgotten.get(key, set()).difference_update(entry.answers)
-            self._go_on()
+        if len(self._late) >= LATE_SAVES or waiting >= LATE_ENTRIES:
+            return False
+        self._wait_in_line(_Change(lambda rows: rows.save(entries), entries=len(entries)))
+        with self._noting:
+            for key, entry in entries:
+                self._forgotten.get(key, set()).difference_update(entry.answers)
+        self._go_on()
+        return True
 
     def forget(self, *keys: EntryKey) -> None:
         """

@@ -463,11 +463,11 @@ class Store:
         take_over_one(self.root, self.index, key)
         return self.index.written(key)
 
-    def save(self, *entries: tuple[EntryKey, Entry]) -> None:
+    def save(self, *entries: tuple[EntryKey, Entry]) -> bool:
         """
-        Note what is known, all of it or nothing.
+        Note what is known, all of it or nothing; return whether it is, or is to be.
         """
-        self.index.save(entries)
+        return self.index.save(entries)
 
     def evict_unused(self, files: Iterable[Digest | Reservation]) -> list[Digest | Reservation]:
         """
