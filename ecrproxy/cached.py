@@ -773,8 +773,9 @@ class Cache:
             return
         if left:
             self._hold_entry(key, replace(entry, answers={accept: entry.answers[accept] for accept in left}))
+        self.store.index.hide_answers(key, types.keys() - left)  # whatever becomes of the thread
         with contextlib.suppress(OSError):
-            await self._disk.writing(self.store.index.forget_answers, key, types.keys() - left)
+            await self._disk.writing(self.store.index.go_on)
 
     def _may_learn(self, repository: str, descriptor: Descriptor) -> bool:
         """

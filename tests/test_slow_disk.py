@@ -107,6 +107,27 @@ class BrokenTests(DiskTestCase):
             self.assertWhole(self.get(path), moved.manifest, "STALE")
             self.standin.heal()
 
+    def test_a_tag_that_ecr_has_not_is_forgotten_though_the_disk_hangs(self) -> None:
+        """
+        It is not served when ECR is silent, once the disk answers again.
+        """
+
+        def writing(blocking: Callable[..., Any], *args: Any) -> Deferred[Any]:
+            return fail(TimeoutError(errno.ETIMEDOUT, "")) if hangs else at_once(blocking, *args)
+
+        hangs = False
+        self.start(disk=Disk(**{**dict.fromkeys(KINDS, at_once), "writing": writing}))
+        path = "/v2/team/app/manifests/cached"
+        self.get(path)
+        self.standin.delete_tag("team/app", "cached")
+        hangs = True
+        self.assertEqual(404, self.get(path).code)
+        hangs = False
+        self.standin.refuse("registry")
+        self.assertRefused(self.get(path), 502, "UNAVAILABLE")
+        self.pass_time(2)
+        self.assertRefused(self.get(path), 502, "UNAVAILABLE")
+
     def test_a_file_that_cannot_be_made_leaves_neither_a_connection_nor_a_promise(self) -> None:
         """
         Whatever the reason, such as that no thread can be started. The bucket's headers have come by then.

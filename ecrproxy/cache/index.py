@@ -419,7 +419,7 @@ class Index:
         Have something changed, now or when that can be.
         """
         self._wait_in_line(_Change(change, promised))
-        self._go_on()
+        self.go_on()
 
     def _change_now(self, change: Callable[[Rows], T]) -> T:
         """
@@ -430,7 +430,7 @@ class Index:
         waiting = _Change(change, over=(over := threading.Event()))
         self._refuse_if_occupied()
         self._wait_in_line(waiting)
-        self._go_on()
+        self.go_on()
         if not over.wait(0 if self.elsewhere is None else WAIT_SECONDS):
             with self._noting, contextlib.suppress(ValueError):
                 self._late.remove(waiting)
@@ -459,7 +459,10 @@ class Index:
         with self._noting:
             self._late.append(change)
 
-    def _go_on(self) -> None:
+    def go_on(self) -> None:
+        """
+        Make the changes that wait, or have them made.
+        """
         (self.elsewhere or self.catch_up)()
 
     def _is_occupied(self) -> bool:
@@ -855,7 +858,7 @@ class Index:
         with self._noting:
             for key, entry in entries:
                 self._forgotten.get(key, set()).difference_update(entry.answers)
-        self._go_on()
+        self.go_on()
         return True
 
     def forget(self, *keys: EntryKey) -> None:
@@ -868,11 +871,17 @@ class Index:
         """
         Drop what a tag led to for some sets of types.
         """
+        self.hide_answers(key, accepts)
+        self.go_on()
+
+    def hide_answers(self, key: EntryKey, accepts: Iterable[frozenset[str]]) -> None:
+        """
+        Tell no more what a tag led to for some sets of types; it is dropped with the next L{go_on}. Waits for no disk.
+        """
         accepts = list(accepts)
         self._wait_in_line(_Change(lambda rows: rows.forget_answers(key, accepts)))
         with self._noting:
             self._forgotten.setdefault(key, set()).update(accepts)
-        self._go_on()
 
     def entries(self) -> Iterator[tuple[EntryKey, Entry, float]]:
         """
