@@ -121,6 +121,35 @@ class ClaimTests(ArrivingTests):
         put(self.store, DATA)
         self.assertEqual((Met.CONTENT, []), (self.store.claim(DIGEST), self.names()))
 
+    def test_a_second_name_of_a_file_elsewhere_is_not_written_to(self) -> None:
+        """
+        It loses this name, and the next transfer is kept again.
+        """
+        other = self.store.root / "elsewhere"
+        other.write_bytes(b"precious")
+        self.path.hardlink_to(other)
+        self.assertRaises(OSError, self.store.claim, DIGEST)
+        self.assertEqual((b"precious", False), (other.read_bytes(), self.path.exists()))
+        self.assertIsInstance(self.store.claim(DIGEST), Claim)
+
+    def test_another_users_transfer_is_not_followed(self) -> None:
+        """
+        He may write a record that calls anything verified.
+        """
+        claim = self.store.claim(DIGEST)
+        assert isinstance(claim, Claim)
+        self.addCleanup(self.store.writer(claim, DIGEST, SIZE).discard)
+        self.peer()
+        self.store.directory.owners.clear()
+        self.assertEqual(Met.BUSY, self.store.claim(DIGEST))
+
+    def test_another_users_content_is_replaced(self) -> None:
+        put(self.store, DATA)
+        self.store.proofs.forget(DIGEST)
+        self.store.directory.owners.clear()
+        self.assertIsInstance(self.store.claim(DIGEST), Claim)
+        self.assertFalse((self.store.root / self.store.content_path(DIGEST)).exists())
+
     def test_known_bad_content_is_replaced(self) -> None:
         put(self.store, DATA)
         path = self.store.root / self.store.content_path(DIGEST)

@@ -583,6 +583,28 @@ class ContentTests(StoreTests):
         self.assertFalse(self.store.has(Digest.of(b"x")))
         self.assertIsNone(self.store.open(Digest.of(b"x")))
 
+    def test_another_users_file_is_a_miss(self) -> None:
+        """
+        Its owner could change it after it was verified, and set its time back.
+        """
+        digest = put(self.store, b"x")
+        self.store.proofs.forget(digest)
+        self.store.directory.owners.clear()
+        self.assertFalse(self.store.has(digest))
+        self.assertIsNone(self.store.open(digest))
+        self.assertFalse(self.path_of(digest).exists())
+
+    def test_whoever_the_file_system_gives_our_files_to_is_believed(self) -> None:
+        """
+        NFS and FUSE may give all files to one user, who is not the daemon's.
+        """
+        digest = put(self.store, b"x")
+        self.store.proofs.forget(digest)
+        self.store.directory.owners.clear()
+        self.store.check()
+        self.assertTrue(self.store.has(digest))
+        self.assertIsNotNone(self.store.open(digest))
+
     def test_content_that_cannot_be_opened_is_a_miss_and_logged(self) -> None:
         """
         A file of somebody else's costs a transfer, and the operator is told why.

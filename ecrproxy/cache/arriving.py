@@ -28,7 +28,7 @@ from typing import Final, NamedTuple
 from ecrproxy.cache.allocation import allocate
 from ecrproxy.cache.claim import SUFFIX, Claim, claim_path
 from ecrproxy.cache.directory import Directory
-from ecrproxy.cache.locks import is_free, is_in_place, open_in_place, own, remove_unused, share
+from ecrproxy.cache.locks import is_free, is_in_place, open_in_place, own, remove_unused, see_one_name, share
 from ecrproxy.cache.paths import arriving_path
 from ecrproxy.cache.peer import PeerTransfer
 from ecrproxy.cache.record import WORTH_RESUMING, Record, Reserved, State, room_for
@@ -80,7 +80,7 @@ class Arriving:
         data = self._data(digest)
         claim = Claim.take(data)
         if claim is None:
-            return PeerTransfer.open(data, self.directory.boot) or Met.BUSY
+            return PeerTransfer.open(data, self.directory) or Met.BUSY
         try:
             found = self._find_content(digest)
             if found is Met.BUSY:
@@ -182,6 +182,7 @@ class Arriving:
         try:
             claim.check()
             _share(fd, claim)
+            see_one_name(fd, claim.data)
             writer = Writer(self.directory, claim, digest, record.size, fd)
             writer.begin(record)
         except BaseException:
@@ -194,7 +195,7 @@ class Arriving:
         """
         Find out whether the digest is content, or is being evicted. The claim is held.
 
-        Content that this process knows to be bad is removed, and does not count.
+        Content that this process knows to be bad, or that another user may change, is removed, and does not count.
         """
         path = self.directory.content(digest)
         try:
@@ -204,7 +205,8 @@ class Arriving:
         try:
             if not share(fd, path):
                 return Met.BUSY if is_in_place(fd, path) else None
-            if self.directory.proofs.verdict(digest, os.fstat(fd)) is not False:
+            status = os.fstat(fd)
+            if self.directory.is_own(status) and self.directory.proofs.verdict(digest, status) is not False:
                 return Met.CONTENT
             with contextlib.suppress(OSError):  # it is replaced then
                 path.unlink()
