@@ -30,7 +30,7 @@ class Directory:
     @ivar proofs: is told of files that were verified.
     @ivar troubles: is told of disk errors.
     @ivar boot: see L{claim.boot_id}.
-    @ivar owners: the users whose files are believed: this one, root, and whoever owns the directory.
+    @ivar owners: the users, besides this one, whose files are believed: root, and whoever owns the directory.
     """
 
     root: Path
@@ -39,7 +39,7 @@ class Directory:
     proofs: Proofs
     troubles: Troubles
     boot: bytes = field(default_factory=boot_id)
-    owners: set[int] = field(default_factory=lambda: {0, os.geteuid()})
+    owners: set[int] = field(default_factory=lambda: {0})
 
     def content(self, digest: Digest) -> Path:
         """
@@ -51,7 +51,7 @@ class Directory:
         """
         Return False if a file is another user's, who may write to it unseen: through a mapping, or with a forged time.
         """
-        return status.st_uid in self.owners
+        return status.st_uid in self.owners or status.st_uid == os.geteuid()  # which twistd --uid changes
 
 
 def without_waiting(path: str, flags: int) -> int:

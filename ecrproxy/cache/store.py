@@ -211,7 +211,7 @@ class Store:
         """
         See whose the file system says that our files are: NFS and FUSE may give all of them to one user.
         """
-        with contextlib.suppress(OSError), TemporaryFile(dir=self.arriving.folder) as file:
+        with contextlib.suppress(OSError), TemporaryFile(prefix="probe.", dir=self.arriving.folder) as file:
             self.directory.owners.add(os.fstat(file.fileno()).st_uid)
 
     @property
