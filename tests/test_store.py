@@ -23,6 +23,7 @@ from ecrproxy.cache.claim import Claim
 from ecrproxy.cache.content import DigestMismatchError
 from ecrproxy.cache.entries import ANSWERS_LIMIT, Entry, EntryKey
 from ecrproxy.cache.index import Index
+from ecrproxy.cache.inventory import Inventory
 from ecrproxy.cache.paths import arriving_path
 from ecrproxy.cache.scrub import scrub
 from ecrproxy.cache.sqlite import Rows
@@ -592,6 +593,17 @@ class ContentTests(StoreTests):
         self.store.directory.owners.clear()
         self.patch(os, "geteuid", lambda: -1)
         self.assertFalse(self.store.has(digest))
+        self.assertIsNone(self.store.open(digest))
+        self.assertFalse(self.path_of(digest).exists())
+
+    def test_another_users_file_is_a_miss_though_it_was_verified(self) -> None:
+        """
+        As C{ecr-proxy verify} does, whose ever it is.
+        """
+        digest = put(self.store, b"x")
+        self.store.directory.owners.clear()
+        self.patch(os, "geteuid", lambda: -1)
+        self.assertEqual("good", list(Inventory(self.store).verify(digest, keep=False))[-1]["verdict"])
         self.assertIsNone(self.store.open(digest))
         self.assertFalse(self.path_of(digest).exists())
 

@@ -61,6 +61,12 @@ class Claim:
             if not replaced:
                 return None
 
+    def fileno(self) -> int:
+        """
+        Return the file descriptor of the claim.
+        """
+        return self._fd
+
     def resumes(self, size: int) -> bool:
         """
         Return True if an earlier holder left data of a blob of this size to resume.

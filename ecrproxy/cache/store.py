@@ -388,7 +388,7 @@ class Store:
         self.troubles.succeeded(Kind.READ)
         file, status = found
         verdict = self.proofs.verdict(digest, status)
-        if verdict is None and not (stat.S_ISREG(status.st_mode) and self.directory.is_own(status)):
+        if verdict is not False and not (stat.S_ISREG(status.st_mode) and self.directory.is_own(status)):
             why = "it is another user's" if stat.S_ISREG(status.st_mode) else "it is no file"
             self.drop(digest, status, DigestMismatchError(why))
             verdict = False
