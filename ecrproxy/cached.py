@@ -139,6 +139,7 @@ class Cache:
         self._verifications: dict[tuple[Digest, int], Verification] = {}
         self._unwritten: dict[EntryKey, Entry] = {}
         self._recording = Counter[EntryKey]()
+        self._to_write: set[tuple[EntryKey, frozenset[str]]] = set()
         self._storing = 0
         self._hashing = Places(VERIFICATIONS)
         self._looks: Flights[tuple[Descriptor, Document] | Reason] = Flights()
@@ -338,12 +339,17 @@ class Cache:
         """
         Recall or read what is known of a tag; an empty entry if nothing is.
         """
-        key = self._key(asked)
+        return await self._entry(self._key(asked)) or Entry()
+
+    async def _entry(self, key: EntryKey) -> Entry | None:
+        """
+        Recall or read what is known of a tag; none if that can't be read.
+        """
         entry = self._entries.get(key)
         if entry is None:
             with contextlib.suppress(OSError):
-                entry = await self._disk.reading(self.store.entry, key)
-        return entry or Entry()
+                entry = await self._disk.reading(self.store.entry, key) or Entry()
+        return entry
 
     async def last_known(self, asked: Asked) -> Entry:
         """
@@ -351,11 +357,13 @@ class Cache:
 
         The memory does not hear of what others are told: it is for what ECR is asked about all the same.
         """
-        key = self._key(asked)
+        return await self._last_known(self._key(asked)) or Entry()
+
+    async def _last_known(self, key: EntryKey) -> Entry | None:
         if not self._recording[key]:  # else the memory is ahead of the index
             with contextlib.suppress(OSError):
                 return await self._disk.reading(self.store.written, key) or Entry()
-        return await self.entry(asked)
+        return await self._entry(key)
 
     def note(self, asked: Asked, known: Descriptor) -> None:
         """
@@ -724,8 +732,11 @@ class Cache:
             facts: Facts = ()
             if changed and document is not None and self._may_learn(asked.route.repository, descriptor):
                 facts = await self._learned(asked.route.repository, descriptor, document)
-            written = self._written.get((key, asked.accept))
-            if changed or written is None or not 0 <= self._now() - written < _UNWRITTEN_SECONDS:
+            about = key, asked.accept
+            written = self._written.get(about)
+            due = changed or written is None or not 0 <= self._now() - written < _UNWRITTEN_SECONDS
+            if due and about not in self._to_write:  # else what is in line writes this too
+                self._to_write.add(about)
                 await self._locks.run(key, partial(self._write_latest, key, asked.accept))
             await self._save(facts)
         finally:
@@ -763,15 +774,18 @@ class Cache:
         await self._locks.run(key, partial(self._forget, key, asked, question))
 
     async def _forget(self, key: EntryKey, asked: Asked, question: int) -> None:
-        entry, order = await self.last_known(asked), self._order(key)
-        types = {accept: known.descriptor.media_type for accept, known in entry.answers.items()}
+        entry, order = await self._last_known(key), self._order(key)
+        if entry is None:  # a disk that hangs may know it
+            types = {asked.accept: ""}
+        else:
+            types = {accept: known.descriptor.media_type for accept, known in entry.answers.items()}
         left = order.forget(asked.accept, question, types)
         if types and left == types.keys():
             return
         self._entries.drop(key)
         if not types:
             return
-        if left:
+        if entry is not None and left:
             self._hold_entry(key, replace(entry, answers={accept: entry.answers[accept] for accept in left}))
         self.store.index.hide_answers(key, types.keys() - left)  # whatever becomes of the thread
         with contextlib.suppress(OSError):
@@ -842,6 +856,7 @@ class Cache:
 
         A late write brings back nothing that was forgotten or purged meanwhile.
         """
+        self._to_write.discard((key, accept))
         entry = self._entries.get(key)
         if entry is None or accept not in entry.answers:
             return

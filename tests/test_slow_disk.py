@@ -128,6 +128,46 @@ class BrokenTests(DiskTestCase):
         self.pass_time(2)
         self.assertRefused(self.get(path), 502, "UNAVAILABLE")
 
+    def test_a_tag_that_ecr_has_not_is_forgotten_though_it_cannot_be_read_what_is_known_of_it(self) -> None:
+        """
+        As after a start, when the memory knows nothing of it.
+        """
+
+        def reading(blocking: Callable[..., Any], *args: Any) -> Deferred[Any]:
+            return fail(TimeoutError(errno.ETIMEDOUT, "")) if hangs else at_once(blocking, *args)
+
+        hangs = False
+        self.start(disk=Disk(**{**dict.fromkeys(KINDS, at_once), "reading": reading}))
+        self.standin.delete_tag("team/app", "cached")
+        hangs = True
+        self.assertEqual(404, self.get("/v2/team/app/manifests/cached").code)
+        hangs = False
+        self.standin.refuse("registry")
+        self.assertRefused(self.get("/v2/team/app/manifests/cached"), 502, "UNAVAILABLE")
+
+    def test_a_tag_that_many_ask_for_is_written_once_or_twice(self) -> None:
+        """
+        Not once for each of them: whatever comes after would wait for all of that.
+        """
+        for broken in (False, True):
+            tried, hands = list[object](), Hands()
+
+            def writing(blocking: Callable[..., Any], *args: Any) -> Deferred[Any]:
+                tried.append(args)  # noqa: B023 (called before the next turn)
+                return fail(TimeoutError(errno.ETIMEDOUT, "")) if broken else at_once(blocking, *args)  # noqa: B023
+
+            kinds: dict[str, Any] = {**dict.fromkeys(KINDS, at_once), "reading": hands, "writing": writing}
+            self.start(disk=Disk(**kinds))
+            hands.idle = False
+            replies = [
+                self.daemon.send("GET", f"/v2/team/app/manifests/{'cached' if broken else 'new'}") for _ in "x" * 50
+            ]
+            for _ in range(5):
+                self.flush()
+                hands.work_off()
+            self.assertEqual({200}, {each.code for each in replies})
+            self.assertLess(len(tried), 5)
+
     def test_a_file_that_cannot_be_made_leaves_neither_a_connection_nor_a_promise(self) -> None:
         """
         Whatever the reason, such as that no thread can be started. The bucket's headers have come by then.

@@ -881,7 +881,8 @@ class Index:
         accepts = list(accepts)
         self._wait_in_line(_Change(lambda rows: rows.forget_answers(key, accepts)))
         with self._noting:
-            self._forgotten.setdefault(key, set()).update(accepts)
+            if key in self._forgotten or len(self._forgotten) < LATE:  # as many as wait to be dropped
+                self._forgotten.setdefault(key, set()).update(accepts)
 
     def entries(self) -> Iterator[tuple[EntryKey, Entry, float]]:
         """
