@@ -771,25 +771,35 @@ class Cache:
         @param question: the number of the question; what was answered to later ones stays.
         """
         key = self._key(asked)
+        if (entry := self._entries.get(key)) is not None:  # at once: a slow write of it may come first
+            self._deny(key, asked, question, entry)
         await self._locks.run(key, partial(self._forget, key, asked, question))
 
     async def _forget(self, key: EntryKey, asked: Asked, question: int) -> None:
-        entry, order = await self._last_known(key), self._order(key)
-        if entry is None:  # a disk that hangs may know it
-            types = {asked.accept: ""}
-        else:
+        if self._deny(key, asked, question, await self._last_known(key)):
+            with contextlib.suppress(OSError):
+                await self._disk.writing(self.store.index.go_on)
+
+    def _deny(self, key: EntryKey, asked: Asked, question: int, entry: Entry | None) -> bool:
+        """
+        Drop from memory what a 404 denies, and tell it no more; return whether there was any.
+
+        @param entry: what is known; none if that can't be read, as on a disk that hangs: it may be there.
+        """
+        types = {asked.accept: ""}
+        if entry is not None:
             types = {accept: known.descriptor.media_type for accept, known in entry.answers.items()}
-        left = order.forget(asked.accept, question, types)
+        left = self._order(key).forget(asked.accept, question, types)
         if types and left == types.keys():
-            return
+            return False
         self._entries.drop(key)
-        if not types:
-            return
         if entry is not None and left:
             self._hold_entry(key, replace(entry, answers={accept: entry.answers[accept] for accept in left}))
-        self.store.index.hide_answers(key, types.keys() - left)  # whatever becomes of the thread
-        with contextlib.suppress(OSError):
-            await self._disk.writing(self.store.index.go_on)
+        if types:
+            self.store.index.hide_answers(key, types.keys() - left)  # whatever becomes of the thread
+        for accept in types.keys() - left:
+            self._written.drop((key, accept))
+        return bool(types)
 
     def _may_learn(self, repository: str, descriptor: Descriptor) -> bool:
         """

@@ -320,6 +320,30 @@ class SlowTests(DiskTestCase):
         self.standin.refuse("registry")
         self.assertRefused(self.get(path), 502, "UNAVAILABLE")
 
+    def test_a_tag_that_went_is_not_served_as_last_known_while_it_is_still_being_written(self) -> None:
+        hands, path = Hands(), "/v2/team/app/manifests/new"
+        self.begin(writing=hands)
+        hands.idle = False
+        self.assertWhole(self.get(path), self.new.manifest)
+        self.standin.delete_tag("team/app", "new")
+        reply = self.get(path)
+        self.pass_time(2)
+        self.assertRefused(reply, 404, "MANIFEST_UNKNOWN")
+        for _ in range(3):
+            self.standin.refuse("registry")
+            reply = self.get(path)
+            self.pass_time(2)
+            self.assertRefused(reply, 502, "UNAVAILABLE")
+            self.standin.heal()
+            hands.work(min(1, len(hands.waiting)))
+            self.flush()
+        hands.idle = True
+        hands.work_off()
+        self.standin.push_image("team/app", "new")
+        self.assertEqual(200, self.get(path).code)
+        self.standin.refuse("registry")
+        self.assertEqual((200, "STALE"), ((reply := self.get(path)).code, reply.cache))
+
 
 class HungTests(DiskTestCase):
     """
