@@ -211,6 +211,30 @@ class SlowTests(DiskTestCase):
         hands.work_off()
         self.assertWhole(self.get(self.unknown), self.data, "HIT")
 
+    def test_many_who_miss_do_not_wait_for_each_other_at_the_disk(self) -> None:
+        """
+        Each call returns in time, but each has to wait for all before it: who has waited for long needs no disk.
+        """
+        hands = Hands()
+        threads = self.bounded(hands, 1)
+        hands.idle = True
+        self.begin(writing=threads)
+        hands.idle = False
+        data = [noise(f"miss {number}", 100_000) for number in range(3)]
+        replies = [self.daemon.send("GET", self.path(self.standin.push_blob("team/app", each))) for each in data]
+        self.flush()
+        self.clock.advance(SECONDS - 1)
+        hands.work()
+        self.flush()
+        self.clock.advance(1)
+        self.flush()
+        self.assertWhole(replies[2], data[2], "BYPASS")
+        while hands.waiting:
+            hands.work()
+            self.flush()
+        for reply, each in zip(replies[:2], data, strict=False):
+            self.assertWhole(reply, each, "MISS")
+
     def test_a_large_file_is_flushed_a_piece_at_a_time(self) -> None:
         """
         However long all of it takes: no call has more to do than is done in its time.
