@@ -34,7 +34,7 @@ class Lists:
 
     def __init__(self, upstream: Upstream, call_later: Callable[..., IDelayedCall]) -> None:
         self._upstream, self._call_later = upstream, call_later
-        self._pages: Flights[Page] = Flights(abandons=True)
+        self._pages: Flights[Page] = Flights(abandons=True, foreseen=RegistryError)
         self._last_pages: Memory[str, Page] = Memory(_PAGES_BYTES)
         self._sent_pages: WeakValueDictionary[str, Page] = WeakValueDictionary()
 

@@ -61,8 +61,8 @@ class Manifests:
     ) -> None:
         self._upstream, self._cache, self._now = upstream, cache, now
         self._call_later, self._tag_ttl = call_later, tag_ttl
-        self._heads: Flights[_Said[Descriptor | None]] = Flights()
-        self._manifests: Flights[_Said[tuple[Descriptor, Document]]] = Flights()
+        self._heads: Flights[_Said[Descriptor | None]] = Flights(foreseen=RegistryError)
+        self._manifests: Flights[_Said[tuple[Descriptor, Document]]] = Flights(foreseen=RegistryError)
         self._forgetting: Flights[None] = Flights()
         self._questions = count(1)
         self._named: Memory[tuple[str, Digest], _Named] = Memory(_NAMED_BYTES)
