@@ -23,7 +23,7 @@ from functools import partial
 from itertools import islice
 from typing import Final, Protocol, TypeVar
 
-from twisted.internet.defer import Deferred, DeferredSemaphore
+from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 
 from ecrproxy.answers import ANY, Answer, Asked, CacheStatus, manifest_answer
@@ -41,7 +41,7 @@ from ecrproxy.cache.writer import Writer
 from ecrproxy.flights import Flights
 from ecrproxy.identity import Repository
 from ecrproxy.oci import BLOB_TYPE, MANIFEST_TYPES, Descriptor, Digest, Document, Kind, Route, listed
-from ecrproxy.ordering import KeyedLocks, Order
+from ecrproxy.ordering import KeyedLocks, Order, Places
 from ecrproxy.reasons import Reason
 from ecrproxy.threads import Disk, on_its_own, undone_if_late
 
@@ -61,6 +61,8 @@ _ORDER_BYTES = 2**10
 """Bytes of memory for the order of what ECR said of tags: it matters for the seconds that a question takes."""
 _ONLY_HEADS_BYTES = 2**20
 """Bytes of memory for what only HEADs have asked for."""
+_WRITTEN_BYTES = 2**20
+"""Bytes of memory for which tags were written to the index lately."""
 _LEARNT_BYTES = 2**20
 """Bytes of memory for which manifests gave facts lately."""
 _OWN_TYPES_BYTES = 2**20
@@ -131,11 +133,13 @@ class Cache:
         self._entries: Memory[EntryKey, Entry] = Memory(_ENTRIES_BYTES)
         self._learnt: Memory[tuple[Repository, Descriptor], float] = Memory(_LEARNT_BYTES)
         self._only_heads: Memory[tuple[EntryKey, frozenset[str]], bool] = Memory(_ONLY_HEADS_BYTES)
+        self._written: Memory[tuple[EntryKey, frozenset[str]], float] = Memory(_WRITTEN_BYTES)
         self._verifications: dict[tuple[Digest, int], Verification] = {}
         self._unwritten: dict[EntryKey, Entry] = {}
         self._recording = Counter[EntryKey]()
+        self._to_write: set[tuple[EntryKey, frozenset[str]]] = set()
         self._storing = 0
-        self._hashing = DeferredSemaphore(VERIFICATIONS)
+        self._hashing = Places(VERIFICATIONS)
         self._looks: Flights[tuple[Descriptor, Document] | Reason] = Flights()
         self._reads: Flights[Document | None] = Flights()
 
@@ -330,12 +334,17 @@ class Cache:
         """
         Recall or read what is known of a tag; an empty entry if nothing is.
         """
-        key = EntryKey.of(asked.route, asked.key)
+        return await self._entry(EntryKey.of(asked.route, asked.key)) or Entry()
+
+    async def _entry(self, key: EntryKey) -> Entry | None:
+        """
+        Recall or read what is known of a tag; none if that can't be read.
+        """
         entry = self._entries.get(key)
         if entry is None:
             with contextlib.suppress(OSError):
-                entry = await self._disk.reading(self.store.entry, key)
-        return entry or Entry()
+                entry = await self._disk.reading(self.store.entry, key) or Entry()
+        return entry
 
     async def last_known(self, asked: Asked) -> Entry:
         """
@@ -343,11 +352,13 @@ class Cache:
 
         The memory does not hear of what others are told: it is for what ECR is asked about all the same.
         """
-        key = EntryKey.of(asked.route, asked.key)
+        return await self._last_known(EntryKey.of(asked.route, asked.key)) or Entry()
+
+    async def _last_known(self, key: EntryKey) -> Entry | None:
         if not self._recording[key]:  # else the memory is ahead of the index
             with contextlib.suppress(OSError):
                 return await self._disk.reading(self.store.written, key) or Entry()
-        return await self.entry(asked)
+        return await self._entry(key)
 
     def note(self, asked: Asked, known: Descriptor) -> None:
         """
@@ -470,8 +481,12 @@ class Cache:
         """
         Take one step of a verification. All files advance together: their readers do, and each waits for its own hash.
         """
-        step: Deferred[T] = self._hashing.run(self._disk.hashing, blocking, *args)
-        return step
+
+        async def step() -> T:
+            async with self._hashing.turn():
+                return await self._disk.hashing(blocking, *args)
+
+        return Deferred.fromCoroutine(step())
 
     async def claim(self, digest: Digest) -> Claim | PeerTransfer | Met | Reason:
         """
@@ -714,7 +729,11 @@ class Cache:
             facts: Facts = ()
             if changed and document is not None and self._may_learn(asked.route.repository, descriptor):
                 facts = await self._learned(asked.route.repository, descriptor, document)
-            if changed or known is None or not 0 <= self._now() - known.when < _UNWRITTEN_SECONDS:
+            about = key, asked.accept
+            written = self._written.get(about)
+            due = changed or written is None or not 0 <= self._now() - written < _UNWRITTEN_SECONDS
+            if due and about not in self._to_write:  # else what is in line writes this too
+                self._to_write.add(about)
                 await self._locks.run(key, partial(self._write_latest, key, asked.accept))
             await self._save(facts)
         finally:
@@ -749,21 +768,35 @@ class Cache:
         @param question: the number of the question; what was answered to later ones stays.
         """
         key = EntryKey.of(asked.route, asked.key)
+        if (entry := self._entries.get(key)) is not None:  # at once: a slow write of it may come first
+            self._deny(key, asked, question, entry)
         await self._locks.run(key, partial(self._forget, key, asked, question))
 
     async def _forget(self, key: EntryKey, asked: Asked, question: int) -> None:
-        entry, order = await self.last_known(asked), self._order(key)
-        types = {accept: known.descriptor.media_type for accept, known in entry.answers.items()}
-        left = order.forget(asked.accept, question, types)
+        if self._deny(key, asked, question, await self._last_known(key)):
+            with contextlib.suppress(OSError):
+                await self._disk.writing(self.store.index.go_on)
+
+    def _deny(self, key: EntryKey, asked: Asked, question: int, entry: Entry | None) -> bool:
+        """
+        Drop from memory what a 404 denies, and tell it no more; return whether there was any.
+
+        @param entry: what is known; none if that can't be read, as on a disk that hangs: it may be there.
+        """
+        types = {asked.accept: ""}
+        if entry is not None:
+            types = {accept: known.descriptor.media_type for accept, known in entry.answers.items()}
+        left = self._order(key).forget(asked.accept, question, types)
         if types and left == types.keys():
-            return
+            return False
         self._entries.drop(key)
-        if not types:
-            return
-        if left:
+        if entry is not None and left:
             self._hold_entry(key, replace(entry, answers={accept: entry.answers[accept] for accept in left}))
-        with contextlib.suppress(OSError):
-            await self._disk.writing(self.store.index.forget_answers, key, types.keys() - left)
+        if types:
+            self.store.index.hide_answers(key, types.keys() - left)  # whatever becomes of the thread
+        for accept in types.keys() - left:
+            self._written.drop((key, accept))
+        return bool(types)
 
     def _may_learn(self, repository: Repository, descriptor: Descriptor) -> bool:
         """
@@ -830,10 +863,19 @@ class Cache:
 
         A late write brings back nothing that was forgotten or purged meanwhile.
         """
+        self._to_write.discard((key, accept))
         entry = self._entries.get(key)
-        if entry is not None and accept in entry.answers:
-            with contextlib.suppress(OSError):
-                await self._disk.writing(self.store.save, (key, Entry({accept: entry.answers[accept]})))
+        if entry is None or accept not in entry.answers:
+            return
+        self._written.put((key, accept), self._now(), 500 + 100 * len(accept))
+        noted = False
+        try:
+            noted = await self._disk.writing(self.store.save, (key, Entry({accept: entry.answers[accept]})))
+        except OSError as problem:
+            log.debug("Not noted on the disk: {problem}", problem=problem)
+        finally:
+            if not noted:  # the next confirmation tries again: the index may name what the tag led to before
+                self._written.drop((key, accept))
 
 
 def _weight(document: Document) -> int:

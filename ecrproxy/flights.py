@@ -54,10 +54,11 @@ class Flights(Generic[T]):
     At most one fetch in the air for a key; whoever asks meanwhile waits for it.
 
     @param abandons: cancel a fetch that nobody waits for any more.
+    @param foreseen: failures that need no traceback. They keep none, nor what its frames have fetched.
     """
 
-    def __init__(self, *, abandons: bool = False) -> None:
-        self._abandons = abandons
+    def __init__(self, *, abandons: bool = False, foreseen: type[Exception] | None = None) -> None:
+        self._abandons, self._foreseen = abandons, foreseen
         self._waiting: dict[Hashable, list[Deferred[T]]] = {}
         self._fetching: dict[Hashable, Deferred[T]] = {}
 
@@ -87,8 +88,22 @@ class Flights(Generic[T]):
     def _land(self, result: T | Failure, key: Hashable, waiting: list[Deferred[T]]) -> None:
         if self._waiting.get(key) is waiting:
             del self._waiting[key], self._fetching[key]
+        if isinstance(result, Failure) and self._foreseen is not None and result.check(self._foreseen):
+            _let_go_of_frames(result)
         if not waiting and isinstance(result, Failure):
             log.debug("Nobody waited any more for {key}: {problem}", key=key, problem=result.value)
         for waiter in list(waiting):
             if not waiter.called:  # one who came before may have cancelled it just now
                 waiter.callback(result)
+
+
+def _let_go_of_frames(failure: Failure) -> None:
+    """
+    Drop the frames that a failure came through.
+
+    It becomes part of a cycle with them as soon as it is awaited, and the garbage collector counts objects, not bytes.
+    """
+    failure.cleanFailure()
+    problem: BaseException | None = failure.value
+    while problem is not None:
+        problem.__traceback__, problem = None, problem.__cause__ or problem.__context__

@@ -46,7 +46,7 @@ class Lists:
 
     def __init__(self, upstream: Callable[[Route], Upstream], call_later: Callable[..., IDelayedCall]) -> None:
         self._upstream, self._call_later = upstream, call_later
-        self._pages: Flights[Page] = Flights(abandons=True)
+        self._pages: Flights[Page] = Flights(abandons=True, foreseen=RegistryError)
         self._last_pages: Memory[_Key, Page] = Memory(_PAGES_BYTES)
         self._sent_pages: WeakValueDictionary[_Key, Page] = WeakValueDictionary()
 

@@ -10,6 +10,7 @@ Rules:
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from itertools import count
@@ -38,7 +39,7 @@ NAMED_SECONDS: Final = 60
 _NAMED_BYTES = 2**20
 """Bytes of memory for such digests."""
 INDEX_SECONDS: Final = 1.0
-"""How long the index has, where ECR can't be asked, to say what other processes know of a tag."""
+"""How long the index has to say what other processes know of a tag where ECR can't be asked, and to forget one."""
 _JOINED = (CacheStatus.JOINED, Reason.IN_FLIGHT)
 
 
@@ -62,8 +63,8 @@ class Manifests:
     ) -> None:
         self._upstream, self._cache, self._now = upstream, cache, now
         self._call_later, self._tag_ttl = call_later, tag_ttl
-        self._heads: Flights[_Said[Descriptor | None]] = Flights()
-        self._manifests: Flights[_Said[tuple[Descriptor, Document]]] = Flights()
+        self._heads: Flights[_Said[Descriptor | None]] = Flights(foreseen=RegistryError)
+        self._manifests: Flights[_Said[tuple[Descriptor, Document]]] = Flights(foreseen=RegistryError)
         self._forgetting: Flights[None] = Flights()
         self._questions = count(1)
         self._named: Memory[tuple[Repository, Digest], _Named] = Memory(_NAMED_BYTES)
@@ -141,6 +142,8 @@ class Manifests:
             return await within(STALE_SECONDS, self._ask_for_tag(asked, known), self._call_later)
         except (DeadlineExceededError, UnavailableError) as problem:
             found = await self._latest(asked, await self._last_known(asked, entry), found)
+            if found is None and isinstance(problem, DeadlineExceededError):  # it was forgotten or purged meanwhile
+                return await self._ask_for_tag(asked, known)
             if found is None:
                 raise
             last, document = found
@@ -221,11 +224,21 @@ class Manifests:
 
         @return: the number of the question, and its answer.
         """
-        said = await flights.join((asked.route, asked.accept), lambda: self._numbered(ask()))
-        if isinstance(said.answer, RegistryError):  # it is forgotten whether or not the client waits for that
-            key = asked.route, asked.key, asked.accept, said.question
-            await self._forgetting.join(key, lambda: self._cache.forget(asked, said.question))
+        said = await flights.join((asked.route, asked.accept), lambda: self._noted(asked, ask()))
+        if isinstance(said.answer, RegistryError):
+            with contextlib.suppress(DeadlineExceededError):  # of a slow disk: what ECR said is told all the same
+                await within(INDEX_SECONDS, self._forget(asked, said.question), self._call_later)
         return said.question, _answered(said)
+
+    async def _forget(self, asked: Asked, question: int) -> None:
+        key = asked.route, asked.key, asked.accept, question
+        await self._forgetting.join(key, lambda: self._cache.forget(asked, question))
+
+    async def _noted(self, asked: Asked, question: Coroutine[Any, Any, T]) -> _Said[T]:
+        said = await self._numbered(question)
+        if isinstance(said.answer, RegistryError):  # it is forgotten, too, if nobody waits for the answer any more
+            on_its_own(self._forget(asked, said.question))
+        return said
 
     async def _numbered(self, question: Coroutine[Any, Any, T]) -> _Said[T]:
         number = next(self._questions)

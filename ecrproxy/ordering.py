@@ -4,16 +4,73 @@ One change at a time to what a key names, and which of several is the newer one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Hashable, Mapping
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Hashable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
-from twisted.internet.defer import DeferredLock
+from twisted.internet.defer import Deferred
 
 T = TypeVar("T")
 
 KEPT: Final = 16
 """Sets of accepted types whose order is known for a tag: as many as its entry keeps answers to."""
+
+
+class Places:
+    """
+    Places for work that only so much of may be done at once.
+
+    @param count: places.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count = self._free = count
+        self._waiting: OrderedDict[Deferred[None], None] = OrderedDict()
+        self._giving = False
+
+    @property
+    def idle(self) -> bool:
+        """
+        Whether nobody has a place, or waits for one.
+        """
+        return self._free == self._count and not self._waiting
+
+    @asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        """
+        Wait for a place, first come first served.
+        """
+        place: Deferred[None] = Deferred(lambda left: self._waiting.pop(left, None))
+        self._waiting[place] = None
+        self._give()
+        await self._given(place)
+        try:
+            yield
+        finally:
+            self._free += 1
+            self._give()
+
+    def _given(self, place: Deferred[None]) -> Awaitable[None]:
+        return place
+
+    def _give(self) -> None:
+        """
+        Give places in a loop: work that ends at once would otherwise start the next a few stack frames deeper.
+
+        A hundred that wait would reach Python's limit. Twisted's C{DeferredLock} and C{DeferredSemaphore} do, and stay
+        taken for ever then.
+        """
+        if self._giving:
+            return
+        self._giving = True
+        try:
+            while self._free and self._waiting:
+                self._free -= 1
+                self._waiting.popitem(last=False)[0].callback(None)
+        finally:
+            self._giving = False
 
 
 class KeyedLocks:
@@ -22,19 +79,18 @@ class KeyedLocks:
     """
 
     def __init__(self) -> None:
-        self._locks: dict[Hashable, DeferredLock] = {}
+        self._locks: dict[Hashable, Places] = {}
 
     async def run(self, key: Hashable, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """
         Do C{work} once all that came before it for C{key} is done.
         """
-        lock = self._locks.setdefault(key, DeferredLock())
-        await lock.acquire()
+        lock = self._locks.setdefault(key, Places(1))
         try:
-            return await work()
+            async with lock.turn():
+                return await work()
         finally:
-            lock.release()
-            if not lock.locked and self._locks.get(key) is lock:
+            if lock.idle and self._locks.get(key) is lock:
                 del self._locks[key]
 
 

@@ -368,9 +368,10 @@ def _admission(config: Config, reactor: Any, service: Daemon, processes: int) ->
     """
     passwords = None
     if config.htpasswd is not None:
-        checking = service.pools.threads(AT_ONCE)
+        checking, reading = service.pools.threads(AT_ONCE), service.pools.threads(1)
         check_passwords(config)
-        passwords = Passwords(config.htpasswd, checking.call, reactor, secrets.token_bytes(32), processes)
+        key = secrets.token_bytes(32)
+        passwords = Passwords(config.htpasswd, checking.call, reactor, key, processes, reading=reading.call)
         passwords.setServiceParent(service)
     return Admission(config.allow_from, certificates=config.client_ca is not None, passwords=passwords)
 

@@ -82,10 +82,18 @@ class _Call:
         self.result: Deferred[Any] = Deferred()
         self.limit: IDelayedCall | None = None
 
+    def cancel_limit(self) -> None:
+        """
+        Let it wait, or take, as long as it likes.
+        """
+        if self.limit is not None and self.limit.active():
+            self.limit.cancel()
+
     def end(self, outcome: object) -> None:
         """
         Pass the outcome on, unless whoever asked has left.
         """
+        self.cancel_limit()
         if not self.result.called:
             self.result.callback(outcome)
 
@@ -95,10 +103,11 @@ class Bounded:
     Calls in threads that fail with C{TimeoutError}, an C{OSError}, if they take too long: the disk may hang.
 
     A thread can't be interrupted. While all of them hang, further calls fail at once; one that returns is used again.
-    What a call returns after its time is dropped.
+    What a call returns after its time is dropped. A disk that is slow may keep hundreds waiting for a thread: each of
+    them waits no longer than a call may take, and then never begins.
 
     @param in_thread: calls in one of C{size} threads.
-    @param seconds: how long a call may take, once a thread is at it.
+    @param seconds: how long a call may wait for a thread; and how long it may take, once a thread is at it.
     """
 
     def __init__(self, in_thread: InThread, size: int, seconds: float, clock: IReactorTime) -> None:
@@ -117,20 +126,35 @@ class Bounded:
         else:
             self._waiting.append(call)
             self._go_on()
+            if call.limit is None:
+                call.limit = self._clock.callLater(self._patience, self._left_waiting, call)
         return call.result
+
+    @property
+    def _patience(self) -> float:
+        """
+        Once a call hangs, others get less time: a request may need the disk several times.
+        """
+        return min(self._seconds, _SUSPICIOUS_SECONDS) if self._hanging else self._seconds
 
     def _go_on(self) -> None:
         while self._waiting and len(self._running) + self._hanging < self._size:
             call = self._waiting.popleft()
+            call.cancel_limit()
             if not call.result.called:
                 self._begin(call)
 
     def _begin(self, call: _Call) -> None:
-        # Once a call hangs, others get less time: a request may need the disk several times.
-        seconds = min(self._seconds, _SUSPICIOUS_SECONDS) if self._hanging else self._seconds
         self._running.add(call)
-        call.limit = self._clock.callLater(seconds, self._expire, call)
+        call.limit = self._clock.callLater(self._patience, self._expire, call)
         self._in_thread(call.blocking).addBoth(self._returned, call)
+
+    def _left_waiting(self, call: _Call) -> None:
+        log.warn(
+            "The disk is too slow for all that is asked of it: some goes on without it; check the cache's file system",
+            once="slow",
+        )
+        call.end(_timed_out())
 
     def _expire(self, call: _Call) -> None:
         log.error(
@@ -149,8 +173,6 @@ class Bounded:
     def _returned(self, outcome: object, call: _Call) -> None:
         if call in self._running:
             self._running.discard(call)
-            if call.limit is not None:
-                call.limit.cancel()
         else:
             self._hanging -= 1
         call.end(outcome)

@@ -125,7 +125,7 @@ class AnyOrderTests(DaemonTestCase):
 
     def happens(self, chance: Random) -> bool:
         """
-        Do one thing; tell whether there was any.
+        Do one thing. Return True if there was any.
         """
         if len(self.clients) < CLIENTS and chance.random() < COMES:
             self.come(chance)
@@ -204,7 +204,7 @@ def done(act: Callable[[int], None], which: int) -> bool:
 
 def free(daemon: Daemon) -> int:
     """
-    Tell how many connections to buckets can be taken.
+    Return how many connections to buckets can be taken.
     """
     taken = 0
     while (more := daemon.lanes.take(2**60)) > 1:

@@ -19,7 +19,7 @@ OURS = "ecrproxy."
 # room, which is a package or a module by itself: what of ours it may import, rooms or single modules of them.
 # What is not here may import nothing of ours but what is in the same room. tap, serving and command may import all.
 ARROWS: dict[str, set[str]] = {
-    "access": {"addresses", "flights", "identity", "oci", "periodic", "reasons", "shares", "threads"},
+    "access": {"addresses", "flights", "identity", "oci", "ordering", "periodic", "reasons", "shares", "threads"},
     "admin": {
         "access.browsers",
         "access.limits",

@@ -20,6 +20,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from ecrproxy.cache.arriving import LEFT_SECONDS, Met
 from ecrproxy.cache.claim import Claim
 from ecrproxy.cache.content import DigestMismatchError
+from ecrproxy.cache.directory import Directory
 from ecrproxy.cache.index import locked
 from ecrproxy.cache.locks import is_free
 from ecrproxy.cache.peer import PeerTransfer
@@ -120,6 +121,58 @@ class ClaimTests(ArrivingTests):
         """
         put(self.store, DATA)
         self.assertEqual((Met.CONTENT, []), (self.store.claim(DIGEST), self.names()))
+
+    def test_a_second_name_of_a_file_elsewhere_is_not_written_to(self) -> None:
+        """
+        It loses this name, and the next transfer is kept again.
+        """
+        other = self.store.root / "elsewhere"
+        other.write_bytes(b"precious")
+        self.path.hardlink_to(other)
+        self.assertRaises(OSError, self.store.claim, DIGEST)
+        self.assertEqual((b"precious", False), (other.read_bytes(), self.path.exists()))
+        self.assertIsInstance(self.store.claim(DIGEST), Claim)
+
+    def test_another_users_transfer_is_not_followed(self) -> None:
+        """
+        He may write a record that calls anything verified.
+        """
+        claim = self.store.claim(DIGEST)
+        assert isinstance(claim, Claim)
+        self.addCleanup(self.store.writer(claim, DIGEST, SIZE).discard)
+        self.peer()
+        self.store.directory.owners.clear()
+        self.patch(os, "geteuid", lambda: -1)
+        self.assertEqual(Met.BUSY, self.store.claim(DIGEST))
+
+    def test_another_users_transfer_is_not_gone_on_with(self) -> None:
+        """
+        Nor is it taken over, whether he put it in the place of one that is followed, or its record alone is his.
+        """
+        for whose in ("data", "claim"):
+            self.left_over((0, WORTH_RESUMING))
+            inode = (self.data if whose == "data" else self.path).stat().st_ino
+            patch = self.patch(Directory, "is_own", lambda _, status, inode=inode: status.st_ino != inode)
+            self.assertIsNone(self.resume())
+            self.assertEqual([], self.names())
+            patch.restore()
+            writer = self.begin()
+            peer = self.peer()
+            writer.write(0, [DATA[:1000]])
+            writer.close()
+            inode = (self.data if whose == "data" else self.path).stat().st_ino
+            patch = self.patch(Directory, "is_own", lambda _, status, inode=inode: status.st_ino != inode)
+            self.assertRaises(OSError, self.arriving.take_over, peer, DIGEST)
+            patch.restore()
+            self.path.unlink()
+
+    def test_another_users_content_is_replaced(self) -> None:
+        put(self.store, DATA)
+        self.store.proofs.forget(DIGEST)
+        self.store.directory.owners.clear()
+        self.patch(os, "geteuid", lambda: -1)
+        self.assertIsInstance(self.store.claim(DIGEST), Claim)
+        self.assertFalse((self.store.root / self.store.content_path(DIGEST)).exists())
 
     def test_known_bad_content_is_replaced(self) -> None:
         put(self.store, DATA)

@@ -26,6 +26,7 @@ from ecrproxy.cache.content import DigestMismatchError
 from ecrproxy.cache.index import Index
 from ecrproxy.cache.store import Store
 from ecrproxy.cache.writer import Writer
+from ecrproxy.logs.repeats import Repeats
 from ecrproxy.oci import Digest
 from ecrproxy.threads import Disk
 from ecrproxy.transfer.download import STUCK_SECONDS, TAIL, WINDOW, Download
@@ -424,6 +425,19 @@ class KeptTests(DownloadTestCase):
             self.tap.ended(Failure(ZeroDivisionError()))
         self.tap.arrived(data[20:])
         self.assertTrue(download.verified)
+
+    def test_any_number_of_breaks_is_one_line_of_log_a_minute(self) -> None:
+        data = noise("x", 1000)
+        repeats = Repeats(lambda: 0)
+        with capturedLogs() as events:
+            download = self.begin(data)
+            for byte in range(20):
+                self.tap.arrived(data[byte : byte + 1])
+                self.tap.ended(Failure(ZeroDivisionError()))
+            self.tap.arrived(data[20:])
+        self.assertTrue(download.verified)
+        written = [each for each in events if repeats.admit(each) is not None]
+        self.assertEqual(1, sum("Going on with" in str(formatEvent(each)) for each in written))
 
     def test_a_refusal_to_go_on_is_told(self) -> None:
         """

@@ -4,11 +4,15 @@ One fetch in the air for a key, whoever asks meanwhile.
 
 from __future__ import annotations
 
-from twisted.internet.defer import CancelledError, Deferred
+import gc
+import weakref
+
+from twisted.internet.defer import CancelledError, Deferred, fail
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.flights import DeadlineExceededError, Flights, within
+from ecrproxy.oci import RegistryError
 
 
 class FlightsTests(SynchronousTestCase):
@@ -48,6 +52,34 @@ class FlightsTests(SynchronousTestCase):
         self.landing[0].errback(ZeroDivisionError())
         for each in waiting:
             self.failureResultOf(each, ZeroDivisionError)
+
+    def test_a_refusal_keeps_nothing_of_what_was_fetched(self) -> None:
+        """
+        What was awaited and failed is a cycle with the frames behind it, and so with what these have fetched.
+        """
+
+        class Fetched:
+            pass
+
+        seen = []
+
+        async def fetch() -> str:
+            fetched = Fetched()
+            seen.append(weakref.ref(fetched))
+            parsed: Deferred[str] = fail(ValueError("no manifest"))
+            try:
+                return await parsed
+            except ValueError:
+                raise RegistryError(502, "UNAVAILABLE", "no manifest") from None
+
+        async def ask() -> str:
+            return await flights.join("x", fetch)
+
+        flights: Flights[str] = Flights(foreseen=RegistryError)
+        gc.disable()
+        self.addCleanup(gc.enable)
+        self.failureResultOf(Deferred.fromCoroutine(ask()), RegistryError)
+        self.assertIsNone(seen[0]())
 
     def test_who_leaves_ends_only_its_own_waiting(self) -> None:
         """

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.cache.entries import ANSWERS_LIMIT, Confirmed, Entry, EntryKey
+from ecrproxy.cache.entries import ANSWERS_LIMIT, VARIANTS_LIMIT, Confirmed, Entry, EntryKey
 from ecrproxy.cache.index import AGAIN_SECONDS, POINTER, Index, News
 from ecrproxy.cache.paths import content_path
 from ecrproxy.cache.record import Reservation
@@ -377,6 +377,23 @@ class EntriesContract(IndexContract):
         for accept, answer in answers.items():
             self.saved(tag(), (accept, answer))
         assert self.index.entry(tag()) == Entry(dict(list(answers.items())[3:]))
+
+    def test_as_many_variants_of_a_reference_as_there_may_be_are_kept(self) -> None:
+        """
+        With some cache keys a client makes up any number: the longest unconfirmed ones go, and none of the default key.
+        """
+        for key in (tag(), held(A), held(A, Kind.MANIFEST)):
+            variants = [f"{number:064x}" for number in range(VARIANTS_LIMIT + 3)]
+            self.index.save([(key, Entry({ANY: confirmed(A)}))])
+            self.index.save(
+                [
+                    (key._replace(variant=variant), Entry({ANY: confirmed(A, START + at)}))
+                    for at, variant in enumerate(variants, 1)
+                ]
+            )
+            found = [variant for variant in variants if self.index.entry(key._replace(variant=variant))]
+            assert found == variants[3:]
+            assert self.index.entry(key)
 
 
 class PurgeContract(IndexContract):

@@ -7,7 +7,7 @@ from __future__ import annotations
 from twisted.internet.defer import Deferred
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.ordering import KEPT, KeyedLocks, Order
+from ecrproxy.ordering import KEPT, KeyedLocks, Order, Places
 
 ONE, OTHER = frozenset({"one"}), frozenset({"other"})
 
@@ -58,6 +58,41 @@ class KeyedLocksTests(SynchronousTestCase):
         last.callback(None)
         self.assertEqual("c", self.successResultOf(result))
         self.assertEqual([{}], list(vars(self.turns).values()))
+
+    def test_any_number_may_have_waited_for_work_that_ends_at_once(self) -> None:
+        gate, first = self.work("key", "a")
+
+        async def work() -> str:
+            return "done"
+
+        waiting = [Deferred.fromCoroutine(self.turns.run("key", work)) for _ in range(1000)]
+        gate.callback(None)
+        self.assertEqual("a", self.successResultOf(first))
+        self.assertEqual({"done"}, {self.successResultOf(each) for each in waiting})
+        self.assertEqual([{}], list(vars(self.turns).values()))
+
+
+class PlacesTests(SynchronousTestCase):
+    def test_so_many_work_at_once(self) -> None:
+        places, gates, done = Places(2), [Deferred[None]() for _ in range(1000)], list[int]()
+
+        async def work(number: int) -> None:
+            async with places.turn():
+                await gates[number]
+                done.append(number)
+
+        self.assertTrue(places.idle)
+        works = [Deferred.fromCoroutine(work(number)) for number in range(len(gates))]
+        for gate in gates[2:]:
+            gate.callback(None)
+        self.assertEqual([], done)
+        gates[1].callback(None)
+        self.assertEqual([1, *range(2, 1000)], done)
+        self.assertFalse(places.idle)
+        gates[0].callback(None)
+        self.assertTrue(places.idle)
+        for each in works:
+            self.successResultOf(each)
 
 
 class OrderTests(SynchronousTestCase):

@@ -477,6 +477,20 @@ class PasswordsTests(SynchronousTestCase):
                 else:
                     self.failureResultOf(asked, RegistryError)
 
+    def test_a_file_whose_disk_hangs_keeps_nobody_out(self) -> None:
+        """
+        However often it is to be read again: what hangs has a thread of its own, and the former users stay.
+        """
+        hanging = Hands()
+        hanging.idle = False
+        passwords = Passwords(str(self.path), at_once, self.clock, b"key", reading=hanging)
+        passwords.startService()
+        self.addCleanup(passwords.stopService)
+        self.clock.advance(REREAD_SECONDS)
+        passwords.reread()
+        self.assertEqual(2, len(hanging.waiting))
+        self.successResultOf(Deferred.fromCoroutine(passwords.admit(HERE, basic("ann", "one"))))
+
     def replace(self, users: bytes) -> None:
         """
         Put another file in the place of the users', of the same size and time.

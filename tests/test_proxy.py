@@ -1769,6 +1769,28 @@ class TagTests(DaemonTestCase):
                 self.standin.heal()
         self.assertGreater(told, 2)
 
+    def test_that_ecr_has_no_more_is_forgotten_though_nobody_waits_for_the_answer(self) -> None:
+        """
+        The client has left before ECR says so.
+        """
+        self.start()
+        for which in ("tag", "other"):
+            path = f"/v2/team/app/manifests/{which}-left"
+            self.standin.push_image("team/app", f"{which}-left")
+            self.get(path)
+            self.standin.delete_tag("team/app", f"{which}-left")
+            self.standin.quirks.latency = 1
+            replies = [self.daemon.send("GET", path) for _ in range(2 if which == "other" else 1)]
+            self.flush()
+            for reply in replies:
+                reply.leave()
+            self.flush()
+            self.standin.quirks.latency = 0
+            self.pass_time(2)
+            self.standin.refuse("registry")
+            self.assertRefused(self.get(path), 502, "UNAVAILABLE")
+            self.standin.heal()
+
     def test_that_ecr_has_not_for_one_client_is_kept_for_the_others(self) -> None:
         """
         Registries answer 404 if a tag has nothing that the client accepts: this says nothing about other types.
@@ -1843,6 +1865,20 @@ class StaleTests(DaemonTestCase):
         self.pass_time(2)
         self.assertWhole(reply, self.image.manifest, "STALE")
         self.assertEqual("unreachable", reply.header("X-Cache-Reason"))
+
+    def test_who_waits_while_the_last_answer_is_forgotten_waits_for_ecr(self) -> None:
+        """
+        As when another process is told that there is no such tag, or somebody purges it.
+        """
+        self.standin.quirks.latency = 8
+        reply = self.daemon.send("GET", self.path)
+        self.pass_time(2)
+        for key, entry in self.entries().items():
+            self.index.forget_answers(key, entry.answers)
+        self.pass_time(5)
+        self.assertEqual(0, reply.code)
+        self.pass_time(5)
+        self.assertWhole(reply, self.image.manifest, "REVALIDATED")
 
     def test_an_answer_that_comes_late_counts_for_the_next_request(self) -> None:
         moved = self.standin.push_image("team/app", "latest", layers=(b"another",))

@@ -9,10 +9,10 @@ import gc
 from collections.abc import Callable
 from typing import Any
 
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, fail
 
 from ecrproxy import cached
-from ecrproxy.cache import writer
+from ecrproxy.cache import index, writer
 from ecrproxy.threads import Bounded, Disk
 from ecrproxy.transfer import download
 from tests.daemon import DaemonTestCase, Hands, Reply, at_once, noise
@@ -78,6 +78,96 @@ class BrokenTests(DiskTestCase):
             self.assertWhole(reply, data, "BYPASS")
         hands.work_off()
 
+    def test_what_a_tag_leads_to_is_written_once_that_can_be(self) -> None:
+        """
+        However often the tag is asked for meanwhile: else the image of before would be served when ECR is silent.
+        """
+
+        def writing(blocking: Callable[..., Any], *args: Any) -> Deferred[Any]:
+            return fail(TimeoutError(errno.ETIMEDOUT, "")) if hangs else at_once(blocking, *args)
+
+        for broken in ("a disk that hangs", "an index for which too much waits"):
+            hangs = False
+            self.start(disk=Disk(**{**dict.fromkeys(KINDS, at_once), "writing": writing}))
+            path = "/v2/team/app/manifests/cached"
+            self.standin.push_image("team/app", "cached", layers=[])
+            self.get(path)
+            self.pass_time(100)
+            moved = self.standin.push_image("team/app", "cached")
+            self.get(self.manifest(moved.digest))
+            hangs = broken == "a disk that hangs"
+            patch = self.patch(index, "LATE_ENTRIES", index.LATE_ENTRIES if hangs else 0)
+            self.assertWhole(self.get(path), moved.manifest)
+            hangs = False
+            patch.restore()
+            for _ in range(8):
+                self.pass_time(10)
+                self.assertWhole(self.get(path), moved.manifest, "REVALIDATED")
+            self.standin.refuse("registry")
+            self.assertWhole(self.get(path), moved.manifest, "STALE")
+            self.standin.heal()
+
+    def test_a_tag_that_ecr_has_not_is_forgotten_though_the_disk_hangs(self) -> None:
+        """
+        It is not served when ECR is silent, once the disk answers again.
+        """
+
+        def writing(blocking: Callable[..., Any], *args: Any) -> Deferred[Any]:
+            return fail(TimeoutError(errno.ETIMEDOUT, "")) if hangs else at_once(blocking, *args)
+
+        hangs = False
+        self.start(disk=Disk(**{**dict.fromkeys(KINDS, at_once), "writing": writing}))
+        path = "/v2/team/app/manifests/cached"
+        self.get(path)
+        self.standin.delete_tag("team/app", "cached")
+        hangs = True
+        self.assertEqual(404, self.get(path).code)
+        hangs = False
+        self.standin.refuse("registry")
+        self.assertRefused(self.get(path), 502, "UNAVAILABLE")
+        self.pass_time(2)
+        self.assertRefused(self.get(path), 502, "UNAVAILABLE")
+
+    def test_a_tag_that_ecr_has_not_is_forgotten_though_it_cannot_be_read_what_is_known_of_it(self) -> None:
+        """
+        As after a start, when the memory knows nothing of it.
+        """
+
+        def reading(blocking: Callable[..., Any], *args: Any) -> Deferred[Any]:
+            return fail(TimeoutError(errno.ETIMEDOUT, "")) if hangs else at_once(blocking, *args)
+
+        hangs = False
+        self.start(disk=Disk(**{**dict.fromkeys(KINDS, at_once), "reading": reading}))
+        self.standin.delete_tag("team/app", "cached")
+        hangs = True
+        self.assertEqual(404, self.get("/v2/team/app/manifests/cached").code)
+        hangs = False
+        self.standin.refuse("registry")
+        self.assertRefused(self.get("/v2/team/app/manifests/cached"), 502, "UNAVAILABLE")
+
+    def test_a_tag_that_many_ask_for_is_written_once_or_twice(self) -> None:
+        """
+        Not once for each of them: whatever comes after would wait for all of that.
+        """
+        for broken in (False, True):
+            tried, hands = list[object](), Hands()
+
+            def writing(blocking: Callable[..., Any], *args: Any) -> Deferred[Any]:
+                tried.append(args)  # noqa: B023 (called before the next turn)
+                return fail(TimeoutError(errno.ETIMEDOUT, "")) if broken else at_once(blocking, *args)  # noqa: B023
+
+            kinds: dict[str, Any] = {**dict.fromkeys(KINDS, at_once), "reading": hands, "writing": writing}
+            self.start(disk=Disk(**kinds))
+            hands.idle = False
+            replies = [
+                self.daemon.send("GET", f"/v2/team/app/manifests/{'cached' if broken else 'new'}") for _ in "x" * 50
+            ]
+            for _ in range(5):
+                self.flush()
+                hands.work_off()
+            self.assertEqual({200}, {each.code for each in replies})
+            self.assertLess(len(tried), 5)
+
     def test_a_file_that_cannot_be_made_leaves_neither_a_connection_nor_a_promise(self) -> None:
         """
         Whatever the reason, such as that no thread can be started. The bucket's headers have come by then.
@@ -120,6 +210,30 @@ class SlowTests(DiskTestCase):
         self.assertWhole(self.get(self.unknown), self.data, "MISS")
         hands.work_off()
         self.assertWhole(self.get(self.unknown), self.data, "HIT")
+
+    def test_many_who_miss_do_not_wait_for_each_other_at_the_disk(self) -> None:
+        """
+        Each call returns in time, but each has to wait for all before it: who has waited for long needs no disk.
+        """
+        hands = Hands()
+        threads = self.bounded(hands, 1)
+        hands.idle = True
+        self.begin(writing=threads)
+        hands.idle = False
+        data = [noise(f"miss {number}", 100_000) for number in range(3)]
+        replies = [self.daemon.send("GET", self.path(self.standin.push_blob("team/app", each))) for each in data]
+        self.flush()
+        self.clock.advance(SECONDS - 1)
+        hands.work()
+        self.flush()
+        self.clock.advance(1)
+        self.flush()
+        self.assertWhole(replies[2], data[2], "BYPASS")
+        while hands.waiting:
+            hands.work()
+            self.flush()
+        for reply, each in zip(replies[:2], data, strict=False):
+            self.assertWhole(reply, each, "MISS")
 
     def test_a_large_file_is_flushed_a_piece_at_a_time(self) -> None:
         """
@@ -214,6 +328,45 @@ class SlowTests(DiskTestCase):
             self.get(f"/v2/team/app/manifests/tag{number}")
         self.assertLess(0, len(self.daemon.cache._unwritten))  # noqa: SLF001
         self.assertLessEqual(len(self.daemon.cache._unwritten), 100)  # noqa: SLF001
+
+    def test_a_tag_that_ecr_no_longer_has_is_not_served_as_last_known(self) -> None:
+        hands = Hands()
+        self.begin(writing=hands)
+        path = "/v2/team/app/manifests/cached"
+        self.get(path)
+        hands.idle = False
+        self.standin.delete_tag("team/app", "cached")
+        reply = self.get(path)
+        self.pass_time(2)
+        self.assertRefused(reply, 404, "MANIFEST_UNKNOWN")
+        hands.idle = True
+        hands.work_off()
+        self.standin.refuse("registry")
+        self.assertRefused(self.get(path), 502, "UNAVAILABLE")
+
+    def test_a_tag_that_went_is_not_served_as_last_known_while_it_is_still_being_written(self) -> None:
+        hands, path = Hands(), "/v2/team/app/manifests/new"
+        self.begin(writing=hands)
+        hands.idle = False
+        self.assertWhole(self.get(path), self.new.manifest)
+        self.standin.delete_tag("team/app", "new")
+        reply = self.get(path)
+        self.pass_time(2)
+        self.assertRefused(reply, 404, "MANIFEST_UNKNOWN")
+        for _ in range(3):
+            self.standin.refuse("registry")
+            reply = self.get(path)
+            self.pass_time(2)
+            self.assertRefused(reply, 502, "UNAVAILABLE")
+            self.standin.heal()
+            hands.work(min(1, len(hands.waiting)))
+            self.flush()
+        hands.idle = True
+        hands.work_off()
+        self.standin.push_image("team/app", "new")
+        self.assertEqual(200, self.get(path).code)
+        self.standin.refuse("registry")
+        self.assertEqual((200, "STALE"), ((reply := self.get(path)).code, reply.cache))
 
 
 class HungTests(DiskTestCase):

@@ -23,6 +23,7 @@ from ecrproxy.cache.claim import Claim
 from ecrproxy.cache.content import DigestMismatchError
 from ecrproxy.cache.entries import ANSWERS_LIMIT, Entry, EntryKey
 from ecrproxy.cache.index import Index
+from ecrproxy.cache.inventory import Inventory
 from ecrproxy.cache.paths import arriving_path
 from ecrproxy.cache.scrub import scrub
 from ecrproxy.cache.sqlite import Rows
@@ -582,6 +583,41 @@ class ContentTests(StoreTests):
         self.patch(os, "open", impatient)
         self.assertFalse(self.store.has(Digest.of(b"x")))
         self.assertIsNone(self.store.open(Digest.of(b"x")))
+
+    def test_another_users_file_is_a_miss(self) -> None:
+        """
+        Its owner could change it after it was verified, and set its time back.
+        """
+        digest = put(self.store, b"x")
+        self.store.proofs.forget(digest)
+        self.store.directory.owners.clear()
+        self.patch(os, "geteuid", lambda: -1)
+        self.assertFalse(self.store.has(digest))
+        self.assertIsNone(self.store.open(digest))
+        self.assertFalse(self.path_of(digest).exists())
+
+    def test_another_users_file_is_a_miss_though_it_was_verified(self) -> None:
+        """
+        As C{ecr-proxy verify} does, whose ever it is.
+        """
+        digest = put(self.store, b"x")
+        self.store.directory.owners.clear()
+        self.patch(os, "geteuid", lambda: -1)
+        self.assertEqual("good", list(Inventory(self.store).verify(digest, keep=False))[-1]["verdict"])
+        self.assertIsNone(self.store.open(digest))
+        self.assertFalse(self.path_of(digest).exists())
+
+    def test_whoever_the_file_system_gives_our_files_to_is_believed(self) -> None:
+        """
+        NFS and FUSE may give all files to one user, who is not the daemon's.
+        """
+        digest = put(self.store, b"x")
+        self.store.proofs.forget(digest)
+        self.store.directory.owners.clear()
+        self.patch(os, "geteuid", lambda: -1)
+        self.store.check()
+        self.assertTrue(self.store.has(digest))
+        self.assertIsNotNone(self.store.open(digest))
 
     def test_content_that_cannot_be_opened_is_a_miss_and_logged(self) -> None:
         """

@@ -898,6 +898,31 @@ class ClockTests(TapCase):
         self.assertEqual([], turn(3702.9))
         self.assertEqual(["silence"], turn(3703))
 
+    def test_a_standstill_while_two_threads_ask_for_the_time_sets_nothing_back(self) -> None:
+        """
+        One of them has looked at the machine's clock before it, the other afterwards.
+        """
+        seconds, others = [100.0], list[Callable[[], object]]()
+
+        def look() -> float:
+            now = seconds[0]
+            while others:
+                others.pop()()
+            return now
+
+        self.patch(time, "monotonic", look)
+        running = Running()
+        seconds[0] += 1
+        before = running()
+
+        def stand_still() -> None:
+            seconds[0] += 60
+            running()
+
+        others.append(stand_still)
+        self.assertEqual(before, running())
+        self.assertEqual(before + 2, running())
+
     def test_timers_of_a_reactor_whose_turns_are_slow_fire_all_the_same(self) -> None:
         """
         Of each turn some of the time counts, however late it comes.

@@ -58,6 +58,23 @@ class BoundedTests(SynchronousTestCase):
         self.assertEqual([0, 1, 2, 3], [self.successResultOf(call) for call in calls])
         self.assertEqual([], self.clock.getDelayedCalls())
 
+    def test_nobody_waits_longer_for_a_thread_than_a_call_may_take(self) -> None:
+        """
+        A disk that is slow answers each call in time, and would keep hundreds waiting for minutes.
+        """
+        calls = [self.bounded(int, str(number)) for number in range(6)]
+        self.clock.advance(SECONDS - 1)
+        self.end()
+        self.end()
+        self.clock.advance(1)
+        for call in calls[4:]:
+            self.failureResultOf(call, TimeoutError)
+        self.end()
+        self.end()
+        self.assertEqual([0, 1, 2, 3], [self.successResultOf(call) for call in calls[:4]])
+        self.assertEqual([], self.running)
+        self.assertEqual([], self.clock.getDelayedCalls())
+
     def test_failures_are_passed_on(self) -> None:
         call = self.bounded(int, "x")
         self.running.pop()[1].errback(ValueError())

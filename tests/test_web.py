@@ -1007,20 +1007,28 @@ class WrongBytesTests(DaemonTestCase):
             self.get("/v2/team/app/manifests/latest")
             self.assertEqual(502, self.get(f"/v2/team/app/blobs/{image.layers[0]}", Range="bytes=0-9").code)
 
+    def mislead(self, wrong: bytes) -> None:
+        """
+        Have the bucket give C{wrong} once in place of the blob; of that, the cache has no file.
+        """
+        self.standin.corrupt(self.digest, wrong)
+        self.get(self.path)
+        self.standin.heal()
+        self.remove_files()
+
+    def remove_files(self) -> None:
+        for path in self.files():
+            path.unlink()
+
     def test_of_another_size_mislead_no_reader_of_a_part_afterwards(self) -> None:
         """
         What a bucket told once is held against ECR before a part is refused for it.
         """
         for wrong in (self.data[:-1], self.data + b"more", b""):
             self.start()
-            self.standin.corrupt(self.digest, wrong)
-            self.get(self.path)
-            self.standin.heal()
-            for path in self.files():
-                path.unlink()
+            self.mislead(wrong)
             self.assertWhole(self.get(self.path, Range="bytes=10-19"), self.data[10:20], "MISS", 206)
-            for path in self.files():
-                path.unlink()
+            self.remove_files()
 
     def test_of_another_size_mislead_none_of_several_at_once_afterwards(self) -> None:
         """
@@ -1030,18 +1038,13 @@ class WrongBytesTests(DaemonTestCase):
         for wrong in (self.data[:100], self.data + b"more"):
             for limit in (2**30, 1000):
                 self.start(limit=limit)
-                self.standin.corrupt(self.digest, wrong)
-                self.get(self.path)
-                self.standin.heal()
-                for path in self.files():
-                    path.unlink()
+                self.mislead(wrong)
                 replies = [self.daemon.send("GET", self.path, **each) for each in headers]
                 self.flush()
                 self.assertWhole(replies[0], self.data[10:20], code=206)
                 self.assertWhole(replies[1], self.data[150:160], code=206)
                 self.assertWhole(replies[2], self.data)
-                for path in self.files():
-                    path.unlink()
+                self.remove_files()
 
     def test_of_another_size_under_way_have_no_part_refused(self) -> None:
         """
@@ -1068,11 +1071,7 @@ class WrongBytesTests(DaemonTestCase):
         """
         for wrong in (self.data[:-1], self.data + b"more", b""):
             self.start()
-            self.standin.corrupt(self.digest, wrong)
-            self.get(self.path)
-            self.standin.heal()
-            for path in self.files():
-                path.unlink()
+            self.mislead(wrong)
             self.standin.quirks.latency = 1
             replies = [self.get(self.path, Range="bytes=10-19") for _ in range(4)]
             whole = self.get(self.path)
@@ -1081,8 +1080,7 @@ class WrongBytesTests(DaemonTestCase):
             for reply in replies:
                 self.assertWhole(reply, self.data[10:20], None, 206)
             self.assertWhole(whole, self.data)
-            for path in self.files():
-                path.unlink()
+            self.remove_files()
 
     def test_a_part_does_not_wait_for_the_whole(self) -> None:
         self.standin.hold(self.digest)

@@ -151,13 +151,25 @@ class Passwords(Service):
     """
     Asks clients for a name and a password of a file, which is read again when it has changed.
 
+    @param in_thread: checks passwords.
     @param key: random bytes that are nobody else's.
+    @param reading: reads the file, which may hang: not in a thread that checks.
     @param processes: how many do the same, each its part.
     @raise HtpasswdError: if the file can't be used.
     """
 
-    def __init__(self, path: str, in_thread: InThread, clock: IReactorTime, key: bytes, processes: int = 1) -> None:
+    def __init__(
+        self,
+        path: str,
+        in_thread: InThread,
+        clock: IReactorTime,
+        key: bytes,
+        processes: int = 1,
+        *,
+        reading: InThread | None = None,
+    ) -> None:
         self._path, self._in_thread, self._clock, self._key = path, in_thread, clock, key
+        self._reading = reading or in_thread
         self._users = read_users(path)
         self._seen = self._users.seen
         self._right: OrderedDict[bytes, float] = OrderedDict()
@@ -250,13 +262,13 @@ class Passwords(Service):
         on_its_own(self._reread())
 
     async def _look(self) -> None:
-        if await self._in_thread(signature, self._path) != self._seen:
+        if await self._reading(signature, self._path) != self._seen:
             await self._reread()
 
     async def _reread(self) -> None:
-        self._seen = await self._in_thread(signature, self._path)
+        self._seen = await self._reading(signature, self._path)
         try:
-            users = await self._in_thread(read_users, self._path)
+            users = await self._reading(read_users, self._path)
         except HtpasswdError as problem:
             log.error("{path} {problem}; its former passwords stay", path=self._path, problem=problem)
         else:

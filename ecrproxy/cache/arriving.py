@@ -28,7 +28,7 @@ from typing import Final, NamedTuple
 from ecrproxy.cache.allocation import allocate
 from ecrproxy.cache.claim import SUFFIX, Claim, claim_path
 from ecrproxy.cache.directory import Directory
-from ecrproxy.cache.locks import is_free, is_in_place, open_in_place, own, remove_unused, share
+from ecrproxy.cache.locks import is_free, is_in_place, open_in_place, own, remove_unused, see_one_name, share
 from ecrproxy.cache.paths import arriving_path
 from ecrproxy.cache.peer import PeerTransfer
 from ecrproxy.cache.record import WORTH_RESUMING, Record, Reserved, State, room_for
@@ -80,7 +80,7 @@ class Arriving:
         data = self._data(digest)
         claim = Claim.take(data)
         if claim is None:
-            return PeerTransfer.open(data, self.directory.boot) or Met.BUSY
+            return PeerTransfer.open(data, self.directory) or Met.BUSY
         try:
             found = self._find_content(digest)
             if found is Met.BUSY:
@@ -89,7 +89,7 @@ class Arriving:
                 claim.drop()
             if found is not None:
                 return found
-            claim.record = _resumable(claim)
+            claim.record = self._resumable(claim)
             if claim.record is not None:
                 with contextlib.suppress(OSError):
                     claim.write(replace(claim.record, state=State.CLAIMED))
@@ -114,7 +114,7 @@ class Arriving:
         """
         Release a claim without having written. An interrupted transfer is kept for the next holder, all else removed.
         """
-        claim.drop() if _resumable(claim) is None else claim.release()
+        claim.drop() if self._resumable(claim) is None else claim.release()
 
     def left(self, claim: Claim) -> Left | None:
         """
@@ -182,6 +182,8 @@ class Arriving:
         try:
             claim.check()
             _share(fd, claim)
+            see_one_name(fd, claim.data)
+            self._see_own(fd, claim.fileno())
             writer = Writer(self.directory, claim, digest, record.size, fd)
             writer.begin(record)
         except BaseException:
@@ -190,11 +192,35 @@ class Arriving:
         self.directory.index.arrive(claim.reservation, writer.room)  # it may not be counted yet
         return writer
 
+    def _resumable(self, claim: Claim) -> Record | None:
+        """
+        Return the record of a claim if its data can be resumed.
+        """
+        record = claim.read()
+        if record is None or record.state in (State.CONTENT, State.FAILED):
+            return None
+        if record.size < WORTH_RESUMING or not record.there:
+            return None
+        try:
+            status = os.lstat(claim.data)
+            own = all(map(self.directory.is_own, (status, os.fstat(claim.fileno()))))
+        except OSError:
+            return None
+        good = own and stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and status.st_size == record.size
+        return record if good else None
+
+    def _see_own(self, *files: int) -> None:
+        """
+        Raise C{OSError} if one of these open files is another user's, who could alter it after it was verified.
+        """
+        if not all(self.directory.is_own(os.fstat(each)) for each in files):
+            raise OSError(errno.EPERM, "it is another user's")
+
     def _find_content(self, digest: Digest) -> Met | None:
         """
         Find out whether the digest is content, or is being evicted. The claim is held.
 
-        Content that this process knows to be bad is removed, and does not count.
+        Content that this process knows to be bad, or that another user may change, is removed, and does not count.
         """
         path = self.directory.content(digest)
         try:
@@ -204,7 +230,8 @@ class Arriving:
         try:
             if not share(fd, path):
                 return Met.BUSY if is_in_place(fd, path) else None
-            if self.directory.proofs.verdict(digest, os.fstat(fd)) is not False:
+            status = os.fstat(fd)
+            if self.directory.is_own(status) and self.directory.proofs.verdict(digest, status) is not False:
                 return Met.CONTENT
             with contextlib.suppress(OSError):  # it is replaced then
                 path.unlink()
@@ -254,7 +281,7 @@ class Arriving:
             return False
         if claim is None:
             return False
-        record = _resumable(claim)
+        record = self._resumable(claim)
         young = record is not None and abs(self.directory.now() - record.when) < LEFT_SECONDS
         if record is None or not young or self.directory.content(digest).exists():
             claim.drop()
@@ -301,23 +328,6 @@ def _share(fd: int, claim: Claim) -> None:
     """
     if not share(fd, claim.data):
         raise OSError(errno.ESTALE, "the data is another file")
-
-
-def _resumable(claim: Claim) -> Record | None:
-    """
-    Return the record of a claim if its data can be resumed.
-    """
-    record = claim.read()
-    if record is None or record.state in (State.CONTENT, State.FAILED):
-        return None
-    if record.size < WORTH_RESUMING or not record.there:
-        return None
-    try:
-        status = os.lstat(claim.data)
-    except OSError:
-        return None
-    good = stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and status.st_size == record.size
-    return record if good else None
 
 
 def _digest_of(path: Path) -> Digest | None:

@@ -11,7 +11,7 @@ import secrets
 from pathlib import Path
 from typing import Final
 
-from ecrproxy.cache.locks import is_in_place, open_in_place, own
+from ecrproxy.cache.locks import is_in_place, open_in_place, own, see_one_name
 from ecrproxy.cache.record import RECORD, UNKNOWN_BOOT, Record, Reservation
 
 SUFFIX: Final = ".claim"
@@ -41,13 +41,14 @@ class Claim:
 
         @param make: whether to create the claim if it does not exist.
         @raise FileNotFoundError: if it does not exist and is not to be created, or its folder does not exist.
-        @raise OSError: if the disk fails, or does not support locks.
+        @raise OSError: if the disk fails, or does not support locks; or if it is a link to a file that is elsewhere.
         """
         path = claim_path(data)
         while True:
             fd, made = _open(path, make=make)
             try:
                 if own(fd, path):
+                    see_one_name(fd, path)
                     return cls(data, fd)
                 replaced = not is_in_place(fd, path)
             except OSError:
@@ -59,6 +60,12 @@ class Claim:
             os.close(fd)
             if not replaced:
                 return None
+
+    def fileno(self) -> int:
+        """
+        Return the file descriptor of the claim.
+        """
+        return self._fd
 
     def resumes(self, size: int) -> bool:
         """

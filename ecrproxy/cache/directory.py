@@ -30,6 +30,7 @@ class Directory:
     @ivar proofs: is told of files that were verified.
     @ivar troubles: is told of disk errors.
     @ivar boot: see L{claim.boot_id}.
+    @ivar owners: the users, besides this one, whose files are believed: root, and whoever owns the directory.
     """
 
     root: Path
@@ -38,12 +39,19 @@ class Directory:
     proofs: Proofs
     troubles: Troubles
     boot: bytes = field(default_factory=boot_id)
+    owners: set[int] = field(default_factory=lambda: {0})
 
     def content(self, digest: Digest) -> Path:
         """
         Return the path of the content of C{digest}.
         """
         return self.root / content_path(digest)
+
+    def is_own(self, status: os.stat_result) -> bool:
+        """
+        Return False if a file is another user's, who may write to it unseen: through a mapping, or with a forged time.
+        """
+        return status.st_uid in self.owners or status.st_uid == os.geteuid()  # which twistd --uid changes
 
 
 def without_waiting(path: str, flags: int) -> int:

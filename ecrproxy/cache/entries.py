@@ -15,6 +15,9 @@ from ecrproxy.oci import Descriptor, Digest, Kind, Route
 ANSWERS_LIMIT: Final = 16
 """The most Accept sets whose answers one tag's entry keeps: clients in the field send two or three."""
 
+VARIANTS_LIMIT: Final = 1000
+"""The most variants of one reference that the index keeps: with some cache keys a client makes up any number."""
+
 
 class EntryKey(NamedTuple):
     """

@@ -419,7 +419,7 @@ class Index:
         Have something changed, now or when that can be.
         """
         self._wait_in_line(_Change(change, promised))
-        self._go_on()
+        self.go_on()
 
     def _change_now(self, change: Callable[[Rows], T]) -> T:
         """
@@ -430,7 +430,7 @@ class Index:
         waiting = _Change(change, over=(over := threading.Event()))
         self._refuse_if_occupied()
         self._wait_in_line(waiting)
-        self._go_on()
+        self.go_on()
         if not over.wait(0 if self.elsewhere is None else WAIT_SECONDS):
             with self._noting, contextlib.suppress(ValueError):
                 self._late.remove(waiting)
@@ -459,7 +459,10 @@ class Index:
         with self._noting:
             self._late.append(change)
 
-    def _go_on(self) -> None:
+    def go_on(self) -> None:
+        """
+        Make the changes that wait, or have them made.
+        """
         (self.elsewhere or self.catch_up)()
 
     def _is_occupied(self) -> bool:
@@ -841,20 +844,22 @@ class Index:
         self.wait()
         return self._entry(key)
 
-    def save(self, entries: Sequence[tuple[EntryKey, Entry]]) -> None:
+    def save(self, entries: Sequence[tuple[EntryKey, Entry]]) -> bool:
         """
         Note entries in one transaction: each answer in place of the one that was known to the same set of types.
 
-        They are lost if much waits for another try: ECR can be asked again.
+        @return: False if they are lost, for much waits for another try: ECR can be asked again.
         """
         with self._noting:
             waiting = sum(each.entries for each in (*self._making, *self._late))
-        if len(self._late) < LATE_SAVES and waiting < LATE_ENTRIES:
-            self._wait_in_line(_Change(lambda rows: rows.save(entries), entries=len(entries)))
-            with self._noting:
-                for key, entry in entries:
-                    self._forgotten.get(key, set()).difference_update(entry.answers)
-            self._go_on()
+        if len(self._late) >= LATE_SAVES or waiting >= LATE_ENTRIES:
+            return False
+        self._wait_in_line(_Change(lambda rows: rows.save(entries), entries=len(entries)))
+        with self._noting:
+            for key, entry in entries:
+                self._forgotten.get(key, set()).difference_update(entry.answers)
+        self.go_on()
+        return True
 
     def forget(self, *keys: EntryKey) -> None:
         """
@@ -866,11 +871,18 @@ class Index:
         """
         Drop what a tag led to for some sets of types.
         """
+        self.hide_answers(key, accepts)
+        self.go_on()
+
+    def hide_answers(self, key: EntryKey, accepts: Iterable[frozenset[str]]) -> None:
+        """
+        Tell no more what a tag led to for some sets of types; it is dropped with the next L{go_on}. Waits for no disk.
+        """
         accepts = list(accepts)
         self._wait_in_line(_Change(lambda rows: rows.forget_answers(key, accepts)))
         with self._noting:
-            self._forgotten.setdefault(key, set()).update(accepts)
-        self._go_on()
+            if key in self._forgotten or len(self._forgotten) < LATE:  # as many as wait to be dropped
+                self._forgotten.setdefault(key, set()).update(accepts)
 
     def entries(self) -> Iterator[tuple[EntryKey, Entry, float]]:
         """

@@ -63,6 +63,22 @@ def is_in_place(fd: int, path: Path | str) -> bool:
         return False
 
 
+def see_one_name(fd: int, path: Path | str) -> None:
+    """
+    See that an open file has no name but C{path}, before it is written to: else it may be one of somewhere else.
+
+    A file with more names is taken away from this one, so that the next time there is none.
+
+    @raise OSError: if it has another name, or C{path} leads elsewhere.
+    """
+    status = os.lstat(path)
+    if not os.path.samestat(os.fstat(fd), status):
+        raise OSError(errno.ESTALE, "it is another file by now", str(path))
+    if status.st_nlink > 1:
+        os.unlink(path)  # noqa: PTH108 (it may be no Path)
+        raise OSError(errno.EMLINK, "it is a link to a file elsewhere", str(path))
+
+
 def is_free(path: Path | str) -> bool:
     """
     Return True if the file at C{path} exists, and no process has locked it exclusively.

@@ -12,6 +12,7 @@ from typing import Any
 
 from ecrproxy.cache.claim import claim_path, read_record
 from ecrproxy.cache.content import hash_range
+from ecrproxy.cache.directory import Directory
 from ecrproxy.cache.locks import is_free, is_in_place, open_in_place, share
 from ecrproxy.cache.record import Look, Record, State
 
@@ -29,12 +30,11 @@ class PeerTransfer:
         self._claim, self._fd, self.record, self._boot = claim, fd, record, boot
 
     @classmethod
-    def open(cls, data: Path, boot: bytes) -> PeerTransfer | None:
+    def open(cls, data: Path, directory: Directory) -> PeerTransfer | None:
         """
-        Open a transfer. None if its writer has no bytes to show yet, or has finished.
-
-        @param boot: see L{claim.boot_id}.
+        Open a transfer. None if its writer has no bytes to show yet, or has finished, or is a user who is not believed.
         """
+        boot = directory.boot
         with contextlib.ExitStack() as opened, contextlib.suppress(OSError):
             claim = open_in_place(claim_path(data), os.O_RDONLY)
             opened.callback(os.close, claim)
@@ -42,7 +42,9 @@ class PeerTransfer:
             opened.callback(os.close, fd)
             locked = share(fd, data)
             record = read_record(claim)
-            if locked and record is not None and _is_shown(record, boot) and os.fstat(fd).st_size == record.size:
+            own = directory.is_own(os.fstat(claim)) and directory.is_own(os.fstat(fd))
+            shown = locked and own and record is not None and _is_shown(record, boot)
+            if shown and record is not None and os.fstat(fd).st_size == record.size:
                 opened.pop_all()
                 return cls(data, claim, fd, record, boot)
         return None

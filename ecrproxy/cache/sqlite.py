@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from ecrproxy.cache.entries import ANSWERS_LIMIT, Confirmed, Entry, EntryKey
+from ecrproxy.cache.entries import ANSWERS_LIMIT, VARIANTS_LIMIT, Confirmed, Entry, EntryKey
 from ecrproxy.cache.record import Reservation, Reserved
 from ecrproxy.identity import RegistryId
 from ecrproxy.oci import BLOB_TYPE, HEX_LENGTHS, MANIFEST_TYPES, SIZE_LIMIT, Descriptor, Digest, Kind
@@ -958,6 +958,13 @@ def _save_tag(connection: sqlite3.Connection, repository: int, key: EntryKey, en
         " WHERE (repository, tag, variant) = (?, ?, ?) ORDER BY confirmed DESC LIMIT ?)",
         (repository, key.reference, key.variant) * 2 + (ANSWERS_LIMIT,),
     )
+    if key.variant:
+        connection.execute(
+            "DELETE FROM tag WHERE (repository, tag) = (?, ?) AND variant IN (SELECT variant FROM tag"
+            " WHERE (repository, tag) = (?, ?) AND variant <> ''"
+            " GROUP BY variant ORDER BY max(confirmed) DESC LIMIT -1 OFFSET ?)",
+            (repository, key.reference) * 2 + (VARIANTS_LIMIT,),
+        )
 
 
 def _save_held(connection: sqlite3.Connection, repository: int, key: EntryKey, entry: Entry) -> None:
@@ -977,3 +984,11 @@ def _save_held(connection: sqlite3.Connection, repository: int, key: EntryKey, e
                 *(None if known.manifest is None else _packed(known.manifest), _moment(known.when)),
             ),
         )
+        if key.variant:
+            about = repository, _packed(descriptor.digest), _KINDS.index(key.kind)
+            connection.execute(
+                "DELETE FROM holds WHERE (repository, digest, kind) = (?, ?, ?) AND variant IN"
+                " (SELECT variant FROM holds WHERE (repository, digest, kind) = (?, ?, ?) AND variant <> ''"
+                " ORDER BY confirmed DESC LIMIT -1 OFFSET ?)",
+                (*about, *about, VARIANTS_LIMIT),
+            )

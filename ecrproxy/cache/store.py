@@ -25,6 +25,7 @@ import stat
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Final, NamedTuple, TypeVar
 from weakref import WeakValueDictionary
 
@@ -108,7 +109,8 @@ class Store:
         self.root, self.now = root, now
         self.index = Index(root, now, before_opening=self._see_volume) if index is None else index
         self.proofs, self.troubles = Proofs(), Troubles(now)
-        self.arriving = Arriving(Directory(root, now, self.index, self.proofs, self.troubles))
+        self.directory = Directory(root, now, self.index, self.proofs, self.troubles)
+        self.arriving = Arriving(self.directory)
         self._opened: WeakValueDictionary[Digest, OpenFile] = WeakValueDictionary()
         self._volume: Volume | None = None
 
@@ -120,6 +122,8 @@ class Store:
         """
         with self.troubles.noted(Kind.WRITE):
             self._volume = Volume(self.root)
+            with contextlib.suppress(FileNotFoundError):
+                self.directory.owners.add(self.root.stat().st_uid)
             self.make()
         self.index.open()
         self.check()
@@ -197,10 +201,18 @@ class Store:
                 self._anew(lambda: probe.write_bytes(_PROBE), len(_PROBE))
             with self.troubles.noted(Kind.READ):
                 probe.read_bytes()
+            self._see_owner()
             self.troubles.succeeded(Kind.ROOM)
         finally:
             with contextlib.suppress(OSError):
                 probe.unlink()
+
+    def _see_owner(self) -> None:
+        """
+        See whose the file system says that our files are: NFS and FUSE may give all of them to one user.
+        """
+        with contextlib.suppress(OSError), TemporaryFile(prefix="probe.", dir=self.arriving.folder) as file:
+            self.directory.owners.add(os.fstat(file.fileno()).st_uid)
 
     @property
     def counted(self) -> bool:
@@ -314,9 +326,10 @@ class Store:
         Tell whether there is a file of this name, without opening it or noting a use.
         """
         try:
-            return stat.S_ISREG(os.lstat(self.root / self.content_path(digest)).st_mode)
+            status = os.lstat(self.root / self.content_path(digest))
         except OSError:
             return False
+        return stat.S_ISREG(status.st_mode) and self.directory.is_own(status)
 
     def found(self, digest: Digest) -> File | None:
         """
@@ -375,8 +388,9 @@ class Store:
         self.troubles.succeeded(Kind.READ)
         file, status = found
         verdict = self.proofs.verdict(digest, status)
-        if verdict is None and not stat.S_ISREG(status.st_mode):
-            self.drop(digest, status, DigestMismatchError("it is no file"))
+        if verdict is not False and not (stat.S_ISREG(status.st_mode) and self.directory.is_own(status)):
+            why = "it is another user's" if stat.S_ISREG(status.st_mode) else "it is no file"
+            self.drop(digest, status, DigestMismatchError(why))
             verdict = False
         if verdict is False:
             file.let_go()
@@ -463,11 +477,11 @@ class Store:
         take_over_one(self.root, self.index, key)
         return self.index.written(key)
 
-    def save(self, *entries: tuple[EntryKey, Entry]) -> None:
+    def save(self, *entries: tuple[EntryKey, Entry]) -> bool:
         """
-        Note what is known, all of it or nothing.
+        Note what is known, all of it or nothing; return whether it is, or is to be.
         """
-        self.index.save(entries)
+        return self.index.save(entries)
 
     def evict_unused(self, files: Iterable[Digest | Reservation]) -> list[Digest | Reservation]:
         """

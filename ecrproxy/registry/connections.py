@@ -184,7 +184,7 @@ class UpstreamAgent:
         egress: Egress = Egress(),  # noqa: B008 (it is frozen)
         outside: Any = None,  # noqa: ANN401
     ) -> None:
-        self._host, self._forget, self._egress = _host(registry.encode()), forget, egress
+        self._host, self._forget, self._egress = _host(URI.fromBytes(registry.encode())), forget, egress
         guard, pool, policy = Guard(), connection_pool(reactor), policy or BrowserLikePolicyForHTTPS()
         self._clock, self._pool = reactor, pool
         self._registry, self._targets = (
@@ -201,21 +201,24 @@ class UpstreamAgent:
         """
         Send the request.
         """
-        host = _host(uri)
+        parts = URI.fromBytes(uri)
+        host = _host(parts)
         agent = self._registry if host == self._host else self._targets
-        if self._is_behind_proxy(uri):
+        if self._is_behind_proxy(parts):
             if host != self._host and not is_plain_name(host):
                 log.error("ECR redirects to {host}, where the proxy does not go", host=host)
                 said = "ECR redirects to an address where the proxy does not go"
                 return fail(ForbiddenAddressError(502, "UNAVAILABLE", said))
             agent = self._tunnels
         asked: Deferred[IResponse] = agent.request(method, uri, headers, bodyProducer)
-        return self._watched(asked, uri).addErrback(self._failed, host)
+        return self._watched(asked, parts).addErrback(self._failed, host)
 
-    def _watched(self, asked: Deferred[IResponse], uri: bytes) -> Deferred[IResponse]:
-        parts, now = URI.fromBytes(uri), self._clock.seconds()
+    def _watched(self, asked: Deferred[IResponse], parts: URI) -> Deferred[IResponse]:
+        """
+        Leave connections that have been idle all the while, if there is no answer for C{SILENT_SECONDS}.
+        """
         key = parts.scheme, parts.host, parts.port
-        silence = self._clock.callLater(SILENT_SECONDS, self._pool.distrust, key, now)
+        silence = self._clock.callLater(SILENT_SECONDS, self._pool.distrust, key, self._clock.seconds())
 
         def ended(result: IResponse | Failure) -> IResponse | Failure:
             if silence.active():
@@ -224,8 +227,7 @@ class UpstreamAgent:
 
         return asked.addBoth(ended)
 
-    def _is_behind_proxy(self, uri: bytes) -> bool:
-        parts = URI.fromBytes(uri)
+    def _is_behind_proxy(self, parts: URI) -> bool:
         secure: bool = parts.scheme == b"https"
         return secure and self._egress.proxy_for(parts.host.decode("latin-1"), parts.port) is not None
 
@@ -235,11 +237,11 @@ class UpstreamAgent:
         return failure
 
 
-def _host(uri: bytes) -> str:
+def _host(parts: URI) -> str:
     """
-    Tell a URL's host, as an agent reads it.
+    Return a URL's host, as an agent reads it.
     """
-    host: bytes = URI.fromBytes(uri).host
+    host: bytes = parts.host
     return host.decode("latin-1").lower()
 
 

@@ -132,7 +132,8 @@ class Lane:
         if self._barren >= TRIES or isinstance(problem, CancelledError):
             return False
         why = str(problem)
-        log.info("Going on with {digest} at byte {at}: {why}", digest=self.digest, at=self.reached, why=why)
+        said = "Going on with {digest} at byte {at}: {why}"
+        log.info(said, digest=self.digest, at=self.reached, why=why, once=self.digest)
         return True
 
     def cut(self, give_back: Callable[[int, int], None]) -> None:
