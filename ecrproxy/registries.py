@@ -18,10 +18,8 @@ from typing import Final
 from ecrproxy.identity import RegistryId, Repository, is_repository_name
 from ecrproxy.oci import RegistryError, Route
 from ecrproxy.reasons import Reason
-from ecrproxy.settings.registries import RegistryTable
+from ecrproxy.settings.registries import HUB, HUBS, RegistryTable
 
-_HUB: Final = "docker.io"
-_HUBS: Final = frozenset({"docker.io", "registry-1.docker.io", "index.docker.io"})
 _LIBRARY: Final = "library"
 
 
@@ -131,7 +129,7 @@ class Registries:
         return self._of(known, rest, route) if known is not None and rest else self._of(self.default, name, route)
 
     def _of(self, known: Known, name: str, route: Route) -> Chosen:
-        if known.table.name in _HUBS and "/" not in name:
+        if known.table.name == HUB and "/" not in name:
             name = f"{_LIBRARY}/{name}"
         prefix = known.table.repository_prefix
         full = f"{prefix}/{name}" if prefix else name
@@ -146,7 +144,7 @@ class Registries:
         if "." not in name and ":" not in name:
             return None
         try:
-            identity = RegistryId.of_host(_HUB if name.lower() in _HUBS else name)
+            identity = RegistryId.of_host(HUB if name.lower() in HUBS else name)
         except ValueError:
             return None
         return self._by_name.get(identity) or self._by_wildcard(identity)

@@ -50,21 +50,25 @@ from ecrproxy.metrics import Figures, LoopStall
 from ecrproxy.proxy import PullThrough
 from ecrproxy.readiness import Readiness, judge
 from ecrproxy.registries import Known, Registries
+from ecrproxy.registry.authorization import Authorization, Basic, Tokens
+from ecrproxy.registry.bearer import Bearer
 from ecrproxy.registry.circuit import Circuit
 from ecrproxy.registry.connections import UpstreamAgent
 from ecrproxy.registry.ecr import Credentials, CredentialsError, Token, TokenService, fetch_token
 from ecrproxy.registry.egress import Egress, OwnNames
 from ecrproxy.registry.endpoint import Endpoint
 from ecrproxy.registry.governor import Governor
+from ecrproxy.registry.login import Login
 from ecrproxy.registry.metering import MeteredAgent
+from ecrproxy.registry.quotas import PUBLIC_RATES, Quotas
 from ecrproxy.registry.resolver import ChosenServers, hosts_names
 from ecrproxy.registry.retries import Budget
 from ecrproxy.registry.upstream import Upstream
 from ecrproxy.registry.wire import Wire
 from ecrproxy.settings.config import Config, ConfigError
-from ecrproxy.settings.registries import RegistryTable
+from ecrproxy.settings.registries import Protocol, RegistryTable
 from ecrproxy.shares import share
-from ecrproxy.threads import Disk, Pools, Threads, call_unowned, in_time
+from ecrproxy.threads import Disk, InThread, Pools, Threads, call_unowned, in_time
 from ecrproxy.transfer.inflow import BUFFERED, Lanes
 from ecrproxy.transfer.unattended import MOST
 from ecrproxy.upstreams import Upstreams
@@ -117,13 +121,13 @@ def wire(
     """
     disk, threads = _disk(service.pools), service.pools.threads
     store = Store(Path(config.cache_dir), time.time)
-    scrubbing, judging, probing = threads(1), threads(1), threads(1)
+    scrubbing, judging, probing, reading = threads(1), threads(1), threads(1), threads(1).bounded(READING[1])
     keeping, settling = threads(KEEPING[0]).bounded(KEEPING[1]), threads(SETTLING[0]).bounded(SETTLING[1])
     janitor = Janitor(store, config.cache_limit, keeping, reactor)
     tokens = _tokens(config, reactor, partial(_ends, refused, warm=begin(store, processes)))
     figures, stall = Figures(__version__), LoopStall(reactor, time.monotonic)
     registries = Registries(config.registries, config.registry_aliases or ())
-    upstreams = _upstreams(config, registries, tokens, figures, egress, reactor)
+    upstreams = _upstreams(config, registries, tokens, reading, figures, egress, reactor)
     cache = Cache(store, janitor, disk, time.time)
     scrub = Scrub(store, janitor.fit, scrubbing.call, reactor)
     purges = Purges(store.index, cache.forget_purged, settling, reactor)
@@ -192,7 +196,7 @@ def _tokens(
     tokens: dict[tuple[Credentials, str], TokenService] = {}
     for table in config.registries:
         key = credentials, region = _credentials(table)
-        if key not in tokens:
+        if key not in tokens and not table.anonymous and table.protocol is not Protocol.OCI:
             fetch = partial(call_unowned, reactor, partial(_fetch, credentials, region))
             tokens[key] = TokenService(fetch, reactor, time.time, (lambda _: False) if tokens else ends)
     return tokens
@@ -202,13 +206,45 @@ def _credentials(table: RegistryTable) -> tuple[Credentials, str]:
     """
     Return the credentials for a registry, and the region in which their token is good.
     """
-    return Credentials(table.role, table.external_id, table.profile, table.instance_auth), table.region or ""
+    public = table.protocol is Protocol.ECR_PUBLIC
+    return Credentials(table.role, table.external_id, table.profile, table.instance_auth, public), table.region or ""
+
+
+def _authorization(
+    table: RegistryTable, url: str, wire: Wire, tokens: TokenService | None, reading: InThread
+) -> Authorization:
+    """
+    Make what gives a registry what it wants to be shown.
+
+    @param tokens: AWS's, if it is for them.
+    @param reading: calls what reads passwords.
+    """
+    if table.protocol is Protocol.ECR and tokens is not None:
+        return Basic(tokens)
+    login: Tokens | None = tokens
+    if table.username is not None and table.password_file is not None:
+        login = Login(table.username, Path(table.password_file), reading)
+    return Bearer(url, wire, login, table.realms)
+
+
+def _quotas(config: Config, table: RegistryTable) -> Quotas:
+    """
+    Return how often a registry may be asked.
+    """
+    match table.protocol:
+        case Protocol.ECR:
+            return config.ecr_quotas
+        case Protocol.ECR_PUBLIC:
+            rate = PUBLIC_RATES[table.anonymous]
+            return Quotas(rate, rate, rate, rate).share(config.worker_processes)
+    return Quotas().share(config.worker_processes)
 
 
 def _upstreams(
     config: Config,
     registries: Registries,
     tokens: Mapping[tuple[Credentials, str], TokenService],
+    reading: InThread,
     figures: Figures,
     egress: Egress,
     reactor: Any,  # noqa: ANN401
@@ -221,15 +257,17 @@ def _upstreams(
     budget = Budget(config.upstream_tries, config.upstream_seconds)
 
     def make(known: Known) -> tuple[Upstream, Asking]:
-        url, its_tokens = known.table.endpoint or "", tokens[_credentials(known.table)]
+        table = known.table
+        url, its_tokens = table.endpoint or "", tokens.get(_credentials(table))
         agent = UpstreamAgent(reactor, url, forget, egress=egress, outside=outside)
         wire = Wire(MeteredAgent(agent, url, figures.upstream, reactor), reactor, budget)
-        governor, circuit = Governor(config.ecr_quotas, config.ecr_connections, reactor), Circuit(reactor.seconds)
+        governor, circuit = Governor(_quotas(config, table), config.ecr_connections, reactor), Circuit(reactor.seconds)
+        authorization = _authorization(table, url, wire, its_tokens, reading)
         upstream = Upstream(
-            Endpoint(url, wire, its_tokens, governor, circuit), wire, stall_seconds=config.stall_seconds
+            Endpoint(url, wire, authorization, governor, circuit), wire, stall_seconds=config.stall_seconds
         )
         asking = Asking(
-            name=known.table.name, tokens=its_tokens, wire=wire, circuit=circuit, governor=governor, clock=reactor
+            name=table.name, tokens=its_tokens, wire=wire, circuit=circuit, governor=governor, clock=reactor
         )
         return upstream, asking
 

@@ -69,6 +69,8 @@ from ecrproxy.oci import Digest
 from ecrproxy.proxy import PullThrough
 from ecrproxy.readiness import Readiness, judge
 from ecrproxy.registries import Known, Registries
+from ecrproxy.registry.authorization import Authorization, Basic
+from ecrproxy.registry.bearer import Bearer
 from ecrproxy.registry.circuit import Circuit
 from ecrproxy.registry.connections import connection_pool
 from ecrproxy.registry.ecr import Token, TokenService
@@ -79,6 +81,7 @@ from ecrproxy.registry.quotas import Quotas
 from ecrproxy.registry.retries import Budget
 from ecrproxy.registry.upstream import Upstream
 from ecrproxy.registry.wire import Wire
+from ecrproxy.settings.registries import Protocol as TableProtocol
 from ecrproxy.settings.registries import RegistryTable, default_of
 from ecrproxy.settings.values import parse_pattern
 from ecrproxy.threads import Disk, InThread
@@ -562,7 +565,11 @@ class Other:
             MeteredAgent(self.back.agent(persistent=True), standin.registry, tally, clock), clock, chance=lambda: 0.0
         )
         governor, circuit = Governor(Quotas(), 128, clock), Circuit(clock.seconds)
-        self.upstream = Upstream(Endpoint(standin.registry, wire, self.tokens, governor, circuit), wire)
+        self.authorization: Authorization = Basic(self.tokens)
+        if table.protocol is not TableProtocol.ECR:
+            login = None if table.anonymous else self.tokens
+            self.authorization = Bearer(standin.registry, wire, login, table.realms)
+        self.upstream = Upstream(Endpoint(standin.registry, wire, self.authorization, governor, circuit), wire)
         self.asking = Asking(
             name=table.name, tokens=self.tokens, wire=wire, circuit=circuit, governor=governor, clock=clock
         )
@@ -622,7 +629,8 @@ class Daemon(Administered):
         self.figures = Figures("0")
         metered = MeteredAgent(agent(self.back), standin.registry, self.figures.upstream, clock)
         wire = Wire(metered, clock, budget, chance=lambda: chance)
-        self.upstream = Upstream(Endpoint(standin.registry, wire, self.tokens, self.governor, self.circuit), wire)
+        endpoint = Endpoint(standin.registry, wire, Basic(self.tokens), self.governor, self.circuit)
+        self.upstream = Upstream(endpoint, wire)
         self.lanes = lanes or Lanes()
         self.registry = RegistryId.of_url(standin.registry)
         self.cache = Cache(self.store, self.janitor, disk, self.now)

@@ -27,7 +27,7 @@ from tests.registry_bucket import BucketSide, Urls
 from tests.registry_content import Image, Shelves, digest_of, layer
 from tests.registry_faults import Fault, Faults
 from tests.registry_http import Asked, Quirks, Reply, Service
-from tests.registry_replies import ApiSide, RegistrySide, Tokens, named_in
+from tests.registry_replies import ApiSide, Bearers, RegistrySide, Tokens, named_in
 from tests.registry_sending import Outgoing, Sending
 
 __all__ = ["Asked", "Fault", "Image", "Quirks", "Reply", "StandIn", "digest_of", "layer"]
@@ -36,6 +36,8 @@ __all__ = ["Asked", "Fault", "Image", "Quirks", "Reply", "StandIn", "digest_of",
 class StandIn(Shelves, Faults):
     """
     An ECR in memory: the AWS call, the registry and its bucket; faults on demand.
+
+    @param realm: where its tokens are had, if it is one that is no private registry of ECR.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class StandIn(Shelves, Faults):
         *,
         registry: str = "https://123456789012.dkr.ecr.eu-west-1.amazonaws.com",
         bucket: str = "https://prod-eu-west-1-starport-layer-bucket.s3.eu-west-1.amazonaws.com",
+        realm: str = "",
     ) -> None:
         Shelves.__init__(self)
         Faults.__init__(self)
@@ -52,7 +55,8 @@ class StandIn(Shelves, Faults):
         self.asked: list[Asked] = []
         self.bytes_sent = 0
         self.resource: IResource = _Door(self)
-        self.tokens = Tokens(clock, self.quirks)
+        self.bearers = Bearers(clock, self.quirks, realm=realm)
+        self.tokens = self.bearers if realm else Tokens(clock, self.quirks)
         self.urls = Urls(clock, registry, bucket, self.quirks)
         self._held: set[str] = set()
         self._sendings: list[tuple[str, Sending]] = []
@@ -171,7 +175,7 @@ class StandIn(Shelves, Faults):
             return self._registry_side.reply(asked)
         if asked.service == "bucket":
             return self._bucket_side.reply(asked)
-        return self._api_side.reply(asked)
+        return self.bearers.reply(asked) if asked.service == "realm" else self._api_side.reply(asked)
 
     def send(
         self,
@@ -274,7 +278,8 @@ class _Door:
             name.decode("latin-1").lower(): b", ".join(values).decode("latin-1")
             for name, values in request.requestHeaders.getAllRawHeaders()
         }
-        service = self._services.get(_place("//" + headers.get("host", "")), "api")
+        place = _place("//" + headers.get("host", ""))
+        service = self._services.get(place, "realm" if place == _place(self._standin.bearers.realm) else "api")
         if method == "POST" and path == "/":
             service = "api"  # one port may serve both, as the runnable stand-in's does
         about = {"registry": named_in, "bucket": self._standin.urls.named_in}.get(service)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-Service = Literal["registry", "bucket", "api"]
+Service = Literal["registry", "bucket", "api", "realm"]
 
 
 @dataclass(frozen=True)

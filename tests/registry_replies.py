@@ -96,7 +96,7 @@ class Tokens:
         """
         self._until.clear()
 
-    def refusal(self, authorization: str | None, registry: str) -> Reply | None:
+    def refusal(self, authorization: str | None, registry: str, repository: str = "") -> Reply | None:
         """
         Why the registry turns a request away for its Authorization header, if it does.
         """
@@ -111,6 +111,65 @@ class Tokens:
         if self.clock.seconds() >= until:
             return registry_error(403, "DENIED", EXPIRED)
         return None
+
+
+@dataclass
+class Bearers(Tokens):
+    """
+    The tokens of a registry other than ECR's private ones, and its token service: distribution's "Token Authentication
+    Specification"; ECR Public's oddities by field notes C14.
+
+    @ivar realm: the service's URL.
+    @ivar public: whether this is like ECR Public: its tokens are for all repositories, and an expired one is a 400.
+    @ivar logins: those that it takes, as they go behind C{Basic}; none if anybody gets a token.
+    @ivar denied: the repositories for which it gives a token that is good for nothing, as Docker Hub does.
+    @ivar lifetime: of tokens, in seconds; as it is told, too.
+    """
+
+    realm: str = ""
+    public: bool = False
+    logins: set[str] = field(default_factory=set)
+    denied: set[str] = field(default_factory=set)
+    lifetime: float = 300
+
+    @property
+    def challenge(self) -> str:
+        """
+        What is said to whoever shows no token.
+        """
+        said = f'Bearer realm="{self.realm}",service="registry.test"'
+        return f'{said},scope="aws"' if self.public else said
+
+    def reply(self, asked: Asked) -> Reply:
+        """
+        Give out a token.
+        """
+        scheme, _, login = asked.headers.get("authorization", "").partition(" ")
+        if self.logins and (scheme != "Basic" or login not in self.logins):
+            return registry_error(401, "UNAUTHORIZED", "incorrect username or password")
+        query = parse_qs(asked.query)
+        if query.get("service") != ["registry.test"]:
+            return registry_error(400, "UNSUPPORTED", "no such service")
+        (scope,) = query["scope"]
+        token = f"{next(self._serials):04d}.{scope}"
+        self._until[token] = self.clock.seconds() + self.lifetime
+        body = json.dumps({"token": token, "expires_in": self.lifetime}).encode()
+        return Reply(200, {"Content-Type": "application/json"}, body)
+
+    def refusal(self, authorization: str | None, registry: str, repository: str = "") -> Reply | None:
+        """
+        Why the registry turns a request away for its Authorization header, if it does.
+        """
+        scheme, _, token = (authorization or "").partition(" ")
+        until = self._until.get(token) if scheme == "Bearer" else None
+        scope = "aws" if self.public else f"repository:{repository}:pull"
+        if until is not None and self.clock.seconds() < until and (not repository or token[5:] == scope):
+            if repository not in self.denied:
+                return None
+        elif self.public and authorization is not None:
+            return Reply(400, {"Content-Type": "text/plain; charset=utf-8"}, b"Bad Request\n")
+        refused = registry_error(401, "UNAUTHORIZED", "authentication required")
+        return Reply(401, {**refused.headers, "WWW-Authenticate": self.challenge}, refused.body)
 
 
 @dataclass(frozen=True)
@@ -130,7 +189,7 @@ class RegistrySide:
         """
         Answer one request.
         """
-        refusal = self.tokens.refusal(asked.headers.get("authorization"), self.url)
+        refusal = self.tokens.refusal(asked.headers.get("authorization"), self.url, asked.repository)
         if refusal is not None:
             return refusal
         if asked.method not in ("GET", "HEAD"):

@@ -120,7 +120,17 @@ ARROWS: dict[str, set[str]] = {
     "stale": {"flights", "oci", "reasons", "registry.bucket"},
     "logs": {"http.access_log", "request_id"},
     "oci": {"identity", "reasons"},
-    "registry": {"access.turns", "addresses", "metrics", "oci", "periodic", "reasons"},
+    "registry": {
+        "access.turns",
+        "addresses",
+        "cache.memory",
+        "flights",
+        "metrics",
+        "oci",
+        "periodic",
+        "reasons",
+        "threads",
+    },
     "settings": {
         "access.limits",
         "addresses",

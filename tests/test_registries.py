@@ -61,6 +61,8 @@ class TableTests(SynchronousTestCase):
             (f"https://{ONE}", "docker-hub", "eu-west-1"), (hub.endpoint, hub.repository_prefix, hub.region)
         )
         self.assertEqual([True, True], [each.anonymous for each in (public, quay)])
+        (hub, *_), _ = parsed('[registry."index.docker.io"]')
+        self.assertEqual(("docker.io", "https://registry-1.docker.io"), (hub.name, hub.endpoint))
         self.assertEqual(("us", frozenset({"us.registry.example"})), (two.path_prefix, two.hosts))
 
     def test_what_is_wrong_is_a_line_with_file_table_and_key(self) -> None:
@@ -78,16 +80,29 @@ class TableTests(SynchronousTestCase):
             "hosts = 'a'": ".hosts: give a list of texts",
             "endpoint = 'ftp://x'": ".endpoint: not the URL of a registry",
             "username = 'ann'": ".username: AWS gives its tokens",
-            "username = 'ann'\npassword-file = '/x'": ".username: AWS gives its tokens",
+            "username = 'ann'\npassword-file = '/x'": ".password-file: AWS gives its tokens",
+            "realms = ['a.test']": ".realms: AWS gives its tokens",
             "credentials = 'anonymous'": ".credentials: is for public.ecr.aws",
             "profile = 'a'\ninstance-auth = true": ".instance-auth: contradicts profile",
         }.items():
             _, (line,) = parsed(f'[registry."{ONE}"]\n{table}')
             self.assertTrue(line.startswith(f'x.toml: registry."{ONE}"{said}'), line)
         for name, table, said in (
-            ("quay.io", "role = 'arn:aws:iam::444455556666:role/pull'", ".role: only a registry of ECR has that"),
+            (
+                "quay.io",
+                "role = 'arn:aws:iam::444455556666:role/pull'",
+                ".role: only a private registry of ECR has that",
+            ),
             ("quay.io", "username = 'ann'", ".username: goes with password-file"),
-            ("quay.io", "ecr-repository-prefix = 'x'", ".ecr-repository-prefix: only a registry of ECR has that"),
+            ("quay.io", "default = true", ".default: only a private registry of ECR has that"),
+            ("quay.io", "realms = ['a_b']", ".realms: 'a_b' is not the name of a host"),
+            ("public.ecr.aws", "profile = 'a'", ".profile: it is asked anonymously; set credentials"),
+            ("public.ecr.aws", "region = 'us-west-2'", ".region: only a private registry of ECR has that"),
+            (
+                "quay.io",
+                "ecr-repository-prefix = 'x'",
+                ".ecr-repository-prefix: only a private registry of ECR has that",
+            ),
             ("*.dkr.ecr.eu-west-1.amazonaws.com", "default = true", ".default: a wildcard stands for many"),
             ("a_b", "", ": 'a_b' is not the name of a host"),
             ("a.test:x", "", ": 'a.test:x' is not the name of a registry's host"),

@@ -140,7 +140,6 @@ class RegistriesTests(SynchronousTestCase):
                 {"PROXY_ECR_ENDPOINT": self.ONE},
                 f"PROXY_ECR_ENDPOINT='https://{self.ONE}': the file says that {self.TWO} is the default; leave one out",
             ),
-            ('[registry."quay.io"]\ndefault = true', {}, "quay.io: only private registries of ECR are served so far"),
         ):
             problem = self.assertRaises(ConfigError, self.load, text, **environ)
             self.assertIn(said, str(problem))

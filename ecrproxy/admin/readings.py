@@ -124,8 +124,8 @@ def of_registries(askings: Callable[[], Iterable[Asking]]) -> list[Reading]:
         return lambda: {f"{each.name},{word}": told for each in askings() for word, told in read(each).items()}
 
     return [
-        Reading(TOKEN_EXPIRY, of_each(lambda each: each.tokens.expires)),
-        Reading(TOKEN_FAILURES, of_each(lambda each: each.tokens.failed)),
+        Reading(TOKEN_EXPIRY, of_each(lambda each: each.token().expires)),
+        Reading(TOKEN_FAILURES, of_each(lambda each: each.token().failures if each.tokens else None)),
         Reading(QUEUE_FULL, by_word(lambda each: {call.value: each.governor.refused(call) for call in Call})),
         Reading(WAITING, by_word(lambda each: {call.value: each.governor.waiting(call) for call in Call})),
         Reading(RETRIES, of_each(lambda each: each.wire.retried)),

@@ -46,7 +46,8 @@ NEXT: Final = 6
 """How many files that would be evicted next are told."""
 TOP: Final = 10
 """How many repositories are told."""
-_NOBODY: Final = RegistryState("", TokenState(None, None, 0.0, 0), UpstreamState("closed", 0, None, {}, 0))
+_NO_TOKEN: Final = TokenState(None, None, 0.0, 0)
+_NOBODY: Final = RegistryState("", _NO_TOKEN, UpstreamState("closed", 0, None, {}, 0))
 """What is told while no worker answers."""
 
 
@@ -56,27 +57,36 @@ class Asking:
     What asks a registry: its parts that know how that goes.
 
     @ivar name: of the registry.
+    @ivar tokens: AWS's for it; none where it takes others, or none.
     """
 
     name: str
-    tokens: TokenService
+    tokens: TokenService | None
     wire: Wire
     circuit: Circuit
     governor: Governor
     clock: IReactorTime
 
+    def token(self) -> TokenState:
+        """
+        Tell how good AWS's token is, never the token.
+        """
+        tokens = self.tokens
+        if tokens is None:
+            return _NO_TOKEN
+        return TokenState(tokens.problem(), tokens.expires, tokens.refresh_seconds(), tokens.failed)
+
     def source(self) -> Source:
         """
         Tell what keeps it from being fetched from.
         """
-        return Source(self.name, self.tokens.problem(), self.circuit.problem())
+        return Source(self.name, self.token().problem, self.circuit.problem())
 
     def state(self) -> RegistryState:
         """
-        Tell how it stands; of the token, never the token.
+        Tell how it stands.
         """
-        tokens, answered = self.tokens, self.circuit.answered_at
-        token = TokenState(tokens.problem(), tokens.expires, tokens.refresh_seconds(), tokens.failed)
+        answered = self.circuit.answered_at
         upstream = UpstreamState(
             self.circuit.state.value,
             self.circuit.open_repositories,
@@ -84,7 +94,7 @@ class Asking:
             {each.value: self.governor.waiting(each) for each in Call},
             self.wire.retried,
         )
-        return RegistryState(self.name, token, upstream)
+        return RegistryState(self.name, self.token(), upstream)
 
 
 @dataclass(frozen=True, slots=True)

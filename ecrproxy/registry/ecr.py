@@ -114,12 +114,14 @@ class Credentials:
     @ivar external_id: for that role.
     @ivar profile: of AWS's configuration files.
     @ivar instance_auth: the role of the instance, container or pod alone.
+    @ivar public: for a token of ECR Public: its API's, and its registry's.
     """
 
     role: str | None = None
     external_id: str | None = None
     profile: str | None = None
     instance_auth: bool = False
+    public: bool = False
 
 
 def fetch_token(region: str, credentials: Credentials) -> Token:
@@ -138,8 +140,9 @@ def fetch_token(region: str, credentials: Credentials) -> Token:
     try:
         session = open_session(credentials.profile, instance_auth=credentials.instance_auth, popen=Process)
         make = partial(session.create_client, region_name=region, config=settings)
-        client: Any = make("ecr", **_assumed(make, credentials))
-        data = client.get_authorization_token()["authorizationData"][0]
+        client: Any = make("ecr-public" if credentials.public else "ecr", **_assumed(make, credentials))
+        data = client.get_authorization_token()["authorizationData"]
+        data = data if credentials.public else data[0]
     except exceptions.ClientError as problem:
         raise _judged(problem) from problem
     except CredentialProcessError as problem:

@@ -1,5 +1,5 @@
 """
-ECR's own endpoint: asked with the token, which goes there and nowhere else.
+A registry's own endpoint: asked with what it wants to be shown, which goes there and nowhere else.
 """
 
 from __future__ import annotations
@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Coroutine
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Final, Protocol
+from typing import Final
 
 from twisted.internet.defer import Deferred
 from twisted.internet.task import deferLater
@@ -18,6 +18,7 @@ from twisted.web.iweb import IResponse
 
 from ecrproxy.oci import Route
 from ecrproxy.reasons import Reason
+from ecrproxy.registry.authorization import Authorization
 from ecrproxy.registry.bodies import ERROR_LIMIT
 from ecrproxy.registry.bucket import UnavailableError
 from ecrproxy.registry.circuit import Circuit, CircuitState, Switch
@@ -33,18 +34,6 @@ log = Logger()
 PROBE_SECONDS: Final = 5.0
 """How long a probe waits for an answer: whoever asks with it may have something old to be served instead."""
 _TOLD_BY_BODY: Final = frozenset({400, 401, 403, 404, 405})
-
-
-class Tokens(Protocol):
-    """
-    Where the token comes from: see C{ecr.TokenService}.
-    """
-
-    async def get(self) -> str:
-        """Return the token."""
-
-    async def renew(self, refused: str) -> str:
-        """Return another than C{refused}, or the same if there is no other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +74,15 @@ class Reply:
 
 class Endpoint:
     """
-    One registry, asked with the token.
+    One registry, asked with what it wants to be shown.
 
     @ivar url: the registry's, without a path.
     """
 
-    def __init__(self, url: str, wire: Wire, tokens: Tokens, governor: Governor, circuit: Circuit) -> None:
-        self.url, self._wire, self._tokens = url, wire, tokens
+    def __init__(
+        self, url: str, wire: Wire, authorization: Authorization, governor: Governor, circuit: Circuit
+    ) -> None:
+        self.url, self._wire, self._authorization = url, wire, authorization
         self._governor, self._circuit = governor, circuit
         self._doubting = False
 
@@ -104,27 +95,33 @@ class Endpoint:
 
         @raise RegistryError: if the answer is a refusal, or there is none.
         """
-        self._circuit.check(question.route.repository.name, lists=question.is_list)
-        secret = await self._secret(self._tokens.get())
+        repository = question.route.repository.name
+        self._circuit.check(repository, lists=question.is_list)
+        shown = await self._shown(question, self._authorization.show(repository))
         tries = self._wire.tries()
         for last in (False, True):
-            reply = await self._persist(tries, question, secret)
+            reply = await self._persist(tries, question, shown)
             if question.method == "HEAD" and reply.response.code in _TOLD_BY_BODY:
                 question = replace(question, method="GET")
-                reply = await self._persist(tries, question, secret)
+                reply = await self._persist(tries, question, shown)
             if reply.response.code < 400:  # noqa: PLR2004
                 return reply
             refusal = Refusal.of(reply.response, reply.body)
             if last or not refusal.is_about_token:
+                refusal.of_one(shown).raise_for(question.route)
+            challenges = reply.response.headers.getRawHeaders("WWW-Authenticate", [])
+            renewed = await self._shown(question, self._authorization.renew(shown, repository, challenges))
+            if renewed == shown:
                 refusal.raise_for(question.route)
-            rejected, secret = secret, await self._secret(self._tokens.renew(secret))
-            if secret == rejected:
-                refusal.raise_for(question.route)
+            shown = renewed
         raise AssertionError("the second turn answers or raises")
 
-    async def _secret(self, asked: Coroutine[object, object, str]) -> str:
+    async def _shown(self, question: Question, asked: Coroutine[object, object, str]) -> str:
         try:
             return await asked
+        except TransientError as problem:
+            self._fail(question, problem)
+            raise
         except TokenUnavailableError as problem:
             raise UnavailableError(
                 503,
@@ -134,18 +131,19 @@ class Endpoint:
                 Reason.NO_TOKEN,
             ) from None
 
-    async def _persist(self, tries: Tries, question: Question, secret: str) -> Reply:
+    async def _persist(self, tries: Tries, question: Question, shown: str) -> Reply:
         try:
-            return await self._wire.persist(tries, partial(self._try, tries, question, secret))
+            return await self._wire.persist(tries, partial(self._try, tries, question, shown))
         except TransientError as problem:
-            if not problem.throttled:
-                self._note(question, problem)
+            self._fail(question, problem)
             raise
 
-    def _note(self, question: Question, problem: TransientError) -> None:
+    def _fail(self, question: Question, problem: TransientError) -> None:
         """
         Note a failure; where that was one too many, send those away who wait in vain.
         """
+        if problem.throttled:
+            return
         repository, lists = question.route.repository.name, question.is_list
         opened = self._circuit.failed(repository, problem, lists=lists)
         if not lists or opened is self._circuit.whole:  # what queues beside a list may be a pull
@@ -210,26 +208,26 @@ class Endpoint:
 
     async def _probe(self) -> None:
         try:
-            headers = _headers(await self._tokens.get())
+            headers = _headers(await self._authorization.show_for_probe())
         except TokenUnavailableError:
             headers = _headers()
         response = await self._wire.request("GET", f"{self.url}/v2/", headers, PROBE_SECONDS)
         await self._wire.read(response, ERROR_LIMIT)
 
-    async def _try(self, tries: Tries, question: Question, secret: str) -> Reply:
+    async def _try(self, tries: Tries, question: Question, shown: str) -> Reply:
         """
         Ask once, when there is a place for it.
         """
         call = call_of(question.method, question.route.kind)
         async with self._governor.place(call, question.route.repository.name):
             try:
-                return await self._through_circuit(tries, question, secret)
+                return await self._through_circuit(tries, question, shown)
             except TransientError as problem:
                 if problem.throttled and problem.wait:
                     self._governor.rest(call, problem.wait)
                 raise
 
-    async def _through_circuit(self, tries: Tries, question: Question, secret: str) -> Reply:
+    async def _through_circuit(self, tries: Tries, question: Question, shown: str) -> Reply:
         """
         Ask, if the circuit lets; tell it what came of that.
         """
@@ -237,12 +235,12 @@ class Endpoint:
         probed = self._circuit.enter(repository, lists=lists)
         if probed is None:
             waited = tries.seconds(self._wire.clock.seconds())
-            reply = await self._watched(question, secret, max(PROBE_SECONDS, HEADER_SECONDS - waited))
+            reply = await self._watched(question, shown, max(PROBE_SECONDS, HEADER_SECONDS - waited))
             self._answered(question, reply)
             return reply
         tries.give_up()  # a probe is one try, and not a long one
         try:
-            reply = await self._send(question, secret, PROBE_SECONDS)
+            reply = await self._send(question, shown, PROBE_SECONDS)
         except TransientError as problem:
             if problem.throttled:
                 self._circuit.answered(repository, lists=lists)
@@ -265,7 +263,7 @@ class Endpoint:
         if not self._circuit.heard_since(began):
             self._doubt()
 
-    async def _watched(self, question: Question, secret: str, seconds: float) -> Reply:
+    async def _watched(self, question: Question, shown: str, seconds: float) -> Reply:
         """
         Ask; C{PROBE_SECONDS} before its time is up, have the daemon ask itself, if ECR has answered nothing meanwhile.
 
@@ -274,13 +272,13 @@ class Endpoint:
         clock = self._wire.clock
         silence = clock.callLater(max(0.0, seconds - PROBE_SECONDS), self._note_silence, clock.seconds())
         try:
-            return await self._send(question, secret, seconds)
+            return await self._send(question, shown, seconds)
         finally:
             if silence.active():
                 silence.cancel()
 
-    async def _send(self, question: Question, secret: str, seconds: float) -> Reply:
-        headers = _headers(secret)
+    async def _send(self, question: Question, shown: str, seconds: float) -> Reply:
+        headers = _headers(shown)
         if question.accept:
             headers.setRawHeaders("Accept", [question.accept])
         url = self.url + question.route.path + (f"?{question.query}" if question.query else "")
@@ -291,8 +289,8 @@ class Endpoint:
         return Reply(response, await self._wire.read(response, limit))
 
 
-def _headers(secret: str = "") -> Headers:
+def _headers(shown: str = "") -> Headers:
     headers = Headers({"User-Agent": ["ecrproxy"]})
-    if secret:
-        headers.setRawHeaders("Authorization", [f"Basic {secret}"])
+    if shown:
+        headers.setRawHeaders("Authorization", [shown])
     return headers

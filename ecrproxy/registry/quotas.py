@@ -12,6 +12,8 @@ from typing import Final
 from ecrproxy.oci import Kind
 
 _QUOTA = re.compile(r"([a-z]+)=([0-9]{1,6})")
+PUBLIC_RATES: Final = {True: 1.0, False: 10.0}
+"""Calls a second that ECR Public takes, of each kind: whether asked anonymously (field notes C14)."""
 LONGEST_REST: Final = 60.0
 """The most seconds for which ECR is believed that it wants no calls of a kind."""
 

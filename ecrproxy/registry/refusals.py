@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, NoReturn
 
 from twisted.logger import Logger
@@ -82,6 +82,14 @@ class Refusal:
                 words = re.compile(r"\btoken\b") if self.is_registry_error else _TOKEN_WORDS
                 return bool(words.search(said)) and "not authorized to perform" not in said
         return False
+
+    def of_one(self, shown: str) -> Refusal:
+        """
+        Return what it means where C{shown}, just given by the token service, is for one repository alone: a denial.
+
+        Docker Hub answers 401 about what is not there, or is another's, whoever asks.
+        """
+        return replace(self, status=403) if self.status == 401 and shown.startswith("Bearer ") else self  # noqa: PLR2004
 
     @property
     def _rejection(self) -> str:

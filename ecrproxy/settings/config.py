@@ -20,7 +20,7 @@ from ecrproxy.cache.cache_key import CacheKey
 from ecrproxy.endpoint_string import EndpointString
 from ecrproxy.identity import RegistryId
 from ecrproxy.registry.quotas import Quotas
-from ecrproxy.settings.registries import Protocol, RegistryTable, default_of
+from ecrproxy.settings.registries import RegistryTable, default_of
 from ecrproxy.settings.values import (
     Network,
     SecretError,
@@ -546,16 +546,9 @@ def _registries(values: Mapping[str, Any], texts: Given, tables: Sequence[Regist
 
     @raise ConfigError: if there is none, or its region is not known.
     """
-    unserved = [each.name for each in tables if each.protocol is not Protocol.ECR]
-    if unserved:
-        raise ConfigError(
-            f"{', '.join(unserved)}: only private registries of ECR are served so far; leave the table out"
-        )
     endpoint, default = values["ecr_endpoint"], next((each for each in tables if each.default), None)
     if endpoint is None and default is None:
         raise ConfigError("PROXY_ECR_ENDPOINT is not set: give the URL of your ECR registry")
-    if default is not None and default.region is None:
-        raise ConfigError(f"{default.name} is the default, and no registry of ECR; make one of ECR's the default")
     if default is not None and endpoint not in (None, default.endpoint):
         said = f"{texts['ecr-endpoint'][1]}={endpoint!r}: the file says that {default.name} is the default"
         raise ConfigError(f"{said}; leave one out")

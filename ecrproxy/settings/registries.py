@@ -28,6 +28,12 @@ from ecrproxy.settings.values import (
 )
 
 PUBLIC: Final = "public.ecr.aws"
+PUBLIC_REGION: Final = "us-east-1"
+"""Where AWS gives tokens for ECR Public."""
+HUB: Final = "docker.io"
+HUBS: Final = frozenset({HUB, "registry-1.docker.io", "index.docker.io"})
+"""Docker Hub's names."""
+_HUB_ENDPOINT: Final = "https://registry-1.docker.io"
 ROLE: Final = re.compile(r"arn:aws[a-z-]*:iam::[0-9]{12}:role/[\w+=,.@/-]{1,512}", re.ASCII)
 _WILDCARD: Final = re.compile(r"\*\.dkr\.ecr\.([a-z]+(?:-[a-z]+)+-[0-9]+)\.amazonaws\.com(?:\.cn)?")
 
@@ -55,6 +61,8 @@ class RegistryTable:
     @ivar path_prefix: a repository's first component by which clients can say that they mean this one.
     @ivar hosts: names of this proxy that mean this registry, without ports.
     @ivar namespaces: what a repository's whole name must match; None for PROXY_NAMESPACE_PATTERN.
+    @ivar anonymous: whether it is asked without an account.
+    @ivar realms: hosts, with their ports, beyond its own domain that may be asked for its tokens.
     @ivar repository_prefix: what comes before each name at the endpoint: of ECR's own pull-through cache rule.
     """
 
@@ -74,6 +82,7 @@ class RegistryTable:
     anonymous: bool = False
     username: str | None = None
     password_file: str | None = None
+    realms: frozenset[str] = frozenset()
     repository_prefix: str | None = None
 
     @property
@@ -98,7 +107,7 @@ def parse_registries(file: str, tables: object) -> tuple[tuple[RegistryTable, ..
         where = f'{file}: registry."{name}"'
         values, problems = _values(table)
         try:
-            found.append(_made(name.lower(), values))
+            found.append(_made(HUB if name.lower() in HUBS else name.lower(), values))
         except ValueError as problem:
             problems.append(str(problem))
         errors += [f"{where}{each if each.startswith('.') else f': {each}'}" for each in problems]
@@ -148,9 +157,9 @@ def _made(name: str, values: Mapping[str, Any]) -> RegistryTable:
     if wildcard is None:
         parse_hosts(name.partition(":")[0])
         RegistryId.of_host(name)
-    endpoint = None if wildcard else values.get("endpoint") or f"https://{name}"
+    endpoint = None if wildcard else values.get("endpoint") or (_HUB_ENDPOINT if name == HUB else f"https://{name}")
     own_region = wildcard[1] if wildcard else region_of(endpoint or "")
-    if name == PUBLIC and "endpoint" not in values:
+    if name == PUBLIC and own_region is None and "ecr-repository-prefix" not in values:
         protocol = Protocol.ECR_PUBLIC
     elif wildcard or own_region or values.get("region"):
         protocol = Protocol.ECR
@@ -160,7 +169,7 @@ def _made(name: str, values: Mapping[str, Any]) -> RegistryTable:
         name=name,
         protocol=protocol,
         endpoint=endpoint,
-        region=values.get("region") or own_region,
+        region=PUBLIC_REGION if protocol is Protocol.ECR_PUBLIC else values.get("region") or own_region,
         default=values.get("default", False),
         role=values.get("role"),
         external_id=values.get("external-id"),
@@ -170,9 +179,12 @@ def _made(name: str, values: Mapping[str, Any]) -> RegistryTable:
         hosts=values.get("hosts", frozenset()),
         namespaces=values.get("namespaces"),
         replicas=values.get("replicas", ()),
-        anonymous="username" not in values if protocol is Protocol.OCI else values.get("credentials") == "anonymous",
+        anonymous=protocol is not Protocol.ECR
+        and not values.keys() & {"username"}
+        and values.get("credentials") != "aws",
         username=values.get("username"),
         password_file=values.get("password-file"),
+        realms=values.get("realms", frozenset()),
         repository_prefix=values.get("ecr-repository-prefix"),
     )
     for said in _contradictions(table, values, own_region):
@@ -183,9 +195,11 @@ def _made(name: str, values: Mapping[str, Any]) -> RegistryTable:
 def _contradictions(table: RegistryTable, values: Mapping[str, Any], own_region: str | None) -> Iterator[str]:
     meaningless = {
         **dict.fromkeys(_OF_ONE if table.is_wildcard else (), "a wildcard stands for many; give a table for the one"),
-        **dict.fromkeys(_FOREIGN[table.protocol], "only a registry of ECR has that; if it is one, give its region"),
+        **dict.fromkeys(
+            _FOREIGN[table.protocol], "only a private registry of ECR has that; if it is one, give its region"
+        ),
         **({} if table.protocol is Protocol.ECR_PUBLIC else {"credentials": f"is for {PUBLIC}; leave it out"}),
-        **({} if table.protocol is Protocol.OCI else {"username": "AWS gives its tokens; leave it out"}),
+        **dict.fromkeys(_OF_OTHERS if table.protocol is not Protocol.OCI else (), "AWS gives its tokens; leave it out"),
     }
     for key in sorted(values.keys() & meaningless.keys()):
         yield f".{key}: {meaningless[key]}"
@@ -195,16 +209,20 @@ def _contradictions(table: RegistryTable, values: Mapping[str, Any], own_region:
         yield ".external-id: goes with a role; set role, or leave it out"
     if table.instance_auth and table.profile:
         yield ".instance-auth: contradicts profile; leave one out"
+    if table.protocol is Protocol.ECR_PUBLIC and table.anonymous:
+        for key in sorted(values.keys() & _CREDENTIALS):
+            yield f'.{key}: it is asked anonymously; set credentials = "aws", or leave it out'
     if (table.username is None) != (table.password_file is None):
         yield ".username: goes with password-file; set both, or neither"
 
 
 _OF_ONE: Final = ("endpoint", "default", "hosts", "path-prefix", "replicas")
+_OF_OTHERS: Final = ("username", "password-file", "realms")
 _CREDENTIALS: Final = frozenset({"role", "external-id", "profile", "instance-auth"})
 _FOREIGN: Final = {
     Protocol.ECR: frozenset[str](),
-    Protocol.ECR_PUBLIC: frozenset({"replicas", "ecr-repository-prefix"}),
-    Protocol.OCI: _CREDENTIALS | {"replicas", "ecr-repository-prefix"},
+    Protocol.ECR_PUBLIC: frozenset({"replicas", "ecr-repository-prefix", "region", "default"}),
+    Protocol.OCI: _CREDENTIALS | {"replicas", "ecr-repository-prefix", "default"},
 }
 
 
@@ -263,6 +281,13 @@ def _role(text: str) -> str:
     return text
 
 
+def _realms(value: object) -> frozenset[str]:
+    for each in (given := _listed(value)):
+        parse_hosts(each.partition(":")[0])
+        RegistryId.of_host(each)
+    return frozenset(each.lower() for each in given)
+
+
 def _prefix(text: str) -> str:
     if not is_repository_name(text):
         raise ValueError("outside the grammar of repositories' names")
@@ -305,5 +330,6 @@ _KEYS: Final[Mapping[str, Callable[[object], Any]]] = {
     "credentials": _of_text(_credentials),
     "username": _text,
     "password-file": _of_text(parse_path),
+    "realms": _realms,
     "ecr-repository-prefix": _of_text(_prefix),
 }

@@ -1,0 +1,161 @@
+"""
+The token flow of registries other than ECR: a token is asked for each repository, where the registry says.
+
+Rules:
+
+- What a registry wants is asked once, without a token; it may say something else later, when it refuses a question.
+- The user and the password go to the realm that the registry names, if that may be followed; tokens to the registry.
+- One question serves all who need a token for the same repository, and it takes C{TOKEN_SECONDS} at most.
+
+Sources: distribution's "Token Authentication Specification"; RFC 6750 and 7617; field notes C14 for ECR Public.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Coroutine, Sequence
+from functools import partial
+from typing import Any, Final, TypeVar
+from urllib.parse import urlsplit
+
+from twisted.logger import Logger
+from twisted.web.http import FORBIDDEN, NOT_FOUND, OK, UNAUTHORIZED
+from twisted.web.http_headers import Headers
+
+from ecrproxy.cache.memory import Memory
+from ecrproxy.flights import DeadlineExceededError, Flights, within
+from ecrproxy.oci import RegistryError
+from ecrproxy.reasons import Reason
+from ecrproxy.registry.authorization import Tokens
+from ecrproxy.registry.bodies import ERROR_LIMIT
+from ecrproxy.registry.bucket import UnavailableError
+from ecrproxy.registry.challenges import Challenge, Pass, may_follow
+from ecrproxy.registry.retries import TransientError
+from ecrproxy.registry.wire import Wire
+
+log = Logger()
+T = TypeVar("T")
+
+TOKEN_SECONDS: Final = 10.0
+"""Seconds that a token may take, retries included: who asks for a manifest waits 30 s in all."""
+_TOKENS_BYTES: Final = 4 * 2**20
+"""Bytes of memory for the tokens of one registry."""
+_KEPT: Final = 0.9
+"""The part of a token's life in which it is shown: it must not end on its way."""
+
+
+class Bearer:
+    """
+    Shows a registry what it wants.
+
+    @param url: the registry's.
+    @param login: gives the user and password that go to the token service; none for anonymous pulls.
+    @param realms: hosts beyond the registry's own domain where its tokens may be had.
+    """
+
+    def __init__(self, url: str, wire: Wire, login: Tokens | None = None, realms: Collection[str] = ()) -> None:
+        self._url, self._wire, self._login, self._realms = url, wire, login, realms
+        self._wanted: Challenge | None = None
+        self._asking: Flights[Challenge] = Flights(foreseen=RegistryError)
+        self._fetching: Flights[str] = Flights(foreseen=RegistryError)
+        self._tokens: Memory[str, tuple[str, float]] = Memory(_TOKENS_BYTES)
+
+    async def show(self, repository: str) -> str:
+        """
+        Return what to show when something of C{repository} is asked for.
+
+        @raise RegistryError: if the token service denies that, or there is no token now.
+        @raise TokenUnavailableError: if there is no password.
+        """
+        if self._wanted is None:
+            self._wanted = await self._asking.join("", partial(self._in_time, self._ask))
+        wanted = self._wanted
+        if wanted.scheme == "basic" and self._login is not None:
+            return f"Basic {await self._login.get()}"
+        if wanted.scheme != "bearer":
+            return ""
+        scope = wanted.scope_of(repository)
+        token, until = self._tokens.get(scope) or ("", 0.0)
+        if self._wire.clock.seconds() >= until:
+            fetch = partial(self._fetch, wanted, scope, repository)
+            token = await self._fetching.join(scope, partial(self._in_time, fetch))
+        return f"Bearer {token}"
+
+    async def renew(self, refused: str, repository: str, challenges: Sequence[str]) -> str:
+        """
+        Return what to show instead of C{refused}; the same if there is nothing else.
+
+        @param challenges: what the registry said with its refusal: nothing, where ECR Public no longer takes a token.
+        @raise RegistryError: as L{show} does.
+        @raise TokenUnavailableError: if there is no password.
+        """
+        self._wanted = Challenge.read(challenges) or self._wanted
+        if self._wanted is not None:
+            scope = self._wanted.scope_of(repository)
+            token, _ = self._tokens.get(scope) or ("", 0.0)
+            if refused == f"Bearer {token}":
+                self._tokens.drop(scope)
+        return await self.show(repository)
+
+    async def show_for_probe(self) -> str:
+        """
+        Show nothing: any answer will do.
+        """
+        return ""
+
+    async def _in_time(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        try:
+            return await within(TOKEN_SECONDS, work(), self._wire.clock.callLater)
+        except DeadlineExceededError:
+            said = f"{urlsplit(self._url).hostname} has given no token for {TOKEN_SECONDS:.0f} s"
+            raise TransientError(504, "UNAVAILABLE", said, reason=Reason.NO_TOKEN) from None
+
+    async def _ask(self) -> Challenge:
+        """
+        Ask the registry what it wants.
+        """
+        status, _, challenges = await self._get(f"{self._url}/v2/", "")
+        return (Challenge.read(challenges) if status == UNAUTHORIZED else None) or Challenge()
+
+    async def _fetch(self, wanted: Challenge, scope: str, repository: str) -> str:
+        """
+        Ask the token service.
+        """
+        if not may_follow(wanted.realm, self._url, self._realms):
+            said = f"{self._url} has its tokens at {wanted.realm[:200]!r}, which is not of its own domain"
+            raise self._failed(f"{said}; if that is right, list its host in the registry's realms")
+        secret, began = await self._login.get() if self._login is not None else "", self._wire.clock.seconds()
+        url = wanted.url(scope)
+        status, body, _ = await self._get(url, secret)
+        if status == UNAUTHORIZED and self._login is not None:
+            again = await self._login.renew(secret)
+            if again != secret:
+                status, body, _ = await self._get(url, again)
+            if status == UNAUTHORIZED:
+                raise self._failed(f"{wanted.realm} refuses the proxy's user and password")
+        if status in (UNAUTHORIZED, FORBIDDEN, NOT_FOUND):
+            log.error("{realm} gives no token for {scope}: {status}", realm=wanted.realm, scope=scope, status=status)
+            said = f"{urlsplit(self._url).hostname} denies the proxy access to {repository}"
+            raise RegistryError(403, "DENIED", said, reason=Reason.ECR_DENIED)
+        try:
+            if status != OK:
+                raise ValueError(f"it answers {status}")  # noqa: TRY301
+            given = Pass.read(body)
+        except ValueError as problem:
+            raise self._failed(f"{wanted.realm} gives no token: {problem}") from None
+        until = began + _KEPT * given.seconds
+        self._tokens.put(scope, (given.token, until), len(scope) + len(given.token) + 300)
+        return given.token
+
+    def _failed(self, said: str) -> UnavailableError:
+        log.error("{said}", said=said, once=said)
+        return UnavailableError(502, "UNAVAILABLE", said, reason=Reason.NO_TOKEN)
+
+    async def _get(self, url: str, secret: str) -> tuple[int, bytes, list[str]]:
+        headers = Headers({"User-Agent": ["ecrproxy"], **({"Authorization": [f"Basic {secret}"]} if secret else {})})
+
+        async def ask() -> tuple[int, bytes, list[str]]:
+            response = await self._wire.request("GET", url, headers, TOKEN_SECONDS)
+            body = await self._wire.read(response, ERROR_LIMIT)
+            return response.code, body, response.headers.getRawHeaders("WWW-Authenticate", [])
+
+        return await self._wire.persist(self._wire.tries(), ask)

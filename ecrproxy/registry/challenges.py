@@ -1,0 +1,132 @@
+"""
+What a registry wants to be shown, as it says in C{WWW-Authenticate}: RFC 9110, 11.6.1. Pure.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import Final
+from urllib.parse import urlencode, urlsplit, urlunsplit
+
+from ecrproxy.addresses import is_address
+
+_WORD: Final = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+)(?:\s*(=)\s*(?:\"((?:[^\"\\]|\\.)*)\"|([^\s,\"]*)))?")
+"""A scheme, or a parameter and its value."""
+LONGEST_TOKEN: Final = 12 * 2**10
+"""Bytes that a token may have: it goes in a header."""
+DEFAULT_SECONDS: Final = 60
+"""For how long a token is good that does not say so: distribution's "Token Authentication Specification"."""
+LONGEST_SECONDS: Final = 12 * 3600
+_TOKEN: Final = re.compile(r"[!-~]+")
+
+
+@dataclass(frozen=True, slots=True)
+class Challenge:
+    """
+    What a registry wants.
+
+    @ivar scheme: C{basic}, C{bearer}, or empty for nothing.
+    @ivar realm: where tokens are had.
+    @ivar scope: for what all tokens are; empty if each is for a repository.
+    """
+
+    scheme: str = ""
+    realm: str = ""
+    service: str = ""
+    scope: str = ""
+
+    @classmethod
+    def read(cls, values: Iterable[str]) -> Challenge | None:
+        """
+        Choose from what a registry says that it takes; none if there is nothing that is known here.
+
+        A scope that names a repository is left out: whatever a registry says, a token is for pulls of what is asked.
+        """
+        said: list[tuple[str, dict[str, str]]] = []
+        for value in values:
+            for name, equals, quoted, plain in _WORD.findall(value):
+                if not equals:
+                    said.append((name.lower(), {}))
+                elif said:
+                    said[-1][1].setdefault(name.lower(), re.sub(r"\\(.)", r"\1", quoted) or plain)
+        found = dict(reversed(said))
+        if "bearer" in found:
+            words = found["bearer"]
+            scope = words.get("scope", "")
+            about_one = scope.startswith("repository:")
+            return cls("bearer", words.get("realm", ""), words.get("service", ""), "" if about_one else scope)
+        return cls("basic") if "basic" in found else None
+
+    def scope_of(self, repository: str) -> str:
+        """
+        Return what a token must be for.
+        """
+        return self.scope or f"repository:{repository}:pull"
+
+    def url(self, scope: str) -> str:
+        """
+        Return where a token for C{scope} is had.
+        """
+        parts = urlsplit(self.realm)
+        asked = {**({"service": self.service} if self.service else {}), "scope": scope}
+        query = "&".join(filter(None, [parts.query, urlencode(asked)]))
+        return urlunsplit((parts.scheme, parts.netloc, parts.path or "/", query, ""))
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """
+    A token, and for how many seconds it is good.
+    """
+
+    token: str
+    seconds: float
+
+    @classmethod
+    def read(cls, body: bytes) -> Pass:
+        """
+        Read a token service's answer.
+
+        @raise ValueError: if it is none.
+        """
+        try:
+            said = json.loads(body)
+            token, seconds = said.get("token") or said.get("access_token"), said.get("expires_in") or DEFAULT_SECONDS
+        except (ValueError, AttributeError, RecursionError):
+            raise ValueError("no JSON object") from None
+        if not isinstance(token, str) or not _TOKEN.fullmatch(token) or len(token) > LONGEST_TOKEN:
+            raise ValueError("no token, or none that fits a header")
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds > 0:
+            raise ValueError("it does not say for how long the token is good")
+        return cls(token, min(seconds, LONGEST_SECONDS))
+
+    def __repr__(self) -> str:
+        return f"<Pass for {self.seconds:.0f} s>"
+
+
+def may_follow(realm: str, endpoint: str, listed: Collection[str]) -> bool:
+    """
+    Return True if a user and a password may go to C{realm}.
+
+    It must be https, or http where the registry itself is; and at the registry's own host, one of the same domain, or
+    one that the operator lists. The domain of C{registry-1.docker.io} is C{docker.io}, that of C{quay.io} itself.
+
+    @param endpoint: the registry's URL.
+    @param listed: hosts, with their ports if they are not the scheme's own.
+    """
+    try:
+        to, own = urlsplit(realm), urlsplit(endpoint)
+        host, its = to.hostname or "", own.hostname or ""
+        _ = to.port  # which may be none that there is
+    except ValueError:
+        return False
+    if not host or "@" in to.netloc or not realm.isascii() or to.scheme not in ("https", own.scheme):
+        return False
+    if host == its or to.netloc.lower() in listed:
+        return True
+    parent = its.partition(".")[2]
+    domain = parent if "." in parent else its
+    return not is_address(its) and (host == domain or host.endswith(f".{domain}"))

@@ -1,0 +1,280 @@
+"""
+Registries other than ECR's private ones: what they want to be shown, and where it goes.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+
+from hypothesis import given
+from hypothesis import strategies as st
+from twisted.trial.unittest import SynchronousTestCase
+
+from ecrproxy.registry.bearer import TOKEN_SECONDS
+from ecrproxy.registry.challenges import LONGEST_TOKEN, Challenge, Pass, may_follow
+from ecrproxy.registry.ecr import TokenUnavailableError
+from ecrproxy.registry.login import LONGEST, Login
+from ecrproxy.settings.registries import Protocol, RegistryTable
+from tests.daemon import DaemonTestCase, at_once, noise
+from tests.registry import Fault, StandIn
+from tests.registry import Reply as Answer
+from tests.store_contract import scratch
+
+HUB, REALM = "registry-1.docker.io", "https://auth.docker.io/token"
+PUBLIC, PUBLIC_REALM = "public.ecr.aws", "https://public.ecr.aws:8443/token/"
+
+
+class ChallengeTests(SynchronousTestCase):
+    def test_the_one_that_is_known_here_is_read(self) -> None:
+        """
+        In any order, of any case, quoted or not, from one header or several. Bearer is better than a password.
+        """
+        wanted = Challenge("bearer", "https://a.test/token?x=1", "a b, c")
+        said = 'Bearer realm="https://a.test/token?x=1",service="a b, c"'
+        for values in (
+            [said],
+            [f'Basic realm="x", {said}'],
+            [f"Negotiate, {said}, error=invalid_token"],
+            ['Basic realm="x"', said],
+            [said.replace("Bearer", "bearer").replace("realm=", "REALM = ").replace(",service", " , service")],
+            [f'{said},scope="repository:other/app:pull,push"'],
+        ):
+            self.assertEqual(wanted, Challenge.read(values), values)
+        self.assertEqual(Challenge("basic"), Challenge.read(['Basic realm="x"']))
+        for values in ([], [""], ["Negotiate"], ["realm=x"], ["===,,,\"'"]):
+            self.assertIsNone(Challenge.read(values), values)
+
+    def test_a_token_is_for_pulls_of_one_repository(self) -> None:
+        """
+        Unless the registry's are for none in particular, as ECR Public's.
+        """
+        one = Challenge("bearer", "https://a.test/token?x=1", "a")
+        self.assertEqual(
+            "https://a.test/token?x=1&service=a&scope=repository%3Ateam%2Fapp%3Apull", one.url(one.scope_of("team/app"))
+        )
+        public = Challenge.read(['Bearer realm="https://a.test",scope="aws"']) or Challenge()
+        self.assertEqual("https://a.test/?scope=aws", public.url(public.scope_of("team/app")))
+
+    @given(st.lists(st.text(max_size=200), max_size=3))
+    def test_no_header_breaks_it(self, values: list[str]) -> None:
+        found = Challenge.read(values)
+        self.assertTrue(found is None or found.scheme in ("basic", "bearer"))
+
+    def test_an_answer_that_is_no_token_is_refused(self) -> None:
+        self.assertEqual(Pass("x", 60), Pass.read(b'{"access_token": "x"}'))
+        self.assertEqual(Pass("x", 9), Pass.read(b'{"token": "x", "expires_in": 9}'))
+        self.assertNotIn("x", repr(Pass("x", 60)))
+        long = json.dumps({"token": "x" * (LONGEST_TOKEN + 1)}).encode()
+        for body in (b"", b"[]", b"{}", b'{"token": 1}', b'{"token": "a b"}', b'{"token": "a\\r\\nX: y"}', long):
+            self.assertRaises(ValueError, Pass.read, body)
+        for seconds in ("-1", '"9"', "true", "NaN"):
+            self.assertRaises(ValueError, Pass.read, b'{"token": "x", "expires_in": %s}' % seconds.encode())
+
+
+class FollowTests(SynchronousTestCase):
+    def test_a_realm_is_followed_within_the_registrys_own_domain(self) -> None:
+        for realm, endpoint in (
+            (REALM, f"https://{HUB}"),
+            ("https://quay.io/v2/auth", "https://quay.io"),
+            ("https://auth.quay.io/v2/auth", "https://quay.io"),
+            ("https://a.test:5001/token", "https://a.test:5000"),
+            ("http://a.test/token", "http://a.test"),
+            ("https://a.test/token", "http://a.test"),
+            ("https://127.0.0.1:5001/token", "https://127.0.0.1:5000"),
+        ):
+            self.assertTrue(may_follow(realm, endpoint, ()), realm)
+
+    def test_it_is_followed_nowhere_else_but_where_the_operator_says(self) -> None:
+        for realm, endpoint in (
+            ("http://auth.docker.io/token", f"https://{HUB}"),
+            ("https://docker.io.evil.test/token", f"https://{HUB}"),
+            ("https://evildocker.io/token", f"https://{HUB}"),
+            ("https://other.io/token", "https://quay.io"),
+            ("https://me:secret@quay.io/token", "https://quay.io"),
+            ("https://10.0.0.2/token", "https://10.0.0.1"),
+            ("ftp://quay.io/token", "https://quay.io"),
+            ("https://[x/token", "https://quay.io"),
+            ("https://quay.io:x/token", "https://quay.io"),
+            ("/token", "https://quay.io"),
+            ("", "https://quay.io"),
+        ):
+            self.assertFalse(may_follow(realm, endpoint, ()), realm)
+        self.assertTrue(may_follow("https://other.io/token", "https://quay.io", {"other.io"}))
+        self.assertFalse(may_follow("http://other.io/token", "https://quay.io", {"other.io"}))
+        self.assertFalse(may_follow("https://other.io:8443/token", "https://quay.io", {"other.io"}))
+
+
+class LoginTests(SynchronousTestCase):
+    def test_the_password_is_the_one_that_the_file_has_now(self) -> None:
+        file = scratch(self)
+        login = Login("ann", file, at_once)
+        for text in ("one", "two\n", "three: ü\r\n"):
+            file.write_bytes(text.encode())
+            secret = self.successResultOf(login.renew("x"))
+            self.assertEqual(f"ann:{text.strip()}", base64.b64decode(secret).decode())
+            self.assertEqual(secret, self.successResultOf(login.get()))
+
+    def test_a_file_without_one_is_told(self) -> None:
+        file = scratch(self)
+        for data in (b"", b"\n", b"one\ntwo\n", b"x" * (LONGEST + 1)):
+            file.write_bytes(data)
+            problem = self.failureResultOf(Login("ann", file, at_once).get(), TokenUnavailableError).value
+            self.assertIn(f"{str(file)!r} has no password", str(problem))
+        file.unlink()
+        problem = self.failureResultOf(Login("ann", file, at_once).get(), TokenUnavailableError).value
+        self.assertIn("can't be read: No such file", str(problem))
+
+
+class OthersTests(DaemonTestCase):
+    """
+    Docker Hub and ECR Public behind one daemon.
+    """
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.hub = StandIn(self.clock, registry=f"https://{HUB}", bucket="https://cdn.test", realm=REALM)
+        self.public = StandIn(
+            self.clock, registry=f"https://{PUBLIC}", bucket="https://cloudfront.test", realm=PUBLIC_REALM
+        )
+        self.public.bearers.public, self.public.quirks.blob_head = True, 401
+        self.layer = noise("layer", 100_000)
+        self.nginx = self.hub.push_image("library/nginx", "latest", layers=[self.layer])
+        self.lambdas = self.public.push_image("lambda/python", "latest", layers=[self.layer])
+        self.begin()
+
+    def begin(self, *, anonymous: bool = True, realms: frozenset[str] = frozenset()) -> None:
+        """
+        Start a daemon.
+        """
+        hub = RegistryTable(
+            name="docker.io",
+            protocol=Protocol.OCI,
+            endpoint=f"https://{HUB}",
+            anonymous=anonymous,
+            path_prefix="hub",
+            realms=realms,
+        )
+        public = RegistryTable(
+            name=PUBLIC, protocol=Protocol.ECR_PUBLIC, endpoint=f"https://{PUBLIC}", anonymous=anonymous
+        )
+        self.start(others={hub: self.hub, public: self.public})
+
+    def blob(self, prefix: str) -> str:
+        digest = json.loads(self.nginx.manifest)["layers"][0]["digest"]
+        return f"/v2/{prefix}/blobs/{digest}"
+
+    def shown(self, standin: StandIn, service: str) -> set[str | None]:
+        return {each.headers.get("authorization") for each in standin.asked if each.service == service}
+
+    def test_images_are_pulled_by_the_names_that_people_use(self) -> None:
+        self.assertWhole(self.get("/v2/hub/nginx/manifests/latest"), self.nginx.manifest, "MISS")
+        self.assertWhole(self.get("/v2/library/nginx/manifests/latest?ns=docker.io"), self.nginx.manifest, None)
+        self.assertWhole(self.get(self.blob("hub/nginx")), self.layer, "MISS")
+        path = f"/v2/{PUBLIC}/lambda/python/manifests/latest"
+        self.assertWhole(self.get(path), self.lambdas.manifest, "MISS")
+        sent = self.public.bytes_sent
+        self.assertWhole(self.get(self.blob(f"{PUBLIC}/lambda/python")), self.layer, None)
+        self.assertLessEqual(self.public.bytes_sent - sent, 1)
+        self.assertEqual(200, self.head(self.blob(f"{PUBLIC}/lambda/python")).code)
+
+    def test_one_token_serves_a_repository_as_long_as_it_is_good(self) -> None:
+        for standin, path in ((self.hub, "/v2/hub/nginx"), (self.public, f"/v2/{PUBLIC}/lambda/python")):
+            for _ in range(3):
+                self.get(f"{path}/manifests/latest")
+            self.get(f"{path}/tags/list")
+            self.assertEqual(1, standin.count("realm"))
+            self.pass_time(standin.bearers.lifetime)
+            self.assertEqual(200, self.get(f"{path}/manifests/latest").code)
+            self.assertEqual(2, standin.count("realm"))
+
+    def test_a_token_is_for_its_repository_alone(self) -> None:
+        self.hub.push_image("library/redis", "latest")
+        self.get("/v2/hub/nginx/manifests/latest")
+        self.get("/v2/hub/redis/manifests/latest")
+        self.assertEqual(
+            ["repository%3Alibrary%2Fnginx%3Apull", "repository%3Alibrary%2Fredis%3Apull"],
+            [each.query.rpartition("scope=")[2] for each in self.hub.requests("realm")],
+        )
+
+    def test_a_token_that_is_no_longer_taken_is_renewed(self) -> None:
+        """
+        Docker Hub challenges; ECR Public answers 400 and says nothing.
+        """
+        for standin, path, image in (
+            (self.hub, "/v2/hub/nginx/manifests/latest", self.nginx),
+            (self.public, f"/v2/{PUBLIC}/lambda/python/manifests/latest", self.lambdas),
+        ):
+            self.get(path)
+            standin.expire_tokens()
+            self.assertWhole(self.get(path), image.manifest, "REVALIDATED")
+
+    def test_what_is_denied_is_denied_and_no_outage(self) -> None:
+        """
+        Docker Hub gives anybody a token, and answers 401 about what is not there. Nothing old is served for it.
+        """
+        self.get("/v2/hub/nginx/manifests/latest")
+        self.hub.bearers.denied.add("library/nginx")
+        for name in ("nginx", "nginx", "nginx"):
+            self.assertEqual((403, "DENIED"), self.get(f"/v2/hub/{name}/manifests/latest").error[:2])
+        self.hub.bearers.denied.clear()
+        self.assertEqual(200, self.get("/v2/hub/nginx/manifests/latest").code)
+
+    def test_the_password_goes_to_the_realm_and_the_token_to_the_registry(self) -> None:
+        self.begin(anonymous=False)
+        login = self.daemon.others["docker.io"].tokens._token  # noqa: SLF001
+        self.assertIsNotNone(login)
+        assert login is not None
+        self.hub.bearers.logins = {login.secret}
+        self.hub.forget_asked()
+        self.assertWhole(self.get("/v2/hub/nginx/manifests/latest"), self.nginx.manifest, None)
+        self.get(self.blob("hub/nginx"))
+        self.assertEqual({f"Basic {login.secret}"}, self.shown(self.hub, "realm"))
+        shown = {(each or "").partition(" ")[0] for each in self.shown(self.hub, "registry")}
+        self.assertEqual({"", "Bearer"}, shown)
+        self.assertEqual({None}, self.shown(self.hub, "bucket"))
+
+    def test_a_realm_elsewhere_is_not_asked(self) -> None:
+        """
+        Unless the operator lists it.
+        """
+        self.hub.bearers.realm = "https://auth.elsewhere.test/token"
+        code, _, message = self.get("/v2/hub/nginx/manifests/latest").error
+        self.assertEqual(502, code)
+        self.assertIn("not of its own domain; if that is right, list its host in the registry's realms", message)
+        self.assertEqual(0, self.hub.count("realm"))
+        self.begin(realms=frozenset({"auth.elsewhere.test"}))
+        self.get("/v2/hub/nginx/manifests/latest")
+        self.assertEqual(
+            ["auth.elsewhere.test"], [each.headers["host"] for each in self.hub.asked if "scope" in each.query]
+        )
+
+    def test_a_token_service_that_fails_leaves_what_is_known(self) -> None:
+        """
+        Failing, refusing the proxy's password, answering nonsense, or silent.
+        """
+        self.get("/v2/hub/nginx/manifests/latest")
+        for fault in (Fault("realm", reply=Answer(500)), Fault("realm", reply=Answer(200)), Fault("realm")):
+            self.pass_time(self.hub.bearers.lifetime)
+            self.hub.fault(fault)
+            reply = self.daemon.send("GET", "/v2/hub/nginx/manifests/latest")
+            self.pass_time(3 * TOKEN_SECONDS)
+            self.assertWhole(reply, self.nginx.manifest, "STALE")
+            fault.remove()
+            self.pass_time(60)
+            self.assertWhole(self.get("/v2/hub/nginx/manifests/latest"), self.nginx.manifest, "REVALIDATED")
+
+    def test_a_refused_password_is_an_outage_that_is_named(self) -> None:
+        self.get("/v2/hub/nginx/manifests/latest")
+        self.begin(anonymous=False)
+        self.hub.bearers.logins = {"other"}
+        self.assertWhole(self.get("/v2/hub/nginx/manifests/latest"), self.nginx.manifest, "STALE")
+        code, _, message = self.get("/v2/hub/other/manifests/latest").error
+        self.assertEqual((502, f"{REALM} refuses the proxy's user and password"), (code, message))
+
+    def test_one_question_serves_a_herd(self) -> None:
+        replies = [self.daemon.send("GET", "/v2/hub/nginx/manifests/latest") for _ in range(20)]
+        self.flush()
+        for reply in replies:
+            self.assertWhole(reply, self.nginx.manifest, None)
+        self.assertEqual((1, 1), (self.hub.count("realm"), len([e for e in self.hub.asked if e.path == "/v2/"])))
