@@ -64,7 +64,7 @@ from ecrproxy.registry.upstream import Upstream
 from ecrproxy.registry.wire import Wire
 from ecrproxy.settings.config import Config, ConfigError
 from ecrproxy.shares import share
-from ecrproxy.threads import Disk, Pools, Threads, call_unowned, in_time
+from ecrproxy.threads import Disk, Pools, Threads, call_unowned, in_time, patient
 from ecrproxy.transfer.inflow import BUFFERED, Lanes
 from ecrproxy.transfer.unattended import MOST
 
@@ -156,8 +156,8 @@ def _disk(pools: Pools) -> Disk:
     return Disk(
         reading=pools.threads(READING[0]).bounded(READING[1]),
         writing=pools.threads(WRITING[0]).bounded(WRITING[1]),
-        committing=pools.threads(COMMITTING[0]).bounded(COMMITTING[1]),
-        hashing=pools.threads(HASHING[0]).bounded(HASHING[1]),
+        committing=patient(pools.threads(COMMITTING[0]).bounded(COMMITTING[1])),
+        hashing=patient(pools.threads(HASHING[0]).bounded(HASHING[1])),
         digesting=pools.threads(DIGESTING).call,
         closing=pools.threads(1).call,
     )

@@ -31,7 +31,7 @@ from ecrproxy.proxy import PullThrough
 from ecrproxy.reasons import Reason
 from ecrproxy.registry.upstream import Page
 from ecrproxy.stopwatch import Stopwatch
-from ecrproxy.threads import InThread
+from ecrproxy.threads import InThread, patient
 from ecrproxy.transfer.download import Download
 from ecrproxy.transfer.lane import ShortBodyError
 from ecrproxy.transfer.passing import Passing
@@ -63,7 +63,7 @@ class Registry(Answering):
     ) -> None:
         super().__init__()
         self._pull_through = pull_through
-        self._namespaces, self._cache_key, self._in_thread = namespaces, cache_key, in_thread
+        self._namespaces, self._cache_key, self._in_thread = namespaces, cache_key, patient(in_thread)
         self._asks = cache_key.asks
 
     async def respond(self, request: RegistryRequest) -> None:
