@@ -97,7 +97,6 @@ class Serving:
     process: Process
     cache: Cache
     purges: Purges
-    judging: Threads
 
 
 def wire(
@@ -146,7 +145,7 @@ def wire(
     figures.watch(*of_clients(crowd, crowd.limits.connections or None), *of_disk(condition))
     service.add(Scribe(store.index, threads(1, yielding=False).post), purges, janitor, scrub, tokens, stall)
     process = Process(store, janitor, asking, pull_through, readiness, disk.reading)
-    return Serving(site, connections, admission, figures, process, cache, purges, judging)
+    return Serving(site, connections, admission, figures, process, cache, purges)
 
 
 def _disk(pools: Pools) -> Disk:
