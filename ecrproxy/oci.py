@@ -343,7 +343,7 @@ def listed(manifest: bytes, media_type: str) -> Iterator[tuple[Kind, Descriptor]
     elsewhere (foreign layers, C{urls}) and a C{subject} are left out: a registry takes a manifest without having them.
 
     A manifest in which two members of an object have one name lists nothing: the registry may have checked the other.
-    Go's readers ignore the case of names.
+    Go's readers ignore the case of names, and media types have none (RFC 6838, 4.2).
 
     @raise ValueError: if it is no JSON object.
     """
@@ -372,7 +372,7 @@ def _fields_of(media_type: str) -> Sequence[tuple[str, Kind]]:
 
 
 def _own_descriptor(item: object) -> Descriptor | None:
-    if not isinstance(item, dict) or item.get("urls"):
+    if not isinstance(item, dict) or any(value for name, value in item.items() if name.casefold() == "urls"):
         return None
     media_type, digest, size = item.get("mediaType"), item.get("digest"), item.get("size")
     if (
@@ -382,7 +382,7 @@ def _own_descriptor(item: object) -> Descriptor | None:
         or not 0 <= size <= SIZE_LIMIT
     ):
         return None
-    if "foreign" in media_type or "nondistributable" in media_type:
+    if any(word in media_type.casefold() for word in ("foreign", "nondistributable")):
         return None
     try:
         return Descriptor(media_type, Digest.parse(digest), size)

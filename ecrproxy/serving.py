@@ -68,7 +68,7 @@ from ecrproxy.registry.wire import Wire
 from ecrproxy.settings.config import Config, ConfigError
 from ecrproxy.settings.registries import Protocol, RegistryTable
 from ecrproxy.shares import share
-from ecrproxy.threads import Disk, InThread, Pools, Threads, call_unowned, in_time
+from ecrproxy.threads import Disk, InThread, Pools, Threads, call_unowned, in_time, patient
 from ecrproxy.transfer.inflow import BUFFERED, Lanes
 from ecrproxy.transfer.unattended import MOST
 from ecrproxy.upstreams import Upstreams
@@ -102,7 +102,6 @@ class Serving:
     process: Process
     cache: Cache
     purges: Purges
-    judging: Threads
 
 
 def wire(
@@ -155,7 +154,7 @@ def wire(
     figures.watch(*of_clients(crowd, crowd.limits.connections or None), *of_disk(condition))
     service.add(Scribe(store.index, threads(1, yielding=False).post), purges, janitor, scrub, *tokens.values(), stall)
     process = Process(store, janitor, upstreams.askings, pull_through, readiness, disk.reading)
-    return Serving(site, connections, admission, figures, process, cache, purges, judging)
+    return Serving(site, connections, admission, figures, process, cache, purges)
 
 
 def _disk(pools: Pools) -> Disk:
@@ -165,8 +164,8 @@ def _disk(pools: Pools) -> Disk:
     return Disk(
         reading=pools.threads(READING[0]).bounded(READING[1]),
         writing=pools.threads(WRITING[0]).bounded(WRITING[1]),
-        committing=pools.threads(COMMITTING[0]).bounded(COMMITTING[1]),
-        hashing=pools.threads(HASHING[0]).bounded(HASHING[1]),
+        committing=patient(pools.threads(COMMITTING[0]).bounded(COMMITTING[1])),
+        hashing=patient(pools.threads(HASHING[0]).bounded(HASHING[1])),
         digesting=pools.threads(DIGESTING).call,
         closing=pools.threads(1).call,
     )

@@ -231,7 +231,7 @@ def build(
     listening += _admin(config, make, store, serving.purges.look, service, reactor)
     serving.figures.watch(*of_certificates(partial(_expires, listening)))
     reread = partial(supervised.rereading, partial(_reread, [*listening, serving.admission]))
-    Renewal(listening, serving.judging.call, reread, reactor).setServiceParent(service)
+    Renewal(listening, service.pools.threads(1).call, reread, reactor).setServiceParent(service)
     drain = Drain(serving.connections, config.drain_seconds, reactor)
     _face_clients(drain, listening, reread, service.leave, service, reactor)
     return service

@@ -104,7 +104,7 @@ class Bounded:
 
     A thread can't be interrupted. While all of them hang, further calls fail at once; one that returns is used again.
     What a call returns after its time is dropped. A disk that is slow may keep hundreds waiting for a thread: each of
-    them waits no longer than a call may take, and then never begins.
+    them waits no longer than a call may take, and then never begins. See L{patiently} for the others.
 
     @param in_thread: calls in one of C{size} threads.
     @param seconds: how long a call may wait for a thread; and how long it may take, once a thread is at it.
@@ -120,15 +120,25 @@ class Bounded:
         """
         Call C{blocking(*args)}; fires with its result.
         """
-        call = _Call(partial(blocking, *args))
+        call = self._call(partial(blocking, *args))
+        if call.limit is None and not call.result.called:
+            call.limit = self._clock.callLater(self._patience, self._left_waiting, call)
+        return call.result
+
+    def patiently(self, blocking: Callable[..., T], *args: Any) -> Deferred[T]:  # noqa: ANN401
+        """
+        Do the same, but wait for a thread until all of them hang: for work that can't be done without the disk.
+        """
+        return self._call(partial(blocking, *args)).result
+
+    def _call(self, blocking: Callable[[], object]) -> _Call:
+        call = _Call(blocking)
         if self._hanging == self._size:
             call.end(_timed_out())
         else:
             self._waiting.append(call)
             self._go_on()
-            if call.limit is None:
-                call.limit = self._clock.callLater(self._patience, self._left_waiting, call)
-        return call.result
+        return call
 
     @property
     def _patience(self) -> float:
@@ -220,6 +230,13 @@ async def undone_if_late(
         if never and unbegun is not None:
             unbegun()
         raise
+
+
+def patient(in_thread: InThread) -> InThread:
+    """
+    Return C{in_thread} without its limit on waiting for a thread: see L{Bounded.patiently}.
+    """
+    return in_thread.patiently if isinstance(in_thread, Bounded) else in_thread
 
 
 class Threads:

@@ -567,6 +567,19 @@ class ListedTests(SynchronousTestCase):
         self.assertEqual([], names_listed(document))
         self.assertEqual(1, len(names_listed({"layers": [item(urls=[])]})))
 
+    def test_nor_is_what_may_by_names_in_another_case(self) -> None:
+        """
+        A registry in Go reads C{URLs} as C{urls}, and one may compare media types without their case: RFC 6838, 4.2.
+        """
+        foreign = "application/vnd.docker.image.rootfs.Foreign.diff.tar.gzip"
+        kept_back = "application/vnd.oci.image.layer.NonDistributable.v1.tar+gzip"
+        for name in ("URLs", "URLS", "url\u017f"):
+            with self.subTest(name):
+                self.assertEqual([], names_listed({"layers": [item() | {name: ["https://elsewhere.test/layer"]}]}))
+        for media_type in (foreign, kept_back):
+            with self.subTest(media_type):
+                self.assertEqual([], names_listed({"layers": [item(media_type=media_type)]}))
+
     def test_what_is_no_descriptor_is_not_listed(self) -> None:
         """
         Odd items cost a question to ECR, never a failure, and leave the others as they are.

@@ -5,6 +5,8 @@ Names and passwords are asked for, few guesses are let through, and nothing tell
 from __future__ import annotations
 
 import base64
+import builtins
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -534,6 +536,23 @@ class PasswordsTests(SynchronousTestCase):
         self.path.write_bytes(line("ann", "new"))
         self.clock.advance(REREAD_SECONDS)
         self.successResultOf(self.ask("ann", "new"))
+
+    def test_a_file_that_could_not_be_read_is_read_once_it_can_be(self) -> None:
+        """
+        The daemon had no descriptor left, or the file not yet its mode: nothing of the file changes after that.
+        """
+
+        def refuse(*_: object) -> None:
+            raise OSError(errno.EMFILE, "Too many open files")
+
+        self.path.write_bytes(line("bob", "new"))
+        refusing = self.patch(builtins, "open", refuse)
+        self.clock.pump([REREAD_SECONDS] * 3)
+        refusing.restore()
+        self.successResultOf(self.ask("ann", "one"))
+        self.clock.advance(REREAD_SECONDS)
+        self.assertEqual(401, self.refusal(self.ask("ann", "one")).status)
+        self.successResultOf(self.ask("bob", "new"))
 
     def test_a_file_that_stays_is_not_read(self) -> None:
         """

@@ -592,6 +592,20 @@ class PermissionTests(BlobTestCase):
             self.assertWhole(self.get(f"/v2/evil/manifests/tag{number}"), text.encode())
             self.assertRefused(self.get(f"/v2/evil/blobs/{self.digest}"), 404, "BLOB_UNKNOWN")
 
+    def test_a_manifest_does_not_vouch_for_what_may_live_elsewhere(self) -> None:
+        """
+        Nor where it says so in another case than usual: ECR may have taken it without having that layer.
+        """
+        self.get(self.path)
+        foreign = "application/vnd.docker.image.rootfs.Foreign.diff.tar.gzip"
+        elsewhere: tuple[dict[str, object], ...] = ({"urls": ["a:b"]}, {"URLs": ["a:b"]}, {"mediaType": foreign})
+        for number, more in enumerate(elsewhere):
+            victim = {"mediaType": "application/octet-stream", "digest": self.digest, "size": len(self.data), **more}
+            text = json.dumps({"mediaType": OCI_MANIFEST, "layers": [victim]})
+            self.standin.push_manifest("evil", text.encode(), OCI_MANIFEST, f"tag{number}")
+            self.assertWhole(self.get(f"/v2/evil/manifests/tag{number}"), text.encode())
+            self.assertRefused(self.get(f"/v2/evil/blobs/{self.digest}"), 404, "BLOB_UNKNOWN")
+
     def test_what_a_manifest_vouches_for_is_written_once(self) -> None:
         """
         However many tags lead to it, and whatever else who asks for them takes.

@@ -13,7 +13,7 @@ from twisted.internet.defer import Deferred, fail
 
 from ecrproxy import cached
 from ecrproxy.cache import index, writer
-from ecrproxy.threads import Bounded, Disk
+from ecrproxy.threads import Bounded, Disk, patient
 from ecrproxy.transfer import download
 from tests.daemon import DaemonTestCase, Hands, Reply, at_once, noise
 
@@ -234,6 +234,29 @@ class SlowTests(DiskTestCase):
             self.flush()
         for reply, each in zip(replies[:2], data, strict=False):
             self.assertWhole(reply, each, "MISS")
+
+    def test_responses_and_files_under_way_wait_for_a_thread(self) -> None:
+        there, new = ([self.path(self.standin.push_blob("team/app", noise(a + b, 2**20))) for b in "123"] for a in "ab")
+        for path in there:
+            self.get(path)
+        for kind, paths, cache in (("reading", there, "HIT"), ("hashing", there, "HIT"), ("committing", new, "MISS")):
+            hands = Hands()
+            threads = self.bounded(hands, 1)
+            self.begin(**{kind: threads if kind == "reading" else patient(threads)})
+            replies = [self.daemon.send("GET", path) for path in paths]
+            self.flush()
+            for _ in paths if kind == "reading" else ():  # the look-ups
+                hands.work()
+                self.flush()
+            while hands.waiting:
+                self.clock.advance(SECONDS - 1)
+                hands.work()
+                self.flush()
+            self.assertEqual(
+                [(200, cache, "whole")] * 3, [(each.code, each.cache, each.ended) for each in replies], kind
+            )
+            hands.idle = True
+            self.assertEqual(["HIT"] * 3, [self.get(path).cache for path in paths], kind)
 
     def test_a_large_file_is_flushed_a_piece_at_a_time(self) -> None:
         """

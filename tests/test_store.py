@@ -24,6 +24,7 @@ from ecrproxy.cache.content import DigestMismatchError
 from ecrproxy.cache.entries import ANSWERS_LIMIT, Entry, EntryKey
 from ecrproxy.cache.index import Index
 from ecrproxy.cache.inventory import Inventory
+from ecrproxy.cache.locks import remove_unused
 from ecrproxy.cache.paths import arriving_path
 from ecrproxy.cache.scrub import scrub
 from ecrproxy.cache.sqlite import Rows
@@ -629,6 +630,18 @@ class ContentTests(StoreTests):
             self.assertIsNone(self.store.open(digest))
         self.assertEqual([True], [digest.hex in event["path"] for event in events if "path" in event])
         self.assertEqual((1, 4096), self.store.index.totals[:2])  # it is still there
+
+    def test_a_file_whose_status_can_not_be_read_is_closed_and_unlocked(self) -> None:
+        """
+        Otherwise each request leaks a descriptor while the disk fails, and locked content is never evicted.
+        """
+        digest, other = put(self.store, b"x"), Digest.of(b"y")
+        before, broken = open_files(), self.patch(os, "fstat", failing(errno.EIO))
+        self.assertIsNone(self.store.open(digest))
+        self.assertRaises(OSError, self.store.claim, other)
+        broken.restore()
+        self.assertEqual(before, open_files())
+        self.assertTrue(remove_unused(self.path_of(digest)))
 
     def test_a_disk_without_writing_serves_what_it_has(self) -> None:
         """

@@ -1131,6 +1131,19 @@ class BuildTests(TapCase):
         shake_with(protocol, transport, asker)
         self.assertEqual("CN=cache.test", subject_of(asker))
 
+    def test_a_pattern_is_matched_while_the_disk_of_certificates_hangs(self) -> None:
+        pools = list[ThreadPool]()
+        self.patch(ThreadPool, "callInThreadWithCallback", lambda pool, *_: pools.append(pool))
+        service = self.build(PROXY_NAMESPACE_PATTERN="(x|xx)+y")
+        (renewal,) = [each for each in service if isinstance(each, Renewal)]
+        renewal.startService()
+        self.addCleanup(renewal.stopService)
+        self.reactor.advance(LOOK_SECONDS)
+        (looking,) = pools
+        self.assertEqual(b"", answer(self.reactor, b"/v2/" + b"x" * 200 + b"/manifests/latest"))
+        self.assertEqual(2, len(pools))
+        self.assertIsNot(looking, pools[1])
+
     def test_clients_are_asked_for_what_is_set(self) -> None:
         """
         A password, a network, a certificate: each setting reaches the registry, and leaves health alone.

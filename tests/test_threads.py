@@ -17,7 +17,7 @@ from twisted.python.threadpool import ThreadPool
 from twisted.trial.unittest import SynchronousTestCase
 
 import ecrproxy.threads
-from ecrproxy.threads import Bounded, Pools, Threads, content_with_few, undone_if_late
+from ecrproxy.threads import Bounded, Pools, Threads, content_with_few, patient, undone_if_late
 
 SECONDS = 10.0
 
@@ -74,6 +74,19 @@ class BoundedTests(SynchronousTestCase):
         self.assertEqual([0, 1, 2, 3], [self.successResultOf(call) for call in calls[:4]])
         self.assertEqual([], self.running)
         self.assertEqual([], self.clock.getDelayedCalls())
+
+    def test_patient_calls_wait_until_all_threads_hang(self) -> None:
+        calls = [patient(self.bounded)(int, str(number)) for number in range(6)]
+        for _ in range(3):
+            self.clock.advance(SECONDS - 1)
+            self.end()
+            self.end()
+        self.assertEqual([0, 1, 2, 3, 4, 5], [self.successResultOf(call) for call in calls])
+        calls = [patient(self.bounded)(int, "0") for _ in range(3)]
+        self.clock.advance(SECONDS)
+        for call in (*calls, patient(self.bounded)(int, "0")):
+            self.failureResultOf(call, TimeoutError)
+        self.assertEqual((2, []), (len(self.running), self.clock.getDelayedCalls()))
 
     def test_failures_are_passed_on(self) -> None:
         call = self.bounded(int, "x")

@@ -27,6 +27,12 @@ class HtpasswdError(Exception):
     """
 
 
+class UnreadableError(HtpasswdError):
+    """
+    A file of passwords that can't be read at the moment.
+    """
+
+
 @dataclass(frozen=True, slots=True)
 class Users:
     """
@@ -76,7 +82,7 @@ def read_users(path: str) -> Users:
     """
     Read a file. Blocks.
 
-    @raise HtpasswdError: if it can't be used.
+    @raise HtpasswdError: if it can't be used; an L{UnreadableError} if it may be unchanged once it can be.
     """
     try:
         with open(path, "rb") as file:  # noqa: PTH123 (a part of it alone)
@@ -84,7 +90,7 @@ def read_users(path: str) -> Users:
             seen = _signature(os.fstat(file.fileno()))
             data = file.read(FILE_LIMIT + 1)
     except OSError as problem:
-        raise HtpasswdError(f"can't be read: {problem.strerror}") from None
+        raise UnreadableError(f"can't be read: {problem.strerror}") from None
     if len(data) > FILE_LIMIT:
         raise HtpasswdError(f"is larger than {FILE_LIMIT} bytes; {_HOW}")
     return replace(Users.parse(data), seen=seen)

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 from twisted.application.service import Service
 from twisted.logger import Logger
 
-from ecrproxy.access.htpasswd import HtpasswdError, read_users, signature
+from ecrproxy.access.htpasswd import HtpasswdError, UnreadableError, read_users, signature
 from ecrproxy.access.limits import counted
 from ecrproxy.access.turns import QueueTimeoutError, Turns
 from ecrproxy.flights import Flights
@@ -270,7 +270,10 @@ class Passwords(Service):
         try:
             users = await self._reading(read_users, self._path)
         except HtpasswdError as problem:
-            log.error("{path} {problem}; its former passwords stay", path=self._path, problem=problem)
+            said = "{path} {problem}; its former passwords stay"
+            log.error(said, path=self._path, problem=str(problem), once=str(problem))
+            if isinstance(problem, UnreadableError):
+                self._seen = ()  # retry: permissions and open descriptors change without the file
         else:
             self._users, self._seen = users, users.seen
             self._right.clear()

@@ -29,7 +29,12 @@ def open_in_place(path: Path | str, flags: int) -> int:
     @raise OSError: if there is no such file, or it can't be opened.
     """
     fd = os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
+    try:
+        regular = stat.S_ISREG(os.fstat(fd).st_mode)
+    except OSError:
+        os.close(fd)
+        raise
+    if not regular:
         os.close(fd)
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     return fd

@@ -419,11 +419,14 @@ class Store:
             fd = without_waiting(path, os.O_RDONLY)
         except FileNotFoundError:
             return None
+        there = True  # on a file system without locks, too: the kernel keeps the file for who has it open
         try:
-            there = locks.share(fd, path)  # not if it is being evicted, or was just replaced
-        except OSError:  # a file system without locks: the kernel keeps the file for who has it open
-            there = True
-        status = os.fstat(fd)
+            with contextlib.suppress(OSError):
+                there = locks.share(fd, path)  # not if it is being evicted, or was just replaced
+            status = os.fstat(fd)
+        except OSError:
+            os.close(fd)
+            raise
         if not there:
             os.close(fd)
             return None

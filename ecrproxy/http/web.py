@@ -33,7 +33,7 @@ from ecrproxy.reasons import Reason
 from ecrproxy.registries import Chosen, Known, Registries, UnknownRegistryError
 from ecrproxy.registry.upstream import Page
 from ecrproxy.stopwatch import Stopwatch
-from ecrproxy.threads import InThread
+from ecrproxy.threads import InThread, patient
 from ecrproxy.transfer.download import Download
 from ecrproxy.transfer.lane import ShortBodyError
 from ecrproxy.transfer.passing import Passing
@@ -72,7 +72,7 @@ class Registry(Answering):
         self._pull_through, self._registries = pull_through, registries
         # 6 MiB at most: a query may have as many bytes as a request.
         self._recent = lru_cache(maxsize=2048)(self._choose)
-        self._namespaces, self._cache_key, self._in_thread = namespaces, cache_key, in_thread
+        self._namespaces, self._cache_key, self._in_thread = namespaces, cache_key, patient(in_thread)
         self._asks = cache_key.asks
 
     async def respond(self, request: RegistryRequest) -> None:
