@@ -91,7 +91,7 @@ EXAMPLES: dict[str, tuple[str, str, Any, str, Any]] = {
 WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "ecr-endpoint": (
         (
-            *("ftp://x", "https://", "https://h/v2", "two words"),
+            *("ftp://x", "https://", "https://h/v2", "two wo_rds", "one.test two/words"),
             *("docker.io", "registry-1.docker.io", "public.ecr.aws", "ghcr.io", "https://eu.gcr.io"),
             "12345678901.dkr.ecr.eu-west-1.amazonaws.com",
             "team.dkr.ecr.eu-west-1.amazonaws.com",

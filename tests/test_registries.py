@@ -105,6 +105,17 @@ class TableTests(SynchronousTestCase):
         ):
             _, (line,) = parsed(f'[registry."{ONE}"]\n{first}\n[registry."{TWO}"]\n{second}')
             self.assertTrue(line.startswith(f"x.toml: registry: {said}"), line)
+        for second, said in (
+            (f'[registry."{TWO}"]\nhosts = ["{ONE}"]', f"{ONE} and {TWO} both have the host {ONE}"),
+            (f'[registry."{TWO}"]\npath-prefix = "{ONE}"', f"{ONE} and {TWO} both have the path-prefix {ONE}"),
+            (f'[registry."a.test"]\nendpoint = "{ONE}"', f"{ONE} and a.test both have the endpoint https://{ONE}"),
+            (
+                f'[registry."docker.io"]\nendpoint = "{ONE}"\necr-repository-prefix = "hub"\nprofile = "x"',
+                f"docker.io is reached through {ONE}, which has other credentials; give them there",
+            ),
+        ):
+            _, (line,) = parsed(f'[registry."{ONE}"]\n{second}')
+            self.assertTrue(line.startswith(f"x.toml: registry: {said}"), line)
         twin = ONE.replace("dkr.ecr", "dkr-ecr").replace("amazonaws.com", "on.aws")
         _, (line,) = parsed(f'[registry."{ONE}"]\n[registry."{twin}"]')
         self.assertIn(f"{ONE} and {twin} are one registry", line)

@@ -77,6 +77,13 @@ class RegistryTable:
     repository_prefix: str | None = None
 
     @property
+    def credentials(self) -> tuple[str | bool | None, ...]:
+        """
+        What the table says of them.
+        """
+        return self.role, self.external_id, self.profile, self.instance_auth
+
+    @property
     def is_wildcard(self) -> bool:
         """
         Return True if it stands for all accounts of a region.
@@ -102,7 +109,7 @@ def parse_registries(file: str, tables: object) -> tuple[tuple[RegistryTable, ..
         except ValueError as problem:
             problems.append(str(problem))
         errors += [f"{where}{each if each.startswith('.') else f': {each}'}" for each in problems]
-    return tuple(found), [*errors, *(f"{file}: {each}" for each in _together(found))]
+    return tuple(found), [*errors, *(f"{file}: {each}" for each in clashes(found))]
 
 
 def default_of(endpoint: str, region: str, tables: Sequence[RegistryTable], *, instance_auth: bool) -> RegistryTable:
@@ -208,23 +215,45 @@ _FOREIGN: Final = {
 }
 
 
-def _together(tables: Sequence[RegistryTable]) -> Iterator[str]:
+def clashes(tables: Sequence[RegistryTable]) -> Iterator[str]:
     """
-    Find what several tables claim.
+    Find what several tables claim, so that a client could mean either; a line for each.
     """
     defaults = [each.name for each in tables if each.default]
     if len(defaults) > 1:
         yield f"registry: {' and '.join(defaults)} are both the default; leave it at one"
-    claims: dict[tuple[str, str], str] = {}
+    claims: dict[str, tuple[str, str]] = {}
+    told = set()
     for table in tables:
-        identity = table.name if table.is_wildcard else str(RegistryId.of_host(table.name))
-        own = [("name", identity), *(("host", each) for each in sorted(table.hosts))]
-        own += [("path-prefix", table.path_prefix)] if table.path_prefix else []
-        for kind, word in own:
-            other = claims.setdefault((kind, word), table.name)
-            if other != table.name:
-                what = "are one registry" if kind == "name" else f"both have the {kind} {word}"
-                yield f"registry: {other} and {table.name} {what}; leave one out"
+        for kind, word, spelled in _claims(table):
+            _, other = claims.setdefault(word, (kind, table.name))
+            if other == table.name or (other, table.name) in told:
+                continue
+            told.add((other, table.name))
+            what = "are one registry" if kind == claims[word][0] == "name" else f"both have the {kind} {spelled}"
+            yield f"registry: {other} and {table.name} {what}; leave one out"
+    owners: dict[RegistryId, RegistryTable] = {}
+    for table in sorted(tables, key=lambda each: each.repository_prefix is not None):
+        if table.endpoint is None:
+            continue
+        owner = owners.setdefault(RegistryId.of_url(table.endpoint), table)
+        if any(table.credentials) and table.credentials != owner.credentials:
+            said = f"registry: {table.name} is reached through {owner.name}, which has other credentials"
+            yield f"{said}; give them there, and leave them out here"
+
+
+def _claims(table: RegistryTable) -> Iterator[tuple[str, str, str]]:
+    """
+    List by what names clients, and other tables, mean a registry: the kind of each, what it means, and its text.
+    """
+    yield "name", table.name if table.is_wildcard else str(RegistryId.of_host(table.name)), table.name
+    if table.endpoint is not None and table.repository_prefix is None:
+        yield "endpoint", str(RegistryId.of_url(table.endpoint)), table.endpoint
+    for host in sorted(table.hosts):
+        yield "host", str(RegistryId.of_host(host)), host
+    if table.path_prefix:
+        word = table.path_prefix
+        yield "path-prefix", str(RegistryId.of_host(word)) if "." in word else word, word
 
 
 def _text(value: object) -> str:

@@ -87,6 +87,22 @@ def parse_endpoint(text: str) -> str:
     return f"{parts.scheme}://{bracketed}" + (f":{port}" if port else "")
 
 
+def parse_endpoints(text: str) -> tuple[str, ...]:
+    """
+    Read URLs of registries, separated by whitespace.
+    """
+    words = text.split()
+    if "@" in text or len(words) < 2:  # noqa: PLR2004 (of one, the setting's own line says which it is)
+        return (parse_endpoint(text),)
+    endpoints = []
+    for word in words:
+        try:
+            endpoints.append(parse_endpoint(word))
+        except ValueError as problem:
+            raise ValueError(f"{word!r} is {problem}") from None
+    return tuple(endpoints)
+
+
 def _no_registry_of_ecr(scheme: str, host: str) -> str | None:
     """
     Say why a host is certainly no private registry of ECR; names that are not AWS's may stand for any.
