@@ -122,7 +122,7 @@ def wire(
     janitor = Janitor(store, config.cache_limit, keeping, reactor)
     tokens = _tokens(config, reactor, partial(_ends, refused, warm=begin(store, processes)))
     figures, stall = Figures(__version__), LoopStall(reactor, time.monotonic)
-    registries = Registries(config.registries, config.registry_aliases or ())
+    registries = Registries(config.registries, config.registry_aliases or (), config.unknown_registry_status)
     upstreams = _upstreams(config, registries, tokens, figures, egress, reactor)
     cache = Cache(store, janitor, disk, time.time)
     scrub = Scrub(store, janitor.fit, scrubbing.call, reactor)

@@ -587,6 +587,7 @@ class Daemon(Administered):
         limit: int = 2**30,
         pattern: str = ".*",
         aliases: Collection[RegistryId] = (),
+        unknown_status: int = 404,
         cache_key: str = "$uri",
         tag_ttl: float = 0,
         in_thread: InThread = at_once,
@@ -627,7 +628,7 @@ class Daemon(Administered):
         self.registry = RegistryId.of_url(standin.registry)
         self.cache = Cache(self.store, self.janitor, disk, self.now)
         table, others = default_of(standin.registry, "eu-west-1", (), instance_auth=False), others or {}
-        registries = Registries([table, *others], aliases)
+        registries = Registries([table, *others], aliases, unknown_status)
         self.others = {each.name: Other(each, other, clock, self.figures.upstream) for each, other in others.items()}
 
         def make(known: Known) -> tuple[Upstream, Asking]:

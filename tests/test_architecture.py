@@ -115,7 +115,7 @@ ARROWS: dict[str, set[str]] = {
         "threads",
         "transfer",
     },
-    "registries": {"identity", "oci", "reasons", "settings.registries"},
+    "registries": {"identity", "oci", "reasons", "settings.registries", "settings.values"},
     "upstreams": {"admin.status", "identity", "oci", "registries", "registry.upstream"},
     "stale": {"flights", "oci", "reasons", "registry.bucket"},
     "logs": {"http.access_log", "request_id"},

@@ -319,6 +319,10 @@ class DenialTests(ReasonTestCase):
         self.start(pattern="other/.*")
         self.assertWhy(self.get(self.by_tag), None, "namespace")
 
+    def test_what_is_of_a_registry_that_is_not_configured(self) -> None:
+        self.assertWhy(self.get(f"{self.by_tag}?ns=quay.io"), None, "unknown-registry")
+        self.assertEqual([], self.standin.requests("registry"))
+
     def test_what_no_registry_has(self) -> None:
         """
         Paths, names, methods and ranges that are none.

@@ -7,7 +7,7 @@ The channel has parsed the request's target; its path is understood here, once, 
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import lru_cache
 from typing import Any, Final, cast
@@ -105,9 +105,9 @@ class Registry(Answering):
                 once=("ns", problem.name),
             )
             raise
-        await self._namespaces(chosen.registry).admit(chosen.name)
         if ns is not None:
             request.setHeader("OCI-Namespace", ns)
+        await self._namespaces(chosen.registry).admit(chosen.name)
         return chosen.route
 
     def _choose(self, target: str, host: str) -> tuple[Chosen, str | None]:
@@ -115,8 +115,8 @@ class Registry(Answering):
         Find out what a target means to a client that calls this proxy C{host}; and which registry it names, if it does.
         """
         asked = parse_route(target, self._registries.default.identity)
-        told = query_values(asked.query).get("ns") if asked.query else None
-        ns = unquote(told) if told is not None else None
+        told = _ns(asked.query)
+        ns = unquote(told["ns"]) if told else None
         return self._registries.choose(asked, ns, host), ns
 
     def _understood(self, target: str, host: str) -> tuple[Chosen, str | None]:
@@ -131,7 +131,7 @@ class Registry(Answering):
         hit = False
         try:
             if route.kind in (Kind.TAGS, Kind.REFERRERS):
-                await self._send_page(request, *await self._pull_through.page(route))
+                await self._send_page(request, route, *await self._pull_through.page(route))
                 return
             asked = self._asked(request, route)
             if route.kind is Kind.MANIFEST:
@@ -143,10 +143,11 @@ class Registry(Answering):
             request.upstream.stop(counted=not hit)
         await self._send_answer(request, route, answer)
 
-    async def _send_page(self, request: RegistryRequest, status: CacheStatus, reason: Reason, page: Page) -> None:
+    async def _send_page(
+        self, request: RegistryRequest, route: Route, status: CacheStatus, reason: Reason, page: Page
+    ) -> None:
         if page.next is not None:
-            # Relative: it leads to the address that the client used, whatever stands between.
-            request.setHeader("Link", f'<{request.target.path}?{to_query(passed_on(page.next))}>; rel="next"')
+            _lead_on(request, {**passed_on(page.next), **_ns(route.query)})
         if page.filters is not None:
             request.setHeader("OCI-Filters-Applied", page.filters)
         request.setHeader("X-Cache-Status", status)
@@ -253,6 +254,23 @@ class Registry(Answering):
         if len(spans) == 1:
             request.setHeader("Content-Range", content_range(spans[0], answer.size))
         return spans
+
+
+def _lead_on(request: RegistryRequest, values: Mapping[str, str]) -> None:
+    """
+    Name the next page. Relative: it leads to the address that the client used, whatever stands between.
+
+    @param values: escaped already.
+    """
+    request.setHeader("Link", f'<{request.target.path}?{to_query(values)}>; rel="next"')
+
+
+def _ns(query: str) -> dict[str, str]:
+    """
+    Find the registry that a client names, as it came; empty if it names none.
+    """
+    told = query_values(query).get("ns") if query else None
+    return {} if told is None else {"ns": told}
 
 
 def _counted(request: RegistryRequest, route: Route, answer: Answer) -> AbstractContextManager[None]:

@@ -48,6 +48,7 @@ from ecrproxy.settings.values import (
     parse_seconds,
     parse_share,
     parse_tries,
+    parse_unknown_status,
     parse_workers,
     region_of,
 )
@@ -194,6 +195,13 @@ SETTINGS: Final[Sequence[Setting]] = (
         parse_registries,
         "none",
         "other names of the registry, HOST or HOST:PORT, for clients that say which one they mean (ns=)",
+    ),
+    Setting(
+        "unknown-registry-status",
+        "PROXY_UNKNOWN_REGISTRY_STATUS",
+        parse_unknown_status,
+        "404",
+        "answer to requests for registries that are not configured: 404, or 403 where nothing may bypass the proxy",
     ),
     Setting("port", "PROXY_PORT", parse_port, "5000", "TCP port to listen on"),
     Setting("ssl-key", "PROXY_SSL_KEY", parse_path, "none", "file of the TLS private key"),
@@ -398,6 +406,7 @@ class Config:
     dns_resolver: tuple[Server, ...] | None
     namespace_pattern: regex.Pattern[str]
     registry_aliases: frozenset[RegistryId] | None
+    unknown_registry_status: int
     port: int
     ssl_key: str | None
     ssl_certificate: str | None

@@ -317,6 +317,15 @@ def parse_registries(text: str) -> frozenset[RegistryId]:
     return frozenset(RegistryId.of_host(word) for word in words)
 
 
+def parse_unknown_status(text: str) -> int:
+    """
+    Read what requests for registries that are not configured are answered.
+    """
+    if text not in ("403", "404"):
+        raise ValueError("give 404, after which clients ask elsewhere, or 403")
+    return int(text)
+
+
 def parse_port(text: str) -> int:
     """
     Read a TCP port.
