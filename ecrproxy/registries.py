@@ -154,6 +154,16 @@ class Registries:
             raise UnknownRegistryError((host if ns is None else ns)[:255], self._unknown_status)
         return known
 
+    def listed(self, names: Sequence[str]) -> list[str]:
+        """
+        Return the default's repositories as clients call them, in order.
+
+        Those whose names mean another registry, and so can't be pulled by them, are left out.
+        """
+        prefix = f"{self.default.table.repository_prefix}/" if self.default.table.repository_prefix else ""
+        own = (each.removeprefix(prefix) for each in names if each.startswith(prefix))
+        return sorted(each for each in own if self._by_path(each)[0] is None)
+
     def _by_path(self, name: str) -> tuple[Known | None, str]:
         """
         Find the registry that a repository's first component names, and what then is the repository's name.

@@ -46,6 +46,7 @@ ARROWS: dict[str, set[str]] = {
     "answers": {"cache", "oci", "reasons", "transfer.download", "transfer.passing"},
     "cache": {"identity", "oci", "periodic", "threads"},
     "cached": {"answers", "cache", "flights", "identity", "oci", "ordering", "reasons", "threads"},
+    "catalog": {"flights", "oci", "reasons", "registry.ecr"},
     "daemon": {
         "access.limits",
         "addresses",
@@ -66,6 +67,7 @@ ARROWS: dict[str, set[str]] = {
         "cache.cache_key",
         "cache.content",
         "cached",
+        "catalog",
         "daemon.ending",
         "identity",
         "metrics",

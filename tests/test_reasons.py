@@ -327,7 +327,13 @@ class DenialTests(ReasonTestCase):
         """
         Paths, names, methods and ranges that are none.
         """
-        for path in ("/v2/_catalog", "/v2/UPPER/manifests/x", "/v2/a/blobs/none", "/elsewhere", "/v2/a/tags/list?n=x"):
+        for path in (
+            "/v2/_catalog?n=x",
+            "/v2/UPPER/manifests/x",
+            "/v2/a/blobs/none",
+            "/elsewhere",
+            "/v2/a/tags/list?n=x",
+        ):
             self.assertWhy(self.get(path), None, "bad-request")
         self.assertWhy(self.daemon.ask("DELETE", self.by_tag), None, "bad-request")
         reply = self.get(self.blob, Range="bytes=999999-")

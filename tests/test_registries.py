@@ -233,7 +233,9 @@ class NeverConfusedTests(SynchronousTestCase):
 
     def setUp(self) -> None:
         nothing: Any = None
-        self.resource = Registry(nothing, Registries(parsed(COMPANY)[0]), nothing, CacheKey.parse("$uri"), nothing)
+        self.resource = Registry(
+            nothing, Registries(parsed(COMPANY)[0]), nothing, CacheKey.parse("$uri"), nothing, nothing
+        )
 
     def meant(self, target: str, host: str) -> tuple[str, Repository] | int:
         """
@@ -335,7 +337,9 @@ class NeverConfusedTests(SynchronousTestCase):
 class RememberedTests(SynchronousTestCase):
     def setUp(self) -> None:
         nothing: Any = None
-        self.resource = Registry(nothing, Registries(parsed(COMPANY)[0]), nothing, CacheKey.parse("$uri"), nothing)
+        self.resource = Registry(
+            nothing, Registries(parsed(COMPANY)[0]), nothing, CacheKey.parse("$uri"), nothing, nothing
+        )
 
     def test_long_targets_are_not_remembered(self) -> None:
         """

@@ -221,7 +221,7 @@ class PathTests(DaemonTestCase):
             "/v1/",
             "/v2x",
             "/metrics",
-            "/v2/_catalog",
+            "/v2/_catalog/",
             "/v2/team/app",
             "/v2/team/app/tags",
             "/v2/team/app/tags/other",
