@@ -84,6 +84,7 @@ class ListTests(CatalogTestCase):
                 seen.append(listed(reply))
                 self.assertEqual(DEFAULT if ns else None, reply.header("OCI-Namespace"))
                 link = reply.header("Link")
+                self.assertNotIn("/", (link or "").partition("?")[2])
                 path = link[1 : link.index(">")] if link else ""
             self.assertEqual([["other/c", "team/a"], ["team/a-b", "team/b"], ["us/app"]], seen)
 
@@ -203,6 +204,9 @@ class QuestionTests(CatalogTestCase):
         self.assertEqual(200, self.get("/v2/team/a/manifests/latest").code)
         self.answers[0].callback(["team/a"])
         self.assertEqual(["team/a"], listed(self.get(CATALOG)))
+        self.pass_time(KEPT_SECONDS + 1)
+        self.send()
+        self.assertEqual(2, len(self.answers))
 
     def test_a_pattern_that_takes_too_long_is_told(self) -> None:
         self.start(pattern=CATASTROPHE, list_repositories=self.by_hand)
