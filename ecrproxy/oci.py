@@ -32,6 +32,8 @@ garbage collector looks at all that it makes: 4 MiB of empty lists stop everythi
 
 SIZE_LIMIT = 2**62
 """The most bytes that anything is said to have: files can't have many more."""
+CATALOG_PAGE = 1000
+"""The most names on a page of the catalog."""
 BLOB_TYPE = "application/octet-stream"
 INDEX_TYPE = "application/vnd.oci.image.index.v1+json"
 INDEX_TYPES = frozenset({INDEX_TYPE, "application/vnd.docker.distribution.manifest.list.v2+json"})
@@ -214,7 +216,7 @@ def parse_route(target: str, registry: RegistryId) -> Route:
             400, "NAME_INVALID", "the repository's name is outside the grammar of the distribution spec"
         )
     if not _QUERY.fullmatch(query):
-        raise RegistryError(400, "UNSUPPORTED", "the query string has characters that belong in no URL")
+        raise _no_such_query()
     if kind is Kind.TAGS:
         return Route(kind, Repository(registry, name), reference, None, query)
     return _with_reference(Route(kind, Repository(registry, name), reference, None, query))
@@ -233,8 +235,14 @@ def _with_reference(route: Route) -> Route:
 
 def _no_such_path() -> RegistryError:
     return RegistryError(
-        404, "UNSUPPORTED", "no such path: this proxy answers GET and HEAD of manifests, blobs, tags/list and referrers"
+        404,
+        "UNSUPPORTED",
+        "no such path: this proxy answers GET and HEAD of manifests, blobs, tags/list, referrers and _catalog",
     )
+
+
+def _no_such_query() -> RegistryError:
+    return RegistryError(400, "UNSUPPORTED", "the query string has characters that belong in no URL")
 
 
 def query_values(query: str) -> dict[str, str]:
@@ -245,6 +253,22 @@ def query_values(query: str) -> dict[str, str]:
     for name, _, value in (pair.partition("=") for pair in query.split("&") if pair):
         values.setdefault(unquote_plus(name), value)
     return values
+
+
+def parse_catalog(query: str) -> tuple[str, int]:
+    """
+    Read which page of the catalog is meant: after which name it begins, and how many names it may have.
+
+    @raise RegistryError: 400 if C{n} is no number. More than C{CATALOG_PAGE} are as many.
+    """
+    if not _QUERY.fullmatch(query):
+        raise _no_such_query()
+    values = query_values(query)
+    most = unquote(values.get("n", "")) or str(CATALOG_PAGE)
+    if not re.fullmatch("[0-9]{1,9}", most):
+        said = f"n is no number of repositories; give one from 1 to {CATALOG_PAGE}"
+        raise RegistryError(400, "PAGINATION_NUMBER_INVALID", said)
+    return unquote_plus(values.get("last", "")), min(int(most), CATALOG_PAGE)
 
 
 def passed_on(query: str) -> dict[str, str]:

@@ -50,6 +50,7 @@ class Reason(enum.StrEnum):
     PASSWORD = "password"  # noqa: S105
     WEB_PAGE = "web-page"
     NAMESPACE = "namespace"
+    UNKNOWN_REGISTRY = "unknown-registry"
     NOT_FOUND = "not-found"
     ECR_DENIED = "ecr-denied"
     BAD_REQUEST = "bad-request"

@@ -15,12 +15,14 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from ecrproxy.identity import RegistryId, Repository, is_repository_name
+from ecrproxy.identity import HUB, RegistryId, Repository, is_repository_name
 from ecrproxy.oci import RegistryError, Route
 from ecrproxy.reasons import Reason
-from ecrproxy.settings.registries import HUB, HUBS, RegistryTable
+from ecrproxy.settings.registries import RegistryTable
+from ecrproxy.settings.values import is_other_registry
 
 _LIBRARY: Final = "library"
+_CODES: Final = {403: "DENIED", 404: "NAME_UNKNOWN"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +55,22 @@ class Chosen:
 class UnknownRegistryError(RegistryError):
     """
     A registry that no table names.
+
+    @param status: 404, after which clients ask elsewhere without a word, or 403, which they may tell.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, status: int) -> None:
         advice = "if it is, add that name to PROXY_REGISTRY_ALIASES, or give it a table"
         said = f"this proxy is no mirror of {name!r}; {advice}"
-        super().__init__(404, "NAME_UNKNOWN", said, reason=Reason.NAMESPACE)
+        super().__init__(status, _CODES[status], said, reason=Reason.UNKNOWN_REGISTRY)
         self.name = name
+
+
+def _is_ecr(host: str) -> bool:
+    try:
+        return RegistryId.of_host(host).account_and_region is not None
+    except ValueError:
+        return False
 
 
 class Registries:
@@ -68,10 +79,14 @@ class Registries:
 
     @param tables: the default first.
     @param aliases: other names of the default.
+    @param unknown_status: what a request for any other registry is answered: 404 or 403.
     @ivar named: those that have a table of their own, by what is asked: the default first.
     """
 
-    def __init__(self, tables: Sequence[RegistryTable], aliases: Collection[RegistryId] = ()) -> None:
+    def __init__(
+        self, tables: Sequence[RegistryTable], aliases: Collection[RegistryId] = (), unknown_status: int = 404
+    ) -> None:
+        self._unknown_status = unknown_status
         self._by_name: dict[RegistryId, Known] = {}
         self._by_host: dict[str, Known] = {}
         self._by_prefix: dict[str, Known] = {}
@@ -85,7 +100,7 @@ class Registries:
                     self._by_prefix[table.path_prefix] = known
         self.default = next(iter(self._by_name.values()))
         plain = {each.identity: each for each in reversed(self._by_name.values()) if not each.table.repository_prefix}
-        self._by_identity = {**{each.identity: each for each in self._by_name.values()}, **plain}
+        self._by_identity = {**{each.identity: each for each in reversed(self._by_name.values())}, **plain}
         self._by_name = {**plain, **dict.fromkeys(aliases, self.default), **self._by_name}
         self.named = [self.default, *(each for each in self._by_identity.values() if each is not self.default)]
 
@@ -116,20 +131,48 @@ class Registries:
         @raise UnknownRegistryError: if it is none that is named.
         """
         name = route.repository.name
-        if ns is not None:
-            known = self._called(ns)
-            if known is None:
-                raise UnknownRegistryError(ns[:255])
-            return self._of(known, name, route)
-        known = self._by_host.get(host.lower()) or self._called(host)
+        known = self.named_by(ns, host)
         if known is not None:
             return self._of(known, name, route)
+        known, rest = self._by_path(name)
+        return self._of(self.default, name, route) if known is None else self._of(known, rest, route)
+
+    def named_by(self, ns: str | None, host: str) -> Known | None:
+        """
+        Find the registry that a request names beside its path; None if it names none. See C{choose}.
+
+        A host that is certainly a registry's name, and not this proxy's, counts as one.
+
+        @raise UnknownRegistryError: if it names one that may not be contacted.
+        """
+        if ns is not None:
+            known = self._called(ns)
+        else:
+            host = host.lower().removesuffix(".")
+            known = self._by_host.get(host) or self._called(host)
+        if known is None and (ns is not None or is_other_registry(host) or _is_ecr(host)):
+            raise UnknownRegistryError((host if ns is None else ns)[:255], self._unknown_status)
+        return known
+
+    def listed(self, names: Sequence[str]) -> list[str]:
+        """
+        Return the default's repositories as clients call them, in order.
+
+        Those whose names mean another registry, and so can't be pulled by them, are left out.
+        """
+        prefix = f"{self.default.table.repository_prefix}/" if self.default.table.repository_prefix else ""
+        own = (each.removeprefix(prefix) for each in names if each.startswith(prefix))
+        return sorted(each for each in own if self._by_path(each)[0] is None)
+
+    def _by_path(self, name: str) -> tuple[Known | None, str]:
+        """
+        Find the registry that a repository's first component names, and what then is the repository's name.
+        """
         first, _, rest = name.partition("/")
-        known = self._by_prefix.get(first) or self._called(first)
-        return self._of(known, rest, route) if known is not None and rest else self._of(self.default, name, route)
+        return (self._by_prefix.get(first) or self._called(first) if rest else None), rest
 
     def _of(self, known: Known, name: str, route: Route) -> Chosen:
-        if known.table.name == HUB and "/" not in name:
+        if "/" not in name and RegistryId.of_host(known.table.name) == HUB:
             name = f"{_LIBRARY}/{name}"
         prefix = known.table.repository_prefix
         full = f"{prefix}/{name}" if prefix else name
@@ -144,7 +187,7 @@ class Registries:
         if "." not in name and ":" not in name:
             return None
         try:
-            identity = RegistryId.of_host(HUB if name.lower() in HUBS else name)
+            identity = RegistryId.of_host(name)
         except ValueError:
             return None
         return self._by_name.get(identity) or self._by_wildcard(identity)

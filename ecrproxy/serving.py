@@ -39,6 +39,7 @@ from ecrproxy.cache.scrub import Scrub
 from ecrproxy.cache.store import Store
 from ecrproxy.cache.troubles import Kind
 from ecrproxy.cached import VERIFICATIONS, Cache
+from ecrproxy.catalog import Catalog
 from ecrproxy.daemon.ending import Connections
 from ecrproxy.daemon.process import clients_beside_spare, set_aside_what_stays
 from ecrproxy.daemon.service import Daemon
@@ -61,6 +62,7 @@ from ecrproxy.registry.governor import Governor
 from ecrproxy.registry.login import Login
 from ecrproxy.registry.metering import MeteredAgent
 from ecrproxy.registry.quotas import PUBLIC_RATES, Quotas
+from ecrproxy.registry.repositories import list_repositories
 from ecrproxy.registry.resolver import ChosenServers, hosts_names
 from ecrproxy.registry.retries import Budget
 from ecrproxy.registry.upstream import Upstream
@@ -125,7 +127,7 @@ def wire(
     janitor = Janitor(store, config.cache_limit, keeping, reactor)
     tokens = _tokens(config, reactor, partial(_ends, refused, warm=begin(store, processes)))
     figures, stall = Figures(__version__), LoopStall(reactor, time.monotonic)
-    registries = Registries(config.registries, config.registry_aliases or ())
+    registries = Registries(config.registries, config.registry_aliases or (), config.unknown_registry_status)
     upstreams = _upstreams(config, registries, tokens, reading, figures, egress, reactor)
     cache = Cache(store, janitor, disk, time.time)
     scrub = Scrub(store, janitor.fit, scrubbing.call, reactor)
@@ -134,9 +136,9 @@ def wire(
     connections, condition = Connections(), Condition(store, probing.call, reactor)
     readiness = partial(_readiness, upstreams, condition, connections)
     crowd = Crowd(config.limits(clients_beside_spare()), processes)
-    admission = _admission(config, reactor, service, processes)
-    namespaces = _namespaces(config, judging, reactor)
-    registry = Registry(pull_through, registries, namespaces, config.cache_key, disk.reading)
+    admission, namespaces = _admission(config, reactor, service, processes), _namespaces(config, judging, reactor)
+    catalog = _catalog(registries, namespaces, reactor)
+    registry = Registry(pull_through, registries, namespaces, config.cache_key, disk.reading, catalog)
     site = make_site(
         registry,
         Ready(readiness),
@@ -305,6 +307,22 @@ def _namespaces(config: Config, judging: Threads, reactor: Any) -> Callable[[Kno
     patterns = {each.namespaces or config.namespace_pattern for each in config.registries}
     judges = {pattern: Namespaces(pattern, judging.call, reactor) for pattern in patterns}
     return lambda known: judges[known.table.namespaces or config.namespace_pattern]
+
+
+def _catalog(registries: Registries, namespaces: Callable[[Known], Namespaces], reactor: Any) -> Catalog:  # noqa: ANN401
+    """
+    Wire what lists the default registry's repositories.
+    """
+    default = registries.default
+    credentials, region = _credentials(default.table)
+    account, _ = default.identity.account_and_region or (None, None)
+
+    def ask() -> list[str]:
+        names = registries.listed(list_repositories(region, credentials, account))
+        set_aside_what_stays()
+        return names
+
+    return Catalog(partial(call_unowned, reactor, ask), namespaces(default).choose, reactor)
 
 
 def _fetch(credentials: Credentials, region: str) -> Token:

@@ -19,7 +19,7 @@ import re
 import shutil
 import tempfile
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar, cast
 
@@ -59,6 +59,7 @@ from ecrproxy.cache.scrub import Scrub
 from ecrproxy.cache.sqlite import on_disk
 from ecrproxy.cache.store import Store
 from ecrproxy.cached import Cache
+from ecrproxy.catalog import Catalog
 from ecrproxy.http.access_log import AccessLog
 from ecrproxy.http.answering import Ready
 from ecrproxy.http.site import make_site
@@ -594,6 +595,7 @@ class Daemon(Administered):
         limit: int = 2**30,
         pattern: str = ".*",
         aliases: Collection[RegistryId] = (),
+        unknown_status: int = 404,
         cache_key: str = "$uri",
         tag_ttl: float = 0,
         in_thread: InThread = at_once,
@@ -612,6 +614,7 @@ class Daemon(Administered):
         pages: Pages | None = None,
         index: Index | None = None,
         others: Mapping[RegistryTable, StandIn] | None = None,
+        list_repositories: Callable[[], Deferred[Sequence[str]]] | None = None,
     ) -> None:
         self.standin, self.clock, self.limit, self.scheme = standin, clock, limit, "http"
         self.set_by = 0.0
@@ -635,7 +638,7 @@ class Daemon(Administered):
         self.registry = RegistryId.of_url(standin.registry)
         self.cache = Cache(self.store, self.janitor, disk, self.now)
         table, others = default_of(standin.registry, "eu-west-1", (), instance_auth=False), others or {}
-        registries = Registries([table, *others], aliases)
+        registries = Registries([table, *others], aliases, unknown_status)
         self.others = {each.name: Other(each, other, clock, self.figures.upstream) for each, other in others.items()}
 
         def make(known: Known) -> tuple[Upstream, Asking]:
@@ -664,7 +667,10 @@ class Daemon(Administered):
         )
         namespaces = Namespaces(parse_pattern(pattern), at_once, clock)
         key = CacheKey.parse(cache_key)
-        registry = Registry(self.pull_through, registries, lambda _: namespaces, key, disk.reading)
+        self.listings = 0
+        self.catalog = Catalog(list_repositories or self._list, namespaces.choose, clock)
+        registry = Registry(self.pull_through, registries, lambda _: namespaces, key, disk.reading, self.catalog)
+        self._listed = registries.listed
         ready, self.crowd = Ready(self.readiness), Crowd(limits or Limits())
         self.access_log = AccessLog(clock)
         self.site = make_site(
@@ -714,6 +720,10 @@ class Daemon(Administered):
     def _issue(self) -> Deferred[Token]:
         # Not at once: AWS is asked in a thread.
         return deferLater(self.clock, 0, lambda: Token(self.standin.issue_token(), self.clock.seconds() + 12 * 3600))
+
+    def _list(self) -> Deferred[Sequence[str]]:
+        self.listings += 1
+        return deferLater(self.clock, 0, lambda: self._listed(list(self.standin.repositories)))
 
     async def readiness(self) -> Readiness:
         """

@@ -12,6 +12,7 @@ from ecrproxy.settings.registries import Protocol, RegistryTable
 from tests.daemon import DaemonTestCase, noise
 from tests.registry import StandIn
 
+ONE = "123456789012.dkr.ecr.eu-west-1.amazonaws.com"
 TWO = "444455556666.dkr.ecr.us-east-1.amazonaws.com"
 
 
@@ -74,6 +75,34 @@ class SeveralRegistriesTests(DaemonTestCase):
         self.assertEqual(TWO, self.get(f"/v2/team/app/manifests/latest?ns={TWO}").header("OCI-Namespace"))
         self.assertIsNone(self.get("/v2/us/team/app/manifests/latest").header("OCI-Namespace"))
 
+    def test_says_so_of_what_it_refuses_and_what_is_not_there(self) -> None:
+        self.assertEqual(TWO, self.get(f"/v2/team/none/manifests/latest?ns={TWO}").header("OCI-Namespace"))
+        self.assertIsNone(self.get("/v2/team/app/manifests/latest?ns=quay.io").header("OCI-Namespace"))
+        self.start(pattern="other/.*")
+        self.assertEqual(ONE, self.get(f"/v2/team/app/manifests/latest?ns={ONE}").header("OCI-Namespace"))
+
+    def test_what_is_not_configured_is_never_contacted(self) -> None:
+        """
+        Whether the client says it by ns or by Host: another account, another region, another vendor.
+        """
+        path, asked = "/v2/team/app/manifests/latest", len(self.standin.asked)
+        for name in (TWO.replace("4444", "5555"), TWO.replace("us-east-1", "us-east-2"), "Docker.IO.", "quay.io"):
+            for refused in (
+                self.get(f"{path}?ns={name}"),
+                self.get(path, Host=name),
+                self.get(path, Host=f"{name}:443"),
+            ):
+                self.assertRefused(refused, 404, "NAME_UNKNOWN", "give it a table")
+                self.assertEqual("unknown-registry", refused.header("X-Cache-Reason"))
+        self.start(unknown_status=403)
+        self.assertRefused(self.get(f"{path}?ns=quay.io"), 403, "DENIED", "this proxy is no mirror of 'quay.io'")
+        self.assertEqual((asked, 0), (len(self.standin.asked), len(self.other.asked)))
+
+    def test_a_host_is_one_however_it_is_spelled(self) -> None:
+        for host in ("US.example", "us.example.", "us.example:80", "US.Example.:5000", TWO.upper(), f"{TWO}.:443"):
+            reply = self.get("/v2/team/app/manifests/latest", Host=host)
+            self.assertWhole(reply, self.theirs.manifest)
+
     def test_bytes_are_shared_and_permission_is_not(self) -> None:
         """
         What one has brought in, the other confirms; a repository that has it not gets it not.
@@ -122,7 +151,7 @@ class SeveralRegistriesTests(DaemonTestCase):
         self.assertEqual((True, True), (ready["can_serve"], ready["can_fetch"]))
         self.assertTrue(any(each.startswith(f"{TWO}: ") for each in ready["reasons"]), ready["reasons"])
         states = {each["name"]: each["upstream"]["circuit"] for each in self.status()["registries"]}
-        self.assertEqual("closed", states.pop("123456789012.dkr.ecr.eu-west-1.amazonaws.com"))
+        self.assertEqual("closed", states.pop(ONE))
         self.assertNotEqual({TWO: "closed"}, states)
 
     def status(self) -> dict[str, Any]:
@@ -131,14 +160,15 @@ class SeveralRegistriesTests(DaemonTestCase):
 
     def test_pages_of_a_list_lead_on_to_the_same_one(self) -> None:
         self.other.push_image("team/app", *(f"v{number}" for number in range(5)))
-        reply = self.get("/v2/us/team/app/tags/list?n=2")
-        link = reply.header("Link") or ""
-        self.assertTrue(link.startswith("</v2/us/team/app/tags/list?"), link)
-        following = self.get(link[1 : link.index(">")])
-        self.assertEqual(2, len(json.loads(following.body)["tags"]))
+        for path, headers in self.theirs_by("/v2/team/app/tags/list"):
+            reply = self.get(f"{path}{'&' if '?' in path else '?'}n=2", **headers)
+            link = reply.header("Link") or ""
+            self.assertTrue(link.startswith(f"<{path.partition('?')[0]}?"), link)
+            following = self.get(link[1 : link.index(">")], **headers)
+            self.assertEqual(2, len(json.loads(following.body)["tags"]), link)
 
     def test_figures_have_a_line_for_each(self) -> None:
         page = self.daemon.ask_admin("/metrics").body.decode()
-        for name in (TWO, "123456789012.dkr.ecr.eu-west-1.amazonaws.com"):
+        for name in (ONE, TWO):
             self.assertIn(f'ecr_proxy_circuit_state{{registry="{name}",state="closed"}} 1.0', page)
             self.assertIn(f'ecr_proxy_token_expiry_timestamp_seconds{{registry="{name}"}}', page)

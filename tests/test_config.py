@@ -37,6 +37,7 @@ EXAMPLES: dict[str, tuple[str, str, Any, str, Any]] = {
         "c.svc",
         frozenset({RegistryId("c.svc:443")}),
     ),
+    "unknown-registry-status": ("PROXY_UNKNOWN_REGISTRY_STATUS", "403", 403, "404", 404),
     "port": ("PROXY_PORT", "5001", 5001, "80", 80),
     "ssl-key": ("PROXY_SSL_KEY", "/key.pem", "/key.pem", "/other.pem", "/other.pem"),
     "ssl-certificate": ("PROXY_SSL_CERTIFICATE", "/cert.pem", "/cert.pem", "/other.pem", "/other.pem"),
@@ -91,7 +92,7 @@ EXAMPLES: dict[str, tuple[str, str, Any, str, Any]] = {
 WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "ecr-endpoint": (
         (
-            *("ftp://x", "https://", "https://h/v2", "two words"),
+            *("ftp://x", "https://", "https://h/v2", "two wo_rds", "one.test two/words"),
             *("docker.io", "registry-1.docker.io", "public.ecr.aws", "ghcr.io", "https://eu.gcr.io"),
             "12345678901.dkr.ecr.eu-west-1.amazonaws.com",
             "team.dkr.ecr.eu-west-1.amazonaws.com",
@@ -114,6 +115,7 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
         "give one such as https://ui.example",
     ),
     "registry-aliases": (("http://a.example", "a b/c", "a:b"), "is not the name of a registry's host"),
+    "unknown-registry-status": (("200", "401", "deny"), "give 404, after which clients ask elsewhere, or 403"),
     "admin-hosts": (("*.example", "http://a.example", "a.example:5001"), "give one such as ecr-proxy.infra.svc"),
     "log-format": (("xml", "jsonl"), "give text or json"),
     "log-level": (("loud", "warning", "3"), "give debug, info, warn, error or critical"),

@@ -4,11 +4,38 @@ One registry has many names, and each name means one registry.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.identity import RegistryId
 
 ACCOUNT = "123456789012"
+_COMMERCIAL = (
+    "dkr.ecr.{}.amazonaws.com",
+    "dkr.ecr-fips.{}.amazonaws.com",
+    "dkr-ecr.{}.on.aws",
+    "dkr-ecr-fips.{}.on.aws",
+)
+NAMES = {
+    **dict.fromkeys(("eu-west-1", "us-east-1", "us-gov-west-1"), _COMMERCIAL),
+    "cn-north-1": ("dkr.ecr.{}.amazonaws.com.cn", "dkr-ecr.{}.on.amazonwebservices.com.cn"),
+    "eusc-de-east-1": ("dkr.ecr.{}.amazonaws.eu", "dkr-ecr.{}.on.amazonwebservices.eu"),
+}
+"""What comes after the account, by region."""
+accounts = st.sampled_from([ACCOUNT, "210987654321", "000000000000"]) | st.from_regex(r"[0-9]{12}", fullmatch=True)
+
+
+def spelled(draw: Callable[[st.SearchStrategy[Any]], Any], host: str) -> str:
+    """
+    Write a host's name in another way.
+    """
+    capitals = draw(st.integers(0, 2 ** len(host) - 1))
+    text = "".join(each.upper() if capitals >> place & 1 else each for place, each in enumerate(host))
+    return f"{text}{draw(st.sampled_from(['', '.']))}{draw(st.sampled_from(['', ':443']))}"
 
 
 class RegistryIdTests(SynchronousTestCase):
@@ -39,6 +66,39 @@ class RegistryIdTests(SynchronousTestCase):
             for region in ("eu-west-1", "eu-west-2")
         ]
         self.assertEqual(4, len({RegistryId.of_host(host) for host in hosts}))
+
+    @given(accounts, accounts, st.sampled_from(sorted(NAMES)), st.sampled_from(sorted(NAMES)), st.data())
+    def test_two_names_are_one_registry_if_account_and_region_are(
+        self, one: str, other: str, here: str, there: str, data: st.DataObject
+    ) -> None:
+        """
+        Whichever of ECR's names they are, and however each is spelled.
+        """
+        first, second = (
+            spelled(data.draw, f"{account}.{data.draw(st.sampled_from(NAMES[region])).format(region)}")
+            for account, region in ((one, here), (other, there))
+        )
+        same = RegistryId.of_host(first) == RegistryId.of_host(second)
+        self.assertEqual((one, here) == (other, there), same, (first, second))
+
+    @given(st.text(max_size=40) | st.from_regex(r"[a-z0-9.:\[\]@/-]{1,30}", fullmatch=True), st.sampled_from([80, 443]))
+    def test_no_other_name_is_one_of_ecrs(self, text: str, port: int) -> None:
+        """
+        Nor is the identity of anything else written like that of a registry of ECR.
+        """
+        try:
+            found = RegistryId.of_host(text, port)
+        except ValueError:
+            return
+        if "ecr" not in text.lower():
+            self.assertIsNone(found.account_and_region)
+        self.assertEqual(found, RegistryId.of_host(str(found)) if found.account_and_region is None else found)
+
+    def test_docker_hub_is_one_by_all_of_its_names(self) -> None:
+        for name in ("docker.io", "Registry-1.Docker.io", "index.docker.io.", "registry-1.docker.io:443"):
+            self.assertEqual(RegistryId.of_host("docker.io"), RegistryId.of_host(name))
+        for name in ("docker.io:80", "auth.docker.io", "docker.io.test"):
+            self.assertNotEqual(RegistryId.of_host("docker.io"), RegistryId.of_host(name))
 
     def test_any_other_endpoint_is_its_host_and_port(self) -> None:
         """

@@ -5,6 +5,7 @@ Which repositories are let in, and that no pattern stops the daemon.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import count
 from typing import Any
 
 from twisted.internet.defer import Deferred
@@ -13,7 +14,7 @@ from twisted.logger import formatEvent
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.access import namespaces
-from ecrproxy.access.namespaces import LONGEST_WAIT, MATCH_SECONDS, Namespaces
+from ecrproxy.access.namespaces import LIST_SECONDS, LONGEST_WAIT, MATCH_SECONDS, Namespaces
 from ecrproxy.settings.values import parse_pattern
 from tests.daemon import DaemonTestCase, Hands
 
@@ -67,6 +68,17 @@ class NamespacesTests(SynchronousTestCase):
         judge = self.make("image1|image3")
         for _ in range(3):
             self.assertEqual([200, 403, 403], [self.status(judge, name) for name in ("image1", "image11", "aimage3")])
+
+    def test_a_list_is_judged_in_a_thread_and_not_for_ever(self) -> None:
+        self.threads.hands.idle = False
+        judge = self.make("team/.*")
+        good, bad = (Deferred.fromCoroutine(judge.choose(["team/a", "other/a", "team/b"])) for _ in range(2))
+        self.assertEqual(1, self.threads.calls)
+        self.threads.hands.work()
+        self.assertEqual(["team/a", "team/b"], self.successResultOf(good))
+        self.patch(self.clock, "seconds", count(0.0, LIST_SECONDS / 2).__next__)
+        self.threads.hands.work()
+        self.assertEqual(503, self.failureResultOf(bad).value.status)
 
     def test_a_herd_of_new_names_needs_no_thread(self) -> None:
         self.threads.hands.idle = False

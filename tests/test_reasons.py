@@ -319,11 +319,21 @@ class DenialTests(ReasonTestCase):
         self.start(pattern="other/.*")
         self.assertWhy(self.get(self.by_tag), None, "namespace")
 
+    def test_what_is_of_a_registry_that_is_not_configured(self) -> None:
+        self.assertWhy(self.get(f"{self.by_tag}?ns=quay.io"), None, "unknown-registry")
+        self.assertEqual([], self.standin.requests("registry"))
+
     def test_what_no_registry_has(self) -> None:
         """
         Paths, names, methods and ranges that are none.
         """
-        for path in ("/v2/_catalog", "/v2/UPPER/manifests/x", "/v2/a/blobs/none", "/elsewhere", "/v2/a/tags/list?n=x"):
+        for path in (
+            "/v2/_catalog?n=x",
+            "/v2/UPPER/manifests/x",
+            "/v2/a/blobs/none",
+            "/elsewhere",
+            "/v2/a/tags/list?n=x",
+        ):
             self.assertWhy(self.get(path), None, "bad-request")
         self.assertWhy(self.daemon.ask("DELETE", self.by_tag), None, "bad-request")
         reply = self.get(self.blob, Range="bytes=999999-")

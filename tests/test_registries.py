@@ -7,6 +7,7 @@ from __future__ import annotations
 import tomllib
 import tracemalloc
 from typing import Any
+from urllib.parse import quote
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,6 +19,7 @@ from ecrproxy.identity import RegistryId, Repository
 from ecrproxy.oci import RegistryError, parse_route
 from ecrproxy.registries import Chosen, Registries
 from ecrproxy.settings.registries import Protocol, RegistryTable, parse_registries
+from tests.test_identity import spelled
 from tests.test_properties import names
 
 ONE, TWO = "111122223333.dkr.ecr.eu-west-1.amazonaws.com", "444455556666.dkr.ecr.us-east-1.amazonaws.com"
@@ -120,6 +122,17 @@ class TableTests(SynchronousTestCase):
         ):
             _, (line,) = parsed(f'[registry."{ONE}"]\n{first}\n[registry."{TWO}"]\n{second}')
             self.assertTrue(line.startswith(f"x.toml: registry: {said}"), line)
+        for second, said in (
+            (f'[registry."{TWO}"]\nhosts = ["{ONE}"]', f"{ONE} and {TWO} both have the host {ONE}"),
+            (f'[registry."{TWO}"]\npath-prefix = "{ONE}"', f"{ONE} and {TWO} both have the path-prefix {ONE}"),
+            (f'[registry."a.test"]\nendpoint = "{ONE}"', f"{ONE} and a.test both have the endpoint https://{ONE}"),
+            (
+                f'[registry."docker.io"]\nendpoint = "{ONE}"\necr-repository-prefix = "hub"\nprofile = "x"',
+                f"docker.io is reached through {ONE}, which has other credentials; give them there",
+            ),
+        ):
+            _, (line,) = parsed(f'[registry."{ONE}"]\n{second}')
+            self.assertTrue(line.startswith(f"x.toml: registry: {said}"), line)
         twin = ONE.replace("dkr.ecr", "dkr-ecr").replace("amazonaws.com", "on.aws")
         _, (line,) = parsed(f'[registry."{ONE}"]\n[registry."{twin}"]')
         self.assertIn(f"{ONE} and {twin} are one registry", line)
@@ -198,10 +211,150 @@ class ChooseTests(SynchronousTestCase):
         self.assertEqual(RegistryId.of_url(found.registry.table.endpoint or ""), found.route.repository.registry)
 
 
+KNOWN = {ONE: "", TWO: "us", CENTRAL: "", "public.ecr.aws": "", "docker.io": "", "quay.io": ""}
+"""Registries of the company, each with its path prefix, if it has one."""
+OTHERS = {
+    TWO: [TWO.replace("dkr.ecr", "dkr-ecr").replace("amazonaws.com", "on.aws"), TWO.replace("ecr.", "ecr-fips.")],
+    "docker.io": ["registry-1.docker.io", "index.docker.io"],
+}
+"""Their other names."""
+STRANGERS = (
+    ONE.replace("1111", "1112"),
+    ONE.replace("eu-west-1", "eu-west-3"),
+    ONE.replace("amazonaws.com", "amazonaws.com.evil.test"),
+    f"x.{ONE}",
+    f"{ONE}:444",
+    f"a@{ONE}",
+    f"{ONE}/",
+    f" {ONE}",
+    f"{ONE}..",
+    f"{ONE},{TWO}",
+    f"https://{ONE}",
+    ONE.replace("r", "\u0433", 1),
+    "quay.io:5000",
+    "quay.io\r\n",
+    "us",
+    "us.registry.example",
+    "*.dkr.ecr.eu-central-1.amazonaws.com",
+    "",
+)
+"""What is none of them, in ns."""
+
+
+class NeverConfusedTests(SynchronousTestCase):
+    """
+    Whatever ns, Host and path say, and however it is written, a request means one registry, or none.
+    """
+
+    def setUp(self) -> None:
+        nothing: Any = None
+        self.resource = Registry(
+            nothing, Registries(parsed(COMPANY)[0]), nothing, CacheKey.parse("$uri"), nothing, nothing
+        )
+
+    def meant(self, target: str, host: str) -> tuple[str, Repository] | int:
+        """
+        Tell which table a request means and what is asked of which registry, or as what it is refused.
+        """
+        try:
+            chosen, _ = self.resource._understood(target, host)  # noqa: SLF001
+        except RegistryError as problem:
+            return problem.status
+        return chosen.registry.table.name, chosen.route.repository
+
+    @staticmethod
+    def expected(name: str, repository: str) -> tuple[str, Repository]:
+        if name == "docker.io":
+            rest = repository if "/" in repository else f"library/{repository}"
+            return name, Repository(RegistryId.of_host(ONE), f"docker-hub/{rest}")
+        return name, Repository(RegistryId.of_host(name), repository)
+
+    @staticmethod
+    def escaped(draw: Any, text: str) -> str:
+        """
+        Write a parameter with some of it, or all, percent-encoded, as it need not be.
+        """
+        plain = draw(st.sets(st.sampled_from(sorted(set(text)))) if text else st.just(set()))
+        keep = {each for each in plain if each.isascii() and (each.isalnum() or each in ".-:/@*")}
+        return "".join(each if each in keep else "".join(f"%{byte:02x}" for byte in each.encode()) for each in text)
+
+    @given(st.data(), st.sampled_from(sorted(KNOWN)), names)
+    def test_ns_wins_over_all_else(self, data: st.DataObject, name: str, repository: str) -> None:
+        """
+        Over Host, a first component that is another's name or prefix, and further parameters of that name.
+        """
+        host = data.draw(st.sampled_from(["", "proxy.example", "us.registry.example", *KNOWN, *STRANGERS]))
+        first = data.draw(st.sampled_from(["", "us/", f"{TWO}/", "quay.io/"]))
+        text = spelled(data.draw, data.draw(st.sampled_from([name, *OTHERS.get(name, ())])))
+        more = data.draw(st.lists(st.sampled_from(["x=1", f"ns={ONE}", "ns=quay.io", "NS=quay.io", "ns", "n%73=us"])))
+        before = data.draw(st.sampled_from(["", "a=b&", "NS=quay.io&", "nss=quay.io&", "&&"]))
+        key = data.draw(st.sampled_from(["ns", "n%73", "%6e%73"]))
+        query = f"{before}{key}={self.escaped(data.draw, text)}&{'&'.join(more)}"
+        target = f"/v2/{first}{repository}/manifests/latest?{query}"
+        self.assertEqual(self.expected(name, first + repository), self.meant(target, host), target)
+
+    @given(st.data(), st.sampled_from(STRANGERS), names)
+    def test_what_is_not_configured_is_nobody_elses(self, data: st.DataObject, ns: str, repository: str) -> None:
+        host = data.draw(st.sampled_from(["", "us.registry.example", *KNOWN]))
+        first = data.draw(st.sampled_from(["", "us/", f"{TWO}/"]))
+        target = f"/v2/{first}{repository}/tags/list?ns={self.escaped(data.draw, ns)}&ns={ONE}"
+        self.assertEqual(404, self.meant(target, host), target)
+
+    @given(st.data(), st.sampled_from(sorted(KNOWN)), names)
+    def test_host_wins_over_the_path(self, data: st.DataObject, name: str, repository: str) -> None:
+        first = data.draw(st.sampled_from(["", "us/", f"{TWO}/", "quay.io/"]))
+        host = spelled(data.draw, data.draw(st.sampled_from([name, *OTHERS.get(name, ())]))).removesuffix(":443")
+        self.assertEqual(
+            self.expected(name, first + repository), self.meant(f"/v2/{first}{repository}/manifests/1", host)
+        )
+
+    @given(st.data(), st.sampled_from(sorted(KNOWN)), names)
+    def test_else_a_first_component_counts_and_is_no_part_of_the_name(
+        self, data: st.DataObject, name: str, repository: str
+    ) -> None:
+        """
+        However a client escapes it; what only resembles one is the default's.
+        """
+        first = self.escaped(data.draw, data.draw(st.sampled_from([each for each in (name, KNOWN[name]) if each])))
+        host = data.draw(
+            st.sampled_from(["", "proxy.example", "127.0.0.1", "localhost", "us", "x.us.registry.example"])
+        )
+        slash = data.draw(st.sampled_from(["/", "%2f", "%2F"]))
+        target = f"/v2/{first}{slash}{repository}/manifests/1"
+        self.assertEqual(self.expected(name, repository), self.meant(target, host), target)
+        target = f"/v2/x{first}{slash}{repository}/manifests/1"
+        found = self.meant(target, host)
+        self.assertEqual(
+            (ONE, RegistryId.of_host(ONE)), (found[0], found[1].registry) if isinstance(found, tuple) else 0
+        )
+
+    @given(st.text(max_size=60), st.text(max_size=60), st.text(max_size=30), names)
+    def test_whatever_comes_leads_to_a_configured_registry_or_nowhere(
+        self, ns: str, host: str, first: str, repository: str
+    ) -> None:
+        for query in ("", f"?ns={quote(ns)}", f"?ns={ns}"):
+            found = self.meant(f"/v2/{first}/{repository}/manifests/1{query}", host)
+            if isinstance(found, tuple):
+                self.assertIn(found[0], KNOWN)
+
+    def test_an_endpoint_in_a_vpc_is_one_registry_with_the_name(self) -> None:
+        vpce = "vpce-0a1b2c3d4e5f-abcdefgh.dkr.ecr.us-east-1.vpce.amazonaws.com"
+        tables, errors = parsed(
+            f'[registry."{ONE}"]\n[registry."{TWO}"]\nendpoint = "https://{vpce}"\nregion = "us-east-1"'
+        )
+        self.assertEqual([], errors)
+        registries, route = Registries(tables), parse_route("/v2/team/app/tags/list", RegistryId("nobody"))
+        by_name, by_endpoint = (registries.choose(route, each, "") for each in (TWO, vpce))
+        self.assertEqual(by_name, by_endpoint)
+        self.assertEqual(TWO, by_name.registry.table.name)
+
+
 class RememberedTests(SynchronousTestCase):
     def setUp(self) -> None:
         nothing: Any = None
-        self.resource = Registry(nothing, Registries(parsed(COMPANY)[0]), nothing, CacheKey.parse("$uri"), nothing)
+        self.resource = Registry(
+            nothing, Registries(parsed(COMPANY)[0]), nothing, CacheKey.parse("$uri"), nothing, nothing
+        )
 
     def test_long_targets_are_not_remembered(self) -> None:
         """

@@ -12,6 +12,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.settings.config import CONFIG, NO_FILE, SETTINGS, Config, ConfigError
 from ecrproxy.settings.file import LIMIT, for_worker, parse_file, read_file
+from ecrproxy.settings.registries import parse_registries
 from tests.caller import Caller
 from tests.store_contract import scratch
 from tests.test_config import ECR, EXAMPLES, MINIMUM, pair_for, value_of
@@ -99,6 +100,7 @@ class FileTests(SynchronousTestCase):
 
 class RegistriesTests(SynchronousTestCase):
     ONE, TWO = "111122223333.dkr.ecr.eu-west-1.amazonaws.com", "444455556666.dkr.ecr.us-east-1.amazonaws.com"
+    THREE = "777788889999.dkr.ecr.eu-west-1.amazonaws.com"
 
     def load(self, text: str, **environ: str) -> Config:
         return Config.load({}, {"HOME": "/home/me", **environ}, parse_file("x.toml", text.encode()))
@@ -123,6 +125,28 @@ class RegistriesTests(SynchronousTestCase):
             self.assertEqual(endpoint == self.TWO, config.instance_auth)
         self.assertEqual([ECR.removeprefix("https://")], [each.name for each in Config.load({}, MINIMUM).registries])
 
+    def test_a_setting_names_several_and_the_first_is_the_default(self) -> None:
+        """
+        Each is what a table without keys would be, or the table that it has.
+        """
+        both = f"{self.ONE}\n  https://{self.TWO}"
+        one, two = self.load("", PROXY_ECR_ENDPOINT=both, AWS_REGION="eu-west-1").registries
+        self.assertEqual(((one, two), []), parse_registries("x", {self.ONE: {"default": True}, self.TWO: {}}))
+        text = f'[registry."{self.TWO}"]\npath-prefix = "us"\n[registry."*.dkr.ecr.eu-west-2.amazonaws.com"]'
+        config = self.load(text, PROXY_ECR_ENDPOINT=f"{both} {self.ONE}")
+        self.assertEqual(
+            [self.ONE, self.TWO, "*.dkr.ecr.eu-west-2.amazonaws.com"], [each.name for each in config.registries]
+        )
+        self.assertEqual([True, False, False], [each.default for each in config.registries])
+        self.assertEqual("us", config.registries[1].path_prefix)
+        config = self.load(
+            "", PROXY_ECR_ENDPOINT="http://a.test:1 http://b.test:1", AWS_REGION="eu-west-1", AWS_INSTANCE_AUTH="1"
+        )
+        self.assertEqual(
+            [("a.test:1", "eu-west-1", True), ("b.test:1", "eu-west-1", True)],
+            [(each.name, each.region, each.instance_auth) for each in config.registries],
+        )
+
     def test_are_handed_on_to_workers(self) -> None:
         """
         Who read no file, which may say something else by then.
@@ -133,12 +157,49 @@ class RegistriesTests(SynchronousTestCase):
         self.assertEqual(NO_FILE, read_file({}, for_worker(NO_FILE)))
 
     def test_what_contradicts_is_told(self) -> None:
+        both, dual = f"{self.ONE} {self.TWO}", self.TWO.replace("dkr.ecr", "dkr-ecr").replace("amazonaws.com", "on.aws")
+        named = f"PROXY_ECR_ENDPOINT='https://{self.ONE} https://{self.TWO}': "
         for text, environ, said in (
             (f'[registry."{self.TWO}"]', {}, "PROXY_ECR_ENDPOINT is not set"),
             (
                 f'[registry."{self.TWO}"]\ndefault = true',
+                {"PROXY_ECR_ENDPOINT": both},
+                f"{named}the file says that {self.TWO} is the default; name it first, or leave one out",
+            ),
+            (
+                f'[registry."{dual}"]',
+                {"PROXY_ECR_ENDPOINT": both},
+                f"{named}registry: {self.TWO} and {dual} are one registry; leave one out",
+            ),
+            (
+                "",
+                {"PROXY_ECR_ENDPOINT": f"{self.TWO} {dual}"},
+                f"registry: {self.TWO} and {dual} are one registry; leave one out",
+            ),
+            (
+                f'[registry."{self.THREE}"]\nhosts = ["{self.TWO}"]',
+                {"PROXY_ECR_ENDPOINT": both},
+                f"{named}registry: {self.TWO} and {self.THREE} both have the host {self.TWO}; leave one out",
+            ),
+            (
+                "",
+                {"PROXY_ECR_ENDPOINT": both, "PROXY_REGISTRY_ALIASES": f"a.test {dual}"},
+                f"PROXY_REGISTRY_ALIASES has {self.TWO}, which is not the default but a registry of its own; leave one",
+            ),
+            (
+                "",
+                {"PROXY_ECR_ENDPOINT": f"{self.ONE} b.test"},
+                "AWS_REGION is not set, and PROXY_ECR_ENDPOINT does not",
+            ),
+            (
+                "",
+                {"PROXY_ECR_ENDPOINT": both, "AWS_REGION": "us-east-1"},
+                "AWS_REGION='us-east-1': PROXY_ECR_ENDPOINT is in eu-west-1",
+            ),
+            (
+                f'[registry."{self.TWO}"]\ndefault = true',
                 {"PROXY_ECR_ENDPOINT": self.ONE},
-                f"PROXY_ECR_ENDPOINT='https://{self.ONE}': the file says that {self.TWO} is the default; leave one out",
+                f"PROXY_ECR_ENDPOINT='https://{self.ONE}': the file says that {self.TWO} is the default; name it first",
             ),
         ):
             problem = self.assertRaises(ConfigError, self.load, text, **environ)

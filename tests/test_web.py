@@ -221,7 +221,7 @@ class PathTests(DaemonTestCase):
             "/v1/",
             "/v2x",
             "/metrics",
-            "/v2/_catalog",
+            "/v2/_catalog/",
             "/v2/team/app",
             "/v2/team/app/tags",
             "/v2/team/app/tags/other",
@@ -1657,7 +1657,7 @@ class QueryTests(DaemonTestCase):
         for kind, digest in (("manifests", image.digest), ("blobs", image.config), ("manifests", "latest")):
             for query in ("ns=docker%2Eio", "n%73=docker.io", "ns=docker.io:443", "ns="):
                 reply = self.get(f"/v2/team/app/{kind}/{digest}?a=b&{query}")
-                self.assertEqual((404, "namespace"), (reply.code, reply.header("X-Cache-Reason")))
+                self.assertEqual((404, "unknown-registry"), (reply.code, reply.header("X-Cache-Reason")))
         self.assertEqual([], self.standin.requests("registry"))
 
     def test_of_an_alias_is_answered(self) -> None:

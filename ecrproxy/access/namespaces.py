@@ -8,6 +8,7 @@ one at a time and for half a second at most. Verdicts are remembered.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 import regex
@@ -28,6 +29,8 @@ INLINE_SECONDS: Final = 0.002
 """Processor time that a pattern may take for a name in the event loop."""
 MATCH_SECONDS: Final = 0.5
 """Processor time that a pattern may take for a name in a thread."""
+LIST_SECONDS: Final = 5.0
+"""Seconds that a pattern may take for a list of names in a thread."""
 LONGEST_WAIT: Final = 10.0
 """Seconds that a name may wait for the thread; clients that have waited longer are told to come again."""
 REMEMBERED: Final = 8192
@@ -48,7 +51,7 @@ class Namespaces:
         clock: IReactorTime,
         seconds: float = MATCH_SECONDS,
     ) -> None:
-        self._pattern, self._in_thread, self._seconds = pattern, in_thread, seconds
+        self._pattern, self._in_thread, self._seconds, self._clock = pattern, in_thread, seconds, clock
         self._verdicts: dict[str, bool] = {}
         self._flights: Flights[bool] = Flights()
         self._turns = Turns(1, LONGEST_WAIT, clock)
@@ -66,6 +69,27 @@ class Namespaces:
             verdict = await self._flights.join(repository, lambda: self._match_in_turn(repository))
         if not verdict:
             raise RegistryError(403, "DENIED", f"this proxy does not serve {repository}", reason=Reason.NAMESPACE)
+
+    async def choose(self, repositories: Sequence[str]) -> list[str]:
+        """
+        Return those that the pattern matches, judged in the thread, all together within C{LIST_SECONDS}.
+
+        @raise RegistryError: if that takes too long.
+        """
+        try:
+            async with self._turns.turn():
+                return await self._in_thread(self._chosen, repositories)
+        except (QueueTimeoutError, TimeoutError):
+            raise _undecided("these names") from None
+
+    def _chosen(self, repositories: Sequence[str]) -> list[str]:
+        deadline, chosen = self._clock.seconds() + LIST_SECONDS, []
+        for each in repositories:
+            if self._matches(each):
+                chosen.append(each)
+            if self._clock.seconds() >= deadline:
+                raise TimeoutError
+        return chosen
 
     def _match_inline(self, repository: str) -> bool | None:
         try:
@@ -109,6 +133,6 @@ class Namespaces:
         return self._pattern.fullmatch(repository, concurrent=True, timeout=self._seconds) is not None
 
 
-def _undecided() -> RegistryError:
-    said = "the proxy's namespace pattern takes too long for this name"
+def _undecided(what: str = "this name") -> RegistryError:
+    said = f"the proxy's namespace pattern takes too long for {what}"
     return RegistryError(503, "UNAVAILABLE", said, {"Retry-After": "10"}, Reason.NAMESPACE)

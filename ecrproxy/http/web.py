@@ -7,11 +7,12 @@ The channel has parsed the request's target; its path is understood here, once, 
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import lru_cache
 from typing import Any, Final, cast
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 from twisted.logger import Logger
 from twisted.web.http import NOT_MODIFIED, OK, PARTIAL_CONTENT, REQUESTED_RANGE_NOT_SATISFIABLE
@@ -24,10 +25,21 @@ from ecrproxy.byte_ranges import Multipart, Ranges, Span, content_range, joined
 from ecrproxy.cache.cache_key import NOBODY, CacheKey
 from ecrproxy.cache.content import Content
 from ecrproxy.cached import SMALL_BLOB
+from ecrproxy.catalog import Catalog
 from ecrproxy.http.answering import Answering, begin, holding, send_body, send_small, transferring
 from ecrproxy.http.conditions import matches
 from ecrproxy.http.request import RegistryRequest, asker_of, field, fields, host_of
-from ecrproxy.oci import Kind, RegistryError, Route, accepted_types, parse_route, passed_on, query_values, to_query
+from ecrproxy.oci import (
+    Kind,
+    RegistryError,
+    Route,
+    accepted_types,
+    parse_catalog,
+    parse_route,
+    passed_on,
+    query_values,
+    to_query,
+)
 from ecrproxy.proxy import PullThrough
 from ecrproxy.reasons import Reason
 from ecrproxy.registries import Chosen, Known, Registries, UnknownRegistryError
@@ -45,6 +57,7 @@ log = Logger()
 IMMUTABLE: Final = "max-age=31536000, immutable"
 """The Cache-Control of what is named by its digest. Shared caches keep nothing by it that a password was asked for."""
 
+_CATALOG: Final = "/v2/_catalog"
 _UNCOUNTED: Final = nullcontext()
 _REMEMBERED_LENGTH: Final = 512
 """Characters of targets whose meaning is remembered."""
@@ -67,8 +80,10 @@ class Registry(Answering):
         namespaces: Callable[[Known], Namespaces],
         cache_key: CacheKey,
         in_thread: InThread,
+        catalog: Catalog,
     ) -> None:
         super().__init__()
+        self._catalog = catalog
         self._pull_through, self._registries = pull_through, registries
         # 6 MiB at most: a query may have as many bytes as a request.
         self._recent = lru_cache(maxsize=2048)(self._choose)
@@ -81,6 +96,9 @@ class Registry(Answering):
         """
         if request.target.path in ("/v2", "/v2/"):
             send_small(request, OK, "application/json", b"{}\n")
+            return
+        if request.target.path == _CATALOG:
+            await self._send_catalog(request)
             return
         route = request.route = await self._admitted(request)
         if route.kind is Kind.BLOB and request.method == b"GET":
@@ -105,9 +123,9 @@ class Registry(Answering):
                 once=("ns", problem.name),
             )
             raise
-        await self._namespaces(chosen.registry).admit(chosen.name)
         if ns is not None:
             request.setHeader("OCI-Namespace", ns)
+        await self._namespaces(chosen.registry).admit(chosen.name)
         return chosen.route
 
     def _choose(self, target: str, host: str) -> tuple[Chosen, str | None]:
@@ -115,8 +133,8 @@ class Registry(Answering):
         Find out what a target means to a client that calls this proxy C{host}; and which registry it names, if it does.
         """
         asked = parse_route(target, self._registries.default.identity)
-        told = query_values(asked.query).get("ns") if asked.query else None
-        ns = unquote(told) if told is not None else None
+        told = _ns(asked.query)
+        ns = unquote(told["ns"]) if told else None
         return self._registries.choose(asked, ns, host), ns
 
     def _understood(self, target: str, host: str) -> tuple[Chosen, str | None]:
@@ -131,7 +149,7 @@ class Registry(Answering):
         hit = False
         try:
             if route.kind in (Kind.TAGS, Kind.REFERRERS):
-                await self._send_page(request, *await self._pull_through.page(route))
+                await self._send_page(request, route, *await self._pull_through.page(route))
                 return
             asked = self._asked(request, route)
             if route.kind is Kind.MANIFEST:
@@ -143,15 +161,39 @@ class Registry(Answering):
             request.upstream.stop(counted=not hit)
         await self._send_answer(request, route, answer)
 
-    async def _send_page(self, request: RegistryRequest, status: CacheStatus, reason: Reason, page: Page) -> None:
+    async def _send_page(
+        self, request: RegistryRequest, route: Route, status: CacheStatus, reason: Reason, page: Page
+    ) -> None:
         if page.next is not None:
-            # Relative: it leads to the address that the client used, whatever stands between.
-            request.setHeader("Link", f'<{request.target.path}?{to_query(passed_on(page.next))}>; rel="next"')
+            _lead_on(request, {**passed_on(page.next), **_ns(route.query)})
         if page.filters is not None:
             request.setHeader("OCI-Filters-Applied", page.filters)
         request.setHeader("X-Cache-Status", status)
         request.setHeader("X-Cache-Reason", reason)
         await send_body(request, OK, page.content_type, page.body)
+
+    async def _send_catalog(self, request: RegistryRequest) -> None:
+        """
+        List the default registry's repositories, of which alone there is a list.
+        """
+        query = request.target.origin.partition("?")[2]
+        last, most = parse_catalog(query)
+        ns = _ns(query)
+        named = self._registries.named_by(unquote(ns["ns"]) if ns else None, host_of(request))
+        if named not in (None, self._registries.default):
+            raise RegistryError(404, "UNSUPPORTED", "this proxy lists the repositories of its default registry alone")
+        if ns:
+            request.setHeader("OCI-Namespace", unquote(ns["ns"]))
+        request.upstream.start()
+        try:
+            names, more = await self._catalog.page(last, most)
+        finally:
+            request.upstream.stop(counted=True)
+        if more:
+            _lead_on(request, {"last": quote(names[-1], safe=""), "n": str(most), **ns})
+        request.setHeader("X-Cache-Status", CacheStatus.BYPASS)
+        request.setHeader("X-Cache-Reason", Reason.LIST)
+        await send_body(request, OK, "application/json", json.dumps({"repositories": names}).encode() + b"\n")
 
     def _asked(self, request: RegistryRequest, route: Route) -> Asked:
         """
@@ -253,6 +295,23 @@ class Registry(Answering):
         if len(spans) == 1:
             request.setHeader("Content-Range", content_range(spans[0], answer.size))
         return spans
+
+
+def _lead_on(request: RegistryRequest, values: Mapping[str, str]) -> None:
+    """
+    Name the next page. Relative: it leads to the address that the client used, whatever stands between.
+
+    @param values: escaped already.
+    """
+    request.setHeader("Link", f'<{request.target.path}?{to_query(values)}>; rel="next"')
+
+
+def _ns(query: str) -> dict[str, str]:
+    """
+    Find the registry that a client names, as it came; empty if it names none.
+    """
+    told = query_values(query).get("ns") if query else None
+    return {} if told is None else {"ns": told}
 
 
 def _counted(request: RegistryRequest, route: Route, answer: Answer) -> AbstractContextManager[None]:

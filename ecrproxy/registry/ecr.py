@@ -9,7 +9,8 @@ it: its half second delays nothing.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -128,8 +129,21 @@ def fetch_token(region: str, credentials: Credentials) -> Token:
     """
     Ask AWS for a token. Blocks: call it in a thread.
 
+    @raise Exception: what L{open_client} raises.
+    """
+    with open_client(region, credentials) as client:
+        data = client.get_authorization_token()["authorizationData"]
+        data = data if credentials.public else data[0]  # (ECR Public has one for all)
+    return Token(data["authorizationToken"].strip(), data["expiresAt"].timestamp())
+
+
+@contextmanager
+def open_client(region: str, credentials: Credentials) -> Iterator[Any]:
+    """
+    Open botocore's client of ECR, and raise what AWS refuses as below. Blocks.
+
     @raise CredentialsError: if there are no credentials, or AWS refuses them for good.
-    @raise TokenUnavailableError: if there is no role now, or AWS gives no token now.
+    @raise TokenUnavailableError: if there is no role now, or AWS answers with another error.
     @raise Exception: whatever else botocore raises: worth another try.
     """
     from botocore import exceptions  # noqa: PLC0415 (imported where it delays nothing)
@@ -140,16 +154,13 @@ def fetch_token(region: str, credentials: Credentials) -> Token:
     try:
         session = open_session(credentials.profile, instance_auth=credentials.instance_auth, popen=Process)
         make = partial(session.create_client, region_name=region, config=settings)
-        client: Any = make("ecr-public" if credentials.public else "ecr", **_assumed(make, credentials))
-        data = client.get_authorization_token()["authorizationData"]
-        data = data if credentials.public else data[0]
+        yield make("ecr-public" if credentials.public else "ecr", **_assumed(make, credentials))
     except exceptions.ClientError as problem:
         raise _judged(problem) from problem
     except CredentialProcessError as problem:
         raise TokenUnavailableError(str(problem)) from problem
     except unusable() as problem:
         raise CredentialsError(f"AWS credentials: {_brief(problem)}") from problem
-    return Token(data["authorizationToken"].strip(), data["expiresAt"].timestamp())
 
 
 def _assumed(make: Callable[..., Any], credentials: Credentials) -> dict[str, str]:

@@ -9,7 +9,7 @@ found by C{tap}.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final
 
@@ -20,7 +20,7 @@ from ecrproxy.cache.cache_key import CacheKey
 from ecrproxy.endpoint_string import EndpointString
 from ecrproxy.identity import RegistryId
 from ecrproxy.registry.quotas import Quotas
-from ecrproxy.settings.registries import RegistryTable, default_of
+from ecrproxy.settings.registries import RegistryTable, clashes, default_of
 from ecrproxy.settings.values import (
     Network,
     SecretError,
@@ -28,7 +28,7 @@ from ecrproxy.settings.values import (
     parse_admin,
     parse_connections,
     parse_count,
-    parse_endpoint,
+    parse_endpoints,
     parse_flag,
     parse_header_bytes,
     parse_hosts,
@@ -48,6 +48,7 @@ from ecrproxy.settings.values import (
     parse_seconds,
     parse_share,
     parse_tries,
+    parse_unknown_status,
     parse_workers,
     region_of,
 )
@@ -143,12 +144,16 @@ SETTINGS: Final[Sequence[Setting]] = (
     Setting(
         "ecr-endpoint",
         "PROXY_ECR_ENDPOINT",
-        parse_endpoint,
+        parse_endpoints,
         "required",
-        "URL of the ECR registry; a bare host means https",
+        "URLs of ECR registries, separated by whitespace; the first is the default; a bare host means https",
     ),
     Setting(
-        "region", "AWS_REGION", parse_region, "AWS_DEFAULT_REGION, else the endpoint's", "AWS region of the registry"
+        "region",
+        "AWS_REGION",
+        parse_region,
+        "AWS_DEFAULT_REGION, else the endpoint's",
+        "AWS region of the default registry",
     ),
     Setting(
         "instance-auth", "AWS_INSTANCE_AUTH", parse_flag, "false", "use the role of the instance, container or pod only"
@@ -190,6 +195,13 @@ SETTINGS: Final[Sequence[Setting]] = (
         parse_registries,
         "none",
         "other names of the registry, HOST or HOST:PORT, for clients that say which one they mean (ns=)",
+    ),
+    Setting(
+        "unknown-registry-status",
+        "PROXY_UNKNOWN_REGISTRY_STATUS",
+        parse_unknown_status,
+        "404",
+        "answer to requests for registries that are not configured: 404, or 403 where nothing may bypass the proxy",
     ),
     Setting("port", "PROXY_PORT", parse_port, "5000", "TCP port to listen on"),
     Setting("ssl-key", "PROXY_SSL_KEY", parse_path, "none", "file of the TLS private key"),
@@ -394,6 +406,7 @@ class Config:
     dns_resolver: tuple[Server, ...] | None
     namespace_pattern: regex.Pattern[str]
     registry_aliases: frozenset[RegistryId] | None
+    unknown_registry_status: int
     port: int
     ssl_key: str | None
     ssl_certificate: str | None
@@ -463,6 +476,7 @@ class Config:
         values = _values(texts, SETTINGS)
         _check_tls(values)
         default, *others = _registries(values, texts, file.registries)
+        _check_aliases(values["registry_aliases"] or (), texts, others)
         values |= {"ecr_endpoint": default.endpoint, "region": default.region, "instance_auth": default.instance_auth}
         return cls(**values, registries=(default, *others))
 
@@ -542,28 +556,53 @@ def _check_tls(values: Mapping[str, Any]) -> None:
 
 def _registries(values: Mapping[str, Any], texts: Given, tables: Sequence[RegistryTable]) -> tuple[RegistryTable, ...]:
     """
-    Return all registries, the default first: a table's, or the one that PROXY_ECR_ENDPOINT names.
+    Return all registries, the default first: those that PROXY_ECR_ENDPOINT names, and those that have a table.
 
-    @raise ConfigError: if there is none, or its region is not known.
+    @raise ConfigError: if there is none, the region of one is not known, or two are not to be told apart.
     """
-    endpoint, default = values["ecr_endpoint"], next((each for each in tables if each.default), None)
-    if endpoint is None and default is None:
-        raise ConfigError("PROXY_ECR_ENDPOINT is not set: give the URL of your ECR registry")
-    if default is not None and endpoint not in (None, default.endpoint):
-        said = f"{texts['ecr-endpoint'][1]}={endpoint!r}: the file says that {default.name} is the default"
-        raise ConfigError(f"{said}; leave one out")
+    endpoints, default = values["ecr_endpoint"] or (), next((each for each in tables if each.default), None)
+    if not endpoints:
+        if default is None:
+            raise ConfigError("PROXY_ECR_ENDPOINT is not set: give the URL of your ECR registry")
+        return (default, *(each for each in tables if each.name != default.name))
     if default is None:
-        region = _region(endpoint, values["region"], texts)
-        default = default_of(endpoint, region, tables, instance_auth=values["instance_auth"])
-    return (default, *(each for each in tables if each.name != default.name))
+        _check_region(endpoints[0], values["region"], texts)
+    named = [
+        default_of(each, _region(each, values["region"]), tables, instance_auth=values["instance_auth"])
+        for each in endpoints
+    ]
+    first, said = named[0], f"{texts['ecr-endpoint'][1]}={' '.join(endpoints)[:200]!r}"
+    if default is not None and default.name != first.name:
+        raise ConfigError(f"{said}: the file says that {default.name} is the default; name it first, or leave one out")
+    others = {each.name: replace(each, default=False) for each in (*named, *tables)}
+    registries = first, *(each for name, each in others.items() if name != first.name)
+    for problem in clashes(registries):
+        raise ConfigError(f"{said}: {problem}")
+    return registries
 
 
-def _region(endpoint: str, given: str | None, texts: Given) -> str:
+def _check_aliases(aliases: Collection[RegistryId], texts: Given, others: Sequence[RegistryTable]) -> None:
+    for each in others:
+        if not each.is_wildcard and RegistryId.of_host(each.name) in aliases:
+            source = texts["registry-aliases"][1]
+            raise ConfigError(
+                f"{source} has {each.name}, which is not the default but a registry of its own; leave one out"
+            )
+
+
+def _check_region(endpoint: str, given: str | None, texts: Given) -> None:
     own = region_of(endpoint)
-    if given is None and own is None:
-        raise ConfigError("AWS_REGION is not set, and PROXY_ECR_ENDPOINT does not tell it: give the registry's region")
     if given is not None and own is not None and given != own:
         raise ConfigError(
             f"{texts['region'][1]}={given!r}: PROXY_ECR_ENDPOINT is in {own}, a token is good in one region; give {own}"
         )
-    return str(given or own)
+
+
+def _region(endpoint: str, given: str | None) -> str:
+    """
+    Return the region of a registry: its name's, else the one that is C{given}.
+    """
+    region = region_of(endpoint) or given
+    if region is None:
+        raise ConfigError("AWS_REGION is not set, and PROXY_ECR_ENDPOINT does not tell it: give the registry's region")
+    return region

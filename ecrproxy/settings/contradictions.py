@@ -161,9 +161,11 @@ def _exposed(config: Config) -> Iterator[Complaint]:
         )
     if config.allow_from and any(not network.prefixlen for network in config.allow_from):
         yield Complaint("PROXY_ALLOW_FROM has a network of all addresses, and so keeps nobody out", "name yours")
-    parts = urlsplit(config.ecr_endpoint)
-    if parts.scheme == "http" and not is_loopback(parts.hostname or ""):
-        yield Complaint("PROXY_ECR_ENDPOINT is http: the token goes over the network as it is", "give an https URL")
+    for each in config.registries:
+        parts = urlsplit(each.endpoint or "")
+        if parts.scheme == "http" and not is_loopback(parts.hostname or ""):
+            said = f"registry {each.name}: its endpoint is http, and the token goes over the network as it is"
+            yield Complaint(said, "give an https URL")
 
 
 def _ignored(config: Config, sources: Mapping[str, str], environ: Mapping[str, str]) -> Iterator[Complaint]:
@@ -210,8 +212,9 @@ def _in_doubt(config: Config, disk: int | None) -> Iterator[Complaint]:
     """
     Find values that are possible, and probably not meant.
     """
-    if doubt := endpoint_in_doubt(config.ecr_endpoint):
-        yield Complaint(f"PROXY_ECR_ENDPOINT={config.ecr_endpoint}: {doubt}", "see that it is your registry's name")
+    for each in config.registries:
+        if each.endpoint is not None and (doubt := endpoint_in_doubt(each.endpoint)):
+            yield Complaint(f"registry {each.name}: {doubt}", "see that it is the name of your registry")
     for alias in sorted(map(str, config.registry_aliases or ())):
         host = alias.rpartition(":")[0]
         if is_other_registry(host):

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 import regex
 
-from ecrproxy.identity import RegistryId, is_repository_name
+from ecrproxy.identity import HUB, RegistryId, is_repository_name
 from ecrproxy.settings.values import (
     parse_endpoint,
     parse_hosts,
@@ -30,10 +30,8 @@ from ecrproxy.settings.values import (
 PUBLIC: Final = "public.ecr.aws"
 PUBLIC_REGION: Final = "us-east-1"
 """Where AWS gives tokens for ECR Public."""
-HUB: Final = "docker.io"
-HUBS: Final = frozenset({HUB, "registry-1.docker.io", "index.docker.io"})
-"""Docker Hub's names."""
-_HUB_ENDPOINT: Final = "https://registry-1.docker.io"
+_HUB: Final = "docker.io", "https://registry-1.docker.io"
+"""Docker Hub's name, and where it is."""
 ROLE: Final = re.compile(r"arn:aws[a-z-]*:iam::[0-9]{12}:role/[\w+=,.@/-]{1,512}", re.ASCII)
 _WILDCARD: Final = re.compile(r"\*\.dkr\.ecr\.([a-z]+(?:-[a-z]+)+-[0-9]+)\.amazonaws\.com(?:\.cn)?")
 
@@ -86,6 +84,13 @@ class RegistryTable:
     repository_prefix: str | None = None
 
     @property
+    def credentials(self) -> tuple[str | bool | None, ...]:
+        """
+        What the table says of them.
+        """
+        return self.role, self.external_id, self.profile, self.instance_auth
+
+    @property
     def is_wildcard(self) -> bool:
         """
         Return True if it stands for all accounts of a region.
@@ -107,11 +112,11 @@ def parse_registries(file: str, tables: object) -> tuple[tuple[RegistryTable, ..
         where = f'{file}: registry."{name}"'
         values, problems = _values(table)
         try:
-            found.append(_made(HUB if name.lower() in HUBS else name.lower(), values))
+            found.append(_made(name.lower(), values))
         except ValueError as problem:
             problems.append(str(problem))
         errors += [f"{where}{each if each.startswith('.') else f': {each}'}" for each in problems]
-    return tuple(found), [*errors, *(f"{file}: {each}" for each in _together(found))]
+    return tuple(found), [*errors, *(f"{file}: {each}" for each in clashes(found))]
 
 
 def default_of(endpoint: str, region: str, tables: Sequence[RegistryTable], *, instance_auth: bool) -> RegistryTable:
@@ -153,11 +158,12 @@ def _made(name: str, values: Mapping[str, Any]) -> RegistryTable:
 
     @raise ValueError: if that contradicts itself.
     """
-    wildcard = _WILDCARD.fullmatch(name)
+    wildcard, own = _WILDCARD.fullmatch(name), f"https://{name}"
     if wildcard is None:
         parse_hosts(name.partition(":")[0])
-        RegistryId.of_host(name)
-    endpoint = None if wildcard else values.get("endpoint") or (_HUB_ENDPOINT if name == HUB else f"https://{name}")
+        if RegistryId.of_host(name) == HUB:
+            name, own = _HUB
+    endpoint = None if wildcard else values.get("endpoint") or own
     own_region = wildcard[1] if wildcard else region_of(endpoint or "")
     if name == PUBLIC and own_region is None and "ecr-repository-prefix" not in values:
         protocol = Protocol.ECR_PUBLIC
@@ -226,23 +232,45 @@ _FOREIGN: Final = {
 }
 
 
-def _together(tables: Sequence[RegistryTable]) -> Iterator[str]:
+def clashes(tables: Sequence[RegistryTable]) -> Iterator[str]:
     """
-    Find what several tables claim.
+    Find what several tables claim, so that a client could mean either; a line for each.
     """
     defaults = [each.name for each in tables if each.default]
     if len(defaults) > 1:
         yield f"registry: {' and '.join(defaults)} are both the default; leave it at one"
-    claims: dict[tuple[str, str], str] = {}
+    claims: dict[str, tuple[str, str]] = {}
+    told = set()
     for table in tables:
-        identity = table.name if table.is_wildcard else str(RegistryId.of_host(table.name))
-        own = [("name", identity), *(("host", each) for each in sorted(table.hosts))]
-        own += [("path-prefix", table.path_prefix)] if table.path_prefix else []
-        for kind, word in own:
-            other = claims.setdefault((kind, word), table.name)
-            if other != table.name:
-                what = "are one registry" if kind == "name" else f"both have the {kind} {word}"
-                yield f"registry: {other} and {table.name} {what}; leave one out"
+        for kind, word, spelled in _claims(table):
+            _, other = claims.setdefault(word, (kind, table.name))
+            if other == table.name or (other, table.name) in told:
+                continue
+            told.add((other, table.name))
+            what = "are one registry" if kind == claims[word][0] == "name" else f"both have the {kind} {spelled}"
+            yield f"registry: {other} and {table.name} {what}; leave one out"
+    owners: dict[RegistryId, RegistryTable] = {}
+    for table in sorted(tables, key=lambda each: each.repository_prefix is not None):
+        if table.endpoint is None:
+            continue
+        owner = owners.setdefault(RegistryId.of_url(table.endpoint), table)
+        if any(table.credentials) and table.credentials != owner.credentials:
+            said = f"registry: {table.name} is reached through {owner.name}, which has other credentials"
+            yield f"{said}; give them there, and leave them out here"
+
+
+def _claims(table: RegistryTable) -> Iterator[tuple[str, str, str]]:
+    """
+    List by what names clients, and other tables, mean a registry: the kind of each, what it means, and its text.
+    """
+    yield "name", table.name if table.is_wildcard else str(RegistryId.of_host(table.name)), table.name
+    if table.endpoint is not None and table.repository_prefix is None:
+        yield "endpoint", str(RegistryId.of_url(table.endpoint)), table.endpoint
+    for host in sorted(table.hosts):
+        yield "host", str(RegistryId.of_host(host)), host
+    if table.path_prefix:
+        word = table.path_prefix
+        yield "path-prefix", str(RegistryId.of_host(word)) if "." in word else word, word
 
 
 def _text(value: object) -> str:

@@ -87,6 +87,22 @@ def parse_endpoint(text: str) -> str:
     return f"{parts.scheme}://{bracketed}" + (f":{port}" if port else "")
 
 
+def parse_endpoints(text: str) -> tuple[str, ...]:
+    """
+    Read URLs of registries, separated by whitespace.
+    """
+    words = text.split()
+    if "@" in text or len(words) < 2:  # noqa: PLR2004 (of one, the setting's own line says which it is)
+        return (parse_endpoint(text),)
+    endpoints = []
+    for word in words:
+        try:
+            endpoints.append(parse_endpoint(word))
+        except ValueError as problem:
+            raise ValueError(f"{word!r} is {problem}") from None
+    return tuple(endpoints)
+
+
 def _no_registry_of_ecr(scheme: str, host: str) -> str | None:
     """
     Say why a host is certainly no private registry of ECR; names that are not AWS's may stand for any.
@@ -299,6 +315,15 @@ def parse_registries(text: str) -> frozenset[RegistryId]:
     if not words:
         raise ValueError("empty; give a name such as ecr-proxy.infra.svc:5000")
     return frozenset(RegistryId.of_host(word) for word in words)
+
+
+def parse_unknown_status(text: str) -> int:
+    """
+    Read what requests for registries that are not configured are answered.
+    """
+    if text not in ("403", "404"):
+        raise ValueError("give 404, after which clients ask elsewhere, or 403")
+    return int(text)
 
 
 def parse_port(text: str) -> int:

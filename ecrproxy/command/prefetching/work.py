@@ -96,7 +96,7 @@ def _door(call: Call) -> tuple[Door, set[str]]:
     options, settings = call.options, call.settings
     hosts = {each.lower() for each in options.host}
     if settings["ecr_endpoint"]:
-        hosts.add(urlsplit(settings["ecr_endpoint"]).netloc)
+        hosts.add(urlsplit(settings["ecr_endpoint"][0]).netloc)
     try:
         if options.proxy_url is not None:
             place, name = place_of(options.proxy_url)
