@@ -18,6 +18,7 @@ from ecrproxy.identity import RegistryId, Repository
 from ecrproxy.oci import RegistryError, parse_route
 from ecrproxy.registries import Chosen, Registries
 from ecrproxy.settings.registries import Protocol, RegistryTable, parse_registries
+from ecrproxy.world import World, Worlds
 from tests.test_properties import names
 
 ONE, TWO = "111122223333.dkr.ecr.eu-west-1.amazonaws.com", "444455556666.dkr.ecr.us-east-1.amazonaws.com"
@@ -186,7 +187,8 @@ class ChooseTests(SynchronousTestCase):
 class RememberedTests(SynchronousTestCase):
     def setUp(self) -> None:
         nothing: Any = None
-        self.resource = Registry(nothing, Registries(parsed(COMPANY)[0]), nothing, CacheKey.parse("$uri"), nothing)
+        worlds = Worlds(World(Registries(parsed(COMPANY)[0]), nothing, nothing))
+        self.resource = Registry(nothing, worlds, CacheKey.parse("$uri"), nothing)
 
     def test_long_targets_are_not_remembered(self) -> None:
         """
