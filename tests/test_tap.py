@@ -995,14 +995,16 @@ class WorkersTests(TapCase):
 
     def test_workers_are_started_with_what_the_configuration_file_says(self) -> None:
         """
-        As flags, but for what a variable says; and without the file, which may say something else by then.
+        As flags, but for what a variable says, and for what a reload may change; and without the file, which may say
+        something else by then.
         """
         file = self.folder / "settings.toml"
-        file.write_text('tag-ttl = 7\ncache-limit = "2g"\nworker-processes = 3\n')
+        file.write_text('tag-ttl = 7\ncache-limit = "2g"\nworker-processes = 3\nnamespace-pattern = "team/.*"\n')
         self.start(PROXY_CONFIG=str(file))
         for process in self.spawning.spawned:
             self.assertEqual(["ecr-proxy", "--tag-ttl=7", "--log-level=warn"], process["arguments"][-3:])
             self.assertEqual("", process["environ"]["PROXY_CONFIG"])
+            self.assertIn("team/.*", process["environ"]["ECRPROXY_REGISTRIES"])
 
     def test_what_would_keep_workers_from_starting_is_told_once(self) -> None:
         """
@@ -1115,6 +1117,13 @@ class HangUpTests(TapCase):
         self.assertEqual(([first], False), (tokens.services, second.running))
         self.assertNotIn(self.TWO.encode(), answer(self.reactor, b"/metrics", 1))
         self.addCleanup(tokens.stopService)
+
+    def test_the_status_page_names_the_new_default(self) -> None:
+        service = self.run_with(PROXY_ADMIN_LISTEN="tcp:5001:interface=127.0.0.1", PROXY_ADMIN_HOSTS="cache.test")
+        service.privilegedStartService()
+        self.file.write_text(f'[registry."{self.TWO}"]\ndefault = true\n')
+        self.hang_up(service)
+        self.assertIn(f'"registry": "https://{self.TWO}"'.encode(), answer(self.reactor, b"/status.json", 1))
 
     def test_a_file_that_the_daemon_would_not_start_with_changes_nothing(self) -> None:
         service = self.run_with()
