@@ -356,7 +356,9 @@ class TestSighup:
         """
         file = tmp_path / "settings.toml"
         file.write_text("")
-        chain = make_chain(settings={"PROXY_WORKER_PROCESSES": count, "PROXY_CONFIG": str(file)})
+        chain = make_chain(
+            settings={"PROXY_WORKER_PROCESSES": count, "PROXY_CONFIG": str(file), "PROXY_REGISTRY_ALIASES": ""}
+        )
         output = chain.daemon.process.output
         blob = blob_path(images)
         if count != "1":
