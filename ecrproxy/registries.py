@@ -101,8 +101,10 @@ class Registries:
         self.default = next(iter(self._by_name.values()))
         plain = {each.identity: each for each in reversed(self._by_name.values()) if not each.table.repository_prefix}
         self._by_identity = {**{each.identity: each for each in reversed(self._by_name.values())}, **plain}
+        self.named = list(
+            dict.fromkeys([self.default, *(self._by_identity[each.identity] for each in self._by_name.values())])
+        )
         self._by_name = {**plain, **dict.fromkeys(aliases, self.default), **self._by_name}
-        self.named = [self.default, *(each for each in self._by_identity.values() if each is not self.default)]
 
     def of(self, identity: RegistryId) -> Known:
         """

@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+from twisted.application.service import MultiService
 from twisted.logger import Logger
 from twisted.names.client import Resolver
 
@@ -74,6 +75,7 @@ from ecrproxy.threads import Disk, InThread, Pools, Threads, call_unowned, in_ti
 from ecrproxy.transfer.inflow import BUFFERED, Lanes
 from ecrproxy.transfer.unattended import MOST
 from ecrproxy.upstreams import Upstreams
+from ecrproxy.world import World, Worlds
 
 log = Logger()
 
@@ -95,6 +97,8 @@ START_SECONDS: Final = 8.0
 class Serving:
     """
     What serves clients in this process, but for the sockets that they come to.
+
+    @ivar use: has new requests mean the registries of other settings; the rest of these is not looked at.
     """
 
     site: RegistrySite
@@ -104,6 +108,7 @@ class Serving:
     process: Process
     cache: Cache
     purges: Purges
+    use: Callable[[Config], None]
 
 
 def wire(
@@ -125,20 +130,19 @@ def wire(
     scrubbing, judging, probing, reading = threads(1), threads(1), threads(1), threads(1).bounded(READING[1])
     keeping, settling = threads(KEEPING[0]).bounded(KEEPING[1]), threads(SETTLING[0]).bounded(SETTLING[1])
     janitor = Janitor(store, config.cache_limit, keeping, reactor)
-    tokens = _tokens(config, reactor, partial(_ends, refused, warm=begin(store, processes)))
+    tokens = AwsTokens(reactor, partial(_ends, refused, warm=begin(store, processes)))
     figures, stall = Figures(__version__), LoopStall(reactor, time.monotonic)
-    registries = Registries(config.registries, config.registry_aliases or (), config.unknown_registry_status)
-    upstreams = _upstreams(config, registries, tokens, reading, figures, egress, reactor)
+    make = partial(_world, tokens, _wiring(config, figures, reading, egress, reactor), judging, reactor)
+    worlds = Worlds(make(config))
     cache = Cache(store, janitor, disk, time.time)
     scrub = Scrub(store, janitor.fit, scrubbing.call, reactor)
     purges = Purges(store.index, cache.forget_purged, settling, reactor)
-    pull_through = _pull_through(config, upstreams, cache, disk, reactor, processes)
+    pull_through = _pull_through(config, worlds, cache, disk, reactor, processes)
     connections, condition = Connections(), Condition(store, probing.call, reactor)
-    readiness = partial(_readiness, upstreams, condition, connections)
+    readiness = partial(_readiness, worlds.askings, condition, connections)
     crowd = Crowd(config.limits(clients_beside_spare()), processes)
-    admission, namespaces = _admission(config, reactor, service, processes), _namespaces(config, judging, reactor)
-    catalog = _catalog(registries, namespaces, reactor)
-    registry = Registry(pull_through, registries, namespaces, config.cache_key, disk.reading, catalog)
+    admission = _admission(config, reactor, service, processes)
+    registry = Registry(pull_through, worlds, config.cache_key, disk.reading)
     site = make_site(
         registry,
         Ready(readiness),
@@ -151,12 +155,12 @@ def wire(
         pages=_pages(config),
     )
     figures.watch(
-        *of_cache(store, janitor), *of_registries(upstreams.askings), *of_transfers(pull_through), *of_loop(stall)
+        *of_cache(store, janitor), *of_registries(worlds.askings), *of_transfers(pull_through), *of_loop(stall)
     )
     figures.watch(*of_clients(crowd, crowd.limits.connections or None), *of_disk(condition))
-    service.add(Scribe(store.index, threads(1, yielding=False).post), purges, janitor, scrub, *tokens.values(), stall)
-    process = Process(store, janitor, upstreams.askings, pull_through, readiness, disk.reading)
-    return Serving(site, connections, admission, figures, process, cache, purges)
+    service.add(Scribe(store.index, threads(1, yielding=False).post), purges, janitor, scrub, tokens, stall)
+    process = Process(store, janitor, worlds.askings, pull_through, readiness, disk.reading)
+    return Serving(site, connections, admission, figures, process, cache, purges, partial(_use, worlds, make))
 
 
 def _disk(pools: Pools) -> Disk:
@@ -184,23 +188,43 @@ def _access_log(config: Config, service: Daemon, reactor: Any) -> AccessLog | No
     return access_log
 
 
-def _tokens(
-    config: Config,
-    reactor: Any,  # noqa: ANN401
-    ends: Callable[[CredentialsError], bool],
-) -> Mapping[tuple[Credentials, str], TokenService]:
+class AwsTokens(MultiService):
     """
-    Make what keeps a token for each of the credentials in each region, the default registry's first.
+    Keeps a token for each of the credentials in each region.
 
-    @param ends: told of credentials of the default registry that AWS refuses; returns whether that ends the daemon.
+    @param ends: told if AWS refuses the first credentials, the default registry's at the start; returns whether that
+        ends the daemon.
     """
-    tokens: dict[tuple[Credentials, str], TokenService] = {}
-    for table in config.registries:
-        key = credentials, region = _credentials(table)
-        if key not in tokens and not table.anonymous and table.protocol is not Protocol.OCI:
-            fetch = partial(call_unowned, reactor, partial(_fetch, credentials, region))
-            tokens[key] = TokenService(fetch, reactor, time.time, (lambda _: False) if tokens else ends)
-    return tokens
+
+    def __init__(self, reactor: Any, ends: Callable[[CredentialsError], bool]) -> None:  # noqa: ANN401
+        super().__init__()
+        self._reactor, self._ends = reactor, ends
+        self._kept: dict[tuple[Credentials, str], TokenService] = {}
+
+    def keep(self, needed: Iterable[tuple[Credentials, str]]) -> Mapping[tuple[Credentials, str], TokenService]:
+        """
+        Keep the tokens that are needed from now on, and no others; one that was kept before stays as it is.
+        """
+        before, self._kept = self._kept, {}
+        for key in dict.fromkeys(needed):
+            self._kept[key] = before.pop(key) if key in before else self._begin(*key)
+        for each in before.values():
+            each.disownServiceParent()
+        return self._kept
+
+    def _begin(self, credentials: Credentials, region: str) -> TokenService:
+        ends = (lambda _: False) if self.services else self._ends
+        fetch = partial(call_unowned, self._reactor, partial(_fetch, credentials, region))
+        service = TokenService(fetch, self._reactor, time.time, ends)
+        service.setServiceParent(self)
+        return service
+
+
+def _takes_tokens(table: RegistryTable) -> bool:
+    """
+    Return True if AWS gives tokens for a registry.
+    """
+    return table.protocol is not Protocol.OCI and not table.anonymous
 
 
 def _credentials(table: RegistryTable) -> tuple[Credentials, str]:
@@ -241,43 +265,61 @@ def _quotas(config: Config, table: RegistryTable) -> Quotas:
     return Quotas().share(config.worker_processes)
 
 
-def _upstreams(
+def _wiring(
     config: Config,
-    registries: Registries,
-    tokens: Mapping[tuple[Credentials, str], TokenService],
-    reading: InThread,
     figures: Figures,
+    reading: InThread,
     egress: Egress,
     reactor: Any,  # noqa: ANN401
-) -> Upstreams:
+) -> Callable[[TokenService | None, Known], tuple[Upstream, Asking]]:
     """
-    Wire what asks registries and their buckets.
+    Return what wires all that asks one registry and its buckets.
+
+    @param reading: calls what reads passwords.
     """
     outside = OwnNames(reactor)  # before the chosen servers are installed
     forget = _install_resolver(config, reactor)
     budget = Budget(config.upstream_tries, config.upstream_seconds)
 
-    def make(known: Known) -> tuple[Upstream, Asking]:
-        table = known.table
-        url, its_tokens = table.endpoint or "", tokens.get(_credentials(table))
+    def make(tokens: TokenService | None, known: Known) -> tuple[Upstream, Asking]:
+        table, url = known.table, known.table.endpoint or ""
         agent = UpstreamAgent(reactor, url, forget, egress=egress, outside=outside)
         wire = Wire(MeteredAgent(agent, url, figures.upstream, reactor), reactor, budget)
         governor, circuit = Governor(_quotas(config, table), config.ecr_connections, reactor), Circuit(reactor.seconds)
-        authorization = _authorization(table, url, wire, its_tokens, reading)
-        upstream = Upstream(
-            Endpoint(url, wire, authorization, governor, circuit), wire, stall_seconds=config.stall_seconds
-        )
-        asking = Asking(
-            name=table.name, tokens=its_tokens, wire=wire, circuit=circuit, governor=governor, clock=reactor
-        )
+        authorization = _authorization(table, url, wire, tokens, reading)
+        endpoint = Endpoint(url, wire, authorization, governor, circuit)
+        upstream = Upstream(endpoint, wire, stall_seconds=config.stall_seconds)
+        asking = Asking(name=table.name, tokens=tokens, wire=wire, circuit=circuit, governor=governor, clock=reactor)
         return upstream, asking
 
-    return Upstreams(registries, make)
+    return make
+
+
+def _world(
+    tokens: AwsTokens,
+    wire_one: Callable[[TokenService | None, Known], tuple[Upstream, Asking]],
+    judging: Threads,
+    reactor: Any,  # noqa: ANN401
+    config: Config,
+    before: Upstreams | None = None,
+) -> World:
+    """
+    Make the registries of the settings; what C{before} has wired stays so where its table is the same.
+    """
+    registries = Registries(config.registries, config.registry_aliases or (), config.unknown_registry_status)
+    namespaces = _namespaces(config, judging, reactor)
+    kept = tokens.keep(_credentials(each) for each in config.registries if _takes_tokens(each))
+    upstreams = Upstreams(registries, lambda known: wire_one(kept.get(_credentials(known.table)), known), before)
+    return World(registries, upstreams, namespaces, _catalog(registries, namespaces, reactor))
+
+
+def _use(worlds: Worlds, make: Callable[[Config, Upstreams], World], config: Config) -> None:
+    worlds.latest = make(config, worlds.latest.upstreams)
 
 
 def _pull_through(
     config: Config,
-    upstreams: Upstreams,
+    worlds: Worlds,
     cache: Cache,
     disk: Disk,
     reactor: Any,  # noqa: ANN401
@@ -288,7 +330,7 @@ def _pull_through(
     """
     lanes = Lanes(config.blob_connections, config.bucket_connections, share(BUFFERED, processes))
     return PullThrough(
-        upstreams,
+        worlds.upstream,
         cache,
         disk,
         time.time,
@@ -334,14 +376,16 @@ def _fetch(credentials: Credentials, region: str) -> Token:
     return token
 
 
-async def _readiness(upstreams: Upstreams, condition: Condition, connections: Connections) -> Readiness:
+async def _readiness(
+    askings: Callable[[], Sequence[Asking]], condition: Condition, connections: Connections
+) -> Readiness:
     """
     Return what this process can do at the moment.
     """
     found = await condition.latest()
     return judge(
         draining=connections.draining,
-        sources=[each.source() for each in upstreams.askings()],
+        sources=[each.source() for each in askings()],
         disk=found.reasons,
         filled=found.filled,
     )

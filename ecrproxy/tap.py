@@ -41,6 +41,7 @@ from ecrproxy.daemon.exhaustion import Exhaustion, Orphaned, look
 from ecrproxy.daemon.inherited import CHANNEL_FD, VARIABLE, Inherited, inherited_sockets
 from ecrproxy.daemon.listening import Listening, admin_endpoint, endpoints
 from ecrproxy.daemon.process import most_clients, set_up
+from ecrproxy.daemon.reloading import Reloading, Settings
 from ecrproxy.daemon.renewal import Renewal, generation
 from ecrproxy.daemon.service import LAST_LINES_SECONDS, Daemon
 from ecrproxy.daemon.supervision import Supervised, Supervisor, summary
@@ -53,15 +54,15 @@ from ecrproxy.readiness import Readiness
 from ecrproxy.registry.ecr import CredentialsError
 from ecrproxy.registry.egress import Egress
 from ecrproxy.registry.proxy_variables import for_botocore
-from ecrproxy.serving import begin, check_passwords, wire
+from ecrproxy.serving import Serving, begin, check_passwords, wire
 from ecrproxy.settings.complaints import Complaint, say, write
-from ecrproxy.settings.config import ADMIN_LISTEN, NO_FILE, Config, ConfigError, Filed, Given, given
+from ecrproxy.settings.config import ADMIN_LISTEN, NO_FILE, RELOADED, Config, ConfigError, Filed, Given, given, texts_of
 from ecrproxy.settings.contradictions import Machine, load, look_at_log, look_at_settings, refusal
-from ecrproxy.settings.file import for_worker, read_file
+from ecrproxy.settings.file import about_registries, for_worker, read_file, read_handed
 from ecrproxy.settings.options import Options
 from ecrproxy.threads import in_time
 from ecrproxy.workers.channel import Channel, adopt
-from ecrproxy.workers.messages import FromParent, Refused, Reread
+from ecrproxy.workers.messages import FromParent, Refused, Reload, Reread
 from ecrproxy.workers.processes import END_SECONDS, Workers, add_up
 from ecrproxy.workers.worker import Reports
 
@@ -83,10 +84,11 @@ def makeService(options: Options) -> Daemon:
     try:
         file = read_file(options.flags(), os.environ)
         complain = _complaining(options, file)
-        config = load(options.flags(), os.environ, file)
+        read = partial(_load, options)
+        config = read(file)
         sockets = inherited_sockets(os.environ)
         if sockets is not None:
-            service = build_worker(config, sockets, reactor, _egress(os.environ))
+            service = build_worker(config, sockets, reactor, _egress(os.environ), read)
         else:
             settings = given(options.flags(), os.environ, file)
             warnings = _warnings(config, settings, options)
@@ -98,12 +100,14 @@ def makeService(options: Options) -> Daemon:
             atexit.register(_fail_after, refused)  # the first comes last: others clean up
             leave = partial(_abandon, complain, refused)
             egress = _told(_egress(os.environ))
+            reloading = partial(Reloading, _settings(options, file, config), partial(_read_again, options))
             if config.worker_processes == 1:
-                service = build(config, reactor, leave, supervisor, egress)
+                service = build(config, reactor, leave, supervisor, egress, reloading)
             else:
-                # It is read once: a worker that is replaced later is like the others, whatever the file says by then.
+                # A worker that is replaced later is like the others, whatever the file says by then.
                 filed = {name: each[0] for name, each in settings.items() if each is file.settings.get(name)}
-                service = build_parent(config, reactor, leave, supervisor, options.arguments(filed), for_worker(file))
+                arguments = options.arguments({name: filed[name] for name in filed.keys() - RELOADED})
+                service = build_parent(config, reactor, leave, supervisor, arguments, for_worker(file), reloading)
     except ConfigError as problem:
         for line in (*problem.warnings, *map(str, warnings)):
             _complaining(options, file, LogLevel.warn)(f"warning: {line}")
@@ -116,6 +120,31 @@ def makeService(options: Options) -> Daemon:
     if service.writer is not None:
         atexit.register(service.writer.end, LAST_LINES_SECONDS)
     return service
+
+
+def _load(options: Options, file: Filed) -> Config:
+    """
+    Read the settings, with what the configuration file says.
+
+    @raise ConfigError: if they are wrong.
+    """
+    return load(options.flags(), os.environ, file)
+
+
+def _settings(options: Options, file: Filed, config: Config) -> Settings:
+    return Settings(file, config, texts_of(options.flags(), os.environ, file))
+
+
+def _read_again(options: Options) -> Settings:
+    """
+    Read the configuration file again, with the same flags and variables.
+
+    @raise ConfigError: if the daemon would not start with what it says.
+    """
+    file = read_file(options.flags(), os.environ)
+    config = _load(options, file)
+    _warnings(config, given(options.flags(), os.environ, file), options)
+    return _settings(options, file, config)
 
 
 def _warnings(config: Config, settings: Given, options: Options) -> list[Complaint]:
@@ -211,12 +240,14 @@ def build(
     refused: Callable[[CredentialsError], None],
     supervisor: Supervisor | None = None,
     egress: Egress = Egress(),  # noqa: B008 (it is frozen)
+    reloading: Callable[[Callable[[Settings], None]], Reloading] | None = None,
 ) -> Daemon:
     """
     Wire a daemon of one process.
 
     @param refused: ends the daemon, for AWS refuses its credentials.
     @param supervisor: the service manager, if it wants to be told.
+    @param reloading: makes what reads the configuration file again, of what uses it; none if there is nothing to read.
     """
     serving = wire(config, service := Daemon(reactor), reactor, refused, egress, 1)
     process, store = serving.process, serving.cache.store
@@ -230,16 +261,27 @@ def build(
     listening = _listening(config, serving.site, reactor)
     listening += _admin(config, make, store, serving.purges.look, service, reactor)
     serving.figures.watch(*of_certificates(partial(_expires, listening)))
-    reread = partial(supervised.rereading, partial(_reread, [*listening, serving.admission]))
-    Renewal(listening, service.pools.threads(1).call, reread, reactor).setServiceParent(service)
+    reread = partial(_reread, [*listening, serving.admission])
+    looking = service.pools.threads(1).call
+    Renewal(listening, looking, partial(supervised.rereading, reread), reactor).setServiceParent(service)
     drain = Drain(serving.connections, config.drain_seconds, reactor)
-    _face_clients(drain, listening, reread, service.leave, service, reactor)
+    reload = reloading(partial(_use, serving, status)) if reloading is not None else None
+    hang_up = _on_hang_up(supervised, reread, reload)
+    _face_clients(drain, listening, hang_up, service.leave, service, reactor)
     return service
 
 
-def build_worker(config: Config, sockets: int, reactor: Any, egress: Egress) -> Daemon:  # noqa: ANN401
+def build_worker(
+    config: Config,
+    sockets: int,
+    reactor: Any,  # noqa: ANN401
+    egress: Egress,
+    load: Callable[[Filed], Config],
+) -> Daemon:
     """
     Wire a worker: what serves clients, on the sockets and with the channel that it has inherited.
+
+    @param load: reads the settings with what the configuration file says.
 
     @raise ConfigError: if it has not.
     """
@@ -256,6 +298,7 @@ def build_worker(config: Config, sockets: int, reactor: Any, egress: Egress) -> 
         readiness=process.readiness,
         standing=process.standing,
         reread=partial(_reread_as_told, listening, serving.admission),
+        reload=lambda text: serving.use(load(read_handed(text))),
         orphaned=partial(_stop, reactor),
         reactor=reactor,
     )
@@ -278,6 +321,7 @@ def build_parent(
     supervisor: Supervisor | None,
     arguments: Sequence[str],
     variables: Mapping[str, str],
+    reloading: Callable[[Callable[[Settings], None]], Reloading],
 ) -> Daemon:
     """
     Wire the parent of workers: sockets that it binds and does not accept from, workers, the operator's port.
@@ -286,6 +330,7 @@ def build_parent(
 
     @param arguments: the flags that workers are to be started with.
     @param variables: what is to be otherwise in their environment.
+    @param reloading: makes what reads the configuration file again, of what uses it.
     """
     service = Daemon(reactor)
     renewing, settling = service.pools.threads(1), service.pools.threads(1)
@@ -313,10 +358,11 @@ def build_parent(
     purges = Purges(store.index, lambda _: None, settling.call, reactor)  # workers see for themselves
     admin = _admin(config, make, store, purges.look, service, reactor)
     figures.watch(*gathered.readings(), *of_certificates(partial(_expires, [*listening, *admin])))
-    reread = partial(supervised.rereading, partial(_have_reread, listening, admin, workers))
-    renewal = Renewal([*listening, *admin], renewing.call, reread, reactor)
+    reread = partial(_have_reread, listening, admin, workers)
+    renewal = Renewal([*listening, *admin], renewing.call, partial(supervised.rereading, reread), reactor)
     service.add(purges, *status.services, supervised, renewal, workers)
-    _face_clients(None, [*listening, *admin], reread, partial(_leave_with, workers, service.leave), service, reactor)
+    hang_up = _on_hang_up(supervised, reread, reloading(partial(_have_used, workers, status)))
+    _face_clients(None, [*listening, *admin], hang_up, partial(_leave_with, workers, service.leave), service, reactor)
     return service
 
 
@@ -394,6 +440,38 @@ def _expires(listening: Sequence[Listening]) -> float | None:
     Tell when the certificate that clients are shown ends, the first if there are several.
     """
     return min((each.expires for each in listening if each.expires), default=None)
+
+
+def _use(serving: Serving, status: Status, settings: Settings) -> None:
+    """
+    Have new requests mean the registries of other settings.
+    """
+    serving.use(settings.config)
+    status.registry = settings.config.ecr_endpoint
+
+
+def _have_used(workers: Workers, status: Status, settings: Settings) -> None:
+    """
+    Have workers use the registries of other settings, those that run and those that are started later.
+    """
+    workers.variables = for_worker(settings.file)
+    workers.tell(Reload.of(about_registries(settings.file)))
+    status.registry = settings.config.ecr_endpoint
+
+
+def _on_hang_up(supervised: Supervised, reread: Callable[[], None], reloading: Reloading | None) -> Callable[[], None]:
+    """
+    Return what SIGHUP does: the configuration file, and all that is read again by itself when it changes.
+
+    A file of settings is never read by itself: somebody may be writing it.
+    """
+
+    def hang_up() -> None:
+        if reloading is not None:
+            reloading.reload()
+        reread()
+
+    return partial(supervised.rereading, hang_up)
 
 
 def _reread(parts: Sequence[Listening | Admission]) -> None:

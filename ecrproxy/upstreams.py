@@ -2,7 +2,7 @@
 The registries as they are asked: each with its own connections, circuit and quotas. Tokens are shared.
 
 A registry is wired when it is asked for first. Those that a wildcard stands for are forgotten, the least recently asked
-first, when there are more than C{MOST}.
+first, when there are more than C{MOST}. A reload makes others of them, which keep what has not changed.
 """
 
 from __future__ import annotations
@@ -27,19 +27,35 @@ class Upstreams:
 
     @param registries: those that may be asked.
     @param make: wires one.
+    @param before: those of before a reload. Registries whose tables are the same stay wired as they are.
     """
 
-    def __init__(self, registries: Registries, make: Callable[[Known], tuple[Upstream, Asking]]) -> None:
+    def __init__(
+        self,
+        registries: Registries,
+        make: Callable[[Known], tuple[Upstream, Asking]],
+        before: Upstreams | None = None,
+    ) -> None:
         self._registries, self._make = registries, make
         self._made: OrderedDict[RegistryId, tuple[Upstream, Asking]] = OrderedDict()
+        kept = {} if before is None else before.unchanged(registries)
         for known in registries.named:
-            self._of(known.identity)
+            self._made[known.identity] = kept.pop(known.identity) if known.identity in kept else make(known)
+        self._made.update(kept)  # of wildcards
 
     def __call__(self, route: Route) -> Upstream:
         """
         Return the upstream of the registry that C{route} is about.
         """
         return self._of(route.repository.registry)[0]
+
+    def unchanged(self, registries: Registries) -> dict[RegistryId, tuple[Upstream, Asking]]:
+        """
+        Return what is wired of which other tables say the same.
+        """
+        return {
+            each: made for each, made in self._made.items() if _known(registries, each) == self._registries.of(each)
+        }
 
     def askings(self) -> Sequence[Asking]:
         """
@@ -56,3 +72,10 @@ class Upstreams:
         elif self._registries.is_by_wildcard(identity):
             self._made.move_to_end(identity)
         return made
+
+
+def _known(registries: Registries, identity: RegistryId) -> Known | None:
+    try:
+        return registries.of(identity)
+    except LookupError:
+        return None

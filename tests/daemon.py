@@ -88,6 +88,7 @@ from ecrproxy.settings.values import parse_pattern
 from ecrproxy.threads import Disk, InThread
 from ecrproxy.transfer.inflow import Lanes
 from ecrproxy.upstreams import Upstreams
+from ecrproxy.world import World, Worlds
 from tests.registry import StandIn
 from tests.registry_server import QuietSite, noise
 
@@ -638,13 +639,8 @@ class Daemon(Administered):
         self.registry = RegistryId.of_url(standin.registry)
         self.cache = Cache(self.store, self.janitor, disk, self.now)
         table, others = default_of(standin.registry, "eu-west-1", (), instance_auth=False), others or {}
-        registries = Registries([table, *others], aliases, unknown_status)
-        self.others = {each.name: Other(each, other, clock, self.figures.upstream) for each, other in others.items()}
-
-        def make(known: Known) -> tuple[Upstream, Asking]:
-            other = self.others.get(known.table.name)
-            return (self.upstream, self.asking) if other is None else (other.upstream, other.asking)
-
+        self.table, self.aliases, self.unknown_status = table, aliases, unknown_status
+        self.others, self._backs = dict[str, Other](), list[Network]()
         self.asking = Asking(
             name=table.name,
             tokens=self.tokens,
@@ -653,10 +649,13 @@ class Daemon(Administered):
             governor=self.governor,
             clock=clock,
         )
-        upstreams = Upstreams(registries, make)
-        self.askings = upstreams.askings
+        self.namespaces = Namespaces(parse_pattern(pattern), at_once, clock)
+        self.listings = 0
+        self.catalog = Catalog(list_repositories or self._list, self.namespaces.choose, clock)
+        self.worlds = Worlds(self._world(others))
+        self.askings = self.worlds.askings
         self.pull_through = PullThrough(
-            upstreams,
+            self.worlds.upstream,
             self.cache,
             disk,
             self.now,
@@ -665,12 +664,8 @@ class Daemon(Administered):
             read_ahead=read_ahead,
             call_later=clock.callLater,
         )
-        namespaces = Namespaces(parse_pattern(pattern), at_once, clock)
         key = CacheKey.parse(cache_key)
-        self.listings = 0
-        self.catalog = Catalog(list_repositories or self._list, namespaces.choose, clock)
-        registry = Registry(self.pull_through, registries, lambda _: namespaces, key, disk.reading, self.catalog)
-        self._listed = registries.listed
+        registry = Registry(self.pull_through, self.worlds, key, disk.reading)
         ready, self.crowd = Ready(self.readiness), Crowd(limits or Limits())
         self.access_log = AccessLog(clock)
         self.site = make_site(
@@ -706,8 +701,6 @@ class Daemon(Administered):
         self.scrub.startService()
         self.purges.startService()
         self.tokens.startService()
-        for other in self.others.values():
-            other.tokens.startService()
         _, sampler = self.status.services  # the other hears the log, which outlives this daemon: see DaemonTestCase
         sampler.startService()
 
@@ -724,6 +717,28 @@ class Daemon(Administered):
     def _list(self) -> Deferred[Sequence[str]]:
         self.listings += 1
         return deferLater(self.clock, 0, lambda: self._listed(list(self.standin.repositories)))
+
+    def reload(self, others: Mapping[RegistryTable, StandIn]) -> None:
+        """
+        Have other registries beside the default one.
+        """
+        self.worlds.latest = self._world(others, self.worlds.latest.upstreams)
+
+    def _world(self, others: Mapping[RegistryTable, StandIn], before: Upstreams | None = None) -> World:
+        standins = {each.name: standin for each, standin in others.items()}
+
+        def make(known: Known) -> tuple[Upstream, Asking]:
+            name = known.table.name
+            if name not in standins:
+                return self.upstream, self.asking
+            other = self.others[name] = Other(known.table, standins[name], self.clock, self.figures.upstream)
+            self._backs.append(other.back)
+            other.tokens.startService()
+            return other.upstream, other.asking
+
+        registries = Registries([self.table, *others], self.aliases, self.unknown_status)
+        self._listed = registries.listed
+        return World(registries, Upstreams(registries, make, before), lambda _: self.namespaces, self.catalog)
 
     async def readiness(self) -> Readiness:
         """
@@ -751,7 +766,7 @@ class Daemon(Administered):
         """
         for _ in range(100_000):
             self.clock.advance(0)
-            networks = self.back, self.front, self.admin, *(other.back for other in self.others.values())
+            networks = self.back, self.front, self.admin, *self._backs
             if not sum(each.move() for each in networks):
                 return
         raise AssertionError("it never comes to rest")

@@ -53,6 +53,7 @@ class Running:
             readiness=daemon.readiness,
             standing=daemon.process.standing,
             reread=self.reread.append,
+            reload=self.reread.append,
             orphaned=self._orphaned,
             reactor=machine,
         )

@@ -28,6 +28,7 @@ from ecrproxy.workers.messages import (
     Question,
     ReadinessTold,
     Refused,
+    Reload,
     Reread,
     StandingTold,
     decode,
@@ -57,7 +58,7 @@ OF_WORKERS = (
     StandingTold(2, STANDING),
     FiguresTold(3, {"cache_bytes": {"": 5.0}, "circuit_state": {"open": 0.0, "closed": 1.0}}),
 )
-OF_PARENTS = (Question(4, "standing"), Reread("ab" * 32))
+OF_PARENTS = (Reload(("[{}, ", "{}]")), Question(4, "standing"), Reread("ab" * 32))
 
 
 WRONG_TEXTS: list[Any] = [None, 1, ["x"], {}, "x" * (TEXT + 1), "\ud800"]

@@ -185,6 +185,7 @@ class PartsTests(SynchronousTestCase):
             readiness=nothing,
             standing=nothing,
             reread=nothing,
+            reload=nothing,
             orphaned=nothing,
             reactor=reactor,
         )

@@ -19,6 +19,7 @@ from ecrproxy.identity import RegistryId, Repository
 from ecrproxy.oci import RegistryError, parse_route
 from ecrproxy.registries import Chosen, Registries
 from ecrproxy.settings.registries import Protocol, RegistryTable, parse_registries
+from ecrproxy.world import World, Worlds
 from tests.test_identity import spelled
 from tests.test_properties import names
 
@@ -248,9 +249,8 @@ class NeverConfusedTests(SynchronousTestCase):
 
     def setUp(self) -> None:
         nothing: Any = None
-        self.resource = Registry(
-            nothing, Registries(parsed(COMPANY)[0]), nothing, CacheKey.parse("$uri"), nothing, nothing
-        )
+        worlds = Worlds(World(Registries(parsed(COMPANY)[0]), nothing, nothing, nothing))
+        self.resource = Registry(nothing, worlds, CacheKey.parse("$uri"), nothing)
 
     def meant(self, target: str, host: str) -> tuple[str, Repository] | int:
         """
@@ -352,9 +352,8 @@ class NeverConfusedTests(SynchronousTestCase):
 class RememberedTests(SynchronousTestCase):
     def setUp(self) -> None:
         nothing: Any = None
-        self.resource = Registry(
-            nothing, Registries(parsed(COMPANY)[0]), nothing, CacheKey.parse("$uri"), nothing, nothing
-        )
+        worlds = Worlds(World(Registries(parsed(COMPANY)[0]), nothing, nothing, nothing))
+        self.resource = Registry(nothing, worlds, CacheKey.parse("$uri"), nothing)
 
     def test_long_targets_are_not_remembered(self) -> None:
         """

@@ -14,6 +14,7 @@ import os
 import resource
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
@@ -43,18 +44,21 @@ from ecrproxy.cache.condition import FRESH_SECONDS
 from ecrproxy.cache.janitor import Janitor
 from ecrproxy.cache.scrub import Scrub
 from ecrproxy.cache.store import Store
+from ecrproxy.daemon.ending import Signals
 from ecrproxy.daemon.inherited import SOCKETS_FD, VARIABLE
 from ecrproxy.daemon.listening import Listening
 from ecrproxy.daemon.process import Running, count_steadily, open_many_files, set_aside_what_stays
 from ecrproxy.daemon.renewal import LOOK_SECONDS, Renewal, generation
 from ecrproxy.daemon.supervision import Supervisor
-from ecrproxy.registry.ecr import CredentialsError, TokenService
+from ecrproxy.registry.ecr import CredentialsError
 from ecrproxy.registry.resolver import ChosenServers
+from ecrproxy.serving import AwsTokens
 from ecrproxy.settings.config import SETTINGS, Config
+from ecrproxy.settings.file import about_registries, for_worker, parse_file
 from ecrproxy.settings.options import Options
 from ecrproxy.tap import build, makeService
 from ecrproxy.workers.channel import Channel
-from ecrproxy.workers.messages import Refused
+from ecrproxy.workers.messages import Refused, Reload
 from ecrproxy.workers.processes import Workers
 from tests.daemon import at_once
 from tests.store_contract import failing, scratch
@@ -979,7 +983,7 @@ class WorkersTests(TapCase):
         self.assertEqual([False, True], [port.reads for port in self.spawning.ports])
         self.assertIn(b"ecr_proxy_build_info", answer(self.reactor, b"/metrics", 1))
         kinds = {type(each) for each in service}
-        self.assertEqual(set(), kinds & {TokenService, Janitor, Scrub})
+        self.assertEqual(set(), kinds & {AwsTokens, Janitor, Scrub})
 
     def test_workers_are_started_with_its_flags_and_sockets(self) -> None:
         self.start()
@@ -991,14 +995,16 @@ class WorkersTests(TapCase):
 
     def test_workers_are_started_with_what_the_configuration_file_says(self) -> None:
         """
-        As flags, but for what a variable says; and without the file, which may say something else by then.
+        As flags, but for what a variable says, and for what a reload may change; and without the file, which may say
+        something else by then.
         """
         file = self.folder / "settings.toml"
-        file.write_text('tag-ttl = 7\ncache-limit = "2g"\nworker-processes = 3\n')
+        file.write_text('tag-ttl = 7\ncache-limit = "2g"\nworker-processes = 3\nnamespace-pattern = "team/.*"\n')
         self.start(PROXY_CONFIG=str(file))
         for process in self.spawning.spawned:
             self.assertEqual(["ecr-proxy", "--tag-ttl=7", "--log-level=warn"], process["arguments"][-3:])
             self.assertEqual("", process["environ"]["PROXY_CONFIG"])
+            self.assertIn("team/.*", process["environ"]["ECRPROXY_REGISTRIES"])
 
     def test_what_would_keep_workers_from_starting_is_told_once(self) -> None:
         """
@@ -1055,6 +1061,119 @@ class WorkersTests(TapCase):
             read.clear()
             tap._reread_as_told(listening, admission, told)  # noqa: SLF001
             self.assertEqual(["passwords"], read)
+
+
+class HangUpTests(TapCase):
+    """
+    SIGHUP, told to all that is wired.
+    """
+
+    ONE, TWO = "111122223333.dkr.ecr.eu-west-1.amazonaws.com", "444455556666.dkr.ecr.us-east-1.amazonaws.com"
+    THERE = f"/v2/team/app/manifests/latest?ns={TWO}".encode()
+
+    def setUp(self) -> None:
+        super().setUp()
+        del self.environ["PROXY_ECR_ENDPOINT"]
+        self.file = self.folder / "settings.toml"
+        self.environ["PROXY_CONFIG"] = str(self.file)
+        self.patch(atexit, "register", lambda *_, **__: None)
+        self.patch(threading, "Thread", AtOnce)
+        self.patch(ThreadPool, "callInThreadWithCallback", call_at_once)
+        self.write()
+
+    def write(self, text: str = "") -> None:
+        """
+        Write the file, with a default registry.
+        """
+        self.file.write_text(f'[registry."{self.ONE}"]\ndefault = true\n{text}')
+
+    def hang_up(self, service: MultiService) -> None:
+        """
+        Send the signal.
+        """
+        (signals,) = (each for each in service if isinstance(each, Signals))
+        signals._reread()  # noqa: SLF001
+
+    def test_registries_appear_and_disappear_with_what_keeps_their_tokens(self) -> None:
+        """
+        The default's stays as it is. Without the signal nothing is read.
+        """
+        FakeAws(self, KEYS)
+        service = self.run_with(**os.environ, PROXY_ADMIN_LISTEN="tcp:5001:interface=127.0.0.1")
+        (tokens,) = (each for each in service if isinstance(each, AwsTokens))
+        (first,) = tokens.services
+        service.privilegedStartService()
+        tokens.startService()
+        self.write(f'[registry."{self.TWO}"]\n')
+        self.assertIn(b"404 Not Found", answer(self.reactor, self.THERE))
+        self.hang_up(service)
+        self.assertEqual(b"", answer(self.reactor, self.THERE), "this one waits for the token")
+        self.assertEqual([True, True], [each.running for each in tokens.services])
+        (second,) = set(tokens.services) - {first}
+        self.assertIn(self.TWO.encode(), answer(self.reactor, b"/metrics", 1))
+        self.write()
+        self.hang_up(service)
+        self.assertIn(b"404 Not Found", answer(self.reactor, self.THERE))
+        self.assertEqual(([first], False), (tokens.services, second.running))
+        self.assertNotIn(self.TWO.encode(), answer(self.reactor, b"/metrics", 1))
+        self.addCleanup(tokens.stopService)
+
+    def test_the_status_page_names_the_new_default(self) -> None:
+        service = self.run_with(PROXY_ADMIN_LISTEN="tcp:5001:interface=127.0.0.1", PROXY_ADMIN_HOSTS="cache.test")
+        service.privilegedStartService()
+        self.file.write_text(f'[registry."{self.TWO}"]\ndefault = true\n')
+        self.hang_up(service)
+        self.assertIn(f'"registry": "https://{self.TWO}"'.encode(), answer(self.reactor, b"/status.json", 1))
+
+    def test_a_file_that_the_daemon_would_not_start_with_changes_nothing(self) -> None:
+        service = self.run_with()
+        service.privilegedStartService()
+        for wrong in ("region = 1", f'[registry."{self.TWO}"]\ndefault = true', f'[registry."{self.TWO}"]\nhost = "a"'):
+            self.write(wrong)
+            self.hang_up(service)
+            self.assertIn(b"404 Not Found", answer(self.reactor, self.THERE))
+        self.file.write_text(
+            f'admin-listen = "tcp:5001"\n[registry."{self.ONE}"]\ndefault = true\n[registry."{self.TWO}"]'
+        )
+        os.environ["PROXY_ADMIN_LISTEN"] = ""
+        self.hang_up(service)
+        self.assertIn(b"404 Not Found", answer(self.reactor, self.THERE))
+        self.file.unlink()
+        self.hang_up(service)
+        self.assertIn(b"404 Not Found", answer(self.reactor, self.THERE))
+
+    def test_workers_are_told_those_that_run_and_those_that_start_later(self) -> None:
+        self.reactor = spawning = Spawning()
+        service = self.run_with(PROXY_WORKER_PROCESSES="2")
+        service.privilegedStartService()
+        (workers,) = (each for each in service if isinstance(each, Workers))
+        workers.startService()
+        self.addCleanup(workers.stopService)
+        told: list[Any] = []
+        self.patch(workers, "tell", told.append)
+        self.write(f'[registry."{self.TWO}"]\n')
+        self.hang_up(service)
+        (reload,) = (each for each in told if isinstance(each, Reload))
+        text = "".join(reload.registries)
+        self.assertEqual(text, workers.variables["ECRPROXY_REGISTRIES"])
+        self.assertIn(self.TWO, text)
+        self.assertNotIn(self.TWO, spawning.spawned[0]["environ"]["ECRPROXY_REGISTRIES"])
+
+    def test_a_worker_uses_those_that_it_is_told(self) -> None:
+        """
+        It reads no file.
+        """
+        self.reactor = spawning = Spawning()
+        end, other = socket.socketpair()
+        self.addCleanup(other.close)
+        self.patch(tap, "CHANNEL_FD", end.detach())
+        began = for_worker(parse_file("x.toml", self.file.read_bytes()))
+        service = self.run_with("--worker-processes=2", **{VARIABLE: "0", **began})
+        (tokens,) = (each for each in service if isinstance(each, AwsTokens))
+        self.assertEqual(1, len(tokens.services))
+        self.write(f'[registry."{self.TWO}"]\n')
+        spawning.channels[0].heard(Reload.of(about_registries(parse_file("x.toml", self.file.read_bytes()))))
+        self.assertEqual(2, len(tokens.services))
 
 
 class BuildTests(TapCase):

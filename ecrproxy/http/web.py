@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import lru_cache
 from typing import Any, Final, cast
@@ -19,13 +19,11 @@ from twisted.web.http import NOT_MODIFIED, OK, PARTIAL_CONTENT, REQUESTED_RANGE_
 from twisted.web.server import Request
 
 from ecrproxy.access.limits import Crowd
-from ecrproxy.access.namespaces import Namespaces
 from ecrproxy.answers import Answer, Asked, CacheStatus
 from ecrproxy.byte_ranges import Multipart, Ranges, Span, content_range, joined
 from ecrproxy.cache.cache_key import NOBODY, CacheKey
 from ecrproxy.cache.content import Content
 from ecrproxy.cached import SMALL_BLOB
-from ecrproxy.catalog import Catalog
 from ecrproxy.http.answering import Answering, begin, holding, send_body, send_small, transferring
 from ecrproxy.http.conditions import matches
 from ecrproxy.http.request import RegistryRequest, asker_of, field, fields, host_of
@@ -42,7 +40,7 @@ from ecrproxy.oci import (
 )
 from ecrproxy.proxy import PullThrough
 from ecrproxy.reasons import Reason
-from ecrproxy.registries import Chosen, Known, Registries, UnknownRegistryError
+from ecrproxy.registries import Chosen, Registries, UnknownRegistryError
 from ecrproxy.registry.upstream import Page
 from ecrproxy.stopwatch import Stopwatch
 from ecrproxy.threads import InThread, patient
@@ -51,6 +49,7 @@ from ecrproxy.transfer.lane import ShortBodyError
 from ecrproxy.transfer.passing import Passing
 from ecrproxy.transfer.sending import LEAST_PIECE, CutShortError, piece_size, send
 from ecrproxy.transfer.sources import Held, Parted, Shelved, Source
+from ecrproxy.world import Worlds
 
 log = Logger()
 
@@ -70,24 +69,21 @@ class Registry(Answering):
     """
     /v2/, the pull side of the distribution protocol.
 
-    @param namespaces: gives which repositories of a registry are let in.
+    @param worlds: the registries, and which repositories of them are let in.
     """
 
     def __init__(
         self,
         pull_through: PullThrough,
-        registries: Registries,
-        namespaces: Callable[[Known], Namespaces],
+        worlds: Worlds,
         cache_key: CacheKey,
         in_thread: InThread,
-        catalog: Catalog,
     ) -> None:
         super().__init__()
-        self._catalog = catalog
-        self._pull_through, self._registries = pull_through, registries
+        self._pull_through, self._worlds = pull_through, worlds
         # 6 MiB at most: a query may have as many bytes as a request.
         self._recent = lru_cache(maxsize=2048)(self._choose)
-        self._namespaces, self._cache_key, self._in_thread = namespaces, cache_key, patient(in_thread)
+        self._cache_key, self._in_thread = cache_key, patient(in_thread)
         self._asks = cache_key.asks
 
     async def respond(self, request: RegistryRequest) -> None:
@@ -111,6 +107,7 @@ class Registry(Answering):
         """
         Understand what is asked for, of which registry, and let it in.
         """
+        world = self._worlds.enter()
         try:
             chosen, ns = self._understood(request.target.origin, host_of(request))
         except UnknownRegistryError as problem:
@@ -125,21 +122,22 @@ class Registry(Answering):
             raise
         if ns is not None:
             request.setHeader("OCI-Namespace", ns)
-        await self._namespaces(chosen.registry).admit(chosen.name)
+        await world.namespaces(chosen.registry).admit(chosen.name)
         return chosen.route
 
-    def _choose(self, target: str, host: str) -> tuple[Chosen, str | None]:
+    def _choose(self, registries: Registries, target: str, host: str) -> tuple[Chosen, str | None]:
         """
         Find out what a target means to a client that calls this proxy C{host}; and which registry it names, if it does.
         """
-        asked = parse_route(target, self._registries.default.identity)
+        asked = parse_route(target, registries.default.identity)
         told = _ns(asked.query)
         ns = unquote(told["ns"]) if told else None
-        return self._registries.choose(asked, ns, host), ns
+        return registries.choose(asked, ns, host), ns
 
     def _understood(self, target: str, host: str) -> tuple[Chosen, str | None]:
         remembered = len(target) + len(host) <= _REMEMBERED_LENGTH
-        return self._recent(target, host) if remembered else self._choose(target, host)
+        choose = self._recent if remembered else self._choose
+        return choose(self._worlds.latest.registries, target, host)
 
     async def _serve(self, request: RegistryRequest, route: Route) -> None:
         """
@@ -179,14 +177,15 @@ class Registry(Answering):
         query = request.target.origin.partition("?")[2]
         last, most = parse_catalog(query)
         ns = _ns(query)
-        named = self._registries.named_by(unquote(ns["ns"]) if ns else None, host_of(request))
-        if named not in (None, self._registries.default):
+        world = self._worlds.enter()
+        named = world.registries.named_by(unquote(ns["ns"]) if ns else None, host_of(request))
+        if named not in (None, world.registries.default):
             raise RegistryError(404, "UNSUPPORTED", "this proxy lists the repositories of its default registry alone")
         if ns:
             request.setHeader("OCI-Namespace", unquote(ns["ns"]))
         request.upstream.start()
         try:
-            names, more = await self._catalog.page(last, most)
+            names, more = await world.catalog.page(last, most)
         finally:
             request.upstream.stop(counted=True)
         if more:

@@ -59,6 +59,8 @@ Given = Mapping[str, tuple[str, str]]
 """Settings as text, each with where it was given, by setting name."""
 CONFIG: Final = "config"
 """The setting that names the configuration file."""
+RELOADED: Final = frozenset({"ecr-endpoint", "region", "instance-auth", "registry-aliases", "namespace-pattern"})
+"""The settings that are about registries, as the file's tables are: a reload changes them."""
 
 
 @dataclass(frozen=True, slots=True)

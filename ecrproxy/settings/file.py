@@ -13,13 +13,13 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Final
 
-from ecrproxy.settings.config import CONFIG, NO_FILE, SETTINGS, ConfigError, Filed, config_file, given
+from ecrproxy.settings.config import CONFIG, NO_FILE, RELOADED, SETTINGS, ConfigError, Filed, config_file, given
 from ecrproxy.settings.registries import parse_registries
 
 LIMIT: Final = 2**16
 """Most bytes of the file: what it says of registries has room in a variable, for which Linux has 128 KiB."""
 REGISTRIES: Final = "ECRPROXY_REGISTRIES"
-"""The variable in which a worker finds its tables of registries, as JSON."""
+"""The variable in which a worker finds what the file says of registries, see L{about_registries}."""
 _NAMES: Final = tuple(each.name for each in SETTINGS if each.name != CONFIG)
 
 
@@ -27,14 +27,13 @@ def read_file(flags: Mapping[str, str], environ: Mapping[str, str]) -> Filed:
     """
     Read the configuration file that flags or variables name; without one, nothing is given.
 
-    A worker reads none: it has the settings as flags, and the registries in a variable.
+    A worker reads none: it has other settings as flags, and what is about registries in a variable.
 
     @raise ConfigError: if it can't be read, or is wrong.
     """
     path = config_file(flags, environ)
     if path is None:
-        tables = json.loads(environ.get(REGISTRIES) or "{}")
-        return Filed(registries=parse_registries("the parent", tables)[0], tables=tables) if tables else NO_FILE
+        return read_handed(environ.get(REGISTRIES) or "")
     try:
         with Path(path).open("rb") as file:
             data = file.read(LIMIT + 1)
@@ -48,7 +47,26 @@ def for_worker(filed: Filed) -> dict[str, str]:
     """
     Return the variables of a worker: what it is not to read anew, for the file may say something else by then.
     """
-    return {"PROXY_CONFIG": "", REGISTRIES: json.dumps(filed.tables)}
+    return {"PROXY_CONFIG": "", REGISTRIES: about_registries(filed)}
+
+
+def about_registries(filed: Filed) -> str:
+    """
+    Write what a file says of registries, for L{read_handed}: JSON, in ASCII.
+    """
+    settings = {name: each for name, each in filed.settings.items() if name in RELOADED}
+    return json.dumps([settings, filed.tables])
+
+
+def read_handed(text: str) -> Filed:
+    """
+    Read what the parent wrote with L{about_registries}; nothing if it is empty.
+    """
+    if not text:
+        return NO_FILE
+    settings, tables = json.loads(text)
+    given = {name: (value, source) for name, (value, source) in settings.items()}
+    return Filed(given, parse_registries("the parent", tables)[0], tables)
 
 
 def parse_file(name: str, data: bytes) -> Filed:

@@ -130,9 +130,28 @@ class Reread:
     certificates: str
 
 
+@dataclass(frozen=True, slots=True)
+class Reload:
+    """
+    The parent has read the configuration file again: the worker uses other registries from here on.
+
+    @ivar registries: what the file says of them, see L{settings.file.about_registries}, in pieces: a text has C{TEXT}
+        characters at most.
+    """
+
+    registries: tuple[str, ...]
+
+    @classmethod
+    def of(cls, text: str) -> Reload:
+        """
+        Cut a text of ASCII, of up to C{TEXT * ITEMS} characters.
+        """
+        return cls(tuple(text[at : at + TEXT] for at in range(0, len(text), TEXT)))
+
+
 Answer: TypeAlias = ReadinessTold | StandingTold | FiguresTold
 FromWorker: TypeAlias = Listens | Refused | Counted | Answer
-FromParent: TypeAlias = Question | Reread
+FromParent: TypeAlias = Question | Reread | Reload
 Message: TypeAlias = FromWorker | FromParent
 
 

@@ -86,11 +86,11 @@ class Workers(Service):
 
     @param listening: have the file descriptors of the listening sockets, once they are bound.
     @param arguments: the daemon's own flags.
-    @param variables: what is otherwise in a worker's environment.
     @param gathered: receives the figures that workers answer with.
     @param counted: called with what a worker has counted.
     @param refused: called with the reason when AWS refuses a worker's credentials and the cache is empty.
     @param drain: seconds that workers give their clients on shutdown.
+    @ivar variables: what is otherwise in the environment of workers that are started from now on.
     @ivar listen: fires once all workers accept connections.
     """
 
@@ -108,7 +108,7 @@ class Workers(Service):
         drain: float,
     ) -> None:
         self._count, self._listening = count, listening
-        self._arguments, self._variables = list(arguments), dict(variables)
+        self._arguments, self.variables = list(arguments), variables
         self._gathered, self._counted, self._refused = gathered, counted, refused
         self._reactor, self._drain = reactor, drain
         self._workers: dict[int, _Worker] = {}
@@ -215,7 +215,7 @@ class Workers(Service):
                     worker,
                     sys.executable,
                     [sys.executable, *_TWISTD, *self._arguments],
-                    {**os.environ, **self._variables, VARIABLE: str(len(sockets))},
+                    {**os.environ, **self.variables, VARIABLE: str(len(sockets))},
                     childFDs={0: nothing.fileno(), 1: 1, 2: 2, CHANNEL_FD: theirs.fileno(), **inherited},
                 )
         except OSError:

@@ -21,6 +21,7 @@ from ecrproxy.workers.messages import (
     Listens,
     Question,
     ReadinessTold,
+    Reload,
     Reread,
     StandingTold,
 )
@@ -45,6 +46,7 @@ class Reports(Service):
 
     @param channel: this worker's end of the channel.
     @param reread: reads passwords again, and certificates if their files are those that it is called with.
+    @param reload: uses the registries that the parent has read, see L{settings.file.read_handed}.
     @param orphaned: called if the channel closes while this runs: the parent has exited.
     """
 
@@ -57,12 +59,13 @@ class Reports(Service):
         readiness: Callable[[], Awaitable[Readiness]],
         standing: Callable[[], Awaitable[Standing]],
         reread: Callable[[str], object],
+        reload: Callable[[str], object],
         orphaned: Callable[[], object],
         reactor: Any,  # noqa: ANN401
     ) -> None:
         self._figures, self._incidents, self._reactor = figures, incidents, reactor
         self._readiness, self._standing = readiness, standing
-        self._reread, self._orphaned = reread, orphaned
+        self._reread, self._reload, self._orphaned = reread, reload, orphaned
         self._channel = channel
         channel.heard, channel.lost = self._heard, self._lost
         self._closed: Deferred[None] = Deferred()
@@ -111,6 +114,8 @@ class Reports(Service):
             on_its_own(self._answer(message.number, message.about))
         elif isinstance(message, Reread):
             self._reread(message.certificates)
+        elif isinstance(message, Reload):
+            self._reload("".join(message.registries))
 
     async def _answer(self, number: int, about: About) -> None:
         answer: Answer

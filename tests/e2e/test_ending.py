@@ -10,6 +10,7 @@ import http.client
 import signal
 import socket
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -345,6 +346,38 @@ class TestSighup:
         assert output.read_text().count("stays in use") == 1
         assert all(trusts(chain, second) for _ in range(10))
         kept.close()
+
+    @COUNTS
+    def test_registries_are_those_of_the_file(
+        self, make_chain: MakeChain, images: Images, tmp_path: Path, count: str
+    ) -> None:
+        """
+        All processes have them; those of a file that is wrong, none.
+        """
+        file = tmp_path / "settings.toml"
+        file.write_text("")
+        chain = make_chain(
+            settings={"PROXY_WORKER_PROCESSES": count, "PROXY_CONFIG": str(file), "PROXY_REGISTRY_ALIASES": ""}
+        )
+        output = chain.daemon.process.output
+        blob = blob_path(images)
+        if count != "1":
+            wait_for_workers(chain)
+        assert chain.daemon.ask(f"{blob}?ns=one.example").status == 404
+
+        for text, line, statuses in (
+            ('registry-aliases = "one.example"', "Reloaded ", (200, 404)),
+            ('registry-aliases = "two.example"\nmoon = 1', "Not reloaded: ", (200, 404)),
+            ('registry-aliases = "two.example"', "Reloaded ", (404, 200)),
+        ):
+            said = output.read_text().count(line)
+            file.write_text(text)
+            chain.daemon.process.send(signal.SIGHUP)
+            eventually(partial(lambda line, said: output.read_text().count(line) > said, line, said), line)
+            for name, status in zip(("one", "two"), statuses, strict=True):
+                ask = partial(chain.daemon.ask, f"{blob}?ns={name}.example")
+                eventually(partial(lambda ask, status: ask().status == status, ask, status), f"{name}: {status}")
+                assert {ask().status for _ in range(10)} == {status}
 
     def test_without_tls_nothing_happens(self, make_chain: MakeChain) -> None:
         """

@@ -1,0 +1,94 @@
+"""
+The configuration file, read again on SIGHUP: its registries are used from then on, without a restart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from twisted.logger import Logger
+
+from ecrproxy.settings.config import RELOADED, Config, ConfigError, Filed, Given
+from ecrproxy.settings.registries import RegistryTable
+
+log = Logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """
+    All settings, as they were read once.
+
+    @ivar texts: what C{config} was loaded from, by setting name.
+    """
+
+    file: Filed
+    config: Config
+    texts: Given
+
+
+class Reloading:
+    """
+    Has the settings read again.
+
+    @param begun: those that the daemon started with.
+    @param read: reads them; raises L{ConfigError}.
+    @param use: called with settings whose registries differ from those in use.
+    """
+
+    def __init__(self, begun: Settings, read: Callable[[], Settings], use: Callable[[Settings], object]) -> None:
+        self._begun = self._used = begun
+        self._read, self._use = read, use
+
+    def reload(self) -> None:
+        """
+        Read the settings. Errors are logged, and change nothing.
+        """
+        try:
+            read = self._read()
+        except ConfigError as problem:
+            for line in problem.errors:
+                log.error("Not reloaded: {line}", line=line)
+            return
+        others = needing_restart(self._begun.texts, read.texts)
+        if others:
+            log.warn("These settings have changed; restart the daemon to use them: {names}", names=", ".join(others))
+        found = "no registry has changed"
+        if _about_registries(read) != _about_registries(self._used):
+            found = differences(self._used.config.registries, read.config.registries)
+            self._use(read)
+            self._used = read
+        if read.config.config is not None:
+            log.info("Reloaded {path}: {found}", path=read.config.config, found=found)
+
+
+def needing_restart(before: Given, now: Given) -> list[str]:
+    """
+    Name the settings that differ, but for those that a reload changes. Pure.
+    """
+    names = sorted((before.keys() | now.keys()) - RELOADED)
+    return [name for name in names if before.get(name, ("",))[0] != now.get(name, ("",))[0]]
+
+
+def differences(before: Sequence[RegistryTable], now: Sequence[RegistryTable]) -> str:
+    """
+    Say which registries are new, gone or described otherwise. Pure.
+    """
+    old, new = (
+        {each.name: (each, each.namespaces and each.namespaces.pattern) for each in every} for every in (before, now)
+    )
+    found = {
+        "added": new.keys() - old.keys(),
+        "removed": old.keys() - new.keys(),
+        "changed": {name for name in old.keys() & new.keys() if old[name] != new[name]},
+    }
+    said = "; ".join(f"{what} {', '.join(sorted(names))}" for what, names in found.items() if names)
+    return said or "aliases or the namespace pattern changed"
+
+
+def _about_registries(settings: Settings) -> object:
+    """
+    Give all that registries are made from, as plain text.
+    """
+    return settings.file.tables, [settings.texts.get(name, ("",))[0] for name in sorted(RELOADED)]
