@@ -32,10 +32,12 @@ class Known:
 
     @ivar table: what the operator said of it; of a wildcard, with the endpoint of the one that is meant.
     @ivar identity: of what is asked.
+    @ivar label: its name in the configuration: of what a wildcard stands for, the wildcard.
     """
 
     table: RegistryTable
     identity: RegistryId
+    label: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +45,15 @@ class Chosen:
     """
     What a request means.
 
+    @ivar registry: the one that the client means.
     @ivar name: of the repository, as the registry's clients call it: what its namespaces are about.
+    @ivar asked: the registry that is asked: another one where a table leads to it under another name.
     @ivar route: what is asked for, of the registry that is asked.
     """
 
     registry: Known
     name: str
+    asked: Known
     route: Route
 
 
@@ -80,7 +85,7 @@ class Registries:
         self._wildcards = [each for each in tables if each.is_wildcard]
         for table in tables:
             if table.endpoint is not None:
-                known = Known(table, RegistryId.of_url(table.endpoint))
+                known = Known(table, RegistryId.of_url(table.endpoint), table.name)
                 self._by_name[RegistryId.of_host(table.name)] = known
                 self._by_host |= dict.fromkeys(table.hosts, known)
                 if table.path_prefix is not None:
@@ -108,6 +113,27 @@ class Registries:
         """
         return identity not in self._by_identity
 
+    def is_own(self, host: str) -> bool:
+        """
+        Return True if a host, without a port, is a name of this proxy that means one of the registries.
+        """
+        return host.lower() in self._by_host
+
+    def name_of(self, identity: RegistryId) -> str:
+        """
+        Return what a registry is called, also if none of the configuration is it.
+        """
+        known = self._by_identity.get(identity) or self._by_wildcard(identity)
+        return known.table.name if known is not None else identity.host
+
+    def called(self, repository: Repository) -> str:
+        """
+        Return what people call a repository: its registry is named, unless it is the default.
+        """
+        if repository.registry == self.default.identity:
+            return repository.name
+        return f"{self.name_of(repository.registry)}/{repository.name}"
+
     def choose(self, route: Route, ns: str | None, host: str) -> Chosen:
         """
         Find which registry and which repository of it a request means.
@@ -126,18 +152,22 @@ class Registries:
         known = self._by_host.get(host.lower()) or self._called(host)
         if known is not None:
             return self._of(known, name, route)
+        return self._of(*self.split(name), route)
+
+    def split(self, name: str) -> tuple[Known, str]:
+        """
+        Tell which registry the first component of a name means, and the rest; without one, it is the default's.
+        """
         first, _, rest = name.partition("/")
         known = self._by_prefix.get(first) or self._called(first)
-        return self._of(known, rest, route) if known is not None and rest else self._of(self.default, name, route)
+        return (known, rest) if known is not None and rest else (self.default, name)
 
     def _of(self, known: Known, name: str, route: Route) -> Chosen:
-        if known.table.name in _HUBS and "/" not in name:
-            name = f"{_LIBRARY}/{name}"
-        prefix = known.table.repository_prefix
-        full = f"{prefix}/{name}" if prefix else name
+        name, full = own_name(known.table, name)
         if not is_repository_name(full):
             raise RegistryError(400, "NAME_INVALID", "the repository's name is too long")
-        return Chosen(known, name, replace(route, repository=Repository(known.identity, full)))
+        asked = self._by_identity.get(known.identity, known)
+        return Chosen(known, name, asked, replace(route, repository=Repository(known.identity, full)))
 
     def _called(self, name: str) -> Known | None:
         """
@@ -156,5 +186,14 @@ class Registries:
         for table in self._wildcards:
             if region == table.region:
                 host = table.name.replace("*", account)
-                return Known(replace(table, name=host, endpoint=f"https://{host}"), identity)
+                return Known(replace(table, name=host, endpoint=f"https://{host}"), identity, table.name)
         return None
+
+
+def own_name(table: RegistryTable, name: str) -> tuple[str, str]:
+    """
+    Return a repository's whole name as the registry's clients have it, and as what is asked has it.
+    """
+    if table.name in _HUBS and "/" not in name:
+        name = f"{_LIBRARY}/{name}"
+    return name, f"{table.repository_prefix}/{name}" if table.repository_prefix else name
