@@ -138,7 +138,7 @@ def fetch_token(region: str, credentials: Credentials) -> Token:
     try:
         session = open_session(credentials.profile, instance_auth=credentials.instance_auth, popen=Process)
         make = partial(session.create_client, region_name=region, config=settings)
-        client: Any = make("ecr", **_assumed(make, credentials))
+        client: Any = make("ecr", **assumed(make, credentials))
         data = client.get_authorization_token()["authorizationData"][0]
     except exceptions.ClientError as problem:
         raise _judged(problem) from problem
@@ -149,9 +149,12 @@ def fetch_token(region: str, credentials: Credentials) -> Token:
     return Token(data["authorizationToken"].strip(), data["expiresAt"].timestamp())
 
 
-def _assumed(make: Callable[..., Any], credentials: Credentials) -> dict[str, str]:
+def assumed(make: Callable[..., Any], credentials: Credentials) -> dict[str, str]:
     """
-    Assume the role, if there is one to assume; its keys are good for an hour, and used at once.
+    Assume the role, if there is one to assume. Blocks.
+
+    @param make: makes a client of an AWS service.
+    @return: what to make others with: the role's keys, good for an hour.
     """
     if credentials.role is None:
         return {}
