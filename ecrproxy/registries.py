@@ -49,12 +49,14 @@ class Chosen:
     @ivar name: of the repository, as the registry's clients call it: what its namespaces are about.
     @ivar asked: the registry that is asked: another one where a table leads to it under another name.
     @ivar route: what is asked for, of the registry that is asked.
+    @ivar called: its repository as people call it, see L{Registries.called}.
     """
 
     registry: Known
     name: str
     asked: Known
     route: Route
+    called: str
 
 
 class UnknownRegistryError(RegistryError):
@@ -128,9 +130,9 @@ class Registries:
 
     def called(self, repository: Repository) -> str:
         """
-        Return what people call a repository: its registry is named, unless it is the default.
+        Return what people call a repository: with its registry, unless that is what the name alone means.
         """
-        if repository.registry == self.default.identity:
+        if repository.registry == self.default.identity and self.split(repository.name)[1] == repository.name:
             return repository.name
         return f"{self.name_of(repository.registry)}/{repository.name}"
 
@@ -167,7 +169,8 @@ class Registries:
         if not is_repository_name(full):
             raise RegistryError(400, "NAME_INVALID", "the repository's name is too long")
         asked = self._by_identity.get(known.identity, known)
-        return Chosen(known, name, asked, replace(route, repository=Repository(known.identity, full)))
+        repository = Repository(known.identity, full)
+        return Chosen(known, name, asked, replace(route, repository=repository), self.called(repository))
 
     def _called(self, name: str) -> Known | None:
         """

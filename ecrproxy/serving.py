@@ -150,7 +150,7 @@ def wire(
     )
     figures.watch(*of_clients(crowd, crowd.limits.connections or None), *of_disk(condition))
     service.add(Scribe(store.index, threads(1, yielding=False).post), purges, janitor, scrub, *tokens.values(), stall)
-    process = Process(store, janitor, upstreams.askings, pull_through, readiness, disk.reading)
+    process = Process(store, janitor, upstreams.askings, pull_through, registries.called, readiness, disk.reading)
     return Serving(site, connections, admission, figures, process, cache, purges, judging)
 
 
@@ -194,7 +194,8 @@ def _tokens(
         key = credentials, region = _credentials(table)
         if key not in tokens:
             fetch = partial(call_unowned, reactor, partial(_fetch, credentials, region))
-            tokens[key] = TokenService(fetch, reactor, time.time, (lambda _: False) if tokens else ends)
+            whose = table.name if len(config.registries) > 1 else ""
+            tokens[key] = TokenService(fetch, reactor, time.time, (lambda _: False) if tokens else ends, whose=whose)
     return tokens
 
 
@@ -221,15 +222,22 @@ def _upstreams(
     budget = Budget(config.upstream_tries, config.upstream_seconds)
 
     def make(known: Known) -> tuple[Upstream, Asking]:
+        who = known.table.name if len(config.registries) > 1 else "ECR"
         url, its_tokens = known.table.endpoint or "", tokens[_credentials(known.table)]
         agent = UpstreamAgent(reactor, url, forget, egress=egress, outside=outside)
-        wire = Wire(MeteredAgent(agent, url, figures.upstream, reactor), reactor, budget)
-        governor, circuit = Governor(config.ecr_quotas, config.ecr_connections, reactor), Circuit(reactor.seconds)
+        wire = Wire(MeteredAgent(agent, url, figures.upstream, reactor, known.label), reactor, budget)
+        governor, circuit = Governor(config.ecr_quotas, config.ecr_connections, reactor), Circuit(reactor.seconds, who)
         upstream = Upstream(
             Endpoint(url, wire, its_tokens, governor, circuit), wire, stall_seconds=config.stall_seconds
         )
         asking = Asking(
-            name=known.table.name, tokens=its_tokens, wire=wire, circuit=circuit, governor=governor, clock=reactor
+            name=known.table.name,
+            label=known.label,
+            tokens=its_tokens,
+            wire=wire,
+            circuit=circuit,
+            governor=governor,
+            clock=reactor,
         )
         return upstream, asking
 

@@ -101,6 +101,8 @@ PASSWORD: Final = "canary-of-a-client"
 SHOWN: Final = f"Basic {base64.b64encode(f'client:{PASSWORD}'.encode()).decode()}"
 """What each client shows: nobody is to see it again."""
 ERRORS: Final = 400
+NAMED: Final = 'registry="123456789012.dkr.ecr.eu-west-1.amazonaws.com"'
+"""The label of figures by which the stand-in is told from other registries."""
 
 
 def at_once(blocking: Callable[..., T], *args: Any) -> Deferred[T]:
@@ -559,12 +561,20 @@ class Other:
 
         self.tokens = TokenService(issue, clock, clock.seconds, chance=lambda: 0.5)
         wire = Wire(
-            MeteredAgent(self.back.agent(persistent=True), standin.registry, tally, clock), clock, chance=lambda: 0.0
+            MeteredAgent(self.back.agent(persistent=True), standin.registry, tally, clock, table.name),
+            clock,
+            chance=lambda: 0.0,
         )
-        governor, circuit = Governor(Quotas(), 128, clock), Circuit(clock.seconds)
+        governor, circuit = Governor(Quotas(), 128, clock), Circuit(clock.seconds, table.name)
         self.upstream = Upstream(Endpoint(standin.registry, wire, self.tokens, governor, circuit), wire)
         self.asking = Asking(
-            name=table.name, tokens=self.tokens, wire=wire, circuit=circuit, governor=governor, clock=clock
+            name=table.name,
+            label=table.name,
+            tokens=self.tokens,
+            wire=wire,
+            circuit=circuit,
+            governor=governor,
+            clock=clock,
         )
 
 
@@ -620,7 +630,8 @@ class Daemon(Administered):
         self.circuit = Circuit(clock.seconds)
         # Without chance the next try comes at once, unless upstream asks for more time.
         self.figures = Figures("0")
-        metered = MeteredAgent(agent(self.back), standin.registry, self.figures.upstream, clock)
+        name = RegistryId.of_url(standin.registry).host
+        metered = MeteredAgent(agent(self.back), standin.registry, self.figures.upstream, clock, name)
         wire = Wire(metered, clock, budget, chance=lambda: chance)
         self.upstream = Upstream(Endpoint(standin.registry, wire, self.tokens, self.governor, self.circuit), wire)
         self.lanes = lanes or Lanes()
@@ -631,11 +642,12 @@ class Daemon(Administered):
         self.others = {each.name: Other(each, other, clock, self.figures.upstream) for each, other in others.items()}
 
         def make(known: Known) -> tuple[Upstream, Asking]:
-            other = self.others.get(known.table.name)
+            other = self.others.get(known.label)
             return (self.upstream, self.asking) if other is None else (other.upstream, other.asking)
 
         self.asking = Asking(
             name=table.name,
+            label=table.name,
             tokens=self.tokens,
             wire=wire,
             circuit=self.circuit,
@@ -672,7 +684,9 @@ class Daemon(Administered):
         self.figures.watch(*of_cache(self.store, self.janitor), *of_transfers(self.pull_through))
         self.figures.watch(*of_clients(self.crowd, 100), *of_registries(self.askings))
         self.figures.watch(*of_disk(self.condition))
-        self.process = Process(self.store, self.janitor, self.askings, self.pull_through, self.readiness, in_thread)
+        self.process = Process(
+            self.store, self.janitor, self.askings, self.pull_through, registries.called, self.readiness, in_thread
+        )
         incidents = Incidents(self.now)
         self.status = Status(
             standin.registry, self.figures, self.readiness, self.process.standing, incidents, self.now, clock

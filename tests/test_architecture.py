@@ -32,6 +32,7 @@ ARROWS: dict[str, set[str]] = {
         "http.request",
         "http.site",
         "http.answering",
+        "identity",
         "logs.repeats",
         "metrics",
         "oci",

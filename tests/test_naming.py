@@ -168,3 +168,18 @@ class SubcommandTests(HoldingsTestCase):
         self.assertEqual([f"{TWO}/team/app", "team/app"], self.repositories())
         self.assertTrue(self.has(self.their_image.digest))
         self.assertFalse(self.has(self.v1.digest))
+
+    def test_stats_tells_how_each_registry_is_and_of_the_repositories_that_are_named(self) -> None:
+        for prefix in ("", "us/"):
+            self.get(f"/v2/{prefix}team/app/blobs/{self.v1.layers[0]}")
+        lines = self.call("stats").splitlines()
+        (row,) = [line.split() for line in lines if line.startswith(f"{TWO} ")]
+        self.assertEqual(["closed", "expires"], row[1:3])
+        for name, expected in (
+            (f"{TWO}/*", f"{TWO}/team/app"),
+            ("us/team/app", f"{TWO}/team/app"),
+            ("team/*", "team/app"),
+        ):
+            told = [each["repository"] for each in self.document("stats", name)["repositories"]]
+            self.assertEqual(expected, told[0], told)
+        self.assertEqual([], self.document("stats", "us/none")["repositories"])

@@ -58,6 +58,13 @@ class Naming:
             return Pattern(_checked(rest), identity)
         return Pattern(_checked(rest, first) if rest and _identity(first) is not None else _checked(text))
 
+    def named(self, called: str) -> Repository:
+        """
+        Return the repository that is called so.
+        """
+        known, name = self._registries.split(called)
+        return Repository(known.identity, name)
+
     def is_of(self, pattern: Pattern, repository: Repository) -> bool:
         """
         Return True if a repository is one of those that are meant.

@@ -105,6 +105,7 @@ class Registry(Answering):
                 once=("ns", problem.name),
             )
             raise
+        request.registry, request.repository = chosen.asked.label, chosen.called
         await self._namespaces(chosen.registry).admit(chosen.name)
         if ns is not None:
             request.setHeader("OCI-Namespace", ns)

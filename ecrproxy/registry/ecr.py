@@ -297,6 +297,7 @@ class TokenService(Service):
     @param refused: told of credentials that AWS refuses for good before there ever was a token; returns whether that
         ends the daemon.
     @param chance: gives random numbers from 0 to 1.
+    @param whose: what the log calls it, where there are several.
     """
 
     def __init__(
@@ -306,7 +307,9 @@ class TokenService(Service):
         now: Callable[[], float],
         refused: Callable[[CredentialsError], bool] = lambda _: False,
         chance: Callable[[], float] = random.random,
+        whose: str = "",
     ) -> None:
+        self._whose = f" for {whose}" if whose else ""
         self._fetch, self._clock, self._now, self._refused, self._chance = fetch, clock, now, refused, chance
         self._token: Token | None = None
         self._rejected: Token | None = None
@@ -431,7 +434,7 @@ class TokenService(Service):
         self._refreshing = True
         if self._token is not None and self._rejected is self._token:
             self._renewed = self._clock.seconds()
-            log.info("ECR rejected the token; refreshing")
+            log.info("ECR rejected the token{whose}; refreshing", whose=self._whose)
         Deferred.fromCoroutine(self._ask()).addErrback(lambda failure: log.failure("Token refresh", failure))
 
     async def _ask(self) -> None:
@@ -480,7 +483,7 @@ class TokenService(Service):
         wait = next_refresh(token.expires, self._now())
         self._received = self._clock.seconds()
         self._failures, self._due = 0, self._received + wait
-        log.info("Token received; the next is due in {seconds:.0f} s", seconds=wait)
+        log.info("Token received{whose}; the next is due in {seconds:.0f} s", whose=self._whose, seconds=wait)
         self._wake()
 
     def _failed(self, problem: Exception) -> None:
@@ -493,7 +496,13 @@ class TokenService(Service):
         if self._token is None and isinstance(problem, CredentialsError) and self._refused(problem):
             self._due = float("inf")
             return
-        log.error("No token: {problem}. Next try in {wait:.0f} s", problem=self._problem, wait=wait, once=self._problem)
+        log.error(
+            "No token{whose}: {problem}. Next try in {wait:.0f} s",
+            whose=self._whose,
+            problem=self._problem,
+            wait=wait,
+            once=(self._whose, self._problem),
+        )
         if self._token is not None:
             self._wake()  # those who asked for another get the old one
 
