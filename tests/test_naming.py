@@ -25,6 +25,7 @@ GONE = "999900001111.dkr.ecr.eu-west-3.amazonaws.com"
 ANYWHERE = (
     Repository(RegistryId.of_host(ONE), "team/app"),
     Repository(RegistryId.of_host(ONE), "docker-hub/library/nginx"),
+    Repository(RegistryId.of_host(ONE), "us/app"),
     Repository(RegistryId.of_host(TWO), "team/app"),
     Repository(RegistryId.of_host("222200001111.dkr.ecr.eu-central-1.amazonaws.com"), "team/app"),
     Repository(RegistryId.of_host("quay.io"), "team/app"),
@@ -53,6 +54,7 @@ class NamingTests(SynchronousTestCase):
             [
                 "team/app",
                 "docker-hub/library/nginx",
+                f"{ONE}/us/app",
                 f"{TWO}/team/app",
                 "222200001111.dkr.ecr.eu-central-1.amazonaws.com/team/app",
                 "quay.io/team/app",
