@@ -132,6 +132,9 @@ class SubcommandTests(HoldingsTestCase):
         lines = self.call("ls", f"{TWO}/*").splitlines()
         self.assertEqual([f"{TWO}/team/app", "v1"], lines[1].split()[:2])
 
+    def test_shells_complete_what_repositories_are_called(self) -> None:
+        self.assertEqual([f"{TWO}/team/app", "team/app", "team/other"], self.call("completion", "repositories").split())
+
     def test_ls_lists_the_tags_that_are_named(self) -> None:
         (app,) = self.document("ls", "team/app:v2")["repositories"]
         self.assertEqual(["v2"], [each["tag"] for each in app["images"]])
