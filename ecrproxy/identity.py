@@ -30,6 +30,14 @@ _PARTITIONS: Final = {
     "eu-isoe-": "aws-iso-e",
     "us-isof-": "aws-iso-f",
 }
+_DOMAINS: Final = {
+    "aws-cn": "amazonaws.com.cn",
+    "aws-eusc": "amazonaws.eu",
+    "aws-iso": "c2s.ic.gov",
+    "aws-iso-b": "sc2s.sgov.gov",
+    "aws-iso-e": "cloud.adc-e.uk",
+    "aws-iso-f": "csp.hci.ic.gov",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +86,16 @@ class RegistryId:
         """
         found = _ECR_IDENTITY.fullmatch(self.text)
         return (found[2], found[1]) if found else None
+
+    @property
+    def host(self) -> str:
+        """
+        The host as most clients call it: L{of_host} of it is this registry.
+        """
+        if self.account_and_region is None:
+            return self.text.removesuffix(f":{_HTTPS}")
+        partition, region, account = self.text.split(":")
+        return f"{account}.dkr.ecr.{region}.{_DOMAINS.get(partition, 'amazonaws.com')}"
 
     def __str__(self) -> str:
         return self.text

@@ -6,7 +6,8 @@ Rules:
 - What is counted on the way of a request is a few additions on plain lists; it becomes Prometheus' text when somebody
   asks.
 - What a part knows anyway is not counted twice: it is read from the part when somebody asks, see L{Reading}.
-- Labels have few values: never a repository, a digest, a host or an address.
+- Labels have few values: never a repository, a digest, a host or an address; of registries, their names
+  in the configuration.
 - Workers' counts are added up by their parent, so that one page tells of all; a figure that each of them knows says how
   theirs become one, see L{Figure}.
 """
@@ -106,7 +107,7 @@ class Served:
     """
     What clients were given.
 
-    @ivar requests: theirs, by route, method, status and cache status.
+    @ivar requests: theirs, by route, method, status, cache status and registry.
     @ivar saved: the bytes for which nothing was fetched, by repository.
     """
 
@@ -171,7 +172,7 @@ class Figures(Collector):
     @param workers: lists the process ids of workers, whose memory, time and files count with this process's.
     @ivar version: of what runs here.
     @ivar served: what clients were given.
-    @ivar upstream: requests to the registry and to buckets, by kind of host and outcome.
+    @ivar upstream: requests to the registry and to buckets, by kind of host, outcome and registry.
     """
 
     def __init__(self, version: str, workers: Callable[[], Iterable[int]] = tuple) -> None:
@@ -206,9 +207,15 @@ class Figures(Collector):
         """
         yield InfoMetricFamily("ecr_proxy_build", "What runs here", {"version": self.version})
         yield from _families(
-            self.served.requests, "ecr_proxy", ("route", "method", "status", "cache"), "of clients", "client"
+            self.served.requests,
+            "ecr_proxy",
+            ("route", "method", "status", "cache", "registry"),
+            "of clients",
+            "client",
         )
-        yield from _families(self.upstream, "ecr_proxy_upstream", ("host", "outcome"), "upstream", "received")
+        yield from _families(
+            self.upstream, "ecr_proxy_upstream", ("host", "outcome", "registry"), "upstream", "received"
+        )
         for reading in self._readings:
             yield from _family(reading)
 

@@ -114,12 +114,11 @@ class PullThrough:
         """
         return list(self._arriving.values())
 
-    def carrier(self, digest: Digest) -> str:
+    def carrier(self, digest: Digest) -> Repository | None:
         """
-        Name the repository in which what is on its way was asked for first.
+        Return the repository in which what is on its way was asked for first.
         """
-        carrier = self._carriers.get(digest)
-        return carrier.name if carrier is not None else ""
+        return self._carriers.get(digest)
 
     # Blobs.
 

@@ -32,10 +32,12 @@ class Known:
 
     @ivar table: what the operator said of it; of a wildcard, with the endpoint of the one that is meant.
     @ivar identity: of what is asked.
+    @ivar label: its name in the configuration: of what a wildcard stands for, the wildcard.
     """
 
     table: RegistryTable
     identity: RegistryId
+    label: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +45,18 @@ class Chosen:
     """
     What a request means.
 
+    @ivar registry: the one that the client means.
     @ivar name: of the repository, as the registry's clients call it: what its namespaces are about.
+    @ivar asked: the registry that is asked: another one where a table leads to it under another name.
     @ivar route: what is asked for, of the registry that is asked.
+    @ivar called: its repository as people call it, see L{Registries.called}.
     """
 
     registry: Known
     name: str
+    asked: Known
     route: Route
+    called: str
 
 
 class UnknownRegistryError(RegistryError):
@@ -93,7 +100,7 @@ class Registries:
         self._wildcards = [each for each in tables if each.is_wildcard]
         for table in tables:
             if table.endpoint is not None:
-                known = Known(table, RegistryId.of_url(table.endpoint))
+                known = Known(table, RegistryId.of_url(table.endpoint), table.name)
                 self._by_name[RegistryId.of_host(table.name)] = known
                 self._by_host |= dict.fromkeys(table.hosts, known)
                 if table.path_prefix is not None:
@@ -123,6 +130,27 @@ class Registries:
         """
         return identity not in self._by_identity
 
+    def is_own(self, host: str) -> bool:
+        """
+        Return True if a host, without a port, is a name of this proxy that means one of the registries.
+        """
+        return host.lower() in self._by_host
+
+    def name_of(self, identity: RegistryId) -> str:
+        """
+        Return what a registry is called, also if none of the configuration is it.
+        """
+        known = self._by_identity.get(identity) or self._by_wildcard(identity)
+        return known.table.name if known is not None else identity.host
+
+    def called(self, repository: Repository) -> str:
+        """
+        Return what people call a repository: with its registry, unless that is what the name alone means.
+        """
+        if repository.registry == self.default.identity and self.split(repository.name)[1] == repository.name:
+            return repository.name
+        return f"{self.name_of(repository.registry)}/{repository.name}"
+
     def choose(self, route: Route, ns: str | None, host: str) -> Chosen:
         """
         Find which registry and which repository of it a request means.
@@ -136,8 +164,7 @@ class Registries:
         known = self.named_by(ns, host)
         if known is not None:
             return self._of(known, name, route)
-        known, rest = self._by_path(name)
-        return self._of(self.default, name, route) if known is None else self._of(known, rest, route)
+        return self._of(*self.split(name), route)
 
     def named_by(self, ns: str | None, host: str) -> Known | None:
         """
@@ -164,23 +191,23 @@ class Registries:
         """
         prefix = f"{self.default.table.repository_prefix}/" if self.default.table.repository_prefix else ""
         own = (each.removeprefix(prefix) for each in names if each.startswith(prefix))
-        return sorted(each for each in own if self._by_path(each)[0] is None)
+        return sorted(each for each in own if self.split(each) == (self.default, each))
 
-    def _by_path(self, name: str) -> tuple[Known | None, str]:
+    def split(self, name: str) -> tuple[Known, str]:
         """
-        Find the registry that a repository's first component names, and what then is the repository's name.
+        Tell which registry the first component of a name means, and the rest; without one, it is the default's.
         """
         first, _, rest = name.partition("/")
-        return (self._by_prefix.get(first) or self._called(first) if rest else None), rest
+        known = self._by_prefix.get(first) or self._called(first)
+        return (known, rest) if known is not None and rest else (self.default, name)
 
     def _of(self, known: Known, name: str, route: Route) -> Chosen:
-        if "/" not in name and RegistryId.of_host(known.table.name) == HUB:
-            name = f"{_LIBRARY}/{name}"
-        prefix = known.table.repository_prefix
-        full = f"{prefix}/{name}" if prefix else name
+        name, full = own_name(known.table, name)
         if not is_repository_name(full):
             raise RegistryError(400, "NAME_INVALID", "the repository's name is too long")
-        return Chosen(known, name, replace(route, repository=Repository(known.identity, full)))
+        asked = self._by_identity.get(known.identity, known)
+        repository = Repository(known.identity, full)
+        return Chosen(known, name, asked, replace(route, repository=repository), self.called(repository))
 
     def _called(self, name: str) -> Known | None:
         """
@@ -199,5 +226,14 @@ class Registries:
         for table in self._wildcards:
             if region == table.region:
                 host = table.name.replace("*", account)
-                return Known(replace(table, name=host, endpoint=f"https://{host}"), identity)
+                return Known(replace(table, name=host, endpoint=f"https://{host}"), identity, table.name)
         return None
+
+
+def own_name(table: RegistryTable, name: str) -> tuple[str, str]:
+    """
+    Return a repository's whole name as the registry's clients have it, and as what is asked has it.
+    """
+    if "/" not in name and RegistryId.of_host(table.name) == HUB:
+        name = f"{_LIBRARY}/{name}"
+    return name, f"{table.repository_prefix}/{name}" if table.repository_prefix else name

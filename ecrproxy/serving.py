@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -159,7 +159,7 @@ def wire(
     )
     figures.watch(*of_clients(crowd, crowd.limits.connections or None), *of_disk(condition))
     service.add(Scribe(store.index, threads(1, yielding=False).post), purges, janitor, scrub, tokens, stall)
-    process = Process(store, janitor, worlds.askings, pull_through, readiness, disk.reading)
+    process = Process(store, janitor, worlds.askings, pull_through, worlds.called, readiness, disk.reading)
     return Serving(site, connections, admission, figures, process, cache, purges, partial(_use, worlds, make))
 
 
@@ -201,21 +201,24 @@ class AwsTokens(MultiService):
         self._reactor, self._ends = reactor, ends
         self._kept: dict[tuple[Credentials, str], TokenService] = {}
 
-    def keep(self, needed: Iterable[tuple[Credentials, str]]) -> Mapping[tuple[Credentials, str], TokenService]:
+    def keep(self, tables: Sequence[RegistryTable]) -> Mapping[tuple[Credentials, str], TokenService]:
         """
         Keep the tokens that are needed from now on, and no others; one that was kept before stays as it is.
         """
         before, self._kept = self._kept, {}
-        for key in dict.fromkeys(needed):
-            self._kept[key] = before.pop(key) if key in before else self._begin(*key)
-        for each in before.values():
-            each.disownServiceParent()
+        for each in tables:
+            key = _credentials(each)
+            if _takes_tokens(each) and key not in self._kept:
+                whose = each.name if len(tables) > 1 else ""
+                self._kept[key] = before.pop(key) if key in before else self._begin(*key, whose)
+        for gone in before.values():
+            gone.disownServiceParent()
         return self._kept
 
-    def _begin(self, credentials: Credentials, region: str) -> TokenService:
+    def _begin(self, credentials: Credentials, region: str, whose: str) -> TokenService:
         ends = (lambda _: False) if self.services else self._ends
         fetch = partial(call_unowned, self._reactor, partial(_fetch, credentials, region))
-        service = TokenService(fetch, self._reactor, time.time, ends)
+        service = TokenService(fetch, self._reactor, time.time, ends, whose=whose)
         service.setServiceParent(self)
         return service
 
@@ -271,7 +274,7 @@ def _wiring(
     reading: InThread,
     egress: Egress,
     reactor: Any,  # noqa: ANN401
-) -> Callable[[TokenService | None, Known], tuple[Upstream, Asking]]:
+) -> Callable[[TokenService | None, str, Known], tuple[Upstream, Asking]]:
     """
     Return what wires all that asks one registry and its buckets.
 
@@ -281,15 +284,24 @@ def _wiring(
     forget = _install_resolver(config, reactor)
     budget = Budget(config.upstream_tries, config.upstream_seconds)
 
-    def make(tokens: TokenService | None, known: Known) -> tuple[Upstream, Asking]:
+    def make(tokens: TokenService | None, who: str, known: Known) -> tuple[Upstream, Asking]:
         table, url = known.table, known.table.endpoint or ""
         agent = UpstreamAgent(reactor, url, forget, egress=egress, outside=outside)
-        wire = Wire(MeteredAgent(agent, url, figures.upstream, reactor), reactor, budget)
-        governor, circuit = Governor(_quotas(config, table), config.ecr_connections, reactor), Circuit(reactor.seconds)
+        wire = Wire(MeteredAgent(agent, url, figures.upstream, reactor, known.label), reactor, budget)
+        governor = Governor(_quotas(config, table), config.ecr_connections, reactor)
+        circuit = Circuit(reactor.seconds, who)
         authorization = _authorization(table, url, wire, tokens, reading)
         endpoint = Endpoint(url, wire, authorization, governor, circuit)
         upstream = Upstream(endpoint, wire, stall_seconds=config.stall_seconds)
-        asking = Asking(name=table.name, tokens=tokens, wire=wire, circuit=circuit, governor=governor, clock=reactor)
+        asking = Asking(
+            name=table.name,
+            label=known.label,
+            tokens=tokens,
+            wire=wire,
+            circuit=circuit,
+            governor=governor,
+            clock=reactor,
+        )
         return upstream, asking
 
     return make
@@ -297,7 +309,7 @@ def _wiring(
 
 def _world(
     tokens: AwsTokens,
-    wire_one: Callable[[TokenService | None, Known], tuple[Upstream, Asking]],
+    wire_one: Callable[[TokenService | None, str, Known], tuple[Upstream, Asking]],
     judging: Threads,
     reactor: Any,  # noqa: ANN401
     config: Config,
@@ -308,8 +320,12 @@ def _world(
     """
     registries = Registries(config.registries, config.registry_aliases or (), config.unknown_registry_status)
     namespaces = _namespaces(config, judging, reactor)
-    kept = tokens.keep(_credentials(each) for each in config.registries if _takes_tokens(each))
-    upstreams = Upstreams(registries, lambda known: wire_one(kept.get(_credentials(known.table)), known), before)
+    kept, several = tokens.keep(config.registries), len(config.registries) > 1
+
+    def make(known: Known) -> tuple[Upstream, Asking]:
+        return wire_one(kept.get(_credentials(known.table)), known.table.name if several else "ECR", known)
+
+    upstreams = Upstreams(registries, make, before)
     return World(registries, upstreams, namespaces, _catalog(registries, namespaces, reactor))
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from ecrproxy.access.namespaces import Namespaces
 from ecrproxy.admin.status import Asking
 from ecrproxy.catalog import Catalog
+from ecrproxy.identity import Repository
 from ecrproxy.oci import Route
 from ecrproxy.registries import Known, Registries
 from ecrproxy.registry.upstream import Upstream
@@ -66,3 +67,9 @@ class Worlds:
         List what asks the latest registries, the default first.
         """
         return self.latest.upstreams.askings()
+
+    def called(self, repository: Repository) -> str:
+        """
+        Return what clients call a repository of the latest registries.
+        """
+        return self.latest.registries.called(repository)

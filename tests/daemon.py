@@ -106,6 +106,8 @@ PASSWORD: Final = "canary-of-a-client"
 SHOWN: Final = f"Basic {base64.b64encode(f'client:{PASSWORD}'.encode()).decode()}"
 """What each client shows: nobody is to see it again."""
 ERRORS: Final = 400
+NAMED: Final = 'registry="123456789012.dkr.ecr.eu-west-1.amazonaws.com"'
+"""The label of figures by which the stand-in is told from other registries."""
 
 
 def at_once(blocking: Callable[..., T], *args: Any) -> Deferred[T]:
@@ -556,7 +558,8 @@ class Other:
     What asks a registry beside the default one.
     """
 
-    def __init__(self, table: RegistryTable, standin: StandIn, clock: Clock, tally: Tally) -> None:
+    def __init__(self, known: Known, standin: StandIn, clock: Clock, tally: Tally) -> None:
+        table = known.table
         self.standin, self.back = standin, Network(QuietSite(standin.resource, reactor=clock), clock)
 
         def issue() -> Deferred[Token]:
@@ -564,16 +567,24 @@ class Other:
 
         self.tokens = TokenService(issue, clock, clock.seconds, chance=lambda: 0.5)
         wire = Wire(
-            MeteredAgent(self.back.agent(persistent=True), standin.registry, tally, clock), clock, chance=lambda: 0.0
+            MeteredAgent(self.back.agent(persistent=True), standin.registry, tally, clock, known.label),
+            clock,
+            chance=lambda: 0.0,
         )
-        governor, circuit = Governor(Quotas(), 128, clock), Circuit(clock.seconds)
+        governor, circuit = Governor(Quotas(), 128, clock), Circuit(clock.seconds, table.name)
         self.authorization: Authorization = Basic(self.tokens)
         if table.protocol is not TableProtocol.ECR:
             login = None if table.anonymous else self.tokens
             self.authorization = Bearer(standin.registry, wire, login, table.realms)
         self.upstream = Upstream(Endpoint(standin.registry, wire, self.authorization, governor, circuit), wire)
         self.asking = Asking(
-            name=table.name, tokens=self.tokens, wire=wire, circuit=circuit, governor=governor, clock=clock
+            name=table.name,
+            label=known.label,
+            tokens=self.tokens,
+            wire=wire,
+            circuit=circuit,
+            governor=governor,
+            clock=clock,
         )
 
 
@@ -631,7 +642,8 @@ class Daemon(Administered):
         self.circuit = Circuit(clock.seconds)
         # Without chance the next try comes at once, unless upstream asks for more time.
         self.figures = Figures("0")
-        metered = MeteredAgent(agent(self.back), standin.registry, self.figures.upstream, clock)
+        name = RegistryId.of_url(standin.registry).host
+        metered = MeteredAgent(agent(self.back), standin.registry, self.figures.upstream, clock, name)
         wire = Wire(metered, clock, budget, chance=lambda: chance)
         endpoint = Endpoint(standin.registry, wire, Basic(self.tokens), self.governor, self.circuit)
         self.upstream = Upstream(endpoint, wire)
@@ -643,6 +655,7 @@ class Daemon(Administered):
         self.others, self._backs = dict[str, Other](), list[Network]()
         self.asking = Asking(
             name=table.name,
+            label=table.name,
             tokens=self.tokens,
             wire=wire,
             circuit=self.circuit,
@@ -681,7 +694,9 @@ class Daemon(Administered):
         self.figures.watch(*of_cache(self.store, self.janitor), *of_transfers(self.pull_through))
         self.figures.watch(*of_clients(self.crowd, 100), *of_registries(self.askings))
         self.figures.watch(*of_disk(self.condition))
-        self.process = Process(self.store, self.janitor, self.askings, self.pull_through, self.readiness, in_thread)
+        self.process = Process(
+            self.store, self.janitor, self.askings, self.pull_through, self.worlds.called, self.readiness, in_thread
+        )
         incidents = Incidents(self.now)
         self.status = Status(
             standin.registry, self.figures, self.readiness, self.process.standing, incidents, self.now, clock
@@ -728,10 +743,10 @@ class Daemon(Administered):
         standins = {each.name: standin for each, standin in others.items()}
 
         def make(known: Known) -> tuple[Upstream, Asking]:
-            name = known.table.name
+            name = known.label
             if name not in standins:
                 return self.upstream, self.asking
-            other = self.others[name] = Other(known.table, standins[name], self.clock, self.figures.upstream)
+            other = self.others[name] = Other(known, standins[name], self.clock, self.figures.upstream)
             self._backs.append(other.back)
             other.tokens.startService()
             return other.upstream, other.asking

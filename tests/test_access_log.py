@@ -12,7 +12,7 @@ from ecrproxy.http.access_log import GATHER_SECONDS, REFUSED, AccessLine, Access
 from ecrproxy.http.request import PATH_LENGTH, printable
 from ecrproxy.request_id import LONGEST, choose_id
 from ecrproxy.stopwatch import Stopwatch
-from tests.daemon import DaemonTestCase, noise
+from tests.daemon import NAMED, DaemonTestCase, noise
 
 
 def line_of(path: str) -> AccessLine:
@@ -292,7 +292,7 @@ class LinesTests(DaemonTestCase):
         self.flush()
 
     def counted(self, *, status: str, cache: str) -> float:
-        labels = f'cache="{cache}",method="GET",route="blob",status="{status}"'
+        labels = f'cache="{cache}",method="GET",{NAMED},route="blob",status="{status}"'
         return self.daemon.figure(f"ecr_proxy_requests_total{{{labels}}}")
 
     def test_a_client_that_leaves_before_its_answer_has_no_status(self) -> None:

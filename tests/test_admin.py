@@ -19,7 +19,7 @@ from ecrproxy.http.site import route_of
 from ecrproxy.metrics import Figure, Figures, Reading, Tally
 from ecrproxy.registry.circuit import FAILURES
 from ecrproxy.workers.messages import FiguresTold, FromWorker, decode, encode
-from tests.daemon import DaemonTestCase, noise
+from tests.daemon import NAMED, DaemonTestCase, noise
 
 
 class MetricsTests(DaemonTestCase):
@@ -39,7 +39,7 @@ class MetricsTests(DaemonTestCase):
         """
         for _ in range(3):
             self.get(self.blob)
-        counted = 'ecr_proxy_requests_total{cache="%s",method="GET",route="blob",status="200"}'
+        counted = f'ecr_proxy_requests_total{{cache="%s",method="GET",{NAMED},route="blob",status="200"}}'
         self.assertEqual(1, self.daemon.figure(counted % "MISS"))
         self.assertEqual(2, self.daemon.figure(counted % "HIT"))
         self.assertEqual(3 * len(self.data), self.daemon.figure('ecr_proxy_client_bytes_total{route="blob"}'))
@@ -52,8 +52,8 @@ class MetricsTests(DaemonTestCase):
         for _ in range(3):
             self.get(self.blob)
         told = "ecr_proxy_upstream_requests_total"
-        self.assertEqual(1, self.daemon.figure(told + '{host="registry",outcome="307"}'))
-        self.assertEqual(1, self.daemon.figure(told + '{host="bucket",outcome="206"}'))
+        self.assertEqual(1, self.daemon.figure(f'{told}{{host="registry",outcome="307",{NAMED}}}'))
+        self.assertEqual(1, self.daemon.figure(f'{told}{{host="bucket",outcome="206",{NAMED}}}'))
         received = self.daemon.figure('ecr_proxy_upstream_received_bytes_total{host="bucket"}')
         self.assertEqual(len(self.data), received)
 
@@ -63,7 +63,7 @@ class MetricsTests(DaemonTestCase):
         """
         self.standin.refuse("registry")
         self.get("/v2/team/app/manifests/latest")
-        failed = self.daemon.figure('ecr_proxy_upstream_requests_total{host="registry",outcome="failed"}')
+        failed = self.daemon.figure(f'ecr_proxy_upstream_requests_total{{host="registry",outcome="failed",{NAMED}}}')
         self.assertGreaterEqual(failed, 1)
 
     def test_the_cache_tells_how_full_it_is(self) -> None:

@@ -14,6 +14,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.command.checkup import account
 from ecrproxy.command.checkup.aws import (
+    Aws,
     Identity,
     NoCredentialsError,
     Provider,
@@ -25,7 +26,8 @@ from ecrproxy.command.checkup.findings import Finding, Once, Verdict
 from ecrproxy.command.checkup.permissions import Trial
 from ecrproxy.command.checkup.reach import Contact
 from ecrproxy.oci import Digest
-from ecrproxy.registry.ecr import CredentialsError
+from ecrproxy.registry.ecr import Credentials, CredentialsError
+from tests.test_ecr import FakeAws
 
 ARN = "arn:aws:sts::123456789012:assumed-role/puller/i-0abc"
 DENIED = (
@@ -358,3 +360,35 @@ class TrialTests(SynchronousTestCase):
         self.answers["GET", f"/v2/app/referrers/{Digest.of(index)}"] = Contact("a", status=200)
         _, found = self.run_trial("1")
         self.assertEqual(Verdict.OK, found["ecr:GetDownloadUrlForLayer"].verdict)
+
+
+class RoleTests(SynchronousTestCase):
+    """
+    The role of a registry.
+    """
+
+    def test_what_is_asked_is_asked_in_the_role(self) -> None:
+        """
+        As the daemon asks it.
+        """
+        fake, role = FakeAws(self), "arn:aws:iam::444455556666:role/pull"
+        fake.grants()
+        keys = "<AccessKeyId>AKIDROLE</AccessKeyId><SecretAccessKey>s</SecretAccessKey><SessionToken>t</SessionToken>"
+        given = f"<Credentials>{keys}<Expiration>2099-01-01T00:00:00Z</Expiration></Credentials>"
+        answer = f"<AssumeRoleResponse><AssumeRoleResult>{given}</AssumeRoleResult></AssumeRoleResponse>"
+        fake.answers["POST", "https://sts.eu-west-1.amazonaws.com/"] = (200, answer)
+        Aws("eu-west-1", Credentials(role=role)).token()
+        self.assertEqual("AKIDROLE", fake.signed_with())
+        Aws("eu-west-1", Credentials()).token()
+        self.assertNotEqual("AKIDROLE", fake.signed_with())
+
+    def test_one_that_is_refused_is_told_with_what_to_do(self) -> None:
+        for problem, verdict, words in (
+            (RefusedError("AccessDenied", "not authorized"), Verdict.FAILED, "trust policy of arn:x names"),
+            (RefusedError("AccessDenied", "Signature expired: x"), Verdict.FAILED, "clock"),
+            (UnreachableError("timeout"), Verdict.FAILED, "endpoint for sts"),
+            (NoCredentialsError("none"), Verdict.SKIPPED, ""),
+        ):
+            (found,) = account.look_at_role(Once(raising(problem)), "arn:x")
+            self.assertEqual(verdict, found.verdict)
+            self.assertIn(words, found.advice)

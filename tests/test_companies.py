@@ -7,10 +7,15 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from twisted.internet.defer import Deferred, fail
+
+from ecrproxy.admin.units import size
 from ecrproxy.registry.circuit import FAILURES
+from ecrproxy.registry.ecr import Token, TokenUnavailableError
 from ecrproxy.settings.registries import Protocol, RegistryTable
 from tests.daemon import DaemonTestCase, noise
 from tests.registry import StandIn
+from tests.test_page import Node, Reader
 
 ONE = "123456789012.dkr.ecr.eu-west-1.amazonaws.com"
 TWO = "444455556666.dkr.ecr.us-east-1.amazonaws.com"
@@ -157,6 +162,94 @@ class SeveralRegistriesTests(DaemonTestCase):
     def status(self) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(self.daemon.ask_admin("/status.json").body)
         return found
+
+    def test_one_without_a_token_is_named_and_the_others_are_ready(self) -> None:
+        def refuse() -> Deferred[Token]:
+            return fail(TokenUnavailableError("AWS answers AccessDenied"))
+
+        self.daemon.others[TWO].tokens._fetch = refuse  # noqa: SLF001 (as if the role was taken away)
+        self.daemon.others[TWO].tokens._token = None  # noqa: SLF001
+        self.daemon.others[TWO].tokens._due = 0  # noqa: SLF001
+        reply = self.daemon.send("GET", "/v2/us/team/app/manifests/latest")
+        self.pass_time(12)
+        self.assertEqual(503, reply.code)
+        reply = self.get("/readyz")
+        ready = json.loads(reply.body)
+        self.assertEqual((200, True, True), (reply.code, ready["can_serve"], ready["can_fetch"]))
+        self.assertEqual([f"{TWO}: no token: AWS answers AccessDenied"], ready["reasons"])
+        self.assertWhole(self.get("/v2/team/app/manifests/latest"), self.image.manifest)
+
+    def test_requests_are_counted_by_the_registry_of_the_configuration(self) -> None:
+        self.get("/v2/us/team/app/manifests/latest")
+        self.get("/v2/team/app/manifests/latest?ns=nobody.example")
+        page = self.daemon.ask_admin("/metrics").body.decode()
+        upstream = 'ecr_proxy_upstream_requests_total{host="registry",outcome="200",registry="%s"} 1.0'
+        self.assertIn(upstream % TWO, page)
+        self.assertNotIn(upstream % ONE, page)
+        asked = 'ecr_proxy_requests_total{cache="%s",method="GET",registry="%s",route="manifest",status="%s"} 1.0'
+        self.assertIn(asked % ("MISS", TWO, 200), page)
+        self.assertIn(asked % ("-", "-", 404), page)
+
+    def test_what_a_wildcard_stands_for_has_the_wildcards_name(self) -> None:
+        """
+        In figures and on the page; in reasons each has its own.
+        """
+        name = "*.dkr.ecr.eu-central-1.amazonaws.com"
+        table = RegistryTable(name=name, protocol=Protocol.ECR, endpoint=None, region="eu-central-1")
+        self.start(others={table: self.other})
+        hosts = [name.replace("*", 12 * digit) for digit in "123"]
+        for host in hosts:
+            self.get(f"/v2/team/app/manifests/latest?ns={host}")
+        figures = self.daemon.ask_admin("/metrics").body.decode()
+        self.assertEqual([], [host for host in hosts if host in figures])
+        self.assertIn(f'ecr_proxy_circuit_state{{registry="{name}",state="closed"}} 1.0', figures)
+        self.assertEqual([ONE, name], [each["name"] for each in self.status()["registries"]])
+        self.assertEqual(3, sum(self.status()["registries"][1]["upstream"]["outcomes"]["registry"].values()))
+
+    def test_status_page_has_a_row_for_each(self) -> None:
+        for _ in range(2):
+            self.get(self.blob.replace("/v2/", "/v2/us/"))
+        self.other.fail("registry", status=500)
+        self.get("/v2/us/team/none/manifests/latest")
+        self.pass_time(20)
+        first, second = self.rows(self.page("/"), "Registries")
+        self.assertEqual([ONE, "closed", "good", "0", "0 B"], first)
+        self.assertEqual([TWO, "closed", "good", "3", size(len(self.layer))], second)
+
+    def test_status_page_leads_to_a_page_of_each(self) -> None:
+        for path in (self.blob, self.blob, self.blob.replace("/v2/", "/v2/us/"), self.blob.replace("/v2/", "/v2/us/")):
+            self.get(path)
+        links = [each.attributes["href"] for each in self.page("/").all("a")]
+        for name, repository in ((ONE, "team/app"), (TWO, f"{TWO}/team/app")):
+            self.assertIn(f"?registry={name}", links)
+            page = self.page(f"/?registry={name}")
+            self.assertEqual(name, page.all("bdi")[0].text)
+            self.assertEqual([repository], [row[0] for row in self.rows(page, "Repositories by bytes saved")])
+            headings = [each.text for each in page.all("h2")]
+            self.assertEqual(["At a glance", "On the way from ECR"], headings[:2])
+            self.assertNotIn("Cache", headings)
+            self.assertIn("./", [each.attributes["href"] for each in page.all("a")])
+        self.assertEqual(404, self.daemon.ask_admin("/?registry=nobody.example").code)
+
+    def page(self, path: str) -> Node:
+        return Reader(self.daemon.ask_admin(path).body.decode().removeprefix("<!DOCTYPE html>")).top
+
+    def rows(self, page: Node, heading: str) -> list[list[str]]:
+        (section,) = [each for each in page.all("section") if each.all("h2")[0].text == heading]
+        return [[cell.text for cell in row.all("th", "td")] for row in section.all("tr")][1:]
+
+    def test_repositories_and_transfers_are_told_with_their_registry(self) -> None:
+        digest = self.blob.rpartition("/")[2]
+        self.other.hold(digest)
+        self.daemon.send("GET", self.blob.replace("/v2/", "/v2/us/"))
+        self.flush()
+        self.assertEqual([f"{TWO}/team/app"], [each["repository"] for each in self.status()["transfers"]])
+        self.other.release(digest)
+        self.flush()
+        self.get(self.blob.replace("/v2/", "/v2/us/"))
+        self.get(self.blob)
+        told = {each["repository"] for each in self.status()["repositories"]}
+        self.assertEqual({f"{TWO}/team/app", "team/app"}, told)
 
     def test_pages_of_a_list_lead_on_to_the_same_one(self) -> None:
         self.other.push_image("team/app", *(f"v{number}" for number in range(5)))

@@ -5,14 +5,17 @@ The command C{ecr-proxy doctor}: all checks together, what is told of them, and 
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.command.checkup.aws import Identity, NoCredentialsError, Provider, UnreachableError
+from ecrproxy.command.checkup.aws import Identity, NoCredentialsError, Provider, RefusedError, UnreachableError
 from ecrproxy.command.checkup.doctor import run
 from ecrproxy.command.checkup.findings import Check, Once, SkippedError, Verdict, examine, ok
 from ecrproxy.command.checkup.names import Answer
@@ -20,6 +23,7 @@ from ecrproxy.command.checkup.reach import Contact
 from ecrproxy.command.checkup.senses import Senses
 from ecrproxy.command.doctor import DOCTOR
 from ecrproxy.oci import Digest
+from ecrproxy.registry.ecr import Credentials
 from ecrproxy.registry.egress import Proxy
 from tests.caller import NOW, Caller
 from tests.test_checkup_account import ARN, BODY, CONFIG
@@ -43,7 +47,14 @@ class World:
     touched: list[tuple[str, str, Mapping[str, str]]] = field(default_factory=list)
     addresses: dict[str, list[str]] = field(default_factory=dict)
     hanging: bool = False
+    greeting: int = 200
     through: list[str] = field(default_factory=list)
+    roles: dict[str, World] = field(default_factory=dict)
+    opened: list[tuple[str, Credentials]] = field(default_factory=list)
+
+    def account(self, region: str, credentials: Credentials) -> World:
+        self.opened.append((region, credentials))
+        return self.roles.get(credentials.role or "", self)
 
     def provider(self) -> Provider:
         return self._told("provider", Provider("iam-role"))
@@ -77,7 +88,7 @@ class World:
         blob = f"/blobs/{Digest.of(CONFIG)}"
         shown = replace(AMAZON, until=NOW + 10**8)
         answers: dict[str, Contact] = {
-            "/v2/": Contact(address, status=200 if headers else 401, shown=shown),
+            "/v2/": Contact(address, status=self.greeting if headers else 401, shown=shown),
             "/tags/list?n=1": Contact(address, status=200, body=b'{"tags": ["1"]}'),
             "/manifests/1": Contact(address, status=200, body=BODY),
             blob: Contact(address, status=307, headers={"location": LOCATION}),
@@ -103,7 +114,7 @@ class World:
         Look at this world.
         """
         return Senses(
-            account=lambda region, instance_auth: self,
+            account=self.account,
             touch=self.touch,
             touch_place=lambda place, path: Contact("x", "Connection refused"),
             bind=lambda place: 0,
@@ -117,9 +128,9 @@ class World:
         )
 
 
-class DoctorTests(SynchronousTestCase):
+class DoctorTestCase(SynchronousTestCase):
     """
-    One run.
+    A world where all is well, and a caller.
     """
 
     def setUp(self) -> None:
@@ -146,6 +157,12 @@ class DoctorTests(SynchronousTestCase):
         """
         told = json.loads(self.call("--json", *arguments))
         return {each["check"]: each["verdict"] for each in told["findings"]}
+
+
+class DoctorTests(DoctorTestCase):
+    """
+    One run.
+    """
 
     def test_where_all_is_well_each_line_says_so(self) -> None:
         """
@@ -292,6 +309,82 @@ class DoctorTests(SynchronousTestCase):
             self.call(*arguments)
             self.assertEqual(2, self.caller.status, arguments)
             self.assertEqual(1, self.caller.complaint.count("\n"), arguments)
+
+
+class SeveralTests(DoctorTestCase):
+    """
+    A configuration with several registries.
+    """
+
+    TWO, ROLE = "444455556666.dkr.ecr.us-east-1.amazonaws.com", "arn:aws:iam::444455556666:role/pull"
+
+    def setUp(self) -> None:
+        super().setUp()
+        with tempfile.NamedTemporaryFile("w", suffix=".toml", delete=False) as file:
+            file.write(
+                f'[registry."{self.TWO}"]\nrole = "{self.ROLE}"\npath-prefix = "us"\nnamespaces = "team/.*"\n'
+                '[registry."*.dkr.ecr.eu-central-1.amazonaws.com"]\n'
+                f'[registry."docker.io"]\nendpoint = "https://{ECR}"\necr-repository-prefix = "hub"\n'
+            )
+        self.addCleanup(os.unlink, file.name)
+        self.caller.variables["PROXY_CONFIG"] = file.name
+        self.theirs = self.world.roles[self.ROLE] = World()
+
+    def lines(self, *arguments: str) -> dict[str, list[tuple[str, str]]]:
+        """
+        Call it, and tell what is said of each of the others, and how it is.
+        """
+        found: dict[str, list[tuple[str, str]]] = {}
+        for each in json.loads(self.call("--json", *arguments))["findings"]:
+            found.setdefault(each["check"], []).append((each["verdict"], each["said"]))
+        return found
+
+    def test_each_has_a_line_for_role_token_and_answer(self) -> None:
+        found = self.lines()
+        self.assertEqual(0, self.caller.status, found)
+        role, token, registry = found[self.TWO]
+        self.assertEqual(("ok", f"role: assumed: {ARN}"), role)
+        self.assertEqual(("ok", "token: ECR gives one, good for 12.0 hours"), token)
+        self.assertEqual(("ok", True), (registry[0], registry[1].endswith("; it takes the token")))
+        self.assertTrue(registry[1].startswith(f"registry: {self.TWO} answers at 52.0.0.1"), registry)
+        self.assertEqual(
+            ["token"], [said.partition(":")[0] for _, said in found["*.dkr.ecr.eu-central-1.amazonaws.com"]]
+        )
+        self.assertEqual(["token", "registry"], [said.partition(":")[0] for _, said in found["docker.io"]])
+        of_role = [region for region, credentials in self.world.opened if credentials.role == self.ROLE]
+        self.assertEqual(["us-east-1"], of_role)
+
+    def test_a_role_that_is_refused_fails_its_own_registry_alone(self) -> None:
+        self.theirs.problems = dict.fromkeys(("identity", "token"), RefusedError("AccessDenied", "not authorized"))
+        found = self.lines()
+        self.assertEqual(["failed", "failed", "ok"], [verdict for verdict, _ in found.pop(self.TWO)])
+        self.assertEqual({"ok"}, {verdict for several in found.values() for verdict, _ in several})
+        self.assertIn(f"see that the trust policy of {self.ROLE} names", self.call())
+
+    def test_a_token_that_a_registry_refuses_is_told(self) -> None:
+        self.world.greeting = 403
+        self.assertEqual(("failed", "registry: answers 403 to a fresh token"), self.lines()[self.TWO][-1])
+
+    def test_permissions_are_tried_on_an_image_of_the_registry_that_is_named(self) -> None:
+        for name in (f"{self.TWO.replace('.ecr.', '.ecr-fips.')}/team/app:1", "us/team/app:1"):
+            self.world.touched.clear()
+            self.assertEqual([("ok", "allowed: tried")], self.lines("--repository", name)["ecr:BatchGetImage"])
+            asked = [url for url, _, _ in self.world.touched if url.endswith("/manifests/1")]
+            self.assertEqual([f"https://{self.TWO}/v2/team/app/manifests/1"], asked)
+        self.assertEqual("failed", self.lines("--repository", "us/other/app:1")["namespace"][0][0])
+        self.lines("--repository", "docker.io/nginx:1")
+        self.assertIn(f"https://{ECR}/v2/hub/library/nginx/manifests/1", [url for url, _, _ in self.world.touched])
+        self.call("--repository", "ghcr.io/x/y:1")
+        self.assertEqual((2, True), (self.caller.status, "ghcr.io is no registry of" in self.caller.complaint))
+
+    def test_the_role_of_the_default_is_assumed(self) -> None:
+        del self.caller.variables["PROXY_ECR_ENDPOINT"]
+        text = f'[registry."{ECR}"]\ndefault = true\nrole = "{self.ROLE}"\n'
+        Path(self.caller.variables["PROXY_CONFIG"]).write_text(text)
+        self.assertEqual([("ok", f"assumed: {ARN}")], self.lines()["role"])
+        self.theirs.problems["identity"] = RefusedError("AccessDenied", "no")
+        found = self.lines()
+        self.assertEqual(["ok", "failed"], [found[each][0][0] for each in ("identity", "role")])
 
 
 class ExamineTests(SynchronousTestCase):

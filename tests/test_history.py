@@ -77,8 +77,8 @@ class SamplerTests(SynchronousTestCase):
         sampler.startService()
         for told in ("blob HIT", "blob MISS", "manifest STALE", "tags BYPASS", "blob -"):
             route, cache = told.split()
-            figures.served.requests.note((route, "GET", "200", cache), 0.1, 7)
-        figures.upstream.note(("bucket", "206"), 0.1, 3)
+            figures.served.requests.note((route, "GET", "200", cache, "-"), 0.1, 7)
+        figures.upstream.note(("bucket", "206", "-"), 0.1, 3)
         clock.advance(SAMPLE_SECONDS)
         self.assertEqual(Point(SAMPLE_SECONDS, asked=3, hits=2, sent=35, received=3), history.latest())
         sampler.stopService()

@@ -14,12 +14,15 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.command.asking import Answer
 from ecrproxy.command.choosing import Target, chosen, parse_age
+from ecrproxy.command.naming import Pattern, naming_of
 from ecrproxy.command.survey import File, Held, Survey
+from ecrproxy.identity import RegistryId, Repository
 from tests.caller import Caller
 from tests.daemon import DaemonTestCase, noise
 from tests.registry_content import Image
 
 DAY = 86400
+ANY = RegistryId("any:443")
 
 
 class HoldingsTestCase(DaemonTestCase):
@@ -288,7 +291,6 @@ class PurgeTests(HoldingsTestCase):
             ("a:",),
             ("@x",),
             ("a@sha256:1",),
-            ("host:5000/a",),
             ("--older-than", "soon"),
             ("sha256:1",),
         ):
@@ -487,7 +489,7 @@ def held(name: str, repository: str, reference: str, *digests: str, manifest: bo
     Make an entry.
     """
     tag = None if reference.startswith("d") else reference
-    return Held(name, manifest, repository, tag, digests, used)
+    return Held(name, manifest, Repository(ANY, repository), tag, digests, used)
 
 
 class ChoosingTests(SynchronousTestCase):
@@ -504,8 +506,8 @@ class ChoosingTests(SynchronousTestCase):
         for text in targets:
             name, _, digest = text.partition("@")
             repository, _, tag = name.partition(":")
-            parsed.append(Target(repository, tag or None, digest or None))
-        found = chosen(survey, parsed, before)
+            parsed.append(Target(Pattern(repository), tag or None, digest or None))
+        found = chosen(survey, parsed, naming_of((), (), {ANY}), before)
         return "".join(sorted(each.name for each in found.entries)), list(found.content)
 
     def test_a_tag_takes_along_what_only_it_leads_to(self) -> None:
@@ -606,10 +608,15 @@ class ChoosingTests(SynchronousTestCase):
         As people write them.
         """
         digest = f"sha256:{'a' * 64}"
-        self.assertEqual(Target("a/b"), Target.parse("a/b"))
-        self.assertEqual(Target("a/*", "v?"), Target.parse("a/*:v?"))
-        self.assertEqual(Target("a", digest=digest), Target.parse(f"a@{digest}"))
-        self.assertEqual(Target(digest=digest), Target.parse(digest))
+        naming = naming_of((), (), ())
+        for text, target in {
+            "a/b": Target(Pattern("a/b")),
+            "a/*:v?": Target(Pattern("a/*"), "v?"),
+            "host:5000/a:1": Target(Pattern("host:5000/a"), "1"),
+            f"a@{digest}": Target(Pattern("a"), digest=digest),
+            digest: Target(digest=digest),
+        }.items():
+            self.assertEqual(target, Target.parse(text, naming))
         self.assertEqual(
             [30, 1800, 3600, 86400, 604800], [parse_age(text) for text in ("30s", "30m", "1h", "1d", "1w")]
         )

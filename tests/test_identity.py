@@ -59,6 +59,17 @@ class RegistryIdTests(SynchronousTestCase):
                     self.assertEqual(RegistryId(f"{partition}:{region}:{ACCOUNT}"), RegistryId.of_host(spelling))
                 self.assertEqual(RegistryId.of_host(host), RegistryId.of_url(f"https://{host}"))
 
+    def test_the_host_of_a_registry_leads_back_to_it(self) -> None:
+        regions = ("eu-west-1", "us-gov-west-1", "cn-north-1", "eusc-de-east-1", "us-iso-east-1", "us-isob-east-1")
+        domains = ("amazonaws.com", "amazonaws.com", "amazonaws.com.cn", "amazonaws.eu", "c2s.ic.gov", "sc2s.sgov.gov")
+        for region, domain in zip(regions, domains, strict=True):
+            host = f"{ACCOUNT}.dkr.ecr.{region}.{domain}"
+            self.assertEqual(host, RegistryId.of_host(host).host)
+        dual = RegistryId.of_host(f"{ACCOUNT}.dkr-ecr.eu-west-1.on.aws")
+        self.assertEqual(f"{ACCOUNT}.dkr.ecr.eu-west-1.amazonaws.com", dual.host)
+        for host in ("quay.io", "localhost:5000", "[::1]:5000", "[::1]"):
+            self.assertEqual(host, RegistryId.of_host(host).host)
+
     def test_accounts_and_regions_are_different_registries(self) -> None:
         hosts = [
             f"{account}.dkr.ecr.{region}.amazonaws.com"

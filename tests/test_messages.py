@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.admin.snapshot import Fill, Leaving, RegistryState, Standing, TokenState, Transfer, UpstreamState
+from ecrproxy.admin.snapshot import Answers, Fill, Leaving, RegistryState, Standing, TokenState, Transfer, UpstreamState
 from ecrproxy.metrics import BUCKETS, Tally
 from ecrproxy.readiness import Readiness
 from ecrproxy.workers.messages import (
@@ -35,9 +35,9 @@ from ecrproxy.workers.messages import (
     encode,
 )
 
-ROW = ("blob", "GET", "200", "HIT"), 1, 300, 0.5, (0,) * (len(BUCKETS) + 1)
+ROW = ("blob", "GET", "200", "HIT", "one.test"), 1, 300, 0.5, (0,) * (len(BUCKETS) + 1)
 INCIDENT = (1000.5, "warn", "the disk fails", 3, "kind", "once")
-COUNTED = Counted((ROW,), ((("bucket", "206"), *ROW[1:]),), (("team/app", 300, 1),), (INCIDENT,))  # type: ignore[arg-type]
+COUNTED = Counted((ROW,), ((("bucket", "206", "one.test"), *ROW[1:]),), (("team/app", 300, 1),), (INCIDENT,))  # type: ignore[arg-type]
 STANDING = Standing(
     Readiness(can_serve=True, can_fetch=False, reasons=("no token: denied",)),
     Fill(10, 20, 30, 2, 1, (Leaving("unfinished", "sha256:1", 5, 6.5), Leaving("content", "sha256:0", 5, 7.5))),
@@ -47,6 +47,7 @@ STANDING = Standing(
             "one.test",
             TokenState(None, 1e9, 60.0, 0),
             UpstreamState("closed", 2, None, {"blobs": 1}, 3, {"bucket": {"206": 1}}),
+            {"HIT": Answers(1, 300)},
         ),
     ),
 )
@@ -95,7 +96,7 @@ class MessagesTests(SynchronousTestCase):
 
     def test_what_a_tally_has_counted_is_one(self) -> None:
         tally = Tally()
-        tally.note(("blob", "GET", "200", "HIT"), 0.25, 5)
+        tally.note(("blob", "GET", "200", "HIT", "one.test"), 0.25, 5)
         rows = tuple(tally.take())
         told = decode(encode(Counted(rows, (), (), ())), FromWorker)  # type: ignore[arg-type]
         sums = Tally()

@@ -23,6 +23,7 @@ from ecrproxy.admin.snapshot import (
     Answers,
     Fill,
     Leaving,
+    RegistryState,
     Saving,
     Snapshot,
     TokenState,
@@ -61,6 +62,17 @@ FULL = replace(
     repositories=(Saving("team/app", 2**30, 12), Saving("team/base", 2**29, 3)),
     upstream=UpstreamState(
         "closed", 0, 2.0, {"manifests": 1}, 4, {"registry": {"200": 5, "404": 2, "429": 1, "503": 3}}
+    ),
+    registries=(
+        RegistryState("one.test", EMPTY.token, EMPTY.upstream),
+        RegistryState(
+            "*.two.test",
+            TokenState("denied", None, 1.0, 1),
+            UpstreamState(
+                "open", 0, None, {}, 0, {"registry": {"404": 1, "429": 2, "503": 4}, "bucket": {"failed": 8}}
+            ),
+            {"HIT": Answers(1, 2**20), "MISS": Answers(1, 2**30)},
+        ),
     ),
     answers={"HIT": Answers(30, 300), "MISS": Answers(10, 100)},
     now=Point(5, 2, 1, 5 * 2**20, 2**20),
@@ -197,6 +209,17 @@ class PageTests(PageTestCase):
             [["1 min ago error", "the disk is full (3 times)"]], self.rows(self.section(page, "Warnings and errors"))
         )
 
+    def test_shows_how_each_registry_is(self) -> None:
+        """
+        Where there are several.
+        """
+        self.assertEqual(
+            [["one.test", "closed", "good", "0", "0 B"], ["*.two.test", "open", "denied", "14", "1.0 MiB"]],
+            self.rows(self.section(self.page(FULL), "Registries")),
+        )
+        page = self.page(replace(FULL, registries=FULL.registries[:1]))
+        self.assertNotIn("Registries", [each.text for each in page.all("h2")])
+
     def test_shows_the_hour_at_a_glance(self) -> None:
         """
         Ratio, traffic and what was saved, as figures.
@@ -261,12 +284,13 @@ class HostileTests(PageTestCase):
                 transfers=(Transfer(evil, DIGEST, 2, 1, 1, kept=True),),
                 repositories=(Saving(evil, 1, 1),),
                 token=TokenState(evil, None, 0.0, 1),
+                registries=(RegistryState(evil, TokenState(evil, None, 0.0, 1), FULL.upstream),) * 2,
                 incidents=(Incident(0, "error", evil),),
             )
         )
         self.assertEqual(["script.js"], [each.attributes["src"] for each in page.all("script")])
         self.assertEqual([], page.all("img"))
-        self.assertEqual(8, page.text.count("<script>alert(1)</script>") + self.progress(page).count("<script>"))
+        self.assertEqual(12, page.text.count("<script>alert(1)</script>") + self.progress(page).count("<script>"))
         for char in "\u202e\0":
             self.assertNotIn(char, self.html)
 
@@ -290,7 +314,8 @@ class StrictTests(PageTestCase):
             for name, value in each.attributes.items()
             if name in ("src", "href")
         ]
-        self.assertEqual({*PARTS, "#figures", "status.json", "metrics", "readyz"}, set(named))
+        links = "?registry=one.test", "?registry=%2A.two.test"
+        self.assertEqual({*PARTS, "#figures", "status.json", "metrics", "readyz", *links}, set(named))
         self.assertEqual([], re.findall(r"https?://(?!www\.w3\.org)", self.html))
 
     def test_there_is_no_style_or_script_in_it(self) -> None:

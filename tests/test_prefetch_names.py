@@ -11,9 +11,11 @@ from typing import Any
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.command.prefetching.documents import images_in
-from ecrproxy.command.prefetching.images import ForeignImageError, listed_images, parse_image
+from ecrproxy.command.prefetching.images import ForeignImageError, listed_images, parse_image, target
 from ecrproxy.command.prefetching.platforms import Platform, choose, offers
 from ecrproxy.oci import Digest
+from ecrproxy.registries import Registries
+from tests.test_registries import COMPANY, ONE, TWO, parsed
 
 ECR = "123456789012.dkr.ecr.eu-west-1.amazonaws.com"
 HOSTS = frozenset({ECR, "proxy.example:5000"})
@@ -48,11 +50,50 @@ class ImageTests(SynchronousTestCase):
         """
         What names another host is not asked for here; where names come from a manifest, none is Docker Hub.
         """
-        for text in ("docker.io/library/nginx", "localhost/x", "proxy.example/app", "registry:5000/x"):
+        for text in ("docker.io/library/nginx", "localhost/x", "proxy.example/app", "registry:5000/x", f"{TWO}/x"):
             with self.assertRaises(ForeignImageError):
                 path(text)
         with self.assertRaises(ForeignImageError):
             parse_image("nginx:1", HOSTS, bare=False)
+
+    def test_of_a_manifest_with_six_registries_those_that_are_ours_are_known(self) -> None:
+        """
+        And what of each the daemon is asked for.
+        """
+        registries = Registries(parsed(COMPANY)[0])
+        dual = TWO.replace(".dkr.ecr.", ".dkr-ecr.").replace("amazonaws.com", "on.aws")
+        text = "\n---\n".join(
+            f"kind: Pod\nspec: {{containers: [{{image: '{each}'}}]}}"
+            for each in (
+                f"{ONE}/team/app:1",
+                f"{ONE}/us/app:1",
+                f"{dual}/team/app:1",
+                "222200001111.dkr.ecr.eu-central-1.amazonaws.com/a",
+                f"public.ecr.aws/nginx/nginx@{DIGEST}",
+                "nginx:1",
+                "quay.io/x/y",
+                "proxy.example:5000/us/team/app",
+                "us.registry.example:5000/team/app",
+                "ghcr.io/x/y",
+            )
+        )
+        *ours, theirs = images_in(text, {})
+        self.assertEqual(
+            [
+                "/v2/team/app/manifests/1",
+                f"/v2/us/app/manifests/1?ns={ONE}",
+                f"/v2/team/app/manifests/1?ns={TWO}",
+                "/v2/a/manifests/latest?ns=222200001111.dkr.ecr.eu-central-1.amazonaws.com",
+                f"/v2/nginx/nginx/manifests/{DIGEST}?ns=public.ecr.aws",
+                "/v2/library/nginx/manifests/1?ns=docker.io",
+                "/v2/x/y/manifests/latest?ns=quay.io",
+                f"/v2/team/app/manifests/latest?ns={TWO}",
+                f"/v2/team/app/manifests/latest?ns={TWO}",
+            ],
+            [target(parse_image(each, HOSTS, registries, bare=False).route) for each in ours],
+        )
+        with self.assertRaises(ForeignImageError):
+            parse_image(theirs, HOSTS, registries, bare=False)
 
     def test_what_is_no_name_is_refused(self) -> None:
         """

@@ -89,7 +89,7 @@ class ReloadTests(DaemonTestCase):
         self.assertRefused(self.get(named), 404, "NAME_UNKNOWN")
         self.assertEqual(404, self.get(LATEST).code)
         self.assertEqual(asked, len(self.other.asked))
-        self.assertNotIn(TWO, self.daemon.ask_admin("/metrics").body.decode())
+        self.assertNotIn(f'circuit_state{{registry="{TWO}"', self.daemon.ask_admin("/metrics").body.decode())
         self.assertEqual(1, len(json.loads(self.daemon.ask_admin("/status.json").body)["registries"]))
 
     def test_others_keep_connections_circuit_and_token(self) -> None:

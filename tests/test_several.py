@@ -13,7 +13,7 @@ from ecrproxy.access.limits import Limits
 from ecrproxy.manifests import INDEX_SECONDS
 from ecrproxy.threads import Disk
 from ecrproxy.workers.worker import CLOSE_SECONDS, TELL_SECONDS, TOGETHER
-from tests.daemon import DaemonTestCase, Hands, noise
+from tests.daemon import NAMED, DaemonTestCase, Hands, noise
 from tests.registry_content import OCI_MANIFEST, SCHEMA2, layer
 from tests.several import Several
 
@@ -63,8 +63,8 @@ class FiguresTests(SeveralTestCase):
             self.assertWhole(daemon.ask("GET", self.blob), self.data)
         for _ in range(3):
             self.second()
-        counted = 'ecr_proxy_requests_total{cache="%s",method="GET",route="blob",status="200"}'
-        self.assertEqual((1, 2), tuple(self.several.figure(counted % word) for word in ("MISS", "HIT")))
+        counted = 'ecr_proxy_requests_total{cache="%s",method="GET",%s,route="blob",status="200"}'
+        self.assertEqual((1, 2), tuple(self.several.figure(counted % (word, NAMED)) for word in ("MISS", "HIT")))
         self.assertEqual(900_000, self.several.figure('ecr_proxy_client_bytes_total{route="blob"}'))
         received = self.several.figure('ecr_proxy_upstream_received_bytes_total{host="bucket"}')
         self.assertEqual(300_000, received)
@@ -121,7 +121,7 @@ class FiguresTests(SeveralTestCase):
     def test_more_rows_than_a_message_has_are_told_in_several(self) -> None:
         figures = self.several.daemons[0].figures
         for number in range(3 * TOGETHER):
-            figures.upstream.note(("bucket", str(number)), 0.1, 1)
+            figures.upstream.note(("bucket", str(number), "one.test"), 0.1, 1)
         self.second()
         self.assertEqual(3 * TOGETHER, len(self.status()["upstream"]["outcomes"]["bucket"]))
         self.assertEqual(2, len(self.several.machine.running))

@@ -64,7 +64,7 @@ def totals(requests: Iterable[Row], upstream: Iterable[Row]) -> Sample:
     Add up what was counted of clients' requests and of those upstream.
     """
     asked = hits = sent = 0
-    for (route, _, _, cache), count, size, _, _ in requests:
+    for (route, _, _, cache, _), count, size, _, _ in requests:
         sent += size
         if route in _CONTENT and cache != "-":
             asked += count

@@ -14,12 +14,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from typing import Any, Final
+from urllib.parse import quote
 
 from twisted.web.template import Element, Flattenable, Tag, XMLString
 
 from ecrproxy.admin.charts import ceiling, hit_chart, traffic_chart
 from ecrproxy.admin.history import merged, stretches
-from ecrproxy.admin.snapshot import Leaving, Saving, Snapshot, Transfer
+from ecrproxy.admin.snapshot import Leaving, RegistryState, Saving, Snapshot, Transfer
 from ecrproxy.admin.units import NONE, ago, clean, hit_ratio, moment, rate, share, short, size, span, stamp
 from ecrproxy.ranking import SAVING
 
@@ -40,7 +41,9 @@ def part(name: str) -> bytes:
 
 class Page(Element):
     """
-    The page of one moment.
+    The page of one moment: of the daemon, or of one of its registries.
+
+    @param whole: whether it is of the daemon.
 
     In the template, C{values} fills in what there is once; a table's row is named by what it lists, and is there once
     for each; C{with_} and C{without_} before that name stand at what is there only if there are any, or none.
@@ -48,9 +51,9 @@ class Page(Element):
 
     loader = XMLString(part("page.xml"))
 
-    def __init__(self, snapshot: Snapshot) -> None:
+    def __init__(self, snapshot: Snapshot, *, whole: bool = True) -> None:
         super().__init__()
-        self._values, self._rows = values_of(snapshot), rows_of(snapshot)
+        self._values, self._rows = values_of(snapshot), {**rows_of(snapshot), "whole": [{}] if whole else []}
 
     def lookupRenderMethod(self, name: str) -> Callable[[Any, Tag], Flattenable]:
         """
@@ -88,7 +91,7 @@ def values_of(snapshot: Snapshot) -> Values:
         "title": f"ecrproxy: {words[0].lower()}{words[1:]}",
         "level": level,
         "health": words,
-        "registry": clean(snapshot.registry.partition("://")[2]),
+        "registry": clean(snapshot.registry.rpartition("://")[2]),
         "version": snapshot.version,
         "uptime": span(snapshot.uptime),
         "stamp": stamp(snapshot.when),
@@ -165,6 +168,7 @@ def rows_of(snapshot: Snapshot) -> Mapping[str, Sequence[Values]]:
     return {
         "reasons": [{"reason": short(clean(each))} for each in snapshot.reasons],
         "hour": _hour(snapshot),
+        "registries": [_registry(each) for each in snapshot.registries] if len(snapshot.registries) > 1 else [],
         "transfers": [_transfer(each) for each in snapshot.transfers],
         "next": [_leaving(each, snapshot.when) for each in snapshot.cache.next],
         "repositories": [_saving(each, most) for each in snapshot.repositories],
@@ -202,6 +206,19 @@ def _hour(snapshot: Snapshot) -> list[Values]:
         )
         passed += point.seconds
     return rows
+
+
+def _registry(state: RegistryState) -> Values:
+    return {
+        "its_name": clean(state.name),
+        "its_link": f"?registry={quote(clean(state.name), safe='')}",
+        "its_circuit": state.upstream.circuit,
+        "its_circuit_level": _CIRCUIT[state.upstream.circuit],
+        "its_token": short(clean(state.token.problem or "good")),
+        "its_token_level": "bad" if state.token.problem else "ok",
+        "its_errors": f"{state.errors:,}",
+        "its_saved": size(state.saved),
+    }
 
 
 def _transfer(transfer: Transfer) -> Values:

@@ -15,7 +15,8 @@ Rules:
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
+from urllib.parse import unquote
 
 from twisted.internet.defer import Deferred
 from twisted.web.resource import Resource
@@ -27,9 +28,9 @@ from ecrproxy.admin.api import BODY_LIMIT
 from ecrproxy.admin.page import DOCTYPE, Page, part
 from ecrproxy.admin.readings import of_readiness
 from ecrproxy.http.answering import Answering, Health, Missing, send_body
-from ecrproxy.http.request import host_of, is_browsers
+from ecrproxy.http.request import RegistryRequest, host_of, is_browsers
 from ecrproxy.http.site import RegistrySite
-from ecrproxy.oci import RegistryError
+from ecrproxy.oci import RegistryError, query_values
 
 if TYPE_CHECKING:
     from twisted.web.server import Request
@@ -162,9 +163,17 @@ class StatusPage(Answering):
 
     async def respond(self, request: Request) -> None:
         """
-        Give a page of a snapshot.
+        Give a page of a snapshot, of one registry if the query names it.
+
+        @raise RegistryError: if there is none of that name.
         """
-        page = await flattenString(request, Page(await self._status.snapshot()))
+        named = query_values(cast(RegistryRequest, request).target.query).get("registry")
+        name = None if named is None else unquote(named)
+        try:
+            snapshot = await self._status.snapshot(name)
+        except LookupError:
+            raise RegistryError(404, "UNSUPPORTED", "the daemon has asked no registry of this name") from None
+        page = await flattenString(request, Page(snapshot, whole=name is None))
         await send_body(request, 200, "text/html; charset=utf-8", DOCTYPE + page)
 
 

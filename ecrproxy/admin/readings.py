@@ -16,7 +16,7 @@ from ecrproxy.registry.circuit import CircuitState
 from ecrproxy.registry.quotas import Call
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     from ecrproxy.access.limits import Crowd
     from ecrproxy.admin.status import Asking
@@ -117,21 +117,37 @@ def of_registries(askings: Callable[[], Iterable[Asking]]) -> list[Reading]:
     @param askings: those that were asked by now.
     """
 
-    def of_each(read: Callable[[Asking], float | None]) -> Callable[[], dict[str, float]]:
-        return lambda: {each.name: told for each in askings() if (told := read(each)) is not None}
+    def of_each(
+        figure: Figure,
+        read: Callable[[Asking], Mapping[str, float]],
+        combine: Callable[[Iterable[float]], float] | None = None,
+    ) -> Reading:
+        """
+        Read a figure of each, by the words of its further label; what a wildcard stands for is one.
+        """
 
-    def by_word(read: Callable[[Asking], dict[str, float]]) -> Callable[[], dict[str, float]]:
-        return lambda: {f"{each.name},{word}": told for each in askings() for word, told in read(each).items()}
+        def found() -> dict[str, float]:
+            several: dict[str, list[float]] = {}
+            for each in askings():
+                for word, told in read(each).items():
+                    several.setdefault(f"{each.label},{word}" if word else each.label, []).append(float(told))
+            return {label: (combine or figure.combine)(numbers) for label, numbers in several.items()}
+
+        return Reading(figure, found)
 
     return [
-        Reading(TOKEN_EXPIRY, of_each(lambda each: each.token().expires)),
-        Reading(TOKEN_FAILURES, of_each(lambda each: each.token().failures if each.tokens else None)),
-        Reading(QUEUE_FULL, by_word(lambda each: {call.value: each.governor.refused(call) for call in Call})),
-        Reading(WAITING, by_word(lambda each: {call.value: each.governor.waiting(call) for call in Call})),
-        Reading(RETRIES, of_each(lambda each: each.wire.retried)),
-        Reading(CIRCUIT, by_word(lambda each: {state.value: state is each.circuit.state for state in CircuitState})),
-        Reading(OPEN_REPOSITORIES, of_each(lambda each: each.circuit.open_repositories)),
+        of_each(TOKEN_EXPIRY, lambda each: _told(each.token().expires)),
+        of_each(TOKEN_FAILURES, lambda each: _told(each.token().failures if each.tokens else None), max),
+        of_each(QUEUE_FULL, lambda each: {call.value: each.governor.refused(call) for call in Call}),
+        of_each(WAITING, lambda each: {call.value: each.governor.waiting(call) for call in Call}),
+        of_each(RETRIES, lambda each: {"": each.wire.retried}),
+        of_each(CIRCUIT, lambda each: {state.value: state is each.circuit.state for state in CircuitState}),
+        of_each(OPEN_REPOSITORIES, lambda each: {"": each.circuit.open_repositories}),
     ]
+
+
+def _told(figure: float | None) -> dict[str, float]:
+    return {} if figure is None else {"": figure}
 
 
 def of_readiness(latest: Callable[[], Readiness | None]) -> list[Reading]:

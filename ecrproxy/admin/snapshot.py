@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from fnmatch import fnmatchcase
 from itertools import chain, islice
 from typing import Final
 
 from ecrproxy.admin.history import Point
 from ecrproxy.admin.incidents import Incident
+from ecrproxy.ranking import SAVING
 from ecrproxy.readiness import Readiness, judge_all
 
 TRANSFERS: Final = 100
@@ -126,17 +128,43 @@ class UpstreamState:
 
 
 @dataclass(frozen=True, slots=True)
+class Answers:
+    """
+    How many answers there were, and their bytes.
+    """
+
+    count: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class RegistryState:
     """
     How a registry stands.
 
-    @ivar name: as the operator calls it.
-    @ivar upstream: without the outcomes, which are counted.
+    @ivar name: as the operator calls it: a wildcard's, for all that it stands for.
+    @ivar answers: with content, by the word of X-Cache-Status; counted, as the outcomes, for all processes.
     """
 
     name: str
     token: TokenState
     upstream: UpstreamState
+    answers: Mapping[str, Answers] = field(default_factory=dict)
+
+    @property
+    def saved(self) -> int:
+        """
+        Count the bytes that clients got without their being fetched for them.
+        """
+        return sum(each.bytes for status, each in self.answers.items() if status in SAVING)
+
+    @property
+    def errors(self) -> int:
+        """
+        Count the requests that failed, were throttled, or were answered with an error of the server's.
+        """
+        told = [each for outcomes in self.upstream.outcomes.values() for each in outcomes.items()]
+        return sum(count for outcome, count in told if outcome == "429" or outcome[0] not in "1234")
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +194,43 @@ def together(standings: Sequence[Standing], expected: int) -> Standing:
         tuple(islice(chain.from_iterable(each.transfers for each in standings), TRANSFERS)),
         tuple(_registries([each.registries for each in standings])),
     )
+
+
+def of_process(states: Iterable[RegistryState]) -> tuple[RegistryState, ...]:
+    """
+    Make one of the states that have a name in common: a wildcard's. They have one token.
+    """
+    found: dict[str, list[RegistryState]] = {}
+    for each in states:
+        found.setdefault(each.name, []).append(each)
+    return tuple(
+        RegistryState(name, several[0].token, _upstream([each.upstream for each in several]))
+        for name, several in found.items()
+    )
+
+
+def outcomes_of(several: Iterable[Mapping[str, Mapping[str, int]]]) -> dict[str, dict[str, int]]:
+    """
+    Add up the outcomes of all registries.
+    """
+    found: dict[str, dict[str, int]] = {}
+    for host, outcome, count in (
+        (host, outcome, count) for each in several for host, counts in each.items() for outcome, count in counts.items()
+    ):
+        counted = found.setdefault(host, {})
+        counted[outcome] = counted.get(outcome, 0) + count
+    return found
+
+
+def answers_of(several: Iterable[Mapping[str, Answers]]) -> dict[str, Answers]:
+    """
+    Add up the answers of all registries.
+    """
+    found: dict[str, Answers] = {}
+    for status, each in ((status, each) for answers in several for status, each in answers.items()):
+        before = found.get(status, Answers(0, 0))
+        found[status] = Answers(before.count + each.count, before.bytes + each.bytes)
+    return found
 
 
 def _registries(found: Sequence[Sequence[RegistryState]]) -> Iterator[RegistryState]:
@@ -218,14 +283,11 @@ def _least(figures: Iterable[float | None]) -> float | None:
     return min((each for each in figures if each is not None), default=None)
 
 
-@dataclass(frozen=True, slots=True)
-class Answers:
+def _is_of(host: str, name: str) -> bool:
     """
-    How many answers there were, and their bytes.
+    Return True if a registry is the one of this name in the configuration, or one that this name stands for.
     """
-
-    count: int
-    bytes: int
+    return fnmatchcase(host, name) if name.startswith("*") else host == name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -264,6 +326,36 @@ class Snapshot:
     now: Point
     history: tuple[Point, ...]
     incidents: tuple[Incident, ...]
+
+    def narrowed(self, name: str, most: int) -> Snapshot:
+        """
+        Leave what is about one registry; history, cache and incidents are those of all.
+
+        @param most: repositories.
+        @raise LookupError: if there is none of that name.
+        """
+        names = [each.name for each in self.registries]
+        found = self.registries[names.index(name)] if name in names else None
+        if found is None:
+            raise LookupError(name)
+        reasons = tuple(each for each in self.reasons if _is_of(each.partition(": ")[0], name))
+
+        def is_own(repository: str) -> bool:
+            first = repository.partition("/")[0]
+            return next((each for each in names if _is_of(first, each)), names[0]) == name
+
+        return replace(
+            self,
+            registry=name,
+            can_fetch=not reasons,
+            reasons=reasons,
+            transfers=tuple(each for each in self.transfers if is_own(each.repository)),
+            repositories=tuple(each for each in self.repositories if is_own(each.repository))[:most],
+            token=found.token,
+            upstream=found.upstream,
+            registries=(found,),
+            answers=found.answers,
+        )
 
     def to_json(self) -> bytes:
         """

@@ -24,8 +24,13 @@ from ecrproxy.admin.snapshot import (
     TokenState,
     Transfer,
     UpstreamState,
+    answers_of,
+    of_process,
+    outcomes_of,
 )
+from ecrproxy.identity import Repository
 from ecrproxy.oci import Digest
+from ecrproxy.ranking import LIMIT
 from ecrproxy.readiness import Readiness, Source
 from ecrproxy.registry.quotas import Call
 
@@ -57,10 +62,12 @@ class Asking:
     What asks a registry: its parts that know how that goes.
 
     @ivar name: of the registry.
-    @ivar tokens: AWS's for it; none where it takes others, or none.
+    @ivar label: its name in the configuration, which several have that a wildcard stands for.
+    @ivar tokens: AWS's for it, which those of a wildcard share; none where it takes others, or none.
     """
 
     name: str
+    label: str
     tokens: TokenService | None
     wire: Wire
     circuit: Circuit
@@ -94,7 +101,7 @@ class Asking:
             {each.value: self.governor.waiting(each) for each in Call},
             self.wire.retried,
         )
-        return RegistryState(self.name, self.token(), upstream)
+        return RegistryState(self.label, self.token(), upstream)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +110,7 @@ class Process:
     The parts of one process that serves clients.
 
     @ivar askings: the registries that were asked by now, the default first.
+    @ivar called: gives what people call a repository.
     @ivar readiness: asks what it can do.
     @ivar in_thread: calls what asks the disk.
     """
@@ -111,6 +119,7 @@ class Process:
     janitor: Janitor
     askings: Callable[[], Sequence[Asking]]
     pull_through: PullThrough
+    called: Callable[[Repository], str]
     readiness: Callable[[], Coroutine[Any, Any, Readiness]]
     in_thread: InThread
 
@@ -120,7 +129,7 @@ class Process:
         """
         readiness = await self.readiness()
         leaving = await self.in_thread(next_to_go, self.store, NEXT)
-        registries = tuple(each.state() for each in self.askings())
+        registries = of_process(each.state() for each in self.askings())
         return Standing(readiness, self._fill(leaving), self._transfers(), registries)
 
     def _fill(self, leaving: Sequence[Leaving]) -> Fill:
@@ -131,7 +140,7 @@ class Process:
     def _transfers(self) -> tuple[Transfer, ...]:
         return tuple(
             Transfer(
-                self.pull_through.carrier(each.digest),
+                "" if (carrier := self.pull_through.carrier(each.digest)) is None else self.called(carrier),
                 str(each.digest),
                 each.size,
                 each.received,
@@ -169,14 +178,26 @@ class Status:
         self.services = self.incidents, Sampler(self.history, self.figures, self.clock)
         self._started = self.clock.seconds()
 
-    async def snapshot(self) -> Snapshot:
+    async def snapshot(self, registry: str | None = None) -> Snapshot:
         """
         Take one.
+
+        @param registry: to have what is about this one; None for all.
+        @raise LookupError: if there is none of that name.
         """
         standing = await self.standing()
         readiness = standing.readiness
+        outcomes, answers = self._outcomes(), self._answers()
+        registries = tuple(
+            replace(
+                each,
+                upstream=replace(each.upstream, outcomes=outcomes.get(each.name, {})),
+                answers=answers.get(each.name, {}),
+            )
+            for each in standing.registries
+        )
         default = standing.registries[0] if standing.registries else _NOBODY
-        return Snapshot(
+        whole = Snapshot(
             version=self.figures.version,
             registry=self.registry,
             when=self.now(),
@@ -186,29 +207,39 @@ class Status:
             reasons=readiness.reasons,
             cache=standing.cache,
             transfers=standing.transfers,
-            repositories=tuple(Saving(*each) for each in self.figures.served.saved.top(TOP)),
+            repositories=tuple(
+                Saving(*each) for each in self.figures.served.saved.top(TOP if registry is None else LIMIT)
+            ),
             token=default.token,
-            upstream=replace(default.upstream, outcomes=self._outcomes()),
-            registries=standing.registries,
-            answers=self._answers(),
+            upstream=replace(default.upstream, outcomes=outcomes_of(outcomes.values())),
+            registries=registries,
+            answers=answers_of(answers.values()),
             now=self.history.latest(),
             history=self.history.points(),
             incidents=self.incidents.latest(),
         )
+        return whole if registry is None else whole.narrowed(registry, TOP)
 
-    def _outcomes(self) -> dict[str, dict[str, int]]:
-        outcomes: dict[str, dict[str, int]] = {}
-        for (host, outcome), count, _, _, _ in self.figures.upstream.rows():
-            outcomes.setdefault(host, {})[outcome] = count
+    def _outcomes(self) -> dict[str, dict[str, dict[str, int]]]:
+        """
+        Tell by registry how requests came out, by kind of host.
+        """
+        outcomes: dict[str, dict[str, dict[str, int]]] = {}
+        for (host, outcome, registry), count, _, _, _ in self.figures.upstream.rows():
+            outcomes.setdefault(registry, {}).setdefault(host, {})[outcome] = count
         return outcomes
 
-    def _answers(self) -> dict[str, Answers]:
-        counted: dict[str, tuple[int, int]] = {}
-        for (_, _, _, cache), count, size, _, _ in self.figures.served.requests.rows():
+    def _answers(self) -> dict[str, dict[str, Answers]]:
+        """
+        Tell by registry what clients were given.
+        """
+        counted: dict[str, dict[str, Answers]] = {}
+        for (_, _, _, cache, registry), count, size, _, _ in self.figures.served.requests.rows():
             if cache != "-":
-                before = counted.get(cache, (0, 0))
-                counted[cache] = before[0] + count, before[1] + size
-        return {cache: Answers(*each) for cache, each in counted.items()}
+                found = counted.setdefault(registry, {})
+                before = found.get(cache, Answers(0, 0))
+                found[cache] = Answers(before.count + count, before.bytes + size)
+        return counted
 
 
 def next_to_go(store: Store, count: int) -> list[Leaving]:

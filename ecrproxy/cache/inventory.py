@@ -67,6 +67,7 @@ class Inventory:
             yield {
                 "name": str(key),
                 "kind": key.kind.value,
+                "registry": str(key.registry),
                 "repository": key.repository,
                 "reference": key.reference,
                 "used": used,

@@ -17,11 +17,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from ecrproxy.command.naming import Naming, Pattern
 from ecrproxy.command.survey import Held, Survey
 from ecrproxy.oci import Digest
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 _AGE = re.compile(r"([0-9]{1,9})([smhdw])")
+
+
+_ALL = Pattern("*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,14 +34,14 @@ class Target:
     What a person wants purged. Repository and tag are patterns; what is none matches all.
     """
 
-    repository: str = "*"
+    repository: Pattern = _ALL
     tag: str | None = None
     digest: str | None = None
 
     @classmethod
-    def parse(cls, text: str) -> Target:
+    def parse(cls, text: str, naming: Naming) -> Target:
         """
-        Read C{repository}, C{repository:tag}, C{repository@digest} or C{digest}.
+        Read C{repository}, C{repository:tag}, C{repository@digest} or C{digest}; each repository may have a registry.
 
         @raise ValueError: if it is none of these.
         """
@@ -45,17 +49,12 @@ class Target:
             return cls(digest=str(Digest.parse(text)))
         repository, at, digest = text.partition("@")
         if at:
-            return cls(_named(repository), digest=str(Digest.parse(digest)))
-        repository, colon, tag = text.partition(":")
-        if (colon and not tag) or "/" in tag:
+            return cls(naming.meant(_named(repository)), digest=str(Digest.parse(digest)))
+        folder, slash, last = text.rpartition("/")  # a host may have a port
+        repository, colon, tag = last.partition(":")
+        if (colon and not tag) or ":" in tag:
             raise ValueError(f"{text!r}: give a repository, repository:tag, repository@digest or a digest")
-        return cls(_named(repository), tag or None)
-
-    def is_of(self, repository: str) -> bool:
-        """
-        Tell whether it speaks of C{repository}.
-        """
-        return fnmatchcase(repository, self.repository)
+        return cls(naming.meant(_named(folder + slash + repository)), tag or None)
 
     def names(self, entry: Held) -> bool:
         """
@@ -94,14 +93,15 @@ class Chosen:
     content: Sequence[str]
 
 
-def chosen(survey: Survey, targets: Sequence[Target], before: float | None = None) -> Chosen:
+def chosen(survey: Survey, targets: Sequence[Target], naming: Naming, before: float | None = None) -> Chosen:
     """
     Choose what goes.
 
     @param targets: what is named; nothing for everything.
     @param before: what was used after this moment stays, if there is one.
     """
-    entries = [each for entries in survey.by_repository().values() for each in _named_by(survey, targets, entries)]
+    repositories = survey.by_repository(naming.called).values()
+    entries = [each for entries in repositories for each in _named_by(survey, targets, naming, entries)]
     digests = {digest for each in entries for digest in each.digests}
     named = {each.digest for each in targets if each.digest is not None}
     if before is not None:
@@ -116,11 +116,11 @@ def chosen(survey: Survey, targets: Sequence[Target], before: float | None = Non
     return Chosen(entries, sorted(content & survey.content.keys()))
 
 
-def _named_by(survey: Survey, targets: Sequence[Target], entries: Sequence[Held]) -> list[Held]:
+def _named_by(survey: Survey, targets: Sequence[Target], naming: Naming, entries: Sequence[Held]) -> list[Held]:
     """
     Choose among one repository's entries those that are named, and those of what they alone lead to.
     """
-    here = [each for each in targets if each.is_of(entries[0].repository)]
+    here = [each for each in targets if naming.is_of(each.repository, entries[0].repository)]
     if not targets or any(each.tag is None and each.digest is None for each in here):
         return list(entries)
     named = {entry.name for entry in entries if any(each.names(entry) for each in here)}

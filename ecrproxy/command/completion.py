@@ -10,7 +10,10 @@ from typing import Final
 
 from ecrproxy.command.asking import RefusedError, UnreachableError
 from ecrproxy.command.shells import SHELLS, words_of
-from ecrproxy.command.subcommand import ASKS, FINE, Call, CommandError, Subcommand
+from ecrproxy.command.subcommand import ASKS, FINE, REGISTRIES, Call, CommandError, Subcommand
+from ecrproxy.identity import RegistryId, Repository
+from ecrproxy.registries import Registries
+from ecrproxy.settings.config import ConfigError, registries_of
 
 REPOSITORIES: Final = "repositories"
 """What a script asks for, when it needs them."""
@@ -47,13 +50,17 @@ def _repositories(call: Call) -> list[str]:
     found: dict[str, None] = {}
     until = call.world.seconds() + SECONDS
     try:
+        tables = registries_of(call.flags, call.world.variables, call.file)
+        registries = Registries(tables, call.settings["registry_aliases"] or ()) if tables else None
         for entry in call.daemon().listen("GET", "/api/entries"):
             name = str(entry.get("repository"))
+            if registries is not None:
+                name = registries.called(Repository(RegistryId(str(entry.get("registry"))), name))
             if _NAME.fullmatch(name):  # bash looks for commands in words
                 found[name] = None
             if len(found) >= MOST or call.world.seconds() > until:
                 break
-    except (CommandError, RefusedError, UnreachableError):
+    except (CommandError, ConfigError, RefusedError, UnreachableError):
         pass  # nobody who presses a key wants to read why
     return sorted(found)
 
@@ -71,7 +78,7 @@ COMPLETION: Final = Subcommand(
         ("ecr-proxy completion zsh > ~/.zfunc/_ecr-proxy", "for zsh, where ~/.zfunc is in its fpath"),
         ("ecr-proxy completion fish > ~/.config/fish/completions/ecr-proxy.fish", "for fish"),
     ),
-    settings=ASKS,
+    settings=(*ASKS, *REGISTRIES),
     add_arguments=add_arguments,
     run=run,
 )

@@ -12,14 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from ecrproxy.command.asking import Daemon
-from ecrproxy.command.subcommand import ASKS, Call, CommandError
+from ecrproxy.command.choosing import Target
+from ecrproxy.command.naming import Naming, naming_of
+from ecrproxy.command.subcommand import ASKS, MISUSED, REGISTRIES, Call, CommandError
 from ecrproxy.command.survey import Survey
 from ecrproxy.command.terminal import Progress, counted
+from ecrproxy.settings.config import registries_of
 
 if TYPE_CHECKING:
     from ecrproxy.cache.inventory import Inventory
 
-SETTINGS: Final = (*ASKS, "cache-dir")
+SETTINGS: Final = (*ASKS, "cache-dir", *REGISTRIES)
 """The settings of a subcommand that looks at a cache."""
 _TOGETHER: Final = 400
 _TOGETHER_BYTES: Final = 48 * 2**10
@@ -100,6 +103,31 @@ def survey_of(call: Call, holdings: Holdings) -> Survey:
 
     with progress:
         return Survey.of(noted(holdings.entries()), noted(holdings.content()))
+
+
+def naming_in(call: Call, survey: Survey) -> Naming:
+    """
+    Tell what the repositories of a cache are called.
+
+    @raise CommandError: if no default registry is known.
+    """
+    tables = registries_of(call.flags, call.world.variables, call.file)
+    try:
+        return naming_of(tables, call.settings["registry_aliases"] or (), survey.registries())
+    except ValueError as problem:
+        raise CommandError(str(problem), MISUSED) from None
+
+
+def targets_of(texts: Sequence[str], naming: Naming) -> list[Target]:
+    """
+    Read what the caller names.
+
+    @raise CommandError: if that is no name.
+    """
+    try:
+        return [Target.parse(each, naming) for each in texts]
+    except ValueError as problem:
+        raise CommandError(str(problem), MISUSED) from None
 
 
 class Running:

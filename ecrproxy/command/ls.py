@@ -6,10 +6,9 @@ from __future__ import annotations
 
 from argparse import ArgumentParser
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 from typing import Any, Final
 
-from ecrproxy.command.holdings import SETTINGS, add_offline, holdings_of, survey_of
+from ecrproxy.command.holdings import SETTINGS, add_offline, holdings_of, naming_in, survey_of, targets_of
 from ecrproxy.command.subcommand import FINE, WRONG, Call, Subcommand
 from ecrproxy.command.survey import Held, Image, Survey
 from ecrproxy.command.terminal import age_in_words, counted, size_in_words, table
@@ -22,7 +21,10 @@ def add_arguments(parser: ArgumentParser) -> None:
     Say what it can be called with.
     """
     parser.add_argument(
-        "repositories", metavar="REPOSITORY", nargs="*", help="only this one; a pattern may have * and ?"
+        "repositories",
+        metavar="REPOSITORY",
+        nargs="*",
+        help="only this one, [REGISTRY/]NAME[:TAG]; it may have * and ?",
     )
     parser.add_argument("--digests", action="store_true", help="show the digests of the manifests")
     parser.add_argument(
@@ -37,19 +39,22 @@ def run(call: Call) -> int:
     """
     options, holdings = call.options, holdings_of(call)
     survey = survey_of(call, holdings)
-    repositories = {
-        name: entries
-        for name, entries in survey.by_repository().items()
-        if not options.repositories or any(fnmatchcase(name, each) for each in options.repositories)
-    }
-    if options.repositories and not repositories:
+    naming = naming_in(call, survey)
+    targets = targets_of(options.repositories, naming)
+    repositories: dict[str, list[Held]] = {}
+    for repository, entries in survey.by_repository(naming.called).items():
+        here = [each for each in targets if naming.is_of(each.repository, repository)]
+        named = entries if not targets else [entry for entry in entries if any(each.names(entry) for each in here)]
+        if named:
+            repositories[naming.called(repository)] = named
+    if targets and not repositories:
         call.terminal.say(f"ecr-proxy: the cache has nothing of {' '.join(options.repositories)}")
     told = [_told(survey, name, entries) for name, entries in repositories.items()]
     total = survey.size(_all(survey, [each for entries in repositories.values() for each in entries]))
     if options.json:
         call.terminal.tell({"repositories": told, "bytes": total})
     else:
-        images = [image for entries in repositories.values() for image in survey.images(entries)]
+        images = [(name, image) for name, entries in repositories.items() for image in survey.images(entries)]
         _print(call, images, len(repositories), total)
     return FINE if repositories or not options.repositories else WRONG
 
@@ -76,14 +81,14 @@ def _told(survey: Survey, name: str, entries: Sequence[Held]) -> dict[str, Any]:
     }
 
 
-def _print(call: Call, images: Sequence[Image], repositories: int, total: int) -> None:
+def _print(call: Call, images: Sequence[tuple[str, Image]], repositories: int, total: int) -> None:
     now = call.world.now()
     rows = [["REPOSITORY", "TAG", "SIZE", "LAST USE"]]
-    for image in images:
+    for name, image in images:
         tag = image.tag if image.tag is not None else f"@{image.digests[0][:_SHORT]}"
-        rows.append([image.repository, tag, size_in_words(image.bytes), age_in_words(now - image.used)])
+        rows.append([name, tag, size_in_words(image.bytes), age_in_words(now - image.used)])
     if call.options.digests:
-        for row, digests in zip(rows, ["DIGEST", *(" ".join(image.digests) for image in images)], strict=True):
+        for row, digests in zip(rows, ["DIGEST", *(" ".join(image.digests) for _, image in images)], strict=True):
             row.insert(2, digests)
     for line in table(rows, right=[len(rows[0]) - 2]):
         call.terminal.print(line)
@@ -95,13 +100,14 @@ LS: Final = Subcommand(
     name="ls",
     summary="list what the cache holds",
     description=(
-        "Lists repositories and their tags, how much of each is in the cache, and when it was last used. A manifest\n"
-        "that no tag leads to is named by its digest. What several images share is in the size of each, and once in\n"
-        "the total."
+        "Lists repositories and their tags, how much of each is in the cache, and when it was last used. Repositories\n"
+        "of other registries than the default are listed with the registry. A manifest that no tag leads to is named\n"
+        "by its digest. What several images share is in the size of each, and once in the total."
     ),
     examples=(
         ("ecr-proxy ls", "all of it"),
         ("ecr-proxy ls 'team/*' --digests", "the repositories of a team, with digests"),
+        ("ecr-proxy ls '444455556666.dkr.ecr.us-east-1.amazonaws.com/*'", "what there is of a registry"),
         ("ecr-proxy ls --json | jq '.repositories[] | {repository, bytes}'", "for a program"),
         ("ecr-proxy ls --json | jq '.repositories[].images[] | select(.moves != [])'", "the tags that have moved"),
         ("ecr-proxy ls --offline --cache-dir /var/cache/ecr-proxy", "while no daemon runs"),

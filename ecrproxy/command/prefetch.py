@@ -8,7 +8,7 @@ from argparse import ArgumentParser
 from typing import Final
 
 from ecrproxy.command.prefetching import PASSWORD
-from ecrproxy.command.subcommand import Call, Subcommand
+from ecrproxy.command.subcommand import REGISTRIES, Call, Subcommand
 
 JOBS: Final = 4
 
@@ -18,7 +18,12 @@ def add_arguments(parser: ArgumentParser) -> None:
     Say what it can be called with.
     """
     add = parser.add_argument
-    add("images", metavar="IMAGE", nargs="*", help="REPOSITORY[:TAG][@DIGEST], with or without the registry's host")
+    add(
+        "images",
+        metavar="IMAGE",
+        nargs="*",
+        help="[REGISTRY/]REPOSITORY[:TAG][@DIGEST]; without a registry, of the default one",
+    )
     add("--file", metavar="LIST", action="append", default=[], help="read images from a file, one a line; - for stdin")
     add(
         "--manifest",
@@ -67,7 +72,7 @@ PREFETCH: Final = Subcommand(
         ("ecr-proxy prefetch --manifest deploy.yaml --platform linux/arm64", "what a Kubernetes manifest names"),
         ("ecr-proxy prefetch --file images.txt --proxy-url https://proxy.example:5000", "through a proxy elsewhere"),
     ),
-    settings=("ecr-endpoint", "port", "listen", "ssl-certificate"),
+    settings=(*REGISTRIES, "port", "listen", "ssl-certificate"),
     add_arguments=add_arguments,
     run=_run,
 )

@@ -8,8 +8,9 @@ from argparse import ArgumentParser
 from collections import Counter, defaultdict
 from typing import Final
 
-from ecrproxy.command.choosing import Chosen, Target, chosen, parse_age
-from ecrproxy.command.holdings import SETTINGS, Holdings, add_offline, holdings_of, survey_of
+from ecrproxy.command.choosing import Chosen, chosen, parse_age
+from ecrproxy.command.holdings import SETTINGS, Holdings, add_offline, holdings_of, naming_in, survey_of, targets_of
+from ecrproxy.command.naming import Naming
 from ecrproxy.command.subcommand import FINE, MISUSED, WRONG, Call, CommandError, Subcommand
 from ecrproxy.command.survey import Survey
 from ecrproxy.command.terminal import Progress, counted, size_in_words, table
@@ -27,7 +28,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "targets",
         metavar="TARGET",
         nargs="*",
-        help="REPOSITORY, REPOSITORY:TAG, REPOSITORY@DIGEST or DIGEST; repository and tag may have * and ?",
+        help="[REGISTRY/]REPOSITORY, with :TAG or @DIGEST, or DIGEST; all but digests may have * and ?",
     )
     add("--older-than", metavar="AGE", help="only what was not used for so long: 30d, 12h, 2w")
     how = parser.add_mutually_exclusive_group()
@@ -42,39 +43,42 @@ def run(call: Call) -> int:
     Show what would go, and remove it if that is wanted.
     """
     options = call.options
-    targets, before = _understood(call)
+    before = _before(call)
     holdings = holdings_of(call)
     survey = survey_of(call, holdings)
-    going = chosen(survey, targets, before)
+    naming = naming_in(call, survey)
+    going = chosen(survey, targets_of(options.targets, naming), naming, before)
     size = survey.size(going.content)
     if not (going.entries or going.content):
         call.terminal.say("ecr-proxy: the cache has nothing of it")
     wanted = bool(options.yes and (going.entries or going.content))
     if not options.json:
-        _show(call, going, size)
+        _show(call, going, size, naming)
         if (going.entries or going.content) and not options.yes and not options.dry_run:
             wanted = call.terminal.asks("Remove it?") is True
             if not wanted:
                 call.terminal.say("ecr-proxy: nothing was removed; --yes removes it")
     outcome = _remove(call, holdings, going, size, before) if wanted else Counter()
     if options.json:
-        _tell(call, survey, going, size, outcome if wanted else None)
+        _tell(call, survey, going, size, naming, outcome if wanted else None)
     elif wanted:
         _sum_up(call, outcome)
     missed = bool(options.targets) and before is None and not (going.entries or going.content)
     return WRONG if outcome["stuck"] or missed else FINE
 
 
-def _understood(call: Call) -> tuple[list[Target], float | None]:
+def _before(call: Call) -> float | None:
+    """
+    Tell since when what stays was used, if only what is older is to go.
+    """
     options = call.options
     if not options.targets and options.older_than is None:
         raise CommandError("say what to purge: see ecr-proxy purge --help; '*' is everything", MISUSED)
     try:
-        targets = [Target.parse(each) for each in options.targets]
         age = parse_age(options.older_than) if options.older_than is not None else None
     except ValueError as problem:
         raise CommandError(str(problem), MISUSED) from None
-    return targets, None if age is None else call.world.now() - age
+    return None if age is None else call.world.now() - age
 
 
 def _remove(call: Call, holdings: Holdings, going: Chosen, size: int, before: float | None) -> Counter[str]:
@@ -87,12 +91,12 @@ def _remove(call: Call, holdings: Holdings, going: Chosen, size: int, before: fl
     return outcome
 
 
-def _show(call: Call, going: Chosen, size: int) -> None:
+def _show(call: Call, going: Chosen, size: int, naming: Naming) -> None:
     tags: defaultdict[str, set[str]] = defaultdict(set)
-    counts = Counter(each.repository for each in going.entries)
+    counts = Counter(naming.called(each.repository) for each in going.entries)
     for each in going.entries:
         if each.tag is not None:
-            tags[each.repository].add(each.tag)
+            tags[naming.called(each.repository)].add(each.tag)
     rows = [["REPOSITORY", "ENTRIES", "TAGS"]]
     for repository, count in sorted(counts.items()):
         some = sorted(tags[repository])
@@ -115,10 +119,14 @@ def _sum_up(call: Call, outcome: Counter[str]) -> None:
         call.terminal.say(f"ecr-proxy: {counted(outcome['stuck'], 'file')} can't be removed; the daemon's log says why")
 
 
-def _tell(call: Call, survey: Survey, going: Chosen, size: int, outcome: Counter[str] | None) -> None:
+def _tell(call: Call, survey: Survey, going: Chosen, size: int, naming: Naming, outcome: Counter[str] | None) -> None:
     document = {
         "entries": [
-            {"repository": each.repository, "reference": each.tag or each.digests[0], "digests": list(each.digests)}
+            {
+                "repository": naming.called(each.repository),
+                "reference": each.tag or each.digests[0],
+                "digests": list(each.digests),
+            }
             for each in going.entries
             if each.digests
         ],
@@ -144,6 +152,10 @@ PURGE: Final = Subcommand(
         ("ecr-proxy purge team/app:v1", "show what would go with a tag; at a terminal, ask"),
         ("ecr-proxy purge --yes team/app 'team/test-*'", "remove repositories"),
         ("ecr-proxy purge --yes 'team/app:pr-*'", "remove all tags of a kind"),
+        (
+            "ecr-proxy purge --yes 444455556666.dkr.ecr.us-east-1.amazonaws.com/team/app:v1",
+            "a registry other than the default",
+        ),
         ("ecr-proxy purge --older-than 30d --dry-run", "show what nobody has used for a month"),
         ("ecr-proxy purge --yes '*'", "empty the cache"),
     ),

@@ -5,12 +5,16 @@ C{ecr-proxy stats}: how the daemon stands.
 from __future__ import annotations
 
 from argparse import ArgumentParser
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
-from ecrproxy.command.subcommand import ASKS, FINE, MISUSED, WRONG, Call, CommandError, Subcommand
+from ecrproxy.command.holdings import targets_of
+from ecrproxy.command.naming import naming_of
+from ecrproxy.command.subcommand import ASKS, FINE, MISUSED, REGISTRIES, WRONG, Call, CommandError, Subcommand
 from ecrproxy.command.terminal import age_in_words, counted, size_in_words, table
+from ecrproxy.identity import RegistryId
 from ecrproxy.ranking import SAVING
+from ecrproxy.settings.config import registries_of
 from ecrproxy.settings.values import parse_patience
 
 _ANEW: Final = "\x1b[H\x1b[2J"
@@ -23,6 +27,12 @@ def add_arguments(parser: ArgumentParser) -> None:
     """
     Say what it can be called with.
     """
+    parser.add_argument(
+        "repositories",
+        metavar="REPOSITORY",
+        nargs="*",
+        help="tell of these alone, [REGISTRY/]NAME; it may have * and ?",
+    )
     parser.add_argument("--json", action="store_true", help="write what /status.json says")
     parser.add_argument(
         "--watch", metavar="SECONDS", nargs="?", const="2", help="again and again, each 2 seconds or so many"
@@ -40,6 +50,8 @@ def run(call: Call) -> int:
         raise CommandError(f"--watch={options.watch!r}: {problem}", MISUSED) from None
     while True:
         status = daemon.ask("GET", "/status.json")
+        if options.repositories:
+            status = _narrowed(call, status)
         if options.json:
             call.terminal.tell(status, in_one_line=pause is not None)
         else:
@@ -50,10 +62,26 @@ def run(call: Call) -> int:
         call.world.sleep(pause)
 
 
+def _narrowed(call: Call, status: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    Leave the transfers and the repositories that are named.
+    """
+    tables = registries_of(call.flags, call.world.variables, call.file)
+    default = {RegistryId.of_url(status["registry"])} if status["registry"] else set()
+    naming = naming_of(tables, call.settings["registry_aliases"] or (), default)
+    targets = targets_of(call.options.repositories, naming)
+
+    def kept(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        named = [(each, naming.named(each["repository"])) for each in rows]
+        return [row for row, repository in named if any(naming.is_of(each.repository, repository) for each in targets)]
+
+    return {**status, "transfers": kept(status["transfers"]), "repositories": kept(status["repositories"])}
+
+
 def _print(call: Call, status: Mapping[str, Any], *, anew: bool) -> None:
     if anew:
         call.terminal.stdout.write(_ANEW if call.terminal.stdout.isatty() else "\n")
-    for line in [*_lines(status), *_transfers(status), *_repositories(status)]:
+    for line in [*_lines(status), *_registries(status), *_transfers(status), *_repositories(status)]:
         call.terminal.print(line)
 
 
@@ -114,6 +142,20 @@ def _upstream(upstream: Mapping[str, Any]) -> str:
     return f"circuit {circuit}, {answered}, {retries}, {counted(waiting, 'question')} waiting"
 
 
+def _registries(status: Mapping[str, Any]) -> Iterator[str]:
+    """
+    Tell how each registry is, if there are several.
+    """
+    if len(status["registries"]) > 1:
+        yield ""
+        rows = [["REGISTRY", "CIRCUIT", "TOKEN", "SAVED"]]
+        for each in status["registries"]:
+            saved = sum(answers["bytes"] for word, answers in each["answers"].items() if word in SAVING)
+            token = _token(each["token"], status["when"])
+            rows.append([each["name"], each["upstream"]["circuit"], token, size_in_words(saved)])
+        yield from table(rows, right=[3])
+
+
 def _transfers(status: Mapping[str, Any]) -> Iterator[str]:
     if status["transfers"]:
         yield ""
@@ -143,10 +185,11 @@ STATS: Final = Subcommand(
     ),
     examples=(
         ("ecr-proxy stats", "once"),
+        ("ecr-proxy stats 'team/*'", "of the repositories of a team"),
         ("ecr-proxy stats --watch", "until interrupted, each two seconds"),
         ("ecr-proxy stats --json | jq .cache.bytes", "for a program"),
     ),
-    settings=ASKS,
+    settings=(*ASKS, *REGISTRIES),
     add_arguments=add_arguments,
     run=run,
 )

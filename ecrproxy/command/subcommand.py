@@ -102,6 +102,9 @@ class Call:
 ASKS: Final = ("admin-listen",)
 """The settings of a subcommand that asks the daemon on its operator's port."""
 
+REGISTRIES: Final = ("ecr-endpoint", "registry-aliases")
+"""The settings of a subcommand that is told of repositories."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Subcommand:

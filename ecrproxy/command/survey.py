@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from ecrproxy.identity import RegistryId, Repository
 from ecrproxy.oci import Kind
 
 
@@ -26,7 +27,7 @@ class Held(NamedTuple):
 
     name: str
     manifest: bool
-    repository: str
+    repository: Repository
     tag: str | None
     digests: tuple[str, ...]
     used: float
@@ -51,7 +52,7 @@ class Image:
     @ivar bytes: in the cache, of all that it leads to.
     """
 
-    repository: str
+    repository: Repository
     tag: str | None
     digests: Sequence[str]
     bytes: int
@@ -70,6 +71,7 @@ class Survey:
     entries: list[Held] = field(default_factory=list)
     content: dict[str, File] = field(default_factory=dict)
     lists: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    _repositories: dict[tuple[str, str], Repository] = field(default_factory=dict)
 
     @classmethod
     def of(cls, entries: Iterable[Any], content: Iterable[Any]) -> Survey:
@@ -89,7 +91,10 @@ class Survey:
                 self.lists[sys.intern(answer["digest"])] = tuple(map(sys.intern, answer["lists"]))
         digests = tuple(sys.intern(answer["digest"]) for answer in told["answers"])
         tag = None if ":" in told["reference"] else told["reference"]
-        repository = sys.intern(told["repository"])
+        named = told["registry"], told["repository"]
+        repository = self._repositories.get(named)
+        if repository is None:
+            repository = self._repositories[named] = Repository(RegistryId(named[0]), named[1])
         manifest = told["kind"] == Kind.MANIFEST.value
         moves = told.get("moves", ())
         self.entries.append(Held(told["name"], manifest, repository, tag, digests, told["used"], moves))
@@ -113,14 +118,20 @@ class Survey:
         """
         return sum(self.content[each].bytes for each in set(digests) if each in self.content)
 
-    def by_repository(self) -> dict[str, list[Held]]:
+    def registries(self) -> set[RegistryId]:
         """
-        Give the entries of each repository, in the order of their names.
+        Tell of which registries there is something.
         """
-        found: defaultdict[str, list[Held]] = defaultdict(list)
+        return {each.registry for each in self._repositories.values()}
+
+    def by_repository(self, called: Callable[[Repository], str]) -> dict[Repository, list[Held]]:
+        """
+        Give the entries of each repository, in the order of what they are called.
+        """
+        found: defaultdict[Repository, list[Held]] = defaultdict(list)
         for each in self.entries:
             found[each.repository].append(each)
-        return dict(sorted(found.items()))
+        return dict(sorted(found.items(), key=lambda item: called(item[0])))
 
     def images(self, entries: Iterable[Held]) -> list[Image]:
         """

@@ -47,6 +47,8 @@ class RegistryRequest(Request):
     @ivar id: see C{request_id}.
     @ivar target: what is asked for, parsed by the channel. Twisted's C{uri} and C{path} are set from it.
     @ivar route: the target as a path of the registry, once the door has understood it.
+    @ivar registry: the name in the configuration of the registry that is meant; C{-} if none is, or it is none.
+    @ivar repository: what people call the repository; empty if there is none.
     @ivar started: when it had come.
     @ivar upstream: how long upstream was waited for.
     """
@@ -54,6 +56,8 @@ class RegistryRequest(Request):
     id = ""
     target: Target
     route: Route | None = None
+    registry = "-"
+    repository = ""
     started: float
     upstream: Stopwatch
     _headers: RawHeaders = ()

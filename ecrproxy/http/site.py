@@ -215,9 +215,10 @@ class RegistrySite(Site):
         cache, reason = _word(asked, b"X-Cache-Status"), _word(asked, b"X-Cache-Reason")
         if self._served is not None:
             told = method if asked.method in _METHODS else "other"
-            self._served.requests.note((route_of(asked.target.path), told, str(status or "-"), cache), seconds, size)
-            if cache in SAVING and size and asked.route is not None:
-                self._served.saved.note(asked.route.repository.name, size)
+            key = route_of(asked.target.path), told, str(status or "-"), cache, asked.registry
+            self._served.requests.note(key, seconds, size)
+            if cache in SAVING and size and asked.repository:
+                self._served.saved.note(asked.repository, size)
         if self._access_log is not None:
             answered = (status, size, seconds, cache, reason, asked.upstream.seconds)
             self._access_log.write(AccessLine(now, address(asked), method, path(asked), *answered, asked.id, aborted))

@@ -120,6 +120,7 @@ class Registry(Answering):
                 once=("ns", problem.name),
             )
             raise
+        request.registry, request.repository = chosen.asked.label, chosen.called
         if ns is not None:
             request.setHeader("OCI-Namespace", ns)
         await world.namespaces(chosen.registry).admit(chosen.name)

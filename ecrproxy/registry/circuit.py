@@ -188,14 +188,15 @@ class Circuit:
     The switches between the proxy and ECR: one for all questions, and one for each repository that fails.
 
     @param now: tells the time.
+    @param who: what the log and clients are told that it is.
     @ivar whole: the one for all; its probe is not a client's question.
     @ivar answered_at: when ECR answered last, if it ever did.
     @ivar denials: whether it answers anything but denials.
     """
 
-    def __init__(self, now: Callable[[], float]) -> None:
-        self._now = now
-        self.whole = Switch("ECR", now)
+    def __init__(self, now: Callable[[], float], who: str = "ECR") -> None:
+        self._now, self._who = now, who
+        self.whole = Switch(who, now)
         self.answered_at: float | None = None
         self.denials = Denials()
         self._parts: OrderedDict[str, Switch] = OrderedDict()
@@ -361,7 +362,7 @@ class Circuit:
         self._doubted = False
 
     def _part(self, repository: str) -> Switch:
-        part = self._parts.setdefault(repository, Switch(f"ECR's repository {repository}", self._now))
+        part = self._parts.setdefault(repository, Switch(f"{self._who}'s repository {repository}", self._now))
         self._parts.move_to_end(repository)
         if len(self._parts) > KEPT:
             self._parts.popitem(last=False)

@@ -154,7 +154,7 @@ def open_client(region: str, credentials: Credentials) -> Iterator[Any]:
     try:
         session = open_session(credentials.profile, instance_auth=credentials.instance_auth, popen=Process)
         make = partial(session.create_client, region_name=region, config=settings)
-        yield make("ecr-public" if credentials.public else "ecr", **_assumed(make, credentials))
+        yield make("ecr-public" if credentials.public else "ecr", **assumed(make, credentials))
     except exceptions.ClientError as problem:
         raise _judged(problem) from problem
     except CredentialProcessError as problem:
@@ -163,9 +163,12 @@ def open_client(region: str, credentials: Credentials) -> Iterator[Any]:
         raise CredentialsError(f"AWS credentials: {_brief(problem)}") from problem
 
 
-def _assumed(make: Callable[..., Any], credentials: Credentials) -> dict[str, str]:
+def assumed(make: Callable[..., Any], credentials: Credentials) -> dict[str, str]:
     """
-    Assume the role, if there is one to assume; its keys are good for an hour, and used at once.
+    Assume the role, if there is one to assume. Blocks.
+
+    @param make: makes a client of an AWS service.
+    @return: what to make others with: the role's keys, good for an hour.
     """
     if credentials.role is None:
         return {}
@@ -308,6 +311,7 @@ class TokenService(Service):
     @param refused: told of credentials that AWS refuses for good before there ever was a token; returns whether that
         ends the daemon.
     @param chance: gives random numbers from 0 to 1.
+    @param whose: what the log calls it, where there are several.
     """
 
     def __init__(
@@ -317,7 +321,9 @@ class TokenService(Service):
         now: Callable[[], float],
         refused: Callable[[CredentialsError], bool] = lambda _: False,
         chance: Callable[[], float] = random.random,
+        whose: str = "",
     ) -> None:
+        self._whose = f" for {whose}" if whose else ""
         self._fetch, self._clock, self._now, self._refused, self._chance = fetch, clock, now, refused, chance
         self._token: Token | None = None
         self._rejected: Token | None = None
@@ -442,7 +448,7 @@ class TokenService(Service):
         self._refreshing = True
         if self._token is not None and self._rejected is self._token:
             self._renewed = self._clock.seconds()
-            log.info("ECR rejected the token; refreshing")
+            log.info("ECR rejected the token{whose}; refreshing", whose=self._whose)
         Deferred.fromCoroutine(self._ask()).addErrback(lambda failure: log.failure("Token refresh", failure))
 
     async def _ask(self) -> None:
@@ -491,7 +497,7 @@ class TokenService(Service):
         wait = next_refresh(token.expires, self._now())
         self._received = self._clock.seconds()
         self._failures, self._due = 0, self._received + wait
-        log.info("Token received; the next is due in {seconds:.0f} s", seconds=wait)
+        log.info("Token received{whose}; the next is due in {seconds:.0f} s", whose=self._whose, seconds=wait)
         self._wake()
 
     def _failed(self, problem: Exception) -> None:
@@ -504,7 +510,13 @@ class TokenService(Service):
         if self._token is None and isinstance(problem, CredentialsError) and self._refused(problem):
             self._due = float("inf")
             return
-        log.error("No token: {problem}. Next try in {wait:.0f} s", problem=self._problem, wait=wait, once=self._problem)
+        log.error(
+            "No token{whose}: {problem}. Next try in {wait:.0f} s",
+            whose=self._whose,
+            problem=self._problem,
+            wait=wait,
+            once=(self._whose, self._problem),
+        )
         if self._token is not None:
             self._wake()  # those who asked for another get the old one
 

@@ -29,12 +29,13 @@ class MeteredAgent:
     Counts requests by the kind of their host and by how they came out, and the bytes that came.
 
     @param registry: the registry's URL; all other hosts are buckets.
-    @param tally: where they are counted, by C{registry} or C{bucket}, and the status or C{failed}.
+    @param tally: where they are counted, by C{registry} or C{bucket}, the status or C{failed}, and C{label}.
+    @param label: the registry's name in the configuration.
     """
 
-    def __init__(self, agent: IAgent, registry: str, tally: Tally, clock: IReactorTime) -> None:
+    def __init__(self, agent: IAgent, registry: str, tally: Tally, clock: IReactorTime, label: str) -> None:
         self._agent, self._tally, self._clock = agent, tally, clock
-        self._host = urlsplit(registry).netloc.lower()
+        self._host, self._label = urlsplit(registry).netloc.lower(), label
 
     def request(
         self, method: bytes, uri: bytes, headers: Headers | None = None, bodyProducer: IBodyProducer | None = None
@@ -46,13 +47,13 @@ class MeteredAgent:
         began = self._clock.seconds()
 
         def answered(response: IResponse) -> IResponse:
-            key = kind, str(response.code)
+            key = kind, str(response.code), self._label
             self._tally.note(key, self._clock.seconds() - began)
             metered: IResponse = _Metered(response, lambda size: self._tally.moved(key, size))
             return metered
 
         def failed(failure: Failure) -> Failure:
-            self._tally.note((kind, FAILED), self._clock.seconds() - began)
+            self._tally.note((kind, FAILED, self._label), self._clock.seconds() - began)
             return failure
 
         return self._agent.request(method, uri, headers, bodyProducer).addCallbacks(answered, failed)

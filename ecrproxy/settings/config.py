@@ -504,6 +504,25 @@ def read_settings(
     return _values(texts_of(flags, environ, file), [each for each in SETTINGS if each.name in set(names)])
 
 
+def registries_of(
+    flags: Mapping[str, str], environ: Mapping[str, str], file: Filed = NO_FILE
+) -> tuple[RegistryTable, ...]:
+    """
+    Return the registries that the settings name, the default first; none if they name none.
+
+    For who only names them, and can do without the region of a token.
+
+    @raise ConfigError: if what they say of them is wrong.
+    """
+    texts = texts_of(flags, environ, file)
+    values = _values(texts, [each for each in SETTINGS if each.name in ("ecr-endpoint", "region", "instance-auth")])
+    if values["ecr_endpoint"] is None and not file.registries:
+        return ()
+    first, *_ = values["ecr_endpoint"] or ("",)
+    values["region"] = values["region"] or region_of(first) or "unknown"
+    return _registries(values, texts, file.registries)
+
+
 def given(flags: Mapping[str, str], environ: Mapping[str, str], file: Filed = NO_FILE) -> Given:
     """
     Return what is set, and where: by a flag, a variable, or in the file; defaults are left out.

@@ -32,7 +32,7 @@ ITEMS: Final = 1000
 """Items of a list."""
 LARGEST: Final = 2.0**63
 """Numbers are below."""
-_LABELS: Final = {"requests": 4, "upstream": 2}
+_LABELS: Final = {"requests": 5, "upstream": 3}
 
 About: TypeAlias = Literal["readiness", "standing", "figures"]
 Counts: TypeAlias = tuple[tuple[str, ...], int, int, float, tuple[int, ...]]

@@ -58,7 +58,7 @@ class Example:
     def __init__(self) -> None:
         self._history = history()
 
-    async def snapshot(self) -> Snapshot:
+    async def snapshot(self, registry: str | None = None) -> Snapshot:
         """
         Make one.
         """

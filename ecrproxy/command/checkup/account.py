@@ -158,6 +158,27 @@ def look_at_identity(identity: Once[Identity], registry: str | None) -> Iterator
             yield ok("account", said, f"policies of the repositories have to let {found.arn} pull")
 
 
+def look_at_role(acting: Once[Identity], role: str) -> Iterator[Finding]:
+    """
+    See whether a role can be assumed.
+
+    @param acting: who AWS says that we are in it.
+    """
+    check = "role"
+    try:
+        found = acting.get()
+    except RefusedError as problem:
+        trust = f"see that the trust policy of {role} names who assumes it, and that they may sts:AssumeRole on it"
+        yield failed(check, f"STS answers {problem}", _CLOCK_ADVICE if problem.skewed else trust)
+    except UnreachableError as problem:
+        advice = "let this machine out to STS: in a VPC without a way out add the endpoint for sts"
+        yield failed(check, f"STS does not answer: {problem}", advice)
+    except NoCredentialsError:
+        yield skipped(check, "not without credentials")
+    else:
+        yield ok(check, f"assumed: {found.arn}")
+
+
 def look_at_token(token: Once[tuple[str, float]], now: float) -> Iterator[Finding]:
     """
     See whether ECR gives a token.

@@ -11,7 +11,15 @@ from threading import Lock
 from typing import Any, Final
 
 from ecrproxy.command.checkup.findings import Once, brief
-from ecrproxy.registry.ecr import CLOCK_WORDS, CredentialsError, TokenUnavailableError, open_session, unusable
+from ecrproxy.registry.ecr import (
+    CLOCK_WORDS,
+    Credentials,
+    CredentialsError,
+    TokenUnavailableError,
+    assumed,
+    open_session,
+    unusable,
+)
 
 CONNECT_SECONDS: Final = 4
 READ_SECONDS: Final = 6
@@ -66,12 +74,14 @@ class Identity:
 
 class Aws:
     """
-    AWS, asked with the daemon's credentials.
+    AWS, asked with the daemon's credentials for a registry.
     """
 
-    def __init__(self, region: str, *, instance_auth: bool) -> None:
+    def __init__(self, region: str, credentials: Credentials) -> None:
         self._region = region
-        self._session: Once[Any] = Once(lambda: open_session(instance_auth=instance_auth))
+        profile, instance_auth = credentials.profile, credentials.instance_auth
+        self._session: Once[Any] = Once(lambda: open_session(profile, instance_auth=instance_auth))
+        self._role: Once[dict[str, str]] = Once(lambda: assumed(self._make, credentials))
         self._making = Lock()
 
     def provider(self) -> Provider:
@@ -89,7 +99,7 @@ class Aws:
 
     def identity(self) -> Identity:
         """
-        Ask STS who we are. Needs no permission.
+        Ask STS who we are, in the role if there is one. Needs no permission but to assume that.
         """
         with as_ours():
             told = self._client("sts").get_caller_identity()
@@ -118,6 +128,9 @@ class Aws:
             return {each["EvalActionName"]: each["EvalDecision"] for each in told["EvaluationResults"]}
 
     def _client(self, service: str) -> Any:  # noqa: ANN401
+        return self._make(service, **self._role.get())
+
+    def _make(self, service: str, **keys: str) -> Any:  # noqa: ANN401
         from botocore.config import Config  # noqa: PLC0415 (imported where it is needed)
 
         settings = Config(
@@ -127,7 +140,7 @@ class Aws:
         )
         session = self._session.get()
         with self._making:  # clients may be shared by threads, a session may not: boto3's guide, "Multithreading"
-            return session.create_client(service, region_name=self._region, config=settings)
+            return session.create_client(service, region_name=self._region, config=settings, **keys)
 
 
 @contextlib.contextmanager

@@ -4,12 +4,15 @@ One run of C{ecr-proxy doctor}: what there is to look at, with which senses, and
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Final
-from urllib.parse import urlsplit
 
 from ecrproxy.command.checkup import account, metadata, names, ports
+from ecrproxy.command.checkup.aws import Identity
 from ecrproxy.command.checkup.disk import judge_directory, judge_room
 from ecrproxy.command.checkup.findings import (
     Check,
@@ -27,16 +30,18 @@ from ecrproxy.command.checkup.findings import (
 from ecrproxy.command.checkup.network import judge_clock, look_at_host
 from ecrproxy.command.checkup.permissions import Trial
 from ecrproxy.command.checkup.reach import Contact, split
-from ecrproxy.command.checkup.senses import Senses
+from ecrproxy.command.checkup.senses import Account, Senses
 from ecrproxy.command.checkup.settings import judge_files, look_at_files, look_at_settings
 from ecrproxy.command.subcommand import FINE, MISUSED, WRONG, Call, CommandError
 from ecrproxy.endpoint_string import parse_endpoint_string
-from ecrproxy.identity import RegistryId
 from ecrproxy.oci import RegistryError, parse_route
+from ecrproxy.registries import Known, Registries, own_name
+from ecrproxy.registry.ecr import Credentials
 from ecrproxy.registry.egress import Egress, Proxy
 from ecrproxy.registry.guard import is_forbidden, is_loopback
 from ecrproxy.settings.config import Config, ConfigError, given
 from ecrproxy.settings.contradictions import load
+from ecrproxy.settings.registries import Protocol, RegistryTable
 
 
 def run(call: Call, senses: Senses | None = None) -> int:
@@ -83,6 +88,32 @@ _ROLES: Final = (
 _OTHERS: Final = ("AWS_ACCESS_KEY_ID", "AWS_PROFILE", *_ROLES)
 
 
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """
+    Credentials in a region: who AWS says that we are with them, and the token that ECR gives.
+    """
+
+    account: Account
+    identity: Once[Identity]
+    token: Once[tuple[str, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """
+    An image to try the permissions on.
+
+    @ivar name: of the repository, as the registry's clients have it; C{asked} is what it is asked for.
+    @ivar reference: a tag or digest; None for any.
+    """
+
+    registry: Known
+    name: str
+    asked: str
+    reference: str | None
+
+
 class Doctor:
     """
     What there is to look at, for one configuration.
@@ -92,15 +123,23 @@ class Doctor:
         self._config, self._senses = config, senses
         self._given = given(call.flags, call.world.variables, call.file)
         self._variables, self._now, self._seconds = call.world.variables, call.world.now, call.world.seconds
-        aws = senses.account(config.region, config.instance_auth)
-        self._aws = aws
-        self._provider, self._identity, self._token = Once(aws.provider), Once(aws.identity), Once(aws.token)
+        default, *self._others = config.registries
+        base = senses.account(config.region, replace(_key(default)[0], role=None, external_id=None))
+        self._provider, self._identity = Once(base.provider), Once(base.identity)
+        keys = {_key(each) for each in config.registries}
+        accounts = {(credentials, region): senses.account(region, credentials) for credentials, region in keys}
+        self._principals = {
+            key: Principal(each, Once(each.identity), Once(each.token)) for key, each in accounts.items()
+        }
+        self._default = self._principals[_key(default)]
+        self._role, self._token = default.role, self._default.token
         self._host, _, _ = split(config.ecr_endpoint)
         self._egress = _egress(call.world.variables)
         self._system = Once(lambda: senses.ask_system(self._host))
         self._servers = Once(self._ask_servers)
         self._greeting = Once(lambda: self._touch(config.ecr_endpoint + "/v2/", self._address()))
-        self._repository, self._reference = _image(call.options.repository)
+        registries = Registries(config.registries, config.registry_aliases or ())
+        self._image = _image(call.options.repository, registries)
         self._trial = Once(self._try)
         self._survey = Once(lambda: senses.survey(config.cache_dir, self._seconds))
 
@@ -108,16 +147,17 @@ class Doctor:
         """
         List them, in the order in which they are told.
         """
-        config, senses = self._config, self._senses
+        config, senses, role = self._config, self._senses, self._role
         slow = "see that AWS can be reached from here: by NAT, VPC endpoints, or HTTPS_PROXY"
         registry = self._host.partition(".")[0]
-        owner = registry if registry.isdecimal() else None
+        owner = registry if registry.isdecimal() and self._role is None else None
         return (
             Check("settings", lambda: look_at_settings(config, self._given, self._variables, senses.cores())),
             Check("files", lambda: look_at_files(config, self._now())),
             Check("credentials", self._credentials, slow),
             Check("metadata", self._metadata),
             Check("identity", lambda: account.look_at_identity(self._identity, owner), slow),
+            *([Check("role", partial(account.look_at_role, self._default.identity, role), slow)] if role else []),
             Check("token", lambda: account.look_at_token(self._token, self._now()), slow),
             Check("resolver", self._resolver, "set PROXY_DNS_RESOLVER=system, or see /etc/resolv.conf"),
             Check("registry", self._registry, slow),
@@ -125,6 +165,7 @@ class Doctor:
             Check("login", self._login, slow),
             Check("permissions", self._permissions, slow),
             Check("bucket", self._bucket, slow),
+            *(Check(each.name, partial(self._look_at, each), slow) for each in self._others),
             Check("cache", lambda: judge_directory(self._survey.get(), senses.user()), "see whether the disk is well"),
             Check("room", lambda: judge_room(self._survey.get(), config.cache_limit), "see whether the disk is well"),
             Check("port", self._ports),
@@ -149,11 +190,13 @@ class Doctor:
         return metadata.look_at_metadata(self._variables, self._senses.ask_metadata, needed=needed)
 
     def _permissions(self) -> Iterator[Finding]:
-        if self._repository is None:
+        if self._image is None:
             yield from self._simulated()
             return
-        if not self._config.namespace_pattern.fullmatch(self._repository):
-            said = f"PROXY_NAMESPACE_PATTERN does not let {self._repository} in"
+        table = self._image.registry.table
+        if not (table.namespaces or self._config.namespace_pattern).fullmatch(self._image.name):
+            setting = "PROXY_NAMESPACE_PATTERN" if table.namespaces is None else f"namespaces of {table.name}"
+            said = f"{setting} does not let {self._image.name} in"
             yield failed("namespace", said, "change the pattern, or ask for another repository")
         yield from self._trial.need("a token and a registry").findings
 
@@ -162,12 +205,12 @@ class Doctor:
         Ask IAM, where no repository is named to try it on.
         """
         check, advice = "permissions", "give --repository NAME:TAG to have them tried"
-        identity = self._identity.need("an identity")
+        identity = self._default.identity.need("an identity")
         partition = identity.arn.split(":")[1]
         resource = f"arn:{partition}:ecr:{self._config.region}:{identity.account}:repository/*"
         actions = [*account.NEEDED[1:], *account.USEFUL, *account.IMPORTING]
         try:
-            told = self._aws.simulate(account.principal(identity.arn), actions, resource)
+            told = self._default.account.simulate(account.principal(identity.arn), actions, resource)
         except Exception as problem:  # noqa: BLE001 (few may ask this)
             yield skipped(check, f"IAM can't be asked: {brief(problem)}", advice)
         else:
@@ -186,6 +229,16 @@ class Doctor:
         if not found:
             raise SkippedError("not without an address of the registry")
         return found[0]
+
+    def _addresses(self, url: str) -> list[str]:
+        """
+        Tell where the host of a URL is, as the daemon would.
+        """
+        if (proxy := self._proxy(url)) is not None:
+            return [f"the egress proxy {proxy}"]
+        host, _, _ = split(url)
+        found = [address for answer in self._asked(host).values() for address in answer.addresses]
+        return found or list(self._senses.ask_system(host).addresses)
 
     def _ask_servers(self) -> dict[str, names.Answer]:
         return self._asked(self._host)
@@ -251,14 +304,18 @@ class Doctor:
         yield judge_clock(greeting.headers.get("date"), self._now())
 
     def _try(self) -> Trial:
-        token, address = self._token.get()[0], self._address()
+        image = self._image
+        if image is None:
+            raise SkippedError("not without an image")
+        table = image.registry.table
+        token, url = self._principals[_key(table)].token.get()[0], table.endpoint or ""
+        (address, *_) = self._addresses(url)
 
         def ask(method: str, path: str, headers: Mapping[str, str]) -> Contact:
-            with_token = {**headers, "Authorization": f"Basic {token}"}
-            return self._touch(self._config.ecr_endpoint + path, address, with_token, method)
+            return self._touch(url + path, address, {**headers, "Authorization": f"Basic {token}"}, method)
 
-        trial = Trial(ask, self._repository or "")  # (only where one is named it is asked for)
-        trial.run(self._reference)
+        trial = Trial(ask, image.asked)
+        trial.run(image.reference)
         return trial
 
     def _bucket(self) -> Iterator[Finding]:
@@ -270,11 +327,10 @@ class Doctor:
             yield skipped("bucket", "where it is can't be told", "give --repository NAME:TAG, which leads there")
             return
         host, _, _ = split(location)
+        addresses = self._addresses(location)
         if self._proxy(location) is not None:
-            yield from self._look_at_bucket(location, [f"the egress proxy {self._proxy(location)}"])
+            yield from self._look_at_bucket(location, addresses)
             return
-        found = [address for answer in self._asked(host).values() for address in answer.addresses]
-        addresses = found or list(self._senses.ask_system(host).addresses)
         tunnel = self._is_tunnel()
         forbidden = [address for address in addresses if is_forbidden(address, tunnel=tunnel)]
         if forbidden:
@@ -292,12 +348,49 @@ class Doctor:
         )
 
     def _location(self) -> str:
-        if self._repository is not None:
+        if self._image is not None:
             return self._trial.need("a token and a registry").location
         if not self._host.endswith(".amazonaws.com"):
             return ""
         region = self._config.region
         return f"https://prod-{region}-starport-layer-bucket.s3.{region}.amazonaws.com/"
+
+    # The other registries.
+
+    def _look_at(self, table: RegistryTable) -> Iterator[Finding]:
+        """
+        Look at another registry than the default: its role, its token, and whether it takes that.
+        """
+        token = None
+        found: list[Finding] = []
+        if table.protocol is Protocol.ECR:
+            principal = self._principals[_key(table)]
+            if table.role is not None:
+                found += account.look_at_role(principal.identity, table.role)
+            found += account.look_at_token(principal.token, self._now())
+            with contextlib.suppress(Exception):  # told already
+                token = principal.token.get()[0]
+        if table.endpoint is not None:
+            found += self._answer(table.endpoint, token)
+        for each in found:
+            yield replace(each, check=table.name, said=f"{each.check}: {each.said}")
+
+    def _answer(self, url: str, token: str | None) -> Iterator[Finding]:
+        check, shown = "registry", {} if token is None else {"Authorization": f"Basic {token}"}
+        contacts: list[Contact] = []
+
+        def touch(address: str) -> Contact:
+            contacts.append(self._touch(f"{url}/v2/", address, shown))
+            return contacts[-1]
+
+        found = list(look_at_host(check, url, self._addresses(url), touch, self._now()))
+        if token is None or any(each.verdict is Verdict.FAILED for each in found):
+            yield from found
+        elif contacts[-1].status == 200:  # noqa: PLR2004
+            yield from (replace(each, said=f"{each.said}; it takes the token") for each in found)
+        else:
+            said = f"answers {contacts[-1].status or contacts[-1].problem} to a fresh token"
+            yield failed(check, said, "see that it is in the token's region, and of an account that lets this one in")
 
     # This machine.
 
@@ -320,18 +413,30 @@ def _egress(environ: Mapping[str, str]) -> Egress:
         raise ConfigError(f"HTTPS_PROXY: {problem}") from None
 
 
-def _image(text: str | None) -> tuple[str | None, str | None]:
+def _key(table: RegistryTable) -> tuple[Credentials, str]:
     """
-    Read the repository to try, and its tag or digest.
+    Return the credentials for a registry, and the region in which their token is good.
+    """
+    return Credentials(table.role, table.external_id, table.profile, table.instance_auth), table.region or ""
+
+
+def _image(text: str | None, registries: Registries) -> Image | None:
+    """
+    Read the image to try.
     """
     if text is None:
-        return None, None
-    text = text.removeprefix(f"{urlsplit(f'//{text}').netloc}/") if "." in text.partition("/")[0] else text
-    name, at, digest = text.partition("@")
-    repository, colon, tag = name.rpartition(":")
+        return None
+    whole, at, digest = text.partition("@")
+    folder, slash, last = whole.rpartition("/")
+    last, colon, tag = last.partition(":")
+    known, rest = registries.split(folder + slash + last)
+    first, slash, _ = rest.partition("/")
+    if slash and ("." in first or ":" in first):
+        raise CommandError(f"--repository={text!r}: {first} is no registry of the configuration", MISUSED)
+    name, asked = own_name(known.table, rest)
     reference = digest if at else tag if colon else None
     try:
-        parse_route(f"/v2/{repository if colon else name}/manifests/{reference or 'latest'}", RegistryId("any"))
+        parse_route(f"/v2/{asked}/manifests/{reference or 'latest'}", known.identity)
     except RegistryError as problem:
         raise CommandError(f"--repository={text!r}: {problem.message}", MISUSED) from None
-    return repository if colon else name, reference
+    return Image(known, name, asked, reference)

@@ -17,6 +17,7 @@ from ecrproxy.command.checkup.disk import Survey, survey
 from ecrproxy.command.checkup.reach import Contact, touch, touch_place
 from ecrproxy.cores import usable_cores
 from ecrproxy.healthcheck import Place
+from ecrproxy.registry.ecr import Credentials
 from ecrproxy.registry.egress import Proxy
 
 
@@ -60,12 +61,12 @@ class Senses:
     """
     How the world is looked at.
 
-    @ivar account: opens AWS, for a region, and whether only roles of instances count.
+    @ivar account: opens AWS, for a region and credentials.
     @ivar most_files: how many files a process may have open.
     @ivar start: runs something in a thread.
     """
 
-    account: Callable[[str, bool], Account] = lambda region, instance_auth: Aws(region, instance_auth=instance_auth)
+    account: Callable[[str, Credentials], Account] = Aws
     touch: Touch = touch
     touch_place: Callable[[Place, str], Contact] = touch_place
     bind: Callable[[Place], int] = ports.try_to_bind

@@ -18,7 +18,7 @@ from http.client import HTTPException
 from typing import Any, Final, TypeVar
 
 from ecrproxy.command.prefetching.door import Ask, Reply
-from ecrproxy.command.prefetching.images import Image
+from ecrproxy.command.prefetching.images import Image, target
 from ecrproxy.command.prefetching.platforms import Offer, Platform, choose, may_hold, offers
 from ecrproxy.oci import INDEX_TYPES, MANIFEST_LIMIT, MANIFEST_TYPES, Descriptor, Digest, Kind, Route, listed
 from ecrproxy.reasons import Reason
@@ -188,7 +188,7 @@ class Puller:
         return self._again(route, partial(self._ask_for_manifest, route))
 
     def _ask_for_manifest(self, route: Route) -> tuple[str, bytes]:
-        with self._hands.ask("GET", route.path, {"Accept": ACCEPT}) as reply:
+        with self._hands.ask("GET", target(route), {"Accept": ACCEPT}) as reply:
             _must_be(reply, _OK)
             body = _all_of(reply)
             told = reply.headers.get("docker-content-digest", "")
@@ -202,7 +202,7 @@ class Puller:
         return reply.headers.get("content-type", "").partition(";")[0].strip().lower(), body
 
     def _is_in_cache(self, route: Route) -> bool:
-        with self._hands.ask("HEAD", route.path, {}) as reply:
+        with self._hands.ask("HEAD", target(route), {}) as reply:
             _must_be(reply, _OK)
             return reply.headers.get("x-cache-status") in IN_CACHE
 
@@ -222,7 +222,7 @@ class Puller:
         while not arriving.complete:
             before = arriving.there
             try:
-                with self._hands.ask("GET", route.path, arriving.headers()) as reply:
+                with self._hands.ask("GET", target(route), arriving.headers()) as reply:
                     arriving.take(reply)
             except (OSError, HTTPException, TransientError) as problem:
                 if arriving.there > before:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import urlsplit
 
 from ecrproxy.command.prefetching import PASSWORD
 from ecrproxy.command.prefetching.crew import Crew
@@ -26,6 +25,8 @@ from ecrproxy.command.subcommand import FINE, MISUSED, WRONG, Call, CommandError
 from ecrproxy.command.terminal import Progress, Terminal, counted, size_in_words
 from ecrproxy.healthcheck import place_from
 from ecrproxy.oci import Route
+from ecrproxy.registries import Registries
+from ecrproxy.settings.config import registries_of
 
 MOST_JOBS: Final = 64
 
@@ -57,7 +58,7 @@ def run(call: Call, ask_of: Callable[[Door], Ask] = lambda door: door.ask) -> in
     if not 0 < jobs <= MOST_JOBS:
         raise CommandError(f"--jobs={options.jobs!r}: give a number from 1 to {MOST_JOBS}", MISUSED)
     door, hosts = _door(call)
-    works = _works(call, hosts)
+    works = _works(call, hosts, _registries(call))
     crew, seconds = Crew(jobs), call.world.seconds
     began = seconds()
     with Progress(terminal, "prefetch", None, seconds) as progress:
@@ -91,12 +92,10 @@ def _platforms(options: Namespace) -> Sequence[Platform]:
 
 def _door(call: Call) -> tuple[Door, set[str]]:
     """
-    Tell where to ask, and under which hosts' names the registry is known.
+    Tell where to ask, and under which hosts' names the proxy is known.
     """
     options, settings = call.options, call.settings
     hosts = {each.lower() for each in options.host}
-    if settings["ecr_endpoint"]:
-        hosts.add(urlsplit(settings["ecr_endpoint"][0]).netloc)
     try:
         if options.proxy_url is not None:
             place, name = place_of(options.proxy_url)
@@ -153,7 +152,15 @@ def _login(call: Call, host: str) -> tuple[str, str] | None:
         return None
 
 
-def _works(call: Call, hosts: set[str]) -> list[Work]:
+def _registries(call: Call) -> Registries | None:
+    """
+    Read which registries the daemon is a proxy of, as far as the settings tell.
+    """
+    tables = registries_of(call.flags, call.world.variables, call.file)
+    return Registries(tables, call.settings["registry_aliases"] or ()) if tables else None
+
+
+def _works(call: Call, hosts: set[str], registries: Registries | None) -> list[Work]:
     """
     Read which images are wanted, each once.
     """
@@ -163,7 +170,7 @@ def _works(call: Call, hosts: set[str]) -> list[Work]:
         raise CommandError("no image is named; see ecr-proxy prefetch --help", MISUSED)
     for text, bare in named:
         try:
-            image = parse_image(text, hosts, bare=bare)
+            image = parse_image(text, hosts, registries, bare=bare)
             works.setdefault(image.route, Work(image))
         except ForeignImageError as problem:
             if bare:
