@@ -78,6 +78,12 @@ class Tokens:
         self._until[token] = until
         return token, until
 
+    def take(self, token: str) -> None:
+        """
+        Let in, for good, whoever shows a token that somebody else gives out.
+        """
+        self._until[token] = float("inf")
+
     def issued(self) -> list[str]:
         """
         All that were given out and are remembered.

@@ -5,6 +5,7 @@ One daemon for several registries: none of them is taken for another, and none n
 from __future__ import annotations
 
 import json
+import shutil
 from typing import Any
 
 from twisted.internet.defer import Deferred, fail
@@ -33,7 +34,7 @@ class SeveralRegistriesTests(DaemonTestCase):
         self.layer = noise("shared", 100_000)
         self.image = self.standin.push_image("team/app", "latest", layers=[self.layer, b"one"])
         self.theirs = self.other.push_image("team/app", "latest", layers=[self.layer, b"two"])
-        table = RegistryTable(
+        self.table = RegistryTable(
             name=TWO,
             protocol=Protocol.ECR,
             endpoint=f"https://{TWO}",
@@ -41,7 +42,7 @@ class SeveralRegistriesTests(DaemonTestCase):
             path_prefix="us",
             hosts=frozenset({"us.example"}),
         )
-        self.start(others={table: self.other})
+        self.start(others={self.table: self.other})
 
     @property
     def blob(self) -> str:
@@ -265,3 +266,29 @@ class SeveralRegistriesTests(DaemonTestCase):
         for name in (ONE, TWO):
             self.assertIn(f'ecr_proxy_circuit_state{{registry="{name}",state="closed"}} 1.0', page)
             self.assertIn(f'ecr_proxy_token_expiry_timestamp_seconds{{registry="{name}"}}', page)
+
+    def test_from_two_daemons_to_one_the_cache_is_kept(self) -> None:
+        """
+        All of the one whose directory it has; of the other, whose content was copied, bytes that its registry confirms.
+        """
+        for daemon in self.daemons:
+            daemon.kill()
+        self.start()
+        self.get("/v2/team/app/manifests/latest")
+        self.get(self.blob)
+        self.daemon.kill()
+        theirs = json.loads(self.theirs.manifest)["layers"][1]["digest"]
+        path = f"/v2/team/app/blobs/{theirs}"
+        there = self.kind(self.other, self.clock, self.root / "there")
+        self.addCleanup(there.store.index.close)
+        there.flush()
+        self.assertWhole(there.ask("GET", path), b"two", "MISS")
+        there.kill()
+        shutil.copytree(self.root / "there/content", self.root / "content", dirs_exist_ok=True)
+        shutil.rmtree(self.root / "there")
+        asked, sent = len(self.standin.asked), self.other.bytes_sent
+        self.start(others={self.table: self.other})
+        self.assertWhole(self.get(self.blob), self.layer, "HIT")
+        self.assertEqual(asked, len(self.standin.asked))
+        self.assertWhole(self.get(f"{path}?ns={TWO}"), b"two", "REVALIDATED")
+        self.assertEqual(sent, self.other.bytes_sent)

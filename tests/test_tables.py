@@ -11,6 +11,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.command.subcommand import Subcommand
 from ecrproxy.settings.config import SETTINGS
+from ecrproxy.settings.registries import parse_registries
 from tests.daemon import DaemonTestCase
 from tests.documents import CHECKOUT, pages
 
@@ -92,3 +93,19 @@ class SubcommandTests(SynchronousTestCase):
             "Settings that it takes: ``--cache-dir``.",
         ):
             self.assertIn(words, told)
+
+
+class RegistryTests(SynchronousTestCase):
+    """
+    Tables of registries.
+    """
+
+    def test_each_key_is_described(self) -> None:
+        """
+        And no other. Those that there are, the error about another one names.
+        """
+        _, (said,) = parse_registries("file", {"quay.io": {"x": True}})
+        page = (CHECKOUT / "docs/howto/registries.rst").read_text("utf-8")
+        keys = page.partition("Keys of a table")[2].partition("A name ``")[0]
+        rows = re.findall(r"^   \* - (``.+``)$", keys, re.MULTILINE)
+        self.assertEqual(said.partition("there are ")[2].split(", "), re.findall(r"``(.+?)``", " ".join(rows)))

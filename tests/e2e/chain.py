@@ -36,9 +36,11 @@ class Equipment:
     certificates: Certificates
 
 
-def start_registry(home: Path, storage: Path) -> tuple[Process, str]:
+def start_registry(home: Path, storage: Path, auth: str = "") -> tuple[Process, str]:
     """
     Start a plain registry over a directory, and give its address.
+
+    @param auth: whom it lets in, as its configuration file has it; empty for everybody.
     """
     home.mkdir(parents=True, exist_ok=True)
     address = f"127.0.0.1:{free_port()}"
@@ -47,19 +49,30 @@ def start_registry(home: Path, storage: Path) -> tuple[Process, str]:
         "version: 0.1\n"
         "log: {level: warn, accesslog: {disabled: true}}\n"
         f"storage: {{filesystem: {{rootdirectory: {storage}}}}}\n"
-        f"http: {{addr: '{address}', secret: of-no-use-here}}\n"
+        f"http: {{addr: '{address}', secret: of-no-use-here}}\n{auth}"
     )
     process = Process(["docker-registry", "serve", config], environment(home), home / "registry.log", home)
-    wait_or_stop(process, f"http://{address}/v2/")
+    wait_or_stop(process, f"http://{address}/v2/", 401 if auth else 200)
     return process, address
 
 
-def wait_or_stop(process: Process, url: str) -> None:
+def start_moto(home: Path) -> tuple[Process, str]:
+    """
+    Start moto, another stand-in for AWS's API, and give its URL.
+    """
+    port = free_port()
+    argv = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    process, url = Process(argv, environment(home), home / "moto.log", home), f"http://127.0.0.1:{port}"
+    wait_or_stop(process, f"{url}/moto-api/")
+    return process, url
+
+
+def wait_or_stop(process: Process, url: str, status: int = 200) -> None:
     """
     Wait until a program answers; one that never does is not left running.
     """
     try:
-        process.wait_until(answers(url))
+        process.wait_until(answers(url, status))
     except BaseException:
         process.stop()
         raise

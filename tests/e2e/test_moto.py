@@ -4,7 +4,6 @@ The AWS call as another stand-in gives it: moto says that its tokens ended in 20
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,9 +12,9 @@ from typing import Any
 import pytest
 from botocore.session import Session
 
-from .asking import answers
+from .chain import start_moto
 from .conftest import MakeChain
-from .processes import Process, environment, free_port
+from .processes import Process
 
 WATCHED = 5.0
 
@@ -25,12 +24,8 @@ def moto(tmp_path: Path) -> Iterator[tuple[Process, str]]:
     """
     Run moto's server.
     """
-    port = free_port()
-    argv = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    process = Process(argv, environment(tmp_path), tmp_path / "moto.log", tmp_path)
-    url = f"http://127.0.0.1:{port}"
+    process, url = start_moto(tmp_path)
     try:
-        process.wait_until(answers(f"{url}/moto-api/"))
         yield process, url
     finally:
         process.stop()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -67,19 +68,19 @@ def etc(chain: Chain, tmp_path: Path) -> Path:
     return directory
 
 
-@pytest.fixture
-def docker(sid: Sid, etc: Path, tmp_path: Path) -> Iterator[Docker]:
+@contextmanager
+def running_docker(sid: Sid, etc: Path, home: Path) -> Iterator[Docker]:
     """
     Run a Docker Engine with containerd's image store, the default of new installations.
     """
     (etc / "docker/daemon.json").write_text(json.dumps({"features": {"containerd-snapshotter": True}}))
-    host = f"unix://{tmp_path}/docker.sock"
-    docker = Docker(tmp_path, {"DOCKER_HOST": host}, etc=etc, sid=sid)
+    host = f"unix://{home}/docker.sock"
+    docker = Docker(home, {"DOCKER_HOST": host}, etc=etc, sid=sid)
     argv: list[str | Path] = [
         *("dockerd", "--iptables=false", "--ip6tables=false", "--bridge=none", "--storage-driver=native"),
         *("--data-root=/data/docker", "--exec-root=/run/docker", "--pidfile=/run/docker.pid", f"--host={host}"),
     ]
-    engine = Process(docker.command(argv), environment(tmp_path), tmp_path / "dockerd.log", tmp_path)
+    engine = Process(docker.command(argv), environment(home), home / "dockerd.log", home)
     try:
         engine.wait_until(lambda: docker.attempt("docker", "version").status == 0)
         yield docker
@@ -87,20 +88,38 @@ def docker(sid: Sid, etc: Path, tmp_path: Path) -> Iterator[Docker]:
         engine.stop()
 
 
-@pytest.fixture
-def containerd(sid: Sid, etc: Path, tmp_path: Path) -> Iterator[Containerd]:
+@contextmanager
+def running_containerd_2(sid: Sid, etc: Path, home: Path) -> Iterator[Containerd]:
     """
     Run a containerd with the recipe for its second major version.
     """
-    client = Containerd(tmp_path, etc=etc, sid=sid)
+    client = Containerd(home, etc=etc, sid=sid)
     shutil.copy(DEPLOY / "containerd/config-2.toml", etc / "containerd/config.toml")
-    config = tmp_path / "config.toml"
+    config = home / "config.toml"
     config.write_text(
         f'version = 3\nimports = ["/etc/containerd/config.toml"]\nroot = "/data/root"\nstate = "/run/containerd"\n'
-        f'[grpc]\naddress = "{client.socket}"\n[ttrpc]\naddress = "{tmp_path}/ttrpc.sock"\n'
+        f'[grpc]\naddress = "{client.socket}"\n[ttrpc]\naddress = "{home}/ttrpc.sock"\n'
     )
     with running(client, config):
         yield client
+
+
+@pytest.fixture
+def docker(sid: Sid, etc: Path, tmp_path: Path) -> Iterator[Docker]:
+    """
+    Give a Docker Engine.
+    """
+    with running_docker(sid, etc, tmp_path) as docker:
+        yield docker
+
+
+@pytest.fixture
+def containerd(sid: Sid, etc: Path, tmp_path: Path) -> Iterator[Containerd]:
+    """
+    Give a containerd.
+    """
+    with running_containerd_2(sid, etc, tmp_path) as containerd:
+        yield containerd
 
 
 def test_docker_28_pulls_from_localhost_over_plain_http(docker: Docker, place: str, images: Images) -> None:

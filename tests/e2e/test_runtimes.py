@@ -111,19 +111,28 @@ def told(value: bytes) -> bytes:
     return b"\x0a" + length + value
 
 
-@pytest.fixture
-def containerd(etc: Path, tmp_path: Path) -> Iterator[Containerd]:
+@contextmanager
+def running_containerd_1(etc: Path, home: Path) -> Iterator[Containerd]:
     """
     Run a containerd that keeps to its own directory, and reads the recipe for its configuration.
     """
-    client = Containerd(tmp_path, etc=etc)
-    config = tmp_path / "config.toml"
-    places = f'root = "{tmp_path}/root"\nstate = "{tmp_path}/state"\n[grpc]\naddress = "{client.socket}"\n'
-    inner = f'[ttrpc]\naddress = "{tmp_path}/ttrpc.sock"\n'
-    opt = f'[plugins."io.containerd.internal.v1.opt"]\npath = "{tmp_path}/opt"\n'
+    client = Containerd(home, etc=etc)
+    config = home / "config.toml"
+    places = f'root = "{home}/root"\nstate = "{home}/state"\n[grpc]\naddress = "{client.socket}"\n'
+    inner = f'[ttrpc]\naddress = "{home}/ttrpc.sock"\n'
+    opt = f'[plugins."io.containerd.internal.v1.opt"]\npath = "{home}/opt"\n'
     config.write_text(f'version = 2\nimports = ["/etc/containerd/config.toml"]\n{places}{inner}{opt}')
     with running(client, config):
         yield client
+
+
+@pytest.fixture
+def containerd(etc: Path, tmp_path: Path) -> Iterator[Containerd]:
+    """
+    Give a containerd.
+    """
+    with running_containerd_1(etc, tmp_path) as containerd:
+        yield containerd
 
 
 @contextmanager

@@ -1,0 +1,260 @@
+"""
+All registries of a company behind one daemon, by the recipes of deploy/registries: this year's clients and the
+machine's own pull from each by the names that people use.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.registry_content import Shelves
+
+from .asking import ask
+from .certificates import PROXY
+from .chain import Daemon, Equipment, standard_settings, start_moto, start_registry, wait_or_stop
+from .clients import Podman, Skopeo
+from .company import EU, HUB, LOGIN, PUBLIC, SHARED, TAGS, US, TokenService, fill
+from .conftest import FAILED
+from .images import MACHINES, Layout, push, zipped
+from .installing import CHECKOUT
+from .processes import Process, environment, eventually, free_port
+from .sid import Sid
+from .test_newer_clients import running_containerd_2, running_docker
+from .test_runtimes import DEPLOY, HOSTS, PLACE, running_containerd_1
+
+RECIPES = DEPLOY / "registries"
+NAMES = {EU: f"{EU}/team/app", US: f"{US}/team/app", PUBLIC: f"{PUBLIC}/team/app", HUB: f"{HUB}/library/tool"}
+OWN = 64 * 2**10
+"""More bytes than all contents have together that registries do not share."""
+ASKED = 30
+"""Questions that fail, which are more than a circuit takes."""
+DOCKER, CONTAINERD_2, CONTAINERD_1 = "docker 28", "containerd 2", "containerd 1"
+CLIENTS = (DOCKER, CONTAINERD_2, CONTAINERD_1, "podman 5", "podman 4")
+Pull = Callable[[str], str]
+
+
+class Company:
+    """
+    Four registries, AWS, and a daemon before them.
+
+    @ivar images: for each registry and tag, the digests of the manifest and of the config: clients call either its id.
+    @ivar elsewhere: a registry that the daemon's configuration does not name. It has what HUB has, for everybody.
+    """
+
+    def __init__(self, equipment: Equipment, home: Path, skopeo: Skopeo) -> None:
+        self._home, self._ports = home, {each: [free_port() for _ in range(3)] for each in (EU, US, PUBLIC)}
+        self._processes: dict[str, Process] = {}
+        self._ending = ExitStack()
+        try:
+            for each in self._ports:
+                self.start(each)
+            self.images = {each: _ids(each) for each in self._ports}
+            self._processes["elsewhere"], address = start_registry(home / "elsewhere", home / "storage")
+            self.elsewhere = address.replace("127.0.0.1", "localhost")
+            self.images[HUB] = _push_tools(home, skopeo, address)
+            tokens = TokenService(home)
+            self._ending.callback(tokens.stop)
+            self._processes[HUB], address = start_registry(home / "hub", home / "storage", tokens.auth)
+            self._processes["aws"], aws = start_moto(home)
+            endpoints = {each: f"127.0.0.1:{ports[0]}" for each, ports in self._ports.items()} | {HUB: address}
+            self.daemon = Daemon(equipment, home / "daemon", self._settings(endpoints, aws))
+            self.daemon.wait()
+        except BaseException:
+            self.stop()
+            raise
+
+    def _settings(self, endpoints: Mapping[str, str], aws: str) -> dict[str, str | None]:
+        """
+        Make the settings: the recipe, but for where the registries and the password are here.
+        """
+        text, password = (RECIPES / "ecr-proxy.toml").read_text(), self._home / "password"
+        password.write_text(LOGIN[1])
+        text = text.replace("/etc/ecr-proxy/docker.io", str(password)).replace('"pulls"', f'"{LOGIN[0]}"')
+        for each, address in endpoints.items():
+            region = re.search(r"\.ecr\.([a-z0-9-]+)\.", each)
+            here = f'endpoint = "http://{address}"\n' + (f'region = "{region[1]}"\n' if region else "")
+            text = text.replace(f'[registry."{each}"]\n', f'[registry."{each}"]\n{here}')
+        config = self._home / "ecr-proxy.toml"
+        config.write_text(text)
+        left_out = ("PROXY_ECR_ENDPOINT", "PROXY_NAMESPACE_PATTERN", "PROXY_REGISTRY_ALIASES", "AWS_REGION")
+        return standard_settings(aws) | dict.fromkeys(left_out) | {"PROXY_CONFIG": str(config)}
+
+    def start(self, registry: str) -> None:
+        """
+        Start one of those that count what they send.
+        """
+        port, bucket, realm = map(str, self._ports[registry])
+        argv = [sys.executable, "-m", "tests.e2e.company", registry, "--port", port]
+        argv += ["--bucket-port", bucket, "--realm-port", realm]
+        process = Process(argv, environment(self._home), self._home / f"{registry}.log", CHECKOUT)
+        self._processes[registry] = process
+        wait_or_stop(process, f"http://localhost:{port}/_asked")
+
+    @contextmanager
+    def without(self, registry: str) -> Iterator[None]:
+        """
+        Stop a registry for a while.
+        """
+        self._processes[registry].stop()
+        try:
+            yield
+        finally:
+            self.start(registry)
+
+    def sent(self) -> int:
+        """
+        Count the bytes of blobs that those three have sent since they started.
+        """
+        asked = (ask(f"http://localhost:{ports[0]}/_asked").json() for ports in self._ports.values())
+        return sum(each["bytes_sent"] for each in asked)
+
+    def stop(self) -> None:
+        """
+        Stop everything, the daemon first.
+        """
+        for process in self._running():
+            process.stop()
+        self._ending.close()
+
+    def logs(self) -> str:
+        """
+        Read the end of what each program has said.
+        """
+        return "\n".join(f"-- {each.name}\n{each.tail()}" for each in self._running())
+
+    def _running(self) -> list[Process]:
+        daemon = [self.daemon.process] if hasattr(self, "daemon") else []  # another one after a restart
+        return [*daemon, *self._processes.values()]
+
+
+def _ids(registry: str) -> dict[str, tuple[str, str]]:
+    return {tag: (image.digest, image.config) for tag, image in fill(Shelves(), registry).items()}
+
+
+def _push_tools(home: Path, skopeo: Skopeo, address: str) -> dict[str, tuple[str, str]]:
+    found = {}
+    for tag in TAGS:
+        layout = Layout(home / f"tool-{tag}")
+        top = layout.image(MACHINES[platform.machine()], [zipped("tool", tag.encode())])
+        push(skopeo, layout.finish(top), f"{address}/library/tool:{tag}")
+        found[tag] = top["digest"], layout.read(top)["config"]["digest"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def place(home: Path) -> Path:
+    """
+    Give a directory with a short name: podman's paths may only have fifty characters.
+    """
+    directory = home / "company"
+    for name in ("docker", "containerd-2", "containerd-1", "podman-5", "podman-4"):
+        (directory / name).mkdir(parents=True)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def company(equipment: Equipment, place: Path, skopeo: Skopeo) -> Iterator[Company]:
+    """
+    Give the registries behind their daemon.
+    """
+    company = Company(equipment, place, skopeo)
+    yield company
+    company.stop()
+
+
+@pytest.fixture(autouse=True)
+def told(company: Company, request: pytest.FixtureRequest) -> Iterator[None]:
+    """
+    Show what the programs have said, if a test fails.
+    """
+    yield
+    if request.node.stash.get(FAILED, False):
+        request.node.add_report_section("teardown", "logs", company.logs())
+
+
+@pytest.fixture(scope="module")
+def clients(sid: Sid, company: Company, place: Path) -> Iterator[Mapping[str, Pull]]:
+    """
+    Give how each client pulls, by the recipes as they stand, but for the proxy's port.
+    """
+    recent, older = _etc(place / "etc", company.daemon), _etc(place / "older", company.daemon)
+    shutil.copy(DEPLOY / "containerd/config.toml", older / "containerd/config.toml")
+    with (
+        running_docker(sid, recent, place / "docker") as docker,
+        running_containerd_2(sid, recent, place / "containerd-2") as second,
+        running_containerd_1(older, place / "containerd-1") as first,
+    ):
+        yield {
+            DOCKER: docker.pull,
+            CONTAINERD_2: second.pull_as_kubelet,
+            CONTAINERD_1: first.pull_as_kubelet,
+            "podman 5": Podman(place / "podman-5", etc=recent, sid=sid).pull,
+            "podman 4": Podman(place / "podman-4", etc=older).pull,
+        }
+
+
+def _etc(directory: Path, daemon: Daemon) -> Path:
+    recipes = {
+        "containerd/certs.d/_default/hosts.toml": "hosts.toml",
+        "docker/certs.d/_default/hosts.toml": "hosts.toml",
+        "containers/registries.conf.d/registries.conf": "registries.conf",
+    }
+    for target, recipe in recipes.items():
+        (directory / target).parent.mkdir(parents=True)
+        (directory / target).write_text((RECIPES / recipe).read_text().replace(PLACE, f"{PROXY}:{daemon.port}"))
+    (directory / "hosts").write_text(HOSTS)
+    return directory
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+def test_each_registry_is_pulled_from_by_its_own_name(
+    company: Company, clients: Mapping[str, Pull], client: str
+) -> None:
+    """
+    The same repository and tag of three registries are three images, whose layer has crossed the network once.
+
+    A client asks for it once as well, so each begins with another registry.
+    """
+    first = CLIENTS.index(client)
+    for registry in [*NAMES, *NAMES][first:][: len(NAMES)]:
+        assert clients[client](f"{NAMES[registry]}:1") in company.images[registry]["1"]
+    size = len(SHARED)
+    assert size <= company.sent() < size + OWN
+
+
+def test_one_that_is_stopped_costs_the_others_nothing(company: Company, clients: Mapping[str, Pull]) -> None:
+    """
+    Clients go on pulling from those what nobody has pulled before, however often others ask for that one.
+    """
+    with company.without(EU), ThreadPoolExecutor(ASKED) as pool:
+        paths = [f"/v2/team/app{number}/manifests/2?ns={EU}" for number in range(ASKED)]
+        assert {each.status for each in pool.map(company.daemon.ask, paths)} <= {502, 503, 504}
+        for pull in clients.values():
+            for registry in (US, PUBLIC, HUB):
+                assert pull(f"{NAMES[registry]}:2") in company.images[registry]["2"]
+
+
+def test_other_registries_are_asked_themselves(company: Company, clients: Mapping[str, Pull]) -> None:
+    """
+    The proxy answers 404 for what its configuration does not name, and Docker and containerd go on; as they do while
+    it is stopped.
+    """
+    name, images = f"{company.elsewhere}/library/tool", company.images[HUB]
+    for client in (DOCKER, CONTAINERD_2, CONTAINERD_1):
+        assert clients[client](f"{name}:1") in images["1"]
+    eventually(lambda: company.elsewhere in company.daemon.process.output.read_text(), "the proxy was asked first")
+    company.daemon.process.stop()
+    try:
+        for client in (DOCKER, CONTAINERD_2, CONTAINERD_1):
+            assert clients[client](f"{name}:2") in images["2"]
+    finally:
+        company.daemon.restart()
