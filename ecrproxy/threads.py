@@ -77,8 +77,8 @@ class _Call:
     A call in a pool of threads, or waiting for one.
     """
 
-    def __init__(self, blocking: Callable[[], Any]) -> None:
-        self.blocking = blocking
+    def __init__(self, blocking: Callable[[], Any], *, patient: bool) -> None:
+        self.blocking, self.patient = blocking, patient
         self.result: Deferred[Any] = Deferred()
         self.limit: IDelayedCall | None = None
 
@@ -120,7 +120,7 @@ class Bounded:
         """
         Call C{blocking(*args)}; fires with its result.
         """
-        call = self._call(partial(blocking, *args))
+        call = self._call(_Call(partial(blocking, *args), patient=False))
         if call.limit is None and not call.result.called:
             call.limit = self._clock.callLater(self._patience, self._left_waiting, call)
         return call.result
@@ -128,11 +128,12 @@ class Bounded:
     def patiently(self, blocking: Callable[..., T], *args: Any) -> Deferred[T]:  # noqa: ANN401
         """
         Do the same, but wait for a thread until all of them hang: for work that can't be done without the disk.
-        """
-        return self._call(partial(blocking, *args)).result
 
-    def _call(self, blocking: Callable[[], object]) -> _Call:
-        call = _Call(blocking)
+        It has all its time then, though others hang: of a slow disk one call among many may be late.
+        """
+        return self._call(_Call(partial(blocking, *args), patient=True)).result
+
+    def _call(self, call: _Call) -> _Call:
         if self._hanging == self._size:
             call.end(_timed_out())
         else:
@@ -156,7 +157,7 @@ class Bounded:
 
     def _begin(self, call: _Call) -> None:
         self._running.add(call)
-        call.limit = self._clock.callLater(self._patience, self._expire, call)
+        call.limit = self._clock.callLater(self._seconds if call.patient else self._patience, self._expire, call)
         self._in_thread(call.blocking).addBoth(self._returned, call)
 
     def _left_waiting(self, call: _Call) -> None:

@@ -88,6 +88,19 @@ class BoundedTests(SynchronousTestCase):
             self.failureResultOf(call, TimeoutError)
         self.assertEqual((2, []), (len(self.running), self.clock.getDelayedCalls()))
 
+    def test_patient_calls_have_all_their_time_though_another_hangs(self) -> None:
+        """
+        Of a slow disk one call may be late: it must not have all others fail.
+        """
+        self.hang(1)
+        calls = [patient(self.bounded)(int, str(number)) for number in range(2)]
+        for number, call in enumerate(calls):
+            self.clock.advance(SECONDS - 1)
+            self.assertNoResult(call)
+            self.end(1)
+            self.assertEqual(number, self.successResultOf(call))
+        self.failureResultOf(self.expired(patient(self.bounded)(int, "0")), TimeoutError)
+
     def test_failures_are_passed_on(self) -> None:
         call = self.bounded(int, "x")
         self.running.pop()[1].errback(ValueError())
