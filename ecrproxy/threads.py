@@ -112,7 +112,7 @@ class Bounded:
 
     def __init__(self, in_thread: InThread, size: int, seconds: float, clock: IReactorTime) -> None:
         self._in_thread, self._size, self._seconds, self._clock = in_thread, size, seconds, clock
-        self._waiting: deque[_Call] = deque()
+        self._patient, self._others, self._turn = deque[_Call](), deque[_Call](), 0
         self._running: set[_Call] = set()
         self._hanging = 0
 
@@ -129,7 +129,8 @@ class Bounded:
         """
         Do the same, but wait for a thread until all of them hang: for work that can't be done without the disk.
 
-        It has all its time then, though others hang: of a slow disk one call among many may be late.
+        The other calls are short, and go first; each time that they have had as many turns as there are threads, one of
+        these has its turn. It has all its time then, though others hang: of a slow disk one call in many may be late.
         """
         return self._call(_Call(partial(blocking, *args), patient=True)).result
 
@@ -137,7 +138,7 @@ class Bounded:
         if self._hanging == self._size:
             call.end(_timed_out())
         else:
-            self._waiting.append(call)
+            (self._patient if call.patient else self._others).append(call)
             self._go_on()
         return call
 
@@ -149,8 +150,10 @@ class Bounded:
         return min(self._seconds, _SUSPICIOUS_SECONDS) if self._hanging else self._seconds
 
     def _go_on(self) -> None:
-        while self._waiting and len(self._running) + self._hanging < self._size:
-            call = self._waiting.popleft()
+        while (self._patient or self._others) and len(self._running) + self._hanging < self._size:
+            self._turn = (self._turn + 1) % (self._size + 1)
+            queue = (self._others or self._patient) if self._turn else (self._patient or self._others)
+            call = queue.popleft()
             call.cancel_limit()
             if not call.result.called:
                 self._begin(call)
@@ -177,7 +180,9 @@ class Bounded:
         self._hanging += 1
         call.end(_timed_out())
         if self._hanging == self._size:
-            waiting, self._waiting = self._waiting, deque()
+            waiting = [*self._others, *self._patient]
+            self._others.clear()
+            self._patient.clear()
             for each in waiting:
                 each.end(_timed_out())
 

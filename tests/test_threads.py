@@ -88,6 +88,20 @@ class BoundedTests(SynchronousTestCase):
             self.failureResultOf(call, TimeoutError)
         self.assertEqual((2, []), (len(self.running), self.clock.getDelayedCalls()))
 
+    def test_patient_calls_do_not_keep_the_others_from_a_thread(self) -> None:
+        """
+        The others go first, as they give up; yet however many of them there are, patient ones have turns.
+        """
+        begun = list[str]()
+        for number in range(6):
+            patient(self.bounded)(begun.append, f"patient {number}")
+        for number in range(4):
+            self.bounded(begun.append, f"other {number}")
+        while self.running:
+            self.end()
+        order = "".join(each[0] for each in begun)
+        self.assertEqual("pppoopoopp", order)
+
     def test_patient_calls_have_all_their_time_though_another_hangs(self) -> None:
         """
         Of a slow disk one call may be late: it must not have all others fail.
