@@ -77,8 +77,8 @@ class _Call:
     A call in a pool of threads, or waiting for one.
     """
 
-    def __init__(self, blocking: Callable[[], Any]) -> None:
-        self.blocking = blocking
+    def __init__(self, blocking: Callable[[], Any], *, patient: bool) -> None:
+        self.blocking, self.patient = blocking, patient
         self.result: Deferred[Any] = Deferred()
         self.limit: IDelayedCall | None = None
 
@@ -112,7 +112,7 @@ class Bounded:
 
     def __init__(self, in_thread: InThread, size: int, seconds: float, clock: IReactorTime) -> None:
         self._in_thread, self._size, self._seconds, self._clock = in_thread, size, seconds, clock
-        self._waiting: deque[_Call] = deque()
+        self._patient, self._others, self._turn = deque[_Call](), deque[_Call](), 0
         self._running: set[_Call] = set()
         self._hanging = 0
 
@@ -120,7 +120,7 @@ class Bounded:
         """
         Call C{blocking(*args)}; fires with its result.
         """
-        call = self._call(partial(blocking, *args))
+        call = self._call(_Call(partial(blocking, *args), patient=False))
         if call.limit is None and not call.result.called:
             call.limit = self._clock.callLater(self._patience, self._left_waiting, call)
         return call.result
@@ -128,15 +128,17 @@ class Bounded:
     def patiently(self, blocking: Callable[..., T], *args: Any) -> Deferred[T]:  # noqa: ANN401
         """
         Do the same, but wait for a thread until all of them hang: for work that can't be done without the disk.
-        """
-        return self._call(partial(blocking, *args)).result
 
-    def _call(self, blocking: Callable[[], object]) -> _Call:
-        call = _Call(blocking)
+        The other calls are short, and go first; each time that they have had as many turns as there are threads, one of
+        these has its turn. It has all its time then, though others hang: of a slow disk one call in many may be late.
+        """
+        return self._call(_Call(partial(blocking, *args), patient=True)).result
+
+    def _call(self, call: _Call) -> _Call:
         if self._hanging == self._size:
             call.end(_timed_out())
         else:
-            self._waiting.append(call)
+            (self._patient if call.patient else self._others).append(call)
             self._go_on()
         return call
 
@@ -148,15 +150,17 @@ class Bounded:
         return min(self._seconds, _SUSPICIOUS_SECONDS) if self._hanging else self._seconds
 
     def _go_on(self) -> None:
-        while self._waiting and len(self._running) + self._hanging < self._size:
-            call = self._waiting.popleft()
+        while (self._patient or self._others) and len(self._running) + self._hanging < self._size:
+            self._turn = (self._turn + 1) % (self._size + 1)
+            queue = (self._others or self._patient) if self._turn else (self._patient or self._others)
+            call = queue.popleft()
             call.cancel_limit()
             if not call.result.called:
                 self._begin(call)
 
     def _begin(self, call: _Call) -> None:
         self._running.add(call)
-        call.limit = self._clock.callLater(self._patience, self._expire, call)
+        call.limit = self._clock.callLater(self._seconds if call.patient else self._patience, self._expire, call)
         self._in_thread(call.blocking).addBoth(self._returned, call)
 
     def _left_waiting(self, call: _Call) -> None:
@@ -176,7 +180,9 @@ class Bounded:
         self._hanging += 1
         call.end(_timed_out())
         if self._hanging == self._size:
-            waiting, self._waiting = self._waiting, deque()
+            waiting = [*self._others, *self._patient]
+            self._others.clear()
+            self._patient.clear()
             for each in waiting:
                 each.end(_timed_out())
 

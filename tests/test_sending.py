@@ -235,6 +235,25 @@ class PieceTests(DaemonTestCase):
             self.assertEqual(set(), being_read(self.daemon.store))
             self.flushLoggedErrors(OSError)
 
+    def test_nothing_is_read_for_who_has_left(self) -> None:
+        """
+        On a slow disk hundreds of reads wait for a thread: those that nobody wants would hold up the others.
+        """
+        self.get(self.path)
+        sizes = self.readings()
+        self.hands.idle = False
+        reply = self.daemon.send("GET", self.path)
+        self.flush()
+        while not being_read(self.daemon.store):
+            self.hands.work()
+            self.flush()
+        self.assertEqual(1, len(self.hands.waiting))
+        reply.leave()
+        self.flush()
+        self.hands.work_off()
+        self.flush()
+        self.assertEqual(([], set()), (sizes, being_read(self.daemon.store)))
+
     def test_the_connection_stays_of_use(self) -> None:
         """
         After a body sent in pieces, slowly or not, the next request on the connection is answered.

@@ -88,6 +88,33 @@ class BoundedTests(SynchronousTestCase):
             self.failureResultOf(call, TimeoutError)
         self.assertEqual((2, []), (len(self.running), self.clock.getDelayedCalls()))
 
+    def test_patient_calls_do_not_keep_the_others_from_a_thread(self) -> None:
+        """
+        The others go first, as they give up; yet however many of them there are, patient ones have turns.
+        """
+        begun = list[str]()
+        for number in range(6):
+            patient(self.bounded)(begun.append, f"patient {number}")
+        for number in range(4):
+            self.bounded(begun.append, f"other {number}")
+        while self.running:
+            self.end()
+        order = "".join(each[0] for each in begun)
+        self.assertEqual("pppoopoopp", order)
+
+    def test_patient_calls_have_all_their_time_though_another_hangs(self) -> None:
+        """
+        Of a slow disk one call may be late: it must not have all others fail.
+        """
+        self.hang(1)
+        calls = [patient(self.bounded)(int, str(number)) for number in range(2)]
+        for number, call in enumerate(calls):
+            self.clock.advance(SECONDS - 1)
+            self.assertNoResult(call)
+            self.end(1)
+            self.assertEqual(number, self.successResultOf(call))
+        self.failureResultOf(self.expired(patient(self.bounded)(int, "0")), TimeoutError)
+
     def test_failures_are_passed_on(self) -> None:
         call = self.bounded(int, "x")
         self.running.pop()[1].errback(ValueError())

@@ -114,6 +114,12 @@ class Sending:
         """
         raise NotImplementedError
 
+    def _pread(self, fd: int, count: int, offset: int) -> bytes:
+        """
+        Read from a file, unless nobody wants it any more. Called in a thread.
+        """
+        return b"" if self._over else os.pread(fd, count, offset)
+
 
 @implementer(IPushProducer)
 class PieceSending(Sending):
@@ -166,7 +172,7 @@ class PieceSending(Sending):
     def _read(self, piece: FilePiece) -> None:
         fd, offset, count = piece
         self._reading = True
-        reading = self._in_thread(os.pread, fd, count, offset)
+        reading = self._in_thread(self._pread, fd, count, offset)
         reading.addCallbacks(self._have_read, self._failed).addErrback(self._failed)
 
     def _have_read(self, data: bytes) -> None:
@@ -286,7 +292,7 @@ class SlotSending(Sending):
             self._warming = True
             self._patience.end()
             os.posix_fadvise(fd, offset + count, READ_AHEAD, os.POSIX_FADV_WILLNEED)
-            self._in_thread(os.pread, fd, count, offset).addBoth(self._warmed)
+            self._in_thread(self._pread, fd, count, offset).addBoth(self._warmed)
             return False
         except OSError:
             return True  # a file system that can't tell
