@@ -200,6 +200,7 @@ def _made(name: str, values: Mapping[str, Any]) -> RegistryTable:
 
 def _contradictions(table: RegistryTable, values: Mapping[str, Any], own_region: str | None) -> Iterator[str]:
     meaningless = {
+        "replicas": "is not there yet; leave it out",
         **dict.fromkeys(_OF_ONE if table.is_wildcard else (), "a wildcard stands for many; give a table for the one"),
         **dict.fromkeys(
             _FOREIGN[table.protocol], "only a private registry of ECR has that; if it is one, give its region"
