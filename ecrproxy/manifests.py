@@ -4,7 +4,7 @@ Manifests, by tag and by digest.
 Rules:
 
 - A tag is asked for each time, or once its time to live is over: one question for all who ask at once.
-  When ECR can't be asked, the last answer holds.
+  When ECR can't be asked, the last answer holds; if there is none, what a replica of the registry has.
 - What is named by its digest is asked for once in each repository, as blobs are: see L{proxy}.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
@@ -40,6 +41,8 @@ _NAMED_BYTES = 2**20
 """Bytes of memory for such digests."""
 INDEX_SECONDS: Final = 1.0
 """How long the index has to say what other processes know of a tag where ECR can't be asked, and to forget one."""
+REPLICA_SECONDS: Final = STALE_SECONDS + 2 * INDEX_SECONDS
+"""How long ECR may take to say what a tag of which nothing is known here leads to, where a replica may say it."""
 _JOINED = (CacheStatus.JOINED, Reason.IN_FLIGHT)
 
 
@@ -65,6 +68,7 @@ class Manifests:
         self._call_later, self._tag_ttl = call_later, tag_ttl
         self._heads: Flights[_Said[Descriptor | None]] = Flights(foreseen=RegistryError)
         self._manifests: Flights[_Said[tuple[Descriptor, Document]]] = Flights(foreseen=RegistryError)
+        self._replicas: Flights[tuple[Descriptor, Document]] = Flights(foreseen=RegistryError)
         self._forgetting: Flights[None] = Flights()
         self._questions = count(1)
         self._named: Memory[tuple[Repository, Digest], _Named] = Memory(_NAMED_BYTES)
@@ -75,7 +79,30 @@ class Manifests:
 
         @raise RegistryError: if the repository doesn't hold it, or ECR can't give it.
         """
-        return await (self._by_digest(asked) if asked.route.digest is not None else self._by_tag(asked))
+        if asked.route.digest is not None:
+            return await self._by_digest(asked)
+        if not self._upstream(asked.route).replicas:
+            return await self._by_tag(asked)
+        try:
+            return await within(REPLICA_SECONDS, self._by_tag(asked), self._call_later)
+        except RefusedAnswerError:
+            raise
+        except (DeadlineExceededError, UnavailableError) as problem:
+            return await self._of_replica(asked, problem) or await self._by_tag(asked)
+
+    async def _of_replica(self, asked: Asked, problem: DeadlineExceededError | UnavailableError) -> Answer | None:
+        """
+        Answer with what a replica has of a tag of which nothing is known here: it may be old, and is not noted.
+
+        @return: none if no replica has it.
+        """
+        route, accept = asked.route, asked.accept
+        for each in self._upstream(route).replicas:
+            with contextlib.suppress(RegistryError):
+                key = route, accept, id(each)
+                said = await self._replicas.join(key, partial(self._fetch_from, each, route, accept))
+                return manifest_answer(CacheStatus.STALE, why_stale(route, problem), asked, said[0], said[1].body)
+        return None
 
     async def _by_digest(self, asked: Asked) -> Answer:
         if (answer := self._cache.at_hand(asked)) is not None:
@@ -266,7 +293,12 @@ class Manifests:
         """
         Fetch a manifest; keeping it takes its own time.
         """
-        manifest = await self._upstream(route).manifest(route, _accept_header(accept))
+        return await self._fetch_from(self._upstream(route), route, accept)
+
+    async def _fetch_from(
+        self, upstream: Upstream, route: Route, accept: frozenset[str]
+    ) -> tuple[Descriptor, Document]:
+        manifest = await upstream.manifest(route, _accept_header(accept))
         digest = Digest.of(manifest.body, route.digest.algorithm if route.digest else "sha256")
         if route.digest not in (None, digest):
             said = f"ECR gave something else than {route.digest}"

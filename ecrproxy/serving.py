@@ -48,6 +48,7 @@ from ecrproxy.http.access_log import AccessLog
 from ecrproxy.http.answering import Ready
 from ecrproxy.http.site import RegistrySite, make_site
 from ecrproxy.http.web import Registry
+from ecrproxy.identity import RegistryId
 from ecrproxy.metrics import Figures, LoopStall
 from ecrproxy.proxy import PullThrough
 from ecrproxy.readiness import Readiness, judge
@@ -63,13 +64,14 @@ from ecrproxy.registry.governor import Governor
 from ecrproxy.registry.login import Login
 from ecrproxy.registry.metering import MeteredAgent
 from ecrproxy.registry.quotas import PUBLIC_RATES, Quotas
+from ecrproxy.registry.replicas import Replicated
 from ecrproxy.registry.repositories import list_repositories
 from ecrproxy.registry.resolver import ChosenServers, hosts_names
 from ecrproxy.registry.retries import Budget
 from ecrproxy.registry.upstream import Upstream
 from ecrproxy.registry.wire import Wire
 from ecrproxy.settings.config import Config, ConfigError
-from ecrproxy.settings.registries import Protocol, RegistryTable
+from ecrproxy.settings.registries import Protocol, RegistryTable, replicas_of
 from ecrproxy.shares import share
 from ecrproxy.threads import Disk, InThread, Pools, Threads, call_unowned, in_time, patient
 from ecrproxy.transfer.inflow import BUFFERED, Lanes
@@ -78,6 +80,9 @@ from ecrproxy.upstreams import Upstreams
 from ecrproxy.world import World, Worlds
 
 log = Logger()
+
+WireOne = Callable[[TokenService | None, str, Known, Sequence[Upstream]], tuple[Upstream, Asking]]
+"""Wires a registry from its token, what the log calls it, and its replicas."""
 
 READING: Final = 8, 5.0
 WRITING: Final = 8, 8.0
@@ -274,7 +279,7 @@ def _wiring(
     reading: InThread,
     egress: Egress,
     reactor: Any,  # noqa: ANN401
-) -> Callable[[TokenService | None, str, Known], tuple[Upstream, Asking]]:
+) -> WireOne:
     """
     Return what wires all that asks one registry and its buckets.
 
@@ -284,7 +289,9 @@ def _wiring(
     forget = _install_resolver(config, reactor)
     budget = Budget(config.upstream_tries, config.upstream_seconds)
 
-    def make(tokens: TokenService | None, who: str, known: Known) -> tuple[Upstream, Asking]:
+    def make(
+        tokens: TokenService | None, who: str, known: Known, replicas: Sequence[Upstream]
+    ) -> tuple[Upstream, Asking]:
         table, url = known.table, known.table.endpoint or ""
         agent = UpstreamAgent(reactor, url, forget, egress=egress, outside=outside)
         wire = Wire(MeteredAgent(agent, url, figures.upstream, reactor, known.label), reactor, budget)
@@ -293,6 +300,8 @@ def _wiring(
         authorization = _authorization(table, url, wire, tokens, reading)
         endpoint = Endpoint(url, wire, authorization, governor, circuit)
         upstream = Upstream(endpoint, wire, stall_seconds=config.stall_seconds)
+        if replicas:
+            upstream = Replicated(endpoint, wire, replicas, stall_seconds=config.stall_seconds)
         asking = Asking(
             name=table.name,
             label=known.label,
@@ -309,7 +318,7 @@ def _wiring(
 
 def _world(
     tokens: AwsTokens,
-    wire_one: Callable[[TokenService | None, str, Known], tuple[Upstream, Asking]],
+    wire_one: WireOne,
     judging: Threads,
     reactor: Any,  # noqa: ANN401
     config: Config,
@@ -320,10 +329,14 @@ def _world(
     """
     registries = Registries(config.registries, config.registry_aliases or (), config.unknown_registry_status)
     namespaces = _namespaces(config, judging, reactor)
-    kept, several = tokens.keep(config.registries), len(config.registries) > 1
+    tables = [*config.registries, *(replica for each in config.registries for replica in replicas_of(each))]
+    kept = tokens.keep(tables)
 
     def make(known: Known) -> tuple[Upstream, Asking]:
-        return wire_one(kept.get(_credentials(known.table)), known.table.name if several else "ECR", known)
+        copies = [Known(each, RegistryId.of_host(each.name), known.label) for each in replicas_of(known.table)]
+        replicas = [make(each)[0] for each in copies]
+        name = known.table.name if len(tables) > 1 else "ECR"
+        return wire_one(kept.get(_credentials(known.table)), name, known, replicas)
 
     upstreams = Upstreams(registries, make, before)
     return World(registries, upstreams, namespaces, _catalog(registries, namespaces, reactor))

@@ -79,6 +79,7 @@ from ecrproxy.registry.endpoint import Endpoint
 from ecrproxy.registry.governor import Governor
 from ecrproxy.registry.metering import MeteredAgent
 from ecrproxy.registry.quotas import Quotas
+from ecrproxy.registry.replicas import Replicated
 from ecrproxy.registry.retries import Budget
 from ecrproxy.registry.upstream import Upstream
 from ecrproxy.registry.wire import Wire
@@ -626,6 +627,7 @@ class Daemon(Administered):
         pages: Pages | None = None,
         index: Index | None = None,
         others: Mapping[RegistryTable, StandIn] | None = None,
+        replica: StandIn | None = None,
         list_repositories: Callable[[], Deferred[Sequence[str]]] | None = None,
     ) -> None:
         self.standin, self.clock, self.limit, self.scheme = standin, clock, limit, "http"
@@ -647,12 +649,20 @@ class Daemon(Administered):
         wire = Wire(metered, clock, budget, chance=lambda: chance)
         endpoint = Endpoint(standin.registry, wire, Basic(self.tokens), self.governor, self.circuit)
         self.upstream = Upstream(endpoint, wire)
+        self._backs = list[Network]()
+        if replica is not None:
+            copy = default_of(replica.registry, "us-east-1", (), instance_auth=False)
+            known = Known(copy, RegistryId.of_url(replica.registry), name)
+            second = Other(known, replica, clock, self.figures.upstream)
+            self._backs.append(second.back)
+            second.tokens.startService()
+            self.upstream = Replicated(endpoint, wire, [second.upstream])
         self.lanes = lanes or Lanes()
         self.registry = RegistryId.of_url(standin.registry)
         self.cache = Cache(self.store, self.janitor, disk, self.now)
         table, others = default_of(standin.registry, "eu-west-1", (), instance_auth=False), others or {}
         self.table, self.aliases, self.unknown_status = table, aliases, unknown_status
-        self.others, self._backs = dict[str, Other](), list[Network]()
+        self.others = dict[str, Other]()
         self.asking = Asking(
             name=table.name,
             label=table.name,

@@ -1118,6 +1118,20 @@ class HangUpTests(TapCase):
         self.assertNotIn(self.TWO.encode(), answer(self.reactor, b"/metrics", 1))
         self.addCleanup(tokens.stopService)
 
+    def test_a_replica_has_a_token_of_its_own_region(self) -> None:
+        """
+        By the registry's credentials, and it is no registry that clients could name.
+        """
+        service = self.run_with(PROXY_ADMIN_LISTEN="tcp:5001:interface=127.0.0.1")
+        (tokens,) = (each for each in service if isinstance(each, AwsTokens))
+        self.write(f'[registry."{self.TWO}"]\nreplicas = ["{self.TWO.replace("us-east-1", "eu-north-1")}"]\n')
+        self.hang_up(service)
+        regions = [region for _, region in tokens._kept]  # noqa: SLF001
+        self.assertEqual(["eu-west-1", "us-east-1", "eu-north-1"], regions)
+        service.privilegedStartService()
+        there = self.THERE.replace(b"us-east-1", b"eu-north-1")
+        self.assertIn(b"404 Not Found", answer(self.reactor, there))
+
     def test_the_status_page_names_the_new_default(self) -> None:
         service = self.run_with(PROXY_ADMIN_LISTEN="tcp:5001:interface=127.0.0.1", PROXY_ADMIN_HOSTS="cache.test")
         service.privilegedStartService()

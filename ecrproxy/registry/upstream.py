@@ -12,6 +12,7 @@ Rules:
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
@@ -117,10 +118,12 @@ class Upstream:
 
     @param wire: over which the buckets are asked.
     @param stall_seconds: in how many seconds a blob's body must bring C{TRICKLE} bytes.
+    @ivar replicas: see L{replicas.Replicated}.
     """
 
     def __init__(self, endpoint: Endpoint, wire: Wire, *, stall_seconds: float = 30) -> None:
         self._endpoint, self._wire, self.clock, self.stall_seconds = endpoint, wire, wire.clock, stall_seconds
+        self.replicas: Sequence[Upstream] = ()
         self._joining = {whole: Turns(JOINS if whole else 1, LIST_SECONDS, self.clock) for whole in (True, False)}
         self._listing: WeakValueDictionary[tuple[str, bool], Turns] = WeakValueDictionary()
 

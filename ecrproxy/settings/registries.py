@@ -136,6 +136,23 @@ def default_of(endpoint: str, region: str, tables: Sequence[RegistryTable], *, i
     )
 
 
+def replicas_of(table: RegistryTable) -> list[RegistryTable]:
+    """
+    Return the replicas of a registry: asked with its credentials, for a token of their own regions.
+    """
+    return [
+        replace(
+            table,
+            name=urlsplit(each).netloc,
+            endpoint=each,
+            region=region_of(each) or table.region,
+            default=False,
+            replicas=(),
+        )
+        for each in table.replicas
+    ]
+
+
 def _values(table: Mapping[str, object]) -> tuple[dict[str, Any], list[str]]:
     values, problems = dict[str, Any](), []
     for key, value in table.items():
@@ -200,7 +217,6 @@ def _made(name: str, values: Mapping[str, Any]) -> RegistryTable:
 
 def _contradictions(table: RegistryTable, values: Mapping[str, Any], own_region: str | None) -> Iterator[str]:
     meaningless = {
-        "replicas": "is not there yet; leave it out",
         **dict.fromkeys(_OF_ONE if table.is_wildcard else (), "a wildcard stands for many; give a table for the one"),
         **dict.fromkeys(
             _FOREIGN[table.protocol], "only a private registry of ECR has that; if it is one, give its region"

@@ -1,0 +1,131 @@
+"""
+A registry and a replica of it: what comes from which, and when.
+"""
+
+from __future__ import annotations
+
+import json
+
+from twisted.internet.defer import Deferred
+
+from ecrproxy.oci import parse_route
+from ecrproxy.registry.replicas import SLOW_SECONDS
+from tests.daemon import DaemonTestCase, Reply, noise
+from tests.registry import Fault, StandIn
+from tests.registry import Reply as Answer
+
+REPLICA = "https://123456789012.dkr.ecr.us-east-1.amazonaws.com"
+BUCKET = "https://prod-us-east-1-starport-layer-bucket.s3.us-east-1.amazonaws.com"
+
+
+def ways() -> list[Fault]:
+    """
+    It breaks off, fails, throttles, or is silent.
+    """
+    replies = Answer(500), Answer(429)
+    return [Fault("registry", drop=True), *(Fault("registry", reply=each) for each in replies), Fault("registry")]
+
+
+class ReplicaTests(DaemonTestCase):
+    def setUp(self) -> None:
+        super().setUp()
+        self.replica = StandIn(self.clock, registry=REPLICA, bucket=BUCKET)
+        self.layer = noise("layer", 300_000)
+        self.image = self.standin.push_image("team/app", "latest", layers=[self.layer])
+        self.replica.push_image("team/app", "latest", layers=[self.layer])
+        self.start(replica=self.replica)
+
+    @property
+    def blob(self) -> str:
+        return f"/v2/team/app/blobs/{json.loads(self.image.manifest)['layers'][0]['digest']}"
+
+    @property
+    def by_digest(self) -> str:
+        return f"/v2/team/app/manifests/{self.image.digest}"
+
+    def wait(self, path: str, seconds: float, method: str = "GET") -> Reply:
+        reply = self.daemon.send(method, path)
+        self.pass_time(seconds)
+        return reply
+
+    def test_it_is_not_asked_while_the_registry_answers(self) -> None:
+        for path in (self.by_digest, "/v2/team/app/manifests/latest", self.blob):
+            self.assertEqual(200, self.get(path).code)
+        self.assertEqual([], self.replica.asked)
+
+    def test_what_a_digest_names_comes_from_it_where_the_registry_does_not_give_it(self) -> None:
+        for fault in ways():
+            self.standin.fault(fault)
+            self.start(replica=self.replica, limit=1)  # which keeps nothing
+            self.assertWhole(self.wait(self.by_digest, 3 * SLOW_SECONDS), self.image.manifest, None)
+            self.assertWhole(self.wait(self.blob, 3 * SLOW_SECONDS), self.layer, None)
+            self.assertEqual(200, self.wait(self.blob, 3 * SLOW_SECONDS, "HEAD").code)
+            fault.remove()
+
+    def test_so_it_does_where_the_bucket_does_not(self) -> None:
+        self.standin.fault(Fault("bucket", reply=Answer(503)))
+        self.assertWhole(self.wait(self.blob, 30), self.layer, None)
+
+    def test_the_rest_of_a_blob_may_come_from_it(self) -> None:
+        """
+        Where its beginning came from is asked first where the rest lies.
+        """
+        self.standin.fault(ways()[1])
+        route = parse_route(self.blob, self.daemon.registry)
+        locating = Deferred.fromCoroutine(self.daemon.upstream.locate(route))
+        self.pass_time(10)
+        url, _ = self.successResultOf(locating)
+        self.assertTrue(url.startswith(BUCKET), url)
+
+    def test_a_slow_registry_is_not_waited_for_and_may_still_win(self) -> None:
+        self.standin.quirks.latency = SLOW_SECONDS + 1
+        self.replica.quirks.latency = 60
+        self.assertWhole(self.wait(self.by_digest, SLOW_SECONDS + 2), self.image.manifest, "MISS")
+        self.assertEqual(1, self.replica.count("registry", path_contains="/manifests/"))
+
+    def test_what_the_registry_denies_is_denied(self) -> None:
+        """
+        It has it no more, or not for us; the replica still has.
+        """
+        self.standin.deny()
+        self.assertEqual(403, self.get(self.by_digest).code)
+        self.standin.fault(Fault("registry", reply=Answer(404, {}, b'{"errors": [{"code": "X"}]}')))
+        self.assertEqual(404, self.get(self.blob).code)
+        self.assertEqual([], self.replica.asked)
+
+    def test_what_the_replica_lacks_is_the_registrys_failure(self) -> None:
+        self.replica.repositories.clear()
+        self.standin.fault(ways()[1])
+        self.assertEqual(502, self.wait(self.by_digest, 60).code)
+
+    def test_wrong_bytes_of_it_are_not_served(self) -> None:
+        self.standin.fault(ways()[0])
+        self.replica.corrupt(self.image.digest, b"wrong")
+        self.assertEqual(502, self.wait(self.by_digest, 60).code)
+
+    def test_a_tag_is_the_registrys_then_the_last_answer_then_the_replicas(self) -> None:
+        newer = self.replica.push_image("team/app", "latest", layers=[b"newer"])
+        path = "/v2/team/app/manifests/latest"
+        self.assertWhole(self.get(path), self.image.manifest, "MISS")
+        self.standin.refuse("registry")
+        self.assertWhole(self.wait(path, 20), self.image.manifest, "STALE")
+        other = self.replica.push_image("team/new", "latest", layers=[b"other"])
+        self.assertWhole(self.wait("/v2/team/new/manifests/latest", 20), other.manifest, "STALE")
+        self.assertEqual(502, self.wait("/v2/team/new/manifests/v2", 60).code)
+        self.assertNotEqual(newer.manifest, self.image.manifest)
+
+    def test_a_silent_registry_leaves_time_to_ask_it_for_a_tag(self) -> None:
+        """
+        Clients wait for 30 s.
+        """
+        self.standin.fault(ways()[3])
+        self.assertWhole(self.wait("/v2/team/app/manifests/latest", 10), self.image.manifest, "STALE")
+
+    def test_who_leaves_ends_the_questions_to_both(self) -> None:
+        self.standin.fault(ways()[3])
+        self.replica.fault(Fault("registry"))
+        reply = self.daemon.send("GET", self.blob)
+        self.pass_time(SLOW_SECONDS + 1)
+        reply.leave()
+        self.pass_time(60)
+        self.assertEqual([], self.flushLoggedErrors())
