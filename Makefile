@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: help run demo test lint docs e2e fuzz soak hostile bench bench-growth dist lock clean
+.PHONY: help run demo test lint docs e2e fuzz soak hostile bench bench-growth bench-registries dist lock clean
 help:
 	@echo "make demo    pull a sample image through the proxy twice, from a stand-in for ECR"
 	@echo "make run     start the daemon with the variables of the environment"
@@ -15,7 +15,7 @@ help:
 	@echo "make fuzz    feed odd bytes to whatever reads bytes, FUZZ_SECONDS=60 for each of three targets"
 	@echo "make soak    run the daemon over a stand-in that misbehaves, SOAK_SECONDS=600"
 	@echo "make hostile let everything around the daemon fail, be slow and hang, attack it, and print what it keeps of its promises"
-	@echo "make bench   measure side by side with nginx and distribution (Debian, root); make bench-growth: a large cache"
+	@echo "make bench   measure side by side with nginx and distribution (Debian, root); make bench-growth: a large cache; bench-registries: fifty of them"
 	@echo "make dist    build the sdist and the wheel, reproducibly, and the bill of materials"
 	@echo "make lock    choose what the container is made of, by hash"
 
@@ -95,6 +95,10 @@ bench: $(STAMP)
 bench-growth: $(STAMP)
 	bench/install-packages.sh
 	PATH=$(abspath $(VENV))/bin:$$PATH $(VENV)/bin/python -m bench.growth $(BENCH)
+
+bench-registries: $(STAMP)
+	bench/install-packages.sh
+	PATH=$(abspath $(VENV))/bin:$$PATH $(VENV)/bin/python -m bench.registries $(BENCH)
 
 clean:
 	rm -rf $(VENV) $(VENV)-e2e build dist docs/_build *.egg-info

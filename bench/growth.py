@@ -15,7 +15,7 @@ import shutil
 import statistics
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -29,6 +29,8 @@ from bench.processes import LOCAL, end, resident, running, wait_until
 from bench.results import Figures, Row, report, report_options
 from tests.e2e.processes import free_port
 
+Settings = Mapping[str, str]
+LARGE_LIMIT: Settings = {"PROXY_CACHE_LIMIT": "1t"}
 EMPTY, LARGE, SMALL = "empty", "large", "small"
 SMALL_ENTRIES = 1000
 PAUSE = 0.005
@@ -147,12 +149,20 @@ def connected(port: int) -> Callable[[], bool]:
     return ask
 
 
-def start(ground: Ground, upstream: Upstream, who: str, cache: Path, watch: float, figures: Figures) -> None:
+def start(
+    ground: Ground,
+    upstream: Upstream,
+    who: str,
+    cache: Path,
+    watch: float,
+    figures: Figures,
+    settings: Settings = LARGE_LIMIT,
+) -> None:
     """
     Start the daemon and watch it from the first moment, for a while at least.
     """
     home, port = ground.fresh("start"), free_port()
-    env = our_environment(upstream, home, cache, port, {"PROXY_CACHE_LIMIT": "1t"})
+    env = our_environment(upstream, home, cache, port, settings)
     output = home / "ecrproxy.log"
     argv = [str(twistd()), "-n", "--pidfile=", "ecr-proxy"]
     began = time.monotonic()
@@ -172,12 +182,20 @@ def start(ground: Ground, upstream: Upstream, who: str, cache: Path, watch: floa
     shutil.rmtree(home, ignore_errors=True)
 
 
-def hits(ground: Ground, upstream: Upstream, who: str, cache: Path, figures: Figures, seconds: int) -> None:
+def hits(
+    ground: Ground,
+    upstream: Upstream,
+    who: str,
+    cache: Path,
+    figures: Figures,
+    seconds: int,
+    settings: Settings = LARGE_LIMIT,
+) -> None:
     """
     Measure hits.
     """
     forget_layers(ground, cache)
-    with served(OURS, ground, upstream, cache=cache, settings={"PROXY_CACHE_LIMIT": "1t"}) as one:
+    with served(OURS, ground, upstream, cache=cache, settings=settings) as one:
         fetch(one.port, blob(ground.shelf.large))  # a miss: it is there from now on
         time.sleep(0.5)
         for name, path in (("manifest", manifest(ground.shelf.manifest)), ("blob", blob(ground.shelf.large))):

@@ -121,6 +121,7 @@ class Registry:
         return self._manifests(found[2]) if found[1] == "manifests" else self._blobs(asked, found[2])
 
     def _token(self) -> Reply:
+        self._tally.add("tokens")
         data = {"authorizationToken": SECRET, "expiresAt": time.time() + TOKEN_SECONDS}
         body = json.dumps({"authorizationData": [data]}).encode()
         return Reply(200, {"Content-Type": "application/x-amz-json-1.1"}, body)
