@@ -74,4 +74,4 @@ def test_the_catalog_lists_what_aws_says(make_chain: MakeChain, moto: tuple[Proc
         chain = make_chain(settings=settings)
         page = chain.daemon.ask("/v2/_catalog?n=2")
         assert page.json() == {"repositories": ["team/app0", "team/app1"]}
-        assert page.headers["Link"] == '</v2/_catalog?last=team%2Fapp1&n=2>; rel="next"'
+        assert page.headers["link"] == '</v2/_catalog?last=team%2Fapp1&n=2>; rel="next"'
