@@ -102,7 +102,8 @@ class Bounded:
     """
     Calls in threads that fail with C{TimeoutError}, an C{OSError}, if they take too long: the disk may hang.
 
-    A thread can't be interrupted. While all of them hang, further calls fail at once; one that returns is used again.
+    A thread can't be interrupted. It counts as hanging once its call has taken C{seconds}, however long
+    anybody waited for that. While all of them hang, further calls fail at once; one that returns is used again.
     What a call returns after its time is dropped. A disk that is slow may keep hundreds waiting for a thread: each of
     them waits no longer than a call may take, and then never begins. See L{patiently} for the others.
 
@@ -150,17 +151,26 @@ class Bounded:
         return min(self._seconds, _SUSPICIOUS_SECONDS) if self._hanging else self._seconds
 
     def _go_on(self) -> None:
-        while (self._patient or self._others) and len(self._running) + self._hanging < self._size:
-            self._turn = (self._turn + 1) % (self._size + 1)
-            queue = (self._others or self._patient) if self._turn else (self._patient or self._others)
-            call = queue.popleft()
+        while len(self._running) + self._hanging < self._size and (call := self._next()) is not None:
             call.cancel_limit()
-            if not call.result.called:
-                self._begin(call)
+            self._begin(call)
+
+    def _next(self) -> _Call | None:
+        """
+        Take the call whose turn it is; none if none waits. Those that were given up have no turns.
+        """
+        for each in (self._patient, self._others):
+            while each and each[0].result.called:
+                each.popleft()
+        if not (self._patient or self._others):
+            return None
+        self._turn = (self._turn + 1) % (self._size + 1)
+        return ((self._others or self._patient) if self._turn else (self._patient or self._others)).popleft()
 
     def _begin(self, call: _Call) -> None:
         self._running.add(call)
-        call.limit = self._clock.callLater(self._seconds if call.patient else self._patience, self._expire, call)
+        patience = self._seconds if call.patient else self._patience
+        call.limit = self._clock.callLater(patience, self._expire, call, self._seconds - patience)
         self._in_thread(call.blocking).addBoth(self._returned, call)
 
     def _left_waiting(self, call: _Call) -> None:
@@ -170,7 +180,16 @@ class Bounded:
         )
         call.end(_timed_out())
 
-    def _expire(self, call: _Call) -> None:
+    def _expire(self, call: _Call, left: float) -> None:
+        """
+        Have nobody wait for a call any longer.
+
+        @param left: seconds until it counts as hanging.
+        """
+        call.end(_timed_out())
+        if left:
+            call.limit = self._clock.callLater(left, self._expire, call, 0.0)
+            return
         log.error(
             "The disk does not answer within {seconds:g} s: going on without it; check the cache's file system",
             seconds=self._seconds,
@@ -178,7 +197,6 @@ class Bounded:
         )
         self._running.discard(call)
         self._hanging += 1
-        call.end(_timed_out())
         if self._hanging == self._size:
             waiting = [*self._others, *self._patient]
             self._others.clear()

@@ -463,6 +463,7 @@ class HungTests(DiskTestCase):
         self.hang()
         for _ in range(3):
             self.patiently(self.unknown)
+        self.pass_time(SECONDS)
         self.assertWhole(self.get(self.unknown), self.data, "BYPASS")
 
     def test_a_disk_that_hangs_in_the_middle_of_a_transfer_costs_the_file(self) -> None:

@@ -115,6 +115,50 @@ class BoundedTests(SynchronousTestCase):
             self.assertEqual(number, self.successResultOf(call))
         self.failureResultOf(self.expired(patient(self.bounded)(int, "0")), TimeoutError)
 
+    def test_calls_that_were_given_up_have_no_turns(self) -> None:
+        """
+        Where more is asked for than the disk can do, each that waited in vain would keep another from a thread.
+        """
+        begun = list[str]()
+        for number in range(6):
+            patient(self.bounded)(begun.append, f"patient {number}")
+        for _ in range(5):
+            call = self.bounded(begun.append, "late")
+            call.cancel()
+            self.failureResultOf(call, CancelledError)
+        for number in range(4):
+            self.bounded(begun.append, f"other {number}")
+        while self.running:
+            self.end()
+        self.assertEqual("pppoopoopp", "".join(each[0] for each in begun))
+
+    def test_calls_that_were_given_less_time_do_not_count_as_hanging(self) -> None:
+        """
+        Else one call that is late leaves all others a second for as long as any are made, if the disk takes longer.
+        """
+        self.hang(1)
+        hurried = self.bounded(int, "0")
+        self.clock.advance(1)
+        self.failureResultOf(hurried, TimeoutError)
+        self.end()
+        call = self.bounded(int, "3")
+        self.clock.advance(SECONDS - 2)
+        self.assertNoResult(call)
+        self.end(1)
+        self.assertEqual(3, self.successResultOf(call))
+        self.end()
+        self.assertEqual([], self.clock.getDelayedCalls())
+
+    def test_responses_go_on_while_calls_that_were_given_less_time_are_late(self) -> None:
+        self.hang(1)
+        hurried, response = self.bounded(int, "0"), patient(self.bounded)(int, "5")
+        self.clock.advance(1)
+        self.failureResultOf(hurried, TimeoutError)
+        self.assertNoResult(response)
+        self.end(1)
+        self.end(1)
+        self.assertEqual(5, self.successResultOf(response))
+
     def test_failures_are_passed_on(self) -> None:
         call = self.bounded(int, "x")
         self.running.pop()[1].errback(ValueError())
@@ -143,7 +187,7 @@ class BoundedTests(SynchronousTestCase):
     def test_while_all_hang_nobody_waits(self) -> None:
         self.hang(1)
         waiting = [self.bounded(int, "1") for _ in range(3)]
-        self.clock.advance(SECONDS)
+        self.clock.pump([1, SECONDS - 1])
         for call in (*waiting, self.bounded(int, "1")):
             self.failureResultOf(call, TimeoutError)
         self.assertEqual(2, len(self.running))
