@@ -8,7 +8,7 @@ first, when there are more than C{MOST}. A reload makes others of them, which ke
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from ecrproxy.admin.status import Asking
@@ -42,6 +42,8 @@ class Upstreams:
         for known in registries.named:
             self._made[known.identity] = kept.pop(known.identity) if known.identity in kept else make(known)
         self._made.update(kept)  # of wildcards
+        if before is not None:
+            before.leave(self._made)
 
     def __call__(self, route: Route) -> Upstream:
         """
@@ -57,6 +59,14 @@ class Upstreams:
             each: made for each, made in self._made.items() if _known(registries, each) == self._registries.of(each)
         }
 
+    def leave(self, staying: Mapping[RegistryId, tuple[Upstream, Asking]]) -> None:
+        """
+        Have what is wired ask no more by itself, but for what stays: a registry that fails is asked until it answers.
+        """
+        for each, made in self._made.items():
+            if staying.get(each) != made:
+                made[0].leave()
+
     def askings(self) -> Sequence[Asking]:
         """
         List what asks, the default first.
@@ -68,7 +78,8 @@ class Upstreams:
         if made is None:
             made = self._made[identity] = self._make(self._registries.of(identity))
             if len(self._made) > MOST:
-                del self._made[next(each for each in self._made if self._registries.is_by_wildcard(each))]
+                gone = next(each for each in self._made if self._registries.is_by_wildcard(each))
+                self._made.pop(gone)[0].leave()
         elif self._registries.is_by_wildcard(identity):
             self._made.move_to_end(identity)
         return made

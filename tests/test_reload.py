@@ -20,7 +20,7 @@ from ecrproxy.registry.circuit import FAILURES
 from ecrproxy.settings.config import Config, texts_of
 from ecrproxy.settings.file import LIMIT, about_registries, parse_file, read_handed
 from ecrproxy.settings.registries import Protocol, RegistryTable, parse_registries
-from ecrproxy.upstreams import Upstreams
+from ecrproxy.upstreams import MOST, Upstreams
 from ecrproxy.workers.messages import FromParent, Reload, decode, encode
 from tests.daemon import DaemonTestCase, Reply, noise
 from tests.registry import StandIn
@@ -130,6 +130,35 @@ class ReloadTests(DaemonTestCase):
         self.assertWhole(reply, self.layer, "MISS")
         self.assertGreater(self.other.count("registry"), asked)
 
+    def test_one_that_fails_and_disappears_is_not_asked_again(self) -> None:
+        """
+        Not by the daemon itself either, which asks what it leaves alone until it answers; a transfer in progress may.
+        """
+        blob = f"/v2/us/team/app/blobs/{self.digest}"
+        self.other.hold(self.digest)
+        reply = self.daemon.send("GET", blob)
+        self.flush()
+        self.other.deliver(self.digest, 20_000)
+        self.flush()
+        outage = self.other.refuse("registry")
+        for number in range(3 * FAILURES):
+            self.daemon.send("GET", f"/v2/us/team{number}/app/manifests/latest")
+        self.pass_time(20)
+        self.assertEqual("open", self.daemon.askings()[1].circuit.state.value)
+        self.daemon.reload({})
+        outage.remove()
+        self.other.forget_asked()
+        for _ in range(3):
+            self.other.deliver(self.digest, 20_000)
+            self.pass_time(20)
+        self.assertEqual([], [each for each in self.other.asked if each.path == "/v2/"])
+        self.other.expire_urls()
+        self.other.cut(self.digest)
+        self.pass_time(5)
+        self.other.release(self.digest)
+        self.flush()
+        self.assertWhole(reply, self.layer, "MISS")
+
     def test_a_request_ends_with_the_registries_that_it_began_with(self) -> None:
         """
         Whether the registry is gone meanwhile, or has other credentials: its second question goes where the first went.
@@ -149,6 +178,22 @@ class ReloadTests(DaemonTestCase):
             self.assertEqual(1, len({each.headers["authorization"] for each in self.other.asked}))
 
 
+class Left:
+    """
+    In the place of an upstream.
+
+    @ivar left: whether it asks no more by itself.
+    """
+
+    left = False
+
+    def leave(self) -> None:
+        """
+        Note it.
+        """
+        self.left = True
+
+
 class UpstreamsTests(SynchronousTestCase):
     """
     Registries that a wildcard stands for.
@@ -158,7 +203,7 @@ class UpstreamsTests(SynchronousTestCase):
 
     def make(self, *names: str, before: Upstreams | None = None) -> Upstreams:
         tables, _ = parse_registries("x.toml", {THREE: {"default": True}, **{name: {} for name in names}})
-        make: Callable[[Known], Any] = lambda known: (object(), known.table.name)  # noqa: E731
+        make: Callable[[Known], Any] = lambda known: (Left(), known.table.name)  # noqa: E731
         return Upstreams(Registries(tables), make, before)
 
     def test_stay_while_the_wildcard_does(self) -> None:
@@ -168,6 +213,17 @@ class UpstreamsTests(SynchronousTestCase):
         self.assertIs(upstream, self.make(self.WILDCARD, before=first)(route))
         self.assertEqual([THREE], list(self.make(before=first).askings()))
         self.assertRaises(LookupError, self.make(before=first), route)
+
+    def test_what_is_forgotten_asks_no_more_by_itself(self) -> None:
+        """
+        Clients can make up any number of accounts.
+        """
+        accounts = [RegistryId(f"aws:us-east-1:{number:012}") for number in range(MOST)]
+        many = self.make(self.WILDCARD)
+        made: list[Any] = [many(Route(Kind.MANIFEST, Repository(each, "team/app"), "latest")) for each in accounts]
+        self.assertEqual([made[0]], [each for each in made if each.left])
+        self.make(before=many)
+        self.assertEqual(made, [each for each in made if each.left])
 
     def test_a_table_of_its_own_begins_anew(self) -> None:
         """

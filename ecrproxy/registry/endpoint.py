@@ -84,7 +84,14 @@ class Endpoint:
     ) -> None:
         self.url, self._wire, self._authorization = url, wire, authorization
         self._governor, self._circuit = governor, circuit
-        self._doubting = False
+        self._doubting = self._left = False
+
+    def leave(self) -> None:
+        """
+        Ask nothing but what requests in progress ask, which no circuit refuses: no new ones come.
+        """
+        self._left = True
+        self._circuit.dissolve()
 
     async def ask(self, question: Question) -> Reply:
         """
@@ -142,7 +149,7 @@ class Endpoint:
         """
         Note a failure; where that was one too many, send those away who wait in vain.
         """
-        if problem.throttled:
+        if problem.throttled or self._left:
             return
         repository, lists = question.route.repository.name, question.is_list
         opened = self._circuit.failed(repository, problem, lists=lists)
@@ -164,7 +171,7 @@ class Endpoint:
         """
         Find out whether it is ECR that fails, or just what clients ask about.
         """
-        if not self._doubting:
+        if not (self._doubting or self._left):
             self._doubting = True
             asking = Deferred.fromCoroutine(self._ask_itself())
             asking.addErrback(lambda failure: log.failure("Probing ECR", failure))
@@ -176,7 +183,7 @@ class Endpoint:
             self._doubting = False
         if problem is None:
             self._circuit.vouched()
-        else:
+        elif not self._left:
             self._act_on(self._circuit.doubted(problem))
 
     async def _probe_until_answered(self) -> None:

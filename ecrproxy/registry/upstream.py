@@ -127,6 +127,12 @@ class Upstream:
         self._joining = {whole: Turns(JOINS if whole else 1, LIST_SECONDS, self.clock) for whole in (True, False)}
         self._listing: WeakValueDictionary[tuple[str, bool], Turns] = WeakValueDictionary()
 
+    def leave(self) -> None:
+        """
+        Note that no new request comes: the registry is configured no longer, or otherwise.
+        """
+        self._endpoint.leave()
+
     async def head_manifest(self, route: Route, accept: str) -> Head:
         """
         Ask which manifest C{route} leads to for a client that takes C{accept}.
