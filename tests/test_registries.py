@@ -82,6 +82,11 @@ class TableTests(SynchronousTestCase):
             "path-prefix = 'A'": ".path-prefix: outside the grammar",
             "hosts = 'a'": ".hosts: give a list of texts",
             "endpoint = 'ftp://x'": ".endpoint: not the URL of a registry",
+            "endpoint = 'https://a b.test'": ".endpoint: not the URL of a registry",
+            "endpoint = 'https://a.test#x'": ".endpoint: not the URL of a registry",
+            "endpoint = 'https://a.test:0'": ".endpoint: not the URL of a registry",
+            f"endpoint = 'http://{ONE}'": ".endpoint: ECR speaks https alone",
+            f"endpoint = '{ONE.replace('1111', '2222')}'": ".endpoint: another registry of ECR",
             "username = 'ann'": ".username: AWS gives its tokens",
             "username = 'ann'\npassword-file = '/x'": ".password-file: AWS gives its tokens",
             "realms = ['a.test']": ".realms: AWS gives its tokens",
@@ -108,6 +113,9 @@ class TableTests(SynchronousTestCase):
             ),
             ("*.dkr.ecr.eu-west-1.amazonaws.com", "default = true", ".default: a wildcard stands for many"),
             ("a_b", "", ": 'a_b' is not the name of a host"),
+            (ONE[1:], "", ".endpoint: an account has 12 digits"),
+            ("api.ecr.eu-west-1.amazonaws.com", "", ".endpoint: a host of AWS that is no registry"),
+            ("a.test:0", "", ".endpoint: not the URL of a registry"),
             ("a.test:x", "", ": 'a.test:x' is not the name of a registry's host"),
         ):
             _, (line,) = parsed(f'[registry."{name}"]\n{table}')
@@ -134,6 +142,10 @@ class TableTests(SynchronousTestCase):
         ):
             _, (line,) = parsed(f'[registry."{ONE}"]\n{second}')
             self.assertTrue(line.startswith(f"x.toml: registry: {said}"), line)
+        wildcard = "*.dkr.ecr.eu-west-1.amazonaws.com"
+        for name, other in (("quay.io", "Quay.io"), ("docker.io", "index.docker.io"), (wildcard, wildcard.upper())):
+            _, (line,) = parsed(f'[registry."{name}"]\n[registry."{other}"]\nnamespaces = "a"')
+            self.assertEqual(f"x.toml: registry: {name} has two tables; leave one out", line)
         twin = ONE.replace("dkr.ecr", "dkr-ecr").replace("amazonaws.com", "on.aws")
         _, (line,) = parsed(f'[registry."{ONE}"]\n[registry."{twin}"]')
         self.assertIn(f"{ONE} and {twin} are one registry", line)

@@ -19,11 +19,14 @@ import regex
 
 from ecrproxy.identity import HUB, RegistryId, is_repository_name
 from ecrproxy.settings.values import (
+    is_of_aws,
+    no_registry_of_ecr,
     parse_endpoint,
     parse_hosts,
     parse_path,
     parse_pattern,
     parse_region,
+    parse_url,
     region_of,
 )
 
@@ -180,7 +183,10 @@ def _made(name: str, values: Mapping[str, Any]) -> RegistryTable:
         parse_hosts(name.partition(":")[0])
         if RegistryId.of_host(name) == HUB:
             name, own = _HUB
-    endpoint = None if wildcard else values.get("endpoint") or own
+    try:
+        endpoint = None if wildcard else values.get("endpoint") or parse_url(own)
+    except ValueError as problem:
+        raise ValueError(f".endpoint: {problem}") from None
     own_region = wildcard[1] if wildcard else region_of(endpoint or "")
     if name == PUBLIC and own_region is None and "ecr-repository-prefix" not in values:
         protocol = Protocol.ECR_PUBLIC
@@ -226,6 +232,8 @@ def _contradictions(table: RegistryTable, values: Mapping[str, Any], own_region:
     }
     for key in sorted(values.keys() & meaningless.keys()):
         yield f".{key}: {meaningless[key]}"
+    if (why := _not_there(table)) is not None:
+        yield f".endpoint: {why}"
     if own_region and table.region != own_region:
         yield f".region: the registry is in {own_region}, and a token is good in one region; leave it out"
     if table.external_id and not table.role:
@@ -237,6 +245,25 @@ def _contradictions(table: RegistryTable, values: Mapping[str, Any], own_region:
             yield f'.{key}: it is asked anonymously; set credentials = "aws", or leave it out'
     if (table.username is None) != (table.password_file is None):
         yield ".username: goes with password-file; set both, or neither"
+
+
+def _not_there(table: RegistryTable) -> str | None:
+    """
+    Say why an endpoint can't be where a registry is.
+    """
+    parts = urlsplit(table.endpoint or "")
+    if table.endpoint is None:
+        return None
+    if table.protocol is Protocol.ECR or is_of_aws(parts.hostname or ""):
+        why = no_registry_of_ecr(parts.scheme, parts.hostname or "")
+        if why is not None:
+            return f"{why}; give one such as https://123456789012.dkr.ecr.eu-west-1.amazonaws.com"
+    named, found = (
+        each.account_and_region for each in (RegistryId.of_host(table.name), RegistryId.of_url(table.endpoint))
+    )
+    if named and found and named != found and table.repository_prefix is None:
+        return "another registry of ECR; give the table its name, or leave it out"
+    return None
 
 
 _OF_ONE: Final = ("endpoint", "default", "hosts", "path-prefix", "replicas")
@@ -256,15 +283,19 @@ def clashes(tables: Sequence[RegistryTable]) -> Iterator[str]:
     defaults = [each.name for each in tables if each.default]
     if len(defaults) > 1:
         yield f"registry: {' and '.join(defaults)} are both the default; leave it at one"
-    claims: dict[str, tuple[str, str]] = {}
+    claims: dict[str, tuple[str, RegistryTable]] = {}
     told = set()
     for table in tables:
         for kind, word, spelled in _claims(table):
-            _, other = claims.setdefault(word, (kind, table.name))
-            if other == table.name or (other, table.name) in told:
+            first, owner = claims.setdefault(word, (kind, table))
+            other = owner.name
+            if owner is table or (other, table.name) in told:
                 continue
             told.add((other, table.name))
-            what = "are one registry" if kind == claims[word][0] == "name" else f"both have the {kind} {spelled}"
+            if other == table.name:
+                yield f"registry: {other} has two tables; leave one out"
+                continue
+            what = "are one registry" if kind == first == "name" else f"both have the {kind} {spelled}"
             yield f"registry: {other} and {table.name} {what}; leave one out"
     owners: dict[RegistryId, RegistryTable] = {}
     for table in sorted(tables, key=lambda each: each.repository_prefix is not None):
@@ -351,18 +382,9 @@ def _credentials(text: str) -> str:
     return text
 
 
-def _url(text: str) -> str:
-    url = text if "://" in text else f"https://{text}"
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or parts.path not in ("", "/") or parts.query or "@" in parts.netloc:
-        raise ValueError("not the URL of a registry; give one such as https://registry.example")
-    RegistryId.of_url(url)
-    return url.rstrip("/")
-
-
 _KEYS: Final[Mapping[str, Callable[[object], Any]]] = {
     "default": _flag,
-    "endpoint": _of_text(_url),
+    "endpoint": _of_text(parse_url),
     "region": _of_text(parse_region),
     "role": _of_text(_role),
     "external-id": _text,

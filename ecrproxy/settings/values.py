@@ -67,6 +67,17 @@ class SecretError(ValueError):
 
 def parse_endpoint(text: str) -> str:
     """
+    Read the URL of a private registry of ECR; a bare host means https.
+    """
+    url = parse_url(text)
+    parts = urlsplit(url)
+    if (why := no_registry_of_ecr(parts.scheme, parts.hostname or "")) is not None:
+        raise ValueError(f"{why}; give one such as {_EXAMPLE}")
+    return url
+
+
+def parse_url(text: str) -> str:
+    """
     Read a registry's URL; a bare host means https.
     """
     if "@" in text:
@@ -81,8 +92,6 @@ def parse_endpoint(text: str) -> str:
     good = parts.scheme in ("http", "https") and (_HOST.fullmatch(host) or is_address(host)) and port != 0
     if not good or parts.path not in ("", "/") or parts.query or parts.fragment or "@" in parts.netloc:
         raise ValueError(f"not the URL of a registry; give one such as {_EXAMPLE}")
-    if (why := _no_registry_of_ecr(parts.scheme, host)) is not None:
-        raise ValueError(f"{why}; give one such as {_EXAMPLE}")
     bracketed = f"[{host}]" if ":" in host else host
     return f"{parts.scheme}://{bracketed}" + (f":{port}" if port else "")
 
@@ -103,7 +112,7 @@ def parse_endpoints(text: str) -> tuple[str, ...]:
     return tuple(endpoints)
 
 
-def _no_registry_of_ecr(scheme: str, host: str) -> str | None:
+def no_registry_of_ecr(scheme: str, host: str) -> str | None:
     """
     Say why a host is certainly no private registry of ECR; names that are not AWS's may stand for any.
     """
@@ -124,6 +133,13 @@ def _no_registry_of_ecr(scheme: str, host: str) -> str | None:
     elif not _REGION.fullmatch(region_of(f"https://{host}") or ""):
         why = "a registry's name has its region"
     return why
+
+
+def is_of_aws(host: str) -> bool:
+    """
+    Return True if a host is one of AWS's.
+    """
+    return _AWS_HOST.fullmatch(host) is not None
 
 
 def is_other_registry(host: str) -> bool:
