@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.registry.bearer import TOKEN_SECONDS
+from ecrproxy.registry.bearer import TOGETHER, TOKEN_SECONDS
 from ecrproxy.registry.challenges import LONGEST_TOKEN, Challenge, Pass, may_follow
 from ecrproxy.registry.ecr import TokenUnavailableError
 from ecrproxy.registry.login import LONGEST, Login
@@ -271,6 +271,20 @@ class OthersTests(DaemonTestCase):
         self.assertWhole(self.get("/v2/hub/nginx/manifests/latest"), self.nginx.manifest, "STALE")
         code, _, message = self.get("/v2/hub/other/manifests/latest").error
         self.assertEqual((502, f"{REALM} refuses the proxy's user and password"), (code, message))
+
+    def test_a_herd_of_made_up_repositories_asks_few_questions_at_a_time(self) -> None:
+        """
+        Each has a token of its own, and clients that leave are not waited for: connections would run out.
+        """
+        silence = self.hub.fault(Fault("realm"))
+        replies = [self.daemon.send("GET", f"/v2/hub/made/up{number}/manifests/latest") for number in range(40)]
+        self.flush()
+        self.assertEqual(TOGETHER, self.hub.count("realm"))
+        self.pass_time(2 * TOKEN_SECONDS)
+        self.assertEqual({504}, {each.code for each in replies})
+        silence.remove()
+        self.pass_time(60)
+        self.assertWhole(self.get("/v2/hub/nginx/manifests/latest"), self.nginx.manifest, "MISS")
 
     def test_one_question_serves_a_herd(self) -> None:
         replies = [self.daemon.send("GET", "/v2/hub/nginx/manifests/latest") for _ in range(20)]

@@ -21,6 +21,7 @@ from twisted.logger import Logger
 from twisted.web.http import FORBIDDEN, NOT_FOUND, OK, UNAUTHORIZED
 from twisted.web.http_headers import Headers
 
+from ecrproxy.access.turns import Turns
 from ecrproxy.cache.memory import Memory
 from ecrproxy.flights import DeadlineExceededError, Flights, within
 from ecrproxy.oci import RegistryError
@@ -37,6 +38,10 @@ T = TypeVar("T")
 
 TOKEN_SECONDS: Final = 10.0
 """Seconds that a token may take, retries included: who asks for a manifest waits 30 s in all."""
+TOGETHER: Final = 32
+"""
+Questions for tokens of one registry at the same time. Whoever waits for a turn is answered before that is given up.
+"""
 _TOKENS_BYTES: Final = 4 * 2**20
 """Bytes of memory for the tokens of one registry."""
 _KEPT: Final = 0.9
@@ -57,6 +62,7 @@ class Bearer:
         self._wanted: Challenge | None = None
         self._asking: Flights[Challenge] = Flights(foreseen=RegistryError)
         self._fetching: Flights[str] = Flights(foreseen=RegistryError)
+        self._turns = Turns(TOGETHER, TOKEN_SECONDS, wire.clock)
         self._tokens: Memory[str, tuple[str, float]] = Memory(_TOKENS_BYTES)
 
     async def show(self, repository: str) -> str:
@@ -154,8 +160,9 @@ class Bearer:
         headers = Headers({"User-Agent": ["ecrproxy"], **({"Authorization": [f"Basic {secret}"]} if secret else {})})
 
         async def ask() -> tuple[int, bytes, list[str]]:
-            response = await self._wire.request("GET", url, headers, TOKEN_SECONDS)
-            body = await self._wire.read(response, ERROR_LIMIT)
+            async with self._turns.turn():
+                response = await self._wire.request("GET", url, headers, TOKEN_SECONDS)
+                body = await self._wire.read(response, ERROR_LIMIT)
             return response.code, body, response.headers.getRawHeaders("WWW-Authenticate", [])
 
         return await self._wire.persist(self._wire.tries(), ask)
