@@ -9,6 +9,7 @@ import json
 from twisted.internet.defer import Deferred
 
 from ecrproxy.oci import parse_route
+from ecrproxy.registry.circuit import FAILURES
 from ecrproxy.registry.replicas import SLOW_SECONDS
 from tests.daemon import DaemonTestCase, Reply, noise
 from tests.registry import Fault, StandIn
@@ -129,3 +130,18 @@ class ReplicaTests(DaemonTestCase):
         reply.leave()
         self.pass_time(60)
         self.assertEqual([], self.flushLoggedErrors())
+
+    def test_what_is_configured_no_longer_is_not_asked_whether_it_is_well(self) -> None:
+        """
+        Neither the registry nor its replica.
+        """
+        self.standin.fault(ways()[1])
+        self.replica.fault(ways()[1])
+        for number in range(3 * FAILURES):
+            self.daemon.send("GET", f"/v2/team/app{number}/manifests/{self.image.digest}")
+        self.pass_time(60)
+        self.daemon.upstream.leave()
+        self.pass_time(60)
+        asked = len(self.standin.asked), len(self.replica.asked)
+        self.pass_time(60)
+        self.assertEqual(asked, (len(self.standin.asked), len(self.replica.asked)))

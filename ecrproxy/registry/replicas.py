@@ -52,6 +52,14 @@ class Replicated(Upstream):
         super().__init__(endpoint, wire, stall_seconds=stall_seconds)
         self.replicas = replicas
 
+    def leave(self) -> None:
+        """
+        See L{Upstream.leave}.
+        """
+        for each in self.replicas:
+            each.leave()
+        super().leave()
+
     async def head_manifest(self, route: Route, accept: str) -> Head:
         """
         See L{Upstream.head_manifest}.
