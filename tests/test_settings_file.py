@@ -7,6 +7,7 @@ from __future__ import annotations
 import errno
 import os
 import tomllib
+from pathlib import Path
 
 from twisted.trial.unittest import SynchronousTestCase
 
@@ -255,6 +256,15 @@ class CommandTests(SynchronousTestCase):
             self.assertEqual("", self.caller.call("config", "--check", *flags), flags)
             self.assertEqual(status, self.caller.status, flags)
             self.assertIn(words, self.caller.complaint)
+
+    def test_the_recipe_for_all_registries_of_a_company_has_nothing_to_warn_of(self) -> None:
+        """
+        C{public.ecr.aws} only resembles a private registry of ECR.
+        """
+        recipe = Path(__file__).parent.parent / "deploy/registries/ecr-proxy.toml"
+        self.caller.variables = {"HOME": "/home/me"}
+        self.caller.call("config", "--check", f"--config={recipe}", "--port=5000", "--cache-limit=2g")
+        self.assertEqual((0, ""), (self.caller.status, self.caller.complaint))
 
     def test_other_subcommands_read_the_file(self) -> None:
         self.file.write_text("admin-listen = 'off'\n")

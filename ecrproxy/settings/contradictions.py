@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from ecrproxy.endpoint_string import PARAMETERS, SYSTEMD, is_loopback
 from ecrproxy.settings.complaints import Complaint
 from ecrproxy.settings.config import NO_FILE, SETTINGS, Config, ConfigError, Filed, Given
+from ecrproxy.settings.registries import Protocol
 from ecrproxy.settings.values import REGIONS, endpoint_in_doubt, is_other_registry, pattern_in_doubt
 from ecrproxy.settings.variables import look_at_variables
 
@@ -213,7 +214,8 @@ def _in_doubt(config: Config, disk: int | None) -> Iterator[Complaint]:
     Find values that are possible, and probably not meant.
     """
     for each in config.registries:
-        if each.endpoint is not None and (doubt := endpoint_in_doubt(each.endpoint)):
+        resembles = each.protocol is Protocol.ECR or (each.protocol is Protocol.OCI and ".ecr." in each.name)
+        if resembles and each.endpoint is not None and (doubt := endpoint_in_doubt(each.endpoint)):
             yield Complaint(f"registry {each.name}: {doubt}", "see that it is the name of your registry")
     for alias in sorted(map(str, config.registry_aliases or ())):
         host = alias.rpartition(":")[0]
