@@ -61,7 +61,7 @@ class Upstreams:
 
     def leave(self, staying: Mapping[RegistryId, tuple[Upstream, Asking]]) -> None:
         """
-        Have what is wired ask no more by itself, but for what stays: a registry that fails is asked until it answers.
+        Stop the probes of all registries but those that stay: one that fails is probed until it answers.
         """
         for each, made in self._made.items():
             if staying.get(each) != made:

@@ -109,16 +109,22 @@ class ReloadTests(DaemonTestCase):
         self.assertIs(before[0].circuit, self.daemon.askings()[0].circuit)
         self.assertEqual("closed", self.daemon.askings()[1].circuit.state.value)
 
+    def begin_transfer(self) -> Reply:
+        """
+        Have a client receive the beginning of a blob of the other registry.
+        """
+        self.other.hold(self.digest)
+        reply = self.daemon.send("GET", f"/v2/us/team/app/blobs/{self.digest}")
+        self.flush()
+        self.other.deliver(self.digest, 20_000)
+        self.flush()
+        return reply
+
     def test_a_transfer_in_progress_ends_whole(self) -> None:
         """
         Though the registry has to be asked again on the way. Nobody new is let to it.
         """
-        blob = f"/v2/us/team/app/blobs/{self.digest}"
-        self.other.hold(self.digest)
-        reply = self.daemon.send("GET", blob)
-        self.flush()
-        self.other.deliver(self.digest, 20_000)
-        self.flush()
+        reply = self.begin_transfer()
         self.daemon.reload({})
         self.assertRefused(self.get(f"/v2/team/app/blobs/{self.digest}?ns={TWO}"), 404, "NAME_UNKNOWN")
         asked = self.other.count("registry")
@@ -134,12 +140,7 @@ class ReloadTests(DaemonTestCase):
         """
         Not by the daemon itself either, which asks what it leaves alone until it answers; a transfer in progress may.
         """
-        blob = f"/v2/us/team/app/blobs/{self.digest}"
-        self.other.hold(self.digest)
-        reply = self.daemon.send("GET", blob)
-        self.flush()
-        self.other.deliver(self.digest, 20_000)
-        self.flush()
+        reply = self.begin_transfer()
         outage = self.other.refuse("registry")
         for number in range(3 * FAILURES):
             self.daemon.send("GET", f"/v2/us/team{number}/app/manifests/latest")

@@ -37,7 +37,7 @@ log = Logger()
 T = TypeVar("T")
 
 TOKEN_SECONDS: Final = 10.0
-"""Seconds that a token may take, retries included: who asks for a manifest waits 30 s in all."""
+"""Seconds that a token may take, retries included: a client that asks for a manifest waits 30 s in all."""
 TOGETHER: Final = 32
 """
 Questions for tokens of one registry at the same time. Whoever waits for a turn is answered before that is given up.

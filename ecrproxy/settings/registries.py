@@ -249,7 +249,7 @@ def _contradictions(table: RegistryTable, values: Mapping[str, Any], own_region:
 
 def _not_there(table: RegistryTable) -> str | None:
     """
-    Say why an endpoint can't be where a registry is.
+    Return why an endpoint can't be where a registry is; none if it can.
     """
     parts = urlsplit(table.endpoint or "")
     if table.endpoint is None:
