@@ -31,6 +31,7 @@ from zope.interface import implementer
 
 from ecrproxy.access.limits import Patience
 from ecrproxy.threads import InThread
+from ecrproxy.transfer.page_cache import in_memory
 from ecrproxy.transfer.sources import FilePiece, Source
 
 if TYPE_CHECKING:
@@ -216,7 +217,7 @@ class SlotSending(Sending):
         super().__init__(request, source)
         self._in_thread, self._transport, self._channel = in_thread, transport, request.channel
         self._patience: Patience = cast(Any, request.channel).patience
-        self._advised = (0, 0)
+        self._warm = (0, 0)
         self._begun = self._warming = self._caught_up = False
 
     def start(self) -> Deferred[None]:
@@ -263,8 +264,8 @@ class SlotSending(Sending):
             self._patience.end()
         elif isinstance(piece, bytes):
             self._handed_over(self._send_bytes(piece))
-        elif self._is_warm(*piece):
-            self._handed_over(self._send_file(*piece))
+        elif count := self._warm_part(*piece):
+            self._handed_over(self._send_file(*piece[:2], count))
 
     def _handed_over(self, count: int) -> None:
         self._request.sentLength += count
@@ -279,32 +280,38 @@ class SlotSending(Sending):
         self._patience.begin()
         self._transport.startWriting()
 
-    def _is_warm(self, fd: int, offset: int, count: int) -> bool:
+    def _warm_part(self, fd: int, offset: int, count: int) -> int:
         """
-        See that the kernel has the bytes in memory; if not, they are read in a thread, and the turn comes again.
-        """
-        if self._advised[0] <= offset and offset + count <= self._advised[1]:  # several parts come in any order
-            return True
-        self._advised = (offset, offset + count)
-        try:
-            os.preadv(fd, [bytearray(1)], offset + count - 1, os.RWF_NOWAIT)
-        except BlockingIOError:
-            self._warming = True
-            self._patience.end()
-            os.posix_fadvise(fd, offset + count, READ_AHEAD, os.POSIX_FADV_WILLNEED)
-            self._in_thread(self._pread, fd, count, offset).addBoth(self._warmed)
-            return False
-        except OSError:
-            return True  # a file system that can't tell
-        return True
+        Return how many of the bytes the kernel has in memory. If none, a thread reads them, and the turn comes again.
 
-    def _warmed(self, result: object) -> None:
+        Each byte is asked about, and once: requests to a disk end in any order, and one in the middle may hang.
+        """
+        if not self._warm[0] <= offset < self._warm[1]:
+            there = in_memory(fd, offset, count)
+            if not there:
+                self._warming = True
+                self._patience.end()
+                self._in_thread(self._read_ahead, fd, count, offset).addBoth(self._warmed, (offset, offset + count))
+                return 0
+            self._warm = (offset, offset + there)
+        return min(count, self._warm[1] - offset)
+
+    def _read_ahead(self, fd: int, count: int, offset: int) -> None:
+        """
+        Have the kernel read bytes, and begin with those behind them. Called in a thread: either may wait for the disk.
+        """
+        self._pread(fd, count, offset)
+        if not self._over:
+            os.posix_fadvise(fd, offset + count, READ_AHEAD, os.POSIX_FADV_WILLNEED)
+
+    def _warmed(self, result: object, warm: tuple[int, int]) -> None:
         self._warming = False
         if self._over:
             self._source.close()
         elif isinstance(result, Failure):
             self._end(result)
         else:
+            self._warm = warm
             self._wait_for_client()
 
     def _leave(self) -> None:
