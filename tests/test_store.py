@@ -26,6 +26,7 @@ from ecrproxy.cache.index import Index
 from ecrproxy.cache.inventory import Inventory
 from ecrproxy.cache.locks import remove_unused
 from ecrproxy.cache.paths import arriving_path
+from ecrproxy.cache.peer import PeerTransfer
 from ecrproxy.cache.scrub import scrub
 from ecrproxy.cache.sqlite import Rows
 from ecrproxy.cache.store import Store
@@ -642,6 +643,27 @@ class ContentTests(StoreTests):
         broken.restore()
         self.assertEqual(before, open_files())
         self.assertTrue(remove_unused(self.path_of(digest)))
+
+    def test_reads_of_an_open_file_are_not_noted_in_it(self) -> None:
+        """
+        That waits for the file system's journal; and the event loop, which reads for responses, would wait with it.
+        """
+        arriving, peer = Digest.of(b"arriving"), Digest.of(b"peer")
+        writer = begin(self.store, arriving, 3)
+        self.addCleanup(writer.discard)
+        other = begin(self.store, peer, 3)
+        self.addCleanup(other.discard)
+        other.write(0, [b"x"])
+        followed = self.store.claim(peer)
+        assert isinstance(followed, PeerTransfer), followed
+        self.addCleanup(followed.close)
+        content = self.store.open(put(self.store, b"x"))
+        assert content is not None
+        self.addCleanup(content.close)
+        self.assertEqual(
+            [os.O_NOATIME] * 3,
+            [fcntl.fcntl(each.fileno(), fcntl.F_GETFL) & os.O_NOATIME for each in (content, writer, followed)],
+        )
 
     def test_a_disk_without_writing_serves_what_it_has(self) -> None:
         """

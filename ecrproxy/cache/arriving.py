@@ -28,7 +28,16 @@ from typing import Final, NamedTuple
 from ecrproxy.cache.allocation import allocate
 from ecrproxy.cache.claim import SUFFIX, Claim, claim_path
 from ecrproxy.cache.directory import Directory
-from ecrproxy.cache.locks import is_free, is_in_place, open_in_place, own, remove_unused, see_one_name, share
+from ecrproxy.cache.locks import (
+    is_free,
+    is_in_place,
+    keep_access_time,
+    open_in_place,
+    own,
+    remove_unused,
+    see_one_name,
+    share,
+)
 from ecrproxy.cache.paths import arriving_path
 from ecrproxy.cache.peer import PeerTransfer
 from ecrproxy.cache.record import WORTH_RESUMING, Record, Reserved, State, room_for
@@ -326,6 +335,7 @@ def _share(fd: int, claim: Claim) -> None:
 
     @raise OSError: if it is being removed.
     """
+    keep_access_time(fd)
     if not share(fd, claim.data):
         raise OSError(errno.ESTALE, "the data is another file")
 

@@ -40,6 +40,16 @@ def open_in_place(path: Path | str, flags: int) -> int:
     return fd
 
 
+def keep_access_time(fd: int) -> None:
+    """
+    Have reads of a file leave its access time alone.
+
+    To note it, a read waits for the file system's journal, even with RWF_NOWAIT; and it is the event loop that reads.
+    """
+    with contextlib.suppress(OSError):  # another user's file
+        fcntl.fcntl(fd, fcntl.F_SETFL, os.O_NONBLOCK | os.O_NOATIME)
+
+
 def share(fd: int, path: Path | str) -> bool:
     """
     Take a shared lock, which keeps a file from being evicted. False if it is being removed, or C{path} leads elsewhere.

@@ -419,6 +419,7 @@ class Store:
             fd = without_waiting(path, os.O_RDONLY)
         except FileNotFoundError:
             return None
+        locks.keep_access_time(fd)
         there = True  # on a file system without locks, too: the kernel keeps the file for who has it open
         try:
             with contextlib.suppress(OSError):
