@@ -161,7 +161,7 @@ class Bounded:
         """
         for each in (self._patient, self._others):
             while each and each[0].result.called:
-                each.popleft()
+                each.popleft().cancel_limit()
         if not (self._patient or self._others):
             return None
         self._turn = (self._turn + 1) % (self._size + 1)

@@ -212,6 +212,7 @@ class BoundedTests(SynchronousTestCase):
         for _ in range(3):
             self.end()
         self.assertEqual([0, 1, 3], [self.successResultOf(calls[number]) for number in (0, 1, 3)])
+        self.assertEqual([], self.clock.getDelayedCalls())  # else a warning of a slow disk comes later
 
 
 class UndoneTests(SynchronousTestCase):
