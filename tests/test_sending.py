@@ -752,13 +752,17 @@ class KernelTests(DaemonTestCase):
             cold.clear()
             return pread(fd, count, offset)
 
+        def advise(_fd: int, _offset: int, _count: int, advice: int) -> None:
+            if advice == os.POSIX_FADV_WILLNEED:
+                advised.append(bool(threads))
+
         self.start(in_thread=in_thread)
         self.get(self.path)
         self.connection = self.connect(self.daemon)
         self.patch(sending, "in_memory", there)
         self.patch(os, "sendfile", send)
         self.patch(os, "pread", read)
-        self.patch(os, "posix_fadvise", lambda *_: advised.append(bool(threads)))
+        self.patch(os, "posix_fadvise", advise)
         self.ask()
         self.read()
         self.assertEqual(([self.data], [True]), (self.bodies, advised))

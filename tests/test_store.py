@@ -644,10 +644,12 @@ class ContentTests(StoreTests):
         self.assertEqual(before, open_files())
         self.assertTrue(remove_unused(self.path_of(digest)))
 
-    def test_reads_of_an_open_file_are_not_noted_in_it(self) -> None:
+    def test_reads_of_an_open_file_do_nothing_else(self) -> None:
         """
-        That waits for the file system's journal; and the event loop, which reads for responses, would wait with it.
+        To note them waits for the file system's journal, to read ahead for the disk; and so would the event loop.
         """
+        advised = set[int]()
+        self.patch(os, "posix_fadvise", lambda fd, *about: advised.add(fd) if about[-1] == os.POSIX_FADV_RANDOM else 0)
         arriving, peer = Digest.of(b"arriving"), Digest.of(b"peer")
         writer = begin(self.store, arriving, 3)
         self.addCleanup(writer.discard)
@@ -664,6 +666,7 @@ class ContentTests(StoreTests):
             [os.O_NOATIME] * 3,
             [fcntl.fcntl(each.fileno(), fcntl.F_GETFL) & os.O_NOATIME for each in (content, writer, followed)],
         )
+        self.assertLessEqual({each.fileno() for each in (content, writer, followed)}, advised)
 
     def test_a_disk_without_writing_serves_what_it_has(self) -> None:
         """

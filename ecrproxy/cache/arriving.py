@@ -31,12 +31,12 @@ from ecrproxy.cache.directory import Directory
 from ecrproxy.cache.locks import (
     is_free,
     is_in_place,
-    keep_access_time,
     open_in_place,
     own,
     remove_unused,
     see_one_name,
     share,
+    without_side_effects,
 )
 from ecrproxy.cache.paths import arriving_path
 from ecrproxy.cache.peer import PeerTransfer
@@ -335,7 +335,7 @@ def _share(fd: int, claim: Claim) -> None:
 
     @raise OSError: if it is being removed.
     """
-    keep_access_time(fd)
+    without_side_effects(fd)
     if not share(fd, claim.data):
         raise OSError(errno.ESTALE, "the data is another file")
 

@@ -6,10 +6,13 @@ from __future__ import annotations
 
 import os
 import threading
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from ecrproxy.cache.proofs import is_marked
 from ecrproxy.oci import MANIFEST_LIMIT, Digest
+
+_AHEAD: Final = 8 * 2**20
+"""Bytes that the kernel is asked to read while those before them are hashed."""
 
 
 class DigestMismatchError(Exception):
@@ -187,6 +190,8 @@ def hash_range(fd: int, state: Any, offset: int, limit: int) -> int:  # noqa: AN
     end = offset + limit
     at = offset
     while at < end and (data := os.pread(fd, min(2**20, end - at), at)):
-        state.update(data)
         at += len(data)
+        if at < end:  # the kernel reads nothing ahead by itself: see locks.without_side_effects
+            os.posix_fadvise(fd, at, min(_AHEAD, end - at), os.POSIX_FADV_WILLNEED)
+        state.update(data)
     return at - offset

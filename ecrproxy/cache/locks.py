@@ -40,14 +40,17 @@ def open_in_place(path: Path | str, flags: int) -> int:
     return fd
 
 
-def keep_access_time(fd: int) -> None:
+def without_side_effects(fd: int) -> None:
     """
-    Have reads of a file leave its access time alone.
+    Have reads of a file do nothing else: they note no access time, and have nothing read ahead.
 
-    To note it, a read waits for the file system's journal, even with RWF_NOWAIT; and it is the event loop that reads.
+    The first waits for the file system's journal, even with RWF_NOWAIT, the second for room in the disk's queue, even
+    where the bytes themselves are in memory; and it is the event loop that reads.
     """
     with contextlib.suppress(OSError):  # another user's file
         fcntl.fcntl(fd, fcntl.F_SETFL, os.O_NONBLOCK | os.O_NOATIME)
+    with contextlib.suppress(OSError):  # no file
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
 
 
 def share(fd: int, path: Path | str) -> bool:

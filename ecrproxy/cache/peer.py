@@ -13,7 +13,7 @@ from typing import Any
 from ecrproxy.cache.claim import claim_path, read_record
 from ecrproxy.cache.content import hash_range
 from ecrproxy.cache.directory import Directory
-from ecrproxy.cache.locks import is_free, is_in_place, keep_access_time, open_in_place, share
+from ecrproxy.cache.locks import is_free, is_in_place, open_in_place, share, without_side_effects
 from ecrproxy.cache.record import Look, Record, State
 
 
@@ -40,7 +40,7 @@ class PeerTransfer:
             opened.callback(os.close, claim)
             fd = open_in_place(data, os.O_RDWR)  # writable, for the case that it has to be taken over
             opened.callback(os.close, fd)
-            keep_access_time(fd)
+            without_side_effects(fd)
             locked = share(fd, data)
             record = read_record(claim)
             own = directory.is_own(os.fstat(claim)) and directory.is_own(os.fstat(fd))

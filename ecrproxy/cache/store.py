@@ -419,7 +419,7 @@ class Store:
             fd = without_waiting(path, os.O_RDONLY)
         except FileNotFoundError:
             return None
-        locks.keep_access_time(fd)
+        locks.without_side_effects(fd)
         there = True  # on a file system without locks, too: the kernel keeps the file for who has it open
         try:
             with contextlib.suppress(OSError):
