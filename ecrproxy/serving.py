@@ -19,7 +19,7 @@ from twisted.names.client import Resolver
 from ecrproxy import __version__
 from ecrproxy.access.browsers import Pages
 from ecrproxy.access.clients import Admission
-from ecrproxy.access.htpasswd import HtpasswdError, read_users
+from ecrproxy.access.htpasswd import HtpasswdError, UnreadableError, read_users
 from ecrproxy.access.limits import Crowd
 from ecrproxy.access.namespaces import Namespaces
 from ecrproxy.access.passwords import AT_ONCE, Passwords
@@ -484,7 +484,8 @@ def check_passwords(config: Config) -> None:
         if config.htpasswd is not None:
             read_users(config.htpasswd)
     except HtpasswdError as problem:
-        raise ConfigError(f"PROXY_HTPASSWD={config.htpasswd!r}: {problem}") from problem
+        advice = "; give a file that it can read" if isinstance(problem, UnreadableError) else ""
+        raise ConfigError(f"PROXY_HTPASSWD={config.htpasswd!r}: {problem}{advice}") from problem
 
 
 def _admission(config: Config, reactor: Any, service: Daemon, processes: int) -> Admission:  # noqa: ANN401

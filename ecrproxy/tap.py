@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
+from twisted.internet.defer import Deferred, gatherResults
 from twisted.internet.error import ReactorNotRunning
 from twisted.internet.protocol import Factory
 from twisted.logger import Logger, LogLevel
@@ -42,9 +43,11 @@ from ecrproxy.daemon.inherited import CHANNEL_FD, VARIABLE, Inherited, inherited
 from ecrproxy.daemon.listening import Listening, admin_endpoint, endpoints
 from ecrproxy.daemon.process import most_clients, set_up
 from ecrproxy.daemon.reloading import Reloading, Settings
-from ecrproxy.daemon.renewal import Renewal, generation
+from ecrproxy.daemon.renewal import PAIRS, Renewal, generation
 from ecrproxy.daemon.service import LAST_LINES_SECONDS, Daemon
 from ecrproxy.daemon.supervision import Supervised, Supervisor, summary
+from ecrproxy.daemon.tls import Loaded
+from ecrproxy.files import Reading
 from ecrproxy.http.answering import Ready
 from ecrproxy.http.site import RegistrySite
 from ecrproxy.logs.shapes import PRIORITIES, as_json
@@ -60,7 +63,7 @@ from ecrproxy.settings.config import ADMIN_LISTEN, NO_FILE, RELOADED, Config, Co
 from ecrproxy.settings.contradictions import Machine, load, look_at_log, look_at_settings, refusal
 from ecrproxy.settings.file import about_registries, for_worker, read_file, read_handed
 from ecrproxy.settings.options import Options
-from ecrproxy.threads import in_time
+from ecrproxy.threads import InThread, in_time
 from ecrproxy.workers.channel import Channel, adopt
 from ecrproxy.workers.messages import FromParent, Refused, Reload, Reread
 from ecrproxy.workers.processes import END_SECONDS, Workers, add_up
@@ -91,7 +94,7 @@ def makeService(options: Options) -> Daemon:
             service = build_worker(config, sockets, reactor, _egress(os.environ), read)
         else:
             settings = given(options.flags(), os.environ, file)
-            warnings = _warnings(config, settings, options)
+            warnings = _warnings(config, settings, options, _disk_size(Path(config.cache_dir)))
             for each in warnings:
                 log.warn("{complaint}", complaint=each)
             os.environ.update(for_botocore(os.environ))
@@ -143,19 +146,19 @@ def _read_again(options: Options) -> Settings:
     """
     file = read_file(options.flags(), os.environ)
     config = _load(options, file)
-    _warnings(config, given(options.flags(), os.environ, file), options)
+    _warnings(config, given(options.flags(), os.environ, file), options, None)
     return _settings(options, file, config)
 
 
-def _warnings(config: Config, settings: Given, options: Options) -> list[Complaint]:
+def _warnings(config: Config, settings: Given, options: Options, disk: int | None) -> list[Complaint]:
     """
     Judge the settings together.
 
     @param settings: what C{config} was loaded from.
+    @param disk: the size of the cache's file system, if it is known: no error depends on it.
     @raise ConfigError: if the daemon must not start with them.
     """
-    machine = Machine(usable_cores(), _disk_size(Path(config.cache_dir)))
-    found = look_at_settings(config, settings, os.environ, machine)
+    found = look_at_settings(config, settings, os.environ, Machine(usable_cores(), disk))
     found += look_at_log(config, options.parent or {})
     if any(each.grave for each in found):
         raise refusal(found)
@@ -261,11 +264,14 @@ def build(
     listening = _listening(config, serving.site, reactor)
     listening += _admin(config, make, store, serving.purges.look, service, reactor)
     serving.figures.watch(*of_certificates(partial(_expires, listening)))
-    reread = partial(_reread, [*listening, serving.admission])
-    looking = service.pools.threads(1).call
-    Renewal(listening, looking, partial(supervised.rereading, reread), reactor).setServiceParent(service)
+    reading, configuring = service.pools.threads(1).call, service.pools.threads(1).call
+    certificates = Reading(PAIRS, partial(_load_all, listening), partial(_use_all, listening), reading, reactor)
+    reread = partial(_reread, certificates, serving.admission.reread)
+    Renewal(listening, reading, partial(supervised.rereading, reread), reactor).setServiceParent(service)
     drain = Drain(serving.connections, config.drain_seconds, reactor)
-    reload = reloading(partial(_use, serving, status)) if reloading is not None else None
+    reload = None
+    if reloading is not None:
+        reload = _configuration(reloading(partial(_use, serving, status)), configuring, reactor)
     hang_up = _on_hang_up(supervised, reread, reload)
     _face_clients(drain, listening, hang_up, service.leave, service, reactor)
     return service
@@ -290,14 +296,15 @@ def build_worker(
     serving = wire(shared, service, reactor, refused, egress, config.worker_processes)
     process, figures = serving.process, serving.figures
     listening = _listening(shared, serving.site, Inherited(reactor, sockets))
-    incidents = Incidents(time.time)
+    incidents, reading = Incidents(time.time), service.pools.threads(1).call
+    certificates = Reading(PAIRS, partial(_load_as_told, listening), partial(_use_as_told, listening), reading, reactor)
     reports = Reports(
         channel,
         figures,
         incidents,
         readiness=process.readiness,
         standing=process.standing,
-        reread=partial(_reread_as_told, listening, serving.admission),
+        reread=partial(_reread_as_told, certificates, serving.admission),
         reload=lambda text: serving.use(load(read_handed(text))),
         orphaned=partial(_stop, reactor),
         reactor=reactor,
@@ -333,7 +340,7 @@ def build_parent(
     @param reloading: makes what reads the configuration file again, of what uses it.
     """
     service = Daemon(reactor)
-    renewing, settling = service.pools.threads(1), service.pools.threads(1)
+    renewing, configuring, settling = (service.pools.threads(1).call for _ in range(3))
     store = Store(Path(config.cache_dir), time.time)
     begin(store, config.worker_processes)
     check_passwords(config)
@@ -355,14 +362,18 @@ def build_parent(
     status = Status(registry, figures, workers.readiness, workers.standing, incidents, now, reactor)
     supervised = Supervised(supervisor, partial(_summary_of_all, workers), reactor, workers.listen)
     make = partial(make_admin_site, figures, Ready(workers.readiness), status, gather=workers.gather)
-    purges = Purges(store.index, lambda _: None, settling.call, reactor)  # workers see for themselves
+    purges = Purges(store.index, lambda _: None, settling, reactor)  # workers see for themselves
     admin = _admin(config, make, store, purges.look, service, reactor)
-    figures.watch(*gathered.readings(), *of_certificates(partial(_expires, [*listening, *admin])))
-    reread = partial(_have_reread, listening, admin, workers)
-    renewal = Renewal([*listening, *admin], renewing.call, partial(supervised.rereading, reread), reactor)
+    every = [*listening, *admin]
+    figures.watch(*gathered.readings(), *of_certificates(partial(_expires, every)))
+    use = partial(_have_workers_use, listening, admin, workers)
+    certificates = Reading(PAIRS, partial(_load_all, every), use, renewing, reactor)
+    reread = partial(_reread, certificates, lambda: workers.tell(Reread("")))
+    renewal = Renewal(every, renewing, partial(supervised.rereading, reread), reactor)
     service.add(purges, *status.services, supervised, renewal, workers)
-    hang_up = _on_hang_up(supervised, reread, reloading(partial(_have_used, workers, status)))
-    _face_clients(None, [*listening, *admin], hang_up, partial(_leave_with, workers, service.leave), service, reactor)
+    reload = _configuration(reloading(partial(_have_used, workers, status)), configuring, reactor)
+    hang_up = _on_hang_up(supervised, reread, reload)
+    _face_clients(None, every, hang_up, partial(_leave_with, workers, service.leave), service, reactor)
     return service
 
 
@@ -394,7 +405,7 @@ def _listening(config: Config, site: RegistrySite, reactor: Any) -> list[Listeni
 def _face_clients(
     drain: Drain | None,
     listening: Sequence[Listening],
-    reread: Callable[[], None],
+    reread: Callable[[], object],
     at_once: Callable[[int], object],
     service: Daemon,
     reactor: Any,  # noqa: ANN401
@@ -459,46 +470,91 @@ def _have_used(workers: Workers, status: Status, settings: Settings) -> None:
     status.registry = settings.config.ecr_endpoint
 
 
-def _on_hang_up(supervised: Supervised, reread: Callable[[], None], reloading: Reloading | None) -> Callable[[], None]:
+def _configuration(reloading: Reloading, in_thread: InThread, reactor: Any) -> Reading:  # noqa: ANN401
+    """
+    Make what reads the configuration file again.
+    """
+    return Reading("The configuration file", reloading.read, reloading.use, in_thread, reactor)
+
+
+def _on_hang_up(
+    supervised: Supervised, reread: Callable[[], Deferred[None]], configuration: Reading | None
+) -> Callable[[], Deferred[None]]:
     """
     Return what SIGHUP does: the configuration file, and all that is read again by itself when it changes.
 
     A file of settings is never read by itself: somebody may be writing it.
     """
 
-    def hang_up() -> None:
-        if reloading is not None:
-            reloading.reload()
-        reread()
+    def hang_up() -> Deferred[Any]:
+        configured = [configuration.again()] if configuration is not None else []
+        return gatherResults([*configured, reread()])
 
     return partial(supervised.rereading, hang_up)
 
 
-def _reread(parts: Sequence[Listening | Admission]) -> None:
+def _reread(certificates: Reading, passwords: Callable[[], object]) -> Deferred[None]:
     """
-    Read certificates and passwords again.
+    Read certificates and passwords again; neither waits for the other.
+
+    @return: fires when the certificates have been read, or take too long.
     """
-    for each in parts:
-        each.reread()
+    passwords()
+    return certificates.again()
 
 
-def _have_reread(listening: Sequence[Listening], admin: Sequence[Listening], workers: Workers) -> None:
+def _load_all(listening: Sequence[Listening]) -> list[Loaded | None]:
     """
-    See whether the certificates can be used, and have workers read those for clients, and passwords, again.
+    Read the certificates. Blocks.
     """
-    _reread(admin)
-    found = generation(listening)  # before they are read: what changes in between is none that was found good
-    news = [each.reread() for each in listening]
-    workers.tell(Reread(found if any(news) else ""))
+    return [each.load() for each in listening]
 
 
-def _reread_as_told(listening: Sequence[Listening], admission: Admission, certificates: str) -> None:
+def _use_all(listening: Sequence[Listening], loaded: Sequence[Loaded | None]) -> bool:
     """
-    Read passwords again, and the certificates that the parent has found good, if they are still those.
+    Use certificates; return True if any is new.
     """
-    if certificates == generation(listening):
-        _reread(listening)
-    admission.reread()
+    news = [each.use(what) for each, what in zip(listening, loaded, strict=True)]
+    return any(news)
+
+
+def _have_workers_use(
+    listening: Sequence[Listening], admin: Sequence[Listening], workers: Workers, loaded: Sequence[Loaded | None]
+) -> None:
+    """
+    See whether the certificates can be used, and have workers read those for clients again.
+    """
+    theirs = loaded[: len(listening)]
+    _use_all(admin, loaded[len(listening) :])
+    if _use_all(listening, theirs):
+        workers.tell(Reread(_name(theirs)))
+
+
+def _name(loaded: Sequence[Loaded | None]) -> str:
+    return generation(each.seen if each is not None else () for each in loaded)
+
+
+def _reread_as_told(certificates: Reading, admission: Admission, found: str) -> None:
+    """
+    Read the certificates that the parent has found good again, or passwords.
+    """
+    if found:
+        certificates.again(found)
+    else:
+        admission.reread()
+
+
+def _load_as_told(listening: Sequence[Listening], found: str) -> list[Loaded | None] | None:
+    """
+    Read the certificates, if they are those that the parent has found good. Blocks.
+    """
+    loaded = _load_all(listening)
+    return loaded if _name(loaded) == found else None
+
+
+def _use_as_told(listening: Sequence[Listening], loaded: Sequence[Loaded | None] | None) -> None:
+    if loaded is not None:
+        _use_all(listening, loaded)
 
 
 def _leave_with(workers: Workers, leave: Callable[[int], object], number: int) -> None:

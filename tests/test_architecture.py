@@ -19,7 +19,18 @@ OURS = "ecrproxy."
 # room, which is a package or a module by itself: what of ours it may import, rooms or single modules of them.
 # What is not here may import nothing of ours but what is in the same room. tap, serving and command may import all.
 ARROWS: dict[str, set[str]] = {
-    "access": {"addresses", "flights", "identity", "oci", "ordering", "periodic", "reasons", "shares", "threads"},
+    "access": {
+        "addresses",
+        "files",
+        "flights",
+        "identity",
+        "oci",
+        "ordering",
+        "periodic",
+        "reasons",
+        "shares",
+        "threads",
+    },
     "admin": {
         "access.browsers",
         "access.limits",
@@ -52,6 +63,7 @@ ARROWS: dict[str, set[str]] = {
         "access.limits",
         "addresses",
         "endpoint_string",
+        "files",
         "logs.writing",
         "periodic",
         "readiness",
@@ -60,6 +72,7 @@ ARROWS: dict[str, set[str]] = {
         "settings.registries",
         "threads",
     },
+    "files": {"threads"},
     "healthcheck": {"endpoint_string"},
     "http": {
         "access",
@@ -139,6 +152,7 @@ ARROWS: dict[str, set[str]] = {
         "access.turns",
         "addresses",
         "cache.memory",
+        "files",
         "flights",
         "metrics",
         "oci",
@@ -152,6 +166,7 @@ ARROWS: dict[str, set[str]] = {
         "cache.cache_key",
         "cores",
         "endpoint_string",
+        "files",
         "identity",
         "registry.quotas",
         "shares",

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -124,6 +125,9 @@ class LoginTests(SynchronousTestCase):
         file.unlink()
         problem = self.failureResultOf(Login("ann", file, at_once).get(), TokenUnavailableError).value
         self.assertIn("can't be read: No such file", str(problem))
+        os.mkfifo(file)
+        problem = self.failureResultOf(Login("ann", file, at_once).get(), TokenUnavailableError).value
+        self.assertIn("can't be read: it is a FIFO, not a regular file", str(problem))
 
 
 class OthersTests(DaemonTestCase):

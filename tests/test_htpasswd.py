@@ -7,7 +7,8 @@ from __future__ import annotations
 import bcrypt
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.access.htpasswd import HtpasswdError, Users, read_users
+from ecrproxy.access.htpasswd import FILE_LIMIT, HtpasswdError, Users, read_users
+from tests.store_contract import scratch
 
 
 def line(name: str, password: str, prefix: bytes = b"2y", cost: int = 4) -> bytes:
@@ -96,4 +97,7 @@ class UsersTests(SynchronousTestCase):
         """
         self.assertIn("No such file", str(self.assertRaises(HtpasswdError, read_users, "/nowhere")))
         self.assertIn("Is a directory", str(self.assertRaises(HtpasswdError, read_users, "/")))
-        self.assertIn("larger", str(self.assertRaises(HtpasswdError, read_users, "/dev/zero")))
+        self.assertIn("it is a device", str(self.assertRaises(HtpasswdError, read_users, "/dev/zero")))
+        large = scratch(self)
+        large.write_bytes(b"#" * (FILE_LIMIT + 1))
+        self.assertIn("larger", str(self.assertRaises(HtpasswdError, read_users, str(large))))

@@ -29,6 +29,13 @@ from tests.test_tls import Files, Tcp, client, shake_with
 ADDRESS = IPv4Address("TCP", "192.0.2.1", 40000)
 
 
+def reread(listening: Listening) -> bool:
+    """
+    Read in a thread, and use in the reactor.
+    """
+    return listening.use(listening.load())
+
+
 class RereadTests(SynchronousTestCase):
     """
     Key and certificate, named by their settings or in an endpoint string.
@@ -91,7 +98,7 @@ class RereadTests(SynchronousTestCase):
             self.renew()
             self.connect(self.files)
             with capturedLogs() as events:
-                self.assertTrue(listening.reread())
+                self.assertTrue(reread(listening))
             self.connect(self.others)
             self.assertEqual([LogLevel.info], [event["log_level"] for event in events])
 
@@ -106,7 +113,7 @@ class RereadTests(SynchronousTestCase):
             for key in (False, True):
                 self.renew(key=key)
                 self.assertTrue(listening.changed())
-                self.assertEqual(key, listening.reread())
+                self.assertEqual(key, reread(listening))
                 self.assertFalse(listening.changed())
             self.connect(self.others)
         self.assertFalse(self.listen({"PROXY_LISTEN": "tcp:5000"}).changed())
@@ -115,7 +122,7 @@ class RereadTests(SynchronousTestCase):
         listening = self.listen(self.ways[0])
         self.assertEqual(self.files.leaf.not_valid_after_utc.timestamp(), listening.expires)
         self.renew()
-        listening.reread()
+        reread(listening)
         self.assertEqual(self.others.leaf.not_valid_after_utc.timestamp(), listening.expires)
         self.assertIsNone(self.listen({"PROXY_LISTEN": "tcp:5000"}).expires)
 
@@ -129,7 +136,7 @@ class RereadTests(SynchronousTestCase):
             listening = self.listen(environ)
             self.renew(key=False)
             with capturedLogs() as events:
-                self.assertFalse(listening.reread())
+                self.assertFalse(reread(listening))
             self.connect(self.files)
             (event,) = events
             self.assertEqual(LogLevel.error, event["log_level"])
@@ -152,7 +159,7 @@ class RereadTests(SynchronousTestCase):
                 if each is self.files:
                     listening = self.listen({"PROXY_LISTEN": text})
             self.assertTrue(listening.changed(), text)
-            self.assertTrue(listening.reread())
+            self.assertTrue(reread(listening))
             self.assertEqual(self.others.leaf.not_valid_after_utc.timestamp(), listening.expires)
             _, factory, *_ = self.reactor.tcpServers[-1]
             asker = client()
@@ -177,10 +184,27 @@ class RereadTests(SynchronousTestCase):
                     with capturedLogs() as events:
                         for _ in range(3):  # minutes
                             if listening.changed():
-                                listening.reread()
+                                reread(listening)
                     told.append([event["log_level"] for event in events])
                     self.connect(self.others if len(told) == 4 else self.files)
             self.assertEqual([[LogLevel.error]] * 3 + [[LogLevel.info]], told)
+
+    def test_what_is_no_file_is_told_at_once_and_changes_nothing(self) -> None:
+        """
+        Opening a FIFO would wait until somebody writes to it.
+        """
+        for way in range(len(self.ways)):
+            for name in ("key.pem", "certificate.pem"):
+                self.setUp()
+                listening = self.listen(self.ways[way])
+                path = self.files.folder / name
+                path.unlink()
+                os.mkfifo(path)
+                with capturedLogs() as events:
+                    self.assertFalse(reread(listening))
+                (event,) = events
+                self.assertIn("can't be read: it is a FIFO, not a regular file", str(event["problem"]))
+                self.connect(self.files)
 
     def test_without_tls_there_is_nothing_to_read(self) -> None:
         """
@@ -188,7 +212,7 @@ class RereadTests(SynchronousTestCase):
         """
         for environ in ({}, {"PROXY_LISTEN": "tcp:5000"}):
             with capturedLogs() as events:
-                self.assertFalse(self.listen(environ).reread())
+                self.assertFalse(reread(self.listen(environ)))
             self.assertEqual([], events)
 
 

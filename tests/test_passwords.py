@@ -542,7 +542,7 @@ class PasswordsTests(SynchronousTestCase):
         The daemon had no descriptor left, or the file not yet its mode: nothing of the file changes after that.
         """
 
-        def refuse(*_: object) -> None:
+        def refuse(*_: object, **__: object) -> None:
             raise OSError(errno.EMFILE, "Too many open files")
 
         self.path.write_bytes(line("bob", "new"))

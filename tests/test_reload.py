@@ -260,7 +260,7 @@ class ReadingTests(SynchronousTestCase):
         """
         self.text = text
         self.events.clear()
-        self.reloading.reload()
+        self.reloading.use(self.reloading.read())
         return [(each["log_level"].name, formatEvent(each)) for each in self.events if "log_level" in each]
 
     def test_what_differs_is_used_and_told(self) -> None:

@@ -26,7 +26,9 @@ class FilesTests(SynchronousTestCase):
         self.path.write_text("old")
 
     def files(self) -> Files:
-        return Files([str(self.path), None])
+        files = Files([str(self.path), None])
+        files.note(files.seen())
+        return files
 
     def test_have_not_changed_until_something_happens_to_them(self) -> None:
         files = self.files()
@@ -34,19 +36,19 @@ class FilesTests(SynchronousTestCase):
         self.path.write_text("another")
         self.assertTrue(files.changed())
         self.assertTrue(files.changed())
-        files.note()
+        files.note(files.seen())
         self.assertFalse(files.changed())
 
     def test_have_a_name_that_others_who_see_the_same_find_too(self) -> None:
         """
         So a worker reads what its parent has found good, and nothing that was put in its place meanwhile.
         """
-        named = generation([self.files()])
-        self.assertEqual(named, generation([self.files()]))
+        named = generation([self.files().seen()])
+        self.assertEqual(named, generation([self.files().seen()]))
         self.assertEqual(64, len(named))
         self.path.write_text("renewed")
-        self.assertNotEqual(named, generation([self.files()]))
-        self.assertNotEqual(generation([]), generation([self.files()]))
+        self.assertNotEqual(named, generation([self.files().seen()]))
+        self.assertNotEqual(generation([]), generation([self.files().seen()]))
 
     def test_have_changed_when_the_folder_behind_a_link_is_another(self) -> None:
         """
@@ -67,7 +69,7 @@ class FilesTests(SynchronousTestCase):
         files = self.files()
         self.path.chmod(0o400)
         self.assertTrue(files.changed())
-        files.note()
+        files.note(files.seen())
         self.path.unlink()
         self.assertTrue(files.changed())
 

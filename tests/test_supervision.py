@@ -5,9 +5,8 @@ A service manager learns that the daemon is ready, alive, reading again, ending,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, succeed
 from twisted.internet.testing import MemoryReactorClock
 from twisted.trial.unittest import SynchronousTestCase
 
@@ -223,21 +222,49 @@ class SupervisedTests(SynchronousTestCase):
         self.run_reactor()
         self.reactor.advance(1.5)
         del self.supervisor.messages[:]
-        read: list[list[Any]] = []
-        self.supervised.rereading(lambda: read.append(list(self.supervisor.messages)))
-        self.assertEqual([[["RELOADING=1", "MONOTONIC_USEC=1500000", "STATUS=Ready", "WATCHDOG=1"]]], read)
-        self.assertEqual(["READY=1", "STATUS=Ready", "WATCHDOG=1"], self.supervisor.messages[-1])
+        reading = Deferred[None]()
+        self.supervised.rereading(lambda: reading)
+        began = ["RELOADING=1", "MONOTONIC_USEC=1500000", "STATUS=Ready", "WATCHDOG=1"]
+        self.assertEqual([began], self.supervisor.messages)
+        reading.callback(None)
+        self.assertEqual([began, ["READY=1", "STATUS=Ready", "WATCHDOG=1"]], self.supervisor.messages)
+
+    def test_is_ready_once_all_readings_are_done(self) -> None:
+        """
+        Each beginning is told with its time: a service manager waits for one that is later than its signal.
+        """
+        self.run_reactor()
+        del self.supervisor.messages[:]
+        readings = [Deferred[None](), Deferred[None]()]
+        for each in readings:
+            self.reactor.advance(1)
+            self.supervised.rereading(lambda each=each: each)  # type: ignore[misc]
+        began = [each[:2] for each in self.supervisor.messages]
+        self.assertEqual([["RELOADING=1", f"MONOTONIC_USEC={at}000000"] for at in (1, 2)], began)
+        readings[0].callback(None)
+        self.assertEqual(2, len(self.supervisor.messages))
+        readings[1].callback(None)
+        self.assertEqual("READY=1", self.supervisor.messages[-1][0])
+
+    def test_an_end_during_a_reading_is_one(self) -> None:
+        self.run_reactor()
+        reading = Deferred[None]()
+        self.supervised.rereading(lambda: reading)
+        self.end()
+        reading.callback(None)
+        self.assertEqual("STOPPING=1", self.supervisor.messages[-1][0])
 
     def test_is_ready_again_whatever_came_of_reading(self) -> None:
         """
         An error that nobody thought of does not leave it reloading for ever.
         """
 
-        def fail() -> None:
+        def fail() -> Deferred[None]:
             raise RuntimeError("of no kind that is known")
 
         self.run_reactor()
-        self.assertRaises(RuntimeError, self.supervised.rereading, fail)
+        self.supervised.rereading(fail)
+        self.assertEqual(1, len(self.flushLoggedErrors(RuntimeError)))
         self.assertEqual("READY=1", self.supervisor.messages[-1][0])
 
     def test_tells_that_it_ends_and_is_alive_meanwhile(self) -> None:
@@ -249,7 +276,7 @@ class SupervisedTests(SynchronousTestCase):
         self.assertEqual(["STOPPING=1", "STATUS=Ready", "WATCHDOG=1"], self.supervisor.messages[-1])
         self.said = "draining"
         self.reactor.advance(4.0)
-        self.supervised.rereading(lambda: None)
+        self.supervised.rereading(lambda: succeed(None))
         self.assertEqual(["STOPPING=1", "STATUS=draining", "WATCHDOG=1"], self.supervisor.messages[-1])
         self.supervised.stopService()
         self.assertEqual([], self.reactor.getDelayedCalls())
@@ -262,7 +289,7 @@ class SupervisedTests(SynchronousTestCase):
         supervised = Supervised(None, self.describe, reactor)
         supervised.startService()
         read: list[bool] = []
-        supervised.rereading(lambda: read.append(True))
+        supervised.rereading(lambda: succeed(True).addCallback(read.append))
         reactor.run()
         supervised.stopService()
         self.assertEqual(([True], []), (read, reactor.getDelayedCalls()))

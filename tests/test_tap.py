@@ -50,6 +50,7 @@ from ecrproxy.daemon.listening import Listening
 from ecrproxy.daemon.process import Running, count_steadily, open_many_files, set_aside_what_stays
 from ecrproxy.daemon.renewal import LOOK_SECONDS, Renewal, generation
 from ecrproxy.daemon.supervision import Supervisor
+from ecrproxy.files import READ_SECONDS, Reading
 from ecrproxy.registry.ecr import CredentialsError
 from ecrproxy.registry.resolver import ChosenServers
 from ecrproxy.serving import AwsTokens
@@ -58,9 +59,9 @@ from ecrproxy.settings.file import about_registries, for_worker, parse_file
 from ecrproxy.settings.options import Options
 from ecrproxy.tap import build, makeService
 from ecrproxy.workers.channel import Channel
-from ecrproxy.workers.messages import Refused, Reload
+from ecrproxy.workers.messages import Refused, Reload, Reread
 from ecrproxy.workers.processes import Workers
-from tests.daemon import at_once
+from tests.daemon import Hands
 from tests.store_contract import failing, scratch
 from tests.test_ecr import KEYS, FakeAws
 from tests.test_htpasswd import line
@@ -285,6 +286,33 @@ class TapCase(SynchronousTestCase):
         return [line.removeprefix("ecr-proxy: ") for line in text.splitlines()]
 
 
+def hang_up(service: MultiService) -> None:
+    """
+    Send SIGHUP.
+    """
+    (signals,) = (each for each in service if isinstance(each, Signals))
+    signals._reread()  # noqa: SLF001
+
+
+class Held:
+    """
+    Threads that do what they are to do when they are told.
+    """
+
+    def __init__(self, case: SynchronousTestCase) -> None:
+        self.calls = list[tuple[Any, ...]]()
+        case.patch(ThreadPool, "callInThreadWithCallback", lambda pool, *args: self.calls.append((pool, *args)))
+
+    def release(self, pool: ThreadPool) -> None:
+        """
+        Do the calls in a pool.
+        """
+        mine = [each for each in self.calls if each[0] is pool]
+        self.calls = [each for each in self.calls if each[0] is not pool]
+        for each in mine:
+            call_at_once(*each)
+
+
 class OptionsTests(TapCase):
     """
     The flags are the settings' own.
@@ -424,6 +452,27 @@ class WrongSettingTests(TapCase):
         self.assertRaises(SystemExit, self.run_with, PROXY_CONFIG=str(file))
         (event,) = validated(self.stderr.getvalue())
         self.assertEqual(f"{file}: port='70000': not a port; give a number from 1 to 65535", event["message"])
+
+    def test_what_is_no_file_keeps_nothing_waiting(self) -> None:
+        """
+        Opening a FIFO would wait until somebody writes to it.
+        """
+        files, pems, fifo = Files(self.folder / "tls"), self.folder / "pems", self.folder / "fifo"
+        os.mkfifo(fifo)
+        pems.mkdir()
+        os.mkfifo(pems / "a.pem")
+        pair = {"PROXY_SSL_KEY": files.key, "PROXY_SSL_CERTIFICATE": files.certificate}
+        for environ in (
+            {"PROXY_CONFIG": str(fifo)},
+            {"PROXY_HTPASSWD": str(fifo)},
+            {**pair, "PROXY_SSL_KEY": str(fifo)},
+            {**pair, "PROXY_SSL_CERTIFICATE": str(fifo)},
+            {**pair, "PROXY_CLIENT_CA": str(fifo)},
+            {"PROXY_LISTEN": f"ssl:5443:{fifo}:{files.certificate}"},
+            {"PROXY_LISTEN": f"tls:{pems}:5443"},
+        ):
+            line = self.dies(partial(self.run_with, **environ))
+            self.assertIn("can't be read: it is a FIFO, not a regular file; give ", line)
 
     def test_what_is_missing_is_told(self) -> None:
         """
@@ -1027,20 +1076,31 @@ class WorkersTests(TapCase):
 
     def test_workers_are_told_of_certificates_that_were_found_good(self) -> None:
         """
-        And to keep what they have where their parent found nothing new, or nothing that can be used; passwords are read
-        again in any case.
+        And of none where their parent found nothing that can be used; passwords are read again in any case.
         """
         files, others = Files(self.folder / "tls"), Files(self.folder / "others")
         told: list[str] = []
+        self.patch(ThreadPool, "callInThreadWithCallback", call_at_once)
         service = self.start(PROXY_SSL_KEY=files.key, PROXY_SSL_CERTIFICATE=files.certificate)
         listening = [each for each in service if isinstance(each, Listening)]
         (workers,) = (each for each in service if isinstance(each, Workers))
         self.patch(workers, "tell", lambda message: told.append(message.certificates))
-        tap._have_reread(listening, [], workers)  # noqa: SLF001
-        self.assertEqual(generation(listening), told.pop())
+        hang_up(service)
+        loaded = [each.load() for each in listening]
+        self.assertEqual(["", generation(each.seen for each in loaded if each)], told)
+        told.clear()
         (others.folder / "key.pem").rename(files.folder / "key.pem")
-        tap._have_reread(listening, [], workers)  # noqa: SLF001
-        self.assertEqual("", told.pop())
+        hang_up(service)
+        self.assertEqual([""], told)
+
+    def test_workers_read_passwords_again_while_certificates_hang(self) -> None:
+        Held(self)
+        service = self.start()
+        (workers,) = (each for each in service if isinstance(each, Workers))
+        told: list[Any] = []
+        self.patch(workers, "tell", told.append)
+        hang_up(service)
+        self.assertEqual([Reread("")], told)
 
     def test_a_worker_reads_those_that_its_parent_has_found_good(self) -> None:
         """
@@ -1049,18 +1109,21 @@ class WorkersTests(TapCase):
         files, others = Files(self.folder / "tls"), Files(self.folder / "others")
         service = self.start(PROXY_SSL_KEY=files.key, PROXY_SSL_CERTIFICATE=files.certificate)
         listening = [each for each in service if isinstance(each, Listening)]
-        read: list[str] = []
-        self.patch(listening[0], "reread", lambda: read.append("certificates"))
-        admission: Any = type("Admission", (), {"reread": lambda _: read.append("passwords")})()
-        found = generation(listening)
-        tap._reread_as_told(listening, admission, found)  # noqa: SLF001
-        self.assertEqual(["certificates", "passwords"], read)
+        loaded = [each.load() for each in listening]
+        found = generation(each.seen for each in loaded if each)
+        self.assertEqual(len(loaded), len(tap._load_as_told(listening, found) or ()))  # noqa: SLF001
         for name in ("key.pem", "certificate.pem"):
             (others.folder / name).rename(files.folder / name)
-        for told in (found, ""):
-            read.clear()
-            tap._reread_as_told(listening, admission, told)  # noqa: SLF001
-            self.assertEqual(["passwords"], read)
+        self.assertIsNone(tap._load_as_told(listening, found))  # noqa: SLF001
+
+    def test_a_worker_reads_passwords_while_certificates_hang(self) -> None:
+        held, read = Hands(), list[str]()
+        held.idle = False
+        certificates = Reading("Certificates", read.append, read.append, held, self.reactor)
+        admission: Any = type("Admission", (), {"reread": lambda _: read.append("passwords")})()
+        tap._reread_as_told(certificates, admission, "a" * 64)  # noqa: SLF001
+        tap._reread_as_told(certificates, admission, "")  # noqa: SLF001
+        self.assertEqual((["passwords"], [("a" * 64,)]), (read, [args for _, _, args in held.waiting]))
 
 
 class HangUpTests(TapCase):
@@ -1087,13 +1150,6 @@ class HangUpTests(TapCase):
         """
         self.file.write_text(f'[registry."{self.ONE}"]\ndefault = true\n{text}')
 
-    def hang_up(self, service: MultiService) -> None:
-        """
-        Send the signal.
-        """
-        (signals,) = (each for each in service if isinstance(each, Signals))
-        signals._reread()  # noqa: SLF001
-
     def test_registries_appear_and_disappear_with_what_keeps_their_tokens(self) -> None:
         """
         The default's stays as it is. Without the signal nothing is read.
@@ -1106,13 +1162,13 @@ class HangUpTests(TapCase):
         tokens.startService()
         self.write(f'[registry."{self.TWO}"]\n')
         self.assertIn(b"404 Not Found", answer(self.reactor, self.THERE))
-        self.hang_up(service)
+        hang_up(service)
         self.assertEqual(b"", answer(self.reactor, self.THERE), "this one waits for the token")
         self.assertEqual([True, True], [each.running for each in tokens.services])
         (second,) = set(tokens.services) - {first}
         self.assertIn(self.TWO.encode(), answer(self.reactor, b"/metrics", 1))
         self.write()
-        self.hang_up(service)
+        hang_up(service)
         self.assertIn(b"404 Not Found", answer(self.reactor, self.THERE))
         self.assertEqual(([first], False), (tokens.services, second.running))
         self.assertNotIn(self.TWO.encode(), answer(self.reactor, b"/metrics", 1))
@@ -1125,7 +1181,7 @@ class HangUpTests(TapCase):
         service = self.run_with(PROXY_ADMIN_LISTEN="tcp:5001:interface=127.0.0.1")
         (tokens,) = (each for each in service if isinstance(each, AwsTokens))
         self.write(f'[registry."{self.TWO}"]\nreplicas = ["{self.TWO.replace("us-east-1", "eu-north-1")}"]\n')
-        self.hang_up(service)
+        hang_up(service)
         regions = [region for _, region in tokens._kept]  # noqa: SLF001
         self.assertEqual(["eu-west-1", "us-east-1", "eu-north-1"], regions)
         service.privilegedStartService()
@@ -1136,7 +1192,7 @@ class HangUpTests(TapCase):
         service = self.run_with(PROXY_ADMIN_LISTEN="tcp:5001:interface=127.0.0.1", PROXY_ADMIN_HOSTS="cache.test")
         service.privilegedStartService()
         self.file.write_text(f'[registry."{self.TWO}"]\ndefault = true\n')
-        self.hang_up(service)
+        hang_up(service)
         self.assertIn(f'"registry": "https://{self.TWO}"'.encode(), answer(self.reactor, b"/status.json", 1))
 
     def test_a_file_that_the_daemon_would_not_start_with_changes_nothing(self) -> None:
@@ -1144,17 +1200,81 @@ class HangUpTests(TapCase):
         service.privilegedStartService()
         for wrong in ("region = 1", f'[registry."{self.TWO}"]\ndefault = true', f'[registry."{self.TWO}"]\nhost = "a"'):
             self.write(wrong)
-            self.hang_up(service)
+            hang_up(service)
             self.assertIn(b"404 Not Found", answer(self.reactor, self.THERE))
         self.file.write_text(
             f'admin-listen = "tcp:5001"\n[registry."{self.ONE}"]\ndefault = true\n[registry."{self.TWO}"]'
         )
         os.environ["PROXY_ADMIN_LISTEN"] = ""
-        self.hang_up(service)
+        hang_up(service)
         self.assertIn(b"404 Not Found", answer(self.reactor, self.THERE))
         self.file.unlink()
-        self.hang_up(service)
+        hang_up(service)
         self.assertIn(b"404 Not Found", answer(self.reactor, self.THERE))
+
+    def test_files_that_hang_stop_nothing(self) -> None:
+        """
+        The configuration file waits for no certificate, nor the service manager for long. What was asked for while it
+        hung is read once more.
+        """
+        told: list[Any] = []
+        self.patch(Supervisor, "tell", lambda _, message: told.append(message[0]))
+        files, held = Files(self.folder / "tls"), Held(self)
+        tls = {
+            "PROXY_SSL_KEY": files.key,
+            "PROXY_SSL_CERTIFICATE": files.certificate,
+            "PROXY_ADMIN_LISTEN": "tcp:1:interface=127.0.0.1",
+        }
+        service = self.run_with(NOTIFY_SOCKET="/nowhere/notify", **tls)
+        service.privilegedStartService()
+        held.calls.clear()
+        self.write(f'[registry."{self.TWO}"]\n')
+        for _ in range(3):
+            hang_up(service)
+        configuring, reading = (each[0] for each in held.calls)
+        self.assertIsNot(configuring, reading)
+        self.assertIn(b"200 OK", answer(self.reactor, b"/healthz", 1))
+        held.release(configuring)
+        self.write()
+        held.release(configuring)
+        self.assertEqual([reading], [each[0] for each in held.calls])
+        self.assertEqual({"RELOADING=1"}, set(told))
+        with capturedLogs() as events:
+            self.reactor.advance(READ_SECONDS)
+        self.assertEqual("READY=1", told[-1])
+        (event,) = (each for each in events if each["log_level"] is LogLevel.error)
+        self.assertIn("Key and certificate: not read within 10 s", formatEvent(event) or "")
+        with capturedLogs() as events:
+            held.release(reading)
+            held.release(reading)
+        self.assertEqual([], held.calls)
+        said = [each for each in events if "were read again" in (formatEvent(each) or "")]
+        self.assertEqual(2, len(said))
+
+    def test_what_is_no_file_changes_nothing(self) -> None:
+        service = self.run_with()
+        service.privilegedStartService()
+        self.file.unlink()
+        os.mkfifo(self.file)
+        with capturedLogs() as events:
+            hang_up(service)
+        (said,) = (formatEvent(each) or "" for each in events if each["log_level"] is LogLevel.error)
+        self.assertEqual(
+            f"Not reloaded: PROXY_CONFIG='{self.file}': can't be read: it is a FIFO, not a regular file;"
+            " give a TOML file",
+            said,
+        )
+
+    def test_the_disk_of_the_cache_is_not_looked_at(self) -> None:
+        """
+        It may hang, and nothing depends on it.
+        """
+        service = self.run_with()
+        self.patch(shutil, "disk_usage", self.fail)
+        service.privilegedStartService()
+        with capturedLogs() as events:
+            hang_up(service)
+        self.assertIn(f"Reloaded {self.file}: no registry has changed", list(map(formatEvent, events)))
 
     def test_workers_are_told_those_that_run_and_those_that_start_later(self) -> None:
         self.reactor = spawning = Spawning()
@@ -1166,7 +1286,7 @@ class HangUpTests(TapCase):
         told: list[Any] = []
         self.patch(workers, "tell", told.append)
         self.write(f'[registry."{self.TWO}"]\n')
-        self.hang_up(service)
+        hang_up(service)
         (reload,) = (each for each in told if isinstance(each, Reload))
         text = "".join(reload.registries)
         self.assertEqual(text, workers.variables["ECRPROXY_REGISTRIES"])
@@ -1249,9 +1369,9 @@ class BuildTests(TapCase):
 
     def test_a_renewed_certificate_is_served_within_a_minute(self) -> None:
         files, others = Files(self.folder / "tls"), Files(self.folder / "others")
+        self.patch(ThreadPool, "callInThreadWithCallback", call_at_once)
         service = self.build(PROXY_SSL_KEY=files.key, PROXY_SSL_CERTIFICATE=files.certificate)
         (renewal,) = [each for each in service if isinstance(each, Renewal)]
-        self.patch(renewal, "_in_thread", at_once)
         renewal.startService()
         self.addCleanup(renewal.stopService)
         for name in ("key.pem", "certificate.pem"):

@@ -282,11 +282,11 @@ class CertificateTests(SynchronousTestCase):
         others = Files(self.files.folder / "others")
         for path, other in ((self.files.key, others.key), (self.files.certificate, others.certificate)):
             Path(path).write_bytes(Path(other).read_bytes())
-        certificate.reload()
+        certificate.use(certificate.load())
         shake(before, client(trusted=self.files.root))
         shake(certificate.serverConnectionForTLS(protocol), client(trusted=others.root))
         Path(self.files.key).write_bytes(b"nonsense")
-        self.assertRaises(CertificateError, certificate.reload)
+        self.assertRaises(CertificateError, certificate.use, certificate.load())
         shake(certificate.serverConnectionForTLS(protocol), client(trusted=others.root))
 
     def test_many_connections_share_one_certificate(self) -> None:

@@ -12,6 +12,8 @@ from typing import Final
 
 import bcrypt
 
+from ecrproxy.files import open_file
+
 FILE_LIMIT: Final = 2**20
 
 _HOW: Final = "make it with htpasswd -B"
@@ -85,7 +87,7 @@ def read_users(path: str) -> Users:
     @raise HtpasswdError: if it can't be used; an L{UnreadableError} if it may be unchanged once it can be.
     """
     try:
-        with open(path, "rb") as file:  # noqa: PTH123 (a part of it alone)
+        with open_file(path) as file:
             # Of the open file, before its bytes: what changes later, or takes its place, has another signature.
             seen = _signature(os.fstat(file.fileno()))
             data = file.read(FILE_LIMIT + 1)

@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from OpenSSL import SSL, crypto
@@ -22,8 +23,9 @@ from ecrproxy.daemon.accepting import Gate
 from ecrproxy.daemon.balanced import WAITING, BalancedFactory
 from ecrproxy.daemon.inherited import BACKLOG, Inherited
 from ecrproxy.daemon.process import most_clients
-from ecrproxy.daemon.tls import CertificateError, SecuredFactory, ServerTLS, server_context
+from ecrproxy.daemon.tls import CertificateError, Loaded, SecuredFactory, ServerTLS, server_context
 from ecrproxy.endpoint_string import SYSTEMD, EndpointString
+from ecrproxy.files import require_regular
 from ecrproxy.settings.config import ADMIN_LISTEN, Config, ConfigError
 
 if TYPE_CHECKING:
@@ -66,27 +68,27 @@ class Listening(StreamServerEndpointService):
         number: int = self._port.fileno()
         return number
 
-    def reread(self) -> bool:
+    def load(self) -> Loaded | None:
         """
-        Read key and certificate again, for new connections; what can't be used changes nothing.
+        Read key and certificate again; None without TLS. Blocks, and changes nothing.
+        """
+        return self._tls.load() if self._tls is not None else None
+
+    def use(self, loaded: Loaded | None) -> bool:
+        """
+        Use what was read for new connections; what can't be used changes nothing.
 
         @return: whether there is something new.
         """
-        if self._tls is None:
+        if self._tls is None or loaded is None:
             return False
         try:
-            self._tls.reload()
+            self._tls.use(loaded)
         except ConfigError as problem:
             log.error("{problem}; what was read before stays in use", problem=problem)
             return False
         log.info("{name}: key and certificate were read again", name=self._name)
         return True
-
-    def seen(self) -> Sequence[object]:
-        """
-        Describe the files of key and certificate as they are now. Blocks.
-        """
-        return self._tls.files.seen() if self._tls is not None else ()
 
     def changed(self) -> bool:
         """
@@ -209,12 +211,24 @@ def _context_of(described: EndpointString, variable: str, reactor: Any) -> SSL.C
     Read the files that an C{ssl:} or C{tls:} string names, as Twisted does.
     """
     with _as_setting(described, variable):
+        for path in described.files():
+            for each in _pems(path):
+                require_regular(each)  # Twisted opens whatever it is
         endpoint: Any = serverFromString(reactor, described.to_twisted())
         if described.kind == "tls":
             made = endpoint.connectionCreator.defaultContext
         else:
             made = endpoint._sslContextFactory.getContext()  # noqa: SLF001 (there is no public way)
         return cast("SSL.Context", made)
+
+
+def _pems(path: str) -> list[str]:
+    """
+    List the files that Twisted reads for a path, which may be a directory's.
+    """
+    if not Path(path).is_dir():
+        return [path]
+    return [str(each) for each in Path(path).iterdir() if each.name.lower().endswith(".pem")]
 
 
 @contextlib.contextmanager

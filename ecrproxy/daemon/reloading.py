@@ -30,25 +30,36 @@ class Settings:
 
 class Reloading:
     """
-    Has the settings read again.
+    What becomes of settings that are read again.
 
     @param begun: those that the daemon started with.
     @param read: reads them; raises L{ConfigError}.
-    @param use: called with settings whose registries differ from those in use.
+    @param use_registries: called with settings whose registries differ from those in use.
     """
 
-    def __init__(self, begun: Settings, read: Callable[[], Settings], use: Callable[[Settings], object]) -> None:
+    def __init__(
+        self, begun: Settings, read: Callable[[], Settings], use_registries: Callable[[Settings], object]
+    ) -> None:
         self._begun = self._used = begun
-        self._read, self._use = read, use
+        self._read, self._use_registries = read, use_registries
 
-    def reload(self) -> None:
+    def read(self) -> Settings | ConfigError:
         """
-        Read the settings. Errors are logged, and change nothing.
+        Read the settings. Blocks, and changes nothing.
+
+        @return: them, or what is wrong.
         """
         try:
-            read = self._read()
+            return self._read()
         except ConfigError as problem:
-            for line in problem.errors:
+            return problem
+
+    def use(self, read: Settings | ConfigError) -> None:
+        """
+        Use what was read. Errors are logged, and change nothing.
+        """
+        if isinstance(read, ConfigError):
+            for line in read.errors:
                 log.error("Not reloaded: {line}", line=line)
             return
         others = needing_restart(self._begun.texts, read.texts)
@@ -57,7 +68,7 @@ class Reloading:
         found = "no registry has changed"
         if _about_registries(read) != _about_registries(self._used):
             found = differences(self._used.config.registries, read.config.registries)
-            self._use(read)
+            self._use_registries(read)
             self._used = read
         if read.config.config is not None:
             log.info("Reloaded {path}: {found}", path=read.config.config, found=found)

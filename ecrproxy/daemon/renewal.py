@@ -7,18 +7,20 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from twisted.application.service import Service
-from twisted.internet.defer import Deferred
-from twisted.logger import Logger
 
+from ecrproxy.files import Reading
 from ecrproxy.periodic import Periodic
 
-log = Logger()
+if TYPE_CHECKING:
+    from ecrproxy.threads import InThread
 
 LOOK_SECONDS: Final = 60.0
 """How often the files are looked at."""
+PAIRS: Final = "Key and certificate"
+"""What the log calls them."""
 
 
 class Files:
@@ -28,13 +30,15 @@ class Files:
 
     def __init__(self, paths: Iterable[str | None]) -> None:
         self._paths = [path for path in paths if path is not None]
-        self.note()
+        self._noted: Sequence[tuple[int, ...]] = ()
 
-    def note(self) -> None:
+    def note(self, seen: Sequence[tuple[int, ...]]) -> None:
         """
-        Take the files as they are for known. Call this before they are read: what changes in between is read again.
+        Take the files for known as they were when they were L{seen}, before they were read.
+
+        What has changed since is read again.
         """
-        self._noted = self.seen()
+        self._noted = seen
 
     def changed(self) -> bool:
         """
@@ -66,20 +70,11 @@ def _signature(path: str) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-class Seen(Protocol):
+def generation(seen: Iterable[Sequence[tuple[int, ...]]]) -> str:
     """
-    Something that is read from files.
+    Name files, of several parts, as they were L{seen}: whoever gets the same name has read the same files. Pure.
     """
-
-    def seen(self) -> Sequence[object]:
-        """Describe the files as they are now. Blocks."""
-
-
-def generation(parts: Iterable[Seen]) -> str:
-    """
-    Name the files that C{parts} are read from: whoever gets the same name reads the same files. Blocks.
-    """
-    return hashlib.sha256(repr([each.seen() for each in parts]).encode()).hexdigest()
+    return hashlib.sha256(repr([list(each) for each in seen]).encode()).hexdigest()
 
 
 class Changing(Protocol):
@@ -95,7 +90,7 @@ class Renewal(Service):
     """
     Has certificates read again once their files have changed.
 
-    @param in_thread: calls what blocks.
+    @param in_thread: calls what blocks, in the thread that reads the files.
     @param reread: reads them, as SIGHUP does.
     @param clock: a reactor's.
     """
@@ -103,12 +98,13 @@ class Renewal(Service):
     def __init__(
         self,
         parts: Sequence[Changing],
-        in_thread: Callable[..., Deferred[Any]],
+        in_thread: InThread,
         reread: Callable[[], object],
         clock: Any,  # noqa: ANN401
     ) -> None:
-        self._parts, self._in_thread, self._reread = parts, in_thread, reread
-        self._looking = Periodic("Looking for renewed certificates", self._look, clock)
+        self._reread = reread
+        looks = Reading(PAIRS, lambda: any(each.changed() for each in parts), self._looked, in_thread, clock)
+        self._looking = Periodic("Looking for renewed certificates", looks.again, clock)
 
     def startService(self) -> None:  # noqa: D102
         super().startService()
@@ -118,9 +114,6 @@ class Renewal(Service):
         super().stopService()
         self._looking.stop()
 
-    def _look(self) -> Deferred[None]:
-        return self._in_thread(lambda: [each.changed() for each in self._parts]).addCallback(self._looked)
-
-    def _looked(self, changed: Sequence[bool]) -> None:
-        if self.running and any(changed):
+    def _looked(self, changed: bool) -> None:  # noqa: FBT001
+        if self.running and changed:
             self._reread()

@@ -20,7 +20,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final
 
 from twisted.application.service import Service
-from twisted.internet.defer import Deferred, succeed
+from twisted.internet.defer import Deferred, maybeDeferred, succeed
 from twisted.logger import Logger
 
 from ecrproxy.periodic import Periodic
@@ -97,7 +97,7 @@ class Supervised(Service):
         self._monotonic = monotonic
         self._ready = succeed(None) if ready is None else ready
         self._state, self._status = ["READY=1"], "Accepts connections"
-        self._looking = False
+        self._looking, self._readings = False, 0
         self._beats = Periodic("Telling the service manager", self._beat, reactor)
 
     def startService(self) -> None:  # noqa: D102
@@ -110,17 +110,22 @@ class Supervised(Service):
         super().stopService()
         self._beats.stop()
 
-    def rereading(self, reread: Callable[[], object]) -> None:
+    def rereading(self, reread: Callable[[], Deferred[Any]]) -> Deferred[None]:
         """
-        Have something read again, and tell when that begins and when it is done.
+        Have something read again, and tell when that begins and when all such readings are done.
+
+        @param reread: returns what fires then, within a time that a service manager waits.
         """
-        state = self._state
-        if state == ["READY=1"]:
+        self._readings += 1
+        if self._state[0] != "STOPPING=1":  # each one is told with its time: a service manager waits for its own
             self._enter("RELOADING=1", f"MONOTONIC_USEC={int(self._monotonic() * 1e6)}")
-        try:
-            reread()
-        finally:
-            self._enter(*state)
+        reading = maybeDeferred(reread).addErrback(lambda failure: log.failure("Reading again", failure))
+        return reading.addCallback(lambda _: self._have_read())
+
+    def _have_read(self) -> None:
+        self._readings -= 1
+        if not self._readings and self._state[0] != "STOPPING=1":
+            self._enter("READY=1")
 
     def _wait(self, supervisor: Supervisor) -> None:
         self._ready.addCallback(lambda _: self._begin(supervisor))

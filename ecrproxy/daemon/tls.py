@@ -5,9 +5,9 @@ The server's side of TLS: one certificate with its chain, TLS 1.2 and 1.3.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -18,6 +18,7 @@ from twisted.protocols.tls import BufferingTLSTransport, TLSMemoryBIOFactory
 from zope.interface import implementer
 
 from ecrproxy.daemon.renewal import Files
+from ecrproxy.files import open_file
 
 if TYPE_CHECKING:
     from twisted.protocols.tls import TLSMemoryBIOProtocol
@@ -41,10 +42,23 @@ class CertificateError(Exception):
         self.what, self.why = what, why
 
 
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """
+    What was read from files.
+
+    @ivar seen: the files as they were before they were read: what changes meanwhile is read again.
+    @ivar outcome: what connections are begun with, or why there is nothing.
+    """
+
+    seen: Sequence[tuple[int, ...]]
+    outcome: SSL.Context | Exception
+
+
 @implementer(IOpenSSLServerConnectionCreator)
 class ServerTLS:
     """
-    TLS as a server speaks it with what some files hold. They are read again when it is told to.
+    TLS as a server speaks it with what some files hold. To read them again takes L{load}, which blocks, and L{use}.
 
     @param paths: the files.
     @param make: makes an OpenSSL context of them; what it raises, this raises.
@@ -54,15 +68,26 @@ class ServerTLS:
 
     def __init__(self, paths: Iterable[str | None], make: Callable[[], SSL.Context]) -> None:
         self.files, self._make = Files(paths), make
-        self.reload()
+        self.use(self.load())
 
-    def reload(self) -> None:
+    def load(self) -> Loaded:
         """
-        Read the files again, for the connections that begin from now on. If they can't be used, all is as it was.
+        Read the files. Blocks, and changes nothing.
         """
-        self.files.note()  # before they are read: what changes meanwhile is read again
-        context = self._make()
-        self._context, self.expires = context, _expires(context)
+        seen = self.files.seen()
+        try:
+            return Loaded(seen, self._make())
+        except Exception as problem:  # noqa: BLE001 (raised where it is used)
+            return Loaded(seen, problem)
+
+    def use(self, loaded: Loaded) -> None:
+        """
+        Use what was read for the connections that begin from now on. If it can't be used, all is as it was.
+        """
+        self.files.note(loaded.seen)
+        if isinstance(loaded.outcome, Exception):
+            raise loaded.outcome
+        self._context, self.expires = loaded.outcome, _expires(loaded.outcome)
 
     def serverConnectionForTLS(self, tlsProtocol: TLSMemoryBIOProtocol) -> SSL.Connection:  # noqa: ARG002
         """
@@ -105,7 +130,7 @@ def _context(key_path: str, certificate_path: str) -> SSL.Context:
     # Idle connections hold no buffers.
     context.set_mode(SSL.MODE_RELEASE_BUFFERS)
     try:
-        Path(certificate_path).read_bytes()  # OpenSSL's own message does not say what is wrong with a file
+        open_file(certificate_path).close()  # OpenSSL's own message does not say what is wrong with a file
         context.use_certificate_chain_file(certificate_path)
     except OSError as problem:
         raise CertificateError("certificate", f"can't be read: {problem.strerror}") from None
@@ -129,7 +154,7 @@ def _expires(context: SSL.Context) -> float:
 
 def _ask_for_certificates(context: SSL.Context, path: str) -> None:
     try:
-        Path(path).read_bytes()
+        open_file(path).close()
         context.load_verify_locations(path)
         context.load_client_ca(os.fsencode(path))
     except OSError as problem:
@@ -144,7 +169,8 @@ def _ask_for_certificates(context: SSL.Context, path: str) -> None:
 
 def _key(path: str) -> Any:  # noqa: ANN401 (one of several kinds)
     try:
-        return load_pem_private_key(Path(path).read_bytes(), None)
+        with open_file(path) as file:
+            return load_pem_private_key(file.read(), None)
     except OSError as problem:
         raise CertificateError("key", f"can't be read: {problem.strerror}") from None
     except TypeError:

@@ -8,6 +8,7 @@ import base64
 from pathlib import Path
 from typing import Final
 
+from ecrproxy.files import open_file
 from ecrproxy.registry.ecr import TokenUnavailableError
 from ecrproxy.threads import InThread
 
@@ -50,5 +51,5 @@ class Login:
 
 
 def _read(file: Path) -> bytes:
-    with file.open("rb") as opened:
+    with open_file(file) as opened:
         return opened.read(LONGEST + 2).removesuffix(b"\n").removesuffix(b"\r")

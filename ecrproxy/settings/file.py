@@ -10,9 +10,9 @@ import json
 import tomllib
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Final
 
+from ecrproxy.files import open_file
 from ecrproxy.settings.config import CONFIG, NO_FILE, RELOADED, SETTINGS, ConfigError, Filed, config_file, given
 from ecrproxy.settings.registries import parse_registries
 
@@ -35,7 +35,7 @@ def read_file(flags: Mapping[str, str], environ: Mapping[str, str]) -> Filed:
     if path is None:
         return read_handed(environ.get(REGISTRIES) or "")
     try:
-        with Path(path).open("rb") as file:
+        with open_file(path) as file:
             data = file.read(LIMIT + 1)
     except OSError as problem:
         source = given(flags, environ)[CONFIG][1]

@@ -121,10 +121,10 @@ class Question:
 @dataclass(frozen=True, slots=True)
 class Reread:
     """
-    The worker reads its passwords again, and its certificates.
+    The worker reads its certificates again, or its passwords.
 
     @ivar certificates: the generation of the files that the parent could use, see L{daemon.renewal.generation}. The
-        worker reads no other; empty to keep the certificates in use.
+        worker uses no other; empty for the passwords.
     """
 
     certificates: str

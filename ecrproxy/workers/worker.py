@@ -45,7 +45,7 @@ class Reports(Service):
     Reports to the parent. Must stop after the clients' connections, so that all requests are counted.
 
     @param channel: this worker's end of the channel.
-    @param reread: reads passwords again, and certificates if their files are those that it is called with.
+    @param reread: reads certificates again, whose files it is called with, or passwords, see L{messages.Reread}.
     @param reload: uses the registries that the parent has read, see L{settings.file.read_handed}.
     @param orphaned: called if the channel closes while this runs: the parent has exited.
     """

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import http.client
+import os
 import signal
 import socket
 from collections.abc import Iterator
@@ -29,6 +30,16 @@ ENOUGH = 12 * 2**20
 HELD = 2**20
 """Less than half of what a lane asks for at first."""
 LONG = {"PROXY_DRAIN_SECONDS": "300"}
+HANGING = """
+import os, sys, time
+
+def audit(event, arguments):
+    while event == "open" and str(arguments[0]).startswith({folder!r}) and os.path.exists({hangs!r}):
+        time.sleep(0.05)
+
+sys.addaudithook(audit)
+"""
+"""A file system that hangs while there is a certain file: Python imports this as sitecustomize."""
 
 
 class Reading:
@@ -378,6 +389,50 @@ class TestSighup:
                 ask = partial(chain.daemon.ask, f"{blob}?ns={name}.example")
                 eventually(partial(lambda ask, status: ask().status == status, ask, status), f"{name}: {status}")
                 assert {ask().status for _ in range(10)} == {status}
+
+    @COUNTS
+    def test_files_that_hang_or_are_no_files_stop_nothing(
+        self, make_chain: MakeChain, tmp_path: Path, count: str
+    ) -> None:
+        """
+        What was asked for meanwhile is done once they can be read.
+        """
+        pair, folder, hangs = make_certificates(tmp_path / "first"), tmp_path / "files", tmp_path / "hangs"
+        key, certificate, file = (folder / name for name in ("key", "certificate", "settings.toml"))
+        folder.mkdir()
+        put(pair, key, certificate)
+        file.write_text("")
+        (tmp_path / "python").mkdir()
+        (tmp_path / "python" / "sitecustomize.py").write_text(HANGING.format(folder=str(folder), hangs=str(hangs)))
+        settings = {
+            "PROXY_WORKER_PROCESSES": count,
+            "PROXY_SSL_KEY": str(key),
+            "PROXY_SSL_CERTIFICATE": str(certificate),
+            "PROXY_CONFIG": str(file),
+            "PYTHONPATH": str(tmp_path / "python"),
+        }
+        chain = make_chain(wait=False, settings=settings)
+        output = chain.daemon.process.output
+        chain.daemon.process.wait_until(lambda: trusts(chain, pair))
+
+        def serves_until(line: str) -> bool:
+            assert trusts(chain, pair)
+            return line in output.read_text()
+
+        hangs.touch()
+        chain.daemon.process.send(signal.SIGHUP)
+        for what in ("The configuration file", "Key and certificate"):
+            eventually(partial(serves_until, f"{what}: not read"), what)
+        hangs.unlink()
+        for line in ("Reloaded ", "were read again"):
+            eventually(partial(serves_until, line), line)
+
+        for each in (key, file):
+            each.unlink()
+            os.mkfifo(each)
+        chain.daemon.process.send(signal.SIGHUP)
+        eventually(lambda: output.read_text().count("it is a FIFO, not a regular file") == 2, "both are told")
+        assert all(trusts(chain, pair) for _ in range(10))
 
     def test_without_tls_nothing_happens(self, make_chain: MakeChain) -> None:
         """

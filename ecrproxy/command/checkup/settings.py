@@ -15,6 +15,7 @@ from ecrproxy.command.checkup.reach import describe
 from ecrproxy.command.terminal import counted
 from ecrproxy.daemon.process import FILES_OF_A_CLIENT, OWN_FILES
 from ecrproxy.daemon.tls import Certificate, CertificateError
+from ecrproxy.files import open_file
 from ecrproxy.settings import contradictions
 from ecrproxy.settings.config import SETTINGS, Config, Given
 
@@ -62,7 +63,7 @@ def _certificate(key: str, certificate: str, authorities: str | None, now: float
     check = "certificate"
     try:
         Certificate(key, certificate, authorities)
-        with open(certificate, "rb") as file:  # noqa: PTH123
+        with open_file(certificate) as file:
             shown = describe(x509.load_pem_x509_certificate(file.read()))
     except CertificateError as problem:
         named = {"key": f"PROXY_SSL_KEY={key}", "authorities": f"PROXY_CLIENT_CA={authorities}"}

@@ -1,0 +1,137 @@
+"""
+The operator's files: settings, certificates, passwords. They are read at start, and again while the daemon runs.
+
+Anything may be put in their place, and their file system may hang: neither stops the daemon.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
+
+from twisted.internet.defer import Deferred
+from twisted.logger import Logger
+
+if TYPE_CHECKING:
+    from twisted.internet.interfaces import IDelayedCall, IReactorTime
+    from twisted.python.failure import Failure
+
+    from ecrproxy.threads import InThread
+
+log = Logger()
+
+READ_SECONDS: Final = 10.0
+"""How long a reading may take before it is logged, and before nobody waits for it."""
+
+_KINDS: Final = {
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def open_file(path: str | os.PathLike[str]) -> BinaryIO:
+    """
+    Open a regular file for reading. Blocks as long as its file system does: opening a FIFO would wait for a writer.
+
+    @raise OSError: if it can't be opened, or is no regular file.
+    """
+    require_regular(path)
+    # Should a FIFO take its place at this moment, opening it does not wait either.
+    return open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK))
+
+
+def require_regular(path: str | os.PathLike[str]) -> None:
+    """
+    Look what a path leads to, without opening it: opening a device may have effects. Blocks.
+
+    @raise OSError: if there is nothing, or something else than a regular file.
+    """
+    mode = os.stat(path).st_mode  # noqa: PTH116 (as it was given)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+    if not stat.S_ISREG(mode):
+        kind = _KINDS.get(stat.S_IFMT(mode), "something else")
+        raise OSError(errno.EINVAL, f"it is {kind}, not a regular file", os.fspath(path))
+
+
+class Reading:
+    """
+    Reads files again, in a thread, one reading at a time.
+
+    A request during a reading causes one more afterwards. A reading that takes longer than C{READ_SECONDS} is logged,
+    and nobody waits for it any longer. Its result is used when it comes, however late: it was asked for, and nothing
+    else has been read since. A thread can't be interrupted, so further readings begin after that.
+
+    @param what: names the files, at the beginning of a line of the log.
+    @param read: reads them. Blocks; takes the arguments of L{again}.
+    @param use: called with what was read, in the reactor.
+    @param in_thread: calls C{read}.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        read: Callable[..., Any],
+        use: Callable[[Any], object],
+        in_thread: InThread,
+        clock: IReactorTime,
+    ) -> None:
+        self._what, self._read, self._use, self._in_thread, self._clock = what, read, use, in_thread, clock
+        self._limit: IDelayedCall | None = None
+        """Of the reading in progress; not active once that takes too long."""
+        self._served, self._waiting = list[Deferred[None]](), list[Deferred[None]]()
+        self._next: tuple[Any, ...] | None = None
+
+    def again(self, *args: object) -> Deferred[None]:
+        """
+        Read. Of several requests during a reading, the next one has the arguments of the last.
+
+        @return: fires when what was read is in use or can't be used, or takes too long. Never fails.
+        """
+        self._next, asked = args, Deferred[None]()
+        self._waiting.append(asked)
+        if self._limit is None:
+            self._begin(args)
+        elif not self._limit.active():
+            self._late()
+        return asked
+
+    def _begin(self, args: tuple[Any, ...]) -> None:
+        self._next, self._served, self._waiting = None, self._waiting, []
+        self._limit = self._clock.callLater(READ_SECONDS, self._late)
+        reading = self._in_thread(self._read, *args).addCallback(self._use)
+        reading.addErrback(self._failed).addCallback(lambda _: self._ended())
+
+    def _late(self) -> None:
+        log.error(
+            "{what}: not read within {seconds:g} s: see whether the file system hangs; what was read before is in use"
+            " until the reading ends",
+            what=self._what,
+            seconds=READ_SECONDS,
+            once=self._what,
+        )
+        self._waiting, self._served = [], [*self._served, *self._waiting]
+        self._let_go()
+
+    def _failed(self, failure: Failure) -> None:
+        log.failure(
+            "{what}: reading failed: {problem}", failure, what=self._what, problem=str(failure.value), once=self._what
+        )
+
+    def _ended(self) -> None:
+        if self._limit is not None and self._limit.active():
+            self._limit.cancel()
+        self._limit = None
+        self._let_go()
+        if self._next is not None and self._limit is None:
+            self._begin(self._next)
+
+    def _let_go(self) -> None:
+        served, self._served = self._served, []
+        for each in served:
+            each.callback(None)
