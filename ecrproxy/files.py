@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 from twisted.internet.defer import Deferred
@@ -57,6 +57,53 @@ def require_regular(path: str | os.PathLike[str]) -> None:
     if not stat.S_ISREG(mode):
         kind = _KINDS.get(stat.S_IFMT(mode), "something else")
         raise OSError(errno.EINVAL, f"it is {kind}, not a regular file", os.fspath(path))
+
+
+class Files:
+    """
+    Files, and all files below directories, as they were when they were last noted.
+    """
+
+    def __init__(self, paths: Iterable[str | None]) -> None:
+        self._paths = [path for path in paths if path is not None]
+        self._noted: Sequence[tuple[int, ...]] = ()
+
+    def note(self, seen: Sequence[tuple[int, ...]]) -> None:
+        """
+        Take the files for known as they were when they were L{seen}, before they were read.
+
+        What has changed since is read again.
+        """
+        self._noted = seen
+
+    def changed(self) -> bool:
+        """
+        Return True if a path leads to something else than it did. Blocks.
+        """
+        return self.seen() != self._noted
+
+    def seen(self) -> list[tuple[int, ...]]:
+        """
+        Describe the files as they are now. Blocks.
+        """
+        return [_signature(each) for path in self._paths for each in (path, *_below(path))]
+
+
+def _below(path: str) -> Iterator[str]:
+    for folder, _, names in os.walk(path):
+        yield from (f"{folder}/{name}" for name in sorted(names))
+
+
+def _signature(path: str) -> tuple[int, ...]:
+    """
+    Describe what C{path} leads to, behind symbolic links: Kubernetes swaps that of the whole directory.
+    """
+    try:
+        status = os.stat(path)  # noqa: PTH116 (as it was given)
+    except OSError:
+        return ()
+    # The change time tells of permissions, too.
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 class Reading:

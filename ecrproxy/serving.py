@@ -43,7 +43,9 @@ from ecrproxy.cached import VERIFICATIONS, Cache
 from ecrproxy.catalog import Catalog
 from ecrproxy.daemon.ending import Connections
 from ecrproxy.daemon.process import clients_beside_spare, set_aside_what_stays
+from ecrproxy.daemon.renewal import Renewal
 from ecrproxy.daemon.service import Daemon
+from ecrproxy.files import Reading
 from ecrproxy.http.access_log import AccessLog
 from ecrproxy.http.answering import Ready
 from ecrproxy.http.site import RegistrySite, make_site
@@ -68,6 +70,7 @@ from ecrproxy.registry.replicas import Replicated
 from ecrproxy.registry.repositories import list_repositories
 from ecrproxy.registry.resolver import ChosenServers, hosts_names
 from ecrproxy.registry.retries import Budget
+from ecrproxy.registry.trust import AUTHORITIES, Trust
 from ecrproxy.registry.upstream import Upstream
 from ecrproxy.registry.wire import Wire
 from ecrproxy.settings.config import Config, ConfigError
@@ -136,8 +139,8 @@ def wire(
     keeping, settling = threads(KEEPING[0]).bounded(KEEPING[1]), threads(SETTLING[0]).bounded(SETTLING[1])
     janitor = Janitor(store, config.cache_limit, keeping, reactor)
     tokens = AwsTokens(reactor, partial(_ends, refused, warm=begin(store, processes)))
-    figures, stall = Figures(__version__), LoopStall(reactor, time.monotonic)
-    make = partial(_world, tokens, _wiring(config, figures, reading, egress, reactor), judging, reactor)
+    figures, stall, trust = Figures(__version__), LoopStall(reactor, time.monotonic), _trust(egress, service, reactor)
+    make = partial(_world, tokens, _wiring(config, figures, reading, egress, trust, reactor), judging, reactor)
     worlds = Worlds(make(config))
     cache = Cache(store, janitor, disk, time.time)
     scrub = Scrub(store, janitor.fit, scrubbing.call, reactor)
@@ -273,11 +276,29 @@ def _quotas(config: Config, table: RegistryTable) -> Quotas:
     return Quotas().share(config.worker_processes)
 
 
+def _trust(egress: Egress, service: Daemon, reactor: Any) -> Trust:  # noqa: ANN401
+    """
+    Read the CAs of upstream, and have them read again when their file has changed.
+
+    @raise ConfigError: if it is no file.
+    """
+    try:
+        trust = Trust(egress.authorities)
+    except OSError as problem:
+        what = f"SSL_CERT_FILE={egress.authorities!r}"
+        raise ConfigError(f"{what}: can't be read: {problem.strerror}; give a PEM file of CAs") from problem
+    reading = service.pools.threads(1).call
+    again = Reading(AUTHORITIES, trust.load, trust.use, reading, reactor).again
+    Renewal([trust], reading, again, reactor, what=AUTHORITIES).setServiceParent(service)
+    return trust
+
+
 def _wiring(
     config: Config,
     figures: Figures,
     reading: InThread,
     egress: Egress,
+    trust: Trust,
     reactor: Any,  # noqa: ANN401
 ) -> WireOne:
     """
@@ -293,7 +314,7 @@ def _wiring(
         tokens: TokenService | None, who: str, known: Known, replicas: Sequence[Upstream]
     ) -> tuple[Upstream, Asking]:
         table, url = known.table, known.table.endpoint or ""
-        agent = UpstreamAgent(reactor, url, forget, egress=egress, outside=outside)
+        agent = UpstreamAgent(reactor, url, forget, trust, egress, outside)
         wire = Wire(MeteredAgent(agent, url, figures.upstream, reactor, known.label), reactor, budget)
         governor = Governor(_quotas(config, table), config.ecr_connections, reactor)
         circuit = Circuit(reactor.seconds, who)

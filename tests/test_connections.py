@@ -4,13 +4,13 @@ To whom connections are made, and what is taken for an answer.
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Sequence
 from typing import Any, cast
 
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
-from twisted.internet import ssl
 from twisted.internet.address import IPv4Address, IPv6Address
 from twisted.internet.error import ConnectionRefusedError as RefusedError
 from twisted.internet.error import TCPTimedOutError
@@ -18,9 +18,9 @@ from twisted.internet.interfaces import IAddress, IHostnameResolver, IHostResolu
 from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.task import Clock
 from twisted.internet.testing import MemoryReactorClock, StringTransport
+from twisted.logger import capturedLogs, formatEvent
 from twisted.protocols import tls
 from twisted.python.failure import Failure
-from twisted.web.client import BrowserLikePolicyForHTTPS
 from twisted.web.iweb import IAgent
 from zope.interface import implementer
 
@@ -28,6 +28,7 @@ from ecrproxy.daemon.tls import Certificate
 from ecrproxy.registry.connections import IDLE_SECONDS, INTERIM_LIMIT, SILENT_SECONDS, StrictClient, UpstreamAgent
 from ecrproxy.registry.resolver import Resolution
 from ecrproxy.registry.retries import Budget
+from ecrproxy.registry.trust import Trust
 from tests.daemon import DaemonTestCase, Network, Reply, noise
 from tests.registry import StandIn, layer
 from tests.store_contract import scratch
@@ -341,9 +342,13 @@ class TlsTests(DaemonTestCase):
         self.reactor.names.known.update({"cache.test": ["10.0.0.1"], "other.test": ["10.0.0.1"]})
         self.plain, back.site = back.site, back.site
         self.show(self.files_of.key, self.files_of.certificate, back)
-        root = ssl.Certificate.loadPEM(self.files_of.root.public_bytes(Encoding.PEM))
-        policy = BrowserLikePolicyForHTTPS(ssl.trustRootFromCertificates([root]))
-        return UpstreamAgent(self.reactor, self.standin.registry, policy=policy)
+        path = self.files_of.write("root.pem", self.files_of.root.public_bytes(Encoding.PEM))
+        before = os.environ.get("SSL_CERT_FILE")
+        self.addCleanup(lambda: os.environ.update({"SSL_CERT_FILE": before} if before else {}))
+        self.addCleanup(os.environ.pop, "SSL_CERT_FILE")
+        os.environ["SSL_CERT_FILE"] = path  # OpenSSL looks there
+        self.trust = Trust(path)
+        return UpstreamAgent(self.reactor, self.standin.registry, policy=self.trust)
 
     def show(self, key: str, certificate: str, back: Network) -> None:
         """
@@ -383,6 +388,30 @@ class TlsTests(DaemonTestCase):
         A certificate that names the host, and that a trusted authority signed, is believed.
         """
         self.assertWhole(self.pull(), self.data)
+
+    def test_the_file_of_cas_is_read_when_it_is_asked_for_alone(self) -> None:
+        """
+        Not for each connection: it may be on a file system that hangs, and takes its time.
+        """
+        path, others = self.files_of.folder / "root.pem", Files(self.files_of.folder / "others")
+        self.assertFalse(self.trust.changed())
+        path.unlink()
+        os.mkfifo(path)
+        self.assertWhole(self.pull(), self.data)
+        self.assertTrue(self.trust.changed())
+        with capturedLogs() as events:
+            self.trust.use(self.trust.load())
+        (event,) = events
+        self.assertIn("root.pem can't be read: it is a FIFO, not a regular file", formatEvent(event) or "")
+        self.assertFalse(self.trust.changed())
+        path.unlink()
+        path.write_bytes(others.root.public_bytes(Encoding.PEM))
+        self.trust.use(self.trust.load())
+        self.pass_time(IDLE_SECONDS + 70)
+        self.show(others.key, others.certificate, self.daemon.back)
+        other = noise("other", 1000)
+        self.path = f"/v2/team/app/blobs/{self.standin.push_blob('team/app', other)}"
+        self.assertWhole(self.pull(), other)
 
     def test_connections_that_the_registry_has_closed_are_forgotten(self) -> None:
         """

@@ -13,7 +13,8 @@ from twisted.internet.task import Clock
 from twisted.logger import capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.daemon.renewal import LOOK_SECONDS, Files, Renewal, generation
+from ecrproxy.daemon.renewal import LOOK_SECONDS, Renewal, generation
+from ecrproxy.files import Files
 from tests.daemon import at_once
 from tests.store_contract import scratch
 

@@ -470,6 +470,7 @@ class WrongSettingTests(TapCase):
             {**pair, "PROXY_CLIENT_CA": str(fifo)},
             {"PROXY_LISTEN": f"ssl:5443:{fifo}:{files.certificate}"},
             {"PROXY_LISTEN": f"tls:{pems}:5443"},
+            {"SSL_CERT_FILE": str(fifo)},
         ):
             line = self.dies(partial(self.run_with, **environ))
             self.assertIn("can't be read: it is a FIFO, not a regular file; give ", line)
@@ -1371,7 +1372,7 @@ class BuildTests(TapCase):
         files, others = Files(self.folder / "tls"), Files(self.folder / "others")
         self.patch(ThreadPool, "callInThreadWithCallback", call_at_once)
         service = self.build(PROXY_SSL_KEY=files.key, PROXY_SSL_CERTIFICATE=files.certificate)
-        (renewal,) = [each for each in service if isinstance(each, Renewal)]
+        _, renewal = (each for each in service if isinstance(each, Renewal))
         renewal.startService()
         self.addCleanup(renewal.stopService)
         for name in ("key.pem", "certificate.pem"):
@@ -1388,7 +1389,7 @@ class BuildTests(TapCase):
         pools = list[ThreadPool]()
         self.patch(ThreadPool, "callInThreadWithCallback", lambda pool, *_: pools.append(pool))
         service = self.build(PROXY_NAMESPACE_PATTERN="(x|xx)+y")
-        (renewal,) = [each for each in service if isinstance(each, Renewal)]
+        _, renewal = (each for each in service if isinstance(each, Renewal))
         renewal.startService()
         self.addCleanup(renewal.stopService)
         self.reactor.advance(LOOK_SECONDS)

@@ -17,8 +17,7 @@ from twisted.internet.interfaces import IOpenSSLServerConnectionCreator
 from twisted.protocols.tls import BufferingTLSTransport, TLSMemoryBIOFactory
 from zope.interface import implementer
 
-from ecrproxy.daemon.renewal import Files
-from ecrproxy.files import open_file
+from ecrproxy.files import Files, open_file
 
 if TYPE_CHECKING:
     from twisted.protocols.tls import TLSMemoryBIOProtocol

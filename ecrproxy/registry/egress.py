@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import base64
 import re
+import ssl
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
@@ -49,6 +50,7 @@ ANSWER_LIMIT: Final = 16 * 2**10
 _STATUS = re.compile(rb"HTTP/1\.[01] ([1-5][0-9]{2})(?: ([ -~]*))?\r?\n")
 _END = re.compile(rb"\r?\n\r?\n")
 _HTTPS: Final = 443
+_CAS: Final = ssl.get_default_verify_paths()
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,26 +155,31 @@ def _exempt(word: str) -> _Exempt | None:
 @dataclass(frozen=True, slots=True)
 class Egress:
     """
-    Which hosts are reached through which proxy.
+    Which hosts are reached through which proxy, and by whom they are certified.
 
     @ivar proxy: None if there is none.
+    @ivar authorities: the file of CAs that OpenSSL reads.
     """
 
     proxy: Proxy | None = None
     exempt: Sequence[_Exempt] = ()
+    authorities: str = _CAS.openssl_cafile
 
     @classmethod
     def read(cls, environ: Mapping[str, str]) -> Egress:
         """
-        Read C{HTTPS_PROXY} and C{NO_PROXY}. A lower-case variable wins, even if it is empty.
+        Read C{HTTPS_PROXY}, C{NO_PROXY} and C{SSL_CERT_FILE}. Lower-case variables of proxies win, even empty ones.
 
         @raise ValueError: if the proxy's URL is none.
         """
-        text = proxy_variable("https_proxy", environ)
+        text, authorities = (
+            proxy_variable("https_proxy", environ),
+            environ.get(_CAS.openssl_cafile_env, _CAS.openssl_cafile),
+        )
         if not text.strip():
-            return cls()
+            return cls(authorities=authorities)
         words = proxy_variable("no_proxy", environ).lower().replace(",", " ").split()
-        return cls(Proxy.parse(text), tuple(each for each in map(_exempt, words) if each is not None))
+        return cls(Proxy.parse(text), tuple(each for each in map(_exempt, words) if each is not None), authorities)
 
     def proxy_for(self, host: str, port: int) -> Proxy | None:
         """
