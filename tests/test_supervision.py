@@ -246,6 +246,19 @@ class SupervisedTests(SynchronousTestCase):
         readings[1].callback(None)
         self.assertEqual("READY=1", self.supervisor.messages[-1][0])
 
+    def test_reading_again_makes_nothing_ready_that_was_not(self) -> None:
+        """
+        SIGHUP may come while workers start.
+        """
+        ready, supervisor, reactor = Deferred[None](), Recorded(), MemoryReactorClock()
+        supervised = Supervised(supervisor, self.describe, reactor, ready)
+        supervised.startService()
+        reactor.run()
+        supervised.rereading(lambda: succeed(None))
+        self.assertEqual([], supervisor.messages)
+        ready.callback(None)
+        self.assertEqual("READY=1", supervisor.messages[0][0])
+
     def test_an_end_during_a_reading_is_one(self) -> None:
         self.run_reactor()
         reading = Deferred[None]()

@@ -97,7 +97,7 @@ class Supervised(Service):
         self._monotonic = monotonic
         self._ready = succeed(None) if ready is None else ready
         self._state, self._status = ["READY=1"], "Accepts connections"
-        self._looking, self._readings = False, 0
+        self._looking, self._readings, self._is_up = False, 0, False
         self._beats = Periodic("Telling the service manager", self._beat, reactor)
 
     def startService(self) -> None:  # noqa: D102
@@ -117,14 +117,14 @@ class Supervised(Service):
         @param reread: returns what fires then, within a time that a service manager waits.
         """
         self._readings += 1
-        if self._state[0] != "STOPPING=1":  # each one is told with its time: a service manager waits for its own
+        if self._is_up:  # each one is told with its time: a service manager waits for its own
             self._enter("RELOADING=1", f"MONOTONIC_USEC={int(self._monotonic() * 1e6)}")
         reading = maybeDeferred(reread).addErrback(lambda failure: log.failure("Reading again", failure))
         return reading.addCallback(lambda _: self._have_read())
 
     def _have_read(self) -> None:
         self._readings -= 1
-        if not self._readings and self._state[0] != "STOPPING=1":
+        if not self._readings and self._is_up:
             self._enter("READY=1")
 
     def _wait(self, supervisor: Supervisor) -> None:
@@ -132,9 +132,11 @@ class Supervised(Service):
 
     def _begin(self, supervisor: Supervisor) -> None:
         if self.running:
+            self._is_up = True
             self._beats.start(supervisor.beat)
 
     def _ending(self) -> None:
+        self._is_up = False
         self._enter("STOPPING=1")
 
     def _enter(self, *state: str) -> None:
