@@ -49,7 +49,7 @@ from ecrproxy.daemon.inherited import SOCKETS_FD, VARIABLE
 from ecrproxy.daemon.listening import Listening
 from ecrproxy.daemon.process import Running, count_steadily, open_many_files, set_aside_what_stays
 from ecrproxy.daemon.renewal import LOOK_SECONDS, Renewal, generation
-from ecrproxy.daemon.supervision import Supervisor
+from ecrproxy.daemon.supervision import Supervised, Supervisor
 from ecrproxy.files import READ_SECONDS, Reading
 from ecrproxy.registry.ecr import CredentialsError
 from ecrproxy.registry.resolver import ChosenServers
@@ -1228,6 +1228,11 @@ class HangUpTests(TapCase):
         }
         service = self.run_with(NOTIFY_SOCKET="/nowhere/notify", **tls)
         service.privilegedStartService()
+        (supervised,) = (each for each in service if isinstance(each, Supervised))
+        supervised.startService()
+        self.addCleanup(supervised.stopService)
+        self.reactor.run()
+        told.clear()
         held.calls.clear()
         self.write(f'[registry."{self.TWO}"]\n')
         for _ in range(3):
