@@ -17,6 +17,7 @@ from typing import Any, cast
 from botocore.awsrequest import AWSResponse
 from botocore.exceptions import BotoCoreError, ConnectTimeoutError
 from botocore.httpsession import URLLib3Session
+from botocore.loaders import JSONFileLoader
 from botocore.utils import ContainerMetadataFetcher
 from twisted.internet.defer import CancelledError, Deferred, fail, succeed
 from twisted.internet.task import Clock
@@ -193,6 +194,17 @@ class FetchTests(SynchronousTestCase):
         aws = FakeAws(self)
         aws.grants({"authorizationData": [{"authorizationToken": " QVdT\n", "expiresAt": START}]})
         self.assertEqual("QVdT", fetch().secret)
+
+    def test_what_botocore_knows_of_awss_services_is_read_once(self) -> None:
+        """
+        Not for each role, and each token: it has megabytes.
+        """
+        aws, read = FakeAws(self), list[str]()
+        aws.grants()
+        fetch()
+        self.patch(JSONFileLoader, "load_file", lambda _, path: read.append(path))
+        fetch()
+        self.assertEqual([], read)
 
     def test_botocores_own_settings_work(self) -> None:
         """

@@ -12,7 +12,8 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache
+from threading import Lock
 from typing import TYPE_CHECKING, Any, Final
 
 from twisted.application.service import Service
@@ -51,6 +52,8 @@ RENEW_SECONDS: Final = 60.0
 
 INSTANCE_PROVIDERS: Final = frozenset({"assume-role-with-web-identity", "container-role", "iam-role"})
 """botocore's names for what gives an instance, a container or a pod its role."""
+_MAKING: Final = Lock()
+"""Held while a client is made, which asks nobody: the first one loads the models, and the others find them loaded."""
 
 # What AWS answers to credentials that won't get better by waiting. Names from the APIs of ECR and STS, "Common Errors".
 _REFUSALS: Final = frozenset(
@@ -153,7 +156,11 @@ def open_client(region: str, credentials: Credentials) -> Iterator[Any]:
     settings = Config(connect_timeout=5, read_timeout=10, retries={"mode": "standard", "total_max_attempts": 1})
     try:
         session = open_session(credentials.profile, instance_auth=credentials.instance_auth, popen=Process)
-        make = partial(session.create_client, region_name=region, config=settings)
+
+        def make(service: str, **keys: str) -> Any:  # noqa: ANN401
+            with _MAKING:
+                return session.create_client(service, region_name=region, config=settings, **keys)
+
         yield make("ecr-public" if credentials.public else "ecr", **assumed(make, credentials))
     except exceptions.ClientError as problem:
         raise _judged(problem) from problem
@@ -211,6 +218,7 @@ def open_session(profile: str | None = None, *, instance_auth: bool, popen: Call
     from botocore.session import Session  # noqa: PLC0415
 
     session = Session(profile=profile)
+    session.register_component("data_loader", _models(session.get_config_variable("data_path")))
     if instance_auth:
         _only_instance_roles(session)
     elif popen is not None:
@@ -218,6 +226,20 @@ def open_session(profile: str | None = None, *, instance_auth: bool, popen: Call
     if session.get_credentials() is None:
         raise _none_found(instance_auth=instance_auth)
     return session
+
+
+@cache
+def _models(search_path: str | None) -> Any:  # noqa: ANN401
+    """
+    Return the loader of AWS's service models that all sessions share.
+
+    A session that loads its own models takes 10 MiB and 0.2 s of processor time: fifty roles took 450 MiB at the start.
+
+    @param search_path: botocore's C{data_path}.
+    """
+    from botocore.loaders import create_loader  # noqa: PLC0415
+
+    return create_loader(search_path)
 
 
 def _only_instance_roles(session: Any) -> None:  # noqa: ANN401
