@@ -253,6 +253,35 @@ class OthersTests(DaemonTestCase):
             ["auth.elsewhere.test"], [each.headers["host"] for each in self.hub.asked if "scope" in each.query]
         )
 
+    def test_a_registry_says_anew_where_its_tokens_are_after_it_gave_none(self) -> None:
+        """
+        It named a realm elsewhere, or one that fails or knows nothing; other repositories' tokens are good meanwhile.
+        """
+        self.get("/v2/hub/nginx/manifests/latest")
+        for number, (realm, status) in enumerate((("https://elsewhere.test/", 200), (REALM, 500), (REALM, 404))):
+            fault = self.hub.fault(Fault("realm", reply=Answer(status)))
+            self.begin()
+            self.hub.bearers.realm = realm
+            path = f"/v2/hub/moved{number}/manifests/latest"
+            image = self.hub.push_image(f"library/moved{number}", "latest")
+            reply = self.daemon.send("GET", path)
+            self.pass_time(int(TOKEN_SECONDS))
+            self.assertIn(reply.code, (403, 502))
+            fault.remove()
+            self.hub.bearers.realm = "https://login.docker.io/token"
+            self.assertWhole(self.get(path), image.manifest, "MISS")
+
+    def test_a_token_service_that_fails_keeps_nobody_from_tokens_that_are_good(self) -> None:
+        """
+        The registry is not asked anew where its tokens are until another is needed.
+        """
+        self.get("/v2/hub/nginx/manifests/latest")
+        self.hub.fault(Fault("realm", reply=Answer(403)))
+        self.assertEqual(403, self.get("/v2/hub/other/manifests/latest").code)
+        self.hub.forget_asked()
+        self.assertWhole(self.get("/v2/hub/nginx/manifests/latest"), self.nginx.manifest, None)
+        self.assertNotIn("/v2/", [each.path for each in self.hub.asked])
+
     def test_a_token_service_that_fails_leaves_what_is_known(self) -> None:
         """
         Failing, refusing the proxy's password, answering nonsense, or silent.

@@ -4,6 +4,7 @@ The token flow of registries other than ECR: a token is asked for each repositor
 Rules:
 
 - What a registry wants is asked once, without a token; it may say something else later, when it refuses a question.
+  After a token could not be had, it is asked again before the next one is fetched: the token service may have moved.
 - The user and the password go to the realm that the registry names, if that may be followed; tokens to the registry.
 - One question serves all who need a token for the same repository, and it takes C{TOKEN_SECONDS} at most.
 
@@ -60,6 +61,7 @@ class Bearer:
     def __init__(self, url: str, wire: Wire, login: Tokens | None = None, realms: Collection[str] = ()) -> None:
         self._url, self._wire, self._login, self._realms = url, wire, login, realms
         self._wanted: Challenge | None = None
+        self._doubted = False
         self._asking: Flights[Challenge] = Flights(foreseen=RegistryError)
         self._fetching: Flights[str] = Flights(foreseen=RegistryError)
         self._turns = Turns(TOGETHER, TOKEN_SECONDS, wire.clock)
@@ -72,19 +74,15 @@ class Bearer:
         @raise RegistryError: if the token service denies that, or there is no token now.
         @raise TokenUnavailableError: if there is no password.
         """
-        if self._wanted is None:
-            self._wanted = await self._asking.join("", partial(self._in_time, self._ask))
-        wanted = self._wanted
+        wanted = self._wanted or await self._learn()
+        if self._doubted and not self._kept(wanted.scope_of(repository)):
+            wanted = await self._learn()
         if wanted.scheme == "basic" and self._login is not None:
             return f"Basic {await self._login.get()}"
         if wanted.scheme != "bearer":
             return ""
         scope = wanted.scope_of(repository)
-        token, until = self._tokens.get(scope) or ("", 0.0)
-        if self._wire.clock.seconds() >= until:
-            fetch = partial(self._fetch, wanted, scope, repository)
-            token = await self._fetching.join(scope, partial(self._in_time, fetch))
-        return f"Bearer {token}"
+        return f"Bearer {self._kept(scope) or await self._another(wanted, scope, repository)}"
 
     async def renew(self, refused: str, repository: str, challenges: Sequence[str]) -> str:
         """
@@ -107,6 +105,26 @@ class Bearer:
         Show nothing: any answer will do.
         """
         return ""
+
+    def _kept(self, scope: str) -> str:
+        """
+        Return the token for C{scope}; empty if none is good.
+        """
+        token, until = self._tokens.get(scope) or ("", 0.0)
+        return token if self._wire.clock.seconds() < until else ""
+
+    async def _learn(self) -> Challenge:
+        self._wanted = await self._asking.join("", partial(self._in_time, self._ask))
+        self._doubted = False
+        return self._wanted
+
+    async def _another(self, wanted: Challenge, scope: str, repository: str) -> str:
+        fetch = partial(self._fetch, wanted, scope, repository)
+        try:
+            return await self._fetching.join(scope, partial(self._in_time, fetch))
+        except RegistryError:
+            self._doubted = True
+            raise
 
     async def _in_time(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         try:
