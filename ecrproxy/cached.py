@@ -4,7 +4,8 @@ What the cache can answer by itself, and what it is told.
 Rules:
 
 - What is named by its digest is good for as long as it is there. A repository may have it when ECR said so: to a
-  request with the same cache key, or by a manifest of the repository that lists it (a I{fact}).
+  request with the same cache key, or by a manifest of the repository that lists it (a I{fact}), if the registry takes
+  no manifest without having what it lists, as ECR does not.
   Both are about one registry, one repository, and one kind: a layer that a repository holds is no manifest of it.
 - Nothing is read before it is known that the repository may have it.
 - Small content is verified each time it is read from the disk, and held in memory then. Larger content is verified
@@ -39,7 +40,7 @@ from ecrproxy.cache.store import Store
 from ecrproxy.cache.verification import Verification
 from ecrproxy.cache.writer import Writer
 from ecrproxy.flights import Flights
-from ecrproxy.identity import Repository
+from ecrproxy.identity import RegistryId, Repository
 from ecrproxy.oci import BLOB_TYPE, MANIFEST_TYPES, Descriptor, Digest, Document, Kind, Route, listed
 from ecrproxy.ordering import KeyedLocks, Order, Places
 from ecrproxy.reasons import Reason
@@ -121,10 +122,18 @@ class Cache:
     Only a disk's trouble can go wrong here, and that is logged, never raised.
 
     @param now: seconds since the epoch.
+    @param checks: tells whether a registry takes a manifest only if it has what that lists.
     """
 
-    def __init__(self, store: Store, room: Room, disk: Disk, now: Callable[[], float]) -> None:
-        self.store, self._room, self._disk, self._now = store, room, disk, now
+    def __init__(
+        self,
+        store: Store,
+        room: Room,
+        disk: Disk,
+        now: Callable[[], float],
+        checks: Callable[[RegistryId], bool] = lambda _: True,
+    ) -> None:
+        self.store, self._room, self._disk, self._now, self._checks = store, room, disk, now, checks
         self._blobs: Memory[Digest, bytes] = Memory(_BODIES_BYTES)
         self._documents: Memory[Digest, Document] = Memory(_BODIES_BYTES)
         self._own_types: Memory[Digest, Document] = Memory(_OWN_TYPES_BYTES)
@@ -815,7 +824,9 @@ class Cache:
         """
         Note in memory as facts that the repository holds a manifest, and what it lists; they are yet to be saved.
         """
-        lists = await self.parse(document.body, partial(_listed, media_type=descriptor.media_type))
+        lists: Sequence[tuple[Kind, Descriptor]] = ()
+        if self._checks(repository.registry):
+            lists = await self.parse(document.body, partial(_listed, media_type=descriptor.media_type))
         facts = []
         for kind, each in [(Kind.MANIFEST, descriptor), *lists][:FACTS]:
             key = EntryKey(repository.registry, kind, repository.name, str(each.digest))

@@ -18,7 +18,7 @@ from typing import Final
 from ecrproxy.identity import HUB, RegistryId, Repository, is_repository_name
 from ecrproxy.oci import RegistryError, Route
 from ecrproxy.reasons import Reason
-from ecrproxy.settings.registries import RegistryTable
+from ecrproxy.settings.registries import Protocol, RegistryTable
 from ecrproxy.settings.values import is_other_registry
 
 _LIBRARY: Final = "library"
@@ -129,6 +129,12 @@ class Registries:
         Return True if no table names a registry itself.
         """
         return identity not in self._by_identity
+
+    def checks(self, identity: RegistryId) -> bool:
+        """
+        Return True if a registry takes a manifest only if it has what that lists. ECR does; of others it is not known.
+        """
+        return self.of(identity).table.protocol is not Protocol.OCI
 
     def is_own(self, host: str) -> bool:
         """

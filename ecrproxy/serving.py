@@ -142,7 +142,7 @@ def wire(
     figures, stall, trust = Figures(__version__), LoopStall(reactor, time.monotonic), _trust(egress, service, reactor)
     make = partial(_world, tokens, _wiring(config, figures, reading, egress, trust, reactor), judging, reactor)
     worlds = Worlds(make(config))
-    cache = Cache(store, janitor, disk, time.time)
+    cache = Cache(store, janitor, disk, time.time, worlds.checks)
     scrub = Scrub(store, janitor.fit, scrubbing.call, reactor)
     purges = Purges(store.index, cache.forget_purged, settling, reactor)
     pull_through = _pull_through(config, worlds, cache, disk, reactor, processes)

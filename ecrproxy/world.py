@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ecrproxy.access.namespaces import Namespaces
 from ecrproxy.admin.status import Asking
 from ecrproxy.catalog import Catalog
-from ecrproxy.identity import Repository
+from ecrproxy.identity import RegistryId, Repository
 from ecrproxy.oci import Route
 from ecrproxy.registries import Known, Registries
 from ecrproxy.registry.upstream import Upstream
@@ -61,6 +61,12 @@ class Worlds:
         Return the upstream of the registry that C{route} is about.
         """
         return (_entered.get() or self.latest).upstreams(route)
+
+    def checks(self, registry: RegistryId) -> bool:
+        """
+        Return True if a registry takes a manifest only if it has what that lists: see L{Registries.checks}.
+        """
+        return (_entered.get() or self.latest).registries.checks(registry)
 
     def askings(self) -> Sequence[Asking]:
         """

@@ -659,7 +659,6 @@ class Daemon(Administered):
             self.upstream = Replicated(endpoint, wire, [second.upstream])
         self.lanes = lanes or Lanes()
         self.registry = RegistryId.of_url(standin.registry)
-        self.cache = Cache(self.store, self.janitor, disk, self.now)
         table, others = default_of(standin.registry, "eu-west-1", (), instance_auth=False), others or {}
         self.table, self.aliases, self.unknown_status = table, aliases, unknown_status
         self.others = dict[str, Other]()
@@ -676,6 +675,7 @@ class Daemon(Administered):
         self.listings = 0
         self.catalog = Catalog(list_repositories or self._list, self.namespaces.choose, clock)
         self.worlds = Worlds(self._world(others))
+        self.cache = Cache(self.store, self.janitor, disk, self.now, self.worlds.checks)
         self.askings = self.worlds.askings
         self.pull_through = PullThrough(
             self.worlds.upstream,

@@ -282,6 +282,24 @@ class OthersTests(DaemonTestCase):
         self.assertWhole(self.get("/v2/hub/nginx/manifests/latest"), self.nginx.manifest, None)
         self.assertNotIn("/v2/", [each.path for each in self.hub.asked])
 
+    def test_what_its_manifests_list_is_given_after_it_has_confirmed_that(self) -> None:
+        """
+        Some registries take a manifest that lists what they have not, such as a layer of the company's own.
+        """
+        secret = noise("secret", 100_000)
+        private = self.standin.push_image("team/app", "latest", layers=[secret])
+        copied = self.hub.push_image("mine/app", "latest", layers=[secret])
+        wrapped = self.hub.push_index("mine/app", "index", [copied])
+        for digest in (*copied.layers, copied.config):
+            self.hub.delete_blob("mine/app", digest)
+        for path in ("manifests/latest", f"manifests/{private.digest}", *(f"blobs/{each}" for each in private.layers)):
+            self.assertEqual(200, self.get(f"/v2/team/app/{path}").code)
+        for reference in ("index", wrapped, "latest", "latest"):
+            self.assertEqual(200, self.get(f"/v2/hub/mine/app/manifests/{reference}").code)
+        for digest in private.layers:
+            self.assertRefused(self.get(f"/v2/hub/mine/app/blobs/{digest}"), 404, "BLOB_UNKNOWN")
+            self.assertEqual(404, self.head(f"/v2/hub/mine/app/blobs/{digest}").code)
+
     def test_a_token_service_that_fails_leaves_what_is_known(self) -> None:
         """
         Failing, refusing the proxy's password, answering nonsense, or silent.
