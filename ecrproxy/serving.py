@@ -315,7 +315,8 @@ def _wiring(
     ) -> tuple[Upstream, Asking]:
         table, url = known.table, known.table.endpoint or ""
         agent = UpstreamAgent(reactor, url, forget, trust, egress, outside)
-        wire = Wire(MeteredAgent(agent, url, figures.upstream, reactor, known.label), reactor, budget)
+        metered = MeteredAgent(agent, url, figures.upstream, reactor, known.label)
+        wire = Wire(metered, reactor, budget, leave=agent.leave)
         governor = Governor(_quotas(config, table), config.ecr_connections, reactor)
         circuit = Circuit(reactor.seconds, who)
         authorization = _authorization(table, url, wire, tokens, reading)

@@ -567,10 +567,13 @@ class Other:
             return deferLater(clock, 0, lambda: Token(standin.issue_token(), clock.seconds() + 12 * 3600))
 
         self.tokens = TokenService(issue, clock, clock.seconds, chance=lambda: 0.5)
+        agent = self.back.agent(persistent=True)
+        pool: Any = agent._pool  # noqa: SLF001
         wire = Wire(
-            MeteredAgent(self.back.agent(persistent=True), standin.registry, tally, clock, known.label),
+            MeteredAgent(agent, standin.registry, tally, clock, known.label),
             clock,
             chance=lambda: 0.0,
+            leave=pool.leave,
         )
         governor, circuit = Governor(Quotas(), 128, clock), Circuit(clock.seconds, table.name)
         self.authorization: Authorization = Basic(self.tokens)

@@ -112,7 +112,8 @@ class AgentTests(DaemonTestCase):
         Make the daemon's own agent over a reactor in memory.
         """
         self.reactor = Wired(self.clock, back)
-        return UpstreamAgent(self.reactor, self.standin.registry, self.forgotten.append)
+        self.made = UpstreamAgent(self.reactor, self.standin.registry, self.forgotten.append)
+        return self.made
 
     def pull(self, path: str = "") -> Reply:
         """
@@ -295,6 +296,22 @@ class AgentTests(DaemonTestCase):
         self.daemon.back.ends.append(slow)
         self.flush()
         self.assertWhole(waiting, images[1].manifest)
+
+    def test_none_is_kept_to_a_registry_that_is_left(self) -> None:
+        """
+        What is in progress ends, and then its connections are closed as well.
+        """
+        self.assertWhole(self.pull(), self.data)
+        digest = self.standin.push_blob("team/app", noise("large", 100_000))
+        self.standin.hold(digest)
+        reply = self.pull(f"/v2/team/app/blobs/{digest}")
+        self.made.leave()
+        self.flush()
+        self.assertEqual(1, len(self.daemon.back.ends))
+        self.standin.release(digest)
+        self.flush()
+        self.assertWhole(reply, noise("large", 100_000))
+        self.assertEqual([], self.daemon.back.ends)
 
     def test_a_name_that_resolves_to_nothing(self) -> None:
         """

@@ -80,7 +80,7 @@ class ReloadTests(DaemonTestCase):
 
     def test_one_disappears(self) -> None:
         """
-        It is 404 as if it had never been, also what the cache has of it, and nothing tells of it any more.
+        It is 404 as if it had never been, also what the cache has of it; nothing tells of it, and no connection stays.
         """
         named = f"/v2/team/app/manifests/latest?ns={TWO}"
         self.assertWhole(self.get(named), self.image.manifest)
@@ -89,6 +89,7 @@ class ReloadTests(DaemonTestCase):
         self.assertRefused(self.get(named), 404, "NAME_UNKNOWN")
         self.assertEqual(404, self.get(LATEST).code)
         self.assertEqual(asked, len(self.other.asked))
+        self.assertEqual([], self.daemon.others[TWO].back.ends)
         self.assertNotIn(f'circuit_state{{registry="{TWO}"', self.daemon.ask_admin("/metrics").body.decode())
         self.assertEqual(1, len(json.loads(self.daemon.ask_admin("/status.json").body)["registries"]))
 

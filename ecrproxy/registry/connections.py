@@ -9,6 +9,7 @@ ends its own request, and its connection with it; nothing else.
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import socket
 from typing import TYPE_CHECKING, Any, Final
@@ -149,6 +150,14 @@ class Pool(HTTPConnectionPool):
                 end.cancel()
                 self._removeConnection(key, connection)  # type: ignore[no-untyped-call]
 
+    def leave(self) -> None:
+        """
+        Close idle connections, and from now on each one that becomes idle.
+        """
+        for key in [*self._connections]:
+            self.distrust(key, math.inf)
+        self.cachedConnectionTimeout = 0
+
 
 def connection_pool(reactor: IReactorTime, *, persistent: bool = True) -> Pool:
     """
@@ -212,6 +221,12 @@ class UpstreamAgent:
             agent = self._tunnels
         asked: Deferred[IResponse] = agent.request(method, uri, headers, bodyProducer)
         return self._watched(asked, parts).addErrback(self._failed, host)
+
+    def leave(self) -> None:
+        """
+        Keep no connections that nothing is asked over: no new request comes.
+        """
+        self._pool.leave()
 
     def _watched(self, asked: Deferred[IResponse], parts: URI) -> Deferred[IResponse]:
         """

@@ -92,6 +92,7 @@ class Endpoint:
         """
         self._left = True
         self._circuit.dissolve()
+        self._wire.leave()
 
     async def ask(self, question: Question) -> Reply:
         """

@@ -117,6 +117,7 @@ class Wire:
     @param agent: sends them.
     @param budget: how often each question may be tried.
     @param chance: gives random numbers from 0 to 1.
+    @ivar leave: closes connections that are idle, now and later: only requests in progress ask anything from now on.
     @ivar retried: how many tries there were beyond the first ones.
     """
 
@@ -126,8 +127,9 @@ class Wire:
         clock: IReactorTime,
         budget: Budget = Budget(),  # noqa: B008 (it is frozen)
         chance: Callable[[], float] = random.random,
+        leave: Callable[[], object] = lambda: None,
     ) -> None:
-        self._client, self.clock = HTTPClient(PlainAgent(agent, clock)), clock
+        self._client, self.clock, self.leave = HTTPClient(PlainAgent(agent, clock)), clock, leave
         self._budget, self._chance = budget, chance
         self.retried = 0
 
