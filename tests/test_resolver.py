@@ -18,7 +18,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import implementer
 from zope.interface.verify import verifyObject
 
-from ecrproxy.registry.resolver import ChosenServers, hosts_names
+from ecrproxy.registry.resolver import NAMES, ChosenServers, hosts_names
 
 START = 1_767_225_600.0
 NAME = "123456789012.dkr.ecr.eu-west-1.amazonaws.com"
@@ -361,6 +361,19 @@ class ChosenServersTests(SynchronousTestCase):
         receiver = self.resolve()
         self.servers.fail(DNSQueryTimeoutError(1))
         self.assertEqual(([IPv4Address("TCP", "192.0.2.1", 443)], 1), (receiver.found, receiver.completed))
+
+    def test_of_many_names_those_asked_for_lately_are_kept(self) -> None:
+        """
+        Clients of a wildcard of accounts can make up any number of names.
+        """
+        for number in range(NAMES + 1):
+            self.resolve(f"{number}.example")
+            self.servers.answer(["192.0.2.1"])
+        asked = len(self.servers.asked)
+        self.resolve(f"{NAMES}.example")
+        self.assertEqual(asked, len(self.servers.asked))
+        self.resolve("0.example")
+        self.assertEqual(asked + 2, len(self.servers.asked))
 
     def test_the_addresses_of_one_family_do_where_the_other_fails(self) -> None:
         receiver = self.resolve()

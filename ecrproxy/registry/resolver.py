@@ -22,6 +22,7 @@ from twisted.names.error import DNSNameError
 from zope.interface import implementer
 
 from ecrproxy.addresses import is_address
+from ecrproxy.cache.memory import Memory
 
 if TYPE_CHECKING:
     from twisted.internet.interfaces import IAddress, IReactorTime, IResolver
@@ -33,6 +34,8 @@ TIMEOUTS: Final = (1, 2)
 """Seconds that each try at a server may take."""
 FRESH_SECONDS: Final = 30.0
 """How long an answer is used again, as the nginx proxy does (C{valid=30s})."""
+NAMES: Final = 2000
+"""Most names whose addresses are remembered: clients can make up any number of a wildcard's accounts."""
 SILENT_SECONDS: Final = 10.0
 """How long servers that did not answer are left alone, while the host's resolver does as well."""
 
@@ -66,7 +69,7 @@ class ChosenServers:
     ) -> None:
         self._servers, self._system, self._clock = servers, system, clock
         self._local = frozenset(name.lower() for name in local)
-        self._fresh: dict[str, tuple[float, Sequence[str]]] = {}
+        self._fresh: Memory[str, tuple[float, Sequence[str]]] = Memory(NAMES)
         self._silent_until = float("-inf")
 
     def resolveHostName(  # noqa: D102 (the interface)
@@ -98,7 +101,7 @@ class ChosenServers:
         """
         Ask the servers at the next question for C{name}: it couldn't be connected to where it was.
         """
-        self._fresh.pop(name, None)
+        self._fresh.drop(name)
         self._silent_until = float("-inf")
 
     async def _resolve(self, name: str, receiver: IResolutionReceiver, port: int) -> None:
@@ -119,7 +122,7 @@ class ChosenServers:
             )
             self._ask_system(name, receiver, port)
             return
-        self._fresh[name] = (self._clock.seconds(), addresses)
+        self._fresh.put(name, (self._clock.seconds(), addresses), 1)
         _deliver(addresses, receiver, port)
 
     def _ask_system(self, name: str, receiver: IResolutionReceiver, port: int) -> None:
@@ -127,7 +130,7 @@ class ChosenServers:
 
     def _unknown(self, name: str, receiver: IResolutionReceiver, port: int) -> None:
         self._silent_until = float("-inf")
-        _deliver(self._fresh.get(name, (0.0, ()))[1], receiver, port)
+        _deliver((self._fresh.get(name) or (0.0, ()))[1], receiver, port)
 
 
 @implementer(IResolutionReceiver)
