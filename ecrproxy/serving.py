@@ -68,7 +68,7 @@ from ecrproxy.registry.metering import MeteredAgent
 from ecrproxy.registry.quotas import PUBLIC_RATES, Quotas
 from ecrproxy.registry.replicas import Replicated
 from ecrproxy.registry.repositories import list_repositories
-from ecrproxy.registry.resolver import ChosenServers, hosts_names
+from ecrproxy.registry.resolver import ChosenServers, SharedLookups, hosts_names
 from ecrproxy.registry.retries import Budget
 from ecrproxy.registry.trust import AUTHORITIES, Trust
 from ecrproxy.registry.upstream import Upstream
@@ -529,17 +529,19 @@ def _admission(config: Config, reactor: Any, service: Daemon, processes: int) ->
 
 def _install_resolver(config: Config, reactor: Any) -> Callable[[str], None]:  # noqa: ANN401
     """
-    Resolve upstream names with the chosen servers.
+    Resolve upstream names with the chosen servers, or the host's own resolver, which is asked once at a time for each.
 
-    @return: makes them forget a name.
+    @return: makes the chosen servers forget a name.
     """
+    system = SharedLookups(reactor.nameResolver)
     if config.dns_resolver is None:
+        reactor.installNameResolver(system)
         return lambda _: None  # the host's own resolver keeps nothing here
     try:
         local = hosts_names(Path("/etc/hosts").read_text("utf-8", "replace"))
     except OSError:
         local = []
     servers = Resolver(servers=list(config.dns_resolver), reactor=reactor)
-    chosen = ChosenServers(servers, reactor.nameResolver, local, reactor)
+    chosen = ChosenServers(servers, system, local, reactor)
     reactor.installNameResolver(chosen)
     return chosen.forget

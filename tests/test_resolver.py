@@ -18,7 +18,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import implementer
 from zope.interface.verify import verifyObject
 
-from ecrproxy.registry.resolver import NAMES, ChosenServers, hosts_names
+from ecrproxy.registry.resolver import NAMES, ChosenServers, SharedLookups, hosts_names
 
 START = 1_767_225_600.0
 NAME = "123456789012.dkr.ecr.eu-west-1.amazonaws.com"
@@ -144,6 +144,56 @@ class Receiver:
         Be told that there are no more.
         """
         self.completed += 1
+
+
+class Slow(System):
+    """
+    The host's own resolver, which answers when the test says so.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waiting: list[tuple[IResolutionReceiver, str, int]] = []
+
+    def resolveHostName(self, resolutionReceiver: IResolutionReceiver, hostName: str, *rest: Any) -> IHostResolution:
+        """
+        Take a question.
+        """
+        self.asked.append(hostName)
+        self.waiting.append((resolutionReceiver, hostName, rest[0]))
+        return Named(hostName)
+
+    def answer(self) -> None:
+        """
+        Answer the oldest question.
+        """
+        super().resolveHostName(*self.waiting.pop(0))
+        self.asked.pop()
+
+
+class SharedLookupsTests(SynchronousTestCase):
+    """
+    The host's resolver has few threads, and may keep each for many seconds.
+    """
+
+    def test_a_name_is_asked_for_once_at_a_time(self) -> None:
+        """
+        All who want it have the answer, also where there is no address; who asks after that has another.
+        """
+        system = Slow()
+        shared, receivers = SharedLookups(system), [Receiver() for _ in range(4)]
+        for receiver, name in zip(receivers, (NAME, NAME, "other.test", NAME), strict=True):
+            shared.resolveHostName(receiver, name, 443)
+        self.assertEqual([NAME, "other.test"], system.asked)
+        system.answer()
+        expected = [IPv4Address("TCP", "10.0.0.1", 443)]
+        self.assertEqual([expected, expected, [], expected], [each.found for each in receivers])
+        self.assertEqual([1, 1, 0, 1], [each.completed for each in receivers])
+        system.knows = False
+        system.answer()
+        self.assertEqual(([], 1), (receivers[2].found, receivers[2].completed))
+        shared.resolveHostName(Receiver(), NAME, 443)
+        self.assertEqual([NAME, "other.test", NAME], system.asked)
 
 
 class ChosenServersTests(SynchronousTestCase):

@@ -133,6 +133,75 @@ class ChosenServers:
         _deliver((self._fresh.get(name) or (0.0, ()))[1], receiver, port)
 
 
+@implementer(IHostnameResolver)
+class SharedLookups:
+    """
+    Ask the host's resolver for each name once at a time.
+
+    It has ten threads, and keeps one for many seconds where no name server answers: a hundred questions for one such
+    name kept all others from being resolved for minutes.
+
+    @param system: the host's resolver.
+    """
+
+    def __init__(self, system: IHostnameResolver) -> None:
+        self._system = system
+        self._waiting: dict[tuple[object, ...], list[IResolutionReceiver]] = {}
+
+    def resolveHostName(  # noqa: D102 (the interface)
+        self,
+        resolutionReceiver: IResolutionReceiver,
+        hostName: str,
+        portNumber: int = 0,
+        addressTypes: Sequence[type[IAddress]] | None = None,
+        transportSemantics: str = "TCP",
+    ) -> IHostResolution:
+        resolution = Resolution(hostName)
+        resolutionReceiver.resolutionBegan(resolution)
+        key = hostName, portNumber, tuple(addressTypes or ()), transportSemantics
+        if key in self._waiting:
+            self._waiting[key].append(resolutionReceiver)
+            return resolution
+        self._waiting[key] = [resolutionReceiver]
+        collected = _Collected(partial(self._complete, key))
+        self._system.resolveHostName(collected, hostName, portNumber, addressTypes, transportSemantics)
+        return resolution
+
+    def _complete(self, key: tuple[object, ...], addresses: Sequence[IAddress]) -> None:
+        for receiver in self._waiting.pop(key):
+            for address in addresses:
+                receiver.addressResolved(address)
+            receiver.resolutionComplete()
+
+
+@implementer(IResolutionReceiver)
+class _Collected:
+    """
+    A receiver that calls C{complete} with all addresses.
+    """
+
+    def __init__(self, complete: Callable[[Sequence[IAddress]], None]) -> None:
+        self._complete = complete
+        self._addresses: list[IAddress] = []
+
+    def resolutionBegan(self, resolutionInProgress: IHostResolution) -> None:
+        """
+        Do nothing.
+        """
+
+    def addressResolved(self, address: IAddress) -> None:
+        """
+        Collect an address.
+        """
+        self._addresses.append(address)
+
+    def resolutionComplete(self) -> None:
+        """
+        Call with what was collected.
+        """
+        self._complete(self._addresses)
+
+
 @implementer(IResolutionReceiver)
 class _Continued:
     """
