@@ -4,7 +4,9 @@ SIGHUP: registries appear, disappear and change while clients are served.
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -92,6 +94,18 @@ class ReloadTests(DaemonTestCase):
         self.assertEqual([], self.daemon.others[TWO].back.ends)
         self.assertNotIn(f'circuit_state{{registry="{TWO}"', self.daemon.ask_admin("/metrics").body.decode())
         self.assertEqual(1, len(json.loads(self.daemon.ask_admin("/status.json").body)["registries"]))
+
+    def test_those_of_before_are_not_kept(self) -> None:
+        """
+        Also where clients have asked them what is remembered.
+        """
+        self.daemon.reload({self.table: self.other})
+        gone = weakref.ref(self.daemon.worlds.latest.registries)
+        self.get(LATEST)
+        self.daemon.reload({self.table: self.other})
+        self.get(LATEST)
+        gc.collect()
+        self.assertIsNone(gone())
 
     def test_others_keep_connections_circuit_and_token(self) -> None:
         """

@@ -83,6 +83,7 @@ class Registry(Answering):
         self._pull_through, self._worlds = pull_through, worlds
         # 6 MiB at most: a query may have as many bytes as a request.
         self._recent = lru_cache(maxsize=2048)(self._choose)
+        self._recent_of = worlds.latest.registries
         self._cache_key, self._in_thread = cache_key, patient(in_thread)
         self._asks = cache_key.asks
 
@@ -136,9 +137,13 @@ class Registry(Answering):
         return registries.choose(asked, ns, host), ns
 
     def _understood(self, target: str, host: str) -> tuple[Chosen, str | None]:
+        registries = self._worlds.latest.registries
+        if registries is not self._recent_of:
+            self._recent.cache_clear()
+            self._recent_of = registries
         remembered = len(target) + len(host) <= _REMEMBERED_LENGTH
         choose = self._recent if remembered else self._choose
-        return choose(self._worlds.latest.registries, target, host)
+        return choose(registries, target, host)
 
     async def _serve(self, request: RegistryRequest, route: Route) -> None:
         """
