@@ -278,9 +278,8 @@ class Cache:
         """
         Recall or read a manifest, whoever may have it; none if it isn't there.
         """
-        document = self._documents.get(digest)
+        document = self.held(digest)
         if document is not None:
-            self.store.index.use(digest)
             return document
 
         async def read() -> Document | None:
@@ -338,6 +337,12 @@ class Cache:
         Parse a manifest, a large one in a thread: the event loop has others to serve.
         """
         return parser(body) if len(body) <= SMALL_BLOB else await self._disk.digesting(parser, body)
+
+    def entry_at_hand(self, asked: Asked) -> Entry | None:
+        """
+        Recall what is known of a tag, if it is in memory.
+        """
+        return self._entries.get(EntryKey.of(asked.route, asked.key))
 
     async def entry(self, asked: Asked) -> Entry:
         """
@@ -401,7 +406,10 @@ class Cache:
         """
         Return a manifest that is held in memory, whoever may have it.
         """
-        return self._documents.get(digest)
+        document = self._documents.get(digest)
+        if document is not None:
+            self.store.index.use(digest)
+        return document
 
     def hold(self, digest: Digest, small: bytes | Document) -> None:
         """

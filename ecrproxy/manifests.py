@@ -73,6 +73,17 @@ class Manifests:
         self._questions = count(1)
         self._named: Memory[tuple[Repository, Digest], _Named] = Memory(_NAMED_BYTES)
 
+    def at_hand(self, asked: Asked) -> Answer | None:
+        """
+        Answer from memory, if neither ECR nor the disk has to be asked.
+        """
+        if asked.route.digest is not None:
+            return self._cache.at_hand(asked)
+        entry = self._cache.entry_at_hand(asked) if self._tag_ttl else None
+        known = self._trusted(asked, entry) if entry is not None else None
+        document = self._cache.held(known.descriptor.digest) if known is not None else None
+        return None if known is None or document is None else _trusted_answer(asked, known, document)
+
     async def answer(self, asked: Asked) -> Answer:
         """
         Answer a request for a manifest; its body may still be in a file.
@@ -105,7 +116,7 @@ class Manifests:
         return None
 
     async def _by_digest(self, asked: Asked) -> Answer:
-        if (answer := self._cache.at_hand(asked)) is not None:
+        if (answer := self.at_hand(asked)) is not None:
             return answer
         found = await self._cache.look_up_manifest(asked)
         if not isinstance(found, Reason):
@@ -155,11 +166,11 @@ class Manifests:
 
     async def _by_tag(self, asked: Asked) -> Answer:
         entry = await self._cache.entry(asked)
-        known = entry.answers.get(asked.accept)
-        if known is not None and 0 <= self._now() - known.when < self._tag_ttl:
-            document = await self._cache.document(known.descriptor.digest)
+        if (trusted := self._trusted(asked, entry)) is not None:
+            document = await self._cache.document(trusted.descriptor.digest)
             if document is not None:
-                return manifest_answer(CacheStatus.HIT, Reason.TAG_TTL, asked, known.descriptor, document.body)
+                return _trusted_answer(asked, trusted, document)
+        known = entry.answers.get(asked.accept)
         found = await self._latest(asked, entry)
         if found is None and entry.answers:  # another process may have been told for such a client
             found = await self._latest(asked, await self._last_known(asked, entry))
@@ -178,6 +189,13 @@ class Manifests:
                 raise  # ECR is not silent: the tag leads elsewhere now
             reason = why_stale(asked.route, problem)
         return manifest_answer(CacheStatus.STALE, reason, asked, last.descriptor, document.body)
+
+    def _trusted(self, asked: Asked, entry: Entry) -> Confirmed | None:
+        """
+        Return what a tag leads to for a client, if its time to live is not over.
+        """
+        known = entry.answers.get(asked.accept)
+        return known if known is not None and 0 <= self._now() - known.when < self._tag_ttl else None
 
     async def _last_known(self, asked: Asked, entry: Entry) -> Entry:
         """
@@ -338,6 +356,10 @@ class _Named:
     route: Route
     accept: frozenset[str]
     when: float
+
+
+def _trusted_answer(asked: Asked, known: Confirmed, document: Document) -> Answer:
+    return manifest_answer(CacheStatus.HIT, Reason.TAG_TTL, asked, known.descriptor, document.body)
 
 
 def _answered(said: _Said[T]) -> T:

@@ -120,6 +120,14 @@ class PullThrough:
         """
         return self._carriers.get(digest)
 
+    def at_hand(self, asked: Asked) -> Answer | None:
+        """
+        Answer from memory a request for which neither upstream nor the disk has to be asked.
+        """
+        if asked.route.kind is Kind.BLOB:
+            return self._cache.at_hand(asked)
+        return None if self._reads_ahead else self._manifests.at_hand(asked)
+
     # Blobs.
 
     async def blob(self, asked: Asked, ranges: Ranges | None = None) -> Answer:

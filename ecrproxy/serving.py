@@ -48,6 +48,7 @@ from ecrproxy.daemon.service import Daemon
 from ecrproxy.files import Reading
 from ecrproxy.http.access_log import AccessLog
 from ecrproxy.http.answering import Ready
+from ecrproxy.http.hot_path import HotPath
 from ecrproxy.http.site import RegistrySite, make_site
 from ecrproxy.http.web import Registry
 from ecrproxy.identity import RegistryId
@@ -161,6 +162,7 @@ def wire(
         served=figures.served,
         connections=connections,
         pages=_pages(config),
+        hot_path=None if config.cache_key.asks else HotPath(pull_through.at_hand, worlds, admission, time.time),
     )
     figures.watch(
         *of_cache(store, janitor), *of_registries(worlds.askings), *of_transfers(pull_through), *of_loop(stall)

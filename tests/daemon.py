@@ -62,6 +62,7 @@ from ecrproxy.cached import Cache
 from ecrproxy.catalog import Catalog
 from ecrproxy.http.access_log import AccessLog
 from ecrproxy.http.answering import Ready
+from ecrproxy.http.hot_path import HotPath
 from ecrproxy.http.site import make_site
 from ecrproxy.http.web import Registry
 from ecrproxy.identity import RegistryId
@@ -703,6 +704,7 @@ class Daemon(Administered):
             served=self.figures.served,
             access_log=self.access_log,
             pages=pages,
+            hot_path=HotPath(self.pull_through.at_hand, self.worlds, admission, self.now) if not key.asks else None,
         )
         self.figures.watch(*of_cache(self.store, self.janitor), *of_transfers(self.pull_through))
         self.figures.watch(*of_clients(self.crowd, 100), *of_registries(self.askings))

@@ -81,6 +81,7 @@ ARROWS: dict[str, set[str]] = {
         "byte_ranges",
         "cache.cache_key",
         "cache.content",
+        "cache.memory",
         "cached",
         "catalog",
         "daemon.ending",

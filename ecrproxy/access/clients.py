@@ -85,6 +85,16 @@ class Admission:
         if self._passwords is not None:
             await self._passwords.admit(caller.address, caller.authorization)
 
+    def knows(self, caller: Caller) -> bool:
+        """
+        Return True if L{admit} lets C{caller} in without having to check a password.
+        """
+        if self._networks is not None and not is_in(caller.address, self._networks):
+            return False
+        if self._certificates and not caller.certified:
+            return False
+        return self._passwords is None or self._passwords.knows(caller.address, caller.authorization)
+
     def reread(self) -> bool:
         """
         Read the passwords again, whether or not their file seems to have changed.

@@ -211,11 +211,18 @@ class Crowd:
                 return True
         return False
 
+    @property
+    def is_full_of_transfers(self) -> bool:
+        """
+        Return True if there are as many transfers as may be.
+        """
+        return 0 < self.limits.transfers <= self.transferring
+
     def begin_transfer(self) -> bool:
         """
         Begin a transfer, unless it is one too many; what was begun ends by C{end_transfer}.
         """
-        if 0 < self.limits.transfers <= self.transferring:
+        if self.is_full_of_transfers:
             self.refused_transfers += 1
             return False
         self.transferring += 1

@@ -193,12 +193,12 @@ class Passwords(Service):
 
         @raise RegistryError: if not.
         """
-        shown = parse_basic(header)
-        if shown is None or (shown[0] == ECR_USER and ECR_USER not in self._users.hashes):
+        shown = self._shown(header)
+        if shown is None:
             raise _unauthorized()
         self._hold_back(address)
         name = self._name(b":".join(shown))
-        if self._right.get(name, 0) > self._clock.seconds():
+        if self._remembers(name):
             return
         if self._failures.knows(address, (self._users.seen, name)):
             raise _unauthorized()
@@ -208,6 +208,23 @@ class Passwords(Service):
             self._hold_back(address)
         if not verdict.right:
             raise _unauthorized()
+
+    def knows(self, address: str, header: str | None) -> bool:
+        """
+        Return True if L{admit} lets in whoever shows C{header}, without a check.
+        """
+        shown = self._shown(header)
+        return shown is not None and not self._failures.wait(address) and self._remembers(self._name(b":".join(shown)))
+
+    def _shown(self, header: str | None) -> tuple[bytes, bytes] | None:
+        """
+        Return the name and the password in a header; none if there are none that could be right.
+        """
+        shown = parse_basic(header)
+        return None if shown and shown[0] == ECR_USER and ECR_USER not in self._users.hashes else shown
+
+    def _remembers(self, name: bytes) -> bool:
+        return self._right.get(name, 0) > self._clock.seconds()
 
     async def _check(self, shown: tuple[bytes, bytes], name: bytes) -> Verdict:
         try:

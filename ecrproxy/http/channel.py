@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from twisted.web.http import Request
 
     from ecrproxy.daemon.ending import Connections
+    from ecrproxy.http.hot_path import HotPath
 
 log = Logger()
 
@@ -64,6 +65,7 @@ YIELD_SECONDS: Final = 0.1
 """How long the kernel has to take what an idle connection has yet to send, before that is closed for another."""
 
 _TLS_HANDSHAKE = b"\x16"
+_HEAD_END = b"\r\n\r\n"
 _HOST = re.compile(rf"{HOST}*".encode())
 _TLS_HERE = b"This port speaks HTTP without TLS.\n"
 _PLAIN_HERE = b"This port speaks HTTP over TLS alone: use https.\n"
@@ -83,6 +85,7 @@ class StrictChannel(HTTPChannel):
     @ivar crowd: all clients that are connected; the site sets it.
     @ivar connections: all connections, which end with the daemon; the site sets it.
     @ivar body_limit: the bytes that a request's body may have, if it may have one; the site sets it.
+    @ivar hot_path: answers what it knows by the bytes of its head; the site sets it. None for nothing.
     @ivar spare: whether it is a connection too many, which is answered about the daemon's health alone.
     @ivar patience: waits for the client to take what it is sent. Whoever sends past this channel begins and ends it.
     """
@@ -90,16 +93,19 @@ class StrictChannel(HTTPChannel):
     crowd: Crowd
     connections: Connections
     body_limit = 0
+    hot_path: HotPath | None = None
     spare = False
     _idle_since = 0.0
     transport: Any
     _networkProducer: Any
     _line = b""
+    _whole_head: bytes | None = None
     _is_head = False
     _fresh = True
     _ending = False
     _half_closed = False
     _address: str | None = None
+    _client: str | None = None
 
     def connectionMade(self) -> None:  # noqa: D102
         limits = self.crowd.limits
@@ -232,9 +238,47 @@ class StrictChannel(HTTPChannel):
         if fresh and data.startswith(_TLS_HANDSHAKE):
             self._refuse_protocol("{client} speaks TLS to a plain port, and is told to use HTTP", _TLS_HERE)
             return
+        if self.hot_path is not None and self._is_one_head(data):
+            if self.hot_path.answer(self, data):
+                self._answered_at_once()
+                return
+            self._whole_head = data
         self._await_head()
         super().dataReceived(data)
+        self._whole_head = None
         self._regulate()
+
+    def _is_one_head(self, data: bytes) -> bool:
+        """
+        Tell whether the next request may be in C{data}, from its first byte to the last of its head.
+        """
+        waits = not (self.requests or self._buffer or self.paused)
+        return waits and data.find(_HEAD_END) == len(data) - len(_HEAD_END)
+
+    @property
+    def may_answer_at_once(self) -> bool:
+        """
+        Return True if the next answer need not be the connection's last, or one about the daemon's health.
+        """
+        return not (self.spare or self.connections.draining)
+
+    def _answered_at_once(self) -> None:
+        """
+        Wait for the next request, as after one that took the long way.
+        """
+        self._head.end()
+        self.resetTimeout()
+        if self._address is not None:
+            self._note_idle()
+
+    @property
+    def client(self) -> str:
+        """
+        Name the client.
+        """
+        if self._client is None:
+            self._client = address_of(self.transport.getPeer())
+        return self._client
 
     def refuse_plain(self, transport: Any) -> None:  # noqa: ANN401
         """
@@ -458,6 +502,7 @@ class StrictChannel(HTTPChannel):
         request: Any = self.requests[-1]
         try:
             request.target = parse_target(self._path)
+            request.head = self._whole_head
         except ValueError:
             return False
         return True

@@ -5,7 +5,7 @@ A client's request, with what is told of it later.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from twisted.internet.interfaces import ISSLTransport
 from twisted.web import http
@@ -13,11 +13,13 @@ from twisted.web.server import Request
 
 from ecrproxy.access.clients import Caller
 from ecrproxy.addresses import unmapped
+from ecrproxy.answers import Answer, Asked
 from ecrproxy.cache.cache_key import Asker
 from ecrproxy.http.target import Target
 from ecrproxy.oci import Route
 from ecrproxy.request_id import REQUEST_ID, choose_id
 from ecrproxy.stopwatch import Stopwatch
+from ecrproxy.world import World
 
 if TYPE_CHECKING:
     from twisted.python.failure import Failure
@@ -31,6 +33,18 @@ METHOD_LENGTH: Final = 32
 _BROWSERS: Final = (b"Origin", b"Sec-Fetch-Site", b"Accept-Language")
 """Headers that browsers send: at least the last is in each request of theirs."""
 _SECRET: Final = frozenset({b"authorization", b"proxy-authorization", b"cookie"})
+
+
+class Hit(NamedTuple):
+    """
+    What a request was answered with from the cache.
+
+    @ivar world: the registries that it was answered for.
+    """
+
+    asked: Asked
+    answer: Answer
+    world: World
 
 
 def address_of(peer: object) -> str:
@@ -49,6 +63,8 @@ class RegistryRequest(Request):
     @ivar route: the target as a path of the registry, once the door has understood it.
     @ivar registry: the name in the configuration of the registry that is meant; C{-} if none is, or it is none.
     @ivar repository: what people call the repository; empty if there is none.
+    @ivar head: the bytes of its head, if they came in one piece, and nothing else did.
+    @ivar hit: what it was answered with, if that was a hit.
     @ivar started: when it had come.
     @ivar upstream: how long upstream was waited for.
     """
@@ -58,6 +74,8 @@ class RegistryRequest(Request):
     route: Route | None = None
     registry = "-"
     repository = ""
+    head: bytes | None = None
+    hit: Hit | None = None
     started: float
     upstream: Stopwatch
     _headers: RawHeaders = ()

@@ -19,6 +19,7 @@ from ecrproxy.daemon.ending import Connections
 from ecrproxy.http.access_log import AccessLine, AccessLog
 from ecrproxy.http.answering import Answering, Health, Missing
 from ecrproxy.http.channel import StrictChannel
+from ecrproxy.http.hot_path import HotPath, Words
 from ecrproxy.http.request import (
     METHOD_LENGTH,
     RegistryRequest,
@@ -127,6 +128,7 @@ def make_site(  # noqa: PLR0913 (what a port is made of)
     served: Served | None = None,
     connections: Connections | None = None,
     pages: Pages | None = None,
+    hot_path: HotPath | None = None,
 ) -> RegistrySite:
     """
     Build the client port and what serves it.
@@ -139,6 +141,7 @@ def make_site(  # noqa: PLR0913 (what a port is made of)
     @param served: where it is counted what clients were given, if it is.
     @param connections: is told of the connections.
     @param pages: the web pages that may ask; none for those of no other site.
+    @param hot_path: answers what it knows; none to have all take the long way.
     """
     health, pages = Health(), pages or Pages()
     paths = {"/_health": health, "/healthz": health, "/readyz": ready, **(others or {})}
@@ -150,6 +153,7 @@ def make_site(  # noqa: PLR0913 (what a port is made of)
         served=served,
         connections=connections,
         headers=pages.headers(),
+        hot_path=hot_path,
     )
 
 
@@ -178,11 +182,12 @@ class RegistrySite(Site):
         served: Served | None = None,
         connections: Connections | None = None,
         headers: Mapping[str, str] | None = None,
+        hot_path: HotPath | None = None,
     ) -> None:
         idle = crowd.limits.idle_seconds or None
         super().__init__(resource, reactor=reactor, timeout=idle, parsePOSTFormSubmission=False)
         self.crowd, self.connections = crowd, Connections() if connections is None else connections
-        self._access_log = access_log
+        self._access_log, self._hot_path = access_log, hot_path
         self._served, self.new_id = served, numbered(secrets.token_hex(6))
         told = {"Server": "ecrproxy", **(headers or {})}
         self.headers = [(name.encode("ascii"), [value.encode("ascii")]) for name, value in told.items()]
@@ -193,6 +198,7 @@ class RegistrySite(Site):
         """
         channel: Any = super().buildProtocol(addr)
         channel.crowd, channel.connections, channel.body_limit = self.crowd, self.connections, self.body_limit
+        channel.hot_path = self._hot_path
         return channel
 
     def acceptableProtocols(self) -> list[bytes]:
@@ -208,20 +214,38 @@ class RegistrySite(Site):
         @param aborted: whether its answer did not come to its end.
         """
         asked = cast(RegistryRequest, request)
-        now, size = self.reactor.seconds(), asked.sentLength
-        seconds = now - asked.started
-        status = 0 if aborted and not asked.startedWriting else asked.code
-        method = asked.method.decode("ascii") if asked.method in _METHODS else printable(asked.method, METHOD_LENGTH)
-        cache, reason = _word(asked, b"X-Cache-Status"), _word(asked, b"X-Cache-Reason")
+        now = self.reactor.seconds()
+        words = _words(asked, 0 if aborted and not asked.startedWriting else asked.code)
+        self.tell(words, now, now - asked.started, asked.upstream.seconds, address(asked), asked.id, aborted=aborted)
+        if self._hot_path is not None and not aborted:
+            self._hot_path.note(asked, words)
+
+    def tell(
+        self,
+        words: Words,
+        now: float,
+        seconds: float,
+        upstream: float,
+        client: str,
+        request_id: str,
+        *,
+        aborted: bool = False,
+    ) -> None:
+        """
+        Count a request, and write a line for it.
+
+        @param now: on the reactor's clock.
+        @param seconds: how long the answer took.
+        @param upstream: how many of them upstream was waited for.
+        """
+        kind, method, path, status, size, cache, reason, repository = words
         if self._served is not None:
-            told = method if asked.method in _METHODS else "other"
-            key = route_of(asked.target.path), told, str(status or "-"), cache, asked.registry
-            self._served.requests.note(key, seconds, size)
-            if cache in SAVING and size and asked.repository:
-                self._served.saved.note(asked.repository, size)
+            self._served.requests.note(kind, seconds, size)
+            if cache in SAVING and size and repository:
+                self._served.saved.note(repository, size)
         if self._access_log is not None:
-            answered = (status, size, seconds, cache, reason, asked.upstream.seconds)
-            self._access_log.write(AccessLine(now, address(asked), method, path(asked), *answered, asked.id, aborted))
+            answered = status, size, seconds, cache, reason, upstream
+            self._access_log.write(AccessLine(now, client, method, path, *answered, request_id, aborted))
 
     def refused(self, client: str, status: int, size: int, request_id: str) -> None:
         """
@@ -231,6 +255,18 @@ class RegistrySite(Site):
             answered = (status, size, 0.0, "-", Reason.BAD_REQUEST, 0.0)
             now = self.reactor.seconds()
             self._access_log.write(AccessLine(now, client, "-", "-", *answered, request_id, aborted=False))
+
+
+def _words(request: RegistryRequest, status: int) -> Words:
+    """
+    Tell what is counted and logged of a request.
+    """
+    known = request.method in _METHODS
+    method = request.method.decode("ascii") if known else printable(request.method, METHOD_LENGTH)
+    cache, reason = _word(request, b"X-Cache-Status"), _word(request, b"X-Cache-Reason")
+    route = route_of(request.target.path)
+    kind = route, method if known else "other", str(status or "-"), cache, request.registry
+    return Words(kind, method, path(request), status, request.sentLength, cache, reason, request.repository)
 
 
 def _word(request: RegistryRequest, name: bytes) -> str:

@@ -26,7 +26,7 @@ from ecrproxy.cache.content import Content
 from ecrproxy.cached import SMALL_BLOB
 from ecrproxy.http.answering import Answering, begin, holding, send_body, send_small, transferring
 from ecrproxy.http.conditions import matches
-from ecrproxy.http.request import RegistryRequest, asker_of, field, fields, host_of
+from ecrproxy.http.request import Hit, RegistryRequest, asker_of, field, fields, host_of
 from ecrproxy.oci import (
     Kind,
     RegistryError,
@@ -49,7 +49,7 @@ from ecrproxy.transfer.lane import ShortBodyError
 from ecrproxy.transfer.passing import Passing
 from ecrproxy.transfer.sending import LEAST_PIECE, CutShortError, piece_size, send
 from ecrproxy.transfer.sources import Held, Parted, Shelved, Source
-from ecrproxy.world import Worlds
+from ecrproxy.world import World, Worlds
 
 log = Logger()
 
@@ -97,18 +97,18 @@ class Registry(Answering):
         if request.target.path == _CATALOG:
             await self._send_catalog(request)
             return
-        route = request.route = await self._admitted(request)
+        world = self._worlds.enter()
+        route = request.route = await self._admitted(request, world)
         if route.kind is Kind.BLOB and request.method == b"GET":
             with transferring(request):
-                await self._serve(request, route)
+                await self._serve(request, route, world)
         else:
-            await self._serve(request, route)
+            await self._serve(request, route, world)
 
-    async def _admitted(self, request: RegistryRequest) -> Route:
+    async def _admitted(self, request: RegistryRequest, world: World) -> Route:
         """
         Understand what is asked for, of which registry, and let it in.
         """
-        world = self._worlds.enter()
         try:
             chosen, ns = self._understood(request.target.origin, host_of(request))
         except UnknownRegistryError as problem:
@@ -145,7 +145,7 @@ class Registry(Answering):
         choose = self._recent if remembered else self._choose
         return choose(registries, target, host)
 
-    async def _serve(self, request: RegistryRequest, route: Route) -> None:
+    async def _serve(self, request: RegistryRequest, route: Route, world: World) -> None:
         """
         Answer from the cache, or through it.
         """
@@ -161,6 +161,7 @@ class Registry(Answering):
             else:
                 answer = await self._pull_through.blob(asked, _wanted(request, f'"{route.digest}"'))
             hit = answer.status is CacheStatus.HIT
+            request.hit = Hit(asked, answer, world) if hit else None
         finally:
             request.upstream.stop(counted=not hit)
         await self._send_answer(request, route, answer)
