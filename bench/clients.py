@@ -76,10 +76,11 @@ def _end(processes: Sequence[subprocess.Popen[str]]) -> None:
 @dataclass(frozen=True)
 class Rate:
     """
-    Answers a second, and milliseconds for the median and the slowest hundredth.
+    Answers a second, how many there were, and milliseconds for the median and the slowest hundredth.
     """
 
     requests: float
+    count: int
     median: float
     slow: float
 
@@ -97,7 +98,8 @@ def hammer(ground: Ground, served: Served, path: str, seconds: int, connections:
     bad = re.search(r"Non-2xx.*|Socket errors.*", done.stdout)
     if rate is None or bad is not None:
         raise ClientError(f"{served.peer}: wrk on {path}: {bad[0] if bad else done.stdout}")
-    return Rate(float(rate[1]), _latency(done.stdout, 50), _latency(done.stdout, 99))
+    count = re.search(r"(\d+) requests in", done.stdout)
+    return Rate(float(rate[1]), int(count[1]) if count else 0, _latency(done.stdout, 50), _latency(done.stdout, 99))
 
 
 def _latency(output: str, percent: int) -> float:

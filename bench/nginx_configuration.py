@@ -2,6 +2,11 @@
 What nginx is told, so that it does what the nginx-based ECR proxy does, with its defaults.
 """
 
+KEEP_MANIFESTS = (
+    "proxy_cache blobs; proxy_cache_key $uri; proxy_cache_valid 200 365d; proxy_ignore_headers Cache-Control;"
+)
+"""What has it keep manifests too, by path; the ECR proxy does not."""
+
 TEXT = """
 daemon off;
 {user}
@@ -23,7 +28,7 @@ http {{
     fastcgi_temp_path {home}/fastcgi;
     uwsgi_temp_path {home}/uwsgi;
     scgi_temp_path {home}/scgi;
-    # Blobs live here, by path, for a year; nothing else is kept.
+    # Blobs live here, by path, for a year; nothing else is kept, but where it is hits of manifests that are measured.
     proxy_cache_path {cache} keys_zone=blobs:16m levels=1:2 inactive=365d max_size=64g use_temp_path=off;
 
     server {{
@@ -45,6 +50,7 @@ http {{
             proxy_pass {registry};
             proxy_set_header Authorization "Basic {secret}";
             proxy_set_header Connection close;
+            {manifests}
         }}
 
         location ~ ^/v2/.*/blobs/[a-z0-9]+:[a-f0-9]+$ {{

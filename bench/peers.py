@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench.ground import Ground, Upstream
-from bench.nginx_configuration import TEXT
+from bench.nginx_configuration import KEEP_MANIFESTS, TEXT
 from bench.processes import LOCAL, PATH, environment, running, wait_until
 from bench.upstream import SECRET
 from tests.e2e.processes import free_port
@@ -30,6 +30,8 @@ from tests.e2e.processes import free_port
 NGINX, DISTRIBUTION, OURS, DIRECT = "nginx", "distribution", "ecrproxy", "ECR direct"
 
 
+MANIFESTS = "keep manifests"
+"""The setting that has nginx do so."""
 _STALL = re.compile(r"stood still for ([\d.]+) s")
 
 
@@ -99,7 +101,7 @@ def served(
     """
     Run one of those who are compared, until it is ready; its cache goes with it unless it was given.
 
-    @param settings: more variables for the daemon.
+    @param settings: more variables for the daemon; L{MANIFESTS} for nginx.
     """
     home = ground.fresh(peer)
     start = {NGINX: nginx, DISTRIBUTION: distribution, OURS: ours}[peer]
@@ -128,6 +130,7 @@ def nginx(
         certificate=f"{tls} ssl_protocols TLSv1.3;" if secure else "",
         registry=upstream.registry,
         secret=SECRET,
+        manifests=KEEP_MANIFESTS if settings.get(MANIFESTS) else "",
     )
     configuration = home / "nginx.conf"
     configuration.write_text(text)

@@ -5,10 +5,11 @@ What is asked of the cache, and what a client gets.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from ecrproxy.cache.content import Content
+from ecrproxy.cache.entries import EntryKey
 from ecrproxy.cache.verification import Verification
 from ecrproxy.oci import Descriptor, Digest, Route
 from ecrproxy.reasons import Reason
@@ -44,12 +45,17 @@ class Asked:
     @ivar key: its expanded cache key.
     @ivar accept: the manifest types that the client takes; empty for any.
     @ivar head: whether only the headers are wanted.
+    @ivar entry_key: what the cache knows it by.
     """
 
     route: Route
     key: str
     accept: frozenset[str] = ANY
     head: bool = False
+    entry_key: EntryKey = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "entry_key", EntryKey.of(self.route, self.key))
 
     @property
     def digest(self) -> Digest:

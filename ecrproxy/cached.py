@@ -245,7 +245,7 @@ class Cache:
         return False
 
     def _known(self, asked: Asked, look: Callable[[EntryKey], Entry | None]) -> tuple[Descriptor | None, Reason]:
-        entry = look(EntryKey.of(asked.route, asked.key))
+        entry = look(asked.entry_key)
         known = entry.answers.get(ANY) if entry else None
         if known is None:
             return None, Reason.FIRST_USE
@@ -262,7 +262,7 @@ class Cache:
             return await self._disk.reading(self._look_up_manifest, asked, self._own_types.get(asked.digest))
 
         try:
-            return await self._looks.join((EntryKey.of(asked.route, asked.key), asked.accept), look)
+            return await self._looks.join((asked.entry_key, asked.accept), look)
         except OSError:
             return Reason.DISK
 
@@ -342,13 +342,13 @@ class Cache:
         """
         Recall what is known of a tag, if it is in memory.
         """
-        return self._entries.get(EntryKey.of(asked.route, asked.key))
+        return self._entries.get(asked.entry_key)
 
     async def entry(self, asked: Asked) -> Entry:
         """
         Recall or read what is known of a tag; an empty entry if nothing is.
         """
-        return await self._entry(EntryKey.of(asked.route, asked.key)) or Entry()
+        return await self._entry(asked.entry_key) or Entry()
 
     async def _entry(self, key: EntryKey) -> Entry | None:
         """
@@ -366,7 +366,7 @@ class Cache:
 
         The memory does not hear of what others are told: it is for what ECR is asked about all the same.
         """
-        return await self._last_known(EntryKey.of(asked.route, asked.key)) or Entry()
+        return await self._last_known(asked.entry_key) or Entry()
 
     async def _last_known(self, key: EntryKey) -> Entry | None:
         if not self._recording[key]:  # else the memory is ahead of the index
@@ -378,7 +378,7 @@ class Cache:
         """
         Hold in memory what an entry or a fact on the disk said.
         """
-        self._hold_entry(EntryKey.of(asked.route, asked.key), self._entry_of(known))
+        self._hold_entry(asked.entry_key, self._entry_of(known))
 
     def _entry_of(self, descriptor: Descriptor, manifest: Digest | None = None) -> Entry:
         return Entry({ANY: Confirmed(descriptor, self._now(), manifest)})
@@ -387,7 +387,7 @@ class Cache:
         """
         Return C{FIRST_USE} in place of C{NOT_KEPT} for what only HEADs have asked for: nothing was fetched for them.
         """
-        key = EntryKey.of(asked.route, asked.key), asked.accept if asked.route.digest is None else ANY
+        key = asked.entry_key, asked.accept if asked.route.digest is None else ANY
         if reason is Reason.NOT_KEPT and self._only_heads.get(key):
             reason = Reason.FIRST_USE
         if asked.head and reason is Reason.FIRST_USE:
@@ -565,7 +565,7 @@ class Cache:
             return refused
         held = []
         if asked is not None:
-            held.append((EntryKey.of(asked.route, asked.key), self._entry_of(Descriptor(BLOB_TYPE, digest, size))))
+            held.append((asked.entry_key, self._entry_of(Descriptor(BLOB_TYPE, digest, size))))
         try:
             begin = partial(self._begin_or_resume, claim, digest, size, held, reserved=reserved)
             writer = await undone_if_late(self._disk.writing, begin, _leave, partial(self.unclaim, claim))
@@ -710,7 +710,7 @@ class Cache:
         """
         Note that ECR said that the repository holds what was asked for by its digest.
         """
-        await self._save([(EntryKey.of(asked.route, asked.key), self._entry_of(descriptor))])
+        await self._save([(asked.entry_key, self._entry_of(descriptor))])
 
     def holds(self, asked: Asked, size: int | None) -> None:
         """
@@ -736,7 +736,7 @@ class Cache:
         @param question: the number of the question; an answer to an earlier one than was answered last is outdated.
         @param document: the manifest, where the cache had it already: what it lists is the repository's too.
         """
-        key = EntryKey.of(asked.route, asked.key)
+        key = asked.entry_key
         self._recording[key] += 1
         try:
             known, entry = await self._locks.run(key, partial(self._record, key, asked, question, descriptor))
@@ -784,7 +784,7 @@ class Cache:
 
         @param question: the number of the question; what was answered to later ones stays.
         """
-        key = EntryKey.of(asked.route, asked.key)
+        key = asked.entry_key
         if (entry := self._entries.get(key)) is not None:  # at once: a slow write of it may come first
             self._deny(key, asked, question, entry)
         await self._locks.run(key, partial(self._forget, key, asked, question))

@@ -162,7 +162,7 @@ def wire(
         served=figures.served,
         connections=connections,
         pages=_pages(config),
-        hot_path=None if config.cache_key.asks else HotPath(pull_through.at_hand, worlds, admission, time.time),
+        hot_path=None if config.cache_key.asks else _hot_path(pull_through, worlds, admission),
     )
     figures.watch(
         *of_cache(store, janitor), *of_registries(worlds.askings), *of_transfers(pull_through), *of_loop(stall)
@@ -171,6 +171,10 @@ def wire(
     service.add(Scribe(store.index, threads(1, yielding=False).post), purges, janitor, scrub, tokens, stall)
     process = Process(store, janitor, worlds.askings, pull_through, worlds.called, readiness, disk.reading)
     return Serving(site, connections, admission, figures, process, cache, purges, partial(_use, worlds, make))
+
+
+def _hot_path(pull_through: PullThrough, worlds: Worlds, admission: Admission | None) -> HotPath:
+    return HotPath(pull_through.at_hand, worlds, admission, time.time, secrets.token_bytes(32))
 
 
 def _disk(pools: Pools) -> Disk:

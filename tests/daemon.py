@@ -633,6 +633,7 @@ class Daemon(Administered):
         others: Mapping[RegistryTable, StandIn] | None = None,
         replica: StandIn | None = None,
         list_repositories: Callable[[], Deferred[Sequence[str]]] | None = None,
+        hot_path: bool = True,
     ) -> None:
         self.standin, self.clock, self.limit, self.scheme = standin, clock, limit, "http"
         self.set_by = 0.0
@@ -695,6 +696,9 @@ class Daemon(Administered):
         registry = Registry(self.pull_through, self.worlds, key, disk.reading)
         ready, self.crowd = Ready(self.readiness), Crowd(limits or Limits())
         self.access_log = AccessLog(clock)
+        self.hot_path = None
+        if hot_path and not key.asks:
+            self.hot_path = HotPath(self.pull_through.at_hand, self.worlds, admission, self.now, b"key")
         self.site = make_site(
             registry,
             ready,
@@ -704,7 +708,7 @@ class Daemon(Administered):
             served=self.figures.served,
             access_log=self.access_log,
             pages=pages,
-            hot_path=HotPath(self.pull_through.at_hand, self.worlds, admission, self.now) if not key.asks else None,
+            hot_path=self.hot_path,
         )
         self.figures.watch(*of_cache(self.store, self.janitor), *of_transfers(self.pull_through))
         self.figures.watch(*of_clients(self.crowd, 100), *of_registries(self.askings))
@@ -850,6 +854,8 @@ class DaemonTestCase(SynchronousTestCase):
     """
 
     kind: Callable[..., Any] = Daemon
+    hot_path = True
+    """Whether what is known by the bytes of its head is answered by the short way."""
     index_in_memory = True
     """Whether no other process needs the index."""
 
@@ -891,7 +897,9 @@ class DaemonTestCase(SynchronousTestCase):
         """
         if self.daemons and not self.index_in_memory:
             self.index = self.make_index()
-        self.daemon = self.kind(self.standin, self.clock, self.root, **{"index": self.index, **options})
+        self.daemon = self.kind(
+            self.standin, self.clock, self.root, **{"index": self.index, "hot_path": self.hot_path, **options}
+        )
         self.daemons.append(self.daemon)
         self.daemon.flush()
         return self.daemon

@@ -8,14 +8,15 @@ Rules:
 - All that an answer depends on besides the head is asked again, of those whom the long way asks: the registries, who
   may ask, the limits, and what memory holds. If one of them has another answer than it had, or has to wait for one, the
   long way answers. So nobody has to tell this module what was purged, moved or changed.
-- A head that says who asks, in a way that an answer depends on, is not noted: a request's id, a browser's headers.
-  C{PROXY_CACHE_KEY} turns it off where it asks about clients.
+- It is turned off where C{PROXY_CACHE_KEY} asks about clients.
+- Heads hold passwords: a hash of them is kept, by a key that this process alone has.
 - What is answered here is counted and logged by the same function, in the same words.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
@@ -27,7 +28,7 @@ from twisted.web.http import datetimeToString
 from ecrproxy.access.clients import Admission, Caller
 from ecrproxy.answers import Answer, Asked
 from ecrproxy.cache.memory import Memory
-from ecrproxy.http.request import Hit, RegistryRequest, fields, is_browsers
+from ecrproxy.http.request import Hit, RegistryRequest, fields
 from ecrproxy.oci import Kind
 from ecrproxy.request_id import REQUEST_ID
 from ecrproxy.world import Worlds
@@ -39,8 +40,8 @@ LARGEST_BODY: Final = 2**16
 NOTED_BYTES: Final = 8 * 2**20
 """Bytes of memory for heads and what they lead to."""
 _ENTRY_BYTES = 3000
-_UNFIT: Final = (REQUEST_ID, b"Content-Length", b"Transfer-Encoding", b"Expect")
-"""Headers of requests that are not noted."""
+_UNFIT: Final = (REQUEST_ID, b"Transfer-Encoding")
+"""Headers of requests that are not noted: the answer has the id, and a body is to come."""
 _END = b"\r\n\r\n"
 
 
@@ -67,7 +68,7 @@ class _Noted:
     """
     Where a head leads.
 
-    @ivar secure: whether it came over TLS.
+    @ivar authorization: where in the head the value of its Authorization header is, if it has one.
     @ivar transfers: whether it counts as a transfer.
     @ivar before: the response up to the request's id.
     @ivar between: from there to the date.
@@ -75,8 +76,7 @@ class _Noted:
     """
 
     hit: Hit
-    secure: bool
-    authorization: str | None
+    authorization: slice | None
     transfers: bool
     before: bytes
     between: bytes
@@ -91,6 +91,8 @@ class HotPath:
     @param at_hand: answers from memory, see L{ecrproxy.proxy.PullThrough.at_hand}.
     @param admission: lets in clients; none for all.
     @param now: seconds since the epoch.
+    @param key: random bytes that are nobody else's.
+    @ivar answered: how many requests were answered here.
     """
 
     def __init__(
@@ -99,8 +101,10 @@ class HotPath:
         worlds: Worlds,
         admission: Admission | None,
         now: Callable[[], float],
+        key: bytes,
     ) -> None:
         self._at_hand, self._worlds, self._admission, self._now = at_hand, worlds, admission, now
+        self._key, self.answered = key, 0
         self._noted: Memory[bytes, _Noted] = Memory(NOTED_BYTES)
         self._second, self._date = 0, b""
 
@@ -113,23 +117,22 @@ class HotPath:
             return
         if request.code not in (200, 304) or not request.channel.persistent or self._at_hand(hit.asked) != hit.answer:
             return
-        if is_browsers(request) or any(map(request.requestHeaders.hasHeader, _UNFIT)):
+        if any(map(request.requestHeaders.hasHeader, _UNFIT)):
             return
         response = _response(request, hit.answer.body if words.size else None)
         if response is None:
             return
-        shown = fields(request, b"Authorization")
         noted = _Noted(
             hit=hit,
-            secure=bool(request.isSecure()),  # type: ignore[no-untyped-call]
-            authorization=shown[0] if len(shown) == 1 else None,
+            authorization=_authorization(request, head),
             transfers=hit.asked.route.kind is Kind.BLOB and not hit.asked.head,
             before=response[0],
             between=response[1],
             after=response[2],
             words=words,
         )
-        self._noted.put(head, noted, 2 * len(head) + len(response[2]) + _ENTRY_BYTES)
+        secure = bool(request.isSecure())  # type: ignore[no-untyped-call]
+        self._noted.put(self._name(head, secure=secure), noted, 2 * len(response[2]) + _ENTRY_BYTES)
 
     def answer(self, channel: Any, head: bytes) -> bool:  # noqa: ANN401 (a StrictChannel, which knows this)
         """
@@ -137,12 +140,18 @@ class HotPath:
 
         @return: False if the long way has to.
         """
-        noted = self._noted.get(head)
-        if noted is None or noted.hit.world is not self._worlds.latest or not channel.may_answer_at_once:
+        if len(head) > LONGEST_HEAD or not channel.may_answer_at_once:
             return False
         transport: Any = channel.transport
-        if noted.secure != ISSLTransport.providedBy(transport) or not self._admits(channel, noted):
+        secure = ISSLTransport.providedBy(transport)
+        noted = self._noted.get(self._name(head, secure=secure))
+        if noted is None or noted.hit.world is not self._worlds.latest:
             return False
+        if self._admission is not None:
+            certified = secure and transport.getPeerCertificate() is not None
+            shown = None if noted.authorization is None else head[noted.authorization].decode("latin-1")
+            if not self._admission.knows(Caller(channel.client, certified, shown)):
+                return False
         if noted.transfers and channel.crowd.is_full_of_transfers:
             return False
         if self._at_hand(noted.hit.asked) != noted.hit.answer:
@@ -150,21 +159,26 @@ class HotPath:
         site: Any = channel.factory
         request_id = site.new_id()
         _write(transport, b"".join((noted.before, request_id.encode(), noted.between, self._today(), noted.after)))
+        self.answered += 1
         site.tell(noted.words, site.reactor.seconds(), 0.0, 0.0, channel.client, request_id)
         return True
 
-    def _admits(self, channel: Any, noted: _Noted) -> bool:  # noqa: ANN401
-        if self._admission is None:
-            return True
-        transport: Any = channel.transport
-        certified = noted.secure and transport.getPeerCertificate() is not None
-        return self._admission.knows(Caller(channel.client, certified, noted.authorization))
+    def _name(self, head: bytes, *, secure: bool) -> bytes:
+        return hashlib.blake2b(head, key=self._key, salt=b"TLS" if secure else b"", digest_size=32).digest()
 
     def _today(self) -> bytes:
         now = int(self._now())
         if now != self._second:
             self._second, self._date = now, datetimeToString(now)
         return self._date
+
+
+def _authorization(request: RegistryRequest, head: bytes) -> slice | None:
+    shown = fields(request, b"Authorization")
+    if len(shown) != 1:
+        return None
+    at = head.index(shown[0].encode("latin-1"))
+    return slice(at, at + len(shown[0]))
 
 
 def _response(request: RegistryRequest, body: object) -> tuple[bytes, bytes, bytes] | None:

@@ -153,7 +153,8 @@ def _printable(event: LogEvent, request: str) -> str:
 
 
 def _one_line(line: AccessLine) -> str:
-    return _CONTROL.sub(_escaped, str(line)).replace("\n", "\\n")
+    told = str(line)
+    return told if told.isprintable() else _CONTROL.sub(_escaped, told).replace("\n", "\\n")
 
 
 def _escaped(found: re.Match[str]) -> str:

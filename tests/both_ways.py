@@ -1,0 +1,291 @@
+"""
+The same story told to two daemons, one with the hot path and one without: whatever can be seen must be the same.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from twisted.internet.task import Clock
+
+from ecrproxy.access.browsers import Pages
+from ecrproxy.access.clients import Admission
+from ecrproxy.access.limits import Limits
+from ecrproxy.access.namespaces import Namespaces
+from ecrproxy.access.passwords import Passwords
+from ecrproxy.cache.index import Index
+from ecrproxy.cache.inventory import Inventory
+from ecrproxy.http.access_log import AccessLine
+from ecrproxy.oci import Digest
+from ecrproxy.request_id import numbered
+from ecrproxy.settings.values import parse_pattern
+from tests.daemon import START, Daemon, End, Raw, at_once
+from tests.registry import StandIn
+from tests.test_htpasswd import line
+from tests.test_passwords import basic
+
+TTL: Final = 30
+"""Seconds for which a tag is trusted."""
+USER, PASSWORD, OTHER = "ann", "client canary", "another canary"
+CONNECTIONS: Final = 2
+_DATE = re.compile(rb"Date: [^\r]*")
+
+
+class Scene:
+    """
+    A daemon that asks for a password, its stand-in, clients that stay connected, and all that can be seen of them.
+    """
+
+    def __init__(self, *, hot_path: bool) -> None:
+        self.clock = Clock()
+        self.clock.advance(START)
+        self.standin = StandIn(self.clock)
+        self.manifest = self.standin.push_image("team/app", "latest").digest
+        self.other = self.standin.push_image("team/other", "latest").digest
+        self.blob = self.standin.push_blob("team/app", b"a blob of a few bytes")
+        self.root = Path(tempfile.mkdtemp(prefix="ecrproxy-ways-"))
+        self.passwords = Path(tempfile.mkdtemp(prefix="ecrproxy-ways-"), "htpasswd")
+        self.passwords.write_bytes(line(USER, PASSWORD))
+        self.lines: list[AccessLine] = []
+        self.open = True
+        now = self.clock.seconds
+        self.index = Index(self.root, now, memory=True)
+        admission = Admission(passwords=Passwords(str(self.passwords), at_once, self.clock, b"key"))
+        self.daemon = Daemon(
+            self.standin,
+            self.clock,
+            self.root,
+            tag_ttl=TTL,
+            index=self.index,
+            admission=admission,
+            limits=Limits(transfers=1),
+            pages=Pages(),
+            hot_path=hot_path,
+        )
+        self.admission = admission
+        self.daemon.access_log.write = self.lines.append  # type: ignore[method-assign, assignment]
+        self.daemon.site.new_id = numbered("id")
+        self.daemon.flush()
+        self.clients: list[tuple[Raw, End]] = [self._connected(number) for number in range(CONNECTIONS)]
+
+    def _connected(self, number: int) -> tuple[Raw, End]:
+        """
+        Connect a client, the second over TLS.
+        """
+        client = Raw()
+        return client, self.daemon.front.connect(client, "proxy.example", 80, secure=number == 1)
+
+    @property
+    def answered(self) -> int:
+        """
+        Tell how many requests the hot path has answered.
+        """
+        return self.daemon.hot_path.answered if self.daemon.hot_path is not None else 0
+
+    def send(self, number: int, data: bytes) -> None:
+        """
+        Write to one of the connections; to another in its place if it is closed. A byte of 0xff ends a piece.
+        """
+        at = number % CONNECTIONS
+        if self.clients[at][0].closed:
+            self.clients.append(self.clients[at])
+            self.clients[at] = self._connected(at)
+        for piece in data.split(b"\xff"):
+            self.clients[at][1].write(piece)
+            self.daemon.flush()
+
+    def wait(self, seconds: float) -> None:
+        """
+        Let time go by.
+        """
+        self.clock.advance(seconds)
+        self.daemon.flush()
+
+    def move_tag(self) -> None:
+        """
+        Have the tag lead to another image.
+        """
+        self.standin.push_image("team/app", "latest", layers=[bytes([len(self.lines) % 256])])
+
+    def purge(self, digest: Digest) -> None:
+        """
+        Purge content.
+        """
+        Inventory(self.daemon.store).remove([], [digest])
+        self.look()
+
+    def forget(self) -> None:
+        """
+        Purge all that is known of repositories.
+        """
+        Inventory(self.daemon.store).remove([key for key, _, _ in self.index.entries()], [])
+        self.look()
+
+    def look(self) -> None:
+        """
+        Have the daemon hear of purges.
+        """
+        self.daemon.flush()
+        self.clock.advance(1)
+        self.daemon.flush()
+
+    def change_password(self) -> None:
+        """
+        Have another password be right.
+        """
+        right = PASSWORD if self.passwords.read_bytes().endswith(b"\n\n") else OTHER
+        self.passwords.write_bytes(line(USER, right) + (b"\n" if right == PASSWORD else b"\n\n"))
+        self.admission.reread()
+        self.daemon.flush()
+
+    def reload(self) -> None:
+        """
+        Have the registries be read again, and another pattern of names with them.
+        """
+        self.open = not self.open
+        pattern = parse_pattern(".*" if self.open else "team/other")
+        self.daemon.namespaces = Namespaces(pattern, at_once, self.clock)
+        self.daemon.reload({})
+
+    def drain(self) -> None:
+        """
+        Begin to end.
+        """
+        self.daemon.site.connections.drain()
+        self.daemon.flush()
+
+    def fill(self) -> None:
+        """
+        Have as many transfers under way as may be, or none again.
+        """
+        if not self.daemon.crowd.begin_transfer():
+            self.daemon.crowd.end_transfer()
+
+    def seen(self) -> list[Any]:
+        """
+        Return all that there is to see, but for the time of the day in answers.
+        """
+        crowd = self.daemon.crowd
+        return [
+            *(_DATE.sub(b"Date: ", bytes(client.got)) for client, _ in self.clients),
+            [client.closed for client, _ in self.clients],
+            self.lines,
+            [each for each in self.daemon.figures.served.requests.rows() if each],
+            self.daemon.figures.served.saved.top(10),
+            [(asked.method, asked.path) for asked in self.standin.asked],
+            (crowd.connected, crowd.transferring, crowd.bad_requests, crowd.refused_transfers, len(crowd.idle_ones)),
+        ]
+
+    def close(self) -> None:
+        """
+        Clear it away.
+        """
+        self.index.close()
+        shutil.rmtree(self.root)
+        shutil.rmtree(self.passwords.parent)
+
+
+def heads(scene: Scene) -> list[bytes]:
+    """
+    Make the heads that clients send: each asks for something that may be cached, in its own way.
+    """
+    shown = f"Authorization: {basic(USER, PASSWORD)}\r\n"
+    accept = "Accept: application/vnd.oci.image.manifest.v1+json\r\n"
+    by_digest, by_tag = f"/v2/team/app/manifests/{scene.manifest}", "/v2/team/app/manifests/latest"
+    blob = f"/v2/team/app/blobs/{scene.blob}"
+    etag = f'If-None-Match: "{scene.manifest}"\r\n'
+    asked: Sequence[tuple[str, str, str]] = (
+        ("GET", by_digest, shown),
+        ("GET", by_digest, shown + accept),
+        ("HEAD", by_digest, shown),
+        ("GET", by_digest, shown + etag),
+        ("GET", by_tag, shown + accept),
+        ("HEAD", by_tag, shown + accept),
+        ("GET", by_tag, shown + etag),
+        ("GET", blob, shown),
+        ("HEAD", blob, shown),
+        ("GET", blob, shown + "Range: bytes=0-3\r\n"),
+        ("GET", blob, shown + "Range: bytes=0-\r\n"),
+        ("GET", f"/v2/team/other/manifests/{scene.other}", shown),
+        ("GET", f"/v2/team/other/manifests/{scene.manifest}", shown),
+        ("GET", by_digest, ""),
+        ("GET", by_digest, f"Authorization: {basic(USER, OTHER)}\r\n"),
+        ("GET", by_digest, f"Authorization: {basic(USER, 'guess')}\r\n"),
+        ("GET", by_digest, shown * 2),
+        ("GET", by_digest, shown + "X-Request-Id: mine\r\n"),
+        ("GET", by_digest, shown + "Connection: close\r\n"),
+        ("GET", by_digest, shown + "Accept-Language: en\r\nOrigin: http://evil.example\r\n"),
+        ("GET", by_digest, shown + "Expect: 100-continue\r\n"),
+        ("GET", by_digest, shown + "Content-Length: 0\r\n"),
+        ("GET", f"{by_digest}?ns=123456789012.dkr.ecr.eu-west-1.amazonaws.com", shown),
+        ("GET", f"http://proxy.example{by_digest}", shown),
+        ("GET", "/v2/", shown),
+        ("GET", "/healthz", ""),
+        ("POST", by_digest, shown),
+    )
+    made = [f"{method} {path} HTTP/1.1\r\nHost: proxy.example\r\n{rest}\r\n".encode() for method, path, rest in asked]
+    made.append(made[0][:-2] + b"Transfer-Encoding: chunked\r\n\r\n\xff0\r\n\r\n")
+    return [
+        *made,
+        made[0].replace(b"HTTP/1.1", b"HTTP/1.0"),
+        made[0] * 2,
+        made[0] + b"GET",
+        b"\r\n",
+        made[0][:30] + b"\xff" + made[0][30:],
+    ]
+
+
+def deeds(scene: Scene) -> list[Callable[[], object]]:
+    """
+    List what else may happen between requests.
+    """
+    return [
+        lambda: scene.wait(1),
+        lambda: scene.wait(TTL),
+        lambda: scene.wait(400),
+        scene.move_tag,
+        lambda: scene.standin.repositories["team/app"].tags.pop("latest", None),
+        lambda: scene.purge(Digest.parse(scene.manifest)),
+        lambda: scene.purge(Digest.parse(scene.blob)),
+        scene.forget,
+        scene.change_password,
+        scene.reload,
+        scene.drain,
+        scene.fill,
+    ]
+
+
+def tell(scene: Scene, story: bytes) -> None:
+    """
+    Have a story happen: each byte is a request on a connection, or a deed.
+    """
+    requests, others = heads(scene), deeds(scene)
+    for step in story:
+        what, connection = step >> 1, step & 1
+        if what < len(requests):
+            scene.send(connection, requests[what])
+        else:
+            others[(what - len(requests)) % len(others)]()
+
+
+def compare(story: bytes) -> int:
+    """
+    Tell a story to both, and see that there is no difference.
+
+    @return: how many requests the hot path has answered.
+    """
+    hot, long = Scene(hot_path=True), Scene(hot_path=False)
+    try:
+        tell(hot, story)
+        tell(long, story)
+        for one, other in zip(hot.seen(), long.seen(), strict=True):
+            assert one == other, (list(story), one, other)
+        return hot.answered
+    finally:
+        hot.close()
+        long.close()
