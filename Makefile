@@ -12,7 +12,7 @@ help:
 	@echo "make lint    check style and types"
 	@echo "make docs    build the site and the manuals in docs/_build"
 	@echo "make e2e     run the tests with real clients and servers (Debian, root)"
-	@echo "make fuzz    feed odd bytes to whatever reads bytes, FUZZ_SECONDS=60 for each of three targets"
+	@echo "make fuzz    feed odd bytes to whatever reads bytes, FUZZ_SECONDS=60 for each of four targets"
 	@echo "make soak    run the daemon over a stand-in that misbehaves, SOAK_SECONDS=600"
 	@echo "make hostile let everything around the daemon fail, be slow and hang, attack it, and print what it keeps of its promises"
 	@echo "make bench   measure side by side with nginx and distribution (Debian, root); make bench-growth: a large cache; bench-registries: fifty of them"
@@ -74,7 +74,7 @@ FUZZ_SECONDS ?= 60
 FUZZ_CORPUS ?= .fuzz
 fuzz: $(STAMP)
 	$(VENV)/bin/python -m pip install --quiet --config-settings editable_mode=compat --editable '.[fuzz]'
-	for target in front back parsers; do \
+	for target in front back parsers ways; do \
 		mkdir -p $(FUZZ_CORPUS)/$$target && \
 		$(VENV)/bin/python -m fuzz $$target $(FUZZ_CORPUS)/$$target fuzz/corpus/$$target -dict=fuzz/words.dict \
 			-max_total_time=$(FUZZ_SECONDS) -max_len=4096 -timeout=30 -artifact_prefix=$(FUZZ_CORPUS)/$$target- \

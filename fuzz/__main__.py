@@ -3,6 +3,7 @@ Run one target: C{python -m fuzz TARGET [CORPUS...] [libFuzzer's options]}.
 
 - C{front}: a client's bytes on a connection to the whole daemon, in memory.
 - C{back}: upstream's bytes as the answer to the daemon, in memory.
+- C{ways}: a story of requests and of what happens between them, with the hot path and without.
 - C{parsers}: whatever else reads text or bytes: routes, ranges, settings, manifests, entries.
 """
 
@@ -17,8 +18,17 @@ import atheris
 with atheris.instrument_imports(include=["ecrproxy"]):
     from fuzz.parsers import parse
     from fuzz.wires import answer, ask
+    from tests.both_ways import compare
 
-TARGETS: Final[dict[str, Callable[[bytes], None]]] = {"front": ask, "back": answer, "parsers": parse}
+
+def ways(data: bytes) -> None:
+    """
+    Tell a story both ways.
+    """
+    compare(data)
+
+
+TARGETS: Final[dict[str, Callable[[bytes], None]]] = {"front": ask, "back": answer, "parsers": parse, "ways": ways}
 
 
 def main() -> None:

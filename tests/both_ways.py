@@ -230,14 +230,9 @@ def heads(scene: Scene) -> list[bytes]:
     )
     made = [f"{method} {path} HTTP/1.1\r\nHost: proxy.example\r\n{rest}\r\n".encode() for method, path, rest in asked]
     made.append(made[0][:-2] + b"Transfer-Encoding: chunked\r\n\r\n\xff0\r\n\r\n")
-    return [
-        *made,
-        made[0].replace(b"HTTP/1.1", b"HTTP/1.0"),
-        made[0] * 2,
-        made[0] + b"GET",
-        b"\r\n",
-        made[0][:30] + b"\xff" + made[0][30:],
-    ]
+    one = made[0]
+    odd = [one.replace(b"HTTP/1.1", b"HTTP/1.0"), one * 2, one + b"GET", b"\r\n", one[:30] + b"\xff" + one[30:]]
+    return made + odd
 
 
 def deeds(scene: Scene) -> list[Callable[[], object]]:
@@ -262,15 +257,21 @@ def deeds(scene: Scene) -> list[Callable[[], object]]:
 
 def tell(scene: Scene, story: bytes) -> None:
     """
-    Have a story happen: each byte is a request on a connection, or a deed.
+    Have a story happen: each byte is a request on a connection, or a deed, or the beginning of a request with one other
+    byte: which request, where in it, and what is there follow.
     """
     requests, others = heads(scene), deeds(scene)
-    for step in story:
+    steps = iter(story)
+    for step in steps:
         what, connection = step >> 1, step & 1
         if what < len(requests):
             scene.send(connection, requests[what])
+        elif what < len(requests) + len(others):
+            others[what - len(requests)]()
         else:
-            others[(what - len(requests)) % len(others)]()
+            request = requests[next(steps, 0) % len(requests)]
+            at = next(steps, 0) % len(request)
+            scene.send(connection, request[:at] + bytes([next(steps, 0)]) + request[at + 1 :])
 
 
 def compare(story: bytes) -> int:
