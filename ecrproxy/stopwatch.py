@@ -20,12 +20,12 @@ class Stopwatch:
         self._since: float | None = None
         self.seconds = 0.0
 
-    def start(self) -> None:
+    def start(self, since: float | None = None) -> None:
         """
-        Count from now on, unless it counts already.
+        Count from now on, or from C{since} on, unless it counts already.
         """
         if self._since is None:
-            self._since = self._now()
+            self._since = self._now() if since is None else since
 
     def stop(self, *, counted: bool = True) -> None:
         """

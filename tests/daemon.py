@@ -698,7 +698,8 @@ class Daemon(Administered):
         self.access_log = AccessLog(clock)
         self.hot_path = None
         if hot_path and not key.asks:
-            self.hot_path = HotPath(self.pull_through.at_hand, self.worlds, admission, self.now, b"key")
+            at_hand, latest = self.pull_through.at_hand, self.pull_through.latest
+            self.hot_path = HotPath(at_hand, latest, self.worlds, admission, self.now, b"key")
         self.site = make_site(
             registry,
             ready,

@@ -8,6 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
+from ecrproxy.stale import STALE_SECONDS
 from tests.both_ways import Scene, compare, deeds, heads
 
 STEPS = st.integers(0, 255)
@@ -31,10 +32,99 @@ class SameStoryTests(SynchronousTestCase):
         scene = Scene(hot_path=True)
         requests, others = len(heads(scene)), len(deeds(scene))
         scene.close()
+        known = [step for request in range(requests) for step in (request << 2, request << 2, request << 2 | 3)]
         answered = 0
         for deed in range(others):
-            story = list[int]()
-            for request in range(requests):
-                story += [request << 1, request << 1, request << 1 | 1]
-            answered += compare(bytes([*story, (requests + deed) << 1, *story]))
-        self.assertGreater(answered, others * 10)
+            story = [*known, (requests + deed) << 2, *known]
+            answered += compare(bytes(story))
+            answered += compare(bytes([*story, 255]))
+        self.assertGreater(answered, others * 20)
+
+
+class SharedQuestionTests(SynchronousTestCase):
+    """
+    Tags that ECR is asked for each time: once for all who ask meanwhile by the same head.
+    """
+
+    CLIENTS = 4
+
+    def setUp(self) -> None:
+        self.scene = Scene(hot_path=True, tag_ttl=0)
+        self.addCleanup(self.scene.close)
+        self.head = heads(self.scene)[4]
+        for _ in range(2):  # the first time it is fetched, the second confirmed: then the head is known
+            self.scene.send(0, self.head)
+        self.scene.standin.forget_asked()
+        self.scene.lines.clear()
+
+    def ask_together(self) -> None:
+        """
+        Have all clients ask at once; one of them over TLS, to which the head is another.
+        """
+        self.scene.gather()
+        for number in range(self.CLIENTS - 1):
+            self.scene.send(number, self.head)
+
+    def told(self) -> list[tuple[int, str]]:
+        return [(line.status, line.cache) for line in self.scene.lines]
+
+    def test_ecr_is_asked_once_for_all(self) -> None:
+        self.ask_together()
+        self.scene.gather()
+        self.assertEqual(3, self.scene.answered)
+        self.assertEqual([(200, "REVALIDATED")] * 3, self.told())
+        self.assertEqual(["HEAD"], [asked.method for asked in self.scene.standin.asked])
+
+    def test_all_get_what_a_tag_leads_to_now(self) -> None:
+        """
+        ECR is asked no more often than if each had taken the long way, and they are known by that from then on.
+        """
+        self.scene.move_tag()
+        self.ask_together()
+        self.scene.gather()
+        self.assertEqual(0, self.scene.answered)
+        self.assertEqual(["HEAD", "GET"], [asked.method for asked in self.scene.standin.asked])
+        self.assertEqual({200}, {status for status, _ in self.told()})
+        for _ in range(2):
+            self.scene.send(0, self.head)
+        self.assertEqual(1, self.scene.answered)
+
+    def test_one_that_leaves_takes_no_answer_from_another(self) -> None:
+        self.ask_together()
+        self.scene.daemon.front.move()
+        self.scene.leave()
+        self.scene.gather()
+        self.assertEqual([(0, "-"), (200, "REVALIDATED"), (200, "REVALIDATED")], sorted(self.told()))
+
+    def test_all_get_the_last_answer_where_ecr_is_silent(self) -> None:
+        """
+        After the same time as on the long way, and each once.
+        """
+        self.scene.standin.hang("registry")
+        self.ask_together()
+        self.scene.gather()
+        self.assertEqual([], self.told())
+        self.scene.wait(STALE_SECONDS)
+        self.assertEqual([(200, "STALE")] * 3, self.told())
+        self.assertEqual([STALE_SECONDS] * 3, [line.seconds for line in self.scene.lines])
+        self.assertEqual([STALE_SECONDS] * 3, [line.upstream for line in self.scene.lines])
+
+    def test_what_comes_behind_a_request_that_waits_is_answered_after_it(self) -> None:
+        self.scene.gather()
+        for _ in range(3):
+            self.scene.send(0, self.head)
+        self.scene.gather()
+        self.assertEqual([(200, "REVALIDATED")] * 3, self.told())
+
+    def test_a_connection_whose_request_waits_is_not_idle(self) -> None:
+        """
+        It is neither closed as such, nor for another; and when the daemon ends, it gets its answer first.
+        """
+        self.scene.standin.hang("registry", times=1)
+        self.scene.send(0, self.head)
+        self.assertEqual(self.scene.daemon.crowd.connected - 1, len(self.scene.daemon.crowd.idle_ones))
+        self.scene.drain()
+        self.scene.wait(STALE_SECONDS)
+        self.assertEqual([(200, "STALE")], self.told())
+        self.assertIn(b"Connection: close", bytes(self.scene.clients[0][0].got))
+        self.assertTrue(self.scene.clients[0][0].closed)

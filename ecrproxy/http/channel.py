@@ -47,7 +47,8 @@ if TYPE_CHECKING:
     from twisted.web.http import Request
 
     from ecrproxy.daemon.ending import Connections
-    from ecrproxy.http.hot_path import HotPath
+    from ecrproxy.http.hot_path import HotPath, Question
+    from ecrproxy.http.request import Told
 
 log = Logger()
 
@@ -100,6 +101,8 @@ class StrictChannel(HTTPChannel):
     _networkProducer: Any
     _line = b""
     _whole_head: bytes | None = None
+    _told: Told | None = None
+    _question: Question | None = None
     _is_head = False
     _fresh = True
     _ending = False
@@ -171,7 +174,7 @@ class StrictChannel(HTTPChannel):
         """
         if self._fresh:
             self.callLater(FRESH_SECONDS, self._end_unused)
-        elif not self.requests:
+        elif not (self.requests or self._question):
             if not self._buffer:  # else a request has begun to come
                 self.loseConnection()
         else:
@@ -240,12 +243,10 @@ class StrictChannel(HTTPChannel):
             return
         if self.hot_path is not None and self._is_one_head(data):
             if self.hot_path.answer(self, data):
-                self._answered_at_once()
                 return
             self._whole_head = data
         self._await_head()
         super().dataReceived(data)
-        self._whole_head = None
         self._regulate()
 
     def _is_one_head(self, data: bytes) -> bool:
@@ -262,14 +263,44 @@ class StrictChannel(HTTPChannel):
         """
         return not (self.spare or self.connections.draining)
 
-    def _answered_at_once(self) -> None:
+    def await_next(self) -> None:
         """
-        Wait for the next request, as after one that took the long way.
+        Wait for the next request: the last was answered by the hot path.
         """
         self._head.end()
         self.resetTimeout()
         if self._address is not None:
             self._note_idle()
+
+    def wait_for(self, question: Question) -> None:
+        """
+        Have all input wait until a question is answered.
+        """
+        self._question, self._handlingRequest = question, True
+        self._head.end()
+        self._savedTimeOut = self.setTimeout(None)
+
+    def _wait_no_longer(self) -> None:
+        self._question, self._handlingRequest = None, False
+        self.setTimeout(self._savedTimeOut)
+
+    def go_on(self) -> None:
+        """
+        Go on with the next request: the one that has waited is answered.
+        """
+        self._wait_no_longer()
+        if not self._buffer:
+            self.await_next()
+        self._go_on()
+
+    def take_long_way(self, head: bytes, told: Told) -> None:
+        """
+        Have a request that has waited answered by what it was told.
+        """
+        self._wait_no_longer()
+        self._buffer = head + self._buffer
+        self._whole_head, self._told = head, told
+        self._go_on()
 
     @property
     def client(self) -> str:
@@ -321,6 +352,9 @@ class StrictChannel(HTTPChannel):
 
     def _stop_input(self) -> None:
         self._ending, self._buffer = True, b""
+        if self._question is not None and self.hot_path is not None:
+            self.hot_path.leave(self, self._question)
+            self._wait_no_longer()
 
     def _await_head(self) -> None:
         if not self.paused and not self._head.waiting:
@@ -502,7 +536,7 @@ class StrictChannel(HTTPChannel):
         request: Any = self.requests[-1]
         try:
             request.target = parse_target(self._path)
-            request.head = self._whole_head
+            request.head, request.told, self._whole_head, self._told = self._whole_head, self._told, None, None
         except ValueError:
             return False
         return True

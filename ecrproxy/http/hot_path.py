@@ -10,6 +10,8 @@ Rules:
   long way answers. So nobody has to tell this module what was purged, moved or changed.
 - It is turned off where C{PROXY_CACHE_KEY} asks about clients.
 - Heads hold passwords: a hash of them is kept, by a key that this process alone has.
+- What a tag leads to is asked of ECR once for all who send the same head meanwhile. If ECR does not say what it said
+  before, each of them takes the long way, with that outcome.
 - What is answered here is counted and logged by the same function, in the same words.
 """
 
@@ -17,21 +19,26 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
+from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import ISSLTransport
 from twisted.internet.tcp import Connection
+from twisted.logger import Logger
+from twisted.python.failure import Failure
 from twisted.web.http import datetimeToString
 
 from ecrproxy.access.clients import Admission, Caller
-from ecrproxy.answers import Answer, Asked
+from ecrproxy.answers import Answer, Asked, CacheStatus
 from ecrproxy.cache.memory import Memory
-from ecrproxy.http.request import Hit, RegistryRequest, fields
+from ecrproxy.http.request import Hit, RegistryRequest, Told, fields
 from ecrproxy.oci import Kind
-from ecrproxy.request_id import REQUEST_ID
+from ecrproxy.request_id import REQUEST_ID, current
 from ecrproxy.world import Worlds
+
+log = Logger()
 
 LONGEST_HEAD: Final = 4096
 """Bytes of heads that are noted. Docker's have 300, with the password of a cloud's own login 3,000."""
@@ -62,6 +69,14 @@ class Words(NamedTuple):
     reason: str
     repository: str
 
+    def of_none(self) -> Words:
+        """
+        Tell of a request that was not answered.
+        """
+        route, method, _, _, registry = self.kind
+        kind = (route, method, "-", "-", registry)
+        return self._replace(kind=kind, status=0, size=0, cache="-", reason="-")
+
 
 @dataclass(frozen=True, slots=True)
 class _Noted:
@@ -69,6 +84,7 @@ class _Noted:
     Where a head leads.
 
     @ivar authorization: where in the head the value of its Authorization header is, if it has one.
+    @ivar asks: whether ECR is asked each time.
     @ivar transfers: whether it counts as a transfer.
     @ivar before: the response up to the request's id.
     @ivar between: from there to the date.
@@ -77,6 +93,7 @@ class _Noted:
 
     hit: Hit
     authorization: slice | None
+    asks: bool
     transfers: bool
     before: bytes
     between: bytes
@@ -84,11 +101,36 @@ class _Noted:
     words: Words
 
 
+class Waiting(NamedTuple):
+    """
+    A request that waits for what ECR says of a tag.
+
+    @ivar started: when it had come.
+    """
+
+    head: bytes
+    request_id: str
+    started: float
+
+
+@dataclass(eq=False, slots=True)
+class Question:
+    """
+    A tag that ECR is asked for, and who waits for that.
+
+    @ivar waiting: by channel.
+    """
+
+    noted: _Noted
+    waiting: dict[Any, Waiting] = field(default_factory=dict)
+
+
 class HotPath:
     """
     Notes what heads lead to, and answers those that come again.
 
     @param at_hand: answers from memory, see L{ecrproxy.proxy.PullThrough.at_hand}.
+    @param ask: asks ECR, see L{ecrproxy.manifests.Manifests.answer}.
     @param admission: lets in clients; none for all.
     @param now: seconds since the epoch.
     @param key: random bytes that are nobody else's.
@@ -98,13 +140,15 @@ class HotPath:
     def __init__(
         self,
         at_hand: Callable[[Asked], Answer | None],
+        ask: Callable[[Asked], Coroutine[Any, Any, Answer]],
         worlds: Worlds,
         admission: Admission | None,
         now: Callable[[], float],
         key: bytes,
     ) -> None:
-        self._at_hand, self._worlds, self._admission, self._now = at_hand, worlds, admission, now
-        self._key, self.answered = key, 0
+        self._at_hand, self._ask, self._worlds, self._admission = at_hand, ask, worlds, admission
+        self._now, self._key, self.answered = now, key, 0
+        self._questions: dict[bytes, Question] = {}
         self._noted: Memory[bytes, _Noted] = Memory(NOTED_BYTES)
         self._second, self._date = 0, b""
 
@@ -115,7 +159,10 @@ class HotPath:
         head, hit = request.head, request.hit
         if head is None or hit is None or len(head) > LONGEST_HEAD or words.size > LARGEST_BODY:
             return
-        if request.code not in (200, 304) or not request.channel.persistent or self._at_hand(hit.asked) != hit.answer:
+        asks = hit.answer.status is CacheStatus.REVALIDATED
+        if request.code not in (200, 304) or not request.channel.persistent:
+            return
+        if self._at_hand(hit.asked) != (None if asks else hit.answer):
             return
         if any(map(request.requestHeaders.hasHeader, _UNFIT)):
             return
@@ -125,6 +172,7 @@ class HotPath:
         noted = _Noted(
             hit=hit,
             authorization=_authorization(request, head),
+            asks=asks,
             transfers=hit.asked.route.kind is Kind.BLOB and not hit.asked.head,
             before=response[0],
             between=response[1],
@@ -144,7 +192,8 @@ class HotPath:
             return False
         transport: Any = channel.transport
         secure = ISSLTransport.providedBy(transport)
-        noted = self._noted.get(self._name(head, secure=secure))
+        name = self._name(head, secure=secure)
+        noted = self._noted.get(name)
         if noted is None or noted.hit.world is not self._worlds.latest:
             return False
         if self._admission is not None:
@@ -154,14 +203,72 @@ class HotPath:
                 return False
         if noted.transfers and channel.crowd.is_full_of_transfers:
             return False
-        if self._at_hand(noted.hit.asked) != noted.hit.answer:
+        if self._at_hand(noted.hit.asked) != (None if noted.asks else noted.hit.answer):
             return False
         site: Any = channel.factory
-        request_id = site.new_id()
-        _write(transport, b"".join((noted.before, request_id.encode(), noted.between, self._today(), noted.after)))
-        self.answered += 1
-        site.tell(noted.words, site.reactor.seconds(), 0.0, 0.0, channel.client, request_id)
+        waiting = Waiting(head, site.new_id(), site.reactor.seconds())
+        if noted.asks:
+            self._wait(channel, waiting, noted, name)
+        else:
+            self._send(channel, noted, waiting)
+            channel.await_next()
         return True
+
+    def _wait(self, channel: Any, waiting: Waiting, noted: _Noted, name: bytes) -> None:  # noqa: ANN401
+        """
+        Have a request wait for what ECR says.
+        """
+        question, begins = self._questions.get(name), False
+        if question is None or question.noted is not noted:
+            question, begins = Question(noted), True
+            self._questions[name] = question
+        question.waiting[channel] = waiting
+        channel.wait_for(question)
+        if begins:
+            asking = Deferred.fromCoroutine(self._asked(noted.hit.asked, waiting.request_id))
+            asking.addBoth(self._told, name, question).addErrback(_failed)
+
+    async def _asked(self, asked: Asked, request_id: str) -> Answer:
+        current.set(request_id)
+        self._worlds.enter()
+        return await self._ask(asked)
+
+    def _told(self, outcome: Answer | Failure, name: bytes, question: Question) -> None:
+        """
+        Answer all who wait for a question.
+        """
+        if self._questions.get(name) is question:
+            del self._questions[name]
+        noted, waiting = question.noted, question.waiting
+        same = outcome == noted.hit.answer
+        while waiting:
+            channel, each = waiting.popitem()
+            if same and channel.may_answer_at_once:
+                self._send(channel, noted, each)
+                channel.go_on()
+            else:
+                found = outcome if isinstance(outcome, Answer) else outcome.value
+                channel.take_long_way(each.head, Told(found, each.request_id, each.started))
+
+    @staticmethod
+    def leave(channel: Any, question: Question) -> None:  # noqa: ANN401
+        """
+        Have a client wait no longer: its connection ends. The question goes on.
+        """
+        if (waiting := question.waiting.pop(channel, None)) is not None:
+            site: Any = channel.factory
+            now = site.reactor.seconds()
+            seconds, words = now - waiting.started, question.noted.words.of_none()
+            site.tell(words, now, seconds, seconds, channel.client, waiting.request_id, aborted=True)
+
+    def _send(self, channel: Any, noted: _Noted, waiting: Waiting) -> None:  # noqa: ANN401
+        parts = noted.before, waiting.request_id.encode(), noted.between, self._today(), noted.after
+        _write(channel.transport, b"".join(parts))
+        self.answered += 1
+        site: Any = channel.factory
+        now = site.reactor.seconds()
+        seconds = now - waiting.started
+        site.tell(noted.words, now, seconds, seconds if noted.asks else 0.0, channel.client, waiting.request_id)
 
     def _name(self, head: bytes, *, secure: bool) -> bytes:
         return hashlib.blake2b(head, key=self._key, salt=b"TLS" if secure else b"", digest_size=32).digest()
@@ -171,6 +278,10 @@ class HotPath:
         if now != self._second:
             self._second, self._date = now, datetimeToString(now)
         return self._date
+
+
+def _failed(failure: Failure) -> None:
+    log.failure("Answering those who have waited for a tag", failure)
 
 
 def _authorization(request: RegistryRequest, head: bytes) -> slice | None:

@@ -5,9 +5,10 @@ A client's request, with what is told of it later.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from twisted.internet.interfaces import ISSLTransport
+from twisted.python.failure import Failure
 from twisted.web import http
 from twisted.web.server import Request
 
@@ -21,10 +22,6 @@ from ecrproxy.request_id import REQUEST_ID, choose_id
 from ecrproxy.stopwatch import Stopwatch
 from ecrproxy.world import World
 
-if TYPE_CHECKING:
-    from twisted.python.failure import Failure
-
-
 RawHeaders = Sequence[tuple[bytes, list[bytes]]]
 """Headers as Twisted has them."""
 PATH_LENGTH: Final = 405
@@ -37,7 +34,7 @@ _SECRET: Final = frozenset({b"authorization", b"proxy-authorization", b"cookie"}
 
 class Hit(NamedTuple):
     """
-    What a request was answered with from the cache.
+    What a request was answered with from the cache, whether or not ECR had to confirm it.
 
     @ivar world: the registries that it was answered for.
     """
@@ -45,6 +42,19 @@ class Hit(NamedTuple):
     asked: Asked
     answer: Answer
     world: World
+
+
+class Told(NamedTuple):
+    """
+    What is known of a request that has waited for ECR before it took the long way.
+
+    @ivar outcome: the answer, or why there is none.
+    @ivar started: when the request had come.
+    """
+
+    outcome: Answer | BaseException | None
+    request_id: str
+    started: float
 
 
 def address_of(peer: object) -> str:
@@ -64,7 +74,8 @@ class RegistryRequest(Request):
     @ivar registry: the name in the configuration of the registry that is meant; C{-} if none is, or it is none.
     @ivar repository: what people call the repository; empty if there is none.
     @ivar head: the bytes of its head, if they came in one piece, and nothing else did.
-    @ivar hit: what it was answered with, if that was a hit.
+    @ivar hit: what it was answered with, if the cache had it.
+    @ivar told: what it has waited for already.
     @ivar started: when it had come.
     @ivar upstream: how long upstream was waited for.
     """
@@ -76,16 +87,19 @@ class RegistryRequest(Request):
     repository = ""
     head: bytes | None = None
     hit: Hit | None = None
+    told: Told | None = None
     started: float
     upstream: Stopwatch
     _headers: RawHeaders = ()
 
     def process(self) -> None:  # noqa: D102
         site: Any = self.channel.factory
-        self.started = site.reactor.seconds()
+        told = self.told
+        self.started = site.reactor.seconds() if told is None else told.started
         self.upstream = Stopwatch(site.reactor.seconds)
         self._headers = site.headers
-        self.id = choose_id(self.requestHeaders.getRawHeaders(REQUEST_ID, ()), site.new_id)
+        shown = self.requestHeaders.getRawHeaders(REQUEST_ID, ())
+        self.id = choose_id(shown, site.new_id) if told is None else told.request_id
         self.responseHeaders.setRawHeaders(REQUEST_ID, [self.id.encode("ascii")])
         self.uri, self.path = self.target.origin.encode("latin-1"), self.target.path.encode("latin-1")
         if self.target.authority:  # RFC 9112, 3.2.2

@@ -149,7 +149,8 @@ class Registry(Answering):
         """
         Answer from the cache, or through it.
         """
-        request.upstream.start()
+        told = request.told
+        request.upstream.start(None if told is None else told.started)
         hit = False
         try:
             if route.kind in (Kind.TAGS, Kind.REFERRERS):
@@ -157,11 +158,11 @@ class Registry(Answering):
                 return
             asked = self._asked(request, route)
             if route.kind is Kind.MANIFEST:
-                answer = await self._pull_through.manifest(asked)
+                answer = await self._pull_through.manifest(asked, None if told is None else told.outcome)
             else:
                 answer = await self._pull_through.blob(asked, _wanted(request, f'"{route.digest}"'))
             hit = answer.status is CacheStatus.HIT
-            request.hit = Hit(asked, answer, world) if hit else None
+            request.hit = Hit(asked, answer, world) if hit or answer.reason is Reason.TAG_CONFIRMED else None
         finally:
             request.upstream.stop(counted=not hit)
         await self._send_answer(request, route, answer)
