@@ -5,7 +5,7 @@ What is asked of the cache, and what a client gets.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from ecrproxy.cache.content import Content
@@ -86,6 +86,14 @@ class Answer:
     size: int | None
     body: Content | Download | Passing | bytes | None = None
     verification: Verification | None = None
+
+
+def joined(answer: Answer) -> Answer:
+    """
+    Return what a client gets that has waited for another's answer.
+    """
+    fetched = answer.status is CacheStatus.MISS and answer.body is not None
+    return replace(answer, status=CacheStatus.JOINED, reason=Reason.IN_FLIGHT) if fetched else answer
 
 
 def manifest_answer(

@@ -174,7 +174,9 @@ class StrictChannel(HTTPChannel):
         """
         if self._fresh:
             self.callLater(FRESH_SECONDS, self._end_unused)
-        elif not (self.requests or self._question):
+        elif self._question is not None:
+            pass  # it takes the long way, which says that this answer is the last
+        elif not self.requests:
             if not self._buffer:  # else a request has begun to come
                 self.loseConnection()
         else:

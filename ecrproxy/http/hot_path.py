@@ -31,7 +31,7 @@ from twisted.python.failure import Failure
 from twisted.web.http import datetimeToString
 
 from ecrproxy.access.clients import Admission, Caller
-from ecrproxy.answers import Answer, Asked, CacheStatus
+from ecrproxy.answers import Answer, Asked, CacheStatus, joined
 from ecrproxy.cache.memory import Memory
 from ecrproxy.http.request import Hit, RegistryRequest, Told, fields
 from ecrproxy.oci import Kind
@@ -118,10 +118,12 @@ class Question:
     """
     A tag that ECR is asked for, and who waits for that.
 
+    @ivar first: who began it.
     @ivar waiting: by channel.
     """
 
     noted: _Noted
+    first: Waiting
     waiting: dict[Any, Waiting] = field(default_factory=dict)
 
 
@@ -220,7 +222,7 @@ class HotPath:
         """
         question, begins = self._questions.get(name), False
         if question is None or question.noted is not noted:
-            question, begins = Question(noted), True
+            question, begins = Question(noted, waiting), True
             self._questions[name] = question
         question.waiting[channel] = waiting
         channel.wait_for(question)
@@ -242,12 +244,15 @@ class HotPath:
         noted, waiting = question.noted, question.waiting
         same = outcome == noted.hit.answer
         while waiting:
-            channel, each = waiting.popitem()
+            channel = next(iter(waiting))
+            each = waiting.pop(channel)
             if same and channel.may_answer_at_once:
                 self._send(channel, noted, each)
                 channel.go_on()
             else:
-                found = outcome if isinstance(outcome, Answer) else outcome.value
+                found = outcome.value if isinstance(outcome, Failure) else outcome
+                if isinstance(found, Answer) and each is not question.first:
+                    found = joined(found)
                 channel.take_long_way(each.head, Told(found, each.request_id, each.started))
 
     @staticmethod
