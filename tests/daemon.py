@@ -85,7 +85,7 @@ from ecrproxy.registry.retries import Budget
 from ecrproxy.registry.upstream import Upstream
 from ecrproxy.registry.wire import Wire
 from ecrproxy.settings.registries import Protocol as TableProtocol
-from ecrproxy.settings.registries import RegistryTable, default_of
+from ecrproxy.settings.registries import RegistryTable, table_of_settings
 from ecrproxy.settings.values import parse_pattern
 from ecrproxy.threads import Disk, InThread
 from ecrproxy.transfer.inflow import Lanes
@@ -656,7 +656,7 @@ class Daemon(Administered):
         self.upstream = Upstream(endpoint, wire)
         self._backs = list[Network]()
         if replica is not None:
-            copy = default_of(replica.registry, "us-east-1", (), instance_auth=False)
+            copy = table_of_settings(replica.registry, "us-east-1", instance_auth=False)
             known = Known(copy, RegistryId.of_url(replica.registry), name)
             second = Other(known, replica, clock, self.figures.upstream)
             self._backs.append(second.back)
@@ -664,7 +664,7 @@ class Daemon(Administered):
             self.upstream = Replicated(endpoint, wire, [second.upstream])
         self.lanes = lanes or Lanes()
         self.registry = RegistryId.of_url(standin.registry)
-        table, others = default_of(standin.registry, "eu-west-1", (), instance_auth=False), others or {}
+        table, others = table_of_settings(standin.registry, "eu-west-1", instance_auth=False), others or {}
         self.table, self.aliases, self.unknown_status = table, aliases, unknown_status
         self.others = dict[str, Other]()
         self.asking = Asking(

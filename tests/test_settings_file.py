@@ -126,6 +126,13 @@ class RegistriesTests(SynchronousTestCase):
             self.assertEqual(endpoint == self.TWO, config.instance_auth)
         self.assertEqual([ECR.removeprefix("https://")], [each.name for each in Config.load({}, MINIMUM).registries])
 
+    def test_the_region_of_a_table_counts_where_a_setting_names_its_registry(self) -> None:
+        """
+        An endpoint that does not tell it needs no AWS_REGION then.
+        """
+        text = '[registry."ecr.test"]\nregion = "eu-west-1"'
+        self.assertEqual("eu-west-1", self.load(text, PROXY_ECR_ENDPOINT="ecr.test").region)
+
     def test_a_setting_names_several_and_the_first_is_the_default(self) -> None:
         """
         Each is what a table without keys would be, or the table that it has.
@@ -241,6 +248,91 @@ class CommandTests(SynchronousTestCase):
                 one, other = (value_of(config, each.name) for config in (Config.load({}, environ), again))
                 self.assertEqual(one, other, f"{each.name} with {name}")
             self.assertLessEqual({name}, set(tomllib.loads(shown)))
+
+    def shown(self, text: str, **environ: str) -> str:
+        self.file.write_text(text)
+        self.caller.variables = {"PROXY_CONFIG": str(self.file), "HOME": "/home/me", **environ}
+        return self.caller.call("config")
+
+    def test_shows_each_registry_and_where_its_values_come_from(self) -> None:
+        one, two = RegistriesTests.ONE, RegistriesTests.TWO
+        shown = self.shown(
+            f'namespace-pattern = "a/.*"\n[registry."{two.upper()}"]\nhosts = ["us.test", "b.test"]\n'
+            '[registry."public.ecr.aws"]\n[registry."INDEX.docker.io"]\nnamespaces = "\\\\w+/.*"\n'
+            'username = "ann"\npassword-file = "/x"',
+            PROXY_ECR_ENDPOINT=f"{one} http://[::1]:5000",
+            AWS_REGION="eu-west-1",
+            AWS_INSTANCE_AUTH="true",
+        )
+        where, pattern = f'{self.file}: registry."{two.upper()}"', f"{self.file}: namespace-pattern"
+        hub = f'{self.file}: registry."INDEX.docker.io"'
+        self.assertEqual(
+            f"""
+[registry."{one}"]
+default = true  # PROXY_ECR_ENDPOINT
+endpoint = "https://{one}"  # PROXY_ECR_ENDPOINT
+region = "eu-west-1"  # default
+instance-auth = true  # AWS_INSTANCE_AUTH
+namespaces = "a/.*"  # {pattern}
+
+[registry."[::1]:5000"]
+endpoint = "http://[::1]:5000"  # PROXY_ECR_ENDPOINT
+region = "eu-west-1"  # AWS_REGION
+instance-auth = true  # AWS_INSTANCE_AUTH
+namespaces = "a/.*"  # {pattern}
+
+[registry."{two}"]
+endpoint = "https://{two}"  # default
+region = "us-east-1"  # default
+hosts = ["b.test", "us.test"]  # {where}.hosts
+namespaces = "a/.*"  # {pattern}
+
+[registry."public.ecr.aws"]
+endpoint = "https://public.ecr.aws"  # default
+credentials = "anonymous"  # default
+namespaces = "a/.*"  # {pattern}
+
+[registry."docker.io"]
+endpoint = "https://registry-1.docker.io"  # default
+namespaces = "\\\\w+/.*"  # {hub}.namespaces
+username = "ann"  # {hub}.username
+password-file = "/x"  # {hub}.password-file
+""",
+            "\n" + shown.partition("\n\n")[2],
+        )
+
+    def test_what_it_shows_of_registries_is_a_file_that_says_the_same(self) -> None:
+        one, two = RegistriesTests.ONE, RegistriesTests.TWO
+        recipe = (Path(__file__).parent.parent / "deploy/registries/ecr-proxy.toml").read_text("utf-8")
+        several = f"{one} http://[::1]:5000 http://a.test:1"
+        vpce = "https://vpce-0a1b2c3d4e5f-abcdefgh.dkr.ecr.us-east-1.vpce.amazonaws.com"
+        for text, environ in (
+            (recipe, {}),
+            ("", {"PROXY_ECR_ENDPOINT": several, "AWS_REGION": "eu-west-1", "AWS_INSTANCE_AUTH": "1"}),
+            (f'[registry."{two}"]\ndefault = true\nprofile = "\U0001f40b \\u007f\\" = #"', {"AWS_REGION": "eu-west-3"}),
+            (f'[registry."{two}"]\nendpoint = "{vpce}"\nregion = "us-east-1"', {"PROXY_ECR_ENDPOINT": vpce}),
+            (
+                (
+                    f'[registry."{one}"]\nreplicas = ["{two}"]\nrole = "arn:aws:iam::444455556666:role/pull"\n'
+                    'external-id = "x"'
+                ),
+                {"PROXY_ECR_ENDPOINT": one},
+            ),
+            (
+                (
+                    '[registry."public.ecr.aws"]\ncredentials = "aws"\npath-prefix = "public"\n[registry."quay.io"]\n'
+                    'realms = ["b.test:80", "a.test"]'
+                ),
+                {"PROXY_ECR_ENDPOINT": one},
+            ),
+        ):
+            shown = self.shown(text, **environ)
+            self.assertEqual((0, ""), (self.caller.status, self.caller.complaint.partition("ecr-proxy: warning")[0]))
+            once = Config.load({}, {"HOME": "/home/me", **environ}, parse_file("x.toml", text.encode()))
+            again = Config.load({}, {}, parse_file("x.toml", shown.encode()))
+            self.assertEqual(once.registries, again.registries, shown)
+            own = [each.namespaces or once.namespace_pattern for each in once.registries]
+            self.assertEqual(own, [each.namespaces for each in again.registries])
 
     def test_a_check_writes_only_what_is_wrong(self) -> None:
         """

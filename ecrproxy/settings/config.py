@@ -20,7 +20,7 @@ from ecrproxy.cache.cache_key import CacheKey
 from ecrproxy.endpoint_string import EndpointString
 from ecrproxy.identity import RegistryId
 from ecrproxy.registry.quotas import Quotas
-from ecrproxy.settings.registries import RegistryTable, clashes, default_of
+from ecrproxy.settings.registries import RegistryTable, clashes, table_at, table_of_settings
 from ecrproxy.settings.values import (
     Network,
     SecretError,
@@ -589,7 +589,8 @@ def _registries(values: Mapping[str, Any], texts: Given, tables: Sequence[Regist
     if default is None:
         _check_region(endpoints[0], values["region"], texts)
     named = [
-        default_of(each, _region(each, values["region"]), tables, instance_auth=values["instance_auth"])
+        table_at(each, tables)
+        or table_of_settings(each, _region(each, values["region"]), instance_auth=values["instance_auth"])
         for each in endpoints
     ]
     first, said = named[0], f"{texts['ecr-endpoint'][1]}={' '.join(endpoints)[:200]!r}"

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 import regex
 
+from ecrproxy.addresses import is_address
 from ecrproxy.identity import HUB, RegistryId, is_repository_name
 from ecrproxy.settings.values import (
     is_of_aws,
@@ -122,13 +123,20 @@ def parse_registries(file: str, tables: object) -> tuple[tuple[RegistryTable, ..
     return tuple(found), [*errors, *(f"{file}: {each}" for each in clashes(found))]
 
 
-def default_of(endpoint: str, region: str, tables: Sequence[RegistryTable], *, instance_auth: bool) -> RegistryTable:
+def table_at(endpoint: str, tables: Sequence[RegistryTable]) -> RegistryTable | None:
     """
-    Make the default registry of the settings that name one: it is one of C{tables}, or another.
+    Return the table of the registry at C{endpoint}, as the default; None if there is none.
     """
     for each in tables:
         if each.endpoint == endpoint and each.repository_prefix is None:
             return replace(each, default=True)
+    return None
+
+
+def table_of_settings(endpoint: str, region: str, *, instance_auth: bool) -> RegistryTable:
+    """
+    Make the table of a registry of ECR that the settings name, and no table.
+    """
     return RegistryTable(
         name=urlsplit(endpoint).netloc,
         protocol=Protocol.ECR,
@@ -156,6 +164,32 @@ def replicas_of(table: RegistryTable) -> list[RegistryTable]:
     ]
 
 
+def keys_of(table: RegistryTable) -> dict[str, bool | str | list[str]]:
+    """
+    Return the keys of the table that L{parse_registries} reads as C{table}; keys that say nothing are left out.
+    """
+    aws = table.protocol is Protocol.ECR_PUBLIC and ("anonymous" if table.anonymous else "aws")
+    keys = {
+        "default": table.default,
+        "endpoint": table.endpoint,
+        "region": table.protocol is Protocol.ECR and table.region,
+        "role": table.role,
+        "external-id": table.external_id,
+        "profile": table.profile,
+        "instance-auth": table.instance_auth,
+        "path-prefix": table.path_prefix,
+        "hosts": sorted(table.hosts),
+        "namespaces": table.namespaces and table.namespaces.pattern,
+        "replicas": list(table.replicas),
+        "credentials": aws,
+        "username": table.username,
+        "password-file": table.password_file,
+        "realms": sorted(table.realms),
+        "ecr-repository-prefix": table.repository_prefix,
+    }
+    return {key: value for key, value in keys.items() if value}
+
+
 def _values(table: Mapping[str, object]) -> tuple[dict[str, Any], list[str]]:
     values, problems = dict[str, Any](), []
     for key, value in table.items():
@@ -180,7 +214,9 @@ def _made(name: str, values: Mapping[str, Any]) -> RegistryTable:
     """
     wildcard, own = _WILDCARD.fullmatch(name), f"https://{name}"
     if wildcard is None:
-        parse_hosts(name.partition(":")[0])
+        host = urlsplit(own).hostname or ""
+        if not is_address(host):
+            parse_hosts(host)
         if RegistryId.of_host(name) == HUB:
             name, own = _HUB
     try:
