@@ -60,7 +60,8 @@ class RegistryId:
             host, port = (parts.hostname or "").removesuffix("."), parts.port or port
         except ValueError:
             host = ""
-        if not host or not host.isascii() or parts.netloc != name or "@" in name:
+        whole = host and not host.endswith(".") and host.isascii() and parts.netloc == name
+        if not whole or "@" in name or name.endswith(":"):
             raise ValueError(f"{name[:80]!r} is not the name of a registry's host")
         if host in _HUBS and port == _HTTPS:
             return HUB

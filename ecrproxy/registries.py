@@ -204,7 +204,8 @@ class Registries:
         Tell which registry the first component of a name means, and the rest; without one, it is the default's.
         """
         first, _, rest = name.partition("/")
-        known = self._by_prefix.get(first) or self._called(first)
+        # A component without a dot or a colon is a part of a name, as in image references.
+        known = self._by_prefix.get(first) or (self._called(first) if "." in first or ":" in first else None)
         return (known, rest) if known is not None and rest else (self.default, name)
 
     def _of(self, known: Known, name: str, route: Route) -> Chosen:
@@ -219,8 +220,6 @@ class Registries:
         """
         Find a registry by its own name, or one of its others.
         """
-        if "." not in name and ":" not in name:
-            return None
         try:
             identity = RegistryId.of_host(name)
         except ValueError:

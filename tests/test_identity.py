@@ -137,6 +137,10 @@ class RegistryIdTests(SynchronousTestCase):
         for name in (
             "",
             ".",
+            "..",
+            "a..",
+            "a:",
+            "[::1]:",
             ":5000",
             "a:b",
             "a:99999",

@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import tomllib
 import tracemalloc
+from random import Random
 from typing import Any
 from urllib.parse import quote
 
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
@@ -18,6 +19,7 @@ from ecrproxy.http.web import Registry
 from ecrproxy.identity import RegistryId, Repository
 from ecrproxy.oci import RegistryError, parse_route
 from ecrproxy.registries import Chosen, Registries
+from ecrproxy.settings.config import Config, ConfigError, Filed
 from ecrproxy.settings.registries import Protocol, RegistryTable, parse_registries
 from ecrproxy.world import World, Worlds
 from tests.test_identity import spelled
@@ -77,6 +79,9 @@ class TableTests(SynchronousTestCase):
             "default = 'yes'": ".default: give true or false",
             "region = 'eu-west-2'": ".region: the registry is in eu-west-1, and a token is good in one region",
             "external-id = 'x'": ".external-id: goes with a role",
+            "external-id = ''": ".external-id: empty; give a text, or leave it out",
+            "profile = ' '": ".profile: empty; give a text, or leave it out",
+            "role = ''": ".role: empty; give a text, or leave it out",
             "namespaces = '(a'": ".namespaces: not a regular expression",
             "path-prefix = 'a/b'": ".path-prefix: give one component, without /",
             "path-prefix = 'A'": ".path-prefix: outside the grammar",
@@ -116,6 +121,14 @@ class TableTests(SynchronousTestCase):
             (ONE[1:], "", ".endpoint: an account has 12 digits"),
             ("api.ecr.eu-west-1.amazonaws.com", "", ".endpoint: a host of AWS that is no registry"),
             ("a.test:0", "", ".endpoint: not the URL of a registry"),
+            ("quay.io", "username = ''", ".username: empty; give a text, or leave it out"),
+            ("a.test:", "", ": 'a.test:' is not the name of a registry's host"),
+            ("quay.io", "realms = ['a.test:']", ".realms: 'a.test:' is not the name of a registry's host"),
+            (
+                "*.dkr.ecr.cn-north-1.amazonaws.com",
+                "",
+                ": registries in cn-north-1 have other names; give *.dkr.ecr.cn-north-1.amazonaws.com.cn",
+            ),
             ("a.test:x", "", ": 'a.test:x' is not the name of a registry's host"),
         ):
             _, (line,) = parsed(f'[registry."{name}"]\n{table}')
@@ -143,6 +156,13 @@ class TableTests(SynchronousTestCase):
             _, (line,) = parsed(f'[registry."{ONE}"]\n{second}')
             self.assertTrue(line.startswith(f"x.toml: registry: {said}"), line)
         wildcard = "*.dkr.ecr.eu-west-1.amazonaws.com"
+        account = ONE.replace("1111", "9999").replace("ecr.", "ecr-fips.")
+        for key, value in (("path-prefix", f"'{account}'"), ("hosts", f"['{account}']")):
+            _, (line,) = parsed(f'[registry."{wildcard}"]\n[registry."{TWO}"]\n{key} = {value}')
+            said = f'registry."{TWO}".{key}: {account} is an account of {wildcard}; leave one out'
+            self.assertEqual(f"x.toml: {said}", line)
+        own = f'[registry."{wildcard}"]\n[registry."{ONE}"]\npath-prefix = "{ONE}"\nhosts = ["{ONE}"]'
+        self.assertEqual([], parsed(own)[1])
         for name, other in (("quay.io", "Quay.io"), ("docker.io", "index.docker.io"), (wildcard, wildcard.upper())):
             _, (line,) = parsed(f'[registry."{name}"]\n[registry."{other}"]\nnamespaces = "a"')
             self.assertEqual(f"x.toml: registry: {name} has two tables; leave one out", line)
@@ -359,6 +379,91 @@ class NeverConfusedTests(SynchronousTestCase):
         by_name, by_endpoint = (registries.choose(route, each, "") for each in (TWO, vpce))
         self.assertEqual(by_name, by_endpoint)
         self.assertEqual(TWO, by_name.registry.table.name)
+
+
+class OneMeaningTests(SynchronousTestCase):
+    """
+    Settings that are accepted give each name one meaning.
+    """
+
+    WORDS = (
+        *(ONE, TWO, CENTRAL, CENTRAL.replace("1111", "9999"), CENTRAL.replace("dkr.ecr", "dkr.ecr-fips")),
+        *("docker.io", "registry-1.docker.io", "quay.io", "a.test", "a.test:5000", "a.test:80", "us", "localhost"),
+    )
+    WILD = ("*.dkr.ecr.eu-central-1.amazonaws.com", "*.dkr.ecr.us-east-1.amazonaws.com")
+    words = st.sampled_from(WORDS)
+    hosts = st.sampled_from([each for each in WORDS if ":" not in each])
+    endpoints = words | st.sampled_from(["http://a.test", f"https://{ONE}", "http://a.test:443"])
+    keys = st.fixed_dictionaries(
+        {},
+        optional={
+            "endpoint": endpoints,
+            "region": st.just("us-east-1"),
+            "hosts": st.lists(hosts, min_size=1, max_size=2),
+            "path-prefix": hosts,
+            "ecr-repository-prefix": st.just("hub"),
+        },
+    )
+    tables = st.dictionaries(words | st.sampled_from(WILD), keys, max_size=3)
+
+    @staticmethod
+    def loaded(tables: dict[str, Any], aliases: list[str]) -> Config | None:
+        found, errors = parse_registries("x.toml", tables)
+        environ = {"PROXY_ECR_ENDPOINT": ONE, "PROXY_REGISTRY_ALIASES": " ".join(aliases)}
+        if errors:
+            return None
+        try:
+            return Config.load({}, environ, Filed({}, found, tables))
+        except ConfigError:
+            return None
+
+    @staticmethod
+    def meant(registries: Registries, word: str) -> set[str]:
+        """
+        Return the tables that a name means by ns, as the host, and as a first component.
+        """
+        found = set()
+        for way in ("ns", "host", "path"):
+            try:
+                if way == "path":
+                    known, rest = registries.split(f"{word}/app")
+                    found |= {known.label} if rest == "app" else set()
+                elif way == "ns" or ":" not in word:
+                    named = registries.named_by(*((word, "") if way == "ns" else (None, word)))
+                    found |= {named.label} if named else set()
+            except RegistryError:
+                pass
+        return found
+
+    @given(tables, st.lists(words, max_size=2), st.randoms(use_true_random=False))
+    def test_whichever_way_it_is_said(self, tables: dict[str, Any], aliases: list[str], order: Random) -> None:
+        """
+        And in whatever order the tables stand.
+        """
+        config = self.loaded(tables, aliases)
+        assume(config is not None)
+        assert config is not None
+        registries = Registries(config.registries, config.registry_aliases or ())
+        others = list(config.registries[1:])
+        order.shuffle(others)
+        shuffled = Registries([config.registries[0], *others], config.registry_aliases or ())
+        for word in self.WORDS:
+            meant = self.meant(registries, word)
+            self.assertLessEqual(len(meant), 1, (word, meant, tables, aliases))
+            self.assertEqual(meant, self.meant(shuffled, word), (word, tables, aliases))
+
+    @given(tables, st.lists(words, max_size=2))
+    def test_each_claim_leads_to_its_table(self, tables: dict[str, Any], aliases: list[str]) -> None:
+        config = self.loaded(tables, aliases)
+        assume(config is not None)
+        assert config is not None
+        registries = Registries(config.registries, config.registry_aliases or ())
+        for table in config.registries:
+            claims = {table.name.replace("*", "888888888888"), *table.hosts, table.path_prefix or table.name}
+            for word in claims if not table.is_wildcard else [table.name.replace("*", "888888888888")]:
+                self.assertEqual({table.name}, self.meant(registries, word), (word, tables, aliases))
+        for word in aliases:
+            self.assertEqual({registries.default.label}, self.meant(registries, word), (word, tables, aliases))
 
 
 class RememberedTests(SynchronousTestCase):

@@ -194,6 +194,23 @@ class RegistriesTests(SynchronousTestCase):
                 {"PROXY_ECR_ENDPOINT": both, "PROXY_REGISTRY_ALIASES": f"a.test {dual}"},
                 f"PROXY_REGISTRY_ALIASES has {self.TWO}, which is not the default but a registry of its own; leave one",
             ),
+            *(
+                (
+                    f'registry-aliases = "{alias}"\n{table}',
+                    {"PROXY_ECR_ENDPOINT": self.ONE},
+                    f"x.toml: registry-aliases has {alias}, which is not the default but {means}; leave one out",
+                )
+                for alias, table, means in (
+                    ("a.test", '[registry."quay.io"]\nhosts = ["a.test"]', "the host of quay.io"),
+                    ("a.test", '[registry."quay.io"]\npath-prefix = "a.test"', "the path-prefix of quay.io"),
+                    ("a.test", '[registry."b.test"]\nendpoint = "a.test"', "the endpoint of b.test"),
+                    (
+                        self.TWO,
+                        '[registry."*.dkr.ecr.us-east-1.amazonaws.com"]',
+                        "an account of *.dkr.ecr.us-east-1.amazonaws.com",
+                    ),
+                )
+            ),
             (
                 "",
                 {"PROXY_ECR_ENDPOINT": f"{self.ONE} b.test"},

@@ -9,7 +9,7 @@ found by C{tap}.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final
 
@@ -20,7 +20,7 @@ from ecrproxy.cache.cache_key import CacheKey
 from ecrproxy.endpoint_string import EndpointString
 from ecrproxy.identity import RegistryId
 from ecrproxy.registry.quotas import Quotas
-from ecrproxy.settings.registries import RegistryTable, clashes, table_at, table_of_settings
+from ecrproxy.settings.registries import RegistryTable, clashes, meaning_of, table_at, table_of_settings
 from ecrproxy.settings.values import (
     Network,
     SecretError,
@@ -478,7 +478,9 @@ class Config:
         values = _values(texts, SETTINGS)
         _check_tls(values)
         default, *others = _registries(values, texts, file.registries)
-        _check_aliases(values["registry_aliases"] or (), texts, others)
+        for alias in sorted(values["registry_aliases"] or (), key=str):
+            if (means := meaning_of(alias, default, others)) is not None:
+                raise ConfigError(f"{texts['registry-aliases'][1]} has {means}; leave one out")
         values |= {"ecr_endpoint": default.endpoint, "region": default.region, "instance_auth": default.instance_auth}
         return cls(**values, registries=(default, *others))
 
@@ -601,15 +603,6 @@ def _registries(values: Mapping[str, Any], texts: Given, tables: Sequence[Regist
     for problem in clashes(registries):
         raise ConfigError(f"{said}: {problem}")
     return registries
-
-
-def _check_aliases(aliases: Collection[RegistryId], texts: Given, others: Sequence[RegistryTable]) -> None:
-    for each in others:
-        if not each.is_wildcard and RegistryId.of_host(each.name) in aliases:
-            source = texts["registry-aliases"][1]
-            raise ConfigError(
-                f"{source} has {each.name}, which is not the default but a registry of its own; leave one out"
-            )
 
 
 def _check_region(endpoint: str, given: str | None, texts: Given) -> None:

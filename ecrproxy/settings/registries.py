@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any, Final
@@ -37,6 +37,8 @@ PUBLIC_REGION: Final = "us-east-1"
 _HUB: Final = "docker.io", "https://registry-1.docker.io"
 """Docker Hub's name, and where it is."""
 ROLE: Final = re.compile(r"arn:aws[a-z-]*:iam::[0-9]{12}:role/[\w+=,.@/-]{1,512}", re.ASCII)
+_ANY: Final = "0" * 12
+"""An account, for which no other one stands."""
 _WILDCARD: Final = re.compile(r"\*\.dkr\.ecr\.([a-z]+(?:-[a-z]+)+-[0-9]+)\.amazonaws\.com(?:\.cn)?")
 
 
@@ -212,17 +214,8 @@ def _made(name: str, values: Mapping[str, Any]) -> RegistryTable:
 
     @raise ValueError: if that contradicts itself.
     """
-    wildcard, own = _WILDCARD.fullmatch(name), f"https://{name}"
-    if wildcard is None:
-        host = urlsplit(own).hostname or ""
-        if not is_address(host):
-            parse_hosts(host)
-        if RegistryId.of_host(name) == HUB:
-            name, own = _HUB
-    try:
-        endpoint = None if wildcard else values.get("endpoint") or parse_url(own)
-    except ValueError as problem:
-        raise ValueError(f".endpoint: {problem}") from None
+    name, endpoint = _placed(name, values.get("endpoint"))
+    wildcard = _WILDCARD.fullmatch(name)
     own_region = wildcard[1] if wildcard else region_of(endpoint or "")
     if name == PUBLIC and own_region is None and "ecr-repository-prefix" not in values:
         protocol = Protocol.ECR_PUBLIC
@@ -255,6 +248,31 @@ def _made(name: str, values: Mapping[str, Any]) -> RegistryTable:
     for said in _contradictions(table, values, own_region):
         raise ValueError(said)
     return table
+
+
+def _placed(name: str, endpoint: str | None) -> tuple[str, str | None]:
+    """
+    Return what a registry is called, and where it is: none of a wildcard.
+
+    @param endpoint: that the table gives.
+    @raise ValueError: if the name is none.
+    """
+    wildcard = _WILDCARD.fullmatch(name)
+    if wildcard:
+        usual = RegistryId.of_host(name.replace("*", _ANY)).host.replace(_ANY, "*")
+        if usual != name:
+            raise ValueError(f"registries in {wildcard[1]} have other names; give {usual}")
+        return name, None
+    own = f"https://{name}"
+    host = urlsplit(own).hostname or ""
+    if not is_address(host):
+        parse_hosts(host)
+    if RegistryId.of_host(name) == HUB:
+        name, own = _HUB
+    try:
+        return name, endpoint or parse_url(own)
+    except ValueError as problem:
+        raise ValueError(f".endpoint: {problem}") from None
 
 
 def _contradictions(table: RegistryTable, values: Mapping[str, Any], own_region: str | None) -> Iterator[str]:
@@ -333,6 +351,7 @@ def clashes(tables: Sequence[RegistryTable]) -> Iterator[str]:
                 continue
             what = "are one registry" if kind == first == "name" else f"both have the {kind} {spelled}"
             yield f"registry: {other} and {table.name} {what}; leave one out"
+    yield from _in_wildcards(tables, {word for word, (kind, _) in claims.items() if kind in _NAMES})
     owners: dict[RegistryId, RegistryTable] = {}
     for table in sorted(tables, key=lambda each: each.repository_prefix is not None):
         if table.endpoint is None:
@@ -341,6 +360,46 @@ def clashes(tables: Sequence[RegistryTable]) -> Iterator[str]:
         if any(table.credentials) and table.credentials != owner.credentials:
             said = f"registry: {table.name} is reached through {owner.name}, which has other credentials"
             yield f"{said}; give them there, and leave them out here"
+
+
+def meaning_of(alias: RegistryId, default: RegistryTable, others: Sequence[RegistryTable]) -> str | None:
+    """
+    Say what a name means that is to be another one of the default; None if it may be that.
+    """
+    if str(alias) in (word for _, word, _ in _claims(default)):
+        return None
+    for table in others:
+        for kind, word, _ in _claims(table):
+            if word == str(alias):
+                known = "a registry of its own" if kind == "name" else f"the {kind} of {table.name}"
+                return f"{alias.host}, which is not the default but {known}"
+    for table in others:
+        if _covers(table, alias):
+            return f"{alias.host}, which is not the default but an account of {table.name}"
+    return None
+
+
+def _in_wildcards(tables: Sequence[RegistryTable], named: Container[str]) -> Iterator[str]:
+    """
+    Find prefixes and hosts that name an account of a wildcard without a table of its own; a line for each.
+    """
+    wildcards = [each for each in tables if each.is_wildcard]
+    for table in tables:
+        for kind, word, spelled in _claims(table):
+            for each in wildcards:
+                if kind not in _NAMES and word not in named and _covers(each, RegistryId(word)):
+                    key = "hosts" if kind == "host" else kind
+                    yield f'registry."{table.name}".{key}: {spelled} is an account of {each.name}; leave one out'
+
+
+def _covers(table: RegistryTable, identity: RegistryId) -> bool:
+    """
+    Return True if a table is a wildcard that stands for a registry.
+    """
+    return table.is_wildcard and (identity.account_and_region or ("", ""))[1] == table.region
+
+
+_NAMES: Final = ("name", "endpoint")
 
 
 def _claims(table: RegistryTable) -> Iterator[tuple[str, str, str]]:
@@ -353,13 +412,14 @@ def _claims(table: RegistryTable) -> Iterator[tuple[str, str, str]]:
     for host in sorted(table.hosts):
         yield "host", str(RegistryId.of_host(host)), host
     if table.path_prefix:
-        word = table.path_prefix
-        yield "path-prefix", str(RegistryId.of_host(word)) if "." in word else word, word
+        yield "path-prefix", str(RegistryId.of_host(table.path_prefix)), table.path_prefix
 
 
 def _text(value: object) -> str:
     if not isinstance(value, str):
         raise ValueError("give a text")  # noqa: TRY004 (it is told to the operator)
+    if not value.strip():
+        raise ValueError("empty; give a text, or leave it out")
     return value
 
 
