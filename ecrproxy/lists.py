@@ -64,7 +64,7 @@ class Lists:
         try:
             page = await within(STALE_SECONDS, self._ask_for_page(key), self._call_later)
         except (DeadlineExceededError, UnavailableError) as problem:
-            return CacheStatus.STALE, why_stale(route, problem), last
+            return CacheStatus.STALE, why_stale(route, self._upstream(route).name, problem), last
         return CacheStatus.BYPASS, Reason.LIST, page
 
     async def _ask_for_page(self, key: _Key) -> Page:

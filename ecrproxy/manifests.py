@@ -112,7 +112,13 @@ class Manifests:
             with contextlib.suppress(RegistryError):
                 key = route, accept, id(each)
                 said = await self._replicas.join(key, partial(self._fetch_from, each, route, accept))
-                return manifest_answer(CacheStatus.STALE, why_stale(route, problem), asked, said[0], said[1].body)
+                return manifest_answer(
+                    CacheStatus.STALE,
+                    why_stale(route, self._upstream(route).name, problem),
+                    asked,
+                    said[0],
+                    said[1].body,
+                )
         return None
 
     async def _by_digest(self, asked: Asked) -> Answer:
@@ -126,12 +132,14 @@ class Manifests:
             return await self._fetch_by_digest(asked, found)
         head = await self._of_digest(asked, self._heads, self._head, lambda found: found.digest if found else None)
         if head is None:
-            raise UnavailableError(502, "UNAVAILABLE", "ECR does not say which manifest it has")
+            raise UnavailableError(
+                502, "UNAVAILABLE", f"{self._upstream(asked.route).name} does not say which manifest it has"
+            )
         document = await self._cache.document(asked.digest) if here else None
         if document is None:
             answer = manifest_answer(CacheStatus.MISS, found, asked, head)
             return answer if asked.head else await self._fetch_by_digest(asked, found)
-        descriptor = Descriptor(_checked_type(head.media_type, document), asked.digest, len(document.body))
+        descriptor = Descriptor(self._checked_type(asked, head.media_type, document), asked.digest, len(document.body))
         on_its_own(self._cache.confirm(asked, descriptor, document))
         return manifest_answer(CacheStatus.REVALIDATED, Reason.REPOSITORY_CONFIRMED, asked, descriptor, document.body)
 
@@ -187,7 +195,7 @@ class Manifests:
             last, document = found
             if isinstance(problem, RefusedAnswerError) and problem.named not in ("", str(last.descriptor.digest)):
                 raise  # ECR is not silent: the tag leads elsewhere now
-            reason = why_stale(asked.route, problem)
+            reason = why_stale(asked.route, self._upstream(asked.route).name, problem)
         return manifest_answer(CacheStatus.STALE, reason, asked, last.descriptor, document.body)
 
     def _trusted(self, asked: Asked, entry: Entry) -> Confirmed | None:
@@ -232,7 +240,7 @@ class Manifests:
             question, head = await self._of_tag(asked, self._heads, lambda: self._head(route, accept))
             document = await self._cache.document(head.digest) if head is not None else None
             if head is not None and document is not None:
-                head = Descriptor(_checked_type(head.media_type, document), head.digest, len(document.body))
+                head = Descriptor(self._checked_type(asked, head.media_type, document), head.digest, len(document.body))
             if head is not None and (document is not None or asked.head):
                 on_its_own(self._cache.record(asked, question, head, document))
                 if document is None:
@@ -298,13 +306,14 @@ class Manifests:
         """
         Ask ECR what C{route} leads to; none if it has it, but doesn't say its digest.
         """
-        head = await self._upstream(route).head_manifest(route, _accept_header(accept))
+        upstream = self._upstream(route)
+        head = await upstream.head_manifest(route, _accept_header(accept))
         asked, told = route.digest, head.digest
         if asked is not None and told is not None and asked != told and asked.algorithm == told.algorithm:
-            raise UnavailableError(502, "UNAVAILABLE", f"ECR speaks of {told} when asked for {asked}")
+            raise UnavailableError(502, "UNAVAILABLE", f"{upstream.name} speaks of {told} when asked for {asked}")
         digest, media_type = asked or told, head.media_type.partition(";")[0].strip().lower()
         if digest is not None and media_type not in MANIFEST_TYPES:
-            raise _no_manifest(ValueError(f"its media type is {media_type[:80]!r}"), head.named)
+            raise _no_manifest(upstream.name, ValueError(f"its media type is {media_type[:80]!r}"), head.named)
         return Descriptor(media_type, digest, head.size) if digest else None
 
     async def _fetch(self, route: Route, accept: frozenset[str]) -> tuple[Descriptor, Document]:
@@ -319,17 +328,23 @@ class Manifests:
         manifest = await upstream.manifest(route, _accept_header(accept))
         digest = Digest.of(manifest.body, route.digest.algorithm if route.digest else "sha256")
         if route.digest not in (None, digest):
-            said = f"ECR gave something else than {route.digest}"
+            said = f"{upstream.name} gave something else than {route.digest}"
             raise RefusedAnswerError(502, "UNAVAILABLE", said, reason=Reason.WRONG_BYTES)
         held = self._cache.held(digest)  # one copy for all clients that are slow to take it
         try:
             document = held if held is not None else await self._cache.parse(manifest.body, Document.read)
             media_type = document.type_as(manifest.content_type)
         except ValueError as problem:
-            raise _no_manifest(problem, manifest.named) from None
+            raise _no_manifest(upstream.name, problem, manifest.named) from None
         descriptor = Descriptor(media_type, digest, len(document.body))
         self._cache.keep(route, descriptor, document)
         return descriptor, document
+
+    def _checked_type(self, asked: Asked, content_type: str, document: Document) -> str:
+        try:
+            return document.type_as(content_type)
+        except ValueError as problem:
+            raise _no_manifest(self._upstream(asked.route).name, problem) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -375,15 +390,8 @@ def _accept_header(accept: frozenset[str]) -> str:
     return ", ".join(sorted(accept)) or ", ".join([*sorted(MANIFEST_TYPES), "*/*"])
 
 
-def _checked_type(content_type: str, document: Document) -> str:
-    try:
-        return document.type_as(content_type)
-    except ValueError as problem:
-        raise _no_manifest(problem) from None
-
-
-def _no_manifest(problem: ValueError, named: str = "") -> RefusedAnswerError:
-    said = f"what ECR gave is no manifest: {problem}"
+def _no_manifest(registry: str, problem: ValueError, named: str = "") -> RefusedAnswerError:
+    said = f"what {registry} gave is no manifest: {problem}"
     refused = RefusedAnswerError(502, "UNAVAILABLE", said, reason=Reason.NO_MANIFEST)
     refused.named = named
     return refused

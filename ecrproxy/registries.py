@@ -87,13 +87,14 @@ class Registries:
     @param tables: the default first.
     @param aliases: other names of the default.
     @param unknown_status: what a request for any other registry is answered: 404 or 403.
+    @ivar several: whether there is more than one.
     @ivar named: those that have a table of their own, by what is asked: the default first.
     """
 
     def __init__(
         self, tables: Sequence[RegistryTable], aliases: Collection[RegistryId] = (), unknown_status: int = 404
     ) -> None:
-        self._unknown_status = unknown_status
+        self._unknown_status, self.several = unknown_status, len(tables) > 1
         self._by_name: dict[RegistryId, Known] = {}
         self._by_host: dict[str, Known] = {}
         self._by_prefix: dict[str, Known] = {}

@@ -320,10 +320,10 @@ def _wiring(
         tokens: TokenService | None, who: str, known: Known, replicas: Sequence[Upstream]
     ) -> tuple[Upstream, Asking]:
         table, url = known.table, known.table.endpoint or ""
-        agent = UpstreamAgent(reactor, url, forget, trust, egress, outside)
+        agent = UpstreamAgent(reactor, url, forget, trust, egress, outside, name=who)
         metered = MeteredAgent(agent, url, figures.upstream, reactor, known.label)
-        wire = Wire(metered, reactor, budget, leave=agent.leave)
-        governor = Governor(_quotas(config, table), config.ecr_connections, reactor)
+        wire = Wire(metered, reactor, budget, leave=agent.leave, name=who)
+        governor = Governor(_quotas(config, table), config.ecr_connections, reactor, who)
         circuit = Circuit(reactor.seconds, who)
         authorization = _authorization(table, url, wire, tokens, reading)
         endpoint = Endpoint(url, wire, authorization, governor, circuit)

@@ -19,13 +19,21 @@ STALE_SECONDS: Final = 5.0
 """How long ECR may take to confirm a tag or a list whose last answer is cached. containerd gives up after 30 s."""
 
 
-def why_stale(route: Route, problem: DeadlineExceededError | UnavailableError) -> Reason:
+def why_stale(route: Route, registry: str, problem: DeadlineExceededError | UnavailableError) -> Reason:
     """
     Log and return why the last answer is served.
+
+    @param registry: what the log calls it.
     """
     if isinstance(problem, DeadlineExceededError):
-        why, reason = f"ECR has not answered for {STALE_SECONDS:g} s", Reason.UNREACHABLE
+        why, reason = f"{registry} has not answered for {STALE_SECONDS:g} s", Reason.UNREACHABLE
     else:
         why, reason = problem.message, problem.reason
-    log.warn("Serving {path} as last known: {why}", path=route.path, why=why, once=route.path)
+    log.warn(
+        "Serving {path} of {registry} as last known: {why}",
+        path=route.path,
+        registry=registry,
+        why=why,
+        once=(registry, route.path),
+    )
     return reason

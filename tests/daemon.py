@@ -575,8 +575,9 @@ class Other:
             clock,
             chance=lambda: 0.0,
             leave=pool.leave,
+            name=table.name,
         )
-        governor, circuit = Governor(Quotas(), 128, clock), Circuit(clock.seconds, table.name)
+        governor, circuit = Governor(Quotas(), 128, clock, table.name), Circuit(clock.seconds, table.name)
         self.authorization: Authorization = Basic(self.tokens)
         if table.protocol is not TableProtocol.ECR:
             login = None if table.anonymous else self.tokens

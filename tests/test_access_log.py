@@ -84,6 +84,14 @@ class AccessLogTests(SynchronousTestCase):
         line = AccessLine(0, "", "GET", "/", 0, 0, 0, "-", "-", 0, "abc", aborted=True)
         self.assertEqual("- GET / - 0 bytes 0.000 s - - upstream 0.000 s id abc aborted", str(line))
 
+    def test_the_registry_comes_last_where_there_are_several(self) -> None:
+        """
+        Who reads a line by the places of its words finds all others where they were.
+        """
+        line = line_of("/")._replace(registry="quay.io")
+        self.assertEqual(text_of("/"), str(line))
+        self.assertEqual(f"{text_of('/')} registry quay.io", str(line._replace(several=True)))
+
     def test_nothing_passes_for_anything_else(self) -> None:
         """
         Control characters and what is no ASCII are written as escapes.

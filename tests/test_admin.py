@@ -125,7 +125,7 @@ class MetricsTests(DaemonTestCase):
             status = json.loads(self.daemon.ask_admin("/status.json").body)
             self.assertEqual((True, expected), (status["can_serve"], status["can_fetch"]))
             page = self.daemon.ask_admin("/").body.decode()
-            self.assertEqual(expected, "Can't fetch from ECR" not in page)
+            self.assertEqual(expected, "Can't fetch from upstream" not in page)
             for _ in range(FAILURES):
                 self.get(self.blob)
         self.assertEqual(1, self.daemon.figure("ecr_proxy_circuit_open_repositories"))

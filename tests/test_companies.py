@@ -9,8 +9,10 @@ import shutil
 from typing import Any
 
 from twisted.internet.defer import Deferred, fail
+from twisted.logger import LogLevel, capturedLogs, formatEvent
 
 from ecrproxy.admin.units import size
+from ecrproxy.http.access_log import GATHER_SECONDS
 from ecrproxy.registry.circuit import FAILURES
 from ecrproxy.registry.ecr import Token, TokenUnavailableError
 from ecrproxy.settings.registries import Protocol, RegistryTable
@@ -86,6 +88,36 @@ class SeveralRegistriesTests(DaemonTestCase):
         self.assertIsNone(self.get("/v2/team/app/manifests/latest?ns=quay.io").header("OCI-Namespace"))
         self.start(pattern="other/.*")
         self.assertEqual(ONE, self.get(f"/v2/team/app/manifests/latest?ns={ONE}").header("OCI-Namespace"))
+
+    def test_log_and_errors_name_the_registry(self) -> None:
+        """
+        What is stale, what is refused, what fails, and who asked: by its name, not as ECR.
+        """
+        path = "/v2/us/team/app/manifests/latest"
+        self.assertWhole(self.get(path), self.theirs.manifest)
+        self.other.refuse("registry")
+        with capturedLogs() as events:
+            self.assertWhole(self.get(path), self.theirs.manifest, "STALE")
+            failed = self.get("/v2/us/team/other/manifests/latest")
+            self.clock.advance(GATHER_SECONDS)
+        said = [str(formatEvent(event)) for event in events]
+        self.assertTrue(any(f"/manifests/latest of {TWO} as last known: " in each for each in said), said)
+        self.assertEqual([], [each for each in said if "ECR" in each])
+        self.assertRefused(failed, 502, "UNAVAILABLE", "")
+        self.assertNotIn("ECR", failed.body.decode())
+        lines = "\n".join(each for each in said if f"GET {path}" in each)
+        self.assertRegex(lines, rf"GET {path} 200 .* id \S+ registry {TWO}(\n|$)")
+
+    def test_a_refusal_by_its_namespaces_names_the_registry(self) -> None:
+        self.start(pattern="other/.*", others={self.table: self.other})
+        with capturedLogs() as events:
+            for path in ("/v2/us/team/app/manifests/latest", "/v2/team/app/manifests/latest"):
+                self.assertRefused(self.get(path), 403, "DENIED", "team/app")
+        said = [str(formatEvent(event)) for event in events if event.get("log_level") is LogLevel.warn]
+        for name in (TWO, ONE):
+            self.assertTrue(
+                any(f"Refused team/app: the namespace pattern of {name}='other/.*'" in each for each in said)
+            )
 
     def test_what_is_not_configured_is_never_contacted(self) -> None:
         """

@@ -377,6 +377,18 @@ class SeveralTests(DoctorTestCase):
         self.call("--repository", "ghcr.io/x/y:1")
         self.assertEqual((2, True), (self.caller.status, "ghcr.io is no registry of" in self.caller.complaint))
 
+    def test_a_token_of_ecr_is_shown_to_no_other_registry(self) -> None:
+        """
+        ECR's permissions can't be tried there.
+        """
+        with Path(self.caller.variables["PROXY_CONFIG"]).open("a") as file:
+            file.write('[registry."public.ecr.aws"]\n[registry."quay.io"]\n')
+        for name in ("public.ecr.aws", "quay.io"):
+            self.call("--repository", f"{name}/x/y:1")
+            said = f"{name} is no private registry of ECR, and its permissions can't be tried"
+            self.assertEqual((2, True), (self.caller.status, said in self.caller.complaint), self.caller.complaint)
+        self.assertEqual([], self.world.touched)
+
     def test_the_role_of_the_default_is_assumed(self) -> None:
         del self.caller.variables["PROXY_ECR_ENDPOINT"]
         text = f'[registry."{ECR}"]\ndefault = true\nrole = "{self.ROLE}"\n'

@@ -252,7 +252,7 @@ class GovernorTests(SynchronousTestCase):
             for _ in range(150):
                 self.ask(Call.LIST).addErrback(lambda failure: failure.trap(QueueFullError))
         told = [event for event in events if event["log_level"] is LogLevel.warn]
-        self.assertEqual({"lists"}, {event["once"] for event in told})
+        self.assertEqual({("ECR", "lists")}, {event["once"] for event in told})
         self.assertIn("Refused a question about lists: ", formatEvent(told[0]))
         self.assertEqual((len(told), 0), (self.governor.refused(Call.LIST), self.governor.refused(Call.BLOB)))
         self.assertGreater(len(told), 30)

@@ -270,7 +270,8 @@ class JsonTests(ShapeTestCase):
         fields = {"client": "192.0.2.7", "status": 200, "bytes": 5, "seconds": 0.25, "upstream_seconds": 0.125}
         self.assertEqual(fields, {name: second[name] for name in fields})
         self.assertEqual(
-            ("MISS", "first-use", "r1", False), (*[second[n] for n in ("cache", "reason", "request", "aborted")],)
+            ("MISS", "first-use", "r1", False, None),
+            (*[second[n] for n in ("cache", "reason", "request", "aborted", "registry")],),
         )
 
     def test_the_schema_has_the_words_of_the_code(self) -> None:

@@ -235,7 +235,9 @@ class PageTests(PageTestCase):
         page = self.page(FULL)
         self.assertEqual("ecrproxy: ready", page.all("title")[0].text)
         left = replace(EMPTY, can_fetch=False, upstream=UpstreamState("open", 0, 60.0, {}, 0, {}))
-        self.assertEqual("ecrproxy: can't fetch from ECR, serves what is cached", self.page(left).all("title")[0].text)
+        self.assertEqual(
+            "ecrproxy: can't fetch from upstream, serves what is cached", self.page(left).all("title")[0].text
+        )
         page = self.page(replace(EMPTY, can_serve=False, reasons=("the disk is full",)))
         (health,) = [each for each in page.all("div") if each.attributes.get("role") == "status"]
         self.assertEqual("Not ready the disk is full", health.text)

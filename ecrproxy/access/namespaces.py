@@ -52,21 +52,23 @@ class Namespaces:
         seconds: float = MATCH_SECONDS,
     ) -> None:
         self._pattern, self._in_thread, self._seconds, self._clock = pattern, in_thread, seconds, clock
-        self._verdicts: dict[str, bool] = {}
+        self._verdicts: dict[tuple[str, str], bool] = {}
         self._flights: Flights[bool] = Flights()
         self._turns = Turns(1, LONGEST_WAIT, clock)
 
-    async def admit(self, repository: str) -> None:
+    async def admit(self, repository: str, registry: str = "") -> None:
         """
         Let a repository's name pass.
 
+        @param registry: what the log calls its registry, where there are several.
         @raise RegistryError: if the pattern does not match it, or takes too long to tell.
         """
-        verdict = self._verdicts.get(repository)
-        if verdict is None and repository not in self._flights:
-            verdict = self._match_inline(repository)
+        about = registry, repository
+        verdict = self._verdicts.get(about)
+        if verdict is None and about not in self._flights:
+            verdict = self._match_inline(about)
         if verdict is None:
-            verdict = await self._flights.join(repository, lambda: self._match_in_turn(repository))
+            verdict = await self._flights.join(about, lambda: self._match_in_turn(about))
         if not verdict:
             raise RegistryError(403, "DENIED", f"this proxy does not serve {repository}", reason=Reason.NAMESPACE)
 
@@ -91,14 +93,15 @@ class Namespaces:
                 raise TimeoutError
         return chosen
 
-    def _match_inline(self, repository: str) -> bool | None:
+    def _match_inline(self, about: tuple[str, str]) -> bool | None:
         try:
-            verdict = self._pattern.fullmatch(repository, timeout=INLINE_SECONDS) is not None
+            verdict = self._pattern.fullmatch(about[1], timeout=INLINE_SECONDS) is not None
         except TimeoutError:
             return None
-        return self._remember(repository, verdict=verdict)
+        return self._remember(about, verdict=verdict)
 
-    async def _match_in_turn(self, repository: str) -> bool:
+    async def _match_in_turn(self, about: tuple[str, str]) -> bool:
+        registry, repository = about
         try:
             async with self._turns.turn():
                 verdict: bool = await self._in_thread(self._matches, repository)
@@ -107,30 +110,37 @@ class Namespaces:
         except TimeoutError:
             # Not remembered: a machine that was very busy would lock a repository out for good.
             log.warn(
-                "PROXY_NAMESPACE_PATTERN took more than {seconds} s for {repository}, refused: make it simpler",
+                "{setting} took more than {seconds} s for {repository}, refused: make it simpler",
+                setting=_setting(registry),
                 seconds=self._seconds,
                 repository=repository,
-                once="PROXY_NAMESPACE_PATTERN",
+                once=("PROXY_NAMESPACE_PATTERN", registry),
             )
             raise _undecided() from None
-        return self._remember(repository, verdict=verdict)
+        return self._remember(about, verdict=verdict)
 
-    def _remember(self, repository: str, *, verdict: bool) -> bool:
+    def _remember(self, about: tuple[str, str], *, verdict: bool) -> bool:
         if len(self._verdicts) >= REMEMBERED:
             del self._verdicts[next(iter(self._verdicts))]
-        self._verdicts[repository] = verdict
+        self._verdicts[about] = verdict
+        registry, repository = about
         if not verdict:
             log.warn(
-                "Refused {repository}: PROXY_NAMESPACE_PATTERN={pattern!r} does not match its whole name;"
+                "Refused {repository}: {setting}={pattern!r} does not match its whole name;"
                 " change the pattern if clients may pull it",
                 repository=repository,
+                setting=_setting(registry),
                 pattern=self._pattern.pattern,
-                once=repository,
+                once=about,
             )
         return verdict
 
     def _matches(self, repository: str) -> bool:
         return self._pattern.fullmatch(repository, concurrent=True, timeout=self._seconds) is not None
+
+
+def _setting(registry: str) -> str:
+    return f"the namespace pattern of {registry}" if registry else "PROXY_NAMESPACE_PATTERN"
 
 
 def _undecided(what: str = "this name") -> RegistryError:

@@ -78,7 +78,7 @@ def health(snapshot: Snapshot) -> tuple[str, str]:
     if not snapshot.can_serve:
         return "bad", "Not ready"
     if not snapshot.can_fetch:
-        return "warn", "Can't fetch from ECR, serves what is cached"
+        return "warn", "Can't fetch from upstream, serves what is cached"
     return "ok", "Ready"
 
 

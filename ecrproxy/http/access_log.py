@@ -43,6 +43,8 @@ class AccessLine(NamedTuple):
     @ivar reason: the word of X-Cache-Reason, or C{-}.
     @ivar upstream: seconds for which upstream was waited for.
     @ivar aborted: whether the answer did not come to its end.
+    @ivar registry: the name in the configuration of the registry that was meant, or C{-}.
+    @ivar several: whether that may be one of several.
     """
 
     ended: float
@@ -57,15 +59,20 @@ class AccessLine(NamedTuple):
     upstream: float
     request: str
     aborted: bool
+    registry: str = "-"
+    several: bool = False
 
     def __str__(self) -> str:
         """
         Write it for people.
         """
-        _, client, method, path, status, size, seconds, cache, reason, upstream, request, aborted = self
+        _, client, method, path, status, size, seconds, cache, reason, upstream, request, aborted, registry, several = (
+            self
+        )
         return (
             f"{client or '-'} {method} {path} {status or '-'} {size} bytes {seconds:.3f} s {cache} {reason}"
             f" upstream {upstream:.3f} s id {request}{' aborted' if aborted else ''}"
+            f"{f' registry {registry}' if several else ''}"
         )
 
 

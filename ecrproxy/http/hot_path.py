@@ -56,8 +56,9 @@ class Words(NamedTuple):
     """
     What is counted and logged of a request, but for what differs from one to the next.
 
-    @ivar kind: the labels of the figure.
+    @ivar kind: the labels of the figure; the last is the registry's.
     @ivar size: bytes of the body that was sent.
+    @ivar several: whether there are several registries.
     """
 
     kind: tuple[str, ...]
@@ -68,6 +69,7 @@ class Words(NamedTuple):
     cache: str
     reason: str
     repository: str
+    several: bool
 
     def of_none(self) -> Words:
         """

@@ -72,6 +72,7 @@ class RegistryRequest(Request):
     @ivar target: what is asked for, parsed by the channel. Twisted's C{uri} and C{path} are set from it.
     @ivar route: the target as a path of the registry, once the door has understood it.
     @ivar registry: the name in the configuration of the registry that is meant; C{-} if none is, or it is none.
+    @ivar several: whether that may be one of several.
     @ivar repository: what people call the repository; empty if there is none.
     @ivar head: the bytes of its head, if they came in one piece, and nothing else did.
     @ivar hit: what it was answered with, if the cache had it.
@@ -84,6 +85,7 @@ class RegistryRequest(Request):
     target: Target
     route: Route | None = None
     registry = "-"
+    several = False
     repository = ""
     head: bytes | None = None
     hit: Hit | None = None

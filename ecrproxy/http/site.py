@@ -238,14 +238,15 @@ class RegistrySite(Site):
         @param seconds: how long the answer took.
         @param upstream: how many of them upstream was waited for.
         """
-        kind, method, path, status, size, cache, reason, repository = words
+        kind, method, path, status, size, cache, reason, repository, several = words
         if self._served is not None:
             self._served.requests.note(kind, seconds, size)
             if cache in SAVING and size and repository:
                 self._served.saved.note(repository, size)
         if self._access_log is not None:
             answered = status, size, seconds, cache, reason, upstream
-            self._access_log.write(AccessLine(now, client, method, path, *answered, request_id, aborted))
+            about = aborted, kind[-1], several
+            self._access_log.write(AccessLine(now, client, method, path, *answered, request_id, *about))
 
     def refused(self, client: str, status: int, size: int, request_id: str) -> None:
         """
@@ -266,7 +267,8 @@ def _words(request: RegistryRequest, status: int) -> Words:
     cache, reason = _word(request, b"X-Cache-Status"), _word(request, b"X-Cache-Reason")
     route = route_of(request.target.path)
     kind = route, method if known else "other", str(status or "-"), cache, request.registry
-    return Words(kind, method, path(request), status, request.sentLength, cache, reason, request.repository)
+    answered = status, request.sentLength, cache, reason
+    return Words(kind, method, path(request), *answered, request.repository, request.several)
 
 
 def _word(request: RegistryRequest, name: bytes) -> str:

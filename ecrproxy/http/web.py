@@ -121,10 +121,11 @@ class Registry(Answering):
                 once=("ns", problem.name),
             )
             raise
-        request.registry, request.repository = chosen.asked.label, chosen.called
+        several = world.registries.several
+        request.registry, request.repository, request.several = chosen.asked.label, chosen.called, several
         if ns is not None:
             request.setHeader("OCI-Namespace", ns)
-        await world.namespaces(chosen.registry).admit(chosen.name)
+        await world.namespaces(chosen.registry).admit(chosen.name, chosen.registry.table.name if several else "")
         return chosen.route
 
     def _choose(self, registries: Registries, target: str, host: str) -> tuple[Chosen, str | None]:

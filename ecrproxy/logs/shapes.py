@@ -100,7 +100,7 @@ def _access(line: AccessLine, time: float, process: int) -> str:
     """
     Write a request. By hand, for they come by thousands, and json's own way takes five times as long.
     """
-    _, client, method, path, status, size, seconds, cache, reason, upstream, request, aborted = line
+    _, client, method, path, status, size, seconds, cache, reason, upstream, request, aborted, registry, _ = line
     method, path = _encode(method)[1:-1], _encode(path)[1:-1]
     about = f"{method} {path}" if status < _REFUSED else method  # what costs a client nothing is told once
     return (
@@ -108,7 +108,7 @@ def _access(line: AccessLine, time: float, process: int) -> str:
         f'"message":"{about} {status or "-"}","request":"{request}","client":{_encode(client)},'
         f'"method":"{method}","path":"{path}","status":{status or "null"},"bytes":{size},'
         f'"seconds":{seconds:.6f},"upstream_seconds":{upstream:.6f},"cache":{_word(cache)},"reason":{_word(reason)},'
-        f'"aborted":{"true" if aborted else "false"}}}'
+        f'"aborted":{"true" if aborted else "false"},"registry":{_word(registry)}}}'
     )
 
 

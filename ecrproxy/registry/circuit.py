@@ -198,7 +198,7 @@ class Circuit:
         self._now, self._who = now, who
         self.whole = Switch(who, now)
         self.answered_at: float | None = None
-        self.denials = Denials()
+        self.denials = Denials(who)
         self._parts: OrderedDict[str, Switch] = OrderedDict()
         # Since the last answer:
         self._failing: set[str] = set()
@@ -231,14 +231,14 @@ class Circuit:
         failed before ECR answered about others: then it takes C{FAILURES} of them.
         """
         if self.state is not CircuitState.CLOSED:
-            return f"ECR keeps failing, and is left alone for a while: {self.whole.problem}"
+            return f"{self._who} keeps failing, and is left alone for a while: {self.whole.problem}"
         answered_lately = self.answered_at is not None and self._now() - self.answered_at < ANSWER_SECONDS
         alone = {name for name in self._failing & self._parts.keys() if self._parts[name].alone}
         new = self._unreached or self._failing - alone or self._doubted
         if answered_lately or not (new or self._failures >= FAILURES):
             return self.denials.problem()
         about = " and ".join(sorted(self._failing)) or "the proxy itself"
-        return f"ECR failed when it was asked last, for {about}: {self._last}"
+        return f"{self._who} failed when it was asked last, for {about}: {self._last}"
 
     def check(self, repository: str, *, lists: bool = False) -> None:
         """

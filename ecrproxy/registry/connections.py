@@ -182,6 +182,7 @@ class UpstreamAgent:
     @param forget: told the name of a host that can't be connected to: what it resolved to may be out of date.
     @param egress: which hosts are reached through a proxy.
     @param outside: the reactor by which the proxy's own name is resolved.
+    @param name: what the log and clients are told that the registry is.
     """
 
     def __init__(
@@ -192,9 +193,11 @@ class UpstreamAgent:
         policy: IPolicyForHTTPS | None = None,
         egress: Egress = Egress(),  # noqa: B008 (it is frozen)
         outside: Any = None,  # noqa: ANN401
+        name: str = "ECR",
     ) -> None:
+        self._name = name
         self._host, self._forget, self._egress = _host(URI.fromBytes(registry.encode())), forget, egress
-        guard, pool, policy = Guard(), connection_pool(reactor), policy or BrowserLikePolicyForHTTPS()
+        guard, pool, policy = Guard(name), connection_pool(reactor), policy or BrowserLikePolicyForHTTPS()
         self._clock, self._pool = reactor, pool
         self._registry, self._targets = (
             Agent(GuardedReactor(reactor, *judges), policy, connectTimeout=CONNECT_SECONDS, pool=pool)
@@ -215,8 +218,8 @@ class UpstreamAgent:
         agent = self._registry if host == self._host else self._targets
         if self._is_behind_proxy(parts):
             if host != self._host and not is_plain_name(host):
-                log.error("ECR redirects to {host}, where the proxy does not go", host=host)
-                said = "ECR redirects to an address where the proxy does not go"
+                log.error("{name} redirects to {host}, where the proxy does not go", name=self._name, host=host)
+                said = f"{self._name} redirects to an address where the proxy does not go"
                 return fail(ForbiddenAddressError(502, "UNAVAILABLE", said))
             agent = self._tunnels
         asked: Deferred[IResponse] = agent.request(method, uri, headers, bodyProducer)

@@ -27,9 +27,12 @@ KEPT: Final = 1000
 class Denials:
     """
     What ECR has granted, and denied since.
+
+    @param name: what the log and clients are told that the registry is.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "ECR") -> None:
+        self._name = name
         self._granted: OrderedDict[str, None] = OrderedDict()
         self._denied: set[str] = set()
         self._count = 0
@@ -64,4 +67,5 @@ class Denials:
         if not enough:
             return None
         about = " and ".join(sorted(self._denied)[:REPOSITORIES])
-        return f"ECR denies every question about {about}: HTTP 403; check the IAM policy, and that of the repositories"
+        said = f"{self._name} denies every question about {about}: HTTP 403"
+        return f"{said}; check the IAM policy, and that of the repositories"

@@ -114,7 +114,7 @@ class Endpoint:
                 reply = await self._persist(tries, question, shown)
             if reply.response.code < 400:  # noqa: PLR2004
                 return reply
-            refusal = Refusal.of(reply.response, reply.body)
+            refusal = Refusal.of(reply.response, reply.body, self._wire.name)
             if last or not refusal.is_about_token:
                 refusal.of_one(shown).raise_for(question.route)
             challenges = reply.response.headers.getRawHeaders("WWW-Authenticate", [])
@@ -134,7 +134,7 @@ class Endpoint:
             raise UnavailableError(
                 503,
                 "UNAVAILABLE",
-                f"the proxy has no token for ECR: {problem}",
+                f"the proxy has no token for {self._wire.name}: {problem}",
                 {"Retry-After": "5"},
                 Reason.NO_TOKEN,
             ) from None
@@ -166,7 +166,7 @@ class Endpoint:
         self._governor.send_away(opened.refusal, None if whole else repository)
         if whole:
             probing = Deferred.fromCoroutine(self._probe_until_answered())
-            probing.addErrback(lambda failure: log.failure("Probing ECR", failure))
+            probing.addErrback(lambda failure: log.failure("Probing {name}", failure, name=self._wire.name))
 
     def _doubt(self) -> None:
         """
@@ -175,7 +175,7 @@ class Endpoint:
         if not (self._doubting or self._left):
             self._doubting = True
             asking = Deferred.fromCoroutine(self._ask_itself())
-            asking.addErrback(lambda failure: log.failure("Probing ECR", failure))
+            asking.addErrback(lambda failure: log.failure("Probing {name}", failure, name=self._wire.name))
 
     async def _ask_itself(self) -> None:
         try:
@@ -210,8 +210,8 @@ class Endpoint:
         except UnavailableError as problem:
             return problem if problem.status != 429 else None  # noqa: PLR2004
         except Exception:  # noqa: BLE001 (who probes goes on: nothing else lets clients' questions go again)
-            log.failure("Probing ECR")
-            return UnavailableError(502, "UNAVAILABLE", "the proxy failed to ask ECR; its log says why")
+            log.failure("Probing {name}", name=self._wire.name)
+            return UnavailableError(502, "UNAVAILABLE", f"the proxy failed to ask {self._wire.name}; its log says why")
         return None
 
     async def _probe(self) -> None:

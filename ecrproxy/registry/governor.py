@@ -198,9 +198,11 @@ class Governor:
     The places for questions to ECR.
 
     @param together: how many questions may be under way at once.
+    @param name: what the log and clients are told that the registry is.
     """
 
-    def __init__(self, quotas: Quotas, together: int, clock: IReactorTime) -> None:
+    def __init__(self, quotas: Quotas, together: int, clock: IReactorTime, name: str = "ECR") -> None:
+        self._name = name
         self._refused = dict.fromkeys(Call, 0)
         self._held, self._clock = Held(together), clock
         self._buckets = {call: TokenBucket(quotas.of(call), clock.seconds()) for call in Call}
@@ -276,14 +278,15 @@ class Governor:
         """
         self._refused[call] += 1
         log.warn(
-            "Refused a question about {call}: {count} wait for ECR already, and it can't go within {seconds:.0f} s;"
+            "Refused a question about {call}: {count} wait for {name} already, and it can't go within {seconds:.0f} s;"
             " compare PROXY_ECR_QUOTAS with the account's quotas",
             call=call.value,
+            name=self._name,
             count=len(self._queues[call]),
             seconds=LONGEST_WAIT,
-            once=call.value,
+            once=(self._name, call.value),
         )
-        said = f"too many questions about {call.value} wait for ECR"
+        said = f"too many questions about {call.value} wait for {self._name}"
         return QueueFullError(429, "TOOMANYREQUESTS", said, {"Retry-After": str(math.ceil(wait))})
 
     def _ended(self, result: Failure | None, place: Deferred[None]) -> Failure | None:

@@ -116,9 +116,12 @@ def _meant(address: IPv4Address | IPv6Address) -> list[IPv4Address | IPv6Address
 class Guard:
     """
     Decides about each address before it is connected to, and about each connection before it is used.
+
+    @param name: what the log and clients are told that the registry is.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "ECR") -> None:
+        self._name = name
         self._is_tunnel = self._is_here = False
 
     def pass_registry(self, address: str) -> None:
@@ -134,7 +137,7 @@ class Guard:
         @raise ForbiddenAddressError: if it is not to be.
         """
         if is_forbidden(address, tunnel=self._is_tunnel):
-            raise _forbidden(address)
+            raise self._forbidden(address)
 
     def met_registry(self, here: str, there: str) -> None:
         """
@@ -150,12 +153,12 @@ class Guard:
         @raise ForbiddenAddressError: if it leads back to this machine.
         """
         if here == there and not self._is_here and not is_loopback(there):
-            raise _forbidden(there)
+            raise self._forbidden(there)
 
-
-def _forbidden(address: str) -> ForbiddenAddressError:
-    log.error("ECR redirects to {address}, where the proxy does not go", address=address)
-    return ForbiddenAddressError(502, "UNAVAILABLE", "ECR redirects to an address where the proxy does not go")
+    def _forbidden(self, address: str) -> ForbiddenAddressError:
+        log.error("{name} redirects to {address}, where the proxy does not go", name=self._name, address=address)
+        said = f"{self._name} redirects to an address where the proxy does not go"
+        return ForbiddenAddressError(502, "UNAVAILABLE", said)
 
 
 class _Meeting(ClientFactory):

@@ -26,8 +26,9 @@ _TOKEN_WORDS: Final = re.compile(r"\bauthorization token\b")
 @dataclass(frozen=True, slots=True)
 class Refusal:
     """
-    A refusal in ECR's words.
+    A refusal in the registry's words.
 
+    @ivar name: what the log and clients are told that the registry is.
     @ivar code: the distribution spec's; empty if the answer is not the spec's JSON.
     """
 
@@ -35,13 +36,15 @@ class Refusal:
     code: str
     message: str
     challenged: bool
+    name: str = "ECR"
 
     @classmethod
-    def of(cls, response: IResponse, body: bytes) -> Refusal:
+    def of(cls, response: IResponse, body: bytes, name: str = "ECR") -> Refusal:
         """
         Read an answer that is none.
         """
-        return cls.read(response.code, body, challenged=response.headers.hasHeader("WWW-Authenticate"))
+        challenged = response.headers.hasHeader("WWW-Authenticate")
+        return replace(cls.read(response.code, body, challenged=challenged), name=name)
 
     @classmethod
     def read(cls, status: int, body: bytes, *, challenged: bool) -> Refusal:
@@ -99,36 +102,50 @@ class Refusal:
         A 400 may be about something else after all, so its text is passed on; 401 and 403 may name AWS identities.
         """
         if self.status == 400:  # noqa: PLR2004
-            return f"ECR answers 400, as to a token that it can't read: {self.message}"
-        return "ECR does not accept the proxy's token; its log says why"
+            return f"{self.name} answers 400, as to a token that it can't read: {self.message}"
+        return f"{self.name} does not accept the proxy's token; its log says why"
 
     def raise_for(self, route: Route) -> NoReturn:
         """
         Raise what the client is told.
         """
         if self.is_about_token:
-            log.error("ECR rejects the token: {status} {said}", status=self.status, said=self.message, once=self.status)
+            log.error(
+                "{name} rejects the token: {status} {said}",
+                name=self.name,
+                status=self.status,
+                said=self.message,
+                once=(self.name, self.status),
+            )
             raise UnavailableError(502, "UNAVAILABLE", self._rejection, reason=Reason.NO_TOKEN)
         if self.status in (403, 404) and not self.is_registry_error:
             log.error(
-                "Something other than ECR answered {status} for {path}: the answer is not a registry's JSON;"
-                " check proxies and firewalls between this host and ECR",
+                "Something other than {name} answered {status} for {path}: the answer is not a registry's JSON;"
+                " check proxies and firewalls between this host and the registry",
+                name=self.name,
                 status=self.status,
                 path=route.path,
-                once=self.status,
+                once=(self.name, self.status),
             )
-            said = f"something other than ECR answers {self.status} in its place; the proxy's log says more"
+            said = f"something other than {self.name} answers {self.status} in its place; the proxy's log says more"
             raise UnavailableError(502, "UNAVAILABLE", said)
         match self.status:
             case 404:
-                said = self.message or "ECR does not have it"
+                said = self.message or f"{self.name} does not have it"
                 raise RegistryError(404, self.code, said, reason=Reason.NOT_FOUND)
             case 403:
-                log.error("ECR denies {path}: {said}", path=route.path, said=self.message, once=route.path)
-                said = f"ECR denies the proxy access to {route.repository.name}; its log says why"
+                log.error(
+                    "{name} denies {path}: {said}",
+                    name=self.name,
+                    path=route.path,
+                    said=self.message,
+                    once=(self.name, route.path),
+                )
+                said = f"{self.name} denies the proxy access to {route.repository.name}; its log says why"
                 raise RegistryError(403, "DENIED", said, reason=Reason.ECR_DENIED)
             case 405 | 406 if route.kind is Kind.REFERRERS:  # clients fall back to tags for it
-                raise RegistryError(self.status, self.code or "UNSUPPORTED", self.message or "ECR lists no referrers")
+                said = self.message or f"{self.name} lists no referrers"
+                raise RegistryError(self.status, self.code or "UNSUPPORTED", said)
             case 400:
-                raise RegistryError(400, self.code or "UNSUPPORTED", self.message or "ECR refuses the request")
-        raise UnavailableError(502, "UNAVAILABLE", f"ECR answers {self.status}")
+                raise RegistryError(400, self.code or "UNSUPPORTED", self.message or f"{self.name} refuses the request")
+        raise UnavailableError(502, "UNAVAILABLE", f"{self.name} answers {self.status}")

@@ -118,11 +118,13 @@ class Upstream:
 
     @param wire: over which the buckets are asked.
     @param stall_seconds: in how many seconds a blob's body must bring C{TRICKLE} bytes.
+    @ivar name: what the log and clients are told that it is.
     @ivar replicas: see L{replicas.Replicated}.
     """
 
     def __init__(self, endpoint: Endpoint, wire: Wire, *, stall_seconds: float = 30) -> None:
         self._endpoint, self._wire, self.clock, self.stall_seconds = endpoint, wire, wire.clock, stall_seconds
+        self.name = wire.name
         self.replicas: Sequence[Upstream] = ()
         self._joining = {whole: Turns(JOINS if whole else 1, LIST_SECONDS, self.clock) for whole in (True, False)}
         self._listing: WeakValueDictionary[tuple[str, bool], Turns] = WeakValueDictionary()
@@ -139,15 +141,15 @@ class Upstream:
 
         @raise RegistryError: if none, or ECR can't say.
         """
-        reply = _whole(await self._endpoint.ask(Question("HEAD", route, accept, limit=MANIFEST_LIMIT)))
+        reply = await self._whole(Question("HEAD", route, accept, limit=MANIFEST_LIMIT))
         response, named = reply.response, header(reply.response, "Docker-Content-Digest") or ""
         if response.request.method == b"HEAD":  # or ECR refused that, and answered a GET
             media_type, size = header(response, "Content-Type") or "", told_length(response)
-            digest = _told(named) if named else None
+            digest = self._told(named) if named else None
             if size and size <= MANIFEST_LIMIT and media_type.partition(";")[0].strip().lower() in MANIFEST_TYPES:
                 return Head(media_type, digest, size, named)
             try:
-                reply = _whole(await self._endpoint.ask(Question("GET", route, accept, limit=MANIFEST_LIMIT)))
+                reply = await self._whole(Question("GET", route, accept, limit=MANIFEST_LIMIT))
             except RefusedAnswerError as problem:
                 problem.named = named
                 raise
@@ -159,11 +161,11 @@ class Upstream:
 
         @raise RegistryError: if there is none, or ECR can't give it.
         """
-        reply = _whole(await self._endpoint.ask(Question("GET", route, accept, limit=MANIFEST_LIMIT)))
+        reply = await self._whole(Question("GET", route, accept, limit=MANIFEST_LIMIT))
         named = header(reply.response, "Docker-Content-Digest") or ""
-        digest = _told(named) if named else None
+        digest = self._told(named) if named else None
         if digest is not None and Digest.of(reply.body, digest.algorithm) != digest:
-            said = f"ECR calls something else {named}"
+            said = f"{self.name} calls something else {named}"
             problem = RefusedAnswerError(502, "UNAVAILABLE", said, reason=Reason.WRONG_BYTES)
             problem.named = named
             raise problem
@@ -179,7 +181,7 @@ class Upstream:
         discard(response, self.clock)
         url = ""
         if response.code in REDIRECT_STATUSES:
-            url = _target(self._endpoint.url + route.path, header(response, "Location"))
+            url = self._target(self._endpoint.url + route.path, header(response, "Location"))
         elif response.code == 200 and response.request.method == b"HEAD" and not is_page(response):  # noqa: PLR2004
             size = told_length(response)
             if size is not None:
@@ -189,7 +191,7 @@ class Upstream:
         await blob.begin(0, 1)
         blob.first.drop()
         if blob.size is None or blob.is_page:
-            raise UnavailableError(502, "UNAVAILABLE", f"ECR does not say how large {route.reference} is")
+            raise UnavailableError(502, "UNAVAILABLE", f"{self.name} does not say how large {route.reference} is")
         return blob.size
 
     async def blob(self, route: Route, stop: int | None = None, start: int = 0) -> Blob:
@@ -216,7 +218,7 @@ class Upstream:
         if response.code not in REDIRECT_STATUSES:
             return url, response
         discard(response, self.clock)
-        return _target(url, header(response, "Location")), None
+        return self._target(url, header(response, "Location")), None
 
     async def fetch(self, url: str, route: Route, span: str) -> tuple[str, IResponse]:
         """
@@ -234,8 +236,10 @@ class Upstream:
             if response.code not in REDIRECT_STATUSES:
                 return url, response
             discard(response, self.clock)
-            url = _target(url, header(response, "Location"))
-        raise UnavailableError(502, "UNAVAILABLE", f"ECR redirects more than {REDIRECTS} times for {route.reference}")
+            url = self._target(url, header(response, "Location"))
+        raise UnavailableError(
+            502, "UNAVAILABLE", f"{self.name} redirects more than {REDIRECTS} times for {route.reference}"
+        )
 
     async def pause(self, breaks: int) -> None:
         """
@@ -277,15 +281,15 @@ class Upstream:
             raise UnavailableError(503, "UNAVAILABLE", said, {"Retry-After": "5"}, Reason.QUEUE_FULL) from problem
 
     async def _joined(self, route: Route, query: str, page: Page) -> Page:
-        tags = _tags_of(page)
+        tags = self._tags_of(page)
         count, parts, asked = len(tags), [_listed(tags)], {query}
         size = len(parts[0])
         while page.next is not None and count < ALL_TAGS and size < ALL_BYTES and len(asked) < ALL_PAGES:
             if page.next in asked:
-                raise UnavailableError(502, "UNAVAILABLE", "ECR's pages of tags lead in a circle")
+                raise UnavailableError(502, "UNAVAILABLE", f"{self.name}'s pages of tags lead in a circle")
             asked.add(page.next)
             page = await self._page(route, _with_n(page.next))
-            tags = _tags_of(page)
+            tags = self._tags_of(page)
             count += len(tags)
             parts.append(_listed(tags))
             size += len(parts[-1])
@@ -294,43 +298,64 @@ class Upstream:
         return replace(page, body=body, next=page.next and _led_on(page.next))
 
     async def _page(self, route: Route, query: str) -> Page:
-        reply = _whole(await self._endpoint.ask(Question("GET", route, query=query, limit=LIST_LIMIT)))
+        reply = await self._whole(Question("GET", route, query=query, limit=LIST_LIMIT))
         response = reply.response
         links = b", ".join(response.headers.getRawHeaders(b"Link", []))
         link = next_target(links.decode("latin-1"))
         following = urlsplit(link).query if link is not None else None
         content_type = "application/json"  # ECR calls tags text/plain
         if route.kind is Kind.REFERRERS:
-            content_type = _index_type(header(response, "Content-Type") or "", reply.body)
+            content_type = self._index_type(header(response, "Content-Type") or "", reply.body)
         return Page(content_type, reply.body, following, header(response, "OCI-Filters-Applied"))
 
+    async def _whole(self, question: Question) -> Reply:
+        """
+        Ask; refuse what is no answer to a question for the whole: a part, a redirect, or nothing.
+        """
+        reply = await self._endpoint.ask(question)
+        if reply.response.code != 200:  # noqa: PLR2004
+            said = f"{self.name} answers {reply.response.code} where the whole was asked for"
+            raise RefusedAnswerError(502, "UNAVAILABLE", said)
+        return reply
 
-def _whole(reply: Reply) -> Reply:
+    def _told(self, named: str) -> Digest:
+        try:
+            return Digest.parse(named)
+        except ValueError as problem:
+            raise UnavailableError(502, "UNAVAILABLE", f"{self.name}'s answer makes no sense: {problem}") from None
+
+    def _target(self, url: str, location: str | None) -> str:
+        """
+        Resolve a redirect, if it is one to follow.
+        """
+        target = _resolved(url, location)
+        if target is None:
+            raise UnavailableError(502, "UNAVAILABLE", f"{self.name} redirects to where the proxy does not go")
+        return target
+
+    def _tags_of(self, page: Page) -> list[str]:
+        """
+        Read the tags of a page.
+        """
+        try:
+            tags = json.loads(page.body)["tags"] or []
+        except (ValueError, LookupError, TypeError, RecursionError):
+            tags = None
+        if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
+            raise UnavailableError(502, "UNAVAILABLE", f"{self.name}'s answer makes no sense: no list of tags")
+        return tags
+
+    def _index_type(self, content_type: str, body: bytes) -> str:
+        try:
+            return index_type(content_type, body)
+        except ValueError as problem:
+            said = f"what {self.name} gave is no list of referrers: {problem}"
+            raise UnavailableError(502, "UNAVAILABLE", said) from None
+
+
+def _resolved(url: str, location: str | None) -> str | None:
     """
-    Refuse what is no answer to a question for the whole: a part, a redirect, or nothing.
-    """
-    if reply.response.code != 200:  # noqa: PLR2004
-        raise RefusedAnswerError(502, "UNAVAILABLE", f"ECR answers {reply.response.code} where the whole was asked for")
-    return reply
-
-
-def _index_type(content_type: str, body: bytes) -> str:
-    try:
-        return index_type(content_type, body)
-    except ValueError as problem:
-        raise UnavailableError(502, "UNAVAILABLE", f"what ECR gave is no list of referrers: {problem}") from None
-
-
-def _told(named: str) -> Digest:
-    try:
-        return Digest.parse(named)
-    except ValueError as problem:
-        raise UnavailableError(502, "UNAVAILABLE", f"ECR's answer makes no sense: {problem}") from None
-
-
-def _target(url: str, location: str | None) -> str:
-    """
-    Resolve a redirect, if it is one to follow.
+    Resolve a redirect; None if it is none to follow.
     """
     try:
         target = urljoin(url, location or "")
@@ -347,21 +372,8 @@ def _target(url: str, location: str | None) -> str:
         or "@" in parts.netloc
         or steps_down
     ):
-        raise UnavailableError(502, "UNAVAILABLE", "ECR redirects to where the proxy does not go")
+        return None
     return target
-
-
-def _tags_of(page: Page) -> list[str]:
-    """
-    Read the tags of a page.
-    """
-    try:
-        tags = json.loads(page.body)["tags"] or []
-    except (ValueError, LookupError, TypeError, RecursionError):
-        tags = None
-    if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
-        raise UnavailableError(502, "UNAVAILABLE", "ECR's answer makes no sense: no list of tags")
-    return tags
 
 
 def _listed(tags: list[str]) -> bytes:

@@ -118,6 +118,7 @@ class Wire:
     @param budget: how often each question may be tried.
     @param chance: gives random numbers from 0 to 1.
     @ivar leave: closes connections that are idle, now and later: only requests in progress ask anything from now on.
+    @ivar name: what the log and clients are told that the registry is.
     @ivar retried: how many tries there were beyond the first ones.
     """
 
@@ -128,9 +129,10 @@ class Wire:
         budget: Budget = Budget(),  # noqa: B008 (it is frozen)
         chance: Callable[[], float] = random.random,
         leave: Callable[[], object] = lambda: None,
+        name: str = "ECR",
     ) -> None:
         self._client, self.clock, self.leave = HTTPClient(PlainAgent(agent, clock)), clock, leave
-        self._budget, self._chance = budget, chance
+        self._budget, self._chance, self.name = budget, chance, name
         self.retried = 0
 
     def tries(self) -> Tries:
@@ -180,7 +182,7 @@ class Wire:
         try:
             asked = self._client.request(method, url, headers=headers, allow_redirects=False, unbuffered=True)
         except ValueError:
-            raise UnavailableError(502, "UNAVAILABLE", "ECR redirects to what is no URL") from None
+            raise UnavailableError(502, "UNAVAILABLE", f"{self.name} redirects to what is no URL") from None
         limit = self.clock.callLater(seconds, asked.cancel)
         try:
             return (await _unless_cancelled(asked)).original
@@ -202,7 +204,7 @@ class Wire:
         @raise RefusedAnswerError: if it is longer than C{limit}.
         @raise TransientError: if it does not come to its end.
         """
-        collected = _Collect(limit, self.clock)
+        collected = _Collect(limit, self.clock, self.name)
         response.deliverBody(collected)
         return await collected.whole
 
@@ -212,15 +214,15 @@ class _Collect(TwistedProtocol):
     Collect a small body: at most so many bytes, in no more than the time of headers.
     """
 
-    def __init__(self, limit: int, clock: IReactorTime) -> None:
-        self._limit, self._parts, self._size = limit, list[bytes](), 0
+    def __init__(self, limit: int, clock: IReactorTime, name: str) -> None:
+        self._limit, self._name, self._parts, self._size = limit, name, list[bytes](), 0
         self.whole: Deferred[bytes] = Deferred(lambda _: self._give_up())
         self._timer = clock.callLater(HEADER_SECONDS, self._late)
 
     def dataReceived(self, data: bytes) -> None:
         self._size += len(data)
         if self._size > self._limit:
-            what = f"an answer of ECR has more than the {self._limit} bytes that it may have"
+            what = f"an answer of {self._name} has more than the {self._limit} bytes that it may have"
             self._fail(RefusedAnswerError(502, "UNAVAILABLE", what))
         else:
             self._parts.append(data)
@@ -229,10 +231,10 @@ class _Collect(TwistedProtocol):
         if reason.check(ResponseDone, PotentialDataLoss):
             self._end(b"".join(self._parts))
         else:
-            self._fail(_judged("ECR broke off", reason.value))
+            self._fail(_judged(f"{self._name} broke off", reason.value))
 
     def _late(self) -> None:
-        what = f"an answer of ECR has not ended after {HEADER_SECONDS:.0f} s"
+        what = f"an answer of {self._name} has not ended after {HEADER_SECONDS:.0f} s"
         self._fail(TransientError(504, "UNAVAILABLE", what))
 
     def _fail(self, problem: UnavailableError) -> None:

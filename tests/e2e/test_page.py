@@ -152,8 +152,8 @@ def test_an_ecr_that_is_away_is_read_first(make_chain: MakeChain, images: Images
     assert browser.texts(".word") == ["Ready"]
     chain.cut()
     assert chain.daemon.ask(path).status == 200
-    eventually(lambda: browser.texts(".word") == ["Can't fetch from ECR, serves what is cached"], "the page tells")
-    assert browser.driver.title == "ecrproxy: can't fetch from ECR, serves what is cached"
+    eventually(lambda: browser.texts(".word") == ["Can't fetch from upstream, serves what is cached"], "the page tells")
+    assert browser.driver.title == "ecrproxy: can't fetch from upstream, serves what is cached"
     reasons = ask(f"http://127.0.0.1:{port}/readyz").json()["reasons"]
     assert browser.texts(".health li") == reasons
     assert images.single.repository in reasons[0]

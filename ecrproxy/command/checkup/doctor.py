@@ -433,6 +433,9 @@ def _image(text: str | None, registries: Registries) -> Image | None:
     first, slash, _ = rest.partition("/")
     if slash and ("." in first or ":" in first):
         raise CommandError(f"--repository={text!r}: {first} is no registry of the configuration", MISUSED)
+    if known.table.protocol is not Protocol.ECR:
+        said = f"{known.table.name} is no private registry of ECR, and its permissions can't be tried"
+        raise CommandError(f"--repository={text!r}: {said}", MISUSED)
     name, asked = own_name(known.table, rest)
     reference = digest if at else tag if colon else None
     try:
