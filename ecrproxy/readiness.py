@@ -7,8 +7,13 @@ content lets it serve; a token that ECR accepts, and an ECR that answers, let it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Final
+
+ACCOUNTS: Final = 3
+"""The most accounts of a wildcard of which is told what is wrong with them; the others are counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +39,20 @@ class Source:
     @ivar name: of the registry.
     @ivar token: why there is no token that it accepts, if so.
     @ivar silence: why nothing can be fetched all the same, if so.
+    @ivar label: its name in the configuration, which all accounts of a wildcard have.
     """
 
     name: str
     token: str | None = None
     silence: str | None = None
+    label: str = ""
+
+    @property
+    def fails(self) -> bool:
+        """
+        Return True if nothing can be fetched from it.
+        """
+        return self.token is not None or self.silence is not None
 
 
 def judge(*, draining: bool, sources: Sequence[Source], disk: Sequence[str], filled: bool) -> Readiness:
@@ -50,16 +64,32 @@ def judge(*, draining: bool, sources: Sequence[Source], disk: Sequence[str], fil
     @param filled: whether the cache directory has content.
     """
     reasons = ["draining: the daemon ends"] if draining else []
-    for each in sources:
-        whose = f"{each.name}: " if len(sources) > 1 else ""
-        reasons += [f"{whose}no token: {each.token}"] if each.token is not None else []
-        reasons += [f"{whose}{each.silence}"] if each.silence is not None else []
+    reasons += _said_of(sources)
     return Readiness(
         can_serve=not draining and not disk and (filled or any(each.token is None for each in sources)),
-        can_fetch=any(each.token is None and each.silence is None for each in sources),
+        can_fetch=not all(each.fails for each in sources),
         reasons=(*reasons, *disk),
         draining=draining,
     )
+
+
+def _said_of(sources: Sequence[Source]) -> Iterator[str]:
+    """
+    Say what is wrong with registries.
+    """
+    failing: Counter[str] = Counter()
+    for each in sources:
+        failing[each.label] += each.fails
+        if failing[each.label] > ACCOUNTS and each.label:
+            continue
+        whose = f"{each.name}: " if len(sources) > 1 else ""
+        if each.token is not None:
+            yield f"{whose}no token: {each.token}"
+        if each.silence is not None:
+            yield f"{whose}{each.silence}"
+    for label, count in failing.items():
+        if label and count > ACCOUNTS:
+            yield f"{label}: {count - ACCOUNTS} more registries can't be fetched from"
 
 
 def judge_all(found: Sequence[Readiness], expected: int) -> Readiness:

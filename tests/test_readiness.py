@@ -12,7 +12,7 @@ from twisted.internet.defer import Deferred
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.cache.condition import FRESH_SECONDS, PATIENCE, Condition, Look
-from ecrproxy.readiness import Readiness, Source, judge, judge_all
+from ecrproxy.readiness import ACCOUNTS, Readiness, Source, judge, judge_all
 from ecrproxy.registry.circuit import LONGEST_PAUSE
 from ecrproxy.registry.ecr import FETCH_SECONDS, RENEW_SECONDS, CredentialsError, Token, TokenUnavailableError
 from ecrproxy.registry.wire import HEADER_SECONDS
@@ -53,6 +53,21 @@ class JudgeTests(SynchronousTestCase):
         self.assertEqual(Readiness(can_serve=True, can_fetch=True, reasons=reasons), found)
         found = judge(**{**WELL, "sources": [ill, ill]})
         self.assertEqual((False, False), (found.can_serve, found.can_fetch))
+
+    def test_of_the_accounts_of_a_wildcard_a_few_are_named_and_the_others_counted(self) -> None:
+        """
+        There may be a thousand, and each has a line in the answer, in the log of a probe, and on the status page.
+        """
+        name = "*.dkr.ecr.eu-west-1.amazonaws.com"
+        accounts = [Source(f"{number}.test", "denied", "it answers 500", name) for number in range(1000)]
+        one, well = Source("one.test", None, "it answers 500", "one.test"), Source("1001.test", label=name)
+        found = judge(**{**WELL, "sources": [one, *accounts, well]})
+        lines = [f"{n}.test: {why}" for n in range(ACCOUNTS) for why in ("no token: denied", "it answers 500")]
+        more = f"{name}: {1000 - ACCOUNTS} more registries can't be fetched from"
+        self.assertEqual(("one.test: it answers 500", *lines, more), found.reasons)
+        self.assertTrue(found.can_fetch)
+        few = judge(**{**WELL, "sources": [one, *accounts[:ACCOUNTS]]})
+        self.assertEqual(1 + 2 * ACCOUNTS, len(few.reasons))
 
     def test_one_that_ends_or_whose_disk_fails_gets_nothing_new(self) -> None:
         self.assertFalse(self.serves(draining=True, filled=True))

@@ -87,7 +87,7 @@ class Asking:
         """
         Tell what keeps it from being fetched from.
         """
-        return Source(self.name, self.token().problem, self.circuit.problem())
+        return Source(self.name, self.token().problem, self.circuit.problem(), self.label)
 
     def state(self) -> RegistryState:
         """
