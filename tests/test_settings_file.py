@@ -7,6 +7,7 @@ from __future__ import annotations
 import errno
 import os
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 from twisted.trial.unittest import SynchronousTestCase
@@ -163,6 +164,19 @@ class RegistriesTests(SynchronousTestCase):
         filed = parse_file("x.toml", text.encode())
         self.assertEqual(filed.registries, read_file({}, for_worker(filed)).registries)
         self.assertEqual(NO_FILE, read_file({}, for_worker(NO_FILE)))
+
+    def test_whatever_a_file_says_has_room_in_the_environment_of_a_worker(self) -> None:
+        """
+        Linux has 128 KiB for a variable, its name and its end included. In ASCII, a letter of two bytes takes six.
+        """
+        for each in ("\u00e9", "\U0001f40b", '"', "\\\\"):
+            written = "'" + each * ((LIMIT - 1000) // len(each.encode())) + "'"
+            text = f'[registry."{self.TWO}"]\ndefault = true\nprofile = {written}'
+            filed = parse_file("x.toml", text.encode())
+            variables = for_worker(filed)
+            longest = max(len(os.fsencode(f"{name}={value}")) for name, value in variables.items())
+            self.assertLess(longest, 2**17)
+            self.assertEqual(filed, replace(read_file({}, variables), settings=filed.settings))
 
     def test_what_contradicts_is_told(self) -> None:
         both, dual = f"{self.ONE} {self.TWO}", self.TWO.replace("dkr.ecr", "dkr-ecr").replace("amazonaws.com", "on.aws")

@@ -6,6 +6,7 @@ Flags and variables win over it, so that one file can serve many machines.
 
 from __future__ import annotations
 
+import itertools
 import json
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -17,9 +18,14 @@ from ecrproxy.settings.config import CONFIG, NO_FILE, RELOADED, SETTINGS, Config
 from ecrproxy.settings.registries import parse_registries
 
 LIMIT: Final = 2**16
-"""Most bytes of the file: what it says of registries has room in a variable, for which Linux has 128 KiB."""
+"""Most bytes of the file: what it says of registries has room in the environment, three times as long there."""
 REGISTRIES: Final = "ECRPROXY_REGISTRIES"
-"""The variable in which a worker finds what the file says of registries, see L{about_registries}."""
+"""
+The variable in which a worker finds what the file says of registries, see L{about_registries}: the first C{_PIECE}
+characters, what follows in variables of the same name with _1, _2 behind it.
+"""
+_PIECE: Final = 100_000
+"""Linux has 128 KiB for a variable: execve(2), MAX_ARG_STRLEN."""
 _NAMES: Final = tuple(each.name for each in SETTINGS if each.name != CONFIG)
 
 
@@ -33,7 +39,8 @@ def read_file(flags: Mapping[str, str], environ: Mapping[str, str]) -> Filed:
     """
     path = config_file(flags, environ)
     if path is None:
-        return read_handed(environ.get(REGISTRIES) or "")
+        pieces = itertools.takewhile(bool, (environ.get(name) for name in _names()))
+        return read_handed("".join(map(str, pieces)))
     try:
         with open_file(path) as file:
             data = file.read(LIMIT + 1)
@@ -47,7 +54,13 @@ def for_worker(filed: Filed) -> dict[str, str]:
     """
     Return the variables of a worker: what it is not to read anew, for the file may say something else by then.
     """
-    return {"PROXY_CONFIG": "", REGISTRIES: about_registries(filed)}
+    text = about_registries(filed)
+    pieces = (text[at : at + _PIECE] for at in range(0, len(text), _PIECE))
+    return {"PROXY_CONFIG": "", **dict(zip(_names(), pieces, strict=False))}
+
+
+def _names() -> Iterator[str]:
+    return itertools.chain([REGISTRIES], (f"{REGISTRIES}_{number}" for number in itertools.count(1)))
 
 
 def about_registries(filed: Filed) -> str:
