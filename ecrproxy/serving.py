@@ -77,7 +77,7 @@ from ecrproxy.registry.wire import Wire
 from ecrproxy.settings.config import Config, ConfigError
 from ecrproxy.settings.registries import Protocol, RegistryTable, replicas_of
 from ecrproxy.shares import share
-from ecrproxy.threads import Disk, InThread, Pools, Threads, call_unowned, in_time, patient
+from ecrproxy.threads import Disk, Pools, Threads, call_unowned, in_time, patient
 from ecrproxy.transfer.inflow import BUFFERED, Lanes
 from ecrproxy.transfer.unattended import MOST
 from ecrproxy.upstreams import Upstreams
@@ -136,12 +136,12 @@ def wire(
     """
     disk, threads = _disk(service.pools), service.pools.threads
     store = Store(Path(config.cache_dir), time.time)
-    scrubbing, judging, probing, reading = threads(1), threads(1), threads(1), threads(1).bounded(READING[1])
+    scrubbing, judging, probing = threads(1), threads(1), threads(1)
     keeping, settling = threads(KEEPING[0]).bounded(KEEPING[1]), threads(SETTLING[0]).bounded(SETTLING[1])
     janitor = Janitor(store, config.cache_limit, keeping, reactor)
     tokens = AwsTokens(reactor, partial(_ends, refused, warm=begin(store, processes)))
     figures, stall, trust = Figures(__version__), LoopStall(reactor, time.monotonic), _trust(egress, service, reactor)
-    make = partial(_world, tokens, _wiring(config, figures, reading, egress, trust, reactor), judging, reactor)
+    make = partial(_world, tokens, _wiring(config, figures, egress, trust, reactor), judging, reactor)
     worlds = Worlds(make(config))
     cache = Cache(store, janitor, disk, time.time, worlds.checks)
     scrub = Scrub(store, janitor.fit, scrubbing.call, reactor)
@@ -253,19 +253,22 @@ def _credentials(table: RegistryTable) -> tuple[Credentials, str]:
 
 
 def _authorization(
-    table: RegistryTable, url: str, wire: Wire, tokens: TokenService | None, reading: InThread
+    table: RegistryTable,
+    url: str,
+    wire: Wire,
+    tokens: TokenService | None,
+    reactor: Any,  # noqa: ANN401
 ) -> Authorization:
     """
     Make what gives a registry what it wants to be shown.
 
     @param tokens: AWS's, if it is for them.
-    @param reading: calls what reads passwords.
     """
     if table.protocol is Protocol.ECR and tokens is not None:
         return Basic(tokens)
     login: Tokens | None = tokens
     if table.username is not None and table.password_file is not None:
-        login = Login(table.username, Path(table.password_file), reading)
+        login = Login(table.username, Path(table.password_file), partial(call_unowned, reactor), reactor)
     return Bearer(url, wire, login, table.realms)
 
 
@@ -302,15 +305,12 @@ def _trust(egress: Egress, service: Daemon, reactor: Any) -> Trust:  # noqa: ANN
 def _wiring(
     config: Config,
     figures: Figures,
-    reading: InThread,
     egress: Egress,
     trust: Trust,
     reactor: Any,  # noqa: ANN401
 ) -> WireOne:
     """
     Return what wires all that asks one registry and its buckets.
-
-    @param reading: calls what reads passwords.
     """
     outside = OwnNames(reactor)  # before the chosen servers are installed
     forget = _install_resolver(config, reactor)
@@ -325,7 +325,7 @@ def _wiring(
         wire = Wire(metered, reactor, budget, leave=agent.leave, name=who)
         governor = Governor(_quotas(config, table), config.ecr_connections, reactor, who)
         circuit = Circuit(reactor.seconds, who)
-        authorization = _authorization(table, url, wire, tokens, reading)
+        authorization = _authorization(table, url, wire, tokens, reactor)
         endpoint = Endpoint(url, wire, authorization, governor, circuit)
         upstream = Upstream(endpoint, wire, stall_seconds=config.stall_seconds)
         if replicas:

@@ -16,7 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 from twisted.application.service import Service
-from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.defer import CancelledError, Deferred, fail
 from twisted.internet.threads import deferToThreadPool
 from twisted.logger import Logger
 from twisted.python.failure import Failure
@@ -109,10 +109,18 @@ class Bounded:
 
     @param in_thread: calls in one of C{size} threads.
     @param seconds: how long a call may wait for a thread; and how long it may take, once a thread is at it.
+    @param disk: what the log says is to be checked where one does not return.
     """
 
-    def __init__(self, in_thread: InThread, size: int, seconds: float, clock: IReactorTime) -> None:
-        self._in_thread, self._size, self._seconds, self._clock = in_thread, size, seconds, clock
+    def __init__(
+        self,
+        in_thread: InThread,
+        size: int,
+        seconds: float,
+        clock: IReactorTime,
+        disk: str = "the cache's file system",
+    ) -> None:
+        self._in_thread, self._size, self._seconds, self._clock, self._disk = in_thread, size, seconds, clock, disk
         self._patient, self._others, self._turn = deque[_Call](), deque[_Call](), 0
         self._running: set[_Call] = set()
         self._hanging = 0
@@ -175,8 +183,9 @@ class Bounded:
 
     def _left_waiting(self, call: _Call) -> None:
         log.warn(
-            "The disk is too slow for all that is asked of it: some goes on without it; check the cache's file system",
-            once="slow",
+            "The disk is too slow for all that is asked of it: some goes on without it; check {disk}",
+            disk=self._disk,
+            once=("slow", self._disk),
         )
         call.end(_timed_out())
 
@@ -191,9 +200,10 @@ class Bounded:
             call.limit = self._clock.callLater(left, self._expire, call, 0.0)
             return
         log.error(
-            "The disk does not answer within {seconds:g} s: going on without it; check the cache's file system",
+            "The disk does not answer within {seconds:g} s: going on without it; check {disk}",
             seconds=self._seconds,
-            once="hangs",
+            disk=self._disk,
+            once=("hangs", self._disk),
         )
         self._running.discard(call)
         self._hanging += 1
@@ -404,20 +414,25 @@ def in_time(blocking: Callable[[], T], seconds: float) -> T:
     return outcome
 
 
-def call_unowned(reactor: Any, blocking: Callable[[], T]) -> Deferred[T]:  # noqa: ANN401
+def call_unowned(reactor: Any, blocking: Callable[..., T], *args: Any) -> Deferred[T]:  # noqa: ANN401
     """
-    Call C{blocking()} in a thread that the end of the daemon does not wait for: AWS may keep it for long.
+    Call C{blocking(*args)} in a thread that the end of the daemon does not wait for: AWS may keep it for long.
+
+    @return: fires with the result; fails with C{RuntimeError} if no thread can be started.
     """
     result: Deferred[T] = Deferred()
 
     def call() -> None:
         try:
-            outcome: T | Failure = blocking()
+            outcome: T | Failure = blocking(*args)
         except Exception:  # noqa: BLE001 (told to who waits)
             outcome = Failure()
         reactor.callFromThread(result.callback, outcome)
 
-    threading.Thread(target=call, name="ecrproxy-aws", daemon=True).start()
+    try:
+        threading.Thread(target=call, name="ecrproxy-unowned", daemon=True).start()
+    except RuntimeError:
+        return fail()
     return result
 
 

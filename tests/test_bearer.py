@@ -7,15 +7,20 @@ from __future__ import annotations
 import base64
 import json
 import os
+from collections.abc import Callable
+from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
+from twisted.internet.defer import Deferred, fail
+from twisted.internet.task import Clock
+from twisted.logger import capturedLogs, formatEvent
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.registry.bearer import TOGETHER, TOKEN_SECONDS
 from ecrproxy.registry.challenges import LONGEST_TOKEN, Challenge, Pass, may_follow
 from ecrproxy.registry.ecr import TokenUnavailableError
-from ecrproxy.registry.login import LONGEST, Login
+from ecrproxy.registry.login import LONGEST, READ_SECONDS, Login
 from ecrproxy.settings.registries import Protocol, RegistryTable
 from tests.daemon import DaemonTestCase, at_once, noise
 from tests.registry import Fault, StandIn
@@ -107,9 +112,45 @@ class FollowTests(SynchronousTestCase):
 
 
 class LoginTests(SynchronousTestCase):
+    def test_a_file_system_that_hangs_delays_no_other_password(self) -> None:
+        """
+        Nor one that is read from it once it answers again; and it holds one thread, however often it is asked for.
+        """
+        hung, well, clock = scratch(self), scratch(self), Clock()
+        hung.write_text("one")
+        well.write_text("two")
+        kept: list[Deferred[Any]] = []
+
+        def begin(blocking: Callable[..., Any], *args: Any) -> Deferred[Any]:
+            result = Deferred[Any]()
+            kept.append(result)
+            return result
+
+        slow, other = Login("ann", hung, begin, clock), Login("bob", well, at_once, clock)
+        asked = [Deferred.fromCoroutine(slow.get()) for _ in range(3)]
+        with capturedLogs() as events:
+            clock.advance(READ_SECONDS)
+        self.assertIn("check the file system of the password", str(formatEvent(events[0])))
+        for each in asked:
+            self.assertIn("can't be read", str(self.failureResultOf(each, TokenUnavailableError).value))
+        self.assertEqual(
+            base64.b64encode(b"bob:two").decode(), self.successResultOf(Deferred.fromCoroutine(other.get()))
+        )
+        self.failureResultOf(Deferred.fromCoroutine(slow.get()), TokenUnavailableError)
+        self.assertEqual(1, len(kept))
+        kept[0].callback(b"one")
+        again = Deferred.fromCoroutine(slow.get())
+        kept[1].callback(b"one")
+        self.assertEqual(base64.b64encode(b"ann:one").decode(), self.successResultOf(again))
+
+    def test_where_no_thread_can_be_started_there_is_no_password(self) -> None:
+        login = Login("ann", scratch(self), lambda *_: fail(RuntimeError("can't start new thread")), Clock())
+        problem = self.failureResultOf(Deferred.fromCoroutine(login.get()), TokenUnavailableError).value
+        self.assertIn("can't start new thread", str(problem))
+
     def test_the_password_is_the_one_that_the_file_has_now(self) -> None:
         file = scratch(self)
-        login = Login("ann", file, at_once)
+        login = Login("ann", file, at_once, Clock())
         for text in ("one", "two\n", "three: ü\r\n"):
             file.write_bytes(text.encode())
             secret = self.successResultOf(login.renew("x"))
@@ -120,13 +161,13 @@ class LoginTests(SynchronousTestCase):
         file = scratch(self)
         for data in (b"", b"\n", b"one\ntwo\n", b"x" * (LONGEST + 1)):
             file.write_bytes(data)
-            problem = self.failureResultOf(Login("ann", file, at_once).get(), TokenUnavailableError).value
+            problem = self.failureResultOf(Login("ann", file, at_once, Clock()).get(), TokenUnavailableError).value
             self.assertIn(f"{str(file)!r} has no password", str(problem))
         file.unlink()
-        problem = self.failureResultOf(Login("ann", file, at_once).get(), TokenUnavailableError).value
+        problem = self.failureResultOf(Login("ann", file, at_once, Clock()).get(), TokenUnavailableError).value
         self.assertIn("can't be read: No such file", str(problem))
         os.mkfifo(file)
-        problem = self.failureResultOf(Login("ann", file, at_once).get(), TokenUnavailableError).value
+        problem = self.failureResultOf(Login("ann", file, at_once, Clock()).get(), TokenUnavailableError).value
         self.assertIn("can't be read: it is a FIFO, not a regular file", str(problem))
 
 

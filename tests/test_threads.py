@@ -203,7 +203,8 @@ class BoundedTests(SynchronousTestCase):
     def test_hanging_is_told_once_a_minute(self) -> None:
         with capturedLogs() as events:
             self.hang()
-        self.assertEqual({("error", "hangs")}, {(event["log_level"].name, event["once"]) for event in events})
+        told = {(event["log_level"].name, event["once"]) for event in events}
+        self.assertEqual({("error", ("hangs", "the cache's file system"))}, told)
 
     def test_who_leaves_before_its_turn_takes_no_thread(self) -> None:
         calls = [self.bounded(int, str(number)) for number in range(4)]

@@ -6,25 +6,33 @@ from __future__ import annotations
 
 import base64
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from ecrproxy.files import open_file
 from ecrproxy.registry.ecr import TokenUnavailableError
-from ecrproxy.threads import InThread
+from ecrproxy.threads import Bounded, InThread
+
+if TYPE_CHECKING:
+    from twisted.internet.interfaces import IReactorTime
 
 LONGEST: Final = 8 * 2**10
 """Bytes that a password may have: it goes in a header."""
+READ_SECONDS: Final = 5.0
+"""Seconds that reading a password may take."""
 
 
 class Login:
     """
     A user whose password is in a file, read each time that it is needed: what rotates it writes the file anew.
 
+    One thread at a time reads it, which is nobody else's: where the file system hangs, other passwords can be read.
+
     @param in_thread: calls what reads the file.
     """
 
-    def __init__(self, username: str, file: Path, in_thread: InThread) -> None:
-        self._username, self._file, self._in_thread = username, file, in_thread
+    def __init__(self, username: str, file: Path, in_thread: InThread, clock: IReactorTime) -> None:
+        self._username, self._file = username, file
+        self._in_thread = Bounded(in_thread, 1, READ_SECONDS, clock, "the file system of the password")
 
     async def get(self) -> str:
         """
@@ -34,7 +42,7 @@ class Login:
         """
         try:
             password = await self._in_thread(_read, self._file)
-        except (OSError, TimeoutError) as problem:
+        except (OSError, RuntimeError) as problem:
             said = getattr(problem, "strerror", None) or problem
             raise TokenUnavailableError(f"the password in {str(self._file)!r} can't be read: {said}") from problem
         if not password or len(password) > LONGEST or b"\n" in password:
