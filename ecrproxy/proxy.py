@@ -16,6 +16,7 @@ Rules:
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice
@@ -38,11 +39,11 @@ from ecrproxy.lists import Lists
 from ecrproxy.manifests import Manifests
 from ecrproxy.oci import BLOB_TYPE, Descriptor, Digest, Kind, RegistryError, Route, listed
 from ecrproxy.reasons import Reason
-from ecrproxy.registry.bucket import UnavailableError
+from ecrproxy.registry.bucket import Blob, UnavailableError
 from ecrproxy.registry.upstream import Upstream
 from ecrproxy.threads import Disk, on_its_own
 from ecrproxy.transfer.download import Download
-from ecrproxy.transfer.inflow import SMALLEST_PART, Blob, Lanes, Urgency, Wish
+from ecrproxy.transfer.inflow import SMALLEST_PART, Lanes, Urgency, Wish
 from ecrproxy.transfer.lane import drop
 from ecrproxy.transfer.looks import Looks
 from ecrproxy.transfer.passing import Passing
@@ -258,7 +259,16 @@ class PullThrough:
         if isinstance(body, Passing) or body.size != size or not _serves(body, parts):
             return await self._alone(asked, parts, size, confirmed=confirmed is not None)
         self._cache.holds(asked, body.size)
+        self._add_source(body, asked.route, carrier)
         return Answer(CacheStatus.JOINED, Reason.IN_FLIGHT, BLOB_TYPE, digest, body.size, body)
+
+    def _add_source(self, download: Download, route: Route, carrier: Repository | None) -> None:
+        """
+        Let the rest of a transfer come from the registry of a client that has joined it, should its own give no more.
+        """
+        registry = route.repository.registry
+        if carrier is not None and carrier.registry != registry:
+            download.others.setdefault(registry, (self._upstream(route), route))
 
     async def _open(
         self,
@@ -378,11 +388,27 @@ class PullThrough:
         if step is Step.GO_ALONE:
             log.info("{digest} goes on alone: the process that brings it gets no further", digest=digest)
             start = await download.go_alone()
-            blob = None if start == download.size else await self._upstream(route).blob(route, None, start)
+            blob = None if start == download.size else await self._rest(download, route, None, start)
             download.split_off = None if blob is None else partial(self._run_apart, blob)
             await download.run_alone(blob)
         else:
             download.end_beside(step)
+
+    async def _rest(self, download: Download, route: Route, stop: int | None, start: int) -> Blob:
+        """
+        Begin to fetch what another process has left: from the registry that was asked first, or from one of the others.
+        """
+        try:
+            blob = await self._upstream(route).blob(route, stop, start)
+        except RegistryError:
+            for upstream, other in download.others.values():
+                with contextlib.suppress(RegistryError):
+                    blob = await upstream.blob(other, stop, start)
+                    break
+            else:
+                raise
+        blob.others = download.others
+        return blob
 
     async def _finish_for(self, download: Download, writer: Writer, route: Route) -> None:
         """
@@ -392,7 +418,7 @@ class PullThrough:
         log.info("Taking over {digest} at byte {at}: its writer has exited", digest=writer.digest, at=start)
         download.continue_in(writer)
         self._unattended.settle()  # its readers may have left meanwhile
-        blob = await self._upstream(route).blob(route, stop, start)
+        blob = await self._rest(download, route, stop, start)
         if blob.size is None:
             blob.size = download.size
         _check_size(blob, download.size)
@@ -490,6 +516,7 @@ class PullThrough:
             urgency=urgency,
             call_later=self._call_later,
         )
+        blob.others = download.others
         download.attendance = self._unattended.settle
         download.split_off = partial(self._run_apart, blob)
         if shared:

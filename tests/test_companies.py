@@ -16,7 +16,7 @@ from ecrproxy.http.access_log import GATHER_SECONDS
 from ecrproxy.registry.circuit import FAILURES
 from ecrproxy.registry.ecr import Token, TokenUnavailableError
 from ecrproxy.settings.registries import Protocol, RegistryTable
-from tests.daemon import DaemonTestCase, noise
+from tests.daemon import MIB, DaemonTestCase, Reply, noise
 from tests.registry import StandIn
 from tests.test_page import Node, Reader
 
@@ -163,6 +163,74 @@ class SeveralRegistriesTests(DaemonTestCase):
         self.flush()
         self.assertWhole(one, self.layer, "MISS")
         self.assertWhole(two, self.layer, "JOINED")
+
+    def shared(self, layer: bytes, brought: int) -> tuple[str, Reply, Reply]:
+        """
+        Begin a transfer from the default registry that a client of the other one has joined.
+
+        @param brought: how many bytes have come over each connection.
+        """
+        digest = str(self.standin.push_blob("team/app", layer))
+        self.other.push_blob("team/app", layer)
+        self.standin.hold(digest)
+        one = self.daemon.send("GET", f"/v2/team/app/blobs/{digest}")
+        self.flush()
+        two = self.daemon.send("GET", f"/v2/us/team/app/blobs/{digest}")
+        self.flush()
+        self.standin.deliver(digest, brought)
+        self.flush()
+        self.assertGreater(len(two.body), 0)
+        return digest, one, two
+
+    def test_what_one_breaks_off_another_that_has_it_finishes(self) -> None:
+        """
+        A client that has joined another registry's transfer does not notice what happens to that one: the rest comes
+        from its own, from the byte at which the other broke off.
+        """
+        for count, brought, lanes in ((100_000, 40_000, 1), (20 * MIB, MIB, 4)):
+            layer = noise(f"layer {count}", count)
+            digest, one, two = self.shared(layer, brought)
+            sent = self.other.bytes_sent
+            for service in ("registry", "bucket"):
+                self.standin.refuse(service)
+            self.standin.cut(digest)
+            self.pass_time(30)
+            self.assertWhole(two, layer, "JOINED")
+            self.assertWhole(one, layer, "MISS")
+            self.assertEqual(count - lanes * brought, self.other.bytes_sent - sent)
+            self.standin.heal()
+            self.standin.release(digest)
+
+    def test_what_one_stops_to_send_another_that_has_it_finishes(self) -> None:
+        layer = noise("stalled", 100_000)
+        digest, _, two = self.shared(layer, 40_000)
+        self.standin.slow("bucket", 0)
+        self.pass_time(40)  # what had come counts: the same is asked again
+        self.assertEqual([], [each for each in self.other.requests("bucket") if "range" in each.headers])
+        self.pass_time(40)
+        self.assertWhole(two, layer, "JOINED")
+        self.standin.release(digest)
+
+    def test_one_that_sends_again_is_asked_again_where_the_other_has_stopped_too(self) -> None:
+        layer = noise("in turns", 100_000)
+        digest, _, two = self.shared(layer, 40_000)
+        self.standin.slow("bucket", 0, times=1)
+        self.other.slow("bucket", 0)
+        self.standin.cut(digest)
+        self.standin.release(digest)
+        self.pass_time(70)
+        self.assertWhole(two, layer, "JOINED")
+        (asked,) = [each for each in self.other.requests("bucket") if each.headers.get("range") == "bytes=40000-99999"]
+        self.assertEqual("GET", asked.method)
+
+    def test_what_none_of_them_gives_any_more_ends(self) -> None:
+        digest, one, two = self.shared(noise("gone", 100_000), 40_000)
+        self.standin.refuse("bucket")
+        self.other.deny()
+        self.standin.cut(digest)
+        self.pass_time(60)
+        for each in (one, two):
+            self.assertEqual("broken", each.ended)
 
     def test_a_token_goes_to_its_own_registry(self) -> None:
         self.other.issue_token()  # else both would count from one

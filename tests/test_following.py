@@ -14,10 +14,12 @@ from ecrproxy.cache.claim import Claim, claim_path
 from ecrproxy.cache.peer import PeerTransfer
 from ecrproxy.cache.record import POLL_SECONDS, STALLED_SECONDS
 from ecrproxy.oci import Digest
+from ecrproxy.settings.registries import Protocol, RegistryTable
 from ecrproxy.threads import Disk
 from ecrproxy.transfer.inflow import SMALLEST_PART
 from ecrproxy.transfer.unattended import SLOW_SECONDS
 from tests.daemon import MIB, Daemon, Hands, Reply, at_once, noise
+from tests.registry import StandIn
 from tests.store_contract import failing
 from tests.test_ranges import RangesTestCase
 
@@ -330,6 +332,28 @@ class FailureTests(FollowingTestCase):
         self.standin.heal()
         self.standin.release(self.digest)
         self.assertWhole(self.ask(self.two), DATA, "MISS")
+
+    def test_another_registry_whose_client_follows_too_gives_what_is_missing(self) -> None:
+        """
+        Where the one that was asked first does not give it to the successor.
+        """
+        name = "444455556666.dkr.ecr.us-east-1.amazonaws.com"
+        bucket = "https://prod-us-east-1-starport-layer-bucket.s3.us-east-1.amazonaws.com"
+        other = StandIn(self.clock, registry=f"https://{name}", bucket=bucket)
+        other.push_blob("team/app", DATA)
+        table = RegistryTable(
+            name=name, protocol=Protocol.ECR, endpoint=f"https://{name}", region="us-east-1", path_prefix="us"
+        )
+        two = self.start(others={table: other})
+        self.ask(self.one)
+        replies = self.ask(two), self.ask(two, self.path.replace("/v2/", "/v2/us/"))
+        self.deliver()
+        self.standin.fail("registry", status=404)
+        self.kill(self.one)
+        self.go_on(0.1)
+        for reply in replies:
+            self.assertWhole(reply, DATA, "JOINED")
+        self.assertEqual(SIZE - 4 * EACH, other.bytes_sent)
 
     def test_wrong_bytes_complete_no_answer(self) -> None:
         self.standin.corrupt(self.digest, DATA[:-1] + b"?")

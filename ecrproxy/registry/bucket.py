@@ -4,9 +4,11 @@ The bytes of a blob, part by part, from where ECR says that they lie.
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Protocol, cast
+from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 from urllib.parse import urlsplit
 
 from OpenSSL import SSL
@@ -88,6 +90,8 @@ class Locator(Protocol):
     clock: IReactorTime
     stall_seconds: float
     """In how many seconds a body must bring C{TRICKLE} bytes."""
+    name: str
+    """What the log calls the registry."""
 
     async def locate(self, route: Route) -> tuple[str, IResponse | None]:
         """Ask where."""
@@ -99,11 +103,34 @@ class Locator(Protocol):
         """Wait before asking again for bytes that did not come."""
 
 
+@dataclass(slots=True, eq=False, repr=False)  # its URL is a secret
+class _Source:
+    """
+    A registry that has the blob.
+
+    @ivar url: where it lies, once the registry has said so.
+    @ivar barren: whether the last body that came from there broke off without a byte.
+    """
+
+    upstream: Locator
+    route: Route
+    url: str = ""
+    barren: bool = False
+
+    def note(self, *, barren: bool) -> None:
+        """
+        Note whether a body has ended without a byte.
+        """
+        self.barren = barren
+
+
 class Blob:
     """
     Where a blob's bytes come from, part by part if the bucket gives parts.
 
     @param url: where the blob lies, if ECR has said so already.
+    @ivar others: other registries whose clients wait for it, and as what they have it: the next parts come from one of
+        them where this one gives none. More may be added.
     @ivar size: in bytes, if upstream said.
     @ivar first: what was asked for first.
     @ivar ranged: whether the bucket gives parts.
@@ -113,7 +140,9 @@ class Blob:
     first: Stretch
 
     def __init__(self, upstream: Locator, route: Route, url: str = "") -> None:
-        self._upstream, self._route, self._url = upstream, route, url
+        self._source = _Source(upstream, route, url)
+        self._sources = {upstream: self._source}
+        self.others: Mapping[Any, tuple[Locator, Route]] = {}
         self.size: int | None = None
         self.ranged = self.is_page = False
 
@@ -121,12 +150,13 @@ class Blob:
         """
         Ask for the bytes from C{start} to C{stop}, or for all from there on.
         """
-        response = await self._ask(_span(start, stop) if start or stop is not None else "")
+        source = self._source
+        response = await _ask(source, _span(start, stop) if start or stop is not None else "")
         if response.code == 416:  # noqa: PLR2004 (an empty blob has no first byte, another may have become shorter)
-            discard(response, self._upstream.clock)
+            discard(response, source.upstream.clock)
             start = 0
-            response = await self._ask("")
-        self.size, self.first = await self._understand(response, start, stop)
+            response = await _ask(source, "")
+        self.size, self.first = await _understand(source, response, start, stop)
         part = response.code == 206  # noqa: PLR2004
         self.ranged = part or _offers_parts(response)
         self.is_page = not part and is_page(response)
@@ -138,66 +168,109 @@ class Blob:
         @param breaks: how often in a row they were asked for, and none came: then the next time can wait.
         """
         if breaks:
-            await self._upstream.pause(breaks)
-        response = await self._ask(_span(start, stop))
-        size, stretch = await self._understand(response, start, stop)
-        if size != self.size:
-            stretch.drop()
-            raise UnavailableError(502, "UNAVAILABLE", f"{self._route.reference} has changed its size upstream")
+            await self._source.upstream.pause(breaks)
+        source, *others = self._candidates()
+        try:
+            stretch = await self._open(source, start, stop)
+        except RegistryError as problem:
+            for each in others:
+                with contextlib.suppress(RegistryError):
+                    stretch = await self._open(each, start, stop)
+                    self._turn_to(each, problem.message)
+                    break
+            else:
+                raise
+        else:
+            self._turn_to(source, "the connection brought nothing")
         more = stop is not None and (stretch.stop or 0) > stop
         self.ranged = self.ranged and not (stretch.skip or more)
         return stretch
 
-    async def _ask(self, span: str) -> IResponse:
+    def _candidates(self) -> list[_Source]:
         """
-        Ask for bytes; replace the URL, once, if the bucket refuses it, as it does when the URL has expired.
+        List the registries to ask, in order: the one that was asked last, then the others; barren ones come last.
         """
-        response = await (self._fetch(span) if self._url else self._locate(span))
-        if response.code in REFUSED_STATUSES:
-            discard(response, self._upstream.clock)
-            response = await self._locate(span)
-        return response
+        for upstream, route in self.others.values():
+            self._sources.setdefault(upstream, _Source(upstream, route))
+        found = [self._source, *(each for each in self._sources.values() if each is not self._source)]
+        if all(each.barren for each in found):  # the others may send again by now
+            for each in found[1:]:
+                each.barren = False
+        return sorted(found, key=lambda each: each.barren)
 
-    async def _locate(self, span: str) -> IResponse:
-        self._url, direct = await self._upstream.locate(self._route)
-        return direct or await self._fetch(span)
+    def _turn_to(self, source: _Source, why: str) -> None:
+        """
+        Have what is asked for from now on come from C{source}.
+        """
+        if source is not self._source:
+            said = "Going on with {digest} from {name} instead of {before}: {why}"
+            names = {"name": source.upstream.name, "before": self._source.upstream.name}
+            log.info(said, digest=source.route.reference, why=why, once=source.route.reference, **names)
+            self._source = source
 
-    async def _fetch(self, span: str) -> IResponse:
-        self._url, response = await self._upstream.fetch(self._url, self._route, span)
-        return response
+    async def _open(self, source: _Source, start: int, stop: int | None) -> Stretch:
+        response = await _ask(source, _span(start, stop))
+        size, stretch = await _understand(source, response, start, stop)
+        if size != self.size:
+            stretch.drop()
+            raise UnavailableError(502, "UNAVAILABLE", f"{source.route.reference} has changed its size upstream")
+        return stretch
 
-    async def _understand(self, response: IResponse, start: int, stop: int | None) -> tuple[int | None, Stretch]:
-        """
-        Read the whole's size and what of it comes; a bucket that knows no ranges sends all from the first byte on.
-        """
-        host = urlsplit(self._url).hostname or ""
-        watch = Watch(self._upstream.clock, self._upstream.stall_seconds, host)
-        if response.code == 200:  # noqa: PLR2004
-            size = None if response.length is UNKNOWN_LENGTH else int(response.length)
-            return size, Stretch(response, watch, start, size, skip=start)
-        part = told_part(header(response, "Content-Range"), start, stop) if response.code == 206 else None  # noqa: PLR2004
-        if part is not None:
-            end, size = part
-            return size, Stretch(response, watch, start, end)
-        what = f"{host} answers {response.code} instead of {self._route.reference}"
-        if response.code == 206:  # noqa: PLR2004
-            discard(response, self._upstream.clock)
-            raise UnavailableError(502, "UNAVAILABLE", f"{what}: another range than {_span(start, stop)}")
-        raise UnavailableError(502, "UNAVAILABLE", await self._refusal(response, host, what))
 
-    async def _refusal(self, response: IResponse, host: str, what: str) -> str:
-        """
-        Add the bucket's own words to C{what} it did; log them.
-        """
-        said = said_by_bucket(await excerpt(response, self._upstream.clock))
-        if said:
-            what = f"{what}: {said}"
-            log.error(
-                "{what}; run 'ecr-proxy doctor' to check the way to the bucket",
-                what=what,
-                once=(host, said.partition(":")[0]),
-            )
-        return what
+async def _ask(source: _Source, span: str) -> IResponse:
+    """
+    Ask for bytes; replace the URL, once, if the bucket refuses it, as it does when the URL has expired.
+    """
+    response = await (_fetch(source, span) if source.url else _locate(source, span))
+    if response.code in REFUSED_STATUSES:
+        discard(response, source.upstream.clock)
+        response = await _locate(source, span)
+    return response
+
+
+async def _locate(source: _Source, span: str) -> IResponse:
+    source.url, direct = await source.upstream.locate(source.route)
+    return direct or await _fetch(source, span)
+
+
+async def _fetch(source: _Source, span: str) -> IResponse:
+    source.url, response = await source.upstream.fetch(source.url, source.route, span)
+    return response
+
+
+async def _understand(source: _Source, response: IResponse, start: int, stop: int | None) -> tuple[int | None, Stretch]:
+    """
+    Read the whole's size and what of it comes; a bucket that knows no ranges sends all from the first byte on.
+    """
+    host, clock = urlsplit(source.url).hostname or "", source.upstream.clock
+    watch = Watch(clock, source.upstream.stall_seconds, host, source.note)
+    if response.code == 200:  # noqa: PLR2004
+        size = None if response.length is UNKNOWN_LENGTH else int(response.length)
+        return size, Stretch(response, watch, start, size, skip=start)
+    part = told_part(header(response, "Content-Range"), start, stop) if response.code == 206 else None  # noqa: PLR2004
+    if part is not None:
+        end, size = part
+        return size, Stretch(response, watch, start, end)
+    what = f"{host} answers {response.code} instead of {source.route.reference}"
+    if response.code == 206:  # noqa: PLR2004
+        discard(response, clock)
+        raise UnavailableError(502, "UNAVAILABLE", f"{what}: another range than {_span(start, stop)}")
+    raise UnavailableError(502, "UNAVAILABLE", await _refusal(response, clock, host, what))
+
+
+async def _refusal(response: IResponse, clock: IReactorTime, host: str, what: str) -> str:
+    """
+    Add the bucket's own words to C{what} it did; log them.
+    """
+    said = said_by_bucket(await excerpt(response, clock))
+    if said:
+        what = f"{what}: {said}"
+        log.error(
+            "{what}; run 'ecr-proxy doctor' to check the way to the bucket",
+            what=what,
+            once=(host, said.partition(":")[0]),
+        )
+    return what
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,11 +280,13 @@ class Watch:
 
     @ivar seconds: in which it must bring C{TRICKLE} bytes.
     @ivar host: who sends it.
+    @ivar note: called when a body has ended: whether it was to blame for bringing nothing.
     """
 
     clock: IReactorTime
     seconds: float
     host: str
+    note: Callable[..., object] = lambda **_: None
 
 
 class Stretch:
@@ -324,7 +399,7 @@ class BlobTransfer(TwistedProtocol):
     def __init__(self, sink: Sink, watch: Watch, skip: int = 0) -> None:
         self.sink, self._watch, self._skip = sink, watch, skip
         self._timer: IDelayedCall | None = None
-        self._stalled = False
+        self._stalled, self._barren = False, True
         self._since = 0
 
     def connectionMade(self) -> None:  # noqa: D102
@@ -338,10 +413,12 @@ class BlobTransfer(TwistedProtocol):
         if self._skip:
             data, self._skip = data[self._skip :], max(0, self._skip - len(data))
         if data:
+            self._barren = False
             self.sink.arrived(data)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:  # noqa: D102
         self._wait_no_more()
+        self._watch.note(barren=self._barren)
         if self._stalled:
             sent = f"no more than {self._since} bytes" if self._since else "nothing"
             what = f"{self._watch.host} has sent {sent} for {self._watch.seconds:g} s"
@@ -374,6 +451,10 @@ class BlobTransfer(TwistedProtocol):
         """
         Send nothing more, ever.
         """
+        self._barren = False
+        self._hang_up()
+
+    def _hang_up(self) -> None:
         self._wait_no_more()
         if self.transport is not None:
             self.transport.loseConnection()
@@ -390,7 +471,7 @@ class BlobTransfer(TwistedProtocol):
 
     def _stall(self) -> None:
         self._timer, self._stalled = None, True
-        self.abort()
+        self._hang_up()
 
 
 def _offers_parts(response: IResponse) -> bool:

@@ -101,6 +101,7 @@ class Download:
     @param call_later: a reactor's, for the time of readers that stop; none to wait for them without end.
     @ivar attendance: called when a first reader comes or the last has left.
     @ivar split_off: called with a transfer that goes on apart for readers that have stopped, and has to be run.
+    @ivar others: registries whose clients have joined it, and as what they have the blob: see L{bucket.Blob}.
     @ivar received: how many bytes are readable, from the first on.
     @ivar verified: whether all of them are there and are what the digest names.
     @ivar failure: why there will be no more of them.
@@ -144,6 +145,7 @@ class Download:
         self._abandoned, self._leaves, self._attended = False, False, False
         self._running, self.stopped, self._failed_filing = True, False, False
         self._parts_sent = 0
+        self.others: dict[Any, Any] = {}
         self.attendance: Callable[[], None] = lambda: None
         self.split_off: Callable[[Download], None] | None = None
 
