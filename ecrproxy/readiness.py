@@ -55,20 +55,23 @@ class Source:
         return self.token is not None or self.silence is not None
 
 
-def judge(*, draining: bool, sources: Sequence[Source], disk: Sequence[str], filled: bool) -> Readiness:
+def judge(
+    *, draining: bool, sources: Sequence[Source], disk: Sequence[str], filled: bool, index: str = ""
+) -> Readiness:
     """
     Judge what a process can do: with one registry that it can fetch from, it can fetch.
 
     @param sources: all registries.
     @param disk: what is wrong with the cache directory.
     @param filled: whether the cache directory has content.
+    @param index: what is wrong with the cache's index, which keeps nobody from being served.
     """
     reasons = ["draining: the daemon ends"] if draining else []
     reasons += _said_of(sources)
     return Readiness(
         can_serve=not draining and not disk and (filled or any(each.token is None for each in sources)),
         can_fetch=not all(each.fails for each in sources),
-        reasons=(*reasons, *disk),
+        reasons=(*reasons, *disk, *([index] if index else [])),
         draining=draining,
     )
 

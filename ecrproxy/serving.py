@@ -445,6 +445,7 @@ async def _readiness(
         sources=[each.source() for each in askings()],
         disk=found.reasons,
         filled=found.filled,
+        index=found.index,
     )
 
 

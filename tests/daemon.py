@@ -782,7 +782,7 @@ class Daemon(Administered):
         """
         found = await self.condition.latest()
         sources = [each.source() for each in self.askings()]
-        return judge(draining=False, sources=sources, disk=found.reasons, filled=found.filled)
+        return judge(draining=False, sources=sources, disk=found.reasons, filled=found.filled, index=found.index)
 
     def kill(self) -> None:
         """

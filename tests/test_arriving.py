@@ -915,6 +915,17 @@ class LeftOverTests(ArrivingTests):
         self.arriving.sweep()
         self.assertEqual(([], []), (self.counted(), self.names()))
 
+    def test_a_reservation_of_what_is_content_ends_with_a_sweep_that_counts_that(self) -> None:
+        """
+        Its writer was killed before it could tell, or can't open the index.
+        """
+        self.store.index.arrive(Reservation(self.data.name, "killed"), SIZE)
+        path = self.store.root / self.store.content_path(DIGEST)
+        path.parent.mkdir(parents=True)
+        path.write_bytes(DATA)
+        self.arriving.sweep()
+        self.assertEqual(([], (1, on_disk(SIZE), 0)), (self.counted(), self.store.index.totals[:3]))
+
     def test_is_evicted_like_any_other_file(self) -> None:
         """
         Unless somebody goes on with it, or waits for it to go on.

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import json
 import os
 import random
 import shutil
@@ -23,6 +24,7 @@ from twisted.logger import capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.cache import index as index_module
+from ecrproxy.cache.condition import FRESH_SECONDS
 from ecrproxy.cache.entries import Entry, EntryKey
 from ecrproxy.cache.index import AGAIN_SECONDS, LATE_ENTRIES, LATE_SAVES, LOCK, POINTER, Index, give
 from ecrproxy.cache.janitor import EVICTING
@@ -849,6 +851,106 @@ class TakeOverTests(DaemonTestCase):
         there = [(path.exists(), self.index.totals.files) for _ in scrub(self.daemon.store, lambda: None)]
         self.assertEqual((True, 2), [each for each in there if each[0]][-1])
         self.assertFalse(path.exists())
+
+
+class ShutOutTests(DaemonTestCase):
+    """
+    Of the processes on a directory, one can't open the index that the others have open.
+    """
+
+    index_in_memory = False
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.data = noise("x", 300_000)
+        self.standin.push_blob("team/app", self.data)
+
+    def pull(self, data: bytes) -> str | None:
+        reply = self.get(f"/v2/team/app/blobs/{self.standin.push_blob('team/app', data)}")
+        self.assertWhole(reply, data)
+        return reply.cache
+
+    def reasons(self) -> str:
+        """
+        What is wrong, though it keeps nobody from being served.
+        """
+        self.pass_time(FRESH_SECONDS)
+        reply = self.get("/readyz")
+        self.assertEqual(200, reply.code)
+        return str(json.loads(reply.body)["reasons"])
+
+    def another_user(self) -> list[Any]:
+        """
+        Have this process run as another user than the one whose files the index is made of.
+        """
+        return [self.patch(os, "geteuid", lambda: 12345), self.patch(os, "access", lambda *_, **__: False)]
+
+    def too_many_files(self) -> list[Any]:
+        real = os.open
+
+        def opened(path: Any, *args: Any, **kwargs: Any) -> int:
+            lacking = "index" in str(path) or path == os.devnull
+            return failing(errno.EMFILE)() if lacking else real(path, *args, **kwargs)
+
+        return [self.patch(os, "open", opened)]
+
+    def check(self, shut_out: Callable[[], list[Any]], saying: str) -> None:
+        first, data = self.daemon, noise("y", 300_000)
+        self.pull(self.data)
+        patches = shut_out()
+        self.start()
+        self.pass_time(1)
+        self.assertFalse(self.index.shared)
+        self.assertEqual(("REVALIDATED", "BYPASS"), (self.pull(self.data), self.pull(data)))
+        self.assertIn(saying, self.reasons())
+        self.assertIn("nothing new is cached", self.reasons())
+        self.assertEqual(1, len(self.files()))
+        self.assertEqual(first.store.index.totals.files, 1)
+        for patch in patches:
+            patch.restore()
+        self.pass_time(AGAIN_SECONDS)
+        self.index.settle()
+        self.assertTrue(self.index.shared)
+        self.assertEqual("[]", self.reasons())
+        self.assertEqual(("MISS", "HIT"), (self.pull(data), self.pull(data)))
+        first.store.index.settle()
+        self.assertEqual(2, first.store.index.totals.files)
+        self.assertEqual(1, self.logged().count("The cache's index can't be used"))
+
+    def test_by_another_user(self) -> None:
+        self.check(self.another_user, "runs as 12345; have all processes on the directory run as the user that owns it")
+
+    def test_by_its_limit_of_open_files(self) -> None:
+        self.check(self.too_many_files, "Too many open files; raise the limit of open files")
+
+    def test_one_that_could_be_written_once(self) -> None:
+        """
+        It says so; what it promises is known to nobody, and is little.
+        """
+        self.pull(self.data)
+        self.index._rows._writer.execute("PRAGMA query_only = 1")  # noqa: SLF001
+        self.assertEqual("BYPASS", self.pull(noise("y", 300_000)))
+        self.index.settle()
+        self.assertIn("the cache's index can't be written: attempt to write a readonly database", self.reasons())
+        self.index._rows._writer.execute("PRAGMA query_only = 0")  # noqa: SLF001
+        self.index.settle()
+        self.assertEqual("[]", self.reasons())
+
+    def test_a_mode_that_somebody_changed_costs_the_index_alone(self) -> None:
+        """
+        Whoever has the old one open follows.
+        """
+        self.pull(self.data)
+        first, denied = self.index, (self.root / POINTER).read_text().strip()
+        self.patch(os, "access", lambda path, *_, **__: denied not in str(path))
+        self.start()
+        self.pass_time(1)
+        first.settle()
+        self.assertTrue(self.index.shared)
+        self.assertNotEqual(denied, (self.root / POINTER).read_text().strip())
+        self.index.adopt([File(Digest.of(b"x"), 1, START)])
+        self.assertIsNotNone(first.known(Digest.of(b"x")))
+        self.index.drop([Digest.of(b"x")])
 
 
 class MountTests(SynchronousTestCase):

@@ -253,7 +253,7 @@ class Arriving:
         Remove what can't be used, and add the interrupted transfers that stay to the index.
 
         Removed are transfers that are a day old, can't be resumed, or whose digest is content by now; reservations
-        without a file; and old probes.
+        without a file; and old probes. Content whose reservation is removed is added to the index, unless it is there.
         """
         reserved: dict[str, Reserved] = {}
         with contextlib.suppress(OSError):  # first: a claim exists before its reservation
@@ -265,8 +265,16 @@ class Arriving:
             else:
                 names.add(path.name.removesuffix(SUFFIX))
         gone = [name for name in names if self._is_of_no_use(name, reserved.get(name))]
-        if not reserved.keys().isdisjoint(gone):
-            self.directory.index.drop(arriving=[reserved[name].what for name in gone if name in reserved])
+        ended = [name for name in gone if name in reserved]
+        if not ended:
+            return
+        digests = [_digest_of(self.folder / name) for name in ended]
+        found = [self.directory.found(each) for each in digests if each is not None]
+        try:
+            self.directory.index.adopt([each for each in found if each is not None])
+        except OSError:  # until then the reservations count in its place
+            return
+        self.directory.index.drop(arriving=[reserved[name].what for name in ended])
 
     def _sweep_probe(self, path: Path) -> None:
         with contextlib.suppress(OSError):

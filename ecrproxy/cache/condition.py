@@ -40,10 +40,12 @@ class Look:
 
     @ivar reasons: what is wrong.
     @ivar filled: whether there is content.
+    @ivar index: what is wrong with the index.
     """
 
     reasons: tuple[str, ...] = ()
     filled: bool = False
+    index: str = ""
 
 
 class Condition:
@@ -86,7 +88,7 @@ class Condition:
         self._in_thread(self._look).addBoth(self._ended)
 
     def _look(self) -> Look:
-        return Look(tuple(self._store.reasons()), self._store.has_content())
+        return Look(tuple(self._store.reasons()), self._store.has_content(), self._store.index.trouble)
 
     def _ended(self, found: Look | Failure) -> None:
         self._began, self._fresh_until = None, self._clock.seconds() + FRESH_SECONDS

@@ -5,6 +5,7 @@ What writers of the cache directory have in common.
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 from ecrproxy.cache.claim import boot_id
 from ecrproxy.cache.paths import content_path
 from ecrproxy.cache.proofs import Proofs
+from ecrproxy.cache.sqlite import File
 from ecrproxy.cache.troubles import Troubles
 
 if TYPE_CHECKING:
@@ -46,6 +48,18 @@ class Directory:
         Return the path of the content of C{digest}.
         """
         return self.root / content_path(digest)
+
+    def found(self, digest: Digest) -> File | None:
+        """
+        Look at a file of content that nothing is known of; its last use is its mtime, if that is not in the future.
+        """
+        try:
+            status = os.lstat(f"{self.root}/{content_path(digest)}")
+        except OSError:
+            return None
+        if not stat.S_ISREG(status.st_mode):
+            return None
+        return File(digest, status.st_size, max(0.0, min(status.st_mtime, self.now())))
 
     def is_own(self, status: os.stat_result) -> bool:
         """

@@ -10,6 +10,8 @@ Rules:
 - The files are opened by SQLite alone: closing any other descriptor of them would drop its locks.
 - Whatever is wrong with the index, the daemon goes on: with a new one if it is damaged, with rows in memory while no
   file can be opened. Changes that fail because another process writes, or the disk is full, are tried again.
+- A process that can't open the index that others may have open promises no room: it does not know what they keep, nor
+  they what it does.
 - Each process puts what it was promised for its transfers into an index that it opens in another's place.
 - Uses are gathered, and written once a second. All other changes are written at once, in the order they came: those
   that wait for each other in one transaction.
@@ -21,6 +23,7 @@ Rules:
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import re
@@ -43,6 +46,7 @@ from ecrproxy.cache.mounts import find_mount, mountinfo
 from ecrproxy.cache.paths import content_path
 from ecrproxy.cache.record import Reservation, Reserved
 from ecrproxy.cache.sqlite import (
+    FULL,
     LAYOUT,
     BusyError,
     DamagedError,
@@ -55,6 +59,7 @@ from ecrproxy.cache.sqlite import (
     UnusableError,
     on_disk,
 )
+from ecrproxy.cache.troubles import is_exhaustion
 from ecrproxy.oci import Digest
 
 log = Logger()
@@ -86,6 +91,8 @@ are seen a second late: so many of them together stay within the limit.
 """
 _LATE_SECONDS: Final = 0.25
 """From how long on what waited to be written may have been purged meanwhile by another process."""
+_NOTHING_TO_KEEP: Final = FULL | {errno.EROFS}
+"""Errors of a disk that takes no file: nobody keeps anything new there."""
 _POINTER_BYTES: Final = 100
 """More than its name and a line's end."""
 _SUFFIXES: Final = "", "-wal", "-shm"
@@ -148,6 +155,7 @@ class Index:
     @param before_opening: called before files are opened or made; whatever it raises is a reason not to.
     @ivar shared: whether other processes see it.
     @ivar unfit: whether the file system can't have an index that processes share.
+    @ivar shut_out: whether there may be one that other processes use, and this one can't open: it promises no room.
     @ivar size: bytes of disk that it takes.
     @ivar busy: how many changes had to wait because another process wrote.
     @ivar opened: how many databases it has been: a scrub begins anew with each.
@@ -183,7 +191,7 @@ class Index:
         self._generation = 0
         self._everything, self._full, self._tried = False, False, float("-inf")
         self._occupied = float("-inf")
-        self.shared, self.unfit, self._problem = False, False, ""
+        self.shared, self.unfit, self.shut_out, self._problem, self._unwritable = False, False, False, "", ""
 
     @property
     def totals(self) -> Totals:
@@ -198,6 +206,15 @@ class Index:
         Why rows are kept in memory alone, if they are.
         """
         return self._problem
+
+    @property
+    def trouble(self) -> str:
+        """
+        What keeps this process from knowing with others what is cached, if anything does.
+        """
+        if self.shut_out:
+            return f"the cache's index can't be used, and nothing new is cached: {self._problem}"
+        return f"the cache's index can't be written: {self._unwritable}" if self._unwritable else ""
 
     def close(self) -> None:
         """
@@ -237,16 +254,19 @@ class Index:
                 return
             if self._problem:
                 log.info("Recovered: the cache's index can be used")
-            self.shared, self.unfit, self._problem = True, False, ""
+            self.shared, self.unfit, self.shut_out, self._problem = True, False, False, ""
             self._became(old)
 
     def _fall_back(self, problem: OSError, old: Rows) -> None:
         """
         Go on with a database that can only be read, or with one in memory.
         """
-        if not self._problem:
-            log.warn("The cache's index can't be used: {problem}; going on with one in memory", problem=str(problem))
-        self._problem, self.unfit = str(problem), isinstance(problem, UnfitError)
+        begins, self._problem, self.unfit = not self._problem, _why(problem), isinstance(problem, UnfitError)
+        self.shut_out = not self.unfit and not isinstance(problem, FullError) and problem.errno not in _NOTHING_TO_KEEP
+        if begins:
+            told = "The cache's index can't be used: {problem}; "
+            told += "nothing new is cached until it can" if self.shut_out else "going on with one in memory"
+            log.warn(told, problem=self._problem)
         if self.shared or not self.opened or old.closed or self._rows.outdated:
             self.shared, self._files, self._rows = False, (), Rows()
             if not isinstance(problem, UnusableError):  # the directory is read-only, or another user's
@@ -295,6 +315,9 @@ class Index:
             return None
         if self._files and path == self._files[0]:
             log.warn("The cache's index was changed while it was open: beginning a new one")
+            return None
+        if not _may_use(files):
+            log.warn("The cache's index can't be opened: its mode was changed; beginning a new one")
             return None
         try:
             rows = Rows(path)
@@ -505,7 +528,7 @@ class Index:
                     self._put_back_in_line(some)
                 else:
                     self._end(some, outcomes)
-                    self._occupied = float("-inf")
+                    self._occupied, self._unwritable = float("-inf"), ""
 
     def _take(self) -> Sequence[_Change]:
         """
@@ -532,7 +555,7 @@ class Index:
         if isinstance(problem, BusyError):
             self._is_busy()
         else:
-            self._full = isinstance(problem, FullError)
+            self._full, self._unwritable = isinstance(problem, FullError), str(problem)
             log.warn("The cache's index can't be written: {problem}", problem=str(problem), once="index")
         self._put_back_in_line([each for each in some if each.over is None])
         for each in some:
@@ -740,8 +763,10 @@ class Index:
 
         @param limit: the most bytes of disk for all files together, and the index.
         @return: by how many bytes that would be too much: zero if they are promised.
-        @raise OSError: if the index can't be written.
+        @raise OSError: if the index can't be written, or others may have one that this process can't open.
         """
+        if self.shut_out:
+            raise UnusableError(self.trouble)
         if self.has_plenty(on_disk(size), limit):
             self.arrive(what, size)
             return 0
@@ -779,7 +804,7 @@ class Index:
         """
         Return True if there is so much free room that some of it can be promised before that is written.
         """
-        if self.elsewhere is None or len(self._late) >= LATE_SAVES:
+        if self.elsewhere is None or self.shut_out or len(self._late) >= LATE_SAVES:
             return False
         free = limit - self.size - self.totals.blocks - self.totals.arriving
         return (self.unwritten + size) * PLENTY <= free
@@ -983,6 +1008,38 @@ def give(path: Path, root: Path) -> None:
             os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
 
 
+def _may_use(files: Iterable[Path]) -> bool:
+    """
+    Return False if this user may not read and write one of his own files: somebody has changed its mode.
+
+    @raise UnusableError: if it is another user's. To begin another index would take the old one from his processes,
+        which could not open the new one, and would begin another in turn.
+    """
+    for path in files:
+        status = status_of(path)
+        if status is None or os.access(path, os.R_OK | os.W_OK, effective_ids=True):
+            continue
+        if status.st_uid != os.geteuid():
+            raise UnusableError(
+                f"{path.name} belongs to user {status.st_uid}, this process runs as {os.geteuid()};"
+                " have all processes on the directory run as the user that owns it, and give its files to that user"
+            )
+        return False
+    return True
+
+
+def _why(problem: OSError) -> str:
+    """
+    Say why the index can't be opened: if this process can open nothing more, SQLite does not tell.
+    """
+    try:
+        os.close(os.open(os.devnull, os.O_RDONLY))
+    except OSError as exhausted:
+        if is_exhaustion(exhausted):
+            return f"{exhausted.strerror}; raise the limit of open files (LimitNOFILE=, ulimit -n)"
+    return str(problem)
+
+
 def _refuse_far(root: Path) -> None:
     """
     Refuse a file system whose locks and shared memory may not hold.
@@ -1005,10 +1062,14 @@ def locked(path: Path, *, waiting: bool = True) -> Iterator[None]:
     with opened(path) as fd, opened(path) as other:
         give(path, path.parent)
         for _ in range(_LOCK_TRIES if waiting else 1):
-            with contextlib.suppress(BlockingIOError):
+            try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(_LOCK_PAUSE)
+            except OSError as problem:
+                raise UnfitError(f"{path} can't be locked: {problem.strerror}; use a local disk") from None
+            else:
                 break
-            time.sleep(_LOCK_PAUSE)
         else:
             raise UnusableError(f"{path} is locked by another process")
         with contextlib.suppress(BlockingIOError):

@@ -17,6 +17,7 @@ Rules:
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import itertools
 import sqlite3
@@ -36,6 +37,8 @@ PAGE: Final = 1000
 """Rows that are read in one statement."""
 PURGES: Final = 10_000
 """Purged things that are remembered, for processes to forget them one by one."""
+FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
+"""Errors of a disk that has no room."""
 _BLOCK: Final = 4096
 _DAMAGED: Final = frozenset(
     {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH}
@@ -786,7 +789,7 @@ def _create(path: Path) -> None:
     try:
         path.touch(mode=0o600)
     except OSError as problem:
-        raise UnusableError(str(problem)) from None
+        raise (FullError if problem.errno in FULL else UnusableError)(str(problem)) from None
 
 
 def _log_of(path: Path) -> int:

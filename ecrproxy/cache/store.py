@@ -42,7 +42,7 @@ from ecrproxy.cache.paths import content_path
 from ecrproxy.cache.peer import PeerTransfer
 from ecrproxy.cache.proofs import Proofs, is_marked, mark
 from ecrproxy.cache.record import RECORD, Reservation
-from ecrproxy.cache.sqlite import File, on_disk
+from ecrproxy.cache.sqlite import FULL, File, on_disk
 from ecrproxy.cache.takeover import take_over_one
 from ecrproxy.cache.troubles import Kind, Troubles, is_exhaustion
 from ecrproxy.cache.volume import Volume
@@ -55,7 +55,6 @@ T = TypeVar("T")
 
 _PROBE: Final = b"ok" + bytes(2**16)
 """What a check writes: more than a disk that is called full still takes."""
-_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 _UNUSABLE: Final = frozenset(
     {
         errno.EACCES,
@@ -164,7 +163,7 @@ class Store:
                 log.warn("{root} is not what it was: its directories are made anew", root=str(self.root))
                 self.make()
             except OSError as problem:
-                if problem.errno not in _FULL or not self.evict(size):
+                if problem.errno not in FULL or not self.evict(size):
                     raise self._explained(problem) from None
         try:
             return make()
@@ -333,15 +332,9 @@ class Store:
 
     def found(self, digest: Digest) -> File | None:
         """
-        Look at a file of content that nothing is known of; its last use is its mtime, if that is not in the future.
+        Look at a file of content that nothing is known of.
         """
-        try:
-            status = os.lstat(f"{self.root}/{content_path(digest)}")
-        except OSError:
-            return None
-        if not stat.S_ISREG(status.st_mode):
-            return None
-        return File(digest, status.st_size, max(0.0, min(status.st_mtime, self.now())))
+        return self.directory.found(digest)
 
     def claim(self, digest: Digest) -> Claim | PeerTransfer | Met:
         """
