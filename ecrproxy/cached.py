@@ -10,7 +10,8 @@ Rules:
 - Nothing is read before it is known that the repository may have it.
 - Small content is verified each time it is read from the disk, and held in memory then. Larger content is verified
   the first time it is used, and again when somebody has changed its file: see L{verification}.
-- What ECR says of one tag takes effect in the order in which it was asked.
+- What ECR says of one tag takes effect in the order in which it was asked, by whichever process. A question's number is
+  when it was asked, in microseconds since the epoch; an answer counts as of then.
 - The memory is a copy: what the disk lost, it may still give; what it has dropped is read again.
 """
 
@@ -764,12 +765,15 @@ class Cache:
         """
         Give what was known, and the entry as it is now; none if the answer is outdated.
         """
-        before = await self.entry(asked)
+        before, when = await self.entry(asked), question / 1e6
+        known = before.answers.get(asked.accept)
         if not self._order(key).answer(asked.accept, descriptor.media_type, question):
             return None, None
-        entry = before.with_answer(asked.accept, Confirmed(descriptor, self._now()))
+        if known is not None and known.is_newer(when, self._now()):
+            return None, None
+        entry = before.with_answer(asked.accept, Confirmed(descriptor, min(when, self._now())))
         self._hold_entry(key, entry)
-        return before.answers.get(asked.accept), entry
+        return known, entry
 
     def _order(self, key: EntryKey) -> Order:
         order = self._orders.get(key) or Order()
@@ -800,17 +804,18 @@ class Cache:
 
         @param entry: what is known; none if that can't be read, as on a disk that hangs: it may be there.
         """
-        types = {asked.accept: ""}
+        types, newer, when = {asked.accept: ""}, set[frozenset[str]](), question / 1e6
         if entry is not None:
             types = {accept: known.descriptor.media_type for accept, known in entry.answers.items()}
-        left = self._order(key).forget(asked.accept, question, types)
+            newer = {accept for accept, known in entry.answers.items() if known.is_newer(when, self._now())}
+        left = self._order(key).forget(asked.accept, question, types) | newer
         if types and left == types.keys():
             return False
         self._entries.drop(key)
         if entry is not None and left:
             self._hold_entry(key, replace(entry, answers={accept: entry.answers[accept] for accept in left}))
         if types:
-            self.store.index.hide_answers(key, types.keys() - left)  # whatever becomes of the thread
+            self.store.index.hide_answers(key, types.keys() - left, when)  # whatever becomes of the thread
         for accept in types.keys() - left:
             self._written.drop((key, accept))
         return bool(types)

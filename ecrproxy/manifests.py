@@ -14,7 +14,6 @@ import contextlib
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 from ecrproxy.answers import ANY, Answer, Asked, CacheStatus, manifest_answer
@@ -70,7 +69,7 @@ class Manifests:
         self._manifests: Flights[_Said[tuple[Descriptor, Document]]] = Flights(foreseen=RegistryError)
         self._replicas: Flights[tuple[Descriptor, Document]] = Flights(foreseen=RegistryError)
         self._forgetting: Flights[None] = Flights()
-        self._questions = count(1)
+        self._question = 0
         self._named: Memory[tuple[Repository, Digest], _Named] = Memory(_NAMED_BYTES)
 
     def at_hand(self, asked: Asked) -> Answer | None:
@@ -294,7 +293,7 @@ class Manifests:
         return said
 
     async def _numbered(self, question: Coroutine[Any, Any, T]) -> _Said[T]:
-        number = next(self._questions)
+        number = self._question = max(self._question + 1, round(self._now() * 1e6))
         try:
             return _Said(number, await question)
         except RegistryError as problem:
@@ -352,7 +351,8 @@ class _Said(Generic[T]):
     """
     What ECR answered to a question: that it has no such thing, or what was asked for.
 
-    @ivar question: its number, larger than those of all that were asked before.
+    @ivar question: its number, larger than those of all that were asked before: when it was asked, in microseconds
+        since the epoch, for other processes ask, too.
     """
 
     question: int

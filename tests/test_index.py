@@ -264,14 +264,33 @@ class EntriesContract(IndexContract):
         self.saved(tag(), (BOTH, confirmed(B)))
         assert self.index.entry(tag()) == Entry({ANY: confirmed(A), BOTH: confirmed(B)})
 
+    def test_an_answer_to_an_earlier_question_replaces_none(self) -> None:
+        """
+        But one of before the clock was set back.
+        """
+        self.saved(tag(), (ANY, confirmed(A, START)))
+        self.saved(tag(), (ANY, confirmed(B, START - 1)))
+        assert self.index.entry(tag()) == Entry({ANY: confirmed(A, START)})
+        self.saved(tag(), (ANY, confirmed(A, START + 10**6)))
+        self.saved(tag(), (ANY, confirmed(B, START - 1)))
+        assert self.index.entry(tag()) == Entry({ANY: confirmed(B, START - 1)})
+
+    def test_answers_to_later_questions_are_not_forgotten(self) -> None:
+        self.saved(tag(), (ANY, confirmed(A, START)), (BOTH, confirmed(B, START - 1)))
+        self.index.forget_answers(tag(), [ANY, BOTH], START - 1)
+        assert self.index.entry(tag()) == Entry({ANY: confirmed(A, START)})
+        self.saved(tag(), (ANY, confirmed(A, START + 10**6)))
+        self.index.forget_answers(tag(), [ANY], START - 1)
+        assert self.index.entry(tag()) is None
+
     def test_single_answers_of_a_tag_are_forgotten(self) -> None:
         for key in (tag(), tag("older")):
             self.saved(key, (ANY, confirmed(A)), (BOTH, confirmed(B)))
-        self.index.forget_answers(tag(), [BOTH, frozenset({INDEX_TYPE})])
-        self.index.forget_answers(tag("unknown", "team/other"), [BOTH])
+        self.index.forget_answers(tag(), [BOTH, frozenset({INDEX_TYPE})], START)
+        self.index.forget_answers(tag("unknown", "team/other"), [BOTH], START)
         assert self.index.entry(tag()) == Entry({ANY: confirmed(A)})
         assert self.index.entry(tag("older")) == Entry({ANY: confirmed(A), BOTH: confirmed(B)})
-        self.index.forget_answers(tag(), [ANY])
+        self.index.forget_answers(tag(), [ANY], START)
         assert self.index.entry(tag()) is None
 
     def test_a_fact_is_one_whatever_the_cache_key(self) -> None:

@@ -346,7 +346,7 @@ class EntryTests(SynchronousTestCase):
         What the index says of a tag is what it was told.
         """
         rows, key = Rows(), EntryKey.of(route_to(f"/v2/{name}/manifests/{tag}"))
-        rows.save([(key, Entry(given_so))])
+        rows.save([(key, Entry(given_so))], 0)
         self.assertEqual(Entry(given_so) if given_so else None, rows.entry(key))
         self.assertEqual(key, EntryKey.parse(str(key)))
 

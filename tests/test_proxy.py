@@ -1888,7 +1888,7 @@ class StaleTests(DaemonTestCase):
         reply = self.daemon.send("GET", self.path)
         self.pass_time(2)
         for key, entry in self.entries().items():
-            self.index.forget_answers(key, entry.answers)
+            self.index.forget_answers(key, entry.answers, self.daemon.now())
         self.pass_time(5)
         self.assertEqual(0, reply.code)
         self.pass_time(5)

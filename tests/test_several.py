@@ -5,12 +5,17 @@ A parent and its workers as one daemon: what the operator sees of them, and what
 from __future__ import annotations
 
 import json
+from collections.abc import Coroutine
 from typing import Any
 
+from twisted.internet.defer import Deferred
 from twisted.logger import LogLevel
 
 from ecrproxy.access.limits import Limits
+from ecrproxy.answers import Asked
+from ecrproxy.cache.entries import Confirmed, Entry, EntryKey
 from ecrproxy.manifests import INDEX_SECONDS
+from ecrproxy.oci import Descriptor, Digest, parse_route
 from ecrproxy.threads import Disk
 from ecrproxy.workers.worker import CLOSE_SECONDS, TELL_SECONDS, TOGETHER
 from tests.daemon import NAMED, DaemonTestCase, Hands, noise
@@ -312,6 +317,48 @@ class TagsTests(SeveralTestCase):
         self.standin.refuse("registry")
         for daemon in (other, one):
             self.assertWhole(daemon.ask("GET", self.path), moved.manifest, "STALE")
+
+    def test_answers_that_come_late_to_one_change_nothing_of_what_another_was_told_since(self) -> None:
+        """
+        What counts is when ECR was asked, by whichever worker.
+        """
+        one, other = self.several.daemons
+        asked = Asked(parse_route(self.path, one.registry), self.path, frozenset({OCI_MANIFEST}))
+        key, old = EntryKey.of(asked.route, asked.key), Descriptor(OCI_MANIFEST, Digest.of(b"old"), 3)
+        early = self.moment()
+        self.several.pass_time(5)
+        self.assertWhole(other.ask("GET", self.path, Accept=OCI_MANIFEST), self.image.manifest)
+        self.done(one.cache.forget(asked, early))
+        self.done(one.cache.record(asked, early, old, None))
+        self.standin.refuse("registry")
+        for daemon in (one, other, self.start()):
+            self.assertWhole(daemon.ask("GET", self.path, Accept=OCI_MANIFEST), self.image.manifest, "STALE")
+        self.several.pass_time(1)
+        self.done(one.cache.forget(asked, self.moment()))
+        self.assertIsNone(other.store.written(key))
+
+    def test_what_was_said_before_the_clock_was_set_back_is_no_news(self) -> None:
+        one, other = self.several.daemons
+        asked = Asked(parse_route(self.path, one.registry), self.path, frozenset({OCI_MANIFEST}))
+        key, new = EntryKey.of(asked.route, asked.key), Descriptor(OCI_MANIFEST, Digest.of(b"new"), 3)
+        for _ in range(2):
+            other.store.save((key, Entry({asked.accept: Confirmed(new, one.now() + 3600)})))
+            self.done(one.cache.forget(asked, self.moment()))
+            self.assertIsNone(other.store.written(key))
+        other.store.save((key, Entry({asked.accept: Confirmed(new, one.now() + 3600)})))
+        self.assertWhole(one.ask("GET", self.path, Accept=OCI_MANIFEST), self.image.manifest)
+        found = other.store.written(key)
+        assert found is not None
+        self.assertEqual(self.image.digest, str(found.answers[asked.accept].descriptor.digest))
+
+    def moment(self) -> int:
+        """
+        The number of a question that is asked now.
+        """
+        return round(self.daemon.now() * 1e6)
+
+    def done(self, work: Coroutine[Any, Any, Any]) -> None:
+        self.successResultOf(Deferred.fromCoroutine(work))
 
     def test_answers_to_clients_of_each_worker_are_known_to_all_and_after_a_start(self) -> None:
         """

@@ -71,7 +71,7 @@ class IndexTests(SynchronousTestCase):
         self.assertEqual(0, self.index.reserve(Reservation("one"), BLOCK, LIMIT))
         self.index.add(A, 10, Reservation("one"))
         self.index.save([(tag(), leads_to(A))])
-        self.index.forget_answers(tag("other"), [ANY])
+        self.index.forget_answers(tag("other"), [ANY], START)
         self.index.drop([B], [Reservation("two")])
         self.index.arrive(Reservation("two"), BLOCK)
         self.assertEqual([], self.begun)
@@ -140,7 +140,7 @@ class IndexTests(SynchronousTestCase):
         self.index.elsewhere = None
         self.index.save([(tag(), leads_to(A))])
         self.index.elsewhere = self.kicked
-        self.index.forget_answers(tag(), [ANY])
+        self.index.forget_answers(tag(), [ANY], START)
         self.assertIs(None, self.index.entry(tag()))
         self.assertRaises(BusyError, self.index.written, tag())
         self.index.save([(tag(), leads_to(B))])

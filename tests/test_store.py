@@ -722,7 +722,7 @@ class EntryTests(SynchronousTestCase):
         self.addCleanup(rows.close)
         for size in range(len(MANIFEST_TYPES) + 1):
             accepts = [frozenset(each) for each in combinations(sorted(MANIFEST_TYPES), size)][:ANSWERS_LIMIT]
-            rows.save([(key, Entry({accept: confirmed(str(accept).encode()) for accept in accepts}))])
+            rows.save([(key, Entry({accept: confirmed(str(accept).encode()) for accept in accepts}))], START)
             tracemalloc.start()
             held = [rows.entry(key) for _ in range(20)]
             taken, _ = tracemalloc.get_traced_memory()

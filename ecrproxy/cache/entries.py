@@ -78,7 +78,7 @@ def variant_of(route: Route, cache_key: str) -> str:
 @dataclass(frozen=True, slots=True)
 class Confirmed:
     """
-    That ECR gave C{descriptor} as its answer, and when, in seconds since the epoch.
+    That ECR gave C{descriptor} as its answer, and to a question of when, in seconds since the epoch.
 
     @ivar manifest: the manifest of the repository that lists it, if ECR confirmed it by that alone: a I{fact}.
     """
@@ -86,6 +86,12 @@ class Confirmed:
     descriptor: Descriptor
     when: float
     manifest: Digest | None = None
+
+    def is_newer(self, when: float, now: float) -> bool:
+        """
+        Return True if it was asked for later than C{when}; not if that was before the clock was set back.
+        """
+        return when < self.when <= now
 
 
 @dataclass(frozen=True, slots=True)

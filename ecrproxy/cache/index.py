@@ -185,7 +185,7 @@ class Index:
         self._late: deque[_Change] = deque(maxlen=LATE)
         self._making: Sequence[_Change] = ()
         self._singly, self._was_late = 0, False
-        self._forgotten: dict[EntryKey, set[frozenset[str]]] = {}
+        self._forgotten: dict[EntryKey, dict[frozenset[str], float]] = {}
         self._rows, self._files, self._seen = Rows(), tuple[Path, ...](), tuple[object, ...]()
         self._heights = [0, 0]
         self._generation = 0
@@ -853,11 +853,15 @@ class Index:
 
     def _entry(self, key: EntryKey) -> Entry | None:
         with self._noting:  # first: it may be written meanwhile
-            forgotten = frozenset(self._forgotten.get(key, ()))
+            forgotten, now = dict(self._forgotten.get(key, {})), self._now()
         entry = self._ask(lambda rows: rows.entry(key))
         if entry is None or not forgotten:
             return entry
-        answers = {accept: known for accept, known in entry.answers.items() if accept not in forgotten}
+        answers = {
+            accept: known
+            for accept, known in entry.answers.items()
+            if accept not in forgotten or known.is_newer(forgotten[accept], now)
+        }
         return replace(entry, answers=answers) if answers else None
 
     def written(self, key: EntryKey) -> Entry | None:
@@ -871,7 +875,7 @@ class Index:
 
     def save(self, entries: Sequence[tuple[EntryKey, Entry]]) -> bool:
         """
-        Note entries in one transaction: each answer in place of the one that was known to the same set of types.
+        Note entries in one transaction: each answer in place of an older one that was known to the same set of types.
 
         @return: False if they are lost, for much waits for another try: ECR can be asked again.
         """
@@ -879,10 +883,11 @@ class Index:
             waiting = sum(each.entries for each in (*self._making, *self._late))
         if len(self._late) >= LATE_SAVES or waiting >= LATE_ENTRIES:
             return False
-        self._wait_in_line(_Change(lambda rows: rows.save(entries), entries=len(entries)))
+        self._wait_in_line(_Change(lambda rows: rows.save(entries, self._now()), entries=len(entries)))
         with self._noting:
             for key, entry in entries:
-                self._forgotten.get(key, set()).difference_update(entry.answers)
+                for accept in entry.answers.keys() & self._forgotten.get(key, {}).keys():
+                    del self._forgotten[key][accept]
         self.go_on()
         return True
 
@@ -892,22 +897,26 @@ class Index:
         """
         self._change(lambda rows: rows.forget(keys))
 
-    def forget_answers(self, key: EntryKey, accepts: Iterable[frozenset[str]]) -> None:
+    def forget_answers(self, key: EntryKey, accepts: Iterable[frozenset[str]], asked: float) -> None:
         """
         Drop what a tag led to for some sets of types.
+
+        @param asked: when ECR was asked that said so; answers to later questions stay.
         """
-        self.hide_answers(key, accepts)
+        self.hide_answers(key, accepts, asked)
         self.go_on()
 
-    def hide_answers(self, key: EntryKey, accepts: Iterable[frozenset[str]]) -> None:
+    def hide_answers(self, key: EntryKey, accepts: Iterable[frozenset[str]], asked: float) -> None:
         """
         Tell no more what a tag led to for some sets of types; it is dropped with the next L{go_on}. Waits for no disk.
+
+        @param asked: see L{forget_answers}.
         """
         accepts = list(accepts)
-        self._wait_in_line(_Change(lambda rows: rows.forget_answers(key, accepts)))
+        self._wait_in_line(_Change(lambda rows: rows.forget_answers(key, accepts, asked, self._now())))
         with self._noting:
             if key in self._forgotten or len(self._forgotten) < LATE:  # as many as wait to be dropped
-                self._forgotten.setdefault(key, set()).update(accepts)
+                self._forgotten.setdefault(key, {}).update(dict.fromkeys(accepts, asked))
 
     def entries(self) -> Iterator[tuple[EntryKey, Entry, float]]:
         """

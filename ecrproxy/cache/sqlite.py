@@ -516,27 +516,33 @@ class Rows:
             )
         return _entry(rows)
 
-    def save(self, entries: Iterable[tuple[EntryKey, Entry]]) -> None:
+    def save(self, entries: Iterable[tuple[EntryKey, Entry]], now: float) -> None:
         """
-        Note entries: each answer in place of the one that was known to the same set of types.
+        Note entries: each answer in place of an older one that was known to the same set of types.
+
+        @param now: what is known as of later than that was noted before the clock was set back, and is older.
         """
         with self._transaction() as connection:
             for key, entry in entries:
                 repository = self._made(connection, key)
                 if key.is_tag:
-                    _save_tag(connection, repository, key, entry)
+                    _save_tag(connection, repository, key, entry, now)
                 else:
                     _save_held(connection, repository, key, entry)
 
-    def forget_answers(self, key: EntryKey, accepts: Iterable[frozenset[str]]) -> None:
+    def forget_answers(self, key: EntryKey, accepts: Iterable[frozenset[str]], asked: float, now: float) -> None:
         """
-        Drop what a tag led to for some sets of types.
+        Drop what a tag led to for some sets of types, but for answers to questions of after C{asked}, up to C{now}.
         """
         with self._transaction() as connection:
             repository = self._repository(key)
             connection.executemany(
-                "DELETE FROM tag WHERE repository = ? AND tag = ? AND variant = ? AND accepts = ?",
-                [(repository, key.reference, key.variant, " ".join(sorted(accept))) for accept in accepts],
+                "DELETE FROM tag WHERE repository = ? AND tag = ? AND variant = ? AND accepts = ?"
+                " AND NOT (confirmed > ? AND confirmed <= ?)",
+                [
+                    (repository, key.reference, key.variant, " ".join(sorted(accept)), _moment(asked), _moment(now))
+                    for accept in accepts
+                ],
             )
 
     def forget(self, keys: Iterable[EntryKey]) -> None:
@@ -937,21 +943,23 @@ def _entry(rows: Sequence[tuple[str, bytes, str | None, int, int, bytes | None]]
     return Entry(answers) if answers else None
 
 
-def _save_tag(connection: sqlite3.Connection, repository: int, key: EntryKey, entry: Entry) -> None:
+def _save_tag(connection: sqlite3.Connection, repository: int, key: EntryKey, entry: Entry, now: float) -> None:
     """
     Note what ECR said of a tag to each set of types. Other processes have been told of others, which stay.
+
+    What they were told of the same types stays, too, if they have asked later.
     """
     answers = {" ".join(sorted(accept)): known for accept, known in entry.answers.items()}
     connection.executemany(
         "INSERT INTO tag (repository, tag, variant, accepts, digest, media_type, size, confirmed)"
         " VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (repository, tag, variant, accepts) DO UPDATE SET"
         " digest = excluded.digest, media_type = excluded.media_type, size = excluded.size,"
-        " confirmed = excluded.confirmed",
+        " confirmed = excluded.confirmed WHERE excluded.confirmed >= confirmed OR confirmed > ?",
         [
             (
                 *(repository, key.reference, key.variant, accepts),
                 *(_packed(known.descriptor.digest), known.descriptor.media_type, known.descriptor.size),
-                _moment(known.when),
+                *(_moment(known.when), _moment(now)),
             )
             for accepts, known in answers.items()
         ],
