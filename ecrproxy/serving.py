@@ -4,6 +4,7 @@ What serves clients in one process, wired from the settings: all but the sockets
 
 from __future__ import annotations
 
+import errno
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -480,8 +481,9 @@ def begin(store: Store, processes: int) -> bool:
         store.troubles.failed(Kind.WRITE, problem)
         return True
     except OSError as problem:
+        what_to_do = "" if problem.errno == errno.EXDEV else "; give a directory that can"
         raise ConfigError(
-            f"PROXY_CACHE_DIR={str(store.root)!r}: can't be written: {problem.strerror}; give a directory that can"
+            f"PROXY_CACHE_DIR={str(store.root)!r}: can't be written: {problem.strerror}{what_to_do}"
         ) from problem
     if not has_locks:
         no_locks = (

@@ -30,6 +30,7 @@ from ecrproxy.cache.peer import PeerTransfer
 from ecrproxy.cache.scrub import scrub
 from ecrproxy.cache.sqlite import Rows
 from ecrproxy.cache.store import Store
+from ecrproxy.cache.troubles import QUIET_SECONDS
 from ecrproxy.oci import MANIFEST_TYPES, Digest, Kind
 from tests import store_contract
 from tests.routes import REGISTRY
@@ -179,6 +180,18 @@ class StartTests(StoreTests):
             self.assertFalse(warm)
             self.assertIn(os.strerror(number), str(store.troubles.reasons()))
             put(store, b"y")  # its directories are made when that is possible again
+
+    def test_folders_that_are_mounted_apart_are_told_while_the_daemon_runs(self) -> None:
+        """
+        Two mounts of one file system are two to whoever renames.
+        """
+        store = self.reopened(scratch(self))
+        self.assertEqual([], store.reasons())
+        patch = self.patch(os, "rename", failing(errno.EXDEV))
+        self.assertIn("content/ is on another file system than arriving/; move the", str(store.reasons()))
+        patch.restore()
+        self.now += QUIET_SECONDS
+        self.assertEqual([], store.reasons())
 
     def test_a_directory_that_is_a_wrong_setting_keeps_the_daemon_from_starting(self) -> None:
         for number in (errno.EACCES, errno.EPERM):

@@ -533,6 +533,27 @@ class WrongSettingTests(TapCase):
         for path in (str(blocked), str(blocked / "cache")):
             self.assert_dies(f"PROXY_CACHE_DIR={path!r}: can't be written: ", PROXY_CACHE_DIR=path)
 
+    def test_a_part_of_the_cache_directory_that_is_elsewhere_is_told(self) -> None:
+        """
+        Content that is a link to a larger disk, say, or to one that is not mounted: nothing could be moved into it.
+        """
+        apart = "is on another file system than arriving/; move the whole directory there, and have PROXY_CACHE_DIR "
+        places = [("content", "/proc", apart), ("content/sha256", "/proc", apart)]
+        places.append(("content", "nowhere", "is a link that leads to no directory"))
+        for number, (name, leads_to, said) in enumerate(places):
+            path = self.folder / f"cache{number}" / name
+            path.parent.mkdir(parents=True)
+            path.symlink_to(leads_to)
+            self.stderr.truncate(0)
+            begins = f"PROXY_CACHE_DIR={str(self.folder / f'cache{number}')!r}: can't be written: {name}/ {said}"
+            self.assert_dies(begins, PROXY_CACHE_DIR=str(self.folder / f"cache{number}"))
+
+    def test_a_cache_directory_that_is_a_link_may_lead_anywhere(self) -> None:
+        link = self.folder / "link"
+        link.symlink_to(self.folder / "elsewhere")
+        (self.folder / "elsewhere").mkdir()
+        self.run_with(PROXY_CACHE_DIR=str(link))
+
     def test_a_disk_that_hangs_keeps_the_daemon_from_nothing(self) -> None:
         """
         It is waited for, a while; what it is in time to say is that it does not answer.

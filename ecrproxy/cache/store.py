@@ -47,7 +47,7 @@ from ecrproxy.cache.takeover import take_over_one
 from ecrproxy.cache.troubles import Kind, Troubles, is_exhaustion
 from ecrproxy.cache.volume import Volume
 from ecrproxy.cache.writer import Writer
-from ecrproxy.oci import Digest
+from ecrproxy.oci import HEX_LENGTHS, Digest
 
 log = Logger()
 
@@ -66,9 +66,11 @@ _UNUSABLE: Final = frozenset(
         errno.ENOENT,
         errno.ENOTDIR,
         errno.EPERM,
+        errno.EXDEV,
     }
 )
 """Errors of a directory that is none, can't be made or belongs to others. All others are a disk's, and may pass."""
+_TOGETHER: Final = "move the whole directory there, and have PROXY_CACHE_DIR name that"
 _TRIES: Final = 4
 NO_INODES: Final = "No inodes left on device"
 _MARGIN: Final = 64 * 2**20
@@ -148,6 +150,8 @@ class Store:
         for name in ("content", "arriving"):
             path = self.root / name
             if not path.is_dir():
+                if path.is_symlink():
+                    raise OSError(errno.ENOTDIR, f"{name}/ is a link that leads to no directory")
                 path.mkdir(parents=True, exist_ok=True, mode=0o700)
                 give(path, self.root)
 
@@ -189,6 +193,7 @@ class Store:
 
         @raise OSError: if not.
         """
+        self._see_one_file_system()
         try:
             self.see_room()
         except OSError as problem:  # not as of a write: small ones that succeed would end it
@@ -205,6 +210,25 @@ class Store:
         finally:
             with contextlib.suppress(OSError):
                 probe.unlink()
+
+    def _see_one_file_system(self) -> None:
+        """
+        See that what has arrived can become content by being renamed.
+
+        @raise OSError: if not: one of the folders is a mount point, or a link to another file system.
+        """
+        content, nothing = self.root / "content", "no-file"
+        for folder in (content, *(content / each for each in HEX_LENGTHS)):
+            try:
+                other = folder.stat().st_dev != self.arriving.folder.stat().st_dev
+                os.rename(self.arriving.folder / nothing, folder / nothing)  # noqa: PTH104 (the mount is looked at first)
+            except OSError as problem:
+                other = problem.errno == errno.EXDEV
+            if other:
+                name = folder.relative_to(self.root)
+                apart = OSError(errno.EXDEV, f"{name}/ is on another file system than arriving/; {_TOGETHER}")
+                self.troubles.failed(Kind.WRITE, apart)
+                raise apart
 
     def _see_owner(self) -> None:
         """
