@@ -98,6 +98,21 @@ def begin(store: Store, digest: Digest, size: int) -> Writer:
         raise
 
 
+def give_to_another(case: SynchronousTestCase, store: Store) -> None:
+    """
+    Have all files of a store be another user's than this one, and than the one who owns the directory.
+    """
+    real = Path.stat
+
+    def status(path: Path, **options: Any) -> os.stat_result:
+        found = real(path, **options)
+        return os.stat_result((*found[:4], 12345, *found[5:])) if path == store.root else found
+
+    store.directory.owners.clear()
+    case.patch(os, "geteuid", lambda: -1)
+    case.patch(Path, "stat", status)
+
+
 def being_read(store: Store) -> set[Digest]:
     """
     Tell which content a store has open.

@@ -30,7 +30,7 @@ from ecrproxy.cache.store import Store
 from ecrproxy.cache.writer import Writer
 from ecrproxy.oci import Digest
 from tests.daemon import MIB, noise
-from tests.store_contract import START, begin, failing, put, read, scratch
+from tests.store_contract import START, begin, failing, give_to_another, put, read, scratch
 
 SIZE = 3 * MIB
 DATA = noise("ingest", SIZE)
@@ -141,8 +141,7 @@ class ClaimTests(ArrivingTests):
         assert isinstance(claim, Claim)
         self.addCleanup(self.store.writer(claim, DIGEST, SIZE).discard)
         self.peer()
-        self.store.directory.owners.clear()
-        self.patch(os, "geteuid", lambda: -1)
+        give_to_another(self, self.store)
         self.assertEqual(Met.BUSY, self.store.claim(DIGEST))
 
     def test_another_users_transfer_is_not_gone_on_with(self) -> None:
@@ -169,8 +168,7 @@ class ClaimTests(ArrivingTests):
     def test_another_users_content_is_replaced(self) -> None:
         put(self.store, DATA)
         self.store.proofs.forget(DIGEST)
-        self.store.directory.owners.clear()
-        self.patch(os, "geteuid", lambda: -1)
+        give_to_another(self, self.store)
         self.assertIsInstance(self.store.claim(DIGEST), Claim)
         self.assertFalse((self.store.root / self.store.content_path(DIGEST)).exists())
 

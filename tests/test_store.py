@@ -44,6 +44,7 @@ from tests.store_contract import (
     confirmed,
     entry_of,
     failing,
+    give_to_another,
     key_of,
     put,
     read,
@@ -605,8 +606,7 @@ class ContentTests(StoreTests):
         """
         digest = put(self.store, b"x")
         self.store.proofs.forget(digest)
-        self.store.directory.owners.clear()
-        self.patch(os, "geteuid", lambda: -1)
+        give_to_another(self, self.store)
         self.assertFalse(self.store.has(digest))
         self.assertIsNone(self.store.open(digest))
         self.assertFalse(self.path_of(digest).exists())
@@ -616,8 +616,7 @@ class ContentTests(StoreTests):
         As C{ecr-proxy verify} does, whose ever it is.
         """
         digest = put(self.store, b"x")
-        self.store.directory.owners.clear()
-        self.patch(os, "geteuid", lambda: -1)
+        give_to_another(self, self.store)
         self.assertEqual("good", list(Inventory(self.store).verify(digest, keep=False))[-1]["verdict"])
         self.assertIsNone(self.store.open(digest))
         self.assertFalse(self.path_of(digest).exists())
@@ -628,11 +627,21 @@ class ContentTests(StoreTests):
         """
         digest = put(self.store, b"x")
         self.store.proofs.forget(digest)
-        self.store.directory.owners.clear()
-        self.patch(os, "geteuid", lambda: -1)
+        give_to_another(self, self.store)
         self.store.check()
         self.assertTrue(self.store.has(digest))
         self.assertIsNotNone(self.store.open(digest))
+
+    def test_whoever_owns_the_directory_by_now_is_believed(self) -> None:
+        """
+        It was given to another user since the start, with all that is in it; or it could not be read then.
+        """
+        digest = put(self.store, b"x")
+        self.store.proofs.forget(digest)
+        self.store.directory.owners.clear()
+        self.patch(os, "geteuid", lambda: -1)
+        self.assertTrue(self.store.has(digest))
+        self.assertIsNotNone(read(self.store, digest))
 
     def test_content_that_cannot_be_opened_is_a_miss_and_logged(self) -> None:
         """

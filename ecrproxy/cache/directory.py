@@ -4,6 +4,7 @@ What writers of the cache directory have in common.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from collections.abc import Callable
@@ -65,7 +66,11 @@ class Directory:
         """
         Return False if a file is another user's, who may write to it unseen: through a mapping, or with a forged time.
         """
-        return status.st_uid in self.owners or status.st_uid == os.geteuid()  # which twistd --uid changes
+        if status.st_uid in self.owners or status.st_uid == os.geteuid():  # which twistd --uid changes
+            return True
+        with contextlib.suppress(OSError):  # it may have been given to another user, or not been readable at the start
+            self.owners.add(self.root.stat().st_uid)
+        return status.st_uid in self.owners
 
 
 def without_waiting(path: str, flags: int) -> int:

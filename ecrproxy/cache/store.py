@@ -123,8 +123,6 @@ class Store:
         """
         with self.troubles.noted(Kind.WRITE):
             self._volume = Volume(self.root)
-            with contextlib.suppress(FileNotFoundError):
-                self.directory.owners.add(self.root.stat().st_uid)
             self.make()
         self.index.open()
         self.check()
