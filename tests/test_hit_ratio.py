@@ -36,12 +36,12 @@ LESS: Final = 0.01
 """So much less than the ratio of exact LRU may be hit."""
 
 
-def trace(chance: random.Random) -> list[int]:
+def trace(chance: random.Random, blobs: int = BLOBS, requests: int = REQUESTS) -> list[int]:
     """
     Choose blobs as clients do: the one of rank n with a likelihood of n to the power of -0.9.
     """
-    weights = [rank**-SKEW for rank in range(1, BLOBS + 1)]
-    return chance.choices(range(BLOBS), weights, k=REQUESTS)
+    weights = [rank**-SKEW for rank in range(1, blobs + 1)]
+    return chance.choices(range(blobs), weights, k=requests)
 
 
 class Exact:

@@ -1,7 +1,8 @@
 """
 A storm of blobs, several times what the cache may hold, over several processes on one directory.
 
-C{ECRPROXY_E2E_STORM_MB=2000} does it with so many bytes, and a limit of 15 hundredths of them: 300 MB.
+C{ECRPROXY_E2E_STORM_MB=2000} does it with so many bytes, and a limit of 15 hundredths of them: 300 MB. And requests for
+them that are distributed as those of clients are (Zipf), with a limit of a quarter of them.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import http.client
+import itertools
 import json
 import os
 import random
@@ -22,6 +24,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+
+from tests.test_hit_ratio import LESS, PART, Exact, trace
 
 from .conftest import Figures
 from .group import DAEMONS, WORKERS, Group, StandIn, standing_in
@@ -147,3 +151,42 @@ def test_a_storm_keeps_to_the_limit_and_breaks_off_nobody(standin: StandIn, grou
     assert sum(group.content(each).exists() for each in many) < len(many) / 2, "there was no need to evict"
     assert "Traceback" not in group.said()
     assert group.one.wrong_content() == []
+
+
+def test_what_is_kept_is_what_exact_lru_keeps(
+    home: Path, twistd: Path, standin: StandIn, request: pytest.FixtureRequest, figures: Figures
+) -> None:
+    """
+    The ratios of hits are less than 1 % apart. The limit of exact LRU is what the index leaves.
+    """
+    many, hits, expected, counted = standin.named("demo/many/"), 0, 0, 0
+    asked = trace(random.Random(5), len(many), 6 * len(many))
+    group = Group(WORKERS, twistd, home / request.node.name, standin, STORM // PART)
+    try:
+        clients = itertools.cycle([client for (client,) in group.connect(1).values()])
+        exact: Exact | None = None
+        for number, blob in enumerate(asked):
+            hit, size = ask_one(next(clients), many[blob])
+            if exact is None:
+                exact = Exact(STORM // PART - sum(each.stat().st_size for each in group.cache.glob("index-1-*")))
+            right = exact.ask(blob, size)
+            if number >= len(many):  # the first meet an empty cache
+                hits, expected, counted = hits + hit, expected + right, counted + 1
+    finally:
+        group.stop()
+    figures.append(
+        f"{WORKERS}, {len(asked)} requests (Zipf 0.9) for {STORM / 1e6:.0f} MB of {len(many)} blobs, a limit of"
+        f" {STORM / PART / 1e6:.0f} MB: {hits / counted:.4f} of them hits, {expected / counted:.4f} with exact LRU"
+    )
+    assert abs(hits - expected) / counted < LESS
+
+
+def ask_one(client: http.client.HTTPConnection, digest: str) -> tuple[bool, int]:
+    """
+    Pull a blob, and tell whether it was there, and its size.
+    """
+    client.request("GET", f"/v2/demo/many/blobs/{digest}")
+    response = client.getresponse()
+    data = response.read()
+    assert f"sha256:{hashlib.sha256(data).hexdigest()}" == digest
+    return response.getheader("X-Cache-Status") == "HIT", len(data)
