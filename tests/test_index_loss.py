@@ -936,6 +936,16 @@ class ShutOutTests(DaemonTestCase):
         self.index.settle()
         self.assertEqual("[]", self.reasons())
 
+    def test_one_that_can_be_written_again_though_nothing_is_to_be_written(self) -> None:
+        self.index.settle()
+        self.index._rows._writer.execute("PRAGMA query_only = 1")  # noqa: SLF001
+        self.assertRaises(UnusableError, self.index.reserve, Reservation("x"), 1, 2**30)
+        self.index.settle()
+        self.assertIn("can't be written", self.index.trouble)
+        self.index._rows._writer.execute("PRAGMA query_only = 0")  # noqa: SLF001
+        self.index.settle()
+        self.assertEqual("", self.index.trouble)
+
     def test_a_mode_that_somebody_changed_costs_the_index_alone(self) -> None:
         """
         Whoever has the old one open follows.

@@ -579,6 +579,8 @@ class Index:
             for each in added:
                 self._added.pop(each, None)
         late, self._was_late = self._waits or self._was_late, False
+        if self._unwritable and not self._waits:
+            self._wait_in_line(_Change(Rows.try_writing))
         self.catch_up(waiting=True)
         if self._full and self.evict(ROOM):  # not before: whoever evicts has changes to make himself
             self.catch_up()

@@ -722,6 +722,15 @@ class Rows:
         with self._transaction() as connection:
             connection.execute("UPDATE total SET compared = ?", (_moment(began),))
 
+    def try_writing(self) -> None:
+        """
+        Change nothing.
+
+        @raise OSError: if nothing can be changed.
+        """
+        with self._transaction():
+            pass
+
     def refresh(self) -> int:
         """
         Read the totals again, which other processes change, too.
