@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 
 from bench.ground import Ground, say
+from ecrproxy.cache.cells import on_disk
 from ecrproxy.cache.entries import Confirmed, Entry, EntryKey
 from ecrproxy.cache.scrub import scrub
-from ecrproxy.cache.sqlite import on_disk
 from ecrproxy.cache.store import Store
 from ecrproxy.identity import RegistryId
 from ecrproxy.oci import BLOB_TYPE, Descriptor, Digest, parse_route

@@ -49,6 +49,7 @@ from ecrproxy.admin.port import make_admin_site
 from ecrproxy.admin.readings import of_cache, of_clients, of_disk, of_registries, of_transfers
 from ecrproxy.admin.status import Asking, Process, Status
 from ecrproxy.cache.cache_key import CacheKey
+from ecrproxy.cache.cells import on_disk
 from ecrproxy.cache.condition import Condition
 from ecrproxy.cache.entries import Entry, EntryKey
 from ecrproxy.cache.index import Index
@@ -56,7 +57,6 @@ from ecrproxy.cache.inventory import Inventory
 from ecrproxy.cache.janitor import Janitor
 from ecrproxy.cache.purges import Purges
 from ecrproxy.cache.scrub import Scrub
-from ecrproxy.cache.sqlite import on_disk
 from ecrproxy.cache.store import Store
 from ecrproxy.cached import Cache
 from ecrproxy.catalog import Catalog

@@ -8,8 +8,8 @@ import json
 import os
 from typing import Any
 
+from ecrproxy.cache.cells import on_disk
 from ecrproxy.cache.inventory import Inventory
-from ecrproxy.cache.sqlite import on_disk
 from ecrproxy.oci import Digest
 from ecrproxy.transfer.sending import LEAST_PIECE
 from tests.daemon import DaemonTestCase, Hands, Reply, noise

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.cache.arriving import LEFT_SECONDS, Met
+from ecrproxy.cache.cells import on_disk
 from ecrproxy.cache.claim import Claim
 from ecrproxy.cache.content import DigestMismatchError
 from ecrproxy.cache.directory import Directory
@@ -25,7 +26,6 @@ from ecrproxy.cache.index import locked
 from ecrproxy.cache.locks import is_free
 from ecrproxy.cache.peer import PeerTransfer
 from ecrproxy.cache.record import RECORD, UNKNOWN_BOOT, WORTH_RESUMING, Record, Reservation, State, Step, Why, next_step
-from ecrproxy.cache.sqlite import on_disk
 from ecrproxy.cache.store import Store
 from ecrproxy.cache.writer import Writer
 from ecrproxy.oci import Digest

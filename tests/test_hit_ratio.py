@@ -14,10 +14,10 @@ from typing import Final
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
+from ecrproxy.cache.cells import on_disk
 from ecrproxy.cache.index import Index
 from ecrproxy.cache.janitor import Janitor
 from ecrproxy.cache.record import Reservation
-from ecrproxy.cache.sqlite import on_disk
 from ecrproxy.cache.store import Store
 from ecrproxy.oci import Digest
 from tests.daemon import at_once

@@ -14,21 +14,14 @@ from pathlib import Path
 
 from twisted.trial.unittest import SynchronousTestCase
 
+from ecrproxy.cache.cells import DamagedError, File, on_disk
+from ecrproxy.cache.database import BusyError, FullError, UnusableError, explained
 from ecrproxy.cache.entries import ANSWERS_LIMIT, VARIANTS_LIMIT, Confirmed, Entry, EntryKey
+from ecrproxy.cache.entry_rows import PAGE
 from ecrproxy.cache.index import AGAIN_SECONDS, POINTER, Index, News
 from ecrproxy.cache.paths import content_path
 from ecrproxy.cache.record import Reservation
-from ecrproxy.cache.sqlite import (
-    PAGE,
-    PURGES,
-    BusyError,
-    DamagedError,
-    File,
-    FullError,
-    UnusableError,
-    explained,
-    on_disk,
-)
+from ecrproxy.cache.sqlite import PURGES
 from ecrproxy.identity import RegistryId
 from ecrproxy.oci import BLOB_TYPE, INDEX_TYPE, MANIFEST_TYPES, Descriptor, Digest, Kind
 from tests.routes import REGISTRY, route_to

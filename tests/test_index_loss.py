@@ -24,14 +24,16 @@ from twisted.logger import capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.cache import index as index_module
+from ecrproxy.cache.cells import File
 from ecrproxy.cache.condition import FRESH_SECONDS
+from ecrproxy.cache.database import UnusableError
 from ecrproxy.cache.entries import Entry, EntryKey
 from ecrproxy.cache.index import AGAIN_SECONDS, LATE_ENTRIES, LATE_SAVES, LOCK, POINTER, Index, give
 from ecrproxy.cache.janitor import EVICTING
 from ecrproxy.cache.mounts import find_mount
 from ecrproxy.cache.record import Reservation
 from ecrproxy.cache.scrub import SCRUBBING, Turn, scrub
-from ecrproxy.cache.sqlite import File, Rows, UnusableError
+from ecrproxy.cache.sqlite import Rows
 from ecrproxy.cache.store import Store
 from ecrproxy.cache.takeover import old_name
 from ecrproxy.oci import Digest, Kind

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 from twisted.trial.unittest import SynchronousTestCase
 
+from ecrproxy.cache.cells import on_disk
 from ecrproxy.cache.entries import Entry, EntryKey
 from ecrproxy.cache.index import POINTER, Index
 from ecrproxy.cache.paths import content_path
 from ecrproxy.cache.record import Reservation
-from ecrproxy.cache.sqlite import on_disk
 from ecrproxy.oci import Digest
 from tests.store_contract import START, confirmed, entry_of, key_of
 

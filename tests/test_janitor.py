@@ -27,14 +27,16 @@ from twisted.trial.unittest import SynchronousTestCase
 from ecrproxy.cache import allocation, arriving, record
 from ecrproxy.cache import writer as writer_module
 from ecrproxy.cache.arriving import LEFT_SECONDS
+from ecrproxy.cache.cells import on_disk
 from ecrproxy.cache.claim import Claim
+from ecrproxy.cache.database import BusyError, FullError
 from ecrproxy.cache.index import Index
 from ecrproxy.cache.janitor import EVICTING, FILES_AT_ONCE, PAUSE_SECONDS, Janitor, victims
 from ecrproxy.cache.peer import PeerTransfer
 from ecrproxy.cache.record import Reservation
 from ecrproxy.cache.scrub import LOOK_SECONDS, SHARE, Scrub
 from ecrproxy.cache.scrub import PAUSE_SECONDS as SCRUB_SECONDS
-from ecrproxy.cache.sqlite import BusyError, FullError, Rows, on_disk
+from ecrproxy.cache.sqlite import Rows
 from ecrproxy.cache.store import Candidate, Store
 from ecrproxy.cache.troubles import QUIET_SECONDS
 from ecrproxy.cache.writer import Writer

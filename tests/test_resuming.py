@@ -10,9 +10,9 @@ from pathlib import Path
 
 from ecrproxy.cache import allocation
 from ecrproxy.cache.arriving import LEFT_SECONDS, Arriving
+from ecrproxy.cache.cells import on_disk
 from ecrproxy.cache.claim import claim_path
 from ecrproxy.cache.record import POLL_SECONDS, RECORD, Record
-from ecrproxy.cache.sqlite import on_disk
 from ecrproxy.transfer.inflow import SMALLEST_PART, Lanes
 from tests.daemon import MIB, Reply, noise
 from tests.store_contract import failing

@@ -19,6 +19,8 @@ from twisted.internet.task import Clock
 from twisted.logger import capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
+from ecrproxy.cache.database import BusyError
+from ecrproxy.cache.entry_rows import PAGE
 from ecrproxy.cache.paths import content_path
 from ecrproxy.cache.scrub import (
     BUSY_SECONDS,
@@ -32,7 +34,6 @@ from ecrproxy.cache.scrub import (
     Scrub,
     scrub,
 )
-from ecrproxy.cache.sqlite import PAGE, BusyError
 from ecrproxy.cache.store import Store
 from ecrproxy.oci import Digest
 from tests.store_contract import START, failing, put, scratch

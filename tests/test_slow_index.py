@@ -11,11 +11,12 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.answers import ANY
 from ecrproxy.cache import index as index_module
+from ecrproxy.cache.database import BusyError
 from ecrproxy.cache.entries import Confirmed, Entry, EntryKey
 from ecrproxy.cache.index import PLENTY, Index
 from ecrproxy.cache.record import Reservation
 from ecrproxy.cache.scribe import Scribe
-from ecrproxy.cache.sqlite import BusyError, Rows
+from ecrproxy.cache.sqlite import Rows
 from ecrproxy.identity import RegistryId
 from ecrproxy.oci import Descriptor, Digest, Kind
 from tests.daemon import DaemonTestCase, noise

@@ -16,6 +16,7 @@ from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.cache.arriving import Met
+from ecrproxy.cache.cells import on_disk
 from ecrproxy.cache.claim import Claim
 from ecrproxy.cache.content import Content, DigestMismatchError
 from ecrproxy.cache.entries import Entry, EntryKey
@@ -25,7 +26,6 @@ from ecrproxy.cache.locks import is_in_place
 from ecrproxy.cache.peer import PeerTransfer
 from ecrproxy.cache.record import Reservation, room_for
 from ecrproxy.cache.scrub import scrub
-from ecrproxy.cache.sqlite import on_disk
 from ecrproxy.cache.store import Store
 from ecrproxy.cache.writer import Writer
 from ecrproxy.oci import Digest

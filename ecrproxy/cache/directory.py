@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ecrproxy.cache.cells import File
 from ecrproxy.cache.claim import boot_id
 from ecrproxy.cache.paths import content_path
 from ecrproxy.cache.proofs import Proofs
-from ecrproxy.cache.sqlite import File
 from ecrproxy.cache.troubles import Troubles
 
 if TYPE_CHECKING:

@@ -40,25 +40,15 @@ from typing import Final, TypeVar, cast
 
 from twisted.logger import Logger
 
+from ecrproxy.cache.cells import DamagedError, File, Move, Totals, on_disk
+from ecrproxy.cache.database import FULL, BusyError, FullError, UnfitError, UnusableError
 from ecrproxy.cache.entries import Entry, EntryKey
 from ecrproxy.cache.locks import open_in_place, opened
 from ecrproxy.cache.mounts import find_mount, mountinfo
 from ecrproxy.cache.paths import content_path
 from ecrproxy.cache.record import Reservation, Reserved
-from ecrproxy.cache.sqlite import (
-    FULL,
-    LAYOUT,
-    BusyError,
-    DamagedError,
-    File,
-    FullError,
-    Move,
-    Rows,
-    Totals,
-    UnfitError,
-    UnusableError,
-    on_disk,
-)
+from ecrproxy.cache.schema import LAYOUT
+from ecrproxy.cache.sqlite import Rows
 from ecrproxy.cache.troubles import is_exhaustion
 from ecrproxy.oci import Digest
 

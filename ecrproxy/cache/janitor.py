@@ -26,9 +26,10 @@ from twisted.internet import defer
 from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 
+from ecrproxy.cache.cells import on_disk
+from ecrproxy.cache.database import FullError
 from ecrproxy.cache.index import locked
 from ecrproxy.cache.record import Reservation
-from ecrproxy.cache.sqlite import FullError, on_disk
 from ecrproxy.periodic import Periodic
 from ecrproxy.threads import undone_if_late
 

@@ -33,8 +33,10 @@ from twisted.logger import Logger
 
 from ecrproxy.cache import locks
 from ecrproxy.cache.arriving import Arriving, Met, sweep_ingest
+from ecrproxy.cache.cells import File, on_disk
 from ecrproxy.cache.claim import Claim
 from ecrproxy.cache.content import Content, DigestMismatchError, OpenFile
+from ecrproxy.cache.database import FULL
 from ecrproxy.cache.directory import Directory, without_waiting
 from ecrproxy.cache.entries import Entry, EntryKey
 from ecrproxy.cache.index import Index, give
@@ -42,7 +44,6 @@ from ecrproxy.cache.paths import content_path
 from ecrproxy.cache.peer import PeerTransfer
 from ecrproxy.cache.proofs import Proofs, is_marked, mark
 from ecrproxy.cache.record import RECORD, Reservation
-from ecrproxy.cache.sqlite import FULL, File, on_disk
 from ecrproxy.cache.takeover import take_over_one
 from ecrproxy.cache.troubles import Kind, Troubles, is_exhaustion
 from ecrproxy.cache.volume import Volume
