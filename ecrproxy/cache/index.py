@@ -1018,7 +1018,7 @@ def _may_use(files: Iterable[Path]) -> bool:
     """
     for path in files:
         status = status_of(path)
-        if status is None or os.access(path, os.R_OK | os.W_OK, effective_ids=True):
+        if status is None or os.access(path, os.R_OK | os.W_OK):
             continue
         if status.st_uid != os.geteuid():
             raise UnusableError(
