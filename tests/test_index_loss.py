@@ -887,6 +887,16 @@ class ShutOutTests(DaemonTestCase):
         """
         return [self.patch(os, "geteuid", lambda: 12345), self.patch(os, "access", lambda *_, **__: False)]
 
+    def lock_of_another_user(self) -> list[Any]:
+        real = os.open
+
+        def opened(path: Any, *args: Any, **kwargs: Any) -> int:
+            if str(path).endswith(LOCK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return real(path, *args, **kwargs)
+
+        return [self.patch(os, "open", opened)]
+
     def too_many_files(self) -> list[Any]:
         real = os.open
 
@@ -896,14 +906,14 @@ class ShutOutTests(DaemonTestCase):
 
         return [self.patch(os, "open", opened)]
 
-    def check(self, shut_out: Callable[[], list[Any]], saying: str) -> None:
+    def check(self, shut_out: Callable[[], list[Any]], saying: str, there: str = "REVALIDATED") -> None:
         first, data = self.daemon, noise("y", 300_000)
         self.pull(self.data)
         patches = shut_out()
         self.start()
         self.pass_time(1)
         self.assertFalse(self.index.shared)
-        self.assertEqual(("REVALIDATED", "BYPASS"), (self.pull(self.data), self.pull(data)))
+        self.assertEqual((there, "BYPASS"), (self.pull(self.data), self.pull(data)))
         self.assertIn(saying, self.reasons())
         self.assertIn("nothing new is cached", self.reasons())
         self.assertEqual(1, len(self.files()))
@@ -921,6 +931,12 @@ class ShutOutTests(DaemonTestCase):
 
     def test_by_another_user(self) -> None:
         self.check(self.another_user, "runs as 12345; have all processes on the directory run as the user that owns it")
+
+    def test_by_the_rights_of_its_lock(self) -> None:
+        """
+        The index can still be read.
+        """
+        self.check(self.lock_of_another_user, "index.lock'; have all processes on the directory run as the user", "HIT")
 
     def test_by_its_limit_of_open_files(self) -> None:
         self.check(self.too_many_files, "Too many open files; raise the limit of open files")

@@ -83,6 +83,7 @@ _LATE_SECONDS: Final = 0.25
 """From how long on what waited to be written may have been purged meanwhile by another process."""
 _NOTHING_TO_KEEP: Final = FULL | {errno.EROFS}
 """Errors of a disk that takes no file: nobody keeps anything new there."""
+_ONE_USER: Final = "have all processes on the directory run as the user that owns it, and give its files to that user"
 _POINTER_BYTES: Final = 100
 """More than its name and a line's end."""
 _SUFFIXES: Final = "", "-wal", "-shm"
@@ -1022,8 +1023,7 @@ def _may_use(files: Iterable[Path]) -> bool:
             continue
         if status.st_uid != os.geteuid():
             raise UnusableError(
-                f"{path.name} belongs to user {status.st_uid}, this process runs as {os.geteuid()};"
-                " have all processes on the directory run as the user that owns it, and give its files to that user"
+                f"{path.name} belongs to user {status.st_uid}, this process runs as {os.geteuid()}; {_ONE_USER}"
             )
         return False
     return True
@@ -1038,7 +1038,7 @@ def _why(problem: OSError) -> str:
     except OSError as exhausted:
         if is_exhaustion(exhausted):
             return f"{exhausted.strerror}; raise the limit of open files (LimitNOFILE=, ulimit -n)"
-    return str(problem)
+    return f"{problem}; {_ONE_USER}" if problem.errno in (errno.EACCES, errno.EPERM) else str(problem)
 
 
 def _refuse_far(root: Path) -> None:
