@@ -901,10 +901,23 @@ class ShutOutTests(DaemonTestCase):
         real = os.open
 
         def opened(path: Any, *args: Any, **kwargs: Any) -> int:
-            lacking = "index" in str(path) or path == os.devnull
-            return failing(errno.EMFILE)() if lacking else real(path, *args, **kwargs)
+            return failing(errno.EMFILE)() if "index" in str(path) else real(path, *args, **kwargs)
 
         return [self.patch(os, "open", opened)]
+
+    def too_many_files_for_sqlite(self) -> list[Any]:
+        """
+        SQLite opens several for a connection, and has an error of its own.
+        """
+        real = sqlite3.connect
+
+        def connect(name: str, **options: Any) -> sqlite3.Connection:
+            connection: sqlite3.Connection = real(
+                ":memory:" if name == ":memory:" else "file:/nowhere/x?mode=rw", **options
+            )
+            return connection
+
+        return [self.patch(sqlite3, "connect", connect)]
 
     def check(self, shut_out: Callable[[], list[Any]], saying: str, there: str = "REVALIDATED") -> None:
         first, data = self.daemon, noise("y", 300_000)
@@ -940,6 +953,9 @@ class ShutOutTests(DaemonTestCase):
 
     def test_by_its_limit_of_open_files(self) -> None:
         self.check(self.too_many_files, "Too many open files; raise the limit of open files")
+
+    def test_by_its_limit_of_open_files_as_sqlite_tells_it(self) -> None:
+        self.check(self.too_many_files_for_sqlite, "unable to open database file; raise the limit of open files")
 
     def test_one_that_could_be_written_once(self) -> None:
         """

@@ -1031,14 +1031,12 @@ def _may_use(files: Iterable[Path]) -> bool:
 
 def _why(problem: OSError) -> str:
     """
-    Say why the index can't be opened: if this process can open nothing more, SQLite does not tell.
+    Say why the index can't be opened, and what to do. SQLite tells neither.
     """
-    try:
-        os.close(os.open(os.devnull, os.O_RDONLY))
-    except OSError as exhausted:
-        if is_exhaustion(exhausted):
-            return f"{exhausted.strerror}; raise the limit of open files (LimitNOFILE=, ulimit -n)"
-    return f"{problem}; {_ONE_USER}" if problem.errno in (errno.EACCES, errno.EPERM) else str(problem)
+    if problem.errno in (errno.EACCES, errno.EPERM):
+        return f"{problem}; {_ONE_USER}"
+    may_lack_files = is_exhaustion(problem) or str(problem) == "unable to open database file"
+    return f"{problem}; raise the limit of open files (LimitNOFILE=, ulimit -n)" if may_lack_files else str(problem)
 
 
 def _refuse_far(root: Path) -> None:
