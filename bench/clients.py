@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import selectors
 import socket
 import ssl
 import subprocess
@@ -25,6 +26,8 @@ from bench.tls import CIPHER
 
 SECONDS = 300
 GB = 1e9
+_ON_ONE = 500
+"""Requests on one connection: nginx takes a thousand."""
 _UNITS = {"us": 1e-3, "ms": 1.0, "s": 1e3}
 
 
@@ -129,6 +132,85 @@ def pull(ground: Ground, url: str, *, clients: int = 1, token: str | None = None
     if done.returncode:
         raise ClientError(f"{url}: {done.stderr[-2000:]}")
     return float(json.loads(done.stdout)["seconds"])
+
+
+def fetch_together(served: Served, path: str, size: int, clients: int, times: int) -> float:
+    """
+    Have each of so many clients fetch C{path} so many times on a plain connection of its own; tell the seconds.
+
+    The kernel throws the bytes away: what they cost the clients is nothing here.
+    """
+    request, scratch = f"GET {path} HTTP/1.1\r\nHost: {LOCAL}\r\n\r\n".encode(), bytearray(size + 2**14)
+    with contextlib.ExitStack() as stack:
+        selector = stack.enter_context(selectors.DefaultSelector())
+        missing = dict.fromkeys(range(clients), 0)
+        opened = [stack.enter_context(socket.create_connection((LOCAL, served.port), timeout=30)) for _ in missing]
+        left, began = dict.fromkeys(missing, times), time.monotonic()
+        for number, each in enumerate(opened):
+            each.sendall(request)
+            selector.register(each, selectors.EVENT_READ, number)
+        while left:
+            for key, _ in selector.select(SECONDS):
+                number, connection = key.data, opened[key.data]
+                if missing[number]:
+                    missing[number] -= connection.recv_into(scratch, missing[number], socket.MSG_TRUNC)
+                else:
+                    head = connection.recv(2**14, socket.MSG_PEEK).partition(b"\r\n\r\n")[0]
+                    missing[number] = size + len(head) + 4
+                    if not head.startswith(b"HTTP/1.1 200"):
+                        raise ClientError(f"{served.peer}: got {head!r}")
+                if not missing[number]:
+                    left[number] -= 1
+                    if left[number]:
+                        connection.sendall(request)
+                    else:
+                        selector.unregister(connection)
+                        del left[number]
+        return time.monotonic() - began
+
+
+def ask(served: Served, path: str, seconds: float, *, anew: bool, connections: int = 16) -> int:
+    """
+    Ask for C{path}, which is answered with less than 16 KiB, on so many plain connections; tell how often it was.
+
+    @param anew: whether each request has a connection of its own, which this side closes once it has the answer, as
+        programs do that keep none. They don't say so before.
+    """
+    request = f"GET {path} HTTP/1.1\r\nHost: {LOCAL}\r\nAccept: {MANIFEST_TYPE}\r\n\r\n".encode()
+    deadline, count, opened = time.monotonic() + seconds, 0, list[socket.socket]()
+    while time.monotonic() < deadline:
+        if anew or count % (_ON_ONE * connections) == 0:
+            for each in opened:
+                each.close()
+            opened = [socket.create_connection((LOCAL, served.port), timeout=30) for _ in range(connections)]
+        for each in opened:
+            each.sendall(request)
+        for each in opened:
+            _take(served, each)
+            count += 1
+    for each in opened:
+        each.close()
+    return count
+
+
+def _take(served: Served, connection: socket.socket) -> None:
+    data = b""
+    while len(data) < _length(data):
+        received = connection.recv(2**14)
+        if not received:
+            break
+        data += received
+    if not data.startswith(b"HTTP/1.1 200") or len(data) != _length(data):
+        raise ClientError(f"{served.peer}: got {data[:100]!r}")
+
+
+def _length(data: bytes) -> int:
+    """
+    Tell how many bytes a response has, of which C{data} is the begin; more than there are while that isn't known.
+    """
+    head, end, _ = data.partition(b"\r\n\r\n")
+    length = re.search(rb"\r\nContent-Length: (\d+)", head, re.IGNORECASE)
+    return len(head) + len(end) + int(length[1]) if end and length else len(data) + 1
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """
 What the upstream holds: one image of several layers, and one large blob, as files named by their digest.
 
-The bytes are random: they compress to nothing, and no run can profit of another's.
+The bytes are random: they compress to nothing, and no run can profit of another's. A blob of 1 MiB is there too.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ MANIFEST_TYPE = "application/vnd.docker.distribution.manifest.v2+json"
 CONFIG_TYPE = "application/vnd.docker.container.image.v1+json"
 LAYER_TYPE = "application/vnd.docker.image.rootfs.diff.tar.gzip"
 PIECE = 2**24
+MEDIUM_BYTES = 2**20
 
 
 @dataclass(frozen=True)
 class Shelf:
     """
-    What was put into C{directory}: digests of the image's manifest, and of the large blob.
+    What was put into C{directory}: digests of the image's manifest, of the large blob, and of one of 1 MiB.
     """
 
     directory: str
@@ -33,6 +34,7 @@ class Shelf:
     large: str
     large_bytes: int
     image_bytes: int
+    medium: str
 
     def read(self, digest: str) -> bytes:
         """
@@ -100,4 +102,5 @@ def fill(directory: Path, layers: int, layer_bytes: int, large_bytes: int) -> Sh
     }
     manifest = _put(directory, _json(document))
     image_bytes = layers * layer_bytes + int(document["config"]["size"])  # type: ignore[index]
-    return Shelf(str(directory), manifest, _put(directory, _random(large_bytes)), large_bytes, image_bytes)
+    large, medium = (_put(directory, _random(size)) for size in (large_bytes, MEDIUM_BYTES))
+    return Shelf(str(directory), manifest, large, large_bytes, image_bytes, medium)

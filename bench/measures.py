@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from bench.clients import GB, blob, download, hammer, idle, manifest, pull
-from bench.content import TAG
+from bench.clients import GB, ask, blob, download, fetch_together, hammer, idle, manifest, pull
+from bench.content import MEDIUM_BYTES, TAG
 from bench.ground import Ground, Upstream
 from bench.peers import DIRECT, DISTRIBUTION, MANIFESTS, NGINX, OURS, Served, served
 from bench.processes import cpu_seconds, resident
@@ -30,6 +30,8 @@ class Sizes:
     @ivar hammering: seconds of small answers.
     @ivar latency: seconds before each upstream answer of the cold pulls.
     @ivar rate: bytes a second of each bucket connection of the cold pulls.
+    @ivar crowd: clients that fetch a warm blob of 1 MiB at once.
+    @ivar fetches: how often each of them does.
     """
 
     large_bytes: int = 256 * 2**20
@@ -42,6 +44,8 @@ class Sizes:
     latency: float = 0.03
     rate: float = 60e6
     connections: int = 1000
+    crowd: int = 500
+    fetches: int = 10
 
 
 QUICK = Sizes(
@@ -54,6 +58,8 @@ QUICK = Sizes(
     clients=4,
     latency=0.005,
     connections=100,
+    crowd=50,
+    fetches=4,
 )
 
 STREAMS = 8
@@ -107,6 +113,40 @@ def hits(ground: Ground, sizes: Sizes, peer: str, figures: Figures) -> None:
             rate = hammer(ground, one, manifest(reference), sizes.hammering)
             figures.add(f"hits {name}", peer, rate.requests)
             figures.add(f"hits {name} cpu", peer, (cpu_seconds(one.pid) - used) / rate.count * 1e6)
+
+
+def crowd(ground: Ground, sizes: Sizes, peer: str, figures: Figures) -> None:
+    """
+    Measure a cached blob of 1 MiB that many clients fetch at once, again and again.
+    """
+    path = blob(ground.shelf.medium)
+    with ground.upstream() as upstream, served(peer, ground, upstream) as one:
+        for _ in range(2):
+            download(ground, one, path, MEDIUM_BYTES, 1, 1)
+        time.sleep(0.5)
+        fetch_together(one, path, MEDIUM_BYTES, sizes.crowd, 1)
+        used = cpu_seconds(one.pid)
+        seconds = fetch_together(one, path, MEDIUM_BYTES, sizes.crowd, sizes.fetches)
+        count = sizes.crowd * sizes.fetches
+        figures.add("crowd", peer, count / seconds)
+        figures.add("crowd cpu", peer, (cpu_seconds(one.pid) - used) / count * 1e6)
+
+
+def connecting(ground: Ground, sizes: Sizes, peer: str, figures: Figures) -> None:
+    """
+    Measure manifests that are in the cache, on connections that are kept and on a new one each.
+    """
+    settings, path = {MANIFESTS: "yes"} if peer == NGINX else {}, manifest(ground.shelf.manifest)
+    with ground.upstream() as upstream, served(peer, ground, upstream, settings=settings) as one:
+        pull(ground, one.url)
+        costs = []
+        for anew in (False, True):
+            ask(one, path, 0.5, anew=anew)
+            used = cpu_seconds(one.pid)
+            count = ask(one, path, sizes.hammering, anew=anew)
+            costs.append((cpu_seconds(one.pid) - used) / count * 1e6)
+        figures.add("kept cpu", peer, costs[0])
+        figures.add("new cpu", peer, costs[1] - costs[0])
 
 
 def cold(ground: Ground, sizes: Sizes, peer: str, figures: Figures) -> None:
@@ -190,6 +230,8 @@ MEASURES: dict[str, tuple[Measure, Sequence[str]]] = {
     "tcp": (hot, PEERS),
     "tls": (hot_tls, PEERS),
     "hits": (hits, PEERS),
+    "crowd": (crowd, PEERS),
+    "connecting": (connecting, PEERS),
     "cold": (cold, (DIRECT, *PEERS)),
     "storm": (storm, PEERS),
     "memory": (memory, PEERS),

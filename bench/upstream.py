@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from io import BufferedReader
 from pathlib import Path
 
-from bench.content import MANIFEST_TYPE, TAG, Shelf
+from bench.content import MANIFEST_TYPE, MEDIUM_BYTES, TAG, Shelf
 from bench.processes import LOCAL
 
 SECRET = base64.b64encode(b"AWS:" + b"bench" * 200).decode()
@@ -101,7 +101,7 @@ class Registry:
     def __init__(self, shelf: Shelf, bucket: str, tally: Tally, *, open_to_all: bool) -> None:
         self._shelf, self._bucket, self._tally, self._open = shelf, bucket, tally, open_to_all
         self._manifest = shelf.read(shelf.manifest)
-        self._sizes = {**shelf.blobs(), shelf.large: shelf.large_bytes}
+        self._sizes = {**shelf.blobs(), shelf.large: shelf.large_bytes, shelf.medium: MEDIUM_BYTES}
 
     def answer(self, asked: Asked) -> Reply:
         """
