@@ -31,7 +31,7 @@ from twisted.application.service import MultiService
 from twisted.internet.address import IPv4Address
 from twisted.internet.base import ReactorBase
 from twisted.internet.error import CannotListenError
-from twisted.internet.interfaces import IHostnameResolver
+from twisted.internet.interfaces import IAddress, IHostnameResolver
 from twisted.internet.testing import MemoryReactorClock, StringTransport
 from twisted.logger import LogLevel, capturedLogs, formatEvent
 from twisted.python.failure import Failure
@@ -47,7 +47,7 @@ from ecrproxy.cache.store import Store
 from ecrproxy.daemon.ending import Signals
 from ecrproxy.daemon.inherited import SOCKETS_FD, VARIABLE
 from ecrproxy.daemon.listening import Listening
-from ecrproxy.daemon.process import Running, count_steadily, open_many_files, set_aside_what_stays
+from ecrproxy.daemon.process import Running, count_steadily, end_each_lookup, open_many_files, set_aside_what_stays
 from ecrproxy.daemon.renewal import LOOK_SECONDS, Renewal, generation
 from ecrproxy.daemon.supervision import Supervised, Supervisor
 from ecrproxy.files import READ_SECONDS, Reading
@@ -66,6 +66,7 @@ from tests.store_contract import failing, scratch
 from tests.test_ecr import KEYS, FakeAws
 from tests.test_htpasswd import line
 from tests.test_logs import validated
+from tests.test_resolver import Receiver
 from tests.test_tls import Files, Tcp, client, shake_with, subject_of
 
 ADDRESS = IPv4Address("TCP", "192.0.2.1", 40000)
@@ -908,6 +909,66 @@ class Counting(ReactorBase):
         """
         There are no threads to be woken by.
         """
+
+
+class Pool:
+    """
+    A pool of threads, without threads.
+    """
+
+    def callInThreadWithCallback(
+        self, done: Callable[[bool, Any], object], call: Callable[..., Any], *args: Any
+    ) -> None:
+        """
+        Call.
+        """
+        try:
+            outcome = True, call(*args)
+        except Exception:  # noqa: BLE001 (as threads do)
+            outcome = False, Failure()
+        done(*outcome)
+
+
+class LookupTests(SynchronousTestCase):
+    """
+    The host's resolver answers, whatever becomes of a question.
+    """
+
+    def setUp(self) -> None:
+        """
+        A reactor that looks names up here and now.
+        """
+        pool = Pool()
+        self.reactor: Any = Counting()
+        self.patch(self.reactor, "getThreadPool", lambda: pool)
+        end_each_lookup(self.reactor)
+        self.reactor.installNameResolver(SharedLookups(self.reactor.nameResolver))
+
+    def found(self, name: str) -> list[IAddress]:
+        """
+        Ask for a name.
+        """
+        receiver = Receiver()
+        self.reactor.nameResolver.resolveHostName(receiver, name, 443)
+        self.reactor.runUntilCurrent()
+        self.assertEqual(1, receiver.completed)
+        return receiver.found
+
+    def test_one_that_fails_ends_and_the_next_is_asked(self) -> None:
+        """
+        Without a descriptor, or memory, getaddrinfo(3) fails otherwise than for a name that nobody knows.
+        """
+        self.assertEqual([], self.found("no..name"))
+        problems: list[Exception] = [OSError(errno.EMFILE, "Too many open files"), MemoryError()]
+
+        def getaddrinfo(*question: Any) -> Any:
+            if problems:
+                raise problems.pop(0)
+            return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("192.0.2.9", question[1]))]
+
+        self.patch(socket, "getaddrinfo", getaddrinfo)
+        answers = [self.found("registry.test") for _ in range(3)]
+        self.assertEqual([[], [], [IPv4Address("TCP", "192.0.2.9", 443)]], answers)
 
 
 class ClockTests(TapCase):

@@ -8,11 +8,13 @@ import contextlib
 import ctypes
 import gc
 import resource
+import socket
 import sys
 import time
 from functools import cache
-from typing import Any, Final
+from typing import Any, Final, cast
 
+from twisted.internet._resolver import GAIResolver
 from twisted.internet.base import ReactorBase
 
 from ecrproxy.access.limits import SPARE
@@ -33,7 +35,7 @@ def set_up(reactor: Any) -> None:  # noqa: ANN401
     Do all of it that comes before anything runs.
     """
     count_steadily(reactor)
-    resolve_with_few_threads(reactor)
+    end_each_lookup(reactor)
     open_many_files()
     give_memory_back()
     set_aside_what_was_imported()
@@ -84,12 +86,31 @@ class Running:
         return now - lost
 
 
-def resolve_with_few_threads(reactor: Any) -> None:  # noqa: ANN401
+def end_each_lookup(reactor: Any) -> None:  # noqa: ANN401
     """
-    Have names wait for a thread where the machine gives no more: Twisted's resolver would never answer.
+    Have each lookup of a name end, whatever becomes of it.
+
+    Twisted's resolver never answers where no thread can be started, nor where the lookup fails with anything but
+    C{gaierror}: without a descriptor or memory, or for a name that IDNA does not allow. All who want that name later
+    wait for the same answer: see L{ecrproxy.registry.resolver.SharedLookups}.
     """
     if isinstance(reactor, ReactorBase):
         content_with_few(reactor.getThreadPool())
+        reactor.installNameResolver(GAIResolver(cast(Any, reactor), reactor.getThreadPool, cast(Any, look_up)))
+
+
+def look_up(*question: Any) -> Any:  # noqa: ANN401
+    """
+    Look a name up as C{socket.getaddrinfo} does. Blocks.
+
+    @raise socket.gaierror: if that fails, whatever the reason.
+    """
+    try:
+        return socket.getaddrinfo(*question)
+    except socket.gaierror:
+        raise
+    except Exception as problem:
+        raise socket.gaierror(socket.EAI_FAIL, str(problem)) from problem
 
 
 def open_many_files() -> None:
