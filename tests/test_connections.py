@@ -406,6 +406,21 @@ class TlsTests(DaemonTestCase):
         """
         self.assertWhole(self.pull(), self.data)
 
+    def test_a_file_without_cas_takes_none_away(self) -> None:
+        """
+        Somebody may be writing it, or its disk may be full: what was read before is used, and the log says so.
+        """
+        path = self.files_of.folder / "root.pem"
+        whole = path.read_bytes()
+        for written in (b"", whole[: len(whole) // 2]):
+            path.write_bytes(written)
+            with capturedLogs() as events:
+                self.trust.use(self.trust.load())
+            self.assertIn(
+                "root.pem can't be read: it holds no PEM certificate", " ".join(map(str, map(formatEvent, events)))
+            )
+            self.assertWhole(self.pull(), self.data)
+
     def test_the_file_of_cas_is_read_when_it_is_asked_for_alone(self) -> None:
         """
         Not for each connection: it may be on a file system that hangs, and takes its time.

@@ -5,8 +5,10 @@ The CAs that registries and buckets must have certificates of: the system's, or 
 from __future__ import annotations
 
 import contextlib
+import errno
 from typing import TYPE_CHECKING, Final
 
+from OpenSSL import SSL
 from twisted.internet._sslverify import ClientTLSOptions
 from twisted.internet.ssl import CertificateOptions, platformTrust
 from twisted.logger import Logger
@@ -37,11 +39,12 @@ class Trust:
     """
 
     def __init__(self, path: str) -> None:
-        self._path, self._files = path, Files([path])
+        self._path, self._files, self._begun = path, Files([path]), False
         seen, read = self.load()
         if isinstance(read, OSError):
             raise read
         self.use((seen, read))
+        self._begun = True
 
     def load(self) -> tuple[Sequence[tuple[int, ...]], CertificateOptions | OSError]:
         """
@@ -53,6 +56,8 @@ class Trust:
         try:
             with contextlib.suppress(FileNotFoundError, IsADirectoryError):  # as OpenSSL does
                 require_regular(self._path)
+                if self._begun:
+                    _require_authorities(self._path)
         except OSError as problem:
             return seen, problem
         options = CertificateOptions(trustRoot=platformTrust())
@@ -82,3 +87,18 @@ class Trust:
         Return what begins connections to a host, whose certificate must name it.
         """
         return ClientTLSOptions(self._options.clientConnectionForTLS, hostname.decode("ascii"))
+
+
+def _require_authorities(path: str) -> None:
+    """
+    See that a file has a CA.
+
+    OpenSSL does without a file that has none, as when somebody is still writing it: then no certificate of upstream's
+    would be good before the next look. At the start it may be empty: all CAs may be in OpenSSL's directory.
+
+    @raise OSError: if it has none.
+    """
+    try:
+        SSL.Context(SSL.TLS_METHOD).load_verify_locations(path)
+    except SSL.Error:
+        raise OSError(errno.EINVAL, "it holds no PEM certificate", path) from None
