@@ -79,7 +79,6 @@ class PullThrough:
     @param read_ahead: fetch what a manifest lists as soon as it is asked for.
     @param unattended: how many transfers go on that nobody reads.
     @param call_later: a reactor's.
-    @ivar latest: answers a request for a manifest with its bytes, see L{Manifests}.
     @ivar page: answers a request for tags or referrers, see L{Lists}.
     """
 
@@ -108,7 +107,6 @@ class PullThrough:
         self._carriers: dict[Digest, Repository] = {}
         self._sizes: Flights[int] = Flights()
         self._manifests = Manifests(upstream, cache, now, call_later, tag_ttl)
-        self.latest = self._manifests.answer
         self.page = Lists(upstream, call_later).page
 
     def transfers(self) -> list[Download]:
@@ -553,10 +551,18 @@ class PullThrough:
         """
         if isinstance(told, BaseException):
             raise told.with_traceback(None)
-        answer = await self.latest(asked) if told is None else told
+        return await self._cache.from_file(await self.latest(asked) if told is None else told)
+
+    async def latest(self, asked: Asked) -> Answer:
+        """
+        Answer a request for a manifest with its bytes, and read ahead what it lists.
+
+        @raise RegistryError: if the repository doesn't hold it, or ECR can't give it.
+        """
+        answer = await self._manifests.answer(asked)
         if self._reads_ahead and isinstance(answer.body, bytes):
             self._may_read_ahead(asked.route.repository, answer.digest, answer.body, answer.media_type)
-        return await self._cache.from_file(answer)
+        return answer
 
     @property
     def reading_ahead(self) -> int:
