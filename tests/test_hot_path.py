@@ -41,6 +41,16 @@ class SameStoryTests(SynchronousTestCase):
             answered += compare(bytes([*story, 255]))
         self.assertGreater(answered, others * 20)
 
+    def test_an_empty_line_before_and_after_a_known_request_is_skipped_both_ways(self) -> None:
+        """
+        One before each request, as on the long way (RFC 9112, 2.2).
+        """
+        scene = Scene(hot_path=True)
+        requests = heads(scene)
+        scene.close()
+        known, line = 0 << 2, requests.index(b"\r\n") << 2
+        self.assertGreater(compare(bytes([known, known, known, line, known, line, known, known])), 0)
+
 
 class SharedQuestionTests(SynchronousTestCase):
     """

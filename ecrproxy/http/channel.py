@@ -100,6 +100,7 @@ class StrictChannel(HTTPChannel):
     transport: Any
     _networkProducer: Any
     _line = b""
+    _after_empty_line = False
     _whole_head: bytes | None = None
     _told: Told | None = None
     _question: Question | None = None
@@ -255,7 +256,7 @@ class StrictChannel(HTTPChannel):
         """
         Tell whether the next request may be in C{data}, from its first byte to the last of its head.
         """
-        waits = not (self.requests or self._buffer or self.paused)
+        waits = not (self.requests or self._buffer or self.paused or self._after_empty_line)
         return waits and data.find(_HEAD_END) == len(data) - len(_HEAD_END)
 
     @property
@@ -471,6 +472,7 @@ class StrictChannel(HTTPChannel):
         """
         Take a line of a request's head.
         """
+        self._after_empty_line = not (line or self._line)
         if line and not self._line:
             self._line, self._is_head = line, line.startswith(b"HEAD ")
             self._await_head()
