@@ -40,7 +40,11 @@ _DATE = re.compile(rb"Date: [^\r]*")
 class Scene:
     """
     A daemon that asks for a password, its stand-in, clients that stay connected, and all that can be seen of them.
+
+    @cvar shown: the header with the right password.
     """
+
+    shown = f"Authorization: {basic(USER, PASSWORD)}\r\n"
 
     def __init__(self, *, hot_path: bool, tag_ttl: int = TTL, read_ahead: bool = False) -> None:
         self.clock = Clock()
@@ -212,7 +216,7 @@ def heads(scene: Scene) -> list[bytes]:
     """
     Make the heads that clients send: each asks for something that may be cached, in its own way.
     """
-    shown = f"Authorization: {basic(USER, PASSWORD)}\r\n"
+    shown = scene.shown
     accept = "Accept: application/vnd.oci.image.manifest.v1+json\r\n"
     by_digest, by_tag = f"/v2/team/app/manifests/{scene.manifest}", "/v2/team/app/manifests/latest"
     blob = f"/v2/team/app/blobs/{scene.blob}"

@@ -4,6 +4,10 @@ What was answered from memory before is answered by the bytes of its head, as th
 
 from __future__ import annotations
 
+import gc
+import weakref
+from typing import Any
+
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
@@ -50,6 +54,42 @@ class SameStoryTests(SynchronousTestCase):
         scene.close()
         known, line = 0 << 2, requests.index(b"\r\n") << 2
         self.assertGreater(compare(bytes([known, known, known, line, known, line, known, known])), 0)
+
+
+class NotedTests(SynchronousTestCase):
+    """
+    What is kept of heads that were answered.
+    """
+
+    def setUp(self) -> None:
+        self.scene = Scene(hot_path=True)
+        self.addCleanup(self.scene.close)
+        assert self.scene.daemon.hot_path is not None
+        self.hot_path = self.scene.daemon.hot_path
+
+    def test_bodies_that_not_modified_responses_leave_out_are_counted(self) -> None:
+        scene, sizes = self.scene, []
+        noted: Any = self.hot_path._noted  # noqa: SLF001
+        for size in (1000, 60_000):
+            digest = scene.standin.push_blob("team/app", bytes(size))
+            head = f"GET /v2/team/app/blobs/{digest} HTTP/1.1\r\nHost: proxy.example\r\n{scene.shown}".encode()
+            scene.send(0, head + b"\r\n")
+            before = noted._total  # noqa: SLF001
+            for _ in range(2):
+                scene.send(0, head + f'If-None-Match: "{digest}"\r\n\r\n'.encode())
+            sizes.append(noted._total - before)  # noqa: SLF001
+        self.assertEqual(59_000, sizes[1] - sizes[0])
+
+    def test_registries_of_before_a_reload_are_forgotten_with_what_was_noted_of_them(self) -> None:
+        scene, head = self.scene, heads(self.scene)[0]
+        for _ in range(2):
+            scene.send(0, head)
+        before = weakref.ref(scene.daemon.worlds.latest.registries)
+        scene.reload()
+        scene.send(0, head)
+        scene.daemon.flush()
+        gc.collect()
+        self.assertIsNone(before())
 
 
 class SharedQuestionTests(SynchronousTestCase):

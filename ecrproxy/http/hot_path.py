@@ -36,7 +36,7 @@ from ecrproxy.cache.memory import Memory
 from ecrproxy.http.request import Hit, RegistryRequest, Told, fields
 from ecrproxy.oci import Kind
 from ecrproxy.request_id import REQUEST_ID, current
-from ecrproxy.world import Worlds
+from ecrproxy.world import World, Worlds
 
 log = Logger()
 
@@ -154,6 +154,7 @@ class HotPath:
         self._now, self._key, self.answered = now, key, 0
         self._questions: dict[bytes, Question] = {}
         self._noted: Memory[bytes, _Noted] = Memory(NOTED_BYTES)
+        self._world = worlds.latest
         self._second, self._date = 0, b""
 
     def note(self, request: RegistryRequest, words: Words) -> None:
@@ -162,6 +163,8 @@ class HotPath:
         """
         head, hit = request.head, request.hit
         if head is None or hit is None or len(head) > LONGEST_HEAD or words.size > LARGEST_BODY:
+            return
+        if hit.world is not self._entered():
             return
         asks = hit.answer.status is CacheStatus.REVALIDATED
         if request.code not in (200, 304) or not request.channel.persistent:
@@ -184,7 +187,9 @@ class HotPath:
             words=words,
         )
         secure = bool(request.isSecure())  # type: ignore[no-untyped-call]
-        self._noted.put(self._name(head, secure=secure), noted, 2 * len(response[2]) + _ENTRY_BYTES)
+        held = hit.answer.body if isinstance(hit.answer.body, bytes) else b""
+        size = len(response[2]) + len(held) + len(head) + _ENTRY_BYTES
+        self._noted.put(self._name(head, secure=secure), noted, size)
 
     def answer(self, channel: Any, head: bytes) -> bool:  # noqa: ANN401 (a StrictChannel, which knows this)
         """
@@ -194,11 +199,12 @@ class HotPath:
         """
         if len(head) > LONGEST_HEAD or not channel.may_answer_at_once:
             return False
+        self._entered()
         transport: Any = channel.transport
         secure = ISSLTransport.providedBy(transport)
         name = self._name(head, secure=secure)
         noted = self._noted.get(name)
-        if noted is None or noted.hit.world is not self._worlds.latest:
+        if noted is None:
             return False
         if self._admission is not None:
             certified = secure and transport.getPeerCertificate() is not None
@@ -217,6 +223,15 @@ class HotPath:
             self._send(channel, noted, waiting)
             channel.await_next()
         return True
+
+    def _entered(self) -> World:
+        """
+        Return the latest registries. What was noted for those of before a reload is forgotten, and they with it.
+        """
+        if self._world is not self._worlds.latest:
+            self._world = self._worlds.latest
+            self._noted.clear()
+        return self._world
 
     def _wait(self, channel: Any, waiting: Waiting, noted: _Noted, name: bytes) -> None:  # noqa: ANN401
         """
