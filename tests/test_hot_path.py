@@ -14,7 +14,9 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.oci import Digest
 from ecrproxy.stale import STALE_SECONDS
-from tests.both_ways import Scene, compare, deeds, heads
+from tests.both_ways import PASSWORD, USER, Scene, compare, deeds, heads
+from tests.daemon import ours
+from tests.test_passwords import basic
 
 STEPS = st.integers(0, 255)
 
@@ -90,6 +92,17 @@ class NotedTests(SynchronousTestCase):
         scene.daemon.flush()
         gc.collect()
         self.assertIsNone(before())
+
+    def test_what_waits_for_a_tag_shows_no_password(self) -> None:
+        scene = Scene(hot_path=True, tag_ttl=0)
+        self.addCleanup(scene.close)
+        for _ in range(2):
+            scene.send(0, heads(scene)[4])
+        scene.standin.hang("registry")
+        scene.send(0, heads(scene)[4])
+        shown = [repr(each) for each in ours(scene.daemon)]
+        self.assertIn("Question(", "".join(each[:20] for each in shown))
+        self.assertEqual([], [each for each in shown if basic(USER, PASSWORD) in each])
 
 
 class SharedQuestionTests(SynchronousTestCase):

@@ -103,14 +103,15 @@ class _Noted:
     words: Words
 
 
-class Waiting(NamedTuple):
+@dataclass(slots=True)
+class Waiting:
     """
     A request that waits for what ECR says of a tag.
 
     @ivar started: when it had come.
     """
 
-    head: bytes
+    head: bytes = field(repr=False)  # it may hold a password
     request_id: str
     started: float
 
