@@ -8,6 +8,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,14 +18,14 @@ from ecrproxy.access.browsers import Pages
 from ecrproxy.access.clients import Admission
 from ecrproxy.access.limits import Limits
 from ecrproxy.access.namespaces import Namespaces
-from ecrproxy.access.passwords import Passwords
+from ecrproxy.access.passwords import FAILURES, Passwords
 from ecrproxy.cache.index import Index
 from ecrproxy.cache.inventory import Inventory
 from ecrproxy.http.access_log import AccessLine
 from ecrproxy.oci import Digest
 from ecrproxy.request_id import numbered
 from ecrproxy.settings.values import parse_pattern
-from tests.daemon import START, Daemon, End, Raw, at_once
+from tests.daemon import CLIENT, START, Daemon, End, Raw, at_once
 from tests.registry import StandIn
 from tests.test_htpasswd import line
 from tests.test_passwords import basic
@@ -33,6 +34,8 @@ TTL: Final = 30
 """Seconds for which a tag is trusted."""
 USER, PASSWORD, OTHER = "ann", "client canary", "another canary"
 CONNECTIONS: Final = 4
+ELSEWHERE: Final = "198.51.100.7"
+"""Where nobody may ask from."""
 _BITS: Final = 2
 _DATE = re.compile(rb"Date: [^\r]*")
 
@@ -60,7 +63,8 @@ class Scene:
         self.open = self.flushing = True
         now = self.clock.seconds
         self.index = Index(self.root, now, memory=True)
-        admission = Admission(passwords=Passwords(str(self.passwords), at_once, self.clock, b"key"))
+        here = [ip_network(CLIENT)]
+        admission = Admission(here, passwords=Passwords(str(self.passwords), at_once, self.clock, b"key"))
         self.daemon = Daemon(
             self.standin,
             self.clock,
@@ -127,6 +131,21 @@ class Scene:
         self.clients[0][1].abortConnection()
         if self.flushing:
             self.daemon.flush()
+
+    def move(self) -> None:
+        """
+        Have a client go, and who connects from now on come from elsewhere, or from where they may ask again.
+        """
+        self.daemon.front.client = ELSEWHERE if self.daemon.front.client == CLIENT else CLIENT
+        self.leave()
+
+    def guess(self) -> None:
+        """
+        Have a client give as many wrong passwords as are let through, and one more.
+        """
+        for number in range(FAILURES + 1):
+            shown = f"Authorization: {basic(USER, f'guess {number}')}"
+            self.send(0, f"GET /v2/ HTTP/1.1\r\nHost: proxy.example\r\n{shown}\r\n\r\n".encode())
 
     def move_tag(self) -> None:
         """
@@ -279,6 +298,8 @@ def deeds(scene: Scene) -> list[Callable[[], object]]:
         lambda: scene.standin.fail("registry"),
         lambda: scene.standin.hang("registry"),
         scene.standin.heal,
+        scene.move,
+        scene.guess,
     ]
 
 
