@@ -49,12 +49,15 @@ class Worlds:
     def __init__(self, latest: World) -> None:
         self.latest = latest
 
-    def enter(self) -> World:
+    def enter(self, begun: World | None = None) -> World:
         """
         Begin a request: from here on, its coroutine and all that it begins have the latest registries.
+
+        @param begun: those that it began with, if it has begun already.
         """
-        _entered.set(self.latest)
-        return self.latest
+        world = self.latest if begun is None else begun
+        _entered.set(world)
+        return world
 
     def upstream(self, route: Route) -> Upstream:
         """

@@ -38,6 +38,8 @@ ELSEWHERE: Final = "198.51.100.7"
 """Where nobody may ask from."""
 _BITS: Final = 2
 _DATE = re.compile(rb"Date: [^\r]*")
+_LAST = re.compile(rb"(HTTP/1\.1 [^\r]*\r\n)((?:[^\r]+\r\n)*?)(Connection: close\r\n)")
+"""A response that is the last of its connection: its header comes first if the end had begun before the request."""
 
 
 class Scene:
@@ -139,13 +141,13 @@ class Scene:
         self.daemon.front.client = ELSEWHERE if self.daemon.front.client == CLIENT else CLIENT
         self.leave()
 
-    def guess(self) -> None:
+    def guess(self, connection: int = 0) -> None:
         """
         Have a client give as many wrong passwords as are let through, and one more.
         """
         for number in range(FAILURES + 1):
             shown = f"Authorization: {basic(USER, f'guess {number}')}"
-            self.send(0, f"GET /v2/ HTTP/1.1\r\nHost: proxy.example\r\n{shown}\r\n\r\n".encode())
+            self.send(connection, f"GET /v2/ HTTP/1.1\r\nHost: proxy.example\r\n{shown}\r\n\r\n".encode())
 
     def move_tag(self) -> None:
         """
@@ -209,11 +211,11 @@ class Scene:
 
     def seen(self) -> list[Any]:
         """
-        Return all that there is to see, but for the time of the day in answers.
+        Return all that there is to see, but for the time of the day in answers, and where C{Connection} is in them.
         """
         crowd = self.daemon.crowd
         return [
-            *(_DATE.sub(b"Date: ", bytes(client.got)) for client, _ in self.clients),
+            *(_LAST.sub(rb"\1\3\2", _DATE.sub(b"Date: ", bytes(client.got))) for client, _ in self.clients),
             [client.closed for client, _ in self.clients],
             self.lines,
             [each for each in self.daemon.figures.served.requests.rows() if each],

@@ -773,8 +773,8 @@ class Daemon(Administered):
             return other.upstream, other.asking
 
         registries = Registries([self.table, *others], self.aliases, self.unknown_status)
-        self._listed = registries.listed
-        return World(registries, Upstreams(registries, make, before), lambda _: self.namespaces, self.catalog)
+        self._listed, namespaces = registries.listed, self.namespaces
+        return World(registries, Upstreams(registries, make, before), lambda _: namespaces, self.catalog)
 
     async def readiness(self) -> Readiness:
         """

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 from hypothesis import example, given, settings
@@ -152,6 +153,27 @@ class SharedQuestionTests(SynchronousTestCase):
         for _ in range(2):
             self.scene.send(0, self.head)
         self.assertEqual(1, self.scene.answered)
+
+    def assertAnsweredDespite(self, change: Callable[[], object]) -> None:
+        """
+        Who was let in is answered, as on the long way, whatever changes while ECR is silent.
+        """
+        self.scene.standin.hang("registry")
+        for number in range(2):
+            self.scene.send(number, self.head)
+        change()
+        self.scene.lines.clear()
+        self.scene.wait(STALE_SECONDS)
+        self.assertEqual([(200, "STALE")] * 2, self.told())
+
+    def test_another_password_meanwhile_is_asked_of_the_next_request(self) -> None:
+        self.assertAnsweredDespite(self.scene.change_password)
+
+    def test_guesses_meanwhile_from_the_same_address_lock_out_the_next_request(self) -> None:
+        self.assertAnsweredDespite(lambda: self.scene.guess(2))
+
+    def test_registries_of_a_reload_meanwhile_are_those_of_the_next_request(self) -> None:
+        self.assertAnsweredDespite(self.scene.reload)
 
     def test_one_that_leaves_takes_no_answer_from_another(self) -> None:
         self.ask_together()

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import tomllib
 import tracemalloc
+from functools import partial
 from random import Random
 from typing import Any
 from urllib.parse import quote
@@ -281,15 +282,16 @@ class NeverConfusedTests(SynchronousTestCase):
 
     def setUp(self) -> None:
         nothing: Any = None
-        worlds = Worlds(World(Registries(parsed(COMPANY)[0]), nothing, nothing, nothing))
-        self.resource = Registry(nothing, worlds, CacheKey.parse("$uri"), nothing)
+        registries = Registries(parsed(COMPANY)[0])
+        worlds = Worlds(World(registries, nothing, nothing, nothing))
+        self.ask = partial(Registry(nothing, worlds, CacheKey.parse("$uri"), nothing)._understood, registries)  # noqa: SLF001
 
     def meant(self, target: str, host: str) -> tuple[str, Repository] | int:
         """
         Tell which table a request means and what is asked of which registry, or as what it is refused.
         """
         try:
-            chosen, _ = self.resource._understood(target, host)  # noqa: SLF001
+            chosen, _ = self.ask(target, host)
         except RegistryError as problem:
             return problem.status
         return chosen.registry.table.name, chosen.route.repository
@@ -469,8 +471,11 @@ class OneMeaningTests(SynchronousTestCase):
 class RememberedTests(SynchronousTestCase):
     def setUp(self) -> None:
         nothing: Any = None
-        worlds = Worlds(World(Registries(parsed(COMPANY)[0]), nothing, nothing, nothing))
-        self.resource = Registry(nothing, worlds, CacheKey.parse("$uri"), nothing)
+        registries = Registries(parsed(COMPANY)[0])
+        resource = Registry(
+            nothing, Worlds(World(registries, nothing, nothing, nothing)), CacheKey.parse("$uri"), nothing
+        )
+        self.ask = partial(resource._understood, registries)  # noqa: SLF001
 
     def test_long_targets_are_not_remembered(self) -> None:
         """
@@ -481,12 +486,12 @@ class RememberedTests(SynchronousTestCase):
         before, _ = tracemalloc.get_traced_memory()
         for size, count in ((400, 4096), (15_000, 400)):
             for number in range(count):
-                self.resource._understood(f"/v2/team/app/manifests/latest?{number:0{size}}", "x")  # noqa: SLF001
+                self.ask(f"/v2/team/app/manifests/latest?{number:0{size}}", "x")
         after, _ = tracemalloc.get_traced_memory()
         self.assertLess(after - before, 6 * 2**20)
 
     def test_the_same_target_means_the_same_to_who_calls_the_proxy_the_same(self) -> None:
-        ask = self.resource._understood  # noqa: SLF001
+        ask = self.ask
         self.assertIs(ask("/v2/team/app/manifests/v1", ""), ask("/v2/team/app/manifests/v1", ""))
         here, there = (ask("/v2/team/app/manifests/v1", host)[0] for host in ("", "us.registry.example"))
         self.assertNotEqual(here.route.repository, there.route.repository)

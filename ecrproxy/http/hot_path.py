@@ -11,7 +11,7 @@ Rules:
 - It is turned off where C{PROXY_CACHE_KEY} asks about clients.
 - Heads hold passwords: a hash of them is kept, by a key that this process alone has.
 - What a tag leads to is asked of ECR once for all who send the same head meanwhile. If ECR does not say what it said
-  before, each of them takes the long way, with that outcome.
+  before, each of them takes the long way, with that outcome and the registries of when it came: it was let in then.
 - What is answered here is counted and logged by the same function, in the same words.
 """
 
@@ -271,7 +271,7 @@ class HotPath:
                 found = outcome.value if isinstance(outcome, Failure) else outcome
                 if isinstance(found, Answer) and each is not question.first:
                     found = joined(found)
-                channel.take_long_way(each.head, Told(found, each.request_id, each.started))
+                channel.take_long_way(each.head, Told(found, each.request_id, each.started, noted.hit.world))
 
     @staticmethod
     def leave(channel: Any, question: Question) -> None:  # noqa: ANN401

@@ -46,15 +46,17 @@ class Hit(NamedTuple):
 
 class Told(NamedTuple):
     """
-    What is known of a request that has waited for ECR before it took the long way.
+    What is known of a request that was let in, and has waited for ECR before it took the long way.
 
     @ivar outcome: the answer, or why there is none.
     @ivar started: when the request had come.
+    @ivar world: the registries that there were then.
     """
 
     outcome: Answer | BaseException | None
     request_id: str
     started: float
+    world: World
 
 
 def address_of(peer: object) -> str:

@@ -93,7 +93,7 @@ class Front(Answering):
             raise RegistryError(503, "UNAVAILABLE", said, {"Retry-After": "5"}, Reason.BUSY)
         if asked not in HEALTH:
             self._refuse_pages(request)
-            if self._admission is not None:
+            if self._admission is not None and request.told is None:
                 await self._admission.admit(caller_of(request))
         resource = self._registry if _is_registrys(asked) else self._others.get(asked) or Missing()
         await resource.respond(request)

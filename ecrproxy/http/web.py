@@ -97,7 +97,7 @@ class Registry(Answering):
         if request.target.path == _CATALOG:
             await self._send_catalog(request)
             return
-        world = self._worlds.enter()
+        world = self._worlds.enter(None if request.told is None else request.told.world)
         route = request.route = await self._admitted(request, world)
         if route.kind is Kind.BLOB and request.method == b"GET":
             with transferring(request):
@@ -110,7 +110,7 @@ class Registry(Answering):
         Understand what is asked for, of which registry, and let it in.
         """
         try:
-            chosen, ns = self._understood(request.target.origin, host_of(request))
+            chosen, ns = self._understood(world.registries, request.target.origin, host_of(request))
         except UnknownRegistryError as problem:
             # containerd asks the next host without a word, and by HEAD, whose answer has no body.
             log.warn(
@@ -137,8 +137,7 @@ class Registry(Answering):
         ns = unquote(told["ns"]) if told else None
         return registries.choose(asked, ns, host), ns
 
-    def _understood(self, target: str, host: str) -> tuple[Chosen, str | None]:
-        registries = self._worlds.latest.registries
+    def _understood(self, registries: Registries, target: str, host: str) -> tuple[Chosen, str | None]:
         if registries is not self._recent_of:
             self._recent.cache_clear()
             self._recent_of = registries
