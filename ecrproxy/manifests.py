@@ -83,6 +83,13 @@ class Manifests:
         document = self._cache.held(known.descriptor.digest) if known is not None else None
         return None if known is None or document is None else _trusted_answer(asked, known, document)
 
+    def knows(self, asked: Asked) -> bool:
+        """
+        Return True if memory has what a tag led to last for such a client: then ECR is asked whether it still does.
+        """
+        entry = self._cache.entry_at_hand(asked)
+        return entry is not None and asked.accept in entry.answers
+
     async def answer(self, asked: Asked) -> Answer:
         """
         Answer a request for a manifest; its body may still be in a file.

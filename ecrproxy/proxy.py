@@ -553,6 +553,12 @@ class PullThrough:
             raise told.with_traceback(None)
         return await self._cache.from_file(await self.latest(asked) if told is None else told)
 
+    def knows_tag(self, asked: Asked) -> bool:
+        """
+        Return True if memory has what a tag led to last: see L{Manifests.knows}.
+        """
+        return self._manifests.knows(asked)
+
     async def latest(self, asked: Asked) -> Answer:
         """
         Answer a request for a manifest with its bytes, and read ahead what it lists.

@@ -175,7 +175,7 @@ def wire(
 
 
 def _hot_path(pull_through: PullThrough, worlds: Worlds, admission: Admission | None) -> HotPath:
-    return HotPath(pull_through.at_hand, pull_through.latest, worlds, admission, time.time, secrets.token_bytes(32))
+    return HotPath(pull_through, worlds, admission, time.time, secrets.token_bytes(32))
 
 
 def _disk(pools: Pools) -> Disk:

@@ -699,8 +699,7 @@ class Daemon(Administered):
         self.access_log = AccessLog(clock)
         self.hot_path = None
         if hot_path and not key.asks:
-            at_hand, latest = self.pull_through.at_hand, self.pull_through.latest
-            self.hot_path = HotPath(at_hand, latest, self.worlds, admission, self.now, b"key")
+            self.hot_path = HotPath(self.pull_through, self.worlds, admission, self.now, b"key")
         self.site = make_site(
             registry,
             ready,

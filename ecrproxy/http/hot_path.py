@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
@@ -35,6 +35,7 @@ from ecrproxy.answers import Answer, Asked, CacheStatus, joined
 from ecrproxy.cache.memory import Memory
 from ecrproxy.http.request import Hit, RegistryRequest, Told, fields
 from ecrproxy.oci import Kind
+from ecrproxy.proxy import PullThrough
 from ecrproxy.request_id import REQUEST_ID, current
 from ecrproxy.world import World, Worlds
 
@@ -134,8 +135,7 @@ class HotPath:
     """
     Notes what heads lead to, and answers those that come again.
 
-    @param at_hand: answers from memory, see L{ecrproxy.proxy.PullThrough.at_hand}.
-    @param ask: asks ECR, see L{ecrproxy.manifests.Manifests.answer}.
+    @param pull_through: answers from memory, and asks ECR for tags.
     @param admission: lets in clients; none for all.
     @param now: seconds since the epoch.
     @param key: random bytes that are nobody else's.
@@ -144,14 +144,14 @@ class HotPath:
 
     def __init__(
         self,
-        at_hand: Callable[[Asked], Answer | None],
-        ask: Callable[[Asked], Coroutine[Any, Any, Answer]],
+        pull_through: PullThrough,
         worlds: Worlds,
         admission: Admission | None,
         now: Callable[[], float],
         key: bytes,
     ) -> None:
-        self._at_hand, self._ask, self._worlds, self._admission = at_hand, ask, worlds, admission
+        self._pull_through, self._at_hand = pull_through, pull_through.at_hand
+        self._worlds, self._admission = worlds, admission
         self._now, self._key, self.answered = now, key, 0
         self._questions: dict[bytes, Question] = {}
         self._noted: Memory[bytes, _Noted] = Memory(NOTED_BYTES)
@@ -214,7 +214,7 @@ class HotPath:
                 return False
         if noted.transfers and channel.crowd.is_full_of_transfers:
             return False
-        if self._at_hand(noted.hit.asked) != (None if noted.asks else noted.hit.answer):
+        if not self._holds(noted):
             return False
         site: Any = channel.factory
         waiting = Waiting(head, site.new_id(), site.reactor.seconds())
@@ -234,6 +234,15 @@ class HotPath:
             self._noted.clear()
         return self._world
 
+    def _holds(self, noted: _Noted) -> bool:
+        """
+        Tell whether memory says what it said when C{noted} was noted.
+        """
+        hit = noted.hit
+        if noted.asks:
+            return self._at_hand(hit.asked) is None and self._pull_through.knows_tag(hit.asked)
+        return self._at_hand(hit.asked) == hit.answer
+
     def _wait(self, channel: Any, waiting: Waiting, noted: _Noted, name: bytes) -> None:  # noqa: ANN401
         """
         Have a request wait for what ECR says.
@@ -251,7 +260,7 @@ class HotPath:
     async def _asked(self, asked: Asked, request_id: str) -> Answer:
         current.set(request_id)
         self._worlds.enter()
-        return await self._ask(asked)
+        return await self._pull_through.latest(asked)
 
     def _told(self, outcome: Answer | Failure, name: bytes, question: Question) -> None:
         """
