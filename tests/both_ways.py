@@ -217,7 +217,7 @@ class Scene:
         return [
             *(_LAST.sub(rb"\1\3\2", _DATE.sub(b"Date: ", bytes(client.got))) for client, _ in self.clients),
             [client.closed for client, _ in self.clients],
-            self.lines,
+            sorted(self.lines, key=lambda each: (each.ended, each.request)),  # together, they come in any order
             [each for each in self.daemon.figures.served.requests.rows() if each],
             self.daemon.figures.served.saved.top(10),
             [(asked.method, asked.path) for asked in self.standin.asked],

@@ -49,6 +49,7 @@ from ecrproxy.daemon.inherited import SOCKETS_FD, VARIABLE
 from ecrproxy.daemon.listening import Listening
 from ecrproxy.daemon.process import Running, count_steadily, end_each_lookup, open_many_files, set_aside_what_stays
 from ecrproxy.daemon.renewal import LOOK_SECONDS, Renewal, generation
+from ecrproxy.daemon.service import Daemon
 from ecrproxy.daemon.supervision import Supervised, Supervisor
 from ecrproxy.files import READ_SECONDS, Reading
 from ecrproxy.registry.ecr import CredentialsError
@@ -1587,3 +1588,17 @@ class BuildTests(TapCase):
         self.assertIsInstance(self.reactor.nameResolver, SharedLookups)
         self.build()
         self.assertIsInstance(self.reactor.nameResolver, ChosenServers)
+
+
+class LeaveTests(SynchronousTestCase):
+    def test_a_second_signal_ends_the_process_whatever_becomes_of_its_log(self) -> None:
+        class Broken:
+            def end(self, seconds: float) -> None:
+                raise ValueError("I/O operation on closed file")
+
+        statuses: list[int] = []
+        self.patch(os, "_exit", statuses.append)
+        service = Daemon(MemoryReactorClock())
+        service.writer = Broken()  # type: ignore[assignment]
+        self.assertRaises(ValueError, service.leave, 15)
+        self.assertEqual([128 + 15], statuses)

@@ -70,9 +70,11 @@ class Daemon(InOrder):
         """
         End now, with the status that shells give to an end by a signal: a container's first process can't kill itself.
         """
-        if self.writer is not None:
-            self.writer.end(LAST_LINES_SECONDS)
-        os._exit(128 + number)
+        try:
+            if self.writer is not None:
+                self.writer.end(LAST_LINES_SECONDS)
+        finally:
+            os._exit(128 + number)
 
     def give_up(self, problem: str) -> None:
         """
