@@ -50,7 +50,6 @@ NOTED_BYTES: Final = 8 * 2**20
 _ENTRY_BYTES = 3000
 _UNFIT: Final = (REQUEST_ID, b"Transfer-Encoding")
 """Headers of requests that are not noted: the answer has the id, and a body is to come."""
-_END = b"\r\n\r\n"
 
 
 class Words(NamedTuple):
