@@ -73,15 +73,9 @@ class Admission:
 
         @raise RegistryError: if not.
         """
-        if self._networks is not None and not is_in(caller.address, self._networks):
-            raise RegistryError(403, "DENIED", "this proxy does not serve your address", reason=Reason.ADDRESS)
-        if self._certificates and not caller.certified:
-            raise RegistryError(
-                403,
-                "DENIED",
-                "this proxy asks for a client certificate: client.cert and client.key in docker's certs.d",
-                reason=Reason.CERTIFICATE,
-            )
+        refusal = self._refusal(caller)
+        if refusal is not None:
+            raise refusal
         if self._passwords is not None:
             await self._passwords.admit(caller.address, caller.authorization)
 
@@ -89,11 +83,21 @@ class Admission:
         """
         Return True if L{admit} lets C{caller} in without having to check a password.
         """
-        if self._networks is not None and not is_in(caller.address, self._networks):
-            return False
-        if self._certificates and not caller.certified:
+        if self._refusal(caller) is not None:
             return False
         return self._passwords is None or self._passwords.knows(caller.address, caller.authorization)
+
+    def _refusal(self, caller: Caller) -> RegistryError | None:
+        if self._networks is not None and not is_in(caller.address, self._networks):
+            return RegistryError(403, "DENIED", "this proxy does not serve your address", reason=Reason.ADDRESS)
+        if self._certificates and not caller.certified:
+            return RegistryError(
+                403,
+                "DENIED",
+                "this proxy asks for a client certificate: client.cert and client.key in docker's certs.d",
+                reason=Reason.CERTIFICATE,
+            )
+        return None
 
     def reread(self) -> bool:
         """
