@@ -37,8 +37,19 @@ async def surrounded(reactor: Any, twistd: str, home: Path, label: str, **settin
         finally:
             await asyncio.to_thread(world.stop)
 
-    groups = await asyncio.gather(*(suffer_group(*each) for each in enumerate(ADVERSITIES)))
-    return Table(f"Dependencies, {label}", COLUMNS, [row for group in groups for row in group])
+    groups = (suffer_group(*each) for each in enumerate(ADVERSITIES))
+    rows: list[Row] = []
+    failures: list[Exception] = []
+    for outcome in await asyncio.gather(*groups, return_exceptions=True):  # each ends its daemon, also if another fails
+        if isinstance(outcome, Exception):
+            failures.append(outcome)
+        elif isinstance(outcome, BaseException):
+            raise outcome
+        else:
+            rows += outcome
+    if failures:
+        raise ExceptionGroup("measuring failed", failures)
+    return Table(f"Dependencies, {label}", COLUMNS, rows)
 
 
 async def attacked(reactor: Any, twistd: str, home: Path, label: str, **settings: str) -> list[Table]:
