@@ -13,6 +13,7 @@ import json
 import random
 import sys
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import cast
 
 from twisted.internet.address import IPv4Address
@@ -58,6 +59,7 @@ def _site() -> QuietSite:
     return site(notFound())
 
 
+@lru_cache(maxsize=32)  # most tests want the same again, and a MiB takes as long as a small test
 def noise(seed: str, length: int) -> bytes:
     """
     Bytes that do not compress, the same for the same seed.
