@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from typing import NoReturn
 
 from ecrproxy.command.asking import Answer, Exchange
 from ecrproxy.command.program import SUBCOMMANDS, main
@@ -34,6 +35,7 @@ class Caller:
     @ivar status: the last exit status.
     @ivar asked: the places that were asked.
     @ivar exchange: answers there.
+    @ivar started: the command lines of the daemons that this process became.
     """
 
     def __init__(self, exchange: Exchange | None = None, now: float = NOW) -> None:
@@ -42,6 +44,7 @@ class Caller:
         self.exchange = exchange or nobody
         self.asked: list[Place] = []
         self.slept: list[float] = []
+        self.started: list[Sequence[str]] = []
         self.stdin, self.stdout, self.stderr = Stream(), Stream(), Stream()
         self.status = -1
 
@@ -62,7 +65,9 @@ class Caller:
             stream.seek(0)
             stream.truncate()
         terminal = Terminal(self.stdin, self.stdout, self.stderr)
-        world = World(self.variables, terminal, lambda: self.time, self.seconds, self.sleep, self.reach)
+        world = World(
+            self.variables, terminal, lambda: self.time, self.seconds, self.sleep, self.reach, self.become_daemon
+        )
         self.status = main(arguments, world, subcommands)
         return self.stdout.getvalue()
 
@@ -83,6 +88,10 @@ class Caller:
     def sleep(self, seconds: float) -> None:
         self.time += seconds
         self.slept.append(seconds)
+
+    def become_daemon(self, arguments: Sequence[str]) -> NoReturn:
+        self.started.append(arguments)
+        raise SystemExit(0)
 
     def reach(self, place: Place) -> Exchange:
         self.asked.append(place)

@@ -22,6 +22,7 @@ from ecrproxy.command.doctor import DOCTOR
 from ecrproxy.command.ls import LS
 from ecrproxy.command.prefetch import PREFETCH
 from ecrproxy.command.purge import PURGE
+from ecrproxy.command.serve import SERVE
 from ecrproxy.command.stats import STATS
 from ecrproxy.command.subcommand import (
     ASKS,
@@ -37,11 +38,14 @@ from ecrproxy.command.subcommand import (
 from ecrproxy.command.terminal import Terminal
 from ecrproxy.command.verify import VERIFY
 from ecrproxy.registry.proxy_variables import for_botocore
-from ecrproxy.settings.config import CONFIG, SETTINGS, ConfigError, Setting, read_settings
+from ecrproxy.settings.config import CONFIG, NO_FILE, SETTINGS, ConfigError, Setting, read_settings
 from ecrproxy.settings.file import read_file
 from ecrproxy.settings.values import parse_flag
 
-SUBCOMMANDS: Final[Sequence[Subcommand]] = (LS, PURGE, VERIFY, STATS, PREFETCH, DOCTOR, CONFIG_COMMAND, COMPLETION)
+SUBCOMMANDS: Final[Sequence[Subcommand]] = (
+    *(SERVE, LS, PURGE, VERIFY, STATS, PREFETCH),
+    *(DOCTOR, CONFIG_COMMAND, COMPLETION),
+)
 """All of them, in the order of the help."""
 CUT_OFF: Final = 141
 """What shells give to an end by SIGPIPE."""
@@ -67,8 +71,8 @@ def make_parser(terminal: Terminal, subcommands: Sequence[Subcommand] = SUBCOMMA
     parser = _Parser(
         terminal,
         prog="ecr-proxy",
-        description="Work with an ecr-proxy daemon that runs, and with its cache.",
-        epilog=f"{STATUSES}. The daemon itself is started with: twistd -n ecr-proxy",
+        description="Start an ecr-proxy daemon, or work with one that runs and with its cache.",
+        epilog=STATUSES,
     )
     parser.add_argument("--version", action="version", version=f"ecr-proxy {__version__}")
     made: Any = partial(_Parser, terminal)  # (typeshed wants a class, argparse whatever makes a parser)
@@ -120,7 +124,7 @@ def _add_settings(parser: ArgumentParser, subcommand: Subcommand) -> None:
         elif each.name == "listen":
             how = {"metavar": "ENDPOINT", "action": "append"}
         group.add_argument(f"--{each.name}", dest=_destination(each), help=told, default=SUPPRESS, **how)
-    if set(ASKS) <= set(subcommand.settings):
+    if subcommand.reads and set(ASKS) <= set(subcommand.settings):
         group.add_argument(
             "--admin-url",
             metavar="URL",
@@ -186,9 +190,22 @@ def _lines_of(problem: Exception) -> list[str]:
 def _call(options: Namespace, world: World) -> int:
     subcommand: Subcommand = options.chosen
     flags = _flags(options)
+    if not subcommand.reads:
+        return subcommand.run(Call(options, flags, NO_FILE, {}, world))
     file = read_file(flags, world.variables)
     settings = read_settings(subcommand.settings, flags, world.variables, file)
     return subcommand.run(Call(options, flags, file, settings, world))
+
+
+def become_daemon(arguments: Sequence[str]) -> NoReturn:
+    """
+    Run C{twistd -n --pidfile= ecr-proxy} in this process.
+    """
+    from twisted.scripts import twistd  # noqa: PLC0415 (takes longer to import than most subcommands run)
+
+    sys.argv[:] = ["twistd", "-n", "--pidfile=", "ecr-proxy", *arguments]
+    twistd.run()
+    sys.exit()
 
 
 def run() -> NoReturn:
@@ -197,7 +214,7 @@ def run() -> NoReturn:
     """
     terminal = Terminal(sys.stdin, sys.stdout, sys.stderr)
     os.environ.update(for_botocore(os.environ))
-    world = World(os.environ, terminal, time.time, time.monotonic, time.sleep, over_http)
+    world = World(os.environ, terminal, time.time, time.monotonic, time.sleep, over_http, become_daemon)
     status = main(sys.argv[1:], world)
     if status == CUT_OFF:  # else Python would try once more at its end, and complain
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

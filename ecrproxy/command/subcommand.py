@@ -7,7 +7,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 from ecrproxy.command.asking import Daemon, Exchange, place_of
 from ecrproxy.command.terminal import Terminal
@@ -52,6 +52,7 @@ class World:
     @ivar seconds: seconds on a clock that is never set.
     @ivar sleep: waits for so many seconds.
     @ivar exchange: asks a daemon.
+    @ivar become_daemon: runs C{twistd ecr-proxy} in this process, with the flags given.
     """
 
     variables: Mapping[str, str]
@@ -60,6 +61,7 @@ class World:
     seconds: Callable[[], float]
     sleep: Callable[[float], object]
     exchange: Callable[[Place], Exchange]
+    become_daemon: Callable[[Sequence[str]], NoReturn]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +72,7 @@ class Call:
     @ivar options: what it was called with.
     @ivar flags: the settings among it as text, by setting name: what C{Config.load} takes.
     @ivar file: what the configuration file says.
-    @ivar settings: the values of the settings that it names, by attribute of C{Config}.
+    @ivar settings: the values of the settings that it names, by attribute of C{Config}; none if it does not read them.
     """
 
     options: Namespace
@@ -115,6 +117,7 @@ class Subcommand:
     @ivar description: what it does, in a few sentences.
     @ivar examples: command lines, each with what it does.
     @ivar settings: the names of the settings that it takes as flags, with the daemon's own names and variables.
+    @ivar reads: whether it needs their values.
     @ivar add_arguments: adds what else it takes.
     @ivar run: does it.
     @return: the exit status.
@@ -125,5 +128,6 @@ class Subcommand:
     description: str
     examples: Sequence[tuple[str, str]]
     settings: Sequence[str] = ()
+    reads: bool = True
     add_arguments: Callable[[ArgumentParser], object] = lambda _: None
     run: Callable[[Call], int]

@@ -19,6 +19,24 @@ def _described_setting(setting: Setting) -> str:
     return f"{setting.help} [{setting.variable}, default: {setting.default}]"
 
 
+def arguments_of(flags: Mapping[str, str]) -> list[str]:
+    """
+    Write flags, by setting name, as the command line of a daemon.
+    """
+    written = []
+    for each in SETTINGS:
+        value = flags.get(each.name)
+        if value is None:
+            continue
+        if each.name == "listen":
+            written += [f"--listen={endpoint}" for endpoint in value.split()]
+        elif each.parse is parse_flag:
+            written.append(f"--{each.name}" if parse_flag(value) else f"--no-{each.name}")
+        else:
+            written.append(f"--{each.name}={value}")
+    return written
+
+
 class Options(usage.Options):
     """
     The flags, made from the table of settings.
@@ -44,8 +62,6 @@ class Options(usage.Options):
             [f"no-{each.name}", None, f"the contrary, whatever {each.variable} says"],
         )
     ]
-
-    flagNames = frozenset(flag[0] for flag in optFlags)
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,17 +95,7 @@ class Options(usage.Options):
 
         @param more: of other settings, by name: what that file says.
         """
-        written = []
-        for name, value in {**more, **self.flags()}.items():
-            if name == CONFIG:
-                continue
-            if name == "listen":
-                written += [f"--listen={endpoint}" for endpoint in value.split()]
-            elif name in self.flagNames:
-                written.append(f"--{name}" if parse_flag(value) else f"--no-{name}")
-            else:
-                written.append(f"--{name}={value}")
-        return written
+        return arguments_of({name: value for name, value in {**more, **self.flags()}.items() if name != CONFIG})
 
     def flags(self) -> dict[str, str]:
         """
