@@ -150,7 +150,8 @@ class LogTests(SynchronousTestCase):
         for flag, value in (("logfile", "x"), ("syslog", 1), ("logger", "ours.log")):
             (found,) = self.find({"nodaemon": 1, flag: value})
             self.assertEqual((False, True), (found.grave, f"--{flag}" in found.said))
-        for twistd in ({"nodaemon": 1, "logfile": None}, {"nodaemon": 1, "logfile": "-"}, {}):
+        own = {"nodaemon": 1, "syslog": 0, "logfile": None, "logger": None}  # what twistd -n has
+        for twistd in (own, {**own, "logfile": "-"}, {}):
             self.assertEqual([], self.find(twistd))
 
 

@@ -95,7 +95,7 @@ def look_at_log(config: Config, twistd: Mapping[str, Any]) -> list[Complaint]:
     if not twistd.get("nodaemon"):
         said = f"{several}: without twistd -n, standard output is closed, and the log of all requests goes there"
         return [Complaint(said, "start twistd -n, or set PROXY_WORKER_PROCESSES=1", grave=True)]
-    flag = next((each for each in ("logfile", "syslog", "logger") if twistd.get(each) not in (None, "", "-")), None)
+    flag = next((each for each in ("logfile", "syslog", "logger") if twistd.get(each) and twistd[each] != "-"), None)
     if flag is None:
         return []
     said = f"{several}: the log of all requests goes to standard output, and twistd's --{flag} has that of the parent"
