@@ -25,15 +25,12 @@ from prometheus_client import PLATFORM_COLLECTOR, CollectorRegistry, ProcessColl
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, InfoMetricFamily
 from prometheus_client.registry import Collector
 from twisted.application.service import Service
-from twisted.logger import Logger
 
 from ecrproxy.ranking import Ranking
 
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
     from twisted.internet.interfaces import IDelayedCall, IReactorTime
-
-log = Logger()
 
 TICK_SECONDS: Final = 0.02
 """How often the event loop is asked for its turn."""
@@ -361,7 +358,6 @@ class LoopStall(Service):
         if self._next is not None:
             self._next.cancel()
             self._next = None
-        log.info("The event loop stood still for {longest:.3f} s at the most", longest=self.longest)
 
     def _turn(self) -> None:
         # Not Periodic: at this rate its Deferreds would be most of what an idle process does.

@@ -118,6 +118,7 @@ class Serving:
     process: Process
     cache: Cache
     purges: Purges
+    stall: LoopStall
     use: Callable[[Config], None]
 
 
@@ -171,7 +172,7 @@ def wire(
     figures.watch(*of_clients(crowd, crowd.limits.connections or None), *of_disk(condition))
     service.add(Scribe(store.index, threads(1, yielding=False).post), purges, janitor, scrub, tokens, stall)
     process = Process(store, janitor, worlds.askings, pull_through, worlds.called, readiness, disk.reading)
-    return Serving(site, connections, admission, figures, process, cache, purges, partial(_use, worlds, make))
+    return Serving(site, connections, admission, figures, process, cache, purges, stall, partial(_use, worlds, make))
 
 
 def _hot_path(pull_through: PullThrough, worlds: Worlds, admission: Admission | None) -> HotPath:

@@ -23,6 +23,7 @@ from twisted.logger import Logger, LogLevel
 
 from ecrproxy import __version__
 from ecrproxy.access.clients import Admission
+from ecrproxy.admin.announcing import Announcing, settings_lines
 from ecrproxy.admin.api import Api
 from ecrproxy.admin.incidents import Incidents
 from ecrproxy.admin.port import make_admin_site
@@ -52,7 +53,7 @@ from ecrproxy.http.answering import Ready
 from ecrproxy.http.site import RegistrySite
 from ecrproxy.logs.shapes import PRIORITIES, as_json
 from ecrproxy.logs.writing import LineWriter, choose_writer, leads_to_journal
-from ecrproxy.metrics import Figures, Gathered
+from ecrproxy.metrics import Figures, Gathered, Row
 from ecrproxy.readiness import Readiness
 from ecrproxy.registry.ecr import CredentialsError
 from ecrproxy.registry.egress import Egress
@@ -259,7 +260,9 @@ def build(
     status = Status(registry, serving.figures, process.readiness, process.standing, incidents, now, reactor)
     describe = partial(_summary, process.readiness, process.janitor)
     supervised = Supervised(supervisor, describe, reactor)
-    service.add(*status.services, supervised)
+    stall = serving.stall
+    announcing = _announcing(config, store, serving.figures, process.readiness, lambda: stall.longest, reactor)
+    service.add(announcing, *status.services, supervised)
     make = partial(make_admin_site, serving.figures, Ready(process.readiness), status)
     listening = _listening(config, serving.site, reactor)
     listening += _admin(config, make, store, serving.purges.look, service, reactor)
@@ -358,8 +361,7 @@ def build_parent(
         reactor,
         drain=config.drain_seconds,
     )
-    registry, now = config.ecr_endpoint, time.time
-    status = Status(registry, figures, workers.readiness, workers.standing, incidents, now, reactor)
+    status = Status(config.ecr_endpoint, figures, workers.readiness, workers.standing, incidents, time.time, reactor)
     supervised = Supervised(supervisor, partial(_summary_of_all, workers), reactor, workers.listen)
     make = partial(make_admin_site, figures, Ready(workers.readiness), status, gather=workers.gather)
     purges = Purges(store.index, lambda _: None, settling, reactor)  # workers see for themselves
@@ -370,11 +372,33 @@ def build_parent(
     certificates = Reading(PAIRS, partial(_load_all, every), use, renewing, reactor)
     reread = partial(_reread, certificates, lambda: workers.tell(Reread("")))
     renewal = Renewal(every, renewing, partial(supervised.rereading, reread), reactor)
-    service.add(purges, *status.services, supervised, renewal, workers)
+    announcing = _announcing(config, store, figures, workers.readiness, lambda: None, reactor)
+    service.add(announcing, purges, *status.services, supervised, renewal, workers)
     reload = _configuration(reloading(partial(_have_used, workers, status)), configuring, reactor)
     hang_up = _on_hang_up(supervised, reread, reload)
     _face_clients(None, every, hang_up, partial(_leave_with, workers, service.leave), service, reactor)
     return service
+
+
+def _announcing(
+    config: Config,
+    store: Store,
+    figures: Figures,
+    readiness: Callable[[], Awaitable[Readiness]],
+    stall: Callable[[], float | None],
+    reactor: Any,  # noqa: ANN401
+) -> Announcing:
+    """
+    Make what writes the first lines of the log, and the last.
+    """
+
+    def held() -> int:
+        return store.index.totals.blocks + store.index.size
+
+    def rows() -> list[Row]:
+        return list(figures.served.requests.rows())
+
+    return Announcing(partial(settings_lines, config, __version__, held), readiness, rows, stall, reactor)
 
 
 class Nobody(Factory):
@@ -383,6 +407,12 @@ class Nobody(Factory):
     """
 
     noisy = False
+
+    def logPrefix(self) -> str:
+        """
+        Name it in Twisted's lines.
+        """
+        return RegistrySite.NAME
 
 
 def _listening(config: Config, site: RegistrySite, reactor: Any) -> list[Listening]:  # noqa: ANN401

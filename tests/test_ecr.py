@@ -181,7 +181,7 @@ class FetchTests(SynchronousTestCase):
         """
         aws = FakeAws(self)
         aws.grants()
-        self.assertEqual(Token("QVdTOnRva2Vu", START + LIFE), fetch())
+        self.assertEqual(Token("QVdTOnRva2Vu", START + LIFE, "the environment"), fetch())
         self.assertEqual(["https://api.ecr.eu-west-1.amazonaws.com/"], aws.urls)
         self.assertEqual("AKIDENVIRONMENT", aws.signed_with())
         target = aws.asked[0].headers["X-Amz-Target"]

@@ -1135,7 +1135,7 @@ class WorkersTests(TapCase):
         file.write_text('tag-ttl = 7\ncache-limit = "2g"\nworker-processes = 3\nnamespace-pattern = "team/.*"\n')
         self.start(PROXY_CONFIG=str(file))
         for process in self.spawning.spawned:
-            self.assertEqual(["ecr-proxy", "--tag-ttl=7", "--log-level=warn"], process["arguments"][-3:])
+            self.assertEqual(["ecr-proxy", "--log-level=warn", "--tag-ttl=7"], process["arguments"][-3:])
             self.assertEqual("", process["environ"]["PROXY_CONFIG"])
             self.assertIn("team/.*", process["environ"]["ECRPROXY_REGISTRIES"])
 

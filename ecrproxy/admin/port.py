@@ -64,6 +64,7 @@ class OperatorsSite(RegistrySite):
     What serves the operator's port.
     """
 
+    NAME = "The operator's port"
     body_limit = BODY_LIMIT
 
 

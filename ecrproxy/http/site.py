@@ -163,9 +163,11 @@ class RegistrySite(Site):
 
     @ivar new_id: makes an id for a request that has none.
     @ivar headers: those of every answer.
+    @cvar NAME: what Twisted's lines about its sockets call it.
     @cvar body_limit: the bytes that a request's body may have; 0 for requests that have none.
     """
 
+    NAME = "The port for clients"
     body_limit = 0
 
     noisy = False  # of its sockets, not of itself, Twisted tells
@@ -191,6 +193,12 @@ class RegistrySite(Site):
         self._served, self.new_id = served, numbered(secrets.token_hex(6))
         told = {"Server": "ecrproxy", **(headers or {})}
         self.headers = [(name.encode("ascii"), [value.encode("ascii")]) for name, value in told.items()]
+
+    def logPrefix(self) -> str:
+        """
+        Name it in Twisted's lines.
+        """
+        return self.NAME
 
     def buildProtocol(self, addr: Any) -> Any:  # noqa: ANN401
         """

@@ -52,6 +52,18 @@ RENEW_SECONDS: Final = 60.0
 
 INSTANCE_PROVIDERS: Final = frozenset({"assume-role-with-web-identity", "container-role", "iam-role"})
 """botocore's names for what gives an instance, a container or a pod its role."""
+_SOURCES: Final = {
+    "assume-role": "a role of the profile",
+    "assume-role-with-web-identity": "the pod's web identity (IRSA)",
+    "config-file": "AWS's configuration file",
+    "container-role": "the container's or pod's role",
+    "custom-process": "the profile's credential_process",
+    "env": "the environment",
+    "iam-role": "the instance's role",
+    "shared-credentials-file": "AWS's credentials file",
+    "sso": "IAM Identity Center",
+}
+"""What botocore's names for what gives credentials mean."""
 _MAKING: Final = Lock()
 """Held while a client is made, which asks nobody: the first one loads the models, and the others find them loaded."""
 
@@ -88,10 +100,12 @@ class Token:
 
     @ivar secret: base64 of C{AWS:password}, as it goes behind C{Basic}.
     @ivar expires: seconds since the epoch.
+    @ivar source: where the credentials come from that AWS gave it for, in words.
     """
 
     secret: str
     expires: float
+    source: str = "AWS"
 
     def __repr__(self) -> str:
         return f"<Token, expires {self.expires:.0f}>"
@@ -134,16 +148,18 @@ def fetch_token(region: str, credentials: Credentials) -> Token:
 
     @raise Exception: what L{open_client} raises.
     """
-    with open_client(region, credentials) as client:
+    with open_client(region, credentials) as (client, source):
         data = client.get_authorization_token()["authorizationData"]
         data = data if credentials.public else data[0]  # (ECR Public has one for all)
-    return Token(data["authorizationToken"].strip(), data["expiresAt"].timestamp())
+    return Token(data["authorizationToken"].strip(), data["expiresAt"].timestamp(), source)
 
 
 @contextmanager
-def open_client(region: str, credentials: Credentials) -> Iterator[Any]:
+def open_client(region: str, credentials: Credentials) -> Iterator[tuple[Any, str]]:
     """
     Open botocore's client of ECR, and raise what AWS refuses as below. Blocks.
+
+    @return: with it, where its credentials come from, in words.
 
     @raise CredentialsError: if there are no credentials, or AWS refuses them for good.
     @raise TokenUnavailableError: if there is no role now, or AWS answers with another error.
@@ -161,13 +177,18 @@ def open_client(region: str, credentials: Credentials) -> Iterator[Any]:
             with _MAKING:
                 return session.create_client(service, region_name=region, config=settings, **keys)
 
-        yield make("ecr-public" if credentials.public else "ecr", **assumed(make, credentials))
+        client = make("ecr-public" if credentials.public else "ecr", **assumed(make, credentials))
+        yield client, _source(session.get_credentials().method)
     except exceptions.ClientError as problem:
         raise _judged(problem) from problem
     except CredentialProcessError as problem:
         raise TokenUnavailableError(str(problem)) from problem
     except unusable() as problem:
         raise CredentialsError(f"AWS credentials: {_brief(problem)}") from problem
+
+
+def _source(method: str) -> str:
+    return _SOURCES.get(method, method)
 
 
 def assumed(make: Callable[..., Any], credentials: Credentials) -> dict[str, str]:
@@ -519,7 +540,12 @@ class TokenService(Service):
         wait = next_refresh(token.expires, self._now())
         self._received = self._clock.seconds()
         self._failures, self._due = 0, self._received + wait
-        log.info("Token received{whose}; the next is due in {seconds:.0f} s", whose=self._whose, seconds=wait)
+        log.info(
+            "Token received{whose} with credentials from {source}; the next is due in {minutes:.0f} min",
+            whose=self._whose,
+            source=token.source,
+            minutes=wait / 60,
+        )
         self._wake()
 
     def _failed(self, problem: Exception) -> None:

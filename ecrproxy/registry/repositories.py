@@ -43,7 +43,7 @@ def list_repositories(
     deadline, size, names, more = clock() + SECONDS, 0, list[str](), dict[str, str]()
     if account is not None:
         more["registryId"] = account
-    with open_client(region, credentials) as client:
+    with open_client(region, credentials) as (client, _):
         for _ in range(PAGES):
             page = client.describe_repositories(maxResults=PER_PAGE, **more)
             names += (each["repositoryName"] for each in page["repositories"])
