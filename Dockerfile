@@ -24,13 +24,13 @@ LABEL org.opencontainers.image.title="ecrproxy" \
 COPY --from=build /opt/ecrproxy /opt/ecrproxy
 COPY --from=build --chown=65532:65532 /opt/image/ /
 
-ENV PROXY_CACHE_DIR=/cache PYTHONSAFEPATH=1
+ENV PROXY_CACHE_DIR=/cache PYTHONSAFEPATH=1 HOME=/
 VOLUME /cache
 EXPOSE 5000
 WORKDIR /
-USER 65532:65532
+# As root, the entrypoint gives the cache directory to user 65532 and becomes that user; as any other, it changes nothing.
 # docker stop waits for 10 s by default: PROXY_DRAIN_SECONDS wants --stop-timeout 45.
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=5s --start-period=10s --retries=3 \
     CMD ["/opt/ecrproxy/bin/python", "-m", "ecrproxy.healthcheck"]
-ENTRYPOINT ["/opt/ecrproxy/bin/twistd", "-n", "--pidfile=", "ecr-proxy"]
+ENTRYPOINT ["/opt/ecrproxy/bin/python", "-m", "ecrproxy.entrypoint"]

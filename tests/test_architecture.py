@@ -355,7 +355,7 @@ class ArchitectureTests(SynchronousTestCase):
 
     def test_the_environment_is_read_in_one_place(self) -> None:
         """
-        Only tap looks at os.environ; processes hands it on, health check and command are programs of their own.
+        Only tap looks at os.environ; processes hands it on; health check, entrypoint and command are own programs.
         """
         readers = {
             name
@@ -364,7 +364,7 @@ class ArchitectureTests(SynchronousTestCase):
             if (isinstance(node, ast.Attribute) and node.attr in ("environ", "environb", "getenv"))
             or (isinstance(node, ast.ImportFrom) and node.module == "os")
         }
-        self.assertEqual(set(), readers - {"tap", "workers.processes", "healthcheck", "command.program"})
+        self.assertEqual(set(), readers - {"tap", "workers.processes", "healthcheck", "entrypoint", "command.program"})
 
     def test_all_that_is_public_is_described(self) -> None:
         """

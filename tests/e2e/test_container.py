@@ -22,7 +22,7 @@ from .kustomize import Rendered, overlay
 from .processes import PATIENCE, eventually, free_port
 
 IMAGE = "ecrproxy:e2e"
-CONFINED = ("--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges")
+CONFINED = ("--user", "65532:65532", "--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges")
 MIB = 2**20
 
 
@@ -82,15 +82,14 @@ class Container:
         return status
 
 
-def test_the_image_is_small_and_runs_as_nobody_in_particular(builder: Docker, image: str, figures: Figures) -> None:
+def test_the_image_is_small_and_says_what_it_is(builder: Docker, image: str, figures: Figures) -> None:
     """
-    Two layers above the base, no pip in what runs, a numeric user, labels.
+    Two layers above the base, no pip in what runs, labels.
     """
     base, made = (json.loads(builder.run("docker", "image", "inspect", each))[0] for each in (BASE, image))
     added = (made["Size"] - base["Size"]) / MIB
     figures.append(f"the image is its base and {added:.0f} MiB, in {len(made['RootFS']['Layers'])} layers")
     assert len(made["RootFS"]["Layers"]) - len(base["RootFS"]["Layers"]) == 2
-    assert made["Config"]["User"] == "65532:65532"
     assert made["Config"]["Labels"]["org.opencontainers.image.title"] == "ecrproxy"
     pip = ("docker", "run", "--rm", "--network", "host", "--entrypoint", "/opt/ecrproxy/bin/python", image, "-m", "pip")
     assert "No module named pip" in builder.attempt(*pip).complaint
@@ -126,6 +125,33 @@ def test_the_health_check_speaks_tls(builder: Docker, image: str, make_chain: Ma
     container.wait_until_healthy()
     assert ask(f"https://127.0.0.1:{container.port}/healthz", ca=made.ca).status == 200
     assert container.stop() == 0
+
+
+def test_the_nginx_proxys_own_line_works(
+    builder: Docker, image: str, make_chain: MakeChain, docker: Docker, images: Images, tmp_path: Path
+) -> None:
+    """
+    As root, with a directory that Docker makes on the host: it is given to the daemon's user, and so is the process.
+    """
+    chain: Chain = make_chain()
+    mounted = tmp_path / "made" / "cache"
+    container = Container(builder, image, standard_settings(chain.front_url), f"{mounted}:/cache", confined=())
+    container.wait_until_healthy()
+    pulled = docker.pull(f"127.0.0.1:{container.port}/{images.single.repository}:{images.single.tag}")
+    assert pulled == images.single.image_id
+    owners = {each.stat().st_uid for each in (mounted, *mounted.rglob("*"), Path(f"/proc/{container.state['Pid']}"))}
+    assert owners == {65532}
+    rights = Path(f"/proc/{container.state['Pid']}/status").read_text()
+    assert "CapEff:\t0000000000000000" in rights
+    assert container.stop() == 0
+
+
+def test_root_without_rights_is_told_what_to_do(builder: Docker, image: str) -> None:
+    """
+    The daemon does not run as root, whatever was left of root's rights.
+    """
+    started = ("docker", "run", "--rm", "--network", "host", "--cap-drop", "ALL", "--tmpfs", "/cache", image)
+    assert "--user 65532:65532" in builder.attempt(*started).complaint
 
 
 def confinement(rendered: Rendered) -> list[str]:
