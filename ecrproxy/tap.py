@@ -26,7 +26,7 @@ from ecrproxy.access.clients import Admission
 from ecrproxy.admin.announcing import Announcing, settings_lines
 from ecrproxy.admin.api import Api
 from ecrproxy.admin.incidents import Incidents
-from ecrproxy.admin.port import make_admin_site
+from ecrproxy.admin.port import Metrics, make_admin_site, make_metrics_site
 from ecrproxy.admin.readings import (
     FIGURES,
     of_certificates,
@@ -41,7 +41,7 @@ from ecrproxy.daemon.accepting import Gate
 from ecrproxy.daemon.ending import Drain, Signals
 from ecrproxy.daemon.exhaustion import Exhaustion, Orphaned, look
 from ecrproxy.daemon.inherited import CHANNEL_FD, VARIABLE, Inherited, inherited_sockets
-from ecrproxy.daemon.listening import Listening, admin_endpoint, endpoints
+from ecrproxy.daemon.listening import Listening, endpoints, operators_endpoint
 from ecrproxy.daemon.process import most_clients, set_up
 from ecrproxy.daemon.reloading import Reloading, Settings
 from ecrproxy.daemon.renewal import PAIRS, Renewal, generation
@@ -263,9 +263,9 @@ def build(
     stall = serving.stall
     announcing = _announcing(config, store, serving.figures, process.readiness, lambda: stall.longest, reactor)
     service.add(announcing, *status.services, supervised)
-    make = partial(make_admin_site, serving.figures, Ready(process.readiness), status)
+    metrics = Metrics(serving.figures, process.readiness)
     listening = _listening(config, serving.site, reactor)
-    listening += _admin(config, make, store, serving.purges.look, service, reactor)
+    listening += _operators(config, metrics, status, store, serving.purges.look, service, reactor)
     serving.figures.watch(*of_certificates(partial(_expires, listening)))
     reading, configuring = service.pools.threads(1).call, service.pools.threads(1).call
     certificates = Reading(PAIRS, partial(_load_all, listening), partial(_use_all, listening), reading, reactor)
@@ -363,9 +363,9 @@ def build_parent(
     )
     status = Status(config.ecr_endpoint, figures, workers.readiness, workers.standing, incidents, time.time, reactor)
     supervised = Supervised(supervisor, partial(_summary_of_all, workers), reactor, workers.listen)
-    make = partial(make_admin_site, figures, Ready(workers.readiness), status, gather=workers.gather)
+    metrics = Metrics(figures, workers.readiness, workers.gather)
     purges = Purges(store.index, lambda _: None, settling, reactor)  # workers see for themselves
-    admin = _admin(config, make, store, purges.look, service, reactor)
+    admin = _operators(config, metrics, status, store, purges.look, service, reactor)
     every = [*listening, *admin]
     figures.watch(*gathered.readings(), *of_certificates(partial(_expires, every)))
     use = partial(_have_workers_use, listening, admin, workers)
@@ -450,30 +450,35 @@ def _face_clients(
     service.add(*listening, Signals(reactor, partial(_stop, reactor), at_once, reread))
 
 
-def _admin(
+def _operators(
     config: Config,
-    make_site: Callable[..., RegistrySite],
+    metrics: Metrics,
+    status: Status,
     store: Store,
     purged: Callable[[], Awaitable[None]],
     service: Daemon,
     reactor: Any,  # noqa: ANN401
 ) -> list[Listening]:
     """
-    Make what listens for the operator, if there is such a port.
+    Make what listens for the operator and for Prometheus, if there are such ports.
 
-    Where nobody chose it, its being taken keeps the daemon from nothing. The work on the cache has threads of its own.
+    Where nobody chose the operator's, its being taken keeps the daemon from nothing. The work on the cache has threads
+    of its own.
 
     @param purged: has what this process holds in memory forgotten.
     """
-    named = admin_endpoint(config, reactor)
+    ready, found = Ready(status.readiness), []
+    if (named := operators_endpoint("PROXY_METRICS_LISTEN", config.metrics_listen, reactor)) is not None:
+        found.append(Listening(*named, make_metrics_site(metrics, ready, reactor), gate=Gate(reactor)))
+    named = operators_endpoint("PROXY_ADMIN_LISTEN", config.admin_listen, reactor)
     if named is None:
-        return []
+        return found
     listing, hashing = service.pools.threads(1, yielding=False), service.pools.threads(1)
     api = Api(Inventory(store), purged, listing.call, hashing.call, reactor)
     hosts = {socket.gethostname().lower(), *(config.admin_hosts or ())}
-    site = make_site(api, reactor, frozenset(hosts))
+    site = make_admin_site(metrics, ready, status, api, reactor, frozenset(hosts))
     needed = str(config.admin_listen) != ADMIN_LISTEN
-    return [Listening(*named, site, needed=needed, gate=Gate(reactor))]
+    return [*found, Listening(*named, site, needed=needed, gate=Gate(reactor))]
 
 
 def _expires(listening: Sequence[Listening]) -> float | None:

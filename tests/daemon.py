@@ -45,7 +45,7 @@ from ecrproxy.access.limits import Crowd, Limits
 from ecrproxy.access.namespaces import Namespaces
 from ecrproxy.admin.api import Api
 from ecrproxy.admin.incidents import Incidents
-from ecrproxy.admin.port import make_admin_site
+from ecrproxy.admin.port import Metrics, make_admin_site, make_metrics_site
 from ecrproxy.admin.readings import of_cache, of_clients, of_disk, of_registries, of_transfers
 from ecrproxy.admin.status import Asking, Process, Status
 from ecrproxy.cache.cache_key import CacheKey
@@ -532,14 +532,15 @@ class Administered:
         host: str = "localhost",
         body: bytes | None = None,
         headers: Mapping[str, str] | None = None,
+        port: Network | None = None,
     ) -> Reply:
         """
-        Ask on the operator's port.
+        Ask on the operator's port, or on another.
         """
         reply, url = Reply(), f"http://{host}:5001{path}"
         fields = Headers({name: [value] for name, value in (headers or {}).items()})
         producer = None if body is None else _Body(body)
-        agent = self.admin.agent(persistent=False)
+        agent = (port or self.admin).agent(persistent=False)
         asked: Deferred[IResponse] = agent.request(method.encode(), url.encode(), fields, producer)
         asked.addCallbacks(reply.begin, reply.fail)
         self.flush()
@@ -725,7 +726,9 @@ class Daemon(Administered):
         # At once: tests that count or hold what is done in threads mean other things.
         self.purges = Purges(self.store.index, self.cache.forget_purged, at_once, clock)
         api = Api(Inventory(self.store), self.purges.look, in_thread, in_thread, clock)
-        self.admin = Network(make_admin_site(self.figures, ready, self.status, api, clock, admin_hosts), clock)
+        metrics = Metrics(self.figures, self.readiness)
+        self.scraped = Network(make_metrics_site(metrics, ready, clock), clock)
+        self.admin = Network(make_admin_site(metrics, ready, self.status, api, clock, admin_hosts), clock)
         self.front = Network(self.site, clock)
         self._asking = self.front.agent(persistent=False)
         self.replies: list[Reply | Raw] = []
@@ -801,7 +804,7 @@ class Daemon(Administered):
         """
         for _ in range(100_000):
             self.clock.advance(0)
-            networks = self.back, self.front, self.admin, *self._backs
+            networks = self.back, self.front, self.admin, self.scraped, *self._backs
             if not sum(each.move() for each in networks):
                 return
         raise AssertionError("it never comes to rest")

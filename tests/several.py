@@ -18,7 +18,7 @@ from twisted.python.failure import Failure
 
 from ecrproxy.admin.api import Api
 from ecrproxy.admin.incidents import Incidents
-from ecrproxy.admin.port import make_admin_site
+from ecrproxy.admin.port import Metrics, make_admin_site
 from ecrproxy.admin.readings import FIGURES
 from ecrproxy.admin.status import Status
 from ecrproxy.cache.inventory import Inventory
@@ -174,7 +174,8 @@ class Several(Administered):
         figures.watch(*self.gathered.readings())
         api = Api(Inventory(case.daemon.store), case.daemon.purges.look, at_once, at_once, self.clock)
         ready = Ready(self.workers.readiness)
-        site = make_admin_site(figures, ready, self.status, api, self.clock, gather=self.workers.gather)
+        metrics = Metrics(figures, self.workers.readiness, self.workers.gather)
+        site = make_admin_site(metrics, ready, self.status, api, self.clock)
         self.admin = Network(site, self.clock)
         self.status.services[1].startService()
         self.workers.startService()

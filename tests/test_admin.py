@@ -163,6 +163,26 @@ class MetricsTests(DaemonTestCase):
         self.assertEqual(404, self.daemon.ask_admin("/v2/").code)
 
 
+class MetricsPortTests(DaemonTestCase):
+    """
+    What Prometheus is let at, where it is not let at the operator's port.
+    """
+
+    def test_has_figures_and_health_under_any_name_and_nothing_else(self) -> None:
+        """
+        Neither what purges nor what tells names of repositories.
+        """
+        port = self.daemon.scraped
+        page = self.daemon.ask_admin("/metrics", port=port, host="ecr-proxy.example")
+        self.assertEqual(200, page.code)
+        self.assertIn(b"ecr_proxy_can_serve 1.0", page.body)
+        for path in ("/healthz", "/readyz"):
+            self.assertEqual(200, self.daemon.ask_admin(path, port=port).code)
+        for path in ("/", "/status.json", "/api/entries", "/api/purge", "/style.css", "/metrics/x"):
+            for method in ("GET", "POST"):
+                self.assertIn(self.daemon.ask_admin(path, method, port=port).code, (403, 404, 405), (method, path))
+
+
 class TallyTests(SynchronousTestCase):
     """
     Counting, and adding up what others have counted.

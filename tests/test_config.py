@@ -59,6 +59,7 @@ EXAMPLES: dict[str, tuple[str, str, Any, str, Any]] = {
         [parse_endpoint_string("tcp:2")],
     ),
     "admin-listen": ("PROXY_ADMIN_LISTEN", "tcp:9", parse_endpoint_string("tcp:9"), "off", None),
+    "metrics-listen": ("PROXY_METRICS_LISTEN", "tcp:9", parse_endpoint_string("tcp:9"), "off", None),
     "admin-hosts": (
         "PROXY_ADMIN_HOSTS",
         "a.example, B.example",

@@ -58,6 +58,8 @@ def settings_lines(config: Config, version: str, held: Callable[[], int]) -> Ite
         yield f"Clients: port {config.port} of all addresses, {_speaks(config)}; {access}"
     admin = config.admin_listen
     yield "Operator's port: none" if admin is None else f"Operator's port: {admin.text}"
+    if config.metrics_listen is not None:
+        yield f"Metrics: {config.metrics_listen.text}"
 
 
 def _registry_line(table: RegistryTable) -> str:

@@ -14,7 +14,7 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import TYPE_CHECKING, Any, Final, cast
 from urllib.parse import unquote
 
@@ -68,6 +68,14 @@ class OperatorsSite(RegistrySite):
     body_limit = BODY_LIMIT
 
 
+class MetricsSite(RegistrySite):
+    """
+    What serves the port for metrics.
+    """
+
+    NAME = "The port for metrics"
+
+
 class OperatorsRoot(Resource):
     """
     The top of the tree, for who calls it by a name of ours. Only C{api} has paths below it.
@@ -113,11 +121,18 @@ class Unknown(Answering):
 class Metrics(Answering):
     """
     The figures, for Prometheus to fetch; can_serve and can_fetch are found out for each page.
+
+    @param gather: asks workers for their figures, before these are told.
     """
 
-    def __init__(self, figures: Figures, status: Status, gather: Callable[[], Awaitable[object]]) -> None:
+    def __init__(
+        self,
+        figures: Figures,
+        readiness: Callable[[], Coroutine[Any, Any, Readiness]],
+        gather: Callable[[], Awaitable[object]] | None = None,
+    ) -> None:
         super().__init__()
-        self._figures, self._status, self._gather = figures, status, gather
+        self._figures, self._readiness, self._gather = figures, readiness, gather
         self._found: Readiness | None = None
         figures.watch(*of_readiness(lambda: self._found))
 
@@ -125,16 +140,11 @@ class Metrics(Answering):
         """
         Give them.
         """
-        found: Deferred[Readiness] = Deferred.fromCoroutine(self._status.readiness())
-        await self._gather()
+        found = Deferred.fromCoroutine(self._readiness())
+        if self._gather is not None:
+            await self._gather()
         self._found = await found
         await send_body(request, 200, TEXT_FORMAT, self._figures.page())
-
-
-async def have_all() -> None:
-    """
-    Gather nothing: a process without workers reads its own figures as it writes the page.
-    """
 
 
 class Document(Answering):
@@ -195,30 +205,39 @@ class Part(Answering):
 
 
 def make_admin_site(
-    figures: Figures,
+    metrics: Metrics,
     ready: Resource,
     status: Status,
     api: Resource,
     reactor: Any,  # noqa: ANN401
     hosts: frozenset[str] = frozenset(),
-    gather: Callable[[], Awaitable[object]] = have_all,
 ) -> RegistrySite:
     """
     Build the Resource tree of the operator's port, and what serves it.
 
     @param ready: answers /readyz.
-    @param status: asked by the page, /status.json and /metrics.
+    @param status: asked by the page and /status.json.
     @param api: answers what is below /api/.
     @param hosts: names under which the port may be asked for, beside those that need no telling.
-    @param gather: asks workers for their figures, before these are told.
     """
     root = OperatorsRoot(hosts)
     root.putChild(b"", StatusPage(status))
     for name, content_type in PARTS.items():
         root.putChild(name.encode(), Part(name, content_type))
-    root.putChild(b"metrics", Metrics(figures, status, gather))
+    root.putChild(b"metrics", metrics)
     root.putChild(b"status.json", Document(status))
     root.putChild(b"healthz", Health())
     root.putChild(b"readyz", ready)
     root.putChild(API, api)
     return OperatorsSite(root, reactor, Crowd(Limits()), headers=HEADERS)
+
+
+def make_metrics_site(metrics: Metrics, ready: Resource, reactor: Any) -> RegistrySite:  # noqa: ANN401
+    """
+    Build what serves /metrics, /readyz and /healthz alone: whoever may scrape them may purge nothing.
+    """
+    root = OperatorsRoot(frozenset())
+    root.putChild(b"metrics", metrics)
+    root.putChild(b"healthz", Health())
+    root.putChild(b"readyz", ready)
+    return MetricsSite(root, reactor, Crowd(Limits()), headers=HEADERS)

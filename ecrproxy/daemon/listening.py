@@ -171,13 +171,17 @@ def endpoints(config: Config, reactor: Any) -> list[tuple[str, LayeredEndpoint]]
     return [(f"PROXY_PORT={config.port}", LayeredEndpoint(bound, _own_tls(config)))]
 
 
-def admin_endpoint(config: Config, reactor: Any) -> tuple[str, LayeredEndpoint] | None:  # noqa: ANN401
+def operators_endpoint(
+    variable: str,
+    described: EndpointString | None,
+    reactor: Any,  # noqa: ANN401
+) -> tuple[str, LayeredEndpoint] | None:
     """
-    Make what the operator's pages are on, if they are to be had.
+    Make what the operator's pages, or the metrics, are on, if they are to be had.
 
+    @param variable: the setting that says where.
     @raise ConfigError: if it can't be.
     """
-    variable, described = "PROXY_ADMIN_LISTEN", config.admin_listen
     if described is None:
         return None
     return f"{variable}={described.text!r}", _described(described, variable, None, reactor)

@@ -242,6 +242,13 @@ SETTINGS: Final[Sequence[Setting]] = (
         ADMIN_LISTEN,
         "Twisted endpoint string for /metrics and the operator's other pages; off for none",
     ),
+    Setting(
+        "metrics-listen",
+        "PROXY_METRICS_LISTEN",
+        parse_admin,
+        "off",
+        "Twisted endpoint string for /metrics, /readyz and /healthz alone, which scrape without being able to purge",
+    ),
     Setting("log-format", "PROXY_LOG_FORMAT", parse_log_format, "text", "how the log is written: text or json"),
     Setting(
         "log-level",
@@ -393,7 +400,7 @@ class Config:
     @ivar tag_ttl: in seconds.
     @ivar allow_origin: as browsers write it, or C{*}.
     @ivar listen: empty to listen on C{port}, with TLS if there is a key.
-    @ivar admin_listen: none to have no such port.
+    @ivar admin_listen: none to have no such port; so it is with C{metrics_listen}.
     @ivar admin_hosts: names that lead there, beside those that need no telling.
     @ivar registries: the default first. Of it, C{ecr_endpoint}, C{region} and C{instance_auth} say the same.
     """
@@ -418,6 +425,7 @@ class Config:
     allow_origin: str | None
     listen: Sequence[EndpointString]
     admin_listen: EndpointString | None
+    metrics_listen: EndpointString | None
     admin_hosts: frozenset[str] | None
     log_format: str
     log_level: str

@@ -17,9 +17,10 @@ from twisted.web.resource import Resource
 
 from ecrproxy.admin.history import Point
 from ecrproxy.admin.incidents import Incident
-from ecrproxy.admin.port import make_admin_site
+from ecrproxy.admin.port import Metrics, make_admin_site
 from ecrproxy.admin.snapshot import Answers, Fill, Leaving, Saving, Snapshot, TokenState, Transfer, UpstreamState
 from ecrproxy.metrics import Figures
+from ecrproxy.readiness import Readiness
 
 if TYPE_CHECKING:
     from ecrproxy.admin.status import Status
@@ -57,6 +58,12 @@ class Example:
 
     def __init__(self) -> None:
         self._history = history()
+
+    async def readiness(self) -> Readiness:
+        """
+        Be well.
+        """
+        return Readiness(can_serve=True, can_fetch=True, reasons=())
 
     async def snapshot(self, registry: str | None = None) -> Snapshot:
         """
@@ -153,7 +160,9 @@ def main() -> None:
     Serve it until told to stop.
     """
     reactor = cast(Any, global_reactor)
-    site = make_admin_site(Figures("1.0.0"), Resource(), cast("Status", Example()), Resource(), reactor)
+    status = cast("Status", Example())
+    metrics = Metrics(Figures("1.0.0"), status.readiness)
+    site = make_admin_site(metrics, Resource(), status, Resource(), reactor)
     reactor.listenTCP(int(sys.argv[1]), site, interface="127.0.0.1")
     reactor.run()
 

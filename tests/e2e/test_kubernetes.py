@@ -118,7 +118,7 @@ def test_the_daemon_understands_its_settings(rendered: Rendered) -> None:
     image = {"PROXY_CACHE_DIR": "/cache"}  # which the Dockerfile sets
     config = Config.load({}, {**endpoint, **image, **rendered.settings})
     ports = {each["name"]: each["containerPort"] for each in rendered.container["ports"]}
-    assert ports == {"registry": config.port, "admin": 5001}
+    assert ports == {"registry": config.port, "metrics": 5002}
     spec = rendered.pod["spec"]
     pause = rendered.container["lifecycle"]["preStop"]["sleep"]["seconds"]
     assert config.drain_seconds >= 600, "a rollout lets large layers come to their end"
@@ -173,13 +173,15 @@ def test_roles_come_from_where_they_are_given(tmp_path: Path) -> None:
     assert set(ways_out(pod_identity)) - set(ways_out(irsa)) == {("169.254.170.23/32", 80), ("fd00:ec2::23/128", 80)}
 
 
-def test_the_operators_port_is_open_to_prometheus_alone(tmp_path: Path) -> None:
+def test_prometheus_reaches_metrics_and_nobody_the_operators_port(tmp_path: Path) -> None:
     """
-    It is on loopback by itself. The ServiceMonitor finds the Service, and the alerts know the job.
+    The operator's port is on loopback by itself. The ServiceMonitor finds the Service, and the alerts know the job.
     """
     plain, watched = overlay(tmp_path / "plain", []), overlay(tmp_path / "watched", ["service-monitor"])
-    assert "PROXY_ADMIN_LISTEN" not in plain.settings
-    assert watched.settings["PROXY_ADMIN_LISTEN"] == "tcp:5001:interface=0.0.0.0"
+    for each in (plain, watched):
+        assert "PROXY_ADMIN_LISTEN" not in each.settings
+    assert "PROXY_METRICS_LISTEN" not in plain.settings
+    assert watched.settings["PROXY_METRICS_LISTEN"] == "tcp:5002"
     monitor: Manifest = watched.one("ServiceMonitor")
     assert monitor["apiVersion"] == "monitoring.coreos.com/v1"
     assert set(monitor["spec"]) == {"jobLabel", "selector", "endpoints"}
@@ -189,7 +191,7 @@ def test_the_operators_port_is_open_to_prometheus_alone(tmp_path: Path) -> None:
         if each["metadata"]["labels"].items() >= monitor["spec"]["selector"]["matchLabels"].items()
     )
     ports = {port["name"] for port in service["spec"]["ports"]}
-    assert {each["port"] for each in monitor["spec"]["endpoints"]} == ports == {"admin"}
+    assert {each["port"] for each in monitor["spec"]["endpoints"]} == ports == {"metrics"}
     assert [rule.get("from") for rule in watched.one("NetworkPolicy")["spec"]["ingress"]] == [
         None,
         [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}],

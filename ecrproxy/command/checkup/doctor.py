@@ -399,8 +399,9 @@ class Doctor:
         secure = "ssl" if config.ssl_key is not None else "tcp"
         alone = parse_endpoint_string(f"{secure}:{config.port}")
         ours = [("PROXY_LISTEN", each) for each in config.listen] or [("PROXY_PORT", alone)]
-        admin = [("PROXY_ADMIN_LISTEN", config.admin_listen)] if config.admin_listen else []
-        return ports.look_at_ports([*ours, *admin], senses.touch_place, senses.bind)
+        theirs = [("PROXY_ADMIN_LISTEN", config.admin_listen), ("PROXY_METRICS_LISTEN", config.metrics_listen)]
+        operators = [(variable, endpoint) for variable, endpoint in theirs if endpoint is not None]
+        return ports.look_at_ports([*ours, *operators], senses.touch_place, senses.bind)
 
 
 def _egress(environ: Mapping[str, str]) -> Egress:

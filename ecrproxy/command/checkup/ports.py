@@ -32,7 +32,7 @@ def look_at_ports(endpoints: Sequence[tuple[str, EndpointString]], ask: Ask, bin
     """
     for variable, endpoint in endpoints:
         text = endpoint.text
-        check = "port" if variable != "PROXY_ADMIN_LISTEN" else "admin port"
+        check = _CHECKS.get(variable, "port")
         place = place_at(endpoint)
         if place is None:
             yield skipped(check, f"{variable}: {text} is of a kind that can't be looked at from here")
@@ -47,6 +47,7 @@ def look_at_ports(endpoints: Sequence[tuple[str, EndpointString]], ask: Ask, bin
             yield _free(check, variable, text, bind(place))
 
 
+_CHECKS: Final = {"PROXY_ADMIN_LISTEN": "admin port", "PROXY_METRICS_LISTEN": "metrics port"}
 _NOBODY: Final = frozenset({"Connection refused", "No such file or directory"})
 
 

@@ -41,7 +41,7 @@ def look_at_files(config: Config, now: float) -> Iterator[Finding]:
     """
     if config.ssl_key is not None and config.ssl_certificate is not None:
         yield _certificate(config.ssl_key, config.ssl_certificate, config.client_ca, now)
-    for each in filter(None, (*config.listen, config.admin_listen)):
+    for each in filter(None, (*config.listen, config.admin_listen, config.metrics_listen)):
         key = each.options.get("privateKey", "")
         if key.startswith("/"):  # others are beneath the daemon's directory, which is not known here
             yield _certificate(key, each.options.get("certKey", key), None, now, each.text)
