@@ -55,7 +55,7 @@ from ecrproxy.files import READ_SECONDS, Reading
 from ecrproxy.registry.ecr import CredentialsError
 from ecrproxy.registry.resolver import ChosenServers, SharedLookups
 from ecrproxy.serving import AwsTokens
-from ecrproxy.settings.config import SETTINGS, Config
+from ecrproxy.settings.config import GROUPS, SETTINGS, Config
 from ecrproxy.settings.file import about_registries, for_worker, parse_file
 from ecrproxy.settings.options import Options
 from ecrproxy.tap import build, makeService
@@ -332,6 +332,18 @@ class OptionsTests(TapCase):
             if " ".join(words.split()) not in text
         ]
         self.assertEqual([], missing)
+
+    def test_help_has_each_setting_once_in_the_group_that_it_is_about(self) -> None:
+        """
+        Who looks for a limit, or for how to listen, need not read all of it.
+        """
+        grouped = [name for names in GROUPS.values() for name in names]
+        self.assertEqual(sorted(each.name for each in SETTINGS), sorted(grouped))
+        text = Options().getUsage()
+        for group in GROUPS:
+            self.assertIn(f"\n{group}:\n", text)
+        self.assertLess(text.index("\nListening:"), text.index("--ssl-key=VALUE"))
+        self.assertLess(text.index("--ssl-key=VALUE"), text.index("\nAccess:"))
 
     def test_secrets_are_no_flags(self) -> None:
         """

@@ -38,7 +38,7 @@ from ecrproxy.command.subcommand import (
 from ecrproxy.command.terminal import Terminal
 from ecrproxy.command.verify import VERIFY
 from ecrproxy.registry.proxy_variables import for_botocore
-from ecrproxy.settings.config import CONFIG, NO_FILE, SETTINGS, ConfigError, Setting, read_settings
+from ecrproxy.settings.config import CONFIG, GROUPS, NO_FILE, SETTINGS, ConfigError, Setting, read_settings
 from ecrproxy.settings.file import read_file
 from ecrproxy.settings.values import parse_flag
 
@@ -116,6 +116,10 @@ def _add_settings(parser: ArgumentParser, subcommand: Subcommand) -> None:
         return
     named = [each for each in SETTINGS if each.name in (CONFIG, *subcommand.settings)]
     group = parser.add_argument_group("settings", "The daemon's own, by the same names; a flag wins over its variable.")
+    about = dict.fromkeys((each.name for each in named), group)
+    if not subcommand.reads:  # so many that they want groups
+        for title, names in GROUPS.items():
+            about |= dict.fromkeys(names, parser.add_argument_group(title))
     for each in named:
         told = f"{each.help} [{each.variable}, default: {each.default}]".replace("%", "%%")
         how: dict[str, Any] = {"metavar": "VALUE"}
@@ -123,7 +127,7 @@ def _add_settings(parser: ArgumentParser, subcommand: Subcommand) -> None:
             how = {"action": BooleanOptionalAction}
         elif each.name == "listen":
             how = {"metavar": "ENDPOINT", "action": "append"}
-        group.add_argument(f"--{each.name}", dest=_destination(each), help=told, default=SUPPRESS, **how)
+        about[each.name].add_argument(f"--{each.name}", dest=_destination(each), help=told, default=SUPPRESS, **how)
     if subcommand.reads and set(ASKS) <= set(subcommand.settings):
         group.add_argument(
             "--admin-url",

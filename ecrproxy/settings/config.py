@@ -387,6 +387,27 @@ SETTINGS: Final[Sequence[Setting]] = (
     ),
 )
 
+GROUPS: Final[Mapping[str, Sequence[str]]] = {
+    "Registry": ("config", "ecr-endpoint", "region", "registry-aliases", "unknown-registry-status"),
+    "Credentials": ("instance-auth",),
+    "Cache": ("cache-dir", "cache-limit", "cache-key", "tag-ttl", "read-ahead"),
+    "Listening": (
+        *("port", "listen", "ssl-key", "ssl-certificate", "admin-listen", "metrics-listen", "admin-hosts"),
+        *("worker-processes", "drain-seconds"),
+    ),
+    "Access": ("namespace-pattern", "allow-from", "allow-origin", "htpasswd", "client-ca"),
+    "Limits of clients": (
+        *("header-seconds", "idle-seconds", "send-seconds", "header-bytes", "header-count"),
+        *("connections", "connections-per-address", "transfers"),
+    ),
+    "Upstream": (
+        *("dns-resolver", "blob-connections", "bucket-connections", "stall-seconds", "ecr-connections", "ecr-quotas"),
+        *("upstream-tries", "upstream-seconds"),
+    ),
+    "Log": ("log-format", "log-level"),
+}
+"""The settings by what they are about, in the order of the help."""
+
 _WITHOUT_TEXT: Final = ("required", "none")
 
 

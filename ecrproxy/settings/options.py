@@ -5,18 +5,32 @@ The command line of C{twistd ecr-proxy}, made from the table of settings.
 from __future__ import annotations
 
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
+from typing import Final
 
 from twisted.python import usage
 
 from ecrproxy import __version__
 from ecrproxy.settings.complaints import die
-from ecrproxy.settings.config import CONFIG, SETTINGS, Setting
+from ecrproxy.settings.config import CONFIG, GROUPS, SETTINGS, Setting
 from ecrproxy.settings.values import parse_flag
+
+WIDTH: Final = 100
+"""Columns of the help."""
 
 
 def _described_setting(setting: Setting) -> str:
     return f"{setting.help} [{setting.variable}, default: {setting.default}]"
+
+
+def _flag(setting: Setting) -> str:
+    """
+    Write how a setting is given on the command line.
+    """
+    if setting.parse is parse_flag:
+        return f"--{setting.name}, --no-{setting.name}"
+    return f"--{setting.name}=ENDPOINT, repeatable" if setting.name == "listen" else f"--{setting.name}=VALUE"
 
 
 def arguments_of(flags: Mapping[str, str]) -> list[str]:
@@ -72,6 +86,23 @@ class Options(usage.Options):
         Twisted endpoint string, repeatable [PROXY_LISTEN, default: made from port and TLS files].
         """
         self.listen.append(endpoint)
+
+    def getUsage(self, width: int | None = None) -> str:
+        """
+        Write the help: the settings by what they are about.
+        """
+        columns = width or WIDTH
+        by_name = {each.name: each for each in SETTINGS}
+        lines: list[str] = []
+        for group, names in GROUPS.items():
+            lines += ["", f"{group}:"]
+            for setting in map(by_name.__getitem__, names):
+                described = textwrap.wrap(
+                    _described_setting(setting), columns - 6, break_long_words=False, break_on_hyphens=False
+                )
+                lines += [f"  {_flag(setting)}", *(f"      {line}" for line in described)]
+        lines += ["", "  --version, --help", "", *textwrap.wrap(self.longdesc, columns), ""]
+        return "\n".join(lines)
 
     def opt_version(self) -> None:
         """
