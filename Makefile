@@ -4,9 +4,10 @@ PYTHON ?= python3
 VENV ?= .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: help run demo test lint docs e2e fuzz soak hostile bench bench-growth bench-registries dist lock clean
+.PHONY: help run demo play test lint docs e2e fuzz soak hostile bench bench-growth bench-registries dist lock clean
 help:
 	@echo "make demo    pull a sample image through the proxy twice, from a stand-in for ECR"
+	@echo "make play    the same, left running: a status page to look at, and addresses to pull from"
 	@echo "make run     start the daemon with the variables of the environment"
 	@echo "make test    run the tests that need no server"
 	@echo "make lint    check style and types"
@@ -25,11 +26,22 @@ $(STAMP): setup.cfg pyproject.toml twisted/plugins/ecrproxy_plugin.py
 	$(VENV)/bin/python -m pip install --quiet --config-settings editable_mode=compat --editable '.[test,lint,docs]'
 	touch $@
 
-run: $(STAMP)
-	exec $(VENV)/bin/twistd -n --pidfile= ecr-proxy
+# The daemon alone, without what tests and documents are made with.
+RUN := $(VENV)-run
+RUN_STAMP := $(RUN)/.installed
+$(RUN_STAMP): setup.cfg pyproject.toml twisted/plugins/ecrproxy_plugin.py
+	$(PYTHON) -m venv $(RUN)
+	$(RUN)/bin/python -m pip install --quiet --config-settings editable_mode=compat --editable .
+	touch $@
 
-demo: $(STAMP)
-	$(VENV)/bin/python -m tests.demo
+run: $(RUN_STAMP)
+	exec $(RUN)/bin/ecr-proxy serve
+
+demo: $(RUN_STAMP)
+	$(RUN)/bin/python -m tests.demo
+
+play: $(RUN_STAMP)
+	exec $(RUN)/bin/python -m tests.play
 
 # On a file system in memory that has 2 GiB left, if there is one: tests make, flush and remove many thousands of files.
 IN_MEMORY = $(shell df -k --output=avail,target /dev/shm 2>/dev/null | awk 'NR > 1 && $$1 > 2097152 {print $$2}')

@@ -45,7 +45,8 @@ PULL_SECONDS: Final = 90.0
 SILENT_SECONDS: Final = 60.0
 BAR: Final = 30
 MANIFEST_TYPES: Final = (
-    "application/vnd.oci.image.manifest.v1+json, application/vnd.docker.distribution.manifest.v2+json"
+    "application/vnd.oci.image.manifest.v1+json, application/vnd.docker.distribution.manifest.v2+json,"
+    " application/vnd.oci.image.index.v1+json, application/vnd.docker.distribution.manifest.list.v2+json"
 )
 
 
@@ -121,9 +122,29 @@ def pull_image(place: str, title: str) -> Pull:
     Pull the image as a client does: its manifest, then all that the manifest lists.
     """
     pull, began = Pull(title), time.monotonic()
-    name, tag = IMAGE
-    end = began + PULL_SECONDS
+    fetch_image(place, IMAGE, pull, lambda fetching: show(pull, fetching, began))
+    pull.seconds = time.monotonic() - began
+    return pull
+
+
+def fetch_image(
+    place: str,
+    image: tuple[str, str],
+    pull: Pull,
+    wait_for: Callable[[Sequence[Future[bytes]]], object] = wait,
+) -> None:
+    """
+    Fetch the manifest of an image, of several the first, and all that it lists.
+
+    @param wait_for: waits for the blobs.
+    @raise DemoError: if anything is not as it should be.
+    """
+    name, tag = image
+    end = time.monotonic() + PULL_SECONDS
     manifest = json.loads(fetch(place, f"/v2/{name}/manifests/{tag}", "", pull, end))
+    if "manifests" in manifest:
+        digest = manifest["manifests"][0]["digest"]
+        manifest = json.loads(fetch(place, f"/v2/{name}/manifests/{digest}", digest, pull, end))
     blobs = [manifest["config"], *manifest["layers"]]
     pull.received, pull.total = 0, sum(blob["size"] for blob in blobs)
     pool = ThreadPoolExecutor(AT_ONCE)
@@ -131,12 +152,10 @@ def pull_image(place: str, title: str) -> Pull:
         fetching = [
             pool.submit(fetch, place, f"/v2/{name}/blobs/{blob['digest']}", blob["digest"], pull, end) for blob in blobs
         ]
-        show(pull, fetching, began)
+        wait_for(fetching)
     finally:
         # Not waited for here: who still reads is cut off when the programs end.
         pool.shutdown(wait=False, cancel_futures=True)
-    pull.seconds = time.monotonic() - began
-    return pull
 
 
 def show(pull: Pull, fetching: Sequence[Future[bytes]], began: float) -> None:
@@ -197,8 +216,7 @@ class Program:
         """
         end = time.monotonic() + START_SECONDS
         while not ready():
-            if self.process.poll() is not None:
-                self._give_up(f"ended with status {self.process.returncode}")
+            self.check()
             if time.monotonic() > end:
                 self._give_up(f"is not ready after {START_SECONDS:.0f} s")
             time.sleep(0.05)
@@ -206,6 +224,15 @@ class Program:
     def _give_up(self, why: str) -> NoReturn:
         said = self._log.read_text("utf-8", "replace").strip().splitlines()[-10:]
         raise DemoError("\n".join([f"{self._log.stem} {why}; it said:", *said]))
+
+    def check(self) -> None:
+        """
+        See that it still runs.
+
+        @raise DemoError: if it does not.
+        """
+        if self.process.poll() is not None:
+            self._give_up(f"ended with status {self.process.returncode}")
 
     def end(self) -> None:
         """
@@ -249,9 +276,11 @@ def start_stand_in(home: Path) -> Program:
         return Program(argv, environment(home), CHECKOUT, home / "stand-in.log", stdout=places)
 
 
-def start_daemon(home: Path, places: dict[str, Any], port: int) -> Program:
+def start_daemon(home: Path, places: dict[str, Any], port: int, **more: str) -> Program:
     """
     Start the daemon as an operator does, with keys that the stand-in does not look at.
+
+    @param more: settings.
     """
     settings = {
         "PROXY_ECR_ENDPOINT": places["registry"],
@@ -268,7 +297,7 @@ def start_daemon(home: Path, places: dict[str, Any], port: int) -> Program:
     log = home / "daemon.log"
     with log.open("ab") as output:
         argv = [str(twistd), "-n", "--pidfile=", "ecr-proxy"]
-        return Program(argv, environment(home, **settings), home, log, stdout=output)
+        return Program(argv, environment(home, **settings, **more), home, log, stdout=output)
 
 
 def is_ready(place: str) -> bool:
