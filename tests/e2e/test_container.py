@@ -189,12 +189,14 @@ def test_the_pod_of_the_kubernetes_manifests_serves(
     """
     chain: Chain = make_chain()
     rendered = overlay(tmp_path / "overlay", [])
-    settings = {**rendered.settings, **standard_settings(chain.front_url), "PROXY_WORKER_PROCESSES": workers}
+    probed = free_port()
+    own = {"PROXY_WORKER_PROCESSES": workers, "PROXY_METRICS_LISTEN": f"tcp:{probed}"}
+    settings = {**rendered.settings, **standard_settings(chain.front_url), **own}
     volumes = empty_directories(rendered, tmp_path)
     container = Container(builder, image, settings, *volumes, confined=confinement(rendered))
     for probe in ("startup", "readiness", "liveness"):
         path = rendered.container[f"{probe}Probe"]["httpGet"]["path"]
-        eventually(answers(f"http://127.0.0.1:{container.port}{path}"), f"the {probe} probe succeeds")
+        eventually(answers(f"http://127.0.0.1:{probed}{path}"), f"the {probe} probe succeeds")
     pulled = docker.pull(f"127.0.0.1:{container.port}/{images.single.repository}:{images.single.tag}")
     assert pulled == images.single.image_id
     assert container.stop() == 0

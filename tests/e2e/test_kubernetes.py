@@ -104,7 +104,7 @@ def test_selectors_find_the_pods(rendered: Rendered) -> None:
     policy, budget = rendered.one("NetworkPolicy")["spec"], rendered.one("PodDisruptionBudget")["spec"]
     chosen = [rendered.workload["spec"]["selector"], budget["selector"], policy["podSelector"]]
     spread = [each["labelSelector"] for each in rendered.pod["spec"]["topologySpreadConstraints"]]
-    assert [*selectors, *(each["matchLabels"] for each in chosen + spread)] == [NAME] * (len(selectors) + 4)
+    assert [*selectors, *(each["matchLabels"] for each in chosen + spread)] == [NAME] * (len(selectors) + 5)
     named = {port["targetPort"] for service in rendered.all_of("Service") for port in service["spec"]["ports"]}
     named |= {port["port"] for rule in policy["ingress"] for port in rule["ports"]}
     assert named <= ports_named(rendered)
@@ -141,7 +141,7 @@ def test_the_daemon_understands_its_settings(rendered: Rendered) -> None:
 
 def test_probes_speak_what_the_daemon_speaks(rendered: Rendered) -> None:
     """
-    On the clients' port, with TLS where it has a key; /readyz is asked before the first client, /healthz afterwards.
+    On a port that has neither TLS nor PROXY headers; /readyz is asked before the first client, /healthz afterwards.
     """
     container = rendered.container
     asked = {name: container[f"{name}Probe"]["httpGet"] for name in ("startup", "readiness", "liveness")}
@@ -150,8 +150,8 @@ def test_probes_speak_what_the_daemon_speaks(rendered: Rendered) -> None:
         "readiness": "/healthz",
         "liveness": "/healthz",
     }
-    scheme = "HTTPS" if "PROXY_SSL_KEY" in rendered.settings else "HTTP"
-    assert {(each["port"], each.get("scheme", "HTTP")) for each in asked.values()} == {("registry", scheme)}
+    assert {(each["port"], each.get("scheme", "HTTP")) for each in asked.values()} == {("metrics", "HTTP")}
+    assert rendered.settings["PROXY_METRICS_LISTEN"] == "tcp:5002"
 
 
 def ways_out(rendered: Rendered) -> Iterable[tuple[str, int]]:
@@ -180,8 +180,6 @@ def test_prometheus_reaches_metrics_and_nobody_the_operators_port(tmp_path: Path
     plain, watched = overlay(tmp_path / "plain", []), overlay(tmp_path / "watched", ["service-monitor"])
     for each in (plain, watched):
         assert "PROXY_ADMIN_LISTEN" not in each.settings
-    assert "PROXY_METRICS_LISTEN" not in plain.settings
-    assert watched.settings["PROXY_METRICS_LISTEN"] == "tcp:5002"
     monitor: Manifest = watched.one("ServiceMonitor")
     assert monitor["apiVersion"] == "monitoring.coreos.com/v1"
     assert set(monitor["spec"]) == {"jobLabel", "selector", "endpoints"}
@@ -200,12 +198,43 @@ def test_prometheus_reaches_metrics_and_nobody_the_operators_port(tmp_path: Path
     assert f'job="{service["metadata"]["labels"][monitor["spec"]["jobLabel"]]}"' in alerts
 
 
+def test_a_load_balancer_hides_addresses_and_is_waited_for(tmp_path: Path) -> None:
+    """
+    A node that pulls through its own pod would hang with its own address; all of its clients share a few.
+    """
+    balanced = overlay(tmp_path / "balanced", ["load-balancer"])
+    (service,) = balanced.all_of("Service")
+    told = service["metadata"]["annotations"]["service.beta.kubernetes.io/aws-load-balancer-target-group-attributes"]
+    assert "preserve_client_ip.enabled=false" in told.split(",")
+    assert balanced.settings["PROXY_CONNECTIONS_PER_ADDRESS"] == "0"
+    assert balanced.container["lifecycle"]["preStop"]["sleep"]["seconds"] >= 60
+
+
+def test_what_everything_else_is_pulled_through_is_not_evicted_for_it(rendered: Rendered) -> None:
+    """
+    Pods are spread over zones and nodes, have a priority, fit a default node, and keep none from being drained.
+    """
+    spec = rendered.pod["spec"]
+    assert spec["priorityClassName"] == "system-cluster-critical"
+    keys = [each["topologyKey"] for each in spec["topologySpreadConstraints"]]
+    assert keys == ["topology.kubernetes.io/zone", "kubernetes.io/hostname"]
+    assert rendered.one("PodDisruptionBudget")["spec"]["unhealthyPodEvictionPolicy"] == "AlwaysAllow"
+    room = rendered.container["resources"]["requests"].get("ephemeral-storage", "0Gi")
+    assert gibibytes(room) < 17 * GIB, "what a disk of 20 GiB leaves to pods"
+
+
 def test_a_volume_makes_it_a_stateful_set(tmp_path: Path) -> None:
     """
     Whose pods are the Deployment's, but for where the cache is.
     """
     plain, kept = overlay(tmp_path / "plain", []), overlay(tmp_path / "kept", ["volume"])
     assert (plain.workload["kind"], kept.workload["kind"]) == ("Deployment", "StatefulSet")
+    claims = kept.workload["spec"]["persistentVolumeClaimRetentionPolicy"]
+    assert claims == {"whenDeleted": "Delete", "whenScaled": "Retain"}
+    names = {each["metadata"]["name"]: each["spec"].get("clusterIP") for each in kept.all_of("Service")}
+    assert names[kept.workload["spec"]["serviceName"]] == "None"
     (plain.container["resources"]["requests"]).pop("ephemeral-storage")
     plain.pod["spec"]["volumes"] = [each for each in plain.pod["spec"]["volumes"] if each["name"] != "cache"]
-    assert yaml.safe_dump(plain.pod) == yaml.safe_dump(kept.pod)
+    assert kept.settings.items() - plain.settings.items() == {("PROXY_CACHE_LIMIT", "50g")}
+    texts = [yaml.safe_dump(each.pod).replace(each.one("ConfigMap")["metadata"]["name"], "") for each in (plain, kept)]
+    assert texts[0] == texts[1]
