@@ -4,7 +4,10 @@ Crowd get TLS 1.2 or 1.3 with the whole chain, and operators are told which file
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
+import hmac
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.rsa import generate_private_key
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 from cryptography.hazmat.primitives.serialization import (
     BestAvailableEncryption,
     Encoding,
@@ -32,7 +37,7 @@ from twisted.web.resource import Resource
 from zope.interface.verify import verifyObject
 
 from ecrproxy.access.limits import Crowd, Limits
-from ecrproxy.daemon.tls import Certificate, CertificateError
+from ecrproxy.daemon.tls import OWN_BYTES, Certificate, CertificateError, SecuredFactory
 from ecrproxy.http.site import RegistrySite
 from tests.store_contract import scratch
 
@@ -462,6 +467,137 @@ class WrongFilesTests(SynchronousTestCase):
         """
         path = self.files.write("locked.pem", key_pem(self.files.private, BestAvailableEncryption(b"passphrase")))
         self.assertEqual("key", self.problem(key=path)[0])
+
+
+class Records:
+    """
+    What a client writes that has shaken hands, with records that no library would write: AES-128-GCM alone.
+
+    @param asker: the client.
+    @param secret: of TLS 1.3, from which its keys are derived; none for TLS 1.2.
+    """
+
+    def __init__(self, asker: SSL.Connection, secret: bytes | None) -> None:
+        self._secret = secret
+        if secret is None:
+            master, server, asking = asker.master_key(), asker.server_random(), asker.client_random()
+            assert master is not None
+            block = _expanded(master, b"key expansion" + (server or b"") + (asking or b""), 40)
+            self._key, self._nonce, self._sent = block[:16], block[32:36], 1  # the first was Finished
+        else:
+            self._use(secret)
+
+    def _use(self, secret: bytes) -> None:
+        self._secret, self._sent = secret, 0
+        self._key, self._nonce = _labelled(secret, b"key", 16), _labelled(secret, b"iv", 12)
+
+    def record(self, kind: int, data: bytes) -> bytes:
+        """
+        Seal a record.
+        """
+        number, self._sent = self._sent.to_bytes(8, "big"), self._sent + 1
+        if self._secret is None:
+            head = bytes([kind, 3, 3])
+            about = number + head + len(data).to_bytes(2, "big")
+            sealed = number + AESGCM(self._key).encrypt(self._nonce + number, data, about)
+            return head + len(sealed).to_bytes(2, "big") + sealed
+        head = bytes([23, 3, 3]) + (len(data) + 17).to_bytes(2, "big")
+        nonce = bytes(one ^ other for one, other in zip(self._nonce, bytes(4) + number, strict=True))
+        return head + AESGCM(self._key).encrypt(nonce, data + bytes([kind]), head)
+
+    def renegotiation(self) -> bytes:
+        """
+        Ask for another handshake: the head of a ClientHello is enough to be refused one.
+        """
+        return self.record(22, b"\x01\0\0\0")
+
+    def key_update(self) -> bytes:
+        """
+        Change the keys of TLS 1.3, and ask the server to.
+        """
+        assert self._secret is not None
+        sealed = self.record(22, b"\x18\0\0\x01\x01")
+        self._use(_labelled(self._secret, b"traffic upd", 32))
+        return sealed
+
+
+def _expanded(secret: bytes, context: bytes, length: int) -> bytes:
+    """
+    TLS 1.2's pseudorandom function with SHA-256: RFC 5246, 5.
+    """
+    found, each = b"", context
+    while len(found) < length:
+        each = hmac.digest(secret, each, "sha256")
+        found += hmac.digest(secret, each + context, "sha256")
+    return found[:length]
+
+
+def _labelled(secret: bytes, label: bytes, length: int) -> bytes:
+    """
+    TLS 1.3's HKDF-Expand-Label with SHA-256: RFC 8446, 7.1.
+    """
+    name = b"tls13 " + label
+    info = length.to_bytes(2, "big") + bytes([len(name)]) + name + b"\0"
+    return HKDFExpand(hashes.SHA256(), length, info).derive(secret)
+
+
+class OwnBytesTests(SynchronousTestCase):
+    """
+    What TLS answers without the channel, to clients that don't read it.
+    """
+
+    def connect(self, version: int) -> None:
+        """
+        Shake hands.
+        """
+        files = Files(scratch(self))
+        self.clock, told = MemoryReactorClock(), list[bytes]()
+        site: Any = RegistrySite(Resource(), self.clock, Crowd(Limits()))
+        address: Any = None
+        tls = Certificate(files.key, files.certificate)
+        self.protocol: Any = SecuredFactory(tls, site, self.clock).buildProtocol(address)
+        self.transport = Tcp()
+        context = SSL.Context(SSL.TLS_METHOD)
+        context.set_min_proto_version(version)
+        context.set_max_proto_version(version)
+        context.set_cipher_list(b"ECDHE-ECDSA-AES128-GCM-SHA256")
+        context.set_tls13_ciphersuites(b"TLS_AES_128_GCM_SHA256")
+        context.set_keylog_callback(lambda _, line: told.append(line))
+        asker = SSL.Connection(context, None)
+        asker.set_connect_state()
+        shake_with(self.protocol, self.transport, asker)
+        with contextlib.suppress(SSL.WantReadError):  # TLS 1.3's client has yet to send the last of its handshake
+            self.protocol.dataReceived(asker.bio_read(65536))
+        secrets = [line.split()[2] for line in told if line.startswith(b"CLIENT_TRAFFIC_SECRET_0")]
+        self.client = Records(asker, bytes.fromhex(secrets[0].decode()) if secrets else None)
+
+    def send(self, make: Callable[[], bytes], records: int) -> int:
+        """
+        Send records, and read nothing; tell how many bytes came to wait for the client.
+        """
+        self.transport.clear()
+        for _ in range(records // 100):
+            if not self.transport.disconnected:
+                self.protocol.dataReceived(b"".join(make() for _ in range(100)))
+        self.clock.advance(0)
+        return len(self.transport.value())
+
+    def test_renegotiation_that_is_asked_for_again_and_again_ends_the_connection(self) -> None:
+        self.connect(SSL.TLS1_2_VERSION)
+        self.assertLess(self.send(self.client.renegotiation, 10_000), OWN_BYTES)
+        self.assertTrue(self.transport.disconnected)
+
+    def test_keys_that_are_changed_again_and_again_end_the_connection(self) -> None:
+        self.connect(SSL.TLS1_3_VERSION)
+        self.assertLess(self.send(self.client.key_update, 10_000), OWN_BYTES)
+        self.assertTrue(self.transport.disconnected)
+
+    def test_keys_may_be_changed_now_and_then(self) -> None:
+        self.connect(SSL.TLS1_3_VERSION)
+        self.assertGreater(self.send(self.client.key_update, 300), 300 * 20)
+        waiting = self.send(lambda: self.client.record(23, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"), 100)
+        self.assertFalse(self.transport.disconnected)
+        self.assertGreater(waiting, 100 * 200)
 
 
 class ProtocolTests(SynchronousTestCase):

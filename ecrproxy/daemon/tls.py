@@ -8,19 +8,30 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from OpenSSL import SSL
 from twisted.internet.interfaces import IOpenSSLServerConnectionCreator
+from twisted.logger import Logger
 from twisted.protocols.tls import BufferingTLSTransport, TLSMemoryBIOFactory
 from zope.interface import implementer
 
+from ecrproxy.addresses import unmapped
 from ecrproxy.files import Files, open_file
 
 if TYPE_CHECKING:
     from twisted.protocols.tls import TLSMemoryBIOProtocol
+
+log = Logger()
+
+OWN_BYTES: Final = 2**14
+"""
+Bytes that TLS may say of itself on a connection after the handshake: hundreds of answers to clients that change keys.
+
+Those that do so change them after gigabytes.
+"""
 
 # Mozilla's "intermediate" set for TLS 1.2; all of TLS 1.3's suites are good.
 _CIPHERS = (
@@ -181,9 +192,15 @@ def _key(path: str) -> Any:  # noqa: ANN401 (one of several kinds)
 class Secured(BufferingTLSTransport):
     """
     TLS on one connection. A client that speaks plain HTTP instead is handed to the channel, which says so.
+
+    OpenSSL answers a client that asks for a renegotiation or for new keys, each time, whether or not what it answered
+    before was taken. The channel knows nothing of it, and can't stop it; so a connection has L{OWN_BYTES} of that.
     """
 
+    transport: Any
     _fresh, _plain = True, False
+    _sends = False
+    _own = 0
 
     def dataReceived(self, data: bytes) -> None:  # noqa: D102
         fresh, self._fresh = self._fresh, False
@@ -194,6 +211,32 @@ class Secured(BufferingTLSTransport):
                 refuse_plain(self.transport)
         if not self._plain:
             super().dataReceived(data)  # type: ignore[no-untyped-call]
+
+    def _write(self, octets: bytes) -> None:
+        self._sends = True
+        try:
+            super()._write(octets)  # type: ignore[no-untyped-call]
+        finally:
+            self._sends = False
+
+    def _flushSendBIO(self) -> None:
+        """
+        Send what OpenSSL wants to send, and count it if it is neither the handshake nor of the application.
+        """
+        if self._sends or not self._handshakeDone:
+            super()._flushSendBIO()  # type: ignore[no-untyped-call]
+            return
+        try:
+            said = self._tlsConnection.bio_read(OWN_BYTES)
+        except SSL.WantReadError:
+            return
+        self._own += len(said)
+        if self._own < OWN_BYTES:
+            self.transport.write(said)
+        elif not self._aborted:
+            client = unmapped(str(getattr(self.getPeer(), "host", "")))  # type: ignore[no-untyped-call]
+            log.info("{client} asked TLS for new keys too often, and was cut off", client=client, once=client)
+            self.abortConnection()  # type: ignore[no-untyped-call]
 
 
 class SecuredFactory(TLSMemoryBIOFactory):
