@@ -136,3 +136,19 @@ class SealedTests(DaemonTestCase):
         self.take_all()
         self.assertTrue(self.body == self.data)
         self.assertEqual(0, self.daemon.crowd.slow_readers)
+
+    def test_a_client_that_says_goodbye_is_gone(self) -> None:
+        """
+        As Go's clients do when a pull is cancelled, before they close the connection. That is no error.
+        """
+        self.get(f"/v2/team/app/blobs/{self.digest}")
+        self.connect()
+        self.take_up_to(MIB)
+        self.client.shutdown()
+        self.say()
+        while self.connection.turner.writing and not self.connection.over:
+            self.connection.turn()
+            if not self.connection.over:
+                self.connection.read()
+        self.assertTrue(self.connection.over)
+        self.assertEqual(0, self.daemon.crowd.transferring)

@@ -242,7 +242,9 @@ class SlotSending(Sending):
             self._turn()
         except BlockingIOError:
             self._wait_for_client()
-        except (OSError, CutShortError, SSLError):
+        except SSLError:  # the client said goodbye, or speaks no TLS any more
+            self._end(Failure(ConnectionDone()))
+        except (OSError, CutShortError):
             self._end(Failure())
 
     def _more(self) -> None:
