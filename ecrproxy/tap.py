@@ -120,7 +120,7 @@ def makeService(options: Options) -> Daemon:
         sys.exit(1)
     service.complain, service.writer = complain, _log_writer(config, options, reactor)
     looks = look if sockets is None else Orphaned(config.drain_seconds + END_SECONDS)
-    Exhaustion(service.give_up, looks).setServiceParent(service)
+    Exhaustion(service.give_up, service.relieve, looks).setServiceParent(service)
     if service.writer is not None:
         atexit.register(service.writer.end, LAST_LINES_SECONDS)
     return service

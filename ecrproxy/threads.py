@@ -30,6 +30,8 @@ _NICE = 10
 _SILENT: Final = "the disk does not answer"
 _SUSPICIOUS_SECONDS: Final = 1.0
 _STOP_SECONDS: Final = 2.0
+RESTORE_SECONDS: Final = 600.0
+"""How long pools do with fewer threads after some were given back."""
 T = TypeVar("T")
 
 
@@ -337,6 +339,8 @@ class Pools(Service):
     def __init__(self, reactor: Any) -> None:  # noqa: ANN401
         self._reactor = reactor
         self._pools: list[ThreadPool] = []
+        self._sizes: list[tuple[ThreadPool, int]] = []
+        self._restoring: IDelayedCall | None = None
 
     def threads(self, size: int, *, yielding: bool = True) -> Threads:
         """
@@ -352,6 +356,31 @@ class Pools(Service):
         self._pools.append(pool)
         return Threads(pool, size, self._reactor)
 
+    def give_back(self) -> None:
+        """
+        Stop half of the threads that are idle, but the last one of each pool, and start no others for some minutes.
+
+        A pool otherwise keeps each thread that it has ever needed: together they may use up a limit of threads, and
+        leave none for a token, a worker process or another program within the same limit.
+        """
+        pools = [*self._pools, self._reactor.getThreadPool()]
+        if self._restoring is None:
+            self._sizes = [(pool, pool.max) for pool in pools]
+            self._restoring = self._reactor.callLater(RESTORE_SECONDS, self._restore)
+            log.warn(
+                "No more threads can be started: doing with fewer for {minutes:.0f} minutes; raise the limit of"
+                " threads (TasksMax, pids.max, ulimit -u) or of address space (ulimit -v)",
+                minutes=RESTORE_SECONDS / 60,
+            )
+        for pool in pools:
+            # Busy threads can't be counted on: what they do may hang.
+            pool.adjustPoolsize(1, max(1, pool.workers - (len(pool.waiters) + 1) // 2))
+
+    def _restore(self) -> None:
+        self._restoring = None
+        for pool, size in self._sizes:
+            pool.adjustPoolsize(1, size)
+
     def startService(self) -> None:  # noqa: D102
         super().startService()
         for pool in self._pools:
@@ -359,6 +388,9 @@ class Pools(Service):
 
     def stopService(self) -> None:  # noqa: D102
         super().stopService()
+        restoring, self._restoring = self._restoring, None
+        if restoring is not None:
+            restoring.cancel()
         stopping = [threading.Thread(target=pool.stop, name="ecrproxy-stop", daemon=True) for pool in self._pools]
         begun = []
         for each in stopping:
@@ -394,7 +426,7 @@ def in_time(blocking: Callable[[], T], seconds: float) -> T:
     """
     Call C{blocking()} before the reactor runs, in a thread that is left alone if it takes longer than C{seconds}.
 
-    @raise TimeoutError: if it does.
+    @raise TimeoutError: if it does, or if there is no thread.
     """
     outcomes: list[T | Failure] = []
 
@@ -405,7 +437,10 @@ def in_time(blocking: Callable[[], T], seconds: float) -> T:
             outcomes.append(Failure())
 
     calling = threading.Thread(target=call, name="ecrproxy-start", daemon=True)
-    calling.start()
+    try:
+        calling.start()
+    except RuntimeError as problem:  # it would never return
+        raise TimeoutError(errno.EAGAIN, str(problem)) from problem
     calling.join(seconds)
     if not outcomes:
         raise TimeoutError(errno.ETIMEDOUT, _SILENT)

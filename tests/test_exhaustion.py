@@ -5,13 +5,16 @@ A process without memory or threads ends.
 from __future__ import annotations
 
 import _thread
+import os
 from typing import Any
 
+from twisted.application.service import Service
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.daemon import exhaustion
 from ecrproxy.daemon.exhaustion import TRIES, Exhaustion, Orphaned, look
+from ecrproxy.daemon.service import Daemon
 
 
 class LookTests(SynchronousTestCase):
@@ -36,6 +39,13 @@ class LookTests(SynchronousTestCase):
 
 
 class ExhaustionTests(SynchronousTestCase):
+    def setUp(self) -> None:
+        self.relieved = 0
+
+    def relieve(self) -> None:
+        self.relieved += 1
+        raise MemoryError
+
     def watched(self, *found: str | None) -> list[str]:
         """
         Have these things found, one after another, and then end; tells what the process ended with.
@@ -50,7 +60,7 @@ class ExhaustionTests(SynchronousTestCase):
                 watch.running = False
                 return None
 
-        watch = Exhaustion(ended.append, find, lambda _: None)
+        watch = Exhaustion(ended.append, self.relieve, find, lambda _: None)
         watch.running = True
         watch.watch()
         return ended
@@ -61,9 +71,46 @@ class ExhaustionTests(SynchronousTestCase):
     def test_what_passes_does_not(self) -> None:
         self.assertEqual([], self.watched(*["no memory"] * (TRIES - 1), None, *["no memory"] * (TRIES - 1)))
 
+    def test_before_the_end_what_can_be_given_back_is(self) -> None:
+        self.watched("no memory", None, *["no memory"] * (TRIES + 3))
+        self.assertEqual(1 + TRIES - 1, self.relieved)
+
     def test_nobody_looks_after_the_end(self) -> None:
-        watch = Exhaustion(self.fail, lambda: "no memory", lambda _: None)
+        watch = Exhaustion(self.fail, self.fail, lambda: "no memory", lambda _: None)
         watch.watch()
+
+
+class Threadless(Service):
+    """
+    Needs a thread at its start.
+    """
+
+    def startService(self) -> None:
+        _thread.start_new_thread(id, (self,))
+
+
+class StartTests(SynchronousTestCase):
+    def setUp(self) -> None:
+        self.said, self.statuses = list[str](), list[int]()
+        self.patch(os, "_exit", self.statuses.append)
+        self.daemon = Daemon(None)
+        self.patch(self.daemon, "complain", self.said.append)
+        self.patch(self.daemon.pools, "startService", lambda: None)
+        self.daemon.add(Threadless())
+
+    def start(self, *_: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    def test_a_start_without_threads_is_one_line(self) -> None:
+        self.patch(_thread, "start_new_thread", self.start)
+        self.daemon.startService()
+        self.assertEqual([1], self.statuses)
+        self.assertEqual([exhaustion._THREADS], self.said)  # noqa: SLF001
+
+    def test_another_fault_at_the_start_is_none_of_threads(self) -> None:
+        self.patch(Threadless, "startService", self.start)
+        self.assertRaises(RuntimeError, self.daemon.startService)
+        self.assertEqual([], self.statuses)
 
 
 class OrphanedTests(SynchronousTestCase):

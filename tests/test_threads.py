@@ -17,7 +17,7 @@ from twisted.python.threadpool import ThreadPool
 from twisted.trial.unittest import SynchronousTestCase
 
 import ecrproxy.threads
-from ecrproxy.threads import Bounded, Pools, Threads, content_with_few, patient, undone_if_late
+from ecrproxy.threads import RESTORE_SECONDS, Bounded, Pools, Threads, content_with_few, patient, undone_if_late
 
 SECONDS = 10.0
 
@@ -371,3 +371,45 @@ class PoolsTests(SynchronousTestCase):
         last.call(self.goes_on.set)
         self.pools.stopService()
         self.assertEqual([True], self.done)
+
+    def test_idle_threads_are_given_back_for_a_while(self) -> None:
+        """
+        Each pool keeps one, and those that are busy.
+        """
+        reactor = Timed()
+        self.addCleanup(reactor.pool.stop)
+        self.pools = Pools(reactor)
+        many, one = self.pools.threads(4), self.pools.threads(1)
+        self.pools.startService()
+        self.addCleanup(lambda: self.assertEqual([], reactor.getDelayedCalls()))  # the last of these comes first
+        self.addCleanup(self.pools.stopService)
+        self.addCleanup(self.goes_on.set)
+        pool = many._pool  # noqa: SLF001
+        pool.adjustPoolsize(4, 4)
+        begun = threading.Event()
+        many.call(self.work_on, begun)
+        self.assertTrue(begun.wait(20))
+        kept = []
+        for _ in range(3):
+            self.pools.give_back()
+            kept.append((pool.workers, pool.max, one._pool.workers))  # noqa: SLF001
+        self.assertEqual([(2, 2, 1), (1, 1, 1), (1, 1, 1)], kept)
+        self.assertEqual(1, reactor.pool.workers)
+        reactor.advance(RESTORE_SECONDS)
+        self.assertEqual((4, 2), (pool.max, reactor.pool.max))
+        self.pools.give_back()
+        self.assertEqual(1, len(reactor.getDelayedCalls()))
+
+
+class Timed(Reactor):
+    """
+    One with a pool of threads of its own.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = ThreadPool(2, 2)
+        self.pool.start()
+
+    def getThreadPool(self) -> ThreadPool:
+        return self.pool

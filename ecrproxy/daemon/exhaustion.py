@@ -2,13 +2,14 @@
 Ends a process that has no memory or no threads left.
 
 Such a process neither serves nor ends: each request fails in another place, and so does the event loop. A thread of its
-own asks for a little of either. When that has failed several times in a row, the process ends with one line, for its
-supervisor to start another.
+own asks for a little of either. When that fails, the process gives back the threads that it does not need; when it has
+failed several times in a row, the process ends with one line, for its supervisor to start another.
 """
 
 from __future__ import annotations
 
 import _thread
+import contextlib
 import mmap
 import os
 import time
@@ -78,6 +79,7 @@ class Exhaustion(Service):
     Looks whether there is memory, and threads, as long as it runs.
 
     @param end: ends the process; told why, in the thread that looks.
+    @param relieve: gives back what the process can do without. Called in the thread that looks, each time that fails.
     @param look: see L{look}.
     @param sleep: waits so many seconds.
     """
@@ -85,11 +87,12 @@ class Exhaustion(Service):
     def __init__(
         self,
         end: Callable[[str], object],
+        relieve: Callable[[], object],
         look: Callable[[], str | None] = look,
         sleep: Callable[[float], object] | None = None,
     ) -> None:
         # Not time.sleep(): that may fail while the clock is being set.
-        self._end, self._look, self._sleep = end, look, sleep or Event().wait
+        self._end, self._relieve, self._look, self._sleep = end, relieve, look, sleep or Event().wait
 
     def startService(self) -> None:  # noqa: D102
         super().startService()
@@ -107,3 +110,6 @@ class Exhaustion(Service):
             if problem and failed >= TRIES:
                 self._end(problem)
                 return
+            if problem:
+                with contextlib.suppress(MemoryError):
+                    self._relieve()

@@ -4,15 +4,17 @@ The daemon as twistd starts and stops it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Final, NoReturn
 
 from twisted.application.service import Service
 from twisted.logger import ILogObserver, Logger
 
 from ecrproxy.daemon.ending import InOrder
+from ecrproxy.daemon.exhaustion import look
 from ecrproxy.logs.writing import LineWriter
 from ecrproxy.settings.complaints import say
 from ecrproxy.settings.config import ConfigError
@@ -38,6 +40,7 @@ class Daemon(InOrder):
 
     def __init__(self, reactor: Any) -> None:  # noqa: ANN401
         super().__init__()
+        self._reactor = reactor
         self.pools = Pools(reactor)
         self.pools.setServiceParent(self)
 
@@ -57,14 +60,31 @@ class Daemon(InOrder):
         super().setServiceParent(parent)
 
     def privilegedStartService(self) -> None:  # noqa: D102
-        if self.writer is not None:
-            self.writer.start()
         try:
-            super().privilegedStartService()
+            with self._threads_needed():
+                if self.writer is not None:
+                    self.writer.start()
+                super().privilegedStartService()
         except ConfigError as problem:
             log.critical("{problem}", problem=problem)
             self.complain(str(problem))
             sys.exit(1)
+
+    def startService(self) -> None:  # noqa: D102
+        with self._threads_needed():
+            super().startService()
+
+    @contextlib.contextmanager
+    def _threads_needed(self) -> Iterator[None]:
+        """
+        End with one line where a thread can't be started.
+        """
+        try:
+            yield
+        except RuntimeError:  # as threading has it
+            if (problem := look()) is None:
+                raise
+            self.give_up(problem)
 
     def leave(self, number: int) -> NoReturn:
         """
@@ -75,6 +95,12 @@ class Daemon(InOrder):
                 self.writer.end(LAST_LINES_SECONDS)
         finally:
             os._exit(128 + number)
+
+    def relieve(self) -> None:
+        """
+        Have threads given back that are not needed. Called in any thread.
+        """
+        self._reactor.callFromThread(self.pools.give_back)
 
     def give_up(self, problem: str) -> None:
         """

@@ -80,8 +80,8 @@ class Outlet:
 
         @param tick: called by that thread about once a second, unless the file blocks.
         """
-        self._threaded = True
         threading.Thread(target=self._run, args=(tick,), name="ecrproxy-log", daemon=True).start()
+        self._threaded = True  # not where no thread can be started: that is still to be written
 
     def write(self, data: bytes, *, of_requests: bool = False) -> None:
         """
