@@ -16,7 +16,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -235,6 +235,33 @@ class WhileOpenTests(LossTestCase):
         self.index._rows._writer.execute("UPDATE total SET files = 7, blocks = 4096, arriving = 12288")  # noqa: SLF001
         self.repaired(self.store)
         self.assertEqual(0, self.index.totals.arriving)
+
+    def test_an_order_of_use_of_another_time_than_the_rows(self) -> None:
+        """
+        As in a copy that was made while it was written: what the order lacks would never be evicted.
+        """
+        self.index.close()
+        (path, *_) = self.files()
+        order = "type, name, tbl_name, rootpage, sql FROM sqlite_master WHERE name = 'content_by_use'"
+        hidden: Sequence[object] = ()
+        for statement in (f"SELECT {order}", "UPDATE content SET used = used + 10000000", ""):
+            with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as raw:
+                raw.execute("PRAGMA writable_schema = ON")
+                if not statement:
+                    raw.execute("INSERT INTO sqlite_master VALUES (?, ?, ?, ?, ?)", hidden)
+                elif hidden:
+                    raw.execute(f"{statement} WHERE digest IN (SELECT digest FROM content LIMIT 20)")
+                else:
+                    hidden = raw.execute(statement).fetchone()
+                    raw.execute("DELETE FROM sqlite_master WHERE name = 'content_by_use'")
+        store = self.open()
+        opened = store.index.opened
+        self.repaired(store)
+        self.assertEqual(opened, store.index.opened, "what it knows is not lost")
+        self.assertEqual(ENTRY, store.index.entry(KEY))
+        listed = [(each.used, str(each.digest)) for each in store.index.least_recently_used()]
+        self.assertEqual(sorted((each.used, str(each.digest)) for each in store.index.files()), sorted(listed))
+        self.assertEqual(sorted(used for used, _ in listed), [used for used, _ in listed])
 
 
 class TransfersTests(LossTestCase):
