@@ -13,8 +13,10 @@ from twisted.logger import LogLevel, capturedLogs, formatEvent
 
 from ecrproxy.admin.units import size
 from ecrproxy.http.access_log import GATHER_SECONDS
+from ecrproxy.registry.bucket import SOONER_SECONDS
 from ecrproxy.registry.circuit import FAILURES
 from ecrproxy.registry.ecr import Token, TokenUnavailableError
+from ecrproxy.registry.race import SLOW_SECONDS
 from ecrproxy.settings.registries import Protocol, RegistryTable
 from tests.daemon import MIB, DaemonTestCase, Reply, noise
 from tests.registry import StandIn
@@ -202,14 +204,46 @@ class SeveralRegistriesTests(DaemonTestCase):
             self.standin.release(digest)
 
     def test_what_one_stops_to_send_another_that_has_it_finishes(self) -> None:
-        layer = noise("stalled", 100_000)
+        """
+        Soon, also if that one is as silent when it is asked for the next part.
+        """
+        for count, brought in ((100_000, 40_000), (20 * MIB, MIB)):
+            layer = noise(f"stalled {count}", count)
+            digest, one, two = self.shared(layer, brought)
+            self.standin.slow("bucket", 0)
+            self.pass_time(2 * SOONER_SECONDS)
+            self.assertWhole(two, layer, "JOINED")
+            self.assertWhole(one, layer, "MISS")
+            self.standin.heal()
+            self.standin.release(digest)
+
+    def test_what_one_does_not_begin_to_send_another_that_has_it_brings(self) -> None:
+        layer = noise("silent", 100_000)
         digest, _, two = self.shared(layer, 40_000)
-        self.standin.slow("bucket", 0)
-        self.pass_time(40)  # what had come counts: the same is asked again
-        self.assertEqual([], [each for each in self.other.requests("bucket") if "range" in each.headers])
-        self.pass_time(40)
+        for service in ("registry", "bucket"):
+            self.standin.hang(service)
+        self.standin.cut(digest)
+        self.pass_time(SLOW_SECONDS + 2)
         self.assertWhole(two, layer, "JOINED")
+        self.standin.heal()
         self.standin.release(digest)
+
+    def test_one_that_is_slow_alone_is_waited_for(self) -> None:
+        """
+        Nobody of another registry waits for it: it has all its time.
+        """
+        layer = noise("slow", 100_000)
+        digest = str(self.standin.push_blob("team/app", layer))
+        self.standin.hold(digest)
+        one = self.daemon.send("GET", f"/v2/team/app/blobs/{digest}")
+        self.flush()
+        self.pass_time(25)
+        self.standin.deliver(digest, 5000)
+        self.pass_time(25)
+        self.assertEqual(1, self.standin.count("bucket", path_contains=digest))
+        self.standin.release(digest)
+        self.flush()
+        self.assertWhole(one, layer, "MISS")
 
     def test_one_that_sends_again_is_asked_again_where_the_other_has_stopped_too(self) -> None:
         layer = noise("in turns", 100_000)

@@ -5,12 +5,13 @@ A registry and a replica of it: what comes from which, and when.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 from twisted.internet.defer import Deferred
 
 from ecrproxy.oci import parse_route
 from ecrproxy.registry.circuit import FAILURES
-from ecrproxy.registry.replicas import SLOW_SECONDS
+from ecrproxy.registry.race import SLOW_SECONDS
 from tests.daemon import DaemonTestCase, Reply, noise
 from tests.registry import Fault, StandIn
 from tests.registry import Reply as Answer
@@ -77,6 +78,47 @@ class ReplicaTests(DaemonTestCase):
         self.pass_time(10)
         url, _ = self.successResultOf(locating)
         self.assertTrue(url.startswith(BUCKET), url)
+
+    def interrupted(self, fault: Fault, seconds: float) -> None:
+        """
+        A transfer of which some has come when the registry, and all that it leads to, begin to fail.
+        """
+        digest = self.blob.rpartition("/")[2]
+        self.standin.hold(digest)
+        reply = self.daemon.send("GET", self.blob)
+        self.flush()
+        self.standin.deliver(digest, 100_000)
+        self.flush()
+        faults = [self.standin.fault(replace(fault, service=each)) for each in ("registry", "bucket")]
+        if fault.drop or fault.reply is not None:
+            self.standin.cut(digest)
+        sent = self.replica.bytes_sent
+        self.pass_time(seconds)
+        self.assertWhole(reply, self.layer, None)
+        self.assertEqual(200_000, self.replica.bytes_sent - sent)
+        for each in faults:
+            each.remove()
+        self.standin.release(digest)
+
+    def test_what_the_registry_breaks_off_it_finishes(self) -> None:
+        for fault in ways()[:3]:
+            self.start(replica=self.replica, limit=1)
+            self.interrupted(fault, 30)
+
+    def test_what_the_registry_stops_to_send_it_finishes(self) -> None:
+        self.interrupted(Fault("bucket"), 3 * SLOW_SECONDS + 10)
+
+    def test_where_the_replica_lacks_it_the_registry_has_all_its_time(self) -> None:
+        digest = self.blob.rpartition("/")[2]
+        self.replica.repositories.clear()
+        self.standin.hold(digest)
+        reply = self.daemon.send("GET", self.blob)
+        self.flush()
+        self.standin.deliver(digest, 100_000)
+        self.pass_time(25)
+        self.standin.release(digest)
+        self.pass_time(5)
+        self.assertWhole(reply, self.layer, "MISS")
 
     def test_a_slow_registry_is_not_waited_for_and_may_still_win(self) -> None:
         self.standin.quirks.latency = SLOW_SECONDS + 1

@@ -4,10 +4,10 @@ The bytes of a blob, part by part, from where ECR says that they lie.
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 from urllib.parse import urlsplit
 
@@ -28,6 +28,7 @@ from ecrproxy.oci import RegistryError, Route
 from ecrproxy.reasons import Reason
 from ecrproxy.registry.bodies import discard, excerpt
 from ecrproxy.registry.bucket_errors import said_by_bucket
+from ecrproxy.registry.race import SLOW_SECONDS, Race
 
 if TYPE_CHECKING:
     from twisted.internet.interfaces import IDelayedCall, IReactorTime
@@ -58,6 +59,8 @@ REFUSED_STATUSES: Final = (400, 401, 403, 404, 410)
 """What a bucket answers to a presigned URL that is no good, or no longer."""
 TRICKLE: Final = 1024
 """Bytes that a body must bring within the stall time: fewer are as good as none."""
+SOONER_SECONDS: Final = 5.0
+"""The stall time of a body where another registry may bring the rest."""
 
 BEGUN: Final = 8 * 2**10
 BEGUN_SECONDS: Final = 10.0
@@ -109,7 +112,7 @@ class _Source:
     A registry that has the blob.
 
     @ivar url: where it lies, once the registry has said so.
-    @ivar barren: whether the last body that came from there broke off without a byte.
+    @ivar barren: whether the last body that came from there broke off without a byte, or stalled; or none came.
     """
 
     upstream: Locator
@@ -119,7 +122,7 @@ class _Source:
 
     def note(self, *, barren: bool) -> None:
         """
-        Note whether a body has ended without a byte.
+        Note whether a body has ended without a byte, or stalled.
         """
         self.barren = barren
 
@@ -130,7 +133,8 @@ class Blob:
 
     @param url: where the blob lies, if ECR has said so already.
     @ivar others: other registries whose clients wait for it, and as what they have it: the next parts come from one of
-        them where this one gives none. More may be added.
+        them where this one gives none, or is slow. More may be added.
+    @ivar copies: the same of a registry and its replicas.
     @ivar size: in bytes, if upstream said.
     @ivar first: what was asked for first.
     @ivar ranged: whether the bucket gives parts.
@@ -142,7 +146,9 @@ class Blob:
     def __init__(self, upstream: Locator, route: Route, url: str = "") -> None:
         self._source = _Source(upstream, route, url)
         self._sources = {upstream: self._source}
+        self._route = route
         self.others: Mapping[Any, tuple[Locator, Route]] = {}
+        self.copies: Iterable[Locator] = ()
         self.size: int | None = None
         self.ranged = self.is_page = False
 
@@ -156,7 +162,7 @@ class Blob:
             discard(response, source.upstream.clock)
             start = 0
             response = await _ask(source, "")
-        self.size, self.first = await _understand(source, response, start, stop)
+        self.size, self.first = await self._understand(source, response, start, stop)
         part = response.code == 206  # noqa: PLR2004
         self.ranged = part or _offers_parts(response)
         self.is_page = not part and is_page(response)
@@ -169,19 +175,10 @@ class Blob:
         """
         if breaks:
             await self._source.upstream.pause(breaks)
-        source, *others = self._candidates()
-        try:
-            stretch = await self._open(source, start, stop)
-        except RegistryError as problem:
-            for each in others:
-                with contextlib.suppress(RegistryError):
-                    stretch = await self._open(each, start, stop)
-                    self._turn_to(each, problem.message)
-                    break
-            else:
-                raise
-        else:
-            self._turn_to(source, "the connection brought nothing")
+        asks = [partial(self._open, each, start, stop) for each in self._candidates()]
+        race = Race(asks, SLOW_SECONDS, self._source.upstream.clock.callLater, _passes)
+        source, stretch = await race.won
+        self._turn_to(source, race.problem)
         more = stop is not None and (stretch.stop or 0) > stop
         self.ranged = self.ranged and not (stretch.skip or more)
         return stretch
@@ -190,31 +187,77 @@ class Blob:
         """
         List the registries to ask, in order: the one that was asked last, then the others; barren ones come last.
         """
-        for upstream, route in self.others.values():
-            self._sources.setdefault(upstream, _Source(upstream, route))
-        found = [self._source, *(each for each in self._sources.values() if each is not self._source)]
+        found = self._known()
         if all(each.barren for each in found):  # the others may send again by now
             for each in found[1:]:
                 each.barren = False
         return sorted(found, key=lambda each: each.barren)
 
-    def _turn_to(self, source: _Source, why: str) -> None:
+    def _known(self) -> list[_Source]:
+        """
+        List all registries that may have it, the one that was asked last before the others.
+        """
+        for upstream, route in (*((each, self._route) for each in self.copies), *self.others.values()):
+            self._sources.setdefault(upstream, _Source(upstream, route))
+        return [self._source, *(each for each in self._sources.values() if each is not self._source)]
+
+    def _is_replaceable(self, source: _Source) -> bool:
+        """
+        Return True if another registry may bring what C{source} does not.
+        """
+        return any(each is not source and not each.barren for each in self._known())
+
+    def _turn_to(self, source: _Source, problem: BaseException | None) -> None:
         """
         Have what is asked for from now on come from C{source}.
         """
         if source is not self._source:
+            why = problem.message if isinstance(problem, RegistryError) else "it is slow, or sent nothing"
             said = "Going on with {digest} from {name} instead of {before}: {why}"
             names = {"name": source.upstream.name, "before": self._source.upstream.name}
             log.info(said, digest=source.route.reference, why=why, once=source.route.reference, **names)
             self._source = source
 
-    async def _open(self, source: _Source, start: int, stop: int | None) -> Stretch:
-        response = await _ask(source, _span(start, stop))
-        size, stretch = await _understand(source, response, start, stop)
+    async def _open(self, source: _Source, start: int, stop: int | None) -> tuple[_Source, Stretch]:
+        try:
+            response = await _ask(source, _span(start, stop))
+            size, stretch = await self._understand(source, response, start, stop)
+        except RegistryError:
+            source.note(barren=True)
+            raise
         if size != self.size:
             stretch.drop()
             raise UnavailableError(502, "UNAVAILABLE", f"{source.route.reference} has changed its size upstream")
-        return stretch
+        return source, stretch
+
+    async def _understand(
+        self, source: _Source, response: IResponse, start: int, stop: int | None
+    ) -> tuple[int | None, Stretch]:
+        """
+        Read the whole's size and what of it comes; a bucket that knows no ranges sends all from the first byte on.
+        """
+        host, clock = urlsplit(source.url).hostname or "", source.upstream.clock
+        replaceable = partial(self._is_replaceable, source)
+        watch = Watch(clock, source.upstream.stall_seconds, host, source.note, replaceable)
+        if response.code == 200:  # noqa: PLR2004
+            size = None if response.length is UNKNOWN_LENGTH else int(response.length)
+            return size, Stretch(response, watch, start, size, skip=start)
+        part = told_part(header(response, "Content-Range"), start, stop) if response.code == 206 else None  # noqa: PLR2004
+        if part is not None:
+            end, size = part
+            return size, Stretch(response, watch, start, end)
+        what = f"{host} answers {response.code} instead of {source.route.reference}"
+        if response.code == 206:  # noqa: PLR2004
+            discard(response, clock)
+            raise UnavailableError(502, "UNAVAILABLE", f"{what}: another range than {_span(start, stop)}")
+        raise UnavailableError(502, "UNAVAILABLE", await _refusal(response, clock, host, what))
+
+
+def _passes(failure: Failure, _: int) -> bool:
+    """
+    Return True if a failure leaves it to the other registries to answer.
+    """
+    return failure.check(RegistryError) is not None
 
 
 async def _ask(source: _Source, span: str) -> IResponse:
@@ -236,26 +279,6 @@ async def _locate(source: _Source, span: str) -> IResponse:
 async def _fetch(source: _Source, span: str) -> IResponse:
     source.url, response = await source.upstream.fetch(source.url, source.route, span)
     return response
-
-
-async def _understand(source: _Source, response: IResponse, start: int, stop: int | None) -> tuple[int | None, Stretch]:
-    """
-    Read the whole's size and what of it comes; a bucket that knows no ranges sends all from the first byte on.
-    """
-    host, clock = urlsplit(source.url).hostname or "", source.upstream.clock
-    watch = Watch(clock, source.upstream.stall_seconds, host, source.note)
-    if response.code == 200:  # noqa: PLR2004
-        size = None if response.length is UNKNOWN_LENGTH else int(response.length)
-        return size, Stretch(response, watch, start, size, skip=start)
-    part = told_part(header(response, "Content-Range"), start, stop) if response.code == 206 else None  # noqa: PLR2004
-    if part is not None:
-        end, size = part
-        return size, Stretch(response, watch, start, end)
-    what = f"{host} answers {response.code} instead of {source.route.reference}"
-    if response.code == 206:  # noqa: PLR2004
-        discard(response, clock)
-        raise UnavailableError(502, "UNAVAILABLE", f"{what}: another range than {_span(start, stop)}")
-    raise UnavailableError(502, "UNAVAILABLE", await _refusal(response, clock, host, what))
 
 
 async def _refusal(response: IResponse, clock: IReactorTime, host: str, what: str) -> str:
@@ -281,12 +304,14 @@ class Watch:
     @ivar seconds: in which it must bring C{TRICKLE} bytes.
     @ivar host: who sends it.
     @ivar note: called when a body has ended: whether it was to blame for bringing nothing.
+    @ivar replaceable: tells whether somebody else may bring the rest: then C{SOONER_SECONDS} count.
     """
 
     clock: IReactorTime
     seconds: float
     host: str
     note: Callable[..., object] = lambda **_: None
+    replaceable: Callable[[], bool] = lambda: False
 
 
 class Stretch:
@@ -400,7 +425,7 @@ class BlobTransfer(TwistedProtocol):
         self.sink, self._watch, self._skip = sink, watch, skip
         self._timer: IDelayedCall | None = None
         self._stalled, self._barren = False, True
-        self._since = 0
+        self._since, self._waited = 0, 0.0
 
     def connectionMade(self) -> None:  # noqa: D102
         self._wait()
@@ -408,8 +433,8 @@ class BlobTransfer(TwistedProtocol):
     def dataReceived(self, data: bytes) -> None:  # noqa: D102
         self._since += len(data)
         if self._timer is not None and self._since >= TRICKLE:
-            self._timer.reset(self._watch.seconds)
-            self._since = 0
+            self._since, self._waited = 0, 0.0
+            self._timer.reset(self._step)
         if self._skip:
             data, self._skip = data[self._skip :], max(0, self._skip - len(data))
         if data:
@@ -418,10 +443,10 @@ class BlobTransfer(TwistedProtocol):
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:  # noqa: D102
         self._wait_no_more()
-        self._watch.note(barren=self._barren)
+        self._watch.note(barren=self._barren or self._stalled)
         if self._stalled:
             sent = f"no more than {self._since} bytes" if self._since else "nothing"
-            what = f"{self._watch.host} has sent {sent} for {self._watch.seconds:g} s"
+            what = f"{self._watch.host} has sent {sent} for {self._waited:g} s"
             reason = Failure(UnavailableError(504, "UNAVAILABLE", what))
         elif reason.check(ResponseDone, PotentialDataLoss):
             self.sink.ended(None)  # that it is whole is for the digest to say
@@ -461,15 +486,26 @@ class BlobTransfer(TwistedProtocol):
 
     def _wait(self) -> None:
         if self._timer is None:
-            self._since = 0
-            self._timer = self._watch.clock.callLater(self._watch.seconds, self._stall)
+            self._since, self._waited = 0, 0.0
+            self._timer = self._watch.clock.callLater(self._step, self._doubt)
 
     def _wait_no_more(self) -> None:
         if self._timer is not None and self._timer.active():
             self._timer.cancel()
         self._timer = None
 
-    def _stall(self) -> None:
+    @property
+    def _step(self) -> float:
+        return min(SOONER_SECONDS, self._watch.seconds - self._waited)
+
+    def _doubt(self) -> None:
+        """
+        Give it up if its time is over; it may be so sooner than it was when the body began.
+        """
+        self._waited += self._step
+        if self._waited < self._watch.seconds and not self._watch.replaceable():
+            self._timer = self._watch.clock.callLater(self._step, self._doubt)
+            return
         self._timer, self._stalled = None, True
         self._hang_up()
 

@@ -11,9 +11,9 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
+from typing import Final, TypeVar
 
 from twisted.internet.defer import Deferred
 from twisted.logger import Logger
@@ -23,18 +23,13 @@ from twisted.web.iweb import IResponse
 from ecrproxy.oci import RegistryError, Route
 from ecrproxy.registry.bucket import Blob, UnavailableError
 from ecrproxy.registry.endpoint import Endpoint
+from ecrproxy.registry.race import SLOW_SECONDS, Ask, Race
 from ecrproxy.registry.upstream import Head, Manifest, Upstream
 from ecrproxy.registry.wire import Wire
 
-if TYPE_CHECKING:
-    from twisted.internet.interfaces import IDelayedCall
-
 log = Logger()
 T = TypeVar("T")
-Ask = Callable[[], Coroutine[Any, Any, T]]
 
-SLOW_SECONDS: Final = 3.0
-"""Seconds without an answer after which the next is asked, too; the one before may still answer first."""
 _WHOLE: Final = 2 * SLOW_SECONDS
 """The same where a registry and a bucket have to answer: where the blob lies has had its own seconds by then."""
 
@@ -91,7 +86,9 @@ class Replicated(Upstream):
         """
         ask = partial(super().blob, route, stop, start)
         others = [partial(each.blob, route, stop, start) for each in self.replicas]
-        return await self._sooner(route, ask, others, _WHOLE)
+        blob = await self._sooner(route, ask, others, _WHOLE)
+        blob.copies = (self, *self.replicas)
+        return blob
 
     async def locate(self, route: Route) -> tuple[str, IResponse | None]:
         """
@@ -103,61 +100,12 @@ class Replicated(Upstream):
     def _sooner(
         self, route: Route, ask: Ask[T], others: Sequence[Ask[T]], seconds: float = SLOW_SECONDS
     ) -> Deferred[T]:
-        return _Race(route, [ask, *others], seconds, self.clock.callLater).won
+        def asking(number: int) -> None:
+            if number:
+                log.info("Asking a replica for {path}", path=route.path, once=route.repository)
+
+        return Race([ask, *others], seconds, self.clock.callLater, _passes, asking).won
 
 
-class _Race(Generic[T]):
-    """
-    Ask one after the other, until one answers.
-
-    @ivar won: fires with the first answer, or with what became of the first that was asked. Cancelling it ends all.
-    """
-
-    def __init__(
-        self, route: Route, asks: Sequence[Ask[T]], seconds: float, call_later: Callable[..., IDelayedCall]
-    ) -> None:
-        self._route, self._left, self._seconds, self._call_later = route, list(asks), seconds, call_later
-        self._asked: list[Deferred[T]] = []
-        self._failed: dict[int, Failure] = {}
-        self._over = False
-        self._limit: IDelayedCall | None = None
-        self.won: Deferred[T] = Deferred(lambda _: self._stop())
-        self._next()
-
-    def _next(self) -> None:
-        if self._limit is not None and self._limit.active():
-            self._limit.cancel()
-        ask, number = self._left.pop(0), len(self._asked)
-        if number:
-            log.info("Asking a replica for {path}", path=self._route.path, once=self._route.repository)
-        if self._left:
-            self._limit = self._call_later(self._seconds, self._next)
-        asked = Deferred.fromCoroutine(ask())
-        self._asked.append(asked)
-        asked.addCallbacks(self._answered, self._lost, errbackArgs=(number,))
-
-    def _answered(self, answer: T) -> None:
-        if not self._over:
-            self._stop()
-            self.won.callback(answer)
-
-    def _lost(self, failure: Failure, number: int) -> None:
-        if self._over:
-            return
-        self._failed[number] = failure
-        final = number == 0 and not failure.check(UnavailableError)
-        if not final and not (number and failure.check(RegistryError) is None):
-            if self._left:
-                self._next()
-                return
-            if len(self._failed) < len(self._asked):
-                return
-        self._stop()
-        self.won.errback(self._failed.get(0, failure))
-
-    def _stop(self) -> None:
-        self._over = True
-        if self._limit is not None and self._limit.active():
-            self._limit.cancel()
-        for each in self._asked:
-            each.cancel()
+def _passes(failure: Failure, number: int) -> bool:
+    return failure.check(RegistryError if number else UnavailableError) is not None

@@ -1,0 +1,103 @@
+"""
+The same question to one after another, until one of them answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine, Iterable
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
+
+from twisted.internet.defer import Deferred
+from twisted.python.failure import Failure
+
+if TYPE_CHECKING:
+    from twisted.internet.interfaces import IDelayedCall
+
+T = TypeVar("T")
+Ask = Callable[[], Coroutine[Any, Any, T]]
+
+SLOW_SECONDS: Final = 3.0
+"""Seconds without an answer after which the next is asked, too; the one before may still answer first."""
+
+
+class Race(Generic[T]):
+    """
+    Ask one, and the next when it fails or is slow.
+
+    @param passes: returns True if a failure of the one with that number leaves it to the others to answer.
+    @param asking: called with the number of each that is asked.
+    @ivar won: fires with the first answer, or with what became of the first that was asked. Cancelling it ends all.
+    """
+
+    def __init__(
+        self,
+        asks: Iterable[Ask[T]],
+        seconds: float,
+        call_later: Callable[..., IDelayedCall],
+        passes: Callable[[Failure, int], bool],
+        asking: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        self._left, self._seconds, self._call_later = list(asks), seconds, call_later
+        self._passes, self._asking = passes, asking
+        self._asked: list[Deferred[T]] = []
+        self._failed: dict[int, Failure] = {}
+        self._over = False
+        self._limit: IDelayedCall | None = None
+        self.won: Deferred[T] = Deferred(lambda _: self._stop())
+        self._next()
+
+    @property
+    def problem(self) -> BaseException | None:
+        """
+        Tell what became of the first that was asked; None if it has not failed.
+        """
+        return self._failed[0].value if 0 in self._failed else None
+
+    def add(self, ask: Ask[T]) -> None:
+        """
+        Have another one asked: at once, if those before have had their time.
+        """
+        if not self._over:
+            self._left.append(ask)
+            if self._limit is None or not self._limit.active():
+                self._next()
+
+    def _next(self) -> None:
+        """
+        Ask the next one, if there is any; it has its time, whether another one is left or not.
+        """
+        if self._limit is not None and self._limit.active():
+            self._limit.cancel()
+        if not self._left:
+            return
+        ask, number = self._left.pop(0), len(self._asked)
+        self._asking(number)
+        self._limit = self._call_later(self._seconds, self._next)
+        asked = Deferred.fromCoroutine(ask())
+        self._asked.append(asked)
+        asked.addCallbacks(self._answered, self._lost, errbackArgs=(number,))
+
+    def _answered(self, answer: T) -> None:
+        if not self._over:
+            self._stop()
+            self.won.callback(answer)
+
+    def _lost(self, failure: Failure, number: int) -> None:
+        if self._over:
+            return
+        self._failed[number] = failure
+        if self._passes(failure, number):
+            if self._left:
+                self._next()
+                return
+            if len(self._failed) < len(self._asked):
+                return
+        self._stop()
+        self.won.errback(self._failed.get(0, failure))
+
+    def _stop(self) -> None:
+        self._over = True
+        if self._limit is not None and self._limit.active():
+            self._limit.cancel()
+        for each in self._asked:
+            each.cancel()
