@@ -34,12 +34,13 @@ from ecrproxy.cache.record import POLL_SECONDS, STALLED_SECONDS, Step
 from ecrproxy.cache.writer import Writer
 from ecrproxy.cached import FACTS, Cache
 from ecrproxy.flights import Flights
-from ecrproxy.identity import Repository
+from ecrproxy.identity import RegistryId, Repository
 from ecrproxy.lists import Lists
 from ecrproxy.manifests import Manifests
 from ecrproxy.oci import BLOB_TYPE, Descriptor, Digest, Kind, RegistryError, Route, listed
 from ecrproxy.reasons import Reason
-from ecrproxy.registry.bucket import Blob, UnavailableError
+from ecrproxy.registry.bucket import Blob, UnavailableError, is_passed_on
+from ecrproxy.registry.race import SLOW_SECONDS, Race
 from ecrproxy.registry.upstream import Upstream
 from ecrproxy.threads import Disk, on_its_own
 from ecrproxy.transfer.download import Download
@@ -54,6 +55,8 @@ if TYPE_CHECKING:
 
 log = Logger()
 
+Source = tuple[Upstream, Route]
+"""A registry, and as what it has a blob."""
 READING_AHEAD: Final = 64
 """Manifests whose layers may wait to be fetched before anybody asks for them: of others, that is left to who asks."""
 
@@ -105,6 +108,8 @@ class PullThrough:
         self._ahead = 0
         self._reading_ahead: set[tuple[Repository, Digest]] = set()
         self._carriers: dict[Digest, Repository] = {}
+        self._others: dict[Digest, dict[RegistryId, Source]] = {}
+        self._races: dict[Digest, Callable[[Source], None]] = {}
         self._sizes: Flights[int] = Flights()
         self._manifests = Manifests(upstream, cache, now, call_later, tag_ttl)
         self.page = Lists(upstream, call_later).page
@@ -212,8 +217,8 @@ class PullThrough:
         except OtherSizeError as problem:  # which those who joined are told after this
             problem.certain = confirmed
             raise
-        if body is None:
-            return None
+        if body is None or self._carriers.get(digest, route.repository) != route.repository:
+            return None  # that another registry has begun to send it says nothing about this one
         if isinstance(body, Passing) or not body.kept or body.elsewhere:  # else it was noted with the file
             self._cache.holds(asked, body.size)
         missing = self._cache.why_missing(asked, missing)
@@ -235,12 +240,14 @@ class PullThrough:
         digest = asked.digest
         body: Download | Passing | None = self._arriving.get(digest)
         if body is None and digest in self._openings:
+            self._ask_beside(digest, asked.route, carrier)
             try:
                 body = await self._openings.join(digest, lambda: self._open(asked.route, digest, None, []))
             except RegistryError:
                 if carrier == asked.route.repository:
                     raise
                 return None  # what ECR said to another repository says nothing about this one
+            carrier = self._carriers.get(digest, carrier)
         if body is None:
             return None
         if isinstance(body, Download) and body.stopped:
@@ -259,6 +266,16 @@ class PullThrough:
         self._cache.holds(asked, body.size)
         self._add_source(body, asked.route, carrier)
         return Answer(CacheStatus.JOINED, Reason.IN_FLIGHT, BLOB_TYPE, digest, body.size, body)
+
+    def _ask_beside(self, digest: Digest, route: Route, carrier: Repository | None) -> None:
+        """
+        Have a transfer that is being opened begin at the registry of a client that waits for it, if its own is slow.
+        """
+        registry, others = route.repository.registry, self._others.get(digest)
+        if carrier is not None and carrier.registry != registry and others is not None and registry not in others:
+            others[registry] = source = self._upstream(route), route
+            if digest in self._races:
+                self._races[digest](source)
 
     def _add_source(self, download: Download, route: Route, carrier: Repository | None) -> None:
         """
@@ -289,6 +306,7 @@ class PullThrough:
         @param unread: whether the disk could not give it: if it is there, it is passed on, and not kept.
         @param asked: whose request it is, if it is one's.
         """
+        self._others[digest] = {}
         try:
             claimed = await self._claimed(digest, waits=not ahead)
             if claimed is Met.CONTENT and unread:
@@ -303,6 +321,8 @@ class PullThrough:
         except BaseException:
             self._carriers.pop(digest, None)
             raise
+        finally:
+            del self._others[digest]
         if not isinstance(body, Download):
             del self._carriers[digest]
         return body
@@ -335,7 +355,7 @@ class PullThrough:
         digest: Digest,
         expected: int | None,
         parts: Sequence[Span],
-    ) -> Download | Passing:
+    ) -> Download | Passing | None:
         """
         Follow another process's transfer, once ECR has said that the repository holds the blob.
         """
@@ -455,11 +475,12 @@ class PullThrough:
         expected: int | None,
         parts: Sequence[Span],
         asked: Asked | None = None,
-    ) -> Download | Passing:
+    ) -> Download | Passing | None:
         """
         Begin the shared transfer of C{digest}: with what is wanted first, or from where an earlier one ended.
 
         @param claim: the claim, or why the blob is not kept.
+        @return: none if a part is to be passed on that another registry gives: each client asks its own for that.
         """
         left = self._cache.left(claim) if isinstance(claim, Claim) else None
         if left is not None:
@@ -467,15 +488,14 @@ class PullThrough:
         wanted = joined(parts) or parts
         start, stop = _first_span(left, wanted, self._lanes.first_part(left.size if left else expected))
         try:
-            blob = await self._upstream(route).blob(route, stop, start)
-            if blob.size is None:
-                blob.size = expected  # a manifest has told: the client gets a length, and the cache the blob
-            if parts:
-                _check_size(blob, expected)
+            given, blob = await self._first(route, digest, stop, start)
+            _settle_size(blob, expected, parts)
         except BaseException:
             if isinstance(claim, Claim):
                 self._cache.unclaim(claim)
             raise
+        if given is not route:
+            asked, self._carriers[digest] = None, given.repository
         try:
             file: Writer | Reason
             if isinstance(claim, Claim):
@@ -486,8 +506,29 @@ class PullThrough:
             drop(blob.first)
             raise
         if isinstance(file, Reason) and (asks := questions(parts, ranged=blob.ranged)):
+            if given is not route:
+                drop(blob.first)
+                return None
             return Passing(digest, blob, file, self._lanes.buffered, asks)
         return self._begin(blob, digest, file, shared=True, urgency=_urgency(parts))
+
+    async def _first(self, route: Route, digest: Digest, stop: int | None, start: int) -> tuple[Route, Blob]:
+        """
+        Begin to fetch a blob: from its registry, or, if that fails or is slow, from that of another client who waits.
+
+        @return: as what the registry that gives it has it, and the blob.
+        """
+
+        async def ask(source: Source) -> tuple[Route, Blob]:
+            return source[1], await source[0].blob(source[1], stop, start)
+
+        sources = [(self._upstream(route), route), *self._others.get(digest, {}).values()]
+        race = Race([partial(ask, each) for each in sources], SLOW_SECONDS, self._call_later, is_passed_on)
+        self._races[digest] = lambda source: race.add(partial(ask, source))
+        try:
+            return await race.won
+        finally:
+            del self._races[digest]
 
     def _begin(
         self,
@@ -630,6 +671,18 @@ def _parts(ranges: Ranges | None, size: int | None) -> list[Span]:
 
 def _uncertain() -> OtherSizeError:
     return OtherSizeError(502, "UNAVAILABLE", "the size of the blob is not certain")
+
+
+def _settle_size(blob: Blob, expected: int | None, parts: Sequence[Span]) -> None:
+    """
+    Take the size from a manifest where a bucket tells none; the client gets a length then, and the cache the blob.
+
+    @raise OtherSizeError: if parts are wanted of what has another one.
+    """
+    if blob.size is None:
+        blob.size = expected
+    if parts:
+        _check_size(blob, expected)
 
 
 def _check_size(blob: Blob, expected: int | None, *, certain: bool = False) -> None:

@@ -133,6 +133,7 @@ ARROWS: dict[str, set[str]] = {
         "oci",
         "reasons",
         "registry.bucket",
+        "registry.race",
         "registry.upstream",
         "threads",
         "transfer",

@@ -228,6 +228,53 @@ class SeveralRegistriesTests(DaemonTestCase):
         self.standin.heal()
         self.standin.release(digest)
 
+    def test_a_client_that_waits_for_a_silent_registry_is_served_by_its_own(self) -> None:
+        """
+        Soon. A client of the silent one gets nothing that this one has not confirmed, but for what a manifest lists.
+        """
+        layer = noise("opened", 100_000)
+        for listed in (False, True):
+            if listed:
+                layer = noise("listed", 100_000)
+                self.standin.push_image("team/app", "listed", layers=[layer])
+                self.get("/v2/team/app/manifests/listed")
+            digest = str(self.standin.push_blob("team/app", layer))
+            self.other.push_blob("team/app", layer)
+            self.standin.hang("registry")
+            one = self.daemon.send("GET", f"/v2/team/app/blobs/{digest}")
+            self.flush()
+            two = self.daemon.send("GET", f"/v2/us/team/app/blobs/{digest}")
+            self.pass_time(SLOW_SECONDS + 1)
+            self.assertWhole(two, layer, "JOINED")
+            if listed:
+                self.assertWhole(one, layer, "JOINED")
+            else:
+                self.assertEqual((0, b""), (one.code, bytes(one.body)))
+                self.pass_time(60)
+                self.assertEqual(504, one.code)
+            self.standin.heal()
+            self.assertWhole(self.get(f"/v2/us/team/app/blobs/{digest}"), layer, "HIT")
+            self.pass_time(60)
+
+    def test_a_client_that_waits_for_a_failing_registry_is_served_by_its_own(self) -> None:
+        """
+        Kept or not, the whole or a part; what the other registry says of its repository stays its own.
+        """
+        for number, (limit, wanted) in enumerate(((2**30, ""), (1, ""), (1, "bytes=10-19"), (2**30, "bytes=10-19"))):
+            self.start(others={self.table: self.other}, limit=limit)
+            layer = noise(f"fails {number}", 100_000)
+            digest = str(self.standin.push_blob("team/app", layer))
+            self.other.push_blob("team/app", layer)
+            fault = self.standin.hang("registry")
+            headers = {"Range": wanted} if wanted else {}
+            one = self.daemon.send("GET", f"/v2/team/app/blobs/{digest}", **headers)
+            self.flush()
+            two = self.daemon.send("GET", f"/v2/us/team/app/blobs/{digest}", **headers)
+            self.pass_time(80)
+            self.assertEqual(layer[10:20] if wanted else layer, bytes(two.body))
+            self.assertEqual(504, one.code)
+            fault.remove()
+
     def test_one_that_is_slow_alone_is_waited_for(self) -> None:
         """
         Nobody of another registry waits for it: it has all its time.

@@ -52,6 +52,13 @@ class RefusedAnswerError(UnavailableError):
     named = ""
 
 
+def is_passed_on(failure: Failure, number: int) -> bool:
+    """
+    Return True if a failure of one registry leaves it to others to answer: a refusal of the first does not.
+    """
+    return failure.check(RegistryError if number else UnavailableError) is not None
+
+
 _COUNT = re.compile(r"[0-9]{1,18}")
 _SPAN = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})")
 REDIRECT_STATUSES: Final = (301, 302, 303, 307, 308)

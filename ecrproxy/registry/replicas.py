@@ -17,11 +17,10 @@ from typing import Final, TypeVar
 
 from twisted.internet.defer import Deferred
 from twisted.logger import Logger
-from twisted.python.failure import Failure
 from twisted.web.iweb import IResponse
 
-from ecrproxy.oci import RegistryError, Route
-from ecrproxy.registry.bucket import Blob, UnavailableError
+from ecrproxy.oci import Route
+from ecrproxy.registry.bucket import Blob, is_passed_on
 from ecrproxy.registry.endpoint import Endpoint
 from ecrproxy.registry.race import SLOW_SECONDS, Ask, Race
 from ecrproxy.registry.upstream import Head, Manifest, Upstream
@@ -104,8 +103,4 @@ class Replicated(Upstream):
             if number:
                 log.info("Asking a replica for {path}", path=route.path, once=route.repository)
 
-        return Race([ask, *others], seconds, self.clock.callLater, _passes, asking).won
-
-
-def _passes(failure: Failure, number: int) -> bool:
-    return failure.check(RegistryError if number else UnavailableError) is not None
+        return Race([ask, *others], seconds, self.clock.callLater, is_passed_on, asking).won
