@@ -150,7 +150,7 @@ class Cache:
         self._to_write: set[tuple[EntryKey, frozenset[str]]] = set()
         self._storing = 0
         self._hashing = Places(VERIFICATIONS)
-        self._looks: Flights[tuple[Descriptor, Document] | Reason] = Flights()
+        self._looks: Flights[tuple[Confirmed, Document] | Reason] = Flights()
         self._reads: Flights[Document | None] = Flights()
 
     def at_hand(self, asked: Asked) -> Answer | None:
@@ -163,10 +163,10 @@ class Cache:
         if body is None or (is_manifest and document is None):
             return None
         known = self._known(asked, self._entry_at_hand)[0]
-        if known is None or (document is not None and not _fits(document, known)):
+        if known is None or (document is not None and not _fits(document, known.descriptor)):
             return None
         self.store.index.use(asked.digest)
-        media_type = known.media_type if is_manifest else BLOB_TYPE
+        media_type = known.descriptor.media_type if is_manifest else BLOB_TYPE
         return Answer(CacheStatus.HIT, Reason.CACHED, media_type, asked.digest, len(body), None if asked.head else body)
 
     def _entry_at_hand(self, key: EntryKey) -> Entry | None:
@@ -181,7 +181,7 @@ class Cache:
             return found if known is not None and known.manifest is not None else None
         return found
 
-    async def look_up(self, asked: Asked) -> tuple[Descriptor | None, Content | None, Reason]:
+    async def look_up(self, asked: Asked) -> tuple[Confirmed | None, Content | None, Reason]:
         """
         See whether the repository may have the content, and open it.
 
@@ -192,7 +192,7 @@ class Cache:
             known, content, missing = await self._disk.reading(self._look_up, asked, known, missing)
         except OSError:
             return known, None, Reason.DISK
-        if known is None or content is None or known.size == content.size or content.proved:
+        if known is None or content is None or known.descriptor.size == content.size or content.proved:
             return known, content, missing
         try:
             return known, await self._if_right(content), missing
@@ -200,8 +200,8 @@ class Cache:
             return known, None, Reason.DISK
 
     def _look_up(
-        self, asked: Asked, known: Descriptor | None, missing: Reason
-    ) -> tuple[Descriptor | None, Content | None, Reason]:
+        self, asked: Asked, known: Confirmed | None, missing: Reason
+    ) -> tuple[Confirmed | None, Content | None, Reason]:
         if known is None:
             known, missing = self._known(asked, self.store.entry)
         return known, self.store.open(asked.digest), missing
@@ -245,21 +245,21 @@ class Cache:
             return await self._disk.reading(self.store.has, digest)
         return False
 
-    def _known(self, asked: Asked, look: Callable[[EntryKey], Entry | None]) -> tuple[Descriptor | None, Reason]:
+    def _known(self, asked: Asked, look: Callable[[EntryKey], Entry | None]) -> tuple[Confirmed | None, Reason]:
         entry = look(asked.entry_key)
         known = entry.answers.get(ANY) if entry else None
         if known is None:
             return None, Reason.FIRST_USE
-        return known.descriptor, Reason.NOT_KEPT if known.manifest is None else Reason.FIRST_USE
+        return known, Reason.NOT_KEPT if known.manifest is None else Reason.FIRST_USE
 
-    async def look_up_manifest(self, asked: Asked) -> tuple[Descriptor, Document] | Reason:
+    async def look_up_manifest(self, asked: Asked) -> tuple[Confirmed, Document] | Reason:
         """
         Read a manifest that the repository may have, or give the reason why it can't be had here.
 
         It is read once, and in memory once, for all who ask at the same time.
         """
 
-        async def look() -> tuple[Descriptor, Document] | Reason:
+        async def look() -> tuple[Confirmed, Document] | Reason:
             return await self._disk.reading(self._look_up_manifest, asked, self._own_types.get(asked.digest))
 
         try:
@@ -267,13 +267,13 @@ class Cache:
         except OSError:
             return Reason.DISK
 
-    def _look_up_manifest(self, asked: Asked, parsed: Document | None) -> tuple[Descriptor, Document] | Reason:
+    def _look_up_manifest(self, asked: Asked, parsed: Document | None) -> tuple[Confirmed, Document] | Reason:
         known, missing = self._known(asked, self.store.entry)
         document = self._read_document(asked.digest, parsed) if known is not None else None
         if known is None or document is None:
             return missing
         # Which type it has was told by an index that lists it: ECR decides if the manifest says otherwise.
-        return (known, document) if _fits(document, known) else Reason.FIRST_USE
+        return (known, document) if _fits(document, known.descriptor) else Reason.FIRST_USE
 
     async def document(self, digest: Digest) -> Document | None:
         """
@@ -375,11 +375,12 @@ class Cache:
                 return await self._disk.reading(self.store.written, key) or Entry()
         return await self._entry(key)
 
-    def note(self, asked: Asked, known: Descriptor) -> None:
+    def note(self, asked: Asked, known: Confirmed) -> None:
         """
-        Hold in memory what an entry or a fact on the disk said.
+        Hold in memory what an entry or a fact on the disk said: a fact once, whatever the cache key.
         """
-        self._hold_entry(asked.entry_key, self._entry_of(known))
+        key = asked.entry_key if known.manifest is None else asked.entry_key._replace(variant="")
+        self._hold_entry(key, Entry({ANY: known}))
 
     def _entry_of(self, descriptor: Descriptor, manifest: Digest | None = None) -> Entry:
         return Entry({ANY: Confirmed(descriptor, self._now(), manifest)})
@@ -445,16 +446,16 @@ class Cache:
             return answer
         return replace(answer, body=content)
 
-    def manifest(self, asked: Asked, known: Descriptor, document: Document) -> Answer:
+    def manifest(self, asked: Asked, known: Confirmed, document: Document) -> Answer:
         """
         Answer with a manifest that was found in the directory, and hold it in memory.
         """
         self.hold(asked.digest, document)
         self.note(asked, known)
-        return manifest_answer(CacheStatus.HIT, Reason.CACHED, asked, known, document.body)
+        return manifest_answer(CacheStatus.HIT, Reason.CACHED, asked, known.descriptor, document.body)
 
     async def shelved(
-        self, asked: Asked, known: Descriptor | None, content: Content, *, confirmed: bool = False
+        self, asked: Asked, known: Confirmed | None, content: Content, *, confirmed: bool = False
     ) -> Answer | None:
         """
         Answer from the cache; none if what is there turns out to be bad.
@@ -859,14 +860,25 @@ class Cache:
         if news.everything:
             for memory in (self._blobs, self._documents, self._entries, self._unwritten):
                 memory.clear()
+        keys = set[EntryKey]()
         for each in news.purged:
             if isinstance(each, Digest):
                 self._blobs.drop(each)
                 self._documents.drop(each)
             else:
-                self._entries.drop(each)
-                self._unwritten.pop(each, None)
+                keys.add(each._replace(variant=""))
+        if keys:
+            self._forget_variants(keys)
         self._learnt.clear()
+
+    def _forget_variants(self, purged: set[EntryKey]) -> None:
+        """
+        Forget what was purged, whatever the cache key: the index does not keep all variants that memory may hold.
+        """
+        for key in [each for each in self._entries if each._replace(variant="") in purged]:
+            self._entries.drop(key)
+        for key in [each for each in self._unwritten if each._replace(variant="") in purged]:
+            del self._unwritten[key]
 
     async def _save(self, entries: Facts) -> None:
         """

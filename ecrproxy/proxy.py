@@ -149,7 +149,7 @@ class PullThrough:
         confirmed, size = False, None
         while answer is None:
             known, content, missing = await self._cache.look_up(asked)
-            size = known.size if known and not confirmed else size
+            size = known.descriptor.size if known and not confirmed else size
             carrier = self._carriers.get(asked.digest)
             absent = content is None and carrier is None
             allowed = known is not None or confirmed or (content is None and carrier == asked.route.repository)

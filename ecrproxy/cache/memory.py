@@ -5,7 +5,7 @@ A bounded memory of small things that were used lately.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from typing import Generic, TypeVar
 
 K = TypeVar("K", bound=Hashable)
@@ -22,6 +22,12 @@ class Memory(Generic[K, V]):
     def __init__(self, limit: int) -> None:
         self._limit, self._total = limit, 0
         self._values: OrderedDict[K, tuple[V, int]] = OrderedDict()
+
+    def __iter__(self) -> Iterator[K]:
+        """
+        Yield the keys, of what was used longest ago first; that is no use.
+        """
+        return iter(self._values)
 
     def get(self, key: K) -> V | None:
         """
