@@ -12,7 +12,8 @@ Rules:
   the first time it is used, and again when somebody has changed its file: see L{verification}.
 - What ECR says of one tag takes effect in the order in which it was asked, by whichever process. A question's number is
   when it was asked, in microseconds since the epoch; an answer counts as of then.
-- The memory is a copy: what the disk lost, it may still give; what it has dropped is read again.
+- The memory is a copy: what the disk lost, it may still give; what it has dropped is read again. What was read, or
+  written, when a purge was heard of is not held in it: it may be of before that.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
-from typing import Final, Protocol, TypeVar
+from typing import Final, NamedTuple, Protocol, TypeVar
 
 from twisted.internet.defer import Deferred
 from twisted.logger import Logger
@@ -116,6 +117,21 @@ class Room(Protocol):
         """
 
 
+class Found(NamedTuple):
+    """
+    What a look into the cache has found.
+
+    @ivar known: what says that the repository may have it.
+    @ivar missing: why it isn't there, if it isn't.
+    @ivar since: how many purges had been heard of when the look began.
+    """
+
+    known: Confirmed | None
+    content: Content | None
+    missing: Reason
+    since: int
+
+
 class Cache:
     """
     What the cache directory and the memory in front of it know, and what they are told.
@@ -148,7 +164,7 @@ class Cache:
         self._unwritten: dict[EntryKey, Entry] = {}
         self._recording = Counter[EntryKey]()
         self._to_write: set[tuple[EntryKey, frozenset[str]]] = set()
-        self._storing = 0
+        self._storing = self._purges = 0
         self._hashing = Places(VERIFICATIONS)
         self._looks: Flights[tuple[Confirmed, Document] | Reason] = Flights()
         self._reads: Flights[Document | None] = Flights()
@@ -181,23 +197,24 @@ class Cache:
             return found if known is not None and known.manifest is not None else None
         return found
 
-    async def look_up(self, asked: Asked) -> tuple[Confirmed | None, Content | None, Reason]:
+    async def look_up(self, asked: Asked) -> Found:
         """
         See whether the repository may have the content, and open it.
-
-        @return: what is known, what is there, and why it isn't, if it isn't.
         """
-        known, missing = self._known(asked, self._entry_at_hand)
+        since = self._purges
+        held, missing = self._known(asked, self._entry_at_hand)
         try:
-            known, content, missing = await self._disk.reading(self._look_up, asked, known, missing)
+            known, content, missing = await self._disk.reading(self._look_up, asked, held, missing)
         except OSError:
-            return known, None, Reason.DISK
+            return Found(held, None, Reason.DISK, since)
+        if held is None and known is not None:
+            self._note(asked, known, since)
         if known is None or content is None or known.descriptor.size == content.size or content.proved:
-            return known, content, missing
+            return Found(known, content, missing, since)
         try:
-            return known, await self._if_right(content), missing
+            return Found(known, await self._if_right(content), missing, since)
         except OSError:
-            return known, None, Reason.DISK
+            return Found(known, None, Reason.DISK, since)
 
     def _look_up(
         self, asked: Asked, known: Confirmed | None, missing: Reason
@@ -256,14 +273,20 @@ class Cache:
         """
         Read a manifest that the repository may have, or give the reason why it can't be had here.
 
-        It is read once, and in memory once, for all who ask at the same time.
+        It is read once, and in memory once, for all who ask at the same time, and no purge is heard of.
         """
+        since = self._purges
 
         async def look() -> tuple[Confirmed, Document] | Reason:
-            return await self._disk.reading(self._look_up_manifest, asked, self._own_types.get(asked.digest))
+            parsed = self._own_types.get(asked.digest)
+            found = await self._disk.reading(self._look_up_manifest, asked, parsed)
+            if not isinstance(found, Reason):
+                self._note(asked, found[0], since)
+                self._hold_read(asked.digest, found[1], since)
+            return found
 
         try:
-            return await self._looks.join((asked.entry_key, asked.accept), look)
+            return await self._looks.join((asked.entry_key, asked.accept, since), look)
         except OSError:
             return Reason.DISK
 
@@ -279,7 +302,7 @@ class Cache:
         """
         Recall or read a manifest, whoever may have it; none if it isn't there.
         """
-        document = self.held(digest)
+        document, since = self.held(digest), self._purges
         if document is not None:
             return document
 
@@ -287,9 +310,9 @@ class Cache:
             return await self._disk.reading(self._read_document, digest, self._own_types.get(digest))
 
         with contextlib.suppress(OSError):
-            document = await self._reads.join(digest, read)
+            document = await self._reads.join((digest, since), read)
         if document is not None:
-            self.hold(digest, document)
+            self._hold_read(digest, document, since)
         return document
 
     def _read_document(self, digest: Digest, parsed: Document | None) -> Document | None:
@@ -375,12 +398,12 @@ class Cache:
                 return await self._disk.reading(self.store.written, key) or Entry()
         return await self._entry(key)
 
-    def note(self, asked: Asked, known: Confirmed) -> None:
+    def _note(self, asked: Asked, known: Confirmed, since: int) -> None:
         """
         Hold in memory what an entry or a fact on the disk said: a fact once, whatever the cache key.
         """
         key = asked.entry_key if known.manifest is None else asked.entry_key._replace(variant="")
-        self._hold_entry(key, Entry({ANY: known}))
+        self._hold_entries([(key, Entry({ANY: known}))], since)
 
     def _entry_of(self, descriptor: Descriptor, manifest: Digest | None = None) -> Entry:
         return Entry({ANY: Confirmed(descriptor, self._now(), manifest)})
@@ -423,11 +446,23 @@ class Cache:
         else:
             self._blobs.put(digest, small, len(small) + 400)
 
+    def _hold_read(self, digest: Digest, small: bytes | Document, since: int) -> None:
+        """
+        Hold what was read, unless a purge was heard of since.
+        """
+        if since == self._purges:
+            self.hold(digest, small)
+
     def _hold_entry(self, key: EntryKey, entry: Entry) -> None:
         self._entries.put(key, entry, entry.weight)
 
-    def _hold_entries(self, entries: Facts) -> None:
-        for key, entry in entries:
+    def _hold_entries(self, entries: Facts, since: int) -> None:
+        """
+        Hold what the index has, unless a purge was heard of since: it may have that no more.
+
+        @param since: how many had been heard of when it was about to be read or written.
+        """
+        for key, entry in entries if since == self._purges else ():
             self._hold_entry(key, entry)
 
     async def from_file(self, answer: Answer) -> Answer:
@@ -448,18 +483,15 @@ class Cache:
 
     def manifest(self, asked: Asked, known: Confirmed, document: Document) -> Answer:
         """
-        Answer with a manifest that was found in the directory, and hold it in memory.
+        Answer with a manifest that was found in the directory.
         """
-        self.hold(asked.digest, document)
-        self.note(asked, known)
         return manifest_answer(CacheStatus.HIT, Reason.CACHED, asked, known.descriptor, document.body)
 
-    async def shelved(
-        self, asked: Asked, known: Confirmed | None, content: Content, *, confirmed: bool = False
-    ) -> Answer | None:
+    async def shelved(self, asked: Asked, content: Content, since: int, *, confirmed: bool = False) -> Answer | None:
         """
         Answer from the cache; none if what is there turns out to be bad.
 
+        @param since: see L{Found}.
         @param confirmed: whether ECR said just now that the repository holds it.
         """
         why = (CacheStatus.HIT, Reason.CACHED)
@@ -474,9 +506,7 @@ class Cache:
             body = None
         if body is None:
             return None
-        self.hold(asked.digest, body)
-        if known is not None:
-            self.note(asked, known)
+        self._hold_read(asked.digest, body, since)
         return Answer(*why, BLOB_TYPE, asked.digest, len(body), body)
 
     def _verification(self, content: Content) -> Verification:
@@ -565,7 +595,7 @@ class Cache:
         if refused is not None:
             self.unclaim(claim)
             return refused
-        held = []
+        held, since = [], self._purges
         if asked is not None:
             held.append((asked.entry_key, self._entry_of(Descriptor(BLOB_TYPE, digest, size))))
         try:
@@ -577,7 +607,7 @@ class Cache:
                 raise
             return Reason.DISK
         if isinstance(writer, Writer):
-            self._hold_entries(held)
+            self._hold_entries(held, since)
         return writer
 
     async def _refused(self, room: int, begun: Callable[[], Awaitable[bool]] | None) -> Reason | None:
@@ -659,12 +689,13 @@ class Cache:
 
     async def _keep(self, route: Route, descriptor: Descriptor, document: Document) -> None:
         facts: Facts = ()
+        since = self._purges
         self._storing += _weight(document)
         try:
             facts = await self._learned(route.repository, descriptor, document)
             new = facts if self._may_learn(route.repository, descriptor) else ()
             if await self._stored(descriptor, document.body, new):
-                self._hold_entries(new)
+                self._hold_entries(new, since)
             elif new:
                 self._learnt.drop((route.repository, descriptor))
         finally:
@@ -766,7 +797,9 @@ class Cache:
         """
         Give what was known, and the entry as it is now; none if the answer is outdated.
         """
-        before, when = await self.entry(asked), question / 1e6
+        since, before, when = self._purges, await self.entry(asked), question / 1e6
+        if since != self._purges:  # what was read may have been purged
+            before = Entry()
         known = before.answers.get(asked.accept)
         if not self._order(key).answer(asked.accept, descriptor.media_type, question):
             return None, None
@@ -795,15 +828,17 @@ class Cache:
         await self._locks.run(key, partial(self._forget, key, asked, question))
 
     async def _forget(self, key: EntryKey, asked: Asked, question: int) -> None:
-        if self._deny(key, asked, question, await self._last_known(key)):
+        since, entry = self._purges, await self._last_known(key)
+        if self._deny(key, asked, question, entry, holds=since == self._purges):
             with contextlib.suppress(OSError):
                 await self._disk.writing(self.store.index.go_on)
 
-    def _deny(self, key: EntryKey, asked: Asked, question: int, entry: Entry | None) -> bool:
+    def _deny(self, key: EntryKey, asked: Asked, question: int, entry: Entry | None, *, holds: bool = True) -> bool:
         """
         Drop from memory what a 404 denies, and tell it no more; return whether there was any.
 
         @param entry: what is known; none if that can't be read, as on a disk that hangs: it may be there.
+        @param holds: whether what is left of it is held in memory.
         """
         types, newer, when = {asked.accept: ""}, set[frozenset[str]](), question / 1e6
         if entry is not None:
@@ -813,7 +848,7 @@ class Cache:
         if types and left == types.keys():
             return False
         self._entries.drop(key)
-        if entry is not None and left:
+        if entry is not None and left and holds:
             self._hold_entry(key, replace(entry, answers={accept: entry.answers[accept] for accept in left}))
         if types:
             self.store.index.hide_answers(key, types.keys() - left, when)  # whatever becomes of the thread
@@ -857,6 +892,7 @@ class Cache:
         """
         Forget what is held in memory of what was purged.
         """
+        self._purges += 1
         if news.everything:
             for memory in (self._blobs, self._documents, self._entries, self._unwritten):
                 memory.clear()
@@ -884,10 +920,11 @@ class Cache:
         """
         Note entries on the disk and in memory.
         """
+        since = self._purges
         try:
             if entries:
                 await self._disk.writing(self.store.save, *entries)
-            self._hold_entries(entries)
+            self._hold_entries(entries, since)
         except OSError as problem:
             log.debug("Not noted on the disk: {problem}", problem=problem)
         finally:

@@ -148,7 +148,7 @@ class PullThrough:
             answer = await self._blob_head(asked)
         confirmed, size = False, None
         while answer is None:
-            known, content, missing = await self._cache.look_up(asked)
+            known, content, missing, since = await self._cache.look_up(asked)
             size = known.descriptor.size if known and not confirmed else size
             carrier = self._carriers.get(asked.digest)
             absent = content is None and carrier is None
@@ -161,7 +161,7 @@ class PullThrough:
                         content.close()
                     size, confirmed = await self._blob_size(asked), True
                 elif content is not None:
-                    answer = await self._cache.shelved(asked, known, content, confirmed=confirmed)
+                    answer = await self._cache.shelved(asked, content, since, confirmed=confirmed)
                 else:
                     answer = await self._join(asked, ranges, carrier, size if confirmed else None)
             except OtherSizeError as problem:
@@ -172,7 +172,7 @@ class PullThrough:
         return answer
 
     async def _blob_head(self, asked: Asked) -> Answer:
-        known, content, missing = await self._cache.look_up(asked)
+        known, content, missing, _ = await self._cache.look_up(asked)
         if content is not None:
             content.close()
             if known is not None:

@@ -6,9 +6,13 @@ from __future__ import annotations
 
 from ecrproxy.cache.entries import EntryKey
 from ecrproxy.cache.inventory import Inventory
-from tests.daemon import DaemonTestCase, noise
+from ecrproxy.oci import Digest
+from ecrproxy.threads import Disk, InThread
+from tests.daemon import DaemonTestCase, Hands, Reply, at_once, noise
 
 TEAMS = ("a", "b")
+TTL = 1000
+"""Seconds for which a tag is trusted."""
 
 
 class KeyedTests(DaemonTestCase):
@@ -57,3 +61,126 @@ class KeyedTests(DaemonTestCase):
         self.index.forget(lost)
         self.purge(kept)
         self.assertEqual(["REVALIDATED"] * 2, self.words(path))
+
+
+class SlowDiskTests(DaemonTestCase):
+    """
+    What was read or written before a purge, and is told after it, is not held in memory.
+    """
+
+    index_in_memory = False
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.image = self.standin.push_image("team/app", "latest")
+        self.tag = "/v2/team/app/manifests/latest"
+        self.manifest = f"/v2/team/app/manifests/{self.image.digest}"
+        self.config = f"/v2/team/app/blobs/{self.image.config}"
+        for path in (self.tag, self.config):
+            self.get(path)
+        self.hands = Hands()
+
+    def start_slow(self, kind: str, tag_ttl: int = 0) -> None:
+        """
+        Start a daemon whose threads for one kind of work wait to be told.
+        """
+        kinds = ("reading", "writing", "committing", "hashing", "digesting", "closing")
+        threads: dict[str, InThread] = {**dict.fromkeys(kinds, at_once), kind: self.hands}
+        self.start(tag_ttl=tag_ttl, disk=Disk(**threads))
+
+    def purge(self, *content: str) -> None:
+        """
+        Purge all that is known of repositories, and some content; it is heard of.
+        """
+        Inventory(self.daemon.store).remove(list(self.entries()), map(Digest.parse, content))
+        self.pass_time(3)
+
+    def work_off(self) -> None:
+        self.hands.idle = True
+        self.hands.work_off()
+        self.flush()
+
+    def get_slowly(self, path: str) -> Reply:
+        """
+        Ask, and have the disk do the next call, of which nobody hears yet.
+        """
+        self.hands.idle = False
+        reply = self.daemon.send("GET", path)
+        self.flush()
+        self.hands.do()
+        return reply
+
+    def test_a_manifests_permission_does_not_come_back(self) -> None:
+        self.start_slow("reading")
+        reply = self.get_slowly(self.manifest)
+        self.purge()
+        self.work_off()
+        self.assertWhole(reply, self.image.manifest, "HIT")
+        self.assertWhole(self.get(self.manifest), self.image.manifest, "REVALIDATED")
+
+    def test_a_blobs_permission_does_not_come_back(self) -> None:
+        self.start_slow("reading")
+        reply = self.get_slowly(self.config)
+        self.purge()
+        self.work_off()
+        self.assertEqual("HIT", reply.cache)
+        self.assertEqual("REVALIDATED", self.get(self.config).cache)
+
+    def test_a_blob_does_not_come_back(self) -> None:
+        self.start_slow("reading")
+        self.get_slowly(self.config)
+        self.purge(self.image.config)
+        self.work_off()
+        self.assertEqual("MISS", self.get(self.config).cache)
+
+    def test_a_manifest_does_not_come_back(self) -> None:
+        """
+        Of a tag: it is read after its entry.
+        """
+        self.start_slow("reading")
+        reply = self.get_slowly(self.tag)
+        self.hands.tell()
+        self.flush()
+        self.hands.do()
+        self.purge(self.image.digest)
+        self.work_off()
+        self.assertWhole(reply, self.image.manifest, "MISS")
+
+    def test_who_asks_after_the_purge_waits_for_no_look_of_before(self) -> None:
+        self.start_slow("reading")
+        self.get_slowly(self.manifest)
+        self.purge()
+        later = self.daemon.send("GET", self.manifest)
+        self.flush()
+        self.work_off()
+        self.assertWhole(later, self.image.manifest, "REVALIDATED")
+
+    def test_what_was_being_written_does_not_come_back(self) -> None:
+        """
+        ECR confirmed it, and it was purged as soon as it was written.
+        """
+        path = f"/v2/team/other/blobs/{self.image.config}"
+        self.standin.push_blob("team/other", self.standin.repositories["team/app"].blobs[self.image.config])
+        self.start_slow("writing")
+        self.get_slowly(path)
+        self.purge()
+        self.work_off()
+        self.assertEqual("REVALIDATED", self.get(path).cache)
+
+    def test_what_a_tag_led_to_does_not_come_back(self) -> None:
+        """
+        It has moved, and what ECR says to a client of other types is noted beside what was read of it.
+        """
+        types = "application/vnd.oci.image.manifest.v1+json, application/vnd.docker.distribution.manifest.v2+json"
+        moved = self.standin.push_image("team/app", "latest", layers=[b"another"])
+        self.start_slow("reading", tag_ttl=TTL)
+        self.hands.idle = False
+        reply = self.daemon.send("GET", self.tag, Accept=types)
+        self.flush()
+        while not reply.ended:
+            self.hands.work()
+            self.flush()
+        self.hands.do()
+        self.purge()
+        self.work_off()
+        self.assertWhole(self.get(self.tag), moved.manifest, "MISS")

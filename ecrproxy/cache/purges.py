@@ -35,7 +35,7 @@ class Purges(Service):
         self, index: Index, forget: Callable[[News], object], in_thread: InThread, clock: IReactorTime
     ) -> None:
         self._index, self._forget, self._in_thread = index, forget, in_thread
-        self._again: News | None = None
+        self._missed = False
         self._loop = Periodic("Looking for purges", self.look, clock)
 
     def startService(self) -> None:  # noqa: D102
@@ -60,10 +60,9 @@ class Purges(Service):
         try:
             news = await self._in_thread(self._index.settle)
         except OSError:
-            self._again = News(everything=True)
+            self._missed = True
             raise
-        # Once more a second later: what was being read when it was removed may have got into memory since.
-        again, self._again = self._again, news
-        for each in (again, news):
-            if each:
-                self._forget(each)
+        if self._missed:
+            news, self._missed = News(everything=True), False
+        if news:
+            self._forget(news)
