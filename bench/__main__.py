@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from bench.ground import Ground, prepared, say
 from bench.machine import facts
-from bench.measures import MEASURES, QUICK, Sizes
+from bench.measures import HUGE, MEASURES, QUICK, Sizes
 from bench.peers import DIRECT, DISTRIBUTION, NGINX, available
 from bench.results import Figures, lines_of, report, report_options
 
@@ -52,9 +52,11 @@ def main() -> None:
     options = parse()
     sizes = QUICK if options.quick else Sizes()
     rounds = options.rounds or (1 if options.quick else 5)
-    with prepared(options.directory, sizes.layers, sizes.layer_bytes, sizes.large_bytes) as ground:
+    names = options.only or list(MEASURES)
+    huge = sizes.huge_bytes if set(names) & HUGE else 4096
+    with prepared(options.directory, sizes.layers, sizes.layer_bytes, sizes.large_bytes, huge) as ground:
         described = facts() | {"Rounds": str(rounds) + (" (small sizes)" if options.quick else "")}
-        figures = measure(ground, sizes, options.only or list(MEASURES), rounds)
+        figures = measure(ground, sizes, names, rounds)
     report(described, lines_of(figures), figures, options)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import selectors
 import socket
@@ -17,6 +18,8 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from bench.content import MANIFEST_TYPE, REPOSITORY
 from bench.ground import Ground
@@ -167,6 +170,59 @@ def fetch_together(served: Served, path: str, size: int, clients: int, times: in
                         selector.unregister(connection)
                         del left[number]
         return time.monotonic() - began
+
+
+def fetch_all_at_once(served: Served, path: str, size: int, clients: int) -> int:
+    """
+    Have each of so many clients fetch C{path} once on a plain connection of its own; tell how many did not get it.
+    """
+    request, scratch = f"GET {path} HTTP/1.1\r\nHost: {LOCAL}\r\n\r\n".encode(), bytearray(size + 2**14)
+    failed, missing = 0, dict[socket.socket, int]()
+    with contextlib.ExitStack() as stack:
+        selector = stack.enter_context(selectors.DefaultSelector())
+        opened = [
+            stack.enter_context(socket.create_connection((LOCAL, served.port), timeout=30)) for _ in range(clients)
+        ]
+        for each in opened:
+            each.sendall(request)
+            selector.register(each, selectors.EVENT_READ)
+        while selector.get_map():
+            ready = selector.select(SECONDS)
+            if not ready:
+                return failed + len(selector.get_map())
+            for key, _ in ready:
+                connection: Any = key.fileobj
+                missing[connection] = left = _left(connection, missing.get(connection), size, scratch)
+                if left <= 0:
+                    selector.unregister(connection)
+                    failed += left < 0
+    return failed
+
+
+def _left(connection: socket.socket, missing: int | None, size: int, scratch: bytearray) -> int:
+    """
+    Take some of a response; tell how many bytes are missing, or -1 if it is not what was asked for.
+
+    @param missing: what the last call told.
+    """
+    try:
+        if missing is not None:
+            received = connection.recv_into(scratch, missing, socket.MSG_TRUNC)
+            return missing - received if received else -1
+        head = connection.recv(2**14, socket.MSG_PEEK).partition(b"\r\n\r\n")[0]
+    except OSError:
+        return -1
+    return size + len(head) + 4 if head.startswith(b"HTTP/1.1 200") else -1
+
+
+def hashing_seconds(ground: Ground, path: Path) -> float:
+    """
+    Tell the processor time that C{sha256sum} takes for a file.
+    """
+    before = os.times()
+    subprocess.run(["sha256sum", str(path)], env=environment(ground.directory), stdout=subprocess.DEVNULL, check=True)
+    after = os.times()
+    return after.children_user + after.children_system - before.children_user - before.children_system
 
 
 def ask(served: Served, path: str, seconds: float, *, anew: bool, connections: int = 16) -> int:

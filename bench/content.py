@@ -1,7 +1,7 @@
 """
-What the upstream holds: one image of several layers, and one large blob, as files named by their digest.
+What the upstream holds: one image of several layers, and blobs by themselves, as files named by their digest.
 
-The bytes are random: they compress to nothing, and no run can profit of another's. A blob of 1 MiB is there too.
+The bytes are random: they compress to nothing, and no run can profit of another's.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ MEDIUM_BYTES = 2**20
 @dataclass(frozen=True)
 class Shelf:
     """
-    What was put into C{directory}: digests of the image's manifest, of the large blob, and of one of 1 MiB.
+    What was put into C{directory}: digests of the image's manifest, and of blobs: large, larger still, and of 1 MiB.
     """
 
     directory: str
@@ -35,6 +35,8 @@ class Shelf:
     large_bytes: int
     image_bytes: int
     medium: str
+    huge: str
+    huge_bytes: int
 
     def read(self, digest: str) -> bytes:
         """
@@ -63,7 +65,7 @@ class Shelf:
         return cls(**json.loads(text))
 
 
-def _put(directory: Path, pieces: list[bytes]) -> str:
+def _put(directory: Path, pieces: Iterable[bytes]) -> str:
     state = hashlib.sha256()
     draft = directory / "draft"
     with draft.open("wb") as file:
@@ -74,8 +76,8 @@ def _put(directory: Path, pieces: list[bytes]) -> str:
     return f"sha256:{state.hexdigest()}"
 
 
-def _random(size: int) -> list[bytes]:
-    return [os.urandom(min(PIECE, size - at)) for at in range(0, size, PIECE)]
+def _random(size: int) -> Iterable[bytes]:
+    return (os.urandom(min(PIECE, size - at)) for at in range(0, size, PIECE))
 
 
 def _json(document: Mapping[str, Any]) -> list[bytes]:
@@ -87,7 +89,7 @@ def _described(media_type: str, digest: str, directory: Path) -> dict[str, Any]:
     return {"mediaType": media_type, "size": size, "digest": digest}
 
 
-def fill(directory: Path, layers: int, layer_bytes: int, large_bytes: int) -> Shelf:
+def fill(directory: Path, layers: int, layer_bytes: int, large_bytes: int, huge_bytes: int) -> Shelf:
     """
     Make the content.
     """
@@ -102,5 +104,5 @@ def fill(directory: Path, layers: int, layer_bytes: int, large_bytes: int) -> Sh
     }
     manifest = _put(directory, _json(document))
     image_bytes = layers * layer_bytes + int(document["config"]["size"])  # type: ignore[index]
-    large, medium = (_put(directory, _random(size)) for size in (large_bytes, MEDIUM_BYTES))
-    return Shelf(str(directory), manifest, large, large_bytes, image_bytes, medium)
+    large, medium, huge = (_put(directory, _random(size)) for size in (large_bytes, MEDIUM_BYTES, huge_bytes))
+    return Shelf(str(directory), manifest, large, large_bytes, image_bytes, medium, huge, huge_bytes)

@@ -61,13 +61,17 @@ class Ground:
         return Path(tempfile.mkdtemp(prefix=f"{name.replace(' ', '-')}-", dir=self.directory))
 
     @contextlib.contextmanager
-    def upstream(self, latency: float = 0, rate: float = 0) -> Iterator[Upstream]:
+    def upstream(self, latency: float = 0, rate: float = 0, *, secure: bool = False) -> Iterator[Upstream]:
         """
         Run an upstream.
+
+        @param secure: whether its bucket speaks TLS.
         """
         output = self.fresh("upstream") / "upstream.log"
         argv = [sys.executable, "-m", "bench.upstream", "--shelf", self.shelf.to_json()]
         argv += ["--latency", str(latency), "--rate", str(rate)]
+        if secure:
+            argv += ["--certificate", str(self.certificate.chain), str(self.certificate.key)]
         env = environment(output.parent)
         cpu = self.processors.others
         with running(argv, cpu=cpu, env=env, output=output, cwd=ROOT, stdout=subprocess.PIPE) as process:
@@ -82,7 +86,9 @@ def say(line: str) -> None:
 
 
 @contextlib.contextmanager
-def prepared(within: str | None, layers: int, layer_bytes: int, large_bytes: int) -> Iterator[Ground]:
+def prepared(
+    within: str | None, layers: int, layer_bytes: int, large_bytes: int, huge_bytes: int = 4096
+) -> Iterator[Ground]:
     """
     Prepare the ground, and clear it away. Ends the program if it lacks a tool.
     """
@@ -91,5 +97,5 @@ def prepared(within: str | None, layers: int, layer_bytes: int, large_bytes: int
     processors = settle_down()
     with tempfile.TemporaryDirectory(prefix="ecrproxy-bench-", dir=within, ignore_cleanup_errors=True) as name:
         directory = Path(name)
-        shelf = fill(directory / "content", layers, layer_bytes, large_bytes)
+        shelf = fill(directory / "content", layers, layer_bytes, large_bytes, huge_bytes)
         yield Ground(directory, processors, shelf, make_certificate(directory))

@@ -10,8 +10,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from bench.clients import GB, ask, blob, download, fetch_together, hammer, idle, manifest, pull
+from bench.clients import (
+    GB,
+    ask,
+    blob,
+    download,
+    fetch_all_at_once,
+    fetch_together,
+    hammer,
+    hashing_seconds,
+    idle,
+    manifest,
+    pull,
+)
 from bench.content import MEDIUM_BYTES, TAG
 from bench.ground import Ground, Upstream
 from bench.peers import DIRECT, DISTRIBUTION, MANIFESTS, NGINX, OURS, Served, served
@@ -32,6 +45,8 @@ class Sizes:
     @ivar rate: bytes a second of each bucket connection of the cold pulls.
     @ivar crowd: clients that fetch a warm blob of 1 MiB at once.
     @ivar fetches: how often each of them does.
+    @ivar huge_bytes: of the layer of which only the bytes count.
+    @ivar rushing: clients that want a cold blob of 1 MiB at once.
     """
 
     large_bytes: int = 256 * 2**20
@@ -46,6 +61,8 @@ class Sizes:
     connections: int = 1000
     crowd: int = 500
     fetches: int = 10
+    huge_bytes: int = 2**30
+    rushing: int = 2000
 
 
 QUICK = Sizes(
@@ -60,9 +77,15 @@ QUICK = Sizes(
     connections=100,
     crowd=50,
     fetches=4,
+    huge_bytes=32 * 2**20,
+    rushing=100,
 )
 
 STREAMS = 8
+LANES = 4
+"""Connections to a bucket that the daemon has for one blob."""
+SETTLED = 0.5
+"""Seconds for what is done when the last client has what it wants, as committing the file is."""
 Measure = Callable[[Ground, Sizes, str, Figures], None]
 
 
@@ -161,6 +184,48 @@ def cold(ground: Ground, sizes: Sizes, peer: str, figures: Figures) -> None:
             figures.add("cold", peer, pull(ground, one.url))
 
 
+def inbound(ground: Ground, sizes: Sizes, peer: str, figures: Figures, *, secure: bool = False) -> None:
+    """
+    Measure a large layer that nobody has, from a bucket that gives each connection only so much.
+
+    nginx verifies nothing: what C{sha256sum} takes for as many bytes is added to its processor time.
+    """
+    name, size, shelf = "inbound-tls" if secure else "inbound", sizes.huge_bytes, ground.shelf
+    settings = {"SSL_CERT_FILE": str(ground.certificate.chain)} if secure and peer == OURS else {}
+    with (
+        ground.upstream(rate=sizes.rate, secure=secure) as upstream,
+        served(peer, ground, upstream, settings=settings) as one,
+    ):
+        used = cpu_seconds(one.pid)
+        seconds = download(ground, one, blob(shelf.huge), size, 1, 1)
+        time.sleep(SETTLED)
+        cost = cpu_seconds(one.pid) - used
+    if peer == NGINX:
+        cost += hashing_seconds(ground, Path(shelf.directory, shelf.huge.partition(":")[2]))
+    figures.add(name, peer, size / seconds / (LANES * sizes.rate))
+    figures.add(f"{name} cpu", peer, cost / size * GB)
+
+
+def inbound_tls(ground: Ground, sizes: Sizes, peer: str, figures: Figures) -> None:
+    """
+    Measure a large layer that nobody has, from a bucket that speaks TLS.
+    """
+    inbound(ground, sizes, peer, figures, secure=True)
+
+
+def rush(ground: Ground, sizes: Sizes, peer: str, figures: Figures) -> None:
+    """
+    Measure a blob of 1 MiB that nobody has and many clients want at once.
+    """
+    with ground.upstream(sizes.latency, sizes.rate) as upstream, served(peer, ground, upstream) as one:
+        before, used = upstream.counts(), cpu_seconds(one.pid)
+        failed = fetch_all_at_once(one, blob(ground.shelf.medium), MEDIUM_BYTES, sizes.rushing)
+        time.sleep(SETTLED)
+        figures.add("rush", peer, cpu_seconds(one.pid) - used)
+        figures.add("rush failed", peer, failed)
+        figures.add("rush asked", peer, _asked(upstream, before, "blobs", "blob heads", "bucket requests"))
+
+
 def _asked(upstream: Upstream, before: dict[str, int], *names: str) -> int:
     counts = upstream.counts()
     return sum(counts.get(name, 0) - before.get(name, 0) for name in names)
@@ -233,7 +298,12 @@ MEASURES: dict[str, tuple[Measure, Sequence[str]]] = {
     "crowd": (crowd, PEERS),
     "connecting": (connecting, PEERS),
     "cold": (cold, (DIRECT, *PEERS)),
+    "inbound": (inbound, (NGINX, OURS)),
+    "inbound-tls": (inbound_tls, (NGINX, OURS)),
+    "rush": (rush, (NGINX, OURS)),
     "storm": (storm, PEERS),
     "memory": (memory, PEERS),
     "workers": (workers, (OURS,)),
 }
+HUGE = {"inbound", "inbound-tls"}
+"""The measures that need a layer of that size."""

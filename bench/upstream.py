@@ -3,7 +3,8 @@ A fast stand-in for ECR, so that not the upstream is measured: C{python -m bench
 
 Three ports: C{registry} checks the token as ECR does and gives one to signed calls of AWS's API; C{open} is the same
 registry for who knows no such token; C{bucket} gives the bytes that both redirect to, at a rate for each connection.
-A thread for each connection; the kernel moves the bytes. C{/_counts} on any port tells what was asked so far.
+A thread for each connection; the kernel moves the bytes, unless the bucket speaks TLS. C{/_counts} on any port tells
+what was asked so far.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import re
 import signal
 import socket
+import ssl
 import sys
 import threading
 import time
@@ -22,6 +24,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from io import BufferedReader
 from pathlib import Path
+from typing import BinaryIO
 
 from bench.content import MANIFEST_TYPE, MEDIUM_BYTES, TAG, Shelf
 from bench.processes import LOCAL
@@ -102,6 +105,7 @@ class Registry:
         self._shelf, self._bucket, self._tally, self._open = shelf, bucket, tally, open_to_all
         self._manifest = shelf.read(shelf.manifest)
         self._sizes = {**shelf.blobs(), shelf.large: shelf.large_bytes, shelf.medium: MEDIUM_BYTES}
+        self._sizes[shelf.huge] = shelf.huge_bytes
 
     def answer(self, asked: Asked) -> Reply:
         """
@@ -181,12 +185,20 @@ class Listener:
 
     @param latency: seconds before each answer.
     @param rate: bytes a second of each connection, or 0.
+    @param tls: has it speak TLS.
     """
 
-    def __init__(self, what: Registry | Bucket | None, tally: Tally, latency: float, rate: float) -> None:
+    def __init__(
+        self,
+        what: Registry | Bucket | None,
+        tally: Tally,
+        latency: float,
+        rate: float,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
         self.what, self._tally, self._latency, self._rate = what, tally, latency, rate
-        self._socket = socket.create_server((LOCAL, 0), backlog=BACKLOG)
-        self.url = f"http://{LOCAL}:{self._socket.getsockname()[1]}"
+        self._socket, self._tls = socket.create_server((LOCAL, 0), backlog=BACKLOG), tls
+        self.url = f"{'http' if tls is None else 'https'}://{LOCAL}:{self._socket.getsockname()[1]}"
 
     def start(self) -> None:
         """
@@ -202,6 +214,8 @@ class Listener:
 
     def _serve(self, connection: socket.socket) -> None:
         try:
+            if self._tls is not None:
+                connection = self._tls.wrap_socket(connection, server_side=True)
             with connection, connection.makefile("rb") as stream:
                 first = True
                 while (asked := _read(stream)) is not None:
@@ -235,12 +249,23 @@ class Listener:
         with Path(path).open("rb") as file:
             at = start
             while at < stop:
-                sent = os.sendfile(connection.fileno(), file.fileno(), at, min(piece, stop - at))
+                sent = _move(connection, file, at, min(piece, stop - at))
                 self._tally.add("bucket bytes", sent)
                 at += sent
                 ahead = (at - start) / self._rate - (time.monotonic() - began) if self._rate else 0
                 if ahead > 0:
                     time.sleep(ahead)
+
+
+def _move(connection: socket.socket, file: BinaryIO, at: int, count: int) -> int:
+    """
+    Send bytes of a file; tells how many.
+    """
+    if not isinstance(connection, ssl.SSLSocket):
+        return os.sendfile(connection.fileno(), file.fileno(), at, count)
+    data = os.pread(file.fileno(), min(count, PACE), at)
+    connection.sendall(data)
+    return len(data)
 
 
 def _read(stream: BufferedReader) -> Asked | None:
@@ -266,10 +291,17 @@ def main() -> None:
     parser.add_argument("--shelf", required=True, type=Shelf.from_json, help="the content, as JSON")
     parser.add_argument("--latency", type=float, default=0, help="seconds before each answer")
     parser.add_argument("--rate", type=float, default=0, help="bytes a second of each bucket connection; 0: no limit")
+    parser.add_argument(
+        "--certificate", nargs=2, metavar=("CHAIN", "KEY"), help="files with which the bucket speaks TLS"
+    )
     options = parser.parse_args()
+    tls = None
+    if options.certificate:
+        tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        tls.load_cert_chain(*options.certificate)
     tally = Tally()
     listeners = {name: Listener(None, tally, options.latency, 0) for name in ("registry", "open")}
-    listeners["bucket"] = bucket = Listener(Bucket(options.shelf, tally), tally, options.latency, options.rate)
+    listeners["bucket"] = bucket = Listener(Bucket(options.shelf, tally), tally, options.latency, options.rate, tls)
     for name in ("registry", "open"):
         listeners[name].what = Registry(options.shelf, bucket.url, tally, open_to_all=name == "open")
     for each in listeners.values():
