@@ -842,6 +842,27 @@ class WrittenOnceTests(ArrivingTests):
         writer.write(1000, [DATA[1000:]])
         writer.verify()
 
+    def test_writing_does_not_wait_for_hashing(self) -> None:
+        """
+        What is written while a thread hashes is hashed later.
+        """
+        writer = self.begin()
+        self.addCleanup(writer.discard)
+        writer.write(1000, [DATA[1000:2000]])
+        preadv, written = os.preadv, list[int]()
+
+        def meanwhile(fd: int, buffers: list[memoryview], offset: int) -> int:
+            self.patch(os, "preadv", preadv)
+            writer.write(2000, [DATA[2000:]])
+            written.append(writer.hashed)
+            return preadv(fd, buffers, offset)
+
+        self.patch(os, "preadv", meanwhile)
+        writer.write(0, [DATA[:1000]])
+        self.assertEqual(([1000], 2000, SIZE), (written, writer.hashed, writer.reach(0)))
+        self.assertFalse(writer.catch_up())
+        writer.verify()
+
     def test_what_the_disk_did_not_take_may_be_written_again(self) -> None:
         writer = self.begin()
         self.addCleanup(writer.discard)

@@ -7,6 +7,7 @@ Rules:
 - The file becomes content once every byte was hashed and the digest matches.
 - The claim is held until the file is content, left to others, or given up. The file stays open under a shared lock
   until L{Writer.close}: clients are sent from it.
+- One thread hashes at a time. Others write meanwhile, and leave what they have written to be hashed later.
 - The record is written after the bytes that it tells of, so that no other process sends bytes that are missing.
 """
 
@@ -32,7 +33,9 @@ if TYPE_CHECKING:
     from ecrproxy.oci import Digest
 
 _CATCH_UP: Final = 16 * 2**20
-"""Most bytes that are hashed in one call: lanes that have bytes to write wait for it."""
+"""Most bytes that are hashed in one call."""
+_READ: Final = 256 * 2**10
+"""Bytes that are read at once to be hashed: they are still in the processor's cache then."""
 
 
 class Writer:
@@ -51,7 +54,7 @@ class Writer:
         self._there = Stretches()
         self._shown = Stretches()
         self._in_writing: list[tuple[int, int]] = []
-        self._lock = threading.Lock()
+        self._lock, self._hashing = threading.Lock(), threading.Lock()
         self._epoch, self._progress, self._stage = 1, 0, State.ARRIVING
         self._flushed = 0
         self._guard = threading.Lock()
@@ -152,12 +155,8 @@ class Writer:
             with self._lock:
                 self._there.add(offset, end)
                 self._shown.add(offset, end)
-                if offset == self.hashed:  # from memory, without reading it again
-                    state, _ = self.reached
-                    for piece in pieces:
-                        state.update(piece)
-                    self._state = state, end
-                self._hash_on()
+            self._hash_if_idle(offset, pieces)
+            with self._lock:
                 self._write_record_if_possible()
         finally:
             with self._lock:
@@ -184,25 +183,47 @@ class Writer:
         @return: whether there is more to hash.
         @raise OSError: if the disk fails.
         """
-        with self._using(), self._lock:
+        with self._using():
             try:
-                return self._hash_on()
+                with self._hashing:
+                    return self._hash_on()
             finally:
-                self._write_record_if_possible()
+                with self._lock:
+                    self._write_record_if_possible()
+
+    def _hash_if_idle(self, offset: int, pieces: Sequence[bytes]) -> None:
+        """
+        Hash what was written if its turn has come, and no thread hashes.
+        """
+        if not self._hashing.acquire(blocking=False):
+            return
+        try:
+            if offset == self.hashed:  # from memory, without reading it again
+                state, at = self.reached
+                for piece in pieces:
+                    state.update(piece)
+                    at += len(piece)
+                self._state = state, at
+            self._hash_on()
+        finally:
+            self._hashing.release()
 
     def _hash_on(self) -> bool:
-        end = self._there.end_of(self.hashed)
+        with self._lock:
+            end = self._there.end_of(self.hashed)
         state, at = self.reached
         stop = min(end, at + _CATCH_UP)
+        buffer = memoryview(bytearray(min(_READ, stop - at)))
         while at < stop:
-            data = os.pread(self._fd, min(2**20, stop - at), at)
-            if not data:
+            count = os.preadv(self._fd, [buffer[: stop - at]], at)
+            if not count:
                 raise OSError(errno.EIO, "what was written can't be read")
-            state.update(data)
-            at += len(data)
+            state.update(buffer[:count])
+            at += count
         self._state = state, at  # one assignment: a transfer that gives the disk up goes on from there
         if at:
-            self._shown.add(0, at)
+            with self._lock:
+                self._shown.add(0, at)
         return stop < end
 
     def _write_record(self, why: Why = Why.NOTHING) -> None:
