@@ -31,7 +31,7 @@ from ecrproxy.oci import Digest
 from ecrproxy.threads import Disk
 from ecrproxy.transfer.download import STUCK_SECONDS, TAIL, WINDOW, Download
 from ecrproxy.transfer.follower import Follower
-from ecrproxy.transfer.inflow import HIGH_WATER, LARGEST_PART, SMALLEST_PART, Buffered, Inflow
+from ecrproxy.transfer.inflow import GATHER_SECONDS, HIGH_WATER, LARGEST_PART, SMALLEST_PART, Buffered, Inflow
 from ecrproxy.transfer.lane import TRIES, ShortBodyError
 from tests.daemon import Hands, noise
 from tests.store_contract import begin, failing
@@ -619,6 +619,7 @@ class LanesTests(DownloadTestCase):
         stop = tap.stop if count is None else tap.start + count
         for start in range(tap.start, stop, 2**20):
             tap.arrived(self.data[start : min(stop, start + 2**20)])
+        self.clock.advance(GATHER_SECONDS)
 
     def finish(self) -> None:
         """
@@ -736,8 +737,10 @@ class LanesTests(DownloadTestCase):
         self.bring(third, 500)
         self.assertEqual(b"", bytes(reader.got))
         third.arrived(self.data[third.start + 500 : start + 2000])
+        self.clock.advance(GATHER_SECONDS)
         self.assertEqual(2000, len(reader.got))
         third.arrived(self.data[start + 2000 : start + 9000])
+        self.clock.advance(GATHER_SECONDS)
         self.assertEqual(self.data[start : start + 5000], bytes(reader.got))
         self.assertEqual(0, download.received)
         self.assertTrue(reader.follower.done)
@@ -1017,6 +1020,7 @@ class SpillTests(DownloadTestCase):
         self.breaking(1000)
         download = self.begin(data)
         self.tap.arrived(data[:2000])
+        self.clock.advance(GATHER_SECONDS)
         pour(self.tap, data[: 3 * WINDOW])
         self.assertTrue(self.tap.aborted)
         self.assertFailed(download, CancelledError)
@@ -1030,7 +1034,9 @@ class SpillTests(DownloadTestCase):
         download = self.begin(data)
         reader = Reader(download.follow(0, len(data)))
         self.hands.idle = False
-        pour(self.tap, data)
+        pour(self.tap, data[: 2**16])
+        self.clock.advance(GATHER_SECONDS)
+        pour(self.tap, data[2**16 :])
         self.tap.ended(None)
         self.hands.work_off()
         self.assertEqual([(0, len(data)), (2**16, len(data))], self.blob.spans)

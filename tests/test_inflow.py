@@ -7,10 +7,13 @@ from __future__ import annotations
 from itertools import pairwise
 
 from twisted.internet.defer import Deferred
+from twisted.internet.task import Clock
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.transfer.inflow import (
+    GATHER_SECONDS,
+    GATHERED,
     HIGH_WATER,
     LARGEST_PART,
     MOST_GAPS,
@@ -364,3 +367,61 @@ class InflowTests(SynchronousTestCase):
             end(self.inflow)
             self.tap.arrived(b"late")
             self.assertEqual([], self.successResultOf(self.batch()))
+
+
+class GatheringTests(SynchronousTestCase):
+    def setUp(self) -> None:
+        self.clock, self.buffered, self.tap = Clock(), Buffered(), Tap(0, None)
+        self.inflow = Inflow(self.buffered, call_later=self.clock.callLater)
+        self.inflow.begin(self.tap)
+
+    def batch(self, worth: int = GATHERED) -> Deferred[int]:
+        """
+        Ask for so many bytes, if they come soon; gives how many there were.
+        """
+        return Deferred.fromCoroutine(self.inflow.batch(worth)).addCallback(lambda batch: len(b"".join(batch)))
+
+    def test_bytes_wait_for_others_and_not_for_long(self) -> None:
+        waiting = self.batch()
+        self.clock.advance(60)
+        self.tap.arrived(bytes(PIECE))
+        self.clock.advance(GATHER_SECONDS / 2)
+        self.tap.arrived(bytes(PIECE))
+        self.assertNoResult(waiting)
+        self.clock.advance(GATHER_SECONDS / 2)
+        self.assertEqual(2 * PIECE, self.successResultOf(waiting))
+
+    def test_bytes_wait_no_longer_once_there_are_enough(self) -> None:
+        waiting = self.batch()
+        for _ in range(GATHERED // PIECE):
+            self.assertNoResult(waiting)
+            self.tap.arrived(bytes(PIECE))
+        self.assertEqual(GATHERED, self.successResultOf(waiting))
+        self.assertEqual([], self.clock.getDelayedCalls())
+
+    def test_bytes_do_not_wait_for_what_can_not_come(self) -> None:
+        """
+        The connection has ended, or is paused; or there is no room for as many.
+        """
+        waiting = self.batch()
+        self.tap.arrived(b"x")
+        self.tap.ended(None)
+        self.assertEqual(1, self.successResultOf(waiting))
+        self.setUp()
+        waiting, self.buffered.most = self.batch(), 0
+        self.tap.arrived(b"x")
+        self.assertTrue(self.tap.paused)
+        self.assertEqual(1, self.successResultOf(waiting))
+        self.setUp()
+        self.inflow = Inflow(self.buffered, 4 * PIECE, self.clock.callLater)
+        self.inflow.begin(self.tap)
+        waiting = self.batch()
+        self.tap.arrived(bytes(PIECE))
+        self.assertEqual(PIECE, self.successResultOf(waiting))
+
+    def test_an_aborted_connection_is_not_waited_for(self) -> None:
+        waiting = self.batch()
+        self.tap.arrived(b"x")
+        self.inflow.abort(Failure(ZeroDivisionError()))
+        self.failureResultOf(waiting, ZeroDivisionError)
+        self.assertEqual([], self.clock.getDelayedCalls())

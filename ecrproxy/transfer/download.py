@@ -54,7 +54,7 @@ from ecrproxy.reasons import Reason
 from ecrproxy.stopwatch import Stopwatch
 from ecrproxy.threads import Disk
 from ecrproxy.transfer.follower import Follower
-from ecrproxy.transfer.inflow import SMALLEST_PART, Blob, Buffered, Gaps, Stretch, Urgency, Wish
+from ecrproxy.transfer.inflow import SMALLEST_PART, Blob, Buffered, Gaps, Inflow, Stretch, Urgency, Wish
 from ecrproxy.transfer.lane import Lane, ShortBodyError, drop
 from ecrproxy.transfer.sources import FilePiece
 
@@ -139,7 +139,7 @@ class Download:
         self._window_start = 0
         self._tail = b""
         self._wake: Deferred[None] | None = None
-        self._call_later = call_later or _never
+        self._call_later, self._asked_later = call_later or _never, call_later
         self._patience = Patience(self._call_later, STUCK_SECONDS, self._leave_behind)
         self._followers: dict[Follower, None] = {}  # in the order in which parts were last taken for them
         self._abandoned, self._leaves, self._attended = False, False, False
@@ -420,13 +420,17 @@ class Download:
             if span is None:
                 drop(first)
             else:
-                await self._part(Lane(self.digest, blob, *span, first, self._buffered, urgency=self._first_urgency))
+                await self._part(self._new_lane(blob, *span, first, self._first_urgency))
         while True:
             part = self._next_part(blob)
             if part is None:
                 return
             start, stop, urgency = part
-            await self._part(Lane(self.digest, blob, start, stop, None, self._buffered, urgency=urgency))
+            await self._part(self._new_lane(blob, start, stop, None, urgency))
+
+    def _new_lane(self, blob: Blob, start: int, stop: int, first: Stretch | None, urgency: Urgency) -> Lane:
+        inflow = partial(Inflow, self._buffered, call_later=self._asked_later)
+        return Lane(self.digest, blob, start, stop, first, inflow, urgency=urgency)
 
     def _next_part(self, blob: Blob) -> tuple[int, int, Urgency] | None:
         """
@@ -573,7 +577,8 @@ class Download:
         """
         Bring the bytes in order, at the pace of those who follow.
         """
-        lane = Lane(self.digest, blob, self.received, self.size, first, self._buffered, high_water=WINDOW)
+        inflow = partial(Inflow, self._buffered, WINDOW, self._asked_later)
+        lane = Lane(self.digest, blob, self.received, self.size, first, inflow)
         self._at_work.add(lane)
         try:
             await self._room()  # what was split off has a full window already
@@ -650,7 +655,7 @@ class Download:
             self._disk,
             unkept=self.unkept,
             buffered=self._buffered,
-            call_later=self._call_later,
+            call_later=self._asked_later,
         )
         split.take_over(self._window, self._window_start, self._hash.copy(), readers)
         for each in readers:

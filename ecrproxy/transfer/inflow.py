@@ -5,9 +5,9 @@ The connections over which a blob comes in: what they promise, how many there ar
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from enum import IntEnum
-from typing import Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
@@ -32,6 +32,14 @@ SMALLEST_WISH: Final = 64 * 2**10
 
 MOST_GAPS: Final = 1000
 """Number of gaps from which on nothing is fetched out of turn any more."""
+
+
+GATHERED: Final = 2**20
+"""Bytes that are gathered before they are handed out: each batch costs turns of threads, and news to all who follow."""
+
+
+GATHER_SECONDS: Final = 0.01
+"""How long bytes may wait for others to be handed out with."""
 
 
 BUFFERED: Final = 64 * 2**20
@@ -285,10 +293,14 @@ class Inflow:
 
     @param buffered: what is counted of all connections together.
     @param high_water: bytes that may wait before this one is paused.
+    @param call_later: a reactor's, to gather bytes for a moment; none to hand out what there is.
     """
 
-    def __init__(self, buffered: Buffered, high_water: int = HIGH_WATER) -> None:
-        self._buffered, self._high_water = buffered, high_water
+    def __init__(
+        self, buffered: Buffered, high_water: int = HIGH_WATER, call_later: Callable[..., Any] | None = None
+    ) -> None:
+        self._buffered, self._high_water, self._call_later = buffered, high_water, call_later
+        self._wanted = 1
         self._pending: list[bytes] = []
         self.waiting, self._in_use = 0, 0
         self._paused, self._over = False, False
@@ -344,10 +356,12 @@ class Inflow:
             if self._transfer is not None:
                 self._transfer.abort()
 
-    async def batch(self) -> list[bytes]:
+    async def batch(self, worth: int = 1) -> list[bytes]:
         """
         Wait for bytes; empty at the end. Asking for more says that the last batch is used up.
 
+        @param worth: how many to wait for once there are some, for no longer than C{GATHER_SECONDS}; fewer if more than
+            that can't wait.
         @raise Exception: if the connection broke off; all that came before was given.
         """
         self._buffered.size -= self._in_use
@@ -355,9 +369,13 @@ class Inflow:
         if self._paused and not self._pending and not self._over and self._transfer is not None:
             self._paused = False  # what had been taken is written now
             self._transfer.resume()
-        while not (self._pending or self._over):
-            self._wake = Deferred()
-            await self._wake
+        worth = min(worth, self._high_water // 4)
+        await self._until_there_are(1)
+        if self.waiting < worth and not (self._over or self._paused) and self._call_later is not None:
+            enough = self._call_later(GATHER_SECONDS, self._want, 1)
+            await self._until_there_are(worth)
+            if enough.active():
+                enough.cancel()
         if self._pending:
             batch, self._pending = self._pending, []
             self._in_use, self.waiting = self.waiting, 0
@@ -366,7 +384,25 @@ class Inflow:
             self._problem.raiseException()
         return []
 
+    async def _until_there_are(self, count: int) -> None:
+        self._want(count)
+        if not self._suffices:
+            self._wake = Deferred()
+            await self._wake
+
+    def _want(self, count: int) -> None:
+        self._wanted = count
+        self._stir()
+
+    @property
+    def _suffices(self) -> bool:
+        """
+        Return True if there is nothing to wait for: a connection that is paused brings no more.
+        """
+        return self.waiting >= self._wanted or self._over or (self._paused and bool(self._pending))
+
     def _stir(self) -> None:
-        wake, self._wake = self._wake, None
-        if wake is not None:
-            wake.callback(None)
+        if self._suffices:
+            wake, self._wake = self._wake, None
+            if wake is not None:
+                wake.callback(None)

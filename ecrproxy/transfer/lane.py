@@ -11,13 +11,15 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from ecrproxy.transfer.inflow import HIGH_WATER, Blob, Buffered, Inflow, Stretch, Urgency
+from ecrproxy.transfer.inflow import GATHERED, Blob, Buffered, Inflow, Stretch, Urgency
 
 if TYPE_CHECKING:
     from ecrproxy.oci import Digest
 
 log = Logger()
 
+LEAST_GATHERED: Final = 256 * 2**10
+"""Parts of fewer bytes are handed out as they come: somebody waits for just these."""
 TRIES: Final = 3
 """How often in a row a lane may break off without having brought a byte."""
 
@@ -34,6 +36,7 @@ class Lane:
 
     @param stop: none for all, where the size is not known; such a lane cannot be resumed.
     @param first: what has been asked for already, from C{start} on.
+    @param inflow: makes what takes the bytes of one connection.
     @param reads_on: the end instead of C{stop}, if the bucket turns out to give no parts: it sends all anyway.
     @ivar urgency: who waits for these bytes.
     @ivar reached: the offset behind the last byte that was handed out.
@@ -46,13 +49,13 @@ class Lane:
         start: int,
         stop: int | None,
         first: Stretch | None,
-        buffered: Buffered,
+        inflow: Callable[[], Inflow],
         *,
-        high_water: int = HIGH_WATER,
         urgency: Urgency = Urgency.NOBODY,
         reads_on: int | None = None,
     ) -> None:
-        self.digest, self._blob, self._buffered, self._high_water = digest, blob, buffered, high_water
+        self.digest, self._blob, self._new_inflow = digest, blob, inflow
+        self._gathers = stop is not None and stop - start >= LEAST_GATHERED
         self.reached, self.stop, self.urgency = start, stop, urgency
         self._next, self._announced, self._reads_on = first, stop, reads_on
         self._inflow: Inflow | None = None
@@ -94,9 +97,10 @@ class Lane:
             self._next, self._brought, self._announced = None, False, stretch.stop
             if self._reads_on is not None and not self._blob.ranged:
                 self.stop = self._reads_on
-            self._inflow = Inflow(self._buffered, self._high_water)
+            self._inflow = self._new_inflow()
             self._inflow.begin(stretch)
-        batch = await self._inflow.batch()
+        gathered = min(self.stop - self.reached, GATHERED) if self._gathers and self.stop is not None else 1
+        batch = await self._inflow.batch(gathered)
         if not batch and self.stop is not None and self.reached < self.stop:
             if not self._brought or self._announced is None or self.reached < self._announced:
                 raise ShortBodyError(f"the connection ended at byte {self.reached} of {self.digest}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from twisted.internet.defer import CancelledError, Deferred
@@ -17,7 +18,7 @@ from twisted.python.failure import Failure
 from ecrproxy.byte_ranges import Span
 from ecrproxy.stopwatch import Stopwatch
 from ecrproxy.threads import on_its_own
-from ecrproxy.transfer.inflow import Blob, Buffered
+from ecrproxy.transfer.inflow import Blob, Buffered, Inflow
 from ecrproxy.transfer.lane import Lane, drop
 
 if TYPE_CHECKING:
@@ -71,7 +72,8 @@ class Passing:
         if asked is not None:
             self._asked = None
         self.let_go()
-        return Stream(Lane(self.digest, self._blob, first, last, asked, self._buffered, high_water=HELD, reads_on=end))
+        inflow = partial(Inflow, self._buffered, HELD)
+        return Stream(Lane(self.digest, self._blob, first, last, asked, inflow, reads_on=end))
 
     def let_go(self) -> None:
         """
