@@ -25,6 +25,7 @@ from zope.interface import implementer
 
 from ecrproxy.registry.egress import CONNECT_SECONDS, Egress, Tunnels, is_plain_name
 from ecrproxy.registry.guard import ForbiddenAddressError, Guard, GuardedReactor
+from ecrproxy.registry.reading import read_more
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -80,6 +81,7 @@ class StrictClient(HTTP11ClientProtocol):
                 transport.abortConnection()
 
         transport.loseConnection = close
+        read_more(transport)
         with contextlib.suppress(AttributeError, OSError):  # no socket; a kernel without the option
             transport.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(SILENT_SECONDS * 1000))
         super().makeConnection(transport)  # type: ignore[no-untyped-call]
