@@ -40,7 +40,7 @@ from ecrproxy.cache.peer import PeerTransfer
 from ecrproxy.cache.record import Reservation, room_for
 from ecrproxy.cache.store import Store
 from ecrproxy.cache.verification import Verification
-from ecrproxy.cache.writer import Writer
+from ecrproxy.cache.writer import UNASKED_SECONDS, Writer
 from ecrproxy.flights import Flights
 from ecrproxy.identity import RegistryId, Repository
 from ecrproxy.oci import BLOB_TYPE, MANIFEST_TYPES, Descriptor, Digest, Document, Kind, Route, listed
@@ -95,6 +95,13 @@ class Room(Protocol):
     async def can_hold(self, size: int) -> bool:
         """
         Return True if C{size} bytes are within the limit, were all else evicted.
+        """
+
+    async def fits_without(self, size: int, seconds: float) -> bool:
+        """
+        Return True if there is room for C{size} bytes without evicting what was used within the last C{seconds}.
+
+        @raise OSError: if that can't be told.
         """
 
     def is_prompt(self, size: int) -> bool:
@@ -261,6 +268,65 @@ class Cache:
         with contextlib.suppress(OSError):
             return await self._disk.reading(self.store.has, digest)
         return False
+
+    # What is read ahead.
+
+    @property
+    def is_well(self) -> bool:
+        """
+        Return True if nothing is wrong with the disk.
+        """
+        return not self.store.troubles.standing()
+
+    @property
+    def limit(self) -> int:
+        """
+        The most bytes that may be kept.
+        """
+        return self._room.limit
+
+    async def lacks(self, digest: Digest, size: int) -> bool:
+        """
+        Return True if content is not there nor on its way, in any process, and has room beside what was used lately.
+        """
+        with contextlib.suppress(OSError):
+            if not await self._disk.reading(self.store.comes, digest):
+                return await self._room.fits_without(room_for(size), 2 * UNASKED_SECONDS)
+        return False
+
+    async def was_used(self, digest: Digest, since: float) -> bool:
+        """
+        Return True if any process has used content since then.
+        """
+        with contextlib.suppress(OSError):
+            known = await self._disk.reading(self.store.index.known, digest)
+            return known is not None and known.used >= since
+        return False
+
+    async def manifest_of(self, asked: Asked) -> tuple[Descriptor, Document] | None:
+        """
+        Return the manifest by which it is known that the repository holds a blob, if that is known by one.
+        """
+        key = asked.entry_key._replace(variant="")
+        entry = self._entry_at_hand(key)
+        with contextlib.suppress(OSError):
+            entry = entry or await self._disk.reading(self.store.entry, key)
+        fact = entry.answers.get(ANY) if entry is not None else None
+        if fact is None or fact.manifest is None:
+            return None
+        key = key._replace(kind=Kind.MANIFEST, reference=str(fact.manifest))
+        entry = self._entry_at_hand(key)
+        with contextlib.suppress(OSError):
+            entry = entry or await self._disk.reading(self.store.entry, key)
+        known = entry.answers.get(ANY) if entry is not None else None
+        document = await self.document(fact.manifest) if known is not None else None
+        return None if known is None or document is None else (known.descriptor, document)
+
+    def used(self, digest: Digest) -> None:
+        """
+        Note that content which came before anybody asked for it is used.
+        """
+        self.store.index.use(digest)
 
     def _known(self, asked: Asked, look: Callable[[EntryKey], Entry | None]) -> tuple[Confirmed | None, Reason]:
         entry = look(asked.entry_key)

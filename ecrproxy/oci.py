@@ -7,6 +7,7 @@ further in ever sees a raw path. The grammar is that of the OCI distribution spe
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import hashlib
 import json
@@ -376,12 +377,28 @@ def listed(manifest: bytes, media_type: str) -> Iterator[tuple[Kind, Descriptor]
     except _AmbiguousError:
         return
     for field_name, kind in _fields_of(media_type):
-        found = document.get(field_name)
-        items = [found] if field_name == "config" else found
-        for item in items if isinstance(items, list) else []:
-            descriptor = _own_descriptor(item)
-            if descriptor is not None:
-                yield kind, descriptor
+        for descriptor in _own_descriptors(document, field_name):
+            yield kind, descriptor
+
+
+def layers(manifest: bytes, media_type: str) -> Iterator[Descriptor]:
+    """
+    Yield the layers of an image, in order, as L{listed} does; none of what is no image.
+
+    @raise ValueError: if it is no JSON object.
+    """
+    if media_type in _IMAGE_TYPES:
+        with contextlib.suppress(_AmbiguousError):
+            yield from _own_descriptors(_json_object(manifest, _told_apart), "layers")
+
+
+def _own_descriptors(document: Mapping[str, object], field_name: str) -> Iterator[Descriptor]:
+    found = document.get(field_name)
+    items = [found] if field_name == "config" else found
+    for item in items if isinstance(items, list) else []:
+        descriptor = _own_descriptor(item)
+        if descriptor is not None:
+            yield descriptor
 
 
 def _fields_of(media_type: str) -> Sequence[tuple[str, Kind]]:

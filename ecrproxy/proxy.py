@@ -12,6 +12,7 @@ Rules:
 - One process in a directory brings a blob in, the others follow it: see L{record}. A part that it has not come to yet
   is passed on alone.
 - The cache may fail in any way: what upstream gives is handed on all the same.
+- Of an image, layers are fetched ahead of who asks for them: see L{reading_ahead}, which decides which and when.
 """
 
 from __future__ import annotations
@@ -19,8 +20,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import islice
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from twisted.internet.defer import Deferred
 from twisted.logger import Logger
@@ -32,12 +32,13 @@ from ecrproxy.cache.claim import Claim
 from ecrproxy.cache.peer import PeerTransfer
 from ecrproxy.cache.record import POLL_SECONDS, STALLED_SECONDS, Step
 from ecrproxy.cache.writer import Writer
-from ecrproxy.cached import FACTS, Cache
+from ecrproxy.cached import Cache
 from ecrproxy.flights import Flights
 from ecrproxy.identity import RegistryId, Repository
 from ecrproxy.lists import Lists
 from ecrproxy.manifests import Manifests
-from ecrproxy.oci import BLOB_TYPE, Descriptor, Digest, Kind, RegistryError, Route, listed
+from ecrproxy.oci import BLOB_TYPE, Descriptor, Digest, Kind, RegistryError, Route
+from ecrproxy.reading_ahead import ReadingAhead, Transfers
 from ecrproxy.reasons import Reason
 from ecrproxy.registry.bucket import Blob, UnavailableError, is_passed_on
 from ecrproxy.registry.race import SLOW_SECONDS, Race
@@ -57,8 +58,6 @@ log = Logger()
 
 Source = tuple[Upstream, Route]
 """A registry, and as what it has a blob."""
-READING_AHEAD: Final = 64
-"""Manifests whose layers may wait to be fetched before anybody asks for them: of others, that is left to who asks."""
 
 
 class OtherSizeError(UnavailableError):
@@ -79,9 +78,10 @@ class PullThrough:
     @param now: seconds since the epoch.
     @param tag_ttl: seconds for which a tag's digest is taken on trust.
     @param lanes: the connections that blobs may come over.
-    @param read_ahead: fetch what a manifest lists as soon as it is asked for.
+    @param ahead: makes what fetches the layers behind those that clients fetch; none to have that done by nobody.
     @param unattended: how many transfers go on that nobody reads.
     @param call_later: a reactor's.
+    @ivar ahead: what fetches layers ahead, if anything does.
     @ivar page: answers a request for tags or referrers, see L{Lists}.
     """
 
@@ -95,24 +95,23 @@ class PullThrough:
         call_later: Callable[..., IDelayedCall],
         tag_ttl: float = 0,
         lanes: Lanes | None = None,
-        read_ahead: bool = False,
+        ahead: Callable[[Transfers], ReadingAhead] | None = None,
         unattended: int = MOST,
     ) -> None:
         self._upstream, self._cache, self._disk = upstream, cache, disk
-        self._lanes, self._reads_ahead = lanes or Lanes(), read_ahead
-        self._call_later = call_later
+        self._lanes, self._call_later = lanes or Lanes(), call_later
         self._openings: Flights[Download | Passing | None] = Flights()
         self._arriving: dict[Digest, Download] = {}
         self._unattended = Unattended(self.transfers, call_later, unattended)
         self._looks = Looks(disk.reading, call_later)
-        self._ahead = 0
-        self._reading_ahead: set[tuple[Repository, Digest]] = set()
         self._carriers: dict[Digest, Repository] = {}
         self._others: dict[Digest, dict[RegistryId, Source]] = {}
         self._races: dict[Digest, Callable[[Source], None]] = {}
         self._sizes: Flights[int] = Flights()
         self._manifests = Manifests(upstream, cache, now, call_later, tag_ttl)
         self.page = Lists(upstream, call_later).page
+        wanted = Transfers(self.transfers, self._carriers.__contains__, self._has_plenty, self._ask_ahead, self._bring)
+        self.ahead = None if ahead is None else ahead(wanted)
 
     def transfers(self) -> list[Download]:
         """
@@ -132,7 +131,14 @@ class PullThrough:
         """
         if asked.route.kind is Kind.BLOB:
             return self._cache.at_hand(asked)
-        return None if self._reads_ahead else self._manifests.at_hand(asked)
+        return self._manifests.at_hand(asked)
+
+    def answered_at_hand(self, asked: Asked, answer: Answer) -> None:
+        """
+        Note that a client has got what L{at_hand} has given.
+        """
+        if self.ahead is not None and asked.route.kind is Kind.MANIFEST and not asked.head:
+            self.ahead.again(asked.route, answer.digest)
 
     # Blobs.
 
@@ -143,15 +149,23 @@ class PullThrough:
         @param ranges: the parts wanted; none for all.
         @raise RegistryError: if the repository doesn't hold it, or ECR can't give it.
         """
+        if self.ahead is not None and not asked.head:
+            self.ahead.asked_for(asked.digest)
+            await self.ahead.opened(asked.digest)
         answer = self._cache.at_hand(asked)
-        if answer is None and asked.head:
-            answer = await self._blob_head(asked)
-        confirmed, size = False, None
+        if answer is not None:
+            return answer
+        return await (self._blob_head(asked) if asked.head else self._blob(asked, ranges))
+
+    async def _blob(self, asked: Asked, ranges: Ranges | None) -> Answer:
+        answer, confirmed, size = None, False, None
         while answer is None:
             known, content, missing, since = await self._cache.look_up(asked)
             size = known.descriptor.size if known and not confirmed else size
             carrier = self._carriers.get(asked.digest)
             absent = content is None and carrier is None
+            if content is None:
+                self._begin_behind(asked, ranges, size)
             allowed = known is not None or confirmed or (content is None and carrier == asked.route.repository)
             try:
                 if absent and (ranges is None or size is not None):
@@ -210,6 +224,8 @@ class PullThrough:
                 raise _uncertain() from None
             return Answer(CacheStatus.MISS, missing, BLOB_TYPE, digest, expected)
         self._carriers[digest] = route.repository
+        if self.ahead is not None:
+            self.ahead.give_way(digest)
         unread = missing is Reason.DISK
         begin = partial(self._open, route, digest, expected, parts, unread=unread, asked=asked)
         try:
@@ -292,7 +308,6 @@ class PullThrough:
         expected: int | None,
         parts: Sequence[Span],
         *,
-        ahead: bool = False,
         unread: bool = False,
         asked: Asked | None = None,
     ) -> Download | Passing | None:
@@ -301,17 +316,15 @@ class PullThrough:
 
         @param expected: how many bytes it has by what is known; known only if the repository holds it.
         @param parts: what of it is wanted first. If the blob is not kept, only that is opened, and nothing is shared.
-        @param ahead: whether nobody has asked yet: then what another process brings is left to it, and what could
-            not be kept to who asks.
         @param unread: whether the disk could not give it: if it is there, it is passed on, and not kept.
         @param asked: whose request it is, if it is one's.
         """
         self._others[digest] = {}
         try:
-            claimed = await self._claimed(digest, waits=not ahead)
+            claimed = await self._claimed(digest)
             if claimed is Met.CONTENT and unread:
                 claimed = Reason.DISK
-            if isinstance(claimed, Met) or (ahead and not isinstance(claimed, Claim)):
+            if isinstance(claimed, Met):
                 self._cache.unclaim(claimed)
                 body = None
             elif isinstance(claimed, PeerTransfer):
@@ -327,18 +340,18 @@ class PullThrough:
             del self._carriers[digest]
         return body
 
-    async def _claimed(self, digest: Digest, *, waits: bool) -> Claim | PeerTransfer | Met | Reason:
+    async def _claimed(self, digest: Digest) -> Claim | PeerTransfer | Met | Reason:
         """
         Claim a digest, or find who has it; wait a while for a process that has no bytes to show yet.
 
         It is asked for less and less often: ECR may be slow to answer for many blobs at once.
         """
         waited = 0.0
-        while (claimed := await self._cache.claim(digest)) is Met.BUSY and waits and waited < STALLED_SECONDS:
+        while (claimed := await self._cache.claim(digest)) is Met.BUSY and waited < STALLED_SECONDS:
             pause = max(POLL_SECONDS, waited / 8)
             await self._pause(pause)
             waited += pause
-        if claimed is not Met.BUSY or not waits:
+        if claimed is not Met.BUSY:
             return claimed
         log.info("Not kept: {digest}: another process has claimed it, and gets no further", digest=digest)
         return Reason.PASSED
@@ -538,9 +551,12 @@ class PullThrough:
         *,
         shared: bool = False,
         urgency: Urgency = Urgency.NOBODY,
+        ahead: bool = False,
     ) -> Download:
         """
         Begin a transfer, into C{file}; or through a window, for a reason.
+
+        @param ahead: whether nobody has asked for it yet.
         """
         writer, unkept = (None, file) if isinstance(file, Reason) else (file, Reason.DISK)
         lanes = self._lanes.take(writer.missing if writer is not None and blob.ranged else 0)
@@ -555,31 +571,89 @@ class PullThrough:
             urgency=urgency,
             call_later=self._call_later,
         )
-        blob.others = download.others
-        download.attendance = self._unattended.settle
+        download.ahead, blob.others = ahead, download.others
+        download.attendance = partial(self._attend, download, blob)
         download.split_off = partial(self._run_apart, blob)
         if shared:
             self._arriving[digest] = download
-        on_its_own(self._run(download, blob, lanes, shared=shared))
+        on_its_own(self._run(download, blob, lanes, shared=shared, ahead=ahead))
         self._unattended.settle(download)
         return download
+
+    def _attend(self, download: Download, blob: Blob) -> None:
+        blob.ahead = download.ahead
+        self._unattended.settle()
 
     def _run_apart(self, blob: Blob, download: Download) -> None:
         download.split_off = partial(self._run_apart, blob)
         on_its_own(self._run(download, blob, self._lanes.take(0), shared=False))
 
-    async def _run(self, download: Download, blob: Blob, lanes: int, *, shared: bool) -> None:
+    async def _run(self, download: Download, blob: Blob, lanes: int, *, shared: bool, ahead: bool = False) -> None:
         try:
             await download.run(blob)
         finally:
             self._lanes.give_back(lanes)
-            self._ended(download, shared=shared)
+            self._ended(download, shared=shared, ahead=ahead)
 
-    def _ended(self, download: Download, *, shared: bool = True) -> None:
+    def _ended(self, download: Download, *, shared: bool = True, ahead: bool = False) -> None:
         if shared:
             del self._arriving[download.digest]
             del self._carriers[download.digest]
         self._unattended.settle()
+        if self.ahead is not None:
+            self.ahead.ended(download) if ahead else self.ahead.go_on()
+
+    # What is read ahead: see L{reading_ahead}.
+
+    def _begin_behind(self, asked: Asked, ranges: Ranges | None, size: int | None) -> None:
+        if self.ahead is not None and not _is_part(ranges, size):
+            self.ahead.missed(asked)
+
+    def _has_plenty(self, route: Route, size: int, coming: int) -> bool:
+        return self._lanes.has_plenty(size, coming) and self._upstream(route).has_plenty(route)
+
+    async def _ask_ahead(self, route: Route, layer: Descriptor) -> Blob:
+        """
+        Ask for a layer that nobody has asked for. It is not claimed before its bytes come: others may get it sooner.
+
+        @raise RegistryError: if there is none, or ECR can't give it.
+        """
+        blob = await self._upstream(route).blob(route, self._lanes.first_part(layer.size), ahead=True)
+        try:
+            if blob.size is None:
+                blob.size = layer.size
+            begun = blob.size == layer.size and await blob.first.begin()
+        except BaseException:
+            blob.first.drop()
+            raise
+        if not begun:
+            blob.first.drop()
+            raise UnavailableError(504, "UNAVAILABLE", f"{route.reference} is slow to come, or of another size")
+        return blob
+
+    async def _bring(self, route: Route, layer: Descriptor, blob: Blob) -> Download | None:
+        """
+        Begin the transfer of a layer that nobody has asked for; none if somebody has by now, in any process.
+        """
+        digest, file = layer.digest, None
+        try:
+            claimed = await self._cache.claim(digest)
+            if isinstance(claimed, Claim) and digest not in self._carriers:
+                file = await self._cache.writer(claimed, digest, blob.size)
+            else:
+                self._cache.unclaim(claimed)
+        finally:
+            if not isinstance(file, Writer):
+                blob.first.drop()
+        if not isinstance(file, Writer):
+            return None
+        if digest in self._carriers:  # who asks for it waits for the claim
+            blob.first.drop()
+            self._disk.closing(file.discard).addErrback(lambda problem: log.failure("Letting go", problem))
+            return None
+        file.asked_for = False
+        self._carriers[digest] = route.repository
+        return self._begin(blob, digest, file, shared=True, ahead=True)
 
     # Manifests.
 
@@ -602,61 +676,23 @@ class PullThrough:
 
     async def latest(self, asked: Asked) -> Answer:
         """
-        Answer a request for a manifest with its bytes, and read ahead what it lists.
+        Answer a request for a manifest with its bytes.
 
         @raise RegistryError: if the repository doesn't hold it, or ECR can't give it.
         """
         answer = await self._manifests.answer(asked)
-        if self._reads_ahead and isinstance(answer.body, bytes):
-            self._may_read_ahead(asked.route.repository, answer.digest, answer.body, answer.media_type)
+        if self.ahead is not None and isinstance(answer.body, bytes):
+            self.ahead.answered(asked.route, answer.digest, answer.body, answer.media_type)
         return answer
 
-    @property
-    def reading_ahead(self) -> int:
-        """
-        Tell for how many manifests transfers are yet to be begun.
-        """
-        return len(self._reading_ahead)
 
-    def _may_read_ahead(self, repository: Repository, digest: Digest, manifest: bytes, media_type: str) -> None:
-        """
-        Read ahead, unless that is being done for this manifest, or for as many as may be.
-        """
-        which = repository, digest
-        if which not in self._reading_ahead and self.reading_ahead < READING_AHEAD:
-            self._reading_ahead.add(which)
-            on_its_own(self._begin_ahead(which, manifest, media_type))
-
-    async def _begin_ahead(self, which: tuple[Repository, Digest], manifest: bytes, media_type: str) -> None:
-        try:
-            await self._read_ahead(which[0], manifest, media_type)
-        finally:
-            self._reading_ahead.remove(which)
-
-    async def _read_ahead(self, repository: Repository, manifest: bytes, media_type: str) -> None:
-        """
-        Begin the transfers of the config and the layers that C{manifest} lists.
-        """
-        for blob in await self._cache.parse(manifest, partial(_blobs, media_type=media_type)):
-            while self._unattended.is_full(self._ahead):
-                await self._unattended.change()
-            here = await self._cache.has(blob.digest)
-            if not here and blob.digest not in self._carriers:
-                self._carriers[blob.digest] = repository
-                self._ahead += 1
-                route = Route(Kind.BLOB, repository, str(blob.digest), blob.digest)
-                begin = partial(self._open, route, blob.digest, blob.size, [], ahead=True)
-                opened = self._openings.join(blob.digest, begin)
-                opened.addErrback(lambda problem: log.info("Not read ahead: {problem}", problem=problem.value))
-                opened.addCallback(self._opened_ahead)
-
-    def _opened_ahead(self, _: object) -> None:
-        self._ahead -= 1
-        self._unattended.settle()
-
-
-def _blobs(manifest: bytes, media_type: str) -> Sequence[Descriptor]:
-    return [each for kind, each in islice(listed(manifest, media_type), FACTS) if kind is Kind.BLOB]
+def _is_part(ranges: Ranges | None, size: int | None) -> bool:
+    """
+    Return True if a part of a blob is asked for, or may be.
+    """
+    if ranges is None:
+        return False
+    return size is None or ranges.of(size) != [(0, size)]
 
 
 def _parts(ranges: Ranges | None, size: int | None) -> list[Span]:

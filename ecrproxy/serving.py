@@ -56,6 +56,7 @@ from ecrproxy.identity import RegistryId
 from ecrproxy.metrics import Figures, LoopStall
 from ecrproxy.proxy import PullThrough
 from ecrproxy.readiness import Readiness, judge
+from ecrproxy.reading_ahead import ReadingAhead, Transfers
 from ecrproxy.registries import Known, Registries
 from ecrproxy.registry.authorization import Authorization, Basic, Tokens
 from ecrproxy.registry.bearer import Bearer
@@ -148,8 +149,9 @@ def wire(
     cache = Cache(store, janitor, disk, time.time, worlds.checks)
     scrub = Scrub(store, janitor.fit, scrubbing.call, reactor)
     purges = Purges(store.index, cache.forget_purged, settling, reactor)
-    pull_through = _pull_through(config, worlds, cache, disk, reactor, processes)
     connections, condition = Connections(), Condition(store, probing.call, reactor)
+    ahead = _reading_ahead(config, cache, connections, reactor, processes)
+    pull_through = _pull_through(config, worlds, cache, disk, reactor, processes, ahead)
     readiness = partial(_readiness, worlds.askings, condition, connections)
     crowd = Crowd(config.limits(clients_beside_spare()), processes)
     admission = _admission(config, reactor, service, processes)
@@ -383,6 +385,7 @@ def _pull_through(
     disk: Disk,
     reactor: Any,  # noqa: ANN401
     processes: int,
+    ahead: Callable[[Transfers], ReadingAhead] | None,
 ) -> PullThrough:
     """
     Wire what answers from the cache, or through it.
@@ -395,10 +398,30 @@ def _pull_through(
         time.time,
         tag_ttl=config.tag_ttl,
         lanes=lanes,
-        read_ahead=config.read_ahead,
+        ahead=ahead,
         unattended=share(MOST, processes),
         call_later=reactor.callLater,
     )
+
+
+def _reading_ahead(
+    config: Config,
+    cache: Cache,
+    connections: Connections,
+    reactor: Any,  # noqa: ANN401
+    processes: int,
+) -> Callable[[Transfers], ReadingAhead] | None:
+    """
+    Make what makes the part that reads ahead; none if the settings say so.
+    """
+    if not config.read_ahead:
+        return None
+
+    def make(transfers: Transfers) -> ReadingAhead:
+        may = lambda: not connections.draining  # noqa: E731 (short)
+        return ReadingAhead(transfers, cache, time.time, reactor.callLater, may, processes)
+
+    return make
 
 
 def _namespaces(config: Config, judging: Threads, reactor: Any) -> Callable[[Known], Namespaces]:  # noqa: ANN401

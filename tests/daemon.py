@@ -70,6 +70,7 @@ from ecrproxy.metrics import Figures, Tally
 from ecrproxy.oci import Digest
 from ecrproxy.proxy import PullThrough
 from ecrproxy.readiness import Readiness, judge
+from ecrproxy.reading_ahead import ReadingAhead, Transfers
 from ecrproxy.registries import Known, Registries
 from ecrproxy.registry.authorization import Authorization, Basic
 from ecrproxy.registry.bearer import Bearer
@@ -638,6 +639,7 @@ class Daemon(Administered):
         hot_path: bool = True,
     ) -> None:
         self.standin, self.clock, self.limit, self.scheme = standin, clock, limit, "http"
+        self.draining = False
         self.set_by = 0.0
         self.back = Network(QuietSite(standin.resource, reactor=clock), clock)
         self.store = Store(root, self.now, index)
@@ -691,7 +693,7 @@ class Daemon(Administered):
             self.now,
             tag_ttl=tag_ttl,
             lanes=self.lanes,
-            read_ahead=read_ahead,
+            ahead=self._ahead if read_ahead else None,
             call_later=clock.callLater,
         )
         key = CacheKey.parse(cache_key)
@@ -741,6 +743,9 @@ class Daemon(Administered):
         self.tokens.startService()
         _, sampler = self.status.services  # the other hears the log, which outlives this daemon: see DaemonTestCase
         sampler.startService()
+
+    def _ahead(self, transfers: Transfers) -> ReadingAhead:
+        return ReadingAhead(transfers, self.cache, self.now, self.clock.callLater, lambda: not self.draining)
 
     def now(self) -> float:
         """

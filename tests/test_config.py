@@ -72,7 +72,7 @@ EXAMPLES: dict[str, tuple[str, str, Any, str, Any]] = {
     "tag-ttl": ("PROXY_TAG_TTL", "30", 30.0, "0.5", 0.5),
     "worker-processes": ("PROXY_WORKER_PROCESSES", "2", 2, "16", 16),
     "drain-seconds": ("PROXY_DRAIN_SECONDS", "60", 60.0, "0", 0.0),
-    "read-ahead": ("PROXY_READ_AHEAD", "true", True, "false", False),
+    "read-ahead": ("PROXY_READ_AHEAD", "false", False, "true", True),
     "blob-connections": ("PROXY_BLOB_CONNECTIONS", "8", 8, "1", 1),
     "bucket-connections": ("PROXY_BUCKET_CONNECTIONS", "100", 100, "9999", 9999),
     "stall-seconds": ("PROXY_STALL_SECONDS", "10", 10.0, "0.5", 0.5),
@@ -207,7 +207,7 @@ class SettingsTests(SynchronousTestCase):
             ),
         )
         self.assertEqual(
-            (1, False, 4, 64),
+            (1, True, 4, 64),
             (config.worker_processes, config.read_ahead, config.blob_connections, config.bucket_connections),
         )
         self.assertEqual((128, Quotas(2000, 1000, 3000, 100)), (config.ecr_connections, config.ecr_quotas))

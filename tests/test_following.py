@@ -170,35 +170,6 @@ class TogetherTests(FollowingTestCase):
         self.assertWhole(second, DATA)
         self.assertTrue(self.one.store.evict_unused([Digest.parse(self.digest)]))
 
-    def test_no_layer_is_read_ahead_that_another_process_brings(self) -> None:
-        """
-        Nobody has asked for it yet; who asks then follows.
-        """
-        three = self.start(read_ahead=True)
-        image = self.standin.push_image("team/app", "latest", layers=[DATA])
-        self.ask(self.one)
-        self.assertEqual(200, self.ask(three, f"/v2/team/app/manifests/{image.digest}").code)
-        self.assertEqual([], three.pull_through.transfers())
-        reply = self.ask(three)
-        self.release()
-        self.assertWhole(reply, DATA, "JOINED")
-        self.assertLess(self.standin.bytes_sent, SIZE + 1000)  # with its config
-
-    def test_no_layer_is_read_ahead_that_another_process_is_about_to_bring(self) -> None:
-        """
-        Nor one that could not be kept: nothing waits for the other process, and ECR is not asked.
-        """
-        three = self.start(read_ahead=True)
-        image = self.standin.push_image("team/app", "latest", layers=[DATA])
-        claim = self.one.store.claim(Digest.parse(self.digest))
-        assert isinstance(claim, Claim)
-        self.assertEqual(200, self.ask(three, f"/v2/team/app/manifests/{image.digest}").code)
-        self.go_on(1.2 * STALLED_SECONDS)
-        self.assertEqual(0, self.standin.count("bucket", "GET", self.digest))
-        claim.end()
-        self.release()
-        self.assertWhole(self.ask(three), DATA, "MISS")
-
 
 class PartsTests(FollowingTestCase):
     """

@@ -13,7 +13,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.oci import Digest
 from ecrproxy.stale import STALE_SECONDS
 from tests.both_ways import PASSWORD, USER, Scene, compare, deeds, heads
 from tests.daemon import ours
@@ -214,22 +213,3 @@ class SharedQuestionTests(SynchronousTestCase):
         self.assertEqual([(200, "STALE")], self.told())
         self.assertIn(b"Connection: close", bytes(self.scene.clients[0][0].got))
         self.assertTrue(self.scene.clients[0][0].closed)
-
-
-class ReadAheadTests(SynchronousTestCase):
-    """
-    With PROXY_READ_AHEAD, what a tag leads to is read ahead each time that ECR confirms it.
-    """
-
-    def test_a_confirmed_tag_is_read_ahead_after_a_purge(self) -> None:
-        scene = Scene(hot_path=True, tag_ttl=0, read_ahead=True)
-        self.addCleanup(scene.close)
-        head = heads(scene)[4]
-        for _ in range(2):
-            scene.send(0, head)
-        layers = scene.standin.repositories["team/app"].blobs.keys() - {scene.blob}
-        for layer in layers:
-            scene.purge(Digest.parse(layer))
-        scene.send(0, head)
-        self.assertEqual(1, scene.answered)
-        self.assertEqual([True] * len(layers), [scene.daemon.store.has(Digest.parse(each)) for each in layers])

@@ -16,11 +16,9 @@ from twisted.logger import capturedLogs, formatEvent
 
 from ecrproxy.byte_ranges import QUESTIONS, Multipart
 from ecrproxy.cache.record import UNKNOWN_BOOT
-from ecrproxy.proxy import READING_AHEAD
-from ecrproxy.threads import Disk
 from ecrproxy.transfer.inflow import SMALLEST_PART, Lanes
 from ecrproxy.transfer.unattended import MOST, SLOW, SLOW_SECONDS
-from tests.daemon import MIB, DaemonTestCase, Hands, Reply, at_once, noise
+from tests.daemon import MIB, DaemonTestCase, Reply, noise
 from tests.test_ranges import DATA, SIZE, RangesTestCase
 
 T = TypeVar("T")
@@ -718,70 +716,6 @@ class UnattendedTests(RangesTestCase):
         self.standin.release(self.digests[0])
         self.flush()
         self.assertWhole(again, self.blobs[0])
-
-    def test_a_client_that_joins_one_read_ahead_which_stops_at_once_begins_it_anew(self) -> None:
-        """
-        The others lost their readers while it was being opened: it is one too many, and has ended before its client
-        hears of it.
-        """
-        hands = Hands()
-        DaemonTestCase.start(self, disk=Disk(at_once, hands, *[at_once] * 4), read_ahead=True)
-        others = [self.ask(digest) for digest in self.digests[:MOST]]
-        last = self.digests[-1]
-        image = self.standin.push_image("team/app", "one", layers=[self.blobs[-1]])
-        self.ask(image.config)
-        hands.idle = False
-        self.get("/v2/team/app/manifests/one")
-        reply = self.ask(last)
-        for each in others:
-            each.leave()
-        self.flush()
-        hands.idle = True
-        hands.work_off()
-        self.standin.release(last)
-        self.flush()
-        self.assertWhole(reply, self.blobs[-1])
-
-    def test_reading_ahead_begins_a_few_at_a_time(self) -> None:
-        self.start(read_ahead=True)
-        image = self.standin.push_image("team/app", "many", layers=self.blobs[:12])
-        for digest in image.layers:
-            self.standin.hold(digest)
-        self.get("/v2/team/app/manifests/many")
-        self.assertEqual(MOST, sum(self.standin.held(digest) for digest in image.layers))
-        for digest in image.layers:
-            self.standin.release(digest)
-            self.flush()
-        self.assertEqual(12, sum(self.has(digest) for digest in image.layers))
-
-    def test_reading_ahead_waits_once_for_each_manifest_however_often_it_is_asked_for(self) -> None:
-        self.start(read_ahead=True)
-        image = self.standin.push_image("team/app", "many", layers=self.blobs[:12])
-        for digest in image.layers:
-            self.standin.hold(digest)
-        for _ in range(20):
-            self.get("/v2/team/app/manifests/many")
-            self.get(f"/v2/team/app/manifests/{image.digest}")
-        self.assertEqual(1, self.daemon.pull_through.reading_ahead)
-        for digest in image.layers:
-            self.standin.release(digest)
-            self.flush()
-        self.assertEqual(0, self.daemon.pull_through.reading_ahead)
-
-    def test_reading_ahead_waits_for_a_bounded_number_of_manifests(self) -> None:
-        self.start(read_ahead=True)
-        image = self.standin.push_image("team/app", "first", layers=self.blobs[:12])
-        for digest in image.layers:
-            self.standin.hold(digest)
-        self.get("/v2/team/app/manifests/first")
-        for number in range(READING_AHEAD + 10):
-            self.standin.push_image("team/app", f"v{number}", layers=[b"%d" % number])
-            self.get(f"/v2/team/app/manifests/v{number}")
-        self.assertEqual(READING_AHEAD, self.daemon.pull_through.reading_ahead)
-        for digest in image.layers:
-            self.standin.release(digest)
-            self.flush()
-        self.assertEqual(0, self.daemon.pull_through.reading_ahead)
 
     def test_a_slow_disk_holds_a_bounded_number_of_bytes(self) -> None:
         """

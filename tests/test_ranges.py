@@ -1,11 +1,9 @@
 """
-Blobs that come over several connections, what is read ahead, and what is answered from memory, seen from the front.
+Blobs that come over several connections, and what is answered from memory, seen from the front.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -378,121 +376,6 @@ class ReaderTests(RangesTestCase):
         self.assertBroken(all_of_it, DATA)
         self.assertBroken(whole, DATA)
         self.assertFalse(self.has(self.digest))
-
-
-class ReadAheadTests(DaemonTestCase):
-    """
-    PROXY_READ_AHEAD.
-    """
-
-    def setUp(self) -> None:
-        super().setUp()
-        self.layers = [noise(f"layer{number}", 300_000) for number in range(3)]
-        self.image = self.standin.push_image("team/app", "latest", layers=self.layers)
-        self.blobs = [self.image.config, *self.image.layers]
-        self.by_tag = "/v2/team/app/manifests/latest"
-        self.by_digest = f"/v2/team/app/manifests/{self.image.digest}"
-        self.start(read_ahead=True)
-
-    def test_begins_with_the_manifest(self) -> None:
-        """
-        Who asks for a manifest has its config and layers fetched, by tag and by digest; each then is there.
-        """
-        for path in (self.by_tag, self.by_digest):
-            shutil.rmtree(self.root / "content", ignore_errors=True)
-            self.standin.forget_asked()
-            self.start(read_ahead=True)
-            self.assertWhole(self.get(path), self.image.manifest)
-            self.assertEqual([True] * 4, [self.has(each) for each in self.blobs])
-            for digest in self.blobs:
-                self.assertEqual("HIT", self.get(f"/v2/team/app/blobs/{digest}").cache)
-                self.assertEqual(1, self.standin.count("bucket", "GET", digest))
-
-    def test_does_not_begin_with_its_head(self) -> None:
-        """
-        Who asks only whether there is a manifest has nothing fetched.
-        """
-        self.assertEqual(200, self.head(self.by_tag).code)
-        self.assertEqual(200, self.head(self.by_digest).code)
-        self.assertEqual(0, self.standin.count("bucket"))
-
-    def test_is_not_done_unless_asked_for(self) -> None:
-        """
-        Without the setting nothing but the manifest is fetched.
-        """
-        self.start()
-        self.get(self.by_tag)
-        self.assertEqual((1, 0), (self.standin.count("registry"), self.standin.count("bucket")))
-
-    def test_is_what_clients_join(self) -> None:
-        """
-        A client that asks for a layer while it is read ahead follows that transfer: nothing is fetched twice.
-        """
-        for digest in self.blobs:
-            self.standin.hold(digest)
-        self.get(self.by_tag)
-        replies = [self.get(f"/v2/team/app/blobs/{digest}") for digest in self.image.layers]
-        self.assertEqual(["JOINED"] * 3, [reply.cache for reply in replies])
-        self.get(self.by_tag)
-        for digest in self.blobs:
-            self.standin.release(digest)
-        self.flush()
-        for reply, data in zip(replies, self.layers, strict=True):
-            self.assertWhole(reply, data)
-        self.assertEqual([1] * 4, [self.standin.count("bucket", "GET", digest) for digest in self.blobs])
-
-    def test_fetches_what_is_missing_alone(self) -> None:
-        """
-        Of a manifest that is asked for again, and of one that shares layers, only what is not there is fetched.
-        """
-        self.get(self.by_tag)
-        self.standin.forget_asked()
-        self.get(self.by_tag)
-        self.get(self.by_digest)
-        self.assertEqual(0, self.standin.count("bucket"))
-        new = noise("new", 1000)
-        other = self.standin.push_image("team/app", "other", layers=[*self.layers, new])
-        self.get("/v2/team/app/manifests/other")
-        asked = {asked.digest for asked in self.standin.requests("bucket")}
-        self.assertEqual({other.config, other.layers[-1]}, asked)
-
-    def test_fetches_nothing_of_an_index(self) -> None:
-        """
-        Which of an index's images a client wants, its next request tells.
-        """
-        self.standin.push_index("team/app", "index", [self.image])
-        self.assertEqual(200, self.get("/v2/team/app/manifests/index").code)
-        self.assertEqual(1, len(self.standin.asked))
-
-    def test_that_fails_costs_no_answer(self) -> None:
-        """
-        What can't be had ahead is nobody's failure: the manifest is answered, the blob asked for when a client does.
-        """
-        fault = self.standin.fail("bucket", status=500)
-        self.assertWhole(self.get(self.by_tag), self.image.manifest, "MISS")
-        self.assertEqual([], self.flushLoggedErrors())
-        fault.remove()
-        for digest, data in zip(self.image.layers, self.layers, strict=True):
-            self.assertWhole(self.get(f"/v2/team/app/blobs/{digest}"), data, "MISS")
-
-    def test_keeps_to_the_repository(self) -> None:
-        """
-        What was read ahead for one repository is another's only when ECR says so.
-        """
-        self.get(self.by_tag)
-        self.standin.repositories["team/other"] = type(self.standin.repositories["team/app"])()
-        self.assertEqual(404, self.get(f"/v2/team/other/blobs/{self.image.layers[0]}").code)
-
-    def test_of_what_is_no_blob_does_no_harm(self) -> None:
-        """
-        Of a manifest that lists nonsense, only what has a digest is fetched, and the manifest is answered.
-        """
-        layers = [None, 3, "x", {"digest": 3, "size": 1}, {"digest": "md5:abc", "size": 1}, {"size": 1}]
-        manifest = json.loads(self.image.manifest)
-        manifest["layers"] = [*layers, *manifest["layers"]]
-        self.standin.push_manifest("team/app", manifest, self.image.media_type, "strange")
-        self.assertEqual(200, self.get("/v2/team/app/manifests/strange").code)
-        self.assertEqual((4, []), (self.standin.count("bucket"), self.flushLoggedErrors()))
 
 
 class CountingThreads:

@@ -60,6 +60,12 @@ OPEN_REPOSITORIES: Final = Figure(
     "circuit_open_repositories", "Repositories that are left alone, each by itself", "registry", max
 )
 TRANSFERS: Final = Figure("transfers", "Blobs on their way from upstream")
+AHEAD: Final = Figure(
+    "read_ahead_bytes_total", "Bytes of layers that were begun before anybody had asked for them", combine=sum
+)
+UNASKED: Final = Figure(
+    "read_ahead_unasked_bytes_total", "Those of them that nobody asked for within ten minutes", combine=sum
+)
 CONNECTIONS: Final = Figure("client_connections", "Connections of clients")
 CONNECTIONS_LIMIT: Final = Figure("client_connections_limit", "Maximum number of connections of clients")
 SENDING: Final = Figure("client_transfers", "Blobs and answers of more than 64 KiB on their way to clients")
@@ -78,7 +84,7 @@ CAN_FETCH: Final = Figure("can_fetch", "1 if the daemon can fetch from ECR, as /
 FIGURES: Final = (
     *(CACHE_FILES, CACHE_BYTES, CACHE_RESERVED, CACHE_LIMIT, EVICTIONS, INDEX_BUSY, OLDEST_USE, TOKEN_EXPIRY),
     *(TOKEN_FAILURES, QUEUE_FULL, WAITING, RETRIES, CIRCUIT, OPEN_REPOSITORIES, TRANSFERS, CONNECTIONS),
-    *(CONNECTIONS_LIMIT, SENDING, LIMITS, LOOP_STALL, DISK_TROUBLE),
+    *(CONNECTIONS_LIMIT, SENDING, LIMITS, LOOP_STALL, DISK_TROUBLE, AHEAD, UNASKED),
 )
 """Those that workers know; of the others the parent knows by itself."""
 
@@ -168,7 +174,12 @@ def of_transfers(pull_through: PullThrough) -> list[Reading]:
     """
     Tell what is on its way from upstream.
     """
-    return [Reading(TRANSFERS, lambda: len(pull_through.transfers()))]
+    ahead = pull_through.ahead
+    return [
+        Reading(TRANSFERS, lambda: len(pull_through.transfers())),
+        Reading(AHEAD, lambda: ahead.brought if ahead is not None else 0),
+        Reading(UNASKED, lambda: ahead.in_vain if ahead is not None else 0),
+    ]
 
 
 def of_clients(crowd: Crowd, most: int | None) -> list[Reading]:

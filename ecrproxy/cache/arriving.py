@@ -107,6 +107,13 @@ class Arriving:
             raise
         return claim
 
+    def is_claimed(self, digest: Digest) -> bool:
+        """
+        Return True if some process holds the claim of a digest, without taking it.
+        """
+        path = claim_path(self._data(digest))
+        return os.path.lexists(path) and not is_free(path)
+
     def hold(self, digest: Digest) -> Claim | None:
         """
         Claim a digest in order to remove its content. None if another process holds the claim.

@@ -670,16 +670,20 @@ class Index:
             self._uses.pop(digest, None)
             self._gone.add(digest)
 
-    def add(self, digest: Digest, size: int, arriving: Reservation | None = None) -> None:
+    def add(self, digest: Digest, size: int, arriving: Reservation | None = None, used: float | None = None) -> None:
         """
         Note that a file of content has come, verified; the reservation that it had ends.
+
+        @param used: when it counts as used, if nobody has asked for it.
         """
         now = self._now()
+        file = File(digest, size, now if used is None else used, now)
         with self._noting:
             self._gone.discard(digest)
-            self._added[digest] = File(digest, size, now)
+            self._added[digest] = file._replace(verified=None)
             self._end_promises([] if arriving is None else [arriving])
-        self._change(lambda rows: rows.add(File(digest, size, now, now), arriving))
+        told = {} if used is None else {"asked_for": False}
+        self._change(lambda rows: rows.add(file, arriving, **told))
 
     def adopt(self, files: Sequence[File]) -> None:
         """

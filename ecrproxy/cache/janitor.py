@@ -127,6 +127,24 @@ class Janitor(Service):
         """
         return self.held + on_disk(size) <= self.limit
 
+    async def fits_without(self, size: int, seconds: float) -> bool:
+        """
+        Return True if there is room for C{size} bytes without evicting what was used within the last C{seconds}.
+
+        @raise OSError: if that can't be told.
+        """
+        excess = self.held + on_disk(size) - self.limit
+        return excess <= 0 or await self._in_thread(self._has_unused, excess, self._store.now() - seconds)
+
+    def _has_unused(self, excess: int, before: float) -> bool:
+        for each in self._store.candidates():
+            if each.used >= before:
+                return False
+            excess -= each.size
+            if excess <= 0:
+                return True
+        return False
+
     def is_prompt(self, size: int) -> bool:
         """
         Return True if L{make_room} does not have to wait for the index.

@@ -63,19 +63,21 @@ class Rows(EntryRows):
 
     # Content
 
-    def add(self, file: File, arriving: Reservation | None = None) -> None:
+    def add(self, file: File, arriving: Reservation | None = None, *, asked_for: bool = True) -> None:
         """
         Note that a file is there, used later than any other.
 
         @param arriving: its reservation, which ends.
+        @param asked_for: whether anybody has asked for it; else it is used when C{file} says.
         """
         with self._transaction() as connection:
+            used = self._stamps(connection)(file.used) if asked_for else moment(file.used)
             connection.execute(
                 "INSERT INTO content (digest, size, blocks, used, verified) VALUES (?, ?, ?, ?, ?)"
                 " ON CONFLICT (digest) DO UPDATE SET size = excluded.size, blocks = excluded.blocks,"
                 " used = max(used, excluded.used), verified = coalesce(excluded.verified, verified)",
                 (
-                    *(packed(file.digest), file.size, on_disk(file.size), self._stamps(connection)(file.used)),
+                    *(packed(file.digest), file.size, on_disk(file.size), used),
                     None if file.verified is None else moment(file.verified),
                 ),
             )

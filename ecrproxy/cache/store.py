@@ -353,6 +353,12 @@ class Store:
             return False
         return stat.S_ISREG(status.st_mode) and self.directory.is_own(status)
 
+    def comes(self, digest: Digest) -> bool:
+        """
+        Return True if there is a file of this name, or some process is bringing it.
+        """
+        return self.has(digest) or self.arriving.is_claimed(digest)
+
     def found(self, digest: Digest) -> File | None:
         """
         Look at a file of content that nothing is known of.

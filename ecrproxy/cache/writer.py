@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from ecrproxy.cache.claim import Claim
     from ecrproxy.oci import Digest
 
+UNASKED_SECONDS: Final = 3600.0
+"""How long ago content counts as used that nobody has asked for yet: it goes before what was asked for since."""
 _CATCH_UP: Final = 16 * 2**20
 """Most bytes that are hashed in one call."""
 _READ: Final = 256 * 2**10
@@ -45,7 +47,10 @@ class Writer:
     @param claim: the claim of C{digest}, which the writer releases.
     @param fd: the file, open for reading and writing under a shared lock.
     @ivar room: bytes of disk that it takes.
+    @ivar asked_for: whether anybody has asked for it.
     """
+
+    asked_for = True
 
     def __init__(self, directory: Directory, claim: Claim, digest: Digest, size: int, fd: int) -> None:
         self._directory, self._claim, self.digest, self.size, self._fd = directory, claim, digest, size, fd
@@ -338,8 +343,9 @@ class Writer:
     def _commit(self) -> None:
         if self.hashed < self.size:
             os.ftruncate(self._fd, self.hashed)
+        used = None if self.asked_for else self._directory.now() - UNASKED_SECONDS
         with contextlib.suppress(OSError):
-            mark(self._fd, self._directory.now())
+            mark(self._fd, self._directory.now() if used is None else used)
         os.fsync(self._fd)
         proved = os.fstat(self._fd)  # before others can open it, and change it
         target = self._directory.content(self.digest)
@@ -350,7 +356,7 @@ class Writer:
             self._claim.data.rename(target)
             self._committed = True
         self._directory.proofs.note(self.digest, proved, good=True)
-        self._directory.index.add(self.digest, self.hashed, self._claim.reservation)
+        self._directory.index.add(self.digest, self.hashed, self._claim.reservation, used)
 
     def _check_place(self) -> None:
         """

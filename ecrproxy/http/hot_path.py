@@ -295,6 +295,7 @@ class HotPath:
     def _send(self, channel: Any, noted: _Noted, waiting: Waiting) -> None:  # noqa: ANN401
         parts = noted.before, waiting.request_id.encode(), noted.between, self._today(), noted.after
         _write(channel.transport, b"".join(parts))
+        self._pull_through.answered_at_hand(noted.hit.asked, noted.hit.answer)
         self.answered += 1
         site: Any = channel.factory
         now = site.reactor.seconds()

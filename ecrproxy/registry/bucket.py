@@ -103,10 +103,10 @@ class Locator(Protocol):
     name: str
     """What the log calls the registry."""
 
-    async def locate(self, route: Route) -> tuple[str, IResponse | None]:
+    async def locate(self, route: Route, *, ahead: bool = False) -> tuple[str, IResponse | None]:
         """Ask where."""
 
-    async def fetch(self, url: str, route: Route, span: str) -> tuple[str, IResponse]:
+    async def fetch(self, url: str, route: Route, span: str, *, ahead: bool = False) -> tuple[str, IResponse]:
         """Ask for bytes there."""
 
     async def pause(self, breaks: int) -> None:
@@ -143,6 +143,7 @@ class Blob:
         them where this one gives none, or is slow. More may be added.
     @ivar copies: the same of a registry and its replicas.
     @ivar size: in bytes, if upstream said.
+    @ivar ahead: whether nobody waits for it: then it is asked for once, if that costs nobody a place.
     @ivar first: what was asked for first.
     @ivar ranged: whether the bucket gives parts.
     @ivar is_page: whether what came first calls itself a page for people, and not a part of anything.
@@ -150,8 +151,8 @@ class Blob:
 
     first: Stretch
 
-    def __init__(self, upstream: Locator, route: Route, url: str = "") -> None:
-        self._source = _Source(upstream, route, url)
+    def __init__(self, upstream: Locator, route: Route, url: str = "", *, ahead: bool = False) -> None:
+        self._source, self.ahead = _Source(upstream, route, url), ahead
         self._sources = {upstream: self._source}
         self._route = route
         self.others: Mapping[Any, tuple[Locator, Route]] = {}
@@ -164,11 +165,11 @@ class Blob:
         Ask for the bytes from C{start} to C{stop}, or for all from there on.
         """
         source = self._source
-        response = await _ask(source, _span(start, stop) if start or stop is not None else "")
+        response = await _ask(source, _span(start, stop) if start or stop is not None else "", ahead=self.ahead)
         if response.code == 416:  # noqa: PLR2004 (an empty blob has no first byte, another may have become shorter)
             discard(response, source.upstream.clock)
             start = 0
-            response = await _ask(source, "")
+            response = await _ask(source, "", ahead=self.ahead)
         self.size, self.first = await self._understand(source, response, start, stop)
         part = response.code == 206  # noqa: PLR2004
         self.ranged = part or _offers_parts(response)
@@ -227,7 +228,7 @@ class Blob:
 
     async def _open(self, source: _Source, start: int, stop: int | None) -> tuple[_Source, Stretch]:
         try:
-            response = await _ask(source, _span(start, stop))
+            response = await _ask(source, _span(start, stop), ahead=self.ahead)
             size, stretch = await self._understand(source, response, start, stop)
         except RegistryError:
             source.note(barren=True)
@@ -267,24 +268,24 @@ def _passes(failure: Failure, _: int) -> bool:
     return failure.check(RegistryError) is not None
 
 
-async def _ask(source: _Source, span: str) -> IResponse:
+async def _ask(source: _Source, span: str, *, ahead: bool) -> IResponse:
     """
     Ask for bytes; replace the URL, once, if the bucket refuses it, as it does when the URL has expired.
     """
-    response = await (_fetch(source, span) if source.url else _locate(source, span))
+    response = await (_fetch(source, span, ahead=ahead) if source.url else _locate(source, span, ahead=ahead))
     if response.code in REFUSED_STATUSES:
         discard(response, source.upstream.clock)
-        response = await _locate(source, span)
+        response = await _locate(source, span, ahead=ahead)
     return response
 
 
-async def _locate(source: _Source, span: str) -> IResponse:
-    source.url, direct = await source.upstream.locate(source.route)
-    return direct or await _fetch(source, span)
+async def _locate(source: _Source, span: str, *, ahead: bool) -> IResponse:
+    source.url, direct = await source.upstream.locate(source.route, ahead=ahead)
+    return direct or await _fetch(source, span, ahead=ahead)
 
 
-async def _fetch(source: _Source, span: str) -> IResponse:
-    source.url, response = await source.upstream.fetch(source.url, source.route, span)
+async def _fetch(source: _Source, span: str, *, ahead: bool) -> IResponse:
+    source.url, response = await source.upstream.fetch(source.url, source.route, span, ahead=ahead)
     return response
 
 

@@ -240,6 +240,12 @@ class Circuit:
         about = " and ".join(sorted(self._failing)) or "the proxy itself"
         return f"{self._who} failed when it was asked last, for {about}: {self._last}"
 
+    def is_well(self, repository: str) -> bool:
+        """
+        Return True if nothing has failed since the last answer: else questions that nobody waits for are not asked.
+        """
+        return self.state is CircuitState.CLOSED and not self._failures and repository not in self._parts
+
     def check(self, repository: str, *, lists: bool = False) -> None:
         """
         Make sure that a question about C{repository} would go.

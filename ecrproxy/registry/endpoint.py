@@ -23,7 +23,7 @@ from ecrproxy.registry.bodies import ERROR_LIMIT
 from ecrproxy.registry.bucket import UnavailableError
 from ecrproxy.registry.circuit import Circuit, CircuitState, Switch
 from ecrproxy.registry.ecr import TokenUnavailableError
-from ecrproxy.registry.governor import Governor
+from ecrproxy.registry.governor import Governor, NoPlentyError
 from ecrproxy.registry.quotas import Call, call_of
 from ecrproxy.registry.refusals import Refusal
 from ecrproxy.registry.retries import TransientError, Tries
@@ -33,6 +33,8 @@ log = Logger()
 
 PROBE_SECONDS: Final = 5.0
 """How long a probe waits for an answer: whoever asks with it may have something old to be served instead."""
+AHEAD_SECONDS: Final = 10.0
+"""How long a question that nobody waits for may take."""
 _TOLD_BY_BODY: Final = frozenset({400, 401, 403, 404, 405})
 
 
@@ -44,6 +46,7 @@ class Question:
     @ivar accept: the media types that are taken.
     @ivar query: as it goes behind the C{?}.
     @ivar limit: the most bytes that the answer may have; none to leave its body to who asks.
+    @ivar ahead: whether nobody waits for the answer.
     """
 
     method: str
@@ -51,6 +54,7 @@ class Question:
     accept: str = ""
     query: str = ""
     limit: int | None = None
+    ahead: bool = False
 
     @property
     def is_list(self) -> bool:
@@ -103,6 +107,8 @@ class Endpoint:
 
         @raise RegistryError: if the answer is a refusal, or there is none.
         """
+        if question.ahead:
+            return await self._ask_ahead(question)
         repository = question.route.repository.name
         self._circuit.check(repository, lists=question.is_list)
         shown = await self._shown(question, self._authorization.show(repository))
@@ -123,6 +129,36 @@ class Endpoint:
                 refusal.raise_for(question.route)
             shown = renewed
         raise AssertionError("the second turn answers or raises")
+
+    def has_plenty(self, question: Question) -> bool:
+        """
+        Return True if a question that nobody waits for would cost nobody anything.
+        """
+        repository = question.route.repository.name
+        well = not self._left and self._circuit.is_well(repository)
+        return well and self._governor.has_plenty(call_of(question.method, question.route.kind), repository)
+
+    async def _ask_ahead(self, question: Question) -> Reply:
+        """
+        Ask what nobody waits for: once, and if ECR is well.
+
+        That it fails is evidence of nothing: a client's question is told to the circuit, and may be its probe.
+
+        @raise RegistryError: if the answer is a refusal, or there is none, or the question would cost somebody a place.
+        """
+        repository = question.route.repository.name
+        if not self.has_plenty(question):
+            raise NoPlentyError(503, "UNAVAILABLE", f"nothing is asked ahead of {self._wire.name} now")
+        try:
+            shown = await self._authorization.show(repository)
+        except TokenUnavailableError as problem:
+            raise UnavailableError(503, "UNAVAILABLE", str(problem), reason=Reason.NO_TOKEN) from None
+        with self._governor.spare_place(call_of(question.method, question.route.kind), repository):
+            reply = await self._send(question, shown, AHEAD_SECONDS)
+        if reply.response.code >= 400:  # noqa: PLR2004
+            Refusal.of(reply.response, reply.body, self._wire.name).of_one(shown).raise_for(question.route)
+        self._circuit.answered(repository)
+        return reply
 
     async def _shown(self, question: Question, asked: Coroutine[object, object, str]) -> str:
         try:

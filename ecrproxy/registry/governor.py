@@ -11,14 +11,16 @@ Rules:
   urgency: manifests first.
 - A question waits in the queue for C{LONGEST_WAIT} at most. One whose quota makes it wait longer is refused at once.
 - A question that is cancelled leaves the queue; its place is released, however it ends.
+- A question that nobody waits for never queues: it takes a place if there are plenty, or is refused. Half of what a
+  client's question may have of places and quota stays free of such questions.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Final
 
 from twisted.internet.defer import Deferred
@@ -44,6 +46,14 @@ TICK: Final = 0.01
 class QueueFullError(UnavailableError):
     """
     So many questions wait for ECR that one more would wait too long.
+    """
+
+    reason = Reason.QUEUE_FULL
+
+
+class NoPlentyError(UnavailableError):
+    """
+    There is no place for a question that nobody waits for.
     """
 
     reason = Reason.QUEUE_FULL
@@ -75,6 +85,12 @@ class Held:
         Return True if a repository, whose name begins with C{component}, may take another place.
         """
         return self._repositories[repository] < self.room(component)
+
+    def has_plenty(self, component: str, repository: str) -> bool:
+        """
+        Return True if a repository has taken less than half of the places that it may have.
+        """
+        return self._repositories[repository] < self.room(component) // 2
 
     def take(self, repository: str) -> None:
         """
@@ -233,6 +249,31 @@ class Governor:
         @raise QueueFullError: if that takes too long.
         """
         await self._enter(call, repository)
+        try:
+            yield
+        finally:
+            self._held.release(repository)
+            self._let_go()
+
+    def has_plenty(self, call: Call, repository: str) -> bool:
+        """
+        Return True if nobody queues, and a question about C{repository} would leave half of its places free.
+        """
+        queued = any(map(len, self._queues.values()))
+        enough = self._buckets[call].has_plenty(self._clock.seconds())
+        return enough and not queued and self._held.has_plenty(first_component(repository), repository)
+
+    @contextmanager
+    def spare_place(self, call: Call, repository: str) -> Iterator[None]:
+        """
+        Have a place for a question that nobody waits for.
+
+        @raise NoPlentyError: if there are not plenty.
+        """
+        if not self.has_plenty(call, repository):
+            raise NoPlentyError(429, "TOOMANYREQUESTS", f"no place to spare for {self._name}")
+        self._buckets[call].take()
+        self._held.take(repository)
         try:
             yield
         finally:

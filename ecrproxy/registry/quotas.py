@@ -109,6 +109,12 @@ class TokenBucket:
             return self._rests_until - now
         return 0.0 if self._level >= 1 else (1 - self._level) / self.rate
 
+    def has_plenty(self, now: float) -> bool:
+        """
+        Return True if a call may go, and half of what the bucket holds would be left.
+        """
+        return not self.wait(now) and self._level - 1 >= self._capacity / 2
+
     def take(self) -> None:
         """
         Let a call go.

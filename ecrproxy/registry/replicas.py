@@ -79,20 +79,24 @@ class Replicated(Upstream):
         ask = partial(super().blob_size, route)
         return await self._sooner(route, ask, [partial(each.blob_size, route) for each in self.replicas], _WHOLE)
 
-    async def blob(self, route: Route, stop: int | None = None, start: int = 0) -> Blob:
+    async def blob(self, route: Route, stop: int | None = None, start: int = 0, *, ahead: bool = False) -> Blob:
         """
-        See L{Upstream.blob}.
+        See L{Upstream.blob}. What nobody waits for is not asked of replicas.
         """
+        if ahead:
+            return await super().blob(route, stop, start, ahead=ahead)
         ask = partial(super().blob, route, stop, start)
         others = [partial(each.blob, route, stop, start) for each in self.replicas]
         blob = await self._sooner(route, ask, others, _WHOLE)
         blob.copies = (self, *self.replicas)
         return blob
 
-    async def locate(self, route: Route) -> tuple[str, IResponse | None]:
+    async def locate(self, route: Route, *, ahead: bool = False) -> tuple[str, IResponse | None]:
         """
         See L{Upstream.locate}: the rest of a blob may lie elsewhere than its beginning.
         """
+        if ahead:
+            return await super().locate(route, ahead=ahead)
         ask = partial(super().locate, route)
         return await self._sooner(route, ask, [partial(each.locate, route) for each in self.replicas])
 

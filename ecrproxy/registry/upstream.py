@@ -46,9 +46,9 @@ from ecrproxy.registry.bucket import (
     is_page,
     told_length,
 )
-from ecrproxy.registry.endpoint import Endpoint, Question, Reply
+from ecrproxy.registry.endpoint import AHEAD_SECONDS, Endpoint, Question, Reply
 from ecrproxy.registry.links import next_target
-from ecrproxy.registry.wire import Wire
+from ecrproxy.registry.wire import HEADER_SECONDS, Wire
 
 REDIRECTS: Final = 5
 LIST_LIMIT: Final = 4 * 2**20
@@ -194,33 +194,40 @@ class Upstream:
             raise UnavailableError(502, "UNAVAILABLE", f"{self.name} does not say how large {route.reference} is")
         return blob.size
 
-    async def blob(self, route: Route, stop: int | None = None, start: int = 0) -> Blob:
+    def has_plenty(self, route: Route) -> bool:
+        """
+        Return True if a blob may be asked for that nobody waits for: see L{Endpoint.has_plenty}.
+        """
+        return self._endpoint.has_plenty(Question("GET", route, ahead=True))
+
+    async def blob(self, route: Route, stop: int | None = None, start: int = 0, *, ahead: bool = False) -> Blob:
         """
         Begin to fetch a blob.
 
         @param stop: up to where to ask for it at first; none for all.
         @param start: from where on.
+        @param ahead: whether nobody waits for it. Who comes to wait sets C{Blob.ahead}.
         @raise RegistryError: if there is none, or ECR can't give it.
         """
-        blob = Blob(self, route)
+        blob = Blob(self, route, ahead=ahead)
         await blob.begin(start, stop)
         return blob
 
-    async def locate(self, route: Route) -> tuple[str, IResponse | None]:
+    async def locate(self, route: Route, *, ahead: bool = False) -> tuple[str, IResponse | None]:
         """
         Ask where a blob lies.
 
         @return: the URL to ask, or, where ECR itself sends it, that answer.
         @raise RegistryError: if there is none, or ECR can't say.
         """
-        response = (await self._endpoint.ask(Question("GET", route))).response
+        response = (await self._endpoint.ask(Question("GET", route, ahead=ahead))).response
         url = self._endpoint.url + route.path
         if response.code not in REDIRECT_STATUSES:
             return url, response
         discard(response, self.clock)
         return self._target(url, header(response, "Location")), None
 
-    async def fetch(self, url: str, route: Route, span: str) -> tuple[str, IResponse]:
+    async def fetch(self, url: str, route: Route, span: str, *, ahead: bool = False) -> tuple[str, IResponse]:
         """
         Ask for the bytes at C{url}, following redirects. The token stays behind.
 
@@ -230,9 +237,11 @@ class Upstream:
         headers = Headers({"User-Agent": ["ecrproxy"]})
         if span:
             headers.setRawHeaders("Range", [span])
-        tries = self._wire.tries()
+        tries, seconds = self._wire.tries(), AHEAD_SECONDS if ahead else HEADER_SECONDS
+        if ahead:
+            tries.give_up()
         for _ in range(REDIRECTS):
-            response = await self._wire.persist(tries, partial(self._wire.request, "GET", url, headers))
+            response = await self._wire.persist(tries, partial(self._wire.request, "GET", url, headers, seconds))
             if response.code not in REDIRECT_STATUSES:
                 return url, response
             discard(response, self.clock)

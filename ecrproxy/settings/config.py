@@ -289,8 +289,8 @@ SETTINGS: Final[Sequence[Setting]] = (
         "read-ahead",
         "PROXY_READ_AHEAD",
         parse_flag,
-        "false",
-        "fetch a manifest's config and layers once it is asked for",
+        "true",
+        "fetch the layers of an image that lie behind the one that a client fetches",
     ),
     Setting(
         "blob-connections",

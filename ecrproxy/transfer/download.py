@@ -35,7 +35,7 @@ Rules:
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
@@ -54,7 +54,18 @@ from ecrproxy.reasons import Reason
 from ecrproxy.stopwatch import Stopwatch
 from ecrproxy.threads import Disk
 from ecrproxy.transfer.follower import Follower
-from ecrproxy.transfer.inflow import SMALLEST_PART, Blob, Buffered, Gaps, Inflow, Stretch, Urgency, Wish
+from ecrproxy.transfer.inflow import (
+    AHEAD_WATER,
+    HIGH_WATER,
+    SMALLEST_PART,
+    Blob,
+    Buffered,
+    Gaps,
+    Inflow,
+    Stretch,
+    Urgency,
+    Wish,
+)
 from ecrproxy.transfer.lane import Lane, ShortBodyError, drop
 from ecrproxy.transfer.sources import FilePiece
 
@@ -68,6 +79,8 @@ T = TypeVar("T")
 
 WINDOW: Final = 2**20
 """Bytes held for readers of a transfer that has no file; one read while all transfers hold C{BUFFERED} bytes."""
+STANDING_SECONDS: Final = 1.0
+"""How long what was begun ahead may bring nothing once somebody waits for it, before it is asked for anew."""
 STUCK_SECONDS: Final = 5
 """How long one reader of a window may keep all others waiting."""
 TAIL: Final = 64 * 2**10
@@ -99,6 +112,7 @@ class Download:
     @param buffered: counts what waits in memory, of all transfers together.
     @param urgency: who waits for what was asked for first.
     @param call_later: a reactor's, for the time of readers that stop; none to wait for them without end.
+    @ivar ahead: whether it was begun before anybody asked, and nobody has asked yet.
     @ivar attendance: called when a first reader comes or the last has left.
     @ivar split_off: called with a transfer that goes on apart for readers that have stopped, and has to be run.
     @ivar others: registries whose clients have joined it, and as what they have the blob: see L{bucket.Blob}.
@@ -120,7 +134,7 @@ class Download:
         urgency: Urgency = Urgency.NOBODY,
         call_later: Callable[..., Any] | None = None,
     ) -> None:
-        self.digest, self.size, self.unkept = digest, size, unkept
+        self.digest, self.size, self.unkept, self.ahead = digest, size, unkept, False
         self.received, self.verified = 0, False
         self.failure: Failure | None = None
         self._disk, self._lanes = disk, lanes
@@ -234,18 +248,37 @@ class Download:
         follower = Follower(self, start, stop, waiting or Stopwatch(lambda: 0.0), until)
         self._followers[follower] = None
         self._attended = True
+        if self.ahead:
+            self._come_to_be_awaited()
         if follower.partial:
             self._hasten(follower)
         if len(self._followers) == 1:
             self.attendance()
         return follower
 
+    def _come_to_be_awaited(self) -> None:
+        """
+        Note that somebody asks for what was begun ahead; bytes that stand still are soon asked for anew.
+        """
+        self.ahead = False
+        if self._writer is not None:
+            self._writer.asked_for = True
+        self._call_later(STANDING_SECONDS, self._leave_standing, {lane: lane.arrived for lane in self._at_work})
+
+    def _leave_standing(self, before: Mapping[Lane, int]) -> None:
+        blob = self._blob
+        if blob is None or not blob.ranged or self._lanes_end:
+            return
+        for lane, arrived in before.items():
+            if lane in self._at_work and lane.arrived == arrived and lane.stop is not None:
+                lane.cut(self._gaps.give_back)
+
     def let_go(self) -> None:
         """
         Note that who asked for it does not read it after all.
         """
         if not self._followers:
-            self._attended = True
+            self._attended, self.ahead = True, False
             if self._backing is None and self._running:
                 self._abandon()
             self.attendance()
@@ -429,7 +462,8 @@ class Download:
             await self._part(self._new_lane(blob, start, stop, None, urgency))
 
     def _new_lane(self, blob: Blob, start: int, stop: int, first: Stretch | None, urgency: Urgency) -> Lane:
-        inflow = partial(Inflow, self._buffered, call_later=self._asked_later)
+        water = AHEAD_WATER if self.ahead and first is not None else HIGH_WATER
+        inflow = partial(Inflow, self._buffered, water, self._asked_later)
         return Lane(self.digest, blob, start, stop, first, inflow, urgency=urgency)
 
     def _next_part(self, blob: Blob) -> tuple[int, int, Urgency] | None:

@@ -34,6 +34,10 @@ MOST_GAPS: Final = 1000
 """Number of gaps from which on nothing is fetched out of turn any more."""
 
 
+AHEAD_WATER: Final = 2**20
+"""The same of a lane whose bytes nobody waits for: a slow disk holds few of them."""
+
+
 GATHERED: Final = 2**20
 """Bytes that are gathered before they are handed out: each batch costs turns of threads, and news to all who follow."""
 
@@ -114,6 +118,13 @@ class Buffered:
         """
         return self.size > self.most
 
+    @property
+    def has_plenty(self) -> bool:
+        """
+        Return True if less than half waits of what may.
+        """
+        return 2 * self.size < self.most
+
 
 class Lanes:
     """
@@ -124,7 +135,7 @@ class Lanes:
     """
 
     def __init__(self, each: int = 4, together: int = 64, buffered: int = BUFFERED) -> None:
-        self._each, self._free = each, together
+        self._each, self._free, self._together = each, together, together
         self.buffered = Buffered(buffered)
 
     def first_part(self, expected: int | None) -> int | None:
@@ -134,6 +145,15 @@ class Lanes:
         @param expected: its bytes, if something is known of them.
         """
         return None if self._each == 1 or (expected is not None and expected < SPLIT) else SMALLEST_PART
+
+    def has_plenty(self, size: int, coming: int) -> bool:
+        """
+        Return True if a blob of so many bytes, which nobody waits for, would leave half of the connections to others.
+
+        @param coming: how many others that nobody waits for are about to take one.
+        """
+        lanes = 1 if size < SPLIT else self._each
+        return 2 * (self._free - lanes - coming) >= self._together and self.buffered.has_plenty
 
     def take(self, size: int) -> int:
         """

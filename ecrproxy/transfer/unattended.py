@@ -2,7 +2,7 @@
 Transfers that nobody reads: a few go on for the cache, the others stop and leave their file to the next.
 
 Those that are slow stop, too: a client that has left may have asked for what trickles, and four of them would keep room
-in the cache, and keep anything from being read ahead.
+in the cache. What is read ahead is bounded by L{reading_ahead}, and is none of these until its reader has left.
 """
 
 from __future__ import annotations
@@ -40,14 +40,6 @@ class Unattended:
         self._missing: dict[Download, int] = {}
         self._watching = False
         self._waiting: list[Deferred[None]] = []
-
-    def is_full(self, coming: int) -> bool:
-        """
-        Return True if no more transfers may be begun for which nobody has asked.
-
-        @param coming: how many of them are about to begin.
-        """
-        return len(self._without_reader()) + coming >= self._most
 
     def settle(self, begun: Download | None = None) -> None:
         """
@@ -87,4 +79,4 @@ class Unattended:
         self._watch()
 
     def _without_reader(self, begun: Download | None = None) -> list[Download]:
-        return [each for each in self._transfers() if each.unattended and each is not begun]
+        return [each for each in self._transfers() if each.unattended and not each.ahead and each is not begun]
