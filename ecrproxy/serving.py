@@ -155,9 +155,8 @@ def wire(
     readiness = partial(_readiness, worlds.askings, condition, connections)
     crowd = Crowd(config.limits(clients_beside_spare()), processes)
     admission = _admission(config, reactor, service, processes)
-    registry = Registry(pull_through, worlds, config.cache_key, disk.reading)
     site = make_site(
-        registry,
+        Registry(pull_through, worlds, config.cache_key, disk.reading),
         Ready(readiness),
         reactor,
         admission=admission,

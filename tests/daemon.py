@@ -89,7 +89,7 @@ from ecrproxy.settings.registries import Protocol as TableProtocol
 from ecrproxy.settings.registries import RegistryTable, table_of_settings
 from ecrproxy.settings.values import parse_pattern
 from ecrproxy.threads import Disk, InThread
-from ecrproxy.transfer.inflow import Lanes
+from ecrproxy.transfer.inflow import GATHER_SECONDS, Lanes
 from ecrproxy.upstreams import Upstreams
 from ecrproxy.world import World, Worlds
 from tests.registry import StandIn
@@ -930,6 +930,15 @@ class DaemonTestCase(SynchronousTestCase):
         for step in [1.0] * whole + [seconds - whole]:
             self.clock.advance(step)
             self.flush()
+
+    def arrive(self, digest: str, count: int) -> None:
+        """
+        Have a bucket send so many bytes more, and let them get to whoever waits.
+        """
+        self.standin.deliver(digest, count)
+        self.flush()
+        self.clock.advance(GATHER_SECONDS)
+        self.flush()
 
     def answer_with(self, data: bytes, *, close: bool = True) -> None:
         """

@@ -418,8 +418,7 @@ class ServedTests(StatusTestCase):
             self.daemon.send("GET", self.blob)
         for delivered in (100_000, 50_000):
             self.flush()
-            self.standin.deliver(self.digest, delivered)
-        self.flush()
+            self.arrive(self.digest, delivered)
         page = self.daemon.ask_admin("/").body.decode()
         (bar,) = Reader(page).top.all("progress")
         self.assertEqual({"150000", "300000"}, {bar.attributes["value"], bar.attributes["max"]})

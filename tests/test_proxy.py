@@ -225,8 +225,7 @@ class TogetherTests(BlobTestCase):
         return replies
 
     def deliver(self, count: int) -> None:
-        self.standin.deliver(self.digest, count)
-        self.flush()
+        self.arrive(self.digest, count)
 
     def release(self) -> None:
         self.standin.release(self.digest)
@@ -446,8 +445,7 @@ class PermissionTests(BlobTestCase):
         self.standin.hold(self.digest)
         first = self.get(self.path)
         second = self.get(other)
-        self.standin.deliver(self.digest, 100_000)
-        self.flush()
+        self.arrive(self.digest, 100_000)
         self.assertEqual(100_000, len(second.body))
         self.standin.release(self.digest)
         self.flush()
@@ -951,8 +949,8 @@ class BypassTests(BlobTestCase):
         self.standin.hold(self.digest)
         first, slow = self.get(self.path), self.get(self.path)
         slow.stop_reading()
-        self.standin.deliver(self.digest, 200_000)
-        self.flush()
+        self.arrive(self.digest, 100_000)
+        self.arrive(self.digest, 100_000)
         late = self.get(self.path)
         self.standin.release(self.digest)
         self.flush()
@@ -1029,8 +1027,7 @@ class BypassTests(BlobTestCase):
         self.start(limit=200_000)
         self.standin.hold(self.digest)
         first = self.get(self.path)
-        self.standin.deliver(self.digest, 100_000)
-        self.flush()
+        self.arrive(self.digest, 100_000)
         late = self.get(self.path)
         self.standin.release(self.digest)
         self.flush()

@@ -332,8 +332,7 @@ class ReaderTests(RangesTestCase):
         whole = self.begin()
         start, stop = self.spans()[2]
         self.assertGreater(start, SMALLEST_PART)
-        self.standin.deliver(self.digest, 200_000)
-        self.flush()
+        self.arrive(self.digest, 200_000)
         wanted = (start + 1000, start + 101_000)
         part = self.get(self.path, Range=f"bytes={wanted[0]}-{wanted[1] - 1}")
         self.assertWhole(part, DATA[slice(*wanted)], "JOINED", 206)
@@ -350,12 +349,10 @@ class ReaderTests(RangesTestCase):
         """
         self.begin()
         start, _ = self.spans()[2]
-        self.standin.deliver(self.digest, 200_000)
-        self.flush()
+        self.arrive(self.digest, 200_000)
         part = self.get(self.path, Range=f"bytes={start + 150_000}-{start + 299_999}")
         self.assertEqual(50_000, len(part.body))
-        self.standin.deliver(self.digest, 50_000)
-        self.flush()
+        self.arrive(self.digest, 50_000)
         self.assertEqual(100_000, len(part.body))
         self.assertTrue(DATA[start + 150_000 : start + 250_000] == bytes(part.body))
 
@@ -366,8 +363,7 @@ class ReaderTests(RangesTestCase):
         self.standin.corrupt(self.digest, DATA[:-1] + b"x")
         whole = self.begin()
         start, _ = self.spans()[2]
-        self.standin.deliver(self.digest, 200_000)
-        self.flush()
+        self.arrive(self.digest, 200_000)
         part = self.get(self.path, Range=f"bytes={start}-{start + 999}")
         self.assertWhole(part, DATA[start : start + 1000], code=206)
         all_of_it = self.get(self.path, Range="bytes=0-")

@@ -162,8 +162,7 @@ class PieceTests(DaemonTestCase):
         """
         self.standin.hold(self.digest)
         reply = self.get(self.path)
-        self.standin.deliver(self.digest, 1000)
-        self.flush()
+        self.arrive(self.digest, 1000)
         self.assertEqual(1000, len(reply.body))
         sizes = self.readings()
         self.pass_time(20)
@@ -783,15 +782,13 @@ class KernelTests(DaemonTestCase):
         """
         self.standin.hold(self.digest)
         self.ask()
-        self.standin.deliver(self.digest, MIB)
-        self.flush()
+        self.arrive(self.digest, MIB)
         self.read()
         self.assertEqual([self.data[:MIB]], self.bodies)
         turns = self.connection.turner.turns
         self.read()
         self.assertEqual((False, turns), (self.connection.turner.writing, self.connection.turner.turns))
-        self.standin.deliver(self.digest, 2 * MIB - 1)
-        self.flush()
+        self.arrive(self.digest, 2 * MIB - 1)
         self.read()
         self.assertEqual([self.data[:-1]], self.bodies)
         self.standin.release(self.digest)

@@ -47,8 +47,7 @@ class DocumentTests(StatusTestCase):
         self.standin.hold(self.digest)
         replies = [self.daemon.send("GET", self.blob) for _ in range(2)]
         self.flush()
-        self.standin.deliver(self.digest, 100_000)
-        self.flush()
+        self.arrive(self.digest, 100_000)
         (transfer,) = self.status()["transfers"]
         self.assertEqual(100_000, transfer["received"])
         self.assertEqual(

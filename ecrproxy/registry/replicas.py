@@ -81,13 +81,11 @@ class Replicated(Upstream):
 
     async def blob(self, route: Route, stop: int | None = None, start: int = 0, *, ahead: bool = False) -> Blob:
         """
-        See L{Upstream.blob}. What nobody waits for is not asked of replicas.
+        See L{Upstream.blob}. What nobody waits for is not asked of replicas, but for what breaks off.
         """
-        if ahead:
-            return await super().blob(route, stop, start, ahead=ahead)
-        ask = partial(super().blob, route, stop, start)
+        ask = partial(super().blob, route, stop, start, ahead=ahead)
         others = [partial(each.blob, route, stop, start) for each in self.replicas]
-        blob = await self._sooner(route, ask, others, _WHOLE)
+        blob = await (ask() if ahead else self._sooner(route, ask, others, _WHOLE))
         blob.copies = (self, *self.replicas)
         return blob
 
