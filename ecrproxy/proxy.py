@@ -432,7 +432,10 @@ class PullThrough:
         try:
             blob = await self._upstream(route).blob(route, stop, start)
         except RegistryError:
-            for upstream, other in download.others.values():
+            asked = set[object]()
+            while untried := [each for each in download.others if each not in asked]:  # clients may join meanwhile
+                asked.add(untried[0])
+                upstream, other = download.others[untried[0]]
                 with contextlib.suppress(RegistryError):
                     blob = await upstream.blob(other, stop, start)
                     break

@@ -308,13 +308,7 @@ class FailureTests(FollowingTestCase):
         """
         Where the one that was asked first does not give it to the successor.
         """
-        name = "444455556666.dkr.ecr.us-east-1.amazonaws.com"
-        bucket = "https://prod-us-east-1-starport-layer-bucket.s3.us-east-1.amazonaws.com"
-        other = StandIn(self.clock, registry=f"https://{name}", bucket=bucket)
-        other.push_blob("team/app", DATA)
-        table = RegistryTable(
-            name=name, protocol=Protocol.ECR, endpoint=f"https://{name}", region="us-east-1", path_prefix="us"
-        )
+        ((table, other),) = self.others("us")
         two = self.start(others={table: other})
         self.ask(self.one)
         replies = self.ask(two), self.ask(two, self.path.replace("/v2/", "/v2/us/"))
@@ -325,6 +319,39 @@ class FailureTests(FollowingTestCase):
         for reply in replies:
             self.assertWhole(reply, DATA, "JOINED")
         self.assertEqual(SIZE - 4 * EACH, other.bytes_sent)
+
+    def test_so_does_one_whose_client_comes_while_the_others_are_asked(self) -> None:
+        (first, failing_one), (second, other) = self.others("us", "eu")
+        two = self.start(others={first: failing_one, second: other})
+        self.ask(self.one)
+        replies = [self.ask(two), self.ask(two, self.path.replace("/v2/", "/v2/us/"))]
+        self.deliver()
+        self.standin.fail("registry", status=404)
+        failing_one.fail("registry", status=404)
+        failing_one.quirks.latency = 1
+        self.kill(self.one)
+        self.go_on(0.1)
+        replies.append(self.ask(two, self.path.replace("/v2/", "/v2/eu/")))
+        self.go_on(2)
+        for reply in replies:
+            self.assertWhole(reply, DATA, "JOINED")
+        self.assertEqual(SIZE - 4 * EACH, other.bytes_sent)
+
+    def others(self, *prefixes: str) -> list[tuple[RegistryTable, StandIn]]:
+        """
+        Make other registries that have the blob, too.
+        """
+        made = []
+        for number, prefix in enumerate(prefixes, 4):
+            name, region = f"{str(number) * 12}.dkr.ecr.{prefix}-east-1.amazonaws.com", f"{prefix}-east-1"
+            bucket = f"https://prod-{region}-starport-layer-bucket.s3.{region}.amazonaws.com"
+            standin = StandIn(self.clock, registry=f"https://{name}", bucket=bucket)
+            standin.push_blob("team/app", DATA)
+            table = RegistryTable(
+                name=name, protocol=Protocol.ECR, endpoint=f"https://{name}", region=region, path_prefix=prefix
+            )
+            made.append((table, standin))
+        return made
 
     def test_wrong_bytes_complete_no_answer(self) -> None:
         self.standin.corrupt(self.digest, DATA[:-1] + b"?")
