@@ -782,6 +782,15 @@ class RefusalTests(UpstreamTestCase):
         self.assertEqual(1, len(self.standin.tokens._until))  # noqa: SLF001
         fault.remove()
 
+    def test_in_a_line_of_text_are_told_in_a_line(self) -> None:
+        for body in (b"Bad Request\n", b'{"errors": [{"code": "UNKNOWN", "message": "Bad Request\\r\\n"}]}'):
+            self.standin.fail("registry", status=400, body=body)
+            problem = self.refused(self.daemon.upstream.manifest(self.tag, ""))
+            self.assertIn("Bad Request", problem.message)
+            self.assertEqual(1, len(problem.message.splitlines()))
+            self.assertNotIn("\n", problem.message)
+            self.standin.heal()
+
     def test_in_strange_words(self) -> None:
         """
         A 403 or 404 that is no registry's JSON is no answer of ECR's, whatever it is.

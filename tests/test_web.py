@@ -882,6 +882,18 @@ class WrongBytesTests(DaemonTestCase):
         if reply.length is not None:
             self.assertLess(len(reply.body), reply.length)
 
+    def test_are_one_line_of_log_however_many_clients_they_cost(self) -> None:
+        self.standin.corrupt(self.digest, bytes(200_000))
+        self.standin.hold(self.digest)
+        replies = [self.get(self.path) for _ in range(3)]
+        self.standin.release(self.digest)
+        self.flush()
+        for reply in replies:
+            self.assertIncomplete(reply)
+        told = [each for each in self.logged().splitlines() if " /v2/" not in each and "client" in each.lower()]
+        self.assertEqual([], told)
+        self.assertEqual(1, self.logged().count("what arrived is not"))
+
     def test_other_bytes_of_the_same_length(self) -> None:
         """
         Right length, wrong bytes: the last byte is held back and the connection aborted.

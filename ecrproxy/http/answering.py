@@ -100,7 +100,7 @@ class Answering(Resource):
         if not request.startedWriting:
             _refuse(request, _answer_to(failure))
         elif failure.check(DigestMismatchError):
-            request.channel.forceAbortClient()  # nobody should resume wrong bytes
+            cast(Any, request.channel).abort()  # nobody should resume wrong bytes
         else:
             cast(Any, request.channel).break_off()
 

@@ -51,10 +51,10 @@ class Refusal:
         """
         Read the parts of such an answer.
         """
-        code, message = "", body[:1000].decode("utf-8", "replace")
+        code, message = "", body[:1000].decode("utf-8", "replace").strip()
         try:
             first = json.loads(body)["errors"][0]
-            code, message = str(first.get("code") or ""), str(first.get("message", ""))
+            code, message = str(first.get("code") or ""), str(first.get("message", "")).strip()
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             pass  # a plain text, as ECR sends some: the text is the message then
         return cls(status, code, message, challenged=challenged)
