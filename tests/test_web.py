@@ -1511,6 +1511,11 @@ class TagListTests(DaemonTestCase):
         """
         self.assertRefused(self.get(f"{self.path}?n=0"), 400, "UNSUPPORTED", "maxResults")
         self.assertEqual("n=0", self.standin.asked[0].query)
+        # Reported of n=10000, and so perhaps of this.
+        body = json.dumps({"errors": [{"code": "UNSUPPORTED", "message": "Invalid parameter at 'maxResults'"}]})
+        fault = self.standin.fail("registry", status=405, body=body.encode())
+        self.assertRefused(self.get(f"{self.path}?n=0"), 405, "UNSUPPORTED", "maxResults")
+        fault.remove()
         self.standin.fail("registry", status=200, body=b'{"name": "team/app", "tags": []}')
         self.assertWhole(self.get(f"{self.path}?n=0"), b'{"name": "team/app", "tags": []}')
 

@@ -143,8 +143,9 @@ class Refusal:
                 )
                 said = f"{self.name} denies the proxy access to {route.repository.name}; its log says why"
                 raise RegistryError(403, "DENIED", said, reason=Reason.ECR_DENIED)
-            case 405 | 406 if route.kind is Kind.REFERRERS:  # clients fall back to tags for it
-                said = self.message or f"{self.name} lists no referrers"
+            # Clients fall back to tags where referrers are refused so, and ask for fewer tags (Renovate) at a 405.
+            case 405 | 406 if route.kind in (Kind.REFERRERS, Kind.TAGS):
+                said = self.message or f"{self.name} lists no {route.kind.value}"
                 raise RegistryError(self.status, self.code or "UNSUPPORTED", said)
             case 400:
                 raise RegistryError(400, self.code or "UNSUPPORTED", self.message or f"{self.name} refuses the request")
