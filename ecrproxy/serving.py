@@ -330,7 +330,8 @@ def _wiring(
         circuit = Circuit(reactor.seconds, who)
         authorization = _authorization(table, url, wire, tokens, reactor)
         endpoint = Endpoint(url, wire, authorization, governor, circuit)
-        upstream = Upstream(endpoint, wire, stall_seconds=config.stall_seconds)
+        follows = table.protocol is Protocol.OCI
+        upstream = Upstream(endpoint, wire, stall_seconds=config.stall_seconds, follows=follows)
         if replicas:
             upstream = Replicated(endpoint, wire, replicas, stall_seconds=config.stall_seconds)
         asking = Asking(

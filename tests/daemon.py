@@ -584,7 +584,8 @@ class Other:
         if table.protocol is not TableProtocol.ECR:
             login = None if table.anonymous else self.tokens
             self.authorization = Bearer(standin.registry, wire, login, table.realms)
-        self.upstream = Upstream(Endpoint(standin.registry, wire, self.authorization, governor, circuit), wire)
+        endpoint = Endpoint(standin.registry, wire, self.authorization, governor, circuit)
+        self.upstream = Upstream(endpoint, wire, follows=table.protocol is TableProtocol.OCI)
         self.asking = Asking(
             name=table.name,
             label=known.label,

@@ -25,6 +25,7 @@ from ecrproxy.settings.registries import Protocol, RegistryTable
 from tests.daemon import DaemonTestCase, at_once, noise
 from tests.registry import Fault, StandIn
 from tests.registry import Reply as Answer
+from tests.registry_content import OCI_MANIFEST
 from tests.store_contract import scratch
 
 HUB, REALM = "registry-1.docker.io", "https://auth.docker.io/token"
@@ -232,6 +233,47 @@ class OthersTests(DaemonTestCase):
             self.pass_time(standin.bearers.lifetime)
             self.assertEqual(200, self.get(f"{path}/manifests/latest").code)
             self.assertEqual(2, standin.count("realm"))
+
+    def redirect(self, kind: str, body: bytes, headers: dict[str, str], status: int = 200) -> None:
+        """
+        Have manifests or lists elsewhere, as registry.k8s.io has all.
+        """
+        self.hub.fail("registry", status=307, path_contains=kind, headers={"Location": f"https://cdn.test/k8s/{kind}"})
+        self.hub.fail("bucket", status=status, path_contains=kind, headers=headers, body=body)
+
+    def test_manifests_and_lists_may_be_elsewhere(self) -> None:
+        """
+        registry.k8s.io redirects all to one of several registries. The token does not go there.
+        """
+        self.redirect("manifests", self.nginx.manifest, {"Content-Type": OCI_MANIFEST})
+        self.redirect("tags", b'{"name": "k8s/nginx", "tags": ["latest"]}', {})
+        head = self.head("/v2/hub/nginx/manifests/latest")
+        self.assertEqual((200, self.nginx.digest), (head.code, head.header("Docker-Content-Digest")))
+        for reference, status in (("latest", "MISS"), (self.nginx.digest, "HIT")):
+            path = f"/v2/hub/nginx/manifests/{reference}"
+            self.assertWhole(self.get(path, Accept=OCI_MANIFEST), self.nginx.manifest, status)
+        self.assertEqual(["latest"], json.loads(self.get("/v2/hub/nginx/tags/list").body)["tags"])
+        self.assertEqual({None}, self.shown(self.hub, "bucket"))
+        self.assertIn(OCI_MANIFEST, {each.headers.get("accept") for each in self.hub.requests("bucket")})
+
+    def test_what_is_refused_elsewhere_is_refused(self) -> None:
+        missing = json.dumps({"errors": [{"code": "MANIFEST_UNKNOWN", "message": "no such image"}]}).encode()
+        self.redirect("manifests", missing, {}, 404)
+        self.assertRefused(self.get("/v2/hub/nginx/manifests/latest"), 404, "MANIFEST_UNKNOWN", "no such image")
+        self.assertRefused(self.get("/v2/hub/nginx/manifests/latest"), 404, "MANIFEST_UNKNOWN", "no such image")
+        self.redirect("manifests", b"", {"WWW-Authenticate": "Bearer realm=x"}, 401)
+        self.assertRefused(self.get("/v2/hub/nginx/manifests/latest"), 502, "UNAVAILABLE", "another token")
+        self.redirect("manifests", b"", {"Location": "https://cdn.test/k8s/manifests"}, 302)
+        self.assertRefused(self.get("/v2/hub/nginx/manifests/latest"), 502, "UNAVAILABLE", "more than 5 times")
+        self.hub.heal()
+        self.hub.fail("registry", status=307, path_contains="manifests", headers={"Location": "http://cdn.test/x"})
+        self.assertRefused(self.get("/v2/hub/nginx/manifests/latest"), 502, "UNAVAILABLE", "does not go")
+        self.hub.heal()
+        self.assertEqual(200, self.get("/v2/hub/nginx/manifests/latest").code)
+
+    def test_of_another_digest_than_was_asked_for_is_nothing_that_is_elsewhere(self) -> None:
+        self.redirect("manifests", self.nginx.manifest + b" ", {"Content-Type": OCI_MANIFEST})
+        self.assertRefused(self.get(f"/v2/hub/nginx/manifests/{self.nginx.digest}"), 502, "UNAVAILABLE")
 
     def test_a_token_is_for_its_repository_alone(self) -> None:
         self.hub.push_image("library/redis", "latest")

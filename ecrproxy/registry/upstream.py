@@ -36,7 +36,7 @@ from ecrproxy.oci import (
     to_query,
 )
 from ecrproxy.reasons import Reason
-from ecrproxy.registry.bodies import discard
+from ecrproxy.registry.bodies import ERROR_LIMIT, discard
 from ecrproxy.registry.bucket import (
     REDIRECT_STATUSES,
     Blob,
@@ -48,6 +48,7 @@ from ecrproxy.registry.bucket import (
 )
 from ecrproxy.registry.endpoint import AHEAD_SECONDS, Endpoint, Question, Reply
 from ecrproxy.registry.links import next_target
+from ecrproxy.registry.refusals import Refusal
 from ecrproxy.registry.wire import HEADER_SECONDS, Wire
 
 REDIRECTS: Final = 5
@@ -118,13 +119,15 @@ class Upstream:
 
     @param wire: over which the buckets are asked.
     @param stall_seconds: in how many seconds a blob's body must bring C{TRICKLE} bytes.
+    @param follows: whether it may redirect manifests and lists as well as blobs, as registry.k8s.io does. ECR doesn't:
+        there a redirect is something else's.
     @ivar name: what the log and clients are told that it is.
     @ivar replicas: see L{replicas.Replicated}.
     """
 
-    def __init__(self, endpoint: Endpoint, wire: Wire, *, stall_seconds: float = 30) -> None:
+    def __init__(self, endpoint: Endpoint, wire: Wire, *, stall_seconds: float = 30, follows: bool = False) -> None:
         self._endpoint, self._wire, self.clock, self.stall_seconds = endpoint, wire, wire.clock, stall_seconds
-        self.name = wire.name
+        self.name, self._follows = wire.name, follows
         self.replicas: Sequence[Upstream] = ()
         self._joining = {whole: Turns(JOINS if whole else 1, LIST_SECONDS, self.clock) for whole in (True, False)}
         self._listing: WeakValueDictionary[tuple[str, bool], Turns] = WeakValueDictionary()
@@ -246,9 +249,7 @@ class Upstream:
                 return url, response
             discard(response, self.clock)
             url = self._target(url, header(response, "Location"))
-        raise UnavailableError(
-            502, "UNAVAILABLE", f"{self.name} redirects more than {REDIRECTS} times for {route.reference}"
-        )
+        raise self._endless(route)
 
     async def pause(self, breaks: int) -> None:
         """
@@ -322,10 +323,43 @@ class Upstream:
         Ask; refuse what is no answer to a question for the whole: a part, a redirect, or nothing.
         """
         reply = await self._endpoint.ask(question)
+        if self._follows and reply.response.code in REDIRECT_STATUSES:
+            reply = await self._followed(question, reply.response)
         if reply.response.code != 200:  # noqa: PLR2004
             said = f"{self.name} answers {reply.response.code} where the whole was asked for"
             raise RefusedAnswerError(502, "UNAVAILABLE", said)
         return reply
+
+    async def _followed(self, question: Question, response: IResponse) -> Reply:
+        """
+        Ask where the registry redirects to. Its token stays behind: who needs one there is refused.
+
+        @raise RegistryError: if the answer is a refusal, or there is none.
+        """
+        headers = Headers({"User-Agent": ["ecrproxy"], **({"Accept": [question.accept]} if question.accept else {})})
+        method, url, tries = question.method, self._endpoint.url + question.route.path, self._wire.tries()
+        for _ in range(REDIRECTS):
+            url = self._target(url, header(response, "Location"))
+            response = await self._wire.persist(tries, partial(self._wire.request, method, url, headers))
+            if response.code >= 400 and method == "HEAD":  # noqa: PLR2004 (only a body says which refusal it is)
+                discard(response, self.clock)
+                method = "GET"
+                response = await self._wire.persist(tries, partial(self._wire.request, method, url, headers))
+            if response.code >= 400:  # noqa: PLR2004
+                refusal = Refusal.of(response, await self._wire.read(response, ERROR_LIMIT), self.name)
+                if refusal.is_about_token:
+                    said = f"{self.name} redirects {question.route.path} to where another token is asked for"
+                    raise UnavailableError(502, "UNAVAILABLE", said)
+                refusal.raise_for(question.route)
+            if response.code not in REDIRECT_STATUSES:
+                whole = method != "HEAD" and question.limit is not None
+                return Reply(response, await self._wire.read(response, question.limit or 0) if whole else b"")
+            discard(response, self.clock)
+        raise self._endless(question.route)
+
+    def _endless(self, route: Route) -> UnavailableError:
+        said = f"{self.name} redirects more than {REDIRECTS} times for {route.reference}"
+        return UnavailableError(502, "UNAVAILABLE", said)
 
     def _told(self, named: str) -> Digest:
         try:
