@@ -108,10 +108,11 @@ class Registries:
                     self._by_prefix[table.path_prefix] = known
         self.default = next(iter(self._by_name.values()))
         plain = {each.identity: each for each in reversed(self._by_name.values()) if not each.table.repository_prefix}
-        self._by_identity = {**{each.identity: each for each in reversed(self._by_name.values())}, **plain}
-        self.named = list(
-            dict.fromkeys([self.default, *(self._by_identity[each.identity] for each in self._by_name.values())])
-        )
+        through = {
+            each.identity: each for each in reversed(self._by_name.values()) if not self._by_wildcard(each.identity)
+        }
+        self._plain, self._by_identity = plain, {**through, **plain}
+        self.named = list(dict.fromkeys(self.of(each.identity) for each in (self.default, *self._by_name.values())))
         self._by_name = {**plain, **dict.fromkeys(aliases, self.default), **self._by_name}
 
     def of(self, identity: RegistryId) -> Known:
@@ -145,18 +146,26 @@ class Registries:
 
     def name_of(self, identity: RegistryId) -> str:
         """
-        Return what a registry is called, also if none of the configuration is it.
+        Return what a registry is called, also if no table, or only that of another name for some of it, is about it.
         """
-        known = self._by_identity.get(identity) or self._by_wildcard(identity)
+        known = self._plain.get(identity) or self._by_wildcard(identity)
         return known.table.name if known is not None else identity.host
 
     def called(self, repository: Repository) -> str:
         """
         Return what people call a repository: with its registry, unless that is what the name alone means.
         """
-        if repository.registry == self.default.identity and self.split(repository.name)[1] == repository.name:
-            return repository.name
-        return f"{self.name_of(repository.registry)}/{repository.name}"
+        registry, name = repository.registry, repository.name
+        if registry == self.default.identity:
+            short = _within(self.default.table, name)
+            if short is not None and self.split(short)[1] == short:
+                return short
+        if registry not in self._plain and registry in self._by_identity:
+            for known in self._by_name.values():
+                rest = _within(known.table, name) if known.identity == registry else None
+                if rest is not None:
+                    return f"{known.table.name}/{rest}"
+        return f"{self.name_of(registry)}/{name}"
 
     def choose(self, route: Route, ns: str | None, host: str) -> Chosen:
         """
@@ -196,9 +205,8 @@ class Registries:
 
         Those whose names mean another registry, and so can't be pulled by them, are left out.
         """
-        prefix = f"{self.default.table.repository_prefix}/" if self.default.table.repository_prefix else ""
-        own = (each.removeprefix(prefix) for each in names if each.startswith(prefix))
-        return sorted(each for each in own if self.split(each) == (self.default, each))
+        own = (_within(self.default.table, each) for each in names)
+        return sorted(each for each in own if each is not None and self.split(each) == (self.default, each))
 
     def split(self, name: str) -> tuple[Known, str]:
         """
@@ -213,7 +221,7 @@ class Registries:
         name, full = own_name(known.table, name)
         if not is_repository_name(full):
             raise RegistryError(400, "NAME_INVALID", "the repository's name is too long")
-        asked = self._by_identity.get(known.identity, known)
+        asked = self.of(known.identity)
         repository = Repository(known.identity, full)
         return Chosen(known, name, asked, replace(route, repository=repository), self.called(repository))
 
@@ -234,6 +242,14 @@ class Registries:
                 host = table.name.replace("*", account)
                 return Known(replace(table, name=host, endpoint=f"https://{host}"), identity, table.name)
         return None
+
+
+def _within(table: RegistryTable, name: str) -> str | None:
+    """
+    Return what clients of a table's registry call a repository of what is asked; None if it is none of theirs.
+    """
+    prefix = f"{table.repository_prefix}/" if table.repository_prefix else ""
+    return name.removeprefix(prefix) if name.startswith(prefix) else None
 
 
 def own_name(table: RegistryTable, name: str) -> tuple[str, str]:

@@ -33,6 +33,23 @@ ANYWHERE = (
     Repository(RegistryId.of_host("localhost:5000"), "team/app"),
 )
 
+ANY = "*.dkr.ecr.eu-central-1.amazonaws.com"
+THROUGH = f"""
+[registry."{TWO}"]
+default = true
+[registry."{ANY}"]
+[registry."docker.io"]
+endpoint = "{ONE}"
+ecr-repository-prefix = "docker-hub"
+[registry."gcr.io"]
+endpoint = "{ONE}"
+ecr-repository-prefix = "google"
+[registry."quay.io"]
+endpoint = "{ANY.replace("*", "222200001111")}"
+ecr-repository-prefix = "quay"
+"""
+"""Registries that are reached through one without a table, and through one that a wildcard stands for."""
+
 
 def company() -> Naming:
     tables, errors = parsed(COMPANY)
@@ -87,6 +104,39 @@ class NamingTests(SynchronousTestCase):
         self.assertEqual(["team/app", f"{TWO}/team/app"], self.meant("*.dkr.ecr.*-*-1.amazonaws.com/team/app")[:2])
         self.assertEqual(6, len(self.meant("*/team/app")) + 1)
         self.assertEqual(len(ANYWHERE), len(self.meant("*")))
+
+    def test_what_is_reached_through_a_registry_without_a_table_is_called_as_clients_call_it(self) -> None:
+        """
+        A registry that a table only leads to keeps its own name for all else that the cache has of it.
+        """
+        tables, errors = parsed(THROUGH)
+        self.assertEqual([], errors)
+        self.naming = naming_of(tables, (), ())
+        of_one, of_any = RegistryId.of_host(ONE), RegistryId.of_host(ANY.replace("*", "222200001111"))
+        named = {
+            "docker.io/library/nginx": Repository(of_one, "docker-hub/library/nginx"),
+            "gcr.io/a/b": Repository(of_one, "google/a/b"),
+            f"{ONE}/team/app": Repository(of_one, "team/app"),
+            f"{of_any.host}/quay/team/app": Repository(of_any, "quay/team/app"),
+            f"{of_any.host}/team/app": Repository(of_any, "team/app"),
+            "team/app": Repository(RegistryId.of_host(TWO), "team/app"),
+        }
+        self.assertEqual(list(named), [self.naming.called(each) for each in named.values()])
+        for called, repository in named.items():
+            pattern = self.naming.meant(called)
+            self.assertEqual(
+                [repository], [each for each in named.values() if self.naming.is_of(pattern, each)], called
+            )
+        for called in ("docker.io/library/nginx", "gcr.io/a/b", "team/app"):
+            self.assertEqual(named[called], self.naming.named(called))
+
+    def test_a_default_that_leads_through_another_registry_is_called_by_short_names(self) -> None:
+        through = f'[registry."docker.io"]\ndefault = true\nendpoint = "{ONE}"\necr-repository-prefix = "docker-hub"\n'
+        for more in ("", f'[registry."{ONE}"]\n'):
+            self.naming = naming_of(parsed(through + more)[0], (), ())
+            called = self.naming.called(Repository(RegistryId.of_host(ONE), "docker-hub/library/nginx"))
+            self.assertEqual("library/nginx", called)
+            self.assertEqual(f"{ONE}/team/app", self.naming.called(Repository(RegistryId.of_host(ONE), "team/app")))
 
     def test_what_is_no_name_is_refused(self) -> None:
         for text in ("a:b/c", f"{TWO}/a:b", "us/a:b"):

@@ -145,6 +145,7 @@ class TableTests(SynchronousTestCase):
         ):
             _, (line,) = parsed(f'[registry."{ONE}"]\n{first}\n[registry."{TWO}"]\n{second}')
             self.assertTrue(line.startswith(f"x.toml: registry: {said}"), line)
+        hub = f'[registry."docker.io"]\nendpoint = "{CENTRAL}"\necr-repository-prefix = "hub"\nprofile = "x"'
         for second, said in (
             (f'[registry."{TWO}"]\nhosts = ["{ONE}"]', f"{ONE} and {TWO} both have the host {ONE}"),
             (f'[registry."{TWO}"]\npath-prefix = "{ONE}"', f"{ONE} and {TWO} both have the path-prefix {ONE}"),
@@ -152,6 +153,10 @@ class TableTests(SynchronousTestCase):
             (
                 f'[registry."docker.io"]\nendpoint = "{ONE}"\necr-repository-prefix = "hub"\nprofile = "x"',
                 f"docker.io is reached through {ONE}, which has other credentials; give them there",
+            ),
+            (
+                f'[registry."*.dkr.ecr.eu-central-1.amazonaws.com"]\n{hub}',
+                "docker.io is reached through *.dkr.ecr.eu-central-1.amazonaws.com, which has other credentials",
             ),
         ):
             _, (line,) = parsed(f'[registry."{ONE}"]\n{second}')
@@ -210,6 +215,26 @@ class ChooseTests(SynchronousTestCase):
             found = self.chosen(name, ns, host)
             expected = Repository(RegistryId.of_host(registry), repository)
             self.assertEqual(expected, found.route.repository, (name, ns, host))
+
+    def test_what_leads_through_an_account_of_a_wildcard_is_asked_as_that(self) -> None:
+        """
+        With the wildcard's credentials, and counted there; whoever means the account itself, too.
+        """
+        wildcard = "*.dkr.ecr.eu-central-1.amazonaws.com"
+        text = f"""
+            [registry."{wildcard}"]
+            profile = "central"
+            [registry."gcr.io"]
+            endpoint = "{CENTRAL}"
+            ecr-repository-prefix = "google"
+        """
+        self.registries = Registries(parsed(COMPANY.replace(f'[registry."{wildcard}"]', text))[0])
+        for ns, registry in (("gcr.io", "gcr.io"), (CENTRAL, CENTRAL)):
+            found = self.chosen("team/app", ns)
+            self.assertEqual(registry, found.registry.table.name)
+            self.assertEqual((wildcard, CENTRAL), (found.asked.label, found.asked.table.name))
+            self.assertEqual("central", found.asked.table.profile)
+        self.assertNotIn("gcr.io", [each.table.name for each in self.registries.named])
 
     def test_namespaces_are_about_the_name_that_clients_use(self) -> None:
         self.assertEqual("library/nginx", self.chosen("nginx", "docker.io").name)

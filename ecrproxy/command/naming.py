@@ -63,7 +63,7 @@ class Naming:
         Return the repository that is called so.
         """
         known, name = self._registries.split(called)
-        return Repository(known.identity, name)
+        return Repository(known.identity, own_name(known.table, name)[1])
 
     def is_of(self, pattern: Pattern, repository: Repository) -> bool:
         """

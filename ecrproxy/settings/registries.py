@@ -356,7 +356,9 @@ def clashes(tables: Sequence[RegistryTable]) -> Iterator[str]:
     for table in sorted(tables, key=lambda each: each.repository_prefix is not None):
         if table.endpoint is None:
             continue
-        owner = owners.setdefault(RegistryId.of_url(table.endpoint), table)
+        identity = RegistryId.of_url(table.endpoint)
+        wildcards = [each for each in tables if table.repository_prefix is not None and _covers(each, identity)]
+        owner = owners.setdefault(identity, next(iter(wildcards), table))
         if any(table.credentials) and table.credentials != owner.credentials:
             said = f"registry: {table.name} is reached through {owner.name}, which has other credentials"
             yield f"{said}; give them there, and leave them out here"
