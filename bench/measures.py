@@ -7,9 +7,10 @@ their median counts.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bench.clients import (
@@ -25,7 +26,7 @@ from bench.clients import (
     manifest,
     pull,
 )
-from bench.content import MEDIUM_BYTES, TAG
+from bench.content import MEDIUM_BYTES, TAG, fill
 from bench.ground import Ground, Upstream
 from bench.peers import DIRECT, DISTRIBUTION, MANIFESTS, NGINX, OURS, Served, served
 from bench.processes import cpu_seconds, resident
@@ -47,6 +48,8 @@ class Sizes:
     @ivar fetches: how often each of them does.
     @ivar huge_bytes: of the layer of which only the bytes count.
     @ivar rushing: clients that want a cold blob of 1 MiB at once.
+    @ivar small_layers: layers of an image that has many small ones.
+    @ivar latencies: seconds before each upstream answer of the cold pulls of that.
     """
 
     large_bytes: int = 256 * 2**20
@@ -63,6 +66,9 @@ class Sizes:
     fetches: int = 10
     huge_bytes: int = 2**30
     rushing: int = 2000
+    small_layers: int = 30
+    small_layer_bytes: int = 2 * 2**20
+    latencies: tuple[float, ...] = (0.03, 0.1)
 
 
 QUICK = Sizes(
@@ -79,6 +85,9 @@ QUICK = Sizes(
     fetches=4,
     huge_bytes=32 * 2**20,
     rushing=100,
+    small_layers=9,
+    small_layer_bytes=2**18,
+    latencies=(0.005, 0.01),
 )
 
 STREAMS = 8
@@ -226,6 +235,25 @@ def rush(ground: Ground, sizes: Sizes, peer: str, figures: Figures) -> None:
         figures.add("rush asked", peer, _asked(upstream, before, "blobs", "blob heads", "bucket requests"))
 
 
+def ahead(ground: Ground, sizes: Sizes, peer: str, figures: Figures) -> None:
+    """
+    Measure one client's pull of many small layers that nobody has, three at a time, from afar.
+    """
+    shelf = fill(ground.fresh("layers") / "content", sizes.small_layers, sizes.small_layer_bytes, 0, 0)
+    afar = replace(ground, shelf=shelf)
+    try:
+        for number, latency in enumerate(sizes.latencies):
+            key = ("ahead near", "ahead far")[number]
+            with afar.upstream(latency, sizes.rate) as upstream:
+                if peer == DIRECT:
+                    figures.add(key, peer, pull(afar, upstream.registry, token=SECRET))
+                    continue
+                with served(peer, afar, upstream) as one:
+                    figures.add(key, peer, pull(afar, one.url))
+    finally:
+        shutil.rmtree(shelf.directory)
+
+
 def _asked(upstream: Upstream, before: dict[str, int], *names: str) -> int:
     counts = upstream.counts()
     return sum(counts.get(name, 0) - before.get(name, 0) for name in names)
@@ -301,6 +329,7 @@ MEASURES: dict[str, tuple[Measure, Sequence[str]]] = {
     "inbound": (inbound, (NGINX, OURS)),
     "inbound-tls": (inbound_tls, (NGINX, OURS)),
     "rush": (rush, (NGINX, OURS)),
+    "ahead": (ahead, (DIRECT, *PEERS)),
     "storm": (storm, PEERS),
     "memory": (memory, PEERS),
     "workers": (workers, (OURS,)),

@@ -48,6 +48,8 @@ ROWS: Sequence[Row] = (
     Row("kept cpu", "manifest hits by digest, connections kept, CPU microseconds each", 0),
     Row("new cpu", "- a new connection for each: so many more", 0),
     Row("cold", "one client's cold pull, s"),
+    Row("ahead near", "30 layers of 2 MiB, three at a time, cold, upstream answers after 30 ms, s"),
+    Row("ahead far", "- after 100 ms, s"),
     Row("inbound", "one client's pull of a cold layer, of the bandwidth of four bucket connections"),
     Row("inbound cpu", "- CPU seconds a GB, nginx's with sha256sum's", 3),
     Row("inbound-tls", "- the bucket speaks TLS: of the bandwidth"),

@@ -150,8 +150,7 @@ def wire(
     scrub = Scrub(store, janitor.fit, scrubbing.call, reactor)
     purges = Purges(store.index, cache.forget_purged, settling, reactor)
     connections, condition = Connections(), Condition(store, probing.call, reactor)
-    ahead = _reading_ahead(config, cache, connections, reactor, processes)
-    pull_through = _pull_through(config, worlds, cache, disk, reactor, processes, ahead)
+    pull_through = _pull_through(config, worlds, cache, disk, reactor, processes, connections)
     readiness = partial(_readiness, worlds.askings, condition, connections)
     crowd = Crowd(config.limits(clients_beside_spare()), processes)
     admission = _admission(config, reactor, service, processes)
@@ -385,7 +384,7 @@ def _pull_through(
     disk: Disk,
     reactor: Any,  # noqa: ANN401
     processes: int,
-    ahead: Callable[[Transfers], ReadingAhead] | None,
+    connections: Connections,
 ) -> PullThrough:
     """
     Wire what answers from the cache, or through it.
@@ -398,7 +397,7 @@ def _pull_through(
         time.time,
         tag_ttl=config.tag_ttl,
         lanes=lanes,
-        ahead=ahead,
+        ahead=_reading_ahead(config, cache, connections, reactor, processes),
         unattended=share(MOST, processes),
         call_later=reactor.callLater,
     )
