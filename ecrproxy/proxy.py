@@ -149,9 +149,10 @@ class PullThrough:
         @param ranges: the parts wanted; none for all.
         @raise RegistryError: if the repository doesn't hold it, or ECR can't give it.
         """
-        if self.ahead is not None and not asked.head:
+        if self.ahead is not None:
             self.ahead.asked_for(asked.digest)
-            await self.ahead.opened(asked.digest)
+            if not asked.head:
+                await self.ahead.opened(asked.digest)
         answer = self._cache.at_hand(asked)
         if answer is not None:
             return answer
@@ -652,7 +653,7 @@ class PullThrough:
             return None
         if digest in self._carriers:  # who asks for it waits for the claim
             blob.first.drop()
-            self._disk.closing(file.discard).addErrback(lambda problem: log.failure("Letting go", problem))
+            self._disk.closing(file.leave).addErrback(lambda problem: log.failure("Letting go", problem))
             return None
         file.asked_for = False
         self._carriers[digest] = route.repository

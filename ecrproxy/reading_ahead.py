@@ -481,10 +481,9 @@ class ReadingAhead:
             pull.remove(layer.digest)
             if self._unasked.pop(layer.digest, None) is pull and opening.before is not None:
                 self._unasked[layer.digest] = opening.before
+        self._let_go(opening)
         if isinstance(result, Failure):
             self._note_failure(result, pull.image.repository.registry)
-        for each in opening.waiting:
-            each.callback(None)
         if not opening.refused:
             self.go_on()
 
@@ -525,12 +524,21 @@ class ReadingAhead:
             return
         waiting: Deferred[None] = Deferred(opening.waiting.remove)
         opening.waiting.append(waiting)
-        impatient = self._call_later(PATIENCE_SECONDS, self.give_way, digest)
+        impatient = self._call_later(PATIENCE_SECONDS, self._lose_patience, digest, opening)
         try:
             await waiting
         finally:
             if impatient.active():
                 impatient.cancel()
+
+    def _lose_patience(self, digest: Digest, opening: Opening) -> None:
+        self.give_way(digest)
+        self._let_go(opening)
+
+    @staticmethod
+    def _let_go(opening: Opening) -> None:
+        while opening.waiting:  # one may leave because of what another does
+            opening.waiting.pop(0).callback(None)
 
     def give_way(self, digest: Digest) -> None:
         """
@@ -539,10 +547,6 @@ class ReadingAhead:
         opening = self._openings.get(digest)
         if opening is not None and opening.asking is not None:
             opening.asking.cancel()
-        elif opening is not None:
-            waiting, opening.waiting = opening.waiting, []
-            for each in waiting:
-                each.callback(None)
 
 
 def _failed(failure: Failure) -> None:

@@ -374,6 +374,24 @@ class SecureProxyTests(ProxyCase):
         self.assertEqual({"10.9.9.9"}, set(self.reactor.connected))
         self.assertEqual(2, len(self.asked))
 
+    def test_many_connections_lead_through_it_at_once(self) -> None:
+        """
+        To the registry and to the bucket, those of clients and of what is read ahead.
+        """
+        self.reactor.names.known["cache.test"] = ["10.9.9.9"]
+        self.start(agent=self.agent, read_ahead=True)
+        self.reactor.names.known["cache.test"] = ["10.9.9.9"]
+        layers = [noise(f"layer{number}", 300_000) for number in range(12)]
+        image = self.standin.push_image("team/app", "many", layers=layers)
+        self.assertWhole(self.get("/v2/team/app/manifests/many"), image.manifest)
+        first = [self.daemon.send("GET", f"/v2/team/app/blobs/{digest}") for digest in image.layers[:3]]
+        self.pass_time(5)
+        self.assertEqual([True] * 12, [self.has(digest) for digest in image.layers])
+        replies = [*first, *(self.get(f"/v2/team/app/blobs/{digest}") for digest in image.layers[3:])]
+        for reply, data in zip(replies, layers, strict=True):
+            self.assertWhole(reply, data)
+        self.assertGreater(sum("cache.test:8443 " in asked for asked in self.asked), 2)
+
     def test_a_proxy_with_the_certificate_of_another_is_told_nothing(self) -> None:
         self.reactor.names.known["other.test"] = ["10.9.9.9"]
         self.PROXY = self.PROXY.replace("cache.test", "other.test")

@@ -303,6 +303,21 @@ class ClientsFirstTests(AheadTestCase):
         self.assertWhole(reply, LAYERS[1], "MISS")
         self.assertEqual(1, self.fetched()[1])
 
+    def test_clients_of_what_fails_ask_by_themselves(self) -> None:
+        """
+        Also those who came while it was being asked for, and those who leave.
+        """
+        faults = self.hang()
+        self.fetch_first()
+        replies = [self.daemon.send("GET", self.blob(self.image.layers[1])) for _ in range(3)]
+        self.flush()
+        replies[0].leave()
+        for each in faults:
+            each.remove()
+        self.pass_time(PATIENCE_SECONDS)
+        for reply in replies[1:]:
+            self.assertWhole(reply, LAYERS[1])
+
     def test_a_client_of_another_process_does_not_wait_for_what_hangs(self) -> None:
         faults = self.hang()
         self.fetch_first()
@@ -476,6 +491,21 @@ class BoundsTests(AheadTestCase):
         self.pass_time(2)
         order = [str(each.what) for each in self.daemon.store.candidates()]
         self.assertEqual({self.image.digest, self.image.layers[0], self.image.layers[5]}, set(order[-3:]))
+
+    def test_a_head_asks_for_it_too(self) -> None:
+        """
+        As prefetch does before it moves a layer.
+        """
+        self.hold()
+        self.manifest()
+        self.get(self.blob(self.image.layers[0]))
+        self.begin()
+        self.head(self.blob(self.image.layers[5]))
+        self.release()
+        self.head(self.blob(self.image.layers[6]))
+        self.pass_time(2)
+        order = [str(each.what) for each in self.daemon.store.candidates()]
+        self.assertEqual({self.image.digest, *(self.image.layers[at] for at in (0, 5, 6))}, set(order[-4:]))
 
     def test_figures_tell_what_was_fetched_in_vain(self) -> None:
         self.manifest()
