@@ -11,15 +11,38 @@ import subprocess
 import sys
 
 from tables import all_readings
+from twisted.internet.protocol import Protocol
 from twisted.trial.unittest import SynchronousTestCase
 
+from ecrproxy.access.limits import SPARE
+from ecrproxy.admin.port import CONNECTIONS
 from ecrproxy.admin.readings import CAN_FETCH, CAN_SERVE, CERTIFICATE_EXPIRY, FIGURES
 from ecrproxy.cache.condition import FRESH_SECONDS
+from ecrproxy.http.channel import SETTLED_SECONDS
 from ecrproxy.http.site import route_of
 from ecrproxy.metrics import Figure, Figures, Reading, Tally
 from ecrproxy.registry.circuit import FAILURES
 from ecrproxy.workers.messages import FiguresTold, FromWorker, decode, encode
 from tests.daemon import NAMED, DaemonTestCase, noise
+
+
+class CrowdTests(DaemonTestCase):
+    """
+    Anybody on the machine who opens connections to the operator's port, and asks for nothing.
+    """
+
+    def test_connections_are_bounded(self) -> None:
+        """
+        Those of silent clients, and those of clients in the middle of a request; who asks is answered all the same.
+        """
+        for sent in (b"", b"GET /metrics"):
+            for number in range(3 * CONNECTIONS):
+                self.daemon.admin.client = f"127.0.0.{number + 1}"
+                self.daemon.admin.connect(Protocol(), "proxy.example", 5001, secure=False).write(sent)
+            self.pass_time(SETTLED_SECONDS)
+            open_ones = sum(server.connected for _, server in self.daemon.admin.ends)
+            self.assertLessEqual(open_ones, CONNECTIONS + SPARE)
+            self.assertEqual(200, self.daemon.ask_admin("/metrics").code)
 
 
 class MetricsTests(DaemonTestCase):

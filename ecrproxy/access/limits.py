@@ -105,6 +105,7 @@ class Crowd:
     Who is connected, how many transfers are under way, and what was refused.
 
     @param processes: how many such crowds there are, each with its part of the limits.
+    @param full: what is logged where all connections are taken.
     @ivar connected: connections now.
     @ivar transferring: transfers now.
     @ivar bodies: what they are sent from memory.
@@ -118,8 +119,8 @@ class Crowd:
     @ivar spare: connections beyond the limit, the oldest first: these get an answer about the daemon's health alone.
     """
 
-    def __init__(self, limits: Limits, processes: int = 1) -> None:
-        self.limits, self._processes = limits, processes
+    def __init__(self, limits: Limits, processes: int = 1, full: str = FULL) -> None:
+        self.limits, self._processes, self._full = limits, processes, full
         self.connected = self.transferring = 0
         self.bodies = Bodies(share(BODIES_BYTES, processes))
         self.refused_connections = self.refused_transfers = self.bad_requests = 0
@@ -191,7 +192,7 @@ class Crowd:
         if len(self.spare) >= SPARE:
             oldest = next(iter(self.spare))
             del self.spare[oldest]
-            self.refuse_connection(FULL)
+            self.refuse_connection(self._full)
             oldest.abort()
         self.spare[connection] = None
 

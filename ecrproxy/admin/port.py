@@ -49,6 +49,8 @@ PARTS: Final = {
 API: Final = b"api"
 OPEN: Final = frozenset({b"metrics", b"healthz", b"readyz"})
 """What may be asked for under any name of this port."""
+CONNECTIONS: Final = 32
+"""Connections to this port, of all who ask: descriptors are for clients. A few beyond them are answered."""
 HEADERS: Final = {
     "Content-Security-Policy": "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self';"
     " img-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -229,7 +231,7 @@ def make_admin_site(
     root.putChild(b"healthz", Health())
     root.putChild(b"readyz", ready)
     root.putChild(API, api)
-    return OperatorsSite(root, reactor, Crowd(Limits()), headers=HEADERS)
+    return OperatorsSite(root, reactor, _crowd(OperatorsSite.NAME), headers=HEADERS)
 
 
 def make_metrics_site(metrics: Metrics, ready: Resource, reactor: Any) -> RegistrySite:  # noqa: ANN401
@@ -240,4 +242,9 @@ def make_metrics_site(metrics: Metrics, ready: Resource, reactor: Any) -> Regist
     root.putChild(b"metrics", metrics)
     root.putChild(b"healthz", Health())
     root.putChild(b"readyz", ready)
-    return MetricsSite(root, reactor, Crowd(Limits()), headers=HEADERS)
+    return MetricsSite(root, reactor, _crowd(MetricsSite.NAME), headers=HEADERS)
+
+
+def _crowd(port: str) -> Crowd:
+    full = f"{port} has {CONNECTIONS} connections, none of which is idle"
+    return Crowd(Limits(connections=CONNECTIONS, connections_per_address=0), full=full)
