@@ -1,5 +1,6 @@
 """
-Debian's unstable release in a folder: this year's clients, beside the older ones of the machine.
+Debian's unstable release in a folder: this year's clients, beside the older ones of the machine. And containerd 1.7,
+which many nodes have, of the release before it.
 
 Each command runs among mounts of its own, over a copy of the folder's files that goes with it. It shares the
 machine's network and processes, and the directory that is its home.
@@ -15,9 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PACKAGES = (
-    *("docker.io", "docker-cli", "containerd", "podman", "skopeo", "buildah"),
+    *("docker.io", "docker-cli", "docker-buildx", "containerd", "podman", "skopeo", "buildah"),
     *("oras", "soci-snapshotter", "fuse3", "iptables"),
 )
+
+OLDER = "trixie"
+CONTAINERD_1_7 = "/opt/containerd-1.7/usr/bin/containerd"
 
 # The release's files stay as they are: what a program writes goes to memory.
 ENTER = """
@@ -74,7 +78,26 @@ def make_sid(home: Path) -> Sid:
     # Sid's index is only good for a week; a mirror may be older.
     _run("chroot", root, *quietly, "-o", "Acquire::Check-Valid-Until=false", "update")
     _run("chroot", root, *quietly, "--no-install-recommends", "-o", "APT::Sandbox::User=root", "install", *PACKAGES)
+    _unpack(root, mirror[1])
     return Sid(root)
+
+
+def _unpack(root: Path, mirror: str) -> None:
+    """
+    Put the older containerd beside the other. It is not installed: the two are one package.
+    """
+    folder = root / "opt/older"
+    for name in ("lists", "parts"):
+        (folder / name).mkdir(parents=True)
+    keyring = root / "usr/share/keyrings/debian-archive-keyring.gpg"
+    (folder / "sources.list").write_text(f"deb [signed-by={keyring}] {mirror} {OLDER} main\n")
+    places = {"Dir::Etc::SourceList": "sources.list", "Dir::Etc::SourceParts": "parts", "Dir::State::Lists": "lists"}
+    options = [f"-o{name}={folder / place}" for name, place in places.items()]
+    quietly = ("apt-get", "--quiet", "--quiet", *options, "-oAPT::Sandbox::User=root")
+    _run(*quietly, "update")
+    _run("env", "--chdir", folder, *quietly, "download", "containerd")
+    (package,) = folder.glob("containerd_1.7*.deb")
+    _run("dpkg-deb", "--extract", package, root / Path(CONTAINERD_1_7).relative_to("/").parents[2])
 
 
 def _run(*argv: str | Path) -> None:

@@ -5,6 +5,7 @@ machine's own pull from each by the names that people use.
 
 from __future__ import annotations
 
+import json
 import platform
 import re
 import shutil
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,14 +23,14 @@ from tests.registry_content import Shelves
 from .asking import ask
 from .certificates import PROXY
 from .chain import Daemon, Equipment, standard_settings, start_moto, start_registry, wait_or_stop
-from .clients import Podman, Skopeo
+from .clients import Docker, Podman, Skopeo
 from .company import EU, HUB, LOGIN, PUBLIC, SHARED, TAGS, US, TokenService, fill
 from .conftest import FAILED
 from .images import MACHINES, Layout, push, zipped
 from .installing import CHECKOUT
 from .processes import Process, environment, eventually, free_port
 from .sid import Sid
-from .test_newer_clients import running_containerd_2, running_docker
+from .test_newer_clients import running_containerd_1_7, running_containerd_2, running_docker
 from .test_runtimes import DEPLOY, HOSTS, PLACE, running_containerd_1
 
 RECIPES = DEPLOY / "registries"
@@ -37,8 +39,11 @@ OWN = 64 * 2**10
 """More bytes than all contents have together that registries do not share."""
 ASKED = 30
 """Questions that fail, which are more than a circuit takes."""
-DOCKER, CONTAINERD_2, CONTAINERD_1 = "docker 28", "containerd 2", "containerd 1"
-CLIENTS = (DOCKER, CONTAINERD_2, CONTAINERD_1, "podman 5", "podman 4")
+DOCKER, BUILDER = "docker 28", "its builder"
+CONTAINERD_2, CONTAINERD_1_7, CONTAINERD_1_6 = "containerd 2", "containerd 1.7", "containerd 1.6"
+MIRRORING = (DOCKER, BUILDER, CONTAINERD_2, CONTAINERD_1_7, CONTAINERD_1_6)
+"""Those that go on to a registry itself when its mirror does not have it, whatever the name."""
+CLIENTS = (*MIRRORING, "podman 5", "podman 4")
 Pull = Callable[[str], str]
 
 
@@ -156,7 +161,7 @@ def place(home: Path) -> Path:
     Give a directory with a short name: podman's paths may only have fifty characters.
     """
     directory = home / "company"
-    for name in ("docker", "containerd-2", "containerd-1", "podman-5", "podman-4"):
+    for name in ("docker", "containerd-2", "containerd-1.7", "containerd-1.6", "podman-5", "podman-4"):
         (directory / name).mkdir(parents=True)
     return directory
 
@@ -188,18 +193,34 @@ def clients(sid: Sid, company: Company, place: Path) -> Iterator[Mapping[str, Pu
     """
     recent, older = _etc(place / "etc", company.daemon), _etc(place / "older", company.daemon)
     shutil.copy(DEPLOY / "containerd/config.toml", older / "containerd/config.toml")
+    last = _etc(place / "last", company.daemon)
     with (
         running_docker(sid, recent, place / "docker") as docker,
         running_containerd_2(sid, recent, place / "containerd-2") as second,
-        running_containerd_1(older, place / "containerd-1") as first,
+        running_containerd_1_7(sid, last, place / "containerd-1.7") as seventh,
+        running_containerd_1(older, place / "containerd-1.6") as sixth,
     ):
         yield {
             DOCKER: docker.pull,
+            BUILDER: partial(_build, docker),
             CONTAINERD_2: second.pull_as_kubelet,
-            CONTAINERD_1: first.pull_as_kubelet,
+            CONTAINERD_1_7: seventh.pull_as_kubelet,
+            CONTAINERD_1_6: sixth.pull_as_kubelet,
             "podman 5": Podman(place / "podman-5", etc=recent, sid=sid).pull,
             "podman 4": Podman(place / "podman-4", etc=older).pull,
         }
+
+
+def _build(docker: Docker, name: str) -> str:
+    """
+    Build an image from another by BuildKit, the builder within the engine, and give the digest of that one.
+    """
+    context, said = docker.home / "context", docker.home / "built.json"
+    context.mkdir(exist_ok=True)
+    (context / "Dockerfile").write_text(f"FROM {name}\nCOPY Dockerfile /\n")
+    docker.run("docker", "buildx", "build", "--quiet", "--no-cache", "--metadata-file", said, context)
+    (base,) = json.loads(said.read_text())["buildx.build.provenance"]["materials"]
+    return f"sha256:{base['digest']['sha256']}"
 
 
 def _etc(directory: Path, daemon: Daemon) -> Path:
@@ -249,12 +270,12 @@ def test_other_registries_are_asked_themselves(company: Company, clients: Mappin
     it is stopped.
     """
     name, images = f"{company.elsewhere}/library/tool", company.images[HUB]
-    for client in (DOCKER, CONTAINERD_2, CONTAINERD_1):
+    for client in MIRRORING:
         assert clients[client](f"{name}:1") in images["1"]
     eventually(lambda: company.elsewhere in company.daemon.process.output.read_text(), "the proxy was asked first")
     company.daemon.process.stop()
     try:
-        for client in (DOCKER, CONTAINERD_2, CONTAINERD_1):
+        for client in MIRRORING:
             assert clients[client](f"{name}:2") in images["2"]
     finally:
         company.daemon.restart()

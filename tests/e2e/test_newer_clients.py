@@ -21,7 +21,7 @@ from .clients import Client, Docker, Podman, Skopeo, write_policy
 from .conftest import MakeChain
 from .images import Images
 from .processes import Process, environment
-from .sid import Sid
+from .sid import CONTAINERD_1_7, Sid
 from .test_runtimes import DEPLOY, HOSTS, PLACE, REGISTRY, Containerd, running, was_asked
 
 CHART = "team/chart"
@@ -93,14 +93,31 @@ def running_containerd_2(sid: Sid, etc: Path, home: Path) -> Iterator[Containerd
     """
     Run a containerd with the recipe for its second major version.
     """
-    client = Containerd(home, etc=etc, sid=sid)
     shutil.copy(DEPLOY / "containerd/config-2.toml", etc / "containerd/config.toml")
+    with _running(sid, etc, home, 3, "containerd") as client:
+        yield client
+
+
+@contextmanager
+def running_containerd_1_7(sid: Sid, etc: Path, home: Path) -> Iterator[Containerd]:
+    """
+    Run the last containerd of the first major version, with the recipe for that.
+    """
+    shutil.copy(DEPLOY / "containerd/config.toml", etc / "containerd/config.toml")
+    with _running(sid, etc, home, 2, CONTAINERD_1_7) as client:
+        yield client
+
+
+@contextmanager
+def _running(sid: Sid, etc: Path, home: Path, version: int, program: str) -> Iterator[Containerd]:
+    client = Containerd(home, etc=etc, sid=sid)
     config = home / "config.toml"
     config.write_text(
-        f'version = 3\nimports = ["/etc/containerd/config.toml"]\nroot = "/data/root"\nstate = "/run/containerd"\n'
+        f'version = {version}\nimports = ["/etc/containerd/config.toml"]\n'
+        f'root = "/data/root"\nstate = "/run/containerd"\n'
         f'[grpc]\naddress = "{client.socket}"\n[ttrpc]\naddress = "{home}/ttrpc.sock"\n'
     )
-    with running(client, config):
+    with running(client, config, program):
         yield client
 
 

@@ -136,11 +136,11 @@ def containerd(etc: Path, tmp_path: Path) -> Iterator[Containerd]:
 
 
 @contextmanager
-def running(client: Containerd, config: Path) -> Iterator[None]:
+def running(client: Containerd, config: Path, program: str = "containerd") -> Iterator[None]:
     """
     Run a containerd for a client, until both ways are served.
     """
-    argv = client.command(["containerd", "--config", config])
+    argv = client.command([program, "--config", config])
     process = Process(argv, environment(client.home), client.home / "containerd.log", client.home)
     try:
         process.wait_until(client.ready)
