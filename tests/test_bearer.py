@@ -91,6 +91,12 @@ class FollowTests(SynchronousTestCase):
             ("https://127.0.0.1:5001/token", "https://127.0.0.1:5000"),
         ):
             self.assertTrue(may_follow(realm, endpoint, ()), realm)
+        for realm, endpoint in (
+            ("https://auth.example.co.uk/token", "https://example.co.uk"),
+            ("https://auth.example.co.uk/token", "https://registry.example.co.uk"),
+            ("https://auth.co.com/token", "https://registry.co.com"),
+        ):
+            self.assertTrue(may_follow(realm, endpoint, ()), realm)
 
     def test_it_is_followed_nowhere_else_but_where_the_operator_says(self) -> None:
         for realm, endpoint in (
@@ -100,6 +106,8 @@ class FollowTests(SynchronousTestCase):
             ("https://other.io/token", "https://quay.io"),
             ("https://me:secret@quay.io/token", "https://quay.io"),
             ("https://10.0.0.2/token", "https://10.0.0.1"),
+            ("https://evil.co.uk/token", "https://example.co.uk"),
+            ("https://evil.com.au/token", "https://example.com.au"),
             ("ftp://quay.io/token", "https://quay.io"),
             ("https://[x/token", "https://quay.io"),
             ("https://quay.io:x/token", "https://quay.io"),

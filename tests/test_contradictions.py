@@ -12,9 +12,11 @@ from twisted.trial.unittest import SynchronousTestCase
 from ecrproxy.settings.complaints import Complaint
 from ecrproxy.settings.config import SETTINGS, Config, ConfigError, given
 from ecrproxy.settings.contradictions import Machine, load, look_at_environment, look_at_log, look_at_settings
+from ecrproxy.settings.file import parse_file
 from ecrproxy.settings.values import REGIONS
 
 ENDPOINT = {"PROXY_ECR_ENDPOINT": "https://123456789012.dkr.ecr.eu-west-1.amazonaws.com"}
+ONE, TWO = "123456789012.dkr.ecr.eu-west-1.amazonaws.com", "444455556666.dkr.ecr.us-east-1.amazonaws.com"
 TLS = {"PROXY_SSL_KEY": "/k", "PROXY_SSL_CERTIFICATE": "/c"}
 GIB = 2**30
 
@@ -45,6 +47,23 @@ class LookCase(SynchronousTestCase):
 
     def assert_well(self, environ: Mapping[str, str], **flags: str) -> None:
         self.assertEqual([], [str(each) for each in self.look(environ, flags)])
+
+
+class TableTests(LookCase):
+    def test_tables_that_have_other_credentials_than_instances_are_told(self) -> None:
+        """
+        Whoever sets AWS_INSTANCE_AUTH wants no others to be used.
+        """
+        environ = {"AWS_INSTANCE_AUTH": "true"}
+        tables = f'[registry."{ONE}"]\ndefault = true\n[registry."{TWO}"]\ninstance-auth = true\n[registry."quay.io"]\n'
+        for text, names in ((tables, [ONE]), (tables.replace("default = true", "default = true\nprofile = 'a'"), [])):
+            filed = parse_file("x.toml", text.encode())
+            config = Config.load({}, environ, filed)
+            found = look_at_settings(config, given({}, environ, filed), environ, Machine(2))
+            self.assertEqual(
+                [f"AWS_INSTANCE_AUTH is not used for {each}: a table says for itself" for each in names],
+                [str(each).partition(" which")[0] for each in found],
+            )
 
 
 class LostProtectionTests(LookCase):

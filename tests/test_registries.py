@@ -98,6 +98,8 @@ class TableTests(SynchronousTestCase):
             "realms = ['a.test']": ".realms: AWS gives its tokens",
             "credentials = 'anonymous'": ".credentials: is for public.ecr.aws",
             "profile = 'a'\ninstance-auth = true": ".instance-auth: contradicts profile",
+            f"replicas = ['{ONE.replace('ecr.', 'ecr-fips.')}']": ".replicas: https://1",
+            f"replicas = ['{TWO}', '{TWO}']": f".replicas: https://{TWO} is the registry itself, or there twice; leave",
         }.items():
             _, (line,) = parsed(f'[registry."{ONE}"]\n{table}')
             self.assertTrue(line.startswith(f'x.toml: registry."{ONE}"{said}'), line)
@@ -122,6 +124,7 @@ class TableTests(SynchronousTestCase):
             (ONE[1:], "", ".endpoint: an account has 12 digits"),
             ("api.ecr.eu-west-1.amazonaws.com", "", ".endpoint: a host of AWS that is no registry"),
             ("a.test:0", "", ".endpoint: not the URL of a registry"),
+            ("quay.io", "username = 'a:b'", ".username: a colon or a control character"),
             ("quay.io", "username = ''", ".username: empty; give a text, or leave it out"),
             ("a.test:", "", ": 'a.test:' is not the name of a registry's host"),
             ("quay.io", "realms = ['a.test:']", ".realms: 'a.test:' is not the name of a registry's host"),

@@ -182,7 +182,7 @@ class RegistriesTests(SynchronousTestCase):
         both, dual = f"{self.ONE} {self.TWO}", self.TWO.replace("dkr.ecr", "dkr-ecr").replace("amazonaws.com", "on.aws")
         named = f"PROXY_ECR_ENDPOINT='https://{self.ONE} https://{self.TWO}': "
         for text, environ, said in (
-            (f'[registry."{self.TWO}"]', {}, "PROXY_ECR_ENDPOINT is not set"),
+            (f'[registry."{self.TWO}"]', {}, "is the default; set default = true in that of an ECR registry"),
             (
                 f'[registry."{self.TWO}"]\ndefault = true',
                 {"PROXY_ECR_ENDPOINT": both},

@@ -151,7 +151,8 @@ def _registries(status: Mapping[str, Any]) -> Iterator[str]:
         rows = [["REGISTRY", "CIRCUIT", "TOKEN", "SAVED"]]
         for each in status["registries"]:
             saved = sum(answers["bytes"] for word, answers in each["answers"].items() if word in SAVING)
-            token = _token(each["token"], status["when"])
+            needs = each["token"]["problem"] or each["token"]["expires"] is not None
+            token = _token(each["token"], status["when"]) if needs else "none of AWS"
             rows.append([each["name"], each["upstream"]["circuit"], token, size_in_words(saved)])
         yield from table(rows, right=[3])
 

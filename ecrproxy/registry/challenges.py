@@ -20,6 +20,12 @@ LONGEST_TOKEN: Final = 12 * 2**10
 DEFAULT_SECONDS: Final = 60
 """For how long a token is good that does not say so: distribution's "Token Authentication Specification"."""
 LONGEST_SECONDS: Final = 12 * 3600
+_COUNTRY: Final = 2
+"""Letters of a country's domain."""
+_SHARED: Final = frozenset(
+    {"ac", "co", "com", "edu", "go", "gob", "gouv", "gov", "govt", "mil", "ne", "net", "nom", "or", "org"}
+)
+"""What stands before a country's domain, and is no domain of anybody's."""
 _TOKEN: Final = re.compile(r"[!-~]+")
 
 
@@ -112,7 +118,8 @@ def may_follow(realm: str, endpoint: str, listed: Collection[str]) -> bool:
     Return True if a user and a password may go to C{realm}.
 
     It must be https, or http where the registry itself is; and at the registry's own host, one of the same domain, or
-    one that the operator lists. The domain of C{registry-1.docker.io} is C{docker.io}, that of C{quay.io} itself.
+    one that the operator lists. The domain of C{registry-1.docker.io} is C{docker.io}, that of C{quay.io} itself, as
+    that of C{example.co.uk}.
 
     @param endpoint: the registry's URL.
     @param listed: hosts, with their ports if they are not the scheme's own.
@@ -128,5 +135,7 @@ def may_follow(realm: str, endpoint: str, listed: Collection[str]) -> bool:
     if host == its or to.netloc.lower() in listed:
         return True
     parent = its.partition(".")[2]
-    domain = parent if "." in parent else its
+    first, _, last = parent.partition(".")
+    shared = not last or (first in _SHARED and len(last) == _COUNTRY)
+    domain = its if shared else parent
     return not is_address(its) and (host == domain or host.endswith(f".{domain}"))

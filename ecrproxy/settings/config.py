@@ -615,7 +615,7 @@ def _registries(values: Mapping[str, Any], texts: Given, tables: Sequence[Regist
     endpoints, default = values["ecr_endpoint"] or (), next((each for each in tables if each.default), None)
     if not endpoints:
         if default is None:
-            raise ConfigError("PROXY_ECR_ENDPOINT is not set: give the URL of your ECR registry")
+            raise ConfigError(f"PROXY_ECR_ENDPOINT is not set{_no_default(texts, tables)}")
         return (default, *(each for each in tables if each.name != default.name))
     if default is None:
         _check_region(endpoints[0], values["region"], texts)
@@ -632,6 +632,16 @@ def _registries(values: Mapping[str, Any], texts: Given, tables: Sequence[Regist
     for problem in clashes(registries):
         raise ConfigError(f"{said}: {problem}")
     return registries
+
+
+def _no_default(texts: Given, tables: Sequence[RegistryTable]) -> str:
+    """
+    Say what to do where nothing names the default registry.
+    """
+    if not tables:
+        return ": give the URL of your ECR registry"
+    file = texts.get(CONFIG, ("the configuration file", ""))[0]
+    return f", and no table of {file} is the default; set default = true in that of an ECR registry"
 
 
 def _check_region(endpoint: str, given: str | None, texts: Given) -> None:

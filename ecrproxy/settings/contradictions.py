@@ -15,7 +15,7 @@ from ecrproxy.endpoint_string import PARAMETERS, SYSTEMD, is_loopback
 from ecrproxy.settings.complaints import Complaint
 from ecrproxy.settings.config import NO_FILE, SETTINGS, Config, ConfigError, Filed, Given
 from ecrproxy.settings.registries import Protocol
-from ecrproxy.settings.values import REGIONS, endpoint_in_doubt, is_other_registry, pattern_in_doubt
+from ecrproxy.settings.values import REGIONS, endpoint_in_doubt, is_other_registry, parse_flag, pattern_in_doubt
 from ecrproxy.settings.variables import look_at_variables
 
 LONG_TAG_TTL: Final = 86400.0
@@ -75,6 +75,7 @@ def look_at_settings(config: Config, given: Given, environ: Mapping[str, str], m
         *_lost(config),
         *_exposed(config),
         *_ignored(config, sources, environ),
+        *_ignored_by_tables(config, given),
         *_pointless(config, sources, machine.cores),
         *_in_doubt(config, machine.disk),
     ]
@@ -183,6 +184,22 @@ def _ignored(config: Config, sources: Mapping[str, str], environ: Mapping[str, s
             yield Complaint(f"{name} is not used, for AWS_INSTANCE_AUTH is set", "unset one of them")
     if not config.instance_auth and environ.get("AWS_ACCESS_KEY_ID") and environ.get("AWS_PROFILE"):
         yield Complaint("AWS_PROFILE's credentials are not used, for AWS_ACCESS_KEY_ID is set", "unset one of them")
+
+
+def _ignored_by_tables(config: Config, given: Given) -> Iterator[Complaint]:
+    """
+    Find where AWS_INSTANCE_AUTH does not keep other credentials from being used.
+    """
+    text, source = given.get("instance-auth", ("false", ""))
+    others = [
+        each.name
+        for each in config.registries
+        if each.protocol is not Protocol.OCI and not (each.anonymous or each.instance_auth or each.profile)
+    ]
+    if others and parse_flag(text):
+        named = ", ".join(others[:3]) + (" and others" if len(others) > 3 else "")  # noqa: PLR2004
+        said = f"{source} is not used for {named}: a table says for itself which credentials it has"
+        yield Complaint(said, "set instance-auth = true there")
 
 
 def _pointless(config: Config, sources: Mapping[str, str], cores: int) -> Iterator[Complaint]:

@@ -297,8 +297,20 @@ def _contradictions(table: RegistryTable, values: Mapping[str, Any], own_region:
     if table.protocol is Protocol.ECR_PUBLIC and table.anonymous:
         for key in sorted(values.keys() & _CREDENTIALS):
             yield f'.{key}: it is asked anonymously; set credentials = "aws", or leave it out'
+    yield from _idle_replicas(table)
     if (table.username is None) != (table.password_file is None):
         yield ".username: goes with password-file; set both, or neither"
+
+
+def _idle_replicas(table: RegistryTable) -> Iterator[str]:
+    """
+    Find replicas that are nothing but the registry itself, or one of the others.
+    """
+    seen = set() if table.endpoint is None else {RegistryId.of_url(table.endpoint)}
+    for each in table.replicas:
+        if RegistryId.of_url(each) in seen:
+            yield f".replicas: {each} is the registry itself, or there twice; leave it out"
+        seen.add(RegistryId.of_url(each))
 
 
 def _not_there(table: RegistryTable) -> str | None:
@@ -449,6 +461,12 @@ def _replicas(value: object) -> tuple[str, ...]:
     return tuple(parse_endpoint(each) for each in _listed(value))
 
 
+def _username(text: str) -> str:
+    if ":" in text or not text.isprintable():
+        raise ValueError("a colon or a control character, which no user's name has: RFC 7617")
+    return text
+
+
 def _role(text: str) -> str:
     if not ROLE.fullmatch(text):
         raise ValueError("not a role's ARN; give one such as arn:aws:iam::123456789012:role/pull")
@@ -493,7 +511,7 @@ _KEYS: Final[Mapping[str, Callable[[object], Any]]] = {
     "namespaces": _of_text(parse_pattern),
     "replicas": _replicas,
     "credentials": _of_text(_credentials),
-    "username": _text,
+    "username": _of_text(_username),
     "password-file": _of_text(parse_path),
     "realms": _realms,
     "ecr-repository-prefix": _of_text(_prefix),
