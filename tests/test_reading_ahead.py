@@ -267,16 +267,14 @@ class ClientsFirstTests(AheadTestCase):
         self.assertLessEqual(self.asked(self.image.layers[1]), 1)
 
     def test_after_a_failure_it_rests(self) -> None:
+        self.start(together=16)
         fault = self.standin.fail("registry", status=500, path_contains=self.image.layers[1])
-        self.hold()
         self.fetch_first()
         self.pass_time(REST_SECONDS / 2)
-        before = self.fetched()
+        self.assertEqual([1, 0, 1, 1, *[0] * (COUNT - 4)], self.fetched())
         fault.remove()
-        self.release()
         self.pass_time(REST_SECONDS)
-        self.assertLess(sum(before), COUNT)
-        self.assertEqual(0, self.fetched()[1])
+        self.assertEqual([True, False, *[True] * (COUNT - 2)], [self.has(digest) for digest in self.image.layers])
         self.assertWhole(self.get(self.blob(self.image.layers[1])), LAYERS[1], "MISS")
 
     def test_it_is_no_probe(self) -> None:
