@@ -231,6 +231,19 @@ class ClientTests(AheadTestCase):
         self.standin.push_blob("team/other", b"x")
         self.assertEqual(404, self.get(self.blob(self.image.layers[5], "team/other")).code)
 
+    def test_a_cache_key_that_tells_clients_apart_hinders_nothing(self) -> None:
+        """
+        Each has what the manifest lists, and nothing else that was read ahead.
+        """
+        self.start(cache_key="$http_x_client$uri")
+        for client in ("a", "b"):
+            path = f"/v2/team/app/manifests/{self.image.digest}"
+            self.assertEqual(200, self.get(path, X_Client=client).code)
+        self.get(self.blob(self.image.layers[0]), X_Client="a")
+        self.begin()
+        self.assertEqual("HIT", self.get(self.blob(self.image.layers[5]), X_Client="b").cache)
+        self.assertEqual([1] * COUNT, self.fetched())
+
     def test_it_is_not_done_where_it_is_turned_off(self) -> None:
         self.start(read_ahead=False)
         self.manifest()
