@@ -84,7 +84,10 @@ class LeftOverLimitTests(TwoDaemons, test_resuming.LimitTests):
     pass
 
 
-@without(test_of_another_size_under_way_have_no_part_refused=LATER)
+@without(
+    test_are_one_line_of_log_however_many_clients_they_cost="once per process",
+    test_of_another_size_under_way_have_no_part_refused=LATER,
+)
 class WrongBytesTests(TwoDaemons, test_web.WrongBytesTests):
     pass
 
