@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import itertools
 import json
 import os
 import random
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from ecrproxy.cache.cells import File
 from ecrproxy.cache.condition import FRESH_SECONDS
 from ecrproxy.cache.database import UnusableError
 from ecrproxy.cache.entries import Entry, EntryKey
-from ecrproxy.cache.index import AGAIN_SECONDS, LATE_ENTRIES, LATE_SAVES, LOCK, POINTER, Index, give
+from ecrproxy.cache.index import AGAIN_SECONDS, LATE_ENTRIES, LATE_SAVES, LOCK, LONG_SECONDS, POINTER, Index, give
 from ecrproxy.cache.janitor import EVICTING
 from ecrproxy.cache.mounts import find_mount
 from ecrproxy.cache.record import Reservation
@@ -135,6 +136,53 @@ class WhileOpenTests(LossTestCase):
         self.assertTrue(self.index.settle().everything)
         self.assertIsNone(self.index.entry(KEY))
         self.repaired(self.store)
+
+    @contextlib.contextmanager
+    def read_while_it_is_written(self) -> Iterator[None]:
+        """
+        Read as a program does that ends its transaction with the block, and have the log grow meanwhile.
+        """
+        database, log, _ = self.files()
+        with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as reader:
+            reader.execute("BEGIN")
+            reader.execute("SELECT count(*) FROM content").fetchone()
+            for number in itertools.count():
+                if log.stat().st_size > 200_000:
+                    break
+                self.store.save((KEY._replace(reference=f"t{number}"), ENTRY))
+            yield
+
+    def test_a_program_that_reads_it_all_the_time(self) -> None:
+        """
+        SQLite can't begin its log anew, which would take all of the cache's room: there is another after ten minutes.
+        """
+        self.patch(index_module, "LONG_LOG", 100_000)
+        other, files = self.open(), self.files()
+        with self.read_while_it_is_written():
+            for _ in range(4):
+                self.assertFalse(self.index.settle().everything)
+                self.now += LONG_SECONDS / 4
+            self.assertTrue(self.index.settle().everything)
+            self.assertNotEqual(files, self.files())
+            other.index.settle()
+            self.assertEqual(other.index._files, self.index._files)  # noqa: SLF001
+        self.repaired(other)
+        self.repaired(self.store)
+
+    def test_a_log_that_was_long_for_a_while(self) -> None:
+        """
+        As after a large purge: it is begun anew with the next change.
+        """
+        self.patch(index_module, "LONG_LOG", 100_000)
+        files = self.files()
+        for _ in range(3):
+            with self.read_while_it_is_written():
+                self.index.settle()
+            self.now += LONG_SECONDS / 2
+            self.assertFalse(self.index.settle().everything)
+            self.index._rows._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # noqa: SLF001
+            self.assertFalse(self.index.settle().everything)
+        self.assertEqual(files, self.files())
 
     def test_cut(self) -> None:
         for number, size in ((0, 5000), (0, 0), (2, 0)):

@@ -79,6 +79,10 @@ PLENTY: Final = 64
 What part of the free room is promised before that is written. Other processes do the same, and their promises
 are seen a second late: so many of them together stay within the limit.
 """
+LONG_LOG: Final = 64 * 2**20
+"""Bytes of a log that is long, if it is also longer than its database: SQLite begins it anew, unless somebody reads."""
+LONG_SECONDS: Final = 600.0
+"""For how long a log may be long."""
 _LATE_SECONDS: Final = 0.25
 """From how long on what waited to be written may have been purged meanwhile by another process."""
 _NOTHING_TO_KEEP: Final = FULL | {errno.EROFS}
@@ -179,6 +183,7 @@ class Index:
         self._forgotten: dict[EntryKey, dict[frozenset[str], float]] = {}
         self._rows, self._files, self._seen = Rows(), tuple[Path, ...](), tuple[object, ...]()
         self._heights = [0, 0]
+        self._log_was_short = now()
         self._generation = 0
         self._everything, self._full, self._tried = False, False, float("-inf")
         self._occupied = float("-inf")
@@ -305,7 +310,8 @@ class Index:
             log.warn("The cache's index is lost: beginning a new one")
             return None
         if self._files and path == self._files[0]:
-            log.warn("The cache's index was changed while it was open: beginning a new one")
+            why = "another program has been reading it, and its log grows" if self._is_held_up else "it was changed"
+            log.warn("The cache's index can't be used any more: {why}; beginning a new one", why=why)
             return None
         if not _may_use(files):
             log.warn("The cache's index can't be opened: its mode was changed; beginning a new one")
@@ -368,6 +374,9 @@ class Index:
             return (), [0, 0]
         found = [status_of(path) for path in (self._root / POINTER, *self._files)]
         self.size = sum(each.st_blocks * 512 for each in found if each is not None)
+        database, log_size = (each.st_size if each else 0 for each in found[1:3])
+        if log_size <= max(LONG_LOG, database):
+            self._log_was_short = self._now()
         identities = tuple((each.st_dev, each.st_ino) if each else None for each in found)
         return identities, [each.st_size if each else 0 for each in (found[1], found[3])]
 
@@ -383,10 +392,18 @@ class Index:
                     self._open()
                 return
             seen, heights = self._look()
-            if seen == self._seen and all(was <= now for was, now in zip(self._heights, heights, strict=True)):
+            same = seen == self._seen and all(was <= now for was, now in zip(self._heights, heights, strict=True))
+            if same and not self._is_held_up:
                 self._heights = heights
             else:
                 self._open()
+
+    @property
+    def _is_held_up(self) -> bool:
+        """
+        Whether some program has been reading for so long that the log would grow without bound.
+        """
+        return self._now() - self._log_was_short >= LONG_SECONDS
 
     def _replace(self, rows: Rows, problem: OSError) -> None:
         """
