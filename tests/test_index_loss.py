@@ -446,6 +446,25 @@ class AtStartTests(LossTestCase):
             self.repaired(store)
             store.index.close()
 
+    def test_a_copy_of_the_directory_by_links(self) -> None:
+        """
+        As C{cp -al} makes them: the rows of one directory are not those of the other.
+        """
+        one, copy = self.open(), self.root.with_name("copy")
+        shutil.copytree(self.root, copy, copy_function=os.link)
+        other = Store(copy, lambda: self.now)
+        self.addCleanup(shutil.rmtree, copy)
+        self.addCleanup(other.index.close)
+        other.prepare()
+        for digest in self.digests[:20]:
+            self.assertTrue(other.unlink(digest))
+        for _ in scrub(other, lambda: None):
+            pass
+        one.index.settle()
+        self.assertEqual((30, 50), (other.index.totals.files, one.index.totals.files))
+        self.assertEqual(ENTRY, one.index.entry(KEY))
+        self.assertEqual(1, one.index.opened)
+
     def test_a_pointer_to_nowhere(self) -> None:
         for data in (b"", b"\xff\xfe", b"../../etc/passwd", b"index-1-00000000.sqlite3", b"index-1-zz.sqlite3"):
             (self.root / POINTER).write_bytes(data)

@@ -309,12 +309,16 @@ class Index:
         if found[0] is None or not all(each is None or stat.S_ISREG(each.st_mode) for each in found):
             log.warn("The cache's index is lost: beginning a new one")
             return None
+        if max(each.st_nlink for each in found if each is not None) > 1:
+            log.warn("The cache's index is also that of a copy of the directory by links: beginning a new one")
+            return None
+        why = ""
         if self._files and path == self._files[0]:
             why = "another program has been reading it, and its log grows" if self._is_held_up else "it was changed"
-            log.warn("The cache's index can't be used any more: {why}; beginning a new one", why=why)
-            return None
-        if not _may_use(files):
-            log.warn("The cache's index can't be opened: its mode was changed; beginning a new one")
+        elif not _may_use(files):
+            why = "its mode was changed"
+        if why:
+            log.warn("The cache's index can't be used: {why}; beginning a new one", why=why)
             return None
         try:
             rows = Rows(path)
