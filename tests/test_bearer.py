@@ -139,7 +139,7 @@ class LoginTests(SynchronousTestCase):
         asked = [Deferred.fromCoroutine(slow.get()) for _ in range(3)]
         with capturedLogs() as events:
             clock.advance(READ_SECONDS)
-        self.assertIn("check the file system of the password", str(formatEvent(events[0])))
+        self.assertIn("check the file system of the password", "".join(map(str, map(formatEvent, events))))
         for each in asked:
             self.assertIn("can't be read", str(self.failureResultOf(each, TokenUnavailableError).value))
         self.assertEqual(
@@ -154,8 +154,16 @@ class LoginTests(SynchronousTestCase):
 
     def test_where_no_thread_can_be_started_there_is_no_password(self) -> None:
         login = Login("ann", scratch(self), lambda *_: fail(RuntimeError("can't start new thread")), Clock())
-        problem = self.failureResultOf(Deferred.fromCoroutine(login.get()), TokenUnavailableError).value
-        self.assertIn("can't start new thread", str(problem))
+        self.assertNone(login, "can't start new thread")
+
+    def assertNone(self, login: Login, why: str) -> None:
+        """
+        Make sure that there is no password, of which the log says why and a client is not told the file.
+        """
+        with capturedLogs() as events:
+            problem = self.failureResultOf(Deferred.fromCoroutine(login.get()), TokenUnavailableError).value
+        self.assertEqual("its password can't be read; the proxy's log says why", str(problem))
+        self.assertIn(why, str(formatEvent(events[-1])))
 
     def test_the_password_is_the_one_that_the_file_has_now(self) -> None:
         file = scratch(self)
@@ -170,14 +178,11 @@ class LoginTests(SynchronousTestCase):
         file = scratch(self)
         for data in (b"", b"\n", b"one\ntwo\n", b"x" * (LONGEST + 1)):
             file.write_bytes(data)
-            problem = self.failureResultOf(Login("ann", file, at_once, Clock()).get(), TokenUnavailableError).value
-            self.assertIn(f"{str(file)!r} has no password", str(problem))
+            self.assertNone(Login("ann", file, at_once, Clock()), f"{str(file)!r} has no password")
         file.unlink()
-        problem = self.failureResultOf(Login("ann", file, at_once, Clock()).get(), TokenUnavailableError).value
-        self.assertIn("can't be read: No such file", str(problem))
+        self.assertNone(Login("ann", file, at_once, Clock()), f"{str(file)!r} can't be read: No such file")
         os.mkfifo(file)
-        problem = self.failureResultOf(Login("ann", file, at_once, Clock()).get(), TokenUnavailableError).value
-        self.assertIn("can't be read: it is a FIFO, not a regular file", str(problem))
+        self.assertNone(Login("ann", file, at_once, Clock()), "can't be read: it is a FIFO, not a regular file")
 
 
 class OthersTests(DaemonTestCase):

@@ -8,12 +8,16 @@ import base64
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from twisted.logger import Logger
+
 from ecrproxy.files import open_file
 from ecrproxy.registry.ecr import TokenUnavailableError
 from ecrproxy.threads import Bounded, InThread
 
 if TYPE_CHECKING:
     from twisted.internet.interfaces import IReactorTime
+
+log = Logger()
 
 LONGEST: Final = 8 * 2**10
 """Bytes that a password may have: it goes in a header."""
@@ -44,10 +48,17 @@ class Login:
             password = await self._in_thread(_read, self._file)
         except (OSError, RuntimeError) as problem:
             said = getattr(problem, "strerror", None) or problem
-            raise TokenUnavailableError(f"the password in {str(self._file)!r} can't be read: {said}") from problem
+            raise self._missing(f"the password in {str(self._file)!r} can't be read: {said}") from problem
         if not password or len(password) > LONGEST or b"\n" in password:
-            raise TokenUnavailableError(f"{str(self._file)!r} has no password: give one line of text")
+            raise self._missing(f"{str(self._file)!r} has no password: give one line of text")
         return base64.b64encode(self._username.encode() + b":" + password).decode("ascii")
+
+    def _missing(self, why: str) -> TokenUnavailableError:
+        """
+        Log why there is no password. Clients are told that there is none: where its file is, is not for them.
+        """
+        log.error("No password for {user}: {why}", user=self._username, why=why, once=(str(self._file), why))
+        return TokenUnavailableError("its password can't be read; the proxy's log says why")
 
     async def renew(self, refused: str) -> str:  # noqa: ARG002
         """
