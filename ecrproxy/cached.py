@@ -288,11 +288,20 @@ class Cache:
     async def lacks(self, digest: Digest, size: int) -> bool:
         """
         Return True if content is not there nor on its way, in any process, and has room beside what was used lately.
+
+        Then no other process asks for it ahead, until L{lacks_no_more}.
         """
         with contextlib.suppress(OSError):
-            if not await self._disk.reading(self.store.comes, digest):
+            if await self._disk.reading(self.store.intend, digest):
                 return await self._room.fits_without(room_for(size), 2 * UNASKED_SECONDS)
         return False
+
+    def lacks_no_more(self, digest: Digest) -> None:
+        """
+        Note that content has been asked for, or is not.
+        """
+        releasing = self._disk.closing(self.store.intents.release, digest)
+        releasing.addErrback(lambda problem: log.failure("Letting go", problem))
 
     async def was_used(self, digest: Digest, since: float) -> bool:
         """

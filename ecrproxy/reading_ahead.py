@@ -477,6 +477,7 @@ class ReadingAhead:
 
     def _opened(self, result: Download | Failure | None, pull: Pull, layer: Descriptor, opening: Opening) -> None:
         del self._openings[layer.digest]
+        self._cache.lacks_no_more(layer.digest)
         if result is None or isinstance(result, Failure):
             pull.remove(layer.digest)
             if self._unasked.pop(layer.digest, None) is pull and opening.before is not None:

@@ -413,6 +413,18 @@ class ClientsFirstTests(AheadTestCase):
         self.assertEqual([1, 1, 1, 0, *[1] * (COUNT - 4)], self.fetched())
         claim.end()
 
+    def test_of_two_processes_one_asks_ahead(self) -> None:
+        one, two = self.daemon, self.start(read_ahead=True)
+        for daemon, layer in ((one, self.image.layers[0]), (two, self.image.layers[1])):
+            self.assertEqual(200, daemon.ask("GET", f"/v2/team/app/manifests/{self.image.digest}").code)
+            daemon.ask("GET", self.blob(layer))
+        for _ in range(20):
+            self.clock.advance(BEGIN_SECONDS)
+            for daemon in (one, two):
+                daemon.flush()
+        self.assertEqual([1] * COUNT, self.fetched())
+        self.assertEqual([True] * COUNT, [self.has(digest) for digest in self.image.layers])
+
 
 class BoundsTests(AheadTestCase):
     """

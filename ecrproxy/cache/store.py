@@ -40,6 +40,7 @@ from ecrproxy.cache.database import FULL
 from ecrproxy.cache.directory import Directory, without_waiting
 from ecrproxy.cache.entries import Entry, EntryKey
 from ecrproxy.cache.index import Index, give
+from ecrproxy.cache.intents import Intents
 from ecrproxy.cache.paths import content_path
 from ecrproxy.cache.peer import PeerTransfer
 from ecrproxy.cache.proofs import Proofs, is_marked, mark
@@ -112,7 +113,7 @@ class Store:
         self.index = Index(root, now, before_opening=self._see_volume) if index is None else index
         self.proofs, self.troubles = Proofs(), Troubles(now)
         self.directory = Directory(root, now, self.index, self.proofs, self.troubles)
-        self.arriving = Arriving(self.directory)
+        self.arriving, self.intents = Arriving(self.directory), Intents(root)
         self._opened: WeakValueDictionary[Digest, OpenFile] = WeakValueDictionary()
         self._volume: Volume | None = None
 
@@ -353,11 +354,16 @@ class Store:
             return False
         return stat.S_ISREG(status.st_mode) and self.directory.is_own(status)
 
-    def comes(self, digest: Digest) -> bool:
+    def intend(self, digest: Digest) -> bool:
         """
-        Return True if there is a file of this name, or some process is bringing it.
+        Return True if there is no file of this name, and no process brings it or is about to. This one is, then.
         """
-        return self.has(digest) or self.arriving.is_claimed(digest)
+        if not self.intents.take(digest):
+            return False
+        if self.has(digest) or self.arriving.is_claimed(digest):
+            self.intents.release(digest)
+            return False
+        return True
 
     def found(self, digest: Digest) -> File | None:
         """
