@@ -694,9 +694,12 @@ def _is_part(ranges: Ranges | None, size: int | None) -> bool:
     """
     Return True if a part of a blob is asked for, or may be.
     """
-    if ranges is None:
-        return False
-    return size is None or ranges.of(size) != [(0, size)]
+    if ranges is None or size is None:
+        return ranges is not None
+    try:
+        return bool(_parts(ranges, size))
+    except LookupError:  # of nothing
+        return True
 
 
 def _parts(ranges: Ranges | None, size: int | None) -> list[Span]:

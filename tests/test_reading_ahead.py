@@ -154,6 +154,13 @@ class ClientTests(AheadTestCase):
         self.pass_time(5)
         self.assertEqual([0] * (COUNT - 1), self.fetched()[1:])
 
+    def test_a_part_that_is_outside_of_a_layer_is_refused(self) -> None:
+        self.manifest()
+        reply = self.get(self.blob(self.image.layers[0]), Range=f"bytes={SIZE}-")
+        self.assertEqual(416, reply.code)
+        self.pass_time(5)
+        self.assertEqual([0] * COUNT, self.fetched())
+
     def test_a_range_of_all_is_no_part(self) -> None:
         self.manifest()
         self.get(self.blob(self.image.layers[0]), Range="bytes=0-")
