@@ -197,7 +197,7 @@ def inbound(ground: Ground, sizes: Sizes, peer: str, figures: Figures, *, secure
     """
     Measure a large layer that nobody has, from a bucket that gives each connection only so much.
 
-    nginx verifies nothing: what C{sha256sum} takes for as many bytes is added to its processor time.
+    nginx verifies nothing: what C{openssl dgst -sha256} takes for as many bytes is added to its processor time.
     """
     name, size, shelf = "inbound-tls" if secure else "inbound", sizes.huge_bytes, ground.shelf
     settings = {"SSL_CERT_FILE": str(ground.certificate.chain)} if secure and peer == OURS else {}
