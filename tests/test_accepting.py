@@ -23,17 +23,19 @@ class Listener:
     A listening socket: connections that wait, or why none can be accepted.
     """
 
+    family, type, proto = socket.AF_INET, socket.SOCK_STREAM, 0
+
     def __init__(self) -> None:
         self.backlog = 0
         self.problem: int | None = None
 
-    def accept(self) -> tuple[socket.socket, Any]:
+    def _accept(self) -> tuple[int, Any]:
         if self.problem is not None:
             raise OSError(self.problem, os.strerror(self.problem))
         if not self.backlog:
             raise BlockingIOError(errno.EAGAIN, "none waits")
         self.backlog -= 1
-        return socket.socket(), ("192.0.2.7", 1)  # never connected
+        return socket.socket().detach(), ("192.0.2.7", 1)  # never connected
 
 
 class Port:

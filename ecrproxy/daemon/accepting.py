@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, Final
 from twisted.logger import Logger
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from twisted.internet.interfaces import IDelayedCall, IReactorTime
 
 log = Logger()
@@ -46,9 +48,9 @@ class Gate:
         port.socket = _Guarded(port.socket, self)
         self._ports.append(port)
 
-    def admit(self, listening: socket.socket) -> tuple[socket.socket, Any]:
+    def admit(self, accept: Callable[[], tuple[int, Any]]) -> tuple[int, Any]:
         """
-        Accept a connection.
+        Accept a connection; gives its descriptor.
 
         @raise BlockingIOError: if there is none, or it has to wait.
         """
@@ -56,7 +58,7 @@ class Gate:
             self._pause(f"{self.inside} connections are open, as many as RLIMIT_NOFILE leaves room for")
             raise BlockingIOError(errno.EAGAIN, "paused")
         try:
-            accepted, address = listening.accept()
+            accepted = accept()
         except OSError as problem:
             if problem.errno not in _NONE_LEFT:
                 raise
@@ -64,7 +66,7 @@ class Gate:
             self._retry = self._clock.callLater(RETRY_SECONDS, self._resume)
             raise BlockingIOError(errno.EAGAIN, "paused") from None
         self.inside += 1
-        return _Counted(accepted, self), address
+        return accepted
 
     def left(self) -> None:
         """
@@ -98,12 +100,15 @@ class _Guarded:
 
     def __init__(self, listening: Any, gate: Gate) -> None:  # noqa: ANN401
         self._listening, self._gate = listening, gate
+        self._kind = listening.family, listening.type, listening.proto
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401
         return getattr(self._listening, name)
 
     def accept(self) -> tuple[socket.socket, Any]:
-        return self._gate.admit(self._listening)
+        # The public accept() makes a socket of the descriptor; another would have to be made of that one.
+        descriptor, address = self._gate.admit(self._listening._accept)  # noqa: SLF001
+        return _Counted(*self._kind, descriptor, self._gate), address
 
 
 class _Counted(socket.socket):
@@ -111,8 +116,8 @@ class _Counted(socket.socket):
     A connection's socket, which tells a gate when it is closed.
     """
 
-    def __init__(self, accepted: socket.socket, gate: Gate) -> None:
-        super().__init__(accepted.family, accepted.type, accepted.proto, accepted.detach())
+    def __init__(self, family: int, kind: int, protocol: int, descriptor: int, gate: Gate) -> None:
+        super().__init__(family, kind, protocol, descriptor)
         self._gate: Gate | None = gate
 
     def close(self) -> None:

@@ -26,7 +26,7 @@ import re
 from typing import TYPE_CHECKING, Any, Final
 
 from twisted.internet.address import UNIXAddress
-from twisted.internet.error import ConnectionAborted
+from twisted.internet.error import ConnectionAborted, ConnectionDone
 from twisted.internet.interfaces import IHalfCloseableProtocol, ITCPTransport
 from twisted.internet.protocol import connectionDone
 from twisted.logger import Logger
@@ -39,6 +39,7 @@ from zope.interface import implementer
 
 from ecrproxy.access.limits import Crowd, Patience, counted
 from ecrproxy.http.empty_body import EmptyBody
+from ecrproxy.http.outgoing import has_sent_all
 from ecrproxy.http.request import address_of
 from ecrproxy.http.target import HOST, parse_target
 from ecrproxy.request_id import REQUEST_ID
@@ -160,6 +161,9 @@ class StrictChannel(HTTPChannel):
             return
         if self._ending:
             self._close()
+            return
+        if has_sent_all(self.transport) and not (self.requests or self._buffer or self._handlingRequest):
+            self.transport.connectionLost(Failure(ConnectionDone()))  # at once, without another turn for the last byte
             return
         self._half_closed = True
         self._go_on()

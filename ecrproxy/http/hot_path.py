@@ -25,7 +25,6 @@ from typing import Any, Final, NamedTuple
 
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import ISSLTransport
-from twisted.internet.tcp import Connection
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 from twisted.web.http import datetimeToString
@@ -33,6 +32,7 @@ from twisted.web.http import datetimeToString
 from ecrproxy.access.clients import Admission, Caller
 from ecrproxy.answers import Answer, Asked, CacheStatus, joined
 from ecrproxy.cache.memory import Memory
+from ecrproxy.http.outgoing import has_sent_all
 from ecrproxy.http.request import Hit, RegistryRequest, Told, fields
 from ecrproxy.oci import Kind
 from ecrproxy.proxy import PullThrough
@@ -347,9 +347,7 @@ def _write(transport: Any, data: bytes) -> None:  # noqa: ANN401
     """
     Send C{data}, at once where nothing waits: a turn of the event loop for it costs as much as all else here.
     """
-    if isinstance(transport, Connection) and not (
-        transport.TLS or transport.dataBuffer or transport._tempDataBuffer or transport.disconnecting  # noqa: SLF001
-    ):
+    if has_sent_all(transport):
         with contextlib.suppress(OSError):  # it takes none now, or has ended: the transport finds out which
             data = data[transport.socket.send(data) :]
         if not data:
