@@ -178,11 +178,13 @@ class Cache:
 
     def at_hand(self, asked: Asked) -> Answer | None:
         """
-        Answer from memory, if what was asked for by its digest is held there.
+        Answer from memory, or with a file that is open, what was asked for by its digest; its body is to be closed.
         """
         is_manifest = asked.route.kind is Kind.MANIFEST
         document = self._documents.get(asked.digest) if is_manifest else None
         body = self._blobs.get(asked.digest) if document is None else document.body
+        if body is None and not is_manifest:
+            return self._open_at_hand(asked)
         if body is None or (is_manifest and document is None):
             return None
         known = self._known(asked, self._entry_at_hand)[0]
@@ -191,6 +193,28 @@ class Cache:
         self.store.index.use(asked.digest)
         media_type = known.descriptor.media_type if is_manifest else BLOB_TYPE
         return Answer(CacheStatus.HIT, Reason.CACHED, media_type, asked.digest, len(body), None if asked.head else body)
+
+    def _open_at_hand(self, asked: Asked) -> Answer | None:
+        """
+        Answer with the file of a blob, if that is open.
+        """
+        kept = self.store.kept
+        known = None if kept is None else self._known(asked, self._entry_at_hand)[0]
+        content = None if kept is None or known is None else kept.get(asked.digest)
+        if content is None:
+            return None
+        self.store.index.use(asked.digest)
+        if asked.head:
+            content.close()
+        body = None if asked.head else content
+        return Answer(CacheStatus.HIT, Reason.CACHED, BLOB_TYPE, asked.digest, content.size, body)
+
+    def _keep_open(self, content: Content) -> None:
+        """
+        Have who asks for a large file next find it open: small ones are in memory.
+        """
+        if self.store.kept is not None and content.size > SMALL_BLOB and not self.store.index.unfit:
+            self.store.kept.keep(content)
 
     def _entry_at_hand(self, key: EntryKey) -> Entry | None:
         """
@@ -216,6 +240,8 @@ class Cache:
             return Found(held, None, Reason.DISK, since)
         if held is None and known is not None:
             self._note(asked, known, since)
+        if content is not None and asked.route.kind is Kind.BLOB:
+            self._keep_open(content)
         if known is None or content is None or known.descriptor.size == content.size or content.proved:
             return Found(known, content, missing, since)
         try:

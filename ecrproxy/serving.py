@@ -35,6 +35,7 @@ from ecrproxy.admin.readings import (
 from ecrproxy.admin.status import Asking, Process
 from ecrproxy.cache.condition import Condition
 from ecrproxy.cache.janitor import Janitor
+from ecrproxy.cache.kept_open import KeptOpen
 from ecrproxy.cache.purges import Purges
 from ecrproxy.cache.scribe import Scribe
 from ecrproxy.cache.scrub import Scrub
@@ -43,7 +44,7 @@ from ecrproxy.cache.troubles import Kind
 from ecrproxy.cached import VERIFICATIONS, Cache
 from ecrproxy.catalog import Catalog
 from ecrproxy.daemon.ending import Connections
-from ecrproxy.daemon.process import clients_beside_spare, set_aside_what_stays
+from ecrproxy.daemon.process import clients_beside_spare, kept_files, set_aside_what_stays
 from ecrproxy.daemon.renewal import Renewal
 from ecrproxy.daemon.service import Daemon
 from ecrproxy.files import Reading
@@ -138,7 +139,7 @@ def wire(
     @param processes: how many there are that do the same, each its part.
     """
     disk, threads = _disk(service.pools), service.pools.threads
-    store = Store(Path(config.cache_dir), time.time)
+    store = _store(config, KeptOpen(kept_files(), reactor, disk.closing))
     scrubbing, judging, probing = threads(1), threads(1), threads(1)
     keeping, settling = threads(KEEPING[0]).bounded(KEEPING[1]), threads(SETTLING[0]).bounded(SETTLING[1])
     janitor = Janitor(store, config.cache_limit, keeping, reactor)
@@ -173,6 +174,12 @@ def wire(
     service.add(Scribe(store.index, threads(1, yielding=False).post), purges, janitor, scrub, tokens, stall)
     process = Process(store, janitor, worlds.askings, pull_through, worlds.called, readiness, disk.reading)
     return Serving(site, connections, admission, figures, process, cache, purges, stall, partial(_use, worlds, make))
+
+
+def _store(config: Config, kept: KeptOpen) -> Store:
+    store = Store(Path(config.cache_dir), time.time)
+    store.kept = kept
+    return store
 
 
 def _hot_path(pull_through: PullThrough, worlds: Worlds, admission: Admission | None) -> HotPath:

@@ -55,6 +55,7 @@ from ecrproxy.cache.entries import Entry, EntryKey
 from ecrproxy.cache.index import Index
 from ecrproxy.cache.inventory import Inventory
 from ecrproxy.cache.janitor import Janitor
+from ecrproxy.cache.kept_open import KeptOpen
 from ecrproxy.cache.purges import Purges
 from ecrproxy.cache.scrub import Scrub
 from ecrproxy.cache.store import Store
@@ -102,6 +103,8 @@ Address = IPv4Address | UNIXAddress
 START: Final = 4_000_000_000.0
 """A moment of 2096: what the daemon notes as used by this clock is more recent than files made by the machine's."""
 MIB: Final = 2**20
+KEPT: Final = 4
+"""Files that may be kept open."""
 BUFFER: Final = 2**16
 """Bytes that a writer may leave waiting before it is told to wait, and the most that arrive at once: Twisted's own."""
 CLIENT: Final = "192.0.2.7"
@@ -645,6 +648,8 @@ class Daemon(Administered):
         self.back = Network(QuietSite(standin.resource, reactor=clock), clock)
         self.store = Store(root, self.now, index)
         self.store.prepare()
+        if hot_path:  # without it, each request opens its file
+            self.store.kept = KeptOpen(KEPT, clock, at_once)
         disk = disk or Disk.of(in_thread)
         self.janitor = Janitor(self.store, limit, disk.writing, clock)
         self.scrub = Scrub(self.store, self.janitor.tidy, at_once, clock)

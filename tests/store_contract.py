@@ -115,9 +115,10 @@ def give_to_another(case: SynchronousTestCase, store: Store) -> None:
 
 def being_read(store: Store) -> set[Digest]:
     """
-    Tell which content a store has open.
+    Tell which content a store has open for those who read it, and not only for who may come.
     """
-    return {digest for digest, file in store._opened.items() if file._holders}  # noqa: SLF001
+    kept = store.kept._files if store.kept is not None else {}  # noqa: SLF001
+    return {digest for digest, file in store._opened.items() if file._holders > (digest in kept)}  # noqa: SLF001
 
 
 def read(store: Store, digest: Digest) -> bytes | None:

@@ -69,6 +69,16 @@ class Content:
         """
         return self._shelf.is_proved(self.digest, self.status)
 
+    def is_unchanged(self) -> bool:
+        """
+        Return True if the open file is verified, and still where it was when it was opened: costs one fstat(2).
+
+        Who unlinks or replaces a file takes a name from it.
+        """
+        before, now = self.status, os.fstat(self._file.fd)
+        same = before.st_nlink == now.st_nlink and before.st_size == now.st_size and before.st_uid == now.st_uid
+        return same and self._shelf.is_proved(self.digest, now)
+
     def fileno(self) -> int:
         """
         Return the file descriptor, for reading at offsets.

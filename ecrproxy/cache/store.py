@@ -41,6 +41,7 @@ from ecrproxy.cache.directory import Directory, without_waiting
 from ecrproxy.cache.entries import Entry, EntryKey
 from ecrproxy.cache.index import Index, give
 from ecrproxy.cache.intents import Intents
+from ecrproxy.cache.kept_open import KeptOpen
 from ecrproxy.cache.paths import content_path
 from ecrproxy.cache.peer import PeerTransfer
 from ecrproxy.cache.proofs import Proofs, is_marked, mark
@@ -102,10 +103,12 @@ class Store:
     @param index: what is known about it; its own if none is given.
     @ivar arriving: the files that arrive.
     @ivar evict: takes a number of bytes out of the directory when the disk is full; false if it can't.
+    @ivar kept: files that stay open for a moment; none where nobody keeps any.
     @ivar see_room: raises C{OSError} if others have taken the disk's room.
     """
 
     evict: Callable[[int], bool] = staticmethod(lambda _: False)
+    kept: KeptOpen | None = None
     see_room: Callable[[], None] = staticmethod(lambda: None)
 
     def __init__(self, root: Path, now: Callable[[], float], index: Index | None = None) -> None:
@@ -541,6 +544,8 @@ class Store:
 
         @param unlink: returns False if it has to stay.
         """
+        if self.kept is not None and isinstance(what, Digest):
+            self.kept.drop(what)
         try:
             self._see_volume()
             return unlink() is not False

@@ -22,6 +22,10 @@ from ecrproxy.threads import content_with_few
 
 OWN_FILES: Final = 64
 """Descriptors that are left for all but clients: listening sockets, AWS, ECR and its buckets, files that arrive."""
+KEPT_FILES: Final = 256
+"""The most files of content that are kept open for a second."""
+_KEPT_PART: Final = 16
+"""What part of the descriptors they have at the most: the rest is for clients."""
 FILES_OF_A_CLIENT: Final = 3
 """A client's socket, the file that it is sent, and a connection upstream."""
 STILL_SECONDS: Final = 2.0
@@ -128,10 +132,22 @@ def most_clients(files: int | None = None) -> int:
 
     @param files: how many this process may have; what the system says if it is not given.
     """
+    soft = _most_files(files)
+    return max(1, (soft - OWN_FILES - kept_files(soft)) // FILES_OF_A_CLIENT)
+
+
+def kept_files(files: int | None = None) -> int:
+    """
+    Return how many files of content may be kept open when nobody is sent them.
+
+    @param files: as for L{most_clients}.
+    """
+    return max(0, min(KEPT_FILES, (_most_files(files) - OWN_FILES) // _KEPT_PART))
+
+
+def _most_files(files: int | None) -> int:
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0] if files is None else files
-    if soft == resource.RLIM_INFINITY:
-        return sys.maxsize
-    return max(1, (soft - OWN_FILES) // FILES_OF_A_CLIENT)
+    return sys.maxsize if soft == resource.RLIM_INFINITY else soft
 
 
 def clients_beside_spare(files: int | None = None) -> int:

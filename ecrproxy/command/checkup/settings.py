@@ -13,7 +13,7 @@ from ecrproxy.command.checkup.findings import Finding, failed, ok, warning
 from ecrproxy.command.checkup.network import SOON
 from ecrproxy.command.checkup.reach import describe
 from ecrproxy.command.terminal import counted
-from ecrproxy.daemon.process import FILES_OF_A_CLIENT, OWN_FILES
+from ecrproxy.daemon.process import FILES_OF_A_CLIENT, KEPT_FILES, OWN_FILES
 from ecrproxy.daemon.tls import Certificate, CertificateError
 from ecrproxy.files import open_file
 from ecrproxy.settings import contradictions
@@ -92,7 +92,7 @@ def judge_files(most: int, config: Config) -> Finding:
     """
     check = "open files"
     clients = config.limits().connections
-    wanted = clients * FILES_OF_A_CLIENT + OWN_FILES
+    wanted = clients * FILES_OF_A_CLIENT + OWN_FILES + KEPT_FILES
     said = f"{most} for a process started from here"
     if not clients or wanted <= most:
         allowed = counted(clients, "client") if clients else "no limit of clients"
