@@ -137,7 +137,9 @@ class PullThrough:
         """
         Note that a client has got what L{at_hand} has given.
         """
-        if self.ahead is not None and asked.route.kind is Kind.MANIFEST and not asked.head:
+        if self.ahead is not None and asked.route.kind is Kind.BLOB:
+            self.ahead.asked_for(asked.digest)
+        elif self.ahead is not None and not asked.head:
             self.ahead.again(asked.route, answer.digest)
 
     # Blobs.

@@ -80,7 +80,7 @@ from ecrproxy.registry.wire import Wire
 from ecrproxy.settings.config import Config, ConfigError
 from ecrproxy.settings.registries import Protocol, RegistryTable, replicas_of
 from ecrproxy.shares import share
-from ecrproxy.threads import Disk, Pools, Threads, call_unowned, in_time, patient
+from ecrproxy.threads import Disk, InThread, Pools, Threads, call_unowned, in_time, patient
 from ecrproxy.transfer.inflow import BUFFERED, Lanes
 from ecrproxy.transfer.unattended import MOST
 from ecrproxy.upstreams import Upstreams
@@ -165,7 +165,7 @@ def wire(
         served=figures.served,
         connections=connections,
         pages=_pages(config),
-        hot_path=None if config.cache_key.asks else _hot_path(pull_through, worlds, admission),
+        hot_path=None if config.cache_key.asks else _hot_path(pull_through, worlds, admission, disk.reading),
     )
     figures.watch(
         *of_cache(store, janitor), *of_registries(worlds.askings), *of_transfers(pull_through), *of_loop(stall)
@@ -182,8 +182,8 @@ def _store(config: Config, kept: KeptOpen) -> Store:
     return store
 
 
-def _hot_path(pull_through: PullThrough, worlds: Worlds, admission: Admission | None) -> HotPath:
-    return HotPath(pull_through, worlds, admission, time.time, secrets.token_bytes(32))
+def _hot_path(pull_through: PullThrough, worlds: Worlds, admission: Admission | None, in_thread: InThread) -> HotPath:
+    return HotPath(pull_through, worlds, admission, time.time, in_thread, secrets.token_bytes(32))
 
 
 def _disk(pools: Pools) -> Disk:

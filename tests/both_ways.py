@@ -4,6 +4,7 @@ The same story told to two daemons, one with the hot path and one without: whate
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import tempfile
@@ -25,7 +26,7 @@ from ecrproxy.http.access_log import AccessLine
 from ecrproxy.oci import Digest
 from ecrproxy.request_id import numbered
 from ecrproxy.settings.values import parse_pattern
-from tests.daemon import CLIENT, START, Daemon, End, Raw, at_once
+from tests.daemon import CLIENT, START, Daemon, End, Raw, at_once, noise
 from tests.registry import StandIn
 from tests.test_htpasswd import line
 from tests.test_passwords import basic
@@ -34,9 +35,14 @@ TTL: Final = 30
 """Seconds for which a tag is trusted."""
 USER, PASSWORD, OTHER = "ann", "client canary", "another canary"
 CONNECTIONS: Final = 4
+_IN_STORIES: Final = (0, 1, CONNECTIONS - 1)
+"""Connections of stories: a byte has no room for more."""
+FILE_BYTES: Final = 100_000
+"""Of a blob that is sent from its file."""
+LIMIT: Final = 200_000
+"""Bytes of disk for the cache: there is room for one such blob, and all that is small."""
 ELSEWHERE: Final = "198.51.100.7"
 """Where nobody may ask from."""
-_BITS: Final = 2
 _DATE = re.compile(rb"Date: [^\r]*")
 _LAST = re.compile(rb"(HTTP/1\.1 [^\r]*\r\n)((?:[^\r]+\r\n)*?)(Connection: close\r\n)")
 """A response that is the last of its connection: its header comes first if the end had begun before the request."""
@@ -58,6 +64,8 @@ class Scene:
         self.manifest = self.standin.push_image("team/app", "latest").digest
         self.other = self.standin.push_image("team/other", "latest").digest
         self.blob = self.standin.push_blob("team/app", b"a blob of a few bytes")
+        self.file = self.standin.push_blob("team/app", noise("a blob that is held in no memory", FILE_BYTES))
+        self.late = self.standin.push_blob("team/app", noise("one that makes another go", FILE_BYTES))
         self.root = Path(tempfile.mkdtemp(prefix="ecrproxy-ways-"))
         self.passwords = Path(tempfile.mkdtemp(prefix="ecrproxy-ways-"), "htpasswd")
         self.passwords.write_bytes(line(USER, PASSWORD))
@@ -76,6 +84,7 @@ class Scene:
             index=self.index,
             admission=admission,
             limits=Limits(transfers=1),
+            limit=LIMIT,
             pages=Pages(),
             hot_path=hot_path,
         )
@@ -169,6 +178,60 @@ class Scene:
         Inventory(self.daemon.store).remove([key for key, _, _ in self.index.entries()], [])
         self.look()
 
+    def lose(self) -> None:
+        """
+        Have the file of a blob vanish, as if somebody had deleted it.
+        """
+        self.of_file().unlink(missing_ok=True)
+
+    def replace(self) -> None:
+        """
+        Have somebody put another file, of the same bytes, in the place of a blob's.
+        """
+        if self.of_file().exists():
+            copy = self.root / "copy"
+            copy.write_bytes(self.of_file().read_bytes())
+            copy.rename(self.of_file())
+
+    def spoil(self) -> None:
+        """
+        Have other bytes in the file of a blob.
+        """
+        if self.of_file().exists():
+            self.of_file().write_bytes(bytes(FILE_BYTES))
+
+    def condemn(self) -> None:
+        """
+        Have the operator verify the blob, who finds it as it is.
+        """
+        for _ in Inventory(self.daemon.store).verify(Digest.parse(self.file), keep=False):
+            pass
+
+    def cut(self) -> None:
+        """
+        Have the file of a blob end early.
+        """
+        if self.of_file().exists():
+            os.truncate(self.of_file(), FILE_BYTES // 2)
+
+    def evict(self) -> None:
+        """
+        Have a blob go for room's sake.
+        """
+        self.daemon.store.evict_unused([Digest.parse(self.file)])
+
+    def of_file(self) -> Path:
+        return self.root / self.daemon.store.content_path(Digest.parse(self.file))
+
+    def stop_reading(self) -> None:
+        """
+        Have a client read no more, or read on.
+        """
+        end = self.clients[0][1]
+        end.reading = not end.reading and not end.disconnecting
+        if self.flushing:
+            self.daemon.flush()
+
     def look(self) -> None:
         """
         Have the daemon hear of purges.
@@ -240,7 +303,7 @@ def heads(scene: Scene) -> list[bytes]:
     shown = scene.shown
     accept = "Accept: application/vnd.oci.image.manifest.v1+json\r\n"
     by_digest, by_tag = f"/v2/team/app/manifests/{scene.manifest}", "/v2/team/app/manifests/latest"
-    blob = f"/v2/team/app/blobs/{scene.blob}"
+    blob, file, late = (f"/v2/team/app/blobs/{each}" for each in (scene.blob, scene.file, scene.late))
     etag = f'If-None-Match: "{scene.manifest}"\r\n'
     asked: Sequence[tuple[str, str, str]] = (
         ("GET", by_digest, shown),
@@ -270,6 +333,16 @@ def heads(scene: Scene) -> list[bytes]:
         ("GET", "/v2/", shown),
         ("GET", "/healthz", ""),
         ("POST", by_digest, shown),
+        ("GET", file, shown),
+        ("HEAD", file, shown),
+        ("GET", file, shown + f'If-None-Match: "{scene.file}"\r\n'),
+        ("GET", file, shown + "Range: bytes=0-3\r\n"),
+        ("GET", file, shown + "Range: bytes=0-\r\n"),
+        ("GET", file, shown + "Range: bytes=1-2,5-6\r\n"),
+        ("GET", file, shown + f'Range: bytes=0-3\r\nIf-Range: "{scene.blob}"\r\n'),
+        ("GET", file, f"Authorization: {basic(USER, OTHER)}\r\n"),
+        ("GET", file.replace("app", "other"), shown),
+        ("GET", late, shown),
     )
     made = [f"{method} {path} HTTP/1.1\r\nHost: proxy.example\r\n{rest}\r\n".encode() for method, path, rest in asked]
     made.append(made[0][:-2] + b"Transfer-Encoding: chunked\r\n\r\n\xff0\r\n\r\n")
@@ -302,7 +375,24 @@ def deeds(scene: Scene) -> list[Callable[[], object]]:
         scene.standin.heal,
         scene.move,
         scene.guess,
+        scene.lose,
+        scene.replace,
+        scene.spoil,
+        scene.condemn,
+        scene.cut,
+        scene.evict,
+        scene.stop_reading,
+        lambda: scene.purge(Digest.parse(scene.file)),
     ]
+
+
+def step_of(what: int, which: int = 0) -> int:
+    """
+    Return the byte of a story that stands for a request or a deed, counted together.
+
+    @param which: of the connections.
+    """
+    return len(_IN_STORIES) * what + which
 
 
 def tell(scene: Scene, story: bytes) -> None:
@@ -313,7 +403,8 @@ def tell(scene: Scene, story: bytes) -> None:
     requests, others = heads(scene), deeds(scene)
     steps = iter(story)
     for step in steps:
-        what, connection = step >> _BITS, step % CONNECTIONS
+        what, which = divmod(step, len(_IN_STORIES))
+        connection = _IN_STORIES[which]
         if what < len(requests):
             scene.send(connection, requests[what])
         elif what < len(requests) + len(others):

@@ -708,7 +708,7 @@ class Daemon(Administered):
         self.access_log = AccessLog(clock)
         self.hot_path = None
         if hot_path and not key.asks:
-            self.hot_path = HotPath(self.pull_through, self.worlds, admission, self.now, b"key")
+            self.hot_path = HotPath(self.pull_through, self.worlds, admission, self.now, disk.reading, b"key")
         self.site = make_site(
             registry,
             ready,

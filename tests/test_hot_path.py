@@ -5,6 +5,7 @@ What was answered from memory before is answered by the bytes of its head, as th
 from __future__ import annotations
 
 import gc
+import os
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -14,8 +15,10 @@ from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.stale import STALE_SECONDS
-from tests.both_ways import PASSWORD, USER, Scene, compare, deeds, heads
-from tests.daemon import ours
+from ecrproxy.transfer.sending import PIECE
+from tests.both_ways import PASSWORD, USER, Scene, compare, deeds, heads, step_of
+from tests.daemon import BUFFER, MIB, DaemonTestCase, Raw, noise, ours
+from tests.store_contract import being_read
 from tests.test_passwords import basic
 
 STEPS = st.integers(0, 255)
@@ -39,10 +42,12 @@ class SameStoryTests(SynchronousTestCase):
         scene = Scene(hot_path=True)
         requests, others = len(heads(scene)), len(deeds(scene))
         scene.close()
-        known = [step for request in range(requests) for step in (request << 2, request << 2, request << 2 | 3)]
+        known = [
+            step for request in range(requests) for step in (step_of(request), step_of(request), step_of(request, 2))
+        ]
         answered = 0
         for deed in range(others):
-            story = [*known, (requests + deed) << 2, *known]
+            story = [*known, step_of(requests + deed), *known]
             answered += compare(bytes(story))
             answered += compare(bytes([*story, 255]))
         self.assertGreater(answered, others * 20)
@@ -54,7 +59,7 @@ class SameStoryTests(SynchronousTestCase):
         scene = Scene(hot_path=True)
         requests = heads(scene)
         scene.close()
-        known, line = 0 << 2, requests.index(b"\r\n") << 2
+        known, line = step_of(0), step_of(requests.index(b"\r\n"))
         self.assertGreater(compare(bytes([known, known, known, line, known, line, known, known])), 0)
 
 
@@ -213,3 +218,113 @@ class SharedQuestionTests(SynchronousTestCase):
         self.assertEqual([(200, "STALE")], self.told())
         self.assertIn(b"Connection: close", bytes(self.scene.clients[0][0].got))
         self.assertTrue(self.scene.clients[0][0].closed)
+
+
+class FileTests(DaemonTestCase):
+    """
+    A blob that is sent from its file, to a client that does not take all of it at once.
+    """
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.data = noise("blob", 3 * MIB)
+        self.digest = self.standin.push_blob("team/app", self.data)
+        self.head_sent = f"GET /v2/team/app/blobs/{self.digest} HTTP/1.1\r\nHost: proxy.example\r\n\r\n".encode()
+        self.client = Raw()
+        self.end = self.daemon.front.connect(self.client, "proxy.example", 80, secure=False)
+        for _ in range(2):  # it is fetched, then noted
+            self.ask()
+        self.client.got.clear()
+        self.end.reading = False
+        self.ask()
+        self.assertEqual((1, 1), (self.answered, self.daemon.crowd.transferring))
+
+    def ask(self) -> None:
+        self.end.write(self.head_sent)
+        self.flush()
+
+    def read(self) -> None:
+        self.end.reading = True
+        self.flush()
+
+    @property
+    def answered(self) -> int:
+        assert self.daemon.hot_path is not None
+        return self.daemon.hot_path.answered
+
+    def assertSent(self, times: int = 1) -> None:
+        """
+        The client has got the whole blob so often, and nothing is held for it any more.
+        """
+        answers = bytes(self.client.got).split(b"HTTP/1.1 200 OK")[1:]
+        self.assertEqual([True] * times, [each.partition(b"\r\n\r\n")[2] == self.data for each in answers])
+        self.assertLetGo()
+
+    def assertLetGo(self) -> None:
+        self.assertEqual((0, set()), (self.daemon.crowd.transferring, being_read(self.daemon.store)))
+
+    def lines(self) -> list[str]:
+        """
+        Return the lines of the log that tell of the last request.
+        """
+        self.pass_time(1)
+        return [each for each in self.logged().splitlines() if "/blobs/" in each][2:]
+
+    def test_it_gets_the_rest_as_it_takes_it(self) -> None:
+        """
+        And another request is answered after it, on the same connection.
+        """
+        self.assertLessEqual(self.end.peer.waiting, PIECE + BUFFER)
+        self.read()
+        self.assertSent()
+        self.ask()
+        self.assertSent(2)
+        self.assertEqual(2, self.answered)
+
+    def test_what_is_asked_meanwhile_is_answered_after_it(self) -> None:
+        self.ask()
+        self.read()
+        self.assertSent(2)
+
+    def test_who_leaves_is_logged_as_gone_and_nothing_is_held_for_it(self) -> None:
+        self.end.abortConnection()
+        self.flush()
+        self.assertLetGo()
+        (line,) = self.lines()
+        self.assertIn(f"GET /v2/team/app/blobs/{self.digest} 200 {PIECE} bytes", line)
+        self.assertIn("aborted", line)
+
+    def test_it_is_the_last_of_its_connection_when_the_daemon_ends(self) -> None:
+        self.daemon.site.connections.drain()
+        self.flush()
+        self.assertFalse(self.client.closed)
+        self.read()
+        self.assertSent()
+        self.assertTrue(self.client.closed)
+
+    def test_a_client_that_closes_its_side_gets_it_whole(self) -> None:
+        self.end.half_close()
+        self.read()
+        self.assertSent()
+        self.assertTrue(self.client.closed)
+
+    def test_a_client_that_takes_nothing_is_given_up(self) -> None:
+        """
+        After the time of those who are sent something, not of those who ask nothing.
+        """
+        limits = self.daemon.crowd.limits
+        self.pass_time(limits.idle_seconds + 1)
+        self.assertEqual(1, self.daemon.crowd.transferring)
+        self.clock.advance(limits.send_seconds)
+        self.flush()
+        self.assertEqual(1, self.daemon.crowd.slow_readers)
+        self.assertLetGo()
+
+    def test_a_file_that_is_cut_meanwhile_is_no_whole_answer(self) -> None:
+        os.truncate(self.file_of(self.digest), PIECE)
+        self.addCleanup(self.file_of(self.digest).unlink, missing_ok=True)
+        self.read()
+        self.assertTrue(self.client.closed)
+        self.assertLess(len(self.client.got), len(self.data))
+        self.assertLetGo()
+        self.assertFalse(self.has(self.digest))

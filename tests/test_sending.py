@@ -534,7 +534,7 @@ class PipeSocket:
     def fileno(self) -> int:
         return self._in
 
-    def send(self, data: bytes) -> int:
+    def send(self, data: bytes, flags: int = 0) -> int:
         return os.write(self._in, data)
 
     def shutdown(self, how: int) -> None:
@@ -701,6 +701,40 @@ class KernelTests(DaemonTestCase):
         self.assertEqual(len(self.data), sum(sent))
         self.pass_time(1)  # lines of a rush are gathered
         self.assertEqual(2, self.logged().count(f"GET {self.path} 200 {len(self.data)} bytes"))
+
+    def test_a_known_request_is_sent_at_once_and_its_rest_as_any(self) -> None:
+        """
+        Its head, and as much of the file as the client takes, in the turn in which it was asked for.
+        """
+        self.get(self.path)
+        self.ask()
+        self.read()
+        sent = self.sendfiles()
+        self.patch(os, "pread", lambda *_: self.fail("it was read"))
+        turns = self.connection.turner.turns
+        self.ask()
+        self.assertEqual((1, turns), (len(sent), self.connection.turner.turns))
+        self.read()
+        self.assertEqual([self.data] * 2, self.bodies)
+        self.assertEqual(len(self.data), sum(sent))
+
+    def test_a_known_request_for_what_is_not_in_memory_waits_for_a_thread(self) -> None:
+        self.get(self.path)
+        self.ask()
+        self.read()
+        sent, read, pread = self.sendfiles(), list[int](), os.pread
+
+        def noting(fd: int, count: int, offset: int) -> bytes:
+            read.append(offset)
+            return pread(fd, count, offset)
+
+        self.patch(os, "pread", noting)
+        self.patch(sending, "in_memory", lambda *_: 0)
+        self.ask()
+        self.assertEqual([], sent)
+        self.read()
+        self.assertEqual([self.data] * 2, self.bodies)
+        self.assertEqual([0, MIB, 2 * MIB], read)
 
     def test_sends_several_ranges(self) -> None:
         """

@@ -4,6 +4,7 @@ Resources that answer with a coroutine, and what all answers have in common.
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,15 +19,16 @@ from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET, Request
 
 from ecrproxy.access.bodies import NoRoomError
-from ecrproxy.cache.content import DigestMismatchError
+from ecrproxy.cache.content import Content, DigestMismatchError
 from ecrproxy.http.request import RegistryRequest, path
 from ecrproxy.oci import RegistryError
 from ecrproxy.readiness import Readiness
 from ecrproxy.reasons import Reason
 from ecrproxy.request_id import current
+from ecrproxy.threads import InThread
 from ecrproxy.transfer.lane import ShortBodyError
-from ecrproxy.transfer.sending import LEAST_PIECE, send
-from ecrproxy.transfer.sources import Held
+from ecrproxy.transfer.sending import LEAST_PIECE, CutShortError, send
+from ecrproxy.transfer.sources import Held, Source
 
 if TYPE_CHECKING:
     from twisted.python.failure import Failure
@@ -43,8 +45,11 @@ _PHRASES: Final = {each.value: each.phrase.encode("ascii") for each in HTTPStatu
 _DECORATED: Final = frozenset({200, 201, 204, 206, 301, 302, 303, 304, 307, 308})
 
 
+# What a disk says of a file that it can't give, and no socket says.
+_UNREADABLE: Final = frozenset({errno.EIO, errno.EBADMSG, errno.ENODATA, errno.ESTALE, errno.EUCLEAN})
+
 # What ends an answer and was logged where it happened, or is no news: a client leaves.
-_KNOWN: Final = (
+KNOWN: Final = (
     RegistryError,
     CancelledError,
     ConnectionDone,
@@ -95,7 +100,7 @@ class Answering(Resource):
     def _failed(self, failure: Failure, request: RegistryRequest) -> None:
         if request.channel is None:  # the client has gone: nobody is left to answer
             return
-        if not failure.check(*_KNOWN):
+        if not failure.check(*KNOWN):
             log.failure("Answering {path}", failure, path=path(request), request=request.id)
         if not request.startedWriting:
             _refuse(request, _answer_to(failure))
@@ -239,6 +244,28 @@ def _here(blocking: Callable[..., T], *args: Any) -> Deferred[T]:  # noqa: ANN40
     Call what would block in a thread: nothing of what is in memory does.
     """
     return execute(blocking, *args)
+
+
+async def send_source(
+    request: Any,  # noqa: ANN401 (a Request, or what channels and senders take for one)
+    source: Source,
+    body: object,
+    in_thread: InThread,
+    held: Callable[[], int],
+) -> None:
+    """
+    Send the rest of a response, and drop a cached file that can't be read: who asks again gets it anew.
+
+    @param body: where it comes from.
+    """
+    try:
+        await send(request, source, in_thread, held)
+    except (CutShortError, OSError) as problem:
+        unreadable = isinstance(problem, CutShortError) or problem.errno in _UNREADABLE
+        if not unreadable or not isinstance(body, Content):
+            raise
+        await in_thread(body.drop, problem)
+        raise ShortBodyError(f"{body.digest} can't be read to its end") from problem
 
 
 async def send_body(request: Request, status: int, content_type: str, body: bytes) -> None:

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 
     from ecrproxy.daemon.ending import Connections
     from ecrproxy.http.hot_path import HotPath, Question
+    from ecrproxy.http.reply import FileReply
     from ecrproxy.http.request import Told
 
 log = Logger()
@@ -278,6 +279,15 @@ class StrictChannel(HTTPChannel):
         self.resetTimeout()
         if self._address is not None:
             self._note_idle()
+
+    def begin_reply(self, reply: FileReply) -> None:
+        """
+        Have all input wait until the hot path has sent a reply: L{requestDone} goes on.
+        """
+        self.requests.append(reply)
+        self._handlingRequest = True
+        self._head.end()
+        self._savedTimeOut = self.setTimeout(None)
 
     def wait_for(self, question: Question) -> None:
         """

@@ -13,14 +13,15 @@ Rules:
 - What a tag leads to is asked of ECR once for all who send the same head meanwhile. If ECR does not say what it said
   before, each of them takes the long way, with that outcome and the registries of when it came: it was let in then.
 - What is answered here is counted and logged by the same function, in the same words.
+- A blob that is larger is sent here if its file is open, by the same senders, counted as a transfer: to the channel its
+  reply is a request.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, NamedTuple
 
 from twisted.internet.defer import Deferred
@@ -30,13 +31,19 @@ from twisted.python.failure import Failure
 from twisted.web.http import datetimeToString
 
 from ecrproxy.access.clients import Admission, Caller
+from ecrproxy.access.limits import Crowd
 from ecrproxy.answers import Answer, Asked, CacheStatus, joined
+from ecrproxy.cache.content import Content
 from ecrproxy.cache.memory import Memory
-from ecrproxy.http.outgoing import has_sent_all
+from ecrproxy.http.answering import KNOWN, send_source
+from ecrproxy.http.reply import FileReply, Written, write, write_with_file
 from ecrproxy.http.request import Hit, RegistryRequest, Told, fields
 from ecrproxy.oci import Kind
 from ecrproxy.proxy import PullThrough
 from ecrproxy.request_id import REQUEST_ID, current
+from ecrproxy.threads import InThread, patient
+from ecrproxy.transfer.sending import piece_size
+from ecrproxy.transfer.sources import Shelved
 from ecrproxy.world import World, Worlds
 
 log = Logger()
@@ -85,21 +92,19 @@ class _Noted:
     """
     Where a head leads.
 
+    @ivar hit: what it was answered with, without the file.
     @ivar authorization: where in the head the value of its Authorization header is, if it has one.
     @ivar asks: whether ECR is asked each time.
     @ivar transfers: whether it counts as a transfer.
-    @ivar before: the response up to the request's id.
-    @ivar between: from there to the date.
-    @ivar after: the rest.
+    @ivar has_file: whether the body is a file.
     """
 
     hit: Hit
     authorization: slice | None
     asks: bool
     transfers: bool
-    before: bytes
-    between: bytes
-    after: bytes
+    has_file: bool
+    response: Written
     words: Words
 
 
@@ -137,6 +142,7 @@ class HotPath:
     @param pull_through: answers from memory, and asks ECR for tags.
     @param admission: lets in clients; none for all.
     @param now: seconds since the epoch.
+    @param in_thread: reads what the kernel does not have in memory.
     @param key: random bytes that are nobody else's.
     @ivar answered: how many requests were answered here.
     """
@@ -147,11 +153,12 @@ class HotPath:
         worlds: Worlds,
         admission: Admission | None,
         now: Callable[[], float],
+        in_thread: InThread,
         key: bytes,
     ) -> None:
         self._pull_through, self._at_hand = pull_through, pull_through.at_hand
         self._worlds, self._admission = worlds, admission
-        self._now, self._key, self.answered = now, key, 0
+        self._now, self._in_thread, self._key, self.answered = now, patient(in_thread), key, 0
         self._questions: dict[bytes, Question] = {}
         self._noted: Memory[bytes, _Noted] = Memory(NOTED_BYTES)
         self._world = worlds.latest
@@ -162,16 +169,19 @@ class HotPath:
         Note where the head of C{request} has led, if it may lead there again.
         """
         head, hit = request.head, request.hit
-        if head is None or hit is None or len(head) > LONGEST_HEAD or words.size > LARGEST_BODY:
+        if head is None or hit is None or len(head) > LONGEST_HEAD:
             return
-        if hit.world is not self._entered():
+        has_file = isinstance(hit.answer.body, Content) and hit.asked.route.kind is Kind.BLOB
+        if hit.world is not self._entered() or (words.size > LARGEST_BODY and not has_file):
             return
         asks = hit.answer.status is CacheStatus.REVALIDATED
         if request.code not in (200, 304) or not request.channel.persistent:
             return
-        if self._at_hand(hit.asked) != (None if asks else hit.answer):
-            return
         if any(map(request.requestHeaders.hasHeader, _UNFIT)):
+            return
+        if has_file:  # it is asked for each time whether it is open
+            hit = hit._replace(answer=replace(hit.answer, body=None))
+        elif self._at_hand(hit.asked) != (None if asks else hit.answer):
             return
         response = _response(request, hit.answer.body if words.size else None)
         if response is None:
@@ -181,14 +191,13 @@ class HotPath:
             authorization=_authorization(request, head),
             asks=asks,
             transfers=hit.asked.route.kind is Kind.BLOB and not hit.asked.head,
-            before=response[0],
-            between=response[1],
-            after=response[2],
+            has_file=has_file and words.size > 0,
+            response=response,
             words=words,
         )
         secure = bool(request.isSecure())  # type: ignore[no-untyped-call]
         held = hit.answer.body if isinstance(hit.answer.body, bytes) else b""
-        size = len(response[2]) + len(held) + len(head) + _ENTRY_BYTES
+        size = len(response.after) + len(held) + len(head) + _ENTRY_BYTES
         self._noted.put(self._name(head, secure=secure), noted, size)
 
     def answer(self, channel: Any, head: bytes) -> bool:  # noqa: ANN401 (a StrictChannel, which knows this)
@@ -213,13 +222,18 @@ class HotPath:
                 return False
         if noted.transfers and channel.crowd.is_full_of_transfers:
             return False
-        if not self._holds(noted):
+        found, file = _apart(self._at_hand(noted.hit.asked))
+        if not self._is_same(found, noted):
+            _close(file)
             return False
         site: Any = channel.factory
         waiting = Waiting(head, site.new_id(), site.reactor.seconds())
         if noted.asks:
             self._wait(channel, waiting, noted, name)
+        elif file is not None and noted.has_file:
+            self._send_file(channel, noted, waiting, file)
         else:
+            _close(file)
             self._send(channel, noted, waiting)
             channel.await_next()
         return True
@@ -233,14 +247,13 @@ class HotPath:
             self._noted.clear()
         return self._world
 
-    def _holds(self, noted: _Noted) -> bool:
+    def _is_same(self, found: Answer | None, noted: _Noted) -> bool:
         """
-        Tell whether memory says what it said when C{noted} was noted.
+        Return True if memory has C{found} where that leads to what was noted.
         """
-        hit = noted.hit
         if noted.asks:
-            return self._at_hand(hit.asked) is None and self._pull_through.knows_tag(hit.asked)
-        return self._at_hand(hit.asked) == hit.answer
+            return found is None and self._pull_through.knows_tag(noted.hit.asked)
+        return found == noted.hit.answer
 
     def _wait(self, channel: Any, waiting: Waiting, noted: _Noted, name: bytes) -> None:  # noqa: ANN401
         """
@@ -293,14 +306,46 @@ class HotPath:
             site.tell(words, now, seconds, seconds, channel.client, waiting.request_id, aborted=True)
 
     def _send(self, channel: Any, noted: _Noted, waiting: Waiting) -> None:  # noqa: ANN401
-        parts = noted.before, waiting.request_id.encode(), noted.between, self._today(), noted.after
-        _write(channel.transport, b"".join(parts))
+        write(channel.transport, noted.response.with_those(waiting.request_id, self._today()))
         self._pull_through.answered_at_hand(noted.hit.asked, noted.hit.answer)
         self.answered += 1
         site: Any = channel.factory
         now = site.reactor.seconds()
         seconds = now - waiting.started
         site.tell(noted.words, now, seconds, seconds if noted.asks else 0.0, channel.client, waiting.request_id)
+
+    def _send_file(self, channel: Any, noted: _Noted, waiting: Waiting, file: Content) -> None:  # noqa: ANN401
+        """
+        Send a response with a file: what can go at once, and the rest as the long way does.
+        """
+        site, crowd, client = channel.factory, channel.crowd, channel.client
+        self.answered += 1
+
+        def tell(size: int, *, aborted: bool) -> None:
+            now = site.reactor.seconds()
+            words, seconds = noted.words._replace(size=size), now - waiting.started
+            site.tell(words, now, seconds, 0.0, client, waiting.request_id, aborted=aborted)
+
+        self._pull_through.answered_at_hand(noted.hit.asked, noted.hit.answer)
+        sent = write_with_file(channel.transport, noted.response.with_those(waiting.request_id, self._today()), file)
+        if sent == file.size:
+            file.close()
+            tell(sent, aborted=False)
+            channel.await_next()
+            return
+        crowd.begin_transfer()
+        reply = FileReply(channel, sent, tell)
+        channel.begin_reply(reply)
+        sending = Deferred.fromCoroutine(self._send_rest(reply, file, crowd))
+        sending.addErrback(_broken, reply).addErrback(_failed)
+
+    async def _send_rest(self, reply: FileReply, file: Content, crowd: Crowd) -> None:
+        source = Shelved(file, reply.sentLength, file.size)
+        try:
+            await send_source(reply, source, file, self._in_thread, lambda: piece_size(crowd.transferring_everywhere))
+            reply.finish()
+        finally:
+            crowd.end_transfer()
 
     def _name(self, head: bytes, *, secure: bool) -> bytes:
         return hashlib.blake2b(head, key=self._key, salt=b"TLS" if secure else b"", digest_size=32).digest()
@@ -313,7 +358,32 @@ class HotPath:
 
 
 def _failed(failure: Failure) -> None:
-    log.failure("Answering those who have waited for a tag", failure)
+    log.failure("Answering by the hot path", failure)
+
+
+def _broken(failure: Failure, reply: FileReply) -> None:
+    """
+    Break off a reply that came to nothing.
+    """
+    if reply.channel is None:  # the client has gone
+        return
+    if not failure.check(*KNOWN):
+        log.failure("Sending a file", failure)
+    reply.channel.break_off()
+
+
+def _apart(found: Answer | None) -> tuple[Answer | None, Content | None]:
+    """
+    Take the file out of an answer: what is compared has none.
+    """
+    if found is None or not isinstance(found.body, Content):
+        return found, None
+    return replace(found, body=None), found.body
+
+
+def _close(file: Content | None) -> None:
+    if file is not None:
+        file.close()
 
 
 def _authorization(request: RegistryRequest, head: bytes) -> slice | None:
@@ -324,7 +394,7 @@ def _authorization(request: RegistryRequest, head: bytes) -> slice | None:
     return slice(at, at + len(shown[0]))
 
 
-def _response(request: RegistryRequest, body: object) -> tuple[bytes, bytes, bytes] | None:
+def _response(request: RegistryRequest, body: object) -> Written | None:
     """
     Write the response that was just sent, without its id and its date: what comes before, between and after them.
 
@@ -340,16 +410,5 @@ def _response(request: RegistryRequest, body: object) -> tuple[bytes, bytes, byt
             lines += [b"%b: %b\r\n" % (name, value) for value in values]
     if [name for name, _ in parts] != [REQUEST_ID, b"Date"]:
         return None
-    return parts[0][1], parts[1][1], b"".join([*lines, b"\r\n", body if isinstance(body, bytes) else b""])
-
-
-def _write(transport: Any, data: bytes) -> None:  # noqa: ANN401
-    """
-    Send C{data}, at once where nothing waits: a turn of the event loop for it costs as much as all else here.
-    """
-    if has_sent_all(transport):
-        with contextlib.suppress(OSError):  # it takes none now, or has ended: the transport finds out which
-            data = data[transport.socket.send(data) :]
-        if not data:
-            return
-    transport.write(data)
+    after = b"".join([*lines, b"\r\n", body if isinstance(body, bytes) else b""])
+    return Written(parts[0][1], parts[1][1], after)

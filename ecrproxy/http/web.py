@@ -6,7 +6,6 @@ The channel has parsed the request's target; its path is understood here, once, 
 
 from __future__ import annotations
 
-import errno
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -24,7 +23,7 @@ from ecrproxy.byte_ranges import Multipart, Ranges, Span, content_range, joined
 from ecrproxy.cache.cache_key import NOBODY, CacheKey
 from ecrproxy.cache.content import Content
 from ecrproxy.cached import SMALL_BLOB
-from ecrproxy.http.answering import Answering, begin, holding, send_body, send_small, transferring
+from ecrproxy.http.answering import Answering, begin, holding, send_body, send_small, send_source, transferring
 from ecrproxy.http.conditions import matches
 from ecrproxy.http.request import Hit, RegistryRequest, asker_of, field, fields, host_of
 from ecrproxy.oci import (
@@ -45,9 +44,8 @@ from ecrproxy.registry.upstream import Page
 from ecrproxy.stopwatch import Stopwatch
 from ecrproxy.threads import InThread, patient
 from ecrproxy.transfer.download import Download
-from ecrproxy.transfer.lane import ShortBodyError
 from ecrproxy.transfer.passing import Passing
-from ecrproxy.transfer.sending import LEAST_PIECE, CutShortError, piece_size, send
+from ecrproxy.transfer.sending import LEAST_PIECE, piece_size
 from ecrproxy.transfer.sources import Held, Parted, Shelved, Source
 from ecrproxy.world import World, Worlds
 
@@ -60,9 +58,6 @@ _CATALOG: Final = "/v2/_catalog"
 _UNCOUNTED: Final = nullcontext()
 _REMEMBERED_LENGTH: Final = 512
 """Characters of targets whose meaning is remembered."""
-
-# What a disk says of a file that it can't give, and no socket says.
-_UNREADABLE: Final = frozenset({errno.EIO, errno.EBADMSG, errno.ENODATA, errno.ESTALE, errno.EUCLEAN})
 
 
 class Registry(Answering):
@@ -265,20 +260,10 @@ class Registry(Answering):
         await self._send(request, answer, _parts(answer, frame, request.upstream))
 
     async def _send(self, request: RegistryRequest, answer: Answer, source: Source) -> None:
-        """
-        Send the body, and drop a cached file that can't be read: who asks again gets it anew.
-        """
         crowd: Crowd = cast(Any, request.channel).crowd
         counted = request.route is not None and request.route.kind is Kind.BLOB
         held = (lambda: piece_size(crowd.transferring_everywhere)) if counted else (lambda: LEAST_PIECE)
-        try:
-            await send(request, source, self._in_thread, held)
-        except (CutShortError, OSError) as problem:
-            unreadable = isinstance(problem, CutShortError) or problem.errno in _UNREADABLE
-            if not unreadable or not isinstance(answer.body, Content):
-                raise
-            await self._in_thread(answer.body.drop, problem)
-            raise ShortBodyError(f"{answer.digest} can't be read to its end") from problem
+        await send_source(request, source, answer.body, self._in_thread, held)
 
     @staticmethod
     def _choose_spans(request: RegistryRequest, route: Route, answer: Answer, etag: str) -> list[Span]:

@@ -64,6 +64,13 @@ def piece_size(under_way: int) -> int:
     return max(LEAST_PIECE, min(PIECE, TOGETHER // max(1, under_way)))
 
 
+def warm_start(fd: int, size: int) -> int:
+    """
+    Return how many of a file's first bytes the kernel has in memory, of those that may be sent in one turn.
+    """
+    return in_memory(fd, 0, min(size, PIECE))
+
+
 def send(
     request: Request, source: Source, in_thread: InThread, held: Callable[[], int] = lambda: PIECE
 ) -> Deferred[None]:
