@@ -161,7 +161,7 @@ class PullThrough:
         return await (self._blob_head(asked) if asked.head else self._blob(asked, ranges))
 
     async def _blob(self, asked: Asked, ranges: Ranges | None) -> Answer:
-        answer, confirmed, size = None, False, None
+        answer, confirmed, size = await self._join_at_once(asked, ranges), False, None
         while answer is None:
             known, content, missing, since = await self._cache.look_up(asked)
             size = known.descriptor.size if known and not confirmed else size
@@ -187,6 +187,20 @@ class PullThrough:
                 if not confirmed:  # else who began the transfer knew less
                     size, confirmed = await self._blob_size(asked), True
         return answer
+
+    async def _join_at_once(self, asked: Asked, ranges: Ranges | None) -> Answer | None:
+        """
+        Follow a transfer that the same repository began, if it is not yet at its end: then no disk knows more of it.
+        """
+        digest, repository = asked.digest, asked.route.repository
+        if self._carriers.get(digest) != repository:
+            return None
+        download = self._arriving.get(digest)
+        if digest not in self._openings if download is None else download.verified or download.elsewhere:
+            return None
+        with contextlib.suppress(OtherSizeError):
+            return await self._join(asked, ranges, repository, None)
+        return None
 
     async def _blob_head(self, asked: Asked) -> Answer:
         known, content, missing, _ = await self._cache.look_up(asked)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ecrproxy.cache.claim import Claim, claim_path
+from ecrproxy.cache.kept_open import KEPT_SECONDS
 from ecrproxy.cache.peer import PeerTransfer
 from ecrproxy.cache.record import POLL_SECONDS, STALLED_SECONDS
 from ecrproxy.oci import Digest
@@ -53,9 +54,11 @@ class FollowingTestCase(RangesTestCase):
 
     def check_all(self) -> None:
         """
-        Once all transfers have ended, no file of the directory is open.
+        Once all transfers have ended, and what is kept open had its time, no file of the directory is open.
         """
         super().check_all()
+        self.clock.advance(KEPT_SECONDS)
+        self.flush()
         if not any(daemon.pull_through.transfers() for daemon in self.daemons):
             self.assertEqual([], [path for path in opened() if path.startswith(str(self.root))])
 

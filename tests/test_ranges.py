@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from twisted.internet.defer import Deferred
 from twisted.internet.task import deferLater
 
+from ecrproxy.cache.kept_open import KEPT_SECONDS
 from ecrproxy.oci import Digest
 from ecrproxy.transfer.inflow import SMALLEST_PART, SPLIT, Lanes, part_size
 from tests.daemon import MIB, Daemon, DaemonTestCase, Reply, at_once, noise
@@ -453,11 +454,14 @@ class MemoryTests(DaemonTestCase):
 
     def test_a_large_blob_is_not_held(self) -> None:
         """
-        Blobs of more than 64 KiB are read from the disk each time.
+        Blobs of more than 64 KiB are read from the disk each time, and looked up again a second later.
         """
         digest = self.standin.push_blob("team/app", noise("larger", 2**16 + 1))
         path = f"/v2/team/app/blobs/{digest}"
         self.read(path)
+        self.get(path)
+        self.assertEqual(["_pread"], self.threads.calls)
+        self.pass_time(KEPT_SECONDS)
         self.get(path)
         self.assertIn("_look_up", self.threads.calls)
 

@@ -392,6 +392,28 @@ class SlowTests(DiskTestCase):
         self.assertEqual((200, "STALE"), ((reply := self.get(path)).code, reply.cache))
 
 
+class JoiningTests(DiskTestCase):
+    def test_who_joins_the_transfer_of_its_own_repository_asks_no_disk(self) -> None:
+        """
+        However slow the disk is: it knows no more of the blob than the transfer does.
+        """
+        hands = Hands()
+        self.start(disk=Disk(hands, *[at_once] * 5))
+        digest = self.unknown.rpartition("/")[2]
+        self.standin.hold(digest)
+        first = self.daemon.send("GET", self.unknown)
+        self.flush()
+        hands.idle = False
+        second = self.daemon.send("GET", self.unknown)
+        self.flush()
+        self.assertEqual(0, len(hands.waiting))
+        hands.idle = True
+        self.standin.release(digest)
+        self.flush()
+        self.assertWhole(first, self.data, "MISS")
+        self.assertWhole(second, self.data, "JOINED")
+
+
 class HungTests(DiskTestCase):
     """
     No call to the disk returns any more.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 log = Logger()
 
-LEAST_GATHERED: Final = 256 * 2**10
+LEAST_GATHERED: Final = 512 * 2**10
 """Parts of fewer bytes are handed out as they come: somebody waits for just these."""
 TRIES: Final = 3
 """How often in a row a lane may break off without having brought a byte."""
