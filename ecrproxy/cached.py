@@ -175,6 +175,8 @@ class Cache:
         self._hashing = Places(VERIFICATIONS)
         self._looks: Flights[tuple[Confirmed, Document] | Reason] = Flights()
         self._reads: Flights[Document | None] = Flights()
+        if store.kept is not None:
+            store.kept.renew = lambda digest: on_its_own(self._reopen(digest))
 
     def at_hand(self, asked: Asked) -> Answer | None:
         """
@@ -208,6 +210,12 @@ class Cache:
             content.close()
         body = None if asked.head else content
         return Answer(CacheStatus.HIT, Reason.CACHED, BLOB_TYPE, asked.digest, content.size, body)
+
+    async def _reopen(self, digest: Digest) -> None:
+        content = await self.opened(digest)
+        if content is not None:
+            self._keep_open(content)
+            content.close()
 
     def _keep_open(self, content: Content) -> None:
         """

@@ -11,6 +11,7 @@ from pathlib import Path
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
+from ecrproxy.cache.content import Content
 from ecrproxy.cache.inventory import Inventory
 from ecrproxy.cache.kept_open import KEPT_SECONDS, KeptOpen
 from ecrproxy.cache.store import Store
@@ -81,6 +82,18 @@ class KeptOpenTests(SynchronousTestCase):
         self.hands.work_off()
         self.assertFalse(self.is_open(digest))
         self.assertEqual([], self.clock.getDelayedCalls())
+
+    def test_one_that_is_asked_for_in_the_second_half_is_opened_anew_once(self) -> None:
+        renewed = list[Digest]()
+        self.kept.renew = renewed.append
+        digest = self.keep()
+        self.clock.advance(KEPT_SECONDS / 4)
+        self.is_given(digest)
+        self.assertEqual([], renewed)
+        self.clock.advance(KEPT_SECONDS / 4)
+        for _ in range(3):
+            self.is_given(digest)
+        self.assertEqual([digest], renewed)
 
     def test_each_has_its_own_second(self) -> None:
         one = self.keep()
@@ -224,6 +237,25 @@ class DaemonTests(DaemonTestCase):
         self.flush()
         self.assertWhole(replies[0], self.data, "HIT")
         self.assertWhole(replies[1], self.data[1:10], "HIT", 206)
+
+    def test_one_that_is_asked_for_again_and_again_stays_open(self) -> None:
+        """
+        By one opening in half a second, and who asks waits for none of them.
+        """
+        for _ in range(2):
+            self.get(self.path)
+        opened = list[Digest]()
+        really = self.daemon.store.open
+
+        def noting(digest: Digest) -> Content | None:
+            opened.append(digest)
+            return really(digest)
+
+        self.patch(self.daemon.store, "open", noting)
+        for _ in range(24):
+            self.clock.advance(KEPT_SECONDS / 8)
+            self.assertEqual("HIT", self.head(self.path).cache)
+        self.assertEqual(6, len(opened))
 
     def test_another_repository_is_not_let_in_by_an_open_file(self) -> None:
         self.standin.push_blob("team/other", b"something else")
