@@ -14,6 +14,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from ecrproxy import proxy
+from ecrproxy.cache.kept_open import KEPT_SECONDS
 from ecrproxy.cache.locks import is_free
 from ecrproxy.cache.record import POLL_SECONDS
 from ecrproxy.transfer import download, inflow
@@ -180,6 +181,7 @@ class AnyOrderTests(DaemonTestCase):
         """
         Hold what is left against what there should be.
         """
+        self.clock.advance(KEPT_SECONDS)
         for daemon in self.daemons:
             daemon.flush()
         self.assertEqual([], [path for path in opened() if path.startswith(str(self.root))])
