@@ -1,0 +1,187 @@
+"""
+The chart of deploy/helm: rendered by Helm 4, held against the manifests of deploy/kubernetes, and against the
+published schemas of Kubernetes.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from ecrproxy.settings.config import Config
+
+from .installing import CHECKOUT
+from .kustomize import Manifest, Rendered, overlay
+from .processes import PATIENCE
+from .test_kubernetes import VERSIONS
+
+CHART = CHECKOUT / "deploy/helm/ecr-proxy"
+ENDPOINT = "settings.PROXY_ECR_ENDPOINT=https://123456789012.dkr.ecr.eu-west-1.amazonaws.com"
+ROLE = "arn:aws:iam::123456789012:role/ecr-proxy"
+# The components of deploy/kubernetes, and the values that mean the same.
+VALUES = {
+    "volume": ("mode=statefulset", "cache.limit=50g", "cache.space=55Gi"),
+    "irsa": (f"credentials.roleArn={ROLE}",),
+    "pod-identity": ("credentials.podIdentity=true",),
+    "load-balancer": ("loadBalancer.enabled=true",),
+    "service-monitor": ("monitoring.enabled=true",),
+    "tls": ("tls.secret=ecr-proxy-tls",),
+}
+
+
+def run(helm: Path, home: Path, *words: str | Path) -> subprocess.CompletedProcess[str]:
+    """
+    Run Helm, at home in a folder of its own.
+    """
+    return subprocess.run(
+        [helm, *words],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+        env={"HOME": str(home), "PATH": "/usr/bin:/bin"},
+    )
+
+
+def render(helm: Path, home: Path, *values: str) -> list[Manifest]:
+    """
+    Give what the chart makes of values.
+    """
+    settings = [word for value in (ENDPOINT, *values) for word in ("--set", value)]
+    done = run(helm, home, "template", "ecr-proxy", CHART, "--namespace", "ecr-proxy", *settings)
+    assert done.returncode == 0, done.stderr
+    return [each for each in yaml.safe_load_all(done.stdout) if each]
+
+
+def without_origin(manifests: Iterable[Manifest]) -> dict[str, Any]:
+    """
+    Give manifests by kind and name, without what tells kustomize's from Helm's.
+    """
+    found = {}
+    for manifest in copy.deepcopy([each for each in manifests if each["kind"] != "Namespace"]):
+        metadata, spec = manifest["metadata"], manifest.get("spec", {})
+        for name in ("labels", "namespace"):
+            metadata.pop(name, None)
+        if manifest["kind"] == "ConfigMap":
+            metadata["name"] = "ecr-proxy"
+            manifest["data"].pop("PROXY_ECR_ENDPOINT", None)
+        template = spec.get("template")
+        if template:
+            template["metadata"] = {}
+            for each in spec.get("volumeClaimTemplates", []):
+                each["metadata"].pop("labels", None)
+            (container,) = template["spec"]["containers"]
+            container["image"] = container["image"].partition(":")[0]
+            container.pop("imagePullPolicy", None)
+            container["envFrom"][0]["configMapRef"]["name"] = "ecr-proxy"
+        found[f"{manifest['kind']} {metadata['name']}"] = manifest
+    return found
+
+
+@pytest.mark.parametrize(
+    "components",
+    [(), *((each,) for each in VALUES), ("volume", "irsa", "load-balancer", "service-monitor", "tls")],
+    ids="+".join,
+)
+def test_makes_what_kustomize_makes(helm: Path, tmp_path: Path, components: Sequence[str]) -> None:
+    """
+    The same objects, for each component and for all that go together.
+    """
+    values = [value for each in components for value in VALUES[each]]
+    rendered = render(helm, tmp_path, *values)
+    kustomized: Rendered = overlay(tmp_path / "overlay", components)
+    ours, theirs = without_origin(rendered), without_origin(kustomized.manifests)
+    assert ours.keys() == theirs.keys()
+    for name, manifest in theirs.items():
+        assert ours[name] == manifest, name
+
+
+@pytest.mark.parametrize("mode", ["deployment", "statefulset", "daemonset"])
+def test_all_is_as_kubernetes_publishes_it(helm: Path, tmp_path: Path, mode: str) -> None:
+    """
+    Each object is what its schema says, with everything on.
+    """
+    every = ("tls.secret=x", "monitoring.enabled=true", "loadBalancer.enabled=true", f"credentials.roleArn={ROLE}")
+    for manifest in render(helm, tmp_path, f"mode={mode}", *every):
+        if manifest["kind"] != "ServiceMonitor":
+            for version in VERSIONS:
+                kubernetes_validate.validate(manifest, version, strict=True)
+
+
+def test_a_daemon_on_every_node_is_asked_by_that_node_alone(helm: Path, tmp_path: Path) -> None:
+    """
+    It listens on the node's own loopback, and needs neither a Service nor a load balancer.
+    """
+    found = {each["kind"]: each for each in render(helm, tmp_path, "mode=daemonset", "hostPort=5005")}
+    assert {"Service", "PodDisruptionBudget", "Deployment"}.isdisjoint(found)
+    (container,) = found["DaemonSet"]["spec"]["template"]["spec"]["containers"]
+    registry = next(each for each in container["ports"] if each["name"] == "registry")
+    assert (registry["hostIP"], registry["hostPort"], registry["containerPort"]) == ("127.0.0.1", 5005, 5000)
+    settings = found["ConfigMap"]["data"]
+    assert Config.load({}, {**settings, "PROXY_CACHE_DIR": "/cache"}).port == 5000
+
+
+def test_numbers_and_flags_are_settings_as_they_stand(helm: Path, tmp_path: Path) -> None:
+    """
+    In a file of values nobody quotes them.
+    """
+    told = {"PROXY_CONNECTIONS": 1000000, "PROXY_TAG_TTL": 0.5, "PROXY_READ_AHEAD": False}
+    values = tmp_path / "values.yaml"
+    values.write_text(yaml.safe_dump({"settings": told}))
+    done = run(helm, tmp_path, "template", CHART, "--set", ENDPOINT, "--values", values)
+    assert done.returncode == 0, done.stderr
+    (settings,) = (each["data"] for each in yaml.safe_load_all(done.stdout) if each and each["kind"] == "ConfigMap")
+    expected = {"PROXY_CONNECTIONS": "1000000", "PROXY_TAG_TTL": "0.5", "PROXY_READ_AHEAD": "false"}
+    assert {name: settings[name] for name in told} == expected
+    config = Config.load({}, {**settings, "PROXY_CACHE_DIR": "/cache"})
+    assert config.tag_ttl == 0.5
+
+
+def test_a_setting_that_changes_makes_new_pods(helm: Path, tmp_path: Path) -> None:
+    def told(*values: str) -> str:
+        rendered = render(helm, tmp_path, *values)
+        (workload,) = (each for each in rendered if each["kind"] == "Deployment")
+        checksum: str = workload["spec"]["template"]["metadata"]["annotations"]["checksum/settings"]
+        return checksum
+
+    assert told() == told()
+    assert told() != told("settings.PROXY_TAG_TTL=5")
+
+
+@pytest.mark.parametrize(
+    ("value", "word"),
+    [
+        ("mode=pod", "mode"),
+        ("settings.PROXY_CACHE_LIMIT=5g", "PROXY_CACHE_LIMIT"),
+        ("settings.AWS_SECRET_ACCESS_KEY=x", "AWS_SECRET_ACCESS_KEY"),
+        ("replica=3", "replica"),
+        ("cache.limit=much", "limit"),
+    ],
+)
+def test_wrong_values_are_refused(helm: Path, tmp_path: Path, value: str, word: str) -> None:
+    """
+    By the schema: what the chart decides itself, secrets, misspelt names.
+    """
+    done = run(helm, tmp_path, "template", CHART, "--set", ENDPOINT, "--set", value)
+    assert done.returncode != 0
+    assert word in done.stderr
+
+
+def test_an_endpoint_is_asked_for(helm: Path, tmp_path: Path) -> None:
+    done = run(helm, tmp_path, "template", CHART)
+    assert done.returncode != 0
+    assert "PROXY_ECR_ENDPOINT" in done.stderr
+
+
+def test_lint_finds_nothing(helm: Path, tmp_path: Path) -> None:
+    done = run(helm, tmp_path, "lint", "--strict", CHART, "--set", ENDPOINT)
+    assert done.returncode == 0, done.stdout
+    assert json.loads((CHART / "values.schema.json").read_text())["required"]
