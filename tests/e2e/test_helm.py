@@ -21,7 +21,7 @@ from ecrproxy.settings.config import Config
 from .installing import CHECKOUT
 from .kustomize import Manifest, Rendered, overlay
 from .processes import PATIENCE
-from .test_kubernetes import VERSIONS
+from .test_kubernetes import OPERATORS, VERSIONS
 
 CHART = CHECKOUT / "deploy/helm/ecr-proxy"
 ENDPOINT = "settings.PROXY_ECR_ENDPOINT=https://123456789012.dkr.ecr.eu-west-1.amazonaws.com"
@@ -104,6 +104,22 @@ def test_makes_what_kustomize_makes(helm: Path, tmp_path: Path, components: Sequ
         assert ours[name] == manifest, name
 
 
+def test_the_charts_alerts_are_those_of_all_others() -> None:
+    """
+    A chart can't reach beyond its folder, so it has a copy.
+    """
+    assert (CHART / "alerts.yaml").read_text() == (CHECKOUT / "deploy/prometheus/alerts.yaml").read_text()
+
+
+def test_a_label_of_the_operators_release_is_set(helm: Path, tmp_path: Path) -> None:
+    """
+    kube-prometheus-stack selects by it.
+    """
+    rendered = render(helm, tmp_path, "monitoring.enabled=true", "monitoring.release=stack")
+    selected = [each["kind"] for each in rendered if each["metadata"]["labels"].get("release") == "stack"]
+    assert sorted(selected) == ["PrometheusRule", "ServiceMonitor"]
+
+
 @pytest.mark.parametrize("mode", ["deployment", "statefulset", "daemonset"])
 def test_all_is_as_kubernetes_publishes_it(helm: Path, tmp_path: Path, mode: str) -> None:
     """
@@ -111,7 +127,7 @@ def test_all_is_as_kubernetes_publishes_it(helm: Path, tmp_path: Path, mode: str
     """
     every = ("tls.secret=x", "monitoring.enabled=true", "loadBalancer.enabled=true", f"credentials.roleArn={ROLE}")
     for manifest in render(helm, tmp_path, f"mode={mode}", *every):
-        if manifest["kind"] != "ServiceMonitor":
+        if manifest["kind"] not in OPERATORS:
             for version in VERSIONS:
                 kubernetes_validate.validate(manifest, version, strict=True)
 

@@ -29,6 +29,8 @@ EVERY = [
 ]
 # The oldest that has what the manifests use, preStop's sleep above all, and the newest.
 VERSIONS = ("1.30", kubernetes_validate.latest_version())
+# Of the Prometheus Operator; Kubernetes publishes no schemas of these.
+OPERATORS = {"ServiceMonitor", "PrometheusRule"}
 NAME = {"app.kubernetes.io/name": "ecrproxy"}
 GIB = 2**30
 
@@ -70,10 +72,10 @@ def test_schemas_find_what_is_wrong() -> None:
 
 def test_all_is_as_kubernetes_publishes_it(rendered: Rendered) -> None:
     """
-    Each object is what its schema says, and has no field that it does not know; ServiceMonitor is nobody's of these.
+    Each object is what its schema says, and has no field that it does not know; the Prometheus Operator's have none.
     """
     for version, manifest in itertools.product(VERSIONS, rendered.manifests):
-        if manifest["kind"] != "ServiceMonitor":
+        if manifest["kind"] not in OPERATORS:
             kubernetes_validate.validate(manifest, version, strict=True)
 
 
@@ -195,6 +197,7 @@ def test_prometheus_reaches_metrics_and_nobody_the_operators_port(tmp_path: Path
         [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}],
     ]
     alerts = (CHECKOUT / "deploy/prometheus/alerts.yaml").read_text()
+    assert watched.one("PrometheusRule")["spec"] == yaml.safe_load(alerts)
     assert f'job="{service["metadata"]["labels"][monitor["spec"]["jobLabel"]]}"' in alerts
 
 

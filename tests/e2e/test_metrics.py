@@ -74,6 +74,13 @@ def test_the_alert_rules_fire_when_they_should() -> None:
     assert promtool("test", "rules", rules / "alerts_test.yaml") == ""
 
 
+def test_each_alert_has_a_section_that_says_what_to_do() -> None:
+    rules = (CHECKOUT / "deploy/prometheus/alerts.yaml").read_text("utf-8")
+    names = re.findall(r"- alert: (\w+)", rules)
+    text = (CHECKOUT / "docs/howto/alerts.rst").read_text("utf-8")
+    assert re.findall(r"^(EcrProxy\w+)\n-+$", text, re.MULTILINE) == names
+
+
 def test_rules_and_dashboard_speak_of_figures_that_there_are(page: str, tmp_path: Path) -> None:
     """
     Each figure that they name is told by a daemon, and each expression of the dashboard and of the documents is one.
