@@ -273,13 +273,7 @@ class PullThrough:
         digest = asked.digest
         body: Download | Passing | None = self._arriving.get(digest)
         if body is None and digest in self._openings:
-            self._ask_beside(digest, asked.route, carrier)
-            try:
-                body = await self._openings.join(digest, lambda: self._open(asked.route, digest, None, []))
-            except RegistryError:
-                if carrier == asked.route.repository:
-                    raise
-                return None  # what ECR said to another repository says nothing about this one
+            body = await self._begun(asked, carrier)
             carrier = self._carriers.get(digest, carrier)
         if body is None:
             return None
@@ -299,6 +293,22 @@ class PullThrough:
         self._cache.holds(asked, body.size)
         self._add_source(body, asked.route, carrier)
         return Answer(CacheStatus.JOINED, Reason.IN_FLIGHT, BLOB_TYPE, digest, body.size, body)
+
+    async def _begun(self, asked: Asked, carrier: Repository | None) -> Download | Passing | None:
+        """
+        Wait for the transfer that is being opened for C{carrier}; none if that says nothing about who waits.
+        """
+        digest, own = asked.digest, carrier == asked.route.repository
+        self._ask_beside(digest, asked.route, carrier)
+        try:
+            body = await self._openings.join(digest, lambda: self._open(asked.route, digest, None, []))
+        except RegistryError:
+            if own:
+                raise
+            return None  # what ECR said to another repository says nothing about this one
+        if own and self._carriers.get(digest, carrier) != carrier:
+            return None  # nor does it that another registry has begun to send it
+        return body
 
     def _ask_beside(self, digest: Digest, route: Route, carrier: Repository | None) -> None:
         """

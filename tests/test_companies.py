@@ -256,6 +256,24 @@ class SeveralRegistriesTests(DaemonTestCase):
             self.assertWhole(self.get(f"/v2/us/team/app/blobs/{digest}"), layer, "HIT")
             self.pass_time(60)
 
+    def test_nobody_of_a_silent_registry_has_what_another_registry_gives(self) -> None:
+        """
+        However many of them wait: the silent one has not said that its repository holds it. It does not.
+        """
+        layer = noise("theirs alone", 100_000)
+        digest = str(self.other.push_blob("team/app", layer))
+        self.standin.hang("registry")
+        waiting = [self.daemon.send("GET", f"/v2/team/app/blobs/{digest}") for _ in range(3)]
+        self.flush()
+        theirs = self.daemon.send("GET", f"/v2/us/team/app/blobs/{digest}")
+        self.pass_time(SLOW_SECONDS + 1)
+        self.assertWhole(theirs, layer, "JOINED")
+        self.assertEqual([(0, b"")] * 3, [(each.code, bytes(each.body)) for each in waiting])
+        self.standin.heal()
+        self.pass_time(60)
+        self.assertEqual({504}, {each.code for each in waiting})
+        self.assertRefused(self.get(f"/v2/team/app/blobs/{digest}"), 404, "BLOB_UNKNOWN", "")
+
     def test_a_client_that_waits_for_a_failing_registry_is_served_by_its_own(self) -> None:
         """
         Kept or not, the whole or a part; what the other registry says of its repository stays its own.
