@@ -326,7 +326,8 @@ class Cache:
         Then no other process asks for it ahead, until L{lacks_no_more}.
         """
         with contextlib.suppress(OSError):
-            if await self._disk.reading(self.store.intend, digest):
+            intend = partial(self.store.intend, digest)
+            if await undone_if_late(self._disk.reading, intend, lambda _: self.store.intents.release(digest)):
                 return await self._room.fits_without(room_for(size), 2 * UNASKED_SECONDS)
         return False
 

@@ -5,8 +5,11 @@ The layers behind those that clients fetch, seen from the front.
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
 
+from twisted.internet.defer import Deferred, fail
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.cache.claim import Claim
@@ -28,10 +31,13 @@ from ecrproxy.reading_ahead import (
     most_bytes,
 )
 from ecrproxy.registry.circuit import FAILURES, CircuitState
+from ecrproxy.threads import Disk
 from ecrproxy.transfer.inflow import Lanes
-from tests.daemon import MIB, Daemon, DaemonTestCase, Reply, noise
+from tests.daemon import MIB, Daemon, DaemonTestCase, Reply, at_once, noise
 from tests.registry import Fault
 from tests.registry import Image as Pushed
+
+T = TypeVar("T")
 
 SIZE = 1_100_000
 COUNT = 12
@@ -431,6 +437,31 @@ class ClientsFirstTests(AheadTestCase):
                 daemon.flush()
         self.assertEqual([1] * COUNT, self.fetched())
         self.assertEqual([True] * COUNT, [self.has(digest) for digest in self.image.layers])
+
+    def test_what_a_slow_disk_told_too_late_keeps_no_other_process_from_asking(self) -> None:
+        late, slow = list[Callable[[], object]](), False
+
+        def reading(blocking: Callable[..., T], *args: Any) -> Deferred[T]:
+            if not slow:
+                return at_once(blocking, *args)
+            late.append(partial(blocking, *args))
+            return fail(TimeoutError())
+
+        self.start(disk=Disk(reading, *[at_once] * 5))
+        self.manifest()
+        self.get(self.blob(self.image.layers[0]))
+        slow = True
+        self.begin()
+        slow = False
+        for each in late:
+            each()
+        self.assertEqual([1, *[0] * (COUNT - 1)], self.fetched())
+        two = self.start()
+        self.manifest()
+        self.get(self.blob(self.image.layers[1]))
+        self.begin()
+        two.flush()
+        self.assertEqual([1] * COUNT, self.fetched())
 
 
 class BoundsTests(AheadTestCase):

@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import os
 import struct
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -23,21 +24,23 @@ _DIGITS: Final = 15
 
 class Intents:
     """
-    What this process is about to fetch.
+    What this process is about to fetch. May be called in several threads.
 
     @param root: the cache directory.
     """
 
     def __init__(self, root: Path) -> None:
         self._path, self._fd = root / NAME, -1
+        self._opening = threading.Lock()
 
     def take(self, digest: Digest) -> bool:
         """
         Return False if another process is about to fetch it. Where there are no such locks, none is.
         """
         try:
-            if self._fd < 0:
-                self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            with self._opening:  # locks are of whoever opened it: there is to be one of these
+                if self._fd < 0:
+                    self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             self._lock(fcntl.F_WRLCK, digest)
         except BlockingIOError:
             return False
@@ -49,8 +52,9 @@ class Intents:
         """
         Have others fetch it if they like.
         """
-        with contextlib.suppress(OSError):
-            self._lock(fcntl.F_UNLCK, digest)
+        if self._fd >= 0:
+            with contextlib.suppress(OSError):
+                self._lock(fcntl.F_UNLCK, digest)
 
     def _lock(self, kind: int, digest: Digest) -> None:
         # Of the open file, not of the process: those end when any descriptor of the file is closed.
