@@ -566,7 +566,8 @@ class PullThrough:
             return source[1], await source[0].blob(source[1], stop, start)
 
         sources = [(self._upstream(route), route), *self._others.get(digest, {}).values()]
-        race = Race([partial(ask, each) for each in sources], SLOW_SECONDS, self._call_later, is_passed_on)
+        asks = [partial(ask, each) for each in sources]
+        race = Race(asks, SLOW_SECONDS, self._call_later, is_passed_on, together=True)
         self._races[digest] = lambda source: race.add(partial(ask, source))
         try:
             return await race.won

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from typing import Any
 
 from twisted.internet.defer import Deferred, fail
@@ -24,6 +25,7 @@ from tests.test_page import Node, Reader
 
 ONE = "123456789012.dkr.ecr.eu-west-1.amazonaws.com"
 TWO = "444455556666.dkr.ecr.us-east-1.amazonaws.com"
+THREE = "777788889999.dkr.ecr.eu-north-1.amazonaws.com"
 
 
 class SeveralRegistriesTests(DaemonTestCase):
@@ -273,6 +275,22 @@ class SeveralRegistriesTests(DaemonTestCase):
         self.pass_time(60)
         self.assertEqual({504}, {each.code for each in waiting})
         self.assertRefused(self.get(f"/v2/team/app/blobs/{digest}"), 404, "BLOB_UNKNOWN", "")
+
+    def test_several_silent_registries_keep_a_client_waiting_no_longer_than_one(self) -> None:
+        bucket = "https://prod-eu-north-1-starport-layer-bucket.s3.eu-north-1.amazonaws.com"
+        third = StandIn(self.clock, registry=f"https://{THREE}", bucket=bucket)
+        named = replace(self.table, name=THREE, endpoint=f"https://{THREE}", region="eu-north-1")
+        table = replace(named, path_prefix="north", hosts=frozenset())
+        self.start(others={self.table: self.other, table: third})
+        layer = noise("silent ones", 100_000)
+        for each in (self.standin, self.other, third):
+            digest = each.push_blob("team/app", layer)
+        self.standin.hang("registry")
+        self.other.hang("registry", method="GET")
+        replies = [self.daemon.send("GET", f"/v2/{each}team/app/blobs/{digest}") for each in ("", "us/", "north/")]
+        self.pass_time(SLOW_SECONDS + 1)
+        self.assertWhole(replies[2], layer, "JOINED")
+        self.assertWhole(replies[1], layer, "JOINED")
 
     def test_a_client_that_waits_for_a_failing_registry_is_served_by_its_own(self) -> None:
         """

@@ -26,6 +26,7 @@ class Race(Generic[T]):
 
     @param passes: returns True if a failure of the one with that number leaves it to the others to answer.
     @param asking: called with the number of each that is asked.
+    @param together: ask all the others where one is slow: somebody waits for each of them.
     @ivar won: fires with the first answer, or with what became of the first that was asked. Cancelling it ends all.
     """
 
@@ -36,9 +37,11 @@ class Race(Generic[T]):
         call_later: Callable[..., IDelayedCall],
         passes: Callable[[Failure, int], bool],
         asking: Callable[[int], None] = lambda _: None,
+        *,
+        together: bool = False,
     ) -> None:
         self._left, self._seconds, self._call_later = list(asks), seconds, call_later
-        self._passes, self._asking = passes, asking
+        self._passes, self._asking, self._together = passes, asking, together
         self._asked: list[Deferred[T]] = []
         self._failed: dict[int, Failure] = {}
         self._over = False
@@ -72,10 +75,15 @@ class Race(Generic[T]):
             return
         ask, number = self._left.pop(0), len(self._asked)
         self._asking(number)
-        self._limit = self._call_later(self._seconds, self._next)
+        self._limit = self._call_later(self._seconds, self._be_late)
         asked = Deferred.fromCoroutine(ask())
         self._asked.append(asked)
         asked.addCallbacks(self._answered, self._lost, errbackArgs=(number,))
+
+    def _be_late(self) -> None:
+        self._next()
+        while self._together and self._left and not self._over:
+            self._next()
 
     def _answered(self, answer: T) -> None:
         if not self._over:
