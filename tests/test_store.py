@@ -11,6 +11,8 @@ import gc
 import os
 import stat
 import tracemalloc
+from concurrent import futures
+from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ from ecrproxy.cache.scrub import scrub
 from ecrproxy.cache.sqlite import Rows
 from ecrproxy.cache.store import Store
 from ecrproxy.cache.troubles import QUIET_SECONDS
+from ecrproxy.cache.writer import Writer
 from ecrproxy.oci import MANIFEST_TYPES, Digest, Kind
 from tests import store_contract
 from tests.routes import REGISTRY
@@ -321,6 +324,11 @@ class StartTests(StoreTests):
         self.assertEqual((owner, owner), (given["content"], given["arriving"]))
 
 
+def _there(writer: Writer) -> object:
+    record = writer._claim.read()  # noqa: SLF001
+    return record and record.there
+
+
 class WriterTests(StoreTests):
     """
     Only whole and verified files become content.
@@ -352,6 +360,21 @@ class WriterTests(StoreTests):
         writer.discard()
         self.assertEqual([], files_in(self.store.root))
         self.assertEqual(0, self.store.index.totals.blocks)
+
+    def test_what_completes_a_file_while_another_thread_hashes_is_hashed(self) -> None:
+        """
+        That thread may be at its end, and look at it no more.
+        """
+        digest = Digest.of(b"first second")
+        writer = begin(self.store, digest, 12)
+        writer.write(0, [b"first "])
+        with ThreadPoolExecutor(1) as threads:
+            with writer._hashing:  # noqa: SLF001
+                finished = threads.submit(writer.finish, 6, b"second", closes=True)
+                while not finished.done() and _there(writer) != ((0, 12),):  # which is noted after it was hashed
+                    futures.wait([finished], 0.001)
+            finished.result()
+        self.assertTrue(self.store.has(digest))
 
     def test_a_disk_without_room_says_so_at_once(self) -> None:
         """

@@ -321,6 +321,9 @@ class Writer:
         """
         try:
             self.write(offset, [rest])
+            more = self.hashed < self.size  # another thread was hashing
+            while more:
+                more = self.catch_up()
             self.commit()
         except BaseException:
             if closes:
