@@ -302,6 +302,14 @@ class FileTests(DaemonTestCase):
         self.assertSent()
         self.assertTrue(self.client.closed)
 
+    def test_what_is_cut_when_the_daemon_has_waited_long_enough_is_let_go(self) -> None:
+        self.daemon.site.connections.drain()
+        self.daemon.site.connections.cut()
+        self.flush()
+        self.assertLetGo()
+        (line,) = self.lines()
+        self.assertIn("aborted", line)
+
     def test_a_client_that_closes_its_side_gets_it_whole(self) -> None:
         self.end.half_close()
         self.read()

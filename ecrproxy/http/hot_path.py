@@ -336,8 +336,8 @@ class HotPath:
         crowd.begin_transfer()
         reply = FileReply(channel, sent, tell)
         channel.begin_reply(reply)
-        sending = Deferred.fromCoroutine(self._send_rest(reply, file, crowd))
-        sending.addErrback(_broken, reply).addErrback(_failed)
+        reply.sending = Deferred.fromCoroutine(self._send_rest(reply, file, crowd))
+        reply.sending.addErrback(_broken, reply).addErrback(_failed)
 
     async def _send_rest(self, reply: FileReply, file: Content, crowd: Crowd) -> None:
         source = Shelved(file, reply.sentLength, file.size)

@@ -10,6 +10,7 @@ import socket
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
+from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 from twisted.web.http_headers import Headers
 
@@ -45,12 +46,14 @@ class FileReply:
     @param tell: told how many bytes of the body were sent when it is over, and whether it was C{aborted}.
     @ivar channel: the connection; none once that is lost.
     @ivar sentLength: bytes of the body that were handed over.
+    @ivar sending: sends the body; cancelled when the connection is lost, or broken off.
     """
 
     startedWriting: Final = True
     chunked: Final = False
     clientproto: Final = b"HTTP/1.1"
     responseHeaders: Final = Headers()
+    sending: Deferred[None] | None = None
 
     def __init__(self, channel: Any, sent: int, tell: Callable[..., None]) -> None:  # noqa: ANN401
         self.channel, self.sentLength, self._tell = channel, sent, tell
@@ -88,6 +91,8 @@ class FileReply:
         """
         self.channel = None
         self._tell(self.sentLength, aborted=True)
+        if self.sending is not None:
+            self.sending.cancel()
 
 
 def write(transport: Any, data: bytes, flags: int = 0) -> bool:  # noqa: ANN401
