@@ -200,7 +200,8 @@ class StandIn(Shelves, Faults):
         if asked.method == "HEAD":
             request.finish()
             return
-        data = asked.service == "bucket" and reply.status in (200, 206)
+        own = self.quirks.sends_blobs and asked.service == "registry" and bool(asked.digest)
+        data = (asked.service == "bucket" or own) and reply.status in (200, 206)
         sending = Sending(
             request,
             reply.body,

@@ -67,6 +67,8 @@ class Quirks:
 
     blob_head: int = 200
     """What HEAD of a blob gives: 200, 307 (to a URL signed for GET), or 401 as public.ecr.aws does."""
+    sends_blobs: bool = False
+    """The registry sends blobs itself, or parts of them, as distribution's does from its own disk."""
     ignore_range: bool = False
     """The bucket sends everything, whatever range was asked for."""
     longest_part: int = 2**62

@@ -18,7 +18,7 @@ from urllib.parse import parse_qs, quote, unquote
 
 from twisted.internet.interfaces import IReactorTime
 
-from tests.registry_bucket import Urls
+from tests.registry_bucket import Urls, byte_range
 from tests.registry_content import OCI_INDEX, Repository, digest_of, negotiated
 from tests.registry_http import Asked, Quirks, Reply, account_of
 
@@ -52,6 +52,19 @@ def named_in(path: str) -> tuple[str, str]:
         return "", ""
     reference = route["reference"] or ""
     return route["name"], reference if ":" in reference else ""
+
+
+def _sent(data: bytes, wanted: str) -> Reply:
+    """
+    What a registry sends that has its blobs on its own disk.
+    """
+    headers = {"Content-Type": "application/octet-stream", "Accept-Ranges": "bytes"}
+    chosen = byte_range(wanted, len(data))
+    if chosen is None:
+        return Reply(200, headers, memoryview(data))
+    start, end = chosen
+    headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(data)}"
+    return Reply(206, headers, memoryview(data)[start:end])
 
 
 @dataclass
@@ -248,6 +261,8 @@ class RegistrySide:
         if asked.method == "HEAD" and self.quirks.blob_head == 200:
             headers = {"Content-Type": "application/octet-stream", "Docker-Content-Digest": digest}
             return Reply(200, headers, repository.blobs[digest])
+        if self.quirks.sends_blobs:
+            return _sent(repository.blobs[digest], asked.headers.get("range", ""))
         return Reply(307, {"Location": self.urls.sign(name, digest)})
 
     def _tags(self, name: str, repository: Repository, asked: Asked) -> Reply:

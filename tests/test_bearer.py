@@ -22,7 +22,7 @@ from ecrproxy.registry.challenges import LONGEST_TOKEN, Challenge, Pass, may_fol
 from ecrproxy.registry.ecr import TokenUnavailableError
 from ecrproxy.registry.login import LONGEST, READ_SECONDS, Login
 from ecrproxy.settings.registries import Protocol, RegistryTable
-from tests.daemon import DaemonTestCase, at_once, noise
+from tests.daemon import MIB, DaemonTestCase, at_once, noise
 from tests.registry import Fault, StandIn
 from tests.registry import Reply as Answer
 from tests.registry_content import OCI_MANIFEST
@@ -287,6 +287,29 @@ class OthersTests(DaemonTestCase):
     def test_of_another_digest_than_was_asked_for_is_nothing_that_is_elsewhere(self) -> None:
         self.redirect("manifests", self.nginx.manifest + b" ", {"Content-Type": OCI_MANIFEST})
         self.assertRefused(self.get(f"/v2/hub/nginx/manifests/{self.nginx.digest}"), 502, "UNAVAILABLE")
+
+    def test_each_part_of_a_blob_that_the_registry_itself_sends_is_asked_for_with_the_token(self) -> None:
+        """
+        So nothing of it comes twice: not when it breaks off, nor for who wants its end first.
+        """
+        self.hub.quirks.sends_blobs = True
+        for number, wanted in enumerate(("", "bytes=20000000-20000999")):
+            layer = noise(f"large {number}", 20 * MIB)
+            digest = self.hub.push_image("library/nginx", "large", layers=[layer]).layers[0]
+            self.get("/v2/hub/nginx/manifests/large")
+            self.hub.hold(digest)
+            sent = self.hub.bytes_sent
+            reply = self.daemon.send("GET", f"/v2/hub/nginx/blobs/{digest}", **({"Range": wanted} if wanted else {}))
+            self.flush()
+            self.hub.deliver(digest, MIB)
+            self.flush()
+            self.hub.cut(digest)
+            self.hub.release(digest)
+            self.pass_time(5)
+            self.assertTrue(bytes(reply.body) == (layer[20_000_000:20_001_000] if wanted else layer))
+            self.assertWhole(self.get(f"/v2/hub/nginx/blobs/{digest}"), layer, "HIT")
+            self.assertLess(self.hub.bytes_sent - sent, len(layer) + 4 * MIB)
+            self.assertLess(len([each for each in self.hub.requests("registry") if digest in each.path]), 20)
 
     def test_a_token_is_for_its_repository_alone(self) -> None:
         self.hub.push_image("library/redis", "latest")

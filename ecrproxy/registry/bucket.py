@@ -60,6 +60,7 @@ def is_passed_on(failure: Failure, number: int) -> bool:
 
 
 _COUNT = re.compile(r"[0-9]{1,18}")
+_FROM_THE_START: Final = "bytes=0-"
 _SPAN = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})")
 REDIRECT_STATUSES: Final = (301, 302, 303, 307, 308)
 REFUSED_STATUSES: Final = (400, 401, 403, 404, 410)
@@ -103,8 +104,8 @@ class Locator(Protocol):
     name: str
     """What the log calls the registry."""
 
-    async def locate(self, route: Route, *, ahead: bool = False) -> tuple[str, IResponse | None]:
-        """Ask where."""
+    async def locate(self, route: Route, span: str = "", *, ahead: bool = False) -> tuple[str, IResponse | None]:
+        """Ask where, or for bytes of what the registry itself sends."""
 
     async def fetch(self, url: str, route: Route, span: str, *, ahead: bool = False) -> tuple[str, IResponse]:
         """Ask for bytes there."""
@@ -119,12 +120,14 @@ class _Source:
     A registry that has the blob.
 
     @ivar url: where it lies, once the registry has said so.
+    @ivar own: whether the registry itself sends it, and so wants to be shown a token for each part.
     @ivar barren: whether the last body that came from there broke off without a byte, or stalled; or none came.
     """
 
     upstream: Locator
     route: Route
     url: str = ""
+    own: bool = False
     barren: bool = False
 
     def note(self, *, barren: bool) -> None:
@@ -272,7 +275,8 @@ async def _ask(source: _Source, span: str, *, ahead: bool) -> IResponse:
     """
     Ask for bytes; replace the URL, once, if the bucket refuses it, as it does when the URL has expired.
     """
-    response = await (_fetch(source, span, ahead=ahead) if source.url else _locate(source, span, ahead=ahead))
+    known = source.url and not source.own
+    response = await (_fetch(source, span, ahead=ahead) if known else _locate(source, span, ahead=ahead))
     if response.code in REFUSED_STATUSES:
         discard(response, source.upstream.clock)
         response = await _locate(source, span, ahead=ahead)
@@ -280,8 +284,15 @@ async def _ask(source: _Source, span: str, *, ahead: bool) -> IResponse:
 
 
 async def _locate(source: _Source, span: str, *, ahead: bool) -> IResponse:
-    source.url, direct = await source.upstream.locate(source.route, ahead=ahead)
-    return direct or await _fetch(source, span, ahead=ahead)
+    was_own = source.own
+    source.url, direct = await source.upstream.locate(source.route, span if was_own else "", ahead=ahead)
+    source.own = direct is not None
+    if direct is None:
+        return await _fetch(source, span, ahead=ahead)
+    if not _offers_parts(direct) or not span or span.startswith(_FROM_THE_START):
+        return direct
+    discard(direct, source.upstream.clock)  # else all that is before the part would come, too
+    return await _locate(source, span, ahead=ahead)
 
 
 async def _fetch(source: _Source, span: str, *, ahead: bool) -> IResponse:

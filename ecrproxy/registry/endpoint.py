@@ -45,6 +45,7 @@ class Question:
 
     @ivar accept: the media types that are taken.
     @ivar query: as it goes behind the C{?}.
+    @ivar span: the Range header; empty for the whole.
     @ivar limit: the most bytes that the answer may have; none to leave its body to who asks.
     @ivar ahead: whether nobody waits for the answer.
     """
@@ -53,6 +54,7 @@ class Question:
     route: Route
     accept: str = ""
     query: str = ""
+    span: str = ""
     limit: int | None = None
     ahead: bool = False
 
@@ -325,6 +327,8 @@ class Endpoint:
         headers = _headers(shown)
         if question.accept:
             headers.setRawHeaders("Accept", [question.accept])
+        if question.span:
+            headers.setRawHeaders("Range", [question.span])
         url = self.url + question.route.path + (f"?{question.query}" if question.query else "")
         response = await self._wire.request(question.method, url, headers, seconds)
         limit = question.limit if response.code < 400 else ERROR_LIMIT  # noqa: PLR2004

@@ -89,14 +89,14 @@ class Replicated(Upstream):
         blob.copies = (self, *self.replicas)
         return blob
 
-    async def locate(self, route: Route, *, ahead: bool = False) -> tuple[str, IResponse | None]:
+    async def locate(self, route: Route, span: str = "", *, ahead: bool = False) -> tuple[str, IResponse | None]:
         """
         See L{Upstream.locate}: the rest of a blob may lie elsewhere than its beginning.
         """
         if ahead:
-            return await super().locate(route, ahead=ahead)
-        ask = partial(super().locate, route)
-        return await self._sooner(route, ask, [partial(each.locate, route) for each in self.replicas])
+            return await super().locate(route, span, ahead=ahead)
+        ask = partial(super().locate, route, span)
+        return await self._sooner(route, ask, [partial(each.locate, route, span) for each in self.replicas])
 
     def _sooner(
         self, route: Route, ask: Ask[T], others: Sequence[Ask[T]], seconds: float = SLOW_SECONDS

@@ -216,14 +216,15 @@ class Upstream:
         await blob.begin(start, stop)
         return blob
 
-    async def locate(self, route: Route, *, ahead: bool = False) -> tuple[str, IResponse | None]:
+    async def locate(self, route: Route, span: str = "", *, ahead: bool = False) -> tuple[str, IResponse | None]:
         """
         Ask where a blob lies.
 
+        @param span: the Range header, for a registry that sends blobs itself; nothing for all.
         @return: the URL to ask, or, where ECR itself sends it, that answer.
         @raise RegistryError: if there is none, or ECR can't say.
         """
-        response = (await self._endpoint.ask(Question("GET", route, ahead=ahead))).response
+        response = (await self._endpoint.ask(Question("GET", route, span=span, ahead=ahead))).response
         url = self._endpoint.url + route.path
         if response.code not in REDIRECT_STATUSES:
             return url, response
