@@ -649,7 +649,11 @@ class PullThrough:
 
         @raise RegistryError: if there is none, or ECR can't give it.
         """
-        blob = await self._upstream(route).blob(route, self._lanes.first_part(layer.size), ahead=True)
+        try:
+            upstream = self._upstream(route)
+        except LookupError as problem:  # a reload has come meanwhile
+            raise UnavailableError(503, "UNAVAILABLE", str(problem)) from None
+        blob = await upstream.blob(route, self._lanes.first_part(layer.size), ahead=True)
         try:
             if blob.size is None:
                 blob.size = layer.size

@@ -17,14 +17,16 @@ from twisted.trial.unittest import SynchronousTestCase
 from ecrproxy.daemon.reloading import Reloading, Settings
 from ecrproxy.identity import RegistryId, Repository
 from ecrproxy.oci import Kind, Route
+from ecrproxy.reading_ahead import BEGIN_SECONDS
 from ecrproxy.registries import Known, Registries
 from ecrproxy.registry.circuit import FAILURES
 from ecrproxy.settings.config import Config, texts_of
 from ecrproxy.settings.file import LIMIT, about_registries, parse_file, read_handed
 from ecrproxy.settings.registries import Protocol, RegistryTable, parse_registries
+from ecrproxy.threads import Disk
 from ecrproxy.upstreams import MOST, Upstreams
 from ecrproxy.workers.messages import FromParent, Reload, decode, encode
-from tests.daemon import DaemonTestCase, Reply, noise
+from tests.daemon import DaemonTestCase, Hands, Reply, at_once, noise
 from tests.registry import StandIn
 
 TWO, THREE = "444455556666.dkr.ecr.us-east-1.amazonaws.com", "777788889999.dkr.ecr.us-east-1.amazonaws.com"
@@ -192,6 +194,27 @@ class ReloadTests(DaemonTestCase):
             self.assertWhole(reply, moved.manifest, "MISS")
             self.assertEqual(["HEAD", "GET"], [each.method for each in self.other.asked])
             self.assertEqual(1, len({each.headers["authorization"] for each in self.other.asked}))
+
+    def test_nothing_is_read_ahead_of_one_that_disappears(self) -> None:
+        """
+        Also if that is being looked for in the cache; what clients do with the others is read ahead.
+        """
+        looks = Hands()
+        self.start(read_ahead=True, disk=Disk(looks, *[at_once] * 5), others={self.table: self.other})
+        layers = [b"one", b"two"]
+        image = self.other.push_image("team/app", "ahead", layers=layers)
+        self.get("/v2/us/team/app/manifests/ahead")
+        self.get(f"/v2/us/team/app/blobs/{image.layers[0]}")
+        self.other.forget_asked()
+        looks.idle = False
+        self.clock.advance(BEGIN_SECONDS)
+        self.daemon.reload({})
+        looks.idle = True
+        looks.work(len(looks.waiting))
+        self.pass_time(1)
+        self.assertEqual([], self.other.asked)
+        assert self.daemon.pull_through.ahead is not None
+        self.assertEqual(0, self.daemon.pull_through.ahead.bytes_ahead)
 
 
 class Left:
