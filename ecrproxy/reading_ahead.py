@@ -426,25 +426,30 @@ class ReadingAhead:
         """
         Begin the next layer of an image; return whether there may be another.
         """
-        layer = pull.coming
+        most = most_bytes(self._cache.limit, self._bytes)
+        while (layer := pull.coming) is not None and self._is_left_out(layer, most):
+            pull.next += 1
         if layer is None or pull.image.repository.registry in self._resting:
             return False
-        most = most_bytes(self._cache.limit, self._bytes)
-        before = self._unasked.get(layer.digest)
-        ahead = layer.digest in self._openings or (before is not None and self._pulls.get(before.image) is before)
-        if ahead or self._transfers.has(layer.digest) or layer.size > most or not layer.size:
-            pull.next += 1
-            return True
         route = Route(Kind.BLOB, pull.image.repository, str(layer.digest), layer.digest)
         if not self._has_plenty(route, layer.size, most):
             return False
         pull.next += 1
+        before = self._unasked.get(layer.digest)
         opening = self._openings[layer.digest] = Opening(before)
         self._unasked[layer.digest] = pull
         pull.add(layer.digest, layer.size, self._now())
         opened = Deferred.fromCoroutine(self._open(pull, opening, route, layer))
         opened.addBoth(self._opened, pull, layer, opening).addErrback(_failed)
         return True
+
+    def _is_left_out(self, layer: Descriptor, most: int) -> bool:
+        """
+        Return True if a layer is on its way already, or has a size with which none is fetched ahead.
+        """
+        before = self._unasked.get(layer.digest)
+        ahead = layer.digest in self._openings or (before is not None and self._pulls.get(before.image) is before)
+        return ahead or self._transfers.has(layer.digest) or layer.size > most or not layer.size
 
     def _has_plenty(self, route: Route, size: int, most: int) -> bool:
         under_way = len(self._openings) + len(self._transfers.all())

@@ -7,19 +7,23 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar
+from types import SimpleNamespace
+from typing import Any, TypeVar, cast
 
 from twisted.internet.defer import Deferred, fail
+from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
+from ecrproxy.answers import Asked
 from ecrproxy.cache.claim import Claim
 from ecrproxy.cache.troubles import Kind as Trouble
 from ecrproxy.cache.writer import UNASKED_SECONDS
 from ecrproxy.identity import RegistryId, Repository
-from ecrproxy.oci import Descriptor, Digest
+from ecrproxy.oci import Descriptor, Digest, Kind, Route
 from ecrproxy.reading_ahead import (
     BEGIN_SECONDS,
     BYTES,
+    IMAGES,
     JUDGED_SECONDS,
     LEFT_SECONDS,
     NOTED,
@@ -27,6 +31,8 @@ from ecrproxy.reading_ahead import (
     REST_SECONDS,
     Image,
     Images,
+    ReadingAhead,
+    Transfers,
     image_of,
     most_bytes,
 )
@@ -36,6 +42,8 @@ from ecrproxy.transfer.inflow import Lanes
 from tests.daemon import MIB, Daemon, DaemonTestCase, Reply, at_once, noise
 from tests.registry import Fault
 from tests.registry import Image as Pushed
+from tests.registry_content import OCI_LAYER, OCI_MANIFEST
+from tests.routes import REGISTRY
 
 T = TypeVar("T")
 
@@ -585,6 +593,41 @@ class BoundsTests(AheadTestCase):
 
 def descriptor(name: str, size: int = 1000) -> Descriptor:
     return Descriptor("application/octet-stream", Digest.of(name.encode()), size)
+
+
+class TurnsTests(SynchronousTestCase):
+    """
+    Many images that wait for what clients leave.
+    """
+
+    def test_layers_that_are_left_out_cost_the_other_images_no_look(self) -> None:
+        """
+        An image may list a thousand of no size: that took the event loop a second.
+        """
+        clock, looks = Clock(), list[Route]()
+
+        def has_plenty(route: Route, *_: int) -> bool:
+            looks.append(route)
+            return False
+
+        wanted: Any = Transfers(list, lambda _: False, has_plenty, cast(Any, None), cast(Any, None))
+        cache: Any = SimpleNamespace(is_well=True, limit=2**40)
+        ahead = ReadingAhead(wanted, cache, clock.seconds, clock.callLater)
+        for number in range(IMAGES):
+            sizes = [SIZE, *[0] * 400] if number == IMAGES - 1 else [SIZE] * 3
+            digests = [Digest.of(b"%d %d" % (number, at)) for at in range(len(sizes))]
+            layers = [
+                {"mediaType": OCI_LAYER, "digest": str(digest), "size": size}
+                for digest, size in zip(digests, sizes, strict=True)
+            ]
+            manifest = json.dumps({"schemaVersion": 2, "layers": layers}).encode()
+            route = Route(Kind.BLOB, Repository(REGISTRY, "team/app"), str(digests[0]), digests[0])
+            ahead.answered(route, Digest.of(manifest), manifest, OCI_MANIFEST)
+            ahead.missed(Asked(route, ""))
+            looks.clear()
+            clock.advance(BEGIN_SECONDS)
+        self.assertEqual(IMAGES, ahead.pulls)
+        self.assertLessEqual(len(looks), 2 * IMAGES)
 
 
 class ImagesTests(SynchronousTestCase):
