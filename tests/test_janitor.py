@@ -350,6 +350,20 @@ class JanitorTests(SmallCache):
         self.assertEqual([True, False], self.has(one, two))
         self.assertEqual(40 * BLOCK, self.bytes_on_disk())
 
+    def test_a_limit_below_what_the_index_takes_empties_the_cache(self) -> None:
+        """
+        The index does not shrink. All else goes, but what is being sent.
+        """
+        one, two, three = self.keep(10), self.keep(10), self.keep(10)
+        content = self.store.open(two)
+        assert content is not None
+        self.index.size = 60 * BLOCK
+        self.janitor = self.start(self.make_store(), 50 * BLOCK)
+        self.assertEqual([False, True, False], self.has(one, two, three))
+        content.close()
+        self.clock.advance(PAUSE_SECONDS)
+        self.assertEqual([False], self.has(two))
+
     def test_the_index_counts(self) -> None:
         """
         What its files take of the disk is not left to content.

@@ -7,6 +7,7 @@ Rules:
 - A file is unlinked first, and leaves the index then: totals may be too high after a crash, never too low.
 - What any process has open is not evicted: its lock says so, and others go instead.
 - The limit is in bytes of disk, and counts the index and what is arriving. It is never more than the disk can hold.
+- Where the limit is less than the index takes, all else goes, for the index does not shrink.
 - When the disk is full all the same, files are evicted to make room. If it lacks inodes, files are evicted by number.
 - A limit that was lowered for that is looked at again before anything is evicted or refused for it: others may have
   given room back. A disk that leaves the cache less than is left free for others is full, even if a small file fits.
@@ -226,10 +227,13 @@ class Janitor(Service):
         awaited = max(0, self.held - own + sum(self._awaited.values()) - self.limit)
         if excess <= 0 and awaited <= 0:
             return True
-        if excess > index.totals.blocks + index.totals.arriving:
+        takes_all = what is None and self.held > self._wanted
+        if excess > index.totals.blocks + index.totals.arriving and not takes_all:
             return False
         chosen = victims(self._store.candidates(), awaited) or victims(self._store.candidates(), excess)
-        if chosen is None:
+        if chosen is None and takes_all:  # the index takes more than the limit by itself: all else goes
+            chosen = list(self._store.candidates())
+        if chosen is None or (excess > 0 and not chosen):
             return False
         self._evict(chosen)
         index.wait()  # else they are counted still
