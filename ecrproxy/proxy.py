@@ -429,6 +429,7 @@ class PullThrough:
         try:
             await download.to_the_end(self._follow_on(download, peer, route))
         finally:
+            self._cache.used(download.digest)  # who writes it does not know, and may have begun it ahead
             self._ended(download)
 
     async def _follow_on(self, download: Download, peer: PeerTransfer, route: Route) -> None:

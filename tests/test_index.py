@@ -18,8 +18,8 @@ from ecrproxy.cache.cells import DamagedError, File, on_disk
 from ecrproxy.cache.database import BusyError, FullError, UnusableError, explained
 from ecrproxy.cache.entries import ANSWERS_LIMIT, VARIANTS_LIMIT, Confirmed, Entry, EntryKey
 from ecrproxy.cache.entry_rows import PAGE
-from ecrproxy.cache.index import AGAIN_SECONDS, POINTER, Index, News
-from ecrproxy.cache.paths import content_path
+from ecrproxy.cache.index import AGAIN_SECONDS, COMING_SECONDS, POINTER, Index, News
+from ecrproxy.cache.paths import arriving_path, content_path
 from ecrproxy.cache.record import Reservation
 from ecrproxy.cache.sqlite import PURGES
 from ecrproxy.identity import RegistryId
@@ -138,6 +138,35 @@ class ContentContract(IndexContract):
         self.index.use(B)
         self.index.settle()
         assert [(each.digest, each.size) for each in self.index.files()] == [(A, 10)]
+
+    def test_a_use_of_what_still_arrives_is_noted_with_it(self) -> None:
+        """
+        By a client of this process, while another process brings it, and has begun that before anybody asked.
+        """
+        coming = self.root / arriving_path(A)
+        coming.parent.mkdir(exist_ok=True)
+        coming.touch()
+        self.index.add(B, 1)
+        self.now += 1
+        self.index.use(A)
+        self.index.settle()
+        coming.unlink()
+        self.file(A)
+        self.index.add(A, 1, used=self.now - 3600)
+        assert self.order() == [B, A]
+        self.index.settle()
+        assert [each.used for each in self.index.files() if each.digest == A] == [self.now]
+
+    def test_a_use_of_what_does_not_come_is_forgotten(self) -> None:
+        coming = self.root / arriving_path(A)
+        coming.parent.mkdir(exist_ok=True)
+        coming.touch()
+        self.index.use(A)
+        self.now += COMING_SECONDS
+        self.index.settle()
+        self.index.add(A, 1, used=self.now - 3600)
+        self.index.settle()
+        assert [each.used for each in self.index.files()] == [self.now - 3600]
 
     def test_a_row_of_a_file_that_is_gone_is_dropped_when_that_is_noticed(self) -> None:
         self.file(B)

@@ -16,6 +16,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.answers import Asked
 from ecrproxy.cache.claim import Claim
+from ecrproxy.cache.record import POLL_SECONDS
 from ecrproxy.cache.troubles import Kind as Trouble
 from ecrproxy.cache.writer import UNASKED_SECONDS
 from ecrproxy.identity import RegistryId, Repository
@@ -575,6 +576,29 @@ class BoundsTests(AheadTestCase):
         self.pass_time(2)
         order = [str(each.what) for each in self.daemon.store.candidates()]
         self.assertEqual({self.image.digest, *(self.image.layers[at] for at in (0, 5, 6))}, set(order[-4:]))
+
+    def test_what_a_client_of_another_process_follows_is_used(self) -> None:
+        """
+        As one that had the manifest from this process, and asks for a layer on another connection.
+        """
+        one, two = self.daemon, self.start(read_ahead=False)
+        self.daemon = one
+        self.hold()
+        self.manifest()
+        self.get(self.blob(self.image.layers[0]))
+        self.begin()
+        self.standin.deliver(self.image.layers[5], SIZE // 2)
+        self.flush()
+        reply = two.send("GET", self.blob(self.image.layers[5]))
+        for step in range(200):
+            self.clock.advance(POLL_SECONDS)
+            for daemon in (one, two):
+                daemon.flush()
+            if step == 100:
+                self.release()
+        self.assertEqual((200, "JOINED"), (reply.code, reply.header("X-Cache-Status")))
+        order = [str(each.what) for each in one.store.candidates()]
+        self.assertEqual({self.image.digest, self.image.layers[0], self.image.layers[5]}, set(order[-3:]))
 
     def test_figures_tell_what_was_fetched_in_vain(self) -> None:
         self.manifest()

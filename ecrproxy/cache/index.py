@@ -32,7 +32,7 @@ import stat
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -45,7 +45,7 @@ from ecrproxy.cache.database import FULL, BusyError, FullError, UnfitError, Unus
 from ecrproxy.cache.entries import Entry, EntryKey
 from ecrproxy.cache.locks import open_in_place, opened
 from ecrproxy.cache.mounts import find_mount, mountinfo
-from ecrproxy.cache.paths import content_path
+from ecrproxy.cache.paths import arriving_path, content_path
 from ecrproxy.cache.record import Reservation, Reserved
 from ecrproxy.cache.schema import LAYOUT
 from ecrproxy.cache.sqlite import Rows
@@ -83,6 +83,8 @@ LONG_LOG: Final = 64 * 2**20
 """Bytes of a log that is long, if it is also longer than its database: SQLite begins it anew, unless somebody reads."""
 LONG_SECONDS: Final = 600.0
 """For how long a log may be long."""
+COMING_SECONDS: Final = 60.0
+"""For how long the use of what arrives still is kept, to be noted with the file."""
 _LATE_SECONDS: Final = 0.25
 """From how long on what waited to be written may have been purged meanwhile by another process."""
 _NOTHING_TO_KEEP: Final = FULL | {errno.EROFS}
@@ -624,6 +626,7 @@ class Index:
                 there = [File(each, seen.st_size, uses[each]) for each, seen in found if seen is not None]
                 if there:
                     self.adopt(there)
+                self._use_later({each: uses[each] for each, seen in found if seen is None})
             absent = [each for each in gone if not self._is_there(each)]
             if absent:
                 self._ask(lambda rows: rows.drop(absent, (), self._is_there))
@@ -635,6 +638,17 @@ class Index:
                 if len(self._verified) + len(self._gone) < LATE:
                     self._verified, self._gone = {**verified, **self._verified}, gone | self._gone
             raise
+
+    def _use_later(self, uses: Mapping[Digest, float]) -> None:
+        """
+        Keep uses of what is about to be content until it is.
+        """
+        now, folder = self._now(), self._root
+        recent = [each for each, when in uses.items() if 0 <= now - when < COMING_SECONDS]
+        coming = [each for each in recent if status_of(folder / arriving_path(each)) or self._status(each)]
+        with self._noting:
+            for each in coming:
+                self._uses.setdefault(each, uses[each])
 
     def _status(self, digest: Digest) -> os.stat_result | None:
         return status_of(self._root / content_path(digest))
