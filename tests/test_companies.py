@@ -6,10 +6,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from twisted.internet.defer import Deferred, fail
+from twisted.internet.error import ConnectionRefusedError
 from twisted.logger import LogLevel, capturedLogs, formatEvent
 
 from ecrproxy.admin.units import size
@@ -509,3 +512,70 @@ class SeveralRegistriesTests(DaemonTestCase):
         self.assertEqual(asked, len(self.standin.asked))
         self.assertWhole(self.get(f"{path}?ns={TWO}"), b"two", "REVALIDATED")
         self.assertEqual(sent, self.other.bytes_sent)
+
+
+class CentralTests(DaemonTestCase):
+    """
+    A daemon on a node, whose registry is reached through another daemon, which all nodes share.
+    """
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.layer = noise("central", 20 * MIB)
+        self.image = self.standin.push_image("team/app", "latest", layers=[self.layer])
+        self.path = f"/v2/team/app/blobs/{self.image.layers[0]}"
+        root = Path(tempfile.mkdtemp(prefix="ecrproxy-test-"))
+        self.addCleanup(shutil.rmtree, root)
+        central = self.daemon
+        self.node = self.kind(
+            self.standin, self.clock, root, agent=lambda _: central.front.agent(persistent=True), chance=0.5
+        )
+        self.addCleanup(self.node.store.index.close)
+        self.daemons.append(self.node)
+        self.flush()
+
+    def flush(self) -> None:
+        for _ in range(20):
+            for each in self.daemons:
+                each.flush()
+
+    def stop_central(self) -> None:
+        self.daemon.front.down = ConnectionRefusedError()
+        for _, server in self.daemon.front.ends:
+            server.loseConnection()
+
+    def ask(self, path: str) -> Reply:
+        reply: Reply = self.node.send("GET", path)
+        self.pass_time(1)
+        return reply
+
+    def test_what_it_lacks_comes_from_there(self) -> None:
+        """
+        Without that one it has what it had: a tag as it was last known.
+        """
+        tag = "/v2/team/app/manifests/latest"
+        self.assertWhole(self.ask(tag), self.image.manifest, "MISS")
+        self.assertWhole(self.ask(self.path), self.layer, "MISS")
+        self.assertWhole(self.ask(tag), self.image.manifest, "REVALIDATED")
+        self.assertWhole(self.get(self.path), self.layer, "HIT")
+        self.assertEqual(len(self.layer), self.standin.bytes_sent)
+        self.stop_central()
+        reply = self.ask(tag)
+        self.pass_time(10)
+        self.assertWhole(reply, self.image.manifest, "STALE")
+        self.assertWhole(self.ask(self.path), self.layer, "HIT")
+
+    def test_a_restart_there_breaks_off_nothing_here(self) -> None:
+        digest = self.image.layers[0]
+        self.standin.hold(digest)
+        reply = self.node.send("GET", self.path)
+        self.flush()
+        self.standin.deliver(digest, 5 * MIB)
+        self.flush()
+        self.stop_central()
+        self.standin.release(digest)
+        self.flush()
+        self.assertEqual("", reply.ended)
+        self.daemon.front.down = None
+        self.pass_time(10)
+        self.assertWhole(reply, self.layer, "MISS")
