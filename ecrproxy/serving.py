@@ -281,7 +281,7 @@ def _authorization(
     return Bearer(url, wire, login, table.realms)
 
 
-def _quotas(config: Config, table: RegistryTable) -> Quotas:
+def quotas_of(config: Config, table: RegistryTable) -> Quotas:
     """
     Return how often a registry may be asked.
     """
@@ -332,7 +332,7 @@ def _wiring(
         agent = UpstreamAgent(reactor, url, forget, trust, egress, outside, name=who)
         metered = MeteredAgent(agent, url, figures.upstream, reactor, known.label)
         wire = Wire(metered, reactor, budget, leave=agent.leave, name=who)
-        governor = Governor(_quotas(config, table), config.ecr_connections, reactor, who)
+        governor = Governor(quotas_of(config, table), config.ecr_connections, reactor, who)
         circuit = Circuit(reactor.seconds, who)
         authorization = _authorization(table, url, wire, tokens, reactor)
         endpoint = Endpoint(url, wire, authorization, governor, circuit)

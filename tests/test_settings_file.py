@@ -12,6 +12,8 @@ from pathlib import Path
 
 from twisted.trial.unittest import SynchronousTestCase
 
+from ecrproxy.registry.quotas import Quotas
+from ecrproxy.serving import quotas_of
 from ecrproxy.settings.config import CONFIG, NO_FILE, SETTINGS, Config, ConfigError
 from ecrproxy.settings.file import LIMIT, for_worker, parse_file, read_file
 from ecrproxy.settings.registries import parse_registries
@@ -114,6 +116,19 @@ class RegistriesTests(SynchronousTestCase):
         config = self.load(f'[registry."{self.TWO}"]\n[registry."{self.ONE}"]\ndefault = true', AWS_REGION="us-west-1")
         self.assertEqual([self.ONE, self.TWO], [each.name for each in config.registries])
         self.assertEqual((f"https://{self.ONE}", "eu-west-1"), (config.ecr_endpoint, config.region))
+
+    def test_ecr_public_is_asked_as_often_as_it_takes(self) -> None:
+        """
+        Of each kind once a second anonymously, ten times with an account; by all processes together.
+        """
+        for credentials, rate in (("anonymous", 1.0), ("aws", 10.0)):
+            for processes in ("1", "2"):
+                public = f'[registry."public.ecr.aws"]\ncredentials = "{credentials}"'
+                config = self.load(
+                    f'[registry."{self.ONE}"]\ndefault = true\n{public}', PROXY_WORKER_PROCESSES=processes
+                )
+                share = rate / int(processes)
+                self.assertEqual(Quotas(share, share, share, share), quotas_of(config, config.registries[1]))
 
     def test_a_setting_names_the_default_too(self) -> None:
         """

@@ -1284,6 +1284,23 @@ class HangUpTests(TapCase):
         there = self.THERE.replace(b"us-east-1", b"eu-north-1")
         self.assertIn(b"404 Not Found", answer(self.reactor, there))
 
+    def test_one_token_opens_all_registries_of_its_credentials_and_region(self) -> None:
+        """
+        However many accounts they are of. Another region, and another role, has another.
+        """
+        service = self.run_with(PROXY_ADMIN_LISTEN="tcp:5001:interface=127.0.0.1")
+        (tokens,) = (each for each in service if isinstance(each, AwsTokens))
+        role = "arn:aws:iam::444455556666:role/pull"
+        self.write(
+            "".join(
+                f'[registry."{account}.dkr.ecr.us-east-1.amazonaws.com"]\n' for account in range(10**11, 10**11 + 50)
+            )
+            + f'[registry."{self.TWO}"]\nrole = "{role}"\n[registry."quay.io"]\n[registry."public.ecr.aws"]\n'
+        )
+        hang_up(service)
+        kept = [(credentials.role, region) for credentials, region in tokens._kept]  # noqa: SLF001
+        self.assertEqual([(None, "eu-west-1"), (None, "us-east-1"), (role, "us-east-1")], kept)
+
     def test_the_status_page_names_the_new_default(self) -> None:
         service = self.run_with(PROXY_ADMIN_LISTEN="tcp:5001:interface=127.0.0.1", PROXY_ADMIN_HOSTS="cache.test")
         service.privilegedStartService()
