@@ -404,6 +404,21 @@ password-file = "/x"  # {hub}.password-file
         self.caller.call("config", "--check", f"--config={recipe}", "--port=5000", "--cache-limit=2g")
         self.assertEqual((0, ""), (self.caller.status, self.caller.complaint))
 
+    def test_the_recipes_of_clients_name_the_registries_of_the_daemons(self) -> None:
+        """
+        C{buildkitd.toml}, whose BuildKit tells by C{ns} which one it means, and C{registries.conf}, by path prefixes.
+        """
+        recipes = Path(__file__).parent.parent / "deploy/registries"
+        daemon, buildkit, podman = (
+            tomllib.loads((recipes / name).read_text("utf-8"))["registry"]
+            for name in ("ecr-proxy.toml", "buildkitd.toml", "registries.conf")
+        )
+        proxy = "proxy.example:5000"
+        self.assertEqual({name: {"mirrors": [proxy]} for name in daemon} | {proxy: {"http": True}}, buildkit)
+        places = {name: "/".join(filter(None, (proxy, each.get("path-prefix")))) for name, each in daemon.items()}
+        self.assertEqual(places, {each["prefix"]: each["mirror"][0]["location"] for each in podman})
+        self.assertEqual([each["prefix"] for each in podman], [each["location"] for each in podman])
+
     def test_other_subcommands_read_the_file(self) -> None:
         self.file.write_text("admin-listen = 'off'\n")
         self.caller.call("stats")
