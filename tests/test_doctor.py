@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,7 @@ from typing import Any, TypeVar
 
 from twisted.trial.unittest import SynchronousTestCase
 
+from ecrproxy.command.checkup.assumptions import ASSUMPTIONS
 from ecrproxy.command.checkup.aws import Identity, NoCredentialsError, Provider, RefusedError, UnreachableError
 from ecrproxy.command.checkup.doctor import run
 from ecrproxy.command.checkup.findings import Check, Once, SkippedError, Verdict, examine, ok
@@ -82,6 +84,7 @@ class World:
         *,
         method: str = "GET",
         through: Proxy | None = None,
+        most: int = 64 * 2**10,
     ) -> Contact:
         self.touched.append((url, address, headers))
         self.through.append(str(through or ""))
@@ -91,7 +94,9 @@ class World:
             "/v2/": Contact(address, status=self.greeting if headers else 401, shown=shown),
             "/tags/list?n=1": Contact(address, status=200, body=b'{"tags": ["1"]}'),
             "/manifests/1": Contact(address, status=200, body=BODY),
+            f"/manifests/{Digest.of(BODY)}": Contact(address, status=200, body=BODY),
             blob: Contact(address, status=307, headers={"location": LOCATION}),
+            f"/blobs/{Digest.of(b'layer')}": Contact(address, status=307, headers={"location": LOCATION}),
             f"/referrers/{Digest.of(BODY)}": Contact(address, status=200),
         }
         for end, answer in answers.items():
@@ -309,6 +314,77 @@ class DoctorTests(DoctorTestCase):
             self.call(*arguments)
             self.assertEqual(2, self.caller.status, arguments)
             self.assertEqual(1, self.caller.complaint.count("\n"), arguments)
+
+
+class ImageTests(DoctorTestCase):
+    """
+    What the daemon assumes of ECR, held against an image.
+    """
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.file = Path(self.mktemp())
+
+    def test_each_assumption_has_a_line(self) -> None:
+        """
+        Beside all that is looked at otherwise.
+        """
+        found = self.verdicts("--image", "team/app:1")
+        self.assertEqual(set(), {*ASSUMPTIONS, "ecr:BatchGetImage", "bucket", "cache"} - found.keys())
+        self.assertEqual("ok", found["token-lifetime"])
+        self.assertEqual(set(), ASSUMPTIONS.keys() & self.verdicts("--repository", "team/app:1").keys())
+
+    def test_the_report_has_neither_names_nor_digests_nor_secrets(self) -> None:
+        self.call("--image", "team/app:1", "--report", str(self.file))
+        text = self.file.read_text()
+        self.assertIn("as documented: 12 hours", text)
+        for hidden in ("team/app", ECR, "123456789012", TOKEN, "secret", "X-Amz", str(Digest.of(BODY)), ARN):
+            self.assertNotIn(hidden, text)
+        self.assertIsNone(re.search("[0-9a-f]{12}", text))
+
+    def test_without_a_token_the_report_says_that_nothing_was_asked(self) -> None:
+        self.world.problems["token"] = UnreachableError("no")
+        self.call("--image", "team/app:1", "--report", str(self.file))
+        self.assertEqual(1, self.caller.status)
+        self.assertEqual(
+            len(ASSUMPTIONS), self.file.read_text().count("not seen: not asked in time, or without a token")
+        )
+
+    def test_a_blob_where_the_proxy_does_not_go_is_not_asked_for(self) -> None:
+        bucket = "prod.s3.eu-west-1.amazonaws.com"
+        self.assertNotEqual("skipped", self.verdicts("--image", "team/app:1")["bucket-ranges"])
+        self.world.addresses[bucket] = ["127.0.0.1"]
+        self.world.touched.clear()
+        self.assertEqual("skipped", self.verdicts("--image", "team/app:1")["bucket-ranges"])
+        self.assertEqual([], [url for url, _, _ in self.world.touched if bucket in url])
+
+    def test_the_token_goes_to_the_registry_alone(self) -> None:
+        self.call("--image", "team/app:1")
+        elsewhere = [headers for url, _, headers in self.world.touched if not url.startswith(f"https://{ECR}/")]
+        self.assertGreater(len(elsewhere), 2)
+        self.assertEqual([{"Range"}] * len(elsewhere), [set(headers) for headers in elsewhere])
+
+    def test_no_question_is_asked_late(self) -> None:
+        """
+        What is left is not seen, and does not keep the report from being written.
+        """
+        self.caller.step = 1.0
+        self.call("--image", "team/app:1", "--seconds", "300", "--report", str(self.file))
+        whole = self.file.read_text().count("not seen: not asked")
+        self.caller.step = 40.0
+        self.call("--image", "team/app:1", "--seconds", "300", "--report", str(self.file))
+        self.assertGreater(self.file.read_text().count("not seen: not asked"), whole)
+
+    def test_what_is_wrong_with_the_call_is_one_line(self) -> None:
+        digest = f"team/app@{Digest.of(BODY)}"
+        for arguments in (("--image", "team/app"), ("--image", digest), ("--report", "x")):
+            self.call(*arguments)
+            self.assertEqual((2, 1), (self.caller.status, self.caller.complaint.count("\n")), arguments)
+        self.call("--image", "a:1", "--repository", "a:1")
+        self.assertEqual(2, self.caller.status)
+        self.call("--image", "team/app:1", "--report", str(self.file / "absent" / "x"))
+        self.assertEqual(3, self.caller.status)
+        self.assertIn("can't be written: No such file or directory", self.caller.complaint)
 
 
 class SeveralTests(DoctorTestCase):

@@ -13,18 +13,19 @@ from twisted.trial.unittest import SynchronousTestCase
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 PAGES = tuple(CHECKOUT / "docs" / name for name in ("reliability.rst", "ecr.rst"))
-# A row of a list-table is three items; the last names tests, each in double backquotes.
-ROW = re.compile(r"^   \* - (.+?)\n     - (.+?)\n     - (.+?)(?=\n   \*|\n\n|\Z)", re.MULTILINE | re.DOTALL)
+# A row of a list-table is three items, or five in ecr.rst; the last names tests, each in double backquotes.
+ROW = re.compile(r"^   \* - (.+?(?:\n     - .+?){2,4})(?=\n   \*|\n\n|\Z)", re.MULTILINE | re.DOTALL)
 HEAD = "\n   :header-rows: 1\n"
 NAME = re.compile(r"``([^`]+)``")
 
 
 def rows(page: Path) -> list[tuple[str, str, list[str]]]:
     """
-    Read a page's tables: fault or fact, promise, the names of tests.
+    Read a page's tables: fault or name of a check, promise or fact, the names of tests.
     """
-    found = ROW.findall(page.read_text("utf-8"))
-    return [(fault, promise, NAME.findall(tests)) for fault, promise, tests in found if fault not in ("fault", "fact")]
+    found = [row.split("\n     - ") for row in ROW.findall(page.read_text("utf-8"))]
+    assert {len(row) for row in found} == {5 if page.name == "ecr.rst" else 3}
+    return [(row[0], row[1], NAME.findall(row[-1])) for row in found if row[0] not in ("fault", "check")]
 
 
 @functools.cache

@@ -19,9 +19,16 @@ def add_arguments(parser: ArgumentParser) -> None:
     Say what it can be called with.
     """
     add = parser.add_argument
-    add(
+    image = parser.add_mutually_exclusive_group()
+    image.add_argument(
         "--repository", metavar="NAME[:TAG]", help="an image to try each permission on; nothing of it is pulled or kept"
     )
+    image.add_argument(
+        "--image",
+        metavar="NAME:TAG",
+        help="the same, and hold what the daemon assumes of ECR against how it answers about that image",
+    )
+    add("--report", metavar="FILE", help="write what came of --image to a file, without names, digests and secrets")
     add("--seconds", metavar="NUMBER", default=str(SECONDS), help=f"for all of it together [default: {SECONDS:g}]")
     add("--json", action="store_true", help="write what was found as JSON")
 
@@ -42,6 +49,7 @@ DOCTOR: Final = Subcommand(
     ),
     examples=(
         ("ecr-proxy doctor --repository team/app:1.2", "try each permission on an image as well"),
+        ("ecr-proxy doctor --image team/app:1.2 --report ecr.txt", "see whether ECR does what the daemon assumes"),
         ("docker exec PROXY ecr-proxy doctor", "with the settings of a daemon in a container"),
     ),
     settings=[each.name for each in SETTINGS],

@@ -29,7 +29,7 @@ class Value(enum.Enum):
 
 
 _FILES: Final = ("FILE", "LIST", "PATH")
-_REPOSITORIES: Final = ("REPOSITORY", "IMAGE", "NAME[:TAG]")
+_REPOSITORIES: Final = ("REPOSITORY", "IMAGE", "NAME[:TAG]", "NAME:TAG")
 _PATHS: Final = re.compile(r"--(ssl-key|ssl-certificate|client-ca|htpasswd|cache-dir)")
 """The settings that are paths; their values are called VALUE."""
 

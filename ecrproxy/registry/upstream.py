@@ -372,7 +372,7 @@ class Upstream:
         """
         Resolve a redirect, if it is one to follow.
         """
-        target = _resolved(url, location)
+        target = resolved(url, location)
         if target is None:
             raise UnavailableError(502, "UNAVAILABLE", f"{self.name} redirects to where the proxy does not go")
         return target
@@ -397,7 +397,7 @@ class Upstream:
             raise UnavailableError(502, "UNAVAILABLE", said) from None
 
 
-def _resolved(url: str, location: str | None) -> str | None:
+def resolved(url: str, location: str | None) -> str | None:
     """
     Resolve a redirect; None if it is none to follow.
     """

@@ -28,6 +28,7 @@ from .test_moto import moto
 
 __all__ = ["moto"]  # a fixture
 
+OUTCOMES = ("as documented: ", "otherwise: ", "defect: ", "not seen: ")
 SECRETS = ("not-a-secret", "X-Amz-", "QVdTO")  # a key, a presigned query, and how a token begins
 
 
@@ -70,6 +71,27 @@ def test_a_daemon_that_works_is_found_well(
     # A stand-in without TLS is no place for a token.
     assert found["registry"]["verdict"] == "warning"
     assert found["bucket"]["verdict"] == "warning"
+
+
+def test_what_the_daemon_assumes_of_ecr_is_held_against_an_image(
+    make_chain: MakeChain, images: Images, tmp_path: Path
+) -> None:
+    """
+    Over real connections; the stand-in does nothing that the daemon would not cope with.
+    """
+    chain, file = make_chain(), tmp_path / "report.txt"
+    image = f"{images.single.repository}:{images.single.tag}"
+    found = examine(chain, tmp_path, "--image", image, "--report", str(file))
+    judged = {name: each for name, each in found.items() if each["said"].startswith(OUTCOMES)}
+    assert len(judged) > 25, found
+    assert {"ok"} == {judged[name]["verdict"] for name in ("manifest-head", "manifest-by-digest", "bucket-range")}, (
+        judged
+    )
+    assert not [each for each in judged.values() if each["verdict"] == "failed"], judged
+    text = file.read_text()
+    assert all(name in text for name in judged)
+    for hidden in (*SECRETS, images.single.repository, "127.0.0.1", "sha256:"):
+        assert hidden not in text
 
 
 def test_refused_credentials_fail(make_chain: MakeChain, tmp_path: Path) -> None:

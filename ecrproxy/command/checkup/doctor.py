@@ -6,12 +6,15 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Final
 
-from ecrproxy.command.checkup import account, metadata, names, ports
+from ecrproxy import __version__
+from ecrproxy.command.checkup import account, assumptions, metadata, names, ports
 from ecrproxy.command.checkup.aws import Identity
 from ecrproxy.command.checkup.disk import judge_directory, judge_room
 from ecrproxy.command.checkup.findings import (
@@ -29,7 +32,8 @@ from ecrproxy.command.checkup.findings import (
 )
 from ecrproxy.command.checkup.network import judge_clock, look_at_host
 from ecrproxy.command.checkup.permissions import Trial
-from ecrproxy.command.checkup.reach import Contact, split
+from ecrproxy.command.checkup.questions import Question, interview
+from ecrproxy.command.checkup.reach import BODY_BYTES, Contact, split
 from ecrproxy.command.checkup.senses import Account, Senses
 from ecrproxy.command.checkup.settings import judge_files, look_at_files, look_at_settings
 from ecrproxy.command.subcommand import FINE, MISUSED, WRONG, Call, CommandError
@@ -49,16 +53,20 @@ def run(call: Call, senses: Senses | None = None) -> int:
     Look at everything.
     """
     senses = senses or Senses()
-    checks = Doctor(call, load(call.flags, call.world.variables, call.file), senses).checks()
     limit = _seconds(call.options.seconds)
+    if call.options.report is not None and call.options.image is None:
+        raise CommandError("--report is about an image: give --image NAME:TAG", MISUSED)
+    checks = Doctor(call, load(call.flags, call.world.variables, call.file), senses, limit).checks()
     found: list[Finding] = []
-    width = max(len(each.name) for each in checks)
+    width = max(map(len, [*(each.name for each in checks), *(assumptions.ASSUMPTIONS if call.options.image else ())]))
     for each in examine(checks, limit, call.world.seconds, senses.start):
         found.append(each)
         if not call.options.json:
             call.terminal.print(f"{each.verdict.value:<7}  {each.check:<{width}}  {each.said}")
             if each.advice:
                 call.terminal.print(f"{'':<7}  {'':<{width}}  -> {each.advice}")
+    if call.options.report is not None:
+        _write(call.options.report, assumptions.report({each.check: each for each in found}, __version__))
     wrong = sum(1 for each in found if each.verdict is Verdict.FAILED)
     if call.options.json:
         told = [
@@ -67,6 +75,13 @@ def run(call: Call, senses: Senses | None = None) -> int:
         ]
         call.terminal.tell({"findings": told, "failed": wrong})
     return WRONG if wrong else FINE
+
+
+def _write(path: str, text: str) -> None:
+    try:
+        Path(path).write_text(text, "utf-8")
+    except OSError as problem:
+        raise CommandError(f"--report={path!r}: can't be written: {problem.strerror}") from None
 
 
 def _seconds(text: str) -> float:
@@ -85,6 +100,8 @@ _ROLES: Final = (
     "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
 )
 """The variables by which a role comes from somewhere else than the metadata service."""
+_LAST_SECONDS: Final = 12.0
+"""For how long before the end of a run no new question is asked: connecting and an answer take five each."""
 _OTHERS: Final = ("AWS_ACCESS_KEY_ID", "AWS_PROFILE", *_ROLES)
 
 
@@ -119,7 +136,7 @@ class Doctor:
     What there is to look at, for one configuration.
     """
 
-    def __init__(self, call: Call, config: Config, senses: Senses) -> None:
+    def __init__(self, call: Call, config: Config, senses: Senses, limit: float) -> None:
         self._config, self._senses = config, senses
         self._given = given(call.flags, call.world.variables, call.file)
         self._variables, self._now, self._seconds = call.world.variables, call.world.now, call.world.seconds
@@ -139,7 +156,9 @@ class Doctor:
         self._servers = Once(self._ask_servers)
         self._greeting = Once(lambda: self._touch(config.ecr_endpoint + "/v2/", self._address()))
         registries = Registries(config.registries, config.registry_aliases or ())
-        self._image = _image(call.options.repository, registries)
+        self._image = _image(call.options, registries)
+        self._assumes = call.options.image is not None
+        self._until = call.world.seconds() + max(limit / 2, limit - _LAST_SECONDS)
         self._trial = Once(self._try)
         self._survey = Once(lambda: senses.survey(config.cache_dir, self._seconds))
 
@@ -165,6 +184,7 @@ class Doctor:
             Check("login", self._login, slow),
             Check("permissions", self._permissions, slow),
             Check("bucket", self._bucket, slow),
+            *([Check("assumptions", self._assumptions, slow)] if self._assumes else []),
             *(Check(each.name, partial(self._look_at, each), slow) for each in self._others),
             Check("cache", lambda: judge_directory(self._survey.get(), senses.user()), "see whether the disk is well"),
             Check("room", lambda: judge_room(self._survey.get(), config.cache_limit), "see whether the disk is well"),
@@ -266,8 +286,15 @@ class Doctor:
         host, port, secure = split(url)
         return self._egress.proxy_for(host, port) if secure else None
 
-    def _touch(self, url: str, address: str, headers: Mapping[str, str] | None = None, method: str = "GET") -> Contact:
-        return self._senses.touch(url, address, headers or {}, method=method, through=self._proxy(url))
+    def _touch(
+        self,
+        url: str,
+        address: str,
+        headers: Mapping[str, str] | None = None,
+        method: str = "GET",
+        most: int = BODY_BYTES,
+    ) -> Contact:
+        return self._senses.touch(url, address, headers or {}, method=method, through=self._proxy(url), most=most)
 
     def _registry(self) -> Iterator[Finding]:
         greeting = self._greeting.get()
@@ -317,6 +344,45 @@ class Doctor:
         trial = Trial(ask, image.asked)
         trial.run(image.reference)
         return trial
+
+    def _assumptions(self) -> Iterator[Finding]:
+        """
+        Hold what the daemon assumes of ECR against how it answers about the image.
+        """
+        image = self._image
+        if image is None or image.reference is None:
+            raise SkippedError("not without an image")
+        table = image.registry.table
+        url, (token, expires) = table.endpoint or "", self._principals[_key(table)].token.need("a token")
+        places: dict[str, list[str]] = {}
+
+        def ask(question: Question) -> Contact:
+            if question.target.startswith("/"):
+                shown = {"Authorization": f"Basic {token}", **question.headers}
+                return self._answer_to(replace(question, target=url + question.target, headers=shown), places)
+            return self._answer_to(question, places, tunnel=self._is_tunnel())
+
+        seen = interview(ask, url, image.asked, image.reference, in_time=lambda: self._seconds() < self._until)
+        location = seen.known.get("location", "")
+        at = places.get(split(location)[0], []) if self._proxy(location) is None else []
+        yield from assumptions.findings(replace(seen, token_seconds=expires - self._now(), bucket=at))
+
+    def _answer_to(self, question: Question, places: dict[str, list[str]], *, tunnel: bool | None = None) -> Contact:
+        """
+        Ask at the first address of a host.
+
+        @param places: the addresses of hosts that were looked up before.
+        @param tunnel: whether a redirect, which this is then, may lead to loopback; None for the registry itself.
+        """
+        url, (host, _, _) = question.target, split(question.target)
+        addresses = places.get(host)
+        if addresses is None:
+            addresses = places[host] = self._addresses(url)
+        if not addresses:
+            return Contact("", "it has no address")
+        if tunnel is not None and self._proxy(url) is None and any(is_forbidden(at, tunnel=tunnel) for at in addresses):
+            return Contact("", "the proxy does not go there")
+        return self._touch(url, addresses[0], question.headers, question.method, question.most)
 
     def _bucket(self) -> Iterator[Finding]:
         """
@@ -421,10 +487,11 @@ def _key(table: RegistryTable) -> tuple[Credentials, str]:
     return Credentials(table.role, table.external_id, table.profile, table.instance_auth), table.region or ""
 
 
-def _image(text: str | None, registries: Registries) -> Image | None:
+def _image(options: Namespace, registries: Registries) -> Image | None:
     """
     Read the image to try.
     """
+    flag, text = ("--repository", options.repository) if options.image is None else ("--image", options.image)
     if text is None:
         return None
     whole, at, digest = text.partition("@")
@@ -433,14 +500,16 @@ def _image(text: str | None, registries: Registries) -> Image | None:
     known, rest = registries.split(folder + slash + last)
     first, slash, _ = rest.partition("/")
     if slash and ("." in first or ":" in first):
-        raise CommandError(f"--repository={text!r}: {first} is no registry of the configuration", MISUSED)
+        raise CommandError(f"{flag}={text!r}: {first} is no registry of the configuration", MISUSED)
     if known.table.protocol is not Protocol.ECR:
         said = f"{known.table.name} is no private registry of ECR, and its permissions can't be tried"
-        raise CommandError(f"--repository={text!r}: {said}", MISUSED)
+        raise CommandError(f"{flag}={text!r}: {said}", MISUSED)
     name, asked = own_name(known.table, rest)
     reference = digest if at else tag if colon else None
+    if options.image is not None and (at or not colon):
+        raise CommandError(f"--image={text!r}: name a tag, as in NAME:TAG", MISUSED)
     try:
         parse_route(f"/v2/{asked}/manifests/{reference or 'latest'}", known.identity)
     except RegistryError as problem:
-        raise CommandError(f"--repository={text!r}: {problem.message}", MISUSED) from None
+        raise CommandError(f"{flag}={text!r}: {problem.message}", MISUSED) from None
     return Image(known, name, asked, reference)

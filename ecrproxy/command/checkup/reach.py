@@ -25,7 +25,8 @@ from ecrproxy.registry.egress import ANSWER_LIMIT, Proxy, refusal
 
 SECONDS: Final = 5.0
 """How long a host may be silent."""
-_BODY: Final = 64 * 2**10
+BODY_BYTES: Final = 64 * 2**10
+"""How many bytes of an answer's body are read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,7 @@ def touch(
     through: Proxy | None = None,
     context: ssl.SSLContext | None = None,
     seconds: float = SECONDS,
+    most: int = BODY_BYTES,
 ) -> Contact:
     """
     Connect to C{address} as to the host of C{url}, or have an egress proxy connect to that host, and ask for it.
@@ -90,10 +92,10 @@ def touch(
     try:
         with _connected(address, host, port, through, seconds) as plain:
             if not secure:
-                return _ask(url, address, headers, method, plain, None)
+                return _ask(url, address, headers, method, plain, None, most)
             with (context or ssl.create_default_context()).wrap_socket(plain, server_hostname=host) as wrapped:
                 shown = read_certificate(wrapped.getpeercert(binary_form=True))
-                return _ask(url, address, headers, method, wrapped, shown)
+                return _ask(url, address, headers, method, wrapped, shown, most)
     except ssl.SSLCertVerificationError as problem:
         shown = _shown_anyway(host, port, address, through, seconds)
         return Contact(address, problem.verify_message, problem.verify_code, shown)
@@ -114,7 +116,13 @@ def touch_place(place: Place, path: str) -> Contact:
 
 
 def _ask(
-    url: str, address: str, headers: Mapping[str, str], method: str, connected: socket.socket, shown: Shown | None
+    url: str,
+    address: str,
+    headers: Mapping[str, str],
+    method: str,
+    connected: socket.socket,
+    shown: Shown | None,
+    most: int = BODY_BYTES,
 ) -> Contact:
     parts = urlsplit(url)
     asking = HTTPConnection(parts.netloc)
@@ -124,7 +132,7 @@ def _ask(
         asking.request(method, target, headers={**headers, "Accept-Encoding": "identity", "Connection": "close"})
         response = asking.getresponse()
         lowered = {name.lower(): value for name, value in response.getheaders()}
-        return Contact(address, shown=shown, status=response.status, headers=lowered, body=response.read(_BODY))
+        return Contact(address, shown=shown, status=response.status, headers=lowered, body=response.read(most))
     finally:
         asking.close()
 

@@ -14,7 +14,7 @@ from typing import Protocol
 from ecrproxy.command.checkup import metadata, names, ports
 from ecrproxy.command.checkup.aws import Aws, Identity, Provider
 from ecrproxy.command.checkup.disk import Survey, survey
-from ecrproxy.command.checkup.reach import Contact, touch, touch_place
+from ecrproxy.command.checkup.reach import BODY_BYTES, Contact, touch, touch_place
 from ecrproxy.cores import usable_cores
 from ecrproxy.healthcheck import Place
 from ecrproxy.registry.ecr import Credentials
@@ -52,6 +52,7 @@ class Touch(Protocol):
         *,
         method: str = "GET",
         through: Proxy | None = None,
+        most: int = BODY_BYTES,
     ) -> Contact:
         """Ask."""
 
