@@ -326,7 +326,7 @@ class PullThrough:
         """
         registry = route.repository.registry
         if carrier is not None and carrier.registry != registry:
-            download.others.setdefault(registry, (self._upstream(route), route))
+            download.add_source(registry, (self._upstream(route), route))
 
     async def _open(
         self,

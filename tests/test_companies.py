@@ -233,6 +233,24 @@ class SeveralRegistriesTests(DaemonTestCase):
         self.standin.heal()
         self.standin.release(digest)
 
+    def test_who_joins_while_a_silent_one_is_asked_for_the_rest_has_it_from_its_own(self) -> None:
+        layer = noise("asked already", 100_000)
+        digest = str(self.standin.push_blob("team/app", layer))
+        self.other.push_blob("team/app", layer)
+        self.standin.hold(digest)
+        one = self.daemon.send("GET", f"/v2/team/app/blobs/{digest}")
+        self.flush()
+        self.standin.deliver(digest, 40_000)
+        self.standin.hang("bucket")
+        self.standin.cut(digest)
+        self.pass_time(SLOW_SECONDS + 1)
+        two = self.daemon.send("GET", f"/v2/us/team/app/blobs/{digest}")
+        self.pass_time(1)
+        self.assertWhole(two, layer, "JOINED")
+        self.assertWhole(one, layer, "MISS")
+        self.standin.heal()
+        self.standin.release(digest)
+
     def test_a_client_that_waits_for_a_silent_registry_is_served_by_its_own(self) -> None:
         """
         Soon. A client of the silent one gets nothing that this one has not confirmed, but for what a manifest lists.

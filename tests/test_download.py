@@ -105,6 +105,11 @@ class Source:
         self.refuses: Exception | None = None
         self.late: list[Deferred[None]] | None = None
 
+    def look_again(self) -> None:
+        """
+        Nobody else has it.
+        """
+
     async def open(self, start: int, stop: int | None, breaks: int = 0) -> Tap:
         if self.late is not None:
             self.late.append(Deferred())

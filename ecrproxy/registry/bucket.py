@@ -160,6 +160,7 @@ class Blob:
         self._route = route
         self.others: Mapping[Any, tuple[Locator, Route]] = {}
         self.copies: Iterable[Locator] = ()
+        self._opening: list[Callable[[], None]] = []
         self.size: int | None = None
         self.ranged = self.is_page = False
 
@@ -186,13 +187,32 @@ class Blob:
         """
         if breaks:
             await self._source.upstream.pause(breaks)
-        asks = [partial(self._open, each, start, stop) for each in self._candidates()]
+        asked = self._candidates()
+        asks = [partial(self._open, each, start, stop) for each in asked]
         race = Race(asks, SLOW_SECONDS, self._source.upstream.clock.callLater, _passes)
-        source, stretch = await race.won
+
+        def ask_new_ones() -> None:
+            for each in self._known():
+                if each not in asked:
+                    asked.append(each)
+                    race.add(partial(self._open, each, start, stop))
+
+        self._opening.append(ask_new_ones)
+        try:
+            source, stretch = await race.won
+        finally:
+            self._opening.remove(ask_new_ones)
         self._turn_to(source, race.problem)
         more = stop is not None and (stretch.stop or 0) > stop
         self.ranged = self.ranged and not (stretch.skip or more)
         return stretch
+
+    def look_again(self) -> None:
+        """
+        Ask who has come to C{others}, too, where those before are slow.
+        """
+        for each in list(self._opening):
+            each()
 
     def _candidates(self) -> list[_Source]:
         """

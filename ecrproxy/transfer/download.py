@@ -273,6 +273,15 @@ class Download:
             if lane in self._at_work and lane.arrived == arrived and lane.stop is not None:
                 lane.cut(self._gaps.give_back)
 
+    def add_source(self, registry: object, source: object) -> None:
+        """
+        Have a registry asked for what the others do not bring, or are slow to: see C{others}.
+        """
+        if registry not in self.others:
+            self.others[registry] = source
+            if self._blob is not None:
+                self._blob.look_again()
+
     def let_go(self) -> None:
         """
         Note that who asked for it does not read it after all.
