@@ -30,6 +30,7 @@ from tests.registry_replies import EXPIRED, registry_error
 from tests.registry_server import noise
 from tests.test_registry import START, TRAVERSAL, Body
 
+SCHEMA1: Final = "application/vnd.docker.distribution.manifest.v1+prettyjws"
 HEADERS: Final = (
     *("content-type", "content-length", "content-range", "docker-content-digest", "link", "location"),
     *("retry-after", "vary", "www-authenticate"),
@@ -254,6 +255,7 @@ CASES: Mapping[str, list[tuple[Outcome, Prepare]]] = {
     "manifest-conversion": [
         (WELL, as_it_is),
         (OTHER, lambda rig: rig.alter("converted", body=rig.image.manifest, content_type=OCI_MANIFEST)),
+        (OTHER, altered("converted", body=b'{"schemaVersion": 1}', content_type=SCHEMA1)),  # as old registries do
         (OTHER, error("converted", 406, "UNSUPPORTED")),
         (WRONG, altered("converted", body=b"hidden", content_type="text/html")),
         (UNSEEN, lambda rig: rig.store_as(SCHEMA2_LIST)),

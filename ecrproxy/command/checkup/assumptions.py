@@ -220,7 +220,7 @@ def manifest_type(seen: Seen) -> Judgement:
     """The Content-Type of a manifest is its media type."""
     answer = seen.good("manifest")
     try:
-        named = Document.read(answer.body).type_as(answer.headers.get("content-type", ""))
+        named = _own_type(answer)
     except ValueError:
         return _defect(f"{_shown(answer)}, which is not the manifest's own", "answers 502")
     if answer.headers["content-type"] == named:
@@ -256,11 +256,14 @@ def manifest_conversion(seen: Seen) -> Judgement:
     answer = seen.answer("converted")
     if answer.status != 200:  # noqa: PLR2004
         return _otherwise(f"refused with {answer.status}", "hands ECR's answer on to clients that accept that alone")
-    if own_type(answer) == seen.known["twin"]:
+    try:
+        given = _own_type(answer)
+    except ValueError:
+        return _defect(f"given as {_shown(answer)}, which is not the manifest's own type", "answers 502")
+    if given == seen.known["twin"]:
         return _documented("converted")
-    if own_type(answer) == stored:
-        return _otherwise("given as it is stored", "hands it on, under the digest of its bytes")
-    return _defect(f"given as {_shown(answer)}", "answers 502 if that is no manifest")
+    said = "given as it is stored" if given == stored else f"given as {given}"
+    return _otherwise(said, "hands it on, under the digest of its bytes")
 
 
 def manifest_by_digest(seen: Seen) -> Judgement:
@@ -269,6 +272,15 @@ def manifest_by_digest(seen: Seen) -> Judgement:
     if _is_digest_of(seen.known["image"], answer.body):
         return _documented("the bytes of that digest")
     return _defect("other bytes", "answers 502")
+
+
+def _own_type(manifest: Contact) -> str:
+    """
+    Return the type of a manifest.
+
+    @raise ValueError: if the daemon would refuse it for that.
+    """
+    return Document.read(manifest.body).type_as(manifest.headers.get("content-type", ""))
 
 
 def _is_digest_of(named: str, body: bytes) -> bool:
