@@ -287,6 +287,23 @@ class TrialTests(SynchronousTestCase):
         self.assertEqual("https://bucket.test/x?X-Amz-Signature=s", trial.location)
         self.assertNotIn("X-Amz", repr(trial.findings))
 
+    def test_of_a_blob_one_byte_is_asked_for(self) -> None:
+        """
+        A registry may give it itself.
+        """
+        asked: list[Mapping[str, str]] = []
+
+        def ask(method: str, path: str, headers: Mapping[str, str]) -> Contact:
+            if (method, path) != ("GET", self.blob):
+                return self.answers[method, path]
+            asked.append(headers)
+            return Contact("a", status=206, body=b"{")
+
+        trial = Trial(ask, "app")
+        trial.run("1")
+        self.assertEqual([{"Range": "bytes=0-0"}], asked)
+        self.assertEqual({Verdict.OK}, {each.verdict for each in trial.findings})
+
     def test_what_is_refused_is_named(self) -> None:
         """
         Each action by itself, by ECR's own words.

@@ -47,6 +47,7 @@ class World:
 
     problems: dict[str, Exception] = field(default_factory=dict)
     touched: list[tuple[str, str, Mapping[str, str]]] = field(default_factory=list)
+    read: dict[str, int] = field(default_factory=dict)
     addresses: dict[str, list[str]] = field(default_factory=dict)
     hanging: bool = False
     greeting: int = 200
@@ -87,6 +88,7 @@ class World:
         most: int = 64 * 2**10,
     ) -> Contact:
         self.touched.append((url, address, headers))
+        self.read[url] = min(most, self.read.get(url, most))
         self.through.append(str(through or ""))
         blob = f"/blobs/{Digest.of(CONFIG)}"
         shown = replace(AMAZON, until=NOW + 10**8)
@@ -363,6 +365,11 @@ class ImageTests(DoctorTestCase):
         elsewhere = [headers for url, _, headers in self.world.touched if not url.startswith(f"https://{ECR}/")]
         self.assertGreater(len(elsewhere), 2)
         self.assertEqual([{"Range"}] * len(elsewhere), [set(headers) for headers in elsewhere])
+
+    def test_a_kilobyte_of_a_blob_is_read_at_most(self) -> None:
+        self.call("--image", "team/app:1")
+        blob = f"https://{ECR}/v2/team/app/blobs/{Digest.of(b'layer')}"
+        self.assertEqual([1024, 1024], [self.world.read[url] for url in (blob, LOCATION)])
 
     def test_no_question_is_asked_late(self) -> None:
         """

@@ -17,7 +17,8 @@ from ecrproxy.registry.refusals import Refusal
 
 ACCEPT: Final = {"Accept": ", ".join(sorted(MANIFEST_TYPES))}
 _OK: Final = frozenset({200})
-_OK_OR_ELSEWHERE: Final = frozenset({200, *REDIRECT_STATUSES})
+_OK_OR_ELSEWHERE: Final = frozenset({200, 206, *REDIRECT_STATUSES})
+_ONE_BYTE: Final = {"Range": "bytes=0-0"}
 
 Ask = Callable[[str, str, Mapping[str, str]], Contact]
 """Asks the registry, with the token, by method, path and headers."""
@@ -61,7 +62,7 @@ class Trial:
             self.findings.append(skipped("ecr:GetDownloadUrlForLayer", "the manifest lists nothing to try it with"))
             return
         self._attempt("ecr:BatchCheckLayerAvailability", "HEAD", f"/blobs/{blob}", good=_OK_OR_ELSEWHERE)
-        found = self._attempt("ecr:GetDownloadUrlForLayer", "GET", f"/blobs/{blob}", good=_OK_OR_ELSEWHERE)
+        found = self._attempt("ecr:GetDownloadUrlForLayer", "GET", f"/blobs/{blob}", _ONE_BYTE, good=_OK_OR_ELSEWHERE)
         self.location = found.headers.get("location", "") if found is not None else ""
 
     def _attempt(
