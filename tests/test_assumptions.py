@@ -83,6 +83,15 @@ class Rig:
         """
         self.standin.push_index(REPOSITORY, TAG, [self.image], media_type)
 
+    def refer(self, count: int) -> None:
+        """
+        Have so many manifests refer to the image.
+        """
+        subject = self.image.descriptor()
+        for number in range(count):
+            manifest = {"schemaVersion": 2, "mediaType": OCI_MANIFEST, "subject": subject, "number": number}
+            self.standin.push_manifest(REPOSITORY, manifest, OCI_MANIFEST)
+
     def ask(self, question: Question) -> Contact:
         """
         Ask the stand-in.
@@ -369,6 +378,7 @@ CASES: Mapping[str, list[tuple[Outcome, Prepare]]] = {
     ],
     "referrers": [
         (WELL, as_it_is),
+        (WELL, lambda rig: rig.refer(1000)),
         (OTHER, altered("referrers", link='<?hidden>; rel="next"')),
         (OTHER, altered("referrers", 404)),
         (OTHER, altered("referrers", 405)),

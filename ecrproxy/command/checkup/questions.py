@@ -63,7 +63,7 @@ QUESTIONS: Final = (
     Question("forged", "{forged}", headers={"Range": "bytes=0-0"}, most=_BUCKET_BYTES),
     Question("tags", "/v2/{repository}/tags/list?n=1"),
     Question("many-tags", "/v2/{repository}/tags/list?n=10000"),
-    Question("referrers", "/v2/{repository}/referrers/{digest}"),
+    Question("referrers", "/v2/{repository}/referrers/{digest}", most=MANIFEST_LIMIT + 1),
     Question("no-referrers", "/v2/{repository}/referrers/{nothing}"),
     Question("no-tag", f"/v2/{{repository}}/manifests/{NOTHING}", headers=ACCEPT),
     Question("no-repository", f"/v2/{NOTHING}/manifests/{NOTHING}", headers=ACCEPT),
