@@ -44,7 +44,7 @@ class Member(Daemon):
     def __init__(self, equipment: Equipment, home: Path, settings: Mapping[str, str | None]) -> None:
         self.inner, plain = free_port(), free_port()
         endpoints = f"haproxy:tcp:{self.inner}:interface=127.0.0.1 tcp:{plain}:interface=127.0.0.1"
-        super().__init__(equipment, home, {**settings, "PROXY_LISTEN": endpoints})
+        super().__init__(equipment, home, {**settings, "PROXY_LISTEN": endpoints, "PROXY_READ_AHEAD": "false"})
         self.port, self.address = plain, f"127.0.0.1:{plain}"
         self.url = f"http://{self.address}"
 
