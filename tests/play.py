@@ -1,12 +1,14 @@
 """
 What C{make play} leaves running: the daemon before a stand-in for ECR, with a client that pulls now and then.
 
-It prints where both are and what to type, until Ctrl-C. Nothing of it is left afterwards.
+It prints where both are and what to type, until Ctrl-C. Nothing of it is left afterwards. PROXY_PORT chooses another
+port than the usual one.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import sys
@@ -81,7 +83,7 @@ def play(home: Path) -> None:
     with running(start_stand_in(home)) as stand_in:
         stand_in.wait_until(lambda: places_file.exists() and places_file.read_text().endswith("\n"))
         places = json.loads(places_file.read_text())
-        port, admin = usual_or_free(PORT), usual_or_free(ADMIN_PORT)
+        port, admin = usual_or_free(int(os.environ.get("PROXY_PORT") or PORT)), usual_or_free(ADMIN_PORT)
         place = f"localhost:{port}"
         more = {"PROXY_ADMIN_LISTEN": f"tcp:{admin}:interface={LOCAL}"}
         with running(start_daemon(home, places, port, **more)) as daemon:
