@@ -72,7 +72,7 @@ dist: $(STAMP)
 # The daemon under test is the wheel's, installed outside the checkout; and into an empty environment of each of PYTHONS.
 # E2E has options for pytest.
 PYTHONS ?= $(PYTHON)
-e2e: dist
+e2e: dist $(RUN_STAMP)
 	tests/e2e/install-packages.sh
 	$(VENV)/bin/python -m pip install --quiet --config-settings editable_mode=compat --editable '.[e2e]'
 	rm -rf $(VENV)-e2e && $(PYTHON) -m venv $(VENV)-e2e
