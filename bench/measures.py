@@ -226,7 +226,11 @@ def rush(ground: Ground, sizes: Sizes, peer: str, figures: Figures) -> None:
     """
     Measure a blob of 1 MiB that nobody has and many clients want at once.
     """
-    with ground.upstream(sizes.latency, sizes.rate) as upstream, served(peer, ground, upstream) as one:
+    settings = {"PROXY_CONNECTIONS_PER_ADDRESS": "0"} if peer == OURS else {}  # all of them have one
+    with (
+        ground.upstream(sizes.latency, sizes.rate) as upstream,
+        served(peer, ground, upstream, settings=settings) as one,
+    ):
         before, used = upstream.counts(), cpu_seconds(one.pid)
         failed = fetch_all_at_once(one, blob(ground.shelf.medium), MEDIUM_BYTES, sizes.rushing)
         time.sleep(SETTLED)
