@@ -28,6 +28,7 @@ from ecrproxy.oci import Digest
 from ecrproxy.registry.ecr import Credentials
 from ecrproxy.registry.egress import Proxy
 from tests.caller import NOW, Caller
+from tests.store_contract import scratch
 from tests.test_checkup_account import ARN, BODY, CONFIG
 from tests.test_checkup_machine import WELL
 from tests.test_checkup_network import AMAZON, ECR
@@ -325,7 +326,7 @@ class ImageTests(DoctorTestCase):
 
     def setUp(self) -> None:
         super().setUp()
-        self.file = Path(self.mktemp())
+        self.file = scratch(self)
 
     def test_each_assumption_has_a_line(self) -> None:
         """
