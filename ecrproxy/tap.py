@@ -393,7 +393,7 @@ def _announcing(
     """
 
     def held() -> int:
-        return store.index.totals.blocks + store.index.size
+        return store.index.taken
 
     def rows() -> list[Row]:
         return list(figures.served.requests.rows())

@@ -96,7 +96,7 @@ def of_cache(store: Store, janitor: Janitor) -> list[Reading]:
     index = store.index
     return [
         Reading(CACHE_FILES, lambda: index.totals.files),
-        Reading(CACHE_BYTES, lambda: index.totals.blocks + index.size),
+        Reading(CACHE_BYTES, lambda: index.taken),
         Reading(CACHE_RESERVED, lambda: index.totals.arriving),
         Reading(CACHE_LIMIT, lambda: janitor.limit),
         Reading(EVICTIONS, lambda: janitor.evicted),

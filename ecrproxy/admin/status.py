@@ -134,7 +134,7 @@ class Process:
 
     def _fill(self, leaving: Sequence[Leaving]) -> Fill:
         index = self.store.index
-        held, evicted = index.totals.blocks + index.size, self.janitor.evicted
+        held, evicted = index.taken, self.janitor.evicted
         return Fill(held, index.totals.arriving, self.janitor.limit, index.totals.files, evicted, tuple(leaving))
 
     def _transfers(self) -> tuple[Transfer, ...]:

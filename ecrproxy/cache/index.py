@@ -199,6 +199,13 @@ class Index:
         return self._rows.totals
 
     @property
+    def taken(self) -> int:
+        """
+        The bytes of disk that content and the index take.
+        """
+        return self.totals.blocks + self.size
+
+    @property
     def problem(self) -> str:
         """
         Why rows are kept in memory alone, if they are.

@@ -350,7 +350,7 @@ class Janitor(Service):
         @param pending: bytes that are reserved, and known not to be allocated.
         """
         index = self._store.index
-        kept = index.totals.blocks + index.size
+        kept = index.taken
         least = self._store.holds(kept)
         if least is None:
             return
