@@ -406,6 +406,17 @@ class EntriesContract(IndexContract):
             pass
         assert {key.reference for key, _, _ in self.index.entries()} == {str(A), A.hex[:8], str(C)}
 
+    def test_entries_stay_whose_content_arrives_however_old_the_clock_makes_them(self) -> None:
+        for digest in (A, B, C):
+            self.saved(held(digest), (ANY, confirmed(digest)))
+            self.saved(tag(digest.hex[:8]), (ANY, confirmed(digest)))
+        for digest in (A, C):
+            self.index.arrive(Reservation(arriving_path(digest).rpartition("/")[2]), 1)
+        for _ in self.index.forget_absent(START + 3650 * 86400):
+            pass
+        left = {key.reference for key, _, _ in self.index.entries()}
+        assert left == {str(A), A.hex[:8], str(C), C.hex[:8]}
+
     def test_as_many_answers_as_an_entry_may_have_are_kept(self) -> None:
         """
         The longest unconfirmed ones make room for others, whoever saves them.

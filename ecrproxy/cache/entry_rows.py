@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from ecrproxy.cache.cells import DamagedError, Move, as_number, as_text, moment, packed, the_row, unpacked
+from ecrproxy.cache.cells import ALGORITHMS, DamagedError, Move, as_number, as_text, moment, packed, the_row, unpacked
 from ecrproxy.cache.database import Database
 from ecrproxy.cache.entries import ANSWERS_LIMIT, VARIANTS_LIMIT, Confirmed, Entry, EntryKey
 from ecrproxy.identity import RegistryId
@@ -20,6 +20,9 @@ from ecrproxy.oci import BLOB_TYPE, MANIFEST_TYPES, Descriptor, Digest, Kind
 PAGE: Final = 1000
 """Rows that are read in one statement."""
 _KINDS: Final = (Kind.MANIFEST, Kind.BLOB)
+_PREFIXES: Final = " ".join(f"WHEN x'{number:02x}' THEN '{each}-'" for number, each in enumerate(ALGORITHMS))
+_ARRIVING_NAME: Final = f"CASE substr(digest, 1, 1) {_PREFIXES} END || lower(hex(substr(digest, 2)))"
+"""The name of what arrives of a digest, as L{ecrproxy.cache.paths.arriving_path} has it."""
 
 
 class EntryRows(Database):
@@ -179,7 +182,9 @@ class EntryRows(Database):
 
     def forget_absent(self, before: float) -> Iterator[None]:
         """
-        Drop entries that ECR confirmed last before this moment, and whose content is not there; page by page.
+        Drop entries that ECR confirmed last before this moment, and whose content is neither there nor arriving.
+
+        It goes page by page.
         """
         yield from self._forget_absent(before, "holds", {"repository": -1, "digest": b"", "kind": -1, "variant": ""})
         yield from self._forget_absent(before, "tag", {"repository": -1, "tag": "", "variant": "", "accepts": ""})
@@ -187,7 +192,10 @@ class EntryRows(Database):
     def _forget_absent(self, before: float, table: str, first: Mapping[str, object]) -> Iterator[None]:
         keys, marks, last = ", ".join(first), ", ".join("?" * len(first)), tuple(first.values())
         page = f"{table} WHERE ({keys}) > ({marks}) AND ({keys}) <= ({marks})"
-        absent = f"{page} AND confirmed < ? AND digest NOT IN (SELECT digest FROM content)"  # noqa: S608
+        absent = (
+            f"{page} AND confirmed < ? AND digest NOT IN (SELECT digest FROM content)"  # noqa: S608
+            f" AND {_ARRIVING_NAME} NOT IN (SELECT name FROM arriving)"
+        )
         while True:
             # The page's last row, and whether any must go: no row of those that stay gets out of SQLite.
             ends = self._query(

@@ -975,7 +975,9 @@ class Index:
 
     def forget_absent(self, before: float) -> Iterator[None]:
         """
-        Drop entries that ECR confirmed last before this moment, and whose content is not there; in short steps.
+        Drop entries that ECR confirmed last before this moment, and whose content is neither there nor arriving.
+
+        It goes in short steps.
 
         @raise OSError: if the index can't be read or written.
         """
