@@ -59,12 +59,13 @@ ARROWS: dict[str, set[str]] = {
         "transfer.sending",
     },
     "answers": {"cache", "oci", "reasons", "transfer.download", "transfer.passing"},
-    "cache": {"identity", "oci", "periodic", "threads"},
+    "cache": {"buffers", "identity", "oci", "periodic", "threads"},
     "cached": {"answers", "cache", "flights", "identity", "oci", "ordering", "reasons", "threads"},
     "catalog": {"flights", "oci", "reasons", "registry.ecr"},
     "daemon": {
         "access.limits",
         "addresses",
+        "buffers",
         "endpoint_string",
         "files",
         "logs.writing",
@@ -187,7 +188,7 @@ ARROWS: dict[str, set[str]] = {
         "registry.quotas",
         "shares",
     },
-    "transfer": {"access.limits", "byte_ranges", "cache", "oci", "reasons", "stopwatch", "threads"},
+    "transfer": {"access.limits", "buffers", "byte_ranges", "cache", "oci", "reasons", "stopwatch", "threads"},
     "workers": {"admin.incidents", "admin.snapshot", "daemon.inherited", "metrics", "periodic", "readiness", "threads"},
 }
 OUTERMOST = {"tap", "serving", "command"}

@@ -5,12 +5,14 @@ How bytes move to a client over TLS: sealed in large pieces, at its pace and wit
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 from OpenSSL import SSL
 from twisted.internet.address import IPv4Address
 from twisted.protocols.tls import TLSMemoryBIOFactory
 
 from ecrproxy.access.limits import Limits
+from ecrproxy.buffers import AT_ONCE
 from ecrproxy.daemon.tls import Certificate
 from tests.daemon import MIB, DaemonTestCase, noise
 from tests.store_contract import scratch
@@ -35,9 +37,9 @@ class SealedTests(DaemonTestCase):
         Have a client connect, and ask for the blob.
         """
         factory = TLSMemoryBIOFactory(self.certificate, False, self.daemon.site, self.clock)
-        protocol = factory.buildProtocol(IPv4Address("TCP", "192.0.2.7", 31337))
-        self.connection = PipeConnection(protocol, Reactor())
-        protocol.makeConnection(self.connection)
+        self.protocol: Any = factory.buildProtocol(IPv4Address("TCP", "192.0.2.7", 31337))
+        self.connection = PipeConnection(self.protocol, Reactor())
+        self.protocol.makeConnection(self.connection)
         self.addCleanup(self.connection.shut)
         self.client, self.got = client(), bytearray()
         for _ in range(10):
@@ -110,13 +112,30 @@ class SealedTests(DaemonTestCase):
         self.get(f"/v2/team/app/blobs/{self.digest}")
         self.connect()
         for pieces in (1, 2):
-            self.take_up_to(pieces * MIB)
+            self.take_up_to(pieces * AT_ONCE)
             self.pass_time(299)
             self.assertFalse(self.connection.over)
-        self.take_up_to(2 * MIB + MIB // 2)
+        self.take_up_to(2 * AT_ONCE + AT_ONCE // 2)
         self.pass_time(2)
         self.assertTrue(self.connection.over)
         self.assertEqual((1, 0), (self.daemon.crowd.slow_readers, self.daemon.crowd.transferring))
+
+    def test_what_tls_has_sealed_by_itself_goes_before_what_comes(self) -> None:
+        """
+        It answers a client that changes keys, say: each record has its number, and comes in order.
+        """
+        self.standin.hold(self.digest)
+        self.connect()
+        self.standin.deliver(self.digest, MIB)
+        self.flush()
+        self.take_all()
+        sealing = self.protocol.getHandle()
+        sealing.send(b"by itself")
+        self.connection.write(sealing.bio_read(100))
+        self.standin.release(self.digest)
+        self.flush()
+        self.take_all()
+        self.assertTrue(self.body == self.data[:MIB] + b"by itself" + self.data[MIB:])
 
     def test_a_client_that_has_taken_all_is_not_slow(self) -> None:
         """

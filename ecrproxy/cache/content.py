@@ -8,6 +8,7 @@ import os
 import threading
 from typing import Any, Final, Protocol
 
+from ecrproxy.buffers import AT_ONCE
 from ecrproxy.cache.proofs import is_marked
 from ecrproxy.oci import MANIFEST_LIMIT, Digest
 
@@ -199,7 +200,7 @@ def hash_range(fd: int, state: Any, offset: int, limit: int) -> int:  # noqa: AN
     """
     end = offset + limit
     at = offset
-    while at < end and (data := os.pread(fd, min(2**20, end - at), at)):
+    while at < end and (data := os.pread(fd, min(AT_ONCE, end - at), at)):
         at += len(data)
         if at < end:  # the kernel reads nothing ahead by itself: see locks.without_side_effects
             os.posix_fadvise(fd, at, min(_AHEAD, end - at), os.POSIX_FADV_WILLNEED)

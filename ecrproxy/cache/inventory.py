@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from ecrproxy.cache.content import DigestMismatchError
+from ecrproxy.cache.content import DigestMismatchError, hash_range
 from ecrproxy.cache.directory import without_waiting
 from ecrproxy.cache.entries import EntryKey
 from ecrproxy.cache.locks import share
@@ -166,18 +166,14 @@ class Inventory:
         before, verdict, state, offset = os.fstat(fd), "good", digest.hasher(), 0
         why: Exception = DigestMismatchError("it is not what its name says")
         try:
-            while stat.S_ISREG(before.st_mode) and (data := os.pread(fd, 2**20, offset)):
-                state.update(data)
-                offset += len(data)
-                if offset % STEP == 0:
-                    yield {"hashed": STEP}
+            while stat.S_ISREG(before.st_mode) and (count := hash_range(fd, state, offset, STEP)):
+                offset += count
+                yield {"hashed": count}
         except OSError as problem:
             verdict, why = "unreadable", problem
         after = os.fstat(fd)
         if verdict == "good" and state.hexdigest() != digest.hex:
             verdict = "bad"
-        if offset % STEP:
-            yield {"hashed": offset % STEP}
         if verdict == "good":
             if (before.st_mtime_ns, before.st_size) == (after.st_mtime_ns, after.st_size):
                 self._store.proofs.note(digest, after, good=True)

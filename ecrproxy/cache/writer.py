@@ -20,6 +20,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
+from ecrproxy.buffers import AT_ONCE
 from ecrproxy.cache.content import DigestMismatchError
 from ecrproxy.cache.directory import Directory
 from ecrproxy.cache.flushing import write_back
@@ -36,8 +37,6 @@ UNASKED_SECONDS: Final = 3600.0
 """How long ago content counts as used that nobody has asked for yet: it goes before what was asked for since."""
 _CATCH_UP: Final = 16 * 2**20
 """Most bytes that are hashed in one call."""
-_READ: Final = 256 * 2**10
-"""Bytes that are read at once to be hashed: they are still in the processor's cache then."""
 
 
 class Writer:
@@ -218,7 +217,7 @@ class Writer:
             end = self._there.end_of(self.hashed)
         state, at = self.reached
         stop = min(end, at + _CATCH_UP)
-        buffer = memoryview(bytearray(min(_READ, stop - at)))
+        buffer = memoryview(bytearray(min(AT_ONCE, stop - at)))
         while at < stop:
             count = os.preadv(self._fd, [buffer[: stop - at]], at)
             if not count:

@@ -5,7 +5,6 @@ What the process is set to before anything runs in it: files, memory, garbage, t
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import resource
 import socket
@@ -18,6 +17,7 @@ from twisted.internet._resolver import GAIResolver
 from twisted.internet.base import ReactorBase
 
 from ecrproxy.access.limits import SPARE
+from ecrproxy.buffers import give_memory_back
 from ecrproxy.threads import content_with_few
 
 OWN_FILES: Final = 64
@@ -30,8 +30,6 @@ FILES_OF_A_CLIENT: Final = 3
 """A client's socket, the file that it is sent, and a connection upstream."""
 STILL_SECONDS: Final = 2.0
 """The most seconds that count of those in which nobody looked at the clock. A reactor that runs does twice as often."""
-_M_MMAP_THRESHOLD: Final = -3
-"""glibc's malloc.h."""
 
 
 def set_up(reactor: Any) -> None:  # noqa: ANN401
@@ -158,17 +156,6 @@ def clients_beside_spare(files: int | None = None) -> int:
     """
     most = most_clients(files)
     return most - min(2 * SPARE, most // 2)  # the oldest of the spare ones is closed for the next
-
-
-def give_memory_back() -> None:
-    """
-    Have glibc give large pieces of memory back to the system when they are freed.
-
-    Otherwise it comes to keep what is as large as the largest piece that was freed once, up to 32 MiB, in heaps that
-    never shrink: among threads that write blobs in batches of megabytes, the daemon grew to three times its size.
-    """
-    with contextlib.suppress(OSError, AttributeError):  # another libc does not know it
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 256 * 2**10)
 
 
 @cache

@@ -33,6 +33,9 @@ Bytes that TLS may say of itself on a connection after the handshake: hundreds o
 Those that do so change them after gigabytes.
 """
 
+_MODE_ENABLE_PARTIAL_WRITE: Final = 1
+"""OpenSSL's ssl.h."""
+
 # Mozilla's "intermediate" set for TLS 1.2; all of TLS 1.3's suites are good.
 _CIPHERS = (
     b"ECDHE-ECDSA-AES128-GCM-SHA256:ECDHE-RSA-AES128-GCM-SHA256:ECDHE-ECDSA-AES256-GCM-SHA384:"
@@ -139,6 +142,8 @@ def _context(key_path: str, certificate_path: str) -> SSL.Context:
     context.set_options(SSL.OP_NO_COMPRESSION)
     # Idle connections hold no buffers.
     context.set_mode(SSL.MODE_RELEASE_BUFFERS)
+    # One call seals all records of a piece. (pyOpenSSL has one call for each.)
+    context.clear_mode(_MODE_ENABLE_PARTIAL_WRITE)
     try:
         open_file(certificate_path).close()  # OpenSSL's own message does not say what is wrong with a file
         context.use_certificate_chain_file(certificate_path)

@@ -39,10 +39,10 @@ from zope.interface import implementer
 
 from ecrproxy.access.limits import Crowd, Patience, counted
 from ecrproxy.http.empty_body import EmptyBody
-from ecrproxy.http.outgoing import has_sent_all
 from ecrproxy.http.request import address_of
 from ecrproxy.http.target import HOST, parse_target
 from ecrproxy.request_id import REQUEST_ID
+from ecrproxy.transfer.outgoing import has_sent_all
 
 if TYPE_CHECKING:
     from twisted.web.http import Request

@@ -36,12 +36,13 @@ from ecrproxy.answers import Answer, Asked, CacheStatus, joined
 from ecrproxy.cache.content import Content
 from ecrproxy.cache.memory import Memory
 from ecrproxy.http.answering import KNOWN, send_source
-from ecrproxy.http.reply import FileReply, Written, write, write_with_file
+from ecrproxy.http.reply import FileReply, Written, write_with_file
 from ecrproxy.http.request import Hit, RegistryRequest, Told, fields
 from ecrproxy.oci import Kind
 from ecrproxy.proxy import PullThrough
 from ecrproxy.request_id import REQUEST_ID, current
 from ecrproxy.threads import InThread, patient
+from ecrproxy.transfer.outgoing import write
 from ecrproxy.transfer.sending import piece_size
 from ecrproxy.transfer.sources import Shelved
 from ecrproxy.world import World, Worlds

@@ -15,7 +15,7 @@ from twisted.python.failure import Failure
 from twisted.web.http_headers import Headers
 
 from ecrproxy.cache.content import Content
-from ecrproxy.http.outgoing import has_sent_all
+from ecrproxy.transfer.outgoing import has_sent_all, write
 from ecrproxy.transfer.sending import warm_start
 
 
@@ -93,21 +93,6 @@ class FileReply:
         self._tell(self.sentLength, aborted=True)
         if self.sending is not None:
             self.sending.cancel()
-
-
-def write(transport: Any, data: bytes, flags: int = 0) -> bool:  # noqa: ANN401
-    """
-    Send C{data}, at once where nothing waits: a turn of the event loop for it costs as much as all else here.
-
-    @return: whether all has been sent.
-    """
-    if has_sent_all(transport):
-        with contextlib.suppress(OSError):  # it takes none now, or has ended: the transport finds out which
-            data = data[transport.socket.send(data, flags) :]
-        if not data:
-            return True
-    transport.write(data)
-    return False
 
 
 def write_with_file(transport: Any, head: bytes, content: Content) -> int:  # noqa: ANN401

@@ -16,6 +16,7 @@ Rules:
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, cast
@@ -30,7 +31,9 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from ecrproxy.access.limits import Patience
+from ecrproxy.buffers import AT_ONCE
 from ecrproxy.threads import InThread
+from ecrproxy.transfer.outgoing import write
 from ecrproxy.transfer.page_cache import in_memory
 from ecrproxy.transfer.sources import FilePiece, Source
 
@@ -379,8 +382,12 @@ class SealedSending(SlotSending):
     Twisted's TLS takes 16 KiB at a time, and copies each several times more: a third of all work.
     """
 
-    _scratch = bytearray(PIECE)
-    """Holds bytes between the file and OpenSSL, which takes them at once: one for all connections."""
+    _scratch = mmap.mmap(-1, AT_ONCE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    """
+    Holds bytes between the file and OpenSSL, which takes them at once: one for all connections.
+
+    It begins with a page, as what is read does: elsewhere some processors copy at a fifth of the speed.
+    """
 
     def __init__(
         self,
@@ -405,24 +412,25 @@ class SealedSending(SlotSending):
         self._tls.registerProducer(self._channel, True)  # noqa: FBT003
 
     def _send_bytes(self, data: bytes) -> int:
-        return self._seal(memoryview(data))
+        self._seal(memoryview(data))
+        return len(data)
 
     def _send_file(self, fd: int, offset: int, count: int) -> int:
-        read = os.preadv(fd, [memoryview(self._scratch)[:count]], offset)
-        if not read:
-            raise CutShortError(_CUT)
-        return self._seal(memoryview(self._scratch)[:read])
+        done, goes_on = 0, True
+        while goes_on and done < count:
+            read = os.preadv(fd, [memoryview(self._scratch)[: count - done]], offset + done)
+            if not read:
+                raise CutShortError(_CUT)
+            goes_on = self._seal(memoryview(self._scratch)[:read])
+            done += read
+        return done
 
-    def _seal(self, data: memoryview) -> int:
+    def _seal(self, data: memoryview) -> bool:
+        """
+        Seal bytes, and send them; tells whether the client has taken all.
+        """
         connection = self._tls._tlsConnection  # noqa: SLF001
         size, left = len(data), data
-        while left:  # OpenSSL takes a record at a time
+        while left:  # OpenSSL may be set to take a record at a time
             left = left[connection.send(left) :]
-        sealed = connection.bio_read(size + SEAL)
-        try:
-            sent = self._transport.getHandle().send(sealed)
-        except BlockingIOError:
-            sent = 0
-        if sent < len(sealed):
-            self._transport.write(sealed[sent:])
-        return size
+        return write(self._transport, connection.bio_read(size + SEAL))

@@ -17,6 +17,7 @@ from functools import partial
 from http.client import HTTPException
 from typing import Any, Final, TypeVar
 
+from ecrproxy.buffers import AT_ONCE
 from ecrproxy.command.prefetching.door import Ask, Reply
 from ecrproxy.command.prefetching.images import Image, target
 from ecrproxy.command.prefetching.platforms import Offer, Platform, choose, may_hold, offers
@@ -27,7 +28,6 @@ from ecrproxy.registry.retries import TRANSIENT_STATUSES, Budget, TransientError
 
 T = TypeVar("T")
 
-PIECE: Final = 2**20
 ACCEPT: Final = ", ".join(sorted(MANIFEST_TYPES))
 BUDGET: Final = Budget(tries=8, seconds=300.0)
 """With the waits between them a minute at the least: a daemon that is restarted has so long."""
@@ -260,7 +260,7 @@ class _Arriving:
             self._state, self.there = self._digest.hasher(), 0
         elif reply.status == _PARTIAL and not reply.headers.get("content-range", "").startswith(f"bytes {self.there}-"):
             raise PullError("another part than the one asked for came")
-        while self.there <= self._size and (piece := reply.read(PIECE)):
+        while self.there <= self._size and (piece := reply.read(AT_ONCE)):
             self._state.update(piece)
             self.there += len(piece)
             self._moved(len(piece))
