@@ -55,7 +55,7 @@ Facts = Sequence[tuple[EntryKey, Entry]]
 FACTS: Final = 1000
 """The most facts that one manifest gives, itself included. ECR confirms the rest when it is asked for."""
 _UNWRITTEN_SECONDS = 60
-"""How long an unchanged tag's confirmation, or that a manifest gave facts again, is in memory alone."""
+"""How long an unchanged confirmation, or that a manifest gave facts again, is in memory alone."""
 _BODIES_BYTES = 32 * 2**20
 _ENTRIES_BYTES = 8 * 2**20
 """Bytes of memory for manifests, for small blobs, and for entries."""
@@ -169,6 +169,7 @@ class Cache:
         self._written: Memory[tuple[EntryKey, frozenset[str]], float] = Memory(_WRITTEN_BYTES)
         self._verifications: dict[tuple[Digest, int], Verification] = {}
         self._unwritten: dict[EntryKey, Entry] = {}
+        self._remembering: set[tuple[EntryKey, Descriptor, int]] = set()
         self._recording = Counter[EntryKey]()
         self._to_write: set[tuple[EntryKey, frozenset[str]]] = set()
         self._storing = self._purges = 0
@@ -533,9 +534,31 @@ class Cache:
 
     def remember(self, asked: Asked, descriptor: Descriptor) -> None:
         """
-        Note that ECR said that the repository holds what was asked for by its digest.
+        Note that ECR said that the repository holds what was asked for by its digest: for all who hear it, once.
         """
-        on_its_own(self._remember(asked, descriptor))
+        key = asked.entry_key
+        about = key, descriptor, self._purges
+        if about in self._remembering or self._has_noted(key, descriptor):
+            return
+
+        async def remember() -> None:
+            try:
+                await self._remember(asked, descriptor)
+            finally:
+                self._remembering.discard(about)
+
+        self._remembering.add(about)
+        on_its_own(remember())
+
+    def _has_noted(self, key: EntryKey, descriptor: Descriptor) -> bool:
+        """
+        Return True if that has been noted a short time ago.
+        """
+        entry = self._entries.get(key)
+        known = entry.answers.get(ANY) if entry else None
+        if known is None or known.manifest is not None or known.descriptor != descriptor:
+            return False
+        return 0 <= self._now() - known.when < _UNWRITTEN_SECONDS
 
     def held(self, digest: Digest) -> Document | None:
         """

@@ -465,6 +465,20 @@ class MemoryTests(DaemonTestCase):
         self.get(path)
         self.assertIn("_look_up", self.threads.calls)
 
+    def test_those_who_wait_for_a_blob_write_nothing_more_of_what_ecr_says(self) -> None:
+        """
+        Whoever brings the file in notes that the repository has it.
+        """
+        data = noise("larger", 2**16 + 1)
+        digest = self.standin.push_blob("team/app", data)
+        self.standin.hold(digest)
+        replies = [self.daemon.send("GET", f"/v2/team/app/blobs/{digest}") for _ in range(20)]
+        self.flush()
+        self.standin.release(digest)
+        self.flush()
+        self.assertEqual([data] * 20, [each.body for each in replies])
+        self.assertNotIn("save", self.threads.calls)
+
     def test_another_repository_is_asked_about(self) -> None:
         """
         Content in memory is a repository's only when ECR said so, as content on the disk is.
