@@ -81,8 +81,8 @@ are seen a second late: so many of them together stay within the limit.
 """
 LONG_LOG: Final = 64 * 2**20
 """Bytes of a log that is long, if it is also longer than its database: SQLite begins it anew, unless somebody reads."""
-LONG_SECONDS: Final = 600.0
-"""For how long a log may be long."""
+LONG_LOOKS: Final = 600
+"""How many looks, one a second, may find that a long log has grown. One that nobody writes to is in nobody's way."""
 COMING_SECONDS: Final = 60.0
 """For how long the use of what arrives still is kept, to be noted with the file."""
 _LATE_SECONDS: Final = 0.25
@@ -185,7 +185,7 @@ class Index:
         self._forgotten: dict[EntryKey, dict[frozenset[str], float]] = {}
         self._rows, self._files, self._seen = Rows(), tuple[Path, ...](), tuple[object, ...]()
         self._heights = [0, 0]
-        self._log_was_short = now()
+        self._log_size = self._log_grew = 0
         self._generation = 0
         self._everything, self._full, self._tried = False, False, float("-inf")
         self._occupied = float("-inf")
@@ -388,8 +388,8 @@ class Index:
         found = [status_of(path) for path in (self._root / POINTER, *self._files)]
         self.size = sum(each.st_blocks * 512 for each in found if each is not None)
         database, log_size = (each.st_size if each else 0 for each in found[1:3])
-        if log_size <= max(LONG_LOG, database):
-            self._log_was_short = self._now()
+        is_long = log_size > max(LONG_LOG, database)
+        self._log_size, self._log_grew = log_size, self._log_grew + (log_size > self._log_size) if is_long else 0
         identities = tuple((each.st_dev, each.st_ino) if each else None for each in found)
         return identities, [each.st_size if each else 0 for each in (found[1], found[3])]
 
@@ -416,7 +416,7 @@ class Index:
         """
         Whether some program has been reading for so long that the log would grow without bound.
         """
-        return self._now() - self._log_was_short >= LONG_SECONDS
+        return self._log_grew >= LONG_LOOKS
 
     def _replace(self, rows: Rows, problem: OSError) -> None:
         """
