@@ -109,6 +109,20 @@ class ContentContract(IndexContract):
         self.index.use(A)
         assert self.order() == [B, A]
 
+    def test_a_clock_that_begins_in_1970_makes_no_use_of_before(self) -> None:
+        """
+        A machine without a battery has no other until it is told: what was read ahead by then is of an hour before.
+        """
+        self.now = 60
+        self.index.add(A, 1, used=self.now - 3600)
+        self.index.add(B, 1)
+        assert self.order() == [A, B]
+        assert [each.used for each in self.index.files() if each.digest == A] == [0]
+        assert not self.index.settle()
+        self.now = START
+        self.index.add(C, 1)
+        assert self.order() == [A, B, C]
+
     def test_more_files_than_a_page_are_all_listed_in_order(self) -> None:
         digests = [Digest.of(str(number).encode()) for number in range(PAGE + 10)]
         for digest in digests:

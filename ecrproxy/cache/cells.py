@@ -137,9 +137,9 @@ def state_of(rows: Iterable[tuple[Any, ...]]) -> tuple[Totals, int]:
 
 def moment(when: float) -> int:
     """
-    Write a time in seconds.
+    Write a time in seconds; one of before the epoch, which no row may have, as the epoch.
     """
-    return round(when * 1e6)
+    return max(0, round(when * 1e6))
 
 
 def file_of(digest: bytes, size: int, used: int, verified: int | None) -> File:
