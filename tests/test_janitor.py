@@ -319,6 +319,31 @@ class JanitorTests(SmallCache):
             self.assertEqual(there, self.has(old, new))
             self.assertEqual(left, len(list(self.store.arriving.folder.glob("*.claim"))))
 
+    def test_a_transfer_that_ends_or_goes_on_while_the_index_can_not_be_written_evicts_nothing(self) -> None:
+        """
+        Its room is counted once, whatever waits to be noted of it.
+        """
+        for module in (record, writer_module, arriving):
+            self.patch(module, "WORTH_RESUMING", 1)
+        digest, size = Digest.of(b"left"), 39 * BLOCK
+        claim = self.store.claim(digest)
+        assert isinstance(claim, Claim)
+        self.assertTrue(self.janitor.make_room(claim.reservation, record.room_for(size)))
+        kept, writer = self.keep(60), self.store.writer(claim, digest, size)
+        writer.write(0, [b"x"])
+        self.index.elsewhere = lambda: None  # whose turn does not come
+        for _ in range(3):
+            writer.leave()
+            self.clock.advance(PAUSE_SECONDS)
+            self.assertEqual([True], self.has(kept))
+            writer = begin(self.store, digest, size)
+            self.clock.advance(PAUSE_SECONDS)
+            self.assertEqual([True], self.has(kept))
+        writer.close()
+        self.index.elsewhere = None
+        self.index.settle()
+        self.assertEqual((60 * BLOCK, 40 * BLOCK), self.index.totals[1:3])
+
     def test_an_interrupted_transfer_goes_after_a_day_while_the_daemon_runs(self) -> None:
         """
         It is swept each minute, also after a disk that failed meanwhile.

@@ -117,7 +117,8 @@ class _Change:
     """
     A change that waits to be made.
 
-    @ivar promised: bytes of disk that it promises.
+    @ivar promised: bytes of disk that it promises, beside those that are counted already.
+    @ivar name: what it promises them to.
     @ivar entries: how many entries it saves.
     @ivar since: when it began to wait.
     @ivar over: told when it was made, or could not be; none if it is to be tried until it can.
@@ -126,6 +127,7 @@ class _Change:
 
     make: Callable[[Rows], object]
     promised: int = 0
+    name: str = ""
     entries: int = 0
     since: float = 0.0
     over: threading.Event | None = None
@@ -458,11 +460,11 @@ class Index:
             self._replace(rows, problem)
             raise
 
-    def _change(self, change: Callable[[Rows], object], promised: int = 0) -> None:
+    def _change(self, change: Callable[[Rows], object], promised: int = 0, name: str = "") -> None:
         """
         Have something changed, now or when that can be.
         """
-        self._wait_in_line(_Change(change, promised))
+        self._wait_in_line(_Change(change, promised, name))
         self.go_on()
 
     def _change_now(self, change: Callable[[Rows], T]) -> T:
@@ -807,7 +809,7 @@ class Index:
         if self.shut_out:
             raise UnusableError(self.trouble)
         if self.has_plenty(on_disk(size), limit):
-            self.arrive(what, size)
+            self._arrive(what, size, 0, 0)  # nothing is known of it, and nobody waits for the disk to say so
             return 0
         opened = self.opened
         self._refuse_if_occupied()  # here, for then nothing is being made that would have to be undone
@@ -854,12 +856,26 @@ class Index:
 
         @param written: when it was written last; zero as long as it is being written.
         """
+        self._arrive(what, size, written, self._counted(what.name))
+
+    def _arrive(self, what: Reservation, size: int, written: float, counted: int) -> None:
         with self._noting:
             if written:
                 self._end_promises([what])
             else:
                 self._promised[what.name] = what, size
-        self._change(lambda rows: rows.arrive(what, size, written), on_disk(size))
+        more = max(0, on_disk(size) - counted)
+        self._change(lambda rows: rows.arrive(what, size, written), more, what.name)
+
+    def _counted(self, name: str) -> int:
+        """
+        Return how many bytes of disk are counted of what arrives, whether that is written or not.
+        """
+        with self._noting:  # first: it may be written meanwhile
+            waiting = max((each.promised for each in (*self._making, *self._late) if each.name == name), default=0)
+        with contextlib.suppress(OSError):
+            return max(waiting, self._ask(lambda rows: rows.room_of(name)))
+        return waiting
 
     def _end_promises(self, arriving: Iterable[Reservation]) -> None:
         for each in arriving:

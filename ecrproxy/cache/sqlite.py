@@ -228,6 +228,12 @@ class Rows(EntryRows):
         with self._transaction() as connection:
             connection.execute("UPDATE arriving SET written = 0 WHERE name = ? AND token = ?", what)
 
+    def room_of(self, name: str) -> int:
+        """
+        Return how many bytes of disk a file has that arrives, or is left over.
+        """
+        return sum(as_number(blocks) for (blocks,) in self._query("SELECT blocks FROM arriving WHERE name = ?", name))
+
     def arriving(self) -> list[Reserved]:
         """
         List what is arriving, or was interrupted, the longest unwritten first.
