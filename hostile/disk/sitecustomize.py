@@ -19,7 +19,7 @@ SECONDS: Final = 1.0
 LOOK: Final = 0.05
 _PATHS: Final = frozenset({"open", "os.listdir", "os.mkdir", "os.remove", "os.rename", "os.scandir", "os.utime"})
 _WRITERS: Final = ("fsync", "ftruncate", "pwrite")
-_READERS: Final = ("pread",)
+_READERS: Final = ("pread", "preadv")
 
 _file = open(os.environ["HOSTILE_DISK"])  # noqa: SIM115, PTH123 (it stays open as long as the process)
 _cache = os.environ["HOSTILE_CACHE"]
