@@ -133,6 +133,20 @@ class Manifests:
         found = await self._cache.look_up_manifest(asked)
         if not isinstance(found, Reason):
             return self._cache.manifest(asked, *found)
+        try:
+            return await self._ask_for_digest(asked, found)
+        except UnavailableError:  # a disk that was slow may give by now what ECR does not
+            late = await self._cache.look_up_manifest(asked) if found is Reason.DISK else found
+            if isinstance(late, Reason):
+                raise
+        return self._cache.manifest(asked, *late)
+
+    async def _ask_for_digest(self, asked: Asked, found: Reason) -> Answer:
+        """
+        Have ECR say that the repository holds a manifest, and fetch it if it isn't in the cache.
+
+        @param found: why it was not found there.
+        """
         here = await self._cache.has(asked.digest)
         if not here and not asked.head:
             return await self._fetch_by_digest(asked, found)

@@ -167,8 +167,7 @@ class PullThrough:
             size = known.descriptor.size if known and not confirmed else size
             carrier = self._carriers.get(asked.digest)
             absent = content is None and carrier is None
-            if content is None:
-                self._begin_behind(asked, ranges, size)
+            self._begin_behind(asked, ranges, size, lacking=content is None)
             allowed = known is not None or confirmed or (content is None and carrier == asked.route.repository)
             try:
                 if absent and (ranges is None or size is not None):
@@ -184,9 +183,32 @@ class PullThrough:
             except OtherSizeError as problem:
                 if problem.certain:
                     raise
-                if not confirmed:  # else who began the transfer knew less
-                    size, confirmed = await self._blob_size(asked), True
+                # If it was confirmed before, who began the transfer knew less.
+                size, confirmed = size if confirmed else await self._blob_size(asked), True
+            except UnavailableError:
+                answer = await self._answer_late(asked, missing)
+                if answer is None:
+                    raise
         return answer
+
+    async def _answer_late(self, asked: Asked, missing: Reason) -> Answer | None:
+        """
+        Look once more for what upstream does not give, if the disk had no answer in time: it may have one by now.
+
+        @param missing: why it was not found before.
+        @return: none if it isn't there, or it is not known that the repository may have it.
+        """
+        if missing is not Reason.DISK:
+            return None
+        known, content, _, since = await self._cache.look_up(asked)
+        if content is None:
+            return None
+        if known is not None and not asked.head:
+            return await self._cache.shelved(asked, content, since)
+        content.close()
+        if known is None:
+            return None
+        return Answer(CacheStatus.HIT, Reason.CACHED, BLOB_TYPE, asked.digest, content.size)
 
     async def _join_at_once(self, asked: Asked, ranges: Ranges | None) -> Answer | None:
         """
@@ -208,7 +230,13 @@ class PullThrough:
             content.close()
             if known is not None:
                 return Answer(CacheStatus.HIT, Reason.CACHED, BLOB_TYPE, asked.digest, content.size)
-        size = await self._blob_size(asked)
+        try:
+            size = await self._blob_size(asked)
+        except UnavailableError:
+            late = await self._answer_late(asked, missing)
+            if late is None:
+                raise
+            return late
         if content is None:
             missing = self._cache.why_missing(asked, missing)
             return Answer(CacheStatus.MISS, missing, BLOB_TYPE, asked.digest, size)
@@ -637,8 +665,8 @@ class PullThrough:
 
     # What is read ahead: see L{reading_ahead}.
 
-    def _begin_behind(self, asked: Asked, ranges: Ranges | None, size: int | None) -> None:
-        if self.ahead is not None and not _is_part(ranges, size):
+    def _begin_behind(self, asked: Asked, ranges: Ranges | None, size: int | None, *, lacking: bool) -> None:
+        if lacking and self.ahead is not None and not _is_part(ranges, size):
             self.ahead.missed(asked)
 
     def _has_plenty(self, route: Route, size: int, coming: int) -> bool:

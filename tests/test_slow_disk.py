@@ -7,6 +7,7 @@ from __future__ import annotations
 import errno
 import gc
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from twisted.internet.defer import Deferred, fail
@@ -144,6 +145,43 @@ class BrokenTests(DiskTestCase):
         hangs = False
         self.standin.refuse("registry")
         self.assertRefused(self.get("/v2/team/app/manifests/cached"), 502, "UNAVAILABLE")
+
+    def test_what_a_slow_disk_could_not_give_in_time_it_gives_where_upstream_gives_nothing(self) -> None:
+        """
+        The disk is looked at once more before a client is refused what the cache has.
+        """
+
+        def reading(blocking: Callable[..., Any], *args: Any) -> Deferred[Any]:
+            return at_once(blocking, *args) if self.standin.asked else fail(TimeoutError(errno.ETIMEDOUT, ""))
+
+        for method, path, right in (
+            ("GET", self.pulled, self.blob),
+            ("HEAD", self.pulled, self.blob),
+            ("GET", self.manifest(self.cached.digest), self.cached.manifest),
+            ("HEAD", self.manifest(self.cached.digest), self.cached.manifest),
+        ):
+            self.standin.heal()
+            self.start(disk=Disk(**{**dict.fromkeys(KINDS, at_once), "reading": reading}))
+            self.standin.forget_asked()
+            self.standin.fail("registry", status=503)
+            reply = self.daemon.ask(method, path)
+            self.assertEqual((200, "HIT"), (reply.code, reply.header("X-Cache-Status")), (method, path))
+            self.assertEqual(right if method == "GET" else b"", reply.body)
+
+    def test_where_the_disk_gives_nothing_either_a_client_is_told_what_upstream_has_said(self) -> None:
+        """
+        The disk is looked at twice, and a refusal is no reason for that.
+        """
+
+        def reading(blocking: Callable[..., Any], *args: Any) -> Deferred[Any]:
+            return fail(TimeoutError(errno.ETIMEDOUT, ""))
+
+        for method, path in (("GET", self.pulled), ("HEAD", self.pulled), ("GET", self.manifest(self.cached.digest))):
+            for fails, status in ((partial(self.standin.fail, "registry", status=500), 502), (self.standin.deny, 403)):
+                self.standin.heal()
+                self.start(disk=Disk(**{**dict.fromkeys(KINDS, at_once), "reading": reading}))
+                fails()
+                self.assertEqual(status, self.daemon.ask(method, path).code, (method, path))
 
     def test_a_tag_that_many_ask_for_is_written_once_or_twice(self) -> None:
         """
