@@ -18,9 +18,9 @@ Rules:
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from twisted.internet.defer import Deferred
 from twisted.logger import Logger
@@ -40,7 +40,7 @@ from ecrproxy.manifests import Manifests
 from ecrproxy.oci import BLOB_TYPE, Descriptor, Digest, Kind, RegistryError, Route
 from ecrproxy.reading_ahead import ReadingAhead, Transfers
 from ecrproxy.reasons import Reason
-from ecrproxy.registry.bucket import Blob, UnavailableError, is_passed_on
+from ecrproxy.registry.bucket import Blob, UnavailableError, is_passed_on, is_passed_on_always
 from ecrproxy.registry.race import SLOW_SECONDS, Race
 from ecrproxy.registry.upstream import Upstream
 from ecrproxy.threads import Disk, on_its_own
@@ -53,8 +53,10 @@ from ecrproxy.transfer.unattended import MOST, Unattended
 
 if TYPE_CHECKING:
     from twisted.internet.interfaces import IDelayedCall
+    from twisted.python.failure import Failure
 
 log = Logger()
+T = TypeVar("T")
 
 Source = tuple[Upstream, Route]
 """A registry, and as what it has a blob."""
@@ -353,8 +355,11 @@ class PullThrough:
         Let the rest of a transfer come from the registry of a client that has joined it, should its own give no more.
         """
         registry = route.repository.registry
-        if carrier is not None and carrier.registry != registry:
-            download.add_source(registry, (self._upstream(route), route))
+        if carrier is not None and carrier.registry != registry and registry not in download.others:
+            source = self._upstream(route), route
+            download.add_source(registry, source)
+            if download.digest in self._races:
+                self._races[download.digest](source)
 
     async def _open(
         self,
@@ -483,20 +488,14 @@ class PullThrough:
 
     async def _rest(self, download: Download, route: Route, stop: int | None, start: int) -> Blob:
         """
-        Begin to fetch what another process has left: from the registry that was asked first, or from one of the others.
+        Begin to fetch what another process has left: from the first registry, or, if that fails or is slow, another.
         """
-        try:
-            blob = await self._upstream(route).blob(route, stop, start)
-        except RegistryError:
-            asked = set[object]()
-            while untried := [each for each in download.others if each not in asked]:  # clients may join meanwhile
-                asked.add(untried[0])
-                upstream, other = download.others[untried[0]]
-                with contextlib.suppress(RegistryError):
-                    blob = await upstream.blob(other, stop, start)
-                    break
-            else:
-                raise
+
+        async def ask(source: Source) -> Blob:
+            return await source[0].blob(source[1], stop, start)
+
+        sources = [(self._upstream(route), route), *download.others.values()]
+        blob = await self._race(download.digest, sources, ask, is_passed_on_always)
         blob.others = download.others
         return blob
 
@@ -595,8 +594,20 @@ class PullThrough:
             return source[1], await source[0].blob(source[1], stop, start)
 
         sources = [(self._upstream(route), route), *self._others.get(digest, {}).values()]
+        return await self._race(digest, sources, ask, is_passed_on)
+
+    async def _race(
+        self,
+        digest: Digest,
+        sources: Sequence[Source],
+        ask: Callable[[Source], Coroutine[Any, Any, T]],
+        passes: Callable[[Failure, int], bool],
+    ) -> T:
+        """
+        Ask registries for a blob: the first, and the others where it fails or is slow, also those that come meanwhile.
+        """
         asks = [partial(ask, each) for each in sources]
-        race = Race(asks, SLOW_SECONDS, self._call_later, is_passed_on, together=True)
+        race = Race(asks, SLOW_SECONDS, self._call_later, passes, together=True)
         self._races[digest] = lambda source: race.add(partial(ask, source))
         try:
             return await race.won

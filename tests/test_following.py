@@ -15,6 +15,7 @@ from ecrproxy.cache.kept_open import KEPT_SECONDS
 from ecrproxy.cache.peer import PeerTransfer
 from ecrproxy.cache.record import POLL_SECONDS, STALLED_SECONDS
 from ecrproxy.oci import Digest
+from ecrproxy.registry import race
 from ecrproxy.settings.registries import Protocol, RegistryTable
 from ecrproxy.threads import Disk
 from ecrproxy.transfer.inflow import GATHER_SECONDS, SMALLEST_PART
@@ -339,6 +340,36 @@ class FailureTests(FollowingTestCase):
         for reply in replies:
             self.assertWhole(reply, DATA, "JOINED")
         self.assertEqual(SIZE - 4 * EACH, other.bytes_sent)
+
+    def test_a_registry_that_is_silent_keeps_its_successor_no_longer_than_another_one_takes(self) -> None:
+        """
+        The others are asked, too, after as long as where a blob is asked for first.
+        """
+        ((table, other),) = self.others("us")
+        two = self.start(others={table: other})
+        self.ask(self.one)
+        replies = self.ask(two), self.ask(two, self.path.replace("/v2/", "/v2/us/"))
+        self.deliver()
+        self.standin.hang("bucket")
+        self.kill(self.one)
+        self.go_on(race.SLOW_SECONDS + 1)
+        for reply in replies:
+            self.assertWhole(reply, DATA, "JOINED")
+        self.assertEqual(SIZE - 4 * EACH, other.bytes_sent)
+
+    def test_one_whose_client_comes_to_wait_for_a_silent_one_is_asked_at_once(self) -> None:
+        ((table, other),) = self.others("us")
+        two = self.start(others={table: other})
+        self.ask(self.one)
+        replies = [self.ask(two)]
+        self.deliver()
+        self.standin.hang("registry")
+        self.kill(self.one)
+        self.go_on(race.SLOW_SECONDS + 1)
+        replies.append(self.ask(two, self.path.replace("/v2/", "/v2/us/")))
+        self.go_on(0.5)
+        for reply in replies:
+            self.assertWhole(reply, DATA, "JOINED")
 
     def others(self, *prefixes: str) -> list[tuple[RegistryTable, StandIn]]:
         """

@@ -59,6 +59,13 @@ def is_passed_on(failure: Failure, number: int) -> bool:
     return failure.check(RegistryError if number else UnavailableError) is not None
 
 
+def is_passed_on_always(failure: Failure, _: int) -> bool:
+    """
+    Return True if a failure leaves it to others to answer, where the refusal of one says nothing about them.
+    """
+    return failure.check(RegistryError) is not None
+
+
 _COUNT = re.compile(r"[0-9]{1,18}")
 _FROM_THE_START: Final = "bytes=0-"
 _SPAN = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})")
@@ -189,7 +196,7 @@ class Blob:
             await self._source.upstream.pause(breaks)
         asked = self._candidates()
         asks = [partial(self._open, each, start, stop) for each in asked]
-        race = Race(asks, SLOW_SECONDS, self._source.upstream.clock.callLater, _passes)
+        race = Race(asks, SLOW_SECONDS, self._source.upstream.clock.callLater, is_passed_on_always)
 
         def ask_new_ones() -> None:
             for each in self._known():
@@ -282,13 +289,6 @@ class Blob:
             discard(response, clock)
             raise UnavailableError(502, "UNAVAILABLE", f"{what}: another range than {_span(start, stop)}")
         raise UnavailableError(502, "UNAVAILABLE", await _refusal(response, clock, host, what))
-
-
-def _passes(failure: Failure, _: int) -> bool:
-    """
-    Return True if a failure leaves it to the other registries to answer.
-    """
-    return failure.check(RegistryError) is not None
 
 
 async def _ask(source: _Source, span: str, *, ahead: bool) -> IResponse:
