@@ -149,16 +149,26 @@ def test_numbers_and_flags_are_settings_as_they_stand(helm: Path, tmp_path: Path
     """
     In a file of values nobody quotes them.
     """
-    told = {"PROXY_CONNECTIONS": 1000000, "PROXY_TAG_TTL": 0.5, "PROXY_READ_AHEAD": False}
+    told = {"PROXY_CONNECTIONS": 1000000, "PROXY_TAG_TTL": 0.5, "PROXY_READ_AHEAD": False, "PROXY_DRAIN_SECONDS": 0}
     values = tmp_path / "values.yaml"
     values.write_text(yaml.safe_dump({"settings": told}))
     done = run(helm, tmp_path, "template", CHART, "--set", ENDPOINT, "--values", values)
     assert done.returncode == 0, done.stderr
     (settings,) = (each["data"] for each in yaml.safe_load_all(done.stdout) if each and each["kind"] == "ConfigMap")
     expected = {"PROXY_CONNECTIONS": "1000000", "PROXY_TAG_TTL": "0.5", "PROXY_READ_AHEAD": "false"}
-    assert {name: settings[name] for name in told} == expected
+    assert {name: settings[name] for name in told} == expected | {"PROXY_DRAIN_SECONDS": "0"}
     config = Config.load({}, {**settings, "PROXY_CACHE_DIR": "/cache"})
     assert config.tag_ttl == 0.5
+
+
+@pytest.mark.parametrize("value", ["false", ""])
+def test_what_is_said_counts_where_the_chart_says_something_else(helm: Path, tmp_path: Path, value: str) -> None:
+    """
+    Also no, 0 and nothing, which Helm's merge takes for nothing said.
+    """
+    rendered = render(helm, tmp_path, f"credentials.roleArn={ROLE}", f"settings.AWS_INSTANCE_AUTH={value}")
+    (settings,) = (each["data"] for each in rendered if each["kind"] == "ConfigMap")
+    assert settings["AWS_INSTANCE_AUTH"] == value
 
 
 def test_a_setting_that_changes_makes_new_pods(helm: Path, tmp_path: Path) -> None:

@@ -15,7 +15,9 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{- if .Values.tls.secret }}
 {{- $_ := set $own "PROXY_SSL_KEY" "/tls/tls.key" }}{{ $_ := set $own "PROXY_SSL_CERTIFICATE" "/tls/tls.crt" }}
 {{- end }}
-{{- range $name, $value := merge (deepCopy .Values.settings) $own }}
+{{- /* Not merge: to that, false, 0 and "" are nothing, and ours would count. */}}
+{{- range $name, $value := .Values.settings }}{{ $_ := set $own $name $value }}{{ end }}
+{{- range $name, $value := $own }}
 {{- /* Helm reads numbers as floating-point ones, and writes large ones as 1e+06. */}}
 {{- if kindIs "float64" $value }}{{ if eq $value (float64 (int64 $value)) }}{{ $value = int64 $value }}{{ end }}{{ end }}
 {{ $name }}: {{ $value | toString | quote }}
