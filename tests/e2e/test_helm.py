@@ -201,6 +201,20 @@ def test_wrong_values_are_refused(helm: Path, tmp_path: Path, value: str, word: 
     assert word in done.stderr
 
 
+@pytest.mark.parametrize("mode", ["deployment", "statefulset", "daemonset"])
+@pytest.mark.parametrize(("limit", "space", "fits"), [("50g", "53760Mi", True), ("50g", "53759Mi", False)])
+def test_a_cache_has_the_space_for_its_limit(
+    helm: Path, tmp_path: Path, mode: str, limit: str, space: str, *, fits: bool
+) -> None:
+    """
+    Kubernetes evicts a pod that takes more than it has, and its cache is gone.
+    """
+    values = (ENDPOINT, f"mode={mode}", f"cache.limit={limit}", f"cache.space={space}")
+    done = run(helm, tmp_path, "template", CHART, *(word for each in values for word in ("--set", each)))
+    assert (done.returncode == 0) is fits, done.stderr
+    assert fits or f"cache.space={space} is too little for cache.limit={limit}: give 53760Mi" in done.stderr
+
+
 def test_an_endpoint_is_asked_for(helm: Path, tmp_path: Path) -> None:
     done = run(helm, tmp_path, "template", CHART)
     assert done.returncode != 0

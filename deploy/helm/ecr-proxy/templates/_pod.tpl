@@ -24,7 +24,17 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{- end }}
 {{- end }}
 
+{{- define "ecr-proxy.mebibytes" -}}
+{{- mul (regexFind "^[0-9]+" . | atoi) (get (dict "m" 1 "g" 1024 "t" 1048576) (regexFind "[mgt]" (lower .))) -}}
+{{- end }}
+
 {{- define "ecr-proxy.pod" -}}
+{{- $limit := include "ecr-proxy.mebibytes" .Values.cache.limit | atoi }}
+{{- $space := include "ecr-proxy.mebibytes" .Values.cache.space | atoi }}
+{{- if lt (mul $space 100) (mul $limit 105) }}
+{{- $least := printf "%dMi" (div (add (mul $limit 105) 99) 100) }}
+{{- fail (printf "cache.space=%s is too little for cache.limit=%s: give %s or more, for a pod that fills it is evicted" .Values.cache.space .Values.cache.limit $least) }}
+{{- end -}}
 metadata:
   labels:
     app.kubernetes.io/name: ecrproxy
