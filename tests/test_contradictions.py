@@ -87,7 +87,7 @@ class LostProtectionTests(LookCase):
         self.assert_well(TLS)
         for listen in ("systemd:domain=INET6:name=x", "haproxy:systemd:domain=INET:index=0"):
             self.assert_well({**TLS, "PROXY_LISTEN": listen, "PROXY_WORKER_PROCESSES": "2"})
-        self.assert_well({"PROXY_LISTEN": "tcp:5000 unix:/x haproxy:tcp:5001 ssl:5443:privateKey=/k"})
+        self.assert_well({"PROXY_LISTEN": "tcp:5000 unix:/x haproxy:tcp:5003 ssl:5443:privateKey=/k"})
 
     def test_client_certificates_need_our_own_tls(self) -> None:
         words = "without PROXY_LISTEN"
@@ -139,7 +139,7 @@ class ExposedTests(LookCase):
         for listen in ("haproxy:tcp:5000", "HAProxy:tcp:5000", "haproxy:systemd:domain=INET:index=0"):
             self.assert_warned("believes whatever address", {**allowed, "PROXY_LISTEN": listen})
         for listen in (
-            "tcp:5000 haproxy:tcp:5001:interface=127.0.0.1",
+            "tcp:5000 haproxy:tcp:5003:interface=127.0.0.1",
             "haproxy:unix:/x",
             "haproxy:tcp:5000:127.0.0.1",
         ):
@@ -149,6 +149,44 @@ class ExposedTests(LookCase):
         region = {"AWS_REGION": "eu-west-1"}
         self.assert_warned("token goes over", {**region, "PROXY_ECR_ENDPOINT": "http://registry.test"})
         self.assert_well({**region, "PROXY_ECR_ENDPOINT": "http://127.0.0.1:5000"})
+
+
+class OnePortTests(LookCase):
+    """
+    The daemon's own sockets: clients', the operator's and that for metrics.
+    """
+
+    def test_two_sockets_at_one_port_are_refused(self) -> None:
+        """
+        The system only says that somebody has the port.
+        """
+        here = "tcp:6000:interface=127.0.0.1"
+        for words, environ in (
+            ("PROXY_METRICS_LISTEN=tcp:5000 is where PROXY_PORT=5000", {"PROXY_METRICS_LISTEN": "tcp:5000"}),
+            ("PROXY_METRICS_LISTEN=tcp6:7000", {"PROXY_METRICS_LISTEN": "tcp6:7000", "PROXY_PORT": "7000"}),
+            (f"{here} is where PROXY_PORT=6000", {"PROXY_ADMIN_LISTEN": here, "PROXY_PORT": "6000"}),
+            ("tcp:6000 listens", {"PROXY_ADMIN_LISTEN": here, "PROXY_METRICS_LISTEN": "tcp:6000"}),
+            ("haproxy:tcp:6000 listens", {"PROXY_ADMIN_LISTEN": here, "PROXY_LISTEN": "haproxy:tcp:6000"}),
+            ("PROXY_LISTEN=tcp:5000 is where PROXY_LISTEN=tcp:5000", {"PROXY_LISTEN": "tcp:5000 tcp:5000"}),
+        ):
+            self.assert_refused(words, environ)
+
+    def test_what_takes_the_port_of_an_operator_who_has_said_nothing_is_told(self) -> None:
+        """
+        The daemon goes on without the operator's port, as where another program has it.
+        """
+        for environ in ({"PROXY_METRICS_LISTEN": "tcp:5001"}, {"PROXY_PORT": "5001"}):
+            self.assert_warned("no operator's port", environ)
+
+    def test_sockets_that_do_not_meet_are_well(self) -> None:
+        for environ in (
+            {"PROXY_METRICS_LISTEN": "tcp:5001:interface=192.0.2.1"},
+            {"PROXY_METRICS_LISTEN": "tcp:5001", "PROXY_ADMIN_LISTEN": "off"},
+            {"PROXY_METRICS_LISTEN": "tcp:0", "PROXY_ADMIN_LISTEN": "tcp:0:interface=127.0.0.1"},
+            {"PROXY_LISTEN": "tcp:5000 tcp6:5000", "PROXY_METRICS_LISTEN": "unix:/run/metrics"},
+            {"PROXY_METRICS_LISTEN": "tcp:5001:interface=node.example"},
+        ):
+            self.assert_well(environ)
 
 
 class LogTests(SynchronousTestCase):

@@ -8,18 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from ipaddress import ip_address
+from itertools import combinations
 from typing import Any, Final
 from urllib.parse import urlsplit
 
 from ecrproxy.endpoint_string import PARAMETERS, SYSTEMD, is_loopback
 from ecrproxy.settings.complaints import Complaint
-from ecrproxy.settings.config import NO_FILE, SETTINGS, Config, ConfigError, Filed, Given
+from ecrproxy.settings.config import ADMIN_LISTEN, NO_FILE, SETTINGS, Config, ConfigError, Filed, Given
 from ecrproxy.settings.registries import Protocol
 from ecrproxy.settings.values import REGIONS, endpoint_in_doubt, is_other_registry, parse_flag, pattern_in_doubt
 from ecrproxy.settings.variables import look_at_variables
 
 LONG_TAG_TTL: Final = 86400.0
 SMALL_CACHE: Final = 2**30
+_EVERY: Final = {"tcp": "0.0.0.0", "tcp6": "::"}  # noqa: S104 (compared, not bound)
+"""All addresses, by the kind of endpoint that has none."""
 _OURS: Final = frozenset({*(each.variable for each in SETTINGS), "AWS_DEFAULT_REGION"})
 
 
@@ -74,6 +78,7 @@ def look_at_settings(config: Config, given: Given, environ: Mapping[str, str], m
         *look_at_environment(environ),
         *_lost(config),
         *_exposed(config),
+        *_at_one_port(config),
         *_ignored(config, sources, environ),
         *_ignored_by_tables(config, given),
         *_pointless(config, sources, machine.cores),
@@ -168,6 +173,46 @@ def _exposed(config: Config) -> Iterator[Complaint]:
         if parts.scheme == "http" and not is_loopback(parts.hostname or ""):
             said = f"registry {each.name}: its endpoint is http, and the token goes over the network as it is"
             yield Complaint(said, "give an https URL")
+
+
+def _at_one_port(config: Config) -> Iterator[Complaint]:
+    """
+    Find where one of the daemon's own sockets keeps another from listening.
+    """
+    told = set()
+    for (one, port, here), (other, others, there) in combinations(_sockets(config), 2):
+        if port != others or not _overlap(here, there) or (one, other) in told:
+            continue
+        told.add((one, other))
+        if other == f"PROXY_ADMIN_LISTEN={ADMIN_LISTEN}":  # where nobody has set it, the daemon goes on without
+            said = f"{other}, the default, is where {one} listens already: there is no operator's port"
+            yield Complaint(said, "give another port there, or set PROXY_ADMIN_LISTEN")
+        else:
+            yield Complaint(f"{other} is where {one} listens already", "give one of them another port", grave=True)
+
+
+def _sockets(config: Config) -> Iterator[tuple[str, int, str]]:
+    """
+    List the TCP ports that the daemon listens on itself, in the order in which it does: what says so, and the address.
+    """
+    if not config.listen:
+        yield from ((f"PROXY_PORT={config.port}", config.port, every) for every in _EVERY.values())
+    named = [*(("PROXY_LISTEN", each) for each in config.listen), ("PROXY_METRICS_LISTEN", config.metrics_listen)]
+    for name, each in (*named, ("PROXY_ADMIN_LISTEN", config.admin_listen)):
+        if each is not None and each.port:
+            yield f"{name}={each}", each.port, each.interface or _EVERY[each.socket().kind]
+
+
+def _overlap(one: str, other: str) -> bool:
+    """
+    Return True if who listens at one address has the other, too.
+    """
+    try:
+        addresses = ip_address(one), ip_address(other)
+    except ValueError:
+        return one == other
+    among = any(each.is_unspecified for each in addresses)
+    return addresses[0] == addresses[1] or (among and addresses[0].version == addresses[1].version)
 
 
 def _ignored(config: Config, sources: Mapping[str, str], environ: Mapping[str, str]) -> Iterator[Complaint]:
