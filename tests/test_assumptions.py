@@ -204,6 +204,7 @@ CASES: Mapping[str, list[tuple[Outcome, Prepare]]] = {
         (WRONG, altered("no-tag", 404, b"not found")),
         (WRONG, altered("no-tag", 200)),
         (UNSEEN, lambda rig: rig.silence("no-tag")),
+        (UNSEEN, lambda rig: rig.standin.delete_tag(REPOSITORY, TAG)),
     ],
     "missing-repository": [
         (WELL, as_it_is),
@@ -218,6 +219,7 @@ CASES: Mapping[str, list[tuple[Outcome, Prepare]]] = {
         *((OTHER, altered("head", status)) for status in (400, 401, 403, 404, 405)),
         (WRONG, altered("head", 302)),
         (UNSEEN, altered("head", 503)),
+        (UNSEEN, lambda rig: rig.standin.delete_tag(REPOSITORY, TAG)),
     ],
     "manifest-head-length": [
         (WELL, as_it_is),

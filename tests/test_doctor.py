@@ -97,6 +97,7 @@ class World:
             "/v2/": Contact(address, status=self.greeting if headers else 401, shown=shown),
             "/tags/list?n=1": Contact(address, status=200, body=b'{"tags": ["1"]}'),
             "/manifests/1": Contact(address, status=200, body=BODY),
+            "/manifests/none": Contact(address, status=404),
             f"/manifests/{Digest.of(BODY)}": Contact(address, status=200, body=BODY),
             blob: Contact(address, status=307, headers={"location": LOCATION}),
             f"/blobs/{Digest.of(b'layer')}": Contact(address, status=307, headers={"location": LOCATION}),
@@ -344,6 +345,16 @@ class ImageTests(DoctorTestCase):
         for hidden in ("team/app", ECR, "123456789012", TOKEN, "secret", "X-Amz", str(Digest.of(BODY)), ARN):
             self.assertNotIn(hidden, text)
         self.assertIsNone(re.search("[0-9a-f]{12}", text))
+
+    def test_an_image_that_is_not_there_is_told_and_nothing_is_told_of_it(self) -> None:
+        """
+        Else a name that is misspelt says of ECR that it has no HEAD.
+        """
+        found = self.verdicts("--image", "team/app:none")
+        self.assertEqual(1, self.caller.status)
+        self.assertEqual("failed", found["image"])
+        self.assertEqual({"skipped"}, {found[each] for each in ("manifest-head", "missing-tag", "manifest-type")})
+        self.assertNotIn("image", self.verdicts("--image", "team/app:1"))
 
     def test_without_a_token_the_report_says_that_nothing_was_asked(self) -> None:
         self.world.problems["token"] = UnreachableError("no")

@@ -32,6 +32,7 @@ _SECONDS: Final = re.compile(r"[0-9]{1,9}")
 _BLOB_TYPE: Final = "application/octet-stream"
 _PAGES: Final = frozenset({"text/html", "application/xhtml+xml"})
 _SHOWN_TYPES: Final = MANIFEST_TYPES | _PAGES | {_BLOB_TYPE, "binary/octet-stream", "text/plain", "application/json"}
+_NO_IMAGE: Final = "the image is not there"
 _HEAD_REFUSALS: Final = frozenset({400, 401, 403, 404, 405})
 _URL_REFUSALS: Final = frozenset({400, 401, 403, 404, 410})
 _LAYERS: Final = re.compile(
@@ -146,6 +147,8 @@ def throttling(seen: Seen) -> Judgement:
 
 def missing_tag(seen: Seen) -> Judgement:
     """A tag that does not exist is 404 MANIFEST_UNKNOWN."""
+    if not is_there(seen):  # nor may its repository be
+        raise UnseenError(_NO_IMAGE)
     return _missing(seen.answer("no-tag"), "MANIFEST_UNKNOWN")
 
 
@@ -168,6 +171,14 @@ def _missing(answer: Contact, code: str) -> Judgement:
     return _defect(f"{answer.status}", "does not take it for something that does not exist")
 
 
+def is_there(seen: Seen) -> bool:
+    """
+    Return False if ECR says that it does not have the image that it was asked about.
+    """
+    answer = seen.answers.get("manifest")
+    return answer is None or answer.status != 404  # noqa: PLR2004
+
+
 def _refusal(answer: Contact) -> Refusal:
     return Refusal.read(answer.status, answer.body, challenged="www-authenticate" in answer.headers)
 
@@ -177,6 +188,8 @@ def _refusal(answer: Contact) -> Refusal:
 
 def manifest_head(seen: Seen) -> Judgement:
     """HEAD of a manifest works."""
+    if not is_there(seen):
+        raise UnseenError(_NO_IMAGE)
     status = seen.answer("head").status
     if status == 200:  # noqa: PLR2004
         return _documented("200")

@@ -365,6 +365,9 @@ class Doctor:
         seen = interview(ask, url, image.asked, image.reference, in_time=lambda: self._seconds() < self._until)
         location = seen.known.get("location", "")
         at = places.get(split(location)[0], []) if self._proxy(location) is None else []
+        if not assumptions.is_there(seen):
+            said = f"ECR answers 404: it has no {image.asked}:{image.reference}"
+            yield failed("image", said, "see how it is spelt, and give one that is there")
         yield from assumptions.findings(replace(seen, token_seconds=expires - self._now(), bucket=at))
 
     def _answer_to(self, question: Question, places: dict[str, list[str]], *, tunnel: bool | None = None) -> Contact:
