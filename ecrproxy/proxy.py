@@ -280,6 +280,8 @@ class PullThrough:
         except OtherSizeError as problem:  # which those who joined are told after this
             problem.certain = confirmed
             raise
+        if isinstance(body, Passing) and body.is_let_go:
+            return await self._alone(asked, parts, expected, confirmed=confirmed)
         if body is None or self._carriers.get(digest, route.repository) != route.repository:
             return None  # that another registry has begun to send it says nothing about this one
         if isinstance(body, Passing) or not body.kept or body.elsewhere:  # else it was noted with the file
@@ -546,12 +548,12 @@ class PullThrough:
         expected: int | None,
         parts: Sequence[Span],
         asked: Asked | None = None,
-    ) -> Download | Passing | None:
+    ) -> Download | Passing:
         """
         Begin the shared transfer of C{digest}: with what is wanted first, or from where an earlier one ended.
 
         @param claim: the claim, or why the blob is not kept.
-        @return: none if a part is to be passed on that another registry gives: each client asks its own for that.
+        @return: one that is let go if it is a part that another registry gives: each client asks its own for that.
         """
         left = self._cache.left(claim) if isinstance(claim, Claim) else None
         if left is not None:
@@ -577,10 +579,10 @@ class PullThrough:
             drop(blob.first)
             raise
         if isinstance(file, Reason) and (asks := questions(parts, ranged=blob.ranged)):
+            passing = Passing(digest, blob, file, self._lanes.buffered, asks)
             if given is not route:
-                drop(blob.first)
-                return None
-            return Passing(digest, blob, file, self._lanes.buffered, asks)
+                passing.let_go()
+            return passing
         return self._begin(blob, digest, file, shared=True, urgency=_urgency(parts))
 
     async def _first(self, route: Route, digest: Digest, stop: int | None, start: int) -> tuple[Route, Blob]:

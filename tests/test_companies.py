@@ -332,6 +332,30 @@ class SeveralRegistriesTests(DaemonTestCase):
             self.assertEqual(504, one.code)
             fault.remove()
 
+    def test_a_part_that_is_not_kept_comes_from_the_registry_of_who_wants_it(self) -> None:
+        """
+        Also if it is known of both that they have it, and the one that was asked first is silent: that one's client is
+        told so in time.
+        """
+        for number in range(2):
+            self.start(others={self.table: self.other}, limit=90_000)
+            layer = noise(f"too large {number}", 100_000)
+            for standin, prefix in ((self.standin, ""), (self.other, "us/")):
+                image = standin.push_image("team/app", "listed", layers=[layer])
+                self.get(f"/v2/{prefix}team/app/manifests/listed")
+            fault, asked = self.standin.hang("registry"), len(self.other.asked)
+            path = f"team/app/blobs/{image.layers[0]}"
+            one = self.daemon.send("GET", f"/v2/{path}", Range="bytes=10-19")
+            self.flush()
+            two = self.daemon.send("GET", f"/v2/us/{path}", Range="bytes=10-19")
+            self.pass_time(SLOW_SECONDS + 1)
+            self.assertWhole(two, layer[10:20], "BYPASS", code=206)
+            self.pass_time(26)
+            self.assertEqual(504, one.code)
+            self.assertLess(len(self.other.asked) - asked, 6)
+            fault.remove()
+            self.pass_time(60)
+
     def test_one_that_is_slow_alone_is_waited_for(self) -> None:
         """
         Nobody of another registry waits for it: it has all its time.

@@ -47,6 +47,13 @@ class Passing:
         self._asked: Blob | None = blob
         self._stream: Stream | None = None
 
+    @property
+    def is_let_go(self) -> bool:
+        """
+        Tell whether nobody has read anything of it, and nobody can.
+        """
+        return self._asked is None and self._stream is None
+
     def follow(self, start: int, stop: int, waiting: Stopwatch) -> Passage:
         """
         Read the bytes from C{start} to C{stop}: the parts of C{questions}, one after the other, each to its end.
