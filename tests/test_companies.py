@@ -385,6 +385,26 @@ class SeveralRegistriesTests(DaemonTestCase):
         (asked,) = [each for each in self.other.requests("bucket") if each.headers.get("range") == "bytes=40000-99999"]
         self.assertEqual("GET", asked.method)
 
+    def test_what_any_number_of_them_stop_to_send_the_one_that_sends_brings(self) -> None:
+        accounts, others = [12 * digit for digit in "6789"], {self.table: self.other}
+        for account in accounts:
+            name = f"{account}.dkr.ecr.us-east-1.amazonaws.com"
+            table = replace(self.table, name=name, endpoint=f"https://{name}", path_prefix=account, hosts=frozenset())
+            others[table] = StandIn(self.clock, registry=table.endpoint or "", bucket=self.other.bucket)
+        self.start(others=others)
+        layer = noise("any number", 100_000)
+        *silent, _ = others.values()
+        for each in others.values():
+            each.push_blob("team/app", layer)
+        digest, *replies = self.shared(layer, 40_000)
+        replies += [self.daemon.ask("GET", f"/v2/{each}/team/app/blobs/{digest}") for each in accounts]
+        for each in (self.standin, *silent):
+            each.slow("bucket", 0)
+        self.pass_time(SOONER_SECONDS * (2 + len(silent)))
+        for reply in replies:
+            self.assertWhole(reply, layer)
+        self.standin.release(digest)
+
     def test_what_none_of_them_gives_any_more_ends(self) -> None:
         digest, one, two = self.shared(noise("gone", 100_000), 40_000)
         self.standin.refuse("bucket")

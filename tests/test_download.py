@@ -97,7 +97,7 @@ class Source:
     @ivar late: answers that are still to come; none where they come at once.
     """
 
-    ranged = True
+    ranged, sources = True, 1
 
     def __init__(self, size: int | None, first: int | None) -> None:
         self.size, self.first = size, Tap(0, first)

@@ -192,7 +192,7 @@ class Blob:
 
         @param breaks: how often in a row they were asked for, and none came: then the next time can wait.
         """
-        if breaks:
+        if breaks and not self._is_replaceable(self._source):
             await self._source.upstream.pause(breaks)
         asked = self._candidates()
         asks = [partial(self._open, each, start, stop) for each in asked]
@@ -213,6 +213,13 @@ class Blob:
         more = stop is not None and (stretch.stop or 0) > stop
         self.ranged = self.ranged and not (stretch.skip or more)
         return stretch
+
+    @property
+    def sources(self) -> int:
+        """
+        Tell how many registries may have it.
+        """
+        return len(self._known())
 
     def look_again(self) -> None:
         """

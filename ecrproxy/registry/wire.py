@@ -39,6 +39,8 @@ HEADER_SECONDS: Final = 25.0
 Seconds for an upstream's headers, connecting included; for ECR, from the moment a question begins to queue, retries
 included. containerd waits 30 s for our headers.
 """
+_DOUBLED: Final = 3
+"""After how many breaks the longest wait for more of a body grows no more."""
 
 
 @implementer(IAgent)
@@ -162,7 +164,7 @@ class Wire:
         """
         Wait before asking for more of a body that broke off C{breaks} times in a row without bringing anything.
         """
-        await deferLater(self.clock, self._chance() * FIRST_WAIT * 2.0 ** (breaks - 1))
+        await deferLater(self.clock, self._chance() * FIRST_WAIT * 2.0 ** (min(breaks, _DOUBLED) - 1))
 
     async def request(self, method: str, url: str, headers: Headers, seconds: float = HEADER_SECONDS) -> IResponse:
         """

@@ -99,6 +99,10 @@ class Blob(Protocol):
     def ranged(self) -> bool:
         """Tell whether parts of it can be had."""
 
+    @property
+    def sources(self) -> int:
+        """Tell how many may have it."""
+
     async def open(self, start: int, stop: int | None, breaks: int = 0) -> Stretch:
         """Ask for more of it, which was asked for in vain C{breaks} times in a row."""
 

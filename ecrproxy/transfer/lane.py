@@ -21,7 +21,7 @@ log = Logger()
 LEAST_GATHERED: Final = 512 * 2**10
 """Parts of fewer bytes are handed out as they come: somebody waits for just these."""
 TRIES: Final = 3
-"""How often in a row a lane may break off without having brought a byte."""
+"""How often in a row a lane may break off without having brought a byte; once more for each other who may have them."""
 
 
 class ShortBodyError(Exception):
@@ -133,7 +133,7 @@ class Lane:
             return True  # cut meanwhile: there is nothing left to try
         self._barren = 0 if self._brought else self._barren + 1
         self._brought = False
-        if self._barren >= TRIES or isinstance(problem, CancelledError):
+        if self._barren >= TRIES + self._blob.sources - 1 or isinstance(problem, CancelledError):
             return False
         why = str(problem)
         said = "Going on with {digest} at byte {at}: {why}"
