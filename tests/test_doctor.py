@@ -449,6 +449,22 @@ class SeveralTests(DoctorTestCase):
         of_role = [region for region, credentials in self.world.opened if credentials.role == self.ROLE]
         self.assertEqual(["us-east-1"], of_role)
 
+    def test_a_password_that_the_daemon_could_not_read_is_told(self) -> None:
+        password, path = scratch(self), Path(self.caller.variables["PROXY_CONFIG"])
+        table = f'[registry."quay.io"]\nusername = "ann"\npassword-file = "{password}"\n'
+        path.write_text(path.read_text() + table)
+        for data, verdict, said in (
+            (b"canary\n", "ok", f"password: {password} has one"),
+            (b"\n", "failed", f"password: '{password}' has no password: give one line of text"),
+            (None, "failed", f"password: the password in '{password}' can't be read: No such file or directory"),
+        ):
+            password.unlink(missing_ok=True)
+            if data is not None:
+                password.write_bytes(data)
+            self.assertEqual((verdict, said), self.lines()["quay.io"][0])
+            self.assertEqual(int(verdict == "failed"), self.caller.status)
+            self.assertNotIn("canary", self.caller.complaint)
+
     def test_a_role_that_is_refused_fails_its_own_registry_alone(self) -> None:
         self.theirs.problems = dict.fromkeys(("identity", "token"), RefusedError("AccessDenied", "not authorized"))
         found = self.lines()

@@ -45,12 +45,9 @@ class Login:
         @raise TokenUnavailableError: if the file can't be read, or has no password.
         """
         try:
-            password = await self._in_thread(_read, self._file)
-        except (OSError, RuntimeError) as problem:
-            said = getattr(problem, "strerror", None) or problem
-            raise self._missing(f"the password in {str(self._file)!r} can't be read: {said}") from problem
-        if not password or len(password) > LONGEST or b"\n" in password:
-            raise self._missing(f"{str(self._file)!r} has no password: give one line of text")
+            password = await self._in_thread(read_password, self._file)
+        except (OSError, RuntimeError, ValueError) as problem:
+            raise self._missing(why_unread(self._file, problem)) from problem
         return base64.b64encode(self._username.encode() + b":" + password).decode("ascii")
 
     def _missing(self, why: str) -> TokenUnavailableError:
@@ -69,6 +66,24 @@ class Login:
         return await self.get()
 
 
-def _read(file: Path) -> bytes:
+def read_password(file: Path) -> bytes:
+    """
+    Read a password.
+
+    @raise OSError: if the file can't be read.
+    @raise ValueError: if it has none.
+    """
     with open_file(file) as opened:
-        return opened.read(LONGEST + 2).removesuffix(b"\n").removesuffix(b"\r")
+        password: bytes = opened.read(LONGEST + 2).removesuffix(b"\n").removesuffix(b"\r")
+    if not password or len(password) > LONGEST or b"\n" in password:
+        raise ValueError(f"{str(file)!r} has no password: give one line of text")
+    return password
+
+
+def why_unread(file: Path, problem: Exception) -> str:
+    """
+    Say why there is no password.
+    """
+    if isinstance(problem, ValueError):
+        return str(problem)
+    return f"the password in {str(file)!r} can't be read: {getattr(problem, 'strerror', None) or problem}"

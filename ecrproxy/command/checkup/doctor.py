@@ -35,7 +35,7 @@ from ecrproxy.command.checkup.permissions import Trial
 from ecrproxy.command.checkup.questions import Question, interview
 from ecrproxy.command.checkup.reach import BODY_BYTES, Contact, split
 from ecrproxy.command.checkup.senses import Account, Senses
-from ecrproxy.command.checkup.settings import judge_files, look_at_files, look_at_settings
+from ecrproxy.command.checkup.settings import judge_files, look_at_files, look_at_password, look_at_settings
 from ecrproxy.command.subcommand import FINE, MISUSED, WRONG, Call, CommandError
 from ecrproxy.endpoint_string import parse_endpoint_string
 from ecrproxy.oci import RegistryError, parse_route
@@ -428,7 +428,7 @@ class Doctor:
 
     def _look_at(self, table: RegistryTable) -> Iterator[Finding]:
         """
-        Look at another registry than the default: its role, its token, and whether it takes that.
+        Look at another registry than the default: its role, its token, and whether it takes that; its password.
         """
         token = None
         found: list[Finding] = []
@@ -439,6 +439,8 @@ class Doctor:
             found += account.look_at_token(principal.token, self._now())
             with contextlib.suppress(Exception):  # told already
                 token = principal.token.get()[0]
+        if table.password_file is not None:
+            found.append(look_at_password(table.password_file))
         if table.endpoint is not None:
             found += self._answer(table.endpoint, token)
         for each in found:

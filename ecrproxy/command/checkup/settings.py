@@ -5,6 +5,7 @@ The settings, as the daemon judges them at its start, and the files that they na
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from cryptography import x509
 
@@ -16,6 +17,7 @@ from ecrproxy.command.terminal import counted
 from ecrproxy.daemon.process import FILES_OF_A_CLIENT, KEPT_FILES, OWN_FILES
 from ecrproxy.daemon.tls import Certificate, CertificateError
 from ecrproxy.files import open_file
+from ecrproxy.registry.login import read_password, why_unread
 from ecrproxy.settings import contradictions
 from ecrproxy.settings.config import SETTINGS, Config, Given
 
@@ -54,6 +56,17 @@ def look_at_files(config: Config, now: float) -> Iterator[Finding]:
             )
         else:
             yield ok("passwords", f"{config.htpasswd} has {counted(len(users.hashes), 'name')}")
+
+
+def look_at_password(file: str) -> Finding:
+    """
+    Read the password for a registry, as the daemon does each time that it needs it.
+    """
+    try:
+        read_password(Path(file))
+    except (OSError, ValueError) as problem:
+        return failed("password", why_unread(Path(file), problem), "see that the daemon's user can read it")
+    return ok("password", f"{file} has one")
 
 
 def _certificate(key: str, certificate: str, authorities: str | None, now: float, endpoint: str = "") -> Finding:
