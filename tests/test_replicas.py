@@ -12,6 +12,7 @@ from twisted.internet.defer import Deferred
 from ecrproxy.oci import parse_route
 from ecrproxy.registry.circuit import FAILURES
 from ecrproxy.registry.race import SLOW_SECONDS
+from ecrproxy.registry.replicas import LATE_SECONDS, SOON_SECONDS
 from tests.daemon import DaemonTestCase, Reply, noise
 from tests.registry import Fault, StandIn
 from tests.registry import Reply as Answer
@@ -125,6 +126,29 @@ class ReplicaTests(DaemonTestCase):
         self.replica.quirks.latency = 60
         self.assertWhole(self.wait(self.by_digest, SLOW_SECONDS + 2), self.image.manifest, "MISS")
         self.assertEqual(1, self.replica.count("registry", path_contains="/manifests/"))
+
+    def test_a_registry_that_was_silent_is_not_waited_for_by_each(self) -> None:
+        """
+        One question in a while waits for it; the others have the replica asked soon, or its answer if there is one.
+        """
+        images = [self.replica.push_image("team/app", layers=[noise(f"silent {number}", 10)]) for number in range(9)]
+        paths = [f"/v2/team/app/manifests/{image.digest}" for image in images]
+        fault = self.standin.fault(ways()[3])
+        self.wait(paths[0], SLOW_SECONDS + 1)
+        for path, image in zip(paths[1:6], images[1:6], strict=True):
+            reply = self.get(path)
+            self.pass_time(SOON_SECONDS)
+            self.assertWhole(reply, image.manifest, "MISS")
+        fault.remove()
+        asked = len(self.replica.asked)
+        self.assertWhole(self.get(self.by_digest), self.image.manifest, "MISS")
+        self.standin.fault(ways()[3])
+        self.pass_time(LATE_SECONDS)
+        reply = self.get(paths[6])
+        self.pass_time(SOON_SECONDS)
+        self.assertEqual((0, asked), (reply.code, len(self.replica.asked)))
+        self.pass_time(SLOW_SECONDS)
+        self.assertWhole(reply, images[6].manifest, "MISS")
 
     def test_what_the_registry_denies_is_denied(self) -> None:
         """

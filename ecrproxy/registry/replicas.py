@@ -5,6 +5,8 @@ Rules:
 
 - What is named by its digest may come from any of them: from a replica where the registry fails, throttles or takes
   longer than C{SLOW_SECONDS}. The digest is verified whoever gave it.
+- When a replica has answered instead, the next questions are put to it after C{SOON_SECONDS}, for C{LATE_SECONDS}. They
+  tell the circuit nothing: a registry that is slow still has to be asked for its tags.
 - A 404 or a denial of the registry is its answer. That of a replica is none: it may not have the copy yet.
 - Tags and lists are the registry's alone. A replica says what it has of a tag when it is asked for that: it may be old.
 """
@@ -32,6 +34,11 @@ T = TypeVar("T")
 _WHOLE: Final = 2 * SLOW_SECONDS
 """The same where a registry and a bucket have to answer: where the blob lies has had its own seconds by then."""
 
+SOON_SECONDS: Final = 0.5
+"""The same after the registry was slow: time enough for one that answers again."""
+LATE_SECONDS: Final = 30.0
+"""For how long it counts as slow then. One question waits for it after that."""
+
 
 class Replicated(Upstream):
     """
@@ -45,6 +52,7 @@ class Replicated(Upstream):
     ) -> None:
         super().__init__(endpoint, wire, stall_seconds=stall_seconds)
         self.replicas = replicas
+        self._late_until = 0.0
 
     def leave(self) -> None:
         """
@@ -101,8 +109,17 @@ class Replicated(Upstream):
     def _sooner(
         self, route: Route, ask: Ask[T], others: Sequence[Ask[T]], seconds: float = SLOW_SECONDS
     ) -> Deferred[T]:
+        was_late = self.clock.seconds() < self._late_until
+
+        async def instead(other: Ask[T]) -> T:
+            answer = await other()
+            if not was_late:
+                self._late_until = self.clock.seconds() + LATE_SECONDS
+            return answer
+
         def asking(number: int) -> None:
             if number:
                 log.info("Asking a replica for {path}", path=route.path, once=route.repository)
 
-        return Race([ask, *others], seconds, self.clock.callLater, is_passed_on, asking).won
+        asks: list[Ask[T]] = [ask, *(partial(instead, each) for each in others)]
+        return Race(asks, SOON_SECONDS if was_late else seconds, self.clock.callLater, is_passed_on, asking).won
