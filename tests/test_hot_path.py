@@ -220,6 +220,27 @@ class SharedQuestionTests(SynchronousTestCase):
         self.assertTrue(self.scene.clients[0][0].closed)
 
 
+class PiecesTests(DaemonTestCase):
+    """
+    Heads that come in two pieces.
+    """
+
+    def test_the_beginning_of_several_heads_leads_to_none_of_them_however_long_it_is(self) -> None:
+        blobs = [b"one blob", b"another"]
+        asked = [f"GET /v2/team/app/blobs/{self.standin.push_blob('team/app', blob)} HTTP/1.1" for blob in blobs]
+        client = Raw()
+        end = self.daemon.front.connect(client, "proxy.example", 80, secure=False)
+        lengths = range(1, len("GET /v2/"))
+        for length in lengths:
+            for line in asked:
+                head = f"{line}\r\nHost: proxy.example\r\n\r\n".encode()
+                for piece in (head[:length], head[length:]):
+                    end.write(piece)
+                    self.flush()
+        answers = bytes(client.got).split(b"HTTP/1.1 200 OK")[1:]
+        self.assertEqual(blobs * len(lengths), [each.partition(b"\r\n\r\n")[2] for each in answers])
+
+
 class FileTests(DaemonTestCase):
     """
     A blob that is sent from its file, to a client that does not take all of it at once.

@@ -262,7 +262,7 @@ class StrictChannel(HTTPChannel):
         Tell whether the next request may be in C{data}, from its first byte to the last of its head.
         """
         waits = not (self.requests or self._buffer or self.paused or self._after_empty_line)
-        return waits and data.find(_HEAD_END) == len(data) - len(_HEAD_END)
+        return waits and 0 <= data.find(_HEAD_END) == len(data) - len(_HEAD_END)
 
     @property
     def may_answer_at_once(self) -> bool:
