@@ -20,6 +20,24 @@ from tests.test_sending import PipeConnection, Reactor
 from tests.test_tls import Files, client
 
 
+class ShortRecords:
+    """
+    OpenSSL's connection to a client that has asked for records of 512 bytes: RFC 6066, 4.
+    """
+
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._connection, name)
+
+    def send(self, data: memoryview) -> int:
+        """
+        Seal a record.
+        """
+        return int(self._connection.send(data[:512]))
+
+
 class SealedTests(DaemonTestCase):
     """
     A client that speaks TLS at the other end of a pipe, which takes so much and no more.
@@ -32,9 +50,11 @@ class SealedTests(DaemonTestCase):
         self.data = noise("x", 3 * MIB)
         self.digest = self.standin.push_blob("team/app", self.data)
 
-    def connect(self) -> None:
+    def connect(self, *, short: bool = False) -> None:
         """
         Have a client connect, and ask for the blob.
+
+        @param short: whether it takes short records alone.
         """
         factory = TLSMemoryBIOFactory(self.certificate, False, self.daemon.site, self.clock)
         self.protocol: Any = factory.buildProtocol(IPv4Address("TCP", "192.0.2.7", 31337))
@@ -48,6 +68,8 @@ class SealedTests(DaemonTestCase):
                 break
             self.say()
             self.take()
+        if short:
+            self.protocol._tlsConnection = ShortRecords(self.protocol._tlsConnection)  # noqa: SLF001
         self.client.send(f"GET /v2/team/app/blobs/{self.digest} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
         self.say()
 
@@ -102,6 +124,15 @@ class SealedTests(DaemonTestCase):
         """
         self.get(f"/v2/team/app/blobs/{self.digest}")
         self.connect()
+        self.take_all()
+        self.assertTrue(self.body == self.data)
+
+    def test_a_client_that_asks_for_short_records_gets_all_of_a_cached_blob(self) -> None:
+        """
+        Their frames are longer than those of whole records together; nothing of a piece is left behind.
+        """
+        self.get(f"/v2/team/app/blobs/{self.digest}")
+        self.connect(short=True)
         self.take_all()
         self.assertTrue(self.body == self.data)
 

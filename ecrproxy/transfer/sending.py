@@ -16,12 +16,14 @@ Rules:
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from OpenSSL.SSL import Error as SSLError
+from OpenSSL.SSL import WantReadError
 from twisted.internet.defer import Deferred
 from twisted.internet.error import ConnectionDone
 from twisted.internet.interfaces import IPullProducer, IPushProducer
@@ -47,7 +49,7 @@ LEAST_PIECE: Final = 2**16
 TOGETHER: Final = 64 * 2**20
 """Bytes that all responses may hold in memory, as long as each of them has its least."""
 SEAL: Final = (PIECE // 2**14 + 1) * 64
-"""Bytes by which sealing lengthens a piece at the most: a record has up to 16 KiB, its frame under 64 bytes."""
+"""Bytes by which sealing lengthens a piece, unless a client asks for short records: each has a frame of up to 64."""
 READ_AHEAD: Final = 8 * 2**20
 """Bytes that the kernel is told of before they are sent."""
 
@@ -433,4 +435,18 @@ class SealedSending(SlotSending):
         size, left = len(data), data
         while left:  # OpenSSL may be set to take a record at a time
             left = left[connection.send(left) :]
-        return write(self._transport, connection.bio_read(size + SEAL))
+        return write(self._transport, self._take_sealed(size + SEAL))
+
+    def _take_sealed(self, expected: int) -> bytes:
+        """
+        Take from OpenSSL all that it has sealed: more than C{expected} where the client has asked for short records.
+        """
+        connection = self._tls._tlsConnection  # noqa: SLF001
+        sealed: bytes = connection.bio_read(expected)
+        if len(sealed) < expected:
+            return sealed
+        taken = [sealed]
+        with contextlib.suppress(WantReadError):
+            while True:
+                taken.append(connection.bio_read(LEAST_PIECE))
+        return b"".join(taken)
