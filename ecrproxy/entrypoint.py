@@ -26,17 +26,17 @@ class System:
     """
     What the entrypoint does to files and to its own process.
 
-    @ivar chown: gives a file, open or by its name in an open directory, to a user and a group; follows no link.
+    @ivar chown: gives an open file or directory to the daemon's user and group.
     @ivar become: gives up all other users, groups and rights.
     """
 
     uid: int
-    chown: Callable[[str | int, int | None], None]
+    chown: Callable[[int], None]
     become: Callable[[], None]
     execute: Callable[[str, Sequence[str], Mapping[str, str]], NoReturn]
 
 
-def hand_over(directory: Path, chown: Callable[[str | int, int | None], None]) -> None:
+def hand_over(directory: Path, chown: Callable[[int], None]) -> None:
     """
     Give a directory to the daemon's user with all that is in it, unless that has been done: it may be many files.
 
@@ -49,10 +49,20 @@ def hand_over(directory: Path, chown: Callable[[str | int, int | None], None]) -
         return
     for _, _, names, folder in os.fwalk(directory, topdown=False, onerror=_raise):
         for name in names:
-            status = os.stat(name, dir_fd=folder, follow_symlinks=False)
-            if stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
-                chown(name, folder)
-        chown(folder, None)  # the outermost comes last: what is interrupted is done again
+            if stat.S_ISREG(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
+                _hand_over_file(name, folder, chown)
+        chown(folder)  # the outermost comes last: what is interrupted is done again
+
+
+def _hand_over_file(name: str, folder: int, chown: Callable[[int], None]) -> None:
+    # Who may write there can put another in its place at any time: what was looked at has to be what is given away.
+    file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+    try:
+        status = os.fstat(file)
+        if stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
+            chown(file)
+    finally:
+        os.close(file)
 
 
 def _raise(problem: OSError) -> NoReturn:
@@ -77,11 +87,8 @@ def main(arguments: Sequence[str], environ: Mapping[str, str], twistd: str, syst
     system.execute(twistd, [twistd, *_START, *arguments], environ)
 
 
-def _chown(name: str | int, folder: int | None) -> None:
-    if folder is None:
-        os.chown(name, USER, USER)
-    else:
-        os.chown(name, USER, USER, dir_fd=folder, follow_symlinks=False)
+def _chown(file: int) -> None:
+    os.fchown(file, USER, USER)
 
 
 def _become() -> None:

@@ -5,7 +5,7 @@ How a container starts the daemon: as root it gives up its rights first.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NoReturn
@@ -13,6 +13,8 @@ from typing import NoReturn
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.entrypoint import System, main
+
+START = "/bin/twistd -n --pidfile= ecr-proxy"
 
 
 class ExecutedError(Exception):
@@ -32,11 +34,20 @@ class EntrypointTests(SynchronousTestCase):
         self.cache = Path(home.name) / "cache"
         self.done: list[str] = []
         self.refused: OSError | None = None
+        self.about_to: Callable[[], object] = lambda: None
 
-    def chown(self, name: str | int, folder: int | None) -> None:
+    def chown(self, file: int) -> None:
         if self.refused is not None:
             raise self.refused
-        self.done.append(str(Path(f"/proc/self/fd/{name}").readlink()) if folder is None else str(name))
+        self.about_to()
+        self.done.append(self.name_of(os.fstat(file)))
+
+    def name_of(self, status: os.stat_result) -> str:
+        """
+        Find by what name a file is there.
+        """
+        every = (self.cache.parent, *self.cache.parent.rglob("*"))
+        return next(str(each) for each in every if os.path.samestat(each.lstat(), status))
 
     def execute(self, program: str, words: Sequence[str], environ: Mapping[str, str]) -> NoReturn:
         self.done.append(" ".join(words))
@@ -56,7 +67,7 @@ class EntrypointTests(SynchronousTestCase):
             self.start("--port=80")
         cache = str(self.cache)
         self.assertEqual(
-            ["file", f"{cache}/content", cache, "became another", "/bin/twistd -n --pidfile= ecr-proxy --port=80"],
+            [f"{cache}/content/file", f"{cache}/content", cache, "became another", f"{START} --port=80"],
             self.done,
         )
 
@@ -81,6 +92,26 @@ class EntrypointTests(SynchronousTestCase):
             self.start()
         self.assertEqual([str(self.cache), "became another"], self.done[:-1])
 
+    def test_a_file_that_is_replaced_by_a_link_meanwhile_is_left_alone(self) -> None:
+        """
+        What was looked at is what is given away, wherever it is by then.
+        """
+        self.cache.mkdir()
+        file, elsewhere = self.cache / "file", self.cache.parent / "elsewhere"
+        file.touch()
+        elsewhere.touch()
+
+        def replace() -> None:
+            if file.exists():
+                file.rename(self.cache / "moved")
+                os.link(elsewhere, file)
+                self.about_to = lambda: None
+
+        self.about_to = replace
+        with self.assertRaises(ExecutedError):
+            self.start()
+        self.assertEqual([str(self.cache / "moved"), str(self.cache), "became another"], self.done[:-1])
+
     def test_without_the_right_to_it_root_is_told_what_to_do(self) -> None:
         """
         As with C{--cap-drop ALL}: one line, and no daemon that runs as root.
@@ -94,5 +125,5 @@ class EntrypointTests(SynchronousTestCase):
     def test_anybody_else_only_starts_the_daemon(self) -> None:
         with self.assertRaises(ExecutedError):
             self.start(uid=1000)
-        self.assertEqual(["/bin/twistd -n --pidfile= ecr-proxy"], self.done)
+        self.assertEqual([START], self.done)
         self.assertFalse(self.cache.exists())
