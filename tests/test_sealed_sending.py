@@ -69,7 +69,8 @@ class SealedTests(DaemonTestCase):
             self.say()
             self.take()
         if short:
-            self.protocol._tlsConnection = ShortRecords(self.protocol._tlsConnection)  # noqa: SLF001
+            protocol: Any = self.protocol
+            protocol._tlsConnection = ShortRecords(protocol._tlsConnection)  # noqa: SLF001
         self.client.send(f"GET /v2/team/app/blobs/{self.digest} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
         self.say()
 
