@@ -346,6 +346,13 @@ class ImageTests(DoctorTestCase):
             self.assertNotIn(hidden, text)
         self.assertIsNone(re.search("[0-9a-f]{12}", text))
 
+    def test_the_report_goes_to_the_output_alone_where_that_is_asked_for(self) -> None:
+        self.call("--image", "team/app:1", "--report", str(self.file))
+        output = self.call("--image", "team/app:1", "--report", "-")
+        self.assertEqual(self.file.read_text(), output)
+        self.call("--image", "team/app:1", "--report", "-", "--json")
+        self.assertIn("both want the standard output", self.caller.complaint)
+
     def test_an_image_that_is_not_there_is_told_and_nothing_is_told_of_it(self) -> None:
         """
         Else a name that is misspelt says of ECR that it has no HEAD.

@@ -28,7 +28,11 @@ def add_arguments(parser: ArgumentParser) -> None:
         metavar="NAME:TAG",
         help="the same, and hold what the daemon assumes of ECR against how it answers about that image",
     )
-    add("--report", metavar="FILE", help="write what came of --image to a file, without names, digests and secrets")
+    add(
+        "--report",
+        metavar="FILE",
+        help="write what came of --image to a file, without names, digests and secrets; - is the standard output",
+    )
     add("--seconds", metavar="NUMBER", default=str(SECONDS), help=f"for all of it together [default: {SECONDS:g}]")
     add("--json", action="store_true", help="write what was found as JSON")
 

@@ -56,17 +56,25 @@ def run(call: Call, senses: Senses | None = None) -> int:
     limit = _seconds(call.options.seconds)
     if call.options.report is not None and call.options.image is None:
         raise CommandError("--report is about an image: give --image NAME:TAG", MISUSED)
+    report_alone = call.options.report == "-"
+    if report_alone and call.options.json:
+        raise CommandError("--report=- and --json both want the standard output: give one of them a file", MISUSED)
     checks = Doctor(call, load(call.flags, call.world.variables, call.file), senses, limit).checks()
     found: list[Finding] = []
     width = max(map(len, [*(each.name for each in checks), *(assumptions.ASSUMPTIONS if call.options.image else ())]))
     for each in examine(checks, limit, call.world.seconds, senses.start):
         found.append(each)
-        if not call.options.json:
+        if not call.options.json and not report_alone:
             call.terminal.print(f"{each.verdict.value:<7}  {each.check:<{width}}  {each.said}")
             if each.advice:
                 call.terminal.print(f"{'':<7}  {'':<{width}}  -> {each.advice}")
     if call.options.report is not None:
-        _write(call.options.report, assumptions.report({each.check: each for each in found}, __version__))
+        report = assumptions.report({each.check: each for each in found}, __version__)
+        if report_alone:
+            for line in report.splitlines():
+                call.terminal.print(line)
+        else:
+            _write(call.options.report, report)
     wrong = sum(1 for each in found if each.verdict is Verdict.FAILED)
     if call.options.json:
         told = [
