@@ -59,6 +59,14 @@ def require_regular(path: str | os.PathLike[str]) -> None:
         raise OSError(errno.EINVAL, f"it is {kind}, not a regular file", os.fspath(path))
 
 
+def unread(problem: OSError) -> str:
+    """
+    Say that a file can't be read, and who may not: in a container, few know which user the daemon is.
+    """
+    by = f" by user {os.geteuid()}" if isinstance(problem, PermissionError) else ""
+    return f"can't be read{by}: {problem.strerror}"
+
+
 class Files:
     """
     Files, and all files below directories, as they were when they were last noted.

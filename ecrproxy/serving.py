@@ -47,7 +47,7 @@ from ecrproxy.daemon.ending import Connections
 from ecrproxy.daemon.process import clients_beside_spare, kept_files, set_aside_what_stays
 from ecrproxy.daemon.renewal import Renewal
 from ecrproxy.daemon.service import Daemon
-from ecrproxy.files import Reading
+from ecrproxy.files import Reading, unread
 from ecrproxy.http.access_log import AccessLog
 from ecrproxy.http.answering import Ready
 from ecrproxy.http.hot_path import HotPath
@@ -304,7 +304,7 @@ def _trust(egress: Egress, service: Daemon, reactor: Any) -> Trust:  # noqa: ANN
         trust = Trust(egress.authorities)
     except OSError as problem:
         what = f"SSL_CERT_FILE={egress.authorities!r}"
-        raise ConfigError(f"{what}: can't be read: {problem.strerror}; give a PEM file of CAs") from problem
+        raise ConfigError(f"{what}: {unread(problem)}; give a PEM file of CAs") from problem
     reading = service.pools.threads(1).call
     again = Reading(AUTHORITIES, trust.load, trust.use, reading, reactor).again
     Renewal([trust], reading, again, reactor, what=AUTHORITIES).setServiceParent(service)

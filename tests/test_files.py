@@ -4,6 +4,7 @@ The operator's files are read in a thread, and nothing that is put in their plac
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from pathlib import Path
@@ -14,7 +15,7 @@ from twisted.internet.task import Clock
 from twisted.logger import LogLevel, capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.files import READ_SECONDS, Reading, open_file
+from ecrproxy.files import READ_SECONDS, Reading, open_file, unread
 from tests.daemon import Hands
 from tests.store_contract import scratch
 
@@ -46,6 +47,16 @@ class OpenFileTests(SynchronousTestCase):
         ):
             problem = self.assertRaises(OSError, open_file, path)
             self.assertEqual((why, str(path)), (problem.strerror, str(problem.filename)))
+
+
+class UnreadTests(SynchronousTestCase):
+    def test_who_may_not_read_a_file_is_told(self) -> None:
+        """
+        The container gives up root's rights: a key that root alone may read is a surprise.
+        """
+        denied, gone = (OSError(number, os.strerror(number)) for number in (errno.EACCES, errno.ENOENT))
+        self.assertEqual(f"can't be read by user {os.geteuid()}: Permission denied", unread(denied))
+        self.assertEqual("can't be read: No such file or directory", unread(gone))
 
 
 class ReadingTests(SynchronousTestCase):

@@ -12,7 +12,7 @@ from typing import Final
 
 import bcrypt
 
-from ecrproxy.files import open_file
+from ecrproxy.files import open_file, unread
 
 FILE_LIMIT: Final = 2**20
 
@@ -92,7 +92,7 @@ def read_users(path: str) -> Users:
             seen = _signature(os.fstat(file.fileno()))
             data = file.read(FILE_LIMIT + 1)
     except OSError as problem:
-        raise UnreadableError(f"can't be read: {problem.strerror}") from None
+        raise UnreadableError(unread(problem)) from None
     if len(data) > FILE_LIMIT:
         raise HtpasswdError(f"is larger than {FILE_LIMIT} bytes; {_HOW}")
     return replace(Users.parse(data), seen=seen)

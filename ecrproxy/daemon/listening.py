@@ -25,7 +25,7 @@ from ecrproxy.daemon.inherited import BACKLOG, Inherited
 from ecrproxy.daemon.process import most_clients
 from ecrproxy.daemon.tls import CertificateError, Loaded, SecuredFactory, ServerTLS, server_context
 from ecrproxy.endpoint_string import SYSTEMD, EndpointString
-from ecrproxy.files import require_regular
+from ecrproxy.files import require_regular, unread
 from ecrproxy.settings.config import ADMIN_LISTEN, Config, ConfigError
 
 if TYPE_CHECKING:
@@ -256,7 +256,7 @@ def _what_is_wrong(problem: Exception) -> str:
     """
     match problem:
         case OSError():
-            return f"{problem.filename or 'its certificate'} can't be read: {problem.strerror}"
+            return f"{problem.filename or 'its certificate'} {unread(problem)}"
         case SSL.Error() | crypto.Error():
             return "its key and certificate can't be used"
         case LookupError():

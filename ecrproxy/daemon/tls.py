@@ -19,7 +19,7 @@ from twisted.protocols.tls import BufferingTLSTransport, TLSMemoryBIOFactory
 from zope.interface import implementer
 
 from ecrproxy.addresses import unmapped
-from ecrproxy.files import Files, open_file
+from ecrproxy.files import Files, open_file, unread
 
 if TYPE_CHECKING:
     from twisted.protocols.tls import TLSMemoryBIOProtocol
@@ -148,7 +148,7 @@ def _context(key_path: str, certificate_path: str) -> SSL.Context:
         open_file(certificate_path).close()  # OpenSSL's own message does not say what is wrong with a file
         context.use_certificate_chain_file(certificate_path)
     except OSError as problem:
-        raise CertificateError("certificate", f"can't be read: {problem.strerror}") from None
+        raise CertificateError("certificate", unread(problem)) from None
     except SSL.Error:
         raise CertificateError("certificate", "holds no PEM certificate") from None
     try:
@@ -173,7 +173,7 @@ def _ask_for_certificates(context: SSL.Context, path: str) -> None:
         context.load_verify_locations(path)
         context.load_client_ca(os.fsencode(path))
     except OSError as problem:
-        raise CertificateError("authorities", f"can't be read: {problem.strerror}") from None
+        raise CertificateError("authorities", unread(problem)) from None
     except SSL.Error:
         raise CertificateError("authorities", "holds no PEM certificate") from None
     context.set_verify(SSL.VERIFY_PEER)
@@ -187,7 +187,7 @@ def _key(path: str) -> Any:  # noqa: ANN401 (one of several kinds)
         with open_file(path) as file:
             return load_pem_private_key(file.read(), None)
     except OSError as problem:
-        raise CertificateError("key", f"can't be read: {problem.strerror}") from None
+        raise CertificateError("key", unread(problem)) from None
     except TypeError:
         raise CertificateError("key", "is behind a passphrase; give it without one") from None
     except (ValueError, UnsupportedAlgorithm):

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from typing import Final
 
-from ecrproxy.files import open_file
+from ecrproxy.files import open_file, unread
 from ecrproxy.settings.config import CONFIG, NO_FILE, RELOADED, SETTINGS, ConfigError, Filed, config_file, given
 from ecrproxy.settings.registries import parse_registries
 
@@ -46,7 +46,7 @@ def read_file(flags: Mapping[str, str], environ: Mapping[str, str]) -> Filed:
             data = file.read(LIMIT + 1)
     except OSError as problem:
         source = given(flags, environ)[CONFIG][1]
-        raise ConfigError(f"{source}={path!r}: can't be read: {problem.strerror}; give a TOML file") from None
+        raise ConfigError(f"{source}={path!r}: {unread(problem)}; give a TOML file") from None
     return parse_file(path, data)
 
 

@@ -16,7 +16,7 @@ from ecrproxy.command.checkup.reach import describe
 from ecrproxy.command.terminal import counted
 from ecrproxy.daemon.process import FILES_OF_A_CLIENT, KEPT_FILES, OWN_FILES
 from ecrproxy.daemon.tls import Certificate, CertificateError
-from ecrproxy.files import open_file
+from ecrproxy.files import open_file, unread
 from ecrproxy.registry.login import read_password, why_unread
 from ecrproxy.settings import contradictions
 from ecrproxy.settings.config import SETTINGS, Config, Given
@@ -85,7 +85,7 @@ def _certificate(key: str, certificate: str, authorities: str | None, now: float
             check, f"{where}: {problem.why}", "give PEM files that belong together, and that the daemon's user can read"
         )
     except OSError as problem:
-        return failed(check, f"{certificate} can't be read: {problem.strerror}", "give a PEM certificate")
+        return failed(check, f"{certificate} {unread(problem)}", "give a PEM certificate")
     except ValueError:
         return failed(check, f"{certificate} holds no certificate that can be read", "give a PEM certificate")
     days = (shown.until - now) / 86400
