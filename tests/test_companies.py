@@ -405,6 +405,18 @@ class SeveralRegistriesTests(DaemonTestCase):
             self.assertWhole(reply, layer)
         self.standin.release(digest)
 
+    def test_one_that_breaks_off_after_some_bytes_each_time_gives_way_to_the_other(self) -> None:
+        layer = noise("crumbs", 100_000)
+        digest, one, two = self.shared(layer, 40_000)
+        self.standin.break_off(10, times=None)
+        sent = self.other.bytes_sent
+        self.standin.cut(digest)
+        self.standin.release(digest)
+        self.pass_time(2)
+        self.assertWhole(two, layer, "JOINED")
+        self.assertWhole(one, layer, "MISS")
+        self.assertEqual(59_990, self.other.bytes_sent - sent)
+
     def test_what_none_of_them_gives_any_more_ends(self) -> None:
         digest, one, two = self.shared(noise("gone", 100_000), 40_000)
         self.standin.refuse("bucket")

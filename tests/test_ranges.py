@@ -254,7 +254,7 @@ class BrokenLaneTests(RangesTestCase):
         self.start(lanes=Lanes(1), chance=1)
         self.standin.hold(self.digest)
         reply = self.get(self.path)
-        self.standin.deliver(self.digest, 1000)
+        self.standin.deliver(self.digest, 2000)
         self.flush()
         for wait in (0, 1, 2):
             asked = self.standin.count("bucket")
@@ -267,6 +267,20 @@ class BrokenLaneTests(RangesTestCase):
             self.assertEqual(asked + 1, self.standin.count("bucket"))
         self.standin.release(self.digest)
         self.flush()
+        self.assertWhole(reply, DATA)
+
+    def test_that_brings_next_to_nothing_is_not_asked_for_at_once_either(self) -> None:
+        """
+        As where something between cuts off each connection after some bytes; what comes is gone on with.
+        """
+        self.start(lanes=Lanes(1), chance=1)
+        fault = self.standin.break_off(10, times=None)
+        reply = self.get(self.path)
+        self.pass_time(60)
+        self.assertLess(self.standin.count("bucket"), 70)
+        self.assertEqual("", reply.ended)
+        fault.remove()
+        self.pass_time(2)
         self.assertWhole(reply, DATA)
 
     def test_that_is_silent_is_replaced(self) -> None:

@@ -128,7 +128,7 @@ class _Source:
 
     @ivar url: where it lies, once the registry has said so.
     @ivar own: whether the registry itself sends it, and so wants to be shown a token for each part.
-    @ivar barren: whether the last body that came from there broke off without a byte, or stalled; or none came.
+    @ivar barren: whether the last body that came from there broke off with next to nothing, or stalled; or none came.
     """
 
     upstream: Locator
@@ -139,7 +139,7 @@ class _Source:
 
     def note(self, *, barren: bool) -> None:
         """
-        Note whether a body has ended without a byte, or stalled.
+        Note whether a body has ended with next to nothing, or stalled.
         """
         self.barren = barren
 
@@ -470,7 +470,7 @@ class BlobTransfer(TwistedProtocol):
     def __init__(self, sink: Sink, watch: Watch, skip: int = 0) -> None:
         self.sink, self._watch, self._skip = sink, watch, skip
         self._timer: IDelayedCall | None = None
-        self._stalled, self._barren = False, True
+        self._stalled, self._left, self._came = False, False, 0
         self._since, self._waited = 0, 0.0
 
     def connectionMade(self) -> None:  # noqa: D102
@@ -484,17 +484,19 @@ class BlobTransfer(TwistedProtocol):
         if self._skip:
             data, self._skip = data[self._skip :], max(0, self._skip - len(data))
         if data:
-            self._barren = False
+            self._came += len(data)
             self.sink.arrived(data)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:  # noqa: D102
         self._wait_no_more()
-        self._watch.note(barren=self._barren or self._stalled)
+        whole = reason.check(ResponseDone, PotentialDataLoss)
+        nothing = self._came < (1 if whole else TRICKLE)
+        self._watch.note(barren=self._stalled or (nothing and not self._left))
         if self._stalled:
             sent = f"no more than {self._since} bytes" if self._since else "nothing"
             what = f"{self._watch.host} has sent {sent} for {self._waited:g} s"
             reason = Failure(UnavailableError(504, "UNAVAILABLE", what))
-        elif reason.check(ResponseDone, PotentialDataLoss):
+        elif whole:
             self.sink.ended(None)  # that it is whole is for the digest to say
             return
         else:
@@ -522,7 +524,7 @@ class BlobTransfer(TwistedProtocol):
         """
         Send nothing more, ever.
         """
-        self._barren = False
+        self._left = True
         self._hang_up()
 
     def _hang_up(self) -> None:

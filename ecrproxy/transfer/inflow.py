@@ -104,7 +104,7 @@ class Blob(Protocol):
         """Tell how many may have it."""
 
     async def open(self, start: int, stop: int | None, breaks: int = 0) -> Stretch:
-        """Ask for more of it, which was asked for in vain C{breaks} times in a row."""
+        """Ask for more of it, which was asked for in vain, or nearly so, C{breaks} times in a row."""
 
     def look_again(self) -> None:
         """Ask who else has it by now, too, where an answer is slow."""

@@ -20,6 +20,8 @@ log = Logger()
 
 LEAST_GATHERED: Final = 512 * 2**10
 """Parts of fewer bytes are handed out as they come: somebody waits for just these."""
+CRUMBS: Final = 1024
+"""Bytes that a connection must bring before it breaks off, if the rest is to be asked for at once."""
 TRIES: Final = 3
 """How often in a row a lane may break off without having brought a byte; once more for each other who may have them."""
 
@@ -60,7 +62,7 @@ class Lane:
         self._next, self._announced, self._reads_on = first, stop, reads_on
         self._inflow: Inflow | None = None
         self._opening: Deferred[Stretch] | None = None
-        self._brought, self._barren = False, 0
+        self._brought, self._barren, self._crumbs = 0, 0, False
         self._problem: Failure | None = None
 
     @property
@@ -94,7 +96,7 @@ class Lane:
     async def _arrivals(self) -> list[bytes]:
         if self._inflow is None:
             stretch = self._next or await self._open()
-            self._next, self._brought, self._announced = None, False, stretch.stop
+            self._next, self._brought, self._announced = None, 0, stretch.stop
             if self._reads_on is not None and not self._blob.ranged:
                 self.stop = self._reads_on
             self._inflow = self._new_inflow()
@@ -108,7 +110,8 @@ class Lane:
         return batch
 
     async def _open(self) -> Stretch:
-        self._opening = Deferred.fromCoroutine(self._blob.open(self.reached, self.stop, self._barren))
+        breaks = self._barren or int(self._crumbs)
+        self._opening = Deferred.fromCoroutine(self._blob.open(self.reached, self.stop, breaks))
         try:
             return await self._opening
         finally:
@@ -116,7 +119,7 @@ class Lane:
 
     def _take(self, batch: list[bytes]) -> list[bytes]:
         size = sum(map(len, batch))
-        self._brought = self._brought or size > 0
+        self._brought += size
         if self.stop is not None and self.reached + size > self.stop:
             batch, size = [b"".join(batch)[: self.stop - self.reached]], self.stop - self.reached
         self.reached += size
@@ -132,7 +135,7 @@ class Lane:
         if self.reached >= self.stop:
             return True  # cut meanwhile: there is nothing left to try
         self._barren = 0 if self._brought else self._barren + 1
-        self._brought = False
+        self._crumbs, self._brought = 0 < self._brought < CRUMBS, 0
         if self._barren >= TRIES + self._blob.sources - 1 or isinstance(problem, CancelledError):
             return False
         why = str(problem)
