@@ -24,7 +24,8 @@ from ecrproxy.flights import DeadlineExceededError, Flights, within
 from ecrproxy.identity import Repository
 from ecrproxy.oci import MANIFEST_TYPES, Descriptor, Digest, Document, RegistryError, Route
 from ecrproxy.reasons import Reason
-from ecrproxy.registry.bucket import RefusedAnswerError, UnavailableError
+from ecrproxy.registry.bucket import RefusedAnswerError, UnavailableError, is_passed_on_always
+from ecrproxy.registry.race import SLOW_SECONDS, Race
 from ecrproxy.registry.upstream import Upstream
 from ecrproxy.stale import STALE_SECONDS, why_stale
 from ecrproxy.threads import on_its_own
@@ -113,19 +114,19 @@ class Manifests:
 
         @return: none if no replica has it.
         """
-        route, accept = asked.route, asked.accept
-        for each in self._upstream(route).replicas:
-            with contextlib.suppress(RegistryError):
-                key = route, accept, id(each)
-                said = await self._replicas.join(key, partial(self._fetch_from, each, route, accept))
-                return manifest_answer(
-                    CacheStatus.STALE,
-                    why_stale(route, self._upstream(route).name, problem),
-                    asked,
-                    said[0],
-                    said[1].body,
-                )
-        return None
+        route, accept, upstream = asked.route, asked.accept, self._upstream(asked.route)
+
+        async def ask(replica: Upstream) -> tuple[Descriptor, Document]:
+            key = route, accept, id(replica)
+            return await self._replicas.join(key, partial(self._fetch_from, replica, route, accept))
+
+        asks = [partial(ask, each) for each in upstream.replicas]
+        try:
+            descriptor, document = await Race(asks, SLOW_SECONDS, self._call_later, is_passed_on_always).won
+        except RegistryError:
+            return None
+        reason = why_stale(route, upstream.name, problem)
+        return manifest_answer(CacheStatus.STALE, reason, asked, descriptor, document.body)
 
     async def _by_digest(self, asked: Asked) -> Answer:
         if (answer := self.at_hand(asked)) is not None:

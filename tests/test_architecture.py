@@ -118,6 +118,7 @@ ARROWS: dict[str, set[str]] = {
         "oci",
         "reasons",
         "registry.bucket",
+        "registry.race",
         "registry.upstream",
         "stale",
         "threads",

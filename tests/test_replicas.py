@@ -9,15 +9,18 @@ from dataclasses import replace
 
 from twisted.internet.defer import Deferred
 
+from ecrproxy.manifests import REPLICA_SECONDS
 from ecrproxy.oci import parse_route
 from ecrproxy.registry.circuit import FAILURES
 from ecrproxy.registry.race import SLOW_SECONDS
 from ecrproxy.registry.replicas import LATE_SECONDS, SOON_SECONDS
+from ecrproxy.settings.registries import Protocol, RegistryTable
 from tests.daemon import DaemonTestCase, Reply, noise
 from tests.registry import Fault, StandIn
 from tests.registry import Reply as Answer
 
 REPLICA = "https://123456789012.dkr.ecr.us-east-1.amazonaws.com"
+WEST = "123456789012.dkr.ecr.us-west-2.amazonaws.com"
 BUCKET = "https://prod-us-east-1-starport-layer-bucket.s3.us-east-1.amazonaws.com"
 
 
@@ -187,6 +190,24 @@ class ReplicaTests(DaemonTestCase):
         """
         self.standin.fault(ways()[3])
         self.assertWhole(self.wait("/v2/team/app/manifests/latest", 10), self.image.manifest, "STALE")
+
+    def test_a_silent_replica_keeps_a_tag_no_longer_than_the_next_one_takes(self) -> None:
+        """
+        As for what is named by its digest, the next is asked after some seconds.
+        """
+        silent = StandIn(self.clock, registry=f"https://{WEST}", bucket=BUCKET.replace("east-1", "west-2"))
+        table = RegistryTable(
+            name=WEST, protocol=Protocol.ECR, endpoint=f"https://{WEST}", region="us-west-2", path_prefix="west"
+        )
+        self.start(replica=self.replica, others={table: silent})
+        self.assertEqual(404, self.get("/v2/west/team/app/manifests/none").code)
+        self.daemon.upstream.replicas = self.daemon.others[WEST].upstream, *self.daemon.upstream.replicas
+        for standin in (self.standin, silent):
+            standin.fault(ways()[3])
+        reply = self.wait("/v2/team/app/manifests/latest", REPLICA_SECONDS + SLOW_SECONDS + 1)
+        self.assertWhole(reply, self.image.manifest, "STALE")
+        silent.heal()
+        self.assertEqual(504, self.wait("/v2/team/new/manifests/latest", 60).code)  # none of them has that
 
     def test_who_leaves_ends_the_questions_to_both(self) -> None:
         self.standin.fault(ways()[3])
