@@ -64,7 +64,7 @@ def unread(problem: OSError) -> str:
     Say that a file can't be read, and who may not: in a container, few know which user the daemon is.
     """
     by = f" by user {os.geteuid()}" if isinstance(problem, PermissionError) else ""
-    return f"can't be read{by}: {problem.strerror}"
+    return f"can't be read{by}: {problem.strerror or problem}"
 
 
 class Files:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from twisted.logger import Logger
 
-from ecrproxy.files import open_file
+from ecrproxy.files import open_file, unread
 from ecrproxy.registry.ecr import TokenUnavailableError
 from ecrproxy.threads import Bounded, InThread
 
@@ -86,4 +86,5 @@ def why_unread(file: Path, problem: Exception) -> str:
     """
     if isinstance(problem, ValueError):
         return str(problem)
-    return f"the password in {str(file)!r} can't be read: {getattr(problem, 'strerror', None) or problem}"
+    said = unread(problem) if isinstance(problem, OSError) else f"can't be read: {problem}"
+    return f"the password in {str(file)!r} {said}"
