@@ -171,6 +171,28 @@ class IndexTests(SynchronousTestCase):
         self.go_on()
         self.assertIs(None, self.index.entry(tag()))
 
+    def test_what_another_process_purged_while_uses_waited_is_forgotten(self) -> None:
+        """
+        What was told meanwhile is written after them, and it shows a second later that it waited.
+        """
+        other = Index(self.root, lambda: START)
+        self.addCleanup(other.close)
+        self.index.settle()
+        self.patch(index_module, "_LATE_SECONDS", -1.0)
+
+        def wait_for_the_purge() -> None:
+            self.index.save([(tag(), leads_to(A)), (tag("kept"), leads_to(A))])
+            other.purge([tag()], [])
+            self.index.catch_up()
+
+        waiting = self.patch(self.index, "settle_uses", wait_for_the_purge)
+        self.assertTrue(self.index.settle())
+        waiting.restore()
+        self.assertFalse(self.index.settle())
+        self.go_on()
+        self.assertIs(None, self.index.entry(tag()))
+        self.assertEqual(leads_to(A), self.index.entry(tag("kept")))
+
     def test_it_evicts_what_was_used_last_though_no_use_is_written(self) -> None:
         self.index.elsewhere = None
         for each in (A, B):

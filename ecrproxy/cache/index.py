@@ -188,7 +188,7 @@ class Index:
         self._rows, self._files, self._seen = Rows(), tuple[Path, ...](), tuple[object, ...]()
         self._heights = [0, 0]
         self._log_size = self._log_grew = 0
-        self._generation = 0
+        self._generation, self._purged = 0, list[EntryKey]()
         self._everything, self._full, self._tried = False, False, float("-inf")
         self._occupied = float("-inf")
         self.shared, self.unfit, self.shut_out, self._problem, self._unwritable = False, False, False, "", ""
@@ -612,8 +612,10 @@ class Index:
                 self.settle_uses()
         with contextlib.suppress(OSError):  # what was purged can be read while nothing can be written
             news = self._news()
-            if late:  # what was purged may have been among it
-                self.forget(*(each for each in news.purged if isinstance(each, EntryKey)))
+            # What waited may have been purged, or what waited while uses were written, a second ago.
+            before, self._purged = self._purged, [each for each in news.purged if isinstance(each, EntryKey)]
+            if late and (before or self._purged):
+                self.forget(*before, *self._purged)
             return news
         return News()
 
