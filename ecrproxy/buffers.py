@@ -20,7 +20,7 @@ _M_MMAP_THRESHOLD: Final = -3
 """glibc's malloc.h."""
 
 
-def give_memory_back() -> None:
+def map_large_pieces() -> None:
     """
     Have glibc give large pieces of memory back to the system when they are freed.
 
@@ -29,3 +29,13 @@ def give_memory_back() -> None:
     """
     with contextlib.suppress(OSError, AttributeError):  # another libc does not know it
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, MAPPED)
+
+
+def give_memory_back() -> None:
+    """
+    Give the system what was freed of other pieces. Called in a thread: it takes 2 ms, and 40 ms where there are 200 MB.
+
+    By itself glibc gives back only what is free at a heap's end: hundreds of clients over TLS cost 200 MB for ever.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

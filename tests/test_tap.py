@@ -39,6 +39,7 @@ from twisted.python.threadpool import ThreadPool
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy import __version__, serving, tap
+from ecrproxy.buffers import give_memory_back
 from ecrproxy.cache import index
 from ecrproxy.cache.condition import FRESH_SECONDS
 from ecrproxy.cache.janitor import Janitor
@@ -47,7 +48,15 @@ from ecrproxy.cache.store import Store
 from ecrproxy.daemon.ending import Signals
 from ecrproxy.daemon.inherited import SOCKETS_FD, VARIABLE
 from ecrproxy.daemon.listening import Listening
-from ecrproxy.daemon.process import Running, count_steadily, end_each_lookup, open_many_files, set_aside_what_stays
+from ecrproxy.daemon.process import (
+    GIVEN_BACK_SECONDS,
+    Running,
+    count_steadily,
+    end_each_lookup,
+    give_memory_back_now_and_then,
+    open_many_files,
+    set_aside_what_stays,
+)
 from ecrproxy.daemon.renewal import LOOK_SECONDS, Renewal, generation
 from ecrproxy.daemon.service import Daemon
 from ecrproxy.daemon.supervision import Supervised, Supervisor
@@ -1010,6 +1019,18 @@ class ClockTests(TapCase):
 
         self.assertEqual([], turn(106.9))
         self.assertEqual(["moved", "second"], turn(110))
+
+    def test_memory_is_given_back_in_a_thread_again_and_again(self) -> None:
+        reactor: Any = Counting()
+        seconds, called = [100.0], list[Callable[[], None]]()
+        self.patch(time, "monotonic", lambda: seconds[0])
+        self.patch(reactor, "callInThread", called.append)
+        count_steadily(reactor)
+        give_memory_back_now_and_then(reactor)
+        for _ in range(int(3 * GIVEN_BACK_SECONDS) + 1):
+            seconds[0] += 1
+            reactor.runUntilCurrent()
+        self.assertEqual([give_memory_back] * 3, called)
 
     def test_a_reactor_that_has_nothing_to_do_does_not_stand_still(self) -> None:
         """

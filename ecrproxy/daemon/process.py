@@ -17,7 +17,7 @@ from twisted.internet._resolver import GAIResolver
 from twisted.internet.base import ReactorBase
 
 from ecrproxy.access.limits import SPARE
-from ecrproxy.buffers import give_memory_back
+from ecrproxy.buffers import give_memory_back, map_large_pieces
 from ecrproxy.threads import content_with_few
 
 OWN_FILES: Final = 64
@@ -28,6 +28,8 @@ _KEPT_PART: Final = 16
 """What part of the descriptors they have at the most: the rest is for clients."""
 FILES_OF_A_CLIENT: Final = 3
 """A client's socket, the file that it is sent, and a connection upstream."""
+GIVEN_BACK_SECONDS: Final = 30.0
+"""How often memory is given back."""
 STILL_SECONDS: Final = 2.0
 """The most seconds that count of those in which nobody looked at the clock. A reactor that runs does twice as often."""
 
@@ -39,7 +41,8 @@ def set_up(reactor: Any) -> None:  # noqa: ANN401
     count_steadily(reactor)
     end_each_lookup(reactor)
     open_many_files()
-    give_memory_back()
+    map_large_pieces()
+    give_memory_back_now_and_then(reactor)
     set_aside_what_was_imported()
 
 
@@ -113,6 +116,19 @@ def look_up(*question: Any) -> Any:  # noqa: ANN401
         raise
     except Exception as problem:
         raise socket.gaierror(socket.EAI_FAIL, str(problem)) from problem
+
+
+def give_memory_back_now_and_then(reactor: Any) -> None:  # noqa: ANN401
+    """
+    Have what was freed given back to the system, in a thread of the reactor's.
+    """
+
+    def go_on() -> None:
+        reactor.callInThread(give_memory_back)
+        reactor.callLater(GIVEN_BACK_SECONDS, go_on)
+
+    if isinstance(reactor, ReactorBase):
+        reactor.callLater(GIVEN_BACK_SECONDS, go_on)
 
 
 def open_many_files() -> None:

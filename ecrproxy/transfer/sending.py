@@ -46,7 +46,7 @@ PIECE: Final = 2**20
 """Bytes moved at once: larger gains nothing, smaller costs processor time."""
 LEAST_PIECE: Final = 2**16
 """What a transport buffers anyway."""
-TOGETHER: Final = 64 * 2**20
+TOGETHER: Final = 32 * 2**20
 """Bytes that all responses may hold in memory, as long as each of them has its least."""
 SEAL: Final = (PIECE // 2**14 + 1) * 64
 """Bytes by which sealing lengthens a piece, unless a client asks for short records: each has a frame of up to 64."""

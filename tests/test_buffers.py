@@ -1,0 +1,32 @@
+"""
+What was freed is the system's again.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from twisted.trial.unittest import SynchronousTestCase
+
+from ecrproxy.buffers import AT_ONCE, give_memory_back
+
+PIECES = 400
+
+
+def resident() -> int:
+    """
+    Return how many bytes of memory this process has.
+    """
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+class GivenBackTests(SynchronousTestCase):
+    def test_what_was_freed_between_pieces_that_stay_is_given_back(self) -> None:
+        pieces = [(b"x" * (AT_ONCE - number), b"y" * (2000 + number)) for number in range(PIECES)]
+        kept = [small for _, small in pieces]
+        del pieces
+        before = resident()
+        give_memory_back()
+        self.assertLess(resident(), before - PIECES * AT_ONCE // 2)
+        self.assertEqual(PIECES, len(kept))
