@@ -24,9 +24,8 @@ def resident() -> int:
 class GivenBackTests(SynchronousTestCase):
     def test_what_was_freed_between_pieces_that_stay_is_given_back(self) -> None:
         pieces = [(b"x" * (AT_ONCE - number), b"y" * (2000 + number)) for number in range(PIECES)]
-        kept = [small for _, small in pieces]
+        kept, before = [small for _, small in pieces], resident()
         del pieces
-        before = resident()
         give_memory_back()
         self.assertLess(resident(), before - PIECES * AT_ONCE // 2)
         self.assertEqual(PIECES, len(kept))
