@@ -34,6 +34,7 @@ VALUES = {
     "load-balancer": ("loadBalancer.enabled=true",),
     "service-monitor": ("monitoring.enabled=true",),
     "tls": ("tls.secret=ecr-proxy-tls",),
+    "files": ("files.secret=ecr-proxy-files",),
 }
 
 
@@ -88,7 +89,7 @@ def without_origin(manifests: Iterable[Manifest]) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     "components",
-    [(), *((each,) for each in VALUES), ("volume", "irsa", "load-balancer", "service-monitor", "tls")],
+    [(), *((each,) for each in VALUES), ("volume", "irsa", "load-balancer", "service-monitor", "tls", "files")],
     ids="+".join,
 )
 def test_makes_what_kustomize_makes(helm: Path, tmp_path: Path, components: Sequence[str]) -> None:
@@ -125,7 +126,7 @@ def test_all_is_as_kubernetes_publishes_it(helm: Path, tmp_path: Path, mode: str
     """
     Each object is what its schema says, with everything on.
     """
-    every = ("tls.secret=x", "monitoring.enabled=true", "loadBalancer.enabled=true", f"credentials.roleArn={ROLE}")
+    every = ("tls.secret=x", "files.secret=x", "monitoring.enabled=true", "loadBalancer.enabled=true", f"credentials.roleArn={ROLE}")
     for manifest in render(helm, tmp_path, f"mode={mode}", *every):
         if manifest["kind"] not in OPERATORS:
             for version in VERSIONS:

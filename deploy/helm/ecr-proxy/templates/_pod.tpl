@@ -137,6 +137,11 @@ spec:
           mountPath: /tls
           readOnly: true
         {{- end }}
+        {{- if .Values.files.secret }}
+        - name: files
+          mountPath: /etc/ecrproxy
+          readOnly: true
+        {{- end }}
   volumes:
     - name: tmp
       emptyDir:
@@ -150,6 +155,12 @@ spec:
     - name: tls
       secret:
         secretName: {{ .Values.tls.secret }}
+        defaultMode: 0440
+    {{- end }}
+    {{- if .Values.files.secret }}
+    - name: files
+      secret:
+        secretName: {{ .Values.files.secret }}
         defaultMode: 0440
     {{- end }}
 {{- end }}
