@@ -15,6 +15,7 @@ Rules:
 from __future__ import annotations
 
 import resource
+import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 from twisted.application.service import Service
 
+from ecrproxy.failures import Failures
 from ecrproxy.ranking import Ranking
 
 if TYPE_CHECKING:
@@ -106,8 +108,10 @@ class Served:
 
     @ivar requests: theirs, by route, method, status, cache status and registry.
     @ivar saved: the bytes for which nothing was fetched, by repository.
+    @ivar failed: what they asked for in vain.
     """
 
+    failed: Failures
     requests: Tally = field(default_factory=Tally)
     saved: Ranking = field(default_factory=Ranking)
 
@@ -167,14 +171,17 @@ class Figures(Collector):
     The figures, for Prometheus.
 
     @param workers: lists the process ids of workers, whose memory, time and files count with this process's.
+    @param now: seconds since the epoch.
     @ivar version: of what runs here.
     @ivar served: what clients were given.
     @ivar upstream: requests to the registry and to buckets, by kind of host, outcome and registry.
     """
 
-    def __init__(self, version: str, workers: Callable[[], Iterable[int]] = tuple) -> None:
+    def __init__(
+        self, version: str, workers: Callable[[], Iterable[int]] = tuple, now: Callable[[], float] = time.time
+    ) -> None:
         self.version = version
-        self.served, self.upstream = Served(), Tally()
+        self.served, self.upstream = Served(Failures(now)), Tally()
         self._readings: list[Reading] = []
         self._registry = CollectorRegistry()
         for collector in (self, Processes(workers), PLATFORM_COLLECTOR):

@@ -658,7 +658,7 @@ class Daemon(Administered):
         self.governor = Governor(quotas, together, clock)
         self.circuit = Circuit(clock.seconds)
         # Without chance the next try comes at once, unless upstream asks for more time.
-        self.figures = Figures("0")
+        self.figures = Figures("0", now=self.now)
         name = RegistryId.of_url(standin.registry).host
         metered = MeteredAgent(agent(self.back), standin.registry, self.figures.upstream, clock, name)
         wire = Wire(metered, clock, budget, chance=lambda: chance)

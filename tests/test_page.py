@@ -31,6 +31,7 @@ from ecrproxy.admin.snapshot import (
     UpstreamState,
 )
 from ecrproxy.admin.units import ago, clean, moment, share, short, size, span, stamp
+from ecrproxy.failures import Failed
 from tests.daemon import noise
 from tests.test_status import StatusTestCase
 
@@ -50,6 +51,7 @@ EMPTY = Snapshot(
     answers={},
     now=Point(0),
     history=(),
+    failed=(),
     incidents=(),
 )
 FULL = replace(
@@ -77,6 +79,7 @@ FULL = replace(
     answers={"HIT": Answers(30, 300), "MISS": Answers(10, 100)},
     now=Point(5, 2, 1, 5 * 2**20, 2**20),
     history=(Point(30, 10, 9, 100, 10), Point(5, 2, 1, 5 * 2**20, 2**20)),
+    failed=(Failed("/v2/team/app/manifests/1", 502, "failing", EMPTY.when - 7200, EMPTY.when - 3660, 12, "192.0.2.7"),),
     incidents=(Incident(EMPTY.when - 60, "error", "the disk is full", 3),),
 )
 
@@ -241,6 +244,31 @@ class PageTests(PageTestCase):
         page = self.page(replace(EMPTY, can_serve=False, reasons=("the disk is full",)))
         (health,) = [each for each in page.all("div") if each.attributes.get("role") == "status"]
         self.assertEqual("Not ready the disk is full", health.text)
+
+    def test_says_first_that_requests_fail(self) -> None:
+        """
+        Whether or not ECR is known to be away: those of the last minutes.
+        """
+        lately = replace(EMPTY, history=(Point(30, failed=5), *[Point(30, 9)] * 8, Point(30, 9, failed=3)))
+        for snapshot, words in (
+            (lately, "Serves, but 8 requests failed in the last 5 min"),
+            (
+                replace(lately, can_fetch=False),
+                "Can't fetch from upstream, serves what is cached; 8 requests failed in the last 5 min",
+            ),
+            (replace(lately, history=(Point(30, failed=5), *[Point(30, 9)] * 10)), "Ready"),
+        ):
+            (health,) = [each for each in self.page(snapshot).all("div") if each.attributes.get("role") == "status"]
+            self.assertEqual(words, health.text)
+
+    def test_shows_what_failed_for_whom_and_since_when_before_the_charts(self) -> None:
+        page = self.page(FULL)
+        self.assertEqual(
+            [["1 h ago first 2 h ago", "team/app/manifests/1 502 failing (12 times), last for 192.0.2.7"]],
+            self.rows(self.section(page, "Failed requests")),
+        )
+        headings = [each.text for each in page.all("h2")]
+        self.assertEqual(["At a glance", "Failed requests", "Warnings and errors", "Hit ratio"], headings[:4])
 
     def test_of_a_daemon_that_has_done_nothing_is_whole(self) -> None:
         """

@@ -13,7 +13,7 @@ from ecrproxy.access.browsers import is_ours
 from ecrproxy.admin.snapshot import TRANSFERS
 from ecrproxy.admin.status import NEXT
 from ecrproxy.cache.condition import FRESH_SECONDS
-from tests.daemon import DaemonTestCase, noise
+from tests.daemon import CLIENT, DaemonTestCase, noise
 
 DEAD = "sha256:" + 64 * "0"
 
@@ -98,7 +98,32 @@ class DocumentTests(StatusTestCase):
             self.get(self.blob)
         self.pass_time(10)
         (point,) = self.status()["history"]
-        self.assertEqual({"seconds": 10, "asked": 4, "hits": 3, "sent": 1_200_000, "received": 300_000}, point)
+        self.assertEqual(
+            {"seconds": 10, "asked": 4, "hits": 3, "sent": 1_200_000, "received": 300_000, "failed": 0}, point
+        )
+
+    def test_tells_what_failed_and_for_whom(self) -> None:
+        """
+        As often as it did; what the registry does not have did not fail.
+        """
+        self.standin.fail("registry", status=500)
+        began = self.daemon.now()
+        for _ in range(2):
+            self.daemon.send("GET", "/v2/team/app/manifests/absent?x=secret")
+            self.pass_time(30)
+        (first,) = self.status()["failed"]
+        self.assertEqual(("/v2/team/app/manifests/absent", 502, 2), (first["path"], first["status"], first["times"]))
+        self.assertIn(first["reason"], ("failing", "circuit-open"))
+        self.assertEqual(CLIENT, first["client"])
+        self.assertLess(first["since"], first["when"])
+        self.assertGreaterEqual(first["since"], began)
+        self.assertEqual(2, sum(each["failed"] for each in self.status()["history"]))
+
+    def test_what_ecr_does_not_have_has_not_failed(self) -> None:
+        self.get("/v2/team/app/manifests/absent")
+        self.pass_time(10)
+        status = self.status()
+        self.assertEqual(([], 0), (status["failed"], status["history"][0]["failed"]))
 
     def test_tells_how_good_the_token_is(self) -> None:
         """

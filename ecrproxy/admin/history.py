@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from twisted.application.service import Service
 from twisted.logger import Logger
 
+from ecrproxy.failures import ROUTES
 from ecrproxy.periodic import Periodic
 from ecrproxy.ranking import SAVING
 
@@ -38,12 +39,14 @@ class Sample(NamedTuple):
     @ivar hits: those of them for which nothing was fetched.
     @ivar sent: bytes to clients.
     @ivar received: bytes from upstream.
+    @ivar failed: requests that were answered with an error of the server's.
     """
 
     asked: int = 0
     hits: int = 0
     sent: int = 0
     received: int = 0
+    failed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,19 +60,21 @@ class Point:
     hits: int = 0
     sent: int = 0
     received: int = 0
+    failed: int = 0
 
 
 def totals(requests: Iterable[Row], upstream: Iterable[Row]) -> Sample:
     """
     Add up what was counted of clients' requests and of those upstream.
     """
-    asked = hits = sent = 0
-    for (route, _, _, cache, _), count, size, _, _ in requests:
+    asked = hits = sent = failed = 0
+    for (route, _, status, cache, _), count, size, _, _ in requests:
         sent += size
+        failed += count if route in ROUTES and status.startswith("5") else 0
         if route in _CONTENT and cache != "-":
             asked += count
             hits += count if cache in SAVING else 0
-    return Sample(asked, hits, sent, sum(size for _, _, size, _, _ in upstream))
+    return Sample(asked, hits, sent, sum(size for _, _, size, _, _ in upstream), failed)
 
 
 class History:
@@ -121,7 +126,7 @@ def merged(points: Iterable[Point]) -> Point:
     """
     Add points up.
     """
-    rows = [(each.seconds, each.asked, each.hits, each.sent, each.received) for each in points]
+    rows = [(each.seconds, each.asked, each.hits, each.sent, each.received, each.failed) for each in points]
     return Point(*map(sum, zip(*rows, strict=True))) if rows else Point(0)
 
 

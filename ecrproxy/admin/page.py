@@ -19,14 +19,17 @@ from urllib.parse import quote
 from twisted.web.template import Element, Flattenable, Tag, XMLString
 
 from ecrproxy.admin.charts import ceiling, hit_chart, traffic_chart
-from ecrproxy.admin.history import merged, stretches
+from ecrproxy.admin.history import Point, merged, stretches
 from ecrproxy.admin.snapshot import Leaving, RegistryState, Saving, Snapshot, Transfer
 from ecrproxy.admin.units import NONE, ago, clean, hit_ratio, moment, rate, share, short, size, span, stamp
+from ecrproxy.failures import Failed
 from ecrproxy.ranking import SAVING
 
 DOCTYPE: Final = b"<!DOCTYPE html>\n"
 _CIRCUIT: Final = {"closed": "ok", "probing": "warn", "open": "bad"}
 _TABLE_SECONDS: Final = 300
+LATELY_SECONDS: Final = 300
+"""A failure of this time is told before all else."""
 _BAR: Final = 100
 
 Values = dict[str, Flattenable]
@@ -77,9 +80,12 @@ def health(snapshot: Snapshot) -> tuple[str, str]:
     """
     if not snapshot.can_serve:
         return "bad", "Not ready"
+    lately = next(stretches(snapshot.history, LATELY_SECONDS), Point(0))
+    failed = f"{_many(lately.failed, 'request', 'requests')} failed in the last {-(-lately.seconds // 60)} min"
     if not snapshot.can_fetch:
-        return "warn", "Can't fetch from upstream, serves what is cached"
-    return "ok", "Ready"
+        words = "Can't fetch from upstream, serves what is cached"
+        return "warn", f"{words}; {failed}" if lately.failed else words
+    return ("warn", f"Serves, but {failed}") if lately.failed else ("ok", "Ready")
 
 
 def values_of(snapshot: Snapshot) -> Values:
@@ -110,6 +116,11 @@ def _traffic(snapshot: Snapshot) -> Values:
     saved = sum(each.bytes for status, each in snapshot.answers.items() if status in SAVING)
     return {
         "ratio": hit_ratio(hour),
+        "asking": f"{(now.asked + now.failed) / now.seconds if now.seconds else 0:,.3g}/s",
+        "in_hour": f"{hour.asked + hour.failed:,}",
+        "failed": f"{hour.failed:,}",
+        "failed_share": share(hour.failed, hour.asked + hour.failed),
+        "failed_level": "bad" if hour.failed else "",
         "asked": f"{hour.asked:,}",
         "sent": size(hour.sent),
         "sending": rate(now.sent, now.seconds),
@@ -178,6 +189,7 @@ def rows_of(snapshot: Snapshot) -> Mapping[str, Sequence[Values]]:
             {"status": status, "count": f"{each.count:,}", "bytes": size(each.bytes)}
             for status, each in sorted(snapshot.answers.items())
         ],
+        "failures": [_failed(each, snapshot.when) for each in snapshot.failed],
         "incidents": [
             {
                 "stamp": stamp(each.when),
@@ -191,6 +203,19 @@ def rows_of(snapshot: Snapshot) -> Mapping[str, Sequence[Values]]:
     }
 
 
+def _failed(failed: Failed, when: float) -> Values:
+    return {
+        "stamp": stamp(failed.when),
+        "ago": ago(when - failed.when),
+        "path": short(clean(failed.path.removeprefix("/v2/"))),
+        "status": f"{failed.status}",
+        "reason": clean(failed.reason),
+        "client": clean(failed.client),
+        "times": f" ({failed.times:,} times)" if failed.times > 1 else "",
+        "first": f"first {ago(when - failed.since)}" if failed.times > 1 else "",
+    }
+
+
 def _hour(snapshot: Snapshot) -> list[Values]:
     rows: list[Values] = []
     passed = 0
@@ -199,6 +224,7 @@ def _hour(snapshot: Snapshot) -> list[Values]:
             {
                 "minutes": f"{passed // 60} to {-(-(passed + point.seconds) // 60)}",
                 "asked": f"{point.asked:,}",
+                "failed": f"{point.failed:,}",
                 "ratio": hit_ratio(point),
                 "sent": size(point.sent),
                 "received": size(point.received),

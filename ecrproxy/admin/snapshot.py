@@ -15,6 +15,7 @@ from typing import Final
 
 from ecrproxy.admin.history import Point
 from ecrproxy.admin.incidents import Incident
+from ecrproxy.failures import Failed
 from ecrproxy.ranking import SAVING
 from ecrproxy.readiness import Readiness, judge_all
 
@@ -306,6 +307,7 @@ class Snapshot:
     @ivar answers: with content, by the word of X-Cache-Status.
     @ivar now: the last few seconds.
     @ivar history: the last hour.
+    @ivar failed: what clients asked for in vain, what failed last first.
     @ivar incidents: the newest first.
     """
 
@@ -325,6 +327,7 @@ class Snapshot:
     answers: Mapping[str, Answers]
     now: Point
     history: tuple[Point, ...]
+    failed: tuple[Failed, ...]
     incidents: tuple[Incident, ...]
 
     def narrowed(self, name: str, most: int) -> Snapshot:

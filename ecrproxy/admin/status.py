@@ -216,6 +216,7 @@ class Status:
             answers=answers_of(answers.values()),
             now=self.history.latest(),
             history=self.history.points(),
+            failed=self.figures.served.failed.latest(),
             incidents=self.incidents.latest(),
         )
         return whole if registry is None else whole.narrowed(registry, TOP)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping
+from http import HTTPStatus
 from typing import Any, Final, cast
 
 from twisted.web import http
@@ -16,6 +17,7 @@ from ecrproxy.access.browsers import Pages
 from ecrproxy.access.clients import Admission
 from ecrproxy.access.limits import FULL, Crowd, Limits
 from ecrproxy.daemon.ending import Connections
+from ecrproxy.failures import ROUTES
 from ecrproxy.http.access_log import AccessLine, AccessLog
 from ecrproxy.http.answering import Answering, Health, Missing
 from ecrproxy.http.channel import StrictChannel
@@ -251,6 +253,8 @@ class RegistrySite(Site):
             self._served.requests.note(kind, seconds, size)
             if cache in SAVING and size and repository:
                 self._served.saved.note(repository, size)
+            if status >= HTTPStatus.INTERNAL_SERVER_ERROR and kind[0] in ROUTES:
+                self._served.failed.note(path, status, reason, client)
         if self._access_log is not None:
             answered = status, size, seconds, cache, reason, upstream
             about = aborted, kind[-1], several

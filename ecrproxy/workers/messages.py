@@ -63,12 +63,14 @@ class Counted:
     @ivar requests: of clients, as L{metrics.Served} has them.
     @ivar upstream: to the registry and to buckets.
     @ivar saved: repositories, the bytes that were saved, in how many answers.
+    @ivar failed: what failed, as L{failures.Failed} has it.
     @ivar incidents: when, level, text, how often, and the two words that tell its kind.
     """
 
     requests: tuple[Counts, ...]
     upstream: tuple[Counts, ...]
     saved: tuple[tuple[str, int, int], ...]
+    failed: tuple[tuple[str, int, str, float, float, int, str], ...]
     incidents: tuple[tuple[float, Literal["warn", "error", "critical"], str, int, str, str], ...]
 
     def __post_init__(self) -> None:

@@ -258,6 +258,7 @@ def add_up(figures: Figures, incidents: Incidents, counted: Counted) -> None:
     """
     figures.served.requests.add(counted.requests)
     figures.served.saved.add(counted.saved)
+    figures.served.failed.add(counted.failed)
     figures.upstream.add(counted.upstream)
     incidents.add(counted.incidents)
 

@@ -100,14 +100,14 @@ class Reports(Service):
             return
         served = self._figures.served
         requests, upstream = served.requests.take(), self._figures.upstream.take()
-        saved, incidents = tuple(served.saved.take()), tuple(self._incidents.take())
+        once = tuple(served.saved.take()), tuple(served.failed.take()), tuple(self._incidents.take())
         while True:
             told, requests = requests[:TOGETHER], requests[TOGETHER:]
             asked, upstream = upstream[:TOGETHER], upstream[TOGETHER:]
-            self._channel.tell(Counted(tuple(told), tuple(asked), saved, incidents))  # type: ignore[arg-type]
+            self._channel.tell(Counted(tuple(told), tuple(asked), *once))  # type: ignore[arg-type]
             if not (requests or upstream):
                 break
-            saved, incidents = (), ()
+            once = (), (), ()
 
     def _heard(self, message: FromParent) -> None:
         if isinstance(message, Question):

@@ -19,6 +19,7 @@ from ecrproxy.admin.history import Point
 from ecrproxy.admin.incidents import Incident
 from ecrproxy.admin.port import Metrics, make_admin_site
 from ecrproxy.admin.snapshot import Answers, Fill, Leaving, Saving, Snapshot, TokenState, Transfer, UpstreamState
+from ecrproxy.failures import Failed
 from ecrproxy.metrics import Figures
 from ecrproxy.readiness import Readiness
 
@@ -47,7 +48,7 @@ def history() -> tuple[Point, ...]:
         asked = int(busy * chance.randint(20, 60))
         missed = int(asked * (0.04 * chance.random() + 0.3 * chance.random() * (70 < at < 76)))
         sent, received = (int(each * chance.uniform(8, 16) * MIB) for each in (asked, missed))
-        points.append(Point(30, asked, asked - missed, sent, received))
+        points.append(Point(30, asked, asked - missed, sent, received, 9 if at == 33 else 0))
     return tuple(points)
 
 
@@ -85,6 +86,7 @@ class Example:
             answers={status: Answers(count, int(size * GIB)) for status, count, size in ANSWERS},
             now=Point(5, 12, 11, 180 * MIB, 60 * MIB),
             history=self._history,
+            failed=failed(now),
             incidents=incidents(now),
         )
 
@@ -141,6 +143,17 @@ def transfers() -> tuple[Transfer, ...]:
         Transfer("team/ml/trainer-cuda", digest(11), LAYER, LAYER * 26 // 100, 12, kept=True),
         Transfer("team/ml/trainer-cuda", digest(12), 64 * MIB, 49 * MIB, 3, kept=True),
         Transfer("team/api", digest(13), None, 9 * MIB, 1, kept=False),
+    )
+
+
+def failed(now: float) -> tuple[Failed, ...]:
+    """
+    Make what clients did not get.
+    """
+    at, web, api = now - 0.72 * HOUR, "/v2/team/web/manifests/4.11.0", f"/v2/team/api/blobs/{digest(21)}"
+    return (
+        Failed(web, 503, "circuit-open", at - 20, at, 7, "10.0.12.31"),
+        Failed(api, 502, "failing", at - 24, at - 22, 2, "10.0.40.7"),
     )
 
 

@@ -126,7 +126,13 @@ def test_all_is_as_kubernetes_publishes_it(helm: Path, tmp_path: Path, mode: str
     """
     Each object is what its schema says, with everything on.
     """
-    every = ("tls.secret=x", "files.secret=x", "monitoring.enabled=true", "loadBalancer.enabled=true", f"credentials.roleArn={ROLE}")
+    every = (
+        "tls.secret=x",
+        "files.secret=x",
+        "monitoring.enabled=true",
+        "loadBalancer.enabled=true",
+        f"credentials.roleArn={ROLE}",
+    )
     for manifest in render(helm, tmp_path, f"mode={mode}", *every):
         if manifest["kind"] not in OPERATORS:
             for version in VERSIONS:
