@@ -162,6 +162,15 @@ def test_an_ecr_that_is_away_is_read_first(make_chain: MakeChain, images: Images
         browser.size(width, 800)
         assert browser.run("return document.documentElement.scrollWidth") == width
         assert browser.run("return document.querySelector('.health').getBoundingClientRect().top") < 100
+    assert chain.daemon.ask("/v2/team/absent/manifests/1").status >= 500
+
+    def failures() -> list[str]:
+        return browser.texts("#failures ~ table tbody td")
+
+    eventually(lambda: len(failures()) == 1, "what failed is seen")
+    assert failures()[0].startswith("team/absent/manifests/1 50")
+    assert failures()[0].endswith("last for 127.0.0.1")
+    eventually(lambda: browser.texts(".word")[0].endswith("; 1 request failed in the last 1 min"), "that it did, too")
     ratio, text = browser.worst_contrast()
     assert ratio >= READABLE, text
 
