@@ -32,6 +32,7 @@ from ecrproxy.admin.readings import (
     of_registries,
     of_transfers,
 )
+from ecrproxy.admin.snapshot import Clients
 from ecrproxy.admin.status import Asking, Process
 from ecrproxy.cache.condition import Condition
 from ecrproxy.cache.janitor import Janitor
@@ -172,8 +173,13 @@ def wire(
     )
     figures.watch(*of_clients(crowd, crowd.limits.connections or None), *of_disk(condition))
     service.add(Scribe(store.index, threads(1, yielding=False).post), purges, janitor, scrub, tokens, stall)
-    process = Process(store, janitor, worlds.askings, pull_through, worlds.called, readiness, disk.reading)
+    clients = partial(_clients, crowd, stall)
+    process = Process(store, janitor, worlds.askings, pull_through, worlds.called, readiness, disk.reading, clients)
     return Serving(site, connections, admission, figures, process, cache, purges, stall, partial(_use, worlds, make))
+
+
+def _clients(crowd: Crowd, stall: LoopStall) -> Clients:
+    return Clients(crowd.connected, crowd.limits.connections or None, crowd.transferring, stall.lately)
 
 
 def _store(config: Config, kept: KeptOpen) -> Store:

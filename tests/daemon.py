@@ -47,6 +47,7 @@ from ecrproxy.admin.api import Api
 from ecrproxy.admin.incidents import Incidents
 from ecrproxy.admin.port import Metrics, make_admin_site, make_metrics_site
 from ecrproxy.admin.readings import of_cache, of_clients, of_disk, of_registries, of_transfers
+from ecrproxy.admin.snapshot import Clients
 from ecrproxy.admin.status import Asking, Process, Status
 from ecrproxy.cache.cache_key import CacheKey
 from ecrproxy.cache.cells import on_disk
@@ -724,7 +725,14 @@ class Daemon(Administered):
         self.figures.watch(*of_clients(self.crowd, 100), *of_registries(self.askings))
         self.figures.watch(*of_disk(self.condition))
         self.process = Process(
-            self.store, self.janitor, self.askings, self.pull_through, self.worlds.called, self.readiness, in_thread
+            self.store,
+            self.janitor,
+            self.askings,
+            self.pull_through,
+            self.worlds.called,
+            self.readiness,
+            in_thread,
+            lambda: Clients(self.crowd.connected, 100, self.crowd.transferring, 0.25),
         )
         incidents = Incidents(self.now)
         self.status = Status(

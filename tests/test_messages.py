@@ -13,7 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
-from ecrproxy.admin.snapshot import Answers, Fill, Leaving, RegistryState, Standing, TokenState, Transfer, UpstreamState
+from ecrproxy.admin.snapshot import (
+    Answers,
+    Clients,
+    Fill,
+    Leaving,
+    RegistryState,
+    Standing,
+    TokenState,
+    Transfer,
+    UpstreamState,
+)
 from ecrproxy.metrics import BUCKETS, Tally
 from ecrproxy.readiness import Readiness
 from ecrproxy.workers.messages import (
@@ -51,6 +61,7 @@ STANDING = Standing(
             {"HIT": Answers(1, 300)},
         ),
     ),
+    Clients(3, None, 2, 0.5),
 )
 OF_WORKERS = (
     Listens(),

@@ -21,6 +21,7 @@ from ecrproxy.admin.port import PARTS
 from ecrproxy.admin.snapshot import (
     TRANSFERS,
     Answers,
+    Clients,
     Fill,
     Leaving,
     RegistryState,
@@ -38,11 +39,13 @@ from tests.test_status import StatusTestCase
 DIGEST = f"sha256:{'0123456789abcdef' * 4}"
 EMPTY = Snapshot(
     version="1.0.0",
+    host="one",
     registry="https://123456789012.dkr.ecr.eu-west-1.amazonaws.com",
     when=1_800_000_000.0,
     uptime=100.0,
     reasons=(),
     cache=Fill(0, 0, 2**30, 0, 0, ()),
+    clients=Clients(),
     transfers=(),
     repositories=(),
     token=TokenState(None, 1_800_010_000.0, 5000.0, 0),
@@ -56,6 +59,7 @@ EMPTY = Snapshot(
 )
 FULL = replace(
     EMPTY,
+    clients=Clients(12, 340, 3, 0.25, 2),
     cache=Fill(2**29, 2**20, 2**30, 20, 3, (Leaving("content", DIGEST, 2**20, EMPTY.when - 7200),)),
     transfers=(
         Transfer("team/app", DIGEST, 1000, 250, 2, kept=True),
@@ -230,6 +234,12 @@ class PageTests(PageTestCase):
         glance = self.section(self.page(FULL), "At a glance").text
         for words in ("83.3 % of 12 requests", "1.0 MiB/s now", "300 B 75.0 % of all bytes", "2 for 3 clients"):
             self.assertIn(words, glance)
+
+    def test_shows_what_the_daemon_has_to_do(self) -> None:
+        told = self.section(self.page(FULL), "This daemon").text
+        self.assertEqual(
+            "This daemon Machine one Processes 2 Connections 12 of 340 Sending 3 answers Longest stall 250 ms", told
+        )
 
     def test_says_how_the_daemon_is(self) -> None:
         """

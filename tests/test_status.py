@@ -102,6 +102,14 @@ class DocumentTests(StatusTestCase):
             {"seconds": 10, "asked": 4, "hits": 3, "sent": 1_200_000, "received": 300_000, "failed": 0}, point
         )
 
+    def test_tells_how_much_clients_ask_of_it(self) -> None:
+        self.standin.hold(self.digest)
+        self.daemon.send("GET", self.blob)
+        self.flush()
+        self.arrive(self.digest, 1000)
+        clients = {"connected": 1, "limit": 100, "sending": 1, "stall": 0.25, "processes": 1}
+        self.assertEqual(clients, self.status()["clients"])
+
     def test_tells_what_failed_and_for_whom(self) -> None:
         """
         As often as it did; what the registry does not have did not fail.

@@ -20,7 +20,7 @@ from twisted.web.template import Element, Flattenable, Tag, XMLString
 
 from ecrproxy.admin.charts import ceiling, hit_chart, traffic_chart
 from ecrproxy.admin.history import Point, merged, stretches
-from ecrproxy.admin.snapshot import Leaving, RegistryState, Saving, Snapshot, Transfer
+from ecrproxy.admin.snapshot import Clients, Leaving, RegistryState, Saving, Snapshot, Transfer
 from ecrproxy.admin.units import NONE, ago, clean, hit_ratio, moment, rate, share, short, size, span, stamp
 from ecrproxy.failures import Failed
 from ecrproxy.ranking import SAVING
@@ -104,9 +104,21 @@ def values_of(snapshot: Snapshot) -> Values:
         "moment": moment(snapshot.when),
         "transfers": f"{len(snapshot.transfers)}",
         "followers": _many(sum(each.followers for each in snapshot.transfers), "client", "clients"),
+        **_daemon(snapshot.host, snapshot.clients),
         **_traffic(snapshot),
         **_cache(snapshot),
         **_ecr(snapshot),
+    }
+
+
+def _daemon(host: str, clients: Clients) -> Values:
+    limit = "" if clients.limit is None else f" of {clients.limit:,}"
+    return {
+        "machine": clean(host),
+        "processes": f"{clients.processes:,}",
+        "connected": f"{clients.connected:,}{limit}",
+        "being_sent": _many(clients.sending, "answer", "answers"),
+        "stall": f"{clients.stall * 1000:,.0f} ms",
     }
 
 

@@ -60,6 +60,25 @@ class Fill:
 
 
 @dataclass(frozen=True, slots=True)
+class Clients:
+    """
+    How much clients ask of the daemon.
+
+    @ivar connected: their connections.
+    @ivar limit: the most that may be; none if nothing limits them.
+    @ivar sending: blobs and long answers that they are being sent.
+    @ivar stall: the longest time for which an event loop stood still within the last minutes, in seconds.
+    @ivar processes: how many serve them.
+    """
+
+    connected: int = 0
+    limit: int | None = None
+    sending: int = 0
+    stall: float = 0.0
+    processes: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class Transfer:
     """
     A blob on its way from upstream.
@@ -180,6 +199,7 @@ class Standing:
     cache: Fill
     transfers: tuple[Transfer, ...]
     registries: tuple[RegistryState, ...]
+    clients: Clients
 
 
 def together(standings: Sequence[Standing], expected: int) -> Standing:
@@ -194,6 +214,7 @@ def together(standings: Sequence[Standing], expected: int) -> Standing:
         _filled([each.cache for each in standings]),
         tuple(islice(chain.from_iterable(each.transfers for each in standings), TRANSFERS)),
         tuple(_registries([each.registries for each in standings])),
+        _of_all([each.clients for each in standings]),
     )
 
 
@@ -240,6 +261,20 @@ def _registries(found: Sequence[Sequence[RegistryState]]) -> Iterator[RegistrySt
         yield RegistryState(
             name, _token([each.token for each in states]), _upstream([each.upstream for each in states])
         )
+
+
+def _of_all(several: Sequence[Clients]) -> Clients:
+    """
+    Each process has its own limit.
+    """
+    limits = [each.limit for each in several if each.limit is not None]
+    return Clients(
+        sum(each.connected for each in several),
+        sum(limits) if len(limits) == len(several) else None,
+        sum(each.sending for each in several),
+        max((each.stall for each in several), default=0.0),
+        sum(each.processes for each in several),
+    )
 
 
 def _filled(fills: Sequence[Fill]) -> Fill:
@@ -296,6 +331,7 @@ class Snapshot:
     """
     All of it.
 
+    @ivar host: the machine's name, or the pod's.
     @ivar registry: ECR's URL.
     @ivar when: the moment, in seconds since the epoch.
     @ivar uptime: seconds since the start.
@@ -312,6 +348,7 @@ class Snapshot:
     """
 
     version: str
+    host: str
     registry: str
     when: float
     uptime: float
@@ -319,6 +356,7 @@ class Snapshot:
     can_fetch: bool = True
     reasons: tuple[str, ...]
     cache: Fill
+    clients: Clients
     transfers: tuple[Transfer, ...]
     repositories: tuple[Saving, ...]
     token: TokenState

@@ -5,8 +5,9 @@ Asks the parts of the daemon how they stand.
 from __future__ import annotations
 
 import contextlib
+import socket
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
@@ -15,6 +16,7 @@ from ecrproxy.admin.incidents import Incidents
 from ecrproxy.admin.snapshot import (
     TRANSFERS,
     Answers,
+    Clients,
     Fill,
     Leaving,
     RegistryState,
@@ -113,6 +115,7 @@ class Process:
     @ivar called: gives what people call a repository.
     @ivar readiness: asks what it can do.
     @ivar in_thread: calls what asks the disk.
+    @ivar clients: tells how much they ask of it.
     """
 
     store: Store
@@ -122,6 +125,7 @@ class Process:
     called: Callable[[Repository], str]
     readiness: Callable[[], Coroutine[Any, Any, Readiness]]
     in_thread: InThread
+    clients: Callable[[], Clients]
 
     async def standing(self) -> Standing:
         """
@@ -130,7 +134,7 @@ class Process:
         readiness = await self.readiness()
         leaving = await self.in_thread(next_to_go, self.store, NEXT)
         registries = of_process(each.state() for each in self.askings())
-        return Standing(readiness, self._fill(leaving), self._transfers(), registries)
+        return Standing(readiness, self._fill(leaving), self._transfers(), registries, self.clients())
 
     def _fill(self, leaving: Sequence[Leaving]) -> Fill:
         index = self.store.index
@@ -162,6 +166,7 @@ class Status:
     @ivar incidents: what went wrong in all processes.
     @ivar now: seconds since the epoch.
     @ivar clock: the one that timers go by.
+    @ivar host: the machine's name, or the pod's.
     @ivar services: what keeps notes for the next snapshots, while it runs.
     """
 
@@ -172,6 +177,7 @@ class Status:
     incidents: Incidents
     now: Callable[[], float]
     clock: IReactorTime
+    host: str = field(default_factory=socket.gethostname)
 
     def __post_init__(self) -> None:
         self.history = History()
@@ -199,6 +205,7 @@ class Status:
         default = standing.registries[0] if standing.registries else _NOBODY
         whole = Snapshot(
             version=self.figures.version,
+            host=self.host,
             registry=self.registry,
             when=self.now(),
             uptime=self.clock.seconds() - self._started,
@@ -206,6 +213,7 @@ class Status:
             can_fetch=readiness.can_fetch,
             reasons=readiness.reasons,
             cache=standing.cache,
+            clients=standing.clients,
             transfers=standing.transfers,
             repositories=tuple(
                 Saving(*each) for each in self.figures.served.saved.top(TOP if registry is None else LIMIT)

@@ -18,7 +18,17 @@ from twisted.web.resource import Resource
 from ecrproxy.admin.history import Point
 from ecrproxy.admin.incidents import Incident
 from ecrproxy.admin.port import Metrics, make_admin_site
-from ecrproxy.admin.snapshot import Answers, Fill, Leaving, Saving, Snapshot, TokenState, Transfer, UpstreamState
+from ecrproxy.admin.snapshot import (
+    Answers,
+    Clients,
+    Fill,
+    Leaving,
+    Saving,
+    Snapshot,
+    TokenState,
+    Transfer,
+    UpstreamState,
+)
 from ecrproxy.failures import Failed
 from ecrproxy.metrics import Figures
 from ecrproxy.readiness import Readiness
@@ -73,11 +83,13 @@ class Example:
         now = time.time()
         return Snapshot(
             version="1.0.0",
+            host="ecr-proxy-0",
             registry="https://123456789012.dkr.ecr.eu-west-1.amazonaws.com",
             when=now,
             uptime=3 * DAY + 1.2 * HOUR,
             reasons=(),
             cache=cache(now),
+            clients=Clients(214, 21760, 16, 0.021, 2),
             transfers=transfers(),
             repositories=tuple(Saving(name, int(size * GIB), count) for name, size, count in REPOSITORIES),
             token=TokenState(None, now + 8.02 * HOUR, 2.03 * HOUR, 2),
