@@ -17,6 +17,25 @@ from ecrproxy.daemon.exhaustion import TRIES, Exhaustion, Orphaned, look
 from ecrproxy.daemon.service import Daemon
 
 
+class Turn:
+    """
+    A lock that a thread releases when it begins: on a machine that is busy, some seconds after it was started.
+    """
+
+    SECONDS = 4.0
+
+    def acquire(self, *, timeout: float = 0.0) -> bool:
+        """
+        Wait for that thread; who has just made the lock waits for nobody.
+        """
+        return timeout >= self.SECONDS
+
+    def release(self) -> None:
+        """
+        Begin.
+        """
+
+
 class LookTests(SynchronousTestCase):
     def test_all_is_well_here(self) -> None:
         self.assertIsNone(look())
@@ -26,9 +45,13 @@ class LookTests(SynchronousTestCase):
         self.assertIn("Out of memory", str(look()))
 
     def test_a_thread_has_to_begin(self) -> None:
-        self.patch(exhaustion, "PAUSE_SECONDS", 0.01)
+        self.patch(exhaustion, "BEGIN_SECONDS", 0.01)
         self.patch(_thread, "start_new_thread", lambda *_: None)
         self.assertIn("No thread", str(look()))
+
+    def test_a_thread_that_has_no_processor_yet_is_one(self) -> None:
+        self.patch(_thread, "allocate_lock", Turn)
+        self.assertIsNone(look())
 
     def test_a_thread_is_asked_for(self) -> None:
         def start(*_: Any) -> None:

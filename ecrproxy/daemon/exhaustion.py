@@ -22,6 +22,8 @@ from twisted.application.service import Service
 PAUSE_SECONDS: Final = 1.0
 TRIES: Final = 5
 """How often in a row a look has to fail: a moment without memory passes."""
+BEGIN_SECONDS: Final = 10.0
+"""How long a thread that was started may take to begin: on a busy machine it waits for a processor."""
 PIECE: Final = 8 * 2**20
 """Bytes of memory that are asked for: a thread's stack has as many."""
 _MEMORY: Final = "Out of memory: ending; raise the limit of memory or address space (MemoryMax, ulimit -v)"
@@ -42,7 +44,7 @@ def look() -> str | None:
     except RuntimeError:
         return _THREADS
     # Not Thread.start(): that waits for ever for a thread that has no memory to begin with.
-    return None if begun.acquire(timeout=PAUSE_SECONDS) else _THREADS
+    return None if begun.acquire(timeout=BEGIN_SECONDS) else _THREADS
 
 
 class Orphaned:
