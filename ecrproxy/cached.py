@@ -878,13 +878,21 @@ class Cache:
         """
         await self._save([(asked.entry_key, self._entry_of(descriptor))])
 
-    def holds(self, asked: Asked, size: int | None) -> None:
+    @property
+    def purges(self) -> int:
         """
-        Note that ECR said that the repository holds a blob.
+        How many purges were heard of. What ECR said before the last one is known no more.
+        """
+        return self._purges
+
+    def holds(self, asked: Asked, size: int | None, since: int) -> None:
+        """
+        Note that ECR said that the repository holds a blob, unless a purge was heard of since.
 
         @param size: in bytes; nothing is noted while that isn't known.
+        @param since: how many had been heard of when ECR was asked.
         """
-        if size is not None:
+        if size is not None and since == self._purges:
             self.remember(asked, Descriptor(BLOB_TYPE, asked.digest, size))
 
     async def confirm(self, asked: Asked, descriptor: Descriptor, document: Document) -> None:

@@ -9,6 +9,7 @@ Rules:
 - Look, then register the flight, with no await between: between two awaits nobody else runs.
 - A part of a blob is fetched first, and the rest for the cache behind it. If the blob is not kept, the part is passed
   on alone: the bucket is asked for these bytes, and for small gaps between several of them.
+- What ECR said before a purge is noted for nobody after it, also where it began a transfer that goes on.
 - One process in a directory brings a blob in, the others follow it: see L{record}. A part that it has not come to yet
   is passed on alone.
 - The cache may fail in any way: what upstream gives is handed on all the same.
@@ -20,7 +21,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from twisted.internet.defer import Deferred
 from twisted.logger import Logger
@@ -60,6 +61,17 @@ T = TypeVar("T")
 
 Source = tuple[Upstream, Route]
 """A registry, and as what it has a blob."""
+
+
+class _Carrier(NamedTuple):
+    """
+    In which repository what is on its way was asked for first.
+
+    @ivar purges: how many purges had been heard of then: what ECR said counts for others until there is another.
+    """
+
+    repository: Repository
+    purges: int
 
 
 class OtherSizeError(UnavailableError):
@@ -106,7 +118,7 @@ class PullThrough:
         self._arriving: dict[Digest, Download] = {}
         self._unattended = Unattended(self.transfers, call_later, unattended)
         self._looks = Looks(disk.reading, call_later)
-        self._carriers: dict[Digest, Repository] = {}
+        self._carriers: dict[Digest, _Carrier] = {}
         self._others: dict[Digest, dict[RegistryId, Source]] = {}
         self._races: dict[Digest, Callable[[Source], None]] = {}
         self._sizes: Flights[int] = Flights()
@@ -125,7 +137,17 @@ class PullThrough:
         """
         Return the repository in which what is on its way was asked for first.
         """
-        return self._carriers.get(digest)
+        found = self._carriers.get(digest)
+        return None if found is None else found.repository
+
+    def _vouches(self, asked: Asked) -> bool:
+        """
+        Return True if what is on its way was asked for first in the same repository, and no purge was heard of since.
+        """
+        return self._carriers.get(asked.digest) == self._carrier_of(asked.route)
+
+    def _carrier_of(self, route: Route) -> _Carrier:
+        return _Carrier(route.repository, self._cache.purges)
 
     def at_hand(self, asked: Asked) -> Answer | None:
         """
@@ -167,13 +189,13 @@ class PullThrough:
         while answer is None:
             known, content, missing, since = await self._cache.look_up(asked)
             size = known.descriptor.size if known and not confirmed else size
-            carrier = self._carriers.get(asked.digest)
+            carrier = self.carrier(asked.digest)
             absent = content is None and carrier is None
             self._begin_behind(asked, ranges, size, lacking=content is None)
-            allowed = known is not None or confirmed or (content is None and carrier == asked.route.repository)
+            allowed = known is not None or confirmed or (content is None and self._vouches(asked))
             try:
                 if absent and (ranges is None or size is not None):
-                    answer = await self._carry(asked, size, missing, ranges, confirmed=confirmed)
+                    answer = await self._carry(asked, size, missing, ranges, since, confirmed=confirmed)
                 elif absent or not allowed:
                     if content is not None:
                         content.close()
@@ -181,7 +203,7 @@ class PullThrough:
                 elif content is not None:
                     answer = await self._cache.shelved(asked, content, since, confirmed=confirmed)
                 else:
-                    answer = await self._join(asked, ranges, carrier, size if confirmed else None)
+                    answer = await self._join(asked, ranges, carrier, size if confirmed else None, since)
             except OtherSizeError as problem:
                 if problem.certain:
                     raise
@@ -217,13 +239,13 @@ class PullThrough:
         Follow a transfer that the same repository began, if it is not yet at its end: then no disk knows more of it.
         """
         digest, repository = asked.digest, asked.route.repository
-        if self._carriers.get(digest) != repository:
+        if not self._vouches(asked):
             return None
         download = self._arriving.get(digest)
         if digest not in self._openings if download is None else download.verified or download.elsewhere:
             return None
         with contextlib.suppress(OtherSizeError):
-            return await self._join(asked, ranges, repository, None)
+            return await self._join(asked, ranges, repository, None, self._cache.purges)
         return None
 
     async def _blob_head(self, asked: Asked) -> Answer:
@@ -248,18 +270,20 @@ class PullThrough:
         """
         Have ECR confirm that the repository holds the blob.
         """
-        size = await self._sizes.join(asked.route, lambda: self._upstream(asked.route).blob_size(asked.route))
-        self._cache.holds(asked, size)
+        since = self._cache.purges
+        size = await self._sizes.join((asked.route, since), lambda: self._upstream(asked.route).blob_size(asked.route))
+        self._cache.holds(asked, size, since)
         return size
 
     async def _carry(
-        self, asked: Asked, expected: int | None, missing: Reason, ranges: Ranges | None, *, confirmed: bool
+        self, asked: Asked, expected: int | None, missing: Reason, ranges: Ranges | None, since: int, *, confirmed: bool
     ) -> Answer | None:
         """
         Begin the transfer that all who ask for this digest meanwhile will follow; none if it has landed since the look.
 
         @param expected: how many bytes it has by what is known.
         @param missing: why it has to be begun.
+        @param since: how many purges had been heard of when the repository was known to hold it.
         @param confirmed: whether ECR has said so just now; else it may be what a bucket told that was wrong.
         @raise OtherSizeError: if it has another size, or may have.
         """
@@ -270,7 +294,7 @@ class PullThrough:
             if not confirmed:
                 raise _uncertain() from None
             return Answer(CacheStatus.MISS, missing, BLOB_TYPE, digest, expected)
-        self._carriers[digest] = route.repository
+        self._carriers[digest] = self._carrier_of(route)
         if self.ahead is not None:
             self.ahead.give_way(digest)
         unread = missing is Reason.DISK
@@ -282,10 +306,10 @@ class PullThrough:
             raise
         if isinstance(body, Passing) and body.is_let_go:
             return await self._alone(asked, parts, expected, confirmed=confirmed)
-        if body is None or self._carriers.get(digest, route.repository) != route.repository:
+        if body is None or self.carrier(digest) not in (None, route.repository):
             return None  # that another registry has begun to send it says nothing about this one
         if isinstance(body, Passing) or not body.kept or body.elsewhere:  # else it was noted with the file
-            self._cache.holds(asked, body.size)
+            self._cache.holds(asked, body.size, since)
         missing = self._cache.why_missing(asked, missing)
         if isinstance(body, Passing) or not body.kept:
             return Answer(CacheStatus.BYPASS, body.unkept, BLOB_TYPE, digest, body.size, body)
@@ -294,19 +318,20 @@ class PullThrough:
         return Answer(CacheStatus.MISS, missing, BLOB_TYPE, digest, body.size, body)
 
     async def _join(
-        self, asked: Asked, ranges: Ranges | None, carrier: Repository | None, confirmed: int | None
+        self, asked: Asked, ranges: Ranges | None, carrier: Repository | None, confirmed: int | None, since: int
     ) -> Answer | None:
         """
         Follow the transfer that C{carrier} began; none if the answer has to be looked for again.
 
         @param confirmed: how many bytes it has, if ECR has said so just now; a transfer has what a bucket told.
+        @param since: how many purges had been heard of when the repository was known to hold it.
         @raise OtherSizeError: if it has another size, or may have.
         """
         digest = asked.digest
         body: Download | Passing | None = self._arriving.get(digest)
         if body is None and digest in self._openings:
             body = await self._begun(asked, carrier)
-            carrier = self._carriers.get(digest, carrier)
+            carrier = self.carrier(digest) or carrier
         if body is None:
             return None
         if isinstance(body, Download) and body.stopped:
@@ -322,7 +347,8 @@ class PullThrough:
             return Answer(CacheStatus.JOINED, Reason.IN_FLIGHT, BLOB_TYPE, digest, size)
         if isinstance(body, Passing) or body.size != size or not _serves(body, parts):
             return await self._alone(asked, parts, size, confirmed=confirmed is not None)
-        self._cache.holds(asked, body.size)
+        if confirmed is None:  # else that is noted
+            self._cache.holds(asked, body.size, since)
         self._add_source(body, asked.route, carrier)
         return Answer(CacheStatus.JOINED, Reason.IN_FLIGHT, BLOB_TYPE, digest, body.size, body)
 
@@ -338,7 +364,7 @@ class PullThrough:
             if own:
                 raise
             return None  # what ECR said to another repository says nothing about this one
-        if own and self._carriers.get(digest, carrier) != carrier:
+        if own and self.carrier(digest) not in (None, carrier):
             return None  # nor does it that another registry has begun to send it
         return body
 
@@ -436,7 +462,8 @@ class PullThrough:
         """
         try:
             if expected is None:
-                expected = await self._sizes.join(route, lambda: self._upstream(route).blob_size(route))
+                about = route, self._cache.purges
+                expected = await self._sizes.join(about, lambda: self._upstream(route).blob_size(route))
         except BaseException:
             self._cache.unclaim(peer)
             raise
@@ -568,7 +595,7 @@ class PullThrough:
                 self._cache.unclaim(claim)
             raise
         if given is not route:
-            asked, self._carriers[digest] = None, given.repository
+            asked, self._carriers[digest] = None, self._carrier_of(given)
         try:
             file: Writer | Reason
             if isinstance(claim, Claim):
@@ -729,7 +756,7 @@ class PullThrough:
             self._disk.closing(file.leave).addErrback(lambda problem: log.failure("Letting go", problem))
             return None
         file.asked_for = False
-        self._carriers[digest] = route.repository
+        self._carriers[digest] = self._carrier_of(route)
         return self._begin(blob, digest, file, shared=True, ahead=True)
 
     # Manifests.

@@ -184,3 +184,73 @@ class SlowDiskTests(DaemonTestCase):
         self.purge()
         self.work_off()
         self.assertWhole(self.get(self.tag), moved.manifest, "MISS")
+
+
+class TransferTests(DaemonTestCase):
+    """
+    What is on its way while something is purged goes on for its clients. Who comes later is asked about anew.
+    """
+
+    index_in_memory = False
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.data = noise("blob", 300_000)
+        self.digest = self.standin.push_blob("team/app", self.data)
+        self.path = f"/v2/team/app/blobs/{self.digest}"
+        self.standin.hold(self.digest)
+
+    def purge(self) -> None:
+        """
+        Purge all that is known of repositories; it is heard of.
+        """
+        Inventory(self.daemon.store).remove(list(self.entries()), [])
+        self.pass_time(1)
+
+    def release(self) -> None:
+        self.standin.release(self.digest)
+        self.flush()
+
+    def test_who_comes_after_it_follows_once_ecr_has_said_so_again(self) -> None:
+        first = self.get(self.path)
+        self.arrive(self.digest, 100_000)
+        self.purge()
+        later = [self.daemon.send("GET", self.path) for _ in range(3)]
+        self.flush()
+        self.release()
+        for reply, word in ((first, "MISS"), *((each, "JOINED") for each in later)):
+            self.assertWhole(reply, self.data, word)
+        self.assertEqual(1, self.standin.count("registry", "HEAD"))
+        self.assertWhole(self.get(self.path), self.data, "HIT")
+
+    def test_who_lacks_it_by_now_does_not_follow(self) -> None:
+        """
+        Nor does what ECR said before come back with the request.
+        """
+        first = self.get(self.path)
+        self.arrive(self.digest, 100_000)
+        self.purge()
+        del self.standin.repositories["team/app"].blobs[self.digest]
+        self.assertRefused(self.get(self.path), 404, "BLOB_UNKNOWN")
+        self.release()
+        self.assertWhole(first, self.data, "MISS")
+        self.assertEqual({}, self.entries())
+        self.assertRefused(self.get(self.path), 404, "BLOB_UNKNOWN")
+
+    def test_what_ecr_was_asked_before_it_is_not_noted_after_it(self) -> None:
+        """
+        Whoever comes after a purge, of whatever, does not wait for that answer, either.
+        """
+        self.release()
+        self.get(self.path)
+        self.purge()
+        self.standin.quirks.latency = 3
+        first = self.daemon.send("GET", self.path)
+        self.flush()
+        self.daemon.store.index.purge([], [Digest.of(b"other")])
+        self.pass_time(1)
+        later = self.daemon.send("GET", self.path)
+        self.pass_time(6)
+        self.assertWhole(first, self.data, "REVALIDATED")
+        self.assertWhole(later, self.data, "REVALIDATED")
+        self.assertEqual(2, self.standin.count("registry", "HEAD"))
