@@ -16,7 +16,7 @@ from ecrproxy.cache.entries import Confirmed, Entry, EntryKey
 from ecrproxy.cache.index import PLENTY, Index
 from ecrproxy.cache.record import Reservation
 from ecrproxy.cache.scribe import Scribe
-from ecrproxy.cache.sqlite import Rows
+from ecrproxy.cache.sqlite import PURGES, Rows
 from ecrproxy.identity import RegistryId
 from ecrproxy.oci import Descriptor, Digest, Kind
 from tests.daemon import DaemonTestCase, noise
@@ -192,6 +192,41 @@ class IndexTests(SynchronousTestCase):
         self.go_on()
         self.assertIs(None, self.index.entry(tag()))
         self.assertEqual(leads_to(A), self.index.entry(tag("kept")))
+
+    def test_what_waited_while_very_much_was_purged_is_forgotten(self) -> None:
+        """
+        It is not known any more what that was.
+        """
+        other = Index(self.root, lambda: START)
+        self.addCleanup(other.close)
+        self.index.settle()
+        self.index.save([(tag(), leads_to(A))])
+        other.purge([tag()], [])
+        other.purge([], [Digest.of(b"%d" % number) for number in range(PURGES)])
+        self.go_on()
+        self.index.settle()
+        self.assertIs(None, self.index.entry(tag()))
+
+    def test_what_waited_with_another_variant_is_forgotten(self) -> None:
+        other = Index(self.root, lambda: START)
+        self.addCleanup(other.close)
+        self.index.settle()
+        self.index.save([(tag()._replace(variant="0" * 64), leads_to(A))])
+        other.purge([tag()], [])
+        self.go_on()
+        self.assertIs(None, self.index.entry(tag()._replace(variant="0" * 64)))
+
+    def test_what_was_told_after_a_purge_is_kept_though_it_waited(self) -> None:
+        other = Index(self.root, lambda: START)
+        self.addCleanup(other.close)
+        self.index.settle()
+        other.purge([tag()], [])
+        self.assertTrue(self.index.settle())
+        self.patch(index_module, "_LATE_SECONDS", -1.0)
+        self.index.save([(tag(), leads_to(B))])
+        self.go_on()
+        self.index.settle()
+        self.assertEqual(leads_to(B), self.index.entry(tag()))
 
     def test_it_evicts_what_was_used_last_though_no_use_is_written(self) -> None:
         self.index.elsewhere = None

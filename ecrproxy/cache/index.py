@@ -119,7 +119,7 @@ class _Change:
 
     @ivar promised: bytes of disk that it promises, beside those that are counted already.
     @ivar name: what it promises them to.
-    @ivar entries: how many entries it saves.
+    @ivar saves: the entries that it saves.
     @ivar since: when it began to wait.
     @ivar over: told when it was made, or could not be; none if it is to be tried until it can.
     @ivar outcome: what came of it.
@@ -128,7 +128,7 @@ class _Change:
     make: Callable[[Rows], object]
     promised: int = 0
     name: str = ""
-    entries: int = 0
+    saves: Sequence[EntryKey] = ()
     since: float = 0.0
     over: threading.Event | None = None
     outcome: object = None
@@ -188,7 +188,9 @@ class Index:
         self._rows, self._files, self._seen = Rows(), tuple[Path, ...](), tuple[object, ...]()
         self._heights = [0, 0]
         self._log_size = self._log_grew = 0
-        self._generation, self._purged = 0, list[EntryKey]()
+        self._generation, self._settled = 0, 0
+        self._came_late: dict[EntryKey, float] = {}
+        self._purged, self._heard = frozenset[EntryKey](), float("-inf")
         self._everything, self._full, self._tried = False, False, float("-inf")
         self._occupied = float("-inf")
         self.shared, self.unfit, self.shut_out, self._problem, self._unwritable = False, False, False, "", ""
@@ -566,8 +568,12 @@ class Index:
             return self._making
 
     def _end(self, some: Sequence[_Change], outcomes: Sequence[object]) -> None:
+        if time.monotonic() - some[0].since > _LATE_SECONDS:
+            self._was_late, saved = True, _saved_by(some)
+            with self._noting:
+                if len(self._came_late) < LATE_ENTRIES:
+                    self._came_late.update(saved)
         self._making = ()
-        self._was_late = self._was_late or time.monotonic() - some[0].since > _LATE_SECONDS
         for each, outcome in zip(some, outcomes, strict=True):
             each.end(outcome)
 
@@ -596,7 +602,7 @@ class Index:
         Write what was gathered, and tell what was purged. Called each second, in a thread.
         """
         with self._noting:
-            added = list(self._added)
+            added, waited = list(self._added), (*self._making, *self._late)
         self._see()
         with self._noting:
             for each in added:
@@ -612,12 +618,32 @@ class Index:
                 self.settle_uses()
         with contextlib.suppress(OSError):  # what was purged can be read while nothing can be written
             news = self._news()
-            # What waited may have been purged, or what waited while uses were written, a second ago.
-            before, self._purged = self._purged, [each for each in news.purged if isinstance(each, EntryKey)]
-            if late and (before or self._purged):
-                self.forget(*before, *self._purged)
+            self._forget_late(waited, news)
             return news
         return News()
+
+    def _forget_late(self, waited: Sequence[_Change], news: News) -> None:
+        """
+        Forget entries that were purged while they waited to be written, or that still wait.
+
+        That it waited shows with some only after it was written, when the purge had been heard of already.
+
+        @param waited: the changes that waited before uses were written.
+        """
+        with self._noting:
+            waited = *waited, *self._making, *self._late
+            came, self._came_late = self._came_late, {}
+        before, heard = self._purged, self._heard
+        self._purged = frozenset(_plain(each) for each in news.purged if isinstance(each, EntryKey))
+        self._heard = time.monotonic()
+        late = {each for each, since in came.items() if since < heard and _plain(each) in before} if before else set()
+        opened, self._settled = self._settled, self.opened
+        unknown = news.everything and opened == self.opened  # not what: it was very much, or could not be read
+        if unknown or self._purged:
+            waiting = {*came, *_saved_by(waited)}
+            late.update(each for each in waiting if unknown or _plain(each) in self._purged)
+        if late:
+            self.forget(*late)
 
     def settle_uses(self) -> None:
         """
@@ -937,10 +963,11 @@ class Index:
         @return: False if they are lost, for much waits for another try: ECR can be asked again.
         """
         with self._noting:
-            waiting = sum(each.entries for each in (*self._making, *self._late))
+            waiting = sum(len(each.saves) for each in (*self._making, *self._late))
         if len(self._late) >= LATE_SAVES or waiting >= LATE_ENTRIES:
             return False
-        self._wait_in_line(_Change(lambda rows: rows.save(entries, self._now()), entries=len(entries)))
+        saves = [key for key, _ in entries]
+        self._wait_in_line(_Change(lambda rows: rows.save(entries, self._now()), saves=saves))
         with self._noting:
             for key, entry in entries:
                 for accept in entry.answers.keys() & self._forgotten.get(key, {}).keys():
@@ -1051,6 +1078,20 @@ def _make(some: Sequence[_Change], rows: Rows) -> Sequence[object]:
         return [some[0].make(rows)]
     with rows.together():
         return [each.make(rows) for each in some]
+
+
+def _saved_by(some: Iterable[_Change]) -> dict[EntryKey, float]:
+    """
+    Return which entries changes save, and since when the last of them waits.
+    """
+    return {key: each.since for each in some for key in each.saves}
+
+
+def _plain(key: EntryKey) -> EntryKey:
+    """
+    Return the key of an entry without its variant: the index does not keep all of them, and a purge is of all.
+    """
+    return key._replace(variant="")
 
 
 def status_of(path: Path) -> os.stat_result | None:
