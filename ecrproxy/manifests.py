@@ -24,7 +24,7 @@ from ecrproxy.flights import DeadlineExceededError, Flights, within
 from ecrproxy.identity import Repository
 from ecrproxy.oci import MANIFEST_TYPES, Descriptor, Digest, Document, RegistryError, Route
 from ecrproxy.reasons import Reason
-from ecrproxy.registry.bucket import RefusedAnswerError, UnavailableError, is_passed_on_always
+from ecrproxy.registry.bucket import RefusedAnswerError, UnavailableError, is_passed_on, is_passed_on_always
 from ecrproxy.registry.race import SLOW_SECONDS, Race
 from ecrproxy.registry.upstream import Upstream
 from ecrproxy.stale import STALE_SECONDS, why_stale
@@ -32,6 +32,7 @@ from ecrproxy.threads import on_its_own
 
 if TYPE_CHECKING:
     from twisted.internet.interfaces import IDelayedCall
+    from twisted.python.failure import Failure
 
 T = TypeVar("T")
 
@@ -43,6 +44,8 @@ INDEX_SECONDS: Final = 1.0
 """How long the index has to say what other processes know of a tag where ECR can't be asked, and to forget one."""
 REPLICA_SECONDS: Final = STALE_SECONDS + 2 * INDEX_SECONDS
 """How long ECR may take to say what a tag of which nothing is known here leads to, where a replica may say it."""
+REPLICAS_SECONDS: Final = 18.0
+"""How long replicas may take then: ECR's own question ends after 25 s, and containerd waits for 30 s."""
 _JOINED = (CacheStatus.JOINED, Reason.IN_FLIGHT)
 
 
@@ -69,6 +72,7 @@ class Manifests:
         self._heads: Flights[_Said[Descriptor | None]] = Flights(foreseen=RegistryError)
         self._manifests: Flights[_Said[tuple[Descriptor, Document]]] = Flights(foreseen=RegistryError)
         self._replicas: Flights[tuple[Descriptor, Document]] = Flights(foreseen=RegistryError)
+        self._by_tags: Flights[Answer] = Flights(foreseen=RegistryError)
         self._forgetting: Flights[None] = Flights()
         self._question = 0
         self._named: Memory[tuple[Repository, Digest], _Named] = Memory(_NAMED_BYTES)
@@ -101,32 +105,37 @@ class Manifests:
             return await self._by_digest(asked)
         if not self._upstream(asked.route).replicas:
             return await self._by_tag(asked)
-        try:
-            return await within(REPLICA_SECONDS, self._by_tag(asked), self._call_later)
-        except RefusedAnswerError:
-            raise
-        except (DeadlineExceededError, UnavailableError) as problem:
-            return await self._of_replica(asked, problem) or await self._by_tag(asked)
+        problem: DeadlineExceededError | UnavailableError = DeadlineExceededError()
 
-    async def _of_replica(self, asked: Asked, problem: DeadlineExceededError | UnavailableError) -> Answer | None:
-        """
-        Answer with what a replica has of a tag of which nothing is known here: it may be old, and is not noted.
+        async def own() -> Answer:
+            nonlocal problem
+            try:  # in a flight of its own: what ECR says later is noted all the same
+                return await self._by_tags.join(object(), partial(self._by_tag, asked))
+            except UnavailableError as own_problem:
+                problem = own_problem
+                raise
 
-        @return: none if no replica has it.
+        async def theirs() -> Answer:
+            descriptor, document = await within(REPLICAS_SECONDS, self._of_replicas(asked), self._call_later)
+            reason = why_stale(asked.route, self._upstream(asked.route).name, problem)
+            return manifest_answer(CacheStatus.STALE, reason, asked, descriptor, document.body)
+
+        return await Race([own, theirs], REPLICA_SECONDS, self._call_later, _leaves_it_to_others).won
+
+    async def _of_replicas(self, asked: Asked) -> tuple[Descriptor, Document]:
         """
-        route, accept, upstream = asked.route, asked.accept, self._upstream(asked.route)
+        Give what a replica has of a tag of which nothing is known here: it may be old, and is not noted.
+
+        @raise RegistryError: if no replica has it.
+        """
+        route, accept = asked.route, asked.accept
 
         async def ask(replica: Upstream) -> tuple[Descriptor, Document]:
             key = route, accept, id(replica)
             return await self._replicas.join(key, partial(self._fetch_from, replica, route, accept))
 
-        asks = [partial(ask, each) for each in upstream.replicas]
-        try:
-            descriptor, document = await Race(asks, SLOW_SECONDS, self._call_later, is_passed_on_always).won
-        except RegistryError:
-            return None
-        reason = why_stale(route, upstream.name, problem)
-        return manifest_answer(CacheStatus.STALE, reason, asked, descriptor, document.body)
+        asks = [partial(ask, each) for each in self._upstream(route).replicas]
+        return await Race(asks, SLOW_SECONDS, self._call_later, is_passed_on_always).won
 
     async def _by_digest(self, asked: Asked) -> Answer:
         if (answer := self.at_hand(asked)) is not None:
@@ -393,6 +402,15 @@ class _Named:
     route: Route
     accept: frozenset[str]
     when: float
+
+
+def _leaves_it_to_others(failure: Failure, number: int) -> bool:
+    """
+    Return True if a failure leaves a tag to whoever else is asked: what ECR itself denies, or answers, does not.
+    """
+    if number:
+        return failure.check(RegistryError, DeadlineExceededError) is not None
+    return is_passed_on(failure, number) and not failure.check(RefusedAnswerError)
 
 
 def _trusted_answer(asked: Asked, known: Confirmed, document: Document) -> Answer:

@@ -209,6 +209,30 @@ class ReplicaTests(DaemonTestCase):
         silent.heal()
         self.assertEqual(504, self.wait("/v2/team/new/manifests/latest", 60).code)  # none of them has that
 
+    def test_a_denial_of_a_tag_is_heard_while_replicas_are_asked(self) -> None:
+        self.standin.deny()
+        self.standin.quirks.latency = REPLICA_SECONDS + 1
+        self.replica.quirks.latency = 3
+        reply = self.wait("/v2/team/app/manifests/latest", REPLICA_SECONDS + 2)
+        self.assertRefused(reply, 403, "DENIED", "")
+        self.pass_time(30)
+
+    def test_what_the_registry_says_of_a_tag_after_a_replica_is_noted(self) -> None:
+        newer = self.standin.push_image("team/app", "latest", layers=[b"newer"])
+        self.standin.quirks.latency = REPLICA_SECONDS + 2
+        reply = self.wait("/v2/team/app/manifests/latest", REPLICA_SECONDS + 1)
+        self.assertWhole(reply, self.image.manifest, "STALE")
+        self.pass_time(REPLICA_SECONDS)
+        for each in (self.standin, self.replica):
+            each.refuse("registry")
+        self.assertWhole(self.wait("/v2/team/app/manifests/latest", 30), newer.manifest, "STALE")
+
+    def test_a_tag_that_nobody_gives_is_refused_before_clients_give_up(self) -> None:
+        for standin in (self.standin, self.replica):
+            standin.hang("registry")
+        self.assertEqual(504, self.wait("/v2/team/app/manifests/latest", 26).code)
+        self.pass_time(60)
+
     def test_who_leaves_ends_the_questions_to_both(self) -> None:
         self.standin.fault(ways()[3])
         self.replica.fault(Fault("registry"))
