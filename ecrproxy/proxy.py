@@ -120,6 +120,7 @@ class PullThrough:
         self._looks = Looks(disk.reading, call_later)
         self._carriers: dict[Digest, _Carrier] = {}
         self._others: dict[Digest, dict[RegistryId, Source]] = {}
+        self._refusals: dict[Digest, dict[Repository, RegistryError]] = {}
         self._races: dict[Digest, Callable[[Source], None]] = {}
         self._sizes: Flights[int] = Flights()
         self._manifests = Manifests(upstream, cache, now, call_later, tag_ttl)
@@ -357,12 +358,15 @@ class PullThrough:
         Wait for the transfer that is being opened for C{carrier}; none if that says nothing about who waits.
         """
         digest, own = asked.digest, carrier == asked.route.repository
+        refusals = self._refusals.get(digest, {})
         self._ask_beside(digest, asked.route, carrier)
         try:
             body = await self._openings.join(digest, lambda: self._open(asked.route, digest, None, []))
         except RegistryError:
             if own:
                 raise
+            if (refusal := refusals.get(asked.route.repository)) is not None:  # asked beside, it had all its time
+                raise refusal from None
             return None  # what ECR said to another repository says nothing about this one
         if own and self.carrier(digest) not in (None, carrier):
             return None  # nor does it that another registry has begun to send it
@@ -407,7 +411,7 @@ class PullThrough:
         @param unread: whether the disk could not give it: if it is there, it is passed on, and not kept.
         @param asked: whose request it is, if it is one's.
         """
-        self._others[digest] = {}
+        self._others[digest], self._refusals[digest] = {}, {}
         try:
             claimed = await self._claimed(digest)
             if claimed is Met.CONTENT and unread:
@@ -423,7 +427,7 @@ class PullThrough:
             self._carriers.pop(digest, None)
             raise
         finally:
-            del self._others[digest]
+            del self._others[digest], self._refusals[digest]
         if not isinstance(body, Download):
             del self._carriers[digest]
         return body
@@ -618,9 +622,14 @@ class PullThrough:
 
         @return: as what the registry that gives it has it, and the blob.
         """
+        refusals = self._refusals[digest]
 
         async def ask(source: Source) -> tuple[Route, Blob]:
-            return source[1], await source[0].blob(source[1], stop, start)
+            try:
+                return source[1], await source[0].blob(source[1], stop, start)
+            except RegistryError as problem:
+                refusals[source[1].repository] = problem
+                raise
 
         sources = [(self._upstream(route), route), *self._others.get(digest, {}).values()]
         return await self._race(digest, sources, ask, is_passed_on)

@@ -297,21 +297,39 @@ class SeveralRegistriesTests(DaemonTestCase):
         self.assertEqual({504}, {each.code for each in waiting})
         self.assertRefused(self.get(f"/v2/team/app/blobs/{digest}"), 404, "BLOB_UNKNOWN", "")
 
-    def test_several_silent_registries_keep_a_client_waiting_no_longer_than_one(self) -> None:
+    def three(self, layer: bytes) -> tuple[str, StandIn]:
+        """
+        Have a third registry, and all of them a layer.
+        """
         bucket = "https://prod-eu-north-1-starport-layer-bucket.s3.eu-north-1.amazonaws.com"
         third = StandIn(self.clock, registry=f"https://{THREE}", bucket=bucket)
         named = replace(self.table, name=THREE, endpoint=f"https://{THREE}", region="eu-north-1")
         table = replace(named, path_prefix="north", hosts=frozenset())
         self.start(others={self.table: self.other, table: third})
-        layer = noise("silent ones", 100_000)
         for each in (self.standin, self.other, third):
-            digest = each.push_blob("team/app", layer)
+            digest = str(each.push_blob("team/app", layer))
+        return digest, third
+
+    def test_several_silent_registries_keep_a_client_waiting_no_longer_than_one(self) -> None:
+        layer = noise("silent ones", 100_000)
+        digest, _ = self.three(layer)
         self.standin.hang("registry")
         self.other.hang("registry", method="GET")
         replies = [self.daemon.send("GET", f"/v2/{each}team/app/blobs/{digest}") for each in ("", "us/", "north/")]
         self.pass_time(SLOW_SECONDS + 1)
         self.assertWhole(replies[2], layer, "JOINED")
         self.assertWhole(replies[1], layer, "JOINED")
+
+    def test_where_all_of_them_are_silent_nobody_waits_for_one_after_the_other(self) -> None:
+        """
+        As where no way leads to any bucket: what became of a client's own registry is told when that has had its time.
+        """
+        digest, third = self.three(noise("all silent", 100_000))
+        for each in (self.standin, self.other, third):
+            each.hang("bucket")
+        replies = [self.daemon.send("GET", f"/v2/{each}team/app/blobs/{digest}") for each in ("", "us/", "north/")]
+        self.pass_time(SLOW_SECONDS + 26)
+        self.assertEqual([504, 504, 504], [each.code for each in replies])
 
     def test_a_client_that_waits_for_a_failing_registry_is_served_by_its_own(self) -> None:
         """
