@@ -320,6 +320,26 @@ class SeveralRegistriesTests(DaemonTestCase):
         self.assertWhole(replies[2], layer, "JOINED")
         self.assertWhole(replies[1], layer, "JOINED")
 
+    def test_one_whose_client_comes_when_others_have_failed_or_are_late_is_asked_at_once(self) -> None:
+        """
+        Whoever else was asked a moment ago, and is silent.
+        """
+        digest, _ = self.three(noise("failed", 100_000))
+        self.standin.hang("registry")
+        self.other.hang("registry", method="GET")
+        self.daemon.send("GET", f"/v2/team/app/blobs/{digest}")
+        self.pass_time(SLOW_SECONDS + 0.5)
+        self.daemon.send("GET", f"/v2/us/team/app/blobs/{digest}")
+        self.pass_time(0.5)
+        self.assertEqual(200, self.get(f"/v2/north/team/app/blobs/{digest}").code)
+        digest, _ = self.three(noise("late", 100_000))
+        self.standin.heal()
+        self.standin.refuse("registry")
+        self.standin.quirks.latency = 0.5
+        replies = [self.daemon.send("GET", f"/v2/{each}team/app/blobs/{digest}") for each in ("", "us/", "north/")]
+        self.pass_time(SLOW_SECONDS + 1)  # it fails after two
+        self.assertEqual(200, replies[2].code)
+
     def test_where_all_of_them_are_silent_nobody_waits_for_one_after_the_other(self) -> None:
         """
         As where no way leads to any bucket: what became of a client's own registry is told when that has had its time.

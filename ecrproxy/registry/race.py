@@ -26,7 +26,7 @@ class Race(Generic[T]):
 
     @param passes: returns True if a failure of the one with that number leaves it to the others to answer.
     @param asking: called with the number of each that is asked.
-    @param together: ask all the others where one is slow: somebody waits for each of them.
+    @param together: ask all the others where one fails or is slow: somebody waits for each of them.
     @ivar won: fires with the first answer, or with what became of the first that was asked. Cancelling it ends all.
     """
 
@@ -44,7 +44,7 @@ class Race(Generic[T]):
         self._passes, self._asking, self._together = passes, asking, together
         self._asked: list[Deferred[T]] = []
         self._failed: dict[int, Failure] = {}
-        self._over = False
+        self._over = self._hurried = False
         self._limit: IDelayedCall | None = None
         self.won: Deferred[T] = Deferred(lambda _: self._stop())
         self._next()
@@ -62,7 +62,7 @@ class Race(Generic[T]):
         """
         if not self._over:
             self._left.append(ask)
-            if self._limit is None or not self._limit.active():
+            if self._hurried or self._limit is None or not self._limit.active():
                 self._next()
 
     def _next(self) -> None:
@@ -75,14 +75,18 @@ class Race(Generic[T]):
             return
         ask, number = self._left.pop(0), len(self._asked)
         self._asking(number)
-        self._limit = self._call_later(self._seconds, self._be_late)
+        self._limit = self._call_later(self._seconds, self._go_on)
         asked = Deferred.fromCoroutine(ask())
         self._asked.append(asked)
         asked.addCallbacks(self._answered, self._lost, errbackArgs=(number,))
 
-    def _be_late(self) -> None:
+    def _go_on(self) -> None:
+        """
+        Ask the next one, for one has failed or is slow; all others, also those that come, if they are asked together.
+        """
+        self._hurried = self._together
         self._next()
-        while self._together and self._left and not self._over:
+        while self._hurried and self._left and not self._over:
             self._next()
 
     def _answered(self, answer: T) -> None:
@@ -96,7 +100,7 @@ class Race(Generic[T]):
         self._failed[number] = failure
         if self._passes(failure, number):
             if self._left:
-                self._next()
+                self._go_on()
                 return
             if len(self._failed) < len(self._asked):
                 return
