@@ -702,6 +702,7 @@ class Cache:
         claim: Claim,
         digest: Digest,
         size: int | None,
+        since: int,
         begun: Callable[[], Awaitable[bool]] | None = None,
         asked: Asked | None = None,
     ) -> Writer | Reason:
@@ -709,8 +710,10 @@ class Cache:
         Begin the file of a transfer, or go on with what is left of one; or tell why the cache can't have it.
 
         @param claim: the transfer's from now on.
+        @param since: how many purges had been heard of when ECR was asked.
         @param begun: waits for the first bytes, if other content has to be evicted; returns whether they came.
-        @param asked: what ECR said just now that the repository holds: it is noted if there is a file.
+        @param asked: what ECR said just now that the repository holds: it is noted if there is a file, and was no purge
+            since.
         """
         if size is None:
             self.unclaim(claim)
@@ -728,8 +731,8 @@ class Cache:
         if refused is not None:
             self.unclaim(claim)
             return refused
-        held, since = [], self._purges
-        if asked is not None:
+        held = []
+        if asked is not None and since == self._purges:
             held.append((asked.entry_key, self._entry_of(Descriptor(BLOB_TYPE, digest, size))))
         try:
             begin = partial(self._begin_or_resume, claim, digest, size, held, reserved=reserved)

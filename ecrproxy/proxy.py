@@ -67,7 +67,7 @@ class _Carrier(NamedTuple):
     """
     In which repository what is on its way was asked for first.
 
-    @ivar purges: how many purges had been heard of then: what ECR said counts for others until there is another.
+    @ivar purges: how many had been heard of when ECR was asked: what it said counts for others until there is another.
     """
 
     repository: Repository
@@ -145,10 +145,7 @@ class PullThrough:
         """
         Return True if what is on its way was asked for first in the same repository, and no purge was heard of since.
         """
-        return self._carriers.get(asked.digest) == self._carrier_of(asked.route)
-
-    def _carrier_of(self, route: Route) -> _Carrier:
-        return _Carrier(route.repository, self._cache.purges)
+        return self._carriers.get(asked.digest) == _Carrier(asked.route.repository, self._cache.purges)
 
     def at_hand(self, asked: Asked) -> Answer | None:
         """
@@ -186,9 +183,10 @@ class PullThrough:
         return await (self._blob_head(asked) if asked.head else self._blob(asked, ranges))
 
     async def _blob(self, asked: Asked, ranges: Ranges | None) -> Answer:
-        answer, confirmed, size = await self._join_at_once(asked, ranges), False, None
+        answer, confirmed, size, said = await self._join_at_once(asked, ranges), False, None, 0
         while answer is None:
-            known, content, missing, since = await self._cache.look_up(asked)
+            known, content, missing, looked = await self._cache.look_up(asked)
+            since = min(looked, said) if confirmed else looked
             size = known.descriptor.size if known and not confirmed else size
             carrier = self.carrier(asked.digest)
             absent = content is None and carrier is None
@@ -200,7 +198,7 @@ class PullThrough:
                 elif absent or not allowed:
                     if content is not None:
                         content.close()
-                    size, confirmed = await self._blob_size(asked), True
+                    (size, said), confirmed = await self._blob_size(asked), True
                 elif content is not None:
                     answer = await self._cache.shelved(asked, content, since, confirmed=confirmed)
                 else:
@@ -209,7 +207,7 @@ class PullThrough:
                 if problem.certain:
                     raise
                 # If it was confirmed before, who began the transfer knew less.
-                size, confirmed = size if confirmed else await self._blob_size(asked), True
+                (size, said), confirmed = (size, said) if confirmed else await self._blob_size(asked), True
             except UnavailableError:
                 answer = await self._answer_late(asked, missing)
                 if answer is None:
@@ -256,7 +254,7 @@ class PullThrough:
             if known is not None:
                 return Answer(CacheStatus.HIT, Reason.CACHED, BLOB_TYPE, asked.digest, content.size)
         try:
-            size = await self._blob_size(asked)
+            size, _ = await self._blob_size(asked)
         except UnavailableError:
             late = await self._answer_late(asked, missing)
             if late is None:
@@ -267,14 +265,16 @@ class PullThrough:
             return Answer(CacheStatus.MISS, missing, BLOB_TYPE, asked.digest, size)
         return Answer(CacheStatus.REVALIDATED, Reason.REPOSITORY_CONFIRMED, BLOB_TYPE, asked.digest, content.size)
 
-    async def _blob_size(self, asked: Asked) -> int:
+    async def _blob_size(self, asked: Asked) -> tuple[int, int]:
         """
         Have ECR confirm that the repository holds the blob.
+
+        @return: its bytes, and how many purges had been heard of when ECR was asked.
         """
         since = self._cache.purges
         size = await self._sizes.join((asked.route, since), lambda: self._upstream(asked.route).blob_size(asked.route))
         self._cache.holds(asked, size, since)
-        return size
+        return size, since
 
     async def _carry(
         self, asked: Asked, expected: int | None, missing: Reason, ranges: Ranges | None, since: int, *, confirmed: bool
@@ -295,7 +295,7 @@ class PullThrough:
             if not confirmed:
                 raise _uncertain() from None
             return Answer(CacheStatus.MISS, missing, BLOB_TYPE, digest, expected)
-        self._carriers[digest] = self._carrier_of(route)
+        self._carriers[digest] = _Carrier(route.repository, since)
         if self.ahead is not None:
             self.ahead.give_way(digest)
         unread = missing is Reason.DISK
@@ -591,6 +591,7 @@ class PullThrough:
             log.info("Going on with {digest} at byte {at} of {size}", digest=digest, at=left.gaps[0][0], size=left.size)
         wanted = joined(parts) or parts
         start, stop = _first_span(left, wanted, self._lanes.first_part(left.size if left else expected))
+        since = self._cache.purges
         try:
             given, blob = await self._first(route, digest, stop, start)
             _settle_size(blob, expected, parts)
@@ -599,11 +600,11 @@ class PullThrough:
                 self._cache.unclaim(claim)
             raise
         if given is not route:
-            asked, self._carriers[digest] = None, self._carrier_of(given)
+            asked, self._carriers[digest] = None, _Carrier(given.repository, since)
         try:
             file: Writer | Reason
             if isinstance(claim, Claim):
-                file = await self._cache.writer(claim, digest, blob.size, blob.first.begin, asked)
+                file = await self._cache.writer(claim, digest, blob.size, since, blob.first.begin, asked)
             else:
                 file = claim
         except BaseException:
@@ -721,12 +722,14 @@ class PullThrough:
     def _has_plenty(self, route: Route, size: int, coming: int) -> bool:
         return self._lanes.has_plenty(size, coming) and self._upstream(route).has_plenty(route)
 
-    async def _ask_ahead(self, route: Route, layer: Descriptor) -> Blob:
+    async def _ask_ahead(self, route: Route, layer: Descriptor) -> tuple[Blob, int]:
         """
         Ask for a layer that nobody has asked for. It is not claimed before its bytes come: others may get it sooner.
 
+        @return: where it comes from, and how many purges had been heard of when ECR was asked.
         @raise RegistryError: if there is none, or ECR can't give it.
         """
+        since = self._cache.purges
         try:
             upstream = self._upstream(route)
         except LookupError as problem:  # a reload has come meanwhile
@@ -742,17 +745,17 @@ class PullThrough:
         if not begun:
             blob.first.drop()
             raise UnavailableError(504, "UNAVAILABLE", f"{route.reference} is slow to come, or of another size")
-        return blob
+        return blob, since
 
-    async def _bring(self, route: Route, layer: Descriptor, blob: Blob) -> Download | None:
+    async def _bring(self, route: Route, layer: Descriptor, given: tuple[Blob, int]) -> Download | None:
         """
         Begin the transfer of a layer that nobody has asked for; none if somebody has by now, in any process.
         """
-        digest, file = layer.digest, None
+        digest, file, (blob, since) = layer.digest, None, given
         try:
             claimed = await self._cache.claim(digest)
             if isinstance(claimed, Claim) and digest not in self._carriers:
-                file = await self._cache.writer(claimed, digest, blob.size)
+                file = await self._cache.writer(claimed, digest, blob.size, since)
             else:
                 self._cache.unclaim(claimed)
         finally:
@@ -765,7 +768,7 @@ class PullThrough:
             self._disk.closing(file.leave).addErrback(lambda problem: log.failure("Letting go", problem))
             return None
         file.asked_for = False
-        self._carriers[digest] = self._carrier_of(route)
+        self._carriers[digest] = _Carrier(route.repository, since)
         return self._begin(blob, digest, file, shared=True, ahead=True)
 
     # Manifests.

@@ -491,7 +491,7 @@ class WaitingTests(SmallCache):
         digest = Digest.of(b"arriving")
         claim = self.store.claim(digest)
         assert isinstance(claim, Claim)
-        return Deferred.fromCoroutine(self.cache.writer(claim, digest, blocks * BLOCK))
+        return Deferred.fromCoroutine(self.cache.writer(claim, digest, blocks * BLOCK, 0))
 
     def assert_nothing_arrives(self) -> None:
         """

@@ -254,3 +254,18 @@ class TransferTests(DaemonTestCase):
         self.assertWhole(first, self.data, "REVALIDATED")
         self.assertWhole(later, self.data, "REVALIDATED")
         self.assertEqual(2, self.standin.count("registry", "HEAD"))
+
+    def test_what_ecr_gave_before_it_is_not_noted_where_the_bucket_answers_after_it(self) -> None:
+        self.release()
+        self.standin.quirks.latency = 4
+        first = self.daemon.send("GET", self.path)
+        self.pass_time(5)
+        self.assertEqual(1, self.standin.count("bucket"))
+        self.daemon.store.index.purge([], [Digest.of(b"other")])
+        self.pass_time(1)
+        self.standin.deny("ecr:GetDownloadUrlForLayer")
+        self.pass_time(5)
+        self.assertWhole(first, self.data, "MISS")
+        self.assertEqual({}, self.entries())
+        self.standin.quirks.latency = 0
+        self.assertRefused(self.get(self.path), 403, "DENIED")

@@ -274,6 +274,28 @@ class ClientTests(AheadTestCase):
         self.assertEqual([1, *[0] * (COUNT - 1)], self.fetched())
 
 
+class PurgeTests(AheadTestCase):
+    """
+    What was purged while it was being asked for.
+    """
+
+    index_in_memory = False
+
+    def test_who_comes_after_a_purge_does_not_join_what_ecr_gave_before_it(self) -> None:
+        self.manifest()
+        self.hold()
+        self.get(self.blob(self.image.layers[0]))
+        self.begin()
+        self.daemon.store.index.purge(list(self.entries()), [])
+        self.pass_time(1)
+        for digest in self.image.layers:
+            self.standin.deliver(digest, 10_000)
+        self.flush()
+        self.standin.deny("ecr:GetDownloadUrlForLayer")
+        self.assertRefused(self.get(self.blob(self.image.layers[1])), 403, "DENIED")
+        self.assertEqual({}, self.entries())
+
+
 class ClientsFirstTests(AheadTestCase):
     """
     What is read ahead costs clients nothing.
