@@ -815,21 +815,25 @@ class Cache:
         except Exception as problem:  # noqa: BLE001 (see _no_room)
             return _no_room(problem)
 
-    def keep(self, route: Route, descriptor: Descriptor, document: Document) -> None:
+    def keep(self, route: Route, descriptor: Descriptor, document: Document, since: int) -> None:
         """
         Keep a manifest that ECR gave, and learn what it lists: in memory at once, on the disk in its own time.
+
+        @param since: how many purges had been heard of when ECR was asked; after another one nothing is learnt.
         """
         self.hold(descriptor.digest, document)
         if self._storing + _weight(document) <= _STORING_BYTES:
-            on_its_own(self._keep(route, descriptor, document))
+            on_its_own(self._keep(route, descriptor, document, since))
 
-    async def _keep(self, route: Route, descriptor: Descriptor, document: Document) -> None:
+    async def _keep(self, route: Route, descriptor: Descriptor, document: Document, since: int) -> None:
         facts: Facts = ()
-        since = self._purges
         self._storing += _weight(document)
         try:
             facts = await self._learned(route.repository, descriptor, document)
-            new = facts if self._may_learn(route.repository, descriptor) else ()
+            if since != self._purges:
+                self._forget_unwritten(facts)
+                facts = ()
+            new = facts if facts and self._may_learn(route.repository, descriptor) else ()
             if await self._stored(descriptor, document.body, new):
                 self._hold_entries(new, since)
             elif new:
@@ -906,13 +910,18 @@ class Cache:
         if self._may_learn(asked.route.repository, descriptor):
             await self._save(await self._learned(asked.route.repository, descriptor, document))
 
-    async def record(self, asked: Asked, question: int, descriptor: Descriptor, document: Document | None) -> None:
+    async def record(
+        self, asked: Asked, question: int, descriptor: Descriptor, document: Document | None, since: int
+    ) -> None:
         """
         Note what ECR said that a tag leads to.
 
         @param question: the number of the question; an answer to an earlier one than was answered last is outdated.
         @param document: the manifest, where the cache had it already: what it lists is the repository's too.
+        @param since: how many purges had been heard of when ECR was asked; after another one nothing is noted.
         """
+        if since != self._purges:
+            return
         key = asked.entry_key
         self._recording[key] += 1
         try:

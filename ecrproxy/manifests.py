@@ -160,6 +160,7 @@ class Manifests:
         here = await self._cache.has(asked.digest)
         if not here and not asked.head:
             return await self._fetch_by_digest(asked, found)
+        since = self._cache.purges
         head = await self._of_digest(asked, self._heads, self._head, lambda found: found.digest if found else None)
         if head is None:
             raise UnavailableError(
@@ -170,13 +171,16 @@ class Manifests:
             answer = manifest_answer(CacheStatus.MISS, found, asked, head)
             return answer if asked.head else await self._fetch_by_digest(asked, found)
         descriptor = Descriptor(self._checked_type(asked, head.media_type, document), asked.digest, len(document.body))
-        on_its_own(self._cache.confirm(asked, descriptor, document))
+        if since == self._cache.purges:
+            on_its_own(self._cache.confirm(asked, descriptor, document))
         return manifest_answer(CacheStatus.REVALIDATED, Reason.REPOSITORY_CONFIRMED, asked, descriptor, document.body)
 
     async def _fetch_by_digest(self, asked: Asked, missing: Reason) -> Answer:
-        why = (CacheStatus.MISS, missing) if (asked.route, ANY) not in self._manifests else _JOINED
+        since = self._cache.purges
+        why = (CacheStatus.MISS, missing) if (asked.route, ANY, since) not in self._manifests else _JOINED
         descriptor, document = await self._of_digest(asked, self._manifests, self._fetch, lambda found: found[0].digest)
-        self._cache.remember(asked, descriptor)
+        if since == self._cache.purges:
+            self._cache.remember(asked, descriptor)
         return manifest_answer(*why, asked, descriptor, document.body)
 
     async def _of_digest(
@@ -191,13 +195,13 @@ class Manifests:
 
         ECR finds tags before digests for some seconds after a push, and what it converts for a client by its tag alone.
         """
-        said = await flights.join((asked.route, ANY), lambda: self._numbered(ask(asked.route, ANY)))
+        said = await flights.join((asked.route, ANY, self._cache.purges), lambda: self._numbered(ask(asked.route, ANY)))
         named = self._named.get((asked.route.repository, asked.digest))
         lately = named is not None and 0 <= self._now() - named.when < NAMED_SECONDS
         if not isinstance(said.answer, RegistryError) or named is None or not lately:
             return _answered(said)
         tag, accept = named.route, named.accept
-        by_tag = await flights.join((tag, accept), lambda: self._numbered(ask(tag, accept)))
+        by_tag = await flights.join((tag, accept, self._cache.purges), lambda: self._numbered(ask(tag, accept)))
         if isinstance(by_tag.answer, RegistryError) or digest_of(by_tag.answer) != asked.digest:
             return _answered(said)
         return by_tag.answer
@@ -267,18 +271,20 @@ class Manifests:
         """
         route, accept, head = asked.route, asked.accept, None
         if known is not None or asked.head:
+            since = self._cache.purges
             question, head = await self._of_tag(asked, self._heads, lambda: self._head(route, accept))
             document = await self._cache.document(head.digest) if head is not None else None
             if head is not None and document is not None:
                 head = Descriptor(self._checked_type(asked, head.media_type, document), head.digest, len(document.body))
             if head is not None and (document is not None or asked.head):
-                on_its_own(self._cache.record(asked, question, head, document))
+                on_its_own(self._cache.record(asked, question, head, document, since))
                 if document is None:
                     named = _Named(route, accept, self._now())
                     self._named.put((route.repository, head.digest), named, 2 * len(route.path) + 500)
                     return manifest_answer(CacheStatus.MISS, self._missing(asked, known, head), asked, head)
                 return manifest_answer(CacheStatus.REVALIDATED, Reason.TAG_CONFIRMED, asked, head, document.body)
-        joined = (route, accept) in self._manifests
+        since = self._cache.purges
+        joined = (route, accept, since) in self._manifests
         try:
             question, fetched = await self._of_tag(asked, self._manifests, lambda: self._fetch(route, accept))
         except RefusedAnswerError as problem:
@@ -286,7 +292,7 @@ class Manifests:
                 problem.named = str(head.digest)
             raise
         descriptor, document = fetched
-        on_its_own(self._cache.record(asked, question, descriptor, None))
+        on_its_own(self._cache.record(asked, question, descriptor, None, since))
         missing = self._missing(asked, known, descriptor)
         why = _JOINED if joined else (CacheStatus.MISS, missing)
         return manifest_answer(*why, asked, descriptor, document.body)
@@ -307,7 +313,7 @@ class Manifests:
 
         @return: the number of the question, and its answer.
         """
-        said = await flights.join((asked.route, asked.accept), lambda: self._noted(asked, ask()))
+        said = await flights.join((asked.route, asked.accept, self._cache.purges), lambda: self._noted(asked, ask()))
         if isinstance(said.answer, RegistryError):
             with contextlib.suppress(DeadlineExceededError):  # of a slow disk: what ECR said is told all the same
                 await within(INDEX_SECONDS, self._forget(asked, said.question), self._call_later)
@@ -355,6 +361,7 @@ class Manifests:
     async def _fetch_from(
         self, upstream: Upstream, route: Route, accept: frozenset[str]
     ) -> tuple[Descriptor, Document]:
+        since = self._cache.purges
         manifest = await upstream.manifest(route, _accept_header(accept))
         digest = Digest.of(manifest.body, route.digest.algorithm if route.digest else "sha256")
         if route.digest not in (None, digest):
@@ -367,7 +374,7 @@ class Manifests:
         except ValueError as problem:
             raise _no_manifest(upstream.name, problem, manifest.named) from None
         descriptor = Descriptor(media_type, digest, len(document.body))
-        self._cache.keep(route, descriptor, document)
+        self._cache.keep(route, descriptor, document, since)
         return descriptor, document
 
     def _checked_type(self, asked: Asked, content_type: str, document: Document) -> str:

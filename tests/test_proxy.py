@@ -2308,7 +2308,7 @@ class OrderTests(DaemonTestCase):
             return [entry.answers[each.accept].descriptor if each.accept in entry.answers else None for each in asked]
 
         def record(number: int, question: int, descriptor: Descriptor) -> None:
-            work = cache.record(asked[number], question, descriptor, None)
+            work = cache.record(asked[number], question, descriptor, None, 0)
             self.successResultOf(Deferred.fromCoroutine(work))
 
         def forget(number: int, question: int) -> None:

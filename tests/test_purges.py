@@ -269,3 +269,38 @@ class TransferTests(DaemonTestCase):
         self.assertEqual({}, self.entries())
         self.standin.quirks.latency = 0
         self.assertRefused(self.get(self.path), 403, "DENIED")
+
+
+class ManifestTests(DaemonTestCase):
+    """
+    A manifest for which ECR is asked while something is purged.
+    """
+
+    index_in_memory = False
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.image = self.standin.push_image("team/app", "latest")
+        self.standin.quirks.latency = 3
+
+    def assert_asked_anew(self, path: str) -> None:
+        """
+        Ask, and purge something: whoever asks then has a question of his own, and what was said before is not noted.
+        """
+        first = self.daemon.send("GET", path)
+        self.pass_time(1)
+        self.daemon.store.index.purge([], [Digest.of(b"other")])
+        self.pass_time(1)
+        later = self.daemon.send("GET", path)
+        self.pass_time(2)
+        self.standin.deny()
+        self.assertWhole(first, self.image.manifest)
+        self.assertEqual({}, self.entries())
+        self.pass_time(3)
+        self.assertRefused(later, 403, "DENIED")
+
+    def test_by_digest(self) -> None:
+        self.assert_asked_anew(f"/v2/team/app/manifests/{self.image.digest}")
+
+    def test_by_tag(self) -> None:
+        self.assert_asked_anew("/v2/team/app/manifests/latest")

@@ -329,7 +329,7 @@ class TagsTests(SeveralTestCase):
         self.several.pass_time(5)
         self.assertWhole(other.ask("GET", self.path, Accept=OCI_MANIFEST), self.image.manifest)
         self.done(one.cache.forget(asked, early))
-        self.done(one.cache.record(asked, early, old, None))
+        self.done(one.cache.record(asked, early, old, None, 0))
         self.standin.refuse("registry")
         for daemon in (one, other, self.start()):
             self.assertWhole(daemon.ask("GET", self.path, Accept=OCI_MANIFEST), self.image.manifest, "STALE")
