@@ -75,3 +75,38 @@ class InMemoryTests(SynchronousTestCase):
         os.truncate(self.fd, SIZE)
         self.assertEqual(SIZE, self.ask(0, SIZE, LATELY_SECONDS / 2))
         self.assertEqual(0, self.ask(0, SIZE, LATELY_SECONDS))
+
+    def test_no_file_system_is_asked_which_file_it_is(self) -> None:
+        """
+        It may be a program, or another machine, that answers late or never, and all clients would wait.
+        """
+
+        def hang(_: int) -> os.stat_result:
+            raise AssertionError("asked, and waited for")
+
+        self.write(0, 1)
+        self.patch(os, "fstat", hang)
+        self.assertEqual(2 * PAGESIZE, self.ask(0, SIZE))
+
+    def test_where_it_is_not_told_which_file_it_is_each_asks(self) -> None:
+        """
+        As where a sandbox knows no statx.
+        """
+        for statx in (None, lambda *_: -1):
+            self.patch(page_cache, "_statx", statx)
+            self.write(0)
+            self.assertEqual(PAGESIZE, self.ask(0, SIZE))
+            os.truncate(self.fd, 0)
+            os.truncate(self.fd, SIZE)
+            self.assertEqual(0, self.ask(0, SIZE, 0))
+
+    def test_files_are_told_from_each_other(self) -> None:
+        """
+        That the bytes of one are there says nothing about another's.
+        """
+        self.write(0, 1, 2, 3)
+        self.assertEqual(SIZE, self.ask(0, SIZE))
+        other = os.open(scratch(self), os.O_RDWR | os.O_CREAT)
+        self.addCleanup(os.close, other)
+        os.truncate(other, SIZE)
+        self.assertEqual(0, in_memory(other, 0, SIZE, lambda: self.now))

@@ -3,12 +3,14 @@ Which bytes of a file the kernel has in memory.
 
 mincore(2) tells, of a mapping of the file. preadv2(2) with RWF_NOWAIT has the disk read what is missing, and so waits
 until the disk's queue has room.
+
+Which file it is, statx(2) tells of what the kernel knows. fstat(2) asks whoever serves the file system, such as a
+program or another machine, and waits for the answer.
 """
 
 from __future__ import annotations
 
 import ctypes
-import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -21,33 +23,45 @@ _FAILED: Final = ctypes.c_void_p(-1).value
 LATELY_SECONDS: Final = 0.05
 """How long bytes that were in memory are taken to be there still: one may wait for its client for longer anyway."""
 _KEPT: Final = 64
-_lately: Final[OrderedDict[tuple[int, int, int, int], tuple[float, int]]] = OrderedDict()
-"""When which bytes were asked for, and how many of them were there: by device and inode."""
+_lately: Final[OrderedDict[tuple[bytes, int, int], tuple[float, int]]] = OrderedDict()
+"""When which bytes were asked for, and how many of them were there: by inode and device."""
+_EMPTY_PATH: Final = 0x1000
+_DONT_SYNC: Final = 0x4000
+_INODE_WANTED: Final = 0x100
+_INODE: Final = slice(32, 40)
+_DEVICE: Final = slice(136, 144)
+"""Linux's fcntl.h and stat.h; where they are in the 256 bytes of struct statx."""
 
 
-def _calls() -> tuple[Any, Any, Any]:
+def _calls() -> tuple[Any, Any, Any, Any]:
     libc = ctypes.PyDLL(None)  # which keeps the interpreter's lock: the calls are short
     mmap = getattr(libc, "mmap64", None) or libc.mmap
     mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64)
     mmap.restype = ctypes.c_void_p
     libc.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p)
     libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
-    return mmap, libc.mincore, libc.munmap
+    statx = getattr(libc, "statx", None)
+    if statx is not None:
+        statx.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_char_p)
+    return mmap, libc.mincore, libc.munmap, statx
 
 
-_mmap, _mincore, _munmap = _calls()
+_mmap, _mincore, _munmap, _statx = _calls()
 _pages: Final = ctypes.create_string_buffer(_PAGES)
+_status: Final = ctypes.create_string_buffer(256)
 
 
 def in_memory(fd: int, offset: int, count: int, now: Callable[[], float] = time.monotonic) -> int:
     """
     Return how many of the C{count} bytes from C{offset} on are in memory, before the first that isn't.
 
-    All of them, where the kernel can't or won't tell. Of a crowd that is sent the same, one asks for all. To be called
-    in the event loop alone.
+    All of them, where the kernel can't or won't tell. Of a crowd that is sent the same, one asks for all; each does
+    where it can't be told which file it is. To be called in the event loop alone.
     """
-    status, when = os.fstat(fd), now()
-    key = status.st_dev, status.st_ino, offset, count
+    file, when = _file(fd), now()
+    if file is None:
+        return _asked(fd, offset, count)
+    key = file, offset, count
     known = _lately.get(key)
     if known is not None and 0 <= when - known[0] < LATELY_SECONDS:
         return known[1]
@@ -58,6 +72,16 @@ def in_memory(fd: int, offset: int, count: int, now: Callable[[], float] = time.
         if len(_lately) > _KEPT:
             _lately.popitem(last=False)
     return there
+
+
+def _file(fd: int) -> bytes | None:
+    """
+    Tell an open file from others, by what the kernel knows of it; none if it does not say.
+    """
+    if _statx is None or _statx(fd, b"", _EMPTY_PATH | _DONT_SYNC, _INODE_WANTED, _status):
+        return None
+    status = _status.raw
+    return status[_INODE] + status[_DEVICE]
 
 
 def _asked(fd: int, offset: int, count: int) -> int:
