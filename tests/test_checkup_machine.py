@@ -120,7 +120,7 @@ class DirectoryTests(SynchronousTestCase):
         """
         Networks, containers' layers, memory.
         """
-        odd = ("nfs4", "cifs", "fuse.s3fs", "overlay", "fuse.overlayfs", "tmpfs")
+        odd = ("nfs4", "cifs", "fuse", "fuse.s3fs", "overlay", "fuse.overlayfs", "tmpfs")
         self.assertEqual([Verdict.WARNING] * len(odd), [self.kind(each) for each in odd])
         self.assertEqual([Verdict.OK] * 3, [self.kind(each) for each in ("ext4", "xfs", "btrfs")])
 

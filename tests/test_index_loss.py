@@ -1113,7 +1113,7 @@ class ShutOutTests(DaemonTestCase):
 class MountTests(SynchronousTestCase):
     def test_which_are_far(self) -> None:
         kinds: dict[str, bool] = {"ext4": False, "overlay": False, "fuse.overlayfs": False, "nfs": True, "9p": True}
-        for kind, far in {**kinds, "fuse.sshfs": True, "cifs": True}.items():
+        for kind, far in {**kinds, "fuse": True, "fuse.sshfs": True, "cifs": True, "fuseblk": False}.items():
             mount = find_mount(f"1 2 0:3 / /cache rw - {kind} x rw", "/cache/dir")
             assert mount is not None
             self.assertEqual(far, mount.is_far, kind)
