@@ -5,8 +5,8 @@ What is asked of the cache, and what a client gets.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field, replace
-from typing import Final
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple
 
 from ecrproxy.cache.content import Content
 from ecrproxy.cache.entries import EntryKey
@@ -67,8 +67,7 @@ class Asked:
         return self.route.digest
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(NamedTuple):
     """
     What a client gets.
 
@@ -93,7 +92,7 @@ def joined(answer: Answer) -> Answer:
     Return what a client gets that has waited for another's answer.
     """
     fetched = answer.status is CacheStatus.MISS and answer.body is not None
-    return replace(answer, status=CacheStatus.JOINED, reason=Reason.IN_FLIGHT) if fetched else answer
+    return answer._replace(status=CacheStatus.JOINED, reason=Reason.IN_FLIGHT) if fetched else answer
 
 
 def manifest_answer(

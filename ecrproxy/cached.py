@@ -183,9 +183,9 @@ class Cache:
         """
         Answer from memory, or with a file that is open, what was asked for by its digest; its body is to be closed.
         """
-        is_manifest = asked.route.kind is Kind.MANIFEST
-        document = self._documents.get(asked.digest) if is_manifest else None
-        body = self._blobs.get(asked.digest) if document is None else document.body
+        digest, is_manifest = asked.digest, asked.route.kind is Kind.MANIFEST
+        document = self._documents.get(digest) if is_manifest else None
+        body = self._blobs.get(digest) if document is None else document.body
         if body is None and not is_manifest:
             return self._open_at_hand(asked)
         if body is None or (is_manifest and document is None):
@@ -193,9 +193,9 @@ class Cache:
         known = self._known(asked, self._entry_at_hand)[0]
         if known is None or (document is not None and not _fits(document, known.descriptor)):
             return None
-        self.store.index.use(asked.digest)
+        self.store.index.use(digest)
         media_type = known.descriptor.media_type if is_manifest else BLOB_TYPE
-        return Answer(CacheStatus.HIT, Reason.CACHED, media_type, asked.digest, len(body), None if asked.head else body)
+        return Answer(CacheStatus.HIT, Reason.CACHED, media_type, digest, len(body), None if asked.head else body)
 
     def _open_at_hand(self, asked: Asked) -> Answer | None:
         """
@@ -612,7 +612,7 @@ class Cache:
         if content.size != len(answer.body) or not content.proved:
             content.close()
             return answer
-        return replace(answer, body=content)
+        return answer._replace(body=content)
 
     def manifest(self, asked: Asked, known: Confirmed, document: Document) -> Answer:
         """

@@ -8,8 +8,7 @@ one registry's repositories must not answer for another's, so whatever is kept a
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 from urllib.parse import urlsplit
 
 _HTTPS: Final = 443
@@ -40,8 +39,7 @@ _DOMAINS: Final = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class RegistryId:
+class RegistryId(NamedTuple):
     """
     The identity of a registry: partition, region and account where it is ECR's, else host and port.
     """
@@ -116,8 +114,7 @@ def is_repository_name(text: str) -> bool:
     return len(text) <= _NAME_LENGTH and _NAME.fullmatch(text) is not None
 
 
-@dataclass(frozen=True, slots=True)
-class Repository:
+class Repository(NamedTuple):
     """
     A repository of a registry. Another registry's of the same name is another one.
 

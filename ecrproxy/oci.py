@@ -14,7 +14,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote, unquote_plus
 
 from ecrproxy.identity import RegistryId, Repository, is_repository_name
@@ -96,8 +96,7 @@ class RegistryError(Exception):
         return json.dumps({"errors": [{"code": self.code, "message": self.message}]}).encode() + b"\n"
 
 
-@dataclass(frozen=True, slots=True)
-class Digest:
+class Digest(NamedTuple):
     """
     The name of content by its hash: sha256 or sha512.
     """
