@@ -210,6 +210,21 @@ class LimitTests(DaemonTestCase):
         self.assertTrue(asked.closed)
         self.assertEqual((2, 0), (self.daemon.crowd.idle, self.daemon.crowd.connected))
 
+    def test_a_connection_has_one_timer_for_idleness_however_much_it_asks_and_none_when_it_is_lost(self) -> None:
+        before = len(self.clock.getDelayedCalls())
+        client, wire = self.connect()
+        self.flush()
+        timers = [len(self.clock.getDelayedCalls()) - before]
+        for _ in range(3):
+            wire.write(GOOD)
+            self.flush()
+            self.pass_time(1)
+            timers.append(len(self.clock.getDelayedCalls()) - before)
+        wire.abortConnection()
+        self.flush()
+        self.assertEqual([1, 1, 1, 1, 0], [*timers, len(self.clock.getDelayedCalls()) - before])
+        self.assertTrue(client.closed)
+
     def test_a_first_line_has_its_time(self) -> None:
         """
         A client that never ends its first line, or another after a request, is closed, however busily it writes.

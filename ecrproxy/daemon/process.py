@@ -85,7 +85,8 @@ class Running:
         """
         last, lost = self._state  # before the time: what another thread counts meanwhile is of a later one
         now = time.monotonic()
-        lost += max(0.0, now - last - STILL_SECONDS)
+        if now - last > STILL_SECONDS:
+            lost += now - last - STILL_SECONDS
         if now > self._state[0]:  # another thread may have been quicker
             self._state = now, lost
         return now - lost

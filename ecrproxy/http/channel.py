@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from twisted.internet.address import UNIXAddress
 from twisted.internet.error import ConnectionAborted, ConnectionDone
-from twisted.internet.interfaces import IHalfCloseableProtocol, ITCPTransport
+from twisted.internet.interfaces import IDelayedCall, IHalfCloseableProtocol, ISSLTransport, ITCPTransport
 from twisted.internet.protocol import connectionDone
 from twisted.logger import Logger
 from twisted.protocols.basic import LineReceiver
@@ -112,6 +112,8 @@ class StrictChannel(HTTPChannel):
     _half_closed = False
     _address: str | None = None
     _client: str | None = None
+    _secure: bool | None = None
+    _idle_check: IDelayedCall | None = None
 
     def connectionMade(self) -> None:  # noqa: D102
         limits = self.crowd.limits
@@ -148,6 +150,9 @@ class StrictChannel(HTTPChannel):
         self.crowd.spare.pop(self, None)
         self._stop_input()
         super().connectionLost(reason)
+        if self._idle_check is not None:
+            self._idle_check.cancel()
+            self._idle_check = None
         self.patience.end()  # what is told of the end may have begun it again
         self.connections.closed(self)
 
@@ -201,6 +206,35 @@ class StrictChannel(HTTPChannel):
     def _note_idle(self) -> None:
         self._idle_since = self.factory.reactor.seconds()
         self.crowd.idle_ones[self] = self._address or ""
+
+    def setTimeout(self, period: float | None) -> float | None:
+        """
+        Change for how many seconds the connection may be idle; none for ever.
+
+        One timer does for all of a connection's requests: when it is due it sees how long that was. To put it off, or
+        to make another, for each request would cost more than some answers.
+        """
+        before, self.timeOut = self.timeOut, period  # type: ignore[assignment]
+        self.resetTimeout()
+        if period is not None and self._idle_check is None:
+            self._idle_check = self.callLater(period, self._look_whether_idle)
+        return before
+
+    def resetTimeout(self) -> None:
+        """
+        Count from now on.
+        """
+        self._idle_since = self.factory.reactor.seconds()
+
+    def _look_whether_idle(self) -> None:
+        self._idle_check = None
+        if self.timeOut is None:
+            return  # it is busy: a new timer comes when it no longer is
+        left = self._idle_since + self.timeOut - self.factory.reactor.seconds()
+        if left > 0:
+            self._idle_check = self.callLater(left, self._look_whether_idle)
+        else:
+            self.timeoutConnection()
 
     def _end_unused(self) -> None:
         if self._fresh:
@@ -271,14 +305,14 @@ class StrictChannel(HTTPChannel):
         """
         return not (self.spare or self.connections.draining)
 
-    def await_next(self) -> None:
+    def await_next(self, now: float) -> None:
         """
         Wait for the next request: the last was answered by the hot path.
         """
         self._head.end()
-        self.resetTimeout()
+        self._idle_since = now
         if self._address is not None:
-            self._note_idle()
+            self.crowd.idle_ones[self] = self._address
 
     def begin_reply(self, reply: FileReply) -> None:
         """
@@ -301,13 +335,13 @@ class StrictChannel(HTTPChannel):
         self._question, self._handlingRequest = None, False
         self.setTimeout(self._savedTimeOut)
 
-    def go_on(self) -> None:
+    def go_on(self, now: float) -> None:
         """
         Go on with the next request: the one that has waited is answered.
         """
         self._wait_no_longer()
         if not self._buffer:
-            self.await_next()
+            self.await_next(now)
         self._go_on()
 
     def take_long_way(self, head: bytes, told: Told) -> None:
@@ -318,6 +352,15 @@ class StrictChannel(HTTPChannel):
         self._buffer = head + self._buffer
         self._whole_head, self._told = head, told
         self._go_on()
+
+    @property
+    def secure(self) -> bool:
+        """
+        Tell whether the client speaks TLS.
+        """
+        if self._secure is None:
+            self._secure = ISSLTransport.providedBy(self.transport)
+        return self._secure
 
     @property
     def client(self) -> str:

@@ -21,11 +21,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
 from twisted.internet.defer import Deferred
-from twisted.internet.interfaces import ISSLTransport
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 from twisted.web.http import datetimeToString
@@ -181,7 +180,7 @@ class HotPath:
         if any(map(request.requestHeaders.hasHeader, _UNFIT)):
             return
         if has_file:  # it is asked for each time whether it is open
-            hit = hit._replace(answer=replace(hit.answer, body=None))
+            hit = hit._replace(answer=hit.answer._replace(body=None))
         elif self._at_hand(hit.asked) != (None if asks else hit.answer):
             return
         response = _response(request, hit.answer.body if words.size else None)
@@ -210,14 +209,12 @@ class HotPath:
         if len(head) > LONGEST_HEAD or not channel.may_answer_at_once:
             return False
         self._entered()
-        transport: Any = channel.transport
-        secure = ISSLTransport.providedBy(transport)
-        name = self._name(head, secure=secure)
+        name = self._name(head, secure=channel.secure)
         noted = self._noted.get(name)
         if noted is None:
             return False
         if self._admission is not None:
-            certified = secure and transport.getPeerCertificate() is not None
+            certified = channel.secure and channel.transport.getPeerCertificate() is not None
             shown = None if noted.authorization is None else head[noted.authorization].decode("latin-1")
             if not self._admission.knows(Caller(channel.client, certified, shown)):
                 return False
@@ -228,15 +225,15 @@ class HotPath:
             _close(file)
             return False
         site: Any = channel.factory
-        waiting = Waiting(head, site.new_id(), site.reactor.seconds())
+        request_id, now = site.new_id(), site.reactor.seconds()
         if noted.asks:
-            self._wait(channel, waiting, noted, name)
+            self._wait(channel, Waiting(head, request_id, now), noted, name)
         elif file is not None and noted.has_file:
-            self._send_file(channel, noted, waiting, file)
+            self._send_file(channel, noted, request_id, now, file)
         else:
             _close(file)
-            self._send(channel, noted, waiting)
-            channel.await_next()
+            self._send(channel, noted, request_id, now)
+            channel.await_next(now)
         return True
 
     def _entered(self) -> World:
@@ -287,8 +284,9 @@ class HotPath:
             channel = next(iter(waiting))
             each = waiting.pop(channel)
             if same and channel.may_answer_at_once:
-                self._send(channel, noted, each)
-                channel.go_on()
+                now = channel.factory.reactor.seconds()
+                self._send(channel, noted, each.request_id, now, now - each.started)
+                channel.go_on(now)
             else:
                 found = outcome.value if isinstance(outcome, Failure) else outcome
                 if isinstance(found, Answer) and each is not question.first:
@@ -306,16 +304,19 @@ class HotPath:
             seconds, words = now - waiting.started, question.noted.words.of_none()
             site.tell(words, now, seconds, seconds, channel.client, waiting.request_id, aborted=True)
 
-    def _send(self, channel: Any, noted: _Noted, waiting: Waiting) -> None:  # noqa: ANN401
-        write(channel.transport, noted.response.with_those(waiting.request_id, self._today()))
+    def _send(self, channel: Any, noted: _Noted, request_id: str, now: float, waited: float = 0.0) -> None:  # noqa: ANN401
+        """
+        Send a response.
+
+        @param now: on the reactor's clock; what is done from then on in this turn is not told as time.
+        @param waited: seconds for which ECR was waited for.
+        """
+        write(channel.transport, noted.response.with_those(request_id, self._today()))
         self._pull_through.answered_at_hand(noted.hit.asked, noted.hit.answer)
         self.answered += 1
-        site: Any = channel.factory
-        now = site.reactor.seconds()
-        seconds = now - waiting.started
-        site.tell(noted.words, now, seconds, seconds if noted.asks else 0.0, channel.client, waiting.request_id)
+        channel.factory.tell(noted.words, now, waited, waited, channel.client, request_id)
 
-    def _send_file(self, channel: Any, noted: _Noted, waiting: Waiting, file: Content) -> None:  # noqa: ANN401
+    def _send_file(self, channel: Any, noted: _Noted, request_id: str, started: float, file: Content) -> None:  # noqa: ANN401
         """
         Send a response with a file: what can go at once, and the rest as the long way does.
         """
@@ -324,15 +325,14 @@ class HotPath:
 
         def tell(size: int, *, aborted: bool) -> None:
             now = site.reactor.seconds()
-            words, seconds = noted.words._replace(size=size), now - waiting.started
-            site.tell(words, now, seconds, 0.0, client, waiting.request_id, aborted=aborted)
+            site.tell(noted.words._replace(size=size), now, now - started, 0.0, client, request_id, aborted=aborted)
 
         self._pull_through.answered_at_hand(noted.hit.asked, noted.hit.answer)
-        sent = write_with_file(channel.transport, noted.response.with_those(waiting.request_id, self._today()), file)
+        sent = write_with_file(channel.transport, noted.response.with_those(request_id, self._today()), file)
         if sent == file.size:
             file.close()
             tell(sent, aborted=False)
-            channel.await_next()
+            channel.await_next(site.reactor.seconds())
             return
         crowd.begin_transfer()
         reply = FileReply(channel, sent, tell)
@@ -379,7 +379,7 @@ def _apart(found: Answer | None) -> tuple[Answer | None, Content | None]:
     """
     if found is None or not isinstance(found.body, Content):
         return found, None
-    return replace(found, body=None), found.body
+    return found._replace(body=None), found.body
 
 
 def _close(file: Content | None) -> None:

@@ -4,7 +4,6 @@ What a plain connection has yet to send, and what goes at once.
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 from twisted.internet.tcp import Connection
@@ -26,9 +25,12 @@ def write(transport: Any, data: bytes, flags: int = 0) -> bool:  # noqa: ANN401
     @return: whether all has been sent.
     """
     if has_sent_all(transport):
-        with contextlib.suppress(OSError):  # it takes none now, or has ended: the transport finds out which
-            data = data[transport.socket.send(data, flags) :]
-        if not data:
+        try:
+            sent = transport.socket.send(data, flags)
+        except OSError:  # it takes none now, or has ended: the transport finds out which
+            sent = 0
+        if sent == len(data):
             return True
+        data = data[sent:]
     transport.write(data)
     return False
