@@ -27,6 +27,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from ecrproxy.answers import Asked
+from ecrproxy.cache.entries import EntryKey
 from ecrproxy.cached import FACTS, SMALL_BLOB, Cache
 from ecrproxy.identity import RegistryId, Repository
 from ecrproxy.oci import Descriptor, Digest, Kind, RegistryError, Route, layers
@@ -266,7 +267,7 @@ class ReadingAhead:
         self._openings: dict[Digest, Opening] = {}
         self._unasked: dict[Digest, Pull] = {}
         self._resting: set[RegistryId] = set()
-        self._learning = 0
+        self._learning = set[EntryKey]()
         self._going_on = self._again = False
         self._last: Route | None = None
         self._look: IDelayedCall | None = None
@@ -328,8 +329,8 @@ class ReadingAhead:
         image = self._images.listing(asked.route.repository, asked.digest)
         if image is not None:
             self._follow(image, asked.digest)
-        elif self._learning < IMAGES and self._cache.is_well:
-            self._learning += 1
+        elif len(self._learning) < IMAGES and asked.entry_key not in self._learning and self._cache.is_well:
+            self._learning.add(asked.entry_key)
             on_its_own(self._learn(asked))
 
     async def _learn(self, asked: Asked) -> None:
@@ -345,7 +346,7 @@ class ReadingAhead:
                 if image is not None:
                     self._follow(image, asked.digest)
         finally:
-            self._learning -= 1
+            self._learning.discard(asked.entry_key)
 
     def _follow(self, image: Image, layer: Digest) -> None:
         pull = self._pulls.get(image)

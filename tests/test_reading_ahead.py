@@ -40,7 +40,7 @@ from ecrproxy.reading_ahead import (
 from ecrproxy.registry.circuit import FAILURES, CircuitState
 from ecrproxy.threads import Disk
 from ecrproxy.transfer.inflow import Lanes
-from tests.daemon import MIB, Daemon, DaemonTestCase, Reply, at_once, noise
+from tests.daemon import MIB, Daemon, DaemonTestCase, Hands, Reply, at_once, noise
 from tests.registry import Fault
 from tests.registry import Image as Pushed
 from tests.registry_content import OCI_LAYER, OCI_MANIFEST
@@ -221,6 +221,21 @@ class ClientTests(AheadTestCase):
         self.get(self.blob(self.image.layers[0]))
         self.begin()
         self.assertEqual([1] * COUNT, self.fetched())
+
+    def test_of_what_many_clients_miss_at_once_the_manifest_is_looked_for_once(self) -> None:
+        hands = Hands()
+        self.start(in_thread=hands)
+        self.hold(self.image.layers[0])
+        hands.idle = False
+        for _ in range(20):
+            self.daemon.ask("GET", self.blob(self.image.layers[0]))
+        while others := [at for at, call in enumerate(hands.waiting) if call[1] != self.daemon.store.entry]:
+            hands.do(others[0])
+            hands.tell()
+            self.flush()
+        self.assertEqual([self.daemon.store.entry], [call[1] for call in hands.waiting])
+        hands.idle = True
+        hands.work_off()
 
     def test_a_large_manifest_by_tag_is_answered_and_read_ahead(self) -> None:
         layers = [noise(f"many{number}", 1000) for number in range(500)]

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from twisted.internet.address import UNIXAddress
 from twisted.internet.error import ConnectionAborted, ConnectionDone
-from twisted.internet.interfaces import IDelayedCall, IHalfCloseableProtocol, ISSLTransport, ITCPTransport
+from twisted.internet.interfaces import IAddress, IDelayedCall, IHalfCloseableProtocol, ISSLTransport, ITCPTransport
 from twisted.internet.protocol import connectionDone
 from twisted.logger import Logger
 from twisted.protocols.basic import LineReceiver
@@ -112,6 +112,7 @@ class StrictChannel(HTTPChannel):
     _half_closed = False
     _address: str | None = None
     _client: str | None = None
+    _host: IAddress | None = None
     _secure: bool | None = None
     _idle_check: IDelayedCall | None = None
 
@@ -352,6 +353,14 @@ class StrictChannel(HTTPChannel):
         self._buffer = head + self._buffer
         self._whole_head, self._told = head, told
         self._go_on()
+
+    def getHost(self) -> IAddress:
+        """
+        Name the address that the client has connected to. The system is asked once, not for each request.
+        """
+        if self._host is None:
+            self._host = self.transport.getHost()
+        return self._host
 
     @property
     def secure(self) -> bool:
