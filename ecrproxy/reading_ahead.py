@@ -27,7 +27,6 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from ecrproxy.answers import Asked
-from ecrproxy.cache.entries import EntryKey
 from ecrproxy.cached import FACTS, SMALL_BLOB, Cache
 from ecrproxy.identity import RegistryId, Repository
 from ecrproxy.oci import Descriptor, Digest, Kind, RegistryError, Route, layers
@@ -267,7 +266,7 @@ class ReadingAhead:
         self._openings: dict[Digest, Opening] = {}
         self._unasked: dict[Digest, Pull] = {}
         self._resting: set[RegistryId] = set()
-        self._learning = set[EntryKey]()
+        self._learning = set[tuple[Repository, Digest]]()
         self._going_on = self._again = False
         self._last: Route | None = None
         self._look: IDelayedCall | None = None
@@ -329,8 +328,10 @@ class ReadingAhead:
         image = self._images.listing(asked.route.repository, asked.digest)
         if image is not None:
             self._follow(image, asked.digest)
-        elif len(self._learning) < IMAGES and asked.entry_key not in self._learning and self._cache.is_well:
-            self._learning.add(asked.entry_key)
+            return
+        what = asked.route.repository, asked.digest
+        if len(self._learning) < IMAGES and what not in self._learning and self._cache.is_well:
+            self._learning.add(what)
             on_its_own(self._learn(asked))
 
     async def _learn(self, asked: Asked) -> None:
@@ -346,7 +347,7 @@ class ReadingAhead:
                 if image is not None:
                     self._follow(image, asked.digest)
         finally:
-            self._learning.discard(asked.entry_key)
+            self._learning.discard((asked.route.repository, asked.digest))
 
     def _follow(self, image: Image, layer: Digest) -> None:
         pull = self._pulls.get(image)
