@@ -11,7 +11,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -26,11 +26,13 @@ from ecrproxy.access.clients import Admission
 from ecrproxy.admin.announcing import Announcing, settings_lines
 from ecrproxy.admin.api import Api
 from ecrproxy.admin.incidents import Incidents
+from ecrproxy.admin.kept_history import KeptHistory, read
 from ecrproxy.admin.port import Metrics, make_admin_site, make_metrics_site
 from ecrproxy.admin.readings import (
     FIGURES,
     of_certificates,
 )
+from ecrproxy.admin.snapshot import Standing
 from ecrproxy.admin.status import Status
 from ecrproxy.cache.inventory import Inventory
 from ecrproxy.cache.janitor import Janitor
@@ -256,13 +258,12 @@ def build(
     serving = wire(config, service := Daemon(reactor), reactor, refused, egress, 1)
     process, store = serving.process, serving.cache.store
     incidents = Incidents(time.time)
-    registry, now = config.ecr_endpoint, time.time
-    status = Status(registry, serving.figures, process.readiness, process.standing, incidents, now, reactor)
+    status = _status(config, serving.figures, process.readiness, process.standing, incidents, service, reactor)
     describe = partial(_summary, process.readiness, process.janitor)
     supervised = Supervised(supervisor, describe, reactor)
     stall = serving.stall
     announcing = _announcing(config, store, serving.figures, process.readiness, lambda: stall.longest, reactor)
-    service.add(announcing, *status.services, supervised)
+    service.add(announcing, supervised)
     metrics = Metrics(serving.figures, process.readiness)
     listening = _listening(config, serving.site, reactor)
     listening += _operators(config, metrics, status, store, serving.purges.look, service, reactor)
@@ -361,7 +362,7 @@ def build_parent(
         reactor,
         drain=config.drain_seconds,
     )
-    status = Status(config.ecr_endpoint, figures, workers.readiness, workers.standing, incidents, time.time, reactor)
+    status = _status(config, figures, workers.readiness, workers.standing, incidents, service, reactor)
     supervised = Supervised(supervisor, partial(_summary_of_all, workers), reactor, workers.listen)
     metrics = Metrics(figures, workers.readiness, workers.gather)
     purges = Purges(store.index, lambda _: None, settling, reactor)  # workers see for themselves
@@ -373,11 +374,30 @@ def build_parent(
     reread = partial(_reread, certificates, lambda: workers.tell(Reread("")))
     renewal = Renewal(every, renewing, partial(supervised.rereading, reread), reactor)
     announcing = _announcing(config, store, figures, workers.readiness, lambda: None, reactor)
-    service.add(announcing, purges, *status.services, supervised, renewal, workers)
+    service.add(announcing, purges, supervised, renewal, workers)
     reload = _configuration(reloading(partial(_have_used, workers, status)), configuring, reactor)
     hang_up = _on_hang_up(supervised, reread, reload)
     _face_clients(None, every, hang_up, partial(_leave_with, workers, service.leave), service, reactor)
     return service
+
+
+def _status(
+    config: Config,
+    figures: Figures,
+    readiness: Callable[[], Coroutine[Any, Any, Readiness]],
+    standing: Callable[[], Awaitable[Standing]],
+    incidents: Incidents,
+    service: Daemon,
+    reactor: Any,  # noqa: ANN401
+) -> Status:
+    """
+    Make what the status page is made of, with the history of before the start.
+    """
+    root, now, writing = Path(config.cache_dir), time.time, service.pools.threads(1)
+    history = read(root, now())
+    status = Status(config.ecr_endpoint, figures, readiness, standing, incidents, now, reactor, history=history)
+    service.add(*status.services, KeptHistory(root, history, now, writing.call, reactor))
+    return status
 
 
 def _announcing(

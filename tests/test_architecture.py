@@ -42,6 +42,7 @@ ARROWS: dict[str, set[str]] = {
         "cache.store",
         "endpoint_string",
         "failures",
+        "files",
         "http.request",
         "http.site",
         "http.answering",

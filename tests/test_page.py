@@ -14,7 +14,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from twisted.web.template import flattenString
 
 from ecrproxy.admin.charts import HEIGHT, LEAST, WIDTH, ceiling, hit_chart, traffic_chart
-from ecrproxy.admin.history import Point
+from ecrproxy.admin.history import SCALES, Point, Scale
 from ecrproxy.admin.incidents import Incident
 from ecrproxy.admin.page import Page
 from ecrproxy.admin.port import PARTS
@@ -53,6 +53,7 @@ EMPTY = Snapshot(
     registries=(),
     answers={},
     now=Point(0),
+    lately=Point(0),
     history=(),
     failed=(),
     incidents=(),
@@ -82,7 +83,11 @@ FULL = replace(
     ),
     answers={"HIT": Answers(30, 300), "MISS": Answers(10, 100)},
     now=Point(5, 2, 1, 5 * 2**20, 2**20),
-    history=(Point(30, 10, 9, 100, 10), Point(5, 2, 1, 5 * 2**20, 2**20)),
+    lately=Point(35, 12, 10),
+    history=(
+        Point(30, 10, 9, 100, 10, 0, (3, 7, *[0] * 7)),
+        Point(5, 2, 1, 5 * 2**20, 2**20, 0, (*[0] * 6, 1, 0, 1)),
+    ),
     failed=(Failed("/v2/team/app/manifests/1", 502, "failing", EMPTY.when - 7200, EMPTY.when - 3660, 12, "192.0.2.7"),),
     incidents=(Incident(EMPTY.when - 60, "error", "the disk is full", 3),),
 )
@@ -227,13 +232,28 @@ class PageTests(PageTestCase):
         page = self.page(replace(FULL, registries=FULL.registries[:1]))
         self.assertNotIn("Registries", [each.text for each in page.all("h2")])
 
-    def test_shows_the_hour_at_a_glance(self) -> None:
+    def test_shows_at_a_glance_what_went_through(self) -> None:
         """
         Ratio, traffic and what was saved, as figures.
         """
         glance = self.section(self.page(FULL), "At a glance").text
         for words in ("83.3 % of 12 requests", "1.0 MiB/s now", "300 B 75.0 % of all bytes", "2 for 3 clients"):
             self.assertIn(words, glance)
+        self.assertIn("Half answered within 25 ms 99 % within over 5 min", glance)
+
+    def test_links_to_each_range_and_tells_which_is_shown(self) -> None:
+        page = self.page(replace(FULL, scale=SCALES[1]))
+        links = [each for each in page.all("a") if each.attributes["href"].startswith("?range=")]
+        self.assertEqual(
+            [("?range=15m", "15 min", None), ("?range=6h", "6 h", "true"), ("?range=3d", "3 days", None)],
+            [(each.attributes["href"], each.text, each.attributes.get("aria-current")) for each in links],
+        )
+        self.assertIn("Failed, last 6 h", self.section(page, "At a glance").text)
+        self.assertIn("6 h ago 3 h 0 min now", self.section(page, "Traffic").text)
+
+    def test_its_table_adds_up_to_its_tiles(self) -> None:
+        rows = self.rows(self.page(FULL).all("details")[0])
+        self.assertEqual([["now to 35 s", "12", "0", "83.3 %", "25 ms", "over 5 min", "5.0 MiB", "1.0 MiB"]], rows)
 
     def test_shows_what_the_daemon_has_to_do(self) -> None:
         told = self.section(self.page(FULL), "This daemon").text
@@ -259,14 +279,14 @@ class PageTests(PageTestCase):
         """
         Whether or not ECR is known to be away: those of the last minutes.
         """
-        lately = replace(EMPTY, history=(Point(30, failed=5), *[Point(30, 9)] * 8, Point(30, 9, failed=3)))
+        lately = replace(EMPTY, lately=Point(300, 81, failed=8))
         for snapshot, words in (
             (lately, "Serves, but 8 requests failed in the last 5 min"),
             (
                 replace(lately, can_fetch=False),
                 "Can't fetch from upstream, serves what is cached; 8 requests failed in the last 5 min",
             ),
-            (replace(lately, history=(Point(30, failed=5), *[Point(30, 9)] * 10)), "Ready"),
+            (replace(lately, lately=Point(300, 90)), "Ready"),
         ):
             (health,) = [each for each in self.page(snapshot).all("div") if each.attributes.get("role") == "status"]
             self.assertEqual(words, health.text)
@@ -298,7 +318,7 @@ class PageTests(PageTestCase):
             FULL,
             transfers=(Transfer(name, DIGEST, 2**40, 2**39, 10**6, kept=True),) * TRANSFERS,
             repositories=(Saving(name, 2**50, 10**9),) * 10,
-            history=(Point(30, 10**6, 10**5, 2**40, 2**40),) * 121,
+            history=(Point(864, 10**6, 10**5, 2**40, 2**40),) * 180,
             incidents=(Incident(0, "critical", "x" * 300),) * 20,
         )
         self.page(most)
@@ -354,7 +374,7 @@ class StrictTests(PageTestCase):
             for name, value in each.attributes.items()
             if name in ("src", "href")
         ]
-        links = "?registry=one.test", "?registry=%2A.two.test"
+        links = "?registry=one.test", "?registry=%2A.two.test", *(f"?range={each.name}" for each in SCALES)
         self.assertEqual({*PARTS, "#figures", "status.json", "metrics", "readyz", *links}, set(named))
         self.assertEqual([], re.findall(r"https?://(?!www\.w3\.org)", self.html))
 
@@ -427,8 +447,8 @@ class SpokenTests(PageTestCase):
         self.assertEqual(["img", "img"], [each.attributes["role"] for each in spoken])
         self.assertEqual(
             [
-                "Hit ratio in the last hour: 83.3 % over all, 50.0 % at the lowest, 50.0 % at last.",
-                "Traffic in the last hour: to clients 1.0 MiB/s at the highest, from upstream 205 KiB/s.",
+                "Hit ratio in the last 15 min: 83.3 % over all, 50.0 % at the lowest, 50.0 % at last.",
+                "Traffic in the last 15 min: to clients 1.0 MiB/s at the highest, from upstream 205 KiB/s.",
             ],
             [each.attributes["aria-label"] for each in spoken],
         )
@@ -501,22 +521,25 @@ def svg(tag: Any) -> str:
     return " ".join(each.attributes["d"] for each in lines)
 
 
+HOUR = Scale("1h", "hour", 4)
+
+
 class ChartTests(SynchronousTestCase):
     def test_the_last_point_is_at_the_right(self) -> None:
         """
         Half an hour of points fills the right half, as high as the ratio is.
         """
         half = [Point(900, 4, 4), Point(900, 4, 1)]
-        self.assertEqual(f"M360.0 0.0V0.0H540.0V{0.75 * HEIGHT}H{WIDTH}.0", svg(hit_chart(half)))
+        self.assertEqual(f"M360.0 0.0V0.0H540.0V{0.75 * HEIGHT}H{WIDTH}.0", svg(hit_chart(half, HOUR)))
 
     def test_where_nothing_was_asked_there_is_a_gap(self) -> None:
         """
         No requests are no ratio, neither of none nor of all.
         """
-        drawn = svg(hit_chart([Point(900, 1, 1), Point(900), Point(900, 1, 1)]))
+        drawn = svg(hit_chart([Point(900, 1, 1), Point(900), Point(900, 1, 1)], HOUR))
         self.assertEqual("M180.0 0.0V0.0H360.0M540.0 0.0V0.0H720.0", drawn)
-        self.assertEqual("", svg(hit_chart([])))
-        self.assertIn("no requests", str(hit_chart([Point(30)]).attributes["aria-label"]))
+        self.assertEqual("", svg(hit_chart([], HOUR)))
+        self.assertIn("no requests", str(hit_chart([Point(30)], HOUR).attributes["aria-label"]))
 
     def test_traffic_reaches_up_to_a_power_of_two(self) -> None:
         """
@@ -525,9 +548,9 @@ class ChartTests(SynchronousTestCase):
         self.assertEqual(LEAST, ceiling([]))
         self.assertEqual(2**20, ceiling([Point(10, sent=10 * 2**20), Point(0)]))
         self.assertEqual(2**21, ceiling([Point(10, received=10 * 2**20 + 10)]))
-        drawn = svg(traffic_chart([Point(3600, sent=3600 * 2**20, received=3600 * 2**19)]))
+        drawn = svg(traffic_chart([Point(3600, sent=3600 * 2**20, received=3600 * 2**19)], HOUR))
         self.assertEqual(f"M0.0 0.0V0.0H720.0 M0.0 {HEIGHT / 2}V{HEIGHT / 2}H720.0", drawn)
-        self.assertIn("nothing", str(traffic_chart([Point(30)]).attributes["aria-label"]))
+        self.assertIn("nothing", str(traffic_chart([Point(30)], HOUR).attributes["aria-label"]))
 
 
 class UnitTests(SynchronousTestCase):

@@ -177,12 +177,12 @@ class StatusTests(SeveralTestCase):
             self.standin.release(digest)
         self.several.flush()
 
-    def test_the_last_hour_is_that_of_all(self) -> None:
+    def test_what_went_through_is_that_of_all(self) -> None:
         for daemon in self.several.daemons:
             daemon.ask("GET", self.blob)
         self.several.pass_time(10)
-        (point,) = self.status()["history"]
-        self.assertEqual((2, 1, 600_000), (point["asked"], point["hits"], point["sent"]))
+        told = self.status()["lately"]
+        self.assertEqual((2, 1, 600_000), (told["asked"], told["hits"], told["sent"]))
 
     def test_what_went_wrong_in_a_worker_is_told(self) -> None:
         """

@@ -25,11 +25,11 @@ class StatusTestCase(DaemonTestCase):
         self.digest = self.standin.push_blob("team/app", self.data)
         self.blob = f"/v2/team/app/blobs/{self.digest}"
 
-    def status(self) -> dict[str, Any]:
+    def status(self, query: str = "") -> dict[str, Any]:
         """
         Read the document.
         """
-        reply = self.daemon.ask_admin("/status.json")
+        reply = self.daemon.ask_admin(f"/status.json{query}")
         self.assertEqual((200, "application/json"), (reply.code, reply.header("Content-Type")))
         document: dict[str, Any] = json.loads(reply.body)
         return document
@@ -89,7 +89,7 @@ class DocumentTests(StatusTestCase):
             {"HIT": {"count": 2, "bytes": 600_000}, "MISS": {"count": 1, "bytes": 300_000}}, self.status()["answers"]
         )
 
-    def test_tells_of_the_last_hour(self) -> None:
+    def test_tells_what_went_through(self) -> None:
         """
         What went through is in the history once its sample is taken.
         """
@@ -97,10 +97,16 @@ class DocumentTests(StatusTestCase):
         for _ in range(4):
             self.get(self.blob)
         self.pass_time(10)
-        (point,) = self.status()["history"]
-        self.assertEqual(
-            {"seconds": 10, "asked": 4, "hits": 3, "sent": 1_200_000, "received": 300_000, "failed": 0}, point
-        )
+        told = {"asked": 4, "hits": 3, "sent": 1_200_000, "received": 300_000, "failed": 0, "took": [4, *[0] * 8]}
+        quiet = {**dict.fromkeys(told, 0), "took": [0] * 9}
+        self.assertEqual([{"seconds": 5, **told}, {"seconds": 5, **quiet}], self.status()["history"])
+        longer = self.status("?range=6h")
+        self.assertEqual(([{"seconds": 10, **told}], "6 h"), (longer["history"], longer["scale"]["words"]))
+
+    def test_of_a_range_that_there_is_not_the_others_are_told(self) -> None:
+        for path in ("/status.json?range=1y", "/?range="):
+            reply = self.daemon.ask_admin(path)
+            self.assertEqual((404, "there is no such range; these are: 15m, 6h, 3d"), (reply.code, reply.error[2]))
 
     def test_tells_how_much_clients_ask_of_it(self) -> None:
         self.standin.hold(self.digest)
@@ -131,7 +137,7 @@ class DocumentTests(StatusTestCase):
         self.get("/v2/team/app/manifests/absent")
         self.pass_time(10)
         status = self.status()
-        self.assertEqual(([], 0), (status["failed"], status["history"][0]["failed"]))
+        self.assertEqual(([], 0), (status["failed"], status["lately"]["failed"]))
 
     def test_tells_how_good_the_token_is(self) -> None:
         """

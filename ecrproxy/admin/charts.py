@@ -1,7 +1,7 @@
 """
-The last hour as charts: SVG that a browser shows without anything else, with words for who does not see it. Pure.
+What went through as charts: SVG that a browser shows without anything else, with words for who does not see it. Pure.
 
-Steps, not curves: a point is what there was in half a minute, and nothing is known of what was between two.
+Steps, not curves: a point is what there was in some seconds, and nothing is known of what was between two.
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ from typing import Final
 
 from twisted.web.template import Tag
 
-from ecrproxy.admin.history import Point, merged
+from ecrproxy.admin.history import Point, Scale, merged
 from ecrproxy.admin.units import hit_ratio, rate
 
 WIDTH: Final = 720
 HEIGHT: Final = 120
-SECONDS: Final = 3600
 LEAST: Final = 2**10
 """Bytes a second that the chart of traffic reaches up to when there is less."""
 
@@ -24,7 +23,7 @@ Height = Callable[[Point], float | None]
 """Gives a point's height from 0 to 1; none where there is nothing to show."""
 
 
-def hit_chart(points: Sequence[Point]) -> Tag:
+def hit_chart(points: Sequence[Point], scale: Scale) -> Tag:
     """
     Draw how many requests were hits.
     """
@@ -37,10 +36,10 @@ def hit_chart(points: Sequence[Point]) -> Tag:
     if told:
         worst = min(told, key=lambda point: point.hits / point.asked)
         words = f"{hit_ratio(merged(points))} over all, {hit_ratio(worst)} at the lowest, {hit_ratio(told[-1])} at last"
-    return _chart(f"Hit ratio in the last hour: {words}.", [("hits", height)], points)
+    return _chart(f"Hit ratio in the last {scale.words}: {words}.", [("hits", height)], points, scale.seconds)
 
 
-def traffic_chart(points: Sequence[Point]) -> Tag:
+def traffic_chart(points: Sequence[Point], scale: Scale) -> Tag:
     """
     Draw what went to clients, and what came from upstream.
     """
@@ -60,7 +59,12 @@ def traffic_chart(points: Sequence[Point]) -> Tag:
             f"to clients {rate(most.sent, most.seconds)} at the highest, "
             f"from upstream {rate(from_upstream.received, from_upstream.seconds)}"
         )
-    return _chart(f"Traffic in the last hour: {words}.", [("sent", sent), ("received", received)], points)
+    return _chart(
+        f"Traffic in the last {scale.words}: {words}.",
+        [("sent", sent), ("received", received)],
+        points,
+        scale.seconds,
+    )
 
 
 def ceiling(points: Sequence[Point]) -> int:
@@ -75,12 +79,12 @@ def _a_second(count: int, point: Point) -> float:
     return count / point.seconds if point.seconds else 0
 
 
-def _chart(words: str, lines: Sequence[tuple[str, Height]], points: Sequence[Point]) -> Tag:
+def _chart(words: str, lines: Sequence[tuple[str, Height]], points: Sequence[Point], seconds: int) -> Tag:
     grid = "".join(f"M0 {HEIGHT * quarter / 4:g}H{WIDTH}" for quarter in range(5))
     grid += "".join(f"M{WIDTH * quarter / 4:g} 0V{HEIGHT}" for quarter in range(5))
     drawn = [Tag("path")(class_="grid", d=grid)]
     for name, height in lines:
-        runs = list(_runs(points, height))
+        runs = list(_runs(points, height, seconds))
         drawn.append(Tag("path")(class_=f"area {name}", d="".join(map(_area, runs))))
         drawn.append(Tag("path")(class_=f"line {name}", d="".join(map(_line, runs))))
     svg = Tag("svg")(class_="chart", viewBox=f"0 0 {WIDTH} {HEIGHT}", preserveAspectRatio="none", role="img")
@@ -92,13 +96,15 @@ Run = list[tuple[float, float, float]]
 """Steps side by side: from where to where, and their height, in the chart's own units."""
 
 
-def _runs(points: Sequence[Point], height: Height) -> Iterator[Run]:
+def _runs(points: Sequence[Point], height: Height, seconds: int) -> Iterator[Run]:
     """
     Place the points, the last at the right edge; a gap ends a run.
+
+    @param seconds: what the width stands for.
     """
-    start, run = WIDTH - sum(point.seconds for point in points) * WIDTH / SECONDS, Run()
+    start, run = WIDTH - sum(point.seconds for point in points) * WIDTH / seconds, Run()
     for point in points:
-        stop, reached = start + point.seconds * WIDTH / SECONDS, height(point)
+        stop, reached = start + point.seconds * WIDTH / seconds, height(point)
         if reached is not None:
             run.append((start, stop, HEIGHT * (1 - min(1.0, reached))))
         elif run:

@@ -1,19 +1,21 @@
 """
-What went through the daemon in the last hour, in samples of a few seconds. Its memory is bounded.
+What went through the daemon lately: the last minutes in fine steps, the last days in coarse ones.
+
+Its memory is bounded, and what it knows is little enough to be written to a file now and then: see L{kept_history}.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from itertools import groupby
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from twisted.application.service import Service
 from twisted.logger import Logger
 
 from ecrproxy.failures import ROUTES
+from ecrproxy.metrics import BUCKETS
 from ecrproxy.periodic import Periodic
 from ecrproxy.ranking import SAVING
 
@@ -25,10 +27,38 @@ if TYPE_CHECKING:
 log = Logger()
 
 SAMPLE_SECONDS: Final = 5
-KEPT: Final = 3600 // SAMPLE_SECONDS
-TOGETHER: Final = 6
-"""Samples that make a point of a chart: what an hour has room for."""
+STEPS: Final = 180
+"""Of each scale: more than that, and a chart shows no more."""
+LATELY_SECONDS: Final = 300
+"""What failed within this time is told before all else."""
 _CONTENT: Final = frozenset({"blob", "manifest"})
+_NONE_TOOK: Final = (0,) * (len(BUCKETS) + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """
+    How far back a chart goes, and in which steps.
+
+    @ivar name: what a query calls it.
+    @ivar words: what people do.
+    @ivar samples: those of a step.
+    """
+
+    name: str
+    words: str
+    samples: int
+
+    @property
+    def seconds(self) -> int:
+        """
+        How far back it goes.
+        """
+        return self.samples * SAMPLE_SECONDS * STEPS
+
+
+SCALES: Final = (Scale("15m", "15 min", 1), Scale("6h", "6 h", 24), Scale("3d", "3 days", 288))
+"""The finest first; what failed lately is told from it."""
 
 
 class Sample(NamedTuple):
@@ -40,6 +70,7 @@ class Sample(NamedTuple):
     @ivar sent: bytes to clients.
     @ivar received: bytes from upstream.
     @ivar failed: requests that were answered with an error of the server's.
+    @ivar took: of those asked, how many took as long as each of L{BUCKETS} says, and longer than the last.
     """
 
     asked: int = 0
@@ -47,6 +78,15 @@ class Sample(NamedTuple):
     sent: int = 0
     received: int = 0
     failed: int = 0
+    took: tuple[int, ...] = _NONE_TOOK
+
+    @classmethod
+    def of(cls, counts: Iterable[int], took: Iterable[int]) -> Sample:
+        """
+        Make one of all its numbers, in order.
+        """
+        asked, hits, sent, received, failed = counts
+        return cls(asked, hits, sent, received, failed, tuple(took))
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +101,7 @@ class Point:
     sent: int = 0
     received: int = 0
     failed: int = 0
+    took: tuple[int, ...] = _NONE_TOOK
 
 
 def totals(requests: Iterable[Row], upstream: Iterable[Row]) -> Sample:
@@ -68,23 +109,82 @@ def totals(requests: Iterable[Row], upstream: Iterable[Row]) -> Sample:
     Add up what was counted of clients' requests and of those upstream.
     """
     asked = hits = sent = failed = 0
-    for (route, _, status, cache, _), count, size, _, _ in requests:
+    took = _NONE_TOOK
+    for (route, _, status, cache, _), count, size, _, buckets in requests:
         sent += size
         failed += count if route in ROUTES and status.startswith("5") else 0
         if route in _CONTENT and cache != "-":
             asked += count
             hits += count if cache in SAVING else 0
-    return Sample(asked, hits, sent, sum(size for _, _, size, _, _ in upstream), failed)
+            took = _column_by_column((took, buckets))
+    return Sample(asked, hits, sent, sum(size for _, _, size, _, _ in upstream), failed, took)
+
+
+def _column_by_column(rows: Iterable[Sequence[int]]) -> tuple[int, ...]:
+    return tuple(map(sum, zip(*rows, strict=True)))
+
+
+def _sum(samples: Iterable[Sample]) -> Sample:
+    rows = list(samples)
+    return Sample.of(_column_by_column(each[:5] for each in rows), _column_by_column(each.took for each in rows))
+
+
+def _less(total: Sample, before: Sample) -> Sample:
+    return _sum((total, Sample.of((-each for each in before[:5]), (-each for each in before.took))))
+
+
+class Steps:
+    """
+    What there was in the last C{STEPS} steps of a scale. Pure.
+
+    @ivar samples: those of a step.
+    @ivar kept: of each step, how many samples it has and their sum, the oldest first; the last may have fewer.
+    """
+
+    def __init__(self, samples: int) -> None:
+        self.samples = samples
+        self.kept: deque[tuple[int, Sample]] = deque(maxlen=STEPS)
+
+    def note(self, sample: Sample, turns: int) -> None:
+        """
+        Take a sample.
+
+        @param turns: how many samples' time has passed: of all but the last there is nothing.
+        """
+        quiet = min(turns - 1, self.samples * STEPS)
+        while quiet > 0:
+            taken = min(quiet, self._room())
+            self._add(taken, Sample())
+            quiet -= taken
+        self._add(1, sample)
+
+    def _room(self) -> int:
+        begun = self.kept[-1][0] if self.kept else 0
+        return self.samples - begun % self.samples
+
+    def _add(self, turns: int, sample: Sample) -> None:
+        if self.kept and self.kept[-1][0] < self.samples:
+            before, held = self.kept.pop()
+            turns, sample = before + turns, _sum((held, sample))
+        self.kept.append((turns, sample))
+
+    def points(self) -> tuple[Point, ...]:
+        """
+        Give the steps as points, the oldest first.
+        """
+        return tuple(Point(turns * SAMPLE_SECONDS, *sample) for turns, sample in self.kept)
 
 
 class History:
     """
-    The samples of an hour. Pure.
+    What went through, by scale. Pure.
+
+    @ivar steps: by the name of the scale.
     """
 
     def __init__(self) -> None:
-        self._samples: deque[Sample] = deque(maxlen=KEPT)
-        self._taken, self._last = 0, Sample()
+        self.steps: Mapping[str, Steps] = {each.name: Steps(each.samples) for each in SCALES}
+        self._last = Sample()
 
     def note(self, total: Sample, turns: int = 1) -> None:
         """
@@ -93,41 +193,35 @@ class History:
         @param total: all there was since the start.
         @param turns: how many samples' time has passed: more than one, if the daemon stood still.
         """
-        for _ in range(min(turns - 1, KEPT)):
-            self._samples.append(Sample())
-        self._samples.append(Sample(*(now - before for now, before in zip(total, self._last, strict=True))))
-        self._taken += turns
-        self._last = total
+        sample, self._last = _less(total, self._last), total
+        for each in self.steps.values():
+            each.note(sample, turns)
 
-    def points(self) -> tuple[Point, ...]:
+    def points(self, scale: Scale = SCALES[0]) -> tuple[Point, ...]:
         """
-        Give the hour, the oldest first, in points of C{TOGETHER} samples; the first and the last may have fewer.
+        Give what there was, the oldest first; the last point may be of fewer seconds.
         """
+        return self.steps[scale.name].points()
 
-        def place(item: tuple[int, Sample]) -> int:
-            return item[0] // TOGETHER
-
-        numbered = enumerate(self._samples, self._taken - len(self._samples))
-        return tuple(_point(sample for _, sample in group) for _, group in groupby(numbered, place))
+    def lately(self) -> Point:
+        """
+        Give the last C{LATELY_SECONDS}.
+        """
+        return next(stretches(self.points(), LATELY_SECONDS), Point(0))
 
     def latest(self) -> Point:
         """
         Give the last sample.
         """
-        return _point(list(self._samples)[-1:])
-
-
-def _point(samples: Iterable[Sample]) -> Point:
-    columns = list(zip(*samples, strict=True))
-    return Point(len(columns[0]) * SAMPLE_SECONDS, *map(sum, columns)) if columns else Point(0)
+        return merged(self.points()[-1:])
 
 
 def merged(points: Iterable[Point]) -> Point:
     """
     Add points up.
     """
-    rows = [(each.seconds, each.asked, each.hits, each.sent, each.received, each.failed) for each in points]
-    return Point(*map(sum, zip(*rows, strict=True))) if rows else Point(0)
+    rows = [astuple(each) for each in points]
+    return Point(sum(row[0] for row in rows), *_sum(Sample(*row[1:]) for row in rows)) if rows else Point(0)
 
 
 def stretches(points: Iterable[Point], seconds: int) -> Iterator[Point]:

@@ -19,17 +19,15 @@ from urllib.parse import quote
 from twisted.web.template import Element, Flattenable, Tag, XMLString
 
 from ecrproxy.admin.charts import ceiling, hit_chart, traffic_chart
-from ecrproxy.admin.history import Point, merged, stretches
+from ecrproxy.admin.history import SCALES, Scale, merged, stretches
 from ecrproxy.admin.snapshot import Clients, Leaving, RegistryState, Saving, Snapshot, Transfer
-from ecrproxy.admin.units import NONE, ago, clean, hit_ratio, moment, rate, share, short, size, span, stamp
+from ecrproxy.admin.units import NONE, ago, clean, hit_ratio, moment, rate, share, short, size, span, stamp, within
 from ecrproxy.failures import Failed
 from ecrproxy.ranking import SAVING
 
 DOCTYPE: Final = b"<!DOCTYPE html>\n"
 _CIRCUIT: Final = {"closed": "ok", "probing": "warn", "open": "bad"}
-_TABLE_SECONDS: Final = 300
-LATELY_SECONDS: Final = 300
-"""A failure of this time is told before all else."""
+_TABLE_ROWS: Final = 12
 _BAR: Final = 100
 
 Values = dict[str, Flattenable]
@@ -80,7 +78,7 @@ def health(snapshot: Snapshot) -> tuple[str, str]:
     """
     if not snapshot.can_serve:
         return "bad", "Not ready"
-    lately = next(stretches(snapshot.history, LATELY_SECONDS), Point(0))
+    lately = snapshot.lately
     failed = f"{_many(lately.failed, 'request', 'requests')} failed in the last {-(-lately.seconds // 60)} min"
     if not snapshot.can_fetch:
         words = "Can't fetch from upstream, serves what is cached"
@@ -123,25 +121,29 @@ def _daemon(host: str, clients: Clients) -> Values:
 
 
 def _traffic(snapshot: Snapshot) -> Values:
-    hour, now, top = merged(snapshot.history), snapshot.now, ceiling(snapshot.history)
+    whole, now, top, scale = merged(snapshot.history), snapshot.now, ceiling(snapshot.history), snapshot.scale
     everything = sum(each.bytes for each in snapshot.answers.values())
     saved = sum(each.bytes for status, each in snapshot.answers.items() if status in SAVING)
     return {
-        "ratio": hit_ratio(hour),
+        "reach": scale.words,
+        "half_reach": span(scale.seconds / 2),
+        "ratio": hit_ratio(whole),
         "asking": f"{(now.asked + now.failed) / now.seconds if now.seconds else 0:,.3g}/s",
-        "in_hour": f"{hour.asked + hour.failed:,}",
-        "failed": f"{hour.failed:,}",
-        "failed_share": share(hour.failed, hour.asked + hour.failed),
-        "failed_level": "bad" if hour.failed else "",
-        "asked": f"{hour.asked:,}",
-        "sent": size(hour.sent),
+        "requests": f"{whole.asked + whole.failed:,}",
+        "failed": f"{whole.failed:,}",
+        "failed_share": share(whole.failed, whole.asked + whole.failed),
+        "failed_level": "bad" if whole.failed else "",
+        "asked": f"{whole.asked:,}",
+        "half_within": within(whole, 0.5),
+        "most_within": within(whole, 0.99),
+        "sent": size(whole.sent),
         "sending": rate(now.sent, now.seconds),
-        "received": size(hour.received),
+        "received": size(whole.received),
         "receiving": rate(now.received, now.seconds),
         "saved": size(saved),
         "saved_share": share(saved, everything),
-        "hit_chart": hit_chart(snapshot.history),
-        "traffic_chart": traffic_chart(snapshot.history),
+        "hit_chart": hit_chart(snapshot.history, scale),
+        "traffic_chart": traffic_chart(snapshot.history, scale),
         "ceiling": rate(top, 1),
         "half": rate(top // 2, 1),
     }
@@ -190,7 +192,8 @@ def rows_of(snapshot: Snapshot) -> Mapping[str, Sequence[Values]]:
     upstream = snapshot.upstream
     return {
         "reasons": [{"reason": short(clean(each))} for each in snapshot.reasons],
-        "hour": _hour(snapshot),
+        "stretches": _stretches(snapshot),
+        "scales": [_scale(each, chosen=each == snapshot.scale) for each in SCALES],
         "registries": [_registry(each) for each in snapshot.registries] if len(snapshot.registries) > 1 else [],
         "transfers": [_transfer(each) for each in snapshot.transfers],
         "next": [_leaving(each, snapshot.when) for each in snapshot.cache.next],
@@ -228,16 +231,25 @@ def _failed(failed: Failed, when: float) -> Values:
     }
 
 
-def _hour(snapshot: Snapshot) -> list[Values]:
+def _scale(scale: Scale, *, chosen: bool) -> Values:
+    link = Tag("a")(scale.words, href=f"?range={scale.name}")
+    if chosen:
+        link.attributes["aria-current"] = "true"
+    return {"link": link}
+
+
+def _stretches(snapshot: Snapshot) -> list[Values]:
     rows: list[Values] = []
     passed = 0
-    for point in stretches(snapshot.history, _TABLE_SECONDS):
+    for point in stretches(snapshot.history, snapshot.scale.seconds // _TABLE_ROWS):
         rows.append(
             {
-                "minutes": f"{passed // 60} to {-(-(passed + point.seconds) // 60)}",
+                "reach": f"{span(passed) if passed else 'now'} to {span(passed + point.seconds)}",
                 "asked": f"{point.asked:,}",
                 "failed": f"{point.failed:,}",
                 "ratio": hit_ratio(point),
+                "half_within": within(point, 0.5),
+                "most_within": within(point, 0.99),
                 "sent": size(point.sent),
                 "received": size(point.received),
             }

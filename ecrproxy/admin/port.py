@@ -25,6 +25,7 @@ from twisted.web.template import flattenString
 from ecrproxy.access.browsers import has_no_dot, is_ours
 from ecrproxy.access.limits import Crowd, Limits
 from ecrproxy.admin.api import BODY_LIMIT
+from ecrproxy.admin.history import SCALES, Scale
 from ecrproxy.admin.page import DOCTYPE, Page, part
 from ecrproxy.admin.readings import of_readiness
 from ecrproxy.http.answering import Answering, Health, Missing, send_body
@@ -162,7 +163,8 @@ class Document(Answering):
         """
         Give a snapshot.
         """
-        await send_body(request, 200, "application/json", (await self._status.snapshot()).to_json())
+        snapshot = await self._status.snapshot(scale=_scale(request))
+        await send_body(request, 200, "application/json", snapshot.to_json())
 
 
 class StatusPage(Answering):
@@ -176,18 +178,32 @@ class StatusPage(Answering):
 
     async def respond(self, request: Request) -> None:
         """
-        Give a page of a snapshot, of one registry if the query names it.
+        Give a page of a snapshot, of one registry if the query names it, for as long as it says.
 
-        @raise RegistryError: if there is none of that name.
+        @raise RegistryError: if there is none of that name, or no such time.
         """
         named = query_values(cast(RegistryRequest, request).target.query).get("registry")
         name = None if named is None else unquote(named)
         try:
-            snapshot = await self._status.snapshot(name)
+            snapshot = await self._status.snapshot(name, _scale(request))
         except LookupError:
             raise RegistryError(404, "UNSUPPORTED", "the daemon has asked no registry of this name") from None
         page = await flattenString(request, Page(snapshot, whole=name is None))
         await send_body(request, 200, "text/html; charset=utf-8", DOCTYPE + page)
+
+
+def _scale(request: Request) -> Scale:
+    """
+    Tell how far back a history is wanted.
+
+    @raise RegistryError: if it goes back as far at no scale.
+    """
+    named = query_values(cast(RegistryRequest, request).target.query).get("range", SCALES[0].name)
+    scale = next((each for each in SCALES if each.name == named), None)
+    if scale is None:
+        names = ", ".join(each.name for each in SCALES)
+        raise RegistryError(404, "UNSUPPORTED", f"there is no such range; these are: {names}")
+    return scale
 
 
 class Part(Answering):

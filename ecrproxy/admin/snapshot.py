@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from itertools import chain, islice
 from typing import Final
 
-from ecrproxy.admin.history import Point
+from ecrproxy.admin.history import SCALES, Point, Scale
 from ecrproxy.admin.incidents import Incident
 from ecrproxy.failures import Failed
 from ecrproxy.ranking import SAVING
@@ -342,7 +342,8 @@ class Snapshot:
     @ivar registries: all of them, the default first.
     @ivar answers: with content, by the word of X-Cache-Status.
     @ivar now: the last few seconds.
-    @ivar history: the last hour.
+    @ivar lately: the last minutes.
+    @ivar scale: how far back C{history} goes.
     @ivar failed: what clients asked for in vain, what failed last first.
     @ivar incidents: the newest first.
     """
@@ -364,6 +365,8 @@ class Snapshot:
     registries: tuple[RegistryState, ...]
     answers: Mapping[str, Answers]
     now: Point
+    lately: Point
+    scale: Scale = SCALES[0]
     history: tuple[Point, ...]
     failed: tuple[Failed, ...]
     incidents: tuple[Incident, ...]

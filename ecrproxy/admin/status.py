@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
-from ecrproxy.admin.history import History, Sampler
+from ecrproxy.admin.history import SCALES, History, Sampler, Scale
 from ecrproxy.admin.incidents import Incidents
 from ecrproxy.admin.snapshot import (
     TRANSFERS,
@@ -167,6 +167,7 @@ class Status:
     @ivar now: seconds since the epoch.
     @ivar clock: the one that timers go by.
     @ivar host: the machine's name, or the pod's.
+    @ivar history: what went through, also before the start.
     @ivar services: what keeps notes for the next snapshots, while it runs.
     """
 
@@ -178,17 +179,18 @@ class Status:
     now: Callable[[], float]
     clock: IReactorTime
     host: str = field(default_factory=socket.gethostname)
+    history: History = field(default_factory=History)
 
     def __post_init__(self) -> None:
-        self.history = History()
         self.services = self.incidents, Sampler(self.history, self.figures, self.clock)
         self._started = self.clock.seconds()
 
-    async def snapshot(self, registry: str | None = None) -> Snapshot:
+    async def snapshot(self, registry: str | None = None, scale: Scale = SCALES[0]) -> Snapshot:
         """
         Take one.
 
         @param registry: to have what is about this one; None for all.
+        @param scale: how far back its history goes.
         @raise LookupError: if there is none of that name.
         """
         standing = await self.standing()
@@ -223,7 +225,9 @@ class Status:
             registries=registries,
             answers=answers_of(answers.values()),
             now=self.history.latest(),
-            history=self.history.points(),
+            lately=self.history.lately(),
+            scale=scale,
+            history=self.history.points(scale),
             failed=self.figures.served.failed.latest(),
             incidents=self.incidents.latest(),
         )

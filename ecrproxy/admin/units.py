@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from typing import Final
 
 from ecrproxy.admin.history import Point
+from ecrproxy.metrics import BUCKETS
 
 NONE: Final = "\N{EN DASH}"
 _DIGEST: Final = re.compile(r"(sha\d+:[0-9a-f]{10})[0-9a-f]{20,}")
@@ -104,6 +105,20 @@ def short(digest: str) -> str:
     Write as much of a digest as tells it from the others at hand.
     """
     return _DIGEST.sub(r"\1…", digest)
+
+
+def within(point: Point, part: float) -> str:
+    """
+    Write in how many seconds so large a part of requests was answered: the first bound that so many kept.
+    """
+    if not point.asked:
+        return NONE
+    upto = 0
+    for bound, count in zip(BUCKETS, point.took, strict=False):
+        upto += count
+        if upto >= part * point.asked:
+            return f"{bound * 1000:,.0f} ms" if bound < 1 else f"{bound:g} s" if bound < 60 else span(bound)  # noqa: PLR2004
+    return f"over {span(BUCKETS[-1])}"
 
 
 def hit_ratio(point: Point) -> str:

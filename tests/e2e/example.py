@@ -1,7 +1,7 @@
 """
 The status page with figures that are made up, for looks: C{python -m tests.e2e.example PORT}.
 
-A daemon that has run for a minute has little to show. This one has had a busy hour, and is the same each time.
+A daemon that has run for a minute has little to show. This one has been busy, and is the same each time.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 from twisted.internet import reactor as global_reactor
 from twisted.web.resource import Resource
 
-from ecrproxy.admin.history import Point
+from ecrproxy.admin.history import SAMPLE_SECONDS, SCALES, STEPS, Point, Scale, merged
 from ecrproxy.admin.incidents import Incident
 from ecrproxy.admin.port import Metrics, make_admin_site
 from ecrproxy.admin.snapshot import (
@@ -49,16 +49,17 @@ def digest(seed: int) -> str:
 
 def history() -> tuple[Point, ...]:
     """
-    Make an hour: a quiet time, a rollout of something new, and what a cluster pulls anyway.
+    Make a while: a quiet time, a rollout of something new, and what a cluster pulls anyway.
     """
     chance, points = random.Random(3), []
-    for at in range(120):
-        rollout = 70 < at < 80
-        busy = 0.0 if 30 < at < 36 else max(0.1, math.sin(at / 9) + 0.4) + 3 * rollout
-        asked = int(busy * chance.randint(20, 60))
-        missed = int(asked * (0.04 * chance.random() + 0.3 * chance.random() * (70 < at < 76)))
+    for at in range(STEPS):
+        rollout = 100 < at < 115
+        busy = 0.0 if 45 < at < 54 else max(0.1, math.sin(at / 13) + 0.4) + 3 * rollout
+        asked = int(busy * chance.randint(4, 12))
+        missed = int(asked * (0.04 * chance.random() + 0.3 * chance.random() * (100 < at < 109)))
         sent, received = (int(each * chance.uniform(8, 16) * MIB) for each in (asked, missed))
-        points.append(Point(30, asked, asked - missed, sent, received, 9 if at == 33 else 0))
+        took = (asked - missed, 0, 0, 0, missed, 0, 0, 0, 0)
+        points.append(Point(SAMPLE_SECONDS, asked, asked - missed, sent, received, 9 if at == 48 else 0, took))
     return tuple(points)
 
 
@@ -76,7 +77,7 @@ class Example:
         """
         return Readiness(can_serve=True, can_fetch=True, reasons=())
 
-    async def snapshot(self, registry: str | None = None) -> Snapshot:
+    async def snapshot(self, registry: str | None = None, scale: Scale = SCALES[0]) -> Snapshot:
         """
         Make one.
         """
@@ -97,6 +98,8 @@ class Example:
             registries=(),
             answers={status: Answers(count, int(size * GIB)) for status, count, size in ANSWERS},
             now=Point(5, 12, 11, 180 * MIB, 60 * MIB),
+            lately=merged(self._history[-60:]),
+            scale=scale,
             history=self._history,
             failed=failed(now),
             incidents=incidents(now),

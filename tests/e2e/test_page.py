@@ -226,17 +226,20 @@ def test_can_be_used_with_a_keyboard(example: str, browse: Open) -> None:
     browser = browse()
     browser.driver.get(example)
     seen = []
-    for _ in range(6):
+    for _ in range(9):
         browser.press(Keys.TAB)
         assert browser.run("return getComputedStyle(document.activeElement).outlineStyle") == "solid"
         assert browser.run("return document.activeElement.getBoundingClientRect().top") >= 0
         seen.append(browser.run("return document.activeElement.textContent"))
-        if seen[-1] == "The last hour in numbers":
+        if seen[-1] == "The last 15 min in numbers":
             browser.press(Keys.ENTER)
     assert seen == [
         "Skip to the figures",
         "Pause",
-        "The last hour in numbers",
+        "15 min",
+        "6 h",
+        "3 days",
+        "The last 15 min in numbers",
         "status.json",
         "metrics",
         "readyz",
@@ -278,7 +281,7 @@ def test_can_be_read_out(example: str, browse: Open) -> None:
     named = ("RootWebArea", "region", "heading", "button", "link", "image", "img", "progressbar", "progressIndicator")
     assert [each for each in spoken if each[0] in (*named, "meter", "columnheader", "rowheader") and not each[1]] == []
     names = [name for _, name in spoken]
-    assert "Hit ratio in the last hour" in " ".join(names)
+    assert "Hit ratio in the last 15 min" in " ".join(names)
     assert "Cache filled" in names
     assert sum(name.startswith("team/ml/trainer-cuda sha256:") for role, name in spoken if "progress" in role) == 2
 
