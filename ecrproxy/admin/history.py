@@ -43,11 +43,13 @@ class Scale:
     @ivar name: what a query calls it.
     @ivar words: what people do.
     @ivar samples: those of a step.
+    @ivar rows: of a table of it.
     """
 
     name: str
     words: str
     samples: int
+    rows: int
 
     @property
     def seconds(self) -> int:
@@ -57,7 +59,7 @@ class Scale:
         return self.samples * SAMPLE_SECONDS * STEPS
 
 
-SCALES: Final = (Scale("15m", "15 min", 1), Scale("6h", "6 h", 24), Scale("3d", "3 days", 288))
+SCALES: Final = (Scale("15m", "15 min", 1, 15), Scale("6h", "6 h", 24, 12), Scale("3d", "3 days", 288, 12))
 """The finest first; what failed lately is told from it."""
 
 

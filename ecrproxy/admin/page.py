@@ -27,7 +27,6 @@ from ecrproxy.ranking import SAVING
 
 DOCTYPE: Final = b"<!DOCTYPE html>\n"
 _CIRCUIT: Final = {"closed": "ok", "probing": "warn", "open": "bad"}
-_TABLE_ROWS: Final = 12
 _BAR: Final = 100
 
 Values = dict[str, Flattenable]
@@ -241,15 +240,13 @@ def _scale(scale: Scale, *, chosen: bool) -> Values:
 def _stretches(snapshot: Snapshot) -> list[Values]:
     rows: list[Values] = []
     passed = 0
-    for point in stretches(snapshot.history, snapshot.scale.seconds // _TABLE_ROWS):
+    for point in stretches(snapshot.history, snapshot.scale.seconds // snapshot.scale.rows):
         rows.append(
             {
-                "reach": f"{span(passed) if passed else 'now'} to {span(passed + point.seconds)}",
+                "reach": span(passed + point.seconds),
                 "asked": f"{point.asked:,}",
                 "failed": f"{point.failed:,}",
                 "ratio": hit_ratio(point),
-                "half_within": within(point, 0.5),
-                "most_within": within(point, 0.99),
                 "sent": size(point.sent),
                 "received": size(point.received),
             }
