@@ -165,7 +165,7 @@ def failed(now: float) -> tuple[Failed, ...]:
     """
     Make what clients did not get.
     """
-    at, web, api = now - 0.72 * HOUR, "/v2/team/web/manifests/4.11.0", f"/v2/team/api/blobs/{digest(21)}"
+    at, web, api = now - 0.18 * HOUR, "/v2/team/web/manifests/4.11.0", f"/v2/team/api/blobs/{digest(21)}"
     return (
         Failed(web, 503, "circuit-open", at - 20, at, 7, "10.0.12.31"),
         Failed(api, 502, "failing", at - 24, at - 22, 2, "10.0.40.7"),
@@ -177,7 +177,7 @@ def incidents(now: float) -> tuple[Incident, ...]:
     Make what has gone wrong.
     """
     return (
-        Incident(now - 0.4 * HOUR, "warn", "ECR keeps failing, it is left alone for 5 s: the registry answers 503"),
+        Incident(now - 0.186 * HOUR, "warn", "ECR keeps failing, it is left alone for 5 s: the registry answers 503"),
         Incident(now - 1.1 * HOUR, "warn", f"The transfer of {digest(14)} failed: 1048576 bytes came", 3),
         Incident(now - 1.1 * DAY, "error", "No token: Could not connect to the endpoint URL. Next try in 1 s"),
     )
