@@ -39,6 +39,8 @@ from twisted.python.threadpool import ThreadPool
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy import __version__, serving, tap
+from ecrproxy.admin.history import History, Sample, merged
+from ecrproxy.admin.kept_history import KeptHistory, told, write
 from ecrproxy.buffers import give_memory_back
 from ecrproxy.cache import index
 from ecrproxy.cache.condition import FRESH_SECONDS
@@ -1139,6 +1141,16 @@ class WorkersTests(TapCase):
         workers.startService()
         self.addCleanup(workers.stopService)
         return service
+
+    def test_the_status_page_goes_on_where_it_was_before_the_start(self) -> None:
+        history = History()
+        history.note(Sample(3))
+        (self.folder / "cache").mkdir()
+        for processes in ("1", "2"):
+            write(self.folder / "cache", told(history, time.time()))
+            service = self.run_with(PROXY_WORKER_PROCESSES=processes)
+            (kept,) = (each for each in service if isinstance(each, KeptHistory))
+            self.assertEqual(3, merged(kept._history.points()).asked, processes)  # noqa: SLF001
 
     def test_the_parent_binds_and_accepts_nothing_but_the_operator(self) -> None:
         """
