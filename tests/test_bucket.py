@@ -489,6 +489,21 @@ class SilenceTests(BlobTestCase):
         transfer.connectionLost(Failure(ResponseDone()))
         self.assertEqual(([], [None]), (clock.getDelayedCalls(), self.sink.ends))
 
+    def test_says_nothing_of_its_sender_if_it_was_left_before_it_brought_anything(self) -> None:
+        """
+        Else one that had stopped before would be trusted again once another was quicker.
+        """
+        for left, size, said in ((True, 10, []), (False, 10, [True]), (True, TRICKLE, [False])):
+            told = list[bool]()
+            watch = Watch(self.clock, STALL_SECONDS, "bucket", lambda told=told, *, barren: told.append(barren))
+            transfer = BlobTransfer(self.sink, watch)
+            transfer.makeConnection(StringTransport())
+            transfer.dataReceived(bytes(size))
+            if left:
+                transfer.abort()
+            transfer.connectionLost(Failure(ConnectionLost()))
+            self.assertEqual(said, told)
+
 
 class ToldPartTests(SynchronousTestCase):
     def test_is_what_was_asked_for_or_the_start_of_it(self) -> None:

@@ -222,6 +222,22 @@ class SeveralRegistriesTests(DaemonTestCase):
             self.standin.heal()
             self.standin.release(digest)
 
+    def test_what_one_stops_to_send_another_that_has_it_finishes_however_slow_it_is_to_answer(self) -> None:
+        """
+        Though the first one answers sooner each time: it sends nothing then, or next to nothing.
+        """
+        for pace, count, brought in ((0, 100_000, 40_000), (20, 100_000, 40_000), (0, 20 * MIB, MIB)):
+            layer = noise(f"late {pace} {count}", count)
+            digest, one, two = self.shared(layer, brought)
+            self.other.quirks.latency = 2 * SLOW_SECONDS / 3
+            self.standin.slow("bucket", pace)
+            self.pass_time(3 * SOONER_SECONDS)
+            self.assertWhole(two, layer, "JOINED")
+            self.assertWhole(one, layer, "MISS")
+            self.other.quirks.latency = 0
+            self.standin.heal()
+            self.standin.release(digest)
+
     def test_what_one_does_not_begin_to_send_another_that_has_it_brings(self) -> None:
         layer = noise("silent", 100_000)
         digest, _, two = self.shared(layer, 40_000)

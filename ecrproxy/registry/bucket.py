@@ -273,6 +273,8 @@ class Blob:
         if size != self.size:
             stretch.drop()
             raise UnavailableError(502, "UNAVAILABLE", f"{source.route.reference} has changed its size upstream")
+        if source.barren and self._is_replaceable(source):  # another may be about to answer
+            await _see_begin(stretch, source)
         return source, stretch
 
     async def _understand(
@@ -325,6 +327,22 @@ async def _locate(source: _Source, span: str, *, ahead: bool) -> IResponse:
 async def _fetch(source: _Source, span: str, *, ahead: bool) -> IResponse:
     source.url, response = await source.upstream.fetch(source.url, source.route, span, ahead=ahead)
     return response
+
+
+async def _see_begin(stretch: Stretch, source: _Source) -> None:
+    """
+    Wait for the first bytes of one that has stopped before.
+
+    @raise UnavailableError: if they don't come soon.
+    """
+    try:
+        begun = await stretch.begin()
+    except BaseException:
+        stretch.drop()
+        raise
+    if not begun:
+        stretch.drop()
+        raise UnavailableError(504, "UNAVAILABLE", f"{source.upstream.name} sends next to nothing once more")
 
 
 async def _refusal(response: IResponse, clock: IReactorTime, host: str, what: str) -> str:
@@ -491,7 +509,8 @@ class BlobTransfer(TwistedProtocol):
         self._wait_no_more()
         whole = reason.check(ResponseDone, PotentialDataLoss)
         nothing = self._came < (1 if whole else TRICKLE)
-        self._watch.note(barren=self._stalled or (nothing and not self._left))
+        if not (nothing and self._left and not self._stalled):  # else nobody waited for what it brings
+            self._watch.note(barren=self._stalled or nothing)
         if self._stalled:
             sent = f"no more than {self._since} bytes" if self._since else "nothing"
             what = f"{self._watch.host} has sent {sent} for {self._waited:g} s"
