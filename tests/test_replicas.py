@@ -14,7 +14,7 @@ from ecrproxy.oci import parse_route
 from ecrproxy.registry.circuit import FAILURES
 from ecrproxy.registry.race import SLOW_SECONDS
 from ecrproxy.registry.replicas import LATE_SECONDS, SOON_SECONDS
-from ecrproxy.settings.registries import Protocol, RegistryTable
+from ecrproxy.settings.registries import Protocol, RegistryTable, table_of_settings
 from tests.daemon import DaemonTestCase, Reply, noise
 from tests.registry import Fault, StandIn
 from tests.registry import Reply as Answer
@@ -232,6 +232,17 @@ class ReplicaTests(DaemonTestCase):
             standin.hang("registry")
         self.assertEqual(504, self.wait("/v2/team/app/manifests/latest", 26).code)
         self.pass_time(60)
+
+    def test_a_tag_that_was_asked_for_before_a_reload_comes_from_it_after_that(self) -> None:
+        """
+        Though the registry is no longer configured: a request keeps what it began with.
+        """
+        self.standin.hang("registry")
+        reply = self.wait("/v2/team/app/manifests/latest", 1)
+        self.daemon.table = table_of_settings(f"https://{WEST}", "us-west-2", instance_auth=False)
+        self.daemon.reload({})
+        self.pass_time(REPLICA_SECONDS)
+        self.assertWhole(reply, self.image.manifest, "STALE")
 
     def test_who_leaves_ends_the_questions_to_both(self) -> None:
         self.standin.fault(ways()[3])

@@ -5,6 +5,8 @@ The same question to one after another, until one of them answers.
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Iterable
+from contextvars import copy_context
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 from twisted.internet.defer import Deferred
@@ -22,7 +24,7 @@ SLOW_SECONDS: Final = 3.0
 
 class Race(Generic[T]):
     """
-    Ask one, and the next when it fails or is slow.
+    Ask one, and the next when it fails or is slow. Each is asked in the context of whoever added it: see L{world}.
 
     @param passes: returns True if a failure of the one with that number leaves it to the others to answer.
     @param asking: called with the number of each that is asked.
@@ -40,7 +42,7 @@ class Race(Generic[T]):
         *,
         together: bool = False,
     ) -> None:
-        self._left, self._seconds, self._call_later = list(asks), seconds, call_later
+        self._left, self._seconds, self._call_later = [_kept(each) for each in asks], seconds, call_later
         self._passes, self._asking, self._together = passes, asking, together
         self._asked: list[Deferred[T]] = []
         self._failed: dict[int, Failure] = {}
@@ -61,7 +63,7 @@ class Race(Generic[T]):
         Have another one asked: at once, if those before have had their time.
         """
         if not self._over:
-            self._left.append(ask)
+            self._left.append(_kept(ask))
             if self._hurried or self._limit is None or not self._limit.active():
                 self._next()
 
@@ -76,7 +78,7 @@ class Race(Generic[T]):
         ask, number = self._left.pop(0), len(self._asked)
         self._asking(number)
         self._limit = self._call_later(self._seconds, self._go_on)
-        asked = Deferred.fromCoroutine(ask())
+        asked = ask()
         self._asked.append(asked)
         asked.addCallbacks(self._answered, self._lost, errbackArgs=(number,))
 
@@ -113,3 +115,10 @@ class Race(Generic[T]):
             self._limit.cancel()
         for each in self._asked:
             each.cancel()
+
+
+def _kept(ask: Ask[T]) -> Callable[[], Deferred[T]]:
+    """
+    Have a question asked in the context that there is now: timers have none.
+    """
+    return partial(copy_context().run, lambda: Deferred.fromCoroutine(ask()))
