@@ -52,6 +52,7 @@ class World:
     addresses: dict[str, list[str]] = field(default_factory=dict)
     hanging: bool = False
     greeting: int = 200
+    challenge: str = ""
     through: list[str] = field(default_factory=list)
     roles: dict[str, World] = field(default_factory=dict)
     opened: list[tuple[str, Credentials]] = field(default_factory=list)
@@ -94,7 +95,12 @@ class World:
         blob = f"/blobs/{Digest.of(CONFIG)}"
         shown = replace(AMAZON, until=NOW + 10**8)
         answers: dict[str, Contact] = {
-            "/v2/": Contact(address, status=self.greeting if headers else 401, shown=shown),
+            "/v2/": Contact(
+                address,
+                status=self.greeting if headers else 401,
+                headers={} if headers else {"www-authenticate": self.challenge},
+                shown=shown,
+            ),
             "/tags/list?n=1": Contact(address, status=200, body=b'{"tags": ["1"]}'),
             "/manifests/1": Contact(address, status=200, body=BODY),
             "/manifests/none": Contact(address, status=404),
@@ -471,6 +477,24 @@ class SeveralTests(DoctorTestCase):
             self.assertEqual((verdict, said), self.lines()["quay.io"][0])
             self.assertEqual(int(verdict == "failed"), self.caller.status)
             self.assertNotIn("canary", self.caller.complaint)
+
+    def test_tokens_that_the_daemon_would_not_ask_for_are_told(self) -> None:
+        """
+        Those of a realm that is not of the registry's domain, and that no table lists; others are not worth a line.
+        """
+        path = Path(self.caller.variables["PROXY_CONFIG"])
+        before = path.read_text()
+        for realm, listed, told in (
+            ("https://auth.quay.io/token", "", []),
+            ("https://login.example/token", "", ["failed"]),
+            ("https://login.example/token", 'realms = ["login.example"]', []),
+            ("http://quay.io/token", "", ["failed"]),
+            ("", "", []),
+        ):
+            self.world.challenge = f'Bearer realm="{realm}",service="quay"' if realm else 'Basic realm="quay"'
+            path.write_text(f'{before}[registry."quay.io"]\n{listed}\n')
+            found = [verdict for verdict, said in self.lines()["quay.io"] if said.startswith("realm: ")]
+            self.assertEqual(told, found, realm)
 
     def test_a_role_that_is_refused_fails_its_own_registry_alone(self) -> None:
         self.theirs.problems = dict.fromkeys(("identity", "token"), RefusedError("AccessDenied", "not authorized"))

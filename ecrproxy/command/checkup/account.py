@@ -10,6 +10,7 @@ from typing import Final
 
 from ecrproxy.command.checkup.aws import Identity, NoCredentialsError, Provider, RefusedError, UnreachableError
 from ecrproxy.command.checkup.findings import Finding, Once, failed, ok, skipped, warning
+from ecrproxy.registry.challenges import Challenge, may_follow
 
 PROVIDERS: Final = {
     "env": "the environment: AWS_ACCESS_KEY_ID",
@@ -200,6 +201,19 @@ def look_at_token(token: Once[tuple[str, float]], now: float) -> Iterator[Findin
         yield skipped(check, "not without credentials")
     else:
         yield ok(check, f"ECR gives one, good for {max(0.0, expires - now) / 3600:.1f} hours")
+
+
+def look_at_realm(challenge: str, url: str, realms: Collection[str]) -> Iterator[Finding]:
+    """
+    See whether a registry's tokens are had where the daemon may ask for them; nothing is said where they are.
+
+    @param challenge: what the registry says to who shows no token.
+    @param realms: hosts beyond its own domain that the operator lists.
+    """
+    wanted = Challenge.read([challenge])
+    if wanted is not None and wanted.scheme == "bearer" and not may_follow(wanted.realm, url, realms):
+        said = f"the registry has its tokens at {wanted.realm[:200]!r}, which is not of its own domain, or not https"
+        yield failed("realm", said, "if that is right, list its host in the registry's realms")
 
 
 def principal(arn: str) -> str:

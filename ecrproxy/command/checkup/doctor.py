@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 from argparse import Namespace
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -450,11 +450,11 @@ class Doctor:
         if table.password_file is not None:
             found.append(look_at_password(table.password_file))
         if table.endpoint is not None:
-            found += self._answer(table.endpoint, token)
+            found += self._answer(table.endpoint, token, table.realms)
         for each in found:
             yield replace(each, check=table.name, said=f"{each.check}: {each.said}")
 
-    def _answer(self, url: str, token: str | None) -> Iterator[Finding]:
+    def _answer(self, url: str, token: str | None, realms: Collection[str]) -> Iterator[Finding]:
         check, shown = "registry", {} if token is None else {"Authorization": f"Basic {token}"}
         contacts: list[Contact] = []
 
@@ -463,8 +463,11 @@ class Doctor:
             return contacts[-1]
 
         found = list(look_at_host(check, url, self._addresses(url), touch, self._now()))
-        if token is None or any(each.verdict is Verdict.FAILED for each in found):
+        if any(each.verdict is Verdict.FAILED for each in found):
             yield from found
+        elif token is None:
+            yield from found
+            yield from account.look_at_realm(contacts[-1].headers.get("www-authenticate", ""), url, realms)
         elif contacts[-1].status == 200:  # noqa: PLR2004
             yield from (replace(each, said=f"{each.said}; it takes the token") for each in found)
         else:
