@@ -13,7 +13,7 @@ Rules:
 - What ECR says of one tag takes effect in the order in which it was asked, by whichever process. A question's number is
   when it was asked, in microseconds since the epoch; an answer counts as of then.
 - The memory is a copy: what the disk lost, it may still give; what it has dropped is read again. What was read, or
-  written, when a purge was heard of is not held in it: it may be of before that.
+  written, when a purge was heard of is not held in it: it may be of before that. Nor is it written after that.
 """
 
 from __future__ import annotations
@@ -537,13 +537,14 @@ class Cache:
         Note that ECR said that the repository holds what was asked for by its digest: for all who hear it, once.
         """
         key = asked.entry_key
-        about = key, descriptor, self._purges
+        since = self._purges
+        about = key, descriptor, since
         if about in self._remembering or self._has_noted(key, descriptor):
             return
 
         async def remember() -> None:
             try:
-                await self._remember(asked, descriptor)
+                await self._remember(asked, descriptor, since)
             finally:
                 self._remembering.discard(about)
 
@@ -735,7 +736,7 @@ class Cache:
         if asked is not None and since == self._purges:
             held.append((asked.entry_key, self._entry_of(Descriptor(BLOB_TYPE, digest, size))))
         try:
-            begin = partial(self._begin_or_resume, claim, digest, size, held, reserved=reserved)
+            begin = partial(self._begin_or_resume, claim, digest, size, held, since, reserved=reserved)
             writer = await undone_if_late(self._disk.writing, begin, _leave, partial(self.unclaim, claim))
         except BaseException as problem:
             on_its_own(self._release(claim.reservation))
@@ -757,10 +758,12 @@ class Cache:
         return None
 
     def _begin_or_resume(
-        self, claim: Claim, digest: Digest, size: int, held: Facts, *, reserved: bool
+        self, claim: Claim, digest: Digest, size: int, held: Facts, since: int, *, reserved: bool
     ) -> Writer | Reason:
         """
         Do all that the disk has to do before the first byte. Called in a thread: it may return late.
+
+        @param since: see L{_write}.
         """
         try:
             left = self.store.arriving.resume(claim, digest, size)
@@ -769,7 +772,7 @@ class Cache:
             self.store.arriving.let_go(claim)
             raise
         if held and isinstance(writer, Writer):
-            self.store.save(*held)
+            self._write(held, since)
         return writer
 
     def _begin(self, claim: Claim, digest: Digest, size: int, *, reserved: bool = False) -> Writer | Reason:
@@ -834,7 +837,7 @@ class Cache:
                 self._forget_unwritten(facts)
                 facts = ()
             new = facts if facts and self._may_learn(route.repository, descriptor) else ()
-            if await self._stored(descriptor, document.body, new):
+            if await self._stored(descriptor, document.body, new, since):
                 self._hold_entries(new, since)
             elif new:
                 self._learnt.drop((route.repository, descriptor))
@@ -842,24 +845,26 @@ class Cache:
             self._storing -= _weight(document)
             self._forget_unwritten(facts)
 
-    async def _stored(self, descriptor: Descriptor, body: bytes, facts: Facts) -> bool:
+    async def _stored(self, descriptor: Descriptor, body: bytes, facts: Facts, since: int) -> bool:
         """
         Store a manifest and the facts that it gives.
 
+        @param since: see L{_write}.
         @return: whether it is stored, or will be.
         """
         if not await self._room.can_hold(room_for(len(body))):
             return False
         try:
-            return await self._disk.committing(self._store, descriptor.digest, body, facts)
+            return await self._disk.committing(self._store, descriptor.digest, body, facts, since)
         except OSError as problem:
             log.info("Not kept: {digest}: {problem}", digest=descriptor.digest, problem=problem)
             return False
 
-    def _store(self, digest: Digest, body: bytes, facts: Facts) -> bool:
+    def _store(self, digest: Digest, body: bytes, facts: Facts, since: int) -> bool:
         """
         Store small content, unless it is there by now or another process is about to store it. Called in a thread.
 
+        @param since: see L{_write}.
         @return: whether it is stored, or will be.
         @raise OSError: if the disk fails.
         """
@@ -876,14 +881,23 @@ class Cache:
         elif isinstance(claim, PeerTransfer):
             claim.close()
         if facts:
-            self.store.save(*facts)
+            self._write(facts, since)
         return True
 
-    async def _remember(self, asked: Asked, descriptor: Descriptor) -> None:
+    def _write(self, entries: Facts, since: int) -> bool:
+        """
+        Note entries on the disk, unless a purge was heard of since. Called in a thread, which may come late to it.
+
+        @param since: how many had been heard of when ECR was asked.
+        @return: whether they are noted, or will be.
+        """
+        return since == self._purges and self.store.save(*entries)
+
+    async def _remember(self, asked: Asked, descriptor: Descriptor, since: int) -> None:
         """
         Note that ECR said that the repository holds what was asked for by its digest.
         """
-        await self._save([(asked.entry_key, self._entry_of(descriptor))])
+        await self._save([(asked.entry_key, self._entry_of(descriptor))], since)
 
     @property
     def purges(self) -> int:
@@ -902,13 +916,15 @@ class Cache:
         if size is not None and since == self._purges:
             self.remember(asked, Descriptor(BLOB_TYPE, asked.digest, size))
 
-    async def confirm(self, asked: Asked, descriptor: Descriptor, document: Document) -> None:
+    async def confirm(self, asked: Asked, descriptor: Descriptor, document: Document, since: int) -> None:
         """
         Note that ECR said that the repository holds a manifest, which another brought in.
+
+        @param since: how many purges had been heard of when ECR was asked; after another one nothing is noted.
         """
-        await self._remember(asked, descriptor)
-        if self._may_learn(asked.route.repository, descriptor):
-            await self._save(await self._learned(asked.route.repository, descriptor, document))
+        await self._remember(asked, descriptor, since)
+        if since == self._purges and self._may_learn(asked.route.repository, descriptor):
+            await self._save(await self._learned(asked.route.repository, descriptor, document), since)
 
     async def record(
         self, asked: Asked, question: int, descriptor: Descriptor, document: Document | None, since: int
@@ -925,7 +941,7 @@ class Cache:
         key = asked.entry_key
         self._recording[key] += 1
         try:
-            known, entry = await self._locks.run(key, partial(self._record, key, asked, question, descriptor))
+            known, entry = await self._locks.run(key, partial(self._record, key, asked, question, descriptor, since))
             if entry is None:
                 return
             changed = known is None or known.descriptor != descriptor
@@ -938,21 +954,21 @@ class Cache:
             if due and about not in self._to_write:  # else what is in line writes this too
                 self._to_write.add(about)
                 await self._locks.run(key, partial(self._write_latest, key, asked.accept))
-            await self._save(facts)
+            await self._save(facts, since)
         finally:
             self._recording[key] -= 1
             if not self._recording[key]:
                 del self._recording[key]
 
     async def _record(
-        self, key: EntryKey, asked: Asked, question: int, descriptor: Descriptor
+        self, key: EntryKey, asked: Asked, question: int, descriptor: Descriptor, since: int
     ) -> tuple[Confirmed | None, Entry | None]:
         """
-        Give what was known, and the entry as it is now; none if the answer is outdated.
+        Give what was known, and the entry as it is now; none if the answer is outdated, or of before a purge.
         """
-        since, before, when = self._purges, await self.entry(asked), question / 1e6
-        if since != self._purges:  # what was read may have been purged
-            before = Entry()
+        before, when = await self.entry(asked), question / 1e6
+        if since != self._purges:
+            return None, None
         known = before.answers.get(asked.accept)
         if not self._order(key).answer(asked.accept, descriptor.media_type, question):
             return None, None
@@ -1069,14 +1085,13 @@ class Cache:
         for key in [each for each in self._unwritten if each._replace(variant="") in purged]:
             del self._unwritten[key]
 
-    async def _save(self, entries: Facts) -> None:
+    async def _save(self, entries: Facts, since: int) -> None:
         """
-        Note entries on the disk and in memory.
+        Note entries on the disk and in memory, unless a purge was heard of since.
         """
-        since = self._purges
         try:
             if entries:
-                await self._disk.writing(self.store.save, *entries)
+                await self._disk.writing(self._write, entries, since)
             self._hold_entries(entries, since)
         except OSError as problem:
             log.debug("Not noted on the disk: {problem}", problem=problem)
@@ -1096,7 +1111,8 @@ class Cache:
         self._written.put((key, accept), self._now(), 500 + 100 * len(accept))
         noted = False
         try:
-            noted = await self._disk.writing(self.store.save, (key, Entry({accept: entry.answers[accept]})))
+            latest = [(key, Entry({accept: entry.answers[accept]}))]
+            noted = await self._disk.writing(self._write, latest, self._purges)
         except OSError as problem:
             log.debug("Not noted on the disk: {problem}", problem=problem)
         finally:

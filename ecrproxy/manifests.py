@@ -172,7 +172,7 @@ class Manifests:
             return answer if asked.head else await self._fetch_by_digest(asked, found)
         descriptor = Descriptor(self._checked_type(asked, head.media_type, document), asked.digest, len(document.body))
         if since == self._cache.purges:
-            on_its_own(self._cache.confirm(asked, descriptor, document))
+            on_its_own(self._cache.confirm(asked, descriptor, document, since))
         return manifest_answer(CacheStatus.REVALIDATED, Reason.REPOSITORY_CONFIRMED, asked, descriptor, document.body)
 
     async def _fetch_by_digest(self, asked: Asked, missing: Reason) -> Answer:

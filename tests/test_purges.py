@@ -185,6 +185,48 @@ class SlowDiskTests(DaemonTestCase):
         self.work_off()
         self.assertWhole(self.get(self.tag), moved.manifest, "MISS")
 
+    def assert_not_noted(self, kind: str, path: str, *, done: int = 0) -> None:
+        """
+        Ask, and purge before a thread has come to write what ECR said.
+
+        @param done: how many calls are done before.
+        """
+        self.start_slow(kind)
+        self.hands.idle = False
+        reply = self.daemon.send("GET", path)
+        self.flush()
+        self.hands.work(done)
+        self.flush()
+        self.assertTrue(self.hands.waiting)
+        self.purge()
+        self.work_off()
+        self.assertEqual(200, reply.code)
+        self.assertEqual({}, self.entries())
+
+    def test_what_ecr_confirmed_of_a_blob_is_not_written_after_it(self) -> None:
+        self.standin.push_blob("team/other", self.standin.repositories["team/app"].blobs[self.image.config])
+        self.assert_not_noted("writing", f"/v2/team/other/blobs/{self.image.config}")
+
+    def test_what_ecr_gave_of_a_blob_is_not_written_after_it(self) -> None:
+        self.assert_not_noted(
+            "writing", f"/v2/team/other/blobs/{self.standin.push_blob('team/other', noise('cold', 300_000))}", done=1
+        )
+
+    def test_what_a_tag_leads_to_is_not_written_after_it(self) -> None:
+        self.standin.push_image("team/other", "latest")
+        self.assert_not_noted("writing", "/v2/team/other/manifests/latest")
+
+    def test_what_a_new_manifest_tells_is_not_written_after_it(self) -> None:
+        self.standin.push_image("team/other", "latest", layers=[b"another"])
+        self.assert_not_noted("committing", "/v2/team/other/manifests/latest")
+
+    def test_what_a_confirmed_manifest_tells_is_not_written_after_it(self) -> None:
+        """
+        That the repository has it was written before the purge.
+        """
+        self.standin.push_image("team/other", "latest")
+        self.assert_not_noted("writing", f"/v2/team/other/manifests/{self.image.digest}", done=1)
+
 
 class TransferTests(DaemonTestCase):
     """
