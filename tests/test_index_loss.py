@@ -30,13 +30,14 @@ from ecrproxy.cache.condition import FRESH_SECONDS
 from ecrproxy.cache.database import UnusableError
 from ecrproxy.cache.entries import Entry, EntryKey
 from ecrproxy.cache.index import AGAIN_SECONDS, LATE_ENTRIES, LATE_SAVES, LOCK, LONG_LOOKS, POINTER, Index, give
+from ecrproxy.cache.inventory import Inventory
 from ecrproxy.cache.janitor import EVICTING
 from ecrproxy.cache.mounts import find_mount
 from ecrproxy.cache.record import Reservation
 from ecrproxy.cache.scrub import SCRUBBING, Turn, scrub
 from ecrproxy.cache.sqlite import Rows
 from ecrproxy.cache.store import Store
-from ecrproxy.cache.takeover import old_name
+from ecrproxy.cache.takeover import old_name, take_over
 from ecrproxy.oci import Digest, Kind
 from tests.daemon import DaemonTestCase, noise
 from tests.routes import REGISTRY
@@ -952,6 +953,23 @@ class TakeOverTests(DaemonTestCase):
         self.assertIsNone(store.written(tag))
         self.plant(tag, "/v2/team/app/manifests/v1", Digest.of(b"manifest"), 8)
         self.assertIsNotNone(store.written(tag))
+
+    def test_who_lists_or_purges_meanwhile_sees_what_is_not_imported_yet(self) -> None:
+        """
+        It would be served, and could not be purged. The import that is under way goes on, and counts what it has done.
+        """
+        keys = [EntryKey(self.daemon.registry, Kind.MANIFEST, "team/app", f"v{number}") for number in range(3)]
+        for key in keys:
+            self.plant(key, f"/v2/team/app/manifests/{key.reference}", Digest.of(b"manifest"), 8)
+        importing, inventory = take_over(self.root, self.index), Inventory(self.daemon.store)
+        next(importing)
+        self.assertEqual({str(each) for each in keys}, {each["name"] for each in inventory.entries()})
+        self.assertEqual(3, inventory.remove(keys, []).entries)
+        for _ in importing:
+            pass
+        self.assertEqual([], list(inventory.entries()))
+        self.assertIn("2 entries imported, 0 dropped", self.logged())
+        self.assertIn("1 entries imported, 0 dropped", self.logged())
 
     def test_content_is_counted_first(self) -> None:
         """

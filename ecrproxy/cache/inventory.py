@@ -24,6 +24,7 @@ from ecrproxy.cache.directory import without_waiting
 from ecrproxy.cache.entries import EntryKey
 from ecrproxy.cache.locks import share
 from ecrproxy.cache.store import Store
+from ecrproxy.cache.takeover import take_over
 from ecrproxy.oci import MANIFEST_LIMIT, Descriptor, Digest, Kind, listed
 
 STEP: Final = 4 * 2**20
@@ -62,7 +63,11 @@ class Inventory:
     def entries(self) -> Iterator[Document]:
         """
         Yield what is known of repositories, entry by entry; a manifest with what it lists, a tag with its moves.
+
+        What earlier versions have left is imported first: it is served already, and has to be seen to be removed.
         """
+        for _ in take_over(self._store.root, self._store.index):
+            pass
         for key, entry, used in self._store.index.entries():
             yield {
                 "name": str(key),

@@ -45,7 +45,8 @@ def take_over(root: Path, index: Index) -> Iterator[None]:
     if not folder.is_dir():
         return
     imported = dropped = 0
-    for some in _batches(folder):
+    for batch in _batches(folder):
+        some = [each for each in batch if each.is_file()]  # else another has been quicker
         count = _import(index, some)
         imported, dropped = imported + count, dropped + len(some) - count
         yield
