@@ -5,6 +5,8 @@ How bytes move to a client over TLS: sealed in large pieces, at its pace and wit
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 from typing import Any
 
 from OpenSSL import SSL
@@ -14,10 +16,32 @@ from twisted.protocols.tls import TLSMemoryBIOFactory
 from ecrproxy.access.limits import Limits
 from ecrproxy.buffers import AT_ONCE
 from ecrproxy.daemon.tls import Certificate
+from ecrproxy.transfer.sending import LEAST_PIECE
 from tests.daemon import MIB, DaemonTestCase, noise
 from tests.store_contract import scratch
 from tests.test_sending import PipeConnection, Reactor
 from tests.test_tls import Files, client
+
+CONNECTIONS = 8
+
+
+class MallInfo(ctypes.Structure):
+    """
+    What glibc's mallinfo2(3) tells.
+    """
+
+    names = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+    _fields_ = tuple((name, ctypes.c_size_t) for name in names)
+
+
+def taken() -> int:
+    """
+    Return how many bytes of memory are allocated.
+    """
+    mallinfo = ctypes.CDLL(None).mallinfo2
+    mallinfo.restype = MallInfo
+    found = mallinfo()
+    return int(found.uordblks + found.hblkhd)
 
 
 class ShortRecords:
@@ -136,6 +160,24 @@ class SealedTests(DaemonTestCase):
         self.connect(short=True)
         self.take_all()
         self.assertTrue(self.body == self.data)
+
+    def test_a_connection_that_was_sent_a_blob_holds_no_buffer_for_the_next(self) -> None:
+        """
+        A fleet keeps its connections: thousands of them would hold a gigabyte.
+        """
+        self.get(f"/v2/team/app/blobs/{self.digest}")
+        held, before = [], 0
+        for number in range(CONNECTIONS + 1):
+            self.connect()
+            self.take_all()
+            self.assertTrue(self.body == self.data)
+            held.append((self.protocol, self.connection))
+            del self.client, self.got
+            gc.collect()
+            if not number:  # what the first one needs is there for all
+                before = taken()
+        self.assertLess((taken() - before) / CONNECTIONS, LEAST_PIECE)
+        self.assertEqual(CONNECTIONS + 1, self.daemon.crowd.connected)
 
     def test_a_client_that_takes_nothing_is_given_up(self) -> None:
         """

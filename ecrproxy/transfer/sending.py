@@ -22,6 +22,7 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, cast
 
+from OpenSSL import SSL
 from OpenSSL.SSL import Error as SSLError
 from OpenSSL.SSL import WantReadError
 from twisted.internet.defer import Deferred
@@ -401,7 +402,7 @@ class SealedSending(SlotSending):
     ) -> None:
         super().__init__(request, source, in_thread, cast(Connection, tls.transport))
         self._tls: Any = tls
-        self._held = held
+        self._held, self._sealed_much = held, False
 
     def _most(self) -> int:
         return self._held()
@@ -412,6 +413,11 @@ class SealedSending(SlotSending):
 
     def _give_slot_back(self) -> None:
         self._tls.registerProducer(self._channel, True)  # noqa: FBT003
+
+    def _leave(self) -> None:
+        if self._sealed_much:
+            renew_buffer(self._tls._tlsConnection)  # noqa: SLF001
+        super()._leave()
 
     def _send_bytes(self, data: bytes) -> int:
         self._seal(memoryview(data))
@@ -433,6 +439,7 @@ class SealedSending(SlotSending):
         """
         connection = self._tls._tlsConnection  # noqa: SLF001
         size, left = len(data), data
+        self._sealed_much = self._sealed_much or size > LEAST_PIECE
         while left:  # OpenSSL may be set to take a record at a time
             left = left[connection.send(left) :]
         return write(self._transport, self._take_sealed(size + SEAL))
@@ -450,3 +457,22 @@ class SealedSending(SlotSending):
             while True:
                 taken.append(connection.bio_read(LEAST_PIECE))
         return b"".join(taken)
+
+
+def renew_buffer(connection: object) -> None:
+    """
+    Have OpenSSL seal in another buffer from now on, if nothing waits in this one.
+
+    It never gets smaller: a connection that was sent a blob once would have 330 KB until it ends, as long as a client
+    likes. pyOpenSSL has no call for that; should its own parts change, the buffer stays.
+    """
+    if type(connection) is not SSL.Connection:
+        return
+    with contextlib.suppress(AttributeError):
+        lib, ffi = SSL._lib, SSL._ffi  # type: ignore[attr-defined]  # noqa: SLF001
+        if connection._from_ssl is None or lib.BIO_get_mem_data(connection._from_ssl, ffi.NULL):  # noqa: SLF001
+            return
+        buffer = lib.BIO_new(lib.BIO_s_mem())
+        if buffer != ffi.NULL:
+            lib.SSL_set_bio(connection._ssl, connection._into_ssl, buffer)  # noqa: SLF001 (the old one is freed)
+            connection._from_ssl = buffer  # noqa: SLF001
