@@ -13,6 +13,8 @@ from typing import Final
 
 ROUTES: Final = frozenset({"blob", "manifest", "tags", "referrers"})
 """The routes of what clients may ask for in vain, as the figures call them."""
+NOBODYS: Final = "-"
+"""The path of what was refused before anybody was let in."""
 LIMIT: Final = 20
 LONGEST: Final = 300
 """Characters of a path that are kept."""

@@ -10,10 +10,12 @@ from typing import Any
 from twisted.trial.unittest import SynchronousTestCase
 
 from ecrproxy.access.browsers import is_ours
+from ecrproxy.access.limits import Limits
 from ecrproxy.admin.snapshot import TRANSFERS
 from ecrproxy.admin.status import NEXT
 from ecrproxy.cache.condition import FRESH_SECONDS
-from tests.daemon import CLIENT, DaemonTestCase, noise
+from ecrproxy.failures import LIMIT
+from tests.daemon import CLIENT, DaemonTestCase, Raw, noise
 
 DEAD = "sha256:" + 64 * "0"
 
@@ -132,6 +134,22 @@ class DocumentTests(StatusTestCase):
         self.assertLess(first["since"], first["when"])
         self.assertGreaterEqual(first["since"], began)
         self.assertEqual(2, sum(each["failed"] for each in self.status()["history"]))
+
+    def test_who_is_not_let_in_writes_nothing_there(self) -> None:
+        """
+        Whoever reaches the port may find it full: it is told how often, and not for what. No other row goes for that.
+        """
+        self.start(limits=Limits(connections=1))
+        self.standin.fail("registry", status=500)
+        self.get("/v2/team/app/manifests/absent")
+        self.daemon.front.connect(Raw(), "proxy.example", 80, secure=False).write(b"GET /v2/")
+        self.flush()
+        for number in range(LIMIT + 1):
+            asked = f"GET /v2/pay/to-evil.example/manifests/{number} HTTP/1.1\r\nHost: proxy\r\n\r\n"
+            self.assertIn(b" 503 ", self.daemon.raw(asked.encode()))
+        failed = [(each["path"], each["status"], each["reason"], each["times"]) for each in self.status()["failed"]]
+        self.assertEqual(("-", 503, "busy", LIMIT + 1), failed[0])
+        self.assertEqual(["/v2/team/app/manifests/absent"], [path for path, *_ in failed[1:]])
 
     def test_what_ecr_does_not_have_has_not_failed(self) -> None:
         self.get("/v2/team/app/manifests/absent")

@@ -17,7 +17,7 @@ from ecrproxy.access.browsers import Pages
 from ecrproxy.access.clients import Admission
 from ecrproxy.access.limits import FULL, Crowd, Limits
 from ecrproxy.daemon.ending import Connections
-from ecrproxy.failures import ROUTES
+from ecrproxy.failures import NOBODYS, ROUTES
 from ecrproxy.http.access_log import AccessLine, AccessLog
 from ecrproxy.http.answering import Answering, Health, Missing
 from ecrproxy.http.channel import StrictChannel
@@ -254,7 +254,8 @@ class RegistrySite(Site):
             if cache in SAVING and size and repository:
                 self._served.saved.note(repository, size)
             if status >= HTTPStatus.INTERNAL_SERVER_ERROR and kind[0] in ROUTES:
-                self._served.failed.note(path, status, reason, client)
+                # Who has not been let in, and so may be anybody, writes nothing of his own there, nor row after row.
+                self._served.failed.note(path if repository else NOBODYS, status, reason, client)
         if self._access_log is not None:
             answered = status, size, seconds, cache, reason, upstream
             about = aborted, kind[-1], several
