@@ -14,6 +14,7 @@ from ecrproxy.flights import DeadlineExceededError, Flights, within
 from ecrproxy.oci import RegistryError, Route
 from ecrproxy.reasons import Reason
 from ecrproxy.registry.bucket import UnavailableError
+from ecrproxy.registry.refusals import NoListError
 from ecrproxy.registry.upstream import Page, Upstream, upstream_query
 from ecrproxy.stale import STALE_SECONDS, why_stale
 
@@ -60,12 +61,24 @@ class Lists:
         key = _Key(route, upstream_query(route))
         last = self._last_pages.get(key)
         if last is None:
-            return CacheStatus.BYPASS, Reason.LIST, await self._ask_for_page(key)
+            return CacheStatus.BYPASS, Reason.LIST, await self._first_page(key)
         try:
             page = await within(STALE_SECONDS, self._ask_for_page(key), self._call_later)
         except (DeadlineExceededError, UnavailableError) as problem:
             return CacheStatus.STALE, why_stale(route, self._upstream(route).name, problem), last
         return CacheStatus.BYPASS, Reason.LIST, page
+
+    async def _first_page(self, key: _Key) -> Page:
+        """
+        Ask for a page of which none is known.
+
+        After a 404 alone clients look for referrers under a tag instead: distribution specification 1.1, "Unavailable
+        Referrers API". If something else answers for the registry, they find no tag there either.
+        """
+        try:
+            return await self._ask_for_page(key)
+        except NoListError as problem:
+            raise RegistryError(404, "UNSUPPORTED", problem.message, reason=Reason.NOT_FOUND) from problem
 
     async def _ask_for_page(self, key: _Key) -> Page:
         try:

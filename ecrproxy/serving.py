@@ -342,8 +342,13 @@ def _wiring(
         circuit = Circuit(reactor.seconds, who)
         authorization = _authorization(table, url, wire, tokens, reactor)
         endpoint = Endpoint(url, wire, authorization, governor, circuit)
-        follows = table.protocol is Protocol.OCI
-        upstream = Upstream(endpoint, wire, stall_seconds=config.stall_seconds, follows=follows)
+        upstream = Upstream(
+            endpoint,
+            wire,
+            stall_seconds=config.stall_seconds,
+            follows=table.protocol is Protocol.OCI,
+            lists_referrers=table.protocol is Protocol.ECR,
+        )
         if replicas:
             upstream = Replicated(endpoint, wire, replicas, stall_seconds=config.stall_seconds)
         asking = Asking(

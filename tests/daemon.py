@@ -589,7 +589,12 @@ class Other:
             login = None if table.anonymous else self.tokens
             self.authorization = Bearer(standin.registry, wire, login, table.realms)
         endpoint = Endpoint(standin.registry, wire, self.authorization, governor, circuit)
-        self.upstream = Upstream(endpoint, wire, follows=table.protocol is TableProtocol.OCI)
+        self.upstream = Upstream(
+            endpoint,
+            wire,
+            follows=table.protocol is TableProtocol.OCI,
+            lists_referrers=table.protocol is TableProtocol.ECR,
+        )
         self.asking = Asking(
             name=table.name,
             label=known.label,

@@ -110,7 +110,17 @@ ARROWS: dict[str, set[str]] = {
         "world",
     },
     "metrics": {"failures", "ranking"},
-    "lists": {"answers", "cache.memory", "flights", "oci", "reasons", "registry.bucket", "registry.upstream", "stale"},
+    "lists": {
+        "answers",
+        "cache.memory",
+        "flights",
+        "oci",
+        "reasons",
+        "registry.bucket",
+        "registry.refusals",
+        "registry.upstream",
+        "stale",
+    },
     "manifests": {
         "answers",
         "cache.entries",

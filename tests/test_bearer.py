@@ -284,6 +284,30 @@ class OthersTests(DaemonTestCase):
         self.hub.heal()
         self.assertEqual(200, self.get("/v2/hub/nginx/manifests/latest").code)
 
+    def test_referrers_that_a_registry_does_not_know_are_404(self) -> None:
+        """
+        distribution 2 has a page of plain text there. Clients look for the tag of the same meaning after a 404 alone.
+        """
+        for prefix, standin, image in (
+            ("hub/nginx", self.hub, self.nginx),
+            (f"{PUBLIC}/lambda/python", self.public, self.lambdas),
+        ):
+            path = f"/v2/{prefix}/referrers/{image.digest}"
+            for body in (b"404 page not found\n", b"<html>No such page</html>", b""):
+                fault = standin.fail("registry", status=404, path_contains="referrers", body=body)
+                reply = self.get(path)
+                self.assertRefused(reply, 404, "UNSUPPORTED", "referrers")
+                self.assertEqual("not-found", reply.header("X-Cache-Reason"))
+                fault.remove()
+        self.redirect("referrers", b"404 page not found\n", {}, 404)
+        self.assertRefused(self.get(f"/v2/hub/nginx/referrers/{self.nginx.digest}"), 404, "UNSUPPORTED", "referrers")
+
+    def test_referrers_that_it_has_listed_before_are_as_last_known_where_a_page_is_in_their_place(self) -> None:
+        path = f"/v2/hub/nginx/referrers/{self.nginx.digest}"
+        before = bytes(self.get(path).body)
+        self.hub.fail("registry", status=404, path_contains="referrers", body=b"404 page not found\n")
+        self.assertWhole(self.get(path), before, "STALE")
+
     def test_of_another_digest_than_was_asked_for_is_nothing_that_is_elsewhere(self) -> None:
         self.redirect("manifests", self.nginx.manifest + b" ", {"Content-Type": OCI_MANIFEST})
         self.assertRefused(self.get(f"/v2/hub/nginx/manifests/{self.nginx.digest}"), 502, "UNAVAILABLE")

@@ -1611,6 +1611,15 @@ class ReferrersTests(DaemonTestCase):
             self.assertRefused(self.get(self.path), 502, "UNAVAILABLE")
             fault.remove()
 
+    def test_a_page_in_place_of_a_refusal_is_not_ecrs(self) -> None:
+        """
+        ECR knows referrers: who has none of it should not be told that there are none.
+        """
+        for status in (403, 404):
+            fault = self.standin.fail("registry", status=status, body=b"404 page not found\n")
+            self.assertRefused(self.get(self.path), 502, "UNAVAILABLE", "something other than ECR")
+            fault.remove()
+
     def test_a_refusal_is_ecrs(self) -> None:
         """
         Clients take some for a registry that knows no referrers, and fall back to tags.

@@ -23,6 +23,12 @@ _TOKEN_CODES: Final = frozenset({"", "DENIED", "UNAUTHORIZED"})
 _TOKEN_WORDS: Final = re.compile(r"\bauthorization token\b")
 
 
+class NoListError(UnavailableError):
+    """
+    A 404 came for referrers, and no registry's JSON: the registry does not know them, or something else has answered.
+    """
+
+
 @dataclass(frozen=True, slots=True)
 class Refusal:
     """
@@ -118,17 +124,11 @@ class Refusal:
                 once=(self.name, self.status),
             )
             raise UnavailableError(502, "UNAVAILABLE", self._rejection, reason=Reason.NO_TOKEN)
+        if self.status == 404 and not self.is_registry_error and route.kind is Kind.REFERRERS:  # noqa: PLR2004
+            said = f"{self.name} lists no referrers: it answers 404, and not as a registry does"
+            raise NoListError(502, "UNAVAILABLE", said)
         if self.status in (403, 404) and not self.is_registry_error:
-            log.error(
-                "Something other than {name} answered {status} for {path}: the answer is not a registry's JSON;"
-                " check proxies and firewalls between this host and the registry",
-                name=self.name,
-                status=self.status,
-                path=route.path,
-                once=(self.name, self.status),
-            )
-            said = f"something other than {self.name} answers {self.status} in its place; the proxy's log says more"
-            raise UnavailableError(502, "UNAVAILABLE", said)
+            raise stranger(self.name, self.status, route)
         match self.status:
             case 404:
                 said = self.message or f"{self.name} does not have it"
@@ -150,3 +150,19 @@ class Refusal:
             case 400:
                 raise RegistryError(400, self.code or "UNSUPPORTED", self.message or f"{self.name} refuses the request")
         raise UnavailableError(502, "UNAVAILABLE", f"{self.name} answers {self.status}")
+
+
+def stranger(name: str, status: int, route: Route) -> UnavailableError:
+    """
+    Log that something else has answered for the registry C{name}, and return what the client is told.
+    """
+    log.error(
+        "Something other than {name} answered {status} for {path}: the answer is not a registry's JSON;"
+        " check proxies and firewalls between this host and the registry",
+        name=name,
+        status=status,
+        path=route.path,
+        once=(name, status),
+    )
+    said = f"something other than {name} answers {status} in its place; the proxy's log says more"
+    return UnavailableError(502, "UNAVAILABLE", said)

@@ -19,6 +19,7 @@ from typing import Final
 from urllib.parse import unquote, urljoin, urlsplit
 from weakref import WeakValueDictionary
 
+from twisted.web.http import NOT_FOUND
 from twisted.web.http_headers import Headers
 from twisted.web.iweb import IResponse
 
@@ -48,7 +49,7 @@ from ecrproxy.registry.bucket import (
 )
 from ecrproxy.registry.endpoint import AHEAD_SECONDS, Endpoint, Question, Reply
 from ecrproxy.registry.links import next_target
-from ecrproxy.registry.refusals import Refusal
+from ecrproxy.registry.refusals import NoListError, Refusal, stranger
 from ecrproxy.registry.wire import HEADER_SECONDS, Wire
 
 REDIRECTS: Final = 5
@@ -121,13 +122,23 @@ class Upstream:
     @param stall_seconds: in how many seconds a blob's body must bring C{TRICKLE} bytes.
     @param follows: whether it may redirect manifests and lists as well as blobs, as registry.k8s.io does. ECR doesn't:
         there a redirect is something else's.
+    @param lists_referrers: whether it is sure to know referrers, as ECR does. Of others, a 404 that is no registry's
+        JSON may say that it doesn't.
     @ivar name: what the log and clients are told that it is.
     @ivar replicas: see L{replicas.Replicated}.
     """
 
-    def __init__(self, endpoint: Endpoint, wire: Wire, *, stall_seconds: float = 30, follows: bool = False) -> None:
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        wire: Wire,
+        *,
+        stall_seconds: float = 30,
+        follows: bool = False,
+        lists_referrers: bool = True,
+    ) -> None:
         self._endpoint, self._wire, self.clock, self.stall_seconds = endpoint, wire, wire.clock, stall_seconds
-        self.name, self._follows = wire.name, follows
+        self.name, self._follows, self._lists_referrers = wire.name, follows, lists_referrers
         self.replicas: Sequence[Upstream] = ()
         self._joining = {whole: Turns(JOINS if whole else 1, LIST_SECONDS, self.clock) for whole in (True, False)}
         self._listing: WeakValueDictionary[tuple[str, bool], Turns] = WeakValueDictionary()
@@ -262,6 +273,7 @@ class Upstream:
         """
         Fetch a page of tags or referrers; all tags, where the client doesn't say how many a page may have.
 
+        @raise NoListError: if the registry may know no referrers.
         @raise RegistryError: if there is none, or ECR can't give it.
         """
         query = upstream_query(route)
@@ -309,7 +321,12 @@ class Upstream:
         return replace(page, body=body, next=page.next and _led_on(page.next))
 
     async def _page(self, route: Route, query: str) -> Page:
-        reply = await self._whole(Question("GET", route, query=query, limit=LIST_LIMIT))
+        try:
+            reply = await self._whole(Question("GET", route, query=query, limit=LIST_LIMIT))
+        except NoListError as problem:
+            if self._lists_referrers:
+                raise stranger(self.name, NOT_FOUND, route) from problem
+            raise
         response = reply.response
         links = b", ".join(response.headers.getRawHeaders(b"Link", []))
         link = next_target(links.decode("latin-1"))

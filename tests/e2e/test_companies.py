@@ -23,7 +23,7 @@ from tests.registry_content import Shelves
 from .asking import ask
 from .certificates import PROXY
 from .chain import Daemon, Equipment, standard_settings, start_moto, start_registry, wait_or_stop
-from .clients import Docker, Podman, Skopeo
+from .clients import Client, Docker, Podman, Skopeo
 from .company import EU, HUB, LOGIN, PUBLIC, SHARED, TAGS, US, TokenService, fill
 from .conftest import FAILED
 from .images import MACHINES, Layout, push, zipped
@@ -262,6 +262,20 @@ def test_one_that_is_stopped_costs_the_others_nothing(company: Company, clients:
         for pull in clients.values():
             for registry in (US, PUBLIC, HUB):
                 assert pull(f"{NAMES[registry]}:2") in company.images[registry]["2"]
+
+
+def test_what_refers_to_an_image_is_found_where_the_registry_keeps_no_list(
+    company: Company, sid: Sid, place: Path
+) -> None:
+    """
+    oras looks for a tag instead, if it is told that there is no list: distribution 2 says so by a page.
+    """
+    oras = Client(place, sid=sid)
+    (place / "note").write_text("about the tool")
+    tool = f"{company.elsewhere}/library/tool:1"
+    oras.run("oras", "attach", "--plain-http", "--artifact-type=test/note", tool, "note")
+    image = f"localhost:{company.daemon.port}/{NAMES[HUB]}:1"
+    assert "test/note" in oras.run("oras", "discover", "--plain-http", "--format=tree", image)
 
 
 def test_other_registries_are_asked_themselves(company: Company, clients: Mapping[str, Pull]) -> None:
