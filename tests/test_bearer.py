@@ -414,6 +414,41 @@ class OthersTests(DaemonTestCase):
             self.hub.bearers.realm = "https://login.docker.io/token"
             self.assertWhole(self.get(path), image.manifest, "MISS")
 
+    def tell_who_shows_a_token(self, realm: str) -> None:
+        """
+        Have the next token refused, and another realm named with that.
+        """
+        said = f'Bearer realm="{realm}",service="registry.test",error="invalid_token"'
+        # To the HEAD, and to the GET that tells more.
+        self.hub.fail("registry", status=401, headers={"WWW-Authenticate": said}, path_contains="nginx", times=2)
+        self.hub.forget_asked()
+
+    def test_its_tokens_are_where_it_says_to_who_shows_none_if_there_are_none_elsewhere(self) -> None:
+        """
+        nvcr.io names another realm to who shows a token that has expired, and nobody gets one there without a password.
+        """
+        path = "/v2/hub/nginx/manifests/latest"
+        self.get(path)
+        for realm in ("https://authn.elsewhere.test/token", "https://authn.docker.io/token"):
+            self.tell_who_shows_a_token(realm)
+            self.assertWhole(self.get(path), self.nginx.manifest, "REVALIDATED")
+            self.assertEqual(1, self.hub.count("realm"))
+        self.hub.bearers.realm = "https://authn.elsewhere.test/token"
+        self.tell_who_shows_a_token(self.hub.bearers.realm)
+        self.assertRefused(self.get("/v2/hub/nginx/tags/list"), 502, "UNAVAILABLE", "not of its own domain")
+
+    def test_its_tokens_are_where_a_refusal_says_if_they_are(self) -> None:
+        """
+        It is not asked anew: to some it says for each repository where its tokens are.
+        """
+        path = "/v2/hub/nginx/manifests/latest"
+        self.get(path)
+        self.hub.bearers.realm = "https://login.docker.io/token"
+        self.tell_who_shows_a_token(self.hub.bearers.realm)
+        self.assertWhole(self.get(path), self.nginx.manifest, "REVALIDATED")
+        self.assertEqual("login.docker.io", self.hub.requests("realm")[0].headers["host"])
+        self.assertNotIn("/v2/", [each.path for each in self.hub.asked])
+
     def test_a_token_service_that_fails_keeps_nobody_from_tokens_that_are_good(self) -> None:
         """
         The registry is not asked anew where its tokens are until another is needed.

@@ -4,6 +4,8 @@ The token flow of registries other than ECR: a token is asked for each repositor
 Rules:
 
 - What a registry wants is asked once, without a token; it may say something else later, when it refuses a question.
+  If nothing is had there, it is asked once more, without a token: nvcr.io names another realm to who shows an old one,
+  and nobody gets one there without a password.
   After a token could not be had, it is asked again before the next one is fetched: the token service may have moved.
 - The user and the password go to the realm that the registry names, if that may be followed; tokens to the registry.
 - One question serves all who need a token for the same repository, and it takes C{TOKEN_SECONDS} at most.
@@ -92,13 +94,21 @@ class Bearer:
         @raise RegistryError: as L{show} does.
         @raise TokenUnavailableError: if there is no password.
         """
-        self._wanted = Challenge.read(challenges) or self._wanted
-        if self._wanted is not None:
-            scope = self._wanted.scope_of(repository)
+        said, before = Challenge.read(challenges), self._wanted
+        for wanted in filter(None, (said, before)):
+            scope = wanted.scope_of(repository)
             token, _ = self._tokens.get(scope) or ("", 0.0)
             if refused == f"Bearer {token}":
                 self._tokens.drop(scope)
-        return await self.show(repository)
+        self._wanted = said or before
+        if said is None or before is None or before.realm == said.realm:
+            return await self.show(repository)
+        try:
+            return await self.show(repository)
+        except RegistryError:
+            if (await self._learn()).realm == said.realm:
+                raise
+            return await self.show(repository)
 
     async def show_for_probe(self) -> str:
         """
