@@ -254,6 +254,21 @@ class PullerTests(SynchronousTestCase):
         self.assertEqual({Digest.of(b"{}"), Digest.of(b"ours")}, {route.digest for route in plan.blobs})
         self.assertEqual([], [path for _, path, _ in self.proxy.asked if path.endswith(listed[0]["digest"])])
 
+    def test_what_is_listed_without_a_platform_is_pulled_where_nothing_is_for_the_platform(self) -> None:
+        """
+        It need not be told. Docker, containerd and podman take such an image; C{unknown} is what an attestation tells.
+        """
+        plain, other, noted = (descriptor(MANIFEST, self.proxy.manifest("app", each)) for each in (b"1", b"2", b"3"))
+        arm = {**other, "platform": {"os": "linux", "architecture": "arm64"}}
+        attestation = {**noted, "platform": {"os": "unknown", "architecture": "unknown"}}
+        for listed in ([plain], [arm, plain, attestation], [self.index(plain), attestation]):
+            plan = self.puller.plan(self.nested(*listed))
+            self.assertEqual({Digest.of(b"{}"), Digest.of(b"1")}, {route.digest for route in plan.blobs})
+        ours = {**other, "platform": LINUX}
+        plan = self.puller.plan(self.nested(plain, ours))
+        self.assertEqual({Digest.of(b"{}"), Digest.of(b"2")}, {route.digest for route in plan.blobs})
+        self.assertIn("not for linux/amd64; its platforms: none", self.refused(self.nested(attestation)))
+
     def test_an_index_that_is_listed_many_times_is_asked_for_once(self) -> None:
         """
         A hostile image of a few hundred kilobytes kept the command busy for ever.

@@ -80,11 +80,13 @@ class Offer:
     """
     What an index lists.
 
-    @ivar platform: None if none is told.
+    @ivar platform: None if none is told, or none that there is.
+    @ivar tells_none: whether none is told: then it may be for any.
     """
 
     descriptor: Descriptor
     platform: Platform | None
+    tells_none: bool = False
 
     @property
     def is_index(self) -> bool:
@@ -112,8 +114,9 @@ def offers(index: bytes, within: Platform | None = None) -> Iterator[Offer]:
     for item in json.loads(index).get("manifests", []):
         descriptor = known.get(str(item.get("digest"))) if isinstance(item, dict) else None
         if descriptor is not None:
-            platform = _platform(item["platform"]) if isinstance(item.get("platform"), dict) else within
-            yield Offer(descriptor, platform)
+            told = isinstance(item.get("platform"), dict)
+            platform = _platform(item["platform"]) if told else within
+            yield Offer(descriptor, platform, tells_none=not told and within is None)
 
 
 def _platform(item: Mapping[str, Any]) -> Platform | None:
@@ -138,15 +141,21 @@ def choose(offered: Collection[Offer], wanted: Collection[Platform]) -> Sequence
     """
     Choose the manifests for each of the platforms; all of them if none is C{wanted}.
 
+    Where there is none for a platform, all are chosen that tell none: clients look into their configs.
+
     @raise ValueError: if there is none for one of them: which, and what there is.
     """
     if not wanted:
         return list(dict.fromkeys(each.descriptor for each in offered))
     chosen: dict[Descriptor, None] = {}
     told = [(each.descriptor, each.platform) for each in offered if each.platform is not None]
+    telling_none = [each.descriptor for each in offered if each.tells_none]
     for platform in wanted:
         ranks = [(_rank(each, platform), descriptor) for descriptor, each in told]
         fitting = [(rank, descriptor) for rank, descriptor in ranks if rank is not None]
+        if not fitting and telling_none:
+            chosen.update(dict.fromkeys(telling_none))
+            continue
         if not fitting:
             raise ValueError(f"not for {platform}; its platforms: {_listing(each for _, each in told)}")
         best = max(rank for rank, _ in fitting)
