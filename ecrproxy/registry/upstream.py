@@ -366,8 +366,9 @@ class Upstream:
             if response.code >= 400:  # noqa: PLR2004
                 refusal = Refusal.of(response, await self._wire.read(response, ERROR_LIMIT), self.name)
                 if refusal.is_about_token:
-                    said = f"{self.name} redirects {question.route.path} to where another token is asked for"
-                    raise UnavailableError(502, "UNAVAILABLE", said)
+                    there = f"{urlsplit(url).netloc}, which asks for a token of its own"
+                    hint = f"make it the endpoint of {self.name}, if it is the registry itself"
+                    raise UnavailableError(502, "UNAVAILABLE", f"{self.name} redirects to {there}; {hint}")
                 refusal.raise_for(question.route)
             if response.code not in REDIRECT_STATUSES:
                 whole = method != "HEAD" and question.limit is not None
