@@ -579,19 +579,25 @@ def _admission(config: Config, reactor: Any, service: Daemon, processes: int) ->
 
 def _install_resolver(config: Config, reactor: Any) -> Callable[[str], None]:  # noqa: ANN401
     """
-    Resolve upstream names with the chosen servers, or the host's own resolver, which is asked once at a time for each.
+    Resolve upstream names with the chosen servers, or the host's own resolver; each is asked for once at a time.
 
-    @return: makes the chosen servers forget a name.
+    @return: makes what is remembered of a name forgotten.
     """
-    system = SharedLookups(reactor.nameResolver)
     if config.dns_resolver is None:
-        reactor.installNameResolver(system)
-        return lambda _: None  # the host's own resolver keeps nothing here
+        shared = SharedLookups(reactor.nameResolver, reactor)
+        reactor.installNameResolver(shared)
+        return shared.forget
     try:
         local = hosts_names(Path("/etc/hosts").read_text("utf-8", "replace"))
     except OSError:
         local = []
     servers = Resolver(servers=list(config.dns_resolver), reactor=reactor)
-    chosen = ChosenServers(servers, system, local, reactor)
-    reactor.installNameResolver(chosen)
-    return chosen.forget
+    chosen = ChosenServers(servers, reactor.nameResolver, local, reactor)
+    shared = SharedLookups(chosen, reactor)
+    reactor.installNameResolver(shared)
+
+    def forget(name: str) -> None:
+        chosen.forget(name)
+        shared.forget(name)
+
+    return forget

@@ -18,7 +18,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import implementer
 from zope.interface.verify import verifyObject
 
-from ecrproxy.registry.resolver import NAMES, ChosenServers, SharedLookups, hosts_names
+from ecrproxy.registry.resolver import LATE_SECONDS, NAMES, ChosenServers, SharedLookups, hosts_names
 
 START = 1_767_225_600.0
 NAME = "123456789012.dkr.ecr.eu-west-1.amazonaws.com"
@@ -171,6 +171,15 @@ class Slow(System):
         self.asked.pop()
 
 
+def asked(names: IHostnameResolver, name: str = NAME) -> Receiver:
+    """
+    Ask for a name.
+    """
+    receiver = Receiver()
+    names.resolveHostName(receiver, name, 443)
+    return receiver
+
+
 class SharedLookupsTests(SynchronousTestCase):
     """
     The host's resolver has few threads, and may keep each for many seconds.
@@ -181,7 +190,7 @@ class SharedLookupsTests(SynchronousTestCase):
         All who want it have the answer, also where there is no address; who asks after that has another.
         """
         system = Slow()
-        shared, receivers = SharedLookups(system), [Receiver() for _ in range(4)]
+        shared, receivers = SharedLookups(system, Clock()), [Receiver() for _ in range(4)]
         for receiver, name in zip(receivers, (NAME, NAME, "other.test", NAME), strict=True):
             shared.resolveHostName(receiver, name, 443)
         self.assertEqual([NAME, "other.test"], system.asked)
@@ -194,6 +203,59 @@ class SharedLookupsTests(SynchronousTestCase):
         self.assertEqual(([], 1), (receivers[2].found, receivers[2].completed))
         shared.resolveHostName(Receiver(), NAME, 443)
         self.assertEqual([NAME, "other.test", NAME], system.asked)
+
+    def test_the_last_addresses_are_used_while_nobody_resolves_a_name(self) -> None:
+        """
+        Name servers that are away for a moment keep nobody from what was there before; that is told, once a minute.
+        """
+        system = System()
+        shared = SharedLookups(system, Clock())
+        first = asked(shared)
+        system.knows = False
+        with capturedLogs() as events:
+            second = asked(shared)
+        self.assertEqual((first.found, 1), (second.found, second.completed))
+        self.assertEqual([], asked(shared, "other.test").found)
+        self.assertEqual([NAME], [event["once"] for event in events])
+
+    def test_a_name_that_resolves_slowly_has_its_last_addresses_after_a_second(self) -> None:
+        """
+        A resolver asks again after five seconds what was lost. Who comes meanwhile waits no second more.
+        """
+        system, clock = Slow(), Clock()
+        shared = SharedLookups(system, clock)
+        first = asked(shared)
+        clock.advance(LATE_SECONDS)
+        self.assertEqual(0, first.completed)  # there were none before
+        system.answer()
+        second = asked(shared)
+        clock.advance(LATE_SECONDS - 0.1)
+        self.assertEqual(0, second.completed)
+        clock.advance(0.1)
+        third = asked(shared)
+        self.assertEqual([(first.found, 1)] * 2, [(each.found, each.completed) for each in (second, third)])
+        system.answer()
+        self.assertEqual([NAME] * 2, system.asked)
+        self.assertEqual([1, 1], [second.completed, third.completed])
+        self.assertEqual([], clock.getDelayedCalls())
+        asked(shared)
+        self.assertEqual([NAME] * 3, system.asked)
+
+    def test_a_name_that_is_forgotten_is_waited_for(self) -> None:
+        """
+        Nobody can be connected to where it was.
+        """
+        system, clock = Slow(), Clock()
+        shared = SharedLookups(system, clock)
+        for name in (NAME, "other.test"):
+            asked(shared, name)
+            system.answer()
+        shared.forget(NAME)
+        forgotten, other = asked(shared), asked(shared, "other.test")
+        clock.advance(LATE_SECONDS)
+        self.assertEqual([0, 1], [forgotten.completed, other.completed])
+        system.answer()
+        self.assertEqual([IPv4Address("TCP", "10.0.0.1", 443)], forgotten.found)
 
 
 class ChosenServersTests(SynchronousTestCase):

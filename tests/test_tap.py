@@ -64,7 +64,7 @@ from ecrproxy.daemon.service import Daemon
 from ecrproxy.daemon.supervision import Supervised, Supervisor
 from ecrproxy.files import READ_SECONDS, Reading
 from ecrproxy.registry.ecr import CredentialsError
-from ecrproxy.registry.resolver import ChosenServers, SharedLookups
+from ecrproxy.registry.resolver import SharedLookups
 from ecrproxy.serving import AwsTokens
 from ecrproxy.settings.config import GROUPS, SETTINGS, Config
 from ecrproxy.settings.file import about_registries, for_worker, parse_file
@@ -78,7 +78,7 @@ from tests.store_contract import failing, scratch
 from tests.test_ecr import KEYS, FakeAws
 from tests.test_htpasswd import line
 from tests.test_logs import validated
-from tests.test_resolver import Receiver
+from tests.test_resolver import Receiver, System
 from tests.test_tls import Files, Tcp, client, shake_with, subject_of
 
 ADDRESS = IPv4Address("TCP", "192.0.2.1", 40000)
@@ -966,7 +966,7 @@ class LookupTests(SynchronousTestCase):
         self.reactor: Any = Counting()
         self.patch(self.reactor, "getThreadPool", lambda: pool)
         end_each_lookup(self.reactor)
-        self.reactor.installNameResolver(SharedLookups(self.reactor.nameResolver))
+        self.reactor.installNameResolver(SharedLookups(self.reactor.nameResolver, self.reactor))
 
     def found(self, name: str) -> list[IAddress]:
         """
@@ -1646,10 +1646,16 @@ class BuildTests(TapCase):
         """
         And are not where the host's own resolver is chosen.
         """
-        self.build(PROXY_DNS_RESOLVER="system")
-        self.assertIsInstance(self.reactor.nameResolver, SharedLookups)
-        self.build()
-        self.assertIsInstance(self.reactor.nameResolver, ChosenServers)
+        for resolver, chosen in (("system", False), ("192.0.2.1", True)):
+            system: Any = System()
+            self.reactor.nameResolver = system
+            self.build(PROXY_DNS_RESOLVER=resolver)
+            names, receiver = self.reactor.nameResolver, Receiver()
+            self.assertIsInstance(names, SharedLookups)
+            with capturedLogs() as events:  # in memory there is no UDP: the servers fail at once
+                names.resolveHostName(receiver, "registry.example", 443)
+            self.assertEqual(chosen, "PROXY_DNS_RESOLVER does not answer" in str([*map(formatEvent, events)]))
+            self.assertEqual([IPv4Address("TCP", "10.0.0.1", 443)], receiver.found)
 
 
 class LeaveTests(SynchronousTestCase):

@@ -3,13 +3,14 @@ Ask chosen name servers for the registry's and the buckets' names.
 
 Address literals and names of the hosts file never go there. When the servers don't answer, the host's own resolver
 is asked instead, and for a while nobody waits for them again, unless that one does not know the name: it may be one
-that the chosen servers alone know. While nobody resolves a name, its last addresses are used.
+that the chosen servers alone know. While nobody resolves a name, or that takes long, its last addresses are used.
 """
 
 from __future__ import annotations
 
 import ipaddress
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -25,8 +26,10 @@ from ecrproxy.addresses import is_address
 from ecrproxy.cache.memory import Memory
 
 if TYPE_CHECKING:
-    from twisted.internet.interfaces import IAddress, IReactorTime, IResolver
+    from twisted.internet.interfaces import IAddress, IDelayedCall, IReactorTime, IResolver
     from twisted.python.failure import Failure
+
+    _Question = tuple[str, int, tuple[type[IAddress], ...], str]
 
 log = Logger()
 
@@ -38,6 +41,9 @@ NAMES: Final = 2000
 """Most names whose addresses are remembered: clients can make up any number of a wildcard's accounts."""
 SILENT_SECONDS: Final = 10.0
 """How long servers that did not answer are left alone, while the host's resolver does as well."""
+
+LATE_SECONDS: Final = 1.0
+"""How long anybody waits for a name whose last addresses are known: a resolver asks again after five seconds."""
 
 
 @implementer(IHostResolution)
@@ -136,17 +142,18 @@ class ChosenServers:
 @implementer(IHostnameResolver)
 class SharedLookups:
     """
-    Ask the host's resolver for each name once at a time.
+    Ask for each name once at a time, and use its last addresses while that has no answer.
 
-    It has ten threads, and keeps one for many seconds where no name server answers: a hundred questions for one such
-    name kept all others from being resolved for minutes.
+    The host's resolver has ten threads, and keeps one for many seconds where no name server answers: a hundred
+    questions for one such name kept all others from being resolved for minutes.
 
-    @param system: the host's resolver.
+    @param names: asks for a name.
     """
 
-    def __init__(self, system: IHostnameResolver) -> None:
-        self._system = system
-        self._waiting: dict[tuple[object, ...], list[IResolutionReceiver]] = {}
+    def __init__(self, names: IHostnameResolver, clock: IReactorTime) -> None:
+        self._names, self._clock = names, clock
+        self._asked: dict[_Question, _Lookup] = {}
+        self._last: Memory[_Question, Sequence[IAddress]] = Memory(NAMES)
 
     def resolveHostName(  # noqa: D102 (the interface)
         self,
@@ -158,20 +165,69 @@ class SharedLookups:
     ) -> IHostResolution:
         resolution = Resolution(hostName)
         resolutionReceiver.resolutionBegan(resolution)
-        key = hostName, portNumber, tuple(addressTypes or ()), transportSemantics
-        if key in self._waiting:
-            self._waiting[key].append(resolutionReceiver)
+        question = hostName, portNumber, tuple(addressTypes or ()), transportSemantics
+        lookup = self._asked.get(question)
+        if lookup is not None:
+            lookup.waiting.append(resolutionReceiver)
+            if not lookup.limit.active():
+                self._be_late(question)
             return resolution
-        self._waiting[key] = [resolutionReceiver]
-        collected = _Collected(partial(self._complete, key))
-        self._system.resolveHostName(collected, hostName, portNumber, addressTypes, transportSemantics)
+        limit = self._clock.callLater(LATE_SECONDS, self._be_late, question)
+        self._asked[question] = _Lookup([resolutionReceiver], limit)
+        collected = _Collected(partial(self._complete, question))
+        self._names.resolveHostName(collected, hostName, portNumber, addressTypes, transportSemantics)
         return resolution
 
-    def _complete(self, key: tuple[object, ...], addresses: Sequence[IAddress]) -> None:
-        for receiver in self._waiting.pop(key):
-            for address in addresses:
-                receiver.addressResolved(address)
-            receiver.resolutionComplete()
+    def forget(self, name: str) -> None:
+        """
+        Wait for the next answer for C{name}: it couldn't be connected to where it was.
+        """
+        for question in [each for each in self._last if each[0] == name]:
+            self._last.drop(question)
+
+    def _be_late(self, question: _Question) -> None:
+        """
+        Have nobody wait any longer, if there are other addresses.
+        """
+        if addresses := self._last_of(question):
+            lookup = self._asked[question]
+            waiting, lookup.waiting = lookup.waiting, []
+            _tell(waiting, addresses)
+
+    def _complete(self, question: _Question, addresses: Sequence[IAddress]) -> None:
+        lookup = self._asked.pop(question)
+        if lookup.limit.active():
+            lookup.limit.cancel()
+        if addresses:
+            self._last.put(question, addresses, 1)
+        _tell(lookup.waiting, addresses or self._last_of(question))
+
+    def _last_of(self, question: _Question) -> Sequence[IAddress]:
+        addresses = self._last.get(question) or ()
+        if addresses:
+            name = question[0]
+            log.warn("No name server answers for {name}: its last addresses are used", name=name, once=name)
+        return addresses
+
+
+@dataclass
+class _Lookup:
+    """
+    A question that is asked.
+
+    @ivar waiting: who has no answer yet.
+    @ivar limit: until then they wait, even if there are other addresses.
+    """
+
+    waiting: list[IResolutionReceiver]
+    limit: IDelayedCall
+
+
+def _tell(receivers: Sequence[IResolutionReceiver], addresses: Sequence[IAddress]) -> None:
+    for receiver in receivers:
+        for address in addresses:
+            receiver.addressResolved(address)
+        receiver.resolutionComplete()
 
 
 @implementer(IResolutionReceiver)
