@@ -18,7 +18,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import implementer
 from zope.interface.verify import verifyObject
 
-from ecrproxy.registry.resolver import LATE_SECONDS, NAMES, ChosenServers, SharedLookups, hosts_names
+from ecrproxy.registry.resolver import DOUBT_SECONDS, LATE_SECONDS, NAMES, ChosenServers, SharedLookups, hosts_names
 
 START = 1_767_225_600.0
 NAME = "123456789012.dkr.ecr.eu-west-1.amazonaws.com"
@@ -241,9 +241,9 @@ class SharedLookupsTests(SynchronousTestCase):
         asked(shared)
         self.assertEqual([NAME] * 3, system.asked)
 
-    def test_a_name_that_is_forgotten_is_waited_for(self) -> None:
+    def test_a_name_that_could_not_be_connected_to_is_waited_for_longer(self) -> None:
         """
-        Nobody can be connected to where it was.
+        It may be elsewhere by now; where nobody tells, it may be where it was, for a balancer refuses now and then.
         """
         system, clock = Slow(), Clock()
         shared = SharedLookups(system, clock)
@@ -254,8 +254,35 @@ class SharedLookupsTests(SynchronousTestCase):
         forgotten, other = asked(shared), asked(shared, "other.test")
         clock.advance(LATE_SECONDS)
         self.assertEqual([0, 1], [forgotten.completed, other.completed])
-        system.answer()
+        shared.forget(NAME)  # once more: nobody waits longer for that
+        clock.advance(DOUBT_SECONDS - LATE_SECONDS)
         self.assertEqual([IPv4Address("TCP", "10.0.0.1", 443)], forgotten.found)
+        system.knows = False
+        system.answer()
+        second = asked(shared)
+        system.answer()
+        system.answer()
+        self.assertEqual((forgotten.found, 1), (second.found, second.completed))
+
+    def test_who_comes_while_a_name_is_doubted_waits_as_long(self) -> None:
+        """
+        Also where the answer is late already; that once answered, the name is as good as any.
+        """
+        system, clock = Slow(), Clock()
+        shared = SharedLookups(system, clock)
+        asked(shared)
+        system.answer()
+        asked(shared)
+        clock.advance(LATE_SECONDS)
+        shared.forget(NAME)
+        late = asked(shared)
+        self.assertEqual(0, late.completed)
+        clock.advance(DOUBT_SECONDS)
+        self.assertEqual(1, late.completed)
+        system.answer()
+        good = asked(shared)
+        clock.advance(LATE_SECONDS)
+        self.assertEqual(1, good.completed)
 
 
 class ChosenServersTests(SynchronousTestCase):

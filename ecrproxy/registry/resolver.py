@@ -44,6 +44,8 @@ SILENT_SECONDS: Final = 10.0
 
 LATE_SECONDS: Final = 1.0
 """How long anybody waits for a name whose last addresses are known: a resolver asks again after five seconds."""
+DOUBT_SECONDS: Final = 3.0
+"""How long anybody waits for it if there was no connecting to them."""
 
 
 @implementer(IHostResolution)
@@ -153,7 +155,7 @@ class SharedLookups:
     def __init__(self, names: IHostnameResolver, clock: IReactorTime) -> None:
         self._names, self._clock = names, clock
         self._asked: dict[_Question, _Lookup] = {}
-        self._last: Memory[_Question, Sequence[IAddress]] = Memory(NAMES)
+        self._last: Memory[_Question, _Last] = Memory(NAMES)
 
     def resolveHostName(  # noqa: D102 (the interface)
         self,
@@ -172,7 +174,8 @@ class SharedLookups:
             if not lookup.limit.active():
                 self._be_late(question)
             return resolution
-        limit = self._clock.callLater(LATE_SECONDS, self._be_late, question)
+        last = self._last.get(question)
+        limit = self._clock.callLater(last.seconds if last else LATE_SECONDS, self._be_late, question)
         self._asked[question] = _Lookup([resolutionReceiver], limit)
         collected = _Collected(partial(self._complete, question))
         self._names.resolveHostName(collected, hostName, portNumber, addressTypes, transportSemantics)
@@ -180,10 +183,16 @@ class SharedLookups:
 
     def forget(self, name: str) -> None:
         """
-        Wait for the next answer for C{name}: it couldn't be connected to where it was.
+        Wait longer for the next answer for C{name}: it couldn't be connected to where it was.
         """
         for question in [each for each in self._last if each[0] == name]:
-            self._last.drop(question)
+            last, lookup = self._last.get(question), self._asked.get(question)
+            if last is None or last.seconds == DOUBT_SECONDS:
+                continue
+            self._last.put(question, _Last(last.addresses, DOUBT_SECONDS), 1)
+            if lookup is not None:
+                lookup.cancel_limit()
+                lookup.limit = self._clock.callLater(DOUBT_SECONDS, self._be_late, question)
 
     def _be_late(self, question: _Question) -> None:
         """
@@ -196,21 +205,32 @@ class SharedLookups:
 
     def _complete(self, question: _Question, addresses: Sequence[IAddress]) -> None:
         lookup = self._asked.pop(question)
-        if lookup.limit.active():
-            lookup.limit.cancel()
+        lookup.cancel_limit()
         if addresses:
-            self._last.put(question, addresses, 1)
+            self._last.put(question, _Last(addresses, LATE_SECONDS), 1)
         _tell(lookup.waiting, addresses or self._last_of(question))
 
     def _last_of(self, question: _Question) -> Sequence[IAddress]:
-        addresses = self._last.get(question) or ()
-        if addresses:
-            name = question[0]
-            log.warn("No name server answers for {name}: its last addresses are used", name=name, once=name)
-        return addresses
+        last, name = self._last.get(question), question[0]
+        if last is None:
+            return ()
+        log.warn("No name server answers for {name}: its last addresses are used", name=name, once=name)
+        return last.addresses
 
 
-@dataclass
+@dataclass(frozen=True, slots=True)
+class _Last:
+    """
+    What a name resolved to when it last did.
+
+    @ivar seconds: how long its next answer is waited for.
+    """
+
+    addresses: Sequence[IAddress]
+    seconds: float
+
+
+@dataclass(slots=True)
 class _Lookup:
     """
     A question that is asked.
@@ -221,6 +241,13 @@ class _Lookup:
 
     waiting: list[IResolutionReceiver]
     limit: IDelayedCall
+
+    def cancel_limit(self) -> None:
+        """
+        Have them wait on.
+        """
+        if self.limit.active():
+            self.limit.cancel()
 
 
 def _tell(receivers: Sequence[IResolutionReceiver], addresses: Sequence[IAddress]) -> None:
