@@ -11,6 +11,7 @@ from typing import Any
 from botocore.utils import get_environ_proxies
 from cryptography.hazmat.primitives.serialization import Encoding
 from twisted.internet import ssl
+from twisted.internet.address import IPv4Address
 from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.testing import MemoryReactorClock
 from twisted.protocols import tls
@@ -28,6 +29,7 @@ from tests.daemon import DaemonTestCase, Network, Reply, noise
 from tests.registry import StandIn
 from tests.store_contract import scratch
 from tests.test_connections import METADATA, Wired
+from tests.test_resolver import Receiver, System
 from tests.test_tls import Files
 
 PASSWORD = "p@ss:word"
@@ -437,9 +439,16 @@ class PlainTests(ProxyCase):
 
 class OwnNamesTests(SynchronousTestCase):
     def test_the_resolver_is_the_one_that_was_there_first(self) -> None:
+        """
+        While it finds nothing, the proxy is where it was last.
+        """
         reactor: Any = MemoryReactorClock()
-        first = reactor.nameResolver = object()
+        first = reactor.nameResolver = System()
         own = OwnNames(reactor)
         reactor.nameResolver = object()
-        self.assertIs(first, own.nameResolver)
+        for first.knows in (True, False):
+            receiver = Receiver()
+            own.nameResolver.resolveHostName(receiver, "proxy.example", 3128)
+            self.assertEqual([IPv4Address("TCP", "10.0.0.1", 3128)], receiver.found)
+        self.assertEqual(["proxy.example"] * 2, first.asked)
         self.assertEqual(reactor.seconds(), own.seconds())

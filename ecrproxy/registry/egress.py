@@ -33,6 +33,7 @@ from zope.interface import implementer
 from ecrproxy.addresses import is_address
 from ecrproxy.registry.bucket import UnavailableError, describe
 from ecrproxy.registry.proxy_variables import proxy_variable
+from ecrproxy.registry.resolver import SharedLookups
 from ecrproxy.registry.retries import TransientError
 
 if TYPE_CHECKING:
@@ -205,11 +206,11 @@ def is_plain_name(host: str) -> bool:
 @implementer(IReactorPluggableNameResolver)
 class OwnNames:
     """
-    A reactor that keeps the name resolver which it has now.
+    A reactor that keeps the name resolver which it has now, and the addresses that it has found.
     """
 
     def __init__(self, reactor: Any) -> None:  # noqa: ANN401
-        self._reactor, self.nameResolver = reactor, reactor.nameResolver
+        self._reactor, self.nameResolver = reactor, SharedLookups(reactor.nameResolver, reactor)
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401
         return getattr(self._reactor, name)
