@@ -36,6 +36,8 @@ from tests.test_checkup_network import AMAZON, ECR
 TOKEN = "c2VjcmV0LXRva2Vu"
 T = TypeVar("T")
 LOCATION = "https://prod.s3.eu-west-1.amazonaws.com/blob?X-Amz-Signature=secret-signature"
+LOGIN = "Basic YW5uOmNhbmFyeQ=="
+"""ann:canary"""
 
 
 @dataclass
@@ -53,6 +55,7 @@ class World:
     hanging: bool = False
     greeting: int = 200
     challenge: str = ""
+    login: int = 200
     through: list[str] = field(default_factory=list)
     roles: dict[str, World] = field(default_factory=dict)
     opened: list[tuple[str, Credentials]] = field(default_factory=list)
@@ -90,6 +93,8 @@ class World:
         most: int = 64 * 2**10,
     ) -> Contact:
         self.touched.append((url, address, headers))
+        if headers.get("Authorization") == LOGIN:
+            return Contact(address, status=self.login)
         self.read[url] = min(most, self.read.get(url, most))
         self.through.append(str(through or ""))
         blob = f"/blobs/{Digest.of(CONFIG)}"
@@ -495,6 +500,32 @@ class SeveralTests(DoctorTestCase):
             path.write_text(f'{before}[registry."quay.io"]\n{listed}\n')
             found = [verdict for verdict, said in self.lines()["quay.io"] if said.startswith("realm: ")]
             self.assertEqual(told, found, realm)
+
+    def test_a_login_that_is_refused_is_told(self) -> None:
+        """
+        By the registry itself or by its token service, which gets the password only where the daemon would send it.
+        """
+        password, path = scratch(self), Path(self.caller.variables["PROXY_CONFIG"])
+        password.write_bytes(b"canary\n")
+        path.write_text(f'{path.read_text()}[registry."quay.io"]\nusername = "ann"\npassword-file = "{password}"\n')
+        bearer = 'Bearer realm="https://auth.quay.io/token",service="quay"'
+        realm, own = "https://auth.quay.io/token?service=quay", "https://quay.io/v2/"
+        for challenge, url, status, verdict, host in (
+            (bearer, realm, 200, "ok", "auth.quay.io accepts"),
+            (bearer, realm, 401, "failed", "auth.quay.io answers 401 to"),
+            (bearer, realm, 503, "warning", "auth.quay.io answers 503 to"),
+            ('Basic realm="x"', own, 401, "failed", "quay.io answers 401 to"),
+            (bearer.replace("auth.quay.io", "login.example"), None, 200, None, ""),
+            ("", None, 200, None, ""),
+        ):
+            self.world.challenge, self.world.login = challenge, status
+            self.world.touched.clear()
+            found = [(each, said) for each, said in self.lines()["quay.io"] if said.startswith("login: ")]
+            told = [(verdict, f"login: {host} the username and the password")] if verdict else []
+            self.assertEqual(told, found, (challenge, status))
+            shown = [at for at, _, headers in self.world.touched if headers.get("Authorization") == LOGIN]
+            self.assertEqual([url] if url else [], shown)
+            self.assertNotIn("canary", self.caller.complaint)
 
     def test_a_role_that_is_refused_fails_its_own_registry_alone(self) -> None:
         self.theirs.problems = dict.fromkeys(("identity", "token"), RefusedError("AccessDenied", "not authorized"))

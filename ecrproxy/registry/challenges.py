@@ -74,10 +74,10 @@ class Challenge:
 
     def url(self, scope: str) -> str:
         """
-        Return where a token for C{scope} is had.
+        Return the URL that gives a token for C{scope}; if that is empty, a token that proves a login and nothing else.
         """
         parts = urlsplit(self.realm)
-        asked = {**({"service": self.service} if self.service else {}), "scope": scope}
+        asked = [(name, said) for name, said in (("service", self.service), ("scope", scope)) if said]
         query = "&".join(filter(None, [parts.query, urlencode(asked)]))
         return urlunsplit((parts.scheme, parts.netloc, parts.path or "/", query, ""))
 

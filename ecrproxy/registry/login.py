@@ -48,7 +48,7 @@ class Login:
             password = await self._in_thread(read_password, self._file)
         except (OSError, RuntimeError, ValueError) as problem:
             raise self._missing(why_unread(self._file, problem)) from problem
-        return base64.b64encode(self._username.encode() + b":" + password).decode("ascii")
+        return login_of(self._username, password)
 
     def _missing(self, why: str) -> TokenUnavailableError:
         """
@@ -64,6 +64,13 @@ class Login:
         @raise TokenUnavailableError: if the file can't be read, or has no password.
         """
         return await self.get()
+
+
+def login_of(username: str, password: bytes) -> str:
+    """
+    Return base64 of C{user:password}: RFC 7617.
+    """
+    return base64.b64encode(username.encode() + b":" + password).decode("ascii")
 
 
 def read_password(file: Path) -> bytes:

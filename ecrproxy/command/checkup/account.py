@@ -5,11 +5,14 @@ Credentials, identity, token and permissions: what AWS says of them, and what th
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from http import HTTPStatus
 from typing import Final
+from urllib.parse import urlsplit
 
 from ecrproxy.command.checkup.aws import Identity, NoCredentialsError, Provider, RefusedError, UnreachableError
 from ecrproxy.command.checkup.findings import Finding, Once, failed, ok, skipped, warning
+from ecrproxy.command.checkup.reach import Contact
 from ecrproxy.registry.challenges import Challenge, may_follow
 
 PROVIDERS: Final = {
@@ -214,6 +217,33 @@ def look_at_realm(challenge: str, url: str, realms: Collection[str]) -> Iterator
     if wanted is not None and wanted.scheme == "bearer" and not may_follow(wanted.realm, url, realms):
         said = f"the registry has its tokens at {wanted.realm[:200]!r}, which is not of its own domain, or not https"
         yield failed("realm", said, "if that is right, list its host in the registry's realms")
+
+
+def look_at_login(
+    challenge: str, url: str, realms: Collection[str], login: str, ask: Callable[[str, Mapping[str, str]], Contact]
+) -> Iterator[Finding]:
+    """
+    Check that a registry, or its token service, accepts a user and a password; as C{docker login} does.
+
+    @param challenge: the registry's answer to a request without a token.
+    @param realms: hosts beyond its own domain that the operator lists.
+    @param login: base64 of C{user:password}, RFC 7617.
+    @param ask: sends a GET to a URL.
+    """
+    check, wanted = "login", Challenge.read([challenge])
+    if wanted is None or (wanted.scheme == "bearer" and not may_follow(wanted.realm, url, realms)):
+        return
+    where = wanted.url("") if wanted.scheme == "bearer" else f"{url}/v2/"
+    contact = ask(where, {"Authorization": f"Basic {login}"})
+    host = urlsplit(where).netloc
+    if contact.status == HTTPStatus.OK:
+        yield ok(check, f"{host} accepts the username and the password")
+    elif contact.status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
+        said = f"{host} answers {contact.status} to the username and the password"
+        yield failed(check, said, "renew the password or the access token in password-file, and check username")
+    else:
+        said = f"{host} answers {contact.status or contact.problem} to the username and the password"
+        yield warning(check, said, "try again later: it has neither accepted nor refused them")
 
 
 def principal(arn: str) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 from argparse import Namespace
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -43,6 +43,7 @@ from ecrproxy.registries import Known, Registries, own_name
 from ecrproxy.registry.ecr import Credentials
 from ecrproxy.registry.egress import Egress, Proxy
 from ecrproxy.registry.guard import is_forbidden, is_loopback
+from ecrproxy.registry.login import login_of, read_password
 from ecrproxy.settings.config import Config, ConfigError, given
 from ecrproxy.settings.contradictions import load
 from ecrproxy.settings.registries import Protocol, RegistryTable
@@ -450,11 +451,11 @@ class Doctor:
         if table.password_file is not None:
             found.append(look_at_password(table.password_file))
         if table.endpoint is not None:
-            found += self._answer(table.endpoint, token, table.realms)
+            found += self._answer(table.endpoint, token, table)
         for each in found:
             yield replace(each, check=table.name, said=f"{each.check}: {each.said}")
 
-    def _answer(self, url: str, token: str | None, realms: Collection[str]) -> Iterator[Finding]:
+    def _answer(self, url: str, token: str | None, table: RegistryTable) -> Iterator[Finding]:
         check, shown = "registry", {} if token is None else {"Authorization": f"Basic {token}"}
         contacts: list[Contact] = []
 
@@ -467,12 +468,21 @@ class Doctor:
             yield from found
         elif token is None:
             yield from found
-            yield from account.look_at_realm(contacts[-1].headers.get("www-authenticate", ""), url, realms)
+            challenge = contacts[-1].headers.get("www-authenticate", "")
+            yield from account.look_at_realm(challenge, url, table.realms)
+            with contextlib.suppress(OSError, ValueError):  # told already
+                if (login := _login(table)) is not None:
+                    yield from account.look_at_login(challenge, url, table.realms, login, self._ask_with)
         elif contacts[-1].status == 200:  # noqa: PLR2004
             yield from (replace(each, said=f"{each.said}; it takes the token") for each in found)
         else:
             said = f"answers {contacts[-1].status or contacts[-1].problem} to a fresh token"
             yield failed(check, said, "see that it is in the token's region, and of an account that lets this one in")
+
+    def _ask_with(self, url: str, headers: Mapping[str, str]) -> Contact:
+        host = split(url)[0]
+        addresses = self._addresses(url)
+        return self._touch(url, addresses[0], headers) if addresses else Contact(host, f"{host} has no address")
 
     # This machine.
 
@@ -484,6 +494,18 @@ class Doctor:
         theirs = [("PROXY_ADMIN_LISTEN", config.admin_listen), ("PROXY_METRICS_LISTEN", config.metrics_listen)]
         operators = [(variable, endpoint) for variable, endpoint in theirs if endpoint is not None]
         return ports.look_at_ports([*ours, *operators], senses.touch_place, senses.bind)
+
+
+def _login(table: RegistryTable) -> str | None:
+    """
+    Return the login of a registry's table; None if it has none.
+
+    @raise OSError: if the password can't be read.
+    @raise ValueError: if the file has none.
+    """
+    if table.username is None or table.password_file is None:
+        return None
+    return login_of(table.username, read_password(Path(table.password_file)))
 
 
 def _egress(environ: Mapping[str, str]) -> Egress:
