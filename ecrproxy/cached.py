@@ -857,7 +857,9 @@ class Cache:
         try:
             return await self._disk.committing(self._store, descriptor.digest, body, facts, since)
         except OSError as problem:
-            log.info("Not kept: {digest}: {problem}", digest=descriptor.digest, problem=problem)
+            log.info(
+                "Not kept: {digest}: {problem}", digest=descriptor.digest, problem=problem, once=str(problem.errno)
+            )
             return False
 
     def _store(self, digest: Digest, body: bytes, facts: Facts, since: int) -> bool:

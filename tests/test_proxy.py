@@ -14,11 +14,14 @@ from typing import Any
 
 from twisted.internet.defer import Deferred
 from twisted.internet.task import deferLater
+from twisted.logger import capturedLogs, formatEvent
 
 from ecrproxy.answers import Asked
 from ecrproxy.cache import allocation
 from ecrproxy.cache.entries import Entry
+from ecrproxy.cache.store import Store
 from ecrproxy.cached import FACTS
+from ecrproxy.logs.repeats import kind_of
 from ecrproxy.manifests import NAMED_SECONDS
 from ecrproxy.oci import MANIFEST_LIMIT, Descriptor, Digest, parse_route
 from ecrproxy.registry.bucket import BEGUN, BEGUN_SECONDS
@@ -931,6 +934,18 @@ class BypassTests(BlobTestCase):
         self.bypass()
         self.assertIn("No space left on device", self.logged())
         self.assertEqual(0, self.promised())
+
+    def test_what_a_disk_does_not_keep_is_one_line_a_minute_whatever_its_names(self) -> None:
+        def read_only(_: Store, digest: Digest) -> None:
+            raise OSError(errno.EROFS, f"Read-only file system: {digest}")
+
+        self.patch(Store, "claim", read_only)
+        with capturedLogs() as events:
+            for tag in ("1", "2"):
+                image = self.standin.push_image("team/app", tag, layers=[tag.encode()])
+                self.assertWhole(self.get(f"/v2/team/app/manifests/{image.digest}"), image.manifest, "MISS")
+        kinds = [kind_of(each) for each in events if formatEvent(each).startswith("Not kept: ")]
+        self.assertEqual((2, 1), (len(kinds), len(set(kinds))))
 
     def test_a_disk_that_fails_midway(self) -> None:
         """

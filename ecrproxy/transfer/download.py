@@ -765,7 +765,7 @@ class Download:
                 pass
             await self._disk.committing(commit)
         except OSError as problem:
-            log.info("Not kept: {digest}: {problem}", digest=self.digest, problem=str(problem))
+            log.info("Not kept: {digest}: {problem}", digest=self.digest, problem=str(problem), once=str(problem.errno))
             self._writer = None
             if self._file is None:
                 self._let_claim_go(writer.discard)
