@@ -18,6 +18,9 @@ from .processes import PATIENCE
 KUBERNETES = CHECKOUT / "deploy/kubernetes"
 KUBECTL = Path(sys.executable).with_name("kubectl")
 
+DAEMON = "ecrproxy"
+LABEL = "app.kubernetes.io/name"
+
 Manifest = dict[str, Any]
 
 
@@ -39,17 +42,21 @@ class Rendered:
         assert not done.stderr, "something that kustomize warns of"
         self.manifests: list[Manifest] = list(yaml.safe_load_all(done.stdout))
 
-    def all_of(self, kind: str) -> list[Manifest]:
+    def all_of(self, kind: str, name: str = DAEMON) -> list[Manifest]:
         """
-        Give what there is of a kind.
+        Give what there is of a kind for the daemon, or for what stands beside it under a label of its own.
         """
-        return [each for each in self.manifests if each["kind"] == kind]
+        return [
+            each
+            for each in self.manifests
+            if each["kind"] == kind and each["metadata"].get("labels", {}).get(LABEL, DAEMON) == name
+        ]
 
-    def one(self, kind: str) -> Manifest:
+    def one(self, kind: str, name: str = DAEMON) -> Manifest:
         """
         Give the one that there is of a kind.
         """
-        (found,) = self.all_of(kind)
+        (found,) = self.all_of(kind, name)
         return found
 
     @property
@@ -89,9 +96,11 @@ class Rendered:
         return data
 
 
-def overlay(folder: Path, components: Sequence[str]) -> Rendered:
+def overlay(folder: Path, components: Sequence[str], **more: object) -> Rendered:
     """
     Render the base with components, in a folder of one's own.
+
+    @param more: what else the kustomization says.
     """
     folder.mkdir()
     for name in ("base", "components"):
@@ -101,6 +110,7 @@ def overlay(folder: Path, components: Sequence[str]) -> Rendered:
         "kind": "Kustomization",
         "resources": ["./base"],
         "components": [f"./components/{each}" for each in components],
+        **more,
     }
     (folder / "kustomization.yaml").write_text(yaml.safe_dump(written))
     return Rendered(folder)

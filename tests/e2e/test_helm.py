@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import subprocess
+import tomllib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ VALUES = {
     "service-monitor": ("monitoring.enabled=true",),
     "tls": ("tls.secret=ecr-proxy-tls",),
     "files": ("files.secret=ecr-proxy-files",),
+    "nodes": ("nodes.enabled=true", "nodes.proxy=http://proxy.example:5000"),
 }
 
 
@@ -71,7 +73,9 @@ def without_origin(manifests: Iterable[Manifest]) -> dict[str, Any]:
         metadata, spec = manifest["metadata"], manifest.get("spec", {})
         for name in ("labels", "namespace"):
             metadata.pop(name, None)
-        if manifest["kind"] == "ConfigMap":
+        if manifest["kind"] == "ConfigMap" and "nodes.toml" in manifest["data"]:
+            manifest["data"]["nodes.toml"] = tomllib.loads(manifest["data"]["nodes.toml"])
+        elif manifest["kind"] == "ConfigMap":
             metadata["name"] = "ecr-proxy"
             manifest["data"].pop("PROXY_ECR_ENDPOINT", None)
         template = spec.get("template")
@@ -82,14 +86,19 @@ def without_origin(manifests: Iterable[Manifest]) -> dict[str, Any]:
             (container,) = template["spec"]["containers"]
             container["image"] = container["image"].partition(":")[0]
             container.pop("imagePullPolicy", None)
-            container["envFrom"][0]["configMapRef"]["name"] = "ecr-proxy"
+            if "envFrom" in container:
+                container["envFrom"][0]["configMapRef"]["name"] = "ecr-proxy"
         found[f"{manifest['kind']} {metadata['name']}"] = manifest
     return found
 
 
 @pytest.mark.parametrize(
     "components",
-    [(), *((each,) for each in VALUES), ("volume", "irsa", "load-balancer", "service-monitor", "tls", "files")],
+    [
+        (),
+        *((each,) for each in VALUES),
+        ("volume", "irsa", "load-balancer", "service-monitor", "tls", "files", "nodes"),
+    ],
     ids="+".join,
 )
 def test_makes_what_kustomize_makes(helm: Path, tmp_path: Path, components: Sequence[str]) -> None:
@@ -105,11 +114,57 @@ def test_makes_what_kustomize_makes(helm: Path, tmp_path: Path, components: Sequ
         assert ours[name] == manifest, name
 
 
-def test_the_charts_alerts_are_those_of_all_others() -> None:
+@pytest.mark.parametrize("copied", ["prometheus/alerts.yaml", "kubernetes/components/nodes/hosts.py"])
+def test_the_charts_files_are_those_of_all_others(copied: str) -> None:
     """
-    A chart can't reach beyond its folder, so it has a copy.
+    A chart can't reach beyond its folder, so it has copies.
     """
-    assert (CHART / "alerts.yaml").read_text() == (CHECKOUT / "deploy/prometheus/alerts.yaml").read_text()
+    original = CHECKOUT / "deploy" / copied
+    assert (CHART / original.name).read_text() == original.read_text()
+
+
+def nodes_of(helm: Path, home: Path, *values: str) -> dict[str, Any]:
+    """
+    Give what nodes are told by the chart.
+    """
+    every = render(helm, home, "nodes.enabled=true", *values)
+    (told,) = (each["data"]["nodes.toml"] for each in every if "nodes.toml" in each.get("data", {}))
+    return tomllib.loads(told)
+
+
+def test_nodes_are_told_what_the_values_say(helm: Path, tmp_path: Path) -> None:
+    """
+    Their own daemon and the registry of the settings, where nothing else is said.
+    """
+    told = nodes_of(helm, tmp_path, "mode=daemonset", "hostPort=5005")
+    registry = ENDPOINT.partition("https://")[2]
+    nothing = {"fallback": True, "keep": False, "ca": ""}
+    assert told == {"proxy": "http://127.0.0.1:5005", "registries": [registry], **nothing}
+    said = ("nodes.proxy=https://p.example", "nodes.registries={docker.io,_default}", "nodes.ca=/ca.crt")
+    told = nodes_of(helm, tmp_path, *said, "nodes.fallback=false", "nodes.keep=true")
+    expected = {"proxy": "https://p.example", "registries": ["docker.io", "_default"], "ca": "/ca.crt"}
+    assert told == expected | {"fallback": False, "keep": True}
+    directory = "/var/lib/rancher/k3s/certs.d"
+    every = render(
+        helm,
+        tmp_path,
+        "nodes.enabled=true",
+        "nodes.proxy=http://p",
+        f"nodes.directory={directory}",
+        "nodes.namespace=ours",
+    )
+    beside = [each for each in every if each["metadata"].get("namespace") == "ours"]
+    assert sorted(each["kind"] for each in beside) == ["ConfigMap", "DaemonSet", "NetworkPolicy"]
+    assert directory in yaml.safe_dump(beside)
+
+
+def test_an_address_for_nodes_is_asked_for(helm: Path, tmp_path: Path) -> None:
+    """
+    Nodes are no pods: the cluster's own names lead them nowhere.
+    """
+    done = run(helm, tmp_path, "template", CHART, "--set", ENDPOINT, "--set", "nodes.enabled=true")
+    assert done.returncode != 0
+    assert "nodes.proxy: give the address" in done.stderr
 
 
 def test_a_label_of_the_operators_release_is_set(helm: Path, tmp_path: Path) -> None:
@@ -131,6 +186,8 @@ def test_all_is_as_kubernetes_publishes_it(helm: Path, tmp_path: Path, mode: str
         "files.secret=x",
         "monitoring.enabled=true",
         "loadBalancer.enabled=true",
+        "nodes.enabled=true",
+        "nodes.proxy=http://proxy.example:5000",
         f"credentials.roleArn={ROLE}",
     )
     for manifest in render(helm, tmp_path, f"mode={mode}", *every):
@@ -197,6 +254,8 @@ def test_a_setting_that_changes_makes_new_pods(helm: Path, tmp_path: Path) -> No
         ("settings.AWS_SECRET_ACCESS_KEY=x", "AWS_SECRET_ACCESS_KEY"),
         ("replica=3", "replica"),
         ("cache.limit=much", "limit"),
+        ("nodes.proxy=proxy.example:5000", "proxy"),
+        ("nodes.registries={a/b}", "registries"),
     ],
 )
 def test_wrong_values_are_refused(helm: Path, tmp_path: Path, value: str, word: str) -> None:

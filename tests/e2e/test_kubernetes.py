@@ -6,6 +6,8 @@ what the daemon needs. test_container.py starts the pod's container.
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,9 +17,11 @@ import yaml
 
 from ecrproxy.settings.config import Config
 from ecrproxy.settings.values import parse_size
+from tests.documents import blocks
 
 from .installing import CHECKOUT
-from .kustomize import KUBERNETES, Manifest, Rendered, overlay
+from .kustomize import KUBERNETES, LABEL, Manifest, Rendered, overlay
+from .processes import PATIENCE
 
 COMPONENTS = sorted(each.name for each in (KUBERNETES / "components").iterdir())
 EVERY = [
@@ -31,7 +35,8 @@ EVERY = [
 VERSIONS = ("1.30", kubernetes_validate.latest_version())
 # Of the Prometheus Operator; Kubernetes publishes no schemas of these.
 OPERATORS = {"ServiceMonitor", "PrometheusRule"}
-NAME = {"app.kubernetes.io/name": "ecrproxy"}
+NAME = {LABEL: "ecrproxy"}
+NODES = "ecrproxy-nodes"
 GIB = 2**30
 
 
@@ -224,6 +229,63 @@ def test_what_everything_else_is_pulled_through_is_not_evicted_for_it(rendered: 
     assert rendered.one("PodDisruptionBudget")["spec"]["unhealthyPodEvictionPolicy"] == "AlwaysAllow"
     room = rendered.container["resources"]["requests"].get("ephemeral-storage", "0Gi")
     assert gibibytes(room) < 17 * GIB, "what a disk of 20 GiB leaves to pods"
+
+
+def test_nodes_give_an_installer_one_directory_and_nothing_else(tmp_path: Path) -> None:
+    """
+    In a namespace of its own, for the daemon's stays restricted. It runs on each node, whatever its taints.
+    """
+    rendered = overlay(tmp_path / "nodes", ["nodes"])
+    namespace = rendered.one("Namespace", NODES)
+    installer, settings = rendered.one("DaemonSet", NODES), rendered.one("ConfigMap", NODES)
+    policy = rendered.one("NetworkPolicy", NODES)["spec"]
+    every = (installer, settings, rendered.one("NetworkPolicy", NODES))
+    assert {each["metadata"]["namespace"] for each in every} == {namespace["metadata"]["name"]}
+    template = installer["spec"]["template"]
+    for selector in (installer["spec"]["selector"], policy["podSelector"]):
+        assert selector["matchLabels"] == template["metadata"]["labels"] == {LABEL: NODES}
+    assert policy == {"podSelector": policy["podSelector"], "policyTypes": ["Ingress", "Egress"]}
+
+    pod = template["spec"]
+    (container,) = pod["containers"]
+    assert not {"hostNetwork", "hostPID", "hostIPC", "serviceAccountName"} & set(pod)
+    assert pod["automountServiceAccountToken"] is False
+    assert container["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    directory = {"path": "/etc/containerd/certs.d", "type": "DirectoryOrCreate"}
+    assert [each["hostPath"] for each in pod["volumes"] if "hostPath" in each] == [directory]
+    assert pod["tolerations"] == [{"operator": "Exists"}]
+    assert installer["spec"]["updateStrategy"]["rollingUpdate"] == {"maxSurge": "100%", "maxUnavailable": 0}
+
+    mounts = {each["name"]: each["mountPath"] for each in container["volumeMounts"]}
+    files = {f"{mounts['installer']}/{each}" for each in settings["data"]}
+    (map_,) = (each["configMap"]["name"] for each in pod["volumes"] if "configMap" in each)
+    assert map_ == settings["metadata"]["name"] == "ecr-proxy-nodes", "no suffix: pods see what is new in it"
+    python, isolated, *words = container["command"]
+    assert (python, isolated) == ("/opt/ecrproxy/bin/python", "-I")
+    assert {*words} == {*files, mounts["certs"]}
+    assert container["readinessProbe"]["exec"]["command"] == [*container["command"], "--check"]
+    assert container["image"] == rendered.container["image"]
+
+
+def test_nodes_understand_the_settings_that_they_are_given(tmp_path: Path) -> None:
+    """
+    The component's own, and those of an overlay, by the installer itself.
+    """
+    page = blocks(CHECKOUT / "docs/howto/kubernetes.rst")
+    (patches,) = (yaml.safe_load(each.text) for each in page if each.language == "yaml" and "nodes.toml" in each.text)
+    for more, registries in (({}, 1), (patches, 2)):
+        told = overlay(tmp_path / f"overlay-{registries}", ["nodes"], **more).one("ConfigMap", NODES)["data"]
+        home = tmp_path / str(registries)
+        home.mkdir()
+        for name, text in told.items():
+            (home / name).write_text(text)
+        argv = [sys.executable, "-I", str(home / "hosts.py"), str(home / "nodes.toml"), str(home), "--check"]
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=PATIENCE, check=False)
+        assert (done.returncode, done.stdout.count("is not as it should be")) == (1, registries), done
 
 
 def test_a_volume_makes_it_a_stateful_set(tmp_path: Path) -> None:
