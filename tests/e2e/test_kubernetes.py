@@ -24,9 +24,11 @@ from .kustomize import KUBERNETES, LABEL, Manifest, Rendered, overlay
 from .processes import PATIENCE
 
 COMPONENTS = sorted(each.name for each in (KUBERNETES / "components").iterdir())
+# HAProxy knows pods by their names, which those with a volume keep.
 EVERY = [
-    *((name,) for name in COMPONENTS),
+    *(("volume", name) if name == "haproxy" else (name,) for name in COMPONENTS),
     (),
+    ("volume", "irsa", "haproxy", "load-balancer", "service-monitor", "nodes"),
     ("volume", "tls"),
     ("volume", "irsa", "load-balancer", "service-monitor", "tls"),
     ("volume", "pod-identity", "load-balancer", "service-monitor", "tls"),
@@ -37,6 +39,7 @@ VERSIONS = ("1.30", kubernetes_validate.latest_version())
 OPERATORS = {"ServiceMonitor", "PrometheusRule"}
 NAME = {LABEL: "ecrproxy"}
 NODES = "ecrproxy-nodes"
+HAPROXY = "ecrproxy-haproxy"
 GIB = 2**30
 
 
@@ -107,11 +110,15 @@ def test_selectors_find_the_pods(rendered: Rendered) -> None:
     Of everything that has one, and the ports that they speak of are there.
     """
     assert rendered.pod["metadata"]["labels"].items() >= NAME.items()
-    selectors = [service["spec"]["selector"] for service in rendered.all_of("Service")]
+    before = [{LABEL: HAPROXY}] if rendered.all_of("Deployment", HAPROXY) else []
+    selectors = [
+        each["spec"]["selector"] for each in rendered.all_of("Service") if each["spec"]["selector"] not in before
+    ]
     policy, budget = rendered.one("NetworkPolicy")["spec"], rendered.one("PodDisruptionBudget")["spec"]
     chosen = [rendered.workload["spec"]["selector"], budget["selector"], policy["podSelector"]]
     spread = [each["labelSelector"] for each in rendered.pod["spec"]["topologySpreadConstraints"]]
     assert [*selectors, *(each["matchLabels"] for each in chosen + spread)] == [NAME] * (len(selectors) + 5)
+    assert selectors or before
     named = {port["targetPort"] for service in rendered.all_of("Service") for port in service["spec"]["ports"]}
     named |= {port["port"] for rule in policy["ingress"] for port in rule["ports"]}
     assert named <= ports_named(rendered)
@@ -286,6 +293,56 @@ def test_nodes_understand_the_settings_that_they_are_given(tmp_path: Path) -> No
         argv = [sys.executable, "-I", str(home / "hosts.py"), str(home / "nodes.toml"), str(home), "--check"]
         done = subprocess.run(argv, capture_output=True, text=True, timeout=PATIENCE, check=False)
         assert (done.returncode, done.stdout.count("is not as it should be")) == (1, registries), done
+
+
+def test_haproxy_stands_before_all_pods_by_their_names(tmp_path: Path) -> None:
+    """
+    The Service leads to it, and it alone reaches the daemons, for it says whose addresses they see.
+    """
+    rendered = overlay(tmp_path / "haproxy", ["volume", "haproxy", "load-balancer"])
+    balancer, budget = rendered.one("Deployment", HAPROXY), rendered.one("PodDisruptionBudget", HAPROXY)
+    policy, configuration = rendered.one("NetworkPolicy", HAPROXY)["spec"], rendered.one("ConfigMap", HAPROXY)
+    template = balancer["spec"]["template"]
+    label = template["metadata"]["labels"]
+    services = {each["metadata"]["name"]: each["spec"] for each in rendered.all_of("Service")}
+    assert label == services["ecr-proxy"]["selector"] == {LABEL: HAPROXY}
+    assert services["ecr-proxy"]["type"] == "LoadBalancer"
+    for selector in (balancer["spec"]["selector"], budget["spec"]["selector"], policy["podSelector"]):
+        assert selector["matchLabels"] == label
+    assert [each["to"] for each in policy["egress"] if "to" in each] == [[{"podSelector": {"matchLabels": NAME}}]]
+    (ingress,) = rendered.one("NetworkPolicy")["spec"]["ingress"]
+    assert ingress == {"from": [{"podSelector": {"matchLabels": label}}], "ports": [{"port": "registry"}]}
+
+    settings = rendered.settings
+    text = configuration["data"]["haproxy.cfg"]
+    assert settings["PROXY_LISTEN"] == "haproxy:tcp:5000"
+    assert "default-server send-proxy-v2 check-send-proxy\n" in text
+    assert settings["PROXY_READ_AHEAD"] == "false"
+    (container,) = template["spec"]["containers"]
+    (variable,) = container["env"]
+    headless = rendered.workload["spec"]["serviceName"]
+    assert variable == {"name": "DAEMONS", "value": f"{headless}.ecr-proxy.svc.cluster.local"}
+    assert services[headless]["publishNotReadyAddresses"] is True, "HAProxy finds out by itself who is ready"
+    assert f"{rendered.workload['metadata']['name']}-0.${{DAEMONS}}:5000" in text
+
+    ports = {each["name"]: each["containerPort"] for each in container["ports"]}
+    assert all(f"    bind :{port}\n" in text for port in ports.values())
+    probes = {name: container[f"{name}Probe"]["httpGet"] for name in ("startup", "readiness", "liveness")}
+    assert {each["port"] for each in probes.values()} == {"health"}
+    assert [probes[each]["path"] for each in probes] == ["/readyz", "/healthz", "/healthz"]
+    pause = container["lifecycle"]["preStop"]["sleep"]["seconds"]
+    assert template["spec"]["terminationGracePeriodSeconds"] >= pause + 600 + 5
+    assert "hard-stop-after 600s\n" in text
+    assert container["securityContext"] == rendered.container["securityContext"]
+    assert template["spec"]["securityContext"]["runAsNonRoot"] is True
+
+
+def test_haproxy_is_refused_where_pods_have_no_names(tmp_path: Path) -> None:
+    """
+    A Deployment's pods have others each time.
+    """
+    with pytest.raises(AssertionError, match="StatefulSet"):
+        overlay(tmp_path / "haproxy", ["haproxy"])
 
 
 def test_a_volume_makes_it_a_stateful_set(tmp_path: Path) -> None:
