@@ -268,7 +268,9 @@ class NodesTests(SynchronousTestCase):
                     self.hosts().write_text(old)
                 self.killed(at)
                 self.assertEqual(old, self.hosts().read_text() if self.hosts().exists() else "")
-                self.start().end()
+                running = self.start()
+                self.assertIn(PROXY, self.hosts().read_text(), at)
+                running.end()
                 self.assertEqual([], self.files())
 
     def killed(self, at: str) -> None:
