@@ -93,6 +93,8 @@ QUICK = Sizes(
 STREAMS = 8
 LANES = 4
 """Connections to a bucket that the daemon has for one blob."""
+FEW, MANY = 32, 256
+"""Connections on which manifests are asked for."""
 SETTLED = 0.5
 """Seconds for what is done when the last client has what it wants, as committing the file is."""
 Measure = Callable[[Ground, Sizes, str, Figures], None]
@@ -134,15 +136,17 @@ def hot_tls(ground: Ground, sizes: Sizes, peer: str, figures: Figures) -> None:
 
 def hits(ground: Ground, sizes: Sizes, peer: str, figures: Figures) -> None:
     """
-    Measure manifests that are in the cache. nginx keeps tags for a year here; the others ask for them each time.
+    Measure manifests that are in the cache. nginx keeps tags for a year here. The others ask upstream each time; the
+    daemon asks once for all clients that ask meanwhile.
     """
     settings = {MANIFESTS: "yes"} if peer == NGINX else {}
     with ground.upstream() as upstream, served(peer, ground, upstream, settings=settings) as one:
         pull(ground, one.url)
-        for name, reference in (("digest", ground.shelf.manifest), ("tag", TAG)):
-            hammer(ground, one, manifest(reference), 1)
+        digest = ground.shelf.manifest
+        for name, reference, clients in (("digest", digest, FEW), ("tag", TAG, FEW), ("tag of many", TAG, MANY)):
+            hammer(ground, one, manifest(reference), 1, clients)
             used = cpu_seconds(one.pid)
-            rate = hammer(ground, one, manifest(reference), sizes.hammering)
+            rate = hammer(ground, one, manifest(reference), sizes.hammering, clients)
             figures.add(f"hits {name}", peer, rate.requests)
             figures.add(f"hits {name} cpu", peer, (cpu_seconds(one.pid) - used) / rate.count * 1e6)
 

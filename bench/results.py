@@ -43,6 +43,8 @@ ROWS: Sequence[Row] = (
     Row("hits digest cpu", "- CPU microseconds each", 0),
     Row("hits tag", "manifest hits by tag, a second", 0),
     Row("hits tag cpu", "- CPU microseconds each", 0),
+    Row("hits tag of many", "manifest hits by tag, 256 clients, a second", 0),
+    Row("hits tag of many cpu", "- CPU microseconds each", 0),
     Row("crowd", "hits of a blob of 1 MiB by many clients, a second", 0),
     Row("crowd cpu", "- CPU microseconds each", 0),
     Row("kept cpu", "manifest hits by digest, connections kept, CPU microseconds each", 0),
