@@ -90,7 +90,7 @@ def test_figures_move_while_a_pull_runs(make_chain: MakeChain, images: Images, b
         hold.unlink()
         assert {each.result().size for each in pulls} == {size}
     eventually(lambda: browser.texts("#way ~ p") == ["Nothing is on its way."], "the end is seen")
-    eventually(lambda: "64 MiB" in browser.texts(".figure")[4], "what came from upstream is seen")
+    eventually(lambda: "64 MiB" in browser.texts(".figure")[5], "what came from upstream is seen")
     eventually(lambda: browser.texts("#saving ~ table tbody th") == [images.big.repository], "who joined saved bytes")
     assert browser.run("return window.kept")
     assert browser.complaints() == []
