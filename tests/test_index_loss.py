@@ -38,8 +38,9 @@ from ecrproxy.cache.scrub import SCRUBBING, Turn, scrub
 from ecrproxy.cache.sqlite import Rows
 from ecrproxy.cache.store import Store
 from ecrproxy.cache.takeover import old_name, take_over
+from ecrproxy.command.survey import Survey
 from ecrproxy.oci import Digest, Kind
-from tests.daemon import DaemonTestCase, noise
+from tests.daemon import DaemonTestCase, Hands, noise
 from tests.routes import REGISTRY
 from tests.store_contract import ANY, START, confirmed, failing, key_of, put, read, scratch
 
@@ -963,13 +964,37 @@ class TakeOverTests(DaemonTestCase):
             self.plant(key, f"/v2/team/app/manifests/{key.reference}", Digest.of(b"manifest"), 8)
         importing, inventory = take_over(self.root, self.index), Inventory(self.daemon.store)
         next(importing)
-        self.assertEqual({str(each) for each in keys}, {each["name"] for each in inventory.entries()})
+        survey = Survey.of(inventory.entries(), inventory.content())
+        self.assertEqual({str(each) for each in keys}, {each.name for each in survey.entries})
         self.assertEqual(3, inventory.remove(keys, []).entries)
         for _ in importing:
             pass
         self.assertEqual([], list(inventory.entries()))
         self.assertIn("2 entries imported, 0 dropped", self.logged())
         self.assertIn("1 entries imported, 0 dropped", self.logged())
+
+    def test_who_lists_meanwhile_hears_of_each_step(self) -> None:
+        """
+        It may take minutes, and the command does not wait for a silent daemon for more than one.
+        """
+        hands, tag = Hands(), EntryKey(self.daemon.registry, Kind.MANIFEST, "team/app", "v")
+        daemon = self.start(in_thread=hands)
+        for number in range(300):
+            key = tag._replace(reference=f"v{number}")
+            self.plant(key, f"/v2/team/app/manifests/{key.reference}", Digest.of(b"manifest"), 8)
+        hands.idle = False
+        reply = daemon.ask_admin("/api/entries", headers={"X-Ecrproxy-Api": "1"})
+        hands.work()
+        daemon.flush()
+        self.assertIn(b'{"imported":', reply.body)
+        self.assertTrue((self.root / "entries").exists())
+        hands.idle = True
+        hands.work_off()
+        daemon.flush()
+        self.assertEqual("whole", reply.ended)
+        told = [json.loads(line) for line in reply.body.splitlines()]
+        self.assertEqual(300, sum(each.get("imported", 0) for each in told))
+        self.assertEqual(300, sum("name" in each for each in told))
 
     def test_content_is_counted_first(self) -> None:
         """

@@ -191,7 +191,7 @@ def _step(documents: Iterator[Document]) -> tuple[bytes, int]:
     for each in itertools.islice(documents, _TOGETHER):
         lines += _line(each)
         hashed += each.get("hashed", 0)
-        if hashed >= STEP or len(lines) >= LEAST_PIECE:
+        if hashed >= STEP or len(lines) >= LEAST_PIECE or "imported" in each:
             break
     return bytes(lines), hashed
 

@@ -65,9 +65,10 @@ class Inventory:
         Yield what is known of repositories, entry by entry; a manifest with what it lists, a tag with its moves.
 
         What earlier versions have left is imported first: it is served already, and has to be seen to be removed.
+        That may take minutes: of each step is told how much it was.
         """
-        for _ in take_over(self._store.root, self._store.index):
-            pass
+        for count in take_over(self._store.root, self._store.index):
+            yield {"imported": count}
         for key, entry, used in self._store.index.entries():
             yield {
                 "name": str(key),

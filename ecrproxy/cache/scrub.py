@@ -77,7 +77,8 @@ def scrub(store: Store, make_room: Callable[[], object]) -> Iterator[None]:
                     make_room()
                 adopted += count
                 yield
-    yield from take_over(store.root, store.index)  # last: it keeps no limit, and what is asked for is imported before
+    for _ in take_over(store.root, store.index):  # last: it keeps no limit, and what is asked for is imported before
+        yield
     yield from store.index.forget_absent(store.now() - ABSENT_SECONDS)
     if adopted:
         log.info("Adopted {count} files of content that the cache's index did not know", count=adopted)

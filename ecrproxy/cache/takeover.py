@@ -35,9 +35,11 @@ LIMIT: Final = 64 * 2**10
 """The most bytes that an entry's file may have."""
 
 
-def take_over(root: Path, index: Index) -> Iterator[None]:
+def take_over(root: Path, index: Index) -> Iterator[int]:
     """
     Import the entries of earlier versions, in short steps, and remove their files. Called in a thread.
+
+    Yields how many each step has imported.
 
     @param root: the cache directory.
     """
@@ -49,7 +51,7 @@ def take_over(root: Path, index: Index) -> Iterator[None]:
         some = [each for each in batch if each.is_file()]  # else another has been quicker
         count = _import(index, some)
         imported, dropped = imported + count, dropped + len(some) - count
-        yield
+        yield count
     for path in (*folder.glob("*"), folder):
         with contextlib.suppress(OSError):
             path.rmdir()

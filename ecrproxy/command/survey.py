@@ -82,7 +82,8 @@ class Survey:
         for told in content:
             survey.content[sys.intern(told["digest"])] = File(told["bytes"], told["used"])
         for told in entries:
-            survey._take(told)
+            if "name" in told:  # else it tells of a step
+                survey._take(told)
         return survey
 
     def _take(self, told: Mapping[str, Any]) -> None:
