@@ -996,6 +996,58 @@ class TakeOverTests(DaemonTestCase):
         self.assertEqual(300, sum(each.get("imported", 0) for each in told))
         self.assertEqual(300, sum("name" in each for each in told))
 
+    def test_it_stays_until_the_index_has_a_file(self) -> None:
+        """
+        On a full disk the index is in memory, and what is imported would be lost with that once there is room again.
+
+        What is purged until then does not come back.
+        """
+        full, now = [OSError(errno.ENOSPC, "full")], [START]
+
+        def see_room() -> None:
+            for each in full:
+                raise each
+
+        index = Index(self.root, lambda: now[0], before_opening=see_room)
+        self.addCleanup(index.close)
+        store = Store(self.root, lambda: now[0], index)
+        keys = [EntryKey(self.daemon.registry, Kind.MANIFEST, "team/app", f"v{number}") for number in range(3)]
+        paths = [self.plant(key, f"/v2/team/app/manifests/{key.reference}", Digest.of(b"manifest"), 8) for key in keys]
+        self.assertIsNotNone(store.entry(keys[0]))
+        for _ in take_over(self.root, index):
+            pass
+        Inventory(store).remove(keys[2:], [])
+        self.assertEqual([True, True, False], [each.exists() for each in paths])
+        self.assertNotIn("taken over", self.logged())
+        full.clear()
+        now[0] += AGAIN_SECONDS
+        index.settle()
+        for _ in take_over(self.root, index):
+            pass
+        self.assertEqual(set(keys[:2]), {key for key, _, _ in index.entries()})
+        self.assertFalse(any(each.exists() for each in paths))
+
+    def test_it_stays_while_another_process_writes(self) -> None:
+        """
+        A process that is killed until then has not lost it, nor one that has more to write than it can keep.
+        """
+        index = Index(self.root, lambda: START)
+        self.addCleanup(index.close)
+        index.open()
+        tag = EntryKey(self.daemon.registry, Kind.MANIFEST, "team/app", "v1")
+        path = self.plant(tag, "/v2/team/app/manifests/v1", Digest.of(b"manifest"), 8)
+        (database,) = self.root.glob("index-*.sqlite3")
+        with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            for _ in take_over(self.root, index):
+                pass
+        self.assertTrue(path.exists())
+        index.catch_up(waiting=True)
+        for _ in take_over(self.root, index):
+            pass
+        self.assertEqual({tag}, {key for key, _, _ in index.entries()})
+        self.assertFalse(path.exists())
+
     def test_content_is_counted_first(self) -> None:
         """
         The limit is kept while entries are still imported: there may be hundreds of thousands.

@@ -217,6 +217,13 @@ class Index:
         return self._problem
 
     @property
+    def lasts(self) -> bool:
+        """
+        Whether what is in it will not be lost to another one that can be opened again.
+        """
+        return self.shared or self.unfit or self._memory
+
+    @property
     def trouble(self) -> str:
         """
         What keeps this process from knowing with others what is cached, if anything does.

@@ -24,7 +24,7 @@ from ecrproxy.cache.directory import without_waiting
 from ecrproxy.cache.entries import EntryKey
 from ecrproxy.cache.locks import share
 from ecrproxy.cache.store import Store
-from ecrproxy.cache.takeover import take_over
+from ecrproxy.cache.takeover import forget_left, take_over
 from ecrproxy.oci import MANIFEST_LIMIT, Descriptor, Digest, Kind, listed
 
 STEP: Final = 4 * 2**20
@@ -136,6 +136,7 @@ class Inventory:
             elif found is not None:
                 gone.append(digest)
                 size += found.size
+        forget_left(self._store.root, keys)
         entries_gone = index.purge(keys, gone) if keys or gone else 0
         return Removed(entries_gone, len(gone), size, used, stuck)
 

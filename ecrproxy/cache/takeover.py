@@ -5,6 +5,7 @@ What an entry's file was called is a hash over the cache key and over what was a
 and the facts are known by their names. Others can be of any client's key: they are dropped, and asked of ECR again.
 
 To import all of them takes a while, for it is done in the background; what somebody asks for is imported then.
+A file goes once what it says is in an index that lasts: until there is one, it may be needed again.
 An earlier version may run again, or beside this one: what it has learned of a tag since counts.
 """
 
@@ -12,10 +13,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -50,6 +52,8 @@ def take_over(root: Path, index: Index) -> Iterator[int]:
     for batch in _batches(folder):
         some = [each for each in batch if each.is_file()]  # else another has been quicker
         count = _import(index, some)
+        if count is None:
+            return
         imported, dropped = imported + count, dropped + len(some) - count
         yield count
     for path in (*folder.glob("*"), folder):
@@ -70,28 +74,51 @@ def take_over_one(root: Path, index: Index, key: EntryKey) -> None:
     """
     folder = f"{root}/entries"
     if os.path.isdir(folder):  # noqa: PTH112 (a Path takes its time, and this is done for each question)
-        names = [old_name("\0fact", key)]
-        if not key.variant:
-            names.append(old_name(f"/v2/{key.repository}/{key.kind.value}/{key.reference}", key))
-        paths = [Path(folder, name[:2], name) for name in names]
-        there = [path for path in paths if path.is_file()]
+        there = [path for path in _files_of(folder, key) if path.is_file()]
         if there:
             _import(index, there)
 
 
-def _import(index: Index, paths: Sequence[Path]) -> int:
+def forget_left(root: Path, keys: Iterable[EntryKey]) -> None:
     """
-    Import files and remove them; return how many were entries.
+    Remove what earlier versions knew of C{keys}, where that could not be imported. Called in a thread.
     """
-    entries = [found for found in map(_read, paths) if found is not None]
+    folder = f"{root}/entries"
+    if os.path.isdir(folder):  # noqa: PTH112 (as above)
+        _remove(itertools.chain.from_iterable(_files_of(folder, key) for key in keys))
+
+
+def _files_of(folder: str, key: EntryKey) -> list[Path]:
+    names = [old_name("\0fact", key)]
+    if not key.variant:
+        names.append(old_name(f"/v2/{key.repository}/{key.kind.value}/{key.reference}", key))
+    return [Path(folder, name[:2], name) for name in names]
+
+
+def _import(index: Index, paths: Sequence[Path]) -> int | None:
+    """
+    Import files and remove them; they stay until what they say is written to an index that lasts.
+
+    @return: how many were entries; none if they stay.
+    """
+    index.open()
+    opened, entries = index.opened, [found for found in map(_read, paths) if found is not None]
     news = [(key, _news(key, entry, index.entry(key))) for key, entry in entries]
-    index.save([(key, entry) for key, entry in news if entry.answers])
-    with contextlib.suppress(OSError):  # then it is written later
+    saved = index.save([(key, entry) for key, entry in news if entry.answers])
+    try:
         index.wait()
+    except OSError:  # another process writes, or the disk is full
+        return None
+    if not saved or not index.lasts or index.opened != opened:
+        return None
+    _remove(paths)
+    return len(entries)
+
+
+def _remove(paths: Iterable[Path]) -> None:
     for path in paths:
         with contextlib.suppress(OSError):
             path.unlink()
-    return len(entries)
 
 
 def _news(key: EntryKey, entry: Entry, known: Entry | None) -> Entry:
