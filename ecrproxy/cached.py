@@ -13,7 +13,8 @@ Rules:
 - What ECR says of one tag takes effect in the order in which it was asked, by whichever process. A question's number is
   when it was asked, in microseconds since the epoch; an answer counts as of then.
 - The memory is a copy: what the disk lost, it may still give; what it has dropped is read again. What was read, or
-  written, when a purge was heard of is not held in it: it may be of before that. Nor is it written after that.
+  written, when a purge was heard of is not held in it: it may be of before that. Nor is it written after that. What
+  waits to be written then is forgotten: it was in nobody's list of what to purge.
 """
 
 from __future__ import annotations
@@ -832,10 +833,7 @@ class Cache:
         facts: Facts = ()
         self._storing += _weight(document)
         try:
-            facts = await self._learned(route.repository, descriptor, document)
-            if since != self._purges:
-                self._forget_unwritten(facts)
-                facts = ()
+            facts = await self._learned(route.repository, descriptor, document, since)
             new = facts if facts and self._may_learn(route.repository, descriptor) else ()
             if await self._stored(descriptor, document.body, new, since):
                 self._hold_entries(new, since)
@@ -926,7 +924,7 @@ class Cache:
         """
         await self._remember(asked, descriptor, since)
         if since == self._purges and self._may_learn(asked.route.repository, descriptor):
-            await self._save(await self._learned(asked.route.repository, descriptor, document), since)
+            await self._save(await self._learned(asked.route.repository, descriptor, document, since), since)
 
     async def record(
         self, asked: Asked, question: int, descriptor: Descriptor, document: Document | None, since: int
@@ -949,7 +947,7 @@ class Cache:
             changed = known is None or known.descriptor != descriptor
             facts: Facts = ()
             if changed and document is not None and self._may_learn(asked.route.repository, descriptor):
-                facts = await self._learned(asked.route.repository, descriptor, document)
+                facts = await self._learned(asked.route.repository, descriptor, document, since)
             about = key, asked.accept
             written = self._written.get(about)
             due = changed or written is None or not 0 <= self._now() - written < _UNWRITTEN_SECONDS
@@ -1040,13 +1038,17 @@ class Cache:
         self._learnt.put(manifest, now, 700)
         return True
 
-    async def _learned(self, repository: Repository, descriptor: Descriptor, document: Document) -> Facts:
+    async def _learned(self, repository: Repository, descriptor: Descriptor, document: Document, since: int) -> Facts:
         """
         Note in memory as facts that the repository holds a manifest, and what it lists; they are yet to be saved.
+
+        @return: none if a purge was heard of C{since} then.
         """
         lists: Sequence[tuple[Kind, Descriptor]] = ()
         if self._checks(repository.registry):
             lists = await self.parse(document.body, partial(_listed, media_type=descriptor.media_type))
+        if since != self._purges:
+            return ()
         facts = []
         for kind, each in [(Kind.MANIFEST, descriptor), *lists][:FACTS]:
             key = EntryKey(repository.registry, kind, repository.name, str(each.digest))
@@ -1061,11 +1063,14 @@ class Cache:
 
     def forget_purged(self, news: News) -> None:
         """
-        Forget what is held in memory of what was purged.
+        Forget what is held in memory of what was purged, and what is not written yet.
         """
         self._purges += 1
+        self._unwritten.clear()  # whoever purged could not see what it was, nor these
+        for key in self._recording:
+            self._entries.drop(key)
         if news.everything:
-            for memory in (self._blobs, self._documents, self._entries, self._unwritten):
+            for memory in (self._blobs, self._documents, self._entries):
                 memory.clear()
         keys = set[EntryKey]()
         for each in news.purged:
@@ -1084,8 +1089,6 @@ class Cache:
         """
         for key in [each for each in self._entries if each._replace(variant="") in purged]:
             self._entries.drop(key)
-        for key in [each for each in self._unwritten if each._replace(variant="") in purged]:
-            del self._unwritten[key]
 
     async def _save(self, entries: Facts, since: int) -> None:
         """

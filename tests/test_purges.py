@@ -6,9 +6,11 @@ from __future__ import annotations
 
 from ecrproxy.cache.entries import EntryKey
 from ecrproxy.cache.inventory import Inventory
+from ecrproxy.cached import SMALL_BLOB
 from ecrproxy.oci import Digest
 from ecrproxy.threads import Disk, InThread
 from tests.daemon import DaemonTestCase, Hands, Reply, at_once, noise
+from tests.registry_content import OCI_LAYER, OCI_MANIFEST
 
 TEAMS = ("a", "b")
 TTL = 1000
@@ -80,12 +82,12 @@ class SlowDiskTests(DaemonTestCase):
             self.get(path)
         self.hands = Hands()
 
-    def start_slow(self, kind: str, tag_ttl: int = 0) -> None:
+    def start_slow(self, *slow: str, tag_ttl: int = 0) -> None:
         """
-        Start a daemon whose threads for one kind of work wait to be told.
+        Start a daemon whose threads for some kinds of work wait to be told.
         """
         kinds = ("reading", "writing", "committing", "hashing", "digesting", "closing")
-        threads: dict[str, InThread] = {**dict.fromkeys(kinds, at_once), kind: self.hands}
+        threads: dict[str, InThread] = {**dict.fromkeys(kinds, at_once), **dict.fromkeys(slow, self.hands)}
         self.start(tag_ttl=tag_ttl, disk=Disk(**threads))
 
     def purge(self, *content: str) -> None:
@@ -226,6 +228,63 @@ class SlowDiskTests(DaemonTestCase):
         """
         self.standin.push_image("team/other", "latest")
         self.assert_not_noted("writing", f"/v2/team/other/manifests/{self.image.digest}", done=1)
+
+    def test_what_waits_to_be_written_vouches_for_nothing_after_it(self) -> None:
+        """
+        Whoever purges has not seen what was in the memory of one process alone.
+        """
+        layer = self.image.layers[0]
+        self.get(f"/v2/team/app/blobs/{layer}")
+        data = self.standin.repositories["team/app"].blobs[layer]
+        self.standin.push_image("team/other", "latest", layers=[data, b"another"])
+        self.start_slow("committing")
+        self.hands.idle = False
+        self.assertEqual("MISS", self.get("/v2/team/other/manifests/latest").cache)
+        self.assertEqual("HIT", self.get(f"/v2/team/other/blobs/{layer}").cache)
+        self.purge()
+        self.standin.deny()
+        for _ in range(2):
+            self.assertRefused(self.get(f"/v2/team/other/blobs/{layer}"), 403, "DENIED")
+            self.work_off()
+
+    def test_a_tag_that_waits_to_be_written_is_asked_for_after_it(self) -> None:
+        self.standin.push_image("team/other", "latest")
+        self.start_slow("writing", tag_ttl=TTL)
+        self.hands.idle = False
+        self.assertEqual(200, self.get("/v2/team/other/manifests/latest").code)
+        self.assertEqual("HIT", self.get("/v2/team/other/manifests/latest").cache)
+        self.purge()
+        self.standin.deny()
+        for _ in range(2):
+            self.assertRefused(self.get("/v2/team/other/manifests/latest"), 403, "DENIED")
+            self.work_off()
+
+    def test_what_is_read_of_a_large_manifest_vouches_for_nothing_after_it(self) -> None:
+        """
+        ECR confirmed it, and it is read in a thread until the purge has been heard of, then waits to be written.
+        """
+        layer = self.image.layers[0]
+        self.get(f"/v2/team/app/blobs/{layer}")
+        described = {"mediaType": OCI_LAYER, "digest": layer, "size": 1}
+        manifest = {"schemaVersion": 2, "mediaType": OCI_MANIFEST, "layers": [described], "text": "x" * SMALL_BLOB}
+        for repository in ("team/app", "team/other"):
+            self.standin.push_blob(repository, self.standin.repositories["team/app"].blobs[layer])
+            digest = self.standin.push_manifest(repository, manifest, OCI_MANIFEST, "large")
+        self.get(f"/v2/team/app/manifests/{digest}")
+        self.start_slow("digesting", "writing")
+        self.hands.idle = False
+        reply = self.daemon.send("GET", f"/v2/team/other/manifests/{digest}")
+        self.flush()
+        while not reply.ended:
+            self.hands.work()
+            self.flush()
+        self.hands.work()
+        self.flush()
+        self.purge()
+        self.hands.work()
+        self.flush()
+        self.standin.deny()
+        self.assertRefused(self.get(f"/v2/team/other/blobs/{layer}"), 403, "DENIED")
 
 
 class TransferTests(DaemonTestCase):
