@@ -1000,7 +1000,7 @@ class Cache:
         since, entry = self._purges, await self._last_known(key)
         if self._deny(key, asked, question, entry, holds=since == self._purges):
             with contextlib.suppress(OSError):
-                await self._disk.writing(self.store.index.go_on)
+                await self._disk.writing(self.store.deny, key)
 
     def _deny(self, key: EntryKey, asked: Asked, question: int, entry: Entry | None, *, holds: bool = True) -> bool:
         """

@@ -1000,7 +1000,7 @@ class TakeOverTests(DaemonTestCase):
         """
         On a full disk the index is in memory, and what is imported would be lost with that once there is room again.
 
-        What is purged until then does not come back.
+        What is purged until then does not come back, nor what ECR denies.
         """
         full, now = [OSError(errno.ENOSPC, "full")], [START]
 
@@ -1011,13 +1011,16 @@ class TakeOverTests(DaemonTestCase):
         index = Index(self.root, lambda: now[0], before_opening=see_room)
         self.addCleanup(index.close)
         store = Store(self.root, lambda: now[0], index)
-        keys = [EntryKey(self.daemon.registry, Kind.MANIFEST, "team/app", f"v{number}") for number in range(3)]
+        keys = [EntryKey(self.daemon.registry, Kind.MANIFEST, "team/app", f"v{number}") for number in range(4)]
         paths = [self.plant(key, f"/v2/team/app/manifests/{key.reference}", Digest.of(b"manifest"), 8) for key in keys]
         self.assertIsNotNone(store.entry(keys[0]))
-        for _ in take_over(self.root, index):
-            pass
-        Inventory(store).remove(keys[2:], [])
-        self.assertEqual([True, True, False], [each.exists() for each in paths])
+        listed = {each["name"] for each in Inventory(store).entries() if "name" in each}
+        self.assertEqual({str(each) for each in keys}, listed)
+        Inventory(store).remove(keys[2:3], [])
+        index.hide_answers(keys[3], [ANY], now[0])
+        store.deny(keys[3])
+        self.assertEqual([True, True, False, False], [each.exists() for each in paths])
+        self.assertEqual([None, None], [store.entry(each) for each in keys[2:]])
         self.assertNotIn("taken over", self.logged())
         full.clear()
         now[0] += AGAIN_SECONDS

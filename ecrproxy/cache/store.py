@@ -46,7 +46,7 @@ from ecrproxy.cache.paths import content_path
 from ecrproxy.cache.peer import PeerTransfer
 from ecrproxy.cache.proofs import Proofs, is_marked, mark
 from ecrproxy.cache.record import RECORD, Reservation
-from ecrproxy.cache.takeover import take_over_one
+from ecrproxy.cache.takeover import forget_left, take_over_one
 from ecrproxy.cache.troubles import Kind, Troubles, is_exhaustion
 from ecrproxy.cache.volume import Volume
 from ecrproxy.cache.writer import Writer
@@ -511,6 +511,13 @@ class Store:
         """
         take_over_one(self.root, self.index, key)
         return self.index.written(key)
+
+    def deny(self, key: EntryKey) -> None:
+        """
+        Have what was hidden of C{key} dropped, and what earlier versions knew of it.
+        """
+        forget_left(self.root, [key])
+        self.index.go_on()
 
     def save(self, *entries: tuple[EntryKey, Entry]) -> bool:
         """

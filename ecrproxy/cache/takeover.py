@@ -48,7 +48,8 @@ def take_over(root: Path, index: Index) -> Iterator[int]:
     folder = root / "entries"
     if not folder.is_dir():
         return
-    imported = dropped = 0
+    index.open()
+    opened, imported, dropped = index.opened, 0, 0
     for batch in _batches(folder):
         some = [each for each in batch if each.is_file()]  # else another has been quicker
         count = _import(index, some)
@@ -56,6 +57,8 @@ def take_over(root: Path, index: Index) -> Iterator[int]:
             return
         imported, dropped = imported + count, dropped + len(some) - count
         yield count
+    if not index.lasts or index.opened != opened:
+        return
     for path in (*folder.glob("*"), folder):
         with contextlib.suppress(OSError):
             path.rmdir()
@@ -99,7 +102,7 @@ def _import(index: Index, paths: Sequence[Path]) -> int | None:
     """
     Import files and remove them; they stay until what they say is written to an index that lasts.
 
-    @return: how many were entries; none if they stay.
+    @return: how many were entries; none if that can't be written.
     """
     index.open()
     opened, entries = index.opened, [found for found in map(_read, paths) if found is not None]
@@ -109,9 +112,10 @@ def _import(index: Index, paths: Sequence[Path]) -> int | None:
         index.wait()
     except OSError:  # another process writes, or the disk is full
         return None
-    if not saved or not index.lasts or index.opened != opened:
+    if not saved:
         return None
-    _remove(paths)
+    if index.lasts and index.opened == opened:
+        _remove(paths)
     return len(entries)
 
 
