@@ -438,6 +438,28 @@ class OthersTests(DaemonTestCase):
         self.tell_who_shows_a_token(self.hub.bearers.realm)
         self.assertRefused(self.get("/v2/hub/nginx/tags/list"), 502, "UNAVAILABLE", "not of its own domain")
 
+    def test_a_realm_where_no_tokens_are_counts_for_nobody_else(self) -> None:
+        """
+        Neither for who is refused at the same time, or later, nor for who needs a token of another repository.
+        """
+        for name in ("alpine", "busybox"):
+            self.hub.push_image(f"library/{name}", "1", layers=[self.layer])
+        nginx = "/v2/hub/nginx"
+        self.get(f"{nginx}/manifests/latest")
+        self.tell_who_shows_a_token("https://authn.docker.io/token")
+        said = {"WWW-Authenticate": 'Bearer realm="https://authn.docker.io/token",service="registry.test"'}
+        self.hub.fail("registry", status=401, headers=said, path_contains="n=1", times=1)
+        self.hub.slow("registry", 10, "n=2", times=1, reply=Answer(401, said, b"two seconds".ljust(20)))
+        self.hub.slow("api", 10, times=1, reply=Answer(401, {}, b"one second"))
+        paths = [f"{nginx}/manifests/latest", f"{nginx}/tags/list?n=1", f"{nginx}/tags/list?n=2"]
+        asked = [self.daemon.send("GET", path) for path in paths]
+        self.flush()
+        self.assertEqual(1, self.hub.count("api"))
+        asked += [self.daemon.send("GET", each) for each in (f"{nginx}/tags/list?n=3", "/v2/hub/alpine/manifests/1")]
+        self.pass_time(3)
+        self.assertEqual([200] * 5, [each.code for each in asked])
+        self.assertEqual(200, self.get("/v2/hub/busybox/manifests/1").code)
+
     def test_its_tokens_are_where_a_refusal_says_if_they_are(self) -> None:
         """
         It is not asked anew: to some it says for each repository where its tokens are.

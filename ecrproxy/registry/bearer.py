@@ -79,6 +79,9 @@ class Bearer:
         wanted = self._wanted or await self._learn()
         if self._doubted and not self._kept(wanted.scope_of(repository)):
             wanted = await self._learn()
+        return await self._what(wanted, repository)
+
+    async def _what(self, wanted: Challenge, repository: str) -> str:
         if wanted.scheme == "basic" and self._login is not None:
             return f"Basic {await self._login.get()}"
         if wanted.scheme != "bearer":
@@ -100,15 +103,19 @@ class Bearer:
             token, _ = self._tokens.get(scope) or ("", 0.0)
             if refused == f"Bearer {token}":
                 self._tokens.drop(scope)
-        self._wanted = said or before
         if said is None or before is None or before.realm == said.realm:
+            self._wanted = said or before
             return await self.show(repository)
+        if token := self._kept(said.scope_of(repository)):  # somebody else has had it renewed
+            return f"Bearer {token}"
         try:
-            return await self.show(repository)
+            shown = await self._what(said, repository)
         except RegistryError:
             if (await self._learn()).realm == said.realm:
                 raise
             return await self.show(repository)
+        self._wanted = said  # no sooner: others would ask in vain there, too
+        return shown
 
     async def show_for_probe(self) -> str:
         """
@@ -131,7 +138,7 @@ class Bearer:
     async def _another(self, wanted: Challenge, scope: str, repository: str) -> str:
         fetch = partial(self._fetch, wanted, scope, repository)
         try:
-            return await self._fetching.join(scope, partial(self._in_time, fetch))
+            return await self._fetching.join((wanted.realm, scope), partial(self._in_time, fetch))
         except RegistryError:
             self._doubted = True
             raise
