@@ -399,6 +399,12 @@ class RoleTests(SynchronousTestCase):
         Aws("eu-west-1", Credentials()).token()
         self.assertNotEqual("AKIDROLE", fake.signed_with())
 
+    def test_a_token_for_ecr_public_is_asked_of_its_own_api(self) -> None:
+        fake = FakeAws(self)
+        given = {"authorizationData": {"authorizationToken": "QVdTOng=", "expiresAt": 4102444800}}
+        fake.answers["POST", "https://api.ecr-public.us-east-1.amazonaws.com/"] = (200, given)
+        self.assertEqual("QVdTOng=", Aws("us-east-1", Credentials(public=True)).token()[0])
+
     def test_one_that_is_refused_is_told_with_what_to_do(self) -> None:
         for problem, verdict, words in (
             (RefusedError("AccessDenied", "not authorized"), Verdict.FAILED, "trust policy of arn:x names"),

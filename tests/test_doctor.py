@@ -527,6 +527,23 @@ class SeveralTests(DoctorTestCase):
             self.assertEqual([url] if url else [], shown)
             self.assertNotIn("canary", self.caller.complaint)
 
+    def test_ecr_public_is_asked_for_a_token_where_it_is_to_be_pulled_from_with_one(self) -> None:
+        """
+        It is ECR Public's own call, with a permission of its own. The registry itself is not shown what that gives.
+        """
+        path = Path(self.caller.variables["PROXY_CONFIG"])
+        path.write_text(f'{path.read_text()}[registry."public.ecr.aws"]\ncredentials = "aws"\nrole = "{self.ROLE}"\n')
+        found = self.lines()["public.ecr.aws"]
+        self.assertEqual(["role", "token", "registry"], [said.partition(":")[0] for _, said in found])
+        self.assertIn(("us-east-1", Credentials(role=self.ROLE, public=True)), self.world.opened)
+        shown = [headers for url, _, headers in self.world.touched if "public.ecr.aws" in url]
+        self.assertEqual([{}], shown)
+        self.theirs.problems["token"] = RefusedError(
+            "AccessDeniedException", "User: arn:x is not authorized to perform: ecr-public:GetAuthorizationToken"
+        )
+        self.assertEqual("failed", self.lines()["public.ecr.aws"][1][0])
+        self.assertIn("allow ecr-public:GetAuthorizationToken", self.call())
+
     def test_a_role_that_is_refused_fails_its_own_registry_alone(self) -> None:
         self.theirs.problems = dict.fromkeys(("identity", "token"), RefusedError("AccessDenied", "not authorized"))
         found = self.lines()

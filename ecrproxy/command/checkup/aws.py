@@ -78,7 +78,7 @@ class Aws:
     """
 
     def __init__(self, region: str, credentials: Credentials) -> None:
-        self._region = region
+        self._region, self._public = region, credentials.public
         profile, instance_auth = credentials.profile, credentials.instance_auth
         self._session: Once[Any] = Once(lambda: open_session(profile, instance_auth=instance_auth))
         self._role: Once[dict[str, str]] = Once(lambda: assumed(self._make, credentials))
@@ -107,12 +107,13 @@ class Aws:
 
     def token(self) -> tuple[str, float]:
         """
-        Ask ECR for a token.
+        Ask ECR, or ECR Public, for a token.
 
         @return: it, and when it expires, in seconds since the epoch.
         """
         with as_ours():
-            data = self._client("ecr").get_authorization_token()["authorizationData"][0]
+            data = self._client("ecr-public" if self._public else "ecr").get_authorization_token()["authorizationData"]
+            data = data if self._public else data[0]  # (ECR Public has one for all)
             return data["authorizationToken"].strip(), data["expiresAt"].timestamp()
 
     def simulate(self, arn: str, actions: Sequence[str], resource: str) -> Mapping[str, str]:

@@ -441,13 +441,13 @@ class Doctor:
         """
         token = None
         found: list[Finding] = []
-        if table.protocol is Protocol.ECR:
+        if table.protocol is not Protocol.OCI and not table.anonymous:
             principal = self._principals[_key(table)]
             if table.role is not None:
                 found += account.look_at_role(principal.identity, table.role)
             found += account.look_at_token(principal.token, self._now())
             with contextlib.suppress(Exception):  # told already
-                token = principal.token.get()[0]
+                token = principal.token.get()[0] if table.protocol is Protocol.ECR else None
         if table.password_file is not None:
             found.append(look_at_password(table.password_file))
         if table.endpoint is not None:
@@ -522,7 +522,8 @@ def _key(table: RegistryTable) -> tuple[Credentials, str]:
     """
     Return the credentials for a registry, and the region in which their token is good.
     """
-    return Credentials(table.role, table.external_id, table.profile, table.instance_auth), table.region or ""
+    public = table.protocol is Protocol.ECR_PUBLIC
+    return Credentials(table.role, table.external_id, table.profile, table.instance_auth, public), table.region or ""
 
 
 def _image(options: Namespace, registries: Registries) -> Image | None:
