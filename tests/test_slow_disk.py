@@ -16,6 +16,7 @@ from ecrproxy import cached
 from ecrproxy.cache import index, writer
 from ecrproxy.threads import Bounded, Disk, patient
 from ecrproxy.transfer import download
+from ecrproxy.transfer.unattended import MOST
 from tests.daemon import DaemonTestCase, Hands, Reply, at_once, noise
 
 SECONDS = 10.0
@@ -248,6 +249,29 @@ class SlowTests(DiskTestCase):
         self.assertWhole(self.get(self.unknown), self.data, "MISS")
         hands.work_off()
         self.assertWhole(self.get(self.unknown), self.data, "HIT")
+
+    def test_what_is_verified_does_not_wait_for_commits(self) -> None:
+        """
+        However many files wait for one, and though none of them has a reader for now.
+        """
+        hands = Hands()
+        self.begin(committing=self.bounded(hands))
+        blobs = [noise(f"verified {number}", 2**21) for number in range(2 * MOST)]
+        digests = [self.standin.push_blob("team/app", data) for data in blobs]
+        for digest, data in zip(digests, blobs, strict=True):
+            self.standin.hold(digest)
+            reply = self.get(self.path(digest))
+            self.arrive(digest, len(data) - 1000)  # the last bytes come by themselves
+            self.standin.release(digest)
+            self.flush()
+            self.assertWhole(reply, data, "MISS")
+        self.assertEqual(len(blobs), len(hands.waiting))
+        for digest, data in zip(digests, blobs, strict=True):
+            self.assertWhole(self.get(self.path(digest)), data, "JOINED")
+        hands.work_off()
+        self.flush()
+        for digest, data in zip(digests, blobs, strict=True):
+            self.assertWhole(self.get(self.path(digest)), data, "HIT")
 
     def test_many_who_miss_do_not_wait_for_each_other_at_the_disk(self) -> None:
         """

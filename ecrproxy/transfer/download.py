@@ -194,10 +194,12 @@ class Download:
     @property
     def unattended(self) -> bool:
         """
-        Tell whether it goes on for the cache alone, and has a file that the next transfer could go on with.
+        Tell whether it brings bytes for the cache alone, and has a file that the next transfer could go on with.
+
+        One that is verified brings no more: stopped, it would have all who ask for it wait until the disk has it.
         """
         resumable = self._writer is not None and (self.size or 0) >= WORTH_RESUMING
-        return self._running and resumable and not self._followers and not self.stopped
+        return self._running and resumable and not (self.verified or self._followers or self.stopped)
 
     @property
     def missing(self) -> int:
