@@ -237,6 +237,16 @@ class AgentTests(DaemonTestCase):
         self.names["bucket.example"] = ["10.0.0.3"]
         self.assertWhole(self.pull(), self.data)
 
+    def test_who_leaves_while_a_name_is_looked_up_says_nothing_of_its_addresses(self) -> None:
+        """
+        Name servers that are slow would be waited for longer then, and silent ones again.
+        """
+        self.reactor.names.silent.add("bucket.example")
+        asked = self.made.request(b"GET", b"http://bucket.example/blob")
+        asked.cancel()
+        self.failureResultOf(asked)
+        self.assertEqual([], self.forgotten)
+
     def test_connections_that_were_forgotten_on_the_way_are_left(self) -> None:
         """
         As by a NAT that starts again: who gets one waits in vain, but nobody later does, nor does the daemon itself.

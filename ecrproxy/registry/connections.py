@@ -14,7 +14,7 @@ import re
 import socket
 from typing import TYPE_CHECKING, Any, Final
 
-from twisted.internet.defer import fail
+from twisted.internet.defer import Deferred, fail
 from twisted.internet.error import ConnectError, DNSLookupError
 from twisted.logger import Logger
 from twisted.python.failure import Failure
@@ -30,7 +30,6 @@ from ecrproxy.registry.reading import read_more
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from twisted.internet.defer import Deferred
     from twisted.internet.interfaces import IAddress, IReactorTime
     from twisted.web.http_headers import Headers
     from twisted.web.iweb import IBodyProducer, IPolicyForHTTPS, IResponse
@@ -225,7 +224,7 @@ class UpstreamAgent:
                 return fail(ForbiddenAddressError(502, "UNAVAILABLE", said))
             agent = self._tunnels
         asked: Deferred[IResponse] = agent.request(method, uri, headers, bodyProducer)
-        return self._watched(asked, parts).addErrback(self._failed, host)
+        return self._unless_left(self._watched(asked, parts), host)
 
     def leave(self) -> None:
         """
@@ -251,10 +250,28 @@ class UpstreamAgent:
         secure: bool = parts.scheme == b"https"
         return secure and self._egress.proxy_for(parts.host.decode("latin-1"), parts.port) is not None
 
-    def _failed(self, failure: Failure, host: str) -> Failure:
-        if failure.check(ConnectError, DNSLookupError):
-            self._forget(host)
-        return failure
+    def _unless_left(self, asked: Deferred[IResponse], host: str) -> Deferred[IResponse]:
+        """
+        Have a host's name forgotten that could not be connected to.
+
+        Not where whoever asks has left: while the name is looked up, Twisted tells that as one that does not resolve.
+        """
+        left = False
+
+        def leave(_: Deferred[IResponse]) -> None:
+            nonlocal left
+            left = True
+            asked.cancel()
+
+        def ended(result: IResponse | Failure) -> None:
+            if isinstance(result, Failure) and not left and result.check(ConnectError, DNSLookupError):
+                self._forget(host)
+            if not answered.called:
+                answered.callback(result)
+
+        answered: Deferred[IResponse] = Deferred(leave)
+        asked.addBoth(ended)
+        return answered
 
 
 def _host(parts: URI) -> str:
