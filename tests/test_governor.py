@@ -12,6 +12,7 @@ from twisted.internet.task import Clock
 from twisted.logger import LogLevel, capturedLogs, formatEvent
 from twisted.trial.unittest import SynchronousTestCase
 
+from ecrproxy.reasons import Reason
 from ecrproxy.registry.circuit import FAILURES, CircuitOpenError
 from ecrproxy.registry.governor import LONGEST_WAIT, TICK, Governor, QueueFullError
 from ecrproxy.registry.quotas import Call, Quotas
@@ -263,8 +264,8 @@ class GovernorTests(SynchronousTestCase):
         What ECR has throttled goes when it said; other kinds go meanwhile, and are looked after in time.
         """
         self.govern(Quotas(lists=10))
-        self.governor.rest(Call.BLOB, 7)
-        self.ask(Call.BLOB, "blob")
+        self.governor.rest(Call.BLOB, "team/app", 7)
+        self.ask(Call.BLOB, "blob", "team/other")
         self.ask(Call.LIST, "list")
         self.ask(Call.LIST, "second list")
         self.pass_time(0.2)
@@ -273,6 +274,53 @@ class GovernorTests(SynchronousTestCase):
         self.assertEqual(2, len(self.went))
         self.pass_time(0.5)
         self.assertEqual("blob", self.went[-1][0])
+
+    def test_what_one_prefix_is_throttled_for_keeps_no_other_waiting(self) -> None:
+        """
+        Docker Hub's limit behind a pull-through cache rule is no other repository's: only the rule's are refused.
+        """
+        self.govern(MANY)
+        self.governor.rest(Call.MANIFEST, "docker-hub/library/nginx", 3600)
+        refused = self.ask(Call.MANIFEST, "hub", "docker-hub/grafana/loki")
+        problem = self.failureResultOf(refused, QueueFullError).value
+        self.assertEqual((429, Reason.THROTTLED), (problem.status, problem.reason))
+        self.assertEqual("60", problem.headers["Retry-After"])
+        self.assertIn("docker-hub", problem.message)
+        self.successResultOf(self.ask(Call.MANIFEST, "own", "team/app"))
+        self.successResultOf(self.ask(Call.BLOB, "blob", "docker-hub/grafana/loki"))
+        plenty = [self.governor.has_plenty(Call.MANIFEST, name) for name in ("docker-hub/x", "team/app")]
+        self.assertEqual([False, True], plenty)
+        self.clock.advance(61)
+        self.successResultOf(self.ask(Call.MANIFEST, "hub again", "docker-hub/grafana/loki"))
+        self.assertEqual([], self.clock.getDelayedCalls())
+
+    def test_what_waits_for_a_throttled_prefix_lets_others_by(self) -> None:
+        """
+        A rest that is worth waiting for is waited for; what comes later about others goes before.
+        """
+        self.govern(MANY)
+        self.governor.rest(Call.MANIFEST, "docker-hub/library/nginx", 5)
+        self.ask(Call.MANIFEST, "hub", "docker-hub/library/nginx")
+        self.ask(Call.MANIFEST, "own", "team/app")
+        self.assertEqual(["own"], self.names())
+        self.pass_time(4.9)
+        self.assertEqual(["own"], self.names())
+        self.pass_time(0.2)
+        self.assertEqual(["own", "hub"], self.names())
+
+    def test_three_throttled_prefixes_are_the_account(self) -> None:
+        """
+        Then the whole kind rests, until the first of them may be asked about again.
+        """
+        self.govern(MANY)
+        self.governor.rest(Call.MANIFEST, "docker-hub/library/nginx", 3600)
+        self.governor.rest(Call.MANIFEST, "team/app", 4)
+        self.successResultOf(self.ask(Call.MANIFEST, "first", "other/app"))
+        self.governor.rest(Call.MANIFEST, "third/app", 6)
+        self.ask(Call.MANIFEST, "second", "other/app")
+        self.assertEqual(["first"], self.names())
+        self.pass_time(4.1)
+        self.assertEqual(["first", "second"], self.names())
 
     def test_a_long_queue_that_ends_at_once_is_no_deep_stack(self) -> None:
         """
@@ -401,6 +449,17 @@ class StormTests(UpstreamTestCase):
         self.pass_time(5)
         self.successResultOf(first)
         self.successResultOf(second)
+
+    def test_throttling_of_one_prefix_refuses_no_other(self) -> None:
+        """
+        ECR passes Docker Hub's 429 on for what a pull-through cache rule has not; other repositories are pulled.
+        """
+        self.standin.throttle("registry", path_contains="/docker-hub/", retry_after="3600")
+        for name in ("nginx", "redis"):
+            reply = self.get(f"/v2/docker-hub/library/{name}/manifests/latest")
+            self.assertEqual((429, "throttled"), (reply.code, reply.header("X-Cache-Reason")))
+        self.assertEqual(1, self.standin.count("registry", path_contains="/docker-hub/"))
+        self.assertWhole(self.get("/v2/team/app/manifests/latest"), self.image.manifest, "MISS")
 
     def test_an_open_circuit_empties_the_queue(self) -> None:
         """

@@ -264,13 +264,13 @@ class Endpoint:
         """
         Ask once, when there is a place for it.
         """
-        call = call_of(question.method, question.route.kind)
-        async with self._governor.place(call, question.route.repository.name):
+        call, repository = call_of(question.method, question.route.kind), question.route.repository.name
+        async with self._governor.place(call, repository):
             try:
                 return await self._through_circuit(tries, question, shown)
             except TransientError as problem:
                 if problem.throttled and problem.wait:
-                    self._governor.rest(call, problem.wait)
+                    self._governor.rest(call, repository, problem.wait)
                 raise
 
     async def _through_circuit(self, tries: Tries, question: Question, shown: str) -> Reply:

@@ -10,6 +10,8 @@ Rules:
 - Within a kind, first components take turns, and so do the repositories of each. Kinds that compete for places go by
   urgency: manifests first.
 - A question waits in the queue for C{LONGEST_WAIT} at most. One whose quota makes it wait longer is refused at once.
+- What ECR throttles rests for as long as it says: the questions of that kind about the same first component, for it may
+  be the upstream of a pull-through cache rule that throttles. Of a third component at the same time, all of that kind.
 - A question that is cancelled leaves the queue; its place is released, however it ends.
 - A question that nobody waits for never queues: it takes a place if there are plenty, or is refused. Half of what a
   client's question may have of places and quota stays free of such questions.
@@ -19,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Container, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Final
 
@@ -30,7 +32,7 @@ from twisted.python.failure import Failure
 from ecrproxy.oci import first_component
 from ecrproxy.reasons import Reason
 from ecrproxy.registry.bucket import UnavailableError
-from ecrproxy.registry.quotas import Call, Quotas, TokenBucket
+from ecrproxy.registry.quotas import Call, Quotas, Rests, TokenBucket
 
 if TYPE_CHECKING:
     from twisted.internet.interfaces import IDelayedCall, IReactorTime
@@ -164,14 +166,16 @@ class Queue:
             del self._components[component]
         return True
 
-    def next(self, held: Held) -> str | None:
+    def next(self, held: Held, resting: Container[str]) -> str | None:
         """
         Choose the repository whose turn it is; none if no question may take a place.
 
-        Only what holds places is passed over, so the search is no longer than the number of places.
+        Only what holds places or rests is passed over, so the search is hardly longer than the number of places.
+
+        @param resting: first components that nothing goes about.
         """
         for component, repositories in self._components.items():
-            if not held.room(component):
+            if component in resting or not held.room(component):
                 continue
             for repository in repositories:
                 if held.allows(component, repository):
@@ -222,6 +226,7 @@ class Governor:
         self._refused = dict.fromkeys(Call, 0)
         self._held, self._clock = Held(together), clock
         self._buckets = {call: TokenBucket(quotas.of(call), clock.seconds()) for call in Call}
+        self._rests = {call: Rests() for call in Call}
         self._queues = {call: Queue() for call in Call}
         # Those who wait, the oldest first: until when, for what.
         self._waiting: OrderedDict[Deferred[None], tuple[float, Call, str]] = OrderedDict()
@@ -260,8 +265,9 @@ class Governor:
         Return True if nobody queues, and a question about C{repository} would leave half of its places free.
         """
         queued = any(map(len, self._queues.values()))
-        enough = self._buckets[call].has_plenty(self._clock.seconds())
-        return enough and not queued and self._held.has_plenty(first_component(repository), repository)
+        now, component = self._clock.seconds(), first_component(repository)
+        enough = self._buckets[call].has_plenty(now) and not self._rests[call].left(component, now)
+        return enough and not queued and self._held.has_plenty(component, repository)
 
     @contextmanager
     def spare_place(self, call: Call, repository: str) -> Iterator[None]:
@@ -280,11 +286,12 @@ class Governor:
             self._held.release(repository)
             self._let_go()
 
-    def rest(self, call: Call, seconds: float) -> None:
+    def rest(self, call: Call, repository: str, seconds: float) -> None:
         """
-        Let no question of a kind go for so long, for ECR has throttled it.
+        Let no question of a kind go for so long that is like one about C{repository}, for ECR has throttled that.
         """
-        self._buckets[call].rest(self._clock.seconds(), seconds)
+        now = self._clock.seconds()
+        self._buckets[call].rest(now, self._rests[call].note(first_component(repository), now, seconds))
 
     def send_away(self, refusal: Callable[[], Exception], repository: str | None) -> None:
         """
@@ -296,8 +303,12 @@ class Governor:
                     place.errback(refusal())
 
     def _enter(self, call: Call, repository: str) -> Deferred[None]:
-        queue, bucket = self._queues[call], self._buckets[call]
-        wait = bucket.wait(self._clock.seconds()) + queue.ahead(repository) / bucket.rate
+        queue, bucket, now = self._queues[call], self._buckets[call], self._clock.seconds()
+        component = first_component(repository)
+        rest = self._rests[call].left(component, now)
+        if rest > LONGEST_WAIT:
+            raise self._throttled(call, component, rest)
+        wait = max(rest, bucket.wait(now)) + queue.ahead(repository) / bucket.rate
         if wait > LONGEST_WAIT:
             raise self._full(call, wait)
 
@@ -329,6 +340,24 @@ class Governor:
         )
         said = f"too many questions about {call.value} wait for {self._name}"
         return QueueFullError(429, "TOOMANYREQUESTS", said, {"Retry-After": str(math.ceil(wait))})
+
+    def _throttled(self, call: Call, component: str, rest: float) -> QueueFullError:
+        """
+        Count a refusal, and make the error.
+        """
+        self._refused[call] += 1
+        log.warn(
+            "Refused a question about {call}: {name} throttles those about {component}, for {seconds:.0f} s more by its"
+            " word; if a pull-through cache rule has that prefix, it may be the rule's upstream",
+            call=call.value,
+            name=self._name,
+            component=component,
+            seconds=rest,
+            once=(self._name, call.value, component),
+        )
+        said = f"{self._name} throttles the proxy's questions about {component}"
+        later = {"Retry-After": str(math.ceil(rest))}
+        return QueueFullError(429, "TOOMANYREQUESTS", said, later, reason=Reason.THROTTLED)
 
     def _ended(self, result: Failure | None, place: Deferred[None]) -> Failure | None:
         self._waiting.pop(place, None)
@@ -368,13 +397,16 @@ class Governor:
         """
         Choose who goes next; none if nobody can, then it is looked again when the quotas let somebody.
         """
-        waits = []
+        waits: list[float] = []
+        now = self._clock.seconds()
         for call, queue in self._queues.items():
-            repository = queue.next(self._held) if self._held.free else None
+            resting = self._rests[call].all_left(now)
+            repository = queue.next(self._held, resting) if self._held.free else None
             if repository is None:
+                waits += resting.values() if queue else ()
                 continue
             bucket = self._buckets[call]
-            wait = bucket.wait(self._clock.seconds())
+            wait = bucket.wait(now)
             if not wait:
                 bucket.take()
                 self._held.take(repository)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import enum
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Final
 
@@ -16,6 +17,8 @@ PUBLIC_RATES: Final = {True: 1.0, False: 10.0}
 """Calls a second that ECR Public takes, of each kind: whether asked anonymously (field notes C14)."""
 LONGEST_REST: Final = 60.0
 """The most seconds for which ECR is believed that it wants no calls of a kind."""
+COMPONENTS: Final = 3
+"""First components that are throttled at the same time when it is the account that is."""
 
 
 class Call(enum.Enum):
@@ -126,3 +129,42 @@ class TokenBucket:
         Let none go for so long: ECR has said so.
         """
         self._rests_until = max(self._rests_until, now + min(seconds, LONGEST_REST))
+
+
+class Rests:
+    """
+    Which first components of names ECR has throttled questions about, and until when; of one kind of question.
+
+    Its own quota is the account's. But through a pull-through cache rule it may be the upstream that throttles, such as
+    Docker Hub, and that says nothing of other repositories.
+    """
+
+    def __init__(self) -> None:
+        self._until: dict[str, float] = {}
+
+    def left(self, component: str, now: float) -> float:
+        """
+        Tell for how many seconds nothing may go about a first component; 0 if anything may.
+        """
+        return max(0.0, self._until.get(component, now) - now)
+
+    def all_left(self, now: float) -> Mapping[str, float]:
+        """
+        Tell that for each that rests.
+        """
+        if self._until:  # hardly ever
+            self._until = {component: until for component, until in self._until.items() if until > now}
+        return {component: until - now for component, until in self._until.items()}
+
+    def note(self, component: str, now: float, seconds: float) -> float:
+        """
+        Note that nothing may go about a first component for so long.
+
+        @return: for how long nothing at all may go: if enough others rest, until the first of them does no more.
+        """
+        seconds = min(seconds, LONGEST_REST)
+        others = self.all_left(now).keys() - {component}
+        if len(others) >= COMPONENTS - 1:
+            return min(seconds, *(self.left(each, now) for each in others))
+        self._until[component] = now + max(seconds, self.left(component, now))
+        return 0.0
