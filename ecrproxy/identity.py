@@ -1,8 +1,9 @@
 """
 Which registry a host name means, whatever its spelling. Pure.
 
-One ECR registry has several names: FIPS, dual-stack, and those of its partition; so has Docker Hub. What is known of
-one registry's repositories must not answer for another's, so whatever is kept about them carries a L{RegistryId}.
+One ECR registry has several names: FIPS, dual-stack, and those of its partition; so have Docker Hub and ECR Public.
+What is known of one registry's repositories must not answer for another's, so whatever is kept about them carries a
+L{RegistryId}.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ _ECR_HOST: Final = re.compile(
     r"|c2s\.ic\.gov|sc2s\.sgov\.gov|cloud\.adc-e\.uk|csp\.hci\.ic\.gov)"
 )
 _HUBS: Final = frozenset({"docker.io", "index.docker.io", "registry-1.docker.io"})
+_PUBLICS: Final = frozenset({"public.ecr.aws", "ecr-public.aws.com"})  # the latter has IPv6, too
 _ECR_IDENTITY: Final = re.compile(r"aws[a-z-]*:([a-z0-9-]+):([0-9]{12})")
 _PARTITIONS: Final = {
     "cn-": "aws-cn",
@@ -63,6 +65,8 @@ class RegistryId(NamedTuple):
             raise ValueError(f"{name[:80]!r} is not the name of a registry's host")
         if host in _HUBS and port == _HTTPS:
             return HUB
+        if host in _PUBLICS and port == _HTTPS:
+            return PUBLIC
         found = _ECR_HOST.fullmatch(host)
         if found is None or port != _HTTPS:
             return cls(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
@@ -102,6 +106,8 @@ class RegistryId(NamedTuple):
 
 HUB: Final = RegistryId(f"docker.io:{_HTTPS}")
 """Docker Hub, by any of its names."""
+PUBLIC: Final = RegistryId(f"public.ecr.aws:{_HTTPS}")
+"""ECR Public, by any of its names."""
 _COMPONENT: Final = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
 _NAME: Final = re.compile(rf"{_COMPONENT}(?:/{_COMPONENT})*")
 _NAME_LENGTH: Final = 255

@@ -185,6 +185,7 @@ ARROWS: dict[str, set[str]] = {
         "cache.memory",
         "files",
         "flights",
+        "identity",
         "metrics",
         "oci",
         "periodic",

@@ -115,6 +115,9 @@ class FollowTests(SynchronousTestCase):
             ("", "https://quay.io"),
         ):
             self.assertFalse(may_follow(realm, endpoint, ()), realm)
+        for realm, endpoint in (("public.ecr.aws", "ecr-public.aws.com"), ("ecr-public.aws.com", "public.ecr.aws")):
+            self.assertTrue(may_follow(f"https://{realm}/token/", f"https://{endpoint}", ()), realm)
+        self.assertFalse(may_follow("http://public.ecr.aws/token/", "https://ecr-public.aws.com", ()))
         self.assertTrue(may_follow("https://other.io/token", "https://quay.io", {"other.io"}))
         self.assertFalse(may_follow("http://other.io/token", "https://quay.io", {"other.io"}))
         self.assertFalse(may_follow("https://other.io:8443/token", "https://quay.io", {"other.io"}))

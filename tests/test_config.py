@@ -94,7 +94,14 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "ecr-endpoint": (
         (
             *("ftp://x", "https://", "https://h/v2", "two wo_rds", "one.test two/words"),
-            *("docker.io", "registry-1.docker.io", "public.ecr.aws", "ghcr.io", "https://eu.gcr.io"),
+            *(
+                "docker.io",
+                "registry-1.docker.io",
+                "public.ecr.aws",
+                "ecr-public.aws.com",
+                "ghcr.io",
+                "https://eu.gcr.io",
+            ),
             "12345678901.dkr.ecr.eu-west-1.amazonaws.com",
             "team.dkr.ecr.eu-west-1.amazonaws.com",
             "123456789012.dkr.ecr.amazonaws.com",

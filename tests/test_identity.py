@@ -111,6 +111,17 @@ class RegistryIdTests(SynchronousTestCase):
         for name in ("docker.io:80", "auth.docker.io", "docker.io.test"):
             self.assertNotEqual(RegistryId.of_host("docker.io"), RegistryId.of_host(name))
 
+    def test_ecr_public_is_one_by_both_of_its_names(self) -> None:
+        """
+        The second is that of nodes with IPv6 alone.
+        """
+        public = RegistryId.of_host("public.ecr.aws")
+        for name in ("ecr-public.aws.com", "ECR-Public.aws.com.", "ecr-public.aws.com:443"):
+            self.assertEqual(public, RegistryId.of_host(name))
+        self.assertEqual("public.ecr.aws", public.host)
+        for name in ("ecr-public.aws.com:80", "x.ecr-public.aws.com", "public.ecr.aws:8443"):
+            self.assertNotEqual(public, RegistryId.of_host(name))
+
     def test_any_other_endpoint_is_its_host_and_port(self) -> None:
         """
         Who looks like ECR only is somebody else.

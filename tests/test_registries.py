@@ -175,9 +175,24 @@ class TableTests(SynchronousTestCase):
         for name, other in (("quay.io", "Quay.io"), ("docker.io", "index.docker.io"), (wildcard, wildcard.upper())):
             _, (line,) = parsed(f'[registry."{name}"]\n[registry."{other}"]\nnamespaces = "a"')
             self.assertEqual(f"x.toml: registry: {name} has two tables; leave one out", line)
+        _, (line,) = parsed('[registry."public.ecr.aws"]\n[registry."ecr-public.aws.com"]')
+        self.assertEqual("x.toml: registry: public.ecr.aws has two tables; leave one out", line)
         twin = ONE.replace("dkr.ecr", "dkr-ecr").replace("amazonaws.com", "on.aws")
         _, (line,) = parsed(f'[registry."{ONE}"]\n[registry."{twin}"]')
         self.assertIn(f"{ONE} and {twin} are one registry", line)
+
+    def test_ecr_public_may_be_asked_at_its_dual_stack_name(self) -> None:
+        """
+        It is ECR Public then, too, with its tokens.
+        """
+        for table in (
+            '[registry."ECR-Public.aws.com"]\ncredentials = "aws"',
+            '[registry."public.ecr.aws"]\nendpoint = "https://ecr-public.aws.com"\ncredentials = "aws"',
+        ):
+            (found,), problems = parsed(table)
+            self.assertEqual([], problems)
+            self.assertEqual(("public.ecr.aws", "https://ecr-public.aws.com"), (found.name, found.endpoint))
+            self.assertEqual((Protocol.ECR_PUBLIC, False), (found.protocol, found.anonymous))
 
 
 class ChooseTests(SynchronousTestCase):
@@ -207,6 +222,8 @@ class ChooseTests(SynchronousTestCase):
             ("team/nginx", "registry-1.docker.io", "", ONE, "docker-hub/team/nginx"),
             ("docker.io/nginx", None, "", ONE, "docker-hub/library/nginx"),
             ("team/app", "quay.io", "", "quay.io", "team/app"),
+            ("nginx/nginx", "ecr-public.aws.com", "", "public.ecr.aws", "nginx/nginx"),
+            ("ecr-public.aws.com/nginx/nginx", None, "", "public.ecr.aws", "nginx/nginx"),
             (
                 "team/app",
                 ONE.replace("eu-west-1", "eu-central-1"),

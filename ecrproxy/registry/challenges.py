@@ -12,6 +12,7 @@ from typing import Final
 from urllib.parse import urlencode, urlsplit, urlunsplit
 
 from ecrproxy.addresses import is_address
+from ecrproxy.identity import RegistryId
 
 _WORD: Final = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+)(?:\s*(=)\s*(?:\"((?:[^\"\\]|\\.)*)\"|([^\s,\"]*)))?")
 """A scheme, or a parameter and its value."""
@@ -113,13 +114,23 @@ class Pass:
         return f"<Pass for {self.seconds:.0f} s>"
 
 
+def _is_one(realm: str, endpoint: str) -> bool:
+    """
+    Return True if both are the same registry, by whatever of its names.
+    """
+    try:
+        return RegistryId.of_url(realm) == RegistryId.of_url(endpoint)
+    except ValueError:
+        return False
+
+
 def may_follow(realm: str, endpoint: str, listed: Collection[str]) -> bool:
     """
     Return True if a user and a password may go to C{realm}.
 
-    It must be https, or http where the registry itself is; and at the registry's own host, one of the same domain, or
-    one that the operator lists. The domain of C{registry-1.docker.io} is C{docker.io}, that of C{quay.io} itself, as
-    that of C{example.co.uk}.
+    It must be https, or http where the registry itself is; and at the registry's own host, by any of its names, one of
+    the same domain, or one that the operator lists. The domain of C{registry-1.docker.io} is C{docker.io}, that of
+    C{quay.io} itself, as that of C{example.co.uk}.
 
     @param endpoint: the registry's URL.
     @param listed: hosts, with their ports if they are not the scheme's own.
@@ -132,7 +143,7 @@ def may_follow(realm: str, endpoint: str, listed: Collection[str]) -> bool:
         return False
     if not host or "@" in to.netloc or not realm.isascii() or to.scheme not in ("https", own.scheme):
         return False
-    if host == its or to.netloc.lower() in listed:
+    if host == its or to.netloc.lower() in listed or _is_one(realm, endpoint):
         return True
     parent = its.partition(".")[2]
     first, _, last = parent.partition(".")

@@ -269,6 +269,8 @@ def _placed(name: str, endpoint: str | None) -> tuple[str, str | None]:
         parse_hosts(host)
     if RegistryId.of_host(name) == HUB:
         name, own = _HUB
+    elif RegistryId.of_host(name).host == PUBLIC:
+        name = PUBLIC  # and asked where the table says: its other name is another endpoint
     try:
         return name, endpoint or parse_url(own)
     except ValueError as problem:

@@ -31,8 +31,8 @@ _ISOLATED_HOST = re.compile(r".*\.(?:c2s\.ic\.gov|sc2s\.sgov\.gov|cloud\.adc-e\.
 _NUMBER = re.compile(r"(?:.*\.)?(?:[0-9]+|0x[0-9a-f]*)", re.IGNORECASE)
 _NUMBERS: Final = {**dict.fromkeys(range(1, 6), "a port alone"), 12: "an account, not the host of its registry"}
 _OTHER_REGISTRY = re.compile(
-    r"(?:.+\.)?(?:docker\.io|docker\.com|public\.ecr\.aws|ghcr\.io|quay\.io|gcr\.io|pkg\.dev|registry\.k8s\.io"
-    r"|mcr\.microsoft\.com|azurecr\.io|registry\.gitlab\.com)"
+    r"(?:.+\.)?(?:docker\.io|docker\.com|public\.ecr\.aws|ecr-public\.aws\.com|ghcr\.io|quay\.io|gcr\.io|pkg\.dev"
+    r"|registry\.k8s\.io|mcr\.microsoft\.com|azurecr\.io|registry\.gitlab\.com)"
 )
 _EXAMPLE: Final = "https://123456789012.dkr.ecr.eu-west-1.amazonaws.com"
 _REGIONS: Final = """
