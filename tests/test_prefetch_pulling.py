@@ -232,6 +232,24 @@ class PullerTests(SynchronousTestCase):
         """
         return self.proxy.tag("app", "4", INDEX, json.dumps({"mediaType": INDEX, "manifests": listed}).encode())
 
+    def test_what_goes_with_a_platforms_image_is_pulled_with_it_and_never_instead(self) -> None:
+        """
+        SOCI's index of version 2 has the platform of its image, and nodes ask for both.
+        """
+        image, soci, other = (self.proxy.manifest("a", each) for each in (LAYER, b"ztoc", b"another's ztoc"))
+        kind = "application/vnd.amazon.soci.index.v2+json"
+        entries = [
+            descriptor(MANIFEST, soci, artifactType=kind, platform=LINUX),
+            descriptor(MANIFEST, other, artifactType=kind, platform={**LINUX, "architecture": "arm64"}),
+            descriptor(MANIFEST, image, artifactType="application/vnd.oci.image.config.v1+json", platform=LINUX),
+        ]
+        body = json.dumps({"mediaType": INDEX, "manifests": entries}).encode()
+        self.pull(self.proxy.tag("a", "latest", INDEX, body))
+        asked = {path for _, path, _ in self.proxy.asked}
+        for data in (LAYER, b"ztoc"):
+            self.assertIn(f"/v2/a/blobs/{Digest.of(data)}", asked)
+        self.assertNotIn(f"/v2/a/manifests/{Digest.of(other)}", asked)
+
     def test_a_platform_is_found_in_an_index_of_indexes(self) -> None:
         ours, other = (self.proxy.manifest("app", each) for each in (b"ours", b"other"))
         linux = {"os": "linux", "architecture": "amd64"}

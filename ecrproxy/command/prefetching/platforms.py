@@ -30,6 +30,8 @@ SHOWN: Final = 20
 """Platforms of an index that are named where it has not the one that is wanted."""
 LONGEST: Final = 50
 """Characters of each of them."""
+_IMAGES: Final = ("application/vnd.oci.image.config.v1+json", "application/vnd.docker.container.image.v1+json")
+"""What an image is called where artifacts are told apart: its config's type."""
 _PLATFORM = re.compile(r"([a-z0-9_.-]+)/([a-z0-9_.-]+)(?:/([a-z0-9_.-]+))?", re.IGNORECASE)
 _LEVEL = re.compile(r"v(\d{1,3})")
 
@@ -82,11 +84,13 @@ class Offer:
 
     @ivar platform: None if none is told, or none that there is.
     @ivar tells_none: whether none is told: then it may be for any.
+    @ivar is_artifact: whether it is no image, but goes with one: a SOCI index has the platform of its image.
     """
 
     descriptor: Descriptor
     platform: Platform | None
     tells_none: bool = False
+    is_artifact: bool = False
 
     @property
     def is_index(self) -> bool:
@@ -116,7 +120,8 @@ def offers(index: bytes, within: Platform | None = None) -> Iterator[Offer]:
         if descriptor is not None:
             told = isinstance(item.get("platform"), dict)
             platform = _platform(item["platform"]) if told else within
-            yield Offer(descriptor, platform, tells_none=not told and within is None)
+            artifact = item.get("artifactType") not in (None, "", *_IMAGES)
+            yield Offer(descriptor, platform, tells_none=not told and within is None, is_artifact=artifact)
 
 
 def _platform(item: Mapping[str, Any]) -> Platform | None:
@@ -139,7 +144,7 @@ def may_hold(index: Offer, wanted: Collection[Platform]) -> bool:
 
 def choose(offered: Collection[Offer], wanted: Collection[Platform]) -> Sequence[Descriptor]:
     """
-    Choose the manifests for each of the platforms; all of them if none is C{wanted}.
+    Choose the manifests for each of the platforms, an image and what goes with it; all of them if none is C{wanted}.
 
     Where there is none for a platform, all are chosen that tell none: clients look into their configs.
 
@@ -148,7 +153,8 @@ def choose(offered: Collection[Offer], wanted: Collection[Platform]) -> Sequence
     if not wanted:
         return list(dict.fromkeys(each.descriptor for each in offered))
     chosen: dict[Descriptor, None] = {}
-    told = [(each.descriptor, each.platform) for each in offered if each.platform is not None]
+    told = [(each.descriptor, each.platform) for each in offered if each.platform is not None and not each.is_artifact]
+    artifacts = [(each.descriptor, each.platform) for each in offered if each.platform is not None and each.is_artifact]
     telling_none = [each.descriptor for each in offered if each.tells_none]
     for platform in wanted:
         ranks = [(_rank(each, platform), descriptor) for descriptor, each in told]
@@ -160,6 +166,7 @@ def choose(offered: Collection[Offer], wanted: Collection[Platform]) -> Sequence
             raise ValueError(f"not for {platform}; its platforms: {_listing(each for _, each in told)}")
         best = max(rank for rank, _ in fitting)
         chosen[next(descriptor for rank, descriptor in fitting if rank == best)] = None
+        chosen.update(dict.fromkeys(each for each, its in artifacts if _rank(its, platform) == best))
     return list(chosen)
 
 
