@@ -343,6 +343,17 @@ class BlobSizeTests(UpstreamTestCase):
         self.assertEqual(1000, self.size())
         self.assertEqual([("registry", "HEAD")], [(asked.service, asked.method) for asked in self.standin.asked])
 
+    def test_of_a_head_that_says_nothing_is_there_is_told_by_one_byte(self) -> None:
+        """
+        What is between may answer each HEAD with a length of 0: a digest tells whether that can be.
+        """
+        self.standin.fail("registry", status=200, method="HEAD", body=b"")
+        self.assertEqual(1000, self.size())
+        self.digest = self.standin.push_blob("team/app", b"")
+        self.standin.forget_asked()
+        self.assertEqual(0, self.size())
+        self.assertEqual(["HEAD"], [asked.method for asked in self.standin.asked])
+
     def test_of_a_redirected_head(self) -> None:
         """
         Where HEAD is redirected, a range of one byte of the bucket tells the size.

@@ -197,8 +197,9 @@ class Upstream:
         if response.code in REDIRECT_STATUSES:
             url = self._target(self._endpoint.url + route.path, header(response, "Location"))
         elif response.code == 200 and response.request.method == b"HEAD" and not is_page(response):  # noqa: PLR2004
-            size = told_length(response)
-            if size is not None:
+            size, digest = told_length(response), route.digest
+            may_be_empty = digest is None or digest == Digest.of(b"", digest.algorithm)
+            if size is not None and (size or may_be_empty):
                 return size
         # The HEAD says nothing usable. A presigned URL is signed for GET alone: one byte is asked for.
         blob = Blob(self, route, url)
