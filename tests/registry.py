@@ -196,7 +196,7 @@ class StandIn(Shelves, Faults):
         if asked.service == "registry":
             request.setHeader("Docker-Distribution-Api-Version", "registry/2.0")
         for name, value in reply.headers.items():
-            request.setHeader(name, value)
+            request.setHeader(name, value.encode("latin-1"))
         if asked.method == "HEAD":
             request.finish()
             return

@@ -463,6 +463,17 @@ class OthersTests(DaemonTestCase):
         self.assertEqual([200] * 5, [each.code for each in asked])
         self.assertEqual(200, self.get("/v2/hub/busybox/manifests/1").code)
 
+    def test_what_it_wants_may_be_said_in_any_bytes(self) -> None:
+        """
+        Not in UTF-8 either: to who shows nothing, and to who shows a token that it no longer takes.
+        """
+        said = f'Basic realm="D\xe9p\xf4t", {self.hub.bearers.challenge}'
+        probe = self.hub.fail("registry", status=401, headers={"WWW-Authenticate": said}, times=1)
+        self.assertWhole(self.get("/v2/hub/nginx/manifests/latest"), self.nginx.manifest, "MISS")
+        self.assertEqual(0, probe.times)
+        self.hub.fail("registry", status=401, headers={"WWW-Authenticate": said}, path_contains="nginx", times=1)
+        self.assertEqual(["latest"], json.loads(self.get("/v2/hub/nginx/tags/list").body)["tags"])
+
     def test_its_tokens_are_where_a_refusal_says_if_they_are(self) -> None:
         """
         It is not asked anew: to some it says for each repository where its tokens are.

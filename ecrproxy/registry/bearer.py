@@ -31,7 +31,7 @@ from ecrproxy.oci import RegistryError
 from ecrproxy.reasons import Reason
 from ecrproxy.registry.authorization import Tokens
 from ecrproxy.registry.bodies import ERROR_LIMIT
-from ecrproxy.registry.bucket import UnavailableError
+from ecrproxy.registry.bucket import UnavailableError, header_values
 from ecrproxy.registry.challenges import Challenge, Pass, may_follow
 from ecrproxy.registry.retries import TransientError
 from ecrproxy.registry.wire import Wire
@@ -198,6 +198,6 @@ class Bearer:
             async with self._turns.turn():
                 response = await self._wire.request("GET", url, headers, TOKEN_SECONDS)
                 body = await self._wire.read(response, ERROR_LIMIT)
-            return response.code, body, response.headers.getRawHeaders("WWW-Authenticate", [])
+            return response.code, body, header_values(response, "WWW-Authenticate")
 
         return await self._wire.persist(self._wire.tries(), ask)

@@ -652,8 +652,15 @@ def header(response: IResponse, name: str) -> str | None:
     """
     Give the last value of a header of an answer.
     """
-    values = response.headers.getRawHeaders(name.encode("ascii"))
-    return values[-1].decode("latin-1") if values else None
+    values = header_values(response, name)
+    return values[-1] if values else None
+
+
+def header_values(response: IResponse, name: str) -> list[str]:
+    """
+    Give all values of a header, which may be any bytes: RFC 9110, 5.5. Asked for by text, Twisted takes them for UTF-8.
+    """
+    return [value.decode("latin-1") for value in response.headers.getRawHeaders(name.encode("ascii"), [])]
 
 
 def is_page(response: IResponse) -> bool:

@@ -20,7 +20,7 @@ from ecrproxy.oci import Route
 from ecrproxy.reasons import Reason
 from ecrproxy.registry.authorization import Authorization
 from ecrproxy.registry.bodies import ERROR_LIMIT
-from ecrproxy.registry.bucket import UnavailableError
+from ecrproxy.registry.bucket import UnavailableError, header_values
 from ecrproxy.registry.circuit import Circuit, CircuitState, Switch
 from ecrproxy.registry.ecr import TokenUnavailableError
 from ecrproxy.registry.governor import Governor, NoPlentyError
@@ -125,7 +125,7 @@ class Endpoint:
             refusal = Refusal.of(reply.response, reply.body, self._wire.name)
             if last or not refusal.is_about_token:
                 refusal.of_one(shown).raise_for(question.route)
-            challenges = reply.response.headers.getRawHeaders("WWW-Authenticate", [])
+            challenges = header_values(reply.response, "WWW-Authenticate")
             renewed = await self._shown(question, self._authorization.renew(shown, repository, challenges))
             if renewed == shown:
                 refusal.raise_for(question.route)
