@@ -149,6 +149,15 @@ class KeptHistoryTests(SynchronousTestCase):
         self.assertRaises(OSError, write, self.root, b"x")
         self.assertFalse((self.root / "elsewhere").exists())
 
+    def test_no_file_that_has_a_name_elsewhere_is_written_to(self) -> None:
+        elsewhere, draft = self.root / "elsewhere", self.root / f"{NAME}.new"
+        elsewhere.write_bytes(b"of somebody else")
+        draft.hardlink_to(elsewhere)
+        self.assertRaises(OSError, write, self.root, b"x")
+        self.assertEqual(b"of somebody else", elsewhere.read_bytes())
+        write(self.root, b"x")
+        self.assertEqual((b"x", b"of somebody else"), ((self.root / NAME).read_bytes(), elsewhere.read_bytes()))
+
     def test_of_two_processes_that_write_one_does(self) -> None:
         (self.root / NAME).write_bytes(b"before")
         with open(self.root / f"{NAME}.new", "wb") as other:  # noqa: PTH123

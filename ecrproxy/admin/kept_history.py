@@ -8,6 +8,7 @@ is begun anew.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -104,7 +105,11 @@ def write(root: Path, data: bytes) -> None:
     file = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     with os.fdopen(file, "wb") as opened, contextlib.suppress(BlockingIOError, FileNotFoundError):
         fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(file), os.lstat(draft)):  # else the other has put it in place meanwhile
+        status = os.lstat(draft)
+        if os.path.samestat(os.fstat(file), status):  # else the other has put it in place meanwhile
+            if status.st_nlink > 1:
+                Path(draft).unlink()
+                raise OSError(errno.EMLINK, "it is a link to a file elsewhere", draft)
             opened.truncate()
             opened.write(data)
             opened.flush()
